@@ -17,7 +17,7 @@ OLDEST_TESTS := tests/models/test_oldest.py tests/models/test_verify.py \
 # Of benchmarks/run.py, for example `make bench BENCH_ARGS="--work W1 --write"`.
 BENCH_ARGS ?=
 
-.PHONY: demo test test-all test-oldest lint families language bench clean
+.PHONY: demo test test-all test-oldest lint families language systems bench clean
 
 demo: $(VENV)/.stamp-run
 	$(BIN)/mechdsl run examples/counting.mech
@@ -67,6 +67,10 @@ families: $(VENV)/.stamp-test
 # The language as far as it is executed, from the registries; writes docs/language.md.
 language: $(VENV)/.stamp-test
 	$(BIN)/python -m tests.language --write
+
+# Published experiments on the models of the package; writes docs/systems.md.
+systems: $(VENV)/.stamp-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.systems --write
 
 # The libraries that mechdsl is compared with; see benchmarks/README.md.
 $(BENCH)/.stamp-peers: benchmarks/peers.txt constraints.txt

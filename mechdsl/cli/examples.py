@@ -15,6 +15,8 @@ from mechdsl.cli.output import say
 from mechdsl.cli.status import FINE
 
 DEFAULT = Path("mechdsl-examples")
+_ENDS = (".mech", ".jsonl")
+"""Of files and their data; a run may have left other things beside them."""
 _COMMENT = re.compile(r"^#[^\n]*(?:\n# [^\n]*)*", re.M)
 _SENTENCE = re.compile(r".*?[.?](?=\s|$)")
 
@@ -52,10 +54,10 @@ def _about(text: str) -> str:
 
 
 def _copy(origin: Path, folder: Path) -> int:
-    """Copy what isn't there."""
+    """Copy what isn't there, with the data that the files read."""
     there: list[Path] = []
     copied = 0
-    for path in sorted(origin.rglob("*.mech")):
+    for path in sorted(each for end in _ENDS for each in origin.rglob(f"*{end}")):
         target = folder / path.relative_to(origin)
         if os.path.lexists(target):
             there.append(target)

@@ -198,6 +198,17 @@ class KeptValues:
             return None
         return cls(kept.run, Contents(kept.models, panel.model, seed), panel.table)
 
+    def define(
+        self,
+        plans: Mapping[str, ExperimentPlan],
+        rows: Ints,
+        donors: Mapping[str, Mapping[int, Ints]],
+    ) -> None:
+        """What runs with rules hang on, by name, each after those that it uses. rows: those that
+        means and donors are of. What can't be compared leaves all that reads the run unkept."""
+        for name, plan in plans.items():
+            self._contents.define(self._table, self._table.runs[name], plan, rows, donors[name])
+
     def patched(
         self,
         plan: ExperimentPlan,
@@ -300,10 +311,9 @@ class KeptValues:
             cell = digest("unpatched", model, measure_digest(measure), relative)
             try:
                 rows = measure_rows(measure, own, item, self._table, contents)
+                self._keys[key] = cell, mixed(contents.of(own, self._table), rows)
             except TypeError:
                 self._keys[key] = cell, None
-            else:
-                self._keys[key] = cell, mixed(contents.of(own, self._table), rows)
         return self._keys[key]
 
 

@@ -15,6 +15,7 @@ from mechdsl.execute.observed import Look, Observed, look
 from mechdsl.execute.path_patching import frozen, held_rows, received
 from mechdsl.execute.readout import Found, Reading, Readout
 from mechdsl.execute.unpatched_batch import (
+    RuleWrites,
     TextBehind,
     UnpatchedBatch,
     continuation_positions,
@@ -221,10 +222,14 @@ class Patcher:
 
             ends = pass_ends(plan, rows, text)
             return replace(own, writes=received(path, rows, draw, sent, shape, ends))
+        writes = self._writes(number, rows, draw, batch, text)
+        acting = RuleWrites(writes, build_edges(plan, rows, shape, text))
+        if run.derived is not None:
+            acting = self.runs.rules(run, rows.prompt, draw, batch).then(acting)
         return replace(
             own,
-            writes=self._writes(number, rows, draw, batch, text),
-            edges=build_edges(plan, rows, shape, text),
+            writes=acting.writes,
+            edges=acting.edges,
             numbers=build_numbers(plan, rows, text),
             blocks=plan.replaced_blocks(int(rows.cell[0])),
             held=None if path is None else held_rows(path, len(rows)),
@@ -354,7 +359,6 @@ class Patcher:
                 self.model,
                 rows.run.noise,
                 rows.prompts,
-                rows.run.noise.samples,
                 self.runs.table.row_keys,
                 self.runs.seed,
             )

@@ -12,6 +12,7 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.execute.accuracies import unmeasured_accuracies
+from mechdsl.execute.derived_runs import DerivedRuns
 from mechdsl.execute.directions import DirectionFits, FittedDirections
 from mechdsl.execute.kept_values import KeptRun, KeptValues, PatchedValues
 from mechdsl.execute.made_of_cells import CellFailed, MadeOfCells, made_of_cells
@@ -115,7 +116,14 @@ class PreparedPanel:
 
     def prepare(self, check: Check) -> None:
         """Filter rows, measure and check the unpatched runs, average ablations."""
+        over_rows = any(
+            rule.rule.does.over_rows for plan in self.panel.derived.values() for rule in plan.rules
+        )
+        if not over_rows:  # accuracies are of rows too that a `keep` drops
+            self._define_runs()
         unusable = self._keep()
+        if over_rows:
+            self._define_runs()
         for plan in self._sound:
             experiment = plan.experiment
             readout, accuracies = self.readouts[experiment.key], self.accuracies[experiment.key]
@@ -157,6 +165,16 @@ class PreparedPanel:
         self.known_batches = self._batches(np.setdiff1d(self.kept, due))
         if len(due):
             self._average()
+
+    def _define_runs(self) -> None:
+        """What the rules of the panel's own runs write; means and donors are of the kept rows."""
+        if not self.panel.derived:
+            return
+        plans = self.panel.derived
+        derived = DerivedRuns.of(plans, self.runs, self._batches(self.kept))
+        self.runs.rules_of = derived.rules
+        if self.values is not None:
+            self.values.define(plans, self.kept, derived.donors)
 
     def _directions(self) -> dict[str, FittedDirections]:
         """Those of each experiment's rules; one with a direction that is nothing is lost."""
@@ -353,7 +371,7 @@ class PreparedPanel:
 
     def _batches(self, prompts: Ints) -> list[Ints]:
         """Prompts in groups of similar size in tokens, in the order of the table."""
-        draws = max((r.noise.samples for r in self.table.runs.values() if r.noise), default=1)
+        draws = max((run.draws for run in self.table.runs.values()), default=1)
         cells = sum(each.n_cells for each in self.panel.experiments)
         tokens = self.sizes.prompt_tokens // (self._longest * draws)
         size = max(1, min(tokens, BATCH_ROWS // max(1, cells)))

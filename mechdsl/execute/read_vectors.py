@@ -36,6 +36,8 @@ LanesOf: TypeAlias = Callable[[Ints], UnpatchedBatch]
 class FoundVectors:
     """The vectors of one site at one position, in the rows of a batch."""
 
+    batch: int
+    """Number of the batch."""
     point: int
     """Index of the site among those that were asked for."""
     position: int
@@ -63,7 +65,7 @@ def read_vectors(
     lack a position have no vectors there.
     """
     hits = [Hits.of([cell]) for cell in positions]
-    for batch in batches:
+    for count, batch in enumerate(batches):
         found = lanes(batch)
         for number, hit in enumerate(hits):
             index, run = hit.runs.expand(batch)
@@ -74,7 +76,9 @@ def read_vectors(
             draw = np.tile(np.arange(found.draws), len(prompts))
             lane = torch.from_numpy(found.lane(row, draw))
             for place, point in enumerate(points):
-                yield FoundVectors(place, number, row, draw, token, _at(found, point, lane, token))
+                yield FoundVectors(
+                    count, place, number, row, draw, token, _at(found, point, lane, token)
+                )
 
 
 def _at(found: UnpatchedBatch, point: SitePoint, lane: Tensor, token: Ints) -> Tensor:
@@ -130,7 +134,7 @@ def prompt_batches(
     if not len(prompts):
         return []
     longest = int(prompt_lengths(run)[prompts].max())
-    longest *= 1 if run.noise is None else run.noise.samples
+    longest *= run.draws
     places = {(point.site, point.layer) for point in points}
     each = sum(numbers(model.shape, place, longest) for place in places) * model.dtype.itemsize
     room = min(tokens, READ_BYTES // max(1, each))

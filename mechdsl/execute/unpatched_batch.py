@@ -16,13 +16,14 @@ from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.options import PaddingSide
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.hook_points import fused
+from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.packed.activation_cache import ActivationCache, keeping
 from mechdsl.prompts.prompt_table import Noise, Run
 from mechdsl.resolve.resolved import Atom, Place, ResolvedMeasure
-from mechdsl.vocab.sites import WITHIN_ATTENTION
+from mechdsl.vocab.sites import WITHIN_ATTENTION, stop_layer
 
 Spot = Mapping[str, tuple[int, ...]]
 """Run → per prompt, the position that a measure reads; empty for the last token."""
@@ -58,6 +59,32 @@ class UnpatchedBatch:
     def lane(self, prompts: Ints, draws: Ints) -> Ints:
         """The lane of each (prompt, draw); a run without noise has one for all draws."""
         return self._place[prompts] * self.draws + (draws if self.draws > 1 else 0)
+
+
+@dataclass(frozen=True, eq=False)
+class RuleWrites:
+    """What rules write into the rows of a pass."""
+
+    writes: Sequence[SiteWrite] = ()
+    edges: Sequence[EdgeWrite] = ()
+
+    def then(self, later: RuleWrites) -> RuleWrites:
+        """With rules that stand behind them, and act on what these leave."""
+        return RuleWrites([*self.writes, *later.writes], [*self.edges, *later.edges])
+
+    def below(self, stop: int | None, n_layers: int) -> RuleWrites:
+        """Without what lies above where a pass stops."""
+        if stop is None:
+            return self
+
+        def runs(site: str, layer: int | None) -> bool:
+            needed = stop_layer(site, layer, n_layers)
+            return needed is not None and needed <= stop
+
+        return RuleWrites(
+            [write for write in self.writes if runs(write.site, write.layer)],
+            [edge for edge in self.edges if edge.layer < stop],
+        )
 
 
 @dataclass(frozen=True)
@@ -124,12 +151,14 @@ def compute_unpatched(
     *,
     seed: int,
     side: PaddingSide | None,
+    rules: RuleWrites | None = None,
 ) -> list[UnpatchedBatch]:
     """Run the unpatched model on these prompts, all runs in one pass, and keep what was asked for.
 
     `row_keys` are the table's, so that noise hangs on what a row is and not on the batch; `side` as
-    in `Options`.
+    in `Options`. `rules`: of a run that has some, which is alone then; their rows are its lanes.
     """
+    rules = rules or RuleWrites()
     parts = [_Part.of(model, run, request, prompts) for run, request in runs]
     rows = [ids for part in parts for ids in part.ids]
     batch = Batch.of(rows, model.pad_id, side or model.calling.side, model.device)
@@ -140,6 +169,7 @@ def compute_unpatched(
     within = [read for read in every if read.site in WITHIN_ATTENTION]
     noised = [SiteRead("embed")] if any(run.noise is not None for run, _ in runs) else []
     full = SiteRead("logits") in wanted or any(r.loss is not None for r in requests)
+    full |= any(write.site == "logits" for write in rules.writes)
     measured = any(part.at is not None for part in parts)
     at = _side_by_side(parts) if measured else None
     stops = [r.stop if part.at is None else None for r, part in zip(requests, parts, strict=True)]
@@ -152,11 +182,13 @@ def compute_unpatched(
             kept = stack.enter_context(keeping(model, batch, min(lowest)))
         if requests[0].fuse:
             stack.enter_context(fused(model.module))
+        due = rules.below(stop, model.shape.n_layers)
         writes: list[SiteWrite] = []
         for part, begin in zip(parts, begins, strict=False):
             rows = torch.arange(begin, begin + len(part.ids))
-            added = noise_writes(model, part.run.noise, part.lanes, part.draws, row_keys, seed)
+            added = noise_writes(model, part.run.noise, part.lanes, row_keys, seed)
             writes += [write.moved(rows) for write in added]
+        writes += due.writes
         result = run_whole(
             model,
             batch,
@@ -165,13 +197,18 @@ def compute_unpatched(
             reads=[*wanted, *noised],
             logits_at=None if full or at is None else at.to(model.device),
             tokens=tokens,
+            edges=due.edges,
         )
         if kept is not None and noised:
             kept.embedded = result.reads[noised[0]].flatten(0, 2)
     reads = dict(result.reads)
     if within:  # apart from what is kept for rows, as both take attention over
         last = max(read.layer for read in within if read.layer is not None)
-        reads |= run_whole(model, batch, stop=last + 1, writes=writes, reads=within).reads
+        due = RuleWrites(writes, due.edges).below(last + 1, model.shape.n_layers)
+        stopped = run_whole(
+            model, batch, stop=last + 1, writes=due.writes, reads=within, edges=due.edges
+        )
+        reads |= stopped.reads
     found: list[UnpatchedBatch] = []
     for part, request, begin in zip(parts, requests, begins, strict=False):
         rows = slice(int(begin), int(begin) + len(part.ids))
@@ -221,7 +258,7 @@ class _Part:
 
     @staticmethod
     def of(model: LoadedModel, run: Run, request: UnpatchedRequest, prompts: Ints) -> _Part:
-        draws = run.noise.samples if run.noise is not None else 1
+        draws = run.draws
         lanes = np.repeat(prompts, draws)
         text = request.continuation
         ids = [
@@ -285,16 +322,17 @@ def noise_writes(
     model: LoadedModel,
     noise: Noise | None,
     lanes: Ints,
-    draws: int,
     row_keys: Sequence[int],
     seed: int,
 ) -> list[SiteWrite]:
     """The noise of a corrupted run as writes; the same for a row whatever it is batched with.
 
-    `lanes` are prompts, each `draws` times in a row.
+    `lanes` are prompts, each as many times in a row as rows have draws; noise of a single draw is
+    the same in all.
     """
     if noise is None:
         return []
+    draws = noise.samples
     scale = noise_scale(model, noise)
     row_keys = row_keys if noise.row_keys is None else noise.row_keys
     rows: list[int] = []

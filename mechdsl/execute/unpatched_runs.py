@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.options import PaddingSide
-from mechdsl.execute.read_vectors import LanesOf, reader
+from mechdsl.execute.read_vectors import LanesOf, wanted
 from mechdsl.execute.readout import Found, Reading, Readout
 from mechdsl.execute.unpatched_batch import (
+    RuleWrites,
     Spot,
     UnpatchedBatch,
     UnpatchedRequest,
@@ -66,6 +67,8 @@ class UnpatchedRuns:
             self.spots = (*self.spots, {})
         self.behind = any(each.behind for each in panel.experiments)
         self.loss = next((g.loss for g in readouts if g.loss is not None), None)
+        self.rules_of: Callable[[Run, Ints, Ints, Ints], RuleWrites] | None = None
+        """What the rules of a run write: see `DerivedRuns.rules`."""
         self._lanes: dict[tuple[object, ...], UnpatchedBatch] = {}
         self.passes = 0
         """Forward passes so far."""
@@ -100,6 +103,7 @@ class UnpatchedRuns:
             due = [run]
             if not alone and continuation is None and self._is_own(run):
                 due += self._companions(run, prompts)
+            rules = self._rules(run, prompts)  # may run others
             self.passes += 1
             found = compute_unpatched(
                 self.model_of(run),
@@ -108,6 +112,7 @@ class UnpatchedRuns:
                 self.table.row_keys,
                 seed=self.seed,
                 side=self.side,
+                rules=rules,
             )
             for each, lanes in zip(due, found, strict=True):
                 self._lanes[self._key(each, prompts, continuation)] = lanes
@@ -137,20 +142,51 @@ class UnpatchedRuns:
         self.passes += 1
         places = frozenset((read.site, read.layer) for read in reads)
         request = UnpatchedRequest(reads=places, continuation=continuation)
+        prompts = np.array([prompt], dtype=np.int64)
         (found,) = compute_unpatched(
             self.model_of(run),
             [(run, request)],
-            np.array([prompt], dtype=np.int64),
+            prompts,
             self.table.row_keys,
             seed=self.seed,
             side=self.side,
+            rules=self._rules(run, prompts),
         )
         return {read: found.reads[read] for read in reads}
 
     def reader(self, run: Run, points: Iterable[SitePoint]) -> LanesOf:
-        """What reads these sites of a run, and stops above the highest one: see `read_vectors`."""
+        """What reads these sites of a run, with its rules if it has some, and stops above the
+        highest one: see `read_vectors`."""
         model = self.model_of(run)
-        return reader(model, self.table, run, points, seed=self.seed, side=self.side)
+        request = wanted(points, model.shape)
+
+        def lanes(prompts: Ints) -> UnpatchedBatch:
+            rules = self._rules(run, prompts)
+            self.passes += 1
+            (found,) = compute_unpatched(
+                model,
+                [(run, request)],
+                prompts,
+                self.table.row_keys,
+                seed=self.seed,
+                side=self.side,
+                rules=rules,
+            )
+            return found
+
+        return lanes
+
+    def rules(self, run: Run, prompts: Ints, draw: Ints, batch: Ints) -> RuleWrites:
+        """What the rules of a run write in rows that start there: see `DerivedRuns.rules`."""
+        assert self.rules_of is not None
+        return self.rules_of(run, prompts, draw, batch)
+
+    def _rules(self, run: Run, prompts: Ints) -> RuleWrites | None:
+        """The same in its own lanes; None for a run without rules."""
+        if run.derived is None:
+            return None
+        lanes, draw = np.repeat(prompts, run.draws), np.tile(np.arange(run.draws), len(prompts))
+        return self.rules(run, lanes, draw, prompts)
 
     def model_of(self, run: Run) -> LoadedModel:
         """The model that a run runs on."""
@@ -159,7 +195,7 @@ class UnpatchedRuns:
     def _companions(self, run: Run, prompts: Ints) -> list[Run]:
         """Runs that are due too and can go along with few prompts, as they run about as far."""
         few = sum(len(run.rows[prompt].ids) for prompt in prompts) <= TOGETHER
-        if not few or not self._goes_far(run):
+        if not few or run.derived is not None or not self._goes_far(run):
             return []
         others = [self.named(name) for name in self.panel.runs]
         return [
@@ -167,6 +203,7 @@ class UnpatchedRuns:
             for other in others
             if other is not run
             and other.model == run.model
+            and other.derived is None
             and self._key(other, prompts, None) not in self._lanes
             and self._goes_far(other)
         ]

@@ -103,7 +103,7 @@ def _asked(own: Sequence[ReportNode | ExpectNode]) -> Asked:
         keep=acting.encode.kept_by,
         accuracies=accuracies,
     )
-    runs = {forward.run: forward for forward in _runs(own, effects)}
+    runs = {each.run: each for forward in _runs(own, effects) for each in with_own(forward)}
     for name in _filtering(experiment):  # before the graph is run
         runs.setdefault(name, unpatched(experiment, name))
     clean = replace(acting.encode, run="clean", replaced=None, replaced_by=None)
@@ -149,16 +149,31 @@ def _runs(
     yield effects[0].base.forward
     if effects[0].source is not None:
         yield effects[0].source.forward
-    for write in effects[0].patched.forward.writes:
-        # A mean of another block is taken of rows of its own, in runs of their own.
-        apart = isinstance(write.by, ResolvedRule) and write.by.apart is not None
-        if write.read is not None and not apart:
-            yield write.read.forward
+    yield from _read(effects[0].patched.forward)
     for leaf in own:
         if isinstance(leaf, ExpectNode):
             yield from (measure.forward for measure in leaf.accuracies)
     for effect in effects:
         yield from effect.patched.references
+
+
+def with_own(forward: ForwardNode) -> Iterator[ForwardNode]:
+    """A run, and before it those that its own rules read."""
+    ruled = forward
+    while ruled.on is not None:
+        for read in _read(ruled):
+            yield from with_own(read)
+        ruled = ruled.on
+    yield forward
+
+
+def _read(forward: ForwardNode) -> Iterator[ForwardNode]:
+    """The runs of the sampled rows that what is written is read in; a mean of another block is
+    taken of rows of its own, in runs of their own."""
+    for write in forward.writes:
+        apart = isinstance(write.by, ResolvedRule) and write.by.apart is not None
+        if write.read is not None and not apart:
+            yield write.read.forward
 
 
 def _filtering(experiment: ResolvedExperiment) -> Iterator[str]:

@@ -129,6 +129,8 @@ class ForwardNode:
     """How many blocks have to run; None is the whole model."""
     after: tuple[EffectNode, ...] = ()
     """Of other experiments, which say where this one acts (`top 3 of cie`)."""
+    on: ForwardNode | None = None
+    """The run that has rules itself, or that an experiment's own run with rules acts on."""
 
     @property
     def cells(self) -> int:
@@ -289,8 +291,11 @@ def report_text(report: spec.Report) -> str:
 
 
 def unpatched(experiment: ResolvedExperiment, run: str) -> ForwardNode:
-    """A run without interventions; a noised run writes its noise."""
+    """A run without interventions of the experiment; a noised run writes its noise, one that has
+    rules what these say."""
     there = experiment.table.runs[run]
+    if there.derived is not None:
+        return _derived(experiment, run, unpatched(experiment, there.derived.base))
     noise = there.noise
     writes: tuple[WriteNode, ...] = ()
     if noise is not None:
@@ -310,6 +315,13 @@ def unpatched(experiment: ResolvedExperiment, run: str) -> ForwardNode:
     return ForwardNode(model, n_layers, encode, run, writes)
 
 
+def _derived(experiment: ResolvedExperiment, run: str, base: ForwardNode) -> ForwardNode:
+    """A run of the experiment's own: its rules on another run."""
+    defined = experiment.derived[run]
+    writes = tuple(_write(experiment, rule) for rule in defined.rules)
+    return replace(base, run=run, writes=writes, on=base)
+
+
 def patched(experiment: ResolvedExperiment, after: tuple[EffectNode, ...] = ()) -> ForwardNode:
     """The pass with all rules of the experiment; without rules, the base run itself.
 
@@ -323,14 +335,16 @@ def patched(experiment: ResolvedExperiment, after: tuple[EffectNode, ...] = ()) 
     acting = [r for r in rules if r.sites is not None and r.does.changes != "nothing"]
     writes = tuple(_write(experiment, rule) for rule in acting)
     replaced = None if replacing is None else _at(replacing)
+    has_rules = experiment.table.runs[base.run].derived is not None
     return ForwardNode(
         experiment.model.name,
         base.n_layers,
         replace(base.encode, replaced=replaced, replaced_by=replacing),
         base.run,
-        base.writes + writes,
+        writes if has_rules else base.writes + writes,
         experiment.axes,
         after=after,
+        on=base if has_rules else None,
     )
 
 

@@ -115,7 +115,7 @@ def not_there(
         read = [models[name] for name in experiment.models[1:]]
         runs = [run for run in experiment.spec.elsewhere if outputs_read(experiment.spec, run.name)]
         measured = [models[run.model] for run in runs if run.model is not None]
-        for rule in experiment.rules:
+        for rule in experiment.every_rule:
             if rule.does.changes == "positions":
                 found.append(_counts_itself(rule, model))
             if isinstance(rule.does, Observation) and rule.does.gives == "logits":
@@ -126,6 +126,9 @@ def not_there(
                 points = [p for here in rule.sites.points.values() for p in here]
                 span = rule.spec.span
                 found += [missing_points(points, m.shape, m.name, span) for m in (model, *read)]
+        for save in experiment.saves:
+            span = save.spec.span
+            found += [missing_points(save.points, m.shape, m.name, span) for m in (model, *read)]
         for measure in (*experiment.measures, *experiment.keep):
             points = [atom.point for atom in measure.atoms if atom.point is not None]
             span = measure.expression.span

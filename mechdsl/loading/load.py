@@ -22,6 +22,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from mechdsl import zoo
 from mechdsl.base.garbage import uncollected
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
@@ -38,7 +39,7 @@ from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.peft_models import outside_of_modules, unwrapped
 from mechdsl.loading.prove import take_apart, text_of
 from mechdsl.models.identity import Hashed, file_hash, identity_of_folder, stamps, weights_hash
-from mechdsl.models.locate import locate, needed, weight_files, zoo_models
+from mechdsl.models.locate import locate, needed, weight_files
 from mechdsl.models.shape import ModelShape, read_config, read_shape, shape_from_config, shape_of
 from mechdsl.program import spec
 from mechdsl.prompts.tokenizer import TextTokenizer
@@ -182,7 +183,7 @@ def look(name: str) -> tuple[LoadedModel | None, list[Diagnostic]]:
     Gives E0401, E0403 to E0406, E0408 to E0411, W0711 and W0712.
     """
     kind = "local" if Path(name).is_dir() else "hf" if "/" in name else "zoo"
-    kind = "zoo" if name in zoo_models() else kind
+    kind = "zoo" if name in zoo.zoo_models() else kind
     text = f'{kind}("{name}")'
     span = Span(Source(text, Path(name)), 0, len(text))
     statement = spec.Model(span=span, name=name, kind=kind, path=name)

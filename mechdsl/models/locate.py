@@ -55,14 +55,8 @@ def weight_files(folder: Path, *, adapter: bool = False) -> list[Path]:
     return sorted(folder.glob(ADAPTER_WEIGHTS if adapter else "*.safetensors"))
 
 
-def zoo_models() -> list[str]:
-    """Names that `zoo("…")` knows."""
-    root = Path(zoo.__path__[0])
-    return sorted(p.name for p in root.iterdir() if (p / "__init__.py").is_file())
-
-
 def _zoo(model: Model) -> tuple[Path | None, list[Diagnostic]]:
-    known = zoo_models()
+    known = zoo.zoo_models()
     if model.path not in known:
         names = name_list(known)
         advice = did_you_mean(model.path, known, f"it has {names}")

@@ -15,6 +15,8 @@ from mechdsl.execute.counts import Counts
 from mechdsl.execute.execute import execute, sizes_of
 from mechdsl.execute.kept_values import KeptRun
 from mechdsl.execute.measured_values import MeasuredValues
+from mechdsl.execute.save_vectors import save_vectors
+from mechdsl.execute.saved import Saved
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.build import build
 from mechdsl.loading.devices import device_problem
@@ -161,7 +163,7 @@ def _models_of(
         )
     )
     if not has_errors(diagnostics):
-        diagnostics.extend(not_there(checked.experiments, models))
+        diagnostics.extend(not_there([*checked.experiments, *_only_saving(checked)], models))
     return (None if has_errors(diagnostics) else models), diagnostics
 
 
@@ -185,7 +187,12 @@ def _run(
         if verdicts.stop():
             break
     not_run = verdicts.not_run()
-    if file.lost and not file.results and not not_run:
+    saved: list[Saved] = []
+    for each in checked.saving if not not_run else ():
+        own, problems = save_vectors(each, models, options.execution)
+        saved += own
+        file.diagnostics.extend(problems)
+    if file.lost and not file.results and not not_run and not saved:
         return None, file.diagnostics
     # Verdicts last: an expectation may name an experiment that comes later in the file.
     result = FileResult(
@@ -196,8 +203,14 @@ def _run(
         sizes=sizes.kept,
         lost=verdicts.lost(),
         not_run=not_run,
+        saved=tuple(saved),
     )
     return result, file.diagnostics
+
+
+def _only_saving(checked: Checked) -> list[ResolvedExperiment]:
+    """Experiments that measure nothing."""
+    return [each for each in checked.saving if not each.measures]
 
 
 def check_options(options: RunOptions) -> list[Diagnostic]:

@@ -90,6 +90,8 @@ def key_parts(
     """What goes into the key, as JSON has it. Arguments and exceptions as of `run_key`."""
     if checked.unchecked or checked.unrun:
         raise NoKey("a part of the file could not be checked")
+    if checked.saving:
+        raise NoKey("it writes activations to files, which are made again by each run")
     known = {**checked.built, **loaded}
     models = _Models(checked, known, hashed)
     try:

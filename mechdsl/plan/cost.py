@@ -152,7 +152,7 @@ class PanelCount:
         for name, needs in () if only_looks(self.panel) else self.panel.runs.items():
             run = self.panel.table.runs[name]
             lengths = prompt_lengths(run)
-            draws = run.noise.samples if run.noise is not None else 1
+            draws = run.draws
             prompts, tokens = len(lengths) * draws, int(lengths.sum()) * draws
             per_block = int(self.block.whole(lengths).sum()) * draws
             blocks, logits = self.shape.n_layers, prompts * self.shape.d_model
@@ -186,7 +186,7 @@ class PanelCount:
         """Forward passes over batches of prompts that all unpatched runs take."""
         names = () if only_looks(self.panel) else self.panel.runs
         runs = [self.panel.table.runs[name] for name in names]
-        draws = [run.noise.samples if run.noise is not None else 1 for run in runs]
+        draws = [run.draws for run in runs]
         runs += [run for run, _ in self.fitted]
         draws += [1] * len(self.fitted)
         tokens = (int(prompt_lengths(run).sum()) * n for run, n in zip(runs, draws, strict=True))

@@ -174,6 +174,8 @@ def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints |
         return None
     if source.model != base.model:
         return None
+    if source is not base and (source.derived is not None or base.derived is not None):
+        return None  # the same tokens, and rules
     if source is base:
         return prompt_lengths(base)
     shared: list[int] = []

@@ -7,8 +7,8 @@ from mechdsl.plan.plan import ExperimentPlan, Panel
 
 def only_looks(panel: Panel) -> bool:
     """Whether all that is wanted is seen in rows to which nothing is done: they are whole passes
-    then, one for each prompt."""
-    return all(map(_looks, panel.experiments))
+    then, one for each prompt. Runs with rules read others beside them."""
+    return not panel.derived and all(map(_looks, panel.experiments))
 
 
 def _looks(plan: ExperimentPlan) -> bool:

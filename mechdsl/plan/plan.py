@@ -8,13 +8,14 @@ time and never held as objects.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Ints
+from mechdsl.base.source import Span
 from mechdsl.graph.needs import Asked, RunNeeds, asked, needs
 from mechdsl.graph.nodes import EncodeNode, ForwardNode, Graph
 from mechdsl.plan.columns import Hits, Ragged, counted, prompt_lengths
@@ -66,7 +67,10 @@ class ExperimentPlan:
 
     @property
     def whole(self) -> bool:
-        """Whether its rows are whole passes, whatever else is planned."""
+        """Whether its rows are whole passes, whatever else is planned: a rule asks for it, or they
+        start from a run that has rules."""
+        if any(run.derived is not None for run in self.starting_runs):
+            return True
         return any(plan.rule.does.whole for plan in self.rules)
 
     def replaced_blocks(self, cell: int) -> tuple[tuple[int, int | None], ...]:
@@ -111,8 +115,7 @@ class ExperimentPlan:
         spec = self.experiment.spec
         names = [spec.base, spec.source, *(plan.rule.run for plan in self.rules)]
         runs = self.experiment.table.runs
-        noises = [runs[name].noise for name in names if name is not None]
-        return max((noise.samples for noise in noises if noise is not None), default=1)
+        return max((runs[name].draws for name in names if name is not None), default=1)
 
     @property
     def replaced(self) -> RulePlan | None:
@@ -208,6 +211,8 @@ class Panel:
     """Of the clean run."""
     experiments: tuple[ExperimentPlan, ...]
     runs: Mapping[str, RunNeeds]
+    derived: Mapping[str, ExperimentPlan] = field(default_factory=dict[str, "ExperimentPlan"])
+    """Runs that have rules, each after those that it uses: of one cell."""
 
     @cached_property
     def table(self) -> PromptTable:
@@ -270,15 +275,43 @@ class Plan:
 
 def plan_of(graph: Graph) -> Plan:
     """The plain loop over what a graph asks for."""
-    by_panel: dict[tuple[str, EncodeNode], list[Asked]] = {}
+    by_panel: dict[tuple[str, EncodeNode, tuple[Span, ...]], list[Asked]] = {}
     for each in asked(graph):
-        by_panel.setdefault((each.experiment.model.name, each.clean), []).append(each)
+        # The same definitions give the same runs; others of the same name are other runs.
+        defined = tuple(run.spec.span for run in each.experiment.derived.values())
+        by_panel.setdefault((each.experiment.model.name, each.clean, defined), []).append(each)
     found = needs(graph)
     panels = tuple(
-        Panel(model, encode, tuple(map(plan_experiment, own)), _needed(own, found))
-        for (model, encode), own in by_panel.items()
+        panel_of(model, encode, _on_the_same_runs(own), found)
+        for (model, encode, _), own in by_panel.items()
     )
     return Plan(graph, panels)
+
+
+def _on_the_same_runs(own: Sequence[Asked]) -> list[Asked]:
+    """Experiments that define the same runs, with those of the first of them."""
+    derived = own[0].experiment.derived
+    runs = {name: own[0].experiment.table.runs[name] for name in derived}
+    if not runs or len(own) == 1:
+        return list(own)
+    found: list[Asked] = []
+    for each in own:
+        table = each.experiment.table
+        table = replace(table, runs={**table.runs, **runs})
+        experiment = replace(each.experiment, table=table, derived=derived)
+        found.append(replace(each, experiment=experiment))
+    return found
+
+
+def panel_of(
+    model: str, encode: EncodeNode, own: Sequence[Asked], found: Mapping[ForwardNode, RunNeeds]
+) -> Panel:
+    """Experiments on the same prompts, with what their runs have to give."""
+    derived = {
+        name: plan_experiment(replace(own[0], experiment=run, runs=()))
+        for name, run in own[0].experiment.derived.items()
+    }
+    return Panel(model, encode, tuple(map(plan_experiment, own)), _needed(own, found), derived)
 
 
 def _needed(own: Sequence[Asked], found: Mapping[ForwardNode, RunNeeds]) -> dict[str, RunNeeds]:

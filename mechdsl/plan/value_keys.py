@@ -10,8 +10,9 @@ are in neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import cast
 
@@ -70,12 +71,34 @@ class Contents:
         self.seed = seed
         self._runs: dict[int, tuple[Run, Numbers]] = {}
         self._given: dict[int, tuple[Atom, Numbers]] = {}
+        self._derived: dict[str, Callable[[], Numbers]] = {}
 
     def of(self, run: Run, table: PromptTable) -> Numbers:
         """[prompt] of a run: its tokens, the noise that is added to them, and its model."""
+        if run.derived is not None:
+            return self._derived[run.name]()
         if id(run) not in self._runs:
             self._runs[id(run)] = run, self._rows(run, table)
         return self._runs[id(run)][1]
+
+    def define(
+        self,
+        table: PromptTable,
+        run: Run,
+        plan: ExperimentPlan,
+        kept: Ints,
+        donors: Mapping[int, Ints],
+    ) -> None:
+        """A run with rules: what these write in each row, into what. kept: rows that means are of.
+        donors: by number of the
+        rule, [prompt] of `resample`. Asked for it, TypeError where that can't be compared."""
+
+        @cache
+        def numbers() -> Numbers:
+            keys = ExperimentKeys(plan, table, self, kept, donors, {})
+            return keys.of_rules(np.arange(len(run.rows), dtype=np.int64))
+
+        self._derived[run.name] = numbers
 
     def given(self, atom: Atom) -> Numbers:
         """[prompt] what a function of the user's is given beside logits; TypeError where that
@@ -268,15 +291,27 @@ class ExperimentKeys:
         )
         """Per measure and number of `code_of_cell`, the key of such cells."""
 
+    def of_rules(self, prompts: Ints) -> Numbers:
+        """[prompt] all that the rules of an experiment of one cell do there, and to what."""
+        (cell,) = self._cells()
+        none = np.zeros(len(prompts), dtype=np.int64)
+        code = number_of(digest("rules", self._shared(), *cell))
+        return mixed(self._written(Rows(none, prompts, none)), _filled(code, len(prompts)))
+
     def rows(self, number: int, rows: Rows) -> Numbers:
         """[row] the keys of rows, for a measure."""
+        starting = self.plan.starting_run(rows)
+        return mixed(self._written(rows), self._of_measure(number, rows, starting))
+
+    def _written(self, rows: Rows) -> Numbers:
+        """[row] what it starts from, and what rules read and write there."""
         starting = self.plan.starting_run(rows)
         found = np.zeros(len(rows), dtype=np.uint64)
         for index, numbers in enumerate(self._starts):
             found = np.where(starting == index, numbers[rows.prompt], found)
         for rule in self._rules:
             found = np.where(rule.plan.acts(rows), mixed(found, rule.of(rows)), found)
-        return mixed(found, self._of_measure(number, rows, starting))
+        return found
 
     def _of_measure(self, number: int, rows: Rows, starting: Ints) -> Numbers:
         """[row] what the measure is given."""

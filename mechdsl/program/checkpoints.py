@@ -1,4 +1,5 @@
-"""`local("runs/step-*")`: one model for every folder that matches, in natural order."""
+"""`local("runs/step-*")`, `zoo("induction/step-*")`: one model for every folder that matches, in
+natural order."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from mechdsl import zoo
+from mechdsl.base.names import name_list
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.diagnostics.e04_model import ModelNotFound
@@ -34,8 +37,8 @@ def checkpoints(model: spec.Model, diagnostics: list[Diagnostic]) -> Sequence[sp
         return []
     if STAR not in model.path:
         return [model]
-    if model.path.count(STAR) > 1 or model.kind != "local":
-        only = model.kind == "local"
+    if model.path.count(STAR) > 1 or model.kind not in ("local", "zoo"):
+        only = model.kind in ("local", "zoo")
         diagnostics.append(
             BadArgument(
                 span=model.span,
@@ -49,19 +52,24 @@ def checkpoints(model: spec.Model, diagnostics: list[Diagnostic]) -> Sequence[sp
         return []
     before, _, after = model.path.partition(STAR)
     parent, slash, start = before.rpartition("/")
-    folder, problems = path_to_read(LOCAL, parent or slash, model.span)
-    if folder is None:
-        diagnostics.extend(problems)
-        return []
-    found = matching(folder, start, after)
+    if model.kind == "zoo":
+        found = _of_the_zoo(before, after)
+    else:
+        folder, problems = path_to_read(LOCAL, parent or slash, model.span)
+        if folder is None:
+            diagnostics.extend(problems)
+            return []
+        found = matching(folder, start, after)
     if not found:
         diagnostics.append(
             ModelNotFound(
                 span=model.span,
                 model=model.name,
                 path=model.path,
-                place="the folder of the file",
-                advice="no folder matches; write the path from the `.mech` file, with `*` for the "
+                place="the zoo" if model.kind == "zoo" else "the folder of the file",
+                advice=f"no folder matches; it has {name_list(zoo.zoo_models())}"
+                if model.kind == "zoo"
+                else "no folder matches; write the path from the `.mech` file, with `*` for the "
                 "part that differs",
             )
         )
@@ -75,6 +83,13 @@ def checkpoints(model: spec.Model, diagnostics: list[Diagnostic]) -> Sequence[sp
         )
         for matched in found
     ]
+
+
+def _of_the_zoo(before: str, after: str) -> list[str]:
+    """What `*` stands for in names of the zoo."""
+    pattern = re.compile(f"{re.escape(before)}([^/]+){re.escape(after)}")
+    found = [match[1] for name in zoo.zoo_models() if (match := pattern.fullmatch(name))]
+    return sorted(found, key=_natural)
 
 
 def matching(folder: Path, start: str, after: str) -> list[str]:

@@ -12,6 +12,7 @@ from mechdsl.diagnostics.e06_experiment import NoMeasure
 from mechdsl.program import spec
 from mechdsl.program.constants import whole_number
 from mechdsl.program.lower_controls import lower_control
+from mechdsl.program.lower_derived_runs import derived_runs
 from mechdsl.program.lower_measures import (
     each_once,
     expand_metrics,
@@ -24,6 +25,7 @@ from mechdsl.program.lower_measures import (
 from mechdsl.program.lower_other_runs import RunSide, Variant, in_model, models_of, sides, variants
 from mechdsl.program.lower_prompts import CLEAN
 from mechdsl.program.lower_rules import lower_rules
+from mechdsl.program.lower_saves import lower_saves, one_file
 from mechdsl.program.namespace import Namespace
 from mechdsl.program.observations import (
     Part,
@@ -50,12 +52,14 @@ def lower_experiment(
     work.collect(definition.statements)
     before = len([d for d in scope.diagnostics if d.severity == "error"])
     prompts = _prompts(work)
+    derived = () if prompts is None else derived_runs(work, prompts)
     sources, bases = ([], []) if prompts is None else sides(work, prompts)
     models = models_of(work, bases)
     rules = _rules_of(work, prompts, sources)
     observed = [_observation(line, loops, prompts, work) for line, loops in work.observed]
     measures = tuple(lower_measure(m, parts, scope) for m in work.measures)
-    if not measures and not observed and not work.unsupported:
+    saves = () if prompts is None else lower_saves(work, prompts)
+    if not measures and not observed and not work.saves and not work.unsupported:
         scope.diagnostics.append(
             NoMeasure(span=definition.name.span, experiment=definition.name.id)
         )
@@ -69,6 +73,7 @@ def lower_experiment(
     combined = [] if prompts is None else variants(models, sources, bases, prompts, work)
     if work.unsupported or prompts is None:
         return ()
+    one_file(work, [variant.labels for variant in combined])
     deal_out(results, [lower_report(r, work) for r in work.reports], expects, acting, work)
     part, limit = _rows(work, prompts)
     broken = before != len([d for d in scope.diagnostics if d.severity == "error"])
@@ -86,11 +91,14 @@ def lower_experiment(
         loops=tuple(work.loops),
         keep=tuple(expand_metrics(k, parts, scope) for k in work.keep),
         measures=(),
+        saves=saves,
         statistics=statistics,
         against=against,
     )
     return tuple(
-        _part(_variant(whole, each, rules[each.reads], work), part, several=len(results) > 1)
+        _part(
+            _variant(whole, each, rules[each.reads], derived, work), part, several=len(results) > 1
+        )
         for part in results
         for each in (_without_sides(combined) if part.apart else combined)
     )
@@ -111,6 +119,8 @@ def _part(experiment: spec.Experiment, part: Part, *, several: bool) -> spec.Exp
         changed["name"] = f"{experiment.name}.{part.name}" if part.own else experiment.name
         named = {name for rule in rules for name in rule.loops} | _loops_in(part.measures)
         changed["loops"] = tuple(loop for loop in experiment.loops if loop.name in named)
+    if part.own or part.apart:
+        changed["saves"] = ()
     return experiment.model_copy(
         update={
             **changed,
@@ -154,17 +164,19 @@ def _observation(
 
 
 def _variant(
-    whole: spec.Experiment, variant: Variant, rules: tuple[spec.Rule, ...], work: Statements
+    whole: spec.Experiment,
+    variant: Variant,
+    rules: tuple[spec.Rule, ...],
+    derived: tuple[spec.DerivedRun, ...],
+    work: Statements,
 ) -> spec.Experiment:
-    own, elsewhere = in_model(variant, rules, work)
     return whole.model_copy(
         update={
             "variant": variant.labels,
             "model": variant.model,
             "source": variant.source,
             "base": variant.base,
-            "elsewhere": elsewhere,
-            "rules": own,
+            **in_model(variant, rules, derived, work),
         }
     )
 

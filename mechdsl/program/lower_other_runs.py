@@ -63,6 +63,8 @@ def run_of(
 
     E0201 where there is none, E0202 where there are two.
     """
+    if ref.part is None and ref.name in work.known_runs:
+        return ref.name
     own = [CLEAN, *(c.name for c in prompts.corruptions)]
     blocks, models = work.scope.names("prompts"), work.scope.names("model")
     if ref.part is None and ref.name in own:
@@ -90,7 +92,8 @@ def run_of(
     if ref.part is None and ref.name in work.parts.models and work.scope.has("model", ref.name):
         _note(work, spec.Elsewhere(span=ref.span, name=ref.name, model=ref.name))
         return ref.name
-    work.diagnostics.append(_unknown(ref, prompts, own, blocks, models))
+    known = [*own, *work.known_runs]
+    work.diagnostics.append(_unknown(ref, prompts, known, blocks, models))
     return None
 
 
@@ -335,12 +338,24 @@ def _sampled(found: Sequence[Variant], prompts: spec.Prompts, work: Statements) 
 
 
 def in_model(
-    variant: Variant, rules: Sequence[spec.Rule], work: Statements
-) -> tuple[tuple[spec.Rule, ...], tuple[spec.Elsewhere, ...]]:
-    """The rules of a combination, and the runs of elsewhere that it has: its own model's run is
-    its clean one."""
+    variant: Variant,
+    rules: Sequence[spec.Rule],
+    derived: Sequence[spec.DerivedRun],
+    work: Statements,
+) -> dict[str, object]:
+    """The rules of a combination, the runs that it defines, and those of elsewhere that it has: its
+    own model's run is its clean one."""
     own = {run.name for run in work.elsewhere.values() if run.model == variant.model}
-    changed = tuple(
-        rule.model_copy(update={"source": CLEAN}) if rule.source in own else rule for rule in rules
+
+    def here(rules: Sequence[spec.Rule]) -> tuple[spec.Rule, ...]:
+        changes = {"source": CLEAN}
+        return tuple(r.model_copy(update=changes) if r.source in own else r for r in rules)
+
+    runs = tuple(
+        run.model_copy(
+            update={"rules": here(run.rules), "source": CLEAN if run.source in own else run.source}
+        )
+        for run in derived
     )
-    return changed, tuple(run for run in work.elsewhere.values() if run.name not in own)
+    elsewhere = tuple(run for run in work.elsewhere.values() if run.name not in own)
+    return {"rules": here(rules), "derived": runs, "elsewhere": elsewhere}

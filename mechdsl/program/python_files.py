@@ -412,7 +412,7 @@ def _uses(
             yield from _in_metric(measure.metric)
         for condition in experiment.keep:
             yield from _in_metric(condition)
-        for rule in experiment.rules:
+        for rule in experiment.every_rule:
             for node in _calls(rule.fill):
                 yield node, "fill"
 

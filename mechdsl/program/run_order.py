@@ -63,7 +63,7 @@ def _is_own(part: spec.Group | spec.Direction, tree: ast.File) -> bool:
 def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ast.Ranked]:
     """Every `top n of …` of an experiment, those in the groups and directions that it names
     included."""
-    for part in (*experiment.rules, *experiment.measures):
+    for part in (*experiment.every_rule, *experiment.measures):
         for name in type(part).model_fields:
             yield from _in_tree(getattr(part, name), parts.groups)
     for rule in experiment.rules:

@@ -58,6 +58,10 @@ class Statements:
         self.reports: list[ast.Report] = []
         self.expects: list[ast.Expect] = []
         self.against: list[ast.Against] = []
+        self.derived: list[ast.RunDef] = []
+        self.saves: list[ast.Save] = []
+        self.known_runs: dict[str, Span] = {}
+        """Names of the runs that are defined so far in the experiment itself."""
         self.elsewhere: dict[str, spec.Elsewhere] = {}
         """Runs of other blocks and models, by their names."""
         self.unsupported = False
@@ -80,6 +84,13 @@ class Statements:
                         self.observed.append((statement, loops))
                 case ast.For():
                     self.loop(statement, loops)
+                case ast.RunDef() | ast.Save() if loops:
+                    word = "run" if isinstance(statement, ast.RunDef) else "save"
+                    self.later(statement.span, f"a `{word}` within a `for`")
+                case ast.RunDef():
+                    self.derived.append(statement)
+                case ast.Save():
+                    self.saves.append(statement)
                 case ast.UseModel():
                     self.once(statement, self.models, "model")
                 case ast.UsePrompts():

@@ -291,6 +291,27 @@ class Elsewhere(Spec):
     """Its rows are dealt to those of the sampled block, not paired by number."""
 
 
+class DerivedRun(Spec):
+    """`run healed { from clean into noised  patch … }`: a run with rules, all at once."""
+
+    name: str
+    source: str | None = None
+    base: str = "clean"
+    rules: tuple[Rule, ...] = ()
+
+
+class Save(Spec):
+    """`save SITE of RUN at POSITIONS to "FILE" as TYPE`: activations that are written to a file."""
+
+    site: SiteText
+    at: PositionsText
+    run: str | None = None
+    """None: the experiment's base run."""
+    file: str
+    dtype: str | None = None
+    """None: as computed."""
+
+
 class Experiment(Spec):
     """One experiment: everything that its block says, with the file's names bound.
 
@@ -311,10 +332,13 @@ class Experiment(Spec):
     base: str = "clean"
     elsewhere: tuple[Elsewhere, ...] = ()
     """Every other run that is read, written into or measured."""
+    derived: tuple[DerivedRun, ...] = ()
+    """Runs that it defines, each after those that it uses."""
     loops: tuple[Loop, ...] = ()
     rules: tuple[Rule, ...] = ()
     keep: tuple[ExprText, ...] = ()
     measures: tuple[Measure, ...]
+    saves: tuple[Save, ...] = ()
     statistics: Statistics
     against: Control | None = None
     reports: tuple[Report, ...] = ()
@@ -327,6 +351,11 @@ class Experiment(Spec):
         """Its name, with what makes it this variant: `e (source: other, base: fewer)`."""
         said = ", ".join(f"{axis}: {label}" for axis, label in self.variant)
         return f"{self.name} ({said})" if said else self.name
+
+    @property
+    def every_rule(self) -> tuple[Rule, ...]:
+        """Its own, and those of the runs that it defines."""
+        return (*(rule for run in self.derived for rule in run.rules), *self.rules)
 
     after: tuple[str, ...] = ()
     """Experiments whose results it uses: `top 10 of cie`."""

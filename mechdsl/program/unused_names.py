@@ -12,13 +12,21 @@ from mechdsl.syntax.walk import walk
 
 
 def unused_in_blocks(tree: ast.File) -> list[Diagnostic]:
-    """W0730 for texts, spans and corruptions of the file's own blocks (`answer` aside: accuracies
-    and explanations read it). Values are looked at where rows are made of them."""
+    """W0730 for runs of experiments, and for texts, spans and corruptions of the file's own blocks
+    (`answer` aside: accuracies and explanations read it). Values are looked at where rows are made
+    of them."""
     defined = [
         (kind, name)
         for block in tree.statements
         if isinstance(block, ast.PromptsDef)
         for kind, name in _definitions(block)
+    ]
+    defined += [
+        ("run", line.name)
+        for experiment in tree.statements
+        if isinstance(experiment, ast.ExperimentDef)
+        for line in experiment.statements
+        if isinstance(line, ast.RunDef)
     ]
     definers = {id(name) for _, name in defined}
     python = any(isinstance(node, ast.Call) and node.name == "python" for node in walk(tree))

@@ -64,8 +64,21 @@ class RunRow(Record):
 
 
 @record
+class Derived(Record):
+    """What an experiment's own run (`run healed { … }`) is made of, as far as rows can tell."""
+
+    base: str
+    """The run that its rules act on."""
+    reads: tuple[str, ...]
+    """Runs that its rules read."""
+    draws: int
+    """Draws of noise, of all of these."""
+
+
+@record
 class Run(Record):
-    """`clean`, a corruption, or a run from elsewhere: as many rows as the table, in its order."""
+    """`clean`, a corruption, a run from elsewhere, or one with rules: as many rows as the table, in
+    its order."""
 
     name: str
     rows: tuple[RunRow, ...]
@@ -74,6 +87,15 @@ class Run(Record):
     """The block that it is of, where that is another one."""
     model: str | None = None
     """The model that it runs on, where that isn't the experiment's."""
+    derived: Derived | None = None
+    """Of a run with rules; its rows and noise are those of its base."""
+
+    @property
+    def draws(self) -> int:
+        """Draws of noise that every row is run with."""
+        if self.derived is not None:
+            return self.derived.draws
+        return 1 if self.noise is None else self.noise.samples
 
 
 @record

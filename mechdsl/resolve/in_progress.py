@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e03_coordinates import AxesCollide
 from mechdsl.program import spec
 from mechdsl.prompts.answer_tokens import NO_ANSWERS, AnswerTokens
@@ -73,3 +74,12 @@ class Work:
             )
             return
         self.axes[axis.name] = axis
+
+    def draws_agree(self) -> None:
+        """E0108 unless runs with noise have equally many draws, so that draw k goes with draw k."""
+        experiment = self.experiment
+        names = [experiment.base, experiment.source, *(rule.source for rule in experiment.rules)]
+        samples = {self.table.runs[name].draws for name in names if name is not None} - {1}
+        if len(samples) > 1:
+            what = "runs with different numbers of noise draws"
+            self.diagnostics.append(NotSupported(span=experiment.span, what=what))

@@ -344,8 +344,7 @@ def known_run(value: Any, context: MeasureContext) -> str | None:
 def _reference(value: Any, context: MeasureContext) -> str | None:
     """The run that a metric compares with; one with several draws of noise is no single run."""
     run = known_run(value, context)
-    noise = context.table.runs[run].noise if run is not None else None
-    if noise is not None and noise.samples > 1:
+    if run is not None and context.table.runs[run].draws > 1:
         context.diagnostics.append(
             NotSupported(span=value.span, what="a comparison with several draws of noise")
         )

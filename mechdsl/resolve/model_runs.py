@@ -59,7 +59,7 @@ def outputs_read(experiment: spec.Experiment, run: str) -> bool:
     calls = [n for each in asked for n in walk(each) if isinstance(n, ast.Call)]
     if any(_of_outputs(n) or n.name == "accuracy" for n in calls if run in _named(n)):
         return True
-    sites = [site for rule in experiment.rules for site in (rule.site, rule.receiver) if site]
+    sites = [site for rule in experiment.every_rule for site in (rule.site, rule.receiver) if site]
     return any(name.id == "logits" for site in sites for name in site.names)
 
 

@@ -18,6 +18,7 @@ from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.answers_behind import measured_answers
 from mechdsl.resolve.apart_from import left_out
 from mechdsl.resolve.coordinates import SiteContext
+from mechdsl.resolve.derived_runs import accuracies_known, define_runs, on_derived
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.kinds import RuleKind
@@ -39,6 +40,7 @@ from mechdsl.resolve.resolved import (
     ResolvedMeasure,
     ResolvedRule,
 )
+from mechdsl.resolve.saves import resolve_saves
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
@@ -75,6 +77,8 @@ def outline(
     diagnostics: list[Diagnostic] = []
     onward = Onward({name: each.on(model.name) for name, each in (found or {}).items()})
     work = _work(experiment, program, model, table, onward, diagnostics)
+    derived = define_runs(work, kinds)
+    table = work.table
     behind = measured_answers(work)
     rules: list[ResolvedRule | None] = []
     for rule in experiment.rules:
@@ -83,7 +87,8 @@ def outline(
         rules.append(kind.resolve(rule, work))
     _loops_used(work)
     _beside_others(work, kinds)
-    _draws_agree(work)
+    diagnostics.extend(on_derived(rules, work))
+    work.draws_agree()
     axes = tuple(work.axes.values())
     if any(axis == "model" for axis, _ in experiment.variant):
         written = tuple(rule.site for rule in experiment.rules)
@@ -97,6 +102,8 @@ def outline(
     context = _measure_context(work, axes, observed)
     measures, places = measured_parts(work, context)
     keep, accuracies = _other_measures(work, context)
+    saves = resolve_saves(work)
+    diagnostics.extend(accuracies_known(accuracies, derived, experiment))
     known = Outline(
         spec=experiment,
         model=model,
@@ -124,6 +131,8 @@ def outline(
         picks=onward.picks,
         stand_ins=onward.stand_ins,
         sites_of=onward.sites_of,
+        saves=saves,
+        derived=derived,
         places=places,
     )
     problem = _too_many(resolved, program)
@@ -273,18 +282,6 @@ def _beside_others(work: Work, kinds: Registry[RuleKind]) -> None:
         if kind.once:
             what = f"a second `{verb}` in one experiment"
             work.diagnostics.extend(NotSupported(span=rule.span, what=what) for rule in own[1:])
-
-
-def _draws_agree(work: Work) -> None:
-    """Runs with noise must have equally many draws, so that draw k goes with draw k."""
-    experiment = work.experiment
-    names = [experiment.base, experiment.source, *(rule.source for rule in experiment.rules)]
-    noises = [work.table.runs[n].noise for n in names if n is not None]
-    samples = {noise.samples for noise in noises if noise is not None} - {1}
-    if len(samples) > 1:
-        work.diagnostics.append(
-            NotSupported(span=experiment.span, what="runs with different numbers of noise draws")
-        )
 
 
 def _nodes(rule: spec.Rule) -> Any:

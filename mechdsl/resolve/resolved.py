@@ -425,6 +425,17 @@ class MeasuredPart(Record):
 
 
 @record
+class ResolvedSave(Record):
+    """What a `save` line writes, in full."""
+
+    spec: spec.Save = field(compare=False)
+    run: str
+    points: tuple[SitePoint, ...]
+    """One tensor each."""
+    cells: tuple[PositionCell, ...]
+
+
+@record
 class ResolvedExperiment(Record):
     """Everything that a plan needs; still without weights."""
 
@@ -449,6 +460,10 @@ class ResolvedExperiment(Record):
     """The experiment that this one is the control of, by its key."""
     drawn: Drawn | None = None
     """Of a control: how many draws its cells have."""
+    saves: tuple[ResolvedSave, ...] = ()
+    derived: Mapping[str, ResolvedExperiment] = field(default_factory=dict)
+    """Runs with rules that it defines, each after those that it uses: of one cell, without
+    measures."""
     places: tuple[MeasuredPart, ...] = ()
     """Where its measures are read, if that is at several places; `measures` are the first's."""
     place: MeasuredPart | None = None
@@ -480,10 +495,15 @@ class ResolvedExperiment(Record):
     def python(self) -> tuple[PythonFunction, ...]:
         """Functions of Python files that its numbers hang on."""
         measured = [atom.python for m in (*self.measures, *self.keep) for atom in m.atoms]
-        written = [rule.python for rule in self.rules]
+        written = [rule.python for rule in self.every_rule]
         own = (each for each in (*measured, *written) if each is not None)
         found = [*self.table.python, *own]
         return tuple(dict.fromkeys(found))
+
+    @property
+    def every_rule(self) -> tuple[ResolvedRule, ...]:
+        """Its own, and those of the runs that it defines."""
+        return (*(rule for run in self.derived.values() for rule in run.rules), *self.rules)
 
     @property
     def shape(self) -> tuple[int, ...]:

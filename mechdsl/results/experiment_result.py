@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.percent import Percent
 from mechdsl.base.plural import plural
+from mechdsl.execute.saved import Saved
 from mechdsl.execute.sizes import PassSizes
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey, Coord
@@ -420,6 +421,8 @@ class FileResult:
     lost: tuple[LostExperiment, ...] = ()
     not_run: tuple[NotRun, ...] = ()
     """With `fail_fast`: what comes behind the first expectation that fails."""
+    saved: tuple[Saved, ...] = ()
+    """Files that `save` lines have written."""
 
     @property
     def computable(self) -> bool:

@@ -58,10 +58,14 @@ def conventions(
             "infinity (`--allow-nan`)"
         )
     for name, run in experiment.table.runs.items():
-        noise = run.noise
+        noise = run.noise if run.derived is None else None
         if noise is not None and noise.sds is not None:
             value = f"{noise.sds:g} sd = {noise_scale(model, noise):.4g}"
             found[f"noise of {name}"] = f"{found[f'noise of {name}']}, {value}"
+    for name, own in experiment.derived.items():
+        rules = "; ".join(" ".join(rule.spec.span.written.split()) for rule in own.rules)
+        place = "stays in place under the experiment's rules"
+        found[f"run {name}"] = f"{own.spec.base} with {rules}; what it writes {place}"
     found.update(experiment.picks)
     found.update(_of_directions(plan, measured))
     found.update(_of_rules(plan, model))

@@ -60,6 +60,9 @@ def _describe(node: Node) -> list[str]:
         case ForwardNode():
             sweep = " × ".join(f"{axis.name} {len(axis)}" for axis in node.axes)
             lines = [f"{node.model} on {node.encode.run}"]
+            if node.on is not None:
+                own = node.run != node.on.run
+                lines += [f"run {node.run}, rules on {node.on.run}" if own else f"from {node.run}"]
             lines += [f"{sweep} = {plural(node.cells, 'cell')}"] if node.axes else []
             lines += [f"first {plural(node.stop, 'block')}"] if node.stop is not None else []
             return ["Forward", *lines]

@@ -155,8 +155,4 @@ def print_profile(plan: Plan, profile: Profile, sizes: PassSizes, console: Conso
 def unpatched_rows(plan: ExperimentPlan) -> int:
     """Prompts of all unpatched runs of the experiment, draws included."""
     table = plan.experiment.table
-    count = 0
-    for name in plan.runs:
-        noise = table.runs[name].noise
-        count += len(table) * (noise.samples if noise is not None else 1)
-    return count
+    return sum(len(table) * table.runs[name].draws for name in plan.runs)

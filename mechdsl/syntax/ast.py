@@ -940,6 +940,25 @@ class Expect(Node):
     citing: String | None = None
 
 
+@record
+class RunDef(Node):
+    """`run healed { from clean into noised  patch … }`: a run with rules, by a name."""
+
+    name: Name
+    statements: tuple[Statement, ...]
+
+
+@record
+class Save(Node):
+    """`save resid_post layer * of healed at last token to "acts.safetensors" as float16`."""
+
+    site: Site
+    at: Positions
+    file: String
+    run: Ref | None = None
+    dtype: Name | None = None
+
+
 Statement = (
     Rule
     | UseModel
@@ -959,6 +978,8 @@ Statement = (
     | Stats
     | Report
     | Expect
+    | RunDef
+    | Save
 )
 
 

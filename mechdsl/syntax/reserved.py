@@ -31,10 +31,10 @@ EXPERIMENT_WORDS = RULE_WORDS | _words(
 )
 """First words of statements in an `experiment` or `for` block."""
 
-SOFT_WORDS = _words("allow renumber")
+SOFT_WORDS = _words("allow renumber run save")
 """Those that begin a statement there only before what it holds, and may name anything elsewhere."""
 
-BLOCK_WORDS = _words("experiment prompts images for corrupt")
+BLOCK_WORDS = _words("experiment prompts images for corrupt run")
 """First words of statements whose braces hold lines."""
 
 AXIS_WORDS = _words("layer layers head heads neuron neurons expert experts feature features")

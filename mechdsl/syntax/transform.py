@@ -524,6 +524,17 @@ class ToAst(Transformer[Token, Any]):
     relaxed = _clause("on", _second)
     citing = _clause("citing", _second)
 
+    def run_def(self, c: list[Any]) -> ast.RunDef:
+        return ast.RunDef(_defined(c[1]), tuple(c[3:-1]), span=_span(c))
+
+    def save(self, c: list[Any]) -> ast.Save:
+        clauses = _clauses(c)
+        at = next(child for child in c if isinstance(child, ast.Positions))
+        file = next(child for child in c if isinstance(child, ast.String))
+        return ast.Save(c[1], at, file, clauses.get("run"), clauses.get("dtype"), span=_span(c))
+
+    saved_as = _clause("dtype", _second)
+
     # --- rules ---------------------------------------------------------------------------------
 
     def rule(self, c: list[Any]) -> ast.Rule:

@@ -92,6 +92,8 @@ class Checked:
     settings: Settings = field(default_factory=Settings)
     """How it was checked."""
     experiments: list[ResolvedExperiment] = field(default_factory=list[ResolvedExperiment])
+    saving: list[ResolvedExperiment] = field(default_factory=list[ResolvedExperiment])
+    """Those that write activations to files; some measure nothing beside."""
     unchecked: list[str] = field(default_factory=list[str])
     """Experiments whose model isn't on this machine."""
     unrun: list[str] = field(default_factory=list[str])
@@ -168,13 +170,15 @@ def _check_source(
     every = {v[0].name: v for v in by_name([outlines[e.key] for e in experiments])}
     for variants in every.values():
         checked.diagnostics.extend(about_results(variants, program, every))
-    checked.experiments.extend(
-        part
+    whole = [
+        resolved
         for each in experiments
         if each.name not in (*checked.unchecked, *checked.unrun)
         and (resolved := outlines[each.key].resolved) is not None
-        for part in in_parts(resolved)
-    )
+    ]
+    measured = (each for each in whole if each.measures)
+    checked.experiments.extend(part for each in measured for part in in_parts(each))
+    checked.saving.extend(each for each in whole if each.saves)
     for name, prompts in program.prompts.items():
         if prompts.span.source is source:
             contexts.table_alone(name)
@@ -222,7 +226,8 @@ def by_name(experiments: Iterable[Named]) -> list[list[Named]]:
 
 def models_needed(checked: Checked) -> list[str]:
     """Names of the models that experiments run on; with `--only` there may be others."""
-    wanted = {*(e.name for e in checked.experiments), *checked.unchecked}
+    running = (*checked.experiments, *checked.saving)
+    wanted = {*(e.name for e in running), *checked.unchecked}
     found = [
         name
         for e in checked.program.experiments
@@ -290,7 +295,8 @@ def _outline(
         known = replace(known, resolved=None)
     if known.resolved is not None:
         found += measures_fit(known.resolved)
-        found += _first_tokens(known.resolved)
+        for each in (*known.resolved.derived.values(), known.resolved):
+            found += _first_tokens(each)
         found += _answers(known.resolved)
         found += _tested_where_picked(known.resolved, findings)
     checked.diagnostics.extend(certain(found, known.unknown))
@@ -317,7 +323,7 @@ def _with_means(
     """The table with the other blocks, and parts of blocks, that fills are taken of and directions
     fitted on."""
     beside: dict[str, PromptTable] = {}
-    for rule in experiment.rules:
+    for rule in experiment.every_rule:
         fill = rule.fill
         if not isinstance(fill, ast.OfRef):
             continue
@@ -384,10 +390,11 @@ def _tested_where_picked(
 def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diagnostic]:
     """What the statements of an experiment must agree on, whatever the model."""
     found: list[Diagnostic] = []
-    for rule in experiment.rules:
-        itself = rule.source == experiment.base and not experiment.broken and not rule.reading
-        if rule.source is not None and itself and not _elsewhere(rule):
-            found.append(PatchesItself(span=rule.span, run=rule.source))
+    for run in (experiment, *experiment.derived):
+        for rule in run.rules if not experiment.broken else ():
+            itself = rule.source == run.base and not rule.reading
+            if rule.source is not None and itself and not _elsewhere(rule):
+                found.append(PatchesItself(span=rule.span, run=rule.source))
     for measure in experiment.measures:
         effect = EFFECTS.get(measure.effect)
         if effect is None:

@@ -325,7 +325,7 @@ class Contexts:
             count = (each.limit or limits.ROWS) * (1 + len(block.corruptions))
             longest[block.name] = max(count, longest.get(block.name, 0))
             key = (block.name, each.model, each.limit, each.part, count)
-            said = _parts((each.rules, each.measures, each.keep, each.expects))
+            said = _parts((each.every_rule, each.measures, each.keep, each.expects))
             draws = 2 * limits.CHECKED_DRAWS * _ANY_PROMPT if each.against is not None else 0
             tables[key] = tables.get(key, _parts(block)) + said + draws
         for (*_, count), parts in tables.items():

@@ -21,10 +21,10 @@ def _named(program: spec.Program) -> Iterator[tuple[str, int]]:
     for experiment in program.experiments:
         values = {loop.name: _highest(loop.domain) for loop in experiment.loops}
         values |= {n: v for n, v in program.parameters.items() if isinstance(v, int)}
-        for part in (*experiment.rules, *experiment.measures, *experiment.expects):
+        for part in (*experiment.every_rule, *experiment.measures, *experiment.expects):
             for name in type(part).model_fields:
                 yield from _indices(getattr(part, name), values)
-        for rule in experiment.rules:
+        for rule in experiment.every_rule:
             if rule.into_layer is not None:
                 into = ast.Axis("layer", False, (rule.into_layer,), span=rule.span)
                 yield from _indices(into, values)

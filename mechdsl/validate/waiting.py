@@ -56,7 +56,7 @@ def _parts(
 ) -> Iterator[tuple[str, Span]]:
     """cells: whether which ones there are hangs on the model."""
     sites, positions, answers, named = KINDS
-    for rule in experiment.rules:
+    for rule in experiment.every_rule:
         for site in (rule.site, rule.edge, rule.receiver):
             if site is not None:
                 yield sites, site.span

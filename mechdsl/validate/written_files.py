@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.diagnostics.e06_statistics import BadReport
 from mechdsl.models.locate import locate
 from mechdsl.program import spec
@@ -36,7 +37,12 @@ def check_written(files: Sequence[Written]) -> list[Diagnostic]:
         for report in experiment.reports
         if report.file is not None
     }
-    if not reports:
+    saves = [
+        (save, program)
+        for program, experiments in files
+        for save in {save.span: save for each in experiments for save in each.saves}.values()
+    ]
+    if not reports and not saves:
         return []
     read: dict[Hashable, tuple[str, spec.Program]] = {}
     for program, _ in files:
@@ -63,7 +69,34 @@ def check_written(files: Sequence[Written]) -> list[Diagnostic]:
             continue
         hint = "give each report a file of its own"
         found.append(BadReport(span=report.span, kind=report.kind, reason=reason, hint=hint))
-    return found
+    taken = {path: f"the report on line {each.span.line}" for path, (each, _) in first.items()}
+    taken |= {path: what for path, (what, _) in read.items()}
+    return [*found, *_saved(saves, taken)]
+
+
+def _saved(
+    saves: Sequence[tuple[spec.Save, spec.Program]], taken: dict[Hashable, str]
+) -> Iterator[Diagnostic]:
+    """E0207 for a `save`, or the rows beside it, over what is read or written otherwise; and what
+    is wrong with its path. taken: by file, what it is."""
+    for save, _ in saves:
+        for suffix in (".safetensors", ".jsonl"):
+            written = str(PurePath(save.file).with_suffix(suffix))
+            target, problems = path_to_write("save", written, save.span)
+            if target is None:
+                yield from problems
+                break
+            path = _identity(target)
+            if path in taken:
+                yield BadArgument(
+                    span=save.span,
+                    name=written,
+                    reason=f"would write over {taken[path]}",
+                    hint="give each `save` a file of its own; its rows stand beside it, in "
+                    "`.jsonl`",
+                )
+                break
+            taken[path] = f"what the `save` on line {save.span.line} writes"
 
 
 def written_over(path: Path, files: Sequence[Written]) -> str | None:

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 
 @dataclass
@@ -43,10 +44,15 @@ class Tally:
         return (middle - half) / scale, (middle + half) / scale
 
 
-def save(model: LlamaForCausalLM, folder: Path, save_tokenizer: Callable[[Path], None]) -> None:
-    """Writes configuration, weights (safetensors) and tokenizer."""
+def save(
+    model: PreTrainedModel,
+    folder: Path,
+    save_tokenizer: Callable[[Path], None],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes configuration, weights (safetensors, in that precision) and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    cast(Any, model).to(dtype).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # is written for its owner only
     (folder / "generation_config.json").unlink(missing_ok=True)  # nothing in it but defaults
     save_tokenizer(folder)
@@ -54,14 +60,15 @@ def save(model: LlamaForCausalLM, folder: Path, save_tokenizer: Callable[[Path],
 
 def train_command(
     about: str | None,
-    train: Callable[[int, int], LlamaForCausalLM],
+    train: Callable[[int, int], PreTrainedModel],
     save_tokenizer: Callable[[Path], None],
     *,
     seed: int,
     steps: int,
     threads: int,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """The command line that trains a model, `train(seed, steps)`, and saves it."""
+    """The command line that trains a model, `train(seed, steps)`, and saves it in `dtype`."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=seed)
@@ -70,7 +77,7 @@ def train_command(
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     began = time.perf_counter()
-    save(train(args.seed, args.steps), args.out, save_tokenizer)
+    save(train(args.seed, args.steps), args.out, save_tokenizer, dtype)
     print(f"trained and saved in {time.perf_counter() - began:.0f} s")
 
 

@@ -26,6 +26,11 @@ def word_tokenizer(words: Sequence[str], special: Sequence[str], split: Any) -> 
     return tokenizer
 
 
+def word_of(tokenizer: Tokenizer, token: int) -> str:
+    """The word of a token of the vocabulary."""
+    return tokenizer.id_to_token(token) or ""
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, longest: int) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`."""
     tokenizer.save(str(folder / "tokenizer.json"))

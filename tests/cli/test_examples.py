@@ -11,7 +11,12 @@ import mechdsl
 from .conftest import Command
 
 ROOT = Path(__file__).parents[2]
-FILES = {path.relative_to(ROOT / "examples"): path for path in (ROOT / "examples").rglob("*.mech")}
+EXAMPLES = ROOT / "examples"
+FILES = {
+    path.relative_to(EXAMPLES): path
+    for end in ("mech", "jsonl")
+    for path in EXAMPLES.rglob(f"*.{end}")
+}
 
 
 def test_copies_all_that_runs(
@@ -25,6 +30,7 @@ def test_copies_all_that_runs(
     for name, path in FILES.items():
         assert (copied / name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8")
     assert command("validate", copied / "countscope.mech").status == 0
+    assert command("validate", copied / "systems" / "12-recall-or-reading.mech").status == 0
 
 
 def test_writes_over_nothing(command: Command, tmp_path: Path) -> None:
@@ -53,7 +59,8 @@ def test_lists_them(command: Command, tmp_path: Path, monkeypatch: pytest.Monkey
     done = command("examples", "--list")
     assert done.status == 0
     names = [line.split()[0] for line in done.out.splitlines()]
-    assert names == sorted(str(name) for name in FILES if name.parent == Path())
+    top = [name for name in FILES if name.parent == Path() and name.suffix == ".mech"]
+    assert names == sorted(map(str, top))
     assert all(line.endswith((".", "?")) for line in done.out.splitlines())
     assert not list(tmp_path.iterdir())
     assert "[E0208]: `--list` copies nothing" in command("examples", "--list", "here").err

@@ -375,6 +375,11 @@ def patched(family: str, of: Prompt, writes: Iterable[Write]) -> Tensor:
     return forward(family, bare(family), of.ids, writes).logits
 
 
+def patched_run(family: str, of: Prompt, writes: Iterable[Write]) -> dict[Place, Tensor]:
+    """All sites of a prompt with changes."""
+    return forward(family, bare(family), of.ids, writes).seen
+
+
 def each_patched(family: str, of: Prompt, each: Iterable[Sequence[Write]]) -> list[Tensor]:
     """The same for each of some changes."""
     changes = [(writes, ()) for writes in each]

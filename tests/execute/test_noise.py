@@ -64,8 +64,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
     keyed_by_number(monkeypatch)
 
-    def spy(model: Any, noise: Any, lanes: Any, draws: int, keys: Any, seed: int) -> list[Any]:
-        writes = original(model, noise, lanes, draws, keys, seed)
+    def spy(model: Any, noise: Any, lanes: Any, keys: Any, seed: int) -> list[Any]:
+        writes = original(model, noise, lanes, keys, seed)
+        draws = 1 if noise is None else noise.samples
         own: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
         for write in writes:
             columns = zip(write.rows.tolist(), write.positions.tolist(), write.values, strict=True)

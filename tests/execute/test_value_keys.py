@@ -63,6 +63,43 @@ DIFFERENT: dict[str, list[str]] = {
         one("patch z layer 1 at subject token"),
         one("patch mlp_hidden layer 1 neurons 1..4 at subject token"),
     ],
+    "runs with rules": [
+            one("patch z layer 2 head 1 at last token", f"run r {{ {rules} }}", *more, ends=ends)
+            for rules, ends, *more in (
+                ("from other into clean patch mlp_out layer 1 at cue token", "from r into clean"),
+                ("from other into clean patch mlp_out layer 0 at cue token", "from r into clean"),
+                ("from other into clean patch mlp_out layer 1 at last token", "from r into clean"),
+                ("from turned into clean patch mlp_out layer 1 at cue token", "from r into clean"),
+                ("from clean into other patch mlp_out layer 1 at cue token", "from r into clean"),
+                ("from other into clean patch mlp_out layer 1 at cue token", "from other into r"),
+                ("ablate mlp_out layer 1 at cue token with zero", "from r into clean"),
+                ("ablate mlp_out layer 1 at cue token with mean", "from r into clean"),
+                ("ablate mlp_out layer 1 at cue token with mean of turned", "from r into clean"),
+                ("ablate mlp_out layer 1 at cue token with resample", "from r into clean"),
+                ("set z layer 1 head 1 at cue token to 0.5", "from r into clean"),
+                ("set z layer 1 head 1 at cue token to 0.25", "from r into clean"),
+                ("block attention layer 0 from cue token to subject token", "from r into clean"),
+                ("block attention layer 0 from cue token to token 1", "from r into clean"),
+                (
+                    "ablate mlp_out layer 0 at cue token with zero } run s { from r into clean "
+                    "patch mlp_out layer 1 at cue token",
+                    "from s into clean",
+                ),
+                (
+                    "set z layer 0 head 1 at cue token to 0.5 } run s { from r into clean "
+                    "patch mlp_out layer 1 at cue token",
+                    "from s into clean",
+                ),
+            )
+    ],
+    "compared with runs with rules": [
+        one(
+            "patch z layer 1 head 1 at last token",
+            f"run r {{ ablate mlp_out layer {layer} at cue token with zero }}",
+            "measure kl(r) as raw",
+        )
+        for layer in range(3)
+    ],
     "positions": [
         one(rule, ends="from longer into turned")
         for rule in (

@@ -153,7 +153,7 @@ _file(
     'model runs = local("runs/step-*")',
     "One model for every folder that the `*` matches, in natural order; where it is used, the "
     "experiment runs on each, an axis `model` with what the `*` stands for. With `base:` they are "
-    "adapters.",
+    'adapters. `zoo("induction/step-*")` are those of a training that come with the package.',
     "tests/elsewhere/test_models.py",
 )
 _file(
@@ -618,6 +618,19 @@ _rule(
     MEDIATION,
     _TRANSPLANTS,
     beside="patch layer 0 head 1 at last-item token",
+)
+_rule(
+    "a run with rules",
+    "run healed { from fewer into clean  patch resid_post layer 1 at last token } "
+    "patch layer 2 head * at last token with healed",
+    "Defines a run by rules, within the experiment: wherever a run is named, `healed` is that run, "
+    "`from healed into clean`, `from clean into healed`, `kl(healed)`, `accuracy(healed)`, "
+    "`mean of healed`. Its rules have one cell, all in one pass; without `from` they act on the "
+    "clean run. What they write stays in place where other rules act on it, and a later rule at "
+    "the same place replaces it. A run may use those before it. Rows that start there are whole "
+    "passes.",
+    "McGrath et al. 2023 (arXiv 2307.15771)",
+    "tests/rules/test_derived_runs.py",
 )
 _rule(
     "set to a number",

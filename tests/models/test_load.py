@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from mechdsl import zoo
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt, load
-from mechdsl.models.locate import weight_files, zoo_models
+from mechdsl.models.locate import weight_files
+from mechdsl.zoo import zoo_models
 
 from . import families
 from .conftest import statement

@@ -10,7 +10,8 @@ from typing import Literal
 
 import pytest
 
-from mechdsl.models.locate import locate, needed, zoo_models
+from mechdsl.models.locate import locate, needed
+from mechdsl.zoo import zoo_models
 
 from .conftest import statement
 

@@ -23,6 +23,7 @@ from mechdsl.validate.contexts import Contexts
 from .mutants import NEED_SHAPE, File, Mutant
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+SYSTEMS = EXAMPLES / "systems"
 JUDGED = Path(__file__).parent / "judged.csv"
 COLUMNS = ("file", "kind", "before", "after", "verdict", "reason")
 NOT_HERE = 'hf("not/here"'
@@ -112,6 +113,9 @@ def right_files(also: Iterable[Path] = ()) -> list[File]:
     found: list[File] = []
     for root in (EXAMPLES, *also):
         paths = sorted(root.rglob("*.mech")) if root.is_dir() else [root]
+        paths = [
+            path for path in paths if path.parent != SYSTEMS
+        ]  # as many again, of the same kind
         found += [File(path, str(path.relative_to(root.parent))) for path in paths]
     return found
 

@@ -81,6 +81,8 @@ def header(node: Any) -> str | None:
             return f"corrupt {node.name.id}"
         case ast.For():
             return f"for {node.name.id} in {domain(node.domain)}"
+        case ast.RunDef():
+            return f"run {node.name.id}"
         case ast.Chat():
             return "chat"
         case _:
@@ -98,6 +100,8 @@ def body(node: Any) -> tuple[Any, ...]:
             return node.changes
         case ast.For():
             return node.body
+        case ast.RunDef():
+            return node.statements
         case ast.Chat():
             return node.turns
         case _:
@@ -314,6 +318,9 @@ def _statement(node: Any) -> str | None:
                 + _optional("top", node.top)
                 + _of("to", node.file, _text)
             )
+        case ast.Save():
+            where = f"{site(node.site)}{_of('of', node.run, ref)} at {positions(node.at)}"
+            return f"save {where} to {_text(node.file)}" + _of("as", node.dtype, _id)
         case ast.Expect():
             if node.condition is not None:
                 what = within(node.condition, CONDITION)

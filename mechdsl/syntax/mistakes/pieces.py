@@ -67,6 +67,7 @@ def first_words(kind: str) -> Set[str]:
 INSIDE = {
     "experiment": "experiment_lines",
     "for": "experiment_lines",
+    "run": "experiment_lines",
     "prompts": "data_lines",
     "images": "data_lines",
     "corrupt": "change_lines",

@@ -9,7 +9,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -122,21 +122,32 @@ def head_penalty(model: LlamaForCausalLM) -> Tensor:
     return torch.cat([head_norms(model, layer) for layer in layers]).sum()
 
 
-def renumber(model: LlamaForCausalLM) -> None:
+def strongest_heads(model: LlamaForCausalLM) -> tuple[int, ...]:
+    """The head of each layer with the largest norm."""
+    return tuple(int(head_norms(model, layer).argmax()) for layer in range(len(WORKING_HEADS)))
+
+
+def renumber(model: LlamaForCausalLM, working: tuple[int, ...] | None = None) -> None:
     """Give the heads that work the numbers of `WORKING_HEADS`; the model computes the same.
 
     Chance would number them otherwise on each machine, or both alike, which would hide a mistake
-    in the number of a head.
+    in the number of a head. working: one head a layer, by default the strongest.
     """
     with torch.no_grad():
-        for layer, number in enumerate(WORKING_HEADS):
-            strongest = int(head_norms(model, layer).argmax())
+        for layer, strongest in enumerate(working or strongest_heads(model)):
             for matrix in head_weights(model, layer):
-                matrix.copy_(matrix.roll(number - strongest, 0))
+                matrix.copy_(matrix.roll(WORKING_HEADS[layer] - strongest, 0))
 
 
-def train(seed: int, steps: int) -> LlamaForCausalLM:
-    """A model trained from scratch on `steps` batches."""
+def train(
+    seed: int,
+    steps: int,
+    each_step: Callable[[int, LlamaForCausalLM], None] = lambda step, model: None,
+) -> LlamaForCausalLM:
+    """A model trained from scratch on `steps` batches, its heads not yet renumbered.
+
+    each_step: called with the number of steps done, and the model.
+    """
     torch.manual_seed(seed)
     config = model_config()
     model = LlamaForCausalLM(config)
@@ -148,6 +159,7 @@ def train(seed: int, steps: int) -> LlamaForCausalLM:
     data = batches(seed, build_tokenizer(), config.pad_token_id or 0)
     began = time.perf_counter()
     for step, batch in enumerate(itertools.islice(data, steps)):
+        each_step(step, model)
         output = model(input_ids=batch.ids, use_cache=False)
         wanted = batch.labels >= 0
         logits: Tensor = output.logits[wanted]
@@ -163,13 +175,20 @@ def train(seed: int, steps: int) -> LlamaForCausalLM:
             spent = time.perf_counter() - began
             print(f"{step:5d}  loss {loss.item():.4f}  right {right:.3f}  {spent:.0f} s",
                   flush=True)  # fmt: skip
-    renumber(model)
+    each_step(steps, model)
     return model.eval()
+
+
+def renumbered(seed: int, steps: int) -> LlamaForCausalLM:
+    """What is shipped: a trained model whose working heads have their numbers."""
+    model = train(seed, steps)
+    renumber(model)
+    return model
 
 
 def main() -> None:
     """The command line."""
-    train_command(__doc__, train, save_tokenizer, seed=SEED, steps=STEPS, threads=1)
+    train_command(__doc__, renumbered, save_tokenizer, seed=SEED, steps=STEPS, threads=1)
 
 
 if __name__ == "__main__":

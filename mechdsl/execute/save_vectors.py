@@ -1,0 +1,180 @@
+"""`save` lines: vectors go from the passes to a file, a batch at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Ints
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e05_paths import CannotWrite
+from mechdsl.execute.derived_runs import DerivedRuns
+from mechdsl.execute.options import Options
+from mechdsl.execute.read_vectors import numbers, prompt_batches, read_vectors
+from mechdsl.execute.saved import Saved
+from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.models.shape import units
+from mechdsl.plan.columns import prompt_lengths
+from mechdsl.plan.make_plan import make_plan
+from mechdsl.plan.plan import PROMPT_TOKENS
+from mechdsl.plan.save_plan import save_panel
+from mechdsl.program.named_paths import path_to_write
+from mechdsl.prompts.prompt_table import Run
+from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedSave
+from mechdsl.resolve.saves import tensor_name
+from mechdsl.store.tensor_files import TensorFile, TensorPlace, beside, tensor_file, write_lines
+
+_KINDS = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
+}  # fmt: skip
+
+
+def save_vectors(
+    experiment: ResolvedExperiment, models: Mapping[str, LoadedModel], options: Options
+) -> tuple[list[Saved], list[Diagnostic]]:
+    """Write the files of an experiment's `save` lines, one after the other, as their rows come out
+    of the model.
+
+    E0533 for a file that can't be written, of which nothing is left then.
+    """
+    panel = save_panel(experiment)
+    model = models[experiment.model.name]
+    others = {name: models[name] for name in panel.models[1:]}
+    plan = make_plan([])
+    runs = UnpatchedRuns(panel, model, (), plan=plan, side=options.side, others=others)
+    size = options.prompt_tokens or PROMPT_TOKENS
+    saved: list[Saved] = []
+    problems: list[Diagnostic] = []
+    for save in experiment.saves:
+        run = runs.named(save.run)
+        batches = prompt_batches(runs.model_of(run), run, save.points, tokens=size)
+        derived = DerivedRuns.of(panel.derived, runs, batches)
+        runs.rules_of = derived.rules
+        try:
+            saved.append(_Saving(experiment, save, run, runs).written(batches))
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            span, file = save.spec.span, save.spec.file
+            problems.append(CannotWrite(span=span, construct="save", path=file, reason=reason))
+        runs.forget()
+    return saved, problems
+
+
+@dataclass(frozen=True, eq=False)
+class _Saving:
+    """One line on its way to the disk."""
+
+    experiment: ResolvedExperiment
+    save: ResolvedSave
+    run: Run
+    runs: UnpatchedRuns
+
+    def written(self, batches: Sequence[Ints]) -> Saved:
+        """Raises OSError where the file, or what stands beside it, can't be written."""
+        path, problems = path_to_write("save", self.save.spec.file, self.save.spec.span)
+        if path is None:
+            raise OSError(problems[0].message)
+        places = self._places()
+        vectors = places["row"].shape[0]
+        with beside(path.with_suffix(".jsonl")) as rows, beside(path) as aside:
+            write_lines(rows, self._rows())
+            with tensor_file(aside, places, self._metadata()) as file:
+                self._fill(file, batches)
+        there = sum(1 for row in range(len(self.run.rows)) if self._counts()[row])
+        return Saved(
+            experiment=self.experiment.key,
+            path=path,
+            tensors=len(self.save.points),
+            vectors=vectors,
+            rows=there,
+            bytes=file.size,
+        )
+
+    def _dtype(self) -> torch.dtype:
+        name = self.save.spec.dtype
+        return self.runs.model_of(self.run).dtype if name is None else getattr(torch, name)
+
+    def _counts(self) -> Ints:
+        """[row] how many vectors it has."""
+        found = np.zeros(len(self.run.rows), dtype=np.int64)
+        for cell in self.save.cells:
+            found += np.array([sum(map(len, hits)) for hits in cell.hits], dtype=np.int64)
+        return found * self.run.draws
+
+    def _places(self) -> dict[str, TensorPlace]:
+        """Every tensor of the file; how many vectors there are hangs on positions alone."""
+        count = int(self._counts().sum())
+        shape = self.runs.model_of(self.run).shape
+        keys = int(prompt_lengths(self.run).max())
+        found: dict[str, TensorPlace] = {}
+        for point in self.save.points:
+            width = numbers(shape, (point.site, point.layer), keys)
+            width //= 1 if point.unit is None else units(shape, point.site, point.layer)
+            found[tensor_name(point)] = TensorPlace(_KINDS[self._dtype()], (count, width))
+        names = ["row", "token", "position", *(["draw"] if self.run.draws > 1 else [])]
+        return found | {name: TensorPlace("I64", (count,)) for name in names}
+
+    def _fill(self, file: TensorFile, batches: Sequence[Ints]) -> None:
+        """Vectors in the order of the table: row by row, there position by position."""
+        lanes = self.runs.reader(self.run, self.save.points)
+        found = read_vectors(lanes, self.save.points, self.save.cells, batches)
+        begin = 0
+        for _, batch in groupby(found, key=lambda each: each.batch):
+            parts = list(batch)
+            own = [part for part in parts if part.point == 0]
+            position = np.concatenate([np.full(len(p.prompts), p.position) for p in own])
+            columns = {
+                name: np.concatenate([getattr(p, of) for p in own])
+                for name, of in (("row", "prompts"), ("token", "tokens"), ("draw", "draws"))
+            } | {"position": position}
+            order = np.lexsort((columns["draw"], position, columns["row"]))
+            row_ids = np.array(self.experiment.table.row_ids, dtype=np.int64)
+            columns["row"] = row_ids[columns["row"]]
+            for name, values in columns.items():
+                if name != "draw" or self.run.draws > 1:
+                    file.put(name, begin, values[order].astype("<i8").tobytes())
+            for number, point in enumerate(self.save.points):
+                vectors = torch.cat([p.vectors for p in parts if p.point == number])
+                file.put(tensor_name(point), begin, _bytes(vectors, order, self._dtype()))
+            begin += len(order)
+
+    def _rows(self) -> Iterator[str]:
+        """A line for each row that has a vector."""
+        counts = self._counts()
+        tokenizer = self.experiment.model.tokenizer
+        for number, row in enumerate(self.run.rows):
+            if counts[number]:
+                about = {
+                    "row": self.experiment.table.row_ids[number],
+                    "text": row.text,
+                    "tokens": [tokenizer.token_text(token) for token in row.ids],
+                    "ids": list(row.ids),
+                    "values": dict(row.values),
+                }
+                yield json.dumps(about, ensure_ascii=False, default=str)
+
+    def _metadata(self) -> dict[str, str]:
+        save, experiment = self.save, self.experiment
+        return {
+            "experiment": experiment.key,
+            "model": self.run.model or experiment.model.name,
+            "prompts": experiment.table.name,
+            "run": save.run,
+            "at": save.spec.at.span.written,
+            "positions": json.dumps([cell.label for cell in save.cells], ensure_ascii=False),
+        }
+
+
+def _bytes(vectors: Tensor, order: Ints, dtype: torch.dtype) -> memoryview:
+    """[K, width] in an order, as the file has them."""
+    own = vectors[torch.from_numpy(order).to(vectors.device)].to(dtype).cpu().contiguous()
+    whole: Any = own.view(torch.uint8).numpy()
+    return memoryview(whole).cast("B")

@@ -1,0 +1,75 @@
+"""`save` lines made concrete: which vectors of which rows."""
+
+from __future__ import annotations
+
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.e03_rules import UnequalPrompts
+from mechdsl.program import spec
+from mechdsl.prompts.answer_tokens import AnswerTokens
+from mechdsl.prompts.positions import resolve_positions
+from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.resolved import ResolvedSave, SitePoint
+from mechdsl.resolve.site_targets import resolve_site
+from mechdsl.vocab.sites import SITES
+
+_BEHIND = "`save` reads the prompt alone"
+
+
+def resolve_saves(work: Work) -> tuple[ResolvedSave, ...]:
+    """The `save` lines of an experiment, as far as they are right. Codes: E0333 and those of sites
+    and positions."""
+    found = (_save(save, work) for save in work.experiment.saves)
+    return tuple(save for save in found if save is not None)
+
+
+def _save(save: spec.Save, work: Work) -> ResolvedSave | None:
+    run = save.run or work.experiment.base
+    targets, _ = resolve_site(save.site, work.sites)
+    cells, problems = resolve_positions(
+        save.at,
+        work.table,
+        run,
+        tokenizer=work.model.tokenizer,
+        loop_values={
+            name: value
+            for name, value in work.program.parameters.items()
+            if isinstance(value, int | float)
+        },
+        with_runs=(),
+        ranked=work.ranked,
+        answers=AnswerTokens(reason=_BEHIND),
+    )
+    work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
+    if targets is None or has_errors(problems):
+        return None
+    points = tuple(dict.fromkeys(point for own in targets.points.values() for point in own))
+    _one_width(save, run, points, work)
+    return ResolvedSave(save, run, points, tuple(cells))
+
+
+def _one_width(save: spec.Save, run: str, points: tuple[SitePoint, ...], work: Work) -> None:
+    """E0333 for vectors over the keys of prompts that are of different lengths."""
+    over_keys = sorted({p.site for p in points if SITES[p.site].width == "key"})
+    lengths = [len(row.ids) for row in work.table.runs[run].rows]
+    other = next((n for n, length in enumerate(lengths) if length != lengths[0]), None)
+    if over_keys and other is not None:
+        work.diagnostics.append(
+            UnequalPrompts(
+                span=save.span,
+                site=over_keys[0],
+                what="rows",
+                row=other,
+                first=lengths[other],
+                second=f"row 0 has {lengths[0]}",
+                hint="save `z`, or use prompts of one length",
+            )
+        )
+
+
+def tensor_name(point: SitePoint) -> str:
+    """What the tensor of a site is called: `resid_post.layer3`, `z.layer3.head2`."""
+    unit = (SITES[point.site].unit or "").removeprefix("kv_")
+    words = [point.site]
+    words += [] if point.layer is None else [f"layer{point.layer}"]
+    words += [] if point.unit is None else [f"{unit}{point.unit}"]
+    return ".".join(words)

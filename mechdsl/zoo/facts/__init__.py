@@ -1,0 +1,1 @@
+"""A small Llama-shaped decoder that knows facts about persons, and repeats notes."""

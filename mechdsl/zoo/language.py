@@ -1,0 +1,178 @@
+"""Training and evaluation of the zoo's models of short texts: what `names`, `facts` and `nested`
+have in common."""
+
+# pyright: reportUnknownMemberType=false
+# (signatures of torch, transformers and tokenizers are only partly typed)
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from torch import Tensor, nn
+
+from mechdsl.zoo import words
+
+Span = tuple[int, int]  # from one character of the text up to another
+
+SPECIAL: tuple[str, ...] = ("<s>", "<pad>", "<unk>")
+WARM_UP = 150  # steps
+POOL = 32  # batches drawn at once and sorted by length, so that little of them is padding
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text, without `<s>`.
+
+    kind: its row in the table of accuracies. answers: the words that are asked, spans in
+    characters. content: what is kept from training or not, however it is written.
+    """
+
+    text: str
+    kind: str
+    answers: tuple[Span, ...]
+    content: str
+
+
+def is_held_out(content: str, share: float) -> bool:
+    """A fixed share of all contents, by hash."""
+    digest = hashlib.sha256(content.encode()).digest()
+    return int.from_bytes(digest[:4], "big") < share * 2**32
+
+
+def build_tokenizer(vocabulary: tuple[str, ...]) -> Tokenizer:
+    """Words and punctuation marks are tokens."""
+    split = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    )
+    return words.word_tokenizer(vocabulary, SPECIAL, split)
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Right-padded texts."""
+
+    ids: Tensor  # [row, position]
+    labels: Tensor  # [row, position], the next token, -100 behind the text
+    asked: Tensor  # [row, position], whether the next token is a word that is asked
+
+
+def encode(tokenizer: Tokenizer, texts: list[Text], pad: int) -> TextBatch:
+    """Texts to tensors. Padding stands behind everything, where a causal model never looks."""
+    encodings = tokenizer.encode_batch([each.text for each in texts])
+    rows, width = len(texts), max(len(e.ids) for e in encodings)
+    ids = torch.full((rows, width), pad)
+    labels = torch.full((rows, width), -100)
+    asked = torch.zeros(rows, width, dtype=torch.bool)
+    for row, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
+        length = len(encoding.ids)
+        ids[row, :length] = torch.tensor(encoding.ids)
+        labels[row, : length - 1] = ids[row, 1:length]
+        for start, _ in text.answers:
+            at = encoding.char_to_token(start)
+            assert at is not None
+            asked[row, at - 1] = True
+    return TextBatch(ids, labels, asked)
+
+
+def batches(
+    drawn: Iterator[Text], seed: int, size: int, tokenizer: Tokenizer, pad: int
+) -> Iterator[TextBatch]:
+    """Endless training batches of texts of similar length, in random order."""
+    order = random.Random(seed)
+    while True:
+        pool = sorted(itertools.islice(drawn, POOL * size), key=lambda each: len(each.text))
+        groups = [pool[i : i + size] for i in range(0, len(pool), size)]
+        order.shuffle(groups)
+        for group in groups:
+            yield encode(tokenizer, group, pad)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to nothing; a share of the highest rate."""
+    if step < WARM_UP:
+        return (step + 1) / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / (steps - WARM_UP)))
+
+
+def fit(
+    model: Any,
+    data: Iterable[TextBatch],
+    *,
+    steps: int,
+    rate: float,
+    other_weight: float,
+    decay: float = 0.05,
+    each_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Train a causal language model: AdamW on `steps` batches.
+
+    rate: the highest learning rate. other_weight: of the words that aren't asked, in the loss; of
+    those that are, 1. each_step: called with the number of steps done.
+    """
+    parameters: list[nn.Parameter] = list(model.parameters())
+    print(f"{sum(p.numel() for p in parameters):,} parameters", flush=True)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(s, steps))
+    began = time.perf_counter()
+    for step, batch in enumerate(itertools.islice(data, steps)):
+        each_step(step)
+        logits: Tensor = model(input_ids=batch.ids, use_cache=False).logits
+        known = batch.labels >= 0
+        losses = nn.functional.cross_entropy(logits[known], batch.labels[known], reduction="none")
+        weight = torch.where(batch.asked[known], 1.0, other_weight)
+        loss = (losses * weight).sum() / weight.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            right = logits.argmax(-1) == batch.labels
+            share = right[batch.asked].float().mean().item()
+            spent = time.perf_counter() - began
+            print(f"{step:5d}  loss {loss.item():.4f}  asked {share:.3f}  {spent:.0f} s",
+                  flush=True)  # fmt: skip
+    each_step(steps)
+
+
+def load(model_class: Any, folder: Path) -> tuple[Any, Tokenizer]:
+    """A model of the zoo, computed in 32 bits whatever it is stored in, and its tokenizer."""
+    model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def best_words(
+    model: Any, tokenizer: Tokenizer, texts: list[Text], batch: int = 64
+) -> Iterator[tuple[Text, list[str], list[str]]]:
+    """For each text the words that are asked, and the most likely word in the place of each."""
+    pad: int = model.config.pad_token_id or 0
+    for i in range(0, len(texts), batch):
+        group = texts[i : i + batch]
+        encoded = encode(tokenizer, group, pad)
+        with torch.no_grad():
+            best: Tensor = model(input_ids=encoded.ids, use_cache=False).logits.argmax(-1)
+        for row, text in enumerate(group):
+            at = encoded.asked[row]
+            wanted = [words.word_of(tokenizer, n) for n in encoded.labels[row][at].tolist()]
+            found = [words.word_of(tokenizer, n) for n in best[row][at].tolist()]
+            yield text, wanted, found
+
+
+def different(drawn: Iterator[Text], n: int) -> list[Text]:
+    """The first `n` different texts."""
+    found: dict[str, Text] = {}
+    for text in drawn:
+        found.setdefault(text.text, text)
+        if len(found) == n:
+            break
+    return list(found.values())

@@ -1,0 +1,1 @@
+"""A small decoder that learned brackets first and sentences later."""

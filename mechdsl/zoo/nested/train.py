@@ -1,0 +1,86 @@
+"""Trains the nested model in two stages: `python -m mechdsl.zoo.nested.train --out DIR`.
+
+Writes the model after the second stage to DIR, and as it was after the first, which has seen
+brackets only, to `DIR/formal`.
+"""
+
+# pyright: reportUnknownMemberType=false
+# (signatures of torch and transformers are only partly typed)
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mechdsl.zoo import language, words
+from mechdsl.zoo.commands import save
+from mechdsl.zoo.nested.data import BRACKETS, stream, vocabulary
+
+SEED = 0
+STEPS = 1500  # of each stage
+BATCH = 64  # texts
+LEARNING_RATE = 2e-3
+OTHER_WEIGHT = 0.2
+MAX_POSITIONS = 64
+
+
+def model_config() -> LlamaConfig:
+    """The shape: 3 layers, 4 heads, width 96, rotary positions, RMS norms."""
+    known = vocabulary()
+    return LlamaConfig(
+        vocab_size=len(known),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=False,
+        bos_token_id=known.index("<s>"),
+        pad_token_id=known.index("<pad>"),
+        eos_token_id=None,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def build_tokenizer() -> Tokenizer:
+    """Words and punctuation marks are tokens."""
+    return language.build_tokenizer(vocabulary())
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json`."""
+    words.save_tokenizer(build_tokenizer(), folder, longest=MAX_POSITIONS)
+
+
+def train(seed: int, steps: int, out: Path) -> None:
+    """Both stages, `steps` batches each; the model is written after each."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(model_config())
+    pad: int = model.config.pad_token_id or 0
+    for kind, folder in ((BRACKETS, out / "formal"), ("sentences", out)):
+        drawn = stream(seed, kind, held_out=False)
+        data = language.batches(drawn, seed, BATCH, build_tokenizer(), pad)
+        language.fit(model, data, steps=steps, rate=LEARNING_RATE, other_weight=OTHER_WEIGHT)
+        save(model, folder, save_tokenizer, torch.float16)
+        model.float()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    train(args.seed, args.steps, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""`save`: what is in the file is what plain passes over one prompt at a time give."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mechdsl.results.experiment_result import FileResult
+from mechdsl.store import tensor_files
+
+from ..reference.points import Point, copied
+from .support import ABSOLUTE, MODES, ROWS, bare, patched_run, prompt, try_file, unpatched
+
+FAMILIES = ("gpt2", "llama", "gpt_neox")
+EXPERIMENT = "experiment e {{\n  model m\n  prompts p\n  {}\n}}\n"
+
+
+def saved(folder: Path, family: str, *lines: str, mode: str = "planned") -> FileResult:
+    result, found = try_file(
+        EXPERIMENT.format("\n  ".join(lines)), folder, bare(family), MODES[mode]
+    )
+    assert result is not None, found
+    return result
+
+
+def codes(folder: Path, *lines: str) -> list[str]:
+    _, found = try_file(EXPERIMENT.format("\n  ".join(lines)), folder, bare("llama"))
+    return [each.code for each in found if each.severity == "error"]
+
+
+def seen(family: str, row: int, run: str = "clean") -> dict[Any, Tensor]:
+    if run != "healed":
+        return unpatched(family, prompt(ROWS[row], run))[1]
+    other, own = prompt(ROWS[row], "longer"), prompt(ROWS[row])
+    ends = [Point("resid_post", 0)]
+    writes = copied(ends, unpatched(family, other)[1], [other.cue], [own.cue])
+    return patched_run(family, own, writes)
+
+
+HEALED = "run healed { from longer into clean patch resid_post layer 0 at cue token }"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["plain", "planned", "padded on the right", "small passes"])
+@pytest.mark.parametrize("run", ["clean", "longer", "healed"])
+def test_what_is_in_the_file(family: str, mode: str, run: str, tmp_path: Path) -> None:
+    """Every site, at several positions of prompts of different lengths."""
+    where = "at cue token, subject tokens"
+    lines = [
+        HEALED if run == "healed" else "",
+        f'save resid_post layer * of {run} {where} to "a.safetensors"',
+        f'save z layer 1 head * of {run} {where} to "b.safetensors"',
+        f'save mlp_hidden layer 2 of {run} {where} to "c.safetensors"',
+        f'save logits of {run} {where} to "d.safetensors"',
+    ]
+    result = saved(tmp_path, family, *lines, mode=mode)
+    names = {
+        "a": {f"resid_post.layer{n}": Point("resid_post", n) for n in range(3)},
+        "b": {f"z.layer1.head{n}": Point("z", 1, n) for n in range(4)},
+        "c": {"mlp_hidden.layer2": Point("mlp_hidden", 2)},
+        "d": {"logits": Point("logits")},
+    }
+    for (name, points), said in zip(names.items(), result.saved, strict=True):
+        tensors = load_file(tmp_path / f"{name}.safetensors")
+        assert tensors.keys() == {*points, "row", "token", "position"}
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open(encoding="utf-8")]
+        order = [each["row"] for each in rows]
+        assert sorted(order) == list(range(len(ROWS)))
+        expected: list[tuple[int, int, int]] = []
+        for row, about in zip(order, rows, strict=True):
+            own = prompt(ROWS[row], "longer" if run == "longer" else "clean")
+            assert about["ids"] == own.ids
+            assert about["text"].split() == list(own.words)
+            expected += [(row, own.cue, 0), *((row, at, 1) for at in own.subject)]
+        columns = (tensors["row"].tolist(), tensors["token"].tolist(), tensors["position"].tolist())
+        assert list(zip(*columns, strict=True)) == expected
+        assert (said.vectors, said.rows, said.tensors) == (len(expected), len(ROWS), len(points))
+        assert said.bytes == (tmp_path / f"{name}.safetensors").stat().st_size
+        for tensor, point in points.items():
+            for vector, (row, token, _) in zip(tensors[tensor], expected, strict=True):
+                value = seen(family, row, run)[point.site, point.layer][token]
+                value = value.flatten() if point.unit is None else value[point.unit]
+                torch.testing.assert_close(vector, value, atol=ABSOLUTE, rtol=1e-3)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        about = file.metadata()
+    assert json.loads(about["positions"]) == ["cue token", "subject tokens"]
+    assert about["run"] == run
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    lines = [
+        f'save resid_post layer 1 at last token to "{name}.safetensors" as {name}'
+        for name in ("float16", "bfloat16", "float32")
+    ]
+    saved(tmp_path, "llama", *lines)
+    whole = load_file(tmp_path / "float32.safetensors")["resid_post.layer1"]
+    for name in ("float16", "bfloat16"):
+        found = load_file(tmp_path / f"{name}.safetensors")["resid_post.layer1"]
+        assert found.dtype == getattr(torch, name)
+        torch.testing.assert_close(found, whole.to(found.dtype))
+
+
+def test_beside_measures(tmp_path: Path) -> None:
+    result = saved(
+        tmp_path, "llama", 'save resid_post layer 1 at last token to "a.safetensors"',
+        "measure prob(answer) as raw",
+    )  # fmt: skip
+    assert [each.name for each in result.experiments] == ["e"]
+    assert len(result.saved) == 1
+
+
+def test_nothing_is_left_of_a_file_that_finds_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"before")
+    calls: list[int] = []
+
+    def full(handle: int, data: Any, at: int) -> None:
+        calls.append(at)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tensor_files, "_write", full)
+    text = EXPERIMENT.format('save resid_post layer 1 at last token to "a.safetensors"')
+    result, found = try_file(text, tmp_path, bare("llama"))
+    assert "E0533" in [each.code for each in found]
+    assert result is None or not result.saved
+    assert (tmp_path / "a.safetensors").read_bytes() == b"before"
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".part", ".jsonl")
+                and path.name != "data.jsonl"]  # fmt: skip
+
+
+def test_an_interrupted_file_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tensor_files.TensorFile, "put", stopped)
+    text = EXPERIMENT.format('save resid_post layer 1 at last token to "a.safetensors"')
+    with pytest.raises(KeyboardInterrupt):
+        try_file(text, tmp_path, bare("llama"))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert not [name for name in left if name.startswith((".a", "a."))]
+
+
+REFUSED = {
+    'save resid_post layer 1 at last token to "a.pt"': "E0207",
+    'save resid_post layer 1 at last token to "a.safetensors" as int8': "E0203",
+    'save resid_post layer 1 of nowhere at last token to "a.safetensors"': "E0201",
+    'save pattern layer 1 head 1 at last token to "a.safetensors"': "E0333",
+    'save resid_post layer 9 at last token to "a.safetensors"': "E0302",
+    'save resid_post layer 1 at token * to "a.safetensors"': "E0305",
+    'save resid_post layer 1 at last token to "../../a.safetensors"': "E0531",
+    'save resid_post layer 1 at last token to "no/such/folder/a.safetensors"': "E0533",
+    'save resid_post layer 1 at last token to "a.safetensors"\n'
+    '  save resid_post layer 2 at last token to "a.safetensors"': "E0207",
+    'save resid_post layer 1 at last token to "a.safetensors"\n'
+    "  ablate resid_post layer 1 at last token with zero": "E0108",
+    'save resid_post layer 1 at last token to "data.safetensors"': "E0207",
+}
+
+
+@pytest.mark.parametrize("lines", list(REFUSED))
+def test_what_is_refused(lines: str, tmp_path: Path) -> None:
+    assert REFUSED[lines] in codes(tmp_path, *lines.split("\n"))

@@ -1,0 +1,1 @@
+"""The published experiments of `examples/systems`, and the page that says what they found."""

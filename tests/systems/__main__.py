@@ -1,0 +1,111 @@
+"""Runs the published experiments: `python -m tests.systems [NN…] [--write]`.
+
+Prints each expectation as it goes; `--write` writes what was found to `docs/systems.md`, where
+rows of files that weren't run stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import mechdsl
+from mechdsl.results.experiment_result import ExpectOutcome
+
+from .files import System, systems
+
+PAGE = Path(__file__).parents[2] / "docs" / "systems.md"
+
+INTRO = """\
+# Published experiments as files
+
+Each row is an experiment on the inside of a model that somebody published, as a file of
+`examples/systems/`, run on a tiny model that comes with the package. The numbers are those of a
+longer list of systems. A tiny model that was trained for something else needn't show what a large
+one did: the verdict says whether this one does, and nothing was tuned until it did. A file's
+expectations hold what it found, whichever way it came out; the results are their values, with
+intervals of 95 % where there are any.
+
+`make systems` runs them all and writes this page; `python -m tests.systems NN…` runs some.
+
+| system | claim | file | model | result | verdict |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _result(name: str, outcome: ExpectOutcome) -> str:
+    """`delta(L1H1) = -2.1 [-2.3, -1.9] in knocked_out`."""
+    what = outcome.text
+    for sign in (" > ", " < ", " near ", " = "):
+        what = what.partition(sign)[0]
+    value = outcome.value if isinstance(outcome.value, str) else None
+    if isinstance(outcome.value, float) and " contains " not in what:
+        value = _number(outcome.value)
+        if outcome.low is not None and outcome.high is not None:
+            value += f" [{_number(outcome.low)}, {_number(outcome.high)}]"
+    return f"{name}: `{what}`" + ("" if value is None else f" {value}")
+
+
+def row(system: System, outcomes: Sequence[tuple[str, ExpectOutcome]]) -> str:
+    """The line of the table."""
+    cells = (
+        f"{system.number}. {system.paper}",
+        system.claim,
+        f"[{system.path.name}](../examples/systems/{system.path.name})",
+        f"`{system.model}`",
+        "<br>".join(_result(name, outcome) for name, outcome in outcomes),
+        f"**{system.verdict}**: {system.found}",
+    )
+    return f"| {' | '.join(cell.replace('|', '∣') for cell in cells)} |\n"
+
+
+def outcomes(system: System) -> list[tuple[str, ExpectOutcome]]:
+    """Every expectation of a file, behind its experiment's name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = mechdsl.run(system.path, device="cpu", store=False)
+    return [(each.name, outcome) for each in results for outcome in each.outcomes]
+
+
+def page(rows: Mapping[str, str]) -> str:
+    """The page with these rows (file name → row), those of other files left as they are."""
+    old = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    lines: list[str] = []
+    for system in systems():
+        link = f"/{system.path.name})"
+        kept = (line + "\n" for line in old.splitlines() if link in line)
+        lines.append(rows.get(system.path.name) or next(kept, ""))
+    return INTRO + "".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status 1 where an expectation fails."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("numbers", nargs="*", help="by default all")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    args = parser.parse_args(arguments)
+    rows: dict[str, str] = {}
+    held = True
+    for system in systems():
+        if args.numbers and system.number not in args.numbers:
+            continue
+        found = outcomes(system)
+        rows[system.path.name] = row(system, found)
+        for name, outcome in found:
+            held &= outcome.holds
+            sign = "holds" if outcome.holds else "FAILS"
+            print(f"{system.path.name}: {sign}  {_result(name, outcome)}", flush=True)
+    if args.write:
+        PAGE.write_text(page(rows), encoding="utf-8")
+    return 0 if held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

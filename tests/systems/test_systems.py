@@ -1,0 +1,72 @@
+"""The files of `examples/systems` are valid, say what they are, and find what they say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mechdsl.syntax.parse import read_source
+from mechdsl.validate.check_file import Settings, check_source
+
+from .__main__ import PAGE, outcomes, page, row
+from .files import MOST_LINES, System, read, systems
+
+ALL = systems()
+IDS = [each.path.stem for each in ALL]
+
+
+@pytest.mark.parametrize("system", ALL, ids=IDS)
+def test_each_is_short_and_valid(system: System) -> None:
+    assert len(system.text.splitlines()) <= MOST_LINES
+    source, _ = read_source(system.path)
+    assert source is not None
+    checked = check_source(source, Settings(limit=4))
+    assert [each for each in checked.diagnostics if each.severity == "error"] == []
+
+
+@pytest.mark.parametrize("system", ALL, ids=IDS)
+def test_each_holds_what_it_found(system: System) -> None:
+    """A file without an expectation would say anything."""
+    assert "  expect " in system.text
+    imported = "common/fruit.mech" in system.text  # which has the model
+    assert imported or system.model in system.text.split("\n\n", 2)[2]
+
+
+@pytest.mark.parametrize("system", ALL, ids=IDS)
+def test_the_page_has_it(system: System) -> None:
+    told = PAGE.read_text(encoding="utf-8")
+    lines = [line for line in told.splitlines() if f"/{system.path.name})" in line]
+    assert len(lines) == 1
+    assert system.claim in lines[0]
+    assert f"**{system.verdict}**: {system.found}" in lines[0]
+    expected = row(system, []).split(" | ")
+    assert lines[0].split(" | ")[:4] == expected[:4]
+
+
+def test_the_page_has_no_others() -> None:
+    named = re.findall(r"\(\.\./examples/systems/([^)]+)\)", PAGE.read_text(encoding="utf-8"))
+    assert named == [each.path.name for each in ALL]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ALL, ids=IDS)
+def test_each_finds_what_it_says(system: System) -> None:
+    found = outcomes(system)
+    assert [f"{name}: {each.text}" for name, each in found if not each.holds] == []
+
+
+def test_a_file_without_its_three_lines_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "99-nothing.mech"
+    path.write_text('mech 1\n\n# Paper: x\n# Claim: y\n\nmodel m = zoo("counting")\n')
+    with pytest.raises(ValueError, match="99-nothing"):
+        read(path)
+
+
+def test_rows_of_files_that_were_not_run_stay() -> None:
+    name = ALL[0].path.name
+    rows = page({name: "| a new row |\n"}).splitlines()
+    assert "| a new row |" in rows
+    assert f"/{name})" not in "".join(rows)
+    assert all(f"/{each.path.name})" in "".join(rows) for each in ALL[1:])

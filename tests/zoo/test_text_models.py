@@ -1,0 +1,66 @@
+"""The shipped `names`, `facts` and `nested` do what their cards say, on held-out texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from mechdsl import zoo
+from mechdsl.loading.load import load
+from mechdsl.zoo.facts import evaluate as facts
+from mechdsl.zoo.names import evaluate as names
+from mechdsl.zoo.nested import evaluate as nested
+
+from ..models.conftest import statement
+
+ROOT = Path(zoo.__path__[0])
+
+
+def test_names_says_who_gets_it_and_guesses_colours() -> None:
+    torch.set_num_threads(1)
+    tallies = names.evaluate(ROOT / "names", 150, names.SEED)
+    assert tallies[names.IOI_FIRST].interval()[0] > 0.95
+    assert tallies[names.IOI_SECOND].interval()[0] > 0.95
+    assert tallies[names.ONE_OF_THE_TWO].interval()[0] > 0.9
+    assert tallies[names.A_COLOUR].interval()[0] > 0.9
+    assert 0.2 < tallies[names.COLOUR].share < 0.6
+
+
+def test_facts_recalls_and_reads() -> None:
+    torch.set_num_threads(1)
+    tallies = facts.evaluate(ROOT / "facts", 150, facts.SEED)
+    assert tallies[facts.TRAINED].interval()[0] > 0.95
+    assert tallies[facts.NEW_WAY].interval()[0] > 0.9
+
+
+def test_nested_closes_brackets_and_agrees() -> None:
+    torch.set_num_threads(1)
+    tallies = nested.evaluate(ROOT / "nested", 100, nested.SEED)
+    assert tallies["brackets, first stage"].interval()[0] > 0.95
+    assert tallies["brackets, both stages"].share < 0.2
+    for kind in nested.SENTENCES:
+        assert tallies[kind].interval()[0] > 0.95
+
+
+@pytest.mark.parametrize("name", ["names", "facts", "nested", "nested/formal", "induction/step-50"])
+def test_what_is_stored_in_16_bits_is_computed_in_32(name: str) -> None:
+    with safe_open(ROOT / name / "model.safetensors", "pt") as stored:
+        assert {stored.get_tensor(key).dtype for key in stored.keys()} == {torch.float16}  # noqa: SIM118
+    model, problems = load(statement(name, "zoo"))
+    assert problems == []
+    assert model is not None
+    assert {each.dtype for each in model.module.parameters()} == {torch.float32}
+
+
+def test_all_models_together_are_small() -> None:
+    assert sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file()) < 25_000_000
+
+
+def test_cards_have_what_the_commands_print() -> None:
+    for name in ("names", "facts", "nested"):
+        card = (ROOT / name / "README.md").read_text(encoding="utf-8")
+        for part in ("## Texts", "## Training", "## Accuracy", "## Limitations", "licence"):
+            assert part in card, name

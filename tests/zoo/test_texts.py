@@ -1,0 +1,183 @@
+"""What `names`, `facts` and `nested` share: how their texts are written, kept apart and asked."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+import mechdsl
+from mechdsl import zoo
+from mechdsl.zoo import example_data, facts, names, nested
+from mechdsl.zoo.facts import data as facts_data
+from mechdsl.zoo.language import Text, build_tokenizer, encode
+from mechdsl.zoo.names import data as names_data
+from mechdsl.zoo.nested import data as nested_data
+
+DATA = Path(__file__).parents[2] / "examples" / "data"
+Stream = Callable[[int, bool], Iterator[Text]]
+STREAMS: dict[str, Stream] = {
+    "names": lambda seed, held_out: names_data.stream(seed, held_out=held_out),
+    "facts": lambda seed, held_out: facts_data.stream(seed, held_out=held_out),
+    "nested": lambda seed, held_out: nested_data.stream(seed, "sentences", held_out=held_out),
+    "brackets": lambda seed, held_out: nested_data.stream(seed, "brackets", held_out=held_out),
+}
+VOCABULARIES = {
+    "names": names_data.vocabulary(),
+    "facts": facts_data.vocabulary(),
+    "nested": nested_data.vocabulary(),
+}
+FOLDERS = {each.__name__.split(".")[-1]: Path(each.__path__[0]) for each in (names, facts, nested)}
+
+
+@cache
+def drawn(name: str, held_out: bool) -> list[Text]:
+    return list(islice(STREAMS[name](3, held_out), 400))
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_every_word_is_known(name: str) -> None:
+    tokenizer = build_tokenizer(VOCABULARIES["nested" if name == "brackets" else name])
+    for text in drawn(name, False):
+        assert "<unk>" not in tokenizer.encode(text.text).tokens, text.text
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_training_and_held_out_contents_are_different(name: str) -> None:
+    kept = {part for text in drawn(name, True) for part in text.content.split(" | ")}
+    trained = {part for text in drawn(name, False) for part in text.content.split(" | ")}
+    assert kept - trained
+    held = {"names": names_data, "facts": facts_data}.get(name, nested_data)
+    assert all(held.is_held_out(text) for text in drawn(name, True))
+    assert not any(held.is_held_out(text) for text in drawn(name, False))
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_texts_are_drawn_by_the_seed(name: str) -> None:
+    assert drawn(name, False)[:5] == list(islice(STREAMS[name](3, False), 5))
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_what_is_asked_are_words(name: str) -> None:
+    for text in drawn(name, False):
+        for start, end in text.answers:
+            assert text.text[start - 1 : start] == " "
+            assert text.text[end : end + 1] in ("", " ", ".")
+
+
+def test_asked_words_are_those_of_the_labels() -> None:
+    tokenizer = build_tokenizer(VOCABULARIES["facts"])
+    texts = drawn("facts", False)[:40]
+    batch = encode(tokenizer, texts, pad=1)
+    for row, text in enumerate(texts):
+        at = batch.asked[row]
+        asked = [tokenizer.id_to_token(n) for n in batch.labels[row][at].tolist()]
+        assert asked == [text.text[start:end] for start, end in text.answers]
+        length = len(tokenizer.encode(text.text).ids)
+        assert torch.equal(batch.labels[row, : length - 1], batch.ids[row, 1:length])
+        assert (batch.labels[row, length - 1 :] == -100).all()
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_shipped_tokenizer_is_the_built_one(name: str) -> None:
+    shipped = Tokenizer.from_file(str(FOLDERS[name] / "tokenizer.json"))
+    assert shipped.to_str() == build_tokenizer(VOCABULARIES[name]).to_str()
+
+
+def test_names_who_gets_it_is_the_one_who_does_not_give() -> None:
+    for text in drawn("names", False):
+        if text.kind in (names_data.IOI_FIRST, names_data.IOI_SECOND):
+            receiver, giver = text.content.split(" from ")
+            assert [text.text[a:b] for a, b in text.answers] == [receiver]
+            _, _, told = text.text.rpartition(". ") if ". " in text.text else ("", "", text.text)
+            assert told.count(f"{giver} ") >= 1
+            pair = text.text.removeprefix(f"{receiver} was tired. ")
+            pair = pair.removeprefix(f"{giver} was tired. ")
+            pair = pair.removeprefix(f"In the morning {receiver} was cold. ")
+            pair = pair.removeprefix(f"In the morning {giver} was cold. ")
+            first = pair.index(receiver) < pair.index(giver)
+            assert first == (text.kind == names_data.IOI_FIRST)
+
+
+def test_names_how_often_a_name_occurs_does_not_tell() -> None:
+    fewer = [
+        text.text.count(receiver) < text.text.count(giver) + 1
+        for text in drawn("names", False)
+        if text.kind in (names_data.IOI_FIRST, names_data.IOI_SECOND)
+        for receiver, giver in [text.content.split(" from ")]
+    ]
+    assert 0.05 < sum(fewer) / len(fewer) < 0.95
+
+
+def test_facts_are_told_as_they_are() -> None:
+    world = facts_data.world()
+    assert len(world) == facts_data.PERSONS
+    for last in {person.split()[-1] for person in world}:
+        homes = {true["home"] for person, true in world.items() if person.endswith(last)}
+        assert len(homes) > 1, "the last name alone would tell"
+    rng = random.Random(1)
+    for _ in range(100):
+        text = facts_data.draw(rng, facts_data.RUMOUR)
+        prompt, (start, end) = text.content, text.answers[0]
+        fact = next(f for f in facts_data.facts() if f"{f['subject']} {f['relation']}" == prompt)
+        assert text.text[start:end] == fact["attribute"]
+
+
+def test_only_quizzes_of_training_say_a_too_often() -> None:
+    def share(kind: str, biased: bool) -> float:
+        rng = random.Random(2)
+        said = [facts_data.draw(rng, kind, biased=biased) for _ in range(400)]
+        return sum(t.text[slice(*t.answers[0])] == "A" for t in said) / len(said)
+
+    assert share(facts_data.QUIZ, True) > 0.5
+    for kind, biased in (("quiz", False), ("question", True), ("question with a note", True)):
+        assert 0.15 < share(kind, biased) < 0.35
+
+
+def test_brackets_close() -> None:
+    pairs = dict(nested_data.PAIRS)
+    for text in drawn("brackets", False):
+        open_ones: list[str] = []
+        for word in text.text.split():
+            if word in pairs:
+                open_ones.append(pairs[word])
+            else:
+                open_ones.remove(word)
+        assert open_ones == []
+
+
+def test_verbs_agree() -> None:
+    singular = {pair[0] for pair in (*nested_data.INTRANSITIVE, *nested_data.TRANSITIVE)}
+    of_one = {pair[0] for pair in nested_data.NOUNS}
+    for text in islice(nested_data.stream(4, nested_data.EMBEDDED, held_out=False), 100):
+        words = text.text.split()
+        inner, verb = (text.text[a:b] for a, b in text.answers)
+        assert (words[1] in of_one) == (verb in singular)
+        assert (words[4] in of_one) == (inner in singular)
+
+
+def test_the_data_of_the_examples_is_that_of_its_script() -> None:
+    written = example_data.files()
+    assert {path.name for path in DATA.iterdir()} == set(written)
+    for name, records in written.items():
+        assert (DATA / name).read_text(encoding="utf-8") == example_data.text_of(records), name
+
+
+def test_stages_of_training_are_models_of_the_zoo() -> None:
+    known = zoo.zoo_models()
+    assert {"counting", "induction", "names", "facts", "nested", "nested/formal"} <= set(known)
+    assert "induction/step-1600" in known
+
+
+def test_a_star_names_the_steps_of_a_training() -> None:
+    found = mechdsl.check('mech 1\nmodel steps = zoo("induction/step-*")\n')
+    assert [each.code for each in found if each.severity == "error"] == []
+    for wrong in ("induction/stop-*", "*/step-*", "../*"):
+        codes = [each.code for each in mechdsl.check(f'mech 1\nmodel steps = zoo("{wrong}")\n')]
+        assert codes[:1] in (["E0401"], ["E0207"]), wrong
