@@ -14,7 +14,7 @@ from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.over_rows import OverRows
 from mechdsl.resolve.resolved import Axis, Convention, PositionTargets, ResolvedRule, SiteTargets
 from mechdsl.resolve.site_targets import resolve_site
-from mechdsl.rules.observations.over_rows import refuse
+from mechdsl.rules.observations.over_rows import other_sites, refuse
 from mechdsl.rules.observations.registry import Kind, observation
 from mechdsl.syntax import ast
 
@@ -50,13 +50,7 @@ class OfWeights(OverRows, Kind):
             refuse(rule, work, "is of two heads", "name the later one: `with layer * head *`")
             fits = False
         elif rule.receiver is not None:
-            others, more = resolve_site(rule.receiver, work.sites)
-            for axis in more:
-                work.add_axis(replace(axis, name=f"to_{axis.name}"))
-            own = {axis.name for axis in more}
-            names = () if others is None else others.axes
-            names = tuple(f"to_{name}" if name in own else name for name in names)
-            others = None if others is None else replace(others, axes=names)
+            others = other_sites(rule, work)
             fits = fits and others is not None
         if sites is None or not fits:
             return None
