@@ -916,6 +916,16 @@ _rule(
     "measure logit(answer) as raw",
 )
 _rule(
+    "observe probe … train",
+    "observe probe(fruits[1], train: commas) at resid_post layer * at last token as told",
+    "The probe is fitted once, on other rows at the same position (a block, a part of a split such "
+    "as `fruit.train`, or a run of it), and told on the rows of the experiment, of which none may "
+    "be among those; its shuffled control has the values of the fitted rows dealt to others.",
+    "Alain and Bengio 2016, arXiv 1610.01644; Hewitt and Liang 2019, arXiv 1909.03368",
+    _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
     "observe similarity",
     "observe similarity resid_post layer * at first-item token with last-item token as alike",
     "The cosine of a row's vectors, the mean over pairs of different tokens, one at either "
