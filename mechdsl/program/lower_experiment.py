@@ -95,17 +95,23 @@ def lower_experiment(
         statistics=statistics,
         against=against,
     )
+    saving = next((each for each in results if not each.own and not each.apart), results[0])
     return tuple(
         _part(
-            _variant(whole, each, rules[each.reads], derived, work), part, several=len(results) > 1
+            _variant(whole, each, rules[each.reads], derived, work),
+            part,
+            several=len(results) > 1,
+            saves=part is saving,
         )
         for part in results
         for each in (_without_sides(combined) if part.apart else combined)
     )
 
 
-def _part(experiment: spec.Experiment, part: Part, *, several: bool) -> spec.Experiment:
-    """One result of the experiment."""
+def _part(
+    experiment: spec.Experiment, part: Part, *, several: bool, saves: bool
+) -> spec.Experiment:
+    """One result of the experiment; one of them `saves` what it keeps."""
     rules, seen = experiment.rules, part.observed
     changed: dict[str, object] = {}
     if seen is not None and seen.source is not None:
@@ -119,8 +125,14 @@ def _part(experiment: spec.Experiment, part: Part, *, several: bool) -> spec.Exp
         changed["name"] = f"{experiment.name}.{part.name}" if part.own else experiment.name
         named = {name for rule in rules for name in rule.loops} | _loops_in(part.measures)
         changed["loops"] = tuple(loop for loop in experiment.loops if loop.name in named)
-    if part.own or part.apart:
+    if not saves:
         changed["saves"] = ()
+    elif part.apart:  # `save` without a run is of the base run that the file says
+        own = (
+            each.model_copy(update={"run": each.run or experiment.base})
+            for each in experiment.saves
+        )
+        changed["saves"] = tuple(own)
     return experiment.model_copy(
         update={
             **changed,

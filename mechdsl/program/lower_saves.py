@@ -19,15 +19,15 @@ SUFFIX = ".safetensors"
 def lower_saves(work: Statements, prompts: spec.Prompts) -> tuple[spec.Save, ...]:
     """The `save` lines of an experiment.
 
-    E0108 beside rules or `keep`, E0201 for runs that there are not, E0203 for types, E0207 for
-    files of another kind.
+    E0108 beside rules, where no run is named, and beside `keep`, E0201 for runs that there are
+    not, E0203 for types, E0207 for files of another kind.
     """
+    unsaid = [save for save in work.saves if save.run is None]
+    for save in unsaid[:1] if work.rules else ():
+        later = "say which run: `save SITE of clean at …`; rules of a `run NAME { … }` count too"
+        what = "a `save` of the run that rules act on"
+        work.diagnostics.append(NotSupported(span=save.span, what=what, later=later))
     for save in work.saves[:1]:
-        if work.rules:
-            later = "write the rules as a run, `run NAME { … }`, and `save SITE of NAME at …`"
-            work.diagnostics.append(
-                NotSupported(span=save.span, what="a `save` beside rules", later=later)
-            )
         if work.keep:
             later = "leave rows out by a `where` in the prompts block"
             work.diagnostics.append(

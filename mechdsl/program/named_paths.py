@@ -43,8 +43,9 @@ HF_DATASET = PathConstruct("hf_dataset", "reads")
 PYTHON = PathConstruct("python", "runs")
 SAVED = PathConstruct("saved", "reads")
 REPORT = PathConstruct("report", "writes")
+SAVE = PathConstruct("save", "writes")
 
-CONSTRUCTS = (USE, ROWS, LOCAL, HF, HF_DATASET, PYTHON, SAVED, REPORT)
+CONSTRUCTS = (USE, ROWS, LOCAL, HF, HF_DATASET, PYTHON, SAVED, REPORT, SAVE)
 _CALLS = {each.name: each for each in (LOCAL, HF, HF_DATASET, PYTHON, SAVED)}
 
 
@@ -71,6 +72,8 @@ def path_in(node: ast.Node, parameters: Mapping[str, Constant]) -> tuple[PathCon
             return ROWS, path
         case ast.Report(file=ast.String(value=path)):
             return REPORT, path
+        case ast.Save(file=ast.String(value=path)):
+            return SAVE, path
         case ast.Call(name=name, arguments=arguments) if name in _CALLS:
             given = [each.value for each in arguments if each.name in (None, "path")]
             path = constant(given[0], parameters) if given else None

@@ -20,7 +20,8 @@ def free_family(call: ast.Call, definition: spec.Direction, work: Work) -> Famil
     """`unembedding("…", "…")` or `saved("…", "…")`. Raises CannotMake."""
     texts = [str(constant(a.value, work.program.parameters)) for a in call.arguments]
     if call.name == "saved":
-        return _saved(call, definition, *texts, work)
+        written, key = texts
+        return _saved(call, definition, written, key, work)
     tokens = [_token(call, text, work) for text in texts]
     words = " − ".join(f'"{text}"' for text in texts)
     vector = Unembedded(tokens[0], tokens[1] if len(tokens) > 1 else None)

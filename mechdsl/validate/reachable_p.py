@@ -82,11 +82,10 @@ def _cells(variants: Sequence[ResolvedExperiment]) -> int:
     over, count = variants[0].spec.over, 0
     for each in variants:
         fixed = {} if each.place is None else each.place.fixed
-        sizes = [
-            1 if axis.name in fixed or over in (axis.name, axis.alias) else len(axis)
-            for axis in each.axes
-        ]
-        count += prod(sizes)
+        counted = (axis for axis in each.axes if axis.name not in fixed)
+        if over is not None:
+            counted = (axis for axis in counted if over not in (axis.name, axis.alias))
+        count += prod(map(len, counted))
     labels = {str(dict(each.spec.variant).get(over or "", "")) for each in variants}
     return count // len(labels)
 

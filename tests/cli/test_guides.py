@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from ..markdown import Fence, fences
 from .conftest import Command
@@ -148,13 +149,23 @@ def test_a_recipe(method: str, command: Command) -> None:
                 assert Path(picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_file_of_the_readme(command: Command) -> None:
+def test_the_files_of_the_readme(command: Command) -> None:
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    (fence,) = [each for each in fences(page) if each.language == "mech"]
-    path = save(fence)
+    first, second = [each for each in fences(page) if each.language == "mech"]
+    path = save(first)
     assert ran(command, f"mechdsl fmt --check {path}") == ""
     assert "report heatmap written to heads.png" in ran(command, f"mechdsl run {path}")
     assert Path("heads.png").read_bytes().startswith(b"\x89PNG")
+    path = save(second)
+    assert ran(command, f"mechdsl fmt --check {path}") == ""
+    printed = ran(command, f"mechdsl run {path}")
+    assert "null: range of 20 draws of random directions" in printed
+    assert "\nholds  expect max(delta) > 0" in printed
+    assert "\nlooked_at.lens: " in printed
+    assert "\nlooked_at.written: " in printed
+    assert "moved → clean" in printed
+    with safe_open("streams.safetensors", "np") as streams:
+        assert {f"resid_post.layer{n}" for n in range(4)} < set(streams.keys())
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import shutil
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import mechdsl
 from mechdsl.api import MechdslError
@@ -162,7 +164,19 @@ EXAMPLES = {
             "prompts fruit {", 'metric own = python("PLACE:own")\nprompts fruit {'
         ).replace("logit(answer) - logit(answer of fewer) as recovery", "own as raw"),
     ),
+    "saved": (
+        "vectors.safetensors",
+        HEADS.replace("experiment ", 'direction d = saved("PLACE", "d")\nexperiment ', 1).replace(
+            "  measure", "  add d to resid_post layer 1 at last token\n  measure", 1
+        ),
+    ),
     "report": ("cells.csv", CSV),
+    "save": (
+        "streams.safetensors",
+        HEADS.replace(
+            "  measure", '  save resid_post layer 1 of clean at last token to "PLACE"\n  measure', 1
+        ),
+    ),
 }
 """Each construct that takes a path, with a name that it takes."""
 
@@ -174,6 +188,7 @@ def filled(folder: Path) -> None:
     (folder / "set").mkdir()
     (folder / "set" / "train.csv").write_text("a\nfig\n", encoding="utf-8")
     (folder / "metrics.py").write_text("def own(logits, rows):\n    return logits[:, 0]\n")
+    save_file({"d": np.ones(128, np.float32)}, folder / "vectors.safetensors")
     zoo = Path(str(files("mechdsl") / "zoo" / "counting"))
     shutil.copytree(zoo, folder / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
 
@@ -194,10 +209,10 @@ def test_untrusted_lists_and_confines_every_construct(
     assert done.status == 2
     assert re.search(rf"warning\[W0780\]: `{name}` \w+ `{re.escape(outside)}", done.err)
     assert f"leads to `{here.parent / 'elsewhere' / target}`" in done.err
-    code = "E0531" if name == "report" else "E0535"
+    code = "E0531" if name in ("report", "save") else "E0535"
     assert f"error[{code}]" in done.err
     assert command("run", "--untrusted", path).status == 2
-    if name == "report":
+    if name in ("report", "save"):
         return
     assert inside.status == (2 if name == "python" else 0), inside.err  # E0221: it runs none
     assert "E0535" not in command("validate", path).err, "reading is free"
@@ -392,6 +407,7 @@ def test_nothing_else_looks_at_the_folder_of_a_file() -> None:
 STRINGS = {
     "use": True,
     "to_file": True,
+    "save": True,
     "turn": False,
     "template": False,
     "span_def": False,

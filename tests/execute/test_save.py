@@ -171,3 +171,29 @@ REFUSED = {
 @pytest.mark.parametrize("lines", list(REFUSED))
 def test_what_is_refused(lines: str, tmp_path: Path) -> None:
     assert REFUSED[lines] in codes(tmp_path, *lines.split("\n"))
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        ["observe norm resid_post layer * at last token as lengths"],
+        ["observe norm resid_post layer * of longer at last token as lengths"],
+        ["observe norm resid_post layer * of longer at last token"],
+        [
+            "observe logit_lens resid_post layer * at last token as lens",
+            "observe norm mlp_out layer * at last token as lengths",
+            "measure prob(answer) as raw",
+        ],
+    ],
+    ids=["named", "of another run", "without a name", "a lens that measures read"],
+)
+def test_beside_observations(beside: list[str], tmp_path: Path) -> None:
+    """Once, of the base run, whichever results the experiment has."""
+    line = 'save resid_post layer 1 at cue token to "a.safetensors"'
+    result = saved(tmp_path, "llama", line, *beside)
+    assert [each.path.name for each in result.saved] == ["a.safetensors"]
+    assert {each.name.split(".")[0] for each in result.experiments} == {"e"}
+    tensors = load_file(tmp_path / "a.safetensors")
+    for vector, row in zip(tensors["resid_post.layer1"], tensors["row"].tolist(), strict=True):
+        value = seen("llama", row)["resid_post", 1][prompt(ROWS[row]).cue].flatten()
+        torch.testing.assert_close(vector, value, atol=ABSOLUTE, rtol=1e-3)

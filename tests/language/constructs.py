@@ -621,19 +621,6 @@ _rule(
     beside="patch layer 0 head 1 at last-item token",
 )
 _rule(
-    "a run with rules",
-    "run healed { from fewer into clean  patch resid_post layer 1 at last token } "
-    "patch layer 2 head * at last token with healed",
-    "Defines a run by rules, within the experiment: wherever a run is named, `healed` is that run, "
-    "`from healed into clean`, `from clean into healed`, `kl(healed)`, `accuracy(healed)`, "
-    "`mean of healed`. Its rules have one cell, all in one pass; without `from` they act on the "
-    "clean run. What they write stays in place where other rules act on it, and a later rule at "
-    "the same place replaces it. A run may use those before it. Rows that start there are whole "
-    "passes.",
-    "McGrath et al. 2023 (arXiv 2307.15771)",
-    "tests/rules/test_derived_runs.py",
-)
-_rule(
     "set to a number",
     "set resid_post layer * at last token to 0.5",
     "Every component of the vector becomes this number; also a `param` or a `for` variable.",
@@ -1125,6 +1112,32 @@ _experiment(
     "The block whose rows are sampled and whose texts the measures read; `limit` takes the first "
     "16 of one seeded permutation. `fruit.train` and `fruit.test` are the parts of a `split`.",
     "tests/execute/test_effects.py",
+)
+_experiment(
+    "a run with rules",
+    "run healed { from fewer into clean  patch resid_post layer 1 at last token }",
+    "Defines a run by rules, within the experiment: wherever a run is named, `healed` is that run, "
+    "as in `from healed into clean`, `from clean into healed`, `patch … with healed`, "
+    "`kl(healed)`, `accuracy(healed)`, `mean of healed`, `observe … of healed`, `save … of "
+    "healed`. Its rules have one cell, all in one pass; without `from` they act on the clean run. "
+    "What they write stays in place where other rules act on it, which act behind them. A run may "
+    "use those before it. Rows that start there are whole passes.",
+    "tests/rules/test_derived_runs.py",
+    "McGrath et al. 2023 (arXiv 2307.15771)",
+    beside="expect accuracy(healed) > 0",
+)
+_experiment(
+    "save",
+    'save resid_post layer * of clean at last token to "acts.safetensors" as float16',
+    "Writes activations to a safetensors file while batches run, so that it may be larger than "
+    "memory; `of RUN` behind the site takes another run than the base run, also one with rules. A "
+    "tensor for each site, `resid_post.layer3`, [vectors, width], all heads or neurons side by "
+    "side where none is named; with it `row`, `token` and `position` (a number in the list "
+    "`positions` of the metadata), and beside the file `acts.jsonl` with the rows' numbers, texts, "
+    "tokens and values. `safetensors.torch.load_file` reads it. Without `as` numbers are as "
+    "computed. An experiment may consist of it. Beside rules the run is named; beside `keep` it is "
+    "refused. Each run writes the file again.",
+    "tests/execute/test_save.py",
 )
 _experiment(
     "from … into",

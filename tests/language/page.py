@@ -23,13 +23,15 @@ INTRO = """\
 # The language
 
 Every construct that is executed: an example, what it means, where the definition comes from, and
-the test that holds it. What the language has beyond that (steering, bases, estimators, circuits,
-search, generation, images, `chat`) parses, and is refused with [E0108](errors/E0108.md).
+the test that holds it. What the language has beyond that (bases and subspaces, `feature` sites,
+estimators, circuits, search, generation, images, `chat`) parses, and is refused with
+[E0108](errors/E0108.md).
 
 Singular sweeps, plural joins: `layer 0..2` is one run per layer, `layers 0..2` one run with all
 three. Ranges include both ends. “Base run” is the run that rules act on, “source run” the one that
 is read; all values that rules read are those of unpatched runs. Where two rules write one vector,
-the later one in the file stands.
+the later one in the file stands; `add`, `scale`, `project out` and `clamp` change what those before
+them left.
 
 A kind of rule of your own is a Python class: [its steps](architecture.md#a-rule-kind-of-your-own).
 

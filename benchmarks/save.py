@@ -1,0 +1,115 @@
+"""How fast activations are saved, next to bare forward passes over the same prompts.
+
+    python -m benchmarks.save [--full]
+
+A GPT-2-small shape with random weights. Both sides run in one process, turn by turn, so that other
+work on the machine slows both; the bare passes are `transformers` alone, on batches of as many
+tokens. With `--full` the last token of 10,000 prompts and all tokens of 1,000, else of 300 and 60.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from mechdsl.base.source import Span
+from mechdsl.execute.options import Options
+from mechdsl.execute.save_vectors import save_vectors
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading.load import adopt
+from mechdsl.program.spec import Model
+from mechdsl.resolve.resolved import ModelContext
+from mechdsl.syntax.parse import read_source
+from mechdsl.validate.check_file import check_source
+
+WORDS = 400
+BATCH = 4096
+"""Tokens."""
+FILE = """mech 1
+model m = local("handed over")
+prompts p {{ rows "rows.jsonl"  template "{{text}}"  answer " w1" }}
+experiment e {{
+  prompts p
+  save resid_post layer * at {at} to "acts.safetensors"
+}}
+"""
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"w{n}": n for n in range(WORDS)} | {"<unk>": WORDS}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+def seconds(what: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    what()
+    return time.perf_counter() - start
+
+
+def compare(model: GPT2LMHeadModel, loaded: LoadedModel, count: int, at: str, turns: int) -> None:
+    random = np.random.default_rng(0)
+    rows = [random.integers(0, WORDS, int(random.integers(12, 33))) for _ in range(count)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        lines = [json.dumps({"text": " ".join(f"w{n}" for n in row)}) for row in rows]
+        (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / "save.mech").write_text(FILE.format(at=at), encoding="utf-8")
+
+        source, problems = read_source(folder / "save.mech")
+        assert source is not None, problems
+        said = Model(span=Span(source, 0, 0), name="m", kind="local", path="")
+        assert loaded.tokenizer is not None
+        context = ModelContext(said, loaded.shape, loaded.tokenizer)
+        (experiment,) = check_source(source, models={"m": context}).saving
+
+        def save() -> None:
+            written, problems = save_vectors(experiment, {"m": loaded}, Options())
+            assert written, problems
+
+        def bare() -> None:
+            size = BATCH // 32
+            for begin in range(0, count, size):
+                part = rows[begin : begin + size]
+                ids = torch.zeros((len(part), max(map(len, part))), dtype=torch.long)
+                mask = torch.zeros_like(ids)
+                for n, row in enumerate(part):
+                    ids[n, : len(row)], mask[n, : len(row)] = torch.from_numpy(row), 1
+                with torch.inference_mode():
+                    model(input_ids=ids, attention_mask=mask)
+
+        both = [(seconds(save), seconds(bare)) for _ in range(turns)]
+        size = (folder / "acts.safetensors").stat().st_size / 1e6
+    ratio = sorted(one / other for other, one in both)[len(both) // 2]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        f"{at} of {count:,} prompts, {size:,.0f} MB: {ratio:.2f} of the bare rate "
+        f"(saving {both[-1][0]:.1f} s, bare {both[-1][1]:.1f} s), peak {peak:,.0f} MB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true")
+    full = parser.parse_args().full
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None)).eval()
+    loaded, problems = adopt("m", model, tokenizer())
+    assert loaded is not None, problems
+    compare(model, loaded, 10_000 if full else 300, "last token", 1 if full else 3)
+    compare(model, loaded, 1_000 if full else 60, "tokens *", 1 if full else 3)
+
+
+if __name__ == "__main__":
+    main()
