@@ -944,7 +944,7 @@ _rule(
 )
 _rule(
     "observe probe … train",
-    "observe probe(fruits[1], train: commas) at resid_post layer * at last token as told",
+    "observe probe(count, train: listed) at resid_post layer * at last token as told",
     "The probe is fitted once, on other rows at the same position (a block, a part of a split such "
     "as `fruit.train`, or a run of it), and told on the rows of the experiment, of which none may "
     "be among those; its shuffled control has the values of the fitted rows dealt to others.",
