@@ -57,6 +57,8 @@ class MeasuredValues:
     """(number of the measure, cell) → why it has no value there; the other cells have one."""
     lengths: Mapping[str, float] = field(default_factory=dict[str, float])
     """Of the directions that rules use, by name."""
+    listed: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    """Cell → the tokens that an observation lists of it, the first one first."""
     unusable: dict[int, Unusable] = field(default_factory=dict[int, Unusable])
     """Rows of the table → where they first were seen to be so."""
 

@@ -6,13 +6,24 @@ maps, their scales and all biases are not, and neither is rotary: queries meet k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.execute.observed import Observed
+from mechdsl.execute.readout import Reading, Readout
 from mechdsl.hooks.weight_maps import WeightMaps
-from mechdsl.rules.observations.weights import Composition, OfWeights
+from mechdsl.resolve.resolved import Env, SitePoint
+from mechdsl.rules.observations.successor import Successor
+from mechdsl.rules.observations.value_vectors import ValueVectors
+from mechdsl.rules.observations.weights import Composition, OfWeights, SingularValues
+
+TOGETHER = 64
+"""Neurons whose logits are made at once."""
 
 
 def positive_share(matrix: Tensor) -> float:
@@ -36,13 +47,86 @@ def matching(maps: WeightMaps, layer: int, head: int) -> float:
     return positive_share(key.T @ maps.token_gram @ query)
 
 
-@torch.no_grad()
-def of_weights(does: OfWeights, maps: WeightMaps, heads: Sequence[tuple[int, int]]) -> float:
-    """The number of one cell, of one head or two: (layer, head). ValueError, in words, where the
-    model has none."""
-    if isinstance(does, Composition):
-        return composition(maps, does.by, *heads)
-    return {"copying": copying, "matching": matching}[does.word](maps, *heads[0])
+@dataclass(eq=False)
+class WeightCells:
+    """Makes what an observation of weights has in each cell."""
+
+    does: OfWeights
+    maps: WeightMaps
+    readout: Readout
+    """Of the measures that read it."""
+    prompts: Ints
+    """[column] rows of the table."""
+    run: str
+    sites: Sequence[tuple[SitePoint, ...]]
+    """Per cell, those of the line, and those behind `with`."""
+    values: Ints
+    """Per cell, the index along the axis `value`; zeros where there is none."""
+    items: Sequence[Env]
+
+    @torch.no_grad()
+    def numbers(self, cell: int) -> Mapping[str, float]:
+        """By the words of what is measured. ValueError, in words, where the model has none."""
+        does, maps = self.does, self.maps
+        ends = [(point.layer or 0, point.unit or 0) for point in self.sites[cell]]
+        match does:
+            case Composition(by=by):
+                return {does.word: composition(maps, by, *ends)}
+            case SingularValues(of=of):
+                return {does.word: self._singular(of, *ends[0])[self.values[cell]]}
+            case Successor(tokens=tokens):
+                share, rank = successors(maps, *ends[0], torch.tensor(tokens))
+                return {does.word: share, "rank": rank}
+            case ValueVectors():
+                return {does.word: float(self._logits(*ends[0]).amax())}
+            case _:
+                return {
+                    does.word: {"copying": copying, "matching": matching}[does.word](maps, *ends[0])
+                }
+
+    @torch.no_grad()
+    def read(self, cell: int) -> list[Floats]:
+        """Per measure, [column]: what it reads off the logits of a value vector."""
+        ((layer, neuron),) = [(point.layer or 0, point.unit or 0) for point in self.sites[cell]]
+        tokens = self.readout.observed_tokens(self.prompts)
+        logits = self._logits(layer, neuron)
+        if tokens is not None:
+            logits = logits[tokens]
+        count = len(self.prompts)
+        seen = Observed(
+            logits=logits.expand(count, -1),
+            tokens=None if tokens is None else torch.tensor(tokens, device=logits.device),
+        )
+        env = [self.items[cell]] * count
+        reading = Reading(self.run, self.prompts, env, None, {}, None, {}, {}, seen)
+        found = self.readout.read(reading)
+        if found.broken.any():
+            raise ValueError("its logits are no numbers")
+        for gap in found.gaps.values():
+            raise ValueError(gap.reason)
+        return found.values
+
+    @torch.no_grad()
+    def listed(self, cell: int) -> list[int]:
+        """The tokens that are listed of a cell, the one that is raised most first."""
+        if not isinstance(self.does, ValueVectors) or not self.does.top:
+            return []
+        ((layer, neuron),) = [(point.layer or 0, point.unit or 0) for point in self.sites[cell]]
+        logits = self._logits(layer, neuron)
+        return logits.topk(min(self.does.top, len(logits))).indices.tolist()
+
+    @lru_cache(maxsize=1)  # noqa: B019 - lives as long as one observation
+    def _singular(self, of: str, layer: int, head: int) -> list[float]:
+        return singular((ov_matrix if of == "ov" else qk_matrix)(self.maps, layer, head)).tolist()
+
+    def _logits(self, layer: int, neuron: int) -> Tensor:
+        """[vocabulary] of a value vector; those of neurons that lie together are made at once."""
+        first = neuron - neuron % TOGETHER
+        return self._block(layer, first)[neuron - first]
+
+    @lru_cache(maxsize=1)  # noqa: B019
+    def _block(self, layer: int, first: int) -> Tensor:
+        return self.maps.to_logits(self.maps.neurons(layer)[first : first + TOGETHER])
 
 
 def ov_matrix(maps: WeightMaps, layer: int, head: int) -> tuple[Tensor, Tensor]:
@@ -74,15 +158,17 @@ def singular(pair: tuple[Tensor, Tensor]) -> Tensor:
     return torch.linalg.svdvals(one @ two.T)
 
 
-def successors(maps: WeightMaps, layer: int, head: int, vectors: Tensor, tokens: Tensor) -> Tensor:
-    """[token] whether the head's output on each vector raises the token of its own number more than
-    all others of `tokens` (Gould et al. 2023, successor score).
-
-    vectors: [token, d_model], what the head reads; tokens: [token] ids.
-    """
-    found = maps.to_logits(vectors @ maps.value(layer, head) @ maps.out(layer, head))
-    best = found[:, tokens.to(found.device)].argmax(dim=1).cpu()
-    return best == torch.arange(len(tokens))
+def successors(maps: WeightMaps, layer: int, head: int, tokens: Tensor) -> tuple[float, float]:
+    """(share, mean rank) of tokens [n] of which the head, reading what the first MLP makes of it,
+    raises the next one most of all that are named (Gould et al. 2023). Of equal ones none is
+    first, and a rank counts half of them."""
+    read = maps.first_mlp(maps.embedded(tokens[:-1]))
+    found = maps.to_logits(read @ maps.value(layer, head) @ maps.out(layer, head)).double().cpu()
+    own = found.gather(1, tokens[1:, None])
+    others = found[:, tokens.unique()]
+    above, equal = (others > own).sum(1), (others == own).sum(1) - 1
+    ranks = 1 + above + equal / 2
+    return float((ranks == 1).double().mean()), float(ranks.double().mean())
 
 
 def _norm(left: Tensor, between: Tensor | None, right: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -15,18 +15,19 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.digest import digest
 from mechdsl.execute.measured_values import CellGap, MeasuredValues, base_per_cell
 from mechdsl.execute.not_finite import cell_words
-from mechdsl.execute.observed_weights import of_weights
-from mechdsl.execute.read_vectors import numbers, prompt_batches, read_vectors
+from mechdsl.execute.observed_weights import WeightCells
+from mechdsl.execute.read_vectors import LanesOf, numbers, prompt_batches, read_vectors, reader
+from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.unusable import Unusable
 from mechdsl.hooks.weight_maps import WeightMaps
 from mechdsl.models.shape import units
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
-from mechdsl.prompts.prompt_table import Hits, PositionCell
+from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable, Run
 from mechdsl.resolve.measures import evaluate
-from mechdsl.resolve.over_rows import OverRows, RowVectors
-from mechdsl.resolve.resolved import SitePoint
+from mechdsl.resolve.over_rows import OverRows, RowVectors, Training
+from mechdsl.resolve.resolved import ResolvedMeasure, SitePoint
 from mechdsl.rules.observations.weights import OfWeights
 
 GATHERED_BYTES = 1 << 30
@@ -80,34 +81,74 @@ def observe_together(
         for measure, each in zip(experiment.measures, base, strict=True)
     ]
     exists = plan.exists
-    for cell, there, make in _made(_Gatherer(plan, *observed, runs, measured.kept), runs):
+    for cell, there, make in _made(_Gatherer(plan, *observed, runs, measured.kept), measured):
         if not exists[cell]:
             continue
         try:
-            made = make()
+            made = iter(make())
         except (ValueError, ArithmeticError) as problem:
             _lack(plan, measured, cell, there, str(problem))
             continue
-        words = (observed[1].word, *observed[1].controls)
-        by_name = dict(zip(words, made, strict=True))
         for measure, values in zip(experiment.measures, found, strict=True):
             if measure.observed:
-                of_atoms = {atom.node: by_name[atom.name] for atom in measure.atoms}
-                values[cell, there] = evaluate(measure.expression, of_atoms.__getitem__)
+                values[cell, there] = next(made)
     return Together(measured.kept, found)
 
 
-def _made(gatherer: _Gatherer, runs: UnpatchedRuns) -> Iterator[tuple[int, Ints, Make]]:
-    """(cell, its columns, what gives the values of the observation and of its controls)."""
+def _made(gatherer: _Gatherer, measured: MeasuredValues) -> Iterator[tuple[int, Ints, Make]]:
+    """(cell, its columns, what gives the values of each measure of what is observed)."""
     does, seed = gatherer.does, gatherer.plan.experiment.seed
-    if not isinstance(does, OfWeights):
-        for cell, there, seen in gatherer.cells():
-            yield cell, there, partial(does.per_row, seen, seed)
+    measures = [each for each in gatherer.plan.experiment.measures if each.observed]
+    if isinstance(does, OfWeights):
+        yield from _of_weights(gatherer, does, measures, measured)
         return
-    maps, every = WeightMaps(runs.model), np.arange(len(gatherer.kept))
-    for cell, (sites, beside) in enumerate(gatherer.sites()):
-        ends = [(point.layer or 0, point.unit or 0) for point in (*sites, *beside)]
-        yield cell, every, lambda ends=ends: [np.full(len(every), of_weights(does, maps, ends))]
+    words = (does.word, *does.controls)
+
+    def made(seen: RowVectors) -> list[Floats]:
+        return _evaluated(measures, dict(zip(words, does.per_row(seen, seed), strict=True)))
+
+    for cell, there, seen in gatherer.cells():
+        yield cell, there, partial(made, seen)
+
+
+def _of_weights(
+    gatherer: _Gatherer,
+    does: OfWeights,
+    measures: Sequence[ResolvedMeasure],
+    measured: MeasuredValues,
+) -> Iterator[tuple[int, Ints, Make]]:
+    """The same of an observation of weights."""
+    plan, every = gatherer.plan, np.arange(len(gatherer.kept))
+    run = gatherer.runs.named(gatherer.rule.rule.run)
+    names = [axis.name for axis in plan.experiment.axes]
+    cells = WeightCells(
+        does,
+        WeightMaps(gatherer.runs.model_of(run)),
+        Readout.of(measures),
+        gatherer.kept,
+        run.name,
+        [(*sites, *beside) for sites, beside in gatherer.sites()],
+        plan.coordinates[names.index("value")] if "value" in names else np.zeros(plan.n_cells, int),
+        plan.items,
+    )
+
+    def made(cell: int) -> list[Floats]:
+        measured.listed[cell] = cells.listed(cell)
+        if does.gives == "logits":
+            return cells.read(cell)
+        numbers = {word: np.array(number) for word, number in cells.numbers(cell).items()}
+        return _evaluated(measures, numbers)
+
+    for cell in range(plan.n_cells):
+        yield cell, every, partial(made, cell)
+
+
+def _evaluated(measures: Sequence[ResolvedMeasure], by_name: Mapping[str, Floats]) -> list[Floats]:
+    """Per measure, [row] or one number of all, of what is observed by its words."""
+    return [
+        np.asarray(evaluate(m.expression, {a.node: by_name[a.name] for a in m.atoms}.__getitem__))
+        for m in measures
+    ]
 
 
 def _lack(
@@ -158,17 +199,43 @@ class _Gatherer:
         places = np.stack([rule.position_of_cell, key_of_cell])
         for place, key in np.unique(places, axis=1).T.tolist():
             spots = [rule.positions[place], *self._others[key : key + 1]]
+            runs = [self.runs.named(self.plan.experiment.spec.base)] * len(spots)
+            if rule.rule.does.reads == "run":
+                spots.append(rule.sources[place])
+                runs.append(self.runs.named(rule.rule.run))
             own = np.flatnonzero((places[0] == place) & (places[1] == key)).tolist()
             there = [all(spot.hits[row] for spot in spots) for row in self.kept.tolist()]
             columns = np.flatnonzero(there)
             if not len(columns):
                 continue
-            keys = self._keys(spots, self.kept[columns])
+            base = self.runs.named(self.plan.experiment.spec.base)
+            keys = self._keys(spots, self.kept[columns], base, self.runs.table)
             for some in self._fitting(own, len(columns) * len(spots)):
                 wanted = list(dict.fromkeys(each for cell in some for each in self._needs(cell)))
-                found = [self._gathered(wanted, spot, columns) for spot in spots]
+                found = [
+                    self._gathered(wanted, spot, run, columns)
+                    for spot, run in zip(spots, runs, strict=True)
+                ]
+                training = self._training(wanted, place)
                 for cell in some:
-                    yield cell, columns, self._seen(cell, found, columns, keys, spots)
+                    seen = self._seen(cell, found, columns, keys, spots)
+                    yield cell, columns, replace(seen, training=training.get(self._sites[cell]))
+
+    def _training(self, wanted: Sequence[Joined], place: int) -> dict[Joined, Training]:
+        """Of the rows that it is fitted on at a position, where these are others."""
+        own = self.does.trained_on
+        if own is None:
+            return {}
+        spot, table, run = own.cells[place], own.table, own.run
+        rows = np.flatnonzero([bool(hits) for hits in spot.hits])
+        model = self.runs.model_of(run)
+
+        def lanes_of(points: Sequence[SitePoint]) -> LanesOf:
+            return reader(model, table, run, points, seed=self.runs.seed, side=self.runs.side)
+
+        found = self._read(wanted, spot, run, rows, lanes_of)
+        keys = self._keys([spot], rows, run, table)
+        return {each: Training(of.astype(np.float64), rows, keys) for each, of in found.items()}
 
     def _seen(
         self,
@@ -182,13 +249,17 @@ class _Gatherer:
         own, beside = self._sites[cell], self._beside[cell]
         other = found[0][beside] if beside else found[1][own] if len(found) > 1 else None
         rows = self.kept[columns]
-        pairs = [_pairs(*(spot.hits[row] for spot in spots)) for row in rows.tolist()]
+        if beside or self.rule.rule.does.reads == "run":  # of a token with what it is elsewhere
+            pairs = [(1, 0)] * len(rows)
+        else:
+            pairs = [_pairs(*(spot.hits[row] for spot in spots)) for row in rows.tolist()]
         return RowVectors(
             found[0][own].astype(np.float64),
             rows,
             keys,
             float(torch.finfo(self.runs.model.dtype).eps),
             None if other is None else other.astype(np.float64),
+            None,
             np.array(pairs, dtype=np.float64),
         )
 
@@ -227,16 +298,26 @@ class _Gatherer:
         return whole if point.unit is None else whole // units(shape, point.site, point.layer)
 
     def _gathered(
-        self, combinations: Sequence[Joined], position: PositionCell, columns: Ints
+        self, combinations: Sequence[Joined], position: PositionCell, run: Run, columns: Ints
     ) -> dict[Joined, Singles]:
-        """[column, width] of each: the mean over the tokens of the position and draws of noise, or,
+        """[column, width] of each."""
+        lanes_of = partial(self.runs.reader, run)
+        return self._read(combinations, position, run, self.kept[columns], lanes_of)
+
+    def _read(
+        self,
+        combinations: Sequence[Joined],
+        position: PositionCell,
+        run: Run,
+        prompts: Ints,
+        lanes_of: Callable[[Sequence[SitePoint]], LanesOf],
+    ) -> dict[Joined, Singles]:
+        """[prompt, width] of each: the mean over the tokens of the position and draws of noise, or,
         where the observation is of directions, the sum of the unit vectors."""
         points = list(dict.fromkeys(point for each in combinations for point in each))
-        run = self.runs.named(self.rule.rule.run)
-        model, prompts = self.runs.model_of(run), self.kept[columns]
-        sums = [np.zeros((len(columns), self._width(point))) for point in points]
-        counts = np.zeros(len(columns))
-        lanes = self.runs.reader(run, points)
+        model = self.runs.model_of(run)
+        sums = [np.zeros((len(prompts), self._width(point))) for point in points]
+        counts, lanes = np.zeros(len(prompts)), lanes_of(points)
         for read in read_vectors(
             lanes, points, [position], prompt_batches(model, run, points, prompts)
         ):
@@ -256,17 +337,18 @@ class _Gatherer:
             each: np.concatenate([means[point] for point in each], axis=1) for each in combinations
         }
 
-    def _keys(self, spots: Sequence[PositionCell], prompts: Ints) -> list[bytes]:
+    def _keys(
+        self, spots: Sequence[PositionCell], prompts: Ints, run: Run, table: PromptTable
+    ) -> list[bytes]:
         """[row] a digest of all that its vectors at some positions hang on: of models whose tokens
         see no later ones, the tokens up to the last of them."""
-        run = self.runs.named(self.rule.rule.run)
         causal, found = self.runs.model_of(run).shape.causal, list[bytes]()
         for row in prompts.tolist():
             ids, hits = run.rows[row].ids, [spot.hits[row] for spot in spots]
             last = max(token for own in hits for tokens in own for token in tokens)
             # Of noise, and of rules (`run NAME { … }`), a row's whole content matters.
-            alone = run.noise is None and getattr(run, "derived", None) is None
-            drawn = None if alone else self.runs.table.row_keys[row]
+            alone = run.noise is None and run.derived is None
+            drawn = None if alone else table.row_keys[row]
             found.append(digest(ids[: last + 1] if causal else ids, hits, drawn))
         return found
 

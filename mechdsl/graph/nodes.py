@@ -425,6 +425,9 @@ def _effect(
     entry = EFFECTS[measure.effect]
     at = _unsaid(experiment, resolved) if measure.at is None else measure.at.span.written
     runs = dict.fromkeys(atom.run for atom in resolved.atoms if atom.run is not None)
+    observed = next((rule for rule in experiment.rules if rule.does.changes == "nothing"), None)
+    if observed is not None and observed.does.reads == "run" and resolved.observed:
+        runs[observed.run] = None
     references = tuple(unpatched(experiment, run) for run in runs)
 
     def measured(forward: ForwardNode, observed: ResolvedRule | None = None) -> MeasureNode:
@@ -433,7 +436,6 @@ def _effect(
 
     # Base and source are measured whatever the effect needs: both ends are always printed.
     source = experiment.spec.source
-    observed = next((rule for rule in experiment.rules if rule.does.changes == "nothing"), None)
     return EffectNode(
         entry.name,
         measured(acting, observed),

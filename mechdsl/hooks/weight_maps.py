@@ -51,19 +51,27 @@ class WeightMaps:
         """[d_value, d_model]: what the head adds to the stream, of `z`."""
         return self.output(layer)[head]
 
-    def neuron(self, layer: int, neuron: int) -> Tensor:
-        """[d_model]: what a neuron of activation 1 adds to the stream."""
-        return self.neurons(layer)[neuron]
-
     @lru_cache(maxsize=2)  # noqa: B019 - lives as long as one observation
     def neurons(self, layer: int) -> Tensor:
-        """[neuron, d_model]."""
+        """[neuron, d_model]: what a neuron of activation 1 adds to the stream."""
         block = self._block(layer)
         if block.down is None:
             raise NoMap(f"layer {layer} has no neurons with a map of their own")
         module = self._module(block.down)
         found = self._map(module, self.model.tap("mlp_hidden", layer).layout.end, block.down)
         return self._behind(found, block.mlp_behind)
+
+    def first_mlp(self, vectors: Tensor) -> Tensor:
+        """[..., d_model]: what the MLP of the first block makes of the stream, norms and biases as
+        they are."""
+        block = self._block(0)
+        if "mlp_out" not in block.taps or len(block.mlp) != 1:
+            raise NoMap("the first block has no MLP that is a part of its own")
+        found = vectors.to(self.model.dtype)
+        for path in (block.mlp_norm, *block.mlp, block.mlp_behind):
+            found = found if path is None else self._module(path)(found)
+            found = found[0] if isinstance(found, tuple) else found
+        return found.float()
 
     @cached_property
     def final_gain(self) -> tuple[Tensor, bool]:

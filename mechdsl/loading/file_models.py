@@ -22,6 +22,7 @@ from mechdsl.program import spec
 from mechdsl.resolve.measures import unreadable
 from mechdsl.resolve.model_runs import outputs_read
 from mechdsl.resolve.observation import Observation
+from mechdsl.resolve.over_rows import OverRows
 from mechdsl.resolve.random_targets import with_controls
 from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment, ResolvedRule
 from mechdsl.resolve.site_targets import missing_points
@@ -118,8 +119,9 @@ def not_there(
         for rule in experiment.every_rule:
             if rule.does.changes == "positions":
                 found.append(_counts_itself(rule, model))
-            if isinstance(rule.does, Observation) and rule.does.gives == "logits":
-                found.append(_without_end(rule, rule.does, model))
+            seen = rule.does
+            if isinstance(seen, Observation) and not isinstance(seen, OverRows):
+                found += [_without_end(rule, seen, model)] if seen.gives == "logits" else []
             if rule.does.changes == "blocks":
                 found.append(_not_alike(rule, model))
             if rule.sites is not None:

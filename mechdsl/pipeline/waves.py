@@ -201,15 +201,15 @@ def _together(
 def _rows_left_out(variants: Sequence[ResolvedExperiment], result: ExperimentResult) -> Diagnostic:
     """W0750."""
     experiment = variants[0]
-    rows = len({(each.table.name, row) for each in variants for row in each.table.row_ids})
-    rows = list(result.left_out.items())
-    listed = ", ".join(f"row {row} ({where})" for row, where in rows[:LISTED])
-    more = f" … and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
+    every = {(each.table.name, row) for each in variants for row in each.table.row_ids}
+    out = list(result.left_out.items())
+    listed = ", ".join(f"row {row} ({where})" for row, where in out[:LISTED])
+    more = f" … and {len(out) - LISTED} more" if len(out) > LISTED else ""
     return RowsLeftOut(
         span=experiment.spec.span,
         experiment=experiment.name,
-        count=len(rows),
-        rows=rows,
+        count=len(out),
+        rows=len(every),
         listed=f"{listed}{more}",
     )
 

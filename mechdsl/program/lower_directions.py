@@ -118,9 +118,20 @@ def used_by(experiment: spec.Experiment, program: spec.Program) -> list[spec.Dir
 
 
 def rows_read(experiment: spec.Experiment, program: spec.Program) -> list[Rows]:
-    """What the fits behind an experiment's rules read."""
+    """What the fits behind an experiment's rules read, and those of its probes."""
     calls = [call for each in used_by(experiment, program) for call in calls_of(each.value)]
-    return list(dict.fromkeys(rows for call in calls for rows in rows_of(call, program)))
+    found = [rows for call in calls for rows in rows_of(call, program)]
+    for rule in experiment.rules:
+        train = None if rule.observed is None else train_of(rule.observed.call)
+        rows = None if train is None else rows_named(train, program.prompts)
+        found += [] if rows is None else [rows]
+    return list(dict.fromkeys(found))
+
+
+def train_of(call: ast.Call | None) -> ast.Node | None:
+    """What stands behind `train:`, the rows that a probe is fitted on."""
+    named = () if call is None else call.arguments
+    return next((argument.value for argument in named if argument.name == "train"), None)
 
 
 @dataclass(frozen=True)

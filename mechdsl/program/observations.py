@@ -25,7 +25,7 @@ from mechdsl.program.lower_other_runs import run_of
 from mechdsl.program.possible_axes import axes_of, position_axes
 from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
-from mechdsl.syntax.verbs import CONTROLS, LENSES
+from mechdsl.syntax.verbs import CONTROLS, COUNTED, LENSES
 from mechdsl.syntax.walk import rewrite, walk
 
 if TYPE_CHECKING:
@@ -317,6 +317,8 @@ def _axes(part: Part, rules: Sequence[spec.Rule]) -> set[str]:
         found.update(f"to_{name}" for name in axes_of(rule.receiver))
         if rule.into_layer is not None:
             found.add("to_layer")
+        if rule.observed is not None and rule.observed.word in COUNTED:
+            found.add("value")
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from mechdsl.program import spec
 from mechdsl.syntax import ast
+from mechdsl.syntax.verbs import COUNTED
 from mechdsl.syntax.walk import walk
 
 
@@ -19,6 +20,8 @@ def possible_axes(rule: spec.Rule) -> Iterator[str]:
         yield "to_layer"
     if rule.fills:
         yield "fill"
+    if rule.observed is not None and rule.observed.word in COUNTED:
+        yield "value"
     yield from position_axes(rule)
 
 

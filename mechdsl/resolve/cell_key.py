@@ -25,6 +25,8 @@ class CellKey:
     """The same in the source run, where tokens of one number are other ones there."""
     also: Mapping[str, int] = field(default_factory=dict[str, int])
     """`item`, where an axis runs over occurrences: which of them, counted from 1."""
+    listed: tuple[str, ...] = field(default=(), compare=False)
+    """Tokens that an observation lists (`top 10`), the first one first."""
 
     @property
     def name(self) -> str:

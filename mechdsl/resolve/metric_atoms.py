@@ -47,7 +47,7 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
     if seen is not None and own and name in (*context.names, seen.word):
         return Atom(node, seen.word, seen.form)
     if seen is not None and name in seen.controls:
-        return Atom(node, name, seen.form)
+        return Atom(node, name, seen.form_of(name))
     if context.reads_observed and name in context.names and not own:
         return None  # an observation that there isn't, or that lacks a part, which is said there
     metric = METRICS.get(name)

@@ -102,7 +102,10 @@ class Observation(Intervention):
     read_by_measures: ClassVar[bool] = False
     """The measures of the experiment read it in place of the model's own output."""
     controls: ClassVar[tuple[str, ...]] = ()
-    """What is measured beside it to set it against, each a measure behind its own label."""
+    """What is measured beside it, as what it is set against, each a measure behind its own
+    label."""
+    counts: ClassVar[bool] = False
+    """It has several values of a cell, along an axis `value` from 1."""
     takes: ClassVar[tuple[Literal["toward", "with", "with site", "top", "arguments"], ...]] = ()
     """The clauses that it has a meaning for."""
 
@@ -110,6 +113,10 @@ class Observation(Intervention):
     def made_of(self) -> Mapping[str, str]:
         """Files whose numbers it takes, by name: SHA-256."""
         return {}
+
+    def form_of(self, name: str) -> Form:
+        """Of itself, or of what is measured beside it under this name."""
+        return self.form
 
     def beside(self, rule: ResolvedRule, shape: ModelShape) -> tuple[Place, ...]:
         """Whole vectors that it needs at the same tokens."""

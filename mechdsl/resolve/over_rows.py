@@ -6,11 +6,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run
 from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.resolved import ResolvedExperiment
 
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Floats, Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """Other rows, at the same sites and position, which something is fitted on."""
+
+    vectors: Floats
+    """[row, width]"""
+    prompts: Ints
+    """[row] number in their own table, ascending."""
+    keys: Sequence[bytes]
+    """[row] as `RowVectors.keys`."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedOn:
+    """Where these rows are."""
+
+    table: PromptTable
+    run: Run
+    cells: tuple[PositionCell, ...]
+    """The positions, as many as the line has and in their order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +50,8 @@ class RowVectors:
     """The relative spacing of numbers of the type that they were computed in."""
     other: Floats | None
     """[row, other width] the vectors of the site, or at the position, that it is set against."""
+    training: Training | None
+    """Where it is fitted on other rows, these."""
     pairs: Floats
     """[row, 2] how many pairs of different tokens there are, one of either position, and how many
     of a token with itself."""
@@ -45,6 +70,9 @@ class OverRows(Observation):
     """Whether it sees sums of unit vectors over the tokens of a position, and not means of
     vectors."""
 
+    trained_on: TrainedOn | None = None
+    """The rows that it is fitted on, where they aren't those that it is told on."""
+
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
         """Of itself and of each control, [row]. ValueError or ArithmeticError, in words, for what
         it can't be made of.
@@ -56,5 +84,5 @@ class OverRows(Observation):
 
 def of_weights(experiment: ResolvedExperiment) -> bool:
     """Whether it observes weights, for which no row matters."""
-    every = (rule.does for rule in experiment.rules)
-    return any(isinstance(does, OverRows) and not does.reads_vectors for does in every)
+    every = [rule.does for rule in experiment.rules if isinstance(rule.does, OverRows)]
+    return any(not does.reads_vectors and does.spread == "none" for does in every)

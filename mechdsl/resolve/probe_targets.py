@@ -36,6 +36,10 @@ class Probe(Record):
     folds: int
     penalty: float | None
     """None where the fit has a penalty of its own, or chooses one."""
+    train: tuple[tuple[float, ...], ...] | None = None
+    """Of each row that it is fitted on, where these are others; no row is in a fold then."""
+    trained_on: str = ""
+    """What these are called in the file."""
 
 
 def resolve_probe(
@@ -43,8 +47,10 @@ def resolve_probe(
     table: PromptTable,
     parameters: Mapping[str, Any],
     diagnostics: list[Diagnostic],
+    train: PromptTable | None = None,
 ) -> Probe | None:
-    """None after an error. Codes: E0207 and those of values of a row."""
+    """train: where it is fitted on other rows, these. None after an error. Codes: E0207 and those
+    of values of a row."""
     plain_ones = [each.value for each in call.arguments if each.name is None]
     if len(plain_ones) != 1:
         _bad(diagnostics, call.span, call.name, "takes one value of the rows", "`probe(count)`")
@@ -52,8 +58,10 @@ def resolve_probe(
     before = len(diagnostics)
     options = _options(call, parameters, diagnostics)
     values = row_values(cast(ast.Expr, plain_ones[0]), table, diagnostics)
-    if values is None or len(diagnostics) > before:
+    others = row_values(cast(ast.Expr, plain_ones[0]), train, diagnostics) if train else []
+    if values is None or others is None or len(diagnostics) > before:
         return None
+    own, values = len(values), [*values, *others]
     kind = options.get("kind") or _kind(values)
     span = plain_ones[0].span
     problem = _misfit(kind, values)
@@ -61,11 +69,19 @@ def resolve_probe(
         _bad(diagnostics, span, span.written, *problem)
         return None
     targets, classes = _classes(values) if kind == "logistic" else (_numbers(values), ())
-    few = len(set(targets)) < 2
+    few = len(set(targets if train is None else targets[own:])) < 2
     if few and not table.stands_in:
         reason = "is the same in all rows, so there is nothing to be told"
         _bad(diagnostics, span, span.written, reason, "a value that differs between rows")
         return None
+    if train is not None:
+        told = next(each.value.span.written for each in call.arguments if each.name == "train")
+        if "folds" in options:
+            reason = "has nothing to be held out: the probe is fitted on other rows"
+            _bad(diagnostics, call.span, "folds", reason, "leave `folds` or `train` out", bare=True)
+            return None
+        penalty = options.get("penalty")
+        return Probe(kind, targets[:own], classes, FOLDS, penalty, targets[own:], told)
     folds, rows = options.get("folds", FOLDS), len(set(table.row_keys))
     if rows < folds and not table.stands_in and not table.cut:
         reason = f"can't be dealt out: there are {plural(rows, 'distinct row')} for {folds} folds"
@@ -109,11 +125,11 @@ def _options(
     """`folds: 5, kind: logistic, penalty: 0.1`; E0207 for what isn't one."""
     found: dict[str, Any] = {}
     for each in call.arguments:
-        if each.name is None:
+        if each.name is None or each.name == "train":
             continue
         word, value = each.name, each.value
         if word not in _OPTIONS:
-            hint = did_you_mean(word, _OPTIONS, f"there is {', '.join(_OPTIONS)}")
+            hint = did_you_mean(word, _OPTIONS, f"there is {', '.join([*_OPTIONS, 'train'])}")
             _bad(diagnostics, each.span, word, "is no option of a probe", hint, bare=True)
             continue
         number = value.id if isinstance(value, ast.Name) else None

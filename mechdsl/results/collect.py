@@ -22,6 +22,7 @@ from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import Run
+from mechdsl.resolve.cell_key import CellKey
 from mechdsl.resolve.measured_places import MEASURED
 from mechdsl.resolve.name_cells import cell_keys
 from mechdsl.resolve.observation import Observation
@@ -91,7 +92,7 @@ def collect(
             **({} if item is None else {"item": MEASURED}),
         },
         centres=tuple(axis.name for axis in experiment.axes if axis.of_windows),
-        cells=tuple(cell_keys(experiment)),
+        cells=tuple(_cells(experiment, measured, there)),
         measures=tuple(measures),
         runs={
             run: {m.label: values[n].mean(axis=0) for n, m in enumerate(experiment.measures)}
@@ -124,6 +125,15 @@ def collect(
         rounding=_rounding_words(experiment, model),
         **_overlaid(experiment, kept, there),
     )
+
+
+def _cells(
+    experiment: ResolvedExperiment, measured: MeasuredValues, there: NDArray[np.bool_]
+) -> Iterator[CellKey]:
+    """The cells that there are, with the tokens that are listed of them."""
+    text = experiment.model.tokenizer.token_text
+    for key, cell in zip(cell_keys(experiment), np.flatnonzero(there).tolist(), strict=True):
+        yield replace(key, listed=tuple(map(text, measured.listed.get(cell, ()))))
 
 
 def _rounding_words(experiment: ResolvedExperiment, model: LoadedModel) -> str:

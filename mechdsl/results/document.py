@@ -110,6 +110,9 @@ class CellDocument(DocumentPart):
     site: str
     at: At
     n: int
+    listed: list[str] | None = Field(
+        default=None, description="tokens that an observation lists (`top 10`), the first one first"
+    )
     measures: list[MeasureDocument]
 
 
@@ -282,6 +285,7 @@ def _cell(result: ExperimentResult, index: int, key: CellKey) -> CellDocument:
             **given(read=list(key.read) or None),
         ),
         n=n,
+        **given(listed=list(key.listed) or None),
         measures=[_measure(result, measure, index, n) for measure in range(len(result.measures))],
     )
 

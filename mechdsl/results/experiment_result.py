@@ -294,6 +294,7 @@ def _none(value: Any) -> float | None:
 
 
 def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
+    lists = any(cell.listed for cell in result.cells)
     for index, cell in enumerate(result.cells):
         for measure, data in enumerate(result.measures):
             found = result.statistics[measure]
@@ -315,6 +316,7 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
                 "inert": bool(data.inert[index]),
                 "at_rounding": bool(found.at_rounding[index]),
                 "reason": found.reasons[index],
+                **({"listed": " ".join(cell.listed)} if lists else {}),
             }
             axes = {
                 # the variable of a `for` may be called like a column

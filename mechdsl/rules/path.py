@@ -73,9 +73,10 @@ class PathPatching(RuleKind, Intervention):
         fine = _kinds(rule.receiver, receivers, RECEIVERS, "end", work) and fine
         if not fine or not _any_path(rule, senders, receivers, work):
             return None
+        does: Intervention = HELD_NEURONS if _neurons_behind(rule, senders, work) else self
         return ResolvedRule(
             spec=rule,
-            does=HELD_NEURONS if _neurons_behind(rule, senders, work) else self,
+            does=does,
             run=run,
             sites=senders,
             positions=positions,
@@ -110,7 +111,7 @@ class PathPatching(RuleKind, Intervention):
         )
 
 
-class HeldNeurons(PathPatching):
+class HeldNeurons(PathPatching, Intervention):
     """Neurons behind another sender: those beside them in their MLP are held one by one, which
     only whole passes do."""
 

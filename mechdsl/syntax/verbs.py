@@ -17,3 +17,6 @@ read in place of the model's own."""
 
 CONTROLS: dict[str, tuple[str, ...]] = {}
 """Word behind `observe` → the controls that come with it, each a measure of its own."""
+
+COUNTED: set[str] = set()
+"""Words behind `observe` whose values are several to a cell, along an axis `value`."""

@@ -295,17 +295,17 @@ class _ConditionReader(KnownCells):
             return self.run(self.only_argument(node, "accuracy(clean)"))
         run = self.argument(node, 0, "accuracy(clean)")
         name = ", ".join(each.value.span.written.strip('"') for each in named)
+        whose = WHOSE[named[0].name or ""]
         key = f"{run.span.written} ({name})"
         if key not in self.known.runs:
             own = [each for each in self.known.runs if each.startswith(f"{run.span.written} (")]
             if not own:
                 self.run(run)  # which may be unknown
-                reason, hint = f"it runs on one {WHOSE[named[0].name]}", "leave it out"
+                reason, hint = f"it runs on one {whose}", "leave it out"
                 raise unreadable(named[0].span, reason, hint)
             known = [each.removesuffix(")").partition(" (")[2] for each in own]
             hint = did_you_mean(name, known, f"it runs on {name_list(known)}")
-            kind = WHOSE[named[0].name]
-            unknown = UnknownName(span=named[0].span, kind=kind, name=name, hint=hint)
+            unknown = UnknownName(span=named[0].span, kind=whose, name=name, hint=hint)
             raise RefusedCondition(unknown)
         return key
 

@@ -136,35 +136,76 @@ def test_singular_values_of_a_product(family: str) -> None:
         assert np.allclose(singular(pair).numpy(), wanted[:6], atol=1e-4 * wanted[0])
 
 
+def written(family: str, layer: int) -> Array:
+    """[neuron, d] what neurons add to the stream."""
+    model = bare(family)
+    if family == "gpt2":
+        return numbers(model.transformer.h[layer].mlp.c_proj.weight)
+    if family == "gpt_neox":
+        return numbers(model.gpt_neox.layers[layer].mlp.dense_4h_to_h.weight).T
+    block = model.model.layers[layer]
+    found = numbers(block.mlp.down_proj.weight).T
+    if family == "gemma2":
+        return found * (numbers(block.post_feedforward_layernorm.weight) + 1)
+    return found
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_neuron_adds(family: str) -> None:
+    wanted = written(family, 1)[5]
+    assert np.allclose(maps(family).neurons(1)[5].numpy(), wanted, atol=1e-5)
+    logits = maps(family).to_logits(maps(family).neurons(1)[5]).numpy()
+    assert np.allclose(logits, wanted @ ends(family)[1], atol=1e-4 * np.abs(logits).max())
+
+
+def behind_first_mlp(family: str, tokens: Array) -> Array:
+    """[token, d] of embeddings, by the model's own modules."""
     model = bare(family)
     if family == "gpt2":
-        wanted = numbers(model.transformer.h[1].mlp.c_proj.weight)[5]
+        block = model.transformer.h[0]
+        found = block.mlp(block.ln_2(model.transformer.wte.weight[tokens]))
     elif family == "gpt_neox":
-        wanted = numbers(model.gpt_neox.layers[1].mlp.dense_4h_to_h.weight)[:, 5]
+        block = model.gpt_neox.layers[0]
+        found = block.mlp(block.post_attention_layernorm(model.gpt_neox.embed_in.weight[tokens]))
+    elif family == "gemma2":
+        block = model.model.layers[0]
+        vectors = model.model.embed_tokens(torch.from_numpy(tokens))
+        found = block.mlp(block.pre_feedforward_layernorm(vectors))
+        found = block.post_feedforward_layernorm(found)
     else:
-        block = model.model.layers[1]
-        wanted = numbers(block.mlp.down_proj.weight)[:, 5]
-        if family == "gemma2":
-            wanted = wanted * (numbers(block.post_feedforward_layernorm.weight) + 1)
-    assert np.allclose(maps(family).neuron(1, 5).numpy(), wanted, atol=1e-5)
-    logits = maps(family).to_logits(maps(family).neuron(1, 5)).numpy()
-    assert np.allclose(logits, wanted @ ends(family)[1], atol=1e-4 * np.abs(logits).max())
+        block = model.model.layers[0]
+        vectors = model.model.embed_tokens(torch.from_numpy(tokens))
+        found = block.mlp(block.post_attention_layernorm(vectors))
+    return found.double().numpy()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_successors_are_ranked_among_the_tokens_named(family: str) -> None:
-    own, (_, unembed) = head(family, 2, 1), ends(family)
-    vectors = np.random.default_rng(0).normal(size=(8, len(unembed)))
-    tokens = np.array([5, 9, 11, 20, 33, 40, 41, 52])
-    logits = vectors @ own.v @ own.o @ unembed[:, tokens]
-    found = successors(
-        maps(family), 2, 1, torch.from_numpy(vectors).float(), torch.from_numpy(tokens)
-    )
-    assert found.tolist() == (logits.argmax(axis=1) == np.arange(8)).tolist()
+@pytest.mark.parametrize("place", PLACES)
+def test_successors_are_ranked_among_the_tokens_named(family: str, place: tuple[int, int]) -> None:
+    """The last one is the first again, as days of the week are."""
+    own, (_, unembed) = head(family, *place), ends(family)
+    tokens = np.array([5, 9, 11, 20, 33, 40, 41, 46, 5])
+    named = sorted(set(tokens.tolist()))
+    vectors = behind_first_mlp(family, tokens[:-1])
+    logits = (vectors @ own.v @ own.o @ unembed)[:, named]
+    ranks = [
+        1 + sum(row > row[named.index(then)])
+        for row, then in zip(logits, tokens[1:].tolist(), strict=True)
+    ]
+    share, rank = successors(maps(family), *place, torch.from_numpy(tokens))
+    assert np.isclose(share, np.mean([each == 1 for each in ranks]))
+    assert np.isclose(rank, np.mean(ranks))
+    assert 1 < rank < 8
+
+
+@torch.no_grad()
+def test_a_head_that_does_nothing_has_no_successors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equal logits none is first."""
+    found = WeightMaps(shared(bare("gpt2")))
+    monkeypatch.setattr(found, "out", lambda layer, head: torch.zeros(6, 24))
+    assert successors(found, 1, 0, torch.tensor([5, 9, 11])) == (0.0, 2.0)
 
 
 def test_a_share_of_positive_eigenvalues() -> None:

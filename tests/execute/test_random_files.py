@@ -304,7 +304,14 @@ def together(draw: Any) -> str:
                 f"observe effective_rank resid_post layer * of turned at {tokens} as seen",
                 f"observe rank attn_out layers 0..1 of turned at {at} as seen",
                 f"observe probe(a, folds: 2) at resid_post layer * of turned at {at} as seen",
+                "observe similarity resid_pre layer * of turned with mlp_out layer * "
+                "at last token as seen",
+                "observe similarity attn_out layer * of turned with clean at last token as seen",
                 "observe copying layer * head 1..2 of turned as seen",
+                "observe singular_values(qk) at layer * head 1..2 of turned top 3 as seen",
+                "observe value_vectors layer 1 neuron 0..3 of turned toward answer - wrong top 2 "
+                "as seen",
+                'observe successor(" w1", " w2", " w3") at layer * head 0 of turned as seen',
                 "observe composition(k) at layer * head 0 of turned with layer * head 1 as seen",
             ]
         )

@@ -549,6 +549,7 @@ _TRANSPLANTS = "tests/rules/test_transplants.py"
 _OBSERVED = "tests/rules/test_observations.py"
 _TOGETHER = "tests/rules/test_over_rows.py"
 _WEIGHTS = "tests/execute/test_observed_weights.py"
+_WEIGHTS_IN_FILES = "tests/rules/test_weight_observations.py"
 _EDGES = "tests/rules/test_attention.py"
 _PATHS = "tests/rules/test_paths.py"
 
@@ -942,10 +943,38 @@ _rule(
     "measure logit(answer) as raw",
 )
 _rule(
+    "observe probe … train",
+    "observe probe(count, train: listed) at resid_post layer * at last token as told",
+    "The probe is fitted once, on other rows at the same position (a block, a part of a split such "
+    "as `fruit.train`, or a run of it), and told on the rows of the experiment, of which none may "
+    "be among those; its shuffled control has the values of the fitted rows dealt to others.",
+    "Alain and Bengio 2016, arXiv 1610.01644; Hewitt and Liang 2019, arXiv 1909.03368",
+    _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
     "observe similarity",
     "observe similarity resid_post layer * at first-item token with last-item token as alike",
     "The cosine of a row's vectors, the mean over pairs of different tokens, one at either "
     "position; without `with`, of the tokens of one position with each other.",
+    OWN,
+    _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe similarity … with SITE",
+    "observe similarity resid_pre layer * with resid_post layer * at last token as alike",
+    "The cosine of a row's vectors at two sites, one token at a time; the second site's axes are "
+    "`to_layer`, `to_head`.",
+    OWN,
+    _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe similarity … with RUN",
+    "observe similarity resid_post layer * of clean with fewer at last token as alike",
+    "The cosine with the vector at the same position of another run, one token at a time; the run "
+    "may be one with rules (`run healed { … }`).",
     OWN,
     _TOGETHER,
     "measure logit(answer) as raw",
@@ -986,6 +1015,45 @@ _rule(
     "values (`v`): ‖AB‖ / (‖A‖ ‖B‖), Frobenius, of the first one's OV and the other's QK or OV.",
     "Elhage et al. 2021, transformer-circuits.pub/2021/framework",
     _WEIGHTS,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe singular_values",
+    "observe singular_values(ov) at layer 0 head * top 5 as sizes",
+    "The largest singular values of a head's W_V W_O, or of its W_Q W_Kᵀ (`qk`), along an axis "
+    "`value` from 1; gains of norms are folded in.",
+    "Millidge and Black 2022, “The singular value decompositions of transformer weight matrices "
+    "are highly interpretable”",
+    _WEIGHTS_IN_FILES,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe value_vectors … top",
+    "observe value_vectors layer 1 neuron 0..3 top 10 as says",
+    "A neuron's output weights through the final norm's gain and the unembedding: what it adds to "
+    "the logit of the token that it raises most, per unit of its activation. `top 10` lists the "
+    "first ten tokens in the table and the JSON (`listed`).",
+    "Geva et al. 2022, arXiv 2203.14680",
+    _WEIGHTS_IN_FILES,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe value_vectors … toward",
+    "observe value_vectors layer 1 neuron * toward answer - wrong as writes",
+    "What a neuron adds to the logits of each row's own tokens, per unit of its activation; the "
+    "mean is over rows.",
+    "Geva et al. 2022, arXiv 2203.14680",
+    _WEIGHTS_IN_FILES,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe successor",
+    'observe successor(" 1", " 2", " 3") at layer 1 head * as counts',
+    "The share of texts whose next one a head raises most of all that are listed, and beside it "
+    "`counts rank`, its mean rank: token embedding → norm and MLP of the first block → OV → final "
+    "norm's gain → unembedding. The first text again at the end closes a circle.",
+    "Gould et al. 2023, arXiv 2312.09230",
+    _WEIGHTS_IN_FILES,
     "measure logit(answer) as raw",
 )
 _rule(

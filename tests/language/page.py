@@ -62,7 +62,7 @@ prompts blank {
 }
 
 """
-    + fruit.block().replace("prompts fruit", "prompts listed")
+    + fruit.block(OTHER).replace("prompts fruit", "prompts listed")
     + """
 direction more = mean_difference(fruit, fruit.fewer) at resid_post layer 2 at last token
 direction by_layer = mean_difference(fruit, fruit.fewer) at resid_post layer * at token -2..-1

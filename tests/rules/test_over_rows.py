@@ -22,7 +22,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.rules.observations import over_rows
 
 from ..execute.support import MODES, ids_of, run_file, shared, try_file
-from ..reference.forward import forward
+from ..reference.forward import Write, forward
 from .models import bare, double
 
 Array = NDArray[np.float64]
@@ -268,6 +268,83 @@ def test_a_probe_of_several_numbers_over_joined_tokens_of_another_run(tmp_path: 
     np.testing.assert_allclose(found.measures[0].patched[0], told, atol=2e-3)
 
 
+OTHERS = """
+prompts q {
+  rows "others.jsonl"
+  template "{left} w40 {right} w41"
+  answer " {a}"
+  corrupt turned { right = turn }
+}
+"""
+
+
+def trained(
+    folder: Path, name: str, line: str, *, fitted: int = 16, answers: str = "w7"
+) -> ExperimentResult:
+    """A probe of the last records, fitted on the first ones."""
+    write(folder)
+    lines = (folder / "many.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "others.jsonl").write_text("\n".join(lines[:fitted]) + "\n", encoding="utf-8")
+    (folder / "many.jsonl").write_text("\n".join(lines[16:25]) + "\n", encoding="utf-8")
+    text = f"seed {SEED}\nexperiment e {{\n  model m\n  prompts p\n  {line}\n}}\n"
+    results = run_file(text, folder, bare(name), None, prompts=PROMPTS + OTHERS)
+    return next(iter(results.values()))
+
+
+def fitted_once(x: Array, y: Array, penalty: float, weights: Array) -> Array:
+    """[row of the last nine] R² by a fit to the first sixteen, whose values are `weights`."""
+    at, by = x[:16].mean(axis=0), x[:16].std(axis=0)
+    own, to = (x - at) / by, weights.mean(axis=0)
+    gram = own[:16].T @ own[:16] + penalty * np.eye(x.shape[1])
+    got = own[16:25] @ np.linalg.solve(gram, own[:16].T @ (weights - to)) + to
+    wanted = y[16:25]
+    return 1 - ((wanted - got) ** 2).sum(1) / ((wanted - wanted.mean(0)) ** 2).sum(1).mean()
+
+
+@pytest.mark.parametrize("name", FAMILIES[:3])
+def test_a_probe_that_is_fitted_on_other_rows(tmp_path: Path, name: str) -> None:
+    line = "observe probe(size, train: q, penalty: 2) at resid_post layer * at left token as told"
+    found = trained(tmp_path, name, line)
+    y = np.array([[record["size"]] for record in RECORDS])
+    own = keys("left token")[:16]
+    distinct = sorted(dict.fromkeys(own))
+    order = sorted(distinct, key=lambda key: (digest("shuffle", SEED, key), key))
+    gets = dict(zip(distinct, order, strict=True))
+    least = {key: min(v for k, v in zip(own, y[:16, 0], strict=True) if k == key) for key in own}
+    dealt_out = np.array([[least[gets[key]]] for key in own])
+    for layer in range(3):
+        x = vectors(name, "resid_post", layer, "left token")
+        told = fitted_once(x, y, 2.0, y[:16])
+        np.testing.assert_allclose(found.measures[0].patched[layer], told, rtol=2e-3, atol=5e-3)
+        control = fitted_once(x, y, 2.0, dealt_out)
+        np.testing.assert_allclose(found.measures[1].patched[layer], control, rtol=2e-3, atol=5e-3)
+    said = found.conventions["observed"]
+    assert "R² in rows that it wasn't fitted on" in said
+    assert "fitted on `q` (16 rows)" in said
+    assert "folds" not in said.replace("penalty chosen on folds", "")
+
+
+@pytest.mark.parametrize("name", FAMILIES[:2])
+def test_classes_that_are_fitted_on_a_run_of_other_rows(tmp_path: Path, name: str) -> None:
+    line = "observe probe(kind, train: q.turned, penalty: 0.5) at resid_post layer 1 at last token"
+    found = trained(tmp_path, name, line)
+    x = vectors(name, "resid_post", 1, "last token")
+    other = vectors(name, "resid_post", 1, "last token", "turned")[:16]
+    names = [record["kind"] for record in RECORDS]
+    y = np.array([sorted(set(names)).index(each) for each in names])
+    at, by = other.mean(axis=0), other.std(axis=0)
+    weights, free = descended(torch.from_numpy((other - at) / by), torch.from_numpy(y[:16]), 3, 0.5)
+    scores = torch.from_numpy((x[16:25] - at) / by) @ weights + free
+    right = (scores.argmax(1).numpy() == y[16:25]).astype(float)
+    assert found.measures[0].patched[0].tolist() == right.tolist()
+
+
+def test_a_probe_isnt_told_on_rows_that_it_is_fitted_on(tmp_path: Path) -> None:
+    line = "observe probe(size, train: q) at resid_post layer 1 at last token"
+    with pytest.raises(AssertionError, match="is told on 2 rows that it is fitted on"):
+        trained(tmp_path, "gpt2", line, fitted=18)
+
+
 # --- what all rows have together ------------------------------------------------------------------
 
 
@@ -292,6 +369,18 @@ def test_ranks_of_the_rows_around_their_mean(tmp_path: Path, name: str) -> None:
     assert "one number of all rows: no interval" in statistics.reasons[0]
 
 
+def u_centred(x: Array) -> Array:
+    """Inner products of such matrices are the unbiased HSIC (Székely and Rizzo 2014)."""
+    x = x - x.mean(axis=0)
+    k = x @ x.T
+    np.fill_diagonal(k, 0)
+    n = len(k)
+    rows = k.sum(axis=1) / (n - 2)
+    k = k - rows[:, None] - rows[None] + k.sum() / ((n - 1) * (n - 2))
+    np.fill_diagonal(k, 0)
+    return k
+
+
 @pytest.mark.parametrize("name", FAMILIES[:3])
 def test_cka_of_two_sites(tmp_path: Path, name: str) -> None:
     found = run(
@@ -303,16 +392,7 @@ def test_cka_of_two_sites(tmp_path: Path, name: str) -> None:
     assert len(first) < len(own)
 
     def centred(site: str, layer: int) -> Array:
-        x = vectors(name, site, layer, "left tokens")[first]
-        x = x - x.mean(axis=0)
-        k = x @ x.T
-        np.fill_diagonal(k, 0)
-        n = len(k)
-        # U-centred (Székely and Rizzo 2014): inner products are the unbiased HSIC.
-        rows = k.sum(axis=1) / (n - 2)
-        k = k - rows[:, None] - rows[None] + k.sum() / ((n - 1) * (n - 2))
-        np.fill_diagonal(k, 0)
-        return k
+        return u_centred(vectors(name, site, layer, "left tokens")[first])
 
     for cell in found.cells:
         a = centred("resid_post", int(cell.coords["layer"]))
@@ -416,6 +496,116 @@ def test_a_cell_that_the_model_has_no_map_for_has_no_value(tmp_path: Path) -> No
     )
 
 
+# --- two sites, two runs, runs with rules ---------------------------------------------------------
+
+
+def cosines(one: Array, other: Array) -> Array:
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return (one * other).sum(axis=1) / lengths
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_similarity_of_two_sites_at_one_token(tmp_path: Path, name: str) -> None:
+    line = "observe similarity resid_post layer 0..1 with attn_out layer * at left token as alike"
+    found = run(tmp_path, name, line)
+    assert found.axes == ("layer", "to_layer")
+    for cell, values in zip(found.cells, found.measures[0].patched, strict=True):
+        one = vectors(name, "resid_post", int(cell.coords["layer"]), "left token")
+        other = vectors(name, "attn_out", int(cell.coords["to_layer"]), "left token")
+        np.testing.assert_allclose(values, cosines(one, other), atol=1e-4)
+    assert found.measures[0].patched.std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"), [*((name, "planned") for name in FAMILIES), ("llama", "plain")]
+)
+def test_similarity_of_two_runs(tmp_path: Path, name: str, passes: str) -> None:
+    """Of texts that differ in length."""
+    line = "observe similarity resid_post layer * with turned at {left token, last token}"
+    both = run(
+        tmp_path, name, "observe similarity resid_post layer * with turned at last token",
+        options=MODES[passes],
+    )  # fmt: skip
+    for layer, values in enumerate(both.measures[0].patched):
+        one = vectors(name, "resid_post", layer, "last token")
+        other = vectors(name, "resid_post", layer, "last token", "turned")
+        np.testing.assert_allclose(values, cosines(one, other), atol=1e-4)
+    assert both.measures[0].patched.std() > 0.01
+    assert "with the vector at the same position of `turned`" in both.conventions["observed"]
+    with pytest.raises(AssertionError, match="compares one token at a time"):
+        run(tmp_path, name, line)
+
+
+HEALED = (
+    "run healed { from turned into clean patch attn_out layer 0 at last token "
+    "scale mlp_out layer 1 at right tokens by 3 }"
+)
+
+
+def healed(name: str, site: str, layer: int, position: str) -> Array:
+    """[row, width] with a source of its own and one number, one prompt at a time."""
+    found: list[Array] = []
+    for record in RECORDS:
+        source = _seen(name, tuple(words(record, "turned")))["attn_out", 0][-1]
+        last = len(words(record))
+        writes = [Write("attn_out", 0, source, last)]
+        writes += [
+            Write("mlp_out", 1, lambda own: 3 * own, at) for at in hits(record, "right tokens")
+        ]
+        own = forward(name, double(name), ids_of(words(record)), writes)[site, layer]
+        found.append(own[hits(record, position)].flatten(1).mean(0).detach().numpy())
+    return np.array(found)
+
+
+@pytest.mark.parametrize("name", FAMILIES[:3])
+def test_similarity_with_a_run_with_rules(tmp_path: Path, name: str) -> None:
+    line = "observe similarity resid_post layer * of clean with healed at last token as alike"
+    found = run(tmp_path, name, HEALED, line)
+    for layer, values in enumerate(found.measures[0].patched):
+        one = vectors(name, "resid_post", layer, "last token")
+        other = healed(name, "resid_post", layer, "last token")
+        np.testing.assert_allclose(values, cosines(one, other), atol=1e-4)
+    assert found.measures[0].patched.std() > 0.01
+
+
+@pytest.mark.parametrize("name", FAMILIES[:3])
+def test_a_probe_of_a_run_with_rules(tmp_path: Path, name: str) -> None:
+    line = "observe probe(size, folds: 4, penalty: 2) at resid_post layer 2 of healed at last token"
+    found = run(tmp_path, name, HEALED, f"{line} as told")
+    assert found.row_keys is not None
+    contents = [(r["size"], " ".join(r["left"]), " ".join(r["right"])) for r in RECORDS]
+    values = (found.row_values[value] for value in ("size", "left", "right"))
+    # values and keys are in the order of the table, what is measured in that of the file
+    order = [contents.index(each) for each in zip(*values, strict=True)]
+    own = [RECORDS[row] for row in order]
+    y = np.array([[record["size"]] for record in own])
+    x = healed(name, "resid_post", 2, "last token")[order]
+    plain = vectors(name, "resid_post", 2, "last token")[order]
+    assert np.abs(x - plain).max() > 0.1
+    seen = [
+        digest(tuple(ids_of(words(record))), [(tuple(hits(record, "last token")),)], key)
+        for record, key in zip(own, found.row_keys, strict=True)
+    ]
+    dealt_out = sorted(set(seen), key=lambda key: (digest("fold", SEED, key), key))
+    fold = np.array([dealt_out.index(key) % 4 for key in seen])
+    told = ridge_told(x, y, fold, 2.0)
+    np.testing.assert_allclose(found.measures[0].patched[0][order], told, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", FAMILIES[:3])
+def test_cka_of_a_run_with_rules(tmp_path: Path, name: str) -> None:
+    line = "observe cka resid_post layer 2 of healed with attn_out layer 1 at last token as alike"
+    found = run(tmp_path, name, HEALED, line)
+    own = keys("last token")
+    first = [own.index(key) for key in dict.fromkeys(own)]
+    a, b = (
+        u_centred(healed(name, site, layer, "last token")[first])
+        for site, layer in (("resid_post", 2), ("attn_out", 1))
+    )
+    wanted = (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
+    np.testing.assert_allclose(found.measures[0].patched[0].mean(), wanted, atol=1e-4)
+
+
 # --- what is refused, and what is said ------------------------------------------------------------
 
 AT = "resid_post layer 0 at last token"
@@ -431,6 +621,10 @@ REFUSED = {
     f"observe probe(a) {AT}": "is the same in all rows",
     f"observe probe(size, folds: 30) {AT}": "can't be dealt out",
     "observe probe(size) at resid_post layer 0": "needs a position",
+    f"observe probe(size, train: many) {AT}": "can't be fitted on `many`",
+    f"observe probe(size, train: p) {AT}": "rows that it is fitted on",
+    f"observe similarity {AT} with left token with attn_out layer 0": "attn_out",
+    "observe similarity resid_post layer 0 with z layer 0 head 0 at last token": "not of 6 and 24",
     "observe probe(size) at pattern layer 0 head 0 at last token": "whose width",
     f"observe cka {AT}": "compares two sites",
     f"observe rank {AT} with left token": "takes no `with`",
@@ -438,6 +632,19 @@ REFUSED = {
     "observe copying resid_post layer 0": "of one head at a time",
     "observe copying layer 0 heads 0..1": "of one head at a time",
     "observe composition(x) at layer 0 head * with layer 1 head *": "is no way in which heads",
+    "observe composition at layer 0 head * with layer 1 head *": "says none of its ways",
+    "observe singular_values(ok) at layer 0 head * top 2": "is no map of a head",
+    "observe singular_values(qk) at layer 0 head *": "doesn't say how many",
+    "observe singular_values(qk) at layer 0 head * top 7": "has no 7 values: a head has 6",
+    "observe singular_values(qk) at layer 0 heads * top 2": "of one head at a time",
+    "observe value_vectors layer 0 head 0 top 2": "of one neuron at a time",
+    "observe value_vectors layer 0 neurons 0..1 top 2": "of one neuron at a time",
+    "observe value_vectors layer 0 neuron 0 at last token": "of the weights, not of a token",
+    "observe value_vectors layer 0 neuron 0 toward nothing": "nothing",
+    'observe successor(" w1", " w2", " w1") at layer 0 head *': "at least 3 different texts",
+    'observe successor(" w1", " w2", 3) at layer 0 head *': "at least 3 different texts",
+    'observe successor(" w1", " w2", " w3 w4") at layer 0 head *': "has several tokens: `w3` `w4`",
+    'observe successor(" w1", " w2", " w3") at layer 0 neuron 0': "of one head at a time",
     "observe composition(q) at layer 0 head *": "is of two heads",
     f"ablate attn_out layer 0 at last token with zero  observe rank {AT}": "reads no run in which",
 }

@@ -8,7 +8,9 @@ from mechdsl.rules.observations import (
     patterns,
     probes,
     similarities,
+    successor,
     tuned_lens,
+    value_vectors,
     vectors,
     weights,
 )
@@ -25,7 +27,9 @@ __all__ = [
     "patterns",
     "probes",
     "similarities",
+    "successor",
     "tuned_lens",
+    "value_vectors",
     "vectors",
     "weights",
 ]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from mechdsl.diagnostics.e02_names import BadArgument
-from mechdsl.models.shape import units, width
+from mechdsl.models.shape import ModelShape, units, width
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.over_rows import OverRows, RowVectors
 from mechdsl.resolve.resolved import Convention, ResolvedRule, SitePoint, SiteTargets
+from mechdsl.resolve.site_targets import resolve_site
 from mechdsl.rules.observations.registry import SiteObservation, observation
 from mechdsl.vocab.sites import SITES
 
@@ -46,7 +48,7 @@ class OverRowsKind(OverRows, SiteObservation):
                 reason = f"can't be made of `{over_keys[0]}`, whose width is that of each prompt"
                 refuse(rule, work, reason, "name a site whose vectors are equally wide: `z`")
                 return False
-            numbers = len(work.table) * sum(_numbers(point, work) for point in points)
+            numbers = len(work.table) * sum(numbers_of(point, work.sites.shape) for point in points)
             if numbers > ROW_NUMBERS:
                 reason = f"would hold {numbers:,} numbers at a time, more than {ROW_NUMBERS:,}"
                 refuse(rule, work, reason, "write a smaller `limit` behind `prompts`")
@@ -70,11 +72,22 @@ class OverRowsKind(OverRows, SiteObservation):
         yield from ()
 
 
-def _numbers(point: SitePoint, work: Work) -> int:
+def numbers_of(point: SitePoint, shape: ModelShape) -> int:
     """How many there are in one vector."""
-    shape = work.sites.shape
     several = units(shape, point.site, point.layer) if point.unit is None else 1
     return several * width(shape, point.site, point.layer)
+
+
+def other_sites(rule: spec.Rule, work: Work) -> SiteTargets | None:
+    """The sites behind `with`, whose axes are `to_layer`, `to_head`; None after an error."""
+    assert rule.receiver is not None
+    found, axes = resolve_site(rule.receiver, work.sites)
+    for axis in axes:
+        work.add_axis(replace(axis, name=f"to_{axis.name}"))
+    own = {axis.name for axis in axes}
+    if found is None:
+        return None
+    return replace(found, axes=tuple(f"to_{n}" if n in own else n for n in found.axes))
 
 
 def refuse(rule: spec.Rule, work: Work, reason: str, hint: str) -> None:

@@ -6,9 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
+from mechdsl.base.plural import plural
+from mechdsl.diagnostics.core import has_errors
 from mechdsl.program import spec
+from mechdsl.program.lower_directions import rows_named, train_of
+from mechdsl.prompts.positions import resolve_positions
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.over_rows import RowVectors
+from mechdsl.resolve.over_rows import RowVectors, TrainedOn, Training
 from mechdsl.resolve.probe_targets import Probe, resolve_probe
 from mechdsl.resolve.resolved import ResolvedRule
 from mechdsl.rules.observations.over_rows import OverRowsKind, refuse
@@ -34,9 +38,9 @@ class ProbeObservation(OverRowsKind):
     takes: ClassVar = ("arguments",)
     controls: ClassVar[tuple[str, ...]] = ("shuffled",)
 
-    def __init__(self, probe: Probe | None = None) -> None:
+    def __init__(self, probe: Probe | None = None, trained_on: TrainedOn | None = None) -> None:
         """probe: None only of the entry."""
-        self.probe = probe
+        self.probe, self.trained_on = probe, trained_on
         if probe is not None:
             self.form = replace(type(self).form, unit=UNITS[probe.kind])
 
@@ -47,20 +51,26 @@ class ProbeObservation(OverRowsKind):
         if said.call is None:
             refuse(rule, work, "doesn't say what is to be told", "name a value: `probe(count)`")
             return None
-        parameters = work.program.parameters
-        probe = resolve_probe(said.call, work.table, parameters, work.diagnostics)
+        parameters, before = work.program.parameters, len(work.diagnostics)
+        train = None if found is None else _trained_on(rule, found, work)
+        if len(work.diagnostics) > before:
+            return None
+        other = None if train is None else train.table
+        probe = resolve_probe(said.call, work.table, parameters, work.diagnostics, other)
         if found is None or probe is None:
             return None
-        return replace(found, does=ProbeObservation(probe))
+        return replace(found, does=ProbeObservation(probe, train))
 
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
-        import numpy as np
-
         from mechdsl.fits.held_out import folds, shuffled
 
         probe = self.probe
         assert probe is not None
-        y = np.array([probe.targets[row] for row in seen.prompts.tolist()], dtype=np.float64)
+        y = _targets(probe.targets, seen.prompts)
+        if seen.training is not None and probe.train is not None:
+            own = _targets(probe.train, seen.training.prompts)
+            dealt = shuffled(seen.training.keys, own, seed)
+            return [_fitted(probe, seen, seen.training, each, y, seed) for each in (own, dealt)]
         strata = y[:, 0].tolist() if probe.kind == "logistic" else None
         fold = folds(seen.keys, probe.folds, seed, strata)
         return [
@@ -70,6 +80,72 @@ class ProbeObservation(OverRowsKind):
     def said(self, rule: ResolvedRule) -> Iterator[str]:
         assert self.probe is not None
         return _said(self.probe)
+
+
+def _trained_on(rule: spec.Rule, found: ResolvedRule, work: Work) -> TrainedOn | None:
+    """The rows behind `train:`, at the positions of the line; None where there are none, and after
+    an error."""
+    said = rule.observed
+    named = None if said is None else train_of(said.call)
+    if named is None or said is None:
+        return None
+    rows = rows_named(named, work.program.prompts)
+    table = None if rows is None else work.table.beside.get(rows.key)
+    if rows is None or table is None or (not table.stands_in and rows.run not in table.runs):
+        known = ", ".join(f"`{name}`" for name in work.program.prompts)
+        hint = f"write a block, its part or its run: `train: fruit.train`; there is {known}"
+        refuse(rule, work, f"can't be fitted on `{named.span.written}`", hint)
+        return None
+    if work.table.stands_in or table.stands_in:
+        return None
+    shared = len(set(work.table.row_keys) & set(table.row_keys))
+    if shared:
+        reason = f"is told on {plural(shared, 'row')} that it is fitted on"
+        refuse(rule, work, reason, "take parts of a split: `train: fruit.train` on `fruit.test`")
+        return None
+    loops = {k: v for k, v in work.program.parameters.items() if isinstance(v, int | float)}
+    cells, problems = resolve_positions(
+        rule.at, table, rows.run, tokenizer=work.model.tokenizer, loop_values=loops
+    )
+    work.diagnostics.extend(problems)
+    by_label = {cell.label: cell for cell in cells}
+    own = [cell.label for cell in found.positions.written.values()]
+    lacking = [label for label in own if label not in by_label]
+    if lacking and not has_errors(problems):
+        reason = f"is fitted on rows without `{lacking[0]}`"
+        refuse(rule, work, reason, "name a position that both have")
+        return None
+    if has_errors(problems):
+        return None
+    return TrainedOn(table, table.runs[rows.run], tuple(by_label[label] for label in own))
+
+
+def _targets(targets: Sequence[tuple[float, ...]], prompts: Ints) -> Floats:
+    """[row, target]"""
+    import numpy as np
+
+    return np.array([targets[row] for row in prompts.tolist()], dtype=np.float64)
+
+
+def _fitted(
+    probe: Probe, seen: RowVectors, training: Training, own: Floats, y: Floats, seed: int
+) -> Floats:
+    """[row] how well each is told by a fit to other rows; own: [training row, target]."""
+    import numpy as np
+
+    from mechdsl.fits.held_out import LogisticProbe, RidgeProbe, folds, r_squared
+
+    distinct = len(set(training.keys))
+    if distinct < 2:
+        raise ValueError("the rows that it is fitted on look alike there")
+    if probe.kind == "ridge":
+        inner = folds(training.keys, min(probe.folds, distinct), seed)
+        predict = RidgeProbe(probe.penalty)(training.vectors, own, inner)
+        return r_squared(y, predict(seen.vectors))
+    fit = LogisticProbe(PENALTY if probe.penalty is None else probe.penalty)
+    found, index = np.unique(own[:, 0], return_inverse=True)
+    told = fit(training.vectors, index.astype(np.float64), index)(seen.vectors)
+    return (found[told.astype(np.int64)] == y[:, 0]).astype(np.float64)
 
 
 def _held_out(probe: Probe, vectors: Floats, y: Floats, fold: Ints) -> Floats:
@@ -90,7 +166,8 @@ def _said(probe: Probe) -> Iterator[str]:
     if probe.kind == "ridge":
         several = len(probe.targets[0])
         of = f"{several} numbers together" if several > 1 else "a number"
-        yield f"ridge regression of {of}, R² in rows of other folds"
+        held = "rows of other folds" if probe.train is None else "rows that it wasn't fitted on"
+        yield f"ridge regression of {of}, R² in {held}"
         penalty = "on folds within the rows of each fit, of 0.01 to 10,000 by tens"
         yield f"penalty {probe.penalty:g}" if probe.penalty else f"penalty chosen {penalty}"
     else:
@@ -102,9 +179,12 @@ def _said(probe: Probe) -> Iterator[str]:
         yield f"logistic regression, {len(probe.classes):,} classes ({names})"
         yield f"the commonest is {commonest:.3g} of the rows"
         yield f"penalty {PENALTY if probe.penalty is None else probe.penalty:g} / 2 · Σ weights²"
-    yield (
-        f"vectors standardised by the rows of each fit; {probe.folds} folds, in which rows that"
-        " look alike there (equal tokens) are together"
-    )
+    if probe.train is None:
+        yield (
+            f"vectors standardised by the rows of each fit; {probe.folds} folds, in which rows that"
+            " look alike there (equal tokens) are together"
+        )
+    else:
+        yield f"fitted on `{probe.trained_on}` ({len(probe.train):,} rows), which standardise"
     yield "values are the clean row's"
     yield "shuffled: the same with the values dealt to other rows (Hewitt and Liang 2019)"

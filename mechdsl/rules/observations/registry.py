@@ -30,7 +30,7 @@ from mechdsl.resolve.resolved import (
     SiteTargets,
 )
 from mechdsl.rules.kind import places, rule_kind
-from mechdsl.syntax.verbs import CONTROLS, LENSES
+from mechdsl.syntax.verbs import CONTROLS, COUNTED, LENSES
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS, Form
 
@@ -91,6 +91,8 @@ def observation(word: str, unit: str = "") -> Callable[[type[K]], type[K]]:
         if entry.read_by_measures:
             entry.form = Form("nothing", unit, "number", _likeliest, meaning)
             LENSES.add(word)
+        if entry.counts:
+            COUNTED.add(word)
         if entry.controls:
             CONTROLS[word] = entry.controls
         OBSERVATIONS.add(word, entry())
@@ -113,14 +115,18 @@ class SiteObservation(Kind):
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
         fits = self.clauses_fit(rule, work)
-        base = work.experiment.base
-        sites, positions = places(rule, base, work)
+        run = self.read_run(rule, work)
+        sites, positions = places(rule, run, work)
         if sites is None or positions is None or not fits:
             return None
         if not self.sites_fit(rule, sites, work):
             return None
-        found = ResolvedRule(spec=rule, does=self, run=base, sites=sites, positions=positions)
+        found = ResolvedRule(spec=rule, does=self, run=run, sites=sites, positions=positions)
         return found if self.positions_fit(rule, found, work) else None
+
+    def read_run(self, rule: spec.Rule, work: Work) -> str:
+        """The run that is read beside the one that is looked at; that one itself where none is."""
+        return work.experiment.base
 
     def positions_fit(self, rule: spec.Rule, found: ResolvedRule, work: Work) -> bool:
         """The same of its sites and positions together."""

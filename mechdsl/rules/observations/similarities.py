@@ -10,10 +10,11 @@ from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.over_rows import RowVectors
 from mechdsl.resolve.resolved import EdgeTargets, ResolvedRule
-from mechdsl.resolve.site_targets import resolve_site
 from mechdsl.resolve.targets import plain_targets, sweeps
-from mechdsl.rules.observations.over_rows import OverRowsKind, refuse
+from mechdsl.rules.observations.over_rows import OverRowsKind, numbers_of, other_sites, refuse
 from mechdsl.rules.observations.registry import observation
+from mechdsl.syntax import ast
+from mechdsl.vocab.sites import SITES
 
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Floats
@@ -24,21 +25,42 @@ CKA_ROWS = 5000
 
 @observation("similarity", unit="cosine")
 class Similarity(OverRowsKind):
-    """The cosine of a row's vectors at two positions, or at the tokens of one.
+    """The cosine of two vectors of a row.
 
+    At two positions, or at the tokens of one; `with SITE`: at two sites; `with RUN`: in two runs.
     returns: −1 to 1, averaged over the pairs of different tokens
     """
 
-    takes: ClassVar = ("with",)
+    takes: ClassVar = ("with", "with site")
     of_directions: ClassVar[bool] = True
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
-        found = super().resolve(rule.model_copy(update={"onto": None}), work)
         run = work.table.runs[work.experiment.base]
-        drawn = getattr(run, "draws", 1)  # of runs with rules, which may read others with noise
-        if drawn > 1 or (run.noise is not None and run.noise.samples > 1):
+        if run.draws > 1:
             refuse(rule, work, "has no meaning over draws of noise", "take one draw: `samples: 1`")
             return None
+        if rule.receiver is None:
+            return self._of_positions(rule, work)
+        if rule.onto is not None:
+            reason = "is of two positions, or of one at two sites or in two runs"
+            refuse(rule, work, reason, "leave one `with …` out")
+            return None
+        other = _run_named(rule.receiver, work)
+        found = self._of_runs(rule, other, work) if other else self._of_sites(rule, work)
+        several = found is not None and any(
+            sum(map(len, row)) > 1
+            for cells in (found.positions.written, found.positions.read)
+            for cell in cells.values()
+            for row in cell.hits
+        )
+        if several:
+            reason = "compares one token at a time with itself"
+            refuse(rule, work, reason, "sweep them: `each SPAN token`, `token *`")
+            return None
+        return found
+
+    def _of_positions(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+        found = super().resolve(rule.model_copy(update={"onto": None}), work)
         if rule.onto is None or found is None:
             return found
         both = sweeps(rule.at, work) and sweeps(rule.onto, work)
@@ -48,6 +70,35 @@ class Similarity(OverRowsKind):
             return None
         others = plain_targets(rule.onto, work)
         return None if others is None else replace(found, spec=rule, edge=EdgeTargets(None, others))
+
+    def _of_sites(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+        found = super().resolve(rule, work)
+        others = other_sites(rule, work)
+        if found is None or others is None or not self.sites_fit(rule, others, work):
+            return None
+        shape = work.sites.shape
+        widths = {
+            sum(numbers_of(point, shape) for point in points)
+            for sites in (found.sites, others)
+            if sites is not None
+            for points in sites.points.values()
+        }
+        if len(widths) > 1 and not shape.stands_in:
+            reason = f"is of vectors of one width, not of {' and '.join(map(str, sorted(widths)))}"
+            refuse(rule, work, reason, "name sites of the same space, or `cka`")
+            return None
+        return replace(found, beside=others)
+
+    def _of_runs(self, rule: spec.Rule, other: str, work: Work) -> ResolvedRule | None:
+        if work.table.runs[other].draws > 1:
+            refuse(rule, work, "has no meaning over draws of noise", "take one draw: `samples: 1`")
+            return None
+        found = super().resolve(rule, work)
+        return None if found is None else replace(found, does=BetweenRuns())
+
+    def read_run(self, rule: spec.Rule, work: Work) -> str:
+        other = None if rule.receiver is None else _run_named(rule.receiver, work)
+        return other or super().read_run(rule, work)
 
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
         import numpy as np
@@ -60,8 +111,27 @@ class Similarity(OverRowsKind):
         return [np.divide(total, different, out=np.full(len(total), np.nan), where=different > 0)]
 
     def said(self, rule: ResolvedRule) -> Iterator[str]:
+        if rule.beside is not None:
+            yield "of the same token at two sites"
+            return
         yield "the mean over pairs of different tokens, one at either position"
         yield "rows without such a pair aren't part of the cell"
+
+
+class BetweenRuns(Similarity):
+    """The cosine with the vector at the same position of another run."""
+
+    reads: ClassVar = "run"
+
+    def said(self, rule: ResolvedRule) -> Iterator[str]:
+        yield f"with the vector at the same position of `{rule.run}`"
+
+
+def _run_named(site: ast.Site, work: Work) -> str | None:
+    """The run that stands where a site may."""
+    alone = len(site.names) == 1 and not site.axes and site.short is None and site.ranked is None
+    name = site.names[0].id if alone else ""
+    return name if name in work.table.runs and name not in SITES else None
 
 
 @observation("cka", unit="CKA")
@@ -83,14 +153,10 @@ class Cka(OverRowsKind):
             reason = f"of {len(work.table):,} rows is too large: it holds all pairs of rows"
             refuse(rule, work, reason, f"write `limit {CKA_ROWS}` behind `prompts`")
             return None
-        others, axes = resolve_site(rule.receiver, work.sites)
-        for axis in axes:
-            work.add_axis(replace(axis, name=f"to_{axis.name}"))
+        others = other_sites(rule, work)
         if found is None or others is None or not self.sites_fit(rule, others, work):
             return None
-        own = {axis.name for axis in axes}
-        names = tuple(f"to_{name}" if name in own else name for name in others.axes)
-        return replace(found, beside=replace(others, axes=names))
+        return replace(found, beside=others)
 
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
         import numpy as np

@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 from mechdsl.diagnostics.e02_names import BadArgument, did_you_mean
+from mechdsl.models.shape import width
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.over_rows import OverRows
-from mechdsl.resolve.resolved import Convention, PositionTargets, ResolvedRule, SiteTargets
+from mechdsl.resolve.resolved import Axis, Convention, PositionTargets, ResolvedRule, SiteTargets
 from mechdsl.resolve.site_targets import resolve_site
-from mechdsl.rules.observations.over_rows import refuse
+from mechdsl.rules.observations.over_rows import other_sites, refuse
 from mechdsl.rules.observations.registry import Kind, observation
 from mechdsl.syntax import ast
 
@@ -24,11 +25,13 @@ FOLDED = (
 
 
 class OfWeights(OverRows, Kind):
-    """`observe WORD layer * head *`: a number of each head's weights."""
+    """`observe WORD layer * head *`: a number of each head's weights, or of each neuron's."""
 
     spread: Literal["rows", "unknown", "none"] = "none"
     unplaced = "last token"
     reads_vectors = False
+    folded: ClassVar[str] = FOLDED
+    """What of norms, biases and positions is in the maps."""
     compares: ClassVar[bool] = False
     """Whether a second site stands behind `with`."""
 
@@ -47,18 +50,12 @@ class OfWeights(OverRows, Kind):
             refuse(rule, work, "is of two heads", "name the later one: `with layer * head *`")
             fits = False
         elif rule.receiver is not None:
-            others, more = resolve_site(rule.receiver, work.sites)
-            for axis in more:
-                work.add_axis(replace(axis, name=f"to_{axis.name}"))
-            own = {axis.name for axis in more}
-            names = () if others is None else others.axes
-            names = tuple(f"to_{name}" if name in own else name for name in names)
-            others = None if others is None else replace(others, axes=names)
+            others = other_sites(rule, work)
             fits = fits and others is not None
         if sites is None or not fits:
             return None
         parts = [sites] if others is None else [sites, others]
-        if not all(self.heads(rule, part, work) for part in parts):
+        if not all(self.sites_fit(rule, part, work) for part in parts):
             return None
         nothing = (((),),) * len(work.table)
         cell = PositionCell("weights", nothing)
@@ -68,21 +65,29 @@ class OfWeights(OverRows, Kind):
             spec=rule, does=self, run=base, sites=sites, positions=places, beside=others
         )
 
-    def heads(self, rule: spec.Rule, sites: SiteTargets, work: Work) -> bool:
+    def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: Work) -> bool:
         """E0207 where a cell isn't one head."""
-        for points in sites.points.values():
-            if [(point.site, point.unit is None) for point in points] != [("z", False)]:
-                refuse(rule, work, "is of one head at a time", "write `layer * head *`, or `L1H2`")
-                return False
-        return True
+        return one_each(rule, sites, work, "z", "head", "write `layer * head *`, or `L1H2`")
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         said = self.form.meaning[0].lower() + self.form.meaning[1:]
-        yield Convention("observed", "; ".join([f"{self.word}: {said}", *self.said(), FOLDED]))
+        parts = [f"{self.word}: {said}", *self.said(), self.folded]
+        yield Convention("observed", "; ".join(parts))
 
     def said(self) -> Iterator[str]:
         """What else a table has to say of it."""
         yield from ()
+
+
+def one_each(
+    rule: spec.Rule, sites: SiteTargets, work: Work, site: str, unit: str, hint: str
+) -> bool:
+    """E0207 where a cell isn't one unit of a site."""
+    for points in sites.points.values():
+        if [(point.site, point.unit is None) for point in points] != [(site, False)]:
+            refuse(rule, work, f"is of one {unit} at a time", hint)
+            return False
+    return True
 
 
 @observation("copying", unit="share of eigenvalues")
@@ -109,6 +114,23 @@ class Matching(OfWeights):
         yield "Σ λ / Σ |λ| of the eigenvalues of embedding → QK ← embedding"
 
 
+def word_of(rule: spec.Rule, words: Mapping[str, str], reason: str, work: Work) -> str | None:
+    """The one word in brackets; E0207 for another, with `reason`, and for none."""
+    said = rule.observed
+    assert said is not None
+    call = said.call
+    argument = None if call is None or len(call.arguments) != 1 else call.arguments[0]
+    by = argument.value if argument is not None and argument.name is None else None
+    if isinstance(by, ast.Name) and by.id in words:
+        return by.id
+    usage = " or ".join(f"`{said.word}({word})`" for word in words)
+    hint = did_you_mean(by.id if isinstance(by, ast.Name) else "", words, f"write {usage}")
+    span, name = (said.span, said.word) if by is None else (by.span, by.span.written)
+    reason = reason if by is not None else "says none of its ways"
+    work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
+    return None
+
+
 COMPOSITIONS: Mapping[str, str] = {"q": "queries", "k": "keys", "v": "values"}
 
 
@@ -130,22 +152,65 @@ class Composition(OfWeights):
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
         found = super().resolve(rule, work)
-        assert rule.observed is not None
-        call = rule.observed.call
-        argument = None if call is None or len(call.arguments) != 1 else call.arguments[0]
-        by = argument.value if argument is not None and argument.name is None else None
-        if not isinstance(by, ast.Name) or by.id not in COMPOSITIONS:
-            span = rule.observed.span if by is None else by.span
-            word = by.id if isinstance(by, ast.Name) else ""
-            hint = did_you_mean(word, COMPOSITIONS, "write `composition(q)`, `(k)` or `(v)`")
-            reason = "is no way in which heads compose" if by is not None else "says no way"
-            name = "composition" if by is None else by.span.written
-            work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
-            return None
-        return None if found is None else replace(found, does=Composition(by.id))
+        by = word_of(rule, COMPOSITIONS, "is no way in which heads compose", work)
+        return None if found is None or by is None else replace(found, does=Composition(by))
 
     def said(self) -> Iterator[str]:
         maps = "OV" if self.by == "v" else "QK"
         of = COMPOSITIONS[self.by]
         yield f"‖AB‖ / (‖A‖ ‖B‖) of the first head's OV and the later one's {maps}, by its {of}"
         yield "pairs of which the second head isn't in a later layer are left out"
+
+
+CIRCUITS: Mapping[str, str] = {"ov": "W_V W_O", "qk": "W_Q W_Kᵀ, not divided by the root of width"}
+
+
+@observation("singular_values", unit="of a vector's length")
+class SingularValues(OfWeights):
+    """The largest singular values of what a head does to a vector, the largest first.
+
+    By how much it lengthens a vector along its directions (`ov`), or how large a score two vectors
+    of length 1 can have (`qk`).
+    source: Millidge and Black 2022, "The singular value decompositions of transformer weight
+        matrices are highly interpretable"
+    """
+
+    takes: ClassVar = ("arguments", "top")
+    counts = True
+
+    def __init__(self, of: str = "") -> None:
+        """of: ov or qk; empty only of the entry."""
+        self.of = of
+
+    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+        found = super().resolve(rule, work)
+        said = rule.observed
+        assert said is not None
+        of = word_of(rule, CIRCUITS, "is no map of a head", work)
+        if said.top is None:
+            refuse(rule, work, "doesn't say how many", "write `top 5`")
+        if found is None or found.sites is None or of is None or said.top is None:
+            return None
+        site, shape = ("z" if of == "ov" else "q"), work.sites.shape
+        layers = {point.layer for here in found.sites.points.values() for point in here}
+        most = min(min(width(shape, site, n), shape.d_model) for n in layers)
+        if said.top > most and not shape.stands_in:
+            refuse(
+                rule, work, f"has no {said.top} values: a head has {most}", f"write `top {most}`"
+            )
+            return None
+        work.add_axis(Axis("value", tuple(range(1, said.top + 1)), said.span))
+        return replace(found, does=SingularValues(of), sites=_counted(found.sites, said.top))
+
+    def said(self) -> Iterator[str]:
+        yield f"of {CIRCUITS[self.of]}"
+
+
+def _counted(sites: SiteTargets, count: int) -> SiteTargets:
+    """Each combination `count` times, along the axis `value`."""
+    return replace(
+        sites,
+        axes=(*sites.axes, "value"),
+        points={(*key, n): here for key, here in sites.points.items() for n in range(count)},
+        labels={(*key, n): label for key, label in sites.labels.items() for n in range(count)},
+    )

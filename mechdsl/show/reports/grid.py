@@ -82,6 +82,11 @@ def tokens_hit(cell: CellKey, most: int) -> str:
     return f"{hit} ← {_listed(cell.read, most)}" if cell.read else hit
 
 
+def tokens_listed(cell: CellKey) -> str:
+    """The tokens that an observation lists of a cell."""
+    return _listed(cell.listed, len(cell.listed))
+
+
 def _listed(tokens: Sequence[str], most: int) -> str:
     shown = [shown_token(token) for token in tokens[:most]]
     more = len(tokens) - len(shown)

@@ -25,7 +25,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.ranking import by_sign_instead
 from mechdsl.results.statistics_conventions import statistics_conventions
 from mechdsl.show.console import visible_console
-from mechdsl.show.reports.grid import tokens_hit, value_text
+from mechdsl.show.reports.grid import tokens_hit, tokens_listed, value_text
 from mechdsl.show.reports.text import (
     MISSING,
     conventions,
@@ -228,8 +228,13 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
         texts = [str(int(found.units[i])) for i in order]
         columns.append(Column("effective n", texts, True, describes=True))
     if result.measures[measure].kind == "category":
-        return columns + _category_columns(result, measure, order)
-    return columns + _number_columns(result, measure, order)
+        columns += _category_columns(result, measure, order)
+    else:
+        columns += _number_columns(result, measure, order)
+    if any(cell.listed for cell in cells):
+        texts = [tokens_listed(cell) for cell in cells]
+        columns.append(Column("top tokens", texts, wraps=True))
+    return columns
 
 
 def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:
