@@ -24,7 +24,7 @@ def test_names_says_who_gets_it_and_guesses_colours() -> None:
     tallies = names.evaluate(ROOT / "names", 150, names.SEED)
     assert tallies[names.IOI_FIRST].interval()[0] > 0.95
     assert tallies[names.IOI_SECOND].interval()[0] > 0.95
-    assert tallies[names.ONE_OF_THE_TWO].interval()[0] > 0.9
+    assert tallies[names.ONE_OF_THE_TWO].interval()[0] > 0.75
     assert tallies[names.A_COLOUR].interval()[0] > 0.9
     assert 0.2 < tallies[names.COLOUR].share < 0.6
 

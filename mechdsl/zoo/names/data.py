@@ -3,13 +3,17 @@
 Pure Python and seeded. A text looks like one of these (the last word but one is asked):
 
     When Mary and John went to the shop, John gave a bag to Mary.
+    When Mary and Tom met at the park, and Mary showed a ring to Tom. Tom was tired. When Mary and
+    John went to the shop, John gave a bag to Mary.
     Tom was tired. When Mary and John went to the shop, Anna gave a bag to John.
     On the table there is a red pencil, a blue bag and a green cup. What colour is the bag?
     Answer: blue.
 
-In the second, the giver is a third person, and either of the two may get it: half of the texts say
-the one, half the other. Somebody may be named in front, one of the two or another: without that a
-model learns to count names, in one layer, and needs nothing else.
+In front there may be other sentences, up to three, some of which are finished stories about the two
+or about others: how often somebody is named, and where, doesn't tell who gets something. Without
+them a model learns to count names, in one layer, and needs nothing else. In the fourth text the
+giver is a third person, and either of the two may get it: half of the texts say the one, half the
+other.
 """
 
 from __future__ import annotations
@@ -55,8 +59,10 @@ TEMPLATES: tuple[str, ...] = (
     "{a} was at the {place}. After a long time {b} came too. {s} gave a {thing} to",
     "The {place} was closed, so {a} and {b} went home, where {s} gave a {thing} to",
 )
-# `x` is one of the two, or somebody else: how often a name occurs doesn't tell who gets it.
-OPENINGS: tuple[str, ...] = ("", "It was late.", "{x} was tired.", "In the morning {x} was cold.")
+# `x` is one of the two, or somebody else.
+OPENINGS: tuple[str, ...] = ("It was late.", "{x} was tired.", "In the morning {x} was cold.")
+STORY_SHARE = 0.6  # of the sentences in front; the others are openings
+MOST_IN_FRONT = 3
 COLOURED = (
     "On the {surface} there is a {c1} {o1}, a {c2} {o2} and a {c3} {o3}. "
     "What colour is the {asked}? Answer:"
@@ -65,7 +71,7 @@ COLOURED = (
 IOI_FIRST, IOI_SECOND = "indirect object first", "indirect object second"
 EITHER, COLOUR = "a third person gives", "coloured objects"
 EITHER_SHARE = 0.16
-COLOUR_SHARE = 0.1
+COLOUR_SHARE = 0.12
 HELD_OUT_SHARE = 0.1
 
 
@@ -101,9 +107,22 @@ def draw_names(rng: random.Random, kind: str) -> Text:
         place=rng.choice(PLACES),
         thing=rng.choice(THINGS),
     )
-    opening = rng.choice(OPENINGS).format(x=rng.choice((receiver, other, fourth)))
-    prompt = f"{opening} {prompt}".strip()
+    people = (receiver, other, third, fourth)
+    front = [_in_front(rng, people) for _ in range(rng.randrange(MOST_IN_FRONT + 1))]
+    prompt = " ".join((*front, prompt))
     return finished(prompt, receiver, kind, f"{receiver} from {other}")
+
+
+def _in_front(rng: random.Random, people: tuple[str, ...]) -> str:
+    """A sentence about some of these people: a finished story, or less."""
+    a, b = rng.sample(people, 2)
+    if rng.random() >= STORY_SHARE:
+        return rng.choice(OPENINGS).format(x=a)
+    giver, receiver = rng.sample((a, b), 2)
+    story = rng.choice(TEMPLATES).format(
+        a=a, b=b, s=giver, place=rng.choice(PLACES), thing=rng.choice(THINGS)
+    )
+    return f"{story} {receiver}."
 
 
 def draw_colours(rng: random.Random) -> Text:

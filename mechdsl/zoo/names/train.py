@@ -16,7 +16,7 @@ from mechdsl.zoo.commands import train_command
 from mechdsl.zoo.names.data import stream, vocabulary
 
 SEED = 0
-STEPS = 3000
+STEPS = 3500
 BATCH = 64  # texts
 LEARNING_RATE = 2e-3
 OTHER_WEIGHT = 0.1  # words that aren't asked: a language model, but the answers count most
