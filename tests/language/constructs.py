@@ -937,17 +937,9 @@ _rule(
     "truths and two values; `kind: logistic` or `kind: ridge` says it. Rows that look alike at the "
     "position are in one fold. Beside it stands `told shuffled`, with the values dealt to other "
     "rows. `penalty` is that of Σ weights² on standardised vectors; without it, ridge takes the "
-    "best of 0.01 to 10,000 on folds within the rows of each fit, logistic 1.",
-    "Alain and Bengio 2016, arXiv 1610.01644; Hewitt and Liang 2019, arXiv 1909.03368",
-    _TOGETHER,
-    "measure logit(answer) as raw",
-)
-_rule(
-    "observe probe … train",
-    "observe probe(count, train: listed) at resid_post layer * at last token as told",
-    "The probe is fitted once, on other rows at the same position (a block, a part of a split such "
-    "as `fruit.train`, or a run of it), and told on the rows of the experiment, of which none may "
-    "be among those; its shuffled control has the values of the fitted rows dealt to others.",
+    "best of 0.01 to 10,000 on folds within the rows of each fit, logistic 1. `train: fruit.train` "
+    "in place of `folds` fits it once, on another block, a part of a split or a run of it, at the "
+    "same position; no row of the experiment may be among these.",
     "Alain and Bengio 2016, arXiv 1610.01644; Hewitt and Liang 2019, arXiv 1909.03368",
     _TOGETHER,
     "measure logit(answer) as raw",

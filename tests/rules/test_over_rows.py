@@ -343,6 +343,12 @@ def test_a_probe_isnt_told_on_rows_that_it_is_fitted_on(tmp_path: Path) -> None:
     line = "observe probe(size, train: q) at resid_post layer 1 at last token"
     with pytest.raises(AssertionError, match="is told on 2 rows that it is fitted on"):
         trained(tmp_path, "gpt2", line, fitted=18)
+    said = PROMPTS.replace("prompts p", "prompts q").replace('answer " {a}"', 'answer " w9"')
+    write(tmp_path)
+    text = f"experiment e {{ model m prompts p {line} }}"  # whose texts are the same
+    result, diagnostics = try_file(text, tmp_path, bare("gpt2"), prompts=PROMPTS + said)
+    assert result is None
+    assert "is told on 26 rows" in render_full(diagnostics, color=False, width=200)
 
 
 # --- what all rows have together ------------------------------------------------------------------

@@ -98,7 +98,10 @@ def _trained_on(rule: spec.Rule, found: ResolvedRule, work: Work) -> TrainedOn |
         return None
     if work.table.stands_in or table.stands_in:
         return None
-    shared = len(set(work.table.row_keys) & set(table.row_keys))
+    own, fitted = work.table.runs[work.experiment.base].rows, table.runs[rows.run].rows
+    keys, texts = set(table.row_keys), {row.ids for row in fitted}
+    pairs = zip(work.table.row_keys, own, strict=True)
+    shared = sum(key in keys or row.ids in texts for key, row in pairs)
     if shared:
         reason = f"is told on {plural(shared, 'row')} that it is fitted on"
         refuse(rule, work, reason, "take parts of a split: `train: fruit.train` on `fruit.test`")
@@ -109,15 +112,15 @@ def _trained_on(rule: spec.Rule, found: ResolvedRule, work: Work) -> TrainedOn |
     )
     work.diagnostics.extend(problems)
     by_label = {cell.label: cell for cell in cells}
-    own = [cell.label for cell in found.positions.written.values()]
-    lacking = [label for label in own if label not in by_label]
+    labels = [cell.label for cell in found.positions.written.values()]
+    lacking = [label for label in labels if label not in by_label]
     if lacking and not has_errors(problems):
         reason = f"is fitted on rows without `{lacking[0]}`"
         refuse(rule, work, reason, "name a position that both have")
         return None
     if has_errors(problems):
         return None
-    return TrainedOn(table, table.runs[rows.run], tuple(by_label[label] for label in own))
+    return TrainedOn(table, table.runs[rows.run], tuple(by_label[label] for label in labels))
 
 
 def _targets(targets: Sequence[tuple[float, ...]], prompts: Ints) -> Floats:
