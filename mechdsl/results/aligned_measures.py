@@ -49,6 +49,7 @@ class AlignedRows:
                 keys[at].tolist(),
                 None if groups is None else groups[at],
                 None if new.strata is None else new.strata[at],
+                None if new.blocks is None else new.blocks[at],
             )
             return cls(found, sampling, np.ones(len(at), dtype=bool))
         of_new = np.arange(new.prompts + old.prompts) < new.prompts

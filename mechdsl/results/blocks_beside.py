@@ -59,6 +59,7 @@ def side_by_side(parts: Sequence[OfBlock]) -> list[tuple[Labels, ExperimentResul
     beside: dict[str, Any] = {
         "row_ids": tuple(every),
         "row_keys": joined([each.row_keys for each in results]),
+        "blocks": _blocks(where, len(every)),
         "strata": _strata(results, where, len(every)),
         "row_values": {n: joined([each.row_values[n] for each in results]) for n in shared},
         "texts": joined([each.texts for each in results]) or (),
@@ -81,6 +82,14 @@ def _starts(parts: Sequence[OfBlock]) -> dict[str, int]:
         rows += [row for own in result.accuracy_rows.values() for row in own]
         sizes[part.block] = max(sizes.get(part.block, 0), max(rows, default=-1) + 1)
     return dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+
+
+def _blocks(where: Sequence[Ints], size: int) -> Ints:
+    """[prompt]: which results a row is in."""
+    there = np.zeros((len(where), size), dtype=np.int64)
+    for own, index in zip(there, where, strict=True):
+        own[index] = 1
+    return np.unique(there, axis=1, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 
 def _strata(results: Sequence[ExperimentResult], where: Sequence[Ints], size: int) -> Ints:

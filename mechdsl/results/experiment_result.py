@@ -103,6 +103,8 @@ class ExperimentResult:
     """Per prompt, the same prompt has the same id in every experiment."""
     row_keys: tuple[int, ...] | None = None
     """Per prompt, a hash of its content: what is drawn hangs on it, and not on its place."""
+    blocks: Ints | None = None
+    """[prompt]: of which block of prompts it is, where several stand side by side."""
     strata: Ints | None = None
     """[prompt]: rows of one number have the same values of what the block deals out evenly."""
     population: str = ""
@@ -168,7 +170,9 @@ class ExperimentResult:
         if self.settings is None:
             raise ValueError(f"experiment `{self.name}` has no statistics yet")
         keys = self.row_ids if self.row_keys is None else self.row_keys
-        return Sampling(self.prompts, self.settings, self.seed, keys, self.groups, self.strata)
+        return Sampling(
+            self.prompts, self.settings, self.seed, keys, self.groups, self.strata, self.blocks
+        )
 
     @cached_property
     def run_intervals(self) -> dict[str, dict[str, Interval]]:

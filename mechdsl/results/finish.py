@@ -44,6 +44,7 @@ def with_statistics(
         effects=EFFECTS,
         ids=result.sampling.keys,
         strata=result.strata,
+        blocks=result.blocks,
     )
     result = replace(result, statistics=tuple(statistics))
     result = replace(result, controls=_bands(result), drawn=None)

@@ -320,6 +320,7 @@ def cell_statistics(
     effects: Registry[EffectKind],
     ids: Sequence[int] | None = None,
     strata: Ints | None = None,
+    blocks: Ints | None = None,
 ) -> list[CellStatistics]:
     """Means, intervals, p and corrected p of every cell, one entry per measure.
 
@@ -328,10 +329,11 @@ def cell_statistics(
 
     groups: [prompt], the values of `stats by`. ids: [prompt], hashes of the rows' contents; rows of
     one are one unit. strata: [prompt], what is dealt out evenly.
+    blocks: [prompt], of which block it is, where several stand side by side.
     """
     if not measures:
         return []
-    sampling = Sampling(measures[0].patched.shape[1], settings, seed, ids, groups, strata)
+    sampling = Sampling(measures[0].patched.shape[1], settings, seed, ids, groups, strata, blocks)
     found = [
         _numbers(data, effects[data.effect], sampling)
         if data.kind == "number"

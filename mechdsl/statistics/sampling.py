@@ -29,6 +29,8 @@ class Sampling:
     """[prompt]: the values of `stats by`."""
     strata: Ints | None = None
     """[prompt]: what the block deals out evenly."""
+    blocks: Ints | None = None
+    """[prompt]: of which block it is, where several stand side by side."""
 
     @cached_property
     def known(self) -> dict[bytes, Units]:
@@ -54,6 +56,7 @@ class Sampling:
             keys=[self.keys[i] for i in order],
             groups=None if self.groups is None else self.groups[order],
             strata=None if self.strata is None else self.strata[order],
+            blocks=None if self.blocks is None else self.blocks[order],
         )
 
     def rows(self, *seen: Ints) -> Rows:
@@ -70,13 +73,13 @@ class Sampling:
         return self.known[key]
 
     def whole(self, present: Bools) -> Bools:
-        """[cell] whether it has all rows of every stratum that it has any of, so that new samples
+        """[cell] whether it has all rows, of every block that it has any of, so that new samples
         have as many of them. present: [cell, prompt]"""
-        if self.strata is None or self.groups is not None:
+        if self.blocks is None or self.groups is not None:
             return np.asarray(present.all(1))
         found: Bools = np.asarray(present.any(1))
-        for stratum in np.unique(self.strata):
-            own = present[:, self.strata == stratum]
+        for block in np.unique(self.blocks):
+            own = present[:, self.blocks == block]
             found = found & (own.all(1) | ~own.any(1))
         return found
 
