@@ -100,3 +100,19 @@ def test_parts_are_moved_and_not_added_up() -> None:
     assert cut[0] < -1.5
     assert abs(cut[1]) < 0.05
     assert np.abs(found["aggregated_at_the_end"].statistics[0].mean).max() < 0.1
+
+
+def test_a_direction_moves_the_count_and_is_not_needed() -> None:
+    found = results("steering")
+    half, whole_one, twice = found["dose"].statistics[0].mean[1:4]
+    assert max(abs(half), abs(whole_one)) < 0.001
+    assert round(float(twice), 1) == 1.7
+    assert not found["remove"].statistics[0].mean.any()
+    selected = found["select"].statistics[0].mean
+    assert selected.argmax() == 3
+    assert round(float(selected[3]), 1) == 1.1
+    tested, band = found["test"].statistics[0].mean, found["test"].control(0)
+    assert band is not None
+    assert [round(float(each), 1) for each in tested] == [4.8, 4.8, 5.3, 0.8]
+    assert band.high.max() < 1
+    assert np.abs(found["function_vector"].statistics[0].mean).max() < 0.001

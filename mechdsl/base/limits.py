@@ -67,6 +67,7 @@ NUMERALS = _limit(10_000, "numerals of a measure", "E0612")
 DRAWS = _limit(10_000, "random draws of `against`", "E0630")
 
 DIRECTION_FILE = _limit(100_000_000, "bytes of a file with a direction", "E0341")
+LENS_FILE = _limit(8_000_000_000, "bytes of a file with a tuned lens", "E0207")
 
 # --- a model --------------------------------------------------------------------------------------
 

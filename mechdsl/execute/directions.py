@@ -241,13 +241,14 @@ class _Rows:
 
 
 def _probe(fit: Fitted, rows: _Rows) -> Tensor:
-    """The weights of a ridge regression, or those of the second class less those of the first."""
+    """[width]: the weights of a ridge regression, or those of the second class less those of the
+    first."""
     wanted = [fit.samples[0].targets[row] for row in rows.numbers().tolist()]
     penalty = float(fit.options["penalty"])
     if fit.options["kind"] == "ridge":
         numbers = np.array(wanted, dtype=np.float64)
         return torch.from_numpy(ridge(rows.matrix(), numbers, penalty).weights[:, 0].copy())
-    names = sorted(set(wanted), key=str)
+    names = fit.samples[0].classes
     classes = np.array([names.index(each) for each in wanted], dtype=np.int64)
     weights = logistic(rows.matrix(), classes, penalty).logits.weights
     return torch.from_numpy(weights[:, 1] - weights[:, 0])

@@ -183,8 +183,10 @@ def _usable(found: Found, number: int) -> Bools:
 class KeptValues:
     """The values of the experiments of one panel."""
 
-    def __init__(self, run: OpenRun, contents: Contents, table: PromptTable) -> None:
+    def __init__(self, run: OpenRun, contents: Contents, table: PromptTable, panel: bytes) -> None:
+        """panel: which experiments it is of."""
         self._run = run
+        self._panel = panel
         self._table = table
         self._contents = contents
         self._keys: dict[tuple[object, ...], tuple[bytes, Numbers | None]] = {}
@@ -196,7 +198,8 @@ class KeptValues:
         """None where a model that takes part can't be told from others. seed: of noise."""
         if not kept.models.keys() >= set(panel.models):
             return None
-        return cls(kept.run, Contents(kept.models, panel.model, seed), panel.table)
+        of = digest(*(plan.experiment.key for plan in panel.experiments))
+        return cls(kept.run, Contents(kept.models, panel.model, seed), panel.table, of)
 
     def define(
         self,
@@ -264,7 +267,7 @@ class KeptValues:
                 there, found = np.zeros_like(every), np.full((len(prompts), 2), np.nan)
             elif own:
                 rows = np.arange(len(prompts), dtype=np.uint64)
-                batch = _batch(cell, prompts, keys)
+                batch = self._batch(cell, prompts, keys)
                 there, found = self._known(batch, own=True).find(_within(0, rows))
             else:
                 there, found = self._known(cell, own=False).find(_within(0, keys[prompts]))
@@ -291,8 +294,13 @@ class KeptValues:
             if len(good) and keys is not None:
                 both = np.stack([found.values[number], found.rounding[number]], axis=1)
                 self._waiting.append((cell, keys[prompts[good]], both[good]))
-                batch = _batch(cell, prompts, keys)
+                batch = self._batch(cell, prompts, keys)
                 self._waiting.append((batch, good.astype(np.uint64), both[good]))
+
+    def _batch(self, cell: bytes, prompts: Ints, keys: Numbers) -> bytes:
+        """The key of what an unpatched run gives on a batch, prompt by prompt: what else is in its
+        passes hangs on the panel, and with it the last bits."""
+        return digest("batch", self._panel, cell, prompts, keys[prompts])
 
     def flush(self) -> None:
         """Keep what was measured of unpatched runs; it is on the disk when this returns."""
@@ -315,11 +323,6 @@ class KeptValues:
             except TypeError:
                 self._keys[key] = cell, None
         return self._keys[key]
-
-
-def _batch(cell: bytes, prompts: Ints, keys: Numbers) -> bytes:
-    """The key of what an unpatched run gives on a batch, prompt by prompt."""
-    return digest("batch", cell, prompts, keys[prompts])
 
 
 def _distinct(parts: Sequence[tuple[Numbers, Floats]]) -> tuple[Numbers, Floats]:

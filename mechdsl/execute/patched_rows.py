@@ -215,7 +215,9 @@ class Patcher:
                 senders: Rows, draws: Ints, held: Held, reads: Mapping[SiteRead, Places]
             ) -> Mapping[SiteRead, Tensor]:
                 writes = self._writes(number, senders, draws, batch, text)
-                rows = _PassRows(run, batch, senders.prompt, draws, writes, held=held)
+                rows = _PassRows(
+                    run, batch, senders.prompt, draws, writes, held=held, whole=plan.whole
+                )
                 none = np.zeros(0, dtype=np.int64)
                 lanes = self.runs.lanes(run, batch, self._atom(number, text))
                 return self._run(rows, lanes, (none, none), reads, None)[1]

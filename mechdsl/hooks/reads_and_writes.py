@@ -8,9 +8,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-Mode = Literal["set", "add", "scale", "along"]
+Mode = Literal["set", "add", "scale", "along", "step"]
 """How what is written meets what is there: it replaces it, is added to it, or multiplies it; along
-directions of length 1, only the component along these is set."""
+directions of length 1, only the component along these is set; steps from the position before are
+multiplied, and added."""
 
 
 class WriteMismatch(RuntimeError):
@@ -38,7 +39,8 @@ class SiteWrite:
     units: Tensor
     """[K] long, head or neuron; 0 for whole vectors."""
     values: Tensor
-    """[K, width], cast to the activation's dtype and device; of `scale` [K, 1], the factors."""
+    """[K, width], cast to the activation's dtype and device; of `scale` and `step` [K, 1], the
+    factors."""
     mode: Mode = "set"
     to: Tensor | None = None
     """[K] of `along`: the component along `values` afterwards."""
@@ -55,10 +57,17 @@ class SiteWrite:
         return replace(self, rows=rows[self.rows])
 
 
-def written(mode: Mode, now: Tensor, values: Tensor, to: Tensor | None = None) -> Tensor:
+def written(
+    mode: Mode,
+    now: Tensor,
+    values: Tensor,
+    to: Tensor | None = None,
+    before: Tensor | None = None,
+) -> Tensor:
     """[K, width]: what stands where `now` [K, width] stood, in its precision.
 
-    values, to: as in `SiteWrite`, on the device of `now`.
+    values, to: as in `SiteWrite`, on the device of `now`. before: [K, width] of `step`, what stands
+    one position before; what stands there itself, where there is none.
     """
     match mode:
         case "set":
@@ -74,6 +83,10 @@ def written(mode: Mode, now: Tensor, values: Tensor, to: Tensor | None = None) -
             along = values.to(wide)
             left = to.to(wide)[:, None] - (wide * along).sum(-1, keepdim=True)
             return (wide + left * along).to(now)
+        case "step":
+            assert before is not None
+            wide = now.to(torch.promote_types(now.dtype, torch.float32))
+            return (wide + (wide - before.to(wide)) * values.to(wide)).to(now)
 
 
 @dataclass(frozen=True)

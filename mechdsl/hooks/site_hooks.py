@@ -26,7 +26,7 @@ from mechdsl.hooks.reads_and_writes import Frame, ReadMismatch, SiteRead, SiteWr
 from mechdsl.hooks.site_steps import PlacedWrite, SiteSteps
 from mechdsl.models.anatomy import HookPoint, Layout, Side
 from mechdsl.models.shape import units, width
-from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, stop_layer, write_order
+from mechdsl.vocab.sites import NO_STEPS, SITES, WITHIN_ATTENTION, stop_layer, write_order
 
 _LAST = (1 << 31, 0)
 
@@ -119,7 +119,7 @@ class SiteWork:
         name = where.quoted
         if SITES[where.site].width == "key":  # what lies behind a prompt's end is never seen
             site_width = write.values.shape[1]
-        if write.mode == "scale":
+        if write.mode in ("scale", "step"):
             site_width = 1
         if write.values.shape != (count, site_width):
             raise ValueError(f"values for {name} must be [{count}, {site_width}]")
@@ -138,13 +138,29 @@ class SiteWork:
         first, second, there = self.frame.locate(
             where.site, where.layer, where.stack, rows, positions
         )
-        values, to = write.values, write.to
+        values, to, before = write.values, write.to, self._before(where, write, there)
         if not bool(there.all()):
             first, second, units = first[there], second[there], units[there]
             values = values[there.to(values.device)]
             to = None if to is None else to[there.to(to.device)]
             self._wanted[number] = int(there.sum())
-        return PlacedWrite(number, write, values, first, second, units, to)
+        return PlacedWrite(number, write, values, first, second, units, to, before)
+
+    def _before(self, where: SiteRead, write: SiteWrite, there: Tensor) -> Tensor | None:
+        """[K] of a step: where the position before lies, or the place itself if it is the first.
+
+        there: which of the places are in the pass. WriteMismatch where one before isn't.
+        """
+        if write.mode != "step":
+            return None
+        if where.site in NO_STEPS:
+            raise ValueError(f"steps of {where.quoted} can't be written")
+        rows, positions = write.rows[there.to(write.rows.device)], write.positions
+        earlier = (positions[there.to(positions.device)] - 1).clamp(min=0)
+        _, second, found = self.frame.locate(where.site, where.layer, where.stack, rows, earlier)
+        if not bool(found.all()):
+            raise WriteMismatch(f"{where.quoted} isn't computed at a position before a step")
+        return second
 
     def _extent(self, where: SiteRead) -> tuple[int, int]:
         """(units, width) of a site."""

@@ -35,6 +35,9 @@ class PlacedWrite:
     second: Tensor
     units: Tensor
     to: Tensor | None = None
+    before: Tensor | None = None
+    """[K] of `step`: index into the second dimension of the place before; its own where it is the
+    first."""
 
     def put(self, view: Tensor, values: Tensor, *, add: bool) -> None:
         """Write `values` [K, width] into a [B, T, units, width] view."""
@@ -49,10 +52,16 @@ class PlacedWrite:
         """The values, on the device and of the type of what they are written to."""
         return self.values.to(device=view.device, dtype=view.dtype)
 
-    def changed(self, now: Tensor) -> Tensor:
-        """[K, width] of what stands there, [K, width]."""
+    def get_before(self, view: Tensor) -> Tensor | None:
+        """[K, width] of a [B, T, units, width] view, one position before; None if none asks."""
+        if self.before is None:
+            return None
+        return view[tuple(t.to(view.device) for t in (self.first, self.before, self.units))]
+
+    def changed(self, now: Tensor, before: Tensor | None = None) -> Tensor:
+        """[K, width] of what stands there, [K, width], and of what stands one position before."""
         to = None if self.to is None else self.to.to(now.device)
-        return written(self.write.mode, now, self.values.to(now.device), to)
+        return written(self.write.mode, now, self.values.to(now.device), to, before)
 
     def change(self, view: Tensor, scale: float | Tensor = 1.0) -> None:
         """Write into a [B, T, units, width] view, which times `scale` is the site."""
@@ -60,8 +69,9 @@ class PlacedWrite:
             case "set" | "add" as mode:
                 self.put(view, unscaled(self.values_like(view), scale), add=mode == "add")
             case _:
-                now = scaled(self.get(view), scale)
-                self.put(view, unscaled(self.changed(now), scale), add=False)
+                now, before = scaled(self.get(view), scale), self.get_before(view)
+                before = None if before is None else scaled(before, scale)
+                self.put(view, unscaled(self.changed(now, before), scale), add=False)
 
 
 class SiteSteps:

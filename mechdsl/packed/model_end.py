@@ -164,7 +164,8 @@ class FoldedNorm:
         gain = (plain - self.bias) * sign
         if width % 2:  # the number that is 0 here is none there
             gain[-1] = ((self.of(other[None])[0] - self.bias) * torch.roll(sign, 1))[-1]
-        self.gain = gain * float(probe.square().mean().sqrt() / 1000)
+        self.gain = gain
+        """[d_model], up to a factor of all."""
 
     def of(self, vectors: Tensor) -> Tensor:
         """[K, d_model], what the norm gives."""
@@ -172,7 +173,7 @@ class FoldedNorm:
             return self.module(vectors.to(self.device).float()).clone()
 
     def linear(self, vectors: Tensor) -> Tensor:
-        """[K, d_model], without scale and bias."""
+        """[K, d_model], without bias, and but for the scale."""
         vectors = vectors.to(self.device).float()
         if self.centred:
             vectors = vectors - vectors.mean(-1, keepdim=True)

@@ -77,6 +77,8 @@ def run_packed(
     end = end_of(model)
     final = end.made_of(final, columns.ids, columns.real)
     read_columns = {r: (places[0], columns.of(*places)) for r, places in reads.items()}
+    looked_at = [((r.site, r.layer), *places) for r, places in read_columns.items()]
+    looked_at += [((w.site, w.layer), *_before(w, columns)) for w in writes if w.mode == "step"]
     shape = (len(lanes), kept.columns)
     written = [
         ((w.site, w.layer), w.rows.cpu().numpy(), columns.of(w.rows, w.positions)) for w in writes
@@ -94,7 +96,7 @@ def run_packed(
         RowMasks(
             real=columns.real,
             writes=masks_of(written, shape),
-            reads=masks_of([((r.site, r.layer), *p) for r, p in read_columns.items()], shape),
+            reads=masks_of(looked_at, shape),
             final=read_behind,
             held=held,
         ),
@@ -110,6 +112,12 @@ def run_packed(
         {read: frame.taken(read, found[read], *read_columns[read]) for read in reads},
         tuple(0 if pack is None else len(pack) for pack in frame.packs),
     )
+
+
+def _before(write: SiteWrite, columns: PromptColumns) -> Places:
+    """Rows, and columns of the position before each that is written: it has to be there too."""
+    rows, positions = write.rows.cpu().numpy(), write.positions.cpu().numpy()
+    return rows, columns.of(rows, np.maximum(positions - 1, 0))
 
 
 class _Pass:

@@ -21,6 +21,7 @@ from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.program.code_behind import CodeUnknown, code_behind, code_of_module
 from mechdsl.program.python_files import functions_of
 from mechdsl.prompts.prompt_table import PromptTable, Run, RunRow
+from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.results.versions import version_of, versions
 from mechdsl.validate.check_file import Checked, Settings, models_needed
@@ -227,6 +228,9 @@ def _tables(experiments: Iterable[ResolvedExperiment]) -> dict[str, str]:
         if id(each.table) not in done:
             done[id(each.table)] = _table(each.table)
         saved = [v.digest for rule in each.rules if rule.direction for v in rule.direction.saved]
+        for rule in each.rules:
+            if isinstance(rule.does, Observation):
+                saved += rule.does.made_of.values()
         found[each.key] = " ".join([done[id(each.table)], *saved])
     return found
 

@@ -19,11 +19,13 @@ from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.program import spec
+from mechdsl.program.lower_other_runs import BLOCKS
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.measured_parts import in_parts, whole_spec
 from mechdsl.resolve.resolve_experiment import resolve_experiment
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.results.averaged import averaged
+from mechdsl.results.blocks_beside import OfBlock, side_by_side
 from mechdsl.results.collect import collect, with_control, without_measures
 from mechdsl.results.denominators import check_denominators
 from mechdsl.results.experiment_result import ExperimentResult
@@ -140,8 +142,7 @@ class FileRun:
         if len(refused) == len(first.measures):
             self._lose(first.name, list(refused.values()))
             return
-        labels = [each.spec.variant for each in variants]
-        whole = without_measures(merged(list(zip(labels, raw, strict=True))), refused)
+        whole = without_measures(_together(variants, raw), refused)
         if not whole.prompts:
             self._lose(first.name, [_nothing_left(first)])
             return
@@ -149,14 +150,13 @@ class FileRun:
             parts = tuple(found_by(*pair) for pair in zip(variants, raw, strict=True))
             self.findings[first.name] = Finding(parts)
         if whole.left_out:
-            self._say([_rows_left_out(first, whole)])
+            self._say([_rows_left_out(variants, whole)])
         parameters = self.checked.program.parameters
         if parameters:
             said = {"parameters": _parameter_words(parameters)}
             whole = replace(whole, conventions={**whole.conventions, **said})
         if first.spec.over is not None:
             whole = averaged(whole, first.spec.over)
-        whole = with_population(whole, first.table, first.spec.statistics)
         result = with_statistics(whole, first.spec, first.seed)
         self._say(_few_units(variants, result))
         self._say(explained_by_values(result, first.spec))
@@ -180,16 +180,36 @@ class FileRun:
         return replace(options, on_progress=advance)
 
 
-def _rows_left_out(experiment: ResolvedExperiment, result: ExperimentResult) -> Diagnostic:
+def _together(
+    variants: Sequence[ResolvedExperiment], raw: Sequence[ExperimentResult]
+) -> ExperimentResult:
+    """The results of all variants as one, with what its rows stand for."""
+    blocks: dict[object, list[int]] = {}
+    for number, each in enumerate(variants):
+        blocks.setdefault(dict(each.spec.variant).get(BLOCKS), []).append(number)
+    found: list[OfBlock] = []
+    for label, numbers in blocks.items():
+        first = variants[numbers[0]]
+        whole = merged([(variants[n].spec.variant, raw[n]) for n in numbers])
+        whole = with_population(whole, first.table, first.spec.statistics)
+        found.append(OfBlock(((BLOCKS, str(label)),), first.table.name, whole))
+    if len(found) == 1:
+        return found[0].result
+    return merged(side_by_side(found))
+
+
+def _rows_left_out(variants: Sequence[ResolvedExperiment], result: ExperimentResult) -> Diagnostic:
     """W0750."""
-    rows = list(result.left_out.items())
-    listed = ", ".join(f"row {row} ({where})" for row, where in rows[:LISTED])
-    more = f" … and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
+    experiment = variants[0]
+    every = {(each.table.name, row) for each in variants for row in each.table.row_ids}
+    out = list(result.left_out.items())
+    listed = ", ".join(f"row {row} ({where})" for row, where in out[:LISTED])
+    more = f" … and {len(out) - LISTED} more" if len(out) > LISTED else ""
     return RowsLeftOut(
         span=experiment.spec.span,
         experiment=experiment.name,
-        count=len(rows),
-        rows=len(experiment.table),
+        count=len(out),
+        rows=len(every),
         listed=f"{listed}{more}",
     )
 
@@ -214,10 +234,11 @@ def _few_units(
     before."""
     first = variants[0]
     tested = tested_measures(first)
-    if not tested or check_rows(variants, first.table.row_ids):
+    if not tested or check_rows(variants):
         return []
     units = [n for each in result.statistics for n in each.units[each.tested].tolist()]
-    fewer = first.spec.keep if result.prompts < len(first.table) else ()
+    tables = {id(each.table): each.table for each in variants}
+    fewer = first.spec.keep if result.prompts < sum(map(len, tables.values())) else ()
     return check_cells(units, first.spec.statistics, (fewer or tested)[0].span)
 
 

@@ -393,6 +393,9 @@ class _Shapes:
                 own = index[point == number]
                 mask = target.setdefault((place.site, place.layer), np.zeros_like(real))
                 mask[row[own], token[own]] = True
+                if rule.rule.does.mode == "step":  # what it is a step from is there too
+                    mask = received.setdefault((place.site, place.layer), np.zeros_like(real))
+                    mask[row[own], np.maximum(token[own] - 1, 0)] = True
             if self.recording and rule.paths is not None:
                 for place in {(p.site, p.layer) for p in rule.paths.table}:
                     mask = received.setdefault(place, np.zeros_like(real))

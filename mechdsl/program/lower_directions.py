@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from mechdsl.diagnostics.e02_names import BadArgument, UnknownName, UnknownWord, did_you_mean
 from mechdsl.diagnostics.e03_directions import BadDirection
 from mechdsl.program import spec
-from mechdsl.program.constants import constant
+from mechdsl.program.constants import Constant, constant
 from mechdsl.program.namespace import Namespace
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
@@ -32,10 +32,10 @@ class Way:
 
 
 WAYS: Mapping[str, Way] = {
-    "mean_difference": Way("two", "mean_difference(harmful, harmless)", ("prompts",)),
-    "mean": Way("block", "mean(fruit)"),
-    "pca": Way("block", "pca(fruit, component: 1)", ("component",)),
-    "probe": Way("value and block", "probe(count, fruit)", ("kind", "penalty")),
+    "mean_difference": Way("two", "mean_difference(harmful, harmless)", ("prompts", "limit")),
+    "mean": Way("block", "mean(fruit)", ("limit",)),
+    "pca": Way("block", "pca(fruit, component: 1)", ("component", "limit")),
+    "probe": Way("value and block", "probe(count, fruit)", ("kind", "penalty", "limit")),
     "unembedding": Way("texts", 'unembedding(" Mary", " John")', at_a_site=False),
     "saved": Way("file", 'saved("refusal.safetensors", "direction")', at_a_site=False),
     "unit": Way("direction", "unit(refusal)", at_a_site=False),
@@ -143,13 +143,16 @@ class Rows:
     part: Literal["train", "test"] | None = None
     run: str = "clean"
     model: str | None = None
+    limit: int | None = None
+    """As in `prompts fruit limit 64`."""
 
     @property
     def key(self) -> str:
         """What tables call its rows."""
         part = f".{self.part}" if self.part else ""
+        limit = f" limit {self.limit}" if self.limit else ""
         model = f" on {self.model}" if self.model else ""
-        return f"{self.block or ''}{part}{model}"
+        return f"{self.block or ''}{part}{limit}{model}"
 
 
 def rows_of(call: ast.Call, program: spec.Program) -> list[Rows]:
@@ -162,7 +165,17 @@ def rows_of(call: ast.Call, program: spec.Program) -> list[Rows]:
     if not WAYS[call.name].at_a_site:
         return []
     shared = None if own is None else rows_named(own, program.prompts)
-    return [_rows(value, shared, program) for value in values]
+    limit = _limit(call, program.parameters)
+    return [replace(_rows(value, shared, program), limit=limit) for value in values]
+
+
+def _limit(call: ast.Call, parameters: Mapping[str, Constant]) -> int | None:
+    """Of `limit: 64`; None where there is none, or no count."""
+    written = [a.value for a in call.arguments if a.name == "limit"]
+    found = constant(written[0], parameters) if written else None
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        return None
+    return found
 
 
 def _rows(value: ast.Node, shared: Rows | None, program: spec.Program) -> Rows:
@@ -286,6 +299,28 @@ def _arguments(call: ast.Call, way: Way, parts: Definitions, scope: Namespace) -
     for argument in call.arguments:
         if argument.name == "prompts":
             _block(argument.value, parts, scope, models=False)
+        if argument.name == "limit":
+            _check_limit(call, argument, parts, scope)
+
+
+def _check_limit(call: ast.Call, limit: ast.Argument, parts: Definitions, scope: Namespace) -> None:
+    """E0207 where it is no count, or nothing names the block whose rows are counted."""
+    if isinstance(limit.value, ast.Name):
+        scope.has("param", limit.value.id)
+    reason = hint = ""
+    if _limit(call, parts.parameters) is None:
+        reason, hint = "is a whole number from 1 on", "write `limit: 64`"
+    elif all(
+        isinstance(a.value, ast.Name) and scope.has("model", a.value.id)
+        for a in call.arguments
+        if a.name is None or a.name == "prompts"
+    ):
+        reason = "says how many rows of a block there are, and no block is named"
+        hint = "name one, `prompts: fruit`; without it the rows are those of the experiment"
+    if reason:
+        scope.diagnostics.append(
+            BadArgument(span=limit.span, name="limit", reason=reason, hint=hint)
+        )
 
 
 def _block(node: ast.Node, parts: Definitions, scope: Namespace, *, models: bool) -> None:

@@ -22,7 +22,17 @@ from mechdsl.program.lower_measures import (
     lower_statistics,
     told_apart,
 )
-from mechdsl.program.lower_other_runs import RunSide, Variant, in_model, models_of, sides, variants
+from mechdsl.program.lower_other_runs import (
+    BLOCKS,
+    RunSide,
+    Variant,
+    in_model,
+    labels_of_block,
+    models_of,
+    named_once,
+    sides,
+    variants,
+)
 from mechdsl.program.lower_prompts import CLEAN
 from mechdsl.program.lower_rules import lower_rules
 from mechdsl.program.lower_saves import lower_saves, one_file
@@ -48,10 +58,29 @@ def lower_experiment(
     """The typed experiment, or one for each combination of what it compares. After an error it is
     `broken`: checked for what else is wrong with it, and not run. None where it has no prompts, or
     something that can't be executed yet. The reasons are in the scope."""
-    work = Statements(definition, parts, scope)
-    work.collect(definition.statements)
+    found: dict[str, list[spec.Experiment]] = {}
+    number, blocks = 0, 1
+    while number < blocks:
+        said = list(scope.diagnostics)
+        work = Statements(definition, parts, scope)
+        work.collect(definition.statements)
+        blocks = len(work.prompts[0].prompts) if work.prompts else 1
+        for each in _on_block(work, number):
+            found.setdefault(each.name, []).append(each)
+        # What is wrong on every block is said once.
+        scope.diagnostics[:] = said + [
+            d for d in scope.diagnostics[len(said) :] if not number or d not in said
+        ]
+        number += 1
+    return tuple(each for variants in found.values() for each in variants)
+
+
+def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
+    """The experiment on one of the blocks that its `prompts` line names."""
+    definition, parts, scope = work.definition, work.parts, work.scope
     before = len([d for d in scope.diagnostics if d.severity == "error"])
-    prompts = _prompts(work)
+    use = work.prompts[0].prompts[number] if work.prompts else None
+    prompts = _prompts(work, use)
     derived = () if prompts is None else derived_runs(work, prompts)
     sources, bases = ([], []) if prompts is None else sides(work, prompts)
     models = models_of(work, bases)
@@ -70,16 +99,16 @@ def lower_experiment(
     results = parts_of(observed, told_apart(measures), acting, work, parts) or [Part()]
     for part in results:
         each_once(part.measures, work)
-    combined = [] if prompts is None else variants(models, sources, bases, prompts, work)
+    combined = [] if prompts is None else variants(models, sources, bases, prompts, work, use)
     if work.unsupported or prompts is None:
         return ()
     one_file(work, [variant.labels for variant in combined])
     deal_out(results, [lower_report(r, work) for r in work.reports], expects, acting, work)
-    part, limit = _rows(work, prompts)
+    part, limit = _rows(work, prompts, use)
     broken = before != len([d for d in scope.diagnostics if d.severity == "error"])
     if not combined:  # which has been refused
         source, base = (ends[0].run if ends else None for ends in (sources, bases))
-        combined = [Variant("", source, base or CLEAN, (), source)]
+        combined = [Variant("", source, base or CLEAN, labels_of_block(use, work), source)]
     whole = spec.Experiment(
         span=definition.name.span,
         name=definition.name.id,
@@ -160,7 +189,7 @@ def _without_sides(combined: Sequence[Variant]) -> list[Variant]:
     """One variant per model: what is read is another run than those of `from … into …`."""
     found: dict[str, Variant] = {}
     for each in combined:
-        labels = tuple(label for label in each.labels if label[0] == "model")
+        labels = tuple(label for label in each.labels if label[0] in (BLOCKS, "model"))
         found.setdefault(each.model, replace(each, labels=labels))
     return list(found.values())
 
@@ -193,10 +222,10 @@ def _variant(
     )
 
 
-def _prompts(work: Statements) -> spec.Prompts | None:
+def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
     """The block that the experiment runs on; after an error that which is most likely meant."""
     known = work.scope.names("prompts")
-    if not work.prompts:
+    if ref is None:
         work.diagnostics.append(
             MissingLine(
                 span=work.definition.name.span,
@@ -210,17 +239,18 @@ def _prompts(work: Statements) -> spec.Prompts | None:
     if use.kind == "images":
         work.later(use.span, "`images`")
         return None
-    name = use.prompts.name
-    if not work.scope.use("prompts", name, use.prompts.span):
+    named_once([(each.span.written, each.span) for each in use.prompts], work)
+    name = ref.name
+    if not work.scope.use("prompts", name, ref.span):
         name = nearest(name, known) or ""
     return work.parts.prompts.get(name)
 
 
 def _rows(
-    work: Statements, prompts: spec.Prompts
+    work: Statements, prompts: spec.Prompts, ref: ast.Ref | None
 ) -> tuple[Literal["train", "test"] | None, int | None]:
     """The part of the block and how many of its rows, as the `prompts` line says."""
-    if not work.prompts:
+    if ref is None:
         return None, None
     use = work.prompts[0]
     limit = whole_number(use.limit, work.parts.parameters)
@@ -236,13 +266,13 @@ def _rows(
             )
         )
         limit = 1
-    part = use.prompts.part
+    part = ref.part
     if part is None or (part in ("train", "test") and prompts.split is not None):
         assert part is None or part == "train" or part == "test"
         return part, limit
     work.diagnostics.append(
         UnknownName(
-            span=use.prompts.span,
+            span=ref.span,
             kind="part",
             name=f"{prompts.name}.{part}",
             hint=f"add `split 50%` to `prompts {prompts.name}`: it makes "

@@ -28,6 +28,8 @@ from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
 
 RunLabel = int | str
+BLOCKS = "prompts"
+"""The axis of several blocks of prompts."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def sides(work: Statements, prompts: spec.Prompts) -> tuple[list[RunSide], list[
         for end in _ends(line.bases, prompts, work)
     ]
     for refs in (line.sources, line.bases):
-        _once([(ref.span.written, ref.span) for ref in refs], work)
+        named_once([(ref.span.written, ref.span) for ref in refs], work)
     runs = [work.elsewhere.get(end.run) for end in (*sources, *bases)]
     known = len(sources) == len(line.sources) and len(bases) == len(line.bases)
     if line.shuffled is not None and known and not any(run and run.shuffled for run in runs):
@@ -186,7 +188,7 @@ def _ends(refs: Sequence[ast.Ref], prompts: spec.Prompts, work: Statements) -> I
         yield RunSide(run, ref.span.written, None if there is None else there.model)
 
 
-def _once(written: Sequence[tuple[str, Span]], work: Statements) -> None:
+def named_once(written: Sequence[tuple[str, Span]], work: Statements) -> None:
     seen: set[str] = set()
     for name, span in written:
         if name in seen:
@@ -195,7 +197,7 @@ def _once(written: Sequence[tuple[str, Span]], work: Statements) -> None:
                     span=span,
                     name=name,
                     reason="stands twice in one list",
-                    hint="every combination is run once: name each run and model once",
+                    hint="every combination is run once: name each of them once",
                 )
             )
         seen.add(name)
@@ -249,7 +251,7 @@ def models_of(work: Statements, bases: Sequence[RunSide]) -> list[tuple[str, Run
         if not work.scope.use("model", ref.name, ref.span):
             return []
         found += work.parts.checkpoints.get(ref.name, (ref.name,))
-    _once([(ref.name, ref.span) for ref in refs], work)
+    named_once([(ref.name, ref.span) for ref in refs], work)
     if not all(name in work.parts.models for name in found):
         return []
     return list(zip(found, labels_of(found, work), strict=True))
@@ -285,16 +287,20 @@ def variants(
     bases: Sequence[RunSide],
     prompts: spec.Prompts,
     work: Statements,
+    block: ast.Ref | None,
 ) -> list[Variant]:
     """Every combination, the last one fastest. E0202 for loops called like them, E0530 for
-    combinations that no sampled row takes part in."""
+    combinations that no sampled row takes part in.
+
+    block: of prompts, as the experiment names it
+    """
     across = any(end.model is not None for end in bases)
     found: list[Variant] = []
     for (model, name), source, base in product(
         [("", "")] if across else models, sources or [None], bases
     ):
         model = base.model or model
-        labels: list[tuple[str, RunLabel]] = []
+        labels = list[tuple[str, RunLabel]](labels_of_block(block, work))
         if not across and len(models) > 1:
             labels.append(("model", name))
         if source is not None and len(sources) > 1:
@@ -311,12 +317,19 @@ def variants(
         DuplicateName(
             span=loop.span,
             name=loop.name,
-            first=f"the axis of the {loop.name}s that are compared",
+            first=f"the axis of the {loop.name.removesuffix('s')}s that are compared",
         )
         for loop in work.loops
         if loop.name in compared
     )
     return found
+
+
+def labels_of_block(ref: ast.Ref | None, work: Statements) -> tuple[tuple[str, RunLabel], ...]:
+    """What tells a block from the others that the experiment runs on; nothing where it is one."""
+    if ref is None or len(work.prompts[0].prompts) == 1:
+        return ()
+    return ((BLOCKS, ref.span.written),)
 
 
 def _sampled(found: Sequence[Variant], prompts: spec.Prompts, work: Statements) -> None:

@@ -89,6 +89,11 @@ def lower_rule(
             _known(body.direction, work)
             return lowered.model_copy(update={"direction": body.direction})
         case ast.Add():
+            if isinstance(body.value, ast.Reading):
+                return _reading(rule, "add", body, body.value, prompts, work)
+            if isinstance(body.value, ast.Stepped):
+                lowered = _at(rule, "add", body, fill=body.value.factor)
+                return lowered.model_copy(update={"stepped": body.value.component})
             return _of_direction(rule, "add", body, body.value, work)
         case ast.ProjectOut():
             return _project_out(rule, body, work)
@@ -195,7 +200,7 @@ def _patch(
 def _reading(
     rule: ast.Rule,
     verb: str,
-    body: ast.SetSite,
+    body: ast.SetSite | ast.Add,
     reading: ast.Reading,
     prompts: spec.Prompts | None,
     work: Statements,

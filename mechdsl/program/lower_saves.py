@@ -65,8 +65,11 @@ def lower_saves(work: Statements, prompts: spec.Prompts) -> tuple[spec.Save, ...
 
 
 def one_file(work: Statements, variants: Sequence[object]) -> None:
-    """E0108 where an experiment that saves compares several models, sources or bases."""
-    if len(variants) > 1 and work.saves:
+    """E0108 where an experiment that saves compares several blocks, models, sources or bases."""
+    blocks = len(work.prompts[0].prompts) if work.prompts else 1
+    if len(variants) * blocks > 1 and work.saves:
         what = "a `save` in an experiment that compares several models, sources or bases"
+        if blocks > 1:
+            what = "a `save` in an experiment on several blocks of prompts"
         later = "write an experiment for each, with a file of its own"
         work.diagnostics.append(NotSupported(span=work.saves[0].span, what=what, later=later))

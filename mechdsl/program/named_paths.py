@@ -42,11 +42,12 @@ HF = PathConstruct("hf", "reads")
 HF_DATASET = PathConstruct("hf_dataset", "reads")
 PYTHON = PathConstruct("python", "runs")
 SAVED = PathConstruct("saved", "reads")
+TUNED_LENS = PathConstruct("tuned_lens", "reads")
 REPORT = PathConstruct("report", "writes")
 SAVE = PathConstruct("save", "writes")
 
-CONSTRUCTS = (USE, ROWS, LOCAL, HF, HF_DATASET, PYTHON, SAVED, REPORT, SAVE)
-_CALLS = {each.name: each for each in (LOCAL, HF, HF_DATASET, PYTHON, SAVED)}
+CONSTRUCTS = (USE, ROWS, LOCAL, HF, HF_DATASET, PYTHON, SAVED, TUNED_LENS, REPORT, SAVE)
+_CALLS = {each.name: each for each in (LOCAL, HF, HF_DATASET, PYTHON, SAVED, TUNED_LENS)}
 
 
 def reach_of(source: Source, *, outside: bool, untrusted: bool) -> Reach:

@@ -311,7 +311,7 @@ def _axes(part: Part, rules: Sequence[spec.Rule]) -> set[str]:
     """Words that reports may call its axes by."""
     acting = [] if part.apart else rules
     every = [*acting, *([] if part.observed is None else [part.observed])]
-    found: set[str] = {"model", "source", "base"}
+    found: set[str] = {"prompts", "model", "source", "base"}
     for rule in every:
         found.update(axes_of(rule.site), axes_of(rule.edge), position_axes(rule), rule.loops)
         found.update(f"to_{name}" for name in axes_of(rule.receiver))

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     ExprText = ast.Expr
     CallText = ast.Call
     SiteText = ast.Site
+    NameText = ast.Name
     PositionsText = ast.Positions
     PositionText = ast.Position
     DomainText = ast.Domain
@@ -50,7 +51,7 @@ else:
         PlainSerializer(_as_written, return_type=str | None),
         WithJsonSchema({"type": "string"}),
     ]
-    ExprText = CallText = SiteText = PositionsText = PositionText = _AS_WRITTEN
+    ExprText = CallText = SiteText = NameText = PositionsText = PositionText = _AS_WRITTEN
     DomainText = StringText = ChangeText = SpanDefText = BoundText = EdgeText = _AS_WRITTEN
     Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
     Losses = Where
@@ -183,6 +184,8 @@ class Rule(Spec):
     fill_index: int = 0
     reading: SiteText | None = None
     """set … to value(…): the site that is read, in `source`, at `at`; written at `onto`."""
+    stepped: NameText | None = None
+    """add step(…): the component that is added, as far as it is from the position before."""
     onto: PositionsText | None = None
     """patch: where it is written; swap: the other positions; attention rules: the keys."""
     into_layer: BoundText | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from mechdsl.program.lower_other_runs import BLOCKS
+
 Coord = int | float | str
 
 
@@ -43,6 +45,15 @@ Labels = tuple[tuple[str, int | str], ...]
 """Axis and label of everything that there are several of."""
 NO_VALUE = "-"
 """The coordinate of a cell along an axis that its variant doesn't have."""
+
+
+def told_apart(parts: Sequence[tuple[Labels, str]]) -> list[str]:
+    """What tells runs of a variant from those of one name of the others: its block, its model;
+    nothing where there is one. parts: labels and model of each."""
+    blocks = [str(dict(labels).get(BLOCKS, "")) for labels, _ in parts]
+    models = [model for _, model in parts]
+    told = [each if len(set(each)) > 1 else [""] * len(each) for each in (blocks, models)]
+    return [", ".join(filter(None, each)) for each in zip(*told, strict=True)]
 
 
 def joined_axes(parts: Sequence[tuple[Labels, Sequence[str]]]) -> list[str]:

@@ -165,9 +165,8 @@ def _enough(call: ast.Call, read: Sequence[Sample], label: str) -> None:
 def _kind(call: ast.Call, sample: Sample, options: dict[str, Constant]) -> None:
     """What kind of probe it is: ridge for numbers, logistic for two classes. What isn't said is
     put in."""
-    used = [t for t, row in zip(sample.targets, sample.cell.hits, strict=True) if any(row)]
-    numbers = all(isinstance(each, float) for each in used)
-    classes = len(set(used))
+    numbers = all(isinstance(each, float) for each in sample.classes)
+    classes = len(sample.classes)
     kind = options.setdefault("kind", "ridge" if numbers else "logistic")
     options.setdefault("penalty", 1)
     name = call.arguments[0].value.span.written
@@ -191,7 +190,7 @@ def _options(call: ast.Call, work: Work) -> dict[str, Constant]:
     """Numbers and words behind the blocks. Raises CannotMake for one that can't be."""
     found: dict[str, Constant] = {}
     for argument in call.arguments:
-        if argument.name is None or argument.name == "prompts":
+        if argument.name is None or argument.name in ("prompts", "limit"):
             continue
         value = argument.value
         given = value.id if isinstance(value, ast.Name) else None
@@ -232,7 +231,12 @@ def _in_words(
             number = options.get("component", 1)
             return f"principal component {number} of {said[0]}, its largest coordinate positive"
         case _:
-            return f"{options['kind']} probe, penalty {options['penalty']}, on {said[0]}"
+            to = ""
+            if options["kind"] == "logistic":
+                first, second = (f"{each:g}" if isinstance(each, float) else each
+                                 for each in read[0].classes)  # fmt: skip
+                to = f", from `{first}` to `{second}`"
+            return f"{options['kind']} probe{to}, penalty {options['penalty']}, on {said[0]}"
 
 
 def _rows_in_words(sample: Sample, rows: Rows) -> str:

@@ -24,7 +24,14 @@ class Sample(Record):
     cell: PositionCell
     """In this run; the vectors of several tokens of a row are averaged."""
     targets: tuple[float | str, ...] = ()
-    """Per row, what a probe tells."""
+    """Per row, what a probe tells: numbers, or words."""
+
+    @property
+    def classes(self) -> list[float | str]:
+        """Targets of the rows that have the position, each once; by size, or by the alphabet."""
+        pairs = zip(self.targets, self.cell.hits, strict=True)
+        found = {target for target, row in pairs if any(row)}
+        return sorted(found)  # pyright: ignore[reportArgumentType, reportUnknownVariableType]
 
 
 @record

@@ -149,10 +149,15 @@ class Finding:
     def cells(self) -> int:
         return sum(part.experiment.n_cells for part in self.parts)
 
-    def on(self, model: str) -> Finding:
-        """Of a comparison of models, what it found on one of them."""
-        own = tuple(part for part in self.parts if part.experiment.model.name == model)
-        return self if not own or len(own) == len(self.parts) else Finding(own)
+    def on(self, model: str, block: str) -> Finding:
+        """Of a comparison of models, what it found on one of them; of blocks of prompts alike."""
+        parts = self.parts
+        for own in (
+            tuple(part for part in parts if part.experiment.model.name == model),
+            tuple(part for part in parts if part.experiment.table.name == block),
+        ):
+            parts = tuple(part for part in parts if part in own) if own else parts
+        return self if len(parts) == len(self.parts) else Finding(parts)
 
     @cached_property
     def sites(self) -> list[RankedSite]:

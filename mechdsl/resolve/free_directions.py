@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from hashlib import sha256
-
 from mechdsl.base import limits
-from mechdsl.base.json_text import load_json
 from mechdsl.base.names import name_list
 from mechdsl.program import spec
 from mechdsl.program.constants import constant
@@ -13,6 +10,7 @@ from mechdsl.program.named_paths import SAVED, path_to_read
 from mechdsl.resolve.direction_types import Member, SavedVector, Unembedded
 from mechdsl.resolve.families import CannotMake, Family
 from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.saved_tensors import Unreadable, saved_tensors
 from mechdsl.syntax import ast
 
 
@@ -38,43 +36,19 @@ def _saved(
     if path is None:
         return None
     try:
-        size = path.stat().st_size
-        if size > limits.DIRECTION_FILE:
-            most = f"{limits.DIRECTION_FILE:,}"
-            raise CannotMake(call, f"`{written}` has more than {most} bytes", "save it by itself")
-        content = path.read_bytes()
-    except OSError as error:
-        reason = f"`{written}` can't be read: {error.strerror or error}"
-        raise CannotMake(call, reason, "paths start from the folder of the file") from None
-    shapes = _shapes(call, written, content)
+        saved = saved_tensors(path, written, limits.DIRECTION_FILE, "save it by itself")
+    except Unreadable as problem:
+        raise CannotMake(call, problem.reason, problem.hint) from None
+    shapes = saved.shapes
     if key not in shapes:
         known = name_list(list(shapes)) or "none"
         raise CannotMake(call, f"`{written}` has no `{key}`", f"it has {known}")
     if len(shapes[key]) != 1:
         reason = f"`{key}` has the shape {list(shapes[key])}, not [width]"
         raise CannotMake(call, reason, "save one vector under a name of its own")
-    digest = sha256(content).hexdigest()
-    made = f"`{key}` of {written}, SHA-256 {digest[:12]}…"
-    member = Member(definition.name, SavedVector(path, key, digest), made)
+    made = f"`{key}` of {written}, SHA-256 {saved.digest[:12]}…"
+    member = Member(definition.name, SavedVector(path, key, saved.digest), made)
     return Family(definition.name, (), {(): member}, shapes[key][0], (definition.name,))
-
-
-def _shapes(call: ast.Call, written: str, content: bytes) -> dict[str, tuple[int, ...]]:
-    """Of the tensors in a safetensors file, by its header: 8 bytes of length, then JSON."""
-    length = int.from_bytes(content[:8], "little")
-    found: dict[str, tuple[int, ...]] = {}
-    try:
-        header = load_json(content[8 : 8 + length].decode("utf-8"))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                if entry["dtype"] not in ("F16", "BF16", "F32", "F64"):
-                    continue
-                found[name] = tuple(int(size) for size in entry["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        reason = f"`{written}` is no safetensors file"
-        hint = 'write it with `safetensors.torch.save_file({"d": vector}, path)`'
-        raise CannotMake(call, reason, hint) from None
-    return found
 
 
 def _token(call: ast.Call, text: str, work: Work) -> int:

@@ -69,22 +69,8 @@ def resolve_everywhere(
         d.severity == "error" for d in context.diagnostics[before:]
     ):
         return None
-    if not atoms and any(isinstance(n, ast.Name) for n in walk(expression)):
-        return None  # names of metrics that couldn't be written out, which has been said
-    if not atoms:
-        refuse(
-            context,
-            expression.span,
-            "it doesn't read the model",
-            "write a metric such as `logit(answer)`",
-        )
-        return None
     found = tuple(atoms.values())
-    if observed and not _of_one_token(expression, found, at, context):
-        return None
-    unread = unreadable(expression, found, shape, model)
-    if unread is not None:
-        context.diagnostics.append(unread)
+    if not _can_be_read(expression, found, at, context):
         return None
     positions: Mapping[str, tuple[int, ...]] | None = None
     if shape.output_at != "every token" and _of_logits(found):
@@ -122,6 +108,27 @@ def resolve_everywhere(
         reason = "no prompt has a token there that another one stands in front of"
         refuse(context, expression.span, reason, "name a later position")
     return everywhere or None
+
+
+def _can_be_read(
+    expression: ast.Expr,
+    atoms: Sequence[Atom],
+    at: ast.Position | None,
+    context: MeasureContext,
+) -> bool:
+    """Whether it reads the model, what is there, and at a place that it can be read at."""
+    if not atoms:
+        # Names are of metrics that couldn't be written out, which has been said.
+        if not any(isinstance(n, ast.Name) for n in walk(expression)):
+            hint = "write a metric such as `logit(answer)`"
+            refuse(context, expression.span, "it doesn't read the model", hint)
+        return False
+    if context.reads_observed and not _of_one_token(expression, atoms, at, context):
+        return False
+    unread = unreadable(expression, atoms, context.sites.shape, context.sites.model)
+    if unread is not None:
+        context.diagnostics.append(unread)
+    return unread is None
 
 
 def _read_alike(expression: ast.Expr, atoms: Sequence[Atom], context: MeasureContext) -> bool:

@@ -109,6 +109,11 @@ class Observation(Intervention):
     takes: ClassVar[tuple[Literal["toward", "with", "with site", "top", "arguments"], ...]] = ()
     """The clauses that it has a meaning for."""
 
+    @property
+    def made_of(self) -> Mapping[str, str]:
+        """Files whose numbers it takes, by name: SHA-256."""
+        return {}
+
     def form_of(self, name: str) -> Form:
         """Of itself, or of what is measured beside it under this name."""
         return self.form

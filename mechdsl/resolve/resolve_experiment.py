@@ -12,6 +12,7 @@ from mechdsl.diagnostics.core import Diagnostic, Unknown, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue, TooManyCells
 from mechdsl.program import spec
+from mechdsl.program.lower_other_runs import BLOCKS
 from mechdsl.program.possible_axes import position_axes, possible_axes
 from mechdsl.prompts.answer_tokens import AnswerTokens
 from mechdsl.prompts.prompt_table import PromptTable
@@ -75,7 +76,7 @@ def outline(
     Codes: E0301 to E0323, E0402, E0413, E0507, E0612 and those of positions and texts.
     """
     diagnostics: list[Diagnostic] = []
-    onward = Onward({name: each.on(model.name) for name, each in (found or {}).items()})
+    onward = Onward({name: each.on(model.name, table.name) for name, each in (found or {}).items()})
     work = _work(experiment, program, model, table, onward, diagnostics)
     derived = define_runs(work, kinds)
     table = work.table
@@ -342,5 +343,6 @@ def _accuracy_calls(experiment: spec.Experiment) -> list[ast.Call]:
         for node in walk(expect.condition)
         if isinstance(node, ast.Call)
         and node.name == "accuracy"
-        and [each.name for each in node.arguments] in ([None], [None, "model"])
+        and [each.name for each in node.arguments[:1]] == [None]
+        and {each.name for each in node.arguments[1:]} <= {BLOCKS, "model"}
     ]

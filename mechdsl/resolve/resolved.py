@@ -207,10 +207,11 @@ class Intervention:
     """What `Vectors.read` gives: the rule's run at the same prompt, that run at another prompt (a
     seeded permutation), its mean over all prompts, or what `of_cell` makes of all rows of a cell;
     None where nothing is read."""
-    mode: ClassVar[Literal["set", "add", "scale", "along"]] = "set"
+    mode: ClassVar[Literal["set", "add", "scale", "along", "step"]] = "set"
     """How what `values` gives meets what is there when the pass comes by: it replaces it, is added
     to it, or, [K, 1], multiplies it; along directions of length 1, only the component along these
-    is set, to the rule's number, or to 0 without one."""
+    is set, to the rule's number, or to 0 without one; steps are, [K, 1] times, how far what is
+    there is from what is there one position before, and added."""
     copies: ClassVar[bool] = False
     """What is written is what is read in the rule's run, as it is: then rows whose source and base
     agree there are equal to the base run and aren't run."""

@@ -25,6 +25,7 @@ from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.resolve.measured_places import MEASURED
 from mechdsl.resolve.name_cells import cell_keys
+from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.over_rows import OverRows
 from mechdsl.resolve.resolved import ResolvedControl, ResolvedExperiment, ResolvedMeasure
 from mechdsl.results.experiment_result import ExperimentResult
@@ -353,6 +354,9 @@ def _hashes(experiment: ResolvedExperiment, model: LoadedModel) -> dict[str, str
     if experiment.table.data_hash:
         found["data"] = experiment.table.data_hash
     found.update({f"data of {name}": d for name, d in experiment.table.other_data.items()})
+    for rule in experiment.rules:
+        if isinstance(rule.does, Observation):
+            found.update({f"file {name}": d for name, d in rule.does.made_of.items()})
     for each in experiment.python:
         key = f"python {each.file}"
         # Files that are called the same lie beside different `.mech` files.

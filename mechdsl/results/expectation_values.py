@@ -10,7 +10,9 @@ from functools import cached_property
 import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.names import name_list
 from mechdsl.base.plural import plural
+from mechdsl.program.lower_other_runs import BLOCKS
 from mechdsl.results.estimates import (
     Estimate,
     Fixed,
@@ -189,8 +191,16 @@ class Space:
 
     @cached_property
     def draws(self) -> Draws:
-        whole = all((self.sums(each).held == self.units.count).all() for each in self.read)
+        whole = all(self._whole(each) for each in self.read)
         return self.mine.sampling.draws(self.units, whole=whole)
+
+    def _whole(self, of: Chosen) -> bool:
+        """Whether its cells have all units, or all of every stratum that they have any of."""
+        if of.result is not self.mine:
+            return bool((self.sums(of).held == self.units.count).all())
+        data = of.result.measures[of.measure]
+        present = parts(data, EFFECTS[data.effect], of.cells).present
+        return bool(self.mine.sampling.whole(present).all())
 
     def sums(self, of: Chosen) -> Sums:
         data = of.result.measures[of.measure]
@@ -214,7 +224,17 @@ class Space:
 
     @property
     def not_paired(self) -> str | None:
-        """What is said where experiments are set against each other that have other rows."""
+        """What is said where experiments, or blocks of one, are set against each other that have
+        other rows."""
+        cells = [
+            each.result.cells[n]
+            for each in self.read
+            if BLOCKS in each.result.axes
+            for n in each.cells
+        ]
+        blocks = list(dict.fromkeys(str(cell.coords[BLOCKS]) for cell in cells))
+        if len(blocks) > 1:
+            return f"not paired: rows of {name_list(blocks)}"
         read = [
             result for result in self.results if any(each.result is result for each in self.read)
         ]

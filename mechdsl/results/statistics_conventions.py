@@ -6,6 +6,7 @@ import numpy as np
 
 from mechdsl.base.plural import plural
 from mechdsl.base.registry import Registry
+from mechdsl.program.lower_other_runs import BLOCKS
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.statistics.cell_statistics import SHARES
 from mechdsl.statistics.measure_data import NO_INTERVAL, may_change
@@ -75,7 +76,8 @@ def _interval(result: ExperimentResult) -> str:
         plural(count, sampling.unit_word(most) if count == most.count else "distinct prompt")
         for count in counts
     )
-    design = ", drawn within the design" if most.strata is not None else ""
+    by_block = ", each block's by themselves" if BLOCKS in result.axes else ""
+    design = (by_block or ", drawn within the design") if most.strata is not None else ""
     exact = [data.unit == "share" and data.effect in SHARES for data in numbers]
     kinds: list[str] = []
     if not all(exact):

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.resolve.cell_key import Labels, joined_axes, joined_cells
+from mechdsl.program.lower_other_runs import BLOCKS
+from mechdsl.resolve.cell_key import Labels, joined_axes, joined_cells, told_apart
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.seen_rows import shared_rows
 from mechdsl.statistics.measure_data import DrawnValues, MeasureData
@@ -19,7 +20,8 @@ A = TypeVar("A", np.float64, np.int64)
 
 
 def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult:
-    """One result with the cells of all variants, on the prompts that all of them have.
+    """One result with the cells of all variants, on the prompts that all of them have; of several
+    blocks, as `side_by_side` lays them out.
 
     Statistics come afterwards, over all cells.
     """
@@ -33,7 +35,7 @@ def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult
     ]
     results = [result for _, result in parts]
     axes = joined_axes([(labels, result.axes) for labels, result in parts])
-    several = len({result.model for result in results}) > 1
+    several = told_apart([(labels, result.model) for labels, result in parts])
     fewer = "" if ids is None or len(ids) == first.prompts else f"{len(ids)} that all have"
     return replace(
         results[0],
@@ -58,6 +60,7 @@ def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult
             **({"prompts": fewer} if fewer else {}),
         },
         left_out=left_out,
+        population="; ".join(dict.fromkeys(r.population for r in results if r.population)),
         hashes=_hashes(parts),
         drawn=_drawn(results),
         texts=results[0].texts if len({result.texts for result in results}) == 1 else (),
@@ -184,13 +187,13 @@ def _side_by_side(values: Sequence[NDArray[A] | None], cells: Sequence[int]) -> 
 
 def _by_run(
     results: Sequence[ExperimentResult],
-    several: bool,
+    several: Sequence[str],
     of: Callable[[ExperimentResult], Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The unpatched runs of all variants; those of several models say which."""
+    """The unpatched runs of all variants; those of several blocks or models say which."""
     return {
-        f"{run} ({result.model})" if several else run: values
-        for result in results
+        f"{run} ({which})" if which else run: values
+        for result, which in zip(results, several, strict=True)
         for run, values in of(result).items()
     }
 
@@ -253,10 +256,12 @@ def _whose(labels: Sequence[Labels], texts: Sequence[str | None]) -> list[str]:
 
 
 def _hashes(parts: Sequence[tuple[Labels, ExperimentResult]]) -> dict[str, str]:
-    """Hashes by what they are of; those of several models say which."""
+    """Hashes by what they are of; those of several blocks or models say which."""
     found: dict[str, str] = {}
-    for _, result in parts:
+    for labels, result in parts:
         for key, value in result.hashes.items():
             same = all(other.hashes.get(key) == value for _, other in parts)
-            found[key if same else f"{key} of {result.model}"] = value
+            of_block = key.startswith("data") and BLOCKS in dict(labels)
+            whose = dict(labels)[BLOCKS] if of_block else result.model
+            found[key if same else f"{key} of {whose}"] = value
     return found

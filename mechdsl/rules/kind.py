@@ -22,6 +22,9 @@ from mechdsl.rules.checks import equally_long, even
 from mechdsl.syntax.reserved import RESERVED, RULE_WORDS, SOFT_WORDS
 from mechdsl.syntax.verbs import VERBS
 
+HOW = "acts on what is there when the pass comes by, whatever other rules have done below"
+"""What rules that change what is there say of it."""
+
 RULES: Registry[RuleKind] = Registry("rule")
 
 

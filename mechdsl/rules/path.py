@@ -71,13 +71,12 @@ class PathPatching(RuleKind, Intervention):
             return None
         fine = _kinds(rule.site, senders, SENDERS, "start", work)
         fine = _kinds(rule.receiver, receivers, RECEIVERS, "end", work) and fine
-        if not fine or not _neurons_alone(rule, senders, work):
+        if not fine or not _any_path(rule, senders, receivers, work):
             return None
-        if not _any_path(rule, senders, receivers, work):
-            return None
+        does: Intervention = HELD_NEURONS if _neurons_behind(rule, senders, work) else self
         return ResolvedRule(
             spec=rule,
-            does=self,
+            does=does,
             run=run,
             sites=senders,
             positions=positions,
@@ -110,6 +109,16 @@ class PathPatching(RuleKind, Intervention):
             "path",
             f"beside the senders, {' and '.join(held)} are held at the base run{through}{after}",
         )
+
+
+class HeldNeurons(PathPatching, Intervention):
+    """Neurons behind another sender: those beside them in their MLP are held one by one, which
+    only whole passes do."""
+
+    whole = True
+
+
+HELD_NEURONS = HeldNeurons()
 
 
 def _targets(rule: ResolvedRule) -> PathTargets:
@@ -149,18 +158,16 @@ def _kinds(
     return False
 
 
-def _neurons_alone(rule: spec.Rule, senders: SiteTargets, work: Work) -> bool:
-    """Neurons behind another sender would have to be told apart from those that it changes."""
+def _neurons_behind(rule: spec.Rule, senders: SiteTargets, work: Work) -> bool:
+    """Whether neurons of a held MLP send beside something that their MLP reads."""
     if rule.through_mlps:
-        return True
+        return False
     parallel = work.sites.shape.parallel_block
     for points in senders.points.values():
         neurons = [SitePoint("mlp_norm", p.layer, None) for p in points if p.site == "mlp_hidden"]
         if neurons and reached(points, tuple(neurons), parallel=parallel):
-            what = "a path from neurons and what comes before them, without `through mlps`,"
-            work.diagnostics.append(NotSupported(span=rule.span, what=what))
-            return False
-    return True
+            return True
+    return False
 
 
 def _waits(rule: spec.Rule, work: Work) -> bool:

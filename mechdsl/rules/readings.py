@@ -1,4 +1,5 @@
-"""`set SITE at POSITIONS to NUMBER * value(SITE at POSITIONS) of RUN`: what a run has elsewhere.
+"""`set SITE at POSITIONS to NUMBER * value(SITE at POSITIONS) of RUN`, `add … to SITE`: what a run
+has elsewhere.
 
 The run is an unpatched one: the base run, where none is named.
 """
@@ -27,9 +28,12 @@ from mechdsl.resolve.resolved import (
 )
 from mechdsl.resolve.site_targets import points_label, resolve_site
 from mechdsl.resolve.targets import rule_targets
+from mechdsl.rules.kind import HOW
 from mechdsl.vocab.sites import SITES
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -50,6 +54,24 @@ class ReadValue(Intervention):
     def values(self, rule: ResolvedRule, vectors: Vectors) -> Tensor:
         read = vectors.read()
         return read * vectors.amounts[:, None].to(read)
+
+
+class AddedValue(ReadValue):
+    """`add 0.3 * value(attn_out layer 8) of clean to SITE`: a row's own activation as its
+    direction."""
+
+    name = "add value"
+    mode = "add"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield from super().conventions(rule, n_layers)
+        yield Convention("steering", f"`add` {HOW}")
+
+    def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return amounts == 0
+
+
+ADDED_VALUE = AddedValue()
 
 
 def resolve_reading(rule: spec.Rule, does: Intervention, work: Work) -> ResolvedRule | None:

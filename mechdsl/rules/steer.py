@@ -23,7 +23,9 @@ from mechdsl.resolve.resolved import (
     Vectors,
 )
 from mechdsl.resolve.targets import rule_targets
-from mechdsl.rules.kind import RuleKind, places, rule_kind
+from mechdsl.rules.kind import HOW, RuleKind, places, rule_kind
+from mechdsl.rules.readings import ADDED_VALUE, resolve_reading
+from mechdsl.rules.steps import resolve_step
 from mechdsl.rules.weights import weight_sites
 from mechdsl.vocab.sites import SITES
 
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
-
-HOW = "acts on what is there when the pass comes by, whatever other rules have done below"
 
 
 class Steering(Intervention):
@@ -95,6 +95,13 @@ class AddRule(DirectionRule):
 
     mode = "add"
     amount = 1.0
+
+    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+        if rule.reading is not None:
+            return resolve_reading(rule, ADDED_VALUE, work)
+        if rule.stepped is not None:
+            return resolve_step(rule, work)
+        return super().resolve(rule, work)
 
     def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
         return amounts == 0

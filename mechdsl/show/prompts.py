@@ -135,6 +135,7 @@ def _rules(experiment: ResolvedExperiment, console: Console) -> None:
             shown = ", ".join(labels[:SHOWN_CELLS])
             more = f" … ({len(labels)} in all)" if len(labels) > SHOWN_CELLS else ""
             console.print(f"    sites: {shown}{more}", highlight=False)
+        _directions(rule, console)
         if rule.path is not None:
             labels = list(rule.path.receivers.labels.values())
             shown = ", ".join(labels[:SHOWN_CELLS])
@@ -148,6 +149,15 @@ def _rules(experiment: ResolvedExperiment, console: Console) -> None:
     console.print(
         f"  cells: {experiment.n_cells}" + (f" ({cells})" if cells else ""), highlight=False
     )
+
+
+def _directions(rule: ResolvedRule, console: Console) -> None:
+    """What the rule's directions are made of, and on which rows."""
+    members = [] if rule.direction is None else list(rule.direction.members.values())
+    for member in members[:SHOWN_CELLS]:
+        console.print(Text(f"    direction {member.name}: {member.made}"))
+    if len(members) > SHOWN_CELLS:
+        console.print(f"    … ({len(members)} directions in all)", highlight=False)
 
 
 def _hit_lists(
@@ -241,6 +251,7 @@ def as_json(checked: Checked) -> dict[str, Any]:
                     {
                         "rule": r.spec.span.written,
                         "sites": [] if r.sites is None else list(r.sites.labels.values()),
+                        "directions": _as_directions(r),
                         "receivers": []
                         if r.path is None
                         else list(r.path.receivers.labels.values()),
@@ -254,6 +265,11 @@ def as_json(checked: Checked) -> dict[str, Any]:
             for e in checked.experiments
         ],
     }
+
+
+def _as_directions(rule: ResolvedRule) -> list[dict[str, str]]:
+    members = () if rule.direction is None else rule.direction.members.values()
+    return [{"name": member.name, "made": member.made} for member in members]
 
 
 def _as_hits(cells: Iterable[PositionCell]) -> list[dict[str, Any]]:

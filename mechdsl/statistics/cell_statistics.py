@@ -63,7 +63,7 @@ def _empty(cells: int) -> CellStatistics:
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Some cells of a measure that share their units, and whether all rows are in them."""
+    """Some cells of a measure that share their units, and whether they have whole strata."""
 
     cells: Ints
     units: Units
@@ -84,7 +84,7 @@ def _blocks(data: MeasureData, effect: EffectKind, sampling: Sampling) -> Iterat
         for block in blocks(len(cells), max(sampling.settings.resamples, sampling.prompts)):
             some = cells[block]
             rows = parts(data, effect, some)
-            full = rows.present.all(1)
+            full = sampling.whole(rows.present)
             for whole in (True, False):
                 own = np.flatnonzero(full == whole)
                 if len(own):

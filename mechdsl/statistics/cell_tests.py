@@ -133,7 +133,7 @@ class _Tests:
         self, number: int, cells: Ints, units: Units
     ) -> Iterator[tuple[Ints, Studentised]]:
         data = self.measures[number]
-        whole = numerators(data, self.effects[data.effect], cells).present.all(1)
+        whole = self.sampling.whole(numerators(data, self.effects[data.effect], cells).present)
         for part in (True, False):
             own = cells[whole == part]
             draws = self.sampling.draws(units, whole=part, resamples=self.resamples)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mechdsl.base.arrays import Ints
+from mechdsl.base.arrays import Bools, Ints
 from mechdsl.program import spec
 from mechdsl.statistics.measure_data import MeasureData
 from mechdsl.statistics.units import Draws, Rows, Units, units_of
@@ -69,8 +69,19 @@ class Sampling:
             self.known[key] = units_of([own], design)
         return self.known[key]
 
+    def whole(self, present: Bools) -> Bools:
+        """[cell] whether it has all rows of every stratum that it has any of, so that new samples
+        have as many of them. present: [cell, prompt]"""
+        if self.strata is None or self.groups is not None:
+            return np.asarray(present.all(1))
+        found: Bools = np.asarray(present.any(1))
+        for stratum in np.unique(self.strata):
+            own = present[:, self.strata == stratum]
+            found = found & (own.all(1) | ~own.any(1))
+        return found
+
     def draws(self, units: Units, *, whole: bool = True, resamples: int = 0) -> Draws:
-        """New samples; of cells that lack some rows (`whole` is false) without the design."""
+        """New samples; of cells that aren't `whole` without the design."""
         count = resamples or self.settings.resamples
         return Draws(units.count, count, self.seed, units.strata if whole else None)
 

@@ -682,6 +682,14 @@ class Reading(Node):
 
 
 @record
+class Stepped(Node):
+    """`0.5 * step(q)`."""
+
+    component: Name
+    factor: Expr | None = None
+
+
+@record
 class SetSite(Node):
     site: Site
     at: Positions
@@ -698,7 +706,7 @@ class PathRule(Node):
 
 @record
 class Add(Node):
-    value: Expr
+    value: Expr | Reading | Stepped
     site: Site
     at: Positions
 
@@ -802,7 +810,7 @@ class UseModel(Node):
 @record
 class UsePrompts(Node):
     kind: Literal["prompts", "images"]
-    prompts: Ref
+    prompts: tuple[Ref, ...]
     limit: int | str | None = None
 
 

@@ -364,7 +364,7 @@ class ToAst(Transformer[Token, Any]):
         return ast.UseModel(c[1].value, span=_span(c))
 
     def use_prompts(self, c: list[Any]) -> ast.UsePrompts:
-        return ast.UsePrompts(c[0].value, c[1], _clauses(c).get("limit"), span=_span(c))
+        return ast.UsePrompts(c[0].value, c[1].value, _clauses(c).get("limit"), span=_span(c))
 
     limit = _clause("limit", _second_amount)
 
@@ -604,6 +604,10 @@ class ToAst(Transformer[Token, Any]):
         return ast.Reading(
             found[0], parts.get(ast.Positions), parts.get(ast.Ref), factor, span=_span(c)
         )
+
+    def stepped(self, c: list[Any]) -> ast.Stepped:
+        *factor, component = _nodes(c)
+        return ast.Stepped(component, factor[0] if factor else None, span=_span(c))
 
     def path(self, c: list[Any]) -> ast.PathRule:
         through = _clauses(c).get("through", ())

@@ -13,9 +13,10 @@ from mechdsl.diagnostics.e02_names import UnknownName, did_you_mean
 from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 from mechdsl.diagnostics.w07_data import PairedAlike
 from mechdsl.program import spec
+from mechdsl.program.lower_other_runs import BLOCKS
 from mechdsl.program.run_order import compared_with
-from mechdsl.prompts.prompt_table import Run
-from mechdsl.resolve.cell_key import averaged_cells, joined_axes, joined_cells
+from mechdsl.prompts.prompt_table import PromptTable, Run
+from mechdsl.resolve.cell_key import averaged_cells, joined_axes, joined_cells, told_apart
 from mechdsl.resolve.measured_parts import in_parts
 from mechdsl.resolve.name_cells import cell_keys
 from mechdsl.resolve.open_axes import open_axes
@@ -43,7 +44,7 @@ def about_results(
     unknown: list[Unknown] = [what for each in variants for what in each.unknown]
     if len(resolved) == len(variants):
         counted = not undecided and "count" not in unknown
-        few = check_rows(resolved, resolved[0].table.row_ids)
+        few = check_rows(resolved)
         found += [replace(each, by_text=counted) for each in few]
     return certain(found, unknown)
 
@@ -61,8 +62,10 @@ def _against_axes(
     said = experiment.spec
     own, aliases, perhaps = _axes(variants)
     axes = list(dict.fromkeys([*own, *aliases, *sorted(perhaps)]))
-    rows = experiment.table.runs["clean"].rows
-    values = list(rows[0].values) if rows else []
+    tables = list({id(each.table): each.table for each in variants}.values())
+    rows = [row for table in tables for row in table.runs["clean"].rows]
+    values = [n for n in rows[0].values if all(n in row.values for row in rows)] if rows else []
+    columns_unknown = any(table.columns_unknown for table in tables)
     measures = _measures(experiment)
     found: list[Diagnostic] = []
     for measure, each in zip(measures, said.measures, strict=True):
@@ -79,7 +82,7 @@ def _against_axes(
     for report in said.reports:
         found.extend(check_report(report, axes, values, measures if all_known else None))
     by = said.statistics.by
-    if by is not None and by not in values and not experiment.table.columns_unknown:
+    if by is not None and by not in values and not columns_unknown:
         found.append(
             UnknownName(
                 span=said.statistics.span,
@@ -88,7 +91,7 @@ def _against_axes(
                 hint=did_you_mean(
                     by,
                     values,
-                    f"values of `{experiment.table.name}` are {name_list(values)}",
+                    f"values of {_called(tables)} are {name_list(values)}",
                 ),
             )
         )
@@ -101,7 +104,7 @@ def _against_axes(
         truths = {
             "groups": {name: group.sites for name, group in program.groups.items()},
             "columns": None
-            if experiment.table.columns_unknown or experiment.table.stands_in
+            if columns_unknown or any(table.stands_in for table in tables)
             else {name: [row.values.get(name) for row in rows] for name in values},
             "all_rows": "count" not in experiment.unknown,
         }
@@ -109,6 +112,12 @@ def _against_axes(
         for expectation in said.expects:
             found.extend(check_expectation(expectation, known))
     return found
+
+
+def _called(tables: Sequence[PromptTable]) -> str:
+    """The blocks, and that it is what all of them have."""
+    names = list(dict.fromkeys(table.name for table in tables))
+    return f"`{names[0]}`" if len(names) == 1 else f"all of {name_list(names)}"
 
 
 def _over(variants: Sequence[Outline]) -> str | None:
@@ -143,6 +152,9 @@ def _averaged(variants: Sequence[Outline]) -> Iterator[Diagnostic]:
         if measure.over != said.over:
             reason = f"`{said.measures[0].label}` is averaged otherwise, and both share one table"
             hint = "average all measures of an experiment over one axis, or none of them"
+        elif measure.over == BLOCKS and BLOCKS in every:
+            reason = "rows of several blocks have no mean row by row"
+            hint = 'set cells of two blocks against each other: `expect prob(prompts: "a") - …`'
         elif measure.over is not None and kind == "category":
             reason, hint = "categories have no mean", "use `expected(…)`, which is a number"
         elif measure.over is not None and measure.over not in (*every, *aliases, *perhaps):
@@ -187,12 +199,12 @@ def _known(variants: Sequence[Outline], program: spec.Program) -> Known:
 
 
 def _runs(variants: Sequence[Outline]) -> list[str]:
-    """As results call them: on several models each has runs of its own."""
-    several = len({each.model.name for each in variants}) > 1
+    """As results call them: on several blocks or models each has runs of its own."""
+    told = told_apart([(each.spec.variant, each.model.name) for each in variants])
     return list(
         dict.fromkeys(
-            f"{run} ({each.model.name})" if several else run
-            for each in variants
+            f"{run} ({whose})" if whose else run
+            for each, whose in zip(variants, told, strict=True)
             for run in each.table.runs
         )
     )

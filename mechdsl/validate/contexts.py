@@ -233,13 +233,13 @@ class Contexts:
         return self._tables[key]
 
     def read_by(self, rows: Rows, experiment: spec.Experiment, model: ModelContext) -> PromptTable:
-        """The rows that a direction is fitted on: all of a block or a part, or those of the
-        experiment; for the model that runs them."""
+        """The rows that a direction is fitted on: those of a block or a part, all without `limit:`,
+        or those of the experiment; for the model that runs them."""
         if rows.model is not None:
             model = self.model(rows.model)
         if rows.block is None:
             return self.table(experiment.prompts, model, experiment.limit, experiment.part)
-        return self.table(rows.block, model, None, rows.part)
+        return self.table(rows.block, model, rows.limit, rows.part)
 
     def fitting(self, model: ModelContext, table: PromptTable) -> ModelContext:
         """The model with the tokenizer that a table was made with."""

@@ -11,6 +11,7 @@ from mechdsl.base.names import name_list, run_called
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
 from mechdsl.program import spec
+from mechdsl.program.lower_other_runs import BLOCKS
 from mechdsl.syntax import ast
 from mechdsl.validate.conditions import (
     Absolute,
@@ -56,6 +57,8 @@ def read_expectation(
         return None, [refusal.diagnostic]
 
 
+WHOSE = {BLOCKS: "block", "model": "model"}
+"""Arguments that tell whose accuracy is meant, and of what they are names."""
 _ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv}
 
 
@@ -286,22 +289,24 @@ class _ConditionReader(KnownCells):
         return Ranking(measure, where, column=column)
 
     def accuracy(self, node: ast.Call) -> str:
-        """The run that it is of: on several models, that of one of them."""
-        model = next((each for each in node.arguments if each.name == "model"), None)
-        if model is None or model is not node.arguments[-1] or len(node.arguments) != 2:
+        """The run that it is of: of several blocks, on several models, that of one of them."""
+        named = [each for name in WHOSE for each in node.arguments if each.name == name]
+        if not named or node.arguments[0] in named or len(node.arguments) != 1 + len(named):
             return self.run(self.only_argument(node, "accuracy(clean)"))
         run = self.argument(node, 0, "accuracy(clean)")
-        key = f"{run.span.written} ({model.value.span.written})"
+        name = ", ".join(each.value.span.written.strip('"') for each in named)
+        whose = WHOSE[named[0].name or ""]
+        key = f"{run.span.written} ({name})"
         if key not in self.known.runs:
             own = [each for each in self.known.runs if each.startswith(f"{run.span.written} (")]
             if not own:
                 self.run(run)  # which may be unknown
-                reason, hint = "it runs on one model", "leave `model:` out"
-                raise unreadable(model.span, reason, hint)
+                reason, hint = f"it runs on one {whose}", "leave it out"
+                raise unreadable(named[0].span, reason, hint)
             known = [each.removesuffix(")").partition(" (")[2] for each in own]
-            name = model.value.span.written
             hint = did_you_mean(name, known, f"it runs on {name_list(known)}")
-            raise RefusedCondition(UnknownName(span=model.span, kind="model", name=name, hint=hint))
+            unknown = UnknownName(span=named[0].span, kind=whose, name=name, hint=hint)
+            raise RefusedCondition(unknown)
         return key
 
     def run(self, run: ast.Expr) -> str:
@@ -311,8 +316,11 @@ class _ConditionReader(KnownCells):
         own = [each for each in self.known.runs if each.startswith(f"{run.id} (")]
         if found is None and own:
             first = own[0].removesuffix(")").partition(" (")[2]
-            hint = f"ask it of one: `accuracy({run.id}, model: {first})`"
-            raise unreadable(run.span, "each model has an accuracy of its own", hint)
+            words = [w for w in WHOSE if w in self.known.axes] or ["model"]
+            of = ", ".join(f"{w}: {x}" for w, x in zip(words, first.split(", "), strict=False))
+            hint = f"ask it of one: `accuracy({run.id}, {of})`"
+            reason = f"each {WHOSE[words[0]]} has an accuracy of its own"
+            raise unreadable(run.span, reason, hint)
         if found is None:
             known = name_list(self.known.runs)
             hint = did_you_mean(run.id, self.known.runs, f"the runs are: {known}")

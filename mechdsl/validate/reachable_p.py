@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from operator import neg
 
@@ -11,6 +11,7 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.w07_statistics import TooFewPrompts
 from mechdsl.program import spec
+from mechdsl.program.lower_other_runs import BLOCKS
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.vocab.effects import EFFECTS
 
@@ -56,25 +57,25 @@ def out_of_reach(units: Sequence[int], settings: spec.Statistics) -> list[int]:
     return found
 
 
-def check_rows(
-    variants: Sequence[ResolvedExperiment], row_ids: Collection[int]
-) -> list[Diagnostic]:
-    """W0720 where no p of an experiment can be small enough, however large the effect.
-
-    row_ids: those of its rows that are run.
-    """
+def check_rows(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic]:
+    """W0720 where p of an experiment, or of a block of it, can't be small enough, however large the
+    effect."""
     experiment = variants[0]
     tested = tested_measures(experiment)
     if not tested or not experiment.rules:
         return []
-    settings, table = experiment.spec.statistics, experiment.table
-    run = zip(table.row_ids, table.runs["clean"].rows, strict=True)
-    rows = [row for row_id, row in run if row_id in row_ids]
-    units = len(rows)
-    if settings.by is not None and rows and settings.by in rows[0].values:
-        units = len({str(row.values.get(settings.by)) for row in rows})
-    tests = len(tested) * _cells(variants)
-    return check_cells([units] * tests, settings, tested[0].span)
+    settings = experiment.spec.statistics
+    blocks: dict[object, list[ResolvedExperiment]] = {}
+    for each in variants:
+        blocks.setdefault(dict(each.spec.variant).get(BLOCKS), []).append(each)
+    units: list[int] = []
+    for own in blocks.values():
+        rows = own[0].table.runs["clean"].rows
+        count = len(rows)
+        if settings.by is not None and rows and settings.by in rows[0].values:
+            count = len({str(row.values.get(settings.by)) for row in rows})
+        units += [count] * len(tested) * _cells(own)
+    return check_cells(units, settings, tested[0].span)
 
 
 def _cells(variants: Sequence[ResolvedExperiment]) -> int:

@@ -288,6 +288,18 @@ SHORT_WORDS = tuple(
 """What may stand behind the point of `L3.mlp` beside the names of sites."""
 WITHIN_ATTENTION = ("q_rot", "k_rot", "scores", "pattern")
 """Sites that lie in no module: they are read and written where attention itself is computed."""
+NO_STEPS = (
+    *WITHIN_ATTENTION,
+    "embed",
+    "head_out",
+    "resid_mid",
+    "router",
+    "expert_out",
+    "final_norm",
+    "logits",
+)
+"""Sites of which no steps from the position before are taken: they are in no tensor of their own
+in every pass, or lie outside of blocks."""
 EdgeChange = Literal["block", "reweight", "uniform", "weight", "allow"]
 """What attention does to the weights of edges."""
 

@@ -148,6 +148,7 @@ def test_a_link_that_was_put_there_during_the_run(here: Path, command: Command) 
 # --- reading ---
 
 PROMPTS = 'prompts p {\n  rows "PLACE"\n  template "{a}"\n}\n'
+PATCH = "patch layer 0..1 head * at last-item token"
 EXAMPLES = {
     "use": ("common.mech", 'mech 1\nuse "PLACE"\n'),
     "rows": ("data.csv", 'mech 1\nmodel toy = zoo("counting")\n' + PROMPTS),
@@ -170,6 +171,12 @@ EXAMPLES = {
             "  measure", "  add d to resid_post layer 1 at last token\n  measure", 1
         ),
     ),
+    "tuned_lens": (
+        "vectors.safetensors",
+        HEADS.replace(PATCH, 'observe tuned_lens("PLACE") resid_post layer 0 at last token')
+        .replace("  from clean into fewer\n", "")
+        .replace(" as recovery", " as raw"),
+    ),
     "report": ("cells.csv", CSV),
     "save": (
         "streams.safetensors",
@@ -188,7 +195,9 @@ def filled(folder: Path) -> None:
     (folder / "set").mkdir()
     (folder / "set" / "train.csv").write_text("a\nfig\n", encoding="utf-8")
     (folder / "metrics.py").write_text("def own(logits, rows):\n    return logits[:, 0]\n")
-    save_file({"d": np.ones(128, np.float32)}, folder / "vectors.safetensors")
+    square, vector = np.zeros((128, 128), np.float32), np.ones(128, np.float32)
+    lens = {"d": vector, "layer.0.weight": square, "layer.0.bias": vector}
+    save_file(lens, folder / "vectors.safetensors")
     zoo = Path(str(files("mechdsl") / "zoo" / "counting"))
     shutil.copytree(zoo, folder / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
 

@@ -127,7 +127,7 @@ def test_effects_are_those_of_plain_hooks(
     ("measure", "said"),
     [
         ("logit(answer)", "predicts tokens in their own place"),
-        ('loss at "[MASK]" token', "no loss over a whole prompt"),
+        ('loss at "[MASK]" token', "no loss of tokens that it sees"),
     ],
 )
 def test_what_needs_a_next_token_is_refused(

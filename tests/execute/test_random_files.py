@@ -28,6 +28,18 @@ prompts elsewhere {
   rows "data.jsonl"
   template "w7 {subject} w40 {alt} w41 {cue2} w42"
 }
+prompts fewer {
+  rows "data.jsonl"
+  where cue != "w28"
+  xs = list(item, from: more, sep: " ")
+  template "w41 {xs} w40 {subject} {cue} w42"
+  answer " {b}"
+  wrong " {a}"
+  corrupt other { subject = alt }
+  corrupt longer { more = words  cue = cue2 }
+  corrupt turned { more = turned }
+  corrupt noised { add gaussian(std: 0.5) to embed at subject tokens }
+}
 prompts single {
   template "w3 w4 w40 w1 w2 w41 w26 w42"
   span subject = "w1 w2"
@@ -167,6 +179,7 @@ def rules(draw: Any, *, swept: bool) -> str:
         others = [
             f"norm resid_post {where}",
             f"entropy pattern {where}",
+            f"distance(2) pattern {where}",
             "direct_logit layers 0..1 head 1 toward answer at last token",
         ]
         return f"observe {draw(st.sampled_from([draw(edges(swept=swept)), *others]))}"
@@ -174,6 +187,13 @@ def rules(draw: Any, *, swept: bool) -> str:
     along = draw(st.sampled_from(["d", "by_layer", "by_layer[layer 2]", "(unit(d) - 0.5 * d)"]))
     match verb:
         case "add":
+            own = [
+                f"value(attn_out layer 1) of {draw(st.sampled_from(RUNS))} to {site} at {at}",
+                f"step(q) to q layer {draw(st.integers(0, 2))} head 1 at {at}",
+                f"0.5 * step(mlp_out) to mlp_out layers 0..1 at {at}",
+            ]
+            if draw(st.booleans()):
+                return f"add {draw(st.sampled_from(own))}"
             return f"add {draw(st.sampled_from(['', '-2 * ', '0 * ']))}{along} to {site} at {at}"
         case "scale":
             return f"scale {site} at {at} by {draw(st.sampled_from(['-1', '0', '1', '2.5']))}"
@@ -264,8 +284,9 @@ def experiments(draw: Any) -> str:
             lines += [draw(together())] if draw(st.integers(0, 3)) == 0 else []
     measures = draw(st.lists(st.sampled_from(MEASURES), min_size=1, max_size=2, unique=True))
     against = draw(st.sampled_from(["", "", "", "against random(3)"]))
+    blocks = draw(st.sampled_from(["prompts p"] * 4 + ["prompts p, fewer", "prompts fewer, p"]))
     text = MORE + support.experiment(
-        "e", "prompts p", f"from {source} into {base}", *lines, *measures, against
+        "e", blocks, f"from {source} into {base}", *lines, *measures, against
     )
     return text + (draw(onward()) if draw(st.integers(0, 3)) == 0 else "")
 
@@ -364,9 +385,10 @@ def same(one: ExperimentResult, other: ExperimentResult, text: str) -> None:
         effect = np.abs(expected.patched - expected.base)
         error = np.abs(expected.patched - found.patched)
         assert np.nanmax(error, initial=0) <= support.ABSOLUTE, text
-        limit = support.RELATIVE * np.maximum(effect, support.SMALL)
+        small = support.SMALL * support.rounding(expected.patched)
+        limit = support.RELATIVE * np.maximum(effect, small)
         good = np.isnan(error) | np.isnan(effect) | (error <= limit)
-        assert good.all(), f"{text}\n{np.nanmax(error / np.maximum(effect, support.SMALL))}"
+        assert good.all(), f"{text}\n{np.nanmax(error / np.maximum(effect, small))}"
     for expected, found in zip(one.controls, other.controls, strict=True):
         assert (expected is None) == (found is None)
         if expected is not None and found is not None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mechdsl.base.source import Source
 from mechdsl.pipeline.run_options import RunOptions
@@ -134,6 +136,10 @@ DIFFERENT: dict[str, list[str]] = {
         one(f"set {ATTENTION} subject token to 0.3"),
         one(f"observe {ATTENTION} subject token", ends="", measures=()),
         one(f"observe {ATTENTION} first-item token", ends="", measures=()),
+        *(
+            one(f"observe {word} pattern layer 1 head 1 at last token", ends="", measures=())
+            for word in ("entropy", "distance", "distance(2)", "distance(3)")
+        ),
     ],
     "paths": [
         one("path z layer 0 head 1 -> q layer 1 head 1 at last token"),
@@ -428,3 +434,22 @@ def test_numbers_are_mixed_in_order() -> None:
     others = some + np.uint64(5000)
     both = np.concatenate([mixed(some, others), mixed(others, some), mixed(some, some)])
     assert len(np.unique(both)) == len(both)
+
+
+def test_files_of_lenses(tmp_path: Path) -> None:
+    """A tuned lens of other numbers is another one, whatever its file is called."""
+    store, model = tmp_path / "store", support.bare("gpt2")
+    width = model.get_output_embeddings().weight.shape[1]
+    line = 'observe tuned_lens("lens.safetensors") resid_post layer 0 at last token'
+    text = one(line, ends="", measures=())
+    square = torch.zeros(width, width)
+    for scale in (0.0, 2.0):
+        lens = {"layer.0.weight": square, "layer.0.bias": scale * torch.arange(float(width))}
+        save_file(lens, tmp_path / "lens.safetensors")
+        alone, _ = ran(text, tmp_path, None)
+        found, rows = ran(text, tmp_path, store)
+        assert rows > 0
+        close(alone, found)
+    found, rows = ran(text, tmp_path, store)
+    assert rows == 0
+    close(alone, found)

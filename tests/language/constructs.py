@@ -185,6 +185,7 @@ _file(
     "tests/execute/test_coordinates.py",
 )
 _STEERING = "tests/rules/test_steering.py"
+_FITTED = "tests/rules/test_direction_fits.py"
 
 _file(
     "direction: difference of means",
@@ -197,6 +198,15 @@ _file(
     " read and the norm.",
     _STEERING,
     MEAN_DIFFERENCE,
+)
+_file(
+    "direction: how many rows",
+    "direction d = mean_difference(fruit, fruit.fewer, limit: 64) at resid_post layer 2",
+    "The first 64 rows of each block, the same that `prompts fruit limit 64` takes. A block with "
+    "lists has more rows than combinations of its values: further ones draw other lists. All ways "
+    "that read rows take `limit:`.",
+    _FITTED,
+    OWN,
 )
 _file(
     "direction: two models",
@@ -226,8 +236,9 @@ _file(
     "direction: probe",
     "direction d = probe(count, fruit) at resid_post layer 2 at last token",
     "The weights of a ridge regression on a value that is a number, or of a logistic regression "
-    "between the two words that a value has (`kind:`), with the `penalty:` 1 unless it is said.",
-    _STEERING,
+    "between the two words that a value has (`kind:`), with the `penalty:` 1 unless it is said. It "
+    "points to larger numbers, or from the first word of the alphabet to the other.",
+    _FITTED,
     OWN,
 )
 _file(
@@ -723,6 +734,24 @@ _rule(
     "tests/rules/test_readings.py",
 )
 _rule(
+    "add what is elsewhere",
+    "add 0.3 * value(attn_out layer 1) of clean to resid_post layer 2 at last token",
+    "The row's own vector of an unpatched run, the base run where none is named, times the number, "
+    "is added to what is there when the pass comes by. Both must be of one width.",
+    OWN,
+    "tests/rules/test_readings.py",
+)
+_rule(
+    "add steps",
+    "add 2 * step(q) to q layer 1 head * at tokens *",
+    "The vector minus that of the position before, times the number, is added: `token - 1` means "
+    "the last token. Both are those of the running pass, as they are before this rule writes. "
+    "The first position gets nothing. `q` is what is written; so are `k`, `v`, `z`, the stream and "
+    "what is added to it. Rotary embeddings come behind `q` and `k`.",
+    OWN,
+    "tests/rules/test_steps.py",
+)
+_rule(
     "several fills",
     "ablate layer * head * at last token with zero, mean, mean of fewer by count, resample",
     "Fills in a list are an axis, `fill`, named as they are written: each cell is what the rule is "
@@ -860,7 +889,8 @@ _rule(
 _rule(
     "observe distance",
     "observe distance pattern layer * head * at last token",
-    "How many tokens back the query attends, on average over its attention.",
+    "How many tokens back the query attends, on average over its attention. `distance(8)` counts "
+    "keys that are further back as 8 tokens back.",
     OWN,
     _OBSERVED,
     "measure logit(answer) as raw",
@@ -873,6 +903,16 @@ _rule(
     "most likely token. Of `attn_out`, `mlp_out` and `head_out` the norm has the scale of that "
     "vector alone.",
     'nostalgebraist 2020, "interpreting GPT: the logit lens"',
+    _OBSERVED,
+    "measure prob(answer) as raw",
+)
+_rule(
+    "observe tuned_lens",
+    'observe tuned_lens("lens.safetensors") resid_post layer * at last token',
+    "As the logit lens, of h + A h + b: `layer.N.weight` [d_model, d_model] and `layer.N.bias` "
+    "[d_model] of the file are A and b for `resid_post layer N`. The last layer needs none, and "
+    "goes as it is then. The file's hash is kept with the results.",
+    "Belrose et al. 2023, arXiv 2303.08112",
     _OBSERVED,
     "measure prob(answer) as raw",
 )
@@ -1104,6 +1144,14 @@ _experiment(
     "The block whose rows are sampled and whose texts the measures read; `limit` takes the first "
     "16 of one seeded permutation. `fruit.train` and `fruit.test` are the parts of a `split`.",
     "tests/execute/test_effects.py",
+)
+_experiment(
+    "several blocks",
+    "prompts fruit, listed limit 16",
+    "An axis, `prompts`: the experiment on each block, or part of one (`fruit.train, fruit.test`), "
+    "`limit` rows of each. Texts, runs and positions are the block's own. Cells of two blocks have "
+    "no rows in common: for a difference of them each block's rows are drawn by themselves.",
+    "tests/elsewhere/test_several_blocks.py",
 )
 _experiment(
     "a run with rules",

@@ -29,9 +29,9 @@ estimators, circuits, search, generation, images, `chat`) parses, and is refused
 
 Singular sweeps, plural joins: `layer 0..2` is one run per layer, `layers 0..2` one run with all
 three. Ranges include both ends. “Base run” is the run that rules act on, “source run” the one that
-is read; all values that rules read are those of unpatched runs. Where two rules write one vector,
-the later one in the file stands; `add`, `scale`, `project out` and `clamp` change what those before
-them left.
+is read; all values that rules read are those of unpatched runs, or of a `run` with rules of its
+own. Where two rules write one vector, the later one in the file stands; `add`, `scale`,
+`project out` and `clamp` change what those before them left.
 
 A kind of rule of your own is a Python class: [its steps](architecture.md#a-rule-kind-of-your-own).
 
@@ -62,7 +62,7 @@ prompts blank {
 }
 
 """
-    + fruit.block().replace("prompts fruit", "prompts listed")
+    + fruit.block(OTHER).replace("prompts fruit", "prompts listed")
     + """
 direction more = mean_difference(fruit, fruit.fewer) at resid_post layer 2 at last token
 direction by_layer = mean_difference(fruit, fruit.fewer) at resid_post layer * at token -2..-1

@@ -44,6 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "facts.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     save_file({"d": torch.ones(128)}, folder / "directions.safetensors")
+    lens = {f"layer.{n}.weight": torch.eye(128) for n in range(3)}
+    lens |= {f"layer.{n}.bias": torch.ones(128) for n in range(3)}
+    save_file(lens, folder / "lens.safetensors")
     (folder / "facts").mkdir()
     shutil.copy(folder / "facts.jsonl", folder / "facts" / "train.jsonl")
     (folder / "common").mkdir()

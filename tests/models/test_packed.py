@@ -961,7 +961,7 @@ def test_places_that_do_not_exist_are_refused(loaded: dict[str, LoadedModel]) ->
                 writes=[write(model, "z", 1, [(0, 0), (row, position)])],
                 final=last_tokens(kept, [0, 1]),
             )
-    twice = write(model, "z", 1, [(0, 1)])
-    with pytest.raises(ValueError, match="set twice"):
-        run_packed(model, kept, np.array([0]), writes=[twice, twice], final=last_tokens(kept, [0]))
+    twice = write(model, "z", 1, [(0, 1), (0, 1)])
+    with pytest.raises(ValueError, match="twice in one write"):
+        run_packed(model, kept, np.array([0]), writes=[twice], final=last_tokens(kept, [0]))
     assert nothing_left(model.module)

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.rules.observations.tuned_lens import translator
 
 from ..execute.support import MODES
 from ..reference.forward import Run, Write, side_by_side
@@ -34,6 +37,7 @@ from .support import (
     run_file,
     table,
     tokens,
+    try_file,
 )
 from .test_attention import PAIR, taken
 
@@ -70,8 +74,8 @@ def spread(weights: Tensor) -> float:
     return float(-(there * there.log()).sum())
 
 
-def back(weights: Tensor, at: int) -> float:
-    return float(sum(weight * (at - key) for key, weight in enumerate(weights.tolist())))
+def back(weights: Tensor, at: int, most: int = 1000) -> float:
+    return float(sum(weight * min(at - key, most) for key, weight in enumerate(weights.tolist())))
 
 
 def patched(where: str, layer: int = 0) -> Callable[..., list[Write]]:
@@ -114,6 +118,15 @@ CASES: dict[str, Case] = {
         ),
         "distance",
     ),
+    "distance_within_a_window": Case(
+        ("observe distance(2) pattern layer * head * at last token, cue token",),
+        ("layer", "head", "position"),
+        product(LAYERS, HEADS, (LAST, CUE)),
+        lambda run, text, layer, head, at: back(
+            run["pattern", layer][tokens(text, at)[0], head], tokens(text, at)[0], most=2
+        ),
+        "distance",
+    ),
     "norm_of_the_stream": Case(
         ("observe norm resid_post layer * at last token, cue token, subject token",),
         ("layer", "position"),
@@ -139,6 +152,12 @@ CASES: dict[str, Case] = {
         lambda run, text, head: mean(
             [norm(run["head_out", n][at, head]) for n in (1, 2) for at in tokens(text, PAIR)]
         ),
+    ),
+    "norm_of_a_head_and_of_all": Case(
+        ("observe norm both at last token",),
+        (),
+        [()],
+        lambda run, text: mean([norm(run["z", 1][text.last]), norm(run["z", 1][text.last, 2])]),
     ),
     "norm_of_each_item": Case(
         ("observe norm mlp_out layer 1..2 at each item token",),
@@ -218,7 +237,8 @@ def toward(text_number: int, logits: Tensor) -> float:
 
 @cache
 def found(data: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
-    text = "".join(experiment(key, *case.lines, measure="") for key, case in CASES.items())
+    text = "group both = z layer 1, z layer 1 head 2\n"
+    text += "".join(experiment(key, *case.lines, measure="") for key, case in CASES.items())
     return run_file(text, data, name, mode)
 
 
@@ -299,6 +319,8 @@ def ends(data: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
         for key, (site, _) in ATTRIBUTED.items()
     ]
     joined = experiment("joined", f"observe direct_logit mlp_out layers 0..2 {DIRECT}", measure="")
+    stream = f"observe direct_logit resid_post layer * {DIRECT}"
+    parts.append(experiment("stream", stream, measure=""))
     if name != "gemma2":  # with a norm behind them
         parts.append(
             experiment("heads", f"observe direct_logit layer * head * {DIRECT}", measure="")
@@ -365,6 +387,8 @@ def hold_parts(data: Path, name: str, mode: str) -> None:
             count,
         )
         agree(seen[key], axes, values, None, large=0.05)
+    values = table(product(LAYERS), direct(lambda n, layer: at_last(n, "resid_post", layer)), count)
+    agree(seen["stream"], ("layer",), values, None, large=0.05)
     if "heads" in seen:
         values = table(
             product(LAYERS, HEADS),
@@ -403,6 +427,120 @@ def test_ends_are_the_same_without_the_planner(data: Path) -> None:
     hold_parts(data, "llama", "plain")
 
 
+# --- tuned lens -----------------------------------------------------------------------------------
+
+
+def lens_of(
+    data: Path, name: str, layers: Sequence[int] = (0, 1), other: dict[str, Tensor] | None = None
+) -> str:
+    """The name of a file with translators of these layers."""
+    width = double(name).get_output_embeddings().weight.shape[1]
+    draw = torch.Generator().manual_seed(5)
+    found: dict[str, Tensor] = {}
+    for layer in layers:
+        found[f"layer.{layer}.weight"] = torch.randn(width, width, generator=draw) * 0.4
+        found[f"layer.{layer}.bias"] = torch.randn(width, generator=draw)
+    found.update(other or {})
+    written = f"lens of {name} {len(layers)} {' '.join(other or ())}.safetensors"
+    save_file(found, data / written)
+    return written
+
+
+def hold_tuned(data: Path, name: str, mode: str) -> None:
+    written = lens_of(data, name)
+    look = f'observe tuned_lens("{written}") resid_post layer * at'
+    text = experiment("two", f"{look} last token, cue token").replace(" as delta", " as raw")
+    text += experiment("alone", f"{look} last token as tuned", measure="")
+    seen = run_file(text, data, name, mode)
+    saved = {key: value.double() for key, value in load_file(data / written).items()}
+
+    def through(vector: Tensor, layer: Coord) -> Tensor:
+        if layer == 2:
+            return by_lens(name, vector)
+        vector = vector.flatten()
+        moved = saved[f"layer.{layer}.weight"] @ vector + saved[f"layer.{layer}.bias"]
+        return by_lens(name, vector + moved)
+
+    values = table(
+        product(LAYERS, (LAST, CUE)),
+        lambda n, layer, at: toward(n, through(of_site("resid_post", name, n, layer, at), layer)),
+        len(rows()),
+    )
+    agree(seen["two"], ("layer", "position"), values, None)
+    alone = table(
+        product(LAYERS),
+        lambda n, layer: float(
+            through(of_site("resid_post", name, n, layer), layer).softmax(-1).max()
+        ),
+        len(rows()),
+    )
+    agree(seen["alone"], ("layer",), alone, None, large=0.02, most=False)
+    digest = sha256((data / written).read_bytes()).hexdigest()
+    assert seen["alone"].hashes[f"file {written}"] == digest
+    assert digest[:12] in " ".join(seen["alone"].conventions.values())
+    assert "goes as it is" in seen["alone"].conventions["last layer"]
+
+
+@pytest.mark.parametrize("name", LENS)
+def test_the_tuned_lens_translates_first(data: Path, name: str) -> None:
+    hold_tuned(data, name, "planned")
+
+
+def test_the_tuned_lens_without_the_planner(data: Path) -> None:
+    hold_tuned(data, "gpt2", "plain")
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("tuned_lens", "needs a file"),
+        ("tuned_lens(3)", "needs a file"),
+        ('tuned_lens("nowhere.safetensors")', "can't be read"),
+        ('tuned_lens("text")', "is no safetensors file"),
+        ('tuned_lens("one")', "has no `layer.1.weight`"),
+        ('tuned_lens("narrow")', "has the shape [5] in `layer.1.bias`"),
+        ('tuned_lens("half")', "has no `layer.2.weight`"),
+    ],
+)
+def test_a_lens_that_does_not_fit_is_refused(data: Path, said: str, reason: str) -> None:
+    files = {
+        '"one"': lens_of(data, "llama", (0,)),
+        '"narrow"': lens_of(data, "llama", (0, 1), {"layer.1.bias": torch.ones(5)}),
+        '"half"': lens_of(data, "llama", (0, 1), {"layer.2.bias": torch.ones(20)}),
+    }
+    (data / "text").write_text("no tensors")
+    for key, file in files.items():
+        said = said.replace(key, f'"{file}"')
+    text = experiment("e", f"observe {said} resid_post layer * at last token", measure="")
+    result, problems = try_file(text, data, "llama")
+    assert result is None
+    (problem,) = [each for each in problems if each.severity == "error"]
+    assert (problem.code, reason in problem.message + problem.label_text) == ("E0207", True)
+
+
+def test_a_lens_is_as_it_was_checked(data: Path) -> None:
+    written = data / lens_of(data, "llama")
+    digest = sha256(written.read_bytes()).hexdigest()
+    assert translator(str(written), digest, 1)[1].shape == (20,)
+    with pytest.raises(ValueError, match="has changed"):
+        translator(str(written), "0" * 64, 1)
+
+
+def test_another_file_is_another_lens(data: Path) -> None:
+    """A lens that is written anew is read anew, within one process."""
+    found: list[Any] = []
+    for factor in (0.0, 1.0):
+        width = double("llama").get_output_embeddings().weight.shape[1]
+        square = torch.eye(width) * factor
+        square[0, 1] = factor
+        saved = {"layer.0.weight": square, "layer.0.bias": torch.ones(width) * factor}
+        save_file(saved, data / "again.safetensors")
+        look = 'observe tuned_lens("again.safetensors") resid_post layer 0 at last token'
+        seen = run_file(experiment("e", look, measure=""), data, "llama", "planned")
+        found.append(seen["e"].measures[0].patched)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 LENS_AT = "observe logit_lens resid_post layer 1 at last token"
@@ -439,6 +577,10 @@ LENS_AT = "observe logit_lens resid_post layer 1 at last token"
             "E0207",
         ),
         (("observe norm embed at last token as prob",), "", "E0207"),
+        (("observe distance(0) pattern layer 1 head 0 at last token",), "", "E0207"),
+        (("observe distance(2, 3) pattern layer 1 head 0 at last token",), "", "E0207"),
+        (("observe distance(w: 3) pattern layer 1 head 0 at last token",), "", "E0207"),
+        (('observe tuned_lens("x") resid_pre layer 1 at last token',), "", "E0207"),
         (
             ("observe norm embed at last token", "observe norm embed at cue token"),
             "",

@@ -182,8 +182,10 @@ GROUPS = """
 group senders = L0H1, L1H2, L0.mlp
 group receivers = L2H1.q, L2H0.k, L1H1.v
 group late = L1H1, L2H0
+group mixed = L0H1, L1N3, L1N20, L0N7
 group movers = L1H3, L2H2.q, L1H0.head_out
 """
+MIXED = joined("mixed", z(0, 1), *(End("mlp_hidden", n, u) for n, u in ((1, 3), (1, 20), (0, 7))))
 SENDING = joined("senders", z(0, 1), z(1, 2), End("mlp_out", 0))
 RECEIVING = joined("receivers", End("q", 2, 1), End("k", 2, 0), End("v", 1, 1))
 LOGITS = joined("logits", End("logits"))
@@ -296,6 +298,11 @@ CASES: dict[str, Case] = {
         swept("resid_pre", "resid_pre layer *", "layer", LAYERS, ()),
         swept("resid_pre", "resid_pre layer *", "layer", LAYERS, ()),
     ),
+    "neurons_and_what_comes_before": Case(MIXED, LOGITS),
+    "neurons_and_heads_to_queries": Case(
+        MIXED, swept("q", "q layer 2 head *", "head", [2], range(4)), "tokens *", run="other"
+    ),
+    "neurons_and_heads_through_mlps": Case(MIXED, LOGITS, mlps=True),
     "from_the_clean_run": Case(grid("z", (0, 2)), grid("v", (0, 1)), run="clean", base="longer"),
 }
 

@@ -1,4 +1,4 @@
-"""`set SITE at POSITIONS to value(SITE at POSITIONS) of RUN`, against passes written by hand."""
+"""`set SITE … to value(SITE …) of RUN`, `add … to SITE`, against passes written by hand."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from mechdsl.resolve.cell_key import Coord
 
@@ -43,6 +44,7 @@ class Case:
     written: str = "last token"
     run: str = "clean"
     base: str = "clean"
+    adds: bool = False
 
 
 CASES = {
@@ -85,6 +87,25 @@ CASES = {
         ("head",), [(0,), (1,), (2,), (3,)],
         lambda head: [(("head_out", 0, head), ("attn_out", 1, 0), 3)],
     ),
+    "added": Case(
+        "add 0.7 * value(attn_out layer 0) of longer to resid_post layer * at last token",
+        ("layer",), [(0,), (1,), (2,)],
+        lambda layer: [(("attn_out", 0, 0), ("resid_post", layer, 0), 0.7)],
+        run="longer", adds=True,
+    ),
+    "added in doses": Case(
+        "for c in [-2, 0, 1] { add c * value(mlp_out layer 1 at cue token) to attn_out layer 2 "
+        "at last token }",
+        ("c",), [(-2,), (0,), (1,)],
+        lambda c: [(("mlp_out", 1, 0), ("attn_out", 2, 0), c)],
+        read="cue token", adds=True,
+    ),
+    "added to joined places": Case(
+        "add value(z layer 0 head 3) of other to z layers 1..2 heads 0..1 at subject tokens",
+        (), [()],
+        lambda: [(("z", 0, 3), ("z", n, u), 1) for n in (1, 2) for u in (0, 1)],
+        read="subject tokens", written="subject tokens", run="other", adds=True,
+    ),
 }  # fmt: skip
 
 
@@ -97,8 +118,13 @@ def test_what_is_read_elsewhere_is_written(data: Path, name: str, mode: str) -> 
 
         def changes(n: int, *cell: Coord, case: Case = case) -> Sequence[Changes]:
             of, to = rows(case.run)[n], rows(case.base)[n]
+
+            def change(vector: Tensor) -> Tensor | Callable[[Tensor], Tensor]:
+                return (lambda here: here + vector) if case.adds else vector
+
+            vectors = plain(name, of)
             writes = [
-                Write(out, at, amount * plain(name, of)[site, layer][origin, unit], target, own)
+                Write(out, at, change(amount * vectors[site, layer][origin, unit]), target, own)
                 for (site, layer, unit), (out, at, own), amount in case.ends(*cell)
                 for origin, target in zip(
                     tokens(of, case.read), tokens(to, case.written), strict=True
@@ -123,6 +149,10 @@ def test_what_is_read_elsewhere_is_written(data: Path, name: str, mode: str) -> 
         ("set resid_post layer 1 at last token to value(mlp_uot layer 1)", "E0203"),
         ("set resid_post layer 1 at last token to value(mlp_out layer 1) of nobody", "E0201"),
         ("set resid_post layer 1 at last token to x * value(mlp_out layer 1)", "E0337"),
+        ("add value(z layer 1 head 0) to resid_post layer 1 at last token", "E0337"),
+        ("add value(mlp_out layer 9) to resid_post layer 1 at last token", "E0302"),
+        ("add value(mlp_out layer 1) of nobody to resid_post layer 1 at last token", "E0201"),
+        ("add value(mlp_out layer 1) + d to resid_post layer 1 at last token", "E0101"),
     ],
 )
 def test_what_is_refused(data: Path, rule: str, code: str) -> None:

@@ -32,11 +32,13 @@ def _optional(word: str, value: Any) -> str:
     return "" if value is None else f" {word} {value}"
 
 
-def _written(node: ast.Expr | ast.Reading) -> str:
-    """What a rule writes: an expression, or what a run has somewhere."""
-    if not isinstance(node, ast.Reading):
+def _written(node: ast.Expr | ast.Reading | ast.Stepped) -> str:
+    """What a rule writes: an expression, what a run has somewhere, or a step."""
+    if not isinstance(node, ast.Reading | ast.Stepped):
         return within(node, SUM)
     factor = "" if node.factor is None else f"{within(node.factor, SUM + 1)} * "
+    if isinstance(node, ast.Stepped):
+        return f"{factor}step({node.component.id})"
     at = _of("at", node.at, positions)
     return f"{factor}value({site(node.site)}{at}){_of('of', node.of, ref)}"
 
@@ -232,7 +234,7 @@ def _rule(node: Any) -> str | None:
             ends = f"{site(node.sender)} -> {site(node.receiver)}"
             return f"path {ends} at {positions(node.at)}{through}"
         case ast.Add():
-            return f"add {within(node.value, SUM)} to {site(node.site)} at {positions(node.at)}"
+            return f"add {_written(node.value)} to {site(node.site)} at {positions(node.at)}"
         case ast.Scale():
             factor = within(node.factor, SUM)
             return f"scale {site(node.site)} at {positions(node.at)} by {factor}"
@@ -268,7 +270,7 @@ def _statement(node: Any) -> str | None:
         case ast.UseModel():
             return f"model {_refs(node.models)}"
         case ast.UsePrompts():
-            return f"{node.kind} {ref(node.prompts)}" + _optional("limit", node.limit)
+            return f"{node.kind} {_refs(node.prompts)}" + _optional("limit", node.limit)
         case ast.FromInto():
             shuffled = " shuffled" if node.shuffled is not None else ""
             return f"from {_refs(node.sources)}{shuffled} into {_refs(node.bases)}"
