@@ -33,6 +33,7 @@ prompts p {
   template "{left} w40 {right} w41"
   answer " {a}"
   corrupt turned { right = turn }
+  corrupt moved { left = turn }
 }
 """
 
@@ -481,6 +482,10 @@ experiment ranks { model m prompts p observe similarity layer 0 head 0..1 at lef
 experiment then {
   model m prompts p ablate top 2 of copies at last token with zero measure entropy as delta
 }
+experiment says { model m prompts p observe value_vectors layer 1 neuron * toward answer as raised }
+experiment last {
+  model m prompts p ablate top 1 of raised at last token with zero measure entropy as delta
+}
 experiment also {
   model m prompts p ablate top 1 of alike at last token with zero measure entropy as delta
 }
@@ -488,9 +493,8 @@ experiment also {
     result, diagnostics = try_file(text, tmp_path, bare("gpt2"), prompts=PROMPTS)
     assert result is not None
     said = [found for found in diagnostics if found.code == "W0721"]
-    assert len(said) == 1
-    assert said[0].span is not None
-    assert said[0].span.written == "top 1 of alike"
+    picked = {found.span.written for found in said if found.span is not None}
+    assert picked == {"top 1 of alike", "top 1 of raised"}  # which hang on the answers of rows
 
 
 def test_a_cell_that_the_model_has_no_map_for_has_no_value(tmp_path: Path) -> None:
@@ -526,7 +530,6 @@ def test_similarity_of_two_sites_at_one_token(tmp_path: Path, name: str) -> None
     ("name", "passes"), [*((name, "planned") for name in FAMILIES), ("llama", "plain")]
 )
 def test_similarity_of_two_runs(tmp_path: Path, name: str, passes: str) -> None:
-    """Of texts that differ in length."""
     line = "observe similarity resid_post layer * with turned at {left token, last token}"
     both = run(
         tmp_path, name, "observe similarity resid_post layer * with turned at last token",
@@ -540,6 +543,19 @@ def test_similarity_of_two_runs(tmp_path: Path, name: str, passes: str) -> None:
     assert "with the vector at the same position of `turned`" in both.conventions["observed"]
     with pytest.raises(AssertionError, match="compares one token at a time"):
         run(tmp_path, name, line)
+
+
+@pytest.mark.parametrize("name", FAMILIES[:3])
+def test_similarity_with_a_run_of_other_lengths(tmp_path: Path, name: str) -> None:
+    line = "observe similarity resid_post layer * with moved at last token"
+    found = run(tmp_path, name, line)
+    texts = [[*record["turn"], "w40", *record["right"], "w41"] for record in RECORDS]
+    assert any(len(text) != len(words(own)) for text, own in zip(texts, RECORDS, strict=True))
+    for layer, values in enumerate(found.measures[0].patched):
+        one = vectors(name, "resid_post", layer, "last token")
+        seen = [_seen(name, tuple(text))["resid_post", layer][-1] for text in texts]
+        other = np.array([each.flatten().detach().numpy() for each in seen])
+        np.testing.assert_allclose(values, cosines(one, other), atol=1e-4)
 
 
 HEALED = (
