@@ -580,7 +580,7 @@ LENS_AT = "observe logit_lens resid_post layer 1 at last token"
         (("observe distance(0) pattern layer 1 head 0 at last token",), "", "E0207"),
         (("observe distance(2, 3) pattern layer 1 head 0 at last token",), "", "E0207"),
         (("observe distance(w: 3) pattern layer 1 head 0 at last token",), "", "E0207"),
-        (('observe tuned_lens("x") resid_pre layer 1 at last token',), "", "E0207"),
+        (('observe tuned_lens("x") resid_post layer 1 at last token',), "", "E0207"),
         (
             ("observe norm embed at last token", "observe norm embed at cue token"),
             "",
