@@ -3,7 +3,7 @@ measured, as variants are. Rows that they have in common are run once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
@@ -18,7 +18,6 @@ from mechdsl.resolve.resolved import (
     Axis,
     Labels,
     MeasuredPart,
-    ResolvedControl,
     ResolvedExperiment,
     ResolvedMeasure,
 )
@@ -141,10 +140,6 @@ def in_parts(experiment: ResolvedExperiment) -> list[ResolvedExperiment]:
     return [_at(experiment, place) for place in experiment.places] or [experiment]
 
 
-def all_parts(experiments: Iterable[ResolvedExperiment]) -> list[ResolvedExperiment]:
-    return [part for experiment in experiments for part in in_parts(experiment)]
-
-
 def whole_spec(part: ResolvedExperiment) -> spec.Experiment:
     """The experiment that it is a part of, as the file has it."""
     if part.place is None:
@@ -168,8 +163,4 @@ def _at(experiment: ResolvedExperiment, place: MeasuredPart) -> ResolvedExperime
         places=(),
         place=place,
     )
-    return replace(found, control=_with(experiment.control, control))
-
-
-def _with(control: ResolvedControl, experiment: ResolvedExperiment) -> ResolvedControl:
-    return replace(control, experiment=experiment)
+    return replace(found, control=replace(experiment.control, experiment=control))

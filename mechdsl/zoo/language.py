@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 from mechdsl.zoo import words
 
@@ -47,6 +48,27 @@ def is_held_out(content: str, share: float) -> bool:
     """A fixed share of all contents, by hash."""
     digest = hashlib.sha256(content.encode()).digest()
     return int.from_bytes(digest[:4], "big") < share * 2**32
+
+
+def llama_config(
+    vocabulary: tuple[str, ...], *, width: int, hidden: int, layers: int, positions: int
+) -> LlamaConfig:
+    """Four heads, rotary positions, RMS norms, no biases anywhere. width: of the stream; hidden: of
+    the MLPs; positions: tokens of the longest input."""
+    return LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=positions,
+        tie_word_embeddings=False,
+        bos_token_id=vocabulary.index("<s>"),
+        pad_token_id=vocabulary.index("<pad>"),
+        eos_token_id=None,
+        architectures=["LlamaForCausalLM"],
+    )
 
 
 def build_tokenizer(vocabulary: tuple[str, ...]) -> Tokenizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,10 @@ class Done:
     """What is done to one prompt."""
 
     edges: Sequence[Edge] = ()
-    numbers: Mapping[int, int] = ()  # type: ignore[assignment]
+    numbers: Mapping[int, int] = field(default_factory=dict[int, int])
     """Place → position id."""
     blocked: Sequence[Edge] = ()
-    stream: Mapping[tuple[int, int], Tensor] = ()  # type: ignore[assignment]
+    stream: Mapping[tuple[int, int], Tensor] = field(default_factory=dict[tuple[int, int], Tensor])
     """(layer, place) → what enters the block there."""
 
 

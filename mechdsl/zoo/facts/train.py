@@ -25,20 +25,8 @@ MAX_POSITIONS = 128
 
 def model_config() -> LlamaConfig:
     """The shape: 4 layers, 4 heads, width 128, rotary positions, RMS norms, no biases anywhere."""
-    known = vocabulary()
-    return LlamaConfig(
-        vocab_size=len(known),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=False,
-        bos_token_id=known.index("<s>"),
-        pad_token_id=known.index("<pad>"),
-        eos_token_id=None,
-        architectures=["LlamaForCausalLM"],
+    return language.llama_config(
+        vocabulary(), width=128, hidden=384, layers=4, positions=MAX_POSITIONS
     )
 
 

@@ -30,20 +30,8 @@ MAX_POSITIONS = 64
 
 def model_config() -> LlamaConfig:
     """The shape: 3 layers, 4 heads, width 96, rotary positions, RMS norms."""
-    known = vocabulary()
-    return LlamaConfig(
-        vocab_size=len(known),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=False,
-        bos_token_id=known.index("<s>"),
-        pad_token_id=known.index("<pad>"),
-        eos_token_id=None,
-        architectures=["LlamaForCausalLM"],
+    return language.llama_config(
+        vocabulary(), width=96, hidden=192, layers=3, positions=MAX_POSITIONS
     )
 
 
