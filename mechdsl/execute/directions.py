@@ -37,7 +37,7 @@ from mechdsl.resolve.direction_types import (
     WeightedSum,
     fits_of,
 )
-from mechdsl.resolve.resolved import SitePoint
+from mechdsl.resolve.resolved_rule import SitePoint
 
 ROUNDING = 4.0
 """A difference of so many units of rounding, beside what it is a difference of, is none."""

@@ -29,7 +29,7 @@ from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.whole_cells import WholeCell, WholeCells
 from mechdsl.program.python_files import PythonFailure
-from mechdsl.resolve.resolved import Place
+from mechdsl.resolve.resolved_rule import Place
 from mechdsl.vocab.sites import SITES
 
 IN_MEMORY = 1 << 28

@@ -23,7 +23,7 @@ from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import RulePlan
 from mechdsl.prompts.prompt_table import PromptTable, Run
 from mechdsl.prompts.seeded_draws import stable_hash
-from mechdsl.resolve.resolved import Apart, Place
+from mechdsl.resolve.resolved_rule import Apart, Place
 from mechdsl.vocab.sites import SITES
 
 

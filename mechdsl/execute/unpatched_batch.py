@@ -22,7 +22,8 @@ from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.packed.activation_cache import ActivationCache, keeping
 from mechdsl.prompts.prompt_table import Noise, Run
-from mechdsl.resolve.resolved import Atom, Place, ResolvedMeasure
+from mechdsl.resolve.resolved import Atom, ResolvedMeasure
+from mechdsl.resolve.resolved_rule import Place
 from mechdsl.vocab.sites import WITHIN_ATTENTION, stop_layer
 
 Spot = Mapping[str, tuple[int, ...]]

@@ -23,7 +23,7 @@ from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import Sharer, combined
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.direction_types import fits_of
-from mechdsl.resolve.resolved import SitePoint
+from mechdsl.resolve.resolved_rule import SitePoint
 from mechdsl.vocab.sites import stop_layer
 
 EFFICIENCY = 0.8

@@ -26,7 +26,8 @@ from mechdsl.prompts.prompt_table import PromptTable, Run
 from mechdsl.resolve.direction_types import Member
 from mechdsl.resolve.over_rows import OverRows
 from mechdsl.resolve.path_rules import reached
-from mechdsl.resolve.resolved import DRAW, Env, Key, ResolvedExperiment, ResolvedRule, SitePoint
+from mechdsl.resolve.resolved import DRAW, Env, ResolvedExperiment
+from mechdsl.resolve.resolved_rule import Key, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
 
 PROMPT_TOKENS = 4096

@@ -37,7 +37,8 @@ from mechdsl.resolve.direction_types import (
     Vector,
     WeightedSum,
 )
-from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure, ResolvedRule, SitePoint
+from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
+from mechdsl.resolve.resolved_rule import ResolvedRule, SitePoint
 
 Numbers = NDArray[np.uint64]
 

@@ -32,18 +32,8 @@ from mechdsl.resolve.matched_draws import (
 )
 from mechdsl.resolve.other_sites import OtherSites
 from mechdsl.resolve.random_directions import random_directions
-from mechdsl.resolve.resolved import (
-    DRAW,
-    Axis,
-    Drawn,
-    Key,
-    PositionTargets,
-    ResolvedControl,
-    ResolvedExperiment,
-    ResolvedRule,
-    SitePoint,
-    SiteTargets,
-)
+from mechdsl.resolve.resolved import DRAW, Axis, Drawn, ResolvedControl, ResolvedExperiment
+from mechdsl.resolve.resolved_rule import Key, PositionTargets, ResolvedRule, SitePoint, SiteTargets
 from mechdsl.resolve.site_targets import points_label
 from mechdsl.vocab.sites import SITES
 

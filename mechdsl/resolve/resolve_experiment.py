@@ -39,8 +39,8 @@ from mechdsl.resolve.resolved import (
     Outline,
     ResolvedExperiment,
     ResolvedMeasure,
-    ResolvedRule,
 )
+from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.resolve.saves import resolve_saves
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk

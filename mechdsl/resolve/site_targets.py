@@ -30,7 +30,8 @@ from mechdsl.resolve.coordinates import (
     layer_exists,
     unit_exists,
 )
-from mechdsl.resolve.resolved import Axis, Key, SitePoint, SiteTargets
+from mechdsl.resolve.resolved import Axis
+from mechdsl.resolve.resolved_rule import Key, SitePoint, SiteTargets
 from mechdsl.syntax import ast
 from mechdsl.syntax.reserved import STACKS
 from mechdsl.vocab.sites import SHORT_WORDS, SITES, SiteKind, by_short, unknown_component

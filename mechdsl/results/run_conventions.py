@@ -18,7 +18,8 @@ from mechdsl.plan.plan import PROMPT_TOKENS, ExperimentPlan
 from mechdsl.resolve.answers_behind import answers_left_out
 from mechdsl.resolve.class_outputs import made_of
 from mechdsl.resolve.picks import SHOWN
-from mechdsl.resolve.resolved import Atom, ResolvedExperiment, ResolvedRule
+from mechdsl.resolve.resolved import Atom, ResolvedExperiment
+from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.results.experiment_result import ANSWER_TOKENS
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import WITHIN_ATTENTION

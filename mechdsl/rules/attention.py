@@ -17,7 +17,7 @@ from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.head_sites import attention_sites
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.picks import pick_nothing
-from mechdsl.resolve.resolved import (
+from mechdsl.resolve.resolved_rule import (
     Amounts,
     Convention,
     EdgeTargets,

@@ -33,16 +33,14 @@ from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.answer_sets import TokenSets
 from mechdsl.prompts.prompt_table import Noise, PositionCell, PromptTable, Run, RunRow
 from mechdsl.resolve.direction_types import DirectionTargets
-from mechdsl.resolve.resolved import (
+from mechdsl.resolve.resolved import Atom, ResolvedExperiment, ResolvedMeasure
+from mechdsl.resolve.resolved_rule import (
     Amounts,
     Apart,
-    Atom,
     EdgeTargets,
     Intervention,
     PathTargets,
     PositionTargets,
-    ResolvedExperiment,
-    ResolvedMeasure,
     ResolvedRule,
     SitePoint,
     SiteTargets,
