@@ -14,7 +14,8 @@ from mechdsl.execute.profile import Profile
 from mechdsl.execute.sizes import PassSizes
 from mechdsl.execute.unpatched_batch import noise_scale
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.plan.plan import PROMPT_TOKENS, ExperimentPlan
+from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.plan import PROMPT_TOKENS
 from mechdsl.resolve.answers_behind import answers_left_out
 from mechdsl.resolve.class_outputs import made_of
 from mechdsl.resolve.picks import SHOWN
