@@ -13,7 +13,7 @@ from mechdsl.execute.accuracies import Accuracies
 from mechdsl.execute.listed_tokens import ListedToken, TokenMeans
 from mechdsl.execute.readout import Found, Readout
 from mechdsl.execute.unusable import Unusable
-from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.resolve.resolved import ResolvedExperiment
 

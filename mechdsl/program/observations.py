@@ -7,10 +7,10 @@ call by that name; where there is nothing else in the experiment, that is its on
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
 from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mechdsl.base.names import name_list
 from mechdsl.base.source import Source, Span
@@ -409,7 +409,7 @@ def _read_elsewhere(
     taken = {"".join(label.split()) for label in own}
     named = {"".join(label.split()): name for label, name in there.items()}
 
-    def value(node: ast.Expr) -> ast.Expr:
+    def value(node: Any) -> Any:
         text = "".join(node.span.written.split())
         if text in taken:
             return node
@@ -434,13 +434,13 @@ def _read_elsewhere(
             case _:
                 return node
 
-    def alone(node: ast.Expr) -> ast.Expr:
+    def alone(node: Any) -> Any:
         """A lone word reads as a group of sites too."""
         if isinstance(node, ast.Site) and len(node.names) == 1 and not node.axes:
             return node.names[0]
         return node
 
-    def result(node: ast.Expr) -> ast.Expr:
+    def result(node: Any) -> Any:
         node = alone(node)
         if isinstance(node, ast.Name) and node.id in there:
             return replace(node, id=there[node.id])

@@ -856,8 +856,8 @@ _rule(
     "observe norm resid_post layer * at last token as lengths",
     "Looks and changes nothing: what is seen is measured, with the effect `raw`, of the patched "
     "run where rules stand beside it. With a name the line has a result of its own, with its own "
-    "axes, beside that of the measures; `top 3 of lengths`, `expect max(lengths) > 2` and `report "
-    "lines layer of lengths` call it. `norm` is the length of the vector (L2).",
+    "axes, beside that of the measures; `top 3 of lengths`, `expect max(lengths) > mean(attn)` and "
+    "`report lines layer of lengths` call it. `norm` is the length of the vector (L2).",
     OWN,
     _OBSERVED,
     "measure logit(answer) as raw",
