@@ -289,6 +289,8 @@ def _anything_seen(
     rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: Work
 ) -> bool:
     """E0332 where every key lies behind every query, most likely exchanged with it."""
+    if not queries.written or not keys.written:  # of a name that was refused
+        return True
     prompts = (work.table, work.experiment.base, work.model.tokenizer)
     for query, key in _edges(queries, keys):
         ends = zip(_outermost(key, min), _outermost(query, max), strict=True)
