@@ -39,7 +39,8 @@ from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.packed.behind_last_block import Places
 from mechdsl.packed.packed_pass import run_packed
 from mechdsl.plan.columns import counted
-from mechdsl.plan.plan import ExperimentPlan, Plan
+from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.plan import Plan
 from mechdsl.plan.restart import Held
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import SharedRows
@@ -159,6 +160,7 @@ class Patcher:
                 has_loss=None if readout.loss is None else has_loss(run, many.rows.prompt),
             )
             found = readout.read(reading, skip=self.skip[member.number])
+            found = replace(found, listed=None if seen is None else seen.listed)
             yield member, found.over_draws(draws)
 
     def everything(

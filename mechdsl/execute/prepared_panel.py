@@ -29,7 +29,8 @@ from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.unusable import Unusable
 from mechdsl.execute.writes import readable
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.plan.plan import BATCH_ROWS, ExperimentPlan, Panel, Plan
+from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.plan import BATCH_ROWS, Panel, Plan
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.plan.whole_cells import WholeCells, whole_cells
 from mechdsl.program.python_files import PythonNotLoaded
@@ -280,6 +281,10 @@ class PreparedPanel:
     def _look_up(self, plan: ExperimentPlan, kept: Ints, donors: Mapping[int, Ints]) -> None:
         """What there is of an experiment's patched values."""
         if self.values is None or not plan.rules:
+            return
+        if self.measured[plan.experiment.key].tokens.top:
+            said = "the tokens that it lists are made of all of its rows"
+            self.profile.not_kept[plan.experiment.key] = said
             return
         try:
             cells = self.whole_cells[plan.experiment.key]

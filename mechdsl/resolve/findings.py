@@ -16,14 +16,8 @@ from mechdsl.diagnostics.core import has_errors
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import Hits, PromptTable
 from mechdsl.resolve.path_rules import reached
-from mechdsl.resolve.resolved import (
-    Key,
-    PositionTargets,
-    ResolvedExperiment,
-    ResolvedRule,
-    SitePoint,
-    SiteTargets,
-)
+from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.resolve.resolved_rule import Key, PositionTargets, ResolvedRule, SitePoint, SiteTargets
 from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
@@ -252,8 +246,7 @@ def ranked_tokens(rule: ResolvedRule) -> tuple[PositionTargets, ast.Positions]:
     alone = rule.edge is None or "position" in rule.positions.axes
     if rule.edge is None or (alone and "position" not in rule.edge.keys.axes):
         return rule.positions, rule.spec.at
-    assert rule.spec.onto is not None
-    return rule.edge.keys, rule.spec.onto
+    return rule.edge.keys, rule.spec.onto or rule.spec.at
 
 
 def _by_label(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from mechdsl.models.shape import ModelShape
-from mechdsl.resolve.resolved import Intervention, Place, ResolvedRule
+from mechdsl.resolve.resolved_rule import Intervention, Place, ResolvedRule
 from mechdsl.vocab.metrics import Form
 
 if TYPE_CHECKING:
@@ -113,6 +113,10 @@ class Observation(Intervention):
     def made_of(self) -> Mapping[str, str]:
         """Files whose numbers it takes, by name: SHA-256."""
         return {}
+
+    def lists(self, rule: ResolvedRule) -> int:
+        """How many tokens are listed of each cell, by their mean probability over its rows."""
+        return 0
 
     def form_of(self, name: str) -> Form:
         """Of itself, or of what is measured beside it under this name."""

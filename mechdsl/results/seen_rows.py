@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Ints
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.inert import is_below_attention
-from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import RulePlan
 from mechdsl.prompts.prompt_table import Hits, PositionCell, Run
 from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure

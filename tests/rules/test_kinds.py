@@ -19,7 +19,7 @@ from torch import Tensor
 from mechdsl.base.source import Source
 from mechdsl.cli import app
 from mechdsl.resolve.cell_key import Coord
-from mechdsl.resolve.resolved import ResolvedRule, Vectors
+from mechdsl.resolve.resolved_rule import ResolvedRule, Vectors
 from mechdsl.rules import RULES, SiteRule, rule_kind
 from mechdsl.syntax.format.file import format_file
 from mechdsl.syntax.parse import parse
@@ -268,6 +268,16 @@ def test_a_verb_says_which_word_stands_before_its_number(
     found = check_source(Source(text), Settings()).diagnostics
     assert [one.code for one in found] == ["E0101"]
     assert vars(found[0])["expected"] == expected
+
+
+def test_a_new_verb_behind_a_span(clip: None, data: Path) -> None:
+    """A number's name could stand there too."""
+    text = experiment(
+        "e",
+        "freeze z layer 1 at first token of subject clip mlp_out layer * at last token to 0.1",
+    )
+    found = run_file(text, data, "llama", "planned")["e"]
+    assert found.axes == ("layer",)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from mechdsl.program.constants import constant
 from mechdsl.program.named_paths import TUNED_LENS, path_to_read
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.observation import Seen
-from mechdsl.resolve.resolved import Convention, ResolvedRule, SiteTargets
+from mechdsl.resolve.resolved_rule import Convention, ResolvedRule, SiteTargets
 from mechdsl.resolve.saved_tensors import SavedTensors, Unreadable, digest_of, saved_tensors
 from mechdsl.rules.observations.lenses import LogitLens
 from mechdsl.rules.observations.registry import every_point, observation
@@ -88,6 +88,7 @@ class TunedLens(LogitLens):
         layers = {point.layer for point in every_point(rule.sites)}
         if n_layers - 1 in layers.difference(self.layers):
             yield Convention("last layer", "has no A and b in the file, and goes as it is")
+        yield from self.said_of_list(rule)
 
 
 def _file(rule: spec.Rule, work: Work) -> SavedTensors | None:
