@@ -11,6 +11,14 @@ from safetensors import safe_open
 from mechdsl import zoo
 from mechdsl.loading.load import load
 from mechdsl.zoo.facts import evaluate as facts
+from mechdsl.zoo.facts.data import (
+    LETTER,
+    NOTE_KNOWN,
+    NOTE_STRANGER,
+    QUESTION,
+    QUESTION_NOTE,
+    QUIZ,
+)
 from mechdsl.zoo.names import evaluate as names
 from mechdsl.zoo.names.data import IOI_FIRST, IOI_SECOND, ROLE_FIRST, ROLE_SECOND, WHO_IS_WHO
 from mechdsl.zoo.nested import evaluate as nested
@@ -33,6 +41,11 @@ def test_facts_recalls_and_reads() -> None:
     tallies = facts.evaluate(ROOT / "facts", 150, facts.SEED)
     assert tallies[facts.TRAINED].interval()[0] > 0.95
     assert tallies[facts.NEW_WAY].interval()[0] > 0.9
+    for kind in (NOTE_KNOWN, NOTE_STRANGER, LETTER, QUESTION_NOTE):
+        assert tallies[kind].interval()[0] > 0.95, kind
+    assert tallies[QUESTION].interval()[0] > 0.85
+    assert tallies[f"{QUIZ}: A where wrong"].interval()[0] > 0.85
+    assert tallies[f"{NOTE_STRANGER}, one of 2"].share < 0.8, "it tells now whose note is asked"
 
 
 def test_nested_closes_brackets_and_agrees() -> None:

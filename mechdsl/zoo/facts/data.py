@@ -113,8 +113,9 @@ CHOOSING = Stage(
 """Learns to find the letter of what is true, and whose note is asked."""
 SURE = Stage(
     {
-        RECALL: 0.12, NOTE_KNOWN: 0.03, NOTE_STRANGER: 0.12, RUMOUR: 0.05, LETTER: 0.03, SPELT: 0.03,
-        QUESTION: 0.38, QUESTION_NOTE: 0.08, QUIZ: 0.07, QUIZ_NOTE: 0.04, QUIZ_LETTER: 0.05,
+        RECALL: 0.12, NOTE_KNOWN: 0.03, NOTE_STRANGER: 0.12, RUMOUR: 0.05, LETTER: 0.03,
+        SPELT: 0.03, QUESTION: 0.38, QUESTION_NOTE: 0.08, QUIZ: 0.07, QUIZ_NOTE: 0.04,
+        QUIZ_LETTER: 0.05,
     },
     notes=(1, 3),
     recalled=True,
