@@ -10,9 +10,10 @@ import numpy as np
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.means_and_donors import MeansAndDonors, donors_of, means_of
 from mechdsl.execute.readout import Readout
-from mechdsl.execute.unpatched_batch import RuleWrites, UnpatchedBatch
+from mechdsl.execute.rule_writes import RuleWrites
+from mechdsl.execute.unpatched_batch import UnpatchedBatch
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
-from mechdsl.execute.writes import build_edges, build_writes
+from mechdsl.execute.writes import acting
 from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.prompts.prompt_table import Run
@@ -73,7 +74,4 @@ class DerivedRuns:
 
         shape = self.runs.model.shape
         before = self.rules(self.runs.named(run.derived.base), prompts, draw, batch)
-        own = RuleWrites(
-            build_writes(plan, rows, draw, lanes_of, written, shape), build_edges(plan, rows, shape)
-        )
-        return before.then(own)
+        return before.then(acting(plan, rows, draw, lanes_of, written, shape))

@@ -13,8 +13,8 @@ from mechdsl.base.arrays import Ints
 from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.read_vectors import LanesOf, wanted
 from mechdsl.execute.readout import Found, Reading, Readout
+from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.execute.unpatched_batch import (
-    RuleWrites,
     Spot,
     UnpatchedBatch,
     UnpatchedRequest,
