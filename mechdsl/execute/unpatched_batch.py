@@ -137,9 +137,7 @@ def compute_unpatched(
     rules = rules or RuleWrites()
     parts = [_Part.of(model, run, request, prompts) for run, request in runs]
     rows = [ids for part in parts for ids in part.ids]
-    batch = rules.numbered(
-        Batch.of(rows, model.pad_id, side or model.calling.side, model.device)
-    )
+    batch = rules.numbered(Batch.of(rows, model.pad_id, side or model.calling.side, model.device))
     begins = np.cumsum([0, *(len(part.ids) for part in parts)])
     requests = [request for _, request in runs]
     every = list(dict.fromkeys(SiteRead(*place) for r in requests for place in sorted_places(r)))

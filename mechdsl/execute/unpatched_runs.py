@@ -23,11 +23,13 @@ from mechdsl.execute.unpatched_batch import (
     spot_positions,
     spots_of,
 )
+from mechdsl.hooks.frozen_norms import FrozenNorms
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.packed.model_end import ModelEnd
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.only_looks import only_looks
-from mechdsl.plan.plan import ExperimentPlan, Panel, Plan
+from mechdsl.plan.plan import Panel, Plan
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.prompts.prompt_table import PromptTable, Run
 from mechdsl.resolve.resolved import Atom
@@ -280,6 +282,11 @@ class UnpatchedRuns:
     def unembedding(self) -> ModelEnd:
         """What the model does behind its last block."""
         return ModelEnd(self.model)
+
+    @cached_property
+    def norms(self) -> FrozenNorms:
+        """The norms that paths may hold."""
+        return FrozenNorms(self.model)
 
     def _gauge_reads(self) -> set[Place]:
         """Sites that measures compare (`cosine`)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeAlias
 
@@ -22,7 +22,7 @@ from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import Mode, SiteRead, SiteWrite
 from mechdsl.models.shape import ModelShape, units, width
 from mechdsl.plan.columns import EVERY, counted, each_unit, prompt_lengths, units_of
-from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.resolved_rule import Place
 from mechdsl.vocab.sites import SITES

@@ -14,6 +14,9 @@ from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
+FROZEN = ("frozen", "norms")
+"""What may stand behind `with` in a path."""
+
 
 def lower_rules(
     rule: ast.Rule, source: str | None, prompts: spec.Prompts | None, work: Statements
@@ -240,7 +243,7 @@ def _path(
     prompts: spec.Prompts | None,
     work: Statements,
 ) -> spec.Rule:
-    """`path SENDER -> RECEIVER at POS through mlps`."""
+    """`path SENDER -> RECEIVER at POS through mlps with frozen norms`."""
     if source is None and not work.from_into:
         _without_source("path", rule, prompts, work)
     for word in body.through:
@@ -249,6 +252,11 @@ def _path(
             work.diagnostics.append(
                 UnknownWord(span=word.span, kind="part of a path", word=word.id, hint=hint)
             )
+    for word, known in zip(body.frozen, FROZEN, strict=False):
+        if word.id != known:
+            hint = did_you_mean(word.id, [known], "only norms can be frozen: `with frozen norms`")
+            kind = "word behind `with` in a path"
+            work.diagnostics.append(UnknownWord(span=word.span, kind=kind, word=word.id, hint=hint))
     return spec.Rule(
         span=rule.span,
         verb="path",
@@ -257,4 +265,5 @@ def _path(
         at=body.at,
         source=source,
         through_mlps=bool(body.through),
+        frozen_norms=bool(body.frozen),
     )

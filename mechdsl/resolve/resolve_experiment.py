@@ -32,7 +32,7 @@ from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.open_axes import open_axes, open_positions
 from mechdsl.resolve.picks import Onward
 from mechdsl.resolve.relative_depth import relative
-from mechdsl.resolve.removed_blocks import inside_removed
+from mechdsl.resolve.removed_blocks import inside_removed, of_runs_without_blocks
 from mechdsl.resolve.resolved import (
     Axis,
     ModelContext,
@@ -136,9 +136,11 @@ def outline(
         derived=derived,
         places=places,
     )
-    problem = _too_many(resolved, program)
-    if problem is not None:
-        return known, [*diagnostics, problem]
+    problems = [*of_runs_without_blocks(resolved)]
+    if (problem := _too_many(resolved, program)) is not None:
+        problems.append(problem)
+    if problems:
+        return known, [*diagnostics, *problems]
     if experiment.against is None:
         return replace(known, resolved=resolved), diagnostics
     from mechdsl.resolve.random_targets import resolve_control
@@ -273,16 +275,16 @@ def _loops_used(work: Work) -> None:
 
 
 def _beside_others(work: Work, kinds: Registry[RuleKind]) -> None:
-    """E0108 for rules that don't go with others of their kind, or with any."""
+    """E0108 for rules that don't go with others of their kind."""
     rules = work.experiment.rules
     for verb, kind in kinds.items():
         own = [rule for rule in rules if rule.verb == verb]
-        if kind.alone and own and len(rules) > 1:
-            what = f"a {verb} beside other rules"
-            work.diagnostics.append(NotSupported(span=own[0].span, what=what))
+        said = {"later": kind.once_because} if kind.once_because else {}
         if kind.once:
             what = f"a second `{verb}` in one experiment"
-            work.diagnostics.extend(NotSupported(span=rule.span, what=what) for rule in own[1:])
+            work.diagnostics.extend(
+                NotSupported(span=rule.span, what=what, **said) for rule in own[1:]
+            )
 
 
 def _nodes(rule: spec.Rule) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from math import prod
@@ -419,6 +419,14 @@ def points_label(points: tuple[SitePoint, ...] | list[SitePoint]) -> str:
         known = sorted(u for u in found if u is not None)
         where += letter + ("*" if None in found else _numbers(known))
     return f"{where}.{site}" if where else site
+
+
+def all_points_label(points: Sequence[SitePoint]) -> str:
+    """All points, whatever a table could show: `L0H2.z + L1H3.z`."""
+    by_layer: dict[tuple[str, int | None], list[SitePoint]] = {}
+    for point in points:
+        by_layer.setdefault((point.site, point.layer), []).append(point)
+    return " + ".join(points_label(each) for each in by_layer.values())
 
 
 def _numbers(values: list[int]) -> str:

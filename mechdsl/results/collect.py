@@ -19,7 +19,7 @@ from mechdsl.execute.not_finite import place_words
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.cell_key import CellKey

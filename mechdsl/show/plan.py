@@ -8,8 +8,9 @@ from rich.table import Table
 from mechdsl.execute.profile import Profile
 from mechdsl.execute.sizes import PassSizes
 from mechdsl.plan.cost import Cost, estimated_seconds, matmul_rate
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.passes import PASSES
-from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS, ExperimentPlan, Plan
+from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS, Plan
 from mechdsl.plan.savings import PlanCost, plan_cost
 from mechdsl.show.graph import to_text
 from mechdsl.show.power import Measured, print_power

@@ -702,6 +702,8 @@ class PathRule(Node):
     receiver: Site
     at: Positions
     through: tuple[Name, ...] = ()
+    frozen: tuple[Name, ...] = ()
+    """`frozen`, `norms`."""
 
 
 @record

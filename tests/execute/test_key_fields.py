@@ -18,8 +18,8 @@ import pytest
 
 from mechdsl.base.source import Source, Span
 from mechdsl.plan.columns import Hits, Ragged
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.make_plan import make_plan
-from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import PathPlan, RulePlan
 from mechdsl.plan.value_keys import (
     Contents,
