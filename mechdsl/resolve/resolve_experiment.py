@@ -117,7 +117,8 @@ def outline(
     diagnostics.extend(
         inside_removed([r for r in rules if r], [m for m in measures if m], model.name)
     )
-    if has_errors(diagnostics) or None in (*rules, *measures, *keep):
+    whole = all(len(run.rules) == len(run.spec.rules) for run in derived.values())
+    if has_errors(diagnostics) or not whole or None in (*rules, *measures, *keep):
         return known, diagnostics
     resolved = ResolvedExperiment(
         spec=experiment,
