@@ -72,6 +72,11 @@ def conventions(
     found.update(_of_directions(plan, measured))
     found.update(_of_rules(plan, model))
     found.update(_of_measures(experiment))
+    if plan.path is not None and plan.beside_path:
+        found["beside the path"] = (
+            "the other rules act in each of its passes, also where the rest is held; what the "
+            f"senders have is of the {plan.path.rule.run} run, without them"
+        )
     leading = [rule.paths.exists for rule in plan.rules if rule.paths is not None]
     missing = int((~np.logical_and.reduce(leading)).sum()) if leading else 0
     if missing:
