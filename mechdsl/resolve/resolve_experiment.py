@@ -10,6 +10,7 @@ from mechdsl.base import limits
 from mechdsl.base.registry import Registry
 from mechdsl.diagnostics.core import Diagnostic, Unknown, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
+from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue, TooManyCells
 from mechdsl.program import spec
 from mechdsl.program.lower_other_runs import BLOCKS
@@ -17,7 +18,7 @@ from mechdsl.program.possible_axes import position_axes, possible_axes
 from mechdsl.prompts.answer_tokens import AnswerTokens
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.answers_behind import measured_answers
-from mechdsl.resolve.apart_from import left_out
+from mechdsl.resolve.apart_from import LeftOut, left_out
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.derived_runs import accuracies_known, define_runs, on_derived
 from mechdsl.resolve.findings import Finding
@@ -37,6 +38,7 @@ from mechdsl.resolve.resolved import (
     Axis,
     ModelContext,
     Outline,
+    ResolvedControl,
     ResolvedExperiment,
     ResolvedMeasure,
 )
@@ -80,12 +82,7 @@ def outline(
     work = _work(experiment, program, model, table, onward, diagnostics)
     derived = define_runs(work, kinds)
     table = work.table
-    behind = measured_answers(work)
-    rules: list[ResolvedRule | None] = []
-    for rule in experiment.rules:
-        kind = kinds[rule.verb]
-        work.answers = behind if not kind.within_prompt else AnswerTokens(reason=kind.within_prompt)
-        rules.append(kind.resolve(rule, work))
+    rules = _rules(work, kinds)
     _loops_used(work)
     _beside_others(work, kinds)
     diagnostics.extend(on_derived(rules, work))
@@ -137,20 +134,37 @@ def outline(
         derived=derived,
         places=places,
     )
-    problems = [*of_runs_without_blocks(resolved)]
-    if (problem := _too_many(resolved, program)) is not None:
-        problems.append(problem)
-    if problems:
-        return known, [*diagnostics, *problems]
-    if experiment.against is None:
-        return replace(known, resolved=resolved), diagnostics
-    from mechdsl.resolve.random_targets import resolve_control
-
-    control, problems = resolve_control(resolved, apart, limits.CELLS, draws_enough)
+    problem = _too_many(resolved, program) or _too_many_listed(resolved)
+    refused = [*of_runs_without_blocks(resolved), *([] if problem is None else [problem])]
+    if refused:
+        return known, [*diagnostics, *refused]
+    control, problems = _control(resolved, apart, draws_enough)
     diagnostics.extend(problems)
     if problems:
         return known, diagnostics
     return replace(known, resolved=replace(resolved, control=control)), diagnostics
+
+
+def _control(
+    resolved: ResolvedExperiment, apart: Sequence[LeftOut], draws_enough: int | None
+) -> tuple[ResolvedControl | None, list[Diagnostic]]:
+    """What it is set against."""
+    if resolved.spec.against is None:
+        return None, []
+    from mechdsl.resolve.random_targets import resolve_control
+
+    return resolve_control(resolved, apart, limits.CELLS, draws_enough)
+
+
+def _rules(work: Work, kinds: Registry[RuleKind]) -> list[ResolvedRule | None]:
+    """Each of its rules; None for those that were refused."""
+    behind = measured_answers(work)
+    rules: list[ResolvedRule | None] = []
+    for rule in work.experiment.rules:
+        kind = kinds[rule.verb]
+        work.answers = behind if not kind.within_prompt else AnswerTokens(reason=kind.within_prompt)
+        rules.append(kind.resolve(rule, work))
+    return rules
 
 
 def _observation(rule: ResolvedRule) -> Observation | None:
@@ -208,6 +222,23 @@ def _too_many(resolved: ResolvedExperiment, program: spec.Program) -> Diagnostic
         axes=" × ".join(f"{axis.name} ({len(axis)})" for axis in axes),
         by_text=not resolved.table.stands_in and undecided.isdisjoint(axis.name for axis in axes),
     )
+
+
+def _too_many_listed(resolved: ResolvedExperiment) -> Diagnostic | None:
+    """E0207 where tokens are listed of more cells than there is room for."""
+    numbers = resolved.n_cells * resolved.model.shape.vocab_size
+    for rule in resolved.rules:
+        does = _observation(rule)
+        if does is not None and does.lists(rule) and numbers > limits.LISTED:
+            assert rule.spec.observed is not None
+            return BadArgument(
+                span=rule.spec.observed.span,
+                name="top",
+                reason=f"would hold {numbers:,} numbers, more than {limits.LISTED:,}: one for each "
+                "cell and token of the vocabulary",
+                hint="sweep fewer layers or positions, or leave `top` out",
+            )
+    return None
 
 
 def _centres(experiment: spec.Experiment) -> set[str]:

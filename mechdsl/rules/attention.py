@@ -292,6 +292,8 @@ def _anything_seen(
     """E0332 where every key lies behind every query, most likely exchanged with it."""
     lowest = [_outermost(cell, min) for cell in keys.written.values()]
     highest = [_outermost(cell, max) for cell in queries.written.values()]
+    if not lowest or not highest:  # of a name that was refused
+        return True
     prompts = (work.table, work.experiment.base, work.model.tokenizer)
     for asked, asking in product(lowest, highest):
         for row, (low, high) in enumerate(zip(asked, asking, strict=True)):
