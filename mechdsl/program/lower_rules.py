@@ -14,9 +14,6 @@ from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
-FROZEN = ("frozen", "norms")
-"""What may stand behind `with` in a path."""
-
 
 def lower_rules(
     rule: ast.Rule, source: str | None, prompts: spec.Prompts | None, work: Statements
@@ -252,11 +249,6 @@ def _path(
             work.diagnostics.append(
                 UnknownWord(span=word.span, kind="part of a path", word=word.id, hint=hint)
             )
-    for word, known in zip(body.frozen, FROZEN, strict=False):
-        if word.id != known:
-            hint = did_you_mean(word.id, [known], "only norms can be frozen: `with frozen norms`")
-            kind = "word behind `with` in a path"
-            work.diagnostics.append(UnknownWord(span=word.span, kind=kind, word=word.id, hint=hint))
     return spec.Rule(
         span=rule.span,
         verb="path",
@@ -265,5 +257,5 @@ def _path(
         at=body.at,
         source=source,
         through_mlps=bool(body.through),
-        frozen_norms=bool(body.frozen),
+        frozen_norms=body.frozen,
     )

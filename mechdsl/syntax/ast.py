@@ -708,8 +708,8 @@ class PathRule(Node):
     receiver: Site
     at: Positions
     through: tuple[Name, ...] = ()
-    frozen: tuple[Name, ...] = ()
-    """`frozen`, `norms`."""
+    frozen: bool = False
+    """`with frozen norms`"""
 
 
 @record

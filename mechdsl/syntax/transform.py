@@ -611,11 +611,11 @@ class ToAst(Transformer[Token, Any]):
 
     def path(self, c: list[Any]) -> ast.PathRule:
         clauses = _clauses(c)
-        through, frozen = clauses.get("through", ()), clauses.get("frozen", ())
+        through, frozen = clauses.get("through", ()), "frozen" in clauses
         return ast.PathRule(c[1], c[3], c[5], through, frozen, span=_span(c))
 
     through = _clause("through", lambda c: c[1].value)
-    frozen = _clause("frozen", lambda c: (c[1], c[2]))
+    frozen = _clause("frozen", lambda _: True)
 
     def add(self, c: list[Any]) -> ast.Add:
         return ast.Add(c[1], c[3], c[5], span=_span(c))

@@ -578,8 +578,8 @@ REFUSED = {
     ("path L0H1 -> ends at last token",): "E0334",
     ("path L0H1 -> logits at last token", "path L1H1 -> logits at last token"): "E0108",
     ("path L0H1 -> logits at last token", "observe norm resid_post layer 2 at last token"): "E0334",
-    ("path L0H1 -> logits at last token with frozen mlps",): "E0203",
-    ("path L0H1 -> logits at last token with loose norms",): "E0203",
+    ("path L0H1 -> logits at last token with frozen mlps",): "E0101",
+    ("path L0H1 -> logits at last token with loose norms",): "E0101",
     ("path L1H1 -> mlp_hidden layer 0 neuron 1 at last token",): "E0335",
     ("path L1N1 -> L1N2 at last token",): "E0335",
 }
