@@ -31,7 +31,7 @@ from .support import (
     tokens,
     unpatched,
 )
-from .test_allowed import ATTENTION, _masked, visible
+from .test_allowed import ATTENTION, masked, visible
 from .test_paths import EVERYTHING
 
 FAMILIES = ("gpt2", "llama", "gpt_neox")
@@ -100,7 +100,7 @@ def called(
                 seen[:, place, tokens(text, key)] = False
         added = torch.where(seen, 0.0, -torch.inf).to(torch.float64)[None]
         attention = model.get_submodule(ATTENTION[name].format(layer))
-        attention.register_forward_pre_hook(_masked(added), with_kwargs=True)
+        attention.register_forward_pre_hook(masked(added), with_kwargs=True)
         for site, (path, side) in (
             *PARTS[name].items(), ("resid_pre", ("", "in")), ("resid_post", ("", "out")),
         ):  # fmt: skip
@@ -574,7 +574,7 @@ def test_what_is_said(data: Path) -> None:
     )
 
 
-REFUSED = {
+REFUSED: dict[tuple[str, ...], str] = {
     ("path L0H1 -> ends at last token",): "E0334",
     ("path L0H1 -> logits at last token", "path L1H1 -> logits at last token"): "E0108",
     ("path L0H1 -> logits at last token", "observe norm resid_post layer 2 at last token"): "E0334",

@@ -36,7 +36,7 @@ from .support import (
     run_file,
     tokens,
 )
-from .test_allowed import ATTENTION, _masked, visible
+from .test_allowed import ATTENTION, masked, visible
 
 FAMILIES = ("gpt2", "llama", "gpt_neox")
 LISTS = {"gpt2": "transformer.h", "llama": "model.layers", "gpt_neox": "gpt_neox.layers"}
@@ -103,7 +103,7 @@ def called(
                     seen[:, place, tokens(text, key)] = True
         added = torch.where(seen, 0.0, -torch.inf).to(torch.float64)[None]
         attention = model.get_submodule(ATTENTION[name].format(layer))
-        attention.register_forward_pre_hook(_masked(added), with_kwargs=True)
+        attention.register_forward_pre_hook(masked(added), with_kwargs=True)
 
         def leaves(module: Any, args: Any, out: Any, layer: int = layer) -> Any:
             stream = (out[0] if isinstance(out, tuple) else out).clone()
