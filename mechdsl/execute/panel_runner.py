@@ -18,6 +18,7 @@ from mechdsl.execute.try_sizes import WORTH_MEASURING, try_sizes
 from mechdsl.execute.unusable import Unusable
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.plan.share import SharedRows, Sharer
+from mechdsl.plan.sweeps import longest_prompt
 from mechdsl.prompts.prompt_table import Run
 
 
@@ -170,7 +171,7 @@ class PanelRunner(PreparedPanel):
         """Settle the size of a pass by trying some on rows of the first batch, where there is
         enough to run. Their values are thrown away."""
         enough = WORTH_MEASURING * self.sizes.pass_tokens
-        if not self.batches or self.due_rows() * self._longest < enough:
+        if not self.batches or self.due_rows() * longest_prompt(self.panel) < enough:
             return
         plans, batch = self.running, self.batches[0]
         shared = self._sharer().of([self.sorted_out(plan, batch).live for plan in plans])
