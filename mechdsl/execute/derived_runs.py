@@ -13,7 +13,7 @@ from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_batch import RuleWrites, UnpatchedBatch
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.writes import build_edges, build_writes
-from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.prompts.prompt_table import Run
 

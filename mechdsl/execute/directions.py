@@ -21,7 +21,7 @@ from mechdsl.fits.linear import ridge
 from mechdsl.fits.logistic import NotConverged, logistic
 from mechdsl.hooks.hook_points import at_hand, head_weights, through_heads
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import RulePlan
 from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.prompts.seeded_draws import stable_hash
@@ -37,7 +37,7 @@ from mechdsl.resolve.direction_types import (
     WeightedSum,
     fits_of,
 )
-from mechdsl.resolve.resolved import SitePoint
+from mechdsl.resolve.resolved_rule import SitePoint
 
 ROUNDING = 4.0
 """A difference of so many units of rounding, beside what it is a difference of, is none."""

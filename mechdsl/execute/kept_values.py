@@ -19,7 +19,8 @@ from mechdsl.base.digest import digest
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.patched_rows import Member
 from mechdsl.execute.readout import Found, Readout
-from mechdsl.plan.plan import ExperimentPlan, Panel
+from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.plan import Panel
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.plan.value_keys import (
     Contents,

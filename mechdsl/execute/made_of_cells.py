@@ -25,11 +25,11 @@ from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.models.shape import ModelShape, units, width
 from mechdsl.plan.columns import counted, each_unit, prompt_lengths, units_of
-from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.whole_cells import WholeCell, WholeCells
 from mechdsl.program.python_files import PythonFailure
-from mechdsl.resolve.resolved import Place
+from mechdsl.resolve.resolved_rule import Place
 from mechdsl.vocab.sites import SITES
 
 IN_MEMORY = 1 << 28

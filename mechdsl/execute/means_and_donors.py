@@ -19,11 +19,11 @@ from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.models.shape import units, width
 from mechdsl.plan.columns import counted, prompt_lengths
-from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import RulePlan
 from mechdsl.prompts.prompt_table import PromptTable, Run
 from mechdsl.prompts.seeded_draws import stable_hash
-from mechdsl.resolve.resolved import Apart, Place
+from mechdsl.resolve.resolved_rule import Apart, Place
 from mechdsl.vocab.sites import SITES
 
 

@@ -12,7 +12,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.accuracies import Accuracies
 from mechdsl.execute.readout import Found, Readout
 from mechdsl.execute.unusable import Unusable
-from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.resolve.resolved import ResolvedExperiment
 

@@ -16,7 +16,7 @@ from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.unusable import Unusable
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
-from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.share import SharedRows
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.resolved import ResolvedExperiment

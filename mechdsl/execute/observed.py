@@ -16,7 +16,7 @@ from mechdsl.packed.behind_last_block import Places
 from mechdsl.plan.columns import each_unit, units_of
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.observation import Observation, Unembedding
-from mechdsl.resolve.resolved import Place, ResolvedRule
+from mechdsl.resolve.resolved_rule import Place, ResolvedRule
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,8 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute.observed import Observed
 from mechdsl.execute.readout import Reading, Readout
 from mechdsl.hooks.weight_maps import WeightMaps
-from mechdsl.resolve.resolved import Env, SitePoint
+from mechdsl.resolve.resolved import Env
+from mechdsl.resolve.resolved_rule import SitePoint
 from mechdsl.rules.observations.successor import Successor
 from mechdsl.rules.observations.value_vectors import ValueVectors
 from mechdsl.rules.observations.weights import Composition, OfWeights, SingularValues

@@ -21,13 +21,14 @@ from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.unusable import Unusable
 from mechdsl.hooks.weight_maps import WeightMaps
-from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.read_batches import numbers_of
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable, Run
 from mechdsl.resolve.measures import evaluate
 from mechdsl.resolve.over_rows import OverRows, RowVectors, Training
-from mechdsl.resolve.resolved import ResolvedMeasure, SitePoint
+from mechdsl.resolve.resolved import ResolvedMeasure
+from mechdsl.resolve.resolved_rule import SitePoint
 from mechdsl.rules.observations.weights import OfWeights
 
 GATHERED_BYTES = 1 << 30

@@ -39,7 +39,8 @@ from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.packed.behind_last_block import Places
 from mechdsl.packed.packed_pass import run_packed
 from mechdsl.plan.columns import counted
-from mechdsl.plan.plan import ExperimentPlan, Plan
+from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.plan import Plan
 from mechdsl.plan.restart import Held
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import SharedRows

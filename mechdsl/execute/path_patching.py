@@ -27,7 +27,7 @@ from mechdsl.packed.behind_last_block import Places
 from mechdsl.plan.columns import counted, each_unit, units_of
 from mechdsl.plan.restart import Held
 from mechdsl.plan.rule_rows import Rows, RulePlan
-from mechdsl.resolve.resolved import Place
+from mechdsl.resolve.resolved_rule import Place
 
 Run = Callable[[Rows, Ints, Held, Mapping[SiteRead, Places]], Mapping[SiteRead, Tensor]]
 """Runs rows (with their draws) of which the senders are patched and the rest is held; gives what

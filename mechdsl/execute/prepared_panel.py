@@ -29,7 +29,8 @@ from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.unusable import Unusable
 from mechdsl.execute.writes import readable
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.plan.plan import ExperimentPlan, Panel, Plan
+from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.plan import Panel, Plan
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.plan.sweeps import batch_size
 from mechdsl.plan.whole_cells import WholeCells, whole_cells

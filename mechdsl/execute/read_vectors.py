@@ -23,7 +23,7 @@ from mechdsl.plan.columns import Hits
 from mechdsl.plan.plan import PROMPT_TOKENS
 from mechdsl.plan.read_batches import read_batches
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run
-from mechdsl.resolve.resolved import SitePoint
+from mechdsl.resolve.resolved_rule import SitePoint
 from mechdsl.vocab.sites import stop_layer
 
 LanesOf: TypeAlias = Callable[[Ints], UnpatchedBatch]

@@ -8,7 +8,8 @@ import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute.patched_rows import Member
-from mechdsl.plan.plan import ExperimentPlan, Plan
+from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.plan import Plan
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.plan.share import SharedRows
 from mechdsl.prompts.prompt_table import Run

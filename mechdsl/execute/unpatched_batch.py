@@ -19,10 +19,11 @@ from mechdsl.hooks.hook_points import fused
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
-from mechdsl.hooks.whole_pass import run_whole
+from mechdsl.hooks.whole_pass import RunResult, run_whole
 from mechdsl.packed.activation_cache import ActivationCache, keeping
 from mechdsl.prompts.prompt_table import Noise, Run
-from mechdsl.resolve.resolved import Atom, Place, ResolvedMeasure
+from mechdsl.resolve.resolved import Atom, ResolvedMeasure
+from mechdsl.resolve.resolved_rule import Place
 from mechdsl.vocab.sites import WITHIN_ATTENTION, stop_layer
 
 Spot = Mapping[str, tuple[int, ...]]
@@ -158,83 +159,20 @@ def compute_unpatched(
     `row_keys` are the table's, so that noise hangs on what a row is and not on the batch; `side` as
     in `Options`. `rules`: of a run that has some, which is alone then; their rows are its lanes.
     """
-    rules = rules or RuleWrites()
     parts = [_Part.of(model, run, request, prompts) for run, request in runs]
-    rows = [ids for part in parts for ids in part.ids]
-    batch = Batch.of(rows, model.pad_id, side or model.calling.side, model.device)
-    begins = np.cumsum([0, *(len(part.ids) for part in parts)])
-    requests = [request for _, request in runs]
-    every = list(dict.fromkeys(SiteRead(*place) for r in requests for place in sorted_places(r)))
-    wanted = [read for read in every if read.site not in WITHIN_ATTENTION]
-    within = [read for read in every if read.site in WITHIN_ATTENTION]
-    noised = [SiteRead("embed")] if any(run.noise is not None for run, _ in runs) else []
-    full = SiteRead("logits") in wanted or any(r.loss is not None for r in requests)
-    full |= any(write.site == "logits" for write in rules.writes)
-    measured = any(part.at is not None for part in parts)
-    at = _side_by_side(parts) if measured else None
-    stops = [r.stop if part.at is None else None for r, part in zip(requests, parts, strict=True)]
-    stop = None if full or None in stops else max(stop for stop in stops if stop is not None)
-    tokens = requests[0].tokens if measured and not full else None
-    lowest = [r.lowest for r in requests if r.lowest is not None]
-    with ExitStack() as stack:
-        kept: ActivationCache | None = None
-        if lowest:
-            kept = stack.enter_context(keeping(model, batch, min(lowest)))
-        if requests[0].fuse:
-            stack.enter_context(fused(model.module))
-        due = rules.below(stop, model.shape.n_layers)
-        writes: list[SiteWrite] = []
-        for part, begin in zip(parts, begins, strict=False):
-            rows = torch.arange(begin, begin + len(part.ids))
-            added = noise_writes(model, part.run.noise, part.lanes, row_keys, seed)
-            writes += [write.moved(rows) for write in added]
-        writes += due.writes
-        result = run_whole(
-            model,
-            batch,
-            stop=stop,
-            writes=writes,
-            reads=[*wanted, *noised],
-            logits_at=None if full or at is None else at.to(model.device),
-            tokens=tokens,
-            edges=due.edges,
-        )
-        if kept is not None and noised:
-            kept.embedded = result.reads[noised[0]].flatten(0, 2)
-    reads = dict(result.reads)
-    if within:  # apart from what is kept for rows, as both take attention over
-        last = max(read.layer for read in within if read.layer is not None)
-        due = RuleWrites(writes, due.edges).below(last + 1, model.shape.n_layers)
-        stopped = run_whole(
-            model, batch, stop=last + 1, writes=due.writes, reads=within, edges=due.edges
-        )
-        reads |= stopped.reads
-    found: list[UnpatchedBatch] = []
-    for part, request, begin in zip(parts, requests, begins, strict=False):
-        rows = slice(int(begin), int(begin) + len(part.ids))
-        own = batch.part(rows)
-        logits = None if result.logits is None else result.logits[rows]
-        loss = None
-        if request.loss is not None and logits is not None:
-            loss = prompt_loss(request.loss, logits, own, part.run, part.lanes)
-        if full and logits is not None and part.at is not None:
-            logits = at_positions(logits, own, part.at.to(logits.device))
-        found.append(
-            UnpatchedBatch(
-                run=part.run.name,
-                prompts=prompts,
-                draws=part.draws,
-                batch=own,
-                lengths=part.lengths,
-                reads={read: reads[read][rows] for read in every},
-                kept=None if kept is None or request.lowest is None else kept.part(rows, own),
-                logits=None if part.at is None else logits,
-                tokens=tokens,
-                loss=loss,
-                largest=None if result.largest is None else result.largest[rows],
-            )
-        )
-    return found
+    ids = [row for part in parts for row in part.ids]
+    batch = Batch.of(ids, model.pad_id, side or model.calling.side, model.device)
+    begins = np.cumsum([0, *(len(part.ids) for part in parts)]).tolist()
+    noise: list[SiteWrite] = []
+    for part, begin in zip(parts, begins, strict=False):
+        rows = torch.arange(begin, begin + len(part.ids))
+        added = noise_writes(model, part.run.noise, part.lanes, row_keys, seed)
+        noise += [write.moved(rows) for write in added]
+    done = _pass_of(model, batch, parts, RuleWrites(noise).then(rules or RuleWrites()))
+    return [
+        part.found(done, slice(begin, begin + len(part.ids)))
+        for part, begin in zip(parts, begins, strict=False)
+    ]
 
 
 def sorted_places(request: UnpatchedRequest) -> list[Place]:
@@ -247,9 +185,10 @@ class _Part:
     """One run in a pass over several."""
 
     run: Run
+    asked: UnpatchedRequest
+    prompts: Ints
     lanes: Ints
     """[lane] its prompt."""
-    draws: int
     ids: list[tuple[int, ...]]
     lengths: Ints
     """[lane] without a continuation."""
@@ -258,8 +197,7 @@ class _Part:
 
     @staticmethod
     def of(model: LoadedModel, run: Run, request: UnpatchedRequest, prompts: Ints) -> _Part:
-        draws = run.draws
-        lanes = np.repeat(prompts, draws)
+        lanes = np.repeat(prompts, run.draws)
         text = request.continuation
         ids = [
             run.rows[p].ids + (() if text is None else continuation_ids(text, int(p))[:-1])
@@ -272,7 +210,89 @@ class _Part:
             at = torch.from_numpy(np.stack(columns, axis=1))
         if text is not None:
             at = continuation_positions(text, lanes, lengths)
-        return _Part(run, lanes, draws, ids, lengths, at)
+        return _Part(run, request, prompts, lanes, ids, lengths, at)
+
+    def found(self, done: _Pass, rows: slice) -> UnpatchedBatch:
+        """What the pass gave of it; rows: its own in the batch."""
+        own, result = done.batch.part(rows), done.result
+        logits = None if result.logits is None else result.logits[rows]
+        loss = None
+        if self.asked.loss is not None and logits is not None:
+            loss = prompt_loss(self.asked.loss, logits, own, self.run, self.lanes)
+        if done.full and logits is not None and self.at is not None:
+            logits = at_positions(logits, own, self.at.to(logits.device))
+        kept = None if self.asked.lowest is None else done.kept
+        return UnpatchedBatch(
+            run=self.run.name,
+            prompts=self.prompts,
+            draws=self.run.draws,
+            batch=own,
+            lengths=self.lengths,
+            reads={read: found[rows] for read, found in done.reads.items()},
+            kept=None if kept is None else kept.part(rows, own),
+            logits=None if self.at is None else logits,
+            tokens=done.tokens,
+            loss=loss,
+            largest=None if result.largest is None else result.largest[rows],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """What one pass over all parts gave."""
+
+    batch: Batch
+    result: RunResult
+    reads: Mapping[SiteRead, Tensor]
+    kept: ActivationCache | None
+    full: bool
+    """Whether `result` has the logits of all positions."""
+    tokens: Tensor | None
+
+
+def _pass_of(model: LoadedModel, batch: Batch, parts: Sequence[_Part], rules: RuleWrites) -> _Pass:
+    """Run them, no farther up than is asked for."""
+    requests = [part.asked for part in parts]
+    every = list(dict.fromkeys(SiteRead(*place) for r in requests for place in sorted_places(r)))
+    wanted = [read for read in every if read.site not in WITHIN_ATTENTION]
+    within = [read for read in every if read.site in WITHIN_ATTENTION]
+    noised = [SiteRead("embed")] if any(part.run.noise is not None for part in parts) else []
+    full = SiteRead("logits") in wanted or any(r.loss is not None for r in requests)
+    full |= any(write.site == "logits" for write in rules.writes)
+    measured = any(part.at is not None for part in parts)
+    at = _side_by_side(parts).to(model.device) if measured and not full else None
+    tokens = requests[0].tokens if measured and not full else None
+    stops = [part.asked.stop if part.at is None else None for part in parts]
+    stop = None if full or None in stops else max(stop for stop in stops if stop is not None)
+    lowest = [r.lowest for r in requests if r.lowest is not None]
+    kept: ActivationCache | None = None
+    with ExitStack() as stack:
+        if lowest:
+            kept = stack.enter_context(keeping(model, batch, min(lowest)))
+        if requests[0].fuse:
+            stack.enter_context(fused(model.module))
+        due = rules.below(stop, model.shape.n_layers)
+        result = run_whole(
+            model,
+            batch,
+            stop=stop,
+            writes=due.writes,
+            reads=[*wanted, *noised],
+            logits_at=at,
+            tokens=tokens,
+            edges=due.edges,
+        )
+        if kept is not None and noised:
+            kept.embedded = result.reads[noised[0]].flatten(0, 2)
+    reads = dict(result.reads)
+    if within:  # apart from what is kept for rows, as both take attention over
+        last = max(read.layer for read in within if read.layer is not None)
+        due = rules.below(last + 1, model.shape.n_layers)
+        stopped = run_whole(
+            model, batch, stop=last + 1, writes=due.writes, reads=within, edges=due.edges
+        )
+        reads |= stopped.reads
+    return _Pass(batch, result, {read: reads[read] for read in every}, kept, full, tokens)
 
 
 def _side_by_side(parts: Sequence[_Part]) -> Tensor:

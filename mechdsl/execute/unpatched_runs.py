@@ -26,11 +26,13 @@ from mechdsl.execute.unpatched_batch import (
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.packed.model_end import ModelEnd
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.only_looks import only_looks
-from mechdsl.plan.plan import ExperimentPlan, Panel, Plan
+from mechdsl.plan.plan import Panel, Plan
 from mechdsl.plan.restart import Shortcuts
 from mechdsl.prompts.prompt_table import PromptTable, Run
-from mechdsl.resolve.resolved import Atom, Place, SitePoint
+from mechdsl.resolve.resolved import Atom
+from mechdsl.resolve.resolved_rule import Place, SitePoint
 
 TOGETHER = 512
 """Tokens of a run up to which others are run in the same pass."""

@@ -21,9 +21,9 @@ from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import Mode, SiteRead, SiteWrite
 from mechdsl.models.shape import ModelShape, units, width
 from mechdsl.plan.columns import EVERY, counted, each_unit, prompt_lengths, units_of
-from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
-from mechdsl.resolve.resolved import Place
+from mechdsl.resolve.resolved_rule import Place
 from mechdsl.vocab.sites import SITES
 
 LanesOf: TypeAlias = Callable[[RulePlan], UnpatchedBatch]

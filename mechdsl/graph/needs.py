@@ -19,7 +19,8 @@ from mechdsl.graph.nodes import (
     unpatched,
 )
 from mechdsl.prompts.prompt_table import Noise
-from mechdsl.resolve.resolved import Place, ResolvedExperiment, ResolvedRule
+from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.resolve.resolved_rule import Place, ResolvedRule
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,16 +17,8 @@ from mechdsl.base.plural import plural
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import Noise, PositionCell
 from mechdsl.resolve.direction_types import DirectionTargets, fits_of
-from mechdsl.resolve.resolved import (
-    DRAW,
-    Axis,
-    Key,
-    Place,
-    ResolvedExperiment,
-    ResolvedMeasure,
-    ResolvedRule,
-    SitePoint,
-)
+from mechdsl.resolve.resolved import DRAW, Axis, ResolvedExperiment, ResolvedMeasure
+from mechdsl.resolve.resolved_rule import Key, Place, ResolvedRule, SitePoint
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.sites import SITES, stop_layer
 

@@ -24,7 +24,8 @@ from mechdsl.resolve.model_runs import outputs_read
 from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.over_rows import OverRows
 from mechdsl.resolve.random_targets import with_controls
-from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment, ResolvedRule
+from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment
+from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.resolve.site_targets import missing_points
 from mechdsl.validate.check_file import Checked, models_needed
 

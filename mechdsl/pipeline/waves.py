@@ -16,8 +16,8 @@ from mechdsl.execute.pass_size import Sizes
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.file_models import not_there
 from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.make_plan import make_plan
-from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.program import spec
 from mechdsl.program.lower_other_runs import BLOCKS
 from mechdsl.resolve.findings import Finding

@@ -9,7 +9,7 @@ import numpy as np
 
 from mechdsl.base.arrays import Ints
 from mechdsl.prompts.prompt_table import PositionCell, Run
-from mechdsl.resolve.resolved import SitePoint
+from mechdsl.resolve.resolved_rule import SitePoint
 
 EVERY = -1
 """Stands for all units of a site, in columns of units."""

@@ -17,15 +17,16 @@ import numpy as np
 from mechdsl.base.arrays import Ints
 from mechdsl.models.shape import ModelShape
 from mechdsl.plan.columns import Ragged, prompt_lengths
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.only_looks import only_looks
-from mechdsl.plan.plan import BATCH_ROWS, ExperimentPlan, Panel
+from mechdsl.plan.plan import BATCH_ROWS, Panel
 from mechdsl.plan.restart import WHOLE_PASS, BlockWork, Held, Mask, RowMasks, Shortcuts, block_work
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import Sharer, combined
 from mechdsl.plan.sweeps import batch_size, beside, sweeps
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.direction_types import fits_of
-from mechdsl.resolve.resolved import SitePoint
+from mechdsl.resolve.resolved_rule import SitePoint
 from mechdsl.vocab.sites import stop_layer
 
 EFFICIENCY = 0.8

@@ -17,7 +17,8 @@ import numpy as np
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.plan.columns import prompt_lengths
 from mechdsl.plan.rule_rows import Rows, RulePlan
-from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedRule, SitePoint
+from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.resolve.resolved_rule import ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
 
 SEEN_BY_LATER_TOKENS = ("stream", "norm", "key")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mechdsl.plan.plan import ExperimentPlan, Panel
+from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.plan import Panel
 
 
 def only_looks(panel: Panel) -> bool:

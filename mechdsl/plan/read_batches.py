@@ -11,7 +11,7 @@ from mechdsl.models.shape import ModelShape, units, width
 from mechdsl.plan.columns import prompt_lengths
 from mechdsl.plan.plan import PROMPT_TOKENS
 from mechdsl.prompts.prompt_table import Run
-from mechdsl.resolve.resolved import Place, SitePoint
+from mechdsl.resolve.resolved_rule import Place, SitePoint
 from mechdsl.vocab.sites import SITES
 
 READ_BYTES = 1 << 28

@@ -11,7 +11,7 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.plan.columns import Hits, Ragged
 from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.direction_types import Member
-from mechdsl.resolve.resolved import ResolvedRule, SitePoint
+from mechdsl.resolve.resolved_rule import ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from mechdsl.base.arrays import Ints
 from mechdsl.plan.columns import Hits, Ragged
-from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.whole_cells import WholeCells, whole_cells
 

@@ -12,7 +12,8 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 from mechdsl.plan.columns import prompt_lengths
-from mechdsl.plan.plan import BATCH_ROWS, ExperimentPlan, Panel
+from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.plan import BATCH_ROWS, Panel
 from mechdsl.plan.rule_rows import RulePlan
 from mechdsl.prompts.prompt_table import PromptTable, Run
 

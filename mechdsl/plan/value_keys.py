@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mechdsl.base.arrays import Ints
 from mechdsl.base.digest import digest, number_of
 from mechdsl.plan.columns import Hits, Ragged
-from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.whole_cells import WholeCells
 from mechdsl.program.python_files import PythonFunction
@@ -37,7 +37,8 @@ from mechdsl.resolve.direction_types import (
     Vector,
     WeightedSum,
 )
-from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure, ResolvedRule, SitePoint
+from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
+from mechdsl.resolve.resolved_rule import ResolvedRule, SitePoint
 
 Numbers = NDArray[np.uint64]
 

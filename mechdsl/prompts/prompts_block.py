@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +22,7 @@ from mechdsl.diagnostics.e05_data import (
     UnknownValue,
 )
 from mechdsl.program import spec
+from mechdsl.prompts.compiled_template import CompiledTemplate, Definition
 from mechdsl.prompts.data_files import DataFile, read_data
 from mechdsl.prompts.domains import Constants, Words, make_domain
 from mechdsl.prompts.hub_datasets import read_dataset
@@ -39,35 +39,6 @@ TEMPLATE = "template"
 """Name of the value that says which of several templates a row is written with."""
 
 Blocks = Mapping[str, spec.Prompts]
-
-
-@dataclass(frozen=True)
-class Definition:
-    """`a, b = EXPR`: the names that are defined together, and by what."""
-
-    names: tuple[str, ...]
-    value: ast.Expr
-
-    @property
-    def path(self) -> str:
-        """What its draws are called."""
-        return ",".join(self.names)
-
-
-@dataclass
-class CompiledTemplate:
-    """A template's pieces, and the names that its placeholders define (`{s2 = s}`)."""
-
-    text: ast.String
-    pieces: Sequence[str | Placeholder]
-    definitions: dict[str, Definition] = field(default_factory=dict[str, Definition])
-
-    def __post_init__(self) -> None:
-        for piece in self.pieces:
-            if isinstance(piece, Placeholder) and piece.name is not None:
-                itself = isinstance(piece.expr, ast.Name) and piece.expr.id == piece.name
-                if not itself:
-                    self.definitions[piece.name] = Definition((piece.name,), piece.expr)
 
 
 def _without_wrong_changes(prompts: spec.Prompts, parameters: Constants) -> spec.Prompts:

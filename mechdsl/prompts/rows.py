@@ -12,10 +12,11 @@ from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e05_data import TextNotInside, TooMany
 from mechdsl.program import spec
+from mechdsl.prompts.compiled_template import CompiledTemplate, Definition
 from mechdsl.prompts.expressions import bad, evaluate, holds
 from mechdsl.prompts.functions import FUNCTIONS, CallSite, draw_others
 from mechdsl.prompts.prompt_table import RunRow
-from mechdsl.prompts.prompts_block import TEMPLATE, CompiledTemplate, Definition, PromptsBlock
+from mechdsl.prompts.prompts_block import TEMPLATE, PromptsBlock
 from mechdsl.prompts.row_content import content_key
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.seeded_draws import Permutation, stable_hash

@@ -9,7 +9,7 @@ from mechdsl.base.names import name_list
 from mechdsl.diagnostics.e03_rules import BadAmount
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.measures import evaluate
-from mechdsl.resolve.resolved import Amounts, Key
+from mechdsl.resolve.resolved_rule import Amounts, Key
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 

@@ -11,7 +11,8 @@ from mechdsl.prompts.prompt_table import PositionCell, RunRow
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.measure_context import MeasureContext
 from mechdsl.resolve.measures import resolve_measure
-from mechdsl.resolve.resolved import Atom, ResolvedExperiment, ResolvedRule
+from mechdsl.resolve.resolved import Atom, ResolvedExperiment
+from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.syntax import ast
 
 

@@ -11,7 +11,7 @@ from mechdsl.program import spec
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.matched_draws import UNIT_WORDS, Slot
 from mechdsl.resolve.picks import Onward
-from mechdsl.resolve.resolved import SitePoint
+from mechdsl.resolve.resolved_rule import SitePoint
 from mechdsl.resolve.site_targets import resolve_site
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import SITES

@@ -9,7 +9,8 @@ from mechdsl.diagnostics.e06_onward import BadPick
 from mechdsl.resolve.families import Family
 from mechdsl.resolve.findings import Finding, VariantFinding
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import Key, Label, ResolvedExperiment
+from mechdsl.resolve.resolved import Label, ResolvedExperiment
+from mechdsl.resolve.resolved_rule import Key
 from mechdsl.syntax import ast
 
 

@@ -14,7 +14,8 @@ from mechdsl.program.lower_derived_runs import ONE_CELL
 from mechdsl.prompts.prompt_table import Derived, PromptTable
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.kinds import RuleKind
-from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedRule
+from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.resolve.resolved_rule import ResolvedRule
 
 
 def define_runs(work: Work, kinds: Registry[RuleKind]) -> dict[str, ResolvedExperiment]:

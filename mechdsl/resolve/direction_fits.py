@@ -17,7 +17,8 @@ from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.direction_types import Fitted, Member, Sample
 from mechdsl.resolve.families import CannotMake, Family, keys_of, member_name, position_words
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import Axis, Key, SitePoint, SiteTargets
+from mechdsl.resolve.resolved import Axis
+from mechdsl.resolve.resolved_rule import Key, SitePoint, SiteTargets
 from mechdsl.resolve.site_targets import resolve_site
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import SITES

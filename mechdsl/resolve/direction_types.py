@@ -11,7 +11,7 @@ from mechdsl.base.record import Record, record
 if TYPE_CHECKING:
     from mechdsl.program.constants import Constant
     from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run
-    from mechdsl.resolve.resolved import Key, SitePoint
+    from mechdsl.resolve.resolved_rule import Key, SitePoint
 
 
 @record

@@ -16,7 +16,8 @@ from mechdsl.resolve.families import CannotMake, Family, combined, keys_of
 from mechdsl.resolve.free_directions import free_family
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.measures import evaluate
-from mechdsl.resolve.resolved import Axis, Key, Label, PositionTargets, SiteTargets
+from mechdsl.resolve.resolved import Axis, Label
+from mechdsl.resolve.resolved_rule import Key, PositionTargets, SiteTargets
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import SITES
 

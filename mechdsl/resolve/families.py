@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from mechdsl.resolve.direction_types import Member, Vector
-from mechdsl.resolve.resolved import Axis, Key, Label
+from mechdsl.resolve.resolved import Axis, Label
+from mechdsl.resolve.resolved_rule import Key
 from mechdsl.syntax import ast
 
 

@@ -16,14 +16,8 @@ from mechdsl.diagnostics.core import has_errors
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import Hits, PromptTable
 from mechdsl.resolve.path_rules import reached
-from mechdsl.resolve.resolved import (
-    Key,
-    PositionTargets,
-    ResolvedExperiment,
-    ResolvedRule,
-    SitePoint,
-    SiteTargets,
-)
+from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.resolve.resolved_rule import Key, PositionTargets, ResolvedRule, SitePoint, SiteTargets
 from mechdsl.syntax import ast
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from mechdsl.diagnostics.e02_names import UnknownName, did_you_mean
 from mechdsl.diagnostics.e03_coordinates import AxisDoesNotFit
 from mechdsl.models.shape import ModelShape, units
 from mechdsl.resolve.coordinates import SiteContext
-from mechdsl.resolve.resolved import Axis, Key, SitePoint, SiteTargets
+from mechdsl.resolve.resolved import Axis
+from mechdsl.resolve.resolved_rule import Key, SitePoint, SiteTargets
 from mechdsl.resolve.site_targets import (
     available,
     component_kinds,

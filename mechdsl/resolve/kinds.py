@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.observation import Observation
-from mechdsl.resolve.resolved import ResolvedRule
+from mechdsl.resolve.resolved_rule import ResolvedRule
 
 
 class RuleKind:

@@ -14,13 +14,7 @@ from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.measure_context import MeasureContext, refuse
 from mechdsl.resolve.measured_places import MEASURED
 from mechdsl.resolve.measures import resolve_everywhere
-from mechdsl.resolve.resolved import (
-    Axis,
-    Labels,
-    MeasuredPart,
-    ResolvedExperiment,
-    ResolvedMeasure,
-)
+from mechdsl.resolve.resolved import Axis, Labels, MeasuredPart, ResolvedExperiment, ResolvedMeasure
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 

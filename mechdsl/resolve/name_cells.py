@@ -10,7 +10,8 @@ from mechdsl.prompts.position_hits import hit_texts
 from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.resolve.path_rules import reached
-from mechdsl.resolve.resolved import Key, ResolvedExperiment, ResolvedRule
+from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.resolve.resolved_rule import Key, ResolvedRule
 from mechdsl.resolve.unlike_tokens import counts, unlike
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from mechdsl.models.shape import ModelShape
-from mechdsl.resolve.resolved import Intervention, Place, ResolvedRule
+from mechdsl.resolve.resolved_rule import Intervention, Place, ResolvedRule
 from mechdsl.vocab.metrics import Form
 
 if TYPE_CHECKING:

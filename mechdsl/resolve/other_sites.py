@@ -9,7 +9,7 @@ from mechdsl.models.shape import ModelShape, units
 from mechdsl.program import spec
 from mechdsl.resolve.apart_from import LeftOut, layers_of, units_of
 from mechdsl.resolve.matched_draws import UNIT_WORDS, Picked, Slot
-from mechdsl.resolve.resolved import SitePoint
+from mechdsl.resolve.resolved_rule import SitePoint
 from mechdsl.vocab.sites import SITES
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mechdsl.resolve.resolved import SitePoint
+from mechdsl.resolve.resolved_rule import SitePoint
 from mechdsl.vocab.sites import SITES
 
 

@@ -29,13 +29,8 @@ from mechdsl.resolve.findings import (
     ranked_tokens,
     site_targets,
 )
-from mechdsl.resolve.resolved import (
-    Key,
-    PositionTargets,
-    ResolvedExperiment,
-    SitePoint,
-    SiteTargets,
-)
+from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.resolve.resolved_rule import Key, PositionTargets, SitePoint, SiteTargets
 from mechdsl.syntax import ast
 
 if TYPE_CHECKING:

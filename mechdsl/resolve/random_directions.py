@@ -8,14 +8,8 @@ from itertools import product
 from mechdsl.base.plural import plural
 from mechdsl.program import spec
 from mechdsl.resolve.direction_types import DirectionTargets, Member, RandomLike
-from mechdsl.resolve.resolved import (
-    DRAW,
-    Axis,
-    Drawn,
-    ResolvedControl,
-    ResolvedExperiment,
-    ResolvedRule,
-)
+from mechdsl.resolve.resolved import DRAW, Axis, Drawn, ResolvedControl, ResolvedExperiment
+from mechdsl.resolve.resolved_rule import ResolvedRule
 
 
 def random_directions(

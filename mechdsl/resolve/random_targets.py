@@ -32,19 +32,9 @@ from mechdsl.resolve.matched_draws import (
 )
 from mechdsl.resolve.other_sites import OtherSites
 from mechdsl.resolve.random_directions import random_directions
-from mechdsl.resolve.resolved import (
-    DRAW,
-    Axis,
-    Drawn,
-    Key,
-    PositionTargets,
-    ResolvedControl,
-    ResolvedExperiment,
-    ResolvedRule,
-    SitePoint,
-    SiteTargets,
-)
-from mechdsl.resolve.site_targets import points_label
+from mechdsl.resolve.resolved import DRAW, Axis, Drawn, ResolvedControl, ResolvedExperiment
+from mechdsl.resolve.resolved_rule import Key, PositionTargets, ResolvedRule, SitePoint, SiteTargets
+from mechdsl.resolve.site_targets import all_points_label
 from mechdsl.vocab.sites import SITES
 
 FINEST_FIRST: tuple[spec.Drawn, ...] = (
@@ -412,7 +402,7 @@ class _Draws:
             picked = drawn.picked(draw, _SITES) if n in drawn.sites else None
             after = self.others.moved(before, before, kind, picked)
             points[draw, *cell] = after
-            labels[draw, *cell] = own.labels[at] if picked is None else _label(after)
+            labels[draw, *cell] = own.labels[at] if picked is None else all_points_label(after)
             if own.sources is not None:
                 sources[draw, *cell] = self.others.moved(own.sources[at], before, kind, picked)
         return replace(rule, sites=SiteTargets((DRAW, *names), points, labels, sources or None))
@@ -493,11 +483,3 @@ def _any(cell: PositionCell) -> bool:
 def _across(rule: ResolvedRule) -> bool:
     """Whether what is read stands elsewhere than what is written."""
     return rule.spec.onto is not None or rule.apart is not None
-
-
-def _label(points: Sequence[SitePoint]) -> str:
-    """All points, whatever a table could show: `L0H2.z + L1H3.z`."""
-    by_layer: dict[tuple[str, int | None], list[SitePoint]] = {}
-    for point in points:
-        by_layer.setdefault((point.site, point.layer), []).append(point)
-    return " + ".join(points_label(each) for each in by_layer.values())

@@ -8,7 +8,8 @@ from itertools import product
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_model import SiteNotInBlock
-from mechdsl.resolve.resolved import ResolvedMeasure, ResolvedRule, SitePoint, SiteTargets
+from mechdsl.resolve.resolved import ResolvedMeasure
+from mechdsl.resolve.resolved_rule import ResolvedRule, SitePoint, SiteTargets
 
 _AROUND = ("resid_pre", "resid_post")
 """What is there all the same."""

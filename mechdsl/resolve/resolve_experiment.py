@@ -17,7 +17,7 @@ from mechdsl.program.possible_axes import position_axes, possible_axes
 from mechdsl.prompts.answer_tokens import AnswerTokens
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.answers_behind import measured_answers
-from mechdsl.resolve.apart_from import left_out
+from mechdsl.resolve.apart_from import LeftOut, left_out
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.derived_runs import accuracies_known, define_runs, on_derived
 from mechdsl.resolve.findings import Finding
@@ -37,10 +37,11 @@ from mechdsl.resolve.resolved import (
     Axis,
     ModelContext,
     Outline,
+    ResolvedControl,
     ResolvedExperiment,
     ResolvedMeasure,
-    ResolvedRule,
 )
+from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.resolve.saves import resolve_saves
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
@@ -80,12 +81,7 @@ def outline(
     work = _work(experiment, program, model, table, onward, diagnostics)
     derived = define_runs(work, kinds)
     table = work.table
-    behind = measured_answers(work)
-    rules: list[ResolvedRule | None] = []
-    for rule in experiment.rules:
-        kind = kinds[rule.verb]
-        work.answers = behind if not kind.within_prompt else AnswerTokens(reason=kind.within_prompt)
-        rules.append(kind.resolve(rule, work))
+    rules = _rules(work, kinds)
     _loops_used(work)
     _beside_others(work, kinds)
     diagnostics.extend(on_derived(rules, work))
@@ -139,15 +135,33 @@ def outline(
     problem = _too_many(resolved, program)
     if problem is not None:
         return known, [*diagnostics, problem]
-    if experiment.against is None:
-        return replace(known, resolved=resolved), diagnostics
-    from mechdsl.resolve.random_targets import resolve_control
-
-    control, problems = resolve_control(resolved, apart, limits.CELLS, draws_enough)
+    control, problems = _control(resolved, apart, draws_enough)
     diagnostics.extend(problems)
     if problems:
         return known, diagnostics
     return replace(known, resolved=replace(resolved, control=control)), diagnostics
+
+
+def _control(
+    resolved: ResolvedExperiment, apart: Sequence[LeftOut], draws_enough: int | None
+) -> tuple[ResolvedControl | None, list[Diagnostic]]:
+    """What it is set against."""
+    if resolved.spec.against is None:
+        return None, []
+    from mechdsl.resolve.random_targets import resolve_control
+
+    return resolve_control(resolved, apart, limits.CELLS, draws_enough)
+
+
+def _rules(work: Work, kinds: Registry[RuleKind]) -> list[ResolvedRule | None]:
+    """Each of its rules; None for those that were refused."""
+    behind = measured_answers(work)
+    rules: list[ResolvedRule | None] = []
+    for rule in work.experiment.rules:
+        kind = kinds[rule.verb]
+        work.answers = behind if not kind.within_prompt else AnswerTokens(reason=kind.within_prompt)
+        rules.append(kind.resolve(rule, work))
+    return rules
 
 
 def _observation(rule: ResolvedRule) -> Observation | None:

@@ -8,7 +8,8 @@ from mechdsl.program import spec
 from mechdsl.prompts.answer_tokens import AnswerTokens
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import ResolvedSave, SitePoint
+from mechdsl.resolve.resolved import ResolvedSave
+from mechdsl.resolve.resolved_rule import SitePoint
 from mechdsl.resolve.site_targets import resolve_site
 from mechdsl.vocab.sites import SITES
 

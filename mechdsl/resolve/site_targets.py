@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from math import prod
@@ -30,7 +30,8 @@ from mechdsl.resolve.coordinates import (
     layer_exists,
     unit_exists,
 )
-from mechdsl.resolve.resolved import Axis, Key, SitePoint, SiteTargets
+from mechdsl.resolve.resolved import Axis
+from mechdsl.resolve.resolved_rule import Key, SitePoint, SiteTargets
 from mechdsl.syntax import ast
 from mechdsl.syntax.reserved import STACKS
 from mechdsl.vocab.sites import SHORT_WORDS, SITES, SiteKind, by_short, unknown_component
@@ -418,6 +419,14 @@ def points_label(points: tuple[SitePoint, ...] | list[SitePoint]) -> str:
         known = sorted(u for u in found if u is not None)
         where += letter + ("*" if None in found else _numbers(known))
     return f"{where}.{site}" if where else site
+
+
+def all_points_label(points: Sequence[SitePoint]) -> str:
+    """All points, whatever a table could show: `L0H2.z + L1H3.z`."""
+    by_layer: dict[tuple[str, int | None], list[SitePoint]] = {}
+    for point in points:
+        by_layer.setdefault((point.site, point.layer), []).append(point)
+    return " + ".join(points_label(each) for each in by_layer.values())
 
 
 def _numbers(values: list[int]) -> str:

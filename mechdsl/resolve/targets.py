@@ -19,7 +19,8 @@ from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.open_axes import open_positions
-from mechdsl.resolve.resolved import Apart, Axis, Key, PositionTargets
+from mechdsl.resolve.resolved import Axis
+from mechdsl.resolve.resolved_rule import Apart, Key, PositionTargets
 from mechdsl.resolve.unlike_tokens import other_tokens
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk

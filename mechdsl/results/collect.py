@@ -19,7 +19,7 @@ from mechdsl.execute.not_finite import place_words
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.cell_key import CellKey
@@ -48,41 +48,10 @@ def collect(
     model, *read = (models[name] for name in experiment.models)
     table, kept = experiment.table, measured.kept
     rows = table.runs["clean"].rows
-    source = experiment.spec.source
     accuracies = _accuracies(measured)
     there = plan.exists
     item = None if experiment.place is None else experiment.measures[0].item
     seen = SeenRows(plan, kept, lambda name: models[name or model.name].shape.causal)
-    measures: list[MeasureData] = []
-    for number, (resolved, said) in enumerate(
-        zip(experiment.measures, experiment.spec.measures, strict=True)
-    ):
-        truth = None
-        if resolved.truth is not None:
-            truth = np.array([[resolved.truth[i] for i in kept]], dtype=np.float64)
-        measures.append(
-            MeasureData(
-                label=resolved.label,
-                metric=resolved.text,
-                effect=said.effect,
-                kind=resolved.kind,
-                per_prompt=said.per_prompt,
-                patched=_present(measured.patched[number][there], resolved, kept),
-                base=_of(there, base_per_cell(plan, measured, experiment.spec.base, number)),
-                source=None
-                if source is None
-                else _of(there, base_per_cell(plan, measured, source, number)),
-                inert=plan.inert[there],
-                truth=truth,
-                unit=resolved.unit,
-                rounding=_of(there, per_cell(plan, measured, measured.rounding[number])),
-                word=resolved.word,
-                at=said.place,
-                gaps=tuple(gap_words(measured, number, c) for c in np.flatnonzero(there).tolist()),
-                seen=seen.of(number, there),
-                spread=_spread(experiment) if resolved.observed else "rows",
-            )
-        )
     return ExperimentResult(
         name=experiment.name,
         model=model.name,
@@ -93,14 +62,14 @@ def collect(
         },
         centres=tuple(axis.name for axis in experiment.axes if axis.of_windows),
         cells=tuple(_cells(experiment, measured, there)),
-        measures=tuple(measures),
+        measures=tuple(_measures(plan, measured, seen)),
         runs={
             run: {m.label: values[n].mean(axis=0) for n, m in enumerate(experiment.measures)}
             for run, values in measured.unpatched.items()
         },
         **accuracies,
         base=experiment.spec.base,
-        source=source,
+        source=experiment.spec.source,
         called=_called(experiment),
         conventions={
             **conventions(plan, measured, model),
@@ -125,6 +94,41 @@ def collect(
         rounding=_rounding_words(experiment, model),
         **_overlaid(experiment, kept, there),
     )
+
+
+def _measures(
+    plan: ExperimentPlan, measured: MeasuredValues, seen: SeenRows
+) -> Iterator[MeasureData]:
+    """The values of each measure, in the cells that there are."""
+    experiment = plan.experiment
+    kept, there, source = measured.kept, plan.exists, experiment.spec.source
+    for number, (resolved, said) in enumerate(
+        zip(experiment.measures, experiment.spec.measures, strict=True)
+    ):
+        truth = None
+        if resolved.truth is not None:
+            truth = np.array([[resolved.truth[i] for i in kept]], dtype=np.float64)
+        yield MeasureData(
+            label=resolved.label,
+            metric=resolved.text,
+            effect=said.effect,
+            kind=resolved.kind,
+            per_prompt=said.per_prompt,
+            patched=_present(measured.patched[number][there], resolved, kept),
+            base=_of(there, base_per_cell(plan, measured, experiment.spec.base, number)),
+            source=None
+            if source is None
+            else _of(there, base_per_cell(plan, measured, source, number)),
+            inert=plan.inert[there],
+            truth=truth,
+            unit=resolved.unit,
+            rounding=_of(there, per_cell(plan, measured, measured.rounding[number])),
+            word=resolved.word,
+            at=said.place,
+            gaps=tuple(gap_words(measured, number, c) for c in np.flatnonzero(there).tolist()),
+            seen=seen.of(number, there),
+            spread=_spread(experiment) if resolved.observed else "rows",
+        )
 
 
 def _cells(

@@ -14,11 +14,13 @@ from mechdsl.execute.profile import Profile
 from mechdsl.execute.sizes import PassSizes
 from mechdsl.execute.unpatched_batch import noise_scale
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.plan.plan import PROMPT_TOKENS, ExperimentPlan
+from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.plan import PROMPT_TOKENS
 from mechdsl.resolve.answers_behind import answers_left_out
 from mechdsl.resolve.class_outputs import made_of
 from mechdsl.resolve.picks import SHOWN
-from mechdsl.resolve.resolved import Atom, ResolvedExperiment, ResolvedRule
+from mechdsl.resolve.resolved import Atom, ResolvedExperiment
+from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.results.experiment_result import ANSWER_TOKENS
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import WITHIN_ATTENTION
@@ -33,86 +35,123 @@ def conventions(
 ) -> dict[str, str]:
     """What was defaulted, dropped or chosen, in words."""
     experiment = plan.experiment
-    found = {
+    return {
         "model": model_words(model),
         "dtype": f"{str(model.dtype).removeprefix('torch.')} on {model.device}",
         **experiment.table.conventions,
+        **dict(_of_rows(experiment, measured)),
+        **dict(_of_runs(experiment, model)),
+        **experiment.picks,
+        **_of_directions(plan, measured),
+        **_of_rules(plan, model),
+        **_of_measures(experiment),
+        **dict(_of_cells(plan, measured)),
+        **dict(_of_controls(plan)),
+        **dict(_of_inert(plan, measured)),
     }
+
+
+Said = Iterator[tuple[str, str]]
+"""Keys of conventions, each with its words."""
+
+
+def _of_rows(experiment: ResolvedExperiment, measured: MeasuredValues) -> Said:
+    """The functions of Python files, and the rows that aren't there."""
     if experiment.python:
         names: dict[tuple[str, str], dict[str, None]] = {}
         for each in experiment.python:
             names.setdefault((each.file, each.digest), {})[f"`{each.name}`"] = None
-        found["python"] = "; ".join(
-            f"{', '.join(own)} of {file}, SHA-256 {digest[:12]}…"
-            for (file, digest), own in names.items()
+        yield (
+            "python",
+            "; ".join(
+                f"{', '.join(own)} of {file}, SHA-256 {digest[:12]}…"
+                for (file, digest), own in names.items()
+            ),
         )
     if experiment.keep:
         conditions = " and ".join(measure.text for measure in experiment.keep)
         dropped = len(experiment.table) - len(measured.kept) - len(measured.unusable)
-        found["keep"] = (
-            f"{plural(len(measured.kept), 'row')} kept, {dropped} dropped ({conditions})"
-        )
+        yield "keep", f"{plural(len(measured.kept), 'row')} kept, {dropped} dropped ({conditions})"
     if measured.unusable:
-        found["left out"] = (
+        yield (
+            "left out",
             f"{len(measured.unusable)} of {len(experiment.table)} rows, of everything: NaN or "
-            "infinity (`--allow-nan`)"
+            "infinity (`--allow-nan`)",
         )
+
+
+def _of_runs(experiment: ResolvedExperiment, model: LoadedModel) -> Said:
+    """How much noise is, and the rules of runs that have some."""
     for name, run in experiment.table.runs.items():
         noise = run.noise if run.derived is None else None
         if noise is not None and noise.sds is not None:
+            key = f"noise of {name}"
             value = f"{noise.sds:g} sd = {noise_scale(model, noise):.4g}"
-            found[f"noise of {name}"] = f"{found[f'noise of {name}']}, {value}"
+            yield key, f"{experiment.table.conventions[key]}, {value}"
     for name, own in experiment.derived.items():
         rules = "; ".join(" ".join(rule.spec.span.written.split()) for rule in own.rules)
         place = "stays in place under the experiment's rules"
-        found[f"run {name}"] = f"{own.spec.base} with {rules}; what it writes {place}"
-    found.update(experiment.picks)
-    found.update(_of_directions(plan, measured))
-    found.update(_of_rules(plan, model))
-    found.update(_of_measures(experiment))
+        yield f"run {name}", f"{own.spec.base} with {rules}; what it writes {place}"
+
+
+def _of_cells(plan: ExperimentPlan, measured: MeasuredValues) -> Said:
+    """Cells and rows of cells that aren't there, and how rules of one cell go together."""
     leading = [rule.paths.exists for rule in plan.rules if rule.paths is not None]
     missing = int((~np.logical_and.reduce(leading)).sum()) if leading else 0
     if missing:
-        found["pairs"] = (
+        yield (
+            "pairs",
             f"{plan.n_cells - missing} of {plan.n_cells}; in the others no receiver lies "
-            "behind a sender"
+            "behind a sender",
         )
     if measured.dropped:
         of_donors = any(rule.rule.does.reads == "donor" for rule in plan.rules)
         why = "they read a token of the answer that goes in nowhere"
-        found["resample" if of_donors else "left out"] = (
+        yield (
+            "resample" if of_donors else "left out",
             f"{plural(measured.dropped, 'row')} of cells left out: "
-            f"{'the other row lacks the position' if of_donors else why}"
+            f"{'the other row lacks the position' if of_donors else why}",
         )
     acting = {r.rule.spec.span for r in plan.rules if r.rule.does.changes != "nothing"}
     if len(acting) > 1:
-        found["rules"] = (
+        yield (
+            "rules",
             "together in one run, in the order of the file; where two set the same vector, the "
-            "later one stands"
+            "later one stands",
         )
     if any(_windowed(rule.rule.spec) for rule in plan.rules):
-        found["window"] = (
-            "of w, named by its centre: from centre − ⌊w/2⌋ to centre + ⌈w/2⌉ − 1, cut at the ends"
+        yield (
+            "window",
+            "of w, named by its centre: from centre − ⌊w/2⌋ to centre + ⌈w/2⌉ − 1, cut at the ends",
         )
     if any(_several(rule.positions) for rule in plan.rules):
-        found["tokens"] = "several tokens under one label are separate runs, averaged per row"
+        yield "tokens", "several tokens under one label are separate runs, averaged per row"
     answers = "; ".join(_on_answers(plan))
     if answers:
-        found[ANSWER_TOKENS] = answers
+        yield ANSWER_TOKENS, answers
     left_out = dict.fromkeys(x for rule in plan.rules for x in rule.rule.positions.left_out)
     if left_out:
-        found["positions"] = f"left out, as no row has them in both runs: {', '.join(left_out)}"
+        yield "positions", f"left out, as no row has them in both runs: {', '.join(left_out)}"
+
+
+def _of_controls(plan: ExperimentPlan) -> Said:
+    """What the effects are set against."""
+    experiment = plan.experiment
     if experiment.control is not None:
-        found["controls"] = experiment.control.said
-        found["null band"] = _null_band(experiment.spec.statistics.confidence)
+        yield "controls", experiment.control.said
+        yield "null band", _null_band(experiment.spec.statistics.confidence)
     elif any(rule.rule.does.changes != "nothing" for rule in plan.rules):
-        found["controls"] = "none (`against random(20)` adds matched random targets)"
+        yield "controls", "none (`against random(20)` adds matched random targets)"
+
+
+def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> Said:
+    """What needn't be run."""
     if measured.inert:
-        found["inert"] = (
+        yield (
+            "inert",
             f"{int(plan.inert.sum())} of {plan.n_cells} cells, and {measured.inert:,} of "
-            f"{measured.rows:,} rows in all, can't differ from the base run"
+            f"{measured.rows:,} rows in all, can't differ from the base run",
         )
-    return found
 
 
 def _null_band(confidence: float) -> str:

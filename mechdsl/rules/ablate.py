@@ -14,9 +14,9 @@ from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import (
+from mechdsl.resolve.resolved import Axis
+from mechdsl.resolve.resolved_rule import (
     Apart,
-    Axis,
     Convention,
     Intervention,
     Only,

@@ -9,7 +9,7 @@ from mechdsl.program import spec
 from mechdsl.program.python_files import find_function, is_python
 from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import Amounts, Convention, Intervention, ResolvedRule, Vectors
+from mechdsl.resolve.resolved_rule import Amounts, Convention, Intervention, ResolvedRule, Vectors
 from mechdsl.rules.kind import RuleKind, places, rule_kind
 from mechdsl.rules.readings import ReadValue, resolve_reading
 from mechdsl.rules.steer import SET_TO_DIRECTION

@@ -17,7 +17,7 @@ from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.head_sites import attention_sites
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.picks import pick_nothing
-from mechdsl.resolve.resolved import (
+from mechdsl.resolve.resolved_rule import (
     Amounts,
     Convention,
     EdgeTargets,
@@ -292,6 +292,8 @@ def _anything_seen(
     """E0332 where every key lies behind every query, most likely exchanged with it."""
     lowest = [_outermost(cell, min) for cell in keys.written.values()]
     highest = [_outermost(cell, max) for cell in queries.written.values()]
+    if not lowest or not highest:  # of a name that was refused
+        return True
     prompts = (work.table, work.experiment.base, work.model.tokenizer)
     for asked, asking in product(lowest, highest):
         for row, (low, high) in enumerate(zip(asked, asking, strict=True)):

@@ -15,7 +15,7 @@ from mechdsl.diagnostics.e03_coordinates import AxisDoesNotFit
 from mechdsl.program import spec
 from mechdsl.resolve.coordinates import axis_values
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import (
+from mechdsl.resolve.resolved_rule import (
     Convention,
     Intervention,
     Key,

@@ -8,7 +8,7 @@ from mechdsl.diagnostics.e06_onward import BadPick
 from mechdsl.program import spec
 from mechdsl.prompts.position_hits import lies_behind
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import Apart, Intervention, PositionTargets, SiteTargets
+from mechdsl.resolve.resolved_rule import Apart, Intervention, PositionTargets, SiteTargets
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 from mechdsl.vocab.sites import SITES

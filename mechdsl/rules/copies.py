@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import Apart, Intervention, ResolvedRule
+from mechdsl.resolve.resolved_rule import Apart, Intervention, ResolvedRule
 from mechdsl.rules.checks import equally_long
 from mechdsl.rules.kind import RuleKind, places, rule_kind
 

@@ -15,7 +15,13 @@ from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.kinds import RuleKind
 from mechdsl.resolve.picks import pick_nothing
-from mechdsl.resolve.resolved import Apart, Intervention, PositionTargets, ResolvedRule, SiteTargets
+from mechdsl.resolve.resolved_rule import (
+    Apart,
+    Intervention,
+    PositionTargets,
+    ResolvedRule,
+    SiteTargets,
+)
 from mechdsl.resolve.site_targets import resolve_site, with_read_layers
 from mechdsl.resolve.targets import rule_targets
 from mechdsl.rules.checks import equally_long, even

@@ -16,8 +16,8 @@ from mechdsl.resolve.coordinates import from_end
 from mechdsl.resolve.head_sites import receiver_sites
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.path_rules import reached
-from mechdsl.resolve.resolved import (
-    Axis,
+from mechdsl.resolve.resolved import Axis
+from mechdsl.resolve.resolved_rule import (
     Convention,
     Intervention,
     PathTargets,

@@ -16,7 +16,7 @@ from mechdsl.models.shape import units, width
 from mechdsl.program import spec
 from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import (
+from mechdsl.resolve.resolved_rule import (
     Amounts,
     Convention,
     Intervention,

@@ -7,7 +7,7 @@ from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.prompts.replaced_text import replace_tokens
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import Intervention, Key, PositionTargets, ResolvedRule
+from mechdsl.resolve.resolved_rule import Intervention, Key, PositionTargets, ResolvedRule
 from mechdsl.resolve.targets import rule_targets
 from mechdsl.rules.kind import RuleKind, rule_kind
 from mechdsl.syntax import ast

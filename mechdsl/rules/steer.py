@@ -14,7 +14,7 @@ from mechdsl.program import spec
 from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.directions import direction_targets
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import (
+from mechdsl.resolve.resolved_rule import (
     Amounts,
     Convention,
     Intervention,

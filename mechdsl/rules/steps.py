@@ -12,7 +12,7 @@ from mechdsl.diagnostics.e03_directions import BadDirection
 from mechdsl.program import spec
 from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import (
+from mechdsl.resolve.resolved_rule import (
     Amounts,
     Convention,
     Intervention,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mechdsl.diagnostics.e03_directions import BadDirection
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import SitePoint, SiteTargets
+from mechdsl.resolve.resolved_rule import SitePoint, SiteTargets
 
 STRAIGHT = (
     *("codegen", "falcon", "gemma", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss"),

@@ -28,7 +28,8 @@ from mechdsl.graph.nodes import (
     WriteNode,
 )
 from mechdsl.plan.make_plan import graph_of_file, rewrite, with_saves
-from mechdsl.resolve.resolved import Place, ResolvedExperiment, ResolvedRule
+from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.resolve.resolved_rule import Place, ResolvedRule
 
 COLOURS: Mapping[type, str] = {
     EncodeNode: "#e8eef7",

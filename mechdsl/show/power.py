@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.plan.plan import ExperimentPlan, Plan
+from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.plan import Plan
 from mechdsl.program import spec
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.results.planned_units import PlannedUnits, planned_units

@@ -16,7 +16,8 @@ from mechdsl.base.plural import plural
 from mechdsl.plan.save_plan import layout_of
 from mechdsl.prompts.answers import output_words
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, RunRow
-from mechdsl.resolve.resolved import DRAW, ResolvedExperiment, ResolvedRule
+from mechdsl.resolve.resolved import DRAW, ResolvedExperiment
+from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.show.tokens import shown_token
 from mechdsl.validate.check_file import Checked
 

@@ -23,8 +23,9 @@ from mechdsl.graph.nodes import (
     lint,
     rewritten,
 )
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.make_plan import graph_of_file, make_plan, plan_graph
-from mechdsl.plan.plan import ExperimentPlan, Plan
+from mechdsl.plan.plan import Plan
 from mechdsl.resolve.random_targets import with_controls
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.syntax.parse import read_source

@@ -7,9 +7,9 @@ import pytest
 
 import mechdsl.plan.cost
 from mechdsl.plan.cost import Cost, PanelCount
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import NAMES, RESTARTS, unknown_passes
-from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.savings import PlanCost, plan_cost
 from mechdsl.plan.share import Sharer, combined
 from mechdsl.show.plan import unpatched_rows

@@ -12,7 +12,7 @@ import mechdsl
 from mechdsl.base.source import Source
 from mechdsl.models.shape import ModelShape
 from mechdsl.resolve.apart_from import LeftOut, units_of
-from mechdsl.resolve.resolved import SitePoint
+from mechdsl.resolve.resolved_rule import SitePoint
 from mechdsl.show.console import visible_console
 from mechdsl.show.prompts import explain
 from mechdsl.syntax.format.file import format_file

@@ -23,7 +23,8 @@ from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import NAMES
 from mechdsl.prompts.seeded_draws import combination
-from mechdsl.resolve.resolved import ResolvedControl, SitePoint
+from mechdsl.resolve.resolved import ResolvedControl
+from mechdsl.resolve.resolved_rule import SitePoint
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.export import read_export
 from mechdsl.syntax.parse import read_source

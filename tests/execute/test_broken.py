@@ -22,7 +22,7 @@ import mechdsl.execute.patched_rows
 import mechdsl.execute.writes
 import mechdsl.packed.packed_frame
 import mechdsl.packed.packed_pass
-import mechdsl.plan.plan
+import mechdsl.plan.experiment_plan
 import mechdsl.plan.share
 from mechdsl.execute.readout import Reading
 from mechdsl.execute.writes import build_writes
@@ -417,8 +417,8 @@ def test_a_prompt_that_a_row_does_not_fit_in_is_refused(
 
 def test_too_high_a_lowest_block_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What rows would start from wasn't kept: no number comes out."""
-    original = mechdsl.plan.plan._lowest
-    monkeypatch.setattr(mechdsl.plan.plan, "_lowest", lambda *args: original(*args) + 1)
+    original = mechdsl.plan.experiment_plan._lowest
+    monkeypatch.setattr(mechdsl.plan.experiment_plan, "_lowest", lambda *args: original(*args) + 1)
     with pytest.raises((KeyError, AssertionError)) as found:
         numbers(folder, FAMILY, RunOptions())
     assert "off by" not in str(found.value)
@@ -498,7 +498,7 @@ def test_rows_that_are_not_inert_are_noticed(folder: Path, monkeypatch: pytest.M
     def every(self: Any, rows: Any) -> Any:
         return np.ones(len(rows), dtype=bool)
 
-    monkeypatch.setattr(mechdsl.plan.plan.ExperimentPlan, "is_inert", every)
+    monkeypatch.setattr(mechdsl.plan.experiment_plan.ExperimentPlan, "is_inert", every)
     with pytest.raises(AssertionError, match="off by"):
         compare(folder, "planned")
 

@@ -12,7 +12,7 @@ import pytest
 from mechdsl.execute.execute import Execution, execute
 from mechdsl.graph.nodes import ForwardNode, Graph, Node, ReadNode, rewritten
 from mechdsl.plan.make_plan import graph_of_file, plan_graph
-from mechdsl.resolve.resolved import ResolvedRule
+from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.results.denominators import check_denominators
 
 from .support import DIFFERENCE, EVERY_PASS, adopted, check_file, experiment

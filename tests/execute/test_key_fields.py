@@ -18,8 +18,8 @@ import pytest
 
 from mechdsl.base.source import Source, Span
 from mechdsl.plan.columns import Hits, Ragged
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.make_plan import make_plan
-from mechdsl.plan.plan import ExperimentPlan
 from mechdsl.plan.rule_rows import PathPlan, RulePlan
 from mechdsl.plan.value_keys import (
     Contents,
@@ -33,16 +33,14 @@ from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.answer_sets import TokenSets
 from mechdsl.prompts.prompt_table import Noise, PositionCell, PromptTable, Run, RunRow
 from mechdsl.resolve.direction_types import DirectionTargets
-from mechdsl.resolve.resolved import (
+from mechdsl.resolve.resolved import Atom, ResolvedExperiment, ResolvedMeasure
+from mechdsl.resolve.resolved_rule import (
     Amounts,
     Apart,
-    Atom,
     EdgeTargets,
     Intervention,
     PathTargets,
     PositionTargets,
-    ResolvedExperiment,
-    ResolvedMeasure,
     ResolvedRule,
     SitePoint,
     SiteTargets,

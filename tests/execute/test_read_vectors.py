@@ -14,7 +14,7 @@ from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.read_vectors import FoundVectors, prompt_batches, read_vectors, reader
 from mechdsl.plan import read_batches as module
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run, RunRow
-from mechdsl.resolve.resolved import SitePoint
+from mechdsl.resolve.resolved_rule import SitePoint
 
 from ..reference.noise import noise
 from .support import (

@@ -41,7 +41,7 @@ from mechdsl.execute.sizes import PassSizes
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt
 from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.plan.plan import ExperimentPlan
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.results.results import Results
 from mechdsl.store.runs import OpenRun
 from mechdsl.store.store import Store

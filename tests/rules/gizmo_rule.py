@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mechdsl.resolve.resolved import ResolvedRule, Vectors
+from mechdsl.resolve.resolved_rule import ResolvedRule, Vectors
 from mechdsl.rules import SiteRule, rule_kind
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from mechdsl.base.source import Source
 from mechdsl.cli import app
 from mechdsl.resolve.cell_key import Coord
-from mechdsl.resolve.resolved import ResolvedRule, Vectors
+from mechdsl.resolve.resolved_rule import ResolvedRule, Vectors
 from mechdsl.rules import RULES, SiteRule, rule_kind
 from mechdsl.syntax.format.file import format_file
 from mechdsl.syntax.parse import parse

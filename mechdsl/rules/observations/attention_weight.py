@@ -9,7 +9,7 @@ from mechdsl.diagnostics.e03_rules import BadEdit
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.observation import Seen
-from mechdsl.resolve.resolved import Convention, ResolvedRule
+from mechdsl.resolve.resolved_rule import Convention, ResolvedRule
 from mechdsl.rules.attention import EdgeIntervention, resolve_edge
 from mechdsl.rules.observations.registry import Kind, observation
 from mechdsl.syntax import ast

@@ -11,7 +11,7 @@ from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.observation import Seen
-from mechdsl.resolve.resolved import Convention, Place, ResolvedRule, SiteTargets
+from mechdsl.resolve.resolved_rule import Convention, Place, ResolvedRule, SiteTargets
 from mechdsl.rules.observations.lenses import in_stream, unembeds
 from mechdsl.rules.observations.registry import SiteObservation, observation
 

@@ -10,7 +10,7 @@ from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.observation import Seen
-from mechdsl.resolve.resolved import Convention, ResolvedRule, SiteTargets
+from mechdsl.resolve.resolved_rule import Convention, ResolvedRule, SiteTargets
 from mechdsl.rules.observations.registry import SiteObservation, every_point, joined, observation
 from mechdsl.vocab.sites import SITES
 

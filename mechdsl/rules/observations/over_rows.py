@@ -11,7 +11,7 @@ from mechdsl.models.shape import ModelShape, units, width
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.over_rows import OverRows, RowVectors
-from mechdsl.resolve.resolved import Convention, ResolvedRule, SitePoint, SiteTargets
+from mechdsl.resolve.resolved_rule import Convention, ResolvedRule, SitePoint, SiteTargets
 from mechdsl.resolve.site_targets import resolve_site
 from mechdsl.rules.observations.registry import SiteObservation, observation
 from mechdsl.vocab.sites import SITES

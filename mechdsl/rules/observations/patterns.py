@@ -11,7 +11,7 @@ from mechdsl.program import spec
 from mechdsl.program.constants import constant
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.observation import Seen
-from mechdsl.resolve.resolved import Convention, ResolvedRule, SiteTargets
+from mechdsl.resolve.resolved_rule import Convention, ResolvedRule, SiteTargets
 from mechdsl.rules.observations.registry import SiteObservation, every_point, observation
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from mechdsl.prompts.positions import resolve_positions
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.over_rows import RowVectors, TrainedOn, Training
 from mechdsl.resolve.probe_targets import Probe, resolve_probe
-from mechdsl.resolve.resolved import ResolvedRule
+from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.rules.observations.over_rows import OverRowsKind, refuse
 from mechdsl.rules.observations.registry import observation
 

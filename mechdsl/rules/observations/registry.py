@@ -22,7 +22,7 @@ from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.kinds import RuleKind
 from mechdsl.resolve.observation import Observation
-from mechdsl.resolve.resolved import (
+from mechdsl.resolve.resolved_rule import (
     Convention,
     PositionTargets,
     ResolvedRule,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.over_rows import RowVectors
-from mechdsl.resolve.resolved import EdgeTargets, ResolvedRule
+from mechdsl.resolve.resolved_rule import EdgeTargets, ResolvedRule
 from mechdsl.resolve.targets import plain_targets, sweeps
 from mechdsl.rules.observations.over_rows import OverRowsKind, numbers_of, other_sites, refuse
 from mechdsl.rules.observations.registry import observation

@@ -9,7 +9,7 @@ from typing import ClassVar
 from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import ResolvedRule
+from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.rules.observations.lenses import unembeds
 from mechdsl.rules.observations.over_rows import refuse
 from mechdsl.rules.observations.registry import observation

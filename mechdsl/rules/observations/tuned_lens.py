@@ -16,7 +16,7 @@ from mechdsl.program.constants import constant
 from mechdsl.program.named_paths import TUNED_LENS, path_to_read
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.observation import Seen
-from mechdsl.resolve.resolved import Convention, ResolvedRule, SiteTargets
+from mechdsl.resolve.resolved_rule import Convention, ResolvedRule, SiteTargets
 from mechdsl.resolve.saved_tensors import SavedTensors, Unreadable, digest_of, saved_tensors
 from mechdsl.rules.observations.lenses import LogitLens
 from mechdsl.rules.observations.registry import every_point, observation

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved import Convention, ResolvedRule, SiteTargets
+from mechdsl.resolve.resolved_rule import Convention, ResolvedRule, SiteTargets
 from mechdsl.rules.observations.lenses import unembeds
 from mechdsl.rules.observations.registry import observation
 from mechdsl.rules.observations.weights import OfWeights, one_each

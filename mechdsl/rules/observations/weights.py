@@ -12,7 +12,8 @@ from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.over_rows import OverRows
-from mechdsl.resolve.resolved import Axis, Convention, PositionTargets, ResolvedRule, SiteTargets
+from mechdsl.resolve.resolved import Axis
+from mechdsl.resolve.resolved_rule import Convention, PositionTargets, ResolvedRule, SiteTargets
 from mechdsl.resolve.site_targets import resolve_site
 from mechdsl.rules.observations.over_rows import other_sites, refuse
 from mechdsl.rules.observations.registry import Kind, observation

@@ -315,6 +315,18 @@ HINTS: tuple[Hint, ...] = (
         "each has its own `token`: `{{first token, last token}}`",
         "TOKEN",
     ),
+    Hint(r"\beach\s+token\s*$", r"", "each of all tokens is `token *`", "BETWEEN"),
+    Hint(
+        r"^$",
+        r"run\s+(\w+)\s*\{",
+        "a changed text is a `corrupt {0} {{ … }}`; a `run` with rules stands in an experiment",
+    ),
+    Hint(
+        r"\b(?:mean_difference|mean|pca|probe)\([^()]*$",
+        r"(?:at|layers?|heads?|token)\b",
+        "rows stand between the parentheses, the place behind: "
+        "`mean_difference(A, B) at resid_post layer 2 at last token`",
+    ),
     Hint(r"^measure\b", r"", "say what is compared: `as recovery`, `as delta` or `as raw`", "AS"),
     Hint(
         r"^(?:patch|ablate|freeze|scale|clamp|path|set|swap)\b",

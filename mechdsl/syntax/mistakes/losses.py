@@ -21,8 +21,9 @@ def lost_with(mistake: Mistake) -> ast.Lost:
     written like a definition, for the word that says so may be the one that is wrong."""
     words = mistake.statement
     names: set[str] = set()
-    if mistake.kind == "experiment_lines":  # no name but that of a loop
-        names.update(after.text for word, after in pairwise(words) if word.text == "for")
+    if mistake.kind == "experiment_lines":  # names of loops, of runs, of what is observed
+        begin = ("for", "run", "as")
+        names.update(after.text for word, after in pairwise(words) if word.text in begin)
     elif words:
         known = first_words(mistake.kind)
         begins = words[0].text in known
