@@ -148,8 +148,10 @@ class PanelRunner(PreparedPanel):
         return Patcher(self.plan, plans, readouts, means_and_donors, self.runs, skip)
 
     def _sharer(self) -> Sharer:
-        cells = [self.whole_cells[plan.experiment.key] for plan in self.running]
-        return Sharer(self.running, share=self.plan.shares_rows, cells=cells)
+        keys = [plan.experiment.key for plan in self.running]
+        cells = [self.whole_cells[key] for key in keys]
+        kept = [self.measured[key].kept for key in keys]
+        return Sharer(self.running, share=self.plan.shares_rows, cells=cells, kept=kept)
 
     def _finish(
         self,

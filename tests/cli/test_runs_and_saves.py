@@ -12,6 +12,7 @@ import pytest
 import mechdsl
 from mechdsl.results.document import results_schema
 
+from ..markdown import fences
 from .conftest import Command
 
 PROMPTS = """mech 1
@@ -170,3 +171,29 @@ def test_results_in_a_folder_say_what_was_saved(path: Path, command: Command) ->
     assert command("run", path, "--out", out).status == 0
     (document,) = [json.loads(p.read_text(encoding="utf-8")) for p in out.rglob("results.json")]
     assert [each["experiment"] for each in document["files"][0]["saved"]] == ["hydra", "keep"]
+
+
+def test_the_page(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Command,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its files run, and what follows is a part of what they print; what is refused, is."""
+    monkeypatch.chdir(tmp_path)
+    page = Path(mechdsl.__file__).parents[1] / "docs" / "runs-and-saves.md"
+    printed = ""
+    for fence in fences(page.read_text(encoding="utf-8")):
+        if fence.language == "mech":
+            assert fence.file is not None
+            with Path(fence.file).open("a" if "add" in fence.words else "w") as file:
+                file.write(fence.content)
+            done = command("run", fence.file)
+            printed = done.out + done.err
+            assert done.status == (2 if "E0108" in printed else 0), printed
+        elif fence.language == "python":
+            exec(compile(fence.content, page.name, "exec"), {})
+            printed = capsys.readouterr().out
+        else:
+            assert fence.content.strip() in printed
+            printed = ""

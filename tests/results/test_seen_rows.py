@@ -132,7 +132,8 @@ CASES = {
     ),
     "a run on one with rules": (
         f"{HELD} run twice {{ from clean into held "
-        f"ablate mlp_out layer 3 at last token with zero }} from twice into blank  patch resid_post layer 3 at last token  {READ}",
+        "ablate mlp_out layer 3 at last token with zero } "
+        f"from twice into blank  patch resid_post layer 3 at last token  {READ}",
         lambda row: row[:2],
     ),
     "a run that reads below attention": (
