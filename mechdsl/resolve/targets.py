@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, TypeAlias
 
-from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e03_coordinates import BadLoopValue
-from mechdsl.diagnostics.e03_positions import AbsentOccurrence, JoinedUnequal
+from mechdsl.diagnostics.e03_positions import AbsentOccurrence, JoinedUnequal, OutsidePrompt
 from mechdsl.diagnostics.e03_rules import OverlappingPositions, UnpairedPositions
 from mechdsl.diagnostics.w07_names import OtherTokens
 from mechdsl.program import spec
@@ -23,7 +23,7 @@ from mechdsl.resolve.resolved import Axis
 from mechdsl.resolve.resolved_rule import Apart, Key, PositionTargets
 from mechdsl.resolve.unlike_tokens import other_tokens
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import walk
+from mechdsl.syntax.walk import numbers_named
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,53 @@ def plain_targets(
     return laid_out(find, [positions], work, axis)
 
 
+def later_targets(
+    positions: ast.Positions, low: int, high: int | None, work: Work
+) -> PositionTargets | None:
+    """Tokens of the base run (written), and those that lie `low` to `high` behind them (read).
+
+    Rows that have none there aren't part of the cell, and cells without rows are left out: all of
+    them, after E0310.
+    """
+    base = work.table.runs[work.experiment.base]
+
+    def later(row: int, tokens: Iterable[int]) -> tuple[int, ...]:
+        end = len(base.rows[row].ids)
+        last = end if high is None else high + 1
+        spans = (range(token + low, min(end, token + last)) for token in tokens)
+        return tuple(sorted({token for span in spans for token in span}))
+
+    def find(values: Values) -> Found | None:
+        cells = _cells(positions, base.name, values, work)
+        if cells is None:
+            return None
+        pairs: list[tuple[PositionCell, PositionCell]] = []
+        for cell in cells:
+            hits = tuple(
+                tuple(own for tokens in hit if (own := later(row, tokens)))
+                for row, hit in enumerate(cell.hits)
+            )
+            pairs.append(_common(cell, replace(cell, hits=hits)))
+        there = [pair for pair in pairs if any(pair[0].hits)]
+        if not there:
+            problem = OutsidePrompt(
+                span=positions.span,
+                position=f"a token {low} or more behind {positions.span.written}",
+                run=base.name,
+                lacking=len(work.table),
+                total=len(work.table),
+                example=f'"{base.rows[0].text}"',
+                hint="name an earlier position, or a smaller distance",
+            )
+            work.diagnostics.append(problem)
+            return None
+        kept = {pair[0].label for pair in there}
+        left_out = tuple(cell.label for cell in cells if cell.label not in kept)
+        return Found([pair[0] for pair in there], [pair[1] for pair in there], left_out)
+
+    return laid_out(find, [positions], work)
+
+
 def sweeps(positions: ast.Positions, work: Work) -> bool:
     """Whether there is more than one cell; what is wrong with them is said elsewhere."""
     before = len(work.diagnostics)
@@ -88,6 +135,26 @@ def sweeps(positions: ast.Positions, work: Work) -> bool:
     cells = _cells(positions, work.experiment.base, values, work)
     del work.diagnostics[before:]
     return cells is not None and len(cells) > 1
+
+
+def cells_elsewhere(
+    positions: ast.Positions, table: PromptTable, run: str, work: Work
+) -> tuple[list[PositionCell], list[Diagnostic]]:
+    """The cells of a rule's positions in rows of another block, for every value of its loops."""
+    cells: list[PositionCell] = []
+    problems: list[Diagnostic] = []
+    for _, values in _loop_values(_loops_of([positions], work), work):
+        own, said = resolve_positions(
+            positions,
+            table,
+            run,
+            tokenizer=work.model.tokenizer,
+            loop_values=values,
+            loops=tuple(work.loops),
+        )
+        cells += own
+        problems += (each for each in said if each not in problems)
+    return cells, problems
 
 
 def laid_out(
@@ -136,12 +203,7 @@ def laid_out(
 
 def _loops_of(nodes: list[ast.Positions], work: Work) -> list[str]:
     """The loops whose variables stand in positions."""
-    named: set[object] = set()
-    for part in (part for node in nodes for part in walk(node)):
-        if isinstance(part, ast.TokenIndex):
-            named.add(part.low)
-        elif isinstance(part, ast.Ranked):
-            named.add(part.amount)
+    named = {name for node in nodes for name in numbers_named(node)}
     return [name for name in work.loops if name in named]
 
 
@@ -171,6 +233,7 @@ def _cells(
         run,
         tokenizer=work.model.tokenizer,
         loop_values=values,
+        loops=tuple(work.loops),
         with_runs=() if other in (None, run) else (other,),
         ranked=work.ranked,
         answers=work.answers if table is None else AnswerTokens(reason=_ELSEWHERE),
@@ -332,7 +395,7 @@ def _checked(
         work.diagnostics.append(
             AbsentOccurrence(
                 span=positions.span,
-                position=positions.span.written,
+                position=labels[0] if len(labels) == 1 else positions.span.written,
                 run=run,
                 lacking=len(work.table),
                 total=len(work.table),

@@ -68,6 +68,7 @@ ONE = (
     "last-item token + 1",
     "first token of answer",
 )
+EARLY = ("first token", "subject token", "first-item token", "token 1")
 JOINED = (
     "subject tokens",
     "tokens *",
@@ -182,6 +183,7 @@ def rules(draw: Any, *, swept: bool) -> str:
             f"norm resid_post {where}",
             f"entropy pattern {where}",
             f"distance(2) pattern {where}",
+            f"received(1..3) pattern {where.split(' at ')[0]} at {draw(st.sampled_from(EARLY))}",
             "direct_logit layers 0..1 head 1 toward answer at last token",
         ]
         return f"observe {draw(st.sampled_from([draw(edges(swept=swept)), *others]))}"
@@ -252,6 +254,38 @@ def paths(draw: Any) -> str:
     return f"path {sender} -> {receiver} at {draw(positions())}{through}"
 
 
+LOOPED = (
+    "item i token",
+    "item i + 1 of xs tokens",
+    "token -i",
+    "last token - i",
+    "subject token + i",
+    "{item i token, last token}",
+    "tokens except item i tokens",
+    "tokens between item i token and last token",
+)
+
+
+@st.composite
+def loops(draw: Any) -> str:
+    """A rule within a `for`, whose variable is its amount or counts its positions."""
+    at = draw(st.sampled_from(LOOPED))
+    site = draw(sites(swept=False))
+    inside = draw(
+        st.sampled_from(
+            [
+                f"reweight {draw(edges(swept=False))} by i",
+                f"ablate {site} at {at} with {draw(st.sampled_from(['zero', 'resample']))}",
+                f"patch {site} at {at}",
+                "block attention layers * from token i + 3 to token i",
+                f"block attention layer * from {draw(st.sampled_from(ONE))} to {at}",
+                "observe attention layer 1 head * from item i + 1 token to item i token",
+            ]
+        )
+    )
+    return f"for i in {draw(st.sampled_from(['1..3', '[0, 2]']))} {{ {inside} }}"
+
+
 @st.composite
 def experiments(draw: Any) -> str:
     """An experiment with one to three rules; only the first sweeps, as sweeps would collide."""
@@ -277,9 +311,7 @@ def experiments(draw: Any) -> str:
                 f"freeze attn_out layer l + 1 at {draw(positions(swept=False))} }}",
             ]
         case 4:
-            lines = [
-                f"for w in [0, 0.5, 3] {{ reweight {draw(edges(swept=False))} by w }}",
-            ]
+            lines = [draw(loops())]
         case _:
             count = draw(st.integers(1, 3))
             lines = [draw(rules(swept=number == 0)) for number in range(count)]
@@ -331,6 +363,7 @@ def together(draw: Any) -> str:
             [
                 f"observe similarity z layer * head 1 of turned at {tokens} with {at} as seen",
                 f"observe similarity resid_post layer * of turned at {tokens} as seen",
+                f"observe logit_lens resid_post layer * of turned at {at} top 3 as seen",
                 f"observe effective_rank resid_post layer * of turned at {tokens} as seen",
                 f"observe rank attn_out layers 0..1 of turned at {at} as seen",
                 f"observe probe(a, folds: 2) at resid_post layer * of turned at {at} as seen",
