@@ -82,6 +82,7 @@ class _Saving:
         if path is None:
             raise OSError(problems[0].message)
         rows_path, layout = path.with_suffix(".jsonl"), self.layout
+        path.parent.mkdir(parents=True, exist_ok=True)
         with beside(rows_path) as rows, beside(path) as aside:
             write_lines(rows, self._rows())
             with tensor_file(aside, self._places(), self._metadata()) as file:

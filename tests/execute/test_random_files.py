@@ -483,9 +483,8 @@ def same_files(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]],
             if key == "rows" or values.dtype.kind == "i":
                 assert np.array_equal(values, other[name][key]), text
             else:
-                rounding = {"atol": 5e-2, "rtol": 5e-3} if values.itemsize == 2 else {}
-                limits = {"atol": 2e-4, "rtol": 1e-3, **rounding}
-                np.testing.assert_allclose(values, other[name][key], err_msg=text, **limits)
+                atol, rtol = (5e-2, 5e-3) if values.itemsize == 2 else (2e-4, 1e-3)
+                np.testing.assert_allclose(values, other[name][key], rtol, atol, err_msg=text)
 
 
 OWN = """
