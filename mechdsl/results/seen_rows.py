@@ -39,6 +39,7 @@ class SeenRows:
         self.experiment = plan.experiment
         self.kept: list[int] = kept.tolist()
         self.causal = causal
+        self.ahead = plan.experiment.looks_ahead
         self._prefixes: dict[int, list[list[int]]] = {}
         self._keys = [
             None if rule.rule.edge is None else list(rule.rule.edge.keys.written.values())
@@ -105,7 +106,7 @@ class SeenRows:
                 start = list(rule.rule.inputs.values())[cell[3 * n]]
         looked = self._looked_at(cell, measure, row)
         last = self._last(start, measure, row, looked)
-        ahead = any(rule.rule.does.looks_ahead for rule in self.plan.rules)
+        ahead = any(rule.rule.does.looks_ahead for rule in self.plan.rules) or self.ahead
         parts.append(self._prefix(start, row, last, ahead=ahead))
         visible = last if self.causal(base.model) and not ahead else None
         for n, rule in enumerate(self.plan.rules):
@@ -205,12 +206,19 @@ class SeenRows:
         if key not in self._prefixes:
             self._prefixes[key] = _prefix_numbers([each.ids for each in run.rows])
         numbers = self._prefixes[key][row]
-        causal = self.causal(run.model) and not ahead
+        causal = self.causal(run.model) and not (ahead or (self.ahead and run.derived))
         end = min(last, len(numbers) - 1) if causal else len(numbers) - 1
         noised = () if run.noise is None else run.noise.positions[row]
         noise = tuple(token for token in noised if token <= end)
         made = tuple(self._made(run, row, end if causal else None))
         return (run.name, last, numbers[end] if end >= 0 else -1, noise, made)
+
+    def _looks_ahead(self, run: Run) -> bool:
+        """Whether a rule of a run lets tokens see later ones."""
+        if run.derived is None:
+            return False
+        own = any(rule.does.looks_ahead for rule in self.experiment.derived[run.name].rules)
+        return own or self._looks_ahead(self._run(run.derived.base))
 
     def _made(self, run: Run, row: int, visible: int | None) -> Iterator[Hashable]:
         """What the rules of a run write into a row, as far as it can be seen; none of one without.

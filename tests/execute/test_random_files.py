@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
 
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.pipeline.run_options import RunOptions
@@ -24,6 +22,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.validate.check_file import Settings
 
 from . import support
+from .saved_files import same_files, taken_away
 
 MORE = """
 prompts elsewhere {
@@ -461,30 +460,6 @@ def same(one: ExperimentResult, other: ExperimentResult, text: str) -> None:
             for name in ("low", "mean", "high"):
                 a, b = getattr(expected, name), getattr(found, name)
                 np.testing.assert_allclose(a, b, atol=support.ABSOLUTE, rtol=support.RELATIVE)
-
-
-def taken_away(folder: Path) -> dict[str, dict[str, Any]]:
-    """What was saved, which is gone then: file → its tensors, and the lines beside it."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        rows = path.with_suffix(".jsonl")
-        found[path.name] = {**load_file(path), "rows": rows.read_text(encoding="utf-8")}
-        path.unlink()
-        rows.unlink()
-    return found
-
-
-def same_files(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]], text: str) -> None:
-    """The same vectors of the same rows, up to rounding."""
-    assert one.keys() == other.keys(), text
-    for name, tensors in one.items():
-        assert tensors.keys() == other[name].keys(), text
-        for key, values in tensors.items():
-            if key == "rows" or values.dtype.kind == "i":
-                assert np.array_equal(values, other[name][key]), text
-            else:
-                atol, rtol = (5e-2, 5e-3) if values.itemsize == 2 else (2e-4, 1e-3)
-                np.testing.assert_allclose(values, other[name][key], rtol, atol, err_msg=text)
 
 
 OWN = """

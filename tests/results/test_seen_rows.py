@@ -146,6 +146,12 @@ CASES = {
         'measure logit(" 3") at token -2 as raw',
         lambda row: 0,
     ),
+    "a run in which tokens see later ones": (
+        "run held { allow attention layers * from first-item token to last-item token } "
+        'from held into clean  patch resid_post layer 3 at first-item token  measure logit(" 3") '
+        "at first-item token as raw",
+        lambda row: row,
+    ),
     "edges of a run": (
         "run held { block attention layer 1 from last token to last-item token } "
         f"from held into blank  patch resid_post layer 3 at last token  {READ}",
