@@ -863,6 +863,15 @@ _rule(
     "measure logit(answer) as raw",
 )
 _rule(
+    "measure OBSERVATION as delta",
+    "patch layer 1 head 2 at last token "
+    "observe entropy pattern layer 2 head * at last token as spread measure spread as delta",
+    "What the rules change of what is observed: the base run is observed at the same places "
+    "without them. Other effects than `raw` and `delta` aren't known of observations.",
+    OWN,
+    _OBSERVED,
+)
+_rule(
     "observe … of RUN",
     "observe norm resid_post layer * of fewer at last token as lengths",
     "Of another run than the one that rules act on, whose texts positions are found in.",
