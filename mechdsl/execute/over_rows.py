@@ -230,8 +230,7 @@ class _Gatherer:
             columns = np.flatnonzero(there)
             if not len(columns) or not own:
                 continue
-            base = self.runs.named(self.plan.experiment.spec.base)
-            keys = self._keys(spots, self.kept[columns], base, self.runs.table)
+            keys = self._keys(spots, self.kept[columns], runs, self.runs.table)
             for some in self._fitting(own, len(columns) * len(spots)):
                 wanted = list(dict.fromkeys(each for cell in some for each in self._needs(cell)))
                 found = [
@@ -256,7 +255,7 @@ class _Gatherer:
             return reader(model, table, run, points, seed=self.runs.seed, side=self.runs.side)
 
         found = self._read(wanted, spot, run, rows, lanes_of)
-        keys = self._keys([spot], rows, run, table)
+        keys = self._keys([spot], rows, [run], table)
         return {each: Training(of.astype(np.float64), rows, keys) for each, of in found.items()}
 
     def _seen(
@@ -360,19 +359,30 @@ class _Gatherer:
         }
 
     def _keys(
-        self, spots: Sequence[PositionCell], prompts: Ints, run: Run, table: PromptTable
+        self,
+        spots: Sequence[PositionCell],
+        prompts: Ints,
+        runs: Sequence[Run],
+        table: PromptTable,
     ) -> list[bytes]:
-        """[row] a digest of all that its vectors at some positions hang on: of models whose tokens
-        see no later ones, the tokens up to the last of them."""
-        causal, found = self.runs.model_of(run).shape.causal, list[bytes]()
-        for row in prompts.tolist():
-            ids, hits = run.rows[row].ids, [spot.hits[row] for spot in spots]
+        """[row] a digest of all that its vectors at some positions hang on, each of its own run: of
+        models whose tokens see no later ones, the tokens up to the last position."""
+
+        def seen(run: Run, row: int) -> list[object]:
+            pairs = zip(spots, runs, strict=True)
+            ids, hits = run.rows[row].ids, [spot.hits[row] for spot, own in pairs if own is run]
             last = max(token for own in hits for tokens in own for token in tokens)
+            causal = self.runs.model_of(run).shape.causal
             # Of noise, and of rules (`run NAME { … }`), a row's whole content matters.
             alone = run.noise is None and run.derived is None
             drawn = None if alone else table.row_keys[row]
-            found.append(digest(ids[: last + 1] if causal else ids, hits, drawn))
-        return found
+            return [ids[: last + 1] if causal else ids, hits, drawn]
+
+        distinct = list({id(run): run for run in runs}.values())
+        return [
+            digest(*(part for run in distinct for part in seen(run, row)))
+            for row in prompts.tolist()
+        ]
 
 
 def _pairs(one: Hits, other: Hits | None = None) -> tuple[int, int]:

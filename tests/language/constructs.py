@@ -1004,7 +1004,8 @@ _rule(
     "observe cka",
     "observe cka resid_post layer * with attn_out layer * at last token as alike",
     "Linear CKA of two sites over all distinct rows, by the estimator without bias for few rows; "
-    "the second site's axes are `to_layer`, `to_head`. Its interval is that of the jackknife.",
+    "the second site's axes are `to_layer`, `to_head`; `with fewer` is of the same site in two "
+    "runs. Its interval is that of the jackknife.",
     "Kornblith et al. 2019, arXiv 1905.00414; Song et al. 2012",
     _TOGETHER,
     "measure logit(answer) as raw",
