@@ -46,7 +46,7 @@ from mechdsl.program.observations import (
 )
 from mechdsl.program.sort_statements import Statements, use_names
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import walk
+from mechdsl.syntax.walk import numbers_named
 
 if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
@@ -175,14 +175,9 @@ def _part(
 
 def _loops_in(measures: Sequence[spec.Measure]) -> set[str]:
     """Names in sites and positions of measures, which may be those of loops."""
-    every = (node for each in measures for node in (*walk(each.metric), *walk(each.at)))
-    found: set[str] = set()
-    for node in every:
-        if isinstance(node, ast.Bound) and node.name is not None:
-            found.add(node.name)
-        elif isinstance(node, ast.TokenIndex) and isinstance(node.low, str):
-            found.add(node.low)
-    return found
+    return {
+        name for each in measures for part in (each.metric, each.at) for name in numbers_named(part)
+    }
 
 
 def _without_sides(combined: Sequence[Variant]) -> list[Variant]:

@@ -16,7 +16,7 @@ from mechdsl.resolve.measured_places import MEASURED
 from mechdsl.resolve.measures import resolve_everywhere
 from mechdsl.resolve.resolved import Axis, Labels, MeasuredPart, ResolvedExperiment, ResolvedMeasure
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import walk
+from mechdsl.syntax.walk import numbers_named
 
 
 def measured_parts(
@@ -95,14 +95,8 @@ def _no_second_sweep(found: list[list[tuple[Labels, ResolvedMeasure]]], work: Wo
 
 def loops_measured(work: Work) -> set[str]:
     """The loops whose variables measures name, in their sites and positions."""
-    found: set[str] = set()
-    for measure in work.experiment.measures:
-        for node in (*walk(measure.metric), *walk(measure.at)):
-            if isinstance(node, ast.Bound) and node.name is not None:
-                found.add(node.name)
-            elif isinstance(node, ast.TokenIndex) and isinstance(node.low, str):
-                found.add(node.low)
-    return found.intersection(work.loops)
+    parts = (part for each in work.experiment.measures for part in (each.metric, each.at))
+    return {name for part in parts for name in numbers_named(part)}.intersection(work.loops)
 
 
 def perhaps_measured(work: Work, measures: tuple[ResolvedMeasure | None, ...]) -> frozenset[str]:

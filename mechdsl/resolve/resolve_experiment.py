@@ -46,7 +46,7 @@ from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.resolve.saves import resolve_saves
 from mechdsl.resolve.without_rules import without_rules
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import walk
+from mechdsl.syntax.walk import numbers_named, walk
 
 
 def resolve_experiment(
@@ -284,13 +284,7 @@ def _loops_used(work: Work) -> None:
         if isinstance(part, ast.Name)
     }
     for rule in work.experiment.rules:
-        for part in walk(_nodes(rule)):
-            if isinstance(part, ast.Bound) and part.name is not None:
-                used.add(part.name)
-            elif isinstance(part, ast.TokenIndex) and isinstance(part.low, str):
-                used.add(part.low)
-            elif isinstance(part, ast.Ranked) and isinstance(part.amount, str):
-                used.add(part.amount)
+        used.update(numbers_named(_nodes(rule)))
     used.update(loops_measured(work))
     if has_errors(work.diagnostics):
         return  # which may be why

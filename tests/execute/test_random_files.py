@@ -252,6 +252,38 @@ def paths(draw: Any) -> str:
     return f"path {sender} -> {receiver} at {draw(positions())}{through}"
 
 
+LOOPED = (
+    "item i token",
+    "item i + 1 of xs tokens",
+    "token -i",
+    "last token - i",
+    "subject token + i",
+    "{item i token, last token}",
+    "tokens except item i tokens",
+    "tokens between item i token and last token",
+)
+
+
+@st.composite
+def loops(draw: Any) -> str:
+    """A rule within a `for`, whose variable is its amount or counts its positions."""
+    at = draw(st.sampled_from(LOOPED))
+    site = draw(sites(swept=False))
+    inside = draw(
+        st.sampled_from(
+            [
+                f"reweight {draw(edges(swept=False))} by i",
+                f"ablate {site} at {at} with {draw(st.sampled_from(['zero', 'resample']))}",
+                f"patch {site} at {at}",
+                "block attention layers * from token i + 3 to token i",
+                f"block attention layer * from {draw(st.sampled_from(ONE))} to {at}",
+                "observe attention layer 1 head * from item i + 1 token to item i token",
+            ]
+        )
+    )
+    return f"for i in {draw(st.sampled_from(['1..3', '[0, 2]']))} {{ {inside} }}"
+
+
 @st.composite
 def experiments(draw: Any) -> str:
     """An experiment with one to three rules; only the first sweeps, as sweeps would collide."""
@@ -277,9 +309,7 @@ def experiments(draw: Any) -> str:
                 f"freeze attn_out layer l + 1 at {draw(positions(swept=False))} }}",
             ]
         case 4:
-            lines = [
-                f"for w in [0, 0.5, 3] {{ reweight {draw(edges(swept=False))} by w }}",
-            ]
+            lines = [draw(loops())]
         case _:
             count = draw(st.integers(1, 3))
             lines = [draw(rules(swept=number == 0)) for number in range(count)]
