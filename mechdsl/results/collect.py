@@ -35,6 +35,11 @@ from mechdsl.statistics.bootstrap import FEWEST_UNITS
 from mechdsl.statistics.measure_data import DrawnValues, MeasureData, Missing, Spread
 from mechdsl.vocab.metrics import Form
 
+WEIGHTS_ALONE = (
+    f"none: of weights alone; the text `{spec.NO_TEXT}` stands in, which nothing hangs on"
+)
+UNLISTED = "not listed: rows that can't be used are among those that they were made of"
+
 
 def collect(
     plan: ExperimentPlan,
@@ -73,6 +78,8 @@ def collect(
         called=_called(experiment),
         conventions={
             **conventions(plan, measured, model),
+            **({} if table.name != spec.NO_PROMPTS else {"rows": WEIGHTS_ALONE}),
+            **({} if measured.listed or not plan.lists else {"top tokens": UNLISTED}),
             **{f"model {other.name}": model_words(other) for other in read},
             **_accuracy_words(experiment, accuracies["accuracy_units"]),
             **fallbacks(model, profile),

@@ -1025,7 +1025,8 @@ _rule(
     "observe copying layer * head * as copies",
     "Of a head's weights alone: Σ λ / Σ |λ| over the eigenvalues of embedding → OV → unembedding, "
     "or of embedding → QK ← embedding (`matching`), from −1 to 1. Gains of norms are folded in; "
-    "their scales, biases and rotary are not.",
+    "their scales, biases and rotary are not. An experiment that looks at weights alone needs no "
+    "`prompts` line.",
     "Elhage et al. 2021, transformer-circuits.pub/2021/framework",
     _WEIGHTS,
     "measure logit(answer) as raw",
