@@ -16,6 +16,7 @@ from mechdsl.base.arrays import Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e05_paths import CannotWrite
 from mechdsl.execute.derived_runs import DerivedRuns
+from mechdsl.execute.directions import DirectionFits
 from mechdsl.execute.options import Options
 from mechdsl.execute.read_vectors import numbers, prompt_batches, read_vectors
 from mechdsl.execute.saved import Saved
@@ -56,8 +57,10 @@ def save_vectors(
     for save in experiment.saves:
         run = runs.named(save.run)
         batches = prompt_batches(runs.model_of(run), run, save.points, tokens=size)
-        derived = DerivedRuns.of(panel.derived, runs, batches)
-        runs.rules_of = derived.rules
+        fits = DirectionFits(model, others, runs.seed, options.side)
+        found = DerivedRuns.define(panel.derived, runs, batches, fits)[1]
+        if found:
+            return saved, [*problems, *found]
         try:
             saved.append(_Saving(experiment, save, run, runs).written(batches))
         except OSError as error:

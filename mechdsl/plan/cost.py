@@ -172,7 +172,8 @@ class PanelCount:
     @cached_property
     def fitted(self) -> list[tuple[Run, int]]:
         """The runs that directions are fitted on, and how many blocks of them are run."""
-        members = {m.name: m for p in self.plans for rule in p.rules for m in rule.directions}
+        plans = (*self.panel.derived.values(), *self.plans)
+        members = {m.name: m for p in plans for rule in p.rules for m in rule.directions}
         found: dict[tuple[int, str | None], tuple[Run, int]] = {}
         for fit in (fit for member in members.values() for fit in fits_of(member.vector)):
             layers = self.shape.n_layers
@@ -309,8 +310,8 @@ def _shapes(plan: ExperimentPlan, rows: Rows) -> list[_Shapes]:
     path = next((rule for rule in plan.rules if rule.paths is not None), None)
     if path is not None and path.paths is not None and not path.paths.at_the_end:
         at = path.written_runs(rows)
-        sender = path.site_of_cell[rows.cell]
-        code = combined([[sender, at, rows.prompt]], [len(rows)])
+        sender = plan.senders[rows.cell]
+        code = combined([[sender, at, rows.alternative, rows.prompt]], [len(rows)])
         _, first = np.unique(code, return_index=True)
         found.append(_Shapes(plan, rows.take(first), recording=True))
     return found
@@ -422,5 +423,5 @@ class _Shapes:
         held = None
         if path is not None and (path.at_the_end or self.recording):
             every = np.ones(len(rows), dtype=np.bool_)
-            held = Held(every, every & (not path.through_mlps))
+            held = Held(every, every & (not path.through_mlps), every & path.frozen_norms)
         return RowMasks(real, writes, {**reads, **received}, final, held)

@@ -66,7 +66,7 @@ def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ast.Ran
     for part in (*experiment.every_rule, *experiment.measures):
         for name in type(part).model_fields:
             yield from _in_tree(getattr(part, name), parts.groups)
-    for rule in experiment.rules:
+    for rule in experiment.every_rule:
         if rule.direction is not None:
             behind = made_of([rule.direction], parts.directions)
             yield from (node for each in behind for node in _in_tree(each.value))

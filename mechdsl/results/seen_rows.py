@@ -38,6 +38,7 @@ class SeenRows:
         self.experiment = plan.experiment
         self.kept: list[int] = kept.tolist()
         self.causal = causal
+        self.ahead = plan.experiment.looks_ahead
         self._prefixes: dict[int, list[list[int]]] = {}
         self._keys = [
             None if rule.rule.edge is None else list(rule.rule.edge.keys.written.values())
@@ -106,7 +107,7 @@ class SeenRows:
                 start = list(rule.rule.inputs.values())[cell[3 * n]]
         looked = self._looked_at(cell, measure, row)
         last = self._last(start, measure, row, looked)
-        ahead = any(rule.rule.does.looks_ahead for rule in self.plan.rules)
+        ahead = any(rule.rule.does.looks_ahead for rule in self.plan.rules) or self.ahead
         parts.append(self._prefix(start, row, last, ahead=ahead))
         visible = last if self.causal(base.model) and not ahead else None
         for n, rule in enumerate(self.plan.rules):
@@ -205,11 +206,18 @@ class SeenRows:
         if key not in self._prefixes:
             self._prefixes[key] = _prefix_numbers([each.ids for each in run.rows])
         numbers = self._prefixes[key][row]
-        causal = self.causal(run.model) and not ahead
+        causal = self.causal(run.model) and not (ahead or (self.ahead and run.derived))
         end = min(last, len(numbers) - 1) if causal else len(numbers) - 1
         noised = () if run.noise is None else run.noise.positions[row]
         noise = tuple(token for token in noised if token <= end)
-        return (run.name, last, numbers[end] if end >= 0 else -1, noise)
+        own = (run.name, last, numbers[end] if end >= 0 else -1, noise)
+        if run.derived is None:
+            return own
+        base = self._run(run.derived.base)
+        others = [self._run(name) for name in run.derived.reads if name != base.name]
+        others += [] if base.derived is None else [base]
+        # What its rules read, wherever they do.
+        return (*own, *(self._prefix(each, row, len(each.rows[row].ids)) for each in others))
 
 
 def shared_rows(seen: Ints | None) -> Ints | None:

@@ -828,11 +828,42 @@ _rule(
     "path",
     "path layer 0..1 head * -> q layer 2 head * at last token",
     "The sender gets the source run's value, every other head and every MLP is held at the base "
-    "run's; what the receiver reads then is written into the base run. Receivers are `attn_norm`, "
-    "`q`, `k`, `v`, `mlp_norm`, `final_norm` and `logits`; their axes are `to_layer` and "
-    "`to_head`. Pairs in the wrong order are left out.",
+    "run's; what the receiver reads then is written into the base run. Receivers are `resid_pre`, "
+    "`attn_norm`, `q`, `k`, `v`, `mlp_norm`, `mlp_hidden`, `final_norm` and `logits`; their axes "
+    "are `to_layer`, `to_head` and `to_neuron`. Pairs in the wrong order are left out. `logits` "
+    "stands beside no other receiver. A neuron that receives gets the activation that its MLP "
+    "gives it there.",
     PATHS,
     _PATHS,
+)
+_rule(
+    "path beside rules",
+    "ablate L1H2 at last token with zero  path layer 0 head * -> q layer 2 head * at last token",
+    "The other rules make the model in which the path is patched: they act in the pass that gives "
+    "what is held, in that in which the senders are patched, and in the last one. The source run "
+    "that the senders' values are of is without them. A run with rules as the base "
+    "(`from clean into ablated`) gives the same values, and effects against it. One path stands in "
+    "an experiment.",
+    PATHS,
+    "tests/rules/test_paths_beside.py",
+)
+_rule(
+    "path … with frozen norms",
+    "path layer * head * -> logits at last token with frozen norms",
+    "In the pass in which the senders are patched, every norm divides by what it divides by on the "
+    "base run; so direct effects are linear, and those of senders that add up to the stream add up "
+    "(before a cap on logits). Behind `through mlps`, where both stand.",
+    "Elhage et al. 2021 (transformer-circuits.pub/2021/framework)",
+    "tests/rules/test_paths_beside.py",
+)
+_rule(
+    "path to neurons",
+    "path layer 0 head * -> mlp_hidden layer 2 neurons 3, 7 at last token",
+    "What the senders add to what these neurons read, and only these: their activations in the "
+    "pass in which all else is held are written into the base run. Neurons send too: "
+    "`path L0N3 -> L2N7`.",
+    PATHS,
+    "tests/rules/test_paths_beside.py",
 )
 _rule(
     "path … through mlps",
