@@ -735,6 +735,25 @@ def test_effects_of_observations_without_the_planner(data: Path) -> None:
     hold_changes(data, "gpt2", "plain")
 
 
+def test_each_cell_is_set_against_its_own(data: Path) -> None:
+    """Of the axes of the rule and of what is observed, the base run has the latter's alone."""
+    patch = ("from longer into clean", "patch resid_post layer 0..1 at cue token")
+    look = "observe entropy pattern layer 2 head * at last token, cue token, item 1 token as"
+    text = experiment("e", *patch, f"{look} spread", measure="measure spread as delta")
+    text += experiment("b", f"{look} alone", measure="")
+    seen = run_file(text, data, "llama", "planned")
+    (alone,), (changed,) = seen["b"].measures, seen["e"].measures
+    base = {
+        (cell.coords["head"], cell.coords["position"]): alone.patched[n]
+        for n, cell in enumerate(seen["b"].cells)
+    }
+    assert (len(base), changed.base.shape[0]) == (12, 24)
+    for n, cell in enumerate(seen["e"].cells):
+        wanted = base[cell.coords["head"], cell.coords["position"]]
+        np.testing.assert_allclose(changed.base[n], wanted, atol=1e-5)
+    assert len({tuple(row.round(4)) for row in alone.patched}) == 12
+
+
 # --- two of them beside each other ----------------------------------------------------------------
 
 
