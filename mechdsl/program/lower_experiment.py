@@ -38,6 +38,7 @@ from mechdsl.program.lower_prompts import CLEAN
 from mechdsl.program.lower_rules import lower_rules
 from mechdsl.program.lower_saves import lower_saves, one_file
 from mechdsl.program.namespace import Namespace
+from mechdsl.program.numbers_in_measures import names_counted
 from mechdsl.program.observations import (
     Part,
     Statement,
@@ -47,8 +48,11 @@ from mechdsl.program.observations import (
 )
 from mechdsl.program.sort_statements import Statements, use_names
 from mechdsl.syntax import ast
+<<<<<<< HEAD
 from mechdsl.syntax.verbs import WEIGHTS
 from mechdsl.syntax.walk import numbers_named
+=======
+>>>>>>> main
 
 if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
@@ -154,7 +158,8 @@ def _part(
     if several:
         changed["within"] = experiment.name
         changed["name"] = f"{experiment.name}.{part.name}" if part.own else experiment.name
-        named = {name for rule in rules for name in rule.loops} | _loops_in(part.measures)
+        named = {name for rule in rules for name in rule.loops}
+        named = named.union(*map(names_counted, part.measures))
         changed["loops"] = tuple(loop for loop in experiment.loops if loop.name in named)
     if not saves:
         changed["saves"] = ()
@@ -173,13 +178,6 @@ def _part(
             "expects": tuple(part.expects),
         }
     )
-
-
-def _loops_in(measures: Sequence[spec.Measure]) -> set[str]:
-    """Names in sites and positions of measures, which may be those of loops."""
-    return {
-        name for each in measures for part in (each.metric, each.at) for name in numbers_named(part)
-    }
 
 
 def _without_sides(combined: Sequence[Variant]) -> list[Variant]:
