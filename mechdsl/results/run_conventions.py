@@ -90,8 +90,9 @@ def _of_runs(experiment: ResolvedExperiment, model: LoadedModel) -> Said:
             yield key, f"{experiment.table.conventions[key]}, {value}"
     for name, own in experiment.derived.items():
         rules = "; ".join(" ".join(rule.spec.span.written.split()) for rule in own.rules)
+        read = "" if own.spec.source is None else f", from {own.spec.source}"
         place = "stays in place under the experiment's rules"
-        yield f"run {name}", f"{own.spec.base} with {rules}; what it writes {place}"
+        yield f"run {name}", f"{own.spec.base} with {rules}{read}; what it writes {place}"
 
 
 def _of_cells(plan: ExperimentPlan, measured: MeasuredValues) -> Said:

@@ -1308,7 +1308,9 @@ _experiment(
     "The bounds of numerals are worked out in each row (greater-than: `prob(label + 1..99, "
     "digits: 2)`), and so are lists: `prob([count, count + 2])`, `expected(around)` where `around` "
     "is a value that is a list. Numerals are spelt as in `answer`, with as many `digits` as are "
-    "asked for; a row without any is an error.",
+    "asked for; a row without any is an error. The variable of a `for` may be part of them "
+    '(`prob(label + i..99)`) and of texts (`logit(" {i}")`); a value of the rows that is called '
+    "like it goes first.",
     "tests/execute/test_metrics.py",
     "Hanna et al. 2023, arXiv 2305.00586",
 )
