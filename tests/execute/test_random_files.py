@@ -240,7 +240,10 @@ def paths(draw: Any) -> str:
         sender += " neurons 0..7"
     to = draw(
         st.sampled_from(
-            ["q", "k", "v", "mlp_norm", "attn_norm", "resid_pre", "logits", "final_norm"]
+            [
+                *("q", "k", "v", "mlp_norm", "mlp_hidden", "attn_norm", "resid_pre"),
+                *("logits", "final_norm"),
+            ]
         )
     )
     receiver = to
@@ -249,7 +252,10 @@ def paths(draw: Any) -> str:
     if to in ("q", "k", "v"):
         receiver += f" {draw(axis('head', 2, swept=True))}"
         receiver = draw(st.sampled_from([receiver, f"{to} few"]))
+    if to == "mlp_hidden":
+        receiver += " neurons 3..9"
     through = draw(st.sampled_from(["", " through mlps"]))
+    through += draw(st.sampled_from(["", "", " with frozen norms"]))
     return f"path {sender} -> {receiver} at {draw(positions())}{through}"
 
 
@@ -301,6 +307,8 @@ def experiments(draw: Any) -> str:
     match draw(st.integers(0, 9)):
         case 0 | 1:
             lines = [draw(paths())]
+            others = draw(st.lists(rules(swept=False), max_size=2))
+            lines = draw(st.permutations([*lines, *others]))
         case 2:
             at = draw(positions(swept=False))
             lines = [f"for c in [attn_out, mlp_out, z] {{ patch c layer * at {at} }}"]
