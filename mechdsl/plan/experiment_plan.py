@@ -277,6 +277,8 @@ def _there(
     drawn = _drawn(experiment, by_name, count)
     fixed = {} if experiment.place is None else experiment.place.fixed
     for name, index in fixed.items():
+        if name not in by_name:  # without rules there is one cell for each of its values
+            continue
         own = by_name[name] == index
         drawn = own if drawn is None else drawn & own
     return drawn

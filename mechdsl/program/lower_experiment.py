@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base.registry import nearest
+from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.e02_names import BadArgument, MissingLine, UnknownName
 from mechdsl.diagnostics.e06_experiment import NoMeasure
 from mechdsl.program import spec
@@ -37,6 +38,7 @@ from mechdsl.program.lower_prompts import CLEAN
 from mechdsl.program.lower_rules import lower_rules
 from mechdsl.program.lower_saves import lower_saves, one_file
 from mechdsl.program.namespace import Namespace
+from mechdsl.program.numbers_in_measures import names_counted
 from mechdsl.program.observations import (
     Part,
     Statement,
@@ -46,7 +48,7 @@ from mechdsl.program.observations import (
 )
 from mechdsl.program.sort_statements import Statements, use_names
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import numbers_named
+from mechdsl.syntax.verbs import WEIGHTS
 
 if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
@@ -152,7 +154,8 @@ def _part(
     if several:
         changed["within"] = experiment.name
         changed["name"] = f"{experiment.name}.{part.name}" if part.own else experiment.name
-        named = {name for rule in rules for name in rule.loops} | _loops_in(part.measures)
+        named = {name for rule in rules for name in rule.loops}
+        named = named.union(*map(names_counted, part.measures))
         changed["loops"] = tuple(loop for loop in experiment.loops if loop.name in named)
     if not saves:
         changed["saves"] = ()
@@ -171,13 +174,6 @@ def _part(
             "expects": tuple(part.expects),
         }
     )
-
-
-def _loops_in(measures: Sequence[spec.Measure]) -> set[str]:
-    """Names in sites and positions of measures, which may be those of loops."""
-    return {
-        name for each in measures for part in (each.metric, each.at) for name in numbers_named(part)
-    }
 
 
 def _without_sides(combined: Sequence[Variant]) -> list[Variant]:
@@ -220,6 +216,8 @@ def _variant(
 def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
     """The block that the experiment runs on; after an error that which is most likely meant."""
     known = work.scope.names("prompts")
+    if ref is None and _of_weights(work):
+        return work.parts.prompts.setdefault(spec.NO_PROMPTS, _no_prompts())
     if ref is None:
         work.diagnostics.append(
             MissingLine(
@@ -239,6 +237,22 @@ def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
     if not work.scope.use("prompts", name, ref.span):
         name = nearest(name, known) or ""
     return work.parts.prompts.get(name)
+
+
+def _of_weights(work: Statements) -> bool:
+    """Whether it looks at weights and does nothing else, so that it needs no prompts."""
+    other = (work.measures, work.rules, work.from_into, work.keep, work.saves, work.derived)
+    lines = [line for line, _ in work.observed if isinstance(line, ast.Observe)]
+    words = {each.what.id if isinstance(each.what, ast.Name) else each.what.name for each in lines}
+    free = all(line.toward is None and line.run is None for line in lines)
+    return len(lines) == len(work.observed) > 0 and words <= WEIGHTS and free and not any(other)
+
+
+def _no_prompts() -> spec.Prompts:
+    """What stands in for a block: one short text, which nothing hangs on."""
+    text = spec.NO_TEXT
+    span = Span(Source(text), 0, len(text))
+    return spec.Prompts(span=span, name=spec.NO_PROMPTS, templates=(ast.String(text, span=span),))
 
 
 def _rows(

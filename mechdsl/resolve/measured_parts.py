@@ -9,6 +9,7 @@ from itertools import product
 
 from mechdsl.diagnostics.e03_coordinates import AxesCollide
 from mechdsl.program import spec
+from mechdsl.program.numbers_in_measures import names_counted
 from mechdsl.program.possible_axes import may_sweep
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.measure_context import MeasureContext, refuse
@@ -16,7 +17,6 @@ from mechdsl.resolve.measured_places import MEASURED
 from mechdsl.resolve.measures import resolve_everywhere
 from mechdsl.resolve.resolved import Axis, Labels, MeasuredPart, ResolvedExperiment, ResolvedMeasure
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import numbers_named
 
 
 def measured_parts(
@@ -94,9 +94,9 @@ def _no_second_sweep(found: list[list[tuple[Labels, ResolvedMeasure]]], work: Wo
 
 
 def loops_measured(work: Work) -> set[str]:
-    """The loops whose variables measures name, in their sites and positions."""
-    parts = (part for each in work.experiment.measures for part in (each.metric, each.at))
-    return {name for part in parts for name in numbers_named(part)}.intersection(work.loops)
+    """The loops whose variables measures name."""
+    found = {name for each in work.experiment.measures for name in names_counted(each)}
+    return found.intersection(work.loops)
 
 
 def perhaps_measured(work: Work, measures: tuple[ResolvedMeasure | None, ...]) -> frozenset[str]:
@@ -140,15 +140,23 @@ def _at(experiment: ResolvedExperiment, place: MeasuredPart) -> ResolvedExperime
     said = experiment.spec
     said = said.model_copy(update={"variant": (*said.variant, *place.labels)})
     found = replace(experiment, spec=said, measures=place.measures, places=(), place=place)
-    if experiment.control is None:
-        return found
-    own = experiment.control.experiment
-    control = replace(
-        own,
-        spec=own.spec.model_copy(update={"variant": (*own.spec.variant, *place.labels)}),
-        measures=place.measures,
-        control_of=found.key,
-        places=(),
-        place=place,
-    )
-    return replace(found, control=replace(experiment.control, experiment=control))
+
+    def there(own: ResolvedExperiment) -> ResolvedExperiment:
+        """What stands beside it."""
+        variant = (*own.spec.variant, *place.labels)
+        return replace(
+            own,
+            spec=own.spec.model_copy(update={"variant": variant}),
+            measures=place.measures,
+            control_of=found.key,
+            places=(),
+            place=place,
+        )
+
+    if experiment.control is not None:
+        own = experiment.control
+        found = replace(found, control=replace(own, experiment=there(own.experiment)))
+    if experiment.bare is not None:
+        bare = experiment.bare
+        found = replace(found, bare=replace(bare, experiment=there(bare.experiment)))
+    return found

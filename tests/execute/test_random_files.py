@@ -315,6 +315,8 @@ def experiments(draw: Any) -> str:
             count = draw(st.integers(1, 3))
             lines = [draw(rules(swept=number == 0)) for number in range(count)]
             lines += [draw(together())] if draw(st.integers(0, 3)) == 0 else []
+            acts = any(not line.startswith("observe") for line in lines)
+            lines += draw(changes_seen()) if acts and draw(st.integers(0, 3)) == 0 else []
     source, base, first = draw(defined(source, base))
     measures = draw(st.lists(st.sampled_from(MEASURES), min_size=1, max_size=2, unique=True))
     against = draw(st.sampled_from(["", "", "", "against random(3)"]))
@@ -350,6 +352,14 @@ def defined(draw: Any, source: str, base: str) -> tuple[str, str, list[str]]:
         run, kind = draw(st.sampled_from(runs)), draw(st.sampled_from(["", " as float16"]))
         lines.append(f'save {site} of {run} at {at} to "{number}.safetensors"{kind}')
     return source, base, lines
+
+
+@st.composite
+def changes_seen(draw: Any) -> list[str]:
+    """What the rules change of something that is observed."""
+    at = draw(st.sampled_from(ONE))
+    what = ["norm resid_post layer 2", "entropy pattern layer 1", "logit_lens resid_pre layer 2"]
+    return [f"observe {draw(st.sampled_from(what))} at {at} as looked", "measure looked as delta"]
 
 
 @st.composite

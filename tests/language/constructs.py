@@ -894,6 +894,15 @@ _rule(
     "measure logit(answer) as raw",
 )
 _rule(
+    "measure OBSERVATION as delta",
+    "patch layer 1 head 2 at last token "
+    "observe entropy pattern layer 2 head * at last token as spread measure spread as delta",
+    "What the rules change of what is observed: the base run is observed at the same places "
+    "without them. Other effects than `raw` and `delta` aren't known of observations.",
+    OWN,
+    _OBSERVED,
+)
+_rule(
     "observe … of RUN",
     "observe norm resid_post layer * of fewer at last token as lengths",
     "Of another run than the one that rules act on, whose texts positions are found in.",
@@ -1026,7 +1035,8 @@ _rule(
     "observe cka",
     "observe cka resid_post layer * with attn_out layer * at last token as alike",
     "Linear CKA of two sites over all distinct rows, by the estimator without bias for few rows; "
-    "the second site's axes are `to_layer`, `to_head`. Its interval is that of the jackknife.",
+    "the second site's axes are `to_layer`, `to_head`; `with fewer` is of the same site in two "
+    "runs. Its interval is that of the jackknife.",
     "Kornblith et al. 2019, arXiv 1905.00414; Song et al. 2012",
     _TOGETHER,
     "measure logit(answer) as raw",
@@ -1046,7 +1056,8 @@ _rule(
     "observe copying layer * head * as copies",
     "Of a head's weights alone: Σ λ / Σ |λ| over the eigenvalues of embedding → OV → unembedding, "
     "or of embedding → QK ← embedding (`matching`), from −1 to 1. Gains of norms are folded in; "
-    "their scales, biases and rotary are not.",
+    "their scales, biases and rotary are not. An experiment that looks at weights alone needs no "
+    "`prompts` line.",
     "Elhage et al. 2021, transformer-circuits.pub/2021/framework",
     _WEIGHTS,
     "measure logit(answer) as raw",
@@ -1307,7 +1318,9 @@ _experiment(
     "The bounds of numerals are worked out in each row (greater-than: `prob(label + 1..99, "
     "digits: 2)`), and so are lists: `prob([count, count + 2])`, `expected(around)` where `around` "
     "is a value that is a list. Numerals are spelt as in `answer`, with as many `digits` as are "
-    "asked for; a row without any is an error.",
+    "asked for; a row without any is an error. The variable of a `for` may be part of them "
+    '(`prob(label + i..99)`) and of texts (`logit(" {i}")`); a value of the rows that is called '
+    "like it goes first.",
     "tests/execute/test_metrics.py",
     "Hanna et al. 2023, arXiv 2305.00586",
 )

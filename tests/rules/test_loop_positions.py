@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from mechdsl.base.source import Source
+from mechdsl.pipeline.compute import run_source
+
+from ..execute.support import token
 from ..reference.forward import Changes, Edge, Write
 from .support import (
     QUICK,
@@ -338,3 +342,93 @@ def test_a_parameter_is_a_number(data: Path) -> None:
     found = run_file(f"param which = {FEWEST}\n{text}", data, "llama", "planned")["e"]
     assert found.statistics[0].n.tolist() == [len(rows())]
     assert codes(f"param which = {FEWEST + 1}\n{text}", data) == ["E0309"]
+
+
+# --- answers that follow a loop -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_that_follow_a_rule(data: Path, name: str, mode: str) -> None:
+    """A text and a set of texts, of the same number as the position that is written."""
+    text = experiment(
+        "e",
+        "for i in 1..4 { ablate mlp_out layer 1 at token i with zero }",
+        measure='measure prob(answer, " w{i}", [" w{i + 20}"]) as delta',
+    )
+    found = run_file(text, data, name, mode)["e"]
+    expected: dict[Key, list[float]] = {}
+    base: list[list[float]] = []
+
+    def mass(logits: torch.Tensor, words: set[str]) -> float:
+        shares = logits[-1].double().softmax(-1)
+        return float(sum(shares[token(word)] for word in words))
+
+    for i in range(1, 5):
+        sets = [{record["a"], f"w{i}", f"w{i + 20}"} for record in records()]
+        each = list(zip(rows(), sets, strict=True))
+        expected[(i,)] = [
+            mass(edited(name, of, zeros(name, of, "mlp_out", 1, [i])).logits, words)
+            for of, words in each
+        ]
+        base.append([mass(plain(name, of).logits, words) for of, words in each])
+    agree(found, ("i",), expected, np.array(base), large=0.001, most=False)
+
+
+COUNTED = """mech 1
+model toy = zoo("counting")
+prompts fruit {
+  count in 2..5
+  item in ["apple", "pear", "plum", "fig"]
+  fruits = list(item, count, sep: " ")
+  template "Part 1: {fruits} Count 1:"
+  answer " {count}"
+}
+experiment e { prompts fruit limit 6 LINES }
+"""
+
+
+def test_numerals_that_follow_a_loop() -> None:
+    """The cells of a loop are those of experiments with its numbers; a loop may stand alone."""
+    measures = "measure prob(count + {}..9) as raw measure expected({}..8) as raw"
+    result, problems = run_source(
+        Source(COUNTED.replace("LINES", f"for i in 1..3 {{ {measures.format('i', 'i')} }}"))
+    )
+    assert result is not None, problems
+    (found,) = result.experiments
+    assert found.axes == ("i",)
+    for number, cell in enumerate(found.cells):
+        own = measures.format(cell.coords["i"], cell.coords["i"])
+        alone, _ = run_source(Source(COUNTED.replace("LINES", own)))
+        assert alone is not None
+        for one, other in zip(found.measures, alone.experiments[0].measures, strict=True):
+            np.testing.assert_array_equal(one.patched[number], other.patched[0])
+    first, last = found.measures[0].patched[[0, -1]]
+    assert (first > last).any(), "sets of all values are alike"
+
+
+def test_a_value_of_the_rows_goes_first() -> None:
+    """A loop that is called like one counts positions, and the metric reads the row."""
+    lines = "for count in 1..2 {{ ablate resid_post layer 1 at item count token with zero }} {}"
+    results = [
+        run_source(Source(COUNTED.replace("LINES", lines.format(measure))))
+        for measure in ("measure prob(count..count) as raw", "measure prob(answer) as raw")
+    ]
+    own, same = (result for result, _ in results)
+    assert own is not None
+    assert same is not None
+    a, b = (each.experiments[0].measures[0].patched for each in (own, same))
+    np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("measure", "code"),
+    [
+        ('for i in 1..2 { measure logit(" w1 w{i}") as raw }', "E0507"),
+        ('for i in 1..2 { measure logprob(" w1 w{i}") as raw }', "E0108"),
+        ("for i in [q, z] { measure prob(i..9) as raw }", "E0503"),
+        ("measure prob(i..9) as raw", "E0501"),
+    ],
+)
+def test_which_answers_are_refused(data: Path, measure: str, code: str) -> None:
+    assert code in codes(experiment("e", measure=measure), data)
