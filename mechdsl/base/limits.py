@@ -63,6 +63,7 @@ DATA_DEPTH = _limit(50, "lists and objects within one another in a data file", "
 SAMPLES = _limit(10_000, "samples of noise", "E0515")
 LOOP = _limit(1_000_000, "values of a `for`", "E0322")
 CELLS = _limit(1_000_000, "cells of an experiment, or of one site", "E0323")
+LISTED = _limit(2**27, "cells whose tokens are listed, times the vocabulary", "E0207")
 NUMERALS = _limit(10_000, "numerals of a measure", "E0612")
 DRAWS = _limit(10_000, "random draws of `against`", "E0630")
 

@@ -10,6 +10,7 @@ import numpy as np
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.accuracies import Accuracies
+from mechdsl.execute.listed_tokens import ListedToken, TokenMeans
 from mechdsl.execute.readout import Found, Readout
 from mechdsl.execute.unusable import Unusable
 from mechdsl.plan.experiment_plan import ExperimentPlan
@@ -57,7 +58,9 @@ class MeasuredValues:
     """(number of the measure, cell) → why it has no value there; the other cells have one."""
     lengths: Mapping[str, float] = field(default_factory=dict[str, float])
     """Of the directions that rules use, by name."""
-    listed: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    tokens: TokenMeans = field(default_factory=lambda: TokenMeans(0))
+    """What tokens that are listed are found by."""
+    listed: dict[int, list[ListedToken]] = field(default_factory=dict[int, list[ListedToken]])
     """Cell → the tokens that an observation lists of it, the first one first."""
     unusable: dict[int, Unusable] = field(default_factory=dict[int, Unusable])
     """Rows of the table → where they first were seen to be so."""
@@ -85,6 +88,7 @@ class MeasuredValues:
             accuracies,
             environments,
             rounding=[unknown(len(environments), n_rows) for _ in experiment.measures],
+            tokens=TokenMeans(plan.lists),
         )
 
     def saw(self, found: Iterable[Unusable]) -> None:

@@ -29,6 +29,8 @@ class Observed:
     """[row, token]"""
     tokens: Tensor | None = None
     """[K] ascending: the tokens whose logits there are; None for the whole vocabulary."""
+    listed: Tensor | None = None
+    """[row, vocab] probabilities, where tokens are listed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +82,8 @@ class Look:
         self, found: Mapping[SiteRead, Tensor], unembedding: Unembedding, tokens: Tensor | None
     ) -> Observed:
         """found: [place, units, width] per site. tokens: those whose logits are asked for; None for
-        all."""
+        all, which are made where they are listed."""
+        tokens = None if self.does.lists(self.rule) else tokens
         of_logits = self.does.gives == "logits"
         total: Tensor | None = None
         count = np.zeros(self.rows, dtype=np.int64)
@@ -103,7 +106,9 @@ class Look:
         over = torch.from_numpy(self.tokens_per_row if self.does.adds_up else count)
         over = over.to(total).reshape(-1, *(1 for _ in total.shape[1:]))
         if of_logits:
-            return Observed(logits=total / over, tokens=tokens)
+            logits = total / over
+            listed = _wide(logits).softmax(-1) if self.does.lists(self.rule) else None
+            return Observed(logits=logits, tokens=tokens, listed=listed)
         return Observed(numbers=(total / over).cpu())
 
     def _seen(

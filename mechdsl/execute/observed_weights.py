@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
+from mechdsl.execute.listed_tokens import ListedToken
 from mechdsl.execute.observed import Observed
 from mechdsl.execute.readout import Reading, Readout
 from mechdsl.hooks.weight_maps import WeightMaps
@@ -108,13 +109,14 @@ class WeightCells:
         return found.values
 
     @torch.no_grad()
-    def listed(self, cell: int) -> list[int]:
+    def listed(self, cell: int) -> list[ListedToken]:
         """The tokens that are listed of a cell, the one that is raised most first."""
         if not isinstance(self.does, ValueVectors) or not self.does.top:
             return []
         ((layer, neuron),) = [(point.layer or 0, point.unit or 0) for point in self.sites[cell]]
         logits = self._logits(layer, neuron)
-        return logits.topk(min(self.does.top, len(logits))).indices.tolist()
+        found = logits.topk(min(self.does.top, len(logits))).indices.tolist()
+        return list(map(ListedToken, found))
 
     @lru_cache(maxsize=1)  # noqa: B019 - lives as long as one observation
     def _singular(self, of: str, layer: int, head: int) -> list[float]:

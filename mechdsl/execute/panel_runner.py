@@ -66,7 +66,7 @@ class PanelRunner(PreparedPanel):
             shared = sharer.of(rows)
             self.profile.rows += sum(len(one) for one in rows)
             self.profile.distinct += len(shared)
-            for member, values in self._patched(patcher, shared, batch):
+            for member, values in self._patched(patcher, shared, batch, rows):
                 self._finish(member.number, member.rows, values, totals[member.number])
                 yield len(member.rows) * plans[member.number].draws
             self._finish_batch()
@@ -95,6 +95,9 @@ class PanelRunner(PreparedPanel):
                 self._lose(plan, not_finite(plan.experiment, first, len(out)))
             elif out:
                 measured.leave_out(sorted(out))
+                measured.tokens.forget()
+            measured.listed.update(measured.tokens.listed())
+            measured.tokens.forget()
 
     def _saw_unusable(
         self,
@@ -192,9 +195,10 @@ class PanelRunner(PreparedPanel):
     # --- passes -----------------------------------------------------------------------------------
 
     def _patched(
-        self, patcher: Patcher, shared: SharedRows, batch: Ints
+        self, patcher: Patcher, shared: SharedRows, batch: Ints, rows_of: Sequence[Rows]
     ) -> Iterator[tuple[Member, list[Floats]]]:
-        """All distinct rows in passes of a good size, with the values of their members."""
+        """All distinct rows in passes of a good size, with the values of their members. rows_of:
+        all of each experiment."""
         widths, _ = extent(shared, self.runs.shortcuts, self.running)
         for run, group in groups(shared, self.plan, self.running, widths):
             begin = 0
@@ -223,6 +227,9 @@ class PanelRunner(PreparedPanel):
                     if found.broken.any():
                         self._saw_unusable(patcher, shared, rows, batch, run, member, found.broken)
                     self._saw_no_value(member, found)
+                    if found.listed is not None:
+                        tokens = self.measured[self.running[member.number].experiment.key].tokens
+                        tokens.add(member.rows, rows_of[member.number], found.listed)
                     yield member, found.values
                 begin += count
 

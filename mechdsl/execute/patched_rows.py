@@ -160,6 +160,7 @@ class Patcher:
                 has_loss=None if readout.loss is None else has_loss(run, many.rows.prompt),
             )
             found = readout.read(reading, skip=self.skip[member.number])
+            found = replace(found, listed=None if seen is None else seen.listed)
             yield member, found.over_draws(draws)
 
     def everything(

@@ -282,6 +282,10 @@ class PreparedPanel:
         """What there is of an experiment's patched values."""
         if self.values is None or not plan.rules:
             return
+        if self.measured[plan.experiment.key].tokens.top:
+            said = "the tokens that it lists are made of all of its rows"
+            self.profile.not_kept[plan.experiment.key] = said
+            return
         try:
             cells = self.whole_cells[plan.experiment.key]
             found = self.values.patched(plan, kept, donors, cells)

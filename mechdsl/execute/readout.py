@@ -88,6 +88,8 @@ class Found:
     """By number, the measures that can't be computed."""
     gaps: Mapping[int, Gap]
     """By number, the measures that have no value in some rows."""
+    listed: Tensor | None = None
+    """[row, vocab] probabilities, where an observation lists tokens."""
 
     def over_draws(self, draws: int) -> Found:
         """Averaged over draws of noise, which lie side by side."""
@@ -101,8 +103,14 @@ class Found:
             for number, each in self.failed.items()
         }
         gaps = {n: Gap(np.unique(gap.rows // draws), gap.reason) for n, gap in self.gaps.items()}
+        listed = self.listed
         return Found(
-            list(map(mean, self.values)), broken, list(map(mean, self.rounding)), failed, gaps
+            list(map(mean, self.values)),
+            broken,
+            list(map(mean, self.rounding)),
+            failed,
+            gaps,
+            listed if listed is None else listed.unflatten(0, (-1, draws)).mean(1),
         )
 
 

@@ -20,6 +20,7 @@ from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
 from mechdsl.plan.rule_rows import PathPlan, Rows, RulePlan
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.direction_types import Member
+from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.over_rows import OverRows
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import DRAW, Env, ResolvedExperiment
@@ -115,6 +116,12 @@ class ExperimentPlan:
     def observes(self) -> RulePlan | None:
         """The rule that is measured by what it looks at, if there is one."""
         return next((plan for plan in self.rules if plan.rule.does.changes == "nothing"), None)
+
+    @property
+    def lists(self) -> int:
+        """How many tokens are listed of each cell, by what is seen of its rows."""
+        rule = None if self.observes is None else self.observes.rule
+        return rule.does.lists(rule) if rule and isinstance(rule.does, Observation) else 0
 
     @property
     def starting_runs(self) -> tuple[Run, ...]:

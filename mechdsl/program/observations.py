@@ -7,9 +7,10 @@ call by that name; where there is nothing else in the experiment, that is its on
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mechdsl.base.names import name_list
 from mechdsl.base.source import Source, Span
@@ -55,6 +56,11 @@ class Part:
     def apart(self) -> bool:
         """Whether it reads another run than the one that rules act on."""
         return self.observed is not None and self.observed.source is not None
+
+    @property
+    def effects(self) -> set[str]:
+        """Of what is measured."""
+        return {measure.effect for measure in self.measures}
 
     @property
     def labels(self) -> set[str]:
@@ -303,8 +309,14 @@ def deal_out(
             hint = did_you_mean(report.of, names, hint)
             found = UnknownName(span=report.span, kind="observation", name=report.of, hint=hint)
             work.diagnostics.append(found)
+    called = {id(part): work.definition.name.id for part in parts}
+    called.update({id(part): f"{called[id(part)]}.{part.name}" for part in parts if part.own})
     for expect in expects:
-        _part_of(expect, parts).expects.append(expect)
+        own = _part_of(expect, parts)
+        words = [(word, part) for part in parts for word in part.labels | part.effects]
+        count = Counter(word for word, _ in words)
+        elsewhere = {word: called[id(part)] for word, part in words if count[word] == 1}
+        own.expects.append(_read_elsewhere(expect, elsewhere, own.labels | own.effects))
 
 
 def _axes(part: Part, rules: Sequence[spec.Rule]) -> set[str]:
@@ -325,7 +337,7 @@ def _axes(part: Part, rules: Sequence[spec.Rule]) -> set[str]:
 def _part_of(expect: spec.Expectation, parts: Sequence[Part]) -> Part:
     """The first result whose measures it names, else whose effects, else the first of all."""
     words = list(_words(expect))
-    for of_part in (lambda part: part.labels, lambda part: {m.effect for m in part.measures}):
+    for of_part in (lambda part: part.labels, lambda part: part.effects):
         for word in words:
             fit = [part for part in parts if word in of_part(part)]
             if fit:
@@ -366,36 +378,75 @@ def with_results(experiment: spec.Experiment, results: dict[str, str]) -> spec.E
     def change(node: ast.Node) -> ast.Node:
         if isinstance(node, ast.Ranked) and node.of in results:
             return replace(node, of=results[node.of])
-        if isinstance(node, ast.Name) and node.id in results and node.id not in own:
-            return replace(node, id=results[node.id])
-        if isinstance(node, ast.Ref) and node.name in results and node.name not in own:
-            return replace(node, name=results[node.name])
         return node
-
-    def ranked(node: ast.Node) -> ast.Node:
-        return change(node) if isinstance(node, ast.Ranked) else node
 
     rules = tuple(
         rule.model_copy(
             update={
-                name: rewrite(value, ranked)
+                name: rewrite(value, change)
                 for name in ("site", "at", "onto", "edge", "receiver", "fill")
                 if (value := getattr(rule, name)) is not None
             }
         )
         for rule in experiment.rules
     )
-    expects = tuple(
-        each
-        if each.condition is None
-        else each.model_copy(update={"condition": rewrite(each.condition, change)})
-        for each in experiment.expects
-    )
+    expects = tuple(_read_elsewhere(each, results, own) for each in experiment.expects)
     against = experiment.against
     if against is not None:
-        apart = tuple(rewrite(site, ranked) for site in against.apart)
+        apart = tuple(rewrite(site, change) for site in against.apart)
         against = against.model_copy(update={"apart": apart})
     return experiment.model_copy(update={"rules": rules, "expects": expects, "against": against})
+
+
+def _read_elsewhere(
+    expect: spec.Expectation, results: Mapping[str, str], own: Collection[str]
+) -> spec.Expectation:
+    """The expectation with measures of other results as such. results: label of a measure → the
+    result that it is in; own: labels and effects of the one that expects."""
+    if expect.condition is None:
+        return expect
+    there = {label: name for label, name in results.items() if label not in own}
+    taken = {"".join(label.split()) for label in own}
+    named = {"".join(label.split()): name for label, name in there.items()}
+
+    def value(node: Any) -> Any:
+        text = "".join(node.span.written.split())
+        if text in taken:
+            return node
+        called = node.name if isinstance(node, ast.Call) else text
+        if whose := named.get(text, named.get(called)):
+            experiment = ast.Name(whose, span=node.span)
+            return ast.OfExperiment(node, experiment, span=node.span)
+        match node:
+            case ast.OfRef(of=ast.Ref(part=None, name=name)) if name in there:
+                return replace(node, of=replace(node.of, name=there[name]))
+            case ast.Binary() | ast.Compare() | ast.Logical():
+                return replace(node, left=value(node.left), right=value(node.right))
+            case ast.Not() | ast.Negative():
+                return replace(node, operand=value(node.operand))
+            case ast.Near() | ast.InRange():
+                return replace(node, value=value(node.value))
+            case ast.Call(arguments=(first, *others)):
+                if node.name in ("spearman", "pearson"):
+                    others = [replace(each, value=result(each.value)) for each in others]
+                found = replace(first, value=value(alone(first.value)))
+                return replace(node, arguments=(found, *others))
+            case _:
+                return node
+
+    def alone(node: Any) -> Any:
+        """A lone word reads as a group of sites too."""
+        if isinstance(node, ast.Site) and len(node.names) == 1 and not node.axes:
+            return node.names[0]
+        return node
+
+    def result(node: Any) -> Any:
+        node = alone(node)
+        if isinstance(node, ast.Name) and node.id in there:
+            return replace(node, id=there[node.id])
+        return node
+
+    return expect.model_copy(update={"condition": value(expect.condition)})
 
 
 def with_results_in(group: spec.Group, results: dict[str, str]) -> spec.Group:

@@ -142,7 +142,7 @@ def named_by(expectation: spec.Expectation, labels: Collection[str]) -> set[str]
                 inner.add(id(measure))
                 found.add(name.id)
             case ast.OfRef(of=of) if of.name not in labels and id(node) not in inner:
-                found.add(of.name)
+                found.add(of.whole)
             case ast.Call(name="spearman" | "pearson", arguments=arguments):
                 found.update(n.id for n in walk(arguments[1:2]) if isinstance(n, ast.Name))
             case _:

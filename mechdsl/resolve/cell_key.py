@@ -27,6 +27,9 @@ class CellKey:
     """`item`, where an axis runs over occurrences: which of them, counted from 1."""
     listed: tuple[str, ...] = field(default=(), compare=False)
     """Tokens that an observation lists (`top 10`), the first one first."""
+    shares: tuple[tuple[float, float], ...] = field(default=(), compare=False)
+    """Of each of them, its mean probability over rows, and the share of rows in which it is the
+    most likely; none where rows have no part in the list."""
 
     @property
     def name(self) -> str:

@@ -246,8 +246,7 @@ def ranked_tokens(rule: ResolvedRule) -> tuple[PositionTargets, ast.Positions]:
     alone = rule.edge is None or "position" in rule.positions.axes
     if rule.edge is None or (alone and "position" not in rule.edge.keys.axes):
         return rule.positions, rule.spec.at
-    assert rule.spec.onto is not None
-    return rule.edge.keys, rule.spec.onto
+    return rule.edge.keys, rule.spec.onto or rule.spec.at
 
 
 def _by_label(

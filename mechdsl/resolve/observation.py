@@ -114,6 +114,10 @@ class Observation(Intervention):
         """Files whose numbers it takes, by name: SHA-256."""
         return {}
 
+    def lists(self, rule: ResolvedRule) -> int:
+        """How many tokens are listed of each cell, by their mean probability over its rows."""
+        return 0
+
     def form_of(self, name: str) -> Form:
         """Of itself, or of what is measured beside it under this name."""
         return self.form

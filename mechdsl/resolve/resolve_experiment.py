@@ -10,6 +10,7 @@ from mechdsl.base import limits
 from mechdsl.base.registry import Registry
 from mechdsl.diagnostics.core import Diagnostic, Unknown, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
+from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue, TooManyCells
 from mechdsl.program import spec
 from mechdsl.program.lower_other_runs import BLOCKS
@@ -132,7 +133,7 @@ def outline(
         derived=derived,
         places=places,
     )
-    problem = _too_many(resolved, program)
+    problem = _too_many(resolved, program) or _too_many_listed(resolved)
     if problem is not None:
         return known, [*diagnostics, problem]
     control, problems = _control(resolved, apart, draws_enough)
@@ -219,6 +220,23 @@ def _too_many(resolved: ResolvedExperiment, program: spec.Program) -> Diagnostic
         axes=" × ".join(f"{axis.name} ({len(axis)})" for axis in axes),
         by_text=not resolved.table.stands_in and undecided.isdisjoint(axis.name for axis in axes),
     )
+
+
+def _too_many_listed(resolved: ResolvedExperiment) -> Diagnostic | None:
+    """E0207 where tokens are listed of more cells than there is room for."""
+    numbers = resolved.n_cells * resolved.model.shape.vocab_size
+    for rule in resolved.rules:
+        does = _observation(rule)
+        if does is not None and does.lists(rule) and numbers > limits.LISTED:
+            assert rule.spec.observed is not None
+            return BadArgument(
+                span=rule.spec.observed.span,
+                name="top",
+                reason=f"would hold {numbers:,} numbers, more than {limits.LISTED:,}: one for each "
+                "cell and token of the vocabulary",
+                hint="sweep fewer layers or positions, or leave `top` out",
+            )
+    return None
 
 
 def _centres(experiment: spec.Experiment) -> set[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, TypeAlias
 
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.e03_coordinates import BadLoopValue
-from mechdsl.diagnostics.e03_positions import AbsentOccurrence, JoinedUnequal
+from mechdsl.diagnostics.e03_positions import AbsentOccurrence, JoinedUnequal, OutsidePrompt
 from mechdsl.diagnostics.e03_rules import OverlappingPositions, UnpairedPositions
 from mechdsl.diagnostics.w07_names import OtherTokens
 from mechdsl.program import spec
@@ -79,6 +79,53 @@ def plain_targets(
         return None if cells is None else Found(cells, cells)
 
     return laid_out(find, [positions], work, axis)
+
+
+def later_targets(
+    positions: ast.Positions, low: int, high: int | None, work: Work
+) -> PositionTargets | None:
+    """Tokens of the base run (written), and those that lie `low` to `high` behind them (read).
+
+    Rows that have none there aren't part of the cell, and cells without rows are left out: all of
+    them, after E0310.
+    """
+    base = work.table.runs[work.experiment.base]
+
+    def later(row: int, tokens: Iterable[int]) -> tuple[int, ...]:
+        end = len(base.rows[row].ids)
+        last = end if high is None else high + 1
+        spans = (range(token + low, min(end, token + last)) for token in tokens)
+        return tuple(sorted({token for span in spans for token in span}))
+
+    def find(values: Values) -> Found | None:
+        cells = _cells(positions, base.name, values, work)
+        if cells is None:
+            return None
+        pairs: list[tuple[PositionCell, PositionCell]] = []
+        for cell in cells:
+            hits = tuple(
+                tuple(own for tokens in hit if (own := later(row, tokens)))
+                for row, hit in enumerate(cell.hits)
+            )
+            pairs.append(_common(cell, replace(cell, hits=hits)))
+        there = [pair for pair in pairs if any(pair[0].hits)]
+        if not there:
+            problem = OutsidePrompt(
+                span=positions.span,
+                position=f"a token {low} or more behind {positions.span.written}",
+                run=base.name,
+                lacking=len(work.table),
+                total=len(work.table),
+                example=f'"{base.rows[0].text}"',
+                hint="name an earlier position, or a smaller distance",
+            )
+            work.diagnostics.append(problem)
+            return None
+        kept = {pair[0].label for pair in there}
+        left_out = tuple(cell.label for cell in cells if cell.label not in kept)
+        return Found([pair[0] for pair in there], [pair[1] for pair in there], left_out)
+
+    return laid_out(find, [positions], work)
 
 
 def sweeps(positions: ast.Positions, work: Work) -> bool:

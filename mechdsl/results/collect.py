@@ -137,7 +137,10 @@ def _cells(
     """The cells that there are, with the tokens that are listed of them."""
     text = experiment.model.tokenizer.token_text
     for key, cell in zip(cell_keys(experiment), np.flatnonzero(there).tolist(), strict=True):
-        yield replace(key, listed=tuple(map(text, measured.listed.get(cell, ()))))
+        listed = measured.listed.get(cell, ())
+        texts = tuple(text(each.token) for each in listed)
+        shares = tuple(each.over_rows for each in listed if each.over_rows is not None)
+        yield replace(key, listed=texts, shares=shares)
 
 
 def _rounding_words(experiment: ResolvedExperiment, model: LoadedModel) -> str:

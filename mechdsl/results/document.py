@@ -113,6 +113,12 @@ class CellDocument(DocumentPart):
     listed: list[str] | None = Field(
         default=None, description="tokens that an observation lists (`top 10`), the first one first"
     )
+    listed_mean: list[float] | None = Field(
+        default=None, description="the mean probability of each of them over the rows"
+    )
+    listed_first: list[float] | None = Field(
+        default=None, description="the share of rows in which each of them is the most likely token"
+    )
     measures: list[MeasureDocument]
 
 
@@ -285,7 +291,11 @@ def _cell(result: ExperimentResult, index: int, key: CellKey) -> CellDocument:
             **given(read=list(key.read) or None),
         ),
         n=n,
-        **given(listed=list(key.listed) or None),
+        **given(
+            listed=list(key.listed) or None,
+            listed_mean=[mean for mean, _ in key.shares] or None,
+            listed_first=[first for _, first in key.shares] or None,
+        ),
         measures=[_measure(result, measure, index, n) for measure in range(len(result.measures))],
     )
 

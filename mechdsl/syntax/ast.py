@@ -30,6 +30,11 @@ class Ref(Node):
     name: str
     part: str | None = None
 
+    @property
+    def whole(self) -> str:
+        """With its part."""
+        return self.name if self.part is None else f"{self.name}.{self.part}"
+
 
 # --- expressions -------------------------------------------------------------------------
 
@@ -71,9 +76,10 @@ class OfRef(Node):
 
 @record
 class OfExperiment(Node):
-    """`delta of ld of other`: a measure of another experiment."""
+    """`delta of ld of other`: a measure of another experiment. What only names an observation
+    becomes one, when it is known whose result that is."""
 
-    measure: OfRef
+    measure: Expr
     experiment: Name
 
 

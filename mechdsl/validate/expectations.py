@@ -153,6 +153,9 @@ class _ConditionReader(KnownCells):
                 return _joined(node.operator, left, right)
             case ast.Call():
                 return self.call(node)
+            case ast.OfExperiment(measure=ast.Call() as call):
+                other = self.of_experiment(node)
+                return self.only(node) if other.labelled(call) else self.one_cell(call, other)
             case ast.Name() | ast.OfRef() | ast.OfExperiment():
                 return self.only(node)
             case _:
@@ -177,11 +180,15 @@ class _ConditionReader(KnownCells):
             case "auroc":
                 return self.ranking(node)
             case _:
-                measure = self.measure(ast.Name(span=node.span, id=node.name), called=True)
-                where = self.wheres(node.arguments)
-                if where and self.known.cells is not None and len(self.find(where)) != 1:
-                    self.not_one(node.span, where, self.find(where))
-                return OfCells("cell" if where else "only", measure, where)
+                return self.one_cell(node, self)
+
+    def one_cell(self, node: ast.Call, of: KnownCells) -> OfCells:
+        """`recovery(L9H9)`."""
+        measure = of.measure(ast.Name(span=node.span, id=node.name), called=True)
+        where = of.wheres(node.arguments)
+        if where and of.known.cells is not None and len(of.find(where)) != 1:
+            of.not_one(node.span, where, of.find(where))
+        return OfCells("cell" if where else "only", measure, where, of.experiment)
 
     def only(self, node: ast.Expr) -> Value:
         """A measure without saying of which cell, so there must be only one."""
@@ -366,18 +373,21 @@ class _ConditionReader(KnownCells):
         experiment `ld`.
         """
         if isinstance(node, ast.OfExperiment):
-            other = self.other(node.experiment, node.experiment.id, node.measure.span.written)
+            other = self.of_experiment(node)
             return other, other.measure(node.measure)
         if not isinstance(node, ast.OfRef) or self.labelled(node):
             return self, self.measure(node)
         measures = self.known.measures
-        if any(node.of.span.written in each.names for each in measures):
+        if any(node.of.whole in each.names for each in measures):
             return self, self.measure(node)
         labels = [each.label for each in measures]
-        other = self.other(node.of, node.of.span.written, node.name, labels)
+        other = self.other(node.of, node.of.whole, node.name, labels)
         start = node.span.start
         span = replace(node.span, end=start + len(node.name))
         return other, other.measure(ast.Name(span=span, id=node.name))
+
+    def of_experiment(self, node: ast.OfExperiment) -> KnownCells:
+        return self.other(node.experiment, node.experiment.id, node.measure.span.written)
 
     def other(
         self, node: ast.Node, name: str, measure: str, labels: Sequence[str] = ()

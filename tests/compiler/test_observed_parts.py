@@ -124,7 +124,48 @@ def test_a_name_in_an_expectation_is_the_result_that_it_is_of() -> None:
     after = experiment(*then, "expect max(attn) > 0.1", name="then")
     found = results(ATTN, NORM, LOGIT, "expect max(attn) > 0.1", after=after)
     assert names_in(found["test.attn"]) == {"attn"}
-    assert names_in(found["then"]) == {"test.attn"}
+    assert names_in(found["then"]) == {"attn", "test.attn"}
+
+
+def wholly(found: spec.Experiment) -> set[tuple[str, str]]:
+    """(measure as written, result that it is in) of what it expects of others."""
+    (expect,) = found.expects
+    assert expect.condition is not None
+    return {
+        (node.measure.span.written, node.experiment.id)
+        for node in walk(expect.condition)
+        if isinstance(node, ast.OfExperiment)
+    }
+
+
+@pytest.mark.parametrize(
+    ("expect", "where", "others"),
+    [
+        ("mean(attn) > mean(lengths)", "test.attn", {("lengths", "test.lengths")}),
+        ("mean(lengths) > mean(attn)", "test.lengths", {("attn", "test.attn")}),
+        ("lengths(layer 1) > attn(L1H0) + 1", "test.lengths", {("attn(L1H0)", "test.attn")}),
+        ("attn(L1H0) > logit(answer)", "test.attn", {("logit(answer)", "test")}),
+        ("not max(logit(answer)) < max(attn) or attn(L1H0) near 1 within 2", "test", {
+            ("attn", "test.attn"), ("attn(L1H0)", "test.attn"),
+        }),
+        ("mean(attn) > mean(raw)", "test.attn", set()),  # its own effect
+        ("spearman(attn, lengths) > 0", "test.attn", set()),
+        ("max(attn, attn layer 1) > 0", "test.attn", set()),
+    ],
+)  # fmt: skip
+def test_two_results_of_an_experiment_are_compared(
+    expect: str, where: str, others: set[tuple[str, str]]
+) -> None:
+    found = results(ATTN, NORM, LOGIT, f"expect {expect}")
+    assert [name for name, each in found.items() if each.expects] == [where]
+    assert wholly(found[where]) == others
+
+
+def test_what_several_results_measure_is_none_of_them_to_another() -> None:
+    """Which of two lenses is meant, nobody knows."""
+    two = (f"{LENS} as one", f"{LENS.replace('*', '1')} as two")
+    found = results(NORM, *two, LOGIT, "expect mean(lengths) > mean(logit(answer))")
+    assert wholly(found["test.lengths"]) == set()
 
 
 @pytest.mark.parametrize("line", [ATTN.replace("layer *", "layer n"), NORM.replace("*", "n")])

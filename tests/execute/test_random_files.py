@@ -66,6 +66,7 @@ ONE = (
     "last-item token + 1",
     "first token of answer",
 )
+EARLY = ("first token", "subject token", "first-item token", "token 1")
 JOINED = (
     "subject tokens",
     "tokens *",
@@ -180,6 +181,7 @@ def rules(draw: Any, *, swept: bool) -> str:
             f"norm resid_post {where}",
             f"entropy pattern {where}",
             f"distance(2) pattern {where}",
+            f"received(1..3) pattern {where.split(' at ')[0]} at {draw(st.sampled_from(EARLY))}",
             "direct_logit layers 0..1 head 1 toward answer at last token",
         ]
         return f"observe {draw(st.sampled_from([draw(edges(swept=swept)), *others]))}"
@@ -301,6 +303,7 @@ def together(draw: Any) -> str:
             [
                 f"observe similarity z layer * head 1 of turned at {tokens} with {at} as seen",
                 f"observe similarity resid_post layer * of turned at {tokens} as seen",
+                f"observe logit_lens resid_post layer * of turned at {at} top 3 as seen",
                 f"observe effective_rank resid_post layer * of turned at {tokens} as seen",
                 f"observe rank attn_out layers 0..1 of turned at {at} as seen",
                 f"observe probe(a, folds: 2) at resid_post layer * of turned at {at} as seen",

@@ -856,8 +856,8 @@ _rule(
     "observe norm resid_post layer * at last token as lengths",
     "Looks and changes nothing: what is seen is measured, with the effect `raw`, of the patched "
     "run where rules stand beside it. With a name the line has a result of its own, with its own "
-    "axes, beside that of the measures; `top 3 of lengths`, `expect max(lengths) > 2` and `report "
-    "lines layer of lengths` call it. `norm` is the length of the vector (L2).",
+    "axes, beside that of the measures; `top 3 of lengths`, `expect max(lengths) > mean(attn)` and "
+    "`report lines layer of lengths` call it. `norm` is the length of the vector (L2).",
     OWN,
     _OBSERVED,
     "measure logit(answer) as raw",
@@ -896,6 +896,16 @@ _rule(
     "measure logit(answer) as raw",
 )
 _rule(
+    "observe received",
+    "observe received pattern layer * head * at each item token as paid",
+    "How much attention each later token pays to this one, on average over all tokens behind it; "
+    "`received(4..20)` is of those that lie 4 to 20 tokens behind it (future attention "
+    "influence). Rows in which none lies there aren't part of the cell.",
+    "Li et al. 2025, arXiv 2510.13554",
+    _OBSERVED,
+    "measure logit(answer) as raw",
+)
+_rule(
     "observe logit_lens",
     "observe logit_lens resid_post layer * at last token",
     "The vector through the model's own final norm and unembedding, as if its layer were the last. "
@@ -903,6 +913,16 @@ _rule(
     "most likely token. Of `attn_out`, `mlp_out` and `head_out` the norm has the scale of that "
     "vector alone.",
     'nostalgebraist 2020, "interpreting GPT: the logit lens"',
+    _OBSERVED,
+    "measure prob(answer) as raw",
+)
+_rule(
+    "observe logit_lens … top",
+    "observe logit_lens resid_post layer * at last token top 5",
+    "Lists the five tokens of the largest mean probability over the rows of a cell, each with that "
+    "and the share of rows in which it is the most likely one, in the table and the JSON "
+    "(`listed`, `listed_mean`, `listed_first`). `tuned_lens` does so too.",
+    OWN,
     _OBSERVED,
     "measure prob(answer) as raw",
 )

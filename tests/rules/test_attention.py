@@ -274,7 +274,7 @@ EDITS: dict[str, Case] = {
                     for layer in LAYERS
                 ],
             )
-            for key in _parts(rows()[n].spans["subject"], part)
+            for key in parts_of_span(rows()[n].spans["subject"], part)
         ],
         but=WINDOWED,
     ),
@@ -473,7 +473,7 @@ EDITS: dict[str, Case] = {
 }
 
 
-def _parts(span: Sequence[int], part: str) -> Sequence[int]:
+def parts_of_span(span: Sequence[int], part: str) -> Sequence[int]:
     """A single token is last."""
     return {
         "subject first": span[:-1][:1],

@@ -19,7 +19,8 @@ from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.rules.observations.tuned_lens import translator
 
-from ..execute.support import MODES
+from ..execute.support import MODES, token
+from ..models import families
 from ..reference.forward import Run, Write, side_by_side
 from .models import FAMILIES, double
 from .paths import End
@@ -39,7 +40,7 @@ from .support import (
     tokens,
     try_file,
 )
-from .test_attention import PAIR, taken
+from .test_attention import PAIR, parts_of_span, taken
 
 LAYERS, HEADS = range(3), range(4)
 LAST, CUE, SUBJECT = "last token", "cue token", "subject token"
@@ -76,6 +77,14 @@ def spread(weights: Tensor) -> float:
 
 def back(weights: Tensor, at: int, most: int = 1000) -> float:
     return float(sum(weight * min(at - key, most) for key, weight in enumerate(weights.tolist())))
+
+
+def later(weights: Tensor, at: int, low: int = 1, high: int = 1000) -> float:
+    """Of [query, key]: what the tokens behind a key give it; KeyError where there are none."""
+    found = [float(own[at]) for query, own in enumerate(weights) if low <= query - at <= high]
+    if not found:
+        raise KeyError(at)
+    return mean(found)
 
 
 def patched(where: str, layer: int = 0) -> Callable[..., list[Write]]:
@@ -126,6 +135,41 @@ CASES: dict[str, Case] = {
             run["pattern", layer][tokens(text, at)[0], head], tokens(text, at)[0], most=2
         ),
         "distance",
+    ),
+    "attention_that_is_received": Case(
+        ("observe received pattern layer * head * at each item token, cue token",),
+        ("layer", "head", "position"),
+        product(LAYERS, HEADS, [*(f"item {n}" for n in range(1, 6)), CUE]),
+        lambda run, text, layer, head, at: later(
+            run["pattern", layer][:, head], tokens(text, at if at == CUE else f"{at} token")[0]
+        ),
+        "received",
+    ),
+    "attention_that_is_received_within_a_window": Case(
+        ("observe received(2..4) pattern layer * at token 0..6 as nearly",),
+        ("layer", "position"),
+        product(LAYERS, map(str, range(7))),
+        lambda run, text, layer, at: mean(
+            [later(run["pattern", layer][:, head], int(at), 2, 4) for head in HEADS]
+        ),
+        "nearly",
+        large=0.05,
+    ),
+    "attention_that_is_received_in_a_patched_run": Case(
+        (
+            "from longer into clean",
+            "patch resid_post layer 0 at cue token",
+            "observe received(1..3) pattern layer 1..2 head 0, 2 at cue token as paid",
+            "measure logit(answer) as raw",
+        ),
+        ("layer", "head"),
+        product((1, 2), (0, 2)),
+        lambda run, text, layer, head: later(
+            run["pattern", layer][:, head], tokens(text, CUE)[0], 1, 3
+        ),
+        "paid",
+        patched(CUE),
+        large=0.02,
     ),
     "norm_of_the_stream": Case(
         ("observe norm resid_post layer * at last token, cue token, subject token",),
@@ -427,6 +471,74 @@ def test_ends_are_the_same_without_the_planner(data: Path) -> None:
     hold_parts(data, "llama", "plain")
 
 
+# --- tokens that are listed -----------------------------------------------------------------------
+
+TOP = 4
+
+
+def by_rows(rows_of: Sequence[Sequence[Tensor]]) -> tuple[list[int], list[tuple[float, float]]]:
+    """Per row, [vocab] of each of its runs: tokens by mean probability, with that and the share of
+    rows in which each is first."""
+    vocabulary = rows_of[0][0].shape[-1]
+    means, firsts = np.zeros(vocabulary), np.zeros(vocabulary)
+    for each in rows_of:
+        for logits in each:
+            shares = logits.softmax(-1).numpy()
+            means += shares / len(each) / len(rows_of)
+            firsts[shares.argmax()] += 1 / len(each) / len(rows_of)
+    best = sorted(range(vocabulary), key=lambda one: -means[one])[:TOP]
+    return best, [(means[one], firsts[one]) for one in best]
+
+
+def _id(text: str) -> int:
+    special = list(families.SPECIAL)
+    return special.index(text) if text in special else token(text)
+
+
+def hold_lists(data: Path, name: str, mode: str) -> None:
+    patch = ("from longer into clean", "patch resid_post layer 0 at cue token")
+    look = f"observe logit_lens resid_post layer * at each token of subject top {TOP}"
+    text = experiment("plain", look, measure="")
+    text += experiment("narrow", look, measure="measure logit(answer) as raw")
+    end = f"observe logit_lens resid_post layer * at last token top {TOP}"
+    text += experiment("patched", *patch, end, measure="")
+    text += experiment("unlisted", end.removesuffix(f" top {TOP}"), measure="")
+    seen = run_file(text, data, name, mode)
+    for key in ("plain", "narrow", "patched"):
+        assert len(seen[key].cells) == (3 if key == "patched" else 9)
+        for cell in seen[key].cells:
+            layer = int(cell.coords["layer"])
+            every: list[list[Tensor]] = []
+            for n, own in enumerate(rows()):
+                if key == "patched":
+                    run = side_by_side(name, double(name), own.ids, [(patched(CUE)(name, n), [])])
+                    vectors = [run[0]["resid_post", layer][own.last]]
+                else:
+                    places = list(parts_of_span(tokens(own, "subject tokens"), str(cell.position)))
+                    vectors = list(plain(name, own)["resid_post", layer][places])
+                every += [[by_lens(name, each) for each in vectors]] if len(vectors) else []
+            best, shares = by_rows(every)
+            assert [_id(text.strip()) for text in cell.listed] == best
+            np.testing.assert_allclose(cell.shares, shares, atol=1e-5)
+    everywhere = [cell.listed for cell in seen["plain"].cells]
+    assert len(set(everywhere)) > 3, "all cells have the same tokens"
+    assert any(0 < first < 1 for cell in seen["plain"].cells for _, first in cell.shares)
+    assert not any(cell.listed for cell in seen["unlisted"].cells)
+    assert "mean probability" in seen["plain"].conventions["top tokens"]
+    assert "top tokens" not in seen["unlisted"].conventions
+    values = [seen[key].measures[0].patched for key in ("patched", "unlisted")]
+    assert np.abs(values[0] - values[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", LENS)
+def test_listed_tokens_are_those_of_the_model(data: Path, name: str) -> None:
+    hold_lists(data, name, "planned")
+
+
+def test_listed_tokens_without_the_planner(data: Path) -> None:
+    hold_lists(data, "gpt2", "plain")
+
+
 # --- tuned lens -----------------------------------------------------------------------------------
 
 
@@ -541,6 +653,38 @@ def test_another_file_is_another_lens(data: Path) -> None:
     assert np.abs(found[0] - found[1]).max() > 1e-3
 
 
+# --- two of them beside each other ----------------------------------------------------------------
+
+
+def test_an_expectation_compares_two_observations(data: Path) -> None:
+    patch = ("from longer into clean", "patch resid_post layer 0 at cue token")
+    look = (
+        "observe norm resid_post layer * at last token as one",
+        "observe entropy pattern layer * head * at last token as two",
+        "measure logit(answer) as delta",
+    )
+    expect = (
+        "expect mean(one) > mean(two, layer 1..2)",
+        "expect two(L1H2) > mean(one) + 100",
+        "expect delta > mean(raw of two)",
+    )
+    other = "expect max(two) > mean(raw)"
+    text = experiment("look", *patch, *look, *expect, measure="")
+    text += experiment("other", other, measure="measure prob(answer) as raw")
+    seen = run_file(text, data, "llama", "planned")
+    one, two, base = (seen[name].measures[0].patched for name in ("look.one", "look.two", "look"))
+    delta = base - seen["look"].measures[0].base
+    alone = seen["other"].measures[0].patched
+    values = {
+        "look.one": [one.mean() - two[4:].mean()],
+        "look.two": [two[6].mean() - one.mean() - 100, delta.mean() - two.mean()],
+        "other": [two.mean(axis=1).max() - alone.mean()],
+    }
+    for name, own in values.items():
+        found = [each.value for each in seen[name].outcomes]
+        assert found == pytest.approx(own, abs=1e-6)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 LENS_AT = "observe logit_lens resid_post layer 1 at last token"
@@ -578,6 +722,14 @@ LENS_AT = "observe logit_lens resid_post layer 1 at last token"
         ),
         (("observe norm embed at last token as prob",), "", "E0207"),
         (("observe distance(0) pattern layer 1 head 0 at last token",), "", "E0207"),
+        (("observe received pattern layer 1 head 0 at last token",), "", "E0310"),
+        (("observe received(50..60) pattern layer 1 head 0 at cue token",), "", "E0310"),
+        (("observe received(0..3) pattern layer 1 head 0 at cue token",), "", "E0207"),
+        (("observe received(3) pattern layer 1 head 0 at cue token",), "", "E0207"),
+        (("observe received(3..2) pattern layer 1 head 0 at cue token",), "", "E0207"),
+        (("observe received z layer 1 head 0 at cue token",), "", "E0207"),
+        (("observe received pattern layer 1 at {cue token, token 1}",), "", "E0207"),
+        (("observe received pattern layer 1",), "", "E0207"),
         (("observe distance(2, 3) pattern layer 1 head 0 at last token",), "", "E0207"),
         (("observe distance(w: 3) pattern layer 1 head 0 at last token",), "", "E0207"),
         (('observe tuned_lens("x") resid_post layer 1 at last token',), "", "E0207"),

@@ -45,10 +45,7 @@ class AttentionWeight(Kind, EdgeIntervention):
         return None
 
     def each(self, rule: ResolvedRule, seen: Seen) -> Tensor:
-        assert seen.keys is not None
-        index, key = seen.keys
-        weights = seen.vectors[index, key]
-        return weights.new_zeros(len(seen.vectors)).index_add_(0, index, weights)
+        return weight_of_keys(seen)
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         assert rule.spec.edge is not None
@@ -64,6 +61,14 @@ class AttentionWeight(Kind, EdgeIntervention):
             over.append("the queries")
         averaged = f", averaged over {' and '.join(over)}" if over else ""
         yield Convention("observed", f"the weight that the keys get together{averaged}")
+
+
+def weight_of_keys(seen: Seen) -> Tensor:
+    """[K] what each query gives its keys together."""
+    assert seen.keys is not None
+    index, key = seen.keys
+    weights = seen.vectors[index, key]
+    return weights.new_zeros(len(seen.vectors)).index_add_(0, index, weights)
 
 
 def _joins(axis: ast.Axis) -> bool:

@@ -94,6 +94,9 @@ class LogitLens(SiteObservation):
         work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
         return False
 
+    def lists(self, rule: ResolvedRule) -> int:
+        return 0 if rule.spec.observed is None else rule.spec.observed.top or 0
+
     def logits(self, rule: ResolvedRule, seen: Seen) -> Tensor:
         return seen.unembedding.logits(seen.vectors, seen.tokens)
 
@@ -104,6 +107,13 @@ class LogitLens(SiteObservation):
         if sites - {"resid_pre", "resid_mid", "resid_post"}:
             said += "; the norm has the scale of this vector alone, not that of the stream"
         yield Convention("observed", f"logit lens: {said}; measures read that")
-        assert rule.spec.observed is not None
-        if rule.spec.observed.top is not None:
-            yield Convention("top tokens", "not listed yet; measures read all of them")
+        yield from self.said_of_list(rule)
+
+    def said_of_list(self, rule: ResolvedRule) -> Iterator[Convention]:
+        """How a list of tokens is made."""
+        if self.lists(rule):
+            said = (
+                "those of the largest mean probability over rows, which stands behind each; in "
+                "brackets the share of rows in which it is the most likely one"
+            )
+            yield Convention("top tokens", said)

@@ -88,6 +88,7 @@ class TunedLens(LogitLens):
         layers = {point.layer for point in every_point(rule.sites)}
         if n_layers - 1 in layers.difference(self.layers):
             yield Convention("last layer", "has no A and b in the file, and goes as it is")
+        yield from self.said_of_list(rule)
 
 
 def _file(rule: spec.Rule, work: Work) -> SavedTensors | None:

@@ -84,7 +84,12 @@ def tokens_hit(cell: CellKey, most: int) -> str:
 
 def tokens_listed(cell: CellKey) -> str:
     """The tokens that an observation lists of a cell."""
-    return _listed(cell.listed, len(cell.listed))
+    if not cell.shares:
+        return _listed(cell.listed, len(cell.listed))
+    parts = zip(cell.listed, cell.shares, strict=True)
+    return ", ".join(
+        f"{shown_token(text)} {mean:.2f} ({first:.0%})" for text, (mean, first) in parts
+    )
 
 
 def _listed(tokens: Sequence[str], most: int) -> str:
