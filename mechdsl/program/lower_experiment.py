@@ -37,6 +37,7 @@ from mechdsl.program.lower_prompts import CLEAN
 from mechdsl.program.lower_rules import lower_rules
 from mechdsl.program.lower_saves import lower_saves, one_file
 from mechdsl.program.namespace import Namespace
+from mechdsl.program.numbers_in_measures import names_counted
 from mechdsl.program.observations import (
     Part,
     Statement,
@@ -46,7 +47,6 @@ from mechdsl.program.observations import (
 )
 from mechdsl.program.sort_statements import Statements, use_names
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import walk
 
 if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
@@ -152,7 +152,8 @@ def _part(
     if several:
         changed["within"] = experiment.name
         changed["name"] = f"{experiment.name}.{part.name}" if part.own else experiment.name
-        named = {name for rule in rules for name in rule.loops} | _loops_in(part.measures)
+        named = {name for rule in rules for name in rule.loops}
+        named = named.union(*map(names_counted, part.measures))
         changed["loops"] = tuple(loop for loop in experiment.loops if loop.name in named)
     if not saves:
         changed["saves"] = ()
@@ -171,18 +172,6 @@ def _part(
             "expects": tuple(part.expects),
         }
     )
-
-
-def _loops_in(measures: Sequence[spec.Measure]) -> set[str]:
-    """Names in sites and positions of measures, which may be those of loops."""
-    every = (node for each in measures for node in (*walk(each.metric), *walk(each.at)))
-    found: set[str] = set()
-    for node in every:
-        if isinstance(node, ast.Bound) and node.name is not None:
-            found.add(node.name)
-        elif isinstance(node, ast.TokenIndex) and isinstance(node.low, str):
-            found.add(node.low)
-    return found
 
 
 def _without_sides(combined: Sequence[Variant]) -> list[Variant]:

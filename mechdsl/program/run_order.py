@@ -80,7 +80,7 @@ def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ast.Ran
     for part in (*experiment.every_rule, *experiment.measures):
         for name in type(part).model_fields:
             yield from _in_tree(getattr(part, name), parts.groups)
-    for rule in experiment.rules:
+    for rule in experiment.every_rule:
         if rule.direction is not None:
             for each in made_of([rule.direction], parts.directions):
                 yield from _in_tree((each.value, each.site), parts.groups)

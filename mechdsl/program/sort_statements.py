@@ -14,7 +14,7 @@ from mechdsl.program.namespace import Namespace, place
 from mechdsl.syntax import ast
 from mechdsl.syntax.reserved import STACKS
 from mechdsl.syntax.verbs import VERBS
-from mechdsl.syntax.walk import walk
+from mechdsl.syntax.walk import numbers_named, walk
 
 if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
@@ -183,11 +183,7 @@ def use_names(node: ast.Node, work: Statements) -> None:
             _ = any(work.scope.has(kind, part.id) for kind in ("group", "param", "direction"))
         elif isinstance(part, ast.Index):
             work.scope.has("direction", part.name)
-        elif isinstance(part, ast.Bound) and part.name is not None:
-            work.scope.has("param", part.name)
         elif isinstance(part, ast.Axis) and isinstance(part.window, str):
             work.scope.has("param", part.window)
-        elif isinstance(part, ast.TokenIndex) and isinstance(part.low, str):
-            work.scope.has("param", part.low)
-        elif isinstance(part, ast.Ranked) and isinstance(part.amount, str):
-            work.scope.has("param", part.amount)
+    for name in numbers_named(node):
+        work.scope.has("param", name)

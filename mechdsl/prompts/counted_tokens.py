@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
-from mechdsl.diagnostics.e03_coordinates import BadLoopValue, EmptyRange
+from mechdsl.diagnostics.e03_coordinates import EmptyRange
 from mechdsl.diagnostics.e03_positions import OutsidePrompt, RaggedPositions
+from mechdsl.prompts.named_numbers import number
 from mechdsl.prompts.prompt_table import Hits, PositionCell
 from mechdsl.prompts.span_occurrences import Occurrences
 from mechdsl.syntax import ast
+from mechdsl.syntax.format.constructs import position as written_position
 
 
 @dataclass
@@ -18,8 +19,6 @@ class CountedTokens:
     """Counts in the run of `spans`, whose `diagnostics` take what is wrong."""
 
     spans: Occurrences
-    loops: Mapping[str, Any]
-    """Numbers of the `for` variables around a position."""
     with_runs: tuple[str, ...]
     """Other runs whose prompts must be as long."""
 
@@ -28,18 +27,8 @@ class CountedTokens:
         self.diagnostics = self.spans.diagnostics
 
     def index(self, base: ast.TokenIndex, align: str | None) -> list[PositionCell]:
-        """The cells of a number, a range or `*`. Codes: E0305, E0310, E0321, E0322."""
-        low: int | str | None = base.low
-        if isinstance(low, str):
-            value = self.loops.get(low)
-            if isinstance(value, bool) or not isinstance(value, int):
-                reason = "positions are whole numbers"
-                hint = f"let `{low}` run over whole numbers, as in `for {low} in 0..5`"
-                self.diagnostics.append(
-                    BadLoopValue(span=base.span, name=low, reason=reason, hint=hint)
-                )
-                return []
-            low = value
+        """The cells of a number, a range or `*`. Codes: E0305, E0310, E0321."""
+        low = number(base.low)
         high = base.high
         if low is None:
             everything = tuple((tuple(range(len(m.row.ids))),) for m in self.maps)
@@ -73,7 +62,7 @@ class CountedTokens:
                 hits.append((tuple(range(low + size, high + size + 1)),))
             cells.append(PositionCell(label, tuple(hits)))
         hint = "count within the shortest prompt, or from the end: `token -1`"
-        return cells if self.inside(cells, base, hint, special=True) else []
+        return self.inside(cells, base, hint, special=True)
 
     def _mixed(
         self, base: ast.TokenIndex, low: int, high: int, align: str | None
@@ -122,31 +111,26 @@ class CountedTokens:
     def inside(
         self,
         cells: Sequence[PositionCell],
-        node: ast.Node,
+        node: ast.Point | ast.TokenIndex,
         hint: str,
         *,
         special: bool,
         behind: bool = False,
-    ) -> bool:
-        """Whether all hits lie in the prompts, else E0310; special tokens, and those of the answer
-        behind the prompt, count only if told so."""
-        lacking: set[int] = set()
-        for cell in cells:
-            for n, row in enumerate(cell.hits):
-                own = self.maps[n].row
-                size = len(own.ids)
-                allowed = range(size + (self.spans.answers.longest(n) if behind else 0))
-                for run in row:
-                    inside = all(
-                        p in allowed and (special or p >= size or not own.special[p]) for p in run
-                    )
-                    if not inside:
-                        lacking.add(n)
+    ) -> list[PositionCell]:
+        """The cells, where all hits lie in the prompts, else none and E0310; special tokens, and
+        those of the answer behind the prompt, count only if told so. Of a `for` that leads out of
+        some prompts the others are left."""
+        beyond = [self._beyond(cell, special=special, behind=behind) for cell in cells]
+        lacking = set[int]().union(*beyond)
+        if lacking and self.spans.drops_out(node):
+            left = [_without(*each) for each in zip(cells, beyond, strict=True)]
+            if any(any(cell.hits) for cell in left):
+                return left
         if lacking:
             self.diagnostics.append(
                 OutsidePrompt(
                     span=node.span,
-                    position=node.span.written,
+                    position=self._written(node),
                     run=self.spans.run,
                     lacking=len(lacking),
                     total=self.spans.total,
@@ -154,4 +138,32 @@ class CountedTokens:
                     hint=hint,
                 )
             )
-        return not lacking
+        return [] if lacking else list(cells)
+
+    def _written(self, node: ast.Point | ast.TokenIndex) -> str:
+        """What a position is called: with the number that a `for` has."""
+        if not self.spans.drops_out(node):
+            return node.span.written
+        point = node if isinstance(node, ast.Point) else ast.Point(node, span=node.span)
+        return written_position(ast.Position(point, span=node.span))
+
+    def _beyond(self, cell: PositionCell, *, special: bool, behind: bool) -> set[int]:
+        """The rows of whose prompts a cell leads out."""
+        lacking: set[int] = set()
+        for n, row in enumerate(cell.hits):
+            own = self.maps[n].row
+            size = len(own.ids)
+            allowed = range(size + (self.spans.answers.longest(n) if behind else 0))
+            for run in row:
+                inside = all(
+                    p in allowed and (special or p >= size or not own.special[p]) for p in run
+                )
+                if not inside:
+                    lacking.add(n)
+        return lacking
+
+
+def _without(cell: PositionCell, rows: Collection[int]) -> PositionCell:
+    """The cell without what it has in these rows."""
+    hits = tuple(() if n in rows else own for n, own in enumerate(cell.hits))
+    return replace(cell, hits=hits)

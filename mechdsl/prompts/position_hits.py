@@ -9,7 +9,7 @@ from mechdsl.base.plural import plural
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e03_positions import JoinedUnequal
-from mechdsl.prompts.prompt_table import PositionCell, PromptTable, RunRow
+from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable, RunRow
 from mechdsl.prompts.span_tokens import TokenMap
 from mechdsl.prompts.tokenizer import TextTokenizer
 
@@ -68,3 +68,17 @@ def hit_texts(
             if text:
                 found[text] += 1
     return tuple(text for text, _ in found.most_common())
+
+
+def union(cells: Sequence[PositionCell], n: int) -> Hits:
+    """All positions of a row, joined as they are written: in two runs, and on both sides of `onto`,
+    they pair in this order. No run where there are none."""
+    joined = dict.fromkeys(p for cell in cells for run in cell.hits[n] for p in run)
+    # A run of no tokens, that of `top 0%`, is a run all the same.
+    return (tuple(joined),) if any(cell.hits[n] for cell in cells) else ()
+
+
+def lacks(cells: Sequence[PositionCell], n: int) -> bool:
+    """Whether a row has none of the cells: another experiment lacks it, so that nothing is known of
+    its tokens, or a `for` counts beyond its end."""
+    return not any(cell.hits[n] for cell in cells)

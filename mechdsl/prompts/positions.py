@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownWord
@@ -13,12 +14,21 @@ from mechdsl.diagnostics.e03_coordinates import EmptyRange
 from mechdsl.diagnostics.e03_positions import (
     NothingLeft,
     NotOnePosition,
+    OutsidePrompt,
     ReversedBetween,
 )
 from mechdsl.diagnostics.e05_answers import NotInTheAnswer
 from mechdsl.prompts.answer_tokens import ANSWER, NO_ANSWERS, AnswerTokens
 from mechdsl.prompts.counted_tokens import CountedTokens
+from mechdsl.prompts.named_numbers import (
+    NamedNumbers,
+    bounds,
+    counted_once,
+    has_numbers,
+    numbered,
+)
 from mechdsl.prompts.order_in_text import behind, by_text
+from mechdsl.prompts.position_hits import lacks, union
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
 from mechdsl.prompts.span_occurrences import Occurrences
 from mechdsl.prompts.tokenizer import TextTokenizer
@@ -41,22 +51,35 @@ def resolve_positions(
     *,
     tokenizer: TextTokenizer,
     loop_values: Mapping[str, Any] | None = None,
+    loops: Collection[str] = (),
     with_runs: Sequence[str] = (),
     ranked: Ranked | None = None,
     answers: AnswerTokens = NO_ANSWERS,
 ) -> tuple[tuple[PositionCell, ...], list[Diagnostic]]:
     """The cells of a position expression in one run: one per value of its axis.
 
-    loop_values: numbers of the `for` variables around it.
+    loop_values: numbers of the `for` variables around it, and of parameters.
+    loops: names of the first; where they count, rows that lack the position drop out.
     with_runs: other runs whose prompts must be as long where positions are counted from an end.
     ranked: picks the tokens that another experiment ranked; E0108 for them without it.
     answers: the texts behind the prompts, whose tokens are positions too.
     Codes: E0305, E0306, E0308 to E0315, E0321, E0322, E0540 to E0542, W0701.
     """
+    values = loop_values or {}
+    numbers = NamedNumbers(values, loops)
+    written = numbers.written_out(positions)
+    if written is None:
+        return (), numbers.diagnostics
     resolver = _Resolver(
-        table, run, tokenizer, loop_values or {}, tuple(with_runs), ranked=ranked, answers=answers
+        table, run, tokenizer, values, tuple(with_runs), ranked, answers, numbers.swept
     )
-    cells = [cell for item in positions.items for cell in resolver.position(item)]
+    cells: list[PositionCell] = []
+    for item, counted in zip(positions.items, written.items, strict=True):
+        own = resolver.position(counted)
+        if has_numbers(item):
+            own = resolver.somewhere(item, own)
+            own = [replace(own[0], label=numbered(counted))] if len(own) == 1 else own
+        cells += own
     return tuple(cells), list(dict.fromkeys(resolver.diagnostics))
 
 
@@ -67,17 +90,19 @@ class _Resolver:
     tokenizer: TextTokenizer
     loops: Mapping[str, Any]
     with_runs: tuple[str, ...]
-    diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
     ranked: Ranked | None = None
     answers: AnswerTokens = NO_ANSWERS
+    swept: Collection[Span] = ()
+    """Positions, and parts of some, whose numbers are those of a `for`."""
+    diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
 
     def __post_init__(self) -> None:
         self.spans = Occurrences(
-            self.table, self.run, self.tokenizer, self.diagnostics, self.answers
+            self.table, self.run, self.tokenizer, self.diagnostics, self.answers, self.swept
         )
         self.maps = self.spans.maps
         self.total = self.spans.total
-        self.counted = CountedTokens(self.spans, self.loops, self.with_runs)
+        self.counted = CountedTokens(self.spans, self.with_runs)
 
     # --- shapes ---------------------------------------------------------------------------------
 
@@ -103,7 +128,9 @@ class _Resolver:
                 return self._except(body, align)
 
     def _point(self, point: ast.Point, align: str | None) -> list[PositionCell]:
+        point = counted_once(point) if self.spans.drops_out(point) else point
         cells = self._base(point.base, align)
+        assert not isinstance(point.offset, ast.Variable)
         if point.offset:
             sign = "+" if point.offset > 0 else "-"
             swept = len(cells) > 1 or any(cell.item is not None for cell in cells)
@@ -123,8 +150,7 @@ class _Resolver:
             counted = isinstance(point.base, ast.TokenIndex)
             hint = "the offset leads out of the text; choose a smaller one"
             behind = self._answer_in(point.base)
-            if not self.counted.inside(cells, point, hint, special=counted, behind=behind):
-                return []
+            return self.counted.inside(cells, point, hint, special=counted, behind=behind)
         return cells
 
     def _base(self, base: ast.PointBase, align: str | None) -> list[PositionCell]:
@@ -147,6 +173,23 @@ class _Resolver:
                 found = self.ranked(base, self.run, self.loops, self.diagnostics)
                 return [PositionCell(label, tuple(hits)) for label, hits in found]
 
+    def somewhere(self, item: ast.Position, cells: list[PositionCell]) -> list[PositionCell]:
+        """The cells, none and E0310 where a `for` counts beyond the end of every row."""
+        if has_errors(self.diagnostics) or any(any(cell.hits) for cell in cells):
+            return cells
+        self.diagnostics.append(
+            OutsidePrompt(
+                span=item.span,
+                position=item.span.written,
+                run=self.run,
+                lacking=self.total,
+                total=self.total,
+                example=self.spans.example(0),
+                hint="let the `for` run over numbers that some row has",
+            )
+        )
+        return []
+
     # --- named spans ----------------------------------------------------------------------------
 
     def _span_tokens(self, base: ast.SpanTokens) -> list[PositionCell]:
@@ -155,8 +198,9 @@ class _Resolver:
             return []
         occurrence = ref.occurrence
         ranged = occurrence is not None and (occurrence.low is None or occurrence.high is not None)
-        if occurrence is not None and _is_backwards(occurrence):
-            low, high = str(occurrence.high), str(occurrence.low)
+        counted = bounds(occurrence)
+        if occurrence is not None and counted is not None and counted[0] > counted[1]:
+            high, low = map(str, counted)
             self.diagnostics.append(
                 EmptyRange(span=occurrence.span, text=occurrence.span.written, low=low, high=high)
             )
@@ -170,7 +214,7 @@ class _Resolver:
             return []
         hits = [p.tokens if base.plural else p.tokens[-1:] for p in found]
         self.spans.warn(ref, zip(range(self.total), found, hits, strict=True))
-        return [PositionCell(base.span.written, tuple((h,) for h in hits))]
+        return [PositionCell(base.span.written, tuple((h,) if h else () for h in hits))]
 
     def _occurrences(self, base: ast.SpanTokens) -> list[PositionCell]:
         """One cell per occurrence. Those of `each` and `*` drop out where a row has fewer."""
@@ -179,14 +223,14 @@ class _Resolver:
         if found is None:
             return []
         most = max(map(len, found))
-        occurrence = ref.occurrence
-        if occurrence is None or occurrence.low is None:
+        counted = bounds(ref.occurrence)
+        if counted is None:
             wanted = range(1, most + 1)
             if not most:
                 self.spans.absent(base, ref, list(range(self.total)), 1)
                 return []
         else:
-            wanted = range(occurrence.low, (occurrence.high or occurrence.low) + 1)
+            wanted = range(counted[0], counted[1] + 1)
             lacking = [n for n, places in enumerate(found) if len(places) < wanted[-1]]
             if lacking:
                 self.spans.absent(base, ref, lacking, wanted[-1])
@@ -216,20 +260,17 @@ class _Resolver:
         found = self.spans.all_places(replace(ref, occurrence=None))
         if found is None:
             return []
-        low, high = 1, None
-        if ref.occurrence is not None and ref.occurrence.low is not None:
-            low, high = ref.occurrence.low, ref.occurrence.high or ref.occurrence.low
+        low, high = bounds(ref.occurrence) or (1, None)
         lacking = [n for n, places in enumerate(found) if len(places) < (high or low)]
-        if lacking:
+        if lacking and not (self.spans.drops_out(ref) and len(lacking) < self.total):
             self.spans.absent(base, ref, lacking, high or low)
             return []
-        found = [places[low - 1 : high] for places in found]
+        found = [() if n in lacking else places[low - 1 : high] for n, places in enumerate(found)]
         self.spans.warn(
             ref, ((n, place, place.tokens) for n, places in enumerate(found) for place in places)
         )
-        hits = tuple(
-            (tuple(sorted({t for place in places for t in place.tokens})),) for places in found
-        )
+        joined = [tuple(sorted({t for place in places for t in place.tokens})) for places in found]
+        hits = tuple(() if n in lacking else (tokens,) for n, tokens in enumerate(joined))
         return [PositionCell(base.span.written, hits)]
 
     def _each_token_of(self, base: ast.EachTokenOf, ref: ast.SpanRef) -> list[PositionCell]:
@@ -257,10 +298,10 @@ class _Resolver:
         for run in self.table.runs:
             if run != self.run:
                 other = _Resolver(
-                    self.table, run, self.tokenizer, self.loops, (), answers=self.answers
+                    self.table, run, self.tokenizer, self.loops, (), None, self.answers, self.swept
                 )
                 lengths |= {len(tokens) for tokens in elsewhere(other)}
-        return lengths
+        return lengths - {0}
 
     def _ragged(
         self, name: str, tokens: Sequence[tuple[int, ...]], lengths: set[int]
@@ -268,13 +309,15 @@ class _Resolver:
         """One cell per token, or first / middle / last; a single token is the last."""
         if len(lengths) == 1 and max(lengths) > _FEW:
             return [
-                PositionCell(f"{name} {k + 1}", tuple(((row[k],),) for row in tokens))
+                PositionCell(
+                    f"{name} {k + 1}", tuple(((row[k],),) if row else () for row in tokens)
+                )
                 for k in range(max(lengths))
             ]
         parts: dict[str, tuple[Hits, ...]] = {
             "first": tuple(((row[0],),) if len(row) > 1 else () for row in tokens),
             "middle": tuple(tuple((p,) for p in row[1:-1]) for row in tokens),
-            "last": tuple(((row[-1],),) for row in tokens),
+            "last": tuple(((row[-1],),) if row else () for row in tokens),
         }
         return [PositionCell(f"{name} {part}", hits) for part, hits in parts.items() if any(hits)]
 
@@ -289,8 +332,9 @@ class _Resolver:
         found = self.spans.one_place(base, base.of)
         if found is None:
             return []
-        self.spans.warn(base.of, ((n, p, (p.tokens[at],)) for n, p in enumerate(found)))
-        return [PositionCell(base.span.written, tuple(((p.tokens[at],),) for p in found))]
+        there = [(p.tokens[at],) if p.tokens else () for p in found]
+        self.spans.warn(base.of, zip(range(self.total), found, there, strict=True))
+        return [PositionCell(base.span.written, tuple((own,) if own else () for own in there))]
 
     # --- behind the prompt ------------------------------------------------------------------------
 
@@ -332,25 +376,32 @@ class _Resolver:
         if has_errors(self.diagnostics[before:]):
             return []
         cells = [cell for _, own in found for cell in own]
-        ranked = [own for item, own in found if _is_ranked(item)]
+        parts = [own for item, own in found if self._may_lack(item)]
         hits = tuple(
-            () if any(_unranked(own, n) for own in ranked) else _union(cells, n)
+            () if any(lacks(own, n) for own in parts) else union(cells, n)
             for n in range(self.total)
         )
         return [PositionCell(base.span.written, hits)]
 
-    def _single(self, point: ast.Point) -> list[int] | None:
-        """One token position per row, else E0314."""
+    def _may_lack(self, node: ast.Node) -> bool:
+        """Whether rows without the position drop out: another experiment hasn't ranked theirs, or a
+        `for` counts beyond their end."""
+        return _is_ranked(node) or any(map(self.spans.drops_out, walk(node)))
+
+    def _single(self, point: ast.Point) -> list[int | None] | None:
+        """One token position per row, None where a `for` counts beyond its end; else E0314."""
         before = len(self.diagnostics)
         cells = self._point(point, None)
         if has_errors(self.diagnostics[before:]):
             return None
         reason = ""
+        absent = (0, None)[self.spans.drops_out(point)]
         if len(cells) != 1:
             reason = "a sweep over several positions"
         elif self.tokenizer.stands_in:
-            return [max((max(run, default=0) for run in row), default=0) for row in cells[0].hits]
-        elif any(len(row) != 1 or len(row[0]) != 1 for row in cells[0].hits):
+            every = ([p for run in row for p in run] for row in cells[0].hits)
+            return [max(row) if row else absent for row in every]
+        elif any(len(row) != 1 or len(row[0]) != 1 for row in cells[0].hits if row or absent == 0):
             reason = "several tokens"
         if reason:
             position = point.span.written
@@ -358,17 +409,19 @@ class _Resolver:
                 NotOnePosition(span=point.span, position=position, reason=reason)
             )
             return None
-        return [row[0][0] for row in cells[0].hits]
+        return [row[0][0] if row else None for row in cells[0].hits]
 
     def _between_tokens(self, body: ast.Between) -> list[tuple[int, ...]] | None:
         low, high = self._single(body.low), self._single(body.high)
         if low is None or high is None:
             return None
-        reversed_rows = [n for n in range(self.total) if low[n] > high[n]]
+        ends = list(zip(low, high, strict=True))
+        reversed_rows = {n: (a, b) for n, (a, b) in enumerate(ends)
+                         if a is not None and b is not None and a > b}  # fmt: skip
         if reversed_rows:
             prompts = (self.table, self.run, self.tokenizer)
             told = by_text(body.low, body.high) and not self.table.stands_in
-            told = told and all(behind(low[n], high[n], n, *prompts) for n in reversed_rows)
+            told = told and all(behind(a, b, n, *prompts) for n, (a, b) in reversed_rows.items())
             self.diagnostics.append(
                 ReversedBetween(
                     by_text=told,
@@ -376,18 +429,18 @@ class _Resolver:
                     run=self.run,
                     lacking=len(reversed_rows),
                     total=self.total,
-                    example=self.spans.example(reversed_rows[0]),
+                    example=self.spans.example(min(reversed_rows)),
                 )
             )
             return None
-        return [tuple(range(a, b + 1)) for a, b in zip(low, high, strict=True)]
+        return [() if a is None or b is None else tuple(range(a, b + 1)) for a, b in ends]
 
     def _between(self, body: ast.Between) -> list[PositionCell]:
         tokens = self._between_tokens(body)
         if tokens is None:
             return []
         if not body.each:
-            return [PositionCell(body.span.written, tuple((row,) for row in tokens))]
+            return [PositionCell(body.span.written, tuple((row,) if row else () for row in tokens))]
         lengths = self._lengths(tokens, lambda other: other._between_tokens(body) or ())
         return self._ragged("between", tokens, lengths)
 
@@ -407,12 +460,12 @@ class _Resolver:
         if has_errors(self.diagnostics[before:]):
             return []
         kept: list[Hits] = []
-        ranked = _is_ranked(body.excluded)
+        ranked = self._may_lack(body.excluded)
         for n, m in enumerate(self.maps):
-            if ranked and _unranked(cells, n):
+            if ranked and lacks(cells, n):
                 kept.append(())
                 continue
-            without = {p for run in _union(cells, n) for p in run}
+            without = {p for run in union(cells, n) for p in run}
             tokens = tuple(p for p in m.text_tokens if p not in without)
             kept.append((tokens,) if tokens or ranked else ())
         lacking = [] if ranked else [n for n, row in enumerate(kept) if not row]
@@ -435,23 +488,5 @@ class _Resolver:
         return [PositionCell(body.span.written, tuple(kept))]
 
 
-def _is_backwards(occurrence: ast.Occurrence) -> bool:
-    low, high = occurrence.low, occurrence.high
-    return low is not None and high is not None and low > high
-
-
-def _union(cells: Sequence[PositionCell], n: int) -> Hits:
-    """All positions of a row, joined as they are written: in two runs, and on both sides of `onto`,
-    they pair in this order. No run where there are none."""
-    joined = dict.fromkeys(p for cell in cells for run in cell.hits[n] for p in run)
-    # A run of no tokens, that of `top 0%`, is a run all the same.
-    return (tuple(joined),) if any(cell.hits[n] for cell in cells) else ()
-
-
 def _is_ranked(node: ast.Node) -> bool:
     return any(isinstance(part, ast.RankedTokens) for part in walk(node))
-
-
-def _unranked(cells: Sequence[PositionCell], n: int) -> bool:
-    """Whether the other experiment lacks this row, so that nothing is known of its tokens."""
-    return not any(cell.hits[n] for cell in cells)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e03_positions import (
@@ -19,6 +20,7 @@ from mechdsl.diagnostics.e03_positions import (
 from mechdsl.diagnostics.e05_answers import AnswersDiffer, NoAnswerHere, NotInTheAnswer
 from mechdsl.diagnostics.w07_data import TokenCoversMore
 from mechdsl.prompts.answer_tokens import ANSWER, NO_ANSWERS, AnswerTokens
+from mechdsl.prompts.named_numbers import bounds
 from mechdsl.prompts.position_help import occurrence_hint, unknown_span_hint
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.rows import find_text
@@ -26,6 +28,10 @@ from mechdsl.prompts.span_tokens import Place, TokenMap
 from mechdsl.prompts.tokenizer import ROLES, TextTokenizer
 from mechdsl.prompts.values import SpanAt
 from mechdsl.syntax import ast
+from mechdsl.syntax.format.constructs import span as written_span
+
+ABSENT = Place(0, 0, ())
+"""An occurrence that a row lacks."""
 
 
 @dataclass
@@ -37,10 +43,16 @@ class Occurrences:
     tokenizer: TextTokenizer
     diagnostics: list[Diagnostic]
     answers: AnswerTokens = NO_ANSWERS
+    swept: Collection[Span] = ()
+    """Positions, and parts of some, whose numbers are those of a `for`."""
 
     def __post_init__(self) -> None:
         self.maps = [TokenMap(row) for row in self.table.runs[self.run].rows]
         self.total = len(self.maps)
+
+    def drops_out(self, node: ast.Node) -> bool:
+        """Whether rows that lack a position are left out: its number is that of a `for`."""
+        return node.span in self.swept
 
     def places(self, n: int, ref: ast.SpanRef) -> list[Place]:
         """All occurrences of a span in a row, in the order of the text."""
@@ -216,7 +228,7 @@ class Occurrences:
         self.diagnostics.append(
             AbsentOccurrence(
                 span=node.span,
-                position=ref.span.written,
+                position=written_span(ref),
                 run=self.run,
                 lacking=len(lacking),
                 total=self.total,
@@ -228,7 +240,8 @@ class Occurrences:
         )
 
     def one_place(self, node: ast.Node, ref: ast.SpanRef) -> list[Place] | None:
-        """The one occurrence that is meant, in each row. E0306, E0309."""
+        """The one occurrence that is meant, in each row; one without tokens where a row lacks what
+        a `for` counts. E0306, E0309."""
         found = self.all_places(ref)
         if found is None:
             return None
@@ -237,7 +250,7 @@ class Occurrences:
             self.absent(node, ref, list(range(self.total)), least)
             return None
         lacking = [n for n, places in enumerate(found) if len(places) < least]
-        if lacking:
+        if lacking and not (self.drops_out(ref) and len(lacking) < self.total):
             self.absent(node, ref, lacking, least)
             return None
         if pick is None:
@@ -246,7 +259,7 @@ class Occurrences:
                 self._ambiguous(node, ref, several, len(found[several[0]]))
                 return None
             pick = 0
-        return [places[pick] for places in found]
+        return [places[pick] if len(places) >= least else ABSENT for places in found]
 
     def _ambiguous(self, node: ast.Node, ref: ast.SpanRef, several: list[int], times: int) -> None:
         name = ref.span.written
@@ -304,6 +317,7 @@ def _picker(ref: ast.SpanRef) -> tuple[int | None, int]:
     """Which occurrence is meant (None: the only one), and how many there have to be."""
     if ref.edge is not None:
         return (0 if ref.edge == "first" else -1), 1
-    if ref.occurrence is not None and ref.occurrence.low is not None:
-        return ref.occurrence.low - 1, ref.occurrence.low
+    counted = bounds(ref.occurrence)
+    if counted is not None:
+        return counted[0] - 1, counted[0]
     return (-1 if ref.literal is not None else None), 1

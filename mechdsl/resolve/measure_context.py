@@ -44,6 +44,17 @@ class MeasureContext:
     loop_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Of the `for` variables that measures name, in the cells in work."""
 
+    def names_of(self, env: Env) -> dict[str, Any]:
+        """What names in texts and sets stand for beside a row's own: an occurrence, and variables
+        of a `for` that aren't called like something of the rows."""
+        rows = self.table.sources[:1]
+        loops = {
+            name: value
+            for name, value in self.loop_values.items()
+            if not any(row.known(name) for row in rows)
+        }
+        return loops if env is None else {**loops, LITERAL_ENV: env}
+
     @property
     def parameters(self) -> Mapping[str, Any]:
         return self.sites.parameters

@@ -9,6 +9,7 @@ from itertools import product
 
 from mechdsl.diagnostics.e03_coordinates import AxesCollide
 from mechdsl.program import spec
+from mechdsl.program.numbers_in_measures import names_counted
 from mechdsl.program.possible_axes import may_sweep
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.measure_context import MeasureContext, refuse
@@ -16,7 +17,6 @@ from mechdsl.resolve.measured_places import MEASURED
 from mechdsl.resolve.measures import resolve_everywhere
 from mechdsl.resolve.resolved import Axis, Labels, MeasuredPart, ResolvedExperiment, ResolvedMeasure
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import walk
 
 
 def measured_parts(
@@ -94,14 +94,8 @@ def _no_second_sweep(found: list[list[tuple[Labels, ResolvedMeasure]]], work: Wo
 
 
 def loops_measured(work: Work) -> set[str]:
-    """The loops whose variables measures name, in their sites and positions."""
-    found: set[str] = set()
-    for measure in work.experiment.measures:
-        for node in (*walk(measure.metric), *walk(measure.at)):
-            if isinstance(node, ast.Bound) and node.name is not None:
-                found.add(node.name)
-            elif isinstance(node, ast.TokenIndex) and isinstance(node.low, str):
-                found.add(node.low)
+    """The loops whose variables measures name."""
+    found = {name for each in work.experiment.measures for name in names_counted(each)}
     return found.intersection(work.loops)
 
 

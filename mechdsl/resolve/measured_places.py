@@ -44,7 +44,8 @@ def places_of(
             context.table,
             run,
             tokenizer=context.tokenizer,
-            loop_values=context.loop_values,
+            loop_values={**context.parameters, **context.loop_values},
+            loops=tuple(context.loop_values),
         )
         context.diagnostics.extend(p for p in problems if p not in context.diagnostics)
         if any(p.severity == "error" for p in problems):

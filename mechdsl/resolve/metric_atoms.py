@@ -10,6 +10,7 @@ from mechdsl.base.plural import plural
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
 from mechdsl.diagnostics.e03_coordinates import AxisDoesNotFit
+from mechdsl.program.numbers_in_measures import names_in
 from mechdsl.program.python_files import find_function, is_python
 from mechdsl.prompts.answer_sets import is_list
 from mechdsl.prompts.build_table import text_tokens
@@ -21,7 +22,6 @@ from mechdsl.resolve.class_outputs import (
     refused_form,
 )
 from mechdsl.resolve.measure_context import (
-    LITERAL_ENV,
     MeasureContext,
     environments,
     multi_token,
@@ -205,7 +205,7 @@ def _of_text(
     by_item = None not in envs
     texts: dict[Env, tuple[tuple[int, ...], ...]] = {}
     for env in envs:
-        extra = {} if env is None else {LITERAL_ENV: env}
+        extra = context.names_of(env)
         found, problems = text_tokens(context.table, text, tokenizer=context.tokenizer, extra=extra)
         context.diagnostics.extend(problems)
         if any(p.severity == "error" for p in problems):
@@ -218,6 +218,7 @@ def _of_text(
         texts[env] = tuple(t.ids for t in found)
     several = any(len(ids) != 1 for rows in texts.values() for ids in rows)
     several = several and not context.tokenizer.stands_in
+    by_item = by_item or not context.names_of(None).keys().isdisjoint(names_in(text))
     if several and (by_item or context.at is not None):
         context.diagnostics.append(
             NotSupported(

@@ -33,7 +33,7 @@ from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.open_axes import open_axes, open_positions
 from mechdsl.resolve.picks import Onward
 from mechdsl.resolve.relative_depth import relative
-from mechdsl.resolve.removed_blocks import inside_removed
+from mechdsl.resolve.removed_blocks import inside_removed, of_runs_without_blocks
 from mechdsl.resolve.resolved import (
     Axis,
     ModelContext,
@@ -45,7 +45,7 @@ from mechdsl.resolve.resolved import (
 from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.resolve.saves import resolve_saves
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import walk
+from mechdsl.syntax.walk import numbers_named, walk
 
 
 def resolve_experiment(
@@ -114,7 +114,8 @@ def outline(
     diagnostics.extend(
         inside_removed([r for r in rules if r], [m for m in measures if m], model.name)
     )
-    if has_errors(diagnostics) or None in (*rules, *measures, *keep):
+    whole = all(len(run.rules) == len(run.spec.rules) for run in derived.values())
+    if has_errors(diagnostics) or not whole or None in (*rules, *measures, *keep):
         return known, diagnostics
     resolved = ResolvedExperiment(
         spec=experiment,
@@ -134,8 +135,9 @@ def outline(
         places=places,
     )
     problem = _too_many(resolved, program) or _too_many_listed(resolved)
-    if problem is not None:
-        return known, [*diagnostics, problem]
+    refused = [*of_runs_without_blocks(resolved), *([] if problem is None else [problem])]
+    if refused:
+        return known, [*diagnostics, *refused]
     control, problems = _control(resolved, apart, draws_enough)
     diagnostics.extend(problems)
     if problems:
@@ -282,13 +284,7 @@ def _loops_used(work: Work) -> None:
         if isinstance(part, ast.Name)
     }
     for rule in work.experiment.rules:
-        for part in walk(_nodes(rule)):
-            if isinstance(part, ast.Bound) and part.name is not None:
-                used.add(part.name)
-            elif isinstance(part, ast.TokenIndex) and isinstance(part.low, str):
-                used.add(part.low)
-            elif isinstance(part, ast.Ranked) and isinstance(part.amount, str):
-                used.add(part.amount)
+        used.update(numbers_named(_nodes(rule)))
     used.update(loops_measured(work))
     if has_errors(work.diagnostics):
         return  # which may be why
@@ -305,16 +301,16 @@ def _loops_used(work: Work) -> None:
 
 
 def _beside_others(work: Work, kinds: Registry[RuleKind]) -> None:
-    """E0108 for rules that don't go with others of their kind, or with any."""
+    """E0108 for rules that don't go with others of their kind."""
     rules = work.experiment.rules
     for verb, kind in kinds.items():
         own = [rule for rule in rules if rule.verb == verb]
-        if kind.alone and own and len(rules) > 1:
-            what = f"a {verb} beside other rules"
-            work.diagnostics.append(NotSupported(span=own[0].span, what=what))
+        said = {"later": kind.once_because} if kind.once_because else {}
         if kind.once:
             what = f"a second `{verb}` in one experiment"
-            work.diagnostics.extend(NotSupported(span=rule.span, what=what) for rule in own[1:])
+            work.diagnostics.extend(
+                NotSupported(span=rule.span, what=what, **said) for rule in own[1:]
+            )
 
 
 def _nodes(rule: spec.Rule) -> Any:

@@ -231,7 +231,7 @@ class ResolvedExperiment(Record):
     def models(self) -> tuple[str, ...]:
         """The model that it runs on, and others that it reads."""
         others = [run.model for run in self.spec.elsewhere if run.model is not None]
-        others += [m for rule in self.rules if rule.direction for m in rule.direction.models]
+        others += [m for rule in self.every_rule if rule.direction for m in rule.direction.models]
         return tuple(dict.fromkeys((self.model.name, *others)))
 
     @property
@@ -247,6 +247,11 @@ class ResolvedExperiment(Record):
     def every_rule(self) -> tuple[ResolvedRule, ...]:
         """Its own, and those of the runs that it defines."""
         return (*(rule for run in self.derived.values() for rule in run.rules), *self.rules)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether tokens may see later ones in a run with rules that it defines."""
+        return any(rule.does.looks_ahead for run in self.derived.values() for rule in run.rules)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ from mechdsl.base import limits
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.prompts.answer_sets import Part, TokenSets, accepted
 from mechdsl.resolve.measure_context import (
-    LITERAL_ENV,
     MeasureContext,
     environments,
     multi_token,
@@ -41,9 +40,12 @@ def of_set(
         return None
     sets: dict[Env, TokenSets] = {}
     for env in envs:
-        extra = {} if env is None else {LITERAL_ENV: env}
         rows, problems = accepted(
-            context.table, parts, context.tokenizer, extra=extra, digits=digits or None
+            context.table,
+            parts,
+            context.tokenizer,
+            extra=context.names_of(env),
+            digits=digits or None,
         )
         context.diagnostics.extend(problems)
         if has_errors(problems):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, TypeAlias
 
-from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e03_coordinates import BadLoopValue
 from mechdsl.diagnostics.e03_positions import AbsentOccurrence, JoinedUnequal, OutsidePrompt
 from mechdsl.diagnostics.e03_rules import OverlappingPositions, UnpairedPositions
@@ -23,7 +23,7 @@ from mechdsl.resolve.resolved import Axis
 from mechdsl.resolve.resolved_rule import Apart, Key, PositionTargets
 from mechdsl.resolve.unlike_tokens import other_tokens
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import walk
+from mechdsl.syntax.walk import numbers_named
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,26 @@ def sweeps(positions: ast.Positions, work: Work) -> bool:
     return cells is not None and len(cells) > 1
 
 
+def cells_elsewhere(
+    positions: ast.Positions, table: PromptTable, run: str, work: Work
+) -> tuple[list[PositionCell], list[Diagnostic]]:
+    """The cells of a rule's positions in rows of another block, for every value of its loops."""
+    cells: list[PositionCell] = []
+    problems: list[Diagnostic] = []
+    for _, values in _loop_values(_loops_of([positions], work), work):
+        own, said = resolve_positions(
+            positions,
+            table,
+            run,
+            tokenizer=work.model.tokenizer,
+            loop_values=values,
+            loops=tuple(work.loops),
+        )
+        cells += own
+        problems += (each for each in said if each not in problems)
+    return cells, problems
+
+
 def laid_out(
     find: Find, nodes: list[ast.Positions], work: Work, axis: str = "position"
 ) -> PositionTargets | None:
@@ -183,12 +203,7 @@ def laid_out(
 
 def _loops_of(nodes: list[ast.Positions], work: Work) -> list[str]:
     """The loops whose variables stand in positions."""
-    named: set[object] = set()
-    for part in (part for node in nodes for part in walk(node)):
-        if isinstance(part, ast.TokenIndex):
-            named.add(part.low)
-        elif isinstance(part, ast.Ranked):
-            named.add(part.amount)
+    named = {name for node in nodes for name in numbers_named(node)}
     return [name for name in work.loops if name in named]
 
 
@@ -218,6 +233,7 @@ def _cells(
         run,
         tokenizer=work.model.tokenizer,
         loop_values=values,
+        loops=tuple(work.loops),
         with_runs=() if other in (None, run) else (other,),
         ranked=work.ranked,
         answers=work.answers if table is None else AnswerTokens(reason=_ELSEWHERE),
@@ -379,7 +395,7 @@ def _checked(
         work.diagnostics.append(
             AbsentOccurrence(
                 span=positions.span,
-                position=positions.span.written,
+                position=labels[0] if len(labels) == 1 else positions.span.written,
                 run=run,
                 lacking=len(work.table),
                 total=len(work.table),

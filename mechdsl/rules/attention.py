@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mechdsl.diagnostics.e01_syntax import NotSupported
@@ -290,13 +289,12 @@ def _anything_seen(
     rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: Work
 ) -> bool:
     """E0332 where every key lies behind every query, most likely exchanged with it."""
-    lowest = [_outermost(cell, min) for cell in keys.written.values()]
-    highest = [_outermost(cell, max) for cell in queries.written.values()]
-    if not lowest or not highest:  # of a name that was refused
+    if not queries.written or not keys.written:  # of a name that was refused
         return True
     prompts = (work.table, work.experiment.base, work.model.tokenizer)
-    for asked, asking in product(lowest, highest):
-        for row, (low, high) in enumerate(zip(asked, asking, strict=True)):
+    for query, key in _edges(queries, keys):
+        ends = zip(_outermost(key, min), _outermost(query, max), strict=True)
+        for row, (low, high) in enumerate(ends):
             if low is None or high is None or not behind(low, high, row, *prompts):
                 return True
     assert rule.onto is not None
@@ -313,13 +311,23 @@ def _anything_seen(
 
 def _all_seen(queries: PositionTargets, keys: PositionTargets) -> bool:
     """Whether no key comes behind a query, in any cell."""
-    lowest = [_outermost(cell, min) for cell in queries.written.values()]
-    highest = [_outermost(cell, max) for cell in keys.written.values()]
     return all(
         first is None or last is None or last <= first
-        for asking, asked in product(lowest, highest)
-        for first, last in zip(asking, asked, strict=True)
+        for query, key in _edges(queries, keys)
+        for first, last in zip(_outermost(query, min), _outermost(key, max), strict=True)
     )
+
+
+def _edges(
+    queries: PositionTargets, keys: PositionTargets
+) -> Iterator[tuple[PositionCell, PositionCell]]:
+    """The queries and keys of each cell: where both name a `for`, those of one value of it."""
+    axes = {name: i for i, name in enumerate(queries.axes)}
+    for q_key, query in queries.written.items():
+        for k_key, key in keys.written.items():
+            named = dict(zip(keys.axes, k_key, strict=True))
+            if all(q_key[axes[n]] == i for n, i in named.items() if n in axes):
+                yield query, key
 
 
 def _outermost(cell: PositionCell, which: Callable[[list[int]], int]) -> list[int | None]:
@@ -332,29 +340,24 @@ def _something_left(
     rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: Work
 ) -> bool:
     """E0332 where a query would have no key left in any cell; windows and sinks aside."""
-    axes = {name: i for i, name in enumerate(queries.axes)}
-    for q_key, query in queries.written.items():
-        for k_key, key in keys.written.items():
-            named = dict(zip(keys.axes, k_key, strict=True))
-            if any(q_key[axes[n]] != i for n, i in named.items() if n in axes):
-                continue
-            found = _emptied(query, key)
-            if found is None:
-                continue
-            row, token = found
-            ids = work.table.runs[work.experiment.base].rows[row].ids
-            text = "of the answer"
-            if token < len(ids):
-                text = f"`{work.model.tokenizer.token_text(ids[token]).strip()}`"
-            work.diagnostics.append(
-                BadEdit(
-                    span=rule.span,
-                    reason="a query would have nothing left to attend to",
-                    what=f"in row {row}, all that token {token} ({text}) sees is blocked",
-                    hint="leave it a key, its own token for example: `tokens except …`",
-                )
+    for query, key in _edges(queries, keys):
+        found = _emptied(query, key)
+        if found is None:
+            continue
+        row, token = found
+        ids = work.table.runs[work.experiment.base].rows[row].ids
+        text = "of the answer"
+        if token < len(ids):
+            text = f"`{work.model.tokenizer.token_text(ids[token]).strip()}`"
+        work.diagnostics.append(
+            BadEdit(
+                span=rule.span,
+                reason="a query would have nothing left to attend to",
+                what=f"in row {row}, all that token {token} ({text}) sees is blocked",
+                hint="leave it a key, its own token for example: `tokens except …`",
             )
-            return False
+        )
+        return False
     return True
 
 

@@ -325,10 +325,19 @@ class Ranked(Node):
 
 
 @record
-class Occurrence(Node):
-    """`item 3`, `item 2..4`, `item *`: 1-based; `low` None is `*`."""
+class Variable(Node):
+    """A number with a name, that of a `for` or of a `param`, in a position: `i`, `-i`, `i + 1`."""
 
-    low: int | None
+    name: str
+    negative: bool = False
+    offset: int = 0
+
+
+@record
+class Occurrence(Node):
+    """`item 3`, `item 2..4`, `item *`, `item i`: 1-based; `low` None is `*`."""
+
+    low: int | Variable | None
     high: int | None = None
 
 
@@ -347,11 +356,11 @@ class SpanRef(Node):
 
 @record
 class TokenIndex(Node):
-    """`token 5`, `token -2`, `tokens *`, `token 2..6`, `token c` (name of a `for`)."""
+    """`token 5`, `token -2`, `tokens *`, `token 2..6`, `token i`, `token -i`."""
 
     plural: bool
-    low: int | str | None
-    """None is `*`; a string is the name of a `for` variable."""
+    low: int | Variable | None
+    """None is `*`."""
     high: int | None = None
 
 
@@ -399,10 +408,10 @@ PointBase = TokenIndex | SpanTokens | EachTokenOf | EdgeToken | RankedTokens | J
 
 @record
 class Point(Node):
-    """A base with an offset in tokens: `subject token + 1`."""
+    """A base with an offset in tokens: `subject token + 1`, `last token - i`."""
 
     base: PointBase
-    offset: int = 0
+    offset: int | Variable = 0
 
 
 @record
@@ -708,6 +717,8 @@ class PathRule(Node):
     receiver: Site
     at: Positions
     through: tuple[Name, ...] = ()
+    frozen: bool = False
+    """`with frozen norms`"""
 
 
 @record

@@ -114,6 +114,14 @@ def _name(token: Token) -> ast.Name:
     return ast.Name(str(token), span=_span([token]))
 
 
+def _is_name(child: object) -> bool:
+    return isinstance(child, ast.Name) or (isinstance(child, Token) and child.type == "NAME")
+
+
+def _named(child: ast.Name | Token) -> ast.Name:
+    return _name(child) if isinstance(child, Token) else child
+
+
 def _defined(name: ast.Name, rename: str = "") -> ast.Name:
     """A name that the file gives to something; words of the language are refused."""
     if name.id in RESERVED:
@@ -610,10 +618,12 @@ class ToAst(Transformer[Token, Any]):
         return ast.Stepped(component, factor[0] if factor else None, span=_span(c))
 
     def path(self, c: list[Any]) -> ast.PathRule:
-        through = _clauses(c).get("through", ())
-        return ast.PathRule(c[1], c[3], c[5], through, span=_span(c))
+        clauses = _clauses(c)
+        through, frozen = clauses.get("through", ()), "frozen" in clauses
+        return ast.PathRule(c[1], c[3], c[5], through, frozen, span=_span(c))
 
     through = _clause("through", lambda c: c[1].value)
+    frozen = _clause("frozen", lambda _: True)
 
     def add(self, c: list[Any]) -> ast.Add:
         return ast.Add(c[1], c[3], c[5], span=_span(c))
@@ -662,7 +672,7 @@ class ToAst(Transformer[Token, Any]):
 
     def site(self, c: list[Any]) -> ast.Site:
         return ast.Site(
-            tuple(child for child in c if isinstance(child, ast.Name)),
+            tuple(map(_named, filter(_is_name, c))),
             tuple(child for child in c if isinstance(child, ast.Axis)),
             next((child for child in c if isinstance(child, ast.ShortSite)), None),
             next((child for child in c if isinstance(child, ast.Ranked)), None),
@@ -756,11 +766,14 @@ class ToAst(Transformer[Token, Any]):
     def point(self, c: list[Any]) -> ast.Point:
         return ast.Point(c[0], _clauses(c).get("offset", 0), span=_span(c))
 
-    offset = _clause("offset", lambda c: _integer(c[1]) * (-1 if c[0].type == "MINUS" else 1))
+    offset = _clause("offset", lambda c: _signed(c))
 
     def token_index(self, c: list[Any]) -> ast.TokenIndex:
-        low, high = _index(c[1:])
+        low, high = (c[1], None) if isinstance(c[1], ast.Variable) else _index(c[1:])
         return ast.TokenIndex(c[0].type == "TOKENS", low, high, span=_span(c))
+
+    def counter(self, c: list[Any]) -> ast.Variable:
+        return ast.Variable(str(c[-1]), len(c) == 2, span=_span(c))
 
     signed = _clause("signed", lambda c: _integer(c[-1]) * (-1 if len(c) == 2 else 1))
 
@@ -788,6 +801,13 @@ class ToAst(Transformer[Token, Any]):
         "span", lambda c: {"name": str(c[0]), "occurrence": c[1] if len(c) == 2 else None}
     )
 
+    def further_span(self, c: list[Any]) -> ast.SpanRef:
+        counted = c[1:4]
+        variable = ast.Variable(str(c[1]), offset=_number_behind(c[2:4]), span=_span(counted))
+        occurrence = ast.Occurrence(variable, span=variable.span)
+        of = _clauses(c).get("of")
+        return ast.SpanRef(str(c[0]), occurrence=occurrence, of=of, span=_span(c))
+
     def edge_span(self, c: list[Any]) -> Clause:
         edge, _, name = str(c[0]).partition("-")
         return Clause("span", {"edge": edge, "name": name}, _span(c))
@@ -799,6 +819,8 @@ class ToAst(Transformer[Token, Any]):
     def occurrence(self, c: list[Any]) -> ast.Occurrence:
         if c[0].type == "STAR":
             return ast.Occurrence(None, span=_span(c))
+        if c[0].type == "NAME":
+            return ast.Occurrence(ast.Variable(str(c[0]), span=_span(c)), span=_span(c))
         high = _integer(c[2]) if len(c) == 3 else None
         return ast.Occurrence(_integer(c[0]), high, span=_span(c))
 
@@ -924,12 +946,24 @@ def _axis(
     return ast.Axis(singular, plural, values, window, of, span=span)
 
 
-def _index(c: Sequence[Any]) -> tuple[int | str | None, int | None]:
-    """Both ends of `*`, `3`, `2..6`, or a name."""
+def _index(c: Sequence[Any]) -> tuple[int | None, int | None]:
+    """Both ends of `*`, `3`, `2..6`."""
     first = c[0]
     if isinstance(first, Token):
-        return (None if first.type == "STAR" else str(first)), None
+        return None, None
     return first.value, c[2].value if len(c) == 3 else None
+
+
+def _number_behind(c: Sequence[Any]) -> int:
+    """A number behind its sign."""
+    return _integer(c[1]) * (-1 if c[0].type == "MINUS" else 1)
+
+
+def _signed(c: Sequence[Any]) -> int | ast.Variable:
+    """A number, or a name for one, behind its sign."""
+    if c[1].type == "NAME":
+        return ast.Variable(str(c[1]), c[0].type == "MINUS", span=_span(c))
+    return _number_behind(c)
 
 
 def _further_token(before: ast.Position, index: Clause) -> ast.Position:

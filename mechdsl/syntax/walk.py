@@ -30,6 +30,16 @@ def walk(node: Any) -> Iterator[ast.Node]:
             left.extend(reversed(item))  # pyright: ignore[reportUnknownArgumentType]
 
 
+def numbers_named(node: Any) -> Iterator[str]:
+    """Names that stand for numbers, of a `for` or a `param`, in sites and positions."""
+    for part in walk(node):
+        match part:
+            case ast.Bound(name=str(name)) | ast.Variable(name=name) | ast.Ranked(amount=str(name)):
+                yield name
+            case _:
+                pass
+
+
 def depth(node: ast.Node) -> int:
     """How many nodes lie within one another at most."""
     deepest = 0

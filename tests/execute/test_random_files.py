@@ -22,6 +22,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.validate.check_file import Settings
 
 from . import support
+from .saved_files import same_files, taken_away
 
 MORE = """
 prompts elsewhere {
@@ -252,6 +253,38 @@ def paths(draw: Any) -> str:
     return f"path {sender} -> {receiver} at {draw(positions())}{through}"
 
 
+LOOPED = (
+    "item i token",
+    "item i + 1 of xs tokens",
+    "token -i",
+    "last token - i",
+    "subject token + i",
+    "{item i token, last token}",
+    "tokens except item i tokens",
+    "tokens between item i token and last token",
+)
+
+
+@st.composite
+def loops(draw: Any) -> str:
+    """A rule within a `for`, whose variable is its amount or counts its positions."""
+    at = draw(st.sampled_from(LOOPED))
+    site = draw(sites(swept=False))
+    inside = draw(
+        st.sampled_from(
+            [
+                f"reweight {draw(edges(swept=False))} by i",
+                f"ablate {site} at {at} with {draw(st.sampled_from(['zero', 'resample']))}",
+                f"patch {site} at {at}",
+                "block attention layers * from token i + 3 to token i",
+                f"block attention layer * from {draw(st.sampled_from(ONE))} to {at}",
+                "observe attention layer 1 head * from item i + 1 token to item i token",
+            ]
+        )
+    )
+    return f"for i in {draw(st.sampled_from(['1..3', '[0, 2]']))} {{ {inside} }}"
+
+
 @st.composite
 def experiments(draw: Any) -> str:
     """An experiment with one to three rules; only the first sweeps, as sweeps would collide."""
@@ -277,20 +310,46 @@ def experiments(draw: Any) -> str:
                 f"freeze attn_out layer l + 1 at {draw(positions(swept=False))} }}",
             ]
         case 4:
-            lines = [
-                f"for w in [0, 0.5, 3] {{ reweight {draw(edges(swept=False))} by w }}",
-            ]
+            lines = [draw(loops())]
         case _:
             count = draw(st.integers(1, 3))
             lines = [draw(rules(swept=number == 0)) for number in range(count)]
             lines += [draw(together())] if draw(st.integers(0, 3)) == 0 else []
+    source, base, first = draw(defined(source, base))
     measures = draw(st.lists(st.sampled_from(MEASURES), min_size=1, max_size=2, unique=True))
     against = draw(st.sampled_from(["", "", "", "against random(3)"]))
     blocks = draw(st.sampled_from(["prompts p"] * 4 + ["prompts p, fewer", "prompts fewer, p"]))
     text = MORE + support.experiment(
-        "e", blocks, f"from {source} into {base}", *lines, *measures, against
+        "e", blocks, *first, f"from {source} into {base}", *lines, *measures, against
     )
     return text + (draw(onward()) if draw(st.integers(0, 3)) == 0 else "")
+
+
+@st.composite
+def defined(draw: Any, source: str, base: str) -> tuple[str, str, list[str]]:
+    """(source, base, lines): runs that the experiment defines, one of which either may be, and
+    activations that go to files."""
+    lines: list[str] = []
+    runs = [source.partition(",")[0], base.partition(",")[0]]
+    for name in ("made", "again")[: draw(st.sampled_from([0, 0, 0, 1, 2]))]:
+        first, second = draw(st.permutations([*runs, *RUNS]))[:2]
+        inner = [draw(rules(swept=False)) for _ in range(draw(st.integers(1, 2)))]
+        lines.append(f"run {name} {{ from {first} into {second} {' '.join(inner)} }}")
+        runs.append(name)
+        match draw(st.integers(0, 3)):
+            case 0:
+                source = name
+            case 1:
+                base = name
+            case 2:
+                lines.append(f"measure kl({name}) as raw")
+            case _:
+                lines.append(f"patch resid_post layer 2 at last token with {name}")
+    for number in range(draw(st.sampled_from([0, 0, 0, 1, 2]))):
+        site, at = draw(sites(swept=True)), draw(positions())
+        run, kind = draw(st.sampled_from(runs)), draw(st.sampled_from(["", " as float16"]))
+        lines.append(f'save {site} of {run} at {at} to "{number}.safetensors"{kind}')
+    return source, base, lines
 
 
 @st.composite
@@ -367,6 +426,7 @@ def compare(case: tuple[str, str, frozenset[str]], folder: Any) -> None:
     whole = replace(support.WITHOUT_PLAN, settings=python)
     some = RunOptions(without=off, settings=python)
     plain, problems = support.try_file(text, folder, model, whole, prompts=PROMPTS)
+    written = taken_away(folder)
     planned, again = support.try_file(text, folder, model, some, prompts=PROMPTS)
     assert [(d.code, d.message) for d in problems] == [(d.code, d.message) for d in again]
     if plain is None or planned is None:
@@ -374,10 +434,12 @@ def compare(case: tuple[str, str, frozenset[str]], folder: Any) -> None:
         assert plain is planned
         event("refused: " + next(d.code for d in problems if d.severity == "error"))
         return
-    event("run: " + text.split("from ")[1].splitlines()[1].split()[0])
+    event("run: " + text.split("\n  from ")[1].splitlines()[1].split()[0])
     event(f"experiments: {len(plain.experiments)}, against: {'against' in text}")
+    event(f"runs with rules: {'run made' in text}, files: {len(plain.saved)}")
     for one, other in zip(plain.experiments, planned.experiments, strict=True):
         same(one, other, text)
+    same_files(written, taken_away(folder), text)
 
 
 def same(one: ExperimentResult, other: ExperimentResult, text: str) -> None:

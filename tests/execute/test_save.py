@@ -109,6 +109,13 @@ def test_half_precision(tmp_path: Path) -> None:
         torch.testing.assert_close(found, whole.to(found.dtype))
 
 
+def test_folders_that_are_missing_are_made(tmp_path: Path) -> None:
+    result = saved(tmp_path, "llama", 'save embed at last token to "no/such/a.safetensors"')
+    assert result.saved[0].path == tmp_path / "no" / "such" / "a.safetensors"
+    assert (tmp_path / "no" / "such" / "a.jsonl").exists()
+    assert load_file(tmp_path / "no" / "such" / "a.safetensors")["embed"].shape[0] == len(ROWS)
+
+
 def test_beside_measures(tmp_path: Path) -> None:
     result = saved(
         tmp_path, "llama", 'save resid_post layer 1 at last token to "a.safetensors"',
@@ -159,7 +166,7 @@ REFUSED = {
     'save resid_post layer 9 at last token to "a.safetensors"': "E0302",
     'save resid_post layer 1 at token * to "a.safetensors"': "E0305",
     'save resid_post layer 1 at last token to "../../a.safetensors"': "E0531",
-    'save resid_post layer 1 at last token to "no/such/folder/a.safetensors"': "E0533",
+    'save resid_post layer 1 at last token to "data.jsonl/a.safetensors"': "E0533",
     'save resid_post layer 1 at last token to "a.safetensors"\n'
     '  save resid_post layer 2 at last token to "a.safetensors"': "E0207",
     'save resid_post layer 1 at last token to "a.safetensors"\n'

@@ -828,11 +828,42 @@ _rule(
     "path",
     "path layer 0..1 head * -> q layer 2 head * at last token",
     "The sender gets the source run's value, every other head and every MLP is held at the base "
-    "run's; what the receiver reads then is written into the base run. Receivers are `attn_norm`, "
-    "`q`, `k`, `v`, `mlp_norm`, `final_norm` and `logits`; their axes are `to_layer` and "
-    "`to_head`. Pairs in the wrong order are left out.",
+    "run's; what the receiver reads then is written into the base run. Receivers are `resid_pre`, "
+    "`attn_norm`, `q`, `k`, `v`, `mlp_norm`, `mlp_hidden`, `final_norm` and `logits`; their axes "
+    "are `to_layer`, `to_head` and `to_neuron`. Pairs in the wrong order are left out. `logits` "
+    "stands beside no other receiver. A neuron that receives gets the activation that its MLP "
+    "gives it there.",
     PATHS,
     _PATHS,
+)
+_rule(
+    "path beside rules",
+    "ablate L1H2 at last token with zero  path layer 0 head * -> q layer 2 head * at last token",
+    "The other rules make the model in which the path is patched: they act in the pass that gives "
+    "what is held, in that in which the senders are patched, and in the last one. The source run "
+    "that the senders' values are of is without them. A run with rules as the base "
+    "(`from clean into ablated`) gives the same values, and effects against it. One path stands in "
+    "an experiment.",
+    PATHS,
+    "tests/rules/test_paths_beside.py",
+)
+_rule(
+    "path … with frozen norms",
+    "path layer * head * -> logits at last token with frozen norms",
+    "In the pass in which the senders are patched, every norm divides by what it divides by on the "
+    "base run; so direct effects are linear, and those of senders that add up to the stream add up "
+    "(before a cap on logits). Behind `through mlps`, where both stand.",
+    "Elhage et al. 2021 (transformer-circuits.pub/2021/framework)",
+    "tests/rules/test_paths_beside.py",
+)
+_rule(
+    "path to neurons",
+    "path layer 0 head * -> mlp_hidden layer 2 neurons 3, 7 at last token",
+    "What the senders add to what these neurons read, and only these: their activations in the "
+    "pass in which all else is held are written into the base run. Neurons send too: "
+    "`path L0N3 -> L2N7`.",
+    PATHS,
+    "tests/rules/test_paths_beside.py",
 )
 _rule(
     "path … through mlps",
@@ -1076,6 +1107,16 @@ _rule(
     OWN,
     _COORDINATES,
 )
+_rule(
+    "for i",
+    "for i in 2..3 { block attention layers * from item i token to item i - 1 token }",
+    "Its variable counts in positions: `item i token`, `item i + 1 tokens`, `token i`, `token -i`, "
+    "`last token - i`, of rules, queries, keys and measures. With `from token i to token i - 11` "
+    "they are those of a diagonal, one cell for each query. Rows without a position drop out of "
+    "its cell, as of `each item token`, and n is told; that no row has it is an error.",
+    OWN,
+    "tests/rules/test_loop_positions.py",
+)
 
 # --- what another experiment found ----------------------------------------------------------------
 
@@ -1266,7 +1307,9 @@ _experiment(
     "The bounds of numerals are worked out in each row (greater-than: `prob(label + 1..99, "
     "digits: 2)`), and so are lists: `prob([count, count + 2])`, `expected(around)` where `around` "
     "is a value that is a list. Numerals are spelt as in `answer`, with as many `digits` as are "
-    "asked for; a row without any is an error.",
+    "asked for; a row without any is an error. The variable of a `for` may be part of them "
+    '(`prob(label + i..99)`) and of texts (`logit(" {i}")`); a value of the rows that is called '
+    "like it goes first.",
     "tests/execute/test_metrics.py",
     "Hanna et al. 2023, arXiv 2305.00586",
 )

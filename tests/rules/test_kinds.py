@@ -270,6 +270,16 @@ def test_a_verb_says_which_word_stands_before_its_number(
     assert vars(found[0])["expected"] == expected
 
 
+def test_a_new_verb_behind_a_span(clip: None, data: Path) -> None:
+    """A number's name could stand there too."""
+    text = experiment(
+        "e",
+        "freeze z layer 1 at first token of subject clip mlp_out layer * at last token to 0.1",
+    )
+    found = run_file(text, data, "llama", "planned")["e"]
+    assert found.axes == ("layer",)
+
+
 @pytest.mark.parametrize(
     ("line", "meant"), [("pacth layer 3 at last token", "patch"), ("clpi layer 3 to 1", "clip")]
 )

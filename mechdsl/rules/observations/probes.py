@@ -10,11 +10,11 @@ from mechdsl.base.plural import plural
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.program import spec
 from mechdsl.program.lower_directions import rows_named, train_of
-from mechdsl.prompts.positions import resolve_positions
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.over_rows import RowVectors, TrainedOn, Training
 from mechdsl.resolve.probe_targets import Probe, resolve_probe
 from mechdsl.resolve.resolved_rule import ResolvedRule
+from mechdsl.resolve.targets import cells_elsewhere
 from mechdsl.rules.observations.over_rows import OverRowsKind, refuse
 from mechdsl.rules.observations.registry import observation
 
@@ -106,10 +106,7 @@ def _trained_on(rule: spec.Rule, found: ResolvedRule, work: Work) -> TrainedOn |
         reason = f"is told on {plural(shared, 'row')} that it is fitted on"
         refuse(rule, work, reason, "take parts of a split: `train: fruit.train` on `fruit.test`")
         return None
-    loops = {k: v for k, v in work.program.parameters.items() if isinstance(v, int | float)}
-    cells, problems = resolve_positions(
-        rule.at, table, rows.run, tokenizer=work.model.tokenizer, loop_values=loops
-    )
+    cells, problems = cells_elsewhere(rule.at, table, rows.run, work)
     work.diagnostics.extend(problems)
     by_label = {cell.label: cell for cell in cells}
     labels = [cell.label for cell in found.positions.written.values()]

@@ -231,7 +231,9 @@ def _bound(node: ast.Bound) -> str:
     return str(node.value)
 
 
-def _offset(offset: int) -> str:
+def _offset(offset: int | ast.Variable) -> str:
+    if isinstance(offset, ast.Variable):
+        return f" {'-' if offset.negative else '+'} {offset.name}"
     return f" {'-' if offset < 0 else '+'} {abs(offset)}" if offset else ""
 
 
@@ -261,7 +263,7 @@ def positions(node: ast.Positions) -> str:
     before: ast.TokenIndex | None = None
     for item in node.items:
         index = _token_index(item)
-        bare = _is_bare(item) and index is not None and not isinstance(index.low, str)
+        bare = _is_bare(item) and index is not None and not isinstance(index.low, ast.Variable)
         if bare and index is not None and before is not None and before.plural == index.plural:
             texts.append(_index(index))
         else:
@@ -317,8 +319,15 @@ def _tokens(plural: bool) -> str:
 
 
 def _index(node: ast.TokenIndex) -> str:
-    low = "*" if node.low is None else str(node.low)
+    low = _counter(node.low)
     return low if node.high is None else f"{low}..{node.high}"
+
+
+def _counter(node: int | ast.Variable | None) -> str:
+    """`*`, `3`, `i`, `-i`, `i + 1`."""
+    if isinstance(node, ast.Variable):
+        return ("-" if node.negative else "") + node.name + _offset(node.offset)
+    return "*" if node is None else str(node)
 
 
 def span(node: ast.SpanRef) -> str:
@@ -335,6 +344,6 @@ def span(node: ast.SpanRef) -> str:
 
 
 def occurrence(node: ast.Occurrence) -> str:
-    """`*`, `3`, `2..5`."""
-    low = "*" if node.low is None else str(node.low)
+    """`*`, `3`, `2..5`, `i`."""
+    low = _counter(node.low)
     return low if node.high is None else f"{low}..{node.high}"
