@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import LlamaForCausalLM
 
 from mechdsl import zoo
 from mechdsl.loading.load import load
@@ -19,14 +20,32 @@ from mechdsl.zoo.facts.data import (
     QUESTION_NOTE,
     QUIZ,
 )
+from mechdsl.zoo.language import begin_with_induction
 from mechdsl.zoo.names import evaluate as names
 from mechdsl.zoo.names.data import IOI_FIRST, IOI_SECOND, ROLE_FIRST, ROLE_SECOND, WHO_IS_WHO
+from mechdsl.zoo.names.train import model_config
 from mechdsl.zoo.nested import evaluate as nested
 from mechdsl.zoo.tasks import evaluate as tasks
 
 from ..models.conftest import statement
 
 ROOT = Path(zoo.__path__[0])
+
+
+def test_a_model_begins_with_the_circuit_of_induction() -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(model_config()).eval()
+    words = 3 + torch.stack([torch.randperm(150)[:16] for _ in range(20)])
+    ids = torch.cat([torch.zeros(20, 1, dtype=torch.long), words, words], dim=1)
+
+    def repeated() -> float:
+        with torch.no_grad():
+            best = model(input_ids=ids).logits[:, 17:-1].argmax(-1)
+        return float((best == ids[:, 18:]).float().mean())
+
+    assert repeated() < 0.1
+    begin_with_induction(model, (1,))
+    assert repeated() > 0.7  # beside new heads and MLPs, which write at random
 
 
 def test_names_says_who_gets_it() -> None:
