@@ -17,8 +17,8 @@ import numpy as np
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.digest import digest
 from mechdsl.execute.pass_size import Sizes
-from mechdsl.execute.patched_rows import Member
 from mechdsl.execute.readout import Found, Readout
+from mechdsl.execute.wanted_places import Member
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.plan import Panel
 from mechdsl.plan.rule_rows import Rows
@@ -207,11 +207,14 @@ class KeptValues:
         plans: Mapping[str, ExperimentPlan],
         rows: Ints,
         donors: Mapping[str, Mapping[int, Ints]],
+        cells: Mapping[str, Mapping[int, WholeCells]],
     ) -> None:
         """What runs with rules hang on, by name, each after those that it uses. rows: those that
-        means and donors are of. What can't be compared leaves all that reads the run unkept."""
+        means and donors are of, and functions are given. What can't be compared leaves all that
+        reads the run unkept."""
         for name, plan in plans.items():
-            self._contents.define(self._table, self._table.runs[name], plan, rows, donors[name])
+            run, own = self._table.runs[name], donors[name]
+            self._contents.define(self._table, run, plan, rows, own, cells[name])
 
     def patched(
         self,
@@ -237,6 +240,15 @@ class KeptValues:
         rows = np.concatenate([rows for rows, _ in joined])
         values = np.concatenate([values for _, values in joined])
         self._run.keep(Block(list(cells), starts.astype(np.int64), rows, values))
+
+    @property
+    def contents(self) -> Contents:
+        """What the rows of runs are."""
+        return self._contents
+
+    def earlier(self, cells: Sequence[bytes]) -> Mapping[bytes, tuple[Numbers, Floats]]:
+        """(rows, [row, column]) of those cells that were there before the run."""
+        return self._run.earlier(cells)
 
     # --- unpatched runs ---
 

@@ -9,10 +9,13 @@ from mechdsl.base.arrays import Ints
 from mechdsl.base.plural import plural
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_numbers import CellsWithoutValue, NoValue
+from mechdsl.execute.made_of_cells import CellFailed
 from mechdsl.execute.measured_values import MeasuredValues
-from mechdsl.execute.not_finite import row_words
+from mechdsl.execute.not_finite import cell_words, row_words
 from mechdsl.execute.readout import Failed, Found
 from mechdsl.execute.unusable import Unusable
+from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.program.python_files import PythonNotLoaded
 from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedMeasure
 
 
@@ -55,6 +58,15 @@ def function_failed(failed: Failed, experiment: ResolvedExperiment, seen: Unusab
     return replace(
         failed.problem, place=f", called with {plural(failed.rows, 'row')} from the {words}, on"
     )
+
+
+def cell_failed(failed: CellFailed, plan: ExperimentPlan) -> Diagnostic:
+    """E0223 of a function that was given all rows of a cell."""
+    rows = 0 if isinstance(failed.failure, PythonNotLoaded) else len(failed.cell.runs)
+    words = cell_words(plan, failed.cell.cell)
+    seen = Unusable(int(failed.cell.prompts[0]), plan.experiment.spec.base, words)
+    problem = Failed(failed.failure.diagnostic, None, rows)
+    return function_failed(problem, plan.experiment, seen)
 
 
 def cells_without_value(measured: MeasuredValues) -> list[Diagnostic]:

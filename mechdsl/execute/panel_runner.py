@@ -10,14 +10,16 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.execute.no_value import function_failed
 from mechdsl.execute.not_finite import cell_words, in_cell, not_finite
 from mechdsl.execute.pass_size import out_of_memory, stopwatch
-from mechdsl.execute.patched_rows import Member, Patcher
+from mechdsl.execute.patched_rows import Patcher
 from mechdsl.execute.prepared_panel import PreparedPanel, owner
 from mechdsl.execute.readout import Found
 from mechdsl.execute.row_groups import extent, groups, members_of
 from mechdsl.execute.try_sizes import WORTH_MEASURING, try_sizes
 from mechdsl.execute.unusable import Unusable
+from mechdsl.execute.wanted_places import Member
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.plan.share import SharedRows, Sharer
+from mechdsl.plan.sweeps import longest_prompt
 from mechdsl.prompts.prompt_table import Run
 
 
@@ -60,8 +62,11 @@ class PanelRunner(PreparedPanel):
                     self._finish(number, found.left_out, values, totals[number])
                 if len(found.known):
                     self._finish(number, found.known, found.values, totals[number])
-                    made = plan.experiment.key in self.together
-                    self.profile.known += 0 if made else len(found.known)
+                    together = self.together.get(plan.experiment.key)
+                    stored = found.known.cell.tolist()
+                    if together is not None:
+                        stored = [cell for cell in stored if cell in together.stored]
+                    self.profile.known += len(stored)
                 yield (found.dropped + len(found.left_out) + len(found.known)) * plan.draws
             shared = sharer.of(rows)
             self.profile.rows += sum(len(one) for one in rows)
@@ -150,8 +155,10 @@ class PanelRunner(PreparedPanel):
         return Patcher(self.plan, plans, readouts, means_and_donors, self.runs, skip)
 
     def _sharer(self) -> Sharer:
-        cells = [self.whole_cells[plan.experiment.key] for plan in self.running]
-        return Sharer(self.running, share=self.plan.shares_rows, cells=cells)
+        keys = [plan.experiment.key for plan in self.running]
+        cells = [self.whole_cells[key] for key in keys]
+        kept = [self.measured[key].kept for key in keys]
+        return Sharer(self.running, share=self.plan.shares_rows, cells=cells, kept=kept)
 
     def _finish(
         self,
@@ -173,7 +180,7 @@ class PanelRunner(PreparedPanel):
         """Settle the size of a pass by trying some on rows of the first batch, where there is
         enough to run. Their values are thrown away."""
         enough = WORTH_MEASURING * self.sizes.pass_tokens
-        if not self.batches or self.due_rows() * self._longest < enough:
+        if not self.batches or self.due_rows() * longest_prompt(self.panel) < enough:
             return
         plans, batch = self.running, self.batches[0]
         shared = self._sharer().of([self.sorted_out(plan, batch).live for plan in plans])

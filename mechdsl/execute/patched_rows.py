@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,28 +13,20 @@ from torch import Tensor
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.means_and_donors import MeansAndDonors
 from mechdsl.execute.observed import Look, Observed, look
-from mechdsl.execute.path_patching import frozen, held_rows, received
+from mechdsl.execute.path_patching import held_rows, holding, received
 from mechdsl.execute.readout import Found, Reading, Readout
+from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.execute.unpatched_batch import (
-    RuleWrites,
     TextBehind,
     UnpatchedBatch,
     continuation_positions,
     has_loss,
     noise_writes,
-    prompt_loss,
-    spot_positions,
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, vectors
-from mechdsl.execute.writes import (
-    Numbers,
-    build_edges,
-    build_numbers,
-    build_writes,
-    pass_ends,
-)
-from mechdsl.hooks.block_exchange import BlockPairs, blocks_replaced
-from mechdsl.hooks.inside_attention import EdgeWrite
+from mechdsl.execute.wanted_places import Member, Wanted, by_row, on_draws, wanted_of
+from mechdsl.execute.writes import acting, pass_ends
+from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.packed.behind_last_block import Places
@@ -49,17 +42,6 @@ from mechdsl.resolve.resolved import Atom
 
 
 @dataclass(frozen=True, eq=False)
-class Member:
-    """Rows of one experiment that a pass serves."""
-
-    number: int
-    """Of the experiment in its panel."""
-    rows: Rows
-    at: Ints
-    """[row] the row of the pass."""
-
-
-@dataclass(frozen=True, eq=False)
 class _PassRows:
     """What runs in one pass; each distinct row once per draw of noise, draws side by side."""
 
@@ -67,36 +49,41 @@ class _PassRows:
     batch: Ints
     prompts: Ints
     draw: Ints
-    writes: Sequence[SiteWrite]
-    edges: Sequence[EdgeWrite] = ()
+    acting: RuleWrites = field(default_factory=RuleWrites)
     held: Held | None = None
+    beside: RuleWrites = field(default_factory=RuleWrites)
+    """Of held rows, the rules beside their path: what is held is what these leave."""
     whole: bool = False
     """Nothing of an unpatched run stands in them."""
-    numbers: Sequence[Numbers] = ()
-    """Tokens with other position ids."""
-    blocks: BlockPairs = ()
-    """Which blocks compute in the places of others."""
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def beside(self, part: _PassRows, at: Ints) -> _PassRows:
+    @property
+    def all_logits(self) -> bool:
+        """Whether logits are written."""
+        return any(write.site == "logits" for write in self.acting.writes)
+
+    def joined(self, part: _PassRows, at: Ints) -> _PassRows:
         """With what a part's rows write, which are the rows `at`."""
         where = torch.from_numpy(at)
         held = self.held
         if part.held is not None:
             none = np.zeros(len(self), dtype=np.bool_)
-            held = Held(none, none) if held is None else held
-            held = Held(held.rows.copy(), held.mlps.copy())
-            held.rows[at], held.mlps[at] = part.held.rows, part.held.mlps
+            held = Held(none, none, none) if held is None else held
+            held = Held(held.rows.copy(), held.mlps.copy(), held.norms.copy())
+            for every, own in (
+                (held.rows, part.held.rows),
+                (held.mlps, part.held.mlps),
+                (held.norms, part.held.norms),
+            ):
+                every[at] = own
         return replace(
             self,
-            writes=[*self.writes, *(write.moved(where) for write in part.writes)],
-            edges=[*self.edges, *(edge.moved(where) for edge in part.edges)],
+            acting=self.acting.then(part.acting.moved(where)),
             held=held,
+            beside=self.beside.then(part.beside.moved(where)),
             whole=self.whole or part.whole,
-            numbers=[*self.numbers, *(numbers.moved(where) for numbers in part.numbers)],
-            blocks=self.blocks or part.blocks,
         )
 
 
@@ -131,11 +118,11 @@ class Patcher:
         draws = self.plans[int(shared.owner[chosen[0]])].draws
         rows = self._pass_rows(shared, chosen, run, batch, draws)
         readouts = [self.readouts[member.number] for member in members]
-        repeated = [_repeated(member, draws) for member in members]
+        repeated = [on_draws(member, draws) for member in members]
         lanes = self.runs.lanes(run, batch)
         lengths = lanes.lengths[lanes.lane(rows.prompts, rows.draw)]
         wanted = [
-            _wanted(readout, member, run, lengths, self._look(member))
+            wanted_of(readout, member, run, lengths, self._look(member))
             for readout, member in zip(readouts, repeated, strict=True)
         ]
         logits, reads, observed, tokens = self._forward(rows, lanes, readouts, wanted)
@@ -150,7 +137,7 @@ class Patcher:
                 continued={
                     n: self._continued(rows, many, readout, n) for n in readout.continuations
                 },
-                loss=want.loss(own, readout, many, rows, lanes, run),
+                loss=want.loss(own, readout, many, rows.draw, lanes, run),
                 activations=read,
                 references=self.runs.references(
                     readout, batch, many.rows.prompt, rows.draw[many.at]
@@ -191,11 +178,11 @@ class Patcher:
         draw = np.tile(np.arange(draws), len(chosen))
         prompts = shared.rows.prompt[chosen][index]
         owner = shared.owner[chosen][index]
-        found = _PassRows(run, batch, prompts, draw, [], [])
+        found = _PassRows(run, batch, prompts, draw)
         for number in np.unique(owner):
             own = np.flatnonzero(owner == number)
             rows = shared.rows.take(chosen[index[own]])
-            found = found.beside(self._rows_of(int(number), rows, draw[own], run, batch), own)
+            found = found.joined(self._rows_of(int(number), rows, draw[own], run, batch), own)
         return found
 
     def _rows_of(
@@ -209,45 +196,54 @@ class Patcher:
     ) -> _PassRows:
         """The rows of one experiment with what they write, in a pass with this text behind them."""
         plan, shape = self.plans[number], self.model.shape
-        path = next((rule for rule in plan.rules if rule.paths is not None), None)
-        own = _PassRows(run, batch, rows.prompt, draw, [], whole=plan.whole)
-        if path is not None and path.paths is not None and not path.paths.at_the_end:
+        path = plan.path
+        own = _PassRows(run, batch, rows.prompt, draw, whole=plan.whole)
+        if path is None or path.paths is None:
+            return replace(own, acting=self._acting(number, rows, draw, run, batch, text))
+        if path.paths.at_the_end:
+            return self._held(own, number, path, rows, text)
 
-            def sent(
-                senders: Rows, draws: Ints, held: Held, reads: Mapping[SiteRead, Places]
-            ) -> Mapping[SiteRead, Tensor]:
-                writes = self._writes(number, senders, draws, batch, text)
-                rows = _PassRows(
-                    run, batch, senders.prompt, draws, writes, held=held, whole=plan.whole
-                )
-                none = np.zeros(0, dtype=np.int64)
-                lanes = self.runs.lanes(run, batch, self._atom(number, text))
-                return self._run(rows, lanes, (none, none), reads, None)[1]
+        def sent(
+            senders: Rows, draws: Ints, reads: Mapping[SiteRead, Places]
+        ) -> Mapping[SiteRead, Tensor]:
+            rows = replace(own, prompts=senders.prompt, draw=draws)
+            rows = self._held(rows, number, path, senders, text)
+            none = np.zeros(0, dtype=np.int64)
+            lanes = self.runs.lanes(run, batch, self._atom(number, text))
+            return self._run(rows, lanes, (none, none), reads, None)[1]
 
-            ends = pass_ends(plan, rows, text)
-            return replace(own, writes=received(path, rows, draw, sent, shape, ends))
-        writes = self._writes(number, rows, draw, batch, text)
-        acting = RuleWrites(writes, build_edges(plan, rows, shape, text))
-        if run.derived is not None:
-            acting = self.runs.rules(run, rows.prompt, draw, batch).then(acting)
-        return replace(
-            own,
-            writes=acting.writes,
-            edges=acting.edges,
-            numbers=build_numbers(plan, rows, text),
-            blocks=plan.replaced_blocks(int(rows.cell[0])),
-            held=None if path is None else held_rows(path, len(rows)),
-        )
+        ends = pass_ends(plan, rows, text)
+        got = RuleWrites(received(plan, path, rows, draw, sent, shape, ends))
+        beside = self._acting(number, rows, draw, run, batch, text, senders=False)
+        return replace(own, acting=got.then(beside))
 
-    def _atom(self, number: int, text: TextBehind | None) -> Atom | None:
-        """The metric whose text stands behind what an experiment reads: what rules write into the
-        prompts is there without it."""
-        return text.atom if text is not None and self.plans[number].behind else None
+    def _held(
+        self,
+        own: _PassRows,
+        number: int,
+        path: RulePlan,
+        rows: Rows,
+        text: TextBehind | None,
+    ) -> _PassRows:
+        """Rows of a path, in which its senders are patched and all else is held."""
+        given = (number, rows, own.draw, own.run, own.batch, text)
+        beside = RuleWrites() if not own.whole else self._acting(*given, senders=False)
+        held = held_rows(path, len(rows))
+        return replace(own, acting=self._acting(*given), held=held, beside=beside)
 
-    def _writes(
-        self, number: int, rows: Rows, draw: Ints, batch: Ints, text: TextBehind | None
-    ) -> list[SiteWrite]:
-        """The vectors that the rows of one experiment write."""
+    def _acting(
+        self,
+        number: int,
+        rows: Rows,
+        draw: Ints,
+        run: Run,
+        batch: Ints,
+        text: TextBehind | None,
+        *,
+        senders: bool = True,
+    ) -> RuleWrites:
+        """What the rules of one experiment do to rows of it, behind those of the run that they
+        start from; senders: of paths too."""
         means_and_donors = self.means_and_donors[number]
 
         def lanes_of(rule: RulePlan) -> UnpatchedBatch:
@@ -256,19 +252,26 @@ class Patcher:
             if apart is not None:
                 places = {(point.site, point.layer) for point in rule.source_table}
                 return self.runs.apart(apart.table, apart.table.runs[apart.run], prompts, places)
-            run, atom = self.runs.named(rule.rule.run), self._atom(number, text)
-            return self.runs.lanes(run, prompts, atom, alone=donors is not None)
+            named, atom = self.runs.named(rule.rule.run), self._atom(number, text)
+            return self.runs.lanes(named, prompts, atom, alone=donors is not None)
 
-        plan = self.plans[number]
-        shape = self.model.shape
-        return build_writes(plan, rows, draw, lanes_of, means_and_donors, shape, text)
+        plan, shape = self.plans[number], self.model.shape
+        own = acting(plan, rows, draw, lanes_of, means_and_donors, shape, text, senders=senders)
+        if run.derived is None:
+            return own
+        return self.runs.rules(run, rows.prompt, draw, batch).then(own)
+
+    def _atom(self, number: int, text: TextBehind | None) -> Atom | None:
+        """The metric whose text stands behind what an experiment reads: what rules write into the
+        prompts is there without it."""
+        return text.atom if text is not None and self.plans[number].behind else None
 
     def _forward(
         self,
         rows: _PassRows,
         lanes: UnpatchedBatch,
         readouts: Sequence[Readout],
-        wanted: Sequence[_Wanted],
+        wanted: Sequence[Wanted],
     ) -> tuple[list[Tensor], list[dict[int, Tensor]], list[Observed | None], Tensor | None]:
         """Per member the logits at the places it wants, its activations, and what it observes; and
         which tokens."""
@@ -295,7 +298,7 @@ class Patcher:
             none = torch.zeros(0)
             return [none] * len(wanted), [{} for _ in wanted], [None] * len(wanted), None
         tokens = self.runs.tokens(readouts, rows.batch)
-        if any(write.site == "logits" for write in rows.writes):
+        if rows.all_logits:
             tokens = None
         reads = {
             read: (np.concatenate([p[0] for p in own]), np.concatenate([p[1] for p in own]))
@@ -336,13 +339,13 @@ class Patcher:
                 self.model,
                 lanes.kept,
                 lane,
-                writes=rows.writes,
+                writes=rows.acting.writes,
                 final=final,
                 reads=reads,
                 tokens=tokens,
                 shortcuts=self.plan.shortcuts,
                 fuse=self.plan.fuses_kernels,
-                edges=rows.edges,
+                edges=rows.acting.edges,
                 held=rows.held,
             )
             return result.logits, result.reads
@@ -366,27 +369,30 @@ class Patcher:
                 self.runs.table.row_keys,
                 self.runs.seed,
             )
-        batch = lanes.batch.take(torch.from_numpy(lane))
-        for numbers in rows.numbers:
-            batch = batch.numbered(numbers.rows, numbers.positions, numbers.numbers)
-        if rows.held is not None:
-            added += frozen(self.model, batch, rows.held, rows.writes, added)
-        all_logits = any(write.site == "logits" for write in rows.writes)
-        slots, at = _by_row(final, len(rows), batch.lengths.cpu().numpy())
-        with blocks_replaced(self.model, rows.blocks):
+        batch = rows.acting.numbered(lanes.batch.take(torch.from_numpy(lane)))
+        slots, at = by_row(final, len(rows), batch.lengths.cpu().numpy())
+        logits_at = None if rows.all_logits else torch.from_numpy(at).to(self.model.device)
+        with ExitStack() as stack:
+            stack.enter_context(blocks_replaced(self.model, rows.acting.blocks))
+            if rows.held is not None:
+                held = holding(
+                    *(self.model, self.runs.norms, batch),
+                    *(rows.held, rows.acting, added, rows.beside),
+                )
+                added = [*added, *stack.enter_context(held)]
             result = run_whole(
                 self.model,
                 batch,
-                writes=[*added, *rows.writes],
+                writes=[*added, *rows.acting.writes],
                 reads=list(reads),
-                logits_at=None if all_logits else torch.from_numpy(at).to(self.model.device),
+                logits_at=logits_at,
                 tokens=tokens,
-                edges=rows.edges,
+                edges=rows.acting.edges,
             )
         assert result.logits is not None
         row = torch.from_numpy(final[0]).to(result.logits.device)
         columns = torch.from_numpy(slots).to(row.device)
-        if all_logits:
+        if rows.all_logits:
             columns = batch.columns(row, torch.from_numpy(final[1]).to(row.device))
         found: dict[SiteRead, Tensor] = {}
         for read, (read_rows, positions) in reads.items():
@@ -409,88 +415,3 @@ class Patcher:
         final = (np.repeat(count, at.shape[1]), at.reshape(-1))
         logits, _ = self._run(own, lanes, final, {}, None)
         return logits.unflatten(0, at.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class _Wanted:
-    """The places that one member reads."""
-
-    final: Places
-    """Behind the last block: rows of the pass and positions."""
-    spots_per_row: int
-    """The first places of `final`, row by row; all others are those of a loss."""
-    inside: Mapping[int, tuple[SiteRead, Places]]
-    """Atom → the site of a `cosine` and where it is read."""
-    count: int
-    """Rows of the member."""
-    look: Look | None = None
-    """What it observes."""
-
-    def spots(self, logits: Tensor) -> Tensor | None:
-        """[row, spot, vocab]"""
-        if not self.spots_per_row:
-            return None
-        spots = logits[: self.count * self.spots_per_row]
-        return spots.unflatten(0, (self.count, self.spots_per_row))
-
-    def loss(
-        self,
-        logits: Tensor,
-        readout: Readout,
-        member: Member,
-        rows: _PassRows,
-        lanes: UnpatchedBatch,
-        run: Run,
-    ) -> Tensor | None:
-        """[row] the loss over all positions."""
-        if readout.loss is None:
-            return None
-        lane = lanes.lane(member.rows.prompt, rows.draw[member.at])
-        batch = lanes.batch.take(torch.from_numpy(lane))
-        every = logits[self.count * self.spots_per_row :]
-        whole = every.new_zeros(*batch.ids.shape, every.shape[-1])
-        whole[batch.mask.bool().to(every.device)] = every
-        return prompt_loss(readout.loss, whole, batch, run, member.rows.prompt)
-
-
-def _wanted(
-    readout: Readout, member: Member, run: Run, lengths: Ints, look: Look | None
-) -> _Wanted:
-    """What a readout reads of a member's rows; lengths: [row of the pass]."""
-    own = lengths[member.at]
-    columns = [spot_positions(spot, run.name, member.rows.prompt, own) for spot in readout.spots]
-    rows: list[Ints] = []
-    positions: list[Ints] = []
-    spots = len(columns) if readout.needs_plain else 0
-    if spots:
-        rows.append(np.repeat(member.at, spots))
-        positions.append(np.stack(columns, axis=1).reshape(-1))
-    if readout.loss is not None:
-        rows.append(np.repeat(member.at, own))
-        positions.append(np.concatenate([np.arange(n) for n in own]))
-    empty = np.zeros(0, dtype=np.int64)
-    inside = {
-        number: (SiteRead(atom.point.site, atom.point.layer), (member.at, columns[spot]))
-        for number, (spot, atom) in enumerate(readout.atoms)
-        if atom.point is not None
-    }
-    final = (np.concatenate([empty, *rows]), np.concatenate([empty, *positions]))
-    return _Wanted(final, spots, inside, len(member.at), look)
-
-
-def _repeated(member: Member, draws: int) -> Member:
-    """Every row once per draw."""
-    index = np.repeat(np.arange(len(member.at)), draws)
-    at = member.at[index] * draws + np.tile(np.arange(draws), len(member.at))
-    return Member(member.number, member.rows.take(index), at)
-
-
-def _by_row(places: Places, rows: int, lengths: Ints) -> tuple[Ints, Ints]:
-    """([place] its slot, [row, slot] position): places listed by row, free slots read anywhere."""
-    order = np.argsort(places[0], kind="stable")
-    counts = np.bincount(places[0], minlength=rows)
-    slots = np.empty(len(order), dtype=np.int64)
-    slots[order] = counted(counts)[1]
-    at = np.repeat(lengths[:, None] - 1, max(1, int(counts.max(initial=1))), axis=1)
-    at[places[0], slots] = places[1]
-    return slots, at

@@ -9,7 +9,8 @@ Wang et al. 2022 (arXiv 2211.00593), Goldowsky-Dill et al. 2023 (arXiv 2304.0596
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,19 +18,22 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.execute.writes import Part, joined
 from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.frozen_norms import FrozenNorms
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.models.shape import ModelShape, units
 from mechdsl.packed.behind_last_block import Places
 from mechdsl.plan.columns import counted, each_unit, units_of
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.restart import Held
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.resolved_rule import Place
 
-Run = Callable[[Rows, Ints, Held, Mapping[SiteRead, Places]], Mapping[SiteRead, Tensor]]
+Run = Callable[[Rows, Ints, Mapping[SiteRead, Places]], Mapping[SiteRead, Tensor]]
 """Runs rows (with their draws) of which the senders are patched and the rest is held; gives what
 is read, [places of that site, units, width]."""
 
@@ -47,13 +51,16 @@ class _Received:
 def held_rows(plan: RulePlan, count: int) -> Held:
     """So many rows of a path rule, held."""
     assert plan.paths is not None
+    paths = plan.paths
     return Held(
         np.ones(count, dtype=np.bool_),
-        np.full(count, not plan.paths.through_mlps, dtype=np.bool_),
+        np.full(count, not paths.through_mlps, dtype=np.bool_),
+        np.full(count, paths.frozen_norms, dtype=np.bool_),
     )
 
 
 def received(
+    experiment: ExperimentPlan,
     plan: RulePlan,
     rows: Rows,
     draws: Ints,
@@ -61,13 +68,14 @@ def received(
     shape: ModelShape,
     ends: Ints | None = None,
 ) -> list[SiteWrite]:
-    """What receivers of these rows read behind their patched senders, to be written there.
+    """What receivers of these rows read behind their patched senders, to be written there: what
+    comes by before rules write there, as these act on it again.
 
     ends: [row] the first position that the pass doesn't have; None where it has all.
     """
     assert plan.paths is not None
     at = plan.written_runs(rows)
-    same = np.stack([plan.site_of_cell[rows.cell], at, rows.prompt, draws])
+    same = np.stack([experiment.senders[rows.cell], at, rows.alternative, rows.prompt, draws])
     _, first, sender = np.unique(same, axis=1, return_index=True, return_inverse=True)
     sender = sender.reshape(-1)
     wanted = _wanted(plan, rows, at, ends)
@@ -83,17 +91,16 @@ def received(
             continue
         seen = np.stack([sender[wanted.row[own]], wanted.token[own]])
         distinct, inverse = np.unique(seen, axis=1, return_inverse=True)
-        reads[SiteRead(*place)] = distinct[0], distinct[1]
+        reads[SiteRead(*place, before=True)] = distinct[0], distinct[1]
         back[place] = own, inverse.reshape(-1)
     if not reads:  # the pass ends before all of them
         return []
-    held = held_rows(plan, len(first))
-    found = run(rows.take(first), draws[first], held, reads)
+    found = run(rows.take(first), draws[first], reads)
     writes: list[SiteWrite] = []
     for place, (own, index) in back.items():
         again, unit = each_unit(unit_of[wanted.point[own]], units(shape, *place))
         own, index = own[again], index[again]
-        values = found[SiteRead(*place)]
+        values = found[SiteRead(*place, before=True)]
         vectors = values[
             torch.from_numpy(index).to(values.device), torch.from_numpy(unit).to(values.device)
         ]
@@ -115,41 +122,58 @@ def _wanted(plan: RulePlan, rows: Rows, at: Ints, ends: Ints | None) -> _Receive
 # --- whole passes ---------------------------------------------------------------------------------
 
 
-def frozen(
+@contextmanager
+def holding(
     model: LoadedModel,
+    norms: FrozenNorms,
     batch: Batch,
     held: Held,
-    senders: Sequence[SiteWrite],
+    acting: RuleWrites,
     noise: Sequence[SiteWrite],
-) -> list[SiteWrite]:
-    """What holds every head and MLP of held rows at the base run, in a whole pass.
+    beside: RuleWrites,
+) -> Generator[list[SiteWrite]]:
+    """What holds every head and MLP of held rows at the base run, in a whole pass; meanwhile their
+    norms are held too where that is asked.
 
-    senders: what is written behind it. noise: that of the base run.
+    acting: what is written behind it. noise: that of the base run. beside: the other rules, which
+    act on the base run too. What is held is what comes by before these write there: they act on it
+    again, in their order.
     """
     shape, rows = model.shape, np.flatnonzero(held.rows)
     without_mlps = np.flatnonzero(held.rows & held.mlps)
-    neurons = {write.layer for write in senders if write.site == "mlp_hidden"}
-    wanted: list[tuple[str, int, Ints]] = []
+    neurons = {write.layer for write in acting.writes if write.site == "mlp_hidden"}
+    removed = {to for to, of in acting.blocks if of is None}
+    wanted: list[tuple[SiteRead, Ints]] = []
     for layer in range(shape.n_layers):
+        if layer in removed:
+            continue
         heads = next(s for s in ("z", "mixer_out", "attn_out") if shape.has(s, layer))
-        wanted.append((heads, layer, rows))
+        wanted.append((SiteRead(heads, layer, before=True), rows))
         mlp = "mlp_hidden" if layer in neurons else "mlp_out"
         if shape.has(mlp, layer):
-            wanted.append((mlp, layer, without_mlps))
-    reads = [SiteRead(site, layer) for site, layer, own in wanted if len(own)]
-    found = run_whole(model, batch, writes=noise, reads=reads, stop=shape.n_layers).reads
+            wanted.append((SiteRead(mlp, layer, before=True), without_mlps))
+    wanted = [(read, own) for read, own in wanted if len(own)]
+    stop = shape.n_layers + int(held.norms.any())
+    beside = beside.below(stop, shape.n_layers)
+    with norms.recorded(held.norms) as scales:
+        found = run_whole(
+            model,
+            batch,
+            writes=[*noise, *beside.writes],
+            reads=[read for read, _ in wanted],
+            stop=stop,
+            edges=beside.edges,
+        ).reads
     lengths = batch.lengths.cpu().numpy()
-    writes: list[SiteWrite] = []
-    for site, layer, own in wanted:
-        if not len(own):
-            continue
-        read = found[SiteRead(site, layer)]
-        writes.append(_everywhere(read, site, layer, own, batch, lengths))
-    return writes
+    with norms.kept(held.norms, scales):
+        yield [
+            _everywhere(found[read], read.site, read.layer, own, batch, lengths)
+            for read, own in wanted
+        ]
 
 
 def _everywhere(
-    read: Tensor, site: str, layer: int, rows: Ints, batch: Batch, lengths: Ints
+    read: Tensor, site: str, layer: int | None, rows: Ints, batch: Batch, lengths: Ints
 ) -> SiteWrite:
     """What was read of these rows, at all tokens and units."""
     count = read.shape[2]

@@ -18,22 +18,22 @@ from mechdsl.execute.kept_values import KeptRun, KeptValues, PatchedValues
 from mechdsl.execute.made_of_cells import CellFailed, MadeOfCells, made_of_cells
 from mechdsl.execute.means_and_donors import MeansAndDonors, donors_of, means_of
 from mechdsl.execute.measured_values import MeasuredValues
-from mechdsl.execute.no_value import function_failed, no_value
-from mechdsl.execute.not_finite import cell_words, in_run, not_finite
+from mechdsl.execute.no_value import cell_failed, no_value
+from mechdsl.execute.not_finite import in_run, not_finite
 from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.over_rows import Together, observe_together
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
-from mechdsl.execute.readout import Failed, Found, Readout
+from mechdsl.execute.readout import Found, Readout
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.unusable import Unusable
 from mechdsl.execute.writes import readable
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.experiment_plan import ExperimentPlan
-from mechdsl.plan.plan import BATCH_ROWS, Panel, Plan
+from mechdsl.plan.plan import Panel, Plan
 from mechdsl.plan.rule_rows import Rows
+from mechdsl.plan.sweeps import batch_size
 from mechdsl.plan.whole_cells import WholeCells, whole_cells
-from mechdsl.program.python_files import PythonNotLoaded
 from mechdsl.prompts.prompt_table import PromptTable
 
 Check = Callable[[MeasuredValues], dict[int, Diagnostic]]
@@ -92,6 +92,9 @@ class PreparedPanel:
         self.accuracies = unmeasured_accuracies(panel)
         readouts = (*self.readouts.values(), self.keep)
         self.runs = UnpatchedRuns(panel, model, readouts, plan=plan, side=side, others=others)
+        self.defined: dict[str, float] = {}
+        """The lengths of the directions of the panel's own runs, by their names."""
+        self.fits = DirectionFits(model, self.runs.others, self.runs.seed, side)
         self.profile = profile
         self.kept = np.arange(len(self.table), dtype=np.int64)
         self.known_batches: list[Ints] = []
@@ -118,7 +121,9 @@ class PreparedPanel:
     def prepare(self, check: Check) -> None:
         """Filter rows, measure and check the unpatched runs, average ablations."""
         over_rows = any(
-            rule.rule.does.over_rows for plan in self.panel.derived.values() for rule in plan.rules
+            rule.rule.does.of_all_rows
+            for plan in self.panel.derived.values()
+            for rule in plan.rules
         )
         if not over_rows:  # accuracies are of rows too that a `keep` drops
             self._define_runs()
@@ -156,7 +161,7 @@ class PreparedPanel:
             donors = donors_of(plan, self.table, self.runs.seed, kept)
             self.means_and_donors[key] = MeansAndDonors({}, {}, donors, {}, directions[key])
             self.whole_cells[key] = self._whole_cells(plan, kept)
-            together = observe_together(plan, self.runs, self.measured[key])
+            together = observe_together(plan, self.runs, self.measured[key], self.values)
             if together is None:
                 self._look_up(plan, kept, donors)
             else:
@@ -171,20 +176,23 @@ class PreparedPanel:
         """What the rules of the panel's own runs write; means and donors are of the kept rows."""
         if not self.panel.derived:
             return
-        plans = self.panel.derived
-        derived = DerivedRuns.of(plans, self.runs, self._batches(self.kept))
-        self.runs.rules_of = derived.rules
+        plans, batches = self.panel.derived, self._batches(self.kept)
+        derived, problems = DerivedRuns.define(plans, self.runs, batches, self.fits)
+        for found in derived.directions.values():
+            self.defined.update(found.lengths)
+        for plan in self._sound if problems else ():
+            self._lose(plan, *problems)
         if self.values is not None:
-            self.values.define(plans, self.kept, derived.donors)
+            self.values.define(plans, self.kept, derived.donors, derived.cells)
 
     def _directions(self) -> dict[str, FittedDirections]:
         """Those of each experiment's rules; one with a direction that is nothing is lost."""
-        fits = DirectionFits(self.runs.model, self.runs.others, self.runs.seed, self.runs.side)
+        fits = self.fits
         found: dict[str, FittedDirections] = {}
         for plan in self._sound:
             own, problems = fits.of(plan)
             found[plan.experiment.key] = own
-            self.measured[plan.experiment.key].lengths = own.lengths
+            self.measured[plan.experiment.key].lengths = {**self.defined, **own.lengths}
             if problems:
                 self._lose(plan, *problems)
         self.runs.passes += fits.passes
@@ -213,12 +221,7 @@ class PreparedPanel:
         try:
             return made_of_cells(plan, cells, self.runs, batches, self.readouts[key])
         except CellFailed as failed:
-            rows = 0 if isinstance(failed.failure, PythonNotLoaded) else len(failed.cell.runs)
-            words = cell_words(plan, failed.cell.cell)
-            base = plan.experiment.spec.base
-            seen = Unusable(int(failed.cell.prompts[0]), base, words)
-            problem = Failed(failed.failure.diagnostic, None, rows)
-            self._lose(plan, function_failed(problem, plan.experiment, seen))
+            self._lose(plan, cell_failed(failed, plan))
             return {}
 
     def _whole_cells(self, plan: ExperimentPlan, kept: Ints) -> Mapping[int, WholeCells]:
@@ -376,18 +379,12 @@ class PreparedPanel:
 
     def _batches(self, prompts: Ints) -> list[Ints]:
         """Prompts in groups of similar size in tokens, in the order of the table."""
-        draws = max((run.draws for run in self.table.runs.values()), default=1)
-        cells = sum(each.n_cells for each in self.panel.experiments)
-        tokens = self.sizes.prompt_tokens // (self._longest * draws)
-        size = max(1, min(tokens, BATCH_ROWS // max(1, cells)))
+        size = self._batch_size
         return [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
     @cached_property
-    def _longest(self) -> int:
-        """Tokens of the longest prompt in any run."""
-        return max(
-            (len(row.ids) for run in self.table.runs.values() for row in run.rows), default=1
-        )
+    def _batch_size(self) -> int:
+        return batch_size(self.panel, self.sizes.prompt_tokens)
 
     def _finish_batch(self) -> None:
         """Keep what a batch gave and free what it computed; a single one serves all stages."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.execute.patched_rows import Member
+from mechdsl.execute.wanted_places import Member
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.plan import Plan
 from mechdsl.plan.restart import Shortcuts

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.options import PaddingSide
+from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.hook_points import fused
-from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import RunResult, run_whole
@@ -24,7 +25,7 @@ from mechdsl.packed.activation_cache import ActivationCache, keeping
 from mechdsl.prompts.prompt_table import Noise, Run
 from mechdsl.resolve.resolved import Atom, ResolvedMeasure
 from mechdsl.resolve.resolved_rule import Place
-from mechdsl.vocab.sites import WITHIN_ATTENTION, stop_layer
+from mechdsl.vocab.sites import WITHIN_ATTENTION
 
 Spot = Mapping[str, tuple[int, ...]]
 """Run → per prompt, the position that a measure reads; empty for the last token."""
@@ -60,32 +61,6 @@ class UnpatchedBatch:
     def lane(self, prompts: Ints, draws: Ints) -> Ints:
         """The lane of each (prompt, draw); a run without noise has one for all draws."""
         return self._place[prompts] * self.draws + (draws if self.draws > 1 else 0)
-
-
-@dataclass(frozen=True, eq=False)
-class RuleWrites:
-    """What rules write into the rows of a pass."""
-
-    writes: Sequence[SiteWrite] = ()
-    edges: Sequence[EdgeWrite] = ()
-
-    def then(self, later: RuleWrites) -> RuleWrites:
-        """With rules that stand behind them, and act on what these leave."""
-        return RuleWrites([*self.writes, *later.writes], [*self.edges, *later.edges])
-
-    def below(self, stop: int | None, n_layers: int) -> RuleWrites:
-        """Without what lies above where a pass stops."""
-        if stop is None:
-            return self
-
-        def runs(site: str, layer: int | None) -> bool:
-            needed = stop_layer(site, layer, n_layers)
-            return needed is not None and needed <= stop
-
-        return RuleWrites(
-            [write for write in self.writes if runs(write.site, write.layer)],
-            [edge for edge in self.edges if edge.layer < stop],
-        )
 
 
 @dataclass(frozen=True)
@@ -161,14 +136,17 @@ def compute_unpatched(
     """
     parts = [_Part.of(model, run, request, prompts) for run, request in runs]
     ids = [row for part in parts for row in part.ids]
+    acting = rules or RuleWrites()
     batch = Batch.of(ids, model.pad_id, side or model.calling.side, model.device)
+    batch = acting.numbered(batch)
     begins = np.cumsum([0, *(len(part.ids) for part in parts)]).tolist()
     noise: list[SiteWrite] = []
     for part, begin in zip(parts, begins, strict=False):
         rows = torch.arange(begin, begin + len(part.ids))
         added = noise_writes(model, part.run.noise, part.lanes, row_keys, seed)
         noise += [write.moved(rows) for write in added]
-    done = _pass_of(model, batch, parts, RuleWrites(noise).then(rules or RuleWrites()))
+    with blocks_replaced(model, acting.blocks):
+        done = _pass_of(model, batch, parts, RuleWrites(noise).then(acting))
     return [
         part.found(done, slice(begin, begin + len(part.ids)))
         for part, begin in zip(parts, begins, strict=False)

@@ -13,8 +13,8 @@ from mechdsl.base.arrays import Ints
 from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.read_vectors import LanesOf, wanted
 from mechdsl.execute.readout import Found, Reading, Readout
+from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.execute.unpatched_batch import (
-    RuleWrites,
     Spot,
     UnpatchedBatch,
     UnpatchedRequest,
@@ -23,6 +23,7 @@ from mechdsl.execute.unpatched_batch import (
     spot_positions,
     spots_of,
 )
+from mechdsl.hooks.frozen_norms import FrozenNorms
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.packed.model_end import ModelEnd
@@ -281,6 +282,11 @@ class UnpatchedRuns:
     def unembedding(self) -> ModelEnd:
         """What the model does behind its last block."""
         return ModelEnd(self.model)
+
+    @cached_property
+    def norms(self) -> FrozenNorms:
+        """The norms that paths may hold."""
+        return FrozenNorms(self.model)
 
     def _gauge_reads(self) -> set[Place]:
         """Sites that measures compare (`cosine`)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeAlias
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.made_of_cells import MadeOfCells
 from mechdsl.execute.means_and_donors import Means, MeansAndDonors
+from mechdsl.execute.rule_writes import Numbers, RuleWrites
 from mechdsl.execute.unpatched_batch import TextBehind, UnpatchedBatch, fed_tokens
 from mechdsl.hooks.batch import gather
 from mechdsl.hooks.inside_attention import EdgeWrite
@@ -152,15 +153,17 @@ def build_writes(
     means_and_donors: MeansAndDonors,
     shape: ModelShape,
     text: TextBehind | None = None,
+    *,
+    senders: bool = True,
 ) -> list[SiteWrite]:
-    """The writes of these rows, with this text behind the prompts.
+    """The writes of these rows, with this text behind the prompts; senders: of paths too.
 
     At one site and layer they act in the order of the file, each on what those before it left;
     where two rules set the same vector, the later one stands.
     """
     parts: dict[Place, list[Part]] = defaultdict(list)
     for number, rule in enumerate(plan.rules):
-        if rule.rule.does.changes != "sites":
+        if rule.rule.does.changes != "sites" or (rule.paths is not None and not senders):
             continue
         entries = _entries(plan, rule, rows, means_and_donors, text)
         pairs = [
@@ -244,20 +247,26 @@ def build_edges(
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class Numbers:
-    """K tokens with other position ids."""
-
-    rows: Tensor
-    """[K] long, row of the pass."""
-    positions: Tensor
-    """[K] long, place in the unpadded prompt."""
-    numbers: Tensor
-    """[K] long."""
-
-    def moved(self, rows: Tensor) -> Numbers:
-        """The same where row i is row `rows[i]`."""
-        return replace(self, rows=rows[self.rows])
+def acting(
+    plan: ExperimentPlan,
+    rows: Rows,
+    draws: Ints,
+    lanes_of: LanesOf,
+    means_and_donors: MeansAndDonors,
+    shape: ModelShape,
+    text: TextBehind | None = None,
+    *,
+    senders: bool = True,
+) -> RuleWrites:
+    """All that the rules of these rows do, with this text behind the prompts; senders: of paths
+    too."""
+    given = (lanes_of, means_and_donors, shape, text)
+    return RuleWrites(
+        build_writes(plan, rows, draws, *given, senders=senders),
+        build_edges(plan, rows, shape, text),
+        build_numbers(plan, rows, text),
+        plan.replaced_blocks(int(rows.cell[0])) if len(rows) else (),
+    )
 
 
 def build_numbers(

@@ -96,6 +96,8 @@ class SiteRead:
     site: str
     layer: int | None = None
     stack: str = ""
+    before: bool = False
+    """What comes by before anything is written there."""
 
     @property
     def quoted(self) -> str:

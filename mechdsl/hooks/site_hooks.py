@@ -228,6 +228,8 @@ class SiteWork:
     def _add_site(self, where: SiteRead, places: list[PlacedWrite], read: bool) -> None:
         reads = [where] if read else []
         order = write_order(where.site, where.layer)
+        if where.before:
+            order = order[0], order[1] - 1
         if where.site == "logits":
             self._logits = (places, reads)
             return

@@ -12,6 +12,7 @@ from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.diagnostics.e04_model import IdentityBroken, OneOutput
 from mechdsl.hooks.block_exchange import unlike
+from mechdsl.hooks.frozen_norms import not_linear
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading import devices
 from mechdsl.loading.load import adopt, load
@@ -123,6 +124,8 @@ def not_there(
             seen = rule.does
             if isinstance(seen, Observation) and not isinstance(seen, OverRows):
                 found += [_without_end(rule, seen, model)] if seen.gives == "logits" else []
+            if rule.path is not None and rule.path.frozen_norms:
+                found.append(_not_frozen(rule, model))
             if rule.does.changes == "blocks":
                 found.append(_not_alike(rule, model))
             if rule.sites is not None:
@@ -185,6 +188,17 @@ def _counts_itself(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
     reason = f"counts to {end - 1}, and the last position is {last - first - 1}"
     hint = "count from a smaller number"
     return BadArgument(span=rule.spec.span, name="from", reason=reason, hint=hint)
+
+
+def _not_frozen(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
+    """E0108 for norms that aren't a linear map divided by a scale."""
+    path = not_linear(model.module, model.shape.d_model)
+    if path is None:
+        return None
+    what = (
+        f"a path with frozen norms in `{model.name}`, whose `{path}` isn't linear but for a scale"
+    )
+    return NotSupported(span=rule.spec.span, what=what)
 
 
 def _not_alike(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:

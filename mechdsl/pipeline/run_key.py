@@ -227,7 +227,8 @@ def _tables(experiments: Iterable[ResolvedExperiment]) -> dict[str, str]:
     for each in experiments:
         if id(each.table) not in done:
             done[id(each.table)] = _table(each.table)
-        saved = [v.digest for rule in each.rules if rule.direction for v in rule.direction.saved]
+        steered = [rule.direction for rule in each.every_rule if rule.direction is not None]
+        saved = [vector.digest for direction in steered for vector in direction.saved]
         for rule in each.rules:
             if isinstance(rule.does, Observation):
                 saved += rule.does.made_of.values()

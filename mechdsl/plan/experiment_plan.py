@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from mechdsl.resolve.over_rows import OverRows
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import DRAW, Env, ResolvedExperiment
 from mechdsl.resolve.resolved_rule import Key, ResolvedRule, SitePoint
-from mechdsl.vocab.sites import SITES
+from mechdsl.vocab.sites import SITES, of_stage
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +58,45 @@ class ExperimentPlan:
 
     @property
     def whole(self) -> bool:
-        """Whether its rows are whole passes, whatever else is planned: a rule asks for it, or they
-        start from a run that has rules."""
+        """Whether its rows are whole passes, whatever else is planned: a rule asks for it, they
+        start from a run that has rules, or what a path holds isn't what that run has."""
         if any(run.derived is not None for run in self.starting_runs):
             return True
+        if self.path is not None and (self.beside_path or self._seen_in_mlps):
+            return True
         return any(plan.rule.does.whole for plan in self.rules)
+
+    @property
+    def path(self) -> RulePlan | None:
+        """The rule that patches a path, if there is one."""
+        return next((plan for plan in self.rules if plan.paths is not None), None)
+
+    @property
+    def beside_path(self) -> tuple[RulePlan, ...]:
+        """The rules that act beside a path."""
+        others = (plan for plan in self.rules if plan.paths is None)
+        return tuple(plan for plan in others if plan.rule.does.changes != "nothing")
+
+    @property
+    def _seen_in_mlps(self) -> bool:
+        """Whether measures read what MLPs compute, which aren't computed where they are held."""
+        points = (atom.point for m in self.experiment.measures for atom in m.atoms)
+        return any(p is not None and p.site in of_stage("in_mlp") for p in points)
+
+    @cached_property
+    def senders(self) -> Ints:
+        """[cell] equal where the senders of its path and the rules beside it are the same, so that
+        all receivers are read in one pass."""
+        path = self.path
+        assert path is not None
+        assert path.rule.sites is not None
+        used = {*path.rule.sites.axes, *path.rule.positions.axes}
+        used.update(name for plan in self.beside_path for name in plan.rule.axes)
+        found = np.zeros(self.n_cells, dtype=np.int64)
+        for axis, own in zip(self.experiment.axes, self.coordinates, strict=True):
+            if axis.name in used:
+                found = found * len(axis) + own
+        return found
 
     def replaced_blocks(self, cell: int) -> tuple[tuple[int, int | None], ...]:
         """Blocks that don't do their own work in a cell, and which do it; None where none does."""
@@ -362,7 +397,11 @@ def _paths(
         for pair in pairs.tolist()
     ]
     return PathPlan(
-        tuple(table), Ragged.of(lists), pair_of_cell.reshape(-1), rule.path.through_mlps
+        tuple(table),
+        Ragged.of(lists),
+        pair_of_cell.reshape(-1),
+        rule.path.through_mlps,
+        rule.path.frozen_norms,
     )
 
 

@@ -51,7 +51,7 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     of_run = np.repeat(np.arange(runs), plan.written.tokens.counts(np.arange(runs)))
     prompt = (keys % plan.written.prompts)[of_run]
     none = np.zeros(len(token), dtype=np.bool_)
-    causal = experiment.model.shape.causal
+    causal = experiment.model.shape.causal and not experiment.looks_ahead
     same = alike = none
     shared = _shared_prefix(experiment, plan.rule)
     if shared is not None:

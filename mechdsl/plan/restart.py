@@ -72,6 +72,9 @@ class Held:
     """[row]"""
     mlps: NDArray[np.bool_]
     """[row] whether MLPs are held too."""
+    norms: NDArray[np.bool_]
+    """[row] whether norms divide by what they divide by on the base run; such rows are whole
+    passes."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ class PathPlan:
     """Pair of senders and receivers → indices into `table`, those that a sender reaches."""
     pair_of_cell: Ints
     through_mlps: bool
+    frozen_norms: bool
 
     @property
     def exists(self) -> NDArray[np.bool_]:

@@ -89,15 +89,19 @@ class Contents:
         plan: ExperimentPlan,
         kept: Ints,
         donors: Mapping[int, Ints],
+        cells: Mapping[int, WholeCells],
     ) -> None:
         """A run with rules: what these write in each row, into what. kept: rows that means are of.
-        donors: by number of the
-        rule, [prompt] of `resample`. Asked for it, TypeError where that can't be compared."""
+        donors, cells: as in `ExperimentKeys`. Asked for it, TypeError where that can't be
+        compared."""
 
         @cache
         def numbers() -> Numbers:
-            keys = ExperimentKeys(plan, table, self, kept, donors, {})
-            return keys.of_rules(np.arange(len(run.rows), dtype=np.int64))
+            keys = ExperimentKeys(plan, table, self, kept, donors, cells)
+            every = np.zeros(len(run.rows), dtype=np.uint64)
+            there = kept if cells else np.arange(len(run.rows), dtype=np.int64)
+            every[there] = keys.of_rules(there)  # of rows that a function isn't given, nothing is
+            return every
 
         self._derived[run.name] = numbers
 
@@ -434,7 +438,7 @@ class ExperimentKeys:
         """Of experiments in which a row hangs on others in ways that only they know: behind prompts
         means, and what functions are given, have the answers' tokens."""
         rules, kept = self.plan.rules, self.kept
-        whole = any(rule.rule.does.over_rows or rule.rule.does.reads == "cell" for rule in rules)
+        whole = any(rule.rule.does.of_all_rows for rule in rules)
         if not self.plan.behind or not whole:
             return b""
         texts = [
@@ -454,7 +458,7 @@ def _static(rule: ResolvedRule) -> bytes:
     return digest(
         type(does), does.name, vars(does), _plain(key), _plain(rule.python),
         None if rule.edge is None else rule.edge.change,
-        None if rule.path is None else rule.path.through_mlps,
+        None if rule.path is None else (rule.path.through_mlps, rule.path.frozen_norms),
         None if rule.apart is None else rule.apart.run,
     )  # fmt: skip
 

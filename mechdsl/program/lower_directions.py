@@ -113,7 +113,7 @@ def made_of(
 
 def used_by(experiment: spec.Experiment, program: spec.Program) -> list[spec.Direction]:
     """The directions that an experiment's rules use."""
-    nodes = (rule.direction for rule in experiment.rules if rule.direction is not None)
+    nodes = (rule.direction for rule in experiment.every_rule if rule.direction is not None)
     return made_of(nodes, program.directions)
 
 
@@ -121,7 +121,7 @@ def rows_read(experiment: spec.Experiment, program: spec.Program) -> list[Rows]:
     """What the fits behind an experiment's rules read, and those of its probes."""
     calls = [call for each in used_by(experiment, program) for call in calls_of(each.value)]
     found = [rows for call in calls for rows in rows_of(call, program)]
-    for rule in experiment.rules:
+    for rule in experiment.every_rule:
         train = None if rule.observed is None else train_of(rule.observed.call)
         rows = None if train is None else rows_named(train, program.prompts)
         found += [] if rows is None else [rows]

@@ -240,7 +240,7 @@ def _path(
     prompts: spec.Prompts | None,
     work: Statements,
 ) -> spec.Rule:
-    """`path SENDER -> RECEIVER at POS through mlps`."""
+    """`path SENDER -> RECEIVER at POS through mlps with frozen norms`."""
     if source is None and not work.from_into:
         _without_source("path", rule, prompts, work)
     for word in body.through:
@@ -257,4 +257,5 @@ def _path(
         at=body.at,
         source=source,
         through_mlps=bool(body.through),
+        frozen_norms=body.frozen,
     )

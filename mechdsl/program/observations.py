@@ -27,7 +27,7 @@ from mechdsl.program.possible_axes import axes_of, position_axes
 from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
 from mechdsl.syntax.verbs import CONTROLS, COUNTED, LENSES
-from mechdsl.syntax.walk import rewrite, walk
+from mechdsl.syntax.walk import N, rewrite, walk
 
 if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
@@ -166,7 +166,9 @@ def parts_of(
         own = [*through, *(by_name[name] if name else ())]
         if not through:
             said = own if name else plain
-            own = [*_own_measures(rule, [*said, *own], parts), *own]
+            itself = any(isinstance(m.metric, ast.Name) and m.metric.id == name for m in own)
+            automatic = _own_measures(rule, [*said, *own], parts)
+            own = [*automatic[1 if itself else 0 :], *(_written_out(m, rule) for m in own)]
         found.append(Part(rule, own))
     _acts_elsewhere(observed, rules, plain, work)
     if len(found) == 1 and (not plain or found[0].name is None):
@@ -240,6 +242,18 @@ def _own_measures(
             for word in controls
         ),
     ]
+
+
+def _written_out(measure: spec.Measure, rule: spec.Rule) -> spec.Measure:
+    """With the logits that its observation is of, where these stand behind `toward`."""
+    said = _observed(rule)
+    toward = None if said.toward is None else _toward(said.toward)
+
+    def change(node: ast.Node) -> ast.Node:
+        own = isinstance(node, ast.Name) and node.id == said.name
+        return toward if own and toward is not None else node
+
+    return measure.model_copy(update={"metric": rewrite(measure.metric, change)})
 
 
 def _toward(expression: ast.Expr) -> ast.Expr:
@@ -375,15 +389,10 @@ def with_results(experiment: spec.Experiment, results: dict[str, str]) -> spec.E
     that are other results."""
     own = {measure.label for measure in experiment.measures}
 
-    def change(node: ast.Node) -> ast.Node:
-        if isinstance(node, ast.Ranked) and node.of in results:
-            return replace(node, of=results[node.of])
-        return node
-
     rules = tuple(
         rule.model_copy(
             update={
-                name: rewrite(value, change)
+                name: named_result(value, results)
                 for name in ("site", "at", "onto", "edge", "receiver", "fill")
                 if (value := getattr(rule, name)) is not None
             }
@@ -393,7 +402,7 @@ def with_results(experiment: spec.Experiment, results: dict[str, str]) -> spec.E
     expects = tuple(_read_elsewhere(each, results, own) for each in experiment.expects)
     against = experiment.against
     if against is not None:
-        apart = tuple(rewrite(site, change) for site in against.apart)
+        apart = tuple(named_result(site, results) for site in against.apart)
         against = against.model_copy(update={"apart": apart})
     return experiment.model_copy(update={"rules": rules, "expects": expects, "against": against})
 
@@ -451,10 +460,16 @@ def _read_elsewhere(
 
 def with_results_in(group: spec.Group, results: dict[str, str]) -> spec.Group:
     """The same of a group's sites."""
+    sites = tuple(named_result(site, results) for site in group.sites)
+    return group.model_copy(update={"sites": sites})
 
-    def change(node: ast.Node) -> ast.Node:
-        if isinstance(node, ast.Ranked) and node.of in results:
-            return replace(node, of=results[node.of])
-        return node
 
-    return group.model_copy(update={"sites": tuple(rewrite(site, change) for site in group.sites)})
+def named_result(node: N, results: dict[str, str]) -> N:
+    """The tree with names of results where it names observations."""
+
+    def change(part: ast.Node) -> ast.Node:
+        if isinstance(part, ast.Ranked) and part.of in results:
+            return replace(part, of=results[part.of])
+        return part
+
+    return rewrite(node, change)

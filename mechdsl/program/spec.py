@@ -109,6 +109,10 @@ class Corruption(Spec):
     changes: tuple[ChangeText, ...]
 
 
+NO_PROMPTS, NO_TEXT = "no prompts", "."
+"""The block of experiments that look at weights alone, and the text of its one row."""
+
+
 class Prompts(Spec):
     """One `prompts` block."""
 
@@ -197,6 +201,8 @@ class Rule(Spec):
     receiver: SiteText | None = None
     through_mlps: bool = False
     """path: whether MLPs recompute, or are held too."""
+    frozen_norms: bool = False
+    """path: whether norms divide by what they divide by on the base run."""
     observed: Observed | None = None
     """observe: what is looked at; `source` is the run, where it isn't the one that rules act on."""
     loops: tuple[str, ...] = ()

@@ -98,11 +98,7 @@ def _refused(rule: ResolvedRule, table: PromptTable, run: spec.DerivedRun) -> It
         what = "a `path` in a `run`"
     elif rule.does.changes == "input":
         what, later = "a `replace` in a `run`", "write a `corrupt` in the prompts block"
-    elif rule.python is not None or rule.does.reads == "cell":
-        what = "a function of a Python file in a `run`"
-    elif rule.direction is not None:
-        what = "a direction in a `run`"
-    elif rule.does.changes not in ("sites", "edges") or rule.does.whole or rule.does.looks_ahead:
+    elif rule.does.changes == "nothing":
         what = f"`{rule.spec.verb}` in a `run`"
     if what:
         yield NotSupported(span=rule.spec.span, what=what, later=later)
@@ -128,7 +124,7 @@ def on_derived(rules: Sequence[ResolvedRule | None], work: Work) -> Iterator[Dia
     if work.table.runs[work.experiment.base].derived is None:
         return
     for rule in rules:
-        if rule is not None and (rule.path is not None or rule.does.changes == "input"):
+        if rule is not None and rule.does.changes == "input":
             what = f"a `{rule.spec.verb}` on a run that has rules"
             yield NotSupported(span=rule.spec.span, what=what)
 
@@ -141,7 +137,7 @@ def accuracies_known(
     for name in asked if experiment.keep else ():
         run = name
         while run in derived:
-            if any(rule.does.over_rows for rule in derived[run].rules):
+            if any(rule.does.of_all_rows for rule in derived[run].rules):
                 what = f"`accuracy({name})` beside `keep`, as `{run}` is made of the rows it keeps,"
                 yield NotSupported(span=experiment.keep[0].span, what=what)
                 break

@@ -17,8 +17,8 @@ class RuleKind:
     """The word before its number, of kinds that the grammar reads as `WORD SITE at POSITIONS`."""
     once: ClassVar[bool] = False
     """An experiment has one of them at most …"""
-    alone: ClassVar[bool] = False
-    """… and no other rule beside it."""
+    once_because: ClassVar[str] = ""
+    """… and why, or what to write instead."""
     within_prompt: ClassVar[str] = ""
     """Why it can't act on the tokens of an answer, behind the prompt; empty where it can."""
 

@@ -28,4 +28,5 @@ def _before(sender: SitePoint, receiver: SitePoint, *, parallel: bool) -> bool:
     if sender.site == "resid_pre":
         return True
     of_attention = sender.site in ("z", "head_out", "attn_out", "resid_mid")
-    return receiver.site == "mlp_norm" and of_attention and not parallel
+    in_mlp = receiver.site in ("mlp_norm", "mlp_hidden")
+    return in_mlp and of_attention and not parallel

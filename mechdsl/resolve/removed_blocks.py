@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_model import SiteNotInBlock
-from mechdsl.resolve.resolved import ResolvedMeasure
+from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedMeasure
 from mechdsl.resolve.resolved_rule import ResolvedRule, SitePoint, SiteTargets
 
 _AROUND = ("resid_pre", "resid_post")
@@ -33,6 +33,53 @@ def inside_removed(
             point = next((point for point in points if _within(point, layers)), None)
             if point is not None:
                 yield _refused(point, model, measure.expression.span)
+
+
+def of_runs_without_blocks(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """E0414 for what is written or read in a block that computes nothing in the run itself."""
+    model = experiment.model.name
+    removed: dict[str | None, set[int | None]] = {}
+    for name, run in experiment.derived.items():
+        yield from inside_removed(run.rules, (), model)
+        removed[name] = _removed(run, removed.get(run.spec.base, set()))
+    for one in (*experiment.derived.values(), experiment):
+        base = one.spec.base
+        for rule in one.rules:
+            if rule.sites is None or rule.does.changes == "blocks":
+                continue
+            places = [(base, rule.sites.points)]
+            if rule.path is not None:
+                places.append((base, rule.path.receivers.points))
+            if rule.apart is None and rule.does.reads is not None:
+                places.append((rule.run, rule.sites.sources or rule.sites.points))
+            for run, points in places:
+                named = [point for here in points.values() for point in here]
+                yield from _first(named, removed.get(run, set()), model, rule.spec.span)
+        for measure in one.measures:
+            for atom in measure.atoms:
+                points = (*atom.points.values(), *([] if atom.point is None else [atom.point]))
+                layers = removed.get(base, set()) | removed.get(atom.run, set())
+                yield from _first(points, layers, model, measure.expression.span)
+    for save in experiment.saves:
+        yield from _first(save.points, removed.get(save.run, set()), model, save.spec.span)
+
+
+def _removed(run: ResolvedExperiment, before: set[int | None]) -> set[int | None]:
+    """The blocks that hand on what enters in a run with rules; before: in its base."""
+    found = set(before)
+    for rule in run.rules:
+        if rule.does.changes == "blocks" and rule.sites is not None:
+            layers = {point.layer for here in rule.sites.points.values() for point in here}
+            found = found - layers if rule.spec.fill is None else found | layers
+    return found
+
+
+def _first(
+    points: Iterable[SitePoint], layers: set[int | None], model: str, span: Span
+) -> Iterator[Diagnostic]:
+    inside = next((point for point in points if _within(point, layers)), None)
+    if inside is not None:
+        yield _refused(inside, model, span)
 
 
 def _refused(point: SitePoint, model: str, span: Span) -> Diagnostic:

@@ -33,7 +33,7 @@ from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.open_axes import open_axes, open_positions
 from mechdsl.resolve.picks import Onward
 from mechdsl.resolve.relative_depth import relative
-from mechdsl.resolve.removed_blocks import inside_removed
+from mechdsl.resolve.removed_blocks import inside_removed, of_runs_without_blocks
 from mechdsl.resolve.resolved import (
     Axis,
     ModelContext,
@@ -44,6 +44,7 @@ from mechdsl.resolve.resolved import (
 )
 from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.resolve.saves import resolve_saves
+from mechdsl.resolve.without_rules import without_rules
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import numbers_named, walk
 
@@ -114,7 +115,8 @@ def outline(
     diagnostics.extend(
         inside_removed([r for r in rules if r], [m for m in measures if m], model.name)
     )
-    if has_errors(diagnostics) or None in (*rules, *measures, *keep):
+    whole = all(len(run.rules) == len(run.spec.rules) for run in derived.values())
+    if has_errors(diagnostics) or not whole or None in (*rules, *measures, *keep):
         return known, diagnostics
     resolved = ResolvedExperiment(
         spec=experiment,
@@ -134,13 +136,15 @@ def outline(
         places=places,
     )
     problem = _too_many(resolved, program) or _too_many_listed(resolved)
-    if problem is not None:
-        return known, [*diagnostics, problem]
+    refused = [*of_runs_without_blocks(resolved), *([] if problem is None else [problem])]
+    if refused:
+        return known, [*diagnostics, *refused]
     control, problems = _control(resolved, apart, draws_enough)
     diagnostics.extend(problems)
     if problems:
         return known, diagnostics
-    return replace(known, resolved=replace(resolved, control=control)), diagnostics
+    bare = without_rules(resolved)
+    return replace(known, resolved=replace(resolved, control=control, bare=bare)), diagnostics
 
 
 def _control(
@@ -299,16 +303,16 @@ def _loops_used(work: Work) -> None:
 
 
 def _beside_others(work: Work, kinds: Registry[RuleKind]) -> None:
-    """E0108 for rules that don't go with others of their kind, or with any."""
+    """E0108 for rules that don't go with others of their kind."""
     rules = work.experiment.rules
     for verb, kind in kinds.items():
         own = [rule for rule in rules if rule.verb == verb]
-        if kind.alone and own and len(rules) > 1:
-            what = f"a {verb} beside other rules"
-            work.diagnostics.append(NotSupported(span=own[0].span, what=what))
+        said = {"later": kind.once_because} if kind.once_because else {}
         if kind.once:
             what = f"a second `{verb}` in one experiment"
-            work.diagnostics.extend(NotSupported(span=rule.span, what=what) for rule in own[1:])
+            work.diagnostics.extend(
+                NotSupported(span=rule.span, what=what, **said) for rule in own[1:]
+            )
 
 
 def _nodes(rule: spec.Rule) -> Any:

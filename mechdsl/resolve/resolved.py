@@ -199,8 +199,10 @@ class ResolvedExperiment(Record):
     sites_of: Mapping[str, ast.Span] = field(default_factory=dict, compare=False, repr=False)
     """Experiments whose sites it uses → where."""
     control: ResolvedControl | None = None
+    bare: WithoutRules | None = None
+    """What the effects of its observations are set against."""
     control_of: str | None = None
-    """The experiment that this one is the control of, by its key."""
+    """The experiment that this one is the control of, or its base run, by its key."""
     drawn: Drawn | None = None
     """Of a control: how many draws its cells have."""
     saves: tuple[ResolvedSave, ...] = ()
@@ -231,7 +233,7 @@ class ResolvedExperiment(Record):
     def models(self) -> tuple[str, ...]:
         """The model that it runs on, and others that it reads."""
         others = [run.model for run in self.spec.elsewhere if run.model is not None]
-        others += [m for rule in self.rules if rule.direction for m in rule.direction.models]
+        others += [m for rule in self.every_rule if rule.direction for m in rule.direction.models]
         return tuple(dict.fromkeys((self.model.name, *others)))
 
     @property
@@ -247,6 +249,11 @@ class ResolvedExperiment(Record):
     def every_rule(self) -> tuple[ResolvedRule, ...]:
         """Its own, and those of the runs that it defines."""
         return (*(rule for run in self.derived.values() for rule in run.rules), *self.rules)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether tokens may see later ones in a run with rules that it defines."""
+        return any(rule.does.looks_ahead for run in self.derived.values() for rule in run.rules)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -300,6 +307,15 @@ class Drawn(Record):
 
     axes: tuple[str, ...]
     counts: Mapping[Key, int]
+
+
+@record
+class WithoutRules(Record):
+    """The same cells of the base run, where effects of what is observed are asked for."""
+
+    experiment: ResolvedExperiment
+    numbers: tuple[int, ...]
+    """Of the measures whose effects are set against it."""
 
 
 @record

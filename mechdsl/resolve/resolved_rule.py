@@ -91,6 +91,7 @@ class PathTargets(Record):
 
     receivers: SiteTargets
     through_mlps: bool
+    frozen_norms: bool = False
 
 
 @record
@@ -176,6 +177,11 @@ class Intervention:
     """Only pairs with the sites `beside` in a later layer are cells."""
     drawn_positions: ClassVar[bool] = True
     """Whether `against random(…, positions)` can put it at others."""
+
+    @property
+    def of_all_rows(self) -> bool:
+        """Whether what it writes into a row hangs on the other rows."""
+        return self.over_rows or self.reads == "cell"
 
     @property
     def over_rows(self) -> bool:

@@ -90,12 +90,19 @@ def _of_runs(experiment: ResolvedExperiment, model: LoadedModel) -> Said:
             yield key, f"{experiment.table.conventions[key]}, {value}"
     for name, own in experiment.derived.items():
         rules = "; ".join(" ".join(rule.spec.span.written.split()) for rule in own.rules)
+        read = "" if own.spec.source is None else f", from {own.spec.source}"
         place = "stays in place under the experiment's rules"
-        yield f"run {name}", f"{own.spec.base} with {rules}; what it writes {place}"
+        yield f"run {name}", f"{own.spec.base} with {rules}{read}; what it writes {place}"
 
 
 def _of_cells(plan: ExperimentPlan, measured: MeasuredValues) -> Said:
     """Cells and rows of cells that aren't there, and how rules of one cell go together."""
+    if plan.path is not None and plan.beside_path:
+        yield (
+            "beside the path",
+            "the other rules act in each of its passes, also where the rest is held; what the "
+            f"senders have is of the {plan.path.rule.run} run, without them; rows are whole passes",
+        )
     leading = [rule.paths.exists for rule in plan.rules if rule.paths is not None]
     missing = int((~np.logical_and.reduce(leading)).sum()) if leading else 0
     if missing:
@@ -282,14 +289,15 @@ def _several(positions: Any) -> bool:
 def _of_directions(plan: ExperimentPlan, measured: MeasuredValues) -> dict[str, str]:
     """How each direction was made, and its length, by which it is used."""
     found: dict[str, str] = {}
-    for rule in plan.rules:
-        members = rule.directions[:SHOWN]
+    used = [rule.direction for rule in plan.experiment.every_rule if rule.direction is not None]
+    for every in (list(direction.members.values()) for direction in used):
+        members = every[:SHOWN]
         for member in members:
             length = measured.lengths.get(member.name)
             norm = "" if length is None else f"; norm {length:.4g}"
             norm = norm if length else "; 0, so that nothing changes"
             found[f"direction {member.name}"] = f"{member.made}{norm}"
-        more = len(rule.directions) - len(members)
+        more = len(every) - len(members)
         if more:
             found["directions"] = f"and {more} more, made in the same way"
     return found
@@ -298,8 +306,9 @@ def _of_directions(plan: ExperimentPlan, measured: MeasuredValues) -> dict[str, 
 def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
     """What rules say of themselves, each once, those on edges first; and where attention is
     written out for them."""
-    edges = [rule.rule for rule in plan.rules if rule.rule.edge is not None]
-    others = [rule.rule for rule in plan.rules if rule.rule.edge is None]
+    every = plan.experiment.every_rule
+    edges = [rule for rule in every if rule.edge is not None]
+    others = [rule for rule in every if rule.edge is None]
     found = _said(edges, model)
     points = {p for rule in plan.rules for p in (*rule.point_table, *rule.source_table)}
     layers = sorted({p.layer for p in points if p.site in WITHIN_ATTENTION and p.layer is not None})

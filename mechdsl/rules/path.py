@@ -9,7 +9,6 @@ from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from itertools import product
 
-from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e03_rules import NoPath, NotOnAPath
 from mechdsl.program import spec
 from mechdsl.resolve.coordinates import from_end
@@ -43,15 +42,29 @@ SENDERS = (
     "mlp_out",
     "resid_post",
 )
-RECEIVERS = ("resid_pre", "attn_norm", "q", "k", "v", "mlp_norm", "final_norm", "logits")
+RECEIVERS = (
+    "resid_pre",
+    "attn_norm",
+    "q",
+    "k",
+    "v",
+    "mlp_norm",
+    "mlp_hidden",
+    "final_norm",
+    "logits",
+)
+ENDS = ("final_norm", "logits")
 
 
 @rule_kind("path")
 class PathPatching(RuleKind, Intervention):
     """What receivers read of a patched sender, while all else is held at the base run."""
 
-    alone = True
-    """It says what all else does."""
+    once = True
+    once_because = (
+        "whether the senders of one would see what the other writes is not defined: join senders, "
+        "or receivers, in a `group`, or write two experiments"
+    )
     reads = "run"
     copies = True
 
@@ -73,21 +86,26 @@ class PathPatching(RuleKind, Intervention):
         fine = _kinds(rule.receiver, receivers, RECEIVERS, "end", work) and fine
         if not fine or not _any_path(rule, senders, receivers, work):
             return None
-        does: Intervention = HELD_NEURONS if _neurons_behind(rule, senders, work) else self
+        whole = rule.frozen_norms or _neurons_behind(rule, senders, work)
+        whole = whole or _has(receivers, ("mlp_hidden",))
+        if _has(receivers, ENDS) and not _seen_beside(rule, work):
+            return None
+        does: Intervention = WHOLE_PATH if whole else self
         return ResolvedRule(
             spec=rule,
             does=does,
             run=run,
             sites=senders,
             positions=positions,
-            path=PathTargets(receivers, rule.through_mlps),
+            path=PathTargets(receivers, rule.through_mlps, rule.frozen_norms),
         )
 
     def key(self, rule: ResolvedRule) -> Hashable:
-        return rule.run, _targets(rule).through_mlps
+        return rule.run, _targets(rule).through_mlps, _targets(rule).frozen_norms
 
     def detail(self, rule: ResolvedRule) -> str | None:
         through = ", through MLPs" if _targets(rule).through_mlps else ""
+        through += ", norms frozen" if _targets(rule).frozen_norms else ""
         receiver = "" if rule.spec.receiver is None else rule.spec.receiver.span.written
         return f"to {receiver}{through}"
 
@@ -96,7 +114,10 @@ class PathPatching(RuleKind, Intervention):
         held = [f"the heads (z) of layers 0 to {last}"]
         if not path.through_mlps:
             held.append(f"the MLPs (mlp_out) of layers 0 to {last}")
-        through = ", MLPs and norms recomputed" if path.through_mlps else ", norms recomputed"
+        through = ", MLPs recomputed" if path.through_mlps else ""
+        norms = ", norms recomputed" if not path.frozen_norms else (
+            ", and norms divide by what they divide by there"
+        )  # fmt: skip
         ends = {SITES[p.site].when for here in path.receivers.points.values() for p in here}
         after = "" if "output" in ends else "; receivers are then written into the base run"
         to = rule.spec.receiver
@@ -107,18 +128,23 @@ class PathPatching(RuleKind, Intervention):
             after += "; keys and values of a head are those of its key-value head"
         yield Convention(
             "path",
-            f"beside the senders, {' and '.join(held)} are held at the base run{through}{after}",
+            f"beside the senders, {' and '.join(held)} are held at the base run{through}{norms}"
+            f"{after}",
         )
 
 
-class HeldNeurons(PathPatching, Intervention):
-    """Neurons behind another sender: those beside them in their MLP are held one by one, which
-    only whole passes do."""
+class WholePath(PathPatching, Intervention):
+    """What only whole passes do: neurons behind another sender, as those beside them in their MLP
+    are held one by one; neurons that receive, as their MLP is computed and held; frozen norms."""
 
     whole = True
 
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield from super().conventions(rule, n_layers)
+        yield Convention("passes", "rows of this `path` are whole passes")
 
-HELD_NEURONS = HeldNeurons()
+
+WHOLE_PATH = WholePath()
 
 
 def _targets(rule: ResolvedRule) -> PathTargets:
@@ -137,10 +163,16 @@ def _kinds(
     """E0334 for a component that a path can't start or end at."""
     named = {p.site for points in targets.points.values() for p in points}
     wrong = sorted(named - set(allowed))
-    ends = {"final_norm", "logits"}
-    if not wrong and verb == "end" and named & ends and named - ends:
+    if not wrong and verb == "end" and named & {*ENDS} and named - {*ENDS}:
         work.diagnostics.append(
-            NotSupported(span=site.span, what="a receiver beside the end of the model")
+            NotOnAPath(
+                span=site.span,
+                verb=verb,
+                site=min(named & {*ENDS}),
+                reason="other receivers are written into a pass in which all else recomputes; here "
+                "the end is read in one in which all else is held",
+                hint="write an experiment for each",
+            )
         )
         return False
     if not wrong:
@@ -156,6 +188,27 @@ def _kinds(
         )
     )
     return False
+
+
+def _has(targets: SiteTargets, sites: tuple[str, ...]) -> bool:
+    return any(p.site in sites for points in targets.points.values() for p in points)
+
+
+def _seen_beside(rule: spec.Rule, work: Work) -> bool:
+    """E0334 for a path to the end of the model beside an observation."""
+    looks = [other for other in work.experiment.rules if other.observed is not None]
+    if looks:
+        assert rule.receiver is not None
+        work.diagnostics.append(
+            NotOnAPath(
+                span=rule.receiver.span,
+                verb="end",
+                site=rule.receiver.span.written,
+                reason=f"`{looks[0].verb}` would look at a pass in which all else is held",
+                hint="leave the observation out, or name what reads there: `q`, `mlp_norm`",
+            )
+        )
+    return not looks
 
 
 def _neurons_behind(rule: spec.Rule, senders: SiteTargets, work: Work) -> bool:

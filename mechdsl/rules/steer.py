@@ -18,6 +18,7 @@ from mechdsl.resolve.resolved_rule import (
     Amounts,
     Convention,
     Intervention,
+    PositionTargets,
     ResolvedRule,
     SiteTargets,
     Vectors,
@@ -55,9 +56,15 @@ class DirectionRule(RuleKind, Steering):
     amount: ClassVar[float] = 0.0
     """Its number, where none is written."""
 
+    def where(
+        self, rule: spec.Rule, work: Work
+    ) -> tuple[SiteTargets | None, PositionTargets | None]:
+        """Its sites and positions; None for what is wrong."""
+        return places(rule, work.experiment.base, work)
+
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
         base = work.experiment.base
-        sites, positions = places(rule, base, work)
+        sites, positions = self.where(rule, work)
         amounts: Amounts | None = Amounts((), {(): self.amount})
         if rule.fill is not None:
             amounts = resolve_amounts(rule.fill, work)
@@ -175,23 +182,10 @@ class ProjectOutOfWeights(DirectionRule):
     mode = "along"
     drawn_positions = False
 
-    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
-        base = work.experiment.base
-        sites = weight_sites(rule, work)
-        positions = rule_targets(rule, base, work)
-        if sites is None or positions is None:
-            return None
-        direction = direction_targets(rule, sites, positions, work)
-        if direction is None:
-            return None
-        return ResolvedRule(
-            spec=rule,
-            does=self,
-            run=base,
-            sites=sites,
-            positions=positions,
-            direction=direction,
-        )
+    def where(
+        self, rule: spec.Rule, work: Work
+    ) -> tuple[SiteTargets | None, PositionTargets | None]:
+        return weight_sites(rule, work), rule_targets(rule, work.experiment.base, work)
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         yield Convention(

@@ -717,6 +717,8 @@ class PathRule(Node):
     receiver: Site
     at: Positions
     through: tuple[Name, ...] = ()
+    frozen: bool = False
+    """`with frozen norms`"""
 
 
 @record

@@ -618,10 +618,12 @@ class ToAst(Transformer[Token, Any]):
         return ast.Stepped(component, factor[0] if factor else None, span=_span(c))
 
     def path(self, c: list[Any]) -> ast.PathRule:
-        through = _clauses(c).get("through", ())
-        return ast.PathRule(c[1], c[3], c[5], through, span=_span(c))
+        clauses = _clauses(c)
+        through, frozen = clauses.get("through", ()), "frozen" in clauses
+        return ast.PathRule(c[1], c[3], c[5], through, frozen, span=_span(c))
 
     through = _clause("through", lambda c: c[1].value)
+    frozen = _clause("frozen", lambda _: True)
 
     def add(self, c: list[Any]) -> ast.Add:
         return ast.Add(c[1], c[3], c[5], span=_span(c))

@@ -289,6 +289,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
     PathTargets: {
         "receivers": ("paths", lambda at: replace(at, points=one_more(at.points, next_head))),
         "through_mlps": ("paths", lambda through: not through),
+        "frozen_norms": ("paths", lambda frozen: not frozen),
     },
     Apart: {
         "table": ("apart", other_table),
@@ -409,7 +410,10 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "number": "rules are keyed in their order",
         "behind": "the tokens in `written`, `read` and `keys` say it",
     },
-    PathPlan: {"through_mlps": "`PathTargets.through_mlps` goes in"},
+    PathPlan: {
+        "through_mlps": "`PathTargets.through_mlps` goes in",
+        "frozen_norms": "`PathTargets.frozen_norms` goes in",
+    },
 }
 """By field, why no number hangs on it beside what is in the key."""
 

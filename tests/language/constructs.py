@@ -828,11 +828,42 @@ _rule(
     "path",
     "path layer 0..1 head * -> q layer 2 head * at last token",
     "The sender gets the source run's value, every other head and every MLP is held at the base "
-    "run's; what the receiver reads then is written into the base run. Receivers are `attn_norm`, "
-    "`q`, `k`, `v`, `mlp_norm`, `final_norm` and `logits`; their axes are `to_layer` and "
-    "`to_head`. Pairs in the wrong order are left out.",
+    "run's; what the receiver reads then is written into the base run. Receivers are `resid_pre`, "
+    "`attn_norm`, `q`, `k`, `v`, `mlp_norm`, `mlp_hidden`, `final_norm` and `logits`; their axes "
+    "are `to_layer`, `to_head` and `to_neuron`. Pairs in the wrong order are left out. `logits` "
+    "stands beside no other receiver. A neuron that receives gets the activation that its MLP "
+    "gives it there.",
     PATHS,
     _PATHS,
+)
+_rule(
+    "path beside rules",
+    "ablate L1H2 at last token with zero  path layer 0 head * -> q layer 2 head * at last token",
+    "The other rules make the model in which the path is patched: they act in the pass that gives "
+    "what is held, in that in which the senders are patched, and in the last one. The source run "
+    "that the senders' values are of is without them. A run with rules as the base "
+    "(`from clean into ablated`) gives the same values, and effects against it. One path stands in "
+    "an experiment.",
+    PATHS,
+    "tests/rules/test_paths_beside.py",
+)
+_rule(
+    "path … with frozen norms",
+    "path layer * head * -> logits at last token with frozen norms",
+    "In the pass in which the senders are patched, every norm divides by what it divides by on the "
+    "base run; so direct effects are linear, and those of senders that add up to the stream add up "
+    "(before a cap on logits). Behind `through mlps`, where both stand.",
+    "Elhage et al. 2021 (transformer-circuits.pub/2021/framework)",
+    "tests/rules/test_paths_beside.py",
+)
+_rule(
+    "path to neurons",
+    "path layer 0 head * -> mlp_hidden layer 2 neurons 3, 7 at last token",
+    "What the senders add to what these neurons read, and only these: their activations in the "
+    "pass in which all else is held are written into the base run. Neurons send too: "
+    "`path L0N3 -> L2N7`.",
+    PATHS,
+    "tests/rules/test_paths_beside.py",
 )
 _rule(
     "path … through mlps",
@@ -861,6 +892,15 @@ _rule(
     OWN,
     _OBSERVED,
     "measure logit(answer) as raw",
+)
+_rule(
+    "measure OBSERVATION as delta",
+    "patch layer 1 head 2 at last token "
+    "observe entropy pattern layer 2 head * at last token as spread measure spread as delta",
+    "What the rules change of what is observed: the base run is observed at the same places "
+    "without them. Other effects than `raw` and `delta` aren't known of observations.",
+    OWN,
+    _OBSERVED,
 )
 _rule(
     "observe … of RUN",
@@ -995,7 +1035,8 @@ _rule(
     "observe cka",
     "observe cka resid_post layer * with attn_out layer * at last token as alike",
     "Linear CKA of two sites over all distinct rows, by the estimator without bias for few rows; "
-    "the second site's axes are `to_layer`, `to_head`. Its interval is that of the jackknife.",
+    "the second site's axes are `to_layer`, `to_head`; `with fewer` is of the same site in two "
+    "runs. Its interval is that of the jackknife.",
     "Kornblith et al. 2019, arXiv 1905.00414; Song et al. 2012",
     _TOGETHER,
     "measure logit(answer) as raw",
@@ -1015,7 +1056,8 @@ _rule(
     "observe copying layer * head * as copies",
     "Of a head's weights alone: Σ λ / Σ |λ| over the eigenvalues of embedding → OV → unembedding, "
     "or of embedding → QK ← embedding (`matching`), from −1 to 1. Gains of norms are folded in; "
-    "their scales, biases and rotary are not.",
+    "their scales, biases and rotary are not. An experiment that looks at weights alone needs no "
+    "`prompts` line.",
     "Elhage et al. 2021, transformer-circuits.pub/2021/framework",
     _WEIGHTS,
     "measure logit(answer) as raw",
@@ -1191,7 +1233,8 @@ _experiment(
     "`kl(healed)`, `accuracy(healed)`, `mean of healed`, `observe … of healed`, `save … of "
     "healed`. Its rules have one cell, all in one pass; without `from` they act on the clean run. "
     "What they write stays in place where other rules act on it, which act behind them. A run may "
-    "use those before it. Rows that start there are whole passes.",
+    "use those before it. Rows that start there are whole passes. All rules may stand in it but "
+    "`path` and `replace POSITIONS with TEXT`; a Python function is given all rows that are kept.",
     "tests/rules/test_derived_runs.py",
     "McGrath et al. 2023 (arXiv 2307.15771)",
     beside="expect accuracy(healed) > 0",

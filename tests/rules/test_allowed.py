@@ -94,9 +94,7 @@ def called(name: str, text: Text, done: Done) -> Tensor:
                             seen[h, query, list(keys)] = own
             added = torch.where(seen, 0.0, -torch.inf).to(torch.float64)[None]
             module = model.get_submodule(ATTENTION[name].format(layer))
-            stack.callback(
-                module.register_forward_pre_hook(_masked(added), with_kwargs=True).remove
-            )
+            stack.callback(module.register_forward_pre_hook(masked(added), with_kwargs=True).remove)
             block = model.get_submodule(ATTENTION[name].format(layer).rpartition(".")[0])
             vectors = {at: v for (n, at), v in dict(done.stream).items() if n == layer}
             stack.callback(
@@ -105,7 +103,7 @@ def called(name: str, text: Text, done: Done) -> Tensor:
         return model(input_ids=ids, position_ids=places[None], use_cache=False).logits[0]
 
 
-def _masked(mask: Tensor) -> Callable[..., Any]:
+def masked(mask: Tensor) -> Callable[..., Any]:
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         assert "attention_mask" in kwargs
         return args, {**kwargs, "attention_mask": mask}

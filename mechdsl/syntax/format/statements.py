@@ -232,7 +232,8 @@ def _rule(node: Any) -> str | None:
         case ast.PathRule():
             through = f" through {names(node.through)}" if node.through else ""
             ends = f"{site(node.sender)} -> {site(node.receiver)}"
-            return f"path {ends} at {positions(node.at)}{through}"
+            frozen = " with frozen norms" if node.frozen else ""
+            return f"path {ends} at {positions(node.at)}{through}{frozen}"
         case ast.Add():
             return f"add {_written(node.value)} to {site(node.site)} at {positions(node.at)}"
         case ast.Scale():

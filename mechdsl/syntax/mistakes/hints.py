@@ -57,7 +57,22 @@ HINTS: tuple[Hint, ...] = (
         r"onto\b",
         "sender and receiver are at the same position: leave `onto …` out",
     ),
-    Hint(r"^path\b.*->.*$", r"with\b", "a path reads the source run: name it in `from … into …`"),
+    Hint(
+        r"^path\b.*->.*\bwith\s*$",
+        r"frozen\b",
+        "only norms can be frozen: `with frozen norms`",
+    ),
+    Hint(
+        r"^path\b.*->.*\bwith\s*$",
+        r"\w",
+        "a path reads the source run: name it in `from … into …`; `with frozen norms` holds what "
+        "norms divide by",
+    ),
+    Hint(
+        r"^path\b.*->.*\bwith\b.*$",
+        r"through\b",
+        "`through mlps` comes first: `through mlps with frozen norms`",
+    ),
     Hint(
         r"^(?:ablate|freeze|set|replace)\b",
         r"onto\b",

@@ -260,6 +260,7 @@ _SINGLES = {
     "SHORT": "a site such as `L9H9`",
     "EDGE_SPAN": "`last-…`",
     "BEST": "`best of`",
+    "FROZEN": "`frozen norms`",
     "COMPARISON": "a comparison",
     "$END": "the end",
 }
