@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from mechdsl.results.averaged import averaged
+from mechdsl.statistics.measure_data import DrawnValues
 
 from ..rules.support import QUICK, experiment, run_file, try_file, write_data
 
@@ -81,3 +85,42 @@ def test_refused(folder: Path, measure: str, words: str) -> None:
     (error,) = [d for d in diagnostics if d.severity == "error"]
     assert error.code == "E0612"
     assert words in error.message
+
+
+def test_what_goes_with_the_values(folder: Path) -> None:
+    """A mean is inert where all of its cells are; rounding, gaps and draws are those of all."""
+    whole = experiment("every", *PATCH, measure="measure entropy as delta", stats=UNCORRECTED)
+    every = run_file(whole, folder, "llama", "planned")["every"]
+    data = every.measures[0]
+    cells, prompts = data.patched.shape
+    size = cells // 2
+    there = ~np.isnan(data.patched)
+    generator = np.random.default_rng(0)
+    rounding = generator.random((cells, prompts))
+    inert = np.arange(cells) >= size - 1
+    gaps = tuple("not measured" if n == cells - 1 else "" for n in range(cells))
+    seen = np.zeros((cells, prompts), dtype=np.int64)
+    seen[1, 0] = seen[size + 1, prompts - 1] = 1
+    draws = generator.random((3, cells, prompts))
+    counts = np.array([2 if n == 1 else 3 for n in range(cells)])
+    made = replace(
+        every,
+        measures=(replace(data, rounding=rounding, inert=inert, gaps=gaps, seen=seen),),
+        drawn=DrawnValues((draws,), counts, 3, "random heads"),
+    )
+    found = averaged(made, "item")
+    mean = found.measures[0]
+    assert mean.inert.tolist() == [False, True]
+    assert mean.gaps == ("", "not measured")
+    of_rows = np.where(there, rounding, np.nan).reshape(2, size, prompts)
+    np.testing.assert_allclose(mean.rounding, np.nanmean(of_rows, axis=1))
+    assert mean.seen is not None
+    for cell, own in enumerate((0, prompts - 1)):
+        others = [n for n in range(prompts) if n != own]
+        assert len(set(mean.seen[cell, others].tolist())) == 1
+        assert mean.seen[cell, own] != mean.seen[cell, others[0]]
+    assert found.drawn is not None
+    assert found.drawn.counts.tolist() == [2, 3]
+    expected = draws.reshape(3, 2, size, prompts).mean(2)
+    expected[2, 0] = np.nan
+    np.testing.assert_allclose(found.drawn.values[0], expected)

@@ -71,7 +71,7 @@ def _plain(node: Any) -> str:
         case ast.OfRef():
             return f"{node.name} of {ref(node.of)}"
         case ast.OfExperiment():
-            return f"{node.measure.name} of {ref(node.measure.of)} of {node.experiment.id}"
+            return f"{_plain(node.measure)} of {node.experiment.id}"
         case ast.Attribute():
             return f"{node.name}.{node.attribute}"
         case ast.Index():
