@@ -48,11 +48,7 @@ from mechdsl.program.observations import (
 )
 from mechdsl.program.sort_statements import Statements, use_names
 from mechdsl.syntax import ast
-<<<<<<< HEAD
 from mechdsl.syntax.verbs import WEIGHTS
-from mechdsl.syntax.walk import numbers_named
-=======
->>>>>>> main
 
 if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
