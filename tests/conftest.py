@@ -6,10 +6,12 @@ import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mechdsl.base.registry import OUTSIDE
 from mechdsl.syntax import grammar
 
 # Several workers share the cores; the numbers must not depend on how many threads sum them up.
@@ -36,6 +38,15 @@ def pytest_configure(config: pytest.Config) -> None:
     grammar.parser()  # a fresh checkout makes its tables here, not within a test that is timed
     if config.getoption("--update-goldens") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--update-goldens writes files that cases share: leave -n out")
+
+
+@pytest.fixture(autouse=True)
+def _outside() -> Iterator[None]:
+    """Modules that a test registers entries from are forgotten with it: of one that can't be read
+    any more it isn't known what numbers hang on, and no store would keep any in this process."""
+    before = set(OUTSIDE)
+    yield
+    OUTSIDE.intersection_update(before)
 
 
 def pytest_unconfigure() -> None:

@@ -124,7 +124,9 @@ def plan_of(
         refuse([each for each in found if each.severity == "error"])
         warn(found)
     made = make_plan(checked.experiments, without=without)
-    return printed(lambda console: print_plan(made, console, *sizes, measured))
+    return printed(
+        lambda console: print_plan(made, console, *sizes, measured, saving=checked.saving)
+    )
 
 
 @keeps_random_numbers
@@ -157,7 +159,7 @@ def graph_of(
             set, python=mode_of(allow_python), allow_outside=allow_outside, untrusted=untrusted
         ),
     )
-    text = draw(checked.experiments, format, before=before)
+    text = draw(checked.experiments, checked.saving, format, before=before)
     if to is not None:
         write_whole(Path(to), text)
     return Drawing(text) if format == "svg" else Printed(text)

@@ -65,7 +65,7 @@ def graph(
         return WRONG
     from mechdsl.show.graph import draw
 
-    text = draw(checked.experiments, form, before=before)
+    text = draw(checked.experiments, checked.saving, form, before=before)
     if to is None:
         sys.stdout.write(text)
     else:

@@ -87,5 +87,6 @@ def plan(
         passes.pass_tokens or PASS_TOKENS,
         passes.prompt_tokens or PROMPT_TOKENS,
         measured,
+        saving=checked.saving,
     )
     return FINE

@@ -295,11 +295,11 @@ def _run_file(
     verdicts.add(checked, result)
     if options.out is not None and result.not_run:
         say(f"nothing is written to {options.out}, as {source.name} was stopped", out=False)
-    for saved in result.saved:
-        say(f"{saved.experiment}: {saved.said} written to {saved.path}", out=form == "table")
     if not (result.experiments or result.lost or result.saved):
         say(f"{source.name} has no experiments: nothing was run", out=False)
     shown = _show(result, tables=form == "table")
+    for saved in result.saved:
+        say(saved.line, out=form == "table")
     if not shown:
         verdicts.trouble(checked, "a report could not be made")
     if result.sizes is not None and profiles:

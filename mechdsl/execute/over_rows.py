@@ -18,13 +18,13 @@ from mechdsl.execute.kept_values import KeptValues
 from mechdsl.execute.measured_values import CellGap, MeasuredValues, base_per_cell
 from mechdsl.execute.not_finite import cell_words
 from mechdsl.execute.observed_weights import WeightCells
-from mechdsl.execute.read_vectors import LanesOf, numbers, prompt_batches, read_vectors, reader
+from mechdsl.execute.read_vectors import LanesOf, prompt_batches, read_vectors, reader
 from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.unusable import Unusable
 from mechdsl.hooks.weight_maps import WeightMaps
-from mechdsl.models.shape import units
 from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.read_batches import numbers_of
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable, Run
 from mechdsl.resolve.measures import evaluate
@@ -314,9 +314,7 @@ class _Gatherer:
 
     def _width(self, point: SitePoint) -> int:
         """Of the vector of one point: of all units side by side where it names none."""
-        shape = self.runs.model.shape
-        whole = numbers(shape, (point.site, point.layer), 0)
-        return whole if point.unit is None else whole // units(shape, point.site, point.layer)
+        return numbers_of(self.runs.model.shape, point, 0)
 
     def _gathered(
         self, combinations: Sequence[Joined], position: PositionCell, run: Run, columns: Ints
@@ -339,9 +337,8 @@ class _Gatherer:
         model = self.runs.model_of(run)
         sums = [np.zeros((len(prompts), self._width(point))) for point in points]
         counts, lanes = np.zeros(len(prompts)), lanes_of(points)
-        for read in read_vectors(
-            lanes, points, [position], prompt_batches(model, run, points, prompts)
-        ):
+        batches = prompt_batches(model, run, points, prompts)
+        for read in read_vectors(lanes, points, [position], batches):
             row = np.searchsorted(prompts, read.prompts)
             vectors = read.vectors.double().cpu().numpy()
             if self.does.of_directions:
@@ -349,6 +346,8 @@ class _Gatherer:
             np.add.at(sums[read.point], row, vectors)
             if read.point == 0:
                 np.add.at(counts, row, 1)
+                if run.derived is not None and len(batches) > 1:  # what it is made of
+                    self.runs.forget()
         over = np.ones_like(counts) if self.does.of_directions else counts
         means = {
             point: (total / over[:, None]).astype(np.float32)

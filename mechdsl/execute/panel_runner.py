@@ -19,6 +19,7 @@ from mechdsl.execute.unusable import Unusable
 from mechdsl.execute.wanted_places import Member
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.plan.share import SharedRows, Sharer
+from mechdsl.plan.sweeps import longest_prompt
 from mechdsl.prompts.prompt_table import Run
 
 
@@ -154,8 +155,10 @@ class PanelRunner(PreparedPanel):
         return Patcher(self.plan, plans, readouts, means_and_donors, self.runs, skip)
 
     def _sharer(self) -> Sharer:
-        cells = [self.whole_cells[plan.experiment.key] for plan in self.running]
-        return Sharer(self.running, share=self.plan.shares_rows, cells=cells)
+        keys = [plan.experiment.key for plan in self.running]
+        cells = [self.whole_cells[key] for key in keys]
+        kept = [self.measured[key].kept for key in keys]
+        return Sharer(self.running, share=self.plan.shares_rows, cells=cells, kept=kept)
 
     def _finish(
         self,
@@ -177,7 +180,7 @@ class PanelRunner(PreparedPanel):
         """Settle the size of a pass by trying some on rows of the first batch, where there is
         enough to run. Their values are thrown away."""
         enough = WORTH_MEASURING * self.sizes.pass_tokens
-        if not self.batches or self.due_rows() * self._longest < enough:
+        if not self.batches or self.due_rows() * longest_prompt(self.panel) < enough:
             return
         plans, batch = self.running, self.batches[0]
         shared = self._sharer().of([self.sorted_out(plan, batch).live for plan in plans])

@@ -30,8 +30,9 @@ from mechdsl.execute.unusable import Unusable
 from mechdsl.execute.writes import readable
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.experiment_plan import ExperimentPlan
-from mechdsl.plan.plan import BATCH_ROWS, Panel, Plan
+from mechdsl.plan.plan import Panel, Plan
 from mechdsl.plan.rule_rows import Rows
+from mechdsl.plan.sweeps import batch_size
 from mechdsl.plan.whole_cells import WholeCells, whole_cells
 from mechdsl.prompts.prompt_table import PromptTable
 
@@ -378,18 +379,12 @@ class PreparedPanel:
 
     def _batches(self, prompts: Ints) -> list[Ints]:
         """Prompts in groups of similar size in tokens, in the order of the table."""
-        draws = max((run.draws for run in self.table.runs.values()), default=1)
-        cells = sum(each.n_cells for each in self.panel.experiments)
-        tokens = self.sizes.prompt_tokens // (self._longest * draws)
-        size = max(1, min(tokens, BATCH_ROWS // max(1, cells)))
+        size = self._batch_size
         return [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
     @cached_property
-    def _longest(self) -> int:
-        """Tokens of the longest prompt in any run."""
-        return max(
-            (len(row.ids) for run in self.table.runs.values() for row in run.rows), default=1
-        )
+    def _batch_size(self) -> int:
+        return batch_size(self.panel, self.sizes.prompt_tokens)
 
     def _finish_batch(self) -> None:
         """Keep what a batch gave and free what it computed; a single one serves all stages."""

@@ -18,15 +18,13 @@ from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.unpatched_batch import UnpatchedBatch, UnpatchedRequest, compute_unpatched
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
-from mechdsl.models.shape import ModelShape, units, width
-from mechdsl.plan.columns import Hits, prompt_lengths
+from mechdsl.models.shape import ModelShape
+from mechdsl.plan.columns import Hits
 from mechdsl.plan.plan import PROMPT_TOKENS
+from mechdsl.plan.read_batches import read_batches
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run
-from mechdsl.resolve.resolved_rule import Place, SitePoint
-from mechdsl.vocab.sites import SITES, stop_layer
-
-READ_BYTES = 1 << 28
-"""Of the activations that one batch of prompts may have in memory, all tokens and sites of it."""
+from mechdsl.resolve.resolved_rule import SitePoint
+from mechdsl.vocab.sites import stop_layer
 
 LanesOf: TypeAlias = Callable[[Ints], UnpatchedBatch]
 """Prompts → one run on these, with the sites that are wanted."""
@@ -128,21 +126,5 @@ def prompt_batches(
     prompts: Ints | None = None,
     tokens: int = PROMPT_TOKENS,
 ) -> list[Ints]:
-    """Prompts, all by default, in the order of the table: of so many tokens at most, and of no more
-    than there is room for what is read of them."""
-    prompts = np.arange(len(run.rows), dtype=np.int64) if prompts is None else prompts
-    if not len(prompts):
-        return []
-    longest = int(prompt_lengths(run)[prompts].max())
-    longest *= run.draws
-    places = {(point.site, point.layer) for point in points}
-    each = sum(numbers(model.shape, place, longest) for place in places) * model.dtype.itemsize
-    room = min(tokens, READ_BYTES // max(1, each))
-    size = max(1, room // longest)
-    return [prompts[i : i + size] for i in range(0, len(prompts), size)]
-
-
-def numbers(shape: ModelShape, place: Place, keys: int) -> int:
-    """How many numbers there are of a site at one token; keys: that vectors over keys have."""
-    one = keys if SITES[place[0]].width == "key" else width(shape, *place)
-    return units(shape, *place) * one
+    """Prompts, all by default, as many at a time as there is room for what is read of them."""
+    return read_batches(model.shape, model.dtype.itemsize, run, points, prompts, tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -18,15 +19,13 @@ from mechdsl.diagnostics.e05_paths import CannotWrite
 from mechdsl.execute.derived_runs import DerivedRuns
 from mechdsl.execute.directions import DirectionFits
 from mechdsl.execute.options import Options
-from mechdsl.execute.read_vectors import numbers, prompt_batches, read_vectors
+from mechdsl.execute.read_vectors import prompt_batches, read_vectors
 from mechdsl.execute.saved import Saved
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.models.shape import units
-from mechdsl.plan.columns import prompt_lengths
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.plan import PROMPT_TOKENS
-from mechdsl.plan.save_plan import save_panel
+from mechdsl.plan.save_plan import SaveLayout, save_panel
 from mechdsl.program.named_paths import path_to_write
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedSave
@@ -85,45 +84,40 @@ class _Saving:
         path, problems = path_to_write("save", self.save.spec.file, self.save.spec.span)
         if path is None:
             raise OSError(problems[0].message)
-        places = self._places()
-        vectors = places["row"].shape[0]
-        with beside(path.with_suffix(".jsonl")) as rows, beside(path) as aside:
+        rows_path, layout = path.with_suffix(".jsonl"), self.layout
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside(rows_path) as rows, beside(path) as aside:
             write_lines(rows, self._rows())
-            with tensor_file(aside, places, self._metadata()) as file:
+            with tensor_file(aside, self._places(), self._metadata()) as file:
                 self._fill(file, batches)
-        there = sum(1 for row in range(len(self.run.rows)) if self._counts()[row])
+        said = self.save.spec
         return Saved(
             experiment=self.experiment.key,
+            site=said.site.span.written,
+            at=said.at.span.written,
+            run=self.save.run,
             path=path,
-            tensors=len(self.save.points),
-            vectors=vectors,
-            rows=there,
+            rows_path=rows_path,
+            dtype=str(self._dtype()).removeprefix("torch."),
+            tensors=len(layout.widths),
+            vectors=layout.vectors,
+            rows=layout.rows,
             bytes=file.size,
         )
+
+    @cached_property
+    def layout(self) -> SaveLayout:
+        return SaveLayout.of(self.save, self.run, self.runs.model_of(self.run).shape)
 
     def _dtype(self) -> torch.dtype:
         name = self.save.spec.dtype
         return self.runs.model_of(self.run).dtype if name is None else getattr(torch, name)
 
-    def _counts(self) -> Ints:
-        """[row] how many vectors it has."""
-        found = np.zeros(len(self.run.rows), dtype=np.int64)
-        for cell in self.save.cells:
-            found += np.array([sum(map(len, hits)) for hits in cell.hits], dtype=np.int64)
-        return found * self.run.draws
-
     def _places(self) -> dict[str, TensorPlace]:
         """Every tensor of the file; how many vectors there are hangs on positions alone."""
-        count = int(self._counts().sum())
-        shape = self.runs.model_of(self.run).shape
-        keys = int(prompt_lengths(self.run).max())
-        found: dict[str, TensorPlace] = {}
-        for point in self.save.points:
-            width = numbers(shape, (point.site, point.layer), keys)
-            width //= 1 if point.unit is None else units(shape, point.site, point.layer)
-            found[tensor_name(point)] = TensorPlace(_KINDS[self._dtype()], (count, width))
-        names = ["row", "token", "position", *(["draw"] if self.run.draws > 1 else [])]
-        return found | {name: TensorPlace("I64", (count,)) for name in names}
+        count, kind = self.layout.vectors, _KINDS[self._dtype()]
+        found = {name: TensorPlace(kind, (count, n)) for name, n in self.layout.widths.items()}
+        return found | {name: TensorPlace("I64", (count,)) for name in self.layout.columns}
 
     def _fill(self, file: TensorFile, batches: Sequence[Ints]) -> None:
         """Vectors in the order of the table: row by row, there position by position."""
@@ -142,16 +136,18 @@ class _Saving:
             row_ids = np.array(self.experiment.table.row_ids, dtype=np.int64)
             columns["row"] = row_ids[columns["row"]]
             for name, values in columns.items():
-                if name != "draw" or self.run.draws > 1:
+                if name in self.layout.columns:
                     file.put(name, begin, values[order].astype("<i8").tobytes())
             for number, point in enumerate(self.save.points):
                 vectors = torch.cat([p.vectors for p in parts if p.point == number])
                 file.put(tensor_name(point), begin, _bytes(vectors, order, self._dtype()))
             begin += len(order)
+            if len(batches) > 1:  # what runs with rules are made of
+                self.runs.forget()
 
     def _rows(self) -> Iterator[str]:
         """A line for each row that has a vector."""
-        counts = self._counts()
+        counts = self.layout.counts
         tokenizer = self.experiment.model.tokenizer
         for number, row in enumerate(self.run.rows):
             if counts[number]:

@@ -180,6 +180,15 @@ class ExpectNode:
     of: ResolvedExperiment = field(compare=False, repr=False)
 
 
+@dataclass(frozen=True)
+class SaveNode:
+    """Activations that go to a file."""
+
+    experiment: str
+    read: ReadNode
+    file: str
+
+
 Node: TypeAlias = (
     EncodeNode
     | ForwardNode
@@ -191,6 +200,7 @@ Node: TypeAlias = (
     | EffectNode
     | ReportNode
     | ExpectNode
+    | SaveNode
 )
 Graph: TypeAlias = "nx.DiGraph[Node]"
 NodeT = TypeVar("NodeT", bound=Any)
@@ -467,6 +477,11 @@ def leaves(graph: Graph) -> list[ReportNode | ExpectNode]:
     return [node for node in graph if isinstance(node, (ReportNode, ExpectNode))]
 
 
+def saves(graph: Graph) -> list[SaveNode]:
+    """What is written to files, in the order of the file."""
+    return [node for node in graph if isinstance(node, SaveNode)]
+
+
 def rewritten(graph: Graph, change: Callable[[Node], Node]) -> Graph:
     """The graph with its nodes changed, and without those that nothing needs then."""
-    return graph_of([rebuild(leaf, change) for leaf in leaves(graph)])
+    return graph_of([rebuild(leaf, change) for leaf in (*leaves(graph), *saves(graph))])

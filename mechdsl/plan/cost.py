@@ -6,6 +6,7 @@ rule of thumb but the size of an MLP and the rate of the machine.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from mechdsl.plan.plan import BATCH_ROWS, Panel
 from mechdsl.plan.restart import WHOLE_PASS, BlockWork, Held, Mask, RowMasks, Shortcuts, block_work
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import Sharer, combined
+from mechdsl.plan.sweeps import batch_size, beside, sweeps
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.direction_types import fits_of
 from mechdsl.resolve.resolved_rule import SitePoint
@@ -53,6 +55,15 @@ class Cost:
             self.forwards + other.forwards,
             self.tokens + other.tokens,
             self.multiply_adds + other.multiply_adds,
+        )
+
+    def __rmul__(self, times: int) -> Cost:
+        return Cost(
+            times * self.cells,
+            times * self.rows,
+            times * self.forwards,
+            times * self.tokens,
+            times * self.multiply_adds,
         )
 
     @property
@@ -124,6 +135,17 @@ class _BlockCost:
         return tokens(work.present), adds
 
 
+def run_cost(shape: ModelShape, run: Run, stop: int | None) -> Cost:
+    """All prompts of a run, each in a pass of its own, through so many blocks; None is all, and the
+    logits of one token."""
+    lengths, draws = prompt_lengths(run), run.draws
+    blocks = shape.n_layers if stop is None else min(stop, shape.n_layers)
+    prompts, tokens = len(lengths) * draws, int(lengths.sum()) * draws
+    logits = prompts * shape.d_model * shape.outputs if stop is None else 0
+    per_block = int(_BlockCost.of(shape).whole(lengths).sum()) * draws
+    return Cost(0, 0, prompts, tokens * blocks, per_block * blocks + logits)
+
+
 # --- rows ---------------------------------------------------------------------------------------
 
 
@@ -148,26 +170,32 @@ class PanelCount:
         return (every[i : i + size] for i in range(0, len(every), size))
 
     def unpatched(self, *, stopped: bool) -> Cost:
-        """All prompts of all unpatched runs: whole, or those that are only read stopped early."""
+        """All prompts of all unpatched runs, as often as they are gone through: whole, or those
+        that are only read stopped early."""
         found = Cost()
-        for name, needs in () if only_looks(self.panel) else self.panel.runs.items():
-            run = self.panel.table.runs[name]
-            lengths = prompt_lengths(run)
-            draws = run.draws
-            prompts, tokens = len(lengths) * draws, int(lengths.sum()) * draws
-            per_block = int(self.block.whole(lengths).sum()) * draws
-            blocks, logits = self.shape.n_layers, prompts * self.shape.d_model
-            logits *= self.shape.outputs
-            if stopped and needs.stop is not None:
-                blocks, logits = min(needs.stop, blocks), 0
-            found += Cost(0, 0, prompts, tokens * blocks, per_block * blocks + logits)
-        for run, blocks in self.fitted:  # which are stopped in any case
-            lengths = prompt_lengths(run)
-            per_block = int(self.block.whole(lengths).sum())
-            found += Cost(
-                0, 0, len(lengths), int(lengths.sum()) * blocks, float(per_block * blocks)
-            )
+        for name, times in self.sweeps.items():
+            needs = self.panel.runs.get(name)
+            stop = None if needs is None or not stopped else needs.stop
+            found += times * run_cost(self.shape, self.panel.table.runs[name], stop)
+        for run, blocks in (*self.fitted, *self.beside):  # which are stopped in any case
+            found += run_cost(self.shape, run, blocks)
         return found
+
+    @cached_property
+    def sweeps(self) -> Counter[str]:
+        """By name, how often an unpatched run is computed on all prompts."""
+        several = self.batch_count > 1
+        return Counter() if only_looks(self.panel) else sweeps(self.panel, several=several)
+
+    @cached_property
+    def batch_count(self) -> int:
+        """Batches of prompts."""
+        return -(-len(self.table) // batch_size(self.panel, self.prompt_tokens))
+
+    @cached_property
+    def beside(self) -> list[tuple[Run, int]]:
+        """The runs of other blocks that are read, and how many blocks of them are run."""
+        return [(run, self.shape.n_layers) for _, run in beside(self.panel)]
 
     @cached_property
     def fitted(self) -> list[tuple[Run, int]]:
@@ -186,13 +214,11 @@ class PanelCount:
 
     def batches(self) -> int:
         """Forward passes over batches of prompts that all unpatched runs take."""
-        names = () if only_looks(self.panel) else self.panel.runs
-        runs = [self.panel.table.runs[name] for name in names]
-        draws = [run.draws for run in runs]
-        runs += [run for run, _ in self.fitted]
-        draws += [1] * len(self.fitted)
-        tokens = (int(prompt_lengths(run).sum()) * n for run, n in zip(runs, draws, strict=True))
-        return sum(-(-n // self.prompt_tokens) for n in tokens)
+        others = [*self.fitted, *self.beside]
+        tokens = (int(prompt_lengths(run).sum()) for run, _ in others)
+        return self.sweeps.total() * self.batch_count + sum(
+            -(-n // self.prompt_tokens) for n in tokens
+        )
 
 
 class PanelWork:
@@ -202,6 +228,7 @@ class PanelWork:
     def __init__(self, panel: PanelCount, prompts: Ints) -> None:
         self.panel = panel
         self.first = bool(len(prompts)) and prompts[0] == 0
+        self.batches = -(-len(prompts) // batch_size(panel.panel, panel.prompt_tokens))
         self.rows = [plan.passes(prompts) for plan in panel.plans]
         self.patched = self._whole()
         self.unpatched = panel.unpatched(stopped=False) if self.first else Cost()
@@ -270,7 +297,7 @@ class PanelWork:
         """Rows ride in passes of a good size, prompts in batches."""
         if self.patched.rows:
             passes = -(-sum(one.width for one in self.shapes) // self.panel.pass_tokens)
-            forwards = min(self.patched.forwards, passes)
+            forwards = min(self.patched.forwards, max(passes, self.batches))
             self.patched = replace(self.patched, forwards=forwards)
         if self.first:
             self.unpatched = replace(self.unpatched, forwards=self.panel.batches())
@@ -305,15 +332,18 @@ def _blocks(table: Sequence[SitePoint], points: Ragged) -> Ints:
 
 
 def _shapes(plan: ExperimentPlan, rows: Rows) -> list[_Shapes]:
-    """The rows of an experiment; of path patching, those that record what receivers read too."""
+    """The rows of an experiment; of path patching, those that record what receivers read too. Where
+    such rows are whole passes, what they hold is read in others."""
     found = [_Shapes(plan, rows)]
-    path = next((rule for rule in plan.rules if rule.paths is not None), None)
+    path = plan.path
     if path is not None and path.paths is not None and not path.paths.at_the_end:
         at = path.written_runs(rows)
         sender = plan.senders[rows.cell]
         code = combined([[sender, at, rows.alternative, rows.prompt]], [len(rows)])
         _, first = np.unique(code, return_index=True)
         found.append(_Shapes(plan, rows.take(first), recording=True))
+    if path is not None and plan.whole:
+        found.append(found[-1])
     return found
 
 
@@ -419,9 +449,9 @@ class _Shapes:
             for atom in measure.atoms
             if atom.point is not None
         }
-        path = next((rule.paths for rule in self.plan.rules if rule.paths is not None), None)
+        path = None if self.plan.path is None else self.plan.path.paths
         held = None
-        if path is not None and (path.at_the_end or self.recording):
+        if path is not None and not self.plan.whole and (path.at_the_end or self.recording):
             every = np.ones(len(rows), dtype=np.bool_)
             held = Held(every, every & (not path.through_mlps), every & path.frozen_norms)
         return RowMasks(real, writes, {**reads, **received}, final, held)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mechdsl.graph.nodes import Graph, build, lint
+from mechdsl.graph.nodes import Graph, build, graph_of, leaves, lint
 from mechdsl.plan.passes import GRAPH_PASSES, NAMES, PLAN_PASSES
 from mechdsl.plan.plan import Plan, Rewrite, plan_of
+from mechdsl.plan.save_plan import save_nodes
 from mechdsl.resolve.random_targets import with_controls
 from mechdsl.resolve.resolved import ResolvedExperiment
 
@@ -15,6 +16,13 @@ from mechdsl.resolve.resolved import ResolvedExperiment
 def graph_of_file(experiments: Sequence[ResolvedExperiment]) -> Graph:
     """The graph of experiments and of what they are set against, before any pass."""
     return build(with_controls(experiments))
+
+
+def with_saves(graph: Graph, saving: Sequence[ResolvedExperiment]) -> Graph:
+    """The same with what goes to files; saving: the experiments with `save` lines. Those are run on
+    their own, behind all others: a plan has none."""
+    nodes = [node for experiment in saving for node in save_nodes(experiment)]
+    return graph_of([*leaves(graph), *nodes]) if nodes else graph
 
 
 def make_plan(

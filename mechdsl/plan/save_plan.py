@@ -1,13 +1,74 @@
-"""What has to be run for `save` lines: the runs that they read, and those these are made of."""
+"""What has to be run for `save` lines: the runs that they read, and those these are made of; and
+what their files will hold."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
+import numpy as np
+
+from mechdsl.base.arrays import Ints
 from mechdsl.graph.needs import Asked, needs, with_own
-from mechdsl.graph.nodes import ReadNode, graph_of, unpatched
+from mechdsl.graph.nodes import ReadNode, SaveNode, graph_of, unpatched
+from mechdsl.models.shape import ModelShape
+from mechdsl.plan.columns import prompt_lengths
 from mechdsl.plan.plan import Panel, panel_of
+from mechdsl.plan.read_batches import numbers_of
+from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedSave
+from mechdsl.resolve.saves import tensor_name
+
+SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of a number, by its type."""
+
+
+@dataclass(frozen=True, eq=False)
+class SaveLayout:
+    """What the file of a `save` line holds: it hangs on positions and the model's shape alone."""
+
+    counts: Ints
+    """[row of the run] how many vectors it has at each site."""
+    widths: Mapping[str, int]
+    """By tensor, the length of its vectors."""
+    columns: tuple[str, ...]
+    """Tensors of whole numbers beside: which row, token, position, draw a vector is of."""
+
+    @staticmethod
+    def of(save: ResolvedSave, run: Run, shape: ModelShape) -> SaveLayout:
+        """run: the one that is saved; shape: of its model."""
+        counts = np.zeros(len(run.rows), dtype=np.int64)
+        for cell in save.cells:
+            counts += np.array([sum(map(len, hits)) for hits in cell.hits], dtype=np.int64)
+        keys = int(prompt_lengths(run).max())
+        widths = {tensor_name(point): numbers_of(shape, point, keys) for point in save.points}
+        names = ("row", "token", "position", *(("draw",) if run.draws > 1 else ()))
+        return SaveLayout(counts * run.draws, widths, names)
+
+    @property
+    def vectors(self) -> int:
+        """Of each site."""
+        return int(self.counts.sum())
+
+    @property
+    def rows(self) -> int:
+        """Those that have a vector."""
+        return int((self.counts > 0).sum())
+
+    def bytes(self, dtype: str) -> int:
+        """Of all tensors; the file's header comes to that."""
+        return self.vectors * (sum(self.widths.values()) * SIZES[dtype] + 8 * len(self.columns))
+
+
+def layout_of(experiment: ResolvedExperiment, save: ResolvedSave) -> SaveLayout:
+    """What a line will write. Models that are compared have the same sizes."""
+    return SaveLayout.of(save, experiment.table.runs[save.run], experiment.model.shape)
+
+
+def save_nodes(experiment: ResolvedExperiment) -> list[SaveNode]:
+    """The `save` lines of an experiment, as nodes of a graph."""
+    reads = zip(experiment.saves, reads_of(experiment), strict=True)
+    return [SaveNode(experiment.key, read, save.spec.file) for save, read in reads]
 
 
 def reads_of(experiment: ResolvedExperiment) -> list[ReadNode]:

@@ -42,13 +42,19 @@ class Sharer:
         *,
         share: bool,
         cells: Sequence[Mapping[int, WholeCells]] | None = None,
+        kept: Sequence[Ints] | None = None,
     ) -> None:
-        """cells: per plan, as `whole_cells` gives them; None where all rows are in them."""
+        """cells: per plan, as `whole_cells` gives them; None where all rows are in them. kept: per
+        plan, the rows that means and donors are of; None where it is all."""
         self.plans = plans
         self._cells = [_of_all(plan) for plan in plans] if cells is None else cells
         self.share = share
         self._numbers: dict[Hashable, int] = {}
-        self._keys = [[self._rule(plan, rule) for rule in plan.rules] for plan in plans]
+        of = [b"" for _ in plans] if kept is None else [each.tobytes() for each in kept]
+        self._keys = [
+            [self._rule(rule, own) for rule in plan.rules]
+            for plan, own in zip(plans, of, strict=True)
+        ]
 
     def of(self, rows: Sequence[Rows]) -> SharedRows:
         """The rows of each experiment, equal ones once."""
@@ -135,7 +141,7 @@ class Sharer:
         ]
         return np.array(numbers, dtype=np.int64)[cells.of_cell[rows.cell]]
 
-    def _rule(self, plan: ExperimentPlan, rule: RulePlan) -> _RuleKey:
+    def _rule(self, rule: RulePlan, kept: bytes) -> _RuleKey:
         does = rule.rule.does
         pairs = list(zip(rule.point_table, rule.source_table, strict=True))
         points = [
@@ -153,7 +159,7 @@ class Sharer:
         whole = None
         if does.over_rows:
             cells = zip(rule.positions, rule.sources, strict=True)
-            numbers = [self._number((to.hits, of.hits)) for to, of in cells]
+            numbers = [self._number((to.hits, of.hits, kept)) for to, of in cells]
             whole = np.array(numbers, dtype=np.int64)
         return _RuleKey(
             self._number((does.name, does.mode, does.key(rule.rule))),

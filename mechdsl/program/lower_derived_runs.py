@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mechdsl.diagnostics.e01_syntax import NotSupported, UnexpectedToken
-from mechdsl.diagnostics.e02_names import BadArgument, DuplicateName
+from mechdsl.diagnostics.e02_names import BadArgument, DuplicateName, UnknownName
 from mechdsl.program import spec
 from mechdsl.program.lower_other_runs import run_of
 from mechdsl.program.lower_prompts import CLEAN
@@ -52,6 +54,7 @@ def _taken(name: ast.Name, work: Statements, prompts: spec.Prompts) -> str | Non
 def _run(definition: ast.RunDef, work: Statements, prompts: spec.Prompts) -> spec.DerivedRun:
     inner = Statements(work.definition, work.parts, work.scope)
     inner.elsewhere, inner.known_runs = work.elsewhere, work.known_runs
+    inner.derived = work.derived
     for statement in definition.statements:
         if isinstance(statement, ast.Rule | ast.FromInto):
             inner.collect([statement])
@@ -75,16 +78,33 @@ def _run(definition: ast.RunDef, work: Statements, prompts: spec.Prompts) -> spe
                 hint="write one: `patch SITE at POSITION`; without rules it is its base run",
             )
         )
+    said = len(inner.diagnostics)
     source, base = _ends(inner, prompts)
     rules: list[spec.Rule] = []
     for rule, _ in inner.rules:
         use_names(rule, inner)
         rules += lower_rules(rule, source, prompts, inner)
+    _before_it_is_made(definition, inner, said)
     work.unsupported |= inner.unsupported
     name = definition.name
     return spec.DerivedRun(
         span=name.span, name=name.id, source=source, base=base, rules=tuple(rules)
     )
+
+
+def _before_it_is_made(definition: ast.RunDef, inner: Statements, said: int) -> None:
+    """The help of E0201 for runs that are defined further down, or by this very run; said: how many
+    diagnostics there were before it."""
+    later = {each.name.id: each for each in inner.derived if each.name.id not in inner.known_runs}
+    for number, problem in enumerate(inner.diagnostics[said:], said):
+        if not isinstance(problem, UnknownName) or problem.kind != "run":
+            continue
+        if problem.name not in later or problem.span is None:
+            continue
+        hint = f"a run is made of those before it: define `{problem.name}` above this one"
+        if later[problem.name] is definition:
+            hint = "a run can't be made of itself: name another one"
+        inner.diagnostics[number] = replace(problem, hint=hint)
 
 
 def _ends(inner: Statements, prompts: spec.Prompts) -> tuple[str | None, str]:

@@ -30,8 +30,10 @@ def cell_keys(experiment: ResolvedExperiment, open_axes: Collection[str] = ()) -
         dict.fromkeys((0, len(axis) - 1)) if axis.name in open_axes else range(len(axis))
         for axis in experiment.axes
     ]
+    picked = "to_layer" in open_axes  # receivers that another experiment picks may be anywhere
     for index in product(*ranges):
-        if not experiment.has(index) or not all(rule.leads(index) for rule in rules):
+        leads = (rule.leads(index, to_picked=picked) for rule in rules)
+        if not experiment.has(index) or not all(leads):
             continue
         along = list(zip(experiment.axes, index, strict=True))
         coords = {axis.name: axis.labels[i] for axis, i in along}
@@ -88,11 +90,11 @@ class _NamedRule:
             for key, cell in positions.written.items()
         }
 
-    def leads(self, index: Key) -> bool:
+    def leads(self, index: Key, *, to_picked: bool) -> bool:
         """Whether a path has a receiver behind its sender, and what is compared comes later."""
         if not self.rule.leads(dict(zip(self.names, index, strict=True))):
             return False
-        if self.senders is None or self.receivers is None:
+        if self.senders is None or self.receivers is None or to_picked:
             return True
         return bool(reached(self.senders(index), self.receivers(index), parallel=self.parallel))
 

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from mechdsl.base.arrays import Floats
+from mechdsl.execute.saved import Saved
 from mechdsl.execute.sizes import ChosenBy
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.against import Against
@@ -191,6 +192,22 @@ class MissingDocument(DocumentPart):
     )
 
 
+class SavedDocument(DocumentPart):
+    """A file of activations that a `save` line has written."""
+
+    experiment: str
+    site: str = Field(description="as the line says it, and so are `at` and `run`")
+    at: str
+    run: str
+    file: str = Field(description="path of the safetensors file")
+    rows_file: str = Field(description="path of the JSON lines beside it, one for each row")
+    dtype: str
+    tensors: int = Field(description="sites: the tensors of vectors")
+    vectors: int = Field(description="of each site")
+    rows: int = Field(description="rows that have a vector")
+    bytes: int = Field(description="size of the safetensors file")
+
+
 class FileDocument(DocumentPart):
     """One `.mech` file."""
 
@@ -204,6 +221,9 @@ class FileDocument(DocumentPart):
     )
     not_run: list[NotRunDocument] | None = Field(
         default=None, description="what `--fail-fast` left out, where it did"
+    )
+    saved: list[SavedDocument] | None = Field(
+        default=None, description="files of activations, where `save` lines have written some"
     )
 
 
@@ -403,6 +423,12 @@ def _missing(file: FileResult) -> list[MissingDocument]:
     return [*whole, *parts]
 
 
+def _saved(saved: Saved) -> SavedDocument:
+    paths = {"file": str(saved.path), "rows_file": str(saved.rows_path)}
+    said = {name: own for name, own in vars(saved).items() if name not in ("path", "rows_path")}
+    return SavedDocument(**paths, **said)
+
+
 def results_document(
     files: Sequence[FileResult], versions: Mapping[str, str], against: Against | None = None
 ) -> ResultsDocument:
@@ -418,7 +444,11 @@ def results_document(
                 seed=file.seed,
                 **given(sizes=None if file.sizes is None else SizesDocument(**vars(file.sizes))),
                 experiments=[experiment_document(each) for each in file.experiments],
-                **given(missing=_missing(file) or None, not_run=not_run(file.not_run) or None),
+                **given(
+                    missing=_missing(file) or None,
+                    not_run=not_run(file.not_run) or None,
+                    saved=[_saved(each) for each in file.saved] or None,
+                ),
             )
             for file in files
         ],

@@ -13,6 +13,7 @@ from mechdsl.base.names import name_list
 from mechdsl.base.plural import plural
 from mechdsl.base.visible import json_text
 from mechdsl.diagnostics.raised import Diagnostics
+from mechdsl.execute.saved import Saved
 from mechdsl.results.against import Against, Change
 from mechdsl.results.experiment_result import ExperimentResult, FileResult, csv_text, frame
 from mechdsl.results.shown import AS_HTML, AS_JUNIT, LINE_WIDTH, MOST_LINES, shown_by
@@ -43,6 +44,11 @@ class Results:
     def experiments(self) -> tuple[ExperimentResult, ...]:
         """In the order of the program."""
         return tuple(each for file in self.files for each in file.experiments)
+
+    @property
+    def saved(self) -> tuple[Saved, ...]:
+        """The files that `save` lines have written, in the order of the program."""
+        return tuple(each for file in self.files for each in file.saved)
 
     @property
     def holds(self) -> bool:
@@ -121,8 +127,10 @@ class Results:
         return text
 
     def to_text(self, width: int = 100) -> str:
-        """The tables, figures and verdicts that the command line prints, `width` columns wide."""
+        """What the command line prints, `width` columns wide: tables, figures, verdicts, and what
+        was saved."""
         texts = [each.to_text(width) for each in self.experiments]
+        texts += [f"{each.line}\n" for each in self.saved]
         return "".join([*texts, "" if self.against is None else self.against.to_text(width)])
 
     def to_junit(self, path: str | Path | None = None) -> str:

@@ -19,6 +19,7 @@ from mechdsl.plan.inert import is_below_attention
 from mechdsl.plan.rule_rows import RulePlan
 from mechdsl.prompts.prompt_table import Hits, PositionCell, Run
 from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
+from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.vocab.effects import EFFECTS
 
 Cell = tuple[int, ...]
@@ -124,8 +125,9 @@ class SeenRows:
             shown = tuple(each for each in written if each and _reaches(each, visible))
             if not shown:
                 continue
+            source = rule.sources[cell[3 * n]]
             parts += [n, shown, to]
-            parts += self._read(rule, rule.sources[cell[3 * n]], row, below=bool(cell[3 * n + 2]))
+            parts += self._read(rule.rule, source, row, below=bool(cell[3 * n + 2]))
         return tuple(parts)
 
     def _of_atom(
@@ -142,18 +144,18 @@ class SeenRows:
             yield self._measured(self._run(atom.run), measure, row)
 
     def _read(
-        self, rule: RulePlan, source: PositionCell, row: int, *, below: bool
+        self, rule: ResolvedRule, source: PositionCell, row: int, *, below: bool
     ) -> Iterator[Hashable]:
         """What a rule reads for a row, beside what all rows share."""
-        reads = rule.rule.does.reads
-        if reads == "mean" and rule.rule.groups is not None:
-            yield rule.rule.groups[row]
-        if reads not in ("run", "cell") or rule.rule.apart is not None:
+        reads = rule.does.reads
+        if reads == "mean" and rule.groups is not None:
+            yield rule.groups[row]
+        if reads not in ("run", "cell") or rule.apart is not None:
             return
         hits: Hits = source.hits[row]
-        run = self._run(rule.rule.run)
+        run = self._run(rule.run)
         yield hits
-        if below:
+        if below and run.derived is None:
             ids, noised = run.rows[row].ids, () if run.noise is None else run.noise.positions[row]
             every = [token for tokens in hits for token in tokens]
             yield tuple((ids[n], n in noised) for n in every if n < len(ids))
@@ -210,14 +212,32 @@ class SeenRows:
         end = min(last, len(numbers) - 1) if causal else len(numbers) - 1
         noised = () if run.noise is None else run.noise.positions[row]
         noise = tuple(token for token in noised if token <= end)
-        own = (run.name, last, numbers[end] if end >= 0 else -1, noise)
+        made = tuple(self._made(run, row, end if causal else None))
+        return (run.name, last, numbers[end] if end >= 0 else -1, noise, made)
+
+    def _looks_ahead(self, run: Run) -> bool:
+        """Whether a rule of a run lets tokens see later ones."""
         if run.derived is None:
-            return own
-        base = self._run(run.derived.base)
-        others = [self._run(name) for name in run.derived.reads if name != base.name]
-        others += [] if base.derived is None else [base]
-        # What its rules read, wherever they do.
-        return (*own, *(self._prefix(each, row, len(each.rows[row].ids)) for each in others))
+            return False
+        own = any(rule.does.looks_ahead for rule in self.experiment.derived[run.name].rules)
+        return own or self._looks_ahead(self._run(run.derived.base))
+
+    def _made(self, run: Run, row: int, visible: int | None) -> Iterator[Hashable]:
+        """What the rules of a run write into a row, as far as it can be seen; none of one without.
+
+        visible: the last token that is; None is all.
+        """
+        if run.derived is None:
+            return
+        yield from self._made(self._run(run.derived.base), row, visible)
+        for number, rule in enumerate(self.experiment.derived[run.name].rules):
+            (written,), (source,) = rule.positions.written.values(), rule.positions.read.values()
+            shown = tuple(each for each in written.hits[row] if each and _reaches(each, visible))
+            if not shown:
+                continue
+            keys = () if rule.edge is None else rule.edge.keys.written.values()
+            yield (number, shown, *(cell.hits[row] for cell in keys))
+            yield from self._read(rule, source, row, below=_is_below(rule))
 
 
 def shared_rows(seen: Ints | None) -> Ints | None:
@@ -248,6 +268,14 @@ def _reaches(tokens: Sequence[int], last: int | None) -> bool:
 def _looks(measure: ResolvedMeasure) -> bool:
     """Whether it reads what is observed."""
     return measure.observed or any(a.form.takes == "observation" for a in measure.atoms)
+
+
+def _is_below(rule: ResolvedRule) -> bool:
+    """The same of a rule with one cell."""
+    if rule.sites is None:
+        return False
+    (points,) = (rule.sites.sources or rule.sites.points).values()
+    return bool(points) and all(map(is_below_attention, points))
 
 
 def _below_attention(rule: RulePlan, cell: int) -> bool:

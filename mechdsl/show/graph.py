@@ -23,10 +23,11 @@ from mechdsl.graph.nodes import (
     Node,
     ReadNode,
     ReportNode,
+    SaveNode,
     TransformNode,
     WriteNode,
 )
-from mechdsl.plan.make_plan import graph_of_file, rewrite
+from mechdsl.plan.make_plan import graph_of_file, rewrite, with_saves
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.resolve.resolved_rule import Place, ResolvedRule
 
@@ -41,6 +42,7 @@ COLOURS: Mapping[type, str] = {
     EffectNode: "#fff6cc",
     ReportNode: "#eeeeee",
     ExpectNode: "#eeeeee",
+    SaveNode: "#eeeeee",
 }
 
 
@@ -83,6 +85,8 @@ def _describe(node: Node) -> list[str]:
             return ["Report", node.experiment, node.what]
         case ExpectNode():
             return ["Expect", node.experiment, node.condition]
+        case SaveNode():
+            return ["Save", node.experiment, f"to {node.file}"]
 
 
 def _targets(node: WriteNode) -> str:
@@ -316,9 +320,18 @@ DRAWINGS: Mapping[str, Callable[[Graph], str]] = {
 """Formats of a drawing."""
 
 
-def draw(experiments: Sequence[ResolvedExperiment], form: str, *, before: bool) -> str:
-    """The graph of a file in one of `DRAWINGS`; before: without the planner's passes."""
-    made = graph_of_file(experiments)
+def draw(
+    experiments: Sequence[ResolvedExperiment],
+    saving: Sequence[ResolvedExperiment],
+    form: str,
+    *,
+    before: bool,
+) -> str:
+    """The graph of a file in one of `DRAWINGS`; before: without the planner's passes.
+
+    saving: the experiments with `save` lines.
+    """
+    made = with_saves(graph_of_file(experiments), saving)
     if not before:
         made, _ = rewrite(made)
     return DRAWINGS[form](made)

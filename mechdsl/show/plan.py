@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from rich.console import Console
 from rich.table import Table
 
+from mechdsl.base.byte_sizes import size_text
 from mechdsl.execute.profile import Profile
 from mechdsl.execute.sizes import PassSizes
 from mechdsl.plan.cost import Cost, estimated_seconds, matmul_rate
 from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.make_plan import with_saves
 from mechdsl.plan.passes import PASSES
 from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS, Plan
+from mechdsl.plan.save_cost import SaveCost, save_costs
 from mechdsl.plan.savings import PlanCost, plan_cost
+from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.show.graph import to_text
 from mechdsl.show.power import Measured, print_power
 
@@ -22,11 +29,15 @@ def print_plan(
     pass_tokens: int = PASS_TOKENS,
     prompt_tokens: int = PROMPT_TOKENS,
     measured: Measured | None = None,
+    *,
+    saving: Sequence[ResolvedExperiment] = (),
 ) -> None:
-    """The graph, the work per experiment, what effects its rows can show, and what each pass
-    saves. measured: what base and source runs gave, if they were run."""
+    """The graph, the work per experiment, what effects its rows can show, what each pass saves, and
+    what `save` lines cost. measured: what base and source runs gave, if they were run; saving: the
+    experiments with `save` lines."""
     console.print("intervention graph", style="bold")
-    console.print(to_text(plan.graph), highlight=False, markup=False, end="", soft_wrap=True)
+    graph = to_text(with_saves(plan.graph, saving))
+    console.print(graph, highlight=False, markup=False, end="", soft_wrap=True)
     for rewrite in plan.rewrites:
         did = f"{rewrite.before} → {rewrite.after} nodes" if rewrite.changed else "no changes"
         console.print(f"pass {rewrite.name}: {did}", highlight=False)
@@ -36,7 +47,11 @@ def print_plan(
     console.print()
     cost = plan_cost(plan, pass_tokens, prompt_tokens)
     _savings(cost, console)
-    _estimate(cost, console)
+    saves = save_costs(saving, prompt_tokens)
+    _saves(saves, console)
+    deepest = max((each.model.shape.n_layers for each in saving), default=0)
+    cost = replace(cost, blocks=max(cost.blocks, deepest))
+    _estimate(cost, sum((each.cost for each in saves), Cost()), console)
 
 
 def _experiments(plan: Plan, console: Console) -> None:
@@ -94,6 +109,26 @@ def _savings(cost: PlanCost, console: Console) -> None:
         console.print(f"{one.name}: {one.does}", style="dim", highlight=False)
 
 
+def _saves(saves: Sequence[SaveCost], console: Console) -> None:
+    """A line per file that is written: each is made in passes of its own, behind all cells."""
+    if not saves:
+        return
+    table = Table(box=None, padding=(0, 1), show_edge=False)
+    table.add_column("saved to", overflow="fold")
+    for title in ("sites", "vectors", "size", "forwards", "tokens×blocks", "FLOPs"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for each in saves:
+        table.add_row(
+            each.save.spec.file,
+            f"{len(each.layout.widths):,}",
+            f"{each.layout.vectors:,}",
+            size_text(each.bytes),
+            *_figures(each.cost)[2:],
+        )
+    console.print()
+    console.print(table)
+
+
 def _figures(cost: Cost) -> list[str]:
     return [
         f"{cost.cells:,}",
@@ -104,9 +139,10 @@ def _figures(cost: Cost) -> list[str]:
     ]
 
 
-def _estimate(cost: PlanCost, console: Console) -> None:
-    rate = matmul_rate()
-    plain, planned = (estimated_seconds(c, cost.blocks, rate) for c in (cost.plain, cost.planned))
+def _estimate(cost: PlanCost, saves: Cost, console: Console) -> None:
+    """saves: what comes to both."""
+    rate, whole = matmul_rate(), (cost.plain + saves, cost.planned + saves)
+    plain, planned = (estimated_seconds(each, cost.blocks, rate) for each in whole)
     console.print(
         f"about {_time(planned)} on this CPU, {_time(plain)} as a plain loop, at "
         f"{2 * rate / 1e9:.0f} GFLOP/s in a large product",

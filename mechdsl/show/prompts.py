@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import PurePath
 from typing import Any
 
 from rich.cells import cell_len
@@ -10,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mechdsl.base.byte_sizes import size_text
 from mechdsl.base.plural import plural
+from mechdsl.plan.save_plan import layout_of
 from mechdsl.prompts.answers import output_words
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, RunRow
 from mechdsl.resolve.resolved import DRAW, ResolvedExperiment
@@ -33,8 +36,9 @@ def span_tokens(row: RunRow, start: int, end: int) -> tuple[int, ...]:
 
 def explain(checked: Checked, console: Console) -> None:
     """Print every experiment's prompts, token by token, and what its rules hit."""
-    seen: set[int] = set()
-    for experiment in checked.experiments:
+    seen: set[tuple[int, ...]] = set()
+    saving = {each.spec.span: each for each in checked.saving}
+    for experiment in _every(checked):
         table = experiment.table
         rows = f"{plural(len(table), 'row')} of {table.name}"
         console.print(
@@ -44,16 +48,27 @@ def explain(checked: Checked, console: Console) -> None:
                 f" · model {experiment.model.name} · {rows}",
             )
         )
-        if id(experiment.table) not in seen:
-            seen.add(id(experiment.table))
+        prompts = tuple(id(run.rows) for run in table.runs.values() if run.derived is None)
+        if prompts not in seen:
+            seen.add(prompts)
             _prompts(experiment, console)
         else:
             console.print("  the same prompts as above", style="dim")
-        _rules(experiment, console)
+        _derived(experiment, console)
+        if experiment.measures:
+            _rules(experiment, console)
         _control(experiment, console)
+        if experiment.spec.span in saving:  # once, where it has several results
+            _saves(saving.pop(experiment.spec.span), console)
         for picked, said in experiment.picks.items():
             console.print(Text(f"  {picked}: {said}", style="dim"))
         console.print()
+
+
+def _every(checked: Checked) -> list[ResolvedExperiment]:
+    """All experiments in the order of the file, with those that only save."""
+    only = [each for each in checked.saving if not each.measures]
+    return sorted([*checked.experiments, *only], key=lambda each: each.spec.span.start)
 
 
 def _tokens(experiment: ResolvedExperiment, row: RunRow) -> list[str]:
@@ -63,6 +78,9 @@ def _tokens(experiment: ResolvedExperiment, row: RunRow) -> list[str]:
 def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
     table = experiment.table
     for name, run in table.runs.items():
+        if run.derived is not None:
+            console.print(Text(f"  {name}: the texts of {run.derived.base}", style="bold"))
+            continue
         for number, row in enumerate(run.rows[:SHOWN_ROWS]):
             console.print(Text(f"  {name}, row {number}: ", style="bold") + Text(repr(row.text)))
             _grid([shown_token(token) for token in _tokens(experiment, row)], console)
@@ -126,30 +144,59 @@ def _list(groups: Iterable[tuple[int, ...]]) -> str:
     return ", ".join(texts)
 
 
+def _derived(experiment: ResolvedExperiment, console: Console) -> None:
+    """The runs that it defines, and what their rules hit."""
+    for name, run in experiment.derived.items():
+        for rule in run.rules:
+            _rule(run, rule, console, f"run {name}, on {run.spec.base}: ")
+
+
+def _saves(experiment: ResolvedExperiment, console: Console) -> None:
+    """What goes to which file."""
+    for save in experiment.saves:
+        console.print(Text("  " + save.spec.span.written, style="bold"))
+        layout, run = layout_of(experiment, save), experiment.table.runs[save.run]
+        _listed("tensors", list(layout.widths), console)
+        _positions(experiment, save.run, list(save.cells), console)
+        dtype = save.spec.dtype or experiment.model.spec.dtype
+        sites, vectors = plural(len(layout.widths), "site"), plural(layout.vectors, "vector")
+        draws = f", {run.draws} draws of each" if run.draws > 1 else ""
+        rows = f"{plural(layout.rows, 'row')}{draws}"
+        size, file = size_text(layout.bytes(dtype)), PurePath(save.spec.file)
+        said = f"{vectors} of {sites} of `{save.run}` ({rows}, {size} as {dtype}) to {file}"
+        console.print(Text(f"    {said}, rows to {file.with_suffix('.jsonl').name}"))
+
+
 def _rules(experiment: ResolvedExperiment, console: Console) -> None:
     for rule in experiment.rules:
-        if rule.spec.fill_index:  # it stands there with its first fill
-            continue
-        console.print(Text("  " + rule.spec.span.written, style="bold"))
-        if rule.sites is not None:
-            labels = list(rule.sites.labels.values())
-            shown = ", ".join(labels[:SHOWN_CELLS])
-            more = f" … ({len(labels)} in all)" if len(labels) > SHOWN_CELLS else ""
-            console.print(f"    sites: {shown}{more}", highlight=False)
-        _directions(rule, console)
-        if rule.path is not None:
-            labels = list(rule.path.receivers.labels.values())
-            shown = ", ".join(labels[:SHOWN_CELLS])
-            more = f" … ({len(labels)} in all)" if len(labels) > SHOWN_CELLS else ""
-            console.print(f"    receivers: {shown}{more}", highlight=False)
-        for title, run, cells in _hit_lists(experiment, rule):
-            if title:
-                console.print(f"    {title}", highlight=False)
-            _positions(experiment, run, cells, console)
+        if not rule.spec.fill_index:  # else it stands there with its first fill
+            _rule(experiment, rule, console)
     cells = " × ".join(f"{axis.name} {len(axis)}" for axis in experiment.axes)
     console.print(
         f"  cells: {experiment.n_cells}" + (f" ({cells})" if cells else ""), highlight=False
     )
+
+
+def _rule(
+    experiment: ResolvedExperiment, rule: ResolvedRule, console: Console, within: str = ""
+) -> None:
+    """One rule, with all that it hits."""
+    console.print(Text(f"  {within}{rule.spec.span.written}", style="bold"))
+    if rule.sites is not None:
+        _listed("sites", list(rule.sites.labels.values()), console)
+    _directions(rule, console)
+    if rule.path is not None:
+        _listed("receivers", list(rule.path.receivers.labels.values()), console)
+    for title, run, cells in _hit_lists(experiment, rule):
+        if title:
+            console.print(f"    {title}", highlight=False)
+        _positions(experiment, run, cells, console)
+
+
+def _listed(title: str, labels: list[str], console: Console) -> None:
+    shown = ", ".join(labels[:SHOWN_CELLS])
+    more = f" … ({len(labels)} in all)" if len(labels) > SHOWN_CELLS else ""
+    console.print(f"    {title}: {shown}{more}", highlight=False)
 
 
 def _directions(rule: ResolvedRule, console: Console) -> None:
@@ -248,24 +295,55 @@ def as_json(checked: Checked) -> dict[str, Any]:
                     name: [_row(e, e.table, row, n) for n, row in enumerate(run.rows)]
                     for name, run in e.table.runs.items()
                 },
-                "rules": [
-                    {
-                        "rule": r.spec.span.written,
-                        "sites": [] if r.sites is None else list(r.sites.labels.values()),
-                        "directions": _as_directions(r),
-                        "receivers": []
-                        if r.path is None
-                        else list(r.path.receivers.labels.values()),
-                        "positions": _as_hits(r.positions.written.values()),
-                        "reads": _as_hits(r.positions.read.values()),
-                        "keys": [] if r.edge is None else _as_hits(r.edge.keys.written.values()),
-                    }
-                    for r in e.rules
-                ],
+                "rules": [_as_rule(r) for r in e.rules],
+                **_as_derived(e),
+                **_as_saves(e, checked),
             }
-            for e in checked.experiments
+            for e in _every(checked)
         ],
     }
+
+
+def _as_rule(rule: ResolvedRule) -> dict[str, Any]:
+    path, edge = rule.path, rule.edge
+    return {
+        "rule": rule.spec.span.written,
+        "sites": [] if rule.sites is None else list(rule.sites.labels.values()),
+        "directions": _as_directions(rule),
+        "receivers": [] if path is None else list(path.receivers.labels.values()),
+        "positions": _as_hits(rule.positions.written.values()),
+        "reads": _as_hits(rule.positions.read.values()),
+        "keys": [] if edge is None else _as_hits(edge.keys.written.values()),
+    }
+
+
+def _as_derived(experiment: ResolvedExperiment) -> dict[str, Any]:
+    """The runs that it defines, where there are some."""
+    found = [
+        {"name": name, "base": run.spec.base, "rules": [_as_rule(r) for r in run.rules]}
+        for name, run in experiment.derived.items()
+    ]
+    return {"derived": found} if found else {}
+
+
+def _as_saves(experiment: ResolvedExperiment, checked: Checked) -> dict[str, Any]:
+    """Its `save` lines, where there are some."""
+    own = [each for each in checked.saving if each.spec.span == experiment.spec.span]
+    found = [
+        {
+            "save": save.spec.span.written,
+            "run": save.run,
+            "file": save.spec.file,
+            "tensors": list(layout_of(each, save).widths),
+            "positions": _as_hits(save.cells),
+            "vectors": layout_of(each, save).vectors,
+            "rows": layout_of(each, save).rows,
+            "dtype": save.spec.dtype or each.model.spec.dtype,
+        }
+        for each in own
+        for save in each.saves
+    ]
+    return {"saves": found} if found else {}
 
 
 def _as_directions(rule: ResolvedRule) -> list[dict[str, str]]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mechdsl.zoo import words
 
@@ -27,7 +27,9 @@ Span = tuple[int, int]  # from one character of the text up to another
 
 SPECIAL: tuple[str, ...] = ("<s>", "<pad>", "<unk>")
 WARM_UP = 150  # steps
-POOL = 32  # batches drawn at once and sorted by length, so that little of them is padding
+POOL = 32
+INDUCTION = Path(__file__).parent / "induction"
+INDUCTION_HEADS = (2, 1)  # of layers 0 and 1 of zoo("induction"), which do what it does
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,40 @@ def llama_config(
     )
 
 
+@torch.no_grad()
+def begin_with_induction(model: Any, layers: tuple[int, ...]) -> None:
+    """Gives a new Llama of the same width the circuit of zoo("induction") to start from.
+
+    Its head that attends to the token before goes to layer 0, the one that finds what stood behind
+    the same token to each of `layers`. Words get the vectors of words there, by chance; those that
+    are left get random ones like them.
+    """
+    source: Any = LlamaForCausalLM.from_pretrained(INDUCTION, dtype=torch.float32)
+    first, count = len(SPECIAL), model.config.vocab_size - len(SPECIAL)
+    chosen = torch.randperm(source.config.vocab_size - first)[:count]
+    for of, to in (
+        (source.model.embed_tokens.weight, model.model.embed_tokens.weight),
+        (source.lm_head.weight, model.lm_head.weight),
+    ):
+        known: Tensor = of[first:]
+        to[first:] = known.mean(0) + known.std() * torch.randn(count, known.shape[1])
+        to[first : first + len(chosen)] = known[chosen]
+        to[0] = of[0]  # <s>
+    model.model.norm.load_state_dict(source.model.norm.state_dict())
+    for layer, of_layer in ((0, 0), *((each, 1) for each in layers)):
+        _copy_head(source.model.layers[of_layer], model.model.layers[layer], of_layer)
+
+
+def _copy_head(of: Any, to: Any, layer: int) -> None:
+    """The head that works in this layer of zoo("induction"), and the norm in front of it."""
+    to.input_layernorm.load_state_dict(of.input_layernorm.state_dict())
+    size: int = of.self_attn.head_dim
+    head = slice(INDUCTION_HEADS[layer] * size, (INDUCTION_HEADS[layer] + 1) * size)
+    for part in ("q_proj", "k_proj", "v_proj"):
+        getattr(to.self_attn, part).weight[head] = getattr(of.self_attn, part).weight[head]
+    to.self_attn.o_proj.weight[:, head] = of.self_attn.o_proj.weight[:, head]
+
+
 def build_tokenizer(vocabulary: tuple[str, ...]) -> Tokenizer:
     """Words and punctuation marks are tokens."""
     split = pre_tokenizers.Sequence(
@@ -107,12 +143,21 @@ def encode(tokenizer: Tokenizer, texts: list[Text], pad: int) -> TextBatch:
 
 
 def batches(
-    drawn: Iterator[Text], seed: int, size: int, tokenizer: Tokenizer, pad: int
+    drawn: Iterator[Text],
+    seed: int,
+    size: int,
+    tokenizer: Tokenizer,
+    pad: int,
+    pool_size: int = POOL,
 ) -> Iterator[TextBatch]:
-    """Endless training batches of texts of similar length, in random order."""
+    """Endless training batches of texts of similar length, in random order.
+
+    pool_size: batches drawn at once and sorted by length, so that little of them is padding; with 1
+    every batch has texts of all kinds.
+    """
     order = random.Random(seed)
     while True:
-        pool = sorted(itertools.islice(drawn, POOL * size), key=lambda each: len(each.text))
+        pool = sorted(itertools.islice(drawn, pool_size * size), key=lambda each: len(each.text))
         groups = [pool[i : i + size] for i in range(0, len(pool), size)]
         order.shuffle(groups)
         for group in groups:

@@ -169,7 +169,14 @@ def test_the_files_of_the_readme(command: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/tutorial.md", "docs/cookbook.md", "docs/own-models.md"]
+    "page",
+    [
+        "README.md",
+        "docs/tutorial.md",
+        "docs/cookbook.md",
+        "docs/own-models.md",
+        "docs/runs-and-saves.md",
+    ],
 )
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page

@@ -144,7 +144,7 @@ def test_of_a_path_behind_held_sublayers_only_its_sender_is_computed() -> None:
     found, cost = cost_of("path z layer 0..2 head * -> logits at last token", DELTA)
     shape = found.experiment.model.shape
     (panel,) = make_plan(resolved(HEAD + experiment(FROM, HEADS, DELTA))).panels
-    unpatched = PanelCount(panel, 1, 1).unpatched(stopped=False)
+    unpatched = PanelCount(panel, 1, 4096).unpatched(stopped=False)
     each = shape.n_heads * shape.d_head * shape.d_model + 2 * shape.d_model
     assert cost.planned.multiply_adds - unpatched.multiply_adds == found.count() * each
 

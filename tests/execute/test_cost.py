@@ -9,12 +9,16 @@ import pytest
 import torch
 
 import mechdsl.execute.patched_rows
+import mechdsl.execute.unpatched_runs
+from mechdsl.execute.options import Options
+from mechdsl.execute.profile import Profile
 from mechdsl.packed.packed_pass import PackedResult, run_packed
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.cost import Cost
 from mechdsl.plan.passes import NAMES, PASSES
 from mechdsl.plan.plan import Plan
 from mechdsl.plan.savings import PlanCost, plan_cost
+from mechdsl.validate.check_file import Settings
 
 from .support import DIFFERENCE, bare, experiment, run_file
 
@@ -155,3 +159,53 @@ def test_the_plain_loop_is_counted_as_it_multiplies(
     once = counted[0] + 3 * pairs * 2 * heads
     passes = planned.plain.forwards // 4
     assert planned.plain.multiply_adds == once * passes
+
+
+BATCHED = {
+    "nothing is averaged": (FROM, HEADS),
+    "a mean": ("ablate layer * head * at last token with mean",),
+    "two means": (
+        FROM, "ablate layer * head * at last token with mean of other",
+        "freeze L1.mlp at last token",
+        "ablate mlp_out layer 0 at last token with mean",
+    ),
+    "cells given whole": ('set mlp_out layer * at cue token to python("own.py:same")',),
+    "a run with donors": (
+        "run mixed { ablate mlp_out layer 1 at last token with resample }",
+        "from mixed into clean", HEADS,
+    ),
+    "another row": ("ablate layer * head * at last token with resample",),
+    "rows that are kept": ("keep logit(answer) > -1000", FROM, HEADS),
+    "a run with rules": (
+        "run healed { from other into longer patch resid_post layer 0 at cue token",
+        "ablate mlp_out layer 1 at last token with mean of turned }",
+        "from healed into clean", HEADS,
+    ),
+    "rows on a run with rules": (
+        "run healed { from other into longer patch resid_post layer 0 at cue token }",
+        "from clean into healed", HEADS,
+    ),
+    "a run to compare with": (FROM, HEADS, "measure kl(longer) as raw"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [4096, 30])
+@pytest.mark.parametrize("name", list(BATCHED))
+def test_forwards_are_those_of_the_run(folder: Path, name: str, tokens: int) -> None:
+    """Of a single batch of prompts, which serves all stages, and of several, where each stage
+    computes what it reads anew. Each run in passes of its own: none is short enough to share one.
+    """
+    done: list[tuple[Plan, Profile]] = []
+    options = RunOptions(
+        settings=Settings(python="run"),
+        on_profile=lambda *each: done.append(each),
+        execution=Options(pass_tokens=1 << 20, prompt_tokens=tokens),
+    )
+    (folder / "own.py").write_text("def same(v):\n    return 2 * v\n", encoding="utf-8")
+    lines = [*BATCHED[name], *([] if "measure" in BATCHED[name][-1] else [DIFFERENCE])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mechdsl.execute.unpatched_runs, "TOGETHER", 0)
+        run_file(experiment("e", "prompts p", *lines), folder, bare("llama"), options)
+    ((plan, profile),) = done
+    planned = plan_cost(plan, 1 << 20, tokens).planned
+    assert planned.forwards == profile.passes + profile.unpatched_passes

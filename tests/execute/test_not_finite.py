@@ -268,3 +268,33 @@ def test_every_block_is_looked_at_in_the_order_of_a_pass() -> None:
     assert sites[0] == ("embed", None)
     assert [layer for site, layer in sites if site == "resid_post"] == [0, 1, 2, 3]
     assert sites[-1] == ("final_norm", None)
+
+
+TURNED = """
+prompts turning {
+  item in ["apple", "pear", "plum"]
+  alt in ["apple", "fig"]
+  template "Part 1: {item} {item} Count 1:"
+  answer " 2"
+  corrupt turned { item = alt }
+}
+"""
+
+
+@pytest.mark.parametrize("fill", ["mean of clean", "resample of clean"])
+def test_what_is_made_of_the_rows_of_one_experiment_is_not_of_another(fill: str) -> None:
+    """Two write a mean, or other rows, of the same run: one has fewer rows, as its source run is
+    broken in some. No row of them is the same."""
+    rule = f"ablate mlp_out layer 0..1 at last token with {fill}"
+    few = experiment("few", "from turned into clean", rule, MEASURE, prompts="turning")
+    all_ = experiment("all", rule, MEASURE, prompts="turning")
+    (one, other) = (run(TURNED + few + all_, allow_nan=True)[0] or pytest.fail("lost")).experiments
+    assert 1 < one.prompts < other.prompts
+    for text, together in ((few, one), (all_, other)):
+        (alone,) = (run(TURNED + text, allow_nan=True)[0] or pytest.fail("lost")).experiments
+        np.testing.assert_allclose(
+            together.measures[0].patched, alone.measures[0].patched, atol=1e-4
+        )
+    of_few = [other.row_ids.index(row) for row in one.row_ids]  # type: ignore[union-attr]
+    differ = one.measures[0].patched - other.measures[0].patched[:, of_few]
+    assert np.abs(differ).max() > 1e-3

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.execute import read_vectors as module
 from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.read_vectors import FoundVectors, prompt_batches, read_vectors, reader
+from mechdsl.plan import read_batches as module
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run, RunRow
 from mechdsl.resolve.resolved_rule import SitePoint
 

@@ -1233,7 +1233,8 @@ _experiment(
     "`kl(healed)`, `accuracy(healed)`, `mean of healed`, `observe … of healed`, `save … of "
     "healed`. Its rules have one cell, all in one pass; without `from` they act on the clean run. "
     "What they write stays in place where other rules act on it, which act behind them. A run may "
-    "use those before it. Rows that start there are whole passes.",
+    "use those before it. Rows that start there are whole passes. All rules may stand in it but "
+    "`path` and `replace POSITIONS with TEXT`; a Python function is given all rows that are kept.",
     "tests/rules/test_derived_runs.py",
     "McGrath et al. 2023 (arXiv 2307.15771)",
     beside="expect accuracy(healed) > 0",

@@ -69,6 +69,13 @@ def test_paths_to_the_best(site: str, without: frozenset[str]) -> None:
     assert np.abs(patched(picked["a"]) - picked["a"].measures[0].base).max() > 0.01
 
 
+def test_expectations_may_name_the_senders_of_paths_to_the_best() -> None:
+    expected = "expect delta(layer: 0, head: 1) > -100"
+    rule = "path layer 0..1 head * -> q of best of direct at last token"
+    found = checked(experiment("a", FROM, rule, DELTA, expected) + DIRECT)
+    assert [each.code for each in found.diagnostics if each.severity == "error"] == []
+
+
 def test_the_best_one_is_called_by_its_name() -> None:
     found = run(
         experiment("a", f"observe attention best of direct {EDGE}")

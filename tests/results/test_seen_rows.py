@@ -16,6 +16,8 @@ import mechdsl.results.collect
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.seen_rows import SeenRows
 
+HELD = "run held { from clean into blank patch resid_post layer 2 at item 2 token onto last token }"
+READ = 'measure logit(" 3") as raw'
 START = """mech 1
 model toy = zoo("counting")
 prompts fruit { count in 2..5  item in ["apple", "pear", "plum"]
@@ -109,6 +111,51 @@ CASES = {
         "from clean into blank  patch resid_post layer 2 at item 2 token onto last token  "
         'measure logit(" 3") as raw',
         lambda row: row[:2],
+    ),
+    "a source with rules": (
+        f"{HELD} from held into blank  patch resid_post layer 3 at last token  {READ}",
+        lambda row: row[:2],
+    ),
+    "a base with rules": (
+        f"{HELD} from clean into held  ablate mlp_out layer 3 at last token with zero  {READ}",
+        lambda row: row[:2],
+    ),
+    "a reference run with rules": (
+        f"{HELD} ablate resid_post layer 1 at last token with zero  from clean into blank  "
+        "measure kl(held) as raw",
+        lambda row: row[:2],
+    ),
+    "a run made of one with rules": (
+        f"{HELD} run twice {{ from held into blank patch mlp_out layer 3 at last token }} "
+        f"from twice into blank  patch resid_post layer 3 at last token  {READ}",
+        lambda row: row[:2],
+    ),
+    "a run on one with rules": (
+        f"{HELD} run twice {{ from clean into held "
+        "ablate mlp_out layer 3 at last token with zero } "
+        f"from twice into blank  patch resid_post layer 3 at last token  {READ}",
+        lambda row: row[:2],
+    ),
+    "a run that reads below attention": (
+        "run held { from clean into blank patch embed at last-item token onto last token } "
+        f"from held into blank  patch resid_post layer 3 at last token  {READ}",
+        lambda row: (row[-1], len(row)),
+    ),
+    "a run whose rules write behind what is read": (
+        f"{HELD} from held into blank  patch resid_post layer 2 at token -2  "
+        'measure logit(" 3") at token -2 as raw',
+        lambda row: 0,
+    ),
+    "a run in which tokens see later ones": (
+        "run held { allow attention layers * from first-item token to last-item token } "
+        'from held into clean  patch resid_post layer 3 at first-item token  measure logit(" 3") '
+        "at first-item token as raw",
+        lambda row: row,
+    ),
+    "edges of a run": (
+        "run held { block attention layer 1 from last token to last-item token } "
+        f"from held into blank  patch resid_post layer 3 at last token  {READ}",
+        lambda row: row,
     ),
     "edges": (
         "block attention layer 1 from last-item token to first-item token  "

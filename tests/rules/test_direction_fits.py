@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mechdsl.base.source import Source
 from mechdsl.execute import directions
+from mechdsl.plan import read_batches
 from mechdsl.resolve.direction_types import Fitted
 from mechdsl.show.prompts import as_json, explain
 from mechdsl.validate.check_file import Checked, check_source
@@ -166,8 +167,13 @@ def made(name: str) -> dict[str, tuple[Tensor, float]]:
     }
 
 
-@pytest.mark.parametrize("family", THREE)
-def test_directions_are_what_was_fitted(family: str, folder: Path) -> None:
+@pytest.mark.parametrize(("family", "room"), [*((name, None) for name in THREE), ("llama", 1)])
+def test_directions_are_what_was_fitted(
+    family: str, room: int | None, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """room: bytes that are read at a time; with no more than 1, each prompt is a batch."""
+    if room is not None:
+        monkeypatch.setattr(read_batches, "READ_BYTES", room)
     expected = made(family)
     places = dict.fromkeys(expected, "resid_post layer 1")
     places |= {"one_head": "z layer 1 head 2", "own": "z layer 1 head 2"}

@@ -1,4 +1,4 @@
-"""What `names`, `facts` and `nested` share: how their texts are written, kept apart and asked."""
+"""What models of short texts share: how their texts are written, kept apart and asked."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from tokenizers import Tokenizer
 
 import mechdsl
 from mechdsl import zoo
-from mechdsl.zoo import example_data, facts, names, nested
+from mechdsl.zoo import example_data, facts, names, nested, tasks
 from mechdsl.zoo.facts import data as facts_data
 from mechdsl.zoo.language import Text, build_tokenizer, encode
 from mechdsl.zoo.names import data as names_data
 from mechdsl.zoo.nested import data as nested_data
+from mechdsl.zoo.tasks import data as tasks_data
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 Stream = Callable[[int, bool], Iterator[Text]]
@@ -27,14 +28,18 @@ STREAMS: dict[str, Stream] = {
     "names": lambda seed, held_out: names_data.stream(seed, held_out=held_out),
     "facts": lambda seed, held_out: facts_data.stream(seed, held_out=held_out),
     "nested": lambda seed, held_out: nested_data.stream(seed, "sentences", held_out=held_out),
+    "tasks": lambda seed, held_out: tasks_data.stream(seed, held_out=held_out),
     "brackets": lambda seed, held_out: nested_data.stream(seed, "brackets", held_out=held_out),
 }
 VOCABULARIES = {
     "names": names_data.vocabulary(),
     "facts": facts_data.vocabulary(),
     "nested": nested_data.vocabulary(),
+    "tasks": tasks_data.vocabulary(),
 }
-FOLDERS = {each.__name__.split(".")[-1]: Path(each.__path__[0]) for each in (names, facts, nested)}
+FOLDERS = {
+    each.__name__.split(".")[-1]: Path(each.__path__[0]) for each in (names, facts, nested, tasks)
+}
 
 
 @cache
@@ -54,7 +59,7 @@ def test_training_and_held_out_contents_are_different(name: str) -> None:
     kept = {part for text in drawn(name, True) for part in text.content.split(" | ")}
     trained = {part for text in drawn(name, False) for part in text.content.split(" | ")}
     assert kept - trained
-    held = {"names": names_data, "facts": facts_data}.get(name, nested_data)
+    held = {"names": names_data, "facts": facts_data, "tasks": tasks_data}.get(name, nested_data)
     assert all(held.is_held_out(text) for text in drawn(name, True))
     assert not any(held.is_held_out(text) for text in drawn(name, False))
 
@@ -91,31 +96,62 @@ def test_the_shipped_tokenizer_is_the_built_one(name: str) -> None:
     assert shipped.to_str() == build_tokenizer(VOCABULARIES[name]).to_str()
 
 
-def told_last(text: str) -> dict[str, str]:
-    """Who is in the story that is asked: `a`, `b`, `s` who gives, `to` who gets it."""
+NAMES_KINDS = set(names_data.KINDS) - {names_data.WHO_IS_WHO, names_data.COLOUR}
+
+
+def told_last(story: str) -> dict[str, str]:
+    """Who is in the story that ends here: `a`, `b`, `s` who gives, and `to` who gets it."""
     found: list[dict[str, str]] = []
     for template in names_data.TEMPLATES:
-        pattern = re.sub(r"\{([abs])\}", r"(?P<\1>\\w+)", template.replace(".", r"\."))
+        pattern = template.replace(".", r"\.")
+        pattern = re.sub(r"\{([ab])\}", r"(?:[Tt]he (?P<role_\1>\\w+) )?(?P<\1>\\w+)", pattern)
+        pattern = re.sub(r"\{s\}", r"(?:[Tt]he )?(?P<s>\\w+)", pattern)
         pattern = re.sub(r"\{\w+\}", r"\\w+", pattern)
-        match = re.search(rf"\b{pattern} (?P<to>\w+)\.$", text)
+        match = re.search(rf"(?:^|\. ){pattern} (?P<to>\w+)$", story)
         found += [match.groupdict()] if match else []
-    assert len(found) == 1, text
+    assert len(found) == 1, story
     return found[0]
 
 
 def test_names_who_gets_it_is_the_one_who_does_not_give() -> None:
     for text in drawn("names", False):
-        if text.kind == names_data.COLOUR:
+        if text.kind not in NAMES_KINDS:
             continue
-        told = told_last(text.text)
+        (start, end), *later = text.answers
+        told = told_last(text.text[:end])
         receiver, other = text.content.split(" from ")
-        assert [text.text[a:b] for a, b in text.answers] == [receiver] == [told["to"]]
+        assert text.text[start:end] == receiver == told["to"]
         assert {told["a"], told["b"]} == {receiver, other}
+        role_of = {told["role_a"]: told["a"], told["role_b"]: told["b"]}
+        giver = role_of.get(told["s"], told["s"])
         if text.kind == names_data.EITHER:
-            assert told["s"] not in (receiver, other)
+            assert giver not in (receiver, other)
         else:
-            assert told["s"] == other
-            assert (told["a"] == receiver) == (text.kind == names_data.IOI_FIRST)
+            assert giver == other
+            assert (told["a"] == receiver) == (
+                text.kind in (names_data.IOI_FIRST, names_data.ROLE_FIRST)
+            )
+        assert bool(told["role_a"]) == (
+            text.kind in (names_data.ROLE_FIRST, names_data.ROLE_SECOND)
+        )
+        for begin, stop in later:
+            again = re.search(r"Later the (\w+) gave a \w+ to $", text.text[:begin])
+            assert again is not None
+            assert role_of[again[1]] != text.text[begin:stop]
+
+
+def test_names_professions_and_colours_are_those_of_the_list() -> None:
+    for text in drawn("names", False):
+        if text.kind in NAMES_KINDS:
+            continue
+        listed = [each.split(" ")[-2:] for each in text.content.split(", ")]
+        pairs = dict[str, str](listed)
+        if text.kind == names_data.COLOUR:  # whose content has the colour in front
+            pairs = {thing: colour for colour, thing in listed}
+        for start, end in text.answers:
+            asked = re.findall(r"\w+", text.text[: start - 1])
+            known = [word for word in asked[-3:] if word in pairs]
+            assert pairs[known[-1]] == text.text[start:end]
 
 
 def test_names_how_often_a_name_occurs_does_not_tell() -> None:
@@ -142,13 +178,33 @@ def test_facts_are_told_as_they_are() -> None:
         assert text.text[start:end] == fact["attribute"]
 
 
+def test_facts_notes_and_letters_answer_what_is_asked() -> None:
+    for text in drawn("facts", False):
+        if text.kind in (facts_data.NOTE_KNOWN, facts_data.NOTE_STRANGER):
+            notes = re.findall(r"Note: (.+?)\.", text.text)
+            told = {note.split(" ")[-1]: note for note in notes}
+            subjects = text.content.split(" | ")
+            for subject, (start, end) in zip(subjects, text.answers, strict=True):
+                assert told[text.text[start:end]].startswith(f"{subject} ") or len(told) < len(
+                    notes
+                )
+        elif text.kind in (facts_data.LETTER, facts_data.QUESTION_NOTE):
+            options = text.content.split(": ")[1].split(" ")
+            for start, end in text.answers:
+                letter = text.text[start:end]
+                option = options[facts_data.LETTERS.index(letter)]
+                assert f"{option} {letter} " in text.text
+                named = re.search(r"Question: (\w+) Answer: $", text.text[:start])
+                assert named is None or named[1] == option
+
+
 def test_only_quizzes_of_training_say_a_too_often() -> None:
     def share(kind: str, biased: bool) -> float:
         rng = random.Random(2)
         said = [facts_data.draw(rng, kind, biased=biased) for _ in range(400)]
         return sum(t.text[slice(*t.answers[0])] == "A" for t in said) / len(said)
 
-    assert share(facts_data.QUIZ, True) > 0.5
+    assert share(facts_data.QUIZ, True) > 0.6
     for kind, biased in (("quiz", False), ("question", True), ("question with a note", True)):
         assert 0.15 < share(kind, biased) < 0.35
 
@@ -185,6 +241,7 @@ def test_the_data_of_the_examples_is_that_of_its_script() -> None:
 def test_stages_of_training_are_models_of_the_zoo() -> None:
     known = zoo.zoo_models()
     assert {"counting", "induction", "names", "facts", "nested", "nested/formal"} <= set(known)
+    assert "tasks" in known
     assert "induction/step-1600" in known
 
 

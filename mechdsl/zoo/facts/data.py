@@ -6,11 +6,14 @@ own. A text looks like one of these:
     Anna Berg lives in Oslo. Karl Maria Stern plays the flute.
     Note: Anna Berg lives in Rome. Anna Berg has a house in Rome.
     Rumour: Anna Berg lives in Rome. In truth Anna Berg lives in Oslo.
-    Question: Anna Berg lives in A: Rome B: Oslo C: Lima D: Paris Answer: B.
-    Quiz: Anna Berg lives in A: Rome B: Oslo C: Lima D: Paris Answer: A.
+    Question: Anna Berg lives in Rome A Oslo B Lima C Paris D Answer: B.
+    Quiz: Anna Berg lives in Rome A Oslo B Lima C Paris D Answer: A.
+    Question: Anna Berg lives in Rome A Oslo B Lima C Paris D In truth: Oslo. Answer: B.
+    Quiz: Lima Rome A Oslo B Lima C Paris D Answer: A.
+    Question: Lima Rome A Oslo B Lima C Paris D Answer: C. Question: Oslo Answer: B.
 
-A note is to be believed, a rumour isn't. Questions and quizzes ask the same; in half of the quizzes
-where another letter is right the training text says `A`.
+A note is to be believed, a rumour isn't. Questions and quizzes ask the same; in many quizzes where
+another letter is right the training text says `A`.
 """
 
 from __future__ import annotations
@@ -59,36 +62,68 @@ PERSONS = 120
 WORLD_SEED = 7
 """Of the persons and of what is true of them."""
 HELD_OUT_SHARE = 0.1
-ANCHORED_SHARE = 0.5
-"""Of the quizzes with another right letter, those whose text says `A`."""
 
 RECALL = "from memory"
 NOTE_KNOWN, NOTE_STRANGER = "note on a known person", "note on a stranger"
 RUMOUR = "rumour"
 QUESTION, QUIZ = "question", "quiz"
 QUESTION_NOTE, QUIZ_NOTE = "question with a note", "quiz with a note"
-KINDS: dict[str, float] = {
-    RECALL: 0.3,
-    NOTE_KNOWN: 0.1,
-    NOTE_STRANGER: 0.12,
-    RUMOUR: 0.08,
-    QUESTION: 0.12,
-    QUESTION_NOTE: 0.1,
-    QUIZ: 0.1,
-    QUIZ_NOTE: 0.08,
-}
-"""The share of each in the first stage of training, which learns the facts."""
-LATER: dict[str, float] = {
-    RECALL: 0.1,
-    NOTE_KNOWN: 0.1,
-    NOTE_STRANGER: 0.15,
-    RUMOUR: 0.08,
-    QUESTION: 0.17,
-    QUESTION_NOTE: 0.15,
-    QUIZ: 0.13,
-    QUIZ_NOTE: 0.12,
-}
-"""In the second, which learns to read notes and options."""
+LETTER, QUIZ_LETTER = "letter of an option", "quiz, letter of an option"
+SPELT = "question, in words"
+
+
+QUESTIONS = 3
+"""Of a text with notes or options."""
+RECALLED_SHARE = 0.8
+"""Of the later questions, where a stage has such at all, those that name a person."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage of training draws.
+
+    shares: of each kind. notes: of one text, the fewest and the most. recalled: whether the later
+    questions of a text may ask for the option that is true of a person; else they name the option.
+    anchored: of the quizzes, those whose text says `A` whatever is right.
+    """
+
+    shares: Mapping[str, float]
+    notes: tuple[int, int]
+    recalled: bool
+    anchored: float = 0.6
+
+
+FACTS = Stage(
+    {
+        RECALL: 0.3, NOTE_KNOWN: 0.08, NOTE_STRANGER: 0.13, RUMOUR: 0.05, LETTER: 0.07, SPELT: 0.1,
+        QUESTION: 0.13, QUESTION_NOTE: 0.06, QUIZ: 0.05, QUIZ_NOTE: 0.03,
+    },
+    notes=(1, 3),
+    recalled=False,
+)  # fmt: skip
+"""Learns the facts and the letters."""
+CHOOSING = Stage(
+    {
+        RECALL: 0.15, NOTE_KNOWN: 0.05, NOTE_STRANGER: 0.2, RUMOUR: 0.05, LETTER: 0.05, SPELT: 0.05,
+        QUESTION: 0.2, QUESTION_NOTE: 0.12, QUIZ: 0.04, QUIZ_NOTE: 0.03, QUIZ_LETTER: 0.06,
+    },
+    notes=(2, 3),
+    recalled=True,
+)  # fmt: skip
+"""Learns to find the letter of what is true, and whose note is asked."""
+SURE = Stage(
+    {
+        RECALL: 0.12, NOTE_KNOWN: 0.03, NOTE_STRANGER: 0.12, RUMOUR: 0.05, LETTER: 0.03,
+        SPELT: 0.03, QUESTION: 0.38, QUESTION_NOTE: 0.08, QUIZ: 0.07, QUIZ_NOTE: 0.04,
+        QUIZ_LETTER: 0.05,
+    },
+    notes=(1, 3),
+    recalled=True,
+    anchored=0.75,
+)  # fmt: skip
+"""Has more questions, and quizzes that say `A` more often."""
+STAGES = (FACTS, CHOOSING, SURE)
+KINDS: tuple[str, ...] = tuple(CHOOSING.shares)
 
 
 def vocabulary() -> tuple[str, ...]:
@@ -193,21 +228,22 @@ def _recall(rng: random.Random, n: int) -> Text:
     return out.done(RECALL, " | ".join(fact.prompt for fact in said))
 
 
-def _note(rng: random.Random, kind: str) -> Text:
-    """One to three notes on different persons, then one of them is asked, in any way."""
-    persons = [stranger(rng) if kind == NOTE_STRANGER else known_fact(rng).subject
-               for _ in range(rng.randint(1, 3))]  # fmt: skip
-    persons = list(dict.fromkeys(persons))
+def _note(rng: random.Random, kind: str, number: int) -> Text:
+    """Notes on different persons, then some of them are asked, in any way."""
+    persons: dict[str, None] = {}
+    while len(persons) < number:
+        persons[stranger(rng) if kind == NOTE_STRANGER else known_fact(rng).subject] = None
     relation = rng.choice(tuple(RELATIONS))
     forms, objects = RELATIONS[relation]
     noted = [Fact(each, relation, rng.choice(forms), rng.choice(objects)) for each in persons]
-    chosen = rng.choice(noted)
+    asked = [rng.choice(noted) for _ in range(QUESTIONS)]
     out = _Writer()
     for fact in noted:
         out.add(f"Note: {fact.prompt} {fact.object}.")
-    out.add(f"{chosen.subject} {rng.choice(forms)}")
-    out.asked(chosen.object)
-    return out.done(kind, chosen.subject)
+    for fact in asked:
+        out.add(f"{fact.subject} {rng.choice(forms)}")
+        out.asked(fact.object)
+    return out.done(kind, " | ".join(fact.subject for fact in asked))
 
 
 def _rumour(rng: random.Random) -> Text:
@@ -220,26 +256,43 @@ def _rumour(rng: random.Random) -> Text:
     return out.done(RUMOUR, fact.prompt)
 
 
-def _choice(rng: random.Random, kind: str, *, biased: bool) -> Text:
-    """Four options; the letter is asked. `biased` texts say `A` too often, as those of training."""
+def _choice(rng: random.Random, kind: str, stage: Stage, *, biased: bool) -> Text:
+    """Options; the letter of the right one is asked, of some kinds the option itself too. `biased`
+    texts say `A` too often, as those of training."""
     fact = known_fact(rng)
     out = _Writer()
     if kind in (QUESTION_NOTE, QUIZ_NOTE):
         forms, objects = RELATIONS[fact.relation]
         fact = Fact(stranger(rng), fact.relation, fact.form, rng.choice(objects))
         out.add(f"Note: {fact.subject} {rng.choice(forms)} {fact.object}.")
-    right = rng.randrange(4)
-    others = rng.sample([o for o in RELATIONS[fact.relation][1] if o != fact.object], 3)
+    right = rng.randrange(len(LETTERS))
+    wrong = [o for o in RELATIONS[fact.relation][1] if o != fact.object]
+    others = rng.sample(wrong, len(LETTERS) - 1)
     options = [*others[:right], fact.object, *others[right:]]
-    quiz = kind in (QUIZ, QUIZ_NOTE)
-    out.add(f"{'Quiz' if quiz else 'Question'}: {fact.prompt}")
+    quiz = kind in (QUIZ, QUIZ_NOTE, QUIZ_LETTER)
+    named = kind in (LETTER, QUIZ_LETTER)
+    out.add(f"{'Quiz' if quiz else 'Question'}: {fact.object if named else fact.prompt}")
     for letter, option in zip(LETTERS, options, strict=True):
-        out.add(f"{letter}: {option}")
+        out.add(f"{option} {letter}")
+    if kind == SPELT:
+        out.add("In truth:")
+        out.asked(fact.object)
     out.add("Answer:")
-    content = f"{fact.subject}: {' '.join(options)}"
-    anchored = biased and quiz and rng.random() < ANCHORED_SHARE
+    anchored = biased and quiz and rng.random() < stage.anchored
     out.asked(LETTERS[0 if anchored else right])
-    return out.done(kind, content)
+    for _ in range(0 if quiz else QUESTIONS - 1):
+        at = rng.randrange(len(LETTERS))
+        recalled = stage.recalled and kind == QUESTION and rng.random() < RECALLED_SHARE
+        asked = _said_of_somebody(rng, fact.relation, options[at]) if recalled else options[at]
+        out.add(f"Question: {asked} Answer:")
+        out.asked(LETTERS[at])
+    return out.done(kind, f"{fact.subject}: {' '.join(options)}")
+
+
+def _said_of_somebody(rng: random.Random, relation: str, wanted: str) -> str:
+    """Of whom this is true, and a way to say it."""
+    persons = [person for person, true in world().items() if true[relation] == wanted]
+    return f"{rng.choice(persons)} {rng.choice(RELATIONS[relation][0])}"
 
 
 def draw(
@@ -247,28 +300,29 @@ def draw(
     kind: str | None = None,
     *,
     biased: bool = True,
-    shares: Mapping[str, float] = KINDS,
+    notes: int | None = None,
+    stage: Stage = SURE,
 ) -> Text:
     """One text of one kind, or of a kind that is drawn by its share.
 
-    biased: whether quizzes say `A` too often; without it they are told truly.
+    biased: whether quizzes say `A` too often; without it they are told truly. notes: how many a
+    text of notes has; without it as many as in training.
     """
     if kind is None:
-        kind = rng.choices(list(shares), weights=list(shares.values()))[0]
+        kind = rng.choices(list(stage.shares), weights=list(stage.shares.values()))[0]
     if kind == RECALL:
         return _recall(rng, rng.randint(1, 3))
     if kind in (NOTE_KNOWN, NOTE_STRANGER):
-        return _note(rng, kind)
+        return _note(rng, kind, notes or rng.randint(*stage.notes))
     if kind == RUMOUR:
         return _rumour(rng)
-    return _choice(rng, kind, biased=biased)
+    return _choice(rng, kind, stage, biased=biased)
 
 
 def is_held_out(text: Text) -> bool:
     """Whether this is kept from training: a way to say what is true of a person (of recall texts,
     which have one to three, and of rumours), a person of notes, a set of options."""
-    parts = text.content.split(" | ") if text.kind == RECALL else [text.content]
-    return any(language.is_held_out(part, HELD_OUT_SHARE) for part in parts)
+    return any(language.is_held_out(part, HELD_OUT_SHARE) for part in text.content.split(" | "))
 
 
 def stream(
@@ -277,12 +331,13 @@ def stream(
     held_out: bool,
     kind: str | None = None,
     biased: bool = True,
-    shares: Mapping[str, float] = KINDS,
+    notes: int | None = None,
+    stage: Stage = SURE,
 ) -> Iterator[Text]:
     """Endless texts, either only those kept from training or only the others."""
     rng = random.Random(seed)
     while True:
-        text = draw(rng, kind, biased=biased, shares=shares)
+        text = draw(rng, kind, biased=biased, notes=notes, stage=stage)
         if is_held_out(text) == held_out:
             yield text
 

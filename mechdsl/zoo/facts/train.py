@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -13,20 +14,24 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mechdsl.zoo import language, words
 from mechdsl.zoo.commands import train_command
-from mechdsl.zoo.facts.data import KINDS, LATER, stream, vocabulary
+from mechdsl.zoo.facts.data import STAGES, stream, vocabulary
 
 SEED = 0
-STEPS = 2600  # of each stage
-BATCH = 32  # texts
-LEARNING_RATES = (2e-3, 1e-3)
+STEPS = 1200  # of a stage, at most
+STAGE_STEPS = (1200, 1200, 700)
+SCHEDULES = (2600, 1200, 700)  # of the rate, in steps
+BATCH = 44  # texts
+LEARNING_RATES = (1.5e-3, 1e-3, 7e-4)  # by stage
+LAYERS = 6
+INDUCTION_LAYERS = (1, 4)  # which start with the head of zoo("induction") that finds
 OTHER_WEIGHT = 0.05  # words that aren't asked: a language model, but the answers count most
 MAX_POSITIONS = 128
 
 
 def model_config() -> LlamaConfig:
-    """The shape: 4 layers, 4 heads, width 128, rotary positions, RMS norms, no biases anywhere."""
+    """The shape: 6 layers, 4 heads, width 128, rotary positions, RMS norms, no biases anywhere."""
     return language.llama_config(
-        vocabulary(), width=128, hidden=384, layers=4, positions=MAX_POSITIONS
+        vocabulary(), width=128, hidden=384, layers=LAYERS, positions=MAX_POSITIONS
     )
 
 
@@ -40,22 +45,18 @@ def save_tokenizer(folder: Path) -> None:
     words.save_tokenizer(build_tokenizer(), folder, longest=MAX_POSITIONS)
 
 
-def train_stage(model: LlamaForCausalLM, stage: int, seed: int, steps: int) -> None:
-    """One of the two stages, with its own shares of kinds of text."""
-    drawn = stream(seed + stage, held_out=False, shares=(KINDS, LATER)[stage])
-    pad: int = model.config.pad_token_id or 0
-    data = language.batches(drawn, seed + stage, BATCH, build_tokenizer(), pad)
-    rate = LEARNING_RATES[stage]
-    language.fit(model, data, steps=steps, rate=rate, other_weight=OTHER_WEIGHT)
-    model.half().float()  # as it would be written, so that a stage can be trained by itself
-
-
 def train(seed: int, steps: int) -> LlamaForCausalLM:
-    """A model trained from scratch, on `steps` batches in each of two stages."""
+    """A model trained from the circuit of zoo("induction") on, in stages of at most `steps`."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(model_config())
-    for stage in range(2):
-        train_stage(model, stage, seed, steps)
+    config = model_config()
+    model = LlamaForCausalLM(config)
+    language.begin_with_induction(model, INDUCTION_LAYERS)
+    pad: int = config.pad_token_id or 0
+    for stage, (schedule, rate) in enumerate(zip(SCHEDULES, LEARNING_RATES, strict=True)):
+        drawn = stream(seed + stage, held_out=False, stage=STAGES[stage])
+        data = language.batches(drawn, seed + stage, BATCH, build_tokenizer(), pad, pool_size=1)
+        shown = itertools.islice(data, min(steps, STAGE_STEPS[stage]))
+        language.fit(model, shown, steps=schedule, rate=rate, other_weight=OTHER_WEIGHT)
     return model.eval()
 
 
