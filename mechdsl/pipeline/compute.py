@@ -180,6 +180,10 @@ def _run(
         sizes = sizes_of(checked.experiments, models, options.execution)
     file = FileRun(checked, models, options, sizes, diagnostics, kept, counts)
     every = [variants[0] for variants in by_name(checked.experiments)]
+    known = {each.name for each in (*every, *checked.saving)}
+    unsaid = [each.name for each in checked.reported if each.name not in known]
+    if unsaid:  # never leave one out without a word
+        raise RuntimeError(f"nothing says why `{unsaid[0]}` can't be run")
     reported = [e.spec for e in every if e.name not in checked.unreported]
     verdicts = Verdicts(file, reported, options)
     for wave, later in waves(checked.experiments, one_by_one=options.ends is not None):

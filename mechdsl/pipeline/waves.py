@@ -114,6 +114,8 @@ class FileRun:
         errors = [each for each in problems if each.severity == "error"]
         if errors:
             self._lose(experiment.name, errors)
+        if found is None and not errors:
+            raise RuntimeError(f"nothing says why `{experiment.name}` can't be run")
         return None if errors else found
 
     def _collect(

@@ -34,9 +34,10 @@ from mechdsl.program.model_bases import BASE, check_bases
 from mechdsl.program.named_paths import USE, named_paths, path_to_read
 from mechdsl.program.namespace import Namespace
 from mechdsl.program.run_order import with_order
-from mechdsl.program.unused_names import unused_in_blocks
+from mechdsl.program.unused_names import pools_named, unused_in_blocks
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse, parse_setting, read_source
+from mechdsl.syntax.walk import walk
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 _MANY = f"more than {limits.FILES} files are imported"
@@ -71,6 +72,9 @@ def lower_program(
         for statement in file.statements:
             _define(statement, imported, parts, scope)
     check_bases([file for file, _ in files], parts, scope)
+    for file, _ in files:
+        for name in pools_named(file):
+            scope.has("prompts", name)
     _directions(files, parts, scope)
     for file, imported in files:
         if imported:
@@ -292,6 +296,9 @@ def _directions(files: list[tuple[ast.File, bool]], parts: Definitions, scope: N
             ):
                 found.append(statement)
     for statement in found:
+        for part in walk(statement.site):
+            if isinstance(part, ast.Name):
+                _ = scope.has("group", part.id) or scope.has("param", part.id)
         direction = lower_direction(statement, parts, scope)
         if direction is not None:
             parts.directions[direction.name] = direction

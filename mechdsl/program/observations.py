@@ -27,7 +27,7 @@ from mechdsl.program.possible_axes import axes_of, position_axes
 from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
 from mechdsl.syntax.verbs import CONTROLS, COUNTED, LENSES
-from mechdsl.syntax.walk import rewrite, walk
+from mechdsl.syntax.walk import N, rewrite, walk
 
 if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
@@ -389,15 +389,10 @@ def with_results(experiment: spec.Experiment, results: dict[str, str]) -> spec.E
     that are other results."""
     own = {measure.label for measure in experiment.measures}
 
-    def change(node: ast.Node) -> ast.Node:
-        if isinstance(node, ast.Ranked) and node.of in results:
-            return replace(node, of=results[node.of])
-        return node
-
     rules = tuple(
         rule.model_copy(
             update={
-                name: rewrite(value, change)
+                name: named_result(value, results)
                 for name in ("site", "at", "onto", "edge", "receiver", "fill")
                 if (value := getattr(rule, name)) is not None
             }
@@ -407,7 +402,7 @@ def with_results(experiment: spec.Experiment, results: dict[str, str]) -> spec.E
     expects = tuple(_read_elsewhere(each, results, own) for each in experiment.expects)
     against = experiment.against
     if against is not None:
-        apart = tuple(rewrite(site, change) for site in against.apart)
+        apart = tuple(named_result(site, results) for site in against.apart)
         against = against.model_copy(update={"apart": apart})
     return experiment.model_copy(update={"rules": rules, "expects": expects, "against": against})
 
@@ -465,10 +460,16 @@ def _read_elsewhere(
 
 def with_results_in(group: spec.Group, results: dict[str, str]) -> spec.Group:
     """The same of a group's sites."""
+    sites = tuple(named_result(site, results) for site in group.sites)
+    return group.model_copy(update={"sites": sites})
 
-    def change(node: ast.Node) -> ast.Node:
-        if isinstance(node, ast.Ranked) and node.of in results:
-            return replace(node, of=results[node.of])
-        return node
 
-    return group.model_copy(update={"sites": tuple(rewrite(site, change) for site in group.sites)})
+def named_result(node: N, results: dict[str, str]) -> N:
+    """The tree with names of results where it names observations."""
+
+    def change(part: ast.Node) -> ast.Node:
+        if isinstance(part, ast.Ranked) and part.of in results:
+            return replace(part, of=results[part.of])
+        return part
+
+    return rewrite(node, change)

@@ -10,7 +10,12 @@ from mechdsl.diagnostics.e02_names import CircularExperiments, UnknownName, did_
 from mechdsl.program import spec
 from mechdsl.program.lower_directions import made_of
 from mechdsl.program.namespace import Namespace
-from mechdsl.program.observations import results_by_name, with_results, with_results_in
+from mechdsl.program.observations import (
+    named_result,
+    results_by_name,
+    with_results,
+    with_results_in,
+)
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
@@ -27,10 +32,12 @@ def with_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[spe
     if results:
         groups = {name: with_results_in(each, results) for name, each in parts.groups.items()}
         parts.groups.update(groups)
+        made = {name: _at_results(each, results) for name, each in parts.directions.items()}
+        parts.directions.update(made)
         parts.experiments = [with_results(each, results) for each in parts.experiments]
     ranked = {e.name: list(_ranked(e, parts)) for e in parts.experiments}
     own: list[object] = [g.sites for g in parts.groups.values() if _is_own(g, tree)]
-    own += [d.value for d in parts.directions.values() if _is_own(d, tree)]
+    own += [(d.value, d.site) for d in parts.directions.values() if _is_own(d, tree)]
     every = [node for nodes in ranked.values() for node in nodes]
     every.extend(node for each in own for node in _in_tree(each))
     several = {e.within for e in parts.experiments}
@@ -60,6 +67,13 @@ def _is_own(part: spec.Group | spec.Direction, tree: ast.File) -> bool:
     return part.span.source is tree.span.source
 
 
+def _at_results(direction: spec.Direction, results: dict[str, str]) -> spec.Direction:
+    """The same of the sites that a direction is read at."""
+    if direction.site is None:
+        return direction
+    return direction.model_copy(update={"site": named_result(direction.site, results)})
+
+
 def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ast.Ranked]:
     """Every `top n of …` of an experiment, those in the groups and directions that it names
     included."""
@@ -68,8 +82,8 @@ def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ast.Ran
             yield from _in_tree(getattr(part, name), parts.groups)
     for rule in experiment.every_rule:
         if rule.direction is not None:
-            behind = made_of([rule.direction], parts.directions)
-            yield from (node for each in behind for node in _in_tree(each.value))
+            for each in made_of([rule.direction], parts.directions):
+                yield from _in_tree((each.value, each.site), parts.groups)
     yield from _in_tree(experiment.keep, parts.groups)
     if experiment.against is not None:
         yield from _in_tree(experiment.against.apart, parts.groups)

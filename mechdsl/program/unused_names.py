@@ -38,6 +38,15 @@ def unused_in_blocks(tree: ast.File) -> list[Diagnostic]:
     ]
 
 
+def pools_named(tree: ast.File) -> Iterator[str]:
+    """What stands behind `from:` in blocks: a column, or a block whose records a list draws."""
+    for block in tree.statements:
+        if isinstance(block, ast.PromptsDef):
+            for node in walk(block):
+                if isinstance(node, ast.Argument) and node.name == "from":
+                    yield from (part.id for part in walk(node.value) if isinstance(part, ast.Name))
+
+
 def _definitions(block: ast.PromptsDef) -> Iterator[tuple[str, ast.Name]]:
     for line in block.lines:
         match line:

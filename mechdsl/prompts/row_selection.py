@@ -291,9 +291,7 @@ class _Collector:
         elif result.cut:
             pass  # those that would be looked at next may be right
         elif not result.rows and result.unchanged:
-            for corruption in block.spec.corruptions:
-                if result.unchanged.get(corruption.name):
-                    result.diagnostics.append(without_effect(corruption))
+            result.diagnostics.extend(self._all_unchanged())
         elif not result.rows:
             where = block.spec.where
             reason, hint = "nothing is left", "give it values"
@@ -306,6 +304,23 @@ class _Collector:
             result.diagnostics.append(
                 NoRows(span=span, prompts=block.name, reason=reason, hint=hint)
             )
+
+    def _all_unchanged(self) -> list[Diagnostic]:
+        """E0510 at corruptions that change no row, else E0509: each row misses one of them."""
+        unchanged, looked_at = self.result.unchanged, self.result.compared.total()
+        corruptions = [c for c in self.block.spec.corruptions if c.name in unchanged]
+        without = [c for c in corruptions if unchanged[c.name].total() == looked_at]
+        if without:
+            return [without_effect(c) for c in without]
+        names = " or ".join(f"`{c.name}`" for c in corruptions)
+        return [
+            NoRows(
+                span=corruptions[0].span,
+                prompts=self.block.name,
+                reason=f"{names} leaves each of them unchanged",
+                hint="rows need a change by every corruption: take another value as the clean one",
+            )
+        ]
 
 
 def template_of(row: Row) -> int:

@@ -36,7 +36,7 @@ def fit_family(call: ast.Call, definition: spec.Direction, work: Work) -> Family
     before = len(work.diagnostics)
     context = replace(work.sites, loops={})
     sites, axes = resolve_site(definition.site, context)
-    if sites is None or len(work.diagnostics) > before:
+    if sites is None or has_errors(work.diagnostics[before:]):
         return None
     points = {key: _points(call, definition, key, sites) for key in sites.points}
     rows = rows_of(call, work.program)

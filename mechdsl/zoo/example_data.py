@@ -6,6 +6,7 @@ many.jsonl, few.jsonl: lists for `zoo("counting")` with many items, and with few
 facts.jsonl: what `zoo("facts")` learned, with an object that is wrong.
 quiz.jsonl: four options each, for `zoo("facts")`; those that its training had may be among them.
 brackets.jsonl: what `zoo("nested/formal")` learned, without the last bracket.
+words.jsonl: what each task of `zoo("tasks")` makes of a word.
 partitioned.jsonl: images of rows of shapes, each row behind a symbol; where they lie in pixels.
 """
 
@@ -21,6 +22,7 @@ from mechdsl.zoo.counting.data import ITEMS
 from mechdsl.zoo.facts.data import LETTERS, RELATIONS, another, facts
 from mechdsl.zoo.language import different
 from mechdsl.zoo.nested.data import BRACKETS, stream
+from mechdsl.zoo.tasks import data as tasks
 
 SEED = 16
 ROWS = 64
@@ -106,6 +108,7 @@ def files() -> dict[str, list[Record]]:
         "facts.jsonl": known_facts(),
         "quiz.jsonl": quizzes(),
         "brackets.jsonl": bracket_texts(),
+        "words.jsonl": [*tasks.records()],
         "partitioned.jsonl": partitioned(),
     }
 

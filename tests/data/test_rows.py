@@ -615,6 +615,19 @@ class TestRefusedRows:
         assert {d.code for d in diagnostics if d.severity == "error"} == {code}
         assert all(d.span is not None for d in diagnostics)
 
+    def test_each_row_misses_another_change(self, words: TextTokenizer) -> None:
+        text = 'a in 1..2 template "{a}" corrupt one { a = 1 } corrupt two { a = 2 }'
+        made, diagnostics = build(text, words)
+        assert made is None
+        assert [d.code for d in diagnostics] == ["E0509"]
+        assert diagnostics[0].message.endswith("`one` or `two` leaves each of them unchanged")
+
+    def test_no_row_has_a_change(self, words: TextTokenizer) -> None:
+        text = 'a in 1..2 template "{a}" corrupt one { a = a } corrupt two { a = 2 }'
+        made, diagnostics = build(text, words)
+        assert made is None
+        assert [(d.code, d.message.split("`")[1]) for d in diagnostics] == [("E0510", "one")]
+
 
 class TestConventions:
     def test_rows(self, words: TextTokenizer) -> None:

@@ -456,8 +456,20 @@ def compare(case: tuple[str, str, frozenset[str]], folder: Any) -> None:
     event(f"experiments: {len(plain.experiments)}, against: {'against' in text}")
     event(f"runs with rules: {'run made' in text}, files: {len(plain.saved)}")
     for one, other in zip(plain.experiments, planned.experiments, strict=True):
+        if one.name == "then" and any(map(tied, plain.experiments)):
+            event("what is picked hangs on rounding")
+            break
         same(one, other, text)
     same_files(written, taken_away(folder), text)
+
+
+def tied(result: ExperimentResult) -> bool:
+    """Whether two tokens of a row differ by no more than rounding, as those that lie outside of a
+    sliding window do."""
+    if result.name not in ("words", "look.eyes"):
+        return False
+    values = np.sort(result.measures[0].patched, axis=0)
+    return bool((np.diff(values, axis=0) <= support.ABSOLUTE).any())
 
 
 def same(one: ExperimentResult, other: ExperimentResult, text: str) -> None:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from .support import HERE, PLAIN, best_sites, checked, experiment, patched, run
+from mechdsl.base.source import Source
+from mechdsl.pipeline.compute import run_source
+from mechdsl.pipeline.run_options import RunOptions
+
+from .support import HEAD, HERE, PLAIN, best_sites, checked, experiment, patched, run
 
 MEASURE = "measure logit(answer) - logit(answer of fewer) as recovery"
+MEASURE_DELTA = "measure logit(answer) as delta"
 WHICH = experiment(
     "which",
     "from clean into fewer",
@@ -136,3 +141,50 @@ def test_same_rows_are_warned_of() -> None:
     ids = [set(e.table.row_ids) for e in checked(patch("a", "best of which") + same).experiments]
     assert shown == f"{len(ids[0] & ids[1])} of its 8 rows are rows of `which`"
     assert "W0721" not in {d.code for d in checked(patch("a", "best of which") + WHICH).diagnostics}
+
+
+@pytest.mark.parametrize("amount", ["3", "n"])
+def test_a_direction_read_at_picked_heads(amount: str) -> None:
+    def steered(name: str, group: str) -> str:
+        return (
+            f"\nparam n = 3\ngroup some = {group}\n"
+            "direction d = mean(fruit) at some at last token\n"
+            + experiment(name, "add 2 * d to resid_post layer 2 at last token", MEASURE_DELTA)
+        )
+
+    picked = run(steered("a", f"top {amount} of which") + WHICH)  # it comes first in the file
+    sites = best_sites(picked["which"], 3)
+    by_hand = run(steered("a", ", ".join(sites)))
+    assert np.array_equal(patched(picked["a"]), patched(by_hand["a"]))
+    assert not np.array_equal(picked["a"].measures[0].patched, picked["a"].measures[0].base)
+
+
+def test_a_warning_about_the_heads_doesnt_stop_it() -> None:
+    rules = ("ablate layer * head * at last token with zero", MEASURE_DELTA)
+    falls = experiment("which", *rules, prompts="fruit.train limit 8")
+    text = "\ndirection d = mean(fruit) at top 3 of which at last token\n"
+    steered = experiment("a", "add d to resid_post layer 2 at last token", MEASURE_DELTA)
+    result, found = run_source(Source(HEAD + text + steered + falls), RunOptions())
+    assert "W0751" in {each.code for each in found}
+    assert result is not None
+    assert [each.name for each in result.experiments] == ["a", "which"]
+
+
+def test_a_direction_read_at_heads_of_nothing() -> None:
+    text = "\ngroup some = top 3 of whihc\ndirection d = mean(fruit) at some at last token\n"
+    text += experiment("a", "add d to resid_post layer 2 at last token", MEASURE_DELTA) + WHICH
+    found = [each for each in checked(text).diagnostics if each.severity == "error"]
+    assert [each.code for each in found] == ["E0201"]
+
+
+def test_what_directions_and_lists_use_counts_as_used() -> None:
+    text = (
+        "\ngroup some = L0H1\ndirection d = mean(fruit) at some at last token\n"
+        'prompts pool { x in ["red", "blue"] template "{x}" }\n'
+        'prompts drawn { n in 1..2 y = list("{x}", 2, from: pool) template "{y} {n}" }\n'
+        + experiment("a", "add d to resid_post layer 2 at last token", MEASURE_DELTA)
+        + experiment("b", "measure entropy as raw", prompts="drawn")
+    )
+    unused = [each for each in checked(text).diagnostics if each.code == "W0730"]
+    assert [each.message for each in unused if "`pool`" in each.message] == []
+    assert [each.message for each in unused if "`some`" in each.message] == []

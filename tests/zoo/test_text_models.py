@@ -1,4 +1,4 @@
-"""The shipped `names`, `facts` and `nested` do what their cards say, on held-out texts."""
+"""The shipped `names`, `facts`, `nested` and `tasks` do what their cards say, on held-out texts."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from mechdsl.zoo.facts.data import (
 from mechdsl.zoo.names import evaluate as names
 from mechdsl.zoo.names.data import IOI_FIRST, IOI_SECOND, ROLE_FIRST, ROLE_SECOND, WHO_IS_WHO
 from mechdsl.zoo.nested import evaluate as nested
+from mechdsl.zoo.tasks import evaluate as tasks
 
 from ..models.conftest import statement
 
@@ -57,7 +58,16 @@ def test_nested_closes_brackets_and_agrees() -> None:
         assert tallies[kind].interval()[0] > 0.95
 
 
-@pytest.mark.parametrize("name", ["names", "facts", "nested", "nested/formal", "induction/step-50"])
+def test_tasks_does_what_the_pairs_do() -> None:
+    torch.set_num_threads(1)
+    tallies = tasks.evaluate(ROOT / "tasks", 60, tasks.SEED)
+    assert tallies["behind 0 pairs"].interval()[1] < 0.4
+    assert tallies["behind 2 pairs"].interval()[0] > 0.95
+
+
+@pytest.mark.parametrize(
+    "name", ["names", "facts", "nested", "nested/formal", "tasks", "induction/step-50"]
+)
 def test_what_is_stored_in_16_bits_is_computed_in_32(name: str) -> None:
     with safe_open(ROOT / name / "model.safetensors", "pt") as stored:
         assert {stored.get_tensor(key).dtype for key in stored.keys()} == {torch.float16}  # noqa: SIM118
@@ -72,7 +82,7 @@ def test_all_models_together_are_small() -> None:
 
 
 def test_cards_have_what_the_commands_print() -> None:
-    for name in ("names", "facts", "nested"):
+    for name in ("names", "facts", "nested", "tasks"):
         card = (ROOT / name / "README.md").read_text(encoding="utf-8")
         for part in ("## Texts", "## Training", "## Accuracy", "## Limitations", "licence"):
             assert part in card, name

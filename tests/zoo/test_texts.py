@@ -1,4 +1,4 @@
-"""What `names`, `facts` and `nested` share: how their texts are written, kept apart and asked."""
+"""What models of short texts share: how their texts are written, kept apart and asked."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from tokenizers import Tokenizer
 
 import mechdsl
 from mechdsl import zoo
-from mechdsl.zoo import example_data, facts, names, nested
+from mechdsl.zoo import example_data, facts, names, nested, tasks
 from mechdsl.zoo.facts import data as facts_data
 from mechdsl.zoo.language import Text, build_tokenizer, encode
 from mechdsl.zoo.names import data as names_data
 from mechdsl.zoo.nested import data as nested_data
+from mechdsl.zoo.tasks import data as tasks_data
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 Stream = Callable[[int, bool], Iterator[Text]]
@@ -27,14 +28,18 @@ STREAMS: dict[str, Stream] = {
     "names": lambda seed, held_out: names_data.stream(seed, held_out=held_out),
     "facts": lambda seed, held_out: facts_data.stream(seed, held_out=held_out),
     "nested": lambda seed, held_out: nested_data.stream(seed, "sentences", held_out=held_out),
+    "tasks": lambda seed, held_out: tasks_data.stream(seed, held_out=held_out),
     "brackets": lambda seed, held_out: nested_data.stream(seed, "brackets", held_out=held_out),
 }
 VOCABULARIES = {
     "names": names_data.vocabulary(),
     "facts": facts_data.vocabulary(),
     "nested": nested_data.vocabulary(),
+    "tasks": tasks_data.vocabulary(),
 }
-FOLDERS = {each.__name__.split(".")[-1]: Path(each.__path__[0]) for each in (names, facts, nested)}
+FOLDERS = {
+    each.__name__.split(".")[-1]: Path(each.__path__[0]) for each in (names, facts, nested, tasks)
+}
 
 
 @cache
@@ -54,7 +59,7 @@ def test_training_and_held_out_contents_are_different(name: str) -> None:
     kept = {part for text in drawn(name, True) for part in text.content.split(" | ")}
     trained = {part for text in drawn(name, False) for part in text.content.split(" | ")}
     assert kept - trained
-    held = {"names": names_data, "facts": facts_data}.get(name, nested_data)
+    held = {"names": names_data, "facts": facts_data, "tasks": tasks_data}.get(name, nested_data)
     assert all(held.is_held_out(text) for text in drawn(name, True))
     assert not any(held.is_held_out(text) for text in drawn(name, False))
 
@@ -236,6 +241,7 @@ def test_the_data_of_the_examples_is_that_of_its_script() -> None:
 def test_stages_of_training_are_models_of_the_zoo() -> None:
     known = zoo.zoo_models()
     assert {"counting", "induction", "names", "facts", "nested", "nested/formal"} <= set(known)
+    assert "tasks" in known
     assert "induction/step-1600" in known
 
 

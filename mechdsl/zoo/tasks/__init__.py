@@ -1,0 +1,1 @@
+"""A small decoder that does with a word what the examples before it do."""
