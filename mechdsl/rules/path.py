@@ -114,10 +114,10 @@ class PathPatching(RuleKind, Intervention):
         held = [f"the heads (z) of layers 0 to {last}"]
         if not path.through_mlps:
             held.append(f"the MLPs (mlp_out) of layers 0 to {last}")
-        through = ", MLPs recomputed" if path.through_mlps else ""
-        norms = ", norms recomputed" if not path.frozen_norms else (
-            ", and norms divide by what they divide by there"
-        )  # fmt: skip
+        free = ["MLPs"] if path.through_mlps else []
+        free += [] if path.frozen_norms else ["norms"]
+        how = f", {' and '.join(free)} recomputed" if free else ""
+        how += ", norms divide by what they divide by there" if path.frozen_norms else ""
         ends = {SITES[p.site].when for here in path.receivers.points.values() for p in here}
         after = "" if "output" in ends else "; receivers are then written into the base run"
         to = rule.spec.receiver
@@ -128,8 +128,7 @@ class PathPatching(RuleKind, Intervention):
             after += "; keys and values of a head are those of its key-value head"
         yield Convention(
             "path",
-            f"beside the senders, {' and '.join(held)} are held at the base run{through}{norms}"
-            f"{after}",
+            f"beside the senders, {' and '.join(held)} are held at the base run{how}{after}",
         )
 
 

@@ -381,6 +381,7 @@ def test_a_function_in_a_run_is_given_the_rows_that_are_kept(folder: Path) -> No
     text = experiment("e", *lines, "patch resid_post layer 1 at last token")
     result, _ = with_python(text, folder, "llama")
     found = as_in_the_data(result.experiments[0])
+    assert found.row_ids is not None
     kept = list(found.row_ids)
     assert 1 < len(kept) < COUNT
     every = [plain("llama", "clean", n)[1][1][-1] for n in kept]
