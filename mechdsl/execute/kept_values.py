@@ -241,6 +241,15 @@ class KeptValues:
         values = np.concatenate([values for _, values in joined])
         self._run.keep(Block(list(cells), starts.astype(np.int64), rows, values))
 
+    @property
+    def contents(self) -> Contents:
+        """What the rows of runs are."""
+        return self._contents
+
+    def earlier(self, cells: Sequence[bytes]) -> Mapping[bytes, tuple[Numbers, Floats]]:
+        """(rows, [row, column]) of those cells that were there before the run."""
+        return self._run.earlier(cells)
+
     # --- unpatched runs ---
 
     def unpatched(

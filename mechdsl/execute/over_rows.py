@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeAlias
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.digest import digest
+from mechdsl.execute.kept_together import kept_together
+from mechdsl.execute.kept_values import KeptValues
 from mechdsl.execute.measured_values import CellGap, MeasuredValues, base_per_cell
 from mechdsl.execute.not_finite import cell_words
 from mechdsl.execute.observed_weights import WeightCells
@@ -48,6 +50,8 @@ class Together:
     """[column] the rows of the table."""
     values: list[Floats]
     """Per measure, [cell, column]; NaN where a row isn't part of the cell."""
+    stored: set[int]
+    """Cells that were there before the run."""
 
     def of(self, rows: Rows) -> list[Floats]:
         """Per measure, [row]."""
@@ -64,10 +68,13 @@ def over_rows(plan: ExperimentPlan) -> tuple[RulePlan, OverRows] | None:
 
 
 def observe_together(
-    plan: ExperimentPlan, runs: UnpatchedRuns, measured: MeasuredValues
+    plan: ExperimentPlan,
+    runs: UnpatchedRuns,
+    measured: MeasuredValues,
+    store: KeptValues | None = None,
 ) -> Together | None:
     """What is observed of all kept rows at once; None where nothing is. Cells that it can't be made
-    of are gaps of `measured`."""
+    of are gaps of `measured`. store: where cells are looked up and kept."""
     observed = over_rows(plan)
     if observed is None:
         return None
@@ -81,19 +88,29 @@ def observe_together(
         np.full(each.shape, np.nan) if measure.observed else each.copy()
         for measure, each in zip(experiment.measures, base, strict=True)
     ]
+    looked = [values for m, values in zip(experiment.measures, found, strict=True) if m.observed]
+    kept = kept_together(store, plan, observed[0], measured.kept, runs.table)
+    known = {} if kept is None else kept.known()
+    for cell, (there, own) in known.items():
+        for values, each in zip(looked, own, strict=True):
+            values[cell, there] = each
     exists = plan.exists
-    for cell, there, make in _made(_Gatherer(plan, *observed, runs, measured.kept), measured):
+    gatherer = _Gatherer(plan, *observed, runs, measured.kept, known.keys())
+    for cell, there, make in _made(gatherer, measured):
         if not exists[cell]:
             continue
         try:
-            made = iter(make())
+            made = make()
         except (ValueError, ArithmeticError) as problem:
             _lack(plan, measured, cell, there, str(problem))
             continue
-        for measure, values in zip(experiment.measures, found, strict=True):
-            if measure.observed:
-                values[cell, there] = next(made)
-    return Together(measured.kept, found)
+        for values, each in zip(looked, made, strict=True):
+            values[cell, there] = each
+        if kept is not None:
+            kept.made(cell, there, made)
+    if kept is not None:
+        kept.flush()
+    return Together(measured.kept, found, set(known))
 
 
 def _made(gatherer: _Gatherer, measured: MeasuredValues) -> Iterator[tuple[int, Ints, Make]]:
@@ -141,7 +158,8 @@ def _of_weights(
         return _evaluated(measures, numbers)
 
     for cell in range(plan.n_cells):
-        yield cell, every, partial(made, cell)
+        if cell not in gatherer.known:
+            yield cell, every, partial(made, cell)
 
 
 def _evaluated(measures: Sequence[ResolvedMeasure], by_name: Mapping[str, Floats]) -> list[Floats]:
@@ -172,6 +190,8 @@ class _Gatherer:
     does: OverRows
     runs: UnpatchedRuns
     kept: Ints
+    known: Collection[int] = ()
+    """Cells that nothing is gathered for."""
     _sites: list[Joined] = field(init=False)
     _beside: list[Joined] = field(init=False)
     _others: list[PositionCell] = field(init=False)
@@ -205,12 +225,12 @@ class _Gatherer:
                 spots.append(rule.sources[place])
                 runs.append(self.runs.named(rule.rule.run))
             own = np.flatnonzero((places[0] == place) & (places[1] == key)).tolist()
+            own = [cell for cell in own if cell not in self.known]
             there = [all(spot.hits[row] for spot in spots) for row in self.kept.tolist()]
             columns = np.flatnonzero(there)
-            if not len(columns):
+            if not len(columns) or not own:
                 continue
-            base = self.runs.named(self.plan.experiment.spec.base)
-            keys = self._keys(spots, self.kept[columns], base, self.runs.table)
+            keys = self._keys(spots, self.kept[columns], runs, self.runs.table)
             for some in self._fitting(own, len(columns) * len(spots)):
                 wanted = list(dict.fromkeys(each for cell in some for each in self._needs(cell)))
                 found = [
@@ -235,7 +255,7 @@ class _Gatherer:
             return reader(model, table, run, points, seed=self.runs.seed, side=self.runs.side)
 
         found = self._read(wanted, spot, run, rows, lanes_of)
-        keys = self._keys([spot], rows, run, table)
+        keys = self._keys([spot], rows, [run], table)
         return {each: Training(of.astype(np.float64), rows, keys) for each, of in found.items()}
 
     def _seen(
@@ -338,19 +358,30 @@ class _Gatherer:
         }
 
     def _keys(
-        self, spots: Sequence[PositionCell], prompts: Ints, run: Run, table: PromptTable
+        self,
+        spots: Sequence[PositionCell],
+        prompts: Ints,
+        runs: Sequence[Run],
+        table: PromptTable,
     ) -> list[bytes]:
-        """[row] a digest of all that its vectors at some positions hang on: of models whose tokens
-        see no later ones, the tokens up to the last of them."""
-        causal, found = self.runs.model_of(run).shape.causal, list[bytes]()
-        for row in prompts.tolist():
-            ids, hits = run.rows[row].ids, [spot.hits[row] for spot in spots]
+        """[row] a digest of all that its vectors at some positions hang on, each of its own run: of
+        models whose tokens see no later ones, the tokens up to the last position."""
+
+        def seen(run: Run, row: int) -> list[object]:
+            pairs = zip(spots, runs, strict=True)
+            ids, hits = run.rows[row].ids, [spot.hits[row] for spot, own in pairs if own is run]
             last = max(token for own in hits for tokens in own for token in tokens)
+            causal = self.runs.model_of(run).shape.causal
             # Of noise, and of rules (`run NAME { … }`), a row's whole content matters.
             alone = run.noise is None and run.derived is None
             drawn = None if alone else table.row_keys[row]
-            found.append(digest(ids[: last + 1] if causal else ids, hits, drawn))
-        return found
+            return [ids[: last + 1] if causal else ids, hits, drawn]
+
+        distinct = list({id(run): run for run in runs}.values())
+        return [
+            digest(*(part for run in distinct for part in seen(run, row)))
+            for row in prompts.tolist()
+        ]
 
 
 def _pairs(one: Hits, other: Hits | None = None) -> tuple[int, int]:

@@ -62,8 +62,11 @@ class PanelRunner(PreparedPanel):
                     self._finish(number, found.left_out, values, totals[number])
                 if len(found.known):
                     self._finish(number, found.known, found.values, totals[number])
-                    made = plan.experiment.key in self.together
-                    self.profile.known += 0 if made else len(found.known)
+                    together = self.together.get(plan.experiment.key)
+                    stored = found.known.cell.tolist()
+                    if together is not None:
+                        stored = [cell for cell in stored if cell in together.stored]
+                    self.profile.known += len(stored)
                 yield (found.dropped + len(found.left_out) + len(found.known)) * plan.draws
             shared = sharer.of(rows)
             self.profile.rows += sum(len(one) for one in rows)

@@ -161,7 +161,7 @@ class PreparedPanel:
             donors = donors_of(plan, self.table, self.runs.seed, kept)
             self.means_and_donors[key] = MeansAndDonors({}, {}, donors, {}, directions[key])
             self.whole_cells[key] = self._whole_cells(plan, kept)
-            together = observe_together(plan, self.runs, self.measured[key])
+            together = observe_together(plan, self.runs, self.measured[key], self.values)
             if together is None:
                 self._look_up(plan, kept, donors)
             else:

@@ -1,4 +1,4 @@
-"""Similarity of vectors, and of whole representations of the same rows."""
+"""Similarity of whole representations of the same rows."""
 
 from __future__ import annotations
 
@@ -9,28 +9,6 @@ from mechdsl.fits.means import checked
 
 FEWEST_ROWS = 4
 """Of the estimator that corrects for few rows."""
-
-
-def cosine(a: Floats, b: Floats) -> Floats:
-    """[row]: of the angle between two vectors; NaN where one of them is 0.
-
-    a, b: [row, width].
-    """
-    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    dots = (np.asarray(a, dtype=np.float64) * b).sum(axis=-1)
-    return np.divide(dots, lengths, out=np.full(len(dots), np.nan), where=lengths > 0)
-
-
-def cka_linear(x: Floats, y: Floats) -> float:
-    """Linear CKA: ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖) of centred rows, Frobenius norms (Kornblith et al. 2019,
-    section 3). From 0 to 1; nearly 1 for whatever has far more dimensions than rows, which
-    `cka_unbiased` corrects. NaN where one side doesn't vary.
-
-    x: [row, width]; y: [row, other width].
-    """
-    a, b = _centred(x), _centred(y)
-    own = float(np.linalg.norm(a.T @ a) * np.linalg.norm(b.T @ b))
-    return float(np.linalg.norm(b.T @ a) ** 2) / own if own > 0 else float("nan")
 
 
 def linear_kernel(x: Floats) -> Floats:

@@ -26,7 +26,7 @@ from mechdsl.resolve.resolve_experiment import resolve_experiment
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.results.averaged import averaged
 from mechdsl.results.blocks_beside import OfBlock, side_by_side
-from mechdsl.results.collect import collect, with_control, without_measures
+from mechdsl.results.collect import collect, with_bare, with_control, without_measures
 from mechdsl.results.denominators import check_denominators
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.explained_by_values import explained_by_values
@@ -126,20 +126,12 @@ class FileRun:
     ) -> None:
         """The result of one experiment, all variants together."""
         first, measured = variants[0], execution.measured
-        raw = [
-            with_control(
-                collect(
-                    plans[each.key],
-                    measured[each.key],
-                    self.models,
-                    execution.profile,
-                    self.sizes,
-                ),
-                plans[each.key],
-                measured,
-            )
-            for each in variants
-        ]
+        raw: list[ExperimentResult] = []
+        for each in variants:
+            plan, profile = plans[each.key], execution.profile
+            own = collect(plan, measured[each.key], self.models, profile, self.sizes)
+            own = with_bare(own, plan, plans, measured, self.models)
+            raw.append(with_control(own, plan, measured))
         refused = {n: d for each in variants for n, d in measured[each.key].refused.items()}
         if len(refused) == len(first.measures):
             self._lose(first.name, list(refused.values()))

@@ -332,15 +332,18 @@ def _blocks(table: Sequence[SitePoint], points: Ragged) -> Ints:
 
 
 def _shapes(plan: ExperimentPlan, rows: Rows) -> list[_Shapes]:
-    """The rows of an experiment; of path patching, those that record what receivers read too."""
+    """The rows of an experiment; of path patching, those that record what receivers read too. Where
+    such rows are whole passes, what they hold is read in others."""
     found = [_Shapes(plan, rows)]
-    path = next((rule for rule in plan.rules if rule.paths is not None), None)
+    path = plan.path
     if path is not None and path.paths is not None and not path.paths.at_the_end:
         at = path.written_runs(rows)
         sender = plan.senders[rows.cell]
         code = combined([[sender, at, rows.alternative, rows.prompt]], [len(rows)])
         _, first = np.unique(code, return_index=True)
         found.append(_Shapes(plan, rows.take(first), recording=True))
+    if path is not None and plan.whole:
+        found.append(found[-1])
     return found
 
 
@@ -446,9 +449,9 @@ class _Shapes:
             for atom in measure.atoms
             if atom.point is not None
         }
-        path = next((rule.paths for rule in self.plan.rules if rule.paths is not None), None)
+        path = None if self.plan.path is None else self.plan.path.paths
         held = None
-        if path is not None and (path.at_the_end or self.recording):
+        if path is not None and not self.plan.whole and (path.at_the_end or self.recording):
             every = np.ones(len(rows), dtype=np.bool_)
             held = Held(every, every & (not path.through_mlps), every & path.frozen_norms)
         return RowMasks(real, writes, {**reads, **received}, final, held)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from mechdsl.base.registry import nearest
+from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.e02_names import BadArgument, MissingLine, UnknownName
 from mechdsl.diagnostics.e06_experiment import NoMeasure
 from mechdsl.program import spec
@@ -47,6 +48,7 @@ from mechdsl.program.observations import (
 )
 from mechdsl.program.sort_statements import Statements, use_names
 from mechdsl.syntax import ast
+from mechdsl.syntax.verbs import WEIGHTS
 
 if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
@@ -214,6 +216,8 @@ def _variant(
 def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
     """The block that the experiment runs on; after an error that which is most likely meant."""
     known = work.scope.names("prompts")
+    if ref is None and _of_weights(work):
+        return work.parts.prompts.setdefault(spec.NO_PROMPTS, _no_prompts())
     if ref is None:
         work.diagnostics.append(
             MissingLine(
@@ -233,6 +237,22 @@ def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
     if not work.scope.use("prompts", name, ref.span):
         name = nearest(name, known) or ""
     return work.parts.prompts.get(name)
+
+
+def _of_weights(work: Statements) -> bool:
+    """Whether it looks at weights and does nothing else, so that it needs no prompts."""
+    other = (work.measures, work.rules, work.from_into, work.keep, work.saves, work.derived)
+    lines = [line for line, _ in work.observed if isinstance(line, ast.Observe)]
+    words = {each.what.id if isinstance(each.what, ast.Name) else each.what.name for each in lines}
+    free = all(line.toward is None and line.run is None for line in lines)
+    return len(lines) == len(work.observed) > 0 and words <= WEIGHTS and free and not any(other)
+
+
+def _no_prompts() -> spec.Prompts:
+    """What stands in for a block: one short text, which nothing hangs on."""
+    text = spec.NO_TEXT
+    span = Span(Source(text), 0, len(text))
+    return spec.Prompts(span=span, name=spec.NO_PROMPTS, templates=(ast.String(text, span=span),))
 
 
 def _rows(

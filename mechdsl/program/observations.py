@@ -166,7 +166,9 @@ def parts_of(
         own = [*through, *(by_name[name] if name else ())]
         if not through:
             said = own if name else plain
-            own = [*_own_measures(rule, [*said, *own], parts), *own]
+            itself = any(isinstance(m.metric, ast.Name) and m.metric.id == name for m in own)
+            automatic = _own_measures(rule, [*said, *own], parts)
+            own = [*automatic[1 if itself else 0 :], *(_written_out(m, rule) for m in own)]
         found.append(Part(rule, own))
     _acts_elsewhere(observed, rules, plain, work)
     if len(found) == 1 and (not plain or found[0].name is None):
@@ -240,6 +242,18 @@ def _own_measures(
             for word in controls
         ),
     ]
+
+
+def _written_out(measure: spec.Measure, rule: spec.Rule) -> spec.Measure:
+    """With the logits that its observation is of, where these stand behind `toward`."""
+    said = _observed(rule)
+    toward = None if said.toward is None else _toward(said.toward)
+
+    def change(node: ast.Node) -> ast.Node:
+        own = isinstance(node, ast.Name) and node.id == said.name
+        return toward if own and toward is not None else node
+
+    return measure.model_copy(update={"metric": rewrite(measure.metric, change)})
 
 
 def _toward(expression: ast.Expr) -> ast.Expr:

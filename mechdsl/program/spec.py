@@ -109,6 +109,10 @@ class Corruption(Spec):
     changes: tuple[ChangeText, ...]
 
 
+NO_PROMPTS, NO_TEXT = "no prompts", "."
+"""The block of experiments that look at weights alone, and the text of its one row."""
+
+
 class Prompts(Spec):
     """One `prompts` block."""
 

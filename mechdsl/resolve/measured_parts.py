@@ -140,15 +140,23 @@ def _at(experiment: ResolvedExperiment, place: MeasuredPart) -> ResolvedExperime
     said = experiment.spec
     said = said.model_copy(update={"variant": (*said.variant, *place.labels)})
     found = replace(experiment, spec=said, measures=place.measures, places=(), place=place)
-    if experiment.control is None:
-        return found
-    own = experiment.control.experiment
-    control = replace(
-        own,
-        spec=own.spec.model_copy(update={"variant": (*own.spec.variant, *place.labels)}),
-        measures=place.measures,
-        control_of=found.key,
-        places=(),
-        place=place,
-    )
-    return replace(found, control=replace(experiment.control, experiment=control))
+
+    def there(own: ResolvedExperiment) -> ResolvedExperiment:
+        """What stands beside it."""
+        variant = (*own.spec.variant, *place.labels)
+        return replace(
+            own,
+            spec=own.spec.model_copy(update={"variant": variant}),
+            measures=place.measures,
+            control_of=found.key,
+            places=(),
+            place=place,
+        )
+
+    if experiment.control is not None:
+        own = experiment.control
+        found = replace(found, control=replace(own, experiment=there(own.experiment)))
+    if experiment.bare is not None:
+        bare = experiment.bare
+        found = replace(found, bare=replace(bare, experiment=there(bare.experiment)))
+    return found

@@ -104,6 +104,8 @@ class Observation(Intervention):
     controls: ClassVar[tuple[str, ...]] = ()
     """What is measured beside it, as what it is set against, each a measure behind its own
     label."""
+    of_weights: ClassVar[bool] = False
+    """It looks at weights alone, for which no prompt matters."""
     counts: ClassVar[bool] = False
     """It has several values of a cell, along an axis `value` from 1."""
     takes: ClassVar[tuple[Literal["toward", "with", "with site", "top", "arguments"], ...]] = ()

@@ -465,7 +465,11 @@ def with_controls(experiments: Iterable[ResolvedExperiment]) -> list[ResolvedExp
     return [
         each
         for experiment in experiments
-        for each in (experiment, experiment.control and experiment.control.experiment)
+        for each in (
+            experiment,
+            experiment.control and experiment.control.experiment,
+            experiment.bare and experiment.bare.experiment,
+        )
         if each is not None
     ]
 

@@ -44,6 +44,7 @@ from mechdsl.resolve.resolved import (
 )
 from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.resolve.saves import resolve_saves
+from mechdsl.resolve.without_rules import without_rules
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import numbers_named, walk
 
@@ -142,7 +143,8 @@ def outline(
     diagnostics.extend(problems)
     if problems:
         return known, diagnostics
-    return replace(known, resolved=replace(resolved, control=control)), diagnostics
+    bare = without_rules(resolved)
+    return replace(known, resolved=replace(resolved, control=control, bare=bare)), diagnostics
 
 
 def _control(

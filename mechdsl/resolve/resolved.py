@@ -199,8 +199,10 @@ class ResolvedExperiment(Record):
     sites_of: Mapping[str, ast.Span] = field(default_factory=dict, compare=False, repr=False)
     """Experiments whose sites it uses → where."""
     control: ResolvedControl | None = None
+    bare: WithoutRules | None = None
+    """What the effects of its observations are set against."""
     control_of: str | None = None
-    """The experiment that this one is the control of, by its key."""
+    """The experiment that this one is the control of, or its base run, by its key."""
     drawn: Drawn | None = None
     """Of a control: how many draws its cells have."""
     saves: tuple[ResolvedSave, ...] = ()
@@ -305,6 +307,15 @@ class Drawn(Record):
 
     axes: tuple[str, ...]
     counts: Mapping[Key, int]
+
+
+@record
+class WithoutRules(Record):
+    """The same cells of the base run, where effects of what is observed are asked for."""
+
+    experiment: ResolvedExperiment
+    numbers: tuple[int, ...]
+    """Of the measures whose effects are set against it."""
 
 
 @record

@@ -35,6 +35,11 @@ from mechdsl.statistics.bootstrap import FEWEST_UNITS
 from mechdsl.statistics.measure_data import DrawnValues, MeasureData, Missing, Spread
 from mechdsl.vocab.metrics import Form
 
+WEIGHTS_ALONE = (
+    f"none: of weights alone; the text `{spec.NO_TEXT}` stands in, which nothing hangs on"
+)
+UNLISTED = "not listed: rows that can't be used are among those that they were made of"
+
 
 def collect(
     plan: ExperimentPlan,
@@ -73,6 +78,8 @@ def collect(
         called=_called(experiment),
         conventions={
             **conventions(plan, measured, model),
+            **({} if table.name != spec.NO_PROMPTS else {"rows": WEIGHTS_ALONE}),
+            **({} if measured.listed or not plan.lists else {"top tokens": UNLISTED}),
             **{f"model {other.name}": model_words(other) for other in read},
             **_accuracy_words(experiment, accuracies["accuracy_units"]),
             **fallbacks(model, profile),
@@ -151,6 +158,8 @@ def _rounding_words(experiment: ResolvedExperiment, model: LoadedModel) -> str:
         f"self-check in {dtype}"
     ]
     measures = (*experiment.measures, *experiment.accuracies.values())
+    if experiment.bare is not None:
+        words.append("of what is observed, as much of its size, or of 1 where it is smaller")
     words += words_of_forms([atom.form for measure in measures for atom in measure.atoms])
     return "; ".join(words)
 
@@ -307,6 +316,48 @@ def with_control(
     )
     drawn = DrawnValues(values, counts, control.asked, control.what)
     return replace(result, drawn=drawn)
+
+
+def with_bare(
+    result: ExperimentResult,
+    plan: ExperimentPlan,
+    plans: Mapping[str, ExperimentPlan],
+    measured: Mapping[str, MeasuredValues],
+    models: Mapping[str, LoadedModel],
+) -> ExperimentResult:
+    """The result with what its observations see of the base run, where effects are asked for."""
+    bare = plan.experiment.bare
+    if bare is None:
+        return result
+    other = measured[bare.experiment.key]
+    cells = _cells_without_rules(plan, plans[bare.experiment.key])[plan.exists]
+    columns = np.searchsorted(other.kept, measured[plan.experiment.key].kept)
+    relative = models[plan.experiment.model.name].rounding
+    measures = list(result.measures)
+    for number in bare.numbers:
+        own = measures[number]
+        base = other.patched[number][np.ix_(cells, columns)]
+        gaps = tuple(
+            gap or gap_words(other, number, cell)
+            for gap, cell in zip(own.gaps, cells.tolist(), strict=True)
+        )
+        rounding = relative * np.maximum(np.abs(base), 1)
+        measures[number] = replace(own, base=base, source=None, rounding=rounding, gaps=gaps)
+    said = "base run: what is observed there without the rules, in the same rows and cells"
+    return replace(
+        result,
+        measures=tuple(measures),
+        conventions={**result.conventions, "effects of observations": said},
+    )
+
+
+def _cells_without_rules(plan: ExperimentPlan, bare: ExperimentPlan) -> Ints:
+    """[cell] the one that is observed at the same places; axes of rules are none there."""
+    names = [axis.name for axis in plan.experiment.axes]
+    found = np.zeros(plan.n_cells, dtype=np.int64)
+    for axis in bare.experiment.axes:
+        found = found * len(axis) + plan.coordinates[names.index(axis.name)]
+    return found
 
 
 def draw_counts(control: ResolvedControl) -> Ints:

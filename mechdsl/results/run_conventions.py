@@ -101,7 +101,7 @@ def _of_cells(plan: ExperimentPlan, measured: MeasuredValues) -> Said:
         yield (
             "beside the path",
             "the other rules act in each of its passes, also where the rest is held; what the "
-            f"senders have is of the {plan.path.rule.run} run, without them",
+            f"senders have is of the {plan.path.rule.run} run, without them; rows are whole passes",
         )
     leading = [rule.paths.exists for rule in plan.rules if rule.paths is not None]
     missing = int((~np.logical_and.reduce(leading)).sum()) if leading else 0

@@ -96,7 +96,9 @@ class SeenRows:
             if name == "source" and spec.source is not None:
                 parts.append(self._measured(self._run(spec.source), measure, row))
             elif name == "base":
-                parts.append(self._measured(self._run(spec.base), measure, row))
+                run = self._run(spec.base)
+                looked = self._looked_at(cell, measure, row)
+                parts.append(self._prefix(run, row, self._last(run, measure, row, looked)))
         if "patched" not in runs:
             return tuple(parts)
         base = self._run(spec.base)

@@ -139,6 +139,10 @@ class WholePath(PathPatching, Intervention):
 
     whole = True
 
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield from super().conventions(rule, n_layers)
+        yield Convention("passes", "rows of this `path` are whole passes")
+
 
 WHOLE_PATH = WholePath()
 

@@ -18,5 +18,8 @@ read in place of the model's own."""
 CONTROLS: dict[str, tuple[str, ...]] = {}
 """Word behind `observe` → the controls that come with it, each a measure of its own."""
 
+WEIGHTS: set[str] = set()
+"""Words behind `observe` that look at weights alone, for which no prompt matters."""
+
 COUNTED: set[str] = set()
 """Words behind `observe` whose values are several to a cell, along an axis `value`."""

@@ -402,9 +402,9 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
             found.append(
                 UnknownWord(span=measure.effect_span, kind="effect", word=measure.effect, hint=hint)
             )
-        elif measure.observed and effect.name != "raw":
-            reason = f"what is observed is shown as it is, and `{effect.name}` is of two runs"
-            hint = "write `as raw`"
+        elif measure.observed and effect.name not in ("raw", "delta"):
+            reason = f"`{effect.name}` isn't known of what is observed"
+            hint = "write `as raw`, or `as delta` for what the rules change of it"
             text = measure.span.written
             found.append(UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint))
         elif experiment.broken:
@@ -413,7 +413,7 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
             corruptions = program.prompts[experiment.prompts].corruptions
             base = corruptions[0].name if corruptions else "CORRUPTION"
             found.append(EffectNeedsSource(span=measure.span, effect=effect.name, base=base))
-        elif effect.zero is not None and effect.name != "total" and not experiment.rules:
+        elif effect.zero is not None and effect.name != "total" and not _acts(experiment, measure):
             found.append(
                 EffectWithoutRule(
                     span=measure.span,
@@ -422,6 +422,15 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
                 )
             )
     return found
+
+
+def _acts(experiment: spec.Experiment, measure: spec.Measure) -> bool:
+    """Whether there is a rule that could change a measure."""
+    looked = {rule.observed.word for rule in experiment.rules if rule.observed is not None}
+    named = {node.id for node in walk(measure.metric) if isinstance(node, ast.Name)}
+    if not measure.observed and looked.isdisjoint(named):
+        return bool(experiment.rules)
+    return any(rule.observed is None for rule in experiment.rules)
 
 
 def _elsewhere(rule: spec.Rule) -> bool:

@@ -14,20 +14,35 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.results.experiment_result import FileResult
 from mechdsl.store import tensor_files
 
+from ..reference.noise import noise
 from ..reference.points import Point, copied
-from .support import ABSOLUTE, MODES, ROWS, bare, patched_run, prompt, try_file, unpatched
+from .support import (
+    ABSOLUTE,
+    MODES,
+    PROMPTS,
+    ROWS,
+    adopted,
+    bare,
+    check_file,
+    patched_run,
+    prompt,
+    try_file,
+    unpatched,
+)
 
 FAMILIES = ("gpt2", "llama", "gpt_neox")
 EXPERIMENT = "experiment e {{\n  model m\n  prompts p\n  {}\n}}\n"
 
 
-def saved(folder: Path, family: str, *lines: str, mode: str = "planned") -> FileResult:
-    result, found = try_file(
-        EXPERIMENT.format("\n  ".join(lines)), folder, bare(family), MODES[mode]
-    )
+def saved(
+    folder: Path, family: str, *lines: str, mode: str = "planned", prompts: str = PROMPTS
+) -> FileResult:
+    text = EXPERIMENT.format("\n  ".join(lines))
+    result, found = try_file(text, folder, bare(family), MODES[mode], prompts=prompts)
     assert result is not None, found
     return result
 
@@ -107,6 +122,89 @@ def test_half_precision(tmp_path: Path) -> None:
         found = load_file(tmp_path / f"{name}.safetensors")["resid_post.layer1"]
         assert found.dtype == getattr(torch, name)
         torch.testing.assert_close(found, whole.to(found.dtype))
+
+
+NOISED = "corrupt noised { add gaussian(std: 1.5, samples: 3) to embed at subject tokens }"
+
+
+@pytest.mark.parametrize("run", ["noised", "mixed"])
+def test_every_draw_of_noise(run: str, tmp_path: Path) -> None:
+    """Its vectors stand one behind the other, of each token; of a run too whose rules read one."""
+    text = PROMPTS.replace("corrupt other", f"{NOISED}\n  corrupt other")
+    mixed = "run mixed { from noised into clean patch embed at subject tokens }"
+    line = f'save embed of {run} at subject tokens, cue token to "a.safetensors"'
+    lines = [mixed, line] if run == "mixed" else [line]
+    (result,) = saved(tmp_path, "llama", *lines, mode="small passes", prompts=text).saved
+    tensors = load_file(result.path)
+    checked = check_file(EXPERIMENT.format(line.replace("mixed", "noised")), tmp_path,
+                         adopted("llama"), text)  # fmt: skip
+    table = checked.experiments[0].table if checked.experiments else checked.saving[0].table
+    keys = dict(zip(table.row_ids, table.row_keys, strict=True))
+    order = [json.loads(each)["row"] for each in result.rows_path.open(encoding="utf-8")]
+    expected = [
+        (row, token, position, draw)
+        for row in order
+        for position, places in enumerate([prompt(ROWS[row]).subject, (prompt(ROWS[row]).cue,)])
+        for draw in range(3)
+        for token in places
+    ]
+    names = ("row", "token", "position", "draw")
+    assert sorted(zip(*(tensors[name].tolist() for name in names), strict=True)) == sorted(expected)
+    assert tensors["row"].tolist() == [row for row, *_ in expected]
+    assert result.vectors == len(expected)
+    for vector, *where in zip(tensors["embed"], *(tensors[n].tolist() for n in names), strict=True):
+        row, token, position, draw = where
+        plain = unpatched("llama", prompt(ROWS[row]))[1]["embed", None][token, 0]
+        drawn = 1.5 * noise(keys[row], draw, token, len(plain)) if position == 0 else 0
+        torch.testing.assert_close(vector, (plain + drawn).to(plain), atol=ABSOLUTE, rtol=1e-3)
+
+
+def test_rows_without_the_position_and_numbers_of_rows(tmp_path: Path) -> None:
+    """Rows have the number that they have in the data, whichever others are left out."""
+    text = PROMPTS.replace("  xs =", '  where cue != "w28"\n  xs =')
+    assert [row["cue"] == "w28" for row in ROWS] == [False, True, False, False]
+    line = 'save mlp_out layer 1 at each item token, last token to "a.safetensors"'
+    (result,) = saved(tmp_path, "llama", line, prompts=text).saved
+    tensors = load_file(result.path)
+    about = [json.loads(each) for each in result.rows_path.open(encoding="utf-8")]
+    assert {each["row"] for each in about} == {0, 2, 3} == set(tensors["row"].tolist())
+    assert {each["row"]: each["values"]["words"] for each in about} == {
+        row: ROWS[row]["words"] for row in (0, 2, 3)
+    }
+    found = list(zip(*(tensors[n].tolist() for n in ("row", "token", "position")), strict=True))
+    most = max(len(ROWS[row]["words"]) for row in (0, 2, 3))
+    expected = [
+        each
+        for row in tensors["row"].unique_consecutive().tolist()
+        for each in (
+            *((row, n + 1, n) for n in range(len(ROWS[row]["words"]))),
+            (row, prompt(ROWS[row]).last, most),
+        )
+    ]
+    assert found == expected
+    assert len(expected) < 3 * (most + 1)
+    for vector, (row, token, _) in zip(tensors["mlp_out.layer1"], found, strict=True):
+        value = unpatched("llama", prompt(ROWS[row]))[1]["mlp_out", 1][token].flatten()
+        torch.testing.assert_close(vector, value, atol=ABSOLUTE, rtol=1e-3)
+
+
+def test_what_a_run_is_made_of_is_forgotten_batch_by_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many batches there are, what is held is that of one, and of the next."""
+    held: list[int] = []
+    whole = UnpatchedRuns.lanes
+
+    def counted(self: UnpatchedRuns, *args: Any, **kwargs: Any) -> Any:
+        found = whole(self, *args, **kwargs)
+        held.append(len(vars(self)["_lanes"]))
+        return found
+
+    monkeypatch.setattr(UnpatchedRuns, "lanes", counted)
+    line = 'save resid_post layer 1 of healed at cue token to "a.safetensors"'
+    saved(tmp_path, "llama", HEALED, line, mode="small passes")
+    assert len(held) == len(ROWS), "one batch for each row"
+    assert max(held) <= 2
 
 
 def test_folders_that_are_missing_are_made(tmp_path: Path) -> None:

@@ -894,6 +894,15 @@ _rule(
     "measure logit(answer) as raw",
 )
 _rule(
+    "measure OBSERVATION as delta",
+    "patch layer 1 head 2 at last token "
+    "observe entropy pattern layer 2 head * at last token as spread measure spread as delta",
+    "What the rules change of what is observed: the base run is observed at the same places "
+    "without them. Other effects than `raw` and `delta` aren't known of observations.",
+    OWN,
+    _OBSERVED,
+)
+_rule(
     "observe … of RUN",
     "observe norm resid_post layer * of fewer at last token as lengths",
     "Of another run than the one that rules act on, whose texts positions are found in.",
@@ -1026,7 +1035,8 @@ _rule(
     "observe cka",
     "observe cka resid_post layer * with attn_out layer * at last token as alike",
     "Linear CKA of two sites over all distinct rows, by the estimator without bias for few rows; "
-    "the second site's axes are `to_layer`, `to_head`. Its interval is that of the jackknife.",
+    "the second site's axes are `to_layer`, `to_head`; `with fewer` is of the same site in two "
+    "runs. Its interval is that of the jackknife.",
     "Kornblith et al. 2019, arXiv 1905.00414; Song et al. 2012",
     _TOGETHER,
     "measure logit(answer) as raw",
@@ -1046,7 +1056,8 @@ _rule(
     "observe copying layer * head * as copies",
     "Of a head's weights alone: Σ λ / Σ |λ| over the eigenvalues of embedding → OV → unembedding, "
     "or of embedding → QK ← embedding (`matching`), from −1 to 1. Gains of norms are folded in; "
-    "their scales, biases and rotary are not.",
+    "their scales, biases and rotary are not. An experiment that looks at weights alone needs no "
+    "`prompts` line.",
     "Elhage et al. 2021, transformer-circuits.pub/2021/framework",
     _WEIGHTS,
     "measure logit(answer) as raw",
@@ -1222,7 +1233,8 @@ _experiment(
     "`kl(healed)`, `accuracy(healed)`, `mean of healed`, `observe … of healed`, `save … of "
     "healed`. Its rules have one cell, all in one pass; without `from` they act on the clean run. "
     "What they write stays in place where other rules act on it, which act behind them. A run may "
-    "use those before it. Rows that start there are whole passes.",
+    "use those before it. Rows that start there are whole passes. All rules may stand in it but "
+    "`path` and `replace POSITIONS with TEXT`; a Python function is given all rows that are kept.",
     "tests/rules/test_derived_runs.py",
     "McGrath et al. 2023 (arXiv 2307.15771)",
     beside="expect accuracy(healed) > 0",

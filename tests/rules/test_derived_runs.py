@@ -371,6 +371,33 @@ def test_means_in_a_run_are_of_the_rows_that_are_kept(data: Path) -> None:
     np.testing.assert_allclose(source[0], values, atol=1e-4)
 
 
+def test_other_rows_in_a_run(data: Path) -> None:
+    """`resample` gives each row what another one has: a permutation without a fixed point, the same
+    whatever batches the rows are run in."""
+    line = "run mixed { ablate mlp_out layer 1 at last token with resample }"
+    text = experiment("e", line, "from mixed into clean", "patch resid_post layer 2 at last token")
+    found = [run_file(text, data, "llama", mode)["e"] for mode in ("planned", "small passes")]
+    count = len(records())
+    given = [plain("llama", rows()[n])["mlp_out", 1][-1, 0] for n in range(count)]
+    of: list[int] = []
+    for n in range(count):
+        own = [
+            difference(
+                edited("llama", rows()[n], [Write("mlp_out", 1, each, rows()[n].last, 0)]).logits,
+                records()[n],
+            )
+            for each in given
+        ]
+        for each in found:
+            end = each.measures[0].source
+            assert end is not None
+            of.append(int(np.abs(np.array(own) - end[0, n]).argmin()))
+            assert abs(own[of[-1]] - end[0, n]) < 1e-4
+    assert of[::2] == of[1::2]
+    assert sorted(of[::2]) == list(range(count))
+    assert all(n != donor for n, donor in enumerate(of[::2]))
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 

@@ -653,6 +653,107 @@ def test_another_file_is_another_lens(data: Path) -> None:
     assert np.abs(found[0] - found[1]).max() > 1e-3
 
 
+# --- what rules change of them --------------------------------------------------------------------
+
+
+def direct(name: str, run: Run, text: Any, n: int) -> float:
+    stream, out = run["resid_post", 2][text.last], run["mlp_out", 2][text.last]
+    return toward(n, folded(name, out, stream))
+
+
+CHANGED: dict[str, tuple[str, str, Callable[..., float]]] = {
+    "lengths": (
+        "observe norm resid_post layer 2 at last token as lengths",
+        "lengths",
+        lambda name, n, run, text: norm(run["resid_post", 2][text.last]),
+    ),
+    "entropies": (
+        "observe entropy pattern layer 2 at last token as entropies",
+        "entropies",
+        lambda name, n, run, text: mean([spread(w) for w in run["pattern", 2][text.last]]),
+    ),
+    "attn": (
+        "observe attention layer 2 head 1 from last token to cue token as attn",
+        "2 * attn",
+        lambda name, n, run, text: 2 * float(run["pattern", 2][text.last, 1, tokens(text, CUE)[0]]),
+    ),
+    "paid": (
+        "observe received pattern layer 2 head 3 at cue token as paid",
+        "paid",
+        lambda name, n, run, text: later(run["pattern", 2][:, 3], tokens(text, CUE)[0]),
+    ),
+    "neuron": (
+        "observe value mlp_hidden layer 2 neuron 4 at last token as unit_4",
+        "unit_4",
+        lambda name, n, run, text: float(run["mlp_hidden", 2][text.last, 4]),
+    ),
+    "lens": (
+        "observe logit_lens resid_pre layer 2 at last token as lens",
+        "logit(answer) - logit(wrong)",
+        lambda name, n, run, text: toward(n, by_lens(name, run["resid_pre", 2][text.last])),
+    ),
+    "parts": (
+        "observe direct_logit mlp_out layer 2 toward answer - wrong at last token as parts",
+        "parts",
+        lambda name, n, run, text: direct(name, run, text, n),
+    ),
+}
+"""Line, measure, reference of one run."""
+
+
+def hold_changes(data: Path, name: str, mode: str) -> None:
+    patch = ("from longer into clean", "patch resid_post layer 0..1 at cue token")
+    text = ""
+    for key, (line, measure, _) in CHANGED.items():
+        text += experiment(f"e_{key}", *patch, line, measure=f"measure {measure} as delta")
+    seen = run_file(text, data, name, mode)
+    for key, (_, _, value) in CHANGED.items():
+        whole, largest = seen[f"e_{key}"], 0.0
+        (measure,) = [each for each in whole.measures if each.effect == "delta"]
+        found = measure.patched - measure.base
+        assert found.shape == (2, len(rows()))
+        for layer, n in product((0, 1), range(len(rows()))):
+            own = rows()[int(n)]
+            changes = taken(name, int(n), "longer", [End("resid_post", int(layer))], CUE)
+            (run,) = side_by_side(name, double(name), own.ids, [(changes, [])])
+            after, before = (value(name, int(n), each, own) for each in (run, plain(name, own)))
+            close = max(1e-4, 1e-3 * abs(after - before))
+            assert abs(found[int(layer), int(n)] - (after - before)) < close
+            largest = max(largest, abs(after - before))
+        assert largest > 0.02, f"nothing is changed of {key}"
+        mean = whole.statistics[list(whole.measures).index(measure)].mean
+        np.testing.assert_allclose(mean, found.mean(axis=1), atol=1e-6)
+        assert "without the rules" in whole.conventions["effects of observations"]
+
+
+@pytest.mark.parametrize("name", LENS)
+def test_effects_of_observations_are_those_of_the_model(data: Path, name: str) -> None:
+    hold_changes(data, name, "planned")
+
+
+def test_effects_of_observations_without_the_planner(data: Path) -> None:
+    hold_changes(data, "gpt2", "plain")
+
+
+def test_each_cell_is_set_against_its_own(data: Path) -> None:
+    """Of the axes of the rule and of what is observed, the base run has the latter's alone."""
+    patch = ("from longer into clean", "patch resid_post layer 0..1 at cue token")
+    look = "observe entropy pattern layer 2 head * at last token, cue token, item 1 token as"
+    text = experiment("e", *patch, f"{look} spread", measure="measure spread as delta")
+    text += experiment("b", f"{look} alone", measure="")
+    seen = run_file(text, data, "llama", "planned")
+    (alone,), (changed,) = seen["b"].measures, seen["e"].measures
+    base = {
+        (cell.coords["head"], cell.coords["position"]): alone.patched[n]
+        for n, cell in enumerate(seen["b"].cells)
+    }
+    assert (len(base), changed.base.shape[0]) == (12, 24)
+    for n, cell in enumerate(seen["e"].cells):
+        wanted = base[cell.coords["head"], cell.coords["position"]]
+        np.testing.assert_allclose(changed.base[n], wanted, atol=1e-5)
+    assert len({tuple(row.round(4)) for row in alone.patched}) == 12
+
+
 # --- two of them beside each other ----------------------------------------------------------------
 
 
@@ -708,8 +809,15 @@ LENS_AT = "observe logit_lens resid_post layer 1 at last token"
         ((LENS_AT,), "measure cosine(resid_post layer 1, clean) as raw", "E0612"),
         (
             ("from longer into clean", "patch embed at cue token", LENS_AT),
-            "measure logit(answer) as delta",
+            "measure logit(answer) as recovery",
             "E0612",
+        ),
+        (("observe norm embed at last token as one",), "measure one as relative", "E0612"),
+        (("observe norm embed at last token as one",), "measure one as delta", "E0611"),
+        (
+            ("observe attention layer 1 head 1 from last token to cue token",),
+            "measure attention as delta",
+            "E0611",
         ),
         (("observe direct_logit attn_out layer 1 at last token",), "", "E0207"),
         (

@@ -527,6 +527,35 @@ def test_similarity_of_two_sites_at_one_token(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("name", "passes"), [*((name, "planned") for name in FAMILIES[:3]), ("llama", "plain")]
+)
+def test_cka_of_two_runs(tmp_path: Path, name: str, passes: str) -> None:
+    """Rows that are alike in one run may differ in the other."""
+    found = run(
+        tmp_path, name, "observe cka mlp_out layer * with moved at left token",
+        options=MODES[passes],
+    )  # fmt: skip
+    moved = [{**record, "left": record["turn"]} for record in RECORDS]
+    own = [(*record["left"], "w40", *record["turn"]) for record in RECORDS]
+    first = [own.index(key) for key in dict.fromkeys(own)]
+    assert len(set(keys("left token"))) < len(first) < len(own)
+    for layer, values in enumerate(found.measures[0].patched):
+        there = [
+            _seen(name, tuple(words(each)))["mlp_out", layer][hits(each, "left token")].flatten(1)
+            for each in moved
+        ]
+        other = np.array([each.mean(0).detach().numpy() for each in there])
+        a, b = (
+            u_centred(each[first])
+            for each in (vectors(name, "mlp_out", layer, "left token"), other)
+        )
+        wanted = (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
+        np.testing.assert_allclose(values.mean(), wanted, atol=1e-4)
+        assert abs(wanted - 1) > 0.01
+    assert "position of `moved`" in found.conventions["observed"]
+
+
+@pytest.mark.parametrize(
     ("name", "passes"), [*((name, "planned") for name in FAMILIES), ("llama", "plain")]
 )
 def test_similarity_of_two_runs(tmp_path: Path, name: str, passes: str) -> None:

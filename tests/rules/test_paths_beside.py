@@ -33,6 +33,7 @@ from .support import (
 )
 from .test_allowed import ATTENTION, masked, visible
 from .test_paths import EVERYTHING
+from .test_steered_runs import handed_on
 
 FAMILIES = ("gpt2", "llama", "gpt_neox")
 LAYERS, HEADS = range(3), 4
@@ -80,14 +81,18 @@ class Call:
 def called(
     name: str, text: Text, edits: Edits = (), *, frozen: Mapping[str, Tensor] | None = None,
     blocked: Sequence[tuple[int, str, str]] = (), numbers: Mapping[int, int] | None = None,
-    blocks: Mapping[int, int] | None = None,
+    blocks: Mapping[int, int | None] | None = None,
 ) -> Call:  # fmt: skip
     """frozen: what norms divide by is that of these vectors."""
     model = copy.deepcopy(double(name))
     model.set_attn_implementation("eager")
     stack = model.get_submodule(BLOCK[name])
-    for to, of in [(to, copy.deepcopy(stack[of])) for to, of in (blocks or {}).items()]:
-        stack[to] = of
+    originals = list(stack)
+    for to, of in (blocks or {}).items():
+        if of is None:
+            stack[to].register_forward_hook(handed_on, with_kwargs=True)
+        else:
+            stack[to] = copy.deepcopy(originals[of])
     before: dict[Tap, Tensor] = {}
     normed: dict[str, Tensor] = {}
     for path, norm in _norms(name, model):
@@ -192,7 +197,7 @@ class Beside:
     edits: Callable[[str, Text, int], Edits] = field(default=lambda name, text, n: ())
     blocked: Sequence[tuple[int, str, str]] = ()
     numbers: Callable[[Text], Mapping[int, int]] = field(default=lambda text: {})
-    blocks: Mapping[int, int] = field(default_factory=dict[int, int])
+    blocks: Mapping[int, int | None] = field(default_factory=dict[int, "int | None"])
 
     def __call__(self, name: str, text: Text, edits: Edits, **more: Any) -> Call:
         return called(
@@ -332,6 +337,7 @@ OTHERS: dict[str, Beside] = {
         numbers=lambda text: {at: 9 + k for k, at in enumerate(tokens(text, "subject tokens"))},
     ),
     "blocks": Beside("replace block layer 1 with block layer 2", blocks={1: 2}),
+    "a_block_less": Beside("replace block layer 1 with identity", blocks={1: None}),
 }
 H01: list[End] = [("z", 0, 1)]
 TO_Q = "L0H1 -> q layer 2 heads *"

@@ -92,7 +92,7 @@ def called(
             places[place] = number
     for to, of in pairs.items():
         if of is None:
-            before[to].register_forward_hook(_handed_on, with_kwargs=True)
+            before[to].register_forward_hook(handed_on, with_kwargs=True)
         else:
             blocks[to] = copy.deepcopy(before[of])
     for layer in LAYERS:
@@ -123,7 +123,7 @@ def called(
     return logits, [streams[layer] for layer in LAYERS]
 
 
-def _handed_on(module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
+def handed_on(module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
     stream = args[0] if args else kwargs["hidden_states"]
     return (stream, *out[1:]) if isinstance(out, tuple) else stream
 
@@ -374,6 +374,22 @@ def test_a_function_that_fails_in_a_run(folder: Path) -> None:
     result, found = with_python(text, folder, "llama")
     assert [each.code for each in found if each.severity == "error"] == ["E0223"]
     assert result is None or not result.experiments
+
+
+def test_a_function_in_a_run_is_given_the_rows_that_are_kept(folder: Path) -> None:
+    lines = ["keep prob(answer) > 0.012", *defined("made"), "from made into clean"]
+    text = experiment("e", *lines, "patch resid_post layer 1 at last token")
+    result, _ = with_python(text, folder, "llama")
+    found = as_in_the_data(result.experiments[0])
+    kept = list(found.row_ids)
+    assert 1 < len(kept) < COUNT
+    every = [plain("llama", "clean", n)[1][1][-1] for n in kept]
+    mean = torch.stack(every).mean(0)
+    for number, (n, own) in enumerate(zip(kept, every, strict=True)):
+        patch = (1, tokens(rows()[n], "last token")[0], 2 * own - mean)
+        logits, _ = called("llama", rows()[n], (), n, [patch])
+        value = difference(logits, records()[n])
+        assert found.measures[0].patched[0, number] == pytest.approx(value, abs=1e-4)
 
 
 def test_a_direction_that_is_nothing_in_a_run(data: Path) -> None:

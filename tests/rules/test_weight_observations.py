@@ -12,7 +12,7 @@ import torch
 from mechdsl.execute import observed_weights
 from mechdsl.results.experiment_result import ExperimentResult
 
-from ..execute.support import ids_of, run_file
+from ..execute.support import ids_of, run_file, try_file
 from ..execute.test_observed_weights import FAMILIES, bare, behind_first_mlp, ends, head, written
 
 PROMPTS = """
@@ -133,3 +133,34 @@ def test_what_is_said_of_successors(tmp_path: Path) -> None:
     said = found.conventions["observed"]
     assert 'of " w1", " w2", " w3"' in said
     assert "through the first block's MLP behind its own norm" in said
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_need_no_prompts(tmp_path: Path, name: str) -> None:
+    """The values are those that an experiment on any prompts has."""
+    lines = ("observe copying layer * head 1 as copies", "observe matching L1H2 as repeats")
+    text = "experiment e {\n  model m\n  " + "\n  ".join(lines) + "\n}\n"
+    alone = run_file(text, tmp_path, bare(name), prompts="")
+    assert list(alone) == ["e.copies", "e.repeats"]
+    for line, found in zip(lines, alone.values(), strict=True):
+        beside = run(tmp_path, name, line)
+        assert [cell.site for cell in found.cells] == [cell.site for cell in beside.cells]
+        values = found.measures[0].patched
+        np.testing.assert_allclose(values[:, 0], beside.measures[0].patched[:, 0], atol=1e-6)
+        assert values.shape[1] == 1
+        assert found.conventions["rows"].startswith("none: of weights alone")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("observe norm resid_post layer * at last token",),
+        ("observe copying L1H1 as c", "observe norm embed at last token as n"),
+        ("observe value_vectors layer 1 neuron * toward answer",),
+        ("observe copying L1H1", "measure logit(answer) as raw"),
+    ],
+)
+def test_what_needs_prompts_says_so(tmp_path: Path, lines: tuple[str, ...]) -> None:
+    text = "experiment e {\n  model m\n  " + "\n  ".join(lines) + "\n}\n"
+    _, found = try_file(text, tmp_path, bare("gpt2"), prompts="")
+    assert "E0206" in [each.code for each in found]

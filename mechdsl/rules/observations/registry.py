@@ -30,7 +30,7 @@ from mechdsl.resolve.resolved_rule import (
     SiteTargets,
 )
 from mechdsl.rules.kind import places, rule_kind
-from mechdsl.syntax.verbs import CONTROLS, COUNTED, LENSES
+from mechdsl.syntax.verbs import CONTROLS, COUNTED, LENSES, WEIGHTS
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS, Form
 
@@ -91,6 +91,8 @@ def observation(word: str, unit: str = "") -> Callable[[type[K]], type[K]]:
         if entry.read_by_measures:
             entry.form = Form("nothing", unit, "number", _likeliest, meaning)
             LENSES.add(word)
+        if entry.of_weights:
+            WEIGHTS.add(word)
         if entry.counts:
             COUNTED.add(word)
         if entry.controls:

@@ -138,6 +138,7 @@ def _run_named(site: ast.Site, work: Work) -> str | None:
 class Cka(OverRowsKind):
     """Linear CKA of two sites: how alike they set the rows apart from each other.
 
+    `with RUN`: of the same site in two runs.
     returns: about 0 to 1, corrected for few rows
     source: Kornblith et al. 2019, arXiv 1905.00414, section 3; Song et al. 2012, equation 5
     """
@@ -147,16 +148,23 @@ class Cka(OverRowsKind):
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
         found = super().resolve(rule, work)
         if rule.receiver is None:
-            refuse(rule, work, "compares two sites", "name the other: `with resid_post layer *`")
+            hint = "name the other: `with resid_post layer *`, or a run: `with fewer`"
+            refuse(rule, work, "compares two sites", hint)
             return None
         if len(work.table) > CKA_ROWS:
             reason = f"of {len(work.table):,} rows is too large: it holds all pairs of rows"
             refuse(rule, work, reason, f"write `limit {CKA_ROWS}` behind `prompts`")
             return None
+        if _run_named(rule.receiver, work) is not None:
+            return None if found is None else replace(found, does=CkaOfRuns())
         others = other_sites(rule, work)
         if found is None or others is None or not self.sites_fit(rule, others, work):
             return None
         return replace(found, beside=others)
+
+    def read_run(self, rule: spec.Rule, work: Work) -> str:
+        other = None if rule.receiver is None else _run_named(rule.receiver, work)
+        return other or super().read_run(rule, work)
 
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
         import numpy as np
@@ -177,3 +185,13 @@ class Cka(OverRowsKind):
     def said(self, rule: ResolvedRule) -> Iterator[str]:
         yield "the estimator without bias for few rows (Song et al. 2012), over distinct rows"
         yield "its interval is that of the jackknife over rows"
+
+
+class CkaOfRuns(Cka):
+    """Of a site with itself in another run."""
+
+    reads: ClassVar = "run"
+
+    def said(self, rule: ResolvedRule) -> Iterator[str]:
+        yield f"with the same site at the same position of `{rule.run}`"
+        yield from super().said(rule)

@@ -31,6 +31,7 @@ class OfWeights(OverRows, Kind):
     spread: Literal["rows", "unknown", "none"] = "none"
     unplaced = "last token"
     reads_vectors = False
+    of_weights = True
     folded: ClassVar[str] = FOLDED
     """What of norms, biases and positions is in the maps."""
     compares: ClassVar[bool] = False

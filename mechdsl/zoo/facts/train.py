@@ -17,8 +17,9 @@ from mechdsl.zoo.commands import train_command
 from mechdsl.zoo.facts.data import STAGES, stream, vocabulary
 
 SEED = 0
-STEPS = 1200  # of the first stage, which ends before its schedule of 2,600 does
-SCHEDULES = (2600, 1200, 700)  # steps, by stage
+STEPS = 1200  # of a stage, at most
+STAGE_STEPS = (1200, 1200, 700)
+SCHEDULES = (2600, 1200, 700)  # of the rate, in steps
 BATCH = 44  # texts
 LEARNING_RATES = (1.5e-3, 1e-3, 7e-4)  # by stage
 LAYERS = 6
@@ -45,7 +46,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def train(seed: int, steps: int) -> LlamaForCausalLM:
-    """A model trained on `steps` batches, from the circuit of zoo("induction") on."""
+    """A model trained from the circuit of zoo("induction") on, in stages of at most `steps`."""
     torch.manual_seed(seed)
     config = model_config()
     model = LlamaForCausalLM(config)
@@ -54,7 +55,7 @@ def train(seed: int, steps: int) -> LlamaForCausalLM:
     for stage, (schedule, rate) in enumerate(zip(SCHEDULES, LEARNING_RATES, strict=True)):
         drawn = stream(seed + stage, held_out=False, stage=STAGES[stage])
         data = language.batches(drawn, seed + stage, BATCH, build_tokenizer(), pad, pool_size=1)
-        shown = itertools.islice(data, steps) if stage == 0 else data
+        shown = itertools.islice(data, min(steps, STAGE_STEPS[stage]))
         language.fit(model, shown, steps=schedule, rate=rate, other_weight=OTHER_WEIGHT)
     return model.eval()
 

@@ -1,0 +1,120 @@
+"""Steering, allowed edges, position ids, blocks, runs with rules, lenses and paths in bfloat16.
+
+A model in 16 bits rounds elsewhere in a padded batch than with one prompt, so equal numbers can't
+be asked for (see `tests/models/test_precision.py`). Held here is how far results are from those of
+the same weights in float32: over all constructs no further, in root mean square, than the bare
+model's own differences are from float32, one unpadded prompt at a time and nothing done to it,
+times `NOISIER`; of each construct, `ALONE`, as it has few values; and none by more than `FURTHEST`
+units of the largest logit, twice, as measures are differences of two. A write that is lost, or in
+another place, is off by what it does, which is more than that.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mechdsl.base.source import Source
+from mechdsl.results.experiment_result import ExperimentResult
+
+from ..execute.support import MODES, as_in_the_data, run_on, shared
+from ..models.test_precision import FURTHEST, NOISIER
+from .models import bare
+from .support import BLOCKS, QUICK, Array, difference, experiment, records, rows
+
+FAMILIES = ("gpt2", "llama", "gpt_neox")
+ALONE = 5
+EPS = torch.finfo(torch.bfloat16).eps
+DIRECTION = "direction d = mean_difference(p.other, second) at resid_post layer 1 at last token\n"
+STEERED = "run steered { add 3 * d to resid_post layer 1 at last token }"
+LINES: dict[str, tuple[str, ...]] = {
+    "add": ("add 3 * d to resid_post layer * at last token",),
+    "set to": ("set resid_post layer * at last token to 2 * d",),
+    "scale": ("scale resid_post layer * at last token by -1",),
+    "project out": ("project out d from resid_post layer * at last token",),
+    "project out of weights": ("project out d from weights",),
+    "clamp": ("clamp d of resid_post layer * at last token to 40",),
+    "allow": ("allow attention layers * from tokens * to tokens *",),
+    "renumber": ("renumber subject tokens from 20",),
+    "replace block": ("replace block layer 1 with block layer 2",),
+    "identity": ("replace block layer * with identity",),
+    "source": (STEERED, "from steered into clean", "patch resid_post layer * at last token"),
+    "base": (STEERED, "from other into steered", "patch resid_post layer * at last token"),
+    "lens": (STEERED, "observe logit_lens resid_post layer 1..2 of steered at last token"),
+    "path": ("from other into clean", "path resid_post layer * -> logits at last token"),
+    "beside": (
+        "from other into clean", "scale mlp_out layer 2 at last token by -2",
+        "path resid_post layer 0..1 -> mlp_norm layer 2 at last token",
+    ),
+    "frozen": ("from other into clean",
+               "path resid_post layer * -> logits at last token with frozen norms"),
+}  # fmt: skip
+
+
+@cache
+def pair(name: str) -> tuple[Any, Any]:
+    """One model twice: in 16 bits and, the same weights, in float32."""
+    half = copy.deepcopy(bare(name)).to(torch.bfloat16)
+    return half, copy.deepcopy(half).to(torch.float32)
+
+
+@cache
+def results(data: Path, name: str, half: bool, mode: str) -> dict[str, ExperimentResult]:
+    text = DIRECTION
+    for number, (key, lines) in enumerate(LINES.items()):
+        effect = "raw" if key == "lens" else "delta"
+        measure = f"measure logit(answer) - logit(wrong) as {effect}"
+        text += experiment(f"e{number}", *lines, measure=measure)
+    whole = f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{text}'
+    model = shared(pair(name)[0 if half else 1])
+    result, found = run_on(Source(whole, data / "file.mech"), {"m": model}, MODES[mode])
+    assert result is not None, [each.message for each in found]
+    return {key: as_in_the_data(each) for key, each in zip(LINES, result.experiments, strict=True)}
+
+
+@cache
+def noise(name: str) -> tuple[float, float]:
+    """(root mean square that differences of the bare model are off by, its largest logit)"""
+    off, largest = list[float](), 0.0
+    for run in ("clean", "other", "longer"):
+        for text, record in zip(rows(run), records(), strict=True):
+            half, single = (
+                model(input_ids=torch.tensor([text.ids]), use_cache=False).logits[0].float()
+                for model in pair(name)
+            )
+            largest = max(largest, float(single.abs().max()))
+            off.append(difference(half, record) - difference(single, record))
+    return float(np.sqrt(np.mean(np.square(off)))), largest
+
+
+def rms(values: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("key", list(LINES))
+@torch.no_grad()
+def test_it_is_right_within_rounding(data: Path, key: str, name: str, mode: str) -> None:
+    half, single = (results(data, name, each, mode)[key].measures[0] for each in (True, False))
+    own, largest = noise(name)
+    off = half.patched - single.patched
+    effect = rms(single.patched - (0 if key == "lens" else single.base))
+    assert rms(off) <= ALONE * own
+    assert np.abs(off).max() <= 2 * FURTHEST * EPS * largest
+    assert effect > 1.5 * ALONE * own, "a lost write would not be seen"
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_all_of_them_are(data: Path, name: str, mode: str) -> None:
+    half, single = (results(data, name, each, mode) for each in (True, False))
+    off = [(half[k].measures[0].patched - single[k].measures[0].patched).ravel() for k in LINES]
+    assert rms(np.concatenate(off)) <= NOISIER * noise(name)[0]
