@@ -307,11 +307,11 @@ def _beside_others(work: Work, kinds: Registry[RuleKind]) -> None:
     rules = work.experiment.rules
     for verb, kind in kinds.items():
         own = [rule for rule in rules if rule.verb == verb]
-        said = {"later": kind.once_because} if kind.once_because else {}
         if kind.once:
             what = f"a second `{verb}` in one experiment"
+            later = kind.once_because or NotSupported.later
             work.diagnostics.extend(
-                NotSupported(span=rule.span, what=what, **said) for rule in own[1:]
+                NotSupported(span=rule.span, what=what, later=later) for rule in own[1:]
             )
 
 
