@@ -330,6 +330,11 @@ HINTS: tuple[Hint, ...] = (
         "each has its own `token`: `{{first token, last token}}`",
         "TOKEN",
     ),
+    Hint(
+        r"^report\s+(\w+).*\b(top\s+[0-9]+)\s*$",
+        r"of\s+([\w.]+)",
+        "`of` comes first: `report {0} of {2} {1}`",
+    ),
     Hint(r"\beach\s+token\s*$", r"", "each of all tokens is `token *`", "BETWEEN"),
     Hint(
         r"^$",
