@@ -7,13 +7,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mechdsl.base.names import name_list
+from mechdsl.base.registry import nearest
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e01_syntax import MisspeltWord
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e03_coordinates import BadLoopValue
 from mechdsl.syntax import ast
 from mechdsl.syntax.format.constructs import position as written_position
 from mechdsl.syntax.walk import rewrite, walk
+
+BEFORE_A_SPAN = ("each", "between", "first", "last")
+"""Words of the language that a span may follow."""
 
 
 @dataclass
@@ -32,6 +37,9 @@ class NamedNumbers:
         """The positions with numbers alone; None after E0322."""
         before = len(self.diagnostics)
         for node in walk(positions):
+            if isinstance(node, ast.SpanRef) and (slip := self._slip(node)) is not None:
+                self.diagnostics.append(slip)
+                return None
             parts = walk(node) if isinstance(node, ast.Point | ast.SpanRef | ast.TokenIndex) else ()
             if any(isinstance(part, ast.Variable) and part.name in self.loops for part in parts):
                 self.swept.add(node.span)
@@ -40,6 +48,21 @@ class NamedNumbers:
 
     def _changed(self, node: ast.Node) -> Any:
         return self._number(node) if isinstance(node, ast.Variable) else node
+
+    def _slip(self, node: ast.SpanRef) -> Diagnostic | None:
+        """Of `eahc item token`, which reads as the number `item` of a span."""
+        number = None if node.occurrence is None else node.occurrence.low
+        if node.name is None or not isinstance(number, ast.Variable) or number.name in self.values:
+            return None
+        if node.name == "except":
+            reason, hint = "several tokens are meant", "write `tokens except …`"
+            return BadLoopValue(span=node.span, name=node.name, reason=reason, hint=hint)
+        meant = nearest(node.name, BEFORE_A_SPAN)
+        if meant is None:
+            return None
+        start = node.span.start
+        span = Span(node.span.source, start, start + len(node.name))
+        return MisspeltWord(span=span, word=node.name, meant=meant)
 
     def _number(self, node: ast.Variable) -> int:
         """The number; 0 after E0322."""

@@ -46,6 +46,12 @@ HINTS: tuple[Hint, ...] = (
         "`at` comes first: `at last token through mlps`",
         "AT",
     ),
+    Hint(
+        r"^path\b(?!.*\bat\b).*->.*through\s*$",
+        r"mlps\b",
+        "`at` comes first: `at last token through mlps`",
+        "AT",
+    ),
     Hint(r"^path\b.*->.*$", r"->", "a path has one sender and one receiver"),
     Hint(
         r"^path\b(?!.*->).*$",
