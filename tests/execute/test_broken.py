@@ -71,12 +71,12 @@ def test_the_whole_executor_passes(folder: Path, mode: str) -> None:
     compare(folder, mode)
 
 
-def shifted(*args: Any) -> list[SiteWrite]:
+def shifted(*args: Any, **named: Any) -> list[SiteWrite]:
     """Writes one token too far."""
-    return [replace(w, positions=w.positions + 1) for w in build_writes(*args)]
+    return [replace(w, positions=w.positions + 1) for w in build_writes(*args, **named)]
 
 
-def one_head(*args: Any) -> list[SiteWrite]:
+def one_head(*args: Any, **named: Any) -> list[SiteWrite]:
     """Drops the second head."""
     return [
         replace(
@@ -86,29 +86,30 @@ def one_head(*args: Any) -> list[SiteWrite]:
             values=w.values[w.units == 0],
             units=w.units[w.units == 0],
         )
-        for w in build_writes(*args)
+        for w in build_writes(*args, **named)
     ]
 
 
-def swapped_heads(*args: Any) -> list[SiteWrite]:
-    return [replace(w, units=1 - w.units) for w in build_writes(*args)]
+def swapped_heads(*args: Any, **named: Any) -> list[SiteWrite]:
+    return [replace(w, units=1 - w.units) for w in build_writes(*args, **named)]
 
 
-def swapped_rows(*args: Any) -> list[SiteWrite]:
+def swapped_rows(*args: Any, **named: Any) -> list[SiteWrite]:
     """Gives the first row what belongs to the second."""
     return [
-        replace(w, values=w.values.roll(w.values.shape[0] // 2, 0)) for w in build_writes(*args)
+        replace(w, values=w.values.roll(w.values.shape[0] // 2, 0))
+        for w in build_writes(*args, **named)
     ]
 
 
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize(
-    "broken", [shifted, one_head, swapped_heads, swapped_rows, lambda *args: []]
+    "broken", [shifted, one_head, swapped_heads, swapped_rows, lambda *args, **named: []]
 )
 def test_wrong_writes_are_noticed(
     folder: Path, mode: str, broken: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mechdsl.execute.patched_rows, "build_writes", broken)
+    monkeypatch.setattr(mechdsl.execute.writes, "build_writes", broken)
     with pytest.raises(AssertionError, match="off by"):
         compare(folder, mode)
 
@@ -136,10 +137,12 @@ def test_forgotten_padding_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPa
 def test_values_that_are_off_by_a_little_are_noticed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rough(*args: Any) -> list[SiteWrite]:
-        return [replace(w, values=w.values.to(torch.bfloat16)) for w in build_writes(*args)]
+    def rough(*args: Any, **named: Any) -> list[SiteWrite]:
+        return [
+            replace(w, values=w.values.to(torch.bfloat16)) for w in build_writes(*args, **named)
+        ]
 
-    monkeypatch.setattr(mechdsl.execute.patched_rows, "build_writes", rough)
+    monkeypatch.setattr(mechdsl.execute.writes, "build_writes", rough)
     with pytest.raises(AssertionError, match="off by"):
         compare(folder, "planned")
 

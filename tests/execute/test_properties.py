@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mechdsl.execute.patched_rows
+import mechdsl.execute.writes
 from mechdsl.execute.options import Options
 from mechdsl.execute.writes import build_writes
 from mechdsl.hooks.reads_and_writes import SiteWrite
@@ -145,10 +146,10 @@ def test_a_run_patched_with_itself_is_unchanged(folder: Path, family: str) -> No
 
 
 def scaled(factor: float) -> Callable[..., list[SiteWrite]]:
-    def build(*args: Any) -> list[SiteWrite]:
+    def build(*args: Any, **named: Any) -> list[SiteWrite]:
         return [
             SiteWrite(w.site, w.layer, w.rows, w.positions, w.units, w.values * factor, w.mode)
-            for w in build_writes(*args)
+            for w in build_writes(*args, **named)
         ]
 
     return build
@@ -158,7 +159,7 @@ def scaled(factor: float) -> Callable[..., list[SiteWrite]]:
 def test_a_hundredfold_self_patch_changes_every_cell(
     folder: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mechdsl.execute.patched_rows, "build_writes", scaled(100))
+    monkeypatch.setattr(mechdsl.execute.writes, "build_writes", scaled(100))
     options = all_cells(RunOptions())
     for result in run_file(self_patches(), folder, bare(family), options).values():
         measure = result.measures[0]

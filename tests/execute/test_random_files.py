@@ -387,7 +387,9 @@ def together(draw: Any) -> str:
                 "observe similarity resid_pre layer * of turned with mlp_out layer * "
                 "at last token as seen",
                 "observe similarity attn_out layer * of turned with clean at last token as seen",
+                f"observe cka resid_post layer * of turned with clean at {tokens} as seen",
                 "observe copying layer * head 1..2 of turned as seen",
+                "observe matching layer 0 head 0..1 of turned as seen",
                 "observe singular_values(qk) at layer * head 1..2 of turned top 3 as seen",
                 "observe value_vectors layer 1 neuron 0..3 of turned toward answer - wrong top 2 "
                 "as seen",

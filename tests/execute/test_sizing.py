@@ -24,6 +24,7 @@ import mechdsl.execute.pass_size
 import mechdsl.execute.patched_rows
 import mechdsl.execute.prepared_panel
 import mechdsl.execute.try_sizes
+import mechdsl.plan.sweeps
 from mechdsl.execute.execute import Execution
 from mechdsl.execute.options import Options
 from mechdsl.execute.pass_size import (
@@ -566,7 +567,7 @@ def test_rows_that_are_laid_out_in_parts_are_the_same(
         return found
 
     monkeypatch.setattr(ExperimentPlan, "rows", counted)
-    monkeypatch.setattr(mechdsl.execute.prepared_panel, "BATCH_ROWS", rows)
+    monkeypatch.setattr(mechdsl.plan.sweeps, "BATCH_ROWS", rows)
     found = execute_file(checked, model)
     same(found, whole)
     assert found.profile.distinct == whole.profile.distinct

@@ -1121,7 +1121,7 @@ _rule(
 _rule(
     "for i",
     "for i in 2..3 { block attention layers * from item i token to item i - 1 token }",
-    "Its variable counts in positions: `item i token`, `item i + 1 tokens`, `token i`, `token -i`, "
+    "Its variable counts in positions: `item i token`, `item i + 1 token`, `token i`, `token -i`, "
     "`last token - i`, of rules, queries, keys and measures. With `from token i to token i - 11` "
     "they are those of a diagonal, one cell for each query. Rows without a position drop out of "
     "its cell, as of `each item token`, and n is told; that no row has it is an error.",
