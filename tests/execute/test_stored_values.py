@@ -191,7 +191,7 @@ TWICE = f"""experiment e {{
 """
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 @pytest.mark.parametrize("experiments", [1, 2])
 def test_rows_of_one_content_in_several_passes(
     family: str, experiments: int, tmp_path: Path

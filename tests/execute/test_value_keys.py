@@ -217,7 +217,7 @@ def ran(
 
 
 @pytest.mark.parametrize("kind", DIFFERENT)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_other_values_are_computed(kind: str, family: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
     seen: list[np.ndarray] = []

@@ -120,7 +120,7 @@ def test_the_narrowest_band_with_the_confidence(
     assert Fraction(draws + 1 - 2 * (rank + 1), draws + 1) < asked
 
 
-@pytest.mark.parametrize("draws", [3, 20, 79])
+@pytest.mark.parametrize("draws", [3, 20, pytest.param(79, marks=pytest.mark.slow)])
 def test_one_more_draw_lies_in_it_as_often_as_it_states(draws: int) -> None:
     """Draws without replacement from 120 targets with skewed effects; the cell is one more."""
     random = np.random.default_rng(draws)
