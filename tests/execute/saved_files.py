@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 def taken_away(folder: Path) -> dict[str, dict[str, Any]]:
     """What was saved, which is gone then: file → its tensors, and the lines beside it."""
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("[0-9]*.safetensors")):
         rows = path.with_suffix(".jsonl")
         found[path.name] = {**load_file(path), "rows": rows.read_text(encoding="utf-8")}
         path.unlink()

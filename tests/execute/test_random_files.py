@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.pipeline.run_options import RunOptions
@@ -381,6 +383,8 @@ def together(draw: Any) -> str:
                 f"observe similarity z layer * head 1 of turned at {tokens} with {at} as seen",
                 f"observe similarity resid_post layer * of turned at {tokens} as seen",
                 f"observe logit_lens resid_post layer * of turned at {at} top 3 as seen",
+                'observe tuned_lens("lens.safetensors") resid_post layer 0..1 of turned '
+                f"at {at} as seen",
                 f"observe effective_rank resid_post layer * of turned at {tokens} as seen",
                 f"observe rank attn_out layers 0..1 of turned at {at} as seen",
                 f"observe probe(a, folds: 2) at resid_post layer * of turned at {at} as seen",
@@ -442,6 +446,7 @@ def compare(case: tuple[str, str, frozenset[str]], folder: Any) -> None:
     family, text, off = case
     model = support.bare(family)
     (folder / "own.py").write_text(OWN, encoding="utf-8")
+    save_file(LENS[model.config.hidden_size], folder / "lens.safetensors")
     python = Settings(python="run")
     whole = replace(support.WITHOUT_PLAN, settings=python)
     some = RunOptions(without=off, settings=python)
@@ -498,6 +503,18 @@ OWN = """
 def centred(vectors):
     return 2 * vectors.nan_to_num() - vectors.nanmean(0, keepdim=True).nan_to_num()
 """
+LENS = {
+    width: {
+        name: torch.from_numpy(np.random.default_rng(number).normal(0, 0.2, shape))
+        for number in range(2)
+        for name, shape in (
+            (f"layer.{number}.weight", (width, width)),
+            (f"layer.{number}.bias", (width,)),
+        )
+    }
+    for width in (20, 24)
+}
+"""Of models of these widths."""
 QUIET = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large)
 
 

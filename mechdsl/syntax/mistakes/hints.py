@@ -243,7 +243,6 @@ HINTS: tuple[Hint, ...] = (
         r"",
         "write `tokens except …`, or `each token except …` for one run each",
     ),
-    Hint(r"\bexcept\s*$", r"", "several tokens are meant: `tokens except …`"),
     Hint(r"\bbetween\b", r"to\b", "write `and`: `tokens between A and B`", "AND"),
     # Loops, reports, Python.
     Hint(
