@@ -203,6 +203,22 @@ def test_directions_are_what_was_fitted(
     assert "from `9` to `10`" in found["e_sizes"].conventions["direction sizes"]
 
 
+def test_runs_of_one_block_are_told_apart(folder: Path) -> None:
+    """By the mean of each, in whatever sum it stands."""
+    at = "at resid_post layer 1 at last token\n"
+    text = f"direction whole = mean_difference(p, p.other) {at}"
+    text += f"direction one = mean(p) {at}direction other = mean(p.other) {at}"
+    text += "direction same = 2 * (0.5 * one + 0.5 * other) - 2 * other\n"
+    for name in ("whole", "same"):
+        text += experiment(f"e_{name}", f"add 30 * {name} to resid_post layer 1 at last token")
+    found = run_file(text, folder, "llama", "planned", blocks=BLOCKS + BLOCK)
+    (one,), (other,) = (found[f"e_{name}"].measures for name in ("whole", "same"))
+    np.testing.assert_allclose(one.patched, other.patched, atol=1e-4)
+    assert np.abs(one.patched - one.base).max() > 0.1
+    said = found["e_whole"].conventions["direction whole"]
+    assert float(said.rsplit("norm ", 1)[1]) > 0.1
+
+
 def test_rows_without_the_position_are_left_out(folder: Path) -> None:
     """A probe's numbers go with the rows that have it."""
     text = "direction d = probe(size, sized, penalty: 2) at resid_post layer 1 at item * token\n"
