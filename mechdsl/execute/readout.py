@@ -162,8 +162,10 @@ class Readout:
 
     @property
     def narrow(self) -> bool:
-        """Whether no atom needs the logits of the whole vocabulary."""
-        return all(atom.form.narrow for atom in self._of(looking=False))
+        """Whether no atom needs the logits of the whole vocabulary: of another run, one that is
+        read off what is observed may need them too."""
+        compared = any(atom.form.takes == "reference" for atom in self._of(looking=True))
+        return not compared and all(atom.form.narrow for atom in self._of(looking=False))
 
     def observed_tokens(self, prompts: Ints) -> list[int] | None:
         """The tokens whose logits measures read off what is observed; None for all."""
