@@ -735,6 +735,22 @@ def test_effects_of_observations_without_the_planner(data: Path) -> None:
     hold_changes(data, "gpt2", "plain")
 
 
+@pytest.mark.parametrize("name", LENS[:3])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_lens_is_compared_with_a_run(data: Path, name: str, mode: str) -> None:
+    """What other measures read of the logits is narrow: the run's are whole nevertheless."""
+    look = "observe logit_lens resid_post layer * at last token"
+    text = experiment("lens", look, measure="measure kl(longer) as raw")
+    text += experiment("narrow", measure="measure logit(answer) - logit(wrong) as raw")
+    (measure,) = run_file(text, data, name, mode)["lens"].measures
+    for n, layer in product(range(len(rows())), LAYERS):
+        other = plain(name, rows("longer")[int(n)]).logits[-1].log_softmax(-1)
+        lens = by_lens(name, of_site("resid_post", name, int(n), layer)).log_softmax(-1)
+        wanted = float((other.exp() * (other - lens)).sum())
+        assert abs(measure.patched[int(layer), int(n)] - wanted) < max(1e-4, 1e-3 * wanted)
+        assert wanted > 0.01 or layer == LAYERS[-1]
+
+
 def test_each_cell_is_set_against_its_own(data: Path) -> None:
     """Of the axes of the rule and of what is observed, the base run has the latter's alone."""
     patch = ("from longer into clean", "patch resid_post layer 0..1 at cue token")
