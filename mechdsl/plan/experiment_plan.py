@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Ints
+from mechdsl.base.digest import number_of
 from mechdsl.graph.needs import Asked
 from mechdsl.plan.columns import Hits, Ragged, counted, prompt_lengths
 from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
@@ -108,6 +109,14 @@ class ExperimentPlan:
                     assert to.layer is not None
                     found[to.layer] = None if of.site == to.site else of.layer
         return tuple(sorted(found.items()))
+
+    def content(self, cell: int) -> int:
+        """A number for what a cell is, which hangs neither on its place nor on the other cells."""
+        labels = [
+            (axis.name, axis.labels[own[cell]])
+            for axis, own in zip(self.experiment.axes, self.coordinates, strict=True)
+        ]
+        return number_of(self.experiment.spec.base, labels)
 
     @property
     def behind(self) -> bool:

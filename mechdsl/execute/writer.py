@@ -1,0 +1,114 @@
+"""Lets the rows of a panel write: `generate n`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mechdsl.base.arrays import Ints
+from mechdsl.base.digest import number_of
+from mechdsl.execute.reply_metric import Written
+from mechdsl.execute.rule_writes import RuleWrites
+from mechdsl.execute.step_rules import WhileWriting
+from mechdsl.execute.unpatched_batch import noise_writes
+from mechdsl.generate.decoding import Decoding
+from mechdsl.generate.write_replies import write_replies
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.program import spec
+from mechdsl.prompts.prompt_table import PromptTable, Run
+
+
+@dataclass(frozen=True, eq=False)
+class WritingRows:
+    """Rows that write, with what acts in them."""
+
+    run: Run
+    prompts: Ints
+    """[row]"""
+    draw: Ints
+    """[row] of noise."""
+    keys: Sequence[int]
+    """[row] what a row is beside its prompt: sampling hangs on it."""
+    prefill: RuleWrites
+    later: WhileWriting
+
+
+class Writer:
+    """Lets rows write as an experiment says."""
+
+    def __init__(
+        self,
+        model_of: Callable[[Run], LoadedModel],
+        table: PromptTable,
+        seed: int,
+        generation: spec.Generation,
+        *,
+        cached: bool,
+    ) -> None:
+        self.model_of = model_of
+        self.table = table
+        self.seed = seed
+        self.generation = generation
+        self.cached = cached
+        self._of_runs: dict[tuple[object, ...], list[tuple[Written, ...]]] = {}
+
+    def forget(self) -> None:
+        """Free what runs wrote."""
+        self._of_runs.clear()
+
+    def of_run(self, run: Run, prompts: Ints) -> list[tuple[Written, ...]]:
+        """Per prompt and draw of noise, side by side, what an unpatched run writes: one text for
+        each sample."""
+        key = (id(run), prompts.tobytes())
+        if key not in self._of_runs:
+            rows = np.repeat(prompts, run.draws)
+            self._of_runs[key] = self.of_rows(
+                WritingRows(
+                    run=run,
+                    prompts=rows,
+                    draw=np.tile(np.arange(run.draws), len(prompts)),
+                    keys=[number_of("run", run.name)] * len(rows),
+                    prefill=RuleWrites(),
+                    later=WhileWriting(),
+                )
+            )
+        return self._of_runs[key]
+
+    def of_rows(self, rows: WritingRows) -> list[tuple[Written, ...]]:
+        """Per row, one text for each sample."""
+        model, samples = self.model_of(rows.run), self.generation.samples
+        count, table = len(rows.prompts), self.table
+        noise = noise_writes(model, rows.run.noise, rows.prompts, table.row_keys, self.seed)
+        prefill, later = RuleWrites(noise).then(rows.prefill), rows.later
+        if samples > 1:
+            parts = [torch.arange(count) * samples + n for n in range(samples)]
+            first, others = parts[0], parts[1:]
+            whole, after = prefill.moved(first), later.moved(first)
+            for part in others:
+                whole, after = whole.then(prefill.moved(part)), after.then(later.moved(part))
+            prefill, later = whole, after
+        ids = [rows.run.rows[prompt].ids for prompt in rows.prompts for _ in range(samples)]
+        draws = zip(rows.prompts.tolist(), rows.draw.tolist(), rows.keys, strict=True)
+        replies = write_replies(
+            model,
+            ids,
+            prefill=prefill,
+            kept=later.kept,
+            steps=later.steps,
+            decoding=_decoding(model, self.generation),
+            random=[
+                (self.seed, table.row_keys[prompt], draw, key, sample)
+                for prompt, draw, key in draws
+                for sample in range(samples)
+            ],
+            groups=np.repeat(np.arange(count), samples),
+            cached=self.cached,
+        )
+        texts = [Written(reply.ids, model.tokenizer.text(reply.ids)) for reply in replies]
+        return [tuple(texts[n : n + samples]) for n in range(0, len(texts), samples)]
+
+
+def _decoding(model: LoadedModel, generation: spec.Generation) -> Decoding: ...
