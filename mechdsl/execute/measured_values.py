@@ -116,15 +116,16 @@ class MeasuredValues:
         for values, own in zip(self.unpatched[run], found.values, strict=True):
             values[environment, columns] = own
         rows = self.kept[columns].tolist()
-        self.unpatched_replies.update({(run, n): r for n, r in zip(rows, found.replies)})
+        for row, own in zip(rows, found.replies, strict=bool(found.replies)):
+            self.unpatched_replies[run, row] = own
         if run == self.experiment.spec.base:
             for values, own in zip(self.rounding, found.rounding, strict=True):
                 values[environment, columns] = own
 
     def wrote(self, rows: Rows, replies: Sequence[tuple[str, ...]]) -> None:
         """Take what rows of cells wrote, those of one cell and prompt side by side."""
-        places = zip(rows.cell.tolist(), rows.prompt.tolist())
-        for place, own in zip(places, replies):
+        places = zip(rows.cell.tolist(), rows.prompt.tolist(), strict=True)
+        for place, own in zip(places, replies, strict=bool(replies)):
             self.replies[place] = (*self.replies.get(place, ()), *own)
 
     def lacks(self, number: int, cell: int, row: Unusable, reason: str) -> None:

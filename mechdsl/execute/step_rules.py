@@ -14,7 +14,7 @@ from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.means_and_donors import MeansAndDonors
 from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.execute.writes import LanesOf, acting
-from mechdsl.generate.step_rules import StepEdge, StepRules
+from mechdsl.generate.records import StepEdge, StepRules
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import SiteWrite
 from mechdsl.models.shape import ModelShape
@@ -97,10 +97,11 @@ Also = Literal["", "newest", "written"]
 def _following(rule: RulePlan, rows: Rows) -> Iterator[tuple[Also, Ints]]:
     """The rows in which a rule follows the newest token, by what is a key there beside tokens of
     the prompt."""
+    if rule.follows is None:
+        return
     follows = rule.acts(rows) & rule.follows.newest[rule.position_of_cell[rows.cell]]
-    nothing = np.zeros(len(rows), dtype=np.bool_)
-    newest = every = nothing
-    if rule.keys is not None and rule.key_of_cell is not None:
+    newest = every = np.zeros(len(rows), dtype=np.bool_)
+    if rule.key_follows is not None and rule.key_of_cell is not None:
         key = rule.key_of_cell[rows.cell]
         newest, every = rule.key_follows.newest[key], rule.key_follows.every[key]
     kinds: tuple[tuple[Also, Bools], ...] = (

@@ -14,7 +14,7 @@ from mechdsl.execute.reply_metric import Written
 from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.execute.step_rules import WhileWriting
 from mechdsl.execute.unpatched_batch import noise_writes
-from mechdsl.generate.decoding import Decoding
+from mechdsl.generate.records import Decoding
 from mechdsl.generate.write_replies import write_replies
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.program import spec

@@ -19,14 +19,14 @@ from mechdsl.base.digest import number_of
 from mechdsl.graph.needs import Asked
 from mechdsl.plan.columns import Hits, Ragged, counted, prompt_lengths
 from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
-from mechdsl.plan.rule_rows import PathPlan, Rows, RulePlan
+from mechdsl.plan.rule_rows import Follows, PathPlan, Rows, RulePlan
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.direction_types import Member
 from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.over_rows import OverRows
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import DRAW, Env, ResolvedExperiment
-from mechdsl.resolve.resolved_rule import Key, ResolvedRule, SitePoint
+from mechdsl.resolve.resolved_rule import Key, PositionTargets, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES, of_stage
 
 
@@ -366,7 +366,17 @@ def _rule_plan(
         key_of_cell=key_of_cell,
         paths=_paths(rule, site_of_cell, by_name, count, parallel=parallel),
         active=active,
+        follows=_follows(rule.positions),
+        key_follows=None if rule.edge is None else _follows(rule.edge.keys),
     )
+
+
+def _follows(positions: PositionTargets) -> Follows | None:
+    """Which values of positions name the newest token, while the model writes."""
+    if not positions.newest:
+        return None
+    newest = np.array([key in positions.newest for key in positions.written])
+    return Follows(newest, np.array([key in positions.every for key in positions.written]))
 
 
 def _is_behind(experiment: ResolvedExperiment, plan: RulePlan) -> bool:

@@ -138,7 +138,7 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
         apply=lambda plan: replace(plan, joins_rows=True),
     ),
     PlanPass(
-        name="keep",
+        name="cache",
         leaves_out="all tokens but the newest, in each step of `generate`; what cells have in "
         "common of a prompt; rows that are equal so far",
         why="keys and values of earlier tokens don't change while later ones are written",
