@@ -17,7 +17,6 @@ from mechdsl.execute.observed import Look, Observed, look
 from mechdsl.execute.path_patching import held_rows, holding, received
 from mechdsl.execute.read_samples import read_samples
 from mechdsl.execute.readout import Reading, Readout
-from mechdsl.execute.reply_metric import Written
 from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.execute.step_rules import WhileWriting, prefill_of, while_writing
 from mechdsl.execute.unpatched_batch import (
@@ -31,6 +30,7 @@ from mechdsl.execute.unpatched_runs import UnpatchedRuns, vectors
 from mechdsl.execute.wanted_places import Member, Wanted, by_row, on_draws, wanted_of
 from mechdsl.execute.writer import WritingRows
 from mechdsl.execute.writes import LanesOf, acting, pass_ends
+from mechdsl.generate.records import Reply
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
@@ -164,7 +164,7 @@ class Patcher:
 
     def _replies(
         self, shared: SharedRows, chosen: Ints, rows: _PassRows
-    ) -> list[tuple[Written, ...]]:
+    ) -> list[tuple[Reply, ...]]:
         """Per row of a pass, what it writes; nothing where none does."""
         writer = self.runs.writer
         if writer is None:

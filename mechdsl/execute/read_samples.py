@@ -10,13 +10,13 @@ import numpy as np
 from mechdsl.base.arrays import Floats
 from mechdsl.execute.found import Found, Gap
 from mechdsl.execute.readout import Reading, Readout
-from mechdsl.execute.reply_metric import Written
+from mechdsl.generate.records import Reply
 
 
 def read_samples(
     readout: Readout,
     reading: Reading,
-    written: Sequence[tuple[Written, ...]],
+    written: Sequence[tuple[Reply, ...]],
     relative: float = 0.0,
     *,
     skip: Collection[int] = (),

@@ -14,8 +14,9 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.execute.found import Failed, Found, Gap
 from mechdsl.execute.observed import Observed
 from mechdsl.execute.python_metric import python_metric
-from mechdsl.execute.reply_metric import Written, of_reply
+from mechdsl.execute.reply_metric import of_reply
 from mechdsl.execute.unpatched_batch import Spot, TextBehind, continuation_ids, spots_of
+from mechdsl.generate.records import Reply
 from mechdsl.program.python_files import PythonFailure, PythonNotLoaded
 from mechdsl.resolve.measures import divisors, evaluate
 from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
@@ -49,7 +50,7 @@ class Reading:
     None where nothing is asked of rounding."""
     has_loss: Bools | None = None
     """[row] whether the prompt has a loss; None where none is read."""
-    replies: Sequence[Written] = ()
+    replies: Sequence[Reply] = ()
     """[row] what it wrote, where that is measured."""
 
     def columns(self, ids: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.means_and_donors import MeansAndDonors
-from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.execute.writes import LanesOf, acting
 from mechdsl.generate.records import StepEdge, StepRules
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import SiteWrite
+from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.models.shape import ModelShape
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
@@ -76,8 +76,8 @@ def while_writing(
         if rule.rule.after_prefill:
             kept += of(np.arange(len(rows))).writes
             continue
-        first, last = rule.rule.steps_until(generation.tokens - 1)
-        for also, own in _following(rule, rows) if max(first, 1) <= last else ():
+        first, last = rule.rule.steps or (0, generation.tokens - 1)
+        for also, own in _following(rule, rows) if last else ():
             found = of(own)
             steps.append(
                 StepRules(
@@ -126,32 +126,14 @@ def _at_the_end(rows: Tensor, positions: Tensor) -> Tensor:
 
 def _last(write: SiteWrite) -> SiteWrite:
     """Of each row, what is written at the last of its tokens."""
-    good = _at_the_end(write.rows, write.positions)
-    own = good.to(write.values.device)
-    return replace(
-        write,
-        rows=write.rows[good],
-        positions=write.positions[good],
-        units=write.units[good],
-        values=write.values[own],
-        to=None if write.to is None else write.to[good.to(write.to.device)],
-    )
+    return write.some(_at_the_end(write.rows, write.positions))
 
 
 def _last_edge(edge: EdgeWrite, also: Also) -> EdgeWrite:
     """Of each row, the query that is the last of its tokens; its own token, which the newest one
     stands for, is no key."""
-    good = _at_the_end(edge.rows, edge.queries)
-    place = torch.cumsum(good, 0) - 1
-    kept = good[edge.entries]
-    if also == "newest":
-        kept &= edge.keys != edge.queries[edge.entries]
-    return replace(
-        edge,
-        rows=edge.rows[good],
-        queries=edge.queries[good],
-        heads=edge.heads[good],
-        entries=place[edge.entries[kept]],
-        keys=edge.keys[kept],
-        amounts=edge.amounts[good],
-    )
+    edge = edge.some(_at_the_end(edge.rows, edge.queries))
+    if also != "newest":
+        return edge
+    others = edge.keys != edge.queries[edge.entries]
+    return replace(edge, entries=edge.entries[others], keys=edge.keys[others])

@@ -15,7 +15,6 @@ from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.read_samples import read_samples
 from mechdsl.execute.read_vectors import LanesOf, wanted
 from mechdsl.execute.readout import Reading, Readout
-from mechdsl.execute.reply_metric import Written
 from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.execute.unpatched_batch import (
     Spot,
@@ -27,6 +26,7 @@ from mechdsl.execute.unpatched_batch import (
     spots_of,
 )
 from mechdsl.execute.writer import Writer
+from mechdsl.generate.records import Reply
 from mechdsl.hooks.frozen_norms import FrozenNorms
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
@@ -352,7 +352,7 @@ class UnpatchedRuns:
         )
         return read_samples(readout, reading, written, relative, skip=skip).over_draws(plain.draws)
 
-    def _written(self, readout: Readout, run: str, prompts: Ints) -> list[tuple[Written, ...]]:
+    def _written(self, readout: Readout, run: str, prompts: Ints) -> list[tuple[Reply, ...]]:
         """Per lane, what a run writes, where that is measured."""
         if self.writer is None or not readout.reads_replies:
             return []

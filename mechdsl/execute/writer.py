@@ -10,11 +10,10 @@ import torch
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.digest import number_of
-from mechdsl.execute.reply_metric import Written
 from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.execute.step_rules import WhileWriting
 from mechdsl.execute.unpatched_batch import noise_writes
-from mechdsl.generate.records import Decoding
+from mechdsl.generate.records import Decoding, Reply
 from mechdsl.generate.write_replies import write_replies
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.program import spec
@@ -53,13 +52,13 @@ class Writer:
         self.seed = seed
         self.generation = generation
         self.cached = cached
-        self._of_runs: dict[tuple[object, ...], list[tuple[Written, ...]]] = {}
+        self._of_runs: dict[tuple[object, ...], list[tuple[Reply, ...]]] = {}
 
     def forget(self) -> None:
         """Free what runs wrote."""
         self._of_runs.clear()
 
-    def of_run(self, run: Run, prompts: Ints) -> list[tuple[Written, ...]]:
+    def of_run(self, run: Run, prompts: Ints) -> list[tuple[Reply, ...]]:
         """Per prompt and draw of noise, side by side, what an unpatched run writes: one text for
         each sample."""
         key = (id(run), prompts.tobytes())
@@ -77,7 +76,7 @@ class Writer:
             )
         return self._of_runs[key]
 
-    def of_rows(self, rows: WritingRows) -> list[tuple[Written, ...]]:
+    def of_rows(self, rows: WritingRows) -> list[tuple[Reply, ...]]:
         """Per row, one text for each sample."""
         model, samples = self.model_of(rows.run), self.generation.samples
         count, table = len(rows.prompts), self.table
@@ -107,8 +106,29 @@ class Writer:
             groups=np.repeat(np.arange(count), samples),
             cached=self.cached,
         )
-        texts = [Written(reply.ids, model.tokenizer.text(reply.ids)) for reply in replies]
-        return [tuple(texts[n : n + samples]) for n in range(0, len(texts), samples)]
+        return [tuple(replies[n : n + samples]) for n in range(0, len(replies), samples)]
 
 
-def _decoding(model: LoadedModel, generation: spec.Generation) -> Decoding: ...
+def _decoding(model: LoadedModel, generation: spec.Generation) -> Decoding:
+    assert model.tokenizer is not None
+    return Decoding(
+        tokens=generation.tokens,
+        decode=model.tokenizer.decode,
+        ends=ends_of(model),
+        stops=generation.stops,
+        temperature=generation.temperature,
+        top_k=generation.top_k,
+        top_p=generation.top_p,
+    )
+
+
+def ends_of(model: LoadedModel) -> frozenset[int]:
+    """The tokens by which a model ends what it writes: those that its configuration names, and the
+    end-of-text token of its tokenizer."""
+    found: set[int] = set()
+    for config in (getattr(model.module, "generation_config", None), model.module.config):
+        named = getattr(config, "eos_token_id", None)
+        found.update(named if isinstance(named, list | tuple) else [named])
+    if model.tokenizer is not None:
+        found.add(model.tokenizer.role_ids.get("eos"))
+    return frozenset(token for token in found if token is not None)

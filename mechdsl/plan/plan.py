@@ -100,7 +100,8 @@ def plan_of(graph: Graph) -> Plan:
     for each in asked(graph):
         # The same definitions give the same runs; others of the same name are other runs.
         defined = tuple(run.spec.span for run in each.experiment.derived.values())
-        model, written = each.experiment.model.name, each.experiment.generation
+        model, generation = each.experiment.model.name, each.experiment.generation
+        written = None if generation is None else generation.settings
         by_panel.setdefault((model, each.clean, defined, written), []).append(each)
     found = needs(graph)
     panels = tuple(
