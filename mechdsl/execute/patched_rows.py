@@ -17,7 +17,6 @@ from mechdsl.execute.observed import Look, Observed, look
 from mechdsl.execute.path_patching import held_rows, holding, received
 from mechdsl.execute.read_samples import read_samples
 from mechdsl.execute.readout import Reading, Readout
-from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.execute.step_rules import WhileWriting, prefill_of, while_writing
 from mechdsl.execute.unpatched_batch import (
     TextBehind,
@@ -33,6 +32,7 @@ from mechdsl.execute.writes import LanesOf, acting, pass_ends
 from mechdsl.generate.records import Reply
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
+from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.packed.behind_last_block import Places
 from mechdsl.packed.packed_pass import run_packed

@@ -415,7 +415,7 @@ def _value(atom: Atom, number: int, spot: int, reading: Reading, usable: Bools) 
         assert reading.loss is not None
         return reading.loss
     if takes == "reply":
-        return of_reply(atom, reading.replies, reading.prompts, usable)
+        return of_reply(atom, reading.replies, reading.prompts, reading.items, usable)
     if takes == "activations":
         return function(reading.activations[number], reading.references[number])
     if number in reading.continued:

@@ -11,6 +11,8 @@ from mechdsl.generate.records import Reply
 from mechdsl.resolve.resolved import Atom
 
 
-def of_reply(atom: Atom, replies: Sequence[Reply], prompts: Ints, usable: Bools) -> Tensor:
-    """[row]: the atom's metric of what was written."""
+def of_reply(
+    atom: Atom, replies: Sequence[Reply], prompts: Ints, items: Sequence[int | None], usable: Bools
+) -> Tensor:
+    """[row]: the atom's metric of what was written; NaN in rows that can't be used."""
     raise NotImplementedError

@@ -15,7 +15,6 @@ from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.read_samples import read_samples
 from mechdsl.execute.read_vectors import LanesOf, wanted
 from mechdsl.execute.readout import Reading, Readout
-from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.execute.unpatched_batch import (
     Spot,
     UnpatchedBatch,
@@ -30,6 +29,7 @@ from mechdsl.generate.records import Reply
 from mechdsl.hooks.frozen_norms import FrozenNorms
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
+from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.packed.model_end import ModelEnd
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.only_looks import only_looks

@@ -10,12 +10,12 @@ import torch
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.digest import number_of
-from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.execute.step_rules import WhileWriting
 from mechdsl.execute.unpatched_batch import noise_writes
 from mechdsl.generate.records import Decoding, Reply
 from mechdsl.generate.write_replies import write_replies
 from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import PromptTable, Run
 
@@ -94,10 +94,10 @@ class Writer:
         replies = write_replies(
             model,
             ids,
+            _decoding(model, self.generation),
             prefill=prefill,
             kept=later.kept,
             steps=later.steps,
-            decoding=_decoding(model, self.generation),
             random=[
                 (self.seed, table.row_keys[prompt], draw, key, sample)
                 for prompt, draw, key in draws
