@@ -172,6 +172,7 @@ class Patcher:
         number, cell = shared.owner[chosen], shared.rows.cell[chosen]
         keys = [self.plans[n].content(c) for n, c in zip(number, cell, strict=True)]
         draws = len(rows) // len(chosen)
+        contents = self._contents(shared, chosen)
         return writer.of_rows(
             WritingRows(
                 run=rows.run,
@@ -180,8 +181,25 @@ class Patcher:
                 keys=[key for key in keys for _ in range(draws)],
                 prefill=rows.acting,
                 later=rows.later,
+                contents=contents and [own for own in contents for _ in range(draws)],
             )
         )
+
+    def _contents(self, shared: SharedRows, chosen: Ints) -> list[bytes] | None:
+        """Per distinct row, what its reply hangs on; None where that can't be said of all."""
+        kept = None if self.runs.writer is None else self.runs.writer.kept
+        if kept is None:
+            return None
+        found = [b""] * len(chosen)
+        owner, rows = shared.owner[chosen], shared.rows.take(chosen)
+        for number in np.unique(owner).tolist():
+            own = np.flatnonzero(owner == number)
+            keys = kept.of_rows(self.plans[number].experiment.key, rows.take(own))
+            if keys is None:
+                return None
+            for place, key in zip(own.tolist(), keys, strict=True):
+                found[place] = key
+        return found
 
     def everything(
         self, shared: SharedRows, chosen: Ints, run: Run, batch: Ints, reads: Sequence[SiteRead]
