@@ -17,7 +17,7 @@ from mechdsl.execute.observed import Look, Observed, look
 from mechdsl.execute.path_patching import held_rows, holding, received
 from mechdsl.execute.read_samples import read_samples
 from mechdsl.execute.readout import Reading, Readout
-from mechdsl.execute.step_rules import WhileWriting, prefill_of, while_writing
+from mechdsl.execute.step_rules import prefill_of, while_writing
 from mechdsl.execute.unpatched_batch import (
     TextBehind,
     UnpatchedBatch,
@@ -27,6 +27,7 @@ from mechdsl.execute.unpatched_batch import (
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, vectors
 from mechdsl.execute.wanted_places import Member, Wanted, by_row, on_draws, wanted_of
+from mechdsl.execute.while_writing import WhileWriting
 from mechdsl.execute.writer import WritingRows
 from mechdsl.execute.writes import LanesOf, acting, pass_ends
 from mechdsl.generate.records import Reply

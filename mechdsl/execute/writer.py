@@ -12,8 +12,8 @@ import torch
 from mechdsl.base.arrays import Ints
 from mechdsl.base.digest import digest, number_of
 from mechdsl.execute.kept_replies import KeptReplies
-from mechdsl.execute.step_rules import WhileWriting
 from mechdsl.execute.unpatched_batch import noise_writes
+from mechdsl.execute.while_writing import WhileWriting
 from mechdsl.generate.acting import Chosen
 from mechdsl.generate.records import Decoding, Reply
 from mechdsl.generate.write_replies import write_replies
