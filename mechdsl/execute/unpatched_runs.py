@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.base.reply import Reply
 from mechdsl.execute.found import Found
 from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.read_samples import read_samples
@@ -25,7 +26,6 @@ from mechdsl.execute.unpatched_batch import (
     spots_of,
 )
 from mechdsl.execute.writer import Writer
-from mechdsl.generate.records import Reply
 from mechdsl.hooks.frozen_norms import FrozenNorms
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
