@@ -18,14 +18,14 @@ from mechdsl.base.arrays import Ints
 from mechdsl.graph.needs import Asked
 from mechdsl.plan.columns import Hits, Ragged, counted, prompt_lengths
 from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
-from mechdsl.plan.rule_rows import PathPlan, Rows, RulePlan
+from mechdsl.plan.rule_rows import EVERY, NEWEST, NOTHING, PathPlan, Rows, RulePlan
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.direction_types import Member
 from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.over_rows import OverRows
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import DRAW, Env, ResolvedExperiment
-from mechdsl.resolve.resolved_rule import Key, ResolvedRule, SitePoint
+from mechdsl.resolve.resolved_rule import Key, PositionTargets, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES, of_stage
 
 
@@ -355,9 +355,22 @@ def _rule_plan(
         direction_of_cell=direction_of_cell,
         keys=keys_hit,
         key_of_cell=key_of_cell,
+        follows=_follows(rule.positions),
+        keys_follow=_follows(None if rule.edge is None else rule.edge.keys),
         paths=_paths(rule, site_of_cell, by_name, count, parallel=parallel),
         active=active,
     )
+
+
+def _follows(targets: PositionTargets | None) -> Ints:
+    """[position] what of a reply is meant."""
+    if targets is None:
+        return np.zeros(0, dtype=np.int64)
+    found = [
+        EVERY if key in targets.every else NEWEST if key in targets.newest else NOTHING
+        for key in targets.written
+    ]
+    return np.array(found, dtype=np.int64)
 
 
 def _is_behind(experiment: ResolvedExperiment, plan: RulePlan) -> bool:
