@@ -82,7 +82,10 @@ def without(layer: int) -> Act:
         head = double(name).get_output_embeddings().weight.detach()
         unit = head[token("w3")] - head[token("w9")]
         unit = unit / unit.norm()
-        change: Callable[[Tensor], Tensor] = lambda x: x - (x @ unit)[..., None] * unit
+
+        def change(x: Tensor) -> Tensor:
+            return x - (x @ unit)[..., None] * unit
+
         return [Write("resid_post", layer, change, at)], []
 
     return act
@@ -124,21 +127,19 @@ CASES = {
     "neuron": Case(
         f"scale mlp_hidden layer 0 neuron 3 at {LAST} by 40", LAST, scaled("mlp_hidden", 0, 40.0, 3)
     ),
-    "mean": Case(f"ablate resid_post layer 1 at {LAST} with mean", LAST, mean("resid_post", 1, LAST)),
-    "every": Case(
-        "ablate mlp_out layer 1 at tokens * with zero", "tokens *", zero("mlp_out", 1)
+    "mean": Case(
+        f"ablate resid_post layer 1 at {LAST} with mean", LAST, mean("resid_post", 1, LAST)
     ),
+    "every": Case("ablate mlp_out layer 1 at tokens * with zero", "tokens *", zero("mlp_out", 1)),
     "every in range": Case(
         "ablate mlp_out layer 0 at tokens * with zero during step 1..2",
         *("tokens *", zero("mlp_out", 0), 1, 2),
     ),
     "add": Case(f"add 2.5 * u to resid_post layer 1 at {LAST}", LAST, steered(1)),
-    "project": Case(f"project out u from resid_post layer 0 at tokens *", "tokens *", without(0)),
-    "block": Case(
-        f"block attention layer 1 head * from {LAST} to {CUE}", LAST, edge("block", to_cue)
-    ),
+    "project": Case("project out u from resid_post layer 0 at tokens *", "tokens *", without(0)),
+    "block": Case(f"block attention layer 1 from {LAST} to {CUE}", LAST, edge("block", to_cue)),
     "block later": Case(
-        f"block attention layer 1 head * from {LAST} to {CUE} during step 1..4",
+        f"block attention layer 1 from {LAST} to {CUE} during step 1..4",
         *(LAST, edge("block", to_cue), 1, 4),
     ),
     "block itself": Case(
@@ -187,9 +188,7 @@ def found(data: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
     for key, case in CASES.items():
         source = ("from longer into clean",) if case.rule.startswith("patch") else ()
         lines = (*source, case.rule, f"generate {TOKENS}")
-        text += experiment(
-            f"e_{key.replace(' ', '_')}", *lines, measure="measure length as raw"
-        )
+        text += experiment(f"e_{key.replace(' ', '_')}", *lines, measure="measure length as raw")
     rules = [CASES[key].rule for key in BOTH]
     text += experiment("both", *rules, f"generate {TOKENS}", measure="measure length as raw")
     return run_file(text, data, name, mode, precise=True)
