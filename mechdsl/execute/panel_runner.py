@@ -187,6 +187,8 @@ class PanelRunner(PreparedPanel):
         """Settle the size of a pass by trying some on rows of the first batch, where there is
         enough to run. Their values are thrown away."""
         enough = WORTH_MEASURING * self.sizes.pass_tokens
+        if self.runs.writer is not None:  # its passes are laid out by the tokens of replies
+            return
         if not self.batches or self.due_rows() * longest_prompt(self.panel) < enough:
             return
         plans, batch = self.running, self.batches[0]
