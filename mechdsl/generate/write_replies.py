@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.base.reply import Reply
 from mechdsl.generate.acting import Chosen
 from mechdsl.generate.cached import CachedPasses
 from mechdsl.generate.next_tokens import Writing, next_tokens
-from mechdsl.generate.records import Decoding, Reply, StepRules
+from mechdsl.generate.records import Decoding, StepRules
 from mechdsl.generate.states import Sharing, States, first_acting
 from mechdsl.generate.way import way_of
 from mechdsl.generate.whole import WholePasses, blocks_of

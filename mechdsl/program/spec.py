@@ -179,6 +179,16 @@ class Generation(Spec):
     stops: tuple[str, ...] = ()
     """Texts in front of which a reply ends."""
 
+    @property
+    def sampled(self) -> bool:
+        """Whether tokens are drawn."""
+        return self.temperature is not None
+
+    def key(self, seed: int) -> tuple[object, ...]:
+        """What replies hang on, beside the model, the prompts and the rules. seed: the file's."""
+        drawn = None if self.temperature is None else (self.temperature, seed, self.samples)
+        return (self.tokens, drawn, self.top_k, self.top_p, self.stops)
+
 
 class During(Spec):
     """`during step 2..5`: the steps of a reply in which a rule acts. Step 0 is the prefill."""
