@@ -19,7 +19,7 @@ import numpy as np
 
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.plan.columns import prompt_lengths
-from mechdsl.plan.rule_rows import NOTHING, Rows, RulePlan
+from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.resolve.resolved_rule import ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
@@ -50,8 +50,8 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     """Of every run of a rule's positions, whether writing there changes nothing."""
     runs = len(plan.written.tokens.offsets) - 1
     combinations = len(plan.points.offsets) - 1
-    said = experiment.spec.generation
-    never = said is not None and said.temperature is not None
+    said = experiment.generation
+    never = said is not None and said.sampled
     if plan.rule.sites is None or plan.rule.does.changes == "nothing":
         none = np.zeros((3, runs), dtype=np.bool_)
         return Inert(np.zeros(combinations, dtype=np.int64), none, never)
@@ -87,8 +87,8 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     where[_all_points(plan, is_below_attention)] = BELOW
     tokens = (same | unread, same | elsewhere, alike | unread)
     found = np.stack([_all_of(mask, of_run, runs) for mask in tokens])
-    if plan.later is not None and experiment.reply is not None:
-        found &= plan.follows[keys // plan.written.prompts] == NOTHING
+    if _in_later_steps(plan) and plan.follows is not None:
+        found &= ~plan.follows.newest[keys // plan.written.prompts]
     return Inert(where, found, never)
 
 
@@ -99,10 +99,18 @@ def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) ->
         dead = one.runs[one.where[plan.site_of_cell[rows.cell]], plan.written_runs(rows)]
         if _changes_edges(plan) and plan.keys is not None and plan.key_of_cell is not None:
             none = plan.keys.tokens.counts(plan.key_runs(rows)) == 0
-            dead |= none & (plan.keys_follow[plan.key_of_cell[rows.cell]] == NOTHING)
+            if plan.key_follows is not None:
+                none &= ~plan.key_follows.newest[plan.key_of_cell[rows.cell]]
+            dead |= none
         dead |= plan.rule.does.unchanged(plan.amounts)[rows.cell]
         found &= dead | ~plan.acts(rows)
     return found
+
+
+def _in_later_steps(plan: RulePlan) -> bool:
+    """Whether it acts behind the prefill."""
+    last = plan.rule.steps is None or plan.rule.steps[1] > 0
+    return last and not plan.rule.after_prefill
 
 
 def _may_be(inert: Sequence[Inert]) -> bool:
@@ -128,7 +136,9 @@ def inert_cells(inert: Sequence[Inert], rules: Sequence[RulePlan], count: int) -
             none = np.ones(int(plan.key_of_cell.max()) + 1, dtype=np.bool_)
             empty = plan.keys.tokens.counts(run) == 0
             np.logical_and.at(none, key // plan.keys.prompts, empty)
-            own |= (none & (plan.keys_follow == NOTHING))[plan.key_of_cell]
+            if plan.key_follows is not None:
+                none &= ~plan.key_follows.newest
+            own |= none[plan.key_of_cell]
         own |= plan.rule.does.unchanged(plan.amounts)
         found &= own if plan.active is None else own | ~plan.active
     return found
@@ -164,7 +174,7 @@ def _read_positions(experiment: ResolvedExperiment) -> Bools | None:
     base = experiment.spec.base
     lengths = prompt_lengths(experiment.table.runs[base])
     found = np.zeros((len(lengths), int(lengths.max())), dtype=np.bool_)
-    if experiment.reply is not None:
+    if experiment.generation is not None:
         found[np.arange(len(lengths)), lengths - 1] = True
     for measure in experiment.measures:
         if any(atom.form.takes in ("prompt", "continuation") for atom in measure.atoms):

@@ -108,10 +108,9 @@ class _Resolver:
 
     def position(self, position: ast.Position) -> list[PositionCell]:
         if position.align not in (None, "left", "right"):
-            hint = "write `align left` or `align right`"
-            self.diagnostics.append(
-                UnknownWord(span=position.span, kind="alignment", word=position.align, hint=hint)
-            )
+            hint, word = "write `align left` or `align right`", position.align
+            problem = UnknownWord(span=position.span, kind="alignment", word=word, hint=hint)
+            self.diagnostics.append(problem)
             return []
         cells = self.body(position.body, position.align)
         return self._and_answer(position, cells) if position.and_answer else cells

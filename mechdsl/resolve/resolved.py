@@ -223,16 +223,14 @@ class ResolvedExperiment(Record):
         return self.spec.name
 
     @property
+    def generation(self) -> spec.Generation | None:
+        """What its rows write behind their prompts, if anything."""
+        return self.spec.generation
+
+    @property
     def key(self) -> str:
         """Its name among all variants."""
         return self.spec.key
-
-    @property
-    def reply(self) -> tuple[object, ...] | None:
-        """How replies are written, as a key: equal for experiments whose rows write the same with
-        the same rules; None where nothing is written."""
-        said = self.spec.generation
-        return None if said is None else said.key(self.seed)
 
     def has(self, index: Key) -> bool:
         """Whether its measures are read in the cell of these indices along its axes."""
