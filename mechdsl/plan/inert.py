@@ -87,7 +87,7 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     where[_all_points(plan, is_below_attention)] = BELOW
     tokens = (same | unread, same | elsewhere, alike | unread)
     found = np.stack([_all_of(mask, of_run, runs) for mask in tokens])
-    if _in_later_steps(plan) and plan.follows is not None:
+    if plan.rule.acts_later and plan.follows is not None:
         found &= ~plan.follows.newest[keys // plan.written.prompts]
     return Inert(where, found, never)
 
@@ -105,12 +105,6 @@ def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) ->
         dead |= plan.rule.does.unchanged(plan.amounts)[rows.cell]
         found &= dead | ~plan.acts(rows)
     return found
-
-
-def _in_later_steps(plan: RulePlan) -> bool:
-    """Whether it acts behind the prefill."""
-    last = plan.rule.steps is None or plan.rule.steps[1] > 0
-    return last and not plan.rule.after_prefill
 
 
 def _may_be(inert: Sequence[Inert]) -> bool:

@@ -388,8 +388,8 @@ class _Resolver:
             () if any(lacks(own, n) for own in parts) else union(cells, n)
             for n in range(self.total)
         )
-        follows = min((cell.follows for cell in cells if cell.follows), default="")
-        return [PositionCell(base.span.written, hits, follows=follows)]
+        found, either = PositionCell(base.span.written, hits), {c.follows for c in cells} - {""}
+        return [replace(found, follows=min(either)) if either else found]
 
     def _may_lack(self, node: ast.Node) -> bool:
         """Whether rows without the position drop out: another experiment hasn't ranked theirs, or a
