@@ -19,7 +19,7 @@ import numpy as np
 
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.plan.columns import prompt_lengths
-from mechdsl.plan.rule_rows import Rows, RulePlan
+from mechdsl.plan.rule_rows import NOTHING, Rows, RulePlan
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.resolve.resolved_rule import ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
@@ -87,8 +87,8 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     where[_all_points(plan, is_below_attention)] = BELOW
     tokens = (same | unread, same | elsewhere, alike | unread)
     found = np.stack([_all_of(mask, of_run, runs) for mask in tokens])
-    if plan.rule.acts_later and plan.follows is not None:
-        found &= ~plan.follows.newest[keys // plan.written.prompts]
+    if plan.rule.acts_later:
+        found &= plan.follows[keys // plan.written.prompts] == NOTHING
     return Inert(where, found, never)
 
 
@@ -99,9 +99,7 @@ def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) ->
         dead = one.runs[one.where[plan.site_of_cell[rows.cell]], plan.written_runs(rows)]
         if _changes_edges(plan) and plan.keys is not None and plan.key_of_cell is not None:
             none = plan.keys.tokens.counts(plan.key_runs(rows)) == 0
-            if plan.key_follows is not None:
-                none &= ~plan.key_follows.newest[plan.key_of_cell[rows.cell]]
-            dead |= none
+            dead |= none & (plan.keys_follow[plan.key_of_cell[rows.cell]] == NOTHING)
         dead |= plan.rule.does.unchanged(plan.amounts)[rows.cell]
         found &= dead | ~plan.acts(rows)
     return found
@@ -130,9 +128,7 @@ def inert_cells(inert: Sequence[Inert], rules: Sequence[RulePlan], count: int) -
             none = np.ones(int(plan.key_of_cell.max()) + 1, dtype=np.bool_)
             empty = plan.keys.tokens.counts(run) == 0
             np.logical_and.at(none, key // plan.keys.prompts, empty)
-            if plan.key_follows is not None:
-                none &= ~plan.key_follows.newest
-            own |= none[plan.key_of_cell]
+            own |= (none & (plan.keys_follow == NOTHING))[plan.key_of_cell]
         own |= plan.rule.does.unchanged(plan.amounts)
         found &= own if plan.active is None else own | ~plan.active
     return found

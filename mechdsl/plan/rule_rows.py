@@ -14,6 +14,9 @@ from mechdsl.resolve.direction_types import Member
 from mechdsl.resolve.resolved_rule import ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
 
+NOTHING, NEWEST, EVERY = range(3)
+"""Tokens of a reply that a rule acts at."""
+
 
 @dataclass(frozen=True, eq=False)
 class PathPlan:
@@ -35,21 +38,6 @@ class PathPlan:
     def at_the_end(self) -> bool:
         """Whether paths lead to the end of the model, and nothing is recorded."""
         return bool(self.table) and SITES[self.table[0].site].when == "output"
-
-
-@dataclass(frozen=True, eq=False)
-class Follows:
-    """Which positions name the newest token, while the model writes."""
-
-    newest: Bools
-    """[value of the positions]"""
-    every: Bools
-    """[value of the positions] those of them that name all other tokens too."""
-
-    @property
-    def kind(self) -> Ints:
-        """[value of the positions] 0 for tokens of the prompt alone, else what is named."""
-        return self.newest.astype(np.int64) + self.every
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,21 +75,20 @@ class RulePlan:
     behind: bool = False
     """Whether it acts on tokens of the answer, which only passes have that are read there."""
 
-    follows: Follows | None = None
-    """Where it also acts while the model writes; None where it never does."""
-    key_follows: Follows | None = None
-    """The same of the keys of attention."""
+    follows: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """[position] what of a reply it acts at too, at each of its steps: `NOTHING`, `NEWEST`, or
+    `EVERY`, all tokens so far."""
+    keys_follow: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """[position of keys] the same of the keys of attention rules."""
     active: Bools | None = None
     """[cell] whether it acts there; None where it does in all."""
 
     def follow(self, rows: Rows) -> Ints:
         """[row] what of a reply it is about, positions and keys together; 0 for nothing."""
-        found = np.zeros(len(rows), dtype=np.int64)
-        if self.follows is not None:
-            found += self.follows.kind[self.position_of_cell[rows.cell]]
-        if self.key_follows is not None and self.key_of_cell is not None:
-            found += 3 * self.key_follows.kind[self.key_of_cell[rows.cell]]
-        return found
+        found = self.follows[self.position_of_cell[rows.cell]]
+        if self.key_of_cell is None:
+            return found
+        return found + (EVERY + 1) * self.keys_follow[self.key_of_cell[rows.cell]]
 
     def acts(self, rows: Rows) -> Bools:
         """[row] whether it does anything."""

@@ -20,7 +20,7 @@ from mechdsl.base.source import Source, Span
 from mechdsl.plan.columns import Hits, Ragged
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.make_plan import make_plan
-from mechdsl.plan.rule_rows import Follows, PathPlan, RulePlan
+from mechdsl.plan.rule_rows import PathPlan, RulePlan
 from mechdsl.plan.value_keys import (
     Contents,
     ExperimentKeys,
@@ -53,7 +53,6 @@ from . import support
 from .test_value_keys import APART, NOISED, one
 
 NOWHERE = Span(Source("", Path("a.mech")), 0, 0)
-FOLLOWS = Follows(np.array([True] * 5), np.array([False] * 5))
 FUNCTION = PythonFunction(Path("own.py"), "own.py", "read", "0" * 64, 1, NOWHERE)
 EXPERIMENTS = {
     "patch": one("patch resid_post layer 0..1 at each item token", ends="from other into clean"),
@@ -365,8 +364,8 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "amounts": ("number", lambda amounts: amounts + 1),
         "keys": ("edges", moved_hits),
         "key_of_cell": ("edges", turned),
-        "follows": ("patch", lambda follows: FOLLOWS),
-        "key_follows": ("edges", lambda follows: FOLLOWS),
+        "follows": ("patch", lambda follows: follows + 1),
+        "keys_follow": ("edges", lambda follows: follows + 1),
         "paths": ("paths", lambda paths: replace(paths, table=next_head(paths.table))),
         "active": ("fills", lambda active: ~active),
     },
