@@ -51,7 +51,7 @@ def _tokens(
 
 def _uniform(key: tuple[int, ...], step: int) -> float:
     """In [0, 1), the same for a row and step whatever they are batched with."""
-    seed = np.random.SeedSequence([*key, step])
+    seed = np.random.SeedSequence([*(each % 2**64 for each in key), step])
     return float(np.random.Generator(np.random.Philox(seed)).random())
 
 
