@@ -268,6 +268,15 @@ class ResolvedRule(Record):
     after_prefill: bool = False
     """It edits keys or values that are kept of the prompt, between step 0 and step 1."""
 
+    @property
+    def acts_later(self) -> bool:
+        """Whether it acts in steps behind the prefill, at newest tokens."""
+        return (
+            bool(self.positions.newest)
+            and not self.after_prefill
+            and (self.steps is None or self.steps[1] > 0)
+        )
+
     def acts_in(self, step: int) -> bool:
         """Whether it acts in a step of a reply; step 0 is the prefill."""
         if self.after_prefill:
