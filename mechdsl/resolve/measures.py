@@ -102,6 +102,7 @@ def resolve_everywhere(
         at={} if positions is None else positions,
         truth=_truth(context.table) if category else None,
         observed=observed,
+        reply=context.reply if any(a.form.takes == "reply" for a in found) else None,
     )
     everywhere = list(at_places(whole, places, context))
     if not everywhere:
@@ -124,6 +125,10 @@ def _can_be_read(
             refuse(context, expression.span, "it doesn't read the model", hint)
         return False
     if context.reads_observed and not _of_one_token(expression, atoms, at, context):
+        return False
+    if at is not None and any(atom.form.takes == "reply" for atom in atoms):
+        reason, hint = "a reply is measured as a whole", "leave `at …` out"
+        refuse(context, expression.span, reason, hint)
         return False
     unread = unreadable(expression, atoms, context.sites.shape, context.sites.model)
     if unread is not None:
@@ -151,7 +156,7 @@ def _of_one_token(
     several = any(any(atom.behind) for atom in atoms if atom.texts)
     if at is not None:
         reason, hint = "what is observed says itself where it is", "leave `at …` out"
-    elif any(atom.form.takes in ("prompt", "own", "activations") for atom in atoms):
+    elif any(atom.form.takes in ("prompt", "own", "activations", "reply") for atom in atoms):
         reason = "it reads more than one distribution over next tokens"
         hint = "measure it in an experiment without `observe`"
     elif several and not context.tokenizer.stands_in:

@@ -81,6 +81,8 @@ class Atom(Record):
     points: Mapping[Key, SitePoint] = field(default_factory=dict[Key, SitePoint])
     """Where it sweeps: the site for each of the values of `axes`."""
     axes: tuple[Axis, ...] = ()
+    wanted: Mapping[Env, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    """Of a metric of the reply: per environment and row, the texts in its brackets."""
     python: PythonFunction | None = None
     rows: tuple[Mapping[str, Any], ...] = field(default=(), compare=False, repr=False)
     """What it is given of every row."""
@@ -93,7 +95,7 @@ class Atom(Record):
     @property
     def by_item(self) -> bool:
         """Whether its text differs between the cells of one row."""
-        named = {*self.texts, *self.sets}
+        named = {*self.texts, *self.sets, *self.wanted}
         return named != {None} and bool(named)
 
     @property
@@ -140,6 +142,8 @@ class ResolvedMeasure(Record):
     """Rows that lack the position; they have no value."""
     item: int | None = None
     """The occurrence that it is read at, where it is read at each."""
+    reply: tuple[object, ...] | None = None
+    """How the reply is written that it reads; None where it reads none."""
 
     @property
     def word(self) -> str:
@@ -219,9 +223,21 @@ class ResolvedExperiment(Record):
         return self.spec.name
 
     @property
+    def generation(self) -> spec.Generation | None:
+        """What its rows write behind their prompts, if anything."""
+        return self.spec.generation
+
+    @property
     def key(self) -> str:
         """Its name among all variants."""
         return self.spec.key
+
+    @property
+    def reply(self) -> tuple[object, ...] | None:
+        """How replies are written, as a key: equal for experiments whose rows write the same with
+        the same rules; None where nothing is written."""
+        said = self.spec.generation
+        return None if said is None else said.key(self.seed)
 
     def has(self, index: Key) -> bool:
         """Whether its measures are read in the cell of these indices along its axes."""
