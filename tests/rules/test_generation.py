@@ -16,7 +16,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from ..execute.support import MODES, token
 from ..reference.forward import Changes, Edge, Write, forward
 from .models import double
-from .support import experiment, plain, rows, run_file, tokens
+from .support import codes, experiment, plain, rows, run_file, tokens
 
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2")
 TOKENS = 5
@@ -213,3 +213,13 @@ def test_rules_act_at_their_steps(data: Path, name: str, mode: str) -> None:
     assert len(changed) >= len(CASES) / 2, CASES.keys() - changed
     both = [written(name, n, [CASES[key] for key in BOTH]) for n in range(count)]
     assert replies(seen["both"]) == both
+
+
+@pytest.mark.parametrize("during", ["during prefill", "during step 1..2"])
+def test_a_block_that_was_left_out_does_not_come_back(data: Path, during: str) -> None:
+    """It would have no keys of the tokens so far."""
+    rule = f"replace block layer 1 with identity {during}"
+    text = experiment("e", rule, f"generate {TOKENS}", measure="measure length as raw")
+    assert codes(text, data) == ["E0207"]
+    later = rule.replace(during, f"during step 1..{TOKENS - 1}")
+    run_file(text.replace(rule, later), data, "llama", "planned")
