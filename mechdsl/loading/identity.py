@@ -59,9 +59,13 @@ def _parts(model: LoadedModel) -> dict[str, Any]:
         "attention": [code.of_attention(config) for config in model.attention_configs],
         "tokenizer": None
         if tokenizer is None
-        else [tokenizer.hash, tokenizer.bos, sorted(tokenizer.roles.items())],
+        else [tokenizer.hash, tokenizer.bos, sorted(tokenizer.roles.items()), *_chat(tokenizer)],
         "code": code.found,
     }
+
+
+def _chat(tokenizer: TextTokenizer) -> list[str]:
+    return [] if tokenizer.chat is None else [tokenizer.chat.digest]
 
 
 _HOOKS = ("forward_pre_hooks", "forward_hooks")

@@ -22,6 +22,7 @@ from mechdsl.diagnostics.e05_data import (
     UnknownValue,
 )
 from mechdsl.program import spec
+from mechdsl.prompts.chat_template import ChatTemplate
 from mechdsl.prompts.compiled_template import CompiledTemplate, Definition
 from mechdsl.prompts.data_files import DataFile, read_data
 from mechdsl.prompts.domains import Constants, Words, make_domain
@@ -64,6 +65,7 @@ class PromptsBlock:
         parameters: Constants,
         blocks: Blocks,
         python: bool = False,
+        chat: ChatTemplate | None = None,
     ) -> None:
         self.spec = _without_wrong_changes(prompts, parameters)
         self.name = prompts.name
@@ -73,6 +75,8 @@ class PromptsBlock:
         self.blocks = blocks
         self.python = python
         """Whether functions of Python files may be run."""
+        self.chat = chat
+        """What writes the turns of a chat; None where the tokenizer isn't at hand."""
         self.diagnostics: list[Diagnostic] = [
             d for c in prompts.corruptions for d in problems(c.changes, parameters)
         ]
@@ -82,6 +86,8 @@ class PromptsBlock:
         self.data: DataFile | None = self._read()
         self.columns: tuple[str, ...] = self.data.columns if self.data else ()
         self.templates: tuple[CompiledTemplate, ...] = tuple(map(self.template, prompts.templates))
+        if prompts.chat:
+            self.templates = (self._of_turns(prompts.chat),)
         self.domains: dict[str, Sequence[Value]] = {}
         self.definitions: dict[str, Definition] = {}
         for value in prompts.values:
@@ -156,6 +162,11 @@ class PromptsBlock:
             found = self._templates[id(text)] = CompiledTemplate(text, pieces)
         return found
 
+    def _of_turns(self, turns: tuple[ast.ChatTurn, ...]) -> CompiledTemplate:
+        texts = [self.template(turn.text) for turn in turns]
+        pieces = [piece for text in texts for piece in text.pieces]
+        return CompiledTemplate(texts[0].text, pieces, turns)
+
     def placeholders(self, text: ast.String) -> list[ast.Expr]:
         """What stands in the braces of a text."""
         return [p.expr for p in self.template(text).pieces if isinstance(p, Placeholder)]
@@ -202,7 +213,7 @@ class PromptsBlock:
         for definition in self.definitions.values():
             yield definition.value
         for template in self.templates:
-            yield template.text
+            yield from template.texts
         yield from self.texts.values()
         yield from self.spec.where
         for span in self.spec.spans:
@@ -236,12 +247,13 @@ class PromptsBlock:
             self._check_uses()
         self._check_cycles()
         self._check_tokens()
+        self._check_roles()
 
     def _check_tokens(self) -> None:
         """E0515 for `tokens(…)` in what prompts are made of: it is told of finished ones."""
         elsewhere = (
             *(each.value for each in self.definitions.values()),
-            *(each.text for each in self._all_templates()),
+            *(text for each in self._all_templates() for text in each.texts),
             *self.texts.values(),
             *(part for _, part in self._changed_parts()),
         )
@@ -250,6 +262,17 @@ class PromptsBlock:
                 reason, usage = "can only stand in `where`", "where tokens(answer) = 1"
                 bad = BadCall(span=call.span, name="tokens", reason=reason, usage=usage)
                 self.diagnostics.append(bad)
+
+    def _check_roles(self) -> None:
+        """E0202 for values that are called as the turns are, and stand in one."""
+        first = "the turns of that name, which are spans too"
+        marks = [span.name for span in self.spec.spans if span.within is None]
+        texts = [turn.text for turn in self.spec.chat]
+        found = [(use.name, use.span) for use in uses(tuple(texts), self.placeholders)]
+        found += [(mark.id, mark.span) for mark in marks] if texts else []
+        for name, span in found:
+            if name in spec.CHAT_ROLES:
+                self.diagnostics.append(DuplicateName(span=span, name=name, first=first))
 
     def _duplicate(self, template: CompiledTemplate, name: str) -> None:
         for piece in template.pieces:
