@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.models.identity import digest_of
 from mechdsl.program.code_behind import CodeUnknown, code_of_module
+from mechdsl.prompts.tokenizer import TextTokenizer
 
 _LIBRARIES = ("torch", "transformers", "huggingface_hub", "peft", "accelerate")
 """Whose code is told by their versions."""

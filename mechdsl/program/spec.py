@@ -53,7 +53,9 @@ else:
         WithJsonSchema({"type": "string"}),
     ]
     ExprText = CallText = SiteText = NameText = PositionsText = PositionText = _AS_WRITTEN
-    DomainText = StringText = ChatTurnText = ChangeText = SpanDefText = BoundText = EdgeText = _AS_WRITTEN
+    DomainText = StringText = ChatTurnText = ChangeText = SpanDefText = BoundText = EdgeText = (
+        _AS_WRITTEN
+    )
     Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
     Losses = Where
 

@@ -87,7 +87,8 @@ def build_table(
     prompts_enough: how many prompts, of all runs, are enough to look at (W0790).
     labels: whether answers and the like are of a classifier's outputs, and no tokens.
     compiled: blocks that were compiled before, as `compiled_as` calls them, with the rows they
-        have worked out; a new one is added. All that the rows hang on (seed, words, parameters, blocks) must be the same.
+        have worked out; a new one is added. All that the rows hang on (seed, words, parameters,
+        blocks) must be the same.
     Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, E0550 to E0553, W0701
     to W0703, W0781, W0790, W0791.
     """

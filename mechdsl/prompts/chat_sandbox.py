@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
-from typing import Any, ClassVar, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
@@ -38,15 +38,18 @@ _FILTERS = (
 )  # fmt: skip
 _METHODS: Mapping[type, frozenset[str]] = {
     str: frozenset(
-        "capitalize count endswith find index isalnum isalpha isascii isdecimal isdigit islower "
-        "isnumeric isspace istitle isupper lower lstrip partition removeprefix removesuffix rfind "
-        "rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title "
-        "upper".split()
+        (
+            "capitalize", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii",
+            "isdecimal", "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper",
+            "lower", "lstrip", "partition", "removeprefix", "removesuffix", "rfind", "rindex",
+            "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip",
+            "swapcase", "title", "upper",
+        )
     ),
     dict: frozenset(("copy", "get", "items", "keys", "values")),
     list: frozenset(("copy", "count", "index")),
     tuple: frozenset(("count", "index")),
-}
+}  # fmt: skip
 
 
 class TooMuch(TemplateError):
@@ -93,7 +96,7 @@ class _Budget:
 class _Bounds(Extension):
     """The budget of an environment, and what the parts of a template call to spend it."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (as its class has it)
 
     def __init__(self, environment: Any) -> None:
         super().__init__(environment)
@@ -267,9 +270,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         texts = (str, list, tuple)
         numbers = all(isinstance(each, int | float) for each in (left, right))
         if operator == "*" and not numbers:
-            several = left if isinstance(left, texts) else right
-            times = right if several is left else left
-            if isinstance(several, texts) and len(several) * times > limits.TEXT:
+            size = len(left) if isinstance(left, texts) else len(right)
+            times = right if isinstance(left, texts) else left
+            if size * times > limits.TEXT:
                 _fail(f"it makes a text or list of more than {limits.TEXT:,} parts")
         elif operator in ("**", "%") and not numbers:
             raise SecurityError(f"`{operator}` works on numbers alone")
@@ -296,7 +299,7 @@ def _call(name: str, *args: nodes.Expr) -> nodes.Call:
 class _Grown(NodeTransformer):
     """Puts a look at its size around all that can hold the same thing twice."""
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         return _call("joined", *node.nodes)
 
@@ -305,4 +308,4 @@ class _Grown(NodeTransformer):
         stored = isinstance(node, nodes.Tuple) and node.ctx != "load"
         return node if stored else _call("whole", node)
 
-    visit_List = visit_Tuple = visit_Dict = _whole  # noqa: N815
+    visit_List = visit_Tuple = visit_Dict = _whole

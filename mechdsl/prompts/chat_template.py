@@ -78,7 +78,7 @@ class ChatTemplate:
             return ChatProblem(size, "no chat template of a model is as long; look at what it is")
         try:
             _ = self._render
-        except (Exception, RecursionError) as error:  # noqa: BLE001 (Jinja, Python's compiler)
+        except Exception as error:  # Jinja's, and those of Python's compiler
             return ChatProblem(f"it is no template ({_said(error)})", "correct it in the folder")
         return None
 
@@ -90,7 +90,9 @@ class ChatTemplate:
 
     def marker_in(self, text: str) -> str | None:
         """A special token's name that stands in a text, where it would be that token."""
-        return next((name for name, special in self.added.items() if special and name in text), None)
+        return next(
+            (name for name, special in self.added.items() if special and name in text), None
+        )
 
     def written(self, turns: Sequence[Turn]) -> Rich:
         """The text of these turns, each a span of its role, with the spans in it.
@@ -115,7 +117,9 @@ class ChatTemplate:
         for piece in found.between:
             for number, text in enumerate(texts):
                 self._refuse(number, turns, self._writes(piece, text))
-        return Rich(rich.text[: found.end(len(turns) - 1, texts[-1])], rich.spans) if begun else rich
+        return (
+            Rich(rich.text[: found.end(len(turns) - 1, texts[-1])], rich.spans) if begun else rich
+        )
 
     def _writes(self, piece: str, text: str) -> str | None:
         """What marks turns in what the template writes, and stands in a text too."""
@@ -146,7 +150,7 @@ class ChatTemplate:
         }
         try:
             text = self._render(names)
-        except (Exception, RecursionError) as error:  # noqa: BLE001 (whatever the template does)
+        except Exception as error:  # whatever the template does
             hint = "write other turns, or the text itself with `template`"
             raise ChatProblem(_said(error), hint) from error
         if len(text) > limits.TEXT:
@@ -205,7 +209,8 @@ class _Found:
             return min(max(place - lead + start, first), last)
 
         inner = (
-            SpanAt(name, at(a), at(b), (turn.role, *within)) for name, a, b, within in turn.rich.spans
+            SpanAt(name, at(a), at(b), (turn.role, *within))
+            for name, a, b, within in turn.rich.spans
         )
         return [SpanAt(turn.role, first, last), *inner]
 
@@ -275,7 +280,9 @@ def read_chat(
     """
     text: object = None
     try:
-        text = (folder / FILES[0]).read_bytes()[: 8 * limits.CHAT_TEMPLATE].decode("utf-8", "replace")
+        text = (
+            (folder / FILES[0]).read_bytes()[: 8 * limits.CHAT_TEMPLATE].decode("utf-8", "replace")
+        )
     except OSError:
         try:
             content = load_json((folder / FILES[1]).read_text(encoding="utf-8"))
@@ -304,4 +311,3 @@ def chat_of(
         if name.endswith("_token") and isinstance(entry, str):
             tokens[name] = entry
     return ChatTemplate(template, tokens, dict(added))
-

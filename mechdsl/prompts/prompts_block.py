@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
-from typing import Any
 
 from mechdsl.base import limits
 from mechdsl.base.names import name_list
@@ -28,7 +27,8 @@ from mechdsl.prompts.data_files import DataFile, read_data
 from mechdsl.prompts.domains import Constants, Words, make_domain
 from mechdsl.prompts.hub_datasets import read_dataset
 from mechdsl.prompts.names_used import NameUse, calls_in, counts_tokens, draws, uses
-from mechdsl.prompts.python_values import Calls, Names, python_calls
+from mechdsl.prompts.parts_of_rows import parts_of
+from mechdsl.prompts.python_values import Calls
 from mechdsl.prompts.row_scope import Refusal
 from mechdsl.prompts.values import Value, frozen, plain
 from mechdsl.syntax import ast
@@ -174,7 +174,7 @@ class PromptsBlock:
     @cached_property
     def calls(self) -> Calls:
         """The `python(…)` in it."""
-        return Calls(_parts(self), allowed=self.python)
+        return Calls(parts_of(self), allowed=self.python)
 
     def in_file(self, index: int) -> int:
         """The combination at a place of a round: a limit or a split takes the same records however
@@ -479,39 +479,3 @@ def _hint(name: str, known: Iterable[str], what: str) -> str:
     names = list(known)
     listed = name_list(names)
     return did_you_mean(name, names, f"its {what} are {listed}" if names else "define it")
-
-
-def _parts(block: PromptsBlock) -> Iterator[tuple[Names | None, Any]]:
-    """What rows are made of, each part with the names that a function in it is given.
-
-    A value sees those that stand above it in the file and hang on nothing from it on, so that no
-    value hangs on itself; texts, conditions and corruptions see all values.
-    """
-    given = (*block.columns, *(name for name, _ in block.axes))
-    definitions = list({id(d): d for d in block.definitions.values()}.values())
-    places = {name: n for n, d in enumerate(definitions) for name in d.names}
-    below = len(definitions)
-    places |= {name: below for name in block.texts if name not in places}
-    for template in block.templates:
-        places |= {name: below for name in template.definitions if name not in places}
-    last: dict[int, int] = {below: below}
-
-    def reach(number: int) -> int:
-        """The last definition in the file that one hangs on, itself included."""
-        if number not in last:
-            last[number] = number
-            used = {use.name for use in uses(definitions[number].value, block.placeholders)}
-            last[number] = max([number, *(reach(places[n]) for n in used if n in places)])
-        return last[number]
-
-    for number, definition in enumerate(definitions):
-        if not python_calls(definition.value):
-            continue
-        above = [n for n in range(number) if reach(n) < number]
-        yield (*given, *(name for n in above for name in definitions[n].names)), definition.value
-    every = (*given, *(name for definition in definitions for name in definition.names))
-    settled = tuple(n for n in every if n not in places or reach(places[n]) < below)
-    for node in (*block.texts.values(), *block.spec.where):
-        yield settled, node
-    for corruption in block.spec.corruptions:
-        yield None, corruption.changes

@@ -306,9 +306,7 @@ class TextTokenizer:
         bos = self.role_ids.get("bos")
         if bos is None or encoded.ids[:1] != (bos,):
             return encoded
-        return Encoded(
-            encoded.ids, ((0, 0), *encoded.offsets[1:]), (True, *encoded.special[1:])
-        )
+        return Encoded(encoded.ids, ((0, 0), *encoded.offsets[1:]), (True, *encoded.special[1:]))
 
     def _with_bos(self, encoded: Encoded) -> Encoded:
         bos = self.role_ids.get("bos")

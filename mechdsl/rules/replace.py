@@ -44,7 +44,7 @@ def _inputs(rule: spec.Rule, positions: PositionTargets, work: Work) -> dict[Key
     base, new, tokenizer = work.experiment.base, rule.fill.value, work.model.tokenizer
     if work.table.runs[base].chat:
         marker = marks_turns(new, rule.fill.span, tokenizer)
-        work.diagnostics += [] if marker is None else [marker]
+        work.diagnostics.extend([] if marker is None else [marker])
     found = {
         key: replace_tokens(work.table, base, rule.at, cell, new, tokenizer)
         for key, cell in positions.written.items()
