@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved_rule import ResolvedRule
 
@@ -21,7 +20,6 @@ def in_steps(rule: ResolvedRule) -> ResolvedRule:
 
 def of_generation(rules: Sequence[ResolvedRule | None], work: Work) -> Iterator[Diagnostic]:
     """What can't be done while a reply is written."""
-    generation = work.experiment.generation
-    if generation is None:
+    if work.experiment.generation is None:
         return
-    yield NotSupported(span=generation.span, what="`generate`")
+    yield from ()
