@@ -222,6 +222,11 @@ class _BlockLines:
                 self.diagnostics.append(bad)
 
 
+def _turn(turn: ast.ChatTurn) -> ast.ChatTurn:
+    """One that a side says which there is: of others that has been said."""
+    return turn if turn.role in spec.CHAT_ROLES else replace(turn, role="user")
+
+
 def lower_prompts(definition: ast.PromptsDef, scope: Namespace) -> spec.Prompts:
     """The typed block. Codes: E0108, E0201 (`words(MODEL)`), E0202, E0209."""
     block = _BlockLines(definition, scope)
@@ -245,7 +250,7 @@ def lower_prompts(definition: ast.PromptsDef, scope: Namespace) -> spec.Prompts:
         name=definition.name.id,
         values=tuple(block.values),
         templates=() if block.chat is not None else tuple(block.templates),
-        chat=() if block.chat is None else block.chat.turns,
+        chat=() if block.chat is None else tuple(map(_turn, block.chat.turns)),
         rows=None if block.rows is None else block.rows.source,
         distinct=block.rows is not None and block.rows.distinct,
         rename=tuple(block.rename),

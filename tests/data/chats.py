@@ -113,7 +113,7 @@ def chat(shape: str) -> ChatTemplate:
 
 
 @cache
-def _library(shape: str) -> PreTrainedTokenizerFast:
+def library(shape: str) -> PreTrainedTokenizerFast:
     template = SHAPES[shape]
     names = {"bos_token": BOS[template], "eos_token": EOS[template]}
     made: Any = PreTrainedTokenizerFast(
@@ -130,7 +130,7 @@ def by_library(shape: str, messages: list[tuple[str, str]]) -> tuple[str, list[i
     turns = [{"role": role, "content": text} for role, text in messages]
     begun = messages[-1][0] == "assistant"
     asked = {"add_generation_prompt": not begun, "continue_final_message": begun}
-    library: Any = _library(shape)
-    text = cast("str", library.apply_chat_template(turns, tokenize=False, **asked))
-    ids = library.apply_chat_template(turns, tokenize=True, return_dict=False, **asked)
+    used: Any = library(shape)
+    text = cast("str", used.apply_chat_template(turns, tokenize=False, **asked))
+    ids = used.apply_chat_template(turns, tokenize=True, return_dict=False, **asked)
     return text, cast("list[int]", ids)
