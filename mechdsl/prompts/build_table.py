@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e04_model import NoTokenFor
+from mechdsl.diagnostics.e05_chat import BadChatTemplate, NoChatTemplate
 from mechdsl.diagnostics.e05_data import EmptyPrompt, PromptTooLong
 from mechdsl.diagnostics.w07_data import EqualRecords, NotAllRows, UnknownWords
 from mechdsl.program import spec
@@ -32,7 +33,7 @@ from mechdsl.prompts.prompt_conventions import (
 )
 from mechdsl.prompts.prompt_table import PromptTable, Run, RunRow, TextTokens
 from mechdsl.prompts.prompts_block import Blocks, PromptsBlock
-from mechdsl.prompts.replaced_text import extended, replace_in_rows
+from mechdsl.prompts.replaced_text import extended, marks_turns, replace_in_rows
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.row_selection import (
     Collection,
@@ -85,12 +86,15 @@ def build_table(
     python: whether functions of Python files may be run.
     prompts_enough: how many prompts, of all runs, are enough to look at (W0790).
     labels: whether answers and the like are of a classifier's outputs, and no tokens.
-    compiled: blocks by name that were compiled before, with the rows they have worked out; a new
-        one is added. All that the rows hang on (seed, words, parameters, blocks) must be the same.
-    Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, W0701 to W0703, W0781,
-    W0790, W0791.
+    compiled: blocks that were compiled before, as `compiled_as` calls them, with the rows they
+        have worked out; a new one is added. All that the rows hang on (seed, words, parameters,
+        blocks) must be the same.
+    Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, E0550 to E0553, W0701
+    to W0703, W0781, W0790, W0791.
     """
-    rows = (compiled or {}).get(prompts.name) or BlockRows(
+    tokenizer = tokenizer.reading(written=bool(prompts.chat))
+    key = compiled_as(prompts, tokenizer)
+    rows = (compiled or {}).get(key) or BlockRows(
         PromptsBlock(
             prompts,
             seed=seed,
@@ -98,12 +102,13 @@ def build_table(
             parameters=parameters or {},
             blocks=blocks or {},
             python=python,
+            chat=tokenizer.chat,
         )
     )
     if compiled is not None:
-        compiled[prompts.name] = rows
+        compiled[key] = rows
     block = rows.block
-    diagnostics = list(block.diagnostics)
+    diagnostics = [*block.diagnostics, *_no_chat(prompts, tokenizer)]
     if has_errors(diagnostics) or block.columns_unknown:
         return None, diagnostics
     most = None
@@ -131,6 +136,26 @@ def build_table(
         *diagnostics,
         *dict.fromkeys(builder.diagnostics),
     ]
+
+
+def compiled_as(prompts: spec.Prompts, tokenizer: TextTokenizer | None) -> str:
+    """What the rows of a block are called that a tokenizer's template writes; those of all other
+    blocks are the same for every tokenizer."""
+    chat = tokenizer.chat if tokenizer is not None and prompts.chat else None
+    return prompts.name if chat is None else f"{prompts.name} {chat.digest}"
+
+
+def _no_chat(prompts: spec.Prompts, tokenizer: TextTokenizer) -> list[Diagnostic]:
+    """E0550, E0551: nothing writes the turns of a chat."""
+    if not prompts.chat or tokenizer.stands_in:
+        return []
+    span = prompts.chat[0].span
+    if tokenizer.chat is None:
+        return [NoChatTemplate(span=span)]
+    problem = tokenizer.chat.problem
+    if problem is None:
+        return []
+    return [BadChatTemplate(span=span, reason=problem.reason, hint=problem.hint)]
 
 
 def _equal_records(block: PromptsBlock, found: Collection) -> EqualRecords:
@@ -299,7 +324,7 @@ class _Builder:
                     texts=kept,
                 )
             )
-        return Run(name, tuple(out))
+        return Run(name, tuple(out), chat=bool(self.block.spec.chat))
 
     # --- what corruptions do to tokens ---------------------------------------------------------
 
@@ -355,6 +380,9 @@ class _Builder:
                 self.diagnostics.append(refusal.diagnostic(row.describe()))
                 return [""] * len(made)
             texts.append(new if isinstance(new, str) else self.tokenizer.token_text(new.id))
+        if self.block.spec.chat:
+            found = (marks_turns(new, text.span, self.tokenizer) for new in dict.fromkeys(texts))
+            self.diagnostics += [each for each in found if each is not None][:1]
         return texts
 
     def _with_noise(self, table: PromptTable, found: Collection) -> PromptTable:
