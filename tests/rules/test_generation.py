@@ -223,3 +223,14 @@ def test_a_block_that_was_left_out_does_not_come_back(data: Path, during: str) -
     assert codes(text, data) == ["E0207"]
     later = rule.replace(during, f"during step 1..{TOKENS - 1}")
     run_file(text.replace(rule, later), data, "llama", "planned")
+
+
+def test_no_word_of_an_answer_is_in_the_prompt(data: Path) -> None:
+    """Elsewhere a word that all answers begin with stands at the end of the prompts."""
+    block = 'prompts q {\n rows "data.jsonl"\n template "w41 {cue} w42"\n answer " w7 {a}"\n}\n'
+    plainly = experiment("e", block="q", measure="measure prob(answer) as raw")
+    writes = experiment("w", "generate 2", block="q", measure="measure exact_match as raw")
+    moved = run_file(plainly, data, "llama", "planned", blocks=block)["e"]
+    alone = run_file(writes, data, "llama", "planned", blocks=block)["w"]
+    assert "w7" in moved.conventions["answer"]
+    assert all(text.endswith("w42") for text in alone.replies.prompts.values())
