@@ -36,8 +36,18 @@ class PathPlan:
 
     @property
     def at_the_end(self) -> bool:
-        """Whether paths lead to the end of the model, and nothing is recorded."""
-        return bool(self.table) and SITES[self.table[0].site].when == "output"
+        """Whether paths lead to nothing but the end of the model, and nothing is recorded."""
+        return bool(self.table) and bool(self.is_end.all())
+
+    @property
+    def also_at_the_end(self) -> bool:
+        """Whether the end of the model stands beside other receivers."""
+        return bool(self.is_end.any()) and not self.at_the_end
+
+    @property
+    def is_end(self) -> Bools:
+        """[point of `table`]"""
+        return np.array([SITES[p.site].when == "output" for p in self.table], dtype=np.bool_)
 
 
 @dataclass(frozen=True, eq=False)
