@@ -47,7 +47,7 @@ def of_generation(
         if names_answer(rule.at) or names_answer(rule.onto):
             yield _not_yet(
                 rule,
-                "a rule on tokens of the answer, beside `generate`",
+                "a rule on tokens of the answer beside `generate`",
                 "the model writes its own reply: name `last token`, which is the newest one at "
                 "each step, or write an experiment without `generate`",
             )
@@ -55,8 +55,9 @@ def of_generation(
         if rule is not None:
             yield from _of_rule(rule, generation)
     for said, measure in zip(work.experiment.measures, measures, strict=True):
-        of_reply = measure is not None and measure.reply is not None
-        if of_reply and generation.samples > 1 and measure.kind == "category":
+        if measure is None or measure.reply is None or generation.samples == 1:
+            continue
+        if measure.kind == "category":
             yield UnreadableMeasure(
                 span=said.metric.span,
                 text=said.metric.span.written,
