@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     PositionText = ast.Position
     DomainText = ast.Domain
     StringText = ast.String
+    ChatTurnText = ast.ChatTurn
     ChangeText = ast.CorruptLine
     SpanDefText = ast.SpanDef
     BoundText = ast.Star | ast.AxisRange
@@ -54,7 +55,9 @@ else:
         WithJsonSchema({"type": "string"}),
     ]
     ExprText = CallText = SiteText = NameText = PositionsText = PositionText = _AS_WRITTEN
-    DomainText = StringText = ChangeText = SpanDefText = BoundText = EdgeText = _AS_WRITTEN
+    DomainText = StringText = ChatTurnText = ChangeText = SpanDefText = BoundText = EdgeText = (
+        _AS_WRITTEN
+    )
     Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
     Losses = Where
 
@@ -115,12 +118,18 @@ NO_PROMPTS, NO_TEXT = "no prompts", "."
 """The block of experiments that look at weights alone, and the text of its one row."""
 
 
+CHAT_ROLES = ("system", "user", "assistant")
+"""Whose turns a chat has."""
+
+
 class Prompts(Spec):
     """One `prompts` block."""
 
     name: str
     values: tuple[Value, ...] = ()
     templates: tuple[StringText, ...] = ()
+    chat: tuple[ChatTurnText, ...] = ()
+    """Turns that the tokenizer's chat template writes, in place of templates."""
     rows: ExprText | None = None
     """The file's path as a string expression."""
     from_images: bool = False

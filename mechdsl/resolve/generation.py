@@ -158,6 +158,20 @@ def _of_rule(rule: ResolvedRule, generation: spec.Generation) -> Iterator[Diagno
             "name `last token`, the newest one at each step, or write `during prefill`",
         )
         return
+    last = generation.tokens - 1
+    if (
+        does.changes == "blocks"
+        and said.source_block is None
+        and (rule.steps or (0, last))[1] < last
+    ):
+        assert said.during is not None
+        yield _bad(
+            said.during,
+            "leaves out a block that attends again later, to tokens that it has no keys of",
+            f"leave it out up to the last step, `during step {said.during.first}..{last}`, or put "
+            "another block in its place: `with block layer 1`",
+        )
+        return
     if rule.acts_later:
         yield from _behind_the_prefill(rule)
 
