@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from mechdsl.base.plural import plural
 from mechdsl.execute.writer import ends_of
+from mechdsl.generate.way import way_of
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.program import spec
@@ -27,6 +28,9 @@ def of_replies(plan: ExperimentPlan, model: LoadedModel) -> Iterator[tuple[str, 
         )
     yield "generate", f"up to {plural(said.tokens, 'token')} behind each prompt, {chosen}"
     yield "replies end", _ends(said, experiment, model)
+    way = way_of(model)
+    if way.kind == "whole":
+        yield "kept keys", f"none: each token takes a whole pass, as {way.reason}"
     if said.samples > 1:
         yield "samples", f"{said.samples:,} to a row, whose value is their mean"
     rules = [r.rule for r in plan.rules if r.rule.does.changes not in ("nothing", "input")]
