@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mechdsl.base.record import Record, record
 from mechdsl.program.python_files import PythonFunction
@@ -156,3 +156,6 @@ class PositionCell(Record):
     A row without the position has no runs and drops out of the cell."""
     item: int | None = None
     """1-based occurrence, for `each item token`."""
+    follows: Literal["", "newest", "every"] = field(default="", compare=False)
+    """While a reply is written: whether it is, at each step, the newest token (`last token`), or
+    all tokens so far (`tokens *`)."""
