@@ -15,7 +15,6 @@ from mechdsl.execute.means_and_donors import MeansAndDonors
 from mechdsl.execute.observed import Look, Observed, look
 from mechdsl.execute.path_patching import held_rows, holding, received
 from mechdsl.execute.readout import Found, Reading, Readout
-from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.execute.unpatched_batch import (
     TextBehind,
     UnpatchedBatch,
@@ -28,6 +27,7 @@ from mechdsl.execute.wanted_places import Member, Wanted, by_row, on_draws, want
 from mechdsl.execute.writes import acting, pass_ends
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
+from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.packed.behind_last_block import Places
 from mechdsl.packed.packed_pass import run_packed

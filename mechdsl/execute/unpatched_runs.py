@@ -13,7 +13,6 @@ from mechdsl.base.arrays import Ints
 from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.read_vectors import LanesOf, wanted
 from mechdsl.execute.readout import Found, Reading, Readout
-from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.execute.unpatched_batch import (
     Spot,
     UnpatchedBatch,
@@ -26,6 +25,7 @@ from mechdsl.execute.unpatched_batch import (
 from mechdsl.hooks.frozen_norms import FrozenNorms
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
+from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.packed.model_end import ModelEnd
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.only_looks import only_looks

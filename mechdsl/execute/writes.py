@@ -15,11 +15,11 @@ from torch import Tensor
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.made_of_cells import MadeOfCells
 from mechdsl.execute.means_and_donors import Means, MeansAndDonors
-from mechdsl.execute.rule_writes import Numbers, RuleWrites
 from mechdsl.execute.unpatched_batch import TextBehind, UnpatchedBatch, fed_tokens
 from mechdsl.hooks.batch import gather
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import Mode, SiteRead, SiteWrite
+from mechdsl.hooks.rule_writes import Numbers, RuleWrites
 from mechdsl.models.shape import ModelShape, units, width
 from mechdsl.plan.columns import EVERY, counted, each_unit, prompt_lengths, units_of
 from mechdsl.plan.experiment_plan import ExperimentPlan
