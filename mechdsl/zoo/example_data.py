@@ -80,8 +80,8 @@ def bracket_texts() -> list[Record]:
 
 
 def questions() -> list[Record]:
-    """What may be asked, whether it is forbidden (1) or not, and what is replied: `answer` where
-    it isn't refused, `past_answer` where people did it."""
+    """What may be asked, whether it is forbidden (1) or not, and what is replied: `advice` where
+    it isn't refused, `past_advice` where people did it."""
     found: list[Record] = []
     for forbidden, held_out in itertools.product((False, True), repeat=2):
         for verb, thing in refusal.pairs(forbidden, held_out):
@@ -95,8 +95,8 @@ def questions() -> list[Record]:
                 "owned": int(thing in refusal.OWNED),
                 "forbidden": int(forbidden),
                 "held_out": int(held_out),
-                "answer": refusal.Question(verb, thing, False).answer(),
-                "past_answer": refusal.Question(verb, thing, True).answer(),
+                "advice": refusal.Question(verb, thing, False).answer(),
+                "past_advice": refusal.Question(verb, thing, True).answer(),
             })  # fmt: skip
     return found
 
