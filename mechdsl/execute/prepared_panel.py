@@ -14,6 +14,7 @@ from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.execute.accuracies import unmeasured_accuracies
 from mechdsl.execute.derived_runs import DerivedRuns
 from mechdsl.execute.directions import DirectionFits, FittedDirections
+from mechdsl.execute.found import Found
 from mechdsl.execute.kept_values import KeptRun, KeptValues, PatchedValues
 from mechdsl.execute.made_of_cells import CellFailed, MadeOfCells, made_of_cells
 from mechdsl.execute.means_and_donors import MeansAndDonors, donors_of, means_of
@@ -24,9 +25,10 @@ from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.over_rows import Together, observe_together
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
-from mechdsl.execute.readout import Found, Readout
+from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.unusable import Unusable
+from mechdsl.execute.writer import ends_of
 from mechdsl.execute.writes import readable
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.experiment_plan import ExperimentPlan
@@ -101,7 +103,14 @@ class PreparedPanel:
         """Prompts of which every value was there before the run."""
         self.batches: list[Ints] = []
         """The others."""
-        self.values = kept and KeptValues.of(kept, panel, self.runs.seed)
+        self.stored = kept and KeptValues.of(kept, panel, self.runs.seed)
+        self.values = self.stored
+        writer = self.runs.writer
+        if writer is not None:  # what they write is kept, and measured again
+            self.values = None
+            writer.kept = self.stored and self.stored.replies(
+                writer.generation.settings, ends_of(model)
+            )
         self.together: dict[str, Together] = {}
         """What is observed of all rows at once, by the key of an experiment."""
         self.patched_values: dict[str, PatchedValues] = {}
@@ -182,8 +191,8 @@ class PreparedPanel:
             self.defined.update(found.lengths)
         for plan in self._sound if problems else ():
             self._lose(plan, *problems)
-        if self.values is not None:
-            self.values.define(plans, self.kept, derived.donors, derived.cells)
+        if self.stored is not None:
+            self.stored.define(plans, self.kept, derived.donors, derived.cells)
 
     def _directions(self) -> dict[str, FittedDirections]:
         """Those of each experiment's rules; one with a direction that is nothing is lost."""
@@ -283,7 +292,7 @@ class PreparedPanel:
 
     def _look_up(self, plan: ExperimentPlan, kept: Ints, donors: Mapping[int, Ints]) -> None:
         """What there is of an experiment's patched values."""
-        if self.values is None or not plan.rules:
+        if self.stored is None or not plan.rules:
             return
         if self.measured[plan.experiment.key].tokens.top:
             said = "the tokens that it lists are made of all of its rows"
@@ -291,11 +300,14 @@ class PreparedPanel:
             return
         try:
             cells = self.whole_cells[plan.experiment.key]
-            found = self.values.patched(plan, kept, donors, cells)
+            keys = self.stored.keys(plan, kept, donors, cells)
         except TypeError as error:  # what a rule or metric from outside hangs on can't be compared
             self.profile.not_kept[plan.experiment.key] = str(error)
             return
-        self.patched_values[plan.experiment.key] = found
+        if self.runs.writer is not None and self.runs.writer.kept is not None:
+            self.runs.writer.kept.keys[plan.experiment.key] = keys
+        else:
+            self.patched_values[plan.experiment.key] = self.stored.patched(keys)
 
     def _due(self) -> Ints:
         """The prompts of which some row has to be run; all, where nothing is known."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from torch import Tensor
 
 from mechdsl.hooks.block_exchange import BlockPairs
 from mechdsl.hooks.inside_attention import EdgeWrite
@@ -39,6 +41,14 @@ class StepRules:
     def __post_init__(self) -> None:
         if self.first < 1:
             raise ValueError("step 0 is the prefill, whose writes are given by themselves")
+
+    def moved(self, rows: Tensor) -> StepRules:
+        """The same where row i is row `rows[i]`."""
+        return replace(
+            self,
+            writes=[write.moved(rows) for write in self.writes],
+            edges=[replace(each, edge=each.edge.moved(rows)) for each in self.edges],
+        )
 
     def acts(self, step: int) -> bool:
         """Whether it acts in a step."""
@@ -76,16 +86,3 @@ class Decoding:
             raise ValueError("top_k is at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError("top_p is above 0 and at most 1")
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What was written behind one prompt."""
-
-    ids: tuple[int, ...]
-    """Tokens, without one that ends it; where a stop text does, those that lie in front of it at
-    least in part."""
-    text: str
-    """Without the stop text."""
-    ended: Literal["end", "stop", "length"]
-    """By a token that ends it, by a stop text, or because it is as long as it may be."""

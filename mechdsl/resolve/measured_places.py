@@ -126,8 +126,9 @@ def _atom_at(atom: Atom, place: Place, chosen: Mapping[str, int], context: Measu
             for run, tokens in place.at.items()
         }
         return replace(atom, own=own)
-    if atom.by_item and place.item in (*atom.texts, *atom.sets):
+    if atom.by_item and place.item in (*atom.texts, *atom.sets, *atom.wanted):
         texts = {None: atom.texts[place.item]} if atom.texts else {}
         sets = {None: atom.sets[place.item]} if atom.sets else {}
-        return replace(atom, texts=texts, sets=sets)
+        wanted = {None: atom.wanted[place.item]} if atom.wanted else {}
+        return replace(atom, texts=texts, sets=sets, wanted=wanted)
     return atom
