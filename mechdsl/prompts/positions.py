@@ -389,8 +389,7 @@ class _Resolver:
             () if any(lacks(own, n) for own in parts) else union(cells, n)
             for n in range(self.total)
         )
-        follow = {cell.follows for cell in cells}
-        follows = "every" if "every" in follow else "newest" if "newest" in follow else ""
+        follows = min((cell.follows for cell in cells if cell.follows), default="")
         return [PositionCell(base.span.written, hits, follows=follows)]
 
     def _may_lack(self, node: ast.Node) -> bool:

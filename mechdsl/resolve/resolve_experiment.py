@@ -346,7 +346,7 @@ def _measure_context(
             if rule.observed is not None
         ),
         metrics=work.program.metrics,
-        writes=work.experiment.generation is not None,
+        reply=work.reply,
     )
 
 

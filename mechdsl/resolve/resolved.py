@@ -142,6 +142,8 @@ class ResolvedMeasure(Record):
     """Rows that lack the position; they have no value."""
     item: int | None = None
     """The occurrence that it is read at, where it is read at each."""
+    reply: tuple[object, ...] | None = None
+    """How the reply is written that it reads; None where it reads none."""
 
     @property
     def word(self) -> str:
@@ -229,6 +231,13 @@ class ResolvedExperiment(Record):
     def key(self) -> str:
         """Its name among all variants."""
         return self.spec.key
+
+    @property
+    def reply(self) -> tuple[object, ...] | None:
+        """How replies are written, as a key: equal for experiments whose rows write the same with
+        the same rules; None where nothing is written."""
+        said = self.spec.generation
+        return None if said is None else said.key(self.seed)
 
     def has(self, index: Key) -> bool:
         """Whether its measures are read in the cell of these indices along its axes."""
