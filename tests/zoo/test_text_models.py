@@ -112,6 +112,15 @@ def test_refusal_refuses_but_not_in_the_past() -> None:
     assert tallies[refusal.BEGUN].share > 0.8
 
 
+def test_worked_counts_and_adds_up_few_parts() -> None:
+    torch.set_num_threads(1)
+    tallies = worked.evaluate(ROOT / "worked", 150, worked.SEED)
+    for kind in ("Steps", "Answer", "About"):
+        assert tallies[f"{kind}, 2 parts"].interval()[0] > 0.85, kind
+    for kind in ("Steps", "Answer"):
+        assert tallies[f"{kind}, 5 parts"].share < 0.85, "it adds up five counts now"
+
+
 @pytest.mark.parametrize("name", ["refusal", "worked"])
 def test_transformers_writes_replies_that_end(name: str) -> None:
     """By its own generation, with the shipped tokenizer and configuration alone."""
