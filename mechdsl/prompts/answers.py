@@ -94,17 +94,19 @@ def tokenise(
     return out, diagnostics
 
 
-def shared_beginning(found: Sequence[TextTokens], tokenizer: TextTokenizer) -> tuple[int, ...]:
+def shared_beginning(
+    found: Sequence[TextTokens], tokenizer: TextTokenizer, *, words: bool = True
+) -> tuple[int, ...]:
     """The leading token that all texts share, if it can move into the prompt.
 
     White space alone always moves (the space that some tokenizers put before a digit); a word only
-    if it tells no answers apart, that is where there are several answers.
+    if it tells no answers apart, that is where there are several answers, and if `words` may.
     """
     firsts = {t.ids[:1] for t in found}
     if len(firsts) != 1 or any(len(t.ids) < 2 for t in found):
         return ()
     (first,) = firsts
-    several = len({t.text for t in found}) > 1
+    several = words and len({t.text for t in found}) > 1
     is_space = bool(first) and tokenizer.is_space(first[0])
     return first if several or is_space else ()
 

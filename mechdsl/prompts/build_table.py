@@ -76,6 +76,7 @@ def build_table(
     python: bool = False,
     prompts_enough: int | None = None,
     labels: Labels = "none",
+    writes: bool = False,
 ) -> tuple[PromptTable | None, list[Diagnostic]]:
     """The rows of a block with all its runs, tokenised.
 
@@ -86,6 +87,7 @@ def build_table(
     python: whether functions of Python files may be run.
     prompts_enough: how many prompts, of all runs, are enough to look at (W0790).
     labels: whether answers and the like are of a classifier's outputs, and no tokens.
+    writes: whether models write behind its prompts, which hold no word of an answer then.
     compiled: blocks that were compiled before, as `compiled_as` calls them, with the rows they
         have worked out; a new one is added. All that the rows hang on (seed, words, parameters,
         blocks) must be the same.
@@ -130,7 +132,9 @@ def build_table(
     diagnostics = list(dict.fromkeys([*block.diagnostics, *found.diagnostics]))
     if has_errors(diagnostics) or not found.rows:
         return None, diagnostics
-    builder = _Builder(rows, tokenizer, max_length, labels=labels, whole=most is None)
+    builder = _Builder(
+        rows, tokenizer, max_length, labels=labels, whole=most is None, writes=writes
+    )
     table = builder.table(found, limit, part)
     return (None if has_errors(builder.diagnostics) else table), [
         *diagnostics,
@@ -180,6 +184,7 @@ class _Builder:
     texts: bool = True
     """Whether there are answers and the like."""
     labels: Labels = "none"
+    writes: bool = False
     """Whether they are of a classifier's outputs, which aren't tokenised."""
     whole: bool = True
     """Whether deviations are of all rows before `limit`, as in a run, or of those of the table."""
@@ -223,7 +228,8 @@ class _Builder:
             for name, tokens in row.items()
             if not self.block.is_token_id(name)
         ]
-        moved = shared_beginning(every, self.tokenizer) if every else ()
+        words = not self.writes
+        moved = shared_beginning(every, self.tokenizer, words=words) if every else ()
         runs = {CLEAN: self._run(CLEAN, [m.clean for m in made], texts[CLEAN], moved, prompts)}
         for corruption in self.block.spec.corruptions:
             rows = [m.corrupted[corruption.name] for m in made]

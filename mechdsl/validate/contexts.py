@@ -303,7 +303,14 @@ class Contexts:
             python=self.python,
             prompts_enough=self._enough,
             labels=labels or _labels(model.shape),
+            writes=name in self._written_behind,
         )
+
+    @cached_property
+    def _written_behind(self) -> frozenset[str]:
+        """The blocks behind whose prompts a model writes."""
+        every = self.program.experiments
+        return frozenset(each.prompts for each in every if each.generation is not None)
 
     @cached_property
     def _enough(self) -> int | None:
