@@ -30,6 +30,7 @@ from mechdsl.prompts.named_numbers import (
 from mechdsl.prompts.order_in_text import behind, by_text
 from mechdsl.prompts.position_hits import lacks, union
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
+from mechdsl.prompts.reply_positions import NO_REPLIES, ReplyTokens, names_reply, reply_cells
 from mechdsl.prompts.span_occurrences import Occurrences
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
@@ -55,6 +56,7 @@ def resolve_positions(
     with_runs: Sequence[str] = (),
     ranked: Ranked | None = None,
     answers: AnswerTokens = NO_ANSWERS,
+    replies: ReplyTokens = NO_REPLIES,
 ) -> tuple[tuple[PositionCell, ...], list[Diagnostic]]:
     """The cells of a position expression in one run: one per value of its axis.
 
@@ -63,7 +65,8 @@ def resolve_positions(
     with_runs: other runs whose prompts must be as long where positions are counted from an end.
     ranked: picks the tokens that another experiment ranked; E0108 for them without it.
     answers: the texts behind the prompts, whose tokens are positions too.
-    Codes: E0305, E0306, E0308 to E0315, E0321, E0322, E0540 to E0542, W0701.
+    replies: those that are written behind them.
+    Codes: E0305, E0306, E0308 to E0315, E0321, E0322, E0540 to E0542, E0545, W0701.
     """
     values = loop_values or {}
     numbers = NamedNumbers(values, loops)
@@ -75,6 +78,9 @@ def resolve_positions(
     )
     cells: list[PositionCell] = []
     for item, counted in zip(positions.items, written.items, strict=True):
+        if names_reply(counted, table):
+            cells += reply_cells(counted, table, run, replies, resolver.diagnostics)
+            continue
         own = resolver.position(counted)
         if has_numbers(item):
             own = resolver.somewhere(item, own)
