@@ -66,6 +66,8 @@ CELLS = _limit(1_000_000, "cells of an experiment, or of one site", "E0323")
 LISTED = _limit(2**27, "cells whose tokens are listed, times the vocabulary", "E0207")
 NUMERALS = _limit(10_000, "numerals of a measure", "E0612")
 DRAWS = _limit(10_000, "random draws of `against`", "E0630")
+WRITTEN = _limit(10_000, "tokens of a reply", "E0207")
+REPLIES = _limit(1_000, "samples of a reply", "E0207")
 
 DIRECTION_FILE = _limit(100_000_000, "bytes of a file with a direction", "E0341")
 LENS_FILE = _limit(8_000_000_000, "bytes of a file with a tuned lens", "E0207")

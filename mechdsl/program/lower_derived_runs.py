@@ -7,6 +7,7 @@ from dataclasses import replace
 from mechdsl.diagnostics.e01_syntax import NotSupported, UnexpectedToken
 from mechdsl.diagnostics.e02_names import BadArgument, DuplicateName, UnknownName
 from mechdsl.program import spec
+from mechdsl.program.lower_generation import within_run
 from mechdsl.program.lower_other_runs import run_of
 from mechdsl.program.lower_prompts import CLEAN
 from mechdsl.program.lower_rules import lower_rules
@@ -83,7 +84,8 @@ def _run(definition: ast.RunDef, work: Statements, prompts: spec.Prompts) -> spe
     rules: list[spec.Rule] = []
     for rule, _ in inner.rules:
         use_names(rule, inner)
-        rules += lower_rules(rule, source, prompts, inner)
+        within_run(rule, inner)
+        rules += lower_rules(replace(rule, during=None), source, prompts, inner)
     _before_it_is_made(definition, inner, said)
     work.unsupported |= inner.unsupported
     name = definition.name

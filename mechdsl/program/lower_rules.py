@@ -9,6 +9,7 @@ from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e06_experiment import PatchWithoutSource
 from mechdsl.program import spec
 from mechdsl.program.lower_directions import named_in, split_factor
+from mechdsl.program.lower_generation import lower_during
 from mechdsl.program.lower_other_runs import run_of
 from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
@@ -20,8 +21,9 @@ def lower_rules(
 ) -> tuple[spec.Rule, ...]:
     """As `lower_rule`; an ablation with several fills is a rule with each of them."""
     body = rule.body
+    during = lower_during(rule, work)
     if not isinstance(body, ast.Ablate) or not body.more:
-        return (lower_rule(rule, source, prompts, work),)
+        return (lower_rule(rule, source, prompts, work).model_copy(update={"during": during}),)
     fills = [ast.Fill(body.fill, body.by, span=body.fill.span), *body.more]
     labels = tuple(_label(fill) for fill in fills)
     return tuple(
@@ -30,7 +32,7 @@ def lower_rules(
             source,
             prompts,
             work,
-        ).model_copy(update={"fills": labels, "fill_index": number})
+        ).model_copy(update={"fills": labels, "fill_index": number, "during": during})
         for number, fill in enumerate(fills)
     )
 

@@ -60,10 +60,11 @@ def may_sweep_one(node: ast.Node) -> bool:
         case ast.SpanTokens():
             at = node.of.occurrence
             several = at is not None and (at.low is None or at.high is not None)
-            return node.each or (several and not node.plural)
+            ranged = node.high is not None and not node.plural
+            return node.each or ranged or (several and not node.plural)
         case ast.Between() | ast.Except():
             return node.each
         case ast.RankedTokens():
             return not node.plural and node.ranked.which != "best"
         case _:
-            return isinstance(node, ast.EachTokenOf)
+            return isinstance(node, ast.EachTokenOf | ast.EachStep)

@@ -23,12 +23,10 @@ NodeT = TypeVar("NodeT", bound=ast.Node)
 
 # What the grammar knows and no stage executes yet, by the class of its node.
 LATER: dict[type[ast.Node], str] = {
-    ast.Generate: "`generate`",
     ast.Using: "`using`",
     ast.Discover: "`discover`",
     ast.Search: "`search`",
     ast.ObserveFeatures: "`observe features`",
-    ast.During: "`during`",
 }
 
 # Of which several stand in one statement.
@@ -58,6 +56,7 @@ class Statements:
         self.reports: list[ast.Report] = []
         self.expects: list[ast.Expect] = []
         self.against: list[ast.Against] = []
+        self.generate: list[ast.Generate] = []
         self.derived: list[ast.RunDef] = []
         self.saves: list[ast.Save] = []
         self.known_runs: dict[str, Span] = {}
@@ -101,6 +100,8 @@ class Statements:
                     self.once(statement, self.stats, "stats")
                 case ast.Against():
                     self.once(statement, self.against, "against")
+                case ast.Generate():
+                    self.once(statement, self.generate, "generate")
                 case ast.Keep():
                     self.keep.append(statement.condition)
                 case ast.Measure():

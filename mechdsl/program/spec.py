@@ -166,6 +166,30 @@ class Direction(Spec):
     """None: at the last token."""
 
 
+class Generation(Spec):
+    """`generate 40 with temperature 0.7, samples 3 until "\\n"`."""
+
+    tokens: int
+    """What a reply has at most."""
+    temperature: float | None = None
+    """None: the most likely token is taken, and nothing is drawn."""
+    top_k: int | None = None
+    top_p: float | None = None
+    samples: int = 1
+    stops: tuple[str, ...] = ()
+    """Texts in front of which a reply ends."""
+
+
+class During(Spec):
+    """`during step 2..5`: the steps of a reply in which a rule acts. Step 0 is the prefill."""
+
+    first: int
+    last: int
+    """Inclusive."""
+    after_prefill: bool = False
+    """It edits what is kept of the prompt, between step 0 and step 1."""
+
+
 class Rule(Spec):
     """One intervention. `loops` are the `for` variables around it, outermost first."""
 
@@ -205,6 +229,8 @@ class Rule(Spec):
     """path: whether norms divide by what they divide by on the base run."""
     observed: Observed | None = None
     """observe: what is looked at; `source` is the run, where it isn't the one that rules act on."""
+    during: During | None = None
+    """None: at each step of a reply."""
     loops: tuple[str, ...] = ()
 
 
@@ -350,6 +376,8 @@ class Experiment(Spec):
     saves: tuple[Save, ...] = ()
     statistics: Statistics
     against: Control | None = None
+    generation: Generation | None = None
+    """What each row writes behind its prompt, if anything."""
     reports: tuple[Report, ...] = ()
     expects: tuple[Expectation, ...] = ()
     broken: Annotated[bool, Field(exclude=True)] = False

@@ -33,7 +33,7 @@ class CountedTokens:
         if low is None:
             everything = tuple((tuple(range(len(m.row.ids))),) for m in self.maps)
             if base.plural:
-                return [PositionCell(base.span.written, everything)]
+                return [PositionCell(base.span.written, everything, follows="every")]
             return self.by_index(base, everything, align)
         if high is None:
             label = base.span.written if base.plural else str(low)

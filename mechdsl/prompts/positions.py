@@ -144,6 +144,7 @@ class _Resolver:
             cells = [
                 replace(
                     cell,
+                    follows="",
                     label=f"{cell.label} {offset}" if swept else point.span.written,
                     hits=tuple(
                         tuple(tuple(p + point.offset for p in run) for run in row)
@@ -173,11 +174,15 @@ class _Resolver:
                 return self._joined(base, items)
             case ast.RankedTokens():
                 if self.ranked is None:
-                    what = "a position that another experiment ranked"
-                    self.diagnostics.append(NotSupported(span=base.span, what=what))
-                    return []
+                    return self._later(base, "a position that another experiment ranked")
                 found = self.ranked(base, self.run, self.loops, self.diagnostics)
                 return [PositionCell(label, tuple(hits)) for label, hits in found]
+            case ast.EachStep():
+                return self._later(base, "`each step` as a position")
+
+    def _later(self, node: ast.Node, what: str) -> list[PositionCell]:
+        self.diagnostics.append(NotSupported(span=node.span, what=what))
+        return []
 
     def somewhere(self, item: ast.Position, cells: list[PositionCell]) -> list[PositionCell]:
         """The cells, none and E0310 where a `for` counts beyond the end of every row."""
@@ -200,6 +205,8 @@ class _Resolver:
 
     def _span_tokens(self, base: ast.SpanTokens) -> list[PositionCell]:
         ref = base.of
+        if base.low is not None:
+            return self._later(base, "a token of a span by its number")
         if not self.spans.span_fits(base, ref, from_end=not base.plural):
             return []
         occurrence = ref.occurrence
@@ -332,7 +339,8 @@ class _Resolver:
         if base.of is None:
             # A prompt without text is refused when the table is built.
             hits = tuple(((m.text_tokens[at],),) for m in self.maps)
-            return [PositionCell(base.span.written, hits)]
+            follows = "newest" if base.which == "last" else ""
+            return [PositionCell(base.span.written, hits, follows=follows)]
         if not self.spans.span_fits(base, base.of, from_end=base.which == "last"):
             return []
         found = self.spans.one_place(base, base.of)
@@ -387,7 +395,9 @@ class _Resolver:
             () if any(lacks(own, n) for own in parts) else union(cells, n)
             for n in range(self.total)
         )
-        return [PositionCell(base.span.written, hits)]
+        follow = {cell.follows for cell in cells}
+        follows = "every" if "every" in follow else "newest" if "newest" in follow else ""
+        return [PositionCell(base.span.written, hits, follows=follows)]
 
     def _may_lack(self, node: ast.Node) -> bool:
         """Whether rows without the position drop out: another experiment hasn't ranked theirs, or a

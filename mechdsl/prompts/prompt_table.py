@@ -184,3 +184,6 @@ class PositionCell(Record):
     """1-based occurrence, for `each item token`."""
     reply: ReplyPosition | None = None
     """In the reply, which isn't there yet: `hits` are the prompts' last tokens then."""
+    follows: Literal["", "newest", "every"] = field(default="", compare=False)
+    """While a reply is written: whether it is, at each step, the newest token (`last token`), or
+    all tokens so far (`tokens *`)."""

@@ -160,23 +160,22 @@ def _text_in(of: ast.SpanRef) -> bool:
     return of.literal is not None and of.of == REPLY
 
 
-def places_in_reply(
-    place: ReplyPosition, prompt: int, reply: Sequence[int], decode: Decode
+def tokens_in_reply(
+    place: ReplyPosition, reply: Sequence[int], text: str, decode: Decode
 ) -> tuple[int, ...]:
-    """The tokens of prompt and reply, one behind the other, that a place is; none where the reply
-    doesn't have all of them.
+    """The tokens of a reply that a place is, counted from 1, the prompt's last one being 0; none
+    where the reply doesn't have all of them.
 
-    prompt: how many tokens it has.
+    text: what it says, without what it was stopped by.
     """
     first = 0 if place.kind == "step" else 1
-    tokens = [token + place.offset for token in _tokens(place, reply, decode)]
-    if not all(first <= token <= len(reply) for token in tokens):
-        return ()
-    return tuple(prompt - 1 + token for token in tokens)
+    found = tuple(token + place.offset for token in _tokens(place, reply, text, decode))
+    return found if all(first <= token <= len(reply) for token in found) else ()
 
 
-def _tokens(place: ReplyPosition, reply: Sequence[int], decode: Decode) -> Sequence[int]:
-    """Tokens of the reply, counted from 1; the prompt's last one is 0."""
+def _tokens(
+    place: ReplyPosition, reply: Sequence[int], text: str, decode: Decode
+) -> Sequence[int]:
     match place.kind:
         case "step" | "token":
             return (place.number,)
@@ -187,20 +186,19 @@ def _tokens(place: ReplyPosition, reply: Sequence[int], decode: Decode) -> Seque
         case "all":
             return range(1, len(reply) + 1)
         case "text":
-            own = _of_text(place.text, reply, decode)
+            own = _of_text(place.text, reply, text, decode)
             if place.which == "all" or not own:
                 return own
             return own[:1] if place.which == "first" else own[-1:]
 
 
-def _of_text(text: str, reply: Sequence[int], decode: Decode) -> Sequence[int]:
-    """The tokens that write the last occurrence of a text, counted from 1."""
-    whole = decode(reply)
-    begin = whole.rfind(text)
+def _of_text(part: str, reply: Sequence[int], text: str, decode: Decode) -> Sequence[int]:
+    """The tokens that write the last occurrence of a part of a text, counted from 1."""
+    begin = text.rfind(part)
     if begin < 0:
         return ()
     lengths = (len(decode(reply[:count])) for count in range(1, len(reply) + 1))
     ends = list(accumulate(lengths, max))
     starts = [0, *ends[:-1]]
     pairs = enumerate(zip(starts, ends, strict=True), start=1)
-    return [n for n, (low, high) in pairs if low < begin + len(text) and begin < high]
+    return [n for n, (low, high) in pairs if low < begin + len(part) and begin < high]

@@ -22,6 +22,7 @@ from mechdsl.resolve.apart_from import LeftOut, left_out
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.derived_runs import accuracies_known, define_runs, on_derived
 from mechdsl.resolve.findings import Finding
+from mechdsl.resolve.generation import in_steps, of_generation
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.kinds import RuleKind
 from mechdsl.resolve.loops import loop_values
@@ -117,6 +118,7 @@ def outline(
     diagnostics.extend(
         inside_removed([r for r in rules if r], [m for m in measures if m], model.name)
     )
+    diagnostics.extend(of_generation(rules, work))
     whole = all(len(run.rules) == len(run.spec.rules) for run in derived.values())
     if has_errors(diagnostics) or not whole or None in (*rules, *measures, *keep):
         return known, diagnostics
@@ -169,7 +171,8 @@ def _rules(work: Work, kinds: Registry[RuleKind]) -> list[ResolvedRule | None]:
         kind = kinds[rule.verb]
         work.replies = replies if kind.reads_replies else FOR_RULES
         work.answers = behind if not kind.within_prompt else AnswerTokens(reason=kind.within_prompt)
-        rules.append(kind.resolve(rule, work))
+        found = kind.resolve(rule, work)
+        rules.append(None if found is None else in_steps(found))
     return rules
 
 

@@ -58,6 +58,11 @@ class PositionTargets(Record):
     """Equal to `written` for rules that read no other run."""
     left_out: tuple[str, ...] = ()
     """Labels of positions that no row has in both runs."""
+    newest: frozenset[Key] = frozenset()
+    """Where a reply is written: the keys whose written cell is, or holds, the newest token at each
+    step (`last token`, `tokens *`)."""
+    every: frozenset[Key] = frozenset()
+    """Of these, the keys of `tokens *`, all tokens so far."""
 
 
 @record
@@ -258,6 +263,10 @@ class ResolvedRule(Record):
     """The sites that an observation sets its own against."""
     only: Only | None = None
     """None where it acts in all cells."""
+    steps: tuple[int, int] | None = None
+    """The first and the last step of a reply in which it acts; None at each step."""
+    after_prefill: bool = False
+    """It edits keys or values that are kept of the prompt, between step 0 and step 1."""
 
     def leads(self, at: Mapping[str, int]) -> bool:
         """Whether there is a cell with these indices along the axes, as far as `beside` goes."""

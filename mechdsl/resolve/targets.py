@@ -199,7 +199,15 @@ def laid_out(
             )
         )
         names = (*names, axis)
-    return PositionTargets(names, written, read, found.left_out)
+    targets = PositionTargets(names, written, read, found.left_out)
+    return targets if work.experiment.generation is None else following(targets)
+
+
+def following(targets: PositionTargets) -> PositionTargets:
+    """The same, with what of it follows the newest token of a reply."""
+    newest = {key: cell.follows for key, cell in targets.written.items() if cell.follows}
+    every = frozenset(key for key, follows in newest.items() if follows == "every")
+    return replace(targets, newest=frozenset(newest), every=every)
 
 
 def _loops_of(nodes: list[ast.Positions], work: Work) -> list[str]:
@@ -380,7 +388,7 @@ def _joined(first: PositionCell, second: PositionCell) -> PositionCell:
         tuple((*x, *y) for x, y in zip(a, b, strict=True))
         for a, b in zip(first.hits, second.hits, strict=True)
     )
-    return replace(first, hits=hits)
+    return replace(first, hits=hits, follows=first.follows or second.follows)
 
 
 def _checked(

@@ -366,11 +366,14 @@ class TokenIndex(Node):
 
 @record
 class SpanTokens(Node):
-    """`subject token`, `subject tokens`, `each item token`, `each item tokens`."""
+    """`subject token`, `subject tokens`, `each item token`, `reply token 3`."""
 
     of: SpanRef
     plural: bool
     each: bool = False
+    low: int | None = None
+    """`reply token 3`, `reply tokens 2..4`: which of its tokens, counted from 1."""
+    high: int | None = None
 
 
 @record
@@ -403,7 +406,12 @@ class Joined(Node):
     items: Positions
 
 
-PointBase = TokenIndex | SpanTokens | EachTokenOf | EdgeToken | RankedTokens | Joined
+@record
+class EachStep(Node):
+    """`each step`: where each token of a reply is predicted."""
+
+
+PointBase = TokenIndex | SpanTokens | EachTokenOf | EdgeToken | RankedTokens | Joined | EachStep
 
 
 @record
@@ -804,9 +812,9 @@ RuleBody = (
 
 @record
 class During(Node):
-    """`during prefill`, `during each step`, `during step 2..5`."""
+    """`during prefill`, `during each step`, `during step 2..5`, `after prefill`."""
 
-    phase: Literal["named", "each step", "step"]
+    phase: Literal["named", "each step", "step", "after prefill"]
     name: str | None = None
     steps: Occurrence | None = None
 
@@ -860,8 +868,20 @@ class Against(Node):
 
 
 @record
+class Setting(Node):
+    """`temperature 0.7`"""
+
+    name: Name
+    value: Number | Name
+
+
+@record
 class Generate(Node):
-    steps: int | str
+    """`generate 40 with temperature 0.7, samples 3 until "\\n"`"""
+
+    tokens: int | str
+    settings: tuple[Setting, ...] = ()
+    stops: tuple[String, ...] = ()
 
 
 @record

@@ -393,7 +393,17 @@ class ToAst(Transformer[Token, Any]):
     apart_from = _clause("apart", lambda c: tuple(_nodes(c)))
 
     def generate(self, c: list[Any]) -> ast.Generate:
-        return ast.Generate(_amount(c[1]), span=_span(c))
+        clauses = _clauses(c)
+        return ast.Generate(
+            _amount(c[1]), clauses.get("sampled", ()), clauses.get("stopped", ()), span=_span(c)
+        )
+
+    sampled = _clause("sampled", lambda c: tuple(_nodes(c)))
+    stopped = _clause("stopped", lambda c: tuple(_nodes(c)))
+
+    def setting(self, c: list[Any]) -> ast.Setting:
+        value = _name(c[1]) if isinstance(c[1], Token) else c[1]
+        return ast.Setting(_name(c[0]), value, span=_span(c))
 
     def using(self, c: list[Any]) -> ast.Using:
         return ast.Using(c[1], _clauses(c).get("verify", ()), span=_span(c))
@@ -554,6 +564,9 @@ class ToAst(Transformer[Token, Any]):
         if c[1].type == "EACH":
             return ast.During("each step", span=_span(c))
         return ast.During("named", str(c[1]), span=_span(c))
+
+    def after(self, c: list[Any]) -> ast.During:
+        return ast.During("after prefill", span=_span(c))
 
     def patch(self, c: list[Any]) -> ast.Patch:
         clauses = _clauses(c)
@@ -778,8 +791,18 @@ class ToAst(Transformer[Token, Any]):
     signed = _clause("signed", lambda c: _integer(c[-1]) * (-1 if len(c) == 2 else 1))
 
     def span_tokens(self, c: list[Any]) -> ast.SpanTokens:
-        each = isinstance(c[0], Token)
-        return ast.SpanTokens(c[-2], c[-1].type == "TOKENS", each, span=_span(c))
+        word = next(x for x in reversed(c) if isinstance(x, Token))
+        of = next(x for x in c if isinstance(x, ast.SpanRef))
+        numbers = _clauses(c).get("numbers", (None, None))
+        each = isinstance(c[0], Token) and c[0].type == "EACH"
+        return ast.SpanTokens(of, word.type == "TOKENS", each, *numbers, span=_span(c))
+
+    numbered = _clause(
+        "numbers", lambda c: (_integer(c[0]), _integer(c[2]) if len(c) == 3 else None)
+    )
+
+    def each_step(self, c: list[Any]) -> ast.EachStep:
+        return ast.EachStep(span=_span(c))
 
     def each_token_of(self, c: list[Any]) -> ast.EachTokenOf:
         return ast.EachTokenOf(c[3], span=_span(c))

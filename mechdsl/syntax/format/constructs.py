@@ -303,7 +303,11 @@ def _base(node: ast.PointBase) -> str:
             return f"{_tokens(node.plural)} {_index(node)}"
         case ast.SpanTokens():
             each = "each " if node.each else ""
-            return f"{each}{span(node.of)} {_tokens(node.plural)}"
+            last = "" if node.high is None else f"..{node.high}"
+            numbers = "" if node.low is None else f" {node.low}{last}"
+            return f"{each}{span(node.of)} {_tokens(node.plural)}{numbers}"
+        case ast.EachStep():
+            return "each step"
         case ast.EachTokenOf():
             return f"each token of {span(node.of)}"
         case ast.EdgeToken():

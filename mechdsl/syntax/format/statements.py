@@ -199,7 +199,7 @@ def _change(node: ast.Change) -> str:
 def _rule(node: Any) -> str | None:
     match node:
         case ast.Rule():
-            return line(node.body) + _of("during", node.during, _during)
+            return line(node.body) + ("" if node.during is None else f" {_during(node.during)}")
         case ast.Patch():
             return (
                 f"patch {site(node.site)} at {positions(node.at)}"
@@ -261,9 +261,21 @@ def _rule(node: Any) -> str | None:
 
 
 def _during(node: ast.During) -> str:
+    if node.phase == "after prefill":
+        return node.phase
     if node.phase == "each step":
-        return "each step"
-    return f"step {occurrence(node.steps)}" if node.steps else str(node.name)
+        return "during each step"
+    return f"during step {occurrence(node.steps)}" if node.steps else f"during {node.name}"
+
+
+def _generate(node: ast.Generate) -> str:
+    settings = ", ".join(f"{each.name.id} {within(each.value, SUM)}" for each in node.settings)
+    stops = ", ".join(map(_text, node.stops))
+    return (
+        f"generate {node.tokens}"
+        + (f" with {settings}" if settings else "")
+        + (f" until {stops}" if stops else "")
+    )
 
 
 def _statement(node: Any) -> str | None:
@@ -281,7 +293,7 @@ def _statement(node: Any) -> str | None:
             apart = f" apart from {', '.join(map(site, node.apart))}" if node.apart else ""
             return f"against {call(node.control)}{apart}"
         case ast.Generate():
-            return f"generate {node.steps}"
+            return _generate(node)
         case ast.Using():
             picks = ", ".join(f"{pick.how} {pick.amount}" for pick in node.verify)
             return f"using {call(node.estimator)}" + (f" verify {picks}" if picks else "")

@@ -261,6 +261,7 @@ _SINGLES = {
     "EDGE_SPAN": "`last-…`",
     "BEST": "`best of`",
     "FROZEN": "`frozen norms`",
+    "AFTER": "`after prefill`",
     "COMPARISON": "a comparison",
     "$END": "the end",
 }
