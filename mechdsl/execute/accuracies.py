@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.execute.readout import Found, Readout
+from mechdsl.execute.found import Found
+from mechdsl.execute.readout import Readout
 from mechdsl.execute.unusable import Unusable
 from mechdsl.plan.plan import Panel
 from mechdsl.resolve.resolved import ResolvedExperiment

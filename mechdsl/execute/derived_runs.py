@@ -14,10 +14,10 @@ from mechdsl.execute.made_of_cells import CellFailed, made_of_cells
 from mechdsl.execute.means_and_donors import MeansAndDonors, donors_of, means_of
 from mechdsl.execute.no_value import cell_failed
 from mechdsl.execute.readout import Readout
-from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.execute.unpatched_batch import UnpatchedBatch
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.writes import acting
+from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.whole_cells import WholeCells, whole_cells

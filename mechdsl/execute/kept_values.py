@@ -16,8 +16,9 @@ import numpy as np
 
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.digest import digest
+from mechdsl.execute.found import Found
 from mechdsl.execute.pass_size import Sizes
-from mechdsl.execute.readout import Found, Readout
+from mechdsl.execute.readout import Readout
 from mechdsl.execute.wanted_places import Member
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.plan import Panel

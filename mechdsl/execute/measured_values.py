@@ -10,8 +10,9 @@ import numpy as np
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.accuracies import Accuracies
+from mechdsl.execute.found import Found
 from mechdsl.execute.listed_tokens import ListedToken, TokenMeans
-from mechdsl.execute.readout import Found, Readout
+from mechdsl.execute.readout import Readout
 from mechdsl.execute.unusable import Unusable
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows
@@ -64,6 +65,14 @@ class MeasuredValues:
     """Cell → the tokens that an observation lists of it, the first one first."""
     unusable: dict[int, Unusable] = field(default_factory=dict[int, Unusable])
     """Rows of the table → where they first were seen to be so."""
+    replies: dict[tuple[int, int], tuple[str, ...]] = field(
+        default_factory=dict[tuple[int, int], tuple[str, ...]]
+    )
+    """(cell, row of the table) → what was written: a text for each sample."""
+    unpatched_replies: dict[tuple[str, int], tuple[str, ...]] = field(
+        default_factory=dict[tuple[str, int], tuple[str, ...]]
+    )
+    """(run, row of the table) → the same."""
 
     @classmethod
     def unmeasured(
@@ -106,9 +115,18 @@ class MeasuredValues:
         """Take what an unpatched run gave on some rows, and how far rounding may move the base."""
         for values, own in zip(self.unpatched[run], found.values, strict=True):
             values[environment, columns] = own
+        rows = self.kept[columns].tolist()
+        for row, own in zip(rows, found.replies, strict=bool(found.replies)):
+            self.unpatched_replies[run, row] = own
         if run == self.experiment.spec.base:
             for values, own in zip(self.rounding, found.rounding, strict=True):
                 values[environment, columns] = own
+
+    def wrote(self, rows: Rows, replies: Sequence[tuple[str, ...]]) -> None:
+        """Take what rows of cells wrote, those of one cell and prompt side by side."""
+        places = zip(rows.cell.tolist(), rows.prompt.tolist(), strict=True)
+        for place, own in zip(places, replies, strict=bool(replies)):
+            self.replies[place] = (*self.replies.get(place, ()), *own)
 
     def lacks(self, number: int, cell: int, row: Unusable, reason: str) -> None:
         """Take down a row of a cell in which a measure is no number."""

@@ -9,10 +9,10 @@ from mechdsl.base.arrays import Ints
 from mechdsl.base.plural import plural
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_numbers import CellsWithoutValue, NoValue
+from mechdsl.execute.found import Failed, Found
 from mechdsl.execute.made_of_cells import CellFailed
 from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.execute.not_finite import cell_words, row_words
-from mechdsl.execute.readout import Failed, Found
 from mechdsl.execute.unusable import Unusable
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.program.python_files import PythonNotLoaded

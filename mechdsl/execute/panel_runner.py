@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.execute.found import Found
 from mechdsl.execute.no_value import function_failed
 from mechdsl.execute.not_finite import cell_words, in_cell, not_finite
 from mechdsl.execute.pass_size import out_of_memory, stopwatch
 from mechdsl.execute.patched_rows import Patcher
 from mechdsl.execute.prepared_panel import PreparedPanel, owner
-from mechdsl.execute.readout import Found
 from mechdsl.execute.row_groups import extent, groups, members_of
 from mechdsl.execute.try_sizes import WORTH_MEASURING, try_sizes
 from mechdsl.execute.unusable import Unusable
@@ -158,7 +158,14 @@ class PanelRunner(PreparedPanel):
         keys = [plan.experiment.key for plan in self.running]
         cells = [self.whole_cells[key] for key in keys]
         kept = [self.measured[key].kept for key in keys]
-        return Sharer(self.running, share=self.plan.shares_rows, cells=cells, kept=kept)
+        share = self.plan.shares_rows and not self._drawn  # what is drawn hangs on the cell
+        return Sharer(self.running, share=share, cells=cells, kept=kept)
+
+    @property
+    def _drawn(self) -> bool:
+        """Whether tokens are drawn."""
+        writer = self.runs.writer
+        return writer is not None and writer.generation.sampled
 
     def _finish(
         self,
@@ -237,6 +244,8 @@ class PanelRunner(PreparedPanel):
                     if found.listed is not None:
                         tokens = self.measured[self.running[member.number].experiment.key].tokens
                         tokens.add(member.rows, rows_of[member.number], found.listed)
+                    measured = self.measured[self.running[member.number].experiment.key]
+                    measured.wrote(member.rows, found.replies)
                     yield member, found.values
                 begin += count
 

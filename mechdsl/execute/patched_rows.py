@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.execute.found import Found
 from mechdsl.execute.means_and_donors import MeansAndDonors
 from mechdsl.execute.observed import Look, Observed, look
 from mechdsl.execute.path_patching import held_rows, holding, received
-from mechdsl.execute.readout import Found, Reading, Readout
-from mechdsl.execute.rule_writes import RuleWrites
+from mechdsl.execute.read_samples import read_samples
+from mechdsl.execute.readout import Reading, Readout
+from mechdsl.execute.step_rules import WhileWriting, prefill_of, while_writing
 from mechdsl.execute.unpatched_batch import (
     TextBehind,
     UnpatchedBatch,
@@ -25,9 +27,12 @@ from mechdsl.execute.unpatched_batch import (
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, vectors
 from mechdsl.execute.wanted_places import Member, Wanted, by_row, on_draws, wanted_of
-from mechdsl.execute.writes import acting, pass_ends
+from mechdsl.execute.writer import WritingRows
+from mechdsl.execute.writes import LanesOf, acting, pass_ends
+from mechdsl.generate.records import Reply
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
+from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.packed.behind_last_block import Places
 from mechdsl.packed.packed_pass import run_packed
@@ -55,6 +60,8 @@ class _PassRows:
     """Of held rows, the rules beside their path: what is held is what these leave."""
     whole: bool = False
     """Nothing of an unpatched run stands in them."""
+    later: WhileWriting = field(default_factory=WhileWriting)
+    """What acts while they write."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -84,6 +91,7 @@ class _PassRows:
             held=held,
             beside=self.beside.then(part.beside.moved(where)),
             whole=self.whole or part.whole,
+            later=self.later.then(part.later.moved(where)),
         )
 
 
@@ -103,6 +111,8 @@ class Patcher:
         self.plan = plan
         self.skip = skip
         self.plans = plans
+        self.prefilled = [prefill_of(each) for each in plans]
+        """With the rules that act on the prompts alone."""
         self.readouts = readouts
         self.means_and_donors = means_and_donors
         self.runs = runs
@@ -119,6 +129,7 @@ class Patcher:
         rows = self._pass_rows(shared, chosen, run, batch, draws)
         readouts = [self.readouts[member.number] for member in members]
         repeated = [on_draws(member, draws) for member in members]
+        replies = self._replies(shared, chosen, rows)
         lanes = self.runs.lanes(run, batch)
         lengths = lanes.lengths[lanes.lane(rows.prompts, rows.draw)]
         wanted = [
@@ -146,9 +157,31 @@ class Patcher:
                 tokens=tokens,
                 has_loss=None if readout.loss is None else has_loss(run, many.rows.prompt),
             )
-            found = readout.read(reading, skip=self.skip[member.number])
+            written = [replies[row] for row in many.at] if replies else ()
+            found = read_samples(readout, reading, written, skip=self.skip[member.number])
             found = replace(found, listed=None if seen is None else seen.listed)
             yield member, found.over_draws(draws)
+
+    def _replies(
+        self, shared: SharedRows, chosen: Ints, rows: _PassRows
+    ) -> list[tuple[Reply, ...]]:
+        """Per row of a pass, what it writes; nothing where none does."""
+        writer = self.runs.writer
+        if writer is None:
+            return []
+        number, cell = shared.owner[chosen], shared.rows.cell[chosen]
+        keys = [self.plans[n].content(c) for n, c in zip(number, cell, strict=True)]
+        draws = len(rows) // len(chosen)
+        return writer.of_rows(
+            WritingRows(
+                run=rows.run,
+                prompts=rows.prompts,
+                draw=rows.draw,
+                keys=[key for key in keys for _ in range(draws)],
+                prefill=rows.acting,
+                later=rows.later,
+            )
+        )
 
     def everything(
         self, shared: SharedRows, chosen: Ints, run: Run, batch: Ints, reads: Sequence[SiteRead]
@@ -198,6 +231,8 @@ class Patcher:
         plan, shape = self.plans[number], self.model.shape
         path = plan.path
         own = _PassRows(run, batch, rows.prompt, draw, whole=plan.whole)
+        if self.runs.writer is not None:
+            own = replace(own, later=self._later(number, rows, draw, run, batch))
         if path is None or path.paths is None:
             return replace(own, acting=self._acting(number, rows, draw, run, batch, text))
         if path.paths.at_the_end:
@@ -244,6 +279,21 @@ class Patcher:
     ) -> RuleWrites:
         """What the rules of one experiment do to rows of it, behind those of the run that they
         start from; senders: of paths too."""
+        plan, shape = self.prefilled[number], self.model.shape
+        given = (self._lanes_of(number, batch, text), self.means_and_donors[number], shape)
+        own = acting(plan, rows, draw, *given, text, senders=senders)
+        if run.derived is None:
+            return own
+        return self.runs.rules(run, rows.prompt, draw, batch).then(own)
+
+    def _later(self, number: int, rows: Rows, draw: Ints, run: Run, batch: Ints) -> WhileWriting:
+        """What the rules of one experiment do to rows of it while these write."""
+        lanes_of, shape = self._lanes_of(number, batch, None), self.model.shape
+        given = (lanes_of, self.means_and_donors[number], shape)
+        return while_writing(self.plans[number], rows, draw, *given)
+
+    def _lanes_of(self, number: int, batch: Ints, text: TextBehind | None) -> LanesOf:
+        """What the rules of one experiment read."""
         means_and_donors = self.means_and_donors[number]
 
         def lanes_of(rule: RulePlan) -> UnpatchedBatch:
@@ -255,11 +305,7 @@ class Patcher:
             named, atom = self.runs.named(rule.rule.run), self._atom(number, text)
             return self.runs.lanes(named, prompts, atom, alone=donors is not None)
 
-        plan, shape = self.plans[number], self.model.shape
-        own = acting(plan, rows, draw, lanes_of, means_and_donors, shape, text, senders=senders)
-        if run.derived is None:
-            return own
-        return self.runs.rules(run, rows.prompt, draw, batch).then(own)
+        return lanes_of
 
     def _atom(self, number: int, text: TextBehind | None) -> Atom | None:
         """The metric whose text stands behind what an experiment reads: what rules write into the

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
-from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.execute.writes import Part, joined
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.frozen_norms import FrozenNorms
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
+from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.models.shape import ModelShape, units
 from mechdsl.packed.behind_last_block import Places

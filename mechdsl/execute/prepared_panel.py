@@ -14,6 +14,7 @@ from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.execute.accuracies import unmeasured_accuracies
 from mechdsl.execute.derived_runs import DerivedRuns
 from mechdsl.execute.directions import DirectionFits, FittedDirections
+from mechdsl.execute.found import Found
 from mechdsl.execute.kept_values import KeptRun, KeptValues, PatchedValues
 from mechdsl.execute.made_of_cells import CellFailed, MadeOfCells, made_of_cells
 from mechdsl.execute.means_and_donors import MeansAndDonors, donors_of, means_of
@@ -24,7 +25,7 @@ from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.over_rows import Together, observe_together
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.profile import Profile
-from mechdsl.execute.readout import Found, Readout
+from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.unusable import Unusable
 from mechdsl.execute.writes import readable

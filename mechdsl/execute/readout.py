@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Floats, Ints
-from mechdsl.diagnostics.e02_python import PythonFailed
+from mechdsl.execute.found import Failed, Found, Gap
 from mechdsl.execute.observed import Observed
 from mechdsl.execute.python_metric import python_metric
+from mechdsl.execute.reply_metric import of_reply
 from mechdsl.execute.unpatched_batch import Spot, TextBehind, continuation_ids, spots_of
+from mechdsl.generate.records import Reply
 from mechdsl.program.python_files import PythonFailure, PythonNotLoaded
 from mechdsl.resolve.measures import divisors, evaluate
 from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
@@ -48,70 +50,12 @@ class Reading:
     None where nothing is asked of rounding."""
     has_loss: Bools | None = None
     """[row] whether the prompt has a loss; None where none is read."""
+    replies: Sequence[Reply] = ()
+    """[row] what it wrote, where that is measured."""
 
     def columns(self, ids: Tensor) -> Tensor:
         """Where the logits of these tokens lie."""
         return ids if self.tokens is None else torch.searchsorted(self.tokens, ids)
-
-
-@dataclass(frozen=True, eq=False)
-class Gap:
-    """Rows in which a measure has no value, though the model's output can be used."""
-
-    rows: Ints
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class Failed:
-    """A measure whose function failed, so that no row has a value."""
-
-    problem: PythonFailed
-    row: int | None
-    """The row that it fails at; None where it isn't known, or hangs on none."""
-    rows: int
-    """How many it was called with; 0 where none of them has to do with it."""
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What a readout finds in rows."""
-
-    values: list[Floats]
-    """Per measure, [row]."""
-    broken: Bools
-    """[row] whether it can't be used, as a number that is read is none; such a row has no value in
-    any measure."""
-    rounding: list[Floats]
-    """Per measure, [row]: how far rounding may move the value; 0 where that wasn't asked for."""
-    failed: Mapping[int, Failed]
-    """By number, the measures that can't be computed."""
-    gaps: Mapping[int, Gap]
-    """By number, the measures that have no value in some rows."""
-    listed: Tensor | None = None
-    """[row, vocab] probabilities, where an observation lists tokens."""
-
-    def over_draws(self, draws: int) -> Found:
-        """Averaged over draws of noise, which lie side by side."""
-
-        def mean(values: Floats) -> Floats:
-            return values.reshape(-1, draws).mean(axis=1)
-
-        broken = np.count_nonzero(self.broken.reshape(-1, draws), axis=1) > 0
-        failed = {
-            number: replace(each, row=None if each.row is None else each.row // draws)
-            for number, each in self.failed.items()
-        }
-        gaps = {n: Gap(np.unique(gap.rows // draws), gap.reason) for n, gap in self.gaps.items()}
-        listed = self.listed
-        return Found(
-            list(map(mean, self.values)),
-            broken,
-            list(map(mean, self.rounding)),
-            failed,
-            gaps,
-            listed if listed is None else listed.unflatten(0, (-1, draws)).mean(1),
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,14 +102,30 @@ class Readout:
     @property
     def needs_plain(self) -> bool:
         """Whether some atom is read off the prompts as they are."""
-        return len(self.continuations) < len(self._of(looking=False))
+        return len(self.continuations) < len(self._of(looking=False)) - self._of_replies
+
+    @property
+    def _of_replies(self) -> int:
+        """How many atoms read what a row writes."""
+        return sum(atom.form.takes == "reply" for atom in self._of(looking=False))
+
+    @property
+    def reads_replies(self) -> bool:
+        """Whether some atom reads what a row writes."""
+        return self._of_replies > 0
+
+    @property
+    def only_replies(self) -> bool:
+        """Whether nothing but what a row writes is read of it."""
+        return self.reads_replies and self._of_replies == len(self.atoms)
 
     @property
     def narrow(self) -> bool:
         """Whether no atom needs the logits of the whole vocabulary: of another run, one that is
         read off what is observed may need them too."""
         compared = any(atom.form.takes == "reference" for atom in self._of(looking=True))
-        return not compared and all(atom.form.narrow for atom in self._of(looking=False))
+        own = (atom.form for atom in self._of(looking=False))
+        return not compared and all(form.narrow or form.takes == "reply" for form in own)
 
     def observed_tokens(self, prompts: Ints) -> list[int] | None:
         """The tokens whose logits measures read off what is observed; None for all."""
@@ -255,8 +215,8 @@ class Readout:
         for number in numbers:
             spot, atom = self.atoms[number]
             value = values[atom.node]
-            if self.looking[number]:  # nothing is observed of runs without rows
-                continue
+            if self.looking[number] or atom.form.takes == "reply":
+                continue  # nothing is observed of runs without rows; texts change or don't
             error = _rounding(atom, number, spot, reading, value, relative)
             least, most = _ENDS.get(atom.form.unit, (-np.inf, np.inf))
             ways: list[Floats] = []
@@ -454,6 +414,8 @@ def _value(atom: Atom, number: int, spot: int, reading: Reading, usable: Bools) 
     if takes == "prompt":
         assert reading.loss is not None
         return reading.loss
+    if takes == "reply":
+        return of_reply(atom, reading.replies, reading.prompts, reading.items, usable)
     if takes == "activations":
         return function(reading.activations[number], reading.references[number])
     if number in reading.continued:

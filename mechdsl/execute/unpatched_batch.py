@@ -14,12 +14,12 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.options import PaddingSide
-from mechdsl.execute.rule_writes import RuleWrites
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.hook_points import fused
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
+from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.whole_pass import RunResult, run_whole
 from mechdsl.packed.activation_cache import ActivationCache, keeping
 from mechdsl.prompts.prompt_table import Noise, Run

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.execute.found import Found
 from mechdsl.execute.options import PaddingSide
+from mechdsl.execute.read_samples import read_samples
 from mechdsl.execute.read_vectors import LanesOf, wanted
-from mechdsl.execute.readout import Found, Reading, Readout
-from mechdsl.execute.rule_writes import RuleWrites
+from mechdsl.execute.readout import Reading, Readout
 from mechdsl.execute.unpatched_batch import (
     Spot,
     UnpatchedBatch,
@@ -23,9 +24,12 @@ from mechdsl.execute.unpatched_batch import (
     spot_positions,
     spots_of,
 )
+from mechdsl.execute.writer import Writer
+from mechdsl.generate.records import Reply
 from mechdsl.hooks.frozen_norms import FrozenNorms
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
+from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.packed.model_end import ModelEnd
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.only_looks import only_looks
@@ -73,6 +77,11 @@ class UnpatchedRuns:
         self.rules_of: Callable[[Run, Ints, Ints, Ints], RuleWrites] | None = None
         """What the rules of a run write: see `DerivedRuns.rules`."""
         self._lanes: dict[tuple[object, ...], UnpatchedBatch] = {}
+        generation = panel.experiments[0].experiment.generation
+        self.writer = generation and Writer(
+            self.model_of, panel.table, self.seed, generation, cached=plan.keeps_tokens
+        )
+        """What lets rows write; None where none does."""
         self.passes = 0
         """Forward passes so far."""
 
@@ -87,6 +96,8 @@ class UnpatchedRuns:
     def forget(self) -> None:
         """Free everything that was computed."""
         self._lanes.clear()
+        if self.writer is not None:
+            self.writer.forget()
 
     def lanes(
         self,
@@ -311,6 +322,11 @@ class UnpatchedRuns:
         `Readout.read`."""
         if self.only_looks:
             return self._unseen(readout, prompts)
+        written = self._written(readout, run, prompts)
+        if readout.only_replies:
+            reading = self._nothing_read(run, prompts, environment)
+            found = read_samples(readout, reading, written, relative, skip=skip)
+            return found.over_draws(self.named(run).draws)
         plain = self.lanes(self.named(run), prompts)
         lanes = np.repeat(prompts, plain.draws)
         draws = np.tile(np.arange(plain.draws), len(prompts))
@@ -334,7 +350,18 @@ class UnpatchedRuns:
             largest=self._of_spots(readout, plain.largest),
             has_loss=None if plain.loss is None else has_loss(self.named(run), lanes),
         )
-        return readout.read(reading, relative, skip=skip).over_draws(plain.draws)
+        return read_samples(readout, reading, written, relative, skip=skip).over_draws(plain.draws)
+
+    def _written(self, readout: Readout, run: str, prompts: Ints) -> list[tuple[Reply, ...]]:
+        """Per lane, what a run writes, where that is measured."""
+        if self.writer is None or not readout.reads_replies:
+            return []
+        return self.writer.of_run(self.named(run), prompts)
+
+    def _nothing_read(self, run: str, prompts: Ints, environment: int | None) -> Reading:
+        """Lanes of a run of which nothing but what they write is read."""
+        lanes = np.repeat(prompts, self.named(run).draws)
+        return Reading(run, lanes, [environment] * len(lanes), None, {}, None, {}, {})
 
     def _unseen(self, readout: Readout, prompts: Ints) -> Found:
         """No value of any measure: what is observed, rows show."""

@@ -15,11 +15,11 @@ from torch import Tensor
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.made_of_cells import MadeOfCells
 from mechdsl.execute.means_and_donors import Means, MeansAndDonors
-from mechdsl.execute.rule_writes import Numbers, RuleWrites
 from mechdsl.execute.unpatched_batch import TextBehind, UnpatchedBatch, fed_tokens
 from mechdsl.hooks.batch import gather
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import Mode, SiteRead, SiteWrite
+from mechdsl.hooks.rule_writes import Numbers, RuleWrites
 from mechdsl.models.shape import ModelShape, units, width
 from mechdsl.plan.columns import EVERY, counted, each_unit, prompt_lengths, units_of
 from mechdsl.plan.experiment_plan import ExperimentPlan
@@ -162,7 +162,7 @@ def build_writes(
     where two rules set the same vector, the later one stands.
     """
     parts: dict[Place, list[Part]] = defaultdict(list)
-    for number, rule in enumerate(plan.rules):
+    for rule in plan.rules:
         if rule.rule.does.changes != "sites" or (rule.paths is not None and not senders):
             continue
         entries = _entries(plan, rule, rows, means_and_donors, text)
@@ -184,7 +184,6 @@ def build_writes(
             read = np.where(read == EVERY, unit, read)
             asked = _Vectors(
                 rule,
-                number,
                 of,
                 entries,
                 chosen,
@@ -193,7 +192,7 @@ def build_writes(
                 draws,
                 lanes_of,
                 means_and_donors.of(text),
-                means_and_donors.made_with(number, text),
+                means_and_donors.made_with(rule.number, text),
                 means_and_donors,
                 shape,
             )
@@ -294,8 +293,6 @@ class _Vectors:
     """What an intervention is asked for at one place: `resolve.types.Vectors`."""
 
     plan: RulePlan
-    number: int
-    """Of the rule in its experiment."""
     place: Place
     """Where is read."""
     entries: _Entries
@@ -334,7 +331,7 @@ class _Vectors:
         return self._mean() if self.plan.rule.does.reads == "mean" else self._activation()
 
     def _mean(self) -> Tensor:
-        means = self.means[self.number]
+        means = self.means[self.plan.number]
         values = means.values[self.place]
         index = (
             self.plan.position_of_cell[self.rows.cell[self.row]],

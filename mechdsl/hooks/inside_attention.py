@@ -48,6 +48,20 @@ class EdgeWrite:
         """The same where row i is row `rows[i]`."""
         return replace(self, rows=rows[self.rows])
 
+    def some(self, there: Tensor) -> EdgeWrite:
+        """Of some of the queries, by [K] bool."""
+        place = torch.cumsum(there, 0) - 1
+        kept = there[self.entries]
+        return replace(
+            self,
+            rows=self.rows[there],
+            queries=self.queries[there],
+            heads=self.heads[there],
+            entries=place[self.entries[kept]],
+            keys=self.keys[kept],
+            amounts=self.amounts[there],
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionGroup:
@@ -313,7 +327,7 @@ def layer_work(
     for edge in edges:
         first, second, there = frame.locate("pattern", layer, "", edge.rows, edge.queries)
         if not bool(there.all()):  # queries that no measure can see
-            edge = _some(edge, there.cpu())
+            edge = edge.some(there.cpu())
             first, second = first[there], second[there]
         work.due += len(edge.rows)
         columns = frame.columns(edge.rows[edge.entries], edge.keys).cpu()
@@ -329,21 +343,6 @@ def layer_work(
             )
         )
     return work
-
-
-def _some(edge: EdgeWrite, there: Tensor) -> EdgeWrite:
-    """Of some of the queries."""
-    place = torch.cumsum(there, 0) - 1
-    kept = there[edge.entries]
-    return replace(
-        edge,
-        rows=edge.rows[there],
-        queries=edge.queries[there],
-        heads=edge.heads[there],
-        entries=place[edge.entries[kept]],
-        keys=edge.keys[kept],
-        amounts=edge.amounts[there],
-    )
 
 
 def _seen(scores: Tensor) -> Tensor:

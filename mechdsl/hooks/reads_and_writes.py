@@ -56,6 +56,17 @@ class SiteWrite:
         """The same writes where row i is row `rows[i]`."""
         return replace(self, rows=rows[self.rows])
 
+    def some(self, there: Tensor) -> SiteWrite:
+        """Some of the vectors, by [K] bool."""
+        return replace(
+            self,
+            rows=self.rows[there],
+            positions=self.positions[there],
+            units=self.units[there],
+            values=self.values[there.to(self.values.device)],
+            to=None if self.to is None else self.to[there.to(self.to.device)],
+        )
+
 
 def written(
     mode: Mode,

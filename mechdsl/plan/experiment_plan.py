@@ -15,17 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Ints
+from mechdsl.base.digest import number_of
 from mechdsl.graph.needs import Asked
 from mechdsl.plan.columns import Hits, Ragged, counted, prompt_lengths
 from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
-from mechdsl.plan.rule_rows import PathPlan, Rows, RulePlan
+from mechdsl.plan.rule_rows import Follows, PathPlan, Rows, RulePlan
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.direction_types import Member
 from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.over_rows import OverRows
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import DRAW, Env, ResolvedExperiment
-from mechdsl.resolve.resolved_rule import Key, ResolvedRule, SitePoint
+from mechdsl.resolve.resolved_rule import Key, PositionTargets, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES, of_stage
 
 
@@ -108,6 +109,14 @@ class ExperimentPlan:
                     assert to.layer is not None
                     found[to.layer] = None if of.site == to.site else of.layer
         return tuple(sorted(found.items()))
+
+    def content(self, cell: int) -> int:
+        """A number for what a cell is, which hangs neither on its place nor on the other cells."""
+        labels = [
+            (axis.name, axis.labels[own[cell]])
+            for axis, own in zip(self.experiment.axes, self.coordinates, strict=True)
+        ]
+        return number_of(self.experiment.spec.base, labels)
 
     @property
     def behind(self) -> bool:
@@ -357,7 +366,17 @@ def _rule_plan(
         key_of_cell=key_of_cell,
         paths=_paths(rule, site_of_cell, by_name, count, parallel=parallel),
         active=active,
+        follows=_follows(rule.positions),
+        key_follows=None if rule.edge is None else _follows(rule.edge.keys),
     )
+
+
+def _follows(positions: PositionTargets) -> Follows | None:
+    """Which values of positions name the newest token, while the model writes."""
+    if not positions.newest:
+        return None
+    newest = np.array([key in positions.newest for key in positions.written])
+    return Follows(newest, np.array([key in positions.every for key in positions.written]))
 
 
 def _is_behind(experiment: ResolvedExperiment, plan: RulePlan) -> bool:

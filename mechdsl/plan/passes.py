@@ -138,6 +138,15 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
         apply=lambda plan: replace(plan, joins_rows=True),
     ),
     PlanPass(
+        name="cache",
+        leaves_out="all tokens but the newest, in each step of `generate`; what cells have in "
+        "common of a prompt; rows that are equal so far",
+        why="keys and values of earlier tokens don't change while later ones are written",
+        does="while a model writes, keys and values are kept, and only newest tokens are computed",
+        shown=None,
+        apply=lambda plan: replace(plan, keeps_tokens=True),
+    ),
+    PlanPass(
         name="fuse",
         leaves_out="memory traffic of activation functions that are written out step by step",
         why="the kernel computes the same formula",

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from mechdsl.base.source import Span
 from mechdsl.graph.needs import Asked, RunNeeds, asked, needs
 from mechdsl.graph.nodes import EncodeNode, ForwardNode, Graph
 from mechdsl.plan.experiment_plan import ExperimentPlan, plan_experiment
@@ -80,6 +79,8 @@ class Plan:
     """Only logits that metrics name are computed, where they name all that they read."""
     joins_rows: bool = False
     """Rows of all cells ride in one pass."""
+    keeps_tokens: bool = False
+    """Keys and values of tokens are kept while a model writes, and only the newest is computed."""
     fuses_kernels: bool = False
     """Activation functions written out step by step run in one kernel."""
 
@@ -95,15 +96,17 @@ class Plan:
 
 def plan_of(graph: Graph) -> Plan:
     """The plain loop over what a graph asks for."""
-    by_panel: dict[tuple[str, EncodeNode, tuple[Span, ...]], list[Asked]] = {}
+    by_panel: dict[tuple[object, ...], list[Asked]] = {}
     for each in asked(graph):
         # The same definitions give the same runs; others of the same name are other runs.
         defined = tuple(run.spec.span for run in each.experiment.derived.values())
-        by_panel.setdefault((each.experiment.model.name, each.clean, defined), []).append(each)
+        model, generation = each.experiment.model.name, each.experiment.generation
+        written = None if generation is None else generation.settings
+        by_panel.setdefault((model, each.clean, defined, written), []).append(each)
     found = needs(graph)
     panels = tuple(
-        panel_of(model, encode, _on_the_same_runs(own), found)
-        for (model, encode, _), own in by_panel.items()
+        panel_of(own[0].experiment.model.name, own[0].clean, _on_the_same_runs(own), found)
+        for own in by_panel.values()
     )
     return Plan(graph, panels)
 

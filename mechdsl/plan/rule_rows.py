@@ -38,6 +38,16 @@ class PathPlan:
 
 
 @dataclass(frozen=True, eq=False)
+class Follows:
+    """Which positions name the newest token, while the model writes."""
+
+    newest: Bools
+    """[value of the positions]"""
+    every: Bools
+    """[value of the positions] those of them that name all other tokens too."""
+
+
+@dataclass(frozen=True, eq=False)
 class RulePlan:
     """One rule over all cells."""
 
@@ -72,6 +82,10 @@ class RulePlan:
     behind: bool = False
     """Whether it acts on tokens of the answer, which only passes have that are read there."""
 
+    follows: Follows | None = None
+    """Where it also acts while the model writes; None where it never does."""
+    key_follows: Follows | None = None
+    """The same of the keys of attention."""
     active: Bools | None = None
     """[cell] whether it acts there; None where it does in all."""
 

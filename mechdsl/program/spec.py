@@ -179,6 +179,17 @@ class Generation(Spec):
     stops: tuple[str, ...] = ()
     """Texts in front of which a reply ends."""
 
+    @property
+    def sampled(self) -> bool:
+        """Whether tokens are drawn."""
+        return self.temperature is not None
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """All that replies hang on."""
+        drawn = (self.temperature, self.top_k, self.top_p, self.samples)
+        return (self.tokens, *drawn, self.stops)
+
 
 class During(Spec):
     """`during step 2..5`: the steps of a reply in which a rule acts. Step 0 is the prefill."""

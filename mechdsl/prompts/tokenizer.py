@@ -201,6 +201,10 @@ class TextTokenizer:
         nothing here."""
         return Tokenizer.from_str(self._backend.to_str())
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones by their name."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
     def token_text(self, token: int) -> str:
         """A token as a reader knows it: decoded, special tokens by their name."""
         text = self._backend.decode([token], skip_special_tokens=False)

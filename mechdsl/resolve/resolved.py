@@ -224,6 +224,11 @@ class ResolvedExperiment(Record):
         return self.spec.name
 
     @property
+    def generation(self) -> spec.Generation | None:
+        """What its rows write behind their prompts, if anything."""
+        return self.spec.generation
+
+    @property
     def key(self) -> str:
         """Its name among all variants."""
         return self.spec.key

@@ -268,6 +268,12 @@ class ResolvedRule(Record):
     after_prefill: bool = False
     """It edits keys or values that are kept of the prompt, between step 0 and step 1."""
 
+    def acts_in(self, step: int) -> bool:
+        """Whether it acts in a step of a reply; step 0 is the prefill."""
+        if self.after_prefill:
+            return False
+        return self.steps is None or self.steps[0] <= step <= self.steps[1]
+
     def leads(self, at: Mapping[str, int]) -> bool:
         """Whether there is a cell with these indices along the axes, as far as `beside` goes."""
         if not self.does.leads_on or self.beside is None or self.sites is None:

@@ -29,6 +29,10 @@ class Numbers:
         """The same where row i is row `rows[i]`."""
         return replace(self, rows=rows[self.rows])
 
+    def some(self, there: Tensor) -> Numbers:
+        """Some of the tokens, by [K] bool."""
+        return Numbers(self.rows[there], self.positions[there], self.numbers[there])
+
 
 @dataclass(frozen=True, eq=False)
 class RuleWrites:

@@ -1,0 +1,81 @@
+"""What is found in rows: a value of each measure, and why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.diagnostics.e02_python import PythonFailed
+
+
+@dataclass(frozen=True, eq=False)
+class Gap:
+    """Rows in which a measure has no value, though the model's output can be used."""
+
+    rows: Ints
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Failed:
+    """A measure whose function failed, so that no row has a value."""
+
+    problem: PythonFailed
+    row: int | None
+    """The row that it fails at; None where it isn't known, or hangs on none."""
+    rows: int
+    """How many it was called with; 0 where none of them has to do with it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a readout finds in rows."""
+
+    values: list[Floats]
+    """Per measure, [row]."""
+    broken: Bools
+    """[row] whether it can't be used, as a number that is read is none; such a row has no value in
+    any measure."""
+    rounding: list[Floats]
+    """Per measure, [row]: how far rounding may move the value; 0 where that wasn't asked for."""
+    failed: Mapping[int, Failed]
+    """By number, the measures that can't be computed."""
+    gaps: Mapping[int, Gap]
+    """By number, the measures that have no value in some rows."""
+    listed: Tensor | None = None
+    """[row, vocab] probabilities, where an observation lists tokens."""
+    replies: Sequence[tuple[str, ...]] = ()
+    """[row] what it wrote: one text for each sample, of each draw of noise."""
+
+    def over_draws(self, draws: int) -> Found:
+        """Averaged over draws of noise, which lie side by side."""
+
+        def mean(values: Floats) -> Floats:
+            return values.reshape(-1, draws).mean(axis=1)
+
+        broken = np.count_nonzero(self.broken.reshape(-1, draws), axis=1) > 0
+        failed = {
+            number: replace(each, row=None if each.row is None else each.row // draws)
+            for number, each in self.failed.items()
+        }
+        gaps = {n: Gap(np.unique(gap.rows // draws), gap.reason) for n, gap in self.gaps.items()}
+        listed = self.listed
+        return Found(
+            list(map(mean, self.values)),
+            broken,
+            list(map(mean, self.rounding)),
+            failed,
+            gaps,
+            listed if listed is None else listed.unflatten(0, (-1, draws)).mean(1),
+            _side_by_side(self.replies, draws),
+        )
+
+
+def _side_by_side(replies: Sequence[tuple[str, ...]], draws: int) -> list[tuple[str, ...]]:
+    """Of each row, what it wrote in all draws."""
+    groups = (replies[n : n + draws] for n in range(0, len(replies), draws))
+    return [tuple(text for one in group for text in one) for group in groups]

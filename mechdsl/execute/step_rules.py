@@ -1,0 +1,139 @@
+"""What rules do while a model writes: in the prefill, to what it keeps, at the newest token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Bools, Ints
+from mechdsl.execute.means_and_donors import MeansAndDonors
+from mechdsl.execute.writes import LanesOf, acting
+from mechdsl.generate.records import StepEdge, StepRules
+from mechdsl.hooks.inside_attention import EdgeWrite
+from mechdsl.hooks.reads_and_writes import SiteWrite
+from mechdsl.hooks.rule_writes import RuleWrites
+from mechdsl.models.shape import ModelShape
+from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.rule_rows import Rows, RulePlan
+
+
+@dataclass(frozen=True, eq=False)
+class WhileWriting:
+    """What acts behind the prefill, in some rows of a pass."""
+
+    kept: tuple[SiteWrite, ...] = ()
+    """Edits of keys and values between the prefill and the first step."""
+    steps: tuple[StepRules, ...] = field(default=())
+    """What acts at the newest token, in the order of the file."""
+
+    def then(self, later: WhileWriting) -> WhileWriting:
+        """With what other rows do."""
+        return WhileWriting((*self.kept, *later.kept), (*self.steps, *later.steps))
+
+    def moved(self, rows: Tensor) -> WhileWriting:
+        """The same where row i is row `rows[i]`."""
+        return WhileWriting(
+            tuple(write.moved(rows) for write in self.kept),
+            tuple(each.moved(rows) for each in self.steps),
+        )
+
+
+def prefill_of(plan: ExperimentPlan) -> ExperimentPlan:
+    """The plan with the rules that act in the prefill."""
+    if plan.experiment.generation is None:
+        return plan
+    rules = tuple(rule for rule in plan.rules if rule.rule.acts_in(0))
+    return plan if len(rules) == len(plan.rules) else replace(plan, rules=rules)
+
+
+def while_writing(
+    plan: ExperimentPlan,
+    rows: Rows,
+    draws: Ints,
+    lanes_of: LanesOf,
+    means_and_donors: MeansAndDonors,
+    shape: ModelShape,
+) -> WhileWriting:
+    """What the rules of these rows do behind the prefill. At the newest token a rule writes what it
+    writes at the last of its tokens in the prompt."""
+    generation = plan.experiment.generation
+    assert generation is not None
+    kept: list[SiteWrite] = []
+    steps: list[StepRules] = []
+    for rule in plan.rules:
+        alone = replace(plan, rules=(rule,))
+
+        def of(own: Ints, alone: ExperimentPlan = alone) -> RuleWrites:
+            given = (lanes_of, means_and_donors, shape)
+            found = acting(alone, rows.take(own), draws[own], *given)
+            return found.moved(torch.from_numpy(own))
+
+        if rule.rule.after_prefill:
+            kept += of(np.arange(len(rows))).writes
+            continue
+        first, last = rule.rule.steps or (0, generation.tokens - 1)
+        for also, own in _following(rule, rows) if last else ():
+            found = of(own)
+            steps.append(
+                StepRules(
+                    first=max(first, 1),
+                    last=last,
+                    writes=tuple(map(_last, found.writes)),
+                    edges=tuple(StepEdge(_last_edge(e, also), also) for e in found.edges),
+                    blocks=found.blocks,
+                )
+            )
+    return WhileWriting(tuple(kept), tuple(steps))
+
+
+Also = Literal["", "newest", "written"]
+
+
+def _following(rule: RulePlan, rows: Rows) -> Iterator[tuple[Also, Ints]]:
+    """The rows in which a rule follows the newest token, by what is a key there beside tokens of
+    the prompt."""
+    if rule.follows is None:
+        return
+    follows = rule.acts(rows) & rule.follows.newest[rule.position_of_cell[rows.cell]]
+    newest = every = np.zeros(len(rows), dtype=np.bool_)
+    if rule.key_follows is not None and rule.key_of_cell is not None:
+        key = rule.key_of_cell[rows.cell]
+        newest, every = rule.key_follows.newest[key], rule.key_follows.every[key]
+    kinds: tuple[tuple[Also, Bools], ...] = (
+        ("", ~newest),
+        ("newest", newest & ~every),
+        ("written", every),
+    )
+    for also, own in kinds:
+        found = np.flatnonzero(follows & own)
+        if len(found):
+            yield also, found
+
+
+def _at_the_end(rows: Tensor, positions: Tensor) -> Tensor:
+    """[K] which of the places are the last of their row."""
+    if not len(rows):
+        return torch.zeros(0, dtype=torch.bool)
+    last = torch.full((int(rows.max()) + 1,), -1)
+    last = last.scatter_reduce(0, rows, positions, "amax")
+    return positions == last[rows]
+
+
+def _last(write: SiteWrite) -> SiteWrite:
+    """Of each row, what is written at the last of its tokens."""
+    return write.some(_at_the_end(write.rows, write.positions))
+
+
+def _last_edge(edge: EdgeWrite, also: Also) -> EdgeWrite:
+    """Of each row, the query that is the last of its tokens; its own token, which the newest one
+    stands for, is no key."""
+    edge = edge.some(_at_the_end(edge.rows, edge.queries))
+    if also != "newest":
+        return edge
+    others = edge.keys != edge.queries[edge.entries]
+    return replace(edge, entries=edge.entries[others], keys=edge.keys[others])

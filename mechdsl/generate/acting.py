@@ -1,0 +1,95 @@
+"""What acts in one pass: on which of its rows, at which positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mechdsl.generate.records import StepEdge, StepRules
+from mechdsl.hooks.inside_attention import EdgeWrite
+from mechdsl.hooks.reads_and_writes import SiteWrite
+from mechdsl.hooks.rule_writes import RuleWrites
+
+
+class Chosen:
+    """Some rows, which are those of a pass."""
+
+    def __init__(self, count: int, rows: Sequence[int]) -> None:
+        """rows: of `count` ones, in the order of the pass; each at most once."""
+        self.rows = torch.tensor(list(rows), dtype=torch.long)
+        self.to = torch.full((count,), -1, dtype=torch.long)
+        """[row] which row of the pass it is; -1 where it isn't there."""
+        self.to[self.rows] = torch.arange(len(self.rows))
+
+    def _there(self, rows: Tensor) -> Tensor:
+        return self.to[rows] >= 0
+
+    def write(self, write: SiteWrite) -> SiteWrite:
+        """The part of a write."""
+        return write.some(self._there(write.rows)).moved(self.to)
+
+    def edge(self, edge: EdgeWrite) -> EdgeWrite:
+        """The part of changed edges."""
+        return edge.some(self._there(edge.rows)).moved(self.to)
+
+    def rules(self, rules: RuleWrites) -> RuleWrites:
+        """The part of what rules write."""
+        return RuleWrites(
+            [write for each in rules.writes if len((write := self.write(each)).rows)],
+            [edge for each in rules.edges if len((edge := self.edge(each)).rows)],
+            [each.some(self._there(each.rows)).moved(self.to) for each in rules.numbers],
+            rules.blocks,
+        )
+
+    def step_rules(self, rules: StepRules) -> StepRules:
+        """The part of what acts at newest tokens."""
+        return replace(
+            rules,
+            writes=[own for each in rules.writes if len((own := self.write(each)).rows)],
+            edges=[
+                replace(each, edge=edge)
+                for each in rules.edges
+                if len((edge := self.edge(each.edge)).rows)
+            ],
+        )
+
+    def step(
+        self, steps: Sequence[StepRules], step: int, prompts: Tensor, newest: Tensor
+    ) -> RuleWrites:
+        """What acts at the newest token of a step, and writes where it stands.
+
+        prompts: [row of the pass] tokens of the prompt. newest: [row of the pass] position of the
+        newest token.
+        """
+        found = RuleWrites()
+        for rules in steps:
+            if not rules.acts(step):
+                continue
+            mine = self.step_rules(rules)
+            own = RuleWrites(
+                [replace(each, positions=newest[each.rows]) for each in mine.writes],
+                [_at_newest(each, prompts, newest) for each in mine.edges],
+                blocks=rules.blocks,
+            )
+            found = found.then(own)
+        return found
+
+
+def _at_newest(each: StepEdge, prompts: Tensor, newest: Tensor) -> EdgeWrite:
+    """Edges from the newest token of each row."""
+    edge = each.edge
+    if edge.change == "allow":
+        raise ValueError("what the newest token sees can't be allowed besides")
+    queries = newest[edge.rows]
+    entries, keys = [edge.entries], [edge.keys]
+    if each.also:
+        first = queries if each.also == "newest" else prompts[edge.rows]
+        count = queries - first + 1
+        own = torch.arange(len(queries)).repeat_interleave(count)
+        before = torch.cumsum(count, 0) - count
+        entries.append(own)
+        keys.append(first[own] + torch.arange(len(own)) - before[own])
+    return replace(edge, queries=queries, entries=torch.cat(entries), keys=torch.cat(keys))

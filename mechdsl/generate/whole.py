@@ -1,0 +1,154 @@
+"""The plain way to write: a whole pass over prompt and reply for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mechdsl.generate.acting import Chosen
+from mechdsl.generate.records import StepRules
+from mechdsl.generate.states import States
+from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.block_exchange import blocks_replaced
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite, written
+from mechdsl.hooks.rule_writes import RuleWrites
+from mechdsl.hooks.whole_pass import run_whole
+
+Held = dict[SiteRead, Tensor]
+"""Keys and values [token, heads, d_head] of all layers, of the tokens of one state so far."""
+
+
+class WholePasses:
+    """Each pass computes all tokens again, with all that was written at each of them.
+
+    Where that doesn't give the tokens in front of the newest one as they were (kept keys and values
+    were edited behind the prefill; blocks were exchanged in some of the steps), their keys and
+    values are written as they were.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        prompts: Sequence[tuple[int, ...]],
+        prefill: RuleWrites,
+        kept: Sequence[SiteWrite],
+        steps: Sequence[StepRules],
+        tokens: int,
+    ) -> None:
+        """tokens: of a reply, at most."""
+        self.model = model
+        self.prompts = prompts
+        self.prefill = prefill
+        self.kept = kept
+        self.steps = steps
+        before = dict(prefill.blocks)
+        mixed = any(blocks_of(steps, step) != before for step in range(1, tokens))
+        self._holds = bool(kept) or mixed
+        self._held: list[Held] = []
+        """[state] of the step before."""
+
+    def logits(self, states: States, step: int, ids: Sequence[Sequence[int]]) -> Tensor:
+        """[state, vocab] behind the newest token of each state.
+
+        ids: [row] the reply so far, of `step` tokens.
+        """
+        rows = states.leaders
+        batch = Batch.of(
+            [[*self.prompts[row], *ids[row]] for row in rows],
+            self.model.pad_id,
+            self.model.calling.side,
+            self.model.device,
+        )
+        chosen = Chosen(len(self.prompts), rows)
+        acting = chosen.rules(self.prefill)
+        lengths = torch.tensor([len(self.prompts[row]) for row in rows])
+        for earlier in range(1, step + 1):
+            own = chosen.step(self.steps, earlier, lengths, lengths + earlier - 1)
+            acting = acting.then(replace(own, blocks=()))
+        blocks = blocks_of(self.steps, step) if step else dict(self.prefill.blocks)
+        acting = replace(acting, blocks=tuple(sorted(blocks.items())))
+        held = self._before(states, chosen, step) if self._holds and step else []
+        return self._run(acting, acting.numbered(batch), held)
+
+    def _run(self, acting: RuleWrites, batch: Batch, held: Sequence[Held]) -> Tensor:
+        """held: [state], or empty."""
+        last = (batch.lengths - 1)[:, None]
+        every = any(write.site == "logits" for write in acting.writes)
+        reads = self._reads() if self._holds else []
+        again = [_as_written(read, [each[read] for each in held]) for read in reads if held]
+        with blocks_replaced(self.model, acting.blocks):
+            result = run_whole(
+                self.model,
+                batch,
+                writes=[*acting.writes, *again],
+                edges=acting.edges,
+                reads=reads,
+                logits_at=None if every else last,
+            )
+        assert result.logits is not None
+        spans = [
+            slice(start, start + length)
+            for start, length in zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)
+        ]
+        self._held = [
+            {read: found[number, span] for read, found in result.reads.items()}
+            for number, span in enumerate(spans)
+        ]
+        if not every:
+            return result.logits[:, 0]
+        index = torch.arange(len(batch), device=result.logits.device)
+        return result.logits[index, (batch.starts + last[:, 0]).to(index.device)]
+
+    def _reads(self) -> list[SiteRead]:
+        """Keys and values of all blocks."""
+        shape = self.model.shape
+        every = [SiteRead(site, layer) for layer in range(shape.n_layers) for site in ("k", "v")]
+        if not all(shape.has(read.site, read.layer) for read in every):
+            raise ValueError(f"`{self.model.name}` has blocks without keys and values to keep")
+        return every
+
+    def _before(self, states: States, chosen: Chosen, step: int) -> list[Held]:
+        """[state] what is kept of the tokens in front of the newest; in the first step, edited."""
+        held = [dict(self._held[parent]) for parent in states.parents]
+        for write in map(chosen.write, self.kept if step == 1 else ()):
+            for row in write.rows.unique().tolist():
+                own, mine = held[row], write.some(write.rows == row)
+                own[write.where] = edited(own[write.where], mine)
+        return held
+
+
+def edited(now: Tensor, write: SiteWrite) -> Tensor:
+    """Kept keys or values of one row, [token, heads, d_head], with an edit of them."""
+    now = now.clone()
+    index = write.positions.to(now.device), write.units.to(now.device)
+    to = None if write.to is None else write.to.to(now.device)
+    there, values = now[index], write.values.to(now.device)
+    if write.mode == "add":
+        now.index_put_(index, values.to(now), accumulate=True)
+    else:
+        now[index] = written(write.mode, there, values, to)
+    return now
+
+
+def _as_written(read: SiteRead, found: Sequence[Tensor]) -> SiteWrite:
+    """What was read of each row's first tokens ([token, heads, d_head]), to be written there."""
+    heads = found[0].shape[1]
+    counts = torch.tensor([len(each) for each in found])
+    rows = torch.arange(len(found)).repeat_interleave(counts * heads)
+    places = [torch.arange(int(count)).repeat_interleave(heads) for count in counts]
+    units = torch.arange(heads).repeat(int(counts.sum()))
+    values = torch.cat(list(found)).flatten(0, 1)
+    return SiteWrite(read.site, read.layer, rows, torch.cat(places), units, values)
+
+
+def blocks_of(steps: Sequence[StepRules], step: int) -> dict[int, int | None]:
+    """Which blocks compute in the places of others in a step."""
+    found: dict[int, int | None] = {}
+    for rules in steps:
+        if rules.acts(step):
+            found |= dict(rules.blocks)
+    return found

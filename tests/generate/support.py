@@ -1,0 +1,198 @@
+"""What acts while a model writes, said once for the package and for a loop of plain passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mechdsl.generate.records import Decoding, StepEdge, StepRules
+from mechdsl.hooks.inside_attention import EdgeWrite
+from mechdsl.hooks.reads_and_writes import Mode, SiteWrite
+from mechdsl.hooks.rule_writes import RuleWrites
+
+from ..reference.forward import Edge, Run, Write, forward
+from ..rules.models import double
+
+Also = Literal["", "newest", "written"]
+
+
+@dataclass(frozen=True)
+class Act:
+    """A vector of one row that is written."""
+
+    row: int
+    site: str
+    layer: int | None
+    mode: Mode
+    values: tuple[float, ...]
+    unit: int = 0
+    to: float = 0.0
+    position: int | None = None
+    """In the prompt, in the prefill; None: the newest token of `steps`."""
+    steps: tuple[int, int | None] = (1, None)
+
+    def changed(self, now: Tensor) -> Tensor:
+        """What stands there afterwards, by the definition of the mode."""
+        values = torch.tensor(self.values, dtype=now.dtype)
+        match self.mode:
+            case "set":
+                return values.expand_as(now)
+            case "add":
+                return now + values
+            case "scale":
+                return now * values
+            case "along":
+                unit = values / values.norm()
+                return now + (self.to - now @ unit)[..., None] * unit
+            case _:
+                raise ValueError(self.mode)
+
+    @property
+    def write(self) -> SiteWrite:
+        """For the package."""
+        values = torch.tensor([self.values])
+        if self.mode == "along":
+            values = values / values.norm()
+        return SiteWrite(
+            self.site,
+            self.layer,
+            torch.tensor([self.row]),
+            torch.tensor([self.position or 0]),
+            torch.tensor([self.unit]),
+            values,
+            self.mode,
+            torch.tensor([self.to]) if self.mode == "along" else None,
+        )
+
+
+@dataclass(frozen=True)
+class Look:
+    """An edit of one row's attention from one token."""
+
+    row: int
+    kind: Literal["block", "reweight", "uniform", "set"]
+    layer: int
+    head: int
+    keys: tuple[int, ...]
+    amount: float = 0.0
+    query: int | None = None
+    """In the prompt, in the prefill; None: the newest token of `steps`."""
+    also: Also = ""
+    steps: tuple[int, int | None] = (1, None)
+
+    @property
+    def edge(self) -> EdgeWrite:
+        """For the package."""
+        return EdgeWrite(
+            self.layer,
+            "weight" if self.kind == "set" else self.kind,
+            torch.tensor([self.row]),
+            torch.tensor([self.query or 0]),
+            torch.tensor([self.head]),
+            torch.zeros(len(self.keys), dtype=torch.long),
+            torch.tensor(self.keys, dtype=torch.long),
+            torch.tensor([self.amount]),
+        )
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Everything that acts on the rows of a batch."""
+
+    acts: Sequence[Act] = ()
+    looks: Sequence[Look] = ()
+    kept: Sequence[Act] = ()
+    """Of `k` and `v` at positions of the prompt, between the prefill and step 1."""
+
+    def given(self) -> dict[str, Any]:
+        """What the package is called with."""
+        prefill = RuleWrites(
+            [act.write for act in self.acts if act.position is not None],
+            [look.edge for look in self.looks if look.query is not None],
+        )
+        steps = [
+            StepRules(*act.steps, writes=[act.write]) for act in self.acts if act.position is None
+        ] + [
+            StepRules(*look.steps, edges=[StepEdge(look.edge, look.also)])
+            for look in self.looks
+            if look.query is None
+        ]
+        return {"prefill": prefill, "steps": steps, "kept": [act.write for act in self.kept]}
+
+
+def greedy(tokens: int, **settings: Any) -> Decoding:
+    """Tokens are written as numbers."""
+    return Decoding(tokens, lambda ids: " ".join(map(str, ids)), **settings)
+
+
+def by_hand(name: str, prompts: Sequence[tuple[int, ...]], rules: Rules, tokens: int) -> list[Any]:
+    """[row] (the reply's tokens, the logits [step, vocab] that they were chosen by)."""
+    return [_row(name, row, prompt, rules, tokens) for row, prompt in enumerate(prompts)]
+
+
+def _row(
+    name: str, row: int, prompt: tuple[int, ...], rules: Rules, tokens: int
+) -> tuple[list[int], Tensor]:
+    reply: list[int] = []
+    found: list[Tensor] = []
+    was: list[Write] = []
+    for step in range(tokens):
+        writes, edges = _acting(row, prompt, rules, step)
+        run = forward(name, double(name), [*prompt, *reply], [*writes, *was], edges)
+        found.append(run.logits[-1])
+        reply.append(int(run.logits[-1].argmax()))
+        if step == 0 and any(act.row == row for act in rules.kept):
+            was = _as_they_were(run, [act for act in rules.kept if act.row == row])
+    return reply, torch.stack(found)
+
+
+def _acting(
+    row: int, prompt: tuple[int, ...], rules: Rules, step: int
+) -> tuple[list[Write], list[Edge]]:
+    """What acts on the prompt, and on the tokens of the reply up to a step's."""
+    writes = [
+        Write(act.site, act.layer, act.changed, act.position, act.unit)
+        for act in rules.acts
+        if act.row == row and act.position is not None
+    ]
+    edges = [
+        Edge(look.kind, look.layer, [look.query], look.keys, look.amount, [look.head])
+        for look in rules.looks
+        if look.row == row and look.query is not None
+    ]
+    for earlier in range(1, step + 1):
+        at = len(prompt) + earlier - 1
+
+        def acts(steps: tuple[int, int | None], now: int = earlier) -> bool:
+            return steps[0] <= now <= (now if steps[1] is None else steps[1])
+
+        writes += [
+            Write(act.site, act.layer, act.changed, at, act.unit)
+            for act in rules.acts
+            if act.row == row and act.position is None and acts(act.steps)
+        ]
+        for look in rules.looks:
+            if look.row == row and look.query is None and acts(look.steps):
+                more = {"": [], "newest": [at], "written": list(range(len(prompt), at + 1))}
+                keys = [*look.keys, *more[look.also]]
+                edges.append(Edge(look.kind, look.layer, [at], keys, look.amount, [look.head]))
+    return writes, edges
+
+
+def _as_they_were(run: Run, kept: Sequence[Act]) -> list[Write]:
+    """Keys and values of the whole prompt, edited: what all later passes see of it."""
+    found = {place: value.clone() for place, value in run.seen.items() if place[0] in ("k", "v")}
+    for act in kept:
+        vectors = found[act.site, act.layer]
+        here = act.position, act.unit
+        vectors[here] = act.changed(vectors[here][None])[0]
+    return [
+        Write(site, layer, value[position, unit], position, unit)
+        for (site, layer), value in found.items()
+        for position in range(value.shape[0])
+        for unit in range(value.shape[1])
+    ]
