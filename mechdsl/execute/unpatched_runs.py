@@ -382,7 +382,7 @@ class UnpatchedRuns:
         """What `kl(run)`, `js(run)` and `cosine(SITE, run)` compare each row with."""
         found: dict[int, Tensor] = {}
         for number, (spot, atom) in enumerate(readout.atoms):
-            if atom.run is None:
+            if atom.run is None or readout.behind[number]:
                 continue
             reference = self.lanes(self.named(atom.run), prompts)
             lane = reference.lane(row_prompts, draws)
