@@ -1,5 +1,5 @@
-"""What is read behind prompts: whole passes over prompts and the replies that were written, in which
-rules act where they acted, or none do."""
+"""What is read behind prompts: whole passes over prompts and the replies that were written, with
+rules where they acted, or without any."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.execute.found import Failed, Found, Gap
 from mechdsl.execute.observed import InReplies, Look, Observed, look
 from mechdsl.execute.readout import Reading, Readout
-from mechdsl.execute.step_rules import WhileWriting
 from mechdsl.execute.unpatched_batch import noise_writes
+from mechdsl.execute.while_writing import WhileWriting
 from mechdsl.generate.acting import Chosen
 from mechdsl.generate.records import Reply
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.block_exchange import blocks_replaced
-from mechdsl.hooks.reads_and_writes import SiteRead
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.whole_pass import RunResult, run_whole
 from mechdsl.plan.experiment_plan import ExperimentPlan
@@ -314,7 +314,7 @@ class _Behind:
         for begin in range(0, self.count, size):
             yield np.arange(begin, min(begin + size, self.count))
 
-    def _every_write(self) -> Iterator[object]:
+    def _every_write(self) -> Iterator[SiteWrite]:
         yield from self.rows.prefill.writes
         for step in self.rows.later.steps:
             yield from step.writes

@@ -17,6 +17,7 @@ import numpy as np
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.digest import digest
 from mechdsl.execute.found import Found
+from mechdsl.execute.kept_replies import KeptReplies
 from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.readout import Readout
 from mechdsl.execute.wanted_places import Member
@@ -217,17 +218,24 @@ class KeptValues:
             run, own = self._table.runs[name], donors[name]
             self._contents.define(self._table, run, plan, rows, own, cells[name])
 
-    def patched(
+    def keys(
         self,
         plan: ExperimentPlan,
         rows: Ints,
         donors: Mapping[int, Ints],
         cells: Mapping[int, WholeCells],
-    ) -> PatchedValues:
+    ) -> ExperimentKeys:
         """Of one experiment. rows: those that are in it. donors, cells: by number of the rule,
         of those that resample, or read whole cells."""
-        keys = ExperimentKeys(plan, self._table, self._contents, rows, donors, cells)
+        return ExperimentKeys(plan, self._table, self._contents, rows, donors, cells)
+
+    def patched(self, keys: ExperimentKeys) -> PatchedValues:
+        """What there is under the keys of an experiment."""
         return PatchedValues(self._run, keys)
+
+    def replies(self, settings: tuple[object, ...], ends: frozenset[int]) -> KeptReplies:
+        """What rows write that are so asked; ends: the tokens that end it."""
+        return KeptReplies(self._run, self._contents, self._table, settings, ends)
 
     def keep(self, parts: Iterable[Part]) -> None:
         """Keep what a pass gave; it is on the disk when this returns."""

@@ -185,7 +185,7 @@ class InReplies:
         for entry in np.flatnonzero(behind).tolist():
             reply = cells[cell[entry]].reply
             assert reply is not None
-            row = self.at[rows[entry]]
+            row = int(self.at[rows[entry]])
             own = np.array(self.tokens_of(reply)[row], dtype=np.int64)
             found.append(np.full(len(own), entry))
             places.append(self.lengths[row] - 1 + own)

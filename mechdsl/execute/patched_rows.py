@@ -11,13 +11,20 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.execute.behind_prompts import (
+    HaveWritten,
+    Reader,
+    read_behind,
+    reads_behind,
+    with_replies,
+)
 from mechdsl.execute.found import Found
 from mechdsl.execute.means_and_donors import MeansAndDonors
 from mechdsl.execute.observed import Look, Observed, look
 from mechdsl.execute.path_patching import held_rows, holding, received
 from mechdsl.execute.read_samples import read_samples
 from mechdsl.execute.readout import Reading, Readout
-from mechdsl.execute.step_rules import WhileWriting, prefill_of, while_writing
+from mechdsl.execute.step_rules import prefill_of, while_writing
 from mechdsl.execute.unpatched_batch import (
     TextBehind,
     UnpatchedBatch,
@@ -27,6 +34,7 @@ from mechdsl.execute.unpatched_batch import (
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, vectors
 from mechdsl.execute.wanted_places import Member, Wanted, by_row, on_draws, wanted_of
+from mechdsl.execute.while_writing import WhileWriting
 from mechdsl.execute.writer import WritingRows
 from mechdsl.execute.writes import LanesOf, acting, pass_ends
 from mechdsl.generate.records import Reply
@@ -43,6 +51,7 @@ from mechdsl.plan.restart import Held
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import SharedRows
 from mechdsl.prompts.prompt_table import Run
+from mechdsl.resolve.replies import in_reply
 from mechdsl.resolve.resolved import Atom
 
 
@@ -137,6 +146,7 @@ class Patcher:
             for readout, member in zip(readouts, repeated, strict=True)
         ]
         logits, reads, observed, tokens = self._forward(rows, lanes, readouts, wanted)
+        behind = self._behind(rows, replies, repeated)
         for member, many, readout, want, own, read, seen in zip(
             members, repeated, readouts, wanted, logits, reads, observed, strict=True
         ):
@@ -160,6 +170,8 @@ class Patcher:
             written = [replies[row] for row in many.at] if replies else ()
             found = read_samples(readout, reading, written, skip=self.skip[member.number])
             found = replace(found, listed=None if seen is None else seen.listed)
+            if member.number in behind:
+                found = with_replies(found, behind[member.number])
             yield member, found.over_draws(draws)
 
     def _replies(
@@ -172,6 +184,7 @@ class Patcher:
         number, cell = shared.owner[chosen], shared.rows.cell[chosen]
         keys = [self.plans[n].content(c) for n, c in zip(number, cell, strict=True)]
         draws = len(rows) // len(chosen)
+        contents = self._contents(shared, chosen)
         return writer.of_rows(
             WritingRows(
                 run=rows.run,
@@ -180,8 +193,48 @@ class Patcher:
                 keys=[key for key in keys for _ in range(draws)],
                 prefill=rows.acting,
                 later=rows.later,
+                contents=contents and [own for own in contents for _ in range(draws)],
             )
         )
+
+    def _contents(self, shared: SharedRows, chosen: Ints) -> list[bytes] | None:
+        """Per distinct row, what its reply hangs on; None where that can't be said of all."""
+        kept = None if self.runs.writer is None else self.runs.writer.kept
+        if kept is None:
+            return None
+        found = [b""] * len(chosen)
+        owner, rows = shared.owner[chosen], shared.rows.take(chosen)
+        for number in np.unique(owner).tolist():
+            own = np.flatnonzero(owner == number)
+            keys = kept.of_rows(self.plans[number].experiment.key, rows.take(own))
+            if keys is None:
+                return None
+            for place, key in zip(own.tolist(), keys, strict=True):
+                found[place] = key
+        return found
+
+    def _behind(
+        self, rows: _PassRows, replies: Sequence[tuple[Reply, ...]], members: Sequence[Member]
+    ) -> dict[int, Found]:
+        """By the number of its experiment, what is read in replies."""
+        readers = {
+            member.number: Reader(
+                self.plans[member.number],
+                self.readouts[member.number],
+                member.rows,
+                member.at,
+                [self.plans[member.number].items[cell] for cell in member.rows.cell],
+                self.skip[member.number],
+            )
+            for member in members
+            if reads_behind(self.plans[member.number], self.readouts[member.number])
+        }
+        if not readers:
+            return {}
+        written = HaveWritten(rows.run, rows.prompts, (), rows.acting, rows.later)
+        samples = list(zip(*replies, strict=True))
+        every = read_behind(self.runs, written, samples, list(readers.values()))
+        return dict(zip(readers, every, strict=True))
 
     def everything(
         self, shared: SharedRows, chosen: Ints, run: Run, batch: Ints, reads: Sequence[SiteRead]
@@ -202,6 +255,8 @@ class Patcher:
     def _look(self, member: Member) -> Look | None:
         """What an `observe` line of the member's experiment looks at."""
         rule = self.plans[member.number].observes
+        if rule is not None and in_reply(rule.rule):
+            return None
         return rule and look(rule, member.rows, member.at, self.model.shape)
 
     def _pass_rows(

@@ -28,6 +28,7 @@ from mechdsl.execute.profile import Profile
 from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.unusable import Unusable
+from mechdsl.execute.writer import ends_of
 from mechdsl.execute.writes import readable
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.experiment_plan import ExperimentPlan
@@ -102,7 +103,14 @@ class PreparedPanel:
         """Prompts of which every value was there before the run."""
         self.batches: list[Ints] = []
         """The others."""
-        self.values = kept and KeptValues.of(kept, panel, self.runs.seed)
+        self.stored = kept and KeptValues.of(kept, panel, self.runs.seed)
+        self.values = self.stored
+        writer = self.runs.writer
+        if writer is not None:  # what they write is kept, and measured again
+            self.values = None
+            writer.kept = self.stored and self.stored.replies(
+                writer.generation.settings, ends_of(model)
+            )
         self.together: dict[str, Together] = {}
         """What is observed of all rows at once, by the key of an experiment."""
         self.patched_values: dict[str, PatchedValues] = {}
@@ -183,8 +191,8 @@ class PreparedPanel:
             self.defined.update(found.lengths)
         for plan in self._sound if problems else ():
             self._lose(plan, *problems)
-        if self.values is not None:
-            self.values.define(plans, self.kept, derived.donors, derived.cells)
+        if self.stored is not None:
+            self.stored.define(plans, self.kept, derived.donors, derived.cells)
 
     def _directions(self) -> dict[str, FittedDirections]:
         """Those of each experiment's rules; one with a direction that is nothing is lost."""
@@ -284,7 +292,7 @@ class PreparedPanel:
 
     def _look_up(self, plan: ExperimentPlan, kept: Ints, donors: Mapping[int, Ints]) -> None:
         """What there is of an experiment's patched values."""
-        if self.values is None or not plan.rules:
+        if self.stored is None or not plan.rules:
             return
         if self.measured[plan.experiment.key].tokens.top:
             said = "the tokens that it lists are made of all of its rows"
@@ -292,11 +300,14 @@ class PreparedPanel:
             return
         try:
             cells = self.whole_cells[plan.experiment.key]
-            found = self.values.patched(plan, kept, donors, cells)
+            keys = self.stored.keys(plan, kept, donors, cells)
         except TypeError as error:  # what a rule or metric from outside hangs on can't be compared
             self.profile.not_kept[plan.experiment.key] = str(error)
             return
-        self.patched_values[plan.experiment.key] = found
+        if self.runs.writer is not None and self.runs.writer.kept is not None:
+            self.runs.writer.kept.keys[plan.experiment.key] = keys
+        else:
+            self.patched_values[plan.experiment.key] = self.stored.patched(keys)
 
     def _due(self) -> Ints:
         """The prompts of which some row has to be run; all, where nothing is known."""

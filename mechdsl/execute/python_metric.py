@@ -1,15 +1,18 @@
-"""Metrics that functions of the user's Python files make of logits."""
+"""Metrics that functions of the user's Python files make of logits, or of replies."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.base.arrays import Bools, Ints
+from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.program.python_files import TOKENIZER, PythonFailure, PythonNotLoaded
 from mechdsl.resolve.resolved import Atom
 
+REPLIES = "it takes `replies`, n texts, and `rows`, n of them, and gives n numbers"
 HINT = "it takes `logits`, [n, vocab], and `rows`, n of them, and gives n numbers"
 
 
@@ -33,19 +36,46 @@ def python_metric(atom: Atom, logits: Tensor, prompts: Ints, usable: Bools) -> T
         raise
     except PythonFailure as failure:
         if failure.row is None and failure.__cause__ is not None:  # it raised
-            failure.row = _failing_row(atom, logits, prompts, failure.diagnostic.reason)
+            failure.row = _failing_row(
+                lambda part: _called(atom, logits[part], prompts[part]),
+                len(prompts),
+                failure.diagnostic.reason,
+            )
         if failure.row is not None:
             failure.row = int(rows[failure.row])
         raise
     return found
 
 
+def of_replies(atom: Atom, replies: Sequence[str], prompts: Ints) -> Floats:
+    """[row]: what the function makes of texts; as `python_metric`. prompts: [row]."""
+    if not len(prompts):
+        return np.zeros(0)
+    try:
+        return _numbers(atom, list(replies), prompts, REPLIES).numpy()
+    except PythonNotLoaded:
+        raise
+    except PythonFailure as failure:
+        if failure.row is None and failure.__cause__ is not None:  # it raised
+            failure.row = _failing_row(
+                lambda part: _numbers(atom, list(replies[part]), prompts[part], REPLIES),
+                len(prompts),
+                failure.diagnostic.reason,
+            )
+        raise
+
+
 def _called(atom: Atom, logits: Tensor, prompts: Ints) -> Tensor:
+    """[row] on the CPU: what the function makes of logits."""
+    # A copy, so that a function that writes into it changes nothing that others read.
+    own = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    return _numbers(atom, own, prompts, HINT)
+
+
+def _numbers(atom: Atom, own: Tensor | list[str], prompts: Ints, hint: str) -> Tensor:
     """[row] on the CPU: what the function gives, if that is a number for each row."""
     function = atom.python
     assert function is not None
-    # A copy, so that a function that writes into it changes nothing that others read.
-    own = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     rows = [dict(atom.rows[prompt]) for prompt in prompts]
     library = None if atom.tokenizer is None else atom.tokenizer.library
     third = (library,) if function.tokenizer == "third" else ()
@@ -55,33 +85,33 @@ def _called(atom: Atom, logits: Tensor, prompts: Ints) -> Tensor:
     try:
         found = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise function.failure(f"it gave {_kind(given)}, not numbers", HINT) from None
+        raise function.failure(f"it gave {_kind(given)}, not numbers", hint) from None
     if found.shape != (len(prompts),):
         shape = list(found.shape)
-        raise function.failure(f"it gave the shape {shape}, not [{len(prompts)}]", HINT)
+        raise function.failure(f"it gave the shape {shape}, not [{len(prompts)}]", hint)
     if found.is_complex():
-        raise function.failure("it gave complex numbers", HINT)
+        raise function.failure("it gave complex numbers", hint)
     found = found.detach().double().cpu()
     if found.isnan().any():
         first = int(found.isnan().nonzero()[0])
         row = atom.rows[prompts[first]]
         told = ", ".join(f"{name} = {value!r}" for name, value in row.items() if "." not in name)
-        raise function.failure(f"it gave NaN, in the row with {_short(told)}", HINT, row=first)
+        raise function.failure(f"it gave NaN, in the row with {_short(told)}", hint, row=first)
     return found
 
 
-def _failing_row(atom: Atom, logits: Tensor, prompts: Ints, reason: str) -> int | None:
+def _failing_row(call: Callable[[slice], object], count: int, reason: str) -> int | None:
     """A row that alone makes the function raise the same, by halving; None where only several
     together do."""
 
     def raises(low: int, high: int) -> bool:
         try:
-            _called(atom, logits[low:high], prompts[low:high])
+            call(slice(low, high))
         except PythonFailure as failure:
             return failure.diagnostic.reason == reason
         return False
 
-    low, high = 0, len(prompts)
+    low, high = 0, count
     while high - low > 1:
         middle = (low + high) // 2
         if raises(low, middle):

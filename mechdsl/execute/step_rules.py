@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.means_and_donors import MeansAndDonors
+from mechdsl.execute.while_writing import WhileWriting
 from mechdsl.execute.writes import LanesOf, acting
 from mechdsl.generate.records import StepEdge, StepRules
 from mechdsl.hooks.inside_attention import EdgeWrite
@@ -20,27 +21,6 @@ from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.models.shape import ModelShape
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
-
-
-@dataclass(frozen=True, eq=False)
-class WhileWriting:
-    """What acts behind the prefill, in some rows of a pass."""
-
-    kept: tuple[SiteWrite, ...] = ()
-    """Edits of keys and values between the prefill and the first step."""
-    steps: tuple[StepRules, ...] = field(default=())
-    """What acts at the newest token, in the order of the file."""
-
-    def then(self, later: WhileWriting) -> WhileWriting:
-        """With what other rows do."""
-        return WhileWriting((*self.kept, *later.kept), (*self.steps, *later.steps))
-
-    def moved(self, rows: Tensor) -> WhileWriting:
-        """The same where row i is row `rows[i]`."""
-        return WhileWriting(
-            tuple(write.moved(rows) for write in self.kept),
-            tuple(each.moved(rows) for each in self.steps),
-        )
 
 
 def prefill_of(plan: ExperimentPlan) -> ExperimentPlan:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from mechdsl.base.arrays import Ints
-from mechdsl.base.digest import number_of
-from mechdsl.execute.step_rules import WhileWriting
+from mechdsl.base.digest import digest, number_of
+from mechdsl.execute.kept_replies import KeptReplies
 from mechdsl.execute.unpatched_batch import noise_writes
+from mechdsl.execute.while_writing import WhileWriting
+from mechdsl.generate.acting import Chosen
 from mechdsl.generate.records import Decoding, Reply
 from mechdsl.generate.write_replies import write_replies
 from mechdsl.hooks.loaded import LoadedModel
@@ -33,6 +36,8 @@ class WritingRows:
     """[row] what a row is beside its prompt: sampling hangs on it."""
     prefill: RuleWrites
     later: WhileWriting
+    contents: Sequence[bytes] | None = None
+    """[row] what its reply hangs on, beside what is drawn; None where it isn't kept."""
 
 
 class Writer:
@@ -52,6 +57,7 @@ class Writer:
         self.seed = seed
         self.generation = generation
         self.cached = cached
+        self.kept: KeptReplies | None = None
         self._of_runs: dict[tuple[object, ...], list[tuple[Reply, ...]]] = {}
 
     def forget(self) -> None:
@@ -72,6 +78,7 @@ class Writer:
                     keys=[number_of("run", run.name)] * len(rows),
                     prefill=RuleWrites(),
                     later=WhileWriting(),
+                    contents=self.kept and self.kept.of_run(run, rows),
                 )
             )
         return self._of_runs[key]
@@ -89,24 +96,75 @@ class Writer:
             for part in others:
                 whole, after = whole.then(prefill.moved(part)), after.then(later.moved(part))
             prefill, later = whole, after
-        ids = [rows.run.rows[prompt].ids for prompt in rows.prompts for _ in range(samples)]
-        draws = zip(rows.prompts.tolist(), rows.draw.tolist(), rows.keys, strict=True)
-        replies = write_replies(
-            model,
-            ids,
-            _decoding(model, self.generation),
-            prefill=prefill,
-            kept=later.kept,
-            steps=later.steps,
-            random=[
-                (self.seed, table.row_keys[prompt], draw, key, sample)
-                for prompt, draw, key in draws
-                for sample in range(samples)
-            ],
+        lanes = [
+            (prompt, draw, key, sample)
+            for prompt, draw, key in zip(
+                rows.prompts.tolist(), rows.draw.tolist(), rows.keys, strict=True
+            )
+            for sample in range(samples)
+        ]
+        asked = _Asked(
+            prompts=[rows.run.rows[prompt].ids for prompt, *_ in lanes],
+            random=[(self.seed, table.row_keys[prompt], *drawn) for prompt, *drawn in lanes],
             groups=np.repeat(np.arange(count), samples),
+            prefill=prefill,
+            later=later,
+        )
+        replies = self._known(model, rows, asked)
+        return [tuple(replies[n : n + samples]) for n in range(0, len(replies), samples)]
+
+    def _known(self, model: LoadedModel, rows: WritingRows, asked: _Asked) -> list[Reply]:
+        """Replies from the store, and those that have to be written."""
+        if self.kept is None or rows.contents is None:
+            return self._write(model, asked)
+        samples = self.generation.samples
+        drawn = asked.random if self.generation.sampled else [own[2::2] for own in asked.random]
+        keys = [digest(rows.contents[n // samples], *own) for n, own in enumerate(drawn)]
+        found = self.kept.find(keys, model)
+        missing = [n for n in range(len(keys)) if n not in found]
+        if missing:
+            replies = self._write(model, asked.some(missing))
+            self.kept.keep([keys[n] for n in missing], replies)
+            found |= dict(zip(missing, replies, strict=True))
+        return [found[n] for n in range(len(keys))]
+
+    def _write(self, model: LoadedModel, asked: _Asked) -> list[Reply]:
+        return write_replies(
+            model,
+            asked.prompts,
+            _decoding(model, self.generation),
+            prefill=asked.prefill,
+            kept=asked.later.kept,
+            steps=asked.later.steps,
+            random=asked.random,
+            groups=asked.groups,
             cached=self.cached,
         )
-        return [tuple(replies[n : n + samples]) for n in range(0, len(replies), samples)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """Replies that are wanted."""
+
+    prompts: Sequence[tuple[int, ...]]
+    random: Sequence[tuple[int, ...]]
+    """[row] seed, content of the prompt, draw of noise, content of the cell, sample."""
+    groups: Ints
+    prefill: RuleWrites
+    later: WhileWriting
+
+    def some(self, rows: Sequence[int]) -> _Asked:
+        """Those of some rows."""
+        chosen, later = Chosen(len(self.prompts), rows), self.later
+        return _Asked(
+            [self.prompts[row] for row in rows],
+            [self.random[row] for row in rows],
+            self.groups[np.array(rows)],
+            chosen.rules(self.prefill),
+            WhileWriting(
+                tuple(map(chosen.write, later.kept)), tuple(map(chosen.step_rules, later.steps))
+            ),
+        )
 
 
 def _decoding(model: LoadedModel, generation: spec.Generation) -> Decoding:
@@ -125,10 +183,10 @@ def _decoding(model: LoadedModel, generation: spec.Generation) -> Decoding:
 def ends_of(model: LoadedModel) -> frozenset[int]:
     """The tokens by which a model ends what it writes: those that its configuration names, and the
     end-of-text token of its tokenizer."""
-    found: set[int] = set()
-    for config in (getattr(model.module, "generation_config", None), model.module.config):
-        named = getattr(config, "eos_token_id", None)
-        found.update(named if isinstance(named, list | tuple) else [named])
+    found: list[Any] = []
+    for name in ("generation_config", "config"):
+        named = getattr(getattr(model.module, name, None), "eos_token_id", None)
+        found += named if isinstance(named, list | tuple) else [named]
     if model.tokenizer is not None:
-        found.add(model.tokenizer.role_ids.get("eos"))
-    return frozenset(token for token in found if token is not None)
+        found.append(model.tokenizer.role_ids.get("eos"))
+    return frozenset(token for token in found if isinstance(token, int))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from torch import Tensor
 
 from mechdsl.hooks.block_exchange import BlockPairs
 from mechdsl.hooks.inside_attention import EdgeWrite
@@ -39,6 +41,14 @@ class StepRules:
     def __post_init__(self) -> None:
         if self.first < 1:
             raise ValueError("step 0 is the prefill, whose writes are given by themselves")
+
+    def moved(self, rows: Tensor) -> StepRules:
+        """The same where row i is row `rows[i]`."""
+        return replace(
+            self,
+            writes=[write.moved(rows) for write in self.writes],
+            edges=[replace(each, edge=each.edge.moved(rows)) for each in self.edges],
+        )
 
     def acts(self, step: int) -> bool:
         """Whether it acts in a step."""

@@ -161,7 +161,7 @@ def measure_digest(measure: ResolvedMeasure) -> bytes:
         ]
         for atom in measure.atoms
     ]
-    return digest(measure.expression, measure.kind, measure.observed, atoms)
+    return digest(measure.expression, measure.kind, measure.observed, measure.reply, atoms)
 
 
 def measure_rows(
@@ -302,6 +302,14 @@ class ExperimentKeys:
         none = np.zeros(len(prompts), dtype=np.int64)
         code = number_of(digest("rules", self._shared(), *cell))
         return mixed(self._written(Rows(none, prompts, none)), _filled(code, len(prompts)))
+
+    def of_rows(self, rows: Rows, more: bytes) -> list[bytes]:
+        """[row] all that rules do to it, and to what, beside what else counts."""
+        shared = digest("rows", self._shared(), more)
+        cells = [digest(shared, *cell) for cell in self._cells()]
+        written = self._written(rows).tolist()
+        places = zip(rows.cell.tolist(), written, strict=True)
+        return [digest(cells[cell], own) for cell, own in places]
 
     def rows(self, number: int, rows: Rows) -> Numbers:
         """[row] the keys of rows, for a measure."""

@@ -37,7 +37,7 @@ NAME = "python"
 Mode = Literal["refuse", "look", "run"]
 """What becomes of Python in a file: an error, only looked at (`validate`), or run."""
 
-FunctionUse = Literal["metric", "value", "fill", "model"]
+FunctionUse = Literal["metric", "reply", "value", "fill", "model"]
 """What a function is for, and so what it is called with."""
 
 INSIDE = "it can't stand inside a text or another metric"
@@ -47,6 +47,7 @@ OUTSIDE = (
 
 PARAMETERS: dict[FunctionUse, tuple[str, ...]] = {
     "metric": ("logits", "rows"),
+    "reply": ("replies", "rows"),
     "value": ("row",),
     "fill": ("vectors",),
     "model": (),
@@ -186,6 +187,15 @@ def is_python(node: object) -> bool:
     return isinstance(node, ast.Call) and node.name == NAME
 
 
+def metric_use(node: ast.Call) -> FunctionUse:
+    """What a function of a measure is given: `python("judge.py:refused", reply)` what the model
+    has written, others logits."""
+    second = node.arguments[1] if len(node.arguments) == 2 else None
+    if second is None or second.name is not None or not isinstance(second.value, ast.Name):
+        return "metric"
+    return "reply" if second.value.id == "reply" else "metric"
+
+
 def find_function(
     node: ast.Call, use: FunctionUse
 ) -> tuple[PythonFunction | None, list[Diagnostic]]:
@@ -221,7 +231,8 @@ class _Refused(Exception):
 def _found(node: ast.Call, use: FunctionUse) -> PythonFunction:
     shown = "toy.py:build" if use == "model" else "metrics.py:refused"
     example = f'write the file and the function: `python("{shown}")`'
-    value = node.arguments[0].value if len(node.arguments) == 1 else None
+    own = node.arguments[:1] if use == "reply" else node.arguments
+    value = own[0].value if len(own) == 1 else None
     if not isinstance(value, ast.String) or node.arguments[0].name is not None:
         raise _Missing("it takes one text in quotes", example)
     file, colon, name = value.value.rpartition(":")
@@ -240,7 +251,9 @@ def _found(node: ast.Call, use: FunctionUse) -> PythonFunction:
             name, functions, f"it defines {known}" if known else "define it with `def`"
         )
         raise _Missing(f"`{file}` defines no function `{name}`", hint)
-    tokenizer = _tokenizer_as(functions[name], name) if use == "metric" else "nothing"
+    tokenizer = "nothing"
+    if use in ("metric", "reply"):
+        tokenizer = _tokenizer_as(functions[name], name, PARAMETERS[use])
     _check_parameters(functions[name], name, use, tokenizer)
     digest, line = sha256(content).hexdigest(), functions[name].lineno
     return PythonFunction(path.resolve(), file, name, digest, line, node.span, tokenizer)
@@ -286,14 +299,14 @@ def _functions(content: bytes, file: str) -> dict[str, python.FunctionDef]:
     return found
 
 
-def _tokenizer_as(function: python.FunctionDef, name: str) -> TokenizerAs:
+def _tokenizer_as(function: python.FunctionDef, name: str, first: tuple[str, ...]) -> TokenizerAs:
     """How a metric takes the tokenizer: by its name, or as a third argument that it can't do
     without; one with two arguments doesn't."""
     own = function.args
     places = [each.arg for each in (*own.posonlyargs, *own.args)]
     if TOKENIZER in places[:2]:
-        told = f"`{name}` takes `{TOKENIZER}` in the place of the logits or the rows"
-        raise _Missing(told, f"write `def {name}(logits, rows, {TOKENIZER}):`")
+        told = f"`{name}` takes `{TOKENIZER}` in the place of the {first[0]} or the rows"
+        raise _Missing(told, f"write `def {name}({', '.join(first)}, {TOKENIZER}):`")
     by_name = (each.arg for each in (*own.args, *own.kwonlyargs))
     if TOKENIZER in by_name:
         return "named"
@@ -425,7 +438,7 @@ def _in_metric(expression: ast.Expr) -> Iterator[tuple[ast.Call, FunctionUse | N
         for node in _calls(call.arguments)
     }
     for node in _calls(expression):
-        yield node, None if id(node) in inner else "metric"
+        yield node, None if id(node) in inner else metric_use(node)
 
 
 def _calls(part: Any) -> list[ast.Call]:

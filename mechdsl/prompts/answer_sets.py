@@ -8,7 +8,13 @@ from typing import Any, TypeAlias, cast
 from mechdsl.base import limits
 from mechdsl.base.record import Record, record
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.prompts.answers import behind_rows, numerals, run_and_name, text_tokens
+from mechdsl.prompts.answers import (
+    behind_rows,
+    numerals,
+    run_and_name,
+    text_tokens,
+    texts_said,
+)
 from mechdsl.prompts.expressions import bad, evaluate, whole_number
 from mechdsl.prompts.prompt_table import PromptTable, TextTokens
 from mechdsl.prompts.row_scope import Key, Refusal
@@ -104,6 +110,39 @@ def accepted(
         for row, more in zip(found, own, strict=True):
             row += more
     return found, diagnostics
+
+
+def texts_of(
+    table: PromptTable, parts: Sequence[Part], tokenizer: TextTokenizer, extra: Mapping[str, Any]
+) -> tuple[tuple[tuple[str, ...], ...], list[Diagnostic]]:
+    """Per row, what several parts of a metric say, whatever tokens that has; as `accepted`. What
+    all answers begin with, and what stands in the prompt, is left out.
+
+    Codes: E0503, E0516.
+    """
+    found: list[list[str]] = [[] for _ in range(len(table))]
+    for part in parts:
+        if isinstance(part, ast.Range) or is_list(table, part):
+            try:
+                own = [
+                    [_text(e, tokenizer) for e in _entries(table, n, row.with_values(extra), part)]
+                    for n, row in enumerate(table.sources)
+                ]
+            except Refusal as refusal:
+                return (), [refusal.diagnostic(table.sources[0].describe())]
+        else:
+            texts, problems = texts_said(table, part, tokenizer, extra)
+            if has_errors(problems):
+                return (), problems
+            own = [[text] for text in texts]
+        for row, more in zip(found, own, strict=True):
+            row += more
+    before = table.moved_text
+    return tuple(tuple(text.removeprefix(before) for text in row) for row in found), []
+
+
+def _text(entry: Entry, tokenizer: TextTokenizer) -> str:
+    return tokenizer.token_text(entry.id) if isinstance(entry, TokenId) else str(entry)
 
 
 def _of_entries(

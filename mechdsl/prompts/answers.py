@@ -165,6 +165,19 @@ def output_texts(
     return tuple(output_text(text, labels) for text in texts), problems
 
 
+def texts_said(
+    table: PromptTable, expr: ast.Expr, tokenizer: TextTokenizer, extra: Mapping[str, Any]
+) -> tuple[list[str], list[Diagnostic]]:
+    """The same without its tokens, as a reply could have it. Codes: E0503, E0516."""
+    if isinstance(expr, ast.Name | ast.OfRef):
+        named, problems = _named(table, expr)
+        return [text.text for text in named], problems
+    texts, problems = _said(table, expr, extra)
+    return [
+        text if isinstance(text, str) else tokenizer.token_text(text.id) for text in texts
+    ], problems
+
+
 def run_and_name(expr: ast.Name | ast.OfRef) -> tuple[str, str]:
     """`answer of fewer`: the run, and what is named of it."""
     if isinstance(expr, ast.Name):

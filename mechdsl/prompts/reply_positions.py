@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from mechdsl.base.record import Record, record
 from mechdsl.diagnostics.core import Diagnostic
@@ -37,10 +37,7 @@ def names_reply(node: ast.Node, table: PromptTable) -> bool:
         return True
     named = (part for part in walk(node) if isinstance(part, ast.SpanRef))
     return any(REPLY in (part.name, part.of) for part in named) and not any(
-        span.name == REPLY
-        for run in table.runs.values()
-        for row in run.rows
-        for span in row.spans
+        span.name == REPLY for run in table.runs.values() for row in run.rows for span in row.spans
     )
 
 
@@ -173,9 +170,7 @@ def tokens_in_reply(
     return found if all(first <= token <= len(reply) for token in found) else ()
 
 
-def _tokens(
-    place: ReplyPosition, reply: Sequence[int], text: str, decode: Decode
-) -> Sequence[int]:
+def _tokens(place: ReplyPosition, reply: Sequence[int], text: str, decode: Decode) -> Sequence[int]:
     match place.kind:
         case "step" | "token":
             return (place.number,)

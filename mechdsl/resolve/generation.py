@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved_rule import ResolvedRule
 

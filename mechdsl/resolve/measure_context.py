@@ -42,6 +42,8 @@ class MeasureContext:
     """Whether the measure in work is of that."""
     metrics: Collection[str] = ()
     """Names of the metrics that the file defines."""
+    writes: bool = False
+    """Whether the experiment writes replies."""
     loop_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Of the `for` variables that measures name, in the cells in work."""
 

@@ -118,7 +118,7 @@ def _at(
 ) -> ResolvedMeasure:
     atoms = tuple(_atom_at(atom, place, chosen, context) for atom in measure.atoms)
     at, absent = place.at or measure.at, set(place.absent)
-    if any(atom.form.takes == "own" for atom in atoms):
+    if place.reply is None and any(atom.form.takes == "own" for atom in atoms):
         absent.update(n for tokens in at.values() for n, token in enumerate(tokens) if not token)
         at = {run: tuple(max(token - 1, 0) for token in tokens) for run, tokens in at.items()}
     return replace(
@@ -138,8 +138,9 @@ def _atom_at(atom: Atom, place: Place, chosen: Mapping[str, int], context: Measu
             for run, tokens in place.at.items()
         }
         return replace(atom, own=own)
-    if atom.by_item and place.item in (*atom.texts, *atom.sets):
+    if atom.by_item and place.item in (*atom.texts, *atom.sets, *atom.wanted):
         texts = {None: atom.texts[place.item]} if atom.texts else {}
         sets = {None: atom.sets[place.item]} if atom.sets else {}
-        return replace(atom, texts=texts, sets=sets)
+        wanted = {None: atom.wanted[place.item]} if atom.wanted else {}
+        return replace(atom, texts=texts, sets=sets, wanted=wanted)
     return atom

@@ -125,6 +125,10 @@ def _can_be_read(
         return False
     if context.reads_observed and not _of_one_token(expression, atoms, at, context):
         return False
+    if at is not None and any(atom.form.takes == "reply" for atom in atoms):
+        reason, hint = "a reply is measured as a whole", "leave `at …` out"
+        refuse(context, expression.span, reason, hint)
+        return False
     unread = unreadable(expression, atoms, context.sites.shape, context.sites.model)
     if unread is not None:
         context.diagnostics.append(unread)
@@ -151,7 +155,7 @@ def _of_one_token(
     several = any(any(atom.behind) for atom in atoms if atom.texts)
     if at is not None:
         reason, hint = "what is observed says itself where it is", "leave `at …` out"
-    elif any(atom.form.takes in ("prompt", "own", "activations") for atom in atoms):
+    elif any(atom.form.takes in ("prompt", "own", "activations", "reply") for atom in atoms):
         reason = "it reads more than one distribution over next tokens"
         hint = "measure it in an experiment without `observe`"
     elif several and not context.tokenizer.stands_in:

@@ -11,7 +11,7 @@ from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownName, UnknownWord, did_you_mean
 from mechdsl.diagnostics.e03_coordinates import AxisDoesNotFit
 from mechdsl.program.numbers_in_measures import names_in
-from mechdsl.program.python_files import find_function, is_python
+from mechdsl.program.python_files import find_function, is_python, metric_use
 from mechdsl.prompts.answer_sets import is_list
 from mechdsl.prompts.build_table import text_tokens
 from mechdsl.resolve.class_outputs import (
@@ -27,6 +27,7 @@ from mechdsl.resolve.measure_context import (
     multi_token,
     refuse,
 )
+from mechdsl.resolve.reply_metrics import has_reply, of_reply
 from mechdsl.resolve.resolved import Atom, Env
 from mechdsl.resolve.sets_in_metrics import DIGITS, of_set
 from mechdsl.resolve.site_targets import resolve_site
@@ -60,10 +61,9 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
             hint = _other_word(node, name, context)
         context.diagnostics.append(UnknownWord(span=node.span, kind="metric", word=name, hint=hint))
         return None
-    if not metric.supported:
-        context.diagnostics.append(NotSupported(span=node.span, what=f"the metric `{name}`"))
-        return None
     arguments = node.arguments if isinstance(node, ast.Call) else ()
+    if "reply" in metric.forms:
+        return of_reply(node, name, metric.forms["reply"], arguments, context)
     shape = context.sites.shape
     wanted = class_argument(node, metric, shape)
     if wanted is not None:
@@ -96,7 +96,7 @@ def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
         return f"`{name}` is a value of the prompts, and metrics are read off the model's output"
     if name == "auc":
         return "the area under a curve is an expectation: `expect auc(prob, k) < 0.4`"
-    known = ", ".join(word for word, metric in METRICS.items() if metric.supported)
+    known = ", ".join(METRICS)
     return did_you_mean(name, [*METRICS, *context.metrics], f"metrics are {known}")
 
 
@@ -303,11 +303,13 @@ def _of_activations(
 
 def _of_python(node: ast.Call, context: MeasureContext) -> Atom | None:
     """A function of a Python file. Nothing of it runs before there are logits."""
-    function, problems = find_function(node, "metric")
+    use = metric_use(node)
+    function, problems = find_function(node, use)
     context.diagnostics.extend(problems)
-    if function is None:
+    if function is None or (use == "reply" and not has_reply(node, context)):
         return None
-    form = Form("rows", "", "number", function.call, "a function of a Python file")
+    takes = "reply" if use == "reply" else "rows"
+    form = Form(takes, "", "number", function.call, "a function of a Python file")
     rows = tuple(
         {
             **row.values,

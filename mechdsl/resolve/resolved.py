@@ -81,6 +81,8 @@ class Atom(Record):
     points: Mapping[Key, SitePoint] = field(default_factory=dict[Key, SitePoint])
     """Where it sweeps: the site for each of the values of `axes`."""
     axes: tuple[Axis, ...] = ()
+    wanted: Mapping[Env, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    """Of a metric of the reply: per environment and row, the texts in its brackets."""
     python: PythonFunction | None = None
     rows: tuple[Mapping[str, Any], ...] = field(default=(), compare=False, repr=False)
     """What it is given of every row."""
@@ -93,7 +95,7 @@ class Atom(Record):
     @property
     def by_item(self) -> bool:
         """Whether its text differs between the cells of one row."""
-        named = {*self.texts, *self.sets}
+        named = {*self.texts, *self.sets, *self.wanted}
         return named != {None} and bool(named)
 
     @property

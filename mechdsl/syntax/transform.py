@@ -882,6 +882,9 @@ class ToAst(Transformer[Token, Any]):
     def edge_token_of(self, c: list[Any]) -> ast.EdgeTokenOf:
         return _nested(ast.EdgeTokenOf(c[0].value, c[3], span=_span(c)), c[3])
 
+    def end(self, c: list[Any]) -> ast.Name:
+        return _name(c[0])
+
     def class_output(self, c: list[Any]) -> ast.ClassOutput:
         return _nested(ast.ClassOutput(c[1], span=_span(c)), c[1])
 

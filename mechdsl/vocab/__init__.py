@@ -3,3 +3,5 @@
 In: nothing. Out: registries of sites, metrics, corruptions, effects and reports, without torch and
 without drawing. Imports program and below.
 """
+
+from mechdsl.vocab import reply_metrics as reply_metrics  # registers its metrics

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from mechdsl.base.registry import Registry
 
@@ -30,6 +30,7 @@ Takes = Literal[
     "activations",
     "rows",
     "observation",
+    "reply",
 ]
 """What a metric is given beside the run it reads; the docstring of each form says the shapes."""
 
@@ -44,7 +45,8 @@ class Form:
     takes: Takes
     unit: str
     kind: MetricKind
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
+    """Gives a tensor; of replies a list of numbers."""
     meaning: str
     default: str | None = None
     """The text that is meant when the metric is written without an argument."""
@@ -53,23 +55,21 @@ class Form:
 
     @property
     def of_outputs(self) -> bool:
-        """Whether it reads what the model gives, and not what is inside of it."""
-        return self.takes not in ("activations", "observation")
+        """Whether it reads the logits that the model gives, and neither what is inside of it nor
+        what it writes."""
+        return self.takes not in ("activations", "observation", "reply")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A name of the language with its forms. Without a form it is known, but not executed yet."""
+    """A name of the language with its forms."""
 
     name: str
     forms: dict[Takes, Form] = field(default_factory=dict[Takes, Form])
 
-    @property
-    def supported(self) -> bool:
-        return bool(self.forms)
-
 
 METRICS: Registry[Metric] = Registry("metric")
+MetricFunction = TypeVar("MetricFunction", bound=Callable[..., Any])
 
 
 def metric(
@@ -80,10 +80,10 @@ def metric(
     kind: MetricKind = "number",
     default: str | None = None,
     narrow: bool = False,
-) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+) -> Callable[[MetricFunction], MetricFunction]:
     """Register a function as one form of the metric `name`; its docstring's first line is shown."""
 
-    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def register(function: MetricFunction) -> MetricFunction:
         entry = METRICS.get(name) or METRICS.add(name, Metric(name))
         if takes in entry.forms:
             raise ValueError(f"metric `{name}` that takes {takes} is registered twice")
@@ -449,10 +449,7 @@ def loss_of_label(logits: Tensor, target: Tensor) -> Tensor:
     return -logprob_of_label(logits, target)
 
 
-# --- known, and executed once `generate` is -----------------------------------------------------
-
-for _name in ("exact_match", "contains", "number"):
-    METRICS.add(_name, Metric(_name))
+# --- of what is observed ------------------------------------------------------------------------
 
 
 @metric("attention", takes="observation", unit="share of attention", narrow=True)

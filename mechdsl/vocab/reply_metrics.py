@@ -1,0 +1,87 @@
+"""Metrics of what a model has written: one number per reply, read off its text."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from mechdsl.base.reply import ReplyText
+from mechdsl.vocab.metrics import metric
+
+Wanted = Sequence[tuple[str, ...]]
+"""[row] what stands in the brackets of the metric, as it is in that row."""
+
+FIRST, LAST = "first", "last"
+_NUMBER = re.compile(r"(?:(?<![\w.,)])-)?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?")
+
+
+@metric("exact_match", takes="reply", unit="share", default="answer")
+def exact_match(replies: Sequence[ReplyText], wanted: Wanted) -> list[float]:
+    """Whether the reply is this text, or one of these, white space at its ends aside.
+
+    replies, wanted: [row]
+    returns: [row], 1.0 or 0.0; its mean is the accuracy
+    source: Rajpurkar et al. 2016, arXiv 1606.05250, there without case, articles and punctuation
+    """
+    return [
+        float(reply.text.strip() in {text.strip() for text in texts})
+        for reply, texts in zip(replies, wanted, strict=True)
+    ]
+
+
+@metric("contains", takes="reply", unit="share")
+def contains(replies: Sequence[ReplyText], wanted: Wanted) -> list[float]:
+    """Whether one of these texts stands in the reply, letter by letter.
+
+    replies, wanted: [row]
+    returns: [row], 1.0 or 0.0
+    source: Zou et al. 2023, arXiv 2307.15043, for phrases of refusal
+    """
+    return [
+        float(any(text in reply.text for text in texts))
+        for reply, texts in zip(replies, wanted, strict=True)
+    ]
+
+
+@metric("matches", takes="reply", unit="share")
+def matches(replies: Sequence[ReplyText], wanted: Wanted) -> list[float]:
+    """Whether the regular expression is found in the reply, as Python's `re.search` does.
+
+    replies, wanted: [row], of `wanted` the pattern
+    returns: [row], 1.0 or 0.0
+    """
+    return [
+        float(re.search(pattern, reply.text) is not None)
+        for reply, (pattern,) in zip(replies, wanted, strict=True)
+    ]
+
+
+@metric("number", takes="reply", unit="count", kind="category", default=FIRST)
+def number(replies: Sequence[ReplyText], wanted: Wanted) -> list[float]:
+    """The first number in the reply; `number(last)` is the last one.
+
+    Digits with a decimal point, with commas between thousands, with a minus sign that stands behind
+    no word or number.
+
+    replies, wanted: [row], of `wanted` `first` or `last`
+    returns: [row], NaN where the reply has none
+    source: Cobbe et al. 2021, arXiv 2110.14168, for the last one
+    """
+    found: list[float] = []
+    for reply, (which,) in zip(replies, wanted, strict=True):
+        numbers = _NUMBER.findall(reply.text)
+        own = float(numbers[0 if which == FIRST else -1].replace(",", "")) if numbers else math.nan
+        found.append(own if math.isfinite(own) else math.nan)
+    return found
+
+
+@metric("length", takes="reply", unit="token")
+def length(replies: Sequence[ReplyText], wanted: Wanted) -> list[float]:
+    """How many tokens the reply has, without what ended it.
+
+    replies: [row]. wanted: [row] (not used)
+    returns: [row], from 0 to the number behind `generate`
+    """
+    del wanted
+    return [float(len(reply.ids)) for reply in replies]
