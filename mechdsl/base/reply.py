@@ -7,12 +7,14 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class ReplyText:
-    """One reply, without the text or token that ended it."""
+class Reply:
+    """What was written behind one prompt."""
 
-    text: str
-    """As the tokenizer puts the tokens together, with the white space at its ends."""
     ids: tuple[int, ...]
-    """Its tokens."""
+    """Tokens, without one that ends it; where a stop text does, those that lie in front of it at
+    least in part."""
+    text: str
+    """As the tokenizer puts the tokens together, with the white space at its ends, without the stop
+    text."""
     ended: Literal["end", "stop", "length"]
-    """By a token of the model, by a text of `until`, or as it has all its tokens."""
+    """By a token that ends it, by a stop text, or because it is as long as it may be."""

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.base.reply import Reply
 from mechdsl.execute.found import Failed, Found, Gap
 from mechdsl.execute.observed import InReplies, Look, Observed, look
 from mechdsl.execute.readout import Reading, Readout
 from mechdsl.execute.unpatched_batch import noise_writes
 from mechdsl.execute.while_writing import WhileWriting
 from mechdsl.generate.acting import Chosen
-from mechdsl.generate.records import Reply
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite

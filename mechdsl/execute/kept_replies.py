@@ -12,7 +12,7 @@ import numpy as np
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.digest import digest
-from mechdsl.generate.records import Reply
+from mechdsl.base.reply import Reply
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.plan.value_keys import Contents, ExperimentKeys

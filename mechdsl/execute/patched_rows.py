@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.base.reply import Reply
 from mechdsl.execute.behind_prompts import (
     HaveWritten,
     Reader,
@@ -37,7 +38,6 @@ from mechdsl.execute.wanted_places import Member, Wanted, by_row, on_draws, want
 from mechdsl.execute.while_writing import WhileWriting
 from mechdsl.execute.writer import WritingRows
 from mechdsl.execute.writes import LanesOf, acting, pass_ends
-from mechdsl.generate.records import Reply
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.rule_writes import RuleWrites

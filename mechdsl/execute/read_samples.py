@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from mechdsl.base.arrays import Floats
+from mechdsl.base.reply import Reply
 from mechdsl.execute.found import Found, Gap
 from mechdsl.execute.readout import Reading, Readout
-from mechdsl.generate.records import Reply
 
 
 def read_samples(

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.base.reply import Reply
 from mechdsl.execute.found import Failed, Found, Gap
 from mechdsl.execute.observed import Observed
 from mechdsl.execute.python_metric import python_metric
-from mechdsl.execute.reply_metric import of_reply
+from mechdsl.execute.reply_values import reply_values
 from mechdsl.execute.unpatched_batch import Spot, TextBehind, continuation_ids, spots_of
-from mechdsl.generate.records import Reply
 from mechdsl.program.python_files import PythonFailure, PythonNotLoaded
 from mechdsl.resolve.measures import divisors, evaluate
 from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
@@ -434,7 +434,8 @@ def _value(atom: Atom, number: int, spot: int, reading: Reading, usable: Bools) 
         assert reading.loss is not None
         return reading.loss
     if takes == "reply":
-        return of_reply(atom, reading.replies, reading.prompts, reading.items, usable)
+        found = reply_values(atom, reading.replies, reading.prompts, reading.items)
+        return torch.from_numpy(found)
     if takes == "activations":
         return function(reading.activations[number], reading.references[number])
     if number in reading.continued:

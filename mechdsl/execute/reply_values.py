@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.base.reply import ReplyText
+from mechdsl.base.reply import Reply
 from mechdsl.execute.python_metric import of_replies
 from mechdsl.resolve.resolved import Atom, Env
 
 
 def reply_values(
-    atom: Atom, replies: Sequence[ReplyText], prompts: Ints, items: Sequence[Env]
+    atom: Atom, replies: Sequence[Reply], prompts: Ints, items: Sequence[Env]
 ) -> Floats:
     """[row]: the metric of each reply; NaN where it has none, as a reply without a number.
 

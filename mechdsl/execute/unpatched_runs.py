@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.base.reply import Reply
 from mechdsl.execute.behind_prompts import HaveWritten, Reader, read_behind, with_replies
 from mechdsl.execute.found import Found
 from mechdsl.execute.options import PaddingSide
@@ -26,7 +27,6 @@ from mechdsl.execute.unpatched_batch import (
     spots_of,
 )
 from mechdsl.execute.writer import Writer
-from mechdsl.generate.records import Reply
 from mechdsl.hooks.frozen_norms import FrozenNorms
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead

@@ -11,11 +11,12 @@ import torch
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.digest import digest, number_of
+from mechdsl.base.reply import Reply
 from mechdsl.execute.kept_replies import KeptReplies
 from mechdsl.execute.unpatched_batch import noise_writes
 from mechdsl.execute.while_writing import WhileWriting
 from mechdsl.generate.acting import Chosen
-from mechdsl.generate.records import Decoding, Reply
+from mechdsl.generate.records import Decoding
 from mechdsl.generate.write_replies import write_replies
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.rule_writes import RuleWrites

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.generate.records import Decoding, Reply
+from mechdsl.base.reply import Reply
+from mechdsl.generate.records import Decoding
 
 
 class NoNumbers(RuntimeError):

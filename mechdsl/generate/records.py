@@ -86,16 +86,3 @@ class Decoding:
             raise ValueError("top_k is at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError("top_p is above 0 and at most 1")
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What was written behind one prompt."""
-
-    ids: tuple[int, ...]
-    """Tokens, without one that ends it; where a stop text does, those that lie in front of it at
-    least in part."""
-    text: str
-    """Without the stop text."""
-    ended: Literal["end", "stop", "length"]
-    """By a token that ends it, by a stop text, or because it is as long as it may be."""

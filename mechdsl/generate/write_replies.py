@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.base.reply import Reply
 from mechdsl.generate.acting import Chosen
 from mechdsl.generate.next_tokens import Writing, next_tokens
-from mechdsl.generate.records import Decoding, Reply, StepRules
+from mechdsl.generate.records import Decoding, StepRules
 from mechdsl.generate.states import Sharing, States, first_acting
 from mechdsl.generate.whole import WholePasses
 from mechdsl.hooks.loaded import LoadedModel

@@ -20,7 +20,6 @@ def in_steps(rule: ResolvedRule) -> ResolvedRule:
 
 def of_generation(rules: Sequence[ResolvedRule | None], work: Work) -> Iterator[Diagnostic]:
     """What can't be done while a reply is written."""
-    generation = work.experiment.generation
-    if generation is None:
+    if work.experiment.generation is None:
         return
     yield from ()

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from mechdsl.base.reply import ReplyText
+from mechdsl.base.reply import Reply
 from mechdsl.vocab.metrics import metric
 
 Wanted = Sequence[tuple[str, ...]]
@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"(?:(?<![\w.,)])-)?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\
 
 
 @metric("exact_match", takes="reply", unit="share", default="answer")
-def exact_match(replies: Sequence[ReplyText], wanted: Wanted) -> list[float]:
+def exact_match(replies: Sequence[Reply], wanted: Wanted) -> list[float]:
     """Whether the reply is this text, or one of these, white space at its ends aside.
 
     replies, wanted: [row]
@@ -31,7 +31,7 @@ def exact_match(replies: Sequence[ReplyText], wanted: Wanted) -> list[float]:
 
 
 @metric("contains", takes="reply", unit="share")
-def contains(replies: Sequence[ReplyText], wanted: Wanted) -> list[float]:
+def contains(replies: Sequence[Reply], wanted: Wanted) -> list[float]:
     """Whether one of these texts stands in the reply, letter by letter.
 
     replies, wanted: [row]
@@ -45,7 +45,7 @@ def contains(replies: Sequence[ReplyText], wanted: Wanted) -> list[float]:
 
 
 @metric("matches", takes="reply", unit="share")
-def matches(replies: Sequence[ReplyText], wanted: Wanted) -> list[float]:
+def matches(replies: Sequence[Reply], wanted: Wanted) -> list[float]:
     """Whether the regular expression is found in the reply, as Python's `re.search` does.
 
     replies, wanted: [row], of `wanted` the pattern
@@ -58,7 +58,7 @@ def matches(replies: Sequence[ReplyText], wanted: Wanted) -> list[float]:
 
 
 @metric("number", takes="reply", unit="count", kind="category", default=FIRST)
-def number(replies: Sequence[ReplyText], wanted: Wanted) -> list[float]:
+def number(replies: Sequence[Reply], wanted: Wanted) -> list[float]:
     """The first number in the reply; `number(last)` is the last one.
 
     Digits with a decimal point, with commas between thousands, with a minus sign that stands behind
@@ -77,7 +77,7 @@ def number(replies: Sequence[ReplyText], wanted: Wanted) -> list[float]:
 
 
 @metric("length", takes="reply", unit="token")
-def length(replies: Sequence[ReplyText], wanted: Wanted) -> list[float]:
+def length(replies: Sequence[Reply], wanted: Wanted) -> list[float]:
     """How many tokens the reply has, without what ended it.
 
     replies: [row]. wanted: [row] (not used)

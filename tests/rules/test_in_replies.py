@@ -18,22 +18,17 @@ from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import token
 from ..models import families
-from ..reference.forward import Changes, Edge, Run, Write, forward
+from ..reference.forward import Changes, Run, Write, forward
 from .models import double
 from .support import (
-    BLOCKS,
     QUICK,
     Array,
-    Text,
-    codes,
     compare,
     experiment,
-    plain,
     product,
     records,
     rows,
     run_file,
-    tokens,
 )
 
 NAMES = ("gpt2", "llama", "gpt_neox", "gemma2")
@@ -207,7 +202,9 @@ def test_loss_of_each_token(data: Path, name: str, mode: str) -> None:
         if place >= len(reply.ids):
             return None
         own = reply.ids[place]
-        return at_token(name, layer, n, place, lambda logits, n: -float(logits.log_softmax(-1)[own]))
+        return at_token(
+            name, layer, n, place, lambda logits, n: -float(logits.log_softmax(-1)[own])
+        )
 
     places = [f"reply {n + 1}" for n in range(MOST)]
     found = measured(data, name, mode, "loss at each reply token", "delta")
