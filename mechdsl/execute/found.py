@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.base.reply import Reply
 from mechdsl.diagnostics.e02_python import PythonFailed
 
 
@@ -48,8 +49,8 @@ class Found:
     """By number, the measures that have no value in some rows."""
     listed: Tensor | None = None
     """[row, vocab] probabilities, where an observation lists tokens."""
-    replies: Sequence[tuple[str, ...]] = ()
-    """[row] what it wrote: one text for each sample, of each draw of noise."""
+    replies: Sequence[tuple[Reply, ...]] = ()
+    """[row] what it wrote: one reply for each sample, of each draw of noise."""
 
     def over_draws(self, draws: int) -> Found:
         """Averaged over draws of noise, which lie side by side."""
@@ -75,7 +76,7 @@ class Found:
         )
 
 
-def _side_by_side(replies: Sequence[tuple[str, ...]], draws: int) -> list[tuple[str, ...]]:
+def _side_by_side(replies: Sequence[tuple[Reply, ...]], draws: int) -> list[tuple[Reply, ...]]:
     """Of each row, what it wrote in all draws."""
     groups = (replies[n : n + draws] for n in range(0, len(replies), draws))
-    return [tuple(text for one in group for text in one) for group in groups]
+    return [tuple(reply for one in group for reply in one) for group in groups]

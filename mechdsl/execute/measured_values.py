@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.reply import Reply
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.accuracies import Accuracies
 from mechdsl.execute.found import Found
@@ -65,12 +66,12 @@ class MeasuredValues:
     """Cell → the tokens that an observation lists of it, the first one first."""
     unusable: dict[int, Unusable] = field(default_factory=dict[int, Unusable])
     """Rows of the table → where they first were seen to be so."""
-    replies: dict[tuple[int, int], tuple[str, ...]] = field(
-        default_factory=dict[tuple[int, int], tuple[str, ...]]
+    replies: dict[tuple[int, int], tuple[Reply, ...]] = field(
+        default_factory=dict[tuple[int, int], tuple[Reply, ...]]
     )
     """(cell, row of the table) → what was written: a text for each sample."""
-    unpatched_replies: dict[tuple[str, int], tuple[str, ...]] = field(
-        default_factory=dict[tuple[str, int], tuple[str, ...]]
+    unpatched_replies: dict[tuple[str, int], tuple[Reply, ...]] = field(
+        default_factory=dict[tuple[str, int], tuple[Reply, ...]]
     )
     """(run, row of the table) → the same."""
 
@@ -122,7 +123,7 @@ class MeasuredValues:
             for values, own in zip(self.rounding, found.rounding, strict=True):
                 values[environment, columns] = own
 
-    def wrote(self, rows: Rows, replies: Sequence[tuple[str, ...]]) -> None:
+    def wrote(self, rows: Rows, replies: Sequence[tuple[Reply, ...]]) -> None:
         """Take what rows of cells wrote, those of one cell and prompt side by side."""
         places = zip(rows.cell.tolist(), rows.prompt.tolist(), strict=True)
         for place, own in zip(places, replies, strict=bool(replies)):
@@ -156,6 +157,9 @@ class MeasuredValues:
         base = self.unpatched[self.experiment.spec.base]
         for found, values in zip(self.patched, base, strict=True):
             found[:] = values
+        for (run, row), replies in self.unpatched_replies.items():
+            if run == self.experiment.spec.base:
+                self.replies.update({(n, row): replies for n in range(self.experiment.n_cells)})
 
     def base_of(self, plan: ExperimentPlan, rows: Rows) -> list[Floats]:
         """Per measure, [row], what the base run has."""

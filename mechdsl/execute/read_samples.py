@@ -50,4 +50,4 @@ def read_samples(
         failed,
         gaps,
     ).over_draws(count)
-    return replace(found, replies=[tuple(each.text for each in own) for own in written])
+    return replace(found, replies=written)

@@ -10,6 +10,7 @@ import numpy as np
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.resolve.cell_key import averaged_cells
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.replies import Replies
 from mechdsl.statistics.measure_data import DrawnValues, MeasureData
 
 Groups = Sequence[Sequence[int]]
@@ -35,6 +36,7 @@ def averaged(result: ExperimentResult, axis: str) -> ExperimentResult:
         drawn=None if result.drawn is None else _drawn(result.drawn, groups),
         texts=(),
         hits=(),
+        replies=Replies(),
     )
 
 

@@ -132,6 +132,7 @@ def _on_all(result: ExperimentResult, index: Ints, size: int, start: int) -> Exp
         left_out={start + row: why for row, why in result.left_out.items()},
         accuracy_rows={run: tuple(start + row for row in rows) for run, rows in accuracy.items()},
         hits=tuple(of_cells[id(hits)] for hits in result.hits),
+        replies=result.replies.shifted(start),
     )
 
 

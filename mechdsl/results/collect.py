@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.plural import plural
+from mechdsl.base.reply import Reply
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.measured_values import MeasuredValues, base_per_cell, per_cell
 from mechdsl.execute.no_value import gap_words
@@ -29,6 +30,7 @@ from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.over_rows import OverRows
 from mechdsl.resolve.resolved import ResolvedControl, ResolvedExperiment, ResolvedMeasure
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.replies import Replies, Texts
 from mechdsl.results.run_conventions import conventions, fallbacks, model_words, pass_sizes
 from mechdsl.results.seen_rows import SeenRows
 from mechdsl.statistics.bootstrap import FEWEST_UNITS
@@ -99,7 +101,28 @@ def collect(
         row_values=_row_values([rows[i].values for i in kept]),
         reports=experiment.spec.reports or (_table(experiment),),
         rounding=_rounding_words(experiment, model),
+        replies=_replies(experiment, measured, there),
         **_overlaid(experiment, kept, there),
+    )
+
+
+def _replies(
+    experiment: ResolvedExperiment, measured: MeasuredValues, there: NDArray[np.bool_]
+) -> Replies:
+    """What was written behind the prompts that are in the experiment."""
+    if not measured.unpatched_replies and not measured.replies:
+        return Replies()
+    table, kept = experiment.table, measured.kept.tolist()
+    base = table.runs[experiment.spec.base].rows
+    runs = dict.fromkeys(run for run, _ in measured.unpatched_replies)
+
+    def of(found: Mapping[tuple[Any, int], tuple[Reply, ...]], name: object) -> Texts:
+        return {table.row_ids[n]: found[name, n] for n in kept if (name, n) in found}
+
+    return Replies(
+        tuple(of(measured.replies, cell) for cell in np.flatnonzero(there).tolist()),
+        {run: of(measured.unpatched_replies, run) for run in runs},
+        {table.row_ids[n]: base[n].text for n in kept},
     )
 
 

@@ -19,6 +19,7 @@ from mechdsl.execute.saved import Saved
 from mechdsl.execute.sizes import PassSizes
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey, Coord
+from mechdsl.results.replies import Replies
 from mechdsl.results.shown import AS_CHART, AS_HTML, AS_TEXT, LINE_WIDTH, MOST_LINES, shown_by
 from mechdsl.statistics.cell_statistics import run_interval
 from mechdsl.statistics.effect_parts import Sums
@@ -117,6 +118,8 @@ class ExperimentResult:
     """Per measure, or empty where no experiment was run `against` something."""
     texts: tuple[tuple[str, ...], ...] = ()
     """Per prompt, the tokens of the base run as text, for `report overlay`."""
+    replies: Replies = field(default_factory=Replies)
+    """What rows wrote, with `generate`."""
     rounding: str = ""
     """What bounds of rounding come from, in words."""
     hits: tuple[tuple[tuple[int, ...], ...], ...] = ()

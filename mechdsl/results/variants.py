@@ -13,6 +13,7 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.program.lower_other_runs import BLOCKS
 from mechdsl.resolve.cell_key import Labels, joined_axes, joined_cells, told_apart
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.replies import beside
 from mechdsl.results.seen_rows import shared_rows
 from mechdsl.statistics.measure_data import DrawnValues, MeasureData
 
@@ -63,6 +64,7 @@ def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult
         population="; ".join(dict.fromkeys(r.population for r in results if r.population)),
         hashes=_hashes(parts),
         drawn=_drawn(results),
+        replies=beside([result.replies for result in results], several),
         texts=results[0].texts if len({result.texts for result in results}) == 1 else (),
         hits=tuple(hit for result in results for hit in result.hits)
         if len({result.texts for result in results}) == 1
