@@ -286,6 +286,8 @@ class ExperimentKeys:
             for atom in measure.atoms:
                 contents.given(atom)  # raises here, or not at all
         shared = self._shared()
+        if plan.experiment.as_base:
+            shared = digest("as base", shared)
         codes: dict[tuple[bytes, ...], int] = {}
         found = [codes.setdefault(cell, len(codes)) for cell in self._cells()]
         self.code_of_cell: Ints = np.array(found, dtype=np.int64)
@@ -358,6 +360,11 @@ class ExperimentKeys:
             sites = [digest(static + own) for own in _per_list(rule.points, points)]
             begin = len(parts)
             parts.append([sites[site] for site in rule.site_of_cell.tolist()])
+            if any(cell.reply is not None for cell in rule.positions):
+                parts.append([digest(rule.positions[p].reply) for p in rule.position_of_cell])
+            keys = [] if rule.rule.edge is None else list(rule.rule.edge.keys.written.values())
+            if any(cell.reply is not None for cell in keys) and rule.key_of_cell is not None:
+                parts.append([digest(keys[key].reply) for key in rule.key_of_cell])
             if rule.rule.amounts is not None:
                 amounts = {amount: digest(amount) for amount in set(rule.amounts.tolist())}
                 parts.append([amounts[amount] for amount in rule.amounts.tolist()])

@@ -59,6 +59,8 @@ def hit_texts(
     tokenizer: knows the names of tokens that cover no text (else they are left out).
     """
     found: Counter[str] = Counter()
+    if cell.reply is not None:  # nothing is written yet
+        return ()
     for row, hits in zip(table.runs[run].rows, cell.hits, strict=True):
         m = TokenMap(row)
         for p in (p for tokens in hits for p in tokens if p < len(row.ids)):

@@ -76,6 +76,10 @@ EXPERIMENTS = {
         "measure cosine(L2.resid, other) at subject token as raw",
     ),
     "loss": one("patch resid_post layer 1 at subject token", "measure loss at cue token as raw"),
+    "reply": one(
+        "patch resid_post layer 1 at subject token\n  generate 5",
+        "measure entropy at reply token 2 as raw",
+    ),
 }  # fmt: skip
 
 
@@ -301,6 +305,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "kind": ("patch", lambda kind: "category"),
         "observed": ("patch", lambda observed: not observed),
         "at": ("patch", lambda at: {"clean": (1, 1, 1, 1)}),
+        "reply": ("reply", lambda reply: replace(reply, number=3)),
     },
     Atom: {
         "node": ("patch", lambda node: text(node, "loss")),
