@@ -1,4 +1,4 @@
-"""What is measured and observed in replies, beside a loop of plain passes over all tokens so far."""
+"""What is read in replies, beside a loop of plain passes over all tokens so far."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import token
 from ..models import families
-from ..reference.forward import Changes, Run, Write, forward
+from ..reference.forward import Changes, Edge, Run, Write, forward
 from .models import double
 from .support import (
     QUICK,
     Array,
     compare,
     experiment,
+    plain,
     product,
     records,
     rows,
     run_file,
+    tokens,
 )
 
-NAMES = ("gpt2", "llama", "gpt_neox", "gemma2")
+NAMES = ("gpt2", "llama", "gpt_neox", "mistral")
 MOST = 6
 GENERATE = f'generate {MOST} until " w4"'
 """Rows stop at different steps."""
@@ -118,6 +120,7 @@ def two(logits: Tensor, n: int) -> float:
     return float(logits[token(own["a"])] - logits[token(own["b"])])
 
 
+TWO = "logit(answer) - logit(wrong)"
 SET = "set attn_out layer 0..1 at last token to 0.6"
 
 
@@ -209,3 +212,139 @@ def test_loss_of_each_token(data: Path, name: str, mode: str) -> None:
     places = [f"reply {n + 1}" for n in range(MOST)]
     found = measured(data, name, mode, "loss at each reply token", "delta")
     hold(found, "measured", places, of)
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", NAMES)
+def test_divergence_from_other_runs_on_the_same_text(data: Path, name: str, mode: str) -> None:
+    """`kl(RUN)` reads that run's own prompt, with the reply of the patched row behind it."""
+    for run in ("clean", "longer"):
+
+        def of(layer: int, n: int, step: int, run: str = run) -> Any:
+            reply = replies(name, layer)[n]
+            at = reply.at(step)
+            if at is None:
+                return None
+            ids = rows(run)[n].ids
+            other = behind(name, ids, reply).logits[len(ids) - 1 + step]
+            return kl(other, reply.run.logits[at]), 0.0
+
+        found = measured(data, name, mode, f"kl({run}) at each step", "raw")
+        hold(found, "step", range(MOST), of, base=False)
+
+
+PLACES: dict[str, Callable[[Reply], int | None]] = {
+    "last token of reply": lambda reply: len(reply.ids),
+    "reply token": lambda reply: len(reply.ids),
+    "first token of reply": lambda reply: 1,
+    "first token of reply + 1": lambda reply: 2,
+    "last token of reply - 1": lambda reply: len(reply.ids) - 1,
+    "reply token 3": lambda reply: 3,
+}
+"""Where a measure is read, and which token of the reply that is."""
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", NAMES)
+def test_single_tokens(data: Path, name: str, mode: str) -> None:
+    """Rows whose reply has no such token leave the cell."""
+    text = "".join(
+        experiment(f"e{n}", GENERATE, SET, measure=f"measure {TWO} at {place} as delta")
+        for n, place in enumerate(PLACES)
+    )
+    found = run_file(text, data, name, mode)
+    for number, place in enumerate(PLACES.values()):
+
+        def of(n: int, layer: int, place: Any = place) -> Any:
+            reply = replies(name, layer)[n]
+            at = place(reply)
+            return at_token(name, layer, n, at, two) if 1 <= at <= len(reply.ids) else None
+
+        patched, base = values(product((0, 1)), of)
+        if np.isnan(patched).all():
+            assert np.isnan(found[f"e{number}"].measures[0].patched).all()
+        else:
+            compare(found[f"e{number}"].measures[0], patched, base, most=False)
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_of_the_reply(data: Path, name: str, mode: str) -> None:
+    """The last token of its last occurrence; rows without it leave the cell."""
+    every = [word(each) for reply in replies(name, 0) for each in reply.ids]
+    wanted = max(sorted(set(every)), key=every.count)
+
+    def last(reply: Reply) -> int | None:
+        at = [n for n, each in enumerate(reply.ids, start=1) if word(each) == wanted]
+        return at[-1] if at else None
+
+    measure = f'measure {TWO} at "{wanted}" of reply token as delta'
+    text = experiment("e", GENERATE, SET, measure=measure)
+    found = run_file(text, data, name, mode)["e"]
+
+    def of(n: int, layer: int) -> Any:
+        at = last(replies(name, layer)[n])
+        return None if at is None else at_token(name, layer, n, at, two)
+
+    patched, base = values(product((0, 1)), of)
+    assert not np.isnan(patched).all()
+    compare(found.measures[0], patched, base, most=False)
+
+
+def in_prompt(name: str, n: int) -> Callable[[int], Changes]:
+    """`patch resid_post layer 1 at subject token` from `longer`, whose subject is longer."""
+    text, source = rows()[n], rows("longer")[n]
+    to, of = tokens(text, "subject token")[0], tokens(source, "subject token")[0]
+    vector = plain(name, source)["resid_post", 1][of]
+    return lambda written: ([Write("resid_post", 1, vector, to)], [])
+
+
+def unseen(name: str, n: int) -> Callable[[int], Changes]:
+    """`block attention layer * from last token to subject tokens`."""
+    keys, prompt = tokens(rows()[n], "subject tokens"), len(rows()[n].ids)
+
+    def act(written: int) -> Changes:
+        queries = range(prompt - 1, prompt + written)
+        return [], [Edge("block", layer, queries, keys) for layer in range(3)]
+
+    return act
+
+
+def steered(first: int, last: int, site: str = "attn_out") -> Callable[[str, int], Any]:
+    return lambda name, n: set_everywhere(1, first, last, site=site)(len(rows()[n].ids))
+
+
+RULES: dict[str, tuple[str, Callable[[str, int], Callable[[int], Changes]]]] = {
+    "in the prompt": ("patch resid_post layer 1 at subject token", in_prompt),
+    "blocked attention": ("block attention layers * from last token to subject tokens", unseen),
+    "prefill": ("set attn_out layer 1 at last token to 0.6 during prefill", steered(0, 0)),
+    "steps": ("set attn_out layer 1 at last token to 0.6 during step 1..2", steered(1, 2)),
+    "one step": ("set attn_out layer 1 at last token to 0.6 during step 2", steered(2, 2)),
+}
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", NAMES)
+def test_rules_act_where_they_acted(data: Path, name: str, mode: str) -> None:
+    text = "".join(
+        experiment(
+            f"e{n}", "from longer into clean", GENERATE, line,
+            measure=f"measure {TWO} at each step as delta",
+        )
+        for n, (line, _) in enumerate(RULES.values())
+    )  # fmt: skip
+    found = run_file(text, data, name, mode)
+    for number, (_, act) in enumerate(RULES.values()):
+        made = [write(name, text.ids, act(name, n)) for n, text in enumerate(rows())]
+
+        def of(n: int, step: int, made: Sequence[Reply] = made) -> Any:
+            at = made[n].at(step)
+            if at is None:
+                return None
+            bare = behind(name, rows()[n].ids, made[n])
+            return two(made[n].run.logits[at], n), two(bare.logits[at], n)
+
+        steps = {cell.coords["step"] for cell in found[f"e{number}"].cells}
+        assert steps == set(range(MOST))
+        patched, base = values(product(range(MOST)), of)
+        compare(found[f"e{number}"].measures[0], patched, base, most=False)
