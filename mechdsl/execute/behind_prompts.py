@@ -259,8 +259,8 @@ class _Behind:
         for n in reader.readout.in_replies:
             measure = reader.readout.measures[n]
             own = any(atom.form.takes == "own" for atom in measure.atoms)
-            if measure.reply is not None and n not in reader.skip:
-                places.setdefault((measure.reply, own), []).append(n)
+            if measure.in_reply is not None and n not in reader.skip:
+                places.setdefault((measure.in_reply, own), []).append(n)
         asked = self._ask(self._source(reader)) if places else None
         for (place, own), numbers in places.items():
             assert asked is not None
@@ -269,7 +269,7 @@ class _Behind:
             tokens = np.array(first, dtype=np.int64).reshape(-1)
             tokens = np.where(tokens < 0, -1, tokens - own)
             measures = [reader.readout.measures[n] for n in numbers]
-            readout = Readout.of([replace(each, at={}, reply=None) for each in measures])
+            readout = Readout.of([replace(each, at={}, in_reply=None) for each in measures])
             self._want(asked, reader, tokens)
             asked.readouts.append(readout)
             for _, atom in readout.atoms:

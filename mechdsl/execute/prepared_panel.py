@@ -109,7 +109,7 @@ class PreparedPanel:
         if writer is not None:  # what they write is kept, and measured again
             self.values = None
             writer.kept = self.stored and self.stored.replies(
-                writer.generation.settings, ends_of(model)
+                writer.generation.key(self.runs.seed), ends_of(model)
             )
         self.together: dict[str, Together] = {}
         """What is observed of all rows at once, by the key of an experiment."""

@@ -80,7 +80,7 @@ class Readout:
         looking = [
             m.observed or atom.form.takes == "observation" for m in measures for atom in m.atoms
         ]
-        behind = tuple(m.reply is not None for m in measures for _ in m.atoms)
+        behind = tuple(m.in_reply is not None for m in measures for _ in m.atoms)
         return Readout(tuple(measures), tuple(atoms), spots, tuple(looking), behind)
 
     def _of(self, looking: bool) -> tuple[Atom, ...]:
@@ -132,7 +132,7 @@ class Readout:
     @property
     def in_replies(self) -> tuple[int, ...]:
         """Numbers of the measures that are read in replies."""
-        return tuple(n for n, each in enumerate(self.measures) if each.reply is not None)
+        return tuple(n for n, each in enumerate(self.measures) if each.in_reply is not None)
 
     @property
     def narrow(self) -> bool:
@@ -179,7 +179,7 @@ class Readout:
         for n, measure in enumerate(self.measures):
             numbers = range(first, first + len(measure.atoms))
             first = numbers.stop
-            if n in skip or measure.reply is not None:
+            if n in skip or measure.in_reply is not None:
                 continue
             try:
                 values = self._values(numbers, reading, ~broken)

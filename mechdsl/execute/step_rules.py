@@ -20,7 +20,7 @@ from mechdsl.hooks.reads_and_writes import SiteWrite
 from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.models.shape import ModelShape
 from mechdsl.plan.experiment_plan import ExperimentPlan
-from mechdsl.plan.rule_rows import Rows, RulePlan
+from mechdsl.plan.rule_rows import EVERY, NEWEST, NOTHING, Rows, RulePlan
 
 
 def prefill_of(plan: ExperimentPlan) -> ExperimentPlan:
@@ -76,17 +76,14 @@ Also = Literal["", "newest", "written"]
 def _following(rule: RulePlan, rows: Rows) -> Iterator[tuple[Also, Ints]]:
     """The rows in which a rule follows the newest token, by what is a key there beside tokens of
     the prompt."""
-    if rule.follows is None:
-        return
-    follows = rule.acts(rows) & rule.follows.newest[rule.position_of_cell[rows.cell]]
-    newest = every = np.zeros(len(rows), dtype=np.bool_)
-    if rule.key_follows is not None and rule.key_of_cell is not None:
-        key = rule.key_of_cell[rows.cell]
-        newest, every = rule.key_follows.newest[key], rule.key_follows.every[key]
+    follows = rule.acts(rows) & (rule.follows[rule.position_of_cell[rows.cell]] != NOTHING)
+    keys = np.full(len(rows), NOTHING)
+    if rule.key_of_cell is not None:
+        keys = rule.keys_follow[rule.key_of_cell[rows.cell]]
     kinds: tuple[tuple[Also, Bools], ...] = (
-        ("", ~newest),
-        ("newest", newest & ~every),
-        ("written", every),
+        ("", keys == NOTHING),
+        ("newest", keys == NEWEST),
+        ("written", keys == EVERY),
     )
     for also, own in kinds:
         found = np.flatnonzero(follows & own)

@@ -19,7 +19,7 @@ from mechdsl.base.digest import number_of
 from mechdsl.graph.needs import Asked
 from mechdsl.plan.columns import Hits, Ragged, counted, prompt_lengths
 from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
-from mechdsl.plan.rule_rows import Follows, PathPlan, Rows, RulePlan
+from mechdsl.plan.rule_rows import EVERY, NEWEST, NOTHING, PathPlan, Rows, RulePlan
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.direction_types import Member
 from mechdsl.resolve.observation import Observation
@@ -364,19 +364,22 @@ def _rule_plan(
         direction_of_cell=direction_of_cell,
         keys=keys_hit,
         key_of_cell=key_of_cell,
+        follows=_follows(rule.positions),
+        keys_follow=_follows(None if rule.edge is None else rule.edge.keys),
         paths=_paths(rule, site_of_cell, by_name, count, parallel=parallel),
         active=active,
-        follows=_follows(rule.positions),
-        key_follows=None if rule.edge is None else _follows(rule.edge.keys),
     )
 
 
-def _follows(positions: PositionTargets) -> Follows | None:
-    """Which values of positions name the newest token, while the model writes."""
-    if not positions.newest:
-        return None
-    newest = np.array([key in positions.newest for key in positions.written])
-    return Follows(newest, np.array([key in positions.every for key in positions.written]))
+def _follows(targets: PositionTargets | None) -> Ints:
+    """[position] what of a reply is meant."""
+    if targets is None:
+        return np.zeros(0, dtype=np.int64)
+    found = [
+        EVERY if key in targets.every else NEWEST if key in targets.newest else NOTHING
+        for key in targets.written
+    ]
+    return np.array(found, dtype=np.int64)
 
 
 def _is_behind(experiment: ResolvedExperiment, plan: RulePlan) -> bool:

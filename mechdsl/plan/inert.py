@@ -5,6 +5,9 @@ prompt up to the first token in which they differ, and a write behind the last p
 reaches nothing. In all models a position knows its own token only below the first attention, and a
 write above the last attention reaches its own position only. A rule by which tokens see later ones,
 or are numbered otherwise, is held to them too: a row is left out only where all of its rules are.
+
+None of them holds of a rule that follows the newest token of a reply: it writes there what it
+writes at the prompt's last token, which that one doesn't have by itself.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import numpy as np
 
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.plan.columns import prompt_lengths
-from mechdsl.plan.rule_rows import Rows, RulePlan
+from mechdsl.plan.rule_rows import NOTHING, Rows, RulePlan
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.resolve.resolved_rule import ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
@@ -38,14 +41,20 @@ class Inert:
     """[site combination] where its writes lie; `BETWEEN` unless all of them are elsewhere."""
     runs: Bools
     """[where, run of the rule's positions]"""
+    never: bool = False
+    """Whether rows are other ones than those of the base run whatever they write: their replies are
+    drawn by themselves."""
 
 
 def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     """Of every run of a rule's positions, whether writing there changes nothing."""
     runs = len(plan.written.tokens.offsets) - 1
     combinations = len(plan.points.offsets) - 1
+    said = experiment.spec.generation
+    never = said is not None and said.temperature is not None
     if plan.rule.sites is None or plan.rule.does.changes == "nothing":
-        return Inert(np.zeros(combinations, dtype=np.int64), np.zeros((3, runs), dtype=np.bool_))
+        none = np.zeros((3, runs), dtype=np.bool_)
+        return Inert(np.zeros(combinations, dtype=np.int64), none, never)
     keys, _ = plan.written.runs.expand(np.arange(len(plan.written.runs.offsets) - 1))
     _, token = plan.written.tokens.expand(np.arange(runs))
     of_run = np.repeat(np.arange(runs), plan.written.tokens.counts(np.arange(runs)))
@@ -77,19 +86,27 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
         where[:] = ABOVE
     where[_all_points(plan, is_below_attention)] = BELOW
     tokens = (same | unread, same | elsewhere, alike | unread)
-    return Inert(where, np.stack([_all_of(mask, of_run, runs) for mask in tokens]))
+    found = np.stack([_all_of(mask, of_run, runs) for mask in tokens])
+    if plan.later is not None and experiment.reply is not None:
+        found &= plan.follows[keys // plan.written.prompts] == NOTHING
+    return Inert(where, found, never)
 
 
 def inert_rows(inert: Sequence[Inert], rules: Sequence[RulePlan], rows: Rows) -> Bools:
     """[row] whether all that it writes changes nothing."""
-    found = np.full(len(rows), bool(rules), dtype=np.bool_)
+    found = np.full(len(rows), _may_be(inert), dtype=np.bool_)
     for one, plan in zip(inert, rules, strict=True):
         dead = one.runs[one.where[plan.site_of_cell[rows.cell]], plan.written_runs(rows)]
-        if _changes_edges(plan) and plan.keys is not None:
-            dead |= plan.keys.tokens.counts(plan.key_runs(rows)) == 0
+        if _changes_edges(plan) and plan.keys is not None and plan.key_of_cell is not None:
+            none = plan.keys.tokens.counts(plan.key_runs(rows)) == 0
+            dead |= none & (plan.keys_follow[plan.key_of_cell[rows.cell]] == NOTHING)
         dead |= plan.rule.does.unchanged(plan.amounts)[rows.cell]
         found &= dead | ~plan.acts(rows)
     return found
+
+
+def _may_be(inert: Sequence[Inert]) -> bool:
+    return bool(inert) and not any(one.never for one in inert)
 
 
 def _changes_edges(plan: RulePlan) -> bool:
@@ -99,7 +116,7 @@ def _changes_edges(plan: RulePlan) -> bool:
 
 def inert_cells(inert: Sequence[Inert], rules: Sequence[RulePlan], count: int) -> Bools:
     """[cell] whether all that any of its rows writes changes nothing."""
-    found = np.full(count, bool(rules), dtype=np.bool_)
+    found = np.full(count, _may_be(inert), dtype=np.bool_)
     for one, plan in zip(inert, rules, strict=True):
         key, run = plan.written.runs.expand(np.arange(len(plan.written.runs.offsets) - 1))
         dead = np.ones((3, len(plan.positions)), dtype=np.bool_)
@@ -111,7 +128,7 @@ def inert_cells(inert: Sequence[Inert], rules: Sequence[RulePlan], count: int) -
             none = np.ones(int(plan.key_of_cell.max()) + 1, dtype=np.bool_)
             empty = plan.keys.tokens.counts(run) == 0
             np.logical_and.at(none, key // plan.keys.prompts, empty)
-            own |= none[plan.key_of_cell]
+            own |= (none & (plan.keys_follow == NOTHING))[plan.key_of_cell]
         own |= plan.rule.does.unchanged(plan.amounts)
         found &= own if plan.active is None else own | ~plan.active
     return found
@@ -147,9 +164,13 @@ def _read_positions(experiment: ResolvedExperiment) -> Bools | None:
     base = experiment.spec.base
     lengths = prompt_lengths(experiment.table.runs[base])
     found = np.zeros((len(lengths), int(lengths.max())), dtype=np.bool_)
+    if experiment.reply is not None:
+        found[np.arange(len(lengths)), lengths - 1] = True
     for measure in experiment.measures:
         if any(atom.form.takes in ("prompt", "continuation") for atom in measure.atoms):
             return None
+        if measure.reply is not None:
+            continue
         at = measure.at.get(base)
         found[np.arange(len(lengths)), lengths - 1 if at is None else np.asarray(at)] = True
     return found

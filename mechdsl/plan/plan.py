@@ -101,7 +101,7 @@ def plan_of(graph: Graph) -> Plan:
         # The same definitions give the same runs; others of the same name are other runs.
         defined = tuple(run.spec.span for run in each.experiment.derived.values())
         model, generation = each.experiment.model.name, each.experiment.generation
-        written = None if generation is None else generation.settings
+        written = None if generation is None else generation.key(each.experiment.seed)
         by_panel.setdefault((model, each.clean, defined, written), []).append(each)
     found = needs(graph)
     panels = tuple(

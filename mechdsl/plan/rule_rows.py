@@ -14,6 +14,9 @@ from mechdsl.resolve.direction_types import Member
 from mechdsl.resolve.resolved_rule import ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
 
+NOTHING, NEWEST, EVERY = range(3)
+"""Tokens of a reply that a rule acts at."""
+
 
 @dataclass(frozen=True, eq=False)
 class PathPlan:
@@ -35,16 +38,6 @@ class PathPlan:
     def at_the_end(self) -> bool:
         """Whether paths lead to the end of the model, and nothing is recorded."""
         return bool(self.table) and SITES[self.table[0].site].when == "output"
-
-
-@dataclass(frozen=True, eq=False)
-class Follows:
-    """Which positions name the newest token, while the model writes."""
-
-    newest: Bools
-    """[value of the positions]"""
-    every: Bools
-    """[value of the positions] those of them that name all other tokens too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,12 +75,27 @@ class RulePlan:
     behind: bool = False
     """Whether it acts on tokens of the answer, which only passes have that are read there."""
 
-    follows: Follows | None = None
-    """Where it also acts while the model writes; None where it never does."""
-    key_follows: Follows | None = None
-    """The same of the keys of attention."""
+    follows: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """[position] what of a reply it acts at too, at each of its steps: `NOTHING`, `NEWEST`, or
+    `EVERY`, all tokens so far."""
+    keys_follow: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """[position of keys] the same of the keys of attention rules."""
     active: Bools | None = None
     """[cell] whether it acts there; None where it does in all."""
+
+    @property
+    def later(self) -> tuple[int, int] | None:
+        """The first and the last step of a reply in which it acts at newest tokens, the last -1
+        where that is the end; None where it acts in the prefill alone."""
+        if self.rule.after_prefill:
+            return None
+        first, last = self.rule.steps or (0, -1)
+        return None if last == 0 else (max(first, 1), last)
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether it acts in the pass over the prompt."""
+        return not self.rule.after_prefill and (self.rule.steps is None or self.rule.steps[0] == 0)
 
     def acts(self, rows: Rows) -> Bools:
         """[row] whether it does anything."""

@@ -1,7 +1,8 @@
 """Rows that several cells or experiments have in common, each run once.
 
 Two rows are the same where they start from the same run of the same prompt and write the same to
-the same places; what is measured on them may differ.
+the same places, in the same steps of replies that are written alike; what is measured on them may
+differ.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ class Sharer:
         plan = self.plans[number]
         runs = np.array([self._number(id(run)) for run in plan.starting_runs], dtype=np.int64)
         draws = np.full(len(rows), plan.draws)
-        found = [runs[plan.starting_run(rows)], draws, rows.prompt]
+        written = self._number(("reply", plan.experiment.reply))
+        found = [runs[plan.starting_run(rows)], draws, rows.prompt, np.full(len(rows), written)]
         either: dict[str, int] = {}
         for place, rule in enumerate(plan.rules):
             if rule.rule.does.changes == "nothing":  # whatever is looked at, the row is the same
@@ -115,8 +117,10 @@ class Sharer:
         # What the rule does, in front, says which of these follow.
         if place in self._cells[number]:
             found.append(self._of_cell(rule, self._cells[number][place], rows))
-        if key.keys is not None:
+        found.append(rule.follows[position])
+        if key.keys is not None and rule.key_of_cell is not None:
             found.append(key.keys[rule.key_runs(rows)])
+            found.append(rule.keys_follow[rule.key_of_cell[rows.cell]])
         if rule.rule.amounts is not None:
             found.append(key.amounts[rows.cell])
         if key.directions is not None:
@@ -162,7 +166,12 @@ class Sharer:
             numbers = [self._number((to.hits, of.hits, kept)) for to, of in cells]
             whole = np.array(numbers, dtype=np.int64)
         return _RuleKey(
-            self._number((does.name, does.mode, does.key(rule.rule))),
+            self._number(
+                (
+                    *(does.name, does.mode, does.key(rule.rule)),
+                    *(rule.rule.steps, rule.rule.after_prefill),
+                )
+            ),
             np.array([self._number(one) for one in points], dtype=np.int64),
             self._tokens(rule.written),
             self._tokens(rule.read),

@@ -23,7 +23,7 @@ from mechdsl.base.arrays import Ints
 from mechdsl.base.digest import digest, number_of
 from mechdsl.plan.columns import Hits, Ragged
 from mechdsl.plan.experiment_plan import ExperimentPlan
-from mechdsl.plan.rule_rows import Rows, RulePlan
+from mechdsl.plan.rule_rows import NOTHING, Rows, RulePlan
 from mechdsl.plan.whole_cells import WholeCells
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.answer_sets import TokenSets
@@ -161,7 +161,8 @@ def measure_digest(measure: ResolvedMeasure) -> bytes:
         ]
         for atom in measure.atoms
     ]
-    return digest(measure.expression, measure.kind, measure.observed, measure.reply, atoms)
+    written = [] if measure.reply is None else [measure.reply, measure.in_reply]
+    return digest(measure.expression, measure.kind, measure.observed, atoms, *written)
 
 
 def measure_rows(
@@ -182,6 +183,9 @@ def measure_rows(
             found = mixed(found, _of_sets(atom.sets[item if atom.by_item else None]))
         if atom.own:
             found = mixed(found, np.array(atom.own[run.name]))
+        if atom.wanted:
+            texts = atom.wanted[item if atom.by_item else None]
+            found = mixed(found, np.array([number_of(each) for each in texts], dtype=np.uint64))
         if atom.run is not None:
             found = mixed(found, contents.of(table.runs[atom.run], table))
         if atom.python is not None:
@@ -254,9 +258,16 @@ class _RuleNumbers:
         if self.cells is not None and self.given is not None:
             cell, within = self.cells.place(plan, rows)  # equal rows may be given different vectors
             found = mixed(mixed(found, self.given[cell]), within)
-        if self.keys is not None:
+        found = _following(found, plan.follows[position])
+        if self.keys is not None and plan.key_of_cell is not None:
             found = mixed(found, self.keys[plan.key_runs(rows)])
+            found = _following(found, plan.keys_follow[plan.key_of_cell[rows.cell]])
         return found
+
+
+def _following(numbers: Numbers, follows: Ints) -> Numbers:
+    """With what of a reply rules act at; as they are where that is nothing."""
+    return np.where(follows == NOTHING, numbers, mixed(numbers, follows))
 
 
 class ExperimentKeys:
@@ -475,6 +486,7 @@ def _static(rule: ResolvedRule) -> bytes:
         None if rule.edge is None else rule.edge.change,
         None if rule.path is None else (rule.path.through_mlps, rule.path.frozen_norms),
         None if rule.apart is None else rule.apart.run,
+        *([rule.steps, rule.after_prefill] if rule.steps or rule.after_prefill else []),
     )  # fmt: skip
 
 

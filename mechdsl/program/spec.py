@@ -184,11 +184,10 @@ class Generation(Spec):
         """Whether tokens are drawn."""
         return self.temperature is not None
 
-    @property
-    def settings(self) -> tuple[object, ...]:
-        """All that replies hang on."""
-        drawn = (self.temperature, self.top_k, self.top_p, self.samples)
-        return (self.tokens, *drawn, self.stops)
+    def key(self, seed: int) -> tuple[object, ...]:
+        """What replies hang on, beside the model, the prompts and the rules. seed: the file's."""
+        drawn = None if self.temperature is None else (self.temperature, seed, self.samples)
+        return (self.tokens, drawn, self.top_k, self.top_p, self.stops)
 
 
 class During(Spec):

@@ -38,7 +38,7 @@ def measured_answers(work: Work) -> AnswerTokens:
         (1,),
         work.diagnostics,
         metrics=work.program.metrics,
-        writes=work.experiment.generation is not None,
+        reply=work.reply,
     )
     measures = [
         (m.at is not None, resolve_measure(m.metric, context, label=m.label, at=m.at))

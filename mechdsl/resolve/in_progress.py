@@ -49,6 +49,12 @@ class Work:
     def loops(self) -> Mapping[str, tuple[Label, ...]]:
         return self.sites.loops
 
+    @property
+    def reply(self) -> tuple[object, ...] | None:
+        """How replies are written; None where none are."""
+        said = self.experiment.generation
+        return None if said is None else said.key(self.program.seed)
+
     def ranked(
         self,
         base: ast.RankedTokens,

@@ -42,8 +42,8 @@ class MeasureContext:
     """Whether the measure in work is of that."""
     metrics: Collection[str] = ()
     """Names of the metrics that the file defines."""
-    writes: bool = False
-    """Whether the experiment writes replies."""
+    reply: tuple[object, ...] | None = None
+    """How the experiment writes replies; None where it writes none."""
     loop_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Of the `for` variables that measures name, in the cells in work."""
 

@@ -123,7 +123,8 @@ def _at(
         at = {run: tuple(max(token - 1, 0) for token in tokens) for run, tokens in at.items()}
     return replace(
         measure, atoms=atoms, at=at, absent=tuple(sorted(absent)), item=place.item,
-        reply=place.reply,
+        in_reply=place.reply,
+        reply=measure.reply if place.reply is None else context.reply,
     )  # fmt: skip
 
 

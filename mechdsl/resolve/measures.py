@@ -102,6 +102,7 @@ def resolve_everywhere(
         at={} if positions is None else positions,
         truth=_truth(context.table) if category else None,
         observed=observed,
+        reply=context.reply if any(a.form.takes == "reply" for a in found) else None,
     )
     everywhere = list(at_places(whole, places, context))
     if not everywhere:

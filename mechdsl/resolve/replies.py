@@ -52,7 +52,7 @@ def looks(measure: ResolvedMeasure) -> bool:
 
 def reads_reply(experiment: ResolvedExperiment) -> bool:
     """Whether something of it is read behind the prompts, in a pass over prompts and replies."""
-    measured = any(measure.reply is not None for measure in experiment.measures)
+    measured = any(measure.in_reply is not None for measure in experiment.measures)
     return measured or any(map(in_reply, experiment.rules))
 
 
@@ -62,7 +62,7 @@ def refused(experiment: ResolvedExperiment) -> list[Diagnostic]:
     looking = next((rule for rule in experiment.rules if in_reply(rule)), None)
     for measure, said in zip(experiment.measures, experiment.spec.measures, strict=True):
         seen = looking is not None and looks(measure)
-        if not seen and measure.reply is None:
+        if not seen and measure.in_reply is None:
             continue
         if said.effect not in ("raw", "delta"):
             reason = f"`{said.effect}` isn't known there"
@@ -96,10 +96,10 @@ def _of_measure(
     for atom in measure.atoms:
         text, takes = atom.node.span.written, atom.form.takes
         run = None if atom.run is None else experiment.table.runs[atom.run]
-        if measure.reply is None and not (measure.observed or takes == "observation"):
+        if measure.in_reply is None and not (measure.observed or takes == "observation"):
             reason = f"`{text}` isn't of what is observed"
             yield _refuse(span, reason, "measure it by itself, in a line of its own")
-        elif measure.reply is None and run is not None:
+        elif measure.in_reply is None and run is not None:
             yield _refuse(span, f"`{text}` compares tokens of prompts", "leave it out")
         elif takes == "activations":
             reason = f"`{text}` compares tokens of prompts"

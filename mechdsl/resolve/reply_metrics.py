@@ -60,7 +60,7 @@ def of_reply(
 
 def has_reply(node: ast.Expr, context: MeasureContext) -> bool:
     """Whether there is something to be read; E0612 where nothing is written."""
-    if context.writes:
+    if context.reply is not None:
         return True
     reason = "it reads a reply, and this experiment writes none"
     refuse(context, node.span, reason, "add a line such as `generate 40`")

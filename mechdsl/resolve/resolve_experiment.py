@@ -351,7 +351,7 @@ def _measure_context(
         ),
         metrics=work.program.metrics,
         replies=replies_of(work.experiment),
-        writes=work.experiment.generation is not None,
+        reply=work.reply,
     )
 
 

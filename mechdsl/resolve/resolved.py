@@ -142,7 +142,9 @@ class ResolvedMeasure(Record):
     """Rows that lack the position; they have no value."""
     item: int | None = None
     """The occurrence that it is read at, where it is read at each."""
-    reply: ReplyPosition | None = None
+    reply: tuple[object, ...] | None = None
+    """How the reply is written that it reads; None where it reads none."""
+    in_reply: ReplyPosition | None = None
     """Where in the reply it is read; `at` is the prompt's last token then."""
 
     @property
@@ -234,6 +236,13 @@ class ResolvedExperiment(Record):
     def key(self) -> str:
         """Its name among all variants."""
         return self.spec.key
+
+    @property
+    def reply(self) -> tuple[object, ...] | None:
+        """How replies are written, as a key: equal for experiments whose rows write the same with
+        the same rules; None where nothing is written."""
+        said = self.spec.generation
+        return None if said is None else said.key(self.seed)
 
     def has(self, index: Key) -> bool:
         """Whether its measures are read in the cell of these indices along its axes."""

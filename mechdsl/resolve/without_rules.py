@@ -35,7 +35,7 @@ def _behind_replies(experiment: ResolvedExperiment) -> WithoutRules | None:
     numbers = tuple(
         n
         for n, each in enumerate(experiment.measures)
-        if each.reply is not None or (looking and looks(each))
+        if each.in_reply is not None or (looking and looks(each))
     )
     if all(isinstance(rule.does, Observation) for rule in experiment.rules) or not numbers:
         return None

@@ -47,6 +47,7 @@ from mechdsl.resolve.resolved_rule import (
 )
 from mechdsl.rules.ablate import FILLS
 from mechdsl.syntax import ast
+from mechdsl.vocab.metrics import METRICS
 
 from . import support
 from .test_value_keys import APART, NOISED, one
@@ -76,7 +77,7 @@ EXPERIMENTS = {
         "measure cosine(L2.resid, other) at subject token as raw",
     ),
     "loss": one("patch resid_post layer 1 at subject token", "measure loss at cue token as raw"),
-    "reply": one(
+    "in reply": one(
         "patch resid_post layer 1 at subject token\n  generate 5",
         "measure entropy at reply token 2 as raw",
     ),
@@ -107,6 +108,11 @@ def prepared(name: str) -> ResolvedExperiment:
         case "noised in sds":
             found = changed(resolved("noised"), Noise, "sds", lambda sds: 3.0)
             return changed(found, Noise, "sd_tokens", lambda tokens: (5, 6))
+        case "written":
+            number = METRICS["exact_match"].forms["reply"]
+            found = changed(resolved("patch"), Atom, "form", lambda form: number)
+            found = changed(found, Atom, "wanted", lambda _: {None: (("w1",),) * 4})
+            return changed(found, ResolvedMeasure, "reply", lambda reply: (40,))
         case "python":
             found = changed(resolved("patch"), Atom, "python", lambda python: FUNCTION)
             return changed(found, Atom, "rows", lambda rows: ({"count": 1},) * 4)
@@ -276,6 +282,8 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "path": ("paths", lambda path: replace(path, through_mlps=True)),
         "only": ("fills", lambda only: replace(only, index=1)),
         "direction": ("steered", other_direction),
+        "steps": ("patch", lambda steps: (0, 0)),
+        "after_prefill": ("patch", lambda after: True),
     },
     SiteTargets: {
         "points": ("grid", lambda points: one_more(points, next_head)),
@@ -284,6 +292,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
     PositionTargets: {
         "written": ("patch", lambda cells: one_more(cells, moved)),
         "read": ("patch", lambda cells: one_more(cells, moved)),
+        "newest": ("patch", lambda newest: frozenset({(0,), (1,), (2,)})),
     },
     Amounts: {"values": ("loop", lambda values: one_more(values, lambda value: value + 1))},
     EdgeTargets: {
@@ -304,8 +313,9 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "atoms": ("patch", lambda atoms: atoms[:1]),
         "kind": ("patch", lambda kind: "category"),
         "observed": ("patch", lambda observed: not observed),
+        "reply": ("written", lambda reply: (20,)),
         "at": ("patch", lambda at: {"clean": (1, 1, 1, 1)}),
-        "reply": ("reply", lambda reply: replace(reply, number=3)),
+        "in_reply": ("in reply", lambda place: replace(place, number=3)),
     },
     Atom: {
         "node": ("patch", lambda node: text(node, "loss")),
@@ -319,6 +329,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "python": ("python", lambda python: replace(python, digest="1" * 64)),
         "rows": ("python", lambda rows: ({"count": 9}, *rows[1:])),
         "tokenizer": ("python", lambda tokenizer: SimpleNamespace(hash="1" * 64)),
+        "wanted": ("written", lambda wanted: {None: (("w2",),) * 4}),
         "own": ("loss", lambda own: {run: (9,) * len(rows) for run, rows in own.items()}),
     },
     TokenSets: {
@@ -358,6 +369,8 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "amounts": ("number", lambda amounts: amounts + 1),
         "keys": ("edges", moved_hits),
         "key_of_cell": ("edges", turned),
+        "follows": ("patch", lambda follows: follows + 1),
+        "keys_follow": ("edges", lambda follows: follows + 1),
         "paths": ("paths", lambda paths: replace(paths, table=next_head(paths.table))),
         "active": ("fills", lambda active: ~active),
     },
@@ -378,7 +391,11 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "beside": "of observations over all rows and of weights, whose values aren't kept by row",
     },
     SiteTargets: {"axes": PLACED, "labels": SHOWN},
-    PositionTargets: {"axes": PLACED, "left_out": SHOWN},
+    PositionTargets: {
+        "axes": PLACED,
+        "left_out": SHOWN,
+        "every": "of those in `newest`; `RulePlan.follows` has both",
+    },
     Amounts: {"axes": PLACED},
     EdgeTargets: {},
     PathTargets: {},

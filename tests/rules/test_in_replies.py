@@ -272,7 +272,10 @@ def test_single_tokens(data: Path, name: str, mode: str) -> None:
 def test_a_text_of_the_reply(data: Path, name: str, mode: str) -> None:
     """The last token of its last occurrence; rows without it leave the cell."""
     every = [word(each) for reply in replies(name, 0) for each in reply.ids]
-    wanted = max(sorted(set(every)), key=every.count)
+    alone = [
+        each for each in sorted(set(every)) if sum(o.startswith(each) for o in set(every)) == 1
+    ]
+    wanted = max(alone, key=every.count)
 
     def last(reply: Reply) -> int | None:
         at = [n for n, each in enumerate(reply.ids, start=1) if word(each) == wanted]
@@ -334,6 +337,7 @@ def test_rules_act_where_they_acted(data: Path, name: str, mode: str) -> None:
         for n, (line, _) in enumerate(RULES.values())
     )  # fmt: skip
     found = run_file(text, data, name, mode)
+    largest: list[float] = []
     for number, (_, act) in enumerate(RULES.values()):
         made = [write(name, text.ids, act(name, n)) for n, text in enumerate(rows())]
 
@@ -347,4 +351,6 @@ def test_rules_act_where_they_acted(data: Path, name: str, mode: str) -> None:
         steps = {cell.coords["step"] for cell in found[f"e{number}"].cells}
         assert steps == set(range(MOST))
         patched, base = values(product(range(MOST)), of)
-        compare(found[f"e{number}"].measures[0], patched, base, most=False)
+        compare(found[f"e{number}"].measures[0], patched, base, large=-1, most=False)
+        largest.append(float(np.nanmax(np.abs(patched - base))))
+    assert sum(each > 0.1 for each in largest) > 2  # rows may end before a step comes

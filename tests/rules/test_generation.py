@@ -1,0 +1,215 @@
+"""Rules that act while a model writes, beside a loop of whole passes over one prompt at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mechdsl.results.experiment_result import ExperimentResult
+
+from ..execute.support import MODES, token
+from ..reference.forward import Changes, Edge, Write, forward
+from .models import double
+from .support import experiment, plain, rows, run_file, tokens
+
+FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2")
+TOKENS = 5
+LAST, CUE = "last token", "cue token"
+Act = Callable[[str, int, int], Changes]
+"""Of a family, a prompt's number and a position: what is done there."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A rule, and what it does at a token of the prompt and at the newest one."""
+
+    rule: str
+    at: str
+    act: Act
+    first: int = 0
+    last: int = TOKENS - 1
+    follows: bool = True
+
+
+def zero(site: str, layer: int, unit: int | None = None) -> Act:
+    return lambda name, n, at: ([Write(site, layer, torch.tensor(0.0), at, unit)], [])
+
+
+def scaled(site: str, layer: int, by: float, unit: int | None = None) -> Act:
+    return lambda name, n, at: ([Write(site, layer, lambda x: x * by, at, unit)], [])
+
+
+def longer(site: str, layer: int, where: str) -> Act:
+    """The vector of the run `longer`, wherever it is written."""
+
+    def act(name: str, n: int, at: int) -> Changes:
+        text = rows("longer")[n]
+        vector = plain(name, text)[site, layer][tokens(text, where)[0]]
+        return [Write(site, layer, vector, at)], []
+
+    return act
+
+
+def mean(site: str, layer: int, where: str) -> Act:
+    """The mean over the prompts, wherever it is written."""
+
+    def act(name: str, n: int, at: int) -> Changes:
+        every = [plain(name, text)[site, layer][tokens(text, where)[0]] for text in rows()]
+        return [Write(site, layer, torch.stack(every).mean(0), at)], []
+
+    return act
+
+
+def steered(layer: int) -> Act:
+    def act(name: str, n: int, at: int) -> Changes:
+        head = double(name).get_output_embeddings().weight.detach()
+        vector = 2.5 * (head[token("w3")] - head[token("w9")])
+        return [Write("resid_post", layer, lambda x: x + vector, at)], []
+
+    return act
+
+
+def without(layer: int) -> Act:
+    """Without the component along the direction."""
+
+    def act(name: str, n: int, at: int) -> Changes:
+        head = double(name).get_output_embeddings().weight.detach()
+        unit = head[token("w3")] - head[token("w9")]
+        unit = unit / unit.norm()
+
+        def change(x: Tensor) -> Tensor:
+            return x - (x @ unit)[..., None] * unit
+
+        return [Write("resid_post", layer, change, at)], []
+
+    return act
+
+
+def edge(kind: str, keys: Callable[[int, int], Sequence[int]], amount: float = 0.0) -> Act:
+    """keys: of a prompt's number and the query."""
+
+    def act(name: str, n: int, at: int) -> Changes:
+        return [], [Edge(kind, 1, [at], keys(n, at), amount)]  # type: ignore[arg-type]
+
+    return act
+
+
+def to_cue(n: int, at: int) -> list[int]:
+    return tokens(rows()[n], CUE)
+
+
+CASES = {
+    "zero": Case(f"ablate resid_pre layer 1 at {LAST} with zero", LAST, zero("resid_pre", 1)),
+    "prefill": Case(
+        f"ablate resid_pre layer 1 at {LAST} with zero during prefill",
+        *(LAST, zero("resid_pre", 1), 0, 0),
+    ),
+    "range": Case(
+        f"ablate resid_pre layer 1 at {LAST} with zero during step 2..3",
+        *(LAST, zero("resid_pre", 1), 2, 3),
+    ),
+    "late": Case(
+        f"patch resid_post layer 1 at {LAST} during step 1",
+        *(LAST, longer("resid_post", 1, LAST), 1, 1),
+    ),
+    "patch": Case(f"patch mlp_out layer 1 at {LAST}", LAST, longer("mlp_out", 1, LAST)),
+    "prompt": Case(
+        f"patch resid_post layer 0 at {CUE}", CUE, longer("resid_post", 0, CUE), follows=False
+    ),
+    "head": Case(f"scale z layer 1 head 2 at {LAST} by -3", LAST, scaled("z", 1, -3.0, 2)),
+    "key": Case(f"scale k layer 1 head 0 at {LAST} by 3", LAST, scaled("k", 1, 3.0, 0)),
+    "neuron": Case(
+        f"scale mlp_hidden layer 0 neuron 3 at {LAST} by 40", LAST, scaled("mlp_hidden", 0, 40.0, 3)
+    ),
+    "mean": Case(
+        f"ablate resid_post layer 1 at {LAST} with mean", LAST, mean("resid_post", 1, LAST)
+    ),
+    "every": Case("ablate mlp_out layer 1 at tokens * with zero", "tokens *", zero("mlp_out", 1)),
+    "every in range": Case(
+        "ablate mlp_out layer 0 at tokens * with zero during step 1..2",
+        *("tokens *", zero("mlp_out", 0), 1, 2),
+    ),
+    "add": Case(f"add 2.5 * u to resid_post layer 1 at {LAST}", LAST, steered(1)),
+    "project": Case("project out u from resid_post layer 0 at tokens *", "tokens *", without(0)),
+    "block": Case(f"block attention layer 1 from {LAST} to {CUE}", LAST, edge("block", to_cue)),
+    "block later": Case(
+        f"block attention layer 1 from {LAST} to {CUE} during step 1..4",
+        *(LAST, edge("block", to_cue), 1, 4),
+    ),
+    "block itself": Case(
+        f"block attention layer 1 from {LAST} to {LAST}", LAST, edge("block", lambda n, at: [at])
+    ),
+    "reweight": Case(
+        f"reweight attention layer 1 from {LAST} to {CUE} by 20",
+        *(LAST, edge("reweight", to_cue, 20.0)),
+    ),
+    "set": Case(
+        f"set attention layer 1 from {LAST} to {CUE} to 0.7", LAST, edge("set", to_cue, 0.7)
+    ),
+    "uniform": Case(
+        f"set attention layer 1 from {LAST} to tokens * to uniform",
+        *(LAST, edge("uniform", lambda n, at: range(at + 1))),
+    ),
+}
+BOTH = ("every", "add", "block")
+"""Acting together."""
+
+
+def written(name: str, n: int, cases: Sequence[Case], count: int = TOKENS) -> list[int]:
+    """The reply to a prompt, a whole pass for each token; no choice is a close one."""
+    text, reply = rows()[n], list[int]()
+    for step in range(count):
+        writes: list[Write] = []
+        edges: list[Edge] = []
+        for case in cases:
+            spots = tokens(text, case.at) if case.first == 0 else []
+            if case.follows:
+                spots += [text.last + s for s in range(1, step + 1) if case.first <= s <= case.last]
+            for at in spots:
+                own = case.act(name, n, at)
+                writes += own[0]
+                edges += own[1]
+        logits = forward(name, double(name), [*text.ids, *reply], writes, edges).logits[-1]
+        best, second = logits.topk(2).values.tolist()
+        assert best - second > (1e-4 if name == "gemma2" else 1e-8)
+        reply.append(int(logits.argmax()))
+    return reply
+
+
+@cache
+def found(data: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
+    text = 'direction u = unembedding(" w3", " w9")\n'
+    for key, case in CASES.items():
+        source = ("from longer into clean",) if case.rule.startswith("patch") else ()
+        lines = (*source, case.rule, f"generate {TOKENS}")
+        text += experiment(f"e_{key.replace(' ', '_')}", *lines, measure="measure length as raw")
+    rules = [CASES[key].rule for key in BOTH]
+    text += experiment("both", *rules, f"generate {TOKENS}", measure="measure length as raw")
+    return run_file(text, data, name, mode, precise=name != "gemma2")
+
+
+def replies(result: ExperimentResult, cell: int = 0) -> list[list[int]]:
+    return [list(own[0].ids) for _, own in sorted(result.replies.cells[cell].items())]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("mode", MODES)
+def test_rules_act_at_their_steps(data: Path, name: str, mode: str) -> None:
+    seen = found(data, name, mode)
+    count, changed = len(rows()), set[str]()
+    base = [written(name, n, []) for n in range(count)]
+    for key, case in CASES.items():
+        result = seen[f"e_{key.replace(' ', '_')}"]
+        wanted = [written(name, n, [case]) for n in range(count)]
+        assert replies(result) == wanted, key
+        assert [list(own[0].ids) for _, own in sorted(result.replies.runs["clean"].items())] == base
+        changed |= {key} if wanted != base else set()
+    assert len(changed) >= len(CASES) / 2, CASES.keys() - changed
+    both = [written(name, n, [CASES[key] for key in BOTH]) for n in range(count)]
+    assert replies(seen["both"]) == both
