@@ -23,6 +23,7 @@ from .models import double
 from .support import (
     QUICK,
     Array,
+    Text,
     compare,
     experiment,
     plain,
@@ -354,3 +355,119 @@ def test_rules_act_where_they_acted(data: Path, name: str, mode: str) -> None:
         compare(found[f"e{number}"].measures[0], patched, base, large=-1, most=False)
         largest.append(float(np.nanmax(np.abs(patched - base))))
     assert sum(each > 0.1 for each in largest) > 2  # rows may end before a step comes
+
+
+# --- what is observed -----------------------------------------------------------------------------
+
+
+def norm(run: Run, text: Text, at: int) -> float:
+    return float(run["resid_post", 2][at].norm())
+
+
+def to_subject(run: Run, text: Text, at: int) -> float:
+    return float(run["pattern", 2][at, 1, tokens(text, "subject tokens")].sum())
+
+
+def to_first(run: Run, text: Text, at: int) -> float:
+    return float(run["pattern", 2][at, 1, len(text.ids)])
+
+
+def spread(run: Run, text: Text, at: int) -> float:
+    weights = run["pattern", 2][at]
+    return float(-(weights * weights.clamp_min(1e-30).log()).sum(-1).mean())
+
+
+SEEN: dict[str, tuple[str, bool, Callable[[Run, Text, int], float]]] = {
+    "norm": ("observe norm resid_post layer 2 at each reply token", True, norm),
+    "attention": (
+        "observe attention layer 2 head 1 from each reply token to subject tokens",
+        True,
+        to_subject,
+    ),
+    "of steps": (
+        "observe attention layer 2 head 1 from each step to subject tokens",
+        False,
+        to_subject,
+    ),
+    "to the reply": (
+        "observe attention layer 2 head 1 from each reply token to first token of reply",
+        True,
+        to_first,
+    ),
+    "entropy": ("observe entropy pattern layer 2 at each reply token", True, spread),
+}
+"""A line, whether it is of tokens (else of steps), and what it gives at a token."""
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_observed(data: Path, name: str, mode: str) -> None:
+    """With rules, and, for `delta`, without them behind the same replies."""
+    text = "".join(
+        experiment(
+            f"e{n}", GENERATE, SET, f"{line} as seen{n}", measure=f"measure seen{n} as delta"
+        )
+        for n, (line, _, _) in enumerate(SEEN.values())
+    )
+    found = run_file(text, data, name, mode)
+    for number, (line, of_tokens, value) in enumerate(SEEN.values()):
+
+        def of(n: int, layer: int, place: int, first: int = of_tokens, value: Any = value) -> Any:
+            reply, own = replies(name, layer)[n], rows()[n]
+            at = reply.at(place + first)
+            if at is None or (not reply.ids and first):
+                return None
+            bare = behind(name, own.ids, reply)
+            return value(reply.run, own, at), value(bare, own, at)
+
+        own = found[f"e{number}"]
+        assert own.axes == ("layer", "position")
+        word = "reply" if of_tokens else "step"
+        labels = [f"{word} {n + of_tokens}" for n in range(MOST)]
+        assert [cell.coords["position"] for cell in own.cells] == labels * 2
+        (measure,) = [each for each in own.measures if each.effect == "delta"]
+        patched, base = values(product((0, 1), range(MOST)), of)
+        unseen = name == "mistral" and "subject" in line  # it lies outside of the window
+        compare(measure, patched, base, large=-1 if unseen else 0.01, most=False)
+
+
+@pytest.mark.parametrize("mode", QUICK)
+def test_all_tokens_are_averaged(data: Path, mode: str) -> None:
+    line = "observe norm resid_post layer 2 at reply tokens as seen"
+    two_of = "observe norm resid_post layer 2 at reply tokens 2..3 as two"
+    text = experiment("e", GENERATE, SET, line, two_of, measure="")
+    found = run_file(text, data, "gpt2", mode)
+    for key, (first, last) in {"e.seen": (1, MOST), "e.two": (2, 3)}.items():
+
+        def of(n: int, layer: int, first: int = first, last: int = last) -> Any:
+            reply, own = replies("gpt2", layer)[n], rows()[n]
+            if len(reply.ids) < last < MOST:
+                return None
+            end = min(last, len(reply.ids))
+            every = [norm(reply.run, own, len(own.ids) - 1 + n) for n in range(first, end + 1)]
+            return float(np.mean(every)), 0.0
+
+        patched, _ = values(product((0, 1)), of)
+        compare(found[key].measures[0], patched, None)
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", NAMES)
+def test_without_rules(data: Path, name: str, mode: str) -> None:
+    """What the base run writes by itself, measured and observed."""
+    line = "observe norm resid_post layer 2 at each reply token as seen"
+    text = experiment("e", GENERATE, measure=f"measure {TWO} at each step as raw")
+    text += experiment("f", GENERATE, line, measure="")
+    found = run_file(text, data, name, mode)
+    own = [write(name, text.ids, lambda written: ([], [])) for text in rows()]
+
+    def logits(n: int, step: int) -> Any:
+        at = own[n].at(step)
+        return None if at is None else (two(own[n].run.logits[at], n), 0.0)
+
+    def seen(n: int, place: int) -> Any:
+        at = own[n].at(place + 1)
+        return None if at is None else (norm(own[n].run, rows()[n], at), 0.0)
+
+    compare(found["e"].measures[0], values(product(range(MOST)), logits)[0], None)
+    compare(found["f"].measures[0], values(product(range(MOST)), seen)[0], None)
