@@ -293,19 +293,27 @@ class Patcher:
         if path.paths.at_the_end:
             return self._held(own, number, path, rows, text)
 
-        def sent(
-            senders: Rows, draws: Ints, reads: Mapping[SiteRead, Places]
-        ) -> Mapping[SiteRead, Tensor]:
-            rows = replace(own, prompts=senders.prompt, draw=draws)
-            rows = self._held(rows, number, path, senders, text)
+        def read(rows: _PassRows, reads: Mapping[SiteRead, Places]) -> Mapping[SiteRead, Tensor]:
             none = np.zeros(0, dtype=np.int64)
             lanes = self.runs.lanes(run, batch, self._atom(number, text))
             return self._run(rows, lanes, (none, none), reads, None)[1]
 
+        def sent(
+            senders: Rows, draws: Ints, reads: Mapping[SiteRead, Places]
+        ) -> Mapping[SiteRead, Tensor]:
+            rows = replace(own, prompts=senders.prompt, draw=draws)
+            return read(self._held(rows, number, path, senders, text), reads)
+
+        def without(
+            senders: Rows, draws: Ints, reads: Mapping[SiteRead, Places]
+        ) -> Mapping[SiteRead, Tensor]:
+            acting = self._acting(number, senders, draws, run, batch, text, senders=False)
+            return read(replace(own, prompts=senders.prompt, draw=draws, acting=acting), reads)
+
         ends = pass_ends(plan, rows, text)
-        got = RuleWrites(received(plan, path, rows, draw, sent, shape, ends))
+        got, added = received(plan, path, rows, draw, sent, without, shape, ends)
         beside = self._acting(number, rows, draw, run, batch, text, senders=False)
-        return replace(own, acting=got.then(beside))
+        return replace(own, acting=RuleWrites(got).then(beside).then(RuleWrites(added)))
 
     def _held(
         self,

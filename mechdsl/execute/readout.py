@@ -251,6 +251,8 @@ class Readout:
         if reading.loss is not None and reading.has_loss is not None:
             due = torch.from_numpy(reading.has_loss).to(reading.loss.device)
             found.append(reading.loss.isnan() & due)
+        if reading.replies:
+            found.append(torch.tensor([reply.ended == "broken" for reply in reading.replies]))
         seen = reading.observed
         if seen is not None and seen.numbers is not None:
             found.append(~seen.numbers.isfinite())

@@ -344,6 +344,8 @@ def _shapes(plan: ExperimentPlan, rows: Rows) -> list[_Shapes]:
         found.append(_Shapes(plan, rows.take(first), recording=True))
     if path is not None and plan.whole:
         found.append(found[-1])
+        if path.paths is not None and path.paths.also_at_the_end:  # what is there without it
+            found.append(found[-1])
     return found
 
 

@@ -114,10 +114,9 @@ class _Resolver:
 
     def position(self, position: ast.Position) -> list[PositionCell]:
         if position.align not in (None, "left", "right"):
-            hint = "write `align left` or `align right`"
-            self.diagnostics.append(
-                UnknownWord(span=position.span, kind="alignment", word=position.align, hint=hint)
-            )
+            hint, word = "write `align left` or `align right`", position.align
+            problem = UnknownWord(span=position.span, kind="alignment", word=word, hint=hint)
+            self.diagnostics.append(problem)
             return []
         cells = self.body(position.body, position.align)
         return self._and_answer(position, cells) if position.and_answer else cells
@@ -395,9 +394,8 @@ class _Resolver:
             () if any(lacks(own, n) for own in parts) else union(cells, n)
             for n in range(self.total)
         )
-        follow = {cell.follows for cell in cells}
-        follows = "every" if "every" in follow else "newest" if "newest" in follow else ""
-        return [PositionCell(base.span.written, hits, follows=follows)]
+        found, either = PositionCell(base.span.written, hits), {c.follows for c in cells} - {""}
+        return [replace(found, follows=min(either)) if either else found]
 
     def _may_lack(self, node: ast.Node) -> bool:
         """Whether rows without the position drop out: another experiment hasn't ranked theirs, or a

@@ -237,13 +237,6 @@ class ResolvedExperiment(Record):
         """Its name among all variants."""
         return self.spec.key
 
-    @property
-    def reply(self) -> tuple[object, ...] | None:
-        """How replies are written, as a key: equal for experiments whose rows write the same with
-        the same rules; None where nothing is written."""
-        said = self.spec.generation
-        return None if said is None else said.key(self.seed)
-
     def has(self, index: Key) -> bool:
         """Whether its measures are read in the cell of these indices along its axes."""
         fixed = {} if self.place is None else self.place.fixed

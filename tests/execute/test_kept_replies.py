@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mechdsl.execute import writer
+from mechdsl.execute.options import Options
+from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.results.experiment_result import FileResult
 
 from . import support
@@ -95,3 +99,27 @@ def test_a_run_that_is_cut_short_goes_on(
     assert alone <= sum(rows_written) < done + alone
     same_bits(plain, found)
     assert replies(plain) == replies(found)
+
+
+def test_rows_that_break_while_they_write(tmp_path: Path) -> None:
+    """A token of replies has no numbers: rows that write it can't be used."""
+    support.write_rows(tmp_path)
+    line = "experiment e {\n model m\n prompts p\n generate 4\n measure length as raw\n}\n"
+    whole, _ = support.try_file(line, tmp_path, support.bare("llama"))
+    (each,) = replies(whole)
+    ids = {row: own[0].ids for row, own in each.runs["clean"].items()}
+    prompts = {token for text in each.prompts.values() for token in support.ids_of(text.split())}
+    bad = next(t for own in ids.values() for t in own[:3] if t not in prompts)
+    model = copy.deepcopy(support.bare("llama"))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[bad] = torch.nan
+    found, said = support.try_file(line, tmp_path, model)
+    assert found is None
+    assert [d.code for d in said if d.severity == "error"] == ["E0621"]
+    assert "while it writes" in str(said[-1])
+    left = [row for row, own in ids.items() if bad not in own[:3]]
+    if left:
+        how = RunOptions(execution=Options(allow_nan=True))
+        found, _ = support.try_file(line, tmp_path, model, how)
+        assert found is not None
+        assert [*found.experiments[0].replies.runs["clean"]] == left

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import mechdsl.generate.write_replies as write_replies_module
-from mechdsl.generate.records import Decoding, Reply, StepEdge, StepRules
+from mechdsl.base.reply import Reply
+from mechdsl.generate.records import Decoding, StepEdge, StepRules
 from mechdsl.generate.write_replies import write_replies
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.loaded import LoadedModel
@@ -22,6 +23,7 @@ from ..reference.forward import Edge, Run, Write, forward
 from ..rules.models import double
 
 Also = Literal["", "newest", "written"]
+Kind = Literal["block", "reweight", "uniform", "set"]
 NEAR = 1e-4
 """Of logits, relative to the largest."""
 
@@ -80,7 +82,7 @@ class Look:
     """An edit of one row's attention from one token."""
 
     row: int
-    kind: Literal["block", "reweight", "uniform", "set"]
+    kind: Kind
     layer: int
     head: int
     keys: tuple[int, ...]

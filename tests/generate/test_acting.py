@@ -14,10 +14,10 @@ from mechdsl.hooks.reads_and_writes import Mode
 
 from ..execute.support import shared
 from ..rules.models import bare
-from .support import NEAR, Act, Look, Rules, agree, by_hand, greedy, written
+from .support import NEAR, Act, Also, Kind, Look, Rules, agree, by_hand, greedy, written
 
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2", "mistral")
-PROMPTS = ((1, 5, 9, 20, 7), (1, 8, 3), (1, 30, 31, 32, 33, 34, 35))
+PROMPTS: tuple[tuple[int, ...], ...] = ((1, 5, 9, 20, 7), (1, 8, 3), (1, 30, 31, 32, 33, 34, 35))
 TOKENS = 6
 SITES = (
     *("embed", "resid_pre", "attn_norm", "q", "k", "v", "q_rot", "k_rot", "z", "head_out"),
@@ -126,12 +126,22 @@ def test_every_write_is_seen(name: str) -> None:
     assert sum(each > 10 * NEAR for each in away) > len(away) * 0.95, sorted(away)[:9]
 
 
+KINDS: tuple[tuple[Kind, float], ...] = (
+    ("block", 0.0),
+    ("reweight", 5.0),
+    ("uniform", 0.0),
+    ("set", 0.1),
+)
+ALSO: tuple[Also, ...] = ("", "newest", "written")
+LATER: tuple[Steps, ...] = ((1, None), (2, 3))
+
+
 def looks() -> Iterator[tuple[str, list[Look], tuple[int, ...]]]:
     """Edits of attention, each for a row of its own."""
     row = 0
-    for kind, amount in (("block", 0.0), ("reweight", 5.0), ("uniform", 0.0), ("set", 0.1)):
-        for also in ("", "newest", "written"):
-            for steps in ((1, None), (2, 3)):
+    for kind, amount in KINDS:
+        for also in ALSO:
+            for steps in LATER:
                 prompt = PROMPTS[row % len(PROMPTS)]
                 keys = (len(prompt) - 2, len(prompt) - 1)
                 look = Look(row, kind, 1, row % 4, keys, amount, also=also, steps=steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ def edits(name: str) -> tuple[list[tuple[int, ...]], Rules]:
     prompts: list[tuple[int, ...]] = []
     kept: list[Act] = []
     beside: list[Act] = []
-    for number, (site, mode) in enumerate((s, m) for s in ("k", "v") for m in MODES):
+    for number, (site, mode) in enumerate(product(("k", "v"), MODES)):
         prompt = PROMPTS[number % len(PROMPTS)]
         row = len(prompts)
         (act,) = acts(name, row, site, mode, "the prefill", prompt)

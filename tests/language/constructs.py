@@ -184,6 +184,19 @@ _file(
     "Sites that a rule intervenes on together.",
     "tests/execute/test_coordinates.py",
 )
+_file(
+    "group of receivers",
+    "group ends = L2H1.q, L2H3.q, logits",
+    "With `path SENDER -> ends at POSITIONS` the edges to all of these are patched at once. To "
+    "the end of the model beside other receivers, every other edge carries what its own node "
+    "computes in that run: the receivers get what they read where all else is held, what lies "
+    "behind them recomputes, and what the sender alone changes in the stream behind the last "
+    "block is added to it. There the others read in the attention of one layer or in one MLP, "
+    "all senders come before them, and it is neither `through mlps` nor `with frozen norms` "
+    "(E0334); not where norms stand behind the sums, as in BERT (E0108). Rows are whole passes.",
+    "tests/rules/test_paths_to_end.py",
+    "Conmy et al. 2023, arXiv 2304.14997; Goldowsky-Dill et al. 2023, arXiv 2304.05969",
+)
 _STEERING = "tests/rules/test_steering.py"
 _FITTED = "tests/rules/test_direction_fits.py"
 
@@ -830,9 +843,9 @@ _rule(
     "The sender gets the source run's value, every other head and every MLP is held at the base "
     "run's; what the receiver reads then is written into the base run. Receivers are `resid_pre`, "
     "`attn_norm`, `q`, `k`, `v`, `mlp_norm`, `mlp_hidden`, `final_norm` and `logits`; their axes "
-    "are `to_layer`, `to_head` and `to_neuron`. Pairs in the wrong order are left out. `logits` "
-    "stands beside no other receiver. A neuron that receives gets the activation that its MLP "
-    "gives it there.",
+    "are `to_layer`, `to_head` and `to_neuron`. Pairs in the wrong order are left out. Receivers "
+    "of a group are patched at once. A neuron that receives gets the activation that its MLP gives "
+    "it there.",
     PATHS,
     _PATHS,
 )
