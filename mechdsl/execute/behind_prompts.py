@@ -3,34 +3,29 @@ rules where they acted, or without any."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.base.arrays import Bools, Ints
 from mechdsl.base.reply import Reply
 from mechdsl.execute.found import Failed, Found, Gap
 from mechdsl.execute.observed import InReplies, Look, Observed, look
 from mechdsl.execute.readout import Reading, Readout
+from mechdsl.execute.reply_readers import HaveWritten, Reader, averaged
 from mechdsl.execute.unpatched_batch import noise_writes
-from mechdsl.execute.while_writing import WhileWriting
 from mechdsl.generate.acting import Chosen
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.whole_pass import RunResult, run_whole
-from mechdsl.plan.experiment_plan import ExperimentPlan
-from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.prompts.prompt_table import ReplyPosition, Run
 from mechdsl.prompts.reply_positions import tokens_in_reply
-from mechdsl.resolve.replies import in_reply, looks
-from mechdsl.resolve.resolved import Env
 
 if TYPE_CHECKING:
     from mechdsl.execute.unpatched_runs import UnpatchedRuns
@@ -41,104 +36,25 @@ PASS_LOGITS = 1 << 27
 """Logits of a pass, at most."""
 
 
-@dataclass(frozen=True, eq=False)
-class HaveWritten:
-    """Rows of a pass that have written, with what acted in them."""
-
-    run: Run
-    prompts: Ints
-    """[row]"""
-    replies: Sequence[Reply]
-    """[row]"""
-    prefill: RuleWrites = field(default_factory=RuleWrites)
-    later: WhileWriting = field(default_factory=WhileWriting)
-
-
-@dataclass(frozen=True, eq=False)
-class Reader:
-    """What one experiment reads of some of these rows."""
-
-    plan: ExperimentPlan | None
-    """None of an unpatched run, of which nothing is observed."""
-    readout: Readout
-    rows: Rows
-    at: Ints
-    """[row] the row of the pass."""
-    items: Sequence[Env]
-    """[row]"""
-    skip: Collection[int] = ()
-
-    @property
-    def as_base(self) -> bool:
-        """Whether it reads without rules."""
-        return self.plan is not None and self.plan.experiment.as_base
-
-    @cached_property
-    def looks(self) -> RulePlan | None:
-        """What looks at replies."""
-        observes = None if self.plan is None else self.plan.observes
-        return observes if observes is not None and in_reply(observes.rule) else None
-
-    @cached_property
-    def seen(self) -> tuple[int, ...]:
-        """Numbers of the measures that are of what is looked at."""
-        every = enumerate(self.readout.measures) if self.looks is not None else ()
-        return tuple(n for n, each in every if looks(each) and n not in self.skip)
-
-
-def reads_behind(plan: ExperimentPlan | None, readout: Readout) -> bool:
-    """Whether something is read in replies."""
-    none = Rows.none()
-    return bool(readout.in_replies or Reader(plan, readout, none, none.cell, ()).seen)
-
-
 def read_behind(
     runs: UnpatchedRuns,
     rows: HaveWritten,
-    samples: Sequence[Sequence[Reply]],
-    readers: Sequence[Reader],
+    replies: Sequence[tuple[Reply, ...]],
+    readers: Mapping[int, Reader],
     relative: float = 0.0,
-) -> list[Found]:
+) -> dict[int, Found]:
     """Of each reader, values of what it reads in replies, NaN of all else and in rows that are
     shorter; averaged over the samples that have the place.
 
-    samples: [sample, row]. relative: as in `Readout.read`.
+    replies: [row] its samples. relative: as in `Readout.read`.
     """
-    every = [_Behind(runs, replace(rows, replies=own), readers, relative).read() for own in samples]
-    return [_averaged(each) for each in zip(*every, strict=True)]
-
-
-def with_replies(found: Found, behind: Found) -> Found:
-    """What was found on prompts, with what was found behind them."""
-    pairs = zip(found.values, behind.values, strict=True)
-    rounding = zip(found.rounding, behind.rounding, strict=True)
-    return replace(
-        found,
-        values=[np.where(np.isnan(a), b, a) for a, b in pairs],
-        rounding=[a + b for a, b in rounding],
-        broken=found.broken | behind.broken,
-        failed={**found.failed, **behind.failed},
-        gaps={**found.gaps, **behind.gaps},
-    )
-
-
-def _averaged(samples: Sequence[Found]) -> Found:
-    if len(samples) == 1:
-        return samples[0]
-
-    def mean(every: Sequence[Floats]) -> Floats:
-        there = np.stack(every)
-        count = (~np.isnan(there)).sum(0)
-        total = np.nansum(there, axis=0)
-        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-    return Found(
-        [mean(own) for own in zip(*(each.values for each in samples), strict=True)],
-        np.any([each.broken for each in samples], axis=0),
-        [mean(own) for own in zip(*(each.rounding for each in samples), strict=True)],
-        {n: each for one in samples for n, each in one.failed.items()},
-        {n: each for one in samples for n, each in one.gaps.items()},
-    )
+    if not readers:
+        return {}
+    every = [
+        _Behind(runs, replace(rows, replies=own), list(readers.values()), relative).read()
+        for own in zip(*replies, strict=True)
+    ]
+    return dict(zip(readers, map(averaged, zip(*every, strict=True)), strict=True))
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -162,10 +162,11 @@ class InReplies:
     def there(self, plan: RulePlan, rows: Rows) -> Bools:
         """[row] whether its reply has all places that are looked at."""
         found = np.ones(len(rows), dtype=np.bool_)
-        for cells, cell_of_row in _cells(plan, rows):
-            for number, cell in enumerate(cells):
-                if cell.reply is not None:
-                    tokens = self.tokens_of(cell.reply)
+        for cells, cell in plan.placed:
+            cell_of_row = cell[rows.cell]
+            for number, each in enumerate(cells):
+                if each.reply is not None:
+                    tokens = self.tokens_of(each.reply)
                     own = np.array([bool(tokens[row]) for row in self.at.tolist()], dtype=np.bool_)
                     found &= own | (cell_of_row != number)
         return found
@@ -192,13 +193,6 @@ class InReplies:
         whole = np.concatenate(found)
         order = np.argsort(whole, kind="stable")
         return whole[order], np.concatenate(places)[order]
-
-
-def _cells(plan: RulePlan, rows: Rows) -> Iterator[tuple[Sequence[PositionCell], Ints]]:
-    """(values, [row] which of them) of its positions, and of its keys."""
-    yield plan.positions, plan.position_of_cell[rows.cell]
-    if plan.rule.edge is not None and plan.key_of_cell is not None:
-        yield list(plan.rule.edge.keys.written.values()), plan.key_of_cell[rows.cell]
 
 
 def look(

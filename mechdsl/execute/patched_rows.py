@@ -12,19 +12,14 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.reply import Reply
-from mechdsl.execute.behind_prompts import (
-    HaveWritten,
-    Reader,
-    read_behind,
-    reads_behind,
-    with_replies,
-)
+from mechdsl.execute.behind_prompts import read_behind
 from mechdsl.execute.found import Found
 from mechdsl.execute.means_and_donors import MeansAndDonors
 from mechdsl.execute.observed import Look, Observed, look
 from mechdsl.execute.path_patching import held_rows, holding, received
 from mechdsl.execute.read_samples import read_samples
 from mechdsl.execute.readout import Reading, Readout
+from mechdsl.execute.reply_readers import HaveWritten, readers_of, with_replies
 from mechdsl.execute.step_rules import prefill_of, while_writing
 from mechdsl.execute.unpatched_batch import (
     TextBehind,
@@ -146,7 +141,9 @@ class Patcher:
             for readout, member in zip(readouts, repeated, strict=True)
         ]
         logits, reads, observed, tokens = self._forward(rows, lanes, readouts, wanted)
-        behind = self._behind(rows, replies, repeated)
+        have = HaveWritten(rows.run, rows.prompts, (), rows.acting, rows.later)
+        readers = readers_of(repeated, self.plans, self.readouts, self.skip)
+        behind = read_behind(self.runs, have, replies, readers)
         for member, many, readout, want, own, read, seen in zip(
             members, repeated, readouts, wanted, logits, reads, observed, strict=True
         ):
@@ -212,29 +209,6 @@ class Patcher:
             for place, key in zip(own.tolist(), keys, strict=True):
                 found[place] = key
         return found
-
-    def _behind(
-        self, rows: _PassRows, replies: Sequence[tuple[Reply, ...]], members: Sequence[Member]
-    ) -> dict[int, Found]:
-        """By the number of its experiment, what is read in replies."""
-        readers = {
-            member.number: Reader(
-                self.plans[member.number],
-                self.readouts[member.number],
-                member.rows,
-                member.at,
-                [self.plans[member.number].items[cell] for cell in member.rows.cell],
-                self.skip[member.number],
-            )
-            for member in members
-            if reads_behind(self.plans[member.number], self.readouts[member.number])
-        }
-        if not readers:
-            return {}
-        written = HaveWritten(rows.run, rows.prompts, (), rows.acting, rows.later)
-        samples = list(zip(*replies, strict=True))
-        every = read_behind(self.runs, written, samples, list(readers.values()))
-        return dict(zip(readers, every, strict=True))
 
     def everything(
         self, shared: SharedRows, chosen: Ints, run: Run, batch: Ints, reads: Sequence[SiteRead]

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.reply import Reply
-from mechdsl.execute.behind_prompts import HaveWritten, Reader, read_behind, with_replies
+from mechdsl.execute.behind_prompts import read_behind
 from mechdsl.execute.found import Found
 from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.read_samples import read_samples
 from mechdsl.execute.read_vectors import LanesOf, wanted
 from mechdsl.execute.readout import Reading, Readout
+from mechdsl.execute.reply_readers import HaveWritten, Reader, with_replies
 from mechdsl.execute.unpatched_batch import (
     Spot,
     UnpatchedBatch,
@@ -375,16 +376,18 @@ class UnpatchedRuns:
         assert self.writer is not None
         key = (run, prompts.tobytes(), environment, relative)
         if key not in self._behind:
-            reading = [each for each in self.readouts if each.in_replies]
             lanes = np.repeat(prompts, self.named(run).draws)
             none = np.zeros_like(lanes)
             rows, at = Rows(none, lanes, none), np.arange(len(lanes))
             items = [environment] * len(lanes)
-            samples = list(zip(*self.writer.of_run(self.named(run), prompts), strict=True))
-            readers = [Reader(None, each, rows, at, items) for each in reading]
-            written = HaveWritten(self.named(run), lanes, ())
-            every = read_behind(self, written, samples, readers, relative)
-            self._behind[key] = {id(r): own for r, own in zip(reading, every, strict=True)}
+            readers = {
+                id(each): Reader(None, each, rows, at, items)
+                for each in self.readouts
+                if each.in_replies
+            }
+            replies = self.writer.of_run(self.named(run), prompts)
+            have = HaveWritten(self.named(run), lanes, ())
+            self._behind[key] = read_behind(self, have, replies, readers, relative)
         return with_replies(found, self._behind[key][id(readout)])
 
     def _written(self, readout: Readout, run: str, prompts: Ints) -> list[tuple[Reply, ...]]:

@@ -291,9 +291,7 @@ class ExperimentKeys:
         for measure in plan.experiment.measures:
             for atom in measure.atoms:
                 contents.given(atom)  # raises here, or not at all
-        shared = self._shared()
-        if plan.experiment.as_base:
-            shared = digest("as base", shared)
+        shared = self._shared() + (b"as base" if plan.experiment.as_base else b"")
         codes: dict[tuple[bytes, ...], int] = {}
         found = [codes.setdefault(cell, len(codes)) for cell in self._cells()]
         self.code_of_cell: Ints = np.array(found, dtype=np.int64)
@@ -368,11 +366,9 @@ class ExperimentKeys:
             sites = [digest(static + own) for own in _per_list(rule.points, points)]
             begin = len(parts)
             parts.append([sites[site] for site in rule.site_of_cell.tolist()])
-            if any(cell.reply is not None for cell in rule.positions):
-                parts.append([digest(rule.positions[p].reply) for p in rule.position_of_cell])
-            keys = [] if rule.rule.edge is None else list(rule.rule.edge.keys.written.values())
-            if any(cell.reply is not None for cell in keys) and rule.key_of_cell is not None:
-                parts.append([digest(keys[key].reply) for key in rule.key_of_cell])
+            for cells, of in rule.placed:
+                if any(cell.reply is not None for cell in cells):
+                    parts.append([digest(cells[number].reply) for number in of.tolist()])
             if rule.rule.amounts is not None:
                 amounts = {amount: digest(amount) for amount in set(rule.amounts.tolist())}
                 parts.append([amounts[amount] for amount in rule.amounts.tolist()])
