@@ -89,6 +89,8 @@ class Run(Record):
     """The model that it runs on, where that isn't the experiment's."""
     derived: Derived | None = None
     """Of a run with rules; its rows and noise are those of its base."""
+    chat: bool = False
+    """Whether its texts are written by a chat template, with their special tokens in them."""
 
     @property
     def draws(self) -> int:
@@ -138,6 +140,11 @@ class PromptTable(Record):
 
     def __len__(self) -> int:
         return len(self.row_ids)
+
+    @property
+    def chat(self) -> bool:
+        """Whether its own rows are chats."""
+        return any(run.chat for run in self.runs.values() if run.prompts is None)
 
 
 Hits: TypeAlias = tuple[tuple[int, ...], ...]

@@ -8,11 +8,13 @@ from dataclasses import replace
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import BadArgument
+from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.prompts.answer_tokens import names_answer
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.resolved import ResolvedMeasure
 from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.vocab.sites import SITES
 
@@ -28,9 +30,14 @@ def in_steps(rule: ResolvedRule) -> ResolvedRule:
     return replace(rule, steps=(during.first, during.last), after_prefill=during.after_prefill)
 
 
-def of_generation(rules: Sequence[ResolvedRule | None], work: Work) -> Iterator[Diagnostic]:
+def of_generation(
+    rules: Sequence[ResolvedRule | None],
+    measures: Sequence[ResolvedMeasure | None],
+    work: Work,
+) -> Iterator[Diagnostic]:
     """E0108 for what can't be done while a reply is written, E0207 for more tokens than the model
-    has positions for, and for steps in which a rule can't act."""
+    has positions for, and for steps in which a rule can't act; E0612 for categories of several
+    replies."""
     generation = work.experiment.generation
     if generation is None:
         return
@@ -40,13 +47,23 @@ def of_generation(rules: Sequence[ResolvedRule | None], work: Work) -> Iterator[
         if names_answer(rule.at) or names_answer(rule.onto):
             yield _not_yet(
                 rule,
-                "a rule on tokens of the answer, beside `generate`",
+                "a rule on tokens of the answer beside `generate`",
                 "the model writes its own reply: name `last token`, which is the newest one at "
                 "each step, or write an experiment without `generate`",
             )
     for rule in rules:
         if rule is not None:
             yield from _of_rule(rule, generation)
+    for said, measure in zip(work.experiment.measures, measures, strict=True):
+        if measure is None or measure.reply is None or generation.samples == 1:
+            continue
+        if measure.kind == "category":
+            yield UnreadableMeasure(
+                span=said.metric.span,
+                text=said.metric.span.written,
+                reason=f"categories of {generation.samples} samples have no mean",
+                hint="write one sample, or a share: `exact_match`",
+            )
 
 
 def _of_model(generation: spec.Generation, work: Work) -> Iterator[Diagnostic]:
@@ -139,6 +156,20 @@ def _of_rule(rule: ResolvedRule, generation: spec.Generation) -> Iterator[Diagno
             f"has no place to act: `{said.at.span.written}` is a token of the prompt, which goes "
             "in with the prefill, and stays as it is then",
             "name `last token`, the newest one at each step, or write `during prefill`",
+        )
+        return
+    last = generation.tokens - 1
+    if (
+        does.changes == "blocks"
+        and said.source_block is None
+        and (rule.steps or (0, last))[1] < last
+    ):
+        assert said.during is not None
+        yield _bad(
+            said.during,
+            "leaves out a block that attends again later, to tokens that it has no keys of",
+            f"leave it out up to the last step, `during step {said.during.first}..{last}`, or put "
+            "another block in its place: `with block layer 1`",
         )
         return
     if rule.acts_later:

@@ -320,6 +320,16 @@ _prompts(
     "Each is combined with all values; `template` is a value like others.",
     _ROWS,
 )
+_prompts(
+    "chat",
+    'chat { system "Count 1:" user "Part 1: {fruits} Count 1:" assistant "There are" }',
+    "Turns, written by the chat template of the model's tokenizer; each is a span of its role "
+    "(`last-user token`, `user 2 tokens`). A last turn of the assistant is a reply that has begun; "
+    "without one the template opens a reply. Special tokens are the template's own: a row whose "
+    "text holds one is refused. Templates know no time: today is 26 July 2024.",
+    "tests/data/test_chats.py",
+    "transformers, `apply_chat_template`",
+)
 _prompts("values", "count in 3..9", "The values of a name; every combination is a row.", _ROWS)
 _prompts(
     "derived value",

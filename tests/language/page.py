@@ -24,7 +24,7 @@ INTRO = """\
 
 Every construct that is executed: an example, what it means, where the definition comes from, and
 the test that holds it. What the language has beyond that (bases and subspaces, `feature` sites,
-estimators, circuits, search, generation, images, `chat`) parses, and is refused with
+estimators, circuits, search, generation, images) parses, and is refused with
 [E0108](errors/E0108.md).
 
 Singular sweeps, plural joins: `layer 0..2` is one run per layer, `layers 0..2` one run with all
@@ -204,8 +204,11 @@ def in_block(*lines: str) -> str:
     text = " ".join(lines)
     default = RECORDS if '"facts' in text else fruit.VALUES
     names = {line.split()[0] for line in lines}
+    is_chat = "chat" in names
     kept = [line for line in default if line.split()[0] not in names]
-    return PROMPTS.replace("LINES", "\n".join(f"  {line}" for line in (*lines, *kept)))
+    kept = [line for line in kept if not (is_chat and line.startswith("template"))]
+    file = PROMPTS.replace('zoo("counting")', 'local("chat")') if is_chat else PROMPTS
+    return file.replace("LINES", "\n".join(f"  {line}" for line in (*lines, *kept)))
 
 
 def on_top(example: str) -> str:
