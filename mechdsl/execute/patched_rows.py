@@ -12,12 +12,14 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.reply import Reply
+from mechdsl.execute.behind_prompts import read_behind
 from mechdsl.execute.found import Found
 from mechdsl.execute.means_and_donors import MeansAndDonors
 from mechdsl.execute.observed import Look, Observed, look
 from mechdsl.execute.path_patching import held_rows, holding, received
 from mechdsl.execute.read_samples import read_samples
 from mechdsl.execute.readout import Reading, Readout
+from mechdsl.execute.reply_readers import HaveWritten, readers_of, with_replies
 from mechdsl.execute.step_rules import prefill_of, while_writing
 from mechdsl.execute.unpatched_batch import (
     TextBehind,
@@ -44,6 +46,7 @@ from mechdsl.plan.restart import Held
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import SharedRows
 from mechdsl.prompts.prompt_table import Run
+from mechdsl.resolve.replies import in_reply
 from mechdsl.resolve.resolved import Atom
 
 
@@ -138,6 +141,9 @@ class Patcher:
             for readout, member in zip(readouts, repeated, strict=True)
         ]
         logits, reads, observed, tokens = self._forward(rows, lanes, readouts, wanted)
+        have = HaveWritten(rows.run, rows.prompts, (), rows.acting, rows.later)
+        readers = readers_of(repeated, self.plans, self.readouts, self.skip)
+        behind = read_behind(self.runs, have, replies, readers)
         for member, many, readout, want, own, read, seen in zip(
             members, repeated, readouts, wanted, logits, reads, observed, strict=True
         ):
@@ -161,6 +167,8 @@ class Patcher:
             written = [replies[row] for row in many.at] if replies else ()
             found = read_samples(readout, reading, written, skip=self.skip[member.number])
             found = replace(found, listed=None if seen is None else seen.listed)
+            if member.number in behind:
+                found = with_replies(found, behind[member.number])
             yield member, found.over_draws(draws)
 
     def _replies(
@@ -221,6 +229,8 @@ class Patcher:
     def _look(self, member: Member) -> Look | None:
         """What an `observe` line of the member's experiment looks at."""
         rule = self.plans[member.number].observes
+        if rule is not None and in_reply(rule.rule):
+            return None
         return rule and look(rule, member.rows, member.at, self.model.shape)
 
     def _pass_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -99,6 +100,13 @@ class RulePlan:
         if self.key_of_cell is None:
             return found
         return found + (EVERY + 1) * self.keys_follow[self.key_of_cell[rows.cell]]
+
+    @property
+    def placed(self) -> Iterator[tuple[Sequence[PositionCell], Ints]]:
+        """(values, [cell] which of them) of its positions, and of its keys."""
+        yield self.positions, self.position_of_cell
+        if self.rule.edge is not None and self.key_of_cell is not None:
+            yield list(self.rule.edge.keys.written.values()), self.key_of_cell
 
     def acts(self, rows: Rows) -> Bools:
         """[row] whether it does anything."""

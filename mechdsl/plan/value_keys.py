@@ -161,7 +161,7 @@ def measure_digest(measure: ResolvedMeasure) -> bytes:
         ]
         for atom in measure.atoms
     ]
-    written = [] if measure.reply is None else [measure.reply]
+    written = [] if measure.reply is None else [measure.reply, measure.in_reply]
     return digest(measure.expression, measure.kind, measure.observed, atoms, *written)
 
 
@@ -291,7 +291,7 @@ class ExperimentKeys:
         for measure in plan.experiment.measures:
             for atom in measure.atoms:
                 contents.given(atom)  # raises here, or not at all
-        shared = self._shared()
+        shared = self._shared() + (b"as base" if plan.experiment.as_base else b"")
         codes: dict[tuple[bytes, ...], int] = {}
         found = [codes.setdefault(cell, len(codes)) for cell in self._cells()]
         self.code_of_cell: Ints = np.array(found, dtype=np.int64)
@@ -366,6 +366,9 @@ class ExperimentKeys:
             sites = [digest(static + own) for own in _per_list(rule.points, points)]
             begin = len(parts)
             parts.append([sites[site] for site in rule.site_of_cell.tolist()])
+            for cells, of in rule.placed:
+                if any(cell.reply is not None for cell in cells):
+                    parts.append([digest(cells[number].reply) for number in of.tolist()])
             if rule.rule.amounts is not None:
                 amounts = {amount: digest(amount) for amount in set(rule.amounts.tolist())}
                 parts.append([amounts[amount] for amount in rule.amounts.tolist()])
