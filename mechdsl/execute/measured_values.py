@@ -129,6 +129,11 @@ class MeasuredValues:
         for place, own in zip(places, replies, strict=bool(replies)):
             self.replies[place] = (*self.replies.get(place, ()), *own)
 
+    def wrote_as_base(self, rows: Rows) -> None:
+        """Rows that can't differ from the base run wrote what that wrote."""
+        base = self.experiment.spec.base
+        self.wrote(rows, [self.unpatched_replies.get((base, n), ()) for n in rows.prompt.tolist()])
+
     def lacks(self, number: int, cell: int, row: Unusable, reason: str) -> None:
         """Take down a row of a cell in which a measure is no number."""
         self.gaps.setdefault((number, cell), CellGap(reason, row)).rows += 1
