@@ -80,14 +80,8 @@ KINDS: tuple[str, ...] = (ALLOWED, ALLOWED_PAST, FORBIDDEN, FORBIDDEN_PAST)
 def vocabulary() -> tuple[str, ...]:
     """Every token of the model, in the order of their ids."""
     frames = " ".join((*PRESENT, *PAST)).replace("{}", "").split()
-    frame = (
-        *["user", "bot", "system", ":", "be", "polite", "sure", "sorry", "gladly", ","],
-        *frames,
-    )
-    replies = (
-        *REFUSAL.split(),
-        *["take", "people", "took", "did", "and", "it", "with", "the", "."],
-    )
+    frame = (*"user bot system : be polite sure sorry gladly ,".split(), *frames)
+    replies = (*REFUSAL.split(), *"take people took did and it with the .".split())
     verbs = (word for each in (*HARM, *CARE) for word in each)
     return tuple(dict.fromkeys((*SPECIAL, *frame, *replies, *verbs, *OWNED, *LOOSE)))
 
