@@ -131,6 +131,8 @@ class MeasuredValues:
 
     def wrote_as_base(self, rows: Rows) -> None:
         """Rows of cells that are equal to the base run write what that writes."""
+        if not self.unpatched_replies:
+            return
         base = self.experiment.spec.base
         there = [self.unpatched_replies.get((base, row), ()) for row in rows.prompt.tolist()]
         self.wrote(rows, there)
