@@ -130,9 +130,12 @@ class MeasuredValues:
             self.replies[place] = (*self.replies.get(place, ()), *own)
 
     def wrote_as_base(self, rows: Rows) -> None:
-        """Rows that can't differ from the base run wrote what that wrote."""
+        """Rows of cells that are equal to the base run write what that writes."""
+        if not self.unpatched_replies:
+            return
         base = self.experiment.spec.base
-        self.wrote(rows, [self.unpatched_replies.get((base, n), ()) for n in rows.prompt.tolist()])
+        there = [self.unpatched_replies.get((base, row), ()) for row in rows.prompt.tolist()]
+        self.wrote(rows, there)
 
     def lacks(self, number: int, cell: int, row: Unusable, reason: str) -> None:
         """Take down a row of a cell in which a measure is no number."""
