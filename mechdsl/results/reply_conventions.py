@@ -80,7 +80,7 @@ def _steps(rules: Sequence[ResolvedRule]) -> Iterator[str]:
             "writes at the prompt's last one"
         )
     if any(rule.acts_in(0) and not _only_newest(rule) for rule in rules):
-        yield "other positions are written in step 0, and later tokens attend to that"
+        yield "positions of the prompt are written in step 0, and later tokens attend to that"
     for rule in rules:
         if rule.after_prefill:
             text = " ".join(rule.spec.span.written.split())

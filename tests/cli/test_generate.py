@@ -114,7 +114,7 @@ def test_a_table_says_how_replies_were_written(command: Command, drawn: Path) ->
     assert 'replies end in front of "Part" or "\\n", or behind 6 tokens' in said
     assert "samples 2 to a row, whose value is their mean" in said
     assert "`last token` and `tokens *` go on to the newest token" in said
-    assert "other positions are written in step 0" in said
+    assert "positions of the prompt are written in step 0" in said
     edit = "`scale k layer 2 head 0 at last-item token by 3 after prefill` edits what is kept"
     assert edit in said
     assert "prompt end what isn't read off the reply is measured in step 0" in said
