@@ -30,6 +30,7 @@ DELETION = "Petsiuk et al. 2018, arXiv 1806.07421"
 STEERING = "Turner et al. 2023, arXiv 2308.10248"
 REFUSAL = "Arditi et al. 2024, arXiv 2406.11717"
 MEAN_DIFFERENCE = "Marks & Tegmark 2023, arXiv 2310.06824"
+_REPLIES = "tests/rules/test_generation.py"
 ATTENTION = "Vaswani et al. 2017, arXiv 1706.03762"
 
 
@@ -1327,6 +1328,59 @@ _experiment(
     "effect the range of the draws, how likely one more lies in it, and the effect's rank among "
     "them. `random(20, positions)` says what is drawn.",
     "tests/controls/test_controls.py",
+)
+_experiment(
+    "generate",
+    'generate 8 until "Part", "Total"',
+    "Each row of each cell, and of the base and the source run, writes up to 8 tokens behind its "
+    "prompt, each time the most likely one. A reply ends in front of a text behind `until`, and in "
+    "front of the model's own end of a text; neither is a part of it. Step 0, the prefill, is the "
+    "pass over the prompt, which predicts the first token; step s has the reply's token s as the "
+    "newest one. Rules act at each step, as long as they say nothing else: in the prefill at their "
+    "positions; `last token` and `tokens *` then go on to the newest token, where a rule writes "
+    "what it writes at the prompt's last one (scaling, projecting, clamping and adding act on what "
+    "is there then). Metrics that read logits stay those of the prompt's last token. Not beside "
+    "`path`, and not for base and source runs with rules.",
+    _REPLIES,
+)
+_experiment(
+    "python of reply",
+    'measure python("functions.py:words", reply) as raw',
+    "A function of a Python file, called as `words(replies, rows)` with the texts that were "
+    "written, without what ended them, in place of logits; as a third argument, or one called "
+    "`tokenizer`, it is given the model's.",
+    "tests/python_files/test_replies.py",
+    OWN,
+    "generate 8",
+)
+_experiment(
+    "generate with",
+    "generate 8 with temperature 0.7, top_k 50, top_p 0.9, samples 3",
+    "Tokens are drawn: of the 50 likeliest, of the fewest that have 0.9 of the probability, at a "
+    "temperature (1 where it isn't said). A measure of a row is the mean over its samples. Only in "
+    "a file with a `seed`: what is drawn hangs on it, on what is in the row, on the cell, the "
+    "sample and the step, and not on the place in a batch.",
+    "tests/execute/test_kept_replies.py",
+)
+_rule(
+    "during",
+    "patch resid_post layer 1 at last token during step 2..5",
+    "The rule acts in these steps of a reply, both ends included; `during prefill` in step 0 "
+    "alone, `during each step` says what holds without it. Steps behind the prefill have their "
+    "newest token only, so other positions than `last token` and `tokens *` take `during prefill` "
+    "or nothing. `pattern`, `scores`, `allow` and `renumber` go no further than the prefill.",
+    OWN,
+    _REPLIES,
+    "generate 8",
+)
+_rule(
+    "after prefill",
+    "patch k layers * at last-item token with clean after prefill",
+    "Edits the keys or values that are kept of the prompt, between the prefill and the first step: "
+    "the first token of the reply is predicted without it, later ones attend to it.",
+    OWN,
+    _REPLIES,
+    "generate 8",
 )
 _experiment(
     "measure",

@@ -249,7 +249,13 @@ def written(entry: Construct) -> str:
         case "site":
             return in_experiment(f"patch {entry.example} at last token")
         case _:
-            return in_experiment(entry.example, *beside)
+            file = in_experiment(entry.example, *beside)
+            return seeded(file) if " with temperature" in entry.example else file
+
+
+def seeded(file: str) -> str:
+    """The file with a seed."""
+    return file.replace("mech 1\n", "mech 1\n\nseed 7\n", 1)
 
 
 def of_group(group: Group) -> Iterator[Line]:
@@ -289,7 +295,13 @@ METRIC_EXAMPLES: dict[Takes, str] = {
     "own": "{} at last-item token",
     "activations": "{}(L1.resid, clean)",
     "rows": "{}",
+    "reply": "{}",
     "observation": "observe {} layer * from last token to first-item token",
+}
+REPLY_EXAMPLES = {
+    "contains": 'contains("apple", "pear")',
+    "matches": 'matches("[Nn]o\\\\b")',
+    "number": "number(last)",
 }
 EFFECT_SOURCES = {"recovery": PATCHING, "relative": CIRCUIT}
 NOT_HERE = ("router", "expert_out", "mixer_norm", "mixer_out")
@@ -320,6 +332,7 @@ def metrics() -> Iterator[Line]:
     for name, entry in METRICS.items():
         for form in entry.forms.values():
             example = METRIC_EXAMPLES[form.takes].format(name)
+            example = REPLY_EXAMPLES.get(name, example)
             number = name == "output"
             example = example.replace("answer", "0") if number else example
             classified = number or form.takes in ("class", "label")
@@ -334,11 +347,15 @@ def metrics() -> Iterator[Line]:
                 if observed
                 else "tests/execute/test_classifiers.py"
                 if classified
+                else "tests/results/test_reply_metrics.py"
+                if form.takes == "reply"
                 else "tests/results/test_metrics.py",
                 _on_classifier(line, form, number=number)
                 if classified
                 else in_experiment(line, LINES[4])
                 if observed
+                else in_experiment(line, "generate 8")
+                if form.takes == "reply"
                 else in_experiment(line),
             )
 
