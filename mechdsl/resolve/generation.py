@@ -33,11 +33,12 @@ def in_steps(rule: ResolvedRule) -> ResolvedRule:
 def of_generation(
     rules: Sequence[ResolvedRule | None],
     measures: Sequence[ResolvedMeasure | None],
+    keep: Sequence[ResolvedMeasure | None],
     work: Work,
 ) -> Iterator[Diagnostic]:
     """E0108 for what can't be done while a reply is written, E0207 for more tokens than the model
-    has positions for, and for steps in which a rule can't act; E0612 for categories of several
-    replies."""
+    has positions for, and for steps in which a rule can't act; E0612 for categories and conditions
+    of several replies."""
     generation = work.experiment.generation
     if generation is None:
         return
@@ -54,16 +55,28 @@ def of_generation(
     for rule in rules:
         if rule is not None:
             yield from _of_rule(rule, generation)
-    for said, measure in zip(work.experiment.measures, measures, strict=True):
-        if measure is None or measure.reply is None or generation.samples == 1:
+    if generation.samples > 1:
+        yield from _of_samples(generation.samples, measures, keep)
+
+
+def _of_samples(
+    samples: int,
+    measures: Sequence[ResolvedMeasure | None],
+    keep: Sequence[ResolvedMeasure | None],
+) -> Iterator[Diagnostic]:
+    """A row has several replies: what is no number has no mean over them."""
+    for measure in (*measures, *keep):
+        if measure is None or measure.reply is None:
             continue
+        reason, hint = "", "write one sample, or a share: `exact_match`"
         if measure.kind == "category":
-            yield UnreadableMeasure(
-                span=said.metric.span,
-                text=said.metric.span.written,
-                reason=f"categories of {generation.samples} samples have no mean",
-                hint="write one sample, or a share: `exact_match`",
-            )
+            reason = f"categories of {samples} samples have no mean"
+        elif measure in keep:
+            reason = f"a row has {samples} samples, of which some may be kept and some not"
+            hint = "write one sample, or leave rows out by a `where` in the prompts block"
+        if reason:
+            span = measure.expression.span
+            yield UnreadableMeasure(span=span, text=span.written, reason=reason, hint=hint)
 
 
 def _of_model(generation: spec.Generation, work: Work) -> Iterator[Diagnostic]:

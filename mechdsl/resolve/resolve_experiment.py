@@ -118,7 +118,7 @@ def outline(
     diagnostics.extend(
         inside_removed([r for r in rules if r], [m for m in measures if m], model.name)
     )
-    diagnostics.extend(of_generation(rules, measures, work))
+    diagnostics.extend(of_generation(rules, measures, keep, work))
     whole = all(len(run.rules) == len(run.spec.rules) for run in derived.values())
     if has_errors(diagnostics) or not whole or None in (*rules, *measures, *keep):
         return known, diagnostics

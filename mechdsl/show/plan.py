@@ -115,7 +115,10 @@ def _savings(cost: PlanCost, console: Console) -> None:
         table.add_row(saving.name, *_figures(after), saved, style="" if changed else "dim")
         before = after
     console.print(table)
+    counted = {saving.name for saving in cost.savings}
     for one in PASSES:
+        if one.shown is not None and one.name not in counted:
+            continue  # of replies, where none are written
         console.print(f"{one.name}: {one.does}", style="dim", highlight=False)
 
 

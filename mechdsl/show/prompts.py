@@ -168,6 +168,8 @@ def _saves(experiment: ResolvedExperiment, console: Console) -> None:
 
 
 def _rules(experiment: ResolvedExperiment, console: Console) -> None:
+    if experiment.generation is not None:
+        console.print(Text(f"  writes {experiment.generation.how} behind each prompt"))
     for rule in experiment.rules:
         if not rule.spec.fill_index:  # else it stands there with its first fill
             _rule(experiment, rule, console)
@@ -191,6 +193,22 @@ def _rule(
         if title:
             console.print(f"    {title}", highlight=False)
         _positions(experiment, run, cells, console)
+    if experiment.generation is not None and rule.does.changes not in ("input", "nothing"):
+        console.print(Text(f"    acts {_when(rule, experiment.generation.tokens - 1)}"))
+
+
+def _when(rule: ResolvedRule, last: int) -> str:
+    """In which steps of a reply a rule acts, where; last: the last step there is."""
+    if rule.after_prefill:
+        return "behind the prefill, on what is kept of the prompt"
+    first, end = rule.steps or (0, last)
+    found = ["in the prefill"] if first == 0 else []
+    if rule.acts_later and end:  # a single token has no later step
+        positions = rule.positions
+        labels = sorted({f"`{positions.written[key].label}`" for key in positions.newest})
+        steps = f"step {end}" if end == max(first, 1) else f"steps {max(first, 1)} to {end}"
+        found.append(f"in {steps} at the newest token, which goes on from {' and '.join(labels)}")
+    return ", then ".join(found)
 
 
 def _listed(title: str, labels: list[str], console: Console) -> None:

@@ -1,0 +1,130 @@
+"""What the command says of a file whose rows write, before and after they do."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from .. import fruit
+from .conftest import Command, command
+
+__all__ = ["command"]
+
+TEXT = (
+    "mech 1\nseed 3\n"
+    + fruit.FRUIT.removeprefix("mech 1\n")
+    + """
+experiment e {
+  prompts fruit limit 8
+  from clean into fewer
+  patch resid_post layer 1..2 at last-item token
+  scale z layer 1 head 1 at last token by 2 during step 2..3
+  scale k layer 2 head 0 at last-item token by 3 after prefill
+  block attention layer 3 from tokens * to first token during prefill
+  generate 6 HOW
+  measure exact_match as delta
+  measure logit(answer) as delta
+  stats correct none
+}
+"""
+)
+DRAWN = 'with temperature 0.5, top_k 9, top_p 0.8, samples 2 until "Part", "\\n"'
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file.mech"
+    path.write_text(TEXT.replace("HOW", ""), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> Path:
+    path = tmp_path / "drawn.mech"
+    path.write_text(TEXT.replace("HOW", DRAWN), encoding="utf-8")
+    return path
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_explain_says_when_rules_act(command: Command, file: Path) -> None:
+    said = flat(command("explain", file).out)
+    assert "writes up to 6 tokens behind each prompt" in said
+    rules = [part.partition(" patch ")[0] for part in said.split(" acts ")[1:]]
+    assert rules[0].startswith("in the prefill scale z")
+    newest = "at the newest token, which goes on from `last token`"
+    assert rules[1].startswith(f"in steps 2 to 3 {newest} scale k")
+    assert rules[2].startswith("behind the prefill, on what is kept of the prompt block")
+    assert rules[3].startswith("in the prefill cells: 2")
+
+
+def test_explain_names_all_that_follows(command: Command, file: Path) -> None:
+    text = file.read_text("utf-8").replace(" during prefill", "")
+    file.write_text(text, "utf-8")
+    said = flat(command("explain", file).out)
+    newest = "in steps 1 to 5 at the newest token, which goes on from `tokens *`"
+    assert f"acts in the prefill, then {newest}" in said
+
+
+def test_the_graph_has_a_node_for_what_is_written(command: Command, drawn: Path) -> None:
+    said = command("graph", drawn, "--format", "text").out
+    how = "up to 6 tokens, drawn at temperature 0.5, of the 9 likeliest, of those with 80 % in all"
+    nodes = re.findall(r"(n\d+)  Generate · (.*)  ← ", said)
+    assert {how + ', 2 samples, until "Part" or "\\n"'} == {text for _, text in nodes}
+    assert len(nodes) == 3, "of the cells, of base and source"
+    for name, _ in nodes:
+        assert re.search(rf"Measure · exact_match · of the reply  ← .*{name}", said)
+    assert "Measure · logit(answer) · at last token" in said
+    for when in ("during step 2..3", "after prefill", "during prefill"):
+        assert re.search(rf"Write · .* · {when}  ←", said)
+
+
+def test_the_plan_prices_each_token(command: Command, file: Path) -> None:
+    said = command("plan", file).out
+    assert "writes up to 6 tokens" in flat(said)
+    rows = {line.split()[0]: line.split() for line in said.splitlines() if line.strip()}
+    tokens = {name: int(rows[name][4].replace(",", "")) for name in ("join", "cache")}
+    (experiment,) = json.loads(command("explain", file, "--format", "json").out)["experiments"]
+    lengths = {run: [len(row["tokens"]) for row in own] for run, own in experiment["runs"].items()}
+    prompts = lengths["clean"] + 3 * lengths["fewer"]  # the source, the base and two cells
+    assert len(prompts) == 32
+    left_out = sum(length + step - 1 for length in prompts for step in range(1, 6))
+    assert tokens["join"] - tokens["cache"] == left_out * 4  # blocks
+
+
+def test_a_plan_of_files_that_write_nothing_has_no_such_line(command: Command, file: Path) -> None:
+    text = file.read_text("utf-8").replace("  generate 6 \n", "")
+    text = re.sub(r" (during|after) .*", "", text).replace("measure exact_match", "measure entropy")
+    file.write_text(text, "utf-8")
+    done = command("plan", file)
+    assert done.status == 0, done.err
+    assert "cache" not in done.out
+    assert "writes" not in done.out
+
+
+def test_a_table_says_how_replies_were_written(command: Command, drawn: Path) -> None:
+    said = flat(command("run", drawn, "--no-store").out)
+    assert "generate up to 6 tokens behind each prompt, drawn at temperature 0.5, of the 9" in said
+    assert "by seed 3: other draws for each prompt" in said
+    assert 'replies end in front of "Part" or "\\n", or behind 6 tokens' in said
+    assert "samples 2 to a row, whose value is their mean" in said
+    assert "`last token` and `tokens *` go on to the newest token" in said
+    assert "positions of the prompt are written in step 0" in said
+    edit = "`scale k layer 2 head 0 at last-item token by 3 after prefill` edits what is kept"
+    assert edit in said
+    assert "prompt end what isn't read off the reply is measured in step 0" in said
+
+
+def test_a_table_of_likeliest_tokens_says_less(command: Command, file: Path) -> None:
+    text = file.read_text("utf-8").replace("  measure logit(answer) as delta\n", "")
+    text = re.sub(r"  (scale|block) .*\n", "", text)
+    file.write_text(text, "utf-8")
+    said = flat(command("run", file, "--no-store").out)
+    assert "up to 6 tokens behind each prompt, each the most likely one" in said
+    for absent in ("samples 2", "prompt end", "newest token", "edits what is kept"):
+        assert absent not in said

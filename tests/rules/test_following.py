@@ -1,0 +1,249 @@
+"""Which positions go on to the newest token while a model writes, and in which steps rules act."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.render import render_full
+from mechdsl.program import spec
+from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.resolve.resolved_rule import PositionTargets, ResolvedRule
+from mechdsl.validate.check_file import Checked, Settings, check_source
+
+FILE = """
+mech 1
+
+{top}
+param n = 2
+model toy = zoo("counting")
+
+prompts fruit {{
+  count in 2..5
+  item in ["apple", "pear"]
+  fruits = list(item, count, sep: " ")
+  template "Part 1: {{fruits}} Count 1:"
+  answer " {{count}}"
+  corrupt other {{ item = other(item) }}
+}}
+
+experiment e {{
+  model toy
+  prompts fruit limit 4
+  from other into clean
+  {rule}
+  {generate}
+  measure length as raw
+}}
+"""
+
+
+def checked(rule: str, generate: str = "generate 8", top: str = "") -> Checked:
+    text = FILE.format(rule=rule, generate=generate, top=top)
+    return check_source(Source(text, Path("a.mech")), Settings())
+
+
+def resolved(rule: str, generate: str = "generate 8", top: str = "") -> ResolvedExperiment:
+    found = checked(rule, generate, top)
+    assert not has_errors(found.diagnostics), render_full(found.diagnostics)
+    (experiment,) = found.experiments
+    return experiment
+
+
+def one(rule: str) -> ResolvedRule:
+    (found,) = resolved(rule).rules
+    return found
+
+
+def kinds(targets: PositionTargets) -> list[str]:
+    """Of each position, what it is of a reply."""
+    assert targets.every <= targets.newest
+    return [
+        "every" if key in targets.every else "newest" if key in targets.newest else ""
+        for key in targets.written
+    ]
+
+
+FOLLOWING = {
+    "last token": ["newest"],
+    "tokens *": ["every"],
+    "last-item token, last token": ["", "newest"],
+    "{last-item token, last token}": ["newest"],
+    "{last token, tokens *}": ["every"],
+    "{last-item token, {first token, last token}}": ["newest"],
+    "last token - 1": [""],
+    "{last token, last-item token} - 1": [""],
+    "first token": [""],
+    "token -1": [""],
+    "tokens -2..-1": [""],
+    "tokens 0..3": [""],
+    "last token of fruits": [""],
+    "tokens except last-item token": [""],
+    "tokens between first token and last token": [""],
+    "token * align right": [""] * 14,
+    "each item token": [""] * 5,
+}
+
+
+@pytest.mark.parametrize("at", FOLLOWING)
+def test_positions_follow_or_are_the_prompts(at: str) -> None:
+    found = kinds(one(f"ablate resid_post layer 1 at {at} with zero").positions)
+    assert found[: len(FOLLOWING[at])] == FOLLOWING[at][: len(found)]
+    assert set(found) == set(FOLLOWING[at])
+
+
+@pytest.mark.parametrize("at", ["last token", "tokens *"])
+def test_nothing_follows_where_nothing_is_written(at: str) -> None:
+    text = FILE.format(rule=f"freeze z layer 1 at {at}", generate="", top="")
+    text = text.replace("measure length", "measure logit(answer)")
+    (experiment,) = check_source(Source(text, Path("a.mech")), Settings()).experiments
+    assert kinds(experiment.rules[0].positions) == [""]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("patch z layer 1 at last-item token onto last token", "newest"),
+        ("patch z layer 1 at last token onto last-item token", ""),
+        ("swap z layer 1 at last-item token with last token", "newest"),
+        ("swap z layer 1 at last token with last-item token", "newest"),
+        ("set z layer 1 at last token to 0.5", "newest"),
+        ("add value(mlp_out layer 1 at last-item token) to embed at last token", "newest"),
+        ("replace block layer 1 with block layer 2", "every"),
+    ],
+)  # fmt: skip
+def test_where_a_rule_writes_says_whether_it_follows(rule: str, expected: str) -> None:
+    assert kinds(one(rule).positions) == [expected]
+
+
+def test_queries_and_keys_follow_by_themselves() -> None:
+    found = one("block attention layer 1 from last token to last-item token, last token")
+    assert found.edge is not None
+    assert kinds(found.positions) == ["newest"]
+    assert kinds(found.edge.keys) == ["", "newest"]
+    found = one("set attention layer 1 from last-item token to tokens * to uniform")
+    assert found.edge is not None
+    assert (kinds(found.positions), kinds(found.edge.keys)) == ([""], ["every"])
+
+
+STEPS = {
+    "": (None, True, range(8)),
+    "during each step": (None, True, range(8)),
+    "during step *": (None, True, range(8)),
+    "during prefill": ((0, 0), False, range(1)),
+    "during step 0": ((0, 0), False, range(1)),
+    "during step 3": ((3, 3), True, range(3, 4)),
+    "during step 2..5": ((2, 5), True, range(2, 6)),
+    "during step 0..7": ((0, 7), True, range(8)),
+    "during step n": ((2, 2), True, range(2, 3)),
+}
+
+
+@pytest.mark.parametrize("during", STEPS)
+def test_a_rule_acts_in_its_steps(during: str) -> None:
+    steps, later, acting = STEPS[during]
+    found = one(f"scale z layer 1 at last token by 2 {during}")
+    assert (found.steps, found.acts_later, found.after_prefill) == (steps, later, False)
+    assert [step for step in range(8) if found.acts_in(step)] == list(acting)
+
+
+@pytest.mark.parametrize("at", ["last-item token", "last token", "tokens *"])
+def test_what_is_kept_is_edited_behind_the_prefill(at: str) -> None:
+    found = one(f"scale v layer 1 head 2 at {at} by 2 after prefill")
+    assert found.after_prefill
+    assert not found.acts_later
+    assert not any(found.acts_in(step) for step in range(8))
+
+
+def test_all_of_several_fills_act_in_the_same_steps() -> None:
+    found = resolved("ablate z layer 1 at last token with zero, mean during step 1..2").rules
+    assert [rule.steps for rule in found] == [(1, 2), (1, 2)]
+
+
+def test_a_position_of_the_prompt_is_written_in_the_prefill() -> None:
+    assert not one("scale z layer 1 at last-item token by 2").acts_later
+
+
+# --- how it is written ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "fields"),
+    [
+        ("generate 8", {"tokens": 8}),
+        ("generate n", {"tokens": 2}),
+        ('generate 8 until "\\n", "Q:", "\\n"', {"tokens": 8, "stops": ("\n", "Q:")}),
+        ("generate 8 with temperature 0.5", {"tokens": 8, "temperature": 0.5}),
+        ("generate 8 with samples n", {"tokens": 8, "temperature": 1.0, "samples": 2}),
+        (
+            'generate 8 with top_k 5, top_p 0.9 until "{"',
+            {"tokens": 8, "temperature": 1.0, "top_k": 5, "top_p": 0.9, "stops": ("{",)},
+        ),
+    ],
+)
+def test_a_line_says_how_replies_are_written(line: str, fields: dict[str, object]) -> None:
+    found = resolved("freeze z layer 1 at last token", line, "seed 3").generation
+    assert found is not None
+    assert found == spec.Generation.model_validate({"span": found.span, **fields})
+
+
+def test_what_replies_hang_on_makes_another_key() -> None:
+    lines = [
+        *("generate 8", "generate 9", 'generate 8 until "a"', 'generate 8 until "a", "b"'),
+        *("generate 8 with temperature 1", "generate 8 with temperature 2"),
+        *("generate 8 with top_k 5", "generate 8 with top_p 0.5", "generate 8 with samples 2"),
+    ]
+    found = [
+        resolved("freeze z layer 1 at last token", line, "seed 3").generation for line in lines
+    ]
+    keys = [each.key(3) for each in found if each is not None]
+    assert len(set(keys)) == len(lines)
+    greedy, drawn = found[0], found[4]
+    assert greedy is not None
+    assert drawn is not None
+    assert greedy.key(3) == greedy.key(4)
+    assert drawn.key(3) != drawn.key(4)
+
+
+def test_as_many_tokens_are_written_as_there_are_positions() -> None:
+    """The last one is predicted, and goes in nowhere."""
+    longest = max(
+        len(row.ids)
+        for run in ("clean", "other")
+        for row in resolved("freeze z layer 1 at last token").table.runs[run].rows
+    )
+    fits = 512 - longest + 1
+    assert not has_errors(checked("freeze z layer 1 at last token", f"generate {fits}").diagnostics)
+    (problem,) = checked("freeze z layer 1 at last token", f"generate {fits + 1}").diagnostics
+    assert problem.code == "E0207"
+    assert f"generate {fits}`" in problem.help_text
+
+
+CLASSIFIER = Path(__file__).parents[2] / "docs" / "errors" / "data" / "classifier"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "why"),
+    [
+        ("BertForMaskedLM", "in which tokens see later ones"),
+        ("BertForSequenceClassification", "which predicts no tokens"),
+    ],
+)
+def test_models_that_write_no_text_are_refused(architecture: str, why: str, tmp_path: Path) -> None:
+    for path in CLASSIFIER.iterdir():
+        text = path.read_text("utf-8")
+        if path.name == "config.json":
+            config = json.loads(text)
+            config["architectures"] = [architecture]
+            text = json.dumps(config)
+        (tmp_path / path.name).write_text(text, "utf-8")
+    text = FILE.format(rule="freeze z layer 1 at last token", generate="generate 8", top="")
+    text = text.replace('zoo("counting")', f'local("{tmp_path}")')
+    found = check_source(Source(text, tmp_path / "a.mech"), Settings()).diagnostics
+    said = [each for each in found if "`generate` with" in each.message]
+    assert [each.code for each in said] == ["E0108"]
+    assert why in said[0].message
