@@ -10,13 +10,14 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.execute.found import Found
 from mechdsl.execute.no_value import function_failed
 from mechdsl.execute.not_finite import cell_words, in_cell, not_finite
-from mechdsl.execute.pass_size import out_of_memory, stopwatch
+from mechdsl.execute.pass_size import stopwatch
 from mechdsl.execute.patched_rows import Patcher
 from mechdsl.execute.prepared_panel import PreparedPanel, owner
 from mechdsl.execute.row_groups import extent, groups, members_of
 from mechdsl.execute.try_sizes import WORTH_MEASURING, try_sizes
 from mechdsl.execute.unusable import Unusable
 from mechdsl.execute.wanted_places import Member
+from mechdsl.hooks.memory import out_of_memory
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.plan.share import SharedRows, Sharer
 from mechdsl.plan.sweeps import longest_prompt
@@ -187,6 +188,8 @@ class PanelRunner(PreparedPanel):
         """Settle the size of a pass by trying some on rows of the first batch, where there is
         enough to run. Their values are thrown away."""
         enough = WORTH_MEASURING * self.sizes.pass_tokens
+        if self.runs.writer is not None:  # its passes are laid out by the tokens of replies
+            return
         if not self.batches or self.due_rows() * longest_prompt(self.panel) < enough:
             return
         plans, batch = self.running, self.batches[0]

@@ -6,17 +6,16 @@ memory have no say but in the size itself, which stands in the results.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from mechdsl.execute.sizes import ChosenBy, PassSizes
 from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.memory import free_memory, release
 from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS
 from mechdsl.prompts.prompt_table import PromptTable
 
@@ -26,38 +25,6 @@ LEAST_TOKENS = 256
 MOST_TOKENS = 1 << 17
 KEPT_SHARE = 0.25
 """Of the free memory, what unpatched runs may keep for the rows that start from them."""
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be had without swapping."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + unused
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found = next(line.split() for line in lines if line.startswith("MemAvailable"))
-        available = int(found[1]) * 1024
-    except (OSError, StopIteration, ValueError):
-        available = 4 << 30
-    return min(available, _group_limit())
-
-
-def _group_limit() -> int:
-    """What a container leaves."""
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii").strip()
-        return int(limit) - int(used)
-    except (OSError, ValueError):
-        return 1 << 62
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 @dataclass
@@ -136,13 +103,6 @@ class Sizes:
         self.chosen = "memory"
         release()
         return True
-
-
-def release() -> None:
-    """Give back the memory of what is no longer used."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.execute.pass_size import out_of_memory, release, stopwatch
+from mechdsl.execute.pass_size import stopwatch
+from mechdsl.hooks.memory import out_of_memory, release
 from mechdsl.program.python_files import PythonFailure
 
 WORTH_MEASURING = 200

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,3 +95,80 @@ def _at_newest(each: StepEdge, prompts: Tensor, newest: Tensor) -> EdgeWrite:
         entries.append(own)
         keys.append(first[own] + torch.arange(len(own)) - before[own])
     return replace(edge, queries=queries, entries=torch.cat(entries), keys=torch.cat(keys))
+
+
+@dataclass(eq=False)
+class _Joined:
+    """Writes or edges that can be one, as no row has two of them."""
+
+    kind: object
+    rows: Tensor
+    """[row] bool."""
+    parts: list[Any]
+
+    @classmethod
+    def of(cls, each: Iterable[tuple[object, object, Any]], count: int) -> list[_Joined]:
+        """each: (what it must not pass by another of, what it must have in common, itself)."""
+        found: dict[object, list[_Joined]] = {}
+        for where, kind, part in each:
+            before = found.setdefault(where, [])
+            best: _Joined | None = None
+            for other in reversed(before):
+                if bool(other.rows[part.rows].any()):
+                    break
+                best = other if other.kind == kind else best
+            if best is None:
+                best = cls(kind, torch.zeros(count, dtype=torch.bool), [])
+                before.append(best)
+            best.rows[part.rows] = True
+            best.parts.append(part)
+        return [joined for every in found.values() for joined in every]
+
+
+def merged(rules: RuleWrites, count: int) -> RuleWrites:
+    """The same in fewer writes; those of one row stay in their order.
+
+    count: rows of the pass.
+    """
+    writes = _Joined.of(
+        (
+            (each.where, (each.mode, each.to is None, each.values.shape[1]), each)
+            for each in rules.writes
+        ),
+        count,
+    )
+    edges = _Joined.of(((each.layer, each.change, each) for each in rules.edges), count)
+    return replace(
+        rules,
+        writes=[_one_write(joined.parts) for joined in writes],
+        edges=[_one_edge(joined.parts) for joined in edges],
+    )
+
+
+def _one_write(parts: Sequence[SiteWrite]) -> SiteWrite:
+    if len(parts) == 1:
+        return parts[0]
+    to = [each.to for each in parts if each.to is not None]
+    return replace(
+        parts[0],
+        rows=torch.cat([each.rows for each in parts]),
+        positions=torch.cat([each.positions for each in parts]),
+        units=torch.cat([each.units for each in parts]),
+        values=torch.cat([each.values for each in parts]),
+        to=torch.cat(to) if to else None,
+    )
+
+
+def _one_edge(parts: Sequence[EdgeWrite]) -> EdgeWrite:
+    if len(parts) == 1:
+        return parts[0]
+    sizes = [0, *accumulate(len(each.rows) for each in parts)]
+    return replace(
+        parts[0],
+        rows=torch.cat([each.rows for each in parts]),
+        queries=torch.cat([each.queries for each in parts]),
+        heads=torch.cat([each.heads for each in parts]),
+        entries=torch.cat([each.entries + n for each, n in zip(parts, sizes, strict=False)]),
+        keys=torch.cat([each.keys for each in parts]),
+        amounts=torch.cat([each.amounts for each in parts]),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,12 +61,13 @@ class Sharing:
         """What has been done to a row up to a step; -1 for nothing yet."""
         return int(self._groups[row]) if self._acting[row] <= step else -1
 
-    def first(self) -> States:
-        """Of the prefill."""
+    def first(self, by: Callable[[int], int]) -> States:
+        """Of the prefill, in the order of what `by` gives for their rows."""
         found: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for row, prompt in enumerate(self.prompts):
             found.setdefault((prompt, self._group(row, 0)), []).append(row)
-        return States(list(found.values()), list(range(len(found))))
+        ordered = sorted(found.values(), key=lambda rows: by(rows[0]))
+        return States(ordered, list(range(len(ordered))))
 
     def follow(self, before: States, tokens: Mapping[int, int], step: int) -> States:
         """Of the next step, `step`.

@@ -38,18 +38,24 @@ class WholePasses:
         kept: Sequence[SiteWrite],
         steps: Sequence[StepRules],
         tokens: int,
+        limit: int,
     ) -> None:
-        """tokens: of a reply, at most."""
+        """tokens: of a reply, at most. limit: tokens of one pass."""
         self.model = model
         self.prompts = prompts
         self.prefill = prefill
         self.kept = kept
         self.steps = steps
+        self.limit = limit
         before = dict(prefill.blocks)
         mixed = any(blocks_of(steps, step) != before for step in range(1, tokens))
         self._holds = bool(kept) or mixed
         self._held: list[Held] = []
         """[state] of the step before."""
+
+    def own(self, row: int) -> int:
+        """The tokens that only this row's prefill computes."""
+        return len(self.prompts[row])
 
     def logits(self, states: States, step: int, ids: Sequence[Sequence[int]]) -> Tensor:
         """[state, vocab] behind the newest token of each state.
@@ -57,6 +63,21 @@ class WholePasses:
         ids: [row] the reply so far, of `step` tokens.
         """
         rows = states.leaders
+        held = self._before(states, Chosen(len(self.prompts), rows), step)
+        longest = max(len(self.prompts[row]) for row in rows) + step
+        each = max(1, self.limit // longest)
+        self._held = []
+        return torch.cat(
+            [
+                self._part(rows[first : first + each], held[first : first + each], step, ids)
+                for first in range(0, len(rows), each)
+            ]
+        )
+
+    def _part(
+        self, rows: Sequence[int], held: Sequence[Held], step: int, ids: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """[n, vocab] of the states that these rows lead, in one pass."""
         batch = Batch.of(
             [[*self.prompts[row], *ids[row]] for row in rows],
             self.model.pad_id,
@@ -71,15 +92,15 @@ class WholePasses:
             acting = acting.then(replace(own, blocks=()))
         blocks = blocks_of(self.steps, step) if step else dict(self.prefill.blocks)
         acting = replace(acting, blocks=tuple(sorted(blocks.items())))
-        held = self._before(states, chosen, step) if self._holds and step else []
         return self._run(acting, acting.numbered(batch), held)
 
     def _run(self, acting: RuleWrites, batch: Batch, held: Sequence[Held]) -> Tensor:
         """held: [state], or empty."""
         last = (batch.lengths - 1)[:, None]
         every = any(write.site == "logits" for write in acting.writes)
-        reads = self._reads() if self._holds else []
+        reads = self._reads(acting) if self._holds else []
         again = [_as_written(read, [each[read] for each in held]) for read in reads if held]
+        # What is held stands as it stood, whatever is written there again.
         with blocks_replaced(self.model, acting.blocks):
             result = run_whole(
                 self.model,
@@ -94,44 +115,48 @@ class WholePasses:
             slice(start, start + length)
             for start, length in zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)
         ]
-        self._held = [
-            {read: found[number, span] for read, found in result.reads.items()}
-            for number, span in enumerate(spans)
-        ]
+        if self._holds:
+            self._held += [
+                {read: found[number, span] for read, found in result.reads.items()}
+                for number, span in enumerate(spans)
+            ]
         if not every:
             return result.logits[:, 0]
         index = torch.arange(len(batch), device=result.logits.device)
         return result.logits[index, (batch.starts + last[:, 0]).to(index.device)]
 
-    def _reads(self) -> list[SiteRead]:
-        """Keys and values of all blocks."""
-        shape = self.model.shape
-        every = [SiteRead(site, layer) for layer in range(shape.n_layers) for site in ("k", "v")]
+    def _reads(self, acting: RuleWrites) -> list[SiteRead]:
+        """Keys and values of all blocks that run."""
+        shape, blocks = self.model.shape, {to: of is not None for to, of in acting.blocks}
+        layers = [layer for layer in range(shape.n_layers) if blocks.get(layer, True)]
+        every = [SiteRead(site, layer) for layer in layers for site in ("k", "v")]
         if not all(shape.has(read.site, read.layer) for read in every):
             raise ValueError(f"`{self.model.name}` has blocks without keys and values to keep")
         return every
 
     def _before(self, states: States, chosen: Chosen, step: int) -> list[Held]:
-        """[state] what is kept of the tokens in front of the newest; in the first step, edited."""
+        """[state] what is held of the tokens in front of the newest; in the first step, edited.
+        Nothing where nothing is."""
+        if not self._holds or step == 0:
+            return []
         held = [dict(self._held[parent]) for parent in states.parents]
         for write in map(chosen.write, self.kept if step == 1 else ()):
             for row in write.rows.unique().tolist():
                 own, mine = held[row], write.some(write.rows == row)
-                own[write.where] = edited(own[write.where], mine)
+                index = mine.positions, mine.units
+                own[write.where] = edited(own[write.where], mine, index)
         return held
 
 
-def edited(now: Tensor, write: SiteWrite) -> Tensor:
-    """Kept keys or values of one row, [token, heads, d_head], with an edit of them."""
+def edited(now: Tensor, write: SiteWrite, index: tuple[Tensor, ...]) -> Tensor:
+    """Kept keys or values with an edit of the vectors at these indices, each [K]."""
     now = now.clone()
-    index = write.positions.to(now.device), write.units.to(now.device)
-    to = None if write.to is None else write.to.to(now.device)
-    there, values = now[index], write.values.to(now.device)
+    index = tuple(each.to(now.device) for each in index)
+    values = write.values.to(now.device)
     if write.mode == "add":
-        now.index_put_(index, values.to(now), accumulate=True)
-    else:
-        now[index] = written(write.mode, there, values, to)
-    return now
+        return now.index_put_(index, values.to(now), accumulate=True)
+    to = None if write.to is None else write.to.to(now.device)
+    return now.index_put_(index, written(write.mode, now[index], values, to))
 
 
 def _as_written(read: SiteRead, found: Sequence[Tensor]) -> SiteWrite:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -12,17 +13,22 @@ from torch import Tensor
 from mechdsl.base.arrays import Ints
 from mechdsl.base.reply import Reply
 from mechdsl.generate.acting import Chosen
+from mechdsl.generate.cached import CachedPasses
 from mechdsl.generate.next_tokens import Writing, next_tokens
 from mechdsl.generate.records import Decoding, StepRules
 from mechdsl.generate.states import Sharing, States, first_acting
-from mechdsl.generate.whole import WholePasses
+from mechdsl.generate.way import way_of
+from mechdsl.generate.whole import WholePasses, blocks_of
 from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.memory import out_of_memory, release
 from mechdsl.hooks.reads_and_writes import SiteWrite
 from mechdsl.hooks.rule_writes import RuleWrites
+from mechdsl.vocab.sites import WITHIN_ATTENTION
 
-
-class _Passes(Protocol):
-    def logits(self, states: States, step: int, ids: Sequence[Sequence[int]]) -> Tensor: ...
+TOKENS = 4096
+"""Of one pass, where nothing else is said."""
+MEMORY = 2 << 30
+"""Bytes that are kept at once, where nothing else is said: of keys, values and logits."""
 
 
 def write_replies(
@@ -36,7 +42,8 @@ def write_replies(
     random: Sequence[tuple[int, ...]] | None = None,
     groups: Ints | None = None,
     cached: bool = True,
-    limit: int = 1 << 15,
+    limit: int = TOKENS,
+    memory: int = MEMORY,
 ) -> list[Reply]:
     """What the model, a causal decoder of text, writes behind each of the prompts.
 
@@ -48,73 +55,160 @@ def write_replies(
     on what the layer had. steps: what acts at the newest token of later passes; its rows, as all
     others, count prompts. random: [row] what the random numbers of sampled tokens hang on, beside
     the step. groups: [row] equal where all that acts is equal, so that equal rows are computed once
-    until their tokens differ; by default only rows on which nothing has acted yet are. cached: with
-    kept keys and values, where the model allows it. limit: tokens in one pass.
+    until their tokens differ; by default only rows on which nothing has acted yet are. cached: on
+    kept keys and values, where `way_of` says that the model does the same then. limit: tokens of
+    one pass. memory: bytes for keys, values and logits; less is taken where that isn't there.
 
-    Raises ValueError for what can't be done, NoNumbers for logits that are none, WriteMismatch for
-    writes that couldn't happen.
+    Raises ValueError for what can't be done, WriteMismatch for writes that couldn't happen.
     """
-    every = prefill or RuleWrites()
+    given = _Given(prefill or RuleWrites(), kept, steps)
+    if not all(prompts):
+        raise ValueError("every prompt needs a token")
     if decoding.sampled and (random is None or len(random) != len(prompts)):
         raise ValueError("sampled tokens need a key of random numbers for each row")
-    found: list[Reply] = []
-    for rows in _batches(prompts, decoding.tokens, limit):
-        chosen = Chosen(len(prompts), rows)
-        found.extend(
-            _write(
-                model,
-                [prompts[row] for row in rows],
-                decoding,
-                chosen.rules(every),
-                [own for write in kept if len((own := chosen.write(write)).rows)],
-                [chosen.step_rules(rules) for rules in steps],
-                [() if random is None else random[row] for row in rows],
-                None if groups is None else groups[np.array(rows)],
-            )
-        )
-    return found
+    given.check_blocks(decoding.tokens)
+    work = _Work(
+        model,
+        prompts,
+        decoding,
+        given,
+        [()] * len(prompts) if random is None else random,
+        groups,
+        cached and not given.looks_back and way_of(model, inside=given.inside).kind == "cached",
+        limit,
+    )
+    found: list[Reply | None] = [None] * len(prompts)
+    for rows in _batches(model, prompts, decoding.tokens, limit, memory):
+        for row, reply in work.replies(rows):
+            found[row] = reply
+    return [reply for reply in found if reply is not None]
 
 
 def _batches(
-    prompts: Sequence[tuple[int, ...]], tokens: int, limit: int
-) -> Sequence[Sequence[int]]:
-    """Rows that are written together, in their order."""
-    found: list[list[int]] = []
-    longest = 0
-    for row, prompt in enumerate(prompts):
-        longest = max(longest, len(prompt) + tokens)
-        if not found or (len(found[-1]) + 1) * longest > limit:
-            found.append([])
-            longest = len(prompt) + tokens
-        found[-1].append(row)
-    return found
-
-
-@torch.inference_mode()
-def _write(
     model: LoadedModel,
     prompts: Sequence[tuple[int, ...]],
-    decoding: Decoding,
-    prefill: RuleWrites,
-    kept: Sequence[SiteWrite],
-    steps: Sequence[StepRules],
-    random: Sequence[tuple[int, ...]],
-    groups: Ints | None,
-) -> list[Reply]:
-    """The replies of one batch."""
-    sharing = Sharing(prompts, first_acting(len(prompts), prefill, kept, steps), groups)
-    passes: _Passes = WholePasses(model, prompts, prefill, kept, steps, decoding.tokens)
-    writing = Writing(len(prompts), decoding)
-    states = sharing.first()
-    step = 0
-    while len(states):
-        logits = passes.logits(states, step, writing.ids)
-        of_row = states.of_row
-        rows, keys = list(of_row), [random[row] for row in of_row]
-        tokens = next_tokens(logits, list(of_row.values()), decoding, keys, step)
-        going = {
-            row: token for row, token in zip(rows, tokens, strict=True) if writing.put(row, token)
-        }
-        step += 1
-        states = sharing.follow(states, going, step)
-    return writing.replies()
+    tokens: int,
+    limit: int,
+    memory: int,
+) -> Iterator[list[int]]:
+    """Rows that are written together: prompts of like lengths, equal ones side by side."""
+    shape = model.shape
+    each = model.dtype.itemsize * 2 * shape.n_layers * shape.n_kv_heads * shape.d_head
+    logits = 3 * 4 * shape.outputs
+    batch: list[int] = []
+    for row in sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), prompts[row])):
+        most = memory // (each * (len(prompts[row]) + tokens) + logits)
+        if batch and len(batch) + 1 > min(limit, most):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+class _Passes(Protocol):
+    def own(self, row: int) -> int: ...
+    def logits(self, states: States, step: int, ids: Sequence[Sequence[int]]) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """What acts, as it was given."""
+
+    prefill: RuleWrites
+    kept: Sequence[SiteWrite]
+    steps: Sequence[StepRules]
+
+    @property
+    def inside(self) -> bool:
+        """Whether anything acts within attention."""
+        writes = [*self.prefill.writes, *(each for rules in self.steps for each in rules.writes)]
+        edges = [*self.prefill.edges, *(each for rules in self.steps for each in rules.edges)]
+        return bool(edges) or any(write.site in WITHIN_ATTENTION for write in writes)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether what is written at a newest token hangs on what stands at the one before."""
+        return any(write.mode == "step" for rules in self.steps for write in rules.writes)
+
+    def check_blocks(self, tokens: int) -> None:
+        """A block that has been left out has no keys and values of the tokens so far."""
+        out: set[int] = set()
+        for step in range(tokens):
+            blocks = blocks_of(self.steps, step) if step else dict(self.prefill.blocks)
+            now = {block for block, of in blocks.items() if of is None}
+            if out - now:
+                raise ValueError(f"block {min(out - now)} is left out, and attends in step {step}")
+            out |= now
+
+    def of(self, chosen: Chosen) -> _Given:
+        """The part of some rows."""
+        return replace(
+            self,
+            prefill=chosen.rules(self.prefill),
+            kept=[own for write in self.kept if len((own := chosen.write(write)).rows)],
+            steps=[chosen.step_rules(rules) for rules in self.steps],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """All rows, which are written batch by batch."""
+
+    model: LoadedModel
+    prompts: Sequence[tuple[int, ...]]
+    decoding: Decoding
+    given: _Given
+    random: Sequence[tuple[int, ...]]
+    groups: Ints | None
+    cached: bool
+    limit: int
+
+    def replies(self, rows: Sequence[int]) -> Iterator[tuple[int, Reply]]:
+        """Rows with their replies; in two halves where memory runs out."""
+        try:
+            found = self._together(rows)
+        except (RuntimeError, MemoryError) as error:
+            if len(rows) == 1 or not out_of_memory(error):
+                raise
+            found = None
+        if found is not None:
+            yield from zip(rows, found, strict=True)
+            return
+        release()
+        half = len(rows) // 2
+        yield from self.replies(rows[:half])
+        yield from self.replies(rows[half:])
+
+    @torch.inference_mode()
+    def _together(self, rows: Sequence[int]) -> list[Reply]:
+        """The replies of one batch."""
+        prompts = [self.prompts[row] for row in rows]
+        given = self.given.of(Chosen(len(self.prompts), rows))
+        acting = first_acting(len(rows), given.prefill, given.kept, given.steps)
+        groups = None if self.groups is None else self.groups[np.array(rows)]
+        sharing = Sharing(prompts, acting, groups)
+        passes: _Passes = (CachedPasses if self.cached else WholePasses)(
+            self.model,
+            prompts,
+            given.prefill,
+            given.kept,
+            given.steps,
+            self.decoding.tokens,
+            self.limit,
+        )
+        writing = Writing(len(rows), self.decoding)
+        states, step = sharing.first(passes.own), 0
+        while len(states):
+            logits = passes.logits(states, step, writing.ids)
+            of_row = states.of_row
+            keys = [self.random[rows[row]] for row in of_row]
+            tokens = next_tokens(logits, list(of_row.values()), self.decoding, keys, step)
+            going = {
+                row: token
+                for row, token in zip(of_row, tokens, strict=True)
+                if writing.put(row, token) and token is not None
+            }
+            step += 1
+            states = sharing.follow(states, going, step)
+        return writing.replies()

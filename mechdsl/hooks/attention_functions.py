@@ -57,7 +57,7 @@ class CachedAttention:
     values: Tensor
     mask: Tensor | None
     """[lane or 1, heads or 1, T, T]: true where a query sees a key, or what is added to its score;
-    None where every token sees every other."""
+    None where every token sees every other. With fewer queries, they are the last ones."""
 
     distances: Distances | None = None
     """What is added to scores besides."""
@@ -363,15 +363,25 @@ def attend_whole(
     **arguments: Any,
 ) -> Tensor:
     """Attention of whole padded prompts, [B, T, heads, d_head], with what is read and written
-    within it.
+    within it; or of the last of their tokens, with keys and values of all of them.
 
-    query: [B, heads, T, d_head]; key, value: [B, key-value heads, T, d_head]. mask: written out.
+    query: [B, heads, T, d_head]; key, value: [B, key-value heads, T or more, d_head]. mask: written
+    out.
     """
     lanes, heads, count, _ = query.shape
     mask = work.opened(of_queries(mask, count), heads)
-    every = torch.arange(count, device=query.device)
-    group = AttentionGroup(0, torch.arange(lanes, device=query.device), 1, every, every, every=True)
+    asking = torch.arange(count, device=query.device)
+    before = key.shape[2] - count
+    group = AttentionGroup(
+        0,
+        torch.arange(lanes, device=query.device),
+        1,
+        asking + before,
+        asking,
+        every=before == 0,
+    )
     kept = CachedAttention(key, value, biased(mask, position_bias), distances)
+    key, value = key[:, :, before:], value[:, :, before:]
     out = value.new_empty(lanes * count, heads, value.shape[-1])
     attend(
         query.transpose(0, 1).flatten(1, 2),
@@ -431,7 +441,7 @@ def _mask(
     """[lane or 1, head or 1, query, key] of a group's queries; None where they see all keys."""
     if kept.mask is None:
         return None
-    columns = group.columns[group.queries]
+    columns = group.columns[group.queries] - (kept.mask.shape[-1] - kept.mask.shape[-2])
     key = (
         kept.mask.data_ptr(),  # blocks share it, cut anew for each
         before,

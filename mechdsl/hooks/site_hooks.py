@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.experts import ExpertHook, RouterHook
 from mechdsl.hooks.hook_points import InHook, OutHook, Step, scale_of
 from mechdsl.hooks.inside_attention import EdgeWrite, LayerWork, by_layer, layer_work
@@ -274,17 +273,18 @@ class SiteWork:
     def _on(self, spot: tuple[str, Side, int], order: tuple[int, int], step: Step) -> None:
         self._steps[spot].append((order, step))
 
-    def keep_logits(self, batch: Batch, positions: Tensor) -> None:
+    def keep_logits(self, positions: Tensor) -> None:
         """Unembed only these positions ([B, n]) of each row."""
         if self._logits[0] or self._logits[1]:
             raise ValueError("logits can't be read or written where only some are computed")
-        if positions.shape[:1] != (len(batch),) or positions.dim() != 2:
+        if positions.shape[:1] != (len(self.frame),) or positions.dim() != 2:
             raise ValueError("logits_at must be [B, n]")
-        at = positions.to(batch.ids.device)
-        if bool(((at < 0) | (at >= batch.lengths[:, None])).any()):
+        lengths = self.frame.lengths_of("logits", "")
+        at = positions.to(lengths.device)
+        if bool(((at < 0) | (at >= lengths[:, None])).any()):
             raise ValueError("a position in logits_at is not in its prompt")
-        rows = torch.arange(len(batch), device=at.device)[:, None]
-        columns = batch.starts[:, None] + at
+        every = torch.arange(len(at), device=at.device)[:, None].expand_as(at)
+        rows, columns, _ = self.frame.locate("logits", None, "", every, at)
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             return value[rows.to(value.device), columns.to(value.device)]

@@ -63,7 +63,7 @@ def run_whole(
     """
     work = SiteWork(model, batch, writes, reads, stop, edges)
     if logits_at is not None:
-        work.keep_logits(batch, logits_at)
+        work.keep_logits(logits_at)
     narrow = narrowed(model, tokens, ends=True)
     with torch.inference_mode(), work.installed(), opened(model, work), narrow:
         try:

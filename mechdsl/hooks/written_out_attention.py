@@ -50,6 +50,11 @@ def _heads(features: Tensor, count: int) -> Tensor:
     return features.unflatten(-1, (count, -1)).transpose(1, 2)
 
 
+def _kept(module: Any, past: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """With those that are kept of earlier tokens."""
+    return (key, value) if past is None else past.update(key, value, module.layer_idx)
+
+
 # --- modules with a method that attends -----------------------------------------------------------
 
 
@@ -79,7 +84,8 @@ def _by_method(
 
 
 def _windowed(mask: Tensor, window: int) -> Tensor:
-    near = torch.ones_like(mask[0, 0], dtype=torch.bool).tril(-window)
+    before = mask.shape[-1] - mask.shape[-2]  # keys in front of the first query
+    near = torch.ones_like(mask[0, 0], dtype=torch.bool).tril(before - window)
     return hide(mask, near)
 
 
@@ -110,9 +116,11 @@ def bloom(
     residual: Tensor,
     alibi: Tensor,
     attention_mask: Tensor,
+    layer_past: Any = None,
     **_: Any,
 ) -> Any:
     query, key, value = module._reshape(module.query_key_value(hidden_states))
+    key, value = _kept(module, layer_past, key, value)
     mask = exchange.mask(
         lambda mask, alibi: mask + alibi.unflatten(0, (-1, module.num_heads)), attention_mask, alibi
     )
@@ -134,6 +142,7 @@ def mpt(
     if module.clip_qkv:
         fused = fused.clamp(min=-module.clip_qkv, max=module.clip_qkv)
     query, key, value = (_heads(part, module.n_heads) for part in fused.chunk(3, dim=2))
+    key, value = _kept(module, past_key_values, key, value)
     mask = exchange.mask(  # true where a key is hidden; biases are those of the longest prompt
         lambda hides, bias: hide(bias[None, :, :, -hides.shape[-1] :], hides),
         attention_mask,
@@ -159,14 +168,17 @@ def falcon(
 ) -> Any:
     parts = module._split_heads(module.query_key_value(hidden_states))
     query, key, value = (part.transpose(1, 2) for part in parts)
+    if alibi is None:
+        library = import_module(type(module).__module__)
+        query, key = library.apply_rotary_pos_emb(query, key, *(position_embeddings or ()))
+    key, value = _kept(module, layer_past, key, value)
     # Keys and values come repeated for each head that reads them.
     shared = key.shape[1] // module.num_kv_heads
     key, value = key[:, ::shared], value[:, ::shared]
     mask = attention_mask
-    if alibi is None:
-        library = import_module(type(module).__module__)
-        query, key = library.apply_rotary_pos_emb(query, key, *(position_embeddings or ()))
-    elif exchange.own == "eager":  # the bias is in the mask and comes on top of it
+    if (
+        alibi is not None and exchange.own == "eager"
+    ):  # the bias is in the mask and comes on top of it
         mask = exchange.mask(
             lambda mask, bias: mask + bias * module.inv_norm_factor, attention_mask, alibi
         )
@@ -190,6 +202,8 @@ def xglm(
             (module.v_proj, read),
         )
     )
+    if kw.get("key_value_states") is None:
+        key, value = _kept(module, kw.get("past_key_values"), key, value)
     out, weights = exchange.attend(
         module, query, key, value, attention_mask, scaling=module.scaling
     )
@@ -355,6 +369,7 @@ def llama4(
     hidden_states: Tensor,
     position_embeddings: Tensor,
     attention_mask: Any = None,
+    past_key_values: Any = None,
     **_: Any,
 ) -> Any:
     query, key, value = (
@@ -373,6 +388,7 @@ def llama4(
         grown = torch.log1p(torch.floor((place.float() + 1) / module.floor_scale))
         query = (query * (grown * module.attn_scale + 1)[..., None, None]).to(query.dtype)
     query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    key, value = _kept(module, past_key_values, key, value)
     out, weights = exchange.attend(
         module, query, key, value, attention_mask, scaling=module.scaling
     )

@@ -35,11 +35,11 @@ from mechdsl.execute.pass_size import (
     Sizes,
     bytes_per_token,
     kept_bytes,
-    out_of_memory,
 )
 from mechdsl.execute.patched_rows import Patcher
 from mechdsl.execute.sizes import PassSizes
 from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.memory import out_of_memory
 from mechdsl.loading.load import adopt
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.experiment_plan import ExperimentPlan

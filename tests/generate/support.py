@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import pytest
 import torch
 from torch import Tensor
 
+import mechdsl.generate.write_replies as write_replies_module
+from mechdsl.base.reply import Reply
 from mechdsl.generate.records import Decoding, StepEdge, StepRules
+from mechdsl.generate.write_replies import write_replies
 from mechdsl.hooks.inside_attention import EdgeWrite
+from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import Mode, SiteWrite
 from mechdsl.hooks.rule_writes import RuleWrites
 
@@ -18,6 +23,9 @@ from ..reference.forward import Edge, Run, Write, forward
 from ..rules.models import double
 
 Also = Literal["", "newest", "written"]
+Kind = Literal["block", "reweight", "uniform", "set"]
+NEAR = 1e-4
+"""Of logits, relative to the largest."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Look:
     """An edit of one row's attention from one token."""
 
     row: int
-    kind: Literal["block", "reweight", "uniform", "set"]
+    kind: Kind
     layer: int
     head: int
     keys: tuple[int, ...]
@@ -121,7 +129,62 @@ class Rules:
             for look in self.looks
             if look.query is None
         ]
-        return {"prefill": prefill, "steps": steps, "kept": [act.write for act in self.kept]}
+        return {
+            "prefill": prefill,
+            "steps": steps,
+            "kept": [act.write for act in self.kept],
+        }
+
+    def of(self, rows: Sequence[int]) -> Rules:
+        """What acts on these rows, counted anew."""
+
+        def some(each: Sequence[Any]) -> list[Any]:
+            return [replace(x, row=rows.index(x.row)) for x in each if x.row in rows]
+
+        return Rules(some(self.acts), some(self.looks), some(self.kept))
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written behind each prompt, and the logits [step, vocab] that it was chosen by."""
+
+    replies: list[Reply]
+    logits: list[Tensor]
+
+
+def written(
+    model: LoadedModel,
+    prompts: Sequence[tuple[int, ...]],
+    decoding: Decoding,
+    rules: Rules | None = None,
+    **settings: Any,
+) -> Written:
+    """By the package."""
+    found: dict[int, list[Tensor]] = {row: [] for row in range(len(prompts))}
+    choose = write_replies_module.next_tokens
+
+    def listening(
+        logits: Tensor, states: Sequence[int], how: Decoding, keys: Any, step: int
+    ) -> Any:
+        for state, (row, *_) in zip(states, keys, strict=True):
+            assert len(found[row]) == step
+            found[row].append(logits[state].double())
+        return choose(logits, states, how, keys, step)
+
+    settings.setdefault("random", [(row,) for row in range(len(prompts))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write_replies_module, "next_tokens", listening)
+        given = (rules or Rules()).given()
+        replies = write_replies(model, prompts, decoding, **{**given, **settings})
+    return Written(replies, [torch.stack(found[row]) for row in range(len(prompts))])
+
+
+def agree(found: Written, expected: Sequence[tuple[Sequence[int], Tensor]]) -> None:
+    """The same tokens, and logits as near as 32 bits allow."""
+    for row, (ids, logits) in enumerate(expected):
+        assert found.replies[row].ids == tuple(ids), row
+        error = (found.logits[row] - logits).abs().amax() / logits.abs().amax()
+        assert error < NEAR, (row, error)
 
 
 def greedy(tokens: int, **settings: Any) -> Decoding:

@@ -1,0 +1,252 @@
+"""The quick way to write: one prefill, then passes over newest tokens, on kept keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Ints
+from mechdsl.generate.acting import Chosen, merged
+from mechdsl.generate.cached_pass import NewTokens, keep, run_cached
+from mechdsl.generate.kept_keys import KeptKeys
+from mechdsl.generate.records import StepRules
+from mechdsl.generate.states import States
+from mechdsl.generate.whole import edited
+from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.block_exchange import blocks_replaced
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
+from mechdsl.hooks.rule_writes import RuleWrites
+from mechdsl.hooks.whole_pass import run_whole
+
+MIXED = 64
+"""Tokens of a prefill that are computed once more rather than in a pass of their own."""
+
+
+class CachedPasses:
+    """Each token is computed once.
+
+    In the prefill, the tokens in front of the first one of a row at which anything acts are
+    computed once for each distinct prompt, and so are whole prompts on which nothing acts.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        prompts: Sequence[tuple[int, ...]],
+        prefill: RuleWrites,
+        kept: Sequence[SiteWrite],
+        steps: Sequence[StepRules],
+        tokens: int,
+        limit: int,
+    ) -> None:
+        """tokens: of a reply, at most. limit: tokens of one pass."""
+        self.model = model
+        self.prompts = prompts
+        self.prefill = prefill
+        self.kept = kept
+        self.steps = steps
+        self.limit = limit
+        self.columns = max(map(len, prompts))
+        """Of all prompts, padded on the left."""
+        own = _own_tokens(prompts, prefill)
+        self._own = own
+        layers = model.shape.n_layers
+        self.keys = KeptKeys(layers, len(prompts), self.columns + tokens - 1)
+
+    def own(self, row: int) -> int:
+        """The tokens that only this row's prefill computes."""
+        return int(self._own[row])
+
+    def logits(self, states: States, step: int, ids: Sequence[Sequence[int]]) -> Tensor:
+        """[state, vocab] behind the newest token of each state.
+
+        ids: [row] the reply so far, of `step` tokens.
+        """
+        if step == 0:
+            return self._prefill(states)
+        first = self.columns + step - 1
+        self.keys.move(states.moves, first)
+        chosen = Chosen(len(self.prompts), states.leaders)
+        if step == 1:
+            self._edit(states, chosen)
+        new = torch.tensor([[ids[row][-1]] for row in states.leaders], device=self.model.device)
+        tokens = NewTokens(new, self._starts(states.leaders), first)
+        acting = self._acting(states, chosen, step)
+        return run_cached(self.model, tokens, self.keys, slice(0, len(states)), acting)
+
+    def _acting(self, states: States, chosen: Chosen, step: int) -> RuleWrites:
+        """What acts in a step; mostly what acted in the one before."""
+        lengths = torch.tensor([len(self.prompts[row]) for row in states.leaders])
+        return merged(chosen.step(self.steps, step, lengths, lengths + step - 1), len(states))
+
+    def _starts(self, rows: Sequence[int]) -> Tensor:
+        """[n] columns of first tokens."""
+        starts = [self.columns - len(self.prompts[row]) for row in rows]
+        return torch.tensor(starts, device=self.model.device)
+
+    # --- the prefill ------------------------------------------------------------------------
+
+    def _prefill(self, states: States) -> Tensor:
+        rows = states.leaders
+        own = np.array([self.own(row) for row in rows])
+        found: list[Tensor] = []
+        shared = self._shared(states, own)
+        if shared is not None:
+            found.append(shared)
+        for part in _parts(own, self.limit):
+            found.append(self._suffix(rows, part, int(own[part].max())))
+        return torch.cat(found)
+
+    def _shared(self, states: States, own: Ints) -> Tensor | None:
+        """What prompts have in common, once for each distinct one; the logits [state, vocab] of
+        those on which nothing acts, which are the first states.
+
+        own: [state] tokens at the end that aren't common.
+        """
+        whole = int((own == 0).sum())
+        columns = self.columns if whole else self.columns - int(own.min())
+        if columns == 0:
+            return None
+        rows = states.leaders
+        number: dict[tuple[int, ...], int] = {}
+        of = [number.setdefault(self.prompts[row], len(number)) for row in rows]
+        lead = [of.index(each) for each in range(len(number))]
+        batch = self._batch([rows[state] for state in lead])
+        keys = KeptKeys(self.model.shape.n_layers, len(number), columns)
+        acting, index = RuleWrites(blocks=self.prefill.blocks), torch.tensor(of)
+        each, found = max(1, self.limit // columns), list[Tensor]()
+        for first in range(0, len(number), each):
+            part = slice(first, min(first + each, len(number)))
+            tokens = NewTokens(batch.ids[part, :columns], batch.starts[part], 0)
+            if whole:
+                found.append(run_cached(self.model, tokens, keys, part, acting))
+            else:
+                keep(self.model, tokens, keys, part, acting)
+        self.keys.fill(keys, index, columns)
+        return torch.cat(found)[index[:whole].to(self.model.device)] if whole else None
+
+    def _suffix(self, rows: Sequence[int], part: slice, count: int) -> Tensor:
+        """[n, vocab] of some of the rows, whose last tokens are computed, behind those that are
+        kept already."""
+        rows = rows[part]
+        batch = self._batch(rows)
+        first = self.columns - count
+        acting = Chosen(len(self.prompts), rows).rules(self.prefill)
+        numbers = acting.numbered(batch).numbers
+        numbers = None if numbers is None else numbers[:, first:]
+        tokens = NewTokens(batch.ids[:, first:], batch.starts, first, numbers)
+        return run_cached(self.model, tokens, self.keys, part, merged(acting, len(rows)))
+
+    def _batch(self, rows: Sequence[int]) -> Batch:
+        """Whole prompts, as wide as the widest of all."""
+        ids = torch.full((len(rows), self.columns), self.model.pad_id, dtype=torch.long)
+        for number, row in enumerate(rows):
+            prompt = self.prompts[row]
+            ids[number, self.columns - len(prompt) :] = torch.tensor(prompt)
+        ids, starts = ids.to(self.model.device), self._starts(rows)
+        column = torch.arange(self.columns, device=ids.device)
+        mask = (column >= starts[:, None]).long()
+        return Batch(ids, mask, self.columns - starts, starts)
+
+    # --- edits of what is kept --------------------------------------------------------------
+
+    def _edit(self, states: States, chosen: Chosen) -> None:
+        """Edit keys and values between the prefill and the first step.
+
+        They are read as they came out of their projections and edited there; another pass, in which
+        they stand so, gives what is kept of them, behind rotary for one. Layers don't see each
+        other's edits, as each is made on what the layer had.
+        """
+        edits = [own for each in self.kept if len((own := chosen.write(each)).rows)]
+        if not edits:
+            return
+        touched = torch.cat([edit.rows for edit in edits]).unique()
+        some = [states.leaders[state] for state in touched.tolist()]
+        here = torch.full((len(states),), -1, dtype=torch.long)
+        here[touched] = torch.arange(len(touched))
+        edits = [edit.moved(here) for edit in edits]
+        acting = Chosen(len(self.prompts), some).rules(self.prefill)
+        batch = acting.numbered(self._batch(some))
+        places = list(dict.fromkeys(edit.where for edit in edits))
+        with blocks_replaced(self.model, acting.blocks):
+            reads = run_whole(
+                self.model,
+                batch,
+                writes=acting.writes,
+                edges=acting.edges,
+                reads=places,
+                logits_at=(batch.lengths - 1)[:, None],
+            ).reads
+        standing = [_standing(place, reads[place], batch, edits) for place in places]
+        scratch = KeptKeys(self.model.shape.n_layers, len(some), self.columns)
+        tokens = NewTokens(batch.ids, batch.starts, 0, batch.numbers)
+        again = replace(acting, writes=[*acting.writes, *standing])
+        keep(self.model, tokens, scratch, slice(0, len(some)), again)
+        for write in standing:
+            columns = batch.columns(write.rows, write.positions)
+            which = "keys" if write.site == "k" else "values"
+            assert write.layer is not None
+            self.keys.put(scratch, which, write.layer, touched[write.rows], write.rows, columns)
+
+
+def _standing(
+    place: SiteRead, found: Tensor, batch: Batch, edits: Sequence[SiteWrite]
+) -> SiteWrite:
+    """All heads of each token that is edited at a site, as they stand there afterwards.
+
+    found: [B, T, heads, d_head], what was read.
+    """
+    spots: list[Tensor] = []
+    for edit in edits:
+        if edit.where == place:
+            index = edit.rows, batch.columns(edit.rows, edit.positions), edit.units
+            found = edited(found, edit, index)
+            spots.append(torch.stack([edit.rows, edit.positions], dim=1))
+    rows, positions = torch.cat(spots).unique(dim=0).t()
+    heads = found.shape[2]
+    values = found[rows.to(found.device), batch.columns(rows, positions)].flatten(0, 1)
+    return SiteWrite(
+        place.site,
+        place.layer,
+        rows.repeat_interleave(heads),
+        positions.repeat_interleave(heads),
+        torch.arange(heads).repeat(len(rows)),
+        values,
+    )
+
+
+def _parts(own: Ints, limit: int) -> Iterable[slice]:
+    """States that go through the prefill together; none whose tokens are all common.
+
+    own: [state] tokens of their own, ascending.
+    """
+    first = int((own == 0).sum())
+    while first < len(own):
+        end = first + 1
+        while end < len(own):
+            more = int((own[end] - own[first:end]).sum())
+            wasteful = more > max(MIXED, int(own[first:end].sum()) // 4)
+            if wasteful or int(own[end]) * (end + 1 - first) > limit:
+                break
+            end += 1
+        yield slice(first, end)
+        first = end
+
+
+def _own_tokens(prompts: Sequence[tuple[int, ...]], prefill: RuleWrites) -> Ints:
+    """[row] tokens from the first one on at which anything acts in the prefill."""
+    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+    first = lengths.copy()
+    places = [
+        *((each.rows, each.positions - int(each.mode == "step")) for each in prefill.writes),
+        *((each.rows, each.queries) for each in prefill.edges),
+        *((each.rows, each.positions) for each in prefill.numbers),
+    ]
+    for rows, positions in places:
+        np.minimum.at(first, rows.cpu().numpy(), positions.cpu().numpy().clip(min=0))
+    return lengths - first

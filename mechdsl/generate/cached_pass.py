@@ -1,0 +1,158 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+"""One pass over the newest tokens of some rows, behind keys and values that are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechdsl.generate.kept_keys import KeptKeys
+from mechdsl.hooks.attention_functions import attend_whole
+from mechdsl.hooks.block_attention import AttentionCall, block_attention
+from mechdsl.hooks.block_exchange import blocks_replaced
+from mechdsl.hooks.calls import text_inputs
+from mechdsl.hooks.hook_points import fused
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.rule_writes import RuleWrites
+from mechdsl.hooks.site_hooks import PassStopped, SiteWork
+
+
+@dataclass(frozen=True, eq=False)
+class NewTokens:
+    """The tokens of a pass, in columns from `first` on; prompts end in the same column. It is the
+    `Frame` of the pass."""
+
+    ids: Tensor
+    """[n, Q] long."""
+    starts: Tensor
+    """[n] long, column of each prompt's first token."""
+    first: int
+    numbers: Tensor | None = None
+    """[n, Q] long, position ids; None: tokens are counted."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def count(self) -> int:
+        """Tokens of each row."""
+        return int(self.ids.shape[1])
+
+    @property
+    def leading(self) -> int:
+        """Rows."""
+        return len(self)
+
+    @property
+    def lane_starts(self) -> Tensor:
+        """[n]"""
+        return self.starts
+
+    @property
+    def key_width(self) -> int:
+        """Columns up to now."""
+        return self.first + self.count
+
+    def lengths_of(self, site: str, stack: str) -> Tensor:
+        """[n] tokens up to now."""
+        return self.key_width - self.starts
+
+    def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Columns in which positions lie."""
+        return self.starts[rows.to(self.starts.device)] + positions.to(self.starts.device)
+
+    def locate(
+        self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Row and token of the pass; places in front of it aren't there."""
+        tokens = self.columns(rows, positions) - self.first
+        return rows, tokens, tokens >= 0
+
+    def inputs(self, model: LoadedModel) -> dict[str, Tensor]:
+        """What the model is called with."""
+        column = torch.arange(self.key_width, device=self.starts.device)
+        own = column[self.first :] - self.starts[:, None]
+        numbers = own.clamp(min=0) if self.numbers is None else self.numbers
+        mask = (column >= self.starts[:, None]).long()
+        return {**text_inputs(model, self.ids, numbers), "attention_mask": mask}
+
+
+def run_cached(
+    model: LoadedModel, tokens: NewTokens, kept: KeptKeys, rows: slice, acting: RuleWrites
+) -> Tensor:
+    """[n, vocab] behind the last of the tokens; their keys and values are kept.
+
+    rows: of what is kept, as many as there are of tokens. acting: its rows are those of the pass.
+    Raises as `run_whole`.
+    """
+    work = SiteWork(model, tokens, acting.writes, (), None, acting.edges)
+    every = any(write.site == "logits" for write in acting.writes)
+    if not every and tokens.count > 1:
+        work.keep_logits((tokens.lengths_of("logits", "") - 1)[:, None])
+    with _running(model, work, kept, acting):
+        output = _called(model, tokens, kept.at(rows, tokens.first))
+    logits = work.output(output.logits)
+    work.check()
+    return logits[:, -1]
+
+
+def keep(
+    model: LoadedModel, tokens: NewTokens, kept: KeptKeys, rows: slice, acting: RuleWrites
+) -> None:
+    """The same where only the keys and values are wanted."""
+    n_layers = model.shape.n_layers
+    acting = acting.below(n_layers, n_layers)
+    work = SiteWork(model, tokens, acting.writes, (), n_layers, acting.edges)
+    with _running(model, work, kept, acting), suppress(PassStopped):
+        _called(model, tokens, kept.at(rows, tokens.first))
+    work.check()
+
+
+def _called(model: LoadedModel, tokens: NewTokens, kept: KeptKeys) -> Any:
+    return model.module(**tokens.inputs(model), past_key_values=kept, use_cache=True)
+
+
+@contextmanager
+def _running(
+    model: LoadedModel, work: SiteWork, kept: KeptKeys, acting: RuleWrites
+) -> Generator[None]:
+    """The model does what acts in a pass."""
+    with (
+        torch.inference_mode(),
+        blocks_replaced(model, acting.blocks),
+        fused(model.module),
+        work.installed(),
+        _opened(model, work, kept),
+    ):
+        yield
+
+
+@contextmanager
+def _opened(model: LoadedModel, work: SiteWork, kept: KeptKeys) -> Generator[None]:
+    """As in whole passes, and keys that are written there are kept as they are then."""
+    if not work.within:
+        yield
+        return
+
+    def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        layer = work.layer(call.layer, call.query)
+        if layer is None:
+            return call.unchanged()
+        query, key, value = call.query, call.key, call.value
+        if layer.rotated.get("k_rot"):
+            if key.shape[1] != kept.heads(call.layer):
+                raise ValueError(f"`{model.name}` keeps its keys in a form that can't be written")
+            own = key[:, :, -query.shape[2] :]
+            turned = layer.turned("k_rot", own.transpose(0, 1).flatten(1, 2))
+            own.copy_(turned.unflatten(1, (len(own), -1)).transpose(0, 1))
+            del layer.rotated["k_rot"]
+        return attend_whole(query, key, value, call.mask, layer, **call.arguments), None
+
+    with block_attention(model, attention, masked=True):
+        yield

@@ -1,0 +1,136 @@
+"""Edits of kept keys and values, and blocks that are exchanged in some of the steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import cache
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mechdsl.generate.records import StepRules
+from mechdsl.generate.write_replies import write_replies
+from mechdsl.hooks.rule_writes import RuleWrites
+
+from ..rules.models import double
+from ..rules.test_blocks import LISTS
+from .support import NEAR, Act, Rules, agree, by_hand, greedy, written
+from .test_acting import FAMILIES, MODES, PROMPTS, TOKENS, acts, model_of, width
+
+Pairs = Mapping[int, int | None]
+
+
+@cache
+def edits(name: str) -> tuple[list[tuple[int, ...]], Rules]:
+    """A row for each kind; every other one is written in the prefill and in steps too."""
+    prompts: list[tuple[int, ...]] = []
+    kept: list[Act] = []
+    beside: list[Act] = []
+    for number, (site, mode) in enumerate(product(("k", "v"), MODES)):
+        prompt = PROMPTS[number % len(PROMPTS)]
+        row = len(prompts)
+        (act,) = acts(name, row, site, mode, "the prefill", prompt)
+        heads, _ = width(name, site)
+        for layer in (0, 1, 2) if number % 3 else (1,):
+            for position in range(len(prompt) - 2, len(prompt)):
+                unit = (row + layer) % heads
+                kept.append(
+                    Act(row, site, layer, mode, act.values, unit, act.to, position=position)
+                )
+        if number % 2:
+            beside += acts(name, row, "resid_post", "add", "each step", prompt)
+            beside += acts(name, row, site, "add", "the prefill", prompt)
+        prompts.append(prompt)
+    return [*prompts, *PROMPTS], Rules(beside, kept=kept)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_edits(name: str, cached: bool) -> None:
+    prompts, rules = edits(name)
+    found = written(model_of(name), prompts, greedy(TOKENS), rules, cached=cached)
+    agree(found, by_hand(name, prompts, rules, TOKENS))
+    for row, prompt in enumerate(prompts[: -len(PROMPTS)]):
+        plain = found.logits[len(prompts) - len(PROMPTS) + PROMPTS.index(prompt)]
+        away = (found.logits[row] - plain).abs().amax(1) / plain.abs().amax()
+        assert away[1:].amax() > 10 * NEAR
+        if row % 2 == 0:  # the prefill doesn't see them
+            assert away[0] < NEAR
+
+
+def exchanged(name: str, pairs: Pairs) -> Any:
+    """The model with other blocks in some places."""
+    model = copy.deepcopy(double(name))
+    blocks = model.get_submodule(LISTS.get(name, "model.layers"))
+    before = list(blocks)
+    for to, of in pairs.items():
+        if of is None:
+            blocks[to].register_forward_hook(_handed_on, with_kwargs=True)
+            continue
+        blocks[to] = copy.deepcopy(before[of])
+        for part in blocks[to].modules():
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = to
+    return model
+
+
+def _handed_on(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    stream = args[0] if args else kwargs["hidden_states"]
+    return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+
+@torch.no_grad()
+def by_blocks(
+    name: str, prompt: tuple[int, ...], first: Pairs, later: Pairs, since: int
+) -> tuple[list[int], Tensor]:
+    """With the library's own cache."""
+    models = exchanged(name, first), exchanged(name, later)
+    ids, cache, found = torch.tensor([list(prompt)]), None, list[Tensor]()
+    for step in range(TOKENS):
+        output = models[step >= since](input_ids=ids, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        found.append(output.logits[0, -1])
+        ids = found[-1].argmax().reshape(1, 1)
+    return [int(each.argmax()) for each in found], torch.stack(found)
+
+
+CASES: tuple[tuple[Pairs, Pairs, int], ...] = (
+    ({1: 2}, {1: 2}, 1),
+    ({1: 0}, {}, 1),
+    ({}, {2: 0}, 1),
+    ({}, {1: None}, 2),
+    ({2: None}, {2: None}, 1),
+    ({0: 1}, {1: 0, 0: 1}, 3),
+)
+"""Which blocks stand in other places: before a step, and from it on."""
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
+def test_blocks(name: str, case: tuple[Pairs, Pairs, int], cached: bool) -> None:
+    first, later, since = case
+    steps = [StepRules(since, blocks=tuple(later.items()))]
+    if since > 1:
+        steps.append(StepRules(1, since - 1, blocks=tuple(first.items())))
+    found = written(
+        model_of(name),
+        PROMPTS,
+        greedy(TOKENS),
+        prefill=RuleWrites(blocks=tuple(first.items())),
+        steps=steps,
+        cached=cached,
+    )
+    agree(found, [by_blocks(name, prompt, first, later, since) for prompt in PROMPTS])
+
+
+def test_a_block_that_was_left_out_has_nothing_to_attend_to() -> None:
+    prefill = RuleWrites(blocks=((1, None),))
+    with pytest.raises(ValueError, match="block 1 is left out, and attends in step 1"):
+        write_replies(model_of("gpt2"), PROMPTS, greedy(2), prefill=prefill)
+    # One token is the prefill's alone.
+    assert write_replies(model_of("gpt2"), PROMPTS, greedy(1), prefill=prefill)
