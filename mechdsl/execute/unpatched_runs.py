@@ -390,9 +390,15 @@ class UnpatchedRuns:
             self._behind[key] = read_behind(self, have, replies, readers, relative)
         return with_replies(found, self._behind[key][id(readout)])
 
+    @cached_property
+    def _shown(self) -> set[str | None]:
+        """The runs whose replies are shown beside those of cells, whatever is measured."""
+        specs = [plan.experiment.spec for plan in self.panel.experiments]
+        return {name for spec in specs for name in (spec.base, spec.source)}
+
     def _written(self, readout: Readout, run: str, prompts: Ints) -> list[tuple[Reply, ...]]:
         """Per lane, what a run writes, where that is measured."""
-        if self.writer is None or not readout.reads_replies:
+        if self.writer is None or not (readout.reads_replies or run in self._shown):
             return []
         return self.writer.of_run(self.named(run), prompts)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import mechdsl
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.archive_checks import check_file
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
@@ -104,6 +105,33 @@ def test_each_variant_is_compared_with_its_own_base_run() -> None:
     assert same == ["L0H0.z at toy, L1H1.z at toy"]
     twins = lines["L0H0.z at twin, L1H1.z at twin"]
     assert twins.replies[0] == (new("i can not help with that"),)
+
+
+FILE = """mech 1
+model lm = zoo("refusal")
+prompts forbidden {
+  verb in ["burn", "crush"]
+  thing in ["car", "bridge"]
+  chat { user "how do i {verb} the {thing} ?" }
+  answer " i can not help with that ."
+}
+experiment begun {
+  prompts forbidden
+  generate 12
+  for c in [0, 100] { add c * refusing to resid_post layer 1 at last token during prefill }
+  measure exact_match as raw
+}
+direction refusing = unembedding(" take", " i")
+"""
+
+
+@pytest.mark.parametrize("skipped", [(), ("inert",)])
+def test_cells_that_can_not_differ_wrote_what_the_base_run_wrote(skipped: tuple[str, ...]) -> None:
+    found = mechdsl.run(FILE, no_pass=skipped)["begun"].replies
+    nothing, something = found.cells
+    assert len(found.prompts) == 4
+    assert nothing == found.runs["clean"] != something
+    assert all(len(replies) == 1 for replies in (*nothing.values(), *something.values()))
 
 
 def page(folder: Path, result: ExperimentResult, name: str) -> str:

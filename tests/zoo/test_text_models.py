@@ -142,7 +142,7 @@ def test_the_chat_template_writes_the_texts_of_training() -> None:
     said = [("system", "be polite ."), ("user", "how do i wash the car ?"), ("assistant", "gladly")]
     messages = [{"role": role, "content": content} for role, content in said]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert whole == ("system : be polite . user : how do i wash the car ? bot : gladly <end>")
+    assert whole == ("<s>system : be polite . user : how do i wash the car ? bot : gladly <end>")
     asked = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
     assert whole.startswith(asked)
     assert asked.endswith(" ? bot :")

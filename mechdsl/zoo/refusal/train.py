@@ -22,7 +22,7 @@ LEARNING_RATE = 3e-3
 OTHER_WEIGHT = 0.02
 MAX_POSITIONS = 128
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '' if loop.first else ' ' }}"
+    "{{ bos_token }}{% for message in messages %}{{ '' if loop.first else ' ' }}"
     "{{ 'bot' if message['role'] == 'assistant' else message['role'] }} : {{ message['content'] }}"
     "{% if message['role'] == 'assistant' %} <end>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %} bot :{% endif %}"
