@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.base.reply import Reply
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e05_paths import CannotWrite
 from mechdsl.execute.derived_runs import DerivedRuns
@@ -21,6 +22,7 @@ from mechdsl.execute.directions import DirectionFits
 from mechdsl.execute.options import Options
 from mechdsl.execute.read_vectors import prompt_batches, read_vectors
 from mechdsl.execute.saved import Saved
+from mechdsl.execute.saved_replies import with_replies
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.make_plan import make_plan
@@ -60,8 +62,11 @@ def save_vectors(
         found = DerivedRuns.define(panel.derived, runs, batches, fits)[1]
         if found:
             return saved, [*problems, *found]
+        save, run, replies = with_replies(save, run, runs, batches)
+        if replies:
+            batches = prompt_batches(runs.model_of(run), run, save.points, tokens=size)
         try:
-            saved.append(_Saving(experiment, save, run, runs).written(batches))
+            saved.append(_Saving(experiment, save, run, runs, replies).written(batches))
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             span, file = save.spec.span, save.spec.file
@@ -78,6 +83,8 @@ class _Saving:
     save: ResolvedSave
     run: Run
     runs: UnpatchedRuns
+    replies: Sequence[Reply]
+    """[row] what it wrote, where its vectors are saved; then the run's rows end in it."""
 
     def written(self, batches: Sequence[Ints]) -> Saved:
         """Raises OSError where the file, or what stands beside it, can't be written."""
@@ -154,6 +161,7 @@ class _Saving:
                 about = {
                     "row": self.experiment.table.row_ids[number],
                     "text": row.text,
+                    **({"reply": self.replies[number].text} if self.replies else {}),
                     "tokens": [tokenizer.token_text(token) for token in row.ids],
                     "ids": list(row.ids),
                     "values": dict(row.values),

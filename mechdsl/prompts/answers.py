@@ -255,7 +255,6 @@ def behind_rows(
 ) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
     """Texts behind the clean prompts of these rows, without the token that was moved there."""
     prompts = [table.sources[row].prompt.text for row in rows]
-    tokenizer = tokenizer.reading(written=table.chat)
     found, diagnostics = tokenise(prompts, texts, tokenizer, name=span.text, span=span)
     moved = [move(t, () if isinstance(x, TokenId) else table.moved)
              for t, x in zip(found, texts, strict=True)]  # fmt: skip
@@ -336,9 +335,10 @@ def numerals(
     width = width if digits is None else digits
     texts = [f"{before}{number:0{width}d}" for number in numbers]
     # One prompt stands for all: the token behind the prompt's last one is what counts.
-    prompts = [table.sources[0].prompt.text] * len(texts)
-    tokenizer = tokenizer.reading(written=table.chat)
-    found, diagnostics = tokenise(prompts, texts, tokenizer, name="numeral", span=span)
+    prompt = table.sources[0].prompt.text
+    found, diagnostics = tokenise(
+        [prompt] * len(texts), texts, tokenizer, name="numeral", span=span
+    )
     diagnostics = [d for d in diagnostics if d.severity == "error"]
     moved = [move(t, table.moved) for t in found]
     if any(m is None for m in moved):

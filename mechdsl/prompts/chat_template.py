@@ -117,9 +117,12 @@ class ChatTemplate:
         for piece in found.between:
             for number, text in enumerate(texts):
                 self._refuse(number, turns, self._writes(piece, text))
-        return (
-            Rich(rich.text[: found.end(len(turns) - 1, texts[-1])], rich.spans) if begun else rich
-        )
+        if not begun:
+            return rich
+        end = found.end(len(turns) - 1, texts[-1])
+        if any(span.end > end for span in rich.spans):
+            _lost(turns, found)
+        return Rich(rich.text[:end], rich.spans)
 
     def _writes(self, piece: str, text: str) -> str | None:
         """What marks turns in what the template writes, and stands in a text too."""
@@ -131,9 +134,9 @@ class ChatTemplate:
         if marker is not None:
             role, shown = turns[number].role, " ".join(marker.split())
             raise ChatProblem(
-                f"the text of a turn of `{role}` holds `{shown}`, which marks turns",
+                f"the text of a turn of `{role}` holds `{shown}`, a special token or mark of turns",
                 "leave these rows out with `where`, or write it otherwise: the model would read "
-                "the end of the turn in it",
+                "more than text in it",
                 number,
             )
 
@@ -201,28 +204,21 @@ class _Found:
         """The spans of a turn whose text, without white space at its ends, stands there."""
         text = turn.rich.text
         lead = len(text) - len(text.lstrip()) if text.strip() else 0
-        kept = lead if self.text[:start].endswith(text[:lead]) else 0
-        last = end + self._behind(text, end)
-        first = start - kept
 
         def at(place: int) -> int:
-            return min(max(place - lead + start, first), last)
+            return min(max(place - lead + start, start), end)
 
         inner = (
             SpanAt(name, at(a), at(b), (turn.role, *within))
             for name, a, b, within in turn.rich.spans
         )
-        return [SpanAt(turn.role, first, last), *inner]
-
-    def _behind(self, text: str, end: int) -> int:
-        """How much of the white space at a text's end the template left there."""
-        trail = text[len(text.rstrip()) :] if text.strip() else ""
-        return len(trail) if self.text[end:].startswith(trail) else 0
+        return [SpanAt(turn.role, start, end), *inner]
 
     def end(self, number: int, text: str) -> int:
         """Where the text of a turn ends, with white space at its end if the template leaves it."""
         end = self.places[number][-1][1]
-        return end + self._behind(text, end)
+        trail = text[len(text.rstrip()) :] if text.strip() else ""
+        return end + (len(trail) if self.text[end:].startswith(trail) else 0)
 
 
 def unwritten(turns: Sequence[Turn]) -> Rich:

@@ -141,11 +141,6 @@ class PromptTable(Record):
     def __len__(self) -> int:
         return len(self.row_ids)
 
-    @property
-    def chat(self) -> bool:
-        """Whether its own rows are chats."""
-        return any(run.chat for run in self.runs.values() if run.prompts is None)
-
 
 Hits: TypeAlias = tuple[tuple[int, ...], ...]
 """The runs of one row: token positions that are joined, each run by itself."""

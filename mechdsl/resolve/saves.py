@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.e03_rules import UnequalPrompts
+from mechdsl.diagnostics.e05_answers import NotInTheReply
 from mechdsl.program import spec
 from mechdsl.prompts.answer_tokens import AnswerTokens
 from mechdsl.prompts.positions import resolve_positions
+from mechdsl.prompts.reply_positions import ReplyTokens
 from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.replies import replies_of
 from mechdsl.resolve.resolved import ResolvedSave
 from mechdsl.resolve.resolved_rule import SitePoint
 from mechdsl.resolve.site_targets import resolve_site
@@ -39,13 +42,35 @@ def _save(save: spec.Save, work: Work) -> ResolvedSave | None:
         with_runs=(),
         ranked=work.ranked,
         answers=AnswerTokens(reason=_BEHIND),
+        replies=_replies(run, work),
     )
     work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
     if targets is None or has_errors(problems):
         return None
     points = tuple(dict.fromkeys(point for own in targets.points.values() for point in own))
     _one_width(save, run, points, work)
+    behind = any(cell.reply is not None for cell in cells)
+    if behind and any(SITES[point.site].width == "key" for point in points):
+        reason = "vectors over the keys of texts of different lengths aren't equally wide"
+        problem = NotInTheReply(
+            span=save.at.span, position=save.at.span.written, reason=reason, hint="save `z`"
+        )
+        work.diagnostics.append(problem)
     return ResolvedSave(save, run, points, tuple(cells))
+
+
+def _replies(run: str, work: Work) -> ReplyTokens:
+    """What a run writes: one text behind each row, without rules."""
+    written, found = replies_of(work.experiment), work.table.runs.get(run)
+    if work.experiment.generation is None or found is None:
+        return written
+    if found.derived is not None:
+        reason = f"`{run}` has rules, which don't act while a reply is written"
+        return ReplyTokens(reason=reason, hint="save a run without rules")
+    if work.experiment.generation.samples > 1 or found.draws > 1:
+        hint = "let it write one: without `samples`, and from a run without draws of noise"
+        return ReplyTokens(reason="each row writes several replies", hint=hint)
+    return written
 
 
 def _one_width(save: spec.Save, run: str, points: tuple[SitePoint, ...], work: Work) -> None:

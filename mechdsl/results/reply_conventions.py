@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 
 from mechdsl.base.plural import plural
+from mechdsl.base.reply import Reply
+from mechdsl.execute.measured_values import MeasuredValues
 from mechdsl.execute.writer import ends_of
 from mechdsl.generate.way import way_of
 from mechdsl.hooks.loaded import LoadedModel
@@ -15,7 +17,9 @@ from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.resolve.resolved_rule import ResolvedRule
 
 
-def of_replies(plan: ExperimentPlan, model: LoadedModel) -> Iterator[tuple[str, str]]:
+def of_replies(
+    plan: ExperimentPlan, measured: MeasuredValues, model: LoadedModel
+) -> Iterator[tuple[str, str]]:
     """Nothing without `generate`."""
     said, experiment = plan.experiment.generation, plan.experiment
     if said is None:
@@ -28,6 +32,7 @@ def of_replies(plan: ExperimentPlan, model: LoadedModel) -> Iterator[tuple[str, 
         )
     yield "generate", f"up to {plural(said.tokens, 'token')} behind each prompt, {chosen}"
     yield "replies end", _ends(said, experiment, model)
+    yield "lengths", "; ".join(_lengths(plan, measured))
     way = way_of(model)
     if way.kind == "whole":
         yield "kept keys", f"none: each token takes a whole pass, as {way.reason}"
@@ -47,6 +52,23 @@ def _ends(said: spec.Generation, experiment: ResolvedExperiment, model: LoadedMo
     found = [f"in front of {stops}"] if stops else []
     found += [f"in front of the model's {own}"] if own else []
     return ", or ".join([*found, f"behind {plural(said.tokens, 'token')}"])
+
+
+def _lengths(plan: ExperimentPlan, measured: MeasuredValues) -> Iterator[str]:
+    """How long replies are, of each run and of all cells."""
+    of: dict[str, list[Reply]] = {}
+    for (run, _), replies in measured.unpatched_replies.items():
+        of.setdefault(run, []).extend(replies)
+    if plan.rules:
+        every = (reply for own in measured.replies.values() for reply in own)
+        of["patched"] = list(every)
+    for name, replies in of.items():
+        counts = [len(reply.ids) for reply in replies]
+        if not counts:
+            continue
+        cut = sum(reply.ended == "length" for reply in replies)
+        said = f"{name} {sum(counts) / len(counts):.3g} tokens ({min(counts)} to {max(counts)})"
+        yield said + (f", {cut:,} of {len(counts):,} cut off" if cut else "")
 
 
 def _steps(rules: Sequence[ResolvedRule]) -> Iterator[str]:

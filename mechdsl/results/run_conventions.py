@@ -46,7 +46,7 @@ def conventions(
         **_of_directions(plan, measured),
         **_of_rules(plan, model),
         **_of_measures(experiment),
-        **dict(of_replies(plan, model)),
+        **dict(of_replies(plan, measured, model)),
         **dict(_of_cells(plan, measured)),
         **dict(_of_controls(plan)),
         **dict(_of_inert(plan, measured)),

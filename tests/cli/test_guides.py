@@ -151,7 +151,7 @@ def test_a_recipe(method: str, command: Command) -> None:
 
 def test_the_files_of_the_readme(command: Command) -> None:
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    first, second = [each for each in fences(page) if each.language == "mech"]
+    first, second, third = [each for each in fences(page) if each.language == "mech"]
     path = save(first)
     assert ran(command, f"mechdsl fmt --check {path}") == ""
     assert "report heatmap written to heads.png" in ran(command, f"mechdsl run {path}")
@@ -166,6 +166,12 @@ def test_the_files_of_the_readme(command: Command) -> None:
     assert "moved → clean" in printed
     with safe_open("streams.safetensors", "np") as streams:
         assert {f"resid_post.layer{n}" for n in range(4)} < set(streams.keys())
+    path = save(third)
+    assert ran(command, f"mechdsl fmt --check {path}") == ""
+    printed = ran(command, f"mechdsl run {path}")
+    assert "\nholds  expect contains < -0.6" in printed
+    assert "\nanswered: replies" in printed
+    assert "\nword_by_word: kl(clean)" in printed
 
 
 @pytest.mark.parametrize(

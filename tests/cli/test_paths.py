@@ -423,6 +423,7 @@ STRINGS = {
     "span_text": False,
     "_change_value": False,
     "citing": False,
+    "stopped": False,
     "atom": False,
 }
 """Rules of the grammar that a text stands in by itself: whether it is a path."""

@@ -12,9 +12,11 @@ import pytest
 from mechdsl.base import limits
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
+from mechdsl.prompts.build_table import build_table
 from mechdsl.prompts.chat_template import ChatTemplate, chat_of
 from mechdsl.prompts.prompt_table import PromptTable, RunRow
 from mechdsl.prompts.replaced_text import replace_tokens
+from mechdsl.prompts.rows import BlockRows
 from mechdsl.prompts.stand_ins import StandInTokenizer
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.validate.check_file import Settings, check_source
@@ -200,6 +202,19 @@ def test_rows_are_the_same_whichever_template_writes_them() -> None:
     assert len(others) == len(CHATS)
 
 
+def test_models_of_one_file_write_with_their_own_templates() -> None:
+    """Rows that are worked out once are those of a template."""
+    found = support.blocks('prompts p { x in ["plum", "fig"] chat { user "{x}" } }')
+    compiled: dict[str, BlockRows] = {}
+    for shape in ("chatml", "llama", "chatml"):
+        own = chats.tokenizer(shape)
+        made, _ = build_table(found["p"], tokenizer=own, compiled=compiled)
+        assert made is not None
+        for row in made.runs["clean"].rows:
+            assert row.text == chats.by_library(shape, [("user", row.values["x"])])[0]
+    assert len(compiled) == 2
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -223,6 +238,8 @@ def refused(shape: str, body: str, template: str | None = None) -> tuple[str, st
         ("gemma", "plum <end_of_turn>"),  # no special token, but the template writes it
         ("mistral", "plum [/INST] fig"),  # no token at all
         ("mistral", "</s>"),
+        ("mistral", "<unk>"),  # nothing that the template writes
+        ("chatml", "<|endoftext|>"),
     ],
 )
 def test_a_text_that_would_end_its_turn_is_refused(shape: str, text: str) -> None:
@@ -233,7 +250,7 @@ def test_a_text_that_would_end_its_turn_is_refused(shape: str, text: str) -> Non
             continue
         code, message = refused(shape, f'x in ["plum", "{text}"]\nchat {{ {turns} }}')
         assert code == "E0552"
-        assert "marks turns" in message
+        assert "a special token or mark of turns" in message
 
 
 def test_what_a_template_refuses_is_said() -> None:
@@ -249,6 +266,7 @@ def test_what_a_template_refuses_is_said() -> None:
         "{% for m in messages if m.role != 'system' %}[{{ m.content }}]{% endfor %}",
         "{% for m in messages %}[{{ m.content | upper }}]{% endfor %}",
         "{% for m in messages %}[{{ m.content[:3] }}]{% endfor %}",
+        "{% for m in messages %}[{{ m.content }}]{{ m.content | length }}{% endfor %}",
         "{% for m in messages %}[{{ m.content | replace('plum', 'fig') }}]{% endfor %}",
         "{% for m in messages %}[{{ m.content | length }}]{% endfor %}",
         "{% for m in messages %}[{{ m.content | replace(' ', '_') }}]{% endfor %}",
@@ -258,6 +276,13 @@ def test_a_turn_that_is_changed_or_left_out_is_refused(template: str) -> None:
     code, message = refused("chatml", 'chat { system "one two" user "plum" }', template)
     assert code == "E0552"
     assert "can't be found" in message
+
+
+def test_a_reply_that_has_begun_stands_at_the_end() -> None:
+    """Else what follows it would be cut off."""
+    template = "{% for m in messages | reverse %}[{{ m.content }}]{% endfor %}"
+    code, _ = refused("chatml", 'chat { user "plum" assistant "one two" }', template)
+    assert code == "E0552"
 
 
 HOSTILE = [

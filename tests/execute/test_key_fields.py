@@ -414,6 +414,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     Run: {
         "name": "what rules and measures call it; what it holds goes in",
         "prompts": "the block that its rows are of; they go in as they are",
+        "chat": "its tokens go in as they are",
         "derived": "its rules go in, as those of an experiment: `tests/execute/test_value_keys.py`",
     },
     RunRow: {

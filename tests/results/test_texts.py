@@ -125,6 +125,14 @@ direction refusing = unembedding(" take", " i")
 """
 
 
+def test_without_rules_there_is_the_base_run_alone() -> None:
+    one = wrote()
+    first = replace(one.replies, cells=one.replies.cells[:1])
+    alone = replace(one, axes=(), cells=(CellKey({}, ""),), replies=first)
+    (shown,) = written_prompts(alone, report("texts", top=1))
+    assert [line.label for line in shown.lines] == ["clean", "harmless"]
+
+
 @pytest.mark.parametrize("skipped", [(), ("inert",)])
 def test_cells_that_can_not_differ_wrote_what_the_base_run_wrote(skipped: tuple[str, ...]) -> None:
     found = mechdsl.run(FILE, no_pass=skipped)["begun"].replies

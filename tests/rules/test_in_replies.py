@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mechdsl.resolve.cell_key import Coord
@@ -24,6 +26,7 @@ from .support import (
     QUICK,
     Array,
     Text,
+    codes,
     compare,
     experiment,
     plain,
@@ -32,6 +35,7 @@ from .support import (
     rows,
     run_file,
     tokens,
+    try_file,
 )
 
 NAMES = ("gpt2", "llama", "gpt_neox", "mistral")
@@ -471,3 +475,72 @@ def test_without_rules(data: Path, name: str, mode: str) -> None:
 
     compare(found["e"].measures[0], values(product(range(MOST)), logits)[0], None)
     compare(found["f"].measures[0], values(product(range(MOST)), seen)[0], None)
+
+
+# --- what is saved, and refused -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [*QUICK, "small passes"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_saved(data: Path, name: str, mode: str) -> None:
+    """Vectors of the prompt's last token and of all that a run writes, with rows and texts."""
+    line = 'save resid_post layer * at last token, each reply token to "x.safetensors"'
+    result, found = try_file(experiment("e", GENERATE, line, measure=""), data, name, mode)
+    assert result is not None, found
+    tensors = load_file(data / "x.safetensors")
+    about = [json.loads(each) for each in (data / "x.jsonl").read_text().splitlines()]
+    own = [write(name, text.ids, lambda written: ([], [])) for text in rows()]
+    places = {each["row"]: each for each in about}
+    wanted: list[tuple[int, int]] = []
+    for row, each in places.items():
+        reply = own[data_row(each)]
+        assert each["ids"] == [*rows()[data_row(each)].ids, *reply.ids]
+        assert each["reply"] == " ".join(map(word, reply.ids))
+        wanted += [(row, reply.prompt - 1 + n) for n in range(len(reply.ids) + 1)]
+    assert wanted == list(zip(tensors["row"].tolist(), tensors["token"].tolist(), strict=True))
+    for layer in range(3):
+        vectors = tensors[f"resid_post.layer{layer}"]
+        for row, at, vector in zip(tensors["row"], tensors["token"], vectors, strict=True):
+            run = own[data_row(places[int(row)])].run
+            torch.testing.assert_close(
+                vector.double(), run["resid_post", layer][int(at), 0], atol=1e-3, rtol=1e-4
+            )
+
+
+def data_row(about: dict[str, Any]) -> int:
+    """The number in the data of a row that is saved."""
+    return next(n for n, text in enumerate(rows()) if about["ids"][: len(text.ids)] == text.ids)
+
+
+REFUSED: dict[str, tuple[str, ...]] = {
+    "no reply": (SET, "measure entropy at reply token 1 as raw"),
+    "too late": (GENERATE, SET, "measure entropy at reply token 7 as raw"),
+    "no occurrence": (GENERATE, SET, "measure entropy at reply 2 token as raw"),
+    "in a rule": (GENERATE, "set attn_out layer 1 at reply token to 0.6", "measure entropy as raw"),
+    "joined": (GENERATE, SET, "measure entropy at {last token, reply token} as raw"),
+    "recovery": (
+        "from longer into clean",
+        GENERATE,
+        SET,
+        "measure logit(answer) at reply token as recovery",
+    ),
+    "random": (GENERATE, SET, "against random(5)", "measure entropy at reply token as delta"),
+    "activations": (GENERATE, SET, "measure cosine(L1.resid, clean) at reply token as raw"),
+    "kept": (
+        GENERATE,
+        "set v layer 1 at subject token to 0.5 after prefill",
+        "measure entropy at reply token as raw",
+    ),
+    "all rows": (GENERATE, "observe rank resid_post layer 1 at reply token as r"),
+    "a pattern": (GENERATE, 'save pattern layer 1 at reply token to "x.safetensors"'),
+}
+
+
+@pytest.mark.parametrize("lines", REFUSED.values(), ids=REFUSED)
+def test_what_is_refused(data: Path, lines: tuple[str, ...]) -> None:
+    assert "E0545" in codes(experiment("e", *lines, measure=""), data)
+
+
+def test_a_measure_of_several_tokens_is_refused(data: Path) -> None:
+    lines = (GENERATE, SET, "measure entropy at reply tokens as raw")
+    assert codes(experiment("e", *lines, measure=""), data) == ["E0612"]

@@ -68,11 +68,14 @@ def said_of(result: ExperimentResult, shown: Sequence[WrittenPrompt]) -> list[st
     """What is shown, and how."""
     if not shown:
         return ["no replies to show: they weren't kept with these results"]
-    every = len(result.replies.prompts)
-    said = [
-        f"{len(shown)} of {plural(every, 'prompt')}, the first ones; what differs from "
-        f"{result.shown(result.base)} is marked, word by word where half of the words are the same"
-    ]
+    count = f"{len(shown)} of {plural(len(result.replies.prompts), 'prompt')}, the first ones"
+    said = [count]
+    if not all(line.runs for each in shown for line in each.lines):
+        base = result.shown(result.base)
+        said = [
+            f"{count}; what differs from {base} is marked, word by word where half of the words "
+            "are the same"
+        ]
     if any(len(line.replies) > 1 for each in shown for line in each.lines):
         said.append("below each other: one reply for each sample, and each draw of noise")
     if any(part.text == GOES_ON for each in shown for line in each.lines
@@ -91,8 +94,8 @@ def _lines(result: ExperimentResult, row: int) -> Iterator[WrittenLine]:
     alike: dict[tuple[object, ...], list[CellKey]] = {}
     first: dict[tuple[object, ...], tuple[Sequence[Reply], Sequence[Reply]]] = {}
     for cell, texts in zip(result.cells, found.cells, strict=False):
-        if row not in texts:
-            continue
+        if row not in texts or not (cell.site or cell.coords):
+            continue  # without rules the one cell is the base run
         base = _base(result, row, cell)
         key = (tuple((each.text, each.ended) for each in texts[row]), id(base))
         alike.setdefault(key, []).append(cell)
