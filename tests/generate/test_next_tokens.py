@@ -174,7 +174,7 @@ def test_where_a_reply_ends() -> None:
     ],
 )
 def test_decoding_that_isnt(how: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="a reply has|temperature is|top_k is|top_p is"):
+    with pytest.raises(ValueError, match=r"a reply has|temperature is|top_k is|top_p is"):
         Decoding(**{"tokens": 3, "decode": decode, **how})  # pyright: ignore
 
 
