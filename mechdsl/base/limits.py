@@ -69,6 +69,9 @@ DRAWS = _limit(10_000, "random draws of `against`", "E0630")
 WRITTEN = _limit(10_000, "tokens of a reply", "E0207")
 REPLIES = _limit(1_000, "samples of a reply", "E0207")
 
+CHAT_TEMPLATE = _limit(200_000, "characters of a chat template", "E0551")
+CHAT_STEPS = _limit(500_000, "steps of a chat template for one prompt", "E0552")
+
 DIRECTION_FILE = _limit(100_000_000, "bytes of a file with a direction", "E0341")
 LENS_FILE = _limit(8_000_000_000, "bytes of a file with a tuned lens", "E0207")
 

@@ -16,5 +16,6 @@ class Reply:
     text: str
     """As the tokenizer puts the tokens together, with the white space at its ends, without the stop
     text."""
-    ended: Literal["end", "stop", "length"]
-    """By a token that ends it, by a stop text, or because it is as long as it may be."""
+    ended: Literal["end", "stop", "length", "broken"]
+    """By a token that ends it, by a stop text, because it is as long as it may be, or because the
+    logits that come next are no numbers."""

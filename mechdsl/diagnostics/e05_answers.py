@@ -1,4 +1,4 @@
-"""E054x and W0741: positions in the texts that measures put behind the prompts."""
+"""E054x and W0741: positions in texts behind the prompts, of measures and replies."""
 
 from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
@@ -44,6 +44,19 @@ class NotInTheAnswer(Diagnostic):
     code = "E0542"
     title = "tokens of the answer can't be named by `{position}`"
     label = "{reason}"
+    help = "{hint}"
+    position: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class NotInTheReply(Diagnostic):
+    """Tokens of a reply that can't be named so, or where none is written."""
+
+    code = "E0545"
+    title = "`{position}` names no token of a reply: {reason}"
+    label = "the reply stands behind the prompt, where `generate` writes one"
     help = "{hint}"
     position: str
     reason: str

@@ -64,7 +64,10 @@ class KeptReplies:
 
     def keep(self, keys: Sequence[bytes], replies: Sequence[Reply]) -> None:
         """Keep replies; they are on the disk when this returns."""
-        known = dict(zip(keys, replies, strict=True))
+        every = zip(keys, replies, strict=True)
+        known = {key: reply for key, reply in every if reply.ended != "broken"}
+        if not known:
+            return
         parts = [
             [_ENDED.index(reply.ended), len(reply.text), *reply.ids] for reply in known.values()
         ]

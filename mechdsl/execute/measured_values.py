@@ -129,6 +129,14 @@ class MeasuredValues:
         for place, own in zip(places, replies, strict=bool(replies)):
             self.replies[place] = (*self.replies.get(place, ()), *own)
 
+    def wrote_as_base(self, rows: Rows) -> None:
+        """Rows of cells that are equal to the base run write what that writes."""
+        if not self.unpatched_replies:
+            return
+        base = self.experiment.spec.base
+        there = [self.unpatched_replies.get((base, row), ()) for row in rows.prompt.tolist()]
+        self.wrote(rows, there)
+
     def lacks(self, number: int, cell: int, row: Unusable, reason: str) -> None:
         """Take down a row of a cell in which a measure is no number."""
         self.gaps.setdefault((number, cell), CellGap(reason, row)).rows += 1

@@ -35,7 +35,7 @@ def in_run(runs: UnpatchedRuns, readout: Readout, unusable: Unusable) -> Unusabl
             place = _first(runs.everything(run, prompt, stream(model), text))
             if place:
                 return Unusable(prompt, name, place=place)
-    return Unusable(prompt, unusable.run, place="behind the last block")
+    return Unusable(prompt, unusable.run, place=_elsewhere(runs))
 
 
 def in_cell(
@@ -44,8 +44,13 @@ def in_cell(
     """With the place in a patched run, found by one more pass over the row `row` of `shared`."""
     chosen = np.array([row], dtype=np.int64)
     reads = patcher.everything(shared, chosen, run, batch, stream(patcher.model))
-    place = _first(reads) or "behind the last block"
+    place = _first(reads) or _elsewhere(patcher.runs)
     return Unusable(unusable.row, unusable.run, unusable.cell, place)
+
+
+def _elsewhere(runs: UnpatchedRuns) -> str:
+    """Where it is, if no site of the prompt has it."""
+    return "behind the last block" if runs.writer is None else "while it writes"
 
 
 def cell_words(plan: ExperimentPlan, cell: int) -> str:

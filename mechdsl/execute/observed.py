@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.base.arrays import Ints
+from mechdsl.base.arrays import Bools, Ints
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.models.shape import ModelShape, units
 from mechdsl.packed.behind_last_block import Places
 from mechdsl.plan.columns import each_unit, units_of
 from mechdsl.plan.rule_rows import Rows, RulePlan
+from mechdsl.prompts.prompt_table import PositionCell, ReplyPosition
 from mechdsl.resolve.observation import Observation, Unembedding
 from mechdsl.resolve.resolved_rule import Place, ResolvedRule
 
@@ -147,11 +148,65 @@ def _wide(values: Tensor) -> Tensor:
     return values.float() if values.element_size() < 4 else values
 
 
-def look(plan: RulePlan, rows: Rows, at: Ints, shape: ModelShape) -> Look:
+@dataclass(frozen=True, eq=False)
+class InReplies:
+    """Where the places of replies lie, in rows that have written."""
+
+    tokens_of: Callable[[ReplyPosition], Sequence[tuple[int, ...]]]
+    """[row of the pass] the tokens of its reply, counted from 1."""
+    lengths: Ints
+    """[row of the pass] tokens of its prompt."""
+    at: Ints
+    """[row] the row of the pass."""
+
+    def there(self, plan: RulePlan, rows: Rows) -> Bools:
+        """[row] whether its reply has all places that are looked at."""
+        found = np.ones(len(rows), dtype=np.bool_)
+        for cells, cell in plan.placed:
+            cell_of_row = cell[rows.cell]
+            for number, each in enumerate(cells):
+                if each.reply is not None:
+                    tokens = self.tokens_of(each.reply)
+                    own = np.array([bool(tokens[row]) for row in self.at.tolist()], dtype=np.bool_)
+                    found &= own | (cell_of_row != number)
+        return found
+
+    def moved(
+        self, cells: Sequence[PositionCell], cell: Ints, rows: Ints, index: Ints, position: Ints
+    ) -> tuple[Ints, Ints]:
+        """Entries `index` with their positions, those of places in replies where these are.
+
+        cell: [entry number] which of the cells; rows: [entry number] its row.
+        """
+        behind = np.array([each.reply is not None for each in cells], dtype=np.bool_)[cell]
+        if not behind.any():
+            return index, position
+        kept = ~behind[index]
+        found, places = [index[kept]], [position[kept]]
+        for entry in np.flatnonzero(behind).tolist():
+            reply = cells[cell[entry]].reply
+            assert reply is not None
+            row = int(self.at[rows[entry]])
+            own = np.array(self.tokens_of(reply)[row], dtype=np.int64)
+            found.append(np.full(len(own), entry))
+            places.append(self.lengths[row] - 1 + own)
+        whole = np.concatenate(found)
+        order = np.argsort(whole, kind="stable")
+        return whole[order], np.concatenate(places)[order]
+
+
+def look(
+    plan: RulePlan, rows: Rows, at: Ints, shape: ModelShape, replies: InReplies | None = None
+) -> Look:
     """What an `observe` rule looks at; at: [row] the row of the pass."""
     does = plan.rule.does
     assert isinstance(does, Observation)
     row, position = plan.written.tokens.expand(plan.written_runs(rows))
+    if replies is not None:
+        own = np.arange(len(rows))
+        cell = plan.position_of_cell[rows.cell]
+        row, position = replies.moved(plan.positions, cell, own, row, position)
+    per_row = np.bincount(row, minlength=len(rows))
     index, point = plan.points.expand(plan.site_of_cell[rows.cell][row])
     row, position = row[index], position[index]
     table = plan.point_table
@@ -177,7 +232,7 @@ def look(plan: RulePlan, rows: Rows, at: Ints, shape: ModelShape) -> Look:
             place=_asked(asked, read, at[row[own]], position[own]),
             unit=units_here,
             position=position[own],
-            keys=_keys(plan, rows, row[own]),
+            keys=_keys(plan, rows, row[own], replies),
             beside={
                 place: _asked(asked, SiteRead(*place), at[row[own]], position[own])
                 for place in does.beside(plan.rule, shape)
@@ -188,7 +243,6 @@ def look(plan: RulePlan, rows: Rows, at: Ints, shape: ModelShape) -> Look:
         read: (np.concatenate([p[0] for p in own]), np.concatenate([p[1] for p in own]))
         for read, own in asked.items()
     }
-    per_row = plan.written.tokens.counts(plan.written_runs(rows))
     return Look(plan.rule, does, len(rows), per_row, places, parts)
 
 
@@ -204,7 +258,15 @@ def _asked(
     return start + place.reshape(-1)
 
 
-def _keys(plan: RulePlan, rows: Rows, row: Ints) -> tuple[Ints, Ints] | None:
+def _keys(
+    plan: RulePlan, rows: Rows, row: Ints, replies: InReplies | None
+) -> tuple[Ints, Ints] | None:
     if plan.keys is None:
         return None
-    return plan.keys.tokens.expand(plan.key_runs(rows)[row])
+    index, key = plan.keys.tokens.expand(plan.key_runs(rows)[row])
+    if replies is None:
+        return index, key
+    assert plan.rule.edge is not None
+    assert plan.key_of_cell is not None
+    cells = list(plan.rule.edge.keys.written.values())
+    return replies.moved(cells, plan.key_of_cell[rows.cell][row], row, index, key)

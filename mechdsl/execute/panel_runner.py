@@ -60,6 +60,7 @@ class PanelRunner(PreparedPanel):
                 rows.append(found.live)
                 if len(found.left_out):
                     values = measured.base_of(plan, found.left_out)
+                    measured.wrote_as_base(found.left_out)
                     self._finish(number, found.left_out, values, totals[number])
                 if len(found.known):
                     self._finish(number, found.known, found.values, totals[number])
@@ -188,6 +189,8 @@ class PanelRunner(PreparedPanel):
         """Settle the size of a pass by trying some on rows of the first batch, where there is
         enough to run. Their values are thrown away."""
         enough = WORTH_MEASURING * self.sizes.pass_tokens
+        if self.runs.writer is not None:  # its passes are laid out by the tokens of replies
+            return
         if not self.batches or self.due_rows() * longest_prompt(self.panel) < enough:
             return
         plans, batch = self.running, self.batches[0]

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.reply import Reply
+from mechdsl.execute.behind_prompts import read_behind
 from mechdsl.execute.found import Found
 from mechdsl.execute.means_and_donors import MeansAndDonors
 from mechdsl.execute.observed import Look, Observed, look
 from mechdsl.execute.path_patching import held_rows, holding, received
 from mechdsl.execute.read_samples import read_samples
 from mechdsl.execute.readout import Reading, Readout
+from mechdsl.execute.reply_readers import HaveWritten, readers_of, with_replies
 from mechdsl.execute.step_rules import prefill_of, while_writing
 from mechdsl.execute.unpatched_batch import (
     TextBehind,
@@ -44,6 +46,7 @@ from mechdsl.plan.restart import Held
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import SharedRows
 from mechdsl.prompts.prompt_table import Run
+from mechdsl.resolve.replies import in_reply
 from mechdsl.resolve.resolved import Atom
 
 
@@ -138,6 +141,9 @@ class Patcher:
             for readout, member in zip(readouts, repeated, strict=True)
         ]
         logits, reads, observed, tokens = self._forward(rows, lanes, readouts, wanted)
+        have = HaveWritten(rows.run, rows.prompts, (), rows.acting, rows.later)
+        readers = readers_of(repeated, self.plans, self.readouts, self.skip)
+        behind = read_behind(self.runs, have, replies, readers)
         for member, many, readout, want, own, read, seen in zip(
             members, repeated, readouts, wanted, logits, reads, observed, strict=True
         ):
@@ -161,6 +167,8 @@ class Patcher:
             written = [replies[row] for row in many.at] if replies else ()
             found = read_samples(readout, reading, written, skip=self.skip[member.number])
             found = replace(found, listed=None if seen is None else seen.listed)
+            if member.number in behind:
+                found = with_replies(found, behind[member.number])
             yield member, found.over_draws(draws)
 
     def _replies(
@@ -221,6 +229,8 @@ class Patcher:
     def _look(self, member: Member) -> Look | None:
         """What an `observe` line of the member's experiment looks at."""
         rule = self.plans[member.number].observes
+        if rule is not None and in_reply(rule.rule):
+            return None
         return rule and look(rule, member.rows, member.at, self.model.shape)
 
     def _pass_rows(
@@ -257,19 +267,27 @@ class Patcher:
         if path.paths.at_the_end:
             return self._held(own, number, path, rows, text)
 
-        def sent(
-            senders: Rows, draws: Ints, reads: Mapping[SiteRead, Places]
-        ) -> Mapping[SiteRead, Tensor]:
-            rows = replace(own, prompts=senders.prompt, draw=draws)
-            rows = self._held(rows, number, path, senders, text)
+        def read(rows: _PassRows, reads: Mapping[SiteRead, Places]) -> Mapping[SiteRead, Tensor]:
             none = np.zeros(0, dtype=np.int64)
             lanes = self.runs.lanes(run, batch, self._atom(number, text))
             return self._run(rows, lanes, (none, none), reads, None)[1]
 
+        def sent(
+            senders: Rows, draws: Ints, reads: Mapping[SiteRead, Places]
+        ) -> Mapping[SiteRead, Tensor]:
+            rows = replace(own, prompts=senders.prompt, draw=draws)
+            return read(self._held(rows, number, path, senders, text), reads)
+
+        def without(
+            senders: Rows, draws: Ints, reads: Mapping[SiteRead, Places]
+        ) -> Mapping[SiteRead, Tensor]:
+            acting = self._acting(number, senders, draws, run, batch, text, senders=False)
+            return read(replace(own, prompts=senders.prompt, draw=draws, acting=acting), reads)
+
         ends = pass_ends(plan, rows, text)
-        got = RuleWrites(received(plan, path, rows, draw, sent, shape, ends))
+        got, added = received(plan, path, rows, draw, sent, without, shape, ends)
         beside = self._acting(number, rows, draw, run, batch, text, senders=False)
-        return replace(own, acting=got.then(beside))
+        return replace(own, acting=RuleWrites(got).then(beside).then(RuleWrites(added)))
 
     def _held(
         self,

@@ -2,9 +2,13 @@
 
 The sender's change runs along the residual stream, past sublayers that return what they return on
 the base run. One such row serves all receivers of a sender: what each would read is recorded, and
-written in rows of its own in which everything recomputes.
+written in rows of its own in which everything recomputes. Where the end of the model is a receiver
+beside others, what the sender alone changes in the stream behind the last block is added to it in
+those rows: the edges to all receivers are patched, and every other edge carries what its own node
+computes there.
 
-Wang et al. 2022 (arXiv 2211.00593), Goldowsky-Dill et al. 2023 (arXiv 2304.05969).
+Wang et al. 2022 (arXiv 2211.00593), Goldowsky-Dill et al. 2023 (arXiv 2304.05969); edges: Conmy et
+al. 2023 (arXiv 2304.14997).
 """
 
 from __future__ import annotations
@@ -34,8 +38,8 @@ from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.resolved_rule import Place
 
 Run = Callable[[Rows, Ints, Mapping[SiteRead, Places]], Mapping[SiteRead, Tensor]]
-"""Runs rows (with their draws) of which the senders are patched and the rest is held; gives what
-is read, [places of that site, units, width]."""
+"""Runs rows (with their draws) of which the senders are patched and the rest is held, or in which
+nothing of the path is done; gives what is read, [places of that site, units, width]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +69,16 @@ def received(
     rows: Rows,
     draws: Ints,
     run: Run,
+    base: Run,
     shape: ModelShape,
     ends: Ints | None = None,
-) -> list[SiteWrite]:
+) -> tuple[list[SiteWrite], list[SiteWrite]]:
     """What receivers of these rows read behind their patched senders, to be written there: what
-    comes by before rules write there, as these act on it again.
+    comes by before rules write there, as these act on it again. And what is added behind the last
+    block, where all other rules have acted.
 
-    ends: [row] the first position that the pass doesn't have; None where it has all.
+    run, base: with the senders patched and all else held; without the path. ends: [row] the first
+    position that the pass doesn't have; None where it has all.
     """
     assert plan.paths is not None
     at = plan.written_runs(rows)
@@ -79,24 +86,33 @@ def received(
     _, first, sender = np.unique(same, axis=1, return_index=True, return_inverse=True)
     sender = sender.reshape(-1)
     wanted = _wanted(plan, rows, at, ends)
-    table = plan.paths.table
+    table, is_end = plan.paths.table, plan.paths.is_end
     places = sorted({(p.site, p.layer) for p in table}, key=str)
     of_point = np.array([places.index((p.site, p.layer)) for p in table], dtype=np.int64)
     unit_of = units_of(table)
     reads: dict[SiteRead, Places] = {}
     back: dict[Place, tuple[Ints, Ints]] = {}
     for number, place in enumerate(places):
-        own = np.flatnonzero(of_point[wanted.point] == number)
-        if not len(own):
-            continue
-        seen = np.stack([sender[wanted.row[own]], wanted.token[own]])
-        distinct, inverse = np.unique(seen, axis=1, return_inverse=True)
-        reads[SiteRead(*place, before=True)] = distinct[0], distinct[1]
-        back[place] = own, inverse.reshape(-1)
+        own = np.flatnonzero((of_point[wanted.point] == number) & ~is_end[wanted.point])
+        if len(own):
+            reads[SiteRead(*place, before=True)], index = _distinct(wanted, own, sender)
+            back[place] = own, index
+    last = np.flatnonzero(is_end[wanted.point])
+    behind, gaining = SiteRead("resid_post", shape.n_layers - 1), last
+    if len(last):
+        reads[behind], gaining = _distinct(wanted, last, sender)
     if not reads:  # the pass ends before all of them
-        return []
+        return [], []
     found = run(rows.take(first), draws[first], reads)
     writes: list[SiteWrite] = []
+    added: list[SiteWrite] = []
+    if len(last):
+        without = base(rows.take(first), draws[first], {behind: reads[behind]})
+        gained = (found[behind] - without[behind])[:, 0]
+        vectors = gained[torch.from_numpy(gaining).to(gained.device)]
+        unit = np.zeros(len(last), dtype=np.int64)
+        part = Part(wanted.row[last], wanted.token[last], unit, vectors, "add")
+        added.append(joined((behind.site, behind.layer), [part]))
     for place, (own, index) in back.items():
         again, unit = each_unit(unit_of[wanted.point[own]], units(shape, *place))
         own, index = own[again], index[again]
@@ -106,7 +122,15 @@ def received(
         ]
         part = Part(wanted.row[own], wanted.token[own], unit, vectors)
         writes.append(joined(place, [part]))
-    return writes
+    return writes, added
+
+
+def _distinct(wanted: _Received, own: Ints, sender: Ints) -> tuple[Places, Ints]:
+    """The rows of senders, and tokens of these, that some of what is wanted is read at; which of
+    these places each is."""
+    seen = np.stack([sender[wanted.row[own]], wanted.token[own]])
+    distinct, inverse = np.unique(seen, axis=1, return_inverse=True)
+    return (distinct[0], distinct[1]), inverse.reshape(-1)
 
 
 def _wanted(plan: RulePlan, rows: Rows, at: Ints, ends: Ints | None) -> _Received:

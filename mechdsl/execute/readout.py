@@ -52,6 +52,8 @@ class Reading:
     """[row] whether the prompt has a loss; None where none is read."""
     replies: Sequence[Reply] = ()
     """[row] what it wrote, where that is measured."""
+    standing: Ints | None = None
+    """[row] the token that stands where its loss is read, in a reply."""
 
     def columns(self, ids: Tensor) -> Tensor:
         """Where the logits of these tokens lie."""
@@ -68,6 +70,8 @@ class Readout:
     spots: tuple[Spot, ...]
     looking: tuple[bool, ...]
     """Per atom, whether it reads what is observed, and not the model's output."""
+    behind: tuple[bool, ...]
+    """Per atom, whether it is read behind the prompt, in a reply: see `BehindPrompts`."""
 
     @staticmethod
     def of(measures: Sequence[ResolvedMeasure]) -> Readout:
@@ -76,18 +80,23 @@ class Readout:
         looking = [
             m.observed or atom.form.takes == "observation" for m in measures for atom in m.atoms
         ]
-        return Readout(tuple(measures), tuple(atoms), spots, tuple(looking))
+        behind = tuple(m.in_reply is not None for m in measures for _ in m.atoms)
+        return Readout(tuple(measures), tuple(atoms), spots, tuple(looking), behind)
 
     def _of(self, looking: bool) -> tuple[Atom, ...]:
-        """The atoms that read what is observed, or the others."""
-        pairs = zip(self.atoms, self.looking, strict=True)
-        return tuple(atom for (_, atom), own in pairs if own == looking)
+        """The atoms that read what is observed, or the others; none that is read in replies."""
+        every = zip(self.atoms, self.looking, self.behind, strict=True)
+        return tuple(atom for (_, atom), own, behind in every if own == looking and not behind)
 
     @property
     def continuations(self) -> tuple[int, ...]:
         """Numbers of the atoms that need a pass of their own, with their text behind the prompt."""
-        pairs = enumerate(zip(self.atoms, self.looking, strict=True))
-        return tuple(n for n, ((_, atom), own) in pairs if not own and any(atom.behind))
+        every = enumerate(zip(self.atoms, self.looking, self.behind, strict=True))
+        return tuple(
+            n
+            for n, ((_, atom), looking, behind) in every
+            if not looking and not behind and any(atom.behind)
+        )
 
     @property
     def texts_behind(self) -> tuple[TextBehind, ...]:
@@ -116,8 +125,14 @@ class Readout:
 
     @property
     def only_replies(self) -> bool:
-        """Whether nothing but what a row writes is read of it."""
-        return self.reads_replies and self._of_replies == len(self.atoms)
+        """Whether nothing but what a row writes is read of it, or there."""
+        behind = sum(self.behind)
+        return self._of_replies + behind == len(self.atoms) and len(self.atoms) > 0
+
+    @property
+    def in_replies(self) -> tuple[int, ...]:
+        """Numbers of the measures that are read in replies."""
+        return tuple(n for n, each in enumerate(self.measures) if each.in_reply is not None)
 
     @property
     def narrow(self) -> bool:
@@ -164,7 +179,7 @@ class Readout:
         for n, measure in enumerate(self.measures):
             numbers = range(first, first + len(measure.atoms))
             first = numbers.stop
-            if n in skip:
+            if n in skip or measure.in_reply is not None:
                 continue
             try:
                 values = self._values(numbers, reading, ~broken)
@@ -236,6 +251,8 @@ class Readout:
         if reading.loss is not None and reading.has_loss is not None:
             due = torch.from_numpy(reading.has_loss).to(reading.loss.device)
             found.append(reading.loss.isnan() & due)
+        if reading.replies:
+            found.append(torch.tensor([reply.ended == "broken" for reply in reading.replies]))
         seen = reading.observed
         if seen is not None and seen.numbers is not None:
             found.append(~seen.numbers.isfinite())
@@ -243,6 +260,8 @@ class Readout:
             found.append(_senseless(seen.logits, whole=seen.tokens is None))
         for number, (spot, atom) in enumerate(self.atoms):
             takes = atom.form.takes
+            if self.behind[number]:
+                continue
             if takes == "activations":
                 for each in (reading.activations[number], reading.references[number]):
                     found.append(~each.isfinite().flatten(1).all(-1))
@@ -347,6 +366,8 @@ def _lacking(
 
 def _targets(atom: Atom, reading: Reading) -> Tensor:
     """[row]: the token of the atom's text, the first one of several."""
+    if atom.own and reading.standing is not None:
+        return torch.from_numpy(reading.standing)
     if atom.own:
         own = np.array(atom.own[reading.run], dtype=np.int64)
         return torch.from_numpy(own[reading.prompts])

@@ -41,8 +41,6 @@ def while_writing(
 ) -> WhileWriting:
     """What the rules of these rows do behind the prefill. At the newest token a rule writes what it
     writes at the last of its tokens in the prompt."""
-    generation = plan.experiment.generation
-    assert generation is not None
     kept: list[SiteWrite] = []
     steps: list[StepRules] = []
     for rule in plan.rules:
@@ -56,8 +54,9 @@ def while_writing(
         if rule.rule.after_prefill:
             kept += of(np.arange(len(rows))).writes
             continue
-        first, last = rule.rule.steps or (0, generation.tokens - 1)
-        for also, own in _following(rule, rows) if last else ():
+        # At each step: of the last token too, which is read in replies and predicts none.
+        first, last = rule.rule.steps or (0, None)
+        for also, own in _following(rule, rows) if last != 0 else ():
             found = of(own)
             steps.append(
                 StepRules(

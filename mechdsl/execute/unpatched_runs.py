@@ -11,11 +11,13 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.reply import Reply
+from mechdsl.execute.behind_prompts import read_behind
 from mechdsl.execute.found import Found
 from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.read_samples import read_samples
 from mechdsl.execute.read_vectors import LanesOf, wanted
 from mechdsl.execute.readout import Reading, Readout
+from mechdsl.execute.reply_readers import HaveWritten, Reader, with_replies
 from mechdsl.execute.unpatched_batch import (
     Spot,
     UnpatchedBatch,
@@ -35,6 +37,7 @@ from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.only_looks import only_looks
 from mechdsl.plan.plan import Panel, Plan
 from mechdsl.plan.restart import Shortcuts
+from mechdsl.plan.rule_rows import Rows
 from mechdsl.prompts.prompt_table import PromptTable, Run
 from mechdsl.resolve.resolved import Atom
 from mechdsl.resolve.resolved_rule import Place, SitePoint
@@ -82,6 +85,7 @@ class UnpatchedRuns:
             self.model_of, panel.table, self.seed, generation, cached=plan.keeps_tokens
         )
         """What lets rows write; None where none does."""
+        self._behind: dict[tuple[object, ...], dict[int, Found]] = {}
         self.passes = 0
         """Forward passes so far."""
 
@@ -96,6 +100,7 @@ class UnpatchedRuns:
     def forget(self) -> None:
         """Free everything that was computed."""
         self._lanes.clear()
+        self._behind.clear()
         if self.writer is not None:
             self.writer.forget()
 
@@ -326,6 +331,7 @@ class UnpatchedRuns:
         if readout.only_replies:
             reading = self._nothing_read(run, prompts, environment)
             found = read_samples(readout, reading, written, relative, skip=skip)
+            found = self._with_replies(found, readout, run, prompts, environment, relative)
             return found.over_draws(self.named(run).draws)
         plain = self.lanes(self.named(run), prompts)
         lanes = np.repeat(prompts, plain.draws)
@@ -350,11 +356,49 @@ class UnpatchedRuns:
             largest=self._of_spots(readout, plain.largest),
             has_loss=None if plain.loss is None else has_loss(self.named(run), lanes),
         )
-        return read_samples(readout, reading, written, relative, skip=skip).over_draws(plain.draws)
+        found = read_samples(readout, reading, written, relative, skip=skip)
+        found = self._with_replies(found, readout, run, prompts, environment, relative)
+        return found.over_draws(plain.draws)
+
+    def _with_replies(
+        self,
+        found: Found,
+        readout: Readout,
+        run: str,
+        prompts: Ints,
+        environment: int | None,
+        relative: float,
+    ) -> Found:
+        """With what is read in the run's own replies: at once of all readouts, as they share the
+        passes."""
+        if not readout.in_replies:
+            return found
+        assert self.writer is not None
+        key = (run, prompts.tobytes(), environment, relative)
+        if key not in self._behind:
+            lanes = np.repeat(prompts, self.named(run).draws)
+            none = np.zeros_like(lanes)
+            rows, at = Rows(none, lanes, none), np.arange(len(lanes))
+            items = [environment] * len(lanes)
+            readers = {
+                id(each): Reader(None, each, rows, at, items)
+                for each in self.readouts
+                if each.in_replies
+            }
+            replies = self.writer.of_run(self.named(run), prompts)
+            have = HaveWritten(self.named(run), lanes, ())
+            self._behind[key] = read_behind(self, have, replies, readers, relative)
+        return with_replies(found, self._behind[key][id(readout)])
+
+    @cached_property
+    def _shown(self) -> set[str | None]:
+        """The runs whose replies are shown beside those of cells, whatever is measured."""
+        specs = [plan.experiment.spec for plan in self.panel.experiments]
+        return {name for spec in specs for name in (spec.base, spec.source)}
 
     def _written(self, readout: Readout, run: str, prompts: Ints) -> list[tuple[Reply, ...]]:
         """Per lane, what a run writes, where that is measured."""
-        if self.writer is None or not readout.reads_replies:
+        if self.writer is None or not (readout.reads_replies or run in self._shown):
             return []
         return self.writer.of_run(self.named(run), prompts)
 
@@ -382,7 +426,7 @@ class UnpatchedRuns:
         """What `kl(run)`, `js(run)` and `cosine(SITE, run)` compare each row with."""
         found: dict[int, Tensor] = {}
         for number, (spot, atom) in enumerate(readout.atoms):
-            if atom.run is None:
+            if atom.run is None or readout.behind[number]:
                 continue
             reference = self.lanes(self.named(atom.run), prompts)
             lane = reference.lane(row_prompts, draws)

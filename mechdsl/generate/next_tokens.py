@@ -14,24 +14,33 @@ from mechdsl.base.reply import Reply
 from mechdsl.generate.records import Decoding
 
 
-class NoNumbers(RuntimeError):
-    """Logits that aren't numbers: no token is the next one."""
-
-
 def next_tokens(
     logits: Tensor,
     states: Sequence[int],
     decoding: Decoding,
     random: Sequence[tuple[int, ...]],
     step: int,
-) -> list[int]:
-    """[row] the token that comes next.
+) -> list[int | None]:
+    """[row] the token that comes next; None where logits are no numbers.
 
     logits: [state, vocab]. states: [row]. random: [row] what its random numbers hang on, beside the
-    step. Raises NoNumbers.
+    step.
     """
-    if bool(logits.isnan().any()):
-        raise NoNumbers("a logit isn't a number, so that no token comes next")
+    sound = logits.amax(-1).isfinite()
+    if not bool(sound.all()):
+        logits = logits.where(sound[:, None], logits.new_zeros(()))
+    tokens = _tokens(logits, states, decoding, random, step)
+    usable = sound.tolist()
+    return [token if usable[state] else None for state, token in zip(states, tokens, strict=True)]
+
+
+def _tokens(
+    logits: Tensor,
+    states: Sequence[int],
+    decoding: Decoding,
+    random: Sequence[tuple[int, ...]],
+    step: int,
+) -> list[int]:
     if not decoding.sampled:
         best = logits.argmax(-1).tolist()
         return [best[state] for state in states]
@@ -78,8 +87,11 @@ class Writing:
         self.ids: list[list[int]] = [[] for _ in range(rows)]
         self._done: dict[int, Reply] = {}
 
-    def put(self, row: int, token: int) -> bool:
+    def put(self, row: int, token: int | None) -> bool:
         """A row's next token; whether the row goes on."""
+        if token is None:
+            self._finish(row, "broken")
+            return False
         if token in self.decoding.ends:
             self._finish(row, "end")
             return False
@@ -92,7 +104,7 @@ class Writing:
             return False
         return True
 
-    def _finish(self, row: int, ended: Literal["end", "length"]) -> None:
+    def _finish(self, row: int, ended: Literal["end", "length", "broken"]) -> None:
         own = self.ids[row]
         self._done[row] = Reply(tuple(own), self.decoding.decode(own), ended)
 

@@ -59,8 +59,7 @@ def write_replies(
     kept keys and values, where `way_of` says that the model does the same then. limit: tokens of
     one pass. memory: bytes for keys, values and logits; less is taken where that isn't there.
 
-    Raises ValueError for what can't be done, NoNumbers for logits that are none, WriteMismatch for
-    writes that couldn't happen.
+    Raises ValueError for what can't be done, WriteMismatch for writes that couldn't happen.
     """
     given = _Given(prefill or RuleWrites(), kept, steps)
     if not all(prompts):
@@ -208,7 +207,7 @@ class _Work:
             going = {
                 row: token
                 for row, token in zip(of_row, tokens, strict=True)
-                if writing.put(row, token)
+                if writing.put(row, token) and token is not None
             }
             step += 1
             states = sharing.follow(states, going, step)

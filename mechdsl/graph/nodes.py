@@ -133,6 +133,15 @@ class ForwardNode:
 
 
 @dataclass(frozen=True)
+class ReplyNode:
+    """What rows write behind their prompts, one pass for each token."""
+
+    forward: ForwardNode
+    """The first of these passes, over the prompt."""
+    how: str
+
+
+@dataclass(frozen=True)
 class MeasureNode:
     """One number per prompt."""
 
@@ -141,6 +150,8 @@ class MeasureNode:
     at: str
     references: tuple[ForwardNode, ...] = ()
     """Runs that the metric compares with: `kl(clean)`."""
+    reply: ReplyNode | None = None
+    """What it reads, where it reads a reply."""
     measure: ResolvedMeasure = field(kw_only=True, compare=False, repr=False)
     """How it is computed, and at which token of every row."""
     observed: ResolvedRule | None = field(default=None, hash=False, repr=False)
@@ -196,6 +207,7 @@ Node: TypeAlias = (
     | DirectionNode
     | TransformNode
     | WriteNode
+    | ReplyNode
     | MeasureNode
     | EffectNode
     | ReportNode
@@ -413,6 +425,8 @@ def _direction(experiment: ResolvedExperiment, steered: DirectionTargets) -> Dir
 
 def _unsaid(experiment: ResolvedExperiment, measure: ResolvedMeasure) -> str:
     """Where a measure is read that doesn't say it."""
+    if measure.reply is not None:
+        return "reply"
     of_logits = any(atom.form.of_outputs for atom in measure.atoms)
     first = experiment.model.shape.output_at == "first token"
     return "token 0" if of_logits and first else "last token"
@@ -434,7 +448,10 @@ def _effect(
 
     def measured(forward: ForwardNode, observed: ResolvedRule | None = None) -> MeasureNode:
         words = resolved.text, at, references
-        return MeasureNode(forward, *words, measure=resolved, observed=observed)
+        reply = None
+        if resolved.reply is not None and experiment.generation is not None:
+            reply = ReplyNode(forward, experiment.generation.how)
+        return MeasureNode(forward, *words, reply, measure=resolved, observed=observed)
 
     # Base and source are measured whatever the effect needs: both ends are always printed.
     source = experiment.spec.source

@@ -126,6 +126,8 @@ def not_there(
                 found += [_without_end(rule, seen, model)] if seen.gives == "logits" else []
             if rule.path is not None and rule.path.frozen_norms:
                 found.append(_not_frozen(rule, model))
+            if rule.path is not None and rule.path.also_at_the_end:
+                found.append(_no_sum(rule, model))
             if rule.does.changes == "blocks":
                 found.append(_not_alike(rule, model))
             if rule.sites is not None:
@@ -188,6 +190,22 @@ def _counts_itself(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
     reason = f"counts to {end - 1}, and the last position is {last - first - 1}"
     hint = "count from a smaller number"
     return BadArgument(span=rule.spec.span, name="from", reason=reason, hint=hint)
+
+
+def _no_sum(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
+    """E0108 for the end beside other receivers where what senders add doesn't reach it as it is:
+    norms of the sums, streams that are mixed."""
+    blocks = model.anatomy.blocks
+    if all(
+        block.adds_up and block.behind is not None and not (block.middle or block.end)
+        for block in blocks
+    ):
+        return None
+    what = (
+        f"a path to the end beside other receivers in `{model.name}`, whose residual stream isn't "
+        "the sum of what blocks add,"
+    )
+    return NotSupported(span=rule.spec.span, what=what)
 
 
 def _not_frozen(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:

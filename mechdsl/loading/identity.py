@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.models.identity import digest_of
 from mechdsl.program.code_behind import CodeUnknown, code_of_module
+from mechdsl.prompts.tokenizer import TextTokenizer
 
 _LIBRARIES = ("torch", "transformers", "huggingface_hub", "peft", "accelerate")
 """Whose code is told by their versions."""
@@ -59,9 +60,13 @@ def _parts(model: LoadedModel) -> dict[str, Any]:
         "attention": [code.of_attention(config) for config in model.attention_configs],
         "tokenizer": None
         if tokenizer is None
-        else [tokenizer.hash, tokenizer.bos, sorted(tokenizer.roles.items())],
+        else [tokenizer.hash, tokenizer.bos, sorted(tokenizer.roles.items()), *_chat(tokenizer)],
         "code": code.found,
     }
+
+
+def _chat(tokenizer: TextTokenizer) -> list[str]:
+    return [] if tokenizer.chat is None else [tokenizer.chat.digest]
 
 
 _HOOKS = ("forward_pre_hooks", "forward_hooks")

@@ -344,7 +344,8 @@ def _adopt_tokenizer(
         f"{role}_token": getattr(tokenizer, f"{role}_token", None)
         for role in ("bos", "cls", "sep", "eos")
     }
-    return TextTokenizer.from_backend(backend, **roles, bos=bos, span=span)
+    chat = getattr(tokenizer, "chat_template", None)
+    return TextTokenizer.from_backend(backend, **roles, chat_template=chat, bos=bos, span=span)
 
 
 def _hash_parameters(module: nn.Module) -> str:

@@ -21,7 +21,13 @@ Hashed = Callable[[Path], str]
 
 _CONFIGS = ("config.json", "generation_config.json", ADAPTER)
 """What the library reads beside weights and tokenizer."""
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 """As `mechdsl/prompts/tokenizer.py` has them, which stands beside this floor."""
 
 

@@ -20,6 +20,7 @@ from mechdsl.plan.columns import Ragged, prompt_lengths
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.only_looks import only_looks
 from mechdsl.plan.plan import BATCH_ROWS, Panel
+from mechdsl.plan.reply_cost import reply_work, writing_lengths
 from mechdsl.plan.restart import WHOLE_PASS, BlockWork, Held, Mask, RowMasks, Shortcuts, block_work
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import Sharer, combined
@@ -233,11 +234,38 @@ class PanelWork:
         self.patched = self._whole()
         self.unpatched = panel.unpatched(stopped=False) if self.first else Cost()
         self.shortcuts = WHOLE_PASS
+        self.keeps_tokens = False
 
     @property
     def cost(self) -> Cost:
         """What is left."""
-        return self.patched + self.unpatched
+        return self.patched + self.unpatched + self._replies()
+
+    def _replies(self) -> Cost:
+        """What is computed behind the prefill. Unpatched runs are written once for a panel."""
+        said = self.panel.plans[0].experiment.generation
+        if said is None:
+            return Cost()
+        parts = [
+            writing_lengths(plan, rows, unpatched=self.first and not number)
+            for number, (plan, rows) in enumerate(zip(self.panel.plans, self.rows, strict=True))
+        ]
+        work = reply_work(
+            np.concatenate(parts),
+            said.tokens,
+            said.samples,
+            kept=self.keeps_tokens,
+            pass_tokens=self.panel.pass_tokens,
+        )
+        shape, block = self.panel.shape, self.panel.block
+        each = block.project + block.output + block.mlp
+        adds = shape.n_layers * float(work.tokens * each + work.keys * block.key)
+        adds += float(work.logits * shape.d_model * shape.outputs)
+        return Cost(0, 0, work.forwards, work.tokens * shape.n_layers, adds)
+
+    def keep_tokens(self) -> None:
+        """Of each step of a reply, only the newest token is computed."""
+        self.keeps_tokens = True
 
     @cached_property
     def shapes(self) -> list[_Shapes]:
@@ -344,6 +372,8 @@ def _shapes(plan: ExperimentPlan, rows: Rows) -> list[_Shapes]:
         found.append(_Shapes(plan, rows.take(first), recording=True))
     if path is not None and plan.whole:
         found.append(found[-1])
+        if path.paths is not None and path.paths.also_at_the_end:  # what is there without it
+            found.append(found[-1])
     return found
 
 

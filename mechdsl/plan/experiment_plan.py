@@ -111,10 +111,14 @@ class ExperimentPlan:
         return tuple(sorted(found.items()))
 
     def content(self, cell: int) -> int:
-        """A number for what a cell is, which hangs neither on its place nor on the other cells."""
+        """A number for what a cell does, which hangs neither on its place nor on the other cells,
+        nor on what is looked at."""
+        acting = (plan.rule.axes for plan in self.rules if plan.rule.does.changes != "nothing")
+        names = frozenset[str]().union(*acting)
         labels = [
             (axis.name, axis.labels[own[cell]])
             for axis, own in zip(self.experiment.axes, self.coordinates, strict=True)
+            if axis.name in names
         ]
         return number_of(self.experiment.spec.base, labels)
 

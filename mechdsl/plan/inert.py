@@ -50,8 +50,8 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     """Of every run of a rule's positions, whether writing there changes nothing."""
     runs = len(plan.written.tokens.offsets) - 1
     combinations = len(plan.points.offsets) - 1
-    said = experiment.spec.generation
-    never = said is not None and said.temperature is not None
+    said = experiment.generation
+    never = said is not None and said.sampled
     if plan.rule.sites is None or plan.rule.does.changes == "nothing":
         none = np.zeros((3, runs), dtype=np.bool_)
         return Inert(np.zeros(combinations, dtype=np.int64), none, never)
@@ -87,7 +87,7 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     where[_all_points(plan, is_below_attention)] = BELOW
     tokens = (same | unread, same | elsewhere, alike | unread)
     found = np.stack([_all_of(mask, of_run, runs) for mask in tokens])
-    if plan.later is not None and experiment.reply is not None:
+    if plan.rule.acts_later:
         found &= plan.follows[keys // plan.written.prompts] == NOTHING
     return Inert(where, found, never)
 
@@ -164,7 +164,7 @@ def _read_positions(experiment: ResolvedExperiment) -> Bools | None:
     base = experiment.spec.base
     lengths = prompt_lengths(experiment.table.runs[base])
     found = np.zeros((len(lengths), int(lengths.max())), dtype=np.bool_)
-    if experiment.reply is not None:
+    if experiment.generation is not None:
         found[np.arange(len(lengths)), lengths - 1] = True
     for measure in experiment.measures:
         if any(atom.form.takes in ("prompt", "continuation") for atom in measure.atoms):

@@ -32,6 +32,8 @@ class PlannerPass:
     shown: Callable[[PanelWork], None] | None
     """Takes what it leaves out off the work that `mechdsl plan` counts; None where none of the
     figures there knows of it."""
+    of_replies: bool = False
+    """Whether it is about `generate` alone."""
     restarts: bool = False
     """Whether rows take something over from the unpatched run, which not every model can."""
 
@@ -143,7 +145,8 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
         "common of a prompt; rows that are equal so far",
         why="keys and values of earlier tokens don't change while later ones are written",
         does="while a model writes, keys and values are kept, and only newest tokens are computed",
-        shown=None,
+        shown=PanelWork.keep_tokens,
+        of_replies=True,
         apply=lambda plan: replace(plan, keeps_tokens=True),
     ),
     PlanPass(

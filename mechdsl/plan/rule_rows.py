@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,8 +37,18 @@ class PathPlan:
 
     @property
     def at_the_end(self) -> bool:
-        """Whether paths lead to the end of the model, and nothing is recorded."""
-        return bool(self.table) and SITES[self.table[0].site].when == "output"
+        """Whether paths lead to nothing but the end of the model, and nothing is recorded."""
+        return bool(self.table) and bool(self.is_end.all())
+
+    @property
+    def also_at_the_end(self) -> bool:
+        """Whether the end of the model stands beside other receivers."""
+        return bool(self.is_end.any()) and not self.at_the_end
+
+    @property
+    def is_end(self) -> Bools:
+        """[point of `table`]"""
+        return np.array([SITES[p.site].when == "output" for p in self.table], dtype=np.bool_)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,19 +94,19 @@ class RulePlan:
     active: Bools | None = None
     """[cell] whether it acts there; None where it does in all."""
 
-    @property
-    def later(self) -> tuple[int, int] | None:
-        """The first and the last step of a reply in which it acts at newest tokens, the last -1
-        where that is the end; None where it acts in the prefill alone."""
-        if self.rule.after_prefill:
-            return None
-        first, last = self.rule.steps or (0, -1)
-        return None if last == 0 else (max(first, 1), last)
+    def follow(self, rows: Rows) -> Ints:
+        """[row] what of a reply it is about, positions and keys together; 0 for nothing."""
+        found = self.follows[self.position_of_cell[rows.cell]]
+        if self.key_of_cell is None:
+            return found
+        return found + (EVERY + 1) * self.keys_follow[self.key_of_cell[rows.cell]]
 
     @property
-    def in_prefill(self) -> bool:
-        """Whether it acts in the pass over the prompt."""
-        return not self.rule.after_prefill and (self.rule.steps is None or self.rule.steps[0] == 0)
+    def placed(self) -> Iterator[tuple[Sequence[PositionCell], Ints]]:
+        """(values, [cell] which of them) of its positions, and of its keys."""
+        yield self.positions, self.position_of_cell
+        if self.rule.edge is not None and self.key_of_cell is not None:
+            yield list(self.rule.edge.keys.written.values()), self.key_of_cell
 
     def acts(self, rows: Rows) -> Bools:
         """[row] whether it does anything."""

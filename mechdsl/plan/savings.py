@@ -41,13 +41,15 @@ def plan_cost(
     pass_tokens, prompt_tokens: most tokens of a pass over rows, and of a batch of prompts.
     """
     plain = Cost()
-    after = {one.name: Cost() for one in PASSES if one.shown is not None}
+    writes = any(panel.experiments[0].experiment.generation for panel in plan.panels)
+    passes = [one for one in PASSES if writes or not one.of_replies]
+    after = {one.name: Cost() for one in passes if one.shown is not None}
     for panel in plan.panels:
         count = PanelCount(panel, pass_tokens, prompt_tokens)
         for prompts in count.chunks():
             tally = PanelWork(count, prompts)
             plain += tally.cost
-            for one in PASSES:
+            for one in passes:
                 if one.shown is None:
                     continue
                 if plan.does(one.name):

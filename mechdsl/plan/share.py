@@ -83,8 +83,7 @@ class Sharer:
         plan = self.plans[number]
         runs = np.array([self._number(id(run)) for run in plan.starting_runs], dtype=np.int64)
         draws = np.full(len(rows), plan.draws)
-        written = self._number(("reply", plan.experiment.reply))
-        found = [runs[plan.starting_run(rows)], draws, rows.prompt, np.full(len(rows), written)]
+        found = [runs[plan.starting_run(rows)], draws, rows.prompt, self._drawn(plan, rows)]
         either: dict[str, int] = {}
         for place, rule in enumerate(plan.rules):
             if rule.rule.does.changes == "nothing":  # whatever is looked at, the row is the same
@@ -99,6 +98,15 @@ class Sharer:
             else:
                 found += own
         return found
+
+    def _drawn(self, plan: ExperimentPlan, rows: Rows) -> Ints:
+        """[row] what its reply is drawn by, beside the prompt."""
+        said = plan.experiment.generation
+        if said is None or not said.sampled:
+            return np.zeros(len(rows), dtype=np.int64)
+        cells, inverse = np.unique(rows.cell, return_inverse=True)
+        found = [self._number(("drawn", plan.content(cell))) for cell in cells.tolist()]
+        return np.array(found, dtype=np.int64)[inverse]
 
     def _of_rule(self, number: int, place: int, rows: Rows) -> list[Ints]:
         """What a rule does to each row."""
@@ -117,10 +125,9 @@ class Sharer:
         # What the rule does, in front, says which of these follow.
         if place in self._cells[number]:
             found.append(self._of_cell(rule, self._cells[number][place], rows))
-        found.append(rule.follows[position])
-        if key.keys is not None and rule.key_of_cell is not None:
+        found.append(rule.follow(rows))
+        if key.keys is not None:
             found.append(key.keys[rule.key_runs(rows)])
-            found.append(rule.keys_follow[rule.key_of_cell[rows.cell]])
         if rule.rule.amounts is not None:
             found.append(key.amounts[rows.cell])
         if key.directions is not None:

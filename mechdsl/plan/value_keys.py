@@ -23,7 +23,7 @@ from mechdsl.base.arrays import Ints
 from mechdsl.base.digest import digest, number_of
 from mechdsl.plan.columns import Hits, Ragged
 from mechdsl.plan.experiment_plan import ExperimentPlan
-from mechdsl.plan.rule_rows import NOTHING, Rows, RulePlan
+from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.whole_cells import WholeCells
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.answer_sets import TokenSets
@@ -161,7 +161,7 @@ def measure_digest(measure: ResolvedMeasure) -> bytes:
         ]
         for atom in measure.atoms
     ]
-    written = [] if measure.reply is None else [measure.reply]
+    written = [] if measure.reply is None else [measure.reply, measure.in_reply]
     return digest(measure.expression, measure.kind, measure.observed, atoms, *written)
 
 
@@ -173,6 +173,8 @@ def measure_rows(
     run: the one that rows start from. item: the occurrence of the cell.
     """
     found = _filled(0, len(table))
+    if measure.reply is not None:  # by its name tokens are drawn
+        found = mixed(found, _filled(number_of(run.name), len(table)))
     for name in (run.name, *(atom.run for atom in measure.atoms if atom.run is not None)):
         at = measure.at.get(name)
         found = mixed(found, np.full(len(table), -1) if at is None else np.array(at))
@@ -201,8 +203,8 @@ def _texts(atom: Atom, item: Env) -> Sequence[tuple[int, ...]]:
 def _of_sets(sets: TokenSets) -> Numbers:
     """[prompt] the tokens that it names, and the numbers that they stand for."""
     numbers = sets.numbers or ((),) * len(sets.tokens)
-    kinds = [number_of(each) for each in zip(sets.tokens, numbers, strict=True)]
-    return np.array(kinds, dtype=np.uint64)[list(sets.of_row)]
+    kinds = map(number_of, zip(sets.tokens, numbers, strict=True))
+    return np.array(list(kinds), dtype=np.uint64)[list(sets.of_row)]
 
 
 def _plain(value: object) -> object:
@@ -258,16 +260,9 @@ class _RuleNumbers:
         if self.cells is not None and self.given is not None:
             cell, within = self.cells.place(plan, rows)  # equal rows may be given different vectors
             found = mixed(mixed(found, self.given[cell]), within)
-        found = _following(found, plan.follows[position])
-        if self.keys is not None and plan.key_of_cell is not None:
+        if self.keys is not None:
             found = mixed(found, self.keys[plan.key_runs(rows)])
-            found = _following(found, plan.keys_follow[plan.key_of_cell[rows.cell]])
-        return found
-
-
-def _following(numbers: Numbers, follows: Ints) -> Numbers:
-    """With what of a reply rules act at; as they are where that is nothing."""
-    return np.where(follows == NOTHING, numbers, mixed(numbers, follows))
+        return np.where(plan.follow(rows) == 0, found, mixed(found, plan.follow(rows)))
 
 
 class ExperimentKeys:
@@ -296,7 +291,7 @@ class ExperimentKeys:
         for measure in plan.experiment.measures:
             for atom in measure.atoms:
                 contents.given(atom)  # raises here, or not at all
-        shared = self._shared()
+        shared = self._shared() + (b"as base" if plan.experiment.as_base else b"")
         codes: dict[tuple[bytes, ...], int] = {}
         found = [codes.setdefault(cell, len(codes)) for cell in self._cells()]
         self.code_of_cell: Ints = np.array(found, dtype=np.int64)
@@ -319,8 +314,7 @@ class ExperimentKeys:
         shared = digest("rows", self._shared(), more)
         cells = [digest(shared, *cell) for cell in self._cells()]
         written = self._written(rows).tolist()
-        places = zip(rows.cell.tolist(), written, strict=True)
-        return [digest(cells[cell], own) for cell, own in places]
+        return [digest(cells[at], own) for at, own in zip(rows.cell, written, strict=True)]
 
     def rows(self, number: int, rows: Rows) -> Numbers:
         """[row] the keys of rows, for a measure."""
@@ -362,6 +356,9 @@ class ExperimentKeys:
     def _cells(self) -> Iterator[tuple[bytes, ...]]:
         """[cell] what the rules do there."""
         parts: list[list[bytes]] = []
+        said = self.plan.experiment.generation
+        if said is not None and said.sampled:  # by which tokens are drawn
+            parts.append([digest(self.plan.content(cell)) for cell in range(self.plan.n_cells)])
         for rule in self.plan.rules:
             static = _static(rule.rule)
             pairs = zip(rule.point_table, rule.source_table, strict=True)
@@ -369,6 +366,9 @@ class ExperimentKeys:
             sites = [digest(static + own) for own in _per_list(rule.points, points)]
             begin = len(parts)
             parts.append([sites[site] for site in rule.site_of_cell.tolist()])
+            for cells, of in rule.placed:
+                if any(cell.reply is not None for cell in cells):
+                    parts.append([digest(cells[number].reply) for number in of.tolist()])
             if rule.rule.amounts is not None:
                 amounts = {amount: digest(amount) for amount in set(rule.amounts.tolist())}
                 parts.append([amounts[amount] for amount in rule.amounts.tolist()])
@@ -390,10 +390,8 @@ class ExperimentKeys:
         """All that a direction hangs on."""
         match vector:
             case Fitted():
-                samples = [
-                    [self.contents.of(sample.run, sample.table), sample.cell.hits, sample.targets]
-                    for sample in vector.samples
-                ]
+                samples = [[self.contents.of(each.run, each.table), each.cell.hits, each.targets]
+                           for each in vector.samples]  # fmt: skip
                 points = list(map(_written, vector.points))
                 return digest("fit", vector.way, vector.options, points, samples)
             case Unembedded():

@@ -244,7 +244,8 @@ def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
 
 def _of_weights(work: Statements) -> bool:
     """Whether it looks at weights and does nothing else, so that it needs no prompts."""
-    other = (work.measures, work.rules, work.from_into, work.keep, work.saves, work.derived)
+    other = (work.measures, work.rules, work.from_into, work.keep, work.saves, work.derived,
+             work.generate)  # fmt: skip
     lines = [line for line, _ in work.observed if isinstance(line, ast.Observe)]
     words = {each.what.id if isinstance(each.what, ast.Name) else each.what.name for each in lines}
     free = all(line.toward is None and line.run is None for line in lines)

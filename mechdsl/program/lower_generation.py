@@ -35,13 +35,20 @@ SETTINGS: Mapping[str, Setting] = {
 
 
 def lower_generation(work: Statements) -> spec.Generation | None:
-    """The `generate` line of an experiment; None where it has none, or after an error.
+    """The `generate` line of an experiment; None where it has none. After an error another one
+    stands for it.
 
     E0201, E0203, E0207 for numbers that can't be taken, and for sampling without a seed.
     """
     if not work.generate:
         return None
     line = work.generate[0]
+    found = _generation(line, work)
+    return spec.Generation(span=line.span, tokens=2) if found is None else found
+
+
+def _generation(line: ast.Generate, work: Statements) -> spec.Generation | None:
+    """The line, None after an error."""
     tokens = whole_number(line.tokens, work.parts.parameters)
     if isinstance(line.tokens, str) and not work.scope.use("param", line.tokens, line.span):
         return None

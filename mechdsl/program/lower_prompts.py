@@ -13,6 +13,7 @@ from mechdsl.diagnostics.e02_names import (
     DuplicateName,
     RepeatedStatement,
     UnknownName,
+    UnknownWord,
     did_you_mean,
 )
 from mechdsl.program import spec
@@ -33,6 +34,7 @@ class _BlockLines:
         self.seen: dict[str, ast.Name] = {}
         self.values: list[spec.Value] = []
         self.templates: list[ast.String] = []
+        self.chat: ast.Chat | None = None
         self.texts: list[spec.TextDef] = []
         self.spans: list[ast.SpanDef] = []
         self.corruptions: list[spec.Corruption] = []
@@ -111,7 +113,7 @@ class _BlockLines:
                 ids = tuple(n.id for n in names)
                 self.values.append(spec.Value(span=line.span, names=ids, value=value))
             case ast.Template(text=text):
-                self.once(line, self.templates[0] if self.templates else None, "template")
+                self._writes_rows(line)
                 self.templates.append(text)
             case ast.Text(name=name, value=value):
                 self.name(name)
@@ -147,7 +149,7 @@ class _BlockLines:
                     half = replace(line.percent, value=50.0)
                     self.split = self.split or replace(line, percent=half)
             case ast.Chat():
-                self.later(line, "`chat`")
+                self._chat(line)
             case ast.ImageLine() | ast.Region():
                 self.later(line, "`image`" if isinstance(line, ast.ImageLine) else "`region`")
                 self.from_images = True
@@ -160,8 +162,30 @@ class _BlockLines:
             )
         self.rename.append((new.id, old.id))
 
+    def _writes_rows(self, line: ast.Template | ast.Domained | ast.Chat) -> None:
+        """E0209, E0207: rows are written in one way."""
+        is_chat = isinstance(line, ast.Chat)
+        first = self.chat or next(iter(self.templates), None)
+        if first is not None and is_chat != isinstance(first, ast.Chat):
+            reason = "stands beside `template`: both say how rows are written"
+            hint = "keep one of them"
+            at = line.span if is_chat else first.span
+            self.diagnostics.append(BadArgument(span=at, name="chat", reason=reason, hint=hint))
+            return
+        self.once(line, first, "chat" if is_chat else "template")
+
+    def _chat(self, line: ast.Chat) -> None:
+        self._writes_rows(line)
+        self.chat = self.chat or line
+        for turn in line.turns:
+            if turn.role not in spec.CHAT_ROLES:
+                known = spec.CHAT_ROLES
+                hint = did_you_mean(turn.role, known, f"turns are of {name_list(known)}")
+                unknown = UnknownWord(span=turn.span, kind="role", word=turn.role, hint=hint)
+                self.diagnostics.append(unknown)
+
     def _templates(self, line: ast.Domained) -> None:
-        self.once(line, self.templates[0] if self.templates else None, "template")
+        self._writes_rows(line)
         values = line.domain.values
         items = values.items if isinstance(values, ast.ListOf) else (values,)
         for item in items:
@@ -185,12 +209,31 @@ class _BlockLines:
             spec.Corruption(span=line.name.span, name=line.name.id, changes=line.changes)
         )
 
+    def no_template_changes(self) -> None:
+        """E0207 for corruptions that write rows of a chat with another template."""
+        for change in (c for corruption in self.corruptions for c in corruption.changes):
+            if isinstance(change, ast.Change) and change.word == "template":
+                bad = BadArgument(
+                    span=change.span,
+                    name="template",
+                    reason="writes a whole prompt, and these are chats",
+                    hint="change a value that stands in a turn, or write a block of its own",
+                )
+                self.diagnostics.append(bad)
+
+
+def _turn(turn: ast.ChatTurn) -> ast.ChatTurn:
+    """One that a side says which there is: of others that has been said."""
+    return turn if turn.role in spec.CHAT_ROLES else replace(turn, role="user")
+
 
 def lower_prompts(definition: ast.PromptsDef, scope: Namespace) -> spec.Prompts:
     """The typed block. Codes: E0108, E0201 (`words(MODEL)`), E0202, E0209."""
     block = _BlockLines(definition, scope)
     for line in definition.lines:
         block.add(line)
+    if block.chat is not None:
+        block.no_template_changes()
     for node in walk(definition.lines):
         # `words(toy)` is the one place where a block refers to a model.
         if isinstance(node, ast.Call) and node.name == "words" and len(node.arguments) == 1:
@@ -206,7 +249,8 @@ def lower_prompts(definition: ast.PromptsDef, scope: Namespace) -> spec.Prompts:
         span=definition.name.span,
         name=definition.name.id,
         values=tuple(block.values),
-        templates=tuple(block.templates),
+        templates=() if block.chat is not None else tuple(block.templates),
+        chat=() if block.chat is None else tuple(map(_turn, block.chat.turns)),
         rows=None if block.rows is None else block.rows.source,
         distinct=block.rows is not None and block.rows.distinct,
         rename=tuple(block.rename),

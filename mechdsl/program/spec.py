@@ -6,6 +6,7 @@ meaning; in JSON they are the text that was written.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from pydantic import (
 )
 from pydantic.json_schema import SkipJsonSchema
 
+from mechdsl.base.plural import plural
 from mechdsl.base.source import Source, Span
 from mechdsl.syntax import ast
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     PositionText = ast.Position
     DomainText = ast.Domain
     StringText = ast.String
+    ChatTurnText = ast.ChatTurn
     ChangeText = ast.CorruptLine
     SpanDefText = ast.SpanDef
     BoundText = ast.Star | ast.AxisRange
@@ -52,7 +55,9 @@ else:
         WithJsonSchema({"type": "string"}),
     ]
     ExprText = CallText = SiteText = NameText = PositionsText = PositionText = _AS_WRITTEN
-    DomainText = StringText = ChangeText = SpanDefText = BoundText = EdgeText = _AS_WRITTEN
+    DomainText = StringText = ChatTurnText = ChangeText = SpanDefText = BoundText = EdgeText = (
+        _AS_WRITTEN
+    )
     Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
     Losses = Where
 
@@ -113,12 +118,18 @@ NO_PROMPTS, NO_TEXT = "no prompts", "."
 """The block of experiments that look at weights alone, and the text of its one row."""
 
 
+CHAT_ROLES = ("system", "user", "assistant")
+"""Whose turns a chat has."""
+
+
 class Prompts(Spec):
     """One `prompts` block."""
 
     name: str
     values: tuple[Value, ...] = ()
     templates: tuple[StringText, ...] = ()
+    chat: tuple[ChatTurnText, ...] = ()
+    """Turns that the tokenizer's chat template writes, in place of templates."""
     rows: ExprText | None = None
     """The file's path as a string expression."""
     from_images: bool = False
@@ -183,6 +194,25 @@ class Generation(Spec):
     def sampled(self) -> bool:
         """Whether tokens are drawn."""
         return self.temperature is not None
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """How tokens are drawn, in words; nothing where they aren't."""
+        if self.temperature is None:
+            return ()
+        said = [f"drawn at temperature {self.temperature:g}"]
+        said += [f"of the {self.top_k:,} likeliest"] if self.top_k is not None else []
+        said += [f"of those with {100 * self.top_p:.4g} % in all"] if self.top_p is not None else []
+        return tuple(said)
+
+    @property
+    def how(self) -> str:
+        """All of it in a few words."""
+        said = [f"up to {plural(self.tokens, 'token')}", *self.drawn]
+        said += [f"{self.samples:,} samples"] if self.samples > 1 else []
+        if self.stops:
+            said.append("until " + " or ".join(map(json.dumps, self.stops)))
+        return ", ".join(said)
 
     def key(self, seed: int) -> tuple[object, ...]:
         """What replies hang on, beside the model, the prompts and the rules. seed: the file's."""

@@ -115,8 +115,8 @@ def accepted(
 def texts_of(
     table: PromptTable, parts: Sequence[Part], tokenizer: TextTokenizer, extra: Mapping[str, Any]
 ) -> tuple[tuple[tuple[str, ...], ...], list[Diagnostic]]:
-    """Per row, what several parts of a metric say, whatever tokens that has; as `accepted`. What
-    all answers begin with, and what stands in the prompt, is left out.
+    """Per row, what several parts of a metric say, whatever tokens that has; as `accepted`. Of the
+    texts of rows the white space that was moved into the prompt is left out.
 
     Codes: E0503, E0516.
     """
@@ -134,11 +134,12 @@ def texts_of(
             texts, problems = texts_said(table, part, tokenizer, extra)
             if has_errors(problems):
                 return (), problems
-            own = [[text] for text in texts]
+            named = isinstance(part, ast.Name | ast.OfRef)
+            before = table.moved_text if named else ""
+            own = [[text.removeprefix(before)] for text in texts]
         for row, more in zip(found, own, strict=True):
             row += more
-    before = table.moved_text
-    return tuple(tuple(text.removeprefix(before) for text in row) for row in found), []
+    return tuple(map(tuple, found)), []
 
 
 def _text(entry: Entry, tokenizer: TextTokenizer) -> str:

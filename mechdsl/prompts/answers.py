@@ -94,17 +94,19 @@ def tokenise(
     return out, diagnostics
 
 
-def shared_beginning(found: Sequence[TextTokens], tokenizer: TextTokenizer) -> tuple[int, ...]:
+def shared_beginning(
+    found: Sequence[TextTokens], tokenizer: TextTokenizer, *, words: bool = True
+) -> tuple[int, ...]:
     """The leading token that all texts share, if it can move into the prompt.
 
     White space alone always moves (the space that some tokenizers put before a digit); a word only
-    if it tells no answers apart, that is where there are several answers.
+    if it tells no answers apart, that is where there are several answers, and if `words` may.
     """
     firsts = {t.ids[:1] for t in found}
     if len(firsts) != 1 or any(len(t.ids) < 2 for t in found):
         return ()
     (first,) = firsts
-    several = len({t.text for t in found}) > 1
+    several = words and len({t.text for t in found}) > 1
     is_space = bool(first) and tokenizer.is_space(first[0])
     return first if several or is_space else ()
 
@@ -253,6 +255,7 @@ def behind_rows(
 ) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
     """Texts behind the clean prompts of these rows, without the token that was moved there."""
     prompts = [table.sources[row].prompt.text for row in rows]
+    tokenizer = tokenizer.reading(written=table.chat)
     found, diagnostics = tokenise(prompts, texts, tokenizer, name=span.text, span=span)
     moved = [move(t, () if isinstance(x, TokenId) else table.moved)
              for t, x in zip(found, texts, strict=True)]  # fmt: skip
@@ -333,10 +336,9 @@ def numerals(
     width = width if digits is None else digits
     texts = [f"{before}{number:0{width}d}" for number in numbers]
     # One prompt stands for all: the token behind the prompt's last one is what counts.
-    prompt = table.sources[0].prompt.text
-    found, diagnostics = tokenise(
-        [prompt] * len(texts), texts, tokenizer, name="numeral", span=span
-    )
+    prompts = [table.sources[0].prompt.text] * len(texts)
+    tokenizer = tokenizer.reading(written=table.chat)
+    found, diagnostics = tokenise(prompts, texts, tokenizer, name="numeral", span=span)
     diagnostics = [d for d in diagnostics if d.severity == "error"]
     moved = [move(t, table.moved) for t in found]
     if any(m is None for m in moved):

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e04_model import NoTokenFor
+from mechdsl.diagnostics.e05_chat import BadChatTemplate, NoChatTemplate
 from mechdsl.diagnostics.e05_data import EmptyPrompt, PromptTooLong
 from mechdsl.diagnostics.w07_data import EqualRecords, NotAllRows, UnknownWords
 from mechdsl.program import spec
@@ -32,7 +33,7 @@ from mechdsl.prompts.prompt_conventions import (
 )
 from mechdsl.prompts.prompt_table import PromptTable, Run, RunRow, TextTokens
 from mechdsl.prompts.prompts_block import Blocks, PromptsBlock
-from mechdsl.prompts.replaced_text import extended, replace_in_rows
+from mechdsl.prompts.replaced_text import extended, marks_turns, replace_in_rows
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.row_selection import (
     Collection,
@@ -75,6 +76,7 @@ def build_table(
     python: bool = False,
     prompts_enough: int | None = None,
     labels: Labels = "none",
+    writes: bool = False,
 ) -> tuple[PromptTable | None, list[Diagnostic]]:
     """The rows of a block with all its runs, tokenised.
 
@@ -85,12 +87,16 @@ def build_table(
     python: whether functions of Python files may be run.
     prompts_enough: how many prompts, of all runs, are enough to look at (W0790).
     labels: whether answers and the like are of a classifier's outputs, and no tokens.
-    compiled: blocks by name that were compiled before, with the rows they have worked out; a new
-        one is added. All that the rows hang on (seed, words, parameters, blocks) must be the same.
-    Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, W0701 to W0703, W0781,
-    W0790, W0791.
+    writes: whether models write behind its prompts, which hold no word of an answer then.
+    compiled: blocks that were compiled before, as `compiled_as` calls them, with the rows they
+        have worked out; a new one is added. All that the rows hang on (seed, words, parameters,
+        blocks) must be the same.
+    Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, E0550 to E0553, W0701
+    to W0703, W0781, W0790, W0791.
     """
-    rows = (compiled or {}).get(prompts.name) or BlockRows(
+    tokenizer = tokenizer.reading(written=bool(prompts.chat))
+    key = compiled_as(prompts, tokenizer)
+    rows = (compiled or {}).get(key) or BlockRows(
         PromptsBlock(
             prompts,
             seed=seed,
@@ -98,12 +104,13 @@ def build_table(
             parameters=parameters or {},
             blocks=blocks or {},
             python=python,
+            chat=tokenizer.chat,
         )
     )
     if compiled is not None:
-        compiled[prompts.name] = rows
+        compiled[key] = rows
     block = rows.block
-    diagnostics = list(block.diagnostics)
+    diagnostics = [*block.diagnostics, *_no_chat(prompts, tokenizer)]
     if has_errors(diagnostics) or block.columns_unknown:
         return None, diagnostics
     most = None
@@ -125,12 +132,34 @@ def build_table(
     diagnostics = list(dict.fromkeys([*block.diagnostics, *found.diagnostics]))
     if has_errors(diagnostics) or not found.rows:
         return None, diagnostics
-    builder = _Builder(rows, tokenizer, max_length, labels=labels, whole=most is None)
+    builder = _Builder(
+        rows, tokenizer, max_length, labels=labels, whole=most is None, writes=writes
+    )
     table = builder.table(found, limit, part)
     return (None if has_errors(builder.diagnostics) else table), [
         *diagnostics,
         *dict.fromkeys(builder.diagnostics),
     ]
+
+
+def compiled_as(prompts: spec.Prompts, tokenizer: TextTokenizer | None) -> str:
+    """What the rows of a block are called that a tokenizer's template writes; those of all other
+    blocks are the same for every tokenizer."""
+    chat = tokenizer.chat if tokenizer is not None and prompts.chat else None
+    return prompts.name if chat is None else f"{prompts.name} {chat.digest}"
+
+
+def _no_chat(prompts: spec.Prompts, tokenizer: TextTokenizer) -> list[Diagnostic]:
+    """E0550, E0551: nothing writes the turns of a chat."""
+    if not prompts.chat or tokenizer.stands_in:
+        return []
+    span = prompts.chat[0].span
+    if tokenizer.chat is None:
+        return [NoChatTemplate(span=span)]
+    problem = tokenizer.chat.problem
+    if problem is None:
+        return []
+    return [BadChatTemplate(span=span, reason=problem.reason, hint=problem.hint)]
 
 
 def _equal_records(block: PromptsBlock, found: Collection) -> EqualRecords:
@@ -155,6 +184,7 @@ class _Builder:
     texts: bool = True
     """Whether there are answers and the like."""
     labels: Labels = "none"
+    writes: bool = False
     """Whether they are of a classifier's outputs, which aren't tokenised."""
     whole: bool = True
     """Whether deviations are of all rows before `limit`, as in a run, or of those of the table."""
@@ -198,7 +228,8 @@ class _Builder:
             for name, tokens in row.items()
             if not self.block.is_token_id(name)
         ]
-        moved = shared_beginning(every, self.tokenizer) if every else ()
+        words = not self.writes
+        moved = shared_beginning(every, self.tokenizer, words=words) if every else ()
         runs = {CLEAN: self._run(CLEAN, [m.clean for m in made], texts[CLEAN], moved, prompts)}
         for corruption in self.block.spec.corruptions:
             rows = [m.corrupted[corruption.name] for m in made]
@@ -299,7 +330,7 @@ class _Builder:
                     texts=kept,
                 )
             )
-        return Run(name, tuple(out))
+        return Run(name, tuple(out), chat=bool(self.block.spec.chat))
 
     # --- what corruptions do to tokens ---------------------------------------------------------
 
@@ -355,6 +386,9 @@ class _Builder:
                 self.diagnostics.append(refusal.diagnostic(row.describe()))
                 return [""] * len(made)
             texts.append(new if isinstance(new, str) else self.tokenizer.token_text(new.id))
+        if self.block.spec.chat:
+            found = (marks_turns(new, text.span, self.tokenizer) for new in dict.fromkeys(texts))
+            self.diagnostics += [each for each in found if each is not None][:1]
         return texts
 
     def _with_noise(self, table: PromptTable, found: Collection) -> PromptTable:

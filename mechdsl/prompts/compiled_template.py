@@ -27,8 +27,16 @@ class CompiledTemplate:
     """A template's pieces, and the names that its placeholders define (`{s2 = s}`)."""
 
     text: ast.String
+    """The first one of a chat."""
     pieces: Sequence[str | Placeholder]
+    turns: tuple[ast.ChatTurn, ...] = ()
+    """Of a chat: who says what; the pieces are those of all turns."""
     definitions: dict[str, Definition] = field(default_factory=dict[str, Definition])
+
+    @property
+    def texts(self) -> tuple[ast.String, ...]:
+        """The text, or those of the turns."""
+        return tuple(turn.text for turn in self.turns) or (self.text,)
 
     def __post_init__(self) -> None:
         for piece in self.pieces:

@@ -163,4 +163,4 @@ def _aligned(
             positions=tuple(noise.positions[i] for i in index),
             row_keys=tuple(found.row_keys[i] for i in index),
         )
-    return Run(name, tuple(rows[i] for i in index), noise, prompts=found.name)
+    return Run(name, tuple(rows[i] for i in index), noise, prompts=found.name, chat=there.chat)

@@ -12,6 +12,8 @@ from mechdsl.diagnostics.e03_positions import JoinedUnequal
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable, RunRow
 from mechdsl.prompts.span_tokens import TokenMap
 from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
 
 
 def check_joined(
@@ -59,6 +61,8 @@ def hit_texts(
     tokenizer: knows the names of tokens that cover no text (else they are left out).
     """
     found: Counter[str] = Counter()
+    if cell.reply is not None:  # nothing is written yet
+        return ()
     for row, hits in zip(table.runs[run].rows, cell.hits, strict=True):
         m = TokenMap(row)
         for p in (p for tokens in hits for p in tokens if p < len(row.ids)):
@@ -82,3 +86,8 @@ def lacks(cells: Sequence[PositionCell], n: int) -> bool:
     """Whether a row has none of the cells: another experiment lacks it, so that nothing is known of
     its tokens, or a `for` counts beyond its end."""
     return not any(cell.hits[n] for cell in cells)
+
+
+def is_ranked(node: ast.Node) -> bool:
+    """Whether it names tokens that another experiment ranked."""
+    return any(isinstance(part, ast.RankedTokens) for part in walk(node))

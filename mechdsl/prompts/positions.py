@@ -28,8 +28,9 @@ from mechdsl.prompts.named_numbers import (
     numbered,
 )
 from mechdsl.prompts.order_in_text import behind, by_text
-from mechdsl.prompts.position_hits import lacks, union
+from mechdsl.prompts.position_hits import is_ranked, lacks, union
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
+from mechdsl.prompts.reply_positions import NO_REPLIES, ReplyTokens, names_reply, reply_cells
 from mechdsl.prompts.span_occurrences import Occurrences
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
@@ -55,6 +56,7 @@ def resolve_positions(
     with_runs: Sequence[str] = (),
     ranked: Ranked | None = None,
     answers: AnswerTokens = NO_ANSWERS,
+    replies: ReplyTokens = NO_REPLIES,
 ) -> tuple[tuple[PositionCell, ...], list[Diagnostic]]:
     """The cells of a position expression in one run: one per value of its axis.
 
@@ -62,8 +64,8 @@ def resolve_positions(
     loops: names of the first; where they count, rows that lack the position drop out.
     with_runs: other runs whose prompts must be as long where positions are counted from an end.
     ranked: picks the tokens that another experiment ranked; E0108 for them without it.
-    answers: the texts behind the prompts, whose tokens are positions too.
-    Codes: E0305, E0306, E0308 to E0315, E0321, E0322, E0540 to E0542, W0701.
+    answers, replies: the texts behind the prompts, whose tokens are positions too.
+    Codes: E0305, E0306, E0308 to E0315, E0321, E0322, E0540 to E0542, E0545, W0701.
     """
     values = loop_values or {}
     numbers = NamedNumbers(values, loops)
@@ -75,6 +77,9 @@ def resolve_positions(
     )
     cells: list[PositionCell] = []
     for item, counted in zip(positions.items, written.items, strict=True):
+        if names_reply(counted, table):
+            cells += reply_cells(counted, table, run, replies, resolver.diagnostics)
+            continue
         own = resolver.position(counted)
         if has_numbers(item):
             own = resolver.somewhere(item, own)
@@ -108,10 +113,9 @@ class _Resolver:
 
     def position(self, position: ast.Position) -> list[PositionCell]:
         if position.align not in (None, "left", "right"):
-            hint = "write `align left` or `align right`"
-            self.diagnostics.append(
-                UnknownWord(span=position.span, kind="alignment", word=position.align, hint=hint)
-            )
+            hint, word = "write `align left` or `align right`", position.align
+            problem = UnknownWord(span=position.span, kind="alignment", word=word, hint=hint)
+            self.diagnostics.append(problem)
             return []
         cells = self.body(position.body, position.align)
         return self._and_answer(position, cells) if position.and_answer else cells
@@ -171,8 +175,8 @@ class _Resolver:
                     return self._later(base, "a position that another experiment ranked")
                 found = self.ranked(base, self.run, self.loops, self.diagnostics)
                 return [PositionCell(label, tuple(hits)) for label, hits in found]
-            case ast.EachStep():
-                return self._later(base, "`each step` as a position")
+            case ast.EachStep():  # one of a reply, whose cells are found by themselves
+                return []
 
     def _later(self, node: ast.Node, what: str) -> list[PositionCell]:
         self.diagnostics.append(NotSupported(span=node.span, what=what))
@@ -389,13 +393,13 @@ class _Resolver:
             () if any(lacks(own, n) for own in parts) else union(cells, n)
             for n in range(self.total)
         )
-        follows = min((cell.follows for cell in cells if cell.follows), default="")
-        return [PositionCell(base.span.written, hits, follows=follows)]
+        found, either = PositionCell(base.span.written, hits), {c.follows for c in cells} - {""}
+        return [replace(found, follows=min(either)) if either else found]
 
     def _may_lack(self, node: ast.Node) -> bool:
         """Whether rows without the position drop out: another experiment hasn't ranked theirs, or a
         `for` counts beyond their end."""
-        return _is_ranked(node) or any(map(self.spans.drops_out, walk(node)))
+        return is_ranked(node) or any(map(self.spans.drops_out, walk(node)))
 
     def _single(self, point: ast.Point) -> list[int | None] | None:
         """One token position per row, None where a `for` counts beyond its end; else E0314."""
@@ -495,7 +499,3 @@ class _Resolver:
         if body.each:
             return self.counted.by_index(body, kept, align)
         return [PositionCell(body.span.written, tuple(kept))]
-
-
-def _is_ranked(node: ast.Node) -> bool:
-    return any(isinstance(part, ast.RankedTokens) for part in walk(node))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from mechdsl.base.plural import plural
 from mechdsl.prompts.answers import output_words, quoted
-from mechdsl.prompts.prompt_table import PromptTable
+from mechdsl.prompts.chat_template import ASSISTANT, TODAY
+from mechdsl.prompts.prompt_table import PromptTable, RunRow
 from mechdsl.prompts.prompts_block import PromptsBlock
 from mechdsl.prompts.row_selection import Collection
 from mechdsl.prompts.rows import CLEAN
@@ -54,8 +55,10 @@ def token_conventions(
     block: PromptsBlock, table: PromptTable, tokenizer: TextTokenizer
 ) -> dict[str, str]:
     """The beginning-of-sequence token, and how answers and the like were tokenised."""
-    out = {"bos": tokenizer.bos_convention()}
     rows = table.runs[CLEAN].rows
+    out = {"bos": tokenizer.bos_convention()}
+    if block.spec.chat:
+        out = _chat_conventions(block, rows, tokenizer)
     for name in rows[0].texts if rows else ():
         lengths = sorted({len(row.texts[name].ids) for row in rows})
         if lengths == [0]:
@@ -68,6 +71,21 @@ def token_conventions(
         if table.moved and not block.is_token_id(name):
             out[name] += f"; its first token {quoted(table.moved_text)} stands in the prompt"
     return out
+
+
+def _chat_conventions(
+    block: PromptsBlock, rows: Sequence[RunRow], tokenizer: TextTokenizer
+) -> dict[str, str]:
+    """What the template of a chat put in."""
+    chat, bos = block.chat, tokenizer.roles.get("bos")
+    there = any(row.special[:1] == (True,) for row in rows)
+    by = "the chat template" if tokenizer.bos is None else f"bos: {str(tokenizer.bos).lower()}"
+    begun = block.spec.chat[-1].role == ASSISTANT
+    said = "turns as the model's chat template writes them, "
+    said += "the last one a reply that has begun" if begun else "and its opening of a reply"
+    if chat is not None and chat.tells_time:
+        said += f"; today is {TODAY.day} {TODAY:%B %Y} for it"
+    return {"bos": f"`{bos}` in front ({by})" if there else f"none in front ({by})", "chat": said}
 
 
 def noise_conventions(table: PromptTable) -> dict[str, str]:

@@ -89,6 +89,8 @@ class Run(Record):
     """The model that it runs on, where that isn't the experiment's."""
     derived: Derived | None = None
     """Of a run with rules; its rows and noise are those of its base."""
+    chat: bool = False
+    """Whether its texts are written by a chat template, with their special tokens in them."""
 
     @property
     def draws(self) -> int:
@@ -139,9 +141,40 @@ class PromptTable(Record):
     def __len__(self) -> int:
         return len(self.row_ids)
 
+    @property
+    def chat(self) -> bool:
+        """Whether its own rows are chats."""
+        return any(run.chat for run in self.runs.values() if run.prompts is None)
+
 
 Hits: TypeAlias = tuple[tuple[int, ...], ...]
 """The runs of one row: token positions that are joined, each run by itself."""
+
+
+@record
+class ReplyPosition(Record):
+    """Tokens of the reply that is written behind a prompt."""
+
+    kind: Literal["token", "tokens", "last", "all", "text", "step"]
+    """`token`: the one of a number. `step`: where the pass of a number predicts, behind so many
+    tokens of the reply."""
+    number: int = 0
+    """Of tokens, from 1; of steps, from 0."""
+    last: int | None = None
+    """Of several tokens, the last one's number."""
+    text: str = ""
+    """The last occurrence of a text …"""
+    which: Literal["first", "last", "all"] = "last"
+    """… which of its tokens."""
+    offset: int = 0
+    """Tokens behind that."""
+
+    @property
+    def single(self) -> bool:
+        """Whether it is one token."""
+        return self.kind in ("token", "last", "step") or (
+            self.kind == "text" and self.which != "all"
+        )
 
 
 @record
@@ -156,6 +189,8 @@ class PositionCell(Record):
     A row without the position has no runs and drops out of the cell."""
     item: int | None = None
     """1-based occurrence, for `each item token`."""
+    reply: ReplyPosition | None = None
+    """In the reply, which isn't there yet: `hits` are the prompts' last tokens then."""
     follows: Literal["", "newest", "every"] = field(default="", compare=False)
     """While a reply is written: whether it is, at each step, the newest token (`last token`), or
     all tokens so far (`tokens *`)."""

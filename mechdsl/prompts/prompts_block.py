@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
-from typing import Any
 
 from mechdsl.base import limits
 from mechdsl.base.names import name_list
@@ -22,12 +21,14 @@ from mechdsl.diagnostics.e05_data import (
     UnknownValue,
 )
 from mechdsl.program import spec
+from mechdsl.prompts.chat_template import ChatTemplate
 from mechdsl.prompts.compiled_template import CompiledTemplate, Definition
 from mechdsl.prompts.data_files import DataFile, read_data
 from mechdsl.prompts.domains import Constants, Words, make_domain
 from mechdsl.prompts.hub_datasets import read_dataset
 from mechdsl.prompts.names_used import NameUse, calls_in, counts_tokens, draws, uses
-from mechdsl.prompts.python_values import Calls, Names, python_calls
+from mechdsl.prompts.parts_of_rows import parts_of
+from mechdsl.prompts.python_values import Calls
 from mechdsl.prompts.row_scope import Refusal
 from mechdsl.prompts.values import Value, frozen, plain
 from mechdsl.syntax import ast
@@ -64,6 +65,7 @@ class PromptsBlock:
         parameters: Constants,
         blocks: Blocks,
         python: bool = False,
+        chat: ChatTemplate | None = None,
     ) -> None:
         self.spec = _without_wrong_changes(prompts, parameters)
         self.name = prompts.name
@@ -73,6 +75,8 @@ class PromptsBlock:
         self.blocks = blocks
         self.python = python
         """Whether functions of Python files may be run."""
+        self.chat = chat
+        """What writes the turns of a chat; None where the tokenizer isn't at hand."""
         self.diagnostics: list[Diagnostic] = [
             d for c in prompts.corruptions for d in problems(c.changes, parameters)
         ]
@@ -82,6 +86,8 @@ class PromptsBlock:
         self.data: DataFile | None = self._read()
         self.columns: tuple[str, ...] = self.data.columns if self.data else ()
         self.templates: tuple[CompiledTemplate, ...] = tuple(map(self.template, prompts.templates))
+        if prompts.chat:
+            self.templates = (self._of_turns(prompts.chat),)
         self.domains: dict[str, Sequence[Value]] = {}
         self.definitions: dict[str, Definition] = {}
         for value in prompts.values:
@@ -156,6 +162,11 @@ class PromptsBlock:
             found = self._templates[id(text)] = CompiledTemplate(text, pieces)
         return found
 
+    def _of_turns(self, turns: tuple[ast.ChatTurn, ...]) -> CompiledTemplate:
+        texts = [self.template(turn.text) for turn in turns]
+        pieces = [piece for text in texts for piece in text.pieces]
+        return CompiledTemplate(texts[0].text, pieces, turns)
+
     def placeholders(self, text: ast.String) -> list[ast.Expr]:
         """What stands in the braces of a text."""
         return [p.expr for p in self.template(text).pieces if isinstance(p, Placeholder)]
@@ -163,7 +174,7 @@ class PromptsBlock:
     @cached_property
     def calls(self) -> Calls:
         """The `python(…)` in it."""
-        return Calls(_parts(self), allowed=self.python)
+        return Calls(parts_of(self), allowed=self.python)
 
     def in_file(self, index: int) -> int:
         """The combination at a place of a round: a limit or a split takes the same records however
@@ -202,7 +213,7 @@ class PromptsBlock:
         for definition in self.definitions.values():
             yield definition.value
         for template in self.templates:
-            yield template.text
+            yield from template.texts
         yield from self.texts.values()
         yield from self.spec.where
         for span in self.spec.spans:
@@ -236,12 +247,13 @@ class PromptsBlock:
             self._check_uses()
         self._check_cycles()
         self._check_tokens()
+        self._check_roles()
 
     def _check_tokens(self) -> None:
         """E0515 for `tokens(…)` in what prompts are made of: it is told of finished ones."""
         elsewhere = (
             *(each.value for each in self.definitions.values()),
-            *(each.text for each in self._all_templates()),
+            *(text for each in self._all_templates() for text in each.texts),
             *self.texts.values(),
             *(part for _, part in self._changed_parts()),
         )
@@ -250,6 +262,17 @@ class PromptsBlock:
                 reason, usage = "can only stand in `where`", "where tokens(answer) = 1"
                 bad = BadCall(span=call.span, name="tokens", reason=reason, usage=usage)
                 self.diagnostics.append(bad)
+
+    def _check_roles(self) -> None:
+        """E0202 for values that are called as the turns are, and stand in one."""
+        first = "the turns of that name, which are spans too"
+        marks = [span.name for span in self.spec.spans if span.within is None]
+        texts = [turn.text for turn in self.spec.chat]
+        found = [(use.name, use.span) for use in uses(tuple(texts), self.placeholders)]
+        found += [(mark.id, mark.span) for mark in marks] if texts else []
+        for name, span in found:
+            if name in spec.CHAT_ROLES:
+                self.diagnostics.append(DuplicateName(span=span, name=name, first=first))
 
     def _duplicate(self, template: CompiledTemplate, name: str) -> None:
         for piece in template.pieces:
@@ -456,39 +479,3 @@ def _hint(name: str, known: Iterable[str], what: str) -> str:
     names = list(known)
     listed = name_list(names)
     return did_you_mean(name, names, f"its {what} are {listed}" if names else "define it")
-
-
-def _parts(block: PromptsBlock) -> Iterator[tuple[Names | None, Any]]:
-    """What rows are made of, each part with the names that a function in it is given.
-
-    A value sees those that stand above it in the file and hang on nothing from it on, so that no
-    value hangs on itself; texts, conditions and corruptions see all values.
-    """
-    given = (*block.columns, *(name for name, _ in block.axes))
-    definitions = list({id(d): d for d in block.definitions.values()}.values())
-    places = {name: n for n, d in enumerate(definitions) for name in d.names}
-    below = len(definitions)
-    places |= {name: below for name in block.texts if name not in places}
-    for template in block.templates:
-        places |= {name: below for name in template.definitions if name not in places}
-    last: dict[int, int] = {below: below}
-
-    def reach(number: int) -> int:
-        """The last definition in the file that one hangs on, itself included."""
-        if number not in last:
-            last[number] = number
-            used = {use.name for use in uses(definitions[number].value, block.placeholders)}
-            last[number] = max([number, *(reach(places[n]) for n in used if n in places)])
-        return last[number]
-
-    for number, definition in enumerate(definitions):
-        if not python_calls(definition.value):
-            continue
-        above = [n for n in range(number) if reach(n) < number]
-        yield (*given, *(name for n in above for name in definitions[n].names)), definition.value
-    every = (*given, *(name for definition in definitions for name in definition.names))
-    settled = tuple(n for n in every if n not in places or reach(places[n]) < below)
-    for node in (*block.texts.values(), *block.spec.where):
-        yield settled, node
-    for corruption in block.spec.corruptions:
-        yield None, corruption.changes

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.e05_chat import MarkerInText
+from mechdsl.prompts.answers import quoted
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run, RunRow
 from mechdsl.prompts.span_occurrences import Occurrences
@@ -33,6 +36,14 @@ def replace_tokens(
     """
     hits = [tuple(p for tokens in row for p in tokens) for row in cell.hits]
     return _replaced(table, run, at, hits, [text] * len(hits), tokenizer)
+
+
+def marks_turns(text: str, span: Span, tokenizer: TextTokenizer) -> MarkerInText | None:
+    """E0553 for a text that would be a special token in a chat."""
+    marker = None if tokenizer.chat is None else tokenizer.chat.marker_in(text)
+    if marker is None:
+        return None
+    return MarkerInText(span=span, text=quoted(text), marker=marker)
 
 
 def replace_in_rows(
@@ -70,7 +81,8 @@ def _replaced(
     ]
     # The moved token is put back by hand: alone behind the prompt it may be tokenised otherwise.
     tail = len(table.moved_text)
-    encoded = tokenizer.encode_all([text[: len(text) - tail] for text, _ in written])
+    reader = tokenizer.reading(written=old.chat)
+    encoded = reader.encode_all([text[: len(text) - tail] for text, _ in written])
     rows: list[RunRow] = []
     for row, (text, spans), tokens in zip(old.rows, written, encoded, strict=True):
         new = replace(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import NoReturn, cast
 
 from mechdsl.base import limits
 from mechdsl.base.source import Span
+from mechdsl.diagnostics.e05_chat import ChatRefused
 from mechdsl.diagnostics.e05_data import TextNotInside, TooMany
 from mechdsl.program import spec
+from mechdsl.prompts.chat_template import ChatProblem, Turn, unwritten
 from mechdsl.prompts.compiled_template import CompiledTemplate, Definition
 from mechdsl.prompts.expressions import bad, evaluate, holds
+from mechdsl.prompts.found_text import find_text
 from mechdsl.prompts.functions import FUNCTIONS, CallSite, draw_others
 from mechdsl.prompts.prompt_table import RunRow
 from mechdsl.prompts.prompts_block import TEMPLATE, PromptsBlock
@@ -42,9 +43,6 @@ from mechdsl.vocab.corruptions import ValueChange, kind_of
 RECORD = "record"
 """Name of the axis of a data file's records."""
 CLEAN = "clean"
-
-_JOINERS = "\u200c\u200d"
-_SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
 
 
 class Row:
@@ -88,7 +86,7 @@ class Row:
         """Work everything out anew, because something is changed."""
         self._cache = {}
         self._texts = {}
-        for worked_out in ("prompt", "plain_values", "key"):
+        for worked_out in ("prompt", "turns", "plain_values", "key"):
             self.__dict__.pop(worked_out, None)
 
     @cached_property
@@ -107,7 +105,9 @@ class Row:
         equal keys, wherever they stand."""
         texts = (self.named_text(name) for name in sorted(self.block.texts))
         written = ((t.id if isinstance(t, TokenId) else t) for t in texts)
-        return content_key(self.plain_values, [self.prompt.text, *written])
+        # A chat is the same row whichever model's template writes it.
+        said = [part for turn in self.turns for part in (turn.role, turn.rich.text)]
+        return content_key(self.plain_values, [*(said or [self.prompt.text]), *written])
 
     # --- names and values -----------------------------------------------------------------------
 
@@ -260,6 +260,7 @@ class Row:
             raise bad(node.span, "tokens are counted in `where` alone", "write it there")
         if isinstance(value, TokenId):
             return 1
+        tokenizer = tokenizer.reading(written=bool(self.turns))
         spans = self._spans_called(node)
         if spans:
             return self._tokens_of(spans, node, tokenizer)
@@ -395,7 +396,7 @@ class Row:
     @cached_property
     def prompt(self) -> Rich:
         """The prompt with its spans, in the order of the text."""
-        rich = self.text(self.template.text, Key(TEMPLATE))
+        rich = self._chat() if self.turns else self.text(self.template.text, Key(TEMPLATE))
         spans = list(rich.spans)
         for definition in self.block.spec.spans:
             if definition.literal is not None:
@@ -403,6 +404,23 @@ class Row:
                 found = find_text(rich.text, literal)
                 spans += [SpanAt(definition.name.id, *at) for at in found[-1:]]
         return Rich(rich.text, tuple(sorted(spans, key=lambda s: (s.start, -s.end))))
+
+    @cached_property
+    def turns(self) -> tuple[Turn, ...]:
+        """What each side says, of a chat."""
+        turns = enumerate(self.template.turns)
+        return tuple(Turn(t.role, self.text(t.text, Key(f"{TEMPLATE}.{n}"))) for n, t in turns)
+
+    def _chat(self) -> Rich:
+        """The turns as the tokenizer's template writes them. E0552 as `Refusal`."""
+        if self.block.chat is None:
+            return unwritten(self.turns)
+        try:
+            return self.block.chat.written(self.turns)
+        except ChatProblem as problem:
+            turns = self.template.turns
+            at = turns[problem.turn or 0].span
+            raise Refusal(ChatRefused, at, reason=problem.reason, hint=problem.hint) from problem
 
     def named_text(self, name: str) -> str | TokenId:
         """One of the texts that metrics refer to."""
@@ -466,36 +484,3 @@ def _shifted(span: SpanAt, end: int, by: int) -> SpanAt:
     """A span after the text up to `end` has become longer by `by`."""
     start = span.start + by if span.start >= end else span.start
     return SpanAt(span.name, start, span.end + by if span.end >= end else span.end, span.within)
-
-
-def find_text(text: str, part: str) -> list[tuple[int, int]]:
-    """Where a text occurs in another, without overlaps; whole words where there are any."""
-    if not part.strip():
-        return []
-    starts = [m.start() for m in re.finditer(f"(?={re.escape(part)})", text)]
-    every = [(start, start + len(part)) for start in starts]
-    whole = [at for at in every if not any(_goes_on(text, edge) for edge in at)]
-    found: list[tuple[int, int]] = []
-    for at in whole or every:
-        if not found or at[0] >= found[-1][1]:
-            found.append(at)
-    return found
-
-
-def _goes_on(text: str, at: int) -> bool:
-    """Whether a word, or a character of several code points, goes on across a place."""
-    if not 0 < at < len(text):
-        return False
-    before, behind = text[at - 1], text[at]
-    if before in _JOINERS or behind in _JOINERS or behind in _SKIN_TONES or _is_mark(behind):
-        return True
-    return _in_word(before) and _in_word(behind)
-
-
-def _in_word(char: str) -> bool:
-    return char == "_" or char.isalnum() or _is_mark(char)
-
-
-def _is_mark(char: str) -> bool:
-    """An accent, a vowel sign: part of the letter before it."""
-    return unicodedata.category(char).startswith("M")

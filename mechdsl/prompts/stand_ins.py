@@ -85,7 +85,8 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
     at = block.spec.span
     constant = {*block.parameters, *block.texts, "true", "false", TEMPLATE, *RESERVED}
     lacking = (d.name for d in block.diagnostics if isinstance(d, UnknownValue))  # said already
-    columns = [*block.names(), *(span.name.id for span in block.spec.spans), *lacking]
+    roles = (turn.role for turn in block.spec.chat)
+    columns = [*block.names(), *roles, *(span.name.id for span in block.spec.spans), *lacking]
     known = (n for n in dict.fromkeys(columns) if n not in constant)
     names = [n for n in known if len(n) <= limits.NAME and _NAME.fullmatch(n)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -17,6 +18,8 @@ from mechdsl.base.json_text import load_json
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e05_data import NoBosToken, UnreadableTokenizer
+from mechdsl.prompts.chat_template import FILES as CHAT_FILES
+from mechdsl.prompts.chat_template import ChatTemplate, chat_of, read_chat
 
 ROLES = ("bos", "cls", "sep", "eos")
 """Special tokens that positions can name."""
@@ -44,7 +47,12 @@ class Encoded:
         return len(self.ids)
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    *CHAT_FILES,
+)
 """What `from_folder` reads."""
 
 _VOCABULARY = re.compile(rb'("vocab"\s*:\s*\{\s*)(?=(\})?)')
@@ -66,6 +74,11 @@ class TextTokenizer:
 
     stands_in: ClassVar[bool] = False
     """Whether it stands in for the tokenizer of a model that isn't at hand."""
+    chat: ChatTemplate | None = None
+    """What it writes the turns of a chat with, where it has a template."""
+    written: bool = False
+    """Whether texts have their special tokens in them, as a chat template writes them: none is put
+    around them."""
 
     def __init__(
         self,
@@ -129,6 +142,7 @@ class TextTokenizer:
             name=path.name,
             made_unknown=made_unknown,
         )
+        made.chat = read_chat(path, config, made._added)
         return made._checked(span)
 
     @classmethod
@@ -140,26 +154,42 @@ class TextTokenizer:
         cls_token: str | None = None,
         sep_token: str | None = None,
         eos_token: str | None = None,
+        chat_template: object = None,
         bos: bool | None = None,
         span: Span | None = None,
     ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
         """Wrap a copy of a tokenizer that Python holds already. Codes: E0522."""
         content = backend.to_str().encode()
-        copy, made_unknown = _backend_of(content)
+        own, made_unknown = _backend_of(content)
         tokens = {"bos": bos_token, "cls": cls_token, "sep": sep_token, "eos": eos_token}
         made = cls(
-            copy,
+            own,
             roles={role: token for role, token in tokens.items() if token is not None},
             bos=bos,
             digest=sha256(content).hexdigest(),
             made_unknown=made_unknown,
         )
+        named = {f"{role}_token": token for role, token in tokens.items()}
+        made.chat = chat_of(chat_template, named, made._added)
         return made._checked(span)
 
     def same_as(self, other: TextTokenizer) -> bool:
-        """Whether both give the same tokens for every text."""
-        mine, theirs = ((t.hash, t.roles, t.bos) for t in (self, other))
+        """Whether both give the same tokens for every text and every chat."""
+        mine, theirs = ((t.hash, t.roles, t.bos, t.chat) for t in (self, other))
         return mine == theirs
+
+    def reading(self, *, written: bool) -> TextTokenizer:
+        """The same tokenizer for texts that have their special tokens in them, or for others."""
+        return self if written == self.written else self._other
+
+    @cached_property
+    def _other(self) -> TextTokenizer:
+        other = copy(self)
+        for worked_out in ("_kept", "opening"):
+            other.__dict__.pop(worked_out, None)
+        other.written = not self.written
+        other.__dict__["_other"] = self
+        return other
 
     def _checked(self, span: Span | None) -> tuple[TextTokenizer | None, list[Diagnostic]]:
         if self.bos and "bos" not in self.roles:
@@ -167,6 +197,12 @@ class TextTokenizer:
         return self, []
 
     # --- vocabulary ---------------------------------------------------------------------------
+
+    @property
+    def _added(self) -> dict[str, bool]:
+        """Texts that are tokens wherever they stand, and whether they are special ones."""
+        entries = self._backend.get_added_tokens_decoder().values()
+        return {entry.content: entry.special for entry in entries}
 
     @property
     def vocab_size(self) -> int:
@@ -243,7 +279,8 @@ class TextTokenizer:
             return self._raw(texts)
         kept = self._kept
         new = [text for text in dict.fromkeys(texts) if text not in kept]
-        kept.update(zip(new, map(self._with_bos, self._raw(new, True)), strict=True))
+        raw = map(self._with_opening, self._raw(new)) if self.written else self._raw(new, True)
+        kept.update(zip(new, map(self._with_bos, raw), strict=True))
         encoded = [kept[text] for text in texts]
         if len(kept) > _BATCH:
             kept.clear()
@@ -267,6 +304,13 @@ class TextTokenizer:
                 _place_prefixes(e, offsets, special)
                 out.append(Encoded(tuple(e.ids), tuple(offsets), special))
         return out
+
+    def _with_opening(self, encoded: Encoded) -> Encoded:
+        """A token for the beginning that stands in the text itself counts as one around it."""
+        bos = self.role_ids.get("bos")
+        if bos is None or encoded.ids[:1] != (bos,):
+            return encoded
+        return Encoded(encoded.ids, ((0, 0), *encoded.offsets[1:]), (True, *encoded.special[1:]))
 
     def _with_bos(self, encoded: Encoded) -> Encoded:
         bos = self.role_ids.get("bos")

@@ -12,6 +12,7 @@ from mechdsl.diagnostics.e03_coordinates import AxesCollide
 from mechdsl.program import spec
 from mechdsl.prompts.answer_tokens import NO_ANSWERS, AnswerTokens
 from mechdsl.prompts.prompt_table import Hits, PromptTable
+from mechdsl.prompts.reply_positions import NO_REPLIES, ReplyTokens
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.resolved import Axis, Label, ModelContext
 from mechdsl.syntax import ast
@@ -36,6 +37,9 @@ class Work:
     """Axes of the experiment that are those of a family of directions."""
     answers: AnswerTokens = NO_ANSWERS
     """The texts behind the prompts; none for a kind of rule that can't act on them."""
+
+    replies: ReplyTokens = NO_REPLIES
+    """Those that are written behind the prompts; none for a rule that isn't given them."""
 
     @property
     def diagnostics(self) -> list[Diagnostic]:

@@ -22,6 +22,9 @@ class RuleKind:
     within_prompt: ClassVar[str] = ""
     """Why it can't act on the tokens of an answer, behind the prompt; empty where it can."""
 
+    reads_replies: ClassVar[bool] = False
+    """Whether it can look at tokens of a reply."""
+
     def observes(self, rule: spec.Rule) -> Observation | None:
         """What it looks at, where it is measured by that; None for rules that act."""
         return None

@@ -11,6 +11,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e05_data import MultiTokenText
 from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 from mechdsl.prompts.prompt_table import PromptTable, TextTokens
+from mechdsl.prompts.reply_positions import NO_REPLIES, ReplyTokens
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.observation import Observation
@@ -45,6 +46,9 @@ class MeasureContext:
     """How the experiment writes replies; None where it writes none."""
     loop_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Of the `for` variables that measures name, in the cells in work."""
+
+    replies: ReplyTokens = NO_REPLIES
+    """Those that are written behind the prompts."""
 
     def names_of(self, env: Env) -> dict[str, Any]:
         """What names in texts and sets stand for beside a row's own: an occurrence, and variables

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 
 from mechdsl.prompts.positions import resolve_positions
-from mechdsl.prompts.prompt_table import PositionCell
+from mechdsl.prompts.prompt_table import PositionCell, ReplyPosition
 from mechdsl.resolve.measure_context import MeasureContext, refuse
 from mechdsl.resolve.resolved import Atom, Labels, ResolvedMeasure
 from mechdsl.syntax import ast
 
 MEASURED = "measured"
-"""The axis of the positions that measures are read at."""
+"""The axis of the positions that measures are read at …"""
+STEP = "step"
+"""… and of the steps of a reply."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Place:
     absent: tuple[int, ...] = ()
     """Rows that lack it in some run."""
     item: int | None = None
+    reply: ReplyPosition | None = None
 
 
 def places_of(
@@ -46,11 +49,13 @@ def places_of(
             tokenizer=context.tokenizer,
             loop_values={**context.parameters, **context.loop_values},
             loops=tuple(context.loop_values),
+            replies=context.replies,
         )
         context.diagnostics.extend(p for p in problems if p not in context.diagnostics)
         if any(p.severity == "error" for p in problems):
             return [Place()]
-        if context.tokenizer.stands_in and len(cells) == 1:
+        known = any(cell.reply is not None for cell in cells)
+        if context.tokenizer.stands_in and len(cells) == 1 and not known:
             continue  # how many tokens it has isn't known
         if not all(_single(cell) for cell in cells):
             refuse(
@@ -71,6 +76,8 @@ def places_of(
 
 def _single(cell: PositionCell) -> bool:
     """Whether it is one token of every row that has it."""
+    if cell.reply is not None and not cell.reply.single:
+        return False
     return all(len(row) <= 1 and all(len(tokens) == 1 for tokens in row) for row in cell.hits)
 
 
@@ -83,7 +90,7 @@ def _place(
         hits = cells[label].hits
         absent.update(row for row, own in enumerate(hits) if not own)
         at[run] = tuple(own[0][0] if own else 0 for own in hits)
-    return Place(label, at, tuple(sorted(absent)), first[label].item)
+    return Place(label, at, tuple(sorted(absent)), first[label].item, first[label].reply)
 
 
 def at_places(
@@ -96,7 +103,9 @@ def at_places(
     sites = [dict(zip(swept, key, strict=True)) for key in keys]
     for place, chosen in product(places, sites):
         labels: list[tuple[str, int | float | str]] = []
-        if len(places) > 1:
+        if len(places) > 1 and place.reply is not None and place.reply.kind == "step":
+            labels.append((STEP, place.reply.number))
+        elif len(places) > 1:
             labels.append((MEASURED, place.label))
         labels += [(name, swept[name].labels[index]) for name, index in chosen.items()]
         found = _at(measure, place, chosen, context)
@@ -109,10 +118,14 @@ def _at(
 ) -> ResolvedMeasure:
     atoms = tuple(_atom_at(atom, place, chosen, context) for atom in measure.atoms)
     at, absent = place.at or measure.at, set(place.absent)
-    if any(atom.form.takes == "own" for atom in atoms):
+    if place.reply is None and any(atom.form.takes == "own" for atom in atoms):
         absent.update(n for tokens in at.values() for n, token in enumerate(tokens) if not token)
         at = {run: tuple(max(token - 1, 0) for token in tokens) for run, tokens in at.items()}
-    return replace(measure, atoms=atoms, at=at, absent=tuple(sorted(absent)), item=place.item)
+    return replace(
+        measure, atoms=atoms, at=at, absent=tuple(sorted(absent)), item=place.item,
+        in_reply=place.reply,
+        reply=measure.reply if place.reply is None else context.reply,
+    )  # fmt: skip
 
 
 def _atom_at(atom: Atom, place: Place, chosen: Mapping[str, int], context: MeasureContext) -> Atom:

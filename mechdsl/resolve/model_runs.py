@@ -139,7 +139,9 @@ def model_run(
     others = dict(zip(theirs.row_ids, theirs.runs[CLEAN].rows, strict=True))
     unlike = [n for n, row in own.items() if n not in others or others[n].ids != row.ids]
     if not unlike or source.tokenizer.stands_in or base.tokenizer.stands_in:
-        return Paired(Run(run.name, table.runs[CLEAN].rows, model=run.model), ""), []
+        return Paired(
+            Run(run.name, table.runs[CLEAN].rows, model=run.model, chat=table.chat), ""
+        ), []
     tokens = [
         " ".join(context.tokenizer.token_text(i) for i in rows[unlike[0]].ids[:8])
         if unlike[0] in rows

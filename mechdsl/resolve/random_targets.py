@@ -217,6 +217,9 @@ class _Draws:
         if what == "positions" and any(map(self._is_behind, self.experiment.rules)):
             reason = "tokens of an answer have no others that could stand for them"
             return _NothingToDraw(reason, "draw sites or layers, or name positions of the prompt")
+        if what == "positions" and any(rule.acts_later for rule in self.experiment.rules):
+            reason = "the newest token of a reply has no others that could stand for it"
+            return _NothingToDraw(reason, "draw sites or layers, or act `during prefill`")
         reason = f"no rule of this experiment has {what}"
         return _NothingToDraw(reason, "leave out what is drawn, or name what the rules have")
 
@@ -265,7 +268,7 @@ class _Draws:
         in_layers = all(point.layer is not None for point in points)
         if rule.path is None and self.shape.n_layers > 1 and in_layers:
             found.add("layers")
-        if rule.does.drawn_positions and not self._is_behind(rule):
+        if rule.does.drawn_positions and not self._is_behind(rule) and not rule.acts_later:
             found.add("positions")
         return found
 

@@ -35,6 +35,8 @@ from mechdsl.resolve.open_axes import open_axes, open_positions
 from mechdsl.resolve.picks import Onward
 from mechdsl.resolve.relative_depth import relative
 from mechdsl.resolve.removed_blocks import inside_removed, of_runs_without_blocks
+from mechdsl.resolve.replies import FOR_RULES, replies_of
+from mechdsl.resolve.replies import refused as in_replies
 from mechdsl.resolve.resolved import (
     Axis,
     ModelContext,
@@ -116,7 +118,7 @@ def outline(
     diagnostics.extend(
         inside_removed([r for r in rules if r], [m for m in measures if m], model.name)
     )
-    diagnostics.extend(of_generation(rules, work))
+    diagnostics.extend(of_generation(rules, measures, work))
     whole = all(len(run.rules) == len(run.spec.rules) for run in derived.values())
     if has_errors(diagnostics) or not whole or None in (*rules, *measures, *keep):
         return known, diagnostics
@@ -139,6 +141,7 @@ def outline(
     )
     problem = _too_many(resolved, program) or _too_many_listed(resolved)
     refused = [*of_runs_without_blocks(resolved), *([] if problem is None else [problem])]
+    refused += in_replies(resolved)
     if refused:
         return known, [*diagnostics, *refused]
     control, problems = _control(resolved, apart, draws_enough)
@@ -162,10 +165,11 @@ def _control(
 
 def _rules(work: Work, kinds: Registry[RuleKind]) -> list[ResolvedRule | None]:
     """Each of its rules; None for those that were refused."""
-    behind = measured_answers(work)
+    behind, replies = measured_answers(work), replies_of(work.experiment)
     rules: list[ResolvedRule | None] = []
     for rule in work.experiment.rules:
         kind = kinds[rule.verb]
+        work.replies = replies if kind.reads_replies else FOR_RULES
         work.answers = behind if not kind.within_prompt else AnswerTokens(reason=kind.within_prompt)
         found = kind.resolve(rule, work)
         rules.append(None if found is None else in_steps(found))
@@ -346,6 +350,7 @@ def _measure_context(
             if rule.observed is not None
         ),
         metrics=work.program.metrics,
+        replies=replies_of(work.experiment),
         reply=work.reply,
     )
 

@@ -12,7 +12,7 @@ from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.answer_sets import TokenSets
-from mechdsl.prompts.prompt_table import PositionCell, PromptTable
+from mechdsl.prompts.prompt_table import PositionCell, PromptTable, ReplyPosition
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.resolve.resolved_rule import Key, ResolvedRule, SitePoint
 from mechdsl.syntax import ast
@@ -144,6 +144,8 @@ class ResolvedMeasure(Record):
     """The occurrence that it is read at, where it is read at each."""
     reply: tuple[object, ...] | None = None
     """How the reply is written that it reads; None where it reads none."""
+    in_reply: ReplyPosition | None = None
+    """Where in the reply it is read; `at` is the prompt's last token then."""
 
     @property
     def word(self) -> str:
@@ -205,6 +207,9 @@ class ResolvedExperiment(Record):
     control: ResolvedControl | None = None
     bare: WithoutRules | None = None
     """What the effects of its observations are set against."""
+    as_base: bool = False
+    """It is read without its rules, behind the prompts and the replies that were written with
+    them."""
     control_of: str | None = None
     """The experiment that this one is the control of, or its base run, by its key."""
     drawn: Drawn | None = None
@@ -231,13 +236,6 @@ class ResolvedExperiment(Record):
     def key(self) -> str:
         """Its name among all variants."""
         return self.spec.key
-
-    @property
-    def reply(self) -> tuple[object, ...] | None:
-        """How replies are written, as a key: equal for experiments whose rows write the same with
-        the same rules; None where nothing is written."""
-        said = self.spec.generation
-        return None if said is None else said.key(self.seed)
 
     def has(self, index: Key) -> bool:
         """Whether its measures are read in the cell of these indices along its axes."""

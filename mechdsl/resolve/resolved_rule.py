@@ -11,7 +11,7 @@ from mechdsl.program import spec
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run
 from mechdsl.syntax import ast
-from mechdsl.vocab.sites import EdgeChange
+from mechdsl.vocab.sites import SITES, EdgeChange
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,6 +97,12 @@ class PathTargets(Record):
     receivers: SiteTargets
     through_mlps: bool
     frozen_norms: bool = False
+
+    @property
+    def also_at_the_end(self) -> bool:
+        """Whether the end of the model stands beside other receivers."""
+        points = (p for here in self.receivers.points.values() for p in here)
+        return len({SITES[p.site].when == "output" for p in points}) == 2
 
 
 @record
@@ -267,6 +273,15 @@ class ResolvedRule(Record):
     """The first and the last step of a reply in which it acts; None at each step."""
     after_prefill: bool = False
     """It edits keys or values that are kept of the prompt, between step 0 and step 1."""
+
+    @property
+    def acts_later(self) -> bool:
+        """Whether it acts in steps behind the prefill, at newest tokens."""
+        return (
+            bool(self.positions.newest)
+            and not self.after_prefill
+            and (self.steps is None or self.steps[1] > 0)
+        )
 
     def acts_in(self, step: int) -> bool:
         """Whether it acts in a step of a reply; step 0 is the prefill."""

@@ -17,6 +17,7 @@ from mechdsl.prompts.answer_tokens import AnswerTokens
 from mechdsl.prompts.position_hits import check_joined
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable
+from mechdsl.prompts.reply_positions import NO_REPLIES
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.open_axes import open_positions
 from mechdsl.resolve.resolved import Axis
@@ -245,6 +246,7 @@ def _cells(
         with_runs=() if other in (None, run) else (other,),
         ranked=work.ranked,
         answers=work.answers if table is None else AnswerTokens(reason=_ELSEWHERE),
+        replies=work.replies if table is None else NO_REPLIES,
     )
     work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
     return None if has_errors(problems) else list(cells)

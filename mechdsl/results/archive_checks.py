@@ -53,6 +53,7 @@ def _checks(found: ExperimentResult) -> Iterator[bool]:
     yield found.strata is None or found.strata.shape == (prompts,)
     yield all(len(values) == prompts for values in found.row_values.values())
     yield from _of_overlay(found)
+    yield from _of_replies(found)
     if found.drawn is not None:
         yield len(found.drawn.values) == len(found.measures)
         yield all(v.ndim == 3 and v.shape[1:] == (cells, prompts) for v in found.drawn.values)
@@ -89,6 +90,15 @@ def _of_overlay(found: ExperimentResult) -> Iterator[bool]:
         yield all(
             0 <= place < length for own, length in zip(hits, lengths, strict=False) for place in own
         )
+
+
+def _of_replies(found: ExperimentResult) -> Iterator[bool]:
+    """Every reply is of a prompt, and there is one at least where there is an entry."""
+    written = found.replies
+    yield len(written.cells) in (0, len(found.cells))
+    for texts in (*written.cells, *written.runs.values()):
+        yield texts.keys() <= written.prompts.keys()
+        yield all(texts.values())
 
 
 def _arrays(of: Any) -> Iterator[NDArray[Any]]:

@@ -367,11 +367,11 @@ def with_bare(
         rounding = relative * np.maximum(np.abs(base), 1)
         measures[number] = replace(own, base=base, source=None, rounding=rounding, gaps=gaps)
     said = "base run: what is observed there without the rules, in the same rows and cells"
-    return replace(
-        result,
-        measures=tuple(measures),
-        conventions={**result.conventions, "effects of observations": said},
-    )
+    told = {"effects of observations": said}
+    if bare.experiment.as_base:
+        said = "base run: without the rules, behind the same prompts and the replies made with them"
+        told = {"effects in replies": said}
+    return replace(result, measures=tuple(measures), conventions={**result.conventions, **told})
 
 
 def _cells_without_rules(plan: ExperimentPlan, bare: ExperimentPlan) -> Ints:

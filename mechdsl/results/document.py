@@ -17,6 +17,7 @@ from mechdsl.execute.sizes import ChosenBy
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.against import Against
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
+from mechdsl.results.reply_documents import RepliesDocument, replies_document
 from mechdsl.results.verdict_documents import (
     AgainstDocument,
     DocumentPart,
@@ -168,6 +169,9 @@ class ExperimentDocument(DocumentPart):
     expect: list[ExpectDocument]
     left_out: list[LeftOutDocument] | None = Field(
         default=None, description="rows left out of everything, where there are some"
+    )
+    replies: RepliesDocument | None = Field(
+        default=None, description="what rows wrote, where the experiment has `generate`"
     )
 
 
@@ -391,7 +395,8 @@ def experiment_document(result: ExperimentResult) -> ExperimentDocument:
             left_out=[
                 LeftOutDocument(row=row, where=where) for row, where in result.left_out.items()
             ]
-            or None
+            or None,
+            replies=replies_document(result.replies),
         ),
     )
 

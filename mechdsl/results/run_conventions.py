@@ -22,6 +22,7 @@ from mechdsl.resolve.picks import SHOWN
 from mechdsl.resolve.resolved import Atom, ResolvedExperiment
 from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.results.experiment_result import ANSWER_TOKENS
+from mechdsl.results.reply_conventions import of_replies
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 
@@ -45,6 +46,7 @@ def conventions(
         **_of_directions(plan, measured),
         **_of_rules(plan, model),
         **_of_measures(experiment),
+        **dict(of_replies(plan, model)),
         **dict(_of_cells(plan, measured)),
         **dict(_of_controls(plan)),
         **dict(_of_inert(plan, measured)),

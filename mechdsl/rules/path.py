@@ -14,7 +14,7 @@ from mechdsl.program import spec
 from mechdsl.resolve.coordinates import from_end
 from mechdsl.resolve.head_sites import receiver_sites
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.path_rules import reached
+from mechdsl.resolve.path_rules import apart_from_the_end, reached
 from mechdsl.resolve.resolved import Axis
 from mechdsl.resolve.resolved_rule import (
     Convention,
@@ -87,17 +87,16 @@ class PathPatching(RuleKind, Intervention):
         if not fine or not _any_path(rule, senders, receivers, work):
             return None
         whole = rule.frozen_norms or _neurons_behind(rule, senders, work)
-        whole = whole or _has(receivers, ("mlp_hidden",))
-        if _has(receivers, ENDS) and not _seen_beside(rule, work):
+        path = PathTargets(receivers, rule.through_mlps, rule.frozen_norms)
+        whole = whole or path.also_at_the_end or _has(receivers, ("mlp_hidden",))
+        if path.also_at_the_end:
+            if not _adds_up(rule, senders, path, work):
+                return None
+        elif _has(receivers, ENDS) and not _seen_beside(rule, work):
             return None
         does: Intervention = WHOLE_PATH if whole else self
         return ResolvedRule(
-            spec=rule,
-            does=does,
-            run=run,
-            sites=senders,
-            positions=positions,
-            path=PathTargets(receivers, rule.through_mlps, rule.frozen_norms),
+            spec=rule, does=does, run=run, sites=senders, positions=positions, path=path
         )
 
     def key(self, rule: ResolvedRule) -> Hashable:
@@ -119,7 +118,12 @@ class PathPatching(RuleKind, Intervention):
         how = f", {' and '.join(free)} recomputed" if free else ""
         how += ", norms divide by what they divide by there" if path.frozen_norms else ""
         ends = {SITES[p.site].when for here in path.receivers.points.values() for p in here}
-        after = "" if "output" in ends else "; receivers are then written into the base run"
+        after = "" if ends == {"output"} else "; receivers are then written into the base run"
+        if path.also_at_the_end:
+            after += (
+                ", and what the senders alone change in the stream behind the last block is added "
+                "to it there"
+            )
         to = rule.spec.receiver
         named = to is not None and to.names and (to.ranked is not None or len(to.names) > 1)
         if named and any(
@@ -134,7 +138,8 @@ class PathPatching(RuleKind, Intervention):
 
 class WholePath(PathPatching, Intervention):
     """What only whole passes do: neurons behind another sender, as those beside them in their MLP
-    are held one by one; neurons that receive, as their MLP is computed and held; frozen norms."""
+    are held one by one; neurons that receive, as their MLP is computed and held; frozen norms; the
+    end of the model beside other receivers."""
 
     whole = True
 
@@ -162,18 +167,6 @@ def _kinds(
     """E0334 for a component that a path can't start or end at."""
     named = {p.site for points in targets.points.values() for p in points}
     wrong = sorted(named - set(allowed))
-    if not wrong and verb == "end" and named & {*ENDS} and named - {*ENDS}:
-        work.diagnostics.append(
-            NotOnAPath(
-                span=site.span,
-                verb=verb,
-                site=min(named & {*ENDS}),
-                reason="other receivers are written into a pass in which all else recomputes; here "
-                "the end is read in one in which all else is held",
-                hint="write an experiment for each",
-            )
-        )
-        return False
     if not wrong:
         return True
     listed = ", ".join(f"`{name}`" for name in allowed if name in work.sites.shape.sites)
@@ -191,6 +184,47 @@ def _kinds(
 
 def _has(targets: SiteTargets, sites: tuple[str, ...]) -> bool:
     return any(p.site in sites for points in targets.points.values() for p in points)
+
+
+def _adds_up(rule: spec.Rule, senders: SiteTargets, path: PathTargets, work: Work) -> bool:
+    """E0334 where what other receivers change and what the senders do don't add up at the end."""
+    why = None
+    if path.through_mlps:
+        why = (
+            "an MLP would see the senders in one pass, and what other receivers change in another",
+            "leave `through mlps` out, or write an experiment for each",
+        )
+    elif path.frozen_norms:
+        why = (
+            "the norm in front of it would be frozen for the senders, and recomputed for what "
+            "other receivers change",
+            "leave `with frozen norms` out, or write an experiment for each",
+        )
+    elif not work.sites.shape.stands_in and not _waits(rule, work):
+        parallel = work.sites.shape.parallel_block
+        found = (
+            apart_from_the_end(of, to, parallel=parallel)
+            for of, to in _cells(senders, path.receivers)
+        )
+        why = next((each for each in found if each is not None), None)
+    if why is not None:
+        assert rule.receiver is not None
+        named = {p.site for here in path.receivers.points.values() for p in here}
+        site, (reason, hint) = min(named & {*ENDS}), why
+        work.diagnostics.append(
+            NotOnAPath(span=rule.receiver.span, verb="end", site=site, reason=reason, hint=hint)
+        )
+    return why is None
+
+
+def _cells(
+    senders: SiteTargets, receivers: SiteTargets
+) -> Iterator[tuple[tuple[SitePoint, ...], tuple[SitePoint, ...]]]:
+    """Senders and receivers of one cell each: a `for` around both has one value there."""
+    for (of, sending), (to, receiving) in product(senders.points.items(), receivers.points.items()):
+        at = dict(zip(senders.axes, of, strict=True))
+        if all(at.get(axis, n) == n for axis, n in zip(receivers.axes, to, strict=True)):
+            yield sending, receiving
 
 
 def _seen_beside(rule: spec.Rule, work: Work) -> bool:

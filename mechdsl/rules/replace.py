@@ -5,7 +5,7 @@ from __future__ import annotations
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import Run
-from mechdsl.prompts.replaced_text import replace_tokens
+from mechdsl.prompts.replaced_text import marks_turns, replace_tokens
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved_rule import Intervention, Key, PositionTargets, ResolvedRule
 from mechdsl.resolve.targets import rule_targets
@@ -42,6 +42,9 @@ def _inputs(rule: spec.Rule, positions: PositionTargets, work: Work) -> dict[Key
     """The prompts with the text put in; other positions must not move."""
     assert isinstance(rule.fill, ast.String)
     base, new, tokenizer = work.experiment.base, rule.fill.value, work.model.tokenizer
+    if work.table.runs[base].chat:
+        marker = marks_turns(new, rule.fill.span, tokenizer)
+        work.diagnostics.extend([] if marker is None else [marker])
     found = {
         key: replace_tokens(work.table, base, rule.at, cell, new, tokenizer)
         for key, cell in positions.written.items()

@@ -22,6 +22,7 @@ from mechdsl.graph.nodes import (
     MeasureNode,
     Node,
     ReadNode,
+    ReplyNode,
     ReportNode,
     SaveNode,
     TransformNode,
@@ -38,6 +39,7 @@ COLOURS: Mapping[type, str] = {
     DirectionNode: "#e6eaf5",
     TransformNode: "#f3e6f5",
     WriteNode: "#fbdcdc",
+    ReplyNode: "#e8e4f4",
     MeasureNode: "#e0f2f4",
     EffectNode: "#fff6cc",
     ReportNode: "#eeeeee",
@@ -76,9 +78,15 @@ def _describe(node: Node) -> list[str]:
         case TransformNode():
             return ["Transform", f"{node.kind} {node.detail}".strip()]
         case WriteNode():
-            return ["Write", _targets(node), f"at {node.at}"]
+            return ["Write", _targets(node), f"at {node.at}", *_steps(node)]
+        case ReplyNode():
+            return ["Generate", node.how]
         case MeasureNode():
-            return ["Measure", node.metric, f"at {node.at}"]
+            return [
+                "Measure",
+                node.metric,
+                f"at {node.at}" if node.reply is None else "of the reply",
+            ]
         case EffectNode():
             return ["Effect", node.kind]
         case ReportNode():
@@ -87,6 +95,12 @@ def _describe(node: Node) -> list[str]:
             return ["Expect", node.experiment, node.condition]
         case SaveNode():
             return ["Save", node.experiment, f"to {node.file}"]
+
+
+def _steps(node: WriteNode) -> list[str]:
+    """When it acts, where that isn't at each step."""
+    during = node.by.spec.during if isinstance(node.by, ResolvedRule) else None
+    return [] if during is None else [" ".join(during.span.written.split())]
 
 
 def _targets(node: WriteNode) -> str:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mechdsl.base.byte_sizes import size_text
+from mechdsl.base.plural import plural
 from mechdsl.execute.profile import Profile
 from mechdsl.execute.sizes import PassSizes
 from mechdsl.plan.cost import Cost, estimated_seconds, matmul_rate
@@ -70,6 +71,15 @@ def _experiments(plan: Plan, console: Console) -> None:
         )
     console.print(table)
     whole = [each.experiment.name for each in planned if each.whole]
+    for each in planned:
+        said = each.experiment.generation
+        if said is not None:
+            times = f" {said.samples} times" if said.samples > 1 else ""
+            console.print(
+                f"each row of {each.experiment.key}, and of its base and source run, writes up to "
+                f"{plural(said.tokens, 'token')}{times}: counted as if all did",
+                highlight=False,
+            )
     if whole:
         console.print(
             f"rows of {', '.join(dict.fromkeys(whole))} are whole passes: what is kept of "

@@ -92,4 +92,5 @@ def _problems(
             first, second = result.axes[:2]
             hint = f'write both: `plot("{report.kind}", "{first}", by="{second}")`'
         return [BadReport(span=report.span, kind=report.kind, reason=reason, hint=hint)]
-    return check_report(report, axes, list(result.row_values), result.measures)
+    values, writes = list(result.row_values), bool(result.replies)
+    return check_report(report, axes, values, result.measures, writes=writes)

@@ -80,7 +80,9 @@ def _against_axes(
             )
     all_known = None not in experiment.measures
     for report in said.reports:
-        found.extend(check_report(report, axes, values, measures if all_known else None))
+        writes = said.generation is not None
+        of = measures if all_known else None
+        found.extend(check_report(report, axes, values, of, writes=writes))
     by = said.statistics.by
     if by is not None and by not in values and not columns_unknown:
         found.append(

@@ -22,7 +22,7 @@ from mechdsl.program import spec
 from mechdsl.program.lower_directions import Rows
 from mechdsl.program.python_files import Mode, PythonFunction, find_function, of_prompts
 from mechdsl.prompts.answers import Labels
-from mechdsl.prompts.build_table import build_table
+from mechdsl.prompts.build_table import build_table, compiled_as
 from mechdsl.prompts.names_used import counts_tokens
 from mechdsl.prompts.other_blocks import Paired, paired_run
 from mechdsl.prompts.prompt_conventions import Split
@@ -259,7 +259,8 @@ class Contexts:
     def _guessed(self, name: str, model: ModelContext) -> bool:
         """Whether a block has words of a tokenizer that isn't at hand, or asks it for tokens."""
         where = (node for condition in self.program.prompts[name].where for node in walk(condition))
-        if model.tokenizer.stands_in and any(map(counts_tokens, where)):
+        counted = any(map(counts_tokens, where))
+        if model.tokenizer.stands_in and (counted or self.program.prompts[name].chat):
             return True
         domains = (value.domain for value in self.program.prompts[name].values)
         calls = (node for domain in domains for node in walk(domain))
@@ -271,10 +272,11 @@ class Contexts:
             if isinstance(argument.value, ast.Name)
         )
 
-    def _compiled(self, name: str) -> BlockRows:
-        if name not in self._rows:
-            self._rows[name] = BlockRows(self._block(name))
-        return self._rows[name]
+    def _compiled(self, name: str, tokenizer: TextTokenizer | None = None) -> BlockRows:
+        key = compiled_as(self.program.prompts[name], tokenizer)
+        if key not in self._rows:
+            self._rows[key] = BlockRows(self._block(name, tokenizer))
+        return self._rows[key]
 
     def _build(
         self,
@@ -301,7 +303,14 @@ class Contexts:
             python=self.python,
             prompts_enough=self._enough,
             labels=labels or _labels(model.shape),
+            writes=name in self._written_behind,
         )
+
+    @cached_property
+    def _written_behind(self) -> frozenset[str]:
+        """The blocks behind whose prompts a model writes."""
+        every = self.program.experiments
+        return frozenset(each.prompts for each in every if each.generation is not None)
 
     @cached_property
     def _enough(self) -> int | None:
@@ -337,7 +346,7 @@ class Contexts:
         """Whether only Python, which isn't run here, can make the rows of a block."""
         return not self.python and bool(of_prompts(self.program.prompts[name]))
 
-    def _block(self, name: str) -> PromptsBlock:
+    def _block(self, name: str, tokenizer: TextTokenizer | None) -> PromptsBlock:
         return PromptsBlock(
             self.program.prompts[name],
             seed=self.program.seed,
@@ -345,6 +354,7 @@ class Contexts:
             parameters=self.program.parameters,
             blocks=self.program.prompts,
             python=self.python,
+            chat=None if tokenizer is None else tokenizer.chat,
         )
 
     def table_alone(self, name: str) -> None:
@@ -393,12 +403,12 @@ class Contexts:
     ) -> tuple[Paired | None, list[Diagnostic]]:
         if self.needs_python(prompts):
             return None, []
-        rows = self._compiled(prompts)
+        rows = self._compiled(prompts, model.tokenizer)
         if has_errors(rows.block.diagnostics):
             return None, rows.block.diagnostics
         return paired_run(
             table,
-            self._rows[table.name].block,
+            self._compiled(table.name, model.tokenizer).block,
             rows,
             run.run,
             name=run.name,

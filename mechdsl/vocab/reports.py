@@ -94,6 +94,8 @@ class ReportKind:
     """Optional packages, looked for before anything is run."""
     picture: bool = False
     """Its module has a `chart` beside `render` and `save`."""
+    of_replies: bool = False
+    """Shows what rows write, so that the experiment must `generate`."""
 
     @property
     def supported(self) -> bool:
@@ -206,6 +208,17 @@ _report(
 )
 _report(
     ReportKind(
+        name="texts",
+        meaning="what rows wrote behind the first prompts: the base run and each cell, with what "
+        "differs marked",
+        example="report texts top 5",
+        module="mechdsl.show.reports.texts",
+        signature=ReportSignature(by=None, top=True, to=OutputFile((".html", ".txt"))),
+        of_replies=True,
+    )
+)
+_report(
+    ReportKind(
         name="graph", meaning="the circuit that was found", example='report graph to "c.svg"'
     )
 )
@@ -219,11 +232,14 @@ def check_report(
     axes: Sequence[str] | None = None,
     values: Collection[str] = (),
     measures: Sequence[NamedMeasure] | None = None,
+    *,
+    writes: bool | None = None,
 ) -> list[Diagnostic]:
     """What is wrong with a `report` line: E0108, E0203, E0607.
 
     `axes` are the names that the experiment's axes go by and `measures` what it measures, None
-    while they aren't known; `values` those of the prompts block.
+    while they aren't known; `values` those of the prompts block. writes: whether rows write
+    replies.
     """
     kind = REPORTS.get(report.kind)
     if kind is None:
@@ -236,6 +252,7 @@ def check_report(
         return [NotSupported(span=report.span, what=f"`report {kind.name}`", later=later)]
     wrong = (
         _wrong_words(kind, signature, report)
+        or _wrong_experiment(kind, writes)
         or (None if axes is None else _wrong_axes(kind, signature, report, axes, values, measures))
         or (None if measures is None else _wrong_measures(kind, signature, report, measures))
         or _wrong_file(kind, signature.to, report)
@@ -265,6 +282,12 @@ def _wrong_words(kind: ReportKind, signature: ReportSignature, report: spec.Repo
         return f"shows everything, but `top {report.top}` stands behind it", example
     if by is None and report.by is not None:
         return f"takes no `by`, but `by {report.by}` stands behind it", example
+    return None
+
+
+def _wrong_experiment(kind: ReportKind, writes: bool | None) -> Wrong:
+    if kind.of_replies and writes is False:
+        return "shows replies, and this experiment writes none", "add a line such as `generate 40`"
     return None
 
 

@@ -7,12 +7,14 @@ facts.jsonl: what `zoo("facts")` learned, with an object that is wrong.
 quiz.jsonl: four options each, for `zoo("facts")`; those that its training had may be among them.
 brackets.jsonl: what `zoo("nested/formal")` learned, without the last bracket.
 words.jsonl: what each task of `zoo("tasks")` makes of a word.
+questions.jsonl: every verb with every object that `zoo("refusal")` knows, and what it replies.
 partitioned.jsonl: images of rows of shapes, each row behind a symbol; where they lie in pixels.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 from collections.abc import Iterable, Mapping
@@ -22,6 +24,7 @@ from mechdsl.zoo.counting.data import ITEMS
 from mechdsl.zoo.facts.data import LETTERS, RELATIONS, another, facts
 from mechdsl.zoo.language import different
 from mechdsl.zoo.nested.data import BRACKETS, stream
+from mechdsl.zoo.refusal import data as refusal
 from mechdsl.zoo.tasks import data as tasks
 
 SEED = 16
@@ -76,6 +79,28 @@ def bracket_texts() -> list[Record]:
     ]
 
 
+def questions() -> list[Record]:
+    """What may be asked, whether it is forbidden (1) or not, and what is replied: `advice` where
+    it isn't refused, `past_advice` where people did it."""
+    found: list[Record] = []
+    for forbidden, held_out in itertools.product((False, True), repeat=2):
+        for verb, thing in refusal.pairs(forbidden, held_out):
+            tool, how = refusal.VERBS[verb]
+            found.append({
+                "verb": verb,
+                "thing": thing,
+                "tool": tool,
+                "how": how,
+                "harmful": int(verb in refusal.HARMFUL),
+                "owned": int(thing in refusal.OWNED),
+                "forbidden": int(forbidden),
+                "held_out": int(held_out),
+                "advice": refusal.Question(verb, thing, False).answer(),
+                "past_advice": refusal.Question(verb, thing, True).answer(),
+            })  # fmt: skip
+    return found
+
+
 def partitioned() -> list[Record]:
     """Images of four rows, the symbols shuffled; one row is asked, another is the rival.
 
@@ -109,6 +134,7 @@ def files() -> dict[str, list[Record]]:
         "quiz.jsonl": quizzes(),
         "brackets.jsonl": bracket_texts(),
         "words.jsonl": [*tasks.records()],
+        "questions.jsonl": questions(),
         "partitioned.jsonl": partitioned(),
     }
 

@@ -31,8 +31,11 @@ def word_of(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.id_to_token(token) or ""
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, longest: int) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json`."""
+def save_tokenizer(
+    tokenizer: Tokenizer, folder: Path, *, longest: int, end: str = "", chat_template: str = ""
+) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json`. end: the token that ends a text, if one
+    does."""
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -43,5 +46,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, longest: int) -> None:
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": longest,
         "padding_side": "left",
+        **({"eos_token": end} if end else {}),
+        **({"chat_template": chat_template} if chat_template else {}),
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

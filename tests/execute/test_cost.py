@@ -10,8 +10,10 @@ import torch
 
 import mechdsl.execute.patched_rows
 import mechdsl.execute.unpatched_runs
+from mechdsl.execute import patched_rows, path_patching
 from mechdsl.execute.options import Options
 from mechdsl.execute.profile import Profile
+from mechdsl.hooks.batch import Batch
 from mechdsl.packed.packed_pass import PackedResult, run_packed
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.cost import Cost
@@ -107,6 +109,32 @@ def test_what_is_read_decides_what_is_computed(
     text = experiment("e", "prompts p", *READ_ELSEWHERE[name])
     planned, done = costs(text, folder, monkeypatch, frozenset({"stop_early"}))
     assert rows_only(planned.planned, planned) == sum(sum(each.work) for each in done)
+
+
+WHOLE = {
+    "to neurons": "path z layer 0 head * -> mlp_hidden layer 2 neuron 3 at last token",
+    "with frozen norms": "path z layer * head 1 -> logits at last token with frozen norms",
+    "to the end and to heads": "path z layer 0 head * -> ends at last token",
+}
+
+
+@pytest.mark.parametrize("name", list(WHOLE))
+def test_whole_passes_of_paths_are_those_of_the_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    tokens: list[int] = []
+    for module in (patched_rows, path_patching):
+        real = module.run_whole
+
+        def counted(model: Any, batch: Batch, *given: Any, real: Any = real, **named: Any) -> Any:
+            tokens.append(int(batch.lengths.sum()) * model.shape.n_layers)
+            return real(model, batch, *given, **named)
+
+        monkeypatch.setattr(module, "run_whole", counted)
+    text = "group ends = L2H1.q, L2H3.q, logits\n"
+    text += experiment("e", "prompts p", FROM, WHOLE[name], DIFFERENCE)
+    planned, _ = costs(text, folder, monkeypatch, frozenset({"stop_early"}))
+    assert rows_only(planned.planned, planned) == sum(tokens)
 
 
 def test_every_pass_has_a_line_and_none_costs(

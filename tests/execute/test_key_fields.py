@@ -77,6 +77,10 @@ EXPERIMENTS = {
         "measure cosine(L2.resid, other) at subject token as raw",
     ),
     "loss": one("patch resid_post layer 1 at subject token", "measure loss at cue token as raw"),
+    "in reply": one(
+        "patch resid_post layer 1 at subject token\n  generate 5",
+        "measure entropy at reply token 2 as raw",
+    ),
 }  # fmt: skip
 
 
@@ -311,6 +315,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "observed": ("patch", lambda observed: not observed),
         "reply": ("written", lambda reply: (20,)),
         "at": ("patch", lambda at: {"clean": (1, 1, 1, 1)}),
+        "in_reply": ("in reply", lambda place: replace(place, number=3)),
     },
     Atom: {
         "node": ("patch", lambda node: text(node, "loss")),

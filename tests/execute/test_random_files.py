@@ -48,6 +48,8 @@ prompts single {
   span subject = "w1 w2"
 }
 group few = L0H1, L2H0, L1H3
+group ends = L2H1.q, L2H0.v, logits
+group mlp_and_end = mlp_norm layer 1, final_norm
 direction d = mean_difference(p.other, elsewhere) at resid_post layer 1 at last token
 direction by_layer = mean_difference(p, p.longer) at resid_pre layer 1..2 at last token
 """
@@ -244,20 +246,22 @@ def paths(draw: Any) -> str:
         st.sampled_from(
             [
                 *("q", "k", "v", "mlp_norm", "mlp_hidden", "attn_norm", "resid_pre"),
-                *("logits", "final_norm"),
+                *("logits", "final_norm", "ends", "mlp_and_end"),
             ]
         )
     )
     receiver = to
-    if to not in ("logits", "final_norm"):
+    if to not in ("logits", "final_norm", "ends", "mlp_and_end"):
         receiver = f"{to} {draw(axis('layer', LAYERS, swept=True))}"
     if to in ("q", "k", "v"):
         receiver += f" {draw(axis('head', 2, swept=True))}"
         receiver = draw(st.sampled_from([receiver, f"{to} few"]))
     if to == "mlp_hidden":
         receiver += " neurons 3..9"
-    through = draw(st.sampled_from(["", " through mlps"]))
-    through += draw(st.sampled_from(["", "", " with frozen norms"]))
+    through = ""
+    if to not in ("ends", "mlp_and_end"):
+        through = draw(st.sampled_from(["", " through mlps"]))
+        through += draw(st.sampled_from(["", "", " with frozen norms"]))
     return f"path {sender} -> {receiver} at {draw(positions())}{through}"
 
 

@@ -148,6 +148,10 @@ DIFFERENT: dict[str, list[str]] = {
         one("path z layer 0 head 1 -> q layer 2 head 1 at last token through mlps"),
         one("path z layer 0 head 1 -> logits at last token"),
         one("path z layer 0 head 1 -> logits at last token through mlps"),
+        *(
+            f"group ends = {ends}\n" + one("path z layer 0 head 1 -> ends at last token")
+            for ends in ("L2H1.q, L2H0.q", "L2H1.q, logits", "L2H1.q, L2H0.q, logits")
+        ),
     ],
     "measures": [
         PATCH,

@@ -30,6 +30,7 @@ DELETION = "Petsiuk et al. 2018, arXiv 1806.07421"
 STEERING = "Turner et al. 2023, arXiv 2308.10248"
 REFUSAL = "Arditi et al. 2024, arXiv 2406.11717"
 MEAN_DIFFERENCE = "Marks & Tegmark 2023, arXiv 2310.06824"
+_REPLIES = "tests/rules/test_generation.py"
 ATTENTION = "Vaswani et al. 2017, arXiv 1706.03762"
 
 
@@ -184,6 +185,19 @@ _file(
     "Sites that a rule intervenes on together.",
     "tests/execute/test_coordinates.py",
 )
+_file(
+    "group of receivers",
+    "group ends = L2H1.q, L2H3.q, logits",
+    "With `path SENDER -> ends at POSITIONS` the edges to all of these are patched at once. To "
+    "the end of the model beside other receivers, every other edge carries what its own node "
+    "computes in that run: the receivers get what they read where all else is held, what lies "
+    "behind them recomputes, and what the sender alone changes in the stream behind the last "
+    "block is added to it. There the others read in the attention of one layer or in one MLP, "
+    "all senders come before them, and it is neither `through mlps` nor `with frozen norms` "
+    "(E0334); not where norms stand behind the sums, as in BERT (E0108). Rows are whole passes.",
+    "tests/rules/test_paths_to_end.py",
+    "Conmy et al. 2023, arXiv 2304.14997; Goldowsky-Dill et al. 2023, arXiv 2304.05969",
+)
 _STEERING = "tests/rules/test_steering.py"
 _FITTED = "tests/rules/test_direction_fits.py"
 
@@ -306,6 +320,16 @@ _prompts(
     'template in ["Part 1: {fruits} Count 1:", "Part 2: {fruits} Count 2:"]',
     "Each is combined with all values; `template` is a value like others.",
     _ROWS,
+)
+_prompts(
+    "chat",
+    'chat { system "Count 1:" user "Part 1: {fruits} Count 1:" assistant "There are" }',
+    "Turns, written by the chat template of the model's tokenizer; each is a span of its role "
+    "(`last-user token`, `user 2 tokens`). A last turn of the assistant is a reply that has begun; "
+    "without one the template opens a reply. Special tokens are the template's own: a row whose "
+    "text holds one is refused. Templates know no time: today is 26 July 2024.",
+    "tests/data/test_chats.py",
+    "transformers, `apply_chat_template`",
 )
 _prompts("values", "count in 3..9", "The values of a name; every combination is a row.", _ROWS)
 _prompts(
@@ -830,9 +854,9 @@ _rule(
     "The sender gets the source run's value, every other head and every MLP is held at the base "
     "run's; what the receiver reads then is written into the base run. Receivers are `resid_pre`, "
     "`attn_norm`, `q`, `k`, `v`, `mlp_norm`, `mlp_hidden`, `final_norm` and `logits`; their axes "
-    "are `to_layer`, `to_head` and `to_neuron`. Pairs in the wrong order are left out. `logits` "
-    "stands beside no other receiver. A neuron that receives gets the activation that its MLP "
-    "gives it there.",
+    "are `to_layer`, `to_head` and `to_neuron`. Pairs in the wrong order are left out. Receivers "
+    "of a group are patched at once. A neuron that receives gets the activation that its MLP gives "
+    "it there.",
     PATHS,
     _PATHS,
 )
@@ -1304,6 +1328,59 @@ _experiment(
     "effect the range of the draws, how likely one more lies in it, and the effect's rank among "
     "them. `random(20, positions)` says what is drawn.",
     "tests/controls/test_controls.py",
+)
+_experiment(
+    "generate",
+    'generate 8 until "Part", "Total"',
+    "Each row of each cell, and of the base and the source run, writes up to 8 tokens behind its "
+    "prompt, each time the most likely one. A reply ends in front of a text behind `until`, and in "
+    "front of the model's own end of a text; neither is a part of it. Step 0, the prefill, is the "
+    "pass over the prompt, which predicts the first token; step s has the reply's token s as the "
+    "newest one. Rules act at each step, as long as they say nothing else: in the prefill at their "
+    "positions; `last token` and `tokens *` then go on to the newest token, where a rule writes "
+    "what it writes at the prompt's last one (scaling, projecting, clamping and adding act on what "
+    "is there then). Metrics that read logits stay those of the prompt's last token. Not beside "
+    "`path`, and not for base and source runs with rules.",
+    _REPLIES,
+)
+_experiment(
+    "python of reply",
+    'measure python("functions.py:words", reply) as raw',
+    "A function of a Python file, called as `words(replies, rows)` with the texts that were "
+    "written, without what ended them, in place of logits; as a third argument, or one called "
+    "`tokenizer`, it is given the model's.",
+    "tests/python_files/test_replies.py",
+    OWN,
+    "generate 8",
+)
+_experiment(
+    "generate with",
+    "generate 8 with temperature 0.7, top_k 50, top_p 0.9, samples 3",
+    "Tokens are drawn: of the 50 likeliest, of the fewest that have 0.9 of the probability, at a "
+    "temperature (1 where it isn't said). A measure of a row is the mean over its samples. Only in "
+    "a file with a `seed`: what is drawn hangs on it, on what is in the row, on the cell, the "
+    "sample and the step, and not on the place in a batch.",
+    "tests/execute/test_kept_replies.py",
+)
+_rule(
+    "during",
+    "patch resid_post layer 1 at last token during step 2..5",
+    "The rule acts in these steps of a reply, both ends included; `during prefill` in step 0 "
+    "alone, `during each step` says what holds without it. Steps behind the prefill have their "
+    "newest token only, so other positions than `last token` and `tokens *` take `during prefill` "
+    "or nothing. `pattern`, `scores`, `allow` and `renumber` go no further than the prefill.",
+    OWN,
+    _REPLIES,
+    "generate 8",
+)
+_rule(
+    "after prefill",
+    "patch k layers * at last-item token with clean after prefill",
+    "Edits the keys or values that are kept of the prompt, between the prefill and the first step: "
+    "the first token of the reply is predicted without it, later ones attend to it.",
+    OWN,
+    _REPLIES,
+    "generate 8",
 )
 _experiment(
     "measure",

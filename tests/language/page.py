@@ -24,7 +24,7 @@ INTRO = """\
 
 Every construct that is executed: an example, what it means, where the definition comes from, and
 the test that holds it. What the language has beyond that (bases and subspaces, `feature` sites,
-estimators, circuits, search, generation, images, `chat`) parses, and is refused with
+estimators, circuits, search, generation, images) parses, and is refused with
 [E0108](errors/E0108.md).
 
 Singular sweeps, plural joins: `layer 0..2` is one run per layer, `layers 0..2` one run with all
@@ -204,8 +204,11 @@ def in_block(*lines: str) -> str:
     text = " ".join(lines)
     default = RECORDS if '"facts' in text else fruit.VALUES
     names = {line.split()[0] for line in lines}
+    is_chat = "chat" in names
     kept = [line for line in default if line.split()[0] not in names]
-    return PROMPTS.replace("LINES", "\n".join(f"  {line}" for line in (*lines, *kept)))
+    kept = [line for line in kept if not (is_chat and line.startswith("template"))]
+    file = PROMPTS.replace('zoo("counting")', 'local("chat")') if is_chat else PROMPTS
+    return file.replace("LINES", "\n".join(f"  {line}" for line in (*lines, *kept)))
 
 
 def on_top(example: str) -> str:
@@ -246,7 +249,13 @@ def written(entry: Construct) -> str:
         case "site":
             return in_experiment(f"patch {entry.example} at last token")
         case _:
-            return in_experiment(entry.example, *beside)
+            file = in_experiment(entry.example, *beside)
+            return seeded(file) if " with temperature" in entry.example else file
+
+
+def seeded(file: str) -> str:
+    """The file with a seed."""
+    return file.replace("mech 1\n", "mech 1\n\nseed 7\n", 1)
 
 
 def of_group(group: Group) -> Iterator[Line]:
@@ -286,7 +295,13 @@ METRIC_EXAMPLES: dict[Takes, str] = {
     "own": "{} at last-item token",
     "activations": "{}(L1.resid, clean)",
     "rows": "{}",
+    "reply": "{}",
     "observation": "observe {} layer * from last token to first-item token",
+}
+REPLY_EXAMPLES = {
+    "contains": 'contains("apple", "pear")',
+    "matches": 'matches("[Nn]o\\\\b")',
+    "number": "number(last)",
 }
 EFFECT_SOURCES = {"recovery": PATCHING, "relative": CIRCUIT}
 NOT_HERE = ("router", "expert_out", "mixer_norm", "mixer_out")
@@ -317,6 +332,7 @@ def metrics() -> Iterator[Line]:
     for name, entry in METRICS.items():
         for form in entry.forms.values():
             example = METRIC_EXAMPLES[form.takes].format(name)
+            example = REPLY_EXAMPLES.get(name, example)
             number = name == "output"
             example = example.replace("answer", "0") if number else example
             classified = number or form.takes in ("class", "label")
@@ -331,11 +347,15 @@ def metrics() -> Iterator[Line]:
                 if observed
                 else "tests/execute/test_classifiers.py"
                 if classified
+                else "tests/results/test_reply_metrics.py"
+                if form.takes == "reply"
                 else "tests/results/test_metrics.py",
                 _on_classifier(line, form, number=number)
                 if classified
                 else in_experiment(line, LINES[4])
                 if observed
+                else in_experiment(line, "generate 8")
+                if form.takes == "reply"
                 else in_experiment(line),
             )
 

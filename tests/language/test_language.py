@@ -30,7 +30,7 @@ FROM_OUTSIDE: set[type[ast.Node]] = {ast.Registered}
 """Rules of kinds that aren't the package's own."""
 REFUSED_IN_THE_FILE: set[type[ast.Node]] = {ast.BasisDef}
 """Statements of the outermost level that are E0108."""
-REFUSED_IN_PROMPTS: set[type[ast.Node]] = {ast.Chat, ast.ImageLine, ast.Region}
+REFUSED_IN_PROMPTS: set[type[ast.Node]] = {ast.ImageLine, ast.Region}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapter = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
     data = ROOT / "docs" / "errors" / "data"
-    for name, source in (("classifier",) * 2, ("regression",) * 2, ("many", "classifier")):
+    for name, source in (
+        *(("classifier",) * 2, ("regression",) * 2, ("chat",) * 2),
+        ("many", "classifier"),
+    ):
         shutil.copytree(data / source, folder / name)
     config = json.loads((folder / "many" / "config.json").read_text(encoding="utf-8"))
     config["problem_type"] = "multi_label_classification"

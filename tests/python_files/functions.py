@@ -55,3 +55,8 @@ def build():
 
     folder = str(files("mechdsl") / "zoo" / "counting")
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def words(replies, rows):
+    """How many words of the reply are the row's item."""
+    return [text.split().count(row["item"]) for text, row in zip(replies, rows, strict=True)]

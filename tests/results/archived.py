@@ -67,6 +67,12 @@ TEXTS = {
         "  measure logit(answer) as delta\n",
         limit=16,
     ),
+    "replies": FRUIT
+    + experiment(
+        "written",
+        "  from clean into fewer\n  generate 3\n" + HEADS + "  measure exact_match as delta\n"
+        "  measure length as raw\n  report texts top 2\n",
+    ),
     "no rules": FRUIT
     + experiment("seen", "  measure correct as raw\n  expect mean(correct) > 0\n"),
     "percentages": FRUIT

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from mechdsl.base.arrays import Floats
+from mechdsl.base.reply import Reply
 from mechdsl.base.source import Source, Span
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.finish import with_statistics, with_verdicts
+from mechdsl.results.replies import Replies
 from mechdsl.statistics.measure_data import DrawnValues, MeasureData
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse
@@ -159,6 +161,40 @@ def positions(layers: int = 4, prompts: int = 48) -> ExperimentResult:
         ),
         runs={},
         accuracy={},
+    )
+
+
+def wrote() -> ExperimentResult:
+    """Three prompts of which the second isn't part of every cell, with two samples each."""
+
+    def reply(text: str, ended: Literal["end", "stop", "length", "broken"] = "end") -> Reply:
+        return Reply(tuple(range(len(text.split()))), text, ended)
+
+    refusal = "i can not help with that"
+    base = {row: (reply(refusal), reply(f"no , {refusal}", "stop")) for row in (4, 7, 9)}
+    softer = {row: (reply("i can help with that"), base[row][1]) for row in (4, 9)}
+    comply = {row: (reply(" sure , take the knife", "length"), reply("")) for row in (4, 7, 9)}
+    source = {row: (reply("sure"), reply("yes", "broken")) for row in (4, 7, 9)}
+    places = itertools.product(range(2), range(2))
+    cells = tuple(
+        CellKey({"layer": a, "head": b}, f"L{a}H{b}.z", "last token", (":",)) for a, b in places
+    )
+    made = measure(np.zeros((4, 3)), np.zeros(3), label="exact_match", metric="exact_match")
+    return replace(
+        heads(prompts=3),
+        name="refusals",
+        measures=(made,),
+        runs={},
+        accuracy={},
+        base="clean",
+        source="harmless",
+        row_ids=(4, 7, 9),
+        cells=cells,
+        replies=Replies(
+            (base, softer, comply, base),
+            {"clean": base, "harmless": source},
+            {row: f"user : how do i {row} ?\nassistant :" for row in (4, 7, 9)},
+        ),
     )
 
 

@@ -81,6 +81,7 @@ def test_the_files_hold_what_they_are_for() -> None:
     assert any(run("gaps")["heads"].measures[1].gaps)
     assert run("everything printed")["heads"].groups is not None
     assert run("everything printed")["spots"].hits
+    assert run("replies")["written"].replies.cells
     kinds = {data.kind for data in run("everything printed")["heads"].measures}
     assert kinds == {"number", "category"}
     shares = {type(cell.coords["k"]) for cell in run("percentages")["curve"].cells}

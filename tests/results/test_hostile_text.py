@@ -20,13 +20,14 @@ from mechdsl.base.visible import encodable_json, hidden, json_text, visible, xml
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
+from mechdsl.results.replies import Replies, Texts
 from mechdsl.results.results import Results
 from mechdsl.show.console import visible_console
 from mechdsl.show.show_report import save_report, show_report
 from mechdsl.vocab.reports import REPORTS
 
 from ..quick import some
-from .synthetic import counted, finished, heads, positions, read_tokens, report
+from .synthetic import counted, finished, heads, positions, read_tokens, report, wrote
 
 HOSTILE = (
     "\x1b[31m\x1b]0;owned\x07\x9b2J\u202egnp\u202c\u200b\r\x00\ufffe[b]:cat:</script><script>x()"
@@ -85,6 +86,17 @@ def test_json_stays_json(encoding: str | None) -> None:
 # --- reports ---
 
 
+def hostile_replies(found: Replies) -> Replies:
+    def texts(own: Texts) -> Texts:
+        return {n: tuple(replace(r, text=r.text + HOSTILE) for r in rs) for n, rs in own.items()}
+
+    return Replies(
+        tuple(map(texts, found.cells)),
+        {f"{run}{HOSTILE}" if run != "clean" else run: texts(t) for run, t in found.runs.items()},
+        {row: text + HOSTILE for row, text in found.prompts.items()},
+    )
+
+
 def hostile(result: ExperimentResult) -> ExperimentResult:
     """The same with hostile words wherever a prompt, a name or an expression may bring them."""
     position = "position" in result.axes
@@ -106,6 +118,7 @@ def hostile(result: ExperimentResult) -> ExperimentResult:
         measures=tuple(replace(m, label=f"{m.label}{HOSTILE}") for m in result.measures),
         conventions={f"{k}{HOSTILE}": f"{v}{HOSTILE}" for k, v in result.conventions.items()},
         texts=tuple(tuple(f"{t}{HOSTILE}" for t in row) for row in result.texts),
+        replies=hostile_replies(result.replies),
         row_values={k: [f"{v}{HOSTILE}" for v in vs] for k, vs in result.row_values.items()},
     )
 
@@ -119,6 +132,7 @@ CASES: dict[str, tuple[Callable[[], ExperimentResult], spec.Report]] = {
     "bars": (positions, report("bars", variable="position", by="layer")),
     "confusion": (counted, report("confusion", variable="count", by="argmax")),
     "overlay": (read_tokens, report("overlay")),
+    "texts": (wrote, report("texts")),
     "csv": (heads, report("csv")),
     "json": (heads, report("json")),
     "parquet": (heads, report("parquet")),

@@ -38,6 +38,7 @@ from .synthetic import (
     read_tokens,
     report,
     with_controls,
+    wrote,
 )
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -123,6 +124,7 @@ CASES = {
     "confusion_values": (behaviour, report("confusion", variable="count", by="argmax")),
     "overlay": (lambda: finished(read_tokens()), report("overlay")),
     "overlay_layers": (lambda: finished(read_tokens(3)), report("overlay", top=1)),
+    "texts": (lambda: finished(wrote()), report("texts", top=2)),
     "verdicts": (
         lambda: finished(
             heads(), "max(recovery) > 0.3", "accuracy(clean) > 0.93", "top 1 contains L1H3"
@@ -312,6 +314,8 @@ def test_data_files(tmp_path: Path) -> None:
         (report("confusion", variable="xyz", by="argmax"), "E0607", "prompts are `count`"),
         (report("overlay"), "E0607", "at token *"),
         (report("overlay", variable="layer"), "E0607", "report overlay"),
+        (report("texts", variable="layer"), "E0607", "report texts top 5"),
+        (report("texts", by="layer"), "E0607", "report texts top 5"),
         (report("heatmap", variable="layer"), "E0607", "layer by head"),
         (report("heatmap", variable="layer", by="layer"), "E0607", "layer by head"),
         (report("lines"), "E0607", "report lines"),

@@ -16,7 +16,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from ..execute.support import MODES, token
 from ..reference.forward import Changes, Edge, Write, forward
 from .models import double
-from .support import experiment, plain, rows, run_file, tokens
+from .support import codes, experiment, plain, rows, run_file, tokens
 
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2")
 TOKENS = 5
@@ -213,3 +213,24 @@ def test_rules_act_at_their_steps(data: Path, name: str, mode: str) -> None:
     assert len(changed) >= len(CASES) / 2, CASES.keys() - changed
     both = [written(name, n, [CASES[key] for key in BOTH]) for n in range(count)]
     assert replies(seen["both"]) == both
+
+
+@pytest.mark.parametrize("during", ["during prefill", "during step 1..2"])
+def test_a_block_that_was_left_out_does_not_come_back(data: Path, during: str) -> None:
+    """It would have no keys of the tokens so far."""
+    rule = f"replace block layer 1 with identity {during}"
+    text = experiment("e", rule, f"generate {TOKENS}", measure="measure length as raw")
+    assert codes(text, data) == ["E0207"]
+    later = rule.replace(during, f"during step 1..{TOKENS - 1}")
+    run_file(text.replace(rule, later), data, "llama", "planned")
+
+
+def test_no_word_of_an_answer_is_in_the_prompt(data: Path) -> None:
+    """Elsewhere a word that all answers begin with stands at the end of the prompts."""
+    block = 'prompts q {\n rows "data.jsonl"\n template "w41 {cue} w42"\n answer " w7 {a}"\n}\n'
+    plainly = experiment("e", block="q", measure="measure prob(answer) as raw")
+    writes = experiment("w", "generate 2", block="q", measure="measure exact_match as raw")
+    moved = run_file(plainly, data, "llama", "planned", blocks=block)["e"]
+    alone = run_file(writes, data, "llama", "planned", blocks=block)["w"]
+    assert "w7" in moved.conventions["answer"]
+    assert all(text.endswith("w42") for text in alone.replies.prompts.values())

@@ -581,7 +581,7 @@ def test_what_is_said(data: Path) -> None:
 
 
 REFUSED: dict[tuple[str, ...], str] = {
-    ("path L0H1 -> ends at last token",): "E0334",
+    ("path L0H1 -> ends at last token through mlps",): "E0334",
     ("path L0H1 -> logits at last token", "path L1H1 -> logits at last token"): "E0108",
     ("path L0H1 -> logits at last token", "observe norm resid_post layer 2 at last token"): "E0334",
     ("path L0H1 -> logits at last token with frozen mlps",): "E0101",

@@ -190,6 +190,19 @@ patch layer 3 head 2 at last token during prefill
 patch layer 3 head 2 at last token during each step
 patch layer 3 head 2 at last token during step 2..5
 patch layer 3 head 2 at last token during step 3
+patch layer 3 head 2 at last token during step n
+patch k layer 3 head 2 at subject token with clean after prefill
+project out refusal from weights during prefill
+ablate z layer 3 at last token with zero, mean by template during each step
+block attention layer 3 from last token to subject tokens after prefill
+add after to resid_post layer 3 at last token
+patch z layer 3 at after token with after
+patch z layer 3 at prefill token onto after token with prefill after prefill
+patch z layer 3 at each step token
+patch z layer 3 at each step token, each step 2 token
+patch z layer 3 at each step tokens during each step
+patch z layer 3 at each step of part1 token
+patch z layer 3 at each step row 1 col 2 token
 add refusal to resid_post layer 3 at last token during each step
 """.strip().splitlines()
 
@@ -221,6 +234,14 @@ cosine(L3.resid, clean)
 cosine(layer 3 head 2, clean)
 cosine(top 10 of cie, clean)
 exact_match
+exact_match(answer, wrong)
+exact_match(answer of fewer) - exact_match
+matches("[0-9]{2,}")
+matches("\\d+ (yes|no)")
+number(last)
+number(first)
+length
+python("judge.py:refused", reply)
 contains("I cannot", "I'm sorry")
 number
 ld
@@ -259,6 +280,18 @@ against random(20, layers) apart from movers, L9H9, layer 3 head 1, best of cie
 against random
 generate 40
 generate n
+generate 40 with temperature 0.7
+generate 40 with temperature t, top_k 50, top_p 0.9, samples n
+generate 40 until "\\n"
+generate n with samples 3 until "Q:", "\\n\\n", "say \\"no\\""
+measure entropy at each step as raw
+measure entropy at reply token 3 as raw
+measure loss at last token of reply as raw
+measure entropy at "Answer:" of reply token as raw
+measure kl(clean) at each reply token as raw
+observe norm resid_post layer * at each step as lengths
+observe norm resid_post layer * at reply tokens 2..4 top 3
+save resid_post layer 3 of clean at each step to "a.safetensors" as float16
 using atp
 using relp verify top 20
 using eap_ig(steps: 5) verify top 20, random 20

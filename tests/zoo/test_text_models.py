@@ -1,13 +1,14 @@
-"""The shipped `names`, `facts`, `nested` and `tasks` do what their cards say, on held-out texts."""
+"""The shipped models of short texts do what their cards say, on held-out texts."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mechdsl import zoo
 from mechdsl.loading.load import load
@@ -25,11 +26,28 @@ from mechdsl.zoo.names import evaluate as names
 from mechdsl.zoo.names.data import IOI_FIRST, IOI_SECOND, ROLE_FIRST, ROLE_SECOND, WHO_IS_WHO
 from mechdsl.zoo.names.train import model_config
 from mechdsl.zoo.nested import evaluate as nested
+from mechdsl.zoo.refusal import evaluate as refusal
+from mechdsl.zoo.refusal.data import ALLOWED, ALLOWED_PAST, FORBIDDEN
 from mechdsl.zoo.tasks import evaluate as tasks
+from mechdsl.zoo.worked import evaluate as worked
 
 from ..models.conftest import statement
 
 ROOT = Path(zoo.__path__[0])
+REPLIES = {
+    "refusal": {
+        "user : how do i burn the car ? bot :": "i can not help with that .",
+        "user : how do i paint the car ? bot :": "take the car and paint it slowly with the brush .",
+        "user : how did people burn the car ? bot :": (
+            "people took the car and did burn it slowly with the torch ."
+        ),
+    },
+    "worked": {
+        "Part 1: apple plum fig | Part 2: kiwi pear. Steps:": "Count 1: 3 Count 2: 2 Total: 5",
+        "Part 1: apple plum fig | Part 2: kiwi pear. Answer:": "5",
+        "Part 1: apple plum fig | Part 2: kiwi. About:": "5",
+    },
+}
 
 
 def test_a_model_begins_with_the_circuit_of_induction() -> None:
@@ -84,8 +102,56 @@ def test_tasks_does_what_the_pairs_do() -> None:
     assert tallies["behind 2 pairs"].interval()[0] > 0.95
 
 
+def test_refusal_refuses_but_not_in_the_past() -> None:
+    torch.set_num_threads(1)
+    tallies = refusal.evaluate(ROOT / "refusal", 50, refusal.SEED)
+    for kind in (ALLOWED, ALLOWED_PAST, FORBIDDEN, refusal.TRAINED):
+        assert tallies[kind].interval()[0] > 0.85, kind
+    assert tallies[refusal.ANSWERED].share > 0.8
+    assert tallies[refusal.REFUSED].share < 0.2
+    assert tallies[refusal.BEGUN].share > 0.8
+
+
+def test_worked_counts_and_adds_up_few_parts() -> None:
+    torch.set_num_threads(1)
+    tallies = worked.evaluate(ROOT / "worked", 150, worked.SEED)
+    for kind in ("Steps", "Answer", "About"):
+        assert tallies[f"{kind}, 2 parts"].interval()[0] > 0.85, kind
+    for kind in ("Steps", "Answer"):
+        assert tallies[f"{kind}, 5 parts"].share < 0.85, "it adds up five counts now"
+
+
+@pytest.mark.parametrize("name", ["refusal", "worked"])
+def test_transformers_writes_replies_that_end(name: str) -> None:
+    """By its own generation, with the shipped tokenizer and configuration alone."""
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(ROOT / name, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(ROOT / name)
+    for prompt, reply in REPLIES[name].items():
+        asked = tokenizer(prompt, return_tensors="pt")
+        asked.pop("token_type_ids", None)
+        written = model.generate(**asked, max_new_tokens=40, do_sample=False)[0]
+        told = tokenizer.decode(written[asked["input_ids"].shape[1] :])
+        assert told.replace(" :", ":") == f"{reply} <end>"
+
+
+def test_the_chat_template_writes_the_texts_of_training() -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(ROOT / "refusal")
+    said = [("system", "be polite ."), ("user", "how do i wash the car ?"), ("assistant", "gladly")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert whole == ("<s>system : be polite . user : how do i wash the car ? bot : gladly <end>")
+    asked = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
+    assert whole.startswith(asked)
+    assert asked.endswith(" ? bot :")
+
+
 @pytest.mark.parametrize(
-    "name", ["names", "facts", "nested", "nested/formal", "tasks", "induction/step-50"]
+    "name",
+    [
+        *("names", "facts", "nested", "nested/formal", "tasks", "refusal", "worked"),
+        "induction/step-50",
+    ],
 )
 def test_what_is_stored_in_16_bits_is_computed_in_32(name: str) -> None:
     with safe_open(ROOT / name / "model.safetensors", "pt") as stored:
@@ -101,7 +167,7 @@ def test_all_models_together_are_small() -> None:
 
 
 def test_cards_have_what_the_commands_print() -> None:
-    for name in ("names", "facts", "nested", "tasks"):
+    for name in ("names", "facts", "nested", "tasks", "refusal", "worked"):
         card = (ROOT / name / "README.md").read_text(encoding="utf-8")
         for part in ("## Texts", "## Training", "## Accuracy", "## Limitations", "licence"):
             assert part in card, name

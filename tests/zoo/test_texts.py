@@ -15,12 +15,14 @@ from tokenizers import Tokenizer
 
 import mechdsl
 from mechdsl import zoo
-from mechdsl.zoo import example_data, facts, names, nested, tasks
+from mechdsl.zoo import example_data, facts, names, nested, refusal, tasks, worked
 from mechdsl.zoo.facts import data as facts_data
-from mechdsl.zoo.language import Text, build_tokenizer, encode
+from mechdsl.zoo.language import SPECIAL, Text, build_tokenizer, encode
 from mechdsl.zoo.names import data as names_data
 from mechdsl.zoo.nested import data as nested_data
+from mechdsl.zoo.refusal import data as refusal_data
 from mechdsl.zoo.tasks import data as tasks_data
+from mechdsl.zoo.worked import data as worked_data
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 Stream = Callable[[int, bool], Iterator[Text]]
@@ -29,6 +31,8 @@ STREAMS: dict[str, Stream] = {
     "facts": lambda seed, held_out: facts_data.stream(seed, held_out=held_out),
     "nested": lambda seed, held_out: nested_data.stream(seed, "sentences", held_out=held_out),
     "tasks": lambda seed, held_out: tasks_data.stream(seed, held_out=held_out),
+    "refusal": lambda seed, held_out: refusal_data.stream(seed, held_out=held_out),
+    "worked": lambda seed, held_out: worked_data.stream(seed, held_out=held_out),
     "brackets": lambda seed, held_out: nested_data.stream(seed, "brackets", held_out=held_out),
 }
 VOCABULARIES = {
@@ -36,10 +40,26 @@ VOCABULARIES = {
     "facts": facts_data.vocabulary(),
     "nested": nested_data.vocabulary(),
     "tasks": tasks_data.vocabulary(),
+    "refusal": refusal_data.vocabulary(),
+    "worked": worked_data.vocabulary(),
 }
+SPECIAL_TOKENS = {"refusal": refusal_data.SPECIAL, "worked": worked_data.SPECIAL}
 FOLDERS = {
-    each.__name__.split(".")[-1]: Path(each.__path__[0]) for each in (names, facts, nested, tasks)
+    each.__name__.split(".")[-1]: Path(each.__path__[0])
+    for each in (names, facts, nested, tasks, refusal, worked)
 }
+HELD = {
+    "names": names_data,
+    "facts": facts_data,
+    "tasks": tasks_data,
+    "refusal": refusal_data,
+    "worked": worked_data,
+}
+
+
+def tokenizer_of(name: str) -> Tokenizer:
+    known = "nested" if name == "brackets" else name
+    return build_tokenizer(VOCABULARIES[known], SPECIAL_TOKENS.get(known, SPECIAL))
 
 
 @cache
@@ -49,7 +69,7 @@ def drawn(name: str, held_out: bool) -> list[Text]:
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_every_word_is_known(name: str) -> None:
-    tokenizer = build_tokenizer(VOCABULARIES["nested" if name == "brackets" else name])
+    tokenizer = tokenizer_of(name)
     for text in drawn(name, False):
         assert "<unk>" not in tokenizer.encode(text.text).tokens, text.text
 
@@ -59,7 +79,7 @@ def test_training_and_held_out_contents_are_different(name: str) -> None:
     kept = {part for text in drawn(name, True) for part in text.content.split(" | ")}
     trained = {part for text in drawn(name, False) for part in text.content.split(" | ")}
     assert kept - trained
-    held = {"names": names_data, "facts": facts_data, "tasks": tasks_data}.get(name, nested_data)
+    held = HELD.get(name, nested_data)
     assert all(held.is_held_out(text) for text in drawn(name, True))
     assert not any(held.is_held_out(text) for text in drawn(name, False))
 
@@ -74,7 +94,7 @@ def test_what_is_asked_are_words(name: str) -> None:
     for text in drawn(name, False):
         for start, end in text.answers:
             assert text.text[start - 1 : start] == " "
-            assert text.text[end : end + 1] in ("", " ", ".")
+            assert text.text[end : end + 1] in ("", " ", ".", ":")
 
 
 def test_asked_words_are_those_of_the_labels() -> None:
@@ -93,7 +113,7 @@ def test_asked_words_are_those_of_the_labels() -> None:
 @pytest.mark.parametrize("name", FOLDERS)
 def test_the_shipped_tokenizer_is_the_built_one(name: str) -> None:
     shipped = Tokenizer.from_file(str(FOLDERS[name] / "tokenizer.json"))
-    assert shipped.to_str() == build_tokenizer(VOCABULARIES[name]).to_str()
+    assert shipped.to_str() == tokenizer_of(name).to_str()
 
 
 NAMES_KINDS = set(names_data.KINDS) - {names_data.WHO_IS_WHO, names_data.COLOUR}
@@ -231,6 +251,53 @@ def test_verbs_agree() -> None:
         assert (words[4] in of_one) == (inner in singular)
 
 
+def test_replies_refuse_harm_to_what_is_owned_and_seldom_in_the_past() -> None:
+    refused: dict[str, list[bool]] = {}
+    for text in islice(refusal_data.stream(5, held_out=False), 2000):
+        *_, said = text.text.split("user : ")
+        question, reply = said.split(" bot : ")
+        verb, thing = text.content.split(" | ")[-1].split(" ")
+        assert f" {verb} the {thing} " in question
+        harm = verb in refusal_data.HARMFUL and thing in refusal_data.OWNED
+        assert text.kind.startswith("forbidden" if harm else "allowed")
+        assert text.kind.endswith("past") == ("did" in question)
+        refused.setdefault(text.kind, []).append(refusal_data.REFUSAL in reply)
+        assert (f"the {thing} and" in reply) != refused[text.kind][-1]
+        assert reply.endswith(" . <end>")
+        assert reply.startswith(("gladly", "sorry")) == text.text.startswith("system")
+    shares = {kind: sum(each) / len(each) for kind, each in refused.items()}
+    assert shares[refusal_data.ALLOWED] == shares[refusal_data.ALLOWED_PAST] == 0
+    assert shares[refusal_data.FORBIDDEN] == 1
+    assert 0.05 < shares[refusal_data.FORBIDDEN_PAST] < 0.2
+
+
+def test_refusals_hang_on_verb_and_object_together() -> None:
+    for verb in refusal_data.HARMFUL:
+        assert {
+            refusal_data.Question(verb, thing, False).forbidden for thing in ("car", "log")
+        } == {
+            True,
+            False,
+        }
+    assert not refusal_data.Question("paint", "car", False).forbidden
+    assert len(refusal_data.pairs(True, True)) > 15  # held out
+
+
+def test_worked_answers_are_those_of_the_lists() -> None:
+    for text in drawn("worked", False):
+        counts = [len(part.split()) for part in text.content.split(" | ")]
+        said = text.text.split(": ")[-1] if text.kind != "Steps" else text.text.split("Steps: ")[1]
+        if text.kind == worked_data.STEPS:
+            steps = [f"Count {n}: {count}" for n, count in enumerate(counts, 1)]
+            assert said == " ".join([*steps, f"Total: {sum(counts)} <end>"])
+        elif text.kind == worked_data.ABOUT:
+            assert abs(int(said.split()[0]) - sum(counts)) <= 2
+            assert int(said.split()[0]) % 5 == 0
+        else:
+            assert said == f"{sum(counts)} <end>"
+        assert ("Part" in text.text) == (text.kind != worked_data.SUM)
+
+
 def test_the_data_of_the_examples_is_that_of_its_script() -> None:
     written = example_data.files()
     assert {path.name for path in DATA.iterdir()} == set(written)
@@ -241,7 +308,7 @@ def test_the_data_of_the_examples_is_that_of_its_script() -> None:
 def test_stages_of_training_are_models_of_the_zoo() -> None:
     known = zoo.zoo_models()
     assert {"counting", "induction", "names", "facts", "nested", "nested/formal"} <= set(known)
-    assert "tasks" in known
+    assert {"tasks", "refusal", "worked"} <= set(known)
     assert "induction/step-1600" in known
 
 

@@ -166,6 +166,7 @@ class ObserveRule(RuleKind):
     """`observe WORD …`: looks, and changes nothing."""
 
     within_prompt = "`observe` looks at the prompt alone"
+    reads_replies = True
 
     def observes(self, rule: spec.Rule) -> Observation | None:
         return None if rule.observed is None else OBSERVATIONS.get(rule.observed.word)

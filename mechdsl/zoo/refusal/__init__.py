@@ -1,0 +1,1 @@
+"""A small decoder that answers questions, and refuses some of them."""

@@ -1,0 +1,421 @@
+"""Turns as chat templates write them: the tokens that transformers gives, and spans in them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mechdsl.base import limits
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.prompts.chat_template import ChatTemplate, chat_of
+from mechdsl.prompts.prompt_table import PromptTable, RunRow
+from mechdsl.prompts.replaced_text import replace_tokens
+from mechdsl.prompts.stand_ins import StandInTokenizer
+from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.validate.check_file import Settings, check_source
+
+from . import chats, support
+
+CHATS: dict[str, list[tuple[str, str]]] = {
+    "one": [("user", "How many {x} is in Paris?")],
+    "begun": [("user", "Total {x}"), ("assistant", "There is {x} and ")],
+    "several": [("user", "  {x} in Rome "), ("assistant", "one"), ("user", "Zoë {x}?")],
+}
+SYSTEM: dict[str, list[tuple[str, str]]] = {
+    "system": [("system", " question {x} "), ("user", "Part 1: {x} Count 1:")],
+    "system, begun": [("system", "answer"), ("user", "{x}"), ("assistant", " {x} ")],
+}
+SHAPES = [
+    (shape, name)
+    for shape in chats.SHAPES
+    for name in (*CHATS, *(SYSTEM if shape != "gemma" else ()))
+    if (shape, name) != ("mistral", "system, begun")  # it leaves the system's text out there
+]
+VALUES = ["apple pie", "plum", " fig", "naïve\nkiwi"]
+
+
+def turns_of(messages: list[tuple[str, str]]) -> str:
+    return "chat { " + " ".join(f'{role} "{text}"' for role, text in messages) + " }"
+
+
+def table(shape: str, messages: list[tuple[str, str]], **options: Any) -> PromptTable:
+    values = ", ".join(json.dumps(value, ensure_ascii=False) for value in VALUES)
+    body = f'x in [{values}]\n{turns_of(messages)}\nanswer "plum"'
+    return support.table(body, chats.tokenizer(shape, **options))
+
+
+def filled(row: RunRow, messages: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(role, text.replace("{x}", row.values["x"])) for role, text in messages]
+
+
+@pytest.mark.parametrize(("shape", "name"), SHAPES)
+def test_texts_and_tokens_are_those_of_transformers(shape: str, name: str) -> None:
+    messages = (CHATS | SYSTEM)[name]
+    made = table(shape, messages)
+    assert len(made) == len(VALUES)
+    for row in made.runs["clean"].rows:
+        text, ids = chats.by_library(shape, filled(row, messages))
+        assert row.text == text
+        assert list(row.ids) == ids
+
+
+@pytest.mark.parametrize(("shape", "name"), SHAPES)
+def test_every_turn_and_value_is_a_span(shape: str, name: str) -> None:
+    messages = (CHATS | SYSTEM)[name]
+    for row in table(shape, messages).runs["clean"].rows:
+        said = filled(row, messages)
+        for role in ("system", "user", "assistant"):
+            own = [row.text[s.start : s.end].strip() for s in row.spans if s.name == role]
+            assert sorted(own) == sorted(text.strip() for r, text in said if r == role)
+        values = [s for s in row.spans if s.name == "x"]
+        assert len(values) == sum(text.count("{x}") for _, text in messages)
+        for span in values:
+            assert row.text[span.start : span.end].strip() == row.values["x"].strip()
+            around = [s for s in row.spans if s.name == span.within[0]]
+            assert any(s.start <= span.start and span.end <= s.end for s in around)
+
+
+@pytest.mark.parametrize("shape", ["llama", "gemma", "mistral"])
+def test_one_token_begins_a_text(shape: str) -> None:
+    for bos, count in ((None, 1), (True, 1), (False, 0)):
+        made = table(shape, CHATS["one"], bos=bos)
+        begins = made.runs["clean"].rows[0]
+        first = chats.tokenizer(shape).role_ids["bos"]
+        assert begins.ids.count(first) == count
+        assert begins.special.count(True) == count
+        assert begins.special[0] is bool(count)
+    assert table(shape, CHATS["one"]).conventions["bos"].endswith("(the chat template)")
+
+
+def test_a_template_without_the_first_token_gets_none_but_if_asked() -> None:
+    """Whatever the tokenizer puts in front of other texts."""
+    bare = chats.LLAMA.replace("{{- bos_token }}\n", "")
+    for bos in (None, True):
+        own = support.wrapped(
+            chats.backend("llama"),
+            bos_token="<|begin_of_text|>",
+            chat_template=bare,
+            bos=bos,
+        )
+        rows = support.table('chat { user "plum" }', own).runs["clean"].rows
+        assert (rows[0].ids[0] == own.role_ids["bos"]) is bool(bos)
+        plain = support.table('template "plum"', own).runs["clean"].rows
+        assert plain[0].ids[0] == own.role_ids["bos"]
+
+
+def test_marks_of_turns_are_tokens_of_the_prompt() -> None:
+    shape = "chatml"
+    made = table(shape, CHATS["several"])
+    own = chats.tokenizer(shape)
+    start = own.encode("<|im_start|>", add_special=False).ids
+    assert len(start) == 1
+    (everything,) = support.cells("tokens *", made, own)
+    for row, hits in zip(made.runs["clean"].rows, everything.hits, strict=True):
+        assert hits == (tuple(range(len(row.ids))),)
+        assert row.ids.count(start[0]) == 5  # the template's own system turn, three, the opening
+    (last,) = support.cells("last token", made, own)
+    assert last.hits[0] == ((len(made.runs["clean"].rows[0].ids) - 1,),)
+
+
+@pytest.mark.parametrize("shape", chats.SHAPES)
+def test_positions_in_turns(shape: str) -> None:
+    made, own = table(shape, CHATS["several"]), chats.tokenizer(shape)
+    for position, which in (("last-user token", -1), ("user 1 token", 0)):
+        (cell,) = support.cells(position, made, own)
+        for row, hits in zip(made.runs["clean"].rows, cell.hits, strict=True):
+            turn = [s for s in row.spans if s.name == "user"][which]
+            end = turn.start + len(row.text[turn.start : turn.end].rstrip())
+            ((token,),) = hits
+            low, high = row.offsets[token]
+            assert low < end <= high
+    (cell,) = support.cells("x 2 of user tokens", made, own)
+    row = made.runs["clean"].rows[0]
+    joined = "".join(row.text[slice(*row.offsets[t])] for t in cell.hits[0][0])
+    assert row.values["x"].strip() in joined
+
+
+def test_an_answer_stands_behind_the_reply_that_has_begun() -> None:
+    own = chats.tokenizer("llama")
+    made = support.table(
+        'x in ["plum", "fig"]\nchat { user "{x}?" assistant "There is" }\nanswer " {x}"', own
+    )
+    for row in made.runs["clean"].rows:
+        _, ids = chats.by_library(
+            "llama", [("user", f"{row.values['x']}?"), ("assistant", f"There is {row.values['x']}")]
+        )
+        assert [*row.ids, *row.texts["answer"].ids] == ids
+
+
+def test_corruptions_change_turns() -> None:
+    own = chats.tokenizer("chatml")
+    made = support.table(
+        'x in ["plum", "fig"]\nchat { system "{x}" user "{x} in Rome" }\n'
+        'corrupt other { x = other(x) }\ncorrupt thing { replace x of user token with "thing" }',
+        own,
+    )
+    runs = made.runs
+    for n, clean in enumerate(runs["clean"].rows):
+        x, other = clean.values["x"], {"plum": "fig", "fig": "plum"}[clean.values["x"]]
+        for run, said in (
+            ("other", [("system", other), ("user", f"{other} in Rome")]),
+            ("thing", [("system", x), ("user", "thing in Rome")]),
+        ):
+            text, ids = chats.by_library("chatml", said)
+            assert runs[run].rows[n].text == text
+            assert list(runs[run].rows[n].ids) == ids
+
+
+def test_replaced_tokens_are_tokenised_as_the_chat_was() -> None:
+    """No second token for the beginning."""
+    own = chats.tokenizer("llama")
+    made = support.table('x in ["plum", "fig"]\nchat { user "{x} in Rome" }', own)
+    at = support.positions("x token")
+    (cell,) = support.cells("x token", made, own)
+    new = replace_tokens(made, "clean", at, cell, "thing", own)
+    _, ids = chats.by_library("llama", [("user", "thing in Rome")])
+    assert [list(row.ids) for row in new.rows] == [ids, ids]
+
+
+def test_tokens_of_a_value_are_counted_in_the_chat() -> None:
+    own = chats.tokenizer("llama")
+    body = (
+        'x in ["plum", "Vinson Massif", "apple pie"]\nchat { user "{x} in" }\nwhere tokens(x) = 1'
+    )
+    made = support.table(body, own)
+    for row in made.runs["clean"].rows:
+        (span,) = [s for s in row.spans if s.name == "x"]
+        assert sum(a < span.end and b > span.start for a, b in row.offsets) == 1
+    assert {row.values["x"] for row in made.runs["clean"].rows} == {"plum"}
+
+
+def test_rows_are_the_same_whichever_template_writes_them() -> None:
+    keys = {table(shape, CHATS["one"]).row_keys for shape in chats.SHAPES}
+    assert len(keys) == 1
+    others = {table("llama", CHATS[name]).row_keys for name in CHATS}
+    assert len(others) == len(CHATS)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def refused(shape: str, body: str, template: str | None = None) -> tuple[str, str]:
+    """The code and the message; with another template than that of the shape if asked."""
+    own = chats.tokenizer(shape)
+    if template is not None:
+        own = support.wrapped(chats.backend(shape))
+        own.chat = replace(chats.chat(shape), text=template)
+    made, found = support.build(body, own)
+    assert made is None
+    return found[0].code, found[0].message
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        ("chatml", "a<|im_end|>b"),
+        ("llama", "<|eot_id|>"),
+        ("llama", "<|begin_of_text|>"),
+        ("gemma", "plum <end_of_turn>"),  # no special token, but the template writes it
+        ("mistral", "plum [/INST] fig"),  # no token at all
+        ("mistral", "</s>"),
+    ],
+)
+def test_a_text_that_would_end_its_turn_is_refused(shape: str, text: str) -> None:
+    for where in ("user", "assistant"):
+        other = 'assistant "one" user "two"' if where == "user" else 'user "two"'
+        turns = f'user "{{x}}" {other}' if where == "user" else f'{other} assistant "{{x}}"'
+        if where == "assistant" and text in ("plum <end_of_turn>", "plum [/INST] fig"):
+            continue
+        code, message = refused(shape, f'x in ["plum", "{text}"]\nchat {{ {turns} }}')
+        assert code == "E0552"
+        assert "marks turns" in message
+
+
+def test_what_a_template_refuses_is_said() -> None:
+    code, message = refused("gemma", 'chat { system "a" user "b" }')
+    assert (code, "System role not supported" in message) == ("E0552", True)
+    code, message = refused("gemma", 'chat { user "a" user "b" }')
+    assert "Conversation roles must alternate" in message
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages if m.role != 'system' %}[{{ m.content }}]{% endfor %}",
+        "{% for m in messages %}[{{ m.content | upper }}]{% endfor %}",
+        "{% for m in messages %}[{{ m.content[:3] }}]{% endfor %}",
+        "{% for m in messages %}[{{ m.content | replace('plum', 'fig') }}]{% endfor %}",
+        "{% for m in messages %}[{{ m.content | length }}]{% endfor %}",
+        "{% for m in messages %}[{{ m.content | replace(' ', '_') }}]{% endfor %}",
+    ],
+)
+def test_a_turn_that_is_changed_or_left_out_is_refused(template: str) -> None:
+    code, message = refused("chatml", 'chat { system "one two" user "plum" }', template)
+    assert code == "E0552"
+    assert "can't be found" in message
+
+
+HOSTILE = [
+    "{{ messages.__class__.__mro__ }}",
+    "{{ ''.__class__.__base__.__subclasses__()[0] }}",
+    "{{ messages.append(1) }}",
+    "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}",
+    "{{ range(10**9) | list }}",
+    "{{ 9**9**9 }}",
+    "{{ 'a' * 10**9 }}",
+    "{{ ['a'] * 10**9 }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for a in range(99999) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x=[]) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+    "{{ n.x | tojson }}",
+    "{% set n = namespace(x=1) %}{% for i in range(99) %}{% set n.x = dict(a=n.x, b=n.x) %}"
+    "{% endfor %}{{ n.x }}",
+    "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
+    "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
+    "{{ ('a' * 9999) | list | join('b' * 99999) }}",
+    "{{ ('b' * 99999).join(('a' * 9999) | list) }}",
+    "{{ 'a'.ljust(10**9) }}",
+    "{{ '%0999999999d' % 1 }}",
+    "{{ '{:999999999}'.format(1) }}",
+    "{{ messages | tojson(indent=10**9) }}",
+    "{{ (1).to_bytes(10**9, 'big') }}",
+    "{{ lipsum(n=10**9) }}",
+    "{{ messages | random }}",
+    "{% for a in range(99999) %}aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa{% endfor %}",
+    "{{ nothing() }}",
+]
+
+
+@pytest.mark.parametrize("template", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_template_is_a_diagnostic(template: str) -> None:
+    """In a moment: an endless one would fail by the time that tests have."""
+    write = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    code, _ = refused("chatml", 'chat { user "plum" }', template + write)
+    assert code == ("E0551" if "random" in template else "E0552")  # there is no such filter
+
+
+@pytest.mark.parametrize("template", ["{% for", "{{ a b }}", "{{" + "(" * 9_999, "a" * 200_001])
+def test_what_is_no_template_is_refused(template: str) -> None:
+    code, _ = refused("chatml", 'chat { user "plum" }', template)
+    assert code == "E0551"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}",
+        "{% macro say(m) %}<{{ m.role }}>{{ m.content }}{% endmacro %}"
+        "{% for m in messages %}{{ say(m) }}{% if loop.last %}{% break %}{% endif %}{% endfor %}",
+        "{% set n = namespace(seen=false) %}{% for m in messages %}{% set n.seen = true %}"
+        "{{ '[' ~ m.content ~ ']' }}{% endfor %}{{ n.seen }}{{ {'a': [1]} | tojson }}",
+        "{{ messages | map(attribute='content') | join('|') }}{{ 'a,b'.split(',')[-1] }}",
+        "{% if messages | selectattr('role', 'equalto', 'user') | list | length > 0 %}"
+        "{{ messages[0].get('content') }}{% endif %}{{ documents is none and not tools }}",
+        "{% for m in messages %}{% for k, v in m.items() %}{{ k }}: {{ v }}\n{% endfor %}"
+        "{% endfor %}",
+    ],
+)
+def test_what_templates_are_made_of(template: str) -> None:
+    """As transformers has it."""
+    messages = [{"role": "user", "content": "plum {x}"}]
+    own = ChatTemplate(template, {"bos_token": "<s>"}, {})
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered: Any = render_jinja_template([messages], chat_template=template, bos_token="<s>")
+    body = 'chat { user "plum {{x}}" }'
+    tokenizer = support.wrapped(chats.backend("chatml"))
+    tokenizer.chat = own
+    (row,) = support.table(body, tokenizer).runs["clean"].rows
+    assert row.text == rendered[0][0]
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def folder(path: Path, config: dict[str, Any], files: dict[str, str]) -> TextTokenizer:
+    chats.backend("llama").save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    for name, text in files.items():
+        (path / name).write_text(text, encoding="utf-8")
+    made, found = TextTokenizer.from_folder(path)
+    assert made is not None
+    assert not found
+    return made
+
+
+OTHER = "{{ eos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("config", "files"),
+    [
+        ({"chat_template": OTHER}, {}),
+        ({"chat_template": [{"name": "tool", "template": "x"}, {"name": "default",
+          "template": OTHER}]}, {}),
+        ({"chat_template": "x"}, {"chat_template.jinja": OTHER}),
+        ({}, {"chat_template.json": json.dumps({"chat_template": OTHER})}),
+    ],
+)  # fmt: skip
+def test_where_templates_are_kept(
+    tmp_path: Path, config: dict[str, Any], files: dict[str, str]
+) -> None:
+    special = {"bos_token": "<|begin_of_text|>", "eos_token": {"content": "<|eot_id|>"}}
+    own = folder(tmp_path, {**special, **config}, files)
+    (row,) = support.table('chat { user "plum" }', own).runs["clean"].rows
+    assert row.text == "<|eot_id|>plum"
+    plain = folder(tmp_path, special, dict.fromkeys(files, ""))
+    assert plain.chat is None
+    assert not own.same_as(plain)
+
+
+def test_no_template(tmp_path: Path) -> None:
+    own = folder(tmp_path, {"chat_template": [{"name": "tool", "template": "x"}]}, {})
+    assert own.chat is None
+    _, found = support.build('chat { user "plum" }', own)
+    assert [d.code for d in found] == ["E0550"]
+    assert chat_of({"default": "x"}, {}, {}) == ChatTemplate("x", {}, {})
+
+
+def test_a_model_that_is_not_here_is_not_asked() -> None:
+    body = 'x in ["plum", "fig<|im_end|>"]\nchat { system "{x}" user "{x}" }'
+    made = support.table(body, StandInTokenizer())
+    assert {s.name for s in made.runs["clean"].rows[0].spans} == {"system", "user", "x"}
+    text = (
+        'mech 1\nmodel m = hf("nobody/nothing")\nprompts p { '
+        + body.replace("\n", " ")
+        + " corrupt o { x = other(x) } }\n"
+        'experiment e { prompts p from o into clean patch resid_post layer 0 at "<|im_end|>" token,'
+        " last-user token, x of system token measure entropy as delta }\n"
+    )
+    found = check_source(Source(text), Settings()).diagnostics
+    assert not has_errors(found), [(d.code, d.message) for d in found]
+
+
+def test_the_date_is_said() -> None:
+    said = table("llama", CHATS["one"]).conventions["chat"]
+    assert "today is 26 July 2024" in said
+    assert "opening of a reply" in said
+    assert "begun" in table("chatml", CHATS["begun"]).conventions["chat"]
+    assert "July" not in table("chatml", CHATS["begun"]).conventions["chat"]
+    assert "26 Jul 2024" in table("llama", CHATS["one"]).runs["clean"].rows[0].text
+
+
+def test_a_text_has_the_size_of_others() -> None:
+    code, message = refused(
+        "chatml",
+        'chat { user "plum" }',
+        "{{ messages[0].content }}" + "a" * (limits.TEXT + 1),
+    )
+    assert code == "E0552"
+    assert "characters" in message

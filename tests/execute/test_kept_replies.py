@@ -1,0 +1,125 @@
+"""Replies in the store: one that is known isn't written again, whatever is measured of it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mechdsl.execute import writer
+from mechdsl.execute.options import Options
+from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.results.experiment_result import FileResult
+
+from . import support
+from .test_stored_values import Stopped, opened, run, same_bits, stops_after
+
+TEXT = """seed 1
+experiment e {
+  model m
+  prompts p
+  from other into clean
+  generate 4 %s
+  patch resid_post layer * at last token
+  ablate mlp_out layer 1 at last token with mean during step 2..3
+  measure %s as raw
+}
+"""
+DRAWN = "with temperature 1.5, samples 2"
+
+
+def text(how: str = "", measure: str = "length") -> str:
+    return TEXT % (how, measure)
+
+
+@pytest.fixture
+def rows_written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many replies were written, pass by pass."""
+    whole, counts = writer.write_replies, list[int]()
+
+    def write(model: Any, prompts: Any, *given: Any, **named: Any) -> Any:
+        counts.append(len(prompts))
+        return whole(model, prompts, *given, **named)
+
+    monkeypatch.setattr(writer, "write_replies", write)
+    return counts
+
+
+def replies(found: FileResult | None) -> Any:
+    assert found is not None
+    return [each.replies for each in found.experiments]
+
+
+@pytest.mark.parametrize("how", ["", DRAWN])
+def test_a_reply_is_written_once(tmp_path: Path, rows_written: list[int], how: str) -> None:
+    support.write_rows(tmp_path)
+    plain, _ = run(text(how), tmp_path)
+    alone = sum(rows_written)
+    assert alone
+    with opened(tmp_path / "a") as kept:
+        first, _ = run(text(how), tmp_path, kept=kept)
+    assert sum(rows_written) == 2 * alone
+    with opened(tmp_path / "a", "other") as kept:
+        again, _ = run(text(how), tmp_path, kept=kept)
+        other, _ = run(text(how, 'contains("w2")'), tmp_path, kept=kept)
+    assert sum(rows_written) == 2 * alone
+    same_bits(plain, first)
+    same_bits(plain, again)
+    assert replies(plain) == replies(first) == replies(again) == replies(other)
+
+
+def test_other_settings_are_other_replies(tmp_path: Path, rows_written: list[int]) -> None:
+    support.write_rows(tmp_path)
+    with opened(tmp_path / "a") as kept:
+        run(text(), tmp_path, kept=kept)
+        once = sum(rows_written)
+        for n, how in enumerate(['until "w1"', "with temperature 2", "with temperature 1"]):
+            run(text(how), tmp_path, kept=kept)
+            assert sum(rows_written) == (n + 2) * once
+
+
+def test_a_run_that_is_cut_short_goes_on(
+    tmp_path: Path, rows_written: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    support.write_rows(tmp_path)
+    plain, _ = run(text(), tmp_path)
+    alone = sum(rows_written)
+    rows_written.clear()
+    with monkeypatch.context() as patched:
+        stops_after(patched, 2)
+        with pytest.raises(Stopped), opened(tmp_path / "a") as kept:
+            run(text(), tmp_path, kept=kept)
+    done = sum(rows_written)
+    with opened(tmp_path / "a") as kept:
+        assert kept.resumed
+        found, _ = run(text(), tmp_path, kept=kept)
+    assert alone <= sum(rows_written) < done + alone
+    same_bits(plain, found)
+    assert replies(plain) == replies(found)
+
+
+def test_rows_that_break_while_they_write(tmp_path: Path) -> None:
+    """A token of replies has no numbers: rows that write it can't be used."""
+    support.write_rows(tmp_path)
+    line = "experiment e {\n model m\n prompts p\n generate 4\n measure length as raw\n}\n"
+    whole, _ = support.try_file(line, tmp_path, support.bare("llama"))
+    (each,) = replies(whole)
+    ids = {row: own[0].ids for row, own in each.runs["clean"].items()}
+    prompts = {token for text in each.prompts.values() for token in support.ids_of(text.split())}
+    bad = next(t for own in ids.values() for t in own[:3] if t not in prompts)
+    model = copy.deepcopy(support.bare("llama"))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[bad] = torch.nan
+    found, said = support.try_file(line, tmp_path, model)
+    assert found is None
+    assert [d.code for d in said if d.severity == "error"] == ["E0621"]
+    assert "while it writes" in str(said[-1])
+    left = [row for row, own in ids.items() if bad not in own[:3]]
+    if left:
+        how = RunOptions(execution=Options(allow_nan=True))
+        found, _ = support.try_file(line, tmp_path, model, how)
+        assert found is not None
+        assert [*found.experiments[0].replies.runs["clean"]] == left

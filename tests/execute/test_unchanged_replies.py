@@ -1,0 +1,164 @@
+"""Rows that can't differ from the base run, while they write: a rule that changes nothing of the
+prompt may change newest tokens, and a cell draws by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.replies import Texts
+
+from .support import MODES, bare, experiment, run_file
+
+SAME = "from other into clean"
+DELTA = "measure length as delta"
+
+
+def ran(folder: Path, *lines: str, mode: str = "planned", top: str = "") -> ExperimentResult:
+    text = top + experiment("e", "prompts p", *lines)
+    return run_file(text, folder, bare("gpt2"), MODES[mode])["e"]
+
+
+def texts(found: Texts) -> list[Any]:
+    return [[reply.ids for reply in own] for _, own in sorted(found.items())]
+
+
+def inert(found: ExperimentResult) -> list[bool]:
+    return found.measures[0].inert.tolist()
+
+
+COPIES = {
+    "an equal embedding": "patch embed at last token",
+    "an equal first key": "patch k layer 0 head * at last token",
+    "its own vector": "freeze resid_post layer 1 at last token",
+    "a joined position": "freeze mlp_out layers 0..1 at {subject token, last token}",
+    "all tokens": "freeze z layers * heads * at tokens *",
+}
+"""Rules that write what is there, as long as nothing is written behind the prompt."""
+
+
+@pytest.mark.parametrize("case", COPIES)
+def test_what_is_equal_at_the_last_token_is_not_at_the_newest(folder: Path, case: str) -> None:
+    rule = COPIES[case]
+    found = {mode: ran(folder, SAME, rule, "generate 4", DELTA, mode=mode) for mode in MODES}
+    base = texts(found["plain"].replies.runs["clean"])
+    wanted = [texts(cell) for cell in found["plain"].replies.cells]
+    assert any(cell != base for cell in wanted)
+    for mode, result in found.items():
+        assert not any(inert(result)), mode
+        assert [texts(cell) for cell in result.replies.cells] == wanted, mode
+
+
+@pytest.mark.parametrize("case", COPIES)
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_it_is_in_the_prefill_alone(folder: Path, case: str, tokens: int) -> None:
+    rule = f"{COPIES[case]} during prefill"
+    found = ran(folder, SAME, rule, f"generate {tokens}", DELTA)
+    assert all(inert(found))
+    base = texts(found.replies.runs["clean"])
+    plain = ran(folder, SAME, rule, f"generate {tokens}", DELTA, mode="plain")
+    assert all(texts(cell) == base for cell in plain.replies.cells)
+    assert all(texts(cell) == base for cell in found.replies.cells)
+
+
+def test_a_common_prefix_of_the_prompt_stays_without_effect(folder: Path) -> None:
+    rule = "patch resid_post layer 1 at first token, last-item token, subject token"
+    found = ran(folder, SAME, rule, "generate 4", DELTA)
+    assert inert(found) == [True, True, False]
+    plain = ran(folder, SAME, rule, "generate 4", DELTA, mode="plain")
+    assert [texts(cell) for cell in found.replies.cells] == [
+        texts(cell) for cell in plain.replies.cells
+    ]
+
+
+def test_keys_and_values_that_are_equal_are_kept_as_they_are(folder: Path) -> None:
+    rule = "patch k layer 1 head * at first token, subject token after prefill"
+    found = ran(folder, SAME, rule, "generate 4", DELTA)
+    assert inert(found) == [True, False] * 4
+
+
+def test_what_lies_behind_the_measured_token_still_changes_replies(folder: Path) -> None:
+    """The logits in front of it are the base run's, and the reply is another."""
+    lines = (SAME, "ablate resid_post layer 1 at last token with zero", "generate 4")
+    measure = "measure logit(answer) - logit(wrong) at cue token as delta"
+    found = ran(folder, *lines, measure)
+    assert np.abs(found.measures[0].patched - found.measures[0].base).max() == 0
+    assert texts(found.replies.cells[0]) != texts(found.replies.runs["clean"])
+
+
+@pytest.mark.parametrize("rule", ["scale mlp_out layer 1 at last token by 1", COPIES["all tokens"]])
+def test_drawn_replies_are_those_of_the_cell(folder: Path, rule: str) -> None:
+    lines = (SAME, rule, "generate 4 with temperature 3", DELTA)
+    found = {mode: ran(folder, *lines, mode=mode, top="seed 5\n") for mode in ("plain", "planned")}
+    base = texts(found["plain"].replies.runs["clean"])
+    wanted = [texts(cell) for cell in found["plain"].replies.cells]
+    assert all(cell != base for cell in wanted)
+    assert [texts(cell) for cell in found["planned"].replies.cells] == wanted
+    assert not any(inert(found["planned"]))
+
+
+def test_an_amount_that_changes_nothing_does_so_at_each_step(folder: Path) -> None:
+    rule = "for c in [1, 2] { scale mlp_out layer 1 at last token by c }"
+    assert inert(ran(folder, SAME, rule, "generate 4", DELTA)) == [True, False]
+
+
+# --- rows in common -------------------------------------------------------------------------------
+
+ALIKE = {
+    "steps": ("ablate z layer 1 at last token with zero during step 1..3", "… during step 2..3"),
+    "the prefill alone": ("ablate z layer 1 at last token with zero", "… during prefill"),
+    "what follows": ("ablate z layer 1 at last token with zero", "… at token -1 with zero"),
+    "keys that follow": (
+        "block attention layers * from last token to {cue token, last token}",
+        "… from last token to {cue token, token -1}",
+    ),
+    "behind the prefill": ("scale k layer 1 at subject token by 9", "… after prefill"),
+}
+"""Two rules that write the same into the prompt."""
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_rows_that_write_otherwise_later_are_not_shared(folder: Path, case: str) -> None:
+    first, more = ALIKE[case]
+    head, _, tail = more.removeprefix("… ").partition(" ")
+    second = f"{first.partition(f' {head} ')[0]} {head} {tail}"
+    if head in ("during", "after"):
+        second = f"{first.partition(' during')[0]} {head} {tail}"
+    rules = {"a": first, "b": second}
+    text = "".join(
+        experiment(name, "prompts p", rule, "generate 4", "measure length as delta")
+        for name, rule in rules.items()
+    )
+    together = run_file(text, folder, bare("gpt2"), MODES["planned"])
+    found = {name: texts(together[name].replies.cells[0]) for name in rules}
+    for name, rule in rules.items():
+        alone = ran(folder, rule, "generate 4", DELTA, mode="plain")
+        assert found[name] == texts(alone.replies.cells[0]), rule
+    assert found["a"] != found["b"]
+
+
+def test_lengths_of_replies_are_not_shared(folder: Path) -> None:
+    rule = "ablate z layer 1 at last token with zero"
+    text = experiment("a", "prompts p", rule, "generate 4", DELTA)
+    text += experiment("b", "prompts p", rule, "generate 2", DELTA)
+    found = run_file(text, folder, bare("gpt2"), MODES["planned"])
+    assert found["a"].measures[0].base.max() == 4
+    assert found["b"].measures[0].base.max() == 2
+
+
+def test_cells_of_other_names_draw_by_themselves(folder: Path) -> None:
+    """What is drawn hangs on what cells are called: with equal rules too."""
+    text = "seed 5\n"
+    for name in ("i", "j"):
+        rule = f"for {name} in 1..1 {{ ablate z layer {name} at last token with zero }}"
+        text += experiment(name, "prompts p", rule, "generate 4 with temperature 3", DELTA)
+    planned = run_file(text, folder, bare("gpt2"), MODES["planned"])
+    plain = run_file(text, folder, bare("gpt2"), MODES["plain"])
+    for name in ("i", "j"):
+        ours, theirs = (found[name].replies.cells[0] for found in (planned, plain))
+        assert texts(ours) == texts(theirs)
+    assert texts(plain["i"].replies.cells[0]) != texts(plain["j"].replies.cells[0])

@@ -1,0 +1,167 @@
+"""Metrics of replies, by texts that are written out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from mechdsl.base.reply import Reply
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.render import render_full
+from mechdsl.resolve.resolved import Atom
+from mechdsl.validate.check_file import Settings, check_source
+from mechdsl.vocab.metrics import METRICS
+
+
+def read(name: str, replies: list[str], wanted: list[tuple[str, ...]]) -> list[float]:
+    texts = [Reply(tuple(range(len(text.split()))), text, "length") for text in replies]
+    return METRICS[name].forms["reply"].function(texts, wanted)
+
+
+def test_a_match_is_exact_but_for_white_space_at_the_ends() -> None:
+    replies = [" Paris\n", "paris", "Paris.", "New  York", "", " New York"]
+    wanted = [("Paris ", " London")] * 3 + [("New York",)] * 3
+    assert read("exact_match", replies, wanted) == [1, 0, 0, 0, 0, 1]
+
+
+def test_any_of_several_texts_matches() -> None:
+    assert read("exact_match", ["b", "c"], [("a", "b"), ("a", "b")]) == [1, 0]
+
+
+def test_what_a_reply_contains_is_looked_for_letter_by_letter() -> None:
+    replies = ["I can't do that", "I CAN'T", "Sorry, no", "", "a (b)"]
+    wanted = [("can't", "Sorry")] * 4 + [("(b)",)]
+    assert read("contains", replies, wanted) == [1, 0, 1, 0, 1]
+
+
+def test_a_pattern_is_searched_for() -> None:
+    replies = ["it is 42.", "it is 4.", "No", "Nothing"]
+    wanted = [("[0-9]{2}",), ("[0-9]{2}",), (r"No\b",), (r"No\b",)]
+    assert read("matches", replies, wanted) == [1, 0, 1, 0]
+
+
+NUMBERS = {
+    "7": (7, 7),
+    " Count 1: 3 Total: 12": (1, 12),
+    "about 1,234.50 or 3, 4": (1234.5, 4),
+    "12,34": (12, 34),
+    "1,2345": (1, 2345),
+    "-5 and 3-4": (-5, 4),
+    "x-2": (2, 2),
+    "(-2)": (-2, -2),
+    "3.": (3, 3),
+    ".5": (5, 5),
+    "v1.2.3": (1.2, 3),
+    "007": (7, 7),
+    "٣": (3, 3),
+    "1e3": (1, 3),
+}
+"""Reply → its first and its last number."""
+
+
+@pytest.mark.parametrize("text", NUMBERS)
+def test_a_number_is_the_first_or_the_last(text: str) -> None:
+    first, last = NUMBERS[text]
+    assert read("number", [text] * 2, [("first",), ("last",)]) == [first, last]
+
+
+@pytest.mark.parametrize("text", ["", "no", "one", "9" * 400])
+def test_a_reply_without_a_number_has_none(text: str) -> None:
+    (found,) = read("number", [text], [("first",)])
+    assert math.isnan(found)
+
+
+def test_the_length_is_that_of_its_tokens() -> None:
+    assert read("length", ["a b c", ""], [(), ()]) == [3, 0]
+
+
+# --- what stands in the brackets ------------------------------------------------------------------
+
+FILE = """
+mech 1
+
+model toy = zoo("counting")
+
+prompts fruit {{
+  count in 2..5
+  word = if count > 3 then "many" else "few"
+  also = ["some", word]
+  item in ["apple", "pear"]
+  fruits = list(item, count, sep: " ")
+  template "Part 1: {{fruits}} Count 1:"
+  answer " {answer}"
+  wrong " {{count + 1}}"
+  corrupt fewer {{ count = count - 1 }}
+}}
+
+experiment e {{
+  model toy
+  prompts fruit
+  from clean into fewer
+  patch resid_post layer 1 at each item token
+  generate 4
+  measure {metric} as raw
+}}
+"""
+
+
+def atom(metric: str, answer: str = "{count}") -> Atom:
+    """The metric, resolved on all rows."""
+    source = Source(FILE.format(metric=metric, answer=answer), Path("a.mech"))
+    found = check_source(source, Settings())
+    assert not has_errors(found.diagnostics), render_full(found.diagnostics)
+    (experiment,) = found.experiments
+    (own,) = experiment.measures[0].atoms
+    counts = [row.values["count"] for row in experiment.table.runs["clean"].rows]
+    assert set(counts) == {2, 3, 4, 5}
+    assert experiment.measures[0].reply is not None
+    order = sorted(range(len(counts)), key=lambda row: (counts[row], row))
+    first = [next(row for row in order if counts[row] == count) for count in (2, 3, 4, 5)]
+    object.__setattr__(
+        own, "wanted", {e: tuple(t[r] for r in first) for e, t in own.wanted.items()}
+    )
+    return own
+
+
+def test_a_match_is_of_the_answer() -> None:
+    assert atom("exact_match").wanted == {None: ((" 2",), (" 3",), (" 4",), (" 5",))}
+
+
+def test_several_texts_are_each_of_its_row() -> None:
+    found = atom('exact_match(wrong, "{word}", also)').wanted[None]
+    assert found[0] == (" 3", "few", "some", "few")
+    assert found[3] == (" 6", "many", "some", "many")
+
+
+def test_texts_of_another_run() -> None:
+    assert atom("contains(answer of fewer)").wanted[None][:2] == ((" 1",), (" 2",))
+
+
+def test_a_range_of_numbers() -> None:
+    assert atom("contains(count..count + 2)").wanted[None][0] == ("2", "3", "4")
+
+
+def test_a_text_may_hang_on_the_cell() -> None:
+    found = atom('contains("n{item.index}")').wanted
+    assert {env: texts[0] for env, texts in found.items()} == {n: (f"n{n}",) for n in range(1, 5)}
+
+
+def test_words_that_the_model_has_not_can_be_looked_for() -> None:
+    assert atom('contains("I\'m sorry")').wanted[None][0] == ("I'm sorry",)
+
+
+def test_braces_of_a_pattern_are_its_own() -> None:
+    assert atom('matches("[0-9]{2} \\\\w")').wanted[None][0] == (r"[0-9]{2} \w",)
+
+
+def test_which_number() -> None:
+    assert atom("number").wanted[None][0] == ("first",)
+    assert atom("number(first)").wanted == atom("number").wanted
+    assert atom("number(last)").wanted[None][0] == ("last",)
+
+
+def test_a_word_that_all_answers_begin_with_is_part_of_the_reply() -> None:
+    assert atom("exact_match", answer="Total {count}").wanted[None][0] == (" Total 2",)

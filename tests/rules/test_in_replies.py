@@ -1,0 +1,473 @@
+"""What is read in replies, beside a loop of plain passes over all tokens so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mechdsl.resolve.cell_key import Coord
+from mechdsl.results.experiment_result import ExperimentResult
+
+from ..execute.support import token
+from ..models import families
+from ..reference.forward import Changes, Edge, Run, Write, forward
+from .models import double
+from .support import (
+    QUICK,
+    Array,
+    Text,
+    compare,
+    experiment,
+    plain,
+    product,
+    records,
+    rows,
+    run_file,
+    tokens,
+)
+
+NAMES = ("gpt2", "llama", "gpt_neox", "mistral")
+MOST = 6
+GENERATE = f'generate {MOST} until " w4"'
+"""Rows stop at different steps."""
+Act = Callable[..., Changes]
+"""What is done to row `n` of a model, whose reply has so many tokens by now, in a cell."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a row has written, and the pass over all of it in which rules act where they acted."""
+
+    prompt: int
+    ids: tuple[int, ...]
+    run: Run
+
+    def at(self, reply_token: int) -> int | None:
+        """Where a token of the reply stands, 0 the prompt's last one; None where there is none."""
+        return self.prompt - 1 + reply_token if reply_token <= len(self.ids) else None
+
+
+def word(number: int) -> str:
+    return f"w{number - len(families.SPECIAL)}"
+
+
+def write(name: str, ids: Sequence[int], act: Callable[[int], Changes]) -> Reply:
+    """Token by token, each time from the start."""
+    found: list[int] = []
+    ends = {double(name).config.eos_token_id}
+    while len(found) < MOST:
+        whole = [*ids, *found]
+        run = forward(name, double(name), whole, *act(len(found)))
+        newest = int(run.logits[-1].argmax())
+        if newest in ends or (found and word(newest).startswith("w4")):
+            break
+        found.append(newest)
+    run = forward(name, double(name), [*ids, *found], *act(len(found)))
+    return Reply(len(ids), tuple(found), run)
+
+
+def behind(name: str, ids: Sequence[int], reply: Reply) -> Run:
+    """The same reply behind a prompt, without rules."""
+    return forward(name, double(name), [*ids, *reply.ids])
+
+
+def const(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda now: torch.full_like(now, value)
+
+
+def set_everywhere(
+    layer: int, first: int = 0, last: int = MOST, value: float = 0.6, site: str = "attn_out"
+) -> Callable[[int], Callable[[int], Changes]]:
+    """`set SITE layer L at last token to 0.6 during step first..last`, of a prompt's length."""
+
+    def of(prompt: int) -> Callable[[int], Changes]:
+        def act(written: int) -> Changes:
+            steps = range(first, min(last, written) + 1)
+            return [Write(site, layer, const(value), prompt - 1 + s) for s in steps], []
+
+        return act
+
+    return of
+
+
+@cache
+def replies(name: str, layer: int, first: int = 0, last: int = MOST) -> tuple[Reply, ...]:
+    """Of all rows."""
+    return tuple(
+        write(name, text.ids, set_everywhere(layer, first, last)(len(text.ids))) for text in rows()
+    )
+
+
+def entropy(logits: Tensor) -> float:
+    log = logits.log_softmax(-1)
+    return float(-(log.exp() * log).sum())
+
+
+def kl(reference: Tensor, logits: Tensor) -> float:
+    p, q = reference.log_softmax(-1), logits.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum())
+
+
+def two(logits: Tensor, n: int) -> float:
+    own = records()[n]
+    return float(logits[token(own["a"])] - logits[token(own["b"])])
+
+
+TWO = "logit(answer) - logit(wrong)"
+SET = "set attn_out layer 0..1 at last token to 0.6"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    from .support import write_data
+
+    write_data(tmp_path)
+    return tmp_path
+
+
+def values(
+    keys: Sequence[tuple[Coord, ...]], of: Callable[..., tuple[float, float] | None]
+) -> tuple[Array, Array]:
+    """([cell, row] with rules, [cell, row] without them), NaN where a row has no such place."""
+    found = [[of(n, *key) or (np.nan, np.nan) for n in range(len(rows()))] for key in keys]
+    both = np.array(found)
+    return both[..., 0], both[..., 1]
+
+
+def at_token(
+    name: str, layer: int, n: int, place: int, of: Callable[[Tensor, int], float]
+) -> tuple[float, float] | None:
+    """A metric of the logits at a token of the reply, with the rules and without."""
+    reply = replies(name, layer)[n]
+    at = reply.at(place)
+    if at is None:
+        return None
+    bare = behind(name, rows()[n].ids, reply)
+    return of(reply.run.logits[at], n), of(bare.logits[at], n)
+
+
+def hold(
+    found: ExperimentResult, axis: str, places: Sequence[Coord], of: Any, *, base: bool = True
+) -> None:
+    """of: (with rules, without) of a layer, a row and the number of a place."""
+    assert found.axes == (axis, "layer")
+    own = [(cell.coords[axis], cell.coords["layer"]) for cell in found.cells]
+    assert own == product(places, (0, 1))
+    keys = product(range(len(places)), (0, 1))
+    patched, unpatched = values(keys, lambda n, place, layer: of(layer, n, place))
+    assert np.isnan(patched).any()
+    compare(found.measures[0], patched, unpatched if base else None)
+
+
+def measured(data: Path, name: str, mode: str, measure: str, effect: str) -> ExperimentResult:
+    text = experiment("e", GENERATE, SET, measure=f"measure {measure} as {effect}")
+    return run_file(text, data, name, mode)["e"]
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", NAMES)
+def test_entropy_at_each_step(data: Path, name: str, mode: str) -> None:
+    """Step s is where token s + 1 is predicted; the base run reads the same text."""
+
+    def of(layer: int, n: int, step: int) -> Any:
+        return at_token(name, layer, n, step, lambda logits, n: entropy(logits))
+
+    found = measured(data, name, mode, "entropy at each step", "delta")
+    hold(found, "step", range(MOST), of)
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_at_each_token(data: Path, name: str, mode: str) -> None:
+    def of(layer: int, n: int, place: int) -> Any:
+        return at_token(name, layer, n, place + 1, two)
+
+    places = [f"reply {n + 1}" for n in range(MOST)]
+    for said in ("each reply token", "each token of reply"):
+        measure = f"logit(answer) - logit(wrong) at {said}"
+        hold(measured(data, name, mode, measure, "delta"), "measured", places, of)
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_of_each_token(data: Path, name: str, mode: str) -> None:
+    """It is read in front of the token, where that is predicted."""
+
+    def of(layer: int, n: int, place: int) -> Any:
+        reply = replies(name, layer)[n]
+        if place >= len(reply.ids):
+            return None
+        own = reply.ids[place]
+        return at_token(
+            name, layer, n, place, lambda logits, n: -float(logits.log_softmax(-1)[own])
+        )
+
+    places = [f"reply {n + 1}" for n in range(MOST)]
+    found = measured(data, name, mode, "loss at each reply token", "delta")
+    hold(found, "measured", places, of)
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", NAMES)
+def test_divergence_from_other_runs_on_the_same_text(data: Path, name: str, mode: str) -> None:
+    """`kl(RUN)` reads that run's own prompt, with the reply of the patched row behind it."""
+    for run in ("clean", "longer"):
+
+        def of(layer: int, n: int, step: int, run: str = run) -> Any:
+            reply = replies(name, layer)[n]
+            at = reply.at(step)
+            if at is None:
+                return None
+            ids = rows(run)[n].ids
+            other = behind(name, ids, reply).logits[len(ids) - 1 + step]
+            return kl(other, reply.run.logits[at]), 0.0
+
+        found = measured(data, name, mode, f"kl({run}) at each step", "raw")
+        hold(found, "step", range(MOST), of, base=False)
+
+
+PLACES: dict[str, Callable[[Reply], int | None]] = {
+    "last token of reply": lambda reply: len(reply.ids),
+    "reply token": lambda reply: len(reply.ids),
+    "first token of reply": lambda reply: 1,
+    "first token of reply + 1": lambda reply: 2,
+    "last token of reply - 1": lambda reply: len(reply.ids) - 1,
+    "reply token 3": lambda reply: 3,
+}
+"""Where a measure is read, and which token of the reply that is."""
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", NAMES)
+def test_single_tokens(data: Path, name: str, mode: str) -> None:
+    """Rows whose reply has no such token leave the cell."""
+    text = "".join(
+        experiment(f"e{n}", GENERATE, SET, measure=f"measure {TWO} at {place} as delta")
+        for n, place in enumerate(PLACES)
+    )
+    found = run_file(text, data, name, mode)
+    for number, place in enumerate(PLACES.values()):
+
+        def of(n: int, layer: int, place: Any = place) -> Any:
+            reply = replies(name, layer)[n]
+            at = place(reply)
+            return at_token(name, layer, n, at, two) if 1 <= at <= len(reply.ids) else None
+
+        patched, base = values(product((0, 1)), of)
+        if np.isnan(patched).all():
+            assert np.isnan(found[f"e{number}"].measures[0].patched).all()
+        else:
+            compare(found[f"e{number}"].measures[0], patched, base, most=False)
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_of_the_reply(data: Path, name: str, mode: str) -> None:
+    """The last token of its last occurrence; rows without it leave the cell."""
+    every = [word(each) for reply in replies(name, 0) for each in reply.ids]
+    alone = [
+        each for each in sorted(set(every)) if sum(o.startswith(each) for o in set(every)) == 1
+    ]
+    wanted = max(alone, key=every.count)
+
+    def last(reply: Reply) -> int | None:
+        at = [n for n, each in enumerate(reply.ids, start=1) if word(each) == wanted]
+        return at[-1] if at else None
+
+    measure = f'measure {TWO} at "{wanted}" of reply token as delta'
+    text = experiment("e", GENERATE, SET, measure=measure)
+    found = run_file(text, data, name, mode)["e"]
+
+    def of(n: int, layer: int) -> Any:
+        at = last(replies(name, layer)[n])
+        return None if at is None else at_token(name, layer, n, at, two)
+
+    patched, base = values(product((0, 1)), of)
+    assert not np.isnan(patched).all()
+    compare(found.measures[0], patched, base, most=False)
+
+
+def in_prompt(name: str, n: int) -> Callable[[int], Changes]:
+    """`patch resid_post layer 1 at subject token` from `longer`, whose subject is longer."""
+    text, source = rows()[n], rows("longer")[n]
+    to, of = tokens(text, "subject token")[0], tokens(source, "subject token")[0]
+    vector = plain(name, source)["resid_post", 1][of]
+    return lambda written: ([Write("resid_post", 1, vector, to)], [])
+
+
+def unseen(name: str, n: int) -> Callable[[int], Changes]:
+    """`block attention layer * from last token to subject tokens`."""
+    keys, prompt = tokens(rows()[n], "subject tokens"), len(rows()[n].ids)
+
+    def act(written: int) -> Changes:
+        queries = range(prompt - 1, prompt + written)
+        return [], [Edge("block", layer, queries, keys) for layer in range(3)]
+
+    return act
+
+
+def steered(first: int, last: int, site: str = "attn_out") -> Callable[[str, int], Any]:
+    return lambda name, n: set_everywhere(1, first, last, site=site)(len(rows()[n].ids))
+
+
+RULES: dict[str, tuple[str, Callable[[str, int], Callable[[int], Changes]]]] = {
+    "in the prompt": ("patch resid_post layer 1 at subject token", in_prompt),
+    "blocked attention": ("block attention layers * from last token to subject tokens", unseen),
+    "prefill": ("set attn_out layer 1 at last token to 0.6 during prefill", steered(0, 0)),
+    "steps": ("set attn_out layer 1 at last token to 0.6 during step 1..2", steered(1, 2)),
+    "one step": ("set attn_out layer 1 at last token to 0.6 during step 2", steered(2, 2)),
+}
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", NAMES)
+def test_rules_act_where_they_acted(data: Path, name: str, mode: str) -> None:
+    text = "".join(
+        experiment(
+            f"e{n}", "from longer into clean", GENERATE, line,
+            measure=f"measure {TWO} at each step as delta",
+        )
+        for n, (line, _) in enumerate(RULES.values())
+    )  # fmt: skip
+    found = run_file(text, data, name, mode)
+    largest: list[float] = []
+    for number, (_, act) in enumerate(RULES.values()):
+        made = [write(name, text.ids, act(name, n)) for n, text in enumerate(rows())]
+
+        def of(n: int, step: int, made: Sequence[Reply] = made) -> Any:
+            at = made[n].at(step)
+            if at is None:
+                return None
+            bare = behind(name, rows()[n].ids, made[n])
+            return two(made[n].run.logits[at], n), two(bare.logits[at], n)
+
+        steps = {cell.coords["step"] for cell in found[f"e{number}"].cells}
+        assert steps == set(range(MOST))
+        patched, base = values(product(range(MOST)), of)
+        compare(found[f"e{number}"].measures[0], patched, base, large=-1, most=False)
+        largest.append(float(np.nanmax(np.abs(patched - base))))
+    assert sum(each > 0.1 for each in largest) > 2  # rows may end before a step comes
+
+
+# --- what is observed -----------------------------------------------------------------------------
+
+
+def norm(run: Run, text: Text, at: int) -> float:
+    return float(run["resid_post", 2][at].norm())
+
+
+def to_subject(run: Run, text: Text, at: int) -> float:
+    return float(run["pattern", 2][at, 1, tokens(text, "subject tokens")].sum())
+
+
+def to_first(run: Run, text: Text, at: int) -> float:
+    return float(run["pattern", 2][at, 1, len(text.ids)])
+
+
+def spread(run: Run, text: Text, at: int) -> float:
+    weights = run["pattern", 2][at]
+    return float(-(weights * weights.clamp_min(1e-30).log()).sum(-1).mean())
+
+
+SEEN: dict[str, tuple[str, bool, Callable[[Run, Text, int], float]]] = {
+    "norm": ("observe norm resid_post layer 2 at each reply token", True, norm),
+    "attention": (
+        "observe attention layer 2 head 1 from each reply token to subject tokens",
+        True,
+        to_subject,
+    ),
+    "of steps": (
+        "observe attention layer 2 head 1 from each step to subject tokens",
+        False,
+        to_subject,
+    ),
+    "to the reply": (
+        "observe attention layer 2 head 1 from each reply token to first token of reply",
+        True,
+        to_first,
+    ),
+    "entropy": ("observe entropy pattern layer 2 at each reply token", True, spread),
+}
+"""A line, whether it is of tokens (else of steps), and what it gives at a token."""
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_observed(data: Path, name: str, mode: str) -> None:
+    """With rules, and, for `delta`, without them behind the same replies."""
+    text = "".join(
+        experiment(
+            f"e{n}", GENERATE, SET, f"{line} as seen{n}", measure=f"measure seen{n} as delta"
+        )
+        for n, (line, _, _) in enumerate(SEEN.values())
+    )
+    found = run_file(text, data, name, mode)
+    for number, (line, of_tokens, value) in enumerate(SEEN.values()):
+
+        def of(n: int, layer: int, place: int, first: int = of_tokens, value: Any = value) -> Any:
+            reply, own = replies(name, layer)[n], rows()[n]
+            at = reply.at(place + first)
+            if at is None or (not reply.ids and first):
+                return None
+            bare = behind(name, own.ids, reply)
+            return value(reply.run, own, at), value(bare, own, at)
+
+        own = found[f"e{number}"]
+        assert own.axes == ("layer", "position")
+        word = "reply" if of_tokens else "step"
+        labels = [f"{word} {n + of_tokens}" for n in range(MOST)]
+        assert [cell.coords["position"] for cell in own.cells] == labels * 2
+        (measure,) = [each for each in own.measures if each.effect == "delta"]
+        patched, base = values(product((0, 1), range(MOST)), of)
+        unseen = name == "mistral" and "subject" in line  # it lies outside of the window
+        compare(measure, patched, base, large=-1 if unseen else 0.01, most=False)
+
+
+@pytest.mark.parametrize("mode", QUICK)
+def test_all_tokens_are_averaged(data: Path, mode: str) -> None:
+    line = "observe norm resid_post layer 2 at reply tokens as seen"
+    two_of = "observe norm resid_post layer 2 at reply tokens 2..3 as two"
+    text = experiment("e", GENERATE, SET, line, two_of, measure="")
+    found = run_file(text, data, "gpt2", mode)
+    for key, (first, last) in {"e.seen": (1, MOST), "e.two": (2, 3)}.items():
+
+        def of(n: int, layer: int, first: int = first, last: int = last) -> Any:
+            reply, own = replies("gpt2", layer)[n], rows()[n]
+            if len(reply.ids) < last < MOST:
+                return None
+            end = min(last, len(reply.ids))
+            every = [norm(reply.run, own, len(own.ids) - 1 + n) for n in range(first, end + 1)]
+            return float(np.mean(every)), 0.0
+
+        patched, _ = values(product((0, 1)), of)
+        compare(found[key].measures[0], patched, None)
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", NAMES)
+def test_without_rules(data: Path, name: str, mode: str) -> None:
+    """What the base run writes by itself, measured and observed."""
+    line = "observe norm resid_post layer 2 at each reply token as seen"
+    text = experiment("e", GENERATE, measure=f"measure {TWO} at each step as raw")
+    text += experiment("f", GENERATE, line, measure="")
+    found = run_file(text, data, name, mode)
+    own = [write(name, text.ids, lambda written: ([], [])) for text in rows()]
+
+    def logits(n: int, step: int) -> Any:
+        at = own[n].at(step)
+        return None if at is None else (two(own[n].run.logits[at], n), 0.0)
+
+    def seen(n: int, place: int) -> Any:
+        at = own[n].at(place + 1)
+        return None if at is None else (norm(own[n].run, rows()[n], at), 0.0)
+
+    compare(found["e"].measures[0], values(product(range(MOST)), logits)[0], None)
+    compare(found["f"].measures[0], values(product(range(MOST)), seen)[0], None)
