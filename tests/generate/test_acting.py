@@ -130,14 +130,15 @@ def test_every_write_is_seen(name: str) -> None:
 @pytest.mark.parametrize("cached", [True, False])
 def test_rules_at_one_site_act_in_their_order(cached: bool) -> None:
     """In each row in its own."""
-    name, words = "llama", {"s": "set", "a": "add", "c": "scale"}
+    name = "llama"
+    words: dict[str, Mode] = {"s": "set", "a": "add", "c": "scale"}
     orders = ("sa", "as", "asa", "ca", "ac", "aca", "sc", "cs")
     prompts = [PROMPTS[number % len(PROMPTS)] for number in range(len(orders))]
     found: list[Act] = []
     for place in range(3):
         for row, order in enumerate(orders):
             if place < len(order):
-                (mode,) = [mode for mode in MODES if mode == words[order[place]]]
+                mode = words[order[place]]
                 each = acts(name, row, "resid_post", mode, "each step", prompts[row])
                 far = tuple(x * (place + 1) for x in each[0].values)
                 found += [replace(act, values=far) for act in each]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.generate.next_tokens import NoNumbers, Writing, next_tokens
+from mechdsl.generate.next_tokens import Writing, next_tokens
 from mechdsl.generate.records import Decoding, StepEdge, StepRules
 from mechdsl.generate.write_replies import write_replies
 from mechdsl.hooks.inside_attention import EdgeWrite
@@ -22,7 +22,7 @@ LOGITS = torch.tensor([PROBABILITIES]).log()
 DRAWS = 4000
 
 
-def drawn(count: int = DRAWS, step: int = 0, seed: int = 5, **how: float | int) -> list[int]:
+def drawn(count: int = DRAWS, step: int = 0, seed: int = 5, **how: float | int) -> list[int | None]:
     """Many draws from one state."""
     decoding = greedy(9, **how)
     keys = [(seed, row) for row in range(count)]
@@ -98,8 +98,11 @@ def test_a_token_that_is_excluded_is_never_drawn() -> None:
 
 
 def test_logits_that_are_no_numbers() -> None:
-    with pytest.raises(NoNumbers):
-        next_tokens(torch.tensor([[0.0, torch.nan]]), [0], greedy(3), [()], 0)
+    """Their rows have no next token; others beside them have."""
+    logits = torch.tensor([[0.0, torch.nan], [0.0, 1.0], [torch.inf, 0.0], [-torch.inf, 0.0]])
+    for decoding in (greedy(3), greedy(3, top_k=1)):
+        found = next_tokens(logits, [0, 1, 1, 2, 3], decoding, [(1,)] * 5, 0)
+        assert found == [None, 1, 1, None, 1]
 
 
 def test_samples_dont_hang_on_the_batch() -> None:
@@ -135,7 +138,7 @@ def decode(ids: Sequence[int]) -> str:
     return text.replace("«»", "é").replace("«", "\ufffd").replace("»", "\ufffd")
 
 
-def ended(tokens: Sequence[int], **how: object) -> tuple[tuple[int, ...], str, str]:
+def ended(tokens: Sequence[int | None], **how: object) -> tuple[tuple[int, ...], str, str]:
     writing = Writing(1, Decoding(6, decode, **how))  # pyright: ignore
     for n, token in enumerate(tokens):
         if not writing.put(0, token):
@@ -148,6 +151,7 @@ def test_where_a_reply_ends() -> None:
     assert ended([1, 2, 3, 1, 2, 3]) == ((1, 2, 3, 1, 2, 3), "abcabc", "length")
     assert ended([1, 2, 5], ends=frozenset({5, 6})) == ((1, 2), "ab", "end")
     assert ended([5], ends=frozenset({5})) == ((), "", "end")
+    assert ended([1, 2, None]) == ((1, 2), "ab", "broken")
     stops = ("\n", "Q")
     assert ended([1, 2, 4], stops=stops) == ((1, 2), "ab", "stop")
     assert ended([6], stops=stops) == ((), "", "stop")
