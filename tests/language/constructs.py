@@ -1387,7 +1387,7 @@ _experiment(
     "measure entropy at each step as raw",
     "Measures and observations read tokens of the reply too: `each step` (where token s + 1 is "
     "predicted, along the axis `step`; step 0 is the prompt's last token), `each reply token`, "
-    "`reply token 3`, `first token of reply`, `last token of reply`, `\"Answer:\" of reply token` "
+    '`reply token 3`, `first token of reply`, `last token of reply`, `"Answer:" of reply token` '
     "(the last token of its last occurrence), and `observe attention … from each reply token to "
     "subject tokens`. They are read in whole passes over prompt and reply, in which rules act "
     "where they acted. Rows whose reply has no such token leave the cell. `delta`, and `kl(RUN)`, "
