@@ -55,7 +55,7 @@ class NotInTheReply(Diagnostic):
     """Tokens of a reply that can't be named so, or where none is written."""
 
     code = "E0545"
-    title = "`{position}` names no token of a reply: {reason}"
+    title = "`{position}` can't be had of a reply: {reason}"
     label = "the reply stands behind the prompt, where `generate` writes one"
     help = "{hint}"
     position: str

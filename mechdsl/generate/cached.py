@@ -57,6 +57,9 @@ class CachedPasses:
         self._own = own
         layers = model.shape.n_layers
         self.keys = KeptKeys(layers, len(prompts), self.columns + tokens - 1)
+        self._before: tuple[list[int], list[bool]] | None = None
+        """The states of the step before, and which rules acted; what they did is `_acted`."""
+        self._acted = RuleWrites()
 
     def own(self, row: int) -> int:
         """The tokens that only this row's prefill computes."""
@@ -81,8 +84,14 @@ class CachedPasses:
 
     def _acting(self, states: States, chosen: Chosen, step: int) -> RuleWrites:
         """What acts in a step; mostly what acted in the one before."""
-        lengths = torch.tensor([len(self.prompts[row]) for row in states.leaders])
-        return merged(chosen.step(self.steps, step, lengths, lengths + step - 1), len(states))
+        lengths = self.columns - self._starts(states.leaders).cpu()
+        newest = lengths + step - 1
+        key = states.leaders, [rules.acts(step) for rules in self.steps]
+        if key != self._before or self._acted.edges:
+            every = chosen.step(self.steps, step, lengths, newest)
+            self._before, self._acted = key, merged(every, len(states))
+        writes = [replace(each, positions=newest[each.rows]) for each in self._acted.writes]
+        return replace(self._acted, writes=writes)
 
     def _starts(self, rows: Sequence[int]) -> Tensor:
         """[n] columns of first tokens."""

@@ -8,6 +8,7 @@ quiz.jsonl: four options each, for `zoo("facts")`; those that its training had m
 brackets.jsonl: what `zoo("nested/formal")` learned, without the last bracket.
 words.jsonl: what each task of `zoo("tasks")` makes of a word.
 questions.jsonl: every verb with every object that `zoo("refusal")` knows, and what it replies.
+sums.jsonl: lists of four parts for `zoo("worked")` that training didn't have.
 partitioned.jsonl: images of rows of shapes, each row behind a symbol; where they lie in pixels.
 """
 
@@ -26,6 +27,7 @@ from mechdsl.zoo.language import different
 from mechdsl.zoo.nested.data import BRACKETS, stream
 from mechdsl.zoo.refusal import data as refusal
 from mechdsl.zoo.tasks import data as tasks
+from mechdsl.zoo.worked import data as worked
 
 SEED = 16
 ROWS = 64
@@ -101,6 +103,27 @@ def questions() -> list[Record]:
     return found
 
 
+def sums() -> list[Record]:
+    """Lists of four parts of two to nine items: `one` to `four`, their counts, the first without
+    its last item (`less`), the total, and what is about right."""
+    rng = random.Random(SEED)
+    found: dict[str, Record] = {}
+    while len(found) < 4 * ROWS:
+        words = rng.sample(ITEMS, rng.choice((1, 2, 3, 5)))
+        counts = [rng.randint(2, worked.MAX_ITEMS) for _ in range(4)]
+        parts = tuple(tuple(rng.choice(words) for _ in range(count)) for count in counts)
+        text = worked.write(parts, worked.STEPS)
+        if worked.is_held_out(text):
+            found[text.content] = {
+                **dict(zip(("one", "two", "three", "four"), map(" ".join, parts), strict=True)),
+                **dict(zip("abcd", counts, strict=True)),
+                "less": " ".join(parts[0][:-1]),
+                "total": sum(counts),
+                "fives": worked.about(sum(counts)),
+            }  # fmt: skip
+    return list(found.values())
+
+
 def partitioned() -> list[Record]:
     """Images of four rows, the symbols shuffled; one row is asked, another is the rival.
 
@@ -135,6 +158,7 @@ def files() -> dict[str, list[Record]]:
         "brackets.jsonl": bracket_texts(),
         "words.jsonl": [*tasks.records()],
         "questions.jsonl": questions(),
+        "sums.jsonl": sums(),
         "partitioned.jsonl": partitioned(),
     }
 

@@ -130,7 +130,7 @@ def test_a_read_at_the_wrong_token_is_noticed(
 
 def test_forgotten_padding_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Batch, "columns", lambda self, rows, positions: positions)
-    with pytest.raises(AssertionError, match="off by|Not equal to tolerance"):
+    with pytest.raises(AssertionError, match=r"off by|Not equal to tolerance"):
         compare(folder, "plain")
 
 

@@ -83,7 +83,7 @@ def test_keys_and_values_that_are_equal_are_kept_as_they_are(folder: Path) -> No
 
 def test_what_lies_behind_the_measured_token_still_changes_replies(folder: Path) -> None:
     """The logits in front of it are the base run's, and the reply is another."""
-    lines = (SAME, "ablate resid_post layer 1 at last token with zero", "generate 4")
+    lines = (SAME, "ablate resid_post layer 1 at token -1 with zero", "generate 4")
     measure = "measure logit(answer) - logit(wrong) at cue token as delta"
     found = ran(folder, *lines, measure)
     assert np.abs(found.measures[0].patched - found.measures[0].base).max() == 0

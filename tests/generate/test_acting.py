@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -124,6 +125,26 @@ def test_every_write_is_seen(name: str) -> None:
         if site not in ("logits", "final_norm") or when != "a token of the prompt"
     ]
     assert sum(each > 10 * NEAR for each in away) > len(away) * 0.95, sorted(away)[:9]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_rules_at_one_site_act_in_their_order(cached: bool) -> None:
+    """In each row in its own."""
+    name = "llama"
+    words: dict[str, Mode] = {"s": "set", "a": "add", "c": "scale"}
+    orders = ("sa", "as", "asa", "ca", "ac", "aca", "sc", "cs")
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(len(orders))]
+    found: list[Act] = []
+    for place in range(3):
+        for row, order in enumerate(orders):
+            if place < len(order):
+                mode = words[order[place]]
+                each = acts(name, row, "resid_post", mode, "each step", prompts[row])
+                far = tuple(x * (place + 1) for x in each[0].values)
+                found += [replace(act, values=far) for act in each]
+    rules = Rules(found)
+    mine = written(model_of(name), prompts, greedy(4), rules, cached=cached)
+    agree(mine, by_hand(name, prompts, rules, 4))
 
 
 KINDS: tuple[tuple[Kind, float], ...] = (

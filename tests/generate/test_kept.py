@@ -18,7 +18,7 @@ from mechdsl.hooks.rule_writes import RuleWrites
 
 from ..rules.models import double
 from ..rules.test_blocks import LISTS
-from .support import NEAR, Act, Rules, agree, by_hand, greedy, written
+from .support import NEAR, Act, Look, Rules, agree, by_hand, greedy, written
 from .test_acting import FAMILIES, MODES, PROMPTS, TOKENS, acts, model_of, width
 
 Pairs = Mapping[int, int | None]
@@ -30,6 +30,7 @@ def edits(name: str) -> tuple[list[tuple[int, ...]], Rules]:
     prompts: list[tuple[int, ...]] = []
     kept: list[Act] = []
     beside: list[Act] = []
+    looks: list[Look] = []
     for number, (site, mode) in enumerate(product(("k", "v"), MODES)):
         prompt = PROMPTS[number % len(PROMPTS)]
         row = len(prompts)
@@ -44,8 +45,10 @@ def edits(name: str) -> tuple[list[tuple[int, ...]], Rules]:
         if number % 2:
             beside += acts(name, row, "resid_post", "add", "each step", prompt)
             beside += acts(name, row, site, "add", "the prefill", prompt)
+            last = len(prompt) - 1
+            looks.append(Look(row, "set", 0, 1, (last - 1,), 0.9, query=last))
         prompts.append(prompt)
-    return [*prompts, *PROMPTS], Rules(beside, kept=kept)
+    return [*prompts, *PROMPTS], Rules(beside, looks, kept)
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 import mechdsl.generate.write_replies as module
 from mechdsl.generate.way import Way, way_of
 from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.rule_writes import Numbers, RuleWrites
+from mechdsl.loading.load import adopt
 
-from ..execute.support import shared
+from ..execute.support import shared, word_tokenizer
 from ..models import families
-from ..rules.models import bare
+from ..rules.models import bare, double
 from .support import Act, Look, Rules, agree, by_hand, greedy, written
 from .test_acting import PROMPTS, TOKENS, model_of
 
@@ -101,3 +104,75 @@ def test_steps_between_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = written(model, PROMPTS, greedy(TOKENS), cached=False)
     assert found.replies[1:] == plain.replies[1:]
     assert not torch.equal(found.logits[0], plain.logits[0])
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
+def test_tokens_with_other_numbers(name: str, cached: bool) -> None:
+    """Those of the reply are counted as ever."""
+    numbers = ((0, 2, 9), (0, 3, 1), (2, 5, 0), (2, 6, 12))
+    each = Numbers(*torch.tensor(numbers).t())
+    prefill = RuleWrites(numbers=[each])
+    found = written(model_of(name), PROMPTS, greedy(TOKENS), prefill=prefill, cached=cached)
+    expected: list[tuple[list[int], torch.Tensor]] = []
+    for row, prompt in enumerate(PROMPTS):
+        reply: list[int] = []
+        logits: list[torch.Tensor] = []
+        for _ in range(TOKENS):
+            place = torch.arange(len(prompt) + len(reply))
+            for _, position, number in (x for x in numbers if x[0] == row):
+                place[position] = number
+            ids = torch.tensor([[*prompt, *reply]])
+            # Without a mask, the library takes other numbers for other texts.
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            with torch.no_grad():
+                output = double(name)(**given, position_ids=place[None], use_cache=False)
+            logits.append(output.logits[0, -1])
+            reply.append(int(logits[-1].argmax()))
+        expected.append((reply, torch.stack(logits)))
+    agree(found, expected)
+    plain = written(model_of(name), PROMPTS, greedy(TOKENS))
+    assert (found.logits[0] - plain.logits[0]).abs().amax() > 0.1
+
+
+def test_what_looks_along_the_prompt() -> None:
+    """Keys behind a query that are allowed, and steps from the token before."""
+    model = model_of("llama")
+    allowed = Look(0, "block", 1, 1, (3, 4), query=2).edge
+    longer = [(1, 2), PROMPTS[0]]
+    prefill = RuleWrites(
+        [Act(1, "resid_post", 1, "step", (2.0,), position=1).write],
+        [replace(allowed, change="allow")],
+    )
+    settings: dict[str, Any] = {"prefill": prefill}
+    for prompts in (PROMPTS, [PROMPTS[0], *longer]):
+        whole = written(model, prompts, greedy(TOKENS), cached=False, **settings)
+        expected = [(r.ids, x) for r, x in zip(whole.replies, whole.logits, strict=True)]
+        agree(written(model, prompts, greedy(TOKENS), **settings), expected)
+        plain = written(model, prompts, greedy(TOKENS))
+        for row in (0, 1):
+            assert (whole.logits[row] - plain.logits[row]).abs().amax() > 0.1
+
+
+def test_a_model_without_keys() -> None:
+    """A recurrent one."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(
+        vocab_size=families.VOCABULARY,
+        hidden_size=24,
+        num_hidden_layers=2,
+        state_size=4,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    module = MambaForCausalLM(config)
+    families.draw(module, 0)
+    model, _ = adopt("m", module.eval(), word_tokenizer())
+    assert model is not None
+    assert way_of(model) == Way("whole", "it takes no keys and values of earlier tokens")
+    act = Act(0, "resid_post", 0, "add", (3.0,) * 24, position=2)
+    found = written(model, PROMPTS, greedy(4), Rules([act]))
+    [alone] = written(model, PROMPTS[1:2], greedy(4)).logits
+    assert (found.logits[1] - alone).abs().amax() < 1e-4 * alone.abs().amax()

@@ -1383,6 +1383,21 @@ _rule(
     "generate 8",
 )
 _experiment(
+    "positions in a reply",
+    "measure entropy at each step as raw",
+    "Measures and observations read tokens of the reply too: `each step` (where token s + 1 is "
+    "predicted, along the axis `step`; step 0 is the prompt's last token), `each reply token`, "
+    '`reply token 3`, `first token of reply`, `last token of reply`, `"Answer:" of reply token` '
+    "(the last token of its last occurrence), and `observe attention … from each reply token to "
+    "subject tokens`. They are read in whole passes over prompt and reply, in which rules act "
+    "where they acted. Rows whose reply has no such token leave the cell. `delta`, and `kl(RUN)`, "
+    "are set against the base run, or that run, behind the same reply without rules. Other "
+    "effects, texts of several tokens and what is made of all rows aren't known there. `save` "
+    "writes vectors at these tokens of what a run without rules writes.",
+    "tests/rules/test_in_replies.py",
+    beside="generate 8",
+)
+_experiment(
     "measure",
     "measure prob(answer) at last-item token as delta",
     "A metric, the position that it is read at (the last token where there is none) and the "

@@ -24,7 +24,7 @@ INTRO = """\
 
 Every construct that is executed: an example, what it means, where the definition comes from, and
 the test that holds it. What the language has beyond that (bases and subspaces, `feature` sites,
-estimators, circuits, search, generation, images) parses, and is refused with
+estimators, circuits, search, images) parses, and is refused with
 [E0108](errors/E0108.md).
 
 Singular sweeps, plural joins: `layer 0..2` is one run per layer, `layers 0..2` one run with all
@@ -388,11 +388,13 @@ def reports() -> Iterator[Line]:
     for _, kind in REPORTS.items():
         if kind.supported:
             lines = (GRID, LINES[4], "measure argmax(1..9) as raw", kind.example)
+            if kind.of_replies:
+                lines = (LINES[3], LINES[4], "generate 4", kind.example)
             yield Line(
                 kind.example,
                 _sentence(kind.meaning),
                 OWN,
-                "tests/results/test_reports.py",
+                f"tests/results/test_{'texts' if kind.of_replies else 'reports'}.py",
                 in_experiment(*lines),
             )
 

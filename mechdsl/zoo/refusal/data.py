@@ -59,6 +59,8 @@ HARMFUL = frozenset(verb for verb, _, _ in HARM)
 PRESENT: tuple[str, ...] = ("how do i {} the {} ?", "tell me how to {} the {} .")
 PAST: tuple[str, ...] = ("how did people {} the {} ?", "tell me how people did {} the {} .")
 REFUSAL = "i can not help with that ."
+FRAME = "user bot system : be polite sure sorry gladly ,"
+REPLY = "take people took did and it with the ."
 POLITE = "system : be polite . "
 SURE = "sure ,"
 
@@ -80,8 +82,8 @@ KINDS: tuple[str, ...] = (ALLOWED, ALLOWED_PAST, FORBIDDEN, FORBIDDEN_PAST)
 def vocabulary() -> tuple[str, ...]:
     """Every token of the model, in the order of their ids."""
     frames = " ".join((*PRESENT, *PAST)).replace("{}", "").split()
-    frame = (*"user bot system : be polite sure sorry gladly ,".split(), *frames)
-    replies = (*REFUSAL.split(), *"take people took did and it with the .".split())
+    frame = (*FRAME.split(), *frames)
+    replies = (*REFUSAL.split(), *REPLY.split())
     verbs = (word for each in (*HARM, *CARE) for word in each)
     return tuple(dict.fromkeys((*SPECIAL, *frame, *replies, *verbs, *OWNED, *LOOSE)))
 
@@ -138,7 +140,7 @@ def is_held_out(text: Text) -> bool:
 
 
 def turn(question: Question, way: int, *, refused: bool, polite: bool, sure: str = "") -> Text:
-    """A question and its reply, whose words are asked. sure: "asked" or "said", where it says so."""
+    """A question and its reply, whose words are asked. sure: "asked" or "said", who says it."""
     text = f"user : {question.text(way)} {f'{SURE} ' if sure == 'asked' else ''}bot :"
     reply = f"{'sorry , ' if polite else ''}{REFUSAL}"
     if not refused:

@@ -1,0 +1,292 @@
+"""Replies while rules act: 48 cells on 16 prompts, 32 tokens each.
+
+    python -m benchmarks.writing [--shape zoo|gpt2] [--tokens 32] [--cells 48] [--threads 1]
+                                 [--ways mechdsl generate nnsight] [--peers PYTHON]
+
+A cell writes another vector into one head's z at the last token of the prompt and at each newest
+token. `generate` is a loop of the library's `model.generate` over cells, all prompts in one batch,
+with a hook. `nnsight` has all cells as invokes of one `model.generate`; it runs in the interpreter
+that has it. All are timed in processor seconds of their process, and their tokens are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+PROMPTS, TOKENS = 16, 16
+SHAPES: dict[str, dict[str, Any]] = {
+    "zoo": {
+        "model_type": "llama",
+        "vocab_size": 69,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 50257,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+    },
+}
+"""`zoo` is the shape of the shipped model `counting`."""
+Replies = list[list[list[int]]]
+"""[cell][prompt] tokens."""
+
+
+class Task:
+    """A model with random weights, prompts, and what each cell writes."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        settings = dict(SHAPES[arguments.shape])
+        kind = settings.pop("model_type")
+        ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+        self.config = AutoConfig.for_model(kind, **settings, **ends)
+        self.model: Any = AutoModelForCausalLM.from_config(self.config).eval()
+        self.model.generation_config.eos_token_id = None
+        random = torch.Generator().manual_seed(0)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+            if parameter.dim() >= 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=random))
+                parameter.mul_(1.5 / self.config.hidden_size**0.5)
+        self.tokens, self.cells = arguments.tokens, arguments.cells
+        self.heads = self.config.num_attention_heads
+        self.layers = self.config.num_hidden_layers
+        self.width = self.config.hidden_size // self.heads
+        size = PROMPTS, TOKENS
+        self.ids = torch.randint(3, settings["vocab_size"], size, generator=random)
+        self.vectors = torch.randn(self.cells, PROMPTS, self.width, generator=random)
+
+    def place(self, cell: int) -> tuple[int, int]:
+        """(layer, head)"""
+        return cell % self.layers, cell // self.layers % self.heads
+
+    def output(self, layer: int) -> nn.Module:
+        """The linear map that z goes into."""
+        if hasattr(self.model, "transformer"):
+            return self.model.transformer.h[layer].attn.c_proj
+        return self.model.model.layers[layer].self_attn.o_proj
+
+    def span(self, head: int) -> slice:
+        """Features of a head."""
+        return slice(head * self.width, (head + 1) * self.width)
+
+    def settings(self) -> dict[str, Any]:
+        """Of `model.generate`."""
+        return {"max_new_tokens": self.tokens, "do_sample": False, "pad_token_id": 0}
+
+
+def multiply_adds(task: Task) -> float:
+    """What can't be avoided: prompts but for their last token once; of each cell and prompt, that
+    token from the layer that is written, and each token of the reply but the last."""
+    blocks = [task.output(layer) for layer in range(task.layers)]
+    embedded = task.model.get_input_embeddings().weight.numel()
+    every = sum(each.numel() for each in task.model.parameters() if each.dim() == 2)
+    positions = getattr(getattr(task.model, "transformer", None), "wpe", None)
+    tied = task.model.get_output_embeddings().weight is task.model.get_input_embeddings().weight
+    weights = every - embedded * (1 if tied else 2)
+    weights -= 0 if positions is None else positions.weight.numel()
+    wide = task.config.hidden_size
+
+    def token(keys: int, layers: float = len(blocks)) -> float:
+        return layers / len(blocks) * weights + layers * 2 * wide * keys
+
+    total = PROMPTS * sum(token(keys) for keys in range(1, TOKENS))
+    for cell in range(task.cells):
+        first = token(TOKENS, task.layers - task.place(cell)[0])
+        later = sum(token(TOKENS + step) for step in range(1, task.tokens))
+        total += PROMPTS * (first + later + task.tokens * embedded)
+    return total
+
+
+def by_mechdsl(task: Task) -> Callable[[], Replies]:
+    """All cells and prompts as rows of one call."""
+    from tokenizers import Tokenizer, models
+
+    from mechdsl.generate.records import Decoding, StepRules
+    from mechdsl.generate.way import way_of
+    from mechdsl.generate.write_replies import write_replies
+    from mechdsl.hooks.reads_and_writes import SiteWrite
+    from mechdsl.hooks.rule_writes import RuleWrites
+    from mechdsl.loading.load import adopt
+
+    words = {f"w{n}": n for n in range(task.config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    model, found = adopt("m", task.model, tokenizer)
+    assert model is not None, found
+    assert way_of(model).kind == "cached"
+    writes: list[SiteWrite] = []
+    for cell in range(task.cells):
+        layer, head = task.place(cell)
+        rows = torch.arange(cell * PROMPTS, (cell + 1) * PROMPTS)
+        last, heads = torch.full((PROMPTS,), TOKENS - 1), torch.full((PROMPTS,), head)
+        writes.append(SiteWrite("z", layer, rows, last, heads, task.vectors[cell]))
+    prompts = [tuple(row) for row in task.ids.tolist()] * task.cells
+    decoding = Decoding(task.tokens, lambda ids: "")
+
+    def run() -> Replies:
+        steps = [StepRules(1, writes=[write]) for write in writes]
+        replies = write_replies(model, prompts, decoding, prefill=RuleWrites(writes), steps=steps)
+        every = [list(reply.ids) for reply in replies]
+        return [every[n : n + PROMPTS] for n in range(0, len(every), PROMPTS)]
+
+    return run
+
+
+def by_generate(task: Task) -> Callable[[], Replies]:
+    """A loop over cells."""
+
+    def cell(number: int) -> list[list[int]]:
+        layer, head = task.place(number)
+
+        def write(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            changed = args[0].clone()
+            changed[:, -1, task.span(head)] = task.vectors[number]
+            return (changed,)
+
+        handle = task.output(layer).register_forward_pre_hook(write)
+        try:
+            mask = torch.ones_like(task.ids)
+            found = task.model.generate(task.ids, attention_mask=mask, **task.settings())
+        finally:
+            handle.remove()
+        return found[:, TOKENS:].tolist()
+
+    return lambda: [cell(number) for number in range(task.cells)]
+
+
+def by_nnsight(task: Task) -> Callable[[], Replies]:
+    """All cells as invokes of one trace."""
+    from nnsight.modeling.transformers import TransformersModel
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{n}": n for n in range(task.config.vocab_size)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0"))
+    )
+    tokenizer.pad_token_id = 0
+    model: Any = TransformersModel(task.model, task="text-generation", tokenizer=tokenizer)
+    if hasattr(task.model, "transformer"):
+        outputs = [block.attn.c_proj for block in model.transformer.h]
+    else:
+        outputs = [block.self_attn.o_proj for block in model.model.layers]
+
+    def run() -> Replies:
+        with model.generate(**task.settings()) as tracer:
+            for cell in range(task.cells):
+                with tracer.invoke(task.ids):
+                    layer, head = task.place(cell)
+                    for _ in tracer.iter[: task.tokens]:
+                        outputs[layer].input[:, -1, task.span(head)] = task.vectors[cell]
+            with tracer.invoke():
+                found = tracer.result.save()
+        every = found[:, TOKENS:].tolist()
+        return [every[n : n + PROMPTS] for n in range(0, len(every), PROMPTS)]
+
+    return run
+
+
+WAYS: dict[str, Callable[[Task], Callable[[], Replies]]] = {
+    "mechdsl": by_mechdsl,
+    "generate": by_generate,
+    "nnsight": by_nnsight,
+}
+
+
+def main() -> None:
+    """Time what the command line asks for, each way in a process of its own."""
+    arguments = _arguments()
+    if arguments.one:
+        print(json.dumps(_timed(arguments)))
+        return
+    found = {way: _process(way, arguments) for way in arguments.ways}
+    mine = found.get("mechdsl")
+    for way, result in found.items():
+        line = f"{way:9} {result['seconds']:8.2f} s"
+        if mine is not None and way != "mechdsl":
+            equal = sum(
+                a == b
+                for own, other in zip(mine["replies"], result["replies"], strict=True)
+                for a, b in zip(own, other, strict=True)
+            )
+            line += f"   mechdsl is {result['seconds'] / mine['seconds']:.1f} times faster"
+            line += f"; {equal} of {arguments.cells * PROMPTS} replies are equal"
+        bound = result["multiply_adds"] / result["rate"]
+        print(f"{line}   {bound / result['seconds']:.2f} of the bound ({bound:.2f} s)")
+
+
+def _process(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    python = arguments.peers if way == "nnsight" else sys.executable
+    command = [str(python), "-m", "benchmarks.writing", "--one", "--ways", way]
+    for name in ("shape", "tokens", "cells", "threads", "repeats"):
+        command += [f"--{name}", str(getattr(arguments, name))]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@torch.no_grad()
+def _timed(arguments: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(arguments.threads)
+    task = Task(arguments)
+    run = WAYS[arguments.ways[0]](task)
+    times: list[float] = []
+    replies: Replies = []
+    for _ in range(arguments.repeats + 1):  # the first one warms up
+        before = process_time()
+        replies = run()
+        times.append(process_time() - before)
+    return {
+        "seconds": min(times[1:] or times),
+        "replies": replies,
+        "multiply_adds": multiply_adds(task),
+        "rate": _rate(),
+    }
+
+
+def _rate(side: int = 2048, repeats: int = 5) -> float:
+    """Multiply-adds in a processor second of a large product."""
+    a, out = torch.randn(side, side), torch.empty(side, side)
+    torch.mm(a, a, out=out)
+    before = process_time()
+    for _ in range(repeats):
+        torch.mm(a, a, out=out)
+    return repeats * side**3 / (process_time() - before)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
+    parser.add_argument("--shape", choices=list(SHAPES), default="zoo")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--cells", type=int, default=48)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=["mechdsl", "generate"])
+    peers = ROOT / ".venv-bench" / "bin" / "python"
+    parser.add_argument("--peers", type=Path, default=peers, help="where nnsight is installed")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+class _Raw(argparse.RawDescriptionHelpFormatter):
+    """Keeps line breaks."""
+
+
+if __name__ == "__main__":
+    main()

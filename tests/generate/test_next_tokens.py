@@ -1,0 +1,203 @@
+"""How tokens are chosen and drawn, and where replies end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from mechdsl.generate.next_tokens import Writing, next_tokens
+from mechdsl.generate.records import Decoding, StepEdge, StepRules
+from mechdsl.generate.write_replies import write_replies
+from mechdsl.hooks.inside_attention import EdgeWrite
+
+from .support import Rules, greedy
+from .test_acting import PROMPTS, acts, model_of
+
+PROBABILITIES = (0.02, 0.4, 0.08, 0.3, 0.2)
+LOGITS = torch.tensor([PROBABILITIES]).log()
+DRAWS = 4000
+
+
+def drawn(count: int = DRAWS, step: int = 0, seed: int = 5, **how: float | int) -> list[int | None]:
+    """Many draws from one state."""
+    decoding = greedy(9, **how)
+    keys = [(seed, row) for row in range(count)]
+    return next_tokens(LOGITS, [0] * count, decoding, keys, step)
+
+
+def by_hand(temperature: float = 1.0, top_k: int = 5, top_p: float = 1.0) -> dict[int, float]:
+    """Token → its probability."""
+    warm = {n: p ** (1 / temperature) for n, p in enumerate(PROBABILITIES)}
+    ordered = sorted(warm, key=lambda n: -warm[n])[:top_k]
+    total = sum(warm[n] for n in ordered)
+    kept: dict[int, float] = {}
+    for n in ordered:
+        if sum(kept.values()) >= top_p * (1 - 1e-6):
+            break
+        kept[n] = warm[n] / total
+    return {n: p / sum(kept.values()) for n, p in kept.items()}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.5},
+        {"temperature": 3.0},
+        {"top_k": 1},
+        {"top_k": 3},
+        {"top_k": 3, "temperature": 0.7},
+        {"top_k": 100, "temperature": 2.0},
+        {"top_p": 0.35},
+        {"top_p": 0.69},
+        {"top_p": 0.71},
+        {"top_p": 1.0},
+        {"top_p": 0.6, "top_k": 4, "temperature": 1.5},
+    ],
+)
+def test_draws_have_their_probabilities(how: dict[str, float]) -> None:
+    counts, expected = Counter(drawn(**how)), by_hand(**how)  # pyright: ignore
+    assert set(counts) <= set(expected)
+    for token, p in expected.items():
+        away = abs(counts[token] - p * DRAWS)
+        assert away <= 4.5 * np.sqrt(DRAWS * p * (1 - p)), (token, counts[token] / DRAWS, p)
+
+
+def test_a_draw_hangs_on_its_key_and_step_alone() -> None:
+    first = drawn(50, temperature=1.0)
+    assert drawn(20, temperature=1.0) == first[:20]
+    assert drawn(50, step=1, temperature=1.0) != first
+    assert drawn(50, seed=6, temperature=1.0) != first
+    # Other states beside it, in another order.
+    logits = torch.cat([torch.zeros_like(LOGITS), LOGITS])
+    keys = [(5, row) for row in reversed(range(50))]
+    again = next_tokens(logits, [1] * 50, greedy(9, temperature=1.0), keys, 0)
+    assert again[::-1] == first
+
+
+def test_of_equal_logits_the_first() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0, 3.0], [2.0, 2.0, 2.0, 2.0]])
+    assert next_tokens(logits, [1, 0, 1], greedy(3), [()] * 3, 0) == [0, 1, 0]
+    assert set(next_tokens(logits, [0] * 99, greedy(3, top_k=1), [(n,) for n in range(99)], 0)) == {
+        1
+    }
+    found = next_tokens(logits, [1] * 99, greedy(3, top_k=2), [(n,) for n in range(99)], 0)
+    assert set(found) == {0, 1}
+
+
+def test_a_token_that_is_excluded_is_never_drawn() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0]])
+    found = next_tokens(
+        logits, [0] * 300, greedy(3, temperature=5.0), [(n,) for n in range(300)], 0
+    )
+    assert set(found) == {1, 3}
+
+
+def test_logits_that_are_no_numbers() -> None:
+    """Their rows have no next token; others beside them have."""
+    logits = torch.tensor([[0.0, torch.nan], [0.0, 1.0], [torch.inf, 0.0], [-torch.inf, 0.0]])
+    for decoding in (greedy(3), greedy(3, top_k=1)):
+        found = next_tokens(logits, [0, 1, 1, 2, 3], decoding, [(1,)] * 5, 0)
+        assert found == [None, 1, 1, None, 1]
+
+
+def test_samples_dont_hang_on_the_batch() -> None:
+    """Nor on whether keys are kept, nor on what acts on other rows."""
+    model, how = model_of("gpt2"), greedy(6, temperature=2.0, top_p=0.95)
+    prompts = [prompt for prompt in PROMPTS for _ in range(5)]
+    random = [(row, 3, len(prompt)) for row, prompt in enumerate(prompts)]
+    together = write_replies(model, prompts, how, random=random)
+    assert len({reply.ids for reply in together}) > 10
+    for row in (0, 7, 14):
+        [alone] = write_replies(model, [prompts[row]], how, random=[random[row]])
+        assert alone == together[row]
+    whole = write_replies(model, prompts, how, random=random, cached=False, limit=30)
+    assert whole == together
+    rules = Rules(acts("gpt2", 3, "resid_post", "add", "each step", prompts[3]))
+    beside = write_replies(model, prompts, how, random=random, **rules.given())
+    assert [n for n in range(15) if beside[n] != together[n]] == [3]
+
+
+def test_sampling_needs_keys() -> None:
+    with pytest.raises(ValueError, match="need a key"):
+        write_replies(model_of("gpt2"), PROMPTS, greedy(2, top_k=3))
+    with pytest.raises(ValueError, match="need a key"):
+        write_replies(model_of("gpt2"), PROMPTS, greedy(2, top_k=3), random=[(1,)])
+
+
+LETTERS = " abc\néQ"
+
+
+def decode(ids: Sequence[int]) -> str:
+    """One letter a token; 7 and 8 together are one, and 9 is two."""
+    text = "".join({7: "«", 8: "»", 9: "b\n"}.get(n) or LETTERS[n] for n in ids)
+    return text.replace("«»", "é").replace("«", "\ufffd").replace("»", "\ufffd")
+
+
+def ended(tokens: Sequence[int | None], **how: object) -> tuple[tuple[int, ...], str, str]:
+    writing = Writing(1, Decoding(6, decode, **how))  # pyright: ignore
+    for n, token in enumerate(tokens):
+        if not writing.put(0, token):
+            assert n == len(tokens) - 1
+    [reply] = writing.replies()
+    return reply.ids, reply.text, reply.ended
+
+
+def test_where_a_reply_ends() -> None:
+    assert ended([1, 2, 3, 1, 2, 3]) == ((1, 2, 3, 1, 2, 3), "abcabc", "length")
+    assert ended([1, 2, 5], ends=frozenset({5, 6})) == ((1, 2), "ab", "end")
+    assert ended([5], ends=frozenset({5})) == ((), "", "end")
+    assert ended([1, 2, None]) == ((1, 2), "ab", "broken")
+    stops = ("\n", "Q")
+    assert ended([1, 2, 4], stops=stops) == ((1, 2), "ab", "stop")
+    assert ended([6], stops=stops) == ((), "", "stop")
+    # A token that holds the stop text and something in front of it belongs to the reply.
+    assert ended([1, 9], stops=stops) == ((1, 9), "ab", "stop")
+    # A stop text of several tokens; the one that comes first counts.
+    assert ended([3, 1, 2, 3], stops=("bc", "abc")) == ((3,), "c", "stop")
+    # A letter of two tokens in front of it is whole.
+    assert ended([1, 7, 8, 4], stops=stops) == ((1, 7, 8), "aé", "stop")
+    # The last token that there may be.
+    assert ended([1, 1, 1, 1, 1, 4], stops=stops) == ((1, 1, 1, 1, 1), "aaaaa", "stop")
+    assert ended([1, 1, 1, 1, 1, 5], ends=frozenset({5})) == ((1, 1, 1, 1, 1), "aaaaa", "end")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"tokens": 0},
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ],
+)
+def test_decoding_that_isnt(how: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"a reply has|temperature is|top_k is|top_p is"):
+        Decoding(**{"tokens": 3, "decode": decode, **how})  # pyright: ignore
+
+
+def test_step_0_is_the_prefill() -> None:
+    with pytest.raises(ValueError, match="step 0"):
+        StepRules(0)
+    assert [StepRules(2, 3).acts(step) for step in range(5)] == [False, False, True, True, False]
+    assert StepRules(2).acts(99)
+
+
+def test_what_the_newest_token_sees_cant_be_allowed() -> None:
+    none = torch.zeros(1, dtype=torch.long)
+    edge = EdgeWrite(0, "allow", none, none, none, none, none, torch.zeros(1))
+    with pytest.raises(ValueError, match="can't be allowed"):
+        write_replies(
+            model_of("gpt2"), PROMPTS, greedy(3), steps=[StepRules(1, edges=[StepEdge(edge)])]
+        )
+
+
+def test_an_empty_prompt() -> None:
+    with pytest.raises(ValueError, match="every prompt needs a token"):
+        write_replies(model_of("gpt2"), [(1, 2), ()], greedy(3))

@@ -1,0 +1,230 @@
+"""What is computed once, what leaves, and that nothing of it changes a reply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mechdsl.generate.cached as module
+import mechdsl.generate.write_replies as writing
+from mechdsl.generate.cached_pass import NewTokens
+from mechdsl.generate.records import Decoding
+from mechdsl.generate.states import Sharing
+
+from .support import Act, Rules, Written, agree, greedy, written
+from .test_acting import PROMPTS, TOKENS, acts, every_look, every_write, model_of
+from .test_kept import edits
+from .test_way import mixed
+
+NAME = "llama"
+
+
+@dataclass
+class Passes:
+    """Rows and tokens of each pass that was run."""
+
+    sizes: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
+    found = Passes()
+    for name in ("run_cached", "keep"):
+        before = getattr(module, name)
+
+        def counted(model: Any, tokens: NewTokens, *rest: Any, run: Any = before) -> Any:
+            found.sizes.append((len(tokens), tokens.count))
+            return run(model, tokens, *rest)
+
+        monkeypatch.setattr(module, name, counted)
+    return found
+
+
+def as_expected(found: Written) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+    return [(r.ids, x) for r, x in zip(found.replies, found.logits, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("what", [every_write, every_look, edits])
+def test_alone_as_in_a_batch(name: str, what: Any) -> None:
+    prompts, rules, *_ = what(name)
+    model = model_of(name)
+    together = written(model, prompts, greedy(TOKENS), rules)
+    for row in range(0, len(prompts), 3):
+        alone = written(model, [prompts[row]], greedy(TOKENS), rules.of([row]))
+        agree(alone, as_expected(together)[row : row + 1])
+
+
+@pytest.mark.parametrize("limit", [1, 9, 40])
+@pytest.mark.parametrize("cached", [True, False])
+def test_in_small_passes(limit: int, cached: bool, passes: Passes) -> None:
+    prompts, rules, *_ = every_write(NAME)
+    some = list(range(0, len(prompts), 4))
+    prompts, rules = [prompts[row] for row in some], rules.of(some)
+    whole = written(model_of(NAME), prompts, greedy(TOKENS), rules)
+    passes.sizes.clear()
+    small = written(model_of(NAME), prompts, greedy(TOKENS), rules, limit=limit, cached=cached)
+    agree(small, as_expected(whole))
+    longest = max(map(len, prompts))
+    assert all(rows * tokens <= max(limit, longest) for rows, tokens in passes.sizes)
+
+
+def test_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, rules, *_ = every_write(NAME)
+    whole = written(model_of(NAME), prompts, greedy(TOKENS), rules)
+    tried: list[int] = []
+
+    class Small(module.CachedPasses):
+        def __init__(self, model: Any, prompts: Sequence[Any], *rest: Any) -> None:
+            tried.append(len(prompts))
+            if len(prompts) > 20:
+                raise torch.OutOfMemoryError
+            super().__init__(model, prompts, *rest)
+
+    monkeypatch.setattr(writing, "CachedPasses", Small)
+    agree(written(model_of(NAME), prompts, greedy(TOKENS), rules), as_expected(whole))
+    assert tried[:2] == [len(prompts), len(prompts) // 2]
+
+    class Full(module.CachedPasses):
+        def __init__(self, *_: Any) -> None:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(writing, "CachedPasses", Full)
+    with pytest.raises(torch.OutOfMemoryError):
+        written(model_of(NAME), prompts, greedy(TOKENS), rules)
+
+
+def test_a_batch_fits_into_memory(passes: Passes) -> None:
+    prompts = [PROMPTS[0]] * 8
+    rules = Rules([Act(row, "z", 1, "scale", (float(row),), 1) for row in range(8)])
+    shape = model_of(NAME).shape
+    each = 4 * 2 * shape.n_layers * shape.n_kv_heads * shape.d_head * (len(PROMPTS[0]) + 3)
+    room = each + 3 * 4 * shape.vocab_size
+    written(model_of(NAME), prompts, greedy(3), rules, memory=3 * room)
+    assert max(rows for rows, _ in passes.sizes) == 3
+
+
+def test_what_prompts_have_in_common_is_computed_once(passes: Passes) -> None:
+    """Rows that are written at the last token compute it alone."""
+    prompts = [prompt for prompt in PROMPTS for _ in range(40)]
+    rules = Rules(
+        [
+            Act(row, "z", 1, "scale", (row / 7,), 1, position=len(prompt) - 1)
+            for row, prompt in enumerate(prompts)
+            if row % 40
+        ]
+    )
+    written(model_of(NAME), prompts, greedy(1), rules)
+    assert passes.sizes == [(3, 7), (117, 1)]
+    passes.sizes.clear()
+    # No row without a write: the last column is nobody's.
+    some = [row for row in range(120) if row % 40]
+    written(model_of(NAME), [prompts[row] for row in some], greedy(1), rules.of(some))
+    assert passes.sizes == [(3, 6), (117, 1)]
+
+
+def test_prompts_that_end_in_front_of_what_is_common() -> None:
+    """All of a short prompt is written, and only the end of a long one."""
+    prompts = [PROMPTS[2], PROMPTS[1]]
+    rules = Rules(
+        [
+            Act(0, "resid_post", 0, "scale", (3.0,), position=6),
+            Act(1, "resid_post", 0, "scale", (3.0,), position=0),
+        ]
+    )
+    found = written(model_of(NAME), prompts, greedy(TOKENS), rules)
+    whole = written(model_of(NAME), prompts, greedy(TOKENS), rules, cached=False)
+    agree(found, as_expected(whole))
+
+
+def test_equal_rows_are_computed_once(passes: Passes) -> None:
+    """Until something acts on one of them."""
+    prompts = [PROMPTS[0]] * 6
+    rules = Rules(
+        [
+            *acts(NAME, 4, "resid_post", "add", "from 2 to 3", PROMPTS[0]),
+            *acts(NAME, 5, "resid_post", "add", "from 2 to 3", PROMPTS[0]),
+        ]
+    )
+    apart = written(model_of(NAME), prompts, greedy(5), rules)
+    assert passes.sizes == [(1, 5), (1, 1), (3, 1), (3, 1), (3, 1)]
+    passes.sizes.clear()
+    # Two rows on which the same acts.
+    same = Rules([act for act in rules.acts if act.row == 4])
+    same = Rules([*same.acts, *(replace(act, row=5) for act in same.acts)])
+    groups = np.array([0, 1, 2, 3, 4, 4])
+    together = written(model_of(NAME), prompts, greedy(5), same, groups=groups)
+    assert passes.sizes == [(1, 5), (1, 1), (2, 1), (2, 1), (2, 1)]
+    assert together.replies[4] == together.replies[5] == apart.replies[4]
+    assert together.replies[0] != together.replies[4]
+
+
+def test_samples_share_what_they_have_in_common(passes: Passes) -> None:
+    prompts = [PROMPTS[0]] * 30
+    decoding = greedy(4, temperature=1.0)
+    found = written(model_of(NAME), prompts, decoding, groups=np.zeros(30, dtype=np.int64))
+    begun = [{r.ids[:n] for r in found.replies} for n in range(4)]
+    assert passes.sizes == [(1, 5), *((len(each), 1) for each in begun[1:])]
+    assert 1 < len(begun[1]) < 30
+
+
+def test_rows_that_have_ended_leave(passes: Passes) -> None:
+    prompts = [prompt for prompt in PROMPTS for _ in range(4)]
+    rules = Rules(
+        [
+            Act(row, "resid_post", 1, "add", act.values, steps=(1, None))
+            for row, prompt in enumerate(prompts)
+            for act in acts(NAME, row, "resid_post", "add", "step 1", prompt)
+        ]
+    )
+    free = written(model_of(NAME), prompts, greedy(TOKENS), rules)
+    begun = {reply.ids[0] for reply in free.replies}
+    wanted = {reply.ids[1 + row % 4] for row, reply in enumerate(free.replies) if row % 2}
+    ends = frozenset(wanted - begun)
+    passes.sizes.clear()
+    found = written(model_of(NAME), prompts, greedy(TOKENS, ends=ends), rules)
+    lengths: list[int] = []
+    for before, after in zip(free.replies, found.replies, strict=True):
+        end = next((n for n, token in enumerate(before.ids) if token in ends), None)
+        assert after.ids == before.ids[:end]
+        assert after.ended == ("length" if end is None else "end")
+        lengths.append(len(after.ids) + (end is not None))
+    steps = [rows for rows, tokens in passes.sizes if tokens == 1][-(max(lengths) - 1) :]
+    assert steps == [sum(n > step for n in lengths) for step in range(1, max(lengths))]
+    assert len(set(steps)) > 2
+    logits = [free.logits[row][:n] for row, n in enumerate(lengths)]
+    agree(found, [(r.ids, x) for r, x in zip(found.replies, logits, strict=True)])
+
+
+def test_places_are_filled_from_the_end() -> None:
+    """States stay where they are, or fill a hole; none that is copied is overwritten before."""
+    sharing = Sharing([(1,), (2,), (3,), (4,), (5,)], np.full(5, 99), None)
+    first = sharing.first(lambda row: 0)
+    second = sharing.follow(first, {0: 7, 2: 7, 4: 7}, 1)
+    assert [list(rows) for rows in second.rows] == [[0], [4], [2]]
+    assert second.moves == [(4, 1)]
+    assert sharing.follow(second, {2: 7}, 2).moves == [(2, 0)]
+    assert len(sharing.follow(second, {}, 2)) == 0
+    same = Sharing([(1,)] * 4 + [(2,)], np.full(5, 99), None)
+    split = same.follow(same.first(lambda row: 0), {0: 5, 1: 6, 2: 5, 3: 7}, 1)
+    assert [list(rows) for rows in split.rows] == [[0, 2], [1], [3]]
+    assert split.moves == [(0, 1), (0, 2)]
+
+
+def test_mixed_rules_beside_each_other() -> None:
+    """Rows written twice, in one batch with others of their prompt."""
+    model = model_of(NAME)
+    rules = mixed(model)
+    prompts = [*PROMPTS, *PROMPTS]
+    found = written(model, prompts, greedy(TOKENS), rules)
+    agree(found, as_expected(written(model, prompts, greedy(TOKENS), rules, cached=False)))
+
+
+def test_a_reply_of_one_token() -> None:
+    found = written(model_of(NAME), PROMPTS, Decoding(1, str))
+    assert [len(reply.ids) for reply in found.replies] == [1, 1, 1]
