@@ -341,8 +341,8 @@ def entropy(logits: Tensor) -> Tensor:
     return -terms.where(p > 0, terms.new_zeros(())).sum(-1)
 
 
-@metric("margin", takes="nothing", unit="logit", logits=2)
-def margin(logits: Tensor) -> Tensor:
+@metric("top_margin", takes="nothing", unit="logit", logits=2)
+def top_margin(logits: Tensor) -> Tensor:
     """How far the best token's logit is above that of the second best.
 
     logits: [row, vocab], at the measured position
