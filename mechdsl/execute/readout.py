@@ -310,7 +310,12 @@ def _rounding(
             mask = torch.ones_like(ids, dtype=torch.bool)
         ids, mask = ids.to(logits.device), mask.to(logits.device)
         return _exchanged(logits, ids, mask, 2 * relative * largest, best=unit == "share")
-    return relative * (largest if unit in ("logit", "nat", "number") else largest * np.abs(value))
+    moved = relative * largest
+    return moved * atom.form.logits if unit in _AS_LOGITS else moved * np.abs(value)
+
+
+_AS_LOGITS = ("logit", "nat", "number")
+"""Units of metrics that move as logits do."""
 
 
 def _exchanged(logits: Tensor, ids: Tensor, mask: Tensor, within: Floats, *, best: bool) -> Floats:

@@ -52,6 +52,8 @@ class Form:
     """The text that is meant when the metric is written without an argument."""
     narrow: bool = False
     """It reads the logits of its own tokens only, and no sum over the vocabulary."""
+    logits: int = 1
+    """How many logits it is made of, where it is in logits: rounding moves each by itself."""
 
     @property
     def of_outputs(self) -> bool:
@@ -80,6 +82,7 @@ def metric(
     kind: MetricKind = "number",
     default: str | None = None,
     narrow: bool = False,
+    logits: int = 1,
 ) -> Callable[[MetricFunction], MetricFunction]:
     """Register a function as one form of the metric `name`; its docstring's first line is shown."""
 
@@ -88,7 +91,7 @@ def metric(
         if takes in entry.forms:
             raise ValueError(f"metric `{name}` that takes {takes} is registered twice")
         meaning = (function.__doc__ or "").strip().split("\n", 1)[0].rstrip(".")
-        entry.forms[takes] = Form(takes, unit, kind, function, meaning, default, narrow)
+        entry.forms[takes] = Form(takes, unit, kind, function, meaning, default, narrow, logits)
         return function
 
     return register
@@ -336,6 +339,17 @@ def entropy(logits: Tensor) -> Tensor:
     p = log_p.exp()
     terms = p * log_p
     return -terms.where(p > 0, terms.new_zeros(())).sum(-1)
+
+
+@metric("top_margin", takes="nothing", unit="logit", logits=2)
+def top_margin(logits: Tensor) -> Tensor:
+    """How far the best token's logit is above that of the second best.
+
+    logits: [row, vocab], at the measured position
+    returns: [row], at least 0; infinite where there is one token only that isn't excluded
+    """
+    best = _wide(logits.topk(min(2, logits.shape[-1]), dim=-1).values)
+    return best[..., 0] - best[..., -1]
 
 
 @metric("loss", takes="prompt", unit="nat")

@@ -264,6 +264,7 @@ MEASURES: Mapping[str, Callable[[Ran], float]] = {
     "kl(longer)": lambda r: kl(at_end(r.reference("longer")), at_end(r)),
     "js(clean)": lambda r: js(at_end(r.reference("clean")), at_end(r)),
     "entropy": lambda r: entropy(at_end(r)),
+    "top_margin": lambda r: float(np.diff(np.sort(at_end(r))[-2:])[0]),
     "loss": loss,
     "cosine(L1.resid, clean)": lambda r: compared(r, "clean", "resid_post", 1),
     "cosine(z layer 2 head 1, longer)": lambda r: compared(r, "longer", "z", 2, 1),
@@ -272,6 +273,7 @@ MEASURES: Mapping[str, Callable[[Ran], float]] = {
         at_end(r)[ID[answer(r)]] * share(at_end(r))[ID[answer(r)]]
     ),
     "ld at subject token": lambda r: difference(r, at_subject),
+    "top_margin at subject token": lambda r: float(np.diff(np.sort(at_subject(r))[-2:])[0]),
     "entropy at subject token": lambda r: entropy(at_subject(r)),
     "kl(longer) at subject token": lambda r: kl(at_subject(r.reference("longer")), at_subject(r)),
     "logit(wrong) at subject token - 1": lambda r: r.logits[r.text.subject - 1, ID[r.record["b"]]],

@@ -104,8 +104,14 @@ def expected_writes(name: str) -> list[tuple[list[int], Tensor]]:
     return by_hand(name, prompts, rules, TOKENS)
 
 
-@pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "cached"),
+    [
+        pytest.param(n, c, marks=() if c or n == "llama" else pytest.mark.slow)
+        for n in FAMILIES
+        for c in (True, False)
+    ],
+)
 def test_writes(name: str, cached: bool) -> None:
     prompts, rules, _ = every_write(name)
     found = written(model_of(name), prompts, greedy(TOKENS), rules, cached=cached)

@@ -108,6 +108,13 @@ def test_tokens_that_are_excluded_add_nothing() -> None:
     assert np.isinf(values("kl", "reference", logits, torch.zeros(1, 3))).all()
 
 
+def test_top_margin(logits: torch.Tensor) -> None:
+    ordered = np.sort(logits.numpy(), axis=1)
+    expected = ordered[:, -1] - ordered[:, -2]
+    assert values("top_margin", "nothing", logits) == pytest.approx(expected, rel=1e-5)
+    assert values("top_margin", "nothing", torch.tensor([[2.0, 2.0, 1.0]])) == pytest.approx(0)
+
+
 def test_entropy(logits: torch.Tensor) -> None:
     expected = stats.entropy(softmax(logits), axis=1)
     assert values("entropy", "nothing", logits) == pytest.approx(expected, rel=1e-4)

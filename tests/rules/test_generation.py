@@ -18,6 +18,7 @@ from ..reference.forward import Changes, Edge, Write, forward
 from .models import double
 from .support import codes, experiment, plain, rows, run_file, tokens
 
+slow = pytest.mark.slow
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2")
 TOKENS = 5
 LAST, CUE = "last token", "cue token"
@@ -198,8 +199,14 @@ def replies(result: ExperimentResult, cell: int = 0) -> list[list[int]]:
     return [list(own[0].ids) for _, own in sorted(result.replies.cells[cell].items())]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(name, mode, marks=[] if mode == "planned" or name == "gpt2" else slow)
+        for name in FAMILIES
+        for mode in MODES
+    ],
+)
 def test_rules_act_at_their_steps(data: Path, name: str, mode: str) -> None:
     seen = found(data, name, mode)
     count, changed = len(rows()), set[str]()

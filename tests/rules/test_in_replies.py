@@ -39,6 +39,12 @@ from .support import (
 )
 
 NAMES = ("gpt2", "llama", "gpt_neox", "mistral")
+EACH = [
+    pytest.param(name, mode, marks=pytest.mark.slow if mode == "plain" and name != "gpt2" else ())
+    for name in NAMES
+    for mode in QUICK
+]
+"""Models and ways; whole passes of most models are slow."""
 MOST = 6
 GENERATE = f'generate {MOST} until " w4"'
 """Rows stop at different steps."""
@@ -176,8 +182,7 @@ def measured(data: Path, name: str, mode: str, measure: str, effect: str) -> Exp
     return run_file(text, data, name, mode)["e"]
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), EACH)
 def test_entropy_at_each_step(data: Path, name: str, mode: str) -> None:
     """Step s is where token s + 1 is predicted; the base run reads the same text."""
 
@@ -188,8 +193,7 @@ def test_entropy_at_each_step(data: Path, name: str, mode: str) -> None:
     hold(found, "step", range(MOST), of)
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), EACH)
 def test_logits_at_each_token(data: Path, name: str, mode: str) -> None:
     def of(layer: int, n: int, place: int) -> Any:
         return at_token(name, layer, n, place + 1, two)
@@ -200,8 +204,7 @@ def test_logits_at_each_token(data: Path, name: str, mode: str) -> None:
         hold(measured(data, name, mode, measure, "delta"), "measured", places, of)
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), EACH)
 def test_loss_of_each_token(data: Path, name: str, mode: str) -> None:
     """It is read in front of the token, where that is predicted."""
 
@@ -219,8 +222,7 @@ def test_loss_of_each_token(data: Path, name: str, mode: str) -> None:
     hold(found, "measured", places, of)
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), EACH)
 def test_divergence_from_other_runs_on_the_same_text(data: Path, name: str, mode: str) -> None:
     """`kl(RUN)` reads that run's own prompt, with the reply of the patched row behind it."""
     for run in ("clean", "longer"):
@@ -249,8 +251,7 @@ PLACES: dict[str, Callable[[Reply], int | None]] = {
 """Where a measure is read, and which token of the reply that is."""
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), EACH)
 def test_single_tokens(data: Path, name: str, mode: str) -> None:
     """Rows whose reply has no such token leave the cell."""
     text = "".join(
@@ -272,8 +273,7 @@ def test_single_tokens(data: Path, name: str, mode: str) -> None:
             compare(found[f"e{number}"].measures[0], patched, base, most=False)
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), EACH)
 def test_a_text_of_the_reply(data: Path, name: str, mode: str) -> None:
     """The last token of its last occurrence; rows without it leave the cell."""
     every = [word(each) for reply in replies(name, 0) for each in reply.ids]
@@ -331,8 +331,7 @@ RULES: dict[str, tuple[str, Callable[[str, int], Callable[[int], Changes]]]] = {
 }
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), EACH)
 def test_rules_act_where_they_acted(data: Path, name: str, mode: str) -> None:
     text = "".join(
         experiment(
@@ -403,8 +402,7 @@ SEEN: dict[str, tuple[str, bool, Callable[[Run, Text, int], float]]] = {
 """A line, whether it is of tokens (else of steps), and what it gives at a token."""
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), EACH)
 def test_what_is_observed(data: Path, name: str, mode: str) -> None:
     """With rules, and, for `delta`, without them behind the same replies."""
     text = "".join(
@@ -455,8 +453,7 @@ def test_all_tokens_are_averaged(data: Path, mode: str) -> None:
         compare(found[key].measures[0], patched, None)
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), EACH)
 def test_without_rules(data: Path, name: str, mode: str) -> None:
     """What the base run writes by itself, measured and observed."""
     line = "observe norm resid_post layer 2 at each reply token as seen"

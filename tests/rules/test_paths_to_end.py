@@ -195,8 +195,14 @@ def fine(name: str) -> float:
     return 1e-4 if name == "gemma2" else 1e-5
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(n, m, marks=pytest.mark.slow if m == "plain" and n != "llama" else ())
+        for n in FAMILIES
+        for m in QUICK
+    ],
+)
 @pytest.mark.parametrize("key", list(CASES))
 def test_edges_are_patched(data: Path, key: str, name: str, mode: str) -> None:
     """And each of the two kinds alone is what the reference makes of it, too."""
