@@ -74,7 +74,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("form", ["table", "json", pytest.param("csv", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "form",
+    ["table", *(pytest.param(form, marks=pytest.mark.slow) for form in ("json", "csv"))],
+)
 def test_no_torch(form: str, made: Path) -> None:
     for name in ("table.csv", "all.json"):
         (made / name).unlink(missing_ok=True)

@@ -123,3 +123,24 @@ def test_rows_that_break_while_they_write(tmp_path: Path) -> None:
         found, _ = support.try_file(line, tmp_path, model, how)
         assert found is not None
         assert [*found.experiments[0].replies.runs["clean"]] == left
+
+
+def test_what_is_drawn_does_not_hang_on_what_is_looked_at(tmp_path: Path) -> None:
+    support.write_rows(tmp_path)
+    body = (
+        " model m\n prompts p\n from other into clean\n generate 3 with temperature 3\n"
+        " patch resid_post layer * at last token\n measure length as raw\n"
+    )
+    look = " observe norm mlp_out layer 2 at each reply token as seen\n"
+    file = f"seed 1\nexperiment a {{\n{body}}}\nexperiment b {{\n{body}{look}}}\n"
+    found, said = support.try_file(file, tmp_path, support.bare("gpt2"))
+    assert found is not None, said
+    of: dict[str, dict[object, set[object]]] = {}
+    for each in found.experiments:
+        own = of.setdefault(each.name, {})
+        for cell, texts in zip(each.cells, each.replies.cells, strict=True):
+            for row, drawn in texts.items():
+                own.setdefault((cell.coords["layer"], row), set()).add(drawn[0].ids)
+    assert set(of) == {"a", "b", "b.seen"}
+    assert len({ids for own in of["a"].values() for ids in own}) > len(of["a"]) / 2
+    assert of["a"] == of["b"] == of["b.seen"]

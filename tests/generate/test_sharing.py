@@ -74,6 +74,7 @@ def test_in_small_passes(limit: int, cached: bool, passes: Passes) -> None:
     assert all(rows * tokens <= max(limit, longest) for rows, tokens in passes.sizes)
 
 
+@pytest.mark.slow
 def test_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, rules, *_ = every_write(NAME)
     whole = written(model_of(NAME), prompts, greedy(TOKENS), rules)
