@@ -17,7 +17,7 @@ from mechdsl.execute.found import Failed, Found, Gap
 from mechdsl.execute.observed import InReplies, Look, Observed, look
 from mechdsl.execute.readout import Reading, Readout
 from mechdsl.execute.reply_readers import HaveWritten, Reader, averaged
-from mechdsl.execute.unpatched_batch import noise_writes
+from mechdsl.execute.unpatched_batch import at_positions, noise_writes
 from mechdsl.generate.acting import Chosen
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.block_exchange import blocks_replaced
@@ -272,9 +272,7 @@ class _Behind:
         assert result.logits is not None
         logits = result.logits
         if every:
-            index = torch.arange(len(chunk), device=logits.device)[:, None]
-            where = batch.starts[:, None] + torch.from_numpy(at).to(batch.starts.device)
-            logits = logits[index, where.to(logits.device)]
+            logits = at_positions(logits, batch, torch.from_numpy(at).to(logits.device))
         return _Pass(result, batch, logits, slots, tokens)
 
     def _acting(self, run: Run | None, chunk: Ints) -> RuleWrites:

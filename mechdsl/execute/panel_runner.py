@@ -160,14 +160,7 @@ class PanelRunner(PreparedPanel):
         keys = [plan.experiment.key for plan in self.running]
         cells = [self.whole_cells[key] for key in keys]
         kept = [self.measured[key].kept for key in keys]
-        share = self.plan.shares_rows and not self._drawn  # what is drawn hangs on the cell
-        return Sharer(self.running, share=share, cells=cells, kept=kept)
-
-    @property
-    def _drawn(self) -> bool:
-        """Whether tokens are drawn."""
-        writer = self.runs.writer
-        return writer is not None and writer.generation.sampled
+        return Sharer(self.running, share=self.plan.shares_rows, cells=cells, kept=kept)
 
     def _finish(
         self,

@@ -294,6 +294,7 @@ class ExperimentKeys:
         shared = self._shared() + (b"as base" if plan.experiment.as_base else b"")
         codes: dict[tuple[bytes, ...], int] = {}
         found = [codes.setdefault(cell, len(codes)) for cell in self._cells()]
+        self._codes = tuple(codes)
         self.code_of_cell: Ints = np.array(found, dtype=np.int64)
         """[cell]: cells of one number differ by their positions alone, which rows tell apart."""
         self.cells = tuple(
@@ -312,9 +313,11 @@ class ExperimentKeys:
     def of_rows(self, rows: Rows, more: bytes) -> list[bytes]:
         """[row] all that rules do to it, and to what, beside what else counts."""
         shared = digest("rows", self._shared(), more)
-        cells = [digest(shared, *cell) for cell in self._cells()]
-        written = self._written(rows).tolist()
-        return [digest(cells[at], own) for at, own in zip(rows.cell, written, strict=True)]
+        cells = [digest(shared, *code) for code in self._codes]
+        places = zip(
+            self.code_of_cell[rows.cell].tolist(), self._written(rows).tolist(), strict=True
+        )
+        return [digest(cells[code], own) for code, own in places]
 
     def rows(self, number: int, rows: Rows) -> Numbers:
         """[row] the keys of rows, for a measure."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -92,11 +93,14 @@ def without(layer: int) -> Act:
     return act
 
 
-def edge(kind: str, keys: Callable[[int, int], Sequence[int]], amount: float = 0.0) -> Act:
+Kind = Literal["block", "reweight", "uniform", "set"]
+
+
+def edge(kind: Kind, keys: Callable[[int, int], Sequence[int]], amount: float = 0.0) -> Act:
     """keys: of a prompt's number and the query."""
 
     def act(name: str, n: int, at: int) -> Changes:
-        return [], [Edge(kind, 1, [at], keys(n, at), amount)]  # type: ignore[arg-type]
+        return [], [Edge(kind, 1, [at], keys(n, at), amount)]
 
     return act
 
