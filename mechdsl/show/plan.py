@@ -89,7 +89,7 @@ def _experiments(plan: Plan, console: Console) -> None:
     waiting = {e.experiment.name: e.experiment.stand_ins for e in planned if e.experiment.stand_ins}
     for name, others in waiting.items():
         console.print(
-            f"{name} is counted with stand-ins: what it picks is known when "
+            f"{name} is counted with stand-ins: what it uses is known when "
             f"{' and '.join(others)} {'has' if len(others) == 1 else 'have'} run",
             highlight=False,
         )

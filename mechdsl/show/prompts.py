@@ -16,6 +16,7 @@ from mechdsl.base.plural import plural
 from mechdsl.plan.save_plan import layout_of
 from mechdsl.prompts.answers import output_words
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, RunRow
+from mechdsl.prompts.replies_behind import STANDS_IN
 from mechdsl.resolve.resolved import DRAW, ResolvedExperiment
 from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.show.tokens import shown_token
@@ -72,7 +73,10 @@ def _every(checked: Checked) -> list[ResolvedExperiment]:
 
 
 def _tokens(experiment: ResolvedExperiment, row: RunRow) -> list[str]:
-    return [experiment.model.tokenizer.token_text(i) for i in row.ids]
+    shown = [experiment.model.tokenizer.token_text(i) for i in row.ids]
+    if row.reply is not None and row.reply.stands_in:
+        shown[row.reply.first :] = [STANDS_IN] * (len(shown) - row.reply.first)
+    return shown
 
 
 def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
