@@ -32,17 +32,19 @@ class SaveLayout:
     widths: Mapping[str, int]
     """By tensor, the length of its vectors."""
     columns: tuple[str, ...]
-    """Tensors of whole numbers beside: which row, token, position, draw a vector is of."""
+    """Tensors of whole numbers beside: which row, token, position, draw, sample a vector is of."""
 
     @staticmethod
-    def of(save: ResolvedSave, run: Run, shape: ModelShape) -> SaveLayout:
-        """run: the one that is saved; shape: of its model."""
+    def of(
+        save: ResolvedSave, run: Run, shape: ModelShape, also: tuple[str, ...] = ()
+    ) -> SaveLayout:
+        """run: the one that is saved; shape: of its model; also: more columns."""
         counts = np.zeros(len(run.rows), dtype=np.int64)
         for cell in save.cells:
             counts += np.array([sum(map(len, hits)) for hits in cell.hits], dtype=np.int64)
         keys = int(prompt_lengths(run).max())
         widths = {tensor_name(point): numbers_of(shape, point, keys) for point in save.points}
-        names = ("row", "token", "position", *(("draw",) if run.draws > 1 else ()))
+        names = ("row", "token", "position", *(("draw",) if run.draws > 1 else ()), *also)
         return SaveLayout(counts * run.draws, widths, names)
 
     @property

@@ -42,6 +42,8 @@ class Noise(Record):
     """Name in the registry of noises."""
     row_keys: tuple[int, ...] | None = None
     """Per row, its key in the block that it is of, where that isn't the table's."""
+    drawn: tuple[int, ...] | None = None
+    """Per row, the one draw that it has, where rows stand for the draws of others."""
 
 
 @record

@@ -60,16 +60,13 @@ def _save(save: spec.Save, work: Work) -> ResolvedSave | None:
 
 
 def _replies(run: str, work: Work) -> ReplyTokens:
-    """What a run writes: one text behind each row, without rules."""
+    """What a run writes, without rules."""
     written, found = replies_of(work.experiment), work.table.runs.get(run)
     if work.experiment.generation is None or found is None:
         return written
     if found.derived is not None:
         reason = f"`{run}` has rules, which don't act while a reply is written"
         return ReplyTokens(reason=reason, hint="save a run without rules")
-    if work.experiment.generation.samples > 1 or found.draws > 1:
-        hint = "let it write one: without `samples`, and from a run without draws of noise"
-        return ReplyTokens(reason="each row writes several replies", hint=hint)
     return written
 
 

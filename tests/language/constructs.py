@@ -1393,7 +1393,7 @@ _experiment(
     "where they acted. Rows whose reply has no such token leave the cell. `delta`, and `kl(RUN)`, "
     "are set against the base run, or that run, behind the same reply without rules. Other "
     "effects, texts of several tokens and what is made of all rows aren't known there. `save` "
-    "writes vectors at these tokens of what a run without rules writes.",
+    "writes vectors at these tokens of what a run without rules writes, of each sample.",
     "tests/rules/test_in_replies.py",
     beside="generate 8",
 )
