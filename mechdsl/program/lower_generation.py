@@ -120,8 +120,8 @@ def _settings(line: ast.Generate, work: Statements) -> dict[str, Any] | None:
 def lower_during(rule: ast.Rule, work: Statements) -> spec.During | None:
     """When a rule acts; None at each step, and after an error.
 
-    E0108 for steps that a `for` runs over, E0203 for a phase that there isn't, E0207 for steps that
-    there are not.
+    E0203 for a phase that there isn't, E0207 for steps that there are not; those that a `for` runs
+    over are looked at where its values are known.
     """
     node = rule.during
     if node is None or not _has_reply(node, work):
@@ -147,42 +147,47 @@ def _steps(node: ast.During, work: Statements) -> spec.During | None:
     """`during step 2..5`."""
     steps = node.steps
     assert steps is not None
-    if steps.low is None:
-        return None  # `step *`: each
-    low = steps.low
-    if isinstance(low, ast.Variable):
-        if any(loop.name == low.name for loop in work.loops):
-            work.later(node.span, "a sweep over steps")
+    if isinstance(steps, ast.Star):
+        return None  # each
+    ends = [_end(end, work) for end in (steps.low, steps.high or steps.low)]
+    low, high = ends
+    if low is None or high is None:
+        return None
+    if isinstance(low, int) and isinstance(high, int):
+        tokens = whole_number(work.generate[0].tokens, work.parts.parameters)
+        problem = wrong_steps(low, high, tokens)
+        if problem is not None:
+            _refuse(node, steps.span.written, *problem, work)
             return None
-        if not work.scope.use("param", low.name, low.span):
-            return None
-        value = whole_number(low.name, work.parts.parameters)
-        low = -1 if value is None else value + low.offset
-    high = low if steps.high is None else steps.high
-    most = _last_step(work)
-    text = steps.span.written
+    return spec.During(span=node.span, first=low, last=high)
+
+
+def wrong_steps(low: int, high: int, tokens: int | None) -> tuple[str, str] | None:
+    """(what is wrong with these steps of a reply of so many tokens, help), where something is."""
     if low < 0:
-        _refuse(node, text, "must be a number of a step, from 0", "step 0 is the prefill", work)
-    elif high < low:
-        hint = f"write the smaller one first: `step {high}..{low}`"
-        _refuse(node, text, "has no step in it", hint, work)
-    elif most is not None and high > most:
-        tokens = f"`generate {most + 1}` has steps 0 to {most}"
-        _refuse(
-            node,
-            text,
-            f"has steps that no reply has: {tokens}",
-            "step 0 is the prefill, and the last token needs no step",
-            work,
-        )
-    else:
-        return spec.During(span=node.span, first=low, last=high)
+        return "must be a number of a step, from 0", "step 0 is the prefill"
+    if high < low:
+        return "has no step in it", f"write the smaller one first: `step {high}..{low}`"
+    if tokens is not None and 0 < tokens <= high:
+        there = f"`generate {tokens}` has steps 0 to {tokens - 1}"
+        hint = "step 0 is the prefill, and the last token needs no step"
+        return f"has steps that no reply has: {there}", hint
     return None
 
 
-def _last_step(work: Statements) -> int | None:
-    tokens = whole_number(work.generate[0].tokens, work.parts.parameters)
-    return None if tokens is None or tokens < 1 else tokens - 1
+def _end(bound: ast.Bound, work: Statements) -> int | ast.Bound | None:
+    """One end of a range of steps: a number, or, where it hangs on a `for`, as it is written; None
+    after E0201."""
+    if bound.percent is not None:
+        return -1  # no step
+    if bound.name is None:
+        return bound.value
+    if any(loop.name == bound.name for loop in work.loops):
+        return bound
+    if not work.scope.use("param", bound.name, bound.span):
+        return None
+    value = whole_number(bound.name, work.parts.parameters)
+    return -1 if value is None else value + bound.offset
 
 
 def _has_reply(node: ast.During, work: Statements) -> bool:

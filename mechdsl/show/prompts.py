@@ -201,7 +201,10 @@ def _when(rule: ResolvedRule, last: int) -> str:
     """In which steps of a reply a rule acts, where; last: the last step there is."""
     if rule.after_prefill:
         return "behind the prefill, on what is kept of the prompt"
-    first, end = rule.steps or (0, last)
+    if rule.steps is not None and rule.steps.axes:
+        assert rule.spec.during is not None
+        return " ".join(rule.spec.during.span.written.split())
+    first, end = (0, last) if rule.steps is None else rule.steps.values[()]
     found = ["in the prefill"] if first == 0 else []
     if rule.acts_later and end:  # a single token has no later step
         positions = rule.positions

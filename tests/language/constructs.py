@@ -1368,7 +1368,8 @@ _rule(
     "The rule acts in these steps of a reply, both ends included; `during prefill` in step 0 "
     "alone, `during each step` says what holds without it. Steps behind the prefill have their "
     "newest token only, so other positions than `last token` and `tokens *` take `during prefill` "
-    "or nothing. `pattern`, `scores`, `allow` and `renumber` go no further than the prefill.",
+    "or nothing. `for s in 0..7 { … during step s }`, or `during step s..s + 2`, makes steps an "
+    "axis. `pattern`, `scores`, `allow` and `renumber` go no further than the prefill.",
     OWN,
     _REPLIES,
     "generate 8",
