@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mechdsl.base import limits
+from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import BadArgument, UnknownWord, did_you_mean
 from mechdsl.program import spec
@@ -24,6 +25,8 @@ class Setting(NamedTuple):
     example: str
 
 
+SHOW_REPLIES = frozenset({"texts", "json"})
+"""Reports that need no measure: they have the replies."""
 SETTINGS: Mapping[str, Setting] = {
     "temperature": Setting(False, 1e-6, 1e6, "must be a number above 0", "temperature 0.7"),
     "top_k": Setting(True, 1, 1e9, "must be a whole number above 0", "top_k 50"),
@@ -32,6 +35,17 @@ SETTINGS: Mapping[str, Setting] = {
         True, 1, limits.REPLIES, f"must be a whole number, 1 to {limits.REPLIES:,}", "samples 3"
     ),
 }
+
+
+def length_of_replies(line: ast.Generate) -> ast.Measure:
+    """What an experiment measures that only writes."""
+    source = Source("measure length as raw", line.span.source.path)
+    length, raw = (
+        ast.Name(word, span=Span(source, begin, begin + len(word)))
+        for word in ("length", "raw")
+        for begin in [source.text.index(word)]
+    )
+    return ast.Measure(length, raw, span=line.span)
 
 
 def lower_generation(work: Statements) -> spec.Generation | None:
