@@ -39,7 +39,7 @@ def rows_to_save(
     batches: rows that write together, all of them in their order.
     """
     prompts = np.arange(len(run.rows), dtype=np.int64)
-    if runs.writer is None or all(cell.reply is None for cell in save.cells):
+    if runs.writer is None or not save.in_reply:
         return SavedRows(save, run, prompts)
     samples, draws = runs.writer.generation.samples, run.draws
     replies = [

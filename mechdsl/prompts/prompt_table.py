@@ -166,6 +166,14 @@ class ReplyPosition(Record):
     offset: int = 0
     """Tokens behind that."""
 
+    def most(self, tokens: int) -> int:
+        """How many tokens it is at most, of a reply of so many."""
+        if self.single:
+            return 1
+        if self.kind == "tokens":
+            return (self.last or self.number) - self.number + 1
+        return tokens
+
     @property
     def single(self) -> bool:
         """Whether it is one token."""

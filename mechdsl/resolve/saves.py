@@ -49,14 +49,14 @@ def _save(save: spec.Save, work: Work) -> ResolvedSave | None:
         return None
     points = tuple(dict.fromkeys(point for own in targets.points.values() for point in own))
     _one_width(save, run, points, work)
-    behind = any(cell.reply is not None for cell in cells)
-    if behind and any(SITES[point.site].width == "key" for point in points):
+    found = ResolvedSave(save, run, points, tuple(cells))
+    if found.in_reply and any(SITES[point.site].width == "key" for point in points):
         reason = "vectors over the keys of texts of different lengths aren't equally wide"
         problem = NotInTheReply(
             span=save.at.span, position=save.at.span.written, reason=reason, hint="save `z`"
         )
         work.diagnostics.append(problem)
-    return ResolvedSave(save, run, points, tuple(cells))
+    return found
 
 
 def _replies(run: str, work: Work) -> ReplyTokens:
