@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     ArgumentText = ast.Argument
     SpanDefText = ast.SpanDef
     BoundText = ast.Star | ast.AxisRange
+    EndText = ast.Bound
     EdgeText = ast.Edge
     Losses = tuple[ast.Lost, ...]
     Where = Span
@@ -56,9 +57,10 @@ else:
         WithJsonSchema({"type": "string"}),
     ]
     ExprText = CallText = SiteText = NameText = PositionsText = PositionText = _AS_WRITTEN
-    DomainText = StringText = ArgumentText = ChatTurnText = ChangeText = SpanDefText = BoundText = (
-        EdgeText
-    ) = _AS_WRITTEN
+    DomainText = StringText = ChatTurnText = ChangeText = SpanDefText = BoundText = EdgeText = (
+        _AS_WRITTEN
+    )
+    EndText = ArgumentText = _AS_WRITTEN
     Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
     Losses = Where
 
@@ -236,8 +238,9 @@ class Generation(Spec):
 class During(Spec):
     """`during step 2..5`: the steps of a reply in which a rule acts. Step 0 is the prefill."""
 
-    first: int
-    last: int
+    first: int | EndText
+    """A number, or one that hangs on a `for`."""
+    last: int | EndText
     """Inclusive."""
     after_prefill: bool = False
     """It edits what is kept of the prompt, between step 0 and step 1."""

@@ -42,6 +42,8 @@ class Noise(Record):
     """Name in the registry of noises."""
     row_keys: tuple[int, ...] | None = None
     """Per row, its key in the block that it is of, where that isn't the table's."""
+    drawn: tuple[int, ...] | None = None
+    """Per row, the one draw that it has, where rows stand for the draws of others."""
 
 
 @record
@@ -187,6 +189,14 @@ class ReplyPosition(Record):
     """… which of its tokens."""
     offset: int = 0
     """Tokens behind that."""
+
+    def most(self, tokens: int) -> int:
+        """How many tokens it is at most, of a reply of so many."""
+        if self.single:
+            return 1
+        if self.kind == "tokens":
+            return (self.last or self.number) - self.number + 1
+        return tokens
 
     @property
     def single(self) -> bool:

@@ -563,7 +563,7 @@ class ToAst(Transformer[Token, Any]):
         return ast.Rule(c[0], c[1] if len(c) > 1 else None, span=_span(c))
 
     def during(self, c: list[Any]) -> ast.During:
-        if isinstance(c[-1], ast.Occurrence):
+        if isinstance(c[-1], ast.Star | ast.AxisRange):
             return ast.During("step", steps=c[-1], span=_span(c))
         if c[1].type == "EACH":
             return ast.During("each step", span=_span(c))

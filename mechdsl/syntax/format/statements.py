@@ -16,7 +16,6 @@ from mechdsl.syntax.format.constructs import (
     edge,
     expression,
     names,
-    occurrence,
     percentage,
     position,
     positions,
@@ -265,7 +264,7 @@ def _during(node: ast.During) -> str:
         return node.phase
     if node.phase == "each step":
         return "during each step"
-    return f"during step {occurrence(node.steps)}" if node.steps else f"during {node.name}"
+    return f"during step {axis_value(node.steps)}" if node.steps else f"during {node.name}"
 
 
 def _generate(node: ast.Generate) -> str:
