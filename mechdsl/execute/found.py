@@ -11,6 +11,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.reply import Reply
 from mechdsl.diagnostics.e02_python import PythonFailed
+from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class Gap:
 class Failed:
     """A measure whose function failed, so that no row has a value."""
 
-    problem: PythonFailed
+    problem: PythonFailed | UnreadableMeasure
     row: int | None
     """The row that it fails at; None where it isn't known, or hangs on none."""
     rows: int
