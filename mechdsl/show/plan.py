@@ -71,15 +71,20 @@ def _experiments(plan: Plan, console: Console) -> None:
         )
     console.print(table)
     whole = [each.experiment.name for each in planned if each.whole]
+    writing: dict[str, dict[str, None]] = {}
     for each in planned:
-        said = each.experiment.generation
-        if said is not None:
+        said, own = each.experiment.generation, each.experiment.spec
+        if said is not None and each.experiment.control_of is None:
             times = f" {said.samples} times" if said.samples > 1 else ""
-            console.print(
-                f"each row of {each.experiment.key}, and of its base and source run, writes up to "
-                f"{plural(said.tokens, 'token')}{times}: counted as if all did",
-                highlight=False,
-            )
+            what = f"{plural(said.tokens, 'token')}{times}"
+            writing.setdefault(what, {})[own.within or own.name] = None
+    for what, names in writing.items():
+        its = "its" if len(names) == 1 else "their"
+        console.print(
+            f"each row of {' and '.join(names)}, and of {its} base and source run, writes up to "
+            f"{what}: counted as if all did",
+            highlight=False,
+        )
     if whole:
         console.print(
             f"rows of {', '.join(dict.fromkeys(whole))} are whole passes: what is kept of "
@@ -89,7 +94,7 @@ def _experiments(plan: Plan, console: Console) -> None:
     waiting = {e.experiment.name: e.experiment.stand_ins for e in planned if e.experiment.stand_ins}
     for name, others in waiting.items():
         console.print(
-            f"{name} is counted with stand-ins: what it picks is known when "
+            f"{name} is counted with stand-ins: what it uses is known when "
             f"{' and '.join(others)} {'has' if len(others) == 1 else 'have'} run",
             highlight=False,
         )
@@ -134,8 +139,8 @@ def _saves(saves: Sequence[SaveCost], console: Console) -> None:
         table.add_row(
             each.save.spec.file,
             f"{len(each.layout.widths):,}",
-            f"{each.layout.vectors:,}",
-            size_text(each.bytes),
+            f"{'≤ ' if each.layout.at_most else ''}{each.layout.vectors:,}",
+            f"{'≤ ' if each.layout.at_most else ''}{size_text(each.bytes)}",
             *_figures(each.cost)[2:],
         )
     console.print()
