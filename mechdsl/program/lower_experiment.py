@@ -14,7 +14,12 @@ from mechdsl.program import spec
 from mechdsl.program.constants import whole_number
 from mechdsl.program.lower_controls import lower_control
 from mechdsl.program.lower_derived_runs import derived_runs
-from mechdsl.program.lower_generation import SHOW_REPLIES, length_of_replies, lower_generation
+from mechdsl.program.lower_generation import (
+    SHOW_REPLIES,
+    length_of_replies,
+    lower_generation,
+    lower_replies,
+)
 from mechdsl.program.lower_measures import (
     each_once,
     expand_metrics,
@@ -97,7 +102,7 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
         scope.diagnostics.append(_measures_nothing(work))
     statistics = lower_statistics(work)
     against = lower_control(work)
-    generation = lower_generation(work)
+    generation, replies = lower_generation(work), lower_replies(work)
     expects = tuple(lower_expectation(e, work) for e in work.expects)
     acting = next(iter(rules.values()))
     results = parts_of(observed, told_apart(measures), acting, work, parts) or [Part()]
@@ -120,6 +125,7 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
         prompts=prompts.name,
         part=part,
         limit=limit,
+        replies=replies,
         broken=broken,
         loops=tuple(work.loops),
         keep=tuple(expand_metrics(k, parts, scope) for k in work.keep),

@@ -37,6 +37,25 @@ SETTINGS: Mapping[str, Setting] = {
 }
 
 
+def lower_replies(work: Statements) -> spec.RepliesOf | None:
+    """Whose replies stand behind the prompts, if any do; E0108 beside `generate`."""
+    said = work.prompts[0].replies if work.prompts else None
+    if said is None:
+        return None
+    if work.generate:
+        work.diagnostics.append(
+            NotSupported(
+                span=work.generate[0].span,
+                what="`generate` behind replies",
+                later="write the whole text in one experiment, with more tokens, or name the "
+                "replies in another one",
+            )
+        )
+    if isinstance(said, ast.Name):
+        return spec.RepliesOf(span=said.span, of=said.id)
+    return spec.RepliesOf(span=said.span, of=said.name, cell=said.arguments)
+
+
 def length_of_replies(line: ast.Generate) -> ast.Measure:
     """What an experiment measures that only writes."""
     source = Source("measure length as raw", line.span.source.path)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     StringText = ast.String
     ChatTurnText = ast.ChatTurn
     ChangeText = ast.CorruptLine
+    ArgumentText = ast.Argument
     SpanDefText = ast.SpanDef
     BoundText = ast.Star | ast.AxisRange
     EndText = ast.Bound
@@ -59,7 +60,7 @@ else:
     DomainText = StringText = ChatTurnText = ChangeText = SpanDefText = BoundText = EdgeText = (
         _AS_WRITTEN
     )
-    EndText = _AS_WRITTEN
+    EndText = ArgumentText = _AS_WRITTEN
     Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
     Losses = Where
 
@@ -177,6 +178,18 @@ class Direction(Spec):
     """Where activations are read, where it is made of some."""
     at: PositionsText | None = None
     """None: at the last token."""
+
+
+class RepliesOf(Spec):
+    """`with replies of writes(c: 1)`: what another experiment wrote stands behind the prompts."""
+
+    of: str
+    cell: tuple[ArgumentText, ...] = ()
+    """Which of its cells wrote them."""
+
+    @property
+    def text(self) -> str:
+        return f"replies of {' '.join(self.span.written.split())}"
 
 
 class Generation(Spec):
@@ -406,6 +419,8 @@ class Experiment(Spec):
     prompts: str
     part: Literal["train", "test"] | None = None
     limit: int | None = None
+    replies: RepliesOf | None = None
+    """What stands behind its prompts."""
     source: str | None = None
     base: str = "clean"
     elsewhere: tuple[Elsewhere, ...] = ()
@@ -438,7 +453,7 @@ class Experiment(Spec):
         return (*(rule for run in self.derived for rule in run.rules), *self.rules)
 
     after: tuple[str, ...] = ()
-    """Experiments whose results it uses: `top 10 of cie`."""
+    """Experiments whose results it uses: `top 10 of cie`, `with replies of writes`."""
 
     @property
     def over(self) -> str | None:

@@ -19,6 +19,7 @@ from mechdsl.plan.passes import PASSES
 from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS, Plan
 from mechdsl.plan.save_cost import SaveCost, save_costs
 from mechdsl.plan.savings import PlanCost, plan_cost
+from mechdsl.resolve.measured_parts import whole_spec
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.show.graph import to_text
 from mechdsl.show.power import Measured, print_power
@@ -61,13 +62,17 @@ def _experiments(plan: Plan, console: Console) -> None:
     for title in ("cells", "prompts", "rows", "unpatched"):
         table.add_column(title, justify="right", no_wrap=True)
     planned = [each for panel in plan.panels for each in panel.experiments]
-    for experiment in sorted(planned, key=lambda each: each.experiment.spec.span.start):
+    parts: dict[str, list[ExperimentPlan]] = {}
+    for each in sorted(planned, key=lambda each: each.experiment.spec.span.start):
+        parts.setdefault(whole_spec(each.experiment).key, []).append(each)
+    for name, own in parts.items():
+        said = f"{name}, read at {len(own):,} places" if own[0].experiment.place else name
         table.add_row(
-            experiment.experiment.key,
-            f"{experiment.n_cells:,}",
-            f"{len(experiment.experiment.table):,}",
-            f"{experiment.count():,}",
-            f"{unpatched_rows(experiment):,}",
+            said,
+            f"{sum(each.n_cells for each in own):,}",
+            f"{len(own[0].experiment.table):,}",
+            f"{sum(each.count() for each in own):,}",
+            f"{max(map(unpatched_rows, own)):,}",
         )
     console.print(table)
     whole = [each.experiment.name for each in planned if each.whole]
@@ -94,7 +99,7 @@ def _experiments(plan: Plan, console: Console) -> None:
     waiting = {e.experiment.name: e.experiment.stand_ins for e in planned if e.experiment.stand_ins}
     for name, others in waiting.items():
         console.print(
-            f"{name} is counted with stand-ins: what it picks is known when "
+            f"{name} is counted with stand-ins: what it uses is known when "
             f"{' and '.join(others)} {'has' if len(others) == 1 else 'have'} run",
             highlight=False,
         )

@@ -16,6 +16,8 @@ from mechdsl.base.plural import plural
 from mechdsl.plan.save_plan import layout_of
 from mechdsl.prompts.answers import output_words
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, RunRow
+from mechdsl.prompts.replies_behind import STANDS_IN
+from mechdsl.resolve.measured_parts import whole_spec
 from mechdsl.resolve.resolved import DRAW, ResolvedExperiment
 from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.show.tokens import shown_token
@@ -38,13 +40,13 @@ def explain(checked: Checked, console: Console) -> None:
     """Print every experiment's prompts, token by token, and what its rules hit."""
     seen: set[tuple[int, ...]] = set()
     saving = {each.spec.span: each for each in checked.saving}
-    for experiment in _every(checked):
+    for experiment, places in _wholes(checked):
         table = experiment.table
         rows = f"{plural(len(table), 'row')} of {table.name}"
         console.print(
             Text.assemble(
                 ("experiment ", "bold"),
-                (experiment.key, "bold cyan"),
+                (whole_spec(experiment).key, "bold cyan"),
                 f" · model {experiment.model.name} · {rows}",
             )
         )
@@ -57,6 +59,8 @@ def explain(checked: Checked, console: Console) -> None:
         _derived(experiment, console)
         if experiment.measures:
             _rules(experiment, console)
+        if len(places) > 1:
+            _listed("read at", places, console)
         _control(experiment, console)
         if experiment.spec.span in saving:  # once, where it has several results
             _saves(saving.pop(experiment.spec.span), console)
@@ -71,8 +75,21 @@ def _every(checked: Checked) -> list[ResolvedExperiment]:
     return sorted([*checked.experiments, *only], key=lambda each: each.spec.span.start)
 
 
+def _wholes(checked: Checked) -> list[tuple[ResolvedExperiment, list[str]]]:
+    """Each once, with the places that its measures are read at, as far as there are several."""
+    found: dict[str, tuple[ResolvedExperiment, list[str]]] = {}
+    for each in _every(checked):
+        places = found.setdefault(whole_spec(each).key, (each, []))[1]
+        if each.place is not None:
+            places.append(", ".join(str(label) for _, label in each.place.labels))
+    return list(found.values())
+
+
 def _tokens(experiment: ResolvedExperiment, row: RunRow) -> list[str]:
-    return [experiment.model.tokenizer.token_text(i) for i in row.ids]
+    shown = [experiment.model.tokenizer.token_text(i) for i in row.ids]
+    if row.reply is not None and row.reply.stands_in:
+        shown[row.reply.first :] = [STANDS_IN] * (len(shown) - row.reply.first)
+    return shown
 
 
 def _prompts(experiment: ResolvedExperiment, console: Console) -> None:

@@ -837,6 +837,8 @@ class UsePrompts(Node):
     kind: Literal["prompts", "images"]
     prompts: tuple[Ref, ...]
     limit: int | str | None = None
+    replies: Call | Name | None = None
+    """The experiment whose replies stand behind them: `with replies of writes(c: 1)`."""
 
 
 @record

@@ -427,6 +427,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     },
     RunRow: {
         "text": "tokens are what the model sees",
+        "reply": "its tokens are among them",
         "offsets": "positions are found with them, and go in",
         "spans": "positions are found with them, and go in",
         "values": "what a function is given of them is in `Atom.rows`, by which a mean is grouped "

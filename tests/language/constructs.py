@@ -1399,6 +1399,18 @@ _experiment(
     beside="generate 8",
 )
 _experiment(
+    "replies behind prompts",
+    "prompts fruit limit 4 with replies of writer",
+    "Behind each prompt stands what `writer`, another experiment with `generate`, wrote there: the "
+    "same tokens in all runs, whatever their text would be tokenised to. With rules it is what its "
+    "one cell wrote, or the one that is named: `replies of writer(c: 1)`. `last token` is the "
+    "reply's, and answers are read behind it. Rules, measures, observations and `save` name its "
+    "tokens in the words above: `patch resid_post layer * at each reply token`. Rows without a "
+    "reply there are left out, and said; `writer` runs first, on the same block, and with a model "
+    "of the same tokenizer.",
+    "tests/rules/test_written_text.py",
+)
+_experiment(
     "measure",
     "measure prob(answer) at last-item token as delta",
     "A metric, the position that it is read at (the last token where there is none) and the "

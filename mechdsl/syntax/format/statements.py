@@ -282,7 +282,8 @@ def _statement(node: Any) -> str | None:
         case ast.UseModel():
             return f"model {_refs(node.models)}"
         case ast.UsePrompts():
-            return f"{node.kind} {_refs(node.prompts)}" + _optional("limit", node.limit)
+            behind = "" if node.replies is None else f" with replies of {call(node.replies)}"
+            return f"{node.kind} {_refs(node.prompts)}{_optional('limit', node.limit)}{behind}"
         case ast.FromInto():
             shuffled = " shuffled" if node.shuffled is not None else ""
             return f"from {_refs(node.sources)}{shuffled} into {_refs(node.bases)}"
