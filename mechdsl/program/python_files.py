@@ -61,7 +61,9 @@ TokenizerAs = Literal["nothing", "third", "named"]
 class PythonFailure(Exception):
     """A function failed. Caught where its rows are known."""
 
-    def __init__(self, diagnostic: PythonFailed | UnreadableMeasure, row: int | None = None) -> None:
+    def __init__(
+        self, diagnostic: PythonFailed | UnreadableMeasure, row: int | None = None
+    ) -> None:
         """row: which of those that it was called with made it fail, where that is known."""
         super().__init__(diagnostic.message)
         self.diagnostic = diagnostic

@@ -196,9 +196,12 @@ def test_what_saved_replies_cost(command: Command, tmp_path: Path) -> None:
     assert "found when the reply is written" in said
 
 
-SEARCHED = ALONE.replace("  report texts", """  measure matches("^([0-9 ]|[0-9])+[a-z]$") as raw
+SEARCHED = ALONE.replace(
+    "  report texts",
+    """  measure matches("^([0-9 ]|[0-9])+[a-z]$") as raw
   measure length as raw
-  report table""").replace("generate 3", "generate 50")
+  report table""",
+).replace("generate 3", "generate 50")
 
 
 def test_a_search_without_an_end_is_an_error(
