@@ -56,7 +56,7 @@ class CachedPasses:
         own = _own_tokens(prompts, prefill)
         self._own = own
         layers = model.shape.n_layers
-        self.keys = KeptKeys(layers, len(prompts), self.columns + tokens - 1)
+        self.keys = KeptKeys(layers, len(prompts), self.columns, tokens - 1)
         self._before: tuple[list[int], list[bool]] | None = None
         """The states of the step before, and which rules acted; what they did is `_acted`."""
         self._acted = RuleWrites()

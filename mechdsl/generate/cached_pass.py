@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from mechdsl.generate.kept_keys import KeptKeys
-from mechdsl.hooks.attention_functions import attend_whole
+from mechdsl.hooks.attention_functions import attend_whole, implementations
 from mechdsl.hooks.block_attention import AttentionCall, block_attention
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.calls import text_inputs
 from mechdsl.hooks.hook_points import fused
 from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.one_query import OneQuery
 from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.site_hooks import PassStopped, SiteWork
 
@@ -95,8 +96,8 @@ def run_cached(
     every = any(write.site == "logits" for write in acting.writes)
     if not every and tokens.count > 1:
         work.keep_logits((tokens.lengths_of("logits", "") - 1)[:, None])
-    with _running(model, work, kept, acting):
-        output = _called(model, tokens, kept.at(rows, tokens.first))
+    with _running(model, work, tokens, kept, acting):
+        output = _called(model, tokens, kept.at(rows, tokens.first, tokens.count))
     logits = work.output(output.logits)
     work.check()
     return logits[:, -1]
@@ -109,8 +110,8 @@ def keep(
     n_layers = model.shape.n_layers
     acting = acting.below(n_layers, n_layers)
     work = SiteWork(model, tokens, acting.writes, (), n_layers, acting.edges)
-    with _running(model, work, kept, acting), suppress(PassStopped):
-        _called(model, tokens, kept.at(rows, tokens.first))
+    with _running(model, work, tokens, kept, acting), suppress(PassStopped):
+        _called(model, tokens, kept.at(rows, tokens.first, tokens.count))
     work.check()
 
 
@@ -120,7 +121,7 @@ def _called(model: LoadedModel, tokens: NewTokens, kept: KeptKeys) -> Any:
 
 @contextmanager
 def _running(
-    model: LoadedModel, work: SiteWork, kept: KeptKeys, acting: RuleWrites
+    model: LoadedModel, work: SiteWork, tokens: NewTokens, kept: KeptKeys, acting: RuleWrites
 ) -> Generator[None]:
     """The model does what acts in a pass."""
     with (
@@ -128,22 +129,28 @@ def _running(
         blocks_replaced(model, acting.blocks),
         fused(model.module),
         work.installed(),
-        _opened(model, work, kept),
+        _opened(model, work, tokens, kept),
     ):
         yield
 
 
 @contextmanager
-def _opened(model: LoadedModel, work: SiteWork, kept: KeptKeys) -> Generator[None]:
+def _opened(
+    model: LoadedModel, work: SiteWork, tokens: NewTokens, kept: KeptKeys
+) -> Generator[None]:
     """As in whole passes, and keys that are written there are kept as they are then."""
-    if not work.within:
+    newest = tokens.count == 1 and _is_known(model)
+    if not work.within and not newest:
         yield
         return
+    one = OneQuery()
 
     def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         layer = work.layer(call.layer, call.query)
         if layer is None:
-            return call.unchanged()
+            whole = kept.whole(call.layer, call.key, call.value) if newest else None
+            found = None if whole is None else one.attend(call, *whole)
+            return call.unchanged() if found is None else (found, None)
         query, key, value = call.query, call.key, call.value
         if layer.rotated.get("k_rot"):
             if key.shape[1] != kept.heads(call.layer):
@@ -156,3 +163,8 @@ def _opened(model: LoadedModel, work: SiteWork, kept: KeptKeys) -> Generator[Non
 
     with block_attention(model, attention, masked=True):
         yield
+
+
+def _is_known(model: LoadedModel) -> bool:
+    """Whether masks of its attention can be written out."""
+    return set(implementations(model).values()) <= {"eager", "sdpa"}

@@ -1,6 +1,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportMissingTypeStubs=false, reportIncompatibleMethodOverride=false
-"""Keys and values that are kept from pass to pass, in room that is taken once."""
+"""Keys and values that are kept from pass to pass, in room that grows now and then."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+MORE = 32
+"""Columns of room that are taken at once, or half of what there are."""
 
 
 class _Layer(CacheLayerMixin):
@@ -23,13 +26,22 @@ class _Layer(CacheLayerMixin):
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows, columns = self.kept.room
-
-        def room(like: Tensor) -> Tensor:
-            return like.new_zeros(rows, like.shape[1], columns, like.shape[3])
-
-        self.keys, self.values = room(key_states), room(value_states)
+        self.keys, self.values = self._room(key_states), self._room(value_states)
         self.is_initialized = True
+
+    def _room(self, like: Tensor) -> Tensor:
+        """Zeros, as what isn't filled yet is read with a weight of 0."""
+        rows, columns = self.kept.room
+        return like.new_zeros(rows, like.shape[1], columns, like.shape[3])
+
+    def _widen(self) -> None:
+        """To the room that there is now."""
+        assert self.keys is not None
+        assert self.values is not None
+        keys, values = self.keys, self.values
+        self.lazy_initialization(keys, values)
+        self.keys[:, :, : keys.shape[2]] = keys
+        self.values[:, :, : values.shape[2]] = values
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -39,6 +51,8 @@ class _Layer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
+        if self.keys.shape[2] < self.kept.room[1]:
+            self._widen()
         rows, first = self.kept.rows, self.kept.first
         end = first + key_states.shape[2]
         self.keys[rows, :, first:end] = key_states
@@ -63,18 +77,23 @@ class KeptKeys(Cache):
 
     layers: Any  # of `_Layer`; the library's type holds layers without keys
 
-    def __init__(self, layers: int, rows: int, columns: int) -> None:
-        """layers: of the model. rows, columns: room for so many."""
-        self.room = rows, columns
+    def __init__(self, layers: int, rows: int, columns: int, later: int = 0) -> None:
+        """layers: of the model. rows, columns: room for so many. later: columns that may be needed
+        besides."""
+        self.room = rows, columns + min(later, MORE)
+        self._most = columns + later
         self.rows = slice(0, rows)
         """Of the pass that runs."""
         self.first = 0
         """Column of its first token."""
         super().__init__(layers=[_Layer(self) for _ in range(layers)])
 
-    def at(self, rows: slice, first: int) -> KeptKeys:
-        """For a pass over some rows, from one column on."""
+    def at(self, rows: slice, first: int, count: int) -> KeptKeys:
+        """For a pass over some rows, on so many columns from one on."""
         self.rows, self.first = rows, first
+        every, columns = self.room
+        if first + count > columns:
+            self.room = every, min(self._most, columns + max(MORE, columns // 2))
         for layer in self.layers:
             layer.length = first
         return self
@@ -85,6 +104,27 @@ class KeptKeys(Cache):
     def heads(self, layer: int) -> int:
         """That keys of a layer have, in a pass."""
         return int(self.layers[layer].keys.shape[1])
+
+    def whole(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
+        """[n, heads, room, width] all room of the rows of the pass that runs, of which a block's
+        attention was given what is filled; None where it was given something else.
+
+        What lies side by side is read several times as fast.
+        """
+        mine = self.layers[layer] if 0 <= layer < len(self.layers) else None
+        if mine is None or not mine.is_initialized:
+            return None
+        found = mine.keys[self.rows], mine.values[self.rows]
+        for own, given in zip(found, (keys, values), strict=True):
+            there = own[:, :, : given.shape[2]]
+            if (there.data_ptr(), there.shape, there.stride(), there.dtype) != (
+                given.data_ptr(),
+                given.shape,
+                given.stride(),
+                given.dtype,
+            ):
+                return None
+        return found
 
     def move(self, moves: Sequence[tuple[int, int]], columns: int) -> None:
         """Copy rows to other places, none of which is copied itself."""
