@@ -57,8 +57,13 @@ class CachedPasses:
         self._own = own
         layers = model.shape.n_layers
         self.keys = KeptKeys(layers, len(prompts), self.columns, tokens - 1)
-        self._before: tuple[list[int], list[bool]] | None = None
-        """The states of the step before, and which rules acted; what they did is `_acted`."""
+        self._leaders: list[int] = []
+        """[state] rows of the step before; what follows is of these."""
+        self._chosen: Chosen | None = None
+        self._starting = torch.zeros(0)
+        """[state] columns of first tokens."""
+        self._before: list[bool] | None = None
+        """Which rules acted in the step before; what they did is `_acted`."""
         self._acted = RuleWrites()
 
     def own(self, row: int) -> int:
@@ -72,24 +77,26 @@ class CachedPasses:
         """
         if step == 0:
             return self._prefill(states)
-        first = self.columns + step - 1
+        first, rows = self.columns + step - 1, states.leaders
         self.keys.move(states.moves, first)
-        chosen = Chosen(len(self.prompts), states.leaders)
+        if self._chosen is None or rows != self._leaders:
+            self._leaders, self._before = rows, None
+            self._chosen, self._starting = Chosen(len(self.prompts), rows), self._starts(rows)
         if step == 1:
-            self._edit(states, chosen)
-        new = torch.tensor([[ids[row][-1]] for row in states.leaders], device=self.model.device)
-        tokens = NewTokens(new, self._starts(states.leaders), first)
-        acting = self._acting(states, chosen, step)
+            self._edit(states, self._chosen)
+        new = torch.tensor([[ids[row][-1]] for row in rows], device=self.model.device)
+        tokens = NewTokens(new, self._starting, first)
+        acting = self._acting(self._chosen, step)
         return run_cached(self.model, tokens, self.keys, slice(0, len(states)), acting)
 
-    def _acting(self, states: States, chosen: Chosen, step: int) -> RuleWrites:
+    def _acting(self, chosen: Chosen, step: int) -> RuleWrites:
         """What acts in a step; mostly what acted in the one before."""
-        lengths = self.columns - self._starts(states.leaders).cpu()
+        lengths = self.columns - self._starting.cpu()
         newest = lengths + step - 1
-        key = states.leaders, [rules.acts(step) for rules in self.steps]
-        if key != self._before or self._acted.edges:
+        acts = [rules.acts(step) for rules in self.steps]
+        if acts != self._before or self._acted.edges:
             every = chosen.step(self.steps, step, lengths, newest)
-            self._before, self._acted = key, merged(every, len(states))
+            self._before, self._acted = acts, merged(every, len(chosen.rows))
         writes = [replace(each, positions=newest[each.rows]) for each in self._acted.writes]
         return replace(self._acted, writes=writes)
 

@@ -204,11 +204,7 @@ class _Work:
             of_row = states.of_row
             keys = [self.random[rows[row]] for row in of_row]
             tokens = next_tokens(logits, list(of_row.values()), self.decoding, keys, step)
-            going = {
-                row: token
-                for row, token in zip(of_row, tokens, strict=True)
-                if writing.put(row, token) and token is not None
-            }
+            going = writing.put(dict(zip(of_row, tokens, strict=True)))
             step += 1
             states = sharing.follow(states, going, step)
         return writing.replies()
