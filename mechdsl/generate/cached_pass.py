@@ -6,22 +6,25 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mechdsl.generate.kept_keys import KeptKeys
+from mechdsl.generate.one_query import OneQuery
 from mechdsl.hooks.attention_functions import attend_whole, implementations
 from mechdsl.hooks.block_attention import AttentionCall, block_attention
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.calls import text_inputs
 from mechdsl.hooks.hook_points import fused
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.one_query import OneQuery
 from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.site_hooks import PassStopped, SiteWork
+
+_WRITTEN_OUT = {"eager", "sdpa"}
+"""Ways of attention whose masks can be had in full."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,32 +142,32 @@ def _opened(
     model: LoadedModel, work: SiteWork, tokens: NewTokens, kept: KeptKeys
 ) -> Generator[None]:
     """As in whole passes, and keys that are written there are kept as they are then."""
-    newest = tokens.count == 1 and _is_known(model)
+    newest = kept.asked = tokens.count == 1 and set(implementations(model).values()) <= _WRITTEN_OUT
     if not work.within and not newest:
         yield
         return
-    one = OneQuery()
+    one = OneQuery(kept)
 
     def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        mine = kept.handed(call.layer, call.key, call.value)
+        if kept.marked and not mine:
+            raise ValueError(f"`{model.name}` makes something else of the keys that it keeps")
         layer = work.layer(call.layer, call.query)
-        if layer is None:
-            whole = kept.whole(call.layer, call.key, call.value) if newest else None
-            found = None if whole is None else one.attend(call, *whole)
-            return call.unchanged() if found is None else (found, None)
-        query, key, value = call.query, call.key, call.value
-        if layer.rotated.get("k_rot"):
-            if key.shape[1] != kept.heads(call.layer):
+        if layer is None and newest and mine and (found := one.attend(call)) is not None:
+            return found, None
+        if layer is not None and layer.rotated.get("k_rot"):
+            if not mine:
                 raise ValueError(f"`{model.name}` keeps its keys in a form that can't be written")
-            own = key[:, :, -query.shape[2] :]
+            own = kept.newest(call.layer, tokens.count)
             turned = layer.turned("k_rot", own.transpose(0, 1).flatten(1, 2))
             own.copy_(turned.unflatten(1, (len(own), -1)).transpose(0, 1))
             del layer.rotated["k_rot"]
-        return attend_whole(query, key, value, call.mask, layer, **call.arguments), None
+        if mine:
+            call = replace(call, **dict(zip(("key", "value"), kept.every(call.layer), strict=True)))
+        if layer is None:
+            return call.unchanged()
+        whole = call.query, call.key, call.value, call.mask
+        return attend_whole(*whole, layer, **call.arguments), None
 
     with block_attention(model, attention, masked=True):
         yield
-
-
-def _is_known(model: LoadedModel) -> bool:
-    """Whether masks of its attention can be written out."""
-    return set(implementations(model).values()) <= {"eager", "sdpa"}
