@@ -33,6 +33,8 @@ PHASES = (
     f"during step 2..{TOKENS - 1}",
     "after prefill",
 )
+SWEPT = ("during step s", "during step s..s + 1")
+"""In a loop over steps."""
 FOLLOWING = ("last token", "tokens *", "{cue token, last token}")
 
 
@@ -45,6 +47,8 @@ def acting(draw: Any, *, swept: bool) -> str:
         word = next((w for w in (" with ", " to ", " by ", " onto ", " into ") if w in behind), "")
         rest = word + behind.partition(word)[2] if word else ""
         rule = f"{before} at {draw(st.sampled_from(FOLLOWING))}{rest}"
+    if swept and not draw(st.integers(0, 3)):
+        return f"for s in [0, 2, 1] {{ {rule} {draw(st.sampled_from(SWEPT))} }}"
     return f"{rule} {draw(st.sampled_from(PHASES))}".strip()
 
 
