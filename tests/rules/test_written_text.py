@@ -228,15 +228,20 @@ def test_the_loss_of_what_was_written(data: Path) -> None:
     assert np.nanmax(again.patched) > 0.1
 
 
-def test_only_rows_that_have_a_reply(data: Path) -> None:
-    """What `keep` or `limit` left out of the one that writes has none."""
-    text = BARE.replace("prompts p", "prompts p limit 2") + reads(
-        "patch resid_post layer 0 at subject token"
-    )
+@pytest.mark.parametrize("sign", "<>")
+def test_only_rows_that_have_a_reply(data: Path, sign: str) -> None:
+    """Rows that `keep` leaves out of the one that writes have none: these with one of the signs
+    stand between others."""
+    writes = experiment("w", GENERATE, f"keep logit(answer) {sign} logit(wrong)", measure=LENGTH)
+    text = writes + reads("patch resid_post layer 0 at subject token")
     found = run_file(text, data, "gpt2", "planned")
     own = found["w"].row_ids
+    assert own is not None
+    assert 0 < len(own) < len(rows())
     assert found["e"].row_ids == own
-    assert "2 of 4 rows have none, and are left out" in found["e"].conventions["replies"]
+    left = len(rows()) - len(own)
+    said = f"{left} of {len(rows())} rows have none, and are left out"
+    assert said in found["e"].conventions["replies"]
     patched, base = by_hand("gpt2", None, [(0,)], in_the_prompt)
     kept = [row for row in range(len(rows())) if row in own]
     compare(found["e"].measures[0], patched[:, kept], base[kept], most=False)
@@ -245,7 +250,8 @@ def test_only_rows_that_have_a_reply(data: Path) -> None:
 NOISY = """
 prompts q {
   rows "data.jsonl"
-  template "w40 {subject} w41 {cue} w42"
+  xs = list(item, from: words, sep: " ")
+  template "{xs} w40 {subject} w41 {cue} w42"
   answer " {a}"
   wrong " {b}"
   corrupt noised { add gaussian(std: 0.3) to embed at subject tokens }
@@ -253,24 +259,26 @@ prompts q {
 """
 
 
-def test_noise_is_the_row_s_own(data: Path) -> None:
+@pytest.mark.parametrize("sign", "<>")
+def test_noise_is_the_row_s_own(data: Path, sign: str) -> None:
     """Whichever other rows have a reply."""
 
-    def found(mode: str, limit: str = "") -> ExperimentResult:
-        writes = experiment("w", "generate 3", block=f"q{limit}", measure=LENGTH)
+    def found(mode: str, *keep: str) -> ExperimentResult:
+        writes = experiment("w", "generate 3", *keep, block="q", measure=LENGTH)
         lines = ("from clean into noised", "patch resid_post layer * at reply token 1")
         text = NOISY + writes + experiment("e", *lines, block="q with replies of w")
         return run_file(text, data, "gpt2", mode)["e"]
 
-    every, plain, two = found("planned"), found("plain"), found("planned", " limit 2")
+    every, plain = found("planned"), found("plain")
+    some = found("planned", f"keep logit(answer) {sign} logit(wrong)")
     assert every.row_ids is not None
-    assert two.row_ids is not None
-    assert len(two.row_ids) == 2
-    kept = [every.row_ids.index(row) for row in two.row_ids]
+    assert some.row_ids is not None
+    assert 0 < len(some.row_ids) < len(rows())
+    kept = [every.row_ids.index(row) for row in some.row_ids]
     own = every.measures[0]
     np.testing.assert_allclose(own.patched, plain.measures[0].patched, atol=1e-4)
-    np.testing.assert_allclose(two.measures[0].patched, own.patched[:, kept], atol=1e-4)
-    np.testing.assert_allclose(two.measures[0].base, own.base[:, kept], atol=1e-4)
+    np.testing.assert_allclose(some.measures[0].patched, own.patched[:, kept], atol=1e-4)
+    np.testing.assert_allclose(some.measures[0].base, own.base[:, kept], atol=1e-4)
     assert np.abs(own.patched - own.base).max() > 0.01
 
 
