@@ -50,6 +50,9 @@ class NotInTheAnswer(Diagnostic):
     hint: str
 
 
+WRITES_NONE = "the experiment writes none"
+
+
 @keyword_record
 class NotInTheReply(Diagnostic):
     """Tokens of a reply that can't be named so, or where none is written."""
@@ -59,6 +62,19 @@ class NotInTheReply(Diagnostic):
     label = "the reply stands behind the prompt, where `generate` writes one"
     help = "{hint}"
     position: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class NoRepliesBehind(Diagnostic):
+    """Replies of another experiment that can't stand behind these prompts."""
+
+    code = "E0546"
+    title = "`{text}` can't stand behind these prompts: {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    text: str
     reason: str
     hint: str
 

@@ -11,8 +11,9 @@ class NoMeasure(Diagnostic):
     code = "E0601"
     title = "experiment `{experiment}` measures nothing"
     label = "no `measure` line in this experiment"
-    help = "add what to read, for example `measure logit(answer) as raw`"
+    help = "{hint}"
     experiment: str
+    hint: str = "add what to read, for example `measure logit(answer) as raw`"
 
 
 @keyword_record

@@ -27,7 +27,7 @@ class NothingToPickFrom(Diagnostic):
     """An experiment that needs the result of one that could not be computed."""
 
     code = "E0622"
-    title = "`{experiment}` picks from `{of}`, which could not be computed"
+    title = "`{experiment}` uses the results of `{of}`, which could not be computed"
     label = "needs {what}"
     help = "mend `{of}`, whose error stands above"
     experiment: str

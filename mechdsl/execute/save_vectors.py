@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
-from mechdsl.base.reply import Reply
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e05_paths import CannotWrite
 from mechdsl.execute.derived_runs import DerivedRuns
@@ -22,7 +21,7 @@ from mechdsl.execute.directions import DirectionFits
 from mechdsl.execute.options import Options
 from mechdsl.execute.read_vectors import prompt_batches, read_vectors
 from mechdsl.execute.saved import Saved
-from mechdsl.execute.saved_replies import with_replies
+from mechdsl.execute.saved_replies import SavedRows, rows_to_save
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.make_plan import make_plan
@@ -62,11 +61,11 @@ def save_vectors(
         found = DerivedRuns.define(panel.derived, runs, batches, fits)[1]
         if found:
             return saved, [*problems, *found]
-        save, run, replies = with_replies(save, run, runs, batches)
-        if replies:
-            batches = prompt_batches(runs.model_of(run), run, save.points, tokens=size)
+        rows = rows_to_save(save, run, runs, batches)
+        if rows.replies:
+            batches = prompt_batches(runs.model_of(run), rows.run, save.points, tokens=size)
         try:
-            saved.append(_Saving(experiment, save, run, runs, replies).written(batches))
+            saved.append(_Saving(experiment, rows, runs).written(batches))
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             span, file = save.spec.span, save.spec.file
@@ -80,11 +79,18 @@ class _Saving:
     """One line on its way to the disk."""
 
     experiment: ResolvedExperiment
-    save: ResolvedSave
-    run: Run
+    rows: SavedRows
     runs: UnpatchedRuns
-    replies: Sequence[Reply]
-    """[row] what it wrote, where its vectors are saved; then the run's rows end in it."""
+
+    @property
+    def save(self) -> ResolvedSave:
+        """With the places of the rows."""
+        return self.rows.save
+
+    @property
+    def run(self) -> Run:
+        """What is read."""
+        return self.rows.run
 
     def written(self, batches: Sequence[Ints]) -> Saved:
         """Raises OSError where the file, or what stands beside it, can't be written."""
@@ -108,13 +114,14 @@ class _Saving:
             dtype=str(self._dtype()).removeprefix("torch."),
             tensors=len(layout.widths),
             vectors=layout.vectors,
-            rows=layout.rows,
+            rows=len(np.unique(self.rows.of[layout.counts > 0])),
             bytes=file.size,
         )
 
     @cached_property
     def layout(self) -> SaveLayout:
-        return SaveLayout.of(self.save, self.run, self.runs.model_of(self.run).shape)
+        shape, also = self.runs.model_of(self.run).shape, tuple(self.rows.told_apart)
+        return SaveLayout.of(self.save, self.run, shape, also)
 
     def _dtype(self) -> torch.dtype:
         name = self.save.spec.dtype
@@ -127,10 +134,12 @@ class _Saving:
         return found | {name: TensorPlace("I64", (count,)) for name in self.layout.columns}
 
     def _fill(self, file: TensorFile, batches: Sequence[Ints]) -> None:
-        """Vectors in the order of the table: row by row, there position by position."""
+        """Vectors in the order of the table: row by row, there reply by reply, and position by
+        position."""
         lanes = self.runs.reader(self.run, self.save.points)
         found = read_vectors(lanes, self.save.points, self.save.cells, batches)
-        begin = 0
+        row_ids = np.array(self.experiment.table.row_ids, dtype=np.int64)
+        begin, told_apart = 0, self.rows.told_apart
         for _, batch in groupby(found, key=lambda each: each.batch):
             parts = list(batch)
             own = [part for part in parts if part.point == 0]
@@ -140,8 +149,8 @@ class _Saving:
                 for name, of in (("row", "prompts"), ("token", "tokens"), ("draw", "draws"))
             } | {"position": position}
             order = np.lexsort((columns["draw"], position, columns["row"]))
-            row_ids = np.array(self.experiment.table.row_ids, dtype=np.int64)
-            columns["row"] = row_ids[columns["row"]]
+            columns |= {name: which[columns["row"]] for name, which in told_apart.items()}
+            columns["row"] = row_ids[self.rows.of[columns["row"]]]
             for name, values in columns.items():
                 if name in self.layout.columns:
                     file.put(name, begin, values[order].astype("<i8").tobytes())
@@ -153,15 +162,16 @@ class _Saving:
                 self.runs.forget()
 
     def _rows(self) -> Iterator[str]:
-        """A line for each row that has a vector."""
-        counts = self.layout.counts
+        """A line for each row, or reply, that has a vector."""
+        counts, replies = self.layout.counts, self.rows.replies
         tokenizer = self.experiment.model.tokenizer
         for number, row in enumerate(self.run.rows):
             if counts[number]:
                 about = {
-                    "row": self.experiment.table.row_ids[number],
+                    "row": self.experiment.table.row_ids[self.rows.of[number]],
+                    **{name: int(each[number]) for name, each in self.rows.told_apart.items()},
                     "text": row.text,
-                    **({"reply": self.replies[number].text} if self.replies else {}),
+                    **({"reply": replies[number].text} if replies else {}),
                     "tokens": [tokenizer.token_text(token) for token in row.ids],
                     "ids": list(row.ids),
                     "values": dict(row.values),

@@ -27,8 +27,12 @@ def prefill_of(plan: ExperimentPlan) -> ExperimentPlan:
     """The plan with the rules that act in the prefill."""
     if plan.experiment.generation is None:
         return plan
-    rules = tuple(rule for rule in plan.rules if rule.rule.acts_in(0))
-    return plan if len(rules) == len(plan.rules) else replace(plan, rules=rules)
+    rules: list[RulePlan] = []
+    for rule in plan.rules:
+        if rule.rule.in_prefill:
+            there = None if rule.steps is None else rule.steps[:, 0] == 0
+            rules.append(rule if there is None or there.all() else rule.within(there))
+    return replace(plan, rules=tuple(rules))
 
 
 def while_writing(
@@ -54,19 +58,18 @@ def while_writing(
         if rule.rule.after_prefill:
             kept += of(np.arange(len(rows))).writes
             continue
-        # At each step: of the last token too, which is read in replies and predicts none.
-        first, last = rule.rule.steps or (0, None)
-        for also, own in _following(rule, rows) if last != 0 else ():
-            found = of(own)
-            steps.append(
-                StepRules(
-                    first=max(first, 1),
-                    last=last,
-                    writes=tuple(map(_last, found.writes)),
-                    edges=tuple(StepEdge(_last_edge(e, also), also) for e in found.edges),
-                    blocks=found.blocks,
+        for also, following in _following(rule, rows):
+            for first, last, own in _when(rule, rows, following):
+                found = of(own)
+                steps.append(
+                    StepRules(
+                        first=max(first, 1),
+                        last=last,
+                        writes=tuple(map(_last, found.writes)),
+                        edges=tuple(StepEdge(_last_edge(e, also), also) for e in found.edges),
+                        blocks=found.blocks,
+                    )
                 )
-            )
     return WhileWriting(tuple(kept), tuple(steps))
 
 
@@ -89,6 +92,17 @@ def _following(rule: RulePlan, rows: Rows) -> Iterator[tuple[Also, Ints]]:
         found = np.flatnonzero(follows & own)
         if len(found):
             yield also, found
+
+
+def _when(rule: RulePlan, rows: Rows, own: Ints) -> Iterator[tuple[int, int | None, Ints]]:
+    """(first, last step, those of these rows in which a rule acts then), but for step 0 alone."""
+    if rule.steps is None:
+        yield 0, None, own  # of the last token too, which is read in replies and predicts none
+        return
+    ends, which = np.unique(rule.steps[rows.cell[own]], axis=0, return_inverse=True)
+    for number, (first, last) in enumerate(ends.tolist()):
+        if last > 0:
+            yield first, last, own[which.reshape(-1) == number]
 
 
 def _at_the_end(rows: Tensor, positions: Tensor) -> Tensor:

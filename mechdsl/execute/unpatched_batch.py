@@ -337,8 +337,9 @@ def noise_writes(
     positions: list[int] = []
     values: list[np.ndarray] = []
     for lane, prompt in enumerate(lanes):
+        draw = lane % draws if noise.drawn is None else noise.drawn[prompt]
         for position in noise.positions[prompt]:
-            key = [seed % 2**63, row_keys[prompt], lane % draws, position]
+            key = [seed % 2**63, row_keys[prompt], draw, position]
             random = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
             rows.append(lane)
             positions.append(position)

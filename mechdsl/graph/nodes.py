@@ -32,6 +32,8 @@ class EncodeNode:
     limit: int | None
     keep: tuple[str, ...]
     run: str
+    behind: str = ""
+    """Whose replies stand behind the prompts."""
     replaced: str | None = None
     """`slot token with "thing"`: a change of the input that a rule makes."""
     kept_by: tuple[ResolvedMeasure, ...] = field(default=(), compare=False, repr=False)
@@ -323,7 +325,8 @@ def unpatched(experiment: ResolvedExperiment, run: str) -> ForwardNode:
         text = there.prompts or "clean"
     s = experiment.spec
     keep = tuple(measure.text for measure in experiment.keep)
-    encode = EncodeNode(s.prompts, s.part, s.limit, keep, text, kept_by=experiment.keep)
+    behind = experiment.table.behind
+    encode = EncodeNode(s.prompts, s.part, s.limit, keep, text, behind, kept_by=experiment.keep)
     # Models that are patched into each other have the same number of layers.
     model, n_layers = there.model or experiment.model.name, experiment.model.shape.n_layers
     return ForwardNode(model, n_layers, encode, run, writes)
@@ -412,7 +415,8 @@ def _direction(experiment: ResolvedExperiment, steered: DirectionTargets) -> Dir
         for sample in fit.samples:
             key = id(sample.table), id(sample.run.rows)
             model = sample.run.model or experiment.model.name
-            encode = EncodeNode(sample.table.name, None, None, (), sample.run.name)
+            behind = sample.table.behind
+            encode = EncodeNode(sample.table.name, None, None, (), sample.run.name, behind)
             forward = ForwardNode(model, experiment.model.shape.n_layers, encode, sample.run.name)
             before = reads.get(key)
             points = {} if before is None else dict(before.points)

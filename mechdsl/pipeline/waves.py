@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_experiment import NothingKept
@@ -20,6 +21,8 @@ from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.program import spec
 from mechdsl.program.lower_other_runs import BLOCKS
+from mechdsl.prompts.prompt_table import PromptTable
+from mechdsl.prompts.replies_behind import alone
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.measured_parts import in_parts, whole_spec
 from mechdsl.resolve.resolve_experiment import resolve_experiment
@@ -37,6 +40,7 @@ from mechdsl.results.variants import merged
 from mechdsl.rules import RULES
 from mechdsl.validate.check_file import Checked, by_name
 from mechdsl.validate.reachable_p import check_cells, check_rows, tested_measures
+from mechdsl.validate.replies_named import replies_behind
 
 LISTED = 5
 """Rows that a warning names."""
@@ -59,6 +63,10 @@ class FileRun:
     results: dict[str, ExperimentResult] = field(default_factory=dict[str, ExperimentResult])
     lost: dict[str, list[Diagnostic]] = field(default_factory=dict[str, list[Diagnostic]])
     findings: dict[str, Finding] = field(default_factory=dict[str, Finding])
+    _replied: dict[tuple[object, ...], tuple[PromptTable, tuple[PromptTable, list[Diagnostic]]]] = (
+        field(default_factory=dict[Any, Any])
+    )
+    """By a table and whose replies stand behind its prompts: it itself, and the same with these."""
     before: int = 0
     """Rows of earlier waves, for the one bar over all of them."""
 
@@ -107,7 +115,13 @@ class FileRun:
                 return None
         if not experiment.spec.after:
             return experiment
-        found, problems = _with_findings(experiment, self.findings, self.checked.program)
+        experiment, problems = self._with_replies(experiment)
+        errors = [each for each in problems if each.severity == "error"]
+        if errors:
+            self._lose(experiment.name, errors)
+            return None
+        found, more = _with_findings(experiment, self.findings, self.checked.program)
+        problems += more
         if found is not None:
             problems += not_there([found], self.models)
         self._say([each for each in problems if each.severity == "warning"])
@@ -115,8 +129,29 @@ class FileRun:
         if errors:
             self._lose(experiment.name, errors)
         if found is None and not errors:
+            if experiment.spec.replies is not None and experiment.place is not None:
+                return None  # of a token that no reply has
             raise RuntimeError(f"nothing says why `{experiment.name}` can't be run")
         return None if errors else found
+
+    def _with_replies(
+        self, experiment: ResolvedExperiment
+    ) -> tuple[ResolvedExperiment, list[Diagnostic]]:
+        """The experiment with what was written behind its prompts; variants that share a table
+        share these too."""
+        named, table = experiment.spec.replies, experiment.table
+        if named is None:
+            return experiment, []
+        key = (id(table), named.span)
+        if key not in self._replied:
+            said = whole_spec(experiment)
+            finding, model = self.findings[named.of], experiment.model
+            self._replied[key] = (
+                table,
+                replies_behind(alone(table), said, self.checked.program, finding, model),
+            )
+        replied, problems = self._replied[key][1]
+        return replace(experiment, table=replied), list(problems)
 
     def _collect(
         self,

@@ -20,7 +20,7 @@ from mechdsl.plan.columns import Ragged, prompt_lengths
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.only_looks import only_looks
 from mechdsl.plan.plan import BATCH_ROWS, Panel
-from mechdsl.plan.reply_cost import reply_work, writing_lengths
+from mechdsl.plan.reply_cost import Readings, ReplyWork, reply_work, writing_lengths
 from mechdsl.plan.restart import WHOLE_PASS, BlockWork, Held, Mask, RowMasks, Shortcuts, block_work
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import Sharer, combined
@@ -147,6 +147,15 @@ def run_cost(shape: ModelShape, run: Run, stop: int | None) -> Cost:
     return Cost(0, 0, prompts, tokens * blocks, per_block * blocks + logits)
 
 
+def reply_cost(shape: ModelShape, work: ReplyWork, stop: int | None = None) -> Cost:
+    """Of what is computed behind prompts, through so many blocks; None is all."""
+    block, blocks = _BlockCost.of(shape), shape.n_layers if stop is None else stop
+    each = block.project + block.output + block.mlp
+    adds = blocks * float(work.tokens * each + work.keys * block.key)
+    adds += float(work.logits * shape.d_model * shape.outputs)
+    return Cost(0, 0, work.forwards, work.tokens * blocks, adds)
+
+
 # --- rows ---------------------------------------------------------------------------------------
 
 
@@ -235,6 +244,8 @@ class PanelWork:
         self.unpatched = panel.unpatched(stopped=False) if self.first else Cost()
         self.shortcuts = WHOLE_PASS
         self.keeps_tokens = False
+        self.joins = False
+        self.readings = Readings.of(panel.plans, self.rows)
 
     @property
     def cost(self) -> Cost:
@@ -257,11 +268,9 @@ class PanelWork:
             kept=self.keeps_tokens,
             pass_tokens=self.panel.pass_tokens,
         )
-        shape, block = self.panel.shape, self.panel.block
-        each = block.project + block.output + block.mlp
-        adds = shape.n_layers * float(work.tokens * each + work.keys * block.key)
-        adds += float(work.logits * shape.d_model * shape.outputs)
-        return Cost(0, 0, work.forwards, work.tokens * shape.n_layers, adds)
+        together = self.panel.pass_tokens if self.joins else None
+        read = self.readings.work(self.panel.plans, self.rows, together, unpatched=self.first)
+        return reply_cost(self.panel.shape, work + read)
 
     def keep_tokens(self) -> None:
         """Of each step of a reply, only the newest token is computed."""
@@ -283,19 +292,18 @@ class PanelWork:
 
     def leave_inert_out(self) -> None:
         """Rows that can't differ from the base run are not run."""
-        self.rows = [
-            rows.take(np.flatnonzero(~plan.is_inert(rows)))
-            for plan, rows in zip(self.panel.plans, self.rows, strict=True)
-        ]
+        plans = zip(self.panel.plans, self.rows, strict=True)
+        left = [np.flatnonzero(~plan.is_inert(rows)) for plan, rows in plans]
+        self.rows = [rows.take(own) for rows, own in zip(self.rows, left, strict=True)]
+        self.readings = self.readings.take(left)
         self.patched = self._whole()
 
     def share(self) -> None:
         """Equal rows are run once."""
         shared = self.panel.sharer.of(self.rows)
-        self.rows = [
-            shared.rows.take(np.flatnonzero(shared.owner == number))
-            for number in range(len(self.panel.plans))
-        ]
+        own = [np.flatnonzero(shared.owner == n) for n in range(len(self.panel.plans))]
+        self.rows = [shared.rows.take(rows) for rows in own]
+        self.readings = self.readings.shared(shared).take(own)
         self.patched = self._whole()
 
     def restart(self, **shortcuts: bool) -> None:
@@ -323,6 +331,7 @@ class PanelWork:
 
     def join(self) -> None:
         """Rows ride in passes of a good size, prompts in batches."""
+        self.joins = True
         if self.patched.rows:
             passes = -(-sum(one.width for one in self.shapes) // self.panel.pass_tokens)
             forwards = min(self.patched.forwards, max(passes, self.batches))

@@ -346,6 +346,10 @@ def _rule_plan(
         directions = tuple(rule.direction.members.values())
         members = list(rule.direction.members)
         direction_of_cell = _lookup(members, rule.direction.axes, by_name, count)
+    steps = None
+    if rule.steps is not None:
+        ends = np.array(list(rule.steps.values.values()), dtype=np.int64)
+        steps = ends[_lookup(list(rule.steps.values), rule.steps.axes, by_name, count)]
     keys_hit, key_of_cell = None, None
     if rule.edge is not None:
         cells = rule.edge.keys.written
@@ -372,6 +376,7 @@ def _rule_plan(
         keys_follow=_follows(None if rule.edge is None else rule.edge.keys),
         paths=_paths(rule, site_of_cell, by_name, count, parallel=parallel),
         active=active,
+        steps=steps,
     )
 
 

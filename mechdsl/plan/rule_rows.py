@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +93,8 @@ class RulePlan:
     """[position of keys] the same of the keys of attention rules."""
     active: Bools | None = None
     """[cell] whether it acts there; None where it does in all."""
+    steps: Ints | None = None
+    """[cell, 2] the first and the last step of a reply in which it acts; None in each step."""
 
     def follow(self, rows: Rows) -> Ints:
         """[row] what of a reply it is about, positions and keys together; 0 for nothing."""
@@ -107,6 +109,16 @@ class RulePlan:
         yield self.positions, self.position_of_cell
         if self.rule.edge is not None and self.key_of_cell is not None:
             yield list(self.rule.edge.keys.written.values()), self.key_of_cell
+
+    def within(self, cells: Bools) -> RulePlan:
+        """The rule in some cells, [cell]; it has no sites in others."""
+        ends = self.points.offsets
+        return replace(
+            self,
+            active=cells if self.active is None else self.active & cells,
+            site_of_cell=np.where(cells, self.site_of_cell, len(ends) - 1),
+            points=Ragged(np.append(ends, ends[-1]), self.points.values),
+        )
 
     def acts(self, rows: Rows) -> Bools:
         """[row] whether it does anything."""

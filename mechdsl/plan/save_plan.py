@@ -15,6 +15,7 @@ from mechdsl.models.shape import ModelShape
 from mechdsl.plan.columns import prompt_lengths
 from mechdsl.plan.plan import Panel, panel_of
 from mechdsl.plan.read_batches import numbers_of
+from mechdsl.program.spec import Generation
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedSave
 from mechdsl.resolve.saves import tensor_name
@@ -32,18 +33,31 @@ class SaveLayout:
     widths: Mapping[str, int]
     """By tensor, the length of its vectors."""
     columns: tuple[str, ...]
-    """Tensors of whole numbers beside: which row, token, position, draw a vector is of."""
+    """Tensors of whole numbers beside: which row, token, position, draw, sample a vector is of."""
+
+    at_most: bool = False
+    """Replies may be shorter, and then there are fewer."""
 
     @staticmethod
-    def of(save: ResolvedSave, run: Run, shape: ModelShape) -> SaveLayout:
-        """run: the one that is saved; shape: of its model."""
+    def of(
+        save: ResolvedSave,
+        run: Run,
+        shape: ModelShape,
+        also: tuple[str, ...] = (),
+        *,
+        written: Generation | None = None,
+    ) -> SaveLayout:
+        """run: the one that is saved; shape: of its model; also: more columns; written: replies
+        whose tokens are saved, and which aren't there yet."""
         counts = np.zeros(len(run.rows), dtype=np.int64)
         for cell in save.cells:
-            counts += np.array([sum(map(len, hits)) for hits in cell.hits], dtype=np.int64)
+            each = 1 if cell.reply is None or written is None else cell.reply.most(written.tokens)
+            counts += each * np.array([sum(map(len, hits)) for hits in cell.hits], dtype=np.int64)
+        counts *= 1 if written is None else written.samples
         keys = int(prompt_lengths(run).max())
         widths = {tensor_name(point): numbers_of(shape, point, keys) for point in save.points}
-        names = ("row", "token", "position", *(("draw",) if run.draws > 1 else ()))
-        return SaveLayout(counts * run.draws, widths, names)
+        names = ("row", "token", "position", *(("draw",) if run.draws > 1 else ()), *also)
+        return SaveLayout(counts * run.draws, widths, names, written is not None)
 
     @property
     def vectors(self) -> int:
@@ -62,7 +76,10 @@ class SaveLayout:
 
 def layout_of(experiment: ResolvedExperiment, save: ResolvedSave) -> SaveLayout:
     """What a line will write. Models that are compared have the same sizes."""
-    return SaveLayout.of(save, experiment.table.runs[save.run], experiment.model.shape)
+    run, said = experiment.table.runs[save.run], experiment.generation
+    written = said if save.in_reply else None
+    also = ("sample",) if written and written.samples > 1 else ()
+    return SaveLayout.of(save, run, experiment.model.shape, also, written=written)
 
 
 def save_nodes(experiment: ResolvedExperiment) -> list[SaveNode]:

@@ -130,6 +130,8 @@ class Sharer:
             found.append(key.keys[rule.key_runs(rows)])
         if rule.rule.amounts is not None:
             found.append(key.amounts[rows.cell])
+        if rule.steps is not None:
+            found += list(rule.steps[rows.cell].T)
         if key.directions is not None:
             found.append(key.directions[rows.cell])
         if rule.paths is not None and key.receivers is not None:
@@ -176,7 +178,7 @@ class Sharer:
             self._number(
                 (
                     *(does.name, does.mode, does.key(rule.rule)),
-                    *(rule.rule.steps, rule.rule.after_prefill),
+                    *(rule.steps is None, rule.rule.after_prefill),
                 )
             ),
             np.array([self._number(one) for one in points], dtype=np.int64),

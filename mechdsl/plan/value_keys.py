@@ -375,6 +375,8 @@ class ExperimentKeys:
             if rule.rule.amounts is not None:
                 amounts = {amount: digest(amount) for amount in set(rule.amounts.tolist())}
                 parts.append([amounts[amount] for amount in rule.amounts.tolist()])
+            if rule.steps is not None:
+                parts.append([digest("steps", *own) for own in rule.steps.tolist()])
             if rule.direction_of_cell is not None:
                 steered = [self._direction(member.vector) for member in rule.directions]
                 parts.append([steered[which] for which in rule.direction_of_cell.tolist()])
@@ -480,7 +482,7 @@ def _static(rule: ResolvedRule) -> bytes:
         None if rule.edge is None else rule.edge.change,
         None if rule.path is None else (rule.path.through_mlps, rule.path.frozen_norms),
         None if rule.apart is None else rule.apart.run,
-        *([rule.steps, rule.after_prefill] if rule.steps or rule.after_prefill else []),
+        *([rule.after_prefill] if rule.after_prefill else []),
     )  # fmt: skip
 
 

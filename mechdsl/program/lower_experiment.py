@@ -14,7 +14,12 @@ from mechdsl.program import spec
 from mechdsl.program.constants import whole_number
 from mechdsl.program.lower_controls import lower_control
 from mechdsl.program.lower_derived_runs import derived_runs
-from mechdsl.program.lower_generation import lower_generation
+from mechdsl.program.lower_generation import (
+    SHOW_REPLIES,
+    length_of_replies,
+    lower_generation,
+    lower_replies,
+)
 from mechdsl.program.lower_measures import (
     each_once,
     expand_metrics,
@@ -91,13 +96,13 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
     observed = [_observation(line, loops, prompts, work) for line, loops in work.observed]
     measures = tuple(lower_measure(m, parts, scope) for m in work.measures)
     saves = () if prompts is None else lower_saves(work, prompts)
+    if not measures and not observed and _shows_replies(work):
+        measures = (lower_measure(length_of_replies(work.generate[0]), parts, scope),)
     if not measures and not observed and not work.saves and not work.unsupported:
-        scope.diagnostics.append(
-            NoMeasure(span=definition.name.span, experiment=definition.name.id)
-        )
+        scope.diagnostics.append(_measures_nothing(work))
     statistics = lower_statistics(work)
     against = lower_control(work)
-    generation = lower_generation(work)
+    generation, replies = lower_generation(work), lower_replies(work)
     expects = tuple(lower_expectation(e, work) for e in work.expects)
     acting = next(iter(rules.values()))
     results = parts_of(observed, told_apart(measures), acting, work, parts) or [Part()]
@@ -120,6 +125,7 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
         prompts=prompts.name,
         part=part,
         limit=limit,
+        replies=replies,
         broken=broken,
         loops=tuple(work.loops),
         keep=tuple(expand_metrics(k, parts, scope) for k in work.keep),
@@ -177,6 +183,20 @@ def _part(
             "expects": tuple(part.expects),
         }
     )
+
+
+def _shows_replies(work: Statements) -> bool:
+    """Whether what is written is all that is asked for."""
+    kinds = {report.kind.id for report in work.reports}
+    return bool(work.generate) and bool(kinds) and kinds <= SHOW_REPLIES
+
+
+def _measures_nothing(work: Statements) -> NoMeasure:
+    name = work.definition.name
+    if not work.generate:
+        return NoMeasure(span=name.span, experiment=name.id)
+    hint = "add `report texts` alone to see what is written, or what to read of it, for example "
+    return NoMeasure(span=name.span, experiment=name.id, hint=f"{hint}`measure length as raw`")
 
 
 def _without_sides(combined: Sequence[Variant]) -> list[Variant]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mechdsl.base import limits
+from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import BadArgument, UnknownWord, did_you_mean
 from mechdsl.program import spec
@@ -24,6 +25,8 @@ class Setting(NamedTuple):
     example: str
 
 
+SHOW_REPLIES = frozenset({"texts", "json"})
+"""Reports that need no measure: they have the replies."""
 SETTINGS: Mapping[str, Setting] = {
     "temperature": Setting(False, 1e-6, 1e6, "must be a number above 0", "temperature 0.7"),
     "top_k": Setting(True, 1, 1e9, "must be a whole number above 0", "top_k 50"),
@@ -32,6 +35,36 @@ SETTINGS: Mapping[str, Setting] = {
         True, 1, limits.REPLIES, f"must be a whole number, 1 to {limits.REPLIES:,}", "samples 3"
     ),
 }
+
+
+def lower_replies(work: Statements) -> spec.RepliesOf | None:
+    """Whose replies stand behind the prompts, if any do; E0108 beside `generate`."""
+    said = work.prompts[0].replies if work.prompts else None
+    if said is None:
+        return None
+    if work.generate:
+        work.diagnostics.append(
+            NotSupported(
+                span=work.generate[0].span,
+                what="`generate` behind replies",
+                later="write the whole text in one experiment, with more tokens, or name the "
+                "replies in another one",
+            )
+        )
+    if isinstance(said, ast.Name):
+        return spec.RepliesOf(span=said.span, of=said.id)
+    return spec.RepliesOf(span=said.span, of=said.name, cell=said.arguments)
+
+
+def length_of_replies(line: ast.Generate) -> ast.Measure:
+    """What an experiment measures that only writes."""
+    source = Source("measure length as raw", line.span.source.path)
+    length, raw = (
+        ast.Name(word, span=Span(source, begin, begin + len(word)))
+        for word in ("length", "raw")
+        for begin in [source.text.index(word)]
+    )
+    return ast.Measure(length, raw, span=line.span)
 
 
 def lower_generation(work: Statements) -> spec.Generation | None:
@@ -120,8 +153,8 @@ def _settings(line: ast.Generate, work: Statements) -> dict[str, Any] | None:
 def lower_during(rule: ast.Rule, work: Statements) -> spec.During | None:
     """When a rule acts; None at each step, and after an error.
 
-    E0108 for steps that a `for` runs over, E0203 for a phase that there isn't, E0207 for steps that
-    there are not.
+    E0203 for a phase that there isn't, E0207 for steps that there are not; those that a `for` runs
+    over are looked at where its values are known.
     """
     node = rule.during
     if node is None or not _has_reply(node, work):
@@ -147,42 +180,47 @@ def _steps(node: ast.During, work: Statements) -> spec.During | None:
     """`during step 2..5`."""
     steps = node.steps
     assert steps is not None
-    if steps.low is None:
-        return None  # `step *`: each
-    low = steps.low
-    if isinstance(low, ast.Variable):
-        if any(loop.name == low.name for loop in work.loops):
-            work.later(node.span, "a sweep over steps")
+    if isinstance(steps, ast.Star):
+        return None  # each
+    ends = [_end(end, work) for end in (steps.low, steps.high or steps.low)]
+    low, high = ends
+    if low is None or high is None:
+        return None
+    if isinstance(low, int) and isinstance(high, int):
+        tokens = whole_number(work.generate[0].tokens, work.parts.parameters)
+        problem = wrong_steps(low, high, tokens)
+        if problem is not None:
+            _refuse(node, steps.span.written, *problem, work)
             return None
-        if not work.scope.use("param", low.name, low.span):
-            return None
-        value = whole_number(low.name, work.parts.parameters)
-        low = -1 if value is None else value + low.offset
-    high = low if steps.high is None else steps.high
-    most = _last_step(work)
-    text = steps.span.written
+    return spec.During(span=node.span, first=low, last=high)
+
+
+def wrong_steps(low: int, high: int, tokens: int | None) -> tuple[str, str] | None:
+    """(what is wrong with these steps of a reply of so many tokens, help), where something is."""
     if low < 0:
-        _refuse(node, text, "must be a number of a step, from 0", "step 0 is the prefill", work)
-    elif high < low:
-        hint = f"write the smaller one first: `step {high}..{low}`"
-        _refuse(node, text, "has no step in it", hint, work)
-    elif most is not None and high > most:
-        tokens = f"`generate {most + 1}` has steps 0 to {most}"
-        _refuse(
-            node,
-            text,
-            f"has steps that no reply has: {tokens}",
-            "step 0 is the prefill, and the last token needs no step",
-            work,
-        )
-    else:
-        return spec.During(span=node.span, first=low, last=high)
+        return "must be a number of a step, from 0", "step 0 is the prefill"
+    if high < low:
+        return "has no step in it", f"write the smaller one first: `step {high}..{low}`"
+    if tokens is not None and 0 < tokens <= high:
+        there = f"`generate {tokens}` has steps 0 to {tokens - 1}"
+        hint = "step 0 is the prefill, and the last token needs no step"
+        return f"has steps that no reply has: {there}", hint
     return None
 
 
-def _last_step(work: Statements) -> int | None:
-    tokens = whole_number(work.generate[0].tokens, work.parts.parameters)
-    return None if tokens is None or tokens < 1 else tokens - 1
+def _end(bound: ast.Bound, work: Statements) -> int | ast.Bound | None:
+    """One end of a range of steps: a number, or, where it hangs on a `for`, as it is written; None
+    after E0201."""
+    if bound.percent is not None:
+        return -1  # no step
+    if bound.name is None:
+        return bound.value
+    if any(loop.name == bound.name for loop in work.loops):
+        return bound
+    if not work.scope.use("param", bound.name, bound.span):
+        return None
+    value = whole_number(bound.name, work.parts.parameters)
+    return -1 if value is None else value + bound.offset
 
 
 def _has_reply(node: ast.During, work: Statements) -> bool:

@@ -74,9 +74,13 @@ def _at_results(direction: spec.Direction, results: dict[str, str]) -> spec.Dire
     return direction.model_copy(update={"site": named_result(direction.site, results)})
 
 
-def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ast.Ranked]:
+def _ranked(
+    experiment: spec.Experiment, parts: Definitions
+) -> Iterator[ast.Ranked | spec.RepliesOf]:
     """Every `top n of …` of an experiment, those in the groups and directions that it names
-    included."""
+    included, and the replies that stand behind its prompts."""
+    if experiment.replies is not None:
+        yield experiment.replies
     for part in (*experiment.every_rule, *experiment.measures):
         for name in type(part).model_fields:
             yield from _in_tree(getattr(part, name), parts.groups)
@@ -97,7 +101,7 @@ def _in_tree(tree: object, groups: Mapping[str, spec.Group] | None = None) -> It
             yield from _in_tree(groups[node.id].sites)
 
 
-def _circles(ranked: Mapping[str, Sequence[ast.Ranked]], scope: Namespace) -> None:
+def _circles(ranked: Mapping[str, Sequence[ast.Ranked | spec.RepliesOf]], scope: Namespace) -> None:
     """E0210 once per circle, at the line of its first experiment that needs the next one."""
     done: set[str] = set()
 

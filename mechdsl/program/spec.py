@@ -40,8 +40,10 @@ if TYPE_CHECKING:
     StringText = ast.String
     ChatTurnText = ast.ChatTurn
     ChangeText = ast.CorruptLine
+    ArgumentText = ast.Argument
     SpanDefText = ast.SpanDef
     BoundText = ast.Star | ast.AxisRange
+    EndText = ast.Bound
     EdgeText = ast.Edge
     Losses = tuple[ast.Lost, ...]
     Where = Span
@@ -58,6 +60,7 @@ else:
     DomainText = StringText = ChatTurnText = ChangeText = SpanDefText = BoundText = EdgeText = (
         _AS_WRITTEN
     )
+    EndText = ArgumentText = _AS_WRITTEN
     Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
     Losses = Where
 
@@ -177,6 +180,18 @@ class Direction(Spec):
     """None: at the last token."""
 
 
+class RepliesOf(Spec):
+    """`with replies of writes(c: 1)`: what another experiment wrote stands behind the prompts."""
+
+    of: str
+    cell: tuple[ArgumentText, ...] = ()
+    """Which of its cells wrote them."""
+
+    @property
+    def text(self) -> str:
+        return f"replies of {' '.join(self.span.written.split())}"
+
+
 class Generation(Spec):
     """`generate 40 with temperature 0.7, samples 3 until "\\n"`."""
 
@@ -223,8 +238,9 @@ class Generation(Spec):
 class During(Spec):
     """`during step 2..5`: the steps of a reply in which a rule acts. Step 0 is the prefill."""
 
-    first: int
-    last: int
+    first: int | EndText
+    """A number, or one that hangs on a `for`."""
+    last: int | EndText
     """Inclusive."""
     after_prefill: bool = False
     """It edits what is kept of the prompt, between step 0 and step 1."""
@@ -403,6 +419,8 @@ class Experiment(Spec):
     prompts: str
     part: Literal["train", "test"] | None = None
     limit: int | None = None
+    replies: RepliesOf | None = None
+    """What stands behind its prompts."""
     source: str | None = None
     base: str = "clean"
     elsewhere: tuple[Elsewhere, ...] = ()
@@ -435,7 +453,7 @@ class Experiment(Spec):
         return (*(rule for run in self.derived for rule in run.rules), *self.rules)
 
     after: tuple[str, ...] = ()
-    """Experiments whose results it uses: `top 10 of cie`."""
+    """Experiments whose results it uses: `top 10 of cie`, `with replies of writes`."""
 
     @property
     def over(self) -> str | None:

@@ -118,6 +118,36 @@ def move(tokens: TextTokens, moved: tuple[int, ...]) -> TextTokens | None:
     return TextTokens(tokens.text, tokens.ids[1:]) if tokens.ids[:1] == moved else None
 
 
+def moved_characters(
+    prompt: str, text: str, moved: tuple[int, ...], tokenizer: TextTokenizer
+) -> str:
+    """The characters of the token that is moved from the beginning of a text to the end of its
+    prompt, white space before it included."""
+    before = tokenizer.encode(prompt)
+    whole = tokenizer.encode(prompt + text)
+    at = len(before) - _closing(before)
+    if whole.ids[at : at + 1] == moved:
+        return (prompt + text)[len(prompt) : whole.offsets[at][1]]
+    return text[: tokenizer.encode(text, add_special=False).offsets[0][1]]
+
+
+def _closing(encoded: Encoded) -> int:
+    """How many special tokens the tokenizer puts behind the text."""
+    closing = 0
+    for special in reversed(encoded.special):
+        if not special:
+            break
+        closing += 1
+    return closing if closing < len(encoded.ids) else 0
+
+
+def clean_text(table: PromptTable, row: int) -> str:
+    """What texts go on behind: the clean prompt, with its reply if it has one, without the token
+    that was moved there."""
+    text = table.runs[CLEAN].rows[row].text
+    return text[: len(text) - len(table.moved_text)]
+
+
 # --- T of `logit(T)` ---------------------------------------------------------------------------
 
 
@@ -254,7 +284,7 @@ def behind_rows(
     rows: Sequence[int],
 ) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
     """Texts behind the clean prompts of these rows, without the token that was moved there."""
-    prompts = [table.sources[row].prompt.text for row in rows]
+    prompts = [clean_text(table, row) for row in rows]
     found, diagnostics = tokenise(prompts, texts, tokenizer, name=span.text, span=span)
     moved = [move(t, () if isinstance(x, TokenId) else table.moved)
              for t, x in zip(found, texts, strict=True)]  # fmt: skip
@@ -335,7 +365,7 @@ def numerals(
     width = width if digits is None else digits
     texts = [f"{before}{number:0{width}d}" for number in numbers]
     # One prompt stands for all: the token behind the prompt's last one is what counts.
-    prompt = table.sources[0].prompt.text
+    prompt = clean_text(table, 0)
     found, diagnostics = tokenise(
         [prompt] * len(texts), texts, tokenizer, name="numeral", span=span
     )
@@ -377,7 +407,7 @@ def _spelling(table: PromptTable) -> tuple[str, int]:
     matches = [re.match(r"(\D*)(\d+)", text) for text in texts]
     found = [m.groups() for m in matches if m is not None]
     if not found:
-        ends_in_space = bool(rows) and rows[0].prompt.text[-1:].isspace()
+        ends_in_space = bool(rows) and clean_text(table, 0)[-1:].isspace()
         glued = bool(texts) and not texts[0][:1].isspace()
         return ("" if ends_in_space or glued else " "), 1
     before = Counter(b for b, _ in found).most_common(1)[0][0]

@@ -17,6 +17,7 @@ from mechdsl.program import spec
 from mechdsl.prompts.answers import (
     Labels,
     move,
+    moved_characters,
     output_text,
     quoted,
     shared_beginning,
@@ -295,12 +296,7 @@ class _Builder:
             return ""
         name = next(n for n in self.block.texts if not self.block.is_token_id(n))
         prompt, text = made[0].clean.prompt.text, str(made[0].clean.named_text(name))
-        before = self.tokenizer.encode(prompt)
-        whole = self.tokenizer.encode(prompt + text)
-        at = len(before) - _closing(before)
-        if whole.ids[at : at + 1] == moved:
-            return (prompt + text)[len(prompt) : whole.offsets[at][1]]
-        return text[: self.tokenizer.encode(text, add_special=False).offsets[0][1]]
+        return moved_characters(prompt, text, moved, self.tokenizer)
 
     def _run(
         self,
@@ -472,16 +468,6 @@ class _Builder:
                     )
                 )
                 return
-
-
-def _closing(encoded: Encoded) -> int:
-    """How many special tokens the tokenizer puts behind the text."""
-    closing = 0
-    for special in reversed(encoded.special):
-        if not special:
-            break
-        closing += 1
-    return closing if closing < len(encoded.ids) else 0
 
 
 def _only(entries: Sequence[T], keep: Sequence[bool]) -> tuple[T, ...]:

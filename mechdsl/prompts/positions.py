@@ -78,7 +78,7 @@ def resolve_positions(
     cells: list[PositionCell] = []
     for item, counted in zip(positions.items, written.items, strict=True):
         if names_reply(counted, table):
-            cells += reply_cells(counted, table, run, replies, resolver.diagnostics)
+            cells += reply_cells(counted, table, run, replies, tokenizer, resolver.diagnostics)
             continue
         own = resolver.position(counted)
         if has_numbers(item):

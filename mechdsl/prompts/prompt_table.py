@@ -42,6 +42,26 @@ class Noise(Record):
     """Name in the registry of noises."""
     row_keys: tuple[int, ...] | None = None
     """Per row, its key in the block that it is of, where that isn't the table's."""
+    drawn: tuple[int, ...] | None = None
+    """Per row, the one draw that it has, where rows stand for the draws of others."""
+
+
+@record
+class ReplyAt(Record):
+    """The reply that stands behind a prompt."""
+
+    first: int
+    """Its first token, in the model's input."""
+    text: str
+    """What it says, without what it was stopped by."""
+    stands_in: bool = False
+    """It isn't written yet."""
+    behind: int = 0
+    """Tokens behind it, which the texts of the block share."""
+
+    def of(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Its tokens, of all of a row."""
+        return ids[self.first : len(ids) - self.behind]
 
 
 @record
@@ -61,6 +81,8 @@ class RunRow(Record):
     texts: Mapping[str, TextTokens]
     """`answer`, `wrong` and the other texts of the block, as this run has them, tokenised as the
     continuation of the clean row's prompt."""
+    reply: ReplyAt | None = None
+    """Where the reply of another experiment stands at its end."""
 
 
 @record
@@ -137,6 +159,10 @@ class PromptTable(Record):
     """Names of the values that rows have evenly by how they are made."""
     whole: bool = False
     """They are all rows that the block can make."""
+    behind: str = ""
+    """Whose replies stand behind the prompts, as written: `replies of writes(c: 1)`."""
+    alone: PromptTable | None = field(default=None, repr=False, compare=False)
+    """The same without these."""
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -163,6 +189,14 @@ class ReplyPosition(Record):
     """… which of its tokens."""
     offset: int = 0
     """Tokens behind that."""
+
+    def most(self, tokens: int) -> int:
+        """How many tokens it is at most, of a reply of so many."""
+        if self.single:
+            return 1
+        if self.kind == "tokens":
+            return (self.last or self.number) - self.number + 1
+        return tokens
 
     @property
     def single(self) -> bool:

@@ -10,7 +10,8 @@ from typing import TypeAlias
 from mechdsl.base.record import Record, record
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e05_answers import NotInTheReply
-from mechdsl.prompts.prompt_table import PositionCell, PromptTable, ReplyPosition
+from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable, ReplyPosition, RunRow
+from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
@@ -29,6 +30,7 @@ class ReplyTokens(Record):
 
 
 NO_REPLIES = ReplyTokens()
+_ALL_EMPTY = "all of them are empty", "name a position of the prompt"
 
 
 def names_reply(node: ast.Node, table: PromptTable) -> bool:
@@ -46,18 +48,50 @@ def reply_cells(
     table: PromptTable,
     run: str,
     replies: ReplyTokens,
+    tokenizer: TextTokenizer,
     diagnostics: list[Diagnostic],
 ) -> list[PositionCell]:
     """The cells of a position that names tokens of a reply; none after E0545.
 
-    What they hit in the prompt is its last token, as nothing is known of the reply yet.
+    Of a reply that is still to be written nothing is known: what they hit then is the prompt's last
+    token.
     """
-    found, problem = _Places(position, replies).found()
-    if problem is not None:
-        diagnostics.append(problem)
-        return []
-    hits = tuple(((len(row.ids) - 1,),) for row in table.runs[run].rows)
-    return [PositionCell(label, hits, reply=place) for label, place in found]
+    rows = table.runs[run].rows
+    there = table.behind != ""
+    if there:
+        replies = ReplyTokens(max((_length(row) for row in rows), default=0), *_ALL_EMPTY)
+    places = _Places(position, replies)
+    found, problem = places.found()
+    cells: list[PositionCell] = []
+    for label, place in found:
+        if there:
+            hits = tuple(_behind(row, place, tokenizer) for row in rows)
+            cells += [PositionCell(label, hits)] if any(hits) else []
+        else:
+            last = tuple(((len(row.ids) - 1,),) for row in rows)
+            cells.append(PositionCell(label, last, reply=place))
+    if found and not cells:
+        problem = places.bad("no reply has it", "name another one; `report texts` shows them")
+    diagnostics += [] if problem is None else [problem]
+    return cells
+
+
+def _length(row: RunRow) -> int:
+    """Tokens of the reply behind its prompt."""
+    return 0 if row.reply is None else len(row.reply.of(row.ids))
+
+
+def _behind(row: RunRow, place: ReplyPosition, tokenizer: TextTokenizer) -> Hits:
+    """What a place is in the reply that stands behind a prompt; while that isn't written, a text in
+    it is its last token."""
+    reply = row.reply
+    if reply is None:
+        return ()
+    ids = reply.of(row.ids)
+    if reply.stands_in and place.kind == "text":
+        place = ReplyPosition("last")
+    found = tokens_in_reply(place, ids, reply.text, tokenizer.decode)
+    return (tuple(reply.first - 1 + token for token in found),) if found else ()
 
 
 class _Places:
@@ -70,17 +104,17 @@ class _Places:
     def found(self) -> tuple[list[tuple[str, ReplyPosition]], Diagnostic | None]:
         """(label, place) of its cells, or E0545."""
         if not self.most:
-            return [], self._bad(self.replies.reason, self.replies.hint)
+            return [], self.bad(self.replies.reason, self.replies.hint)
         body, said = self.position.body, self.position
         if not isinstance(body, ast.Point) or said.align or said.and_answer:
-            return [], self._bad(
+            return [], self.bad(
                 "its tokens are named by themselves",
                 "write `last token of reply`, `reply token 3` or `each reply token`",
             )
         assert not isinstance(body.offset, ast.Variable)
         cells = list(self._cells(body.base))
         if not cells:
-            return [], self._bad(
+            return [], self.bad(
                 "there is one reply behind a prompt, and nothing of it is known before",
                 "write `last token of reply`, `reply token 3`, `each reply token` or "
                 '`"Answer:" of reply token`',
@@ -93,7 +127,7 @@ class _Places:
             cells = [(f"{label} {sign} {abs(body.offset)}", place) for label, place in cells]
         if not any(self._may_be(place) for _, place in cells):
             tokens = f"a reply has {self.most} tokens at most, counted from 1"
-            return [], self._bad(tokens, "let it write more (`generate`), or name an earlier one")
+            return [], self.bad(tokens, "let it write more (`generate`), or name an earlier one")
         return cells, None
 
     def _cells(self, base: ast.PointBase) -> Iterator[tuple[str, ReplyPosition]]:
@@ -142,7 +176,8 @@ class _Places:
             return 1 <= low <= high <= self.most
         return place.kind == "step" or abs(place.offset) < self.most
 
-    def _bad(self, reason: str, hint: str) -> Diagnostic:
+    def bad(self, reason: str, hint: str) -> Diagnostic:
+        """E0545."""
         said = self.position.span
         return NotInTheReply(span=said, position=said.written, reason=reason, hint=hint)
 

@@ -6,15 +6,17 @@ Before an experiment has run, its cells stand in for its ranking, in the order o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING
 
+from mechdsl.base.reply import Reply
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import Hits, PromptTable
+from mechdsl.resolve.cell_key import CellKey
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.resolve.resolved_rule import Key, PositionTargets, ResolvedRule, SitePoint, SiteTargets
@@ -57,6 +59,10 @@ class VariantFinding:
     """[cell, row] of every prompt."""
     row_ids: tuple[int, ...] = ()
     """Of the rows that it kept."""
+    cells: tuple[CellKey, ...] = ()
+    """As results have them."""
+    replies: tuple[Mapping[int, tuple[Reply, ...]], ...] = ()
+    """[cell] id of a row → what was written behind it, one for each sample and draw of noise."""
 
     def sites(self) -> Iterator[RankedSite]:
         """Of every cell that has a value, in the order of the grid."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
@@ -11,23 +12,47 @@ from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
+from mechdsl.program.lower_generation import wrong_steps
 from mechdsl.prompts.answer_tokens import names_answer
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved import ResolvedMeasure
-from mechdsl.resolve.resolved_rule import ResolvedRule
+from mechdsl.resolve.resolved_rule import Key, ResolvedRule, Steps
+from mechdsl.syntax import ast
 from mechdsl.vocab.sites import SITES
 
 KEPT = ("k", "v")
 """Sites whose vectors are kept of every token, for later ones to attend to."""
 
 
-def in_steps(rule: ResolvedRule) -> ResolvedRule:
-    """The rule with the steps in which it acts."""
-    during = rule.spec.during
-    if during is None:
+def in_steps(rule: ResolvedRule, work: Work) -> ResolvedRule | None:
+    """The rule with the steps in which it acts; None after E0207 for steps that there are not."""
+    during, generation = rule.spec.during, work.experiment.generation
+    if during is None or generation is None:
         return rule
-    return replace(rule, steps=(during.first, during.last), after_prefill=during.after_prefill)
+    named = [end.name for end in (during.first, during.last) if isinstance(end, ast.Bound)]
+    axes = tuple(name for name in work.loops if name in named)
+    found: dict[Key, tuple[int, int]] = {}
+    for key in product(*(range(len(work.loops[name])) for name in axes)):
+        at = {name: work.loops[name][i] for name, i in zip(axes, key, strict=True)}
+        low, high = _step(during.first, at), _step(during.last, at)
+        problem = wrong_steps(low, high, generation.tokens)
+        if problem is not None:
+            where = " and ".join(f"`{name}` = {value}" for name, value in at.items())
+            reason, hint = problem
+            work.diagnostics.append(_bad(during, f"with {where} {reason}", hint))
+            return None
+        found[key] = low, high
+    return replace(rule, steps=Steps(axes, found), after_prefill=during.after_prefill)
+
+
+def _step(end: int | ast.Bound, at: Mapping[str, object]) -> int:
+    """A step, where the loops are so far; -1 where that is no whole number."""
+    if isinstance(end, int):
+        return end
+    value = at[end.name or ""]
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
+    return int(value) + end.offset if isinstance(value, int | float) and whole else -1
 
 
 def of_generation(
@@ -160,7 +185,8 @@ def _of_rule(rule: ResolvedRule, generation: spec.Generation) -> Iterator[Diagno
     if rule.after_prefill:
         yield from _kept(rule, generation)
         return
-    if rule.steps not in (None, (0, 0)) and len(rule.positions.newest) < len(
+    steps = [] if rule.steps is None else list(rule.steps.values.values())
+    if any(each != (0, 0) for each in steps) and len(rule.positions.newest) < len(
         rule.positions.written
     ):
         assert said.during is not None
@@ -171,17 +197,22 @@ def _of_rule(rule: ResolvedRule, generation: spec.Generation) -> Iterator[Diagno
             "name `last token`, the newest one at each step, or write `during prefill`",
         )
         return
+    if does.changes == "blocks" and rule.steps is not None and rule.steps.axes:
+        yield _not_yet(
+            said, "a sweep over steps of `replace block`", "name the steps: `during step 2..5`"
+        )
+        return
     last = generation.tokens - 1
     if (
         does.changes == "blocks"
         and said.source_block is None
-        and (rule.steps or (0, last))[1] < last
+        and any(own < last for _, own in steps)
     ):
         assert said.during is not None
         yield _bad(
             said.during,
             "leaves out a block that attends again later, to tokens that it has no keys of",
-            f"leave it out up to the last step, `during step {said.during.first}..{last}`, or put "
+            f"leave it out up to the last step, `during step {steps[0][0]}..{last}`, or put "
             "another block in its place: `with block layer 1`",
         )
         return

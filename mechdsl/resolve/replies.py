@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e05_answers import NotInTheReply
+from mechdsl.diagnostics.e05_answers import WRITES_NONE, NotInTheReply
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import ReplyPosition
 from mechdsl.prompts.reply_positions import ReplyTokens
@@ -26,7 +26,9 @@ def replies_of(experiment: spec.Experiment) -> ReplyTokens:
     written = experiment.generation
     if written is None:
         return ReplyTokens(
-            reason="the experiment writes none", hint="let it write one: `generate 40`"
+            reason=WRITES_NONE,
+            hint="let it write one: `generate 40`; or read what another one has written: `prompts "
+            f"{experiment.prompts} with replies of NAME`",
         )
     return ReplyTokens(written.tokens)
 

@@ -172,7 +172,7 @@ def _rules(work: Work, kinds: Registry[RuleKind]) -> list[ResolvedRule | None]:
         work.replies = replies if kind.reads_replies else FOR_RULES
         work.answers = behind if not kind.within_prompt else AnswerTokens(reason=kind.within_prompt)
         found = kind.resolve(rule, work)
-        rules.append(None if found is None else in_steps(found))
+        rules.append(None if found is None else in_steps(found, work))
     return rules
 
 
@@ -326,6 +326,7 @@ def _nodes(rule: spec.Rule) -> Any:
     parts = (
         *(rule.site, rule.reading, rule.at, rule.fill, rule.onto, rule.into_layer),
         *(rule.source_block, rule.edge, rule.receiver),
+        *(() if rule.during is None else (rule.during.first, rule.during.last)),
     )
     return tuple(part for part in parts if part is not None)
 

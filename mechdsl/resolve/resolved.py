@@ -183,6 +183,11 @@ class ResolvedSave(Record):
     """One tensor each."""
     cells: tuple[PositionCell, ...]
 
+    @property
+    def in_reply(self) -> bool:
+        """Whether it is of tokens that its run writes."""
+        return any(cell.reply is not None for cell in self.cells)
+
 
 @record
 class ResolvedExperiment(Record):

@@ -74,6 +74,15 @@ class Amounts(Record):
 
 
 @record
+class Steps(Record):
+    """The first and the last step of a reply in which a rule acts, for every value of the loops
+    that they name."""
+
+    axes: tuple[str, ...]
+    values: Mapping[Key, tuple[int, int]]
+
+
+@record
 class Only(Record):
     """The cells that a rule acts in, where it is one of several of which each cell has one."""
 
@@ -269,8 +278,8 @@ class ResolvedRule(Record):
     """The sites that an observation sets its own against."""
     only: Only | None = None
     """None where it acts in all cells."""
-    steps: tuple[int, int] | None = None
-    """The first and the last step of a reply in which it acts; None at each step."""
+    steps: Steps | None = None
+    """Of a reply, those in which it acts; None at each step."""
     after_prefill: bool = False
     """It edits keys or values that are kept of the prompt, between step 0 and step 1."""
 
@@ -280,14 +289,15 @@ class ResolvedRule(Record):
         return (
             bool(self.positions.newest)
             and not self.after_prefill
-            and (self.steps is None or self.steps[1] > 0)
+            and (self.steps is None or any(last > 0 for _, last in self.steps.values.values()))
         )
 
-    def acts_in(self, step: int) -> bool:
-        """Whether it acts in a step of a reply; step 0 is the prefill."""
+    @property
+    def in_prefill(self) -> bool:
+        """Whether it acts in step 0, in some cell."""
         if self.after_prefill:
             return False
-        return self.steps is None or self.steps[0] <= step <= self.steps[1]
+        return self.steps is None or any(first == 0 for first, _ in self.steps.values.values())
 
     def leads(self, at: Mapping[str, int]) -> bool:
         """Whether there is a cell with these indices along the axes, as far as `beside` goes."""
@@ -300,7 +310,7 @@ class ResolvedRule(Record):
     @property
     def axes(self) -> frozenset[str]:
         """Names of the axes that something of it depends on."""
-        parts = [self.sites, self.positions, self.amounts, self.direction]
+        parts = [self.sites, self.positions, self.amounts, self.direction, self.steps]
         parts += [] if self.edge is None else [self.edge.keys]
         parts += [] if self.path is None else [self.path.receivers]
         parts += [] if self.beside is None else [self.beside]

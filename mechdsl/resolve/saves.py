@@ -49,27 +49,24 @@ def _save(save: spec.Save, work: Work) -> ResolvedSave | None:
         return None
     points = tuple(dict.fromkeys(point for own in targets.points.values() for point in own))
     _one_width(save, run, points, work)
-    behind = any(cell.reply is not None for cell in cells)
-    if behind and any(SITES[point.site].width == "key" for point in points):
+    found = ResolvedSave(save, run, points, tuple(cells))
+    if found.in_reply and any(SITES[point.site].width == "key" for point in points):
         reason = "vectors over the keys of texts of different lengths aren't equally wide"
         problem = NotInTheReply(
             span=save.at.span, position=save.at.span.written, reason=reason, hint="save `z`"
         )
         work.diagnostics.append(problem)
-    return ResolvedSave(save, run, points, tuple(cells))
+    return found
 
 
 def _replies(run: str, work: Work) -> ReplyTokens:
-    """What a run writes: one text behind each row, without rules."""
+    """What a run writes, without rules."""
     written, found = replies_of(work.experiment), work.table.runs.get(run)
     if work.experiment.generation is None or found is None:
         return written
     if found.derived is not None:
         reason = f"`{run}` has rules, which don't act while a reply is written"
         return ReplyTokens(reason=reason, hint="save a run without rules")
-    if work.experiment.generation.samples > 1 or found.draws > 1:
-        hint = "let it write one: without `samples`, and from a run without draws of noise"
-        return ReplyTokens(reason="each row writes several replies", hint=hint)
     return written
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from mechdsl.resolve.findings import VariantFinding
@@ -16,11 +18,13 @@ def found_by(experiment: ResolvedExperiment, result: ExperimentResult) -> Varian
     data = result.measures[0]
     ids = result.row_ids if result.row_ids is not None else experiment.table.row_ids
     name = data.label if data.effect == "raw" else f"{data.effect} of {data.label}"
+    replies = tuple(result.replies.cells)
+    found = VariantFinding(experiment, name, row_ids=ids, cells=result.cells, replies=replies)
     if data.kind == "category":  # has no effect; picking by it is refused before anything runs
         none = np.full(len(data.patched), np.nan)
-        return VariantFinding(experiment, name, none, data.patched, ids)
+        return replace(found, means=none, values=data.patched)
     effect = EFFECTS[data.effect]
     with np.errstate(divide="ignore", invalid="ignore"):
         means = parts(data, effect, slice(None)).mean()
         values = effect.of_means(data.patched, data.base, data.source)
-    return VariantFinding(experiment, name, means, np.broadcast_to(values, data.patched.shape), ids)
+    return replace(found, means=means, values=np.broadcast_to(values, data.patched.shape))

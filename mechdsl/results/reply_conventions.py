@@ -79,7 +79,7 @@ def _steps(rules: Sequence[ResolvedRule]) -> Iterator[str]:
             "`last token` and `tokens *` go on to the newest token, where a rule writes what it "
             "writes at the prompt's last one"
         )
-    if any(rule.acts_in(0) and not _only_newest(rule) for rule in rules):
+    if any(rule.in_prefill and not _only_newest(rule) for rule in rules):
         yield "positions of the prompt are written in step 0, and later tokens attend to that"
     for rule in rules:
         if rule.after_prefill:

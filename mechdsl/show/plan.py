@@ -19,6 +19,7 @@ from mechdsl.plan.passes import PASSES
 from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS, Plan
 from mechdsl.plan.save_cost import SaveCost, save_costs
 from mechdsl.plan.savings import PlanCost, plan_cost
+from mechdsl.resolve.measured_parts import whole_spec
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.show.graph import to_text
 from mechdsl.show.power import Measured, print_power
@@ -61,25 +62,34 @@ def _experiments(plan: Plan, console: Console) -> None:
     for title in ("cells", "prompts", "rows", "unpatched"):
         table.add_column(title, justify="right", no_wrap=True)
     planned = [each for panel in plan.panels for each in panel.experiments]
-    for experiment in sorted(planned, key=lambda each: each.experiment.spec.span.start):
+    parts: dict[str, list[ExperimentPlan]] = {}
+    for each in sorted(planned, key=lambda each: each.experiment.spec.span.start):
+        parts.setdefault(whole_spec(each.experiment).key, []).append(each)
+    for name, own in parts.items():
+        said = f"{name}, read at {len(own):,} places" if own[0].experiment.place else name
         table.add_row(
-            experiment.experiment.key,
-            f"{experiment.n_cells:,}",
-            f"{len(experiment.experiment.table):,}",
-            f"{experiment.count():,}",
-            f"{unpatched_rows(experiment):,}",
+            said,
+            f"{sum(each.n_cells for each in own):,}",
+            f"{len(own[0].experiment.table):,}",
+            f"{sum(each.count() for each in own):,}",
+            f"{max(map(unpatched_rows, own)):,}",
         )
     console.print(table)
     whole = [each.experiment.name for each in planned if each.whole]
+    writing: dict[str, dict[str, None]] = {}
     for each in planned:
-        said = each.experiment.generation
-        if said is not None:
+        said, own = each.experiment.generation, each.experiment.spec
+        if said is not None and each.experiment.control_of is None:
             times = f" {said.samples} times" if said.samples > 1 else ""
-            console.print(
-                f"each row of {each.experiment.key}, and of its base and source run, writes up to "
-                f"{plural(said.tokens, 'token')}{times}: counted as if all did",
-                highlight=False,
-            )
+            what = f"{plural(said.tokens, 'token')}{times}"
+            writing.setdefault(what, {})[own.within or own.name] = None
+    for what, names in writing.items():
+        its = "its" if len(names) == 1 else "their"
+        console.print(
+            f"each row of {' and '.join(names)}, and of {its} base and source run, writes up to "
+            f"{what}: counted as if all did",
+            highlight=False,
+        )
     if whole:
         console.print(
             f"rows of {', '.join(dict.fromkeys(whole))} are whole passes: what is kept of "
@@ -89,7 +99,7 @@ def _experiments(plan: Plan, console: Console) -> None:
     waiting = {e.experiment.name: e.experiment.stand_ins for e in planned if e.experiment.stand_ins}
     for name, others in waiting.items():
         console.print(
-            f"{name} is counted with stand-ins: what it picks is known when "
+            f"{name} is counted with stand-ins: what it uses is known when "
             f"{' and '.join(others)} {'has' if len(others) == 1 else 'have'} run",
             highlight=False,
         )
@@ -134,8 +144,8 @@ def _saves(saves: Sequence[SaveCost], console: Console) -> None:
         table.add_row(
             each.save.spec.file,
             f"{len(each.layout.widths):,}",
-            f"{each.layout.vectors:,}",
-            size_text(each.bytes),
+            f"{'≤ ' if each.layout.at_most else ''}{each.layout.vectors:,}",
+            f"{'≤ ' if each.layout.at_most else ''}{size_text(each.bytes)}",
             *_figures(each.cost)[2:],
         )
     console.print()

@@ -16,6 +16,8 @@ from mechdsl.base.plural import plural
 from mechdsl.plan.save_plan import layout_of
 from mechdsl.prompts.answers import output_words
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, RunRow
+from mechdsl.prompts.replies_behind import STANDS_IN
+from mechdsl.resolve.measured_parts import whole_spec
 from mechdsl.resolve.resolved import DRAW, ResolvedExperiment
 from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.show.tokens import shown_token
@@ -38,13 +40,13 @@ def explain(checked: Checked, console: Console) -> None:
     """Print every experiment's prompts, token by token, and what its rules hit."""
     seen: set[tuple[int, ...]] = set()
     saving = {each.spec.span: each for each in checked.saving}
-    for experiment in _every(checked):
+    for experiment, places in _wholes(checked):
         table = experiment.table
         rows = f"{plural(len(table), 'row')} of {table.name}"
         console.print(
             Text.assemble(
                 ("experiment ", "bold"),
-                (experiment.key, "bold cyan"),
+                (whole_spec(experiment).key, "bold cyan"),
                 f" · model {experiment.model.name} · {rows}",
             )
         )
@@ -57,6 +59,8 @@ def explain(checked: Checked, console: Console) -> None:
         _derived(experiment, console)
         if experiment.measures:
             _rules(experiment, console)
+        if len(places) > 1:
+            _listed("read at", places, console)
         _control(experiment, console)
         if experiment.spec.span in saving:  # once, where it has several results
             _saves(saving.pop(experiment.spec.span), console)
@@ -71,8 +75,21 @@ def _every(checked: Checked) -> list[ResolvedExperiment]:
     return sorted([*checked.experiments, *only], key=lambda each: each.spec.span.start)
 
 
+def _wholes(checked: Checked) -> list[tuple[ResolvedExperiment, list[str]]]:
+    """Each once, with the places that its measures are read at, as far as there are several."""
+    found: dict[str, tuple[ResolvedExperiment, list[str]]] = {}
+    for each in _every(checked):
+        places = found.setdefault(whole_spec(each).key, (each, []))[1]
+        if each.place is not None:
+            places.append(", ".join(str(label) for _, label in each.place.labels))
+    return list(found.values())
+
+
 def _tokens(experiment: ResolvedExperiment, row: RunRow) -> list[str]:
-    return [experiment.model.tokenizer.token_text(i) for i in row.ids]
+    shown = [experiment.model.tokenizer.token_text(i) for i in row.ids]
+    if row.reply is not None and row.reply.stands_in:
+        shown[row.reply.first :] = [STANDS_IN] * (len(shown) - row.reply.first)
+    return shown
 
 
 def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
@@ -161,8 +178,11 @@ def _saves(experiment: ResolvedExperiment, console: Console) -> None:
         dtype = save.spec.dtype or experiment.model.spec.dtype
         sites, vectors = plural(len(layout.widths), "site"), plural(layout.vectors, "vector")
         draws = f", {run.draws} draws of each" if run.draws > 1 else ""
+        if layout.at_most and experiment.generation and experiment.generation.samples > 1:
+            draws += f", {experiment.generation.samples} samples of each"
         rows = f"{plural(layout.rows, 'row')}{draws}"
         size, file = size_text(layout.bytes(dtype)), PurePath(save.spec.file)
+        vectors = f"up to {vectors}" if layout.at_most else vectors
         said = f"{vectors} of {sites} of `{save.run}` ({rows}, {size} as {dtype}) to {file}"
         console.print(Text(f"    {said}, rows to {file.with_suffix('.jsonl').name}"))
 
@@ -201,7 +221,10 @@ def _when(rule: ResolvedRule, last: int) -> str:
     """In which steps of a reply a rule acts, where; last: the last step there is."""
     if rule.after_prefill:
         return "behind the prefill, on what is kept of the prompt"
-    first, end = rule.steps or (0, last)
+    if rule.steps is not None and rule.steps.axes:
+        assert rule.spec.during is not None
+        return " ".join(rule.spec.during.span.written.split())
+    first, end = (0, last) if rule.steps is None else rule.steps.values[()]
     found = ["in the prefill"] if first == 0 else []
     if rule.acts_later and end:  # a single token has no later step
         positions = rule.positions
@@ -253,6 +276,8 @@ def _positions(
         table.add_column(column, justify="right" if column == "n" else "left")
     for cell in cells[:SHOWN_CELLS]:
         hits = [_hit(experiment, run, cell, row) for row in range(min(4, len(experiment.table)))]
+        if cell.reply is not None:
+            hits = ["found when the reply is written"]
         n = sum(1 for row in cell.hits if row)
         table.add_row(*map(Text, (cell.label, str(n), "   ".join(hits))))
     console.print(table)

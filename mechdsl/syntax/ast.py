@@ -812,11 +812,11 @@ RuleBody = (
 
 @record
 class During(Node):
-    """`during prefill`, `during each step`, `during step 2..5`, `after prefill`."""
+    """`during prefill`, `during each step`, `during step 2..s + 1`, `after prefill`."""
 
     phase: Literal["named", "each step", "step", "after prefill"]
     name: str | None = None
-    steps: Occurrence | None = None
+    steps: Star | AxisRange | None = None
 
 
 @record
@@ -837,6 +837,8 @@ class UsePrompts(Node):
     kind: Literal["prompts", "images"]
     prompts: tuple[Ref, ...]
     limit: int | str | None = None
+    replies: Call | Name | None = None
+    """The experiment whose replies stand behind them: `with replies of writes(c: 1)`."""
 
 
 @record

@@ -372,9 +372,13 @@ class ToAst(Transformer[Token, Any]):
         return ast.UseModel(c[1].value, span=_span(c))
 
     def use_prompts(self, c: list[Any]) -> ast.UsePrompts:
-        return ast.UsePrompts(c[0].value, c[1].value, _clauses(c).get("limit"), span=_span(c))
+        said = _clauses(c)
+        return ast.UsePrompts(
+            c[0].value, c[1].value, said.get("limit"), said.get("replies"), span=_span(c)
+        )
 
     limit = _clause("limit", _second_amount)
+    with_replies = _clause("replies", lambda c: c[-1])
 
     def from_into(self, c: list[Any]) -> ast.FromInto:
         return ast.FromInto(c[1].value, c[-1].value, _clauses(c).get("shuffled"), span=_span(c))
@@ -559,7 +563,7 @@ class ToAst(Transformer[Token, Any]):
         return ast.Rule(c[0], c[1] if len(c) > 1 else None, span=_span(c))
 
     def during(self, c: list[Any]) -> ast.During:
-        if isinstance(c[-1], ast.Occurrence):
+        if isinstance(c[-1], ast.Star | ast.AxisRange):
             return ast.During("step", steps=c[-1], span=_span(c))
         if c[1].type == "EACH":
             return ast.During("each step", span=_span(c))

@@ -287,8 +287,11 @@ def _outline(
     missing = _unknown_runs(checked.diagnostics) if experiment.broken else set[str]()
     if missing.difference(table.runs):
         table = with_stand_ins(table, missing)
-    model = contexts.fitting(model, table)
     findings = _stand_ins(experiment, checked, outlines)
+    if experiment.replies is not None:
+        finding = findings.get(experiment.replies.of)
+        table = contexts.with_replies(experiment, model, table, finding)
+    model = contexts.fitting(model, table)
     draws = None if contexts.prompts_enough is None else limits.CHECKED_DRAWS
     known, found = outline(experiment, checked.program, model, table, RULES, findings, draws)
     if experiment.broken or findings.keys() != set(experiment.after):

@@ -31,11 +31,13 @@ from mechdsl.prompts.prompts_block import PromptsBlock
 from mechdsl.prompts.rows import BlockRows
 from mechdsl.prompts.stand_ins import StandInTokenizer, stand_in_table, with_stand_ins
 from mechdsl.prompts.tokenizer import TOKENIZER_FILES, TextTokenizer, has_tokenizer
+from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.model_runs import joined_table, model_run, outputs_read, refused_pair
 from mechdsl.resolve.resolved import ModelContext
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 from mechdsl.validate.largest_named import largest_named
+from mechdsl.validate.replies_named import replies_behind
 from mechdsl.validate.vocabulary import prompts_fit, tokenizer_fits
 
 _ROW_TO_TABLE = 4
@@ -94,6 +96,7 @@ class Contexts:
         self._tables: dict[tuple[object, ...], PromptTable] = {}
         self._runs: dict[tuple[object, ...], Paired | None] = {}
         self._joined: dict[tuple[object, ...], PromptTable] = {}
+        self._replied: dict[tuple[object, ...], PromptTable] = {}
         self._tokenizers: dict[tuple[object, ...], TextTokenizer | None] = {}
 
     def model(self, name: str) -> ModelContext:
@@ -240,6 +243,26 @@ class Contexts:
         if rows.block is None:
             return self.table(experiment.prompts, model, experiment.limit, experiment.part)
         return self.table(rows.block, model, rows.limit, rows.part)
+
+    def with_replies(
+        self,
+        experiment: spec.Experiment,
+        model: ModelContext,
+        table: PromptTable,
+        finding: Finding | None,
+    ) -> PromptTable:
+        """The table with what stands in for the replies behind its prompts; variants of an
+        experiment that share a table share these too."""
+        assert experiment.replies is not None
+        key = (id(table), experiment.replies.span, model.name)
+        if key not in self._replied:
+            others = [self.model(run.model) for run in experiment.elsewhere if run.model]
+            found, problems = replies_behind(
+                table, experiment, self.program, finding, model, others
+            )
+            self._replied[key] = found
+            self.diagnostics.extend(problems)
+        return self._replied[key]
 
     def fitting(self, model: ModelContext, table: PromptTable) -> ModelContext:
         """The model with the tokenizer that a table was made with."""

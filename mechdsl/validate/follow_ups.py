@@ -18,6 +18,7 @@ from mechdsl.diagnostics.e01_syntax import (
 )
 from mechdsl.diagnostics.e02_names import MissingLine, UnknownName
 from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue
+from mechdsl.diagnostics.e05_answers import WRITES_NONE, NotInTheReply
 from mechdsl.diagnostics.e05_data import (
     CorruptionWithoutEffect,
     NoRows,
@@ -108,6 +109,8 @@ class BrokenLines:
                 return True  # `accuracy` knows runs with an answer
             case UnknownName(name=name) | UnknownValue(name=name) if nearest(name, self.refused):
                 return True  # `model to = …`, meant as `toy`
+            case NotInTheReply(reason=reason) if reason == WRITES_NONE:
+                return block in self.wrong
             case _ if isinstance(diagnostic, _MISSING):
                 return block in self.wrong
             case _:

@@ -210,7 +210,7 @@ _report(
     ReportKind(
         name="texts",
         meaning="what rows wrote behind the first prompts: the base run and each cell, with what "
-        "differs marked",
+        "differs marked; an experiment that asks for nothing else needs no `measure`",
         example="report texts top 5",
         module="mechdsl.show.reports.texts",
         signature=ReportSignature(by=None, top=True, to=OutputFile((".html", ".txt"))),

@@ -128,3 +128,67 @@ def test_a_table_of_likeliest_tokens_says_less(command: Command, file: Path) -> 
     assert "up to 6 tokens behind each prompt, each the most likely one" in said
     for absent in ("samples 2", "prompt end", "newest token", "edits what is kept"):
         assert absent not in said
+
+
+ALONE = (
+    fruit.FRUIT
+    + """
+experiment e {
+  prompts fruit limit 4
+  generate 3
+  ablate resid_post layer 1 at last token with zero
+  report texts
+  report json to "e.json"
+}
+"""
+)
+
+
+def test_what_is_written_needs_no_measure(command: Command, tmp_path: Path) -> None:
+    """The replies are shown, and no table; the length is what is measured."""
+    path = tmp_path / "file.mech"
+    path.write_text(ALONE, encoding="utf-8")
+    done = command("run", path, "--no-store")
+    assert done.status == 0, done.err
+    assert "e: replies" in done.out
+    assert "e: length" not in done.out
+    found = json.loads((tmp_path / "e.json").read_text("utf-8"))
+    assert [each["label"] for each in found["cells"][0]["measures"]] == ["length"]
+    assert found["replies"]
+    for report in ("", "  report table\n"):
+        path.write_text(ALONE.replace("  report texts\n", report), encoding="utf-8")
+        done = command("run", path, "--no-store")
+        assert (done.status == 0) == (report == ""), done.err
+    assert "E0601" in done.err
+    path.write_text(ALONE.replace("  generate 3\n", ""), encoding="utf-8")
+    assert "E0601" in command("run", path, "--no-store").err
+
+
+SAVED = (
+    fruit.FRUIT
+    + """
+experiment e {
+  prompts fruit limit 4
+  generate 5 with samples 3
+  save resid_post layer 1 at last token, each reply token to "x.safetensors"
+}
+"""
+)
+
+
+def test_what_saved_replies_cost(command: Command, tmp_path: Path) -> None:
+    """Prompts, replies, and both together up to the second of four blocks."""
+    path = tmp_path / "file.mech"
+    path.write_text("mech 1\nseed 3\n" + SAVED.removeprefix("mech 1\n"), encoding="utf-8")
+    said = command("plan", path).out
+    row = next(line for line in said.splitlines() if "x.safetensors" in line and "≤" in line)
+    (experiment,) = json.loads(command("explain", path, "--format", "json").out)["experiments"]
+    lengths = [len(row["tokens"]) for row in experiment["runs"]["clean"]]
+    first, writing = sum(lengths) * 4, len(lengths) * 3 * 4 * 4
+    reading = sum(length + 5 for length in lengths) * 3 * 2
+    assert f"{first + writing + reading:,}" in row
+    assert f"≤ {len(lengths) * 6 * 3}" in row
+    said = flat(command("explain", path).out)
+    assert f"up to {len(lengths) * 6 * 3} vectors of 1 site of `clean`" in said
+    assert "3 samples of each" in said
+    assert "found when the reply is written" in said

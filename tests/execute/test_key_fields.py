@@ -44,6 +44,7 @@ from mechdsl.resolve.resolved_rule import (
     ResolvedRule,
     SitePoint,
     SiteTargets,
+    Steps,
 )
 from mechdsl.rules.ablate import FILLS
 from mechdsl.syntax import ast
@@ -65,6 +66,9 @@ EXPERIMENTS = {
     "steered": "direction d = mean(apart) at resid_post layer 1\n"
     + one("add d to resid_post layer 1 at subject token"),
     "loop": one("for k in 1..2 { set z layer 1 head 1 at subject token to k }"),
+    "swept steps": one(
+        "for k in 1..2 { set z layer 1 at last token to 2 during step k }\n  generate 5"
+    ),
     "edges": one("block attention layer 1 head 1 from last token to subject token, cue token"),
     "paths": one("path z layer 0 head 1..2 -> q layer 1..2 head 1 at last token"),
     "text": one('replace subject tokens with "w7"', ends=""),
@@ -165,6 +169,7 @@ IN_RULE = {
     SiteTargets: "sites",
     PositionTargets: "positions",
     Amounts: "amounts",
+    Steps: "steps",
     EdgeTargets: "edge",
     PathTargets: "path",
     Apart: "apart",
@@ -282,7 +287,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "path": ("paths", lambda path: replace(path, through_mlps=True)),
         "only": ("fills", lambda only: replace(only, index=1)),
         "direction": ("steered", other_direction),
-        "steps": ("patch", lambda steps: (0, 0)),
+        "steps": ("patch", lambda steps: Steps((), {(): (0, 0)})),
         "after_prefill": ("patch", lambda after: True),
     },
     SiteTargets: {
@@ -294,6 +299,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "read": ("patch", lambda cells: one_more(cells, moved)),
         "newest": ("patch", lambda newest: frozenset({(0,), (1,), (2,)})),
     },
+    Steps: {"values": ("swept steps", lambda values: one_more(values, lambda ends: (1, 3)))},
     Amounts: {"values": ("loop", lambda values: one_more(values, lambda value: value + 1))},
     EdgeTargets: {
         "change": ("edges", lambda change: "uniform"),
@@ -373,6 +379,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "keys_follow": ("edges", lambda follows: follows + 1),
         "paths": ("paths", lambda paths: replace(paths, table=next_head(paths.table))),
         "active": ("fills", lambda active: ~active),
+        "steps": ("swept steps", lambda steps: steps + 1),
     },
     PathPlan: {
         "table": ("paths", next_head),
@@ -397,6 +404,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "every": "of those in `newest`; `RulePlan.follows` has both",
     },
     Amounts: {"axes": PLACED},
+    Steps: {"axes": PLACED},
     EdgeTargets: {},
     PathTargets: {},
     Apart: {"part": "the rows of `table` are its"},
@@ -410,7 +418,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     },
     Atom: {"points": "`point` is the one that is read", "axes": PLACED},
     TokenSets: {},
-    Noise: {},
+    Noise: {"drawn": "of rows that are saved, of which no value is kept"},
     Run: {
         "name": "what rules and measures call it; what it holds goes in",
         "prompts": "the block that its rows are of; they go in as they are",
@@ -419,6 +427,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     },
     RunRow: {
         "text": "tokens are what the model sees",
+        "reply": "its tokens are among them",
         "offsets": "positions are found with them, and go in",
         "spans": "positions are found with them, and go in",
         "values": "what a function is given of them is in `Atom.rows`, by which a mean is grouped "

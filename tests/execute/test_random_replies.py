@@ -36,6 +36,8 @@ FAMILIES = ("gpt2", "llama", "gpt_neox", "mistral")
 TOKENS = 4
 PHASES = ("", "during prefill", "after prefill")
 STEPS = ("", "during each step", "during step 1..2", f"during step 2..{TOKENS - 1}")
+SWEPT = ("during step s", "during step s..s + 1")
+"""In a loop over steps."""
 FOLLOWING = ("last token", "tokens *", "{cue token, last token}")
 
 
@@ -50,6 +52,8 @@ def acting(draw: Any, *, swept: bool) -> str:
         rest = word + behind.partition(word)[2] if word else ""
         rule = f"{before} at {draw(st.sampled_from(FOLLOWING))}{rest}"
         phases = (*phases, *STEPS)
+        if swept and not draw(st.integers(0, 3)):
+            return f"for s in [0, 2, 1] {{ {rule} {draw(st.sampled_from(SWEPT))} }}"
     return f"{rule} {draw(st.sampled_from(phases))}".strip()
 
 

@@ -1368,7 +1368,8 @@ _rule(
     "The rule acts in these steps of a reply, both ends included; `during prefill` in step 0 "
     "alone, `during each step` says what holds without it. Steps behind the prefill have their "
     "newest token only, so other positions than `last token` and `tokens *` take `during prefill` "
-    "or nothing. `pattern`, `scores`, `allow` and `renumber` go no further than the prefill.",
+    "or nothing. `for s in 0..7 { … during step s }`, or `during step s..s + 2`, makes steps an "
+    "axis. `pattern`, `scores`, `allow` and `renumber` go no further than the prefill.",
     OWN,
     _REPLIES,
     "generate 8",
@@ -1393,9 +1394,21 @@ _experiment(
     "where they acted. Rows whose reply has no such token leave the cell. `delta`, and `kl(RUN)`, "
     "are set against the base run, or that run, behind the same reply without rules. Other "
     "effects, texts of several tokens and what is made of all rows aren't known there. `save` "
-    "writes vectors at these tokens of what a run without rules writes.",
+    "writes vectors at these tokens of what a run without rules writes, of each sample.",
     "tests/rules/test_in_replies.py",
     beside="generate 8",
+)
+_experiment(
+    "replies behind prompts",
+    "prompts fruit limit 4 with replies of writer",
+    "Behind each prompt stands what `writer`, another experiment with `generate`, wrote there: the "
+    "same tokens in all runs, whatever their text would be tokenised to. With rules it is what its "
+    "one cell wrote, or the one that is named: `replies of writer(c: 1)`. `last token` is the "
+    "reply's, and answers are read behind it. Rules, measures, observations and `save` name its "
+    "tokens in the words above: `patch resid_post layer * at each reply token`. Rows without a "
+    "reply there are left out, and said; `writer` runs first, on the same block, and with a model "
+    "of the same tokenizer.",
+    "tests/rules/test_written_text.py",
 )
 _experiment(
     "measure",

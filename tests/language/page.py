@@ -95,6 +95,13 @@ experiment places {
   measure logit(answer) as delta
 }
 
+experiment writer {
+  model toy
+  prompts fruit limit 4
+  generate 4
+  measure length as raw
+}
+
 experiment example {
 BODY
 }

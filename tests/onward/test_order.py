@@ -95,7 +95,7 @@ def test_plan_says_that_it_counts_stand_ins(tmp_path: Path) -> None:
     path.write_text(HEAD + ablate("a", "top 3 of heads") + HEADS, encoding="utf-8")
     shown = CliRunner().invoke(app, ["plan", str(path)])
     assert shown.exit_code == 0, shown.output
-    said = "a is counted with stand-ins: what it picks is known when heads has run"
+    said = "a is counted with stand-ins: what it uses is known when heads has run"
     assert said in shown.output
     shown = CliRunner().invoke(app, ["explain", str(path)])
     assert "top 3 of heads: known when `heads` has run" in shown.output
@@ -148,7 +148,7 @@ def test_what_is_found_too_late() -> None:
     assert result is None
     errors = [d for d in found if d.severity == "error"]
     assert [d.code for d in errors] == ["E0613", "E0622"]
-    assert errors[1].message == "`a` picks from `places`, which could not be computed"
+    assert errors[1].message == "`a` uses the results of `places`, which could not be computed"
 
 
 def test_nothing_is_picked_by_a_measure_that_could_not_be_computed() -> None:

@@ -12,7 +12,7 @@ from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.render import render_full
 from mechdsl.program import spec
 from mechdsl.resolve.resolved import ResolvedExperiment
-from mechdsl.resolve.resolved_rule import PositionTargets, ResolvedRule
+from mechdsl.resolve.resolved_rule import PositionTargets, ResolvedRule, Steps
 from mechdsl.validate.check_file import Checked, Settings, check_source
 
 FILE = """
@@ -131,24 +131,60 @@ def test_queries_and_keys_follow_by_themselves() -> None:
 
 
 STEPS = {
-    "": (None, True, range(8)),
-    "during each step": (None, True, range(8)),
-    "during step *": (None, True, range(8)),
-    "during prefill": ((0, 0), False, range(1)),
-    "during step 0": ((0, 0), False, range(1)),
-    "during step 3": ((3, 3), True, range(3, 4)),
-    "during step 2..5": ((2, 5), True, range(2, 6)),
-    "during step 0..7": ((0, 7), True, range(8)),
-    "during step n": ((2, 2), True, range(2, 3)),
+    "": (None, True),
+    "during each step": (None, True),
+    "during step *": (None, True),
+    "during prefill": ((0, 0), False),
+    "during step 0": ((0, 0), False),
+    "during step 3": ((3, 3), True),
+    "during step 2..5": ((2, 5), True),
+    "during step 0..7": ((0, 7), True),
+    "during step n": ((2, 2), True),
+    "during step n - 1..n + 3": ((1, 5), True),
 }
 
 
 @pytest.mark.parametrize("during", STEPS)
 def test_a_rule_acts_in_its_steps(during: str) -> None:
-    steps, later, acting = STEPS[during]
+    steps, later = STEPS[during]
     found = one(f"scale z layer 1 at last token by 2 {during}")
-    assert (found.steps, found.acts_later, found.after_prefill) == (steps, later, False)
-    assert [step for step in range(8) if found.acts_in(step)] == list(acting)
+    assert (found.acts_later, found.after_prefill) == (later, False)
+    assert found.steps == (None if steps is None else Steps((), {(): steps}))
+    assert found.in_prefill == (steps is None or steps[0] == 0)
+
+
+def test_a_loop_runs_over_steps() -> None:
+    rule = "for t in [1, 0] { for s in 0..1 { scale z layer 1 at last token by 2 DURING } }"
+    found = one("for s in 0..1 { scale z layer 1 at last token by 2 during step s..s + 2 }")
+    assert found.steps == Steps(("s",), {(0,): (0, 2), (1,): (1, 3)})
+    assert found.acts_later
+    assert found.in_prefill
+    found = one(rule.replace("DURING", "during step s..t + 1"))
+    ends = {(0, 0): (0, 2), (0, 1): (1, 2), (1, 0): (0, 1), (1, 1): (1, 1)}
+    assert found.steps == Steps(("t", "s"), ends)
+    assert found.axes == {"t", "s"}
+    found = one("for s in [0] { scale z layer 1 at last token by 2 during step s..s }")
+    assert not found.acts_later
+
+
+BAD_STEPS = {
+    "for s in 0..3 { scale z layer 1 at last-item token by 2 during step s }": "E0207",
+    "for s in 6..9 { scale z layer 1 at last token by 2 during step s }": "E0207",
+    "for s in 0..3 { scale z layer 1 at last token by 2 during step s - 1 }": "E0207",
+    "for s in 0..3 { scale z layer 1 at last token by 2 during step s..2 }": "E0207",
+    "for s in [0.5] { scale z layer 1 at last token by 2 during step s }": "E0207",
+    "for s in [z, q] { scale s layer 1 at last token by 2 during step s }": "E0207",
+    "for s in 0..3 { replace block layer 1 with block layer 2 during step s }": "E0108",
+    "scale z layer 1 at last token by 2 during step 50%": "E0207",
+    "scale z layer 1 at last token by 2 during step -1": "E0207",
+    "scale z layer 1 at last token by 2 during step s": "E0201",
+}
+
+
+@pytest.mark.parametrize("rule", BAD_STEPS)
+def test_steps_that_there_are_not(rule: str) -> None:
+    found = [each.code for each in checked(rule).diagnostics if each.severity == "error"]
+    assert found == [BAD_STEPS[rule]]
 
 
 @pytest.mark.parametrize("at", ["last-item token", "last token", "tokens *"])
@@ -156,12 +192,12 @@ def test_what_is_kept_is_edited_behind_the_prefill(at: str) -> None:
     found = one(f"scale v layer 1 head 2 at {at} by 2 after prefill")
     assert found.after_prefill
     assert not found.acts_later
-    assert not any(found.acts_in(step) for step in range(8))
+    assert not found.in_prefill
 
 
 def test_all_of_several_fills_act_in_the_same_steps() -> None:
     found = resolved("ablate z layer 1 at last token with zero, mean during step 1..2").rules
-    assert [rule.steps for rule in found] == [(1, 2), (1, 2)]
+    assert [rule.steps for rule in found] == [Steps((), {(): (1, 2)})] * 2
 
 
 def test_a_position_of_the_prompt_is_written_in_the_prefill() -> None:

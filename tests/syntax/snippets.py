@@ -191,6 +191,9 @@ patch layer 3 head 2 at last token during each step
 patch layer 3 head 2 at last token during step 2..5
 patch layer 3 head 2 at last token during step 3
 patch layer 3 head 2 at last token during step n
+patch layer 3 head 2 at last token during step n + 1
+patch layer 3 head 2 at last token during step n - 1..n + 2
+patch layer 3 head 2 at last token during step *
 patch k layer 3 head 2 at subject token with clean after prefill
 project out refusal from weights during prefill
 ablate z layer 3 at last token with zero, mean by template during each step

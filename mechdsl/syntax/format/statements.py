@@ -16,7 +16,6 @@ from mechdsl.syntax.format.constructs import (
     edge,
     expression,
     names,
-    occurrence,
     percentage,
     position,
     positions,
@@ -265,7 +264,7 @@ def _during(node: ast.During) -> str:
         return node.phase
     if node.phase == "each step":
         return "during each step"
-    return f"during step {occurrence(node.steps)}" if node.steps else f"during {node.name}"
+    return f"during step {axis_value(node.steps)}" if node.steps else f"during {node.name}"
 
 
 def _generate(node: ast.Generate) -> str:
@@ -283,7 +282,8 @@ def _statement(node: Any) -> str | None:
         case ast.UseModel():
             return f"model {_refs(node.models)}"
         case ast.UsePrompts():
-            return f"{node.kind} {_refs(node.prompts)}" + _optional("limit", node.limit)
+            behind = "" if node.replies is None else f" with replies of {call(node.replies)}"
+            return f"{node.kind} {_refs(node.prompts)}{_optional('limit', node.limit)}{behind}"
         case ast.FromInto():
             shuffled = " shuffled" if node.shuffled is not None else ""
             return f"from {_refs(node.sources)}{shuffled} into {_refs(node.bases)}"

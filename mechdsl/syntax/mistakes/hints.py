@@ -335,6 +335,13 @@ HINTS: tuple[Hint, ...] = (
         "each has its own `token`: `{{first token, last token}}`",
         "TOKEN",
     ),
+    Hint(r"^prompts\b.*\bwith\s", r"", "write `prompts p with replies of NAME`", "REPLIES"),
+    Hint(r"^prompts\b.*\breplies\s", r"", "write `prompts p with replies of NAME`", "OF"),
+    Hint(
+        r"^prompts\b.*\breplies\b.*$",
+        r"limit\b",
+        "`limit` comes first: `prompts p limit 8 with replies of NAME`",
+    ),
     Hint(
         r"^report\s+(\w+).*\b(top\s+[0-9]+)\s*$",
         r"of\s+([\w.]+)",

@@ -1,0 +1,304 @@
+"""A second run on what was written (`prompts p with replies of w`), beside plain passes over prompt
+and reply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mechdsl.results.experiment_result import ExperimentResult
+
+from ..execute.support import token
+from ..reference.forward import Changes, Edge, Write, forward
+from .models import double
+from .support import (
+    DIFFERENCE,
+    QUICK,
+    Array,
+    codes,
+    compare,
+    experiment,
+    product,
+    records,
+    rows,
+    run_file,
+    tokens,
+    try_file,
+    write_data,
+)
+from .test_in_replies import GENERATE, MOST, SET, Reply, replies, word, write
+
+LENGTH = "measure length as raw"
+WRITES = experiment("w", GENERATE, SET, measure=LENGTH)
+"""Two cells, each with replies of its own."""
+BARE = experiment("w", GENERATE, measure=LENGTH)
+EACH = [
+    pytest.param(name, mode, marks=pytest.mark.slow if mode == "plain" and name != "gpt2" else ())
+    for name in ("gpt2", "llama", "gpt_neox")
+    for mode in QUICK
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_data(tmp_path)
+    return tmp_path
+
+
+@cache
+def bare(name: str) -> tuple[Reply, ...]:
+    """What is written without rules."""
+    return tuple(write(name, text.ids, lambda _: ([], [])) for text in rows())
+
+
+def written(name: str, layer: int | None) -> tuple[Reply, ...]:
+    return bare(name) if layer is None else replies(name, layer)
+
+
+class Texts:
+    """Prompts of a row's runs, with what a cell wrote behind them."""
+
+    def __init__(self, name: str, layer: int | None, n: int) -> None:
+        self.name, self.n = name, n
+        self.reply = written(name, layer)[n].ids
+
+    def ids(self, run: str = "clean") -> list[int]:
+        return [*rows(run)[self.n].ids, *self.reply]
+
+    def at(self, number: int, run: str = "clean") -> int | None:
+        """Where a token of the reply stands, counted from 1; None where it isn't so long."""
+        there = 1 <= number <= len(self.reply)
+        return len(rows(run)[self.n].ids) - 1 + number if there else None
+
+    def site(self, site: str, layer: int, run: str = "longer") -> Any:
+        return forward(self.name, double(self.name), self.ids(run))[site, layer]
+
+    def value(self, changes: Changes, at: int = -1) -> float:
+        own = records()[self.n]
+        logits = forward(self.name, double(self.name), self.ids(), *changes).logits
+        return float(logits[at, token(own["a"])] - logits[at, token(own["b"])])
+
+
+def one_token(text: Texts, layer: int) -> Changes | None:
+    at, of = text.at(2), text.at(2, "longer")
+    if at is None or of is None:
+        return None
+    return [Write("resid_post", layer, text.site("resid_post", layer)[of], at)], []
+
+
+def all_tokens(text: Texts, layer: int) -> Changes | None:
+    places = [(text.at(n), text.at(n, "longer")) for n in range(1, len(text.reply) + 1)]
+    found = text.site("mlp_out", layer)
+    return [Write("mlp_out", layer, found[of], at) for at, of in places] or None, []
+
+
+def each_token(text: Texts, layer: int, place: str) -> Changes | None:
+    at = text.at(int(place.removeprefix("reply ")))
+    zero = torch.zeros_like
+    return None if at is None else ([Write("attn_out", layer, zero, at)], [])
+
+
+def in_the_prompt(text: Texts, layer: int) -> Changes:
+    to, of = (tokens(rows(run)[text.n], "subject token")[0] for run in ("clean", "longer"))
+    return [Write("resid_post", layer, text.site("resid_post", layer)[of], to)], []
+
+
+def everything(text: Texts, layer: int) -> Changes:
+    every = range(len(text.ids()))
+    return [Write("mlp_out", layer, torch.zeros_like, at) for at in every], []
+
+
+def unseen(text: Texts, layer: int) -> Changes | None:
+    at = text.at(len(text.reply))
+    keys = tokens(rows()[text.n], "subject tokens")
+    return None if at is None else ([], [Edge("block", layer, [at], keys)])
+
+
+LAYERS = [(layer,) for layer in range(3)]
+PLACES = [f"reply {n + 1}" for n in range(MOST)]
+RULES: dict[str, tuple[tuple[str, ...], Callable[..., Changes | None], Sequence[Any]]] = {
+    "a token of the reply": (("patch resid_post layer * at reply token 2",), one_token, LAYERS),
+    "the reply": (("patch mlp_out layer * at reply tokens",), all_tokens, LAYERS),
+    "each token": (
+        ("ablate attn_out layer * at each reply token with zero",),
+        each_token,
+        product(range(3), PLACES),
+    ),
+    "the prompt": (("patch resid_post layer * at subject token",), in_the_prompt, LAYERS),
+    "all tokens": (("ablate mlp_out layer * at tokens * with zero",), everything, LAYERS),
+    "attention": (
+        ("block attention layer * from last token of reply to subject tokens",),
+        unseen,
+        LAYERS,
+    ),
+}
+
+
+def by_hand(
+    name: str, layer: int | None, cells: Sequence[Any], act: Callable[..., Changes | None]
+) -> tuple[Array, Array]:
+    """([cell, row] with rules, [row] without them)"""
+    found = np.full((len(cells), len(rows())), np.nan)
+    base = np.zeros(len(rows()))
+    for n in range(len(rows())):
+        text = Texts(name, layer, n)
+        base[n] = text.value(([], []))
+        for number, cell in enumerate(cells):
+            changes = act(text, *cell)
+            found[number, n] = np.nan if changes is None else text.value(changes)
+    return found, base
+
+
+def reads(*lines: str, of: str = "w", measure: str = DIFFERENCE) -> str:
+    lines = ("from longer into clean", *lines)
+    return experiment("e", *lines, block=f"p with replies of {of}", measure=measure)
+
+
+def hold(found: ExperimentResult, patched: Array, base: Array) -> None:
+    """Cells that no row has aren't there."""
+    there = ~np.isnan(patched).all(1)
+    compare(found.measures[0], patched[there], base, most=False)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("name", "mode"), EACH)
+def test_rules_on_what_was_written(data: Path, name: str, mode: str, rule: str) -> None:
+    """Behind the replies of one of two cells; measured behind the last token."""
+    lines, act, cells = RULES[rule]
+    found = run_file(WRITES + reads(*lines, of="w(layer: 1)"), data, name, mode)["e"]
+    hold(found, *by_hand(name, 1, cells, act))
+
+
+@pytest.mark.parametrize(("name", "mode"), EACH)
+def test_what_is_written_without_rules(data: Path, name: str, mode: str) -> None:
+    found = run_file(BARE + reads("patch resid_post layer * at subject token"), data, name, mode)
+    hold(found["e"], *by_hand(name, None, LAYERS, in_the_prompt))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_places_of_the_reply(data: Path, name: str) -> None:
+    """The same words mean the same tokens as in measures of an experiment that writes."""
+    every = [word(each) for reply in bare(name) for each in reply.ids]
+    wanted = max((w for w in set(every) if not w.startswith("w4")), key=every.count)
+    said: dict[str, Callable[[tuple[int, ...]], int]] = {
+        "last token of reply": len,
+        "last token of reply - 1": lambda ids: len(ids) - 1,
+        "first token of reply": lambda ids: 1,
+        "reply token 3": lambda ids: 3,
+        f'"{wanted}" of reply token': lambda ids: max(
+            (n for n, each in enumerate(ids, 1) if word(each) == wanted), default=0
+        ),
+    }
+    rule = "patch resid_post layer 0 at subject token"
+    text = "".join(
+        reads(rule, measure=f"{DIFFERENCE.replace(' as', f' at {place} as')}").replace(
+            "experiment e", f"experiment e{number}"
+        )
+        for number, place in enumerate(said)
+    )
+    found = run_file(BARE + text, data, name, "planned")
+    for number, place in enumerate(said.values()):
+        patched = np.full((1, len(rows())), np.nan)
+        base = np.zeros(len(rows()))
+        for n in range(len(rows())):
+            own = Texts(name, None, n)
+            at = own.at(place(own.reply))
+            if at is not None:
+                patched[0, n] = own.value(in_the_prompt(own, 0), at)
+                base[n] = own.value(([], []), at)
+        compare(found[f"e{number}"].measures[0], patched, base, most=False, large=0.01)
+
+
+def test_the_loss_of_what_was_written(data: Path) -> None:
+    """As the experiment that writes has it of its own tokens, which it reads in one more pass."""
+    loss = "measure loss at each reply token as raw"
+    text = experiment("w", GENERATE, measure=loss)
+    found = run_file(
+        text + experiment("e", block="p with replies of w", measure=loss), data, "llama", "planned"
+    )
+    own, again = (found[name].measures[0] for name in "we")
+    assert len(again.patched) == max(len(reply.ids) for reply in bare("llama"))
+    np.testing.assert_allclose(again.patched, own.patched[: len(again.patched)], atol=1e-5)
+    assert np.nanmax(again.patched) > 0.1
+
+
+def test_only_rows_that_have_a_reply(data: Path) -> None:
+    """What `keep` or `limit` left out of the one that writes has none."""
+    text = BARE.replace("prompts p", "prompts p limit 2") + reads(
+        "patch resid_post layer 0 at subject token"
+    )
+    found = run_file(text, data, "gpt2", "planned")
+    own = found["w"].row_ids
+    assert found["e"].row_ids == own
+    assert "2 of 4 rows have none, and are left out" in found["e"].conventions["replies"]
+    patched, base = by_hand("gpt2", None, [(0,)], in_the_prompt)
+    kept = [row for row in range(len(rows())) if row in own]
+    compare(found["e"].measures[0], patched[:, kept], base[kept], most=False)
+
+
+NOISY = """
+prompts q {
+  rows "data.jsonl"
+  template "w40 {subject} w41 {cue} w42"
+  answer " {a}"
+  wrong " {b}"
+  corrupt noised { add gaussian(std: 0.3) to embed at subject tokens }
+}
+"""
+
+
+def test_noise_is_the_row_s_own(data: Path) -> None:
+    """Whichever other rows have a reply."""
+
+    def found(mode: str, limit: str = "") -> ExperimentResult:
+        writes = experiment("w", "generate 3", block=f"q{limit}", measure=LENGTH)
+        lines = ("from clean into noised", "patch resid_post layer * at reply token 1")
+        text = NOISY + writes + experiment("e", *lines, block="q with replies of w")
+        return run_file(text, data, "gpt2", mode)["e"]
+
+    every, plain, two = found("planned"), found("plain"), found("planned", " limit 2")
+    assert every.row_ids is not None
+    assert two.row_ids is not None
+    assert len(two.row_ids) == 2
+    kept = [every.row_ids.index(row) for row in two.row_ids]
+    own = every.measures[0]
+    np.testing.assert_allclose(own.patched, plain.measures[0].patched, atol=1e-4)
+    np.testing.assert_allclose(two.measures[0].patched, own.patched[:, kept], atol=1e-4)
+    np.testing.assert_allclose(two.measures[0].base, own.base[:, kept], atol=1e-4)
+    assert np.abs(own.patched - own.base).max() > 0.01
+
+
+REFUSED = {
+    "it writes none": (
+        experiment("w", "ablate mlp_out layer 1 at last token with zero"),
+        "w",
+        "E0546",
+    ),
+    "several cells": (WRITES, "w", "E0546"),
+    "no such cell": (WRITES, "w(layer: 7)", "E0546"),
+    "no such axis": (WRITES, "w(head: 1)", "E0203"),
+    "no such experiment": (BARE, "v", "E0201"),
+    "another block": (BARE.replace("prompts p", "prompts even"), "w", "E0546"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(data: Path, case: str) -> None:
+    text, of, code = REFUSED[case]
+    found = codes(text + reads("patch resid_post layer 0 at subject token", of=of), data)
+    assert [each for each in found if each.startswith("E")] == [code]
+
+
+def test_nobody_says_it(data: Path) -> None:
+    """A text that no reply has is known when they are written; what doesn't need it goes on."""
+    text = BARE + reads(measure='measure entropy at "nobody" of reply token as raw')
+    result, problems = try_file(text, data, "gpt2")
+    assert result is not None
+    assert [each.name for each in result.experiments] == ["w"]
+    assert [each.code for each in problems if each.severity == "error"] == ["E0545"]
