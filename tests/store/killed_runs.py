@@ -306,9 +306,10 @@ def warm() -> None:
     """Import what a run needs, once for all processes that are forked."""
     import torch
 
-    import mechdsl.pipeline.compute  # noqa: F401
+    import mechdsl
 
     torch.set_num_threads(1)
+    mechdsl.run(TEXT, write_reports=False)
 
 
 def ends_of(harness: Harness, count: int, seed: int) -> list[list[dict[str, Any]]]:
