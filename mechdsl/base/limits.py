@@ -68,6 +68,7 @@ NUMERALS = _limit(10_000, "numerals of a measure", "E0612")
 DRAWS = _limit(10_000, "random draws of `against`", "E0630")
 WRITTEN = _limit(10_000, "tokens of a reply", "E0207")
 REPLIES = _limit(1_000, "samples of a reply", "E0207")
+SEARCH_SECONDS = _limit(5, "seconds in which a regular expression is searched in a reply", "E0612")
 
 CHAT_TEMPLATE = _limit(200_000, "characters of a chat template", "E0551")
 CHAT_STEPS = _limit(500_000, "steps of a chat template for one prompt", "E0552")

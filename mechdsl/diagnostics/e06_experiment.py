@@ -59,11 +59,13 @@ class UnreadableMeasure(Diagnostic):
 
     code = "E0612"
     title = "`{text}` cannot be measured: {reason}"
-    label = "{reason}"
+    label = "{reason}{place}"
     help = "{hint}"
     text: str
     reason: str
     hint: str
+    place: str = ""
+    """Behind a comma, the run or cell and the row, where it is only seen there."""
 
 
 @keyword_record

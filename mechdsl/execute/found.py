@@ -11,6 +11,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.reply import Reply
 from mechdsl.diagnostics.e02_python import PythonFailed
+from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class Gap:
 class Failed:
     """A measure whose function failed, so that no row has a value."""
 
-    problem: PythonFailed
+    problem: PythonFailed | UnreadableMeasure
     row: int | None
     """The row that it fails at; None where it isn't known, or hangs on none."""
     rows: int
@@ -53,12 +54,18 @@ class Found:
     """[row] what it wrote: one reply for each sample, of each draw of noise."""
 
     def over_draws(self, draws: int) -> Found:
-        """Averaged over draws of noise, which lie side by side."""
-
-        def mean(values: Floats) -> Floats:
-            return values.reshape(-1, draws).mean(axis=1)
-
+        """Averaged over draws of noise, which lie side by side: over those that have a value, as
+        replies may be too short for a place. One that can't be used, or is a gap, leaves none."""
         broken = np.count_nonzero(self.broken.reshape(-1, draws), axis=1) > 0
+
+        def mean(number: int) -> Floats:
+            there = ~np.isnan(self.values[number].reshape(-1, draws))
+            found = over(self.values[number].reshape(-1, draws), there)
+            lost = broken.copy()
+            if number in gaps:
+                lost[gaps[number].rows] = True
+            return np.where(lost, np.nan, found)
+
         failed = {
             number: replace(each, row=None if each.row is None else each.row // draws)
             for number, each in self.failed.items()
@@ -66,14 +73,21 @@ class Found:
         gaps = {n: Gap(np.unique(gap.rows // draws), gap.reason) for n, gap in self.gaps.items()}
         listed = self.listed
         return Found(
-            list(map(mean, self.values)),
+            [mean(number) for number in range(len(self.values))],
             broken,
-            list(map(mean, self.rounding)),
+            [own.reshape(-1, draws).mean(axis=1) for own in self.rounding],
             failed,
             gaps,
             listed if listed is None else listed.unflatten(0, (-1, draws)).mean(1),
             _side_by_side(self.replies, draws),
         )
+
+
+def over(values: Floats, there: Bools) -> Floats:
+    """[row] the mean of [row, n] over those that are there, NaN where none is."""
+    count = np.count_nonzero(there, axis=1)
+    total = np.where(there, values, 0.0).sum(axis=1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _side_by_side(replies: Sequence[tuple[Reply, ...]], draws: int) -> list[tuple[Reply, ...]]:

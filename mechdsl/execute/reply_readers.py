@@ -10,7 +10,7 @@ import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.reply import Reply
-from mechdsl.execute.found import Found
+from mechdsl.execute.found import Found, over
 from mechdsl.execute.readout import Readout
 from mechdsl.execute.wanted_places import Member
 from mechdsl.execute.while_writing import WhileWriting
@@ -105,10 +105,8 @@ def averaged(samples: Sequence[Found]) -> Found:
         return samples[0]
 
     def mean(every: Sequence[Floats]) -> Floats:
-        there = np.stack(every)
-        count = (~np.isnan(there)).sum(0)
-        total = np.nansum(there, axis=0)
-        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        found = np.stack(every, axis=1)
+        return over(found, ~np.isnan(found))
 
     return Found(
         [mean(own) for own in zip(*(each.values for each in samples), strict=True)],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import cast
 
@@ -84,9 +83,11 @@ def _pattern(node: ast.Expr, given: Sequence[object], context: MeasureContext) -
     text = given[0] if len(given) == 1 else None
     if not isinstance(text, ast.String):
         return _misfit(node, "matches", "it takes one regular expression in quotes", context)
+    import regex
+
     try:
-        re.compile(text.value)
-    except (re.error, OverflowError, RecursionError) as error:
+        regex.compile(text.value)
+    except (regex.error, OverflowError, RecursionError) as error:
         reason = f"it is no regular expression: {error}"
         hint = 'a sign that stands for itself has a backslash in front: `matches("\\(yes\\)")`'
         refuse(context, text.span, reason, hint, of=node.span)

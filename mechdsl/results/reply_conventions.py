@@ -13,6 +13,7 @@ from mechdsl.generate.way import way_of
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.program import spec
+from mechdsl.resolve.replies import reads_reply
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.resolve.resolved_rule import ResolvedRule
 
@@ -38,6 +39,11 @@ def of_replies(
         yield "kept keys", f"none: each token takes a whole pass, as {way.reason}"
     if said.samples > 1:
         yield "samples", f"{said.samples:,} to a row, whose value is their mean"
+    each = ["draws of noise"] if plan.draws > 1 else []
+    each += ["samples"] if said.samples > 1 else []
+    if each and reads_reply(experiment):
+        several = f"the mean over its {' and '.join(each)} whose reply has the place"
+        yield "places", f"a row's value is {several}; a row where none has it leaves the cell"
     rules = [r.rule for r in plan.rules if r.rule.does.changes not in ("nothing", "input")]
     if rules:
         yield "steps", "; ".join(_steps(rules))

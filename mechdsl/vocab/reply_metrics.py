@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
+from mechdsl.base import limits
 from mechdsl.base.reply import Reply
 from mechdsl.vocab.metrics import metric
 
@@ -50,11 +51,29 @@ def matches(replies: Sequence[Reply], wanted: Wanted) -> list[float]:
 
     replies, wanted: [row], of `wanted` the pattern
     returns: [row], 1.0 or 0.0
+    raises: TakesTooLong for one that goes on and on, as many ways of repeating can
     """
     return [
-        float(re.search(pattern, reply.text) is not None)
-        for reply, (pattern,) in zip(replies, wanted, strict=True)
+        float(_found(pattern, reply.text, row))
+        for row, (reply, (pattern,)) in enumerate(zip(replies, wanted, strict=True))
     ]
+
+
+class TakesTooLong(Exception):
+    """A search in the reply of a row was cut short."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(f"row {row}")
+        self.row = row
+
+
+def _found(pattern: str, text: str, row: int) -> bool:
+    import regex  # `re` can't be cut short
+
+    try:
+        return regex.search(pattern, text, timeout=limits.SEARCH_SECONDS) is not None
+    except TimeoutError as error:
+        raise TakesTooLong(row) from error
 
 
 @metric("number", takes="reply", unit="count", kind="category", default=FIRST)

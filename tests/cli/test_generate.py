@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mechdsl.base import limits
+
 from .. import fruit
 from .conftest import Command, command
 
@@ -192,3 +194,25 @@ def test_what_saved_replies_cost(command: Command, tmp_path: Path) -> None:
     assert f"up to {len(lengths) * 6 * 3} vectors of 1 site of `clean`" in said
     assert "3 samples of each" in said
     assert "found when the reply is written" in said
+
+
+SEARCHED = ALONE.replace(
+    "  report texts",
+    """  measure matches("^([0-9 ]|[0-9])+[a-z]$") as raw
+  measure length as raw
+  report table""",
+).replace("generate 3", "generate 50")
+
+
+def test_a_search_without_an_end_is_an_error(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says in which row, and leaves what else is measured as it is."""
+    monkeypatch.setattr(limits, "SEARCH_SECONDS", 0.05)
+    path = tmp_path / "file.mech"
+    path.write_text(SEARCHED, encoding="utf-8")
+    done = command("run", path, "--no-store")
+    assert done.status, "a measure is missing"
+    assert "E0612" in done.err
+    assert "letters it takes more than 0.05 s, in the run `clean`, row" in flat(done.err)
+    assert "e: length" in done.out

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mechdsl.base import limits
 from mechdsl.base.reply import Reply
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
@@ -14,6 +15,7 @@ from mechdsl.diagnostics.render import render_full
 from mechdsl.resolve.resolved import Atom
 from mechdsl.validate.check_file import Settings, check_source
 from mechdsl.vocab.metrics import METRICS
+from mechdsl.vocab.reply_metrics import TakesTooLong
 
 
 def read(name: str, replies: list[str], wanted: list[tuple[str, ...]]) -> list[float]:
@@ -41,6 +43,18 @@ def test_a_pattern_is_searched_for() -> None:
     replies = ["it is 42.", "it is 4.", "No", "Nothing"]
     wanted = [("[0-9]{2}",), ("[0-9]{2}",), (r"No\b",), (r"No\b",)]
     assert read("matches", replies, wanted) == [1, 0, 1, 0]
+
+
+ENDLESS = "^([0-9 ]|[0-9])+[a-z]$"
+"""What tries every way of a long row of digits."""
+
+
+def test_a_search_that_goes_on_and_on_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SEARCH_SECONDS", 0.05)
+    assert read("matches", ["4 4 x", "4 4"], [(ENDLESS,)] * 2) == [1, 0]
+    with pytest.raises(TakesTooLong) as error:
+        read("matches", ["4", "4 " * 60], [(ENDLESS,)] * 2)
+    assert error.value.row == 1
 
 
 NUMBERS = {

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from mechdsl.base.source import Source
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.validate.check_file import check_source
 
 from ..execute.support import token
 from ..reference.forward import Changes, Edge, Write, forward
@@ -228,15 +230,20 @@ def test_the_loss_of_what_was_written(data: Path) -> None:
     assert np.nanmax(again.patched) > 0.1
 
 
-def test_only_rows_that_have_a_reply(data: Path) -> None:
-    """What `keep` or `limit` left out of the one that writes has none."""
-    text = BARE.replace("prompts p", "prompts p limit 2") + reads(
-        "patch resid_post layer 0 at subject token"
-    )
+@pytest.mark.parametrize("sign", "<>")
+def test_only_rows_that_have_a_reply(data: Path, sign: str) -> None:
+    """Rows that `keep` leaves out of the one that writes have none: these with one of the signs
+    stand between others."""
+    writes = experiment("w", GENERATE, f"keep logit(answer) {sign} logit(wrong)", measure=LENGTH)
+    text = writes + reads("patch resid_post layer 0 at subject token")
     found = run_file(text, data, "gpt2", "planned")
     own = found["w"].row_ids
+    assert own is not None
+    assert 0 < len(own) < len(rows())
     assert found["e"].row_ids == own
-    assert "2 of 4 rows have none, and are left out" in found["e"].conventions["replies"]
+    left = len(rows()) - len(own)
+    said = f"{left} of {len(rows())} rows have none, and are left out"
+    assert said in found["e"].conventions["replies"]
     patched, base = by_hand("gpt2", None, [(0,)], in_the_prompt)
     kept = [row for row in range(len(rows())) if row in own]
     compare(found["e"].measures[0], patched[:, kept], base[kept], most=False)
@@ -245,7 +252,8 @@ def test_only_rows_that_have_a_reply(data: Path) -> None:
 NOISY = """
 prompts q {
   rows "data.jsonl"
-  template "w40 {subject} w41 {cue} w42"
+  xs = list(item, from: words, sep: " ")
+  template "{xs} w40 {subject} w41 {cue} w42"
   answer " {a}"
   wrong " {b}"
   corrupt noised { add gaussian(std: 0.3) to embed at subject tokens }
@@ -253,25 +261,104 @@ prompts q {
 """
 
 
-def test_noise_is_the_row_s_own(data: Path) -> None:
+@pytest.mark.parametrize("sign", "<>")
+def test_noise_is_the_row_s_own(data: Path, sign: str) -> None:
     """Whichever other rows have a reply."""
 
-    def found(mode: str, limit: str = "") -> ExperimentResult:
-        writes = experiment("w", "generate 3", block=f"q{limit}", measure=LENGTH)
+    def found(mode: str, *keep: str) -> ExperimentResult:
+        writes = experiment("w", "generate 3", *keep, block="q", measure=LENGTH)
         lines = ("from clean into noised", "patch resid_post layer * at reply token 1")
         text = NOISY + writes + experiment("e", *lines, block="q with replies of w")
         return run_file(text, data, "gpt2", mode)["e"]
 
-    every, plain, two = found("planned"), found("plain"), found("planned", " limit 2")
+    every, plain = found("planned"), found("plain")
+    some = found("planned", f"keep logit(answer) {sign} logit(wrong)")
     assert every.row_ids is not None
-    assert two.row_ids is not None
-    assert len(two.row_ids) == 2
-    kept = [every.row_ids.index(row) for row in two.row_ids]
+    assert some.row_ids is not None
+    assert 0 < len(some.row_ids) < len(rows())
+    kept = [every.row_ids.index(row) for row in some.row_ids]
     own = every.measures[0]
     np.testing.assert_allclose(own.patched, plain.measures[0].patched, atol=1e-4)
-    np.testing.assert_allclose(two.measures[0].patched, own.patched[:, kept], atol=1e-4)
-    np.testing.assert_allclose(two.measures[0].base, own.base[:, kept], atol=1e-4)
+    np.testing.assert_allclose(some.measures[0].patched, own.patched[:, kept], atol=1e-4)
+    np.testing.assert_allclose(some.measures[0].base, own.base[:, kept], atol=1e-4)
     assert np.abs(own.patched - own.base).max() > 0.01
+
+
+def test_each_block_has_its_own(data: Path) -> None:
+    """Several blocks in one experiment, with what one experiment wrote behind each."""
+
+    def of(block: str) -> str:
+        line = "ablate attn_out layer * at last token of reply with zero"
+        writes = experiment("w", "generate 3", block=block, measure=LENGTH)
+        return writes + experiment("e", line, block=f"{block} with replies of w")
+
+    both = run_file(of("p, second"), data, "gpt2", "planned")["e"]
+    for block in ("p", "second"):
+        alone = run_file(of(block), data, "gpt2", "planned")["e"]
+        cells = [n for n, cell in enumerate(both.cells) if cell.coords["prompts"] == block]
+        assert len(cells) == 3
+        own = both.measures[0].patched[cells]
+        there = ~np.isnan(own).all(0)
+        np.testing.assert_allclose(
+            np.sort(own[:, there]), np.sort(alone.measures[0].patched), atol=1e-4
+        )
+
+
+def test_too_long_for_the_model(data: Path) -> None:
+    """Replies fill the context: there is no place to read their last token at."""
+    text = experiment("w", "generate 52", measure=LENGTH)
+    text += reads("patch resid_post layer 0 at subject token")
+    result, problems = try_file(text, data, "gpt2")
+    assert result is not None
+    assert [each.name for each in result.experiments] == ["w"]
+    (error,) = [each for each in problems if each.severity == "error"]
+    assert error.code == "E0546"
+    assert "65 tokens, and `m` reads 64" in error.message
+
+
+TWO = """
+mech 1
+
+seed 1
+
+model toy = zoo("counting")
+model bot = zoo("refusal")
+
+prompts p {
+  verb in ["burn", "cut", "crush", "melt"]
+  template "how do i {verb} the car ?"
+  corrupt noised { add gaussian(std: 0.3, samples: 2) to embed at verb token }
+}
+
+experiment w {
+  model bot
+  prompts p
+  BASE
+  generate 4
+  measure length as raw
+}
+
+experiment e {
+  model MODEL
+  prompts p with replies of w
+  measure entropy as raw
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "base", "said"),
+    [
+        ("bot", "", ""),
+        ("toy", "", "another tokenizer"),
+        ("bot", "from clean into noised", "one for each of 2 draws of noise"),
+    ],
+)
+def test_one_reply_in_the_same_tokens(model: str, base: str, said: str) -> None:
+    text = TWO.strip().replace("BASE", base).replace("MODEL", model)
+    found = [each for each in check_source(Source(text)).diagnostics if each.severity == "error"]
+    assert [each.code for each in found] == (["E0546"] if said else [])
+    assert all(said in each.message for each in found)
 
 
 REFUSED = {
