@@ -1,12 +1,13 @@
 """Replies while rules act: 48 cells on 16 prompts, 32 tokens each.
 
-    python -m benchmarks.writing [--shape zoo|gpt2] [--tokens 32] [--cells 48] [--threads 1]
-                                 [--ways mechdsl generate nnsight] [--peers PYTHON]
+    python -m benchmarks.writing [--shapes counting gpt2 ...] [--tokens 32] [--cells 48]
+                                 [--threads 1] [--ways mechdsl generate nnsight] [--peers PYTHON]
 
-A cell writes another vector into one head's z at the last token of the prompt and at each newest
-token. `generate` is a loop of the library's `model.generate` over cells, all prompts in one batch,
-with a hook. `nnsight` has all cells as invokes of one `model.generate`; it runs in the interpreter
-that has it. All are timed in processor seconds of their process, and their tokens are compared.
+Shapes are those of the shipped models, and GPT-2 small; weights are random. A cell writes another
+vector into one head's z at the last token of the prompt and at each newest token. `generate` is a
+loop of the library's `model.generate` over cells, all prompts in one batch, with a hook. `nnsight`
+has all cells as invokes of one `model.generate`; it runs in the interpreter that has it. Each way
+is a process of its own, timed in processor seconds and in wall seconds, and tokens are compared.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from time import process_time
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -25,24 +26,9 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
 PROMPTS, TOKENS = 16, 16
-SHAPES: dict[str, dict[str, Any]] = {
-    "zoo": {
-        "model_type": "llama",
-        "vocab_size": 69,
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-    },
-    "gpt2": {
-        "model_type": "gpt2",
-        "vocab_size": 50257,
-        "n_layer": 12,
-        "n_head": 12,
-        "n_embd": 768,
-    },
-}
-"""`zoo` is the shape of the shipped model `counting`."""
+SHIPPED = {path.parent.name: path for path in sorted((ROOT / "mechdsl/zoo").glob("*/config.json"))}
+GPT2 = {"vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
+CLOCKS = {"processor": process_time, "wall": perf_counter}
 Replies = list[list[list[int]]]
 """[cell][prompt] tokens."""
 
@@ -53,11 +39,14 @@ class Task:
     def __init__(self, arguments: argparse.Namespace) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        settings = dict(SHAPES[arguments.shape])
-        kind = settings.pop("model_type")
-        ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-        self.config = AutoConfig.for_model(kind, **settings, **ends)
-        self.model: Any = AutoModelForCausalLM.from_config(self.config).eval()
+        if (path := SHIPPED.get(arguments.shapes[0])) is None:
+            self.config = AutoConfig.for_model("gpt2", **GPT2)
+        else:
+            self.config = AutoConfig.from_pretrained(path)
+        self.config.bos_token_id = self.config.eos_token_id = None
+        self.config.pad_token_id = 0
+        found = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        self.model: Any = found.eval()
         self.model.generation_config.eos_token_id = None
         random = torch.Generator().manual_seed(0)
         for parameter in self.model.parameters():
@@ -70,7 +59,7 @@ class Task:
         self.layers = self.config.num_hidden_layers
         self.width = self.config.hidden_size // self.heads
         size = PROMPTS, TOKENS
-        self.ids = torch.randint(3, settings["vocab_size"], size, generator=random)
+        self.ids = torch.randint(3, self.config.vocab_size, size, generator=random)
         self.vectors = torch.randn(self.cells, PROMPTS, self.width, generator=random)
 
     def place(self, cell: int) -> tuple[int, int]:
@@ -216,26 +205,42 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(_timed(arguments)))
         return
-    found = {way: _process(way, arguments) for way in arguments.ways}
-    mine = found.get("mechdsl")
-    for way, result in found.items():
-        line = f"{way:9} {result['seconds']:8.2f} s"
-        if mine is not None and way != "mechdsl":
-            equal = sum(
-                a == b
-                for own, other in zip(mine["replies"], result["replies"], strict=True)
-                for a, b in zip(own, other, strict=True)
-            )
-            line += f"   mechdsl is {result['seconds'] / mine['seconds']:.1f} times faster"
-            line += f"; {equal} of {arguments.cells * PROMPTS} replies are equal"
-        bound = result["multiply_adds"] / result["rate"]
-        print(f"{line}   {bound / result['seconds']:.2f} of the bound ({bound:.2f} s)")
+    for shape in arguments.shapes:
+        found = {way: _process(way, shape, arguments) for way in arguments.ways}
+        mine = found.get("mechdsl")
+        for way, result in found.items():
+            print(f"{shape:9} {way:9} {_line(result)}{_against(mine, result, way)}", flush=True)
 
 
-def _process(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def _line(result: dict[str, Any]) -> str:
+    """Seconds, and what of them the bound is."""
+    parts: list[str] = []
+    for clock, seconds in result["seconds"].items():
+        bound = result["multiply_adds"] / result["rates"][clock]
+        parts.append(
+            f"{seconds:7.2f} s {clock}, {bound / seconds:.2f} of the bound ({bound:.2f} s)"
+        )
+    return "   ".join(parts)
+
+
+def _against(mine: dict[str, Any] | None, result: dict[str, Any], way: str) -> str:
+    """How much faster mechdsl is, and how many replies are equal."""
+    if mine is None or way == "mechdsl":
+        return ""
+    times = [result["seconds"][clock] / mine["seconds"][clock] for clock in CLOCKS]
+    pairs = [
+        a == b
+        for own, other in zip(mine["replies"], result["replies"], strict=True)
+        for a, b in zip(own, other, strict=True)
+    ]
+    ratios = " and ".join(f"{each:.1f}" for each in times)
+    return f"   mechdsl is {ratios} times faster; {sum(pairs)} of {len(pairs)} replies are equal"
+
+
+def _process(way: str, shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     python = arguments.peers if way == "nnsight" else sys.executable
-    command = [str(python), "-m", "benchmarks.writing", "--one", "--ways", way]
-    for name in ("shape", "tokens", "cells", "threads", "repeats"):
+    command = [str(python), "-m", "benchmarks.writing", "--one", "--ways", way, "--shapes", shape]
+    for name in ("tokens", "cells", "threads", "repeats"):
         command += [f"--{name}", str(getattr(arguments, name))]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -246,33 +251,34 @@ def _timed(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
     task = Task(arguments)
     run = WAYS[arguments.ways[0]](task)
-    times: list[float] = []
+    times: list[list[float]] = []
     replies: Replies = []
     for _ in range(arguments.repeats + 1):  # the first one warms up
-        before = process_time()
+        before = [clock() for clock in CLOCKS.values()]
         replies = run()
-        times.append(process_time() - before)
+        times.append([clock() - b for clock, b in zip(CLOCKS.values(), before, strict=True)])
     return {
-        "seconds": min(times[1:] or times),
+        "seconds": dict(zip(CLOCKS, map(min, zip(*times[1:], strict=True)), strict=True)),
         "replies": replies,
         "multiply_adds": multiply_adds(task),
-        "rate": _rate(),
+        "rates": _rates(),
     }
 
 
-def _rate(side: int = 2048, repeats: int = 5) -> float:
-    """Multiply-adds in a processor second of a large product."""
+def _rates(side: int = 2048, repeats: int = 5) -> dict[str, float]:
+    """Multiply-adds in a second of a large product, by each clock."""
     a, out = torch.randn(side, side), torch.empty(side, side)
     torch.mm(a, a, out=out)
-    before = process_time()
+    before = {name: clock() for name, clock in CLOCKS.items()}
     for _ in range(repeats):
         torch.mm(a, a, out=out)
-    return repeats * side**3 / (process_time() - before)
+    return {name: repeats * side**3 / (CLOCKS[name]() - b) for name, b in before.items()}
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
-    parser.add_argument("--shape", choices=list(SHAPES), default="zoo")
+    shapes = [*SHIPPED, "gpt2"]
+    parser.add_argument("--shapes", nargs="+", choices=shapes, default=["counting"])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--cells", type=int, default=48)
     parser.add_argument("--threads", type=int, default=1)

@@ -43,8 +43,11 @@ class CachedPasses:
         steps: Sequence[StepRules],
         tokens: int,
         limit: int,
+        *,
+        shares: bool = True,
     ) -> None:
-        """tokens: of a reply, at most. limit: tokens of one pass."""
+        """tokens: of a reply, at most. limit: tokens of one pass. shares: rows of a prompt may have
+        its keys in common."""
         self.model = model
         self.prompts = prompts
         self.prefill = prefill
@@ -55,10 +58,23 @@ class CachedPasses:
         """Of all prompts, padded on the left."""
         own = _own_tokens(prompts, prefill)
         self._own = own
+        self._number: dict[tuple[int, ...], int] = {}
+        for prompt in prompts:
+            self._number.setdefault(prompt, len(self._number))
+        edited = _own_tokens(prompts, RuleWrites(kept))
+        apart = int(np.maximum(own, edited).max())
+        few = 2 * len(self._number) <= len(prompts)
+        self._common = self.columns - apart if shares and few else 0
+        """Columns that rows of a prompt have in common throughout."""
         layers = model.shape.n_layers
-        self.keys = KeptKeys(layers, len(prompts), self.columns + tokens - 1)
-        self._before: tuple[list[int], list[bool]] | None = None
-        """The states of the step before, and which rules acted; what they did is `_acted`."""
+        self.keys = KeptKeys(layers, len(prompts), self.columns - self._common, tokens - 1)
+        self._leaders: list[int] = []
+        """[state] rows of the step before; what follows is of these."""
+        self._chosen: Chosen | None = None
+        self._starting = torch.zeros(0)
+        """[state] columns of first tokens."""
+        self._before: list[bool] | None = None
+        """Which rules acted in the step before; what they did is `_acted`."""
         self._acted = RuleWrites()
 
     def own(self, row: int) -> int:
@@ -72,24 +88,28 @@ class CachedPasses:
         """
         if step == 0:
             return self._prefill(states)
-        first = self.columns + step - 1
+        first, rows = self.columns + step - 1, states.leaders
         self.keys.move(states.moves, first)
-        chosen = Chosen(len(self.prompts), states.leaders)
+        if self._chosen is None or rows != self._leaders:
+            self._leaders, self._before = rows, None
+            self._chosen, self._starting = Chosen(len(self.prompts), rows), self._starts(rows)
+            if self.keys.shared is not None:
+                self.keys.shared.stand([self._number[self.prompts[row]] for row in rows])
         if step == 1:
-            self._edit(states, chosen)
-        new = torch.tensor([[ids[row][-1]] for row in states.leaders], device=self.model.device)
-        tokens = NewTokens(new, self._starts(states.leaders), first)
-        acting = self._acting(states, chosen, step)
+            self._edit(states, self._chosen)
+        new = torch.tensor([[ids[row][-1]] for row in rows], device=self.model.device)
+        tokens = NewTokens(new, self._starting, first)
+        acting = self._acting(self._chosen, step)
         return run_cached(self.model, tokens, self.keys, slice(0, len(states)), acting)
 
-    def _acting(self, states: States, chosen: Chosen, step: int) -> RuleWrites:
+    def _acting(self, chosen: Chosen, step: int) -> RuleWrites:
         """What acts in a step; mostly what acted in the one before."""
-        lengths = self.columns - self._starts(states.leaders).cpu()
+        lengths = self.columns - self._starting.cpu()
         newest = lengths + step - 1
-        key = states.leaders, [rules.acts(step) for rules in self.steps]
-        if key != self._before or self._acted.edges:
+        acts = [rules.acts(step) for rules in self.steps]
+        if acts != self._before or self._acted.edges:
             every = chosen.step(self.steps, step, lengths, newest)
-            self._before, self._acted = key, merged(every, len(states))
+            self._before, self._acted = acts, merged(every, len(chosen.rows))
         writes = [replace(each, positions=newest[each.rows]) for each in self._acted.writes]
         return replace(self._acted, writes=writes)
 
@@ -122,20 +142,21 @@ class CachedPasses:
         if columns == 0:
             return None
         rows = states.leaders
-        number: dict[tuple[int, ...], int] = {}
-        of = [number.setdefault(self.prompts[row], len(number)) for row in rows]
-        lead = [of.index(each) for each in range(len(number))]
+        of = [self._number[self.prompts[row]] for row in rows]
+        lead = [of.index(number) for number in range(len(self._number))]
         batch = self._batch([rows[state] for state in lead])
-        keys = KeptKeys(self.model.shape.n_layers, len(number), columns)
+        keys = KeptKeys(self.model.shape.n_layers, len(lead), columns)
         acting, index = RuleWrites(blocks=self.prefill.blocks), torch.tensor(of)
         each, found = max(1, self.limit // columns), list[Tensor]()
-        for first in range(0, len(number), each):
-            part = slice(first, min(first + each, len(number)))
+        for first in range(0, len(lead), each):
+            part = slice(first, min(first + each, len(lead)))
             tokens = NewTokens(batch.ids[part, :columns], batch.starts[part], 0)
             if whole:
                 found.append(run_cached(self.model, tokens, keys, part, acting))
             else:
                 keep(self.model, tokens, keys, part, acting)
+        if self._common:
+            self.keys.share(keys, self._common, of)
         self.keys.fill(keys, index, columns)
         return torch.cat(found)[index[:whole].to(self.model.device)] if whole else None
 

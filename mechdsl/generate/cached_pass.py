@@ -6,14 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mechdsl.generate.kept_keys import KeptKeys
-from mechdsl.hooks.attention_functions import attend_whole
+from mechdsl.generate.one_query import OneQuery
+from mechdsl.hooks.attention_functions import attend_whole, implementations
 from mechdsl.hooks.block_attention import AttentionCall, block_attention
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.calls import text_inputs
@@ -21,6 +22,9 @@ from mechdsl.hooks.hook_points import fused
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.site_hooks import PassStopped, SiteWork
+
+_WRITTEN_OUT = {"eager", "sdpa"}
+"""Ways of attention whose masks can be had in full."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +99,8 @@ def run_cached(
     every = any(write.site == "logits" for write in acting.writes)
     if not every and tokens.count > 1:
         work.keep_logits((tokens.lengths_of("logits", "") - 1)[:, None])
-    with _running(model, work, kept, acting):
-        output = _called(model, tokens, kept.at(rows, tokens.first))
+    with _running(model, work, tokens, kept, acting):
+        output = _called(model, tokens, kept.at(rows, tokens.first, tokens.count))
     logits = work.output(output.logits)
     work.check()
     return logits[:, -1]
@@ -109,8 +113,8 @@ def keep(
     n_layers = model.shape.n_layers
     acting = acting.below(n_layers, n_layers)
     work = SiteWork(model, tokens, acting.writes, (), n_layers, acting.edges)
-    with _running(model, work, kept, acting), suppress(PassStopped):
-        _called(model, tokens, kept.at(rows, tokens.first))
+    with _running(model, work, tokens, kept, acting), suppress(PassStopped):
+        _called(model, tokens, kept.at(rows, tokens.first, tokens.count))
     work.check()
 
 
@@ -120,7 +124,7 @@ def _called(model: LoadedModel, tokens: NewTokens, kept: KeptKeys) -> Any:
 
 @contextmanager
 def _running(
-    model: LoadedModel, work: SiteWork, kept: KeptKeys, acting: RuleWrites
+    model: LoadedModel, work: SiteWork, tokens: NewTokens, kept: KeptKeys, acting: RuleWrites
 ) -> Generator[None]:
     """The model does what acts in a pass."""
     with (
@@ -128,31 +132,42 @@ def _running(
         blocks_replaced(model, acting.blocks),
         fused(model.module),
         work.installed(),
-        _opened(model, work, kept),
+        _opened(model, work, tokens, kept),
     ):
         yield
 
 
 @contextmanager
-def _opened(model: LoadedModel, work: SiteWork, kept: KeptKeys) -> Generator[None]:
+def _opened(
+    model: LoadedModel, work: SiteWork, tokens: NewTokens, kept: KeptKeys
+) -> Generator[None]:
     """As in whole passes, and keys that are written there are kept as they are then."""
-    if not work.within:
+    newest = kept.asked = tokens.count == 1 and set(implementations(model).values()) <= _WRITTEN_OUT
+    if not work.within and not newest:
         yield
         return
+    one = OneQuery(kept)
 
     def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        mine = kept.handed(call.layer, call.key, call.value)
+        if kept.marked and not mine:
+            raise ValueError(f"`{model.name}` makes something else of the keys that it keeps")
         layer = work.layer(call.layer, call.query)
-        if layer is None:
-            return call.unchanged()
-        query, key, value = call.query, call.key, call.value
-        if layer.rotated.get("k_rot"):
-            if key.shape[1] != kept.heads(call.layer):
+        if layer is None and newest and mine and (found := one.attend(call)) is not None:
+            return found, None
+        if layer is not None and layer.rotated.get("k_rot"):
+            if not mine:
                 raise ValueError(f"`{model.name}` keeps its keys in a form that can't be written")
-            own = key[:, :, -query.shape[2] :]
+            own = kept.newest(call.layer, tokens.count)
             turned = layer.turned("k_rot", own.transpose(0, 1).flatten(1, 2))
             own.copy_(turned.unflatten(1, (len(own), -1)).transpose(0, 1))
             del layer.rotated["k_rot"]
-        return attend_whole(query, key, value, call.mask, layer, **call.arguments), None
+        if mine:
+            call = replace(call, **dict(zip(("key", "value"), kept.every(call.layer), strict=True)))
+        if layer is None:
+            return call.unchanged()
+        whole = call.query, call.key, call.value, call.mask
+        return attend_whole(*whole, layer, **call.arguments), None
 
     with block_attention(model, attention, masked=True):
         yield

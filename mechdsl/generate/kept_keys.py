@@ -1,6 +1,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportMissingTypeStubs=false, reportIncompatibleMethodOverride=false
-"""Keys and values that are kept from pass to pass, in room that is taken once."""
+"""Keys and values that are kept from pass to pass, in room that grows now and then."""
 
 from __future__ import annotations
 
@@ -11,40 +11,81 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from mechdsl.generate.shared_keys import SharedKeys
+
+WIDE = (torch.float32, torch.float64)
+"""Types in which attention is two plain products."""
+MORE = 32
+"""Columns of room that are taken at once, or half of what there are."""
+
 
 class _Layer(CacheLayerMixin):
     """One layer's: whole also where the model has a window, whose mask it makes itself."""
 
     is_sliding = False
 
-    def __init__(self, kept: KeptKeys) -> None:
+    def __init__(self, kept: KeptKeys, number: int) -> None:
         super().__init__()
         self.kept = kept
+        self.number = number
         self.length = 0
+        self.handed: tuple[Tensor, Tensor] | None = None
+        """What the model's attention was given in the pass that runs."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows, columns = self.kept.room
-
-        def room(like: Tensor) -> Tensor:
-            return like.new_zeros(rows, like.shape[1], columns, like.shape[3])
-
-        self.keys, self.values = room(key_states), room(value_states)
+        self.keys, self.values = self._room(key_states), self._room(value_states)
         self.is_initialized = True
+
+    def _room(self, like: Tensor) -> Tensor:
+        """Zeros, as what isn't filled yet is read with a weight of 0."""
+        rows, columns = self.kept.room
+        return like.new_zeros(rows, like.shape[1], columns, like.shape[3])
+
+    def _widen(self) -> None:
+        """To the room that there is now."""
+        assert self.keys is not None
+        assert self.values is not None
+        keys, values = self.keys, self.values
+        self.lazy_initialization(keys, values)
+        self.keys[:, :, : keys.shape[2]] = keys
+        self.values[:, :, : values.shape[2]] = values
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Put new ones behind those that are there, and give all of them, as views."""
+        """Put new ones behind those that are there, and give all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
+        if self.keys.shape[2] < self.kept.room[1]:
+            self._widen()
         rows, first = self.kept.rows, self.kept.first
         end = first + key_states.shape[2]
         self.keys[rows, :, first:end] = key_states
         self.values[rows, :, first:end] = value_states
-        self.length = end
-        return self.keys[rows, :, :end], self.values[rows, :, :end]
+        self.length = self.kept.common + end
+        if self.kept.marked and key_states.dtype in WIDE:
+            self.handed = self._marked(key_states), self._marked(value_states)
+        else:
+            self.handed = self.every()
+        return self.handed
+
+    def every(self) -> tuple[Tensor, Tensor]:
+        """[n, heads, T, width] of the rows of the pass: views, where nothing is shared."""
+        assert self.keys is not None
+        assert self.values is not None
+        end = self.length - self.kept.common
+        own = self.keys[self.kept.rows, :, :end], self.values[self.kept.rows, :, :end]
+        if self.kept.shared is None:
+            return own
+        before = self.kept.shared.of_rows(self.number, self.kept.rows)
+        return torch.cat([before[0], own[0]], dim=2), torch.cat([before[1], own[1]], dim=2)
+
+    def _marked(self, like: Tensor) -> Tensor:
+        """Stands for all of them, and spoils whatever is made of it."""
+        size = like.shape[0], like.shape[1], self.length, like.shape[3]
+        return like.new_full((1, 1, 1, 1), torch.nan).expand(size)
 
     def get_mask_sizes(self, query_length: int, *_: Any) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -63,48 +104,99 @@ class KeptKeys(Cache):
 
     layers: Any  # of `_Layer`; the library's type holds layers without keys
 
-    def __init__(self, layers: int, rows: int, columns: int) -> None:
-        """layers: of the model. rows, columns: room for so many."""
-        self.room = rows, columns
+    def __init__(self, layers: int, rows: int, columns: int, later: int = 0) -> None:
+        """layers: of the model. rows, columns: room for so many. later: columns that may be needed
+        besides."""
+        self.room = rows, columns + min(later, MORE)
+        self._most = columns + later
+        self.shared: SharedKeys | None = None
+        """Columns in front, which rows of a prompt have in common; none of their own."""
         self.rows = slice(0, rows)
         """Of the pass that runs."""
         self.first = 0
-        """Column of its first token."""
-        super().__init__(layers=[_Layer(self) for _ in range(layers)])
+        """Column of its first token, without those that are shared."""
+        self.asked = False
+        """Whether attention in the pass that runs knows to ask for what is kept."""
+        super().__init__(layers=[_Layer(self, n) for n in range(layers)])
 
-    def at(self, rows: slice, first: int) -> KeptKeys:
-        """For a pass over some rows, from one column on."""
-        self.rows, self.first = rows, first
+    @property
+    def common(self) -> int:
+        """Columns that are shared."""
+        return 0 if self.shared is None else self.shared.columns
+
+    @property
+    def marked(self) -> bool:
+        """Whether attention in the pass that runs is given nothing, but asks for what is kept."""
+        return self.asked and self.shared is not None
+
+    def share(self, other: KeptKeys, columns: int, rows: Sequence[int]) -> None:
+        """Rows start with the first columns of these rows of another one."""
+        layers = [
+            (layer.keys, layer.values) if layer.is_initialized else None for layer in other.layers
+        ]
+        self.shared = SharedKeys(columns, layers, rows)
+
+    def at(self, rows: slice, first: int, count: int) -> KeptKeys:
+        """For a pass over some rows, on so many columns from one on."""
+        self.rows, self.first = rows, first - self.common
+        every, columns = self.room
+        if self.first + count > columns:
+            self.room = every, min(self._most, columns + max(MORE, columns // 2))
         for layer in self.layers:
-            layer.length = first
+            layer.length, layer.handed = first, None
         return self
 
     def _filled(self) -> Sequence[Any]:
         return [layer for layer in self.layers if layer.is_initialized]
 
-    def heads(self, layer: int) -> int:
-        """That keys of a layer have, in a pass."""
-        return int(self.layers[layer].keys.shape[1])
+    def handed(self, layer: int, keys: Tensor, values: Tensor) -> bool:
+        """Whether a block's attention is called with what is kept of it, as it was given."""
+        mine = self.layers[layer].handed if 0 <= layer < len(self.layers) else None
+        if mine is None:
+            return False
+        return all(
+            (own.data_ptr(), own.shape, own.stride(), own.dtype)
+            == (given.data_ptr(), given.shape, given.stride(), given.dtype)
+            for own, given in zip(mine, (keys, values), strict=True)
+        )
+
+    def every(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, heads, T, width] of the rows of the pass that runs."""
+        return self.layers[layer].every()
+
+    def own(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The same without those that are shared, and with the room behind them: what lies side by
+        side is read several times as fast."""
+        mine = self.layers[layer]
+        return mine.keys[self.rows], mine.values[self.rows]
+
+    def newest(self, layer: int, count: int) -> Tensor:
+        """[n, heads, count, width] view of the keys of the pass that runs."""
+        return self.layers[layer].keys[self.rows, :, self.first : self.first + count]
 
     def move(self, moves: Sequence[tuple[int, int]], columns: int) -> None:
         """Copy rows to other places, none of which is copied itself."""
         if not moves:
             return
         of, to = torch.tensor(moves).t()
+        columns -= self.common
         for layer in self._filled():
             for each in (layer.keys, layer.values):
                 there = to.to(each.device), of.to(each.device)
                 each[there[0], :, :columns] = each[there[1], :, :columns]
 
     def fill(self, other: KeptKeys, rows: Tensor, columns: int) -> None:
-        """Take these rows ([n] long) of another one's first columns, as the first n rows here."""
+        """Take these rows ([n] long) of another one's first columns, those that aren't shared, as
+        the first n rows here."""
+        first, columns = self.common, columns - self.common
         for mine, its in zip(self.layers, other.layers, strict=True):
             if not its.is_initialized:
                 continue
             if not mine.is_initialized:
                 mine.lazy_initialization(its.keys, its.values)
             for own, given in ((mine.keys, its.keys), (mine.values, its.values)):
-                own[: len(rows), :, :columns] = given[rows.to(given.device), :, :columns]
+                more = given[:, :, first : first + columns]
+                own[: len(rows), :, :columns] = more[rows.to(given.device)]
 
     def put(
         self, other: KeptKeys, which: str, layer: int, rows: Tensor, of: Tensor, columns: Tensor
@@ -113,4 +205,5 @@ class KeptKeys(Cache):
         in `of`, in these columns; all [K] long."""
         mine, its = (getattr(each.layers[layer], which) for each in (self, other))
         place = columns.to(mine.device)
-        mine[rows.to(mine.device), :, place] = its[of.to(mine.device), :, place]
+        vectors = its[of.to(mine.device), :, place]
+        mine[rows.to(mine.device), :, place - self.common] = vectors

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -27,8 +27,9 @@ def next_tokens(
     step.
     """
     sound = logits.amax(-1).isfinite()
-    if not bool(sound.all()):
-        logits = logits.where(sound[:, None], logits.new_zeros(()))
+    if bool(sound.all()):
+        return list(_tokens(logits, states, decoding, random, step))
+    logits = logits.where(sound[:, None], logits.new_zeros(()))
     tokens = _tokens(logits, states, decoding, random, step)
     usable = sound.tolist()
     return [token if usable[state] else None for state, token in zip(states, tokens, strict=True)]
@@ -87,22 +88,25 @@ class Writing:
         self.ids: list[list[int]] = [[] for _ in range(rows)]
         self._done: dict[int, Reply] = {}
 
-    def put(self, row: int, token: int | None) -> bool:
-        """A row's next token; whether the row goes on."""
-        if token is None:
-            self._finish(row, "broken")
-            return False
-        if token in self.decoding.ends:
-            self._finish(row, "end")
-            return False
-        own = self.ids[row]
-        own.append(token)
-        if self.decoding.stops and self._stopped(row):
-            return False
-        if len(own) == self.decoding.tokens:
-            self._finish(row, "length")
-            return False
-        return True
+    def put(self, tokens: Mapping[int, int | None]) -> dict[int, int]:
+        """The next token of rows; of those that go on, it alone."""
+        going: dict[int, int] = {}
+        most, ends, stops = self.decoding.tokens, self.decoding.ends, self.decoding.stops
+        for row, token in tokens.items():
+            if token is None:
+                self._finish(row, "broken")
+            elif token in ends:
+                self._finish(row, "end")
+            else:
+                own = self.ids[row]
+                own.append(token)
+                if stops and self._stopped(row):
+                    continue
+                if len(own) == most:
+                    self._finish(row, "length")
+                else:
+                    going[row] = token
+        return going
 
     def _finish(self, row: int, ended: Literal["end", "length", "broken"]) -> None:
         own = self.ids[row]

@@ -74,9 +74,12 @@ class Sharing:
 
         tokens: of the rows that go on, their newest token.
         """
-        placed: list[tuple[int, list[int]] | None] = []
-        more: list[tuple[int, list[int]]] = []
+        placed: list[tuple[int, Sequence[int]] | None] = []
+        more: list[tuple[int, Sequence[int]]] = []
         for parent, rows in enumerate(before.rows):
+            if len(rows) == 1:
+                placed.append((parent, rows) if rows[0] in tokens else None)
+                continue
             found: dict[tuple[int, int], list[int]] = {}
             for row in rows:
                 if row in tokens:
@@ -89,8 +92,8 @@ class Sharing:
 
 
 def _closed(
-    placed: list[tuple[int, list[int]] | None], more: Sequence[tuple[int, list[int]]]
-) -> list[tuple[int, list[int]]]:
+    placed: list[tuple[int, Sequence[int]] | None], more: Sequence[tuple[int, Sequence[int]]]
+) -> list[tuple[int, Sequence[int]]]:
     """Holes are filled with what comes more, then from the end, so that little moves."""
     holes = [place for place, each in enumerate(placed) if each is None]
     for hole, each in zip(holes, more, strict=False):

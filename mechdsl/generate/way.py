@@ -33,6 +33,8 @@ class Way:
     """On kept keys and values, or by a whole pass for each token."""
     reason: str = ""
     """Why it is whole passes."""
+    shares: bool = True
+    """Whether attention to what rows of a prompt have in common can be computed together."""
 
 
 _KNOWN: WeakKeyDictionary[LoadedModel, dict[bool, Way]] = WeakKeyDictionary()
@@ -60,15 +62,17 @@ def _tried(model: LoadedModel, inside: bool) -> Way:
     size = model.shape.vocab_size
     prompts = [torch.randint(size, (n,), generator=generator).tolist() for n in _LENGTHS]
     whole = _whole(model, prompts)
-    try:
-        cached = _cached(model, prompts, inside)
-    except Exception as error:
-        return Way("whole", f"it fails with kept keys and values: {error}")
-    largest = whole.abs().amax()
-    off = float((cached - whole).abs().amax() / largest)
-    if not off <= max(TOLERANCE, 4 * model.rounding):
-        return Way("whole", f"with kept keys and values its logits are off by {off:.1g}")
-    return Way("cached")
+    for shares in (True, False):
+        try:
+            cached = _cached(model, prompts, inside, shares=shares)
+        except Exception as error:
+            way = Way("whole", f"it fails with kept keys and values: {error}")
+            continue
+        off = float((cached - whole).abs().amax() / whole.abs().amax())
+        if off <= max(TOLERANCE, 4 * model.rounding):
+            return Way("cached", shares=shares)
+        way = Way("whole", f"with kept keys and values its logits are off by {off:.1g}")
+    return way
 
 
 def _grows(kind: object) -> bool:
@@ -88,13 +92,19 @@ def _whole(model: LoadedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
     return torch.cat([each[:, -last:] for each in found if each is not None]).float()
 
 
-def _cached(model: LoadedModel, prompts: Sequence[Sequence[int]], inside: bool) -> Tensor:
+def _cached(
+    model: LoadedModel, prompts: Sequence[Sequence[int]], inside: bool, *, shares: bool
+) -> Tensor:
     """The same in passes over a few tokens, each other one with all attention opened."""
     width, device = _LENGTHS[0], model.device
     batch = Batch.of(prompts, model.pad_id, "left", device)
-    kept = KeptKeys(model.shape.n_layers, len(prompts), width)
     every, found = slice(0, len(prompts)), list[Tensor]()
-    keep(model, NewTokens(batch.ids[:, :_COMMON], batch.starts, 0), kept, every, RuleWrites())
+    common = KeptKeys(model.shape.n_layers, len(prompts), _COMMON)
+    keep(model, NewTokens(batch.ids[:, :_COMMON], batch.starts, 0), common, every, RuleWrites())
+    kept = KeptKeys(model.shape.n_layers, len(prompts), width - _COMMON * shares)
+    if shares:
+        kept.share(common, _COMMON, range(len(prompts)))
+    kept.fill(common, torch.arange(len(prompts)), _COMMON)
     first, end = _COMMON, _COMMON + _OWN
     while end <= width:
         tokens = NewTokens(batch.ids[:, first:end], batch.starts, first)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -67,6 +68,7 @@ def write_replies(
     if decoding.sampled and (random is None or len(random) != len(prompts)):
         raise ValueError("sampled tokens need a key of random numbers for each row")
     given.check_blocks(decoding.tokens)
+    way = way_of(model, inside=given.inside) if cached and not given.looks_back else None
     work = _Work(
         model,
         prompts,
@@ -74,7 +76,7 @@ def write_replies(
         given,
         [()] * len(prompts) if random is None else random,
         groups,
-        cached and not given.looks_back and way_of(model, inside=given.inside).kind == "cached",
+        partial(CachedPasses, shares=way.shares) if way and way.kind == "cached" else WholePasses,
         limit,
     )
     found: list[Reply | None] = [None] * len(prompts)
@@ -161,7 +163,7 @@ class _Work:
     given: _Given
     random: Sequence[tuple[int, ...]]
     groups: Ints | None
-    cached: bool
+    passes: Callable[..., _Passes]
     limit: int
 
     def replies(self, rows: Sequence[int]) -> Iterator[tuple[int, Reply]]:
@@ -188,7 +190,7 @@ class _Work:
         acting = first_acting(len(rows), given.prefill, given.kept, given.steps)
         groups = None if self.groups is None else self.groups[np.array(rows)]
         sharing = Sharing(prompts, acting, groups)
-        passes: _Passes = (CachedPasses if self.cached else WholePasses)(
+        passes = self.passes(
             self.model,
             prompts,
             given.prefill,
@@ -204,11 +206,7 @@ class _Work:
             of_row = states.of_row
             keys = [self.random[rows[row]] for row in of_row]
             tokens = next_tokens(logits, list(of_row.values()), self.decoding, keys, step)
-            going = {
-                row: token
-                for row, token in zip(of_row, tokens, strict=True)
-                if writing.put(row, token) and token is not None
-            }
+            going = writing.put(dict(zip(of_row, tokens, strict=True)))
             step += 1
             states = sharing.follow(states, going, step)
         return writing.replies()

@@ -177,7 +177,7 @@ def attend(
     lose what tells keys apart where all have something large in common. work: what is read and
     written within attention. arguments: as the model calls attention.
     """
-    how = _Way.of(query, key, causal, masks, rounds_scores, work, arguments)
+    how = AttentionWay.of(query, key, causal, masks, rounds_scores, work, arguments)
     if work is not None:
         query, key = work.turned("q_rot", query), work.turned("k_rot", key)
         work.prepared(query.shape[1], len(query), value)
@@ -189,7 +189,7 @@ def attend(
 
 
 @dataclass(frozen=True, eq=False)
-class _Way:
+class AttentionWay:
     """How a model attends, in one of its blocks."""
 
     scale: float
@@ -215,7 +215,7 @@ class _Way:
         rounds_scores: bool,
         work: LayerWork | None,
         arguments: dict[str, Any],
-    ) -> _Way:
+    ) -> AttentionWay:
         """By what the model calls attention with; CannotPack where that isn't known."""
         scaling = arguments.pop("scaling", None)
         cap = arguments.pop("softcap", None)
@@ -238,6 +238,19 @@ class _Way:
             work=work,
         )
 
+    def sink(self, scores: Tensor) -> Tensor | None:
+        """[…, 1] what takes weight beside the keys."""
+        if self.sinks is None:
+            return None
+        sink = self.sinks.to(scores.dtype).view(1, -1, self.shared, 1, 1, 1)
+        return sink.expand(*scores.shape[:-1], 1)
+
+    def weights(self, scores: Tensor, sink: Tensor | None) -> Tensor:
+        """The softmax of scores, a sink beside them."""
+        if sink is None:
+            return scores.softmax(-1, dtype=self.wide)
+        return torch.cat([scores, sink], dim=-1).softmax(-1, dtype=self.wide)[..., :-1]
+
 
 def _attend_group(
     query: Tensor,
@@ -246,7 +259,7 @@ def _attend_group(
     group: AttentionGroup,
     kept: CachedAttention,
     out: Tensor,
-    how: _Way,
+    how: AttentionWay,
 ) -> None:
     """Rows whose tokens lie in the same columns share one product with the kept keys."""
     own = len(group.columns)
@@ -263,7 +276,7 @@ def _attend_group(
     mine = slice(before, None) if suffix else group.columns
     count = before + own if suffix else before
     scores = _scores(q, k, group, kept, how, before=before, mine=mine, count=count)
-    scores = _masked(scores, _mask(group, kept, before if suffix else None, how.masks), how.shared)
+    scores = masked(scores, _mask(group, kept, before if suffix else None, how.masks), how.shared)
     weights = _weights(scores, group, how).to(value.dtype)
     found = _own_values(weights[..., mine], v)
     if before:
@@ -288,7 +301,7 @@ def _scores(
     k: Tensor,
     group: AttentionGroup,
     kept: CachedAttention,
-    how: _Way,
+    how: AttentionWay,
     *,
     before: int,
     mine: slice | Tensor,
@@ -309,7 +322,7 @@ def _scores(
     return scores if how.cap is None else (scores / how.cap).tanh() * how.cap
 
 
-def _masked(scores: Tensor, mask: Tensor | None, shared: int) -> Tensor:
+def masked(scores: Tensor, mask: Tensor | None, shared: int) -> Tensor:
     """Scores behind the model's mask [lane or 1, head or 1, query, key]."""
     if mask is None:
         return scores
@@ -324,19 +337,12 @@ def _masked(scores: Tensor, mask: Tensor | None, shared: int) -> Tensor:
     return scores + mask  # biases in a wider type than queries and keys
 
 
-def _weights(scores: Tensor, group: AttentionGroup, how: _Way) -> Tensor:
+def _weights(scores: Tensor, group: AttentionGroup, how: AttentionWay) -> Tensor:
     """The softmax of scores, with what is read and written there."""
-    sink = None
-    if how.sinks is not None:
-        sink = how.sinks.to(scores.dtype).view(1, -1, how.shared, 1, 1, 1)
-        sink = sink.expand(*scores.shape[:-1], 1)
-    if how.work is not None:
-        sink = how.work.scored(group, scores, sink)
-    if sink is not None:
-        weights = torch.cat([scores, sink], dim=-1).softmax(-1, dtype=how.wide)[..., :-1]
-    else:
-        weights = scores.softmax(-1, dtype=how.wide)
-    return weights if how.work is None else how.work.weighed(group, weights)
+    if how.work is None:
+        return how.weights(scores, how.sink(scores))
+    sink = how.work.scored(group, scores, how.sink(scores))
+    return how.work.weighed(group, how.weights(scores, sink))
 
 
 def _put(out: Tensor, group: AttentionGroup, found: Tensor) -> None:

@@ -178,8 +178,8 @@ class SiteWork:
     def _set_once(self, where: SiteRead, places: list[PlacedWrite]) -> None:
         """No write has a vector twice: it would hang on chance which of the two stands."""
         for place in places:
-            spots = torch.stack([place.first, place.second, place.units])
-            if place.write.mode != "add" and spots.shape[1] != spots.unique(dim=1).shape[1]:
+            spots = _numbered(place.first, place.second, place.units)
+            if place.write.mode != "add" and len(spots) != len(spots.unique()):
                 raise ValueError(f"a vector of {where.quoted} is written twice in one write")
 
     def _within(self) -> frozenset[int]:
@@ -394,3 +394,11 @@ def entrance(model: LoadedModel, layer: int) -> tuple[str, Side, int]:
 
 def _stop(*args: Any) -> None:
     raise PassStopped
+
+
+def _numbered(*indices: Tensor) -> Tensor:
+    """[K] one number for each place, of its indices [K]."""
+    found = indices[0]
+    for index in indices[1:]:
+        found = found * (1 + int(index.max())) + index if len(index) else found
+    return found

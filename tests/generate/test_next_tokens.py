@@ -160,7 +160,7 @@ def decode(ids: Sequence[int]) -> str:
 def ended(tokens: Sequence[int | None], **how: object) -> tuple[tuple[int, ...], str, str]:
     writing = Writing(1, Decoding(6, decode, **how))  # pyright: ignore
     for n, token in enumerate(tokens):
-        if not writing.put(0, token):
+        if not writing.put({0: token}):
             assert n == len(tokens) - 1
     [reply] = writing.replies()
     return reply.ids, reply.text, reply.ended

@@ -1,0 +1,191 @@
+"""What rows of a prompt have in common is kept once, and attended to together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mechdsl.generate.cached_pass import NewTokens
+from mechdsl.generate.kept_keys import MORE, KeptKeys
+from mechdsl.generate.one_query import OneQuery
+from mechdsl.generate.shared_keys import SharedKeys
+from mechdsl.generate.way import Way, way_of
+from mechdsl.hooks.loaded import LoadedModel
+
+from ..execute.support import shared
+from ..rules.models import bare
+from .support import Act, Look, Rules, agree, by_hand, greedy, written
+from .test_acting import FAMILIES, PROMPTS, model_of
+
+ROWS: tuple[tuple[int, ...], ...] = (*[PROMPTS[0]] * 5, PROMPTS[1], *[PROMPTS[2]] * 3, PROMPTS[0])
+TOKENS = 4
+
+
+def rules_of(model: LoadedModel) -> Rules:
+    """Something else on every row: at the last token, at newest ones, on what is kept."""
+    shape, random = model.shape, torch.Generator().manual_seed(1)
+
+    def vector(size: int) -> tuple[float, ...]:
+        return tuple((torch.randn(size, generator=random) * 3).tolist())
+
+    acts = [
+        Act(row, "z", row % 2, "set", vector(shape.d_head), row % 2, position=len(ROWS[row]) - 1)
+        for row in range(5)
+    ]
+    acts += [
+        Act(5, "resid_post", 0, "add", vector(shape.d_model)),
+        Act(6, "attn_out", 1, "add", vector(shape.d_model), steps=(2, None)),
+        Act(7, "k_rot", 1, "set", vector(shape.d_head), 0, steps=(2, 2)),
+        Act(8, "mlp_out", 0, "add", vector(shape.d_model), position=len(ROWS[8]) - 2),
+    ]
+    looks = [Look(3, "reweight", 1, 1, (0, 2), 5.0), Look(9, "block", 0, 0, (1, 3))]
+    kept = [Act(9, "v", 1, "add", vector(shape.d_head), 0, position=2)]
+    return Rules(acts, looks, kept)
+
+
+@pytest.fixture
+def joint(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each product with what is shared."""
+    found: list[int] = []
+    before = SharedKeys.scores
+
+    def scores(self: SharedKeys, layer: int, rows: slice, queries: Tensor) -> Tensor:
+        found.append(len(queries))
+        return before(self, layer, rows, queries)
+
+    monkeypatch.setattr(SharedKeys, "scores", scores)
+    return found
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "gpt_oss"])
+def test_rows_of_few_prompts(name: str, joint: list[int]) -> None:
+    """Unevenly many, in no order, each with something of its own."""
+    model = model_of(name)
+    rules = rules_of(model)
+    assert way_of(model, inside=True).shares
+    joint.clear()
+    found = written(model, ROWS, greedy(TOKENS), rules)
+    assert len(joint) >= TOKENS - 1  # in each step, in the block whose edges are left alone
+    if name == "gpt_oss":  # no loop by hand knows it
+        plain = written(model, ROWS, greedy(TOKENS), rules, cached=False)
+        agree(found, [(r.ids, x) for r, x in zip(plain.replies, plain.logits, strict=True)])
+    else:
+        agree(found, by_hand(name, ROWS, rules, TOKENS))
+
+
+def test_rows_leave_and_room_grows(joint: list[int]) -> None:
+    """Replies of several lengths, the longest longer than the room that there is at first."""
+    model = model_of("llama")
+    rules = rules_of(model)
+    rules = replace(rules, looks=[], kept=[])
+    tokens = MORE + 4
+    whole = written(model, ROWS, greedy(tokens), rules, cached=False)
+    ends = {reply.ids[6 * row] for row, reply in enumerate(whole.replies[:4])}
+    how = greedy(tokens, ends=frozenset(ends))
+    plain = written(model, ROWS, how, rules, cached=False)
+    lengths = {len(reply.ids) for reply in plain.replies}
+    assert len(lengths) > 2
+    found = written(model, ROWS, how, rules)
+    assert found.replies == plain.replies
+    agree(found, [(r.ids, x) for r, x in zip(plain.replies, plain.logits, strict=True)])
+    assert joint[0] > joint[-1]
+
+
+def test_nothing_is_shared_where_prompts_are_many(joint: list[int]) -> None:
+    model = model_of("llama")
+    rules = Rules([Act(0, "resid_post", 0, "add", (1.0,) * model.shape.d_model)])
+    assert way_of(model).shares
+    joint.clear()
+    agree(written(model, PROMPTS, greedy(2), rules), by_hand("llama", PROMPTS, rules, 2))
+    assert not joint
+
+
+def test_keys_that_a_model_looks_at(monkeypatch: pytest.MonkeyPatch, joint: list[int]) -> None:
+    """It gets them, and rows share nothing."""
+    odd = shared(copy.deepcopy(bare("llama")))
+    monkeypatch.setattr(KeptKeys, "handed", lambda *_: False)
+    assert way_of(odd) == Way("cached", shares=False)
+    rules = Rules(rules_of(odd).acts[:5])
+    joint.clear()
+    agree(written(odd, ROWS, greedy(2), rules), by_hand("llama", ROWS, rules, 2))
+    assert not joint
+
+
+def test_attention_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own attends, on all keys."""
+    model = shared(copy.deepcopy(bare("gemma2")))
+    monkeypatch.setattr(OneQuery, "attend", lambda *_: None)
+    assert way_of(model) == Way("cached")
+    rules = Rules(rules_of(model).acts)
+    agree(written(model, ROWS, greedy(2), rules), by_hand("gemma2", ROWS, rules, 2))
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        (0, 0, 1, 1, 2, 2),  # places are rows
+        (0, 1, 2),
+        (2, 0, 1, 2, 0, 1),
+        (0, 0, 0, 0, 0, 2, 2, 1, 0),
+        (1, 1),  # others have left
+        (2, 2, 0),
+        (*[0] * 9, *[1] * 8, 2),
+    ],
+)
+def test_products(prompts: Sequence[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(3, 2, 5, 4, generator=generator) for _ in range(2))
+    common = SharedKeys(3, [None, (keys, values)], prompts)
+    assert common.columns == 3
+    for rows in (slice(0, len(prompts)), slice(1, len(prompts)), slice(0, 1)):
+        own = list(prompts)[rows]
+        queries = torch.randn(len(own), 2, 3, 4, generator=generator)
+        weights = torch.randn(len(own), 2, 3, 3, generator=generator)
+        scores = torch.einsum("nhsd,nhkd->nhsk", queries, keys[own][:, :, :3])
+        found = torch.einsum("nhsk,nhkd->nhsd", weights, values[own][:, :, :3])
+        torch.testing.assert_close(common.scores(1, rows, queries), scores)
+        torch.testing.assert_close(common.values(1, rows, weights), found)
+        assert torch.equal(common.of_rows(1, rows)[0], keys[own][:, :, :3])
+    common.stand([1])
+    alone = torch.ones(1, 2, 1, 4)
+    expected = (alone * keys[1:2, :, :3]).sum(-1)[:, :, None]
+    torch.testing.assert_close(common.scores(1, slice(0, 1), alone), expected)
+
+
+def test_few_places_are_empty() -> None:
+    """However unevenly many rows prompts have."""
+    counts = (1, 2, 3, 5, 9, 100)
+    prompts = [number for number, count in enumerate(counts) for _ in range(count)]
+    common = SharedKeys(1, [(torch.ones(6, 1, 1, 1), torch.ones(6, 1, 1, 1))], prompts)
+    common.scores(0, slice(0, len(prompts)), torch.ones(len(prompts), 1, 1, 1))
+    (places,) = common._places.values()  # pyright: ignore[reportPrivateUsage]
+    assert sum(group.count * group.rows for group in places.groups) < 2 * len(prompts)
+
+
+def test_who_has_one_token(joint: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes over several tokens of each row are the model's own, on all keys."""
+    seen: list[int] = []
+    before = NewTokens.inputs
+
+    def inputs(self: NewTokens, model: LoadedModel) -> Any:
+        seen.append(self.count)
+        return before(self, model)
+
+    monkeypatch.setattr(NewTokens, "inputs", inputs)
+    model = model_of("llama")
+    assert way_of(model).shares
+    joint.clear()
+    seen.clear()
+    vector = (2.0,) * model.shape.d_model
+    rules = Rules(
+        [Act(row, "resid_post", 0, "add", vector, position=-2 + len(ROWS[row])) for row in (0, 6)]
+    )
+    agree(written(model, ROWS, greedy(3), rules), by_hand("llama", ROWS, rules, 3))
+    assert seen == [7, 2, 1, 1]
+    assert len(joint) == 2 * model.shape.n_layers
