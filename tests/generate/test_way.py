@@ -135,13 +135,14 @@ def test_steps_between_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
 def test_tokens_with_other_numbers(name: str, cached: bool) -> None:
-    """Those of the reply are counted as ever."""
+    """Those of the reply are counted as ever; the last row has the first one's prompt without."""
+    prompts = [*PROMPTS, PROMPTS[0]]
     numbers = ((0, 2, 9), (0, 3, 1), (2, 5, 0), (2, 6, 12))
     each = Numbers(*torch.tensor(numbers).t())
     prefill = RuleWrites(numbers=[each])
-    found = written(model_of(name), PROMPTS, greedy(TOKENS), prefill=prefill, cached=cached)
+    found = written(model_of(name), prompts, greedy(TOKENS), prefill=prefill, cached=cached)
     expected: list[tuple[list[int], torch.Tensor]] = []
-    for row, prompt in enumerate(PROMPTS):
+    for row, prompt in enumerate(prompts):
         reply: list[int] = []
         logits: list[torch.Tensor] = []
         for _ in range(TOKENS):

@@ -81,12 +81,16 @@ def test_each_sample_is_read_by_itself(
         experiment(key, *lines, line, measure=measure)
         for key, (line, measure, _) in MEASURES.items()
     )
+    text += experiment("lengths", *lines, measure="measure length as raw")
     found = run_file(text, tmp_path, name, mode, precise=True, blocks=BLOCKS)
     found = {key.partition(".")[0]: own for key, own in found.items()}
     replies = found["entropy"].replies.cells[0]
     draws = [None] if base == "clean" else list(range(DRAWS))
     assert {len(own) for own in replies.values()} == {len(draws) * SAMPLES}
     assert len({reply.ids for own in replies.values() for reply in own}) > len(rows())
+    lengths = [np.mean([len(reply.ids) for reply in own]) for _, own in sorted(replies.items())]
+    np.testing.assert_allclose(found["lengths"].measures[0].patched[0], lengths)
+    assert len(set(lengths)) > 1
     for key, (_, _, first) in MEASURES.items():
         patched, unpatched = (np.full((MOST, len(rows())), np.nan) for _ in range(2))
         for place, n in np.ndindex(MOST, len(rows())):
