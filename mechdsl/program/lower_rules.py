@@ -142,7 +142,7 @@ def _of_direction(
     """`VERB NUMBER * DIRECTION …`"""
     factor, direction = split_factor(value, work.scope.names("direction"))
     for name in walk(direction):
-        if isinstance(name, ast.Name) and not work.scope.has("direction", name.id):
+        if isinstance(name, ast.Name | ast.Index):
             _known(name, work)
     return _at(rule, verb, body, fill=factor).model_copy(update={"direction": direction})
 

@@ -365,7 +365,8 @@ def with_bare(
             for gap, cell in zip(own.gaps, cells.tolist(), strict=True)
         )
         rounding = relative * np.maximum(np.abs(base), 1)
-        measures[number] = replace(own, base=base, source=None, rounding=rounding, gaps=gaps)
+        given = {"base": base, "source": None, "rounding": rounding, "gaps": gaps}
+        measures[number] = replace(own, **given, as_patched=bare.experiment.as_base)
     said = "base run: what is observed there without the rules, in the same rows and cells"
     told = {"effects of observations": said}
     if bare.experiment.as_base:

@@ -64,6 +64,9 @@ class MeasureData:
     at: str | None = None
     """The position that it is read at, as written; None where none is."""
     spread: Spread = "rows"
+    as_patched: bool = False
+    """Whether the base run is read behind the replies that patched rows wrote, not behind its own
+    prompts."""
 
 
 @dataclass(frozen=True, eq=False)

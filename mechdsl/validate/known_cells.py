@@ -85,7 +85,8 @@ class KnownCells:
         if not found:
             words = {m.effect: None for m in measures} | {m.metric: None for m in measures}
             listed = f"{self.whose} measures {name_list(words)}"
-            hint = did_you_mean(text, [*words, *(FUNCTIONS if called else ())], listed)
+            short = [m.word for m in measures if m.word]
+            hint = did_you_mean(text, [*words, *short, *(FUNCTIONS if called else ())], listed)
             kind = f"measure or effect of {self.whose}"
             raise RefusedCondition(UnknownWord(span=node.span, kind=kind, word=text, hint=hint))
         if len(found) > 1:

@@ -216,3 +216,27 @@ def test_a_search_without_an_end_is_an_error(
     assert "E0612" in done.err
     assert "letters it takes more than 0.05 s, in the run `clean`, row" in flat(done.err)
     assert "e: length" in done.out
+
+
+def test_the_heading_says_what_an_effect_is_set_against(command: Command, tmp_path: Path) -> None:
+    """The base run's own replies, or what it makes of those of the patched run; where no row has
+    the place, no value."""
+    rule = "ablate resid_post layer 1 at last token with zero during step 1"
+    lines = {
+        "length": "0 is clean (3.000 tokens)",
+        "exact_match": "0 is clean (0.000)",
+        "entropy at reply token 2": r"0 is clean behind the same replies \(\S+ nat\)",
+        'entropy at "x" of reply token': "0 is clean behind the same replies",
+    }
+    path = tmp_path / "file.mech"
+    text = ALONE[: ALONE.index("experiment")]
+    for number, measure in enumerate(lines):
+        body = f"prompts fruit limit 4\n generate 3\n {rule}\n measure {measure} as delta"
+        text += f"experiment e{number} {{\n {body}\n}}\n"
+    path.write_text(text, encoding="utf-8")
+    facts = [
+        line for line in command("run", path, "--no-store").out.splitlines() if "· 0 is" in line
+    ]
+    for line, said in zip(facts, lines.values(), strict=True):
+        said = said if "\\" in said else re.escape(said)
+        assert re.search(f" · {said}$", line), line

@@ -17,8 +17,10 @@ from mechdsl.base.source import Source
 from mechdsl.execute.options import Options
 from mechdsl.pipeline.compute import run_source
 from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.show.progress import Bar
+from mechdsl.store.store import Store
 
-from .conftest import HEADS
+from .conftest import HEADS, Command, Done
 
 LONG = HEADS.replace("layer 0..1 head * at", "layer * neuron * at last token,")
 
@@ -28,10 +30,8 @@ def default_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize(
-    ("sent", "word", "status"), [("SIGINT", "interrupted", 130), ("SIGTERM", "terminated", 143)]
-)
-def test_in_the_middle_of_a_run(sent: str, word: str, status: int, tmp_path: Path) -> None:
+def test_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    """What is finished is in the store."""
     (tmp_path / "long.mech").write_text(LONG, encoding="utf-8")
     begun = tmp_path / "begun"
     program = (
@@ -40,7 +40,7 @@ def test_in_the_middle_of_a_run(sent: str, word: str, status: int, tmp_path: Pat
         "def told(self, done, total):\n"
         "    Path('begun').touch()\n    advance(self, done, total)\n"
         "Bar.advance = told\n"
-        "sys.argv = ['mechdsl', 'run', 'long.mech', '--out', 'kept']\ncli.main()\n"
+        "sys.argv = ['mechdsl', 'run', 'long.mech', '--store', 'kept']\ncli.main()\n"
     )
     running = subprocess.Popen(
         [sys.executable, "-c", program],
@@ -57,13 +57,41 @@ def test_in_the_middle_of_a_run(sent: str, word: str, status: int, tmp_path: Pat
             assert running.poll() is None, running.communicate()
             assert time.monotonic() < until, "no row was finished"
             time.sleep(0.05)
-        running.send_signal(getattr(signal, sent))
+        running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=60)
     finally:
         running.kill()
-    assert running.returncode == status
-    assert err == f"{word}; nothing of this file is kept\n"
+    assert running.returncode == 130
+    assert err.endswith(
+        "interrupted; what is finished is kept; the same command goes on from there\n"
+    )
     assert out == ""
+    with Store(tmp_path / "kept") as store:
+        assert [run.state for run in store.runs()] == ["unfinished"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "word", "status"), [("SIGINT", "interrupted", 130), ("SIGTERM", "terminated", 143)]
+)
+def test_without_a_store(
+    sent: str, word: str, status: int, command: Command, monkeypatch: Any, tmp_path: Path
+) -> None:
+    """In this process, which sends the signal to itself as soon as a row is finished."""
+    (tmp_path / "long.mech").write_text(LONG, encoding="utf-8")
+    number = getattr(signal, sent)
+
+    def tell(bar: Bar, done: int, total: int) -> None:
+        assert signal.getsignal(number) is not signal.SIG_DFL  # or it ends here
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Bar, "advance", tell)
+    before = signal.getsignal(signal.SIGINT)
+    default_interrupt() if sent == "SIGTERM" else signal.signal(number, signal.default_int_handler)
+    try:
+        done = command("run", tmp_path / "long.mech", "--out", tmp_path / "kept")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done == Done(status, "", f"{word}; nothing of this file is kept\n")
     assert list((tmp_path / "kept").iterdir()) == []
 
 

@@ -17,7 +17,7 @@ from mechdsl.pipeline import compute
 
 from ..fruit import FRUIT
 from ..junit_schema import junit, message, verdicts
-from .conftest import Command, process
+from .conftest import Command
 
 EXPERIMENT = """
 experiment {name} {{
@@ -313,8 +313,8 @@ def test_typos(command: Command) -> None:
     assert "requires an argument" in command("run", file, "--junit").err
 
 
-def test_as_users_run_it(inside: Path) -> None:
-    done = process("run", written("a.mech", FAILS), "--junit", "r.xml", cwd=inside)
+def test_nothing_else_is_left(command: Command, inside: Path) -> None:
+    done = command("run", written("a.mech", FAILS), "--junit", "r.xml")
     assert done.status == 1
     assert verdicts(report()) == {"max(recovery) > 5": "failure"}
     assert {path.name for path in inside.iterdir()} == {"a.mech", "r.xml"}

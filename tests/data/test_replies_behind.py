@@ -35,7 +35,7 @@ def written(tokenizer: TextTokenizer, made: PromptTable) -> dict[int, Reply]:
         ids = spelt_out(" so the count is" + " so" * number, tokenizer)
         if number != 1:
             found[row] = Reply(ids, tokenizer.decode(ids), "length")
-    return found
+    return dict(reversed(found.items()))
 
 
 @pytest.mark.parametrize("name", ["qwen", "llama3", "gpt2-prefixed", "llama2", "gemma"])
@@ -50,7 +50,10 @@ def test_tokens_stay_as_they_were_written(name: str) -> None:
     assert found.row_ids == (made.row_ids[0], made.row_ids[2])
     assert found.row_keys == (made.row_keys[0], made.row_keys[2])
     assert [row.id for row in found.sources] == list(found.row_ids)
+    assert made.whole
     assert not found.whole
+    assert made.dealt == ("n",)
+    assert found.dealt == ()
     for run in ("clean", "other"):
         for number, old in ((0, 0), (1, 2)):
             row, before = found.runs[run].rows[number], made.runs[run].rows[old]
@@ -61,7 +64,7 @@ def test_tokens_stay_as_they_were_written(name: str) -> None:
             assert row.text.startswith(before.text)
             added = row.text[len(before.text) :]
             assert "count is" in added
-            assert tokenizer.decode(row.ids).endswith(added)
+            assert tokenizer.decode(row.ids) == tokenizer.decode(before.ids) + added
             assert len(row.offsets) == len(row.special) == len(row.ids)
             tokens = row.offsets[len(before.ids) :]
             assert (
@@ -95,6 +98,29 @@ def test_texts_go_on_behind_the_reply(name: str) -> None:
     assert not problems
     seven = next(row for row in made.runs["clean"].rows if row.values["n"] == 7)
     assert ids == seven.texts["answer"].ids
+
+
+def test_no_word_of_an_answer_stands_there() -> None:
+    """Nobody wrote it, though all answers begin with it."""
+    tokenizer = BY_NAME["gpt2"].wrapped()
+    made = support.table(NUMBERS.replace('" {n}"', '" the {n}"'), tokenizer, writes=True)
+    found, _ = with_replies(made, written(tokenizer, made), tokenizer, SAID)
+    assert found.moved == ()
+
+
+def test_an_answer_is_spelt_as_behind_the_reply() -> None:
+    """A word is one token, and would be so behind the first of its letters: that is warned of."""
+    tokenizer = BY_NAME["gpt2"].wrapped()
+    whole = next(
+        w for w in ("the", "count", "is") if len(tokenizer.encode(f" {w}", False).ids) == 1
+    )
+    made = support.table(
+        f'n in 1..2 template "{{n}} is" answer "{whole[1:]}"', tokenizer, writes=True
+    )
+    ids = tokenizer.encode(f" {whole[0]}", False).ids
+    replies = {row: Reply(ids, tokenizer.decode(ids), "length") for row in made.row_ids}
+    _, problems = with_replies(made, replies, tokenizer, SAID)
+    assert [each.code for each in problems] == ["W0703"]
 
 
 def test_nothing_is_known_before() -> None:

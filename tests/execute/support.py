@@ -190,13 +190,18 @@ def bare(family: str, seed: int = 0) -> Any:
             for part, factor in WIDER.items():
                 if part in name and parameter.dim() == 2:
                     parameter.mul_(factor)
-    _SHARED.add(id(model))
-    return model
+    return unchanged(model)
 
 
 _SHARED: set[int] = set()
 """Models that stay alive and as they are, by `id`: what was found when they were taken apart holds
 for all tests."""
+
+
+def unchanged(model: Any) -> Any:
+    """A model that stays alive, and that no test changes."""
+    _SHARED.add(id(model))
+    return model
 
 
 def fast(tokenizer: Any) -> PreTrainedTokenizerFast:
@@ -287,7 +292,7 @@ def adopted(family: str, seed: int = 0) -> LoadedModel:
 
 
 def is_shared(module: Any) -> bool:
-    """Whether it is one of `bare`."""
+    """Whether no test changes it."""
     return id(module) in _SHARED
 
 

@@ -375,7 +375,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("family", "mode"),
     [
         *((FAMILIES[0], mode) for mode in MODES),
-        *((family, mode) for family in FAMILIES[1:] for mode in ("plain", "planned")),
+        *((family, "planned") for family in FAMILIES[1:]),
+        *(pytest.param(family, "plain", marks=pytest.mark.slow) for family in FAMILIES[1:]),
     ],
 )
 def test_answers(family: str, mode: str, folder: Path) -> None:

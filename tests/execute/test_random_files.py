@@ -208,7 +208,7 @@ def rules(draw: Any, *, swept: bool) -> str:
             where = draw(st.sampled_from([f"{site} at {at}", "weights"]))
             return f"project out d from {where}"
         case "clamp":
-            return f"clamp {along.partition(' ')[0].strip('(')} of {site} at {at} to 2"
+            return f"clamp {draw(st.sampled_from(['d', 'by_layer']))} of {site} at {at} to 2"
         case "onto":
             return f"patch {site} at {at} onto {draw(st.sampled_from(ONE))}"
         case "into":

@@ -172,11 +172,15 @@ def check_cut(
     assert done.passes <= passes
 
 
-@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=QUIET)
-@given(case=cases())
-def test_random_files(case: tuple[str, str, frozenset[str]], tmp_path_factory: Any) -> None:
+def random_files(case: tuple[str, str, frozenset[str]], tmp_path_factory: Any) -> None:
     family, text, _ = case
     check_case(family, text, tmp_path_factory.mktemp("case"), cut=len(text) % 7)
+
+
+FEW = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=QUIET)
+MANY = settings(max_examples=60, deadline=None, suppress_health_check=QUIET)
+test_random_files = FEW(given(case=cases())(random_files))
+test_many_random_files = pytest.mark.slow(MANY(given(case=cases())(random_files)))
 
 
 TWICE = f"""experiment e {{
@@ -203,7 +207,7 @@ def test_rows_of_one_content_in_several_passes(
     text = TWICE + kept_ones * (experiments - 1)
     rows = [support.ROWS[number] for number in (0, 1, 2, 3, 2, 0, 1, 1, 3, 0, 2)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    how = Options(pass_tokens=130, prompt_tokens=60)
+    how = Options(pass_tokens=180, prompt_tokens=60)
     plain, alone = run(text, tmp_path, family, options=how)
     left: list[int] = []
     stop = 0

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
-from typing import Any
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ..execute.support import WIDER
+from ..execute.support import WIDER, unchanged
 from ..models import families
 
+T = TypeVar("T")
 GPT_OSS: dict[str, Any] = {
     "vocab_size": families.VOCABULARY,
     "num_hidden_layers": 3,
@@ -57,7 +59,7 @@ def bare(name: str) -> Any:
                     parameter.mul_(factor)
         if name.endswith(WITHOUT_NORMS):
             _take_norms_out(model)
-    return model
+    return unchanged(model)
 
 
 @cache
@@ -65,7 +67,50 @@ def double(name: str) -> Any:
     """The same weights in 64 bits: what the reference computes with."""
     model = copy.deepcopy(bare(name)).double()
     model.config._experts_implementation = "eager"  # the others have no 64 bits
+    return unchanged(model)
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+_FREE: dict[str, list[Any]] = {}
+"""By name, copies of the model that no call is changing; one call may need another."""
+
+
+def _copied(name: str) -> Any:
+    model = copy.deepcopy(double(name))
+    model.set_attn_implementation("eager")
     return model
+
+
+def on_the_model(call: Callable[..., T]) -> Callable[..., T]:
+    """A function of the model in 64 bits (with attention that takes masks) and its name, which may
+    hang hooks on it and exchange its parts: all of that goes back when it returns. As a function
+    of the name; a copy of the model for each call takes longer than all else."""
+
+    @wraps(call)
+    def of_a_name(name: str, *given: Any, **named: Any) -> T:
+        free = _FREE.setdefault(name, [])
+        model = free.pop() if free else _copied(name)
+        before = [
+            (table, dict(table))
+            for module in model.modules()
+            for table in (module._modules, *(getattr(module, hooks) for hooks in _HOOKS))
+        ]
+        try:
+            return call(model, name, *given, **named)
+        finally:
+            for table, old in before:
+                table.clear()
+                table.update(old)
+            free.append(model)
+
+    return of_a_name
 
 
 def _gpt_oss() -> Any:

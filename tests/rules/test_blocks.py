@@ -21,7 +21,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.validate.check_file import Checked, Settings, check_source
 
 from ..execute.support import MODES, context, shared
-from .models import bare, double
+from .models import bare, on_the_model
 from .support import (
     BLOCKS,
     MANY,
@@ -52,15 +52,16 @@ Pairs = Mapping[int, int | None]
 
 
 @torch.no_grad()
-def called(name: str, ids: Sequence[int], pairs: Pairs, z: Tensor | None = None) -> Tensor:
+@on_the_model
+def called(
+    model: Any, name: str, ids: Sequence[int], pairs: Pairs, z: Tensor | None = None
+) -> Tensor:
     """[T, vocab]; z: of head 1, written at the last token of block 2 (llama)."""
-    model = copy.deepcopy(double(name))
     blocks = model.get_submodule(LISTS.get(name, "model.layers"))
     before = list(blocks)
-    handles: list[Any] = []
     for to, of in pairs.items():
         if of is None:
-            handles.append(before[to].register_forward_hook(_handed_on, with_kwargs=True))
+            before[to].register_forward_hook(_handed_on, with_kwargs=True)
         else:
             blocks[to] = copy.deepcopy(before[of])
     if z is not None:

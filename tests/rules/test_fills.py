@@ -64,8 +64,14 @@ def same(found: dict[str, ExperimentResult], fills: tuple[str, ...]) -> None:
     assert spread > 0.1
 
 
-@pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
+EACH = [
+    pytest.param(name, mode, marks=() if "llama" in name or mode == "planned" else pytest.mark.slow)
+    for name in ("gpt2", "llama", "gpt_neox")
+    for mode in MODES
+]
+
+
+@pytest.mark.parametrize(("name", "mode"), EACH)
 @pytest.mark.parametrize("key", RULES)
 def test_each_fill_is_what_it_is_alone(data: Path, key: str, name: str, mode: str) -> None:
     every, fills, lone = files(key)

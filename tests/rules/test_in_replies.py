@@ -45,6 +45,11 @@ EACH = [
     for mode in QUICK
 ]
 """Models and ways; whole passes of most models are slow."""
+FEW = [
+    pytest.param(*each.values, marks=pytest.mark.slow if "gpt_neox" in each.values else each.marks)
+    for each in EACH
+]
+"""The same for other metrics of the same logits."""
 MOST = 6
 GENERATE = f'generate {MOST} until " w4"'
 """Rows stop at different steps."""
@@ -193,7 +198,7 @@ def test_entropy_at_each_step(data: Path, name: str, mode: str) -> None:
     hold(found, "step", range(MOST), of)
 
 
-@pytest.mark.parametrize(("name", "mode"), EACH)
+@pytest.mark.parametrize(("name", "mode"), FEW)
 def test_logits_at_each_token(data: Path, name: str, mode: str) -> None:
     def of(layer: int, n: int, place: int) -> Any:
         return at_token(name, layer, n, place + 1, two)
@@ -204,7 +209,7 @@ def test_logits_at_each_token(data: Path, name: str, mode: str) -> None:
         hold(measured(data, name, mode, measure, "delta"), "measured", places, of)
 
 
-@pytest.mark.parametrize(("name", "mode"), EACH)
+@pytest.mark.parametrize(("name", "mode"), FEW)
 def test_loss_of_each_token(data: Path, name: str, mode: str) -> None:
     """It is read in front of the token, where that is predicted."""
 
@@ -222,7 +227,7 @@ def test_loss_of_each_token(data: Path, name: str, mode: str) -> None:
     hold(found, "measured", places, of)
 
 
-@pytest.mark.parametrize(("name", "mode"), EACH)
+@pytest.mark.parametrize(("name", "mode"), FEW)
 def test_divergence_from_other_runs_on_the_same_text(data: Path, name: str, mode: str) -> None:
     """`kl(RUN)` reads that run's own prompt, with the reply of the patched row behind it."""
     for run in ("clean", "longer"):
@@ -251,7 +256,7 @@ PLACES: dict[str, Callable[[Reply], int | None]] = {
 """Where a measure is read, and which token of the reply that is."""
 
 
-@pytest.mark.parametrize(("name", "mode"), EACH)
+@pytest.mark.parametrize(("name", "mode"), FEW)
 def test_single_tokens(data: Path, name: str, mode: str) -> None:
     """Rows whose reply has no such token leave the cell."""
     text = "".join(
@@ -273,7 +278,7 @@ def test_single_tokens(data: Path, name: str, mode: str) -> None:
             compare(found[f"e{number}"].measures[0], patched, base, most=False)
 
 
-@pytest.mark.parametrize(("name", "mode"), EACH)
+@pytest.mark.parametrize(("name", "mode"), FEW)
 def test_a_text_of_the_reply(data: Path, name: str, mode: str) -> None:
     """The last token of its last occurrence; rows without it leave the cell."""
     every = [word(each) for reply in replies(name, 0) for each in reply.ids]
@@ -402,7 +407,7 @@ SEEN: dict[str, tuple[str, bool, Callable[[Run, Text, int], float]]] = {
 """A line, whether it is of tokens (else of steps), and what it gives at a token."""
 
 
-@pytest.mark.parametrize(("name", "mode"), EACH)
+@pytest.mark.parametrize(("name", "mode"), FEW)
 def test_what_is_observed(data: Path, name: str, mode: str) -> None:
     """With rules, and, for `delta`, without them behind the same replies."""
     text = "".join(
@@ -453,7 +458,7 @@ def test_all_tokens_are_averaged(data: Path, mode: str) -> None:
         compare(found[key].measures[0], patched, None)
 
 
-@pytest.mark.parametrize(("name", "mode"), EACH)
+@pytest.mark.parametrize(("name", "mode"), FEW)
 def test_without_rules(data: Path, name: str, mode: str) -> None:
     """What the base run writes by itself, measured and observed."""
     line = "observe norm resid_post layer 2 at each reply token as seen"

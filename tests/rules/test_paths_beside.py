@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mechdsl.results.experiment_result import ExperimentResult
 
-from .models import double
+from .models import on_the_model
 from .support import (
     QUICK,
     Array,
@@ -78,14 +78,14 @@ class Call:
 
 
 @torch.no_grad()
+@on_the_model
 def called(
-    name: str, text: Text, edits: Edits = (), *, frozen: Mapping[str, Tensor] | None = None,
+    model: Any, name: str, text: Text, edits: Edits = (), *,
+    frozen: Mapping[str, Tensor] | None = None,
     blocked: Sequence[tuple[int, str, str]] = (), numbers: Mapping[int, int] | None = None,
     blocks: Mapping[int, int | None] | None = None,
 ) -> Call:  # fmt: skip
     """frozen: what norms divide by is that of these vectors."""
-    model = copy.deepcopy(double(name))
-    model.set_attn_implementation("eager")
     stack = model.get_submodule(BLOCK[name])
     originals = list(stack)
     for to, of in (blocks or {}).items():
@@ -406,13 +406,20 @@ GROUPS = (
 )
 
 
+PLAIN = {key: FAMILIES[number % len(FAMILIES)] for number, key in enumerate(CASES)}
+"""Whole passes of one family for each case, in turn; those of the others are slow."""
+
+
 @cache
-def results(data: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
-    text = GROUPS
-    for key, case in CASES.items():
+def results(data: Path, name: str, mode: str, own: bool) -> dict[str, ExperimentResult]:
+    """Of all cases; as whole passes, of those of this family or of the others."""
+    chosen = [key for key in CASES if mode != "plain" or (PLAIN[key] == name) == own]
+    text = ""
+    for key in chosen:
         if there(name, key):
-            text += experiment(key, "from longer into clean", *case.lines)
-    return run_file(text, data, name, mode, precise=True)
+            text += experiment(key, "from longer into clean", *CASES[key].lines)
+    named = GROUPS if "sending" in text or "receiving" in text else ""
+    return run_file(named + text, data, name, mode, precise=True)
 
 
 @cache
@@ -436,15 +443,21 @@ def cells(found: ExperimentResult) -> Array:
     return found.measures[0].patched
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("key", list(CASES))
+@pytest.mark.parametrize(
+    ("key", "name", "mode"),
+    [
+        pytest.param(k, n, m, marks=pytest.mark.slow if m == "plain" and n != PLAIN[k] else ())
+        for k in CASES
+        for n in FAMILIES
+        for m in QUICK
+    ],
+)
 def test_each_pass_is_as_it_is_said(data: Path, key: str, name: str, mode: str) -> None:
     if not there(name, key):
         text = experiment("e", "from longer into clean", CASES[key].rule)
         assert "E0335" in codes(text, data, name)
         return
-    found = results(data, name, mode)[key]
+    found = results(data, name, mode, PLAIN[key] == name or mode != "plain")[key]
     values, alone = expected(name, key)
     np.testing.assert_allclose(found.measures[0].base[0], unpatched(name), atol=1e-5)
     np.testing.assert_allclose(cells(found)[0], values, atol=1e-5, rtol=1e-5)
@@ -570,7 +583,7 @@ def test_what_is_measured_inside_of_held_mlps(data: Path) -> None:
 
 
 def test_what_is_said(data: Path) -> None:
-    found = results(data, "llama", "planned")
+    found = results(data, "llama", "planned", True)
     said = found["to_logits_beside_a_held_head"].conventions["beside the path"]
     assert "the other rules act in each of its passes" in said
     assert "beside the path" not in found["a_head_to_a_neuron"].conventions

@@ -21,6 +21,7 @@ from mechdsl.diagnostics.render import render_full
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute import test_masked
+from ..quick import some
 from ..reference.forward import Run, Write, forward, stack
 from .models import double
 from .paths import End, plain
@@ -38,6 +39,8 @@ from .support import (
 )
 
 FAMILIES = ("gpt2", "llama", "gpt_neox", "gemma2", "gpt_neox_sequential")
+QUICKLY = {("plain", "llama"), *(("planned", name) for name in FAMILIES[:4])}
+"""Modes and models; that of `gpt_neox_sequential` is put together as gpt2."""
 LAST, HEADS = 2, 4
 
 
@@ -198,7 +201,7 @@ def fine(name: str) -> float:
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        pytest.param(n, m, marks=pytest.mark.slow if m == "plain" and n != "llama" else ())
+        pytest.param(n, m, marks=() if (m, n) in QUICKLY else pytest.mark.slow)
         for n in FAMILIES
         for m in QUICK
     ],
@@ -216,7 +219,7 @@ def test_edges_are_patched(data: Path, key: str, name: str, mode: str) -> None:
     np.testing.assert_allclose(end, expected(name, parts[1]), atol=fine(name))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", some(FAMILIES, FAMILIES[:4]))
 @pytest.mark.parametrize("key", list(CASES))
 def test_both_are_neither(name: str, key: str) -> None:
     if not there(name, key):

@@ -21,7 +21,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.validate.check_file import Settings
 
 from ..execute.support import MODES, as_in_the_data, run_on, shared
-from .models import bare, double
+from .models import bare, double, on_the_model
 from .support import (
     BLOCKS,
     QUICK,
@@ -71,16 +71,15 @@ class Steered:
 
 
 @torch.no_grad()
+@on_the_model
 def called(
-    name: str, text: Text, every: Sequence[Steered], n: int,
+    model: Any, name: str, text: Text, every: Sequence[Steered], n: int,
     patches: Sequence[tuple[int, int, Tensor]] = (),
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """(logits [T, vocab], what leaves each block [T, width]) of the bare model.
 
     every: what is done, in order. patches: (layer, position, vector) behind all of it.
     """
-    model = copy.deepcopy(double(name))
-    model.set_attn_implementation("eager")
     blocks = model.get_submodule(LISTS[name])
     before, count = list(blocks), len(text.ids)
     pairs: dict[int, int | None] = {}

@@ -25,6 +25,7 @@ from ..reference.forward import Write
 from .models import bare
 from .support import (
     BLOCKS,
+    QUICK,
     Key,
     agree,
     difference,
@@ -222,8 +223,14 @@ def expected(case: Case, name: str, functions: Any) -> dict[Key, list[float]]:
     return values
 
 
-@pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(n, m, marks=() if n == "llama" or m in QUICK else pytest.mark.slow)
+        for n in NAMES
+        for m in MODES
+    ],
+)
 def test_it_is_given_whole_cells(data: Path, functions: Any, name: str, mode: str) -> None:
     text = "".join(experiment(key.replace(" ", "_"), written(key)) for key in CASES)
     found = ran(text, data, name, mode)

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from mechdsl.base.source import Source
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.validate.check_file import check_source
 
 from ..execute.support import token
 from ..reference.forward import Changes, Edge, Write, forward
@@ -280,6 +282,83 @@ def test_noise_is_the_row_s_own(data: Path, sign: str) -> None:
     np.testing.assert_allclose(some.measures[0].patched, own.patched[:, kept], atol=1e-4)
     np.testing.assert_allclose(some.measures[0].base, own.base[:, kept], atol=1e-4)
     assert np.abs(own.patched - own.base).max() > 0.01
+
+
+def test_each_block_has_its_own(data: Path) -> None:
+    """Several blocks in one experiment, with what one experiment wrote behind each."""
+
+    def of(block: str) -> str:
+        line = "ablate attn_out layer * at last token of reply with zero"
+        writes = experiment("w", "generate 3", block=block, measure=LENGTH)
+        return writes + experiment("e", line, block=f"{block} with replies of w")
+
+    both = run_file(of("p, second"), data, "gpt2", "planned")["e"]
+    for block in ("p", "second"):
+        alone = run_file(of(block), data, "gpt2", "planned")["e"]
+        cells = [n for n, cell in enumerate(both.cells) if cell.coords["prompts"] == block]
+        assert len(cells) == 3
+        own = both.measures[0].patched[cells]
+        there = ~np.isnan(own).all(0)
+        np.testing.assert_allclose(
+            np.sort(own[:, there]), np.sort(alone.measures[0].patched), atol=1e-4
+        )
+
+
+def test_too_long_for_the_model(data: Path) -> None:
+    """Replies fill the context: there is no place to read their last token at."""
+    text = experiment("w", "generate 52", measure=LENGTH)
+    text += reads("patch resid_post layer 0 at subject token")
+    result, problems = try_file(text, data, "gpt2")
+    assert result is not None
+    assert [each.name for each in result.experiments] == ["w"]
+    (error,) = [each for each in problems if each.severity == "error"]
+    assert error.code == "E0546"
+    assert "65 tokens, and `m` reads 64" in error.message
+
+
+TWO = """
+mech 1
+
+seed 1
+
+model toy = zoo("counting")
+model bot = zoo("refusal")
+
+prompts p {
+  verb in ["burn", "cut", "crush", "melt"]
+  template "how do i {verb} the car ?"
+  corrupt noised { add gaussian(std: 0.3, samples: 2) to embed at verb token }
+}
+
+experiment w {
+  model bot
+  prompts p
+  BASE
+  generate 4
+  measure length as raw
+}
+
+experiment e {
+  model MODEL
+  prompts p with replies of w
+  measure entropy as raw
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "base", "said"),
+    [
+        ("bot", "", ""),
+        ("toy", "", "another tokenizer"),
+        ("bot", "from clean into noised", "one for each of 2 draws of noise"),
+    ],
+)
+def test_one_reply_in_the_same_tokens(model: str, base: str, said: str) -> None:
+    text = TWO.strip().replace("BASE", base).replace("MODEL", model)
+    found = [each for each in check_source(Source(text)).diagnostics if each.severity == "error"]
+    assert [each.code for each in found] == (["E0546"] if said else [])
+    assert all(said in each.message for each in found)
 
 
 REFUSED = {

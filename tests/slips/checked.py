@@ -133,7 +133,7 @@ def judged() -> dict[tuple[str, str, str, str], Judgement]:
 
 
 class Checker:
-    """Checks mutants of some files; without models, no path of a model is found."""
+    """Checks mutants of some files; without models, no path of a model is found, but their data."""
 
     def __init__(self, files: Iterable[File], folder: Path, *, models: bool) -> None:
         """folder: an empty one, for the files without models."""
@@ -146,6 +146,9 @@ class Checker:
             if not models:
                 self.paths[file.name].parent.mkdir(parents=True, exist_ok=True)
                 self.paths[file.name].write_text(self._seen(file.text), encoding="utf-8")
+                data = self.paths[file.name].with_name("data")
+                if (beside := file.path.with_name("data")).is_dir() and not data.exists():
+                    data.symlink_to(beside)
         if models:
             self.contexts = _contexts(files)
         self.own = {file.name: self._said(file.name, file.text) for file in files}

@@ -35,14 +35,15 @@ def table(outcomes: Sequence[Outcome], *, with_models: bool) -> str:
 
 
 def shares_of(outcomes: Sequence[Outcome], *, with_models: bool) -> Shares:
-    return Shares(*(_share(*each) for each in _counts(outcomes, with_models=with_models)))
+    return Shares(*(_share(*each) for each in counts_of(outcomes, with_models=with_models)))
 
 
 Count = tuple[int, int]
 """How many, and of how many."""
 
 
-def _counts(outcomes: Sequence[Outcome], *, with_models: bool) -> tuple[Count, Count, Count]:
+def counts_of(outcomes: Sequence[Outcome], *, with_models: bool) -> tuple[Count, Count, Count]:
+    """What the shares are shares of."""
     counted = [each for each in outcomes if each.counts(with_models=with_models)]
     caught = [each for each in counted if each.caught]
     placed = [each.on_line for each in caught if each.on_line is not None]
@@ -52,7 +53,7 @@ def _counts(outcomes: Sequence[Outcome], *, with_models: bool) -> tuple[Count, C
 
 def _row(kind: str, outcomes: Sequence[Outcome], *, with_models: bool) -> list[str]:
     left_out = sum(not each.counts(with_models=with_models) for each in outcomes)
-    counts = _counts(outcomes, with_models=with_models)
+    counts = counts_of(outcomes, with_models=with_models)
     return [kind, str(len(outcomes)), str(left_out), *(_shown(*each) for each in counts)]
 
 

@@ -8,14 +8,12 @@ import pytest
 
 from .checked import Checker, judged, right_files
 from .mutants import KINDS, Mutant, drawn
-from .table import BOUNDS, shares_of, table
+from .table import BOUNDS, counts_of, table
 
 FILES = right_files()
 SEED = 8
 COUNT = 40
 """Those among them that nothing is said about are judged."""
-SLACK = 0.02
-"""Less than one of so few: of 500, 0.97 are caught on their line."""
 SLOW = "examples/mediators.mech"
 """Seconds for each look at it."""
 
@@ -28,9 +26,10 @@ def sample() -> list[Mutant]:
 def test_slips_are_caught_where_they_are(models: bool, tmp_path: Path) -> None:
     checker = Checker([file for file in FILES if file.name != SLOW], tmp_path, models=models)
     outcomes = [checker.outcome(each) for each in sample()]
-    shares = shares_of(outcomes, with_models=models)
-    for share, bound in zip(shares, BOUNDS, strict=True):
-        assert share >= bound - SLACK, table(outcomes, with_models=models)
+    counts = counts_of(outcomes, with_models=models)
+    for (some, of), bound in zip(counts, BOUNDS, strict=True):
+        # The bounds are of 500: of so few, one may be missed.
+        assert some + 1 >= bound * of, table(outcomes, with_models=models)
 
 
 def test_mutants_differ_from_their_files_in_one_line() -> None:

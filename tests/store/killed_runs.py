@@ -166,32 +166,56 @@ def attempt(
 ) -> Attempt:
     """Run the command in a process of its own, which is ended at a step, or some seconds after it
     begins to keep values. limits: called in it before the run."""
-    out, err, log = (folder / name for name in ("out.txt", "err.txt", "log.txt"))
-    for path in (out, err, log):
-        path.write_text("")
-    child = os.fork()
-    if not child:
-        _child(folder, out, err, log, kill_at, limits)
+    begun = Begun(folder, kill_at=kill_at, limits=limits)
     if kill_after is not None:
+        begun.kill(kill_after)
+    return begun.ended()
+
+
+class Begun:
+    """The command in a process of its own."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str = "",
+        *,
+        kill_at: int | None = None,
+        limits: Callable[[], None] | None = None,
+    ) -> None:
+        """name: of what it leaves, where several run."""
+        names = ("out.txt", "err.txt", "log.txt")
+        self.out, self.err, self.log = (folder / f"{name}{each}" for each in names)
+        for path in (self.out, self.err, self.log):
+            path.write_text("")
+        self.child = os.fork()
+        if not self.child:
+            _child(folder, self.out, self.err, self.log, kill_at, limits)
+
+    def kill(self, after: float) -> None:
+        """End it some seconds after it begins to keep values."""
         until = time.monotonic() + 120
-        while b"before keep" not in log.read_bytes():
+        while b"before keep" not in self.log.read_bytes():
             assert time.monotonic() < until, "nothing was kept"
             time.sleep(0.001)
-        time.sleep(kill_after)
+        time.sleep(after)
         with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    told = [line.partition(" ")[::2] for line in log.read_text().splitlines()]
-    steps = [(float(when), what) for when, what in told if what.startswith("step ")]
-    return Attempt(
-        os.WIFSIGNALED(status),
-        os.waitstatus_to_exitcode(status),
-        out.read_text("utf-8"),
-        err.read_text("utf-8"),
-        [when for when, _ in steps],
-        [what.removeprefix("step ") for _, what in steps],
-        sum(what == "pass" for _, what in told),
-    )
+            os.kill(self.child, signal.SIGKILL)
+
+    def ended(self) -> Attempt:
+        """Wait for its end."""
+        _, status = os.waitpid(self.child, 0)
+        told = [line.partition(" ")[::2] for line in self.log.read_text().splitlines()]
+        steps = [(float(when), what) for when, what in told if what.startswith("step ")]
+        return Attempt(
+            os.WIFSIGNALED(status),
+            os.waitstatus_to_exitcode(status),
+            self.out.read_text("utf-8"),
+            self.err.read_text("utf-8"),
+            [when for when, _ in steps],
+            [what.removeprefix("step ") for _, what in steps],
+            sum(what == "pass" for _, what in told),
+        )
 
 
 def _child(
@@ -282,9 +306,10 @@ def warm() -> None:
     """Import what a run needs, once for all processes that are forked."""
     import torch
 
-    import mechdsl.pipeline.compute  # noqa: F401
+    import mechdsl
 
     torch.set_num_threads(1)
+    mechdsl.run(TEXT, write_reports=False)
 
 
 def ends_of(harness: Harness, count: int, seed: int) -> list[list[dict[str, Any]]]:

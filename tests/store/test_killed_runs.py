@@ -1,4 +1,4 @@
-"""Whole runs that are killed go on to the undisturbed table: a tenth of what
+"""Whole runs that are killed go on to the undisturbed table: some of what
 `python -m tests.store.killed_runs` does. The same where the disk is full, the store can't be
 written, a blob is torn, or two run at once."""
 
@@ -8,12 +8,11 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from .killed_runs import SIZES, Harness, attempt, ends_of
+from .killed_runs import Begun, Harness, attempt, ends_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 
@@ -23,11 +22,12 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
     return Harness(tmp_path_factory.mktemp("runs"))
 
 
-def test_killed_runs_go_on(harness: Harness) -> None:
+@pytest.mark.parametrize("count", [9, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_runs_go_on(harness: Harness, count: int) -> None:
     killed = 0
-    for number, ends in enumerate(ends_of(harness, 14, seed=1)):
+    for number, ends in enumerate(ends_of(harness, count, seed=1)):
         killed += any(each.killed for each in harness.killed(number, ends))
-    assert killed >= 10
+    assert killed >= 0.7 * count
 
 
 @pytest.mark.parametrize(("most", "status"), [(24_000, 0), (46_000, 3), (50_000, 3)])
@@ -115,19 +115,10 @@ def test_two_at_once(harness: Harness) -> None:
     """The same command twice, on one store: both print the table of one alone."""
 
     def run(place: Path) -> None:
-        command = [sys.executable, "-m", "mechdsl", "run", "file.mech", "--device", "cpu", *SIZES]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        environment.pop("MECHDSL_STORE", None)
-        two = [
-            subprocess.Popen(
-                command, cwd=place, env=environment, text=True, encoding="utf-8",
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-            for _ in range(2)
-        ]  # fmt: skip
-        for each in two:
-            out, err = each.communicate(timeout=300)
-            assert (each.returncode, out) == (0, harness.whole.out), err
+        for each in [Begun(place, name) for name in ("one", "two")]:
+            done = each.ended()
+            assert (done.status, done.out) == (0, harness.whole.out), done.err
+            assert done.passes
         again = attempt(place)
         assert (again.out, again.passes) == (harness.whole.out, 0)
 

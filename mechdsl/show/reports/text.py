@@ -86,19 +86,29 @@ def ends_of_scale(result: ExperimentResult, data: MeasureData) -> str | None:
     base = _means(data.base)
     source = [math.nan] if data.source is None else _means(data.source)
     write = number_format([*base, *source])
-    unit = f" {data.unit}" if data.unit and not effect.scale_free else ""
+    unit = "" if effect.scale_free else _UNITS.get(data.unit, "")
 
     def shown(values: Sequence[float], unit: str) -> str:
+        """Empty where there is no value."""
         ends = dict.fromkeys(write(value) for value in (min(values), max(values)))
-        return f"{' to '.join(ends)}{unit}"
+        return "" if math.isnan(values[0]) else f"{' to '.join(ends)}{unit}"
 
-    zero = f"0 is {result.shown(result.base)} ({shown(base, unit)})"
+    def with_value(name: str, values: Sequence[float], unit: str) -> str:
+        found = shown(values, unit)
+        return f"{name} ({found})" if found else name
+
+    behind = " behind the same replies" if data.as_patched else ""
+    zero = f"0 is {with_value(result.shown(result.base) + behind, base, unit)}"
     if data.source is None or data.effect == "relative":
         return zero
     name = result.shown(result.source or "")
     if effect.one is not None:
-        return f"{zero}, 1 is {name} ({shown(source, '')})"
-    return f"{zero}, {name} has {shown(source, unit)}"
+        return f"{zero}, 1 is {with_value(name, source, '')}"
+    return f"{zero}, {name} has {shown(source, unit) or 'no value'}"
+
+
+_UNITS = {"nat": " nat", "logit": " logit", "token": " tokens"}
+"""Those that are said behind a number; shares, ranks and the like are plain ones."""
 
 
 def _means(values: Floats) -> list[float]:

@@ -1,0 +1,112 @@
+"""What is read in drawn replies: each sample of each draw of noise by itself, then averaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mechdsl.base.reply import Reply
+
+from ..execute.support import PROMPTS, token
+from ..quick import some
+from ..reference.forward import Run, Write, forward
+from ..reference.noise import keyed_by_number, noise
+from .models import double
+from .support import QUICK, compare, experiment, records, rows, run_file, tokens, write_data
+from .test_in_replies import entropy, kl
+
+MOST, SAMPLES, DRAWS = 4, 3, 2
+NOISED = f"corrupt noised {{ add gaussian(std: 0.7, samples: {DRAWS}) to embed at subject tokens }}"
+BLOCKS = PROMPTS.replace("corrupt other", f"{NOISED}\n  corrupt other")
+SET = "set attn_out layer 1 at last token to 0.6 during step 0..2"
+LENS = "observe logit_lens resid_post layer 1 at each reply token as lens"
+NORMS = {"gpt2": "transformer.ln_f", "llama": "model.norm"}
+
+
+def forced(name: str, n: int, draw: int | None, reply: Reply, rule: bool) -> Run:
+    """One pass over a prompt and what was written behind it. draw: of noise; None without any."""
+    text, count = rows()[n], len(rows()[n].ids)
+    writes: list[Write] = []
+    for at in [] if draw is None else tokens(text, "subject tokens"):
+
+        def added(now: torch.Tensor, at: int = at) -> torch.Tensor:
+            return now + 0.7 * noise(n, draw or 0, at, now.shape[-1]).to(now)
+
+        writes.append(Write("embed", None, added, at))
+    if rule:
+        steps = range(min(2, len(reply.ids)) + 1)
+        writes += [
+            Write("attn_out", 1, lambda now: torch.full_like(now, 0.6), count - 1 + step)
+            for step in steps
+        ]
+    return forward(name, double(name), [*text.ids, *reply.ids], writes)
+
+
+def lens(name: str, n: int, run: Run, at: int) -> float:
+    """The answer's logit, less the wrong one's, of the final norm of a block's output."""
+    model = double(name)
+    with torch.no_grad():
+        normed = model.get_submodule(NORMS[name])(run["resid_post", 1][at, 0])
+        logits = model.get_output_embeddings()(normed)
+    own = records()[n]
+    return float(logits[token(own["a"])] - logits[token(own["b"])])
+
+
+MEASURES = {
+    "entropy": ("", "measure entropy at each step as delta", 0),
+    "divergence": ("", "measure kl(clean) at each step as raw", 0),
+    "observed": (LENS, "measure logit(answer) - logit(wrong) as delta", 1),
+}
+"""A line, a measure, and the first token of the reply that it reads (0: the prompt's last)."""
+
+
+@pytest.mark.parametrize("mode", some(QUICK, ["planned"]))
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("base", ["clean", "noised"])
+def test_each_sample_is_read_by_itself(
+    base: str, name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keyed_by_number(monkeypatch)
+    write_data(tmp_path)
+    lines = (
+        f"from longer into {base}",
+        f'generate {MOST} with temperature 3, samples {SAMPLES} until " w3"',
+        SET,
+    )
+    text = "seed 0\n" + "".join(
+        experiment(key, *lines, line, measure=measure)
+        for key, (line, measure, _) in MEASURES.items()
+    )
+    found = run_file(text, tmp_path, name, mode, precise=True, blocks=BLOCKS)
+    found = {key.partition(".")[0]: own for key, own in found.items()}
+    replies = found["entropy"].replies.cells[0]
+    draws = [None] if base == "clean" else list(range(DRAWS))
+    assert {len(own) for own in replies.values()} == {len(draws) * SAMPLES}
+    assert len({reply.ids for own in replies.values() for reply in own}) > len(rows())
+    for key, (_, _, first) in MEASURES.items():
+        patched, unpatched = (np.full((MOST, len(rows())), np.nan) for _ in range(2))
+        for place, n in np.ndindex(MOST, len(rows())):
+            step, at = place + first, len(rows()[n].ids) - 1 + place + first
+            of_draws: list[Any] = []
+            for number, draw in enumerate(draws):
+                own = replies[n][number * SAMPLES : (number + 1) * SAMPLES]
+                there = [reply for reply in own if len(reply.ids) >= max(step, first)]
+                pairs: list[tuple[float, float]] = []
+                for reply in there:
+                    run, bare = (forced(name, n, draw, reply, rule) for rule in (True, False))
+                    if key == "entropy":
+                        pairs.append((entropy(run.logits[at]), entropy(bare.logits[at])))
+                    elif key == "divergence":
+                        clean = forced(name, n, None, reply, False)
+                        pairs.append((kl(clean.logits[at], run.logits[at]), 0.0))
+                    else:
+                        pairs.append((lens(name, n, run, at), lens(name, n, bare, at)))
+                of_draws += [np.mean(pairs, axis=0)] if pairs else []
+            if of_draws:
+                patched[place, n], unpatched[place, n] = np.mean(of_draws, axis=0)
+        (measure,) = [each for each in found[key].measures if each.effect in ("delta", "raw")][-1:]
+        compare(measure, patched, None if key == "divergence" else unpatched, most=False)
