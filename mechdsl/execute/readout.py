@@ -15,7 +15,7 @@ from mechdsl.base.reply import Reply
 from mechdsl.execute.found import Failed, Found, Gap
 from mechdsl.execute.observed import Observed
 from mechdsl.execute.python_metric import python_metric
-from mechdsl.execute.reply_values import reply_values
+from mechdsl.execute.reply_values import SearchFailed, reply_values
 from mechdsl.execute.unpatched_batch import Spot, TextBehind, continuation_ids, spots_of
 from mechdsl.program.python_files import PythonFailure, PythonNotLoaded
 from mechdsl.resolve.measures import divisors, evaluate
@@ -183,7 +183,7 @@ class Readout:
                 continue
             try:
                 values = self._values(numbers, reading, ~broken)
-            except PythonFailure as failure:
+            except (PythonFailure, SearchFailed) as failure:
                 count = 0 if isinstance(failure, PythonNotLoaded) else len(reading.prompts)
                 failed[n] = Failed(failure.diagnostic, failure.row, count)
                 continue

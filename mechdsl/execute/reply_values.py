@@ -11,9 +11,17 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.reply import Reply
 from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 from mechdsl.execute.python_metric import of_replies
-from mechdsl.program.python_files import PythonFailure
 from mechdsl.resolve.resolved import Atom, Env
 from mechdsl.vocab.reply_metrics import TakesTooLong
+
+
+class SearchFailed(Exception):
+    """A search takes too long. Caught where its rows are known."""
+
+    def __init__(self, diagnostic: UnreadableMeasure, row: int) -> None:
+        super().__init__(diagnostic.message)
+        self.diagnostic = diagnostic
+        self.row = row
 
 
 def reply_values(
@@ -22,8 +30,8 @@ def reply_values(
     """[row]: the metric of each reply; NaN where it has none, as a reply without a number.
 
     replies: [row]. prompts: [row] index into the table. items: [row] the occurrence that
-    `{item.index}` stands for. E0223, or E0612 for a search that is cut short, as PythonFailure,
-    with the row that it fails at where there is one.
+    `{item.index}` stands for. E0223 as PythonFailure, with the row that it fails at where there is
+    one; E0612 as SearchFailed for a search that is cut short.
     """
     if atom.python is not None:
         return of_replies(atom, [reply.text for reply in replies], prompts)
@@ -34,7 +42,7 @@ def reply_values(
     try:
         return np.array(atom.form.function(replies, wanted), dtype=np.float64)
     except TakesTooLong as error:
-        raise PythonFailure(_too_long(atom, replies[error.row]), error.row) from error
+        raise SearchFailed(_too_long(atom, replies[error.row]), error.row) from error
 
 
 def _too_long(atom: Atom, reply: Reply) -> UnreadableMeasure:

@@ -9,6 +9,7 @@ import torch
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute.pass_size import stopwatch
+from mechdsl.execute.reply_values import SearchFailed
 from mechdsl.hooks.memory import out_of_memory, release
 from mechdsl.program.python_files import PythonFailure
 
@@ -49,7 +50,7 @@ def try_sizes(
                 raise
             release()
             return 0.0
-        except PythonFailure:  # it fails again, where it is told
+        except (PythonFailure, SearchFailed):  # it fails again, where it is told
             return 0.0
         return float(work[chosen].sum()) / max(min(took), 1e-9)
 

@@ -24,7 +24,6 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e02_python import PythonFailed, PythonNotAllowed, PythonNotFound
-from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 from mechdsl.diagnostics.w07_python import PythonNotRun
 from mechdsl.program import spec
 from mechdsl.program.code_behind import CodeUnknown, code_behind
@@ -61,9 +60,7 @@ TokenizerAs = Literal["nothing", "third", "named"]
 class PythonFailure(Exception):
     """A function failed. Caught where its rows are known."""
 
-    def __init__(
-        self, diagnostic: PythonFailed | UnreadableMeasure, row: int | None = None
-    ) -> None:
+    def __init__(self, diagnostic: PythonFailed, row: int | None = None) -> None:
         """row: which of those that it was called with made it fail, where that is known."""
         super().__init__(diagnostic.message)
         self.diagnostic = diagnostic

@@ -24,6 +24,7 @@ from mechdsl.prompts.answers import (
     text_tokens,
     tokenise,
 )
+from mechdsl.prompts.chat_template import turns_in
 from mechdsl.prompts.dealt_evenly import dealt_evenly
 from mechdsl.prompts.domains import Constants, Words
 from mechdsl.prompts.prompt_conventions import (
@@ -419,36 +420,58 @@ class _Builder:
         empty = sum(not rich.text.strip() for rich in riches)
         if empty:
             self.diagnostics.append(EmptyPrompt(span=template, run=run, rows=empty))
-        unknown = self.tokenizer.unknown_id
-        if unknown is None:
-            return
-        words: dict[str, None] = {}
-        rows = 0
-        for rich, tokens in zip(riches, encoded, strict=True):
-            places = [i for i, token in enumerate(tokens.ids) if token == unknown]
-            rows += bool(places)
-            for i in places:
-                start, end = tokens.offsets[i]
-                words[quoted(rich.text[start:end].strip())] = None
-        if rows and not any(isinstance(d, UnknownWords | NoTokenFor) for d in self.diagnostics):
-            listed = list(words)
-            shown = ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" * (len(listed) > 3))
-            if self.tokenizer.made_unknown:
-                lacking = NoTokenFor(
-                    span=template, words=shown, rows=rows, total=len(riches), run=run
-                )
+        if any(isinstance(d, UnknownWords | NoTokenFor) for d in self.diagnostics):
+            return  # of another run
+        for number, (words, rows) in sorted(self._unknown(riches, encoded).items()):
+            shown = ", ".join(words[:3]) + (f" and {len(words) - 3} more" * (len(words) > 3))
+            turns = self.block.templates[0].turns
+            lacking = NoTokenFor(
+                span=turns[number].text.span if turns else template,
+                words=shown,
+                rows=rows,
+                total=len(riches),
+                run=run,
+            )
+            unknown = self.tokenizer.unknown_id
+            if unknown is None or self.tokenizer.made_unknown:
                 self.diagnostics.append(lacking)
-                return
+                continue
+            text = self.tokenizer.token_text(unknown)
             self.diagnostics.append(
                 UnknownWords(
-                    span=template,
+                    span=lacking.span,
                     words=shown,
-                    unknown=self.tokenizer.token_text(unknown),
                     rows=rows,
                     total=len(riches),
                     run=run,
+                    unknown=text,
                 )
             )
+
+    def _unknown(
+        self, riches: Sequence[Rich], encoded: Sequence[Encoded]
+    ) -> dict[int, tuple[list[str], int]]:
+        """Number of a turn (0 where there are none, and for what stands in none) → the words in it
+        that the tokenizer doesn't know, and in how many rows."""
+        unknown = self.tokenizer.unknown_id
+        roles = [turn.role for turn in self.block.templates[0].turns]
+        words: dict[int, dict[str, None]] = {}
+        rows: dict[int, int] = {}
+        for rich, tokens in zip(riches, encoded, strict=True):
+            places = [i for i, token in enumerate(tokens.ids) if token == unknown]
+            if unknown is None or not places:
+                continue
+            turns = list(turns_in(rich, roles))
+            seen: set[int] = set()
+            for i in places:
+                start, end = tokens.offsets[i]
+                holds = (n for n, first, last in turns if first <= start < last)
+                turn = next(holds, 0)
+                words.setdefault(turn, {})[quoted(rich.text[start:end].strip())] = None
+                seen.add(turn)
+            for turn in seen:
+                rows[turn] = rows.get(turn, 0) + 1
+        return {turn: (list(found), rows[turn]) for turn, found in words.items()}
 
     def _check_lengths(self, table: PromptTable) -> None:
         if self.max_length is None:

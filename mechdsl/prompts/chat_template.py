@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -219,6 +219,17 @@ class _Found:
         end = self.places[number][-1][1]
         trail = text[len(text.rstrip()) :] if text.strip() else ""
         return end + (len(trail) if self.text[end:].startswith(trail) else 0)
+
+
+def turns_in(rich: Rich, roles: Sequence[str]) -> Iterator[tuple[int, int, int]]:
+    """(number of a turn, where it begins and ends in a text); of a role whose turns the template
+    writes more or less often than they are, the first one's."""
+    for role in dict.fromkeys(roles):
+        numbers = [n for n, own in enumerate(roles) if own == role]
+        spans = sorted((span.start, span.end) for span in rich.spans if span.name == role)
+        numbers = numbers if len(numbers) == len(spans) else numbers[:1] * len(spans)
+        for number, (start, end) in zip(numbers, spans, strict=True):
+            yield number, start, end
 
 
 def unwritten(turns: Sequence[Turn]) -> Rich:

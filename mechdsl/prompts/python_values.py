@@ -59,7 +59,6 @@ class Calls:
             found = function.call(dict(row))
         except PythonFailure as failure:
             facts = failure.diagnostic
-            assert isinstance(facts, PythonFailed)  # the other is of a reply
             hint = facts.hint
             if facts.reason.startswith("KeyError"):
                 hint = f"the row has {', '.join(f'`{name}`' for name in row)}"

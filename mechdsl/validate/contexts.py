@@ -5,13 +5,12 @@ What can't be had is stood in for, so that all else of a file is checked by the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
-from mechdsl.base import limits
 from mechdsl.diagnostics.core import Diagnostic, Unknown, certain, has_errors
 from mechdsl.diagnostics.e02_python import PythonNotAllowed
 from mechdsl.diagnostics.w07_models import ModelNotHere
@@ -37,13 +36,9 @@ from mechdsl.resolve.resolved import ModelContext
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 from mechdsl.validate.largest_named import largest_named
+from mechdsl.validate.prompts_enough import enough
 from mechdsl.validate.replies_named import replies_behind
 from mechdsl.validate.vocabulary import prompts_fit, tokenizer_fits
-
-_ROW_TO_TABLE = 4
-"""How many times as long it takes to make a row as to put it into a table or to find a position."""
-_ANY_PROMPT = 10
-"""What any prompt costs, in parts of what the file says about it."""
 
 
 class BuiltModel(Protocol):
@@ -338,32 +333,7 @@ class Contexts:
     @cached_property
     def _enough(self) -> int | None:
         """How many prompts of a table are looked at: fewer where the file says more of each."""
-        if self.prompts_enough is None:
-            return None
-        work = list(self._work())
-        enough = self.prompts_enough
-        while enough > 1 and sum(min(n, enough) * each for n, each in work) > limits.CHECKED_WORK:
-            enough = enough * 9 // 10
-        return enough
-
-    def _work(self) -> Iterator[tuple[int, int]]:
-        """For each table and each block: prompts at most, and what is done with each of them."""
-        longest: dict[str, int] = {}
-        tables: dict[tuple[str, str, int | None, str | None, int], int] = {}
-        for each in self.program.experiments:
-            block = self.program.prompts.get(each.prompts)
-            if block is None:
-                continue
-            count = (each.limit or limits.ROWS) * (1 + len(block.corruptions))
-            longest[block.name] = max(count, longest.get(block.name, 0))
-            key = (block.name, each.model, each.limit, each.part, count)
-            said = _parts((each.every_rule, each.measures, each.keep, each.expects))
-            draws = 2 * limits.CHECKED_DRAWS * _ANY_PROMPT if each.against is not None else 0
-            tables[key] = tables.get(key, _parts(block)) + said + draws
-        for (*_, count), parts in tables.items():
-            yield count, _ANY_PROMPT + parts // _ROW_TO_TABLE
-        for name, count in longest.items():
-            yield count, _ANY_PROMPT + _parts(self.program.prompts[name])
+        return None if self.prompts_enough is None else enough(self.program, self.prompts_enough)
 
     def needs_python(self, name: str) -> bool:
         """Whether only Python, which isn't run here, can make the rows of a block."""
@@ -478,27 +448,6 @@ def not_called(model: spec.Model, function: PythonFunction, *, required: bool) -
         where="what makes it",
         advice="`mechdsl plan --allow-python` makes it",
     )
-
-
-def _parts(part: object) -> int:
-    """How much the file says, without the domains of values, which are worked out once."""
-    match part:
-        case ast.Node():
-            nodes = list(walk(part))
-            slow = sum(isinstance(node, ast.Except) or _draws(node) for node in nodes)
-            return len(nodes) + slow * _ANY_PROMPT // 2 + part.span.text.count("{")
-        case tuple():
-            return sum(map(_parts, cast("tuple[object, ...]", part)))
-        case spec.Spec():
-            names = type(part).model_fields.keys() - {"domain"}
-            own = _ANY_PROMPT if isinstance(part, spec.TextDef) else 1  # texts are tokenised
-            return own + sum(_parts(getattr(part, name)) for name in names)
-        case _:
-            return 0
-
-
-def _draws(node: ast.Node) -> bool:
-    return isinstance(node, ast.Call) and node.name == "list"
 
 
 def _labels(shape: ModelShape) -> Labels:
