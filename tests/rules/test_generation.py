@@ -241,11 +241,13 @@ def test_rules_act_at_their_steps(data: Path, name: str, mode: str) -> None:
 
 
 def test_cells_that_follow_beside_cells_that_dont(data: Path) -> None:
-    rule = f"ablate resid_pre layer 1 at {CUE}, {LAST} with zero"
+    joined = f"{{first token, {LAST}}}"
+    rule = f"ablate resid_pre layer 1 at {CUE}, {LAST}, {joined} with zero"
     text = experiment("e", rule, f"generate {TOKENS}", measure="measure length as raw")
     found = run_file(text, data, "llama", "planned", precise=True)["e"]
     stays = Case(rule, CUE, zero("resid_pre", 1), follows=False)
-    for cell, case in enumerate((stays, CASES["zero"])):
+    both = Case(rule, joined, zero("resid_pre", 1))
+    for cell, case in enumerate((stays, CASES["zero"], both)):
         wanted = [written("llama", n, [case]) for n in range(len(rows()))]
         assert replies(found, cell) == wanted
 
