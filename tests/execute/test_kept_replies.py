@@ -90,6 +90,24 @@ def test_another_seed_draws_others(tmp_path: Path, rows_written: list[int]) -> N
     assert sum(rows_written) == 2 * once
 
 
+def test_cells_of_other_names_draw_others(tmp_path: Path, rows_written: list[int]) -> None:
+    """Though the rules are the same."""
+    support.write_rows(tmp_path)
+
+    def named(name: str) -> str:
+        rule = f"for {name} in 1..1 {{ ablate z layer {name} at last token with zero }}"
+        body = f" model m\n prompts p\n generate 4 with temperature 3\n {rule}\n"
+        return f"seed 1\nexperiment e {{\n{body} measure length as raw\n}}\n"
+
+    plain, _ = run(named("j"), tmp_path)
+    with opened(tmp_path / "a") as kept:
+        first, _ = run(named("i"), tmp_path, kept=kept)
+        again, _ = run(named("j"), tmp_path, kept=kept)
+    assert replies(plain) == replies(again)
+    assert replies(first)[0].cells != replies(again)[0].cells
+    assert replies(first)[0].runs == replies(again)[0].runs
+
+
 NOISED = """prompts q {
   rows "data.jsonl"
   template "w3 {subject} w41 {cue} w42"
