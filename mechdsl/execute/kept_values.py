@@ -22,16 +22,10 @@ from mechdsl.execute.pass_size import Sizes
 from mechdsl.execute.readout import Readout
 from mechdsl.execute.wanted_places import Member
 from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.key_numbers import Numbers, mixed
 from mechdsl.plan.plan import Panel
 from mechdsl.plan.rule_rows import Rows
-from mechdsl.plan.value_keys import (
-    Contents,
-    ExperimentKeys,
-    Numbers,
-    measure_digest,
-    measure_rows,
-    mixed,
-)
+from mechdsl.plan.value_keys import Contents, ExperimentKeys, measure_digest, measure_rows
 from mechdsl.plan.whole_cells import WholeCells
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.resolved import Env, ResolvedMeasure

@@ -131,10 +131,7 @@ def merged(rules: RuleWrites, count: int) -> RuleWrites:
     count: rows of the pass.
     """
     writes = _Joined.of(
-        (
-            (each.where, (each.mode, each.to is None, each.values.shape[1]), each)
-            for each in rules.writes
-        ),
+        ((each.where, (each.mode, each.values.shape[1]), each) for each in rules.writes),
         count,
     )
     edges = _Joined.of(((each.layer, each.change, each) for each in rules.edges), count)

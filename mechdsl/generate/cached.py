@@ -13,6 +13,7 @@ from mechdsl.base.arrays import Ints
 from mechdsl.generate.acting import Chosen, merged
 from mechdsl.generate.cached_pass import NewTokens, keep, run_cached
 from mechdsl.generate.kept_keys import KeptKeys
+from mechdsl.generate.one_query import can_be_asked
 from mechdsl.generate.records import StepRules
 from mechdsl.generate.states import States
 from mechdsl.generate.whole import edited
@@ -63,8 +64,8 @@ class CachedPasses:
             self._number.setdefault(prompt, len(self._number))
         edited = _own_tokens(prompts, RuleWrites(kept))
         apart = int(np.maximum(own, edited).max())
-        few = 2 * len(self._number) <= len(prompts)
-        self._common = self.columns - apart if shares and few else 0
+        shares = shares and 2 * len(self._number) <= len(prompts) and can_be_asked(model)
+        self._common = self.columns - apart if shares else 0
         """Columns that rows of a prompt have in common throughout."""
         layers = model.shape.n_layers
         self.keys = KeptKeys(layers, len(prompts), self.columns - self._common, tokens - 1)

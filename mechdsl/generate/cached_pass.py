@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mechdsl.generate.kept_keys import KeptKeys
-from mechdsl.generate.one_query import OneQuery
-from mechdsl.hooks.attention_functions import attend_whole, implementations
+from mechdsl.generate.one_query import OneQuery, can_be_asked
+from mechdsl.hooks.attention_functions import attend_whole
 from mechdsl.hooks.block_attention import AttentionCall, block_attention
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.calls import text_inputs
@@ -22,9 +22,6 @@ from mechdsl.hooks.hook_points import fused
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.site_hooks import PassStopped, SiteWork
-
-_WRITTEN_OUT = {"eager", "sdpa"}
-"""Ways of attention whose masks can be had in full."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +139,7 @@ def _opened(
     model: LoadedModel, work: SiteWork, tokens: NewTokens, kept: KeptKeys
 ) -> Generator[None]:
     """As in whole passes, and keys that are written there are kept as they are then."""
-    newest = kept.asked = tokens.count == 1 and set(implementations(model).values()) <= _WRITTEN_OUT
+    newest = kept.asked = tokens.count == 1 and can_be_asked(model)
     if not work.within and not newest:
         yield
         return

@@ -7,8 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.generate.kept_keys import WIDE, KeptKeys
-from mechdsl.hooks.attention_functions import AttentionWay, CannotPack, biased, masked
+from mechdsl.hooks.attention_functions import (
+    AttentionWay,
+    CannotPack,
+    biased,
+    implementations,
+    masked,
+)
 from mechdsl.hooks.block_attention import AttentionCall
+from mechdsl.hooks.loaded import LoadedModel
+
+_WRITTEN_OUT = {"eager", "sdpa"}
+"""Ways of attention whose masks can be had in full."""
+
+
+def can_be_asked(model: LoadedModel) -> bool:
+    """Whether a model's attention of one query can be computed here: in 16 bits its own rounds in
+    other places."""
+    return model.dtype in WIDE and set(implementations(model).values()) <= _WRITTEN_OUT
 
 
 class OneQuery:

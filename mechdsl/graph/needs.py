@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from mechdsl.graph.build import unpatched
 from mechdsl.graph.nodes import (
     EffectNode,
     EncodeNode,
@@ -16,7 +17,6 @@ from mechdsl.graph.nodes import (
     ReportNode,
     WriteNode,
     leaves,
-    unpatched,
 )
 from mechdsl.prompts.prompt_table import Noise
 from mechdsl.resolve.resolved import ResolvedExperiment

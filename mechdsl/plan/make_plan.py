@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mechdsl.graph.nodes import Graph, build, graph_of, leaves, lint
+from mechdsl.graph.build import build
+from mechdsl.graph.nodes import Graph, graph_of, leaves, lint
 from mechdsl.plan.passes import GRAPH_PASSES, NAMES, PLAN_PASSES
 from mechdsl.plan.plan import Plan, Rewrite, plan_of
 from mechdsl.plan.save_plan import save_nodes

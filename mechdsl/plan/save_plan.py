@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mechdsl.base.arrays import Ints
+from mechdsl.graph.build import unpatched
 from mechdsl.graph.needs import Asked, needs, with_own
-from mechdsl.graph.nodes import ReadNode, SaveNode, graph_of, unpatched
+from mechdsl.graph.nodes import ReadNode, SaveNode, graph_of
 from mechdsl.models.shape import ModelShape
 from mechdsl.plan.columns import prompt_lengths
 from mechdsl.plan.plan import Panel, panel_of

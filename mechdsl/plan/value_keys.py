@@ -13,16 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise
 from typing import cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.digest import digest, number_of
 from mechdsl.plan.columns import Hits, Ragged
 from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.key_numbers import Numbers, filled, mixed, of_lists, per_list
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.whole_cells import WholeCells
 from mechdsl.program.python_files import PythonFunction
@@ -39,26 +38,6 @@ from mechdsl.resolve.direction_types import (
 )
 from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
 from mechdsl.resolve.resolved_rule import ResolvedRule, SitePoint
-
-Numbers = NDArray[np.uint64]
-
-_STEP = np.uint64(0x9E3779B97F4A7C15)
-_FIRST = np.uint64(0xBF58476D1CE4E5B9)
-_SECOND = np.uint64(0x94D049BB133111EB)
-
-
-def mixed(numbers: Numbers, more: Numbers | Ints) -> Numbers:
-    """Both in one, so that equal results mean equal pairs: splitmix64's finalizer (Steele et al.
-    2014, doi.org/10.1145/2660193.2660195) on the first, moved on, with the second."""
-    with np.errstate(over="ignore"):
-        found = (numbers + _STEP) ^ _scattered(np.asarray(more).astype(np.uint64) + _STEP)
-        return _scattered(found)
-
-
-def _scattered(numbers: Numbers) -> Numbers:
-    found = (numbers ^ (numbers >> np.uint64(30))) * _FIRST
-    found = (found ^ (found >> np.uint64(27))) * _SECOND
-    return found ^ (found >> np.uint64(31))
 
 
 class Contents:
@@ -129,23 +108,7 @@ class Contents:
         scale = number_of(shared, noise.sd_tokens if noise.sds is not None else ())
         keys = table.row_keys if noise.row_keys is None else noise.row_keys
         own = [number_of(keys[row], at) for row, at in enumerate(noise.positions)]
-        return mixed(mixed(found, _filled(scale, len(found))), np.array(own, dtype=np.uint64))
-
-
-def _filled(number: int, count: int) -> Numbers:
-    return np.full(count, number, dtype=np.uint64)
-
-
-def _of_lists(lists: Ragged) -> Numbers:
-    """[list] a number for what is in it."""
-    every = np.arange(len(lists.offsets) - 1)
-    counts = lists.counts(every)
-    found = counts.astype(np.uint64)
-    for place in range(int(counts.max(initial=0))):
-        longer = np.flatnonzero(counts > place)
-        values = lists.values[lists.offsets[longer] + place]
-        found[longer] = mixed(found[longer], values)
-    return found
+        return mixed(mixed(found, filled(scale, len(found))), np.array(own, dtype=np.uint64))
 
 
 # --- measures -------------------------------------------------------------------------------------
@@ -172,15 +135,15 @@ def measure_rows(
 
     run: the one that rows start from. item: the occurrence of the cell.
     """
-    found = _filled(0, len(table))
+    found = filled(0, len(table))
     if measure.reply is not None:  # by its name tokens are drawn
-        found = mixed(found, _filled(number_of(run.name), len(table)))
+        found = mixed(found, filled(number_of(run.name), len(table)))
     for name in (run.name, *(atom.run for atom in measure.atoms if atom.run is not None)):
         at = measure.at.get(name)
         found = mixed(found, np.full(len(table), -1) if at is None else np.array(at))
     for atom in measure.atoms:
         if atom.texts:
-            found = mixed(found, _of_lists(Ragged.of(_texts(atom, item))))
+            found = mixed(found, of_lists(Ragged.of(_texts(atom, item))))
         if atom.sets:
             found = mixed(found, _of_sets(atom.sets[item if atom.by_item else None]))
         if atom.own:
@@ -308,7 +271,7 @@ class ExperimentKeys:
         (cell,) = self._cells()
         none = np.zeros(len(prompts), dtype=np.int64)
         code = number_of(digest("rules", self._shared(), *cell))
-        return mixed(self._written(Rows(none, prompts, none)), _filled(code, len(prompts)))
+        return mixed(self._written(Rows(none, prompts, none)), filled(code, len(prompts)))
 
     def of_rows(self, rows: Rows, more: bytes) -> list[bytes]:
         """[row] all that rules do to it, and to what, beside what else counts."""
@@ -366,7 +329,7 @@ class ExperimentKeys:
             static = _static(rule.rule)
             pairs = zip(rule.point_table, rule.source_table, strict=True)
             points = [_written(to) + _written(of) for to, of in pairs]
-            sites = [digest(static + own) for own in _per_list(rule.points, points)]
+            sites = [digest(static + own) for own in per_list(rule.points, points)]
             begin = len(parts)
             parts.append([sites[site] for site in rule.site_of_cell.tolist()])
             for cells, of in rule.placed:
@@ -381,7 +344,7 @@ class ExperimentKeys:
                 steered = [self._direction(member.vector) for member in rule.directions]
                 parts.append([steered[which] for which in rule.direction_of_cell.tolist()])
             if rule.paths is not None:
-                ends = _per_list(rule.paths.points, list(map(_written, rule.paths.table)))
+                ends = per_list(rule.paths.points, list(map(_written, rule.paths.table)))
                 parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
             if rule.active is not None:  # where it doesn't act, the key is that without it
                 acts = rule.active.tolist()
@@ -426,9 +389,9 @@ class ExperimentKeys:
         return _RuleNumbers(
             plan=plan,
             source=self.contents.of(read, table) if each else None,
-            written=_of_lists(plan.written.tokens),
-            read=_of_lists(plan.read.tokens),
-            keys=None if plan.keys is None else _of_lists(plan.keys.tokens),
+            written=of_lists(plan.written.tokens),
+            read=of_lists(plan.read.tokens),
+            keys=None if plan.keys is None else of_lists(plan.keys.tokens),
             means=self._means(plan) if reads == "mean" else None,
             groups=groups,
             donors=donors,
@@ -439,7 +402,7 @@ class ExperimentKeys:
     def _given(self, plan: RulePlan, cells: WholeCells) -> Numbers:
         """[whole cell] all rows that a function is given at once, in their order."""
         contents = self.contents.of(self.table.runs[plan.rule.run], self.table)
-        tokens = _of_lists(plan.read.tokens)
+        tokens = of_lists(plan.read.tokens)
         found = [number_of(contents[each.prompts], tokens[each.runs]) for each in cells.cells]
         return np.array(found, dtype=np.uint64)
 
@@ -491,18 +454,9 @@ def _written(point: SitePoint) -> bytes:
     return f"{point.site} {point.layer} {point.unit};".encode()
 
 
-def _per_list(lists: Ragged, table: Sequence[bytes]) -> list[bytes]:
-    """A digest of each list of what stands in a table."""
-    values = lists.values.tolist()
-    return [
-        digest(b"".join([table[i] for i in values[begin:end]]))
-        for begin, end in pairwise(lists.offsets.tolist())
-    ]
-
-
 def _hits(hits: Hits, positions: int, prompts: Ints) -> Iterator[tuple[Ints, Numbers]]:
     """Per position, the runs of these prompts: which prompt each is of, and its tokens."""
-    tokens = _of_lists(hits.tokens)
+    tokens = of_lists(hits.tokens)
     for position in range(positions):
         index, run = hits.runs.expand(position * hits.prompts + prompts)
         yield index, tokens[run]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from mechdsl.base.plural import plural
 from mechdsl.base.source import Span
@@ -14,6 +15,11 @@ from mechdsl.prompts.span_tokens import TokenMap
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
+
+Ranked = Callable[
+    [ast.RankedTokens, str, Mapping[str, Any], list[Diagnostic]], list[tuple[str, list[Hits]]]
+]
+"""(expression, run, values of loops, diagnostics) → (label, hits of every row) of its cells."""
 
 
 def check_joined(

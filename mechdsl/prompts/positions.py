@@ -28,18 +28,13 @@ from mechdsl.prompts.named_numbers import (
     numbered,
 )
 from mechdsl.prompts.order_in_text import behind, by_text
-from mechdsl.prompts.position_hits import is_ranked, lacks, union
+from mechdsl.prompts.position_hits import Ranked, is_ranked, lacks, union
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
 from mechdsl.prompts.reply_positions import NO_REPLIES, ReplyTokens, names_reply, reply_cells
 from mechdsl.prompts.span_occurrences import Occurrences
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
-
-Ranked = Callable[
-    [ast.RankedTokens, str, Mapping[str, Any], list[Diagnostic]], list[tuple[str, list[Hits]]]
-]
-"""(expression, run, values of loops, diagnostics) → (label, hits of every row) of its cells."""
 
 _FEW = 3
 """Up to so many tokens, first / middle / last tells all of them apart."""

@@ -325,7 +325,7 @@ def _beside_others(work: Work, kinds: Registry[RuleKind]) -> None:
 def _nodes(rule: spec.Rule) -> Any:
     parts = (
         *(rule.site, rule.reading, rule.at, rule.fill, rule.onto, rule.into_layer),
-        *(rule.source_block, rule.edge, rule.receiver),
+        *(rule.source_block, rule.edge, rule.receiver, rule.direction),
         *(() if rule.during is None else (rule.during.first, rule.during.last)),
     )
     return tuple(part for part in parts if part is not None)

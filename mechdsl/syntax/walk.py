@@ -31,10 +31,13 @@ def walk(node: Any) -> Iterator[ast.Node]:
 
 
 def numbers_named(node: Any) -> Iterator[str]:
-    """Names that stand for numbers, of a `for` or a `param`, in sites and positions."""
+    """Names that stand for numbers, of a `for` or a `param`, in sites, positions and members of
+    directions."""
     for part in walk(node):
         match part:
             case ast.Bound(name=str(name)) | ast.Variable(name=name) | ast.Ranked(amount=str(name)):
+                yield name
+            case ast.Coordinate(value=str(name)):
                 yield name
             case _:
                 pass

@@ -165,7 +165,12 @@ class KnownCells:
             case ast.Range():
                 ends = upwards(self.end(value.low), self.end(value.high), value.span)
                 return CellSelection(text, {number: ends})
-            case ast.Number() | ast.Percent():
+            case (
+                ast.Number()
+                | ast.Percent()
+                | ast.Negative(operand=ast.Number())
+                | ast.Negative(operand=ast.Percent())
+            ):
                 return CellSelection(text, {number: ((self.end(value), self.end(value)),)})
             case _:
                 hint = f'write `{axis}: 2`, `{axis}: 2..4` or `{axis}: "…"`'
@@ -189,7 +194,13 @@ class KnownCells:
 
     def end(self, node: ast.Expr) -> float:
         """An end of a range of cells: `50%` is 50 on an axis, as its cells say it."""
-        return Percent(node.value) if isinstance(node, ast.Percent) else self.constant(node)
+        match node:
+            case ast.Percent():
+                return Percent(node.value)
+            case ast.Negative(operand=ast.Percent(value=value)):
+                return Percent(-value)
+            case _:
+                return self.constant(node)
 
     def constant(self, node: ast.Expr) -> float:
         """A number, also one with a sign or written as a sum."""

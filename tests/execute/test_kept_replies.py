@@ -81,6 +81,63 @@ def test_other_settings_are_other_replies(tmp_path: Path, rows_written: list[int
             assert sum(rows_written) == (n + 2) * once
 
 
+def test_another_seed_draws_others(tmp_path: Path, rows_written: list[int]) -> None:
+    support.write_rows(tmp_path)
+    with opened(tmp_path / "a") as kept:
+        run(text(DRAWN), tmp_path, kept=kept)
+        once = sum(rows_written)
+        run(text(DRAWN).replace("seed 1", "seed 2"), tmp_path, kept=kept)
+    assert sum(rows_written) == 2 * once
+
+
+def test_cells_of_other_names_draw_others(tmp_path: Path, rows_written: list[int]) -> None:
+    """Though the rules are the same."""
+    support.write_rows(tmp_path)
+
+    def named(name: str) -> str:
+        rule = f"for {name} in 1..1 {{ ablate z layer {name} at last token with zero }}"
+        body = f" model m\n prompts p\n generate 4 with temperature 3\n {rule}\n"
+        return f"seed 1\nexperiment e {{\n{body} measure length as raw\n}}\n"
+
+    plain, _ = run(named("j"), tmp_path)
+    with opened(tmp_path / "a") as kept:
+        first, _ = run(named("i"), tmp_path, kept=kept)
+        again, _ = run(named("j"), tmp_path, kept=kept)
+    assert replies(plain) == replies(again)
+    assert replies(first)[0].cells != replies(again)[0].cells
+    assert replies(first)[0].runs == replies(again)[0].runs
+
+
+NOISED = """prompts q {
+  rows "data.jsonl"
+  template "w3 {subject} w41 {cue} w42"
+  corrupt noised { add gaussian(std: 2, samples: 2) to embed at subject tokens }
+}
+experiment e {
+  model m
+  prompts q
+  from clean into noised
+  generate 4
+  scale mlp_out layer 1 at last token by 3
+  measure length as raw
+}
+"""
+
+
+def test_each_draw_of_noise_is_kept(tmp_path: Path, rows_written: list[int]) -> None:
+    support.write_rows(tmp_path)
+    plain, _ = run(NOISED, tmp_path)
+    alone = sum(rows_written)
+    with opened(tmp_path / "a") as kept:
+        first, _ = run(NOISED, tmp_path, kept=kept)
+        again, _ = run(NOISED, tmp_path, kept=kept)
+    assert sum(rows_written) == 2 * alone
+    assert replies(plain) == replies(first) == replies(again)
+    (found,) = replies(plain)
+    for own in (found.runs["noised"], *found.cells):
+        assert any(one != other for one, other in own.values())
+
+
 def test_a_run_that_is_cut_short_goes_on(
     tmp_path: Path, rows_written: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

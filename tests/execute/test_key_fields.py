@@ -19,15 +19,10 @@ import pytest
 from mechdsl.base.source import Source, Span
 from mechdsl.plan.columns import Hits, Ragged
 from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.key_numbers import mixed
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.rule_rows import PathPlan, RulePlan
-from mechdsl.plan.value_keys import (
-    Contents,
-    ExperimentKeys,
-    measure_digest,
-    measure_rows,
-    mixed,
-)
+from mechdsl.plan.value_keys import Contents, ExperimentKeys, measure_digest, measure_rows
 from mechdsl.plan.whole_cells import whole_cells
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.answer_sets import TokenSets

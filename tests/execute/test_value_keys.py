@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from mechdsl.base.source import Source
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.columns import Ragged
-from mechdsl.plan.value_keys import _of_lists, mixed
+from mechdsl.plan.key_numbers import mixed, of_lists
 from mechdsl.results.experiment_result import FileResult
 from mechdsl.store.store import Store
 from mechdsl.validate.check_file import Settings
@@ -428,7 +428,7 @@ def test_a_row_of_other_content(change: str, tmp_path: Path) -> None:
 
 def test_lists_are_told_apart_by_order_length_and_content() -> None:
     lists = [(), (0,), (1,), (0, 0), (1, 2), (2, 1), (3, 0), (0, 3), (0, 1, 2), (1, 2, 0)]
-    found = _of_lists(Ragged.of([*lists, *lists]))
+    found = of_lists(Ragged.of([*lists, *lists]))
     assert len(set(found.tolist())) == len(lists)
     assert found[: len(lists)].tolist() == found[len(lists) :].tolist()
 

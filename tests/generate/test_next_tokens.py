@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.generate.next_tokens import Writing, next_tokens
+from mechdsl.generate.next_tokens import Writing, _sampled, next_tokens
 from mechdsl.generate.records import Decoding, StepEdge, StepRules
 from mechdsl.generate.write_replies import write_replies
 from mechdsl.hooks.inside_attention import EdgeWrite
@@ -87,6 +87,25 @@ def test_of_equal_logits_the_first() -> None:
     }
     found = next_tokens(logits, [1] * 99, greedy(3, top_k=2), [(n,) for n in range(99)], 0)
     assert set(found) == {0, 1}
+
+
+def test_at_the_bounds_of_what_is_drawn() -> None:
+    """Each of four equal tokens has a quarter, from its beginning up to the next one's; a number
+    that rounds to the whole draws the last that may be."""
+    logits, states = torch.zeros(1, 4), torch.zeros(4, dtype=torch.long)
+    quarters = torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
+    assert _sampled(logits, states, quarters, greedy(3, temperature=1.0)) == [0, 1, 2, 3]
+    assert _sampled(logits, states, quarters, greedy(3, top_p=0.5)) == [0, 0, 1, 1]
+    whole = torch.ones(4, dtype=torch.float64)
+    assert _sampled(logits, states, whole, greedy(3, top_k=2)) == [1, 1, 1, 1]
+    assert _sampled(logits, states, whole, greedy(3, top_p=0.5)) == [1, 1, 1, 1]
+
+
+def test_probabilities_of_half_precision_are_not_rounded_to_it() -> None:
+    logits = torch.linspace(0, 3, 400)[None].bfloat16()
+    keys, how = [(n,) for n in range(300)], greedy(3, temperature=1.3)
+    found = next_tokens(logits, [0] * 300, how, keys, 0)
+    assert found == next_tokens(logits.float(), [0] * 300, how, keys, 0)
 
 
 def test_a_token_that_is_excluded_is_never_drawn() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mechdsl.generate.write_replies as module
-from mechdsl.generate.way import Way, way_of
+from mechdsl.generate.way import Way, _tried, way_of
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.rule_writes import Numbers, RuleWrites
 from mechdsl.loading.load import adopt
@@ -93,6 +93,32 @@ def test_long_texts_that_turn_otherwise() -> None:
     model = shared(odd)
     odd.model.rotary_emb.rope_type = "dynamic"
     assert way_of(model) == Way("whole", "its rotary embedding hangs on how long the text is")
+    odd.model.rotary_emb.rope_type = {"full_attention": "default", "sliding": "longrope"}
+    assert _tried(model, False).kind == "whole"
+    odd.model.rotary_emb.rope_type = "default"
+    assert _tried(model, False).kind == "cached"
+
+
+def test_logits_that_are_no_numbers_are_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mechdsl.generate.way._cached", lambda *_: torch.tensor(torch.nan))
+    assert _tried(model_of("gpt2"), False).kind == "whole"
+
+
+def test_what_acts_within_attention_is_tried_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def way(model: Any, *, inside: bool) -> Way:
+        asked.append(inside)
+        return Way("cached")
+
+    monkeypatch.setattr("mechdsl.generate.write_replies.way_of", way)
+    model, row = model_of("llama"), [PROMPTS[0]]
+    for site, width in (("resid_post", 20), ("q_rot", 6)):
+        act = Act(0, site, 1, "add", (0.5,) * width, position=2)
+        written(model, row, greedy(2), Rules([act]))
+    look = Look(0, "block", 1, 0, (1,), 0.0, steps=(1, None))
+    written(model, row, greedy(2), Rules(looks=[look]))
+    assert asked == [False, True, True]
 
 
 def test_steps_between_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,13 +135,14 @@ def test_steps_between_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
 def test_tokens_with_other_numbers(name: str, cached: bool) -> None:
-    """Those of the reply are counted as ever."""
+    """Those of the reply are counted as ever; the last row has the first one's prompt without."""
+    prompts = [*PROMPTS, PROMPTS[0]]
     numbers = ((0, 2, 9), (0, 3, 1), (2, 5, 0), (2, 6, 12))
     each = Numbers(*torch.tensor(numbers).t())
     prefill = RuleWrites(numbers=[each])
-    found = written(model_of(name), PROMPTS, greedy(TOKENS), prefill=prefill, cached=cached)
+    found = written(model_of(name), prompts, greedy(TOKENS), prefill=prefill, cached=cached)
     expected: list[tuple[list[int], torch.Tensor]] = []
-    for row, prompt in enumerate(PROMPTS):
+    for row, prompt in enumerate(prompts):
         reply: list[int] = []
         logits: list[torch.Tensor] = []
         for _ in range(TOKENS):

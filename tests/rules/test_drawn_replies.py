@@ -81,12 +81,16 @@ def test_each_sample_is_read_by_itself(
         experiment(key, *lines, line, measure=measure)
         for key, (line, measure, _) in MEASURES.items()
     )
+    text += experiment("lengths", *lines, measure="measure length as raw")
     found = run_file(text, tmp_path, name, mode, precise=True, blocks=BLOCKS)
     found = {key.partition(".")[0]: own for key, own in found.items()}
     replies = found["entropy"].replies.cells[0]
     draws = [None] if base == "clean" else list(range(DRAWS))
     assert {len(own) for own in replies.values()} == {len(draws) * SAMPLES}
     assert len({reply.ids for own in replies.values() for reply in own}) > len(rows())
+    lengths = [np.mean([len(reply.ids) for reply in own]) for _, own in sorted(replies.items())]
+    np.testing.assert_allclose(found["lengths"].measures[0].patched[0], lengths)
+    assert len(set(lengths)) > 1
     for key, (_, _, first) in MEASURES.items():
         patched, unpatched = (np.full((MOST, len(rows())), np.nan) for _ in range(2))
         for place, n in np.ndindex(MOST, len(rows())):
@@ -110,3 +114,53 @@ def test_each_sample_is_read_by_itself(
                 patched[place, n], unpatched[place, n] = np.mean(of_draws, axis=0)
         (measure,) = [each for each in found[key].measures if each.effect in ("delta", "raw")][-1:]
         compare(measure, patched, None if key == "divergence" else unpatched, most=False)
+
+
+@pytest.mark.parametrize("mode", some(QUICK, ["planned"]))
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_each_draw_of_noise_is_written_with(
+    name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the run itself and by a cell, the most likely token at each step."""
+    keyed_by_number(monkeypatch)
+    write_data(tmp_path)
+    lines = ("from longer into noised", f"generate {MOST}", SET)
+    text = experiment("e", *lines, measure="measure length as raw")
+    found = run_file(text, tmp_path, name, mode, precise=True, blocks=BLOCKS)["e"].replies
+    seen: set[tuple[int, ...]] = set()
+    for n in range(len(rows())):
+        for rule, own in ((True, found.cells[0][n]), (False, found.runs["noised"][n])):
+            for draw in range(DRAWS):
+                ids: tuple[int, ...] = ()
+                for _ in range(MOST):
+                    run = forced(name, n, draw, Reply(ids, "", "length"), rule)
+                    ids = (*ids, int(run.logits[-1].argmax()))
+                assert own[draw].ids == ids
+                seen.add(ids)
+    assert len(seen) > 2 * len(rows())
+
+
+TINY = "corrupt noised { add gaussian(std: 1e-9, samples: 2) to embed at subject tokens }"
+
+
+def drawn(folder: Path, run: str = "clean", seed: int = 0) -> dict[str, list[tuple[int, ...]]]:
+    """By prompt, what a run writes at a high temperature."""
+    lines = (f"from other into {run}", f"generate {MOST} with temperature 3", SET)
+    text = f"seed {seed}\n" + experiment("e", *lines, measure="measure length as raw")
+    blocks = PROMPTS.replace("corrupt other", f"{TINY}\n  corrupt other")
+    found = run_file(text, folder, "gpt2", "planned", precise=True, blocks=blocks)["e"].replies
+    return {found.prompts[n]: [r.ids for r in own] for n, own in found.runs[run].items()}
+
+
+def test_what_a_draw_hangs_on(tmp_path: Path) -> None:
+    """The seed, the run, the draw of noise (which changes nothing here) and the row, wherever it
+    stands."""
+    write_data(tmp_path)
+    clean, noised, other = drawn(tmp_path), drawn(tmp_path, "noised"), drawn(tmp_path, seed=1)
+    for prompt, own in clean.items():
+        assert len({*own, *noised[prompt], *other[prompt]}) == 4
+    lines = (tmp_path / "data.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "data.jsonl").write_text("\n".join(lines[:0:-1]), encoding="utf-8")
+    fewer = drawn(tmp_path)
+    assert len(fewer) == len(clean) - 1
+    assert fewer.items() <= clean.items()
