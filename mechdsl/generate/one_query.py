@@ -10,7 +10,6 @@ from mechdsl.generate.kept_keys import WIDE, KeptKeys
 from mechdsl.hooks.attention_functions import (
     AttentionWay,
     CannotPack,
-    biased,
     implementations,
     masked,
 )
@@ -39,12 +38,12 @@ class OneQuery:
         """[n, 1, heads, d_head] of what attention is called with, which is kept; None where it does
         what isn't known."""
         query, arguments = call.query, dict(call.arguments)
-        if query.dtype not in WIDE or call.across or arguments.get("distances") is not None:
+        more = [arguments.get(name) for name in ("distances", "position_bias")]
+        if query.dtype not in WIDE or call.across or any(each is not None for each in more):
             return None
         rows, heads, count, width = call.key.shape
         try:
             call.own_function()
-            bias = arguments.get("position_bias")
             how = AttentionWay.of(query[0], call.key[0], True, {}, False, None, arguments)
         except CannotPack:
             return None
@@ -52,7 +51,7 @@ class OneQuery:
         scores = self._scores(call.layer, queries, count)
         if how.cap is not None:
             scores = (scores / how.cap).tanh() * how.cap
-        mask = self._seen(biased(call.mask, bias))
+        mask = self._seen(call.mask)
         scores = masked(scores[:, :, :, None, None], mask, how.shared)
         weights = how.weights(scores, how.sink(scores)).to(call.value.dtype)
         found = self._values(call.layer, weights[:, :, :, 0, 0])
