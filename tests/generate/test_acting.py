@@ -107,7 +107,9 @@ def expected_writes(name: str) -> list[tuple[list[int], Tensor]]:
 @pytest.mark.parametrize(
     ("name", "cached"),
     [
-        pytest.param(n, c, marks=() if c or n == "llama" else pytest.mark.slow)
+        pytest.param(
+            n, c, marks=() if n in (FAMILIES[:4] if c else ("llama",)) else pytest.mark.slow
+        )
         for n in FAMILIES
         for c in (True, False)
     ],

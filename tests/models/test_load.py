@@ -245,6 +245,7 @@ def test_what_is_no_transformers_model_is_refused() -> None:
     assert [d.code for d in problems] == ["E0411"]
 
 
+@pytest.mark.slow
 def test_importing_and_loading_says_nothing(folders: dict[str, Path]) -> None:
     code = "import sys\nfrom mechdsl.loading.load import look\nassert look(sys.argv[1])[0]"
     root = Path(__file__).parents[2]

@@ -157,6 +157,7 @@ drawn("remove", kept[0].remove)
 """
 
 
+@pytest.mark.slow
 def test_random_numbers_by_every_function(inside: Path) -> None:
     """In a process of its own, as importing something for the first time may draw some too."""
     command = [sys.executable, "-c", RUNS_ALONE]

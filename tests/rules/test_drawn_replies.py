@@ -12,7 +12,7 @@ import torch
 from mechdsl.base.reply import Reply
 
 from ..execute.support import PROMPTS, token
-from ..quick import some
+from ..quick import in_turn, some
 from ..reference.forward import Run, Write, forward
 from ..reference.noise import keyed_by_number, noise
 from .models import double
@@ -62,11 +62,11 @@ MEASURES = {
     "observed": (LENS, "measure logit(answer) - logit(wrong) as delta", 1),
 }
 """A line, a measure, and the first token of the reply that it reads (0: the prompt's last)."""
+RUNS = ("clean", "noised")
 
 
 @pytest.mark.parametrize("mode", some(QUICK, ["planned"]))
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("base", ["clean", "noised"])
+@pytest.mark.parametrize(("base", "name"), in_turn(RUNS, ["gpt2", "llama"], RUNS))
 def test_each_sample_is_read_by_itself(
     base: str, name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,9 @@ EACH = [
 ]
 """Models and ways; whole passes of most models are slow."""
 FEW = [
-    pytest.param(*each.values, marks=pytest.mark.slow if "gpt_neox" in each.values else each.marks)
+    pytest.param(
+        *each.values, marks=each.marks if each.values[0] in NAMES[:2] else pytest.mark.slow
+    )
     for each in EACH
 ]
 """The same for other metrics of the same logits."""

@@ -30,6 +30,7 @@ def test_killed_runs_go_on(harness: Harness, count: int) -> None:
     assert killed >= 0.7 * count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("most", "status"), [(24_000, 0), (46_000, 3), (50_000, 3)])
 def test_a_full_disk(harness: Harness, most: int, status: int) -> None:
     """No file may grow beyond a size: the index does, at once or in the middle of the run."""

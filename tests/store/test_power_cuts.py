@@ -125,6 +125,7 @@ def test_nothing_is_lost_whatever_is_left(memory: Path) -> None:
     assert_all_seen(outcomes(memory, "", [0.0, 1.0, *([0.1, 0.5, 0.9] * 10)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", ["files", "names", "index"])
 def test_a_sync_that_is_left_out_shows(memory: Path, spoil: str) -> None:
     """The test above can fail."""
