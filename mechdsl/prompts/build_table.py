@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
-from typing import TypeVar
 
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e04_model import NoTokenFor
@@ -52,7 +51,6 @@ from mechdsl.prompts.values import Rich, TokenId
 from mechdsl.syntax import ast
 from mechdsl.vocab.corruptions import ActivationChange, TokenChange, of_kind
 
-T = TypeVar("T")
 
 MAX_NOISE_ROWS = 20_000
 """Rows before `limit` that one standard deviation is taken over."""
@@ -362,12 +360,14 @@ class _Builder:
                     self.diagnostics += templates_unchanged(
                         self.block, corruption, unchanged, Counter(templates)
                     )
-        runs = {name: replace(run, rows=_only(run.rows, keep)) for name, run in runs.items()}
+        runs = {
+            name: replace(run, rows=tuple(compress(run.rows, keep))) for name, run in runs.items()
+        }
         table = replace(
             table,
-            row_ids=_only(table.row_ids, keep),
-            row_keys=_only(table.row_keys, keep),
-            sources=_only(table.sources, keep),
+            row_ids=tuple(compress(table.row_ids, keep)),
+            row_keys=tuple(compress(table.row_keys, keep)),
+            sources=tuple(compress(table.sources, keep)),
             runs=runs,
         )
         return table, equal
@@ -491,10 +491,6 @@ class _Builder:
                     )
                 )
                 return
-
-
-def _only(entries: Sequence[T], keep: Sequence[bool]) -> tuple[T, ...]:
-    return tuple(e for e, k in zip(entries, keep, strict=True) if k)
 
 
 __all__ = ["Split", "build_table", "text_tokens"]

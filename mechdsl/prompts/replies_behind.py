@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate, pairwise
-from typing import TypeVar
+from itertools import accumulate, compress, pairwise
 
 from mechdsl.base.plural import plural
 from mechdsl.base.reply import Reply
@@ -18,7 +17,6 @@ from mechdsl.prompts.replaced_text import extended
 from mechdsl.prompts.rows import CLEAN
 from mechdsl.prompts.tokenizer import TextTokenizer
 
-T = TypeVar("T")
 STANDS_IN = "…"
 """What a token shows that isn't known yet."""
 
@@ -62,9 +60,9 @@ def with_replies(
         words += f"; {len(table) - len(own):,} of {len(table):,} rows have none, and are left out"
     longer = replace(
         table,
-        row_ids=_only(table.row_ids, keep),
-        row_keys=_only(table.row_keys, keep),
-        sources=_only(table.sources, keep),
+        row_ids=tuple(compress(table.row_ids, keep)),
+        row_keys=tuple(compress(table.row_keys, keep)),
+        sources=tuple(compress(table.sources, keep)),
         runs=runs,
         alone=table,
         behind=said,
@@ -83,15 +81,15 @@ def with_replies(
 def _run(run: Run, keep: Sequence[bool], replies: Sequence[Reply], tokenizer: TextTokenizer) -> Run:
     rows = [
         _longer(row, reply.ids, _pieces(row.ids[-1:], reply.ids, tokenizer), reply.text)
-        for row, reply in zip(_only(run.rows, keep), replies, strict=True)
+        for row, reply in zip(compress(run.rows, keep), replies, strict=True)
     ]
     noise = run.noise
     if noise is not None:
         keys = noise.row_keys
         noise = replace(
             noise,
-            positions=_only(noise.positions, keep),
-            row_keys=None if keys is None else _only(keys, keep),
+            positions=tuple(compress(noise.positions, keep)),
+            row_keys=None if keys is None else tuple(compress(keys, keep)),
         )
     return replace(run, rows=tuple(rows), noise=noise)
 
@@ -161,7 +159,3 @@ def _with_texts(
         runs[run.name] = replace(run, rows=tuple(rows))
     unlike = list(dict.fromkeys(diagnostics))
     return replace(table, runs=runs, moved=moved, moved_text=characters), unlike
-
-
-def _only(entries: Sequence[T], keep: Sequence[bool]) -> tuple[T, ...]:
-    return tuple(e for e, k in zip(entries, keep, strict=True) if k)
