@@ -51,7 +51,6 @@ from mechdsl.prompts.values import Rich, TokenId
 from mechdsl.syntax import ast
 from mechdsl.vocab.corruptions import ActivationChange, TokenChange, of_kind
 
-
 MAX_NOISE_ROWS = 20_000
 """Rows before `limit` that one standard deviation is taken over."""
 _NOISE_ROWS_OF_DRAWS = 1_000
