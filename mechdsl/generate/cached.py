@@ -15,7 +15,9 @@ from mechdsl.generate.cached_pass import NewTokens, keep, run_cached
 from mechdsl.generate.kept_keys import KeptKeys
 from mechdsl.generate.one_query import can_be_asked
 from mechdsl.generate.records import StepRules
-from mechdsl.generate.states import States
+from mechdsl.generate.shared_blocks import SharedBlocks, lowest_acting
+from mechdsl.generate.states import States, first_acting
+from mechdsl.generate.way import Way
 from mechdsl.generate.whole import edited
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.block_exchange import blocks_replaced
@@ -45,10 +47,9 @@ class CachedPasses:
         tokens: int,
         limit: int,
         *,
-        shares: bool = True,
+        way: Way,
     ) -> None:
-        """tokens: of a reply, at most. limit: tokens of one pass. shares: rows of a prompt may have
-        its keys in common."""
+        """tokens: of a reply, at most. limit: tokens of one pass. way: what may be shared."""
         self.model = model
         self.prompts = prompts
         self.prefill = prefill
@@ -64,17 +65,26 @@ class CachedPasses:
             self._number.setdefault(prompt, len(self._number))
         edited = _own_tokens(prompts, RuleWrites(kept))
         apart = int(np.maximum(own, edited).max())
-        shares = shares and 2 * len(self._number) <= len(prompts) and can_be_asked(model)
+        shares = way.shares and 2 * len(self._number) <= len(prompts) and can_be_asked(model)
         self._common = self.columns - apart if shares else 0
         """Columns that rows of a prompt have in common throughout."""
         layers = model.shape.n_layers
         self.keys = KeptKeys(layers, len(prompts), self.columns - self._common, tokens - 1)
+        texts = np.array([self._number[prompt] for prompt in prompts])
+        acting = first_acting(len(prompts), prefill, kept, steps)
+        lowest = np.zeros_like(acting)
+        if way.places:
+            lowest = lowest_acting(model, len(prompts), prefill, kept, steps)
+        self._blocks = SharedBlocks(texts, acting, lowest, layers)
+        self._places = way.places
         self._leaders: list[int] = []
         """[state] rows of the step before; what follows is of these."""
         self._chosen: Chosen | None = None
         self._starting = torch.zeros(0)
         """[state] columns of first tokens."""
-        self._before: list[bool] | None = None
+        self._few: dict[tuple[bool, ...], Sequence[StepRules]] = {}
+        """What acts, by which of the rules do."""
+        self._before: tuple[bool, ...] | None = None
         """Which rules acted in the step before; what they did is `_acted`."""
         self._acted = RuleWrites()
 
@@ -82,15 +92,23 @@ class CachedPasses:
         """The tokens that only this row's prefill computes."""
         return int(self._own[row])
 
+    def arranged(self, states: States, step: int, ids: Sequence[Sequence[int]]) -> States:
+        """The states of a step in the order in which it computes them.
+
+        ids: [row] the reply so far, of `step` tokens.
+        """
+        return self._blocks.arrange(states, [ids[row][-1] for row in states.leaders], step)
+
     def logits(self, states: States, step: int, ids: Sequence[Sequence[int]]) -> Tensor:
         """[state, vocab] behind the newest token of each state.
 
         ids: [row] the reply so far, of `step` tokens.
         """
         if step == 0:
+            self._blocks.begin(states)
             return self._prefill(states)
         first, rows = self.columns + step - 1, states.leaders
-        self.keys.move(states.moves, first)
+        self.keys.move(self._blocks.moves, first)
         if self._chosen is None or rows != self._leaders:
             self._leaders, self._before = rows, None
             self._chosen, self._starting = Chosen(len(self.prompts), rows), self._starts(rows)
@@ -101,18 +119,31 @@ class CachedPasses:
         new = torch.tensor([[ids[row][-1]] for row in rows], device=self.model.device)
         tokens = NewTokens(new, self._starting, first)
         acting = self._acting(self._chosen, step)
-        return run_cached(self.model, tokens, self.keys, slice(0, len(states)), acting)
+        every = slice(0, len(states))
+        return run_cached(
+            self.model, tokens, self.keys, every, acting, self._blocks.lineup, self._places
+        )
 
     def _acting(self, chosen: Chosen, step: int) -> RuleWrites:
         """What acts in a step; mostly what acted in the one before."""
         lengths = self.columns - self._starting.cpu()
         newest = lengths + step - 1
-        acts = [rules.acts(step) for rules in self.steps]
+        acts = tuple(rules.acts(step) for rules in self.steps)
         if acts != self._before or self._acted.edges:
-            every = chosen.step(self.steps, step, lengths, newest)
+            every = chosen.step(self._joined(acts), step, lengths, newest)
             self._before, self._acted = acts, merged(every, len(chosen.rows))
         writes = [replace(each, positions=newest[each.rows]) for each in self._acted.writes]
         return replace(self._acted, writes=writes)
+
+    def _joined(self, acts: tuple[bool, ...]) -> Sequence[StepRules]:
+        """Those that act, in few writes: rows change more often than what acts."""
+        if acts not in self._few:
+            now = [rules for rules, does in zip(self.steps, acts, strict=True) if does]
+            writes = RuleWrites([each for rules in now for each in rules.writes])
+            joined = StepRules(1, writes=merged(writes, len(self.prompts)).writes)
+            others = [replace(each, writes=()) for each in now if each.edges or each.blocks]
+            self._few[acts] = [joined, *others]
+        return self._few[acts]
 
     def _starts(self, rows: Sequence[int]) -> Tensor:
         """[n] columns of first tokens."""

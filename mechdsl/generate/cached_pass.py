@@ -5,15 +5,18 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mechdsl.generate.first_rows import Places, only_first_rows
 from mechdsl.generate.kept_keys import KeptKeys
 from mechdsl.generate.one_query import OneQuery, can_be_asked
+from mechdsl.generate.shared_blocks import Lineup
 from mechdsl.hooks.attention_functions import attend_whole
 from mechdsl.hooks.block_attention import AttentionCall, block_attention
 from mechdsl.hooks.block_exchange import blocks_replaced
@@ -24,7 +27,7 @@ from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.site_hooks import PassStopped, SiteWork
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class NewTokens:
     """The tokens of a pass, in columns from `first` on; prompts end in the same column. It is the
     `Frame` of the pass."""
@@ -36,6 +39,8 @@ class NewTokens:
     first: int
     numbers: Tensor | None = None
     """[n, Q] long, position ids; None: tokens are counted."""
+    running: int | None = None
+    """Rows of the block that runs, where it is the first ones alone."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -47,13 +52,13 @@ class NewTokens:
 
     @property
     def leading(self) -> int:
-        """Rows."""
-        return len(self)
+        """Rows that are computed now."""
+        return len(self) if self.running is None else self.running
 
     @property
     def lane_starts(self) -> Tensor:
-        """[n]"""
-        return self.starts
+        """[row that is computed now]"""
+        return self.starts[: self.leading]
 
     @property
     def key_width(self) -> int:
@@ -85,19 +90,30 @@ class NewTokens:
 
 
 def run_cached(
-    model: LoadedModel, tokens: NewTokens, kept: KeptKeys, rows: slice, acting: RuleWrites
+    model: LoadedModel,
+    tokens: NewTokens,
+    kept: KeptKeys,
+    rows: slice,
+    acting: RuleWrites,
+    lineup: Lineup | None = None,
+    places: Places = (),
 ) -> Tensor:
     """[n, vocab] behind the last of the tokens; their keys and values are kept.
 
     rows: of what is kept, as many as there are of tokens. acting: its rows are those of the pass.
-    Raises as `run_whole`.
+    lineup: which rows blocks compute, of one token each; places: how they are told. Raises as
+    `run_whole`.
     """
     work = SiteWork(model, tokens, acting.writes, (), None, acting.edges)
     every = any(write.site == "logits" for write in acting.writes)
     if not every and tokens.count > 1:
         work.keep_logits((tokens.lengths_of("logits", "") - 1)[:, None])
-    with _running(model, work, tokens, kept, acting):
-        output = _called(model, tokens, kept.at(rows, tokens.first, tokens.count))
+    lineup = lineup if lineup is not None and lineup.shares else None
+    some = nullcontext()
+    if lineup is not None:
+        some = only_first_rows(model, lineup, places, partial(setattr, tokens, "running"))
+    with _running(model, work, tokens, kept, acting), some:
+        output = _called(model, tokens, kept.at(rows, tokens.first, tokens.count, lineup))
     logits = work.output(output.logits)
     work.check()
     return logits[:, -1]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from mechdsl.generate.shared_blocks import Lineup, Moves
 from mechdsl.generate.shared_keys import SharedKeys
 
 WIDE = (torch.float32, torch.float64)
@@ -60,7 +61,7 @@ class _Layer(CacheLayerMixin):
         assert self.values is not None
         if self.keys.shape[2] < self.kept.room[1]:
             self._widen()
-        rows, first = self.kept.rows, self.kept.first
+        rows, first = self.kept.rows_of(self.number), self.kept.first
         end = first + key_states.shape[2]
         self.keys[rows, :, first:end] = key_states
         self.values[rows, :, first:end] = value_states
@@ -76,10 +77,11 @@ class _Layer(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         end = self.length - self.kept.common
-        own = self.keys[self.kept.rows, :, :end], self.values[self.kept.rows, :, :end]
+        rows = self.kept.rows_of(self.number)
+        own = self.keys[rows, :, :end], self.values[rows, :, :end]
         if self.kept.shared is None:
             return own
-        before = self.kept.shared.of_rows(self.number, self.kept.rows)
+        before = self.kept.shared.of_rows(self.number, rows)
         return torch.cat([before[0], own[0]], dim=2), torch.cat([before[1], own[1]], dim=2)
 
     def _marked(self, like: Tensor) -> Tensor:
@@ -113,6 +115,8 @@ class KeptKeys(Cache):
         """Columns in front, which rows of a prompt have in common; none of their own."""
         self.rows = slice(0, rows)
         """Of the pass that runs."""
+        self._lineup: Lineup | None = None
+        """Which of these each of its blocks computes; None: all."""
         self.first = 0
         """Column of its first token, without those that are shared."""
         self.asked = False
@@ -136,9 +140,12 @@ class KeptKeys(Cache):
         ]
         self.shared = SharedKeys(columns, layers, rows)
 
-    def at(self, rows: slice, first: int, count: int) -> KeptKeys:
-        """For a pass over some rows, on so many columns from one on."""
-        self.rows, self.first = rows, first - self.common
+    def at(self, rows: slice, first: int, count: int, lineup: Lineup | None = None) -> KeptKeys:
+        """For a pass over some rows, on so many columns from one on.
+
+        lineup: which of the rows blocks compute.
+        """
+        self.rows, self.first, self._lineup = rows, first - self.common, lineup
         every, columns = self.room
         if self.first + count > columns:
             self.room = every, min(self._most, columns + max(MORE, columns // 2))
@@ -146,8 +153,11 @@ class KeptKeys(Cache):
             layer.length, layer.handed = first, None
         return self
 
-    def _filled(self) -> Sequence[Any]:
-        return [layer for layer in self.layers if layer.is_initialized]
+    def rows_of(self, layer: int) -> slice:
+        """Of the pass that runs, in one layer."""
+        if self._lineup is None:
+            return self.rows
+        return slice(self.rows.start, self.rows.start + self._lineup.rows(layer))
 
     def handed(self, layer: int, keys: Tensor, values: Tensor) -> bool:
         """Whether a block's attention is called with what is kept of it, as it was given."""
@@ -167,22 +177,22 @@ class KeptKeys(Cache):
     def own(self, layer: int) -> tuple[Tensor, Tensor]:
         """The same without those that are shared, and with the room behind them: what lies side by
         side is read several times as fast."""
-        mine = self.layers[layer]
-        return mine.keys[self.rows], mine.values[self.rows]
+        mine, rows = self.layers[layer], self.rows_of(layer)
+        return mine.keys[rows], mine.values[rows]
 
     def newest(self, layer: int, count: int) -> Tensor:
         """[n, heads, count, width] view of the keys of the pass that runs."""
-        return self.layers[layer].keys[self.rows, :, self.first : self.first + count]
+        return self.layers[layer].keys[self.rows_of(layer), :, self.first : self.first + count]
 
-    def move(self, moves: Sequence[tuple[int, int]], columns: int) -> None:
-        """Copy rows to other places, none of which is copied itself."""
-        if not moves:
-            return
-        of, to = torch.tensor(moves).t()
+    def move(self, moves: Sequence[Moves], columns: int) -> None:
+        """Copy rows to other places, in each layer its own; what is copied is what stands there
+        before."""
         columns -= self.common
-        for layer in self._filled():
+        for layer, (of, to) in zip(self.layers, moves, strict=True):
+            if not layer.is_initialized or len(of) == 0:
+                continue
             for each in (layer.keys, layer.values):
-                there = to.to(each.device), of.to(each.device)
+                there = [torch.from_numpy(rows).to(each.device) for rows in (to, of)]
                 each[there[0], :, :columns] = each[there[1], :, :columns]
 
     def fill(self, other: KeptKeys, rows: Tensor, columns: int) -> None:

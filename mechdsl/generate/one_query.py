@@ -31,8 +31,8 @@ class OneQuery:
 
     def __init__(self, kept: KeptKeys) -> None:
         self.kept = kept
-        self._bare: dict[int, bool] = {}
-        """Masks of the pass: whether they hide nothing, by where they lie."""
+        self._bare: dict[tuple[int, int], bool] = {}
+        """Masks of the pass: whether they hide nothing, by where they lie and their rows."""
 
     def attend(self, call: AttentionCall) -> Tensor | None:
         """[n, 1, heads, d_head] of what attention is called with, which is kept; None where it does
@@ -64,7 +64,8 @@ class OneQuery:
         own = (queries @ self.kept.own(layer)[0].transpose(-1, -2))[..., : count - common]
         if shared is None:
             return own
-        return torch.cat([shared.scores(layer, self.kept.rows, queries), own], dim=-1)
+        before = shared.scores(layer, self.kept.rows_of(layer), queries)
+        return torch.cat([before, own], dim=-1)
 
     def _values(self, layer: int, weights: Tensor) -> Tensor:
         """[n, key-value heads, head of it, width] of weights [n, key-value heads, head of it,
@@ -75,13 +76,14 @@ class OneQuery:
         own = nn.functional.pad(weights[..., common:], (0, room)) @ values
         if shared is None:
             return own
-        return own.add_(shared.values(layer, self.kept.rows, weights[..., :common]))
+        before = shared.values(layer, self.kept.rows_of(layer), weights[..., :common])
+        return own.add_(before)
 
     def _seen(self, mask: Tensor | None) -> Tensor | None:
         """None for a mask that hides nothing."""
         if mask is None or mask.dtype != torch.bool:
             return mask
-        place = mask.data_ptr()
+        place = mask.data_ptr(), len(mask)
         if place not in self._bare:
             self._bare[place] = bool(mask.all())
         return None if self._bare[place] else mask

@@ -115,7 +115,7 @@ class SharedKeys:
             self._places[key] = _Places.by(mine, len(matrices), matrices.device)
         places = self._places[key]
         if places.of is not None:
-            vectors = vectors[places.of]
+            vectors = vectors.index_select(0, places.of)
         found, first = list[Tensor](), 0
         for group in places.groups:
             end = first + group.count * group.rows
@@ -127,4 +127,4 @@ class SharedKeys:
             found.append(product.flatten(0, 1))
             first = end
         every = found[0] if len(found) == 1 else torch.cat(found)
-        return every if places.of is None else every[places.at]
+        return every if places.of is None else every.index_select(0, places.at)

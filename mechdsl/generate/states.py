@@ -23,8 +23,7 @@ class States:
     rows: Sequence[Sequence[int]]
     """[state] the rows that it stands for; the first of them leads."""
     parents: Sequence[int]
-    """[state] which one of the step before it goes on from. A state that is the first to go on from
-    its parent has its number, unless others have left."""
+    """[state] which one of the step before it goes on from."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -38,11 +37,6 @@ class States:
     def of_row(self) -> dict[int, int]:
         """Row → its state."""
         return {row: state for state, rows in enumerate(self.rows) for row in rows}
-
-    @property
-    def moves(self) -> list[tuple[int, int]]:
-        """(parent, state) where these differ; no such state was a parent itself."""
-        return [(parent, state) for state, parent in enumerate(self.parents) if parent != state]
 
 
 class Sharing:
@@ -74,38 +68,21 @@ class Sharing:
 
         tokens: of the rows that go on, their newest token.
         """
-        placed: list[tuple[int, Sequence[int]] | None] = []
-        more: list[tuple[int, Sequence[int]]] = []
-        for parent, rows in enumerate(before.rows):
-            if len(rows) == 1:
-                placed.append((parent, rows) if rows[0] in tokens else None)
+        rows: list[Sequence[int]] = []
+        parents: list[int] = []
+        for parent, every in enumerate(before.rows):
+            if len(every) == 1:
+                if every[0] in tokens:
+                    rows.append(every)
+                    parents.append(parent)
                 continue
             found: dict[tuple[int, int], list[int]] = {}
-            for row in rows:
+            for row in every:
                 if row in tokens:
                     found.setdefault((tokens[row], self._group(row, step)), []).append(row)
-            own = [(parent, each) for each in found.values()]
-            placed.append(own[0] if own else None)
-            more.extend(own[1:])
-        states = _closed(placed, more)
-        return States([rows for _, rows in states], [parent for parent, _ in states])
-
-
-def _closed(
-    placed: list[tuple[int, Sequence[int]] | None], more: Sequence[tuple[int, Sequence[int]]]
-) -> list[tuple[int, Sequence[int]]]:
-    """Holes are filled with what comes more, then from the end, so that little moves."""
-    holes = [place for place, each in enumerate(placed) if each is None]
-    for hole, each in zip(holes, more, strict=False):
-        placed[hole] = each
-    placed.extend(more[len(holes) :])
-    for hole in holes[len(more) :]:
-        while placed and placed[-1] is None:
-            placed.pop()
-        if hole >= len(placed):
-            break
-        placed[hole] = placed.pop()
-    return [each for each in placed if each is not None]
+            rows.extend(found.values())
+            parents.extend([parent] * len(found))
+        return States(rows, parents)
 
 
 def first_acting(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mechdsl.generate.cached_pass import NewTokens, keep, run_cached
+from mechdsl.generate.first_rows import Places, by_row, noting_lengths
 from mechdsl.generate.kept_keys import KeptKeys
+from mechdsl.generate.shared_blocks import Lineup
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.loaded import LoadedModel
@@ -35,6 +38,9 @@ class Way:
     """Why it is whole passes."""
     shares: bool = True
     """Whether attention to what rows of a prompt have in common can be computed together."""
+    places: Places = field(default=(), compare=False)
+    """Where rows stand in calls of blocks, if these can compute some of the rows alone; else
+    empty."""
 
 
 _KNOWN: WeakKeyDictionary[LoadedModel, dict[bool, Way]] = WeakKeyDictionary()
@@ -70,7 +76,9 @@ def _tried(model: LoadedModel, inside: bool) -> Way:
             continue
         off = float((cached - whole).abs().amax() / whole.abs().amax())
         if off <= max(TOLERANCE, 4 * model.rounding):
-            return Way("cached", shares=shares)
+            return Way(
+                "cached", shares=shares, places=_places(model, prompts, inside, whole, shares)
+            )
         way = Way("whole", f"with kept keys and values its logits are off by {off:.1g}")
     return way
 
@@ -92,10 +100,41 @@ def _whole(model: LoadedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
     return torch.cat([each[:, -last:] for each in found if each is not None]).float()
 
 
+def _places(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    inside: bool,
+    whole: Tensor,
+    shares: bool,
+) -> Places:
+    """Of `Way`."""
+    half, two = model.shape.n_layers // 2, len(prompts)
+    lineup = Lineup(np.array([0] * two + [half, half + 1]), np.array([0, 1, 0, 1]))
+    try:
+        with noting_lengths(model) as few:
+            _cached(model, prompts, False, shares=False)
+        with noting_lengths(model) as more:
+            _cached(model, [*prompts, prompts[0]], False, shares=False)
+        places = tuple(by_row(a, two, b) for a, b in zip(few, more, strict=True))
+        some = _cached(model, [*prompts, *prompts], inside, shares=shares, by=(lineup, places))
+    except Exception:
+        return ()
+    off = float((some - torch.cat([whole, whole])).abs().amax() / whole.abs().amax())
+    return places if off <= max(TOLERANCE, 4 * model.rounding) else ()
+
+
 def _cached(
-    model: LoadedModel, prompts: Sequence[Sequence[int]], inside: bool, *, shares: bool
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    inside: bool,
+    *,
+    shares: bool,
+    by: tuple[Lineup, Places] | None = None,
 ) -> Tensor:
-    """The same in passes over a few tokens, each other one with all attention opened."""
+    """The same in passes over a few tokens, each other one with all attention opened.
+
+    by: which rows blocks compute of the tokens that come one by one, and how they are told.
+    """
     width, device = _LENGTHS[0], model.device
     batch = Batch.of(prompts, model.pad_id, "left", device)
     every, found = slice(0, len(prompts)), list[Tensor]()
@@ -108,29 +147,25 @@ def _cached(
     first, end = _COMMON, _COMMON + _OWN
     while end <= width:
         tokens = NewTokens(batch.ids[:, first:end], batch.starts, first)
-        acting = _nothing(model, tokens) if inside and len(found) % 2 == 0 else RuleWrites()
-        found.append(run_cached(model, tokens, kept, every, acting))
+        some = by if by is not None and end == first + 1 else (None, ())
+        acting = RuleWrites()
+        if inside and len(found) % 2 == 0:
+            acting = _nothing(model, tokens, some[0] or Lineup.apart(len(prompts)))
+        found.append(run_cached(model, tokens, kept, every, acting, *some))
         first, end = end, end + 1
     return torch.stack(found, dim=1).float()
 
 
-def _nothing(model: LoadedModel, tokens: NewTokens) -> RuleWrites:
+def _nothing(model: LoadedModel, tokens: NewTokens, lineup: Lineup) -> RuleWrites:
     """Edges of all layers that are changed so that nothing changes."""
-    count, one = len(tokens), torch.ones(len(tokens), dtype=torch.long)
     newest = (tokens.lengths_of("pattern", "") - 1).cpu()
-    return RuleWrites(
-        edges=[
-            EdgeWrite(
-                layer,
-                "reweight",
-                torch.arange(count),
-                newest,
-                0 * one,
-                torch.arange(count),
-                0 * one,
-                one.to(torch.float32),
-            )
-            for layer in range(model.shape.n_layers)
-            if model.shape.has("pattern", layer)
-        ]
-    )
+    edges: list[EdgeWrite] = []
+    for layer in range(model.shape.n_layers):
+        if not model.shape.has("pattern", layer):
+            continue
+        rows = torch.arange(lineup.rows(layer))
+        none, one = torch.zeros_like(rows), torch.ones(len(rows))
+        edges.append(
+            EdgeWrite(layer, "reweight", rows, newest[rows], none, rows, none, one),
+        )
+    return RuleWrites(edges=edges)

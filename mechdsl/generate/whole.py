@@ -57,6 +57,10 @@ class WholePasses:
         """The tokens that only this row's prefill computes."""
         return len(self.prompts[row])
 
+    def arranged(self, states: States, step: int, ids: Sequence[Sequence[int]]) -> States:
+        """In any order."""
+        return states
+
     def logits(self, states: States, step: int, ids: Sequence[Sequence[int]]) -> Tensor:
         """[state, vocab] behind the newest token of each state.
 

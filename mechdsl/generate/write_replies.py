@@ -76,7 +76,7 @@ def write_replies(
         given,
         [()] * len(prompts) if random is None else random,
         groups,
-        partial(CachedPasses, shares=way.shares) if way and way.kind == "cached" else WholePasses,
+        partial(CachedPasses, way=way) if way and way.kind == "cached" else WholePasses,
         limit,
     )
     found: list[Reply | None] = [None] * len(prompts)
@@ -110,6 +110,7 @@ def _batches(
 
 class _Passes(Protocol):
     def own(self, row: int) -> int: ...
+    def arranged(self, states: States, step: int, ids: Sequence[Sequence[int]]) -> States: ...
     def logits(self, states: States, step: int, ids: Sequence[Sequence[int]]) -> Tensor: ...
 
 
@@ -209,4 +210,6 @@ class _Work:
             going = writing.put(dict(zip(of_row, tokens, strict=True)))
             step += 1
             states = sharing.follow(states, going, step)
+            if len(states):
+                states = passes.arranged(states, step, writing.ids)
         return writing.replies()

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mechdsl.hooks.reads_and_writes import Frame
+
 Change = Callable[[Tensor], Tensor]
 """[B, T, units, width] to the same."""
 
@@ -22,16 +24,16 @@ Change = Callable[[Tensor], Tensor]
 class RouterHook:
     """Reads and writes the weights that experts are asked with."""
 
-    def __init__(self, change: Change, experts: int, leading: int) -> None:
+    def __init__(self, change: Change, experts: int, frame: Frame) -> None:
         self.change = change
         self.experts = experts
-        self.leading = leading
+        self.frame = frame
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tokens, index, weights = _called(args, kwargs)
         dense = weights.new_zeros(len(weights), self.experts)
         dense.scatter_(1, index, weights)
-        given = dense.unflatten(0, (self.leading, -1)).unsqueeze(2)
+        given = dense.unflatten(0, (self.frame.leading, -1)).unsqueeze(2)
         value = self.change(given)
         if value is given:
             return None
@@ -43,10 +45,10 @@ class RouterHook:
 class ExpertHook:
     """Reads and writes what single experts add."""
 
-    def __init__(self, change: Change, experts: int, leading: int) -> None:
+    def __init__(self, change: Change, experts: int, frame: Frame) -> None:
         self.change = change
         self.experts = experts
-        self.leading = leading
+        self.frame = frame
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -54,7 +56,7 @@ class ExpertHook:
         tokens, index, weights = _called(args, kwargs)
         shares = (self._alone(module, tokens, index, weights, e) for e in range(self.experts))
         each = torch.stack([share.reshape(len(weights), -1) for share in shares], dim=1)
-        given = each.unflatten(0, (self.leading, -1))
+        given = each.unflatten(0, (self.frame.leading, -1))
         value = self.change(given)
         if value is given:
             return None

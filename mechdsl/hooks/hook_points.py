@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mechdsl.hooks.reads_and_writes import Frame
 from mechdsl.models.anatomy import HookPoint, Layout
 from mechdsl.models.projections import transposed, without_adapter
 
@@ -171,10 +172,10 @@ class InHook:
     """Runs steps on what a module reads, the first time only if `once`."""
 
     def __init__(
-        self, steps: list[Step], leading: int, *, flat: bool = True, once: bool = False
+        self, steps: list[Step], frame: Frame, *, flat: bool = True, once: bool = False
     ) -> None:
         self.steps = steps
-        self.leading = leading
+        self.frame = frame
         self.flat = flat
         self.once = once
         self.done = False
@@ -184,7 +185,7 @@ class InHook:
             return None
         self.done = True
         given = given_to(args, kwargs)
-        value = _stepped(self.steps, given, module, given, self.leading, self.flat)
+        value = _stepped(self.steps, given, module, given, self.frame.leading, self.flat)
         return None if value is given else given_again(args, kwargs, value)
 
 
@@ -192,11 +193,11 @@ class OutHook:
     """Runs steps on what a module returns, the first time only if `once`."""
 
     def __init__(
-        self, steps: list[Step], item: int, leading: int, *, flat: bool = True, once: bool = False
+        self, steps: list[Step], item: int, frame: Frame, *, flat: bool = True, once: bool = False
     ) -> None:
         self.steps = steps
         self.item = item
-        self.leading = leading
+        self.frame = frame
         self.flat = flat
         self.once = once
         self.done = False
@@ -211,7 +212,7 @@ class OutHook:
         returned: Tensor = output[self.item] if several else output
         first = args[0] if args else kwargs.get(_name(kwargs))
         given = first if isinstance(first, Tensor) else returned
-        value = _stepped(self.steps, returned, module, given, self.leading, self.flat)
+        value = _stepped(self.steps, returned, module, given, self.frame.leading, self.flat)
         if value is returned:
             return None
         if not several:

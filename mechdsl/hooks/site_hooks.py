@@ -246,7 +246,7 @@ class SiteWork:
                 experts = tap.layout.width if where.site == "router" else tap.layout.units
                 kind = RouterHook if where.site == "router" else ExpertHook
                 change = self._sites.own_view(places, reads, layout)
-                self._experts.append((tap.path, kind(change, experts, self.frame.leading)))
+                self._experts.append((tap.path, kind(change, experts, self.frame)))
                 return
             case _:
                 step = self._sites.direct(places, reads, tap.layout, self._scale(tap))
@@ -307,10 +307,10 @@ class SiteWork:
                 module = self.model.module.get_submodule(path)
                 ordered = [step for _, step in sorted(steps, key=lambda entry: entry[0])]
                 if side == "in":
-                    hook = InHook(ordered, self.frame.leading, flat=flat, once=once)
+                    hook = InHook(ordered, self.frame, flat=flat, once=once)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
                 else:
-                    out = OutHook(ordered, item, self.frame.leading, flat=flat, once=once)
+                    out = OutHook(ordered, item, self.frame, flat=flat, once=once)
                     # On blocks in front of the library's own, which collect what these return.
                     handles.append(
                         module.register_forward_hook(

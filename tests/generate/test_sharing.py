@@ -202,19 +202,16 @@ def test_rows_that_have_ended_leave(passes: Passes) -> None:
     agree(found, [(r.ids, x) for r, x in zip(found.replies, logits, strict=True)])
 
 
-def test_places_are_filled_from_the_end() -> None:
-    """States stay where they are, or fill a hole; none that is copied is overwritten before."""
+def test_states_follow_their_tokens() -> None:
     sharing = Sharing([(1,), (2,), (3,), (4,), (5,)], np.full(5, 99), None)
-    first = sharing.first(lambda row: 0)
-    second = sharing.follow(first, {0: 7, 2: 7, 4: 7}, 1)
-    assert [list(rows) for rows in second.rows] == [[0], [4], [2]]
-    assert second.moves == [(4, 1)]
-    assert sharing.follow(second, {2: 7}, 2).moves == [(2, 0)]
+    second = sharing.follow(sharing.first(lambda row: 0), {0: 7, 2: 7, 4: 7}, 1)
+    assert [list(rows) for rows in second.rows] == [[0], [2], [4]]
+    assert second.parents == [0, 2, 4]
     assert len(sharing.follow(second, {}, 2)) == 0
     same = Sharing([(1,)] * 4 + [(2,)], np.full(5, 99), None)
     split = same.follow(same.first(lambda row: 0), {0: 5, 1: 6, 2: 5, 3: 7}, 1)
     assert [list(rows) for rows in split.rows] == [[0, 2], [1], [3]]
-    assert split.moves == [(0, 1), (0, 2)]
+    assert split.parents == [0, 0, 0]
 
 
 def test_mixed_rules_beside_each_other() -> None:

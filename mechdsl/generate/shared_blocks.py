@@ -1,0 +1,155 @@
+"""Rows that have written the same are equal below the first block in which anything acts on them:
+there, one of them is computed for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mechdsl.base.arrays import Ints
+from mechdsl.generate.records import StepRules
+from mechdsl.generate.states import States
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.reads_and_writes import SiteWrite
+from mechdsl.hooks.rule_writes import RuleWrites
+from mechdsl.vocab.sites import SITES
+
+
+@dataclass(frozen=True, eq=False)
+class Lineup:
+    """From which block on each state of a pass has a row of its own."""
+
+    begins: Ints
+    """[state] ascending; `n_layers` where only what lies behind all blocks is its own."""
+    like: Ints
+    """[state] the one that it is equal to in the blocks in front of that; itself where it has a row
+    in all. Those that others are equal to have one in all."""
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+    @staticmethod
+    def apart(count: int) -> Lineup:
+        """All states have rows in all blocks."""
+        return Lineup(np.zeros(count, dtype=np.int64), np.arange(count))
+
+    @property
+    def shares(self) -> bool:
+        """Whether any state has none in some block."""
+        return len(self) > 0 and int(self.begins[-1]) > 0
+
+    def rows(self, block: int) -> int:
+        """States that have a row in a block: the first ones."""
+        return int(np.searchsorted(self.begins, block, side="right"))
+
+    def place(self, states: Ints, block: int) -> Ints:
+        """In which row of a block each of these states is computed."""
+        return np.where(self.begins[states] <= block, states, self.like[states])
+
+
+Moves = tuple[Ints, Ints]
+"""([k] rows before, [k] rows now) whose keys and values have to be copied."""
+
+
+class SharedBlocks:
+    """Which state is computed in which row, step by step."""
+
+    def __init__(self, texts: Ints, acting: Ints, lowest: Ints, n_layers: int) -> None:
+        """texts: [row] equal where prompts are. acting: [row] the first step in which anything is
+        done to it. lowest: [row] the first block in which anything ever is."""
+        self._texts = texts
+        self._acting = acting
+        self._lowest = lowest
+        self._n_layers = n_layers
+        self._written = np.zeros(0, dtype=np.int64)
+        """[state] equal where prompts and replies so far are."""
+        self.lineup = Lineup.apart(0)
+        self.moves: Sequence[Moves] = ()
+        """[block] from the step before."""
+
+    def begin(self, states: States) -> None:
+        """The prefill has these."""
+        self._written = self._texts[states.leaders]
+        self.lineup = Lineup.apart(len(states))
+
+    def arrange(self, states: States, newest: Sequence[int], step: int) -> States:
+        """The states of a step in an order in which those that have rows in a block come first.
+
+        newest: [state] the last token of its reply.
+        """
+        rows, parents = np.array(states.leaders), np.array(states.parents)
+        tokens = np.array(newest)
+        pairs = self._written[parents] * (1 + tokens.max()) + tokens
+        written = np.unique(pairs, return_inverse=True)[1]
+        lowest = np.where(self._acting[rows] <= step, self._lowest[rows], self._n_layers)
+        leads = self.lineup.like[parents] != parents  # False sorts first: it has all of its keys
+        order = np.lexsort((parents, leads, -lowest, written))
+        first = np.ones(len(order), dtype=bool)
+        first[1:] = written[order[1:]] != written[order[:-1]]
+        leader = order[first][written]
+        every = np.arange(len(rows))
+        begins = np.where(leader == every, 0, lowest)
+        like = np.where(begins == 0, every, leader)
+        place = _places(begins, parents)
+        at = np.argsort(place)
+        before, self.lineup = self.lineup, Lineup(begins[at], place[like[at]])
+        self._written, parents = written[at], parents[at]
+        self.moves = [self._moved(before, parents, block) for block in range(self._n_layers)]
+        return States([states.rows[state] for state in at.tolist()], parents.tolist())
+
+    def _moved(self, before: Lineup, parents: Ints, block: int) -> Moves:
+        now = np.arange(self.lineup.rows(block))
+        was = before.place(parents[: len(now)], block)
+        other = was != now
+        return was[other], now[other]
+
+
+def _places(begins: Ints, parents: Ints) -> Ints:
+    """[state] places in the order of `begins`; most stay where their parent was."""
+    ordered = np.sort(begins)
+    low, high = (np.searchsorted(ordered, begins, side=side) for side in ("left", "right"))
+    stays = np.flatnonzero((parents >= low) & (parents < high))
+    stays = stays[np.unique(parents[stays], return_index=True)[1]]
+    place = np.full(len(begins), -1)
+    place[stays] = parents[stays]
+    others = np.flatnonzero(place < 0)
+    others = others[np.argsort(begins[others], kind="stable")]
+    place[others] = np.setdiff1d(np.arange(len(begins)), place[stays])
+    return place
+
+
+def lowest_acting(
+    model: LoadedModel,
+    count: int,
+    prefill: RuleWrites,
+    kept: Sequence[SiteWrite],
+    steps: Sequence[StepRules],
+) -> Ints:
+    """[row] the first block in which anything is ever done to it; `n_layers` where nothing is, or
+    behind all blocks alone."""
+    found = np.full(count, model.shape.n_layers, dtype=np.int64)
+    writes = [*prefill.writes, *kept, *(each for rules in steps for each in rules.writes)]
+    edges = [*prefill.edges, *(each.edge for rules in steps for each in rules.edges)]
+    places = [
+        *((each.rows, _lowest_block(model, each)) for each in writes),
+        *((each.rows, each.layer) for each in edges),
+        *((each.rows, 0) for each in prefill.numbers),
+    ]
+    for rows, block in places:
+        index = rows.cpu().numpy()
+        found[index] = np.minimum(found[index], block)
+    return found
+
+
+def _lowest_block(model: LoadedModel, write: SiteWrite) -> int:
+    """The first block whose rows a write tells apart."""
+    n_layers = model.shape.n_layers
+    if write.layer is None:
+        return 0 if SITES[write.site].when == "embedding" else n_layers
+    if SITES[write.site].when == "after":
+        path = model.tap(write.site, write.layer, "").path
+        if path in {block.path for block in model.anatomy.blocks}:
+            return write.layer + 1
+    return write.layer

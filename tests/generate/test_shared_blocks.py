@@ -1,0 +1,216 @@
+"""Rows that wrote the same are computed once in the blocks below what acts on them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mechdsl.generate.cached as cached
+import mechdsl.generate.cached_pass as cached_pass
+from mechdsl.generate.shared_blocks import Lineup, SharedBlocks
+from mechdsl.generate.states import States
+from mechdsl.generate.way import way_of
+from mechdsl.hooks.loaded import LoadedModel
+
+from ..execute.support import shared
+from ..models import families
+from ..rules.models import bare
+from .support import Act, Look, Rules, agree, by_hand, greedy, written
+from .test_acting import FAMILIES, PROMPTS, model_of
+
+ROWS: tuple[tuple[int, ...], ...] = (*[PROMPTS[0]] * 9, *[PROMPTS[2]] * 5, PROMPTS[1])
+TOKENS = 6
+
+
+def rules_of(model: LoadedModel) -> Rules:
+    """Little on most rows, so that they write the same for a while, and later much on some."""
+    shape, random = model.shape, torch.Generator().manual_seed(3)
+    top = shape.n_layers - 1
+
+    def vector(size: int) -> tuple[float, ...]:
+        return tuple((torch.randn(size, generator=random) * 3).tolist())
+
+    acts = [
+        Act(0, "z", top, "scale", (1.1,), 1),
+        Act(1, "z", top, "scale", (0.9,), 0),
+        Act(2, "mlp_out", top - 1, "scale", (1.05,)),
+        Act(2, "resid_post", top, "add", vector(shape.d_model), steps=(4, None)),
+        Act(3, "resid_post", 0, "scale", (1.05,)),
+        Act(4, "embed", None, "scale", (1.05,)),
+        Act(4, "resid_pre", 1, "add", vector(shape.d_model), steps=(3, None)),
+        Act(5, "resid_mid", top, "scale", (1.05,), steps=(2, 3)),
+        Act(5, "resid_post", top, "add", vector(shape.d_model), steps=(3, 3)),
+        Act(6, "logits", None, "scale", (1.05,)),
+        Act(9, "z", 1, "scale", (1.1,), position=len(PROMPTS[2]) - 1),
+        Act(10, "resid_post", top, "add", vector(shape.d_model), steps=(2, None)),
+        Act(11, "final_norm", None, "scale", (1.2,)),
+        Act(14, "z", 1, "scale", (1.1,), 1),
+    ]
+    looks = [
+        Look(7, "reweight", 1, 1, (0, 2), 1.3),
+        Look(12, "block", top, 0, (1,), steps=(2, None)),
+    ]
+    kept = [Act(8, "v", 1, "scale", (1.2,), 0, position=2)]
+    return Rules(acts, looks, kept)
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """[pass] rows that each block has, and states, of passes that share blocks."""
+    found: list[list[int]] = []
+    before = cached.run_cached
+
+    def run(model: LoadedModel, tokens: Any, *rest: Any) -> Any:
+        if len(rest) == 5 and rest[3].shares:
+            lineup: Lineup = rest[3]
+            each = [lineup.rows(block) for block in range(model.shape.n_layers)]
+            found.append([*each, len(lineup)])
+        return before(model, tokens, *rest)
+
+    monkeypatch.setattr(cached, "run_cached", run)
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_that_write_the_same(name: str, rows: list[list[int]]) -> None:
+    model = model_of(name)
+    rules = rules_of(model)
+    if name == "gpt_neox":  # its sublayers stand beside each other
+        rules = Rules([a for a in rules.acts if a.site != "resid_mid"], rules.looks, rules.kept)
+    found = written(model, ROWS, greedy(TOKENS), rules)
+    agree(found, by_hand(name, ROWS, rules, TOKENS))
+    different = {reply.ids for reply in found.replies[:9]}
+    assert len(different) > 1 or name == "gemma2"  # writes one token for ever
+    assert rows[0][0] <= len(ROWS) - 5
+    assert len({tuple(each) for each in rows}) > 1
+
+
+@pytest.mark.parametrize("name", families.EACH)
+def test_every_family(name: str, rows: list[list[int]]) -> None:
+    model = shared(families.module(name))
+    assert all(way_of(model, inside=inside).places for inside in (False, True))
+    top = model.shape.n_layers - 1
+    acts = [Act(row, "attn_out", top, "scale", (1.0 + row / 20,)) for row in range(1, 5)]
+    acts.append(Act(5, "attn_out", top - 1, "scale", (1.1,)))
+    rules = Rules(acts, [Look(6, "reweight", top, 0, (0, 2), 1.2)])
+    prompts = [PROMPTS[0]] * 7
+    plain = written(model, prompts, greedy(3), rules, cached=False)
+    found = written(model, prompts, greedy(3), rules)
+    agree(found, [(r.ids, x) for r, x in zip(plain.replies, plain.logits, strict=True)])
+    assert min(each[0] for each in rows) < 7
+
+
+def test_rows_that_end(rows: list[list[int]]) -> None:
+    """The one that others are like ends before them."""
+    model = model_of("llama")
+    rules = rules_of(model)
+    plain = written(model, ROWS, greedy(12), rules, cached=False)
+    ends = frozenset({plain.replies[6].ids[4], plain.replies[2].ids[-2]})
+    how = greedy(12, ends=ends)
+    plain = written(model, ROWS, how, rules, cached=False)
+    assert len({len(reply.ids) for reply in plain.replies}) > 2
+    found = written(model, ROWS, how, rules)
+    assert found.replies == plain.replies
+    agree(found, [(r.ids, x) for r, x in zip(plain.replies, plain.logits, strict=True)])
+    assert rows
+
+
+def test_a_model_that_makes_something_else_of_it(
+    monkeypatch: pytest.MonkeyPatch, rows: list[list[int]]
+) -> None:
+    """Then each row is computed in all blocks."""
+    before = cached_pass.only_first_rows
+
+    def wrong(model: LoadedModel, lineup: Lineup, *rest: Any) -> Any:
+        return before(model, replace(lineup, like=np.minimum(lineup.like, 0)), *rest)
+
+    model = shared(copy.deepcopy(bare("llama")))
+    with monkeypatch.context() as patch:
+        patch.setattr(cached_pass, "only_first_rows", wrong)
+        ways = [way_of(model, inside=inside) for inside in (False, True)]
+    assert [way.kind for way in ways] == ["cached"] * 2
+    assert not any(way.places for way in ways)
+    rules = rules_of(model)
+    plain = written(model, ROWS, greedy(3), rules, cached=False)
+    found = written(model, ROWS, greedy(3), rules)
+    agree(found, [(r.ids, x) for r, x in zip(plain.replies, plain.logits, strict=True)])
+    assert not rows
+
+
+LAYERS = 4
+Content = tuple[Any, ...]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_keys_lie_where_they_are_read(seed: int) -> None:
+    """A row finds the keys of its own tokens, after what acts on it, in each block."""
+    random = np.random.default_rng(seed)
+    count = int(random.integers(1, 14))
+    texts = random.integers(0, 2, count)
+    lowest = random.integers(0, LAYERS + 1, count)
+    acting = random.choice([0, 0, 1, 3, 9], count)
+    blocks = SharedBlocks(texts, acting, lowest, LAYERS)
+    own = [(int(row),) for row in range(count)]
+
+    def content(row: int, block: int, step: int, reply: Sequence[int]) -> Content:
+        """What the keys of a block hang on."""
+        acted = acting[row] <= step and lowest[row] <= block
+        return int(texts[row]), tuple(reply[:step]), own[row] if acted else ()
+
+    states = States([[row] for row in range(count)], list(range(count)))
+    blocks.begin(states)
+    replies: list[list[int]] = [[] for _ in range(count)]
+    keys: list[dict[int, list[Content]]] = [
+        {place: [content(row, block, 0, [])] for place, row in enumerate(states.leaders)}
+        for block in range(LAYERS)
+    ]
+    for step in range(1, 8):
+        for reply in replies:
+            reply.append(int(random.choice([0, 1], p=[0.85, 0.15])))
+        going = [n for n, row in enumerate(states.leaders) if random.random() < 0.95]
+        states = States([states.rows[n] for n in going], going)
+        if not going:
+            break
+        newest = [replies[row][-1] for row in states.leaders]
+        states = blocks.arrange(states, newest, step)
+        lineup = blocks.lineup
+        assert sorted(lineup.begins) == list(lineup.begins)
+        for block in range(LAYERS):
+            of, to = blocks.moves[block]
+            was = dict(keys[block])
+            for a, b in zip(of.tolist(), to.tolist(), strict=True):
+                keys[block][b] = was[a]
+            for place, row in enumerate(states.leaders[: lineup.rows(block)]):
+                keys[block][place] = [
+                    *keys[block][place],
+                    content(row, block, step, replies[row]),
+                ]
+            for state, row in enumerate(states.leaders):
+                place = int(lineup.place(np.array([state]), block)[0])
+                assert place < lineup.rows(block)
+                assert keys[block][place] == [
+                    content(row, block, each, replies[row]) for each in range(step + 1)
+                ]
+
+
+def test_most_rows_stay_where_they_are() -> None:
+    """Only those are moved that fill a hole or come to have a row in more blocks."""
+    blocks = SharedBlocks(np.zeros(6, int), np.zeros(6, int), np.array([0, 3, 3, 2, 2, 2]), 4)
+    blocks.begin(States([[row] for row in range(6)], list(range(6))))
+    states = blocks.arrange(States([[row] for row in range(6)], list(range(6))), [7] * 6, 1)
+    assert blocks.lineup.begins.tolist() == [0, 0, 2, 2, 2, 3]
+    assert blocks.lineup.like.tolist() == [0, 1, 1, 1, 1, 1]
+    assert states.leaders == [0, 1, 5, 3, 4, 2]
+    again = blocks.arrange(States(states.rows, list(range(6))), [7] * 6, 2)
+    assert again.leaders == states.leaders
+    assert all(len(of) == 0 for of, _ in blocks.moves)
+    last = blocks.arrange(States(states.rows, list(range(6))), [7, 7, 7, 7, 8, 7], 3)
+    assert blocks.lineup.begins.tolist() == [0, 0, 0, 2, 2, 3]
+    assert last.leaders == [0, 1, 4, 3, 5, 2]
+    assert [len(of) for of, _ in blocks.moves] == [1, 1, 2, 2]
