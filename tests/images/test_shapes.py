@@ -77,7 +77,10 @@ def test_places_colours_sizes_and_textures_vary() -> None:
     drawn = [draw("circle", 1, 32, random) for _ in range(400)]
     assert {each.colours[0] for each in drawn} == set(COLOURS)
     assert {each.texture for each in drawn} == set(TEXTURES)
-    assert np.logical_or.reduce([each.mask for each in drawn]).mean() > 0.9
+    anywhere = np.logical_or.reduce([each.mask for each in drawn])
+    assert anywhere[:-1].any(1).all()
+    assert anywhere[:, :-1].any(0).all()
+    assert anywhere.mean() > 0.85  # what a circle leaves out in the corners, isn't reached
     assert len({int(each.mask.sum()) for each in drawn}) == 9
 
 
