@@ -316,7 +316,7 @@ HOSTILE = [
     "{{ '%s' % 1 }}",
     "{{ '{:999999999}'.format(1) }}",
     "{{ messages | tojson(indent=10**15) }}",
-    "{{ messages | join(attribute='content') }}",
+    "{{ [{'a': 'b'}] | join(attribute='a') }}",
     "{{ (1).to_bytes(10**9, 'big') }}",
     "{{ lipsum(n=10**9) }}",
     "{{ messages | random }}",

@@ -133,11 +133,13 @@ def test_single_samples_are_written_again(
     def some(self: KeptReplies, *given: Any) -> dict[int, Any]:
         return {n: reply for n, reply in find(self, *given).items() if (n + n // 2) % 2}
 
+    rule = "set resid_post layer * at last token to 2"
+    file = text(DRAWN).replace("patch resid_post layer * at last token", rule)
     with opened(tmp_path / "a") as kept:
-        first, _ = run(text(DRAWN), tmp_path, kept=kept)
+        first, _ = run(file, tmp_path, kept=kept)
         rows_written.clear()
         monkeypatch.setattr(KeptReplies, "find", some)
-        again, _ = run(text(DRAWN), tmp_path, kept=kept)
+        again, _ = run(file, tmp_path, kept=kept)
     assert max(rows_written) > 1
     assert replies(first) == replies(again)
 
