@@ -294,8 +294,8 @@ HOSTILE = [
     "{% import 'os' as os %}",
     "{{ range(10**9) | list }}",
     "{{ 9**9**9 }}",
-    "{{ 'a' * 10**9 }}",
-    "{{ ['a'] * 10**9 }}",
+    "{{ 'a' * 10**15 }}",
+    "{{ 10**15 * ['a'] }}",
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "{% for a in range(99999) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
@@ -311,9 +311,12 @@ HOSTILE = [
     "{{ ('a' * 9999) | list | join('b' * 99999) }}",
     "{{ ('b' * 99999).join(('a' * 9999) | list) }}",
     "{{ 'a'.ljust(10**9) }}",
-    "{{ '%0999999999d' % 1 }}",
+    "{{ 'a'.encode() }}",
+    "{{ '%0999999999999999d' % 1 }}",
+    "{{ '%s' % 1 }}",
     "{{ '{:999999999}'.format(1) }}",
-    "{{ messages | tojson(indent=10**9) }}",
+    "{{ messages | tojson(indent=10**15) }}",
+    "{{ [{'a': 'b'}] | join(attribute='a') }}",
     "{{ (1).to_bytes(10**9, 'big') }}",
     "{{ lipsum(n=10**9) }}",
     "{{ messages | random }}",
@@ -326,8 +329,9 @@ HOSTILE = [
 def test_a_hostile_template_is_a_diagnostic(template: str) -> None:
     """In a moment: an endless one would fail by the time that tests have."""
     write = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    code, _ = refused("chatml", 'chat { user "plum" }', template + write)
+    code, message = refused("chatml", 'chat { user "plum" }', template + write)
     assert code == ("E0551" if "random" in template else "E0552")  # there is no such filter
+    assert "MemoryError" not in message  # nobody tried
 
 
 @pytest.mark.parametrize("template", ["{% for", "{{ a b }}", "{{" + "(" * 9_999, "a" * 200_001])
@@ -363,6 +367,41 @@ def test_what_templates_are_made_of(template: str) -> None:
     tokenizer.chat = own
     (row,) = support.table(body, tokenizer).runs["clean"].rows
     assert row.text == rendered[0][0]
+
+
+OPENING = (
+    "{{ 'ask' if add_generation_prompt else 'go on' }}: "
+    "{% for m in messages %}{{ m.content }};{% endfor %}"
+)
+TWICE = "{% for m in messages %}{{ m.content }} ({{ m.content }}){% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "asks", "begun"),
+    [
+        (OPENING, "ask: plum;", "go on: plum;one two"),
+        (TWICE, "plum (plum)", "plum (plum)one two (one two"),
+    ],
+)
+def test_a_reply_is_opened_or_goes_on(template: str, asks: str, begun: str) -> None:
+    """Behind the last place where it stands, if it has begun."""
+    tokenizer = support.wrapped(chats.backend("chatml"))
+    tokenizer.chat = ChatTemplate(template, {}, {})
+    said = [("user", "plum"), ("assistant", "one two")]
+    for turns, text in ((said[:1], asks), (said, begun)):
+        (row,) = support.table(turns_of(turns), tokenizer).runs["clean"].rows
+        assert row.text == text
+
+
+def test_what_texts_hang_on() -> None:
+    own = chats.chat("llama")
+    others = [
+        replace(own, text=own.text + " "),
+        replace(own, tokens={**own.tokens, "bos_token": "<s>"}),
+        replace(own, added={**own.added, "<s>": True}),
+    ]
+    assert len({own.digest, *(each.digest for each in others)}) == 4
+    assert replace(own, tokens=dict(reversed(list(own.tokens.items())))).digest == own.digest
 
 
 # --- files ----------------------------------------------------------------------------------------

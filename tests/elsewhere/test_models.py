@@ -85,6 +85,29 @@ def test_a_model_beside_other_runs(folder: Path) -> None:
         assert found.accuracy["tuned"][n] == float(best)
 
 
+def test_the_distance_to_another_model_in_a_reply(folder: Path) -> None:
+    """It reads the same text."""
+    from ..reference.forward import forward
+
+    text = across(
+        "prompts p", "from tuned into m", "patch resid_post layer 1 at cue token", "generate 3",
+        "measure kl(tuned) at each step as raw",
+    )  # fmt: skip
+    both = models("gpt2", "m", "tuned")
+    found = run(text, folder, both)["e"]
+    for n, of in enumerate(prompts()):
+        _, seen = unpatched("gpt2", of, "tuned")
+        edits = list(copied([Point("resid_post", 1)], seen, (of.cue,), (of.cue,)))
+        (reply,) = found.replies.cells[0][n]
+        ids = [*of.ids, *reply.ids]
+        own = forward("gpt2", both["m"], ids, edits).logits.double().log_softmax(-1)
+        other = forward("gpt2", both["tuned"], ids).logits.double().log_softmax(-1)
+        for step in range(3):
+            p, q = other[of.last + step], own[of.last + step]
+            kl = float((p.exp() * (p - q)).sum())
+            assert abs(found.measures[0].patched[step, n] - kl) < 1e-4 * max(1, kl)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_models_beside_each_other(folder: Path, family: str) -> None:
     text = experiment(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mechdsl.execute import writer
+from mechdsl.execute.kept_replies import KeptReplies
 from mechdsl.execute.options import Options
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.results.experiment_result import FileResult
@@ -53,7 +54,11 @@ def replies(found: FileResult | None) -> Any:
     return [each.replies for each in found.experiments]
 
 
-@pytest.mark.parametrize("how", ["", DRAWN])
+CUT = 'until "2"'
+"""A text within a token: more is kept of a reply than its text."""
+
+
+@pytest.mark.parametrize("how", [CUT, DRAWN])
 def test_a_reply_is_written_once(tmp_path: Path, rows_written: list[int], how: str) -> None:
     support.write_rows(tmp_path)
     plain, _ = run(text(how), tmp_path)
@@ -69,6 +74,11 @@ def test_a_reply_is_written_once(tmp_path: Path, rows_written: list[int], how: s
     same_bits(plain, first)
     same_bits(plain, again)
     assert replies(plain) == replies(first) == replies(again) == replies(other)
+    tokenizer = support.adopted("gpt2").tokenizer
+    assert tokenizer is not None
+    every = [reply for own in replies(plain)[0].cells[0].values() for reply in own]
+    cut = [reply for reply in every if reply.text != tokenizer.decode(reply.ids)]
+    assert bool(cut) is (how == CUT)
 
 
 def test_other_settings_are_other_replies(tmp_path: Path, rows_written: list[int]) -> None:
@@ -79,6 +89,59 @@ def test_other_settings_are_other_replies(tmp_path: Path, rows_written: list[int
         for n, how in enumerate(['until "w1"', "with temperature 2", "with temperature 1"]):
             run(text(how), tmp_path, kept=kept)
             assert sum(rows_written) == (n + 2) * once
+
+
+def test_what_ends_a_reply_is_asked_again(
+    tmp_path: Path, rows_written: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that the configuration of generation names."""
+    support.write_rows(tmp_path)
+    with opened(tmp_path / "a") as kept:
+        whole, _ = run(text(), tmp_path, kept=kept)
+        once = sum(rows_written)
+        first = replies(whole)[0].runs["clean"]
+        end = first[0][0].ids[1]
+        monkeypatch.setattr(support.bare("gpt2").generation_config, "eos_token_id", end)
+        other, _ = run(text(), tmp_path, kept=kept)
+    assert sum(rows_written) == 2 * once
+    for row, (reply,) in replies(other)[0].runs["clean"].items():
+        ids = first[row][0].ids
+        assert reply.ids == (ids[: ids.index(end)] if end in ids else ids)
+
+
+def test_rows_of_equal_prompts_draw_by_themselves(tmp_path: Path) -> None:
+    support.write_rows(tmp_path, [support.ROWS[0], {**support.ROWS[0], "a": "w12"}])
+    file = text("with temperature 3")
+    plain, _ = run(file, tmp_path)
+    with opened(tmp_path / "a") as kept:
+        first, _ = run(file, tmp_path, kept=kept)
+        again, _ = run(file, tmp_path, kept=kept)
+    assert replies(plain) == replies(first) == replies(again)
+    (found,) = replies(plain)
+    for own in (found.runs["clean"], *found.cells):
+        one, other = own.values()
+        assert one != other
+
+
+def test_single_samples_are_written_again(
+    tmp_path: Path, rows_written: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As what of a row couldn't be kept: other samples of other cells, on one prompt."""
+    support.write_rows(tmp_path, support.ROWS[:1])
+    find = KeptReplies.find
+
+    def some(self: KeptReplies, *given: Any) -> dict[int, Any]:
+        return {n: reply for n, reply in find(self, *given).items() if (n + n // 2) % 2}
+
+    rule = "set resid_post layer * at last token to 2"
+    file = text(DRAWN).replace("patch resid_post layer * at last token", rule)
+    with opened(tmp_path / "a") as kept:
+        first, _ = run(file, tmp_path, kept=kept)
+        rows_written.clear()
+        monkeypatch.setattr(KeptReplies, "find", some)
+        again, _ = run(file, tmp_path, kept=kept)
+    assert max(rows_written) > 1
+    assert replies(first) == replies(again)
 
 
 def test_another_seed_draws_others(tmp_path: Path, rows_written: list[int]) -> None:
@@ -159,7 +222,7 @@ def test_a_run_that_is_cut_short_goes_on(
 
 
 def test_rows_that_break_while_they_write(tmp_path: Path) -> None:
-    """A token of replies has no numbers: rows that write it can't be used."""
+    """A token of replies has no numbers: rows that write it can't be used, and aren't kept."""
     support.write_rows(tmp_path)
     line = "experiment e {\n model m\n prompts p\n generate 4\n measure length as raw\n}\n"
     whole, _ = support.try_file(line, tmp_path, support.bare("llama"))
@@ -167,10 +230,11 @@ def test_rows_that_break_while_they_write(tmp_path: Path) -> None:
     ids = {row: own[0].ids for row, own in each.runs["clean"].items()}
     prompts = {token for text in each.prompts.values() for token in support.ids_of(text.split())}
     bad = next(t for own in ids.values() for t in own[:3] if t not in prompts)
-    model = copy.deepcopy(support.bare("llama"))
+    model = support.unchanged(copy.deepcopy(support.bare("llama")))
     with torch.no_grad():
         model.get_input_embeddings().weight[bad] = torch.nan
-    found, said = support.try_file(line, tmp_path, model)
+    with opened(tmp_path / "a") as kept:
+        found, said = support.try_file(line, tmp_path, model, run=kept)
     assert found is None
     assert [d.code for d in said if d.severity == "error"] == ["E0621"]
     assert "while it writes" in str(said[-1])

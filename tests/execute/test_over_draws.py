@@ -1,23 +1,110 @@
-"""Draws of noise are averaged where they have a value, and not where one is lost."""
+"""Draws of noise and samples are averaged where they have a value, and not where one is lost; what
+is read behind prompts goes with what is read of them."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
 
-from mechdsl.execute.found import Found, Gap
+import numpy as np
+import torch
+
+from mechdsl.base.reply import Reply
+from mechdsl.diagnostics.e02_python import PythonFailed
+from mechdsl.execute.found import Failed, Found, Gap
+from mechdsl.execute.read_samples import read_samples
+from mechdsl.execute.readout import Reading, Readout
+from mechdsl.execute.reply_readers import averaged, with_replies
+
+nan = np.nan
+
+
+def failed(row: int | None, rows: int = 15) -> Failed:
+    return Failed(cast("PythonFailed", None), row, rows)
+
+
+def found(
+    *values: Sequence[float],
+    broken: Sequence[int] = (),
+    fails: Mapping[int, Failed] | None = None,
+    gaps: Mapping[int, Gap] | None = None,
+) -> Found:
+    """values: per measure, [row]. broken: rows."""
+    every = [np.array(own, dtype=np.float64) for own in values]
+    lost = np.isin(np.arange(len(every[0])), broken)
+    none = [np.zeros(len(lost)) for _ in every]
+    return Found(every, lost, none, fails or {}, gaps or {})
 
 
 def test_what_is_averaged_over_draws() -> None:
     """Rows of three draws: all there, one too short, none there, one broken, one a gap."""
-    nan = np.nan
     rows = [[1, 2, 6], [1, nan, 5], [nan] * 3, [nan, 2, 3], [4, nan, 2]]
-    values = np.array(rows, dtype=np.float64).reshape(-1)
-    broken = np.zeros(15, dtype=np.bool_)
-    broken[9] = True
-    gaps = {0: Gap(np.array([13]), "why")}
-    none = np.zeros(15)
-    found = Found([values, values], broken, [none, none], {}, gaps).over_draws(3)
-    np.testing.assert_array_equal(found.values[0], [3, 3, nan, nan, nan])
-    np.testing.assert_array_equal(found.values[1], [3, 3, nan, nan, 3])
-    assert found.broken.tolist() == [False, False, False, True, False]
-    assert found.gaps[0].rows.tolist() == [4]
+    values = [each for row in rows for each in row]
+    draws = found(values, values, broken=[9], gaps={0: Gap(np.array([13, 14]), "why")})
+    own = replace(draws, failed={0: failed(13), 1: failed(None)}).over_draws(3)
+    np.testing.assert_array_equal(own.values[0], [3, 3, nan, nan, nan])
+    np.testing.assert_array_equal(own.values[1], [3, 3, nan, nan, 3])
+    assert own.broken.tolist() == [False, False, False, True, False]
+    assert own.gaps[0].rows.tolist() == [4]
+    assert [own.failed[n].row for n in (0, 1)] == [4, None]
+
+
+def test_what_is_listed_is_averaged_over_draws() -> None:
+    listed = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75], [0.0, 1.0]])
+    own = replace(found([1, 2, 3, 4]), listed=listed).over_draws(2)
+    assert own.listed is not None
+    assert own.listed.tolist() == [[0.75, 0.25], [0.125, 0.875]]
+
+
+class Samples:
+    """Gives one thing after another."""
+
+    measures = (None, None)
+
+    def __init__(self, *every: Found) -> None:
+        self.every = list(every)
+
+    def read(self, reading: Any, relative: float, *, skip: Any) -> Found:
+        return self.every.pop(0)
+
+
+def of_samples(*every: Found) -> Found:
+    reply = Reply((), "", "length")
+    written = [(reply,) * len(every)] * len(every[0].broken)
+    reading = Reading(*[cast("Any", None)] * 8)
+    return read_samples(cast("Readout", Samples(*every)), reading, written)
+
+
+def test_what_is_averaged_over_samples() -> None:
+    """A function fails at its row, which is that of all samples."""
+    one = found([1, 2, 3, 4], [5] * 4, broken=[0])
+    other = found([nan, 6, 9, 0], [7] * 4, gaps={0: Gap(np.array([3]), "why")})
+    own = of_samples(one, other, replace(one, failed={1: failed(2), 0: failed(None)}))
+    np.testing.assert_allclose(own.values[0], [nan, 10 / 3, 5, nan])
+    assert own.broken.tolist() == [True, False, False, False]
+    assert own.gaps[0].rows.tolist() == [3]
+    assert [own.failed[n].row for n in (0, 1)] == [None, 2]
+
+
+def test_what_is_read_behind_prompts_is_averaged_over_samples() -> None:
+    """A row is lost with any of its samples."""
+    gap = Gap(np.array([1]), "why")
+    one = found([1, 2, nan, nan], fails={0: failed(1)})
+    other = found([nan, 4, 8, nan], broken=[0, 3], gaps={0: gap})
+    own = averaged([one, other])
+    np.testing.assert_array_equal(own.values[0], [1, 3, 8, nan])
+    assert own.broken.tolist() == [True, False, False, True]
+    assert (own.failed.keys(), own.gaps[0]) == ({0}, gap)
+
+
+def test_what_is_read_behind_prompts_goes_with_the_rest() -> None:
+    """Measures of prompts and of replies: what can't be used, or has no value, in either."""
+    gaps = Gap(np.array([0]), "of the prompt"), Gap(np.array([2]), "of the reply")
+    prompts = found([1, 2, nan], [nan] * 3, broken=[2], fails={0: failed(0)}, gaps={0: gaps[0]})
+    behind = found([nan] * 3, [4, nan, 6], broken=[1], fails={1: failed(1)}, gaps={1: gaps[1]})
+    own = with_replies(prompts, behind)
+    np.testing.assert_array_equal(own.values, [[1, 2, nan], [4, nan, 6]])
+    assert own.broken.tolist() == [False, True, True]
+    assert own.failed == {0: prompts.failed[0], 1: behind.failed[1]}
+    assert own.gaps == dict(enumerate(gaps))

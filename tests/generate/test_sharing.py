@@ -165,6 +165,23 @@ def test_equal_rows_are_computed_once(passes: Passes) -> None:
     assert together.replies[0] != together.replies[4]
 
 
+def test_groups_are_of_rows_wherever_they_are_written() -> None:
+    """The short prompts are written first."""
+    prompts = [PROMPTS[0], PROMPTS[0], PROMPTS[2], PROMPTS[2]]
+    prompts = sorted(prompts, key=len, reverse=True)
+    place = len(prompts[3]) - 1
+    rules = Rules(
+        [
+            Act(2, "resid_post", 0, "scale", (3.0,), position=place),
+            Act(3, "resid_post", 0, "scale", (-3.0,), position=place),
+        ]
+    )
+    apart = written(model_of(NAME), prompts, greedy(3), rules)
+    groups = np.array([0, 0, 1, 2])
+    agree(written(model_of(NAME), prompts, greedy(3), rules, groups=groups), as_expected(apart))
+    assert (apart.logits[2] - apart.logits[3]).abs().amax() > 0.1
+
+
 def test_samples_share_what_they_have_in_common(passes: Passes) -> None:
     prompts = [PROMPTS[0]] * 30
     decoding = greedy(4, temperature=1.0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import mechdsl.generate.write_replies as module
+from mechdsl.generate.cached_pass import run_cached
 from mechdsl.generate.way import Way, _tried, way_of
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.rule_writes import Numbers, RuleWrites
@@ -119,6 +120,21 @@ def test_what_acts_within_attention_is_tried_with_it(monkeypatch: pytest.MonkeyP
     look = Look(0, "block", 1, 0, (1,), 0.0, steps=(1, None))
     written(model, row, greedy(2), Rules(looks=[look]))
     assert asked == [False, True, True]
+
+
+def test_both_kinds_of_passes_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in which nothing acts within attention may be computed otherwise."""
+    opened: list[bool] = []
+
+    def listening(*given: Any) -> Any:
+        opened.append(bool(given[-1].edges))
+        return run_cached(*given)
+
+    monkeypatch.setattr("mechdsl.generate.way.run_cached", listening)
+    for inside in (False, True):
+        opened.clear()
+        assert _tried(model_of("gpt2"), inside) == Way("cached")
+        assert set(opened) == ({False, True} if inside else {False})
 
 
 def test_steps_between_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mechdsl.base import limits
@@ -12,6 +13,7 @@ from mechdsl.base.reply import Reply
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.render import render_full
+from mechdsl.execute.reply_values import reply_values
 from mechdsl.resolve.resolved import Atom
 from mechdsl.validate.check_file import Settings, check_source
 from mechdsl.vocab.metrics import METRICS
@@ -161,6 +163,14 @@ def test_a_range_of_numbers() -> None:
 def test_a_text_may_hang_on_the_cell() -> None:
     found = atom('contains("n{item.index}")').wanted
     assert {env: texts[0] for env, texts in found.items()} == {n: (f"n{n}",) for n in range(1, 5)}
+
+
+def test_each_cell_is_held_to_its_own_text() -> None:
+    replies = [Reply((), f"n{n}", "length") for n in (1, 2, 2, 1)]
+    by_cell, prompts = atom('contains("n{item.index}")'), np.zeros(4, dtype=np.int64)
+    assert reply_values(by_cell, replies, prompts, [1, 1, 2, 2]).tolist() == [1, 0, 1, 0]
+    same = atom('contains("n1")')
+    assert reply_values(same, replies, prompts, [1, 1, 2, 2]).tolist() == [1, 0, 0, 1]
 
 
 def test_words_that_the_model_has_not_can_be_looked_for() -> None:

@@ -140,6 +140,30 @@ def test_each_draw_of_noise_is_written_with(
     assert len(seen) > 2 * len(rows())
 
 
+def test_each_draw_is_read_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a rule patches at each step is of the cell's own draw."""
+    keyed_by_number(monkeypatch)
+    write_data(tmp_path)
+    lines = ("from noised into clean", f"generate {MOST}", "patch mlp_out layer 1 at last token")
+    text = experiment("e", *lines, measure="measure length as raw")
+    found = run_file(text, tmp_path, "gpt2", "planned", precise=True, blocks=BLOCKS)["e"].replies
+    differ = 0
+    for n, text in enumerate(rows()):
+        for draw in range(DRAWS):
+            source = forced("gpt2", n, draw, Reply((), "", "length"), rule=False)
+            vector, ids = source["mlp_out", 1][-1, 0], list[int]()
+            for step in range(MOST):
+                places = range(len(text.ids) - 1, len(text.ids) + step)
+                writes = [Write("mlp_out", 1, vector, at) for at in places]
+                run = forward("gpt2", double("gpt2"), [*text.ids, *ids], writes)
+                ids.append(int(run.logits[-1].argmax()))
+            assert found.cells[0][n][draw].ids == tuple(ids)
+        differ += found.cells[0][n][0] != found.cells[0][n][1]
+    assert differ
+
+
 TINY = "corrupt noised { add gaussian(std: 1e-9, samples: 2) to embed at subject tokens }"
 
 

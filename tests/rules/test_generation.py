@@ -164,8 +164,8 @@ CASES = {
         *(LAST, edge("reweight", to_cue, 20.0)),
     ),
     "joined queries": Case(
-        f"reweight attention layer 1 from {{{CUE}, {LAST}}} to {CUE} by 20",
-        *(f"{{{CUE}, {LAST}}}", edge("reweight", to_cue, 20.0)),
+        f"reweight attention layer 1 from {{{LAST}, {CUE}}} to {LAST} by 50",
+        *(f"{{{LAST}, {CUE}}}", edge("reweight", lambda n, at: [max(at, rows()[n].last)], 50.0)),
     ),
     "a block less": Case("replace block layer 1 with identity", "tokens *", left_out(1)),
     "set": Case(
