@@ -1,13 +1,15 @@
 """Replies while rules act: 48 cells on 16 prompts, 32 tokens each.
 
-    python -m benchmarks.writing [--shapes counting gpt2 ...] [--tokens 32] [--cells 48]
+    python -m benchmarks.writing [--shapes counting gpt2 ...] [--trained] [--tokens 32] [--cells 48]
                                  [--threads 1] [--ways mechdsl generate nnsight] [--peers PYTHON]
 
-Shapes are those of the shipped models, and GPT-2 small; weights are random. A cell writes another
-vector into one head's z at the last token of the prompt and at each newest token. `generate` is a
-loop of the library's `model.generate` over cells, all prompts in one batch, with a hook. `nnsight`
-has all cells as invokes of one `model.generate`; it runs in the interpreter that has it. Each way
-is a process of its own, timed in processor seconds and in wall seconds, and tokens are compared.
+Shapes are those of the shipped models, and GPT-2 small; weights are random, and prompts are random
+tokens. `--trained` takes the weights of shipped models, and prompts that are the first two thirds
+of texts that they weren't trained on. A cell scales one head's z at the last token of the prompt
+and at each newest token. `generate` is a loop of the library's `model.generate` over cells, all
+prompts in one batch, with a hook. `nnsight` has all cells as invokes of one `model.generate`; it
+runs in the interpreter that has it. Each way is a process of its own, timed in processor seconds
+and in wall seconds, and tokens are compared.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -26,6 +30,7 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
 PROMPTS, TOKENS = 16, 16
+FACTORS = (0.0, 0.5, 1.5, -1.0)
 SHIPPED = {path.parent.name: path for path in sorted((ROOT / "mechdsl/zoo").glob("*/config.json"))}
 GPT2 = {"vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
 CLOCKS = {"processor": process_time, "wall": perf_counter}
@@ -34,37 +39,51 @@ Replies = list[list[list[int]]]
 
 
 class Task:
-    """A model with random weights, prompts, and what each cell writes."""
+    """A model, prompts, and what each cell writes."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        if (path := SHIPPED.get(arguments.shapes[0])) is None:
+        shape = arguments.shapes[0]
+        if (path := SHIPPED.get(shape)) is None:
             self.config = AutoConfig.for_model("gpt2", **GPT2)
         else:
             self.config = AutoConfig.from_pretrained(path)
         self.config.bos_token_id = self.config.eos_token_id = None
         self.config.pad_token_id = 0
-        found = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
-        self.model: Any = found.eval()
-        self.model.generation_config.eos_token_id = None
         random = torch.Generator().manual_seed(0)
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
-            if parameter.dim() >= 2:
-                parameter.copy_(torch.randn(parameter.shape, generator=random))
-                parameter.mul_(1.5 / self.config.hidden_size**0.5)
+        if arguments.trained and path is not None:
+            of = AutoModelForCausalLM.from_pretrained
+            self.model: Any = of(path.parent, config=self.config, dtype=torch.float32).eval()
+            self.prompts = _texts(shape, path.parent)
+        else:
+            found = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            self.model = found.eval()
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(False)
+                if parameter.dim() >= 2:
+                    parameter.copy_(torch.randn(parameter.shape, generator=random))
+                    parameter.mul_(1.5 / self.config.hidden_size**0.5)
+            size = PROMPTS, TOKENS
+            self.prompts = torch.randint(3, self.config.vocab_size, size, generator=random).tolist()
+        self.model.generation_config.eos_token_id = None
         self.tokens, self.cells = arguments.tokens, arguments.cells
         self.heads = self.config.num_attention_heads
         self.layers = self.config.num_hidden_layers
         self.width = self.config.hidden_size // self.heads
-        size = PROMPTS, TOKENS
-        self.ids = torch.randint(3, self.config.vocab_size, size, generator=random)
-        self.vectors = torch.randn(self.cells, PROMPTS, self.width, generator=random)
+        self.longest = max(map(len, self.prompts))
+        padded = [[0] * (self.longest - len(ids)) + ids for ids in self.prompts]
+        self.ids = torch.tensor(padded)
+        own = torch.tensor([len(ids) for ids in self.prompts])
+        self.mask = (torch.arange(self.longest) >= self.longest - own[:, None]).long()
 
     def place(self, cell: int) -> tuple[int, int]:
         """(layer, head)"""
         return cell % self.layers, cell // self.layers % self.heads
+
+    def factor(self, cell: int) -> float:
+        """What z is scaled with."""
+        return FACTORS[cell // (self.layers * self.heads) % len(FACTORS)]
 
     def output(self, layer: int) -> nn.Module:
         """The linear map that z goes into."""
@@ -81,26 +100,43 @@ class Task:
         return {"max_new_tokens": self.tokens, "do_sample": False, "pad_token_id": 0}
 
 
-def multiply_adds(task: Task) -> float:
-    """What can't be avoided: prompts but for their last token once; of each cell and prompt, that
-    token from the layer that is written, and each token of the reply but the last."""
-    blocks = [task.output(layer) for layer in range(task.layers)]
-    embedded = task.model.get_input_embeddings().weight.numel()
-    every = sum(each.numel() for each in task.model.parameters() if each.dim() == 2)
-    positions = getattr(getattr(task.model, "transformer", None), "wpe", None)
-    tied = task.model.get_output_embeddings().weight is task.model.get_input_embeddings().weight
-    weights = every - embedded * (1 if tied else 2)
-    weights -= 0 if positions is None else positions.weight.numel()
-    wide = task.config.hidden_size
+def _texts(name: str, folder: Path) -> list[list[int]]:
+    """Token ids of the first two thirds of texts that a shipped model wasn't trained on."""
+    from tokenizers import Tokenizer
 
-    def token(keys: int, layers: float = len(blocks)) -> float:
-        return layers / len(blocks) * weights + layers * 2 * wide * keys
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    stream = import_module(f"mechdsl.zoo.{name}.data").stream(5, held_out=True)
+    every = [tokenizer.encode(each.text).ids for each in islice(stream, PROMPTS)]
+    return [ids[: max(4, 2 * len(ids) // 3)] for ids in every]
 
-    total = PROMPTS * sum(token(keys) for keys in range(1, TOKENS))
-    for cell in range(task.cells):
-        first = token(TOKENS, task.layers - task.place(cell)[0])
-        later = sum(token(TOKENS + step) for step in range(1, task.tokens))
-        total += PROMPTS * (first + later + task.tokens * embedded)
+
+def multiply_adds(task: Task, replies: Replies) -> float:
+    """What can't be avoided: prompts but for their last token once; in each block that token, and
+    each of the reply but the last, once for all cells that have written the same so far and act
+    above the block."""
+    unembedding = task.model.get_output_embeddings().weight.numel()
+    block = next(
+        part
+        for part in task.model.modules()
+        if isinstance(part, nn.ModuleList) and len(part) == task.layers
+    )[0]
+    weights = sum(each.numel() for each in block.parameters() if each.dim() == 2)
+
+    def token(keys: int) -> float:
+        return weights + 2 * task.config.hidden_size * keys
+
+    total = 0.0
+    for prompt, ids in enumerate(task.prompts):
+        total += task.layers * sum(token(keys) for keys in range(1, len(ids)))
+        for step in range(task.tokens):
+            so_far = [tuple(replies[cell][prompt][:step]) for cell in range(task.cells)]
+            for layer in range(task.layers):
+                apart = {
+                    (text, cell if task.place(cell)[0] <= layer else -1)
+                    for cell, text in enumerate(so_far)
+                }
+                total += len(apart) * token(len(ids) + step)
+        total += task.cells * task.tokens * unembedding
     return total
 
 
@@ -124,9 +160,10 @@ def by_mechdsl(task: Task) -> Callable[[], Replies]:
     for cell in range(task.cells):
         layer, head = task.place(cell)
         rows = torch.arange(cell * PROMPTS, (cell + 1) * PROMPTS)
-        last, heads = torch.full((PROMPTS,), TOKENS - 1), torch.full((PROMPTS,), head)
-        writes.append(SiteWrite("z", layer, rows, last, heads, task.vectors[cell]))
-    prompts = [tuple(row) for row in task.ids.tolist()] * task.cells
+        last = torch.tensor([len(ids) - 1 for ids in task.prompts])
+        heads, factors = torch.full((PROMPTS,), head), torch.full((PROMPTS, 1), task.factor(cell))
+        writes.append(SiteWrite("z", layer, rows, last, heads, factors, "scale"))
+    prompts = [tuple(ids) for ids in task.prompts] * task.cells
     decoding = Decoding(task.tokens, lambda ids: "")
 
     def run() -> Replies:
@@ -146,16 +183,15 @@ def by_generate(task: Task) -> Callable[[], Replies]:
 
         def write(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
             changed = args[0].clone()
-            changed[:, -1, task.span(head)] = task.vectors[number]
+            changed[:, -1, task.span(head)] *= task.factor(number)
             return (changed,)
 
         handle = task.output(layer).register_forward_pre_hook(write)
         try:
-            mask = torch.ones_like(task.ids)
-            found = task.model.generate(task.ids, attention_mask=mask, **task.settings())
+            found = task.model.generate(task.ids, attention_mask=task.mask, **task.settings())
         finally:
             handle.remove()
-        return found[:, TOKENS:].tolist()
+        return found[:, task.longest :].tolist()
 
     return lambda: [cell(number) for number in range(task.cells)]
 
@@ -180,13 +216,13 @@ def by_nnsight(task: Task) -> Callable[[], Replies]:
     def run() -> Replies:
         with model.generate(**task.settings()) as tracer:
             for cell in range(task.cells):
-                with tracer.invoke(task.ids):
+                with tracer.invoke({"input_ids": task.ids, "attention_mask": task.mask}):
                     layer, head = task.place(cell)
                     for _ in tracer.iter[: task.tokens]:
-                        outputs[layer].input[:, -1, task.span(head)] = task.vectors[cell]
+                        outputs[layer].input[:, -1, task.span(head)] *= task.factor(cell)
             with tracer.invoke():
                 found = tracer.result.save()
-        every = found[:, TOKENS:].tolist()
+        every = found[:, task.longest :].tolist()
         return [every[n : n + PROMPTS] for n in range(0, len(every), PROMPTS)]
 
     return run
@@ -242,6 +278,7 @@ def _process(way: str, shape: str, arguments: argparse.Namespace) -> dict[str, A
     command = [str(python), "-m", "benchmarks.writing", "--one", "--ways", way, "--shapes", shape]
     for name in ("tokens", "cells", "threads", "repeats"):
         command += [f"--{name}", str(getattr(arguments, name))]
+    command += ["--trained"] * arguments.trained
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -260,7 +297,7 @@ def _timed(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "seconds": dict(zip(CLOCKS, map(min, zip(*times[1:], strict=True)), strict=True)),
         "replies": replies,
-        "multiply_adds": multiply_adds(task),
+        "multiply_adds": multiply_adds(task, replies),
         "rates": _rates(),
     }
 
@@ -279,6 +316,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
     shapes = [*SHIPPED, "gpt2"]
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=["counting"])
+    parser.add_argument("--trained", action="store_true", help="weights and texts of the models")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--cells", type=int, default=48)
     parser.add_argument("--threads", type=int, default=1)
