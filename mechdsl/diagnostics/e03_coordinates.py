@@ -1,6 +1,9 @@
 """E0301 to E0304, E032x: coordinates of sites."""
 
+from collections.abc import Mapping
+
 from mechdsl.base.record import keyword_record
+from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 
 
@@ -78,12 +81,24 @@ class EmptyRange(Diagnostic):
     """A range that goes downwards."""
 
     code = "E0321"
-    title = "the range `{text}` is empty"
+    title = "the range `{text}` is empty{where}"
     label = "nothing to sweep over"
-    help = "ranges are inclusive and go upwards: write `{low}..{high}`"
+    help = "ranges are inclusive and go upwards: {instead}"
     text: str
-    low: str
-    high: str
+    instead: str
+    where: str = ""
+    """The values of loops that it is so for."""
+
+
+def downwards(span: Span, text: str, first: str, last: str) -> EmptyRange:
+    """A range whose ends were exchanged. first, last: as they are written, the larger one first."""
+    return EmptyRange(span=span, text=text, instead=f"write `{last}..{first}`")
+
+
+def where_loops_are(values: Mapping[str, object]) -> str:
+    """` where `a` is 5`; nothing without loops."""
+    said = " and ".join(f"`{name}` is {value}" for name, value in values.items())
+    return f" where {said}" if said else ""
 
 
 UNUSED_LOOP = "no rule of this loop uses it"
