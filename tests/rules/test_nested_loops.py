@@ -317,14 +317,15 @@ mech 1
 model m = zoo("counting")
 prompts p {
   count in 2..5
-  xs = list(["pear", "fig"], count)
+  item in ["pear", "fig"]
+  xs = list(item, count, sep: " ")
   template "Part 1: {xs} Count 1:"
   answer " {count}"
   corrupt fewer { count = count - 1 }
 }
 experiment e {
   model m
-  prompts p
+  prompts p limit 4
   from clean into fewer
   for a in 0..2 { for b in a..2 { patch mlp_out layers a..b at last token } }
   measure logit(answer) as delta
@@ -350,7 +351,7 @@ def test_what_is_shown() -> None:
     )
     assert "a 3 × b 3 = 6 cells" in str(mechdsl.graph_of(SHOWN))
     plan = str(mechdsl.plan_of(SHOWN))
-    (row,) = (line.split() for line in plan.splitlines() if line.strip().startswith("e  "))
+    row = next(line.split() for line in plan.splitlines() if line.strip().startswith("e  "))
     assert row[:4] == ["e", "6", "4", "24"]
 
 
