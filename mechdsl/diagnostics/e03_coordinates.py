@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from mechdsl.base.record import keyword_record
-from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 
 
@@ -83,16 +82,19 @@ class EmptyRange(Diagnostic):
     code = "E0321"
     title = "the range `{text}` is empty{where}"
     label = "nothing to sweep over"
-    help = "ranges are inclusive and go upwards: {instead}"
+    help = "ranges are inclusive and go upwards: write `{low}..{high}`"
     text: str
-    instead: str
+    low: str
+    high: str
     where: str = ""
     """The values of loops that it is so for."""
+    instead: str = ""
+    """What to write, where that isn't the ends the other way round."""
 
-
-def downwards(span: Span, text: str, first: str, last: str) -> EmptyRange:
-    """A range whose ends were exchanged. first, last: as they are written, the larger one first."""
-    return EmptyRange(span=span, text=text, instead=f"write `{last}..{first}`")
+    @property
+    def help_text(self) -> str:
+        start, _, _ = self.help.partition(": ")
+        return f"{start}: {self.instead}" if self.instead else super().help_text
 
 
 def where_loops_are(values: Mapping[str, object]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from mechdsl.diagnostics.e03_coordinates import downwards
+from mechdsl.diagnostics.e03_coordinates import EmptyRange
 from mechdsl.diagnostics.e03_positions import OutsidePrompt, RaggedPositions
 from mechdsl.prompts.named_numbers import number
 from mechdsl.prompts.prompt_table import Hits, PositionCell
@@ -41,7 +41,8 @@ class CountedTokens:
         if (low < 0) != (high < 0):
             return self._mixed(base, low, high, align)
         if low > high:
-            self.diagnostics.append(downwards(base.span, f"{low}..{high}", str(low), str(high)))
+            text, first, last = f"{low}..{high}", str(high), str(low)
+            self.diagnostics.append(EmptyRange(span=base.span, text=text, low=first, high=last))
             return []
         # One index too many is as wrong as a billion, and quicker to refuse.
         longest = max(len(m.row.ids) for m in self.maps)

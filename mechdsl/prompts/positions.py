@@ -10,7 +10,7 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import UnknownWord
-from mechdsl.diagnostics.e03_coordinates import downwards
+from mechdsl.diagnostics.e03_coordinates import EmptyRange
 from mechdsl.diagnostics.e03_positions import (
     NothingLeft,
     NotOnePosition,
@@ -206,9 +206,10 @@ class _Resolver:
         ranged = occurrence is not None and (occurrence.low is None or occurrence.high is not None)
         counted = bounds(occurrence)
         if occurrence is not None and counted is not None and counted[0] > counted[1]:
-            first, last = map(str, counted)
-            span = occurrence.span
-            self.diagnostics.append(downwards(span, span.written, first, last))
+            high, low = map(str, counted)
+            self.diagnostics.append(
+                EmptyRange(span=occurrence.span, text=occurrence.span.written, low=low, high=high)
+            )
             return []
         if base.each or (ranged and not base.plural):
             return self._occurrences(base)

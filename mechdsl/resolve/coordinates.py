@@ -18,7 +18,6 @@ from mechdsl.diagnostics.e03_coordinates import (
     LayerOutOfRange,
     TooManyCells,
     UnitOutOfRange,
-    downwards,
     where_loops_are,
 )
 from mechdsl.models.shape import ModelShape, units
@@ -207,24 +206,26 @@ class _AxisReader:
         """E0321."""
         low, high = value.low, value.high or value.low
         named = {name: at[name] for name in _loops_named(value, self.context)}
-        if not named:
-            found = downwards(value.span, value.span.written, low.span.written, high.span.written)
-        else:
-            instead = "let the loops give it a start that isn't behind its end"
-            loops = list(self.context.loops)
-            if low.name in named and high.name in named and not (low.offset or high.offset):
-                order = loops.index(low.name or "") - loops.index(high.name or "")
-                first, last = (self.context.loops[end.name or ""] for end in (low, high))
-                if order < 0:
-                    inner = f"begin there: `for {high.name} in {low.name}..{last[-1]}`"
-                else:
-                    inner = f"end there: `for {low.name} in {first[0]}..{high.name}`"
-                instead = f"let the inner loop {inner}"
-            where = where_loops_are(named)
-            found = EmptyRange(
-                span=value.span, text=value.span.written, instead=instead, where=where
+        self.context.diagnostics.append(
+            EmptyRange(
+                span=value.span,
+                text=value.span.written,
+                low=high.span.written,
+                high=low.span.written,
+                where=where_loops_are(named),
+                instead=self._other_loops(low, high, named) if named else "",
             )
-        self.context.diagnostics.append(found)
+        )
+
+    def _other_loops(self, low: ast.Bound, high: ast.Bound, named: Numbers) -> str:
+        """How no value of the loops makes a range empty."""
+        if low.name not in named or high.name not in named or low.offset or high.offset:
+            return "let the loops give it a start that isn't behind its end"
+        first, last = (self.context.loops[end.name or ""] for end in (low, high))
+        loops = list(self.context.loops)
+        if loops.index(low.name or "") < loops.index(high.name or ""):
+            return f"let the inner loop begin there: `for {high.name} in {low.name}..{last[-1]}`"
+        return f"let the inner loop end there: `for {low.name} in {first[0]}..{high.name}`"
 
     def _no_sweep(self, value: ast.Star | ast.AxisRange) -> None:
         """E0322 for a sweep whose values hang on a loop."""

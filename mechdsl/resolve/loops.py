@@ -17,7 +17,6 @@ from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e03_coordinates import (
     BadLoopValue,
     EmptyRange,
-    downwards,
     where_loops_are,
 )
 from mechdsl.program import spec
@@ -243,12 +242,19 @@ def _numbers(
         _bad_loop(loop, "its step is not above 0", diagnostics, f"for example `{example}`")
         return None
     if high < low:
-        span, where = loop.domain.span, where_loops_are(around)
-        if not around:
-            diagnostics.append(downwards(span, span.written, str(low), str(high)))
-            return None
-        instead = f"it is `{low}..{high}` there; end the loops around it earlier, or it later"
-        diagnostics.append(EmptyRange(span=span, text=span.written, instead=instead, where=where))
+        span, instead = loop.domain.span, ""
+        if around:
+            instead = f"it is `{low}..{high}` there; end the loops around it earlier, or it later"
+        diagnostics.append(
+            EmptyRange(
+                span=span,
+                text=span.written,
+                low=str(high),
+                high=str(low),
+                where=where_loops_are(around),
+                instead=instead,
+            )
+        )
         return None
     count = int((high - low) / width + 1e-9) + 1
     if count > limits.LOOP:

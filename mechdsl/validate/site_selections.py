@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e03_coordinates import downwards
+from mechdsl.diagnostics.e03_coordinates import EmptyRange
 from mechdsl.diagnostics.e06_statistics import UnreadableExpectation
 from mechdsl.syntax import ast
 from mechdsl.validate.conditions import CellSelection, full_component
@@ -49,7 +49,8 @@ def selection(node: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> CellSelec
 def upwards(low: Number, high: Number, span: Span) -> tuple[tuple[Number, Number]]:
     """A range of an axis; E0321 where it holds nothing."""
     if isinstance(low, int | float) and isinstance(high, int | float) and high < low:
-        raise RefusedCondition(downwards(span, span.written, f"{low:g}", f"{high:g}"))
+        found = EmptyRange(span=span, text=span.written, low=f"{high:g}", high=f"{low:g}")
+        raise RefusedCondition(found)
     return ((low, high),)
 
 

@@ -277,15 +277,23 @@ def triangle(*more: str, inner: str = "a..2", **said: str) -> str:
     return experiment("e", FROM, loops, *more, **said)
 
 
-def test_measures_that_name_a_loop(data: Path) -> None:
+@pytest.mark.parametrize(
+    "metric",
+    [
+        "cosine(resid_post layer B, longer)",
+        "cosine(resid_pre layer A, longer) - cosine(resid_post layer B, longer)",
+    ],
+)
+def test_measures_that_name_a_loop(data: Path, metric: str) -> None:
     """Only the cells that there are have a part that is read for them."""
-    measure = "measure cosine(resid_post layer b, longer) at cue token as raw"
+    measure = f"measure {metric.replace('A', 'a').replace('B', 'b')} at cue token as raw"
     found = run_file(triangle(measure=measure), data, "llama", "planned")["e"]
     assert sorted((c.coords["a"], c.coords["b"]) for c in found.cells) == upwards(0, 2)
     for cell, values in zip(found.cells, found.measures[0].patched, strict=True):
         a, b = cell.coords["a"], cell.coords["b"]
         rule = f"patch mlp_out layers {a}..{b} at {CUE}"
-        own = experiment("e", FROM, rule, measure=measure.replace("layer b", f"layer {b}"))
+        own = metric.replace("A", str(a)).replace("B", str(b))
+        own = experiment("e", FROM, rule, measure=f"measure {own} at cue token as raw")
         alone = run_file(own, data, "llama", "planned")["e"]
         np.testing.assert_allclose(values, alone.measures[0].patched[0], atol=1e-6)
 
