@@ -324,7 +324,7 @@ class _Draws:
         whole = some = 0
         there = self.experiment.cells_along(names)
         for cell in cells:
-            written = [n for n in chosen if cell in there and writes(n, cell)]
+            written = [n for n in chosen if writes(n, cell)]
             parts: dict[int, Options] = {}
             fixed: list[int] = []
             sites = [n for n in in_sites if n in written]

@@ -277,25 +277,55 @@ def triangle(*more: str, inner: str = "a..2", **said: str) -> str:
     return experiment("e", FROM, loops, *more, **said)
 
 
-@pytest.mark.parametrize(
-    "metric",
-    [
+MEASURED = {
+    "the inner one": (
+        "for a in 0..2 { for b in a..2 { patch mlp_out layers a..b at cue token } }",
         "cosine(resid_post layer B, longer)",
+        upwards(0, 2),
+    ),
+    "both": (
+        "for a in 0..2 { for b in a..2 { patch mlp_out layers a..b at cue token } }",
         "cosine(resid_pre layer A, longer) - cosine(resid_post layer B, longer)",
-    ],
-)
-def test_measures_that_name_a_loop(data: Path, metric: str) -> None:
+        upwards(0, 2),
+    ),
+    "one that no rule names": (
+        "for a in 0..2 { for b in a..2 { patch mlp_out layer b at cue token } }",
+        "cosine(resid_post layer A, longer)",
+        upwards(0, 2),
+    ),
+    "the first values don't go together": (
+        "for a in 0..1 { for b in 1 - a..2 - a { patch mlp_out layers a, b at cue token } }",
+        "cosine(resid_post layer A, longer) - cosine(resid_post layer B, longer)",
+        [(0, 1), (0, 2), (1, 0), (1, 1)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(MEASURED))
+def test_measures_that_name_loops(data: Path, case: str) -> None:
     """Only the cells that there are have a part that is read for them."""
-    measure = f"measure {metric.replace('A', 'a').replace('B', 'b')} at cue token as raw"
-    found = run_file(triangle(measure=measure), data, "llama", "planned")["e"]
-    assert sorted((c.coords["a"], c.coords["b"]) for c in found.cells) == upwards(0, 2)
-    for cell, values in zip(found.cells, found.measures[0].patched, strict=True):
-        a, b = cell.coords["a"], cell.coords["b"]
-        rule = f"patch mlp_out layers {a}..{b} at {CUE}"
+    lines, metric, cells = MEASURED[case]
+    rule = lines[lines.index("patch") : lines.index(" }")]
+
+    def said(a: object, b: object) -> str:
         own = metric.replace("A", str(a)).replace("B", str(b))
-        own = experiment("e", FROM, rule, measure=f"measure {own} at cue token as raw")
-        alone = run_file(own, data, "llama", "planned")["e"]
-        np.testing.assert_allclose(values, alone.measures[0].patched[0], atol=1e-6)
+        return f"measure {own} at cue token as raw"
+
+    found = run_file(
+        experiment("e", FROM, lines, measure=said("a", "b")), data, "llama", "planned"
+    )["e"]
+    own = [(cell.coords["a"], cell.coords["b"]) for cell in found.cells]
+    assert sorted(own) == cells
+    text = ""
+    for a, b in own:
+        layers = rule.replace("layers a..b", f"layers {a}..{b}").replace("layer b", f"layer {b}")
+        layers = layers.replace("layers a, b", f"layers {a}, {b}")
+        text += experiment(f"e{a}{b}", FROM, layers, measure=said(a, b))
+    alone = run_file(text, data, "llama", "planned")
+    for (a, b), values in zip(own, found.measures[0].patched, strict=True):
+        expected = alone[f"e{a}{b}"].measures[0].patched[0]
+        np.testing.assert_allclose(values, expected, atol=1e-6)
+    assert np.ptp(found.measures[0].patched, axis=0).max() > 0.001
 
 
 def test_random_targets_are_drawn_for_cells_that_there_are(data: Path) -> None:
