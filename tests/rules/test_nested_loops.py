@@ -393,6 +393,34 @@ def test_what_is_shown() -> None:
     assert row[:4] == ["e", "6", "4", "24"]
 
 
+INERT = """for a in [3, 2] { for b in a..3 { patch resid_post layers a..b at last-item token } }"""
+PAIRS = """for a in [2, 1] { for b in a..2 { path layer a head 0 -> q layer b at last token } }"""
+
+
+@pytest.mark.parametrize(
+    ("loops", "key", "said"),
+    [(INERT, "inert", "1 of 3 cells, and 4 of 12 rows"), (PAIRS, "pairs", "1 of 3; in the others")],
+)
+def test_what_is_counted(loops: str, key: str, said: str) -> None:
+    """What stands in for a cell that isn't there counts as little as that."""
+    lines = SHOWN.splitlines()
+    lines = [loops if line.startswith("  for a") else line for line in lines]
+    found = mechdsl.run("\n".join(lines))
+    assert found["e"].conventions[key].startswith(said)
+
+
+def test_p_values_are_corrected_for_the_cells_that_there_are() -> None:
+    (few,) = (found for found in mechdsl.check(SHOWN) if found.code == "W0720")
+    assert "Holm, 6 cells" in few.label_text
+
+
+def test_a_model_that_is_not_at_hand_has_the_layers_that_loops_name() -> None:
+    loops = "for a in 0..40 { for b in a..a + 30 { patch mlp_out layers a..b at last token } }"
+    text = SHOWN.replace('zoo("counting")', 'hf("nobody/nothing")')
+    lines = [loops if line.startswith("  for a") else line for line in text.splitlines()]
+    assert not [found for found in mechdsl.check("\n".join(lines)) if found.severity == "error"]
+
+
 def test_one_cell_is_expected(data: Path) -> None:
     text = triangle("expect delta(a: 1, b: 2) > -100", "expect max(delta) < 100")
     found: ExperimentResult = run_file(text, data, "llama", "planned")["e"]
