@@ -1,5 +1,7 @@
 """E0301 to E0304, E032x: coordinates of sites."""
 
+from collections.abc import Mapping
+
 from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
 
@@ -78,12 +80,27 @@ class EmptyRange(Diagnostic):
     """A range that goes downwards."""
 
     code = "E0321"
-    title = "the range `{text}` is empty"
+    title = "the range `{text}` is empty{where}"
     label = "nothing to sweep over"
     help = "ranges are inclusive and go upwards: write `{low}..{high}`"
     text: str
     low: str
     high: str
+    where: str = ""
+    """The values of loops that it is so for."""
+    instead: str = ""
+    """What to write, where that isn't the ends the other way round."""
+
+    @property
+    def help_text(self) -> str:
+        start, _, _ = self.help.partition(": ")
+        return f"{start}: {self.instead}" if self.instead else super().help_text
+
+
+def where_loops_are(values: Mapping[str, object]) -> str:
+    """` where `a` is 5`; nothing without loops."""
+    said = " and ".join(f"`{name}` is {value}" for name, value in values.items())
+    return f" where {said}" if said else ""
 
 
 UNUSED_LOOP = "no rule of this loop uses it"

@@ -127,6 +127,7 @@ def patched(experiment: ResolvedExperiment, after: tuple[EffectNode, ...] = ()) 
         base.run,
         writes if has_rules else base.writes + writes,
         experiment.axes,
+        experiment.nested,
         after=after,
         on=base if has_rules else None,
     )

@@ -15,7 +15,13 @@ import networkx as nx
 
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import Noise, PositionCell
-from mechdsl.resolve.resolved import Axis, ResolvedExperiment, ResolvedMeasure
+from mechdsl.resolve.resolved import (
+    Axis,
+    LoopCells,
+    ResolvedExperiment,
+    ResolvedMeasure,
+    cells_of,
+)
 from mechdsl.resolve.resolved_rule import Key, Place, ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES, stop_layer
 
@@ -122,6 +128,8 @@ class ForwardNode:
     """The unpatched run that it is, or starts from, as its experiment calls it."""
     writes: tuple[WriteNode, ...] = ()
     axes: tuple[Axis, ...] = field(default=(), hash=False)
+    nested: LoopCells | None = field(default=None, hash=False)
+    """Which values of loops go together, where not all do."""
     stop: int | None = None
     """How many blocks have to run; None is the whole model."""
     after: tuple[EffectNode, ...] = ()
@@ -131,10 +139,7 @@ class ForwardNode:
 
     @property
     def cells(self) -> int:
-        count = 1
-        for axis in self.axes:
-            count *= len(axis)
-        return count
+        return cells_of(self.axes, self.nested)
 
 
 @dataclass(frozen=True)

@@ -288,6 +288,11 @@ def _there(
 ) -> NDArray[np.bool_] | None:
     """[cell] which of them there are; None where that is all."""
     drawn = _drawn(experiment, by_name, count)
+    nest = experiment.own_loops
+    if nest is not None and nest.axes:
+        keys = zip(*(by_name[axis].tolist() for axis in nest.axes), strict=True)
+        own = np.array([key in nest.keys for key in keys], dtype=np.bool_)
+        drawn = own if drawn is None else drawn & own
     fixed = {} if experiment.place is None else experiment.place.fixed
     for name, index in fixed.items():
         if name not in by_name:  # without rules there is one cell for each of its values

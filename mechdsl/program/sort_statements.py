@@ -136,7 +136,8 @@ class Statements:
                 DuplicateName(span=name.span, name=name.id, first=place(taken.span, name.span))
             )
         else:
-            self.loops.append(spec.Loop(span=name.span, name=name.id, domain=statement.domain))
+            domain = statement.domain
+            self.loops.append(spec.Loop(span=name.span, name=name.id, domain=domain, within=loops))
         use_names(statement.domain, self)
         self.collect(statement.body, (*loops, name.id))
 
@@ -184,7 +185,5 @@ def use_names(node: ast.Node, work: Statements) -> None:
             _ = any(work.scope.has(kind, part.id) for kind in ("group", "param", "direction"))
         elif isinstance(part, ast.Index):
             work.scope.has("direction", part.name)
-        elif isinstance(part, ast.Axis) and isinstance(part.window, str):
-            work.scope.has("param", part.window)
     for name in numbers_named(node):
         work.scope.has("param", name)

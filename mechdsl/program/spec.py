@@ -295,6 +295,8 @@ class Loop(Spec):
 
     name: str
     domain: DomainText
+    within: tuple[str, ...] = ()
+    """The variables of the loops around it, outermost first, which its domain may name."""
 
 
 class Measure(Spec):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import product
 
 from mechdsl.base.names import name_list
 from mechdsl.diagnostics.e03_rules import BadAmount
@@ -20,11 +19,8 @@ def resolve_amounts(node: ast.Expr | None, work: Work) -> Amounts | None:
     names = [part.id for part in walk(node) if isinstance(part, ast.Name)]
     loops = tuple(name for name in work.loops if name in names)
     found: dict[Key, float] = {}
-    for key in product(*(range(len(work.loops[name])) for name in loops)):
-        values = {
-            **work.program.parameters,
-            **{name: work.loops[name][i] for name, i in zip(loops, key, strict=True)},
-        }
+    for key, at in work.sites.combinations(loops):
+        values = {**work.program.parameters, **at}
         amount = _number(node, values)
         if amount is None:
             reason, hint = _why(node, values, work)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
@@ -33,8 +32,7 @@ def in_steps(rule: ResolvedRule, work: Work) -> ResolvedRule | None:
     named = [end.name for end in (during.first, during.last) if isinstance(end, ast.Bound)]
     axes = tuple(name for name in work.loops if name in named)
     found: dict[Key, tuple[int, int]] = {}
-    for key in product(*(range(len(work.loops[name])) for name in axes)):
-        at = {name: work.loops[name][i] for name, i in zip(axes, key, strict=True)}
+    for key, at in work.sites.combinations(axes):
         low, high = _step(during.first, at), _step(during.last, at)
         problem = wrong_steps(low, high, generation.tokens)
         if problem is not None:

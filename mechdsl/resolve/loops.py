@@ -2,43 +2,160 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
 from typing import Any
 
 from mechdsl.base import limits
+from mechdsl.base.names import name_list
 from mechdsl.base.percent import Percent
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e03_coordinates import BadLoopValue, EmptyRange
+from mechdsl.diagnostics.e02_names import did_you_mean
+from mechdsl.diagnostics.e03_coordinates import (
+    BadLoopValue,
+    EmptyRange,
+    where_loops_are,
+)
 from mechdsl.program import spec
-from mechdsl.resolve.resolved import Label
+from mechdsl.resolve.measures import evaluate
+from mechdsl.resolve.resolved import Label, LoopCells
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
+Labels = tuple[Label, ...]
+
+
+@dataclass(frozen=True)
+class LoopAxes:
+    """The loops of an experiment."""
+
+    labels: Mapping[str, Labels]
+    """Per variable, all values that it takes."""
+    nested: LoopCells | None
+    """None where each value goes with each of every other loop."""
+
+
+def loop_axes(
+    loops: Sequence[spec.Loop], parameters: Mapping[str, Any], diagnostics: list[Diagnostic]
+) -> LoopAxes:
+    """What loops run over: numbers, or words such as components. A domain may name variables of
+    the loops around it. After an error (E0321, E0322), one value of the kind that the domain has,
+    so that what is wrong inside the loop can be told too."""
+    outer = {loop.name: _named(loop) for loop in loops}
+    nest = {name for name, around in outer.items() if around}.union(*outer.values())
+    before = len(diagnostics)
+    labels: dict[str, Labels] = {}
+    there: list[dict[str, Label]] = [{}]
+    for loop in loops:
+        if loop.name not in nest:
+            labels[loop.name] = loop_values(loop, parameters, {}, diagnostics)
+            continue
+        there, labels[loop.name] = _longer(there, loop, outer[loop.name], parameters, diagnostics)
+    if len(diagnostics) > before:
+        return LoopAxes(labels, None)
+    names = tuple(loop.name for loop in loops if loop.name in nest)
+    index = {name: {label: i for i, label in enumerate(labels[name])} for name in names}
+    keys = frozenset(tuple(index[name][cell[name]] for name in names) for cell in there)
+    every = prod(len(labels[name]) for name in names)
+    return LoopAxes(labels, LoopCells(names, keys) if len(keys) < every else None)
+
+
+def _named(loop: spec.Loop) -> tuple[str, ...]:
+    """The variables of loops around it that its domain names."""
+    named = {node.id for node in walk(loop.domain) if isinstance(node, ast.Name)}
+    return tuple(name for name in loop.within if name in named)
+
+
+def _longer(
+    there: list[dict[str, Label]],
+    loop: spec.Loop,
+    outer: Sequence[str],
+    parameters: Mapping[str, Any],
+    diagnostics: list[Diagnostic],
+) -> tuple[list[dict[str, Label]], Labels]:
+    """The combinations of the loops so far with the values that this one takes in each, and all
+    of these values. After an error one combination, for the loops inside."""
+    known: dict[Labels, Labels] = {}
+    longer: list[tuple[dict[str, Label], Label]] = []
+    for cell in there:
+        around = {name: cell[name] for name in outer}
+        key = tuple(around.values())
+        if key not in known:
+            before = len(diagnostics)
+            known[key] = loop_values(loop, parameters, around, diagnostics)
+            if len(longer) + len(known[key]) > limits.LOOP:
+                reason = f"with the loops around it, it has more than {limits.LOOP:,} values"
+                _bad_loop(loop, reason, diagnostics)
+            if len(diagnostics) > before:
+                return [{**cell, loop.name: known[key][0]}], known[key]
+        longer += ((cell, value) for value in known[key])
+    same, labels = _merged(list(known.values()))
+    return [{**cell, loop.name: same[value]} for cell, value in longer], labels
+
+
+def _merged(values: Sequence[Labels]) -> tuple[dict[Label, Label], Labels]:
+    """Every value → the label that it goes by, and all labels: in order, where each of the lists
+    is. `0.1 + 0.2` and `0.3` are one number."""
+    same: dict[Label, Label] = {}
+    for value in (value for each in values for value in each):
+        if value not in same:
+            near = (label for label in same.values() if _near(value, label))
+            same[value] = next(near, value) if isinstance(value, float) else value
+    labels = dict.fromkeys(same.values())
+    if all(_ascends(each) for each in values):
+        return same, tuple(sorted(labels, key=float))
+    return same, tuple(labels)
+
+
+def _near(value: Label, label: Label) -> bool:
+    if isinstance(value, str) or isinstance(label, str):
+        return False
+    return math.isclose(value, label, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _ascends(values: Labels) -> bool:
+    numbers = [value for value in values if not isinstance(value, str)]
+    return len(numbers) == len(values) and all(low < high for low, high in pairwise(numbers))
+
 
 def loop_values(
-    loop: spec.Loop, parameters: Mapping[str, Any], diagnostics: list[Diagnostic]
-) -> tuple[Label, ...]:
-    """What a `for` runs over: numbers, or words such as components. After an error (E0321, E0322),
-    one value of that kind, so that what is wrong inside it can be told too."""
-    found = _values(loop, parameters, diagnostics)
+    loop: spec.Loop,
+    parameters: Mapping[str, Any],
+    around: Mapping[str, Label],
+    diagnostics: list[Diagnostic],
+) -> Labels:
+    """The values of one loop, or after an error one value.
+
+    around: those of the variables that its domain names.
+    """
+    values = {**parameters, **around}
+    found = _values(loop, values, around, diagnostics)
     if found is not None:
         return found
-    plain = (_plain(node, parameters) for node in walk(loop.domain))
+    plain = [_plain(node, values) for node in walk(loop.domain)]
+    ranged = loop.domain.step is not None or isinstance(loop.domain.values, ast.Range)
+    plain = [value for value in plain if not (ranged and isinstance(value, str))]
     return (next((value for value in plain if value is not None), 0),)
 
 
 def _values(
-    loop: spec.Loop, parameters: Mapping[str, Any], diagnostics: list[Diagnostic]
-) -> tuple[Label, ...] | None:
+    loop: spec.Loop,
+    parameters: Mapping[str, Any],
+    around: Mapping[str, Label],
+    diagnostics: list[Diagnostic],
+) -> Labels | None:
     values, step = loop.domain.values, loop.domain.step
     if step is not None or isinstance(values, ast.Range):
-        return _numbers(loop, values, step, parameters, diagnostics)
+        return _numbers(loop, values, step, parameters, around, diagnostics)
     items = values.items if isinstance(values, ast.ListOf) else (values,)
     found: list[Label] = []
     for item in items:
         value = _plain(item, parameters)
         if value is None and isinstance(item, ast.Range):
-            part = _numbers(loop, item, None, parameters, diagnostics)
+            part = _numbers(loop, item, None, parameters, around, diagnostics)
             if part is None:
                 return None
             found.extend(part)
@@ -56,12 +173,26 @@ def _plain(node: Any, parameters: Mapping[str, Any]) -> Label | None:
             return Percent(value)
         case ast.Number(value=value) | ast.String(value=value):
             return value
-        case ast.Negative(operand=ast.Number(value=value)):
-            return -value
         case ast.Name(id=name):
             return parameters.get(name, name)
+        case ast.Negative() | ast.Binary():
+            return _worked_out(node, parameters)
         case _:
             return None
+
+
+def _worked_out(node: ast.Expr, parameters: Mapping[str, Any]) -> int | float | None:
+    """`a + 1`; None where something else than a number stands in it."""
+    for part in walk(node):
+        if isinstance(part, ast.Negative | ast.Binary):
+            continue
+        value = _plain(part, parameters)
+        if isinstance(value, Percent | bool) or not isinstance(value, int | float):
+            return None
+    try:
+        return evaluate(node, lambda name: parameters[getattr(name, "id", "")])
+    except ZeroDivisionError:
+        return None
 
 
 def _numbers(
@@ -69,8 +200,9 @@ def _numbers(
     values: Any,
     step: ast.Expr | None,
     parameters: Mapping[str, Any],
+    around: Mapping[str, Label],
     diagnostics: list[Diagnostic],
-) -> tuple[Label, ...] | None:
+) -> Labels | None:
     if not isinstance(values, ast.Range):
         _bad_loop(loop, "`step` needs a range", diagnostics)
         return None
@@ -81,7 +213,12 @@ def _numbers(
         or not isinstance(high, int | float)
         or not isinstance(width, int | float)
     ):
-        _bad_loop(loop, "a range needs numbers at both ends", diagnostics)
+        names = (node for node in walk((values, step)) if isinstance(node, ast.Name))
+        unknown = next((node for node in names if node.id not in parameters), None)
+        if unknown is None:
+            _bad_loop(loop, "a range needs numbers at both ends", diagnostics)
+        else:
+            diagnostics.append(_unknown(unknown, loop, parameters))
         return None
     percent = [isinstance(each, Percent) for each in (low, high, width)]
     if step is None and isinstance(low, Percent) and isinstance(high, Percent):
@@ -105,12 +242,17 @@ def _numbers(
         _bad_loop(loop, "its step is not above 0", diagnostics, f"for example `{example}`")
         return None
     if high < low:
+        span, instead = loop.domain.span, ""
+        if around:
+            instead = f"it is `{low}..{high}` there; end the loops around it earlier, or it later"
         diagnostics.append(
             EmptyRange(
-                span=loop.domain.span,
-                text=loop.domain.span.written,
+                span=span,
+                text=span.written,
                 low=str(high),
                 high=str(low),
+                where=where_loops_are(around),
+                instead=instead,
             )
         )
         return None
@@ -120,6 +262,15 @@ def _numbers(
         return None
     found = (low + i * width for i in range(count))
     return tuple(Percent(value) if all(percent) else value for value in found)
+
+
+def _unknown(node: ast.Name, loop: spec.Loop, parameters: Mapping[str, Any]) -> Diagnostic:
+    """A name at the end of a range that stands for no number."""
+    known = [*loop.within, *(name for name in parameters if name not in loop.within)]
+    otherwise = "a range goes from number to number: `0..11`"
+    reason = "is neither the variable of a `for` around this one nor a `param`"
+    hint = did_you_mean(node.id, known, f"known here: {name_list(known)}" if known else otherwise)
+    return BadLoopValue(span=node.span, name=node.id, reason=reason, hint=hint)
 
 
 def _bad_loop(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
 
 from mechdsl.diagnostics.e03_coordinates import AxesCollide
 from mechdsl.program import spec
@@ -29,8 +28,11 @@ def measured_parts(
     loops = [name for name in work.loops if name in loops_measured(work)]
     first: tuple[ResolvedMeasure | None, ...] | None = None
     parts: list[MeasuredPart] = []
-    for key in product(*(range(len(work.loops[name])) for name in loops)):
-        values = {name: work.loops[name][i] for name, i in zip(loops, key, strict=True)}
+    there = None if work.sites.nested is None else work.sites.nested.along(loops)
+    for key, values in work.sites.combinations(loops):
+        fixed = dict(zip(loops, key, strict=True))
+        if there is not None and not there.has(fixed):
+            continue
         own = _in_loops(context, values)
         found = [
             resolve_everywhere(
@@ -43,7 +45,6 @@ def measured_parts(
         whole = [each for each in found if each is not None]
         if len(whole) < len(found) or not _alike(whole, experiment, context):
             return tuple(None for _ in here) if len(whole) == len(found) else here, ()
-        fixed = dict(zip(loops, key, strict=True))
         _no_second_sweep(whole, work)
         for place in zip(*whole, strict=True):
             labels = (*values.items(), *place[0][0])
@@ -57,7 +58,9 @@ def _in_loops(context: MeasureContext, values: dict[str, int | float | str]) -> 
     if not values:
         return context
     loops = {**context.sites.loops, **{name: (value,) for name, value in values.items()}}
-    return replace(context, sites=replace(context.sites, loops=loops), loop_values=values)
+    return replace(
+        context, sites=replace(context.sites, loops=loops, nested=None), loop_values=values
+    )
 
 
 def _alike(

@@ -225,7 +225,7 @@ class _Draws:
 
     def _say_alone(self, whole: int, some: int) -> None:
         """How many cells have no others."""
-        cells = f"{self.experiment.n_cells:,}"
+        cells = f"{self.experiment.n_there:,}"
         if whole:
             has = "has no others, and no band" if whole == 1 else "have no others, and no band"
             self.notes[f"{whole:,} of {cells} cells {has}"] = None
@@ -322,6 +322,7 @@ class _Draws:
         tokens = {n: self._tokens(rules[n]) for n in chosen if n not in in_sites}
         cell_draws: list[_CellDraws] = []
         whole = some = 0
+        there = self.experiment.cells_along(names)
         for cell in cells:
             written = [n for n in chosen if writes(n, cell)]
             parts: dict[int, Options] = {}
@@ -348,8 +349,8 @@ class _Draws:
                         fixed.append(n)
                     else:
                         parts[n] = options
-            whole += not parts
-            some += bool(parts and fixed)
+            whole += 0 if parts else there[cell]
+            some += there[cell] if parts and fixed else 0
             if not parts and fixed:
                 labels = dict.fromkeys(self._label_of(n, kinds[n], key, cell) for n in fixed)
                 self.like.append(f"`{' + '.join(labels)}`")
@@ -357,10 +358,9 @@ class _Draws:
             cell_draws.append(
                 _CellDraws([dict(zip(parts, each, strict=True)) for each in picks], sites)
             )
-        if whole == len(cells):
+        if whole == there.total():
             raise self._nothing_else(kinds)
-        times = self.experiment.n_cells // len(cells)
-        self._say_alone(whole * times, some * times)
+        self._say_alone(whole, some)
         drawn = Drawn(names, {c: len(d.picks) for c, d in zip(cells, cell_draws, strict=True)})
         for n in (*in_sites, *tokens):
             word = kinds[n]

@@ -25,7 +25,7 @@ from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.generation import in_steps, of_generation
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.kinds import RuleKind
-from mechdsl.resolve.loops import loop_values
+from mechdsl.resolve.loops import loop_axes
 from mechdsl.resolve.measure_context import MeasureContext
 from mechdsl.resolve.measured_parts import axes_of, loops_measured, measured_parts, perhaps_measured
 from mechdsl.resolve.measures import resolve_measure
@@ -132,6 +132,7 @@ def outline(
         keep=tuple(measure for measure in keep if measure is not None),
         accuracies=accuracies,
         seed=program.seed,
+        nested=work.sites.nested,
         picks=onward.picks,
         stand_ins=onward.stand_ins,
         sites_of=onward.sites_of,
@@ -190,15 +191,15 @@ def _work(
     diagnostics: list[Diagnostic],
 ) -> Work:
     """What rules are resolved with: the loops' axes, and sites of this model."""
-    loops = {
-        loop.name: loop_values(loop, program.parameters, diagnostics) for loop in experiment.loops
-    }
+    found = loop_axes(experiment.loops, program.parameters, diagnostics)
+    loops = found.labels
     sites = SiteContext(
         model.name,
         model.shape,
         program.groups,
         program.parameters,
         loops,
+        found.nested,
         diagnostics,
         onward,
         words={

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import field
+from functools import cached_property
+from itertools import product
+from math import prod
 from typing import Any, Literal
 
 from mechdsl.base.record import Record, record
@@ -55,6 +59,37 @@ class Axis(Record):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+@record
+class LoopCells(Record):
+    """Loops whose values hang on those of others (`for a in 0..5 { for b in a..5 { … } }`), and
+    these others; the combinations of their values that there are."""
+
+    axes: tuple[str, ...]
+    keys: frozenset[Key]
+
+    def has(self, at: Mapping[str, int]) -> bool:
+        """Whether there is such a combination. at: indices along all of its loops, or more."""
+        return tuple(at[axis] for axis in self.axes) in self.keys
+
+    def along(self, names: Collection[str], fixed: Mapping[str, int] | None = None) -> LoopCells:
+        """Those of the loops that are named, and the combinations of their values that there
+        are with any of the others, of which some may be fixed."""
+        said = [
+            (self.axes.index(name), i) for name, i in (fixed or {}).items() if name in self.axes
+        ]
+        own = (key for key in self.keys if all(key[place] == i for place, i in said))
+        places = [place for place, axis in enumerate(self.axes) if axis in names]
+        keys = frozenset(tuple(key[place] for place in places) for key in own)
+        return LoopCells(tuple(self.axes[place] for place in places), keys)
+
+
+def cells_of(axes: Sequence[Axis], nested: LoopCells | None) -> int:
+    """How many cells there are along some axes."""
+    there = LoopCells((), frozenset({()}))
+    there = there if nested is None else nested.along([axis.name for axis in axes])
+    return len(there.keys) * prod(len(axis) for axis in axes if axis.name not in there.axes)
 
 
 Env = int | None
@@ -203,6 +238,8 @@ class ResolvedExperiment(Record):
     accuracies: Mapping[str, ResolvedMeasure]
     """`correct` on the runs that an `accuracy(RUN)` asks for."""
     seed: int
+    nested: LoopCells | None = None
+    """None where there is a cell for each combination of its loops' values."""
     picks: Mapping[str, str] = field(default_factory=dict[str, str])
     """`top 3 of cie` → what that is, in words."""
     stand_ins: tuple[str, ...] = ()
@@ -244,9 +281,19 @@ class ResolvedExperiment(Record):
 
     def has(self, index: Key) -> bool:
         """Whether its measures are read in the cell of these indices along its axes."""
+        at = {axis.name: own for axis, own in zip(self.axes, index, strict=True)}
         fixed = {} if self.place is None else self.place.fixed
-        at = (fixed.get(axis.name) for axis in self.axes)
-        return all(i in (None, own) for i, own in zip(at, index, strict=True))
+        if any(at.get(name, i) != i for name, i in fixed.items()):
+            return False
+        return self.own_loops is None or self.own_loops.has(at)
+
+    @cached_property
+    def own_loops(self) -> LoopCells | None:
+        """`nested`, of the loops that are axes here; the others may be fixed to one value."""
+        if self.nested is None:
+            return None
+        fixed = {} if self.place is None else self.place.fixed
+        return self.nested.along([axis.name for axis in self.axes], fixed)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -280,10 +327,25 @@ class ResolvedExperiment(Record):
 
     @property
     def n_cells(self) -> int:
-        cells = 1
-        for size in self.shape:
-            cells *= size
-        return cells
+        """Of its grid, also those that there are not."""
+        return prod(self.shape)
+
+    def cells_along(self, names: Sequence[str]) -> Counter[Key]:
+        """Indices along some axes → how many of its cells have these."""
+        nest = self.nested or LoopCells((), frozenset({()}))
+        free = [axis for axis in self.axes if axis.name not in nest.axes]
+        times = prod(len(axis) for axis in free if axis.name not in names)
+        free = [axis for axis in free if axis.name in names]
+        found: Counter[Key] = Counter()
+        for key, own in product(nest.keys, product(*(range(len(axis)) for axis in free))):
+            at = dict(zip((*nest.axes, *(axis.name for axis in free)), (*key, *own), strict=True))
+            found[tuple(at[name] for name in names)] += times
+        return found
+
+    @property
+    def n_there(self) -> int:
+        """Its cells, without those whose loops have no such values together."""
+        return cells_of(self.axes, self.own_loops)
 
 
 @record

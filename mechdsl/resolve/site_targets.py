@@ -138,8 +138,7 @@ def _picked(site: ast.Site, node: ast.Ranked, context: SiteContext) -> SiteTarge
     loops = tuple(name for name in context.loops if name == node.amount)
     points: dict[Key, tuple[SitePoint, ...]] = {}
     labels: dict[Key, str] = {}
-    for key in product(*(range(len(context.loops[name])) for name in loops)):
-        values = {name: context.loops[name][i] for name, i in zip(loops, key, strict=True)}
+    for key, values in context.combinations(loops):
         found = context.onward.pick_sites(
             node, {**context.parameters, **values}, context.diagnostics
         )
@@ -283,7 +282,8 @@ def with_read_layers(
     if values is None:
         return None, ()
     axes = () if values.sweep is None else (replace(values.sweep, name="to_layer"),)
-    extra = [values.loop] if values.loop is not None and values.loop not in read.axes else []
+    values = replace(values, sweep=axes[0] if axes else None)
+    extra = [loop for loop in values.loops if loop not in read.axes]
     names = (*read.axes, *extra, *(axis.name for axis in axes))
     sizes = [len(context.loops[loop]) for loop in extra] + [len(axis) for axis in axes]
     points: dict[Key, tuple[SitePoint, ...]] = {}
@@ -293,8 +293,7 @@ def with_read_layers(
         for more in product(*map(range, sizes)):
             key = (*before, *more)
             at = dict(zip(names, key, strict=True))
-            index = at[values.loop] if values.loop is not None else at.get("to_layer", 0)
-            layer = values.choices[index][0]
+            (layer,) = values.chosen(at)
             points[key] = tuple(replace(p, layer=layer) for p in own)
             sources[key] = own
             labels[key] = f"{read.labels[before]} → L{layer}"
@@ -323,13 +322,14 @@ def swept(
     if component_loop is not None:
         loops.append(component_loop)
     for part in (layers, units_):
-        if part.loop is not None and part.loop not in loops:
-            loops.append(part.loop)
+        loops.extend(loop for loop in part.loops if loop not in loops)
         if part.sweep is not None:
             axes.append(part.sweep)
     names = (*loops, *(axis.name for axis in axes))
     sizes = [len(context.loops[loop]) for loop in loops] + [len(axis) for axis in axes]
-    joined = prod(max((len(c) for c in part.choices), default=1) for part in (layers, units_))
+    joined = prod(
+        max((len(c) for c in part.choices.values()), default=1) for part in (layers, units_)
+    )
     if (cells := prod(sizes) * joined) > limits.CELLS:
         counts = (f"{name} ({size:,})" for name, size in zip(names, sizes, strict=True))
         context.diagnostics.append(
@@ -360,11 +360,7 @@ def swept(
 
 def _chosen(values: AxisValues, at: Mapping[str, int], applies: bool) -> tuple[int | None, ...]:
     """The joined coordinates of one cell; (None,) where the component has no such axis."""
-    if not applies or not values.choices:
-        return (None,)
-    if values.loop is not None:
-        return values.choices[at[values.loop]]
-    return values.choices[0 if values.sweep is None else at[values.sweep.name]]
+    return values.chosen(at) if applies and values.choices else (None,)
 
 
 def _axes_fit(site: ast.Site, kind: SiteKind, context: SiteContext) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any, TypeAlias
 
 from mechdsl.diagnostics.core import Diagnostic, has_errors
@@ -219,11 +218,8 @@ def _loops_of(nodes: list[ast.Positions], work: Work) -> list[str]:
 def _loop_values(loops: list[str], work: Work) -> Iterator[tuple[Key, Values]]:
     """Every combination of the loops' values: its key, and the values by name."""
     parameters = {k: v for k, v in work.program.parameters.items() if isinstance(v, int | float)}
-    for key in product(*(range(len(work.loops[name])) for name in loops)):
-        yield (
-            key,
-            {**parameters, **{n: work.loops[n][i] for n, i in zip(loops, key, strict=True)}},
-        )
+    for key, values in work.sites.combinations(loops):
+        yield key, {**parameters, **values}
 
 
 def _cells(

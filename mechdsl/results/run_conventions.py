@@ -106,11 +106,12 @@ def _of_cells(plan: ExperimentPlan, measured: MeasuredValues) -> Said:
             f"senders have is of the {plan.path.rule.run} run, without them; rows are whole passes",
         )
     leading = [rule.paths.exists for rule in plan.rules if rule.paths is not None]
-    missing = int((~np.logical_and.reduce(leading)).sum()) if leading else 0
+    there = np.ones(plan.n_cells, dtype=np.bool_) if plan.drawn is None else plan.drawn
+    missing = int((there & ~np.logical_and.reduce(leading)).sum()) if leading else 0
     if missing:
         yield (
             "pairs",
-            f"{plan.n_cells - missing} of {plan.n_cells}; in the others no receiver lies "
+            f"{there.sum() - missing} of {there.sum()}; in the others no receiver lies "
             "behind a sender",
         )
     if measured.dropped:
@@ -156,9 +157,10 @@ def _of_controls(plan: ExperimentPlan) -> Said:
 def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> Said:
     """What needn't be run."""
     if measured.inert:
+        there, inert = int(plan.exists.sum()), int((plan.inert & plan.exists).sum())
         yield (
             "inert",
-            f"{int(plan.inert.sum())} of {plan.n_cells} cells, and {measured.inert:,} of "
+            f"{inert} of {there} cells, and {measured.inert:,} of "
             f"{measured.rows:,} rows in all, can't differ from the base run",
         )
 

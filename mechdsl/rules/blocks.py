@@ -113,17 +113,15 @@ def _by_block(
             )
         )
         return None
-    loop = values.loop
-    new = loop is not None and loop not in targets.axes
-    names = (*targets.axes, loop) if new and loop is not None else targets.axes
+    extra = [loop for loop in values.loops if loop not in targets.axes]
+    names = (*targets.axes, *extra)
     points: dict[Key, tuple[SitePoint, ...]] = {}
     sources: dict[Key, tuple[SitePoint, ...]] = {}
     labels: dict[Key, str] = {}
-    more = range(len(work.loops[loop])) if new and loop is not None else range(1)
-    for before, number in product(targets.points, more):
-        key = (*before, number) if new else before
-        at = dict(zip(names, key, strict=True))
-        (layer,) = values.choices[0 if loop is None else at[loop]]
+    more = product(*(range(len(work.loops[loop])) for loop in extra))
+    for before, own in product(targets.points, more):
+        key = (*before, *own)
+        (layer,) = values.chosen(dict(zip(names, key, strict=True)))
         points[key] = targets.points[before]
         sources[key] = (SitePoint("resid_post", layer, None),) * len(points[key])
         labels[key] = f"{_blocks(targets.labels[before])} ← L{layer}"

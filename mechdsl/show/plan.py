@@ -69,7 +69,7 @@ def _experiments(plan: Plan, console: Console) -> None:
         said = f"{name}, read at {len(own):,} places" if own[0].experiment.place else name
         table.add_row(
             said,
-            f"{sum(each.n_cells for each in own):,}",
+            f"{sum(each.experiment.n_there for each in own):,}",
             f"{len(own[0].experiment.table):,}",
             f"{sum(each.count() for each in own):,}",
             f"{max(map(unpatched_rows, own)):,}",

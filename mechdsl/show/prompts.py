@@ -195,7 +195,7 @@ def _rules(experiment: ResolvedExperiment, console: Console) -> None:
             _rule(experiment, rule, console)
     cells = " × ".join(f"{axis.name} {len(axis)}" for axis in experiment.axes)
     console.print(
-        f"  cells: {experiment.n_cells}" + (f" ({cells})" if cells else ""), highlight=False
+        f"  cells: {experiment.n_there}" + (f" ({cells})" if cells else ""), highlight=False
     )
 
 
@@ -205,7 +205,7 @@ def _rule(
     """One rule, with all that it hits."""
     console.print(Text(f"  {within}{rule.spec.span.written}", style="bold"))
     if rule.sites is not None:
-        _listed("sites", list(rule.sites.labels.values()), console)
+        _listed("sites", list(dict.fromkeys(rule.sites.labels.values())), console)
     _directions(rule, console)
     if rule.path is not None:
         _listed("receivers", list(rule.path.receivers.labels.values()), console)

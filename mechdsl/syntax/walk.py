@@ -37,7 +37,7 @@ def numbers_named(node: Any) -> Iterator[str]:
         match part:
             case ast.Bound(name=str(name)) | ast.Variable(name=name) | ast.Ranked(amount=str(name)):
                 yield name
-            case ast.Coordinate(value=str(name)):
+            case ast.Coordinate(value=str(name)) | ast.Axis(window=str(name)):
                 yield name
             case _:
                 pass

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from mechdsl.program import spec
+from mechdsl.resolve.loops import loop_axes
+from mechdsl.resolve.resolved import Label
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
@@ -19,7 +21,7 @@ def largest_named(program: spec.Program) -> dict[str, int]:
 
 def _named(program: spec.Program) -> Iterator[tuple[str, int]]:
     for experiment in program.experiments:
-        values = {loop.name: _highest(loop.domain) for loop in experiment.loops}
+        values = _highest(loop_axes(experiment.loops, program.parameters, []).labels)
         values |= {n: v for n, v in program.parameters.items() if isinstance(v, int)}
         for part in (*experiment.every_rule, *experiment.measures, *experiment.expects):
             for name in type(part).model_fields:
@@ -50,7 +52,7 @@ def _index(bound: ast.Bound, values: dict[str, int]) -> int:
     return bound.value or 0
 
 
-def _highest(domain: ast.Domain) -> int:
-    """The highest number that a loop takes."""
-    numbers = (node.value for node in walk(domain) if isinstance(node, ast.Number))
-    return max((n for n in numbers if isinstance(n, int)), default=0)
+def _highest(loops: Mapping[str, Sequence[Label]]) -> dict[str, int]:
+    """The highest number that each of the loops takes."""
+    numbers = {name: [n for n in own if isinstance(n, int)] for name, own in loops.items()}
+    return {name: max(own, default=0) for name, own in numbers.items()}

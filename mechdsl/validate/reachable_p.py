@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from math import prod
 from operator import neg
 
 from mechdsl.base.source import Span
@@ -12,7 +11,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.w07_statistics import TooFewPrompts
 from mechdsl.program import spec
 from mechdsl.program.lower_other_runs import BLOCKS
-from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.resolve.resolved import ResolvedExperiment, cells_of
 from mechdsl.vocab.effects import EFFECTS
 
 EXACT_UP_TO = 14
@@ -83,10 +82,10 @@ def _cells(variants: Sequence[ResolvedExperiment]) -> int:
     over, count = variants[0].spec.over, 0
     for each in variants:
         fixed = {} if each.place is None else each.place.fixed
-        counted = (axis for axis in each.axes if axis.name not in fixed)
+        counted = [axis for axis in each.axes if axis.name not in fixed]
         if over is not None:
-            counted = (axis for axis in counted if over not in (axis.name, axis.alias))
-        count += prod(map(len, counted))
+            counted = [axis for axis in counted if over not in (axis.name, axis.alias)]
+        count += cells_of(counted, each.nested and each.nested.along(each.nested.axes, fixed))
     labels = {str(dict(each.spec.variant).get(over or "", "")) for each in variants}
     return count // len(labels)
 

@@ -298,6 +298,25 @@ def loops(draw: Any) -> str:
 
 
 @st.composite
+def nests(draw: Any) -> str:
+    """A rule within loops of which the inner one's values hang on the outer one's."""
+    site = draw(st.sampled_from(["attn_out", "mlp_out", "resid_pre", "k", "z"]))
+    at, low = draw(positions(swept=False)), draw(st.sampled_from(["a..2", "[a, 2]", "a..a + 1"]))
+    inside = draw(
+        st.sampled_from(
+            [
+                f"patch {site} layers a..b at {at}",
+                f"ablate {site} layers 0..b window a at {at} with zero, resample",
+                f"reweight attention layers a..b head 1 from {at} to first token by b - a",
+                f"scale {site} layer b at {at} by a",
+                "block attention layers a - 1..b - 1 from item b token to item a token",
+            ]
+        )
+    )
+    return f"for a in 1..2 {{ for b in {low} {{ {inside} }} }}"
+
+
+@st.composite
 def experiments(draw: Any) -> str:
     """An experiment with one to three rules; only the first sweeps, as sweeps would collide."""
     source, base, more = draw(st.permutations(RUNS))[:3]
@@ -324,7 +343,7 @@ def experiments(draw: Any) -> str:
                 f"freeze attn_out layer l + 1 at {draw(positions(swept=False))} }}",
             ]
         case 4:
-            lines = [draw(loops())]
+            lines = [draw(draw(st.sampled_from([loops, nests]))())]
         case _:
             count = draw(st.integers(1, 3))
             lines = [draw(rules(swept=number == 0)) for number in range(count)]

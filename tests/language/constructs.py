@@ -1143,6 +1143,23 @@ _rule(
     _COORDINATES,
 )
 _rule(
+    "both ends",
+    "for a in 0..2 { for b in a..2 { patch mlp_out layers a..b at last token } }",
+    "Variables stand at either end of what is joined: `layers a..b`, `heads 0..a + 1`. A loop's "
+    "values may hang on those around it (`a + 1..5`, `[a, 5]`, `a..1 step 0.1`): there are only "
+    "the cells whose values go together, here six, and `heatmap a by b` is a triangle. A range "
+    "that is empty for some of them is an error.",
+    OWN,
+    "tests/rules/test_nested_loops.py",
+)
+_rule(
+    "window w",
+    "for w in [1, 3] { patch mlp_out layer * window w at last token }",
+    "How wide a window is, as an axis; each is cut at the ends.",
+    OWN,
+    "tests/rules/test_nested_loops.py",
+)
+_rule(
     "for i",
     "for i in 2..3 { block attention layers * from item i token to item i - 1 token }",
     "Its variable counts in positions: `item i token`, `item i + 1 token`, `token i`, `token -i`, "

@@ -14,8 +14,6 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from mechdsl.show.reports.text import MISSING
-
 Colour = tuple[int, int, int]
 NEGATIVE, NEUTRAL, POSITIVE = (178, 24, 43), (247, 247, 247), (33, 102, 172)
 HEADER_WIDTH = 12
@@ -52,7 +50,7 @@ def style_of(background: Colour | None) -> Style:
 class MatrixEntry:
     """One number, with a place for a mark behind it."""
 
-    text: str = f"{MISSING} "
+    text: str = ""
     colour: Colour | None = None
     bold: bool = False
 
