@@ -148,8 +148,5 @@ def _lowest_block(model: LoadedModel, write: SiteWrite) -> int:
     n_layers = model.shape.n_layers
     if write.layer is None:
         return 0 if SITES[write.site].when == "embedding" else n_layers
-    if SITES[write.site].when == "after":
-        path = model.tap(write.site, write.layer, "").path
-        if path in {block.path for block in model.anatomy.blocks}:
-            return write.layer + 1
-    return write.layer
+    after = SITES[write.site].when == "after"  # what the block returns is changed
+    return write.layer + int(after)

@@ -17,6 +17,7 @@ from mechdsl.generate.shared_blocks import Lineup, SharedBlocks
 from mechdsl.generate.states import States
 from mechdsl.generate.way import way_of
 from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.rule_writes import Numbers, RuleWrites
 
 from ..execute.support import shared
 from ..models import families
@@ -119,6 +120,21 @@ def test_rows_that_end(rows: list[list[int]]) -> None:
     assert found.replies == plain.replies
     agree(found, [(r.ids, x) for r, x in zip(plain.replies, plain.logits, strict=True)])
     assert rows
+
+
+def test_tokens_with_other_numbers(rows: list[list[int]]) -> None:
+    """Such a row is its own from the first block on, also where it writes what others do."""
+    numbers = Numbers(*torch.tensor(((1, 2, 3), (1, 3, 2), (3, 1, 2))).t())
+    acts = [Act(2, "z", 2, "scale", (1.02,)), Act(4, "z", 1, "scale", (1.02,))]
+    given = Rules(acts).given()
+    settings: dict[str, Any] = {**given, "prefill": RuleWrites(numbers=[numbers])}
+    model, prompts = model_of("llama"), [PROMPTS[2]] * 5
+    plain = written(model, prompts, greedy(4), cached=False, **settings)
+    found = written(model, prompts, greedy(4), **settings)
+    agree(found, [(r.ids, x) for r, x in zip(plain.replies, plain.logits, strict=True)])
+    assert plain.replies[1].ids[:2] == plain.replies[0].ids[:2]
+    assert (plain.logits[1] - plain.logits[0]).abs().amax() > 0.01
+    assert rows[0][0] == 3
 
 
 def test_a_model_that_makes_something_else_of_it(
