@@ -187,6 +187,21 @@ def test_steps_that_there_are_not(rule: str) -> None:
     assert found == [BAD_STEPS[rule]]
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "freeze resid_post layer 1 at answer token",
+        "patch resid_post layer 1 at last token onto answer token",
+    ],
+)
+def test_no_rule_is_on_tokens_of_an_answer(rule: str) -> None:
+    """The model writes its own reply, whatever a measure reads behind the prompt."""
+    text = FILE.format(rule=rule, generate="generate 5", top="")
+    text = text.replace("measure length as raw", "measure logprob(answer) as delta")
+    found = check_source(Source(text, Path("a.mech")), Settings()).diagnostics
+    assert [each.code for each in found] == ["E0108"]
+
+
 @pytest.mark.parametrize("at", ["last-item token", "last token", "tokens *"])
 def test_what_is_kept_is_edited_behind_the_prefill(at: str) -> None:
     found = one(f"scale v layer 1 head 2 at {at} by 2 after prefill")
@@ -225,6 +240,12 @@ def test_a_line_says_how_replies_are_written(line: str, fields: dict[str, object
     found = resolved("freeze z layer 1 at last token", line, "seed 3").generation
     assert found is not None
     assert found == spec.Generation.model_validate({"span": found.span, **fields})
+
+
+@pytest.mark.parametrize("setting", ["top_k 2.5", "samples 1.5", "samples 0", "temperature 0"])
+def test_a_setting_that_cannot_be_taken(setting: str) -> None:
+    found = checked("freeze z layer 1 at last token", f"generate 8 with {setting}", "seed 1")
+    assert [each.code for each in found.diagnostics] == ["E0207"]
 
 
 def test_what_replies_hang_on_makes_another_key() -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mechdsl.execute import behind_prompts
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 
@@ -479,6 +480,20 @@ def test_without_rules(data: Path, name: str, mode: str) -> None:
 
     compare(found["e"].measures[0], values(product(range(MOST)), logits)[0], None)
     compare(found["f"].measures[0], values(product(range(MOST)), seen)[0], None)
+
+
+def test_the_first_row_without_a_value_is_named_in_passes_of_any_size(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = experiment(
+        "e", SET, "generate 2", measure="measure 1 / (correct - correct) at each step as raw"
+    )
+    said: list[list[str]] = []
+    for tokens_of_a_pass in (behind_prompts.PASS_TOKENS, 1):
+        monkeypatch.setattr(behind_prompts, "PASS_TOKENS", tokens_of_a_pass)
+        _, found = try_file(text, data, "llama")
+        said.append([each.message for each in found if each.code == "E0631"])
+    assert said[0] == said[1] != []
 
 
 # --- what is saved, and refused -------------------------------------------------------------------
