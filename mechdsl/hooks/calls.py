@@ -22,6 +22,11 @@ def bare_logits(model: LoadedModel, batch: Batch) -> Tensor:
     return call(model, arguments(model, batch))
 
 
+def one_output(model: LoadedModel) -> bool:
+    """Whether logits are [B, labels], one row for a whole image."""
+    return model.shape.takes == "image" and model.calling.reads != "every token"
+
+
 def arguments(model: LoadedModel, batch: Batch) -> dict[str, Tensor]:
     """What the model is called with."""
     ids, mask = batch.ids, batch.mask

@@ -126,9 +126,11 @@ CHAT_ROLES = ("system", "user", "assistant")
 
 
 class Prompts(Spec):
-    """One `prompts` block."""
+    """One `prompts` block, or one of `images`."""
 
     name: str
+    image: ExprText | None = None
+    """Of images: what each is made of."""
     values: tuple[Value, ...] = ()
     templates: tuple[StringText, ...] = ()
     chat: tuple[ChatTurnText, ...] = ()
@@ -147,6 +149,11 @@ class Prompts(Spec):
     texts: tuple[TextDef, ...] = ()
     spans: tuple[SpanDefText, ...] = ()
     corruptions: tuple[Corruption, ...] = ()
+
+    @property
+    def kind(self) -> Literal["prompts", "images"]:
+        """What its rows are."""
+        return "prompts" if self.image is None else "images"
 
     def has_part(self, name: str | None) -> bool:
         """Whether `BLOCK.NAME` are rows of its split, and no corruption."""
