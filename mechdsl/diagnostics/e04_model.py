@@ -431,7 +431,7 @@ class ReadsOther(Diagnostic):
 
     code = "E0455"
     title = "`{model}` is a `{architecture}`, which reads {reads}, and `{block}` is {given}"
-    label = "{given} for a model that reads {reads}"
+    label = "an experiment gives it `{block}`"
     help = "{hint}"
 
     model: str

@@ -34,7 +34,7 @@ from mechdsl.execute.while_writing import WhileWriting
 from mechdsl.execute.writer import WritingRows
 from mechdsl.execute.writes import LanesOf, acting, pass_ends
 from mechdsl.hooks.block_exchange import blocks_replaced
-from mechdsl.hooks.calls import one_output
+from mechdsl.hooks.calls import of_places, one_output
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.whole_pass import run_whole
@@ -432,10 +432,7 @@ class Patcher:
                 edges=rows.acting.edges,
                 held=rows.held,
             )
-            logits = result.logits
-            if one_output(self.model):
-                logits = logits[torch.from_numpy(final[0]).to(logits.device)]
-            return logits, result.reads
+            return of_places(self.model, result.logits, final[0]), result.reads
         return self._run_whole(rows, lanes, lane, final, reads, tokens)
 
     def _run_whole(

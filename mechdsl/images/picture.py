@@ -79,4 +79,4 @@ class Picture(Record):
 
     def sized(self, size: tuple[int, int]) -> Picture:
         """The same of this size, where it has none of its own."""
-        return self if self.size != (0, 0) or self.how == "gray" else replace(self, size=size)
+        return self if self.size != (0, 0) else replace(self, size=size)

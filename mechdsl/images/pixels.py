@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import ceil
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,7 +97,8 @@ def _cropped(
     height, width = image.shape[:2]
     top, left = crop_corner((height, width), size)
     if top < 0 or left < 0 or top + size[0] > height or left + size[1] > width:
-        whole = np.zeros((max(size[0], height), max(size[1], width), 3), image.dtype)
+        shape = (max(size[0], height), max(size[1], width), 3)
+        whole = cast("Pixels | Floats", np.zeros(shape, image.dtype))
         down, right = ceil((whole.shape[0] - height) / 2), ceil((whole.shape[1] - width) / 2)
         whole[down : down + height, right : right + width] = image
         image, top, left = whole, top + down, left + right

@@ -38,7 +38,7 @@ from mechdsl.models.config_keys import (
     TIMES,
     VOCAB,
 )
-from mechdsl.models.families import Family, family_of
+from mechdsl.models.families import family_of
 from mechdsl.models.heads_by_class import (
     ENCODERS,
     OTHERS_OF_PROMPTS,
@@ -49,11 +49,9 @@ from mechdsl.models.heads_by_class import (
     task_of,
 )
 from mechdsl.models.library_defaults import with_defaults
+from mechdsl.models.patch_layout import patch_layout
 from mechdsl.models.sparsity import dense_blocks
 from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, of_part
-
-MOST_PIXELS = 4096
-"""Of a side of an image."""
 
 ModelInput = Literal["text", "image", "audio", "two texts", "image and text"]
 """What a model is called with; `two texts` is an encoder's and a decoder's."""
@@ -322,7 +320,7 @@ def _shape(
         task=task,
         labels=labels,
         output_at=output_at(names, encodes=encodes),
-        patches=_patches(entry, text) if takes == "image" else None,
+        patches=patch_layout(entry, text) if takes == "image" else None,
         partly=partly,
         config=text,
     ), []
@@ -330,22 +328,6 @@ def _shape(
 
 def _without_head(names: list[str], model_type: str, takes: ModelInput, task: Task) -> bool:
     return is_headless(names, model_type) or (takes == "image" and task == "tokens")
-
-
-def _patches(entry: type[Family], config: Mapping[str, Any]) -> PatchLayout | None:
-    front = entry.in_front(config)
-    patch, size = (_sides(config.get(key)) for key in ("patch_size", "image_size"))
-    if front is None or patch is None or size is None:
-        return None
-    return PatchLayout(front, patch, size, entry.any_size(config))
-
-
-def _sides(value: object) -> tuple[int, int] | None:
-    """(height, width) of what may be a square."""
-    sides = cast("list[object]", value) if isinstance(value, (list, tuple)) else [value, value]
-    if len(sides) != 2 or not all(isinstance(n, int) and 0 < n <= MOST_PIXELS for n in sides):
-        return None
-    return cast("tuple[int, int]", tuple(sides))
 
 
 def _impossible(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 
 from mechdsl.base.names import name_list
@@ -24,6 +25,11 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
 CLEAN = "clean"
+_OF_TEXTS: Mapping[type[ast.Node], str] = {
+    ast.Template: "template",
+    ast.Chat: "chat",
+    ast.SpanDef: "span",
+}
 
 
 class _BlockLines:
@@ -227,7 +233,7 @@ class _BlockLines:
     def only_of_texts(self) -> None:
         """E0207 and E0108 for what images don't have: text."""
         for line in self.definition.lines:
-            word = {ast.Template: "template", ast.Chat: "chat", ast.SpanDef: "span"}.get(type(line))
+            word = _OF_TEXTS.get(type(line))
             if isinstance(line, ast.Domained) and [n.id for n in line.names] == ["template"]:
                 word = "template"
             if word is not None:

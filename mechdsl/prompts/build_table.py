@@ -26,7 +26,7 @@ from mechdsl.prompts.answers import (
 from mechdsl.prompts.chat_template import turns_in
 from mechdsl.prompts.dealt_evenly import dealt_evenly
 from mechdsl.prompts.domains import Constants, Words
-from mechdsl.prompts.image_reader import ImageReader
+from mechdsl.prompts.image_reader import of_image
 from mechdsl.prompts.prompt_conventions import (
     Split,
     noise_conventions,
@@ -193,12 +193,6 @@ class _Builder:
         self.block = self.rows.block
         self.diagnostics: list[Diagnostic] = []
 
-    @property
-    def reader(self) -> ImageReader:
-        """Of images."""
-        assert isinstance(self.tokenizer, ImageReader)
-        return self.tokenizer
-
     def table(self, found: Collection, limit: int | None, part: Split | None) -> PromptTable:
         table, equal = self.runs(found.rows)
         conventions = rows_convention(self.block, found, len(table), limit, part, equal)
@@ -329,8 +323,7 @@ class _Builder:
                     spans=rich.spans,
                     values=row.plain_values,
                     texts=kept,
-                    image=row.image and self.reader.ready(row.image),
-                    places={} if row.image is None else self.reader.places(),
+                    **of_image(row.image, self.tokenizer),
                 )
             )
         return Run(name, tuple(out), chat=bool(self.block.spec.chat))

@@ -9,35 +9,44 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e03_coordinates import EmptyRange
 from mechdsl.diagnostics.e03_positions import OutsidePrompt
 from mechdsl.images.patches import PatchLayout
-from mechdsl.prompts.image_reader import IMAGE, ImageReader
+from mechdsl.prompts.image_reader import ImageReader
 from mechdsl.prompts.named_numbers import bounds
 from mechdsl.prompts.prompt_table import PositionCell
+from mechdsl.prompts.span_occurrences import Occurrences
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
 
 
-def in_grid(
-    base: ast.SpanTokens, reader: ImageReader, total: int, run: str
-) -> tuple[list[PositionCell], list[Diagnostic]]:
-    """The cells of `image row R col C token`, one for each patch, or of `tokens`, joined. total:
-    rows of the table, all of which have them. Codes: E0310, E0321."""
-    tokens, problems = _patches(base.of, reader, total, run)
+def in_grid(base: ast.SpanTokens, spans: Occurrences) -> list[PositionCell]:
+    """The cells of `image row R col C token`, one for each patch, or of `tokens`, joined. All rows
+    have them. Codes: E0108 in texts, E0308, E0310, E0321."""
+    reader = spans.tokenizer
+    if spans.all_places(base.of) is None or not isinstance(reader, ImageReader):
+        return []
+    tokens, problems = _patches(base.of, reader, spans.total, spans.run)
+    spans.diagnostics += problems
     if problems:
-        return [], problems
+        return []
     if base.plural:
-        return [PositionCell(base.span.written, ((tuple(tokens),),) * total)], []
+        return [PositionCell(base.span.written, ((tuple(tokens),),) * spans.total)]
     one = len(tokens) == 1
     return [
-        PositionCell(base.span.written if one else reader.label(token), ((((token,),)),) * total)
+        PositionCell(
+            base.span.written if one else reader.label(token), (((token,),),) * spans.total
+        )
         for token in tokens
-    ], []
+    ]
 
 
-def each_patch(tokens: Sequence[tuple[int, ...]], reader: ImageReader) -> list[PositionCell]:
-    """One cell for each token of a span that all images have."""
+def each_token(tokens: Sequence[tuple[int, ...]], tokenizer: TextTokenizer) -> list[PositionCell]:
+    """One cell for each token of a span of images; images lack it that have fewer."""
+    assert isinstance(tokenizer, ImageReader)
+    every = sorted({token for own in tokens for token in own})
     return [
-        PositionCell(reader.label(token), tuple((((token,),)) for _ in tokens))
-        for token in tokens[0]
+        PositionCell(
+            tokenizer.label(token), tuple((((token,),) if token in own else ()) for own in tokens)
+        )
+        for token in every
     ]
 
 
@@ -73,8 +82,3 @@ def _outside(span: Span, layout: PatchLayout, total: int, run: str) -> Diagnosti
         example=f"{layout.size[1]} x {layout.size[0]} pixels",
         hint=f"the model sees {size}, counted from 1 at the top left",
     )
-
-
-def is_image_span(ref: ast.SpanRef, tokenizer: TextTokenizer) -> bool:
-    """Whether it names all patches of an image."""
-    return ref.name == IMAGE and isinstance(tokenizer, ImageReader)

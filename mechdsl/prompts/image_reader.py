@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from mechdsl.base.json_text import load_json
 from mechdsl.base.source import Span
@@ -107,9 +107,20 @@ class ImageReader(TextTokenizer):
         found = {name: tuple((n,) for n in self.layout.named(name)) for name in self.layout.names}
         return {**found, IMAGE: (self.layout.grid,)}
 
-    def ready(self, picture: Picture) -> Picture:
-        """The picture as it is drawn for the model."""
-        return picture.sized(self.layout.size)
+
+class OfImage(TypedDict, total=False):
+    """What a row has that is an image."""
+
+    image: Picture
+    places: Mapping[str, tuple[tuple[int, ...], ...]]
+
+
+def of_image(picture: Picture | None, tokenizer: TextTokenizer) -> OfImage:
+    """That of a row; nothing of a prompt."""
+    if picture is None:
+        return {}
+    assert isinstance(tokenizer, ImageReader)
+    return {"image": picture.sized(tokenizer.layout.size), "places": tokenizer.places()}
 
 
 class StandInReader(ImageReader):

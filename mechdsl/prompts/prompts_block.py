@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
-from pathlib import Path
 
 from mechdsl.base import limits
 from mechdsl.base.names import name_list
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import DuplicateName, did_you_mean
 from mechdsl.diagnostics.e05_data import (
     BadCall,
@@ -22,7 +20,6 @@ from mechdsl.diagnostics.e05_data import (
     TooMany,
     UnknownValue,
 )
-from mechdsl.images import files
 from mechdsl.program import spec
 from mechdsl.program.lower_images import is_drawn
 from mechdsl.program.lower_images import parts as image_parts
@@ -31,6 +28,7 @@ from mechdsl.prompts.compiled_template import CompiledTemplate, Definition
 from mechdsl.prompts.data_files import DataFile, read_data
 from mechdsl.prompts.domains import Constants, Words, make_domain
 from mechdsl.prompts.hub_datasets import read_dataset
+from mechdsl.prompts.images_block import ImageFiles, not_of_images
 from mechdsl.prompts.names_used import NameUse, calls_in, counts_tokens, draws, uses
 from mechdsl.prompts.parts_of_rows import parts_of
 from mechdsl.prompts.python_values import Calls
@@ -39,24 +37,12 @@ from mechdsl.prompts.values import Value, frozen, plain
 from mechdsl.syntax import ast
 from mechdsl.syntax.template import Placeholder, parse_template
 from mechdsl.syntax.walk import depth
-from mechdsl.vocab.corruptions import ValueChange, kind_of, problems
+from mechdsl.vocab.corruptions import kind_of, problems
 
 TEMPLATE = "template"
 """Name of the value that says which of several templates a row is written with."""
 
 Blocks = Mapping[str, spec.Prompts]
-
-
-def _not_of_images(prompts: spec.Prompts) -> list[Diagnostic]:
-    """E0108 for what images can't be changed by."""
-    if prompts.kind == "prompts":
-        return []
-    return [
-        NotSupported(span=change.span, what=f"`{kind_of(change).name}` in a block of images")
-        for corruption in prompts.corruptions
-        for change in corruption.changes
-        if not isinstance(kind_of(change), ValueChange) or kind_of(change).templates(change)
-    ]
 
 
 def _without_wrong_changes(prompts: spec.Prompts, parameters: Constants) -> spec.Prompts:
@@ -96,11 +82,11 @@ class PromptsBlock:
         """What writes the turns of a chat; None where the tokenizer isn't at hand."""
         self.diagnostics: list[Diagnostic] = [
             d for c in prompts.corruptions for d in problems(c.changes, parameters)
-        ] + _not_of_images(prompts)
+        ] + not_of_images(prompts)
         self._templates: dict[int, CompiledTemplate] = {}
         self._pools: dict[str, DataFile | None] = {}
         self._columns: dict[str, Sequence[Value]] = {}
-        self._images: dict[Path, tuple[str, tuple[int, int]]] = {}
+        self.image_files = ImageFiles()
         self.data: DataFile | None = self._read()
         self.columns: tuple[str, ...] = self.data.columns if self.data else ()
         self.templates: tuple[CompiledTemplate, ...] = tuple(map(self.template, prompts.templates))
@@ -195,13 +181,6 @@ class PromptsBlock:
     def calls(self) -> Calls:
         """The `python(…)` in it."""
         return Calls(parts_of(self), allowed=self.python)
-
-    def images_seen(self, path: Path) -> tuple[str, tuple[int, int]]:
-        """(SHA-256, (height, width)) of an image in a file, which is read once. Raises
-        `files.NotRead`."""
-        if path not in self._images:
-            self._images[path] = files.look(path)
-        return self._images[path]
 
     def in_file(self, index: int) -> int:
         """The combination at a place of a round: a limit or a split takes the same records however

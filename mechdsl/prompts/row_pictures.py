@@ -56,7 +56,7 @@ def _of_file(row: Row, node: ast.String) -> Picture:
     if path is None:
         raise refused(problems[0].message, problems[0].help_text)
     try:
-        digest, size = row.block.images_seen(path)
+        digest, size = row.block.image_files.look(path)
     except files.NotRead as error:
         raise refused(error.reason, error.hint) from None
     return Picture("file", path=path, digest=digest, said=written, size=size)
@@ -83,7 +83,15 @@ def _of_shapes(row: Row, node: ast.Call) -> Picture:
     problem = _cannot_draw(told["kind"], count, size, told["colour"], told["texture"])
     if problem:
         raise bad(node.span, problem, "change what is drawn")
-    return Picture("shapes", count=count, size=(size, size), seed=_seed(row), **told)
+    return Picture(
+        "shapes",
+        kind=told["kind"],
+        count=count,
+        colour=told["colour"],
+        texture=told["texture"],
+        size=(size, size),
+        seed=_seed(row),
+    )
 
 
 def _expr(node: object) -> ast.Expr:

@@ -23,6 +23,7 @@ from mechdsl.diagnostics.e05_answers import AnswersDiffer, NoAnswerHere, NotInTh
 from mechdsl.diagnostics.w07_data import TokenCoversMore
 from mechdsl.prompts.answer_tokens import ANSWER, NO_ANSWERS, AnswerTokens
 from mechdsl.prompts.found_text import find_text
+from mechdsl.prompts.image_reader import IMAGE
 from mechdsl.prompts.named_numbers import bounds
 from mechdsl.prompts.position_help import occurrence_hint, unknown_span_hint
 from mechdsl.prompts.prompt_table import PromptTable
@@ -59,7 +60,7 @@ class Occurrences:
     def places(self, n: int, ref: ast.SpanRef) -> list[Place]:
         """All occurrences of a span in a row, in the order of the text."""
         m = self.maps[n]
-        if ref.name in m.row.places:
+        if ref.name is not None and ref.name in m.row.places:
             return [Place(0, 0, tokens) for tokens in m.row.places[ref.name]]
         if ref.literal is not None:
             found = find_text(m.row.text, ref.literal)
@@ -192,12 +193,15 @@ class Occurrences:
 
     def _known_of_images(self, ref: ast.SpanRef) -> bool:
         names = [name for m in self.maps[:1] for name in m.row.places]
+        if ref.row is not None and ref.name != IMAGE:
+            names = [IMAGE]
         if ref.name in names and ref.of is None:
             return True
-        shown = name_list([f"`{name}`" for name in names])
+        shown = name_list(names)
         hint = did_you_mean(ref.name or "", names, f"tokens of these images are {shown}")
         name = ref.of or ref.name or ref.literal or ""
-        problem = UnknownSpan(span=ref.span, name=name, prompts=self.table.name, hint=hint)
+        what, block = "nothing of an image", self.table.name
+        problem = UnknownSpan(span=ref.span, name=name, prompts=block, hint=hint, what=what)
         self.diagnostics.append(problem)
         return False
 

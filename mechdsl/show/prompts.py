@@ -100,7 +100,8 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
             continue
         for number, row in enumerate(run.rows[:SHOWN_ROWS]):
             console.print(Text(f"  {name}, row {number}: ", style="bold") + Text(repr(row.text)))
-            _grid([shown_token(token) for token in _tokens(experiment, row)], console)
+            if row.image is None:
+                _grid([shown_token(token) for token in _tokens(experiment, row)], console)
             for label, positions in _named_spans(row):
                 where = _list(positions) if any(positions) else "white space, no token of its own"
                 console.print(Text("    ") + Text(label, style="green") + Text(f" → {where}"))
@@ -152,7 +153,7 @@ def _named_spans(row: RunRow) -> list[tuple[str, list[tuple[int, ...]]]]:
     found: dict[str, list[tuple[int, ...]]] = {}
     for span in row.spans:
         found.setdefault(span.name, []).append(span_tokens(row, span.start, span.end))
-    return list(found.items())
+    return [*found.items(), *((name, list(tokens)) for name, tokens in row.places.items())]
 
 
 def _list(groups: Iterable[tuple[int, ...]]) -> str:

@@ -13,7 +13,6 @@ from typing import Protocol
 
 from mechdsl.diagnostics.core import Diagnostic, Unknown, certain, has_errors
 from mechdsl.diagnostics.e02_python import PythonNotAllowed
-from mechdsl.diagnostics.e04_model import NoImageProcessor, ReadsOther
 from mechdsl.diagnostics.w07_models import ModelNotHere
 from mechdsl.models.locate import locate, needed
 from mechdsl.models.shape import ModelShape, read_shape
@@ -42,6 +41,7 @@ from mechdsl.resolve.model_runs import joined_table, model_run, outputs_read, re
 from mechdsl.resolve.resolved import ModelContext
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
+from mechdsl.validate.images_read import cannot_read
 from mechdsl.validate.largest_named import largest_named
 from mechdsl.validate.prompts_enough import enough
 from mechdsl.validate.replies_named import replies_behind
@@ -237,7 +237,10 @@ class Contexts:
             assert part is None or part == "train" or part == "test"
             table = None
             model = self._reading(name, model)
-            if not self.needs_python(name) and not self._cannot_read(name, model):
+            problem = cannot_read(self.program.prompts[name], model)
+            if problem is not None:
+                self.diagnostics.append(problem)
+            elif not self.needs_python(name):
                 table, found = self._build(name, model, limit=limit, part=part, labels=labels)
                 if table is not None:
                     found = [*found, *prompts_fit(table, model)]
@@ -280,20 +283,11 @@ class Contexts:
             self.diagnostics.extend(problems)
         return self._replied[key]
 
-    def _has_processor(self, model: ModelContext) -> bool:
-        """E0456 for a model of images that is handed over with a tokenizer."""
-        if isinstance(model.tokenizer, ImageReader):
-            return True
-        reason = "it was handed over with a tokenizer, and no image processor"
-        hint = f'hand its processor over: `models={{"{model.name}": (model, processor)}}`'
-        name, span = model.name, model.spec.span
-        problem = NoImageProcessor(span=span, model=name, reason=reason, hint=hint)
-        self.diagnostics.append(problem)
-        return False
-
     def fitting(self, model: ModelContext, table: PromptTable) -> ModelContext:
         """The model with the tokenizer that a table was made with."""
         images = any(row.image is not None for run in table.runs.values() for row in run.rows)
+        if images != (model.shape.takes == "image"):  # which has been said
+            model = replace(model, shape=stand_in_shape(self._largest))
         if not table.stands_in and images == isinstance(model.tokenizer, ImageReader):
             return model
         return replace(model, tokenizer=self._stand_in_reader if images else self._stand_in)
@@ -304,29 +298,6 @@ class Contexts:
         if images and model.tokenizer.stands_in and not isinstance(model.tokenizer, ImageReader):
             return replace(model, tokenizer=self._stand_in_reader)
         return model
-
-    def _cannot_read(self, name: str, model: ModelContext) -> bool:
-        """E0455 for images that a model of texts is to read, and for prompts of one of images."""
-        prompts, shape = self.program.prompts[name], model.shape
-        if shape.stands_in or name == spec.NO_PROMPTS:
-            return False
-        if (prompts.kind == "images") == (shape.takes == "image"):
-            return prompts.kind == "images" and not self._has_processor(model)
-        reads, given, hint = "images", "of prompts", "write a block of `images` for it"
-        if prompts.kind == "images":
-            reads, given, hint = "texts", "of images", "write a block of `prompts` for it"
-        self.diagnostics.append(
-            ReadsOther(
-                span=model.spec.span,
-                model=model.name,
-                architecture=shape.architecture,
-                reads=reads,
-                block=name,
-                given=given,
-                hint=hint,
-            )
-        )
-        return True
 
     def _say(self, found: Sequence[Diagnostic], model: ModelContext, *blocks: str) -> None:
         """Keep what is true whatever stands in."""
@@ -425,7 +396,9 @@ class Contexts:
         """Check a block that no experiment has used, with the file's only model."""
         if any(key[0] == name for key in self._tables) or len(self.program.models) != 1:
             return
-        self.table(name, self.model(next(iter(self.program.models))), 1, None)
+        model = self.model(next(iter(self.program.models)))
+        if cannot_read(self.program.prompts[name], model) is None:
+            self.table(name, model, 1, None)
 
     def with_elsewhere(
         self, experiment: spec.Experiment, model: ModelContext, table: PromptTable
@@ -467,6 +440,11 @@ class Contexts:
     ) -> tuple[Paired | None, list[Diagnostic]]:
         if self.needs_python(prompts):
             return None, []
+        model, other = self._reading(prompts, model), self.program.prompts[prompts]
+        if (problem := cannot_read(other, model)) is not None:
+            return None, [problem]
+        if other.kind != self.program.prompts[table.name].kind:
+            return None, []  # of a model that isn't at hand, which reads one of them
         rows = self._compiled(prompts, model.tokenizer)
         if has_errors(rows.block.diagnostics):
             return None, rows.block.diagnostics

@@ -7,6 +7,8 @@ from dataclasses import replace
 from mechdsl.models.adapters import Arrangement, Config, Family, family
 from mechdsl.models.anatomy import BlockAnatomy
 
+MOST_REGISTERS = 1_000
+
 
 class Classed(Family):
     """A class token in front of the patches."""
@@ -50,23 +52,28 @@ class DINOv2(Classed):
         return True
 
 
+def _with_registers(count: object) -> tuple[str, ...] | None:
+    if not isinstance(count, int) or not 0 <= count <= MOST_REGISTERS:
+        return None
+    return ("cls", *["register"] * count)
+
+
 @family("dinov2_with_registers")
 class Registers(DINOv2):
     """Registers behind the class token."""
 
-    none_said = 4
-
-    @classmethod
-    def in_front(cls, config: Config) -> tuple[str, ...] | None:
-        count = config.get("num_register_tokens", cls.none_said)
-        return ("cls", *["register"] * count) if isinstance(count, int) else None
+    @staticmethod
+    def in_front(config: Config) -> tuple[str, ...] | None:
+        return _with_registers(config.get("num_register_tokens", 4))
 
 
 @family("dinov3_vit")
 class DINOv3(Registers):
     """The same; positions are turned in."""
 
-    none_said = 0
+    @staticmethod
+    def in_front(config: Config) -> tuple[str, ...] | None:
+        return _with_registers(config.get("num_register_tokens", 0))
 
 
 class LayerScaled(Classed):
