@@ -282,7 +282,8 @@ def _images(block: _BlockLines, scope: Namespace) -> spec.Prompts:
     """The block with a template that stands in for none."""
     block.only_of_texts()
     _names_used(block.definition, scope)
-    said = any(isinstance(line, ast.ImageLine) for line in block.definition.lines)
+    lines = (ast.ImageLine, ast.Template, ast.Chat)  # which have been refused, or will be
+    said = any(isinstance(line, lines) for line in block.definition.lines)
     at = block.definition.name.span
     if not said:
         reason = "has no line that says what its images are made of"
@@ -292,7 +293,8 @@ def _images(block: _BlockLines, scope: Namespace) -> spec.Prompts:
     image = ast.Name("gray", span=at) if block.image is None else block.image.value
     block.chat, block.spans = None, []
     block.templates = [ast.String("", span=at if block.image is None else block.image.span)]
-    return _lowered(block).model_copy(update={"image": image})
+    known = block.image is not None and not block.from_images
+    return _lowered(block).model_copy(update={"image": image, "from_images": not known})
 
 
 def _names_used(definition: ast.PromptsDef, scope: Namespace) -> None:

@@ -138,7 +138,7 @@ class Prompts(Spec):
     rows: ExprText | None = None
     """The file's path as a string expression."""
     from_images: bool = False
-    """Whether it takes columns from images, which can't be read yet."""
+    """Whether it takes columns from images that aren't known."""
     distinct: bool = False
     """Of equal records only the first."""
     rename: tuple[tuple[str, str], ...] = ()

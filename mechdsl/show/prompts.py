@@ -15,11 +15,13 @@ from mechdsl.base.byte_sizes import size_text
 from mechdsl.base.plural import plural
 from mechdsl.plan.save_plan import layout_of
 from mechdsl.prompts.answers import output_words
+from mechdsl.prompts.image_reader import ImageReader
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, RunRow
 from mechdsl.prompts.replies_behind import STANDS_IN
 from mechdsl.resolve.measured_parts import whole_spec
 from mechdsl.resolve.resolved import DRAW, ResolvedExperiment
 from mechdsl.resolve.resolved_rule import ResolvedRule
+from mechdsl.show.image_grid import DRAWN, grid_lines, ranges
 from mechdsl.show.tokens import shown_token
 from mechdsl.validate.check_file import Checked
 
@@ -284,6 +286,13 @@ def _positions(
     console.print(table)
     if len(cells) > SHOWN_CELLS:
         console.print(f"    … ({len(cells)} positions in all)", highlight=False)
+    reader = experiment.model.tokenizer
+    if not isinstance(reader, ImageReader) or len(cells) > DRAWN:
+        return
+    for cell in cells:
+        first = next((row for row in cell.hits if row), ())
+        for line in grid_lines(reader.layout, (token for run in first for token in run)):
+            console.print(f"    {line}", highlight=False)
 
 
 def _control(experiment: ResolvedExperiment, console: Console) -> None:
@@ -312,7 +321,10 @@ def _control(experiment: ResolvedExperiment, console: Console) -> None:
 def _hit(experiment: ResolvedExperiment, run: str, cell: PositionCell, row: int) -> str:
     """`4 fig`, `4 fig + 6 plum` (joined), `4 | 5` (separate runs), `9 answer 1` (behind it),
     `—` where the row lacks it."""
-    tokens = _tokens(experiment, experiment.table.runs[run].rows[row])
+    own = experiment.table.runs[run].rows[row]
+    if own.image is not None:
+        return " | ".join(map(ranges, cell.hits[row])) or "—"
+    tokens = _tokens(experiment, own)
     shown = [f"{t} {shown_token(token)}" for t, token in enumerate(tokens)]
 
     def at(t: int) -> str:

@@ -12,8 +12,8 @@ from typing import Literal
 from mechdsl.base.registry import Registry
 
 Group = Literal[
-    "file", "prompts", "image", "image position", "position", "site", "rule", "onward", "experiment",
-    "class", "expectation",
+    "file", "prompts", "image", "image position", "position", "site", "rule", "onward",
+    "experiment", "class", "expectation",
 ]  # fmt: skip
 
 OWN = "this page"
@@ -64,14 +64,15 @@ def _class(name: str, example: str, meaning: str) -> None:
     _construct(Construct(name, "class", example, meaning, OWN, test))
 
 
-def _image(name: str, example: str, meaning: str, test: str = "tests/images/test_blocks.py") -> None:
+_ON_IMAGES = "tests/images/test_blocks.py"
+
+
+def _image(name: str, example: str, meaning: str, test: str = _ON_IMAGES) -> None:
     _construct(Construct(name, "image", example, meaning, OWN, test))
 
 
 def _in_image(name: str, example: str, meaning: str) -> None:
-    _construct(
-        Construct(name, "image position", example, meaning, OWN, "tests/images/test_blocks.py")
-    )
+    _construct(Construct(name, "image position", example, meaning, OWN, _ON_IMAGES))
 
 
 def _file(name: str, example: str, meaning: str, test: str, source: str = OWN) -> None:
