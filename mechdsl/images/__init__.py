@@ -1,5 +1,5 @@
-"""Pixels: images that are generated, with masks of what they show.
+"""Images: read from files, generated, and made ready for a model; which part is which token.
 
-In: a kind of shape and a seeded generator. Out: pixels, uint8 [height, width, 3], and
-masks of them. Imports nothing of the package; numpy.
+In: what an image is made of: a file, shapes, gray. Out: pixels, and what a model is given. Imports
+base; numpy and Pillow.
 """
