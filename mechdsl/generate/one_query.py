@@ -31,8 +31,9 @@ class OneQuery:
 
     def __init__(self, kept: KeptKeys) -> None:
         self.kept = kept
-        self._bare: dict[tuple[int, int], bool] = {}
-        """Masks of the pass: whether they hide nothing, by where they lie and their rows."""
+        self._bare: dict[int, bool] = {}
+        """Masks of the pass: whether they hide nothing, by where they lie. Of the first rows they
+        hide something where they do of all: each prompt has a row among these."""
 
     def attend(self, call: AttentionCall) -> Tensor | None:
         """[n, 1, heads, d_head] of what attention is called with, which is kept; None where it does
@@ -83,7 +84,7 @@ class OneQuery:
         """None for a mask that hides nothing."""
         if mask is None or mask.dtype != torch.bool:
             return mask
-        place = mask.data_ptr(), len(mask)
+        place = mask.data_ptr()
         if place not in self._bare:
             self._bare[place] = bool(mask.all())
         return None if self._bare[place] else mask
