@@ -47,21 +47,22 @@ class Tally:
 def save(
     model: PreTrainedModel,
     folder: Path,
-    save_tokenizer: Callable[[Path], None],
+    save_rest: Callable[[Path], None],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes configuration, weights (safetensors, in that precision) and tokenizer."""
+    """Writes configuration and weights (safetensors, in that precision). save_rest: writes the
+    tokenizer, or what prepares images."""
     folder.mkdir(parents=True, exist_ok=True)
     cast(Any, model).to(dtype).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # is written for its owner only
     (folder / "generation_config.json").unlink(missing_ok=True)  # nothing in it but defaults
-    save_tokenizer(folder)
+    save_rest(folder)
 
 
 def train_command(
     about: str | None,
     train: Callable[[int, int], PreTrainedModel],
-    save_tokenizer: Callable[[Path], None],
+    save_rest: Callable[[Path], None],
     *,
     seed: int,
     steps: int,
@@ -77,7 +78,7 @@ def train_command(
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     began = time.perf_counter()
-    save(train(args.seed, args.steps), args.out, save_tokenizer, dtype)
+    save(train(args.seed, args.steps), args.out, save_rest, dtype)
     print(f"trained and saved in {time.perf_counter() - began:.0f} s")
 
 
@@ -88,8 +89,10 @@ def evaluate_command(
     folder: Path,
     seed: int,
     counted: str,
+    below: Callable[[Path], str] | None = None,
 ) -> None:
-    """The command line that prints what `evaluate(folder, n, seed)` finds; counted: what `n` is."""
+    """The command line that prints what `evaluate(folder, n, seed)` finds; counted: what `n` is.
+    below: what is printed under the table."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--model", type=Path, default=folder, help="model folder")
     parser.add_argument("--n", type=int, default=4000, help=f"number of {counted}")
@@ -109,3 +112,5 @@ def evaluate_command(
     for name, t in tallies.items():
         low, high = t.interval()
         print(f"{name:<28} {t.n:>6} {t.right:>6} {t.share:>9.4f}   {low:.4f} .. {high:.4f}")
+    if below is not None:
+        print(below(args.model))

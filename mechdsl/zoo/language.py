@@ -107,12 +107,14 @@ def _copy_head(of: Any, to: Any, layer: int) -> None:
     to.self_attn.o_proj.weight[:, head] = of.self_attn.o_proj.weight[:, head]
 
 
-def build_tokenizer(vocabulary: tuple[str, ...], special: tuple[str, ...] = SPECIAL) -> Tokenizer:
-    """Words and punctuation marks are tokens."""
+def build_tokenizer(
+    vocabulary: tuple[str, ...], special: tuple[str, ...] = SPECIAL, end: str = ""
+) -> Tokenizer:
+    """Words and punctuation marks are tokens. end: the one behind every text, if one is."""
     split = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
     )
-    return words.word_tokenizer(vocabulary, special, split)
+    return words.word_tokenizer(vocabulary, special, split, end)
 
 
 @dataclass(frozen=True)
@@ -186,30 +188,49 @@ def fit(
     rate: the highest learning rate. other_weight: of the words that aren't asked, in the loss; of
     those that are, 1. each_step: called with the number of steps done.
     """
-    parameters: list[nn.Parameter] = list(model.parameters())
-    print(f"{sum(p.numel() for p in parameters):,} parameters", flush=True)
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(s, steps))
-    began = time.perf_counter()
-    for step, batch in enumerate(itertools.islice(data, steps)):
+
+    steps_of = iter(data)
+
+    def loss(step: int) -> tuple[Tensor, Tensor]:
         each_step(step)
+        batch = next(steps_of)
         logits: Tensor = model(input_ids=batch.ids, use_cache=False).logits
         known = batch.labels >= 0
         losses = nn.functional.cross_entropy(logits[known], batch.labels[known], reduction="none")
         weight = torch.where(batch.asked[known], 1.0, other_weight)
-        loss = (losses * weight).sum() / weight.sum()
+        right = (logits.argmax(-1) == batch.labels)[batch.asked].float().mean()
+        return (losses * weight).sum() / weight.sum(), right
+
+    optimise(model.parameters(), loss, steps=steps, rate=rate, decay=decay)
+    each_step(steps)
+
+
+def optimise(
+    trained: Iterable[nn.Parameter],
+    loss_of: Callable[[int], tuple[Tensor, Tensor]],
+    *,
+    steps: int,
+    rate: float,
+    decay: float = 0.05,
+) -> None:
+    """AdamW for so many steps. rate: the highest learning rate. loss_of: the loss of a step, and
+    the share that is right, which is printed."""
+    parameters = list(trained)
+    print(f"{sum(p.numel() for p in parameters):,} parameters", flush=True)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(s, steps))
+    began = time.perf_counter()
+    for step in range(steps):
+        loss, right = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
-            right = logits.argmax(-1) == batch.labels
-            share = right[batch.asked].float().mean().item()
             spent = time.perf_counter() - began
-            print(f"{step:5d}  loss {loss.item():.4f}  asked {share:.3f}  {spent:.0f} s",
+            print(f"{step:5d}  loss {loss.item():.4f}  right {right.item():.3f}  {spent:.0f} s",
                   flush=True)  # fmt: skip
-    each_step(steps)
 
 
 def load(model_class: Any, folder: Path) -> tuple[Any, Tokenizer]:

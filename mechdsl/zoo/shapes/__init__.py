@@ -1,0 +1,1 @@
+"""A small vision transformer that says which shape an image shows."""
