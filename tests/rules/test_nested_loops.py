@@ -295,7 +295,7 @@ MEASURED = {
     ),
     "the first values don't go together": (
         "for a in 0..1 { for b in 1 - a..2 - a { patch mlp_out layers a, b at cue token } }",
-        "cosine(resid_post layer A, longer) - cosine(resid_post layer B, longer)",
+        "cosine(z layer A head B, longer)",
         [(0, 1), (0, 2), (1, 0), (1, 1)],
     ),
 }
