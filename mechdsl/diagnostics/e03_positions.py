@@ -57,11 +57,12 @@ class UnknownSpan(Diagnostic):
     code = "E0308"
     hangs_on = frozenset({"columns"})
     title = "the prompts of `{prompts}` have no span called `{name}`"
-    label = "not a placeholder of the template"
+    label = "{what}"
     help = "{hint}"
     name: str
     prompts: str
     hint: str
+    what: str = "not a placeholder of the template"
 
 
 @keyword_record

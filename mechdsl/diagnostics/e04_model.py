@@ -94,13 +94,13 @@ class NoWeights(Diagnostic):
 
 @keyword_record
 class NotATextModel(Diagnostic):
-    """A model that can't be called with a prompt alone."""
+    """A model that can't be called with a prompt alone, or an image alone."""
 
     code = "E0407"
-    title = "`{model}` is a `{architecture}`, which doesn't read prompts"
-    label = "prompts are given to language models: causal, masked or vision-language"
+    title = "`{model}` is a `{architecture}`, which reads neither prompts nor images alone"
+    label = "files run language models (causal, masked or vision-language) and vision transformers"
     help = (
-        "run encoder-decoders and vision encoders from Python, with "
+        "run encoder-decoders and other encoders from Python, with "
         "`mechdsl.hooks.whole_pass.run_whole`"
     )
 
@@ -423,3 +423,34 @@ class SiteNotOnModel(Diagnostic):
     site: str
     reason: str
     hint: str
+
+
+@keyword_record
+class ReadsOther(Diagnostic):
+    """Images for a model of texts, or prompts for one of images."""
+
+    code = "E0455"
+    title = "`{model}` is a `{architecture}`, which reads {reads}, and `{block}` is {given}"
+    label = "an experiment gives it `{block}`"
+    help = "{hint}"
+
+    model: str
+    architecture: str
+    reads: str
+    block: str
+    given: str
+    hint: str
+
+
+@keyword_record
+class NoImageProcessor(Diagnostic):
+    """A vision model without a description of how images are made ready for it."""
+
+    code = "E0456"
+    title = "`{model}` doesn't say how images are made ready for it"
+    label = "{reason}"
+    help = "{hint}"
+
+    model: str
+    reason: str
+    hint: str = "save its processor beside it: `processor.save_pretrained(folder)`"

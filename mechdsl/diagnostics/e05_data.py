@@ -305,3 +305,17 @@ class EmptyPrompt(Diagnostic):
     help = "leave these rows out with `where`"
     run: str
     rows: int
+
+
+@keyword_record
+class ImageNotRead(Diagnostic):
+    """A file that holds no image, or one that isn't read."""
+
+    code = "E0560"
+    title = "the image `{path}` can't be read: {reason}"
+    label = "in {rows}"
+    help = "{hint}"
+    path: str
+    reason: str
+    rows: str
+    hint: str

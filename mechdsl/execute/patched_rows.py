@@ -34,6 +34,7 @@ from mechdsl.execute.while_writing import WhileWriting
 from mechdsl.execute.writer import WritingRows
 from mechdsl.execute.writes import LanesOf, acting, pass_ends
 from mechdsl.hooks.block_exchange import blocks_replaced
+from mechdsl.hooks.calls import of_places, one_output
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.whole_pass import run_whole
@@ -431,7 +432,7 @@ class Patcher:
                 edges=rows.acting.edges,
                 held=rows.held,
             )
-            return result.logits, result.reads
+            return of_places(self.model, result.logits, final[0]), result.reads
         return self._run_whole(rows, lanes, lane, final, reads, tokens)
 
     def _run_whole(
@@ -454,7 +455,8 @@ class Patcher:
             )
         batch = rows.acting.numbered(lanes.batch.take(torch.from_numpy(lane)))
         slots, at = by_row(final, len(rows), batch.lengths.cpu().numpy())
-        logits_at = None if rows.all_logits else torch.from_numpy(at).to(self.model.device)
+        every = rows.all_logits or one_output(self.model)
+        logits_at = None if every else torch.from_numpy(at).to(self.model.device)
         with ExitStack() as stack:
             stack.enter_context(blocks_replaced(self.model, rows.acting.blocks))
             if rows.held is not None:
@@ -482,6 +484,8 @@ class Patcher:
             index = torch.from_numpy(read_rows).to(row.device)
             where = batch.columns(index, torch.from_numpy(positions).to(row.device))
             found[read] = result.reads[read][index, where]
+        if one_output(self.model):
+            return result.logits[row], found
         return result.logits[row, columns], found
 
     def _continued(self, rows: _PassRows, member: Member, readout: Readout, number: int) -> Tensor:

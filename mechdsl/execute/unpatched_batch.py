@@ -16,12 +16,15 @@ from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.options import PaddingSide
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.block_exchange import blocks_replaced
+from mechdsl.hooks.calls import one_output
 from mechdsl.hooks.hook_points import fused
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.whole_pass import RunResult, run_whole
+from mechdsl.images.pixels import prepared
 from mechdsl.packed.activation_cache import ActivationCache, keeping
+from mechdsl.prompts.image_reader import ImageReader
 from mechdsl.prompts.prompt_table import Noise, Run
 from mechdsl.resolve.resolved import Atom, ResolvedMeasure
 from mechdsl.resolve.resolved_rule import Place
@@ -138,7 +141,7 @@ def compute_unpatched(
     ids = [row for part in parts for row in part.ids]
     acting = rules or RuleWrites()
     batch = Batch.of(ids, model.pad_id, side or model.calling.side, model.device)
-    batch = acting.numbered(batch)
+    batch = acting.numbered(_with_images(model, batch, parts))
     begins = np.cumsum([0, *(len(part.ids) for part in parts)]).tolist()
     noise: list[SiteWrite] = []
     for part, begin in zip(parts, begins, strict=False):
@@ -151,6 +154,19 @@ def compute_unpatched(
         part.found(done, slice(begin, begin + len(part.ids)))
         for part, begin in zip(parts, begins, strict=False)
     ]
+
+
+def _with_images(model: LoadedModel, batch: Batch, parts: Sequence[_Part]) -> Batch:
+    """The batch with the pixels of its rows, where these are images."""
+    pictures = [part.run.rows[p].image for part in parts for p in part.lanes]
+    known = [picture for picture in pictures if picture is not None]
+    if not known:
+        return batch
+    reader = model.tokenizer
+    assert isinstance(reader, ImageReader)
+    images = np.stack([prepared(picture, reader.processing) for picture in known])
+    pixels = torch.from_numpy(images).to(model.device, model.dtype)
+    return batch.with_inputs({"pixel_values": pixels})
 
 
 def sorted_places(request: UnpatchedRequest) -> list[Place]:
@@ -238,6 +254,7 @@ def _pass_of(model: LoadedModel, batch: Batch, parts: Sequence[_Part], rules: Ru
     full = SiteRead("logits") in wanted or any(r.loss is not None for r in requests)
     full |= any(write.site == "logits" for write in rules.writes)
     measured = any(part.at is not None for part in parts)
+    full |= measured and one_output(model)
     at = _side_by_side(parts).to(model.device) if measured and not full else None
     tokens = requests[0].tokens if measured and not full else None
     stops = [part.asked.stop if part.at is None else None for part in parts]
@@ -287,6 +304,8 @@ def _side_by_side(parts: Sequence[_Part]) -> Tensor:
 
 def at_positions(logits: Tensor, batch: Batch, at: Tensor) -> Tensor:
     """[B, n, vocab] of [B, T, vocab], at positions [B, n] of the unpadded prompts."""
+    if logits.dim() == 2:  # one for a whole image
+        return logits[:, None].expand(-1, at.shape[1], -1)
     rows = torch.arange(len(batch), device=logits.device)[:, None]
     return logits[rows, batch.starts[:, None] + at]
 

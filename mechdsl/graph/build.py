@@ -194,8 +194,9 @@ def _unsaid(experiment: ResolvedExperiment, measure: ResolvedMeasure) -> str:
     if measure.reply is not None:
         return "reply"
     of_logits = any(atom.form.of_outputs for atom in measure.atoms)
-    first = experiment.model.shape.output_at == "first token"
-    return "token 0" if of_logits and first else "last token"
+    made_of = experiment.model.shape.output_at
+    said = {"first token": "token 0", "image": "image"}
+    return said.get(made_of, "last token") if of_logits else "last token"
 
 
 def _effect(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mechdsl.base.arrays import Ints
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.hook_points import at_hand, replaced
 from mechdsl.hooks.loaded import LoadedModel
@@ -20,6 +21,16 @@ def bare_logits(model: LoadedModel, batch: Batch) -> Tensor:
     """The model's own forward, with nothing of ours but masks and positions: [B, T, vocab], what
     leaves a model without an unembedding, [B, T, d_model], or one output for a whole image."""
     return call(model, arguments(model, batch))
+
+
+def one_output(model: LoadedModel) -> bool:
+    """Whether logits are [B, labels], one row for a whole image."""
+    return model.shape.takes == "image" and model.calling.reads != "every token"
+
+
+def of_places(model: LoadedModel, logits: Tensor, rows: Ints) -> Tensor:
+    """[place, …]: the logits of places in these rows, where each row has one output for all."""
+    return logits[torch.from_numpy(rows).to(logits.device)] if one_output(model) else logits
 
 
 def arguments(model: LoadedModel, batch: Batch) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_model import (
     LoadFailed,
+    NotATextModel,
     NoTokenizer,
     NoWeights,
     OtherLayers,
@@ -42,6 +43,7 @@ from mechdsl.models.identity import Hashed, file_hash, identity_of_folder, stamp
 from mechdsl.models.locate import locate, needed, weight_files
 from mechdsl.models.shape import ModelShape, read_config, read_shape, shape_from_config, shape_of
 from mechdsl.program import spec
+from mechdsl.prompts.image_reader import read_processing, reader_of
 from mechdsl.prompts.tokenizer import TextTokenizer
 
 _DTYPES = {
@@ -80,7 +82,7 @@ def load(
     shape, found = read_shape(folder, model=model.name, span=model.span)
     if shape is None:
         return None, found
-    tokenizer, found = TextTokenizer.from_folder(folder, model.bos, span=model.span)
+    tokenizer, found = _reader(folder, shape, model)
     if tokenizer is None:
         return None, found
     module, reason, untaken = _from_folder(
@@ -118,6 +120,15 @@ def load(
     return loaded, [*unused, *found]
 
 
+def _reader(
+    folder: Path, shape: ModelShape, model: spec.Model
+) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+    """The tokenizer, or what makes images ready."""
+    if shape.patches is not None:
+        return read_processing(folder, shape.patches, model=model.name, span=model.span)
+    return TextTokenizer.from_folder(folder, model.bos, span=model.span)
+
+
 def changed_meanwhile(model: spec.Model) -> Diagnostic:
     """E0411: what was loaded may be neither what the files held nor what they hold, and a hash of
     them would say nothing of it."""
@@ -140,13 +151,17 @@ def adopt(
 ) -> tuple[LoadedModel | None, list[Diagnostic]]:
     """Take over a model that Python holds already; it is put into eval mode, and not moved.
 
-    tokenizer: a fast tokenizer of transformers, a `tokenizers.Tokenizer` or a `TextTokenizer`.
+    tokenizer: a fast tokenizer of transformers, a `tokenizers.Tokenizer` or a `TextTokenizer`; of a
+    model of images its image processor.
     provenance: where it comes from, if from elsewhere than a call from Python.
-    Gives E0407 to E0412, E0451, E0522, W0711 and W0712.
+    Gives E0407 to E0412, E0451, E0456, E0522, W0711 and W0712.
     """
-    text, found = _adopt_tokenizer(name, tokenizer, bos, span)
-    if text is None:
-        return None, found
+    processor = _processor(tokenizer)
+    text, found = None, []
+    if processor is None:
+        text, found = _adopt_tokenizer(name, tokenizer, bos, span)
+        if text is None:
+            return None, found
     if (outside := outside_of_modules(module, name, span)) is not None:
         return None, [outside]
     module = unwrapped(module)
@@ -163,6 +178,10 @@ def adopt(
     shape, found = shape_from_config(values, model=name, span=span)
     if shape is None:
         return None, found
+    if text is None:
+        text, found = _adopt_processor(name, processor, shape, tokenizer, span)
+        if text is None:
+            return None, found
     try:
         weights = _hash_parameters(module)
     except ValueError as error:
@@ -346,6 +365,29 @@ def _adopt_tokenizer(
     }
     chat = getattr(tokenizer, "chat_template", None)
     return TextTokenizer.from_backend(backend, **roles, chat_template=chat, bos=bos, span=span)
+
+
+def _processor(given: Any) -> dict[str, Any] | None:
+    """What an image processor of transformers is; None where that is something else."""
+    if isinstance(given, TextTokenizer | Tokenizer) or not hasattr(given, "to_dict"):
+        return None
+    found: Any = given.to_dict()
+    return found if isinstance(found, dict) and "image_processor_type" in found else None
+
+
+def _adopt_processor(
+    name: str,
+    processor: dict[str, Any] | None,
+    shape: ModelShape,
+    given: Any,
+    span: Span | None,
+) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+    if shape.takes != "image":
+        reason = f"`{type(given).__name__}` is not a fast tokenizer"
+        return None, [NoTokenizer(span=span, model=name, reason=reason)]
+    if shape.patches is None:
+        return None, [NotATextModel(span=span, model=name, architecture=shape.architecture)]
+    return reader_of(processor, shape.patches, model=name, span=span)
 
 
 def _hash_parameters(module: nn.Module) -> str:

@@ -110,6 +110,18 @@ class Family:
         return {"pixel_values": (1, int(channels), int(height), int(width))}
 
     @staticmethod
+    def in_front(config: Config) -> tuple[str, ...] | None:
+        """Of an encoder of images, what stands in front of the patches of an image: `cls`,
+        `distillation`, `register`, each as often as it does; None where that isn't known. `config`
+        is that of the encoder."""
+        return None
+
+    @staticmethod
+    def any_size(config: Config) -> bool:
+        """Whether an encoder of images reads other sizes than that of its config."""
+        return False
+
+    @staticmethod
     def sound(config: Config) -> Inputs:
         """What the encoder of a speech model reads, for one prompt; empty for other models."""
         bins, places = config.get("num_mel_bins"), config.get("max_source_positions")

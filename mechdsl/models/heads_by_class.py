@@ -11,15 +11,17 @@ from mechdsl.base import limits
 Task = Literal["tokens", "one label", "many labels", "number"]
 """What outputs are: logits of tokens, of labels of which one is right, of labels that are right or
 not each by itself, or a number, as regressions give."""
-OutputAt = Literal["every token", "first token", "last token"]
+OutputAt = Literal["every token", "first token", "last token", "image"]
 """What outputs are made of: each token has its own, or there is one for a whole prompt, made of its
-first token, or of its last one that isn't the pad token."""
+first token, or of its last one that isn't the pad token, or one for an image."""
 
 OF_PROMPTS = "ForSequenceClassification"
 """How classes end whose output is one of a whole prompt."""
 OTHERS_OF_PROMPTS = ("ForMultipleChoice", "ForNextSentencePrediction")
 """The same, of several texts."""
-_CLASSIFIERS = ("ForTokenClassification", OF_PROMPTS)
+OF_IMAGES = ("ForImageClassification", "ForImageClassificationWithTeacher")
+"""The same, of images."""
+_CLASSIFIERS = ("ForTokenClassification", OF_PROMPTS, *OF_IMAGES)
 
 ENCODERS = frozenset((
     "albert", "bert", "big_bird", "bros", "camembert", "canine", "convbert", "data2vec-text",
@@ -70,6 +72,8 @@ def is_headless(names: Sequence[str], model_type: str) -> bool:
 
 def output_at(names: Sequence[str], *, encodes: bool) -> OutputAt:
     """What a class makes its outputs of; encodes: every token of its kind sees every other."""
+    if any(name.endswith(OF_IMAGES) for name in names):
+        return "image"
     if not any(name.endswith(OF_PROMPTS) for name in names):
         return "every token"
     return "first token" if encodes else "last token"

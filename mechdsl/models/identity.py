@@ -27,6 +27,7 @@ TOKENIZER = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    "preprocessor_config.json",
 )
 """As `mechdsl/prompts/tokenizer.py` has them, which stands beside this floor."""
 

@@ -19,6 +19,7 @@ from mechdsl.diagnostics.e04_model import (
     OneOutput,
     ShapeUnknown,
 )
+from mechdsl.images.patches import PatchLayout
 from mechdsl.models.config_keys import (
     ALIKE,
     COUNTED,
@@ -48,6 +49,7 @@ from mechdsl.models.heads_by_class import (
     task_of,
 )
 from mechdsl.models.library_defaults import with_defaults
+from mechdsl.models.patch_layout import patch_layout
 from mechdsl.models.sparsity import dense_blocks
 from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, of_part
 
@@ -98,6 +100,9 @@ class ModelShape:
     """Names of the outputs of a classifier, in their order; of a language model whose outputs are
     others than its tokens, where its config names them."""
     output_at: OutputAt = "every token"
+    patches: PatchLayout | None = None
+    """Which part of an image is which token; None where it reads no images alone, or that isn't
+    known of its kind."""
     partly: Mapping[str, frozenset[int]] = field(default_factory=dict[str, frozenset[int]])
     """Sites that only some blocks have, and which; known of a loaded model."""
     sizes: Mapping[tuple[str, int], tuple[int, int]] = field(
@@ -303,7 +308,7 @@ def _shape(
             dense=bool(dense) or not experts,
             mixers=_has_mixers(text),
         )
-        - ({"logits"} if is_headless(names, model_type) else set()),
+        - ({"logits"} if _without_head(names, model_type, takes, task) else set()),
         d_value=_first(text, ("v_head_dim",)) or d_head,
         d_embed=_first(text, ("input_embedding_size", *NARROW)) or d_model,
         n_experts=experts,
@@ -315,9 +320,14 @@ def _shape(
         task=task,
         labels=labels,
         output_at=output_at(names, encodes=encodes),
+        patches=patch_layout(entry, text) if takes == "image" else None,
         partly=partly,
         config=text,
     ), []
+
+
+def _without_head(names: list[str], model_type: str, takes: ModelInput, task: Task) -> bool:
+    return is_headless(names, model_type) or (takes == "image" and task == "tokens")
 
 
 def _impossible(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
@@ -433,7 +443,10 @@ def read_shape(
     if config is None:
         return None, found
     shape, found = shape_of(config, model=model, span=span)
-    if shape is not None and shape.takes not in ("text", "image and text"):
+    if shape is not None and (
+        shape.takes not in ("text", "image and text", "image")
+        or (shape.takes == "image" and shape.patches is None)
+    ):
         return None, [NotATextModel(span=span, model=model, architecture=shape.architecture)]
     if shape is not None and shape.architecture.endswith(OTHERS_OF_PROMPTS):
         reason = "it reads several texts at once"

@@ -32,6 +32,8 @@ def kept_run(
         return KeptRun(run, {})
     merged = any(model.base is not None for model in checked.program.models.values())
     packages = (*PACKAGES, "peft") if merged else PACKAGES
+    images = any(block.kind == "images" for block in checked.program.prompts.values())
+    packages = (*packages, "pillow") if images else packages
     common = digest(
         NUMERIC_VERSION,
         [version_of(package) for package in packages],

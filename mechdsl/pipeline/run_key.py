@@ -134,6 +134,8 @@ def _versions(checked: Checked, options: RunOptions) -> dict[str, str]:
     models = checked.program.models.values()
     more = ["safetensors"]
     more += ["peft"] if any(model.base is not None for model in models) else []
+    images = any(block.kind == "images" for block in checked.program.prompts.values())
+    more += ["pillow"] if images else []
     more += ["accelerate"] if options.offload is not None else []
     return {**versions(), **{package: version_of(package) for package in more}}
 

@@ -161,6 +161,8 @@ def is_below_attention(point: SitePoint) -> bool:
 
 def _read_positions(experiment: ResolvedExperiment) -> Bools | None:
     """[prompt, position] of the base run, what measures read; None for all of them."""
+    if experiment.model.shape.output_at == "image":
+        return None  # a head may pool its patches
     base = experiment.spec.base
     lengths = prompt_lengths(experiment.table.runs[base])
     found = np.zeros((len(lengths), int(lengths.max())), dtype=np.bool_)

@@ -252,14 +252,15 @@ def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
         )
         return work.parts.prompts.get(known[0]) if len(known) == 1 else None
     use = work.prompts[0]
-    if use.kind == "images":
-        work.later(use.span, "`images`")
-        return None
     named_once([(each.span.written, each.span) for each in use.prompts], work)
     name = ref.name
     if not work.scope.use("prompts", name, ref.span):
         name = nearest(name, known) or ""
-    return work.parts.prompts.get(name)
+    found = work.parts.prompts.get(name)
+    if found is not None and found.kind != use.kind:
+        reason, hint = f"is a block of {found.kind}", f"write `{found.kind} {name}`"
+        work.diagnostics.append(BadArgument(span=ref.span, name=name, reason=reason, hint=hint))
+    return found
 
 
 def _of_weights(work: Statements) -> bool:

@@ -254,7 +254,7 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
                 parts.models.update((each.name, each) for each in members)
                 if STAR in model.path:
                     parts.checkpoints[name.id] = tuple(each.name for each in members)
-        case ast.PromptsDef(kind="prompts", name=name):
+        case ast.PromptsDef(name=name):
             if scope.define("prompts", name, imported=imported):
                 parts.prompts[name.id] = lower_prompts(statement, scope)
         case ast.MetricDef(name=name, value=value):
@@ -278,8 +278,6 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
                     )
                 )
             parts.seed, parts.seeded = value, statement.span
-        case ast.PromptsDef(kind="images", name=name):
-            _later(statement.name, "images", imported, scope)
         case ast.BasisDef(name=name):
             _later(name, "basis", imported, scope)
         case _:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 
 from mechdsl.base.names import name_list
@@ -17,12 +18,18 @@ from mechdsl.diagnostics.e02_names import (
     did_you_mean,
 )
 from mechdsl.program import spec
+from mechdsl.program.lower_images import image_problems
 from mechdsl.program.named_paths import HF_DATASET
 from mechdsl.program.namespace import Namespace, place
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
 CLEAN = "clean"
+_OF_TEXTS: Mapping[type[ast.Node], str] = {
+    ast.Template: "template",
+    ast.Chat: "chat",
+    ast.SpanDef: "span",
+}
 
 
 class _BlockLines:
@@ -45,6 +52,7 @@ class _BlockLines:
         """Where a new name stands first."""
         self.split: ast.Split | None = None
         self.from_images = False
+        self.image: ast.ImageLine | None = None
 
     @property
     def diagnostics(self) -> list[Diagnostic]:
@@ -150,9 +158,22 @@ class _BlockLines:
                     self.split = self.split or replace(line, percent=half)
             case ast.Chat():
                 self._chat(line)
-            case ast.ImageLine() | ast.Region():
-                self.later(line, "`image`" if isinstance(line, ast.ImageLine) else "`region`")
+            case ast.ImageLine():
+                self._image(line)
+            case ast.Region():
+                self.later(line, "`region`")
                 self.from_images = True
+
+    def _image(self, line: ast.ImageLine) -> None:
+        if self.definition.kind == "prompts" or line.value is None:
+            self.later(line, "`image`")
+            self.from_images = True
+            return
+        self.once(line, self.image, "image")
+        found = image_problems(line.value)
+        self.diagnostics.extend(found)
+        if not found:
+            self.image = self.image or line
 
     def _rename(self, new: ast.Name, old: ast.Name) -> None:
         first = self.renamed.setdefault(new.id, new)
@@ -209,6 +230,23 @@ class _BlockLines:
             spec.Corruption(span=line.name.span, name=line.name.id, changes=line.changes)
         )
 
+    def only_of_texts(self) -> None:
+        """E0207 and E0108 for what images don't have: text."""
+        for line in self.definition.lines:
+            word = _OF_TEXTS.get(type(line))
+            if isinstance(line, ast.Domained) and [n.id for n in line.names] == ["template"]:
+                word = "template"
+            if word is not None:
+                hint = "write `image` in place of it: rows of this block are images"
+                reason = "is of texts, and these are images"
+                bad = BadArgument(span=line.span, name=word, reason=reason, hint=hint)
+                self.diagnostics.append(bad)
+        for node in walk(self.definition.lines):
+            if isinstance(node, ast.Call) and node.name == "tokens":
+                reason, hint = "counts tokens of a text, and these are images", "leave it out"
+                bad = BadArgument(span=node.span, name="tokens", reason=reason, hint=hint)
+                self.diagnostics.append(bad)
+
     def no_template_changes(self) -> None:
         """E0207 for corruptions that write rows of a chat with another template."""
         for change in (c for corruption in self.corruptions for c in corruption.changes):
@@ -234,6 +272,32 @@ def lower_prompts(definition: ast.PromptsDef, scope: Namespace) -> spec.Prompts:
         block.add(line)
     if block.chat is not None:
         block.no_template_changes()
+    if definition.kind == "images":
+        return _images(block, scope)
+    _names_used(definition, scope)
+    return _lowered(block)
+
+
+def _images(block: _BlockLines, scope: Namespace) -> spec.Prompts:
+    """The block with a template that stands in for none."""
+    block.only_of_texts()
+    _names_used(block.definition, scope)
+    lines = (ast.ImageLine, ast.Template, ast.Chat)  # which have been refused, or will be
+    said = any(isinstance(line, lines) for line in block.definition.lines)
+    at = block.definition.name.span
+    if not said:
+        reason = "has no line that says what its images are made of"
+        hint = 'add one: `image "{file}"`, `image gray` or `image shapes(…)`'
+        name = block.definition.name.id
+        scope.diagnostics.append(BadArgument(span=at, name=name, reason=reason, hint=hint))
+    image = ast.Name("gray", span=at) if block.image is None else block.image.value
+    block.chat, block.spans = None, []
+    block.templates = [ast.String("", span=at if block.image is None else block.image.span)]
+    known = block.image is not None and not block.from_images
+    return _lowered(block).model_copy(update={"image": image, "from_images": not known})
+
+
+def _names_used(definition: ast.PromptsDef, scope: Namespace) -> None:
     for node in walk(definition.lines):
         # `words(toy)` is the one place where a block refers to a model.
         if isinstance(node, ast.Call) and node.name == "words" and len(node.arguments) == 1:
@@ -245,9 +309,12 @@ def lower_prompts(definition: ast.PromptsDef, scope: Namespace) -> spec.Prompts:
         elif isinstance(node, ast.String):
             for word in re.findall(r"\w+", " ".join(re.findall(r"\{([^{}]*)\}", node.value))):
                 scope.has("param", word)
+
+
+def _lowered(block: _BlockLines) -> spec.Prompts:
     return spec.Prompts(
-        span=definition.name.span,
-        name=definition.name.id,
+        span=block.definition.name.span,
+        name=block.definition.name.id,
         values=tuple(block.values),
         templates=() if block.chat is not None else tuple(block.templates),
         chat=() if block.chat is None else tuple(map(_turn, block.chat.turns)),

@@ -37,6 +37,7 @@ class PathConstruct:
 
 USE = PathConstruct("use", "reads")
 ROWS = PathConstruct("rows", "reads")
+IMAGE = PathConstruct("image", "reads")
 LOCAL = PathConstruct("local", "reads")
 HF = PathConstruct("hf", "reads")
 HF_DATASET = PathConstruct("hf_dataset", "reads")
@@ -46,7 +47,7 @@ TUNED_LENS = PathConstruct("tuned_lens", "reads")
 REPORT = PathConstruct("report", "writes")
 SAVE = PathConstruct("save", "writes")
 
-CONSTRUCTS = (USE, ROWS, LOCAL, HF, HF_DATASET, PYTHON, SAVED, TUNED_LENS, REPORT, SAVE)
+CONSTRUCTS = (USE, ROWS, IMAGE, LOCAL, HF, HF_DATASET, PYTHON, SAVED, TUNED_LENS, REPORT, SAVE)
 _CALLS = {each.name: each for each in (LOCAL, HF, HF_DATASET, PYTHON, SAVED, TUNED_LENS)}
 
 
@@ -71,6 +72,8 @@ def path_in(node: ast.Node, parameters: Mapping[str, Constant]) -> tuple[PathCon
             return USE, path
         case ast.RowsFrom(source=ast.String(value=path)):
             return ROWS, path
+        case ast.ImageLine(value=ast.String(value=path)):
+            return IMAGE, path
         case ast.Report(file=ast.String(value=path)):
             return REPORT, path
         case ast.Save(file=ast.String(value=path)):

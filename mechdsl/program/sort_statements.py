@@ -161,8 +161,6 @@ class Statements:
                 self.later(node.span, f"`{node.word}` sites")
             elif isinstance(node, ast.Edge) and node.stack is not None and node.stack.id in STACKS:
                 self.later(node.stack.span, f"attention of the stack `{node.stack.id}`")
-            elif isinstance(node, ast.SpanRef) and (node.row is not None or node.col is not None):
-                self.later(node.span, "an image position")
         return len(self.diagnostics) == before
 
     def _amount(self, body: ast.Registered) -> None:

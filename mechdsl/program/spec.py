@@ -126,9 +126,11 @@ CHAT_ROLES = ("system", "user", "assistant")
 
 
 class Prompts(Spec):
-    """One `prompts` block."""
+    """One `prompts` block, or one of `images`."""
 
     name: str
+    image: ExprText | None = None
+    """Of images: what each is made of."""
     values: tuple[Value, ...] = ()
     templates: tuple[StringText, ...] = ()
     chat: tuple[ChatTurnText, ...] = ()
@@ -136,7 +138,7 @@ class Prompts(Spec):
     rows: ExprText | None = None
     """The file's path as a string expression."""
     from_images: bool = False
-    """Whether it takes columns from images, which can't be read yet."""
+    """Whether it takes columns from images that aren't known."""
     distinct: bool = False
     """Of equal records only the first."""
     rename: tuple[tuple[str, str], ...] = ()
@@ -147,6 +149,11 @@ class Prompts(Spec):
     texts: tuple[TextDef, ...] = ()
     spans: tuple[SpanDefText, ...] = ()
     corruptions: tuple[Corruption, ...] = ()
+
+    @property
+    def kind(self) -> Literal["prompts", "images"]:
+        """What its rows are."""
+        return "prompts" if self.image is None else "images"
 
     def has_part(self, name: str | None) -> bool:
         """Whether `BLOCK.NAME` are rows of its split, and no corruption."""

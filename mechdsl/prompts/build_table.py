@@ -26,6 +26,7 @@ from mechdsl.prompts.answers import (
 from mechdsl.prompts.chat_template import turns_in
 from mechdsl.prompts.dealt_evenly import dealt_evenly
 from mechdsl.prompts.domains import Constants, Words
+from mechdsl.prompts.image_reader import of_image
 from mechdsl.prompts.prompt_conventions import (
     Split,
     noise_conventions,
@@ -322,6 +323,7 @@ class _Builder:
                     spans=rich.spans,
                     values=row.plain_values,
                     texts=kept,
+                    **of_image(row.image, self.tokenizer),
                 )
             )
         return Run(name, tuple(out), chat=bool(self.block.spec.chat))

@@ -10,6 +10,7 @@ from mechdsl.base.plural import plural
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e03_positions import JoinedUnequal
+from mechdsl.prompts.image_reader import ImageReader
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable, RunRow
 from mechdsl.prompts.span_tokens import TokenMap
 from mechdsl.prompts.tokenizer import TextTokenizer
@@ -72,6 +73,10 @@ def hit_texts(
     for row, hits in zip(table.runs[run].rows, cell.hits, strict=True):
         m = TokenMap(row)
         for p in (p for tokens in hits for p in tokens if p < len(row.ids)):
+            if row.image is not None:
+                if isinstance(tokenizer, ImageReader):
+                    found[tokenizer.label(p)] += 1
+                continue
             text = "" if row.special[p] else m.token_text(p)
             if not text and tokenizer is not None:
                 text = tokenizer.token_text(row.ids[p])

@@ -20,6 +20,7 @@ from mechdsl.diagnostics.e03_positions import (
 from mechdsl.diagnostics.e05_answers import NotInTheAnswer
 from mechdsl.prompts.answer_tokens import ANSWER, NO_ANSWERS, AnswerTokens
 from mechdsl.prompts.counted_tokens import CountedTokens
+from mechdsl.prompts.image_positions import each_token, in_grid
 from mechdsl.prompts.named_numbers import (
     NamedNumbers,
     bounds,
@@ -202,6 +203,8 @@ class _Resolver:
             return self._later(base, "a token of a span by its number")
         if not self.spans.span_fits(base, ref, from_end=not base.plural):
             return []
+        if ref.row is not None:
+            return in_grid(base, self.spans)
         occurrence = ref.occurrence
         ranged = occurrence is not None and (occurrence.low is None or occurrence.high is not None)
         counted = bounds(occurrence)
@@ -285,6 +288,8 @@ class _Resolver:
         found = self.spans.one_place(base, ref)
         if found is None:
             return []
+        if self.spans.of_images:
+            return each_token([place.tokens for place in found], self.tokenizer)
         self.spans.warn(ref, ((n, place, place.tokens) for n, place in enumerate(found)))
 
         def elsewhere(other: _Resolver) -> list[tuple[int, ...]]:

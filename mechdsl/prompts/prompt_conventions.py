@@ -8,6 +8,7 @@ from typing import Literal
 from mechdsl.base.plural import plural
 from mechdsl.prompts.answers import output_words, quoted
 from mechdsl.prompts.chat_template import ASSISTANT, TODAY
+from mechdsl.prompts.image_reader import ImageReader
 from mechdsl.prompts.prompt_table import PromptTable, RunRow
 from mechdsl.prompts.prompts_block import PromptsBlock
 from mechdsl.prompts.row_selection import Collection
@@ -57,6 +58,8 @@ def token_conventions(
     """The beginning-of-sequence token, and how answers and the like were tokenised."""
     rows = table.runs[CLEAN].rows
     out = {"bos": tokenizer.bos_convention()}
+    if isinstance(tokenizer, ImageReader):
+        out = {"images": tokenizer.convention()}
     if block.spec.chat:
         out = _chat_conventions(block, rows, tokenizer)
     for name in rows[0].texts if rows else ():

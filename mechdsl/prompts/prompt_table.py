@@ -7,6 +7,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mechdsl.base.record import Record, record
+from mechdsl.images.picture import Picture
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.values import SpanAt
 
@@ -83,6 +84,12 @@ class RunRow(Record):
     continuation of the clean row's prompt."""
     reply: ReplyAt | None = None
     """Where the reply of another experiment stands at its end."""
+    image: Picture | None = None
+    """Of rows that are images: `text` and `ids` tell it from others."""
+    places: Mapping[str, tuple[tuple[int, ...], ...]] = field(
+        default_factory=dict[str, tuple[tuple[int, ...], ...]]
+    )
+    """Spans that have no text, as those of images: by name, the tokens of each occurrence."""
 
 
 @record

@@ -21,11 +21,14 @@ from mechdsl.diagnostics.e05_data import (
     UnknownValue,
 )
 from mechdsl.program import spec
+from mechdsl.program.lower_images import is_drawn
+from mechdsl.program.lower_images import parts as image_parts
 from mechdsl.prompts.chat_template import ChatTemplate
 from mechdsl.prompts.compiled_template import CompiledTemplate, Definition
 from mechdsl.prompts.data_files import DataFile, read_data
 from mechdsl.prompts.domains import Constants, Words, make_domain
 from mechdsl.prompts.hub_datasets import read_dataset
+from mechdsl.prompts.images_block import ImageFiles, not_of_images
 from mechdsl.prompts.names_used import NameUse, calls_in, counts_tokens, draws, uses
 from mechdsl.prompts.parts_of_rows import parts_of
 from mechdsl.prompts.python_values import Calls
@@ -79,10 +82,11 @@ class PromptsBlock:
         """What writes the turns of a chat; None where the tokenizer isn't at hand."""
         self.diagnostics: list[Diagnostic] = [
             d for c in prompts.corruptions for d in problems(c.changes, parameters)
-        ]
+        ] + not_of_images(prompts)
         self._templates: dict[int, CompiledTemplate] = {}
         self._pools: dict[str, DataFile | None] = {}
         self._columns: dict[str, Sequence[Value]] = {}
+        self.image_files = ImageFiles()
         self.data: DataFile | None = self._read()
         self.columns: tuple[str, ...] = self.data.columns if self.data else ()
         self.templates: tuple[CompiledTemplate, ...] = tuple(map(self.template, prompts.templates))
@@ -105,6 +109,8 @@ class PromptsBlock:
         for _, values in self.axes:
             self.size *= len(values)
         self.draws: bool = any(draws(node, self.placeholders) for node in self._clean_parts())
+        if prompts.image is not None:
+            self.draws = self.draws or is_drawn(prompts.image)
 
     # --- building -------------------------------------------------------------------------------
 
@@ -214,6 +220,8 @@ class PromptsBlock:
             yield definition.value
         for template in self.templates:
             yield from template.texts
+        if self.spec.image is not None:
+            yield from image_parts(self.spec.image)
         yield from self.texts.values()
         yield from self.spec.where
         for span in self.spec.spans:

@@ -10,6 +10,7 @@ from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e05_chat import ChatRefused
 from mechdsl.diagnostics.e05_data import TextNotInside, TooMany
+from mechdsl.images.picture import Picture
 from mechdsl.program import spec
 from mechdsl.prompts.chat_template import ChatProblem, Turn, unwritten
 from mechdsl.prompts.compiled_template import CompiledTemplate, Definition
@@ -19,6 +20,7 @@ from mechdsl.prompts.functions import FUNCTIONS, CallSite, draw_others
 from mechdsl.prompts.prompt_table import RunRow
 from mechdsl.prompts.prompts_block import TEMPLATE, PromptsBlock
 from mechdsl.prompts.row_content import content_key
+from mechdsl.prompts.row_pictures import picture_of
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.seeded_draws import Permutation, stable_hash
 from mechdsl.prompts.span_tokens import TokenMap
@@ -86,7 +88,7 @@ class Row:
         """Work everything out anew, because something is changed."""
         self._cache = {}
         self._texts = {}
-        for worked_out in ("prompt", "turns", "plain_values", "key"):
+        for worked_out in ("prompt", "turns", "plain_values", "key", "image"):
             self.__dict__.pop(worked_out, None)
 
     @cached_property
@@ -394,8 +396,16 @@ class Row:
             self._tokenizer = None
 
     @cached_property
+    def image(self) -> Picture | None:
+        """What its image is made of, of a row of images."""
+        made_of = self.block.spec.image
+        return None if made_of is None else picture_of(self, made_of)
+
+    @cached_property
     def prompt(self) -> Rich:
-        """The prompt with its spans, in the order of the text."""
+        """The prompt with its spans, in the order of the text; of an image, what stands for it."""
+        if self.image is not None:
+            return Rich(self.image.text)
         rich = self._chat() if self.turns else self.text(self.template.text, Key(TEMPLATE))
         spans = list(rich.spans)
         for definition in self.block.spec.spans:

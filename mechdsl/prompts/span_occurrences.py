@@ -7,9 +7,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from mechdsl.base.names import name_list
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
+from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e03_positions import (
     AbsentOccurrence,
     AmbiguousSpan,
@@ -21,6 +23,7 @@ from mechdsl.diagnostics.e05_answers import AnswersDiffer, NoAnswerHere, NotInTh
 from mechdsl.diagnostics.w07_data import TokenCoversMore
 from mechdsl.prompts.answer_tokens import ANSWER, NO_ANSWERS, AnswerTokens
 from mechdsl.prompts.found_text import find_text
+from mechdsl.prompts.image_reader import IMAGE
 from mechdsl.prompts.named_numbers import bounds
 from mechdsl.prompts.position_help import occurrence_hint, unknown_span_hint
 from mechdsl.prompts.prompt_table import PromptTable
@@ -57,6 +60,8 @@ class Occurrences:
     def places(self, n: int, ref: ast.SpanRef) -> list[Place]:
         """All occurrences of a span in a row, in the order of the text."""
         m = self.maps[n]
+        if ref.name is not None and ref.name in m.row.places:
+            return [Place(0, 0, tokens) for tokens in m.row.places[ref.name]]
         if ref.literal is not None:
             found = find_text(m.row.text, ref.literal)
             if ref.of is not None:
@@ -93,7 +98,8 @@ class Occurrences:
 
     def is_answer(self, ref: ast.SpanRef) -> bool:
         """Whether it names the text behind the prompt: no prompt has a span of that name."""
-        return ref.name == ANSWER and ref.of is None and self._answer_is_behind
+        named = ref.name == ANSWER and ref.of is None
+        return named and not self.of_images and self._answer_is_behind
 
     @cached_property
     def _answer_is_behind(self) -> bool:
@@ -151,6 +157,8 @@ class Occurrences:
 
     def _known(self, ref: ast.SpanRef) -> bool:
         """Whether any row of any run has such a span, else E0308 or E0313."""
+        if self.of_images:
+            return self._known_of_images(ref)
         if ref.literal is not None and ref.of is None:
             return True
         if self.is_answer(ref):
@@ -178,6 +186,25 @@ class Occurrences:
             return False
         return True
 
+    @property
+    def of_images(self) -> bool:
+        """Whether the rows are images."""
+        return any(m.row.image is not None for m in self.maps)
+
+    def _known_of_images(self, ref: ast.SpanRef) -> bool:
+        names = [name for m in self.maps[:1] for name in m.row.places]
+        if ref.row is not None and ref.name != IMAGE:
+            names = [IMAGE]
+        if ref.name in names and ref.of is None:
+            return True
+        shown = name_list(names)
+        hint = did_you_mean(ref.name or "", names, f"tokens of these images are {shown}")
+        name = ref.of or ref.name or ref.literal or ""
+        what, block = "nothing of an image", self.table.name
+        problem = UnknownSpan(span=ref.span, name=name, prompts=block, hint=hint, what=what)
+        self.diagnostics.append(problem)
+        return False
+
     def _all_spans(self) -> Iterator[SpanAt]:
         return (s for run in self.table.runs.values() for row in run.rows for s in row.spans)
 
@@ -198,7 +225,7 @@ class Occurrences:
     def all_places(self, ref: ast.SpanRef) -> list[list[Place]] | None:
         """Per row, all occurrences; None with a diagnostic where the span is unknown or has no
         token."""
-        if ref.row is not None or ref.col is not None:
+        if (ref.row is not None or ref.col is not None) and not self.of_images:
             self.diagnostics.append(NotSupported(span=ref.span, what="a position in an image"))
             return None
         if not self._known(ref):
@@ -281,7 +308,7 @@ class Occurrences:
 
     def warn(self, ref: ast.SpanRef, hits: Iterable[tuple[int, Place, tuple[int, ...]]]) -> None:
         """W0701 where a token that is hit also covers text beside the span."""
-        if self.is_answer(ref) or self.special_id(ref) is not None:
+        if self.is_answer(ref) or self.special_id(ref) is not None or self.of_images:
             return
         texts: Counter[str] = Counter()
         rows: set[int] = set()

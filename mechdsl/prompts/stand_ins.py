@@ -9,8 +9,10 @@ from string import ascii_lowercase
 
 from mechdsl.base import limits
 from mechdsl.diagnostics.e05_data import UnknownValue
+from mechdsl.images.picture import Picture
 from mechdsl.program import spec
 from mechdsl.prompts.build_table import build_table
+from mechdsl.prompts.image_reader import StandInReader
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.prompts_block import TEMPLATE, PromptsBlock
 from mechdsl.prompts.rows import CLEAN
@@ -107,6 +109,32 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
     assert table is not None
     table = replace(table, columns_unknown=block.columns_unknown)
     return with_stand_ins(table, [corruption.name for corruption in block.spec.corruptions])
+
+
+def as_images(table: PromptTable, reader: StandInReader) -> PromptTable:
+    """A table that stands in for one of images: every row is gray."""
+    gray = Picture("gray")
+    tokens = reader.encode(gray.text)
+    runs = {
+        name: replace(
+            run,
+            rows=tuple(
+                replace(
+                    row,
+                    text=gray.text,
+                    ids=tokens.ids,
+                    offsets=tokens.offsets,
+                    special=tokens.special,
+                    spans=(),
+                    image=gray,
+                    places=reader.places(),
+                )
+                for row in run.rows
+            ),
+        )
+        for name, run in table.runs.items()
+    }
+    return replace(table, runs=runs)
 
 
 def with_stand_ins(table: PromptTable, names: Iterable[str]) -> PromptTable:

@@ -31,11 +31,18 @@ _OF_TOKENS: frozenset[Takes] = frozenset({"target", "any", "continuation", "nume
 _OF_THE_WHOLE: frozenset[Takes] = frozenset({"reference", "nothing"})
 
 
-def class_argument(node: ast.Expr, metric: Metric, shape: ModelShape) -> ast.ClassOutput | None:
-    """The class that a metric is of; `correct` alone is of the answer's on a classifier."""
+def class_argument(
+    node: ast.Expr, metric: Metric, shape: ModelShape, *, of_images: bool = False
+) -> ast.ClassOutput | None:
+    """The class that a metric is of; `correct` alone is of the answer's on a classifier, and what a
+    metric of images is of is never a token."""
     arguments = node.arguments if isinstance(node, ast.Call) else ()
     if len(arguments) == 1 and isinstance(arguments[0].value, ast.ClassOutput):
         return arguments[0].value
+    if of_images and len(arguments) == 1 and form_of_class(metric, shape) is not None:
+        value = arguments[0].value
+        if isinstance(value, ast.Name | ast.String | ast.OfRef) and "reference" not in metric.forms:
+            return ast.ClassOutput(value, span=value.span)
     alone = next((form.default for form in metric.forms.values() if form.default is not None), None)
     if arguments or alone is None or shape.task == "tokens":
         return None
@@ -208,6 +215,8 @@ def output_elsewhere(at: Span, shape: ModelShape, model: str) -> Diagnostic:
 
 def made_of(shape: ModelShape) -> str:
     """What the one output of a model is made of, in words."""
+    if shape.output_at == "image":
+        return "the whole image"
     if shape.output_at == "first token":
         return "token 0, special tokens counted"
     pad = shape.config.get("pad_token_id")
@@ -232,7 +241,7 @@ def output_positions(table: PromptTable, shape: ModelShape) -> Mapping[str, tupl
 
 def _position(ids: Sequence[int], shape: ModelShape) -> int:
     """As transformers finds it in a prompt by itself; the first where all are the pad token."""
-    if shape.output_at == "first token":
+    if shape.output_at in ("first token", "image"):
         return 0
     pad = shape.config.get("pad_token_id")
     return next((n for n in reversed(range(len(ids))) if ids[n] != pad), 0)

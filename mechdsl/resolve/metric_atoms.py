@@ -14,6 +14,7 @@ from mechdsl.program.numbers_in_measures import names_in
 from mechdsl.program.python_files import find_function, is_python, metric_use
 from mechdsl.prompts.answer_sets import is_list
 from mechdsl.prompts.build_table import text_tokens
+from mechdsl.prompts.image_reader import ImageReader
 from mechdsl.resolve.class_outputs import (
     class_argument,
     class_numbers,
@@ -65,7 +66,8 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
     if "reply" in metric.forms:
         return of_reply(node, name, metric.forms["reply"], arguments, context)
     shape = context.sites.shape
-    wanted = class_argument(node, metric, shape)
+    images = isinstance(context.tokenizer, ImageReader)
+    wanted = class_argument(node, metric, shape, of_images=images)
     if wanted is not None:
         form = form_of_class(metric, shape)
     else:

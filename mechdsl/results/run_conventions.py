@@ -222,6 +222,8 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
     logits = any(atom.form.of_outputs for measure in every for atom in measure.atoms)
     if logits and shape.output_at != "every token":
         found["output"] = f"one for a whole prompt, made of {made_of(shape)}"
+        if shape.output_at == "image":
+            found["output"] = "one for a whole image"
     if logits and shape.task in _PROBABILITY:
         found["classes"] = f"{shape.outputs} labels, {_PROBABILITY[shape.task]}"
     places: dict[str, dict[str, None]] = {}

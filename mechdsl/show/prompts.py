@@ -15,11 +15,13 @@ from mechdsl.base.byte_sizes import size_text
 from mechdsl.base.plural import plural
 from mechdsl.plan.save_plan import layout_of
 from mechdsl.prompts.answers import output_words
+from mechdsl.prompts.image_reader import ImageReader
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, RunRow
 from mechdsl.prompts.replies_behind import STANDS_IN
 from mechdsl.resolve.measured_parts import whole_spec
 from mechdsl.resolve.resolved import DRAW, ResolvedExperiment
 from mechdsl.resolve.resolved_rule import ResolvedRule
+from mechdsl.show.image_grid import DRAWN, grid_lines, ranges
 from mechdsl.show.tokens import shown_token
 from mechdsl.validate.check_file import Checked
 
@@ -100,7 +102,8 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
             continue
         for number, row in enumerate(run.rows[:SHOWN_ROWS]):
             console.print(Text(f"  {name}, row {number}: ", style="bold") + Text(repr(row.text)))
-            _grid([shown_token(token) for token in _tokens(experiment, row)], console)
+            if row.image is None:
+                _grid([shown_token(token) for token in _tokens(experiment, row)], console)
             for label, positions in _named_spans(row):
                 where = _list(positions) if any(positions) else "white space, no token of its own"
                 console.print(Text("    ") + Text(label, style="green") + Text(f" → {where}"))
@@ -152,7 +155,7 @@ def _named_spans(row: RunRow) -> list[tuple[str, list[tuple[int, ...]]]]:
     found: dict[str, list[tuple[int, ...]]] = {}
     for span in row.spans:
         found.setdefault(span.name, []).append(span_tokens(row, span.start, span.end))
-    return list(found.items())
+    return [*found.items(), *((name, list(tokens)) for name, tokens in row.places.items())]
 
 
 def _list(groups: Iterable[tuple[int, ...]]) -> str:
@@ -283,6 +286,13 @@ def _positions(
     console.print(table)
     if len(cells) > SHOWN_CELLS:
         console.print(f"    … ({len(cells)} positions in all)", highlight=False)
+    reader = experiment.model.tokenizer
+    if not isinstance(reader, ImageReader) or len(cells) > DRAWN:
+        return
+    for cell in cells:
+        first = next((row for row in cell.hits if row), ())
+        for line in grid_lines(reader.layout, (token for run in first for token in run)):
+            console.print(f"    {line}", highlight=False)
 
 
 def _control(experiment: ResolvedExperiment, console: Console) -> None:
@@ -311,7 +321,10 @@ def _control(experiment: ResolvedExperiment, console: Console) -> None:
 def _hit(experiment: ResolvedExperiment, run: str, cell: PositionCell, row: int) -> str:
     """`4 fig`, `4 fig + 6 plum` (joined), `4 | 5` (separate runs), `9 answer 1` (behind it),
     `—` where the row lacks it."""
-    tokens = _tokens(experiment, experiment.table.runs[run].rows[row])
+    own = experiment.table.runs[run].rows[row]
+    if own.image is not None:
+        return " | ".join(map(ranges, cell.hits[row])) or "—"
+    tokens = _tokens(experiment, own)
     shown = [f"{t} {shown_token(token)}" for t, token in enumerate(tokens)]
 
     def at(t: int) -> str:

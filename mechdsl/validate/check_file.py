@@ -50,6 +50,7 @@ from mechdsl.syntax.walk import walk
 from mechdsl.validate.about_results import about_results
 from mechdsl.validate.contexts import Build, BuiltModel, Contexts
 from mechdsl.validate.follow_ups import BrokenLines
+from mechdsl.validate.images_read import not_of_images
 from mechdsl.validate.vocabulary import measures_fit
 from mechdsl.validate.waiting import with_waiting
 from mechdsl.validate.written_files import check_written
@@ -298,6 +299,7 @@ def _outline(
         known = replace(known, resolved=None)
     if known.resolved is not None:
         found += measures_fit(known.resolved)
+        found += not_of_images(known.resolved)
         for each in (*known.resolved.derived.values(), known.resolved):
             found += _first_tokens(each)
         found += _answers(known.resolved)
@@ -464,6 +466,8 @@ def _first_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:
         ranked = any(isinstance(node, ast.RankedTokens) for node in walk(rule.spec.at))
         if rule.sites is None or ranked or rule.spec.verb == "observe":
             continue
+        if base.rows and base.rows[0].image is not None:
+            continue  # the class token, which is what heads read
         for cell in rule.positions.written.values():
             row = next((n for n, hit in enumerate(cell.hits) for run in hit if 0 in run), None)
             # A sweep over every token has it among others, where it is plainly labelled.

@@ -22,19 +22,26 @@ from mechdsl.program.lower_directions import Rows
 from mechdsl.program.python_files import Mode, PythonFunction, find_function, of_prompts
 from mechdsl.prompts.answers import Labels
 from mechdsl.prompts.build_table import build_table, compiled_as
+from mechdsl.prompts.image_reader import ImageReader, StandInReader, read_processing
 from mechdsl.prompts.names_used import counts_tokens
 from mechdsl.prompts.other_blocks import Paired, paired_run
 from mechdsl.prompts.prompt_conventions import Split
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.prompts_block import PromptsBlock
 from mechdsl.prompts.rows import BlockRows
-from mechdsl.prompts.stand_ins import StandInTokenizer, stand_in_table, with_stand_ins
+from mechdsl.prompts.stand_ins import (
+    StandInTokenizer,
+    as_images,
+    stand_in_table,
+    with_stand_ins,
+)
 from mechdsl.prompts.tokenizer import TOKENIZER_FILES, TextTokenizer, has_tokenizer
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.model_runs import joined_table, model_run, outputs_read, refused_pair
 from mechdsl.resolve.resolved import ModelContext
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
+from mechdsl.validate.images_read import cannot_read
 from mechdsl.validate.largest_named import largest_named
 from mechdsl.validate.prompts_enough import enough
 from mechdsl.validate.replies_named import replies_behind
@@ -86,6 +93,7 @@ class Contexts:
         self.require = require
         self.prompts_enough = prompts_enough
         self._stand_in = StandInTokenizer()
+        self._stand_in_reader = StandInReader()
         self._models: dict[str, ModelContext] = {}
         self._rows: dict[str, BlockRows] = {}
         self._tables: dict[tuple[object, ...], PromptTable] = {}
@@ -118,10 +126,20 @@ class Contexts:
         elif (folder := self._folder(model)) is not None:
             shape, found = read_shape(folder, model=model.name, span=model.span)
             self.diagnostics.extend(found)
-            tokenizer = self._tokenizer(folder, model)
-        return ModelContext(
-            model, shape or stand_in_shape(self._largest), tokenizer or self._stand_in
-        )
+            if shape is not None and shape.takes == "image":
+                tokenizer = self._images(folder, shape, model)
+            else:
+                tokenizer = self._tokenizer(folder, model)
+        shape = shape or stand_in_shape(self._largest)
+        stand_in = self._stand_in_reader if shape.takes == "image" else self._stand_in
+        return ModelContext(model, shape, tokenizer or stand_in)
+
+    def _images(self, folder: Path, shape: ModelShape, model: spec.Model) -> TextTokenizer | None:
+        """What makes images ready for the model."""
+        assert shape.patches is not None  # else its folder is refused
+        reader, found = read_processing(folder, shape.patches, model=model.name, span=model.span)
+        self.diagnostics.extend(found)
+        return reader
 
     def _folder(self, model: spec.Model) -> Path | None:
         folder, found = locate(model, model.span.source.folder)
@@ -213,18 +231,24 @@ class Contexts:
         """
         if self.limit is not None:
             limit = self.limit if limit is None else min(limit, self.limit)
-        labels = labels or _labels(model.shape)
+        labels = labels or self._labels(name, model.shape)
         key = (name, id(model.tokenizer), model.shape.max_positions, labels, limit, part)
         if key not in self._tables:
             assert part is None or part == "train" or part == "test"
             table = None
-            if not self.needs_python(name):
+            model = self._reading(name, model)
+            problem = cannot_read(self.program.prompts[name], model)
+            if problem is not None:
+                self.diagnostics.append(problem)
+            elif not self.needs_python(name):
                 table, found = self._build(name, model, limit=limit, part=part, labels=labels)
                 if table is not None:
                     found = [*found, *prompts_fit(table, model)]
                 self._say(found, model, name)
             if table is None:
                 table = stand_in_table(self._compiled(name).block, self._stand_in)
+                if self.program.prompts[name].kind == "images":
+                    table = as_images(table, self._stand_in_reader)
             elif self._guessed(name, model):
                 table = replace(table, stands_in=True)
             self._tables[key] = table
@@ -261,7 +285,19 @@ class Contexts:
 
     def fitting(self, model: ModelContext, table: PromptTable) -> ModelContext:
         """The model with the tokenizer that a table was made with."""
-        return replace(model, tokenizer=self._stand_in) if table.stands_in else model
+        images = any(row.image is not None for run in table.runs.values() for row in run.rows)
+        if images != (model.shape.takes == "image"):  # which has been said
+            model = replace(model, shape=stand_in_shape(self._largest))
+        if not table.stands_in and images == isinstance(model.tokenizer, ImageReader):
+            return model
+        return replace(model, tokenizer=self._stand_in_reader if images else self._stand_in)
+
+    def _reading(self, name: str, model: ModelContext) -> ModelContext:
+        """A model that isn't at hand, as one that reads what a block has."""
+        images = self.program.prompts[name].kind == "images"
+        if images and model.tokenizer.stands_in and not isinstance(model.tokenizer, ImageReader):
+            return replace(model, tokenizer=self._stand_in_reader)
+        return model
 
     def _say(self, found: Sequence[Diagnostic], model: ModelContext, *blocks: str) -> None:
         """Keep what is true whatever stands in."""
@@ -320,7 +356,7 @@ class Contexts:
             ids=ids,
             python=self.python,
             prompts_enough=self._enough,
-            labels=labels or _labels(model.shape),
+            labels=labels or self._labels(name, model.shape),
             writes=name in self._written_behind,
         )
 
@@ -334,6 +370,12 @@ class Contexts:
     def _enough(self) -> int | None:
         """How many prompts of a table are looked at: fewer where the file says more of each."""
         return None if self.prompts_enough is None else enough(self.program, self.prompts_enough)
+
+    def _labels(self, name: str, shape: ModelShape) -> Labels:
+        """What answers of a block are to a model: of images never texts."""
+        if self.program.prompts[name].kind == "images" and shape.task == "tokens":
+            return "named"
+        return _labels(shape)
 
     def needs_python(self, name: str) -> bool:
         """Whether only Python, which isn't run here, can make the rows of a block."""
@@ -354,7 +396,9 @@ class Contexts:
         """Check a block that no experiment has used, with the file's only model."""
         if any(key[0] == name for key in self._tables) or len(self.program.models) != 1:
             return
-        self.table(name, self.model(next(iter(self.program.models))), 1, None)
+        model = self.model(next(iter(self.program.models)))
+        if cannot_read(self.program.prompts[name], model) is None:
+            self.table(name, model, 1, None)
 
     def with_elsewhere(
         self, experiment: spec.Experiment, model: ModelContext, table: PromptTable
@@ -396,6 +440,11 @@ class Contexts:
     ) -> tuple[Paired | None, list[Diagnostic]]:
         if self.needs_python(prompts):
             return None, []
+        model, other = self._reading(prompts, model), self.program.prompts[prompts]
+        if (problem := cannot_read(other, model)) is not None:
+            return None, [problem]
+        if other.kind != self.program.prompts[table.name].kind:
+            return None, []  # of a model that isn't at hand, which reads one of them
         rows = self._compiled(prompts, model.tokenizer)
         if has_errors(rows.block.diagnostics):
             return None, rows.block.diagnostics
@@ -423,7 +472,9 @@ class Contexts:
         problem = refused_pair(run, other, model, outputs=outputs_read(experiment, run.name))
         if problem is not None:
             return None, [problem]
-        labels = _labels(model.shape)  # answers are this model's, whose outputs are measured
+        labels = self._labels(
+            experiment.prompts, model.shape
+        )  # answers are this model's, whose outputs are measured
         theirs = self.table(experiment.prompts, other, experiment.limit, experiment.part, labels)
         if theirs.stands_in:
             return None, []

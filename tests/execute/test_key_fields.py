@@ -425,6 +425,8 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "reply": "its tokens are among them",
         "offsets": "positions are found with them, and go in",
         "spans": "positions are found with them, and go in",
+        "places": "positions are found with them, and go in",
+        "image": "its tokens are a digest of all that its pixels are made of",
         "values": "what a function is given of them is in `Atom.rows`, by which a mean is grouped "
         "in `ResolvedRule.groups`",
         "texts": "those that a metric names are in `Atom.texts`",

@@ -12,8 +12,9 @@ from typing import Literal
 from mechdsl.base.registry import Registry
 
 Group = Literal[
-    "file", "prompts", "position", "site", "rule", "onward", "experiment", "class", "expectation"
-]
+    "file", "prompts", "image", "image position", "position", "site", "rule", "onward",
+    "experiment", "class", "expectation",
+]  # fmt: skip
 
 OWN = "this page"
 """The source of a definition that comes from no paper."""
@@ -61,6 +62,17 @@ def _construct(entry: Construct) -> None:
 def _class(name: str, example: str, meaning: str) -> None:
     test = "tests/execute/test_classifiers.py"
     _construct(Construct(name, "class", example, meaning, OWN, test))
+
+
+_ON_IMAGES = "tests/images/test_blocks.py"
+
+
+def _image(name: str, example: str, meaning: str, test: str = _ON_IMAGES) -> None:
+    _construct(Construct(name, "image", example, meaning, OWN, test))
+
+
+def _in_image(name: str, example: str, meaning: str) -> None:
+    _construct(Construct(name, "image position", example, meaning, OWN, _ON_IMAGES))
 
 
 def _file(name: str, example: str, meaning: str, test: str, source: str = OWN) -> None:
@@ -1602,4 +1614,81 @@ _expectation(
     DELETION,
     beside="for k in 0%..100% step 25% { ablate embed at top k of places tokens with zero } "
     "measure prob(answer) as raw",
+)
+
+# --- images ---------------------------------------------------------------------------------------
+
+_image(
+    "images block",
+    'images circles { kind in ["circle"] image shapes(n: 1, kind: kind) answer "{kind}" }',
+    "Rows that are images, for vision transformers. Values, `rows`, `rename`, `where`, `split`, "
+    "`answer` and other texts, and corruptions of values are those of a `prompts` block; texts are "
+    "names of labels. Each image is made ready by the model's image processor "
+    "(`preprocessor_config.json`).",
+)
+_image(
+    "image file",
+    'image "{kind}.png"',
+    "A file, its path relative to the `.mech` file: PNG, JPEG, WebP or BMP. Upright, in RGB, "
+    "transparent parts on white.",
+    "tests/images/test_pixels.py",
+)
+_image(
+    "image shapes",
+    "image shapes(n: 1, kind: kind, size: 32)",
+    "Shapes at random places on a texture: `n` of them (1), of a `kind`, in a square of `size` "
+    "pixels (32); with `colour:` and `texture:` these aren't drawn. Each row is drawn by itself, "
+    "so that a `limit` takes more rows than there are combinations; a corruption of a value keeps "
+    "the draw.",
+)
+_image(
+    "image gray",
+    "image gray",
+    "All pixels 128 of 255; `gray(100)` is darker.",
+    "tests/images/test_pixels.py",
+)
+_image(
+    "image noise",
+    "image noise",
+    "Every number of every pixel drawn by itself, of the size that the model reads.",
+    "tests/images/test_pixels.py",
+)
+_image(
+    "transplants of images",
+    "from scenes into neutral",
+    "A block of one row is the other side of every row: each image's vectors go into the one gray "
+    "image.",
+    "tests/images/test_rules.py",
+)
+_image(
+    "label of an answer",
+    "measure logit(answer) as delta",
+    "Of images, a text names a label (`id2label`): `logit(class answer)` is the same.",
+)
+_in_image(
+    "a patch",
+    "image row 3 col 4 token",
+    "The token of a patch; rows and columns count from 1, from the top left.",
+)
+_in_image(
+    "several patches",
+    "image row 1..2 col * tokens",
+    "A rectangle of patches, joined; with `token` one run for each.",
+)
+_in_image(
+    "all patches",
+    "image tokens",
+    "All patches, joined.",
+)
+_in_image(
+    "each patch",
+    "each token of image",
+    "One run for each patch, called by its row and column.",
+)
+_in_image(
+    "class token",
+    "cls token",
+    "The class token in front of the patches. There may be a `distillation token` and registers "
+    "behind it (`register 2 token`, `each register token`): they are in `tokens *`, and `first "
+    "token` is the first patch.",
 )

@@ -24,7 +24,7 @@ INTRO = """\
 
 Every construct that is executed: an example, what it means, where the definition comes from, and
 the test that holds it. What the language has beyond that (bases and subspaces, `feature` sites,
-estimators, circuits, search, images) parses, and is refused with
+estimators, circuits, search, images in prompts) parses, and is refused with
 [E0108](errors/E0108.md).
 
 Singular sweeps, plural joins: `layer 0..2` is one run per layer, `layers 0..2` one run with all
@@ -134,6 +134,24 @@ experiment e {
 }
 """
 """A file for what is measured on classifiers; the test puts the models into its folder."""
+IMAGES = """\
+mech 1
+model vit = local("vit")
+images scenes {
+  kind in ["circle", "square"]
+  image shapes(n: 1, kind: kind)
+  answer "{kind}"
+}
+images neutral { image gray(120) }
+experiment e {
+  model vit
+  images scenes limit 4
+  SIDES
+  patch resid_post layer * at POSITION
+  MEASURE
+}
+"""
+"""A file for images."""
 MODELS = ('model toy = zoo("counting")', 'model twin = zoo("counting")')
 LINES = (
     "model toy",
@@ -249,6 +267,8 @@ def written(entry: Construct) -> str:
             return on_top(entry.example)
         case "prompts":
             return in_block(entry.example, *beside)
+        case "image" | "image position":
+            return of_images(entry)
         case "class":
             return CLASSIFIED.replace("MODEL", "classifier").replace("LINE", entry.example)
         case "position":
@@ -263,6 +283,19 @@ def written(entry: Construct) -> str:
 def seeded(file: str) -> str:
     """The file with a seed."""
     return file.replace("mech 1\n", "mech 1\n\nseed 7\n", 1)
+
+
+def of_images(entry: Construct) -> str:
+    """A file with a line about images."""
+    example, words = entry.example, entry.example.split()
+    block = example.startswith("image ") and entry.group == "image"
+    file = IMAGES.replace("image shapes(n: 1, kind: kind)", example) if block else IMAGES
+    if words[0] == "images":
+        file = file.replace("images neutral", f"{example}\nimages neutral")
+    position = example if entry.group == "image position" else "tokens *"
+    file = file.replace("POSITION", position)
+    file = file.replace("SIDES", example if words[0] == "from" else "from scenes into neutral")
+    return file.replace("MEASURE", "measure logit(answer) as delta")
 
 
 def of_group(group: Group) -> Iterator[Line]:
@@ -445,6 +478,17 @@ def sections() -> list[Section]:
     return [
         Section("The file", "Statements at the outermost level.", tuple(of_group("file"))),
         Section("Prompts", "Lines of a `prompts` block.", tuple(of_group("prompts"))),
+        Section(
+            "Images",
+            "Blocks of `images`, for vision transformers: ViT, DeiT, DINOv2 and DINOv3 with "
+            "registers, BEiT, and the encoders of CLIP and SigLIP, with a classifier or without.",
+            tuple(of_group("image")),
+        ),
+        Section(
+            "Positions in images",
+            "What stands behind `at` where rows are images.",
+            tuple(of_group("image position")),
+        ),
         Section("Changes", "Lines of a `corrupt` block.", tuple(changes())),
         Section("Positions", "What stands behind `at`.", tuple(of_group("position"))),
         Section("Coordinates", "How sites are written.", tuple(of_group("site"))),

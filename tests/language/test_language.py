@@ -10,6 +10,7 @@ from typing import get_args
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from mechdsl.base.source import Source
@@ -30,7 +31,7 @@ FROM_OUTSIDE: set[type[ast.Node]] = {ast.Registered}
 """Rules of kinds that aren't the package's own."""
 REFUSED_IN_THE_FILE: set[type[ast.Node]] = {ast.BasisDef}
 """Statements of the outermost level that are E0108."""
-REFUSED_IN_PROMPTS: set[type[ast.Node]] = {ast.ImageLine, ast.Region}
+REFUSED_IN_PROMPTS: set[type[ast.Node]] = {ast.Region}
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +62,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = ROOT / "docs" / "errors" / "data"
     for name, source in (
         *(("classifier",) * 2, ("regression",) * 2, ("chat",) * 2),
-        ("many", "classifier"),
+        *(("many", "classifier"), ("vit", "vit")),
     ):
         shutil.copytree(data / source, folder / name)
+    for kind in ("circle", "square"):
+        Image.new("RGB", (30, 20), "red").save(folder / f"{kind}.png")
     config = json.loads((folder / "many" / "config.json").read_text(encoding="utf-8"))
     config["problem_type"] = "multi_label_classification"
     (folder / "many" / "config.json").write_text(json.dumps(config), encoding="utf-8")

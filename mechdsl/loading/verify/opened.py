@@ -21,7 +21,7 @@ OPENED = "attention, opened = the model's own"
 def attention_opens(bench: Bench) -> Iterator[Outcome]:
     """With all patterns read, what heads return and the logits are the model's."""
     layers = bench.with_sites("z")
-    if bench.stack or not layers or bench.model.shape.takes == "image":
+    if bench.stack or not layers:
         return
     within = [SiteRead("pattern", layer) for layer in layers]
     heads = [SiteRead("z", layer) for layer in layers]

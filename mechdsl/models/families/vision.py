@@ -7,8 +7,76 @@ from dataclasses import replace
 from mechdsl.models.adapters import Arrangement, Config, Family, family
 from mechdsl.models.anatomy import BlockAnatomy
 
+MOST_REGISTERS = 1_000
 
-class LayerScaled(Family):
+
+class Classed(Family):
+    """A class token in front of the patches."""
+
+    @staticmethod
+    def in_front(config: Config) -> tuple[str, ...] | None:
+        return ("cls",)
+
+
+@family(
+    "vit", "vit_msn", "clip_vision_model", "metaclip_2_vision_model", "chinese_clip_vision_model"
+)
+class ViT(Classed):
+    """As most have it."""
+
+
+@family("deit")
+class DeiT(Family):
+    """A token behind the class token that is taught by another model."""
+
+    @staticmethod
+    def in_front(config: Config) -> tuple[str, ...] | None:
+        return ("cls", "distillation")
+
+
+@family("ijepa", "siglip_vision_model")
+class Unclassed(Family):
+    """Patches alone."""
+
+    @staticmethod
+    def in_front(config: Config) -> tuple[str, ...] | None:
+        return ()
+
+
+@family("dinov2")
+class DINOv2(Classed):
+    """Positions are interpolated for images of other sizes."""
+
+    @staticmethod
+    def any_size(config: Config) -> bool:
+        return True
+
+
+def _with_registers(count: object) -> tuple[str, ...] | None:
+    if not isinstance(count, int) or not 0 <= count <= MOST_REGISTERS:
+        return None
+    return ("cls", *["register"] * count)
+
+
+@family("dinov2_with_registers")
+class Registers(DINOv2):
+    """Registers behind the class token."""
+
+    @staticmethod
+    def in_front(config: Config) -> tuple[str, ...] | None:
+        return _with_registers(config.get("num_register_tokens", 4))
+
+
+@family("dinov3_vit")
+class DINOv3(Registers):
+    """The same; positions are turned in."""
+
+    @staticmethod
+    def in_front(config: Config) -> tuple[str, ...] | None:
+        return _with_registers(config.get("num_register_tokens", 0))
+
+
+class LayerScaled(Classed):
     """What is added is multiplied with parameters of the block, feature by feature."""
 
     @staticmethod

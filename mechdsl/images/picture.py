@@ -1,0 +1,82 @@
+"""What an image is made of: enough to make its pixels at any time, and to tell it from others."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Literal
+
+from mechdsl.base.record import Record, record
+
+How = Literal["file", "shapes", "gray", "noise"]
+GRAY = 128
+"""How bright gray is, of 255."""
+VERSION = 1
+"""Of the pixels that generated images have: another one makes other images of all of them."""
+_DIGITS = 8
+
+
+@record
+class Picture(Record):
+    """An image that isn't made yet."""
+
+    how: How
+    path: Path | None = None
+    """Of a file."""
+    digest: str = ""
+    """Of a file: SHA-256 of its bytes."""
+    said: str = ""
+    """Of a file: the path as it is written."""
+    kind: str = ""
+    """Of shapes: what they are."""
+    count: int = 1
+    """Of shapes: how many."""
+    colour: str = ""
+    texture: str = ""
+    """Of shapes and what they stand on: empty where they are drawn."""
+    size: tuple[int, int] = (0, 0)
+    """(height, width) of generated ones; of a file what it says itself."""
+    level: int = GRAY
+    """Of gray: how bright, of 255."""
+    seed: int = 0
+    """What is drawn hangs on, 0..2^64-1."""
+
+    def content(self) -> str:
+        """A digest of all that its pixels hang on."""
+        told: list[object] = [self.how]
+        match self.how:
+            case "file":
+                told += [self.digest]
+            case "gray":
+                told += [VERSION, self.level]
+            case "noise":
+                told += [VERSION, self.size, self.seed]
+            case "shapes":
+                told += [VERSION, self.kind, self.count, self.size, self.seed]
+                told += [self.colour, self.texture]
+        return blake2b(json.dumps(told).encode(), digest_size=_DIGITS).hexdigest()
+
+    @property
+    def words(self) -> str:
+        """What it is, for a reader."""
+        match self.how:
+            case "file":
+                return self.said
+            case "gray":
+                return "gray" if self.level == GRAY else f"gray {self.level}"
+            case "noise":
+                return "noise"
+            case "shapes":
+                return f"{self.count} {self.kind}, {self.size[1]} x {self.size[0]}"
+
+    @property
+    def text(self) -> str:
+        """What stands for it where a prompt has its text: two of them are equal where the images
+        are."""
+        return f"{self.words} #{self.content()}"
+
+    def sized(self, size: tuple[int, int]) -> Picture:
+        """The same of this size, where it has none of its own."""
+        return self if self.size != (0, 0) else replace(self, size=size)

@@ -1,0 +1,110 @@
+"""From what an image is made of to its pixels, and to what a model is given."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import ceil
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mechdsl.images import files
+from mechdsl.images.picture import Picture
+from mechdsl.images.processing import Processing
+
+Pixels = NDArray[np.uint8]
+"""[height, width, 3] in RGB."""
+Floats = NDArray[np.float32]
+KEPT = 128
+"""Prepared images that are kept, as the runs of a file read them again and again."""
+
+
+def pixels(picture: Picture) -> Pixels:
+    """The image. Raises files.NotRead."""
+    match picture.how:
+        case "file":
+            assert picture.path is not None
+            return np.asarray(files.read(picture.path, picture.digest))
+        case "gray":
+            height, width = picture.size
+            return np.full((max(1, height), max(1, width), 3), picture.level, np.uint8)
+        case "noise":
+            random = np.random.Generator(np.random.Philox(picture.seed))
+            return random.integers(0, 256, (*picture.size, 3), dtype=np.uint8)
+        case "shapes":
+            from mechdsl.images.shapes import draw
+
+            random = np.random.Generator(np.random.Philox(picture.seed))
+            how = {"colour": picture.colour, "texture": picture.texture}
+            return draw(picture.kind, picture.count, picture.size[0], random, **how).pixels
+
+
+@lru_cache(maxsize=KEPT)
+def prepared(picture: Picture, processing: Processing) -> Floats:
+    """[3, height, width] that a model is given. Raises files.NotRead."""
+    found = prepare(pixels(picture), processing)
+    found.setflags(write=False)
+    return found
+
+
+def prepare(image: Pixels, how: Processing) -> Floats:
+    """[3, height, width]: as transformers' processor does it, `Processing` says what."""
+    height, width = how.resized(*image.shape[:2])
+    found: NDArray[np.uint8] | Floats
+    if how.floats:
+        found = _resized_floats(_scaled(image, how.rescale), height, width, how.resample)
+        found = _cropped(found, how.crop)
+    else:
+        found = image
+        if how.resize is not None:
+            found = np.asarray(
+                Image.fromarray(image).resize((width, height), resample=how.resample)
+            )
+        found = _scaled(_cropped(found, how.crop), how.rescale)
+    if how.mean is not None:
+        assert how.std is not None
+        found = (found - np.array(how.mean, np.float32)) / np.array(how.std, np.float32)
+    return np.ascontiguousarray(np.moveaxis(found.astype(np.float32, copy=False), -1, 0))
+
+
+def _scaled(image: NDArray[np.uint8] | Floats, by: float | None) -> Floats:
+    if by is None:
+        return image.astype(np.float32)
+    return (image.astype(np.float64) * by).astype(np.float32)
+
+
+def _resized_floats(image: Floats, height: int, width: int, resample: int) -> Floats:
+    """Each channel by itself: Pillow has no images of three floats."""
+    if image.shape[:2] == (height, width):
+        return image
+    parts = [
+        Image.fromarray(np.ascontiguousarray(image[..., channel])).resize(
+            (width, height), resample=resample
+        )
+        for channel in range(image.shape[-1])
+    ]
+    return np.stack([np.asarray(part, dtype=np.float32) for part in parts], axis=-1)
+
+
+def _cropped(
+    image: NDArray[np.uint8] | Floats, size: tuple[int, int] | None
+) -> NDArray[np.uint8] | Floats:
+    """The middle; an image that is smaller stands on black."""
+    if size is None:
+        return image
+    height, width = image.shape[:2]
+    top, left = crop_corner((height, width), size)
+    if top < 0 or left < 0 or top + size[0] > height or left + size[1] > width:
+        shape = (max(size[0], height), max(size[1], width), 3)
+        whole = cast("Pixels | Floats", np.zeros(shape, image.dtype))
+        down, right = ceil((whole.shape[0] - height) / 2), ceil((whole.shape[1] - width) / 2)
+        whole[down : down + height, right : right + width] = image
+        image, top, left = whole, top + down, left + right
+    return image[max(0, top) : top + size[0], max(0, left) : left + size[1]]
+
+
+def crop_corner(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """(top, left) of the middle that is kept, in the image; negative where that is smaller."""
+    return (image[0] - size[0]) // 2, (image[1] - size[1]) // 2

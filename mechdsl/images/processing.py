@@ -1,0 +1,192 @@
+"""What a model's image processor does, from its `preprocessor_config.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+from mechdsl.base.record import Record, record
+
+FILE = "preprocessor_config.json"
+_STANDARD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_DEFAULT = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_SIDE = 224
+BILINEAR, BICUBIC = 2, 3
+"""As Pillow counts its filters."""
+FILTERS = range(6)
+
+
+@record
+class Processing(Record):
+    """From an image to what a model is given: resized, cropped, scaled, normalised, in this order.
+
+    As transformers' processors do it that are built on Pillow.
+    """
+
+    resize: tuple[Literal["exact", "shortest"], int, int] | None = None
+    """To (height, width), or the shorter side to a length that stands twice."""
+    resample: int = BILINEAR
+    """Pillow's number of the filter."""
+    crop: tuple[int, int] | None = None
+    """(height, width) of the middle that is kept."""
+    rescale: float | None = 1 / 255
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    floats: bool = False
+    """Scaled before it is resized, as DINOv3's does it: nothing is rounded in between."""
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of what comes out; None where that hangs on the image."""
+        if self.crop is not None:
+            return self.crop
+        if self.resize is not None and self.resize[0] == "exact":
+            return self.resize[1:]
+        return None
+
+    def size_of(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of what comes out of an image."""
+        return self.size or self.resized(height, width)
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) behind the resizing."""
+        if self.resize is None:
+            return height, width
+        how, first, second = self.resize
+        if how == "exact":
+            return first, second
+        if width <= height:
+            return int(first * height / width), first
+        return first, int(first * width / height)
+
+    @property
+    def words(self) -> str:
+        """What is done, in a few words."""
+        done: list[str] = []
+        if self.resize is not None:
+            how, first, second = self.resize
+            to = f"{second} x {first}" if how == "exact" else f"a shorter side of {first}"
+            done.append(f"resized to {to}")
+        if self.crop is not None:
+            done.append(f"cropped to {self.crop[1]} x {self.crop[0]}")
+        if self.mean is not None:
+            done.append("normalised")
+        return ", ".join(done) or "as they are"
+
+
+class Unfit(Exception):
+    """A processor that isn't known; its text says why, in lower case."""
+
+
+def _kind(
+    norm: tuple[tuple[float, ...], tuple[float, ...]],
+    resample: int,
+    *,
+    size: Mapping[str, int] | None = None,
+    crop: int = _SIDE,
+    crops: bool = False,
+    square: bool = True,
+    floats: bool = False,
+) -> dict[str, Any]:
+    return {
+        "image_mean": norm[0],
+        "image_std": norm[1],
+        "resample": resample,
+        "size": size or {"height": _SIDE, "width": _SIDE},
+        "crop_size": {"height": crop, "width": crop},
+        "do_center_crop": crops,
+        "square": square,
+        "floats": floats,
+    }
+
+
+_SHORT = {"shortest_edge": _SIDE}
+_LARGE = {"height": 256, "width": 256}
+KINDS: Mapping[str, dict[str, Any]] = {
+    "ViT": _kind(_STANDARD, BILINEAR),
+    "DeiT": _kind(_STANDARD, BICUBIC, size=_LARGE, crops=True),
+    "Beit": _kind(_STANDARD, BICUBIC),
+    "Bit": _kind(_CLIP, BICUBIC, size=_SHORT, crops=True, square=False),
+    "CLIP": _kind(_CLIP, BICUBIC, size=_SHORT, crops=True, square=False),
+    "Siglip": _kind(_STANDARD, BICUBIC, square=False),
+    "DINOv3ViT": _kind(_DEFAULT, BILINEAR, floats=True),
+}
+"""What each processor of transformers takes for granted."""
+_ENDS = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "FeatureExtractor")
+
+
+def processing_of(config: Mapping[str, Any]) -> Processing:
+    """The processor that a config describes. Raises Unfit."""
+    named = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    end = next((end for end in _ENDS if named.endswith(end)), "")
+    known = KINDS.get(named.removesuffix(end)) if end else None
+    if known is None:
+        kinds = ", ".join(f"{kind}ImageProcessor" for kind in KINDS)
+        what = f"`{named}` isn't one of them" if named else "it doesn't say which one it is"
+        raise Unfit(f"{what}: processors that are known are {kinds}")
+    given = {key: value for key, value in config.items() if value is not None}
+    for key in ("do_pad", "do_pan_and_scan", "do_reduce_labels", "use_square_size"):
+        if given.get(key) and key != "do_reduce_labels":
+            raise Unfit(f"`{key}` isn't done here")
+    whole = {**known, **given}
+    resize = None
+    if whole.get("do_resize", True):
+        resize = _resize(whole["size"], square=bool(known["square"]))
+    crop = None
+    if whole["do_center_crop"]:
+        crop = _resize(whole["crop_size"], square=True)[1:]
+    resample = whole["resample"]
+    if not isinstance(resample, int) or resample not in FILTERS:
+        raise Unfit(f"`resample` is {resample!r}, which is no filter of Pillow")
+    scales = whole.get("do_rescale", True)
+    normal = whole.get("do_normalize", True)
+    return Processing(
+        resize=resize,
+        resample=resample,
+        crop=crop,
+        rescale=_number(whole.get("rescale_factor", 1 / 255), "rescale_factor") if scales else None,
+        mean=_three(whole["image_mean"], "image_mean") if normal else None,
+        std=_three(whole["image_std"], "image_std") if normal else None,
+        floats=bool(known["floats"]),
+    )
+
+
+def _resize(size: Any, *, square: bool) -> tuple[Literal["exact", "shortest"], int, int]:
+    if isinstance(size, int) and not isinstance(size, bool):
+        size = {"height": size, "width": size} if square else {"shortest_edge": size}
+    if isinstance(size, (list, tuple)) and len(cast("list[Any]", size)) == 2:
+        size = dict(zip(("height", "width"), cast("list[Any]", size), strict=True))
+    if isinstance(size, Mapping):
+        sides = {k: v for k, v in cast("Mapping[str, Any]", size).items() if v is not None}
+        if sides.keys() == {"height", "width"}:
+            return "exact", _side(sides["height"]), _side(sides["width"])
+        if sides.keys() == {"shortest_edge"}:
+            side = _side(sides["shortest_edge"])
+            return "shortest", side, side
+    raise Unfit(f"the size {size!r} isn't known here")
+
+
+_MOST = 4096
+
+
+def _side(value: Any) -> int:
+    if not isinstance(value, int) or not 1 <= value <= _MOST:
+        raise Unfit(f"a side of {value!r} pixels isn't one of 1 to {_MOST}")
+    return value
+
+
+def _number(value: Any, key: str) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise Unfit(f"`{key}` is {value!r}, and no number")
+    return float(value)
+
+
+def _three(value: Any, key: str) -> tuple[float, float, float]:
+    values = [value] * 3 if isinstance(value, (int, float)) else value
+    if not isinstance(values, (list, tuple)) or len(cast("list[Any]", values)) != 3:
+        raise Unfit(f"`{key}` is no list of three numbers")
+    first, second, third = (_number(each, key) for each in cast("list[Any]", values))
+    if key == "image_std" and 0.0 in (first, second, third):
+        raise Unfit("a standard deviation of 0 divides by it")
+    return first, second, third

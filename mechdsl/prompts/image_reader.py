@@ -1,0 +1,179 @@
+"""What stands in the place of a tokenizer for models of images: an image as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypedDict
+
+from mechdsl.base.json_text import load_json
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e04_model import NoImageProcessor
+from mechdsl.images.patches import PatchLayout
+from mechdsl.images.picture import Picture
+from mechdsl.images.processing import FILE, Processing, Unfit, processing_of
+from mechdsl.prompts.seeded_draws import stable_hash
+from mechdsl.prompts.tokenizer import Encoded, TextTokenizer
+
+IMAGE = "image"
+"""The span of all patches."""
+FRONT = ("cls", "distillation", "register")
+"""Spans of what may stand in front of them."""
+_SIDE = 14
+
+
+class ImageReader(TextTokenizer):
+    """Tokens of an image have no ids of their own: each has that of the whole image, as it is made
+    ready for the model. So two rows are the same where their images are."""
+
+    def __init__(self, layout: PatchLayout, processing: Processing) -> None:  # pyright: ignore[reportMissingSuperCall]
+        self.layout = layout
+        self.processing = processing
+        self.roles = {}
+        self.bos = None
+        self.name = ""
+        self.hash = sha256(repr((layout, processing)).encode()).hexdigest()
+        self.made_unknown = False
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 << 62
+
+    @property
+    def own_size(self) -> int:
+        return 0
+
+    @property
+    def role_ids(self) -> dict[str, int]:  # type: ignore[override]
+        return {}
+
+    @property
+    def unknown_id(self) -> None:  # type: ignore[override]
+        return None
+
+    @property
+    def _added(self) -> dict[str, bool]:
+        return {}
+
+    def same_as(self, other: TextTokenizer) -> bool:
+        return isinstance(other, ImageReader) and self.hash == other.hash
+
+    def token_text(self, token: int) -> str:
+        """Tokens of an image have no text; the image they are of is told by its id."""
+        return f"image {token:x}"
+
+    def plain_words(self) -> list[str]:
+        return []
+
+    def convention(self) -> str:
+        """What an image is to the model, in words."""
+        layout, front = self.layout, []
+        for name in layout.names:
+            count = len(layout.named(name))
+            front.append(f"`{name}`" if count == 1 else f"{count} `{name}` tokens")
+        said = f"{self.processing.words}; {layout.rows} x {layout.cols} patches, counted from 1"
+        return f"{said}, behind {' and '.join(front)}" if front else said
+
+    def _raw(self, texts: Sequence[str], add_special: bool = False) -> list[Encoded]:
+        return [self._encoded(text) for text in texts]
+
+    def _encoded(self, text: str) -> Encoded:
+        """text: that of a picture, which tells it from all others."""
+        own = stable_hash("image", self.hash, text) >> 66
+        front = len(self.layout.front)
+        patches = self.layout.tokens - front
+        return Encoded(
+            (own,) * self.layout.tokens,
+            ((0, 0),) * front + ((0, len(text)),) * patches,
+            (True,) * front + (False,) * patches,
+        )
+
+    # --- what only images have --------------------------------------------------------------------
+
+    def label(self, token: int) -> str:
+        """What a token is called in tables: as its position is written."""
+        place = self.layout.place(token)
+        if place is not None:
+            return f"{IMAGE} row {place[0]} col {place[1]}"
+        name = self.layout.front[token]
+        same = self.layout.named(name)
+        return name if len(same) == 1 else f"{name} {same.index(token) + 1}"
+
+    def places(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
+        """By name, the tokens of each occurrence of a span that every image has."""
+        found = {name: tuple((n,) for n in self.layout.named(name)) for name in self.layout.names}
+        return {**found, IMAGE: (self.layout.grid,)}
+
+
+class OfImage(TypedDict, total=False):
+    """What a row has that is an image."""
+
+    image: Picture
+    places: Mapping[str, tuple[tuple[int, ...], ...]]
+
+
+def of_image(picture: Picture | None, tokenizer: TextTokenizer) -> OfImage:
+    """That of a row; nothing of a prompt."""
+    if picture is None:
+        return {}
+    assert isinstance(tokenizer, ImageReader)
+    return {"image": picture.sized(tokenizer.layout.size), "places": tokenizer.places()}
+
+
+class StandInReader(ImageReader):
+    """Of a model that isn't at hand: more patches than most have, of every kind of token one."""
+
+    stands_in = True
+
+    def __init__(self) -> None:
+        layout = PatchLayout(FRONT, (1, 1), (_SIDE, _SIDE))
+        super().__init__(layout, Processing(("exact", _SIDE, _SIDE)))
+
+
+def read_processing(
+    folder: Path, layout: PatchLayout, *, model: str, span: Span | None = None
+) -> tuple[ImageReader | None, list[Diagnostic]]:
+    """What makes images ready for the model in a folder. Codes: E0456."""
+    try:
+        config: Any = load_json((folder / FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        reason = f"there is no `{FILE}` beside its `config.json`"
+        return None, [NoImageProcessor(span=span, model=model, reason=reason)]
+    except (OSError, ValueError) as error:
+        reason = f"`{FILE}` can't be read ({error})"
+        return None, [NoImageProcessor(span=span, model=model, reason=reason)]
+    return reader_of(config, layout, model=model, span=span)
+
+
+def reader_of(
+    config: Any, layout: PatchLayout, *, model: str, span: Span | None = None
+) -> tuple[ImageReader | None, list[Diagnostic]]:
+    """The same of the processor's config. Codes: E0456."""
+
+    def refused(reason: str, hint: str = "") -> tuple[None, list[Diagnostic]]:
+        problem = NoImageProcessor(span=span, model=model, reason=reason)
+        return None, [replace(problem, hint=hint) if hint else problem]
+
+    if not isinstance(config, Mapping):
+        return refused(f"`{FILE}` is not a JSON object")
+    try:
+        processing = processing_of(config)
+    except Unfit as unfit:
+        return refused(str(unfit))
+    made = processing.size
+    if made is None:
+        hint = 'crop images (`"do_center_crop": true`), or give both sides of `size`'
+        return refused("its images have the sides of their files, and the model one size", hint)
+    if layout.any_size:
+        layout = replace(layout, size=made)
+        if layout.rows < 1 or layout.cols < 1:
+            return refused("its images are smaller than a patch")
+    elif made != layout.size:
+        sizes = (
+            f"{made[1]} x {made[0]} pixels, and the model reads {layout.size[1]} x {layout.size[0]}"
+        )
+        return refused(f"it makes images of {sizes}", "give it the `image_size` of the model")
+    return ImageReader(layout, processing), []

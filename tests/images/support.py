@@ -1,0 +1,278 @@
+"""Tiny vision transformers, images in files, and what rules give in one image by plain hooks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.render import render_full
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading.load import adopt
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
+
+from ..execute.support import MODES, as_in_the_data, run_on, unchanged
+from ..families import build, tables
+from ..families.parts import Architecture
+from ..reference import hooks
+from ..reference.hooks import Change, Session
+
+ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)}
+SIDE, PATCH = 16, 4
+GRID = SIDE // PATCH
+LABELS = ("circle", "square", "triangle", "cross", "ring")
+CLASSIFIERS = ("vit", "deit", "dinov2_with_registers", "beit", "siglip", "clip")
+ENCODERS = ("dinov3_vit", "dinov2/bare")
+FRONT = {
+    "vit": 1,
+    "deit": 2,
+    "dinov2_with_registers": 5,
+    "beit": 1,
+    "siglip": 0,
+    "clip": 1,
+    "dinov3_vit": 3,
+    "dinov2/bare": 1,
+}
+"""Tokens in front of the patches, as the models' papers have them; written down by hand."""
+_MEAN = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
+_EXACT = {"size": {"height": SIDE, "width": SIDE}, **_MEAN}
+_CROPPED = {
+    "size": {"shortest_edge": 18},
+    "crop_size": {"height": SIDE, "width": SIDE},
+    **_MEAN,
+}
+PROCESSORS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("ViTImageProcessor", _EXACT),
+    "deit": (
+        "DeiTImageProcessor",
+        {
+            "size": {"height": 20, "width": 22},
+            "crop_size": {"height": SIDE, "width": SIDE},
+            **_MEAN,
+        },
+    ),
+    "dinov2_with_registers": ("BitImageProcessor", _CROPPED),
+    "beit": ("BeitImageProcessor", _EXACT),
+    "siglip": ("SiglipImageProcessor", _EXACT),
+    "clip": ("CLIPImageProcessor", _CROPPED),
+    "dinov3_vit": ("ViTImageProcessor", _EXACT),
+    "dinov2/bare": ("BitImageProcessor", _CROPPED),
+}
+Array = NDArray[np.float64]
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+@cache
+def bare(name: str) -> Any:
+    """The model in 32 bits, with weights so wide that every head matters."""
+    sizes: dict[str, Any] = {"image_size": SIDE, "patch_size": PATCH}
+    row = ROWS[name]
+    if name in CLASSIFIERS:
+        sizes |= {
+            "id2label": dict(enumerate(LABELS)),
+            "label2id": {label: n for n, label in enumerate(LABELS)},
+        }
+        row = Architecture(
+            row.name,
+            {k: v for k, v in row.config.items() if k != "num_labels"},
+            row.main,
+            takes="image",
+            build=row.build,
+        )
+    if "vision_config" in row.config:
+        own = {"image_size": sizes.pop("image_size"), "patch_size": sizes.pop("patch_size")}
+        sizes["vision_config"] = {**row.config["vision_config"], **own}
+    return unchanged(build.model(row, seed=3, **sizes))
+
+
+@cache
+def double(name: str) -> Any:
+    import copy
+
+    return unchanged(copy.deepcopy(bare(name)).double())
+
+
+@cache
+def processor(name: str) -> Any:
+    """transformers' own, built on Pillow."""
+    import importlib
+
+    kind, settings = PROCESSORS[name]
+    family = kind.removesuffix("ImageProcessor").lower()
+    module = f"transformers.models.{family}.image_processing_pil_{family}"
+    return getattr(importlib.import_module(module), f"{kind}Pil")(**settings)
+
+
+@cache
+def shared(name: str) -> LoadedModel:
+    """The model as the executor has it."""
+    model, found = adopt("m", bare(name), processor(name))
+    assert model is not None, [(d.message, d.label_text) for d in found]
+    assert not [d for d in found if d.severity == "error"], [d.message for d in found]
+    return model
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+SIZES = ((23, 19), (16, 16), (30, 41))
+"""(height, width) of the files."""
+
+
+def image(number: int) -> NDArray[np.uint8]:
+    """[height, width, 3]: blots of colour."""
+    random = np.random.default_rng(number)
+    small = random.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    height, width = SIZES[number]
+    grown = Image.fromarray(small).resize((width, height), resample=Image.Resampling.BICUBIC)
+    return np.asarray(grown)
+
+
+ANSWERS = ("square", "ring", "circle")
+WRONG = ("cross", "triangle", "cross")
+
+
+def write_images(folder: Path) -> None:
+    records: list[dict[str, str]] = []
+    for number, (answer, wrong) in enumerate(zip(ANSWERS, WRONG, strict=True)):
+        Image.fromarray(image(number)).save(folder / f"{number}.png")
+        records.append({"file": f"{number}.png", "label": answer, "other": wrong})
+    text = "\n".join(map(json.dumps, records)) + "\n"
+    (folder / "data.jsonl").write_text(text, encoding="utf-8")
+
+
+GRAY = np.full((SIDE, SIDE, 3), 128, np.uint8)
+
+
+@cache
+def _pixels(name: str, number: int | None) -> Tensor:
+    given = GRAY if number is None else image(number)
+    values = processor(name)(Image.fromarray(given), return_tensors="pt")["pixel_values"]
+    return values.double()
+
+
+def pixels(name: str, number: int | None) -> Tensor:
+    """[1, 3, side, side] of a file, or of gray (None), as the library's processor makes it."""
+    return _pixels(name, number)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+BLOCKS = """
+images scenes {
+  rows "data.jsonl"
+  image "{file}"
+  answer "{label}"
+  wrong "{other}"
+}
+images neutral {
+  image gray
+}
+"""
+DIFFERENCE = "measure logit(answer) - logit(wrong) as delta"
+STATS = "stats bootstrap(100) confidence 95% correct none"
+
+
+def experiment(name: str, *lines: str, measure: str = DIFFERENCE) -> str:
+    every = ("model m", "images scenes", *lines, measure, STATS)
+    return f"experiment {name} {{\n" + "\n".join(f"  {line}" for line in every if line) + "\n}\n"
+
+
+def try_file(
+    text: str, folder: Path, name: str, mode: str = "planned", blocks: str = BLOCKS
+) -> tuple[FileResult | None, list[Diagnostic]]:
+    write_images(folder)
+    whole = f'mech 1\nmodel m = local("handed over")\n{blocks}\n{text}'
+    return run_on(Source(whole, folder / "file.mech"), {"m": shared(name)}, MODES[mode])
+
+
+def run_file(
+    text: str, folder: Path, name: str, mode: str = "planned", blocks: str = BLOCKS
+) -> dict[str, ExperimentResult]:
+    """Experiment → result, rows in the order of the data; an error fails the test."""
+    result, diagnostics = try_file(text, folder, name, mode, blocks)
+    errors = [found for found in diagnostics if found.severity == "error"]
+    assert result is not None, render_full(errors, color=False, width=100)
+    return {found.name: as_in_the_data(found) for found in result.experiments}
+
+
+# --- one image by plain hooks ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a pass over one image gave."""
+
+    output: Tensor
+    """[labels], or [T, width] where there is no head."""
+    sites: Mapping[tuple[str, int], Tensor]
+    """(site, layer) → [T, units, width]."""
+
+
+@torch.no_grad()
+def forward(
+    name: str, given: Tensor, writes: Mapping[tuple[str, int], Sequence[Change]] | None = None
+) -> Seen:
+    """One image through the bare model in 64 bits, with vectors written at sites."""
+    row, module = ROWS[name], double(name)
+    sessions: list[Session] = []
+    with ExitStack() as stack:
+        for layer in range(row.main.count):
+            own = [(site, changes) for (site, at), changes in (writes or {}).items() if at == layer]
+            assert len(own) <= 1, "one site of a layer"
+            session = Session(own or [("", ())])
+            sessions.append(session)
+            stack.enter_context(hooks.hooked(module, row.main, layer, session))
+        output = module(pixel_values=given)
+    found = output.logits[0] if "logits" in output else output.last_hidden_state[0]
+    sites = {
+        (site, layer): value
+        for layer, session in enumerate(sessions)
+        for site, value in session.seen.items()
+    }
+    return Seen(found, sites)
+
+
+@cache
+def plain(name: str, number: int | None) -> Seen:
+    return forward(name, pixels(name, number))
+
+
+def difference(seen: Seen, number: int) -> float:
+    """`logit(answer) - logit(wrong)` of a row."""
+    answer, wrong = LABELS.index(ANSWERS[number]), LABELS.index(WRONG[number])
+    return float(seen.output[answer] - seen.output[wrong])
+
+
+def token(name: str, row: int, col: int) -> int:
+    """Counted by hand, from 1."""
+    return FRONT[name] + (row - 1) * GRID + col - 1
+
+
+def patches(name: str) -> list[int]:
+    return [FRONT[name] + n for n in range(GRID * GRID)]
+
+
+def copied(
+    source: Seen, site: str, layer: int, tokens: Sequence[int], units: Sequence[int] = (0,)
+) -> list[Change]:
+    """What stands there in another pass."""
+    return [
+        Change(at, unit, source.sites[site, layer][at, unit]) for at in tokens for unit in units
+    ]
+
+
+def module_of(name: str) -> nn.Module:
+    return double(name)

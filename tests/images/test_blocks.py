@@ -1,0 +1,404 @@
+"""Blocks of images: their rows, what their tokens are called, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.images.pixels import prepared
+from mechdsl.prompts.image_reader import ImageReader
+from mechdsl.prompts.prompt_table import PromptTable
+from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.validate.check_file import Settings, check_source
+
+from . import support
+from .support import CLASSIFIERS, ENCODERS, FRONT, GRID, SIDE
+
+CONFIG = {
+    "architectures": ["ViTForImageClassification"],
+    "model_type": "vit",
+    "num_hidden_layers": 3,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "id2label": {"0": "circle", "1": "square", "2": "triangle", "3": "cross"},
+}
+PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+SCENES = """
+images scenes {
+  kind in ["circle", "square", "triangle", "cross"]
+  image shapes(n: 1, kind: kind, size: 32)
+  answer "{kind}"
+}
+"""
+
+
+def folder_of(folder: Path, **changes: object) -> None:
+    """A model without weights."""
+    (folder / "vit").mkdir(exist_ok=True)
+    (folder / "vit" / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    (folder / "vit" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+
+
+def check(
+    folder: Path,
+    *lines: str,
+    blocks: str = SCENES,
+    measure: str = "",
+    model: str = 'model vit = local("vit")',
+) -> tuple[list[ResolvedExperiment], list[Diagnostic]]:
+    measure = measure or f"measure logit(answer) as {'delta' if lines else 'raw'}"
+    every = ("model vit", "images scenes limit 6", *lines, measure)
+    body = "\n".join(f"  {line}" for line in every)
+    text = f"mech 1\n{model}\n{blocks}\nexperiment e {{\n{body}\n}}\n"
+    found = check_source(Source(text, folder / "file.mech"), Settings())
+    return found.experiments, [d for d in found.diagnostics if d.severity == "error"]
+
+
+def table_of(folder: Path, *lines: str, **how: str) -> PromptTable:
+    [experiment], problems = check(folder, *lines, **how)
+    assert not problems
+    return experiment.table
+
+
+def codes(folder: Path, *lines: str, **how: str) -> list[str]:
+    return [d.code for d in check(folder, *lines, **how)[1]]
+
+
+RULE = "ablate resid_post layer 1 at {} with zero"
+
+
+def hits(folder: Path, position: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Label and joined tokens of every cell, the same in all rows."""
+    [experiment], problems = check(folder, RULE.format(position))
+    assert not problems, problems
+    found: list[tuple[str, tuple[int, ...]]] = []
+    for cell in experiment.rules[0].positions.written.values():
+        [tokens] = set(cell.hits)
+        [joined] = tokens
+        found.append((cell.label, joined))
+    return found
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("position", "wanted"),
+    [
+        ("cls token", [("cls token", (0,))]),
+        ("image row 1 col 1 token", [("image row 1 col 1 token", (1,))]),
+        ("image row 3 col 2 token", [("image row 3 col 2 token", (10,))]),
+        ("image row 4 col 4 token + 0", [("image row 4 col 4 token", (16,))]),
+        ("image row 2..3 col 1..2 tokens", [("image row 2..3 col 1..2 tokens", (5, 6, 9, 10))]),
+        ("image row 2 col * tokens", [("image row 2 col * tokens", (5, 6, 7, 8))]),
+        (
+            "image row 2 col 1..2 token",
+            [("image row 2 col 1", (5,)), ("image row 2 col 2", (6,))],
+        ),
+        ("image tokens", [("image tokens", tuple(range(1, 17)))]),
+        ("first token of image", [("first token of image", (1,))]),
+        ("last token of image", [("last token of image", (16,))]),
+        ("first token", [("first token", (1,))]),
+        ("last token", [("last token", (16,))]),
+        ("token 0", [("0", (0,))]),
+        ("token -1", [("-1", (16,))]),
+        ("tokens *", [("tokens *", tuple(range(17)))]),
+        ("tokens except image tokens + 0", None),
+        ("tokens except image row 1..4 col 1..3 tokens", [(
+            "tokens except image row 1..4 col 1..3 tokens", (4, 8, 12, 16))]),
+        ("{cls token, image row 1 col 2 token}", [("{cls token, image row 1 col 2 token}",
+                                                    (0, 2))]),
+        ("tokens between image row 1 col 3 token and image row 2 col 1 token",
+         [("tokens between image row 1 col 3 token and image row 2 col 1 token", (3, 4, 5))]),
+    ],
+)  # fmt: skip
+def test_what_positions_mean(
+    position: str, wanted: list[tuple[str, tuple[int, ...]]] | None, tmp_path: Path
+) -> None:
+    folder_of(tmp_path)
+    if wanted is None:
+        assert codes(tmp_path, RULE.format(position))
+    else:
+        assert hits(tmp_path, position) == wanted
+
+
+def test_each_token_of_an_image_has_a_cell_with_its_place(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    wanted = [
+        (f"image row {row} col {col}", (1 + (row - 1) * 4 + col - 1,))
+        for row in range(1, 5)
+        for col in range(1, 5)
+    ]
+    assert hits(tmp_path, "each token of image") == wanted
+    assert hits(tmp_path, "image row * col * token") == wanted
+
+
+def test_a_for_counts_rows_and_columns(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    rule = "for r in 2..3 { ablate resid_post layer 1 at image row r col 4 token with zero }"
+    [experiment], problems = check(tmp_path, rule)
+    assert not problems
+    cells = experiment.rules[0].positions.written.values()
+    assert [cell.hits[0] for cell in cells] == [((8,),), ((12,),)]
+
+
+@pytest.mark.parametrize("name", [*CLASSIFIERS, *ENCODERS])
+def test_a_patch_that_is_painted_changes_its_token_alone(name: str) -> None:
+    """Which token a place is called is which token of the embedding it becomes."""
+    model = support.shared(name)
+    reader = model.tokenizer
+    assert isinstance(reader, ImageReader)
+    assert len(reader.layout.front) == FRONT[name]
+    assert (reader.layout.rows, reader.layout.cols) == (GRID, GRID)
+    embed = support.ROWS[name].main.embed
+    assert embed is not None
+    seen: list[torch.Tensor] = []
+    module = support.bare(name)
+    handle = module.get_submodule(embed[0]).register_forward_hook(
+        lambda part, args, out: seen.append((out if isinstance(out, torch.Tensor) else out[0])[0])
+    )
+    random = torch.Generator().manual_seed(0)
+    blank = torch.randn(1, 3, SIDE, SIDE, generator=random)
+    try:
+        with torch.no_grad():
+            module(pixel_values=blank)
+            for token in reader.layout.grid:
+                left, top, right, bottom = reader.layout.box(token)
+                painted = blank.clone()
+                painted[:, :, top:bottom, left:right] += 1
+                module(pixel_values=painted)
+                changed = (seen[-1] - seen[0]).abs().amax(-1) > 1e-6
+                assert changed.nonzero().flatten().tolist() == [token]
+    finally:
+        handle.remove()
+    places = [reader.layout.place(token) for token in reader.layout.grid]
+    assert places == [(row, col) for row in range(1, GRID + 1) for col in range(1, GRID + 1)]
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def test_rows_are_drawn_and_told_apart(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    rows = table_of(tmp_path, RULE.format("cls token")).runs["clean"].rows
+    assert len(rows) == 6  # of four kinds: two of them are drawn twice
+    assert len({row.text for row in rows}) == len({row.ids[0] for row in rows}) == 6
+    assert all(len({*row.ids}) == 1 and len(row.ids) == 17 for row in rows)
+    assert all(row.special == (True, *[False] * 16) for row in rows)
+    again = table_of(tmp_path, RULE.format("cls token")).runs["clean"].rows
+    assert [row.text for row in again] == [row.text for row in rows]
+    assert {row.texts["answer"].text for row in rows} == set(CONFIG["id2label"].values())
+
+
+def test_a_seed_draws_other_images(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    one, other = (
+        {row.text for row in table_of(tmp_path, blocks=f"{seed}\n{SCENES}").runs["clean"].rows}
+        for seed in ("seed 1", "seed 2")
+    )
+    assert one.isdisjoint(other)
+
+
+def test_a_corrupted_value_keeps_the_place_of_a_shape(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    blocks = SCENES.replace('answer "', 'corrupt other { kind = other(kind) }\n  answer "')
+    table = table_of(
+        tmp_path,
+        "from clean into other",
+        "patch resid_post layer 1 at cls token",
+        blocks=blocks,
+    )
+    for clean, other in zip(table.runs["clean"].rows, table.runs["other"].rows, strict=True):
+        assert clean.image is not None
+        assert other.image is not None
+        assert clean.image.kind != other.image.kind
+        assert clean.image.seed == other.image.seed
+        assert clean.ids != other.ids
+
+
+def test_filters_and_splits(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    blocks = SCENES.replace("  answer", '  where kind != "cross"\n  split 50%\n  answer')
+    [experiment], problems = check(tmp_path, blocks=blocks.replace("scenes", "scenes"))
+    assert not problems
+    kinds = {row.values["kind"] for row in experiment.table.runs["clean"].rows}
+    assert kinds == {"circle", "square", "triangle"}
+
+
+def test_files_are_rows(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for name in ("a", "b"):
+        image = np.full((5, 7, 3), ord(name), np.uint8)
+        Image.fromarray(image).save(tmp_path / "pictures" / f"{name}.png")
+    (tmp_path / "data.csv").write_text("file,label\na,circle\nb,square\n")
+    blocks = 'images scenes { rows "data.csv" image "pictures/{file}.png" answer "{label}" }'
+    rows = table_of(tmp_path, blocks=blocks).runs["clean"].rows
+    assert sorted(row.text.split(" #")[0] for row in rows) == ["pictures/a.png", "pictures/b.png"]
+    images = [row.image for row in rows]
+    assert [image.size for image in images if image] == [(5, 7)] * 2
+    reader = check(tmp_path, blocks=blocks)[0][0].model.tokenizer
+    assert isinstance(reader, ImageReader)
+    for row in rows:
+        assert row.image is not None
+        value = ord(row.text.split("/")[1][0])
+        wanted = np.float32((np.float32(value / 255) - np.float32(0.5)) / np.float32(0.5))
+        np.testing.assert_allclose(prepared(row.image, reader.processing), wanted, atol=1e-6)
+
+
+def test_other_bytes_in_a_file_are_another_row(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    (tmp_path / "data.csv").write_text("file,label\na,circle\n")
+    blocks = 'images scenes { rows "data.csv" image "{file}.png" answer "{label}" }'
+    ids: list[int] = []
+    for value in (3, 4):
+        Image.fromarray(np.full((5, 7, 3), value, np.uint8)).save(tmp_path / "a.png")
+        ids.append(table_of(tmp_path, blocks=blocks).runs["clean"].rows[0].ids[0])
+    assert ids[0] != ids[1]
+
+
+# --- without the model ----------------------------------------------------------------------------
+
+
+def test_a_model_that_is_not_here_is_stood_in_for(tmp_path: Path) -> None:
+    """Nothing is said of its grid or labels that isn't known."""
+    lines = (
+        "patch resid_post layer 1 at image row 30 col 2 token",
+        "from scenes into neutral",
+        "ablate resid_post layer 3 at cls token with zero",
+    )
+    blocks = SCENES + "images neutral { image gray }"
+    for measure in ("logit(answer)", "prob(class answer)", "logit(answer) - logit(class 3)"):
+        assert codes(tmp_path, *lines, blocks=blocks, measure=f"measure {measure} as delta") == []
+    assert codes(tmp_path, RULE.format("dog token")) == ["E0308"]
+
+
+def test_validating_needs_no_torch(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    text = f'mech 1\nmodel vit = local("vit")\n{SCENES}\nexperiment e {{ model vit images scenes '
+    text += "limit 4 ablate embed at cls token with zero measure logit(answer) as delta }\n"
+    (tmp_path / "file.mech").write_text(text)
+    code = "import sys, mechdsl.cli as cli\nsys.argv[1:1] = ['validate']\n"
+    code += "try: cli.main()\nexcept SystemExit as e: assert not e.code\n"
+    code += "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "file.mech")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "False False"
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("block", "wanted"),
+    [
+        ("image grey", "E0203"),
+        ("image shapes(n: 1)", "E0207"),
+        ("image shapes(1)", "E0207"),
+        ('image shapes(kind: "circle", sides: 3)', "E0207"),
+        ('image shapes(kind: "circle", kind: "cross")', "E0207"),
+        ('image shapes(kind: "blob")', "E0503"),
+        ('image shapes(kind: "circle", size: 2)', "E0503"),
+        ('image shapes(kind: "circle", size: 9000)', "E0207"),
+        ('image shapes(kind: "circle", n: 0)', "E0207"),
+        ('image shapes(kind: "circle", n: 1.5)', "E0503"),
+        ("image shapes(kind: 3)", "E0503"),
+        ("image shapes(kind: other)", "E0501"),
+        ("image gray(300)", "E0207"),
+        ("image gray(1, 2)", "E0207"),
+        ("image 3", "E0207"),
+        ("image blur", "E0108"),
+        ("image mean", "E0108"),
+        ('image "nothing.png"', "E0560"),
+        ('image "{file}.png"', "E0501"),
+        ("image gray image noise", "E0209"),
+        ("", "E0207"),
+        ('image gray template "hello"', "E0207"),
+        ('image gray span a = "b"', "E0207"),
+        ("image gray region a = box", "E0108"),
+        ('image gray corrupt c { blur image radius 8 }', "E0108"),
+        ('image gray corrupt c { template "b" }', "E0108"),
+        ("image gray corrupt c { add gaussian(std: 1) to embed at image tokens }", "E0108"),
+        ('image gray x in ["a", "b"] where tokens(x) = 1 text t = "{x}"', "E0207"),
+    ],
+)  # fmt: skip
+def test_blocks_that_are_refused(block: str, wanted: str, tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    blocks = f'images scenes {{ {block} answer "circle" }}'
+    found = codes(tmp_path, blocks=blocks, measure="measure logit(answer) as raw")
+    assert found[:1] == [wanted], found
+
+
+@pytest.mark.parametrize(
+    ("position", "wanted"),
+    [
+        ("image row 5 col 1 token", "E0310"),
+        ("image row 0 col 1 token", "E0310"),
+        ("image row 1 col 5 token", "E0310"),
+        ("image row 3..2 col 1 tokens", "E0321"),
+        ("dog token", "E0308"),
+        ("dog row 1 col 1 token", "E0308"),
+        ("register token", "E0308"),
+        ('"circle" token', "E0308"),
+        ("answer token", "E0308"),
+        ("token 17", "E0310"),
+    ],
+)
+def test_positions_that_are_refused(position: str, wanted: str, tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    assert codes(tmp_path, RULE.format(position)) == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("lines", "wanted"),
+    [
+        (("generate 4",), "E0108"),
+        (("from scenes into told", "patch resid_post layer 1 at last token"), "E0455"),
+        (("renumber tokens * from 3",), "E0108"),
+        (("observe logit_lens resid_post layer 1 at cls token",), "E0108"),
+        (('replace image tokens with "a"',), "E0108"),
+        (("set logits at cls token to 1",), "E0108"),
+        (('save logits at cls token to "a.safetensors"',), "E0108"),
+    ],
+)
+def test_what_texts_alone_have(lines: tuple[str, ...], wanted: str, tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    told = 'prompts told { template "a b" }'
+    blocks, measure = f"{SCENES}\n{told}", "measure prob(answer) as raw"
+    assert codes(tmp_path, *lines, blocks=blocks, measure=measure) == [wanted]
+
+
+def test_a_text_model_reads_no_images(tmp_path: Path) -> None:
+    model = 'model vit = zoo("counting")'
+    assert codes(tmp_path, RULE.format("image tokens"), model=model) == ["E0455"]
+
+
+def test_metrics_of_images(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    for right in ("logit(answer)", "logit(class answer)", 'prob("cross")', "entropy", "correct"):
+        assert codes(tmp_path, measure=f"measure {right} as raw") == []
+    assert codes(tmp_path, measure='measure logit("dog") as raw') == ["E0442"]
+    assert codes(tmp_path, measure="measure logit(answer) at cls token as raw") == ["E0446"]
+    assert codes(tmp_path, measure="measure loss as raw") == ["E0444"]
+
+
+def test_an_encoder_has_no_logits(tmp_path: Path) -> None:
+    folder_of(tmp_path, architectures=["ViTModel"])
+    assert codes(tmp_path, measure="measure logit(answer) as raw") == ["E0437"]
+    measure = "measure cosine(resid_post layer 2, clean) at cls token as raw"
+    assert codes(tmp_path, RULE.format("image tokens"), measure=measure) == []

@@ -1,0 +1,240 @@
+"""Images in files, and what a model is given: as transformers' own processors have it."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mechdsl.base import limits
+from mechdsl.images import files
+from mechdsl.images.files import NotRead, decoded
+from mechdsl.images.picture import Picture
+from mechdsl.images.pixels import pixels, prepare, prepared
+from mechdsl.images.processing import KINDS, Processing, Unfit, processing_of
+
+SIZES = ((40, 30), (30, 41), (224, 224), (37, 300), (16, 16), (500, 333))
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "ViT": [{}, {"size": {"height": 20, "width": 31}, "resample": 3}],
+    "DeiT": [{}, {"do_center_crop": False}],
+    "Beit": [{"do_center_crop": True, "size": {"height": 256, "width": 256}}],
+    "Bit": [{}, {"size": {"shortest_edge": 33}, "crop_size": {"height": 32, "width": 30}}],
+    "CLIP": [
+        {},
+        {"size": {"shortest_edge": 20}, "crop_size": {"height": 24, "width": 24}},
+        {"do_resize": False, "crop_size": 64},
+    ],
+    "Siglip": [{}, {"do_rescale": False, "image_mean": [100.0, 90.0, 80.0]}],
+}
+
+
+def drawn(height: int, width: int, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    small = Image.fromarray(random.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    return np.asarray(small.resize((width, height), resample=Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"), [(kind, given) for kind, every in SETTINGS.items() for given in every]
+)
+@pytest.mark.parametrize("size", SIZES)
+def test_images_are_made_ready_as_the_library_does(
+    kind: str, given: dict[str, Any], size: tuple[int, int]
+) -> None:
+    module = importlib.import_module(
+        f"transformers.models.{kind.lower()}.image_processing_pil_{kind.lower()}"
+    )
+    own = getattr(module, f"{kind}ImageProcessorPil")(**given)
+    image = drawn(*size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = np.asarray(own(Image.fromarray(image), return_tensors="np")["pixel_values"][0])
+    # Of what is written beside a model, and of what such a file may leave out.
+    for config in (own.to_dict(), {"image_processor_type": f"{kind}ImageProcessor", **given}):
+        how = processing_of(config)
+        found = prepare(image, how)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+        assert found.shape[1:] == how.size_of(*size)
+
+
+def test_all_known_processors_are_tried() -> None:
+    assert {*SETTINGS, "DINOv3ViT"} == set(KINDS)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_nothing_is_rounded_in_between_for_dinov3(size: tuple[int, int]) -> None:
+    """Its processor needs torchvision, which resizes floats as torch does."""
+    how = processing_of({"image_processor_type": "DINOv3ViTImageProcessorFast"})
+    image = drawn(*size)
+    given = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+    wanted = torch.nn.functional.interpolate(
+        given, size=(224, 224), mode="bilinear", antialias=True, align_corners=False
+    )[0]
+    mean, std = (torch.tensor(each)[:, None, None] for each in (how.mean, how.std))
+    np.testing.assert_allclose(prepare(image, how), (wanted - mean) / std, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, "it doesn't say which one it is"),
+        ({"image_processor_type": "SwinImageProcessor"}, "`SwinImageProcessor` isn't one"),
+        ({"image_processor_type": "ViTImageProcessor", "do_pad": True}, "`do_pad`"),
+        ({"image_processor_type": "ViTImageProcessor", "size": {"longest_edge": 9}}, "size"),
+        ({"image_processor_type": "ViTImageProcessor", "size": 10**9}, "a side of"),
+        ({"image_processor_type": "ViTImageProcessor", "size": True}, "size"),
+        ({"image_processor_type": "ViTImageProcessor", "image_std": [0.5, 0.0, 1]}, "of 0"),
+        ({"image_processor_type": "ViTImageProcessor", "image_mean": [0.5]}, "three numbers"),
+        ({"image_processor_type": "ViTImageProcessor", "image_mean": ["a", 1, 1]}, "no number"),
+        ({"image_processor_type": "ViTImageProcessor", "resample": 9}, "no filter"),
+        ({"image_processor_type": "ViTImageProcessor", "rescale_factor": "x"}, "no number"),
+    ],
+)
+def test_what_is_no_processor(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(Unfit, match=said):
+        processing_of(config)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def saved(image: Image.Image, kind: str = "PNG", **how: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **how)
+    return out.getvalue()
+
+
+def png(width: int, height: int) -> bytes:
+    """The header of an image of any size, with hardly a pixel behind it."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 9))
+
+
+BYTES = drawn(12, 10)
+PLAIN = Image.fromarray(BYTES)
+REFUSED = {
+    "no image": (b"hello", "it is no image"),
+    "an SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "it is no image"),
+    "EPS, which runs code": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "it is no image"),
+    "a TIFF": (saved(PLAIN, "TIFF"), "it is no image"),
+    "cut off": (saved(PLAIN)[:-40], "it is damaged"),
+    "a JPEG that is cut off": (saved(PLAIN, "JPEG")[:200], "it is"),
+    "a bomb": (png(60_000, 60_000), "pixels"),
+    "one pixel too many": (png(limits.IMAGE_PIXELS + 1, 1), "50,000,001 pixels"),
+    "16 bits": (saved(Image.fromarray(np.zeros((4, 4), np.uint16))), "I;16"),
+    "moving": (
+        saved(PLAIN, "WEBP", save_all=True, append_images=[Image.fromarray(255 - BYTES)]),
+        "it moves",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content, said = REFUSED[case]
+    if case in ("a bomb", "one pixel too many"):  # before a pixel is decoded
+        monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(NotRead) as refused:
+        decoded(content)
+    assert said in refused.value.reason
+    assert refused.value.hint
+
+
+def test_limits_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(saved(PLAIN))
+    monkeypatch.setattr(limits, "IMAGE_FILE", path.stat().st_size)
+    assert files.look(path)[1] == (12, 10)
+    monkeypatch.setattr(limits, "IMAGE_FILE", path.stat().st_size - 1)
+    with pytest.raises(NotRead, match="more than"):
+        files.look(path)
+    with pytest.raises(NotRead, match="no such file"):
+        files.look(tmp_path / "b.png")
+
+
+def test_a_file_that_changes(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(saved(PLAIN))
+    digest, size = files.look(path)
+    picture = Picture("file", path=path, digest=digest, size=size)
+    np.testing.assert_array_equal(pixels(picture), BYTES)
+    path.write_bytes(saved(Image.fromarray(255 - BYTES)))
+    with pytest.raises(NotRead, match="has changed"):
+        pixels(picture)
+    other = Picture("file", path=path, digest=files.look(path)[0], size=size)
+    assert other.text != picture.text
+
+
+def test_colours(tmp_path: Path) -> None:
+    """In RGB, upright, and transparent parts on white, as the library has them."""
+    from transformers.image_transforms import convert_to_rgb
+
+    clear = np.dstack([BYTES, np.linspace(0, 255, 120).reshape(12, 10).astype(np.uint8)])
+    images = {
+        "clear": Image.fromarray(clear),
+        "gray": PLAIN.convert("L"),
+        "palette": PLAIN.convert("P"),
+        "black and white": PLAIN.convert("1"),
+        "gray and clear": Image.fromarray(clear).convert("LA"),
+    }
+    for name, image in images.items():
+        wanted = convert_to_rgb(image, return_numpy=True)
+        np.testing.assert_array_equal(np.asarray(decoded(saved(image))), wanted, err_msg=name)
+    cmyk = decoded(saved(PLAIN.convert("CMYK"), "JPEG", quality=100))
+    assert cmyk.mode == "RGB"
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter to the right
+    upright = np.asarray(decoded(saved(PLAIN, exif=turned)))
+    np.testing.assert_array_equal(upright, np.rot90(BYTES, -1))
+
+
+# --- generated ------------------------------------------------------------------------------------
+
+
+def test_gray_and_noise() -> None:
+    how = Processing(("exact", 8, 8))
+    assert set(prepared(Picture("gray"), how).ravel()) == {np.float32(128 / 255)}
+    one, two = (pixels(Picture("noise", size=(6, 5), seed=seed)) for seed in (1, 2))
+    assert one.shape == (6, 5, 3)
+    assert one.dtype == np.uint8
+    assert (one != two).mean() > 0.9
+    np.testing.assert_array_equal(one, pixels(Picture("noise", size=(6, 5), seed=1)))
+
+
+def test_gray_is_gray_where_the_middle_is_cropped() -> None:
+    how = Processing(None, crop=(8, 6))
+    found = prepared(Picture("gray", level=10).sized((8, 6)), how)
+    assert set(found.ravel()) == {np.float32(10 / 255)}
+
+
+def test_what_is_drawn_hangs_on_all_that_is_said() -> None:
+    plain = Picture("shapes", kind="circle", size=(32, 32), seed=5)
+    others = [
+        Picture("shapes", kind="square", size=(32, 32), seed=5),
+        Picture("shapes", kind="circle", size=(40, 40), seed=5),
+        Picture("shapes", kind="circle", size=(32, 32), seed=6),
+        Picture("shapes", kind="circle", size=(32, 32), seed=5, count=2),
+        Picture("shapes", kind="circle", size=(32, 32), seed=5, colour="red"),
+        Picture("shapes", kind="circle", size=(32, 32), seed=5, texture="plain"),
+        Picture("noise", size=(32, 32), seed=5),
+        Picture("gray"),
+        Picture("gray", level=7),
+    ]
+    assert len({each.content() for each in [plain, *others]}) == 10
+    own = pixels(plain)
+    assert all(not np.array_equal(own, pixels(each.sized((32, 32)))) for each in others)
