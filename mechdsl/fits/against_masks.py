@@ -36,10 +36,10 @@ def shares(mask: Bools, grid: tuple[int, int]) -> Floats:
 
 
 def pointing(values: Floats, mask: Bools) -> float:
-    """1 where the greatest number of a map lies in the mask, else 0: the pointing game (Zhang et al.
-    2018, Top-down neural attention by excitation backprop). A patch lies in it where at least half
-    of its pixels do; of several that are the greatest, the share that does. NaN of a map without
-    numbers.
+    """1 where the greatest number of a map lies in the mask, else 0: the pointing game (Zhang et
+    al. 2018, Top-down neural attention by excitation backprop). A patch lies in it where at least
+    half of its pixels do; of several that are the greatest, the share that does. NaN of a map
+    without numbers.
 
     values: [row, col]. mask: [height, width].
     """
@@ -93,8 +93,8 @@ def area(curve: Floats, at: Floats) -> Floats:
 
 
 def infidelity(values: Floats, taken: Floats, drops: Floats) -> float:
-    """How far a map is from what happens: the mean of (Σ of the numbers of what was taken out − what
-    the output fell by)² (Yeh et al. 2019, definition 2.1). It hangs on the map's scale.
+    """How far a map is from what happens: the mean of (Σ of the numbers of what was taken out −
+    what the output fell by)² (Yeh et al. 2019, definition 2.1). It hangs on the map's scale.
 
     values: [row, col]. taken: [draw, row, col], how much of each patch was taken out, 0 to 1.
     drops: [draw] f(x) − f(x with that taken out).

@@ -20,7 +20,6 @@ from mechdsl.show.reports.image_maps import (
     LEGEND,
     PALE,
     SIDE,
-    ImageMaps,
     below,
     draw_maps,
     drawn_size,
@@ -30,6 +29,7 @@ from mechdsl.show.reports.image_maps import (
 )
 from mechdsl.show.reports.matrix import NEGATIVE, POSITIVE
 from mechdsl.show.reports.svg_canvas import MARGIN, WIDTH, Canvas
+from mechdsl.show.reports.token_shades import ImageMaps
 
 SIZE = (120.0, 80.0)
 """(width, height)"""
@@ -122,7 +122,8 @@ def test_what_is_below_tells_no_number() -> None:
     ],
 )
 def test_sizes(shape: tuple[int, int], patches: tuple[int, int], size: tuple[float, float]) -> None:
-    assert drawn_size(np.zeros((*shape, 3), np.uint8), patches) == size
+    maps = (("a map", np.zeros(patches)),)
+    assert drawn_size(ImageMaps("x", np.zeros((*shape, 3), np.uint8), maps)) == size
 
 
 def test_the_scale_goes_from_the_least_to_the_greatest() -> None:

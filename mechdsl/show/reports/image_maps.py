@@ -9,12 +9,10 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from textwrap import wrap
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats
 from mechdsl.base.visible import visible, xml_text
@@ -22,9 +20,8 @@ from mechdsl.show.reports.chart_labels import text_width
 from mechdsl.show.reports.charts import FONT, INK, QUIET
 from mechdsl.show.reports.matrix import NEGATIVE, POSITIVE, Colour
 from mechdsl.show.reports.svg_canvas import MARGIN, TITLE, WIDTH, Canvas
+from mechdsl.show.reports.token_shades import ImageMaps, Pixels
 
-Pixels = NDArray[np.uint8]
-"""[height, width, 3]."""
 SIDE, MOST_SIDE = 154, 480
 """Of an image that is drawn: its longer side, and that of one with many patches."""
 PATCH = 7
@@ -44,16 +41,6 @@ HATCH = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class ImageMaps:
-    """An image, and what cells give at its patches."""
-
-    title: str
-    pixels: Pixels
-    maps: tuple[tuple[str, Floats], ...]
-    """(what its cells are called, [row, col] a number for each patch, NaN without one)."""
-
-
 def cover(value: float, limit: float) -> tuple[Colour, float]:
     """The colour over a patch, and how much of the image it hides, 0 to 1."""
     share = min(1.0, abs(value) / limit) if limit > 0 else 0.0
@@ -68,9 +55,10 @@ def below(pixels: Pixels) -> Pixels:
     return np.repeat(pale.round().astype(np.uint8)[:, :, None], 3, axis=2)
 
 
-def drawn_size(pixels: Pixels, patches: tuple[int, int]) -> tuple[float, float]:
-    """(width, height) of an image as it is drawn. patches: (rows, columns)."""
-    height, width = pixels.shape[:2]
+def drawn_size(each: ImageMaps) -> tuple[float, float]:
+    """(width, height) of an image as it is drawn."""
+    patches = max((values.shape for _, values in each.maps), default=(1, 1))
+    height, width = each.pixels.shape[:2]
     side = min(MOST_SIDE, max(SIDE, PATCH * max(patches)))
     scale = side / max(height, width)
     return width * scale, height * scale
@@ -102,7 +90,7 @@ def figure(
     width, height = size
     frame = f'width="{width:.1f}" height="{height:.1f}"'
     shown = pixels if values is None else below(pixels)
-    parts = [f'<image {frame} preserveAspectRatio="none" href="{_data(shown, size)}"/>']
+    parts = [f'<image {frame} preserveAspectRatio="none" href="{png_address(shown, size)}"/>']
     rows, cols = (0, 0) if values is None else values.shape
     for row, col, (x, y, across, down) in boxes((rows, cols), size) if rows else ():
         value = math.nan if values is None else float(values[row, col])
@@ -119,8 +107,8 @@ def figure(
     return "".join(parts)
 
 
-def _data(pixels: Pixels, size: tuple[float, float]) -> str:
-    """As PNG within the file. What is small is enlarged here: viewers would blur it."""
+def png_address(pixels: Pixels, size: tuple[float, float]) -> str:
+    """Pixels as PNG within the file. What is small is enlarged here: viewers would blur it."""
     from PIL import Image
 
     times = max(1, math.ceil(2 * size[0] / pixels.shape[1]))
@@ -169,10 +157,16 @@ def is_hatched(shown: Sequence[ImageMaps]) -> bool:
     return any(np.isnan(values).any() for each in shown for _, values in each.maps)
 
 
-def _figures(each: ImageMaps) -> Iterator[tuple[str, Floats | None]]:
+def figures_of(each: ImageMaps) -> list[tuple[str, Floats | None]]:
     """The image as it is, then under each map."""
-    yield "image", None
-    yield from each.maps
+    return [("image", None), *each.maps]
+
+
+def lines_of(each: ImageMaps) -> list[list[tuple[str, Floats | None]]]:
+    """The same in lines that are no wider than a picture may be."""
+    every, column = figures_of(each), max(drawn_size(each)[0], SIDE)
+    count = max(1, int((WIDTH - 2 * MARGIN + GAP) // (column + GAP)))
+    return [every[start : start + count] for start in range(0, len(every), count)]
 
 
 # --- the picture ----------------------------------------------------------------------------------
@@ -195,13 +189,9 @@ def draw_maps(
 
 
 def _draw(canvas: Canvas, each: ImageMaps, limit: float, write: Callable[[float], str]) -> None:
-    patches = max((values.shape for _, values in each.maps), default=(1, 1))
-    width, height = drawn_size(each.pixels, patches)
+    width, height = drawn_size(each)
     column = max(width, SIDE)
-    in_line = max(1, int((WIDTH - 2 * MARGIN + GAP) // (column + GAP)))
-    every = list(_figures(each))
-    for start in range(0, len(every), in_line):
-        line = every[start : start + in_line]
+    for line in lines_of(each):
         captions = [wrap(visible(title), max(8, int(column / 6.4))) or [""] for title, _ in line]
         top = canvas.y + 13 * max(map(len, captions))
         for place, ((_, values), caption) in enumerate(zip(line, captions, strict=True)):
@@ -216,14 +206,9 @@ def _draw(canvas: Canvas, each: ImageMaps, limit: float, write: Callable[[float]
 
 # --- the page -------------------------------------------------------------------------------------
 
-STYLE = f"""
-body {{ font-family: {FONT}; color: {INK}; margin: 24px; }}
-h1 {{ font-size: 18px; margin: 24px 0 4px; }}
-h2 {{ font-size: 13px; margin: 16px 0 4px; }}
-p {{ color: {QUIET}; font-size: 12px; margin: 2px 0; }}
-.maps {{ display: flex; flex-wrap: wrap; gap: {GAP}px; align-items: flex-end; }}
+MAP_STYLE = f""".maps {{ display: flex; flex-wrap: wrap; gap: {GAP}px; align-items: flex-end; }}
 figure {{ margin: 0; }}
-figcaption {{ font-size: 12px; margin-bottom: 3px; max-width: {MOST_SIDE}px; }}
+figcaption {{ font-size: 12px; margin-bottom: 3px; }}
 """
 
 
@@ -231,10 +216,9 @@ def page_of_maps(shown: Sequence[ImageMaps], limit: float, write: Callable[[floa
     """The same for a page, where images wrap to its width; numbers stand under the pointer."""
     lines = [f'<svg width="0" height="0" style="position:absolute"><defs>{HATCH}</defs></svg>']
     for each in shown:
-        patches = max((values.shape for _, values in each.maps), default=(1, 1))
-        width, height = drawn_size(each.pixels, patches)
+        width, height = drawn_size(each)
         lines.append(f'<h2>{xml_text(each.title)}</h2><div class="maps">')
-        for title, values in _figures(each):
+        for title, values in figures_of(each):
             shapes = figure(each.pixels, values, limit, write, (width, height))
             lines.append(
                 f'<figure><figcaption style="width:{width:.0f}px">{xml_text(title)}</figcaption>'

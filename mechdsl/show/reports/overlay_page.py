@@ -14,10 +14,11 @@ from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.chart_labels import text_width
 from mechdsl.show.reports.charts import FONT, INK, QUIET
+from mechdsl.show.reports.image_maps import MAP_STYLE, draw_maps, page_of_maps
 from mechdsl.show.reports.matrix import Colour, colour, takes_white
 from mechdsl.show.reports.svg_canvas import MARGIN, TITLE, WIDTH, Canvas
 from mechdsl.show.reports.text import facts_of, map_format, measure_name, missing_note
-from mechdsl.show.reports.token_shades import Overlay, Shaded, overlays, remarks
+from mechdsl.show.reports.token_shades import Overlay, Shaded, maps_of, overlays, remarks
 from mechdsl.show.tokens import shown_token
 
 LETTER, DIGIT = 8.0, 6.3
@@ -78,7 +79,7 @@ p, small {{ color: {QUIET}; font-size: 12px; margin: 2px 0; }}
 .token {{ display: inline-block; text-align: center; font-family: {MONO}; font-size: 13px; }}
 .token b {{ display: block; font-weight: normal; padding: 3px 5px; border-radius: 3px; }}
 .token small {{ display: block; font-size: 10px; min-height: 13px; }}
-"""
+{MAP_STYLE}"""
 
 
 def _page(result: ExperimentResult, found: Mapping[int, Overlay]) -> str:
@@ -97,6 +98,9 @@ def _measure(result: ExperimentResult, measure: int, shown: Overlay) -> str:
     first, *facts = _heads(result, measure, shown)
     write = map_format([shown.limit])
     lines = [f"<h1>{xml_text(first)}</h1>", *(f"<p>{xml_text(fact)}</p>" for fact in facts)]
+    if result.seen:
+        maps = [maps_of(each, write) for each in shown.prompts]
+        return "\n".join([*lines, page_of_maps(maps, shown.limit, write)])
     for each in shown.prompts:
         lines.append(f"<h2>prompt {each.prompt + 1}</h2>")
         columns = columns_of(each, write)
@@ -183,7 +187,9 @@ def _picture(result: ExperimentResult, found: Mapping[int, Overlay]) -> Canvas:
         canvas.heads(*_heads(result, measure, shown))
         canvas.y += 8
         write = map_format([shown.limit])
-        for each in shown.prompts:
+        if result.seen:
+            draw_maps(canvas, [maps_of(each, write) for each in shown.prompts], shown.limit, write)
+        for each in () if result.seen else shown.prompts:
             canvas.words(f"prompt {each.prompt + 1}", TITLE, INK, "bold")
             canvas.y += 4
             _prompt(canvas, each, shown.limit, write)
