@@ -48,7 +48,10 @@ def overlay_chart(result: ExperimentResult, report: spec.Report) -> Any:
     for measure, shown in overlays(result, report).items():
         drawn = _maps(shown) if result.seen else _tokens(shown)
         chart = titled(drawn, result, result.measures[measure])
-        chart.title.subtitle = [*chart.title.subtitle, *remarks(result, measure, shown)]
+        said = remarks(result, measure, shown)
+        if result.seen:
+            said.append(f"full colour at {map_format([shown.limit])(shown.limit)} either way")
+        chart.title.subtitle = [*chart.title.subtitle, *said]
         charts.append(chart)
     return stacked(charts, result)
 
