@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ def _checks(found: ExperimentResult) -> Iterator[bool]:
     yield found.strata is None or found.strata.shape == (prompts,)
     yield all(len(values) == prompts for values in found.row_values.values())
     yield from _of_overlay(found)
+    yield from _of_images(found)
     yield from _of_replies(found)
     if found.drawn is not None:
         yield len(found.drawn.values) == len(found.measures)
@@ -90,6 +92,19 @@ def _of_overlay(found: ExperimentResult) -> Iterator[bool]:
         yield all(
             0 <= place < length for own, length in zip(hits, lengths, strict=False) for place in own
         )
+
+
+def _of_images(found: ExperimentResult) -> Iterator[bool]:
+    """Images are as large as they may be, and their tokens are those of the prompt."""
+    yield len(found.seen) in (0, found.prompts)
+    for own, text in zip(found.seen, found.texts, strict=False):
+        if own is not None:
+            shape = own.pixels.shape
+            yield len(shape) == 3 and shape[2] == 3 and prod(shape) <= limits.IMAGE_PIXELS
+            yield 0 < own.rows <= shape[0]
+            yield 0 < own.cols <= shape[1]
+            yield own.front >= 0
+            yield own.front + own.rows * own.cols == len(text)
 
 
 def _of_replies(found: ExperimentResult) -> Iterator[bool]:

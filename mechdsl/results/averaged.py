@@ -36,6 +36,7 @@ def averaged(result: ExperimentResult, axis: str) -> ExperimentResult:
         drawn=None if result.drawn is None else _drawn(result.drawn, groups),
         texts=(),
         hits=(),
+        seen=(),
         replies=Replies(),
     )
 

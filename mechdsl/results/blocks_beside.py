@@ -63,6 +63,7 @@ def side_by_side(parts: Sequence[OfBlock]) -> list[tuple[Labels, ExperimentResul
         "strata": _strata(results, where, len(every)),
         "row_values": {n: joined([each.row_values[n] for each in results]) for n in shared},
         "texts": joined([each.texts for each in results]) or (),
+        "seen": joined([each.seen for each in results]) or (),
     }
     found: list[tuple[Labels, ExperimentResult]] = []
     for part, index in zip(parts, where, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import compress, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.over_rows import OverRows
 from mechdsl.resolve.resolved import ResolvedControl, ResolvedExperiment, ResolvedMeasure
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.overlaid import overlaid
 from mechdsl.results.replies import Replies, Texts
 from mechdsl.results.run_conventions import conventions, fallbacks, model_words, pass_sizes
 from mechdsl.results.seen_rows import SeenRows
@@ -102,7 +103,7 @@ def collect(
         reports=experiment.spec.reports or (_table(experiment),),
         rounding=_rounding_words(experiment, model),
         replies=_replies(experiment, measured, there),
-        **_overlaid(experiment, kept, there),
+        **overlaid(experiment, kept, there),
     )
 
 
@@ -283,46 +284,6 @@ def _spread(experiment: ResolvedExperiment) -> Spread:
 def _of(there: NDArray[np.bool_], values: Floats) -> Floats:
     """Of [1 or cell, prompt], the cells that there are."""
     return values[there] if len(values) == len(there) else values
-
-
-def _overlaid(
-    experiment: ResolvedExperiment, kept: Ints, there: NDArray[np.bool_]
-) -> dict[str, Any]:
-    """The tokens of every prompt, and which of them each cell hits: what an overlay draws on."""
-    if not any(report.kind == "overlay" for report in experiment.spec.reports):
-        return {}
-    rows = experiment.table.runs[experiment.spec.base].rows
-    tokenizer = experiment.model.tokenizer
-    texts = tuple(
-        tuple(
-            ("" if row.special[p] else row.text[slice(*row.offsets[p])])
-            or tokenizer.token_text(row.ids[p])
-            for p in range(len(row.ids))
-        )
-        for row in (rows[i] for i in kept)
-    )
-    names = [axis.name for axis in experiment.axes]
-    made: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = {}
-
-    def hits(index: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        keys = [
-            tuple(index[names.index(axis)] for axis in rule.positions.axes)
-            for rule in experiment.rules
-        ]
-        if tuple(keys) not in made:  # cells of one position share their tuples
-            cells = [r.positions.written[k] for r, k in zip(experiment.rules, keys, strict=True)]
-            made[tuple(keys)] = tuple(
-                tuple(
-                    sorted(
-                        {p for cell in cells for run in cell.hits[i] for p in run if p < len(own)}
-                    )
-                )
-                for i, own in zip(kept, texts, strict=True)
-            )
-        return made[tuple(keys)]
-
-    every = product(*(range(len(axis)) for axis in experiment.axes))
-    return {"texts": texts, "hits": tuple(hits(index) for index in compress(every, there))}
 
 
 def with_control(

@@ -20,6 +20,7 @@ from mechdsl.execute.sizes import PassSizes
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey, Coord
 from mechdsl.results.replies import Replies
+from mechdsl.results.seen_image import SeenImage
 from mechdsl.results.shown import AS_CHART, AS_HTML, AS_TEXT, LINE_WIDTH, MOST_LINES, shown_by
 from mechdsl.statistics.cell_statistics import run_interval
 from mechdsl.statistics.effect_parts import Sums
@@ -124,6 +125,8 @@ class ExperimentResult:
     """What bounds of rounding come from, in words."""
     hits: tuple[tuple[tuple[int, ...], ...], ...] = ()
     """Per cell and prompt, the indices into `texts` of the tokens that were hit."""
+    seen: tuple[SeenImage | None, ...] = ()
+    """Per prompt its image, where they are images, and None where it isn't shown."""
 
     reports: tuple[spec.Report, ...] = ()
     settings: spec.Statistics | None = None

@@ -69,6 +69,7 @@ def merged(parts: Sequence[tuple[Labels, ExperimentResult]]) -> ExperimentResult
         hits=tuple(hit for result in results for hit in result.hits)
         if len({result.texts for result in results}) == 1
         else (),
+        seen=results[0].seen if len({result.texts for result in results}) == 1 else (),
     )
 
 
@@ -126,6 +127,7 @@ def _on_rows(result: ExperimentResult, ids: tuple[int, ...] | None) -> Experimen
         strata=None if result.strata is None else result.strata[index],
         row_values={name: chosen(values) for name, values in result.row_values.items()},
         texts=chosen(result.texts) if result.texts else (),
+        seen=chosen(result.seen) if result.seen else (),
         hits=tuple(chosen(hit) for hit in result.hits),
     )
 

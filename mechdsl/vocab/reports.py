@@ -197,7 +197,8 @@ _report(
 _report(
     ReportKind(
         name="overlay",
-        meaning="the effect at each token, on the tokens of the first prompts",
+        meaning="the effect at each token, on the tokens of the first prompts; at each patch, on "
+        "the first images",
         example="report overlay top 5",
         module="mechdsl.show.reports.overlay",
         signature=ReportSignature(by=None, top=True, to=OutputFile((".html", ".svg", ".png"))),

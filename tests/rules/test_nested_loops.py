@@ -295,7 +295,7 @@ MEASURED = {
     ),
     "the first values don't go together": (
         "for a in 0..1 { for b in 1 - a..2 - a { patch mlp_out layers a, b at cue token } }",
-        "cosine(resid_post layer A, longer) - cosine(resid_post layer B, longer)",
+        "cosine(z layer A head B, longer)",
         [(0, 1), (0, 2), (1, 0), (1, 1)],
     ),
 }
@@ -418,7 +418,9 @@ def test_a_model_that_is_not_at_hand_has_the_layers_that_loops_name() -> None:
     loops = "for a in 0..40 { for b in a..a + 30 { patch mlp_out layers a..b at last token } }"
     text = SHOWN.replace('zoo("counting")', 'hf("nobody/nothing")')
     lines = [loops if line.startswith("  for a") else line for line in text.splitlines()]
-    assert not [found for found in mechdsl.check("\n".join(lines)) if found.severity == "error"]
+    lines[-1:] = ["expect delta(a: 40, b: 70) > 0", "expect delta(a: 40, b: 10) > 0", "}"]
+    wrong = [found for found in mechdsl.check("\n".join(lines)) if found.severity == "error"]
+    assert [found.message.split(": ", 1)[1] for found in wrong] == ["no cell is at a: 40, b: 10"]
 
 
 def test_one_cell_is_expected(data: Path) -> None:

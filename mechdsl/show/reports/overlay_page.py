@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from textwrap import wrap
 
 from rich.cells import cell_len
 
@@ -14,16 +13,14 @@ from mechdsl.base.visible import visible, xml_text
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.chart_labels import text_width
-from mechdsl.show.reports.charts import FACT_LINE, FONT, INK, PNG_SCALE, QUIET, TITLE_LINE
+from mechdsl.show.reports.charts import FONT, INK, QUIET
+from mechdsl.show.reports.image_maps import MAP_STYLE, draw_maps, page_of_maps
 from mechdsl.show.reports.matrix import Colour, colour, takes_white
+from mechdsl.show.reports.svg_canvas import MARGIN, TITLE, WIDTH, Canvas
 from mechdsl.show.reports.text import facts_of, map_format, measure_name, missing_note
-from mechdsl.show.reports.token_shades import Overlay, Shaded, overlays, remarks
+from mechdsl.show.reports.token_shades import Overlay, Shaded, maps_of, overlays, remarks
 from mechdsl.show.tokens import shown_token
 
-WIDTH, MARGIN = 860, 20
-"""Of the picture at most; tokens wrap to it."""
-TITLE = 12
-"""Size of the letters in front of a line and above a prompt."""
 LETTER, DIGIT = 8.0, 6.3
 """Widths of a letter of a token and of a number."""
 BOX, LINE = 24, 44
@@ -40,13 +37,7 @@ def save_overlay(result: ExperimentResult, report: spec.Report, path: Path) -> N
     if path.suffix.lower() == ".html":
         path.write_text(_page(result, found), encoding="utf-8")
         return
-    svg = _Picture(result).draw(found)
-    if path.suffix.lower() == ".png":
-        import vl_convert
-
-        path.write_bytes(vl_convert.svg_to_png(svg, scale=PNG_SCALE))
-    else:
-        path.write_text(svg, encoding="utf-8")
+    _picture(result, found).save(path)
 
 
 def _heads(result: ExperimentResult, measure: int, shown: Overlay) -> Iterator[str]:
@@ -88,7 +79,7 @@ p, small {{ color: {QUIET}; font-size: 12px; margin: 2px 0; }}
 .token {{ display: inline-block; text-align: center; font-family: {MONO}; font-size: 13px; }}
 .token b {{ display: block; font-weight: normal; padding: 3px 5px; border-radius: 3px; }}
 .token small {{ display: block; font-size: 10px; min-height: 13px; }}
-"""
+{MAP_STYLE}"""
 
 
 def _page(result: ExperimentResult, found: Mapping[int, Overlay]) -> str:
@@ -107,6 +98,9 @@ def _measure(result: ExperimentResult, measure: int, shown: Overlay) -> str:
     first, *facts = _heads(result, measure, shown)
     write = map_format([shown.limit])
     lines = [f"<h1>{xml_text(first)}</h1>", *(f"<p>{xml_text(fact)}</p>" for fact in facts)]
+    if result.seen:
+        maps = [maps_of(each, write) for each in shown.prompts]
+        return "\n".join([*lines, page_of_maps(maps, shown.limit, write)])
     for each in shown.prompts:
         lines.append(f"<h2>prompt {each.prompt + 1}</h2>")
         columns = columns_of(each, write)
@@ -187,80 +181,55 @@ def _span(token: str, value: float, shade: Colour | None, column: TokenColumn) -
 # --- the picture --------------------------------------------------------------------------------
 
 
-@dataclass
-class _Picture:
-    """Shapes from top to bottom; `y` is where the next one goes."""
+def _picture(result: ExperimentResult, found: Mapping[int, Overlay]) -> Canvas:
+    canvas = Canvas()
+    for measure, shown in found.items():
+        canvas.heads(*_heads(result, measure, shown))
+        canvas.y += 8
+        write = map_format([shown.limit])
+        if result.seen:
+            draw_maps(canvas, [maps_of(each, write) for each in shown.prompts], shown.limit, write)
+        for each in () if result.seen else shown.prompts:
+            canvas.words(f"prompt {each.prompt + 1}", TITLE, INK, "bold")
+            canvas.y += 4
+            _prompt(canvas, each, shown.limit, write)
+            canvas.y += 6
+        canvas.y += 14
+    if not found:
+        canvas.heads(*_nothing(result))
+    return canvas
 
-    result: ExperimentResult
-    y: float = MARGIN / 2
-    right: float = 0
-    shapes: list[str] = field(default_factory=list[str])
 
-    def draw(self, found: Mapping[int, Overlay]) -> str:
-        for measure, shown in found.items():
-            first, *facts = _heads(self.result, measure, shown)
-            self.words(first, 15, INK, "bold")
-            for fact in facts:
-                self.words(fact, 11, QUIET)
-            self.y += 8
-            write = map_format([shown.limit])
-            for each in shown.prompts:
-                self.words(f"prompt {each.prompt + 1}", TITLE, INK, "bold")
-                self.y += 4
-                self.prompt(each, shown.limit, write)
-                self.y += 6
-            self.y += 14
-        if not found:
-            title, why = _nothing(self.result)
-            self.words(title, 15, INK, "bold")
-            self.words(why, 11, QUIET)
-        height, width = self.y, self.right + MARGIN
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-            f'font-family="{FONT}"><rect width="100%" height="100%" fill="white"/>'
-            f"{''.join(self.shapes)}</svg>"
-        )
-
-    def words(self, text: str, size: int, ink: str, weight: str = "normal") -> None:
-        for line in wrap(visible(text), FACT_LINE if size < TITLE else TITLE_LINE):
-            self.y += size + 4
-            self.right = max(self.right, MARGIN + text_width(line, size))
-            self.shapes.append(
-                f'<text x="{MARGIN}" y="{self.y:.1f}" font-size="{size}" fill="{ink}" '
-                f'font-weight="{weight}">{xml_text(line)}</text>'
+def _prompt(canvas: Canvas, each: Shaded, limit: float, write: Callable[[float], str]) -> None:
+    """Its tokens once per row of numbers, in columns that line up."""
+    columns = columns_of(each, write)
+    widths = widths_of(columns)
+    places = places_of(widths, MARGIN + left_of(each))
+    for title, values in each.rows:
+        if title:
+            canvas.line(title, MARGIN, canvas.y + 16, TITLE, INK)
+        first = canvas.y
+        for token, column, value, width, (line, x) in zip(
+            each.tokens, columns, values, widths, places, strict=True
+        ):
+            canvas.y = first + line * LINE
+            said, shade = hover(token, column.number(value)), colour(value, limit)
+            canvas.shapes.append(f"<g><title>{xml_text(said)}</title>")
+            canvas.shapes.append(
+                _token(column.text, column.number(value), shade, x, canvas.y, width)
             )
-            self.y += 3
+            canvas.shapes.append("</g>")
+            canvas.right = max(canvas.right, x + width + GAP)
+        canvas.y += LINE
 
-    def prompt(self, each: Shaded, limit: float, write: Callable[[float], str]) -> None:
-        """Its tokens once per row of numbers, in columns that line up."""
-        columns = columns_of(each, write)
-        widths = widths_of(columns)
-        places = places_of(widths, MARGIN + left_of(each))
-        for title, values in each.rows:
-            if title:
-                self.shapes.append(
-                    f'<text x="{MARGIN}" y="{self.y + 16:.1f}" font-size="{TITLE}" fill="{INK}">'
-                    f"{xml_text(title)}</text>"
-                )
-            first = self.y
-            for token, column, value, width, (line, x) in zip(
-                each.tokens, columns, values, widths, places, strict=True
-            ):
-                self.y = first + line * LINE
-                said = hover(token, column.number(value))
-                self.shapes.append(f"<g><title>{xml_text(said)}</title>")
-                self.token(column.text, column.number(value), colour(value, limit), x, width)
-                self.shapes.append("</g>")
-                self.right = max(self.right, x + width + GAP)
-            self.y += LINE
 
-    def token(self, text: str, number: str, shade: Colour | None, x: float, width: float) -> None:
-        middle = x + width / 2
-        self.shapes.append(
-            f'<rect x="{x:.1f}" y="{self.y:.1f}" width="{width:.1f}" height="{BOX}" rx="3" '
-            f'fill="{rgb(shade)}"/>'
-            f'<text x="{middle:.1f}" y="{self.y + 16:.1f}" font-size="13" text-anchor="middle" '
-            f'font-family="{MONO}" fill="{ink_on(shade)}">{xml_text(text)}</text>'
-            f'<text x="{middle:.1f}" y="{self.y + BOX + 12:.1f}" font-size="10" '
-            f'text-anchor="middle" font-family="{MONO}" fill="{QUIET}">{number}</text>'
-        )
+def _token(text: str, number: str, shade: Colour | None, x: float, y: float, width: float) -> str:
+    middle = x + width / 2
+    return (
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{BOX}" rx="3" '
+        f'fill="{rgb(shade)}"/>'
+        f'<text x="{middle:.1f}" y="{y + 16:.1f}" font-size="13" text-anchor="middle" '
+        f'font-family="{MONO}" fill="{ink_on(shade)}">{xml_text(text)}</text>'
+        f'<text x="{middle:.1f}" y="{y + BOX + 12:.1f}" font-size="10" '
+        f'text-anchor="middle" font-family="{MONO}" fill="{QUIET}">{number}</text>'
+    )

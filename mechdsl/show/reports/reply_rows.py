@@ -13,7 +13,7 @@ from mechdsl.base.reply import Reply
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.token_shades import PROMPTS
+from mechdsl.results.seen_image import SHOWN
 
 _WORD = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")
 """A word or a sign with the white space in front of it: what is compared."""
@@ -57,7 +57,7 @@ class WrittenPrompt:
 
 def written_prompts(result: ExperimentResult, report: spec.Report) -> list[WrittenPrompt]:
     """The first prompts, `top n` of them."""
-    rows = list(result.replies.prompts)[: report.top or PROMPTS]
+    rows = list(result.replies.prompts)[: report.top or SHOWN]
     return [
         WrittenPrompt(n, result.replies.prompts[row], tuple(_lines(result, row)))
         for n, row in enumerate(rows, start=1)

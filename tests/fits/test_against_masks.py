@@ -1,0 +1,104 @@
+"""Maps against masks: against what is counted by hand on small images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mechdsl.fits.against_masks import (
+    area,
+    infidelity,
+    iou,
+    patch_of_pixels,
+    pointing,
+    sensitivity,
+    shares,
+)
+
+NAN = float("nan")
+CORNER = np.zeros((4, 6), np.bool_)
+CORNER[:2, :3] = True  # 6 of 24 pixels: with 2 x 2 patches, the first of them
+VALUES = np.array([[0.9, 0.1], [-2.0, 0.3]])
+
+
+def test_pixels_of_patches() -> None:
+    assert patch_of_pixels((2, 4), (1, 2)).tolist() == [[0, 0, 1, 1]] * 2
+    assert patch_of_pixels((4, 2), (2, 1)).tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    # 5 pixels in 2 patches: the middle of the third one lies on the border, and goes on
+    assert patch_of_pixels((1, 5), (1, 2)).tolist() == [[0, 0, 1, 1, 1]]
+    assert patch_of_pixels((224, 224), (14, 14))[16, 31] == 14 + 1
+    with pytest.raises(ValueError, match="3 x 1 patches of an image of 2 x 4 pixels"):
+        patch_of_pixels((2, 4), (3, 1))
+
+
+def test_shares_of_patches() -> None:
+    assert shares(CORNER, (2, 2)).tolist() == [[1, 0], [0, 0]]
+    assert shares(CORNER, (1, 1)).tolist() == [[0.25]]
+    assert shares(CORNER, (1, 2)).tolist() == [[0.5, 0]]
+    assert shares(CORNER, (4, 3)).tolist() == [[1, 0.5, 0], [1, 0.5, 0], [0] * 3, [0] * 3]
+
+
+def test_pointing() -> None:
+    assert pointing(VALUES, CORNER) == 1
+    assert pointing(-VALUES, CORNER) == 0  # the greatest, not the largest by size
+    assert pointing(np.array([[0.9, 0.9], [0.0, 0.0]]), CORNER) == 0.5
+    assert pointing(np.array([[NAN, 0.1], [-2.0, 0.3]]), CORNER) == 0
+    assert np.isnan(pointing(np.full((2, 2), NAN), CORNER))
+    # half of the left patch lies in it, a quarter of the whole does
+    assert pointing(np.array([[1.0, 0.0]]), CORNER) == 1
+    assert pointing(np.array([[1.0]]), CORNER) == 0
+
+
+def test_iou() -> None:
+    assert iou(VALUES, CORNER) == 1  # a quarter of the image: one patch
+    assert iou(-VALUES, CORNER) == 0
+    # two patches, the first and the last: 6 pixels in both, 12 + 6 - 6 in either
+    assert iou(VALUES, CORNER, share=0.5) == 0.5
+    assert iou(VALUES, CORNER, share=1.0) == 0.25
+    assert iou(VALUES, CORNER, share=0.01) == 1  # at least one
+    # all are equal: a quarter of each pixel is taken, 1.5 in both, 6 + 6 - 1.5 in either
+    assert iou(np.zeros((2, 2)), CORNER) == pytest.approx(1.5 / 10.5)
+    # two tie for the second place: 6 + half of 6 are taken of the mask's 6 and others
+    tied = np.array([[2.0, 1.0], [1.0, 0.0]])
+    assert iou(tied, CORNER, share=0.5) == pytest.approx(6 / 12)
+    assert iou(tied[::-1], CORNER, share=0.5) == pytest.approx(3 / (12 + 6 - 3))
+    # patches without a number are never taken
+    assert iou(np.array([[NAN, 0.1], [-2.0, 0.3]]), CORNER, share=1.0) == 0
+    assert np.isnan(iou(np.full((2, 2), NAN), CORNER))
+
+
+def test_shares_of_patches_that_there_are_not() -> None:
+    for share in (-0.1, 0.0, 1.1):
+        with pytest.raises(ValueError, match=f"a share of {share:g} patches"):
+            iou(VALUES, CORNER, share=share)
+
+
+def test_area_under_curves() -> None:
+    at = np.array([0.0, 0.5, 1.0])
+    # (1 + 0.5) / 2 * 0.5 + (0.5 + 0) / 2 * 0.5
+    assert area(np.array([1.0, 0.5, 0.0]), at) == pytest.approx(0.5)
+    assert area(np.array([1.0, 0.0, 0.0]), at) == pytest.approx(0.25)
+    # steps that aren't equally far: (1 + 0) / 2 * 1 + 0, over 4
+    assert area(np.array([1.0, 0.0, 0.0]), np.array([0.0, 1.0, 4.0])) == pytest.approx(0.125)
+    assert area(np.array([[2.0, 2.0, 2.0], [0.0, 0.5, 1.0]]), at).tolist() == [2, 0.5]
+    assert area(np.array([3.0, 5.0]), np.array([10.0, 30.0])) == 4
+    for wrong in ([0.0], [0.0, 0.0], [1.0, 0.0]):
+        with pytest.raises(ValueError, match="two steps"):
+            area(np.ones(len(wrong)), np.array(wrong))
+
+
+def test_infidelity() -> None:
+    taken = np.array([[[1.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [0.5, 0.0]]])
+    # 0.9 and 0.9 + 0.1 - 1.0 were expected
+    assert infidelity(VALUES, taken, np.array([0.9, 0.0])) == pytest.approx(0)
+    assert infidelity(VALUES, taken, np.array([0.4, 0.1])) == pytest.approx((0.25 + 0.01) / 2)
+    linear = np.array([0.9, 0.0])
+    assert infidelity(2 * VALUES, taken, linear) == pytest.approx((0.9**2 + 0) / 2)
+
+
+def test_sensitivity() -> None:
+    values = np.array([[3.0, 4.0]])
+    others = np.array([[[3.0, 4.0]], [[3.0, 5.0]], [[0.0, 4.0]]])
+    assert sensitivity(values, others) == pytest.approx(3 / 5)
+    assert sensitivity(10 * values, 10 * others) == pytest.approx(3 / 5)
+    assert np.isnan(sensitivity(np.zeros((1, 2)), others))
