@@ -38,6 +38,7 @@ class PathConstruct:
 USE = PathConstruct("use", "reads")
 ROWS = PathConstruct("rows", "reads")
 IMAGE = PathConstruct("image", "reads")
+REGION = PathConstruct("region", "reads")
 LOCAL = PathConstruct("local", "reads")
 HF = PathConstruct("hf", "reads")
 HF_DATASET = PathConstruct("hf_dataset", "reads")
