@@ -38,7 +38,6 @@ class PathConstruct:
 USE = PathConstruct("use", "reads")
 ROWS = PathConstruct("rows", "reads")
 IMAGE = PathConstruct("image", "reads")
-REGION = PathConstruct("region", "reads")
 LOCAL = PathConstruct("local", "reads")
 HF = PathConstruct("hf", "reads")
 HF_DATASET = PathConstruct("hf_dataset", "reads")

@@ -11,7 +11,7 @@ from mechdsl.images import files
 from mechdsl.images.picture import Picture, PictureChange
 from mechdsl.images.regions import Region
 from mechdsl.program import spec
-from mechdsl.program.named_paths import REGION, path_to_read
+from mechdsl.program.named_paths import IMAGE, path_to_read
 from mechdsl.prompts.expressions import bad, evaluate
 from mechdsl.prompts.images_block import is_drawn_mask
 from mechdsl.prompts.row_scope import Key, Refusal
@@ -62,9 +62,9 @@ def _mask(row: Row, region: spec.RegionDef, written: str, picture: Picture) -> R
     def refused(reason: str, hint: str) -> Refusal:
         return Refusal(ImageNotRead, region.span, path=written, reason=reason, hint=hint)
 
-    path, problems = path_to_read(REGION, written, region.span)
+    path, problems = path_to_read(IMAGE, written, region.span)
     if path is None:
-        raise refused(problems[0].message, problems[0].help_text)
+        raise Refusal.of(problems[0])
     try:
         digest, size = row.block.image_files.look(path)
     except files.NotRead as error:
