@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from mechdsl.images.patches import PatchLayout
 from mechdsl.images.picture import Picture, PictureChange
-from mechdsl.images.pixels import cover, pixels, prepared
+from mechdsl.images.pixels import cover, pixels, prepare, prepared
+from mechdsl.images.processing import Processing
 from mechdsl.images.regions import Region, of_box, tokens_in
 from mechdsl.images.shapes import draw
 from mechdsl.prompts.image_reader import ImageReader
@@ -332,3 +334,22 @@ def test_a_row_without_the_region(tmp_path: Path) -> None:
     blocks += "region object = box }"
     rule = "ablate embed at {} with zero"
     assert codes(tmp_path, rule.format("object tokens"), blocks=blocks) == ["E0309"]
+
+
+def test_half_a_pixel_is_in_a_region() -> None:
+    layout, how = PatchLayout((), (1, 1), (2, 3)), Processing(None)
+    assert tokens_in(of_box((0.0, 0.0, 1.25, 1.0), (2, 3)), how, layout) == (0,)
+    assert tokens_in(of_box((0.0, 0.0, 1.75, 1.0), (2, 3)), how, layout) == (0, 1)
+    assert tokens_in(of_box((2.75, 0.0, 3.0, 1.0), (2, 3)), how, layout) == ()
+
+
+@pytest.mark.parametrize("size", [(13, 11), (11, 14), (12, 13), (20, 15), (15, 21)])
+def test_images_that_are_smaller_than_the_middle(size: tuple[int, int]) -> None:
+    how, layout = Processing(None, crop=(16, 16)), PatchLayout((), (2, 2), (16, 16))
+    for row, col in ((0, 0), (size[0] - 1, size[1] - 1), (5, 6)):
+        image = np.zeros((*size, 3), np.uint8)
+        image[row, col] = 255
+        changed = prepare(image, how).max(0).reshape(8, 2, 8, 2).max((1, 3)).flatten()
+        box = (float(col), float(row), col + 1.0, row + 1.0)
+        found = tokens_in(of_box(box, size), how, layout)
+        assert list(found) == changed.nonzero()[0].tolist()
