@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from mechdsl.base.record import Record, record
+from mechdsl.images.regions import Region
 
 How = Literal["file", "shapes", "gray", "noise"]
 GRAY = 128
@@ -16,6 +17,24 @@ GRAY = 128
 VERSION = 1
 """Of the pixels that generated images have: another one makes other images of all of them."""
 _DIGITS = 8
+
+
+@record
+class PictureChange(Record):
+    """What a corruption does to an image, before it is made ready."""
+
+    how: Literal["blur", "mask", "noise"]
+    amount: float = 0.0
+    """Of a blur its radius in pixels, of noise its standard deviation, of 255."""
+    region: Region | None = None
+    """None: the whole image."""
+    seed: int = 0
+    """What is drawn hangs on."""
+
+    def told(self) -> list[object]:
+        """All that it hangs on."""
+        region = None if self.region is None else self.region.told()
+        return [self.how, self.amount, region, self.seed]
 
 
 @record
@@ -42,6 +61,7 @@ class Picture(Record):
     """Of gray: how bright, of 255."""
     seed: int = 0
     """What is drawn hangs on, 0..2^64-1."""
+    changes: tuple[PictureChange, ...] = ()
 
     def content(self) -> str:
         """A digest of all that its pixels hang on."""
@@ -56,6 +76,7 @@ class Picture(Record):
             case "shapes":
                 told += [VERSION, self.kind, self.count, self.size, self.seed]
                 told += [self.colour, self.texture]
+        told += [change.told() for change in self.changes]
         return blake2b(json.dumps(told).encode(), digest_size=_DIGITS).hexdigest()
 
     @property
@@ -75,7 +96,8 @@ class Picture(Record):
     def text(self) -> str:
         """What stands for it where a prompt has its text: two of them are equal where the images
         are."""
-        return f"{self.words} #{self.content()}"
+        changed = "".join(f", {change.how}" for change in self.changes)
+        return f"{self.words}{changed} #{self.content()}"
 
     def sized(self, size: tuple[int, int]) -> Picture:
         """The same of this size, where it has none of its own."""

@@ -8,11 +8,13 @@ from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from mechdsl.images import files
-from mechdsl.images.picture import Picture
+from mechdsl.images.picture import GRAY, Picture, PictureChange
 from mechdsl.images.processing import Processing
+from mechdsl.images.regions import Region, of_box
+from mechdsl.images.shapes import Drawn, draw
 
 Pixels = NDArray[np.uint8]
 """[height, width, 3] in RGB."""
@@ -22,7 +24,43 @@ KEPT = 128
 
 
 def pixels(picture: Picture) -> Pixels:
-    """The image. Raises files.NotRead."""
+    """The image, with what corruptions do to it. Raises files.NotRead."""
+    found = _made(picture)
+    for change in picture.changes:
+        found = _changed(found, picture, change)
+    return found
+
+
+def _changed(image: Pixels, picture: Picture, change: PictureChange) -> Pixels:
+    own = Image.fromarray(image)
+    match change.how:
+        case "blur":
+            other = own.filter(ImageFilter.GaussianBlur(change.amount))
+        case "mask":
+            other = Image.new("RGB", own.size, (GRAY, GRAY, GRAY))
+        case "noise":
+            random = np.random.Generator(np.random.Philox(change.seed))
+            noisy = image + change.amount * random.standard_normal(image.shape)
+            other = Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8))
+    if change.region is not None:
+        other = Image.composite(other, own, cover(change.region, picture, image.shape[:2]))
+    return np.asarray(other)
+
+
+def cover(region: Region, picture: Picture, size: tuple[int, ...]) -> Image.Image:
+    """[height, width] of 0 to 255, how much of each pixel of a picture lies in a region. Raises
+    files.NotRead. size: (height, width)."""
+    height, width = size
+    if region.shapes:
+        return Image.fromarray(_drawn(picture).mask.astype(np.uint8) * 255)
+    if region.mask is not None:
+        mask = files.read(region.mask, region.digest).convert("L")
+        return mask.point(lambda value: 255 if value else 0)
+    assert region.box is not None
+    return of_box(region.box, (height, width))
+
+
+def _made(picture: Picture) -> Pixels:
     match picture.how:
         case "file":
             assert picture.path is not None
@@ -34,11 +72,13 @@ def pixels(picture: Picture) -> Pixels:
             random = np.random.Generator(np.random.Philox(picture.seed))
             return random.integers(0, 256, (*picture.size, 3), dtype=np.uint8)
         case "shapes":
-            from mechdsl.images.shapes import draw
+            return _drawn(picture).pixels
 
-            random = np.random.Generator(np.random.Philox(picture.seed))
-            how = {"colour": picture.colour, "texture": picture.texture}
-            return draw(picture.kind, picture.count, picture.size[0], random, **how).pixels
+
+def _drawn(picture: Picture) -> Drawn:
+    random = np.random.Generator(np.random.Philox(picture.seed))
+    how = {"colour": picture.colour, "texture": picture.texture}
+    return draw(picture.kind, picture.count, picture.size[0], random, **how)
 
 
 @lru_cache(maxsize=KEPT)

@@ -8,6 +8,10 @@ from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import BadArgument, UnknownWord, did_you_mean
 from mechdsl.syntax import ast
 
+IMAGE_SPANS = ("image", "cls", "distillation", "register")
+"""Names of what all images have."""
+MASK = "mask"
+"""What a region of generated shapes is called that are drawn."""
 ALONE = ("gray", "noise")
 LATER = ("blur", "mean")
 CALLS = {"shapes": ("n", "kind", "size", "colour", "texture"), "gray": ()}

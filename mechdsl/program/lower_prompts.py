@@ -18,7 +18,7 @@ from mechdsl.diagnostics.e02_names import (
     did_you_mean,
 )
 from mechdsl.program import spec
-from mechdsl.program.lower_images import image_problems
+from mechdsl.program.lower_images import IMAGE_SPANS, image_problems
 from mechdsl.program.named_paths import HF_DATASET
 from mechdsl.program.namespace import Namespace, place
 from mechdsl.syntax import ast
@@ -53,6 +53,7 @@ class _BlockLines:
         self.split: ast.Split | None = None
         self.from_images = False
         self.image: ast.ImageLine | None = None
+        self.regions: list[spec.RegionDef] = []
 
     @property
     def diagnostics(self) -> list[Diagnostic]:
@@ -161,8 +162,21 @@ class _BlockLines:
             case ast.ImageLine():
                 self._image(line)
             case ast.Region():
-                self.later(line, "`region`")
-                self.from_images = True
+                self._region(line)
+
+    def _region(self, line: ast.Region) -> None:
+        if self.definition.kind == "prompts":
+            self.later(line, "`region`")
+            self.from_images = True
+            return
+        self.name(line.name)
+        if line.name.id in IMAGE_SPANS:
+            reason, hint = "is what images have by themselves", "give the region another name"
+            at, name = line.name.span, line.name.id
+            self.diagnostics.append(BadArgument(span=at, name=name, reason=reason, hint=hint))
+            return
+        name, column = line.name.id, line.column.id
+        self.regions.append(spec.RegionDef(span=line.column.span, name=name, column=column))
 
     def _image(self, line: ast.ImageLine) -> None:
         if self.definition.kind == "prompts" or line.value is None:
@@ -294,7 +308,8 @@ def _images(block: _BlockLines, scope: Namespace) -> spec.Prompts:
     block.chat, block.spans = None, []
     block.templates = [ast.String("", span=at if block.image is None else block.image.span)]
     known = block.image is not None and not block.from_images
-    return _lowered(block).model_copy(update={"image": image, "from_images": not known})
+    own = {"image": image, "from_images": not known, "regions": tuple(block.regions)}
+    return _lowered(block).model_copy(update=own)
 
 
 def _names_used(definition: ast.PromptsDef, scope: Namespace) -> None:

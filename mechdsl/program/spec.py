@@ -125,12 +125,20 @@ CHAT_ROLES = ("system", "user", "assistant")
 """Whose turns a chat has."""
 
 
+class RegionDef(Spec):
+    """`region object = box`: a part of each image."""
+
+    name: str
+    column: str
+
+
 class Prompts(Spec):
     """One `prompts` block, or one of `images`."""
 
     name: str
     image: ExprText | None = None
     """Of images: what each is made of."""
+    regions: tuple[RegionDef, ...] = ()
     values: tuple[Value, ...] = ()
     templates: tuple[StringText, ...] = ()
     chat: tuple[ChatTurnText, ...] = ()

@@ -323,7 +323,7 @@ class _Builder:
                     spans=rich.spans,
                     values=row.plain_values,
                     texts=kept,
-                    **of_image(row.image, self.tokenizer),
+                    **of_image(row.image, row.regions, self.tokenizer),
                 )
             )
         return Run(name, tuple(out), chat=bool(self.block.spec.chat))

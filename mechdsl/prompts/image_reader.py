@@ -15,6 +15,7 @@ from mechdsl.diagnostics.e04_model import NoImageProcessor
 from mechdsl.images.patches import PatchLayout
 from mechdsl.images.picture import Picture
 from mechdsl.images.processing import FILE, Processing, Unfit, processing_of
+from mechdsl.images.regions import Region, tokens_in
 from mechdsl.prompts.seeded_draws import stable_hash
 from mechdsl.prompts.tokenizer import Encoded, TextTokenizer
 
@@ -115,12 +116,26 @@ class OfImage(TypedDict, total=False):
     places: Mapping[str, tuple[tuple[int, ...], ...]]
 
 
-def of_image(picture: Picture | None, tokenizer: TextTokenizer) -> OfImage:
-    """That of a row; nothing of a prompt."""
+def of_image(
+    picture: Picture | None, regions: Mapping[str, tuple[Region, ...]], tokenizer: TextTokenizer
+) -> OfImage:
+    """That of a row; nothing of a prompt. Of a region, occurrences without a token aren't there."""
     if picture is None:
         return {}
     assert isinstance(tokenizer, ImageReader)
-    return {"image": picture.sized(tokenizer.layout.size), "places": tokenizer.places()}
+    picture, how, layout = (
+        picture.sized(tokenizer.layout.size),
+        tokenizer.processing,
+        tokenizer.layout,
+    )
+    places = {**tokenizer.places()}
+    for name, occurrences in regions.items():
+        from mechdsl.images.pixels import cover  # NumPy, for those who have regions
+
+        covers = (cover(each, picture, picture.size) for each in occurrences)
+        found = (tokens_in(each, how, layout) for each in covers)
+        places[name] = tuple(tokens for tokens in found if tokens)
+    return {"image": picture, "places": places}
 
 
 class StandInReader(ImageReader):

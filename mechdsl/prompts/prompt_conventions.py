@@ -60,6 +60,10 @@ def token_conventions(
     out = {"bos": tokenizer.bos_convention()}
     if isinstance(tokenizer, ImageReader):
         out = {"images": tokenizer.convention()}
+        if block.spec.regions:
+            names = ", ".join(f"`{region.name}`" for region in block.spec.regions)
+            said = "patches with a pixel, as the model gets it, that lies in it by half or more"
+            out["regions"] = f"{names}: {said}"
     if block.spec.chat:
         out = _chat_conventions(block, rows, tokenizer)
     for name in rows[0].texts if rows else ():

@@ -28,7 +28,7 @@ from mechdsl.prompts.compiled_template import CompiledTemplate, Definition
 from mechdsl.prompts.data_files import DataFile, read_data
 from mechdsl.prompts.domains import Constants, Words, make_domain
 from mechdsl.prompts.hub_datasets import read_dataset
-from mechdsl.prompts.images_block import ImageFiles, not_of_images
+from mechdsl.prompts.images_block import ImageFiles, is_drawn_mask, not_of_images
 from mechdsl.prompts.names_used import NameUse, calls_in, counts_tokens, draws, uses
 from mechdsl.prompts.parts_of_rows import parts_of
 from mechdsl.prompts.python_values import Calls
@@ -222,6 +222,9 @@ class PromptsBlock:
             yield from template.texts
         if self.spec.image is not None:
             yield from image_parts(self.spec.image)
+        for region in self.spec.regions:
+            if not is_drawn_mask(self.spec, region):
+                yield ast.Name(region.column, span=region.span)
         yield from self.texts.values()
         yield from self.spec.where
         for span in self.spec.spans:

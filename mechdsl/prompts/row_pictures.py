@@ -54,7 +54,7 @@ def _of_file(row: Row, node: ast.String) -> Picture:
         raise refused("the row names none", "leave rows without an image out with `where`")
     path, problems = path_to_read(IMAGE, written, node.span)
     if path is None:
-        raise refused(problems[0].message, problems[0].help_text)
+        raise Refusal.of(problems[0])
     try:
         digest, size = row.block.image_files.look(path)
     except files.NotRead as error:

@@ -22,6 +22,13 @@ class Refusal(Exception):
         self.span = span
         self.facts = facts
 
+    @staticmethod
+    def of(problem: Diagnostic) -> Refusal:
+        """One that says what a diagnostic with a place says."""
+        assert problem.span is not None
+        facts = {f.name: getattr(problem, f.name) for f in fields(problem) if f.name != "span"}
+        return Refusal(type(problem), problem.span, **facts)
+
     def diagnostic(self, row: str) -> Diagnostic:
         facts = dict(self.facts)
         if "rows" in {f.name for f in fields(self.kind)}:

@@ -256,7 +256,7 @@ class _Collector:
             _ = each.plain_values
             for name in self.block.texts:
                 each.named_text(name)
-            _ = each.prompt
+            _ = each.prompt, each.regions
         return Made(row, corrupted)
 
     def _belongs(self, number: int) -> bool:

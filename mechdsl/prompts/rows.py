@@ -10,7 +10,6 @@ from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e05_chat import ChatRefused
 from mechdsl.diagnostics.e05_data import TextNotInside, TooMany
-from mechdsl.images.picture import Picture
 from mechdsl.program import spec
 from mechdsl.prompts.chat_template import ChatProblem, Turn, unwritten
 from mechdsl.prompts.compiled_template import CompiledTemplate, Definition
@@ -20,7 +19,7 @@ from mechdsl.prompts.functions import FUNCTIONS, CallSite, draw_others
 from mechdsl.prompts.prompt_table import RunRow
 from mechdsl.prompts.prompts_block import TEMPLATE, PromptsBlock
 from mechdsl.prompts.row_content import content_key
-from mechdsl.prompts.row_pictures import picture_of
+from mechdsl.prompts.row_image import OF_IMAGES, WithImage
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.seeded_draws import Permutation, stable_hash
 from mechdsl.prompts.span_tokens import TokenMap
@@ -40,14 +39,14 @@ from mechdsl.prompts.values import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.template import Placeholder
-from mechdsl.vocab.corruptions import ValueChange, kind_of
+from mechdsl.vocab.corruptions import ImageChange, ValueChange, kind_of
 
 RECORD = "record"
 """Name of the axis of a data file's records."""
 CLEAN = "clean"
 
 
-class Row:
+class Row(WithImage):
     """One row of a block, clean or corrupted. Its methods raise `Refusal`."""
 
     def __init__(self, block: PromptsBlock, row_id: int) -> None:
@@ -70,6 +69,7 @@ class Row:
         """What the corruption has written."""
         self.item_changes: dict[str, tuple[ast.Expr, Row]] = {}
         """Changes of names that only lists draw: applied to each item."""
+        self.image_changes: list[ast.Change] = []
         self._tokenizer: TextTokenizer | None = None
         """While conditions are asked for."""
         self._drawn: dict[str, Value] = {}
@@ -88,7 +88,7 @@ class Row:
         """Work everything out anew, because something is changed."""
         self._cache = {}
         self._texts = {}
-        for worked_out in ("prompt", "turns", "plain_values", "key", "image"):
+        for worked_out in ("prompt", "turns", "plain_values", "key", *OF_IMAGES):
             self.__dict__.pop(worked_out, None)
 
     @cached_property
@@ -340,11 +340,13 @@ class Row:
             return known
         row = self._copy()
         row.run = corruption.name
-        row.changed, row.item_changes = {}, {}
+        row.changed, row.item_changes, row.image_changes = {}, {}, []
         for change in corruption.changes:
             kind = kind_of(change)
             if isinstance(kind, ValueChange):
                 kind.apply(row, change)
+            elif isinstance(change, ast.Change) and isinstance(kind, ImageChange):
+                row.image_changes.append(change)
         self._corrupted[corruption.name] = row
         return row
 
@@ -394,12 +396,6 @@ class Row:
             return all(holds(node, self, Key(f"where.{n}")) for n, node in enumerate(conditions))
         finally:
             self._tokenizer = None
-
-    @cached_property
-    def image(self) -> Picture | None:
-        """What its image is made of, of a row of images."""
-        made_of = self.block.spec.image
-        return None if made_of is None else picture_of(self, made_of)
 
     @cached_property
     def prompt(self) -> Rich:

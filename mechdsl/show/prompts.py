@@ -106,6 +106,8 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
                 _grid([shown_token(token) for token in _tokens(experiment, row)], console)
             for label, positions in _named_spans(row):
                 where = _list(positions) if any(positions) else "white space, no token of its own"
+                if row.image is not None:
+                    where = " | ".join(map(ranges, positions)) or "not in this row"
                 console.print(Text("    ") + Text(label, style="green") + Text(f" → {where}"))
             for label, text in row.texts.items():
                 if not text.ids:

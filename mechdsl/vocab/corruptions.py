@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, Protocol, TypeVar, cast
 
 from mechdsl.base import limits
 from mechdsl.base.registry import Registry
@@ -138,6 +138,27 @@ class ActivationChange(ChangeKind[ast.Change]):
         return ()
 
 
+class ImageChange(ChangeKind[ast.Change]):
+    """Changes an image, or a region of it, before it is made ready for the model."""
+
+    of: ClassVar[Literal["blur", "mask", "noise"]]
+    most: ClassVar[float] = 0.0
+    """The largest amount."""
+
+    def amount(self, change: ast.Change) -> int | float | str | ast.Expr | None:
+        """A number, or the name of one; None where there is none."""
+        return None
+
+    def part(self, change: ast.Change) -> ast.Name:
+        """`image`, or a region."""
+        return cast("ast.Name", change.values[0])
+
+    def reads(self, change: ast.Change) -> tuple[ast.Expr, ...]:
+        """The amount, where it is an expression; the part is no value of the row."""
+        found = self.amount(change)
+        return (found,) if isinstance(found, ast.Expr) else ()
+
+
 CHANGES: Registry[ChangeKind[Any]] = Registry("change")
 K = TypeVar("K", bound=ChangeKind[Any])
 
@@ -220,11 +241,41 @@ class TemplateChange(ValueChange[ast.Change]):
 
 
 @change("blur")
-class BlurChange(ChangeKind[ast.Change]):
+class BlurChange(ImageChange):
     usage = "blur image radius 8"
-    meaning = "an image is blurred"
+    meaning = (
+        "an image, or a region of it, is blurred, with a Gaussian of this radius, in pixels of the "
+        "file; rows are images"
+    )
     signature = ChangeSignature((ast.Name,), needs=("radius",))
-    later = True
+    of = "blur"
+    most = 1_000
+
+    def amount(self, change: ast.Change) -> int | float | str | ast.Expr | None:
+        return change.radius
+
+
+@change("mask")
+class MaskChange(ImageChange):
+    usage = "mask object"
+    meaning = "a region of an image, or all of it (`mask image`), is gray: 128 of 255"
+    signature = ChangeSignature((ast.Name,))
+    of = "mask"
+
+
+@change("noise")
+class NoiseChange(ImageChange):
+    usage = "noise image by 40"
+    meaning = (
+        "noise is added to each number of each pixel of an image or a region: normal, of this "
+        "standard deviation of 255, drawn for each row"
+    )
+    signature = ChangeSignature((ast.Name,), needs=("by",))
+    of = "noise"
+    most = 10_000
+
+    def amount(self, change: ast.Change) -> int | float | str | ast.Expr | None:
+        return change.by
 
 
 # --- changes of tokens ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 import mechdsl
@@ -177,6 +178,11 @@ EXAMPLES = {
         .replace("  from clean into fewer\n", "")
         .replace(" as recovery", " as raw"),
     ),
+    "image": (
+        "picture.png",
+        'mech 1\nmodel vit = local("nowhere")\nimages i { image "PLACE" answer "a" }\n'
+        "experiment e { model vit images i measure logit(answer) as raw }\n",
+    ),
     "report": ("cells.csv", CSV),
     "save": (
         "streams.safetensors",
@@ -192,6 +198,7 @@ def filled(folder: Path) -> None:
     """All that the examples name."""
     (folder / "common.mech").write_text("mech 1\n", encoding="utf-8")
     (folder / "data.csv").write_text("a\nfig\n", encoding="utf-8")
+    Image.new("RGB", (8, 8)).save(folder / "picture.png")
     (folder / "set").mkdir()
     (folder / "set" / "train.csv").write_text("a\nfig\n", encoding="utf-8")
     (folder / "metrics.py").write_text("def own(logits, rows):\n    return logits[:, 0]\n")

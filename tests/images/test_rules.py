@@ -262,3 +262,108 @@ def test_what_is_seen_at_tokens(name: str, tmp_path: Path) -> None:
         weights = (q[0] @ k.T / math.sqrt(q.shape[-1])).softmax(-1)
         paid.append(float(weights[keys].sum()))
     np.testing.assert_allclose(found["e.paid"].measures[0].patched[0], paid, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", ["vit", "beit", "clip"])
+def test_what_two_rows_of_patches_add_is_swapped(name: str, mode: str, tmp_path: Path) -> None:
+    above, below = ([support.token(name, row, col) for col in range(1, GRID + 1)] for row in (1, 2))
+
+    def writes(number: int, site: str) -> Writes:
+        own = plain(name, number).sites[site, 0]
+        pairs = [*zip(above, below, strict=True), *zip(below, above, strict=True)]
+        return {(site, 0): [Change(to, 0, own[of, 0]) for to, of in pairs]}
+
+    for site in ("mlp_out", "attn_out"):
+        lines = [
+            f"swap {site} layer 0 at image row 1 col * tokens with image row 2 col * tokens",
+        ]
+        run(
+            tmp_path, name, mode, lines, (), [()], lambda number, site=site: writes(number, site),
+            base=lambda number: number, large=0.003, most=False,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", ["vit", "deit"])
+def test_a_class_token_is_frozen(name: str, mode: str, tmp_path: Path) -> None:
+    def writes(number: int) -> Writes:
+        tokens = patches(name)
+        return {
+            ("embed", 1): copied(plain(name, number), "embed", 0, tokens),
+            ("attn_out", 0): copied(plain(name, None), "attn_out", 0, [0]),
+        }
+
+    lines = [INTO_GRAY, "patch embed at image tokens", "freeze attn_out layer 0 at cls token"]
+    run(tmp_path, name, mode, lines, (), [()], writes, large=0.02, most=False)
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", ["vit", "dinov2_with_registers"])
+def test_a_block_is_left_out(name: str, mode: str, tmp_path: Path) -> None:
+    def writes(number: int) -> Writes:
+        every = range(FRONT[name] + GRID * GRID)
+        own = plain(name, number).sites["resid_pre", 0]
+        return {("resid_post", 0): [Change(at, 0, own[at, 0]) for at in every]}
+
+    lines = ["replace block layer 0 with identity"]
+    run(
+        tmp_path, name, mode, lines, (), [()], writes, base=lambda number: number, large=0.05,
+        most=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", QUICK)
+def test_directions_of_images_are_clamped_and_projected_out(mode: str, tmp_path: Path) -> None:
+    name, at = "vit", 0
+    blocks = support.BLOCKS + "direction d = mean(scenes) at resid_post layer 0 at cls token\n"
+    own = [plain(name, n).sites["resid_post", 0][at, 0] for n in range(3)]
+    unit = torch.stack(own).mean(0)
+    unit = unit / unit.norm()
+    for rule, left in (("clamp d of", 3.0), ("project out d from", 0.0)):
+        end = " to 3" if left else ""
+        text = support.experiment("e", f"{rule} resid_post layer 0 at cls token{end}")
+        found = support.run_file(text, tmp_path, name, mode, blocks)["e"]
+        expected: list[float] = []
+        for number in range(3):
+            value = own[number] + (left - own[number] @ unit) * unit
+            changes = [Change(at, 0, value)]
+            seen = forward(name, support.pixels(name, number), {("resid_post", 0): changes})
+            expected.append(difference(seen, number))
+        agree(found, (), {(): expected}, _unpatched(name), large=0.02, most=False)
+
+
+@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize("name", ["vit", "siglip"])
+def test_tokens_that_were_ranked(name: str, mode: str, tmp_path: Path) -> None:
+    """The patches of each image that another experiment found to matter most."""
+    first = support.experiment("caap", INTO_GRAY, "patch resid_post layer 0 at each token of image")
+    text = support.experiment("e", "ablate embed at top 25% of caap tokens with zero")
+    found = support.run_file(first + text, tmp_path, name, mode)
+    deltas = found["caap"].measures[0].patched - found["caap"].measures[0].base
+    expected: list[float] = []
+    for number in range(3):
+        best = np.argsort(-deltas[:, number], kind="stable")[: GRID * GRID // 4]
+        width = plain(name, number).sites["embed", 0].shape[-1]
+        zero = torch.zeros(width, dtype=torch.float64)
+        changes = [Change(patches(name)[n], 0, zero) for n in best]
+        seen = forward(name, support.pixels(name, number), {("embed", 0): changes})
+        expected.append(difference(seen, number))
+    agree(found["e"], (), {(): expected}, _unpatched(name), large=0.02, most=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov3_vit"])
+def test_vectors_of_images_are_saved(name: str, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    lines = ['save resid_post layer 1 at image row 2 col 3 token to "own.safetensors"']
+    measure = "measure cosine(resid_post layer 0, clean) at cls token as raw"
+    text = support.experiment("e", *lines, measure=measure)
+    support.run_file(text, tmp_path, name)
+    saved = load_file(tmp_path / "own.safetensors")
+    [values] = [value for value in saved.values() if value.ndim >= 2 and value.shape[-1] > 3]
+    token = support.token(name, 2, 3)
+    wanted = [plain(name, n).sites["resid_post", 1][token, 0].numpy() for n in range(3)]
+    found = values.reshape(3, -1)
+    for row in wanted:
+        assert np.abs(found - row).max(1).min() < 1e-3

@@ -105,7 +105,7 @@ def test_an_untrusted_file_reads_images_in_its_folder_alone(folder: Path) -> Non
     (folder / "data.jsonl").write_text(text)
     assert not mechdsl.check(folder / "file.mech").errors
     found = mechdsl.check(folder / "file.mech", untrusted=True)
-    assert "E0560" in [d.code for d in found.errors]
+    assert "E0535" in [d.code for d in found.errors]
     assert "W0780" in [d.code for d in found.warnings]
 
 

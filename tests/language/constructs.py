@@ -1654,6 +1654,16 @@ _image(
     "tests/images/test_pixels.py",
 )
 _image(
+    "region",
+    "region object = mask",
+    "A part of each image as a span: `object tokens` are the patches with a pixel, as the model "
+    "gets it, of which half or more lies in it. Of shapes that are drawn `mask` is where they lie; "
+    "else a column has a box, `[left, top, right, bottom]` in pixels of the file, a list of boxes, "
+    "or the path of an image of the same size that isn't black there. They go through resizing and "
+    "cropping with the image.",
+    "tests/images/test_regions.py",
+)
+_image(
     "transplants of images",
     "from scenes into neutral",
     "A block of one row is the other side of every row: each image's vectors go into the one gray "

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mechdsl.base.limits import LIMITS
-from mechdsl.vocab.corruptions import CHANGES, NOISES, ActivationChange
+from mechdsl.vocab.corruptions import CHANGES, NOISES, ActivationChange, ChangeKind, ImageChange
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.metrics import METRICS, Form, Takes
 from mechdsl.vocab.reports import REPORTS
@@ -285,10 +286,22 @@ def seeded(file: str) -> str:
     return file.replace("mech 1\n", "mech 1\n\nseed 7\n", 1)
 
 
+def of_change(change: ImageChange) -> str:
+    """A file with a change of images."""
+    lines = f"region object = mask\n  corrupt changed {{ {change.usage} }}"
+    file = IMAGES.replace(
+        "image shapes(n: 1, kind: kind)", f"image shapes(n: 1, kind: kind) {lines}"
+    )
+    file = file.replace("SIDES", "from scenes into neutral").replace("POSITION", "tokens *")
+    return file.replace("MEASURE", "measure logit(answer) as delta")
+
+
 def of_images(entry: Construct) -> str:
     """A file with a line about images."""
     example, words = entry.example, entry.example.split()
     block = example.startswith("image ") and entry.group == "image"
+    if words[0] == "region":
+        example, block = f"image shapes(n: 1, kind: kind) {example}", True
     file = IMAGES.replace("image shapes(n: 1, kind: kind)", example) if block else IMAGES
     if words[0] == "images":
         file = file.replace("images neutral", f"{example}\nimages neutral")
@@ -448,8 +461,10 @@ def changes() -> Iterator[Line]:
             change.usage,
             _sentence(change.meaning),
             TRACING if noise else OWN,
-            "tests/execute/test_noise.py" if noise else _ROWS,
-            in_block("number in 3..9", f"corrupt changed {{ {change.usage} }}"),
+            _held(change),
+            of_change(change)
+            if isinstance(change, ImageChange)
+            else in_block("number in 3..9", f"corrupt changed {{ {change.usage} }}"),
         )
     for _, noise in NOISES.items():
         yield Line(
@@ -464,6 +479,13 @@ def changes() -> Iterator[Line]:
 
 
 _ROWS = "tests/data/test_rows.py"
+
+
+def _held(change: ChangeKind[Any]) -> str:
+    """The file that holds a change."""
+    if isinstance(change, ImageChange):
+        return "tests/images/test_regions.py"
+    return "tests/execute/test_noise.py" if isinstance(change, ActivationChange) else _ROWS
 
 
 def _sentence(text: str) -> str:

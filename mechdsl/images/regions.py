@@ -1,0 +1,79 @@
+"""Parts of an image: boxes, masks, shapes; and which tokens of a model they become."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mechdsl.base.record import Record, record
+from mechdsl.images.patches import PatchLayout
+from mechdsl.images.processing import Processing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+HALF = 128
+"""Of 255: a pixel of the prepared image is in a region from so much of it."""
+
+
+@record
+class Region(Record):
+    """A part of an image, in its own pixels: before it is made ready."""
+
+    box: tuple[float, float, float, float] | None = None
+    """(left, top, right, bottom), the ends exclusive."""
+    mask: Path | None = None
+    """A file of the image's size: what isn't black in it."""
+    digest: str = ""
+    """Of that file, SHA-256."""
+    shapes: bool = False
+    """The shapes that are drawn."""
+
+    def told(self) -> list[object]:
+        """All that it hangs on."""
+        return [self.box, self.digest, self.shapes]
+
+
+def of_box(box: tuple[float, float, float, float], size: tuple[int, int]) -> Image:
+    """[height, width] of 0 to 255, how much of each pixel lies in a box; size: (height, width)."""
+    from PIL import Image, ImageDraw
+
+    height, width = size
+    times = 4  # parts of a pixel, for boxes that don't end with one
+    left, top, right, bottom = (round(each * times) for each in box)
+    drawn = Image.new("L", (width * times, height * times))
+    if right > left and bottom > top:
+        ImageDraw.Draw(drawn).rectangle((left, top, right - 1, bottom - 1), fill=255)
+    return drawn.reduce(times)
+
+
+def tokens_in(cover: Image, how: Processing, layout: PatchLayout) -> tuple[int, ...]:
+    """The tokens of patches that have a pixel of the prepared image in a region.
+
+    cover: how much of each pixel of the image lies in it, as `of_box` has it.
+    """
+    from PIL import Image
+
+    height, width = how.resized(cover.height, cover.width)
+    if (height, width) != (cover.height, cover.width):
+        cover = cover.resize((width, height), resample=Image.Resampling.BOX)
+    if how.crop is not None:
+        top, left = _corner((height, width), how.crop)
+        cover = cover.crop((left, top, left + how.crop[1], top + how.crop[0]))
+    found: list[int] = []
+    for token in layout.grid:
+        _, most = cover.crop(layout.box(token)).getextrema()
+        if isinstance(most, (int, float)) and most >= HALF:
+            found.append(token)
+    return tuple(found)
+
+
+def _corner(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """(top, left) of the middle that is kept; outside of the image there is nothing."""
+    corner: list[int] = []
+    for own, kept in zip(image, size, strict=True):
+        start = (own - kept) // 2
+        whole = max(own, kept)
+        # Where the image is smaller, half of what is lacking stands in front, rounded up.
+        corner.append(start if start >= 0 else -((whole - own + 1) // 2))
+    return corner[0], corner[1]

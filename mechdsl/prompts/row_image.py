@@ -1,0 +1,42 @@
+"""The image of a row, with its regions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, cast
+
+from mechdsl.images.picture import Picture
+from mechdsl.images.regions import Region
+from mechdsl.prompts.row_pictures import picture_of
+from mechdsl.prompts.row_regions import changes_of, regions_of
+from mechdsl.syntax import ast
+
+if TYPE_CHECKING:
+    from mechdsl.prompts.rows import Row
+
+OF_IMAGES = ("image", "regions")
+"""What is worked out anew where something of the row changes."""
+
+
+class WithImage:
+    """What a row of images has beside its values. Raises `Refusal`."""
+
+    image_changes: list[ast.Change]
+    """What the corruption does to the image."""
+
+    @cached_property
+    def image(self) -> Picture | None:
+        """What its image is made of, of a row of images."""
+        row = cast("Row", self)
+        made_of = row.block.spec.image
+        if made_of is None:
+            return None
+        made = picture_of(row, made_of)
+        return replace(made, changes=changes_of(row, made)) if self.image_changes else made
+
+    @cached_property
+    def regions(self) -> Mapping[str, tuple[Region, ...]]:
+        """Parts of its image, by name."""
+        return {} if self.image is None else regions_of(cast("Row", self), self.image)

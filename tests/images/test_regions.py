@@ -1,0 +1,355 @@
+"""Regions of images, and what corruptions do to images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
+from mechdsl.images.patches import PatchLayout
+from mechdsl.images.picture import Picture, PictureChange
+from mechdsl.images.pixels import cover, pixels, prepare, prepared
+from mechdsl.images.processing import Processing
+from mechdsl.images.regions import Region, of_box, tokens_in
+from mechdsl.images.shapes import draw
+from mechdsl.prompts.image_reader import ImageReader
+
+from . import support
+from .support import CLASSIFIERS, copied, difference, forward, plain
+from .test_blocks import check, codes, folder_of
+
+UNRESIZED = {
+    "vit": (16, 16),
+    "deit": (20, 22),
+    "dinov2_with_registers": (18, 27),
+    "beit": (16, 16),
+    "siglip": (16, 16),
+    "clip": (31, 18),
+}
+"""(height, width) of images that the processor doesn't resize; some are cropped."""
+
+
+def changed_by_painting(name: str, image: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """[token] how much the embedding changes where a part of the image is painted: by the library's
+    processor and the model's own embedding."""
+    painted = image.copy()
+    painted[inside] = 255 - painted[inside]
+    embed = support.ROWS[name].main.embed
+    assert embed is not None
+    seen: list[torch.Tensor] = []
+    module = support.bare(name)
+    handle = module.get_submodule(embed[0]).register_forward_hook(
+        lambda part, args, out: seen.append((out if isinstance(out, torch.Tensor) else out[0])[0])
+    )
+    try:
+        with torch.no_grad():
+            for each in (image, painted):
+                given = support.processor(name)(Image.fromarray(each), return_tensors="pt")
+                module(pixel_values=given["pixel_values"])
+    finally:
+        handle.remove()
+    return (seen[1] - seen[0]).abs().amax(-1).numpy()
+
+
+def reader(name: str) -> ImageReader:
+    found = support.shared(name).tokenizer
+    assert isinstance(found, ImageReader)
+    return found
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 100, (height, width, 3), dtype=np.uint8)
+
+
+BOXES = ((3, 2, 9, 7), (0, 0, 4, 4), (15, 15, 16, 16), (5, 9, 14, 18), (0, 0, 1, 40))
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("box", BOXES)
+def test_a_region_is_what_changes_where_it_is_painted(
+    name: str, box: tuple[int, int, int, int]
+) -> None:
+    height, width = UNRESIZED[name]
+    inside = np.zeros((height, width), bool)
+    inside[box[1] : box[3], box[0] : box[2]] = True
+    changed = changed_by_painting(name, noise(height, width), inside) > 1e-6
+    own = reader(name)
+    found = tokens_in(of_box(box, (height, width)), own.processing, own.layout)
+    assert list(found) == changed.nonzero()[0].tolist()
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("size", [(64, 64), (90, 70), (33, 61)])
+def test_a_region_through_resizing(name: str, size: tuple[int, int]) -> None:
+    """What isn't in it changes by what the filter spreads over its edge, at most."""
+    height, width = size
+    inside = np.zeros(size, bool)
+    box = (width // 5, height // 4, width // 2, height // 2)
+    inside[box[1] : box[3], box[0] : box[2]] = True
+    changed = changed_by_painting(name, np.full((*size, 3), 60, np.uint8), inside)
+    own = reader(name)
+    found = tokens_in(of_box(box, size), own.processing, own.layout)
+    assert found
+    without = [token for token in own.layout.grid if token not in found]
+    assert changed[list(found)].min() > 0
+    assert changed[without].max() < 0.75 * changed[list(found)].max()
+
+
+def test_masks_are_regions(tmp_path: Path) -> None:
+    own = reader("clip")
+    height, width = UNRESIZED["clip"]
+    inside = np.zeros((height, width), bool)
+    inside[12:15, 3:5] = inside[20, 10] = True
+    path = tmp_path / "mask.png"
+    Image.fromarray(np.where(inside, 7, 0).astype(np.uint8)).save(path)
+    from mechdsl.images.files import look
+
+    region = Region(mask=path, digest=look(path)[0])
+    found = tokens_in(cover(region, Picture("gray"), (height, width)), own.processing, own.layout)
+    changed = changed_by_painting("clip", noise(height, width), inside) > 1e-6
+    assert list(found) == changed.nonzero()[0].tolist()
+
+
+def test_the_mask_of_shapes(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    blocks = """
+images scenes {
+  kind in ["circle", "cross"]
+  image shapes(n: 2, kind: kind, size: 32)
+  region object = mask
+  answer "{kind}"
+}"""
+    [experiment], problems = check(
+        tmp_path, "ablate embed at object tokens with zero", blocks=blocks
+    )
+    assert not problems
+    for row in experiment.table.runs["clean"].rows:
+        picture = row.image
+        assert picture is not None
+        random = np.random.Generator(np.random.Philox(picture.seed))
+        mask = draw(picture.kind, 2, 32, random).mask
+        patches = mask.reshape(4, 8, 4, 8).any((1, 3)).flatten()
+        assert list(row.places["object"][0]) == (1 + patches.nonzero()[0]).tolist()
+
+
+BOXED = """
+images scenes {
+  rows "boxes.jsonl"
+  image "{file}"
+  region object = box
+  answer "{label}"
+  wrong "{other}"
+  corrupt hidden { mask object }
+  corrupt blurred { blur image radius 2 }
+  corrupt noisy { noise object by 50 }
+}
+images neutral { image gray }
+"""
+BOX = ((2, 3, 9, 12), (0, 0, 6, 16), (20, 10, 35, 25))
+
+
+def write_boxes(folder: Path) -> None:
+    support.write_images(folder)
+    records = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    for record, box in zip(records, BOX, strict=True):
+        record["box"] = list(box)
+    (folder / "boxes.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+
+def inside(number: int) -> np.ndarray:
+    found = np.zeros(support.SIZES[number], bool)
+    left, top, right, bottom = BOX[number]
+    found[top:bottom, left:right] = True
+    return found
+
+
+@pytest.mark.parametrize("mode", ["plain", "planned"])
+@pytest.mark.parametrize("name", ["vit", "dinov2_with_registers", "siglip"])
+def test_a_rule_at_a_region(name: str, mode: str, tmp_path: Path) -> None:
+    """From a file, against plain hooks at the tokens that painting changes most."""
+    write_boxes(tmp_path)
+    text = support.experiment("e", "ablate resid_post layer 0 at object tokens with zero")
+    found = support.run_file(text, tmp_path, name, mode, BOXED)["e"]
+    own = reader(name)
+    expected: list[float] = []
+    for number in range(3):
+        tokens = tokens_in(of_box(BOX[number], support.SIZES[number]), own.processing, own.layout)
+        changed = changed_by_painting(name, support.image(number), inside(number))
+        assert set(changed.argsort()[::-1][: len(tokens) // 2]) <= set(tokens)
+        changes = [
+            support.Change(
+                token, 0, torch.zeros_like(plain(name, number).sites["resid_post", 0][0, 0])
+            )
+            for token in tokens
+        ]
+        seen = forward(name, support.pixels(name, number), {("resid_post", 0): changes})
+        expected.append(difference(seen, number))
+    np.testing.assert_allclose(found.measures[0].patched[0], expected, atol=1e-4)
+    assert np.abs(found.measures[0].patched - found.measures[0].base).max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["vit", "clip"])
+def test_corrupted_images_are_run(name: str, tmp_path: Path) -> None:
+    write_boxes(tmp_path)
+    for run, changed in (
+        ("hidden", lambda image, part: np.where(part[..., None], 128, image)),
+        (
+            "blurred",
+            lambda image, part: np.asarray(
+                Image.fromarray(image).filter(ImageFilter.GaussianBlur(2))
+            ),
+        ),
+    ):
+        text = support.experiment(
+            "e", f"from clean into {run}", "patch resid_post layer 0 at object tokens"
+        )
+        found = support.run_file(text, tmp_path, name, "planned", BOXED)["e"]
+        own = reader(name)
+        base: list[float] = []
+        expected: list[float] = []
+        for number in range(3):
+            image = changed(support.image(number), inside(number)).astype(np.uint8)
+            given = support.processor(name)(Image.fromarray(image), return_tensors="pt")
+            values = given["pixel_values"].double()
+            base.append(difference(forward(name, values), number))
+            tokens = tokens_in(
+                of_box(BOX[number], support.SIZES[number]), own.processing, own.layout
+            )
+            writes = {("resid_post", 0): copied(plain(name, number), "resid_post", 0, tokens)}
+            expected.append(difference(forward(name, values, writes), number))
+        np.testing.assert_allclose(found.measures[0].base[0], base, atol=1e-4)
+        np.testing.assert_allclose(found.measures[0].patched[0], expected, atol=1e-4)
+        clean = [difference(plain(name, number), number) for number in range(3)]
+        assert np.abs(np.array(base) - clean).max() > 0.02
+
+
+def test_noise_stays_in_its_region_and_with_its_row(tmp_path: Path) -> None:
+    write_boxes(tmp_path)
+    folder_of(tmp_path, id2label=dict(enumerate(support.LABELS)))
+    lines = ("from clean into noisy", "patch embed at object tokens")
+    seen: list[dict[str, np.ndarray]] = []
+    for text in (BOXED, BOXED.replace("rows", 'where file != "0.png" rows')):
+        [experiment], problems = check(tmp_path, *lines, blocks=text)
+        assert not problems
+        runs = experiment.table.runs
+        own: dict[str, np.ndarray] = {}
+        for clean, noisy in zip(runs["clean"].rows, runs["noisy"].rows, strict=True):
+            assert clean.image is not None
+            assert noisy.image is not None
+            number = int(str(clean.values["file"])[0])
+            before, after = pixels(clean.image), pixels(noisy.image)
+            part = inside(number)
+            assert (before[~part] == after[~part]).all()
+            apart = (after.astype(int) - before)[
+                part & (abs(before.astype(int) - 128) < 40).all(-1)
+            ]
+            if len(apart) > 50:
+                assert 35 < apart.std() < 60
+            own[str(clean.values["file"])] = after
+        seen.append(own)
+    assert len(seen[0]) == 3
+    assert len(seen[1]) == 2
+    for name, image in seen[1].items():
+        np.testing.assert_array_equal(image, seen[0][name])
+    first, second = (seen[0][f"{n}.png"] - support.image(n) for n in (0, 2))
+    assert not np.array_equal(first[3:9, 2:9], second[10:16, 20:27])
+
+
+def test_changes_come_one_after_another_and_are_told_apart() -> None:
+    box = Region(box=(1, 1, 4, 5))
+    blur, mask = PictureChange("blur", 2.0), PictureChange("mask", region=box)
+    plain_one = Picture("noise", size=(12, 10), seed=3)
+    both = Picture("noise", size=(12, 10), seed=3, changes=(blur, mask))
+    image = np.asarray(Image.fromarray(pixels(plain_one)).filter(ImageFilter.GaussianBlur(2)))
+    wanted = image.copy()
+    wanted[1:5, 1:4] = 128
+    np.testing.assert_array_equal(pixels(both), wanted)
+    others = [
+        (blur,),
+        (mask,),
+        (mask, blur),
+        (PictureChange("blur", 3.0), mask),
+        (PictureChange("blur", 2.0, box),),
+        (PictureChange("noise", 2.0),),
+        (PictureChange("noise", 2.0, seed=1),),
+    ]
+    texts = [Picture("noise", size=(12, 10), seed=3, changes=each).text for each in others]
+    assert len({*texts, both.text, plain_one.text}) == len(others) + 2
+    how = reader("vit").processing
+    assert not np.array_equal(prepared(both, how), prepared(plain_one, how))
+
+
+@pytest.mark.parametrize(
+    ("lines", "wanted"),
+    [
+        ("region image = box", "E0207"),
+        ("region object = nothing", "E0501"),
+        ("region object = label", "E0560"),
+        ("region object = number", "E0503"),
+        ("region object = three", "E0503"),
+        ("region object = empty", "E0503"),
+        ("region object = box region object = box", "E0202"),
+        ("corrupt c { mask thing }", "E0203"),
+        ("corrupt c { blur image radius 0 }", "E0207"),
+        ("corrupt c { blur image radius label }", "E0207"),
+        ("corrupt c { noise image by -3 }", "E0207"),
+        ("corrupt c { blur image }", "E0101"),
+        ("corrupt c { blur nobody radius 2 }", "E0203"),
+    ],
+)
+def test_regions_that_are_refused(lines: str, wanted: str, tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    support.write_images(tmp_path)
+    record = {
+        "file": "0.png", "label": "circle", "box": [1, 2, 3, 4], "number": 3, "three": [1, 2, 3],
+        "empty": [3, 3, 3, 4],
+    }  # fmt: skip
+    (tmp_path / "boxes.jsonl").write_text(json.dumps(record))
+    blocks = f'images scenes {{ rows "boxes.jsonl" image "{{file}}" answer "{{label}}" {lines} }}'
+    assert codes(tmp_path, blocks=blocks)[:1] == [wanted]
+
+
+def test_texts_are_not_blurred(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    blocks = 'images scenes { image gray answer "circle" }\nprompts p { x in ["a", "b"] '
+    blocks += 'template "{x} b" answer "circle" corrupt c { blur image radius 3 } }'
+    text = 'model toy = zoo("counting")\nmodel vit = local("vit")'
+    extra = "experiment f { model toy prompts p measure entropy as raw }"
+    assert codes(tmp_path, blocks=f"{blocks}\n{extra}", model=text) == ["E0207"]
+
+
+def test_a_row_without_the_region(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    support.write_images(tmp_path)
+    records = [
+        {"file": "0.png", "label": "circle", "box": [1, 2, 9, 9]},
+        {"file": "1.png", "label": "cross", "box": [100, 2, 109, 9]},
+    ]
+    (tmp_path / "boxes.jsonl").write_text("\n".join(map(json.dumps, records)))
+    blocks = 'images scenes { rows "boxes.jsonl" image "{file}" answer "{label}" '
+    blocks += "region object = box }"
+    rule = "ablate embed at {} with zero"
+    assert codes(tmp_path, rule.format("object tokens"), blocks=blocks) == ["E0309"]
+
+
+def test_half_a_pixel_is_in_a_region() -> None:
+    layout, how = PatchLayout((), (1, 1), (2, 3)), Processing(None)
+    assert tokens_in(of_box((0.0, 0.0, 1.25, 1.0), (2, 3)), how, layout) == (0,)
+    assert tokens_in(of_box((0.0, 0.0, 1.75, 1.0), (2, 3)), how, layout) == (0, 1)
+    assert tokens_in(of_box((2.75, 0.0, 3.0, 1.0), (2, 3)), how, layout) == ()
+
+
+@pytest.mark.parametrize("size", [(13, 11), (11, 14), (12, 13), (20, 15), (15, 21)])
+def test_images_that_are_smaller_than_the_middle(size: tuple[int, int]) -> None:
+    how, layout = Processing(None, crop=(16, 16)), PatchLayout((), (2, 2), (16, 16))
+    for row, col in ((0, 0), (size[0] - 1, size[1] - 1), (5, 6)):
+        image = np.zeros((*size, 3), np.uint8)
+        image[row, col] = 255
+        changed = prepare(image, how).max(0).reshape(8, 2, 8, 2).max((1, 3)).flatten()
+        box = (float(col), float(row), col + 1.0, row + 1.0)
+        found = tokens_in(of_box(box, size), how, layout)
+        assert list(found) == changed.nonzero()[0].tolist()
