@@ -142,8 +142,10 @@ PLAN_PASSES: tuple[PlanPass, ...] = (
     PlanPass(
         name="cache",
         leaves_out="all tokens but the newest, in each step of `generate`; what cells have in "
-        "common of a prompt; rows that are equal so far",
-        why="keys and values of earlier tokens don't change while later ones are written",
+        "common of a prompt; rows that are equal so far; of rows that wrote the same, the blocks "
+        "below what acts on them",
+        why="keys and values of earlier tokens don't change while later ones are written, and what "
+        "enters a block hangs on the blocks below it alone",
         does="while a model writes, keys and values are kept, and only newest tokens are computed",
         shown=PanelWork.keep_tokens,
         of_replies=True,
