@@ -25,11 +25,17 @@ def image_problems(node: ast.Expr) -> list[Diagnostic]:
             return []
         case ast.Name(id=name) if name in ALONE:
             return []
+        case ast.Call(name=name) if name in ALONE and name not in CALLS:
+            reason, hint = "takes no arguments", f"write `image {name}`"
+            return [BadArgument(span=node.span, name=name, reason=reason, hint=hint)]
         case ast.Name(id=name) | ast.Call(name=name) | ast.OfRef(name=name) if name in LATER:
             return [NotSupported(span=node.span, what=f"`image {name}`")]
         case ast.Call(name=name) if name in CALLS:
             return _arguments(node, CALLS[name])
         case ast.Name(id=name) | ast.Call(name=name):
+            if name in CALLS:
+                reason, hint = "needs a kind", f'write `{name}(n: 1, kind: "circle", size: 32)`'
+                return [BadArgument(span=node.span, name=name, reason=reason, hint=hint)]
             words = [*ALONE, *CALLS]
             hint = did_you_mean(name, words, f"images are {name_list(_WORDS)}")
             return [UnknownWord(span=node.span, kind="image", word=name, hint=hint)]

@@ -251,7 +251,9 @@ class _BlockLines:
             if isinstance(line, ast.Domained) and [n.id for n in line.names] == ["template"]:
                 word = "template"
             if word is not None:
-                hint = "write `image` in place of it: rows of this block are images"
+                hint = "leave it out: rows of this block are images, and have no text"
+                if self.image is None and word != "span":
+                    hint = "write `image` in place of it: rows of this block are images"
                 reason = "is of texts, and these are images"
                 bad = BadArgument(span=line.span, name=word, reason=reason, hint=hint)
                 self.diagnostics.append(bad)

@@ -238,7 +238,10 @@ def _named(
         return (), [refusal.diagnostic(table.sources[0].describe())]
     elif name not in known:
         listed = name_list(known)
-        otherwise = f"there is {listed}" if known else 'add a line such as `answer " {count}"`'
+        line = 'answer " {count}"'
+        if len(table) and table.runs[CLEAN].rows[0].image is not None:
+            line = 'answer "{kind}"'
+        otherwise = f"there is {listed}" if known else f"add a line such as `{line}`"
         hint = did_you_mean(name, known, otherwise)
         shown = name
     else:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from mechdsl.base.names import name_list
 from mechdsl.diagnostics.e02_names import did_you_mean
+from mechdsl.prompts.image_reader import IMAGE
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.rows import CLEAN
 from mechdsl.syntax import ast
@@ -31,6 +32,8 @@ def occurrence_hint(ref: ast.SpanRef, least: int, table: PromptTable, run: str) 
     """Which rows to keep so that all have an occurrence."""
     if table.runs[run].prompts is not None:
         return "name a position that both blocks have, or read one `onto` another"
+    if any(row.image is not None for row in table.runs[run].rows[:1]) and ref.name == IMAGE:
+        return "each row has one: write `image row 1 col 1 token`, or `each token of image`"
     count = _count_of(ref, table)
     if count is None:
         return "keep rows that have it with `where`, or name another position"

@@ -119,7 +119,8 @@ def _number(row: Row, node: ast.Call, value: object, what: str, least: int, most
     if isinstance(found, bool) or not isinstance(found, (int, float)) or found != int(found):
         raise bad(expression.span, f"{what} is a whole number", f"write one from {least} to {most}")
     if not least <= found <= most:
-        raise _wrong(node, f"takes {what} from {least} to {most:,}", f"not {found:g}")
+        reason = f"takes {what} from {least:,} to {most:,}, not {found:,g}"
+        raise _wrong(node, reason, f"write one from {least} to {most}")
     return int(found)
 
 

@@ -311,7 +311,7 @@ class _Collector:
         corruptions = [c for c in self.block.spec.corruptions if c.name in unchanged]
         without = [c for c in corruptions if unchanged[c.name].total() == looked_at]
         if without:
-            return [without_effect(c) for c in without]
+            return [without_effect(c, of_images=self.block.spec.kind == "images") for c in without]
         names = " or ".join(f"`{c.name}`" for c in corruptions)
         return [
             NoRows(
@@ -349,13 +349,14 @@ def templates_unchanged(
     ]
 
 
-def without_effect(corruption: spec.Corruption) -> CorruptionWithoutEffect:
+def without_effect(
+    corruption: spec.Corruption, *, of_images: bool = False
+) -> CorruptionWithoutEffect:
     """E0510 at the corruption."""
-    return CorruptionWithoutEffect(
-        span=corruption.span,
-        run=corruption.name,
-        hint="change a value that the template shows, or `template` itself",
-    )
+    hint = "change a value that the template shows, or `template` itself"
+    if of_images:
+        hint = "change a value that the `image` line names"
+    return CorruptionWithoutEffect(span=corruption.span, run=corruption.name, hint=hint)
 
 
 def _only_values(corruption: spec.Corruption) -> bool:
