@@ -24,11 +24,11 @@ class RaggedPositions(Diagnostic):
 class AmbiguousSpan(Diagnostic):
     code = "E0306"
     hangs_on = frozenset({"rows"})
-    title = "`{name}` occurs {times} times in the prompt, which one?"
+    title = "`{name}` {several}, which one?"
     label = "in {rows} of {total} rows of `{run}`, as in {example}"
     help = "write {ways}"
     name: str
-    times: int
+    several: str
     rows: int
     total: int
     run: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mechdsl.base.names import name_list
@@ -139,6 +139,8 @@ class Occurrences:
     def span_fits(self, node: ast.Node, ref: ast.SpanRef, *, from_end: bool) -> bool:
         """`answer_fits` for a span that is the answer, which can't be counted (E0542); true for all
         others."""
+        if self.of_images and isinstance(node, ast.SpanTokens):
+            return self._one_patch(node, ref)
         if not self.is_answer(ref):
             return True
         each = isinstance(node, ast.SpanTokens) and node.each
@@ -154,6 +156,22 @@ class Occurrences:
             )
             return False
         return self.answer_fits(node, from_end=from_end)
+
+    def _one_patch(self, node: ast.SpanTokens, ref: ast.SpanRef) -> bool:
+        """Whether what is one token in each image isn't a part of it: patches have no last one."""
+        if ref.row is not None or (node.plural and not node.each):
+            return True
+        found = self.all_places(replace(ref, occurrence=None))
+        if found is None:
+            return False
+        sizes = [max((len(place.tokens) for place in places), default=0) for places in found]
+        several = [n for n, size in enumerate(sizes) if size > 1]
+        if not several:
+            return True
+        name = ref.name or ""
+        ways = [f"`each token of {name}` for one run each", f"`{name} tokens` for all of them"]
+        self._ambiguous(node, name, several, f"is {sizes[several[0]]} patches", ways)
+        return False
 
     def _known(self, ref: ast.SpanRef) -> bool:
         """Whether any row of any run has such a span, else E0308 or E0313."""
@@ -283,21 +301,20 @@ class Occurrences:
         if pick is None:
             several = [n for n, places in enumerate(found) if len(places) > 1]
             if several:
-                self._ambiguous(node, ref, several, len(found[several[0]]))
+                times = f"occurs {len(found[several[0]])} times in the prompt"
+                self._ambiguous(node, ref.span.written, several, times, _occurrences(ref))
                 return None
             pick = 0
         return [places[pick] if len(places) >= least else ABSENT for places in found]
 
-    def _ambiguous(self, node: ast.Node, ref: ast.SpanRef, several: list[int], times: int) -> None:
-        name = ref.span.written
-        behind = f" of {ref.of}" if ref.of is not None else ""
-        ways = [f"`first-{name} token`", f"`last-{name} token`", f"`{ref.name} 2{behind} token`"]
-        ways += [f"`each {name} token` for one run each", f"`{name} tokens` for all of them"]
+    def _ambiguous(
+        self, node: ast.Node, name: str, several: list[int], what: str, ways: list[str]
+    ) -> None:
         self.diagnostics.append(
             AmbiguousSpan(
                 span=node.span,
                 name=name,
-                times=times,
+                several=what,
                 rows=len(several),
                 total=self.total,
                 run=self.run,
@@ -348,3 +365,10 @@ def _picker(ref: ast.SpanRef) -> tuple[int | None, int]:
     if counted is not None:
         return counted[0] - 1, counted[0]
     return (-1 if ref.literal is not None else None), 1
+
+
+def _occurrences(ref: ast.SpanRef) -> list[str]:
+    """How one of several occurrences is named."""
+    name, behind = ref.span.written, f" of {ref.of}" if ref.of is not None else ""
+    ways = [f"`first-{name} token`", f"`last-{name} token`", f"`{ref.name} 2{behind} token`"]
+    return [*ways, f"`each {name} token` for one run each", f"`{name} tokens` for all of them"]
