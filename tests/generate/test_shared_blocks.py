@@ -97,8 +97,8 @@ def test_every_family(name: str, rows: list[list[int]]) -> None:
     model = shared(families.module(name))
     assert all(way_of(model, inside=inside).places for inside in (False, True))
     top = model.shape.n_layers - 1
-    acts = [Act(row, "attn_out", top, "scale", (1.0 + row / 20,)) for row in range(1, 5)]
-    acts.append(Act(5, "attn_out", top - 1, "scale", (1.1,)))
+    acts = [Act(row, "resid_pre", top, "scale", (1.0 + row / 20,)) for row in range(1, 5)]
+    acts.append(Act(5, "resid_pre", top - 1, "scale", (1.1,)))
     rules = Rules(acts, [Look(6, "reweight", top, 0, (0, 2), 1.2)])
     prompts = [PROMPTS[0]] * 7
     plain = written(model, prompts, greedy(3), rules, cached=False)

@@ -111,7 +111,7 @@ def test_the_processor_of_transformers_prepares_images_in_the_same_way(name: str
 
 def test_shapes_says_the_kind() -> None:
     torch.set_num_threads(1)
-    tallies = shapes.evaluate(ROOT / "shapes", 300, shapes.SEED)
+    tallies = shapes.evaluate(ROOT / "shapes", 150, shapes.SEED)
     assert tallies[shapes.HELD_OUT].interval()[0] > 0.95
     assert tallies[shapes.SHAPE].share > 0.9, "the shape's patches alone don't tell it"
     assert tallies[shapes.REST].share < 0.3, "something else than the shape tells it"
