@@ -70,12 +70,13 @@ class CachedPasses:
         """Columns that rows of a prompt have in common throughout."""
         layers = model.shape.n_layers
         self.keys = KeptKeys(layers, len(prompts), self.columns - self._common, tokens - 1)
-        texts = np.array([self._number[prompt] for prompt in prompts])
+        self._texts = np.array([self._number[prompt] for prompt in prompts])
+        """[row] the number of its prompt."""
         acting = first_acting(len(prompts), prefill, kept, steps)
         lowest = np.zeros_like(acting)
         if way.places:
             lowest = lowest_acting(model, len(prompts), prefill, kept, steps)
-        self._blocks = SharedBlocks(texts, acting, lowest, layers)
+        self._blocks = SharedBlocks(self._texts, acting, lowest, layers)
         self._places = way.places
         self._leaders: list[int] = []
         """[state] rows of the step before; what follows is of these."""
@@ -113,7 +114,7 @@ class CachedPasses:
             self._leaders, self._before = rows, None
             self._chosen, self._starting = Chosen(len(self.prompts), rows), self._starts(rows)
             if self.keys.shared is not None:
-                self.keys.shared.stand([self._number[self.prompts[row]] for row in rows])
+                self.keys.shared.stand(self._texts[rows])
         if step == 1:
             self._edit(states, self._chosen)
         new = torch.tensor([[ids[row][-1]] for row in rows], device=self.model.device)
@@ -174,7 +175,7 @@ class CachedPasses:
         if columns == 0:
             return None
         rows = states.leaders
-        of = [self._number[self.prompts[row]] for row in rows]
+        of: list[int] = self._texts[rows].tolist()
         lead = [of.index(number) for number in range(len(self._number))]
         batch = self._batch([rows[state] for state in lead])
         keys = KeptKeys(self.model.shape.n_layers, len(lead), columns)

@@ -82,7 +82,7 @@ class SharedKeys:
         ]
         self.stand(prompts)
 
-    def stand(self, prompts: Sequence[int]) -> None:
+    def stand(self, prompts: Sequence[int] | Ints) -> None:
         """From now on, these are the prompts of rows."""
         self._prompts = np.array(prompts, dtype=np.int64)
         self._places: dict[tuple[int, int], _Places] = {}

@@ -74,11 +74,10 @@ def _tried(model: LoadedModel, inside: bool) -> Way:
         except Exception as error:
             way = Way("whole", f"it fails with kept keys and values: {error}")
             continue
-        off = float((cached - whole).abs().amax() / whole.abs().amax())
-        if off <= max(TOLERANCE, 4 * model.rounding):
-            return Way(
-                "cached", shares=shares, places=_places(model, prompts, inside, whole, shares)
-            )
+        off = _off(cached, whole)
+        if off <= _allowed(model):
+            places = _places(model, prompts, inside, whole, shares)
+            return Way("cached", shares=shares, places=places)
         way = Way("whole", f"with kept keys and values its logits are off by {off:.1g}")
     return way
 
@@ -119,8 +118,16 @@ def _places(
         some = _cached(model, [*prompts, *prompts], inside, shares=shares, by=(lineup, places))
     except Exception:
         return ()
-    off = float((some - torch.cat([whole, whole])).abs().amax() / whole.abs().amax())
-    return places if off <= max(TOLERANCE, 4 * model.rounding) else ()
+    return places if _off(some, torch.cat([whole, whole])) <= _allowed(model) else ()
+
+
+def _off(found: Tensor, whole: Tensor) -> float:
+    """How far logits are from those of whole passes, relative to the largest one."""
+    return float((found - whole).abs().amax() / whole.abs().amax())
+
+
+def _allowed(model: LoadedModel) -> float:
+    return max(TOLERANCE, 4 * model.rounding)
 
 
 def _cached(

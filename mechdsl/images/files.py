@@ -17,6 +17,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 """Of Pillow, those whose numbers go to 255: others lose what they have beyond."""
 
+_SMALLER = "save it smaller: models read a few hundred pixels a side"
+
 
 class NotRead(Exception):
     """A file that isn't read; `reason` and `hint` are for the reader."""
@@ -55,7 +57,7 @@ def _bytes(path: Path) -> bytes:
         raise NotRead(reason, hint) from None
     if len(content) > limits.IMAGE_FILE:
         reason = f"it has more than {limits.IMAGE_FILE:,} bytes"
-        raise NotRead(reason, "save it smaller: models read a few hundred pixels a side")
+        raise NotRead(reason, _SMALLER)
     return content
 
 
@@ -74,7 +76,7 @@ def decoded(content: bytes) -> Image:
             pixels = image.width * image.height
             if pixels > limits.IMAGE_PIXELS:
                 reason = f"it has {pixels:,} pixels, more than {limits.IMAGE_PIXELS:,}"
-                raise NotRead(reason, "save it smaller: models read a few hundred pixels a side")
+                raise NotRead(reason, _SMALLER)
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise NotRead("it moves: it has several frames", "save one of them")
             if image.mode not in MODES:
@@ -84,8 +86,7 @@ def decoded(content: bytes) -> Image:
             return on_white(ImageOps.exif_transpose(image))
         except Image.DecompressionBombError:
             reason = f"it has more than {limits.IMAGE_PIXELS:,} pixels"
-            hint = "save it smaller: models read a few hundred pixels a side"
-            raise NotRead(reason, hint) from None
+            raise NotRead(reason, _SMALLER) from None
         except Image.UnidentifiedImageError:
             raise NotRead(f"it is no image of the kinds {known}", "save it as one") from None
         except (OSError, ValueError, SyntaxError, EOFError, TypeError, OverflowError) as error:

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 
 from mechdsl.images import files
 from mechdsl.images.picture import GRAY, Picture, PictureChange
-from mechdsl.images.processing import Processing
+from mechdsl.images.processing import Processing, crop_corner
 from mechdsl.images.regions import Region, of_box
 from mechdsl.images.shapes import Drawn, draw
 
@@ -143,8 +143,3 @@ def _cropped(
         whole[down : down + height, right : right + width] = image
         image, top, left = whole, top + down, left + right
     return image[max(0, top) : top + size[0], max(0, left) : left + size[1]]
-
-
-def crop_corner(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """(top, left) of the middle that is kept, in the image; negative where that is smaller."""
-    return (image[0] - size[0]) // 2, (image[1] - size[1]) // 2

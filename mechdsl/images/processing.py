@@ -45,10 +45,6 @@ class Processing(Record):
             return self.resize[1:]
         return None
 
-    def size_of(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of what comes out of an image."""
-        return self.size or self.resized(height, width)
-
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) behind the resizing."""
         if self.resize is None:
@@ -73,6 +69,11 @@ class Processing(Record):
         if self.mean is not None:
             done.append("normalised")
         return ", ".join(done) or "as they are"
+
+
+def crop_corner(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """(top, left) of the middle that is kept, in the image; negative where that is smaller."""
+    return (image[0] - size[0]) // 2, (image[1] - size[1]) // 2
 
 
 class Unfit(Exception):
@@ -126,8 +127,8 @@ def processing_of(config: Mapping[str, Any]) -> Processing:
         what = f"`{named}` isn't one of them" if named else "it doesn't say which one it is"
         raise Unfit(f"{what}: processors that are known are {kinds}")
     given = {key: value for key, value in config.items() if value is not None}
-    for key in ("do_pad", "do_pan_and_scan", "do_reduce_labels", "use_square_size"):
-        if given.get(key) and key != "do_reduce_labels":
+    for key in ("do_pad", "do_pan_and_scan", "use_square_size"):
+        if given.get(key):
             raise Unfit(f"`{key}` isn't done here")
     whole = {**known, **given}
     resize = None

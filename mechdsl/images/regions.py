@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mechdsl.base.record import Record, record
 from mechdsl.images.patches import PatchLayout
-from mechdsl.images.processing import Processing
+from mechdsl.images.processing import Processing, crop_corner
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,7 +58,7 @@ def tokens_in(cover: Image, how: Processing, layout: PatchLayout) -> tuple[int, 
     if (height, width) != (cover.height, cover.width):
         cover = cover.resize((width, height), resample=Image.Resampling.BOX)
     if how.crop is not None:
-        top, left = _corner((height, width), how.crop)
+        top, left = crop_corner((height, width), how.crop)
         cover = cover.crop((left, top, left + how.crop[1], top + how.crop[0]))
     found: list[int] = []
     for token in layout.grid:
@@ -66,14 +66,3 @@ def tokens_in(cover: Image, how: Processing, layout: PatchLayout) -> tuple[int, 
         if isinstance(most, (int, float)) and most >= HALF:
             found.append(token)
     return tuple(found)
-
-
-def _corner(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """(top, left) of the middle that is kept; outside of the image there is nothing."""
-    corner: list[int] = []
-    for own, kept in zip(image, size, strict=True):
-        start = (own - kept) // 2
-        whole = max(own, kept)
-        # Where the image is smaller, half of what is lacking stands in front, rounded up.
-        corner.append(start if start >= 0 else -((whole - own + 1) // 2))
-    return corner[0], corner[1]

@@ -8,8 +8,12 @@ from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import BadArgument, UnknownWord, did_you_mean
 from mechdsl.syntax import ast
 
-IMAGE_SPANS = ("image", "cls", "distillation", "register")
-"""Names of what all images have."""
+IMAGE = "image"
+"""The span of all patches."""
+FRONT = ("cls", "distillation", "register")
+"""Spans of what may stand in front of them."""
+IMAGE_SPANS = (IMAGE, *FRONT)
+"""What images have by themselves."""
 MASK = "mask"
 """What a region of generated shapes is called that are drawn."""
 ALONE = ("gray", "noise")

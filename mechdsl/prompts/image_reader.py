@@ -16,13 +16,10 @@ from mechdsl.images.patches import PatchLayout
 from mechdsl.images.picture import Picture
 from mechdsl.images.processing import FILE, Processing, Unfit, processing_of
 from mechdsl.images.regions import Region, tokens_in
+from mechdsl.program.lower_images import FRONT, IMAGE
 from mechdsl.prompts.seeded_draws import stable_hash
 from mechdsl.prompts.tokenizer import Encoded, TextTokenizer
 
-IMAGE = "image"
-"""The span of all patches."""
-FRONT = ("cls", "distillation", "register")
-"""Spans of what may stand in front of them."""
 _SIDE = 14
 
 

@@ -10,8 +10,7 @@ from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import BadArgument, UnknownWord, did_you_mean
 from mechdsl.images import files
 from mechdsl.program import spec
-from mechdsl.program.lower_images import MASK
-from mechdsl.prompts.image_reader import IMAGE
+from mechdsl.program.lower_images import IMAGE, MASK
 from mechdsl.syntax import ast
 from mechdsl.vocab.corruptions import ImageChange, ValueChange, kind_of
 

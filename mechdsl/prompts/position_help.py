@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from mechdsl.base.names import name_list
 from mechdsl.diagnostics.e02_names import did_you_mean
-from mechdsl.prompts.image_reader import IMAGE
+from mechdsl.program.lower_images import IMAGE
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.rows import CLEAN
 from mechdsl.syntax import ast

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mechdsl.base import limits
+from mechdsl.base.source import Span
 from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.diagnostics.e05_data import ImageNotRead
 from mechdsl.images import files
@@ -44,21 +46,29 @@ def _seed(row: Row) -> int:
     return stable_hash(block.seed, block.name, row.draw_key, "image") % (1 << 64)
 
 
-def _of_file(row: Row, node: ast.String) -> Picture:
-    written = row.text(node, Key("image")).text
+def not_read(span: Span, written: str, reason: str, hint: str) -> Refusal:
+    """E0560 for a path as it is written."""
+    return Refusal(ImageNotRead, span, path=written, reason=reason, hint=hint)
 
-    def refused(reason: str, hint: str) -> Refusal:
-        return Refusal(ImageNotRead, node.span, path=written, reason=reason, hint=hint)
 
-    if not written.strip():
-        raise refused("the row names none", "leave rows without an image out with `where`")
-    path, problems = path_to_read(IMAGE, written, node.span)
+def look(row: Row, written: str, span: Span) -> tuple[Path, str, tuple[int, int]]:
+    """Where an image lies that a row names, SHA-256 of its bytes, (height, width). Refusals: E0560
+    and those of paths."""
+    path, problems = path_to_read(IMAGE, written, span)
     if path is None:
         raise Refusal.of(problems[0])
     try:
-        digest, size = row.block.image_files.look(path)
+        return path, *row.block.image_files.look(path)
     except files.NotRead as error:
-        raise refused(error.reason, error.hint) from None
+        raise not_read(span, written, error.reason, error.hint) from None
+
+
+def _of_file(row: Row, node: ast.String) -> Picture:
+    written = row.text(node, Key("image")).text
+    if not written.strip():
+        hint = "leave rows without an image out with `where`"
+        raise not_read(node.span, written, "the row names none", hint)
+    path, digest, size = look(row, written, node.span)
     return Picture("file", path=path, digest=digest, said=written, size=size)
 
 

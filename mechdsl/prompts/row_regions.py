@@ -6,14 +6,12 @@ from math import isfinite
 from typing import TYPE_CHECKING, cast
 
 from mechdsl.diagnostics.e02_names import BadArgument
-from mechdsl.diagnostics.e05_data import ImageNotRead
-from mechdsl.images import files
 from mechdsl.images.picture import Picture, PictureChange
 from mechdsl.images.regions import Region
 from mechdsl.program import spec
-from mechdsl.program.named_paths import IMAGE, path_to_read
 from mechdsl.prompts.expressions import bad, evaluate
 from mechdsl.prompts.images_block import is_drawn_mask
+from mechdsl.prompts.row_pictures import look, not_read
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.seeded_draws import stable_hash
 from mechdsl.prompts.values import plain
@@ -59,19 +57,11 @@ def _box(region: spec.RegionDef, value: list[object]) -> Region:
 
 
 def _mask(row: Row, region: spec.RegionDef, written: str, picture: Picture) -> Region:
-    def refused(reason: str, hint: str) -> Refusal:
-        return Refusal(ImageNotRead, region.span, path=written, reason=reason, hint=hint)
-
-    path, problems = path_to_read(IMAGE, written, region.span)
-    if path is None:
-        raise Refusal.of(problems[0])
-    try:
-        digest, size = row.block.image_files.look(path)
-    except files.NotRead as error:
-        raise refused(error.reason, error.hint) from None
+    path, digest, size = look(row, written, region.span)
     if picture.how == "file" and size != picture.size:
         sizes = (f"{width} x {height}" for height, width in (size, picture.size))
-        raise refused("the mask has {} pixels, and the image {}".format(*sizes), "make them equal")
+        reason = "the mask has {} pixels, and the image {}".format(*sizes)
+        raise not_read(region.span, written, reason, "make them equal")
     return Region(mask=path, digest=digest)
 
 

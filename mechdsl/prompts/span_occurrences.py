@@ -21,9 +21,9 @@ from mechdsl.diagnostics.e03_positions import (
 )
 from mechdsl.diagnostics.e05_answers import AnswersDiffer, NoAnswerHere, NotInTheAnswer
 from mechdsl.diagnostics.w07_data import TokenCoversMore
+from mechdsl.program.lower_images import IMAGE
 from mechdsl.prompts.answer_tokens import ANSWER, NO_ANSWERS, AnswerTokens
 from mechdsl.prompts.found_text import find_text
-from mechdsl.prompts.image_reader import IMAGE
 from mechdsl.prompts.named_numbers import bounds
 from mechdsl.prompts.position_help import occurrence_hint, unknown_span_hint
 from mechdsl.prompts.prompt_table import PromptTable

@@ -472,9 +472,8 @@ class Contexts:
         problem = refused_pair(run, other, model, outputs=outputs_read(experiment, run.name))
         if problem is not None:
             return None, [problem]
-        labels = self._labels(
-            experiment.prompts, model.shape
-        )  # answers are this model's, whose outputs are measured
+        # Answers are this model's, whose outputs are measured.
+        labels = self._labels(experiment.prompts, model.shape)
         theirs = self.table(experiment.prompts, other, experiment.limit, experiment.part, labels)
         if theirs.stands_in:
             return None, []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -96,6 +96,24 @@ def bare(name: str) -> Any:
         own = {"image_size": sizes.pop("image_size"), "patch_size": sizes.pop("patch_size")}
         sizes["vision_config"] = {**row.config["vision_config"], **own}
     return unchanged(build.model(row, seed=3, **sizes))
+
+
+@contextmanager
+def embedded(name: str) -> Iterator[tuple[nn.Module, list[Tensor]]]:
+    """The bare model, and what its embedding gives for the first image of each call, [token,
+    d_model]."""
+    embed = ROWS[name].main.embed
+    assert embed is not None
+    seen: list[Tensor] = []
+    module = bare(name)
+    handle = module.get_submodule(embed[0]).register_forward_hook(
+        lambda part, args, out: seen.append((out if isinstance(out, Tensor) else out[0])[0])
+    )
+    try:
+        with torch.no_grad():
+            yield module, seen
+    finally:
+        handle.remove()
 
 
 @cache

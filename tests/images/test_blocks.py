@@ -162,27 +162,17 @@ def test_a_patch_that_is_painted_changes_its_token_alone(name: str) -> None:
     assert isinstance(reader, ImageReader)
     assert len(reader.layout.front) == FRONT[name]
     assert (reader.layout.rows, reader.layout.cols) == (GRID, GRID)
-    embed = support.ROWS[name].main.embed
-    assert embed is not None
-    seen: list[torch.Tensor] = []
-    module = support.bare(name)
-    handle = module.get_submodule(embed[0]).register_forward_hook(
-        lambda part, args, out: seen.append((out if isinstance(out, torch.Tensor) else out[0])[0])
-    )
     random = torch.Generator().manual_seed(0)
     blank = torch.randn(1, 3, SIDE, SIDE, generator=random)
-    try:
-        with torch.no_grad():
-            module(pixel_values=blank)
-            for token in reader.layout.grid:
-                left, top, right, bottom = reader.layout.box(token)
-                painted = blank.clone()
-                painted[:, :, top:bottom, left:right] += 1
-                module(pixel_values=painted)
-                changed = (seen[-1] - seen[0]).abs().amax(-1) > 1e-6
-                assert changed.nonzero().flatten().tolist() == [token]
-    finally:
-        handle.remove()
+    with support.embedded(name) as (module, seen):
+        module(pixel_values=blank)
+        for token in reader.layout.grid:
+            left, top, right, bottom = reader.layout.box(token)
+            painted = blank.clone()
+            painted[:, :, top:bottom, left:right] += 1
+            module(pixel_values=painted)
+            changed = (seen[-1] - seen[0]).abs().amax(-1) > 1e-6
+            assert changed.nonzero().flatten().tolist() == [token]
     places = [reader.layout.place(token) for token in reader.layout.grid]
     assert places == [(row, col) for row in range(1, GRID + 1) for col in range(1, GRID + 1)]
 

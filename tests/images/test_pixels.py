@@ -64,7 +64,7 @@ def test_images_are_made_ready_as_the_library_does(
         found = prepare(image, how)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, wanted, atol=1e-6)
-        assert found.shape[1:] == how.size_of(*size)
+        assert found.shape[1:] == (how.size or how.resized(*size))
 
 
 def test_all_known_processors_are_tried() -> None:

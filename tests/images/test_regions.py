@@ -38,20 +38,10 @@ def changed_by_painting(name: str, image: np.ndarray, inside: np.ndarray) -> np.
     processor and the model's own embedding."""
     painted = image.copy()
     painted[inside] = 255 - painted[inside]
-    embed = support.ROWS[name].main.embed
-    assert embed is not None
-    seen: list[torch.Tensor] = []
-    module = support.bare(name)
-    handle = module.get_submodule(embed[0]).register_forward_hook(
-        lambda part, args, out: seen.append((out if isinstance(out, torch.Tensor) else out[0])[0])
-    )
-    try:
-        with torch.no_grad():
-            for each in (image, painted):
-                given = support.processor(name)(Image.fromarray(each), return_tensors="pt")
-                module(pixel_values=given["pixel_values"])
-    finally:
-        handle.remove()
+    with support.embedded(name) as (module, seen):
+        for each in (image, painted):
+            given = support.processor(name)(Image.fromarray(each), return_tensors="pt")
+            module(pixel_values=given["pixel_values"])
     return (seen[1] - seen[0]).abs().amax(-1).numpy()
 
 
