@@ -121,9 +121,7 @@ class Loop:
 
             return hook
 
-        handles = [
-            self.blocks[layer].register_forward_hook(keep(layer)) for layer in self.written
-        ]
+        handles = [self.blocks[layer].register_forward_hook(keep(layer)) for layer in self.written]
         self.model(pixels)
         for handle in handles:
             handle.remove()
