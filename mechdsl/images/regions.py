@@ -47,6 +47,15 @@ def of_box(box: tuple[float, float, float, float], size: tuple[int, int]) -> Ima
     return drawn.reduce(times)
 
 
+def whole_box(region: Region, size: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """A box in whole pixels of an image of a size, (height, width), as far as it lies in it."""
+    assert region.box is not None
+    left, top, right, bottom = (round(each) for each in region.box)
+    left, right = (min(max(0, each), size[1]) for each in (left, right))
+    top, bottom = (min(max(0, each), size[0]) for each in (top, bottom))
+    return left, top, right, bottom
+
+
 def tokens_in(cover: Image, how: Processing, layout: PatchLayout) -> tuple[int, ...]:
     """The tokens of patches that have a pixel of the prepared image in a region.
 
