@@ -7,7 +7,6 @@ from pathlib import Path
 
 from mechdsl.base.names import name_list
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import BadArgument, UnknownWord, did_you_mean
 from mechdsl.images import files
 from mechdsl.program import spec
@@ -46,7 +45,7 @@ def is_drawn_mask(block: spec.Prompts, region: spec.RegionDef) -> bool:
 
 
 def not_of_images(prompts: spec.Prompts) -> list[Diagnostic]:
-    """E0108, E0203 and E0207 for what images, or texts, can't be changed by."""
+    """E0203 and E0207 for what images, or texts, can't be changed by."""
     found: list[Diagnostic | None] = []
     for corruption in prompts.corruptions:
         for place, change in enumerate(corruption.changes):
@@ -70,6 +69,8 @@ def _not_of_images(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic
     kind, averaged = kind_of(change), averaged_block(prompts.image)
     swaps = swaps_regions(change, prompts)
     if not isinstance(kind, ImageChange) and not swaps:
+        if isinstance(kind, ActivationChange):
+            return None
         if isinstance(kind, ValueChange) and not kind.templates(change):
             return None
         return _of_other_things(change)
@@ -88,10 +89,8 @@ def _not_of_images(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic
 
 
 def _of_other_things(change: ast.CorruptLine) -> Diagnostic:
-    """E0207 for texts in images; E0108 for noise on activations."""
+    """E0207 for texts in images."""
     name = kind_of(change).name
-    if isinstance(kind_of(change), ActivationChange):
-        return NotSupported(span=change.span, what=f"`{name}` in a block of images")
     hint = "change a value that the `image` line names, or the image: `mask image`, `blur image …`"
     if isinstance(change, ast.Change) and change.tokens is not None:
         hint = f"write `mask {change.tokens.span.written}` for gray"

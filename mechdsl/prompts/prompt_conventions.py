@@ -105,6 +105,8 @@ def noise_conventions(table: PromptTable) -> dict[str, str]:
             continue
         if noise.sds is not None:
             size = f"{noise.sds:g} sd over {plural(len(noise.sd_tokens), 'token')}"
+            if noise.sd_images:
+                size += f" of {plural(len(noise.sd_images), 'image')}"
         else:
             size = f"std {noise.std:g}"
         out[f"noise of {name}"] = f"{noise.kind}, {size}, {plural(noise.samples, 'draw')}"

@@ -326,7 +326,7 @@ class AddedNoise:
 @change("add")
 class AddChange(ActivationChange):
     usage = "add gaussian(std: 3 sd) to embed at fruits tokens"
-    meaning = "noise is added to an activation; the text stays"
+    meaning = "noise is added to an activation; the text, or the image, stays"
     signature = ChangeSignature((ast.Call,), needs=("to", "at"))
 
     def refusals(self, change: ast.Change, parameters: Parameters) -> list[Diagnostic]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,16 @@ from PIL import Image, ImageFilter
 
 from mechdsl.images.pixels import prepared
 from mechdsl.images.processing import Processing
+from mechdsl.images.regions import of_box, tokens_in
+from mechdsl.prompts.image_reader import ImageReader
 
+from ..reference.hooks import Change
+from ..reference.noise import keyed_by_number, noise
 from . import support
 from .support import GRID, SIDE, copied, difference, forward, plain
-from .test_blocks import check, codes, folder_of
+from .test_blocks import SCENES, check, codes, folder_of
+
+Writes = Mapping[tuple[str, int], Sequence[Change]]
 
 BOXES = (((0, 0, 9, 8), (10, 12, 19, 20)), ((2, 1, 7, 9), (8, 4, 16, 16)), ((0, 0, 9, 9), None))
 """Of each file: of one size, of two, and one that lacks its second."""
@@ -265,3 +272,79 @@ def test_values_of_images_still_change_places(tmp_path: Path) -> None:
         assert other.image is not None
         assert [change.how for change in other.image.changes] == ["mask"]
         assert other.values["label"] == clean.values["other"]
+
+
+NOISED = BLOCKS.replace(
+    "CORRUPT",
+    "corrupt other { add gaussian(std: 2 sd, samples: 2) to embed at one tokens } "
+    "corrupt fixed { add gaussian(std: 0.7) to embed at image row 2 col * tokens }",
+)
+
+
+def noised(name: str, number: int, draw: int, tokens: Sequence[int], scale: float) -> Writes:
+    """What the embedding gives, with the noise of a row and a draw."""
+    found = plain(name, number).sites["embed", 0][:, 0]
+    own = {at: scale * noise(number, draw, at, found.shape[-1]) for at in tokens}
+    return {("embed", 1): [Change(at, 0, found[at] + added) for at, added in own.items()]}
+
+
+@pytest.mark.parametrize("mode", ["plain", "planned"])
+@pytest.mark.parametrize("name", ["vit", "dinov2_with_registers", "siglip"])
+@pytest.mark.parametrize(("run", "draws"), [("other", 2), ("fixed", 1)])
+def test_noise_on_embeddings(
+    name: str, mode: str, run: str, draws: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Draws by the seed and the row; of three standard deviations, over the tokens of all rows."""
+    keyed_by_number(monkeypatch)
+    write_boxes(tmp_path)
+    rule = "patch resid_post layer 0 at image row 2 col 1..2 tokens"
+    text = support.experiment("e", f"from clean into {run}", rule)
+    found = support.run_file(text, tmp_path, name, mode, NOISED)["e"]
+    where = [[support.token(name, 2, col) for col in range(1, GRID + 1)]] * 3
+    scale = 0.7
+    if run == "other":
+        own, sizes = support.shared(name).tokenizer, support.SIZES
+        assert isinstance(own, ImageReader)
+        covers = [of_box(box, sizes[number]) for number, (box, _) in enumerate(BOXES)]
+        where = [[*tokens_in(each, own.processing, own.layout)] for each in covers]
+        every = [plain(name, n).sites["embed", 0][tokens].numpy() for n, tokens in enumerate(where)]
+        scale = 2 * float(np.concatenate(every).std(ddof=1))
+    base: list[float] = []
+    expected: list[float] = []
+    for number, tokens in enumerate(where):
+        given = support.pixels(name, number)
+        written = [support.token(name, 2, col) for col in (1, 2)]
+        back = copied(plain(name, number), "resid_post", 0, written)
+        own_draws = [noised(name, number, draw, tokens, scale) for draw in range(draws)]
+        seen = [
+            (forward(name, given, each), forward(name, given, {**each, ("resid_post", 0): back}))
+            for each in own_draws
+        ]
+        base.append(float(np.mean([difference(one, number) for one, _ in seen])))
+        expected.append(float(np.mean([difference(one, number) for _, one in seen])))
+    np.testing.assert_allclose(found.measures[0].base[0], base, atol=1e-4)
+    np.testing.assert_allclose(found.measures[0].patched[0], expected, atol=1e-4)
+    clean = [difference(plain(name, number), number) for number in range(3)]
+    assert np.abs(np.subtract(base, clean)).max() > 0.1
+    assert np.abs(np.subtract(base, expected)).max() > 0.02
+
+
+def test_deviations_are_of_all_rows_before_a_limit(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    blocks = SCENES.replace(
+        "answer",
+        "region object = mask "
+        "corrupt c { add gaussian(std: 3 sd of object) to embed at cls token } answer",
+    )
+    lines = ("from clean into c", "patch resid_post layer 1 at cls token")
+    [experiment], problems = check(tmp_path, *lines, blocks=blocks)
+    assert not problems
+    noise = experiment.table.runs["c"].noise
+    assert noise is not None
+    assert len(noise.sd_images) == 1_000
+    assert (
+        len({*noise.sd_tokens}) == len(noise.sd_tokens) == sum(len(at) for _, at in noise.sd_images)
+    )
+    assert noise.positions == ((0,),) * 6
+    said = experiment.table.conventions["noise of c"]
+    assert said == f"gaussian, 3 sd over {len(noise.sd_tokens):,} tokens of 1,000 images, 1 draw"
