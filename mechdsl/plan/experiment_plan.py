@@ -60,8 +60,11 @@ class ExperimentPlan:
     @property
     def whole(self) -> bool:
         """Whether its rows are whole passes, whatever else is planned: a rule asks for it, they
-        start from a run that has rules, or what a path holds isn't what that run has."""
+        start from a run that has rules, are estimated, or what a path holds isn't what that run
+        has."""
         if any(run.derived is not None for run in self.starting_runs):
+            return True
+        if self.experiment.spec.estimator is not None:
             return True
         if self.path is not None and (self.beside_path or self._seen_in_mlps):
             return True
