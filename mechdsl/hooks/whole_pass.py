@@ -67,7 +67,7 @@ def run_whole(
     if logits_at is not None:
         work.keep_logits(logits_at)
     narrow = narrowed(model, tokens, ends=True)
-    mode = torch.enable_grad() if gradients else torch.inference_mode()
+    mode = _differentiable(model) if gradients else torch.inference_mode()
     with mode, work.installed(), opened(model, work), narrow:
         try:
             logits = bare_logits(model, batch)
@@ -81,6 +81,21 @@ def run_whole(
             largest = ends.abs().amax(-1)
     work.check()
     return RunResult(logits, largest, work.found)
+
+
+@contextmanager
+def _differentiable(model: LoadedModel) -> Generator[None]:
+    """Autograd follows what is written, and not the weights: nothing is kept for these, and what
+    is made of them alone, such as position biases that a library has kept, isn't followed."""
+    wanted = [each for each in model.module.parameters() if each.requires_grad]
+    for each in wanted:
+        each.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for each in wanted:
+            each.requires_grad_()
 
 
 @contextmanager

@@ -52,6 +52,7 @@ def taken(module: nn.Module, where: Where, forward: Forward, moved: Tensor | Non
     def leaving(part: nn.Module, args: Any, out: Any) -> Any:
         return (swap(out[0]), *out[1:]) if isinstance(out, tuple) else swap(out)
 
+    module.requires_grad_(False)  # of the weights, what a library has kept of earlier passes is made
     part = module.get_submodule(where.path)
     if where.side == "in":
         handle = part.register_forward_pre_hook(entering)
@@ -64,7 +65,7 @@ def taken(module: nn.Module, where: Where, forward: Forward, moved: Tensor | Non
             (gradient,) = torch.autograd.grad(number, [leaf])
     finally:
         handle.remove()
-    return Taken(leaf.detach(), gradient, float(number))
+    return Taken(leaf.detach(), gradient, float(number.detach()))
 
 
 def _as_long(moved: Tensor, length: int) -> Tensor:
