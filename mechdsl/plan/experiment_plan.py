@@ -231,8 +231,9 @@ class ExperimentPlan:
 
     def passes(self, prompts: Ints) -> Rows:
         """The rows that are run: of what is observed of all rows at once, one for every position,
-        whose pass all cells read; none of what is observed of weights."""
-        rows = self.rows(prompts) if self.rules else Rows.none()
+        whose pass all cells read; none of what is observed of weights, and of estimates."""
+        run = self.rules and self.experiment.spec.estimator is None
+        rows = self.rows(prompts) if run else Rows.none()
         for plan in self.rules:
             if isinstance(plan.rule.does, OverRows):
                 first = np.unique(plan.position_of_cell, return_index=True)[1]

@@ -52,7 +52,8 @@ def taken(module: nn.Module, where: Where, forward: Forward, moved: Tensor | Non
     def leaving(part: nn.Module, args: Any, out: Any) -> Any:
         return (swap(out[0]), *out[1:]) if isinstance(out, tuple) else swap(out)
 
-    module.requires_grad_(False)  # of the weights, what a library has kept of earlier passes is made
+    # What a library has kept of earlier passes is made of weights, and isn't followed.
+    module.requires_grad_(False)
     part = module.get_submodule(where.path)
     if where.side == "in":
         handle = part.register_forward_pre_hook(entering)
