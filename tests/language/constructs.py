@@ -1659,6 +1659,13 @@ _image(
     "tests/images/test_pixels.py",
 )
 _image(
+    "image mean",
+    "image mean of scenes",
+    "The mean, number by number, of the images of another block, or of `scenes.train`: of all its "
+    "rows before any `limit` (of images that are drawn 1,000), as the model gets them.",
+    "tests/images/test_means.py",
+)
+_image(
     "region",
     "region object = mask",
     "A part of each image as a span: `object tokens` are the patches with a pixel, as the model "
