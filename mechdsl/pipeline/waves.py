@@ -185,7 +185,7 @@ class FileRun:
             said = {"parameters": _parameter_words(parameters)}
             whole = replace(whole, conventions={**whole.conventions, **said})
         if first.spec.over is not None:
-            whole = averaged(whole, first.spec.over)
+            whole = averaged(whole, first.spec.over, area=first.spec.area)
         result = with_statistics(whole, first.spec, first.seed)
         self._say(_few_units(variants, result))
         self._say(explained_by_values(result, first.spec))

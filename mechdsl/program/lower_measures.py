@@ -106,6 +106,7 @@ def lower_measure(measure: ast.Measure, parts: Definitions, scope: Namespace) ->
         at=measure.at,
         per_prompt=measure.per is not None,
         over=None if measure.over is None else measure.over.id,
+        area=measure.area,
     )
 
 

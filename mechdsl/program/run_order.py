@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from mechdsl.base.names import name_list
@@ -38,15 +39,17 @@ def with_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[spe
         made = {name: _at_results(each, results) for name, each in parts.directions.items()}
         parts.directions.update(made)
         parts.experiments = [with_results(each, results) for each in parts.experiments]
-    ranked = {e.name: list(_ranked(e, parts)) for e in parts.experiments}
+    known = _experiments(parts, scope)
+    called = {e.name: _called(e, known, results) for e in parts.experiments}
+    ranked = {
+        e.name: [own for node in _ranked(e, parts) for own in _each_of(node, called[e.name])]
+        for e in parts.experiments
+    }
     own: list[object] = [g.sites for g in parts.groups.values() if _is_own(g, tree)]
     own += [(d.value, d.site) for d in parts.directions.values() if _is_own(d, tree)]
     every = [node for nodes in ranked.values() for node in nodes]
     every.extend(node for each in own for node in _in_tree(each))
-    several = {e.within for e in parts.experiments}
-    known = [name for name in scope.names("experiment") if name not in several]
-    known = list(dict.fromkeys([*(e.name for e in parts.experiments), *known]))
-    for node in {node.span: node for node in every}.values():
+    for node in {(node.span, node.of): node for node in every}.values():
         if node.of not in known:
             listed = name_list(known)
             scope.diagnostics.append(
@@ -61,9 +64,41 @@ def with_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[spe
             )
     _circles(ranked, scope)
     return [
-        e.model_copy(update={"after": tuple(dict.fromkeys(node.of for node in ranked[e.name]))})
+        e.model_copy(
+            update={
+                "after": tuple(dict.fromkeys(node.of for node in ranked[e.name])),
+                "called": called[e.name],
+            }
+        )
         for e in parts.experiments
     ]
+
+
+def _experiments(parts: Definitions, scope: Namespace) -> list[str]:
+    """All that results are called by."""
+    several = {e.within for e in parts.experiments}
+    known = [name for name in scope.names("experiment") if name not in several]
+    return list(dict.fromkeys([*(e.name for e in parts.experiments), *known]))
+
+
+def _called(
+    experiment: spec.Experiment, known: Collection[str], results: Mapping[str, str]
+) -> dict[str, dict[str, str]]:
+    """`for` variables over words, where no experiment is called so: word → what it stands for as an
+    experiment."""
+    found: dict[str, dict[str, str]] = {}
+    for loop in experiment.loops:
+        words = [node.id for node in walk(loop.domain) if isinstance(node, ast.Name)]
+        if words and loop.name not in known and not set(words) & set(loop.within):
+            found[loop.name] = {word: results.get(word, word) for word in words}
+    return found
+
+
+def _each_of(node: Onward, called: Mapping[str, Mapping[str, str]]) -> list[Onward]:
+    """Of `top k of m`, one for each experiment that `m` runs over."""
+    if isinstance(node, spec.RepliesOf) or node.of not in called:
+        return [node]
+    return [replace(node, of=of) for of in called[node.of].values()]
 
 
 def _is_own(part: spec.Group | spec.Direction, tree: ast.File) -> bool:

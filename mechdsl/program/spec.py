@@ -7,6 +7,7 @@ meaning; in JSON they are the text that was written.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -334,7 +335,9 @@ class Measure(Spec):
     observed: bool = False
     """Whether it is of what the experiment's `observe` line gives, not of the model's output."""
     over: str | None = None
-    """The axis that it is averaged over, row by row."""
+    """The axis that it is averaged over, row by row, or that it is a curve over."""
+    area: bool = False
+    """The area under that curve, and not the mean."""
 
     @property
     def place(self) -> str | None:
@@ -498,11 +501,18 @@ class Experiment(Spec):
 
     after: tuple[str, ...] = ()
     """Experiments whose results it uses: `top 10 of cie`, `with replies of writes`."""
+    called: Mapping[str, Mapping[str, str]] = Field(default_factory=dict)
+    """`for` variable that runs over experiments → word → the experiment."""
 
     @property
     def over(self) -> str | None:
-        """The axis that all its measures are averaged over."""
+        """The axis that all its measures are averaged over, or are curves over."""
         return self.measures[0].over if self.measures else None
+
+    @property
+    def area(self) -> bool:
+        """Whether they are the areas under these curves."""
+        return bool(self.measures) and self.measures[0].area
 
 
 class Program(Spec):

@@ -46,19 +46,52 @@ class Onward:
     """Findings that an experiment may use, and what it picked of them."""
 
     found: Mapping[str, Finding] = field(default_factory=dict[str, Finding])
+    called: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
+    """`for` variable that runs over experiments → word → the experiment."""
     picks: dict[str, str] = field(default_factory=dict[str, str])
     """As written → what was picked, in words."""
     sites_of: dict[str, Span] = field(default_factory=dict[str, Span])
     """Experiments whose sites are used → where."""
     _longest: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
-    _runs: dict[Span, tuple[str, Mapping[int, Sequence[int]]]] = field(
-        default_factory=dict[Span, tuple[str, Mapping[int, Sequence[int]]]]
+    _runs: dict[tuple[Span, str], tuple[str, Mapping[int, Sequence[int]]]] = field(
+        default_factory=dict[tuple[Span, str], tuple[str, Mapping[int, Sequence[int]]]]
     )
     """Of tokens that are picked: the first run that they were found in, and all there are."""
+    _texts: dict[tuple[Span, str], str] = field(default_factory=dict[tuple[Span, str], str])
+    """Of `top k of m`, `m` a `for` over experiments: what stands there for each of them."""
+    _warned: set[tuple[Span, str]] = field(default_factory=set[tuple[Span, str]])
+    """Places whose tokens were warned of, with the experiment."""
 
     @property
     def stand_ins(self) -> tuple[str, ...]:
         return tuple(name for name, finding in self.found.items() if finding.stands_in)
+
+    def _named(self, node: ast.Ranked, values: Mapping[str, Any]) -> ast.Ranked:
+        """The same of the experiment that a `for` variable stands for. Refusals: Refused where that
+        variable means nothing."""
+        words = self.called.get(node.of)
+        if words is None:
+            return node
+        if node.of not in values:
+            reason = f"`{node.of}` runs over experiments, and which is meant isn't known here"
+            raise Refused(reason, "name one experiment")
+        word = str(values[node.of])
+        named = replace(node, of=words[word])
+        self._texts[node.span, named.of] = " ".join([*node.span.written.split()[:-1], word])
+        return named
+
+    def _written(self, node: ast.Ranked) -> str:
+        """As it is written, with the word in place of a `for` variable over experiments."""
+        return self._texts.get((node.span, node.of), node.span.written)
+
+    def _label(self, base: ast.RankedTokens, values: Mapping[str, Any]) -> str:
+        node = base.ranked
+        words = "tokens" if base.plural else "token"
+        if isinstance(node.amount, str):
+            of = self._written(node).split()[-1]
+            return f"top {values[node.amount]} of {of} {words}"
+        looped = (node.span, node.of) in self._texts
+        return f"{self._written(node)} {words}" if looped else base.span.written
 
     # --- sites ------------------------------------------------------------------------------------
 
@@ -66,6 +99,11 @@ class Onward:
         self, node: ast.Ranked, values: Mapping[str, Any], diagnostics: list[Diagnostic]
     ) -> list[RankedSite] | None:
         """The best sites of an experiment; None after E0620, and where that one was refused."""
+        try:
+            node = self._named(node, values)
+        except Refused as refusal:
+            diagnostics.append(_bad(node, refusal))
+            return None
         finding = self.found.get(node.of)
         if finding is None:
             return None
@@ -88,7 +126,7 @@ class Onward:
         return chosen
 
     def _say_sites(self, node: ast.Ranked, finding: Finding, chosen: Sequence[RankedSite]) -> None:
-        key = node.span.written
+        key = self._written(node)
         if finding.stands_in:
             self.picks[key] = f"known when `{finding.name}` has run; its first cells stand in"
             return
@@ -120,7 +158,12 @@ class Onward:
     ) -> list[tuple[str, list[Hits]]]:
         """(label, hits per row) of every cell; none after E0620, and where that experiment was
         refused."""
-        node = base.ranked
+        try:
+            node = self._named(base.ranked, values)
+        except Refused as refusal:
+            diagnostics.append(_bad(base.ranked, refusal, base.span))
+            return []
+        base = replace(base, ranked=node)
         finding = self.found.get(node.of)
         if finding is None:
             return []
@@ -138,7 +181,8 @@ class Onward:
                 for row, order in orders.items()
                 if set(order[: counts[row]]) != set(other[row][: counts[row]])
             ]
-            if rows:
+            if rows and (base.span, node.of) not in self._warned:  # once for all numbers of a `for`
+                self._warned.add((base.span, node.of))
                 many = f"others in {len(rows)} of {len(orders)} rows"
                 _warn(node, "the highest tokens of each row", many, diagnostics, base.span)
         return found
@@ -160,7 +204,7 @@ class Onward:
         if finding.tokens_stand_in:
             _ = _amount(node, values)
             ends = [((len(row.ids) - 1,),) for row in table.runs[run].rows]
-            return [(_label(base, values), ends)]
+            return [(self._label(base, values), ends)]
         orders = finding.tokens(table, run, tokenizer)
         if not orders:
             raise Refused(
@@ -173,7 +217,7 @@ class Onward:
             for row, order in orders.items()
         }
         self._say_tokens(node, finding, orders, counts, len(table) - len(orders))
-        label = _label(base, values)
+        label = self._label(base, values)
         amount = _amount(node, values)
         single = not isinstance(amount, Percent) and amount == 1
         if base.plural or single or not any(counts.values()):
@@ -202,7 +246,7 @@ class Onward:
     ) -> None:
         """What is read in one run and written in another must be there in both, whichever tokens
         turn out to be picked."""
-        first, before = self._runs.setdefault(base.span, (run, orders))
+        first, before = self._runs.setdefault((base.span, finding.name), (run, orders))
         for row, order in orders.items():
             other = len(before.get(row, ()))
             if other != len(order):
@@ -220,7 +264,7 @@ class Onward:
         counts: Mapping[int, int],
         lacking: int,
     ) -> None:
-        key = f"{node.span.written} tokens"
+        key = f"{self._written(node)} tokens"
         least, most = self._longest.get(key, (min(counts.values()), max(counts.values())))
         least, most = min(least, *counts.values()), max(most, *counts.values())
         self._longest[key] = (least, most)
@@ -331,13 +375,6 @@ def _count(node: ast.Ranked, values: Mapping[str, Any], total: int, there: str |
             f"write a smaller number, or a share such as `top 25% of {node.of}`",
         )
     return min(amount, total)
-
-
-def _label(base: ast.RankedTokens, values: Mapping[str, Any]) -> str:
-    node = base.ranked
-    if not isinstance(node.amount, str):
-        return base.span.written
-    return f"top {values[node.amount]} of {node.of} {'tokens' if base.plural else 'token'}"
 
 
 def _ends(low: int, high: int) -> str:

@@ -83,7 +83,10 @@ def outline(
     Codes: E0301 to E0323, E0402, E0413, E0507, E0612 and those of positions and texts.
     """
     diagnostics: list[Diagnostic] = []
-    onward = Onward({name: each.on(model.name, table.name) for name, each in (found or {}).items()})
+    onward = Onward(
+        {name: each.on(model.name, table.name) for name, each in (found or {}).items()},
+        experiment.called,
+    )
     work = _work(experiment, program, model, table, onward, diagnostics)
     derived = define_runs(work, kinds)
     table = work.table

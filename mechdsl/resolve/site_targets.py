@@ -135,7 +135,7 @@ def _fixed(
 
 def _picked(site: ast.Site, node: ast.Ranked, context: SiteContext) -> SiteTargets | None:
     """`top 10 of cie`, joined, for every value of the `for` that its number names."""
-    loops = tuple(name for name in context.loops if name == node.amount)
+    loops = tuple(name for name in context.loops if name in (node.amount, node.of))
     points: dict[Key, tuple[SitePoint, ...]] = {}
     labels: dict[Key, str] = {}
     for key, values in context.combinations(loops):
@@ -145,7 +145,9 @@ def _picked(site: ast.Site, node: ast.Ranked, context: SiteContext) -> SiteTarge
         if found is None:
             return None
         points[key] = tuple(dict.fromkeys(point for each in found for point in each.points))
-        several = f"top {values[loops[0]]} of {node.of}" if loops else site.span.written
+        said = {name: str(value) for name, value in values.items()}
+        amount, of = said.get(str(node.amount), str(node.amount)), said.get(node.of, node.of)
+        several = f"top {amount} of {of}" if loops else site.span.written
         labels[key] = found[0].label if len(found) == 1 else several
     return SiteTargets(loops, points, labels)
 

@@ -23,7 +23,7 @@ from mechdsl.resolve.resolved import Axis
 from mechdsl.resolve.resolved_rule import Apart, Key, PositionTargets
 from mechdsl.resolve.unlike_tokens import other_tokens
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import numbers_named
+from mechdsl.syntax.walk import numbers_named, walk
 
 
 @dataclass(frozen=True)
@@ -397,6 +397,8 @@ def _checked(
     """Pairs that some row has in both runs, with as many tokens in each."""
     base = work.experiment.base
     pairs = [pair for pair in pairs if any(pair[0].hits)]
+    if not labels and any(isinstance(node, ast.RankedTokens) for node in walk(positions)):
+        return None  # what ranks them has been refused
     if not pairs:
         work.diagnostics.append(
             AbsentOccurrence(

@@ -1,13 +1,18 @@
-"""Measures that are averaged over an axis, row by row, before any statistics."""
+"""Measures that are averaged over an axis, or are areas under curves over it, row by row.
+
+Before any statistics.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.fits import against_masks
 from mechdsl.resolve.cell_key import averaged_cells
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.replies import Replies
@@ -17,23 +22,39 @@ Groups = Sequence[Sequence[int]]
 """[cell of the result] the cells that it is the mean of."""
 
 
-def averaged(result: ExperimentResult, axis: str) -> ExperimentResult:
+@dataclass(frozen=True)
+class Joined:
+    """Cells of the result, each made of several."""
+
+    groups: Groups
+    numbers: Sequence[Callable[[Floats, Bools], Floats]]
+    """Per group, of its cells' values [cell, prompt] and where there are any, [prompt]."""
+
+
+def averaged(result: ExperimentResult, axis: str, *, area: bool = False) -> ExperimentResult:
     """The result with the mean along an axis in place of its cells: in each row over the cells that
-    the row is part of, of the patched run and of those that it is set against alike."""
+    the row is part of, of the patched run and of those that it is set against alike. area: the
+    area under the curve of each row that has all its cells."""
     axis = result.aliases.get(axis, axis)
     cells, groups = averaged_cells(result.cells, axis)
     sizes = sorted({len(group) for group in groups})
     count = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
     said = f"over {axis}, row by row, of {count} cells"
+    numbers: list[Callable[[Floats, Bools], Floats]] = [_mean] * len(groups)
+    if area:
+        places = [[float(result.cells[n].coords[axis]) for n in group] for group in groups]
+        numbers = [partial(_area, np.array(each)) for each in places]
+        said += ", by trapezoids, divided by the range"
+    joined = Joined(groups, numbers)
     return replace(
         result,
         axes=tuple(name for name in result.axes if name != axis),
         aliases={name: of for name, of in result.aliases.items() if of != axis},
         centres=tuple(name for name in result.centres if name != axis),
         cells=tuple(cells),
-        measures=tuple(_measure(data, groups) for data in result.measures),
-        conventions={**result.conventions, "mean": said},
-        drawn=None if result.drawn is None else _drawn(result.drawn, groups),
+        measures=tuple(_measure(data, joined) for data in result.measures),
+        conventions={**result.conventions, "auc" if area else "mean": said},
+        drawn=None if result.drawn is None else _drawn(result.drawn, joined),
         texts=(),
         hits=(),
         seen=(),
@@ -41,13 +62,14 @@ def averaged(result: ExperimentResult, axis: str) -> ExperimentResult:
     )
 
 
-def _measure(data: MeasureData, groups: Groups) -> MeasureData:
-    there = ~np.isnan(data.patched)
+def _measure(data: MeasureData, joined: Joined) -> MeasureData:
+    there, groups = ~np.isnan(data.patched), joined.groups
 
     def mean(values: Floats) -> Floats:
         """[cell, prompt] over the cells that a prompt is part of."""
         every = np.broadcast_to(values, there.shape)
-        return np.stack([_mean(every[group], there[group]) for group in map(list, groups)])
+        pairs = zip(map(list, groups), joined.numbers, strict=True)
+        return np.stack([number(every[group], there[group]) for group, number in pairs])
 
     gaps = data.gaps or ("",) * len(data.patched)
     return replace(
@@ -70,6 +92,14 @@ def _mean(values: Floats, there: Bools) -> Floats:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
+def _area(at: Floats, values: Floats, there: Bools) -> Floats:
+    """[prompt]; NaN for one that isn't part of all cells. at: [cell] the numbers that they stand
+    at, in any order."""
+    order = np.argsort(at)
+    whole = np.where(there.all(0), values, np.nan)
+    return against_masks.area(whole[order].T, at[order])
+
+
 def _seen(seen: Ints, groups: Groups) -> Ints:
     """[cell, prompt]: rows are alike where they are in every cell."""
     if len(seen) == 1:
@@ -78,13 +108,14 @@ def _seen(seen: Ints, groups: Groups) -> Ints:
     return np.stack([code.reshape(-1) for code in codes]).astype(np.int64)
 
 
-def _drawn(drawn: DrawnValues, groups: Groups) -> DrawnValues:
+def _drawn(drawn: DrawnValues, joined: Joined) -> DrawnValues:
     """Of random targets: draw k of all cells."""
-    counts = np.array([drawn.counts[list(group)].min() for group in groups])
+    counts = np.array([drawn.counts[list(group)].min() for group in joined.groups])
 
     def mean(values: Floats) -> Floats:
         there = ~np.isnan(values)
-        each = [[_mean(one[group], own[group]) for group in map(list, groups)]
+        pairs = [*zip(map(list, joined.groups), joined.numbers, strict=True)]
+        each = [[number(one[group], own[group]) for group, number in pairs]
                 for one, own in zip(values, there, strict=True)]  # fmt: skip
         found = np.array(each)
         beyond = np.arange(len(values))[:, None] >= counts[None, :]

@@ -969,7 +969,9 @@ class Measure(Node):
     at: Position | None = None
     per: Name | None = None
     over: Name | None = None
-    """The axis that it is averaged over."""
+    """The axis that it is averaged over, or that it is a curve over."""
+    area: bool = False
+    """The area under that curve, and not the mean."""
 
 
 @record

@@ -484,7 +484,8 @@ class ToAst(Transformer[Token, Any]):
             effect,
             clauses.get("at"),
             clauses.get("per"),
-            clauses.get("mean"),
+            clauses.get("mean") or clauses.get("area"),
+            "area" in clauses,
             span=_span(c),
         )
 
@@ -492,7 +493,7 @@ class ToAst(Transformer[Token, Any]):
     per = _clause("per", _second)
 
     def mean_over(self, c: list[Any]) -> Clause:
-        return Clause("mean", c[2], _span(c))
+        return Clause("area" if c[0].type == "AUC" else "mean", c[2], _span(c))
 
     def stats(self, c: list[Any]) -> ast.Stats:
         c = [c[0], *_without_misspelt(c[1:])]

@@ -32,11 +32,13 @@ def walk(node: Any) -> Iterator[ast.Node]:
 
 def numbers_named(node: Any) -> Iterator[str]:
     """Names that stand for numbers, of a `for` or a `param`, in sites, positions and members of
-    directions."""
+    directions; among them those behind `top n of`, which may be of a `for`."""
     for part in walk(node):
         match part:
-            case ast.Bound(name=str(name)) | ast.Variable(name=name) | ast.Ranked(amount=str(name)):
+            case ast.Bound(name=str(name)) | ast.Variable(name=name):
                 yield name
+            case ast.Ranked():  # `of`: of a `for` over experiments
+                yield from (part.amount, part.of) if isinstance(part.amount, str) else (part.of,)
             case ast.Coordinate(value=str(name)) | ast.Axis(window=str(name)):
                 yield name
             case _:

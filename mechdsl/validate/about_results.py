@@ -151,22 +151,39 @@ def _averaged(variants: Sequence[Outline]) -> Iterator[Diagnostic]:
     kinds = [each.kind for each in _measures(variants[0])]
     for measure, kind in zip(said.measures, kinds, strict=True):
         reason = hint = ""
-        if measure.over != said.over:
+        if (measure.over, measure.area) != (said.over, said.area):
             reason = f"`{said.measures[0].label}` is averaged otherwise, and both share one table"
             hint = "average all measures of an experiment over one axis, or none of them"
         elif measure.over == BLOCKS and BLOCKS in every:
             reason = "rows of several blocks have no mean row by row"
             hint = 'set cells of two blocks against each other: `expect prob(prompts: "a") - …`'
         elif measure.over is not None and kind == "category":
-            reason, hint = "categories have no mean", "use `expected(…)`, which is a number"
+            what = "area" if measure.area else "mean"
+            reason, hint = f"categories have no {what}", "use `expected(…)`, which is a number"
         elif measure.over is not None and measure.over not in (*every, *aliases, *perhaps):
             reason = f"the experiment has no axis `{measure.over}`"
             known = [*every, *aliases]
             hint = did_you_mean(measure.over, known, f"its axes are: {name_list(known) or 'none'}")
+        elif measure.over is not None and measure.area:
+            reason, hint = _no_curve(variants, measure.over)
         if reason:
             yield UnreadableMeasure(
                 span=measure.span, text=measure.span.written, reason=reason, hint=hint
             )
+
+
+def _no_curve(variants: Sequence[Outline], named: str) -> tuple[str, str]:
+    """Why measures aren't curves over an axis, and what to write; nothing where they are."""
+    axes = [axis for e in variants for axis in e.axes if named in (axis.name, axis.alias)]
+    over = next((axis for axis in axes), None)
+    word = next((v for axis in axes for v in axis.labels if isinstance(v, str)), None)
+    if over is None or word is not None:
+        said = f", such as `{word}`" if word is not None else ""
+        reason = f"`{named}` runs over words{said}, and a curve over numbers"
+        return reason, "name an axis of numbers, or write `mean over`"
+    if len(over) < 2:
+        return f"`{named}` has one value, and a curve two at least", "sweep over more values"
+    return "", ""
 
 
 def _measures(experiment: Outline) -> list[KnownMeasure]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -169,12 +170,10 @@ def test_a_map_for_each_range_of_layers(tmp_path: Path) -> None:
     assert np.nanmax(np.ptp(found["at"].measures[0].patched, axis=0)) > 0.01
     best = deltas.max(0).argmax(0)
     for row in range(len(regions)):
-        image = Image.open(tmp_path / f"box{row}.png")
-        given = support.processor("vit")(image, return_tensors="pt")["pixel_values"].double()
         token = support.patches("vit")[int(best[row])]
         width = support.plain("vit", None).sites["embed", 0].shape[-1]
         zero = Change(token, 0, torch.zeros(width, dtype=torch.float64))
-        seen = support.forward("vit", given, {("embed", 0): [zero]}).output
+        seen = support.forward("vit", given("vit", tmp_path, row), {("embed", 0): [zero]}).output
         answer, wrong = (support.LABELS.index(name) for name in labels(row))
         changed = found["best"].measures[0].patched[0, row]
         assert changed == pytest.approx(float(seen[answer] - seen[wrong]), abs=1e-4)
@@ -205,6 +204,128 @@ def test_rows_that_the_map_lacks_are_said(tmp_path: Path) -> None:
     found = run("vit", tmp_path, text)
     assert np.isfinite(found["at"].measures[0].patched).sum() == 3
     assert "2 of 5 rows dropped, `caap` lacks them" in found["at"].conventions["observed"]
+
+
+def given(name: str, folder: Path, row: int) -> torch.Tensor:
+    image = Image.open(folder / f"box{row}.png")
+    return support.processor(name)(image, return_tensors="pt")["pixel_values"].double()
+
+
+def trapezoids(at: list[float], heights: list[float]) -> float:
+    pairs = list(zip(at, heights, strict=True))
+    area = sum((b - a) * (y + x) / 2 for (a, x), (b, y) in pairwise(pairs))
+    return area / (at[-1] - at[0])
+
+
+@pytest.mark.parametrize("name", ["vit", pytest.param("clip", marks=pytest.mark.slow)])
+def test_insertion_and_deletion_by_hand(name: str, tmp_path: Path) -> None:
+    """Step by step, from one image by another, in the order of each of two maps."""
+    shares = [0.0, 25, 50, 75, 100]
+    loops = "for m in [caap, chance] { for k in 0%..100% step 25% {"
+    rule = f"{loops} patch embed at top k of m tokens }} }}"
+    area = "measure logit(answer) - logit(wrong) as raw auc over k"
+    text = CAAP + looking("drawn", "observe random embed at each token of image as chance")
+    for way, sides in (("inserted", "scenes into neutral"), ("deleted", "neutral into scenes")):
+        text += support.experiment(way, f"from {sides}", rule, measure=support.DIFFERENCE)
+        text += support.experiment(f"{way}_area", f"from {sides}", rule, measure=area)
+    found = run(name, tmp_path, text)
+    neutral = support.plain(name, None)
+    orders = [maps(found["caap"]), found["drawn"].measures[0].patched.T]
+    for row in range(len(BOXES)):
+        answer, wrong = (support.LABELS.index(label) for label in labels(row))
+        own = support.forward(name, given(name, tmp_path, row))
+        for number, values in enumerate(orders):
+            order = np.argsort(-values[row].ravel(), kind="stable")
+            for way, source, pixels in (
+                ("inserted", own, support.pixels(name, None)),
+                ("deleted", neutral, given(name, tmp_path, row)),
+            ):
+                curve: list[float] = []
+                for share in shares:
+                    best = order[: int(share / 100 * GRID * GRID + 0.5)]
+                    tokens = [support.patches(name)[n] for n in best]
+                    writes = {("embed", 0): support.copied(source, "embed", 0, tokens)}
+                    seen = support.forward(name, pixels, writes if tokens else None).output
+                    curve.append(float(seen[answer] - seen[wrong]))
+                told = found[way].measures[0].patched.reshape(2, 5, -1)[number, :, row]
+                np.testing.assert_allclose(told, curve, atol=1e-4)
+                whole = found[f"{way}_area"].measures[0].patched[number, row]
+                assert whole == pytest.approx(trapezoids(shares, curve), abs=1e-4)
+                assert np.ptp(curve) > 0.05
+    named = [cell.coords["m"] for cell in found["inserted_area"].cells]
+    assert named == ["caap", "chance"]
+    assert found["inserted_area"].conventions["auc"].startswith("over k, row by row, of 5 cells")
+
+
+def test_random_maps_differ_by_row_and_patch_and_seed(tmp_path: Path) -> None:
+    text = looking("drawn", "observe random embed at each token of image")
+    values = run("vit", tmp_path, text)["drawn"].measures[0].patched
+    assert len(np.unique(values)) == values.size
+    assert (values >= 0).all()
+    assert (values < 1).all()
+    assert 0.3 < values.mean() < 0.7
+    again = run("vit", tmp_path, text)["drawn"].measures[0].patched
+    np.testing.assert_array_equal(values, again)
+    other = run("vit", tmp_path, f"seed 5\n{text}")["drawn"].measures[0].patched
+    assert np.abs(values - other).min() > 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "said"),
+    [
+        (("patch embed at top k of m tokens",), "E0612", "`m` runs over words, such as `caap`"),
+        (("patch embed at top 2 of m tokens",), "E0612", "no axis `k`"),
+    ],
+)
+def test_no_curves(lines: tuple[str, ...], code: str, said: str, tmp_path: Path) -> None:
+    (rule,) = lines
+    over, loop = ("m", "for k in [1, 2] { ") if " k " in rule else ("k", "")
+    rule = f"for m in [caap, left] {{ {loop}{rule} }}" + (" }" if loop else "")
+    measure = f"measure logit(answer) as raw auc over {over}"
+    text = MAPS + support.experiment("e", "from scenes into neutral", rule, measure=measure)
+    write_boxes(tmp_path, "vit")
+    result, problems = support.try_file(text, tmp_path, "vit", blocks=BLOCKS)
+    assert result is None
+    (problem,) = (d for d in problems if d.severity == "error")
+    assert problem.code == code
+    assert said in problem.message + problem.label_text
+
+
+def test_a_loop_over_experiments_means_nothing_behind_it(tmp_path: Path) -> None:
+    rule = "for m in [some, others] { ablate top 1 of m at cls token with zero }"
+    lines = (rule, "against random(2) apart from top 1 of m")
+    sweep = "ablate z layer * head * at cls token with zero"
+    text = "".join(support.experiment(name, sweep) for name in ("some", "others"))
+    write_boxes(tmp_path, "vit")
+    result, problems = support.try_file(
+        text + support.experiment("e", *lines), tmp_path, "vit", blocks=BLOCKS
+    )
+    assert result is None
+    assert [d.code for d in problems if d.severity == "error"] == ["E0620"]
+
+
+def test_sites_of_several_experiments(tmp_path: Path) -> None:
+    rule = "for m in [early, others] { ablate best of m at cls token with zero }"
+    sweep = "ablate z layer 0 head * at {} with zero"
+    text = support.experiment("early", sweep.format("cls token"))
+    text += support.experiment("others", sweep.format("image tokens"))
+    found = run("vit", tmp_path, text + support.experiment("e", rule))
+    for number, name in enumerate(("early", "others")):
+        data = found[name].measures[0]
+        best = int((data.patched - data.base).mean(1).argmax())
+        cell = found["e"].cells[number]
+        assert (cell.coords["m"], cell.site) == (name, found[name].cells[best].site)
+        expected = found["early"].measures[0].patched[best]
+        np.testing.assert_allclose(found["e"].measures[0].patched[number], expected, atol=1e-5)
+
+
+def test_loops_over_experiments_that_there_are_not(tmp_path: Path) -> None:
+    rule = "for m in [caap, nothing] { patch embed at top 2 of m tokens }"
+    text = MAPS + support.experiment("e", "from scenes into neutral", rule)
+    write_boxes(tmp_path, "vit")
+    result, problems = support.try_file(text, tmp_path, "vit", blocks=BLOCKS)
+    assert result is None
+    assert [d.code for d in problems if d.severity == "error"] == ["E0201"]
 
 
 @pytest.mark.parametrize(

@@ -1234,7 +1234,7 @@ _onward(
     "top n% of … tokens",
     "ablate embed at top 25% of places tokens with zero",
     "In every row the tokens that `places`, which sweeps tokens, ranks highest in this row; "
-    "signed, as above.",
+    "signed, as above; of equal ones the earlier.",
     DELETION,
     "tests/onward/test_tokens.py",
 )
@@ -1253,6 +1253,14 @@ _onward(
     "More and more of them: an axis of percentages.",
     DELETION,
     "tests/onward/test_curves.py",
+)
+_onward(
+    "for over experiments",
+    "for m in [places, look] { ablate embed at top 2 of m tokens with zero }",
+    "A `for` over words may be over experiments and observations of the file, in the order of "
+    "which tokens or sites are taken: an axis whose cells are of the same rows.",
+    OWN,
+    "tests/images/test_maps.py",
 )
 
 # --- experiments ----------------------------------------------------------------------------------
@@ -1534,6 +1542,19 @@ _experiment(
     "tests/execute/test_averaged.py",
 )
 _experiment(
+    "auc over",
+    "measure prob(answer) as raw auc over k",
+    "The area under each row's curve over an axis of numbers, by trapezoids and divided by the "
+    "range, in place of a mean: a number of each row, with an interval over rows, and paired where "
+    'areas are compared (`expect raw(m: "caap") - raw(m: "chance") > 0`). Insertion and '
+    "deletion of images are `patch embed at top k of caap tokens` in a `for k`, `from scenes into "
+    "neutral` and `from neutral into scenes`; `report lines k` draws the curve where the axis "
+    "stays.",
+    "tests/images/test_maps.py",
+    DELETION,
+    beside="for k in 0%..100% step 25% { ablate embed at top k of places tokens with zero }",
+)
+_experiment(
     "loop in measure",
     "for l in 0..2 { ablate mlp_out layer l at last token with zero "
     "measure cosine(resid_post layer l, clean) at last token as raw }",
@@ -1782,6 +1803,15 @@ _on_image(
     "observe iou of caap in object top 25%",
     "Pixels that both the region and the highest patches have, over those that either has. Without "
     "`top`, as many patches as the region's share of the image.",
+    OWN,
+    _MAPS,
+)
+_on_image(
+    "observe random",
+    "observe random embed at each token of image as chance",
+    "A number drawn for each row and position, even between 0 and 1: a map that knows nothing, and "
+    "an order of tokens that is random. It hangs on the seed, the image or text that is looked at, "
+    "and the position; so look at the images themselves, not at a neutral one that all rows have.",
     OWN,
     _MAPS,
 )

@@ -327,6 +327,8 @@ observe logit_lens L3.resid at last token
 measure ld as raw
 measure ld as total
 measure ld as relative per prompt
+measure prob(answer) as raw auc over k
+measure auc as raw mean over auc
 measure logit(answer) at step1 token - 1 as recovery
 measure logit(answer) at token * align left as delta
 stats bootstrap(10000) confidence 95% correct holm

@@ -318,7 +318,7 @@ def _statement(node: Any) -> str | None:
             return _observe(node)
         case ast.Measure():
             at, per = _of("at", node.at, position), _of("per", node.per, _id)
-            over = _of("mean over", node.over, _id)
+            over = _of("auc over" if node.area else "mean over", node.over, _id)
             return f"measure {within(node.metric, SUM)}{at} as {node.effect.id}{per}{over}"
         case ast.Stats():
             return (
