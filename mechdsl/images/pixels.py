@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from mechdsl.base.arrays import Bools
 from mechdsl.images import files
+from mechdsl.images.patches import PatchLayout
 from mechdsl.images.picture import GRAY, Picture, PictureChange
 from mechdsl.images.processing import Processing, crop_corner
-from mechdsl.images.regions import Region, of_box, whole_box
+from mechdsl.images.regions import HALF, Region, of_box, prepared_cover, whole_box
 from mechdsl.images.shapes import Drawn, draw
 
 Pixels = NDArray[np.uint8]
@@ -78,6 +80,19 @@ def cover(region: Region, picture: Picture, size: tuple[int, ...]) -> Image.Imag
         return mask.point(lambda value: 255 if value else 0)
     assert region.box is not None
     return of_box(region.box, (height, width))
+
+
+def mask_of(
+    regions: Sequence[Region], picture: Picture, how: Processing, layout: PatchLayout
+) -> Bools:
+    """[height, width] which pixels of the prepared image lie in one of some regions, as far as the
+    patches reach. Raises files.NotRead."""
+    height, width = layout.rows * layout.patch[0], layout.cols * layout.patch[1]
+    found = np.zeros((height, width), dtype=np.bool_)
+    for region in regions:
+        own = np.asarray(prepared_cover(cover(region, picture, picture.size), how))
+        found |= own[:height, :width] >= HALF
+    return found
 
 
 def _made(picture: Picture) -> Pixels:
