@@ -7,7 +7,8 @@ line from what it is in the base run to what is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -87,28 +88,25 @@ class _Written:
 
 @dataclass(frozen=True, eq=False)
 class _Lanes:
-    """The lanes of the base run that a pass is over."""
+    """The lanes that a pass is over: one for each draw of a prompt, also where the base run is the
+    same in all, as what is written may not be."""
 
-    every: UnpatchedBatch
-    """Of the whole batch of prompts."""
     used: Ints
-    """[lane] which of them."""
+    """[lane] which of the base run's."""
     batch: Batch
     prompts: Ints
+    """[lane]"""
+    draws: Ints
     """[lane]"""
     lengths: Ints
     """[lane]"""
 
     @staticmethod
-    def of(every: UnpatchedBatch, used: Ints) -> _Lanes:
-        prompts = np.repeat(every.prompts, every.draws)[used]
+    def of(every: UnpatchedBatch, prompts: Ints, draws: int) -> _Lanes:
+        lanes, draw = np.repeat(prompts, draws), np.tile(np.arange(draws), len(prompts))
+        used = every.lane(lanes, draw)
         batch = every.batch.take(torch.from_numpy(used))
-        return _Lanes(every, used, batch, prompts, every.lengths[used])
-
-    @property
-    def draws(self) -> Ints:
-        """[lane]"""
-        return self.used % self.every.draws
+        return _Lanes(used, batch, lanes, draw, every.lengths[used])
 
 
 class Estimates:
@@ -140,7 +138,7 @@ class Estimates:
         """The first of these prompts, which are differentiated together: of up to so many tokens,
         one at least; and their tokens."""
         lanes = self.runs.lanes(self.run, self.batch)
-        tokens = lanes.lengths[lanes.lane(prompts, np.zeros_like(prompts))] * lanes.draws
+        tokens = lanes.lengths[lanes.lane(prompts, np.zeros_like(prompts))] * self.plan.draws
         ends = np.cumsum(tokens)
         count = max(1, int(np.searchsorted(ends, most, side="right")))
         return prompts[:count], int(ends[count - 1])
@@ -158,28 +156,30 @@ class Estimates:
         drawn = every.take(index)
         given = (self.lanes_of, self.means_and_donors, self.model.shape)
         writes = build_writes(self.plan, drawn, draw, *given)
-        lanes = self.runs.lanes(self.run, self.batch)
-        used, lane_of_row = np.unique(lanes.lane(drawn.prompt, draw), return_inverse=True)
-        written = [_Written.of(write, lane_of_row.reshape(-1)) for write in writes]
-        within = _Lanes.of(lanes, used)
+        prompts = np.unique(drawn.prompt)
+        lane_of_row = np.searchsorted(prompts, drawn.prompt) * draws + draw
+        written = [_Written.of(write, lane_of_row) for write in writes]
+        lanes = _Lanes.of(self.runs.lanes(self.run, self.batch), prompts, draws)
         environments = [self.plan.items[cell] for cell in drawn.cell]
         if not any(atom.by_item for _, atom in self.readout.atoms):
             environments = [None] * len(drawn)
         if self.steps is None:
-            sums = self._at_base(written, within, environments)
+            sums = self._at_base(written, lanes, environments)
         else:
             groups = sites_of_cells(self.plan)[drawn.cell]
-            sums = self._along(written, within, environments, groups)
+            sums = self._along(written, lanes, environments, groups)
         values = sums.reshape(len(sums), len(every), draws)[:, wanted].mean(axis=2)
         own = [np.zeros_like(each) for each in base] if self.name == GRADIENT else base
         return _found([one + value for one, value in zip(own, values, strict=True)])
 
     def _with_others(self, rows: Rows) -> tuple[Rows, Ints]:
-        """Along the line all rows of a prompt move together, also those that are known; and which
-        of them are wanted."""
+        """Along the line all rows of a prompt at one site move together, also those that are known;
+        and which of them are wanted."""
         if self.steps is None:
             return rows, np.arange(len(rows))
+        sites = sites_of_cells(self.plan)
         every = self.plan.rows(np.unique(rows.prompt))
+        every = every.take(np.flatnonzero(np.isin(sites[every.cell], sites[rows.cell])))
         good = readable(self.plan, every, self.means_and_donors, self.readout.passes)
         every = every.take(good)
         places = {place: n for n, place in enumerate(_places(every))}
@@ -277,14 +277,15 @@ class Estimates:
         loss: Tensor | None = None
         found: dict[SiteRead, Tensor] = {}
         if readout.needs_plain or reads:
-            result = run_whole(
-                self.model,
-                lanes.batch,
-                writes=[*self._noise(lanes), *adds],
-                reads=[*reads, *compared],
-                logits_at=None if full else at,
-                gradients=True,
-            )
+            with autograd_refuses():
+                result = run_whole(
+                    self.model,
+                    lanes.batch,
+                    writes=[*self._noise(lanes), *adds],
+                    reads=[*reads, *compared],
+                    logits_at=None if full else at,
+                    gradients=True,
+                )
             logits, found = present(result.logits), result.reads
             if readout.loss is not None:
                 loss = prompt_loss(readout.loss, logits, lanes.batch, run, lanes.prompts)
@@ -330,9 +331,29 @@ def _differentiated(total: Tensor, leaves: Sequence[Tensor], *, keep: bool) -> S
     """Per leaf, its gradient; zeros where nothing hangs on it. keep: more is differentiated."""
     if not total.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
-    return torch.autograd.grad(
-        total, leaves, retain_graph=keep, allow_unused=True, materialize_grads=True
-    )
+    with autograd_refuses():
+        return torch.autograd.grad(
+            total, leaves, retain_graph=keep, allow_unused=True, materialize_grads=True
+        )
+
+
+class NotDifferentiated(Exception):
+    """Autograd can't follow what a model does; the text is what it says."""
+
+
+@contextmanager
+def autograd_refuses() -> Generator[None]:
+    """Of what is raised inside, that which autograd says of the model's own code."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        if not any(words in said for words in _AUTOGRAD):
+            raise
+        raise NotDifferentiated(said) from error
+
+
+_AUTOGRAD = ("inplace operation", "in-place operation", "Inference tensor", "derivative for")
 
 
 def _places(rows: Rows) -> Iterator[tuple[int, int, int]]:

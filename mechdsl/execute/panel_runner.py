@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mechdsl.base.arrays import Bools, Floats, Ints
-from mechdsl.execute.estimates import Estimates
+from mechdsl.diagnostics.e06_experiment import NoEstimate
+from mechdsl.execute.estimates import Estimates, NotDifferentiated
 from mechdsl.execute.found import Found
 from mechdsl.execute.no_value import function_failed
 from mechdsl.execute.not_finite import cell_words, in_cell, not_finite
@@ -19,6 +20,7 @@ from mechdsl.execute.try_sizes import WORTH_MEASURING, try_sizes
 from mechdsl.execute.unusable import Unusable
 from mechdsl.execute.wanted_places import Member
 from mechdsl.hooks.memory import out_of_memory
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.plan.share import SharedRows, Sharer
 from mechdsl.plan.sweeps import longest_prompt
@@ -288,6 +290,9 @@ class PanelRunner(PreparedPanel):
                     raise
                 self.profile.halved += 1
                 continue
+            except NotDifferentiated as refused:
+                self._lose(plan, _not_differentiated(plan, str(refused)))
+                return
             self.profile.passed(tokens, seconds[0])
             self.profile.distinct += len(own)
             self._keep_pass([(member, found)])
@@ -341,3 +346,16 @@ class PanelRunner(PreparedPanel):
             return self._pass(patcher, shared, chosen[used], run, batch)
         every = patcher.values(shared, chosen, members, run, batch)
         return [(chosen, member, found) for member, found in every]
+
+
+def _not_differentiated(plan: ExperimentPlan, said: str) -> NoEstimate:
+    """What autograd says of the model."""
+    estimator = plan.experiment.spec.estimator
+    assert estimator is not None
+    return NoEstimate(
+        span=estimator.span,
+        using=estimator.name,
+        what=f"cells of `{plan.experiment.name}`",
+        reason=f"autograd can't follow `{plan.experiment.model.name}` ({said[:200]})",
+        hint="leave `using` out, so that each cell is run",
+    )
