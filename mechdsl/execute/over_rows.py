@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.base.digest import digest
+from mechdsl.execute.attention_rollout import between, rollouts
 from mechdsl.execute.kept_together import kept_together
 from mechdsl.execute.kept_values import KeptValues
 from mechdsl.execute.measured_values import CellGap, MeasuredValues, base_per_cell
@@ -32,6 +33,7 @@ from mechdsl.resolve.over_rows import OverRows, RowVectors, Training
 from mechdsl.resolve.resolved import ResolvedMeasure
 from mechdsl.resolve.resolved_rule import SitePoint
 from mechdsl.rules.observations.maps import OfMaps
+from mechdsl.rules.observations.rollout import Rollout
 from mechdsl.rules.observations.weights import OfWeights
 
 GATHERED_BYTES = 1 << 30
@@ -123,6 +125,10 @@ def _made(gatherer: _Gatherer, measured: MeasuredValues) -> Iterator[tuple[int, 
         return
     if isinstance(does, OfMaps):
         yield from _of_maps(gatherer, does, measures)
+        return
+    if isinstance(does, Rollout):
+        for cell, there, values in gatherer.rollouts():
+            yield cell, there, partial(_evaluated, measures, {does.word: values})
         return
     words = (does.word, *does.controls)
 
@@ -259,6 +265,31 @@ class _Gatherer:
                 for cell in some:
                     seen = self._seen(cell, found, columns, keys, spots)
                     yield cell, columns, replace(seen, training=training.get(self._sites[cell]))
+
+    def rollouts(self) -> Iterator[tuple[int, Ints, Floats]]:
+        """(cell, its columns among the kept rows, [column] what its queries have of its keys)."""
+        rule, run = self.rule, self.runs.named(self.plan.experiment.spec.base)
+        assert rule.key_of_cell is not None
+        cells = [cell for cell in range(self.plan.n_cells) if cell not in self.known]
+        spots = [
+            (rule.positions[rule.position_of_cell[cell]], self._others[rule.key_of_cell[cell]])
+            for cell in cells
+        ]
+        if not cells:
+            return
+        values = np.full((len(cells), len(self.kept)), np.nan)
+        (points,) = set(self._sites)
+        lanes_of = partial(self.runs.reader, run)
+        for row, mixed in rollouts(self.runs.model_of(run), run, points, self.kept, lanes_of):
+            column = int(np.searchsorted(self.kept, row))
+            for number, (queries, keys) in enumerate(spots):
+                if queries.hits[row] and keys.hits[row]:
+                    own = [[t for each in spot.hits[row] for t in each] for spot in (queries, keys)]
+                    values[number, column] = between(mixed, *own)
+        for cell, found in zip(cells, values, strict=True):
+            there = np.flatnonzero(np.isfinite(found))
+            if len(there):
+                yield cell, there, found[there]
 
     def _training(self, wanted: Sequence[Joined], place: int) -> dict[Joined, Training]:
         """Of the rows that it is fitted on at a position, where these are others."""

@@ -89,7 +89,7 @@ def lower_observation(
     if statement.run is not None and prompts is not None:
         source = run_of(statement.run, prompts, work)
     if isinstance(statement, ast.ObserveAttention):
-        edge = statement.edge
+        edge, what = statement.edge, statement.what
         return spec.Rule(
             span=statement.span,
             verb="observe",
@@ -97,7 +97,11 @@ def lower_observation(
             at=edge.queries,
             onto=edge.keys,
             source=source,
-            observed=spec.Observed(span=statement.span, word="attention", name=name),
+            observed=spec.Observed(
+                span=statement.span if what is None else what.span,
+                word="attention" if what is None else what.id,
+                name=name,
+            ),
             loops=loops,
         )
     called = statement.what

@@ -108,6 +108,8 @@ class Observation(Intervention):
     """It looks at weights alone, for which no prompt matters."""
     of_maps: ClassVar[bool] = False
     """It is of maps that other experiments made, and of no site."""
+    leads: ClassVar[bool] = False
+    """It is of what leads from one position to another: `observe WORD from Q to K`."""
     counts: ClassVar[bool] = False
     """It has several values of a cell, along an axis `value` from 1."""
     takes: ClassVar[tuple[Literal["toward", "with", "with site", "top", "arguments"], ...]] = ()

@@ -692,6 +692,8 @@ class ObserveAttention(Node):
     edge: Edge
     run: Ref | None = None
     name: Name | None = None
+    what: Name | None = None
+    """What else than attention leads from one place to the other: `rollout`."""
 
 
 @record

@@ -436,6 +436,13 @@ class ToAst(Transformer[Token, Any]):
         seen = self.edge(children)
         return ast.ObserveAttention(seen, clauses.get("run"), clauses.get("name"), span=_span(c))
 
+    def observe_flow(self, c: list[Any]) -> ast.ObserveAttention:
+        clauses = _clauses(c)
+        queries, keys = (child for child in c if isinstance(child, ast.Positions))
+        edge = ast.Edge(None, (), queries, keys, span=_span(c))
+        run, name = clauses.get("run"), clauses.get("name")
+        return ast.ObserveAttention(edge, run, name, _name(c[1]), span=_span(c))
+
     of_run = _clause("run", _second)
     as_name = _clause("name", _second)
 

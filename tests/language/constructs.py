@@ -1032,6 +1032,18 @@ _rule(
     "measure logit(answer) as raw",
 )
 _rule(
+    "observe rollout",
+    "observe rollout from last token to each item token as rolled",
+    "What of the one token is mixed into the other by attention through all layers: the product "
+    "over layers of (pattern averaged over heads + identity) / 2, each query's weights adding up "
+    "to 1. Several tokens that it leads to are added up, those that it is looked at from averaged. "
+    "Of images from `cls token`, or from `image tokens` where the model has none and pools its "
+    "patches.",
+    "Abnar and Zuidema 2020, arXiv 2005.00928",
+    "tests/rules/test_rollout.py",
+    "measure logit(answer) as raw",
+)
+_rule(
     "observe probe",
     "observe probe(count, folds: 5) at resid_post layer * at last-item token as told",
     "What a linear map of the vectors tells of a value, in rows that it wasn't fitted to: ridge "

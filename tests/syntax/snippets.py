@@ -319,6 +319,8 @@ observe similarity resid_post layer * at object_a token with object_b token
 observe norm resid_post layer *
 observe norm embed in basis b
 observe norm at resid_post layer * at tokens *
+observe rollout from cls token to each token of image as roll
+observe rollout of fewer from {word 2 token, last token} to token *
 observe pointing of caap in object
 observe iou of caap, ig, rollout in object top 25% as overlap
 observe features of res8 at last token top 10

@@ -28,6 +28,7 @@ class AttentionWeight(Kind, EdgeIntervention):
 
     changes = "nothing"
     change = None
+    leads = True
     by_unit = True
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:

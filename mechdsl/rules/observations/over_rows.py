@@ -23,22 +23,23 @@ ROW_NUMBERS = 1 << 29
 """Of the vectors that one cell is made of, at most: rows times width."""
 
 
+def without_rules(rule: spec.Rule, work: Work, reason: str) -> bool:
+    """E0207, with a reason, where rules act in the experiment."""
+    if all(each.verb == "observe" for each in work.experiment.rules):
+        return True
+    assert rule.observed is not None
+    hint = "write the rules as a run, and observe that: `run healed { … }`, then "
+    refuse(rule, work, reason, f"{hint}`observe {rule.observed.word} … of healed`")
+    return False
+
+
 class OverRowsKind(OverRows, SiteObservation):
     """`observe WORD SITE at POSITIONS`, of vectors of all rows."""
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
         found = super().resolve(rule, work)
-        others = [each for each in work.experiment.rules if each.verb != "observe"]
-        if others:
-            refuse(
-                rule,
-                work,
-                "is made of vectors of all rows, and reads no run in which rules act",
-                "write the rules as a run, and observe that: `run healed { … }`, then "
-                f"`observe {self.word} … of healed`",
-            )
-            return None
-        return found
+        made = "is made of vectors of all rows, and reads no run in which rules act"
+        return found if without_rules(rule, work, made) else None
 
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: Work) -> bool:
         """E0207 for vectors that differ in width between rows, and for more than there is room."""

@@ -304,6 +304,9 @@ def _statement(node: Any) -> str | None:
             return f"discover {node.what.id} over {names(node.over)} using {call(node.using)}{end}"
         case ast.Search():
             return f"search {node.how.id} {node.what.id} up to {node.up_to}"
+        case ast.ObserveAttention(what=ast.Name(id=what)):
+            ends = f"from {positions(node.edge.queries)} to {positions(node.edge.keys)}"
+            return f"observe {what}{_of('of', node.run, ref)} {ends}" + _of("as", node.name, _id)
         case ast.ObserveAttention():
             return f"observe {edge(node.edge, node.run)}" + _of("as", node.name, _id)
         case ast.ObserveFeatures():
