@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import ceil
 from typing import cast
@@ -10,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from mechdsl.base.arrays import Bools
 from mechdsl.images import files
+from mechdsl.images.patches import PatchLayout
 from mechdsl.images.picture import GRAY, Picture, PictureChange
 from mechdsl.images.processing import Processing, crop_corner
-from mechdsl.images.regions import Region, of_box
+from mechdsl.images.regions import HALF, Region, of_box, prepared_cover
 from mechdsl.images.shapes import Drawn, draw
 
 Pixels = NDArray[np.uint8]
@@ -60,6 +63,19 @@ def cover(region: Region, picture: Picture, size: tuple[int, ...]) -> Image.Imag
     return of_box(region.box, (height, width))
 
 
+def mask_of(
+    regions: Sequence[Region], picture: Picture, how: Processing, layout: PatchLayout
+) -> Bools:
+    """[height, width] which pixels of the prepared image lie in one of some regions, as far as the
+    patches reach. Raises files.NotRead."""
+    height, width = layout.rows * layout.patch[0], layout.cols * layout.patch[1]
+    found = np.zeros((height, width), dtype=np.bool_)
+    for region in regions:
+        own = np.asarray(prepared_cover(cover(region, picture, picture.size), how))
+        found |= own[:height, :width] >= HALF
+    return found
+
+
 def _made(picture: Picture) -> Pixels:
     match picture.how:
         case "file":
@@ -73,6 +89,8 @@ def _made(picture: Picture) -> Pixels:
             return random.integers(0, 256, (*picture.size, 3), dtype=np.uint8)
         case "shapes":
             return _drawn(picture).pixels
+        case "mean":
+            raise AssertionError  # it has no pixels before it is made ready
 
 
 def _drawn(picture: Picture) -> Drawn:
@@ -84,9 +102,19 @@ def _drawn(picture: Picture) -> Drawn:
 @lru_cache(maxsize=KEPT)
 def prepared(picture: Picture, processing: Processing) -> Floats:
     """[3, height, width] that a model is given. Raises files.NotRead."""
-    found = prepare(pixels(picture), processing)
+    found = made_ready(picture, processing)
     found.setflags(write=False)
     return found
+
+
+def made_ready(picture: Picture, processing: Processing) -> Floats:
+    """[3, height, width] that a processor makes of it. Raises files.NotRead."""
+    if picture.how != "mean":
+        return prepare(pixels(picture), processing)
+    total: NDArray[np.float64] | float = 0.0
+    for each in picture.of:  # one after another: there may be thousands
+        total = total + made_ready(each, processing).astype(np.float64)
+    return (np.asarray(total) / len(picture.of)).astype(np.float32)
 
 
 def prepare(image: Pixels, how: Processing) -> Floats:

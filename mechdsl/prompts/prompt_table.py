@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mechdsl.base.record import Record, record
 from mechdsl.images.picture import Picture
+from mechdsl.images.regions import Region
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.values import SpanAt
 
@@ -90,6 +91,8 @@ class RunRow(Record):
         default_factory=dict[str, tuple[tuple[int, ...], ...]]
     )
     """Spans that have no text, as those of images: by name, the tokens of each occurrence."""
+    regions: Mapping[str, tuple[Region, ...]] = field(default_factory=dict[str, tuple[Region, ...]])
+    """Parts of its image, by name: those of `places` in pixels."""
 
 
 @record

@@ -426,6 +426,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "offsets": "positions are found with them, and go in",
         "spans": "positions are found with them, and go in",
         "places": "positions are found with them, and go in",
+        "regions": "what is made of them isn't kept value by value",
         "image": "its tokens are a digest of all that its pixels are made of",
         "values": "what a function is given of them is in `Atom.rows`, by which a mean is grouped "
         "in `ResolvedRule.groups`",

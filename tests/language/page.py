@@ -153,6 +153,36 @@ experiment e {
 }
 """
 """A file for images."""
+ON_IMAGES = """\
+mech 1
+model vit = local("vit")
+images scenes {
+  kind in ["circle", "square"]
+  image shapes(n: 1, kind: kind)
+  region object = mask
+  answer "{kind}"
+}
+images neutral { image gray }
+experiment caap {
+  model vit
+  from scenes into neutral
+  images scenes limit 4
+  patch resid_post layer 0 at each token of image
+  measure logit(answer) as delta
+}
+experiment deleted {
+  model vit
+  images scenes limit 4
+  ablate embed at each token of image with zero
+  measure logit(answer) as delta
+}
+experiment e {
+  model vit
+  images scenes limit 4
+BODY
+}
+"""
+"""A file for experiments on images, two of which are maps."""
 MODELS = ('model toy = zoo("counting")', 'model twin = zoo("counting")')
 LINES = (
     "model toy",
@@ -270,6 +300,8 @@ def written(entry: Construct) -> str:
             return in_block(entry.example, *beside)
         case "image" | "image position":
             return of_images(entry)
+        case "image line":
+            return on_images(entry.example)
         case "class":
             return CLASSIFIED.replace("MODEL", "classifier").replace("LINE", entry.example)
         case "position":
@@ -302,13 +334,22 @@ def of_images(entry: Construct) -> str:
     block = example.startswith("image ") and entry.group == "image"
     if words[0] == "region":
         example, block = f"image shapes(n: 1, kind: kind) {example}", True
-    file = IMAGES.replace("image shapes(n: 1, kind: kind)", example) if block else IMAGES
+    own = "image gray(120)" if " of " in example else "image shapes(n: 1, kind: kind)"
+    file = IMAGES.replace(own, example) if block else IMAGES
     if words[0] == "images":
         file = file.replace("images neutral", f"{example}\nimages neutral")
     position = example if entry.group == "image position" else "tokens *"
     file = file.replace("POSITION", position)
     file = file.replace("SIDES", example if words[0] == "from" else "from scenes into neutral")
     return file.replace("MEASURE", "measure logit(answer) as delta")
+
+
+def on_images(example: str) -> str:
+    """A file with a line of an experiment on images."""
+    lines = [example]
+    if not example.startswith("observe"):
+        lines.append("measure logit(answer) as delta")
+    return ON_IMAGES.replace("BODY", "\n".join(f"  {line}" for line in lines))
 
 
 def of_group(group: Group) -> Iterator[Line]:
@@ -510,6 +551,11 @@ def sections() -> list[Section]:
             "Positions in images",
             "What stands behind `at` where rows are images.",
             tuple(of_group("image position")),
+        ),
+        Section(
+            "Experiments on images",
+            "Lines of an experiment whose rows are images.",
+            tuple(of_group("image line")),
         ),
         Section("Changes", "Lines of a `corrupt` block.", tuple(changes())),
         Section("Positions", "What stands behind `at`.", tuple(of_group("position"))),
