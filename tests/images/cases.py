@@ -112,7 +112,7 @@ class View:
         found: list[Act] = []
         for layer in [layers] if isinstance(layers, int) else layers:
             like = self.start.sites[site, layer]
-            what = torch.full_like(like[0, 0], vector) if isinstance(vector, float) else vector
+            what: Any = torch.full_like(like[0, 0], vector) if isinstance(vector, float) else vector
             for unit in range(like.shape[1]) if units is None else units:
                 found += [Write(site, layer, what, at_, unit) for at_ in self.at(at)]
         return found

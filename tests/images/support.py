@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -125,7 +125,7 @@ def bare(name: str) -> Any:
 
 
 @contextmanager
-def embedded(name: str) -> Iterator[tuple[nn.Module, list[Tensor]]]:
+def embedded(name: str) -> Generator[tuple[nn.Module, list[Tensor]]]:
     """The bare model, and what its embedding gives for the first image of each call, [token,
     d_model]."""
     embed = ROWS[name].main.embed
