@@ -47,6 +47,15 @@ def of_box(box: tuple[float, float, float, float], size: tuple[int, int]) -> Ima
     return drawn.reduce(times)
 
 
+def whole_box(region: Region, size: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """A box in whole pixels of an image of a size, (height, width), as far as it lies in it."""
+    assert region.box is not None
+    left, top, right, bottom = (round(each) for each in region.box)
+    left, right = (min(max(0, each), size[1]) for each in (left, right))
+    top, bottom = (min(max(0, each), size[0]) for each in (top, bottom))
+    return left, top, right, bottom
+
+
 def prepared_cover(cover: Image, how: Processing) -> Image:
     """[height, width] of the prepared image, 0 to 255, how much of each pixel lies in a region.
 

@@ -38,7 +38,12 @@ class Noise(Record):
     """In activation units; None where it is `sds` standard deviations, worked out from weights."""
     sds: float | None
     sd_tokens: tuple[int, ...] = ()
-    """Token ids (all rows before `limit`, with repetition) whose embeddings define one sd."""
+    """Token ids (all rows before `limit`, with repetition) whose embeddings define one sd; of
+    images a number for each image and token."""
+    sd_images: tuple[tuple[RunRow, tuple[int, ...]], ...] = field(
+        default=(), compare=False, repr=False
+    )
+    """These images, with their tokens."""
     samples: int = 1
     kind: str = "gaussian"
     """Name in the registry of noises."""

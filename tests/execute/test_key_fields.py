@@ -413,7 +413,10 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     },
     Atom: {"points": "`point` is the one that is read", "axes": PLACED},
     TokenSets: {},
-    Noise: {"drawn": "of rows that are saved, of which no value is kept"},
+    Noise: {
+        "drawn": "of rows that are saved, of which no value is kept",
+        "sd_images": "`sd_tokens` has a number for each",
+    },
     Run: {
         "name": "what rules and measures call it; what it holds goes in",
         "prompts": "the block that its rows are of; they go in as they are",

@@ -472,6 +472,7 @@ replace item 2 token, last token with other(item)
 blur image radius 8
 blur image radius 2.5
 blur image radius r
+blur image row 1..2 col * tokens radius 3
 """.strip().splitlines()
 
 TOP = """
