@@ -54,6 +54,7 @@ class _BlockLines:
         self.from_images = False
         self.image: ast.ImageLine | None = None
         self.regions: list[spec.RegionDef] = []
+        self.classes: ast.Classes | None = None
 
     @property
     def diagnostics(self) -> list[Diagnostic]:
@@ -163,6 +164,9 @@ class _BlockLines:
                 self._image(line)
             case ast.Region():
                 self._region(line)
+            case ast.Classes():
+                self.once(line, self.classes, "classes")
+                self.classes = self.classes or line
 
     def _region(self, line: ast.Region) -> None:
         if self.definition.kind == "prompts":
@@ -290,6 +294,10 @@ def lower_prompts(definition: ast.PromptsDef, scope: Namespace) -> spec.Prompts:
         block.no_template_changes()
     if definition.kind == "images":
         return _images(block, scope)
+    if block.classes is not None:
+        reason, hint = "are of images, and these are texts", "write it in a block of `images`"
+        bad = BadArgument(span=block.classes.span, name="classes", reason=reason, hint=hint)
+        scope.diagnostics.append(bad)
     _names_used(definition, scope)
     return _lowered(block)
 
@@ -342,6 +350,7 @@ def _lowered(block: _BlockLines) -> spec.Prompts:
         split=None if block.split is None else block.split.percent.value,
         from_images=block.from_images,
         texts=tuple(block.texts),
+        classes=None if block.classes is None else block.classes.text,
         spans=tuple(block.spans),
         corruptions=tuple(block.corruptions),
     )

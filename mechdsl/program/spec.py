@@ -155,6 +155,8 @@ class Prompts(Spec):
     split: float | None = None
     """Percent of the rows in `NAME.train`."""
     texts: tuple[TextDef, ...] = ()
+    classes: StringText | None = None
+    """Of images: what each of the texts says that a model with two towers chooses from."""
     spans: tuple[SpanDefText, ...] = ()
     corruptions: tuple[Corruption, ...] = ()
 

@@ -52,7 +52,8 @@ def class_argument(
 def form_of_class(metric: Metric, shape: ModelShape) -> Form | None:
     """The form of a metric that takes a class; None where it has none."""
     kinds: tuple[Takes, ...] = ("target", "class", "continuation")
-    if shape.task == "many labels":
+    chosen = shape.side and metric.name == "correct"  # the best of the classes, of any such model
+    if shape.task == "many labels" and not chosen:
         kinds = ("label", *kinds)
     return next((metric.forms[kind] for kind in kinds if kind in metric.forms), None)
 
@@ -64,9 +65,13 @@ def refused_class(
     if shape.stands_in:
         return None
     text = node.span.written
+    if name == "score" and not shape.side:
+        reason = "it has no towers for images and texts that score each other"
+        hint = f"write `logit({wanted.span.written})`"
+        return OtherTask(span=node.span, text=text, model=model, reason=reason, hint=hint)
     if "logits" not in shape.sites:
         return NoLogits(span=node.span, text=text, model=model, architecture=shape.architecture)
-    if not shape.d_logits:
+    if not shape.d_logits and not shape.side:
         named = wanted.of.span.written
         hint = f"write `{name}({named})`, the token of a text"
         if isinstance(wanted.of, ast.Number):
@@ -91,6 +96,8 @@ def refused_form(
     text = node.span.written
     if name == "output" and (shape.task != "number" or shape.outputs > 1):
         return _no_number(node, shape, model)
+    if name == "score":
+        return _misused_score(node, shape, model)
     if shape.task == "tokens" or name == "output":
         return None
     if form.takes in _OF_TOKENS:
@@ -109,6 +116,54 @@ def refused_form(
             hint = f"write `{_of_number(shape)}`"
         return OtherTask(span=node.span, text=text, model=model, reason=reason, hint=hint)
     return None
+
+
+def of_classes(form: Form, shape: ModelShape) -> bool:
+    """Whether a metric reads all outputs of a model that scores texts, of which only its classes
+    are meant."""
+    return bool(shape.side) and form.of_outputs and not form.narrow and form.takes != "label"
+
+
+def without_classes(node: ast.Expr, shape: ModelShape, model: str) -> Diagnostic | None:
+    """E0445 for a choice where nothing says what there is to choose from."""
+    if shape.classes or shape.stands_in:
+        return None
+    return OtherTask(
+        span=node.span,
+        text=node.span.written,
+        model=model,
+        reason="it scores any text, and nothing says which ones there are to choose from",
+        hint='add a line to the block of images, such as `classes "a photo of a {kind}"`',
+    )
+
+
+def not_a_class(
+    wanted: ast.ClassOutput,
+    numbers: Sequence[int],
+    shape: ModelShape,
+    model: str,
+) -> Diagnostic | None:
+    """E0442 for a text that isn't one of the classes, where a metric is of a choice."""
+    other = [number for number in numbers if number >= shape.classes]
+    if not other or shape.stands_in:
+        return None
+    text = shape.labels[other[0]]
+    classes = shape.labels[: shape.classes]
+    more = len(classes) - SHOWN
+    first = ", ".join(quoted(label) for label in classes[:SHOWN])
+    where = f"its classes are {first}" + (f" and {more} more" if more > 0 else "")
+    if not isinstance(wanted.of, ast.String):
+        where = f"in {len(other):,} of {len(numbers):,} rows; {where}"
+    hint = did_you_mean(text, classes, f"`score({wanted.of.span.written})` is of any text")
+    what = f"class {quoted(text)}"
+    return UnknownLabel(span=wanted.of.span, model=model, what=what, where=where, hint=hint)
+
+
+def _misused_score(node: ast.Expr, shape: ModelShape, model: str) -> Diagnostic | None:
+    """E0445: it is of one text, written in its brackets."""
+    reason = "it scores an image with a text, and here is none"
+    hint = 'write one: `score(answer)`, `score("a photo of a cat")`'
+    return OtherTask(span=node.span, text=node.span.written, model=model, reason=reason, hint=hint)
 
 
 def _no_logits(node: ast.Expr, shape: ModelShape, model: str) -> Diagnostic:
@@ -168,6 +223,11 @@ def class_numbers(
             return (), problems
     if shape.stands_in:
         return (0,) * count, []
+    if shape.side and any(text.of_output for text in texts):
+        where = "its outputs are texts, and have no numbers"
+        hint = "write the text, in quotes"
+        what = f"output {of.span.written}"
+        return (), [UnknownLabel(span=of.span, model=model, what=what, where=where, hint=hint)]
     by_name = {label.strip(): n for n, label in reversed([*enumerate(shape.labels)])}
     by_number = {str(n): n for n in range(min(shape.outputs, limits.SIZE))}
     either = by_name if shape.names_labels else {**by_number, **by_name}

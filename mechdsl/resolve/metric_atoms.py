@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mechdsl.base.names import name_list, run_called
@@ -19,8 +20,11 @@ from mechdsl.resolve.class_outputs import (
     class_argument,
     class_numbers,
     form_of_class,
+    not_a_class,
+    of_classes,
     refused_class,
     refused_form,
+    without_classes,
 )
 from mechdsl.resolve.measure_context import (
     MeasureContext,
@@ -83,10 +87,14 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
     if wanted is not None:
         return _of_class(node, name, form, wanted, context)
     problem = refused_form(node, name, form, shape, context.sites.model)
+    chooses = of_classes(form, shape)
+    if problem is None and chooses:
+        problem = without_classes(node, shape, context.sites.model)
     if problem is not None:
         context.diagnostics.append(problem)
         return None
-    return _BUILDERS[form.takes](node, name, form, arguments, context)
+    found = _BUILDERS[form.takes](node, name, form, arguments, context)
+    return replace(found, classes=shape.classes) if found is not None and chooses else found
 
 
 def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
@@ -243,10 +251,17 @@ def _of_class(
         context.diagnostics.append(problem)
         return None
     numbers, problems = class_numbers(wanted, context.table, shape, model)
+    chooses = of_classes(form, shape)
+    if chooses and not problems:
+        lacking = without_classes(node, shape, model)
+        lacking = lacking or not_a_class(wanted, numbers, shape, model)
+        problems = [] if lacking is None else [lacking]
     context.diagnostics.extend(problems)
     if problems:
         return None
-    return Atom(node, name, form, texts={None: tuple((n,) for n in numbers)}, of_class=True)
+    texts = {None: tuple((n,) for n in numbers)}
+    classes = shape.classes if chooses else 0
+    return Atom(node, name, form, texts=texts, of_class=True, classes=classes)
 
 
 def _of_run(

@@ -40,6 +40,7 @@ from mechdsl.prompts.stand_ins import with_stand_ins
 from mechdsl.resolve.answers_behind import answers_left_out
 from mechdsl.resolve.findings import Finding, VariantFinding
 from mechdsl.resolve.measured_parts import in_parts
+from mechdsl.resolve.opposite import with_opposite
 from mechdsl.resolve.over_rows import of_weights
 from mechdsl.resolve.resolve_experiment import outline
 from mechdsl.resolve.resolved import ModelContext, Outline, ResolvedExperiment
@@ -293,6 +294,8 @@ def _outline(
         finding = findings.get(experiment.replies.of)
         table = contexts.with_replies(experiment, model, table, finding)
     model = contexts.fitting(model, table)
+    model, problems = with_opposite(model, table, experiment)
+    checked.diagnostics.extend(problems)
     draws = None if contexts.prompts_enough is None else limits.CHECKED_DRAWS
     known, found = outline(experiment, checked.program, model, table, RULES, findings, draws)
     if experiment.broken or findings.keys() != set(experiment.after):

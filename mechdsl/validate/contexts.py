@@ -22,7 +22,7 @@ from mechdsl.program.lower_directions import Rows
 from mechdsl.program.python_files import Mode, PythonFunction, find_function, of_prompts
 from mechdsl.prompts.answers import Labels
 from mechdsl.prompts.build_table import build_table, compiled_as
-from mechdsl.prompts.image_reader import ImageReader, StandInReader, read_processing
+from mechdsl.prompts.image_reader import ImageReader, StandInReader
 from mechdsl.prompts.names_used import counts_tokens
 from mechdsl.prompts.other_blocks import Paired, paired_run
 from mechdsl.prompts.prompt_conventions import Split
@@ -36,6 +36,7 @@ from mechdsl.prompts.stand_ins import (
     with_stand_ins,
 )
 from mechdsl.prompts.tokenizer import TOKENIZER_FILES, TextTokenizer, has_tokenizer
+from mechdsl.prompts.towers_read import read_towers
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.model_runs import joined_table, model_run, outputs_read, refused_pair
 from mechdsl.resolve.resolved import ModelContext
@@ -137,7 +138,7 @@ class Contexts:
     def _images(self, folder: Path, shape: ModelShape, model: spec.Model) -> TextTokenizer | None:
         """What makes images ready for the model."""
         assert shape.patches is not None  # else its folder is refused
-        reader, found = read_processing(folder, shape.patches, model=model.name, span=model.span)
+        reader, found = read_towers(folder, shape, model)
         self.diagnostics.extend(found)
         return reader
 
@@ -504,4 +505,6 @@ def _labels(shape: ModelShape) -> Labels:
     """What answers are to the model."""
     if shape.task == "tokens":
         return "none"
+    if shape.side:
+        return "named"
     return "named" if shape.names_labels else "numbered"

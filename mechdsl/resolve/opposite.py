@@ -1,0 +1,74 @@
+"""What stands on the other side of a model with two towers: the texts that images are scored with.
+
+A model scores as many texts as an experiment names: the classes of its block, the texts of its
+rows, and those that its measures write out. Each is an output of the model, by its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e05_data import PromptTooLong
+from mechdsl.program import spec
+from mechdsl.prompts.answers import output_texts
+from mechdsl.prompts.image_reader import ImageReader
+from mechdsl.prompts.prompt_table import PromptTable
+from mechdsl.resolve.resolved import ModelContext, Opposite
+from mechdsl.syntax import ast
+from mechdsl.syntax.walk import walk
+
+
+def with_opposite(
+    model: ModelContext, table: PromptTable, experiment: spec.Experiment
+) -> tuple[ModelContext, list[Diagnostic]]:
+    """The model with the texts that an experiment scores images with; others as they are. Codes:
+    E0511."""
+    texts = model.shape.texts
+    reader = model.tokenizer
+    if texts is None:
+        return model, []
+    tokenizer = reader.texts if isinstance(reader, ImageReader) else None
+    every = tuple(dict.fromkeys([*table.classes, *_texts(table, experiment)]))
+    encoded = {} if tokenizer is None else tokenizer.encode_unique(every)
+    ids = tuple(encoded[text].ids for text in every if text in encoded)
+    problem = _too_long(ids, texts.max_positions, table)
+    if problem is not None:
+        return model, [problem]
+    shape = replace(model.shape, labels=every, d_logits=len(every), classes=len(table.classes))
+    return replace(model, shape=shape, opposite=Opposite(every, ids)), []
+
+
+def _texts(table: PromptTable, experiment: spec.Experiment) -> Iterator[str]:
+    """Texts of rows in all runs, and those that measures write out."""
+    for run in table.runs.values():
+        for row in run.rows:
+            for text in row.texts.values():
+                yield text.text.strip()
+    said = (*(each.metric for each in experiment.measures), *experiment.keep)
+    for node in walk(said):
+        if isinstance(node, ast.Call):
+            for argument in node.arguments:
+                of = argument.value
+                of = of.of if isinstance(of, ast.ClassOutput) else of
+                if isinstance(of, ast.String):
+                    found, _ = output_texts(table, of, "named")
+                    yield from (text.text.strip() for text in found)
+
+
+def _too_long(
+    ids: tuple[tuple[int, ...], ...], most: int | None, table: PromptTable
+) -> Diagnostic | None:
+    """E0511 for texts that the tower can't read."""
+    long = [len(each) for each in ids if most is not None and len(each) > most]
+    if not long or most is None:
+        return None
+    return PromptTooLong(
+        span=table.sources[0].block.spec.span if table.sources else None,
+        run=f"{table.name}, texts",
+        rows=len(long),
+        total=len(ids),
+        longest=max(long),
+        most=most,
+    )
