@@ -46,7 +46,7 @@ from mechdsl.models.shape import ModelShape, read_config, read_shape, shape_from
 from mechdsl.program import spec
 from mechdsl.prompts.image_reader import ImageReader, reader_of
 from mechdsl.prompts.tokenizer import TextTokenizer
-from mechdsl.prompts.towers_read import read_towers, with_texts
+from mechdsl.resolve.towers_read import read_towers, with_texts
 
 _DTYPES = {
     "float32": torch.float32,

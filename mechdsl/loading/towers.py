@@ -182,7 +182,8 @@ def _other_scores(
 def facing(model: LoadedModel, context: ModelContext) -> LoadedModel:
     """The tower that an experiment runs, scored with what stands on its other side."""
     opposite = context.opposite
-    assert opposite is not None and model.texts is not None
+    assert opposite is not None
+    assert model.texts is not None
     others = _of_texts(model.texts, opposite.ids)
     identity = None
     if model.identity is not None:

@@ -348,8 +348,8 @@ class TextTokenizer:
         more = self.padded - len(encoded)
         if more <= 0:
             return encoded
-        assert self.pad is not None
-        token = self._backend.token_to_id(self.pad)
+        token = self._backend.token_to_id(self.pad or "")
+        assert token is not None  # as `padded_to` has seen
         return Encoded(
             (*encoded.ids, *[token] * more),
             (*encoded.offsets, *[(0, 0)] * more),

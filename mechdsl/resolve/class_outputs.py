@@ -96,8 +96,6 @@ def refused_form(
     text = node.span.written
     if name == "output" and (shape.task != "number" or shape.outputs > 1):
         return _no_number(node, shape, model)
-    if name == "score":
-        return _misused_score(node, shape, model)
     if shape.task == "tokens" or name == "output":
         return None
     if form.takes in _OF_TOKENS:
@@ -124,9 +122,11 @@ def of_classes(form: Form, shape: ModelShape) -> bool:
     return bool(shape.side) and form.of_outputs and not form.narrow and form.takes != "label"
 
 
-def without_classes(node: ast.Expr, shape: ModelShape, model: str) -> Diagnostic | None:
+def without_classes(
+    node: ast.Expr, table: PromptTable, shape: ModelShape, model: str
+) -> Diagnostic | None:
     """E0445 for a choice where nothing says what there is to choose from."""
-    if shape.classes or shape.stands_in:
+    if shape.classes or shape.stands_in or table.stands_in:
         return None
     return OtherTask(
         span=node.span,
@@ -159,7 +159,7 @@ def not_a_class(
     return UnknownLabel(span=wanted.of.span, model=model, what=what, where=where, hint=hint)
 
 
-def _misused_score(node: ast.Expr, shape: ModelShape, model: str) -> Diagnostic | None:
+def score_of_nothing(node: ast.Expr, model: str) -> Diagnostic:
     """E0445: it is of one text, written in its brackets."""
     reason = "it scores an image with a text, and here is none"
     hint = 'write one: `score(answer)`, `score("a photo of a cat")`'

@@ -24,6 +24,7 @@ from mechdsl.resolve.class_outputs import (
     of_classes,
     refused_class,
     refused_form,
+    score_of_nothing,
     without_classes,
 )
 from mechdsl.resolve.measure_context import (
@@ -72,6 +73,9 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
     shape = context.sites.shape
     images = isinstance(context.tokenizer, ImageReader)
     wanted = class_argument(node, metric, shape, of_images=images)
+    if name == "score" and wanted is None and not shape.stands_in:
+        context.diagnostics.append(score_of_nothing(node, context.sites.model))
+        return None
     if wanted is not None:
         form = form_of_class(metric, shape)
     else:
@@ -89,7 +93,7 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
     problem = refused_form(node, name, form, shape, context.sites.model)
     chooses = of_classes(form, shape)
     if problem is None and chooses:
-        problem = without_classes(node, shape, context.sites.model)
+        problem = without_classes(node, context.table, shape, context.sites.model)
     if problem is not None:
         context.diagnostics.append(problem)
         return None
@@ -253,13 +257,13 @@ def _of_class(
     numbers, problems = class_numbers(wanted, context.table, shape, model)
     chooses = of_classes(form, shape)
     if chooses and not problems:
-        lacking = without_classes(node, shape, model)
+        lacking = without_classes(node, context.table, shape, model)
         lacking = lacking or not_a_class(wanted, numbers, shape, model)
         problems = [] if lacking is None else [lacking]
     context.diagnostics.extend(problems)
     if problems:
         return None
-    texts = {None: tuple((n,) for n in numbers)}
+    texts: dict[Env, tuple[tuple[int, ...], ...]] = {None: tuple((n,) for n in numbers)}
     classes = shape.classes if chooses else 0
     return Atom(node, name, form, texts=texts, of_class=True, classes=classes)
 

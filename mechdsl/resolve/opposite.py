@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.diagnostics.e05_data import PromptTooLong
 from mechdsl.program import spec
 from mechdsl.prompts.answers import output_texts
@@ -24,20 +25,31 @@ def with_opposite(
     model: ModelContext, table: PromptTable, experiment: spec.Experiment
 ) -> tuple[ModelContext, list[Diagnostic]]:
     """The model with the texts that an experiment scores images with; others as they are. Codes:
-    E0511."""
+    E0207, E0511."""
     texts = model.shape.texts
     reader = model.tokenizer
     if texts is None:
-        return model, []
+        problem = _labels_of_its_own(model, table)
+        return model, [] if problem is None else [problem]
     tokenizer = reader.texts if isinstance(reader, ImageReader) else None
     every = tuple(dict.fromkeys([*table.classes, *_texts(table, experiment)]))
     encoded = {} if tokenizer is None else tokenizer.encode_unique(every)
     ids = tuple(encoded[text].ids for text in every if text in encoded)
     problem = _too_long(ids, texts.max_positions, table)
-    if problem is not None:
-        return model, [problem]
     shape = replace(model.shape, labels=every, d_logits=len(every), classes=len(table.classes))
-    return replace(model, shape=shape, opposite=Opposite(every, ids)), []
+    return replace(model, shape=shape, opposite=Opposite(every, ids)), (
+        [] if problem is None else [problem]
+    )
+
+
+def _labels_of_its_own(model: ModelContext, table: PromptTable) -> Diagnostic | None:
+    """E0207 for classes of a model that has them already."""
+    said = table.sources[0].block.spec.classes if table.sources else None
+    if said is None or model.shape.stands_in:
+        return None
+    reason = f"says what texts images are told apart by, and `{model.name}` has labels of its own"
+    hint = "leave it out: `answer` names a label"
+    return BadArgument(span=said.span, name="classes", reason=reason, hint=hint)
 
 
 def _texts(table: PromptTable, experiment: spec.Experiment) -> Iterator[str]:

@@ -36,10 +36,10 @@ from mechdsl.prompts.stand_ins import (
     with_stand_ins,
 )
 from mechdsl.prompts.tokenizer import TOKENIZER_FILES, TextTokenizer, has_tokenizer
-from mechdsl.prompts.towers_read import read_towers
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.model_runs import joined_table, model_run, outputs_read, refused_pair
 from mechdsl.resolve.resolved import ModelContext
+from mechdsl.resolve.towers_read import read_towers
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 from mechdsl.validate.images_read import cannot_read

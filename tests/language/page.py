@@ -300,6 +300,11 @@ def of_images(entry: Construct) -> str:
     """A file with a line about images."""
     example, words = entry.example, entry.example.split()
     block = example.startswith("image ") and entry.group == "image"
+    if words[0] == "measure" and "score" in example:
+        return on_towers(example)
+    if words[0] == "classes":
+        measure = "measure correct as delta"
+        return on_towers(measure).replace('answer "', f'{example}\n  answer "a photo of a ', 1)
     if words[0] == "region":
         example, block = f"image shapes(n: 1, kind: kind) {example}", True
     file = IMAGES.replace("image shapes(n: 1, kind: kind)", example) if block else IMAGES
@@ -309,6 +314,12 @@ def of_images(entry: Construct) -> str:
     file = file.replace("POSITION", position)
     file = file.replace("SIDES", example if words[0] == "from" else "from scenes into neutral")
     return file.replace("MEASURE", "measure logit(answer) as delta")
+
+
+def on_towers(measure: str) -> str:
+    """A file with what is measured of a model with a tower for images and one for texts."""
+    file = IMAGES.replace('local("vit")', 'zoo("dual")').replace("POSITION", "tokens *")
+    return file.replace("SIDES", "from scenes into neutral").replace("MEASURE", measure)
 
 
 def of_group(group: Group) -> Iterator[Line]:
@@ -398,12 +409,16 @@ def metrics() -> Iterator[Line]:
                 _of_docstring(form),
                 "tests/rules/test_attention.py"
                 if observed
+                else "tests/images/test_towers.py"
+                if name == "score"
                 else "tests/execute/test_classifiers.py"
                 if classified
                 else "tests/results/test_reply_metrics.py"
                 if form.takes == "reply"
                 else "tests/results/test_metrics.py",
-                _on_classifier(line, form, number=number)
+                on_towers(line)
+                if name == "score"
+                else _on_classifier(line, form, number=number)
                 if classified
                 else in_experiment(line, LINES[4])
                 if observed

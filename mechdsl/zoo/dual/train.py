@@ -125,8 +125,8 @@ def begin_with_shapes(seeing: Any) -> None:
 
 
 class Named(nn.Module):
-    """Asks the encoder of images for kind, colour and texture, in the first steps of a training and
-    ever less: the first layers, which come from zoo("shapes"), look past textures. It isn't kept."""
+    """Asks the encoder of images for kind, colour and texture, in the first steps of a training
+    and ever less: its first layers, those of zoo("shapes"), look past textures. It isn't kept."""
 
     def __init__(self) -> None:
         super().__init__()
