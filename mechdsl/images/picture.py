@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,7 @@ from typing import Literal
 from mechdsl.base.record import Record, record
 from mechdsl.images.regions import Region
 
-How = Literal["file", "shapes", "gray", "noise"]
+How = Literal["file", "shapes", "gray", "noise", "mean"]
 GRAY = 128
 """How bright gray is, of 255."""
 VERSION = 1
@@ -45,13 +45,15 @@ class Picture(Record):
     path: Path | None = None
     """Of a file."""
     digest: str = ""
-    """Of a file: SHA-256 of its bytes."""
+    """Of a file: SHA-256 of its bytes. Of a mean: of all that it is taken of."""
     said: str = ""
-    """Of a file: the path as it is written."""
+    """Of a file: the path as it is written. Of a mean: the block that it is of."""
+    of: tuple[Picture, ...] = field(default=(), compare=False, repr=False)
+    """Of a mean: its images."""
     kind: str = ""
     """Of shapes: what they are."""
     count: int = 1
-    """Of shapes: how many."""
+    """Of shapes, and of images that a mean is of: how many."""
     colour: str = ""
     texture: str = ""
     """Of shapes and what they stand on: empty where they are drawn."""
@@ -67,7 +69,7 @@ class Picture(Record):
         """A digest of all that its pixels hang on."""
         told: list[object] = [self.how]
         match self.how:
-            case "file":
+            case "file" | "mean":
                 told += [self.digest]
             case "gray":
                 told += [VERSION, self.level]
@@ -89,6 +91,8 @@ class Picture(Record):
                 return "gray" if self.level == GRAY else f"gray {self.level}"
             case "noise":
                 return "noise"
+            case "mean":
+                return f"mean of {self.count:,} of {self.said}"
             case "shapes":
                 return f"{self.count} {self.kind}, {self.size[1]} x {self.size[0]}"
 
@@ -101,4 +105,13 @@ class Picture(Record):
 
     def sized(self, size: tuple[int, int]) -> Picture:
         """The same of this size, where it has none of its own."""
-        return self if self.size != (0, 0) else replace(self, size=size)
+        if self.size != (0, 0):
+            return self
+        return replace(self, size=size, of=tuple(each.sized(size) for each in self.of))
+
+
+def mean_of(pictures: tuple[Picture, ...], said: str) -> Picture:
+    """The mean of images, as a model is given them. said: what they are."""
+    told = json.dumps([each.content() for each in pictures]).encode()
+    digest = blake2b(told, digest_size=_DIGITS).hexdigest()
+    return Picture("mean", digest=digest, said=said, of=pictures, count=len(pictures))

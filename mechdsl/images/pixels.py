@@ -73,6 +73,8 @@ def _made(picture: Picture) -> Pixels:
             return random.integers(0, 256, (*picture.size, 3), dtype=np.uint8)
         case "shapes":
             return _drawn(picture).pixels
+        case "mean":
+            raise AssertionError  # it has no pixels before it is made ready
 
 
 def _drawn(picture: Picture) -> Drawn:
@@ -84,9 +86,19 @@ def _drawn(picture: Picture) -> Drawn:
 @lru_cache(maxsize=KEPT)
 def prepared(picture: Picture, processing: Processing) -> Floats:
     """[3, height, width] that a model is given. Raises files.NotRead."""
-    found = prepare(pixels(picture), processing)
+    found = made_ready(picture, processing)
     found.setflags(write=False)
     return found
+
+
+def made_ready(picture: Picture, processing: Processing) -> Floats:
+    """[3, height, width] that a processor makes of it. Raises files.NotRead."""
+    if picture.how != "mean":
+        return prepare(pixels(picture), processing)
+    total: NDArray[np.float64] | float = 0.0
+    for each in picture.of:  # one after another: there may be thousands
+        total = total + made_ready(each, processing).astype(np.float64)
+    return (np.asarray(total) / len(picture.of)).astype(np.float32)
 
 
 def prepare(image: Pixels, how: Processing) -> Floats:

@@ -24,6 +24,7 @@ from mechdsl.diagnostics.e02_names import (
 from mechdsl.diagnostics.e05_paths import NotMech, ReadsElsewhere, SpecialFile
 from mechdsl.diagnostics.w07_names import UnusedName
 from mechdsl.program import spec
+from mechdsl.program.averaged_images import check_averaged
 from mechdsl.program.checkpoints import STAR, checkpoints
 from mechdsl.program.constants import constant
 from mechdsl.program.definitions import Definitions
@@ -72,6 +73,7 @@ def lower_program(
         for statement in file.statements:
             _define(statement, imported, parts, scope)
     check_bases([file for file, _ in files], parts, scope)
+    check_averaged(parts, scope)
     for file, _ in files:
         for name in pools_named(file):
             scope.has("prompts", name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mechdsl.base.names import name_list
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import BadArgument, UnknownWord, did_you_mean
 from mechdsl.syntax import ast
 
@@ -17,30 +16,37 @@ IMAGE_SPANS = (IMAGE, *FRONT)
 MASK = "mask"
 """What a region of generated shapes is called that are drawn."""
 ALONE = ("gray", "noise")
-LATER = ("blur", "mean")
+MEAN = "mean"
+CHANGED = ("blur", "mask")
+"""What is no image of its own, but a change of one."""
 CALLS = {"shapes": ("n", "kind", "size", "colour", "texture"), "gray": ()}
-_WORDS = ('"{file}"', *ALONE, "shapes(…)")
+_WORDS = ('"{file}"', *ALONE, "mean of …", "shapes(…)")
 
 
 def image_problems(node: ast.Expr) -> list[Diagnostic]:
-    """E0108, E0202, E0207 for what no image can be made of."""
+    """E0203, E0207 for what no image can be made of."""
     match node:
         case ast.String():
             return []
+        case ast.OfRef(name=name) if name == MEAN:
+            return []
+        case ast.Name(id=name) | ast.Call(name=name) if name == MEAN:
+            reason, hint = "needs a block of images", "write `image mean of scenes`"
+            return [BadArgument(span=node.span, name=name, reason=reason, hint=hint)]
+        case ast.Name(id=name) | ast.Call(name=name) | ast.OfRef(name=name) if name in CHANGED:
+            return [_changed(node, name)]
         case ast.Name(id=name) if name in ALONE:
             return []
         case ast.Call(name=name) if name in ALONE and name not in CALLS:
             reason, hint = "takes no arguments", f"write `image {name}`"
             return [BadArgument(span=node.span, name=name, reason=reason, hint=hint)]
-        case ast.Name(id=name) | ast.Call(name=name) | ast.OfRef(name=name) if name in LATER:
-            return [NotSupported(span=node.span, what=f"`image {name}`")]
         case ast.Call(name=name) if name in CALLS:
             return _arguments(node, CALLS[name])
-        case ast.Name(id=name) | ast.Call(name=name):
+        case ast.Name(id=name) | ast.Call(name=name) | ast.OfRef(name=name):
             if name in CALLS:
                 reason, hint = "needs a kind", f'write `{name}(n: 1, kind: "circle", size: 32)`'
                 return [BadArgument(span=node.span, name=name, reason=reason, hint=hint)]
-            words = [*ALONE, *CALLS]
+            words = [*ALONE, *CALLS, MEAN]
             hint = did_you_mean(name, words, f"images are {name_list(_WORDS)}")
             return [UnknownWord(span=node.span, kind="image", word=name, hint=hint)]
         case _:
@@ -48,6 +54,14 @@ def image_problems(node: ast.Expr) -> list[Diagnostic]:
             reason = "names no image"
             name = node.span.written
             return [BadArgument(span=node.span, name=name, reason=reason, hint=hint)]
+
+
+def _changed(node: ast.Expr, word: str) -> Diagnostic:
+    """E0207 for what an image becomes by a corruption, row by row."""
+    line = f"{word} image radius 8" if word == "blur" else f"{word} image"
+    hint = f"change a block's own images: `corrupt changed {{ {line} }}`, `from clean into changed`"
+    reason = "is a change of images, and none by itself"
+    return BadArgument(span=node.span, name=word, reason=reason, hint=hint)
 
 
 def _arguments(node: ast.Call, known: tuple[str, ...]) -> list[Diagnostic]:
@@ -83,6 +97,11 @@ def parts(node: ast.Expr) -> tuple[ast.Expr, ...]:
             return tuple(a.value for a in node.arguments if isinstance(a.value, ast.Expr))
         case _:
             return ()
+
+
+def averaged_block(node: ast.Expr | None) -> ast.Ref | None:
+    """The block, or a part of one, whose mean an image is."""
+    return node.of if isinstance(node, ast.OfRef) and node.name == MEAN else None
 
 
 def is_drawn(node: ast.Expr) -> bool:

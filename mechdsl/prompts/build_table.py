@@ -23,6 +23,7 @@ from mechdsl.prompts.answers import (
     text_tokens,
     tokenise,
 )
+from mechdsl.prompts.averaged_images import take_mean
 from mechdsl.prompts.chat_template import turns_in
 from mechdsl.prompts.class_texts import class_texts
 from mechdsl.prompts.dealt_evenly import dealt_evenly
@@ -30,6 +31,7 @@ from mechdsl.prompts.domains import Constants, Words
 from mechdsl.prompts.image_reader import of_image
 from mechdsl.prompts.prompt_conventions import (
     Split,
+    mean_conventions,
     noise_conventions,
     rows_convention,
     token_conventions,
@@ -43,6 +45,7 @@ from mechdsl.prompts.row_selection import (
     Made,
     collect,
     collect_rows,
+    rows_before_limit,
     template_of,
     templates_unchanged,
     without_effect,
@@ -53,10 +56,6 @@ from mechdsl.prompts.values import Rich, TokenId
 from mechdsl.syntax import ast
 from mechdsl.vocab.corruptions import ActivationChange, TokenChange, of_kind
 
-MAX_NOISE_ROWS = 20_000
-"""Rows before `limit` that one standard deviation is taken over."""
-_NOISE_ROWS_OF_DRAWS = 1_000
-"""The same where rows are drawn, so that there is no end of them."""
 _FEWEST_ROWS = 5
 """That a check looks at, however many runs they have."""
 
@@ -112,6 +111,7 @@ def build_table(
         compiled[key] = rows
     block = rows.block
     diagnostics = [*block.diagnostics, *_no_chat(prompts, tokenizer)]
+    diagnostics += take_mean(block, tokenizer, prompts_enough)
     if has_errors(diagnostics) or block.columns_unknown:
         return None, diagnostics
     most = None
@@ -201,7 +201,7 @@ class _Builder:
         if not has_errors(self.diagnostics):
             self._check_lengths(table)
             table = self._with_noise(table, found)
-        conventions |= noise_conventions(table)
+        conventions |= noise_conventions(table) | mean_conventions(table)
         classes, problems = class_texts(self.block, found.rows[0].clean)
         self.diagnostics += problems
         python = self.block.calls.functions
@@ -412,8 +412,7 @@ class _Builder:
         corruption = next(c for c in self.block.spec.corruptions if c.name == run)
         rows = self.rows.only(corruption)
         block = rows.block
-        target = max(block.combinations, _NOISE_ROWS_OF_DRAWS if block.draws else 0)
-        more = collect(rows, self.tokenizer, limit=min(target, MAX_NOISE_ROWS))
+        more = collect(rows, self.tokenizer, limit=rows_before_limit(block))
         if not more.rows:
             return table
         return _Builder(rows, self.tokenizer, None, texts=False).runs(more.rows)[0]

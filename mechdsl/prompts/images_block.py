@@ -10,7 +10,7 @@ from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import BadArgument, UnknownWord, did_you_mean
 from mechdsl.images import files
 from mechdsl.program import spec
-from mechdsl.program.lower_images import IMAGE, MASK
+from mechdsl.program.lower_images import IMAGE, MASK, averaged_block
 from mechdsl.syntax import ast
 from mechdsl.vocab.corruptions import ImageChange, ValueChange, kind_of
 
@@ -39,24 +39,34 @@ def is_drawn_mask(block: spec.Prompts, region: spec.RegionDef) -> bool:
 
 def not_of_images(prompts: spec.Prompts) -> list[Diagnostic]:
     """E0108, E0203 and E0207 for what images, or texts, can't be changed by."""
-    found: list[Diagnostic] = []
-    for change in (each for c in prompts.corruptions for each in c.changes):
-        kind = kind_of(change)
-        if prompts.kind == "prompts":
-            if isinstance(kind, ImageChange):
-                hint = "change a value that stands in the template"
-                reason = "is of images, and these are texts"
-                bad = BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
-                found.append(bad)
-        elif isinstance(kind, ImageChange):
-            assert isinstance(change, ast.Change)
-            names = [IMAGE, *(region.name for region in prompts.regions)]
-            part = kind.part(change)
-            if part.id not in names:
-                hint = did_you_mean(part.id, names, f"there is {name_list(names)}")
-                word = part.id
-                found.append(UnknownWord(span=part.span, kind="region", word=word, hint=hint))
-        elif not isinstance(kind, ValueChange) or kind.templates(change):
-            what = f"`{kind.name}` in a block of images"
-            found.append(NotSupported(span=change.span, what=what))
-    return found
+    of_texts = prompts.kind == "prompts"
+    problem = _not_of_texts if of_texts else _not_of_images
+    found = (problem(change, prompts) for c in prompts.corruptions for change in c.changes)
+    return [each for each in found if each is not None]
+
+
+def _not_of_texts(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic | None:
+    kind = kind_of(change)
+    if not isinstance(kind, ImageChange):
+        return None
+    hint, reason = "change a value that stands in the template", "is of images, and these are texts"
+    return BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
+
+
+def _not_of_images(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic | None:
+    kind, averaged = kind_of(change), averaged_block(prompts.image)
+    if not isinstance(kind, ImageChange):
+        if isinstance(kind, ValueChange) and not kind.templates(change):
+            return None
+        return NotSupported(span=change.span, what=f"`{kind.name}` in a block of images")
+    assert isinstance(change, ast.Change)
+    if averaged is not None:
+        reason = "is of single images, and these are a mean"
+        hint = f"change the images of `{averaged.name}`"
+        return BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
+    names = [IMAGE, *(region.name for region in prompts.regions)]
+    part = kind.part(change)
+    if part.id in names:
+        return None
+    hint = did_you_mean(part.id, names, f"there is {name_list(names)}")
+    return UnknownWord(span=part.span, kind="region", word=part.id, hint=hint)

@@ -111,3 +111,15 @@ def noise_conventions(table: PromptTable) -> dict[str, str]:
             size = f"std {noise.std:g}"
         out[f"noise of {name}"] = f"{noise.kind}, {size}, {plural(noise.samples, 'draw')}"
     return out
+
+
+def mean_conventions(table: PromptTable) -> dict[str, str]:
+    """What images are the mean of."""
+    out: dict[str, str] = {}
+    for name, run in table.runs.items():
+        image = run.rows[0].image if run.rows else None
+        if image is not None and image.how == "mean":
+            rows = f"{plural(image.count, 'image')} of `{image.said}`"
+            said = f"mean of {rows}, before any `limit`, as the model gets them"
+            out[f"image of {table.name if name == CLEAN else name}"] = said
+    return out

@@ -20,6 +20,7 @@ from mechdsl.diagnostics.e05_data import (
     TooMany,
     UnknownValue,
 )
+from mechdsl.images.picture import Picture
 from mechdsl.program import spec
 from mechdsl.program.lower_images import is_drawn
 from mechdsl.program.lower_images import parts as image_parts
@@ -87,6 +88,8 @@ class PromptsBlock:
         self._pools: dict[str, DataFile | None] = {}
         self._columns: dict[str, Sequence[Value]] = {}
         self.image_files = ImageFiles()
+        self.averaged: Picture | None = None
+        """The mean that its images are, once it is taken."""
         self.data: DataFile | None = self._read()
         self.columns: tuple[str, ...] = self.data.columns if self.data else ()
         self.templates: tuple[CompiledTemplate, ...] = tuple(map(self.template, prompts.templates))

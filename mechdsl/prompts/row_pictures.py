@@ -30,6 +30,8 @@ def picture_of(row: Row, node: ast.Expr) -> Picture:
     match node:
         case ast.String():
             return _of_file(row, node)
+        case ast.OfRef():
+            return row.block.averaged or Picture("gray", level=GRAY)
         case ast.Name(id="noise"):
             return Picture("noise", seed=_seed(row))
         case ast.Call(name="gray"):

@@ -22,6 +22,10 @@ from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.prompts.values import TokenId, frozen, plain
 from mechdsl.vocab.corruptions import ValueChange, kind_of
 
+_MAX_BEFORE_LIMIT = 20_000
+"""Rows before `limit` that one standard deviation, or the mean of images, is taken over."""
+_BEFORE_LIMIT_OF_DRAWS = 1_000
+"""The same where rows are drawn, so that there is no end of them."""
 _MAX_BARREN = 1_000
 """Rows drawn one after another that were all there already."""
 _TRIED_FOR_ONE = 5
@@ -89,6 +93,12 @@ def collect(
     else:
         found.run()
     return found.result
+
+
+def rows_before_limit(block: PromptsBlock) -> int:
+    """How many rows of a block stand for all that there are without `limit`."""
+    target = max(block.combinations, _BEFORE_LIMIT_OF_DRAWS if block.draws else 0)
+    return min(target, _MAX_BEFORE_LIMIT)
 
 
 def collect_rows(rows: BlockRows, tokenizer: TextTokenizer, ids: Iterable[int]) -> Collection:

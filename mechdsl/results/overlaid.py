@@ -94,11 +94,11 @@ def _seen(
 
 def _image(picture: Picture, reader: ImageReader) -> SeenImage | None:
     """None of a file that can't be read any more."""
-    from mechdsl.images.pixels import pixels, prepare
+    from mechdsl.images.pixels import made_ready
 
     plain = replace(reader.processing, rescale=None, mean=None, std=None)
     try:
-        values = prepare(pixels(picture), plain)
+        values = made_ready(picture, plain)
     except NotRead:
         return None
     levels = np.moveaxis(values, 0, -1).round().clip(0, 255).astype(np.uint8)

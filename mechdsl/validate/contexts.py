@@ -19,6 +19,7 @@ from mechdsl.models.shape import ModelShape, read_shape
 from mechdsl.models.stand_in_shape import stand_in_shape
 from mechdsl.program import spec
 from mechdsl.program.lower_directions import Rows
+from mechdsl.program.lower_images import averaged_block
 from mechdsl.program.python_files import Mode, PythonFunction, find_function, of_prompts
 from mechdsl.prompts.answers import Labels
 from mechdsl.prompts.build_table import build_table, compiled_as
@@ -380,7 +381,10 @@ class Contexts:
 
     def needs_python(self, name: str) -> bool:
         """Whether only Python, which isn't run here, can make the rows of a block."""
-        return not self.python and bool(of_prompts(self.program.prompts[name]))
+        averaged = averaged_block(self.program.prompts[name].image)
+        blocks = (name,) if averaged is None else (name, averaged.name)
+        known = [self.program.prompts[each] for each in blocks if each in self.program.prompts]
+        return not self.python and any(map(of_prompts, known))
 
     def _block(self, name: str, tokenizer: TextTokenizer | None) -> PromptsBlock:
         return PromptsBlock(

@@ -1656,6 +1656,13 @@ _image(
     "tests/images/test_pixels.py",
 )
 _image(
+    "image mean",
+    "image mean of scenes",
+    "The mean, number by number, of the images of another block, or of `scenes.train`: of all its "
+    "rows before any `limit` (of images that are drawn 1,000), as the model gets them.",
+    "tests/images/test_means.py",
+)
+_image(
     "region",
     "region object = mask",
     "A part of each image as a span: `object tokens` are the patches with a pixel, as the model "
@@ -1680,10 +1687,10 @@ _image(
 _image(
     "scores of texts",
     'measure score("a photo of a {kind}") as delta',
-    "Of a model with a tower for images and one for texts (CLIP, SigLIP, MetaCLIP 2): its own logit "
-    "of the image and a text, the cosine of what both become, times the model's scale, plus its "
-    "bias if it has one. `score(answer)` is of the row's text; `logit(…)` is the same. Rules act in "
-    "the image tower, whose layers may be written `vision layer 3`; each text is encoded once, as "
+    "Of a model with a tower for images and one for texts (CLIP, SigLIP, MetaCLIP 2): its own "
+    "logit of the image and a text, the cosine of what both become, times the model's scale, plus "
+    "its bias if it has one. `score(answer)` is of the row's text; `logit(…)` is the same. Rules "
+    "act in the image tower, whose layers may be written `vision layer 3`; each text is encoded once, as "
     "it is, padded as the model's processor does.",
     "tests/images/test_towers.py",
     "Radford et al. 2021, arXiv 2103.00020; Zhai et al. 2023, arXiv 2303.15343",
@@ -1692,8 +1699,8 @@ _image(
     "zero-shot classes",
     'classes "a photo of a {kind}"',
     "The texts that such a model chooses from: with all values of the names in it, declared ones "
-    "and those of columns, whichever rows are run. `correct`, `rank` and `accuracy` are among them; "
-    "`prob` is their softmax, or of SigLIP the sigmoid of one text, which needs no classes.",
+    "and those of columns, whichever rows are run. `correct`, `rank` and `accuracy` are among "
+    "them; `prob` is their softmax, or of SigLIP the sigmoid of one text, which needs no classes.",
     "tests/images/test_towers.py",
 )
 _in_image(

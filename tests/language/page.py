@@ -307,7 +307,8 @@ def of_images(entry: Construct) -> str:
         return on_towers(measure).replace('answer "', f'{example}\n  answer "a photo of a ', 1)
     if words[0] == "region":
         example, block = f"image shapes(n: 1, kind: kind) {example}", True
-    file = IMAGES.replace("image shapes(n: 1, kind: kind)", example) if block else IMAGES
+    own = "image gray(120)" if " of " in example else "image shapes(n: 1, kind: kind)"
+    file = IMAGES.replace(own, example) if block else IMAGES
     if words[0] == "images":
         file = file.replace("images neutral", f"{example}\nimages neutral")
     position = example if entry.group == "image position" else "tokens *"
