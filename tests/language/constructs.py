@@ -1690,8 +1690,8 @@ _image(
     "Of a model with a tower for images and one for texts (CLIP, SigLIP, MetaCLIP 2): its own "
     "logit of the image and a text, the cosine of what both become, times the model's scale, plus "
     "its bias if it has one. `score(answer)` is of the row's text; `logit(…)` is the same. Rules "
-    "act in the image tower, whose layers may be written `vision layer 3`; each text is encoded once, as "
-    "it is, padded as the model's processor does.",
+    "act in the image tower, whose layers may be written `vision layer 3`; each text is encoded "
+    "once, as it is, padded as the model's processor does.",
     "tests/images/test_towers.py",
     "Radford et al. 2021, arXiv 2103.00020; Zhai et al. 2023, arXiv 2303.15343",
 )
