@@ -14,6 +14,7 @@ from copy import copy
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
@@ -22,6 +23,8 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_model import IdentityBroken
 from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.images.picture import Picture
+from mechdsl.images.pixels import prepared
 from mechdsl.loading.probe import texts as text_batch
 from mechdsl.loading.probe_inputs import pictures
 from mechdsl.loading.prove import take_apart
@@ -36,6 +39,7 @@ _TRIED = 5
 _SAME = 1e-4
 """Relative difference of scores from those that the model gives itself."""
 _TEXTS_AT_ONCE = 64
+_IMAGES_AT_ONCE = 16
 CAUSAL = ("clip_text_model", "metaclip_2_text_model")
 
 
@@ -181,21 +185,39 @@ def _other_scores(
 
 def facing(model: LoadedModel, context: ModelContext) -> LoadedModel:
     """The tower that an experiment runs, scored with what stands on its other side."""
-    opposite = context.opposite
+    opposite, told = context.opposite, context.shape
     assert opposite is not None
     assert model.texts is not None
-    others = _of_texts(model.texts, opposite.ids)
+    if told.side == "vision":
+        own, others = model, _of_texts(model.texts, opposite.ids)
+    else:
+        own, others = model.texts, _of_images(model, opposite.pictures)
     identity = None
     if model.identity is not None:
-        identity = digest_of([model.identity, context.shape.side, opposite.digest])
-    tower = cast(Tower, model.module).facing(others)
+        identity = digest_of([model.identity, told.side, opposite.digest])
+    tower = cast(Tower, own.module).facing(others)
     shape = replace(
-        model.shape,
-        labels=context.shape.labels,
-        d_logits=context.shape.d_logits,
-        classes=context.shape.classes,
+        own.shape,
+        labels=told.labels,
+        d_logits=told.d_logits,
+        classes=told.classes,
+        output_at=told.output_at,
     )
-    return replace(model, module=tower, shape=shape, identity=identity)
+    return replace(own, module=tower, shape=shape, identity=identity)
+
+
+def _of_images(model: LoadedModel, pictures: Sequence[Picture]) -> Tensor:
+    """[image, width] of length 1."""
+    tower, reader = cast(ImageTower, model.module), model.tokenizer
+    assert isinstance(reader, ImageReader)
+    found: list[Tensor] = []
+    with torch.no_grad():
+        for start in range(0, len(pictures), _IMAGES_AT_ONCE):
+            part = pictures[start : start + _IMAGES_AT_ONCE]
+            made = np.stack([prepared(each, reader.processing) for each in part])
+            pixels = torch.from_numpy(made).to(model.device, model.dtype)
+            found.append(_unit(tower.vectors(pixels)))
+    return torch.cat(found)
 
 
 def _of_texts(model: LoadedModel, texts: Sequence[Sequence[int]]) -> Tensor:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     BoundText = ast.Star | ast.AxisRange
     EndText = ast.Bound
     EdgeText = ast.Edge
+    RefText = ast.Ref
     Losses = tuple[ast.Lost, ...]
     Where = Span
     Paths = tuple[Path, ...]
@@ -60,7 +61,7 @@ else:
     DomainText = StringText = ChatTurnText = ChangeText = SpanDefText = BoundText = EdgeText = (
         _AS_WRITTEN
     )
-    EndText = ArgumentText = _AS_WRITTEN
+    EndText = ArgumentText = RefText = _AS_WRITTEN
     Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
     Losses = Where
 
@@ -155,6 +156,8 @@ class Prompts(Spec):
     split: float | None = None
     """Percent of the rows in `NAME.train`."""
     texts: tuple[TextDef, ...] = ()
+    scored_with: RefText | None = None
+    """Of texts: the block of images that a model with two towers scores them with."""
     classes: StringText | None = None
     """Of images: what each of the texts says that a model with two towers chooses from."""
     spans: tuple[SpanDefText, ...] = ()

@@ -19,11 +19,13 @@ from mechdsl.diagnostics.e04_outputs import (
     UnknownLabel,
 )
 from mechdsl.models.shape import ModelShape
+from mechdsl.program.lower_images import IMAGE
 from mechdsl.prompts.answers import output_texts, quoted
 from mechdsl.prompts.prompt_table import PromptTable, TextTokens
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import Form, Metric, Takes
 
+_OLD_END = 2
 SHOWN = 5
 """Labels that a message lists."""
 
@@ -44,6 +46,8 @@ def class_argument(
         if isinstance(value, ast.Name | ast.String | ast.OfRef) and "reference" not in metric.forms:
             return ast.ClassOutput(value, span=value.span)
     alone = next((form.default for form in metric.forms.values() if form.default is not None), None)
+    if shape.side == "text":  # the row's image
+        alone = IMAGE if alone is not None or metric.name == "score" else None
     if arguments or alone is None or shape.task == "tokens":
         return None
     return ast.ClassOutput(ast.Name(alone, span=node.span), span=node.span)
@@ -273,12 +277,26 @@ def output_elsewhere(at: Span, shape: ModelShape, model: str) -> Diagnostic:
     )
 
 
+def pooled_at(ids: Sequence[int], shape: ModelShape) -> int:
+    """The token that a text tower makes its vector of: the last one, and where no token sees a
+    later one, the first that ends a text, which old configs don't name and which has the largest
+    id (`eos_token_id` 2)."""
+    end = shape.config.get("eos_token_id")
+    if not shape.causal:
+        return len(ids) - 1
+    if end == _OLD_END:
+        return max(range(len(ids)), key=ids.__getitem__)
+    return ids.index(end) if end in ids else 0
+
+
 def made_of(shape: ModelShape) -> str:
     """What the one output of a model is made of, in words."""
     if shape.output_at == "image":
         return "the whole image"
     if shape.output_at == "first token":
         return "token 0, special tokens counted"
+    if shape.side:
+        return "the token that ends it" if shape.causal else "the last token, which is padding"
     pad = shape.config.get("pad_token_id")
     return "the last token, special tokens counted" + (
         ", pad tokens not" if pad is not None else ""
@@ -303,5 +321,7 @@ def _position(ids: Sequence[int], shape: ModelShape) -> int:
     """As transformers finds it in a prompt by itself; the first where all are the pad token."""
     if shape.output_at in ("first token", "image"):
         return 0
+    if shape.side:
+        return pooled_at(ids, shape)
     pad = shape.config.get("pad_token_id")
     return next((n for n in reversed(range(len(ids))) if ids[n] != pad), 0)

@@ -71,7 +71,7 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
     if "reply" in metric.forms:
         return of_reply(node, name, metric.forms["reply"], arguments, context)
     shape = context.sites.shape
-    images = isinstance(context.tokenizer, ImageReader)
+    images = isinstance(context.tokenizer, ImageReader) or bool(shape.side)
     wanted = class_argument(node, metric, shape, of_images=images)
     if name == "score" and wanted is None and not shape.stands_in:
         context.diagnostics.append(score_of_nothing(node, context.sites.model))

@@ -6,26 +6,76 @@ rows, and those that its measures write out. Each is an output of the model, by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.diagnostics.e05_data import PromptTooLong
+from mechdsl.images.picture import Picture
 from mechdsl.program import spec
+from mechdsl.program.lower_images import IMAGE
 from mechdsl.prompts.answers import output_texts
 from mechdsl.prompts.image_reader import ImageReader
-from mechdsl.prompts.prompt_table import PromptTable
+from mechdsl.prompts.prompt_table import PromptTable, TextTokens
 from mechdsl.resolve.resolved import ModelContext, Opposite
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
+from mechdsl.vocab.metrics import METRICS
+
+
+def chooses(experiment: spec.Experiment) -> bool:
+    """Whether something of an experiment is a choice among all that there is to score with."""
+    said = (*(each.metric for each in experiment.measures), *experiment.keep)
+    said += tuple(each.condition for each in experiment.expects if each.condition is not None)
+    named = (node for node in walk(said) if isinstance(node, ast.Name | ast.Call))
+    words = {node.id if isinstance(node, ast.Name) else node.name for node in named}
+    return not words.isdisjoint({*METRICS, "accuracy"} - {"logit", "score", "cosine"})
+
+
+def with_images(
+    model: ModelContext,
+    table: PromptTable,
+    block: str,
+    own: Sequence[Picture],
+    every: Sequence[Picture] | None,
+) -> tuple[ModelContext, PromptTable]:
+    """The text tower with the images that texts are scored with, and its table with the name of
+    each row's image. own: of each row; every: all there are to choose from, where that counts."""
+    named = {each.text: each for each in (*(every or ()), *own)}
+    runs = {
+        name: replace(
+            run,
+            rows=tuple(
+                replace(row, texts={**row.texts, IMAGE: TextTokens(picture.text, ())})
+                for row, picture in zip(run.rows, own, strict=True)
+            ),
+        )
+        for name, run in table.runs.items()
+    }
+    labels = tuple(named)
+    shape = replace(
+        model.shape,
+        labels=labels,
+        d_logits=len(labels),
+        classes=0 if every is None else len({each.text for each in every}),
+    )
+    opposite = Opposite(pictures=tuple(named.values()), block=block)
+    return replace(model, shape=shape, opposite=opposite), replace(table, runs=runs)
+
+
+def without_images(model: ModelContext, table: PromptTable) -> tuple[ModelContext, PromptTable]:
+    """The same where there are none, which is said elsewhere: what stands in for them."""
+    every = (Picture("gray"),) * len(table)
+    model, table = with_images(model, table, "", every, every)
+    return model, replace(table, stands_in=True)
 
 
 def with_opposite(
     model: ModelContext, table: PromptTable, experiment: spec.Experiment
 ) -> tuple[ModelContext, list[Diagnostic]]:
-    """The model with the texts that an experiment scores images with; others as they are. Codes:
-    E0207, E0511."""
+    """The image tower with the texts that an experiment scores images with; other models as they
+    are. Codes: E0207, E0511."""
     texts = model.shape.texts
     reader = model.tokenizer
     if texts is None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from mechdsl.base.digest import digest
 from mechdsl.base.record import Record, record
 from mechdsl.diagnostics.core import UNKNOWN, Unknown
+from mechdsl.images.picture import Picture
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.python_files import PythonFunction
@@ -34,11 +35,16 @@ class Opposite(Record):
     texts: tuple[str, ...] = ()
     ids: tuple[tuple[int, ...], ...] = ()
     """The tokens of each, as the tower reads them."""
+    pictures: tuple[Picture, ...] = ()
+    """Or images."""
+    block: str = ""
+    """Of images: the block that they are of."""
 
     @cached_property
     def digest(self) -> str:
         """All that it is."""
-        return digest(self.texts, self.ids).hex()
+        pictures = [(each.text, each.size) for each in self.pictures]
+        return digest(self.texts, self.ids, pictures).hex()
 
 
 @record

@@ -15,14 +15,18 @@ def tower_conventions(experiment: ResolvedExperiment) -> dict[str, str]:
     scale = "cosine times the model's scale"
     if shape.task == "many labels":
         scale += ", plus its bias"
+    what, other = ("texts", "text") if shape.side == "vision" else ("images", "image")
     found = {
         "score": f"the model's own logit of an image and a text: {scale}",
-        "texts": f"{len(shape.labels)}, each encoded once by the text tower, where no rule acts",
+        what: f"{len(shape.labels)}, each encoded once by the {other} tower, where no rule acts",
     }
+    opposite = experiment.model.opposite
+    if opposite is not None and opposite.block:
+        found[what] = f"`{opposite.block}`: {found[what]}"
     if shape.classes:
         first = ", ".join(quoted(text) for text in shape.labels[: min(_SHOWN, shape.classes)])
         more = shape.classes - _SHOWN
-        said = f"{plural(shape.classes, 'text')}: {first}" + (f" and {more} more" * (more > 0))
+        said = f"{plural(shape.classes, other)}: {first}" + (f" and {more} more" * (more > 0))
         said += "; `correct` is that the best of them is this one, `rank` its place among them"
         if shape.task == "one label":
             said += ", `prob` their softmax"

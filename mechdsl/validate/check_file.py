@@ -277,6 +277,7 @@ def _outline(
     fitted = rows_read(experiment, checked.program)
     others = [run.model for run in (*experiment.elsewhere, *fitted) if run.model is not None]
     model, *read = (contexts.model(name) for name in (experiment.model, *others))
+    model = contexts.tower(experiment.prompts, model)
     if any(each.stands_in for each in (model, *read)):
         _skip(checked.unchecked, experiment)
     blocks = [experiment.prompts, *(run.prompts for run in experiment.elsewhere)]
@@ -294,6 +295,7 @@ def _outline(
         finding = findings.get(experiment.replies.of)
         table = contexts.with_replies(experiment, model, table, finding)
     model = contexts.fitting(model, table)
+    model, table = contexts.facing_images(experiment, model, table)
     model, problems = with_opposite(model, table, experiment)
     checked.diagnostics.extend(problems)
     draws = None if contexts.prompts_enough is None else limits.CHECKED_DRAWS

@@ -189,7 +189,7 @@ def test_a_direction_is_added_and_neurons_are_set(name: str, mode: str, tmp_path
         plain(name, n, answer(n)).sites["resid_post", 1][tokens(name), 0].mean(0) for n in range(3)
     ]
     gray = plain(name, None, answer(0)).sites["resid_post", 1][tokens(name), 0].mean(0)
-    direction = sum(own) / 3 - gray
+    direction = torch.stack(own).mean(0) - gray
     at, neuron = tokens(name)[3], tokens(name)[2 * GRID + 1]
     expected: list[float] = []
     for number in range(3):

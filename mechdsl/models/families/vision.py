@@ -40,6 +40,13 @@ class SigLIP(Family):
     padded = True
 
 
+@family("siglip_text_model")
+class SigLIPTexts(Family):
+    """Every token sees every other."""
+
+    encodes = True
+
+
 @family("deit")
 class DeiT(Family):
     """A token behind the class token that is taught by another model."""
