@@ -102,6 +102,10 @@ def refused_form(
         return _no_number(node, shape, model)
     if shape.task == "tokens" or name == "output":
         return None
+    if form.takes in _OF_TOKENS and shape.side:
+        reason = "its outputs are scores of images and texts, and no logits of tokens"
+        hint = f"write `score({'answer' if shape.side == 'vision' else IMAGE})`"
+        return OtherTask(span=node.span, text=text, model=model, reason=reason, hint=hint)
     if form.takes in _OF_TOKENS:
         hint = f"write `class`, as in `{name}(class answer)`: the answer is the name of a label"
         if form.takes == "numerals":
@@ -257,7 +261,9 @@ def _unknown(
         of_rows = sum(lost.values())
         where = f"in {of_rows:,} of {rows:,} rows; {where}"
     hint = f"write a number from 0 to {last}"
-    if not numbered:
+    if shape.side == "text":
+        where, hint = "it scores texts with images", "write `image`, that of the row"
+    elif not numbered:
         otherwise = "write one of its labels, as its config has them (`id2label`)"
         if isinstance(of, ast.String):
             otherwise += f", or a number without quotes, as in `class {last}`"

@@ -58,7 +58,7 @@ def with_images(
         model.shape,
         labels=labels,
         d_logits=len(labels),
-        classes=0 if every is None else len({each.text for each in every}),
+        classes=0 if every is None else len(labels),
     )
     opposite = Opposite(pictures=tuple(named.values()), block=block)
     return replace(model, shape=shape, opposite=opposite), replace(table, runs=runs)

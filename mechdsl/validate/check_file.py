@@ -14,7 +14,7 @@ from mechdsl.base import limits
 from mechdsl.base.names import name_list
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, certain, has_errors
-from mechdsl.diagnostics.e01_syntax import TooLarge
+from mechdsl.diagnostics.e01_syntax import NotSupported, TooLarge
 from mechdsl.diagnostics.e02_names import (
     BadCommandLine,
     UnknownName,
@@ -278,6 +278,9 @@ def _outline(
     others = [run.model for run in (*experiment.elsewhere, *fitted) if run.model is not None]
     model, *read = (contexts.model(name) for name in (experiment.model, *others))
     model = contexts.tower(experiment.prompts, model)
+    if read and any(each.shape.side for each in (model, *read)):
+        what = "another model beside one with two towers"
+        checked.diagnostics.append(NotSupported(span=experiment.span, what=what))
     if any(each.stands_in for each in (model, *read)):
         _skip(checked.unchecked, experiment)
     blocks = [experiment.prompts, *(run.prompts for run in experiment.elsewhere)]

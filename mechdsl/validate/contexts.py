@@ -106,6 +106,7 @@ class Contexts:
         self._joined: dict[tuple[object, ...], PromptTable] = {}
         self._replied: dict[tuple[object, ...], PromptTable] = {}
         self._towers: dict[str, ModelContext] = {}
+        self._wholes: dict[str, PromptTable | None] = {}
         self._tokenizers: dict[tuple[object, ...], TextTokenizer | None] = {}
 
     def model(self, name: str) -> ModelContext:
@@ -178,6 +179,10 @@ class Contexts:
         one: that is what it was trained with."""
         folder = self._folder(model)
         if folder is None:
+            return None, None
+        if base.shape.side:
+            what = f"an adapter of `{base.name}`, which has two towers,"
+            self.diagnostics.append(NotSupported(span=model.span, what=what))
             return None, None
         from mechdsl.models.adapter_folder import other_base, other_task, read_scaling
 
@@ -349,9 +354,8 @@ class Contexts:
             return without_images(model, table)
         every = None
         if chooses(experiment):
-            every = [
-                row.image for row in self.table(ref.name, reader, None, None).runs["clean"].rows
-            ]
+            whole = self._whole(ref.name, reader)
+            every = [] if whole is None else [row.image for row in whole.runs["clean"].rows]
         pictures = [row.image for row in found.run.rows]
         return with_images(
             model,
@@ -360,6 +364,13 @@ class Contexts:
             [each for each in pictures if each is not None],
             None if every is None else [each for each in every if each is not None],
         )
+
+    def _whole(self, name: str, model: ModelContext) -> PromptTable | None:
+        """All rows of a block, whatever limits there are."""
+        if name not in self._wholes:
+            self._wholes[name], found = self._build(name, model)
+            self._say(found, model, name)
+        return self._wholes[name]
 
     def _reading(self, name: str, model: ModelContext) -> ModelContext:
         """A model that isn't at hand, as one that reads what a block has."""

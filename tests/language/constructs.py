@@ -1703,6 +1703,15 @@ _image(
     "them; `prob` is their softmax, or of SigLIP the sigmoid of one text, which needs no classes.",
     "tests/images/test_towers.py",
 )
+_image(
+    "images for texts",
+    "image from scenes",
+    "In a block of `prompts`, for such a model: its text tower reads the rows, and rules act there "
+    "(`text layer 3` says so); each text is scored with the image of the same row of `scenes`, or "
+    "with its only one. `score` alone is of that image, and `rank(image)`, `prob(image)` and "
+    "`correct` are among all images of the block.",
+    "tests/images/test_text_towers.py",
+)
 _in_image(
     "a patch",
     "image row 3 col 4 token",

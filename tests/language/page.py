@@ -302,6 +302,8 @@ def of_images(entry: Construct) -> str:
     block = example.startswith("image ") and entry.group == "image"
     if words[0] == "measure" and "score" in example:
         return on_towers(example)
+    if example == "image from scenes":
+        return on_texts()
     if words[0] == "classes":
         measure = "measure correct as delta"
         return on_towers(measure).replace('answer "', f'{example}\n  answer "a photo of a ', 1)
@@ -321,6 +323,16 @@ def on_towers(measure: str) -> str:
     """A file with what is measured of a model with a tower for images and one for texts."""
     file = IMAGES.replace('local("vit")', 'zoo("dual")').replace("POSITION", "tokens *")
     return file.replace("SIDES", "from scenes into neutral").replace("MEASURE", measure)
+
+
+def on_texts() -> str:
+    """A file whose rows are texts that are scored with images."""
+    file = on_towers("measure rank(image) as raw").replace(
+        "images scenes limit", "prompts told limit"
+    )
+    file = file.replace("from scenes into neutral", "").replace("at tokens *", "at last token")
+    block = 'prompts told { kind in ["circle", "square"] image from scenes template "a {kind}" }'
+    return file.replace("experiment e", f"{block}\nexperiment e")
 
 
 def of_group(group: Group) -> Iterator[Line]:
