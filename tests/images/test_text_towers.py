@@ -104,7 +104,7 @@ LAYERS = [(layer,) for layer in range(towers.LAYERS)]
 
 
 @pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, towers.OLD])
 def test_a_word_is_put_into_another_text(name: str, mode: str, tmp_path: Path) -> None:
     def writes(number: int, layer: int) -> Writes:
         own = plain(name, number, TEXTS[number])
@@ -175,19 +175,20 @@ def test_a_text_chooses_among_all_images(name: str, tmp_path: Path) -> None:
         f"experiment e{n} {{ model m\n prompts captions\n measure {each} as raw }}\n"
         for n, each in enumerate(measures)
     ]
-    found = towers.run_file("".join(texts), tmp_path, name, blocks=BLOCKS)
-    scores = np.array([[score(name, n, text, {}) for n in range(3)] for text in TEXTS])
-    own = scores.diagonal()
+    blocks = BLOCKS.replace("  corrupt", '  where thing != "square"\n  corrupt')
+    found = towers.run_file("".join(texts), tmp_path, name, blocks=blocks)
+    scores = np.array([[score(name, n, text, {}) for n in range(3)] for text in TEXTS])[[0, 2]]
+    own = scores[[0, 1], [0, 2]]
     softmax = np.exp(own) / np.exp(scores).sum(1)
     expected = [
         1 + (scores > own[:, None]).sum(1),
-        (scores.argmax(1) == np.arange(3)).astype(float),
+        (scores.argmax(1) == [0, 2]).astype(float),
         own,
         1 / (1 + np.exp(-own)) if name == "siglip" else softmax,
     ]
     for n, values in enumerate(expected):
         np.testing.assert_allclose(found[f"e{n}"].measures[0].patched[0], values, atol=2e-4)
-    assert len({*expected[0]}) > 1
+    assert (scores[:, 1] > own).any(), "the image that no row has is never the better one"
 
 
 FILE = """\
@@ -233,6 +234,21 @@ def test_the_store_knows_the_images_that_texts_are_scored_with(tmp_path: Path) -
     fresh = values(path, store=False)
     assert np.abs(fresh - before).max() > 0.01
     np.testing.assert_allclose(values(path, store=store), fresh, atol=1e-5)
+
+
+def test_the_store_knows_images_that_no_row_has(tmp_path: Path) -> None:
+    from PIL import Image
+
+    def chosen(**how: object) -> np.ndarray:
+        return mechdsl.run(path, **how)["e"].measures[0].patched  # type: ignore[arg-type]
+
+    path = write(tmp_path, BLOCKS.replace("  corrupt", '  where thing != "square"\n  corrupt'))
+    path.write_text(path.read_text().replace("score as delta", "prob(image) as raw"))
+    before = chosen(store=tmp_path / "store")
+    Image.fromarray(255 - support.image(1)).save(tmp_path / "1.png")
+    fresh = chosen(store=False)
+    assert np.abs(fresh - before).max() > 1e-3
+    np.testing.assert_allclose(chosen(store=tmp_path / "store"), fresh, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -291,7 +291,7 @@ def test_texts_that_are_too_long_are_refused(tmp_path: Path) -> None:
 def test_scores_that_the_model_changes_itself_are_refused() -> None:
     class CLIPModel(transformers.CLIPModel):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            found = super().forward(*args, **kwargs)
+            found: Any = super().forward(*args, **kwargs)
             found.logits_per_image = found.logits_per_image + 0.3
             return found
 

@@ -31,9 +31,11 @@ from ..reference.hooks import Change, Session
 from . import support
 
 NAMES = ("clip", "siglip", "metaclip_2")
+OLD = "old clip"
+"""Its config doesn't name the token that ends a text, which is taken to have the largest id."""
 SIDE, PATCH = support.SIDE, support.PATCH
 GRID = SIDE // PATCH
-FRONT = {"clip": 1, "siglip": 0, "metaclip_2": 1}
+FRONT = {"clip": 1, "siglip": 0, "metaclip_2": 1, OLD: 1}
 WORDS = ("a", "photo", "of", "the", "red", *support.LABELS, "and", "blue", "small")
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 LONGEST = 12
@@ -59,8 +61,11 @@ _VISION: Mapping[str, Any] = {**_TOWER, "image_size": SIDE, "patch_size": PATCH}
 @cache
 def bare(name: str) -> Any:
     """The whole model in 32 bits, with weights so wide that every head matters."""
-    prefix = {"clip": "CLIP", "siglip": "Siglip", "metaclip_2": "MetaClip2"}[name]
+    kinds = {"clip": "CLIP", "siglip": "Siglip", "metaclip_2": "MetaClip2", OLD: "CLIP"}
+    prefix = kinds[name]
     text, vision, more = dict(_TEXT), dict(_VISION), {}
+    if name == OLD:
+        text["eos_token_id"] = 2
     if name != "siglip":
         text["projection_dim"] = vision["projection_dim"] = 24
         more = {"projection_dim": 24}
