@@ -15,6 +15,7 @@ from mechdsl.plan.rule_rows import RulePlan
 from mechdsl.plan.value_keys import measure_digest, measure_rows
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable
 from mechdsl.resolve.over_rows import OverRows
+from mechdsl.rules.observations.maps import OfMaps
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +51,15 @@ def kept_together(
     values: KeptValues | None, plan: ExperimentPlan, rule: RulePlan, rows: Ints, table: PromptTable
 ) -> KeptTogether | None:
     """Where the cells of an observation over these rows are kept; None where they aren't: tokens
-    that are listed are made with a cell, and what has no digest can't be compared."""
+    that are listed are made with a cell, what is of maps is made of numbers that are at hand, and
+    what has no digest can't be compared."""
     said, does = rule.rule.spec.observed, rule.rule.does
     assert isinstance(does, OverRows)
-    if values is None or (said is not None and said.top and not does.counts):
+    if (
+        values is None
+        or isinstance(does, OfMaps)
+        or (said is not None and said.top and not does.counts)
+    ):
         return None
     try:
         shared = _shared(values, plan, rule, does, rows, table)

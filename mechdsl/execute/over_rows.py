@@ -31,6 +31,7 @@ from mechdsl.resolve.measures import evaluate
 from mechdsl.resolve.over_rows import OverRows, RowVectors, Training
 from mechdsl.resolve.resolved import ResolvedMeasure
 from mechdsl.resolve.resolved_rule import SitePoint
+from mechdsl.rules.observations.maps import OfMaps
 from mechdsl.rules.observations.weights import OfWeights
 
 GATHERED_BYTES = 1 << 30
@@ -120,6 +121,9 @@ def _made(gatherer: _Gatherer, measured: MeasuredValues) -> Iterator[tuple[int, 
     if isinstance(does, OfWeights):
         yield from _of_weights(gatherer, does, measures, measured)
         return
+    if isinstance(does, OfMaps):
+        yield from _of_maps(gatherer, does, measures)
+        return
     words = (does.word, *does.controls)
 
     def made(seen: RowVectors) -> list[Floats]:
@@ -160,6 +164,20 @@ def _of_weights(
     for cell in range(plan.n_cells):
         if cell not in gatherer.known:
             yield cell, every, partial(made, cell)
+
+
+def _of_maps(
+    gatherer: _Gatherer, does: OfMaps, measures: Sequence[ResolvedMeasure]
+) -> Iterator[tuple[int, Ints, Make]]:
+    """The same of maps that other experiments made; rows without a map or a region aren't in it."""
+    assert does.scores is not None
+    own = {word: values[:, gatherer.kept] for word, values in does.scores.by_word.items()}
+    for cell, number in enumerate(gatherer.rule.site_of_cell.tolist()):
+        numbers = {word: values[number] for word, values in own.items()}
+        there = np.flatnonzero(np.isfinite(np.stack(list(numbers.values()))).all(axis=0))
+        if len(there):
+            found = {word: values[there] for word, values in numbers.items()}
+            yield cell, there, partial(_evaluated, measures, found)
 
 
 def _evaluated(measures: Sequence[ResolvedMeasure], by_name: Mapping[str, Floats]) -> list[Floats]:

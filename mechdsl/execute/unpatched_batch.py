@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -381,10 +382,15 @@ def noise_scale(model: LoadedModel, noise: Noise) -> float:
     """The standard deviation of the noise, in units of the activation.
 
     `3 sd` is three standard deviations, one scalar, of the embeddings of the span's tokens over
-    all rows (Meng et al. 2022, arXiv 2202.05262).
+    all rows (Meng et al. 2022, arXiv 2202.05262); of images of what the site holds there.
     """
     if noise.sds is None:
         return float(noise.std or 0.0)
+    if noise.sd_images:
+        known = _OF_IMAGES.setdefault(model, {})
+        if noise.sd_tokens not in known:
+            known[noise.sd_tokens] = _deviation(model, noise)
+        return noise.sds * known[noise.sd_tokens]
     assert model.anatomy.embedding is not None  # prompts are tokens
     embed = model.module.get_submodule(model.anatomy.embedding)
     ids, counts = np.unique(np.array(noise.sd_tokens, dtype=np.int64), return_counts=True)
@@ -395,3 +401,26 @@ def noise_scale(model: LoadedModel, noise: Noise) -> float:
     variance = (weights[:, None] * (vectors - mean) ** 2).sum(0).mean()
     numbers = counts.sum() * vectors.shape[1]
     return float(noise.sds * np.sqrt(variance * numbers / (numbers - 1)))
+
+
+_OF_IMAGES: WeakKeyDictionary[LoadedModel, dict[tuple[int, ...], float]] = WeakKeyDictionary()
+"""Standard deviations that are known, by what they are over."""
+_AT_ONCE = 32
+"""Images of a pass that only embeds them."""
+
+
+def _deviation(model: LoadedModel, noise: Noise) -> float:
+    """The standard deviation of all numbers that the site of the noise holds at tokens of images
+    without it."""
+    run = Run("", tuple(row for row, _ in noise.sd_images))
+    asked = UnpatchedRequest(reads=frozenset({(noise.site, None)}), stop=0)
+    count, total, squares = 0, 0.0, 0.0
+    for first in range(0, len(run.rows), _AT_ONCE):
+        prompts = np.arange(first, min(first + _AT_ONCE, len(run.rows)), dtype=np.int64)
+        [seen] = compute_unpatched(model, [(run, asked)], prompts, (), seed=0, side=None)
+        vectors = seen.reads[SiteRead(noise.site)].double().cpu().numpy()
+        for own, prompt in zip(vectors, prompts, strict=True):
+            found = own[list(noise.sd_images[prompt][1])]
+            count, total = count + found.size, total + float(found.sum())
+            squares += float((found**2).sum())
+    return float(np.sqrt((squares - total**2 / count) / (count - 1)))

@@ -51,6 +51,20 @@ def pointing(values: Floats, mask: Bools) -> float:
     return float(inside[peak].mean())
 
 
+def mass(values: Floats, mask: Bools) -> float:
+    """Which share of what is above 0 in a map lies in the mask: relevance mass accuracy (Arras et
+    al. 2022, arXiv 2003.07258), the energy-based pointing game (Wang et al. 2020, Score-CAM). A
+    patch that is partly in it counts by its share of pixels. NaN where nothing is above 0.
+
+    values: [row, col]. mask: [height, width].
+    """
+    above = np.where(values > 0, values, 0.0)
+    whole = float(above.sum())
+    if whole == 0:
+        return float("nan")
+    return float((above * shares(mask, (values.shape[0], values.shape[1]))).sum() / whole)
+
+
 def iou(values: Floats, mask: Bools, share: float | None = None) -> float:
     """Intersection over union, in pixels, of the mask and the patches with the greatest numbers.
 

@@ -19,22 +19,31 @@ VERSION = 1
 _DIGITS = 8
 
 
+Box = tuple[int, int, int, int]
+"""(left, top, right, bottom) in pixels, the ends exclusive."""
+
+
 @record
 class PictureChange(Record):
-    """What a corruption does to an image, before it is made ready."""
+    """What a corruption does to an image: before it is made ready, but for patches."""
 
-    how: Literal["blur", "mask", "noise"]
+    how: Literal["blur", "mask", "noise", "swap"]
     amount: float = 0.0
     """Of a blur its radius in pixels, of noise its standard deviation, of 255."""
     region: Region | None = None
     """None: the whole image."""
     seed: int = 0
     """What is drawn hangs on."""
+    other: Region | None = None
+    """What the region changes places with."""
+    patches: tuple[Box, ...] | None = None
+    """Of patches: where they lie in the image that is made ready."""
 
     def told(self) -> list[object]:
         """All that it hangs on."""
         region = None if self.region is None else self.region.told()
-        return [self.how, self.amount, region, self.seed]
+        other = [] if self.other is None else [self.other.told()]
+        return [self.how, self.amount, region, self.seed, *other, *(self.patches or ())]
 
 
 @record

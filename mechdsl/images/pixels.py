@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import ceil
 from typing import cast
@@ -10,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from mechdsl.base.arrays import Bools
 from mechdsl.images import files
+from mechdsl.images.patches import PatchLayout
 from mechdsl.images.picture import GRAY, Picture, PictureChange
 from mechdsl.images.processing import Processing, crop_corner
-from mechdsl.images.regions import Region, of_box
+from mechdsl.images.regions import HALF, Region, of_box, prepared_cover, whole_box
 from mechdsl.images.shapes import Drawn, draw
 
 Pixels = NDArray[np.uint8]
@@ -24,27 +27,46 @@ KEPT = 128
 
 
 def pixels(picture: Picture) -> Pixels:
-    """The image, with what corruptions do to it. Raises files.NotRead."""
+    """The image, with what corruptions do to it before it is made ready. Raises files.NotRead."""
     found = _made(picture)
     for change in picture.changes:
-        found = _changed(found, picture, change)
+        if change.patches is None:
+            found = _changed(found, picture, change)
     return found
 
 
 def _changed(image: Pixels, picture: Picture, change: PictureChange) -> Pixels:
-    own = Image.fromarray(image)
-    match change.how:
-        case "blur":
-            other = own.filter(ImageFilter.GaussianBlur(change.amount))
-        case "mask":
-            other = Image.new("RGB", own.size, (GRAY, GRAY, GRAY))
-        case "noise":
-            random = np.random.Generator(np.random.Philox(change.seed))
-            noisy = image + change.amount * random.standard_normal(image.shape)
-            other = Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8))
+    if change.how == "swap":
+        return _swapped(image, change)
+    own, other = Image.fromarray(image), Image.fromarray(_altered(image, change))
     if change.region is not None:
         other = Image.composite(other, own, cover(change.region, picture, image.shape[:2]))
     return np.asarray(other)
+
+
+def _altered(image: Pixels, change: PictureChange) -> Pixels:
+    """All of an image, blurred, gray or with noise."""
+    if change.how == "blur":
+        return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(change.amount)))
+    if change.how == "mask":
+        return np.full_like(image, GRAY)
+    random = np.random.Generator(np.random.Philox(change.seed))
+    noisy = image + change.amount * random.standard_normal(image.shape)
+    return noisy.round().clip(0, 255).astype(np.uint8)
+
+
+def _swapped(image: Pixels, change: PictureChange) -> Pixels:
+    """Two boxes change places, each resized to the other's size."""
+    assert change.region is not None
+    assert change.other is not None
+    boxes = [whole_box(region, image.shape[:2]) for region in (change.region, change.other)]
+    parts = [Image.fromarray(image).crop(box) for box in boxes]
+    found = image.copy()
+    for (left, top, right, bottom), part in zip(boxes, reversed(parts), strict=True):
+        size = (right - left, bottom - top)
+        own = part if part.size == size else part.resize(size, Image.Resampling.BILINEAR)
+        found[top:bottom, left:right] = np.asarray(own)
+    return found
 
 
 def cover(region: Region, picture: Picture, size: tuple[int, ...]) -> Image.Image:
@@ -58,6 +80,19 @@ def cover(region: Region, picture: Picture, size: tuple[int, ...]) -> Image.Imag
         return mask.point(lambda value: 255 if value else 0)
     assert region.box is not None
     return of_box(region.box, (height, width))
+
+
+def mask_of(
+    regions: Sequence[Region], picture: Picture, how: Processing, layout: PatchLayout
+) -> Bools:
+    """[height, width] which pixels of the prepared image lie in one of some regions, as far as the
+    patches reach. Raises files.NotRead."""
+    height, width = layout.rows * layout.patch[0], layout.cols * layout.patch[1]
+    found = np.zeros((height, width), dtype=np.bool_)
+    for region in regions:
+        own = np.asarray(prepared_cover(cover(region, picture, picture.size), how))
+        found |= own[:height, :width] >= HALF
+    return found
 
 
 def _made(picture: Picture) -> Pixels:
@@ -94,31 +129,48 @@ def prepared(picture: Picture, processing: Processing) -> Floats:
 def made_ready(picture: Picture, processing: Processing) -> Floats:
     """[3, height, width] that a processor makes of it. Raises files.NotRead."""
     if picture.how != "mean":
-        return prepare(pixels(picture), processing)
+        later = [change for change in picture.changes if change.patches is not None]
+        return prepare(pixels(picture), processing, later)
     total: NDArray[np.float64] | float = 0.0
     for each in picture.of:  # one after another: there may be thousands
         total = total + made_ready(each, processing).astype(np.float64)
     return (np.asarray(total) / len(picture.of)).astype(np.float32)
 
 
-def prepare(image: Pixels, how: Processing) -> Floats:
-    """[3, height, width]: as transformers' processor does it, `Processing` says what."""
+def prepare(image: Pixels, how: Processing, later: Sequence[PictureChange] = ()) -> Floats:
+    """[3, height, width]: as transformers' processor does it, `Processing` says what.
+
+    later: changes of patches, made where it has the model's size and isn't normalised yet.
+    """
     height, width = how.resized(*image.shape[:2])
     found: NDArray[np.uint8] | Floats
     if how.floats:
         found = _resized_floats(_scaled(image, how.rescale), height, width, how.resample)
-        found = _cropped(found, how.crop)
+        found = _on_patches(_cropped(found, how.crop), later, how.rescale or 1.0)
     else:
         found = image
         if how.resize is not None:
             found = np.asarray(
                 Image.fromarray(image).resize((width, height), resample=how.resample)
             )
-        found = _scaled(_cropped(found, how.crop), how.rescale)
+        found = _scaled(_on_patches(_cropped(found, how.crop), later, 1.0), how.rescale)
     if how.mean is not None:
         assert how.std is not None
         found = (found - np.array(how.mean, np.float32)) / np.array(how.std, np.float32)
     return np.ascontiguousarray(np.moveaxis(found.astype(np.float32, copy=False), -1, 0))
+
+
+def _on_patches(
+    image: NDArray[np.uint8] | Floats, changes: Sequence[PictureChange], one: float
+) -> NDArray[np.uint8] | Floats:
+    """one: what 1 of 255 is in the image."""
+    for change in changes:
+        levels = np.divide(image, one).round().clip(0, 255).astype(np.uint8)
+        altered, image = _altered(levels, change), image.copy()
+        for left, top, right, bottom in change.patches or ():
+            own = altered[top:bottom, left:right]
+            image[top:bottom, left:right] = own if one == 1 else own * one
+    return image
 
 
 def _scaled(image: NDArray[np.uint8] | Floats, by: float | None) -> Floats:

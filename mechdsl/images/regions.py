@@ -47,10 +47,19 @@ def of_box(box: tuple[float, float, float, float], size: tuple[int, int]) -> Ima
     return drawn.reduce(times)
 
 
-def tokens_in(cover: Image, how: Processing, layout: PatchLayout) -> tuple[int, ...]:
-    """The tokens of patches that have a pixel of the prepared image in a region.
+def whole_box(region: Region, size: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """A box in whole pixels of an image of a size, (height, width), as far as it lies in it."""
+    assert region.box is not None
+    left, top, right, bottom = (round(each) for each in region.box)
+    left, right = (min(max(0, each), size[1]) for each in (left, right))
+    top, bottom = (min(max(0, each), size[0]) for each in (top, bottom))
+    return left, top, right, bottom
 
-    cover: how much of each pixel of the image lies in it, as `of_box` has it.
+
+def prepared_cover(cover: Image, how: Processing) -> Image:
+    """[height, width] of the prepared image, 0 to 255, how much of each pixel lies in a region.
+
+    cover: the same of the image itself, as `of_box` has it.
     """
     from PIL import Image
 
@@ -60,6 +69,15 @@ def tokens_in(cover: Image, how: Processing, layout: PatchLayout) -> tuple[int, 
     if how.crop is not None:
         top, left = crop_corner((height, width), how.crop)
         cover = cover.crop((left, top, left + how.crop[1], top + how.crop[0]))
+    return cover
+
+
+def tokens_in(cover: Image, how: Processing, layout: PatchLayout) -> tuple[int, ...]:
+    """The tokens of patches that have a pixel of the prepared image in a region.
+
+    cover: as `prepared_cover` takes it.
+    """
+    cover = prepared_cover(cover, how)
     found: list[int] = []
     for token in layout.grid:
         _, most = cover.crop(layout.box(token)).getextrema()

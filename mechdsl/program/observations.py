@@ -23,16 +23,16 @@ from mechdsl.diagnostics.e02_names import (
 from mechdsl.program import spec
 from mechdsl.program.constants import whole_number
 from mechdsl.program.lower_other_runs import run_of
-from mechdsl.program.possible_axes import axes_of, position_axes
+from mechdsl.program.possible_axes import axes_of, own_axes, position_axes
 from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
-from mechdsl.syntax.verbs import CONTROLS, COUNTED, LENSES
+from mechdsl.syntax.verbs import CONTROLS, LENSES
 from mechdsl.syntax.walk import N, rewrite, walk
 
 if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
 
-Statement: TypeAlias = ast.Observe | ast.ObserveAttention
+Statement: TypeAlias = ast.Observing
 
 
 @dataclass
@@ -83,6 +83,8 @@ def lower_observation(
     name = None if statement.name is None else statement.name.id
     if statement.name is not None:
         work.scope.define("observation", statement.name, imported=False)
+    if isinstance(statement, ast.ObserveMaps):
+        return _of_maps(statement, name, loops)
     source = None
     if statement.run is not None and prompts is not None:
         source = run_of(statement.run, prompts, work)
@@ -120,6 +122,26 @@ def lower_observation(
             toward=statement.toward,
             top=top,
             placed=statement.at is not None,
+        ),
+        loops=loops,
+    )
+
+
+def _of_maps(statement: ast.ObserveMaps, name: str | None, loops: tuple[str, ...]) -> spec.Rule:
+    """The typed line of what other experiments made, which has no place of its own."""
+    share = statement.share
+    return spec.Rule(
+        span=statement.span,
+        verb="observe",
+        at=_last_token(),
+        observed=spec.Observed(
+            span=statement.what.span,
+            word=statement.what.id,
+            name=name,
+            maps=statement.maps,
+            region=statement.region.id,
+            share=None if share is None else share.value / 100,
+            placed=False,
         ),
         loops=loops,
     )
@@ -343,8 +365,8 @@ def _axes(part: Part, rules: Sequence[spec.Rule]) -> set[str]:
         found.update(f"to_{name}" for name in axes_of(rule.receiver))
         if rule.into_layer is not None:
             found.add("to_layer")
-        if rule.observed is not None and rule.observed.word in COUNTED:
-            found.add("value")
+        if rule.observed is not None:
+            found.update(own_axes(rule.observed))
     return found
 
 
@@ -396,6 +418,7 @@ def with_results(experiment: spec.Experiment, results: dict[str, str]) -> spec.E
                 for name in ("site", "at", "onto", "edge", "receiver", "fill")
                 if (value := getattr(rule, name)) is not None
             }
+            | _observed_results(rule, results)
         )
         for rule in experiment.rules
     )
@@ -405,6 +428,14 @@ def with_results(experiment: spec.Experiment, results: dict[str, str]) -> spec.E
         apart = tuple(named_result(site, results) for site in against.apart)
         against = against.model_copy(update={"apart": apart})
     return experiment.model_copy(update={"rules": rules, "expects": expects, "against": against})
+
+
+def _observed_results(rule: spec.Rule, results: dict[str, str]) -> dict[str, spec.Observed]:
+    """The same of maps that an `observe` line is of."""
+    if rule.observed is None or not rule.observed.maps:
+        return {}
+    maps = tuple(named_result(each, results) for each in rule.observed.maps)
+    return {"observed": rule.observed.model_copy(update={"maps": maps})}
 
 
 def _read_elsewhere(
@@ -468,7 +499,7 @@ def named_result(node: N, results: dict[str, str]) -> N:
     """The tree with names of results where it names observations."""
 
     def change(part: ast.Node) -> ast.Node:
-        if isinstance(part, ast.Ranked) and part.of in results:
+        if isinstance(part, ast.Ranked | ast.MapOf) and part.of in results:
             return replace(part, of=results[part.of])
         return part
 

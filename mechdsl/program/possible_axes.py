@@ -20,9 +20,17 @@ def possible_axes(rule: spec.Rule) -> Iterator[str]:
         yield "to_layer"
     if rule.fills:
         yield "fill"
-    if rule.observed is not None and rule.observed.word in COUNTED:
-        yield "value"
+    if rule.observed is not None:
+        yield from own_axes(rule.observed)
     yield from position_axes(rule)
+
+
+def own_axes(observed: spec.Observed) -> Iterator[str]:
+    """Those that an observation has by its kind."""
+    if observed.word in COUNTED:
+        yield "value"
+    if len(observed.maps) > 1:
+        yield "map"
 
 
 def position_axes(rule: spec.Rule) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from mechdsl.base.names import name_list
 from mechdsl.diagnostics.e02_names import CircularExperiments, UnknownName, did_you_mean
@@ -21,6 +21,9 @@ from mechdsl.syntax.walk import walk
 
 if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
+
+Onward: TypeAlias = ast.Ranked | ast.MapOf | spec.RepliesOf
+"""What names another experiment, `of`, whose results it needs."""
 
 
 def with_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[spec.Experiment]:
@@ -74,9 +77,7 @@ def _at_results(direction: spec.Direction, results: dict[str, str]) -> spec.Dire
     return direction.model_copy(update={"site": named_result(direction.site, results)})
 
 
-def _ranked(
-    experiment: spec.Experiment, parts: Definitions
-) -> Iterator[ast.Ranked | spec.RepliesOf]:
+def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[Onward]:
     """Every `top n of …` of an experiment, those in the groups and directions that it names
     included, and the replies that stand behind its prompts."""
     if experiment.replies is not None:
@@ -84,6 +85,8 @@ def _ranked(
     for part in (*experiment.every_rule, *experiment.measures):
         for name in type(part).model_fields:
             yield from _in_tree(getattr(part, name), parts.groups)
+    for rule in experiment.every_rule:
+        yield from () if rule.observed is None else rule.observed.maps
     for rule in experiment.every_rule:
         if rule.direction is not None:
             for each in made_of([rule.direction], parts.directions):
@@ -101,7 +104,7 @@ def _in_tree(tree: object, groups: Mapping[str, spec.Group] | None = None) -> It
             yield from _in_tree(groups[node.id].sites)
 
 
-def _circles(ranked: Mapping[str, Sequence[ast.Ranked | spec.RepliesOf]], scope: Namespace) -> None:
+def _circles(ranked: Mapping[str, Sequence[Onward]], scope: Namespace) -> None:
     """E0210 once per circle, at the line of its first experiment that needs the next one."""
     done: set[str] = set()
 

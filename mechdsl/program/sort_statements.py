@@ -48,7 +48,7 @@ class Statements:
         self.keep: list[ast.Expr] = []
         self.loops: list[spec.Loop] = []
         self.rules: list[tuple[ast.Rule, tuple[str, ...]]] = []
-        self.observed: list[tuple[ast.Observe | ast.ObserveAttention, tuple[str, ...]]] = []
+        self.observed: list[tuple[ast.Observing, tuple[str, ...]]] = []
         """`observe` lines, with the `for` variables around them."""
         self.measures: list[ast.Measure] = []
         self.stats: list[ast.Stats] = []
@@ -77,7 +77,7 @@ class Statements:
             match statement:
                 case ast.Rule():
                     self.rule(statement, loops)
-                case ast.Observe() | ast.ObserveAttention():
+                case ast.Observe() | ast.ObserveAttention() | ast.ObserveMaps():
                     if self._supported(statement):
                         self.observed.append((statement, loops))
                 case ast.For():

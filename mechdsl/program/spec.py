@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     EndText = ast.Bound
     EdgeText = ast.Edge
     RefText = ast.Ref
+    MapText = ast.MapOf
     Losses = tuple[ast.Lost, ...]
     Where = Span
     Paths = tuple[Path, ...]
@@ -61,7 +62,7 @@ else:
     DomainText = StringText = ChatTurnText = ChangeText = SpanDefText = BoundText = EdgeText = (
         _AS_WRITTEN
     )
-    EndText = ArgumentText = RefText = _AS_WRITTEN
+    EndText = ArgumentText = RefText = MapText = _AS_WRITTEN
     Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
     Losses = Where
 
@@ -187,6 +188,12 @@ class Observed(Spec):
     top: int | None = None
     placed: bool = True
     """Whether positions are written; else `at` says what stands in for them."""
+    maps: tuple[MapText, ...] = ()
+    """The experiments whose maps it is of."""
+    region: str | None = None
+    """The region of images that maps are set against."""
+    share: float | None = None
+    """Of all patches, how many of the highest are taken."""
 
 
 class Direction(Spec):

@@ -11,7 +11,7 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e04_model import NoTokenFor
 from mechdsl.diagnostics.e05_chat import BadChatTemplate, NoChatTemplate
 from mechdsl.diagnostics.e05_data import EmptyPrompt, PromptTooLong
-from mechdsl.diagnostics.w07_data import EqualRecords, NotAllRows, UnknownWords
+from mechdsl.diagnostics.w07_data import NotAllRows, UnknownWords
 from mechdsl.program import spec
 from mechdsl.prompts.answers import (
     Labels,
@@ -24,6 +24,7 @@ from mechdsl.prompts.answers import (
     tokenise,
 )
 from mechdsl.prompts.averaged_images import take_mean
+from mechdsl.prompts.changed_patches import change_patches
 from mechdsl.prompts.chat_template import turns_in
 from mechdsl.prompts.class_texts import class_texts
 from mechdsl.prompts.dealt_evenly import dealt_evenly
@@ -31,7 +32,7 @@ from mechdsl.prompts.domains import Constants, Words
 from mechdsl.prompts.image_reader import of_image
 from mechdsl.prompts.prompt_conventions import (
     Split,
-    mean_conventions,
+    image_conventions,
     noise_conventions,
     rows_convention,
     token_conventions,
@@ -45,6 +46,7 @@ from mechdsl.prompts.row_selection import (
     Made,
     collect,
     collect_rows,
+    equal_records,
     rows_before_limit,
     template_of,
     templates_unchanged,
@@ -54,7 +56,7 @@ from mechdsl.prompts.rows import CLEAN, BlockRows, Row
 from mechdsl.prompts.tokenizer import Encoded, TextTokenizer
 from mechdsl.prompts.values import Rich, TokenId
 from mechdsl.syntax import ast
-from mechdsl.vocab.corruptions import ActivationChange, TokenChange, of_kind
+from mechdsl.vocab.corruptions import ActivationChange, TokenChange, of_kind, of_patches
 
 _FEWEST_ROWS = 5
 """That a check looks at, however many runs they have."""
@@ -126,7 +128,7 @@ def build_table(
             NotAllRows(span=block.spec.span, prompts=block.name, rows=len(found.rows))
         )
     if found.repeated:
-        found.diagnostics.append(_equal_records(block, found))
+        found.diagnostics.append(equal_records(block, found))
     for corruption in block.spec.corruptions:
         same = found.unchanged.get(corruption.name, Counter[int]())
         found.diagnostics += templates_unchanged(block, corruption, same, found.compared)
@@ -163,18 +165,6 @@ def _no_chat(prompts: spec.Prompts, tokenizer: TextTokenizer) -> list[Diagnostic
     return [BadChatTemplate(span=span, reason=problem.reason, hint=problem.hint)]
 
 
-def _equal_records(block: PromptsBlock, found: Collection) -> EqualRecords:
-    source = block.spec.rows
-    assert source is not None  # generated rows that are equal are left out
-    return EqualRecords(
-        span=source.span,
-        prompts=block.name,
-        file=source.span.written,
-        equal=found.repeated,
-        rows=len(found.rows),
-    )
-
-
 @dataclass
 class _Builder:
     """Tokenises the rows of one block."""
@@ -201,7 +191,7 @@ class _Builder:
         if not has_errors(self.diagnostics):
             self._check_lengths(table)
             table = self._with_noise(table, found)
-        conventions |= noise_conventions(table) | mean_conventions(table)
+        conventions |= noise_conventions(table) | image_conventions(table)
         classes, problems = class_texts(self.block, found.rows[0].clean)
         self.diagnostics += problems
         python = self.block.calls.functions
@@ -352,7 +342,15 @@ class _Builder:
                 )
                 self.diagnostics += diagnostics
                 runs[corruption.name] = run
-            if changes and not of_kind(ActivationChange, corruption.changes):
+            patches = of_patches(corruption.changes)
+            for number, (_, change) in enumerate(patches, len(corruption.changes)):
+                current = replace(table, runs=runs)
+                own = [m.corrupted[corruption.name] for m in made]
+                runs[corruption.name], diagnostics = change_patches(
+                    current, corruption.name, change, number, own, self.tokenizer
+                )
+                self.diagnostics += diagnostics
+            if (changes or patches) and not of_kind(ActivationChange, corruption.changes):
                 pairs = zip(runs[corruption.name].rows, runs[CLEAN].rows, strict=True)
                 same = [corrupted.text == clean.text for corrupted, clean in pairs]
                 if all(same) and not has_errors(self.diagnostics):

@@ -113,6 +113,7 @@ class OfImage(TypedDict, total=False):
 
     image: Picture
     places: Mapping[str, tuple[tuple[int, ...], ...]]
+    regions: Mapping[str, tuple[Region, ...]]
 
 
 def of_image(
@@ -134,7 +135,7 @@ def of_image(
         covers = (cover(each, picture, picture.size) for each in occurrences)
         found = (tokens_in(each, how, layout) for each in covers)
         places[name] = tuple(tokens for tokens in found if tokens)
-    return {"image": picture, "places": places}
+    return {"image": picture, "places": places, "regions": regions}
 
 
 class StandInReader(ImageReader):

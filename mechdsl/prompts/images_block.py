@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mechdsl.base.names import name_list
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import BadArgument, UnknownWord, did_you_mean
 from mechdsl.images import files
 from mechdsl.program import spec
 from mechdsl.program.lower_images import IMAGE, MASK, averaged_block
 from mechdsl.syntax import ast
-from mechdsl.vocab.corruptions import ImageChange, ValueChange, kind_of
+from mechdsl.vocab.corruptions import (
+    ActivationChange,
+    ImageChange,
+    SwapChange,
+    ValueChange,
+    kind_of,
+    of_patches,
+)
 
 Seen = tuple[str, tuple[int, int]]
 """(SHA-256, (height, width))"""
@@ -38,14 +45,19 @@ def is_drawn_mask(block: spec.Prompts, region: spec.RegionDef) -> bool:
 
 
 def not_of_images(prompts: spec.Prompts) -> list[Diagnostic]:
-    """E0108, E0203 and E0207 for what images, or texts, can't be changed by."""
-    of_texts = prompts.kind == "prompts"
-    problem = _not_of_texts if of_texts else _not_of_images
-    found = (problem(change, prompts) for c in prompts.corruptions for change in c.changes)
+    """E0203 and E0207 for what images, or texts, can't be changed by."""
+    found: list[Diagnostic | None] = []
+    for corruption in prompts.corruptions:
+        for place, change in enumerate(corruption.changes):
+            if prompts.kind == "prompts":
+                found.append(_not_of_texts(change))
+            else:
+                before = corruption.changes[:place]
+                found.append(_not_of_images(change, prompts) or _too_late(change, before, prompts))
     return [each for each in found if each is not None]
 
 
-def _not_of_texts(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic | None:
+def _not_of_texts(change: ast.CorruptLine) -> Diagnostic | None:
     kind = kind_of(change)
     if not isinstance(kind, ImageChange):
         return None
@@ -55,18 +67,58 @@ def _not_of_texts(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic 
 
 def _not_of_images(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic | None:
     kind, averaged = kind_of(change), averaged_block(prompts.image)
-    if not isinstance(kind, ImageChange):
+    swaps = swaps_regions(change, prompts)
+    if not isinstance(kind, ImageChange) and not swaps:
+        if isinstance(kind, ActivationChange):
+            return None
         if isinstance(kind, ValueChange) and not kind.templates(change):
             return None
-        return NotSupported(span=change.span, what=f"`{kind.name}` in a block of images")
-    assert isinstance(change, ast.Change)
+        return _of_other_things(change)
     if averaged is not None:
         reason = "is of single images, and these are a mean"
         hint = f"change the images of `{averaged.name}`"
         return BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
-    names = [IMAGE, *(region.name for region in prompts.regions)]
-    part = kind.part(change)
-    if part.id in names:
+    assert isinstance(change, ast.Change)
+    names = [region.name for region in prompts.regions]
+    names = names if swaps else [IMAGE, *names]
+    parts = [part for part in change.values if isinstance(part, ast.Name) and part.id not in names]
+    for part in parts:
+        hint = did_you_mean(part.id, names, f"there is {name_list(names)}")
+        return UnknownWord(span=part.span, kind="region", word=part.id, hint=hint)
+    return None
+
+
+def _of_other_things(change: ast.CorruptLine) -> Diagnostic:
+    """E0207 for texts in images."""
+    name = kind_of(change).name
+    hint = "change a value that the `image` line names, or the image: `mask image`, `blur image …`"
+    if isinstance(change, ast.Change) and change.tokens is not None:
+        hint = f"write `mask {change.tokens.span.written}` for gray"
+    reason = "writes a text, and these are images"
+    return BadArgument(span=change.span, name=name, reason=reason, hint=hint)
+
+
+def _too_late(
+    change: ast.CorruptLine, before: Sequence[ast.CorruptLine], prompts: spec.Prompts
+) -> Diagnostic | None:
+    """E0207 for a change of pixels behind one of patches, which is made last."""
+    if not of_pixels(change, prompts) or not of_patches(before):
         return None
-    hint = did_you_mean(part.id, names, f"there is {name_list(names)}")
-    return UnknownWord(span=part.span, kind="region", word=part.id, hint=hint)
+    reason = "stands behind a change of patches, which is made when all pixels are changed"
+    hint = "write it in front of that"
+    return BadArgument(span=change.span, name=kind_of(change).name, reason=reason, hint=hint)
+
+
+def swaps_regions(change: ast.CorruptLine, prompts: spec.Prompts) -> bool:
+    """Whether regions change places, and no values."""
+    if not isinstance(change, ast.Change) or not isinstance(kind_of(change), SwapChange):
+        return False
+    names = {region.name for region in prompts.regions}
+    return any(isinstance(each, ast.Name) and each.id in names for each in change.values)
+
+
+def of_pixels(change: ast.CorruptLine, prompts: spec.Prompts) -> bool:
+    """Whether it changes an image before that is made ready."""
+    if isinstance(change, ast.Change) and isinstance(kind_of(change), ImageChange):
+        return change.tokens is None
+    return swaps_regions(change, prompts)

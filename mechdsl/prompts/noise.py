@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypedDict
 
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.prompts.positions import resolve_positions
-from mechdsl.prompts.prompt_table import Noise, PromptTable
+from mechdsl.prompts.prompt_table import Noise, PromptTable, RunRow
 from mechdsl.prompts.prompts_block import PromptsBlock
+from mechdsl.prompts.seeded_draws import stable_hash
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
 from mechdsl.vocab.corruptions import ActivationChange, of_kind
@@ -46,8 +48,9 @@ def add_noise(
             )
             if noise.sds is not None and not has_errors(diagnostics):
                 over = at if added.sd_of is None else _tokens_of(added.sd_of)
-                tokens = _token_ids(over, before_limit(run), run, tokenizer, diagnostics)
-                noise = replace(noise, sd_tokens=tokens)
+                every = before_limit(run)
+                positions = _joined(over, every, run, tokenizer, diagnostics)
+                noise = replace(noise, **_tokens_there(every.runs[run].rows, positions))
             runs[run] = replace(runs[run], noise=noise)
     return replace(table, runs=runs), diagnostics
 
@@ -75,14 +78,20 @@ def _tokens_of(quantity: ast.Quantity) -> ast.Positions:
     return ast.Positions((ast.Position(ast.Point(tokens, span=span), span=span),), span=span)
 
 
-def _token_ids(
-    at: ast.Positions,
-    everything: PromptTable,
-    run: str,
-    tokenizer: TextTokenizer,
-    diagnostics: list[Diagnostic],
-) -> tuple[int, ...]:
-    """The ids of the tokens there in all rows, with repetition."""
-    positions = _joined(at, everything, run, tokenizer, diagnostics)
-    rows = everything.runs[run].rows
-    return tuple(row.ids[p] for row, hits in zip(rows, positions, strict=True) for p in hits)
+class _SdTokens(TypedDict, total=False):
+    """What one standard deviation is taken over."""
+
+    sd_tokens: tuple[int, ...]
+    sd_images: tuple[tuple[RunRow, tuple[int, ...]], ...]
+
+
+def _tokens_there(rows: Sequence[RunRow], positions: Sequence[tuple[int, ...]]) -> _SdTokens:
+    """The tokens there in all rows, with repetition."""
+    places = [*zip(rows, positions, strict=True)]
+    if all(row.image is None for row in rows):
+        return {"sd_tokens": tuple(row.ids[p] for row, hits in places for p in hits)}
+    tokens = (stable_hash("sd", row.ids[p], p) >> 66 for row, hits in places for p in hits)
+    return {
+        "sd_tokens": tuple(tokens),
+        "sd_images": tuple((row, hits) for row, hits in places if hits),
+    }

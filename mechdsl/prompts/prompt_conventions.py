@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from mechdsl.base.plural import plural
+from mechdsl.images.picture import GRAY, PictureChange
 from mechdsl.prompts.answers import output_words, quoted
 from mechdsl.prompts.chat_template import ASSISTANT, TODAY
 from mechdsl.prompts.image_reader import ImageReader
@@ -107,19 +108,43 @@ def noise_conventions(table: PromptTable) -> dict[str, str]:
             continue
         if noise.sds is not None:
             size = f"{noise.sds:g} sd over {plural(len(noise.sd_tokens), 'token')}"
+            if noise.sd_images:
+                size += f" of {plural(len(noise.sd_images), 'image')}"
         else:
             size = f"std {noise.std:g}"
         out[f"noise of {name}"] = f"{noise.kind}, {size}, {plural(noise.samples, 'draw')}"
     return out
 
 
-def mean_conventions(table: PromptTable) -> dict[str, str]:
-    """What images are the mean of."""
+def image_conventions(table: PromptTable) -> dict[str, str]:
+    """What images are the mean of, and what corruptions do to them."""
     out: dict[str, str] = {}
     for name, run in table.runs.items():
-        image = run.rows[0].image if run.rows else None
+        images = [row.image for row in run.rows if row.image is not None]
+        done: dict[tuple[object, ...], list[PictureChange]] = {}
+        for change in (each for image in images for each in image.changes):
+            done.setdefault((change.how, change.patches is None), []).append(change)
+        if done:
+            out[f"image of {name}"] = ", then ".join(map(_changed, done.values()))
+        image = images[0] if images else None
         if image is not None and image.how == "mean":
             rows = f"{plural(image.count, 'image')} of `{image.said}`"
             said = f"mean of {rows}, before any `limit`, as the model gets them"
             out[f"image of {table.name if name == CLEAN else name}"] = said
     return out
+
+
+_UNITS = {
+    "blur": "blur with a Gaussian of radius {} pixels",
+    "mask": f"mask with {GRAY} of 255",
+    "noise": "noise of standard deviation {} of 255",
+    "swap": "swap of two boxes, each resized to the other (bilinear)",
+}
+
+
+def _changed(changes: Sequence[PictureChange]) -> str:
+    """What is done, by one change or by several of a kind."""
+    amounts = sorted({change.amount for change in changes})
+    shown = f"{amounts[0]:g}" if len(amounts) == 1 else f"{amounts[0]:g} to {amounts[-1]:g}"
+    said = _UNITS[changes[0].how].format(shown)
+    return said if changes[0].patches is None else f"{said}, of patches as the model gets them"

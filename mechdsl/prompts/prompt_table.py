@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mechdsl.base.record import Record, record
 from mechdsl.images.picture import Picture
+from mechdsl.images.regions import Region
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.values import SpanAt
 
@@ -37,7 +38,12 @@ class Noise(Record):
     """In activation units; None where it is `sds` standard deviations, worked out from weights."""
     sds: float | None
     sd_tokens: tuple[int, ...] = ()
-    """Token ids (all rows before `limit`, with repetition) whose embeddings define one sd."""
+    """Token ids (all rows before `limit`, with repetition) whose embeddings define one sd; of
+    images a number for each image and token."""
+    sd_images: tuple[tuple[RunRow, tuple[int, ...]], ...] = field(
+        default=(), compare=False, repr=False
+    )
+    """These images, with their tokens."""
     samples: int = 1
     kind: str = "gaussian"
     """Name in the registry of noises."""
@@ -90,6 +96,8 @@ class RunRow(Record):
         default_factory=dict[str, tuple[tuple[int, ...], ...]]
     )
     """Spans that have no text, as those of images: by name, the tokens of each occurrence."""
+    regions: Mapping[str, tuple[Region, ...]] = field(default_factory=dict[str, tuple[Region, ...]])
+    """Parts of its image, by name: those of `places` in pixels."""
 
 
 @record

@@ -29,7 +29,7 @@ from mechdsl.prompts.compiled_template import CompiledTemplate, Definition
 from mechdsl.prompts.data_files import DataFile, read_data
 from mechdsl.prompts.domains import Constants, Words, make_domain
 from mechdsl.prompts.hub_datasets import read_dataset
-from mechdsl.prompts.images_block import ImageFiles, is_drawn_mask, not_of_images
+from mechdsl.prompts.images_block import ImageFiles, is_drawn_mask, not_of_images, swaps_regions
 from mechdsl.prompts.names_used import NameUse, calls_in, counts_tokens, draws, uses
 from mechdsl.prompts.parts_of_rows import parts_of
 from mechdsl.prompts.python_values import Calls
@@ -240,6 +240,8 @@ class PromptsBlock:
         """What corruptions write, with the names that each change gives a new value."""
         for corruption in self.spec.corruptions:
             for change in corruption.changes:
+                if swaps_regions(change, self.spec):
+                    continue
                 kind = kind_of(change)
                 written = {name.id for name in kind.writes(change)}
                 for node in kind.reads(change):

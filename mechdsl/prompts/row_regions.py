@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from math import isfinite
 from typing import TYPE_CHECKING, cast
 
+from mechdsl.base import limits
 from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.images.picture import Picture, PictureChange
-from mechdsl.images.regions import Region
+from mechdsl.images.regions import Region, whole_box
 from mechdsl.program import spec
 from mechdsl.prompts.expressions import bad, evaluate
-from mechdsl.prompts.images_block import is_drawn_mask
+from mechdsl.prompts.images_block import is_drawn_mask, swaps_regions
 from mechdsl.prompts.row_pictures import look, not_read
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.seeded_draws import stable_hash
@@ -66,21 +69,67 @@ def _mask(row: Row, region: spec.RegionDef, written: str, picture: Picture) -> R
 
 
 def changes_of(row: Row, picture: Picture) -> tuple[PictureChange, ...]:
-    """What the corruption does to the image. Refusals: E0207 and those of regions."""
+    """What the corruption does to the image before it is made ready. Refusals: E0207 and those of
+    regions."""
     found: list[PictureChange] = []
     for number, change in enumerate(row.image_changes):
-        kind = kind_of(change)
-        assert isinstance(kind, ImageChange)
-        part, amount = kind.part(change), _amount(row, kind, change)
-        block = row.block
-        seed = stable_hash(block.seed, block.name, row.draw_key, row.run, number) % (1 << 64)
-        seed = seed if kind.of == "noise" else 0
-        own: tuple[Region | None, ...] = (None,)
-        named = [each for each in block.spec.regions if each.name == part.id]
-        if named:
-            own = tuple(_regions(row, named[0], picture))
-        found += [PictureChange(kind.of, amount, region, seed) for region in own]
+        if swaps_regions(change, row.block.spec):
+            found += _swap(row, change, picture)
+            continue
+        made = image_change(row, change, number)
+        regions = _named(row, change.values[0], picture)
+        found += [replace(made, region=region) for region in regions]
     return tuple(found)
+
+
+def image_change(row: Row, change: ast.Change, number: int) -> PictureChange:
+    """A blur, a mask or noise, the one of a number in its corruption, without where it is.
+    Refusals: E0207."""
+    kind, block = kind_of(change), row.block
+    assert isinstance(kind, ImageChange)
+    seed = stable_hash(block.seed, block.name, row.draw_key, row.run, number) % (1 << 64)
+    return PictureChange(
+        kind.of, _amount(row, kind, change), seed=seed if kind.of == "noise" else 0
+    )
+
+
+def _named(row: Row, part: ast.Node, picture: Picture) -> Sequence[Region | None]:
+    """The occurrences of a region; None is the whole image."""
+    assert isinstance(part, ast.Name)
+    named = [each for each in row.block.spec.regions if each.name == part.id]
+    return _regions(row, named[0], picture) if named else (None,)
+
+
+def _swap(row: Row, change: ast.Change, picture: Picture) -> list[PictureChange]:
+    """None where the row lacks a region. Refusals: E0503."""
+    sides: list[Region] = []
+    for part in change.values:
+        found = _named(row, part, picture)
+        if not found:
+            return []
+        region = found[0]
+        if len(found) > 1 or region is None or region.box is None:
+            reason = f"`{part.span.written}` is " + (
+                f"{len(found)} boxes" if len(found) > 1 else "a mask"
+            )
+            raise bad(part.span, reason, "swap regions that are one box each")
+        sides.append(region)
+    first, second = sides
+    _apart(first, second, change, picture)
+    return [PictureChange("swap", region=first, other=second)]
+
+
+def _apart(first: Region, second: Region, change: ast.Change, picture: Picture) -> None:
+    """E0503 for boxes that overlap, or lie outside the image."""
+    size = picture.size if picture.size != (0, 0) else (limits.IMAGE_SIDE, limits.IMAGE_SIDE)
+    boxes = [whole_box(each, size) for each in (first, second)]
+    for (left, top, right, bottom), part in zip(boxes, change.values, strict=True):
+        if left >= right or top >= bottom:
+            reason = f"`{part.span.written}` has no pixel of the image"
+            raise bad(part.span, reason, "leave such rows out with `where`")
+    (left, top, right, bottom), other = boxes
+    if left < other[2] and other[0] < right and top < other[3] and other[1] < bottom:
+        raise bad(change.span, "the boxes overlap", "leave such rows out with `where`")
 
 
 def _amount(row: Row, kind: ImageChange, change: ast.Change) -> float:

@@ -12,7 +12,7 @@ from mechdsl.base.plural import plural
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e05_data import CorruptionWithoutEffect, NoRows, TooMany
-from mechdsl.diagnostics.w07_data import TemplateUnchanged
+from mechdsl.diagnostics.w07_data import EqualRecords, TemplateUnchanged
 from mechdsl.program import spec
 from mechdsl.prompts.prompts_block import TEMPLATE, PromptsBlock
 from mechdsl.prompts.row_scope import Refusal
@@ -20,7 +20,7 @@ from mechdsl.prompts.rows import RECORD, BlockRows, Row
 from mechdsl.prompts.seeded_draws import Permutation
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.prompts.values import TokenId, frozen, plain
-from mechdsl.vocab.corruptions import ValueChange, kind_of
+from mechdsl.vocab.corruptions import ImageChange, ValueChange, kind_of, of_patches
 
 _MAX_BEFORE_LIMIT = 20_000
 """Rows before `limit` that one standard deviation, or the mean of images, is taken over."""
@@ -333,6 +333,19 @@ class _Collector:
         ]
 
 
+def equal_records(block: PromptsBlock, found: Collection) -> EqualRecords:
+    """W0781 for records of a file that are equal."""
+    source = block.spec.rows
+    assert source is not None  # generated rows that are equal are left out
+    return EqualRecords(
+        span=source.span,
+        prompts=block.name,
+        file=source.span.written,
+        equal=found.repeated,
+        rows=len(found.rows),
+    )
+
+
 def template_of(row: Row) -> int:
     """The number of its template."""
     return row.places.get(TEMPLATE, 0)
@@ -371,4 +384,7 @@ def without_effect(
 
 def _only_values(corruption: spec.Corruption) -> bool:
     """Whether the text alone tells what the corruption did."""
-    return all(isinstance(kind_of(change), ValueChange) for change in corruption.changes)
+    shown = (ValueChange, ImageChange)  # what images are made of is their text
+    return not of_patches(corruption.changes) and all(
+        isinstance(kind_of(change), shown) for change in corruption.changes
+    )

@@ -16,6 +16,7 @@ from mechdsl.prompts.compiled_template import CompiledTemplate, Definition
 from mechdsl.prompts.expressions import bad, evaluate, holds
 from mechdsl.prompts.found_text import find_text
 from mechdsl.prompts.functions import FUNCTIONS, CallSite, draw_others
+from mechdsl.prompts.images_block import of_pixels
 from mechdsl.prompts.prompt_table import RunRow
 from mechdsl.prompts.prompts_block import TEMPLATE, PromptsBlock
 from mechdsl.prompts.row_content import content_key
@@ -39,7 +40,7 @@ from mechdsl.prompts.values import (
 )
 from mechdsl.syntax import ast
 from mechdsl.syntax.template import Placeholder
-from mechdsl.vocab.corruptions import ImageChange, ValueChange, kind_of
+from mechdsl.vocab.corruptions import ValueChange, kind_of
 
 RECORD = "record"
 """Name of the axis of a data file's records."""
@@ -343,10 +344,10 @@ class Row(WithImage):
         row.changed, row.item_changes, row.image_changes = {}, {}, []
         for change in corruption.changes:
             kind = kind_of(change)
-            if isinstance(kind, ValueChange):
-                kind.apply(row, change)
-            elif isinstance(change, ast.Change) and isinstance(kind, ImageChange):
+            if isinstance(change, ast.Change) and of_pixels(change, self.block.spec):
                 row.image_changes.append(change)
+            elif isinstance(kind, ValueChange):
+                kind.apply(row, change)
         self._corrupted[corruption.name] = row
         return row
 

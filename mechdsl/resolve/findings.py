@@ -85,32 +85,59 @@ class VariantFinding:
     def tokens(
         self, table: PromptTable, run: str, tokenizer: TextTokenizer
     ) -> Iterator[tuple[int, float, int]]:
-        """(row id, value, token of the run) of every position in every row that has it."""
+        """(row id, value, token of the run) of every position in every row that has it; one with
+        several cells (in several layers, say) counts with the best of them."""
+        import numpy as np
+
+        worth: Floats | None = None
+        if self.values is not None:
+            of_cells = self._by_position(self.values)
+            highest = np.where(np.isnan(of_cells), -np.inf, of_cells).max(axis=1)
+            worth = np.where(np.isneginf(highest), np.nan, highest)
+        for column, row, number, token in self.positions(table, run, tokenizer):
+            value = 0.0 if worth is None else float(worth[number, column])
+            if math.isfinite(value):
+                yield row, value, token
+
+    def by_token(
+        self, table: PromptTable, run: str, tokenizer: TextTokenizer
+    ) -> Iterator[tuple[int, int, Floats]]:
+        """(row id, token of the run, [cell] its values in the cells beside it, in the order of the
+        grid) of every position in every row that has it; of what has run."""
+        assert self.values is not None
+        of_cells = self._by_position(self.values)
+        for column, row, number, token in self.positions(table, run, tokenizer):
+            yield row, token, of_cells[number, :, column]
+
+    def positions(
+        self, table: PromptTable, run: str, tokenizer: TextTokenizer
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """(column of a row, its id, number of a position, its token there)."""
         own = self.experiment
-        rule = _token_rule(own)
-        index = [axis.name for axis in own.axes].index("position")
-        by_label = _by_label(own, rule, table, run, tokenizer)
-        cells = [by_label.get(str(label)) for label in own.axes[index].labels]
+        by_label = _by_label(own, _token_rule(own), table, run, tokenizer)
+        cells = [by_label.get(str(label)) for label in own.axes[self._axis].labels]
         here = set(table.row_ids)
         columns = own.table.row_ids if self.values is None else self.row_ids
-        worth = None if self.values is None else self._worth(index, self.values)
         for column, row in enumerate(columns):
             for number, cell in enumerate(cells if row in here else ()):
                 hits = () if cell is None else cell.get(row, ())
-                value = 0.0 if worth is None else float(worth[number, column])
-                if hits and math.isfinite(value):
-                    yield row, value, hits[0][0]
+                if hits:
+                    yield column, row, number, hits[0][0]
 
-    def _worth(self, axis: int, values: Floats) -> Floats:
-        """[position, row]: a position with several cells (in several layers, say) counts with the
-        best of them."""
+    @property
+    def _axis(self) -> int:
+        """Which of its axes is that of positions."""
+        return [axis.name for axis in self.experiment.axes].index("position")
+
+    def _by_position(self, values: Floats) -> Floats:
+        """[position, cell beside it, row], NaN where loops leave a cell out."""
         import numpy as np
 
-        shape = (*self.experiment.shape, values.shape[1])
-        moved = np.moveaxis(values.reshape(shape), axis, 0)
-        flat = moved.reshape(moved.shape[0], -1, values.shape[1])
-        highest = np.where(np.isnan(flat), -np.inf, flat).max(axis=1)
-        return np.where(np.isneginf(highest), np.nan, highest)
+        whole = np.full((*self.experiment.shape, values.shape[1]), np.nan)
+        for number, index in enumerate(_cells(self.experiment)):
+            whole[index] = values[number]
+        moved = np.moveaxis(whole, self._axis, 0)
+        return moved.reshape(moved.shape[0], -1, values.shape[1])
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.python_files import is_python
 from mechdsl.prompts.other_blocks import Paired
-from mechdsl.prompts.prompt_conventions import mean_conventions, noise_conventions
+from mechdsl.prompts.prompt_conventions import image_conventions, noise_conventions
 from mechdsl.prompts.prompt_table import PromptTable, Run
 from mechdsl.prompts.rows import CLEAN
 from mechdsl.resolve.resolved import ModelContext
@@ -46,7 +46,7 @@ def joined_table(table: PromptTable, found: Sequence[Paired | None]) -> PromptTa
     said = {
         f"rows of {each.run.name}": f"{each.how} of `{table.name}`" for each in runs if each.how
     }
-    said |= noise_conventions(joined) | mean_conventions(joined)
+    said |= noise_conventions(joined) | image_conventions(joined)
     return replace(joined, conventions={**table.conventions, **said})
 
 

@@ -106,6 +106,8 @@ class Observation(Intervention):
     label."""
     of_weights: ClassVar[bool] = False
     """It looks at weights alone, for which no prompt matters."""
+    of_maps: ClassVar[bool] = False
+    """It is of maps that other experiments made, and of no site."""
     counts: ClassVar[bool] = False
     """It has several values of a cell, along an axis `value` from 1."""
     takes: ClassVar[tuple[Literal["toward", "with", "with site", "top", "arguments"], ...]] = ()

@@ -154,7 +154,9 @@ class Onward:
     ) -> list[tuple[str, list[Hits]]]:
         node, name = base.ranked, finding.name
         for part in finding.parts:
-            _check_tokens(part.experiment, node, table, tokenizer)
+            hint = f"pick its sites: `{node.span.written}`"
+            hint = f"let it sweep single tokens, for example `at each token of …`, or {hint}"
+            check_tokens(part.experiment, table, tokenizer, hint)
         if finding.tokens_stand_in:
             _ = _amount(node, values)
             ends = [((len(row.ids) - 1,),) for row in table.runs[run].rows]
@@ -423,9 +425,11 @@ def _position_labels(experiment: ResolvedExperiment) -> tuple[Any, ...]:
     return next(axis.labels for axis in experiment.axes if axis.name == "position")
 
 
-def _check_tokens(
-    experiment: ResolvedExperiment, node: ast.Ranked, table: PromptTable, tokenizer: TextTokenizer
+def check_tokens(
+    experiment: ResolvedExperiment, table: PromptTable, tokenizer: TextTokenizer, otherwise: str
 ) -> None:
+    """Whether it has a number for each of some single tokens of these prompts, by its first
+    measure. Raises Refused. otherwise: what to write where it sweeps no positions."""
     _check_first_measure(experiment)
     name = experiment.name
     if experiment.table.name != table.name:
@@ -446,8 +450,7 @@ def _check_tokens(
     if not sweeping:
         raise Refused(
             f"`{name}` doesn't sweep positions",
-            "let it sweep single tokens, for example `at each token of …`, or pick its sites: "
-            f"`{node.span.written}`",
+            otherwise,
         )
     rule = sweeping[0]
     if rule.spec.onto is not None and rule.edge is None:

@@ -933,6 +933,24 @@ class ObserveFeatures(Node):
 
 
 @record
+class MapOf(Node):
+    """An experiment's number of each patch, one map for each row."""
+
+    of: str
+
+
+@record
+class ObserveMaps(Node):
+    """`observe iou of caap, occlusion in object top 25% as overlap`."""
+
+    what: Name
+    maps: tuple[MapOf, ...]
+    region: Name
+    share: Percent | None = None
+    name: Name | None = None
+
+
+@record
 class Observe(Node):
     """`observe logit_lens resid_post layer * at last token top 3`."""
 
@@ -947,6 +965,9 @@ class Observe(Node):
     name: Name | None = None
     beside: Site | None = None
     """The site that it is set against: `with attn_out layer *`."""
+
+
+Observing = ObserveAttention | ObserveMaps | Observe
 
 
 @record
@@ -1028,6 +1049,7 @@ Statement = (
     | Search
     | ObserveAttention
     | ObserveFeatures
+    | ObserveMaps
     | Observe
     | Measure
     | Stats

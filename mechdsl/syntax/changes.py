@@ -17,6 +17,7 @@ from mechdsl.syntax.reserved import CHANGE_WORDS
 
 CLAUSES = {"to": "to", "at": "at", "given": "with", "by": "by", "radius": "radius"}
 """Field of `ast.Change` -> the word in front of it, in the order of the text."""
+_SUCH_AS = {"radius": "such as `radius 8`, in pixels", "by": "such as `by 40`, of 255"}
 _SHOWN: Mapping[type[ast.Node], str] = {
     ast.Name: "a name",
     ast.Call: "a name",
@@ -41,23 +42,24 @@ class ChangeSignature:
     """What stands behind the word of a change.
 
     values: the kinds of node that it takes, in order; `repeated` lets the last one come again.
-    tokens: a position stands there instead.
+    tokens: a position stands there instead; `either`: or may stand there.
     needs, may: the clauses behind, by their field of `ast.Change` (`given` is `with`).
     """
 
     values: tuple[type[ast.ChangeValue], ...] = ()
     repeated: bool = False
     tokens: bool = False
+    either: bool = False
     needs: tuple[str, ...] = ()
     may: tuple[str, ...] = ()
 
     def problem(self, change: ast.Change) -> Diagnostic | None:
         """E0101 for the first part that is missing, of another kind or too many."""
-        if self.tokens != (change.tokens is not None):
+        if self.tokens != (change.tokens is not None) and not (self.either and change.tokens):
             wrong = change.tokens or change.values[0]
             expected = "a position, such as `last token`" if self.tokens else _SHOWN[self.values[0]]
             return _unexpected(wrong.span, expected)
-        kinds = self.values
+        kinds = () if change.tokens is not None else self.values
         if self.repeated:
             kinds += kinds[-1:] * (len(change.values) - len(kinds))
         for value, kind in zip(change.values, kinds, strict=False):
@@ -67,11 +69,12 @@ class ChangeSignature:
         if len(change.values) < len(kinds):
             return _cut_short(change, "`,`")
         if len(change.values) > len(kinds):
-            return _unexpected(change.values[len(kinds)].span, "the next statement")
+            hint = f"write another `{change.word}` for it" if len(kinds) == 1 else "leave it out"
+            return _unexpected(change.values[len(kinds)].span, "the next statement", hint)
         for clause, word in CLAUSES.items():
             given = getattr(change, clause)
             if given is None and clause in self.needs:
-                return _cut_short(change, f"`{word}`")
+                return _cut_short(change, f"`{word}`", _SUCH_AS.get(clause, ""))
             if given is not None and clause not in (*self.needs, *self.may):
                 span = given.span if isinstance(given, ast.Node) else change.span
                 return _unexpected(span, "the next statement")
@@ -81,7 +84,7 @@ class ChangeSignature:
         """Of the terminals that the grammar accepts behind these words of a change (its own is the
         first), those that this change accepts."""
         commas = before.count(",")
-        if not self.tokens and (len(before) == 1 or before[-1] == ","):
+        if not (self.tokens or self.either) and (len(before) == 1 or before[-1] == ","):
             return grammar & _BEGINS[self.values[min(commas, len(self.values) - 1)]]
         if len(before) == 1:
             return grammar - _BEGINS[ast.Number] - _BEGINS[ast.Percent]
@@ -90,7 +93,7 @@ class ChangeSignature:
         wanted = {CLAUSES[clause].upper() for clause in (*missing[:1], *self.may)}
         left = grammar - ({word.upper() for word in CLAUSES.values()} - wanted)
         if (
-            not self.tokens
+            not (self.tokens or self.either)
             and before.count("(") == before.count(")")
             and not (set(before) & set(CLAUSES.values()))
         ):
@@ -118,11 +121,11 @@ def problem(change: ast.Change) -> Diagnostic | None:
     return None if signature is None else signature.problem(change)
 
 
-def _unexpected(span: Span, expected: str) -> Diagnostic:
-    return UnexpectedToken(span=span, found=f"`{span.written}`", expected=expected)
+def _unexpected(span: Span, expected: str, hint: str = "") -> Diagnostic:
+    return UnexpectedToken(span=span, found=f"`{span.written}`", expected=expected, hint=hint)
 
 
-def _cut_short(change: ast.Change, expected: str) -> Diagnostic:
+def _cut_short(change: ast.Change, expected: str, hint: str = "") -> Diagnostic:
     end = Span(change.span.source, change.span.end, change.span.end)
     found = f"end of the `{change.word}` statement"
-    return UnexpectedToken(span=end, found=found, expected=expected)
+    return UnexpectedToken(span=end, found=found, expected=expected, hint=hint)

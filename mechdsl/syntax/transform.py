@@ -445,6 +445,18 @@ class ToAst(Transformer[Token, Any]):
     def observe_features(self, c: list[Any]) -> ast.ObserveFeatures:
         return ast.ObserveFeatures(c[3], c[5], _clauses(c).get("top"), span=_span(c))
 
+    def map_of(self, c: list[Any]) -> ast.MapOf:
+        return ast.MapOf(c[0].id, span=c[0].span)
+
+    def observe_maps(self, c: list[Any]) -> ast.ObserveMaps:
+        maps = tuple(child for child in c if isinstance(child, ast.MapOf))
+        clauses = _clauses(c)
+        region = next(child for child in c[2:] if isinstance(child, ast.Name))
+        share, name = clauses.get("share"), clauses.get("name")
+        return ast.ObserveMaps(_name(c[1]), maps, region, share, name, span=_span(c))
+
+    top_share = _clause("share", _second)
+
     def observe(self, c: list[Any]) -> ast.Observe:
         site = next(child for child in c if isinstance(child, ast.Site))
         clauses = _clauses(c)

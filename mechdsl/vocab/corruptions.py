@@ -139,19 +139,16 @@ class ActivationChange(ChangeKind[ast.Change]):
 
 
 class ImageChange(ChangeKind[ast.Change]):
-    """Changes an image, or a region of it, before it is made ready for the model."""
+    """Changes an image, or a region of it, before it is made ready for the model; or patches of it
+    (`change.tokens`) behind that."""
 
-    of: ClassVar[Literal["blur", "mask", "noise"]]
+    of: ClassVar[Literal["blur", "mask", "noise", "swap"]]
     most: ClassVar[float] = 0.0
     """The largest amount."""
 
     def amount(self, change: ast.Change) -> int | float | str | ast.Expr | None:
         """A number, or the name of one; None where there is none."""
         return None
-
-    def part(self, change: ast.Change) -> ast.Name:
-        """`image`, or a region."""
-        return cast("ast.Name", change.values[0])
 
     def reads(self, change: ast.Change) -> tuple[ast.Expr, ...]:
         """The amount, where it is an expression; the part is no value of the row."""
@@ -181,7 +178,7 @@ def kind_of(line: ast.CorruptLine) -> ChangeKind[Any]:
     return SET if isinstance(line, ast.Derived) else CHANGES[line.word]
 
 
-W = TypeVar("W", TokenChange, ActivationChange)
+W = TypeVar("W", TokenChange, ActivationChange, ImageChange)
 
 
 def of_kind(kind: type[W], lines: Sequence[ast.CorruptLine]) -> list[tuple[W, ast.Change]]:
@@ -189,6 +186,11 @@ def of_kind(kind: type[W], lines: Sequence[ast.CorruptLine]) -> list[tuple[W, as
     worded = [line for line in lines if isinstance(line, ast.Change)]
     found = [(kind_of(line), line) for line in worded]
     return [(entry, line) for entry, line in found if isinstance(entry, kind)]
+
+
+def of_patches(lines: Sequence[ast.CorruptLine]) -> list[tuple[ImageChange, ast.Change]]:
+    """The changes of images that name patches."""
+    return [each for each in of_kind(ImageChange, lines) if each[1].tokens is not None]
 
 
 def problems(lines: Sequence[ast.CorruptLine], parameters: Parameters) -> list[Diagnostic]:
@@ -219,7 +221,10 @@ SET = CHANGES.add(SetChange.name, SetChange())
 @change("swap")
 class SwapChange(ValueChange[ast.Change]):
     usage = "swap count, number"
-    meaning = "two values change places"
+    meaning = (
+        "two values change places; of images also two regions, each a box: what lies in one is "
+        "resized to the other (bilinear)"
+    )
     signature = ChangeSignature((ast.Name, ast.Name))
 
     def apply(self, row: ChangingRow, change: ast.Change) -> None:
@@ -247,7 +252,7 @@ class BlurChange(ImageChange):
         "an image, or a region of it, is blurred, with a Gaussian of this radius, in pixels of the "
         "file; rows are images"
     )
-    signature = ChangeSignature((ast.Name,), needs=("radius",))
+    signature = ChangeSignature((ast.Name,), either=True, needs=("radius",))
     of = "blur"
     most = 1_000
 
@@ -258,8 +263,12 @@ class BlurChange(ImageChange):
 @change("mask")
 class MaskChange(ImageChange):
     usage = "mask object"
-    meaning = "a region of an image, or all of it (`mask image`), is gray: 128 of 255"
-    signature = ChangeSignature((ast.Name,))
+    meaning = (
+        "a region of an image, or all of it (`mask image`), is gray: 128 of 255; "
+        "`mask image row 3..5 col 2..4 tokens` is of patches, as is `blur` or `noise` of them: of "
+        "the image as the model gets it, with a radius in its pixels, behind all other changes"
+    )
+    signature = ChangeSignature((ast.Name,), either=True)
     of = "mask"
 
 
@@ -270,7 +279,7 @@ class NoiseChange(ImageChange):
         "noise is added to each number of each pixel of an image or a region: normal, of this "
         "standard deviation of 255, drawn for each row"
     )
-    signature = ChangeSignature((ast.Name,), needs=("by",))
+    signature = ChangeSignature((ast.Name,), either=True, needs=("by",))
     of = "noise"
     most = 10_000
 
@@ -317,7 +326,7 @@ class AddedNoise:
 @change("add")
 class AddChange(ActivationChange):
     usage = "add gaussian(std: 3 sd) to embed at fruits tokens"
-    meaning = "noise is added to an activation; the text stays"
+    meaning = "noise is added to an activation; the text, or the image, stays"
     signature = ChangeSignature((ast.Call,), needs=("to", "at"))
 
     def refusals(self, change: ast.Change, parameters: Parameters) -> list[Diagnostic]:

@@ -414,7 +414,10 @@ NOT_KEYED: dict[type, dict[str, str]] = {
     },
     Atom: {"points": "`point` is the one that is read", "axes": PLACED},
     TokenSets: {},
-    Noise: {"drawn": "of rows that are saved, of which no value is kept"},
+    Noise: {
+        "drawn": "of rows that are saved, of which no value is kept",
+        "sd_images": "`sd_tokens` has a number for each",
+    },
     Run: {
         "name": "what rules and measures call it; what it holds goes in",
         "prompts": "the block that its rows are of; they go in as they are",
@@ -427,6 +430,7 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "offsets": "positions are found with them, and go in",
         "spans": "positions are found with them, and go in",
         "places": "positions are found with them, and go in",
+        "regions": "what is made of them isn't kept value by value",
         "image": "its tokens are a digest of all that its pixels are made of",
         "values": "what a function is given of them is in `Atom.rows`, by which a mean is grouped "
         "in `ResolvedRule.groups`",

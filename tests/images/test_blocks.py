@@ -322,8 +322,9 @@ def test_validating_needs_no_torch(tmp_path: Path) -> None:
         ('image gray template "hello"', "E0207"),
         ('image gray span a = "b"', "E0207"),
         ("image gray region a = box", "E0501"),
-        ('image gray corrupt c { template "b" }', "E0108"),
-        ("image gray corrupt c { add gaussian(std: 1) to embed at image tokens }", "E0108"),
+        ('image gray corrupt c { template "b" }', "E0207"),
+        ('image gray corrupt c { replace image tokens with "b" }', "E0207"),
+        ("image gray corrupt c { add gaussian(std: 1) to embed at dog tokens }", "E0308"),
         ('image gray x in ["a", "b"] where tokens(x) = 1 text t = "{x}"', "E0207"),
     ],
 )  # fmt: skip

@@ -69,6 +69,14 @@ def _mean(folder: Path, blocks: str) -> tuple[str, np.ndarray]:
     return image.words, found
 
 
+def test_noise_has_the_size_of_the_model(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    noisy = 'images snow { x in 1..20 image noise answer "circle" }'
+    words, found = _mean(tmp_path, f"{SCENES}\n{noisy}\nimages neutral {{ image mean of snow }}")
+    assert words == "mean of 1,000 of snow"
+    assert np.abs(found).max() < 0.25
+
+
 def test_another_image_is_another_mean(tmp_path: Path) -> None:
     """Which rows share an image, and what is kept of them, hangs on every image it is of."""
     folder_of(tmp_path)

@@ -12,8 +12,8 @@ from typing import Literal
 from mechdsl.base.registry import Registry
 
 Group = Literal[
-    "file", "prompts", "image", "image position", "position", "site", "rule", "onward",
-    "experiment", "class", "expectation",
+    "file", "prompts", "image", "image position", "image line", "position", "site", "rule",
+    "onward", "experiment", "class", "expectation",
 ]  # fmt: skip
 
 OWN = "this page"
@@ -75,6 +75,11 @@ def _image(
 
 def _in_image(name: str, example: str, meaning: str) -> None:
     _construct(Construct(name, "image position", example, meaning, OWN, _ON_IMAGES))
+
+
+def _on_image(name: str, example: str, meaning: str, source: str, test: str) -> None:
+    """A line of an experiment on images."""
+    _construct(Construct(name, "image line", example, meaning, source, test))
 
 
 def _file(name: str, example: str, meaning: str, test: str, source: str = OWN) -> None:
@@ -1738,4 +1743,37 @@ _in_image(
     "The class token in front of the patches. There may be a `distillation token` and registers "
     "behind it (`register 2 token`, `each register token`): they are in `tokens *`, and `first "
     "token` is the first patch.",
+)
+
+# --- experiments on images ------------------------------------------------------------------------
+
+_MAPS = "tests/images/test_maps.py"
+_on_image(
+    "observe pointing",
+    "observe pointing of caap, deleted in object",
+    "Whether a map is highest in the region: in a patch of which half or more lies in it; of "
+    "several that are highest, the share. Maps are experiments of the file that sweep patches "
+    "(`at each token of image`), each by its first measure in the same row, signed; several are an "
+    "axis `map`, and of one, its other axes are axes here too (`for a in … { for b in … }`: one "
+    "value for each range of layers). The region is that of the block, in pixels of the image as "
+    "the model gets it; rows without it drop out, which is said. Beside it stands `pointing "
+    "chance`, the share of patches that lie in it.",
+    "Zhang et al. 2018, Top-down neural attention by excitation backprop",
+    _MAPS,
+)
+_on_image(
+    "observe mass",
+    "observe mass of caap in object as inside",
+    "Which share of what is above 0 in a map lies in the region; a patch that is partly in it "
+    "counts by its share of pixels. Beside it stands the region's share of the image.",
+    "Arras et al. 2022, arXiv 2003.07258",
+    _MAPS,
+)
+_on_image(
+    "observe iou",
+    "observe iou of caap in object top 25%",
+    "Pixels that both the region and the highest patches have, over those that either has. Without "
+    "`top`, as many patches as the region's share of the image.",
+    OWN,
+    _MAPS,
 )

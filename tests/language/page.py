@@ -153,6 +153,36 @@ experiment e {
 }
 """
 """A file for images."""
+ON_IMAGES = """\
+mech 1
+model vit = local("vit")
+images scenes {
+  kind in ["circle", "square"]
+  image shapes(n: 1, kind: kind)
+  region object = mask
+  answer "{kind}"
+}
+images neutral { image gray }
+experiment caap {
+  model vit
+  from scenes into neutral
+  images scenes limit 4
+  patch resid_post layer 0 at each token of image
+  measure logit(answer) as delta
+}
+experiment deleted {
+  model vit
+  images scenes limit 4
+  ablate embed at each token of image with zero
+  measure logit(answer) as delta
+}
+experiment e {
+  model vit
+  images scenes limit 4
+BODY
+}
+"""
+"""A file for experiments on images, two of which are maps."""
 MODELS = ('model toy = zoo("counting")', 'model twin = zoo("counting")')
 LINES = (
     "model toy",
@@ -270,6 +300,8 @@ def written(entry: Construct) -> str:
             return in_block(entry.example, *beside)
         case "image" | "image position":
             return of_images(entry)
+        case "image line":
+            return on_images(entry.example)
         case "class":
             return CLASSIFIED.replace("MODEL", "classifier").replace("LINE", entry.example)
         case "position":
@@ -333,6 +365,14 @@ def on_texts() -> str:
     file = file.replace("from scenes into neutral", "").replace("at tokens *", "at last token")
     block = 'prompts told { kind in ["circle", "square"] image from scenes template "a {kind}" }'
     return file.replace("experiment e", f"{block}\nexperiment e")
+
+
+def on_images(example: str) -> str:
+    """A file with a line of an experiment on images."""
+    lines = [example]
+    if not example.startswith("observe"):
+        lines.append("measure logit(answer) as delta")
+    return ON_IMAGES.replace("BODY", "\n".join(f"  {line}" for line in lines))
 
 
 def of_group(group: Group) -> Iterator[Line]:
@@ -538,6 +578,11 @@ def sections() -> list[Section]:
             "Positions in images",
             "What stands behind `at` where rows are images.",
             tuple(of_group("image position")),
+        ),
+        Section(
+            "Experiments on images",
+            "Lines of an experiment whose rows are images.",
+            tuple(of_group("image line")),
         ),
         Section("Changes", "Lines of a `corrupt` block.", tuple(changes())),
         Section("Positions", "What stands behind `at`.", tuple(of_group("position"))),

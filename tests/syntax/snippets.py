@@ -319,6 +319,8 @@ observe similarity resid_post layer * at object_a token with object_b token
 observe norm resid_post layer *
 observe norm embed in basis b
 observe norm at resid_post layer * at tokens *
+observe pointing of caap in object
+observe iou of caap, ig, rollout in object top 25% as overlap
 observe features of res8 at last token top 10
 observe features of res8 at tokens *
 observe logit_lens L3.resid at last token
@@ -470,6 +472,7 @@ replace item 2 token, last token with other(item)
 blur image radius 8
 blur image radius 2.5
 blur image radius r
+blur image row 1..2 col * tokens radius 3
 """.strip().splitlines()
 
 TOP = """

@@ -176,6 +176,9 @@ class ObserveRule(RuleKind):
         word = rule.observed.word
         _named_freely(rule, rule.observed, work)
         entry = OBSERVATIONS.get(word)
+        if entry is not None and rule.observed.maps and not entry.of_maps:
+            _refuse(rule, work, "is of a site", f"write `observe {word} resid_post layer 1 at …`")
+            return None
         if entry is not None:
             return entry.resolve(rule, work)
         hint = did_you_mean(word, OBSERVATIONS, f"observations are {', '.join(OBSERVATIONS)}")

@@ -311,6 +311,11 @@ def _statement(node: Any) -> str | None:
         case ast.ObserveFeatures():
             top = _optional("top", node.top)
             return f"observe features of {node.basis.id} at {positions(node.at)}{top}"
+        case ast.ObserveMaps():
+            maps = ", ".join(each.of for each in node.maps)
+            share = _of("top", node.share, _percent)
+            name = _of("as", node.name, _id)
+            return f"observe {node.what.id} of {maps} in {node.region.id}{share}{name}"
         case ast.Observe():
             return _observe(node)
         case ast.Measure():

@@ -1,0 +1,63 @@
+"""What corruptions do to patches of an image, as the model gets it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.e02_names import BadArgument
+from mechdsl.images.picture import PictureChange
+from mechdsl.prompts.image_reader import ImageReader
+from mechdsl.prompts.positions import resolve_positions
+from mechdsl.prompts.prompt_table import PromptTable, Run, RunRow
+from mechdsl.prompts.row_regions import image_change
+from mechdsl.prompts.row_scope import Refusal
+from mechdsl.prompts.rows import Row
+from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.syntax import ast
+
+
+def change_patches(
+    table: PromptTable,
+    run: str,
+    change: ast.Change,
+    number: int,
+    rows: Sequence[Row],
+    tokenizer: TextTokenizer,
+) -> tuple[Run, list[Diagnostic]]:
+    """The run with patches of its images blurred, gray or with noise; cells are joined.
+
+    number: its own, which noise hangs on. rows: those of the run. Codes: E0207 and those of
+    positions.
+    """
+    at, before = change.tokens, table.runs[run]
+    assert at is not None
+    cells, found = resolve_positions(at, table, run, tokenizer=tokenizer)
+    if has_errors(found) or not isinstance(tokenizer, ImageReader):
+        return before, found
+    changed: list[RunRow] = []
+    for place, (old, row) in enumerate(zip(before.rows, rows, strict=True)):
+        tokens = sorted({t for cell in cells for hit in cell.hits[place] for t in hit})
+        if any(tokenizer.layout.place(token) is None for token in tokens):
+            reason, hint = "is of patches alone", "write `image tokens` for all of them"
+            return before, [BadArgument(span=at.span, name=change.word, reason=reason, hint=hint)]
+        try:
+            made = image_change(row, change, number)
+        except Refusal as refusal:
+            return before, [refusal.diagnostic(row.describe())]
+        changed.append(_changed(old, replace(made, patches=_boxes(tokens, tokenizer)), tokenizer))
+    return replace(before, rows=tuple(changed)), found
+
+
+def _boxes(tokens: Sequence[int], reader: ImageReader) -> tuple[tuple[int, int, int, int], ...]:
+    return tuple(reader.layout.box(token) for token in tokens)
+
+
+def _changed(row: RunRow, change: PictureChange, reader: ImageReader) -> RunRow:
+    """As it was where it has none of the patches."""
+    if not change.patches or row.image is None:
+        return row
+    image = replace(row.image, changes=(*row.image.changes, change))
+    [tokens] = reader.encode_all([image.text])
+    return replace(row, image=image, text=image.text, ids=tokens.ids, offsets=tokens.offsets)

@@ -1,0 +1,350 @@
+"""Patches that corruptions change, and boxes that change places."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from mechdsl.images.pixels import prepared
+from mechdsl.images.processing import Processing
+from mechdsl.images.regions import of_box, tokens_in
+from mechdsl.prompts.image_reader import ImageReader
+
+from ..reference.hooks import Change
+from ..reference.noise import keyed_by_number, noise
+from . import support
+from .support import GRID, SIDE, copied, difference, forward, plain
+from .test_blocks import SCENES, check, codes, folder_of
+
+Writes = Mapping[tuple[str, int], Sequence[Change]]
+
+BOXES = (((0, 0, 9, 8), (10, 12, 19, 20)), ((2, 1, 7, 9), (8, 4, 16, 16)), ((0, 0, 9, 9), None))
+"""Of each file: of one size, of two, and one that lacks its second."""
+BLOCKS = """
+images scenes {
+  rows "boxes.jsonl"
+  image "{file}"
+  region one = first
+  region two = second
+  answer "{label}"
+  wrong "{other}"
+  CORRUPT
+}
+"""
+PATCH = SIDE // GRID
+
+
+def write_boxes(folder: Path) -> None:
+    support.write_images(folder)
+    records = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    for record, (first, second) in zip(records, BOXES, strict=True):
+        record |= {"first": first, "second": second, "size": 2 + len(record["label"])}
+    (folder / "boxes.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+
+def levels(name: str, number: int) -> NDArray[np.uint8]:
+    """[side, side, 3] of 0 to 255, what the library's processor makes before it scales."""
+    found = support.processor(name)(
+        Image.fromarray(support.image(number)),
+        do_rescale=False,
+        do_normalize=False,
+        return_tensors="np",
+    )
+    return np.moveaxis(found["pixel_values"][0], 0, -1).round().clip(0, 255).astype(np.uint8)
+
+
+def ready(name: str, image: NDArray[np.uint8]) -> torch.Tensor:
+    """[1, 3, side, side] of an image that has the model's size."""
+    how = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
+    return support.processor(name)(Image.fromarray(image), **how)["pixel_values"].double()
+
+
+def painted(
+    name: str, number: int, other: NDArray[np.uint8], *places: tuple[int, int]
+) -> torch.Tensor:
+    """The image with patches of another one, each by its row and column from 1."""
+    found, theirs = support.pixels(name, number).clone(), ready(name, other)
+    for row, col in places:
+        part = (..., slice((row - 1) * PATCH, row * PATCH), slice((col - 1) * PATCH, col * PATCH))
+        found[part] = theirs[part]
+    return found
+
+
+def ran(
+    folder: Path, name: str, mode: str, corrupt: str, rule: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(base, patched), of each row."""
+    write_boxes(folder)
+    blocks = BLOCKS.replace("CORRUPT", f"corrupt other {{ {corrupt} }}")
+    text = support.experiment("e", "from clean into other", rule)
+    found = support.run_file(text, folder, name, mode, blocks)["e"]
+    return found.measures[0].base[0], found.measures[0].patched[0]
+
+
+@pytest.mark.parametrize("mode", ["plain", "planned"])
+@pytest.mark.parametrize("name", ["vit", "dinov2_with_registers", "siglip"])
+def test_patches_are_masked(name: str, mode: str, tmp_path: Path) -> None:
+    """They have what a gray image has there, and no other pixel of what the model gets changes."""
+    corrupt = "mask image row 2..3 col 1..2 tokens"
+    places = [(2, 1), (2, 2), (3, 1), (3, 2)]
+    base, patched = ran(
+        tmp_path, name, mode, corrupt, "patch resid_post layer 0 at image row 2 col 1 token"
+    )
+    expected: list[tuple[float, float]] = []
+    for number in range(3):
+        given = painted(name, number, support.GRAY, *places)
+        tokens = [support.token(name, 2, 1)]
+        writes = {("resid_post", 0): copied(plain(name, number), "resid_post", 0, tokens)}
+        seen = forward(name, given), forward(name, given, writes)
+        expected.append((difference(seen[0], number), difference(seen[1], number)))
+    np.testing.assert_allclose(base, [own for own, _ in expected], atol=1e-4)
+    np.testing.assert_allclose(patched, [own for _, own in expected], atol=1e-4)
+    clean = [difference(plain(name, number), number) for number in range(3)]
+    assert np.abs(base - clean).max() > 0.1
+    assert np.abs(base - patched).max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["vit", "beit"])
+def test_patches_are_blurred_as_the_model_gets_them(name: str, tmp_path: Path) -> None:
+    """With a radius that each row has of its own."""
+    corrupt = "blur image row 1 col * tokens radius size"
+    base, _ = ran(tmp_path, name, "planned", corrupt, "patch embed at cls token")
+    expected: list[float] = []
+    for number in range(3):
+        soft = ImageFilter.GaussianBlur(2 + len(support.ANSWERS[number]))
+        image = np.asarray(Image.fromarray(levels(name, number)).filter(soft))
+        given = painted(name, number, image, *((1, col) for col in range(1, GRID + 1)))
+        expected.append(difference(forward(name, given), number))
+    np.testing.assert_allclose(base, expected, atol=1e-4)
+    clean = [difference(plain(name, number), number) for number in range(3)]
+    assert np.abs(base - clean).max() > 0.02
+
+
+@pytest.mark.parametrize("mode", ["plain", "planned"])
+@pytest.mark.parametrize("name", ["vit", "clip"])
+def test_boxes_change_places(name: str, mode: str, tmp_path: Path) -> None:
+    """The row without the second box is left out, as nothing of it changes."""
+    base, _ = ran(tmp_path, name, mode, "swap one, two", "patch embed at cls token")
+    expected: list[float] = []
+    for number, (first, second) in enumerate(BOXES[:2]):
+        assert second is not None
+        image = Image.fromarray(support.image(number))
+        parts = [image.crop(box) for box in (first, second)]
+        for box, part in ((first, parts[1]), (second, parts[0])):
+            size = (box[2] - box[0], box[3] - box[1])
+            image.paste(part.resize(size, resample=Image.Resampling.BILINEAR), box[:2])
+        given = support.processor(name)(image, return_tensors="pt")["pixel_values"].double()
+        expected.append(difference(forward(name, given), number))
+    np.testing.assert_allclose(base, expected, atol=1e-4)
+    clean = [difference(plain(name, number), number) for number in range(2)]
+    assert np.abs(base - clean).max() > 0.05
+
+
+def test_patches_of_an_image_that_is_scaled_first(tmp_path: Path) -> None:
+    """As DINOv3's are, in floats: what isn't changed isn't rounded either."""
+    folder_of(tmp_path, id2label=dict(enumerate(support.LABELS)))
+    write_boxes(tmp_path)
+    corrupt = "corrupt other { mask image row 2 col 3 token }"
+    lines = ("from clean into other", "patch embed at cls token")
+    [experiment], problems = check(tmp_path, *lines, blocks=BLOCKS.replace("CORRUPT", corrupt))
+    assert not problems
+    rows = experiment.table.runs["other"].rows
+    how = Processing(("exact", 32, 32), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.5), floats=True)
+    for clean, other in zip(experiment.table.runs["clean"].rows, rows, strict=True):
+        assert clean.image is not None
+        assert other.image is not None
+        before, after = prepared(clean.image, how), prepared(other.image, how).copy()
+        gray = (128 / 255 - np.array(how.mean)) / np.array(how.std)
+        np.testing.assert_allclose(
+            after[:, 8:16, 16:24], gray[:, None, None] + np.zeros((3, 8, 8)), atol=1e-6
+        )
+        after[:, 8:16, 16:24] = before[:, 8:16, 16:24]
+        np.testing.assert_array_equal(after, before)
+
+
+def test_noise_on_patches_hangs_on_the_row_and_the_change(tmp_path: Path) -> None:
+    folder_of(tmp_path, id2label=dict(enumerate(support.LABELS)))
+    write_boxes(tmp_path)
+    corrupt = "corrupt other { noise image by 30 noise image row 1 col 1..2 token by 30 }"
+    lines = ("from clean into other", "patch embed at cls token")
+    [experiment], problems = check(tmp_path, *lines, blocks=BLOCKS.replace("CORRUPT", corrupt))
+    assert not problems
+    images = [row.image for row in experiment.table.runs["other"].rows]
+    seeds = [change.seed for image in images if image is not None for change in image.changes]
+    assert len({*seeds}) == 6
+    assert all(
+        image is None or image.changes[1].patches == ((0, 0, 8, 8), (8, 0, 16, 8))
+        for image in images
+    )
+
+
+def test_what_is_done_to_images_is_said(tmp_path: Path) -> None:
+    folder_of(tmp_path, id2label=dict(enumerate(support.LABELS)))
+    write_boxes(tmp_path)
+    corrupt = "corrupt other { swap one, two blur image radius size mask image row 1 col 1 token }"
+    lines = ("from clean into other", "patch embed at cls token")
+    [experiment], problems = check(tmp_path, *lines, blocks=BLOCKS.replace("CORRUPT", corrupt))
+    assert not problems
+    assert experiment.table.conventions["image of other"] == (
+        "swap of two boxes, each resized to the other (bilinear), then blur with a Gaussian of "
+        "radius 6 to 8 pixels, then mask with 128 of 255, of patches as the model gets them"
+    )
+
+
+def test_a_row_that_lacks_the_region_is_left_out(tmp_path: Path) -> None:
+    folder_of(tmp_path, id2label=dict(enumerate(support.LABELS)))
+    write_boxes(tmp_path)
+    lines = ("from clean into other", "patch embed at cls token")
+    for change in ("mask two", "swap one, two"):
+        blocks = BLOCKS.replace("CORRUPT", f"corrupt other {{ {change} }}")
+        [experiment], problems = check(tmp_path, *lines, blocks=blocks)
+        assert not problems
+        assert len(experiment.table) == 2
+        assert experiment.table.conventions["dropped"] == "1 that `other` leaves unchanged"
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ("swap one, three", "E0203"),
+        ("swap one, image", "E0203"),
+        ("swap one, label", "E0203"),
+        ("swap one, one", "E0503"),
+        ("swap one", "E0101"),
+        ("mask 3", "E0101"),
+        ("mask one, two", "E0101"),
+        ("mask cls token", "E0207"),
+        ("mask image row 9 col 1 token", "E0310"),
+        ("mask three tokens", "E0308"),
+        ("mask two tokens", "E0309"),
+        ("mask image row 1 col 1 token blur image radius 2", "E0207"),
+        ("mask image row 1 col 1 token swap one, two", "E0207"),
+        ("noise image row 1 col 1 token", "E0101"),
+        ("noise image row 1 col 1 token by 0", "E0207"),
+    ],
+)
+def test_changes_that_are_refused(change: str, wanted: str, tmp_path: Path) -> None:
+    folder_of(tmp_path, id2label=dict(enumerate(support.LABELS)))
+    write_boxes(tmp_path)
+    blocks = BLOCKS.replace("CORRUPT", f"corrupt other {{ {change} }}")
+    lines = ("from clean into other", "patch embed at cls token")
+    assert codes(tmp_path, *lines, blocks=blocks)[:1] == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("second", "wanted"),
+    [
+        ([[0, 0, 4, 4], [8, 8, 10, 10]], "2 boxes"),
+        ("0.png", "a mask"),
+        ([5, 5, 12, 12], "overlap"),
+        ([50, 50, 60, 60], "no pixel"),
+    ],
+)
+def test_regions_that_cannot_change_places(second: object, wanted: str, tmp_path: Path) -> None:
+    folder_of(tmp_path, id2label=dict(enumerate(support.LABELS)))
+    support.write_images(tmp_path)
+    record = {"file": "0.png", "label": "circle", "other": "cross", "first": [0, 0, 6, 6]}
+    (tmp_path / "boxes.jsonl").write_text(json.dumps({**record, "second": second}))
+    blocks = BLOCKS.replace("CORRUPT", "corrupt other { swap one, two }")
+    lines = ("from clean into other", "patch embed at cls token")
+    [found] = check(tmp_path, *lines, blocks=blocks)[1]
+    assert found.code == "E0503"
+    assert wanted in found.message
+
+
+def test_values_of_images_still_change_places(tmp_path: Path) -> None:
+    folder_of(tmp_path, id2label=dict(enumerate(support.LABELS)))
+    write_boxes(tmp_path)
+    blocks = BLOCKS.replace("CORRUPT", "corrupt other { swap label, other mask one }")
+    lines = ("from clean into other", "patch embed at cls token")
+    [experiment], problems = check(tmp_path, *lines, blocks=blocks)
+    assert not problems
+    for clean, other in zip(
+        *(experiment.table.runs[n].rows for n in ("clean", "other")), strict=True
+    ):
+        assert other.image is not None
+        assert [change.how for change in other.image.changes] == ["mask"]
+        assert other.values["label"] == clean.values["other"]
+
+
+NOISED = BLOCKS.replace(
+    "CORRUPT",
+    "corrupt other { add gaussian(std: 2 sd, samples: 2) to embed at one tokens } "
+    "corrupt fixed { add gaussian(std: 0.7) to embed at image row 2 col * tokens }",
+)
+
+
+def noised(name: str, number: int, draw: int, tokens: Sequence[int], scale: float) -> Writes:
+    """What the embedding gives, with the noise of a row and a draw."""
+    found = plain(name, number).sites["embed", 0][:, 0]
+    own = {at: scale * noise(number, draw, at, found.shape[-1]) for at in tokens}
+    return {("embed", 1): [Change(at, 0, found[at] + added) for at, added in own.items()]}
+
+
+@pytest.mark.parametrize("mode", ["plain", "planned"])
+@pytest.mark.parametrize("name", ["vit", "dinov2_with_registers", "siglip"])
+@pytest.mark.parametrize(("run", "draws"), [("other", 2), ("fixed", 1)])
+def test_noise_on_embeddings(
+    name: str, mode: str, run: str, draws: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Draws by the seed and the row; of three standard deviations, over the tokens of all rows."""
+    keyed_by_number(monkeypatch)
+    write_boxes(tmp_path)
+    rule = "patch resid_post layer 0 at image row 2 col 1..2 tokens"
+    text = support.experiment("e", f"from clean into {run}", rule)
+    found = support.run_file(text, tmp_path, name, mode, NOISED)["e"]
+    where = [[support.token(name, 2, col) for col in range(1, GRID + 1)]] * 3
+    scale = 0.7
+    if run == "other":
+        own, sizes = support.shared(name).tokenizer, support.SIZES
+        assert isinstance(own, ImageReader)
+        covers = [of_box(box, sizes[number]) for number, (box, _) in enumerate(BOXES)]
+        where = [[*tokens_in(each, own.processing, own.layout)] for each in covers]
+        every = [plain(name, n).sites["embed", 0][tokens].numpy() for n, tokens in enumerate(where)]
+        scale = 2 * float(np.concatenate(every).std(ddof=1))
+    base: list[float] = []
+    expected: list[float] = []
+    for number, tokens in enumerate(where):
+        given = support.pixels(name, number)
+        written = [support.token(name, 2, col) for col in (1, 2)]
+        back = copied(plain(name, number), "resid_post", 0, written)
+        own_draws = [noised(name, number, draw, tokens, scale) for draw in range(draws)]
+        seen = [
+            (forward(name, given, each), forward(name, given, {**each, ("resid_post", 0): back}))
+            for each in own_draws
+        ]
+        base.append(float(np.mean([difference(one, number) for one, _ in seen])))
+        expected.append(float(np.mean([difference(one, number) for _, one in seen])))
+    np.testing.assert_allclose(found.measures[0].base[0], base, atol=1e-4)
+    np.testing.assert_allclose(found.measures[0].patched[0], expected, atol=1e-4)
+    clean = [difference(plain(name, number), number) for number in range(3)]
+    assert np.abs(np.subtract(base, clean)).max() > 0.1
+    assert np.abs(np.subtract(base, expected)).max() > 0.02
+
+
+def test_deviations_are_of_all_rows_before_a_limit(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    blocks = SCENES.replace(
+        "answer",
+        "region object = mask "
+        "corrupt c { add gaussian(std: 3 sd of object) to embed at cls token } answer",
+    )
+    lines = ("from clean into c", "patch resid_post layer 1 at cls token")
+    [experiment], problems = check(tmp_path, *lines, blocks=blocks)
+    assert not problems
+    noise = experiment.table.runs["c"].noise
+    assert noise is not None
+    assert len(noise.sd_images) == 1_000
+    assert (
+        len({*noise.sd_tokens}) == len(noise.sd_tokens) == sum(len(at) for _, at in noise.sd_images)
+    )
+    assert noise.positions == ((0,),) * 6
+    said = experiment.table.conventions["noise of c"]
+    assert said == f"gaussian, 3 sd over {len(noise.sd_tokens):,} tokens of 1,000 images, 1 draw"

@@ -1,0 +1,245 @@
+"""`observe pointing of caap in object`: maps of other experiments against regions, by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from mechdsl.results.experiment_result import ExperimentResult
+
+from ..reference.hooks import Change
+from . import support
+from .support import GRID, PATCH, SIDE
+from .test_regions import UNRESIZED
+
+Array = NDArray[np.float64]
+CORNERS = {"vit": (0, 0), "clip": (7, 1)}
+"""(top, left) of what is kept of the images."""
+BOXES = ((3, 9, 9, 18), (1, 8, 15, 13), (9, 11, 18, 22), (0, 0, 2, 2), (6, 7, 11, 16))
+"""In pixels of the file; the fourth lies outside of what CLIP's processor keeps."""
+BLOCKS = """
+images scenes {
+  rows "boxes.jsonl"
+  image "{file}"
+  answer "{label}"
+  wrong "{other}"
+  region object = box
+}
+images neutral { image gray }
+"""
+CAAP = support.experiment(
+    "caap", "from scenes into neutral", "patch resid_post layer 0 at each token of image"
+)
+MAPS = CAAP + support.experiment("left", "ablate embed at each token of image with zero")
+
+
+def labels(row: int) -> tuple[str, str]:
+    """(answer, wrong)."""
+    return support.LABELS[row % 4], support.LABELS[(row + 2) % 5]
+
+
+def write_boxes(folder: Path, name: str) -> None:
+    random = np.random.default_rng(4)
+    records: list[dict[str, object]] = []
+    for number, box in enumerate(BOXES):
+        pixels = random.integers(0, 256, (*UNRESIZED[name], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"box{number}.png")
+        answer, wrong = labels(number)
+        records.append({"file": f"box{number}.png", "box": box, "label": answer, "other": wrong})
+    text = "\n".join(map(json.dumps, records)) + "\n"
+    (folder / "boxes.jsonl").write_text(text, encoding="utf-8")
+
+
+def run(name: str, folder: Path, text: str) -> dict[str, ExperimentResult]:
+    write_boxes(folder, name)
+    return support.run_file(text, folder, name, blocks=BLOCKS)
+
+
+def looking(name: str, *lines: str) -> str:
+    every = ("model m", "images scenes", *lines)
+    return f"experiment {name} {{\n" + "\n".join(f"  {line}" for line in every) + "\n}\n"
+
+
+def masks(name: str) -> list[NDArray[np.bool_]]:
+    """[SIDE, SIDE] of each row, painted in the file and cut out by hand."""
+    top, left = CORNERS[name]
+    found: list[NDArray[np.bool_]] = []
+    for x, y, right, bottom in BOXES:
+        whole = np.zeros(UNRESIZED[name], bool)
+        whole[y:bottom, x:right] = True
+        found.append(whole[top : top + SIDE, left : left + SIDE])
+    return found
+
+
+def maps(result: ExperimentResult) -> Array:
+    """[row, row of patches, column] of an experiment over all patches."""
+    data = result.measures[0]
+    assert len(data.patched) == GRID * GRID
+    return (data.patched - data.base).T.reshape(-1, GRID, GRID)
+
+
+def inside(mask: NDArray[np.bool_], row: int, col: int) -> float:
+    """The share of a patch's pixels."""
+    return float(mask[row * PATCH : (row + 1) * PATCH, col * PATCH : (col + 1) * PATCH].mean())
+
+
+def pointing(values: Array, mask: NDArray[np.bool_]) -> float:
+    row, col = divmod(int(np.nanargmax(values)), GRID)
+    return float(inside(mask, row, col) >= 0.5)
+
+
+def mass(values: Array, mask: NDArray[np.bool_]) -> float:
+    within = whole = 0.0
+    for row in range(GRID):
+        for col in range(GRID):
+            if values[row, col] > 0:
+                whole += values[row, col]
+                within += values[row, col] * inside(mask, row, col)
+    return within / whole if whole else float("nan")
+
+
+def iou(values: Array, mask: NDArray[np.bool_], count: int) -> float:
+    painted = np.zeros((SIDE, SIDE), bool)
+    for place in np.argsort(-values.ravel())[:count]:
+        row, col = divmod(int(place), GRID)
+        painted[row * PATCH : (row + 1) * PATCH, col * PATCH : (col + 1) * PATCH] = True
+    return float((painted & mask).sum() / (painted | mask).sum())
+
+
+def own_count(mask: NDArray[np.bool_]) -> int:
+    return max(1, int(mask.mean() * GRID * GRID + 0.5))
+
+
+@pytest.mark.parametrize("name", ["vit", "clip"])
+def test_against_regions_by_hand(name: str, tmp_path: Path) -> None:
+    text = MAPS + looking("at", "observe pointing of caap, left in object")
+    text += looking("share", "observe mass of caap, left in object")
+    text += looking("own", "observe iou of left, caap in object")
+    text += looking("quarter", "observe iou of caap in object top 25%")
+    found = run(name, tmp_path, text)
+    regions = masks(name)
+    there = [n for n, mask in enumerate(regions) if mask.any()]
+    assert len(there) == (5 if name == "vit" else 4)
+    for number, of in enumerate(("caap", "left")):
+        values = maps(found[of])
+        assert np.abs(values).max() > 0.1
+        at, share, own = (found[each].measures for each in ("at", "share", "own"))
+        for row, mask in enumerate(regions):
+            if row not in there:
+                assert all(np.isnan(each[0].patched[number, row]) for each in (at, share, own))
+                continue
+            chance = np.mean([inside(mask, *divmod(n, GRID)) >= 0.5 for n in range(GRID * GRID)])
+            assert at[0].patched[number, row] == pointing(values[row], mask)
+            assert at[1].patched[number, row] == pytest.approx(chance)
+            assert share[0].patched[number, row] == pytest.approx(
+                mass(values[row], mask), nan_ok=True
+            )
+            whole = mask.mean() if (values[row] > 0).any() else np.nan
+            assert share[1].patched[number, row] == pytest.approx(whole, nan_ok=True)
+            expected = iou(values[row], mask, own_count(mask))
+            assert own[0].patched[1 - number, row] == pytest.approx(expected)
+    quarter = found["quarter"].measures[0].patched
+    values = maps(found["caap"])
+    expected = [iou(values[row], regions[row], 4) for row in there]
+    np.testing.assert_allclose(quarter[0, there], expected)
+    every = [pointing(maps(found[of])[n], regions[n]) for of in ("caap", "left") for n in there]
+    assert set(every) == {0, 1} or name != "vit"  # which can tell
+
+
+def test_a_map_for_each_range_of_layers(tmp_path: Path) -> None:
+    rule = "for a in 0..1 { for b in a..1 { patch resid_pre layers a..b at each token of image } }"
+    text = support.experiment("ranges", "from scenes into neutral", rule)
+    text += looking("at", "observe mass of ranges in object", "report heatmap a by b")
+    text += looking("best", "ablate embed at best of ranges token with zero", support.DIFFERENCE)
+    found = run("vit", tmp_path, text)
+    data, regions = found["ranges"].measures[0], masks("vit")
+    deltas = (data.patched - data.base).reshape(3, GRID * GRID, -1)
+    assert len(found["at"].cells) == 3
+    for cell in range(3):
+        for row, mask in enumerate(regions):
+            expected = mass(deltas[cell, :, row].reshape(GRID, GRID), mask)
+            told = found["at"].measures[0].patched[cell, row]
+            assert told == pytest.approx(expected, nan_ok=True)
+    assert np.nanmax(np.ptp(found["at"].measures[0].patched, axis=0)) > 0.01
+    best = deltas.max(0).argmax(0)
+    for row in range(len(regions)):
+        image = Image.open(tmp_path / f"box{row}.png")
+        given = support.processor("vit")(image, return_tensors="pt")["pixel_values"].double()
+        token = support.patches("vit")[int(best[row])]
+        width = support.plain("vit", None).sites["embed", 0].shape[-1]
+        zero = Change(token, 0, torch.zeros(width, dtype=torch.float64))
+        seen = support.forward("vit", given, {("embed", 0): [zero]}).output
+        answer, wrong = (support.LABELS.index(name) for name in labels(row))
+        changed = found["best"].measures[0].patched[0, row]
+        assert changed == pytest.approx(float(seen[answer] - seen[wrong]), abs=1e-4)
+
+
+def test_a_part_of_the_image_is_a_map_too(tmp_path: Path) -> None:
+    rule = "patch resid_post layer 0 at image row 1..2 col 2..4 token"
+    text = support.experiment("part", "from scenes into neutral", rule)
+    text += looking("at", "observe pointing of part in object")
+    text += looking("own", "observe iou of part in object")
+    found = run("vit", tmp_path, text)
+    data = found["part"].measures[0]
+    deltas = (data.patched - data.base).reshape(2, 3, -1)
+    for row, mask in enumerate(masks("vit")):
+        values = np.full((GRID, GRID), np.nan)
+        values[:2, 1:] = deltas[..., row]
+        at, own = found["at"].measures, found["own"].measures
+        chance = np.mean([inside(mask, r, c) >= 0.5 for r in range(2) for c in range(1, 4)])
+        assert at[0].patched[0, row] == pointing(values, mask)
+        assert at[1].patched[0, row] == pytest.approx(chance)
+        expected = iou(values, mask, min(6, own_count(mask)))
+        assert own[0].patched[0, row] == pytest.approx(expected)
+
+
+def test_rows_that_the_map_lacks_are_said(tmp_path: Path) -> None:
+    text = CAAP.replace("images scenes", "images scenes limit 3")
+    text += looking("at", "observe pointing of caap in object")
+    found = run("vit", tmp_path, text)
+    assert np.isfinite(found["at"].measures[0].patched).sum() == 3
+    assert "2 of 5 rows dropped, `caap` lacks them" in found["at"].conventions["observed"]
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        (looking("e", "observe pointing of caap in thing"), "E0201", "thing"),
+        (looking("e", "observe pointing of nothing in object"), "E0201", "nothing"),
+        (looking("e", "observe pointing of caap in object top 25%"), "E0207", "takes no `top`"),
+        (looking("e", "observe iou of caap in object top 0%"), "E0207", "0% of the patches"),
+        (looking("e", "observe norm of caap in object"), "E0207", "is of a site"),
+        (looking("e", "observe pointing resid_post layer 0"), "E0207", "is of maps"),
+        (looking("e", "observe pointing of caap, over in object"), "E0207", "a map for each layer"),
+        (looking("e", "observe pointing of whole in object"), "E0207", "doesn't sweep positions"),
+        (looking("e", "observe pointing of front in object"), "E0207", "`cls`, which is no patch"),
+        (
+            looking(
+                "e",
+                "observe pointing of caap in object",
+                "ablate embed at cls token with zero",
+                "measure logit(answer) as delta",
+            ),
+            "E0207",
+            "which rules don't change",
+        ),
+    ],
+)
+def test_refused(text: str, code: str, said: str, tmp_path: Path) -> None:
+    others = support.experiment(
+        "over", "ablate z layer 0..1 head 0 at each token of image with zero"
+    )
+    others += support.experiment("whole", "ablate embed at image tokens with zero")
+    others += support.experiment("front", "ablate embed at token * with zero")
+    write_boxes(tmp_path, "vit")
+    result, problems = support.try_file(MAPS + others + text, tmp_path, "vit", blocks=BLOCKS)
+    assert result is None
+    assert [d.code for d in problems if d.severity == "error"] == [code]
+    (problem,) = (d for d in problems if d.severity == "error")
+    assert said in f"{problem.message} {problem.label_text} {problem.span and problem.span.text}"
