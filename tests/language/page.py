@@ -362,7 +362,9 @@ def on_texts() -> str:
     file = on_towers("measure rank(image) as raw").replace(
         "images scenes limit", "prompts told limit"
     )
-    file = file.replace("from scenes into neutral", "").replace("at tokens *", "at last token")
+    rule = "ablate resid_post layer * at last token with zero"
+    file = file.replace("from scenes into neutral", "")
+    file = file.replace("patch resid_post layer * at tokens *", rule)
     block = 'prompts told { kind in ["circle", "square"] image from scenes template "a {kind}" }'
     return file.replace("experiment e", f"{block}\nexperiment e")
 
