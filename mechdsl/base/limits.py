@@ -55,6 +55,7 @@ CHECKED_TEXT = _limit(
 CHECKED_DRAWS = 5
 """Random draws that `validate` makes; they show whether there is anything to draw."""
 TRIED = _limit(500_000, "combinations that are looked at to find rows", "E0506")
+CLASSES = _limit(10_000, "texts of a line `classes`", "E0506")
 ITEMS = _limit(10_000, "items of a list", "E0506")
 TEXT = _limit(100_000, "characters of one text of a row", "E0506")
 DIGITS = _limit(300, "digits of a number that is worked out", "E0503")

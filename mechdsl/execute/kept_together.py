@@ -97,7 +97,7 @@ def _shared(
         if measure.observed
     ]
     return digest(
-        *("together", contents.models[experiment.model.name], type(does), own, experiment.seed),
+        *("together", contents.models[experiment.model.key], type(does), own, experiment.seed),
         [[run.draws, contents.of(run, table)[rows]] for run in runs],
         [table.row_keys[row] for row in rows.tolist()],
         *(rows, trained, measures),

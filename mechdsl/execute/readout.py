@@ -303,7 +303,7 @@ def _rounding(
     logits = reading.continued.get(number)
     if logits is None:
         assert reading.logits is not None
-        logits = reading.logits[:, spot]
+        logits = _chosen_from(atom, reading.logits[:, spot])
     if reading.largest is not None:
         size = reading.largest[:, spot]
     else:
@@ -463,7 +463,7 @@ def _value(atom: Atom, number: int, spot: int, reading: Reading, usable: Bools) 
     if number in reading.continued:
         return _continued(atom, reading.continued[number], reading.prompts)
     assert reading.logits is not None
-    logits = reading.logits[:, spot]
+    logits = _chosen_from(atom, reading.logits[:, spot])
     match takes:
         case "target" | "own" | "class" | "label" | "continuation":
             target = _targets(atom, reading).to(logits.device)
@@ -478,11 +478,16 @@ def _value(atom: Atom, number: int, spot: int, reading: Reading, usable: Bools) 
                 return function(logits, columns, mask)
             return function(logits, columns, mask, numbers)
         case "reference":
-            return function(logits, reading.references[number])
+            return function(logits, _chosen_from(atom, reading.references[number]))
         case "nothing" | "observation":
             return function(logits)
         case "rows":
             return python_metric(atom, logits, reading.prompts, usable)
+
+
+def _chosen_from(atom: Atom, logits: Tensor) -> Tensor:
+    """[row, class], where texts are scored that are none of the classes too."""
+    return logits[..., : atom.classes] if atom.classes else logits
 
 
 def _continued(atom: Atom, logits: Tensor, prompts: Ints) -> Tensor:

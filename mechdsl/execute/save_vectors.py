@@ -47,7 +47,7 @@ def save_vectors(
     E0533 for a file that can't be written, of which nothing is left then.
     """
     panel = save_panel(experiment)
-    model = models[experiment.model.name]
+    model = models[experiment.model.key]
     others = {name: models[name] for name in panel.models[1:]}
     plan = make_plan([])
     runs = UnpatchedRuns(panel, model, (), plan=plan, side=options.side, others=others)

@@ -95,7 +95,7 @@ def unpatched(experiment: ResolvedExperiment, run: str) -> ForwardNode:
     behind = experiment.table.behind
     encode = EncodeNode(s.prompts, s.part, s.limit, keep, text, behind, kept_by=experiment.keep)
     # Models that are patched into each other have the same number of layers.
-    model, n_layers = there.model or experiment.model.name, experiment.model.shape.n_layers
+    model, n_layers = there.model or experiment.model.key, experiment.model.shape.n_layers
     return ForwardNode(model, n_layers, encode, run, writes)
 
 
@@ -121,7 +121,7 @@ def patched(experiment: ResolvedExperiment, after: tuple[EffectNode, ...] = ()) 
     replaced = None if replacing is None else _at(replacing)
     has_rules = experiment.table.runs[base.run].derived is not None
     return ForwardNode(
-        experiment.model.name,
+        experiment.model.key,
         base.n_layers,
         replace(base.encode, replaced=replaced, replaced_by=replacing),
         base.run,
@@ -164,7 +164,7 @@ def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> ReadN
     if rule.apart is not None:
         apart = rule.apart
         other = EncodeNode(apart.table.name, apart.part, None, (), apart.run)
-        forward = ForwardNode(experiment.model.name, forward.n_layers, other, rule.apart.run)
+        forward = ForwardNode(experiment.model.key, forward.n_layers, other, rule.apart.run)
     read = ReadNode(forward, at, points, rule.positions.read)
     return read if detail is None else TransformNode(does.name, (read,), detail)
 
@@ -177,7 +177,7 @@ def _direction(experiment: ResolvedExperiment, steered: DirectionTargets) -> Dir
     for number, fit in enumerate(fits):
         for sample in fit.samples:
             key = id(sample.table), id(sample.run.rows)
-            model = sample.run.model or experiment.model.name
+            model = sample.run.model or experiment.model.key
             behind = sample.table.behind
             encode = EncodeNode(sample.table.name, None, None, (), sample.run.name, behind)
             forward = ForwardNode(model, experiment.model.shape.n_layers, encode, sample.run.name)

@@ -112,6 +112,8 @@ class LoadedModel:
     identity: str | None = None
     """Of a model that was loaded from a folder, by `mechdsl/models/identity.py`. What any model is,
     `mechdsl/loading/identity.py:identity_of_loaded` says."""
+    texts: LoadedModel | None = None
+    """The tower for texts, where this is that for images of a model with two."""
     others: Mapping[str, Stack] = field(default_factory=dict[str, Stack])
     """Stacks beside the main one: `encoder`, `cross` (the decoder's blocks, by their attention to
     the encoder), `vision`."""

@@ -17,6 +17,7 @@ from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading import devices
 from mechdsl.loading.load import adopt, load
 from mechdsl.loading.merge import load_adapter
+from mechdsl.loading.towers import facing
 from mechdsl.models.identity import Hashed, file_hash
 from mechdsl.packed.model_end import ModelEnd
 from mechdsl.program import spec
@@ -92,6 +93,14 @@ def load_models(
     return diagnostics
 
 
+def with_views(experiments: Sequence[ResolvedExperiment], models: dict[str, LoadedModel]) -> None:
+    """Add the towers that experiments run, each scored with what stands on its other side."""
+    for experiment in with_controls(experiments):
+        model = experiment.model
+        if model.opposite is not None and model.key not in models:
+            models[model.key] = facing(models[model.name], model)
+
+
 def _bases_first(
     name: str, program: spec.Program, loaded: Mapping[str, LoadedModel]
 ) -> list[spec.Model]:
@@ -113,7 +122,7 @@ def not_there(
     (E0437, E0438)."""
     found: list[Diagnostic | None] = []
     for experiment in with_controls(experiments):
-        model = models[experiment.model.name]
+        model = models[experiment.model.key]
         found.append(_made_elsewhere(experiment, model))
         read = [models[name] for name in experiment.models[1:]]
         runs = [run for run in experiment.spec.elsewhere if outputs_read(experiment.spec, run.name)]

@@ -38,13 +38,15 @@ from mechdsl.diagnostics.w07_models import WeightsUnused
 from mechdsl.hooks.hook_points import at_hand
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.peft_models import outside_of_modules, unwrapped
-from mechdsl.loading.prove import take_apart, text_of
+from mechdsl.loading.prove import text_of
+from mechdsl.loading.towers import take_any_apart
 from mechdsl.models.identity import Hashed, file_hash, identity_of_folder, stamps, weights_hash
 from mechdsl.models.locate import locate, needed, weight_files
 from mechdsl.models.shape import ModelShape, read_config, read_shape, shape_from_config, shape_of
 from mechdsl.program import spec
-from mechdsl.prompts.image_reader import read_processing, reader_of
+from mechdsl.prompts.image_reader import ImageReader, reader_of
 from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.resolve.towers_read import read_towers, with_texts
 
 _DTYPES = {
     "float32": torch.float32,
@@ -104,7 +106,7 @@ def load(
         "tokenizer": tokenizer.hash,
     }
     module = module if spread else module.to(device)
-    loaded, found = take_apart(
+    loaded, found = take_any_apart(
         model.name,
         module,
         shape,
@@ -125,7 +127,7 @@ def _reader(
 ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
     """The tokenizer, or what makes images ready."""
     if shape.patches is not None:
-        return read_processing(folder, shape.patches, model=model.name, span=model.span)
+        return read_towers(folder, shape, model)
     return TextTokenizer.from_folder(folder, model.bos, span=model.span)
 
 
@@ -156,7 +158,8 @@ def adopt(
     provenance: where it comes from, if from elsewhere than a call from Python.
     Gives E0407 to E0412, E0451, E0456, E0522, W0711 and W0712.
     """
-    processor = _processor(tokenizer)
+    images, texts = _two(tokenizer)
+    processor = _processor(images)
     text, found = None, []
     if processor is None:
         text, found = _adopt_tokenizer(name, tokenizer, bos, span)
@@ -179,7 +182,9 @@ def adopt(
     if shape is None:
         return None, found
     if text is None:
-        text, found = _adopt_processor(name, processor, shape, tokenizer, span)
+        text, found = _adopt_processor(name, processor, shape, images, span)
+        if text is not None and shape.texts is not None:
+            text, found = _adopt_texts(name, cast(ImageReader, text), texts, shape.texts, bos, span)
         if text is None:
             return None, found
     try:
@@ -192,7 +197,7 @@ def adopt(
         "tokenizer": text.hash,
         **(provenance or {}),
     }
-    return take_apart(name, module, shape, text, provenance=provenance, span=span)
+    return take_any_apart(name, module, shape, text, provenance=provenance, span=span)
 
 
 def look(name: str) -> tuple[LoadedModel | None, list[Diagnostic]]:
@@ -223,7 +228,7 @@ def look(name: str) -> tuple[LoadedModel | None, list[Diagnostic]]:
     if module is None:
         return None, [LoadFailed(span=span, model=name, reason=reason)]
     shape = _filled(module, shape)
-    return take_apart(
+    return take_any_apart(
         name, module, shape, None, provenance={"source": text}, span=span, remembered=True
     )
 
@@ -364,7 +369,10 @@ def _adopt_tokenizer(
         for role in ("bos", "cls", "sep", "eos")
     }
     chat = getattr(tokenizer, "chat_template", None)
-    return TextTokenizer.from_backend(backend, **roles, chat_template=chat, bos=bos, span=span)
+    pad = getattr(tokenizer, "pad_token", None)
+    return TextTokenizer.from_backend(
+        backend, **roles, pad_token=pad, chat_template=chat, bos=bos, span=span
+    )
 
 
 def _processor(given: Any) -> dict[str, Any] | None:
@@ -373,6 +381,32 @@ def _processor(given: Any) -> dict[str, Any] | None:
         return None
     found: Any = given.to_dict()
     return found if isinstance(found, dict) and "image_processor_type" in found else None
+
+
+def _two(given: Any) -> tuple[Any, Any]:
+    """What makes images ready and the tokenizer, of a processor that holds both, or of a pair."""
+    if isinstance(given, tuple) and len(cast("tuple[Any, ...]", given)) == 2:
+        return cast("tuple[Any, Any]", given)
+    images = getattr(given, "image_processor", None)
+    return (given, None) if images is None else (images, getattr(given, "tokenizer", None))
+
+
+def _adopt_texts(
+    name: str,
+    reader: ImageReader,
+    tokenizer: Any,
+    shape: ModelShape,
+    bos: bool | None,
+    span: Span | None,
+) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+    if tokenizer is None:
+        reason = "it was handed over with an image processor alone, and has a tower for texts"
+        hint = f'hand over both: `models={{"{name}": (model, (image_processor, tokenizer))}}`'
+        return None, [NoTokenizer(span=span, model=name, reason=reason, hint=hint)]
+    own, found = _adopt_tokenizer(name, tokenizer, bos, span)
+    if own is None:
+        return None, found
+    return with_texts(reader, own, shape, model=name, span=span)
 
 
 def _adopt_processor(

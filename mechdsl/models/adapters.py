@@ -40,6 +40,13 @@ class Family:
     encodes: ClassVar[bool] = False
     """Built as a causal model it still sees later tokens, unless `is_decoder` is set."""
 
+    scores: ClassVar[Literal["", "one label", "many labels"]] = ""
+    """Of a model with a tower for images and one for texts, what the scores of an image are: those
+    of texts of which one is right (softmax), or of texts that are right or not each by itself
+    (sigmoid)."""
+    padded: ClassVar[bool] = False
+    """Its tower for texts was trained on texts that are padded to its longest, and sees that."""
+
     @staticmethod
     def parts(config: Config) -> Mapping[str, str]:
         """Paths within a block, where the finder's choice would be wrong: of `attention`,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -100,6 +100,14 @@ class ModelShape:
     """Names of the outputs of a classifier, in their order; of a language model whose outputs are
     others than its tokens, where its config names them."""
     output_at: OutputAt = "every token"
+    side: Literal["", "vision", "text"] = ""
+    """Which tower it is, of a model that scores images with texts."""
+    texts: ModelShape | None = None
+    """The tower for texts, where this is the one for images."""
+    padded: bool = False
+    """Its texts are padded to `max_positions`, and it sees that."""
+    classes: int = 0
+    """Of what is scored, those that are chosen from; they come first."""
     patches: PatchLayout | None = None
     """Which part of an image is which token; None where it reads no images alone, or that isn't
     known of its kind."""
@@ -120,7 +128,8 @@ class ModelShape:
     @property
     def names_labels(self) -> bool:
         """Whether labels have names of their own: others than `LABEL_0` or `0`, by number."""
-        return any(name not in (str(n), f"LABEL_{n}") for n, name in enumerate(self.labels))
+        named = any(name not in (str(n), f"LABEL_{n}") for n, name in enumerate(self.labels))
+        return named or bool(self.side)
 
     def has(self, site: str, layer: int | None) -> bool:
         """Whether a site is there, in one block."""
@@ -162,11 +171,43 @@ def shape_from_config(
     """
     architectures = config.get("architectures")
     names = [str(a) for a in cast(list[Any], architectures)] if architectures else []
+    if (task := _scores(config, names)) is not None:
+        return _towers(config, names, task, model=model, span=span)
     takes = _takes(config, names)
     text = _part(config, "text_config", "decoder") if takes != "image" else config
     if takes == "image":
         text = _part(config, "vision_config")
     return _shape(text, config, names, takes, model=model, span=span)
+
+
+def _scores(config: Mapping[str, Any], names: list[str]) -> Task | None:
+    """What the scores of a model with two towers are; None of other models."""
+    kind = str(config.get("model_type"))
+    entry = family_of(kind)
+    parts = (config.get(key) for key in ("vision_config", "text_config"))
+    if not entry.scores or not is_headless(names, kind):
+        return None
+    return entry.scores if all(isinstance(part, Mapping) for part in parts) else None
+
+
+def _towers(
+    config: Mapping[str, Any], names: list[str], task: Task, *, model: str, span: Span | None
+) -> tuple[ModelShape | None, list[Diagnostic]]:
+    """The tower for images of a model with two, and in it that for texts."""
+    told: dict[str, Any] = {"model": model, "span": span}
+    vision, found = _shape(
+        _part(config, "vision_config"), config, names, "image", causal=False, **told
+    )
+    part = _part(config, "text_config")
+    kind = str(part.get("model_type"))
+    texts, more = _shape(part, part, names, "text", causal=not family_of(kind).encodes, **told)
+    if vision is None or texts is None:
+        return None, [*found, *more]
+    padded = family_of(str(config.get("model_type"))).padded
+    texts = replace(texts, task=task, side="text", output_at="last token", padded=padded)
+    output = vision.sites | {"logits"}
+    vision = replace(vision, sites=output, task=task, side="vision", output_at="image", texts=texts)
+    return vision, []
 
 
 def stack_shape(shape: ModelShape, config: Mapping[str, Any], stack: str) -> ModelShape | None:

@@ -20,7 +20,14 @@ from mechdsl.execute.saved import Saved
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.build import build
 from mechdsl.loading.devices import device_problem
-from mechdsl.loading.file_models import Models, adopt_models, contexts, load_models, not_there
+from mechdsl.loading.file_models import (
+    Models,
+    adopt_models,
+    contexts,
+    load_models,
+    not_there,
+    with_views,
+)
 from mechdsl.models.identity import Hashed, file_hash
 from mechdsl.pipeline.check_folders import check_folders
 from mechdsl.pipeline.fail_fast import Verdicts
@@ -163,7 +170,9 @@ def _models_of(
         )
     )
     if not has_errors(diagnostics):
-        diagnostics.extend(not_there([*checked.experiments, *_only_saving(checked)], models))
+        every = [*checked.experiments, *_only_saving(checked)]
+        with_views(every, models)
+        diagnostics.extend(not_there(every, models))
     return (None if has_errors(diagnostics) else models), diagnostics
 
 

@@ -231,6 +231,7 @@ def _tables(experiments: Iterable[ResolvedExperiment]) -> dict[str, str]:
             done[id(each.table)] = _table(each.table)
         steered = [rule.direction for rule in each.every_rule if rule.direction is not None]
         saved = [vector.digest for direction in steered for vector in direction.saved]
+        saved += [] if each.model.opposite is None else [each.model.opposite.digest]
         for rule in each.rules:
             if isinstance(rule.does, Observation):
                 saved += rule.does.made_of.values()

@@ -100,12 +100,12 @@ def plan_of(graph: Graph) -> Plan:
     for each in asked(graph):
         # The same definitions give the same runs; others of the same name are other runs.
         defined = tuple(run.spec.span for run in each.experiment.derived.values())
-        model, generation = each.experiment.model.name, each.experiment.generation
+        model, generation = each.experiment.model.key, each.experiment.generation
         written = None if generation is None else generation.key(each.experiment.seed)
         by_panel.setdefault((model, each.clean, defined, written), []).append(each)
     found = needs(graph)
     panels = tuple(
-        panel_of(own[0].experiment.model.name, own[0].clean, _on_the_same_runs(own), found)
+        panel_of(own[0].experiment.model.key, own[0].clean, _on_the_same_runs(own), found)
         for own in by_panel.values()
     )
     return Plan(graph, panels)

@@ -101,9 +101,7 @@ def save_panel(experiment: ResolvedExperiment) -> Panel:
     runs = {each.run: each for read in reads for each in with_own(read.forward)}
     clean = replace(unpatched(experiment, "clean").encode, run="clean")
     alone = replace(experiment, rules=(), axes=(), measures=(), keep=(), accuracies={})
-    return panel_of(
-        experiment.model.name, clean, [Asked(alone, clean, tuple(runs.values()))], found
-    )
+    return panel_of(experiment.model.key, clean, [Asked(alone, clean, tuple(runs.values()))], found)
 
 
 def _read(experiment: ResolvedExperiment, save: ResolvedSave) -> ReadNode:

@@ -121,7 +121,7 @@ def measure_digest(measure: ResolvedMeasure) -> bytes:
     atoms = [
         [
             *(atom.node, atom.name, atom.form.takes, atom.form.function.__qualname__),
-            *(atom.of_class, atom.run, atom.point, _plain(atom.python)),
+            *(atom.of_class, atom.classes, atom.run, atom.point, _plain(atom.python)),
             None if atom.tokenizer is None else atom.tokenizer.hash,
         ]
         for atom in measure.atoms
@@ -397,7 +397,7 @@ class ExperimentKeys:
                 return digest("random", self._direction(vector.of), vector.draw, vector.seed)
 
     def _model(self) -> bytes:
-        return self.contents.models[self.plan.experiment.model.name]
+        return self.contents.models[self.plan.experiment.model.key]
 
     def _rule(self, plan: RulePlan, donors: Ints | None, cells: WholeCells | None) -> _RuleNumbers:
         rule, reads = plan.rule, plan.rule.does.reads

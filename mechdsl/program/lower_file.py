@@ -77,6 +77,8 @@ def lower_program(
     for file, _ in files:
         for name in pools_named(file):
             scope.has("prompts", name)
+    for block in parts.prompts.values():
+        _scored_with(block, parts, scope)
     _directions(files, parts, scope)
     for file, imported in files:
         if imported:
@@ -284,6 +286,19 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
             _later(name, "basis", imported, scope)
         case _:
             pass
+
+
+def _scored_with(block: spec.Prompts, parts: Definitions, scope: Namespace) -> None:
+    """E0201 and E0207 for what texts can't be scored with."""
+    ref = block.scored_with
+    if ref is None or not scope.use("prompts", ref.name, ref.span):
+        return
+    images = parts.prompts[ref.name]
+    if ref.part is not None or images.kind != "images":
+        reason = "is a part of a block" if ref.part is not None else "is no block of images"
+        hint = "name a block of images, all of it: `image from scenes`"
+        name = ref.span.written
+        scope.diagnostics.append(BadArgument(span=ref.span, name=name, reason=reason, hint=hint))
 
 
 def _directions(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace) -> None:

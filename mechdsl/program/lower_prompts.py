@@ -18,13 +18,15 @@ from mechdsl.diagnostics.e02_names import (
     did_you_mean,
 )
 from mechdsl.program import spec
-from mechdsl.program.lower_images import IMAGE_SPANS, image_problems
+from mechdsl.program.lower_images import IMAGE, IMAGE_SPANS, image_problems
 from mechdsl.program.named_paths import HF_DATASET
 from mechdsl.program.namespace import Namespace, place
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
 CLEAN = "clean"
+_IN_TEXT = re.compile(r"\{\s*image\s*\}")
+"""Where an image stands in a prompt."""
 _OF_TEXTS: Mapping[type[ast.Node], str] = {
     ast.Template: "template",
     ast.Chat: "chat",
@@ -54,6 +56,8 @@ class _BlockLines:
         self.from_images = False
         self.image: ast.ImageLine | None = None
         self.regions: list[spec.RegionDef] = []
+        self.classes: ast.Classes | None = None
+        self.scored_with: ast.ImageLine | None = None
 
     @property
     def diagnostics(self) -> list[Diagnostic]:
@@ -163,6 +167,9 @@ class _BlockLines:
                 self._image(line)
             case ast.Region():
                 self._region(line)
+            case ast.Classes():
+                self.once(line, self.classes, "classes")
+                self.classes = self.classes or line
 
     def _region(self, line: ast.Region) -> None:
         if self.definition.kind == "prompts":
@@ -179,6 +186,11 @@ class _BlockLines:
         self.regions.append(spec.RegionDef(span=line.column.span, name=name, column=column))
 
     def _image(self, line: ast.ImageLine) -> None:
+        if self.definition.kind == "prompts" and line.source is not None:
+            self.once(line, self.scored_with, "image")
+            self.scored_with = self.scored_with or line
+            self.name(ast.Name(IMAGE, span=line.span))
+            return
         if self.definition.kind == "prompts" or line.value is None:
             self.later(line, "`image`")
             self.from_images = True
@@ -263,6 +275,15 @@ class _BlockLines:
                 bad = BadArgument(span=node.span, name="tokens", reason=reason, hint=hint)
                 self.diagnostics.append(bad)
 
+    def no_images_in_text(self) -> None:
+        """E0108 for images that stand in a prompt."""
+        written = list(self.templates)
+        written += [turn.text for turn in self.chat.turns] if self.chat is not None else []
+        line = self.scored_with
+        if line is not None and any(_IN_TEXT.search(text.value) for text in written):
+            self.later(line, "`image`")
+            self.from_images, self.scored_with = True, None
+
     def no_template_changes(self) -> None:
         """E0207 for corruptions that write rows of a chat with another template."""
         for change in (c for corruption in self.corruptions for c in corruption.changes):
@@ -290,6 +311,11 @@ def lower_prompts(definition: ast.PromptsDef, scope: Namespace) -> spec.Prompts:
         block.no_template_changes()
     if definition.kind == "images":
         return _images(block, scope)
+    if block.classes is not None:
+        reason, hint = "are of images, and these are texts", "write it in a block of `images`"
+        bad = BadArgument(span=block.classes.span, name="classes", reason=reason, hint=hint)
+        scope.diagnostics.append(bad)
+    block.no_images_in_text()
     _names_used(definition, scope)
     return _lowered(block)
 
@@ -342,6 +368,8 @@ def _lowered(block: _BlockLines) -> spec.Prompts:
         split=None if block.split is None else block.split.percent.value,
         from_images=block.from_images,
         texts=tuple(block.texts),
+        classes=None if block.classes is None else block.classes.text,
+        scored_with=None if block.scored_with is None else block.scored_with.source,
         spans=tuple(block.spans),
         corruptions=tuple(block.corruptions),
     )

@@ -12,7 +12,6 @@ from mechdsl.diagnostics.e02_names import DuplicateName, RepeatedStatement
 from mechdsl.program import spec
 from mechdsl.program.namespace import Namespace, place
 from mechdsl.syntax import ast
-from mechdsl.syntax.reserved import STACKS
 from mechdsl.syntax.verbs import VERBS
 from mechdsl.syntax.walk import numbers_named, walk
 
@@ -161,8 +160,6 @@ class Statements:
                 self.later(node.span, "a subspace")
             elif isinstance(node, ast.Axis) and node.word == "feature":
                 self.later(node.span, f"`{node.word}` sites")
-            elif isinstance(node, ast.Edge) and node.stack is not None and node.stack.id in STACKS:
-                self.later(node.stack.span, f"attention of the stack `{node.stack.id}`")
         return len(self.diagnostics) == before
 
     def _amount(self, body: ast.Registered) -> None:

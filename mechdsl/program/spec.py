@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     BoundText = ast.Star | ast.AxisRange
     EndText = ast.Bound
     EdgeText = ast.Edge
+    RefText = ast.Ref
     MapText = ast.MapOf
     Losses = tuple[ast.Lost, ...]
     Where = Span
@@ -62,7 +63,7 @@ else:
     DomainText = StringText = ChatTurnText = ChangeText = SpanDefText = BoundText = EdgeText = (
         _AS_WRITTEN
     )
-    EndText = ArgumentText = MapText = _AS_WRITTEN
+    EndText = ArgumentText = RefText = MapText = _AS_WRITTEN
     Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
     Losses = Where
 
@@ -157,6 +158,10 @@ class Prompts(Spec):
     split: float | None = None
     """Percent of the rows in `NAME.train`."""
     texts: tuple[TextDef, ...] = ()
+    scored_with: RefText | None = None
+    """Of texts: the block of images that a model with two towers scores them with."""
+    classes: StringText | None = None
+    """Of images: what each of the texts says that a model with two towers chooses from."""
     spans: tuple[SpanDefText, ...] = ()
     corruptions: tuple[Corruption, ...] = ()
 

@@ -26,6 +26,7 @@ from mechdsl.prompts.answers import (
 from mechdsl.prompts.averaged_images import take_mean
 from mechdsl.prompts.changed_patches import change_patches
 from mechdsl.prompts.chat_template import turns_in
+from mechdsl.prompts.class_texts import class_texts
 from mechdsl.prompts.dealt_evenly import dealt_evenly
 from mechdsl.prompts.domains import Constants, Words
 from mechdsl.prompts.image_reader import of_image
@@ -191,6 +192,8 @@ class _Builder:
             self._check_lengths(table)
             table = self._with_noise(table, found)
         conventions |= noise_conventions(table) | image_conventions(table)
+        classes, problems = class_texts(self.block, found.rows[0].clean)
+        self.diagnostics += problems
         python = self.block.calls.functions
         rounds = found.tried >= self.block.combinations and part is None
         return replace(
@@ -200,6 +203,7 @@ class _Builder:
             cut=found.cut,
             dealt=dealt_evenly(self.block, table.sources) if rounds else (),
             whole=rounds and not self.block.draws,
+            classes=classes,
         )
 
     # --- tokenisation -----------------------------------------------------------------------------

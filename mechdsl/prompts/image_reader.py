@@ -35,6 +35,8 @@ class ImageReader(TextTokenizer):
         self.name = ""
         self.hash = sha256(repr((layout, processing)).encode()).hexdigest()
         self.made_unknown = False
+        self.texts: TextTokenizer | None = None
+        """Of a model with two towers, the tokenizer of the one for texts."""
 
     @property
     def vocab_size(self) -> int:

@@ -71,7 +71,10 @@ def token_conventions(
         lengths = sorted({len(row.texts[name].ids) for row in rows})
         if lengths == [0]:
             first = rows[0].texts[name]
-            out[name] = f"{quoted(first.text)}: {output_words(first)}, and no token"
+            said = f"{output_words(first)}, and no token"
+            if isinstance(tokenizer, ImageReader) and tokenizer.texts is not None:
+                said = "a text that the image is scored with"
+            out[name] = f"{quoted(first.text)}: {said}"
             continue
         sizes = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
         tokens = "one token" if lengths == [1] else f"{sizes} tokens"

@@ -176,6 +176,8 @@ class PromptTable(Record):
     """They are all rows that the block can make."""
     behind: str = ""
     """Whose replies stand behind the prompts, as written: `replies of writes(c: 1)`."""
+    classes: tuple[str, ...] = ()
+    """What its images are told apart by: the texts of a line `classes`."""
     alone: PromptTable | None = field(default=None, repr=False, compare=False)
     """The same without these."""
 

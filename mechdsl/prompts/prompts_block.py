@@ -229,6 +229,8 @@ class PromptsBlock:
             if not is_drawn_mask(self.spec, region):
                 yield ast.Name(region.column, span=region.span)
         yield from self.texts.values()
+        if self.spec.classes is not None:
+            yield self.spec.classes
         yield from self.spec.where
         for span in self.spec.spans:
             if span.literal is not None:

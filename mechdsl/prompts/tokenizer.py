@@ -76,6 +76,10 @@ class TextTokenizer:
     """Whether it stands in for the tokenizer of a model that isn't at hand."""
     chat: ChatTemplate | None = None
     """What it writes the turns of a chat with, where it has a template."""
+    pad: str | None = None
+    """Its token for padding."""
+    padded: int = 0
+    """How many tokens texts are padded to, for a model that sees its padding; 0: none."""
     written: bool = False
     """Whether texts have their special tokens in them, as a chat template writes them: none is put
     around them."""
@@ -142,6 +146,7 @@ class TextTokenizer:
             name=path.name,
             made_unknown=made_unknown,
         )
+        made.pad = _roles(config, ("pad",)).get("pad")
         made.chat = read_chat(path, config, made._added)
         return made._checked(span)
 
@@ -154,6 +159,7 @@ class TextTokenizer:
         cls_token: str | None = None,
         sep_token: str | None = None,
         eos_token: str | None = None,
+        pad_token: str | None = None,
         chat_template: object = None,
         bos: bool | None = None,
         span: Span | None = None,
@@ -169,6 +175,7 @@ class TextTokenizer:
             digest=sha256(content).hexdigest(),
             made_unknown=made_unknown,
         )
+        made.pad = pad_token
         named = {f"{role}_token": token for role, token in tokens.items()}
         made.chat = chat_of(chat_template, named, made._added)
         return made._checked(span)
@@ -280,7 +287,8 @@ class TextTokenizer:
         kept = self._kept
         new = [text for text in dict.fromkeys(texts) if text not in kept]
         raw = map(self._with_opening, self._raw(new)) if self.written else self._raw(new, True)
-        kept.update(zip(new, map(self._with_bos, raw), strict=True))
+        whole = map(self._with_padding, map(self._with_bos, raw))
+        kept.update(zip(new, whole, strict=True))
         encoded = [kept[text] for text in texts]
         if len(kept) > _BATCH:
             kept.clear()
@@ -324,6 +332,29 @@ class TextTokenizer:
         if not self.bos and present and encoded.special[0]:
             return Encoded(encoded.ids[1:], encoded.offsets[1:], encoded.special[1:])
         return encoded
+
+    def padded_to(self, length: int) -> TextTokenizer | None:
+        """The same tokenizer for a model that reads texts of one length, padding and all; None
+        where it has no token for that."""
+        if self.pad is None or self._backend.token_to_id(self.pad) is None:
+            return None
+        other = copy(self)
+        for worked_out in ("_kept", "_other", "opening"):
+            other.__dict__.pop(worked_out, None)
+        other.padded = length
+        return other
+
+    def _with_padding(self, encoded: Encoded) -> Encoded:
+        more = self.padded - len(encoded)
+        if more <= 0:
+            return encoded
+        token = self._backend.token_to_id(self.pad or "")
+        assert token is not None  # as `padded_to` has seen
+        return Encoded(
+            (*encoded.ids, *[token] * more),
+            (*encoded.offsets, *[(0, 0)] * more),
+            (*encoded.special, *[True] * more),
+        )
 
     @cached_property
     def opening(self) -> tuple[int, ...]:
@@ -446,10 +477,10 @@ def _read_config(file: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", content) if isinstance(content, dict) else {}
 
 
-def _roles(config: Mapping[str, Any]) -> dict[str, str]:
+def _roles(config: Mapping[str, Any], roles: Sequence[str] = ROLES) -> dict[str, str]:
     """Special tokens by role; an entry is the token itself, or an object with `content`."""
     found: dict[str, str] = {}
-    for role in ROLES:
+    for role in roles:
         entry = config.get(f"{role}_token")
         if isinstance(entry, Mapping):
             entry = cast("Mapping[str, Any]", entry).get("content")

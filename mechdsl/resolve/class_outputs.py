@@ -19,11 +19,13 @@ from mechdsl.diagnostics.e04_outputs import (
     UnknownLabel,
 )
 from mechdsl.models.shape import ModelShape
+from mechdsl.program.lower_images import IMAGE
 from mechdsl.prompts.answers import output_texts, quoted
 from mechdsl.prompts.prompt_table import PromptTable, TextTokens
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import Form, Metric, Takes
 
+_OLD_END = 2
 SHOWN = 5
 """Labels that a message lists."""
 
@@ -44,6 +46,8 @@ def class_argument(
         if isinstance(value, ast.Name | ast.String | ast.OfRef) and "reference" not in metric.forms:
             return ast.ClassOutput(value, span=value.span)
     alone = next((form.default for form in metric.forms.values() if form.default is not None), None)
+    if shape.side == "text":  # the row's image
+        alone = IMAGE if alone is not None or metric.name == "score" else None
     if arguments or alone is None or shape.task == "tokens":
         return None
     return ast.ClassOutput(ast.Name(alone, span=node.span), span=node.span)
@@ -52,7 +56,8 @@ def class_argument(
 def form_of_class(metric: Metric, shape: ModelShape) -> Form | None:
     """The form of a metric that takes a class; None where it has none."""
     kinds: tuple[Takes, ...] = ("target", "class", "continuation")
-    if shape.task == "many labels":
+    chosen = shape.side and metric.name == "correct"  # the best of the classes, of any such model
+    if shape.task == "many labels" and not chosen:
         kinds = ("label", *kinds)
     return next((metric.forms[kind] for kind in kinds if kind in metric.forms), None)
 
@@ -64,9 +69,13 @@ def refused_class(
     if shape.stands_in:
         return None
     text = node.span.written
+    if name == "score" and not shape.side:
+        reason = "it has no towers for images and texts that score each other"
+        hint = f"write `logit({wanted.span.written})`"
+        return OtherTask(span=node.span, text=text, model=model, reason=reason, hint=hint)
     if "logits" not in shape.sites:
         return NoLogits(span=node.span, text=text, model=model, architecture=shape.architecture)
-    if not shape.d_logits:
+    if not shape.d_logits and not shape.side:
         named = wanted.of.span.written
         hint = f"write `{name}({named})`, the token of a text"
         if isinstance(wanted.of, ast.Number):
@@ -93,6 +102,10 @@ def refused_form(
         return _no_number(node, shape, model)
     if shape.task == "tokens" or name == "output":
         return None
+    if form.takes in _OF_TOKENS and shape.side:
+        reason = "its outputs are scores of images and texts, and no logits of tokens"
+        hint = f"write `score({'answer' if shape.side == 'vision' else IMAGE})`"
+        return OtherTask(span=node.span, text=text, model=model, reason=reason, hint=hint)
     if form.takes in _OF_TOKENS:
         hint = f"write `class`, as in `{name}(class answer)`: the answer is the name of a label"
         if form.takes == "numerals":
@@ -109,6 +122,56 @@ def refused_form(
             hint = f"write `{_of_number(shape)}`"
         return OtherTask(span=node.span, text=text, model=model, reason=reason, hint=hint)
     return None
+
+
+def of_classes(form: Form, shape: ModelShape) -> bool:
+    """Whether a metric reads all outputs of a model that scores texts, of which only its classes
+    are meant."""
+    return bool(shape.side) and form.of_outputs and not form.narrow and form.takes != "label"
+
+
+def without_classes(
+    node: ast.Expr, table: PromptTable, shape: ModelShape, model: str
+) -> Diagnostic | None:
+    """E0445 for a choice where nothing says what there is to choose from."""
+    if shape.classes or shape.stands_in or table.stands_in:
+        return None
+    return OtherTask(
+        span=node.span,
+        text=node.span.written,
+        model=model,
+        reason="it scores any text, and nothing says which ones there are to choose from",
+        hint='add a line to the block of images, such as `classes "a photo of a {kind}"`',
+    )
+
+
+def not_a_class(
+    wanted: ast.ClassOutput,
+    numbers: Sequence[int],
+    shape: ModelShape,
+    model: str,
+) -> Diagnostic | None:
+    """E0442 for a text that isn't one of the classes, where a metric is of a choice."""
+    other = [number for number in numbers if number >= shape.classes]
+    if not other or shape.stands_in:
+        return None
+    text = shape.labels[other[0]]
+    classes = shape.labels[: shape.classes]
+    more = len(classes) - SHOWN
+    first = ", ".join(quoted(label) for label in classes[:SHOWN])
+    where = f"its classes are {first}" + (f" and {more} more" if more > 0 else "")
+    if not isinstance(wanted.of, ast.String):
+        where = f"in {len(other):,} of {len(numbers):,} rows; {where}"
+    hint = did_you_mean(text, classes, f"`score({wanted.of.span.written})` is of any text")
+    what = f"class {quoted(text)}"
+    return UnknownLabel(span=wanted.of.span, model=model, what=what, where=where, hint=hint)
+
+
+def score_of_nothing(node: ast.Expr, model: str) -> Diagnostic:
+    """E0445: it is of one text, written in its brackets."""
+    reason = "it scores an image with a text, and here is none"
+    hint = 'write one: `score(answer)`, `score("a photo of a cat")`'
+    return OtherTask(span=node.span, text=node.span.written, model=model, reason=reason, hint=hint)
 
 
 def _no_logits(node: ast.Expr, shape: ModelShape, model: str) -> Diagnostic:
@@ -168,6 +231,11 @@ def class_numbers(
             return (), problems
     if shape.stands_in:
         return (0,) * count, []
+    if shape.side and any(text.of_output for text in texts):
+        where = "its outputs are texts, and have no numbers"
+        hint = "write the text, in quotes"
+        what = f"output {of.span.written}"
+        return (), [UnknownLabel(span=of.span, model=model, what=what, where=where, hint=hint)]
     by_name = {label.strip(): n for n, label in reversed([*enumerate(shape.labels)])}
     by_number = {str(n): n for n in range(min(shape.outputs, limits.SIZE))}
     either = by_name if shape.names_labels else {**by_number, **by_name}
@@ -193,7 +261,9 @@ def _unknown(
         of_rows = sum(lost.values())
         where = f"in {of_rows:,} of {rows:,} rows; {where}"
     hint = f"write a number from 0 to {last}"
-    if not numbered:
+    if shape.side == "text":
+        where, hint = "it scores texts with images", "write `image`, that of the row"
+    elif not numbered:
         otherwise = "write one of its labels, as its config has them (`id2label`)"
         if isinstance(of, ast.String):
             otherwise += f", or a number without quotes, as in `class {last}`"
@@ -213,12 +283,26 @@ def output_elsewhere(at: Span, shape: ModelShape, model: str) -> Diagnostic:
     )
 
 
+def pooled_at(ids: Sequence[int], shape: ModelShape) -> int:
+    """The token that a text tower makes its vector of: the last one, and where no token sees a
+    later one, the first that ends a text, which old configs don't name and which has the largest
+    id (`eos_token_id` 2)."""
+    end = shape.config.get("eos_token_id")
+    if not shape.causal:
+        return len(ids) - 1
+    if end == _OLD_END:
+        return max(range(len(ids)), key=ids.__getitem__)
+    return ids.index(end) if end in ids else 0
+
+
 def made_of(shape: ModelShape) -> str:
     """What the one output of a model is made of, in words."""
     if shape.output_at == "image":
         return "the whole image"
     if shape.output_at == "first token":
         return "token 0, special tokens counted"
+    if shape.side:
+        return "the token that ends it" if shape.causal else "the last token, which is padding"
     pad = shape.config.get("pad_token_id")
     return "the last token, special tokens counted" + (
         ", pad tokens not" if pad is not None else ""
@@ -243,5 +327,7 @@ def _position(ids: Sequence[int], shape: ModelShape) -> int:
     """As transformers finds it in a prompt by itself; the first where all are the pad token."""
     if shape.output_at in ("first token", "image"):
         return 0
+    if shape.side:
+        return pooled_at(ids, shape)
     pad = shape.config.get("pad_token_id")
     return next((n for n in reversed(range(len(ids))) if ids[n] != pad), 0)

@@ -19,11 +19,11 @@ from mechdsl.resolve.resolved_rule import Key, SitePoint, SiteTargets
 from mechdsl.resolve.site_targets import (
     available,
     component_kinds,
+    is_own_stack,
     missing_points,
     points_label,
     resolve_site,
     swept,
-    unknown_stack,
 )
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import SITES, SiteKind
@@ -36,8 +36,7 @@ def attention_sites(edge: ast.Edge, context: SiteContext) -> Resolved:
     """Layers and heads of a rule on edges of attention, as points of `pattern`; without a head
     axis all heads."""
     pattern = SITES["pattern"]
-    if edge.stack is not None:
-        unknown_stack(edge.stack, context)
+    if edge.stack is not None and not is_own_stack(edge.stack, context):
         return None, ()
     if not available(pattern, edge.span, context):
         return None, ()

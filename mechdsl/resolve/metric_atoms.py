@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mechdsl.base.names import name_list, run_called
@@ -19,8 +20,12 @@ from mechdsl.resolve.class_outputs import (
     class_argument,
     class_numbers,
     form_of_class,
+    not_a_class,
+    of_classes,
     refused_class,
     refused_form,
+    score_of_nothing,
+    without_classes,
 )
 from mechdsl.resolve.measure_context import (
     MeasureContext,
@@ -66,8 +71,11 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
     if "reply" in metric.forms:
         return of_reply(node, name, metric.forms["reply"], arguments, context)
     shape = context.sites.shape
-    images = isinstance(context.tokenizer, ImageReader)
+    images = isinstance(context.tokenizer, ImageReader) or bool(shape.side)
     wanted = class_argument(node, metric, shape, of_images=images)
+    if name == "score" and wanted is None and not shape.stands_in:
+        context.diagnostics.append(score_of_nothing(node, context.sites.model))
+        return None
     if wanted is not None:
         form = form_of_class(metric, shape)
     else:
@@ -83,10 +91,14 @@ def resolve_atom(node: ast.Name | ast.Call, context: MeasureContext) -> Atom | N
     if wanted is not None:
         return _of_class(node, name, form, wanted, context)
     problem = refused_form(node, name, form, shape, context.sites.model)
+    chooses = of_classes(form, shape)
+    if problem is None and chooses:
+        problem = without_classes(node, context.table, shape, context.sites.model)
     if problem is not None:
         context.diagnostics.append(problem)
         return None
-    return _BUILDERS[form.takes](node, name, form, arguments, context)
+    found = _BUILDERS[form.takes](node, name, form, arguments, context)
+    return replace(found, classes=shape.classes) if found is not None and chooses else found
 
 
 def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
@@ -243,10 +255,17 @@ def _of_class(
         context.diagnostics.append(problem)
         return None
     numbers, problems = class_numbers(wanted, context.table, shape, model)
+    chooses = of_classes(form, shape)
+    if chooses and not problems:
+        lacking = without_classes(node, context.table, shape, model)
+        lacking = lacking or not_a_class(wanted, numbers, shape, model)
+        problems = [] if lacking is None else [lacking]
     context.diagnostics.extend(problems)
     if problems:
         return None
-    return Atom(node, name, form, texts={None: tuple((n,) for n in numbers)}, of_class=True)
+    texts: dict[Env, tuple[tuple[int, ...], ...]] = {None: tuple((n,) for n in numbers)}
+    classes = shape.classes if chooses else 0
+    return Atom(node, name, form, texts=texts, of_class=True, classes=classes)
 
 
 def _of_run(

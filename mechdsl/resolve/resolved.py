@@ -10,8 +10,10 @@ from itertools import product
 from math import prod
 from typing import Any, Literal
 
+from mechdsl.base.digest import digest
 from mechdsl.base.record import Record, record
 from mechdsl.diagnostics.core import UNKNOWN, Unknown
+from mechdsl.images.picture import Picture
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.python_files import PythonFunction
@@ -26,16 +28,45 @@ Label = int | float | str
 
 
 @record
+class Opposite(Record):
+    """What stands on the other side of a model with two towers: what an experiment's images are
+    scored with, or its texts. Each is encoded once, and no rule acts on it."""
+
+    texts: tuple[str, ...] = ()
+    ids: tuple[tuple[int, ...], ...] = ()
+    """The tokens of each, as the tower reads them."""
+    pictures: tuple[Picture, ...] = ()
+    """Or images."""
+    block: str = ""
+    """Of images: the block that they are of."""
+
+    @cached_property
+    def digest(self) -> str:
+        """All that it is."""
+        pictures = [(each.text, each.size) for each in self.pictures]
+        return digest(self.texts, self.ids, pictures).hex()
+
+
+@record
 class ModelContext(Record):
     """What is known of a model without its weights."""
 
     spec: spec.Model
     shape: ModelShape
     tokenizer: TextTokenizer
+    opposite: Opposite | None = None
 
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def key(self) -> str:
+        """By which the loaded model is found: another name where it is one with two towers, of
+        which each experiment has other scores."""
+        if self.opposite is None:
+            return self.name
+        return f"{self.name} ({self.shape.side} tower, {self.opposite.digest[:12]})"
 
     @property
     def stands_in(self) -> bool:
@@ -109,6 +140,8 @@ class Atom(Record):
     """It names an output of a classifier, and no token."""
     sets: Mapping[Env, TokenSets] = field(default_factory=dict)
     """Per environment, the tokens of any of several texts, and of numerals."""
+    classes: int = 0
+    """Of a model that scores texts, how many it chooses from: the first of its outputs. 0: all."""
     run: str | None = None
     """The reference run of `kl`, `js`, `cosine`."""
     point: SitePoint | None = None
@@ -300,7 +333,7 @@ class ResolvedExperiment(Record):
         """The model that it runs on, and others that it reads."""
         others = [run.model for run in self.spec.elsewhere if run.model is not None]
         others += [m for rule in self.every_rule if rule.direction for m in rule.direction.models]
-        return tuple(dict.fromkeys((self.model.name, *others)))
+        return tuple(dict.fromkeys((self.model.key, *others)))
 
     @property
     def python(self) -> tuple[PythonFunction, ...]:

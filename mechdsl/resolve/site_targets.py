@@ -12,7 +12,7 @@ from mechdsl.base import limits
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e01_syntax import NotSupported
-from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
+from mechdsl.diagnostics.e02_names import BadArgument, UnknownWord, did_you_mean
 from mechdsl.diagnostics.e03_coordinates import (
     AxisDoesNotFit,
     NoComponent,
@@ -205,10 +205,11 @@ def _no_component(span: Span, context: SiteContext) -> None:
 def component_kinds(site: ast.Site, context: SiteContext) -> list[SiteKind] | None:
     """The component of a site; several where a `for` runs over components."""
     words = list(site.names)
-    for word in words:
-        if word.id in STACKS:
-            context.diagnostics.append(NotSupported(span=word.span, what=f"the stack `{word.id}`"))
-            return None
+    first = words[0] if words and words[0].id not in context.loops else None
+    stacks = [word for word in (first, *words[1:]) if word is not None and word.id in STACKS]
+    if stacks and not is_own_stack(stacks[0], context):
+        return None
+    words = [word for word in words if word not in stacks]
     if not words:
         if any(axis.word == "head" for axis in site.axes):
             return [SITES["z"]]
@@ -236,6 +237,28 @@ def component_kinds(site: ast.Site, context: SiteContext) -> list[SiteKind] | No
         unknown_stack(words[1], context)
         return None
     return kinds
+
+
+def is_own_stack(word: ast.Name, context: SiteContext) -> bool:
+    """Whether a word in front of the axes says the stack that rules act in anyway, the tower that
+    reads the rows of a model with two. Codes: E0108, E0203, E0207."""
+    side = context.shape.side
+    if word.id not in STACKS:
+        unknown_stack(word, context)
+    elif word.id == side or (context.shape.stands_in and word.id in ("vision", "text")):
+        return True
+    elif side and word.id in ("vision", "text"):
+        rows, other = ("images", "prompts") if side == "vision" else ("prompts", "images")
+        hint = f"leave `{word.id}` out; an experiment on {other} acts in its {word.id} tower"
+        if word.id == "text":
+            hint += ", with a line `image from …` in its block"
+        reason = f"isn't where rules act here: the rows are {rows}"
+        bad = BadArgument(span=word.span, name=f"{word.id} layer", reason=reason, hint=hint)
+        context.diagnostics.append(bad)
+    else:
+        what = f"the stack `{word.id}`"
+        context.diagnostics.append(NotSupported(span=word.span, what=what))
+    return False
 
 
 def unknown_stack(word: ast.Name, context: SiteContext) -> None:

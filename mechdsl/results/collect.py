@@ -322,7 +322,7 @@ def with_bare(
     other = measured[bare.experiment.key]
     cells = _cells_without_rules(plan, plans[bare.experiment.key])[plan.exists]
     columns = np.searchsorted(other.kept, measured[plan.experiment.key].kept)
-    relative = models[plan.experiment.model.name].rounding
+    relative = models[plan.experiment.model.key].rounding
     measures = list(result.measures)
     for number in bare.numbers:
         own = measures[number]

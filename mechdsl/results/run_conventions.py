@@ -24,6 +24,7 @@ from mechdsl.resolve.resolved import Atom, ResolvedExperiment
 from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.results.experiment_result import ANSWER_TOKENS
 from mechdsl.results.reply_conventions import of_replies
+from mechdsl.results.tower_conventions import tower_conventions
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 
@@ -255,7 +256,9 @@ def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
         found["output"] = f"one for a whole prompt, made of {made_of(shape)}"
         if shape.output_at == "image":
             found["output"] = "one for a whole image"
-    if logits and shape.task in _PROBABILITY:
+    if logits and shape.side:
+        found |= tower_conventions(experiment)
+    elif logits and shape.task in _PROBABILITY:
         found["classes"] = f"{shape.outputs} labels, {_PROBABILITY[shape.task]}"
     places: dict[str, dict[str, None]] = {}
     for said in experiment.spec.measures:

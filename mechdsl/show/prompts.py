@@ -111,7 +111,9 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
                 console.print(Text("    ") + Text(label, style="green") + Text(f" → {where}"))
             for label, text in row.texts.items():
                 if not text.ids:
-                    said = Text(f" = {text.text!r}, {output_words(text)}")
+                    scored = experiment.model.shape.side
+                    words = "what it is scored with" if scored else output_words(text)
+                    said = Text(f" = {text.text!r}, {words}")
                     console.print(Text("    ") + Text(label, style="magenta") + said)
                     continue
                 pieces = " + ".join(

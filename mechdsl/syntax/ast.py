@@ -579,6 +579,13 @@ class Region(Node):
     column: Name
 
 
+@record
+class Classes(Node):
+    """`classes "a photo of a {kind}"`."""
+
+    text: String
+
+
 DataLine = (
     Domained
     | Derived
@@ -593,6 +600,7 @@ DataLine = (
     | Corrupt
     | ImageLine
     | Region
+    | Classes
 )
 
 

@@ -13,7 +13,7 @@ TOP_WORDS = _words(
 """First words of statements outside every brace."""
 
 DATA_WORDS = _words(
-    "template chat rows rename where split answer wrong text span corrupt image region"
+    "template chat rows rename where split answer wrong text span corrupt image region classes"
 )
 """First words of lines in a `prompts` or `images` block."""
 
@@ -43,7 +43,7 @@ CONNECTING_WORDS = _words(
     "if then else and or not in near within of at into onto from with through to by as"
 )
 
-STACKS = ("vision", "encoder", "decoder")
+STACKS = ("vision", "text", "encoder", "decoder")
 """Words before an axis that say which stack of a model is meant."""
 
 RESERVED = (

@@ -337,6 +337,9 @@ class ToAst(Transformer[Token, Any]):
     def region(self, c: list[Any]) -> ast.Region:
         return ast.Region(_defined(c[1]), c[3], span=_span(c))
 
+    def classes(self, c: list[Any]) -> ast.Classes:
+        return ast.Classes(c[1], span=_span(c))
+
     def worded_change(self, c: list[Any]) -> ast.Change:
         nodes = _nodes(c)
         tokens = nodes[0] if isinstance(nodes[0], ast.Positions) else None

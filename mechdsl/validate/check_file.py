@@ -14,7 +14,7 @@ from mechdsl.base import limits
 from mechdsl.base.names import name_list
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, certain, has_errors
-from mechdsl.diagnostics.e01_syntax import TooLarge
+from mechdsl.diagnostics.e01_syntax import NotSupported, TooLarge
 from mechdsl.diagnostics.e02_names import (
     BadCommandLine,
     UnknownName,
@@ -40,6 +40,7 @@ from mechdsl.prompts.stand_ins import with_stand_ins
 from mechdsl.resolve.answers_behind import answers_left_out
 from mechdsl.resolve.findings import Finding, VariantFinding
 from mechdsl.resolve.measured_parts import in_parts
+from mechdsl.resolve.opposite import with_opposite
 from mechdsl.resolve.over_rows import of_weights
 from mechdsl.resolve.resolve_experiment import outline
 from mechdsl.resolve.resolved import ModelContext, Outline, ResolvedExperiment
@@ -276,6 +277,10 @@ def _outline(
     fitted = rows_read(experiment, checked.program)
     others = [run.model for run in (*experiment.elsewhere, *fitted) if run.model is not None]
     model, *read = (contexts.model(name) for name in (experiment.model, *others))
+    model = contexts.tower(experiment.prompts, model)
+    if read and any(each.shape.side for each in (model, *read)):
+        what = "another model beside one with two towers"
+        checked.diagnostics.append(NotSupported(span=experiment.span, what=what))
     if any(each.stands_in for each in (model, *read)):
         _skip(checked.unchecked, experiment)
     blocks = [experiment.prompts, *(run.prompts for run in experiment.elsewhere)]
@@ -293,6 +298,9 @@ def _outline(
         finding = findings.get(experiment.replies.of)
         table = contexts.with_replies(experiment, model, table, finding)
     model = contexts.fitting(model, table)
+    model, table = contexts.facing_images(experiment, model, table)
+    model, problems = with_opposite(model, table, experiment)
+    checked.diagnostics.extend(problems)
     draws = None if contexts.prompts_enough is None else limits.CHECKED_DRAWS
     known, found = outline(experiment, checked.program, model, table, RULES, findings, draws)
     if experiment.broken or findings.keys() != set(experiment.after):

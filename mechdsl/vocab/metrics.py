@@ -407,6 +407,19 @@ def loss_of_class(logits: Tensor, target: Tensor) -> Tensor:
     return -_log_probs(logits, target)
 
 
+@metric("score", takes="class", unit="logit", narrow=True)
+def score(logits: Tensor, target: Tensor) -> Tensor:
+    """How well a text fits an image, of a model with a tower for each.
+
+    logits: [row, text], the model's own `logits_per_image`: cosines times its scale, plus its bias
+        if it has one
+    target: [row], numbers of texts
+    returns: [row], logits
+    source: Radford et al. 2021, arXiv 2103.00020; Zhai et al. 2023, arXiv 2303.15343
+    """
+    return _wide(logits.gather(-1, target.unsqueeze(-1)).squeeze(-1))
+
+
 @metric("output", takes="class", unit="number", narrow=True)
 def output_of_class(logits: Tensor, target: Tensor) -> Tensor:
     """One of the numbers that a regression model gives.

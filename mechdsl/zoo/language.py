@@ -107,12 +107,14 @@ def _copy_head(of: Any, to: Any, layer: int) -> None:
     to.self_attn.o_proj.weight[:, head] = of.self_attn.o_proj.weight[:, head]
 
 
-def build_tokenizer(vocabulary: tuple[str, ...], special: tuple[str, ...] = SPECIAL) -> Tokenizer:
-    """Words and punctuation marks are tokens."""
+def build_tokenizer(
+    vocabulary: tuple[str, ...], special: tuple[str, ...] = SPECIAL, end: str = ""
+) -> Tokenizer:
+    """Words and punctuation marks are tokens. end: the one behind every text, if one is."""
     split = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
     )
-    return words.word_tokenizer(vocabulary, special, split)
+    return words.word_tokenizer(vocabulary, special, split, end)
 
 
 @dataclass(frozen=True)

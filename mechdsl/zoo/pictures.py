@@ -88,14 +88,15 @@ def as_input(pixels: Sequence[Pixels]) -> Tensor:
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def save_processor(folder: Path, kind: str) -> None:
+def save_processor(folder: Path, kind: str, *, crops: bool = False) -> None:
     """Writes `preprocessor_config.json` that says the same as `as_input`. kind: the class of
-    transformers that reads it."""
+    transformers that reads it; crops: it would crop by itself."""
     config = {
         "image_processor_type": kind,
         "do_resize": True,
         "size": {"height": SIZE, "width": SIZE},
         "resample": 2,
+        **({"do_center_crop": False} if crops else {}),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -13,15 +13,20 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, processors
 
 
-def word_tokenizer(words: Sequence[str], special: Sequence[str], split: Any) -> Tokenizer:
-    """What `split` (a pre-tokenizer) separates is a token; an unknown word is `<unk>`."""
+def word_tokenizer(
+    words: Sequence[str], special: Sequence[str], split: Any, end: str = ""
+) -> Tokenizer:
+    """What `split` (a pre-tokenizer) separates is a token; an unknown word is `<unk>`. end: the
+    token behind every text, if one is."""
     ids = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # joins words with spaces
     tokenizer.add_special_tokens(list(special))
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", ids["<s>"])]
+        single=f"<s> $A {end}".rstrip(),
+        pair=f"<s> $A $B {end}".rstrip(),
+        special_tokens=[(each, ids[each]) for each in ("<s>", end) if each],
     )
     return tokenizer
 
@@ -32,7 +37,13 @@ def word_of(tokenizer: Tokenizer, token: int) -> str:
 
 
 def save_tokenizer(
-    tokenizer: Tokenizer, folder: Path, *, longest: int, end: str = "", chat_template: str = ""
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    longest: int,
+    end: str = "",
+    chat_template: str = "",
+    padding_side: str = "left",
 ) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`. end: the token that ends a text, if one
     does."""
@@ -45,7 +56,7 @@ def save_tokenizer(
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": longest,
-        "padding_side": "left",
+        "padding_side": padding_side,
         **({"eos_token": end} if end else {}),
         **({"chat_template": chat_template} if chat_template else {}),
     }

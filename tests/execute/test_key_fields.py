@@ -324,6 +324,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "form": ("patch", lambda form: replace(form, takes="nothing")),
         "texts": ("item", lambda texts: one_more(texts, lambda rows: ((9,),) * 4)),
         "of_class": ("patch", lambda of: not of),
+        "classes": ("patch", lambda count: count + 1),
         "sets": ("sets", lambda sets: {None: replace(sets[None], of_row=(0, 1, 1, 1))}),
         "run": ("kl", lambda run: "turned"),
         "point": ("cosine", lambda point: replace(point, layer=1)),

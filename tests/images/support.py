@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -296,8 +296,13 @@ def patches(name: str) -> list[int]:
     return [FRONT[name] + n for n in range(GRID * GRID)]
 
 
+class HasSites(Protocol):
+    @property
+    def sites(self) -> Mapping[tuple[str, int], Tensor]: ...
+
+
 def copied(
-    source: Seen, site: str, layer: int, tokens: Sequence[int], units: Sequence[int] = (0,)
+    source: HasSites, site: str, layer: int, tokens: Sequence[int], units: Sequence[int] = (0,)
 ) -> list[Change]:
     """What stands there in another pass."""
     return [

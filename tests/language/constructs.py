@@ -68,8 +68,10 @@ def _class(name: str, example: str, meaning: str) -> None:
 _ON_IMAGES = "tests/images/test_blocks.py"
 
 
-def _image(name: str, example: str, meaning: str, test: str = _ON_IMAGES) -> None:
-    _construct(Construct(name, "image", example, meaning, OWN, test))
+def _image(
+    name: str, example: str, meaning: str, test: str = _ON_IMAGES, source: str = OWN
+) -> None:
+    _construct(Construct(name, "image", example, meaning, source, test))
 
 
 def _in_image(name: str, example: str, meaning: str) -> None:
@@ -1757,6 +1759,34 @@ _image(
     "label of an answer",
     "measure logit(answer) as delta",
     "Of images, a text names a label (`id2label`): `logit(class answer)` is the same.",
+)
+_image(
+    "scores of texts",
+    'measure score("a photo of a {kind}") as delta',
+    "Of a model with a tower for images and one for texts (CLIP, SigLIP, MetaCLIP 2): its own "
+    "logit of the image and a text, the cosine of what both become, times the model's scale, plus "
+    "its bias if it has one. `score(answer)` is of the row's text; `logit(…)` is the same. Rules "
+    "act in the image tower, whose layers may be written `vision layer 3`; each text is encoded "
+    "once, as it is, padded as the model's processor does.",
+    "tests/images/test_towers.py",
+    "Radford et al. 2021, arXiv 2103.00020; Zhai et al. 2023, arXiv 2303.15343",
+)
+_image(
+    "zero-shot classes",
+    'classes "a photo of a {kind}"',
+    "The texts that such a model chooses from: with all values of the names in it, declared ones "
+    "and those of columns, whichever rows are run. `correct`, `rank` and `accuracy` are among "
+    "them; `prob` is their softmax, or of SigLIP the sigmoid of one text, which needs no classes.",
+    "tests/images/test_towers.py",
+)
+_image(
+    "images for texts",
+    "image from scenes",
+    "In a block of `prompts`, for such a model: its text tower reads the rows, and rules act there "
+    "(`text layer 3` says so); each text is scored with the image of the same row of `scenes`, or "
+    "with its only one. `score` alone is of that image, and `rank(image)`, `prob(image)` and "
+    "`correct` are among all images of the block.",
+    "tests/images/test_text_towers.py",
 )
 _in_image(
     "a patch",

@@ -332,6 +332,13 @@ def of_images(entry: Construct) -> str:
     """A file with a line about images."""
     example, words = entry.example, entry.example.split()
     block = example.startswith("image ") and entry.group == "image"
+    if words[0] == "measure" and "score" in example:
+        return on_towers(example)
+    if example == "image from scenes":
+        return on_texts()
+    if words[0] == "classes":
+        measure = "measure correct as delta"
+        return on_towers(measure).replace('answer "', f'{example}\n  answer "a photo of a ', 1)
     if words[0] == "region":
         example, block = f"image shapes(n: 1, kind: kind) {example}", True
     own = "image gray(120)" if " of " in example else "image shapes(n: 1, kind: kind)"
@@ -342,6 +349,24 @@ def of_images(entry: Construct) -> str:
     file = file.replace("POSITION", position)
     file = file.replace("SIDES", example if words[0] == "from" else "from scenes into neutral")
     return file.replace("MEASURE", "measure logit(answer) as delta")
+
+
+def on_towers(measure: str) -> str:
+    """A file with what is measured of a model with a tower for images and one for texts."""
+    file = IMAGES.replace('local("vit")', 'zoo("dual")').replace("POSITION", "tokens *")
+    return file.replace("SIDES", "from scenes into neutral").replace("MEASURE", measure)
+
+
+def on_texts() -> str:
+    """A file whose rows are texts that are scored with images."""
+    file = on_towers("measure rank(image) as raw").replace(
+        "images scenes limit", "prompts told limit"
+    )
+    rule = "ablate resid_post layer * at last token with zero"
+    file = file.replace("from scenes into neutral", "")
+    file = file.replace("patch resid_post layer * at tokens *", rule)
+    block = 'prompts told { kind in ["circle", "square"] image from scenes template "a {kind}" }'
+    return file.replace("experiment e", f"{block}\nexperiment e")
 
 
 def on_images(example: str) -> str:
@@ -439,12 +464,16 @@ def metrics() -> Iterator[Line]:
                 _of_docstring(form),
                 "tests/rules/test_attention.py"
                 if observed
+                else "tests/images/test_towers.py"
+                if name == "score"
                 else "tests/execute/test_classifiers.py"
                 if classified
                 else "tests/results/test_reply_metrics.py"
                 if form.takes == "reply"
                 else "tests/results/test_metrics.py",
-                _on_classifier(line, form, number=number)
+                on_towers(line)
+                if name == "score"
+                else _on_classifier(line, form, number=number)
                 if classified
                 else in_experiment(line, LINES[4])
                 if observed

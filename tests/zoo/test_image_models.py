@@ -25,7 +25,7 @@ from mechdsl.zoo.shapes.data import CLASSES, GREY_SHARE, examples
 from mechdsl.zoo.shapes.train import model_config
 
 ROOT = Path(zoo.__path__[0])
-NAMES = ("shapes",)
+NAMES = ("shapes", "dual")
 
 
 def test_a_fifth_of_the_scenes_is_kept_from_training() -> None:

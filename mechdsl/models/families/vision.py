@@ -25,6 +25,28 @@ class ViT(Classed):
     """As most have it."""
 
 
+@family("clip", "metaclip_2")
+class CLIP(Family):
+    """Both towers. An image has one caption: the scores of texts are logits of a softmax."""
+
+    scores = "one label"
+
+
+@family("siglip")
+class SigLIP(Family):
+    """Each pair of an image and a text is right or not by itself."""
+
+    scores = "many labels"
+    padded = True
+
+
+@family("siglip_text_model")
+class SigLIPTexts(Family):
+    """Every token sees every other."""
+
+    encodes = True
+
+
 @family("deit")
 class DeiT(Family):
     """A token behind the class token that is taught by another model."""

@@ -177,6 +177,8 @@ def _data(node: Any) -> str | None:
             return f"image {within(node.value, SUM)}"
         case ast.Region():
             return f"region {node.name.id} = {node.column.id}"
+        case ast.Classes():
+            return f"classes {_text(node.text)}"
         case ast.Change():
             return _change(node)
         case _:
