@@ -122,4 +122,5 @@ def bounds(occurrence: ast.Occurrence | None) -> tuple[int, int] | None:
     low = None if occurrence is None else number(occurrence.low)
     if occurrence is None or low is None:
         return None
-    return low, low if occurrence.high is None else occurrence.high
+    high = number(occurrence.high)
+    return low, low if high is None else high

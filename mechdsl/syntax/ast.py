@@ -335,10 +335,10 @@ class Variable(Node):
 
 @record
 class Occurrence(Node):
-    """`item 3`, `item 2..4`, `item *`, `item i`: 1-based; `low` None is `*`."""
+    """`item 3`, `item 2..4`, `item *`, `item i`, `row r..r + 1`: 1-based; `low` None is `*`."""
 
     low: int | Variable | None
-    high: int | None = None
+    high: int | Variable | None = None
 
 
 @record

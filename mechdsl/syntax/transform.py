@@ -863,7 +863,6 @@ class ToAst(Transformer[Token, Any]):
         return Clause("span", {"edge": edge, "name": name}, _span(c))
 
     span_text = _clause("span", lambda c: {"literal": c[0].value})
-    span_cell = _clause("span", lambda c: {"name": str(c[0]), "row": c[2], "col": c[4]})
     span_of = _clause("of", lambda c: str(c[1]))
 
     def occurrence(self, c: list[Any]) -> ast.Occurrence:
@@ -873,6 +872,16 @@ class ToAst(Transformer[Token, Any]):
             return ast.Occurrence(ast.Variable(str(c[0]), span=_span(c)), span=_span(c))
         high = _integer(c[2]) if len(c) == 3 else None
         return ast.Occurrence(_integer(c[0]), high, span=_span(c))
+
+    def patches_span(self, c: list[Any]) -> ast.SpanRef:
+        return ast.SpanRef(str(c[0]), row=c[2], col=c[4], span=_span(c))
+
+    def patches(self, c: list[Any]) -> ast.Occurrence:
+        numbers = [each.value for each in c if isinstance(each, Clause)]
+        low, high = (*numbers, None, None)[:2]
+        return ast.Occurrence(low, high, span=_span(c))
+
+    patch_number = _clause("number", lambda c: _counted(c))
 
     # --- expressions ---------------------------------------------------------------------------
 
@@ -1010,6 +1019,13 @@ def _index(c: Sequence[Any]) -> tuple[int | None, int | None]:
 def _number_behind(c: Sequence[Any]) -> int:
     """A number behind its sign."""
     return _integer(c[1]) * (-1 if c[0].type == "MINUS" else 1)
+
+
+def _counted(c: Sequence[Any]) -> int | ast.Variable:
+    """A number, or a name for one with a number behind it."""
+    if c[0].type == "INT":
+        return _integer(c[0])
+    return ast.Variable(str(c[0]), offset=_number_behind(c[1:]) if c[1:] else 0, span=_span(c))
 
 
 def _signed(c: Sequence[Any]) -> int | ast.Variable:

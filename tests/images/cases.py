@@ -297,6 +297,11 @@ CASES: dict[str, Case] = {
         ("a", "b"), [(a, b) for a in DEEP for b in range(a, LAYERS)],
         lambda v, a, b: v.copy("attn_out", range(a, b + 1), PART),
     ),
+    "windows_of_patches": gray(
+        "for r in 1..3 { patch resid_post layer 1 at image row r..r + 1 col 2..r + 1 tokens }",
+        ("r",), [(r,) for r in (1, 2, 3)],
+        lambda v, r: v.copy("resid_post", 1, f"image row {r}..{r + 1} col 2..{r + 1}"),
+    ),
     "a_group": gray(
         f"patch few at {ALL}", (), [()],
         lambda v: [*v.copy("z", 0, ALL, [1]), *v.copy("z", 1, ALL, [2]),

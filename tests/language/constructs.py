@@ -1798,6 +1798,14 @@ _in_image(
     "image row 1..2 col * tokens",
     "A rectangle of patches, joined; with `token` one run for each.",
 )
+_on_image(
+    "windows of patches",
+    "for r in 1..3 { ablate embed at image row r..r + 1 col 2 tokens with zero }",
+    "A window that moves: the ends of both ranges may be a `for` variable, or a number more or "
+    "less.",
+    OWN,
+    "tests/images/test_rules.py",
+)
 _in_image(
     "all patches",
     "image tokens",

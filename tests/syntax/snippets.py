@@ -73,6 +73,7 @@ each token of subject, subject token + 1, last token
 {subject tokens} + 1
 image row 3 col 4 token
 image row 1..3 col * tokens
+image row r..r + 1 col c - 1..3 tokens
 image tokens
 each token of image
 object_a tokens

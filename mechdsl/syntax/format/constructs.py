@@ -350,4 +350,4 @@ def span(node: ast.SpanRef) -> str:
 def occurrence(node: ast.Occurrence) -> str:
     """`*`, `3`, `2..5`, `i`."""
     low = _counter(node.low)
-    return low if node.high is None else f"{low}..{node.high}"
+    return low if node.high is None else f"{low}..{_counter(node.high)}"
