@@ -216,7 +216,8 @@ def print_profile(plan: Plan, profile: Profile, sizes: PassSizes, console: Conso
     console.print(
         f"{profile.unpatched_seconds:.3g} s for unpatched runs, means and checks, "
         f"{profile.patched_seconds:.3g} s for {profile.rows:,} patched rows, of which "
-        f"{profile.distinct:,} are distinct",
+        f"{profile.distinct:,} are distinct"
+        + (f", and {profile.estimated:,} that were estimated" if profile.estimated else ""),
         highlight=False,
     )
     if profile.tokens:

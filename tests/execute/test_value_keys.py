@@ -216,7 +216,9 @@ def ran(
     how = RunOptions(
         settings=options.settings,
         without=options.without,
-        on_profile=lambda _, profile: done.append(profile.distinct + profile.unpatched_passes),
+        on_profile=lambda _, profile: done.append(
+            profile.distinct + profile.estimated + profile.unpatched_passes
+        ),
     )
 
     def run(kept: Any = None) -> FileResult:
