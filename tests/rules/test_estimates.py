@@ -41,6 +41,7 @@ from ..execute.support import (
     write_rows,
 )
 from ..execute.test_stored_values import check_case
+from ..quick import in_turn
 from ..reference.gradients import Where, estimated, taken
 from .models import bare, double
 
@@ -281,8 +282,7 @@ def effect_of(kind: str) -> str:
 
 
 @pytest.mark.parametrize("mode", ["planned", pytest.param("plain", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), in_turn(FAMILIES, KINDS, FAMILIES))
 def test_sites_and_positions(family: str, kind: str, mode: str, tmp_path: Path) -> None:
     measure = measured(ONE, effect_of(kind))
     text = "".join(
