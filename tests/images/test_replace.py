@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter
 
 from . import support
 from .support import GRID, PATCH, forward
+from .test_blocks import check, folder_of
 from .test_rules import QUICK
 
 NAMES = ("vit", "clip", "siglip", "dinov2_with_registers")
@@ -95,6 +96,17 @@ def test_noise_is_of_the_row_and_the_seed(tmp_path: Path) -> None:
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).min() > 1e-4
     assert np.abs(first - runs[0].measures[0].base).min() > 1e-4
+
+
+def test_noise_differs_between_rows(tmp_path: Path) -> None:
+    line = "replace each token of image with noise(40)"
+    folder_of(tmp_path)
+    (experiment,), problems = check(tmp_path, line)
+    assert not [d for d in problems if d.severity == "error"]
+    for run in experiment.rules[0].inputs.values():
+        pictures = [row.image for row in run.rows if row.image is not None]
+        seeds = [picture.changes[-1].seed for picture in pictures]
+        assert len(set(seeds)) == len(seeds) > 1
 
 
 @pytest.mark.parametrize(
