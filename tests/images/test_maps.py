@@ -262,6 +262,7 @@ def test_insertion_and_deletion_by_hand(name: str, tmp_path: Path) -> None:
     for way, sides in (("inserted", "scenes into neutral"), ("deleted", "neutral into scenes")):
         text += support.experiment(way, f"from {sides}", rule, measure=support.DIFFERENCE)
         text += support.experiment(f"{way}_area", f"from {sides}", rule, measure=area)
+    text += looking("told", "observe pointing of caap, chance in object")
     found = run(name, tmp_path, text)
     neutral = support.plain(name, None)
     orders = [maps(found["caap"]), found["drawn"].measures[0].patched.T]
@@ -286,6 +287,8 @@ def test_insertion_and_deletion_by_hand(name: str, tmp_path: Path) -> None:
                 whole = found[f"{way}_area"].measures[0].patched[number, row]
                 assert whole == pytest.approx(trapezoids(shares, curve), abs=1e-4)
                 assert np.ptp(curve) > 0.05
+    told = [cell.coords["map"] for cell in found["told"].cells]
+    assert told == ["caap", "chance"]
     named = [cell.coords["m"] for cell in found["inserted_area"].cells]
     assert named == ["caap", "chance"]
     assert found["inserted_area"].conventions["auc"].startswith("over k, row by row, of 5 cells")
