@@ -69,6 +69,20 @@ class UnreadableMeasure(Diagnostic):
 
 
 @keyword_record
+class NoEstimate(Diagnostic):
+    """What gradients of unpatched runs say nothing about."""
+
+    code = "E0608"
+    title = "`using {using}` can't estimate {what}: {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    using: str
+    what: str
+    reason: str
+    hint: str
+
+
+@keyword_record
 class NothingKept(Diagnostic):
     """A `keep` that leaves no row."""
 

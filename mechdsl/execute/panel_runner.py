@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.diagnostics.e06_experiment import NoEstimate
+from mechdsl.execute.estimates import Estimates, NotDifferentiated
 from mechdsl.execute.found import Found
 from mechdsl.execute.no_value import function_failed
 from mechdsl.execute.not_finite import cell_words, in_cell, not_finite
@@ -18,6 +20,7 @@ from mechdsl.execute.try_sizes import WORTH_MEASURING, try_sizes
 from mechdsl.execute.unusable import Unusable
 from mechdsl.execute.wanted_places import Member
 from mechdsl.hooks.memory import out_of_memory
+from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.plan.share import SharedRows, Sharer
 from mechdsl.plan.sweeps import longest_prompt
@@ -70,8 +73,14 @@ class PanelRunner(PreparedPanel):
                         stored = [cell for cell in stored if cell in together.stored]
                     self.profile.known += len(stored)
                 yield (found.dropped + len(found.left_out) + len(found.known)) * plan.draws
-            shared = sharer.of(rows)
             self.profile.rows += sum(len(one) for one in rows)
+            for number, plan in enumerate(plans):
+                if plan.experiment.spec.estimator is not None:
+                    estimated, rows[number] = rows[number], Rows.none()
+                    for own, values in self._estimated(patcher, number, estimated, batch):
+                        self._finish(number, own, values, totals[number])
+                        yield len(own) * plan.draws
+            shared = sharer.of(rows)
             self.profile.distinct += len(shared)
             for member, values in self._patched(patcher, shared, batch, rows):
                 self._finish(member.number, member.rows, values, totals[member.number])
@@ -187,7 +196,11 @@ class PanelRunner(PreparedPanel):
         if not self.batches or self.due_rows() * longest_prompt(self.panel) < enough:
             return
         plans, batch = self.running, self.batches[0]
-        shared = self._sharer().of([self.sorted_out(plan, batch).live for plan in plans])
+        live = [self.sorted_out(plan, batch).live for plan in plans]
+        run = [plan.experiment.spec.estimator is None for plan in plans]
+        shared = self._sharer().of(
+            [own if cells else Rows.none() for own, cells in zip(live, run, strict=True)]
+        )
         widths, work = extent(shared, self.runs.shortcuts, plans)
         if int(widths.sum()) * len(self.batches) < enough:
             return
@@ -246,6 +259,47 @@ class PanelRunner(PreparedPanel):
                     yield member, found.values
                 begin += count
 
+    def _estimated(
+        self, patcher: Patcher, number: int, rows: Rows, batch: Ints
+    ) -> Iterator[tuple[Rows, list[Floats]]]:
+        """Rows of an experiment whose effects are estimated, some prompts at a time: what is kept
+        for the way back is of all blocks."""
+        plan, key = self.running[number], self.running[number].experiment.key
+        if not len(rows):
+            return
+        given = self.readouts[key], self.means_and_donors[key], self.runs
+        estimates = Estimates(plan, *given, patcher.lanes_of(number, batch, None), batch)
+        due = np.unique(rows.prompt)
+        while len(due):
+            most = max(1, self.sizes.pass_tokens // self.runs.model.shape.n_layers)
+            prompts, tokens = estimates.first(due, most)
+            own = rows.take(np.flatnonzero(np.isin(rows.prompt, prompts)))
+            member = Member(number, own, np.arange(len(own)))
+            kept = self.patched_values.get(key)
+            known = kept.own(own) if kept is not None and kept.any_own else None
+            if known is not None:
+                self.profile.resumed += len(own)
+                yield own, known
+                due = due[len(prompts) :]
+                continue
+            try:
+                with stopwatch(self.runs.model.device) as seconds:
+                    found = estimates.of(own, self.measured[key].base_of(plan, own))
+            except (RuntimeError, MemoryError) as error:
+                if len(prompts) == 1 or not out_of_memory(error) or not self.sizes.halve():
+                    raise
+                self.profile.halved += 1
+                continue
+            except NotDifferentiated as refused:
+                self._lose(plan, _not_differentiated(plan, str(refused)))
+                return
+            self.profile.passed(tokens, seconds[0])
+            self.profile.distinct += len(own)
+            self._keep_pass([(member, found)])
+            self._saw_no_value(member, found)
+            yield own, found.values
+            due = due[len(prompts) :]
+
     def _own(self, shared: SharedRows, chosen: Ints) -> list[tuple[Member, list[Floats]]] | None:
         """What a pass gave, where this run has been through it before it was cut short."""
         if not any(found.any_own for found in self.patched_values.values()):
@@ -292,3 +346,16 @@ class PanelRunner(PreparedPanel):
             return self._pass(patcher, shared, chosen[used], run, batch)
         every = patcher.values(shared, chosen, members, run, batch)
         return [(chosen, member, found) for member, found in every]
+
+
+def _not_differentiated(plan: ExperimentPlan, said: str) -> NoEstimate:
+    """What autograd says of the model."""
+    estimator = plan.experiment.spec.estimator
+    assert estimator is not None
+    return NoEstimate(
+        span=estimator.span,
+        using=estimator.name,
+        what=f"cells of `{plan.experiment.name}`",
+        reason=f"autograd can't follow `{plan.experiment.model.name}` ({said[:200]})",
+        hint="leave `using` out, so that each cell is run",
+    )

@@ -318,7 +318,7 @@ class Patcher:
         """What the rules of one experiment do to rows of it, behind those of the run that they
         start from; senders: of paths too."""
         plan, shape = self.prefilled[number], self.model.shape
-        given = (self._lanes_of(number, batch, text), self.means_and_donors[number], shape)
+        given = (self.lanes_of(number, batch, text), self.means_and_donors[number], shape)
         own = acting(plan, rows, draw, *given, text, senders=senders)
         if run.derived is None:
             return own
@@ -326,11 +326,11 @@ class Patcher:
 
     def _later(self, number: int, rows: Rows, draw: Ints, run: Run, batch: Ints) -> WhileWriting:
         """What the rules of one experiment do to rows of it while these write."""
-        lanes_of, shape = self._lanes_of(number, batch, None), self.model.shape
+        lanes_of, shape = self.lanes_of(number, batch, None), self.model.shape
         given = (lanes_of, self.means_and_donors[number], shape)
         return while_writing(self.plans[number], rows, draw, *given)
 
-    def _lanes_of(self, number: int, batch: Ints, text: TextBehind | None) -> LanesOf:
+    def lanes_of(self, number: int, batch: Ints, text: TextBehind | None) -> LanesOf:
         """What the rules of one experiment read."""
         means_and_donors = self.means_and_donors[number]
 

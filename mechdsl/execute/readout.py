@@ -203,6 +203,21 @@ class Readout:
             values_of_measure[broken] = np.nan
         return Found(found, broken, rounding, failed, gaps)
 
+    def tensors(self, reading: Reading) -> list[Tensor]:
+        """Per measure, [row] float64, as autograd sees it made: what `read` gives, without a word
+        of what can't be used."""
+        usable = np.ones(len(reading.prompts), dtype=np.bool_)
+        numbers = iter(range(len(self.atoms)))
+        found: list[Tensor] = []
+        for measure in self.measures:
+            values: dict[Any, Tensor] = {}
+            for atom in measure.atoms:
+                number = next(numbers)
+                value = _value(atom, number, self.atoms[number][0], reading, usable)
+                values[atom.node] = value.double()
+            found.append(evaluate(measure.expression, values.__getitem__))
+        return found
+
     def _values(self, numbers: range, reading: Reading, usable: Bools) -> dict[Any, Floats]:
         """The atoms of a measure, by what is written: [row]. E0223 as PythonFailure."""
         found: dict[Any, Floats] = {}

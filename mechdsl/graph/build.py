@@ -129,6 +129,7 @@ def patched(experiment: ResolvedExperiment, after: tuple[EffectNode, ...] = ()) 
         experiment.axes,
         experiment.nested,
         after=after,
+        estimator="" if experiment.spec.estimator is None else experiment.spec.estimator.text,
         on=base if has_rules else None,
     )
 

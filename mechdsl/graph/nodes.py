@@ -134,6 +134,8 @@ class ForwardNode:
     """How many blocks have to run; None is the whole model."""
     after: tuple[EffectNode, ...] = ()
     """Of other experiments, which say where this one acts (`top 3 of cie`)."""
+    estimator: str = ""
+    """What stands in for its cells, which aren't run then (`using`)."""
     on: ForwardNode | None = None
     """The run that has rules itself, or that an experiment's own run with rules acts on."""
 

@@ -34,8 +34,8 @@ class RunResult:
     largest: Tensor | None = None
     """[B, n], with `tokens`: the size of the largest logit of the whole vocabulary."""
     reads: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
-    """[B, T, units, width] each, copies (inference tensors); values after the writes at the same
-    site."""
+    """[B, T, units, width] each, copies (inference tensors, but with `gradients`); values after the
+    writes at the same site."""
 
 
 def run_whole(
@@ -48,6 +48,7 @@ def run_whole(
     logits_at: Tensor | None = None,
     tokens: Tensor | None = None,
     edges: Sequence[EdgeWrite] = (),
+    gradients: bool = False,
 ) -> RunResult:
     """Run the whole model on padded rows, with writes and reads.
 
@@ -57,6 +58,7 @@ def run_whole(
         default. Logits can't be read or written with it.
     tokens: [K] long, the only tokens whose logits are wanted; `vocab` is K then.
     edges: of attention, that are changed.
+    gradients: what comes out hangs on what is written that wants a gradient, for autograd.
 
     Raises ValueError for places that don't exist, WriteMismatch for writes that couldn't happen
     exactly once, ReadMismatch for reads that didn't. The model is left as it was found.
@@ -65,7 +67,8 @@ def run_whole(
     if logits_at is not None:
         work.keep_logits(logits_at)
     narrow = narrowed(model, tokens, ends=True)
-    with torch.inference_mode(), work.installed(), opened(model, work), narrow:
+    mode = _differentiable(model) if gradients else torch.inference_mode()
+    with mode, work.installed(), opened(model, work), narrow:
         try:
             logits = bare_logits(model, batch)
         except PassStopped:
@@ -78,6 +81,21 @@ def run_whole(
             largest = ends.abs().amax(-1)
     work.check()
     return RunResult(logits, largest, work.found)
+
+
+@contextmanager
+def _differentiable(model: LoadedModel) -> Generator[None]:
+    """Autograd follows what is written, and not the weights: nothing is kept for these, and what
+    is made of them alone, such as position biases that a library has kept, isn't followed."""
+    wanted = [each for each in model.module.parameters() if each.requires_grad]
+    for each in wanted:
+        each.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for each in wanted:
+            each.requires_grad_()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import numpy as np
 from mechdsl.base.arrays import Ints
 from mechdsl.models.shape import ModelShape
 from mechdsl.plan.columns import Ragged, prompt_lengths
+from mechdsl.plan.estimate_cost import GradientWork, gradient_work
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.only_looks import only_looks
 from mechdsl.plan.plan import BATCH_ROWS, Panel
@@ -48,6 +49,8 @@ class Cost:
     tokens: int = 0
     """Tokens times the blocks that they pass through."""
     multiply_adds: float = 0.0
+    backwards: int = 0
+    """Passes back, for gradients."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -56,6 +59,7 @@ class Cost:
             self.forwards + other.forwards,
             self.tokens + other.tokens,
             self.multiply_adds + other.multiply_adds,
+            self.backwards + other.backwards,
         )
 
     def __rmul__(self, times: int) -> Cost:
@@ -65,6 +69,7 @@ class Cost:
             times * self.forwards,
             times * self.tokens,
             times * self.multiply_adds,
+            times * self.backwards,
         )
 
     @property
@@ -87,7 +92,8 @@ def matmul_rate(size: int = 1024, repeats: int = 3) -> float:
 def estimated_seconds(cost: Cost, blocks: int, rate: float) -> float:
     """Seconds that the work takes in a model of so many blocks, at a rate of multiply-adds per
     second. Rough: it knows neither caches nor other work on the machine."""
-    return cost.multiply_adds / (rate * EFFICIENCY) + cost.forwards * blocks * CALL_SECONDS
+    calls = cost.forwards + cost.backwards
+    return cost.multiply_adds / (rate * EFFICIENCY) + calls * blocks * CALL_SECONDS
 
 
 # --- one token in one block -------------------------------------------------------------------
@@ -246,11 +252,23 @@ class PanelWork:
         self.keeps_tokens = False
         self.joins = False
         self.readings = Readings.of(panel.plans, self.rows)
+        given = prompts, panel.block.whole, panel.pass_tokens
+        every = (gradient_work(plan, *given) for plan in panel.plans)
+        self.gradients = sum(every, GradientWork())
 
     @property
     def cost(self) -> Cost:
         """What is left."""
-        return self.patched + self.unpatched + self._replies()
+        return self.patched + self.unpatched + self._replies() + self._estimates()
+
+    def _estimates(self) -> Cost:
+        """What takes the place of rows that are estimated."""
+        shape, found = self.panel.shape, self.gradients
+        forwards, backwards = found.forwards, found.backwards
+        if self.joins:
+            forwards, backwards = found.joined_forwards, found.joined_backwards
+        adds = found.adds * shape.n_layers + found.logits * float(shape.d_model * shape.outputs)
+        return Cost(0, 0, forwards, found.tokens * shape.n_layers, adds, backwards)
 
     def _replies(self) -> Cost:
         """What is computed behind the prefill. Unpatched runs are written once for a panel."""

@@ -60,8 +60,11 @@ class ExperimentPlan:
     @property
     def whole(self) -> bool:
         """Whether its rows are whole passes, whatever else is planned: a rule asks for it, they
-        start from a run that has rules, or what a path holds isn't what that run has."""
+        start from a run that has rules, are estimated, or what a path holds isn't what that run
+        has."""
         if any(run.derived is not None for run in self.starting_runs):
+            return True
+        if self.experiment.spec.estimator is not None:
             return True
         if self.path is not None and (self.beside_path or self._seen_in_mlps):
             return True
@@ -228,8 +231,9 @@ class ExperimentPlan:
 
     def passes(self, prompts: Ints) -> Rows:
         """The rows that are run: of what is observed of all rows at once, one for every position,
-        whose pass all cells read; none of what is observed of weights."""
-        rows = self.rows(prompts) if self.rules else Rows.none()
+        whose pass all cells read; none of what is observed of weights, and of estimates."""
+        run = self.rules and self.experiment.spec.estimator is None
+        rows = self.rows(prompts) if run else Rows.none()
         for plan in self.rules:
             if isinstance(plan.rule.does, OverRows):
                 first = np.unique(plan.position_of_cell, return_index=True)[1]

@@ -20,6 +20,7 @@ import numpy as np
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.plan.columns import prompt_lengths
 from mechdsl.plan.rule_rows import NOTHING, Rows, RulePlan
+from mechdsl.program.spec import GRADIENT
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.resolve.resolved_rule import ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
@@ -43,7 +44,7 @@ class Inert:
     """[where, run of the rule's positions]"""
     never: bool = False
     """Whether rows are other ones than those of the base run whatever they write: their replies are
-    drawn by themselves."""
+    drawn by themselves, or it isn't effects that are asked for."""
 
 
 def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
@@ -51,7 +52,11 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     runs = len(plan.written.tokens.offsets) - 1
     combinations = len(plan.points.offsets) - 1
     said = experiment.generation
-    never = said is not None and said.sampled
+    estimator = experiment.spec.estimator
+    # A gradient is there whatever is written.
+    never = (said is not None and said.sampled) or (
+        estimator is not None and estimator.name == GRADIENT
+    )
     if plan.rule.sites is None or plan.rule.does.changes == "nothing":
         none = np.zeros((3, runs), dtype=np.bool_)
         return Inert(np.zeros(combinations, dtype=np.int64), none, never)

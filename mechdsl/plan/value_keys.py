@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import cast
 
 import numpy as np
@@ -22,9 +22,11 @@ from mechdsl.base.digest import digest, number_of
 from mechdsl.plan.columns import Hits, Ragged
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.key_numbers import Numbers, filled, mixed, of_lists, per_list
+from mechdsl.plan.moved_together import sites_of_cells
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.whole_cells import WholeCells
 from mechdsl.program.python_files import PythonFunction
+from mechdsl.program.spec import INTEGRATED
 from mechdsl.prompts.answer_sets import TokenSets
 from mechdsl.prompts.prompt_table import PromptTable, Run
 from mechdsl.resolve.direction_types import (
@@ -285,7 +287,25 @@ class ExperimentKeys:
     def rows(self, number: int, rows: Rows) -> Numbers:
         """[row] the keys of rows, for a measure."""
         starting = self.plan.starting_run(rows)
-        return mixed(self._written(rows), self._of_measure(number, rows, starting))
+        found = mixed(self._written(rows), self._of_measure(number, rows, starting))
+        said = self.plan.experiment.spec.estimator
+        if said is None or said.name != INTEGRATED:
+            return found
+        return mixed(found, self._beside[self._sites[rows.cell], rows.prompt])
+
+    @cached_property
+    def _beside(self) -> Numbers:
+        """[site, prompt] all that is written there, in whatever order."""
+        rows = self.plan.rows(self.kept)
+        codes = np.array([number_of(code) for code in self._codes], dtype=np.uint64)
+        own = mixed(self._written(rows), codes[self.code_of_cell[rows.cell]])
+        found = np.zeros((int(self._sites.max()) + 1, len(self.table)), dtype=np.uint64)
+        np.add.at(found, (self._sites[rows.cell], rows.prompt), own)
+        return found
+
+    @cached_property
+    def _sites(self) -> Ints:
+        return sites_of_cells(self.plan)
 
     def _written(self, rows: Rows) -> Numbers:
         """[row] what it starts from, and what rules read and write there."""
@@ -317,7 +337,9 @@ class ExperimentKeys:
 
     def _shared(self) -> bytes:
         """Of all cells."""
-        return digest("patched", self._model(), self.plan.draws, self._whole)
+        said = self.plan.experiment.spec.estimator
+        estimated = [] if said is None else ["estimated", said.text]
+        return digest("patched", self._model(), self.plan.draws, self._whole, *estimated)
 
     def _cells(self) -> Iterator[tuple[bytes, ...]]:
         """[cell] what the rules do there."""

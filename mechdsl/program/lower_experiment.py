@@ -14,6 +14,7 @@ from mechdsl.program import spec
 from mechdsl.program.constants import whole_number
 from mechdsl.program.lower_controls import lower_control
 from mechdsl.program.lower_derived_runs import derived_runs
+from mechdsl.program.lower_estimator import lower_estimator
 from mechdsl.program.lower_generation import (
     SHOW_REPLIES,
     length_of_replies,
@@ -103,6 +104,7 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
     statistics = lower_statistics(work)
     against = lower_control(work)
     generation, replies = lower_generation(work), lower_replies(work)
+    estimator = lower_estimator(work)
     expects = tuple(lower_expectation(e, work) for e in work.expects)
     acting = next(iter(rules.values()))
     results = parts_of(observed, told_apart(measures), acting, work, parts) or [Part()]
@@ -133,6 +135,7 @@ def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
         saves=saves,
         statistics=statistics,
         against=against,
+        estimator=estimator,
         generation=generation,
     )
     saving = next((each for each in results if not each.own and not each.apart), results[0])

@@ -23,7 +23,6 @@ NodeT = TypeVar("NodeT", bound=ast.Node)
 
 # What the grammar knows and no stage executes yet, by the class of its node.
 LATER: dict[type[ast.Node], str] = {
-    ast.Using: "`using`",
     ast.Discover: "`discover`",
     ast.Search: "`search`",
     ast.ObserveFeatures: "`observe features`",
@@ -57,6 +56,7 @@ class Statements:
         self.expects: list[ast.Expect] = []
         self.against: list[ast.Against] = []
         self.generate: list[ast.Generate] = []
+        self.using: list[ast.Using] = []
         self.derived: list[ast.RunDef] = []
         self.saves: list[ast.Save] = []
         self.known_runs: dict[str, Span] = {}
@@ -102,6 +102,8 @@ class Statements:
                     self.once(statement, self.against, "against")
                 case ast.Generate():
                     self.once(statement, self.generate, "generate")
+                case ast.Using():
+                    self.once(statement, self.using, "using")
                 case ast.Keep():
                     self.keep.append(statement.condition)
                 case ast.Measure():

@@ -394,6 +394,24 @@ class Control(Spec):
     """What is never drawn: sites, groups, `top 5 of X`."""
 
 
+GRADIENT, INTEGRATED = "gradient", "integrated_gradients"
+ESTIMATORS = (GRADIENT, "gradient_input", INTEGRATED)
+
+
+class Estimator(Spec):
+    """`using integrated_gradients(steps: 32)`: effects are estimated from gradients, not run."""
+
+    name: str
+    """One of `ESTIMATORS`."""
+    steps: int | None = None
+    """Of integrated gradients: at how many points of the line gradients are taken."""
+
+    @property
+    def text(self) -> str:
+        """As it is written in full."""
+        return self.name if self.steps is None else f"{self.name}(steps: {self.steps})"
+
+
 class Elsewhere(Spec):
     """A run that isn't one of the sampled block in the experiment's model."""
 
@@ -461,6 +479,8 @@ class Experiment(Spec):
     saves: tuple[Save, ...] = ()
     statistics: Statistics
     against: Control | None = None
+    estimator: Estimator | None = None
+    """What effects are estimated by; None: each cell is run."""
     generation: Generation | None = None
     """What each row writes behind its prompt, if anything."""
     reports: tuple[Report, ...] = ()

@@ -21,6 +21,7 @@ from mechdsl.resolve.answers_behind import measured_answers
 from mechdsl.resolve.apart_from import LeftOut, left_out
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.derived_runs import accuracies_known, define_runs, on_derived
+from mechdsl.resolve.estimators import not_estimated
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.generation import in_steps, of_generation
 from mechdsl.resolve.in_progress import Work
@@ -145,7 +146,7 @@ def outline(
     )
     problem = _too_many(resolved, program) or _too_many_listed(resolved)
     refused = [*of_runs_without_blocks(resolved), *([] if problem is None else [problem])]
-    refused += in_replies(resolved)
+    refused += [*in_replies(resolved), *not_estimated(resolved)]
     if refused:
         return known, [*diagnostics, *refused]
     control, problems = _control(resolved, apart, draws_enough)

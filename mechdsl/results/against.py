@@ -215,9 +215,9 @@ def _lost(now: FileResult, before: FileResult) -> Iterator[Change]:
         computed = {_name(data) for _, data in there[each.name].computed()}
         for data in each.measures:
             if data.missing is not None and _name(data) in computed:
-                text = f"{data.effect} of {data.label}"
+                text = f"{data.called} of {data.label}"
                 yield Change("regression", now.file, each.name, text, lost=data.missing)
 
 
 def _name(data: MeasureData) -> tuple[str, str, str | None]:
-    return data.effect, data.label, data.at
+    return data.called, data.label, data.at

@@ -22,6 +22,7 @@ from mechdsl.execute.profile import Profile
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.program import spec
+from mechdsl.program.spec import GRADIENT
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.resolve.measured_places import MEASURED
@@ -133,6 +134,7 @@ def _measures(
     """The values of each measure, in the cells that there are."""
     experiment = plan.experiment
     kept, there, source = measured.kept, plan.exists, experiment.spec.source
+    estimator = experiment.spec.estimator
     for number, (resolved, said) in enumerate(
         zip(experiment.measures, experiment.spec.measures, strict=True)
     ):
@@ -152,13 +154,17 @@ def _measures(
             else _of(there, base_per_cell(plan, measured, source, number)),
             inert=plan.inert[there],
             truth=truth,
-            unit=resolved.unit,
-            rounding=_of(there, per_cell(plan, measured, measured.rounding[number])),
+            unit="" if estimator is not None and estimator.name == GRADIENT else resolved.unit,
+            # How far rounding moves an estimate isn't known: no cell's metric was computed.
+            rounding=None
+            if estimator is not None
+            else _of(there, per_cell(plan, measured, measured.rounding[number])),
             word=resolved.word,
             at=said.place,
             gaps=tuple(gap_words(measured, number, c) for c in np.flatnonzero(there).tolist()),
             seen=seen.of(number, there),
             spread=_spread(experiment) if resolved.observed else "rows",
+            estimator="" if estimator is None else estimator.text,
         )
 
 

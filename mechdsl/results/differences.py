@@ -138,7 +138,7 @@ def _why(found: Found | None) -> str | None:
 
 def measure_name(data: MeasureData) -> str:
     at = "" if data.at is None else f" at {data.at}"
-    return f"{data.effect} of {data.label}{at}"
+    return f"{data.called} of {data.label}{at}"
 
 
 def _cell(experiment: str, found: ComparedMeasure, cell: int) -> CellDifference:
@@ -155,7 +155,7 @@ def _cell(experiment: str, found: ComparedMeasure, cell: int) -> CellDifference:
         site=key.site,
         position=key.position,
         label=data.label,
-        effect=data.effect,
+        effect=data.called,
         at=data.at,
         kind=data.kind,
         state=found.states[cell],

@@ -57,6 +57,12 @@ class MeasureDocument(DocumentPart):
     label: str
     metric: str
     effect: str
+    estimator: str | None = Field(
+        default=None,
+        description="what the effect is estimated by (`using`), where no cell was run: "
+        "`gradient_input`, `integrated_gradients(steps: 32)`; of `gradient` the mean is the length "
+        "of the gradient, and no effect",
+    )
     at: str | None = Field(
         default=None, description="position that it is read at, where one is written"
     )
@@ -255,7 +261,7 @@ def _measure(result: ExperimentResult, measure: int, cell: int, n: int) -> Measu
         label=data.label,
         metric=data.metric,
         effect=data.effect,
-        **given(at=data.at),
+        **given(estimator=data.estimator or None, at=data.at),
         mean=_number(found.mean[cell]),
         low=_number(found.low[cell]),
         high=_number(found.high[cell]),

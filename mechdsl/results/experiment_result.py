@@ -270,7 +270,7 @@ class ExperimentResult:
         return f"{where}: {self.direction}, {cells}, {plural(self.prompts, 'prompt')}"
 
     def __repr__(self) -> str:
-        measures = [f"{m.effect} of {m.label}" for m in self.measures[:MOST_LINES]]
+        measures = [f"{m.called} of {m.label}" for m in self.measures[:MOST_LINES]]
         more = len(self.measures) - len(measures)
         held = sum(outcome.holds for outcome in self.outcomes)
         lines = [
@@ -318,6 +318,7 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
                 "label": data.label,
                 "metric": data.metric,
                 "effect": data.effect,
+                **({"estimator": data.estimator} if data.estimator else {}),
                 "n": int(found.n[index]),
                 "effective_n": int(found.units[index]),
                 **{key: _none(getattr(found, key)[index]) for key in NUMBERS},

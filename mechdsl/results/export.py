@@ -221,7 +221,13 @@ def lines_of(found: ExperimentResult) -> Iterator[dict[str, Any]]:
         "experiment": found.name,
         "axes": list(found.axes),
         "measures": [
-            {"label": m.label, "metric": m.metric, "effect": m.effect, "at": m.at}
+            {
+                "label": m.label,
+                "metric": m.metric,
+                "effect": m.effect,
+                "at": m.at,
+                **({"estimator": m.estimator} if m.estimator else {}),
+            }
             for m in found.measures
         ],
     }

@@ -17,7 +17,7 @@ def found_by(experiment: ResolvedExperiment, result: ExperimentResult) -> Varian
     """What a measured experiment found, by its first measure."""
     data = result.measures[0]
     ids = result.row_ids if result.row_ids is not None else experiment.table.row_ids
-    name = data.label if data.effect == "raw" else f"{data.effect} of {data.label}"
+    name = data.label if data.called == "raw" else f"{data.called} of {data.label}"
     replies = tuple(result.replies.cells)
     found = VariantFinding(experiment, name, row_ids=ids, cells=result.cells, replies=replies)
     if data.kind == "category":  # has no effect; picking by it is refused before anything runs

@@ -81,12 +81,12 @@ def _numbers(result: ExperimentResult) -> Sequence[int]:
 
 
 def matched_measures(old: ExperimentResult, new: ExperimentResult) -> Matched:
-    """Measures of one label and effect, read at one position."""
+    """Measures of one label and effect, read at one position, and estimated in one way."""
     return Matched.of(map(measure_key, old.measures), map(measure_key, new.measures))
 
 
 def measure_key(data: MeasureData) -> Hashable:
-    return data.label, data.effect, data.per_prompt, data.kind, data.at
+    return data.label, data.effect, data.per_prompt, data.kind, data.at, data.estimator
 
 
 def matched_cells(old: ExperimentResult, new: ExperimentResult) -> Matched:

@@ -16,6 +16,7 @@ from mechdsl.execute.unpatched_batch import noise_scale
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.plan import PROMPT_TOKENS
+from mechdsl.program.spec import GRADIENT, INTEGRATED
 from mechdsl.resolve.answers_behind import answers_left_out
 from mechdsl.resolve.class_outputs import made_of
 from mechdsl.resolve.picks import SHOWN
@@ -45,6 +46,7 @@ def conventions(
         **experiment.picks,
         **_of_directions(plan, measured),
         **_of_rules(plan, model),
+        **dict(_of_estimates(experiment)),
         **_of_measures(experiment),
         **dict(of_replies(plan, measured, model)),
         **dict(_of_cells(plan, measured)),
@@ -95,6 +97,33 @@ def _of_runs(experiment: ResolvedExperiment, model: LoadedModel) -> Said:
         read = "" if own.spec.source is None else f", from {own.spec.source}"
         place = "stays in place under the experiment's rules"
         yield f"run {name}", f"{own.spec.base} with {rules}{read}; what it writes {place}"
+
+
+_ESTIMATED = {
+    "gradient": "no effect: how fast the metric changes with what is there, the length of its "
+    "gradient at all vectors of a cell together (Simonyan et al. 2014, arXiv 1312.6034, saliency)",
+    "gradient_input": "estimates, no cell was run: to first order, what is written less what is "
+    "there, times the gradient of the metric, summed over all vectors of a cell (Shrikumar et al. "
+    "2016, arXiv 1605.01713, gradient × input; Nanda 2023, attribution patching)",
+    "integrated_gradients": "estimates, no cell was run: what is written less what is there, times "
+    "the mean gradient of the metric at {steps} midpoints of the line between, on which all cells "
+    "of a site and layer move together, so that their estimates add up to the effect of all of "
+    "them at once, but for the error of the steps (Sundararajan et al. 2017, arXiv 1703.01365)",
+}
+
+
+def _of_estimates(experiment: ResolvedExperiment) -> Said:
+    """What stands in for cells that aren't run."""
+    said, base = experiment.spec.estimator, experiment.spec.base
+    if said is None:
+        return
+    where = f"gradients of the {base} run"
+    if said.name == INTEGRATED:
+        where = f"gradients between the {base} run and what is written"
+    text = _ESTIMATED[said.name].format(steps=said.steps)
+    if said.name == GRADIENT and any(rule.spec.fill is not None for rule in experiment.rules):
+        yield "fill", "not used: it says what would be written, and a gradient is of what is there"
+    yield "estimates", f"`{said.text}`: {text}; {where}, by autograd"
 
 
 def _of_cells(plan: ExperimentPlan, measured: MeasuredValues) -> Said:
@@ -150,6 +179,8 @@ def _of_controls(plan: ExperimentPlan) -> Said:
     if experiment.control is not None:
         yield "controls", experiment.control.said
         yield "null band", _null_band(experiment.spec.statistics.confidence)
+    elif experiment.spec.estimator is not None:
+        yield "controls", "none: random targets aren't estimated"
     elif any(rule.rule.does.changes != "nothing" for rule in plan.rules):
         yield "controls", "none (`against random(20)` adds matched random targets)"
 

@@ -7,12 +7,15 @@ import numpy as np
 from mechdsl.base.plural import plural
 from mechdsl.base.registry import Registry
 from mechdsl.program.lower_other_runs import BLOCKS
+from mechdsl.program.spec import GRADIENT
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.statistics.cell_statistics import SHARES
-from mechdsl.statistics.measure_data import NO_INTERVAL, may_change
+from mechdsl.statistics.measure_data import NO_INTERVAL, MeasureData, may_change
 from mechdsl.statistics.sampling import partitions
 from mechdsl.validate.reachable_p import CORRECTION_NAMES
 from mechdsl.vocab.effect_kind import EffectKind
+
+CHANGE = "m(patched) − m(base)"
 
 
 def statistics_conventions(
@@ -23,11 +26,7 @@ def statistics_conventions(
     if settings is None or not result.statistics:
         return {}
     said = {
-        data.effect: effects[data.effect].per_prompt_formula or ""
-        if data.per_prompt
-        else effects[data.effect].formula
-        for data in result.measures
-        if data.kind == "number"
+        data.called: _formula(data, effects) for data in result.measures if data.kind == "number"
     }
     found: dict[str, str] = {}
     if said:
@@ -59,6 +58,17 @@ def statistics_conventions(
         found["rounding"] = f"{', '.join(said)}; {result.rounding}"
     found["seed"] = str(result.seed)
     return found
+
+
+def _formula(data: MeasureData, effects: Registry[EffectKind]) -> str:
+    """What an effect is made of."""
+    effect = effects[data.effect]
+    formula = effect.per_prompt_formula or "" if data.per_prompt else effect.formula
+    if data.estimator == GRADIENT:
+        return "the length (L2) of ∂m/∂site in the base run"
+    if data.estimator and effect.of_intervention:
+        return formula.replace("(m(patched) − m(base))", "estimate").replace(CHANGE, "estimate")
+    return formula
 
 
 def _interval(result: ExperimentResult) -> str:

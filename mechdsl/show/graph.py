@@ -71,6 +71,8 @@ def _describe(node: Node) -> list[str]:
                 lines += [f"run {node.run}, rules on {node.on.run}" if own else f"from {node.run}"]
             lines += [f"{sweep} = {plural(node.cells, 'cell')}"] if node.axes else []
             lines += [f"first {plural(node.stop, 'block')}"] if node.stop is not None else []
+            if node.estimator:
+                return ["Estimate", node.estimator, *lines]
             return ["Forward", *lines]
         case ReadNode():
             return ["Read", _places(node.places), f"at {node.at}"]

@@ -71,11 +71,11 @@ def _experiments(plan: Plan, console: Console) -> None:
             said,
             f"{sum(each.experiment.n_there for each in own):,}",
             f"{len(own[0].experiment.table):,}",
-            f"{sum(each.count() for each in own):,}",
+            f"{sum(each.count() for each in own if not _estimated(each)):,}",
             f"{max(map(unpatched_rows, own)):,}",
         )
     console.print(table)
-    whole = [each.experiment.name for each in planned if each.whole]
+    whole = [each.experiment.name for each in planned if each.whole and not _estimated(each)]
     writing: dict[str, dict[str, None]] = {}
     for each in planned:
         said, own = each.experiment.generation, each.experiment.spec
@@ -90,6 +90,13 @@ def _experiments(plan: Plan, console: Console) -> None:
             f"{what}: counted as if all did",
             highlight=False,
         )
+    for each in planned:
+        if said := each.experiment.spec.estimator:
+            console.print(
+                f"{each.experiment.name} runs no row: `{said.text}` takes passes forward and back "
+                "over its prompts",
+                highlight=False,
+            )
     if whole:
         console.print(
             f"rows of {', '.join(dict.fromkeys(whole))} are whole passes: what is kept of "
@@ -105,24 +112,30 @@ def _experiments(plan: Plan, console: Console) -> None:
         )
 
 
+def _estimated(plan: ExperimentPlan) -> bool:
+    return plan.experiment.spec.estimator is not None
+
+
 def _savings(cost: PlanCost, console: Console) -> None:
     """A line per pass: what is left after it."""
     table = Table(box=None, padding=(0, 1), show_edge=False)
     table.add_column("left after", no_wrap=True)
-    for title in ("cells", "rows", "forwards", "tokens×blocks", "FLOPs"):
+    back = ("backward",) if cost.plain.backwards else ()
+    for title in ("cells", "rows", "forwards", *back, "tokens×blocks", "FLOPs"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("saves", justify="right", no_wrap=True)
-    table.add_row("the plain loop", *_figures(cost.plain), "")
+    table.add_row("the plain loop", *_figures(cost.plain, back=bool(back)), "")
     before = cost.plain
     for saving in cost.savings:
         after = saving.after
         if not saving.on:
-            table.add_row(saving.name, *[""] * 5, "off", style="dim")
+            table.add_row(saving.name, *[""] * (5 + len(back)), "off", style="dim")
             continue
         changed = after != before
         share = 1 - after.multiply_adds / before.multiply_adds if before.multiply_adds else 0.0
         saved = f"{share:.0%}" if share >= 0.005 else "–"
-        table.add_row(saving.name, *_figures(after), saved, style="" if changed else "dim")
+        figures = _figures(after, back=bool(back))
+        table.add_row(saving.name, *figures, saved, style="" if changed else "dim")
         before = after
     console.print(table)
     counted = {saving.name for saving in cost.savings}
@@ -152,11 +165,13 @@ def _saves(saves: Sequence[SaveCost], console: Console) -> None:
     console.print(table)
 
 
-def _figures(cost: Cost) -> list[str]:
+def _figures(cost: Cost, *, back: bool = False) -> list[str]:
+    """back: with the passes back."""
     return [
         f"{cost.cells:,}",
         f"{cost.rows:,}",
         f"{cost.forwards:,}",
+        *([f"{cost.backwards:,}"] if back else []),
         f"{cost.tokens:,}",
         f"{cost.flops:.3g}",
     ]

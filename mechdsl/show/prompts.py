@@ -198,6 +198,9 @@ def _rules(experiment: ResolvedExperiment, console: Console) -> None:
     for rule in experiment.rules:
         if not rule.spec.fill_index:  # else it stands there with its first fill
             _rule(experiment, rule, console)
+    if experiment.spec.estimator is not None:
+        said, base = experiment.spec.estimator.text, experiment.spec.base
+        console.print(Text(f"  no cell is run: `{said}` takes gradients, starting from `{base}`"))
     cells = " × ".join(f"{axis.name} {len(axis)}" for axis in experiment.axes)
     console.print(
         f"  cells: {experiment.n_there}" + (f" ({cells})" if cells else ""), highlight=False

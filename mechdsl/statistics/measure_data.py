@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.program.spec import GRADIENT
 
 Spread: TypeAlias = Literal["rows", "unknown", "none"]
 """Where intervals come from: how rows differ; nowhere, as a cell has one number of all rows; or a
@@ -67,6 +68,16 @@ class MeasureData:
     as_patched: bool = False
     """Whether the base run is read behind the replies that patched rows wrote, not behind its own
     prompts."""
+    estimator: str = ""
+    """`gradient_input`: what the effects are estimated by; empty where each cell was run. `patched`
+    is the base run's value plus the estimate then, of `gradient` the size of the gradient."""
+
+    @property
+    def called(self) -> str:
+        """The effect as people read it: `delta`, `estimated delta`, `gradient`."""
+        if self.estimator == GRADIENT:
+            return GRADIENT
+        return f"estimated {self.effect}" if self.estimator else self.effect
 
 
 @dataclass(frozen=True, eq=False)

@@ -317,6 +317,16 @@ def nests(draw: Any) -> str:
 
 
 @st.composite
+def estimates(draw: Any) -> list[str]:
+    """A rule whose effects are estimated by gradients."""
+    at, site = draw(positions()), draw(sites(swept=True))
+    fill = draw(st.sampled_from(["", "", "zero", "mean", "resample"]))
+    rule = f"ablate {site} at {at} with {fill}" if fill else f"patch {site} at {at}"
+    kinds = ["gradient", "gradient_input", "integrated_gradients(steps: 2)"]
+    return [rule, f"using {draw(st.sampled_from(kinds))}"]
+
+
+@st.composite
 def experiments(draw: Any) -> str:
     """An experiment with one to three rules; only the first sweeps, as sweeps would collide."""
     source, base, more = draw(st.permutations(RUNS))[:3]
@@ -344,6 +354,8 @@ def experiments(draw: Any) -> str:
             ]
         case 4:
             lines = [draw(draw(st.sampled_from([loops, nests]))())]
+        case 5:
+            lines = draw(estimates())
         case _:
             count = draw(st.integers(1, 3))
             lines = [draw(rules(swept=number == 0)) for number in range(count)]
@@ -353,6 +365,10 @@ def experiments(draw: Any) -> str:
     source, base, first = draw(defined(source, base))
     measures = draw(st.lists(st.sampled_from(MEASURES), min_size=1, max_size=2, unique=True))
     against = draw(st.sampled_from(["", "", "", "against random(3)"]))
+    if lines[-1].startswith("using"):
+        effect = "raw" if lines[-1] == "using gradient" else "delta"
+        measures = [line.rpartition(" as ")[0] + f" as {effect}" for line in measures]
+        against = ""
     blocks = draw(st.sampled_from(["prompts p"] * 4 + ["prompts p, fewer", "prompts fewer, p"]))
     text = MORE + support.experiment(
         "e", blocks, *first, f"from {source} into {base}", *lines, *measures, against

@@ -73,7 +73,8 @@ def arrays(result: FileResult) -> dict[str, np.ndarray]:
         for number, data in enumerate(each.measures):
             name = f"{each.name} {number}"
             found |= {f"{name} patched": data.patched, f"{name} base": data.base}
-            found[f"{name} rounding"] = np.asarray(data.rounding)
+            if data.rounding is not None:  # of estimates it isn't known
+                found[f"{name} rounding"] = data.rounding
             if data.source is not None:
                 found[f"{name} source"] = data.source
         for kind, values in (("accuracy", each.accuracy), ("bound", each.accuracy_rounding)):

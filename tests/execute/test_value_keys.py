@@ -173,6 +173,21 @@ DIFFERENT: dict[str, list[str]] = {
         ),
         one("patch resid_post layer 1 at subject token", "measure loss as raw"),
     ],
+    "estimates": [
+        PATCH,
+        one("patch resid_post layer 1 at subject token", "using gradient_input"),
+        one("patch resid_post layer 1 at subject token", "using integrated_gradients(steps: 2)"),
+        one("patch resid_post layer 1 at subject token", "using integrated_gradients(steps: 3)"),
+        one(
+            "patch resid_post layer 1 at subject token",
+            "using gradient",
+            DIFFERENCE.replace("delta", "raw"),
+        ),
+    ],
+    "what moves together": [
+        one(f"patch resid_post layer 1 at {at}", "using integrated_gradients(steps: 2)")
+        for at in ("subject token", "subject token, last token", "subject token, cue token")
+    ],
     "which rows": [
         ablated("mean"),
         ablated("mean", "keep prob(answer) > prob(wrong)"),
@@ -270,6 +285,18 @@ def test_one_rule_more_runs_its_cells_only(tmp_path: Path) -> None:
     close(ran(more, tmp_path, None)[0], found)
     # The new layer's rows, and the unpatched runs that they start from and read.
     assert rows == len(ROWS) + 1
+
+
+@pytest.mark.parametrize("using", ["gradient_input", "integrated_gradients(steps: 2)"])
+def test_one_layer_more_is_estimated_alone(using: str, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    first = one("patch z layer 0..1 head * at last token", f"using {using}")
+    more = one("patch z layer 0..2 head * at last token", f"using {using}")
+    ran(first, tmp_path, store)
+    found, rows = ran(more, tmp_path, store)
+    close(ran(more, tmp_path, None)[0], found)
+    heads = len(found.experiments[0].cells) // 3
+    assert rows == heads * len(ROWS) + 1
 
 
 def test_more_rows_are_the_new_ones(tmp_path: Path) -> None:

@@ -161,8 +161,8 @@ def value_title(data: MeasureData) -> str:
     from mechdsl.vocab.effects import EFFECTS
 
     if EFFECTS[data.effect].scale_free or not data.unit:
-        return data.effect
-    return f"{data.effect} ({data.unit})"
+        return data.called
+    return f"{data.called} ({data.unit})"
 
 
 def faceted(drawn: Any, titles: Sequence[str], width: float) -> Any:

@@ -247,7 +247,7 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
         for i in order
     ]
     columns = [
-        Column(result.measures[measure].effect, [write(found.mean[i]) for i in order], True),
+        Column(result.measures[measure].called, [write(found.mean[i]) for i in order], True),
         Column(f"{confidence:g} % interval", intervals, True),
     ]
     if band is not None:

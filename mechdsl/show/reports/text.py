@@ -70,10 +70,10 @@ def alpha(result: ExperimentResult) -> float:
 
 def measure_name(data: MeasureData) -> str:
     """`recovery of ld`, per prompt where it is; `raw` is the metric itself."""
-    if data.effect == "raw":
+    if data.called == "raw":
         return data.label
     each = " per prompt" if data.per_prompt else ""
-    return f"{data.effect}{each} of {data.label}"
+    return f"{data.called}{each} of {data.label}"
 
 
 def ends_of_scale(result: ExperimentResult, data: MeasureData) -> str | None:

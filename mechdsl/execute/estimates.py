@@ -1,0 +1,374 @@
+"""Effects that are estimated from gradients of the metric, where no cell is run (`using`).
+
+One pass forward and one back give the gradient at all sites of an experiment: what is added there,
+zeros, is what autograd differentiates by. Integrated gradients take one site at a time along the
+line from what it is in the base run to what is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.execute.found import Found, Gap
+from mechdsl.execute.means_and_donors import MeansAndDonors
+from mechdsl.execute.readout import Reading, Readout
+from mechdsl.execute.unpatched_batch import (
+    UnpatchedBatch,
+    at_positions,
+    continuation_positions,
+    noise_writes,
+    prompt_loss,
+    spot_positions,
+)
+from mechdsl.execute.unpatched_runs import UnpatchedRuns, present, vectors
+from mechdsl.execute.writes import LanesOf, build_writes, readable
+from mechdsl.hooks.batch import Batch, gather
+from mechdsl.hooks.calls import one_output
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
+from mechdsl.hooks.whole_pass import run_whole
+from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.plan.moved_together import sites_of_cells
+from mechdsl.plan.rule_rows import Rows
+from mechdsl.program.spec import GRADIENT
+from mechdsl.prompts.prompt_table import Run
+from mechdsl.resolve.resolved import Env
+
+
+@dataclass(frozen=True, eq=False)
+class _Written:
+    """What rows write at one site of one layer. A spot is a vector of a lane: several rows may
+    write one."""
+
+    where: SiteRead
+    row: Ints
+    """[K]"""
+    spot: Tensor
+    """[K] which of the spots."""
+    values: Tensor
+    """[K, width]"""
+    lane: Tensor
+    """[spot]"""
+    position: Tensor
+    """[spot]"""
+    unit: Tensor
+    """[spot]"""
+
+    @staticmethod
+    def of(write: SiteWrite, lane_of_row: Ints) -> _Written:
+        row = write.rows.numpy()
+        places = np.stack([lane_of_row[row], write.positions.numpy(), write.units.numpy()])
+        spots, spot = np.unique(places, axis=1, return_inverse=True)
+        own = (torch.from_numpy(each) for each in (spot.reshape(-1), *spots))
+        index, lane, position, unit = own
+        # A clone, as nothing that is made in inference mode may be part of what is differentiated.
+        return _Written(write.where, row, index, write.values.clone(), lane, position, unit)
+
+    def some(self, rows: Ints) -> _Written:
+        """What some rows write: [row] bool by their numbers; spots stay, with those of others."""
+        own = torch.from_numpy(rows[self.row])
+        values = self.values[own.to(self.values.device)]
+        return replace(self, row=self.row[own.numpy()], spot=self.spot[own], values=values)
+
+    def added(self, values: Tensor) -> SiteWrite:
+        """[spot, width] is added to what is there."""
+        site, layer = self.where.site, self.where.layer
+        return SiteWrite(site, layer, self.lane, self.position, self.unit, values, mode="add")
+
+    def base(self, read: Tensor, batch: Batch) -> Tensor:
+        """[spot, width]: what is there in the base run."""
+        return gather(read.detach(), batch, self.lane, self.position, self.unit)
+
+
+@dataclass(frozen=True, eq=False)
+class _Lanes:
+    """The lanes that a pass is over: one for each draw of a prompt, also where the base run is the
+    same in all, as what is written may not be."""
+
+    used: Ints
+    """[lane] which of the base run's."""
+    batch: Batch
+    prompts: Ints
+    """[lane]"""
+    draws: Ints
+    """[lane]"""
+    lengths: Ints
+    """[lane]"""
+
+    @staticmethod
+    def of(every: UnpatchedBatch, prompts: Ints, draws: int) -> _Lanes:
+        lanes, draw = np.repeat(prompts, draws), np.tile(np.arange(draws), len(prompts))
+        used = every.lane(lanes, draw)
+        batch = every.batch.take(torch.from_numpy(used))
+        return _Lanes(used, batch, lanes, draw, every.lengths[used])
+
+
+class Estimates:
+    """Estimates the rows of one experiment on one batch of prompts."""
+
+    def __init__(
+        self,
+        plan: ExperimentPlan,
+        readout: Readout,
+        means_and_donors: MeansAndDonors,
+        runs: UnpatchedRuns,
+        lanes_of: LanesOf,
+        batch: Ints,
+    ) -> None:
+        """lanes_of: what the rules read. batch: the prompts in work."""
+        said = plan.experiment.spec.estimator
+        assert said is not None
+        self.plan = plan
+        self.name, self.steps = said.name, said.steps
+        self.readout = readout
+        self.means_and_donors = means_and_donors
+        self.runs = runs
+        self.model = runs.model
+        self.lanes_of = lanes_of
+        self.batch = batch
+        self.run: Run = runs.named(plan.experiment.spec.base)
+
+    def first(self, prompts: Ints, most: int) -> tuple[Ints, int]:
+        """The first of these prompts, which are differentiated together: of up to so many tokens,
+        one at least; and their tokens."""
+        lanes = self.runs.lanes(self.run, self.batch)
+        tokens = lanes.lengths[lanes.lane(prompts, np.zeros_like(prompts))] * self.plan.draws
+        ends = np.cumsum(tokens)
+        count = max(1, int(np.searchsorted(ends, most, side="right")))
+        return prompts[:count], int(ends[count - 1])
+
+    def of(self, rows: Rows, base: Sequence[Floats]) -> Found:
+        """Per measure, what the base run has with what is estimated on top; of `gradient` the
+        size of the gradient.
+
+        rows: all of their prompts that are wanted. base: per measure, [row].
+        """
+        every, wanted = self._with_others(rows)
+        draws = self.plan.draws
+        index = np.repeat(np.arange(len(every)), draws)
+        draw = np.tile(np.arange(draws), len(every))
+        drawn = every.take(index)
+        given = (self.lanes_of, self.means_and_donors, self.model.shape)
+        writes = build_writes(self.plan, drawn, draw, *given)
+        prompts = np.unique(drawn.prompt)
+        lane_of_row = np.searchsorted(prompts, drawn.prompt) * draws + draw
+        written = [_Written.of(write, lane_of_row) for write in writes]
+        lanes = _Lanes.of(self.runs.lanes(self.run, self.batch), prompts, draws)
+        environments = [self.plan.items[cell] for cell in drawn.cell]
+        if not any(atom.by_item for _, atom in self.readout.atoms):
+            environments = [None] * len(drawn)
+        if self.steps is None:
+            sums = self._at_base(written, lanes, environments)
+        else:
+            groups = sites_of_cells(self.plan)[drawn.cell]
+            sums = self._along(written, lanes, environments, groups)
+        values = sums.reshape(len(sums), len(every), draws)[:, wanted].mean(axis=2)
+        own = [np.zeros_like(each) for each in base] if self.name == GRADIENT else base
+        return _found([one + value for one, value in zip(own, values, strict=True)])
+
+    def _with_others(self, rows: Rows) -> tuple[Rows, Ints]:
+        """Along the line all rows of a prompt at one site move together, also those that are known;
+        and which of them are wanted."""
+        if self.steps is None:
+            return rows, np.arange(len(rows))
+        sites = sites_of_cells(self.plan)
+        every = self.plan.rows(np.unique(rows.prompt))
+        every = every.take(np.flatnonzero(np.isin(sites[every.cell], sites[rows.cell])))
+        good = readable(self.plan, every, self.means_and_donors, self.readout.passes)
+        every = every.take(good)
+        places = {place: n for n, place in enumerate(_places(every))}
+        return every, np.array([places[place] for place in _places(rows)], dtype=np.int64)
+
+    # --- the estimators ---
+
+    def _at_base(
+        self, written: Sequence[_Written], lanes: _Lanes, environments: Sequence[Env]
+    ) -> Floats:
+        """[measure, row]: by the gradient at the base run."""
+        leaves = [self._zeros(each) for each in written]
+        adds = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
+        reading, read = self._pass(adds, lanes, [each.where for each in written])
+        bases = [each.base(read[each.where], lanes.batch) for each in written]
+        found = np.zeros((len(self.readout.measures), len(environments)))
+        for number, own, gradients in self._gradients(reading, leaves, environments):
+            for each, base, gradient in zip(written, bases, gradients, strict=True):
+                sums = self._sums(each, base, gradient, len(environments))
+                found[number, own] += sums[own]
+        return np.sqrt(found) if self.name == GRADIENT else found
+
+    def _along(
+        self,
+        written: Sequence[_Written],
+        lanes: _Lanes,
+        environments: Sequence[Env],
+        groups: Ints,
+    ) -> Floats:
+        """[measure, row]: by the mean gradient along the line, each site by itself."""
+        assert self.steps is not None
+        _, read = self._pass([], lanes, [each.where for each in written])
+        found = np.zeros((len(self.readout.measures), len(environments)))
+        for whole in written:
+            base = whole.base(read[whole.where], lanes.batch)
+            for group in np.unique(groups[whole.row]):
+                each = whole.some(groups == group)
+                way = torch.zeros_like(base)
+                spot = each.spot.to(base.device)
+                way[spot] = each.values.to(base) - base[spot]
+                for step in range(self.steps):
+                    leaf = (way * ((step + 0.5) / self.steps)).requires_grad_()
+                    reading, _ = self._pass([each.added(leaf)], lanes, ())
+                    for number, own, gradients in self._gradients(reading, [leaf], environments):
+                        sums = self._sums(each, base, gradients[0], len(environments))
+                        found[number, own] += sums[own] / self.steps
+        return found
+
+    def _zeros(self, written: _Written) -> Tensor:
+        count, width = len(written.lane), written.values.shape[1]
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        return torch.zeros(count, width, dtype=dtype, device=self.model.device, requires_grad=True)
+
+    def _sums(self, written: _Written, base: Tensor, gradient: Tensor, rows: int) -> Floats:
+        """[row]: what is written less what is there, times the gradient, summed over all vectors
+        of a row; of `gradient` the squares of the gradient itself."""
+        spot = written.spot.to(gradient.device)
+        if self.name == GRADIENT:
+            parts = gradient.double().square().sum(-1)[spot]
+        else:
+            change = written.values.to(gradient.device).double() - base.double()[spot]
+            parts = (change * gradient.double()[spot]).sum(-1)
+        found = np.zeros(rows)
+        np.add.at(found, written.row, parts.cpu().numpy())
+        return found
+
+    def _gradients(
+        self, reading: Reading, leaves: Sequence[Tensor], environments: Sequence[Env]
+    ) -> Iterator[tuple[int, Ints, Sequence[Tensor]]]:
+        """(measure, the rows that it is of, per leaf the gradient of the sum over lanes), of which
+        each lane's metric hangs on the lane alone."""
+        kinds = list(dict.fromkeys(environments))
+        last = len(kinds) * len(self.readout.measures)
+        for place, kind in enumerate(kinds):
+            own = np.array([n for n, each in enumerate(environments) if each == kind])
+            values = self.readout.tensors(replace(reading, items=[kind] * len(reading.prompts)))
+            for number, value in enumerate(values):
+                more = (place * len(values) + number + 1) < last
+                found = _differentiated(value.sum(), leaves, keep=more)
+                yield number, own, found
+
+    # --- passes ---
+
+    def _pass(
+        self, adds: Sequence[SiteWrite], lanes: _Lanes, reads: Sequence[SiteRead]
+    ) -> tuple[Reading, dict[SiteRead, Tensor]]:
+        """What measures read of the base run with this added; and what is read of sites."""
+        readout, run = self.readout, self.run
+        points = [(n, atom) for n, (_, atom) in enumerate(readout.atoms) if atom.point is not None]
+        compared = [SiteRead(a.point.site, a.point.layer) for _, a in points if a.point is not None]
+        columns = [spot_positions(s, run.name, lanes.prompts, lanes.lengths) for s in readout.spots]
+        at = torch.from_numpy(np.stack(columns, axis=1)).to(self.model.device)
+        full = readout.loss is not None or one_output(self.model)
+        logits: Tensor | None = None
+        loss: Tensor | None = None
+        found: dict[SiteRead, Tensor] = {}
+        if readout.needs_plain or reads:
+            with autograd_refuses():
+                result = run_whole(
+                    self.model,
+                    lanes.batch,
+                    writes=[*self._noise(lanes), *adds],
+                    reads=[*reads, *compared],
+                    logits_at=None if full else at,
+                    gradients=True,
+                )
+            logits, found = present(result.logits), result.reads
+            if readout.loss is not None:
+                loss = prompt_loss(readout.loss, logits, lanes.batch, run, lanes.prompts)
+            logits = at_positions(logits, lanes.batch, at) if full else logits
+        row = torch.arange(len(lanes.used), device=self.model.device)
+        references = self.runs.references(readout, self.batch, lanes.prompts, lanes.draws)
+        reading = Reading(
+            run=run.name,
+            prompts=lanes.prompts,
+            items=[None] * len(lanes.prompts),
+            logits=logits if readout.needs_plain else None,
+            continued={n: self._continued(n, adds, lanes) for n in readout.continuations},
+            loss=loss,
+            activations={
+                n: vectors(read[row, lanes.batch.columns(row, at[:, readout.atoms[n][0]])], atom)
+                for (n, atom), where in zip(points, compared, strict=True)
+                for read in [found[where]]
+            },
+            references={n: each.clone() for n, each in references.items()},
+        )
+        return reading, found
+
+    def _continued(self, number: int, adds: Sequence[SiteWrite], lanes: _Lanes) -> Tensor:
+        """[lane, token, vocab]: the same with a text of several tokens behind the prompts."""
+        atom = self.readout.atoms[number][1]
+        every = self.runs.lanes(self.run, self.batch, atom)
+        result = run_whole(
+            self.model,
+            every.batch.take(torch.from_numpy(lanes.used)),
+            writes=[*self._noise(lanes), *adds],
+            logits_at=continuation_positions(atom, lanes.prompts, lanes.lengths),
+            gradients=True,
+        )
+        return present(result.logits)
+
+    def _noise(self, lanes: _Lanes) -> list[SiteWrite]:
+        """The noise of a corrupted base run."""
+        table, seed = self.runs.table, self.runs.seed
+        return noise_writes(self.model, self.run.noise, lanes.prompts, table.row_keys, seed)
+
+
+def _differentiated(total: Tensor, leaves: Sequence[Tensor], *, keep: bool) -> Sequence[Tensor]:
+    """Per leaf, its gradient; zeros where nothing hangs on it. keep: more is differentiated."""
+    if not total.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    with autograd_refuses():
+        return torch.autograd.grad(
+            total, leaves, retain_graph=keep, allow_unused=True, materialize_grads=True
+        )
+
+
+class NotDifferentiated(Exception):
+    """Autograd can't follow what a model does; the text is what it says."""
+
+
+@contextmanager
+def autograd_refuses() -> Generator[None]:
+    """Of what is raised inside, that which autograd says of the model's own code."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        if not any(words in said for words in _AUTOGRAD):
+            raise
+        raise NotDifferentiated(said) from error
+
+
+_AUTOGRAD = ("inplace operation", "in-place operation", "Inference tensor", "derivative for")
+
+
+def _places(rows: Rows) -> Iterator[tuple[int, int, int]]:
+    columns = (rows.cell.tolist(), rows.prompt.tolist(), rows.alternative.tolist())
+    return zip(*columns, strict=True)
+
+
+def _found(values: list[Floats]) -> Found:
+    """Values without those that are no numbers."""
+    gaps: dict[int, Gap] = {}
+    for number, own in enumerate(values):
+        rows = np.flatnonzero(~np.isfinite(own))
+        if len(rows):
+            gaps[number] = Gap(rows, "its gradient is no number")
+            own[rows] = np.nan
+    count = len(values[0])
+    broken = np.zeros(count, dtype=np.bool_)
+    return Found(values, broken, [np.zeros(count) for _ in values], {}, gaps)

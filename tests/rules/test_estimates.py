@@ -1,0 +1,563 @@
+"""`using`: estimates by gradients, in a file, against plain autograd on the bare model in 64 bits,
+one unpadded prompt at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mechdsl.execute import estimates
+from mechdsl.results.experiment_result import ExperimentResult
+
+from ..execute.support import MODES as WAYS
+from ..execute.support import (
+    PROMPTS,
+    ROWS,
+    Prompt,
+    Record,
+    experiment,
+    ids_of,
+    prompt,
+    run_file,
+    token,
+    try_file,
+)
+from ..execute.test_stored_values import check_case
+from ..reference.gradients import Where, estimated, taken
+from .models import bare, double
+
+FAMILIES = ("gpt2", "llama", "gpt_neox")
+STEPS = 3
+
+
+# --- where sites are, by hand ---------------------------------------------------------------------
+
+_BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "gpt_neox": "gpt_neox.layers"}
+_EMBED = {"gpt2": "transformer.wte", "llama": "model.embed_tokens", "gpt_neox": "gpt_neox.embed_in"}
+_OUTPUT = {"gpt2": "attn.c_proj", "llama": "self_attn.o_proj", "gpt_neox": "attention.dense"}
+
+
+def where(family: str, site: str, layer: int | None) -> Where:
+    block = f"{_BLOCKS[family]}.{layer}"
+    config = double(family).config
+    heads = config.num_attention_heads
+    match site:
+        case "embed":
+            return Where(_EMBED[family], "out")
+        case "resid_pre" | "resid_post":
+            return Where(block, "in" if site == "resid_pre" else "out")
+        case "z":
+            return Where(f"{block}.{_OUTPUT[family]}", "in", heads)
+        case "mlp_out":
+            return Where(f"{block}.mlp", "out")
+        case "k" | "v":  # of llama, whose heads share them
+            return Where(f"{block}.self_attn.{site}_proj", "out", config.num_key_value_heads)
+        case _:
+            raise AssertionError(site)
+
+
+# --- metrics by hand ------------------------------------------------------------------------------
+
+LONG = "w7 w9 w2"
+Metric = tuple[Sequence[int], Callable[[Tensor, Prompt, Record, Tensor], Tensor]]
+"""What stands behind the prompt, and the number of [T, vocab], the prompt, its record, and the
+logits of the prompt of `other` at its end."""
+
+
+def _long(logits: Tensor, own: Prompt, record: Record, other: Tensor) -> Tensor:
+    logs = logits[own.last : own.last + 3].log_softmax(-1)
+    return sum((logs[n, one] for n, one in enumerate(ids_of(LONG.split())[1:])), torch.zeros(()))
+
+
+def _kl(logits: Tensor, own: Prompt, record: Record, other: Tensor) -> Tensor:
+    log_p, log_q = other.log_softmax(-1), logits[own.last].log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def _loss(logits: Tensor, own: Prompt, record: Record, other: Tensor) -> Tensor:
+    logs = logits[:-1].log_softmax(-1)
+    return -logs[torch.arange(own.last), torch.tensor(own.ids[1:])].mean()
+
+
+def _difference(logits: Tensor, own: Prompt, record: Record, other: Tensor) -> Tensor:
+    return logits[own.last, token(record["a"])] - logits[own.last, token(record["b"])]
+
+
+def _at_cue(logits: Tensor, own: Prompt, record: Record, other: Tensor) -> Tensor:
+    return logits[own.cue, token(record["a"])]
+
+
+ONE = "logit(answer) - logit(wrong)"
+
+
+@cache
+def likely(family: str) -> str:
+    """The word that is the likeliest behind the first prompt."""
+    ids = tuple(prompt(ROWS[0]).ids)
+    return f"w{int(logits_at_the_end(family, ids).argmax()) - token('w0')}"
+
+
+@cache
+def metrics(family: str) -> Mapping[str, Metric]:
+    word = likely(family)
+
+    def prob(logits: Tensor, own: Prompt, record: Record, other: Tensor) -> Tensor:
+        return logits[own.last].softmax(-1)[token(word)]
+
+    def product(logits: Tensor, own: Prompt, record: Record, other: Tensor) -> Tensor:
+        return logits[own.last, token(record["a"])] * prob(logits, own, record, other) / 2
+
+    return {
+        ONE: ((), _difference),
+        f'prob(" {word}")': ((), prob),
+        f'logprob(" {LONG}")': (ids_of(LONG.split())[1:3], _long),
+        "kl(other)": ((), _kl),
+        "loss": ((), _loss),
+        f'logit(answer) * prob(" {word}") / 2': ((), product),
+        "logit(answer) at cue token": ((), _at_cue),
+    }
+
+
+def _called(
+    family: str, text: str, own: Prompt, record: Record, other: Tensor
+) -> Callable[[Any], Tensor]:
+    behind, number = metrics(family)[text]
+
+    def forward(module: Any) -> Tensor:
+        ids = torch.tensor([[*own.ids, *behind]])
+        return number(module(input_ids=ids).logits[0], own, record, other)
+
+    return forward
+
+
+@cache
+def logits_at_the_end(family: str, ids: tuple[int, ...]) -> Tensor:
+    with torch.no_grad():
+        return double(family)(input_ids=torch.tensor([ids])).logits[0, -1]
+
+
+@cache
+def read(family: str, ids: tuple[int, ...], at: Where) -> Tensor:
+    """[T, units, width] of an unpatched prompt."""
+    found = taken(
+        double(family), at, lambda module: module(input_ids=torch.tensor([ids])).logits.sum()
+    )
+    return found.value
+
+
+# --- estimates by hand ----------------------------------------------------------------------------
+
+Key = tuple[Any, ...]
+Cells = Callable[[Prompt, int], Mapping[Key, Sequence[tuple[int, int]]]]
+"""Of a prompt and the units of a site: by label (without the layer), the vectors of each cell."""
+
+
+def by_hand(
+    family: str,
+    site: str,
+    layer: int | None,
+    cells: Cells,
+    text: str,
+    kind: str,
+    ways: tuple[str, str] = ("other", "clean"),
+    fill: Callable[[Prompt, Prompt, int], int | None] = lambda base, source, at: at,
+) -> dict[Key, list[float]]:
+    """fill: of both prompts and a position, which position of the source is written there; None:
+    zeros are."""
+    at = where(family, site, layer)
+    found: dict[Key, list[float]] = {}
+    for record in ROWS:
+        base, source = prompt(record, ways[1]), prompt(record, ways[0])
+        theirs = read(family, tuple(source.ids), at)
+        compared = logits_at_the_end(family, tuple(prompt(record, "other").ids))
+
+        def written(position: int, unit: int, base: Prompt = base, source: Prompt = source,
+                    theirs: Tensor = theirs) -> Tensor:  # fmt: skip
+            there = fill(base, source, position)
+            return torch.zeros_like(theirs[0, unit]) if there is None else theirs[there, unit]
+
+        forward = _called(family, text, base, record, compared)
+        own = cells(base, at.units)
+        for key, value in estimated(double(family), at, forward, own, written, kind, STEPS).items():
+            found.setdefault(key, []).append(value)
+    return found
+
+
+def heads_at_last(own: Prompt, units: int) -> dict[Key, list[tuple[int, int]]]:
+    return {(unit,): [(own.last, unit)] for unit in range(units)}
+
+
+def all_at_last(own: Prompt, units: int) -> dict[Key, list[tuple[int, int]]]:
+    return {(): [(own.last, unit) for unit in range(units)]}
+
+
+def whole_subject(own: Prompt, units: int) -> dict[Key, list[tuple[int, int]]]:
+    return {(): [(at, unit) for at in own.subject for unit in range(units)]}
+
+
+def heads_at_subject(own: Prompt, units: int) -> dict[Key, list[tuple[int, int]]]:
+    return {(unit,): [(at, unit) for at in own.subject] for unit in range(units)}
+
+
+def all_items(own: Prompt, units: int) -> dict[Key, list[tuple[int, int]]]:
+    return {(): [(at, unit) for at in own.items for unit in range(units)]}
+
+
+def two_places(own: Prompt, units: int) -> dict[Key, list[tuple[int, int]]]:
+    return {("cue token",): [(own.cue, 0)], ("last token",): [(own.last, 0)]}
+
+
+def agrees(
+    result: ExperimentResult,
+    number: int,
+    expected: Mapping[Key, Sequence[float]],
+    layer: int | None,
+) -> float:
+    """Each cell of a layer has what was worked out; gives the largest."""
+    data = result.measures[number]
+    found = data.patched if data.effect == "raw" else data.patched - data.base
+    largest, seen = 0.0, 0
+    for values, cell in zip(found, result.cells, strict=True):
+        if layer is not None and cell.coords["layer"] != layer:
+            continue
+        key = tuple(cell.coords[axis] for axis in result.axes if axis != "layer")
+        wanted = np.array(expected[key])
+        allowed = np.minimum(1e-4, np.maximum(1e-3 * np.abs(wanted), 2e-6))
+        assert (np.abs(values - wanted) <= allowed).all(), (key, values, wanted)
+        largest, seen = max(largest, float(np.abs(wanted).max())), seen + 1
+    assert seen == len(expected)
+    return largest
+
+
+def measured(text: str, effect: str) -> str:
+    return f"measure {text} as {effect}"
+
+
+# --- tests ----------------------------------------------------------------------------------------
+
+LAYERS = (0, 1, 2)
+CASES: dict[str, tuple[str, str, Cells, tuple[int | None, ...]]] = {
+    "heads": ("z", "patch layer * head * at last token", heads_at_last, LAYERS),
+    "joined_heads": ("z", "patch layer * heads * at last token", all_at_last, LAYERS),
+    "streams": ("resid_pre", "patch resid_pre layer * at subject tokens", whole_subject, LAYERS),
+    "places": (
+        "resid_post",
+        "patch resid_post layer * at cue token, last token",
+        two_places,
+        LAYERS,
+    ),
+    # Equal in both runs: what is written is what is there, and the gradient isn't 0.
+    "items": ("resid_pre", "patch resid_pre layer * at item tokens", all_items, LAYERS),
+    "embedding": ("embed", "patch embed at subject tokens", whole_subject, (None,)),
+}
+KINDS = ("gradient", "gradient_input", "integrated_gradients")
+TWO = ["gradient_input", pytest.param(KINDS[-1], marks=pytest.mark.slow)]
+
+
+def using(kind: str) -> str:
+    return f"using {kind}" + (f"(steps: {STEPS})" if kind == KINDS[-1] else "")
+
+
+def effect_of(kind: str) -> str:
+    return "raw" if kind == "gradient" else "delta"
+
+
+@pytest.mark.parametrize("mode", ["planned", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sites_and_positions(family: str, kind: str, mode: str, tmp_path: Path) -> None:
+    measure = measured(ONE, effect_of(kind))
+    text = "".join(
+        experiment(name, "prompts p", "from other into clean", rule, using(kind), measure)
+        for name, (_, rule, _, _) in CASES.items()
+    )
+    found = run_file(text, tmp_path, bare(family), WAYS[mode])
+    largest = 0.0
+    for name, (site, _, cells, layers) in CASES.items():
+        for layer in layers:
+            expected = by_hand(family, site, layer, cells, ONE, kind)
+            largest = max(largest, agrees(found[name], 0, expected, layer))
+            if name == "items":
+                assert all(all(own) == (kind == "gradient") for own in expected.values())
+    assert largest > 0.3
+
+
+@pytest.mark.parametrize(
+    "mode", ["small passes", pytest.param("padded on the right", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("kind", TWO)
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+def test_metrics(family: str, kind: str, mode: str, tmp_path: Path) -> None:
+    lines = [measured(text, "delta") for text in metrics(family)]
+    rule = "patch resid_post layer 1 at subject tokens"
+    text = experiment("e", "prompts p", "from other into clean", rule, using(kind), *lines)
+    found = run_file(text, tmp_path, bare(family), WAYS[mode])["e"]
+    for number, metric in enumerate(metrics(family)):
+        expected = by_hand(family, "resid_post", 1, whole_subject, metric, kind)
+        assert agrees(found, number, expected, None) > 1e-3, metric
+
+
+def test_prompts_of_other_lengths(tmp_path: Path) -> None:
+    """What is written is read at the same named place of a longer or shorter text."""
+    text = experiment(
+        "e",
+        "prompts p",
+        "from longer into clean",
+        "patch mlp_out layer * at cue token, last token",
+        "using integrated_gradients(steps: 3)",
+        measured(ONE, "delta"),
+    )
+    found = run_file(text, tmp_path, bare("gpt_neox"))["e"]
+
+    def fill(base: Prompt, source: Prompt, at: int) -> int:
+        return source.cue if at == base.cue else source.last
+
+    for layer in LAYERS:
+        given = ("gpt_neox", "mlp_out", layer, two_places, ONE, KINDS[-1])
+        agrees(found, 0, by_hand(*given, ways=("longer", "clean"), fill=fill), layer)
+
+
+@pytest.mark.parametrize("site", ["k", "v"])
+def test_heads_that_share_keys_and_values(site: str, tmp_path: Path) -> None:
+    rule = f"patch {site} layer 1 head * at subject tokens"
+    lines = ("prompts p", "from other into clean", rule, using(KINDS[-1]), measured(ONE, "delta"))
+    found = run_file(experiment("e", *lines), tmp_path, bare("llama"))["e"]
+    assert len(found.cells) == double("llama").config.num_key_value_heads < 4
+    expected = by_hand("llama", site, 1, heads_at_subject, ONE, KINDS[-1])
+    assert agrees(found, 0, expected, None) > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_fills(kind: str, tmp_path: Path) -> None:
+    """Zeros and means, each by itself and as an axis, whose fills don't move together."""
+    lines = ("prompts p", using(kind), measured(ONE, "delta"))
+    rule = "ablate resid_post layer 1 at cue token, last token with"
+    fills = {"zero": "zero", "mean": "mean", "both": "zero, mean"}
+    text = "".join(experiment(name, f"{rule} {fill}", *lines) for name, fill in fills.items())
+    found = run_file(text, tmp_path, bare("gpt2"))
+    given = ("gpt2", "resid_post", 1, two_places, ONE, kind)
+    agrees(found["zero"], 0, by_hand(*given, fill=lambda *_: None), None)
+    alone = {
+        (name, cell.coords["position"]): values
+        for name in ("zero", "mean")
+        for cell, values in zip(found[name].cells, found[name].measures[0].patched, strict=True)
+    }
+    both = found["both"]
+    assert not np.allclose(alone["zero", "cue token"], alone["mean", "cue token"])
+    for cell, values in zip(both.cells, both.measures[0].patched, strict=True):
+        key = (str(cell.coords["fill"]), cell.coords["position"])
+        np.testing.assert_allclose(values, alone[key], rtol=0, atol=1e-6)
+
+
+def test_the_mean_that_is_written(tmp_path: Path) -> None:
+    """`with mean`: over the rows, per position."""
+    lines = ("prompts p", "using gradient_input", measured(ONE, "delta"))
+    rule = "ablate resid_post layer 1 at cue token, last token with mean"
+    found = run_file(experiment("e", rule, *lines), tmp_path, bare("gpt2"))["e"]
+    at = where("gpt2", "resid_post", 1)
+    own = [prompt(record) for record in ROWS]
+    reads = [read("gpt2", tuple(each.ids), at) for each in own]
+    mean = {
+        "cue": torch.stack([v[p.cue, 0] for p, v in zip(own, reads, strict=True)]).mean(0),
+        "last": torch.stack([v[p.last, 0] for p, v in zip(own, reads, strict=True)]).mean(0),
+    }
+    expected: dict[Key, list[float]] = {}
+    for each, record in zip(own, ROWS, strict=True):
+        forward = _called("gpt2", ONE, each, record, torch.zeros(()))
+        written = {each.cue: mean["cue"], each.last: mean["last"]}
+        given = (double("gpt2"), at, forward, two_places(each, 1))
+        values = estimated(*given, lambda at, _, w=written: w[at], "gradient_input")
+        for key, value in values.items():
+            expected.setdefault(key, []).append(value)
+    agrees(found, 0, expected, None)
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_integrated_gradients_add_up(family: str, tmp_path: Path) -> None:
+    """Cells of one site add up to the effect of all of them at once (completeness)."""
+    lines = ("prompts p", "from other into clean", measured(ONE, "delta"))
+    each = "patch layer * head * at subject tokens"
+    joint = "patch layer * heads * at subject tokens"
+    text = experiment("parts", each, "using integrated_gradients(steps: 60)", *lines)
+    text += experiment("whole", joint, *lines)
+    found = run_file(text, tmp_path, bare(family))
+    whole = found["whole"].measures[0]
+    parts = found["parts"].measures[0]
+    changes = parts.patched - parts.base
+    layer = np.array([cell.coords["layer"] for cell in found["parts"].cells])
+    sums = np.stack([changes[layer == n].sum(0) for n in LAYERS])
+    effect = whole.patched - whole.base
+    assert np.abs(effect).max() > 0.1
+    np.testing.assert_allclose(sums, effect, atol=2e-3, rtol=2e-3)
+    assert np.abs(changes).max() < 10 * np.abs(effect).max()
+
+
+@pytest.mark.parametrize("ways", ["clean into noised", "noised into clean"])
+def test_draws_of_noise(ways: str, tmp_path: Path) -> None:
+    """Gradients are taken in each draw, with what is written in it, and estimates averaged."""
+    noised = PROMPTS.rstrip().removesuffix("}") + (
+        "  corrupt noised { add gaussian(std: 1.5, samples: 3) to embed at subject tokens }\n}\n"
+    )
+    lines = (
+        "prompts p",
+        f"from {ways}",
+        measured(ONE, "delta"),
+        'measure logprob("w3 w9") as delta',
+    )
+    rule = "patch resid_post layer * at subject tokens"
+    text = experiment("run", rule, *lines)
+    text += experiment("joined", rule, "using integrated_gradients(steps: 30)", *lines)
+    found = run_file(text, tmp_path, bare("llama"), prompts=noised)
+    for run, joined in zip(found["run"].measures, found["joined"].measures, strict=True):
+        effect = run.patched - run.base
+        assert np.abs(effect).max() > 0.1
+        np.testing.assert_allclose(joined.patched - joined.base, effect, atol=1e-3, rtol=1e-2)
+
+
+def test_what_is_said(tmp_path: Path) -> None:
+    lines = ("prompts p", "from other into clean", "patch resid_post layer 1 at subject tokens")
+    text = experiment("ig", *lines, "using integrated_gradients", measured(ONE, "delta"))
+    text += experiment("size", *lines, "using gradient", measured(ONE, "raw"))
+    found = run_file(text, tmp_path, bare("gpt2"))
+    ig, size = found["ig"], found["size"]
+    assert "estimated delta of" in ig.to_text()
+    assert "integrated_gradients(steps: 32)" in ig.conventions["estimates"]
+    assert "clean run" in ig.conventions["estimates"]
+    assert "m(patched)" not in ig.conventions["effect"]
+    assert f"gradient of {ONE}" in size.to_text()
+    assert np.isnan(size.statistics[0].p).all()
+    assert {each["estimator"] for each in ig.records()} == {"integrated_gradients(steps: 32)"}
+
+
+@cache
+def stream(family: str, ids: tuple[int, ...]) -> Tensor:
+    """[T, d_model] behind block 1."""
+    with torch.no_grad():
+        found = double(family)(input_ids=torch.tensor([ids]), output_hidden_states=True)
+    return found.hidden_states[2][0]
+
+
+@pytest.mark.parametrize("kind", TWO)
+def test_a_cosine(kind: str, tmp_path: Path) -> None:
+    """A measure that reads what is inside of the model."""
+    rule = "patch resid_post layer 0 at subject tokens"
+    measure = "measure cosine(L1.resid, longer) at cue token as delta"
+    text = experiment("e", "prompts p", "from other into clean", rule, using(kind), measure)
+    found = run_file(text, tmp_path, bare("llama"))["e"]
+    at, expected = where("llama", "resid_post", 0), list[float]()
+    for record in ROWS:
+        own, source = prompt(record), prompt(record, "other")
+        longer = prompt(record, "longer")
+        theirs = stream("llama", tuple(longer.ids))[longer.cue]
+
+        def forward(module: Any, own: Prompt = own, theirs: Tensor = theirs) -> Tensor:
+            ids = torch.tensor([own.ids])
+            states = module(input_ids=ids, output_hidden_states=True).hidden_states[2]
+            return torch.cosine_similarity(states[0, own.cue], theirs, dim=0)
+
+        values = read("llama", tuple(source.ids), at)
+        given = (double("llama"), at, forward, whole_subject(own, 1))
+        done = estimated(*given, lambda at, unit, v=values: v[at, unit], kind, STEPS)
+        expected.append(done[()])
+    assert agrees(found, 0, {(): expected}, None) > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_cell_has_its_own_text(kind: str, tmp_path: Path) -> None:
+    """`{item.index}` is that of the cell, and so is the gradient."""
+    rule = "patch resid_post layer 0 at each item token"
+    measure = f'measure logit("w{{item.index}}") as {effect_of(kind)}'
+    text = experiment("e", "prompts p", "from turned into clean", rule, using(kind), measure)
+    found = run_file(text, tmp_path, bare("gpt2"))["e"]
+    data = found.measures[0]
+    values = data.patched if kind == "gradient" else data.patched - data.base
+    at, seen = where("gpt2", "resid_post", 0), 0
+    for row, record in enumerate(ROWS):
+        own, source = prompt(record), prompt(record, "turned")
+        theirs = read("gpt2", tuple(source.ids), at)
+        cells = {n: [(place, 0)] for n, place in enumerate(own.items, 1)}
+        for n in cells:
+
+            def forward(module: Any, own: Prompt = own, word: int = token(f"w{n}")) -> Tensor:
+                return module(input_ids=torch.tensor([own.ids])).logits[0, own.last, word]
+
+            given = (double("gpt2"), at, forward, cells)
+            done = estimated(*given, lambda at, unit, v=theirs: v[at, unit], kind, STEPS)
+            np.testing.assert_allclose(values[n - 1, row], done[n], rtol=1e-3, atol=2e-6)
+            seen += 1
+    assert seen == np.isfinite(values).sum() > 10
+
+
+def test_weights_are_as_they_were(tmp_path: Path) -> None:
+    module = bare("gpt2")
+    parameters = dict(module.named_parameters())
+    flags = {name: each.requires_grad for name, each in parameters.items()}
+    some = next(iter(parameters))
+    parameters[some].requires_grad_(not flags[some])
+    try:
+        lines = ("prompts p", "from other into clean", measured(ONE, "delta"))
+        rule = "patch resid_post layer 1 at subject tokens"
+        run_file(experiment("e", rule, "using gradient_input", *lines), tmp_path, module)
+        assert parameters[some].requires_grad != flags[some]
+        others = (name for name in parameters if name != some)
+        assert all(parameters[name].requires_grad == flags[name] for name in others)
+        assert all(each.grad is None for each in parameters.values())
+    finally:
+        parameters[some].requires_grad_(flags[some])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_memory_runs_out(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ("prompts p", "from other into clean", measured(ONE, "delta"))
+    rule = "patch resid_post layer * at subject tokens"
+    text = experiment("e", rule, "using integrated_gradients(steps: 2)", *lines)
+    whole = run_file(text, tmp_path, bare("gpt2"))["e"]
+    run, raised = estimates.run_whole, [0]
+
+    def full(model: Any, batch: Any, **given: Any) -> Any:
+        if len(batch) > 1:
+            raised[0] += 1
+            raise error
+        return run(model, batch, **given)
+
+    monkeypatch.setattr(estimates, "run_whole", full)
+    found = run_file(text, tmp_path, bare("gpt2"))["e"]
+    assert raised[0] > 0
+    assert "halved" in found.conventions["memory"]
+    np.testing.assert_allclose(
+        found.measures[0].patched, whole.measures[0].patched, rtol=0, atol=1e-5
+    )
+
+
+def test_a_model_that_autograd_cannot_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: Any, **named: Any) -> Any:
+        raise RuntimeError("one of the variables has been modified by an inplace operation")
+
+    monkeypatch.setattr(estimates.torch.autograd, "grad", refused)
+    lines = ("prompts p", "from other into clean", measured(ONE, "delta"))
+    rule = "patch resid_post layer 1 at subject tokens"
+    text = experiment("e", rule, "using gradient_input", *lines)
+    text += experiment("run", rule, *lines)
+    result, problems = try_file(text, tmp_path, bare("gpt2"))
+    assert result is not None
+    assert [each.name for each in result.experiments] == ["run"]
+    assert [each.code for each in problems if each.severity == "error"] == ["E0608"]
+
+
+@pytest.mark.parametrize("kind", TWO)
+def test_runs_that_are_cut_short_go_on(kind: str, tmp_path: Path) -> None:
+    lines = ("prompts p", "from other into clean", measured(ONE, "delta"))
+    rule = "patch z layer * head * at subject tokens, last token"
+    text = experiment("e", rule, using(kind), *lines, 'measure logprob("w3 w9") as delta')
+    check_case("llama", text, tmp_path, cut=1)
