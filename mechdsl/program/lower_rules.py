@@ -59,7 +59,8 @@ def lower_rule(
             by = None if body.by is None else body.by.id
             return _at(rule, "ablate", body, fill=body.fill, by=by)
         case ast.ReplaceTokens():
-            if not isinstance(body.value, ast.String):
+            images = prompts is not None and prompts.kind == "images"
+            if not isinstance(body.value, ast.String) and not images:
                 work.later(body.value.span, "this replacement")
             return spec.Rule(span=rule.span, verb="replace", at=body.at, fill=body.value)
         case ast.ReplaceBlock():

@@ -46,18 +46,18 @@ def change_patches(
             made = image_change(row, change, number)
         except Refusal as refusal:
             return before, [refusal.diagnostic(row.describe())]
-        changed.append(_changed(old, replace(made, patches=_boxes(tokens, tokenizer)), tokenizer))
+        changed.append(with_patches(old, made, tokens, tokenizer))
     return replace(before, rows=tuple(changed)), found
 
 
-def _boxes(tokens: Sequence[int], reader: ImageReader) -> tuple[tuple[int, int, int, int], ...]:
-    return tuple(reader.layout.box(token) for token in tokens)
-
-
-def _changed(row: RunRow, change: PictureChange, reader: ImageReader) -> RunRow:
-    """As it was where it has none of the patches."""
-    if not change.patches or row.image is None:
+def with_patches(
+    row: RunRow, change: PictureChange, tokens: Sequence[int], reader: ImageReader
+) -> RunRow:
+    """The row with its image changed at these patches, as the model gets it; as it was where there
+    are none."""
+    if not tokens or row.image is None:
         return row
+    change = replace(change, patches=tuple(reader.layout.box(token) for token in tokens))
     image = replace(row.image, changes=(*row.image.changes, change))
-    [tokens] = reader.encode_all([image.text])
-    return replace(row, image=image, text=image.text, ids=tokens.ids, offsets=tokens.offsets)
+    [encoded] = reader.encode_all([image.text])
+    return replace(row, image=image, text=image.text, ids=encoded.ids, offsets=encoded.offsets)

@@ -12,6 +12,7 @@ from mechdsl.program import spec
 from mechdsl.prompts.image_reader import ImageReader
 from mechdsl.resolve.resolved import ModelContext, ResolvedExperiment
 from mechdsl.resolve.resolved_rule import SitePoint
+from mechdsl.syntax import ast
 
 
 def cannot_read(prompts: spec.Prompts, model: ModelContext) -> Diagnostic | None:
@@ -41,7 +42,7 @@ def not_of_images(experiment: ResolvedExperiment) -> list[Diagnostic]:
         return []
     found: list[Diagnostic] = []
     for rule in experiment.every_rule:
-        if rule.does.changes == "input":
+        if rule.does.changes == "input" and isinstance(rule.spec.fill, ast.String):
             found.append(NotSupported(span=rule.spec.span, what="a text in an image"))
         elif rule.sites is not None:
             points = [p for here in rule.sites.points.values() for p in here]

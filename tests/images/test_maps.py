@@ -179,6 +179,40 @@ def test_a_map_for_each_range_of_layers(tmp_path: Path) -> None:
         assert changed == pytest.approx(float(seen[answer] - seen[wrong]), abs=1e-4)
 
 
+def test_regions_of_images_that_are_made_smaller(tmp_path: Path) -> None:
+    """A pixel of the small image is in the region where two or more of four are."""
+    random = np.random.default_rng(1)
+    records: list[dict[str, object]] = []
+    whole = random.random((3, 2 * SIDE, 2 * SIDE)) < 0.5
+    for row in range(3):
+        pixels = random.integers(0, 256, (2 * SIDE, 2 * SIDE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"box{row}.png")
+        Image.fromarray(whole[row].astype(np.uint8) * 255).save(tmp_path / f"mask{row}.png")
+        answer, wrong = labels(row)
+        names = {"file": f"box{row}.png", "box": f"mask{row}.png"}
+        records.append({**names, "label": answer, "other": wrong})
+    text = "\n".join(map(json.dumps, records)) + "\n"
+    (tmp_path / "boxes.jsonl").write_text(text, encoding="utf-8")
+    text = CAAP + looking("share", "observe mass of caap in object")
+    found = support.run_file(text, tmp_path, "vit", blocks=BLOCKS)
+    small = whole.reshape(3, SIDE, 2, SIDE, 2).mean((2, 4)) >= 0.5
+    values = maps(found["caap"])
+    expected = [mass(values[row], small[row]) for row in range(3)]
+    np.testing.assert_allclose(found["share"].measures[0].patched[0], expected)
+
+
+def test_curves_may_be_written_in_any_order(tmp_path: Path) -> None:
+    area = "measure logit(answer) - logit(wrong) as raw auc over k"
+    text = CAAP
+    for name, ks in (("sorted", "0, 2, 7"), ("other", "7, 0, 2")):
+        rule = f"for k in [{ks}] {{ ablate embed at top k of caap tokens with zero }}"
+        text += support.experiment(f"in_{name}", rule, measure=area)
+    found = run("vit", tmp_path, text)
+    one, two = (found[name].measures[0].patched for name in ("in_sorted", "in_other"))
+    np.testing.assert_allclose(one, two)
+    assert np.abs(one - found["in_sorted"].measures[0].base).min() > 1e-3
+
+
 def test_a_part_of_the_image_is_a_map_too(tmp_path: Path) -> None:
     rule = "patch resid_post layer 0 at image row 1..2 col 2..4 token"
     text = support.experiment("part", "from scenes into neutral", rule)
@@ -228,6 +262,7 @@ def test_insertion_and_deletion_by_hand(name: str, tmp_path: Path) -> None:
     for way, sides in (("inserted", "scenes into neutral"), ("deleted", "neutral into scenes")):
         text += support.experiment(way, f"from {sides}", rule, measure=support.DIFFERENCE)
         text += support.experiment(f"{way}_area", f"from {sides}", rule, measure=area)
+    text += looking("told", "observe pointing of caap, chance in object")
     found = run(name, tmp_path, text)
     neutral = support.plain(name, None)
     orders = [maps(found["caap"]), found["drawn"].measures[0].patched.T]
@@ -252,6 +287,8 @@ def test_insertion_and_deletion_by_hand(name: str, tmp_path: Path) -> None:
                 whole = found[f"{way}_area"].measures[0].patched[number, row]
                 assert whole == pytest.approx(trapezoids(shares, curve), abs=1e-4)
                 assert np.ptp(curve) > 0.05
+    told = [cell.coords["map"] for cell in found["told"].cells]
+    assert told == ["caap", "chance"]
     named = [cell.coords["m"] for cell in found["inserted_area"].cells]
     assert named == ["caap", "chance"]
     assert found["inserted_area"].conventions["auc"].startswith("over k, row by row, of 5 cells")

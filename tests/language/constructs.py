@@ -1865,3 +1865,15 @@ _on_image(
     OWN,
     _MAPS,
 )
+_on_image(
+    "replace patches",
+    "replace each token of image with gray",
+    "Occlusion: patches are painted in the image as the model gets it, before it is normalised: "
+    "`gray` (128 of 255), `blur(4)` (a Gaussian of this radius in pixels), `noise(40)` (normal "
+    "noise of this standard deviation of 255, drawn for each row). Rectangles and regions go "
+    "together: `replace image row 3..5 col 2..4 tokens with gray`, `replace object tokens with "
+    "blur(4)`. `patch embed at each token of image` pastes a patch of the other image: what the "
+    "model reads of it, in front of position embeddings.",
+    "Zeiler and Fergus 2014, arXiv 1311.2901",
+    "tests/images/test_replace.py",
+)

@@ -158,6 +158,8 @@ ablate name_movers at last token with mean of abc
 ablate name_movers at last token with mean of abc.test
 ablate name_movers at last token with mean of clean by template
 ablate embed at top 25% of caap tokens with zero
+replace each token of image with gray
+replace image row 3..5 col 2..4 tokens with blur(4)
 replace subject tokens with blur
 replace each token of image with gray
 replace item 2 token with "thing"

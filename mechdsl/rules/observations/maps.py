@@ -145,7 +145,7 @@ class OfMaps(OverRows, Kind):
     ) -> SiteTargets | None:
         """Cells: one for each map, or, of one map, for each of its cells beside its positions."""
         assert rule.observed is not None
-        names = [each.of for each in rule.observed.maps]
+        names = [each.span.written for each in rule.observed.maps]  # not those of results
         if len(names) == 1:
             own = maps[0].experiment
             axes = tuple(axis for axis in own.axes if axis.name != "position")
