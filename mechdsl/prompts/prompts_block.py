@@ -329,7 +329,7 @@ class PromptsBlock:
     def _unknown(self, name: str, span: Span) -> UnknownValue:
         names = [n for n in self.names() if n not in ("true", "false")]
         hint = _hint(name, names, "names")
-        return UnknownValue(span=span, prompts=self.name, name=name, hint=hint)
+        return UnknownValue(span=span, prompts=self.name, name=name, hint=hint, unit=self.spec.unit)
 
     def unknown(self, name: str, span: Span) -> Refusal:
         """E0501 for a name that a row doesn't have."""
@@ -337,7 +337,9 @@ class PromptsBlock:
             hint = f"a row has many: `{name}` is only drawn by a list; `xs[1]` is one of them"
         else:
             hint = self._unknown(name, span).hint
-        return Refusal(UnknownValue, span, prompts=self.name, name=name, hint=hint)
+        return Refusal(
+            UnknownValue, span, prompts=self.name, name=name, hint=hint, unit=self.spec.unit
+        )
 
     def _check_cycles(self) -> None:
         """E0502, and E0506 for values that hang on one another in an endless chain."""

@@ -122,6 +122,7 @@ def later_targets(
                 total=len(work.table),
                 example=f'"{base.rows[0].text}"',
                 hint="name an earlier position, or a smaller distance",
+                unit="prompt" if base.rows[0].image is None else "image",
             )
             work.diagnostics.append(problem)
             return None
