@@ -18,6 +18,10 @@ from mechdsl.validate.check_file import check_source
 
 from .baseline import compare
 from .baseline.runs import EXAMPLES, NAMES
+from .quick import some
+
+LONG = "probes_against_patching"
+QUICK = [name for name in NAMES if name != LONG]
 
 
 @cache
@@ -38,13 +42,13 @@ def means(found: ExperimentResult, measure: int = 0) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some(NAMES, QUICK))
 def test_expectations_hold(name: str) -> None:
     for each in results(name).values():
         assert each.holds, [outcome for outcome in each.outcomes if not outcome.holds]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some(NAMES, QUICK))
 def test_values_are_those_that_were_frozen(name: str) -> None:
     """`python -m tests.baseline --freeze` rewrites them, where a change is meant."""
     expected = json.loads(compare.FROZEN.read_text(encoding="utf-8"))[name]

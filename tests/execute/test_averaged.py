@@ -11,6 +11,7 @@ import pytest
 from mechdsl.results.averaged import averaged
 from mechdsl.statistics.measure_data import DrawnValues
 
+from ..quick import in_turn
 from ..rules.support import QUICK, experiment, run_file, try_file, write_data
 
 PATCH = ("from longer into other", "patch resid_post layer 0..1 at each item token")
@@ -28,8 +29,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize(("measure", "mode"), in_turn(MEASURES, QUICK))
 def test_over_items(folder: Path, measure: str, mode: str) -> None:
     """Rows with fewer items are averaged over those that they have."""
     line = MEASURES[measure]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechdsl.results.experiment_result import ExperimentResult
 
+from ..quick import in_turn
 from ..reference.forward import Run, Write
 from ..rules.support import (
     MANY,
@@ -67,8 +68,7 @@ def values(found: ExperimentResult) -> Array:
     return found.measures[0].patched
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, QUICK))
 def test_each_item(folder: Path, name: str, mode: str) -> None:
     """Rows with fewer items drop out of the places that they lack."""
     text = experiment(
@@ -123,8 +123,7 @@ def test_loss_of_each_token(folder: Path, name: str, mode: str) -> None:
     agree(found, ("measured", "layer"), expected, np.array(list(base.values())), most=False)
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, QUICK))
 def test_cosine_of_each_layer(folder: Path, name: str, mode: str) -> None:
     """A metric's own sweep of layers, beside a rule that sweeps none; the run that is compared
     with is read at the position's place in its own text."""
@@ -146,8 +145,7 @@ def test_cosine_of_each_layer(folder: Path, name: str, mode: str) -> None:
     agree(found, ("layer",), expected, None, most=False)
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, QUICK))
 def test_a_loops_variable_in_a_measure(folder: Path, name: str, mode: str) -> None:
     """What is written and what is read follow one axis."""
     text = experiment(

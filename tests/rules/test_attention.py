@@ -16,6 +16,7 @@ from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES
+from ..quick import in_turn
 from ..reference.forward import Edge, Run, Write, side_by_side
 from .models import FAMILIES, double
 from .paths import End, copied
@@ -808,8 +809,7 @@ def test_what_lies_outside_of_the_window_is_not_edited(data: Path, mode: str) ->
         np.testing.assert_allclose(values.patched[0], values.base[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(("name", "mode"), in_turn(["gpt2", "llama"], QUICK))
 def test_later_tokens_are_not_edited(data: Path, name: str, mode: str) -> None:
     """A query that is named beside others, but comes before the keys, stays as it is."""
     queries = {"alone": "last token", "beside": "{cue token, subject token, last token}"}
@@ -1027,8 +1027,7 @@ def hold_look(data: Path, key: str, name: str, mode: str) -> None:
     agree(found, look.axes, looked(name, key), None, large=0.02, most=not near)
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("key", list(LOOKS))
+@pytest.mark.parametrize(("key", "mode"), in_turn(list(LOOKS), QUICK))
 def test_attention_is_what_the_model_gives(data: Path, key: str, mode: str) -> None:
     hold_look(data, key, "llama", mode)
 

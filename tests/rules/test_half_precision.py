@@ -25,6 +25,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES, as_in_the_data, run_on, shared
 from ..models.test_precision import FURTHEST, NOISIER
+from ..quick import in_turn
 from .models import bare
 from .support import BLOCKS, QUICK, Array, difference, experiment, records, rows
 
@@ -97,8 +98,7 @@ def rms(values: Array) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, QUICK))
 @pytest.mark.parametrize("key", list(LINES))
 @torch.no_grad()
 def test_it_is_right_within_rounding(data: Path, key: str, name: str, mode: str) -> None:
@@ -111,8 +111,7 @@ def test_it_is_right_within_rounding(data: Path, key: str, name: str, mode: str)
     assert effect > 1.5 * ALONE * own, "a lost write would not be seen"
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, QUICK))
 @torch.no_grad()
 def test_all_of_them_are(data: Path, name: str, mode: str) -> None:
     half, single = (results(data, name, each, mode) for each in (True, False))

@@ -41,11 +41,13 @@ from .support import (
 
 NAMES = ("gpt2", "llama", "gpt_neox", "mistral")
 EACH = [
-    pytest.param(name, mode, marks=pytest.mark.slow if mode == "plain" and name != "gpt2" else ())
+    pytest.param(
+        name, mode, marks=() if (mode == "plain") == (name == "gpt2") else pytest.mark.slow
+    )
     for name in NAMES
     for mode in QUICK
 ]
-"""Models and ways; whole passes of most models are slow."""
+"""Models and ways; one way of each model isn't slow."""
 FEW = [
     pytest.param(
         *each.values, marks=each.marks if each.values[0] in NAMES[:2] else pytest.mark.slow

@@ -26,6 +26,7 @@ from mechdsl.syntax.parse import parse
 from mechdsl.syntax.verbs import VERBS
 from mechdsl.validate.check_file import Settings, check_source
 
+from ..quick import in_turn
 from ..reference.forward import Write
 from .support import (
     QUICK,
@@ -130,8 +131,7 @@ def scaled(
     return found
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(("name", "mode"), in_turn(["gpt2", "llama"], QUICK))
 def test_it_writes_what_its_class_makes(stretch: None, data: Path, name: str, mode: str) -> None:
     text = experiment("e", "stretch resid_post layer * at subject tokens by -0.5")
     text += experiment("f", "for x in [0, 1, 3] { stretch layer * head * at cue token by x }")

@@ -14,6 +14,7 @@ from mechdsl.base.source import Source
 from mechdsl.pipeline.compute import run_source
 
 from ..execute.support import token
+from ..quick import in_turn
 from ..reference.forward import Changes, Edge, Write
 from .support import (
     QUICK,
@@ -207,8 +208,7 @@ def looped(case: Case) -> str:
     return f"{head}  for i in {numbers} {{ {tail} }}"
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(NAMES, QUICK))
 def test_rules(data: Path, name: str, mode: str) -> None:
     text = "".join(experiment(f"e{n}", looped(case)) for n, case in enumerate(CASES.values()))
     found = run_file(text, data, name, mode)
@@ -232,8 +232,7 @@ def test_rows_that_lack_a_position_drop_out(data: Path) -> None:
     assert FEWEST < MOST
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(NAMES, QUICK))
 def test_attention_on_a_diagonal(data: Path, name: str, mode: str) -> None:
     text = experiment(
         "e",
@@ -264,8 +263,7 @@ def test_attention_on_a_diagonal(data: Path, name: str, mode: str) -> None:
     agree(found["items"], ("i",), of_items, None, large=0.02)
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(NAMES, QUICK))
 def test_measures_that_follow_a_rule(data: Path, name: str, mode: str) -> None:
     """What is read stands one item behind what is written; both are counted by one variable."""
     text = experiment(
@@ -347,8 +345,7 @@ def test_a_parameter_is_a_number(data: Path) -> None:
 # --- answers that follow a loop -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(NAMES, QUICK))
 def test_answers_that_follow_a_rule(data: Path, name: str, mode: str) -> None:
     """A text and a set of texts, of the same number as the position that is written."""
     text = experiment(

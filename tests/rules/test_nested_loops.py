@@ -17,6 +17,7 @@ import mechdsl
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.show_report import show_report
 
+from ..quick import in_turn
 from ..reference.forward import Changes, Edge, Write
 from ..results.synthetic import report
 from .support import (
@@ -228,8 +229,7 @@ def both(*each: list[Changes]) -> list[Changes]:
     return [(writes, [])]
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(NAMES, QUICK))
 def test_cells(data: Path, name: str, mode: str) -> None:
     text = "".join(experiment(f"e{n}", case.lines) for n, case in enumerate(CASES.values()))
     found = run_file(text, data, name, mode)

@@ -21,6 +21,7 @@ from mechdsl.rules.observations.tuned_lens import translator
 
 from ..execute.support import MODES, token
 from ..models import families
+from ..quick import in_turn
 from ..reference.forward import Run, Write, side_by_side
 from .models import FAMILIES, double
 from .paths import End
@@ -314,8 +315,7 @@ def hold(data: Path, key: str, name: str, mode: str) -> None:
     agree(result, case.axes, expected(name, key), None, large=case.large)
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("key", list(CASES))
+@pytest.mark.parametrize(("key", "mode"), in_turn(list(CASES), QUICK))
 def test_what_is_observed_is_in_the_model(data: Path, key: str, mode: str) -> None:
     hold(data, key, "llama", mode)
 

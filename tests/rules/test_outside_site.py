@@ -16,6 +16,7 @@ from mechdsl.validate.check_file import Settings, check_source
 from mechdsl.vocab.sites import SITES
 
 from ..execute.support import shared
+from ..quick import in_turn
 from .support import QUICK, experiment, run_file
 from .test_kinds import TOY
 
@@ -36,8 +37,7 @@ def entries() -> Iterator[None]:
     shared.cache_clear()
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("model", ["gpt2", "llama"])
+@pytest.mark.parametrize(("model", "mode"), in_turn(["gpt2", "llama"], QUICK))
 def test_what_is_written_is_what_the_module_returns(
     entries: None, data: Path, model: str, mode: str
 ) -> None:

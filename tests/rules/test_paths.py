@@ -15,6 +15,7 @@ from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES
+from ..quick import in_turn
 from ..reference.forward import Run, Write, forward
 from ..reference.noise import keyed_by_number, noise
 from .models import STRAIGHT, WITHOUT_NORMS, double
@@ -533,8 +534,7 @@ def test_pairs_in_the_wrong_order_are_left_out(
     assert [tuple(cell.coords.values()) for cell in found.cells] == expected
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+@pytest.mark.parametrize(("name", "mode"), in_turn(["llama", "gpt_neox"], QUICK))
 def test_a_source_that_is_the_base_changes_nothing(data: Path, name: str, mode: str) -> None:
     """What stands before the first difference of the two prompts is the same in both."""
     at = '{first token, "w40" token}'
@@ -559,8 +559,10 @@ EVERYTHING = "group everything = embed, " + ", ".join(
 )
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gpt_neox_sequential", "gemma2"])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    in_turn(["llama", "gpt2", "gpt_neox", "gpt_neox_sequential", "gemma2"], QUICK),
+)
 def test_all_senders_at_once_are_the_whole_patch(data: Path, name: str, mode: str) -> None:
     """Everywhere: the logits are those of the source run, also with norms."""
     lines = ("from other into clean", "path everything -> logits at tokens *")
@@ -570,8 +572,7 @@ def test_all_senders_at_once_are_the_whole_patch(data: Path, name: str, mode: st
     )
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", BARE)
+@pytest.mark.parametrize(("name", "mode"), in_turn(BARE, QUICK))
 def test_effects_on_the_logits_add_up_where_the_rest_is_linear(
     data: Path, name: str, mode: str
 ) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mechdsl.results.experiment_result import ExperimentResult
 
+from ..quick import in_turn
 from .models import on_the_model
 from .support import (
     QUICK,
@@ -476,8 +477,7 @@ def test_the_rules_beside_do_something() -> None:
 # --- on runs with rules ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, QUICK))
 def test_a_path_on_a_run_with_these_rules(data: Path, name: str, mode: str) -> None:
     """The same values; what they are set against is the run with the rules."""
     text = GROUPS
@@ -497,8 +497,10 @@ def test_a_path_on_a_run_with_these_rules(data: Path, name: str, mode: str) -> N
 # --- laws -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    in_turn(["gpt2", "llama", "gpt_neox", "qwen3"], QUICK),
+)
 def test_direct_effects_add_up_with_frozen_norms(data: Path, name: str, mode: str) -> None:
     """Of all that adds to the stream; and without them they don't."""
     start, at = "from other into clean", "at last token"

@@ -21,6 +21,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.validate.check_file import Settings
 
 from ..execute.support import MODES, as_in_the_data, run_on, shared
+from ..quick import in_turn
 from .models import bare, double, on_the_model
 from .support import (
     BLOCKS,
@@ -272,8 +273,7 @@ def measured(name: str, run: str) -> list[float]:
     return [difference(stage(name, run, n)[0], record) for n, record in enumerate(records())]
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, QUICK))
 @pytest.mark.parametrize("run", list(RUNS))
 def test_a_steered_run_as_source_and_base(folder: Path, name: str, run: str, mode: str) -> None:
     found = results(folder, name, mode)
@@ -295,8 +295,7 @@ def test_a_steered_run_as_source_and_base(folder: Path, name: str, run: str, mod
         agree(found[key], ("layer",), values, start, large=0.02, most=False)
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, QUICK))
 @pytest.mark.parametrize("run", list(RUNS))
 def test_the_lens_of_a_steered_run(folder: Path, name: str, run: str, mode: str) -> None:
     """What is observed of it is what the bare model with its hooks has there."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mechdsl.resolve.cell_key import Coord
 
+from ..quick import in_turn
 from ..reference.forward import Changes, Write
 from .support import (
     QUICK,
@@ -128,8 +129,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", QUICK)
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize(("name", "mode"), in_turn(["gpt2", "llama", "gpt_neox"], QUICK))
 def test_steps_are_added(data: Path, name: str, mode: str) -> None:
     text = "".join(experiment(f"e{n}", case.rule) for n, case in enumerate(CASES.values()))
     found = run_file(text, data, name, mode)

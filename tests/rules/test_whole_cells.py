@@ -25,7 +25,6 @@ from ..reference.forward import Write
 from .models import bare
 from .support import (
     BLOCKS,
-    QUICK,
     Key,
     agree,
     difference,
@@ -226,7 +225,7 @@ def expected(case: Case, name: str, functions: Any) -> dict[Key, list[float]]:
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        pytest.param(n, m, marks=() if n == "llama" or m in QUICK else pytest.mark.slow)
+        pytest.param(n, m, marks=() if n == "llama" or m == "planned" else pytest.mark.slow)
         for n in NAMES
         for m in MODES
     ],

@@ -22,7 +22,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
     return Harness(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.parametrize("count", [9, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_runs_go_on(harness: Harness, count: int) -> None:
     killed = 0
     for number, ends in enumerate(ends_of(harness, count, seed=1)):
