@@ -25,6 +25,7 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
 CLEAN = "clean"
+NO_IMAGE = "has no line that says what its images are made of"
 _OF_TEXTS: Mapping[type[ast.Node], str] = {
     ast.Template: "template",
     ast.Chat: "chat",
@@ -302,7 +303,7 @@ def _images(block: _BlockLines, scope: Namespace) -> spec.Prompts:
     said = any(isinstance(line, lines) for line in block.definition.lines)
     at = block.definition.name.span
     if not said:
-        reason = "has no line that says what its images are made of"
+        reason = NO_IMAGE
         hint = 'add one: `image "{file}"`, `image gray` or `image shapes(…)`'
         name = block.definition.name.id
         scope.diagnostics.append(BadArgument(span=at, name=name, reason=reason, hint=hint))
