@@ -452,3 +452,11 @@ def test_answers_that_differ_are_counted(tmp_path: Path) -> None:
     folder_of(tmp_path)
     said = table_of(tmp_path, RULE.format("cls token")).conventions["answer"]
     assert said.endswith("` and 3 others: each the name of a label, and no token")
+
+
+def test_a_patch_in_an_expectation(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    rule = RULE.format("each token of image")
+    right, wrong = (f'expect delta(position: "image row {row} col 4") < 9' for row in (3, 5))
+    assert codes(tmp_path, rule, right) == []
+    assert codes(tmp_path, rule, wrong) == ["E0203"]
