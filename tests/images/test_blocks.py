@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from mechdsl.validate.check_file import Settings, check_source
 from . import support
 from .support import CLASSIFIERS, ENCODERS, FRONT, GRID, SIDE
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["ViTForImageClassification"],
     "model_type": "vit",
     "num_hidden_layers": 3,
