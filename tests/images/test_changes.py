@@ -259,6 +259,17 @@ def test_regions_that_cannot_change_places(second: object, wanted: str, tmp_path
     assert wanted in found.message
 
 
+def test_boxes_that_touch_change_places(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    support.write_images(tmp_path)
+    record = {"file": "0.png", "label": "circle", "other": "cross", "first": [0, 0, 6, 6]}
+    blocks = BLOCKS.replace("CORRUPT", "corrupt other { swap one, two }")
+    lines = ("from clean into other", "patch embed at cls token")
+    for second in ([6, 0, 12, 6], [0, 6, 6, 12]):
+        (tmp_path / "boxes.jsonl").write_text(json.dumps({**record, "second": second}))
+        assert codes(tmp_path, *lines, blocks=blocks) == []
+
+
 def test_values_of_images_still_change_places(tmp_path: Path) -> None:
     folder_of(tmp_path, id2label=dict(enumerate(support.LABELS)))
     write_boxes(tmp_path)
