@@ -71,10 +71,13 @@ def token_conventions(
         lengths = sorted({len(row.texts[name].ids) for row in rows})
         if lengths == [0]:
             first = rows[0].texts[name]
+            others = len({row.texts[name].text for row in rows}) - 1
+            shown = quoted(first.text) + (f" and {plural(others, 'other')}" if others else "")
+            each = "each " if others else ""
             said = f"{output_words(first)}, and no token"
             if isinstance(tokenizer, ImageReader) and tokenizer.texts is not None:
                 said = "a text that the image is scored with"
-            out[name] = f"{quoted(first.text)}: {said}"
+            out[name] = f"{shown}: {each}{said}"
             continue
         sizes = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
         tokens = "one token" if lengths == [1] else f"{sizes} tokens"
