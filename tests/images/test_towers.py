@@ -4,6 +4,7 @@ image tower, against plain hooks on the bare model, one image and one text at a 
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -242,6 +243,25 @@ def test_a_model_in_a_folder_is_the_one_in_python(name: str, tmp_path: Path) -> 
     own = values(path, store=False)
     np.testing.assert_allclose(own, values(path, models=handed, store=False), atol=1e-5)
     assert np.ptp(own) > 0.1
+
+
+def test_a_processor_of_images_and_texts_is_one_file(tmp_path: Path) -> None:
+    """As the library writes it, and before the file of images alone, which is older."""
+    path = write(tmp_path)
+    own = values(path, store=False)
+    file = tmp_path / "clip" / "preprocessor_config.json"
+    config = json.loads(file.read_text())
+    whole = {"processor_class": "CLIPProcessor", "image_processor": config}
+    (tmp_path / "clip" / "processor_config.json").write_text(json.dumps(whole))
+    file.write_text(json.dumps({**config, "image_mean": [0.1, 0.2, 0.9]}))
+    np.testing.assert_array_equal(values(path, store=False), own)
+    file.unlink()
+    np.testing.assert_array_equal(values(path, store=False), own)
+    whole["image_processor"] = {**config, "image_mean": [0.1, 0.2, 0.9]}
+    store = tmp_path / "store"
+    np.testing.assert_array_equal(values(path, store=store), own)
+    (tmp_path / "clip" / "processor_config.json").write_text(json.dumps(whole))
+    assert np.abs(values(path, store=store) - own).max() > 0.01
 
 
 def test_the_store_knows_what_images_are_scored_with(tmp_path: Path) -> None:
