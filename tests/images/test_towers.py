@@ -325,7 +325,7 @@ def test_scores_that_the_model_changes_itself_are_refused() -> None:
 
 
 def test_siglip_needs_a_token_for_padding() -> None:
-    own = copy.copy(towers.tokenizer("siglip"))
+    own = copy.deepcopy(towers.tokenizer("siglip"))
     own.pad_token = None
     model, found = adopt("m", towers.bare("siglip"), (towers.images_of("siglip"), own))
     assert model is None
