@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e04_model import ModelTooLarge, ShapeUnknown
+from mechdsl.diagnostics.e04_model import ModelTooLarge, PartNotFound, ShapeUnknown
 from mechdsl.models.config_keys import COUNTED, EXPERTS, HEAD_WIDTH, MOST
 
 
@@ -39,6 +39,24 @@ def size_too_large(config: Mapping[str, Any], model: str, span: Span | None) -> 
         if most is not None and isinstance(value, int) and abs(value) > most:
             return ModelTooLarge(span=span, model=model, key=key, number=value, most=most)
     return None
+
+
+def without_blocks(
+    refused: list[Diagnostic], staged: str, *, model: str, named: str
+) -> list[Diagnostic]:
+    """E0409 in place of numbers that are missing, of a kind that has no list of blocks alike.
+
+    staged: what it has instead; empty where it isn't of that kind. named: the class of the model.
+    """
+    if not staged or not all(isinstance(each, ShapeUnknown) for each in refused):
+        return refused
+    hint = "take a vision transformer whose blocks are alike: ViT, DeiT, DINOv2, BEiT, CLIP"
+    span, part = refused[0].span, "list of blocks"
+    return [
+        PartNotFound(
+            span=span, model=model, architecture=named, part=part, reason=staged, hint=hint
+        )
+    ]
 
 
 def is_written(config: Mapping[str, Any], found: Iterable[Diagnostic]) -> bool:

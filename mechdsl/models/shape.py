@@ -35,7 +35,13 @@ from mechdsl.models.config_keys import (
     TIMES,
     VOCAB,
 )
-from mechdsl.models.config_parts import impossible_sizes, is_written, part_of, size_too_large
+from mechdsl.models.config_parts import (
+    impossible_sizes,
+    is_written,
+    part_of,
+    size_too_large,
+    without_blocks,
+)
 from mechdsl.models.families import family_of
 from mechdsl.models.heads_by_class import (
     ENCODERS,
@@ -294,12 +300,13 @@ def _shape(
     model: str = "model",
     span: Span | None = None,
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
+    model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
+    entry = family_of(model_type)
     numbers, refused = _numbers(text, config, takes, model, span)
     if refused:
-        return None, refused
-    model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
+        named = names[0] if names else model_type
+        return None, without_blocks(refused, entry.staged, model=model, named=named)
     n_heads, d_model = numbers["number of heads"], numbers["model width"]
-    entry = family_of(model_type)
     parallel = entry.arrangement(text) == "parallel"
     multi_query = bool(text.get("multi_query")) and not text.get("new_decoder_architecture")
     latent = _first(text, ("qk_nope_head_dim",))

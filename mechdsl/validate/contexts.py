@@ -135,7 +135,7 @@ class Contexts:
             self.diagnostics.extend(found)
             if shape is not None and shape.takes == "image":
                 tokenizer = self._images(folder, shape, model)
-            else:
+            elif shape is not None or has_tokenizer(folder):
                 tokenizer = self._tokenizer(folder, model)
         shape = shape or stand_in_shape(self._largest)
         stand_in = self._stand_in_reader if shape.takes == "image" else self._stand_in
