@@ -324,6 +324,14 @@ def test_scores_that_the_model_changes_itself_are_refused() -> None:
     assert "scores" in found[0].message
 
 
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_towers_in_sixteen_bits(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path, name)
+    wide, short = (values(path, store=False, dtype=each) for each in ("float32", "bfloat16"))
+    scale = float(towers.bare(name).logit_scale.exp())
+    assert 0 < np.abs(wide - short).max() < 0.05 * scale
+
+
 def test_siglip_needs_a_token_for_padding() -> None:
     own = copy.deepcopy(towers.tokenizer("siglip"))
     own.pad_token = None
