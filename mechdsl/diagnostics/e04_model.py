@@ -355,12 +355,13 @@ class PartNotFound(Diagnostic):
     code = "E0409"
     title = "`{model}` ({architecture}): {part} not found"
     label = "{reason}"
-    help = "register the family with `@family` and name the module there"
+    help = "{hint}"
 
     model: str
     architecture: str
     part: str
     reason: str
+    hint: str = "register the family with `@family` and name the module there"
 
 
 @keyword_record

@@ -8,6 +8,8 @@ from typing import Any, Literal, cast
 from mechdsl.base.record import Record, record
 
 FILE = "preprocessor_config.json"
+OF_BOTH = "processor_config.json"
+"""Of models of images and texts: what makes images ready stands in it as `image_processor`."""
 _STANDARD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _DEFAULT = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

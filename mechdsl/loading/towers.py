@@ -36,8 +36,8 @@ from mechdsl.resolve.resolved import ModelContext
 
 _TRIED = 5
 """Vectors of the other tower that a tower is tried out with."""
-_SAME = 1e-4
-"""Relative difference of scores from those that the model gives itself."""
+_SAME, _SAME_OF_HALF = 1e-4, 0.02
+"""Relative difference of scores from those that the model gives itself, in 32 and in 16 bits."""
 _TEXTS_AT_ONCE = 64
 _IMAGES_AT_ONCE = 16
 CAUSAL = ("clip_text_model", "metaclip_2_text_model")
@@ -166,8 +166,9 @@ def _other_scores(
         of_images = cast(ImageTower, images.module).vectors(pixels)
         found = cast(Tower, images.module).facing(_unit(of_texts)).scores(of_images)
         other = cast(Tower, texts.module).facing(_unit(of_images)).scores(of_texts).T
-    tolerance = _SAME if images.dtype.itemsize > 2 else 1e-2
-    size = own.abs().max()
+    tolerance, size = _SAME, own.abs().max()
+    if images.dtype.itemsize <= 2:  # a cosine is rounded as a part of 1, however small it is
+        tolerance, size = _SAME_OF_HALF, module.logit_scale.exp()
     error = float(max((found - own).abs().max(), (other - own).abs().max()) / size)
     if error <= tolerance:
         return None

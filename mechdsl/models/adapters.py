@@ -44,6 +44,8 @@ class Family:
     """Of a model with a tower for images and one for texts, what the scores of an image are: those
     of texts of which one is right (softmax), or of texts that are right or not each by itself
     (sigmoid)."""
+    staged: ClassVar[str] = ""
+    """What there is in place of a list of blocks that are alike; empty where there is one."""
     padded: ClassVar[bool] = False
     """Its tower for texts was trained on texts that are padded to its longest, and sees that."""
 

@@ -28,6 +28,7 @@ TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
     "preprocessor_config.json",
+    "processor_config.json",
 )
 """As `mechdsl/prompts/tokenizer.py` has them, which stands beside this floor."""
 

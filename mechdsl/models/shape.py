@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,7 +13,6 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_model import (
     BadSize,
-    ModelTooLarge,
     NoConfig,
     NotATextModel,
     OneOutput,
@@ -22,7 +21,6 @@ from mechdsl.diagnostics.e04_model import (
 from mechdsl.images.patches import PatchLayout
 from mechdsl.models.config_keys import (
     ALIKE,
-    COUNTED,
     DECODERS,
     EXPERTS,
     HEAD_WIDTH,
@@ -32,11 +30,17 @@ from mechdsl.models.config_keys import (
     MIXERS,
     MLP,
     MODEL,
-    MOST,
     NARROW,
     POSITIONS,
     TIMES,
     VOCAB,
+)
+from mechdsl.models.config_parts import (
+    impossible_sizes,
+    is_written,
+    part_of,
+    size_too_large,
+    without_blocks,
 )
 from mechdsl.models.families import family_of
 from mechdsl.models.heads_by_class import (
@@ -174,9 +178,9 @@ def shape_from_config(
     if (task := _scores(config, names)) is not None:
         return _towers(config, names, task, model=model, span=span)
     takes = _takes(config, names)
-    text = _part(config, "text_config", "decoder") if takes != "image" else config
+    text = part_of(config, "text_config", "decoder") if takes != "image" else config
     if takes == "image":
-        text = _part(config, "vision_config")
+        text = part_of(config, "vision_config")
     return _shape(text, config, names, takes, model=model, span=span)
 
 
@@ -196,9 +200,9 @@ def _towers(
     """The tower for images of a model with two, and in it that for texts."""
     told: dict[str, Any] = {"model": model, "span": span}
     vision, found = _shape(
-        _part(config, "vision_config"), config, names, "image", causal=False, **told
+        part_of(config, "vision_config"), config, names, "image", causal=False, **told
     )
-    part = _part(config, "text_config")
+    part = part_of(config, "text_config")
     kind = str(part.get("model_type"))
     texts, more = _shape(part, part, names, "text", causal=not family_of(kind).encodes, **told)
     if vision is None or texts is None:
@@ -217,10 +221,10 @@ def stack_shape(shape: ModelShape, config: Mapping[str, Any], stack: str) -> Mod
         case "cross":
             return shape
         case "encoder":
-            part = _part(_part(config, "encoder"), "text_config")
+            part = part_of(part_of(config, "encoder"), "text_config")
             part = {**part, **_encoder_numbers(config)}
         case _:
-            part = _part(config, "vision_config", "vision_tower", "vision_model")
+            part = part_of(config, "vision_config", "vision_tower", "vision_model")
             if "embed_dim" in part:  # and `hidden_size` is the language model's
                 part = {**part, "hidden_size": part["embed_dim"]}
     found, _ = _shape(part, part, [shape.architecture], "image", causal=False)
@@ -237,14 +241,6 @@ def _encoder_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     found = {key: _first(config, own) for key, own in keys.items()}
     return {key: value for key, value in found.items() if value}
-
-
-def _part(config: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
-    """The config of a part, or all of it where it isn't divided."""
-    for key in keys:
-        if isinstance(nested := config.get(key), Mapping):
-            return cast(Mapping[str, Any], nested)
-    return config
 
 
 def _takes(config: Mapping[str, Any], names: list[str]) -> ModelInput:
@@ -270,7 +266,7 @@ def _numbers(
     """The numbers that every model has, by what they are; or what is wrong with them."""
     impossible: list[Diagnostic] = [
         BadSize(span=span, model=model, key=key, value=json.dumps(value))
-        for key, value in _impossible({**{k: config.get(k) for k in VOCAB}, **text})
+        for key, value in impossible_sizes({**{k: config.get(k) for k in VOCAB}, **text})
     ]
     if impossible:
         return {}, impossible
@@ -289,7 +285,7 @@ def _numbers(
     ]
     if missing:
         return {}, missing
-    if (too_large := _too_large(text, model, span)) is not None:
+    if (too_large := size_too_large(text, model, span)) is not None:
         return {}, [too_large]
     return {what: value or 0 for what, (value, _) in found.items()}, []
 
@@ -304,19 +300,20 @@ def _shape(
     model: str = "model",
     span: Span | None = None,
 ) -> tuple[ModelShape | None, list[Diagnostic]]:
+    model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
+    entry = family_of(model_type)
     numbers, refused = _numbers(text, config, takes, model, span)
     if refused:
-        return None, refused
-    model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
+        named = names[0] if names else model_type
+        return None, without_blocks(refused, entry.staged, model=model, named=named)
     n_heads, d_model = numbers["number of heads"], numbers["model width"]
-    entry = family_of(model_type)
     parallel = entry.arrangement(text) == "parallel"
     multi_query = bool(text.get("multi_query")) and not text.get("new_decoder_architecture")
     latent = _first(text, ("qk_nope_head_dim",))
     rotary = _first(text, ("qk_rope_head_dim",))
     width = _first(text, HEAD_WIDTH) or d_model // n_heads
     d_head = latent + (rotary or 0) if latent else width
-    experts = _first(text, EXPERTS) or _first(_part(text, "ffn_config"), EXPERTS) or 0
+    experts = _first(text, EXPERTS) or _first(part_of(text, "ffn_config"), EXPERTS) or 0
     experts = 0 if text.get("is_moe") is False else experts
     dense = dense_blocks(text, numbers["number of layers"]) if experts else frozenset[int]()
     sparse = frozenset(range(numbers["number of layers"])) - dense
@@ -369,34 +366,6 @@ def _shape(
 
 def _without_head(names: list[str], model_type: str, takes: ModelInput, task: Task) -> bool:
     return is_headless(names, model_type) or (takes == "image" and task == "tokens")
-
-
-def _impossible(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """Keys that say a size, with a value that is none: below 1, or no whole number. Lists are of
-    models whose blocks differ, and null is what the library makes of it."""
-    for keys, least in (*((keys, 1) for keys in COUNTED), (HEAD_WIDTH, 0), (EXPERTS, 0)):
-        for key in keys:
-            value = config.get(key)
-            if value is None or isinstance(value, bool | list | Mapping):
-                continue
-            if not isinstance(value, int) or value < least:
-                yield key, value
-            break  # the others aren't read
-
-
-def _too_large(config: Mapping[str, Any], model: str, span: Span | None) -> Diagnostic | None:
-    """E0430 for a number that no model has; what is made of it would fill the memory."""
-    for key, value in {**_part(config, "ffn_config"), **config}.items():
-        most = MOST.get(key)
-        if most is not None and isinstance(value, int) and abs(value) > most:
-            return ModelTooLarge(span=span, model=model, key=key, number=value, most=most)
-    return None
-
-
-def _written(config: Mapping[str, Any], found: Iterable[Diagnostic]) -> bool:
-    """Whether a number that could not be read stands in the config all the same."""
-    keys = {key for problem in found if isinstance(problem, ShapeUnknown) for key in problem.named}
-    return any(key in config for key in keys)
 
 
 def _narrow(config: Mapping[str, Any], d_model: int) -> int:
@@ -464,8 +433,8 @@ def shape_of(
     try:
         shape, found = shape_from_config(config, model=model, span=span)
         if shape is None and all(isinstance(each, ShapeUnknown) for each in found):
-            text = _part(config, "text_config", "decoder")
-            if not _written(text, found):
+            text = part_of(config, "text_config", "decoder")
+            if not is_written(text, found):
                 whole = with_defaults(config, ALIKE)
                 return shape_from_config(whole, model=model, span=span)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:

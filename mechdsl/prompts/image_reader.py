@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from mechdsl.base.json_text import load_json
 from mechdsl.base.source import Span
@@ -14,7 +14,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_model import NoImageProcessor
 from mechdsl.images.patches import PatchLayout
 from mechdsl.images.picture import Picture
-from mechdsl.images.processing import FILE, Processing, Unfit, processing_of
+from mechdsl.images.processing import FILE, OF_BOTH, Processing, Unfit, processing_of
 from mechdsl.images.regions import Region, tokens_in
 from mechdsl.program.lower_images import FRONT, IMAGE
 from mechdsl.prompts.seeded_draws import stable_hash
@@ -152,15 +152,29 @@ def read_processing(
     folder: Path, layout: PatchLayout, *, model: str, span: Span | None = None
 ) -> tuple[ImageReader | None, list[Diagnostic]]:
     """What makes images ready for the model in a folder. Codes: E0456."""
+    name = OF_BOTH
     try:
-        config: Any = load_json((folder / FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        config: Any = _read(folder / OF_BOTH, "image_processor")
+        if config is None:
+            name = FILE
+            config = _read(folder / FILE)
+    except (OSError, ValueError) as error:
+        reason = f"`{name}` can't be read ({error})"
+        return None, [NoImageProcessor(span=span, model=model, reason=reason)]
+    if config is None:
         reason = f"there is no `{FILE}` beside its `config.json`"
         return None, [NoImageProcessor(span=span, model=model, reason=reason)]
-    except (OSError, ValueError) as error:
-        reason = f"`{FILE}` can't be read ({error})"
-        return None, [NoImageProcessor(span=span, model=model, reason=reason)]
     return reader_of(config, layout, model=model, span=span)
+
+
+def _read(file: Path, part: str = "") -> Any:
+    """A file, or a part of it; None where it isn't there. Raises OSError and ValueError."""
+    if not file.exists():
+        return None
+    found: Any = load_json(file.read_text(encoding="utf-8"))
+    if not part:
+        return found
+    return cast("Mapping[str, Any]", found).get(part) if isinstance(found, Mapping) else None
 
 
 def reader_of(

@@ -277,7 +277,7 @@ def _outline(
     fitted = rows_read(experiment, checked.program)
     others = [run.model for run in (*experiment.elsewhere, *fitted) if run.model is not None]
     model, *read = (contexts.model(name) for name in (experiment.model, *others))
-    model = contexts.tower(experiment.prompts, model)
+    model = contexts.towers.reading(experiment.prompts, model)
     if read and any(each.shape.side for each in (model, *read)):
         what = "another model beside one with two towers"
         checked.diagnostics.append(NotSupported(span=experiment.span, what=what))
@@ -298,7 +298,7 @@ def _outline(
         finding = findings.get(experiment.replies.of)
         table = contexts.with_replies(experiment, model, table, finding)
     model = contexts.fitting(model, table)
-    model, table = contexts.facing_images(experiment, model, table)
+    model, table = contexts.towers.facing_images(experiment, model, table)
     model, problems = with_opposite(model, table, experiment)
     checked.diagnostics.extend(problems)
     draws = None if contexts.prompts_enough is None else limits.CHECKED_DRAWS

@@ -13,7 +13,6 @@ from typing import Protocol
 
 from mechdsl.diagnostics.core import Diagnostic, Unknown, certain, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported
-from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.diagnostics.e02_python import PythonNotAllowed
 from mechdsl.diagnostics.w07_models import ModelNotHere
 from mechdsl.models.locate import locate, needed
@@ -21,7 +20,7 @@ from mechdsl.models.shape import ModelShape, read_shape
 from mechdsl.models.stand_in_shape import stand_in_shape
 from mechdsl.program import spec
 from mechdsl.program.lower_directions import Rows
-from mechdsl.program.lower_images import IMAGE, averaged_block
+from mechdsl.program.lower_images import averaged_block
 from mechdsl.program.python_files import Mode, PythonFunction, find_function, of_prompts
 from mechdsl.prompts.answers import Labels
 from mechdsl.prompts.build_table import build_table, compiled_as
@@ -41,7 +40,6 @@ from mechdsl.prompts.stand_ins import (
 from mechdsl.prompts.tokenizer import TOKENIZER_FILES, TextTokenizer, has_tokenizer
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.model_runs import joined_table, model_run, outputs_read, refused_pair
-from mechdsl.resolve.opposite import chooses, with_images, without_images
 from mechdsl.resolve.resolved import ModelContext
 from mechdsl.resolve.towers_read import read_towers
 from mechdsl.syntax import ast
@@ -50,6 +48,7 @@ from mechdsl.validate.images_read import cannot_read
 from mechdsl.validate.largest_named import largest_named
 from mechdsl.validate.prompts_enough import enough
 from mechdsl.validate.replies_named import replies_behind
+from mechdsl.validate.towers import Towers
 from mechdsl.validate.vocabulary import prompts_fit, tokenizer_fits
 
 
@@ -105,8 +104,9 @@ class Contexts:
         self._runs: dict[tuple[object, ...], Paired | None] = {}
         self._joined: dict[tuple[object, ...], PromptTable] = {}
         self._replied: dict[tuple[object, ...], PromptTable] = {}
-        self._towers: dict[str, ModelContext] = {}
-        self._wholes: dict[str, PromptTable | None] = {}
+        self.towers = Towers(
+            program, diagnostics, self.model, self._compiled, self._build, self._say, self._stand_in
+        )
         self._tokenizers: dict[tuple[object, ...], TextTokenizer | None] = {}
 
     def model(self, name: str) -> ModelContext:
@@ -135,7 +135,7 @@ class Contexts:
             self.diagnostics.extend(found)
             if shape is not None and shape.takes == "image":
                 tokenizer = self._images(folder, shape, model)
-            else:
+            elif shape is not None or has_tokenizer(folder):
                 tokenizer = self._tokenizer(folder, model)
         shape = shape or stand_in_shape(self._largest)
         stand_in = self._stand_in_reader if shape.takes == "image" else self._stand_in
@@ -302,75 +302,6 @@ class Contexts:
         if not table.stands_in and images == isinstance(model.tokenizer, ImageReader):
             return model
         return replace(model, tokenizer=self._stand_in_reader if images else self._stand_in)
-
-    def tower(self, name: str, model: ModelContext) -> ModelContext:
-        """The tower that reads the rows of a block, of a model with two. E0108 and E0207 where they
-        can't be scored."""
-        block = self.program.prompts[name]
-        texts = model.shape.texts
-        if block.kind == "images" or model.shape.stands_in:
-            return model
-        if texts is None:
-            if block.scored_with is not None:
-                what = f"`image` in prompts for `{model.name}`, which has no tower for images,"
-                self.diagnostics.append(NotSupported(span=block.scored_with.span, what=what))
-            return model
-        if block.scored_with is None and not block.from_images and name != spec.NO_PROMPTS:
-            reason = f"has no images that `{model.name}` scores its texts with"
-            hint = "add a line to it: `image from scenes`, a block of images"
-            bad = BadArgument(span=block.span, name=name, reason=reason, hint=hint)
-            self.diagnostics.append(bad)
-        if model.name not in self._towers:
-            reader = model.tokenizer.texts if isinstance(model.tokenizer, ImageReader) else None
-            tower = replace(model, shape=texts, tokenizer=reader or self._stand_in)
-            self._towers[model.name] = tower
-        return self._towers[model.name]
-
-    def facing_images(
-        self, experiment: spec.Experiment, model: ModelContext, table: PromptTable
-    ) -> tuple[ModelContext, PromptTable]:
-        """The text tower with the images that its texts are scored with, row by row or one for all;
-        others as they are."""
-        if model.shape.side != "text":
-            return model, table
-        ref = self.program.prompts[experiment.prompts].scored_with
-        images = None if ref is None else self.program.prompts.get(ref.name)
-        if ref is None or images is None or images.kind != "images" or table.stands_in:
-            return without_images(model, table)
-        reader = self.model(model.name)
-        own = self._compiled(experiment.prompts, model.tokenizer)
-        found, problems = paired_run(
-            table,
-            own.block,
-            self._compiled(ref.name, reader.tokenizer),
-            "clean",
-            name=IMAGE,
-            tokenizer=reader.tokenizer,
-            build=lambda ids: self._build(ref.name, reader, ids=ids),
-            span=ref.span,
-        )
-        self._say(problems, reader, ref.name)
-        if found is None:
-            return without_images(model, table)
-        every = None
-        if chooses(experiment):
-            whole = self._whole(ref.name, reader)
-            every = [] if whole is None else [row.image for row in whole.runs["clean"].rows]
-        pictures = [row.image for row in found.run.rows]
-        return with_images(
-            model,
-            table,
-            ref.name,
-            [each for each in pictures if each is not None],
-            None if every is None else [each for each in every if each is not None],
-        )
-
-    def _whole(self, name: str, model: ModelContext) -> PromptTable | None:
-        """All rows of a block, whatever limits there are."""
-        if name not in self._wholes:
-            self._wholes[name], found = self._build(name, model)
-            self._say(found, model, name)
-        return self._wholes[name]
 
     def _reading(self, name: str, model: ModelContext) -> ModelContext:
         """A model that isn't at hand, as one that reads what a block has."""

@@ -4,6 +4,7 @@ image tower, against plain hooks on the bare model, one image and one text at a 
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -244,6 +245,25 @@ def test_a_model_in_a_folder_is_the_one_in_python(name: str, tmp_path: Path) -> 
     assert np.ptp(own) > 0.1
 
 
+def test_a_processor_of_images_and_texts_is_one_file(tmp_path: Path) -> None:
+    """As the library writes it, and before the file of images alone, which is older."""
+    path = write(tmp_path)
+    own = values(path, store=False)
+    file = tmp_path / "clip" / "preprocessor_config.json"
+    config = json.loads(file.read_text())
+    whole = {"processor_class": "CLIPProcessor", "image_processor": config}
+    (tmp_path / "clip" / "processor_config.json").write_text(json.dumps(whole))
+    file.write_text(json.dumps({**config, "image_mean": [0.1, 0.2, 0.9]}))
+    np.testing.assert_array_equal(values(path, store=False), own)
+    file.unlink()
+    np.testing.assert_array_equal(values(path, store=False), own)
+    whole["image_processor"] = {**config, "image_mean": [0.1, 0.2, 0.9]}
+    store = tmp_path / "store"
+    np.testing.assert_array_equal(values(path, store=store), own)
+    (tmp_path / "clip" / "processor_config.json").write_text(json.dumps(whole))
+    assert np.abs(values(path, store=store) - own).max() > 0.01
+
+
 def test_the_store_knows_what_images_are_scored_with(tmp_path: Path) -> None:
     store = tmp_path / "store"
     path = write(tmp_path)
@@ -304,8 +324,16 @@ def test_scores_that_the_model_changes_itself_are_refused() -> None:
     assert "scores" in found[0].message
 
 
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_towers_in_sixteen_bits(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path, name)
+    wide, short = (values(path, store=False, dtype=each) for each in ("float32", "bfloat16"))
+    scale = float(towers.bare(name).logit_scale.exp())
+    assert 0 < np.abs(wide - short).max() < 0.05 * scale
+
+
 def test_siglip_needs_a_token_for_padding() -> None:
-    own = copy.copy(towers.tokenizer("siglip"))
+    own = copy.deepcopy(towers.tokenizer("siglip"))
     own.pad_token = None
     model, found = adopt("m", towers.bare("siglip"), (towers.images_of("siglip"), own))
     assert model is None

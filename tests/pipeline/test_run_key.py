@@ -13,7 +13,7 @@ import pytest
 
 from mechdsl.base import registry
 from mechdsl.execute.options import Options
-from mechdsl.images.processing import FILE
+from mechdsl.images.processing import FILE, OF_BOTH
 from mechdsl.models.identity import TOKENIZER, file_hash
 from mechdsl.pipeline import run_key as module
 from mechdsl.pipeline.run_key import LEFT_OUT, OF_EXECUTION, OF_OPTIONS, OF_SETTINGS, NoKey
@@ -336,4 +336,4 @@ def test_unchecked_parts(file: Path) -> None:
 
 
 def test_names_of_tokenizer_files() -> None:
-    assert (*TOKENIZER_FILES, FILE) == TOKENIZER
+    assert (*TOKENIZER_FILES, FILE, OF_BOTH) == TOKENIZER

@@ -116,6 +116,13 @@ class LayerScaled(Classed):
         )
 
 
+@family("swin", "swinv2")
+class Swin(Family):
+    """Patches merge from stage to stage: what is a token in one layer is none in another."""
+
+    staged = "it has stages of several widths, and attention in windows of the image"
+
+
 @family("beit", "data2vec-vision")
 class BEiT(LayerScaled):
     """Layer scale may be left out; positions are added to the scores."""
