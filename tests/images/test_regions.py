@@ -344,3 +344,36 @@ def test_images_that_are_smaller_than_the_middle(size: tuple[int, int]) -> None:
         box = (float(col), float(row), col + 1.0, row + 1.0)
         found = tokens_in(of_box(box, size), how, layout)
         assert list(found) == changed.nonzero()[0].tolist()
+
+
+SHAPED = """
+images scenes {
+  kind in ["circle", "cross"]
+  image shapes(n: 1, kind: kind, size: 32)
+  region object = mask
+  answer "{kind}"
+}"""
+
+
+def test_each_token_of_a_region_is_of_the_images_that_have_it(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    rule = "ablate embed at each token of object with zero"
+    [experiment], problems = check(tmp_path, rule, blocks=SHAPED)
+    assert not [each for each in problems if each.severity == "error"]
+    rows = experiment.table.runs["clean"].rows
+    own = [set(row.places["object"][0]) for row in rows]
+    assert own[0] != own[1]
+    cells = [*experiment.rules[0].positions.written.values()]
+    assert len(cells) == len(set().union(*own))
+    for cell in cells:
+        [token] = {at for hit in cell.hits for joined in hit for at in joined}
+        assert [bool(hit) for hit in cell.hits] == [token in places for places in own]
+
+
+@pytest.mark.parametrize(
+    "position",
+    ["answer tokens", "object row 1 col 1 token", "cls row 1 col 1 token", "cls 1 of image token"],
+)
+def test_positions_that_no_image_has(position: str, tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    assert codes(tmp_path, f"ablate embed at {position} with zero", blocks=SHAPED) == ["E0308"]
