@@ -121,6 +121,7 @@ def call(module: nn.Module, stack: Stack, pixels: Tensor, acts: Iterable[Act] = 
             within.enter_context(hooks.hooked(module, stack, layer, session))
         within.enter_context(_attention_written_out(passing, stack.count))
         output: Any = module(pixel_values=pixels)
+    assert passing.here.keys() <= passing.seen.keys(), "a site that isn't there"
     found = output.logits[0] if "logits" in output else output.last_hidden_state[0]
     every = {
         (site, layer or 0): value[0].detach().clone()

@@ -40,6 +40,7 @@ images scenes {
   corrupt noisy { noise object by 80 }
   corrupt both { blur part radius 1  noise image by 20 }
   corrupt another { file = elsewhere  mask = mask_there }
+  corrupt patched { mask image row 2..3 col 1..2 tokens }
 }
 images drawn {
   label in ["circle", "square", "cross"]
@@ -51,12 +52,13 @@ images drawn {
 images neutral { image gray }
 images dark { image gray(40) }
 images speckled { image noise }
+images average { image mean of scenes }
 group few = L0H1, L2H0, L1.mlp
 direction d = mean_difference(scenes, neutral) at resid_post layer 1 at image tokens
 direction by_layer = mean_difference(scenes.noisy, scenes) at resid_pre layer 0..1 at FRONT
 """
-RUNS = ("clean", "hidden", "blurred", "noisy", "both", "another")
-OTHERS = ("neutral", "dark", "speckled")
+RUNS = ("clean", "hidden", "blurred", "noisy", "both", "another", "patched")
+OTHERS = ("neutral", "dark", "speckled", "average")
 ONE = ("FRONT", "image row 2 col 3 token", "image row 4 col 1 token")
 JOINED = (
     "image tokens",
@@ -239,7 +241,7 @@ def onward(draw: Any) -> str:
         st.sampled_from(
             [
                 "ablate embed at top 25% of words tokens with zero",
-                "ablate embed at tokens except top 4 of words tokens with mean",
+                "ablate embed at tokens except top 4 of words tokens with zero",
                 f"ablate top 3 of heads at {draw(positions(swept=False))} with resample",
                 "for k in 0%..100% step 50% { ablate embed at top k of words tokens with zero }",
                 "reweight attention top 2 of heads from FRONT to object tokens by 4",
