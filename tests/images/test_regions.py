@@ -284,6 +284,10 @@ def test_changes_come_one_after_another_and_are_told_apart() -> None:
         ("region object = number", "E0503"),
         ("region object = three", "E0503"),
         ("region object = empty", "E0503"),
+        ("region object = flat", "E0503"),
+        ("region object = five", "E0503"),
+        ("region object = other_size", "E0560"),
+        ("corrupt c { blur image radius 1000000 }", "E0207"),
         ("region object = box region object = box", "E0202"),
         ("corrupt c { mask thing }", "E0203"),
         ("corrupt c { blur image radius 0 }", "E0207"),
@@ -298,7 +302,8 @@ def test_regions_that_are_refused(lines: str, wanted: str, tmp_path: Path) -> No
     support.write_images(tmp_path)
     record = {
         "file": "0.png", "label": "circle", "box": [1, 2, 3, 4], "number": 3, "three": [1, 2, 3],
-        "empty": [3, 3, 3, 4],
+        "empty": [3, 3, 3, 4], "flat": [1, 3, 4, 3], "five": [1, 2, 3, 4, "x"],
+        "other_size": "1.png",
     }  # fmt: skip
     (tmp_path / "boxes.jsonl").write_text(json.dumps(record))
     blocks = f'images scenes {{ rows "boxes.jsonl" image "{{file}}" answer "{{label}}" {lines} }}'
