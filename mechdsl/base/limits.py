@@ -85,6 +85,7 @@ LENS_FILE = _limit(8_000_000_000, "bytes of a file with a tuned lens", "E0207")
 
 LAYERS = _limit(1_000, "layers of a model", "E0430")
 HEADS = _limit(10_000, "heads of a layer", "E0430")
-EXPERTS = _limit(10_000, "experts of a layer", "E0430")
+# Configs of Doge say 16,384, also where a model has none.
+EXPERTS = _limit(100_000, "experts of a layer", "E0430")
 SIZE = _limit(1_000_000, "any other size of a model, such as its width", "E0430")
 MODEL_FILE = _limit(50_000_000, "bytes of a JSON file of a model", "E0432")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from mechdsl.execute.behind_prompts import read_behind
 from mechdsl.execute.found import Found
 from mechdsl.execute.means_and_donors import MeansAndDonors
 from mechdsl.execute.observed import Look, Observed, look
+from mechdsl.execute.pass_rows import PassRows
 from mechdsl.execute.path_patching import held_rows, holding, received
 from mechdsl.execute.read_samples import read_samples
 from mechdsl.execute.readout import Reading, Readout
@@ -43,61 +44,11 @@ from mechdsl.packed.packed_pass import run_packed
 from mechdsl.plan.columns import counted
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.plan import Plan
-from mechdsl.plan.restart import Held
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.share import SharedRows
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.replies import in_reply
 from mechdsl.resolve.resolved import Atom
-
-
-@dataclass(frozen=True, eq=False)
-class _PassRows:
-    """What runs in one pass; each distinct row once per draw of noise, draws side by side."""
-
-    run: Run
-    batch: Ints
-    prompts: Ints
-    draw: Ints
-    acting: RuleWrites = field(default_factory=RuleWrites)
-    held: Held | None = None
-    beside: RuleWrites = field(default_factory=RuleWrites)
-    """Of held rows, the rules beside their path: what is held is what these leave."""
-    whole: bool = False
-    """Nothing of an unpatched run stands in them."""
-    later: WhileWriting = field(default_factory=WhileWriting)
-    """What acts while they write."""
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    @property
-    def all_logits(self) -> bool:
-        """Whether logits are written."""
-        return any(write.site == "logits" for write in self.acting.writes)
-
-    def joined(self, part: _PassRows, at: Ints) -> _PassRows:
-        """With what a part's rows write, which are the rows `at`."""
-        where = torch.from_numpy(at)
-        held = self.held
-        if part.held is not None:
-            none = np.zeros(len(self), dtype=np.bool_)
-            held = Held(none, none, none) if held is None else held
-            held = Held(held.rows.copy(), held.mlps.copy(), held.norms.copy())
-            for every, own in (
-                (held.rows, part.held.rows),
-                (held.mlps, part.held.mlps),
-                (held.norms, part.held.norms),
-            ):
-                every[at] = own
-        return replace(
-            self,
-            acting=self.acting.then(part.acting.moved(where)),
-            held=held,
-            beside=self.beside.then(part.beside.moved(where)),
-            whole=self.whole or part.whole,
-            later=self.later.then(part.later.moved(where)),
-        )
 
 
 class Patcher:
@@ -172,9 +123,7 @@ class Patcher:
                 found = with_replies(found, behind[member.number])
             yield member, found.over_draws(draws)
 
-    def _replies(
-        self, shared: SharedRows, chosen: Ints, rows: _PassRows
-    ) -> list[tuple[Reply, ...]]:
+    def _replies(self, shared: SharedRows, chosen: Ints, rows: PassRows) -> list[tuple[Reply, ...]]:
         """Per row of a pass, what it writes; nothing where none does."""
         writer = self.runs.writer
         if writer is None:
@@ -236,12 +185,12 @@ class Patcher:
 
     def _pass_rows(
         self, shared: SharedRows, chosen: Ints, run: Run, batch: Ints, draws: int
-    ) -> _PassRows:
+    ) -> PassRows:
         index = np.repeat(np.arange(len(chosen)), draws)
         draw = np.tile(np.arange(draws), len(chosen))
         prompts = shared.rows.prompt[chosen][index]
         owner = shared.owner[chosen][index]
-        found = _PassRows(run, batch, prompts, draw)
+        found = PassRows(run, batch, prompts, draw)
         for number in np.unique(owner):
             own = np.flatnonzero(owner == number)
             rows = shared.rows.take(chosen[index[own]])
@@ -256,11 +205,11 @@ class Patcher:
         run: Run,
         batch: Ints,
         text: TextBehind | None = None,
-    ) -> _PassRows:
+    ) -> PassRows:
         """The rows of one experiment with what they write, in a pass with this text behind them."""
         plan, shape = self.plans[number], self.model.shape
         path = plan.path
-        own = _PassRows(run, batch, rows.prompt, draw, whole=plan.whole)
+        own = PassRows(run, batch, rows.prompt, draw, whole=plan.whole)
         if self.runs.writer is not None:
             own = replace(own, later=self._later(number, rows, draw, run, batch))
         if path is None or path.paths is None:
@@ -268,7 +217,7 @@ class Patcher:
         if path.paths.at_the_end:
             return self._held(own, number, path, rows, text)
 
-        def read(rows: _PassRows, reads: Mapping[SiteRead, Places]) -> Mapping[SiteRead, Tensor]:
+        def read(rows: PassRows, reads: Mapping[SiteRead, Places]) -> Mapping[SiteRead, Tensor]:
             none = np.zeros(0, dtype=np.int64)
             lanes = self.runs.lanes(run, batch, self._atom(number, text))
             return self._run(rows, lanes, (none, none), reads, None)[1]
@@ -292,12 +241,12 @@ class Patcher:
 
     def _held(
         self,
-        own: _PassRows,
+        own: PassRows,
         number: int,
         path: RulePlan,
         rows: Rows,
         text: TextBehind | None,
-    ) -> _PassRows:
+    ) -> PassRows:
         """Rows of a path, in which its senders are patched and all else is held."""
         given = (number, rows, own.draw, own.run, own.batch, text)
         beside = RuleWrites() if not own.whole else self._acting(*given, senders=False)
@@ -352,7 +301,7 @@ class Patcher:
 
     def _forward(
         self,
-        rows: _PassRows,
+        rows: PassRows,
         lanes: UnpatchedBatch,
         readouts: Sequence[Readout],
         wanted: Sequence[Wanted],
@@ -410,7 +359,7 @@ class Patcher:
 
     def _run(
         self,
-        rows: _PassRows,
+        rows: PassRows,
         lanes: UnpatchedBatch,
         final: Places,
         reads: Mapping[SiteRead, Places],
@@ -437,7 +386,7 @@ class Patcher:
 
     def _run_whole(
         self,
-        rows: _PassRows,
+        rows: PassRows,
         lanes: UnpatchedBatch,
         lane: Ints,
         final: Places,
@@ -488,7 +437,7 @@ class Patcher:
             return result.logits[row], found
         return result.logits[row, columns], found
 
-    def _continued(self, rows: _PassRows, member: Member, readout: Readout, number: int) -> Tensor:
+    def _continued(self, rows: PassRows, member: Member, readout: Readout, number: int) -> Tensor:
         """[row, token, vocab]: a pass of the same rows with a text of several tokens behind."""
         atom = readout.atoms[number][1]
         lanes = self.runs.lanes(rows.run, rows.batch, atom)

@@ -24,6 +24,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.writes import Part, joined
 from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.calls import one_output
 from mechdsl.hooks.frozen_norms import FrozenNorms
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
@@ -177,8 +178,11 @@ def holding(
         if shape.has(mlp, layer):
             wanted.append((SiteRead(mlp, layer, before=True), without_mlps))
     wanted = [(read, own) for read, own in wanted if len(own)]
-    stop = shape.n_layers + int(held.norms.any())
-    beside = beside.below(stop, shape.n_layers)
+    frozen = bool(held.norms.any())
+    # Norms may stand behind the last one of the stream: then nothing stops before them.
+    stop = None if frozen else shape.n_layers
+    beside = beside.below(shape.n_layers + int(frozen), shape.n_layers)
+    last = None if one_output(model) else (batch.lengths - 1)[:, None]
     with norms.recorded(held.norms) as scales:
         found = run_whole(
             model,
@@ -186,6 +190,7 @@ def holding(
             writes=[*noise, *beside.writes],
             reads=[read for read, _ in wanted],
             stop=stop,
+            logits_at=last,
             edges=beside.edges,
         ).reads
     lengths = batch.lengths.cpu().numpy()

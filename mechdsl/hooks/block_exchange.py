@@ -77,6 +77,9 @@ def _put(part: nn.Module, own: Own) -> None:
 def _parts(block: nn.Module) -> Iterator[tuple[Any, ...]]:
     """What a block is made of: its modules, their sizes and settings."""
     for name, part in block.named_modules():
+        if isinstance(part, nn.Identity | nn.Dropout) or "DropPath" in type(part).__name__:
+            yield name, "hands on"  # outside of training, whatever its rate
+            continue
         sizes = [
             (key, None if each is None else (each.shape, each.dtype, each.device))
             for key, each in (*part._parameters.items(), *part._buffers.items())

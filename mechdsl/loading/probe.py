@@ -363,7 +363,7 @@ def _first_positions(model: LoadedModel) -> list[int | None]:
 def _tried_on_images(model: LoadedModel) -> LoadedModel:
     """Which tokens of the last block the output is made of."""
     pixels = pictures(model)
-    calling = replace(model.calling, first_position=None, packs="one prompt")
+    calling = replace(_returns(model), first_position=None, packs="one prompt")
     output = call(model, pixels)
     shape = replace(model.shape, vocab_size=int(output.shape[-1]))
     if not _norms_tokens(model, pixels):
@@ -412,10 +412,13 @@ def _returns(model: LoadedModel) -> Calling:
         returned.append(output)
 
     block = model.module.get_submodule(model.anatomy.blocks[0].path)
-    batch = sample(model) if model.shape.takes in ("two texts", "audio") else None
+    takes = model.shape.takes
+    batch = sample(model) if takes in ("two texts", "audio") else None
     handle = block.register_forward_hook(look)
     try:
-        if batch is not None:
+        if takes == "image":
+            call(model, pictures(model))
+        elif batch is not None:
             bare_logits(model, batch)
         else:
             ids = torch.tensor([_prompts(model, LENGTHS, seed=0)[1]], device=model.device)

@@ -11,7 +11,7 @@ from mechdsl.diagnostics.e02_names import CircularExperiments, UnknownName, did_
 from mechdsl.program import spec
 from mechdsl.program.lower_directions import made_of
 from mechdsl.program.namespace import Namespace
-from mechdsl.program.observations import (
+from mechdsl.program.observed_names import (
     named_result,
     results_by_name,
     with_results,

@@ -8,63 +8,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    SkipValidation,
-    WithJsonSchema,
-)
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
 from mechdsl.base.plural import plural
-from mechdsl.base.source import Source, Span
-from mechdsl.syntax import ast
-
-
-def _as_written(node: Any) -> str | None:
-    return None if node is None else node.span.written
-
-
-if TYPE_CHECKING:
-    ExprText = ast.Expr
-    CallText = ast.Call
-    SiteText = ast.Site
-    NameText = ast.Name
-    PositionsText = ast.Positions
-    PositionText = ast.Position
-    DomainText = ast.Domain
-    StringText = ast.String
-    ChatTurnText = ast.ChatTurn
-    ChangeText = ast.CorruptLine
-    ArgumentText = ast.Argument
-    SpanDefText = ast.SpanDef
-    BoundText = ast.Star | ast.AxisRange
-    EndText = ast.Bound
-    EdgeText = ast.Edge
-    MapText = ast.MapOf
-    Losses = tuple[ast.Lost, ...]
-    Where = Span
-    Paths = tuple[Path, ...]
-    Sources = tuple[Source, ...]
-else:
-    # Pydantic never looks into a tree: it would spend a quarter of a second on its schema.
-    _AS_WRITTEN = Annotated[
-        Any,
-        PlainSerializer(_as_written, return_type=str | None),
-        WithJsonSchema({"type": "string"}),
-    ]
-    ExprText = CallText = SiteText = NameText = PositionsText = PositionText = _AS_WRITTEN
-    DomainText = StringText = ChatTurnText = ChangeText = SpanDefText = BoundText = EdgeText = (
-        _AS_WRITTEN
-    )
-    EndText = ArgumentText = MapText = _AS_WRITTEN
-    Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
-    Losses = Where
+from mechdsl.program.spec_fields import (
+    ArgumentText,
+    BoundText,
+    CallText,
+    ChangeText,
+    ChatTurnText,
+    DomainText,
+    EdgeText,
+    EndText,
+    ExprText,
+    Losses,
+    MapText,
+    NameText,
+    Paths,
+    PositionsText,
+    PositionText,
+    SiteText,
+    Sources,
+    SpanDefText,
+    StringText,
+    Where,
+)
 
 
 class Spec(BaseModel):

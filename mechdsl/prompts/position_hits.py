@@ -23,6 +23,25 @@ Ranked = Callable[
 """(expression, run, values of loops, diagnostics) → (label, hits of every row) of its cells."""
 
 
+_FEW = 3
+"""Up to so many tokens, first / middle / last tells all of them apart."""
+
+
+def ragged(name: str, tokens: Sequence[tuple[int, ...]], lengths: set[int]) -> list[PositionCell]:
+    """One cell per token, or first / middle / last; a single token is the last."""
+    if len(lengths) == 1 and max(lengths) > _FEW:
+        return [
+            PositionCell(f"{name} {k + 1}", tuple(((row[k],),) if row else () for row in tokens))
+            for k in range(max(lengths))
+        ]
+    parts: dict[str, tuple[Hits, ...]] = {
+        "first": tuple(((row[0],),) if len(row) > 1 else () for row in tokens),
+        "middle": tuple(tuple((p,) for p in row[1:-1]) for row in tokens),
+        "last": tuple(((row[-1],),) if row else () for row in tokens),
+    }
+    return [PositionCell(f"{name} {part}", hits) for part, hits in parts.items() if any(hits)]
+
+
 def check_joined(
     base_cells: Sequence[PositionCell],
     source_cells: Sequence[PositionCell],

@@ -29,16 +29,13 @@ from mechdsl.prompts.named_numbers import (
     numbered,
 )
 from mechdsl.prompts.order_in_text import behind, by_text
-from mechdsl.prompts.position_hits import Ranked, is_ranked, lacks, union
+from mechdsl.prompts.position_hits import Ranked, is_ranked, lacks, ragged, union
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
 from mechdsl.prompts.reply_positions import NO_REPLIES, ReplyTokens, names_reply, reply_cells
 from mechdsl.prompts.span_occurrences import Occurrences
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
-
-_FEW = 3
-"""Up to so many tokens, first / middle / last tells all of them apart."""
 
 
 def resolve_positions(
@@ -297,7 +294,7 @@ class _Resolver:
             return [p.tokens for p in places or ()]
 
         lengths = self._lengths([p.tokens for p in found], elsewhere)
-        return self._ragged(ref.span.written, [p.tokens for p in found], lengths)
+        return ragged(ref.span.written, [p.tokens for p in found], lengths)
 
     def _lengths(
         self,
@@ -313,24 +310,6 @@ class _Resolver:
                 )
                 lengths |= {len(tokens) for tokens in elsewhere(other)}
         return lengths - {0}
-
-    def _ragged(
-        self, name: str, tokens: Sequence[tuple[int, ...]], lengths: set[int]
-    ) -> list[PositionCell]:
-        """One cell per token, or first / middle / last; a single token is the last."""
-        if len(lengths) == 1 and max(lengths) > _FEW:
-            return [
-                PositionCell(
-                    f"{name} {k + 1}", tuple(((row[k],),) if row else () for row in tokens)
-                )
-                for k in range(max(lengths))
-            ]
-        parts: dict[str, tuple[Hits, ...]] = {
-            "first": tuple(((row[0],),) if len(row) > 1 else () for row in tokens),
-            "middle": tuple(tuple((p,) for p in row[1:-1]) for row in tokens),
-            "last": tuple(((row[-1],),) if row else () for row in tokens),
-        }
-        return [PositionCell(f"{name} {part}", hits) for part, hits in parts.items() if any(hits)]
 
     def _edge(self, base: ast.EdgeToken) -> list[PositionCell]:
         at = 0 if base.which == "first" else -1
@@ -368,7 +347,7 @@ class _Resolver:
             return []
         tokens = [self.spans.behind(n) for n in range(self.total)]
         if not base.plural:
-            return [*cells, *self._ragged(ANSWER, tokens, {len(own) for own in tokens})]
+            return [*cells, *ragged(ANSWER, tokens, {len(own) for own in tokens})]
         hits = ((own[0] + tokens[n],) for n, own in enumerate(cells[0].hits))
         return [PositionCell(position.span.written, tuple(hits))]
 
@@ -455,7 +434,7 @@ class _Resolver:
         if not body.each:
             return [PositionCell(body.span.written, tuple((row,) if row else () for row in tokens))]
         lengths = self._lengths(tokens, lambda other: other._between_tokens(body) or ())
-        return self._ragged("between", tokens, lengths)
+        return ragged("between", tokens, lengths)
 
     def _except(self, body: ast.Except, align: str | None) -> list[PositionCell]:
         if self._answer_in(body.excluded):

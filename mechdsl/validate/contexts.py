@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 from mechdsl.diagnostics.core import Diagnostic, Unknown, certain, has_errors
-from mechdsl.diagnostics.e02_python import PythonNotAllowed
-from mechdsl.diagnostics.w07_models import ModelNotHere
 from mechdsl.models.locate import locate, needed
 from mechdsl.models.shape import ModelShape, read_shape
 from mechdsl.models.stand_in_shape import stand_in_shape
@@ -44,6 +42,7 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 from mechdsl.validate.images_read import cannot_read
 from mechdsl.validate.largest_named import largest_named
+from mechdsl.validate.not_called import not_called
 from mechdsl.validate.prompts_enough import enough
 from mechdsl.validate.replies_named import replies_behind
 from mechdsl.validate.vocabulary import prompts_fit, tokenizer_fits
@@ -482,26 +481,6 @@ class Contexts:
         if theirs.stands_in:
             return None, []
         return model_run(table, theirs, other, model, run)
-
-
-def not_called(model: spec.Model, function: PythonFunction, *, required: bool) -> Diagnostic:
-    """W0710 for a model that only Python can make, which isn't run here; E0221 where it has to be
-    there."""
-    if required:
-        return PythonNotAllowed(
-            span=function.span,
-            function=function.name,
-            file=function.file,
-            hint=function.allowing,
-        )
-    return ModelNotHere(
-        span=model.span,
-        model=model.name,
-        path=model.path,
-        absence="made by Python, which isn't run here",
-        where="what makes it",
-        advice="`mechdsl plan --allow-python` makes it",
-    )
 
 
 def _labels(shape: ModelShape) -> Labels:

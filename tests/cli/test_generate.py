@@ -122,6 +122,14 @@ def test_a_table_says_how_replies_were_written(command: Command, drawn: Path) ->
     assert "prompt end what isn't read off the reply is measured in step 0" in said
 
 
+def test_a_table_does_not_say_what_no_rule_does_in_step_0(command: Command, file: Path) -> None:
+    text = re.sub(r"\n  (patch|scale k|block) .*", "", file.read_text("utf-8"))
+    file.write_text(text.replace("at last token by 2", "at tokens * by 2"), "utf-8")
+    said = flat(command("run", file, "--no-store").out)
+    assert "go on to the newest token" in said
+    assert "are written in step 0" not in said
+
+
 def test_a_table_of_likeliest_tokens_says_less(command: Command, file: Path) -> None:
     text = file.read_text("utf-8").replace("  measure logit(answer) as delta\n", "")
     text = re.sub(r"  (scale|block) .*\n", "", text)

@@ -99,6 +99,11 @@ def test_configs(tmp_path: Path, changes: dict[str, object], code: str) -> None:
     assert errors(model(tmp_path, **changes), tmp_path) == [code]
 
 
+def test_configs_of_doge_are_read(tmp_path: Path) -> None:
+    """They have this number, also where the model has no experts."""
+    assert "E0430" not in errors(model(tmp_path, num_experts=16_384), tmp_path)
+
+
 def test_nested_json(tmp_path: Path) -> None:
     deep = "[" * 50_000 + "]" * 50_000
     text = model(tmp_path)

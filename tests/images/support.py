@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,22 @@ from mechdsl.diagnostics.render import render_full
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
+from mechdsl.validate.check_file import Settings
 
 from ..execute.support import MODES, as_in_the_data, run_on, unchanged
 from ..families import build, tables
-from ..families.parts import Architecture
-from ..reference import hooks
-from ..reference.hooks import Change, Session
+from ..families.parts import Architecture, Stack
+from ..reference.forward import Write
+from ..reference.hooks import Change
+from .reference import Act, Seen, call
 
 ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)}
 SIDE, PATCH = 16, 4
 GRID = SIDE // PATCH
 LABELS = ("circle", "square", "triangle", "cross", "ring")
 CLASSIFIERS = ("vit", "deit", "dinov2_with_registers", "beit", "siglip", "clip")
+MORE = ("ijepa", "data2vec-vision")
+"""Classifiers too."""
 ENCODERS = ("dinov3_vit", "dinov2/bare")
 FRONT = {
     "vit": 1,
@@ -42,6 +46,8 @@ FRONT = {
     "beit": 1,
     "siglip": 0,
     "clip": 1,
+    "ijepa": 0,
+    "data2vec-vision": 1,
     "dinov3_vit": 3,
     "dinov2/bare": 1,
 }
@@ -67,6 +73,8 @@ PROCESSORS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "beit": ("BeitImageProcessor", _EXACT),
     "siglip": ("SiglipImageProcessor", _EXACT),
     "clip": ("CLIPImageProcessor", _CROPPED),
+    "ijepa": ("ViTImageProcessor", _EXACT),
+    "data2vec-vision": ("BeitImageProcessor", _EXACT),
     "dinov3_vit": ("ViTImageProcessor", _EXACT),
     "dinov2/bare": ("BitImageProcessor", _CROPPED),
 }
@@ -75,12 +83,24 @@ Array = NDArray[np.float64]
 # --- models ---------------------------------------------------------------------------------------
 
 
+LAYERS = 3
+WIDER: Mapping[str, float] = {"classifier": 4}
+"""Factors on weights, so that no head is drowned by the stream, and labels are far apart."""
+
+
+def stack(name: str) -> Stack:
+    """Where the model's parts are."""
+    return replace(ROWS[name].main, count=LAYERS)
+
+
 @cache
 def bare(name: str) -> Any:
     """The model in 32 bits, with weights so wide that every head matters."""
-    sizes: dict[str, Any] = {"image_size": SIDE, "patch_size": PATCH}
+    sizes: dict[str, Any] = {
+        "image_size": SIDE, "patch_size": PATCH, "num_hidden_layers": LAYERS
+    }  # fmt: skip
     row = ROWS[name]
-    if name in CLASSIFIERS:
+    if name in (*CLASSIFIERS, *MORE):
         sizes |= {
             "id2label": dict(enumerate(LABELS)),
             "label2id": {label: n for n, label in enumerate(LABELS)},
@@ -93,13 +113,19 @@ def bare(name: str) -> Any:
             build=row.build,
         )
     if "vision_config" in row.config:
-        own = {"image_size": sizes.pop("image_size"), "patch_size": sizes.pop("patch_size")}
+        own = {key: sizes.pop(key) for key in ("image_size", "patch_size", "num_hidden_layers")}
         sizes["vision_config"] = {**row.config["vision_config"], **own}
-    return unchanged(build.model(row, seed=3, **sizes))
+    model: Any = build.model(row, seed=3, **sizes)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            for part, factor in WIDER.items():
+                if part in key and parameter.dim() >= 2:
+                    parameter.mul_(factor)
+    return unchanged(model)
 
 
 @contextmanager
-def embedded(name: str) -> Iterator[tuple[nn.Module, list[Tensor]]]:
+def embedded(name: str) -> Generator[tuple[nn.Module, list[Tensor]]]:
     """The bare model, and what its embedding gives for the first image of each call, [token,
     d_model]."""
     embed = ROWS[name].main.embed
@@ -160,13 +186,16 @@ def image(number: int) -> NDArray[np.uint8]:
 
 ANSWERS = ("square", "ring", "circle")
 WRONG = ("cross", "triangle", "cross")
+KINDS = ("a", "a", "b")
 
 
 def write_images(folder: Path) -> None:
     records: list[dict[str, str]] = []
     for number, (answer, wrong) in enumerate(zip(ANSWERS, WRONG, strict=True)):
         Image.fromarray(image(number)).save(folder / f"{number}.png")
-        records.append({"file": f"{number}.png", "label": answer, "other": wrong})
+        records.append(
+            {"file": f"{number}.png", "label": answer, "other": wrong, "kind": KINDS[number]}
+        )
     text = "\n".join(map(json.dumps, records)) + "\n"
     (folder / "data.jsonl").write_text(text, encoding="utf-8")
 
@@ -211,9 +240,11 @@ def experiment(name: str, *lines: str, measure: str = DIFFERENCE) -> str:
 def try_file(
     text: str, folder: Path, name: str, mode: str = "planned", blocks: str = BLOCKS
 ) -> tuple[FileResult | None, list[Diagnostic]]:
+    """The Python that a file names is run."""
     write_images(folder)
+    options = replace(MODES[mode], settings=Settings(python="run"))
     whole = f'mech 1\nmodel m = local("handed over")\n{blocks}\n{text}'
-    return run_on(Source(whole, folder / "file.mech"), {"m": shared(name)}, MODES[mode])
+    return run_on(Source(whole, folder / "file.mech"), {"m": shared(name)}, options)
 
 
 def run_file(
@@ -229,38 +260,20 @@ def run_file(
 # --- one image by plain hooks ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a pass over one image gave."""
-
-    output: Tensor
-    """[labels], or [T, width] where there is no head."""
-    sites: Mapping[tuple[str, int], Tensor]
-    """(site, layer) → [T, units, width]."""
-
-
-@torch.no_grad()
 def forward(
-    name: str, given: Tensor, writes: Mapping[tuple[str, int], Sequence[Change]] | None = None
+    name: str,
+    given: Tensor,
+    writes: Mapping[tuple[str, int], Sequence[Change]] | None = None,
+    acts: Iterable[Act] = (),
 ) -> Seen:
-    """One image through the bare model in 64 bits, with vectors written at sites."""
-    row, module = ROWS[name], double(name)
-    sessions: list[Session] = []
-    with ExitStack() as stack:
-        for layer in range(row.main.count):
-            own = [(site, changes) for (site, at), changes in (writes or {}).items() if at == layer]
-            assert len(own) <= 1, "one site of a layer"
-            session = Session(own or [("", ())])
-            sessions.append(session)
-            stack.enter_context(hooks.hooked(module, row.main, layer, session))
-        output = module(pixel_values=given)
-    found = output.logits[0] if "logits" in output else output.last_hidden_state[0]
-    sites = {
-        (site, layer): value
-        for layer, session in enumerate(sessions)
-        for site, value in session.seen.items()
-    }
-    return Seen(found, sites)
+    """One image through the bare model in 64 bits: with vectors written at sites, and more that is
+    done to it."""
+    written = [
+        Write(site, layer, change.vector, change.position, change.unit)
+        for (site, layer), changes in (writes or {}).items()
+        for change in changes
+    ]
+    return call(double(name), stack(name), given, [*written, *acts])
 
 
 @cache
@@ -290,7 +303,3 @@ def copied(
     return [
         Change(at, unit, source.sites[site, layer][at, unit]) for at in tokens for unit in units
     ]
-
-
-def module_of(name: str) -> nn.Module:
-    return double(name)

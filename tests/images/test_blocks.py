@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from PIL import Image
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.images.patches import PatchLayout
+from mechdsl.images.picture import Picture
 from mechdsl.images.pixels import prepared
-from mechdsl.prompts.image_reader import ImageReader
+from mechdsl.images.processing import Processing
+from mechdsl.prompts.image_reader import ImageReader, of_image
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.validate.check_file import Settings, check_source
@@ -428,3 +431,36 @@ def test_positions_are_interpolated_for_dinov2(tmp_path: Path) -> None:
     [experiment], problems = check(tmp_path, RULE.format("cls token"), measure=measure)
     assert not problems
     assert len(experiment.table.runs["clean"].rows[0].ids) == 17
+
+
+LAYOUT = PatchLayout(("cls", "register", "register"), (4, 4), (8, 8))
+
+
+def test_readers_tell_apart_how_images_are_made_ready() -> None:
+    own, same, smooth = (
+        ImageReader(LAYOUT, Processing(("exact", 8, 8), resample=how)) for how in (2, 2, 3)
+    )
+    other = ImageReader(replace(LAYOUT, front=("cls",)), own.processing)
+    assert own.same_as(same)
+    ids = {reader: reader.encode_all(["gray"])[0].ids[0] for reader in (own, smooth, other)}
+    assert len(set(ids.values())) == 3
+    assert not own.same_as(smooth)
+    assert not own.same_as(other)
+    assert same.encode_all(["gray"])[0].ids == (ids[own],) * 7
+
+
+def test_tokens_are_called_as_they_are_written() -> None:
+    reader = ImageReader(LAYOUT, Processing(("exact", 8, 8)))
+    assert [reader.label(token) for token in range(5)] == [
+        "cls", "register 1", "register 2", "image row 1 col 1", "image row 1 col 2",
+    ]  # fmt: skip
+
+
+def test_images_without_a_size_have_that_of_the_model() -> None:
+    reader = ImageReader(LAYOUT, Processing(None))
+    for picture in (Picture("noise", seed=3), Picture("gray")):
+        image = of_image(picture, {}, reader)["image"]
+        assert image.size == (8, 8)
+        assert prepared(image, reader.processing).shape == (3, 8, 8)
+    kept = Picture("noise", size=(4, 6), seed=3)
+    assert of_image(kept, {}, reader)["image"] == kept

@@ -285,7 +285,7 @@ def noised(name: str, number: int, draw: int, tokens: Sequence[int], scale: floa
     """What the embedding gives, with the noise of a row and a draw."""
     found = plain(name, number).sites["embed", 0][:, 0]
     own = {at: scale * noise(number, draw, at, found.shape[-1]) for at in tokens}
-    return {("embed", 1): [Change(at, 0, found[at] + added) for at, added in own.items()]}
+    return {("embed", 0): [Change(at, 0, found[at] + added) for at, added in own.items()]}
 
 
 @pytest.mark.parametrize("mode", ["plain", "planned"])

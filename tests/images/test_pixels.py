@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from mechdsl.base import limits
 from mechdsl.images import files
 from mechdsl.images.files import NotRead, decoded
-from mechdsl.images.picture import Picture
+from mechdsl.images.picture import Picture, PictureChange
 from mechdsl.images.pixels import pixels, prepare, prepared
 from mechdsl.images.processing import KINDS, Processing, Unfit, processing_of
+from mechdsl.images.regions import Region
 
 SIZES = ((40, 30), (30, 41), (224, 224), (37, 300), (16, 16), (500, 333))
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -238,3 +239,84 @@ def test_what_is_drawn_hangs_on_all_that_is_said() -> None:
     assert len({each.content() for each in [plain, *others]}) == 10
     own = pixels(plain)
     assert all(not np.array_equal(own, pixels(each.sized((32, 32)))) for each in others)
+
+
+def test_transparent_colours_of_a_palette_are_white() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    written = io.BytesIO()
+    image.save(written, "PNG", transparency=0)
+    assert np.asarray(decoded(written.getvalue())).tolist() == [[[255] * 3, [40, 50, 60]]]
+
+
+def test_a_photo_with_a_preview_behind_it_is_the_photo() -> None:
+    photo, preview = (Image.new("RGB", size, colour) for size, colour in (
+        ((24, 16), (200, 30, 60)), ((12, 8), (0, 0, 0)),
+    ))  # fmt: skip
+    written = io.BytesIO()
+    photo.save(written, "MPO", save_all=True, append_images=[preview])
+    found = np.asarray(decoded(written.getvalue())).astype(int)
+    assert found.shape == (16, 24, 3)
+    assert np.abs(found - [200, 30, 60]).max() < 5
+
+
+SHAPES = Picture("shapes", kind="ring", count=2, size=(24, 24), seed=5, colour="red")
+MASKED = PictureChange("mask", region=Region(box=(1, 1, 4, 5)))
+TOLD: list[Picture] = [
+    *(Picture("noise", size=size, seed=seed) for size in ((12, 10), (10, 12)) for seed in (1, 2)),
+    *(Picture("gray", level=level) for level in (0, 40, 128)),
+    *(Picture("file", digest=digest, said="a.png") for digest in ("ab", "cd")),
+    SHAPES,
+    *(
+        Picture(**{**SHAPES.__dict__, key: value})
+        for key, value in {
+            "kind": "cross", "count": 3, "size": (32, 32), "seed": 6, "colour": "blue",
+            "texture": "dots",
+        }.items()
+    ),
+    *(
+        Picture("gray", changes=changes)
+        for changes in (
+            (PictureChange("blur", 2.0),),
+            (PictureChange("blur", 3.0),),
+            (PictureChange("noise", 2.0),),
+            (PictureChange("noise", 2.0, seed=1),),
+            (PictureChange("mask"),),
+            (MASKED,),
+            (MASKED, MASKED),
+            (PictureChange("mask", region=Region(box=(1, 1, 4, 6))),),
+            (PictureChange("mask", region=Region(mask=Path("a"), digest="ab")),),
+            (PictureChange("mask", region=Region(mask=Path("a"), digest="cd")),),
+            (PictureChange("mask", region=Region(shapes=True)),),
+            (PictureChange("mask", patches=((0, 0, 4, 4),)),),
+            (PictureChange("mask", patches=((0, 4, 4, 8),)),),
+            (PictureChange("swap", region=MASKED.region, other=Region(box=(5, 5, 9, 9))),),
+            (PictureChange("swap", region=MASKED.region, other=Region(box=(5, 5, 9, 8))),),
+        )
+    ),
+]  # fmt: skip
+
+
+def test_what_pixels_hang_on_tells_images_apart() -> None:
+    assert len({picture.text for picture in TOLD}) == len(TOLD)
+    assert Picture("file", digest="ab", said="b.png").content() == TOLD[7].content()
+
+
+@pytest.mark.parametrize("radius", [0.5, 3.0, 8.0])
+def test_a_blur_is_as_wide_as_it_says(radius: float) -> None:
+    plain = Picture("noise", size=(20, 30), seed=3)
+    found = pixels(
+        Picture("noise", size=(20, 30), seed=3, changes=(PictureChange("blur", radius),))
+    )
+    wanted = Image.fromarray(pixels(plain)).filter(ImageFilter.GaussianBlur(radius))
+    np.testing.assert_array_equal(found, np.asarray(wanted))
+
+
+@pytest.mark.parametrize("seed", [0, 9])
+@pytest.mark.parametrize("level", [0, 100, 255])
+def test_noise_is_rounded_and_cut_at_the_ends(level: int, seed: int) -> None:
+    change = PictureChange("noise", 30.0, seed=seed)
+    found = pixels(Picture("gray", level=level, size=(20, 30), changes=(change,)))
+    drawn = np.random.Generator(np.random.Philox(seed)).standard_normal((20, 30, 3))
+    np.testing.assert_array_equal(found, np.rint(np.clip(level + 30 * drawn, 0, 255)))

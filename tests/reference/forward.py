@@ -492,7 +492,7 @@ def _attention(parts: Stack, layer: int, x: Tensor, run: Pass) -> Tensor:
             keys = [key for key in edge.keys if visible[query, key]]
             if keys:
                 here = copy, query, list(chosen)
-                rows[here] = _edited(rows[here], edge, keys)
+                rows[here] = edited(rows[here], edge, keys)
     pattern = run.at("pattern", layer, rows[..., :length], visible)
 
     z = run.at("z", layer, torch.einsum("cths,cshd->cthd", pattern, v))
@@ -508,7 +508,7 @@ def _visible(length: int, window: int | None) -> Tensor:
     return (distance >= 0) & (distance < (window or length))
 
 
-def _edited(rows: Tensor, edge: Edge, keys: list[int]) -> Tensor:
+def edited(rows: Tensor, edge: Edge, keys: list[int]) -> Tensor:
     """The weights of the keys, and of the sink, for one query of some heads, [heads, keys]."""
     rows = rows.clone()
     match edge.kind:

@@ -1,0 +1,178 @@
+"""One image through a bare model by plain hooks: every site is read, any of them is written, blocks
+change places, and attention is written out, so that its edges can be edited. Nothing of the package
+is used."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..families.parts import Stack
+from ..reference import hooks
+from ..reference.forward import Edge, Pass, Write, edited
+from ..reference.hooks import Session
+
+OUTSIDE = ("embed", "final_norm")
+"""Sites that there is one of; of layer 0 here."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Another block, with its own weights, stands in a block's place; of None: none does."""
+
+    layer: int
+    of: int | None
+
+
+@dataclass(frozen=True)
+class Divisor:
+    """A norm divides by what it divides by where it reads this [1, T, width]."""
+
+    path: str
+    at: Tensor
+
+
+Act = Write | Edge | Block | Divisor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a pass over one image gave."""
+
+    output: Tensor
+    """[labels], or [T, width] where there is no head."""
+    sites: Mapping[tuple[str, int], Tensor]
+    """(site, layer) → [T, units, width]; within attention there are `q_rot`, `k_rot`, `scores` and
+    `pattern`, whose vectors are over keys."""
+    normed: Mapping[str, Tensor]
+    """Path of a norm → what it reads, [1, T, width]."""
+
+
+class _Layer(Session):
+    """A layer's part of a pass."""
+
+    def __init__(self, layer: int, passing: Pass) -> None:
+        super().__init__([])
+        self.layer, self.passing = layer, passing
+
+    def writes(self, site: str) -> bool:
+        return (site, self.layer) in self.passing.here
+
+    def edit(self, site: str, value: Tensor) -> Tensor:
+        if site in OUTSIDE and self.layer:
+            return value
+        assert (site, self.layer) not in self.passing.seen, f"{site} came by twice"
+        return self.passing.at(site, self.layer, value[None])[0]
+
+
+@contextmanager
+def _attention_written_out(passing: Pass, layers: int) -> Generator[None]:
+    """Each block calls torch's attention once, in their order; what follows is left alone."""
+    functional: Any = nn.functional
+    own = functional.scaled_dot_product_attention
+    calls = iter(range(layers))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer = next(calls, None)
+        if layer is None:
+            return own(query, key, value, *args, **kwargs)
+        q = passing.at("q_rot", layer, query.transpose(1, 2))
+        k = passing.at("k_rot", layer, key.transpose(1, 2))
+        scores = torch.einsum("cthd,cshd->cths", q, k) * kwargs["scale"]
+        if kwargs.get("attn_mask") is not None:
+            scores = scores + kwargs["attn_mask"].transpose(1, 2)
+        rows = passing.at("scores", layer, scores).softmax(3)
+        for number, edge in passing.edges.get(layer, ()):
+            heads = range(rows.shape[2]) if edge.heads is None else edge.heads
+            for at in edge.queries:
+                here = number, at, list(heads)
+                rows[here] = edited(rows[here], edge, list(edge.keys))
+        pattern = passing.at("pattern", layer, rows)
+        return torch.einsum("cths,cshd->chtd", pattern, value.transpose(1, 2))
+
+    functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = own
+
+
+@torch.no_grad()
+def call(module: nn.Module, stack: Stack, pixels: Tensor, acts: Iterable[Act] = ()) -> Seen:
+    """The model on one image, [1, 3, height, width]."""
+    acts = list(acts)
+    writes = [act for act in acts if isinstance(act, Write)]
+    passing = Pass([(writes, [act for act in acts if isinstance(act, Edge)])])
+    normed: dict[str, Tensor] = {}
+    divisors = {act.path: act.at for act in acts if isinstance(act, Divisor)}
+    with ExitStack() as within:
+        blocks = [act for act in acts if isinstance(act, Block)]
+        within.enter_context(_exchanged(module, stack, blocks))
+        for path, norm in norms(module):
+            within.enter_context(_divided(path, norm, normed, divisors.get(path)))
+        for layer in range(stack.count):
+            session = _Layer(layer, passing)
+            within.enter_context(hooks.hooked(module, stack, layer, session))
+        within.enter_context(_attention_written_out(passing, stack.count))
+        output: Any = module(pixel_values=pixels)
+    assert passing.here.keys() <= passing.seen.keys(), "a site that isn't there"
+    found = output.logits[0] if "logits" in output else output.last_hidden_state[0]
+    every = {
+        (site, layer or 0): value[0].detach().clone()
+        for (site, layer), value in passing.seen.items()
+    }
+    return Seen(found, every, normed)
+
+
+@contextmanager
+def _exchanged(module: nn.Module, stack: Stack, blocks: Sequence[Block]) -> Generator[None]:
+    own: Any = module.get_submodule(stack.blocks)
+    before = list(own)
+    for act in blocks:
+        made = copy.deepcopy(before[act.layer if act.of is None else act.of])
+        if act.of is None:
+            made.forward = _handing_on(made.forward)
+        own[act.layer] = made
+    try:
+        yield
+    finally:
+        for layer, block in enumerate(before):
+            own[layer] = block
+
+
+def _handing_on(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def identity(given: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = forward(given, *args, **kwargs)
+        return (given, *out[1:]) if isinstance(out, tuple) else given
+
+    return identity
+
+
+def norms(module: nn.Module) -> list[tuple[str, nn.LayerNorm]]:
+    return [(path, part) for path, part in module.named_modules() if isinstance(part, nn.LayerNorm)]
+
+
+@contextmanager
+def _divided(
+    path: str, norm: nn.LayerNorm, normed: dict[str, Tensor], at: Tensor | None
+) -> Generator[None]:
+    def seen(module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+        (x,) = args
+        normed[path] = x.clone()
+        if at is None:
+            return None
+        centred, there = (value - value.mean(-1, keepdim=True) for value in (x, at))
+        scale = (there.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        return norm.weight * centred / scale + norm.bias
+
+    handle = norm.register_forward_hook(seen)
+    try:
+        yield
+    finally:
+        handle.remove()
