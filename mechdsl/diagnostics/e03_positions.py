@@ -56,13 +56,15 @@ class JoinedUnequal(Diagnostic):
 class UnknownSpan(Diagnostic):
     code = "E0308"
     hangs_on = frozenset({"columns"})
-    title = "the prompts of `{prompts}` have no span called `{name}`"
+    title = "the {unit}s of `{prompts}` have no span called `{name}`"
     label = "{what}"
     help = "{hint}"
     name: str
     prompts: str
     hint: str
     what: str = "not a placeholder of the template"
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""
 
 
 @keyword_record
@@ -84,7 +86,7 @@ class AbsentOccurrence(Diagnostic):
 class OutsidePrompt(Diagnostic):
     code = "E0310"
     hangs_on = frozenset({"tokens"})
-    title = "`{position}` lies outside the prompt in {lacking} of {total} rows of `{run}`"
+    title = "`{position}` lies outside the {unit} in {lacking} of {total} rows of `{run}`"
     label = "as in {example}"
     help = "{hint}"
     position: str
@@ -93,6 +95,8 @@ class OutsidePrompt(Diagnostic):
     total: int
     example: str
     hint: str
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""
 
 
 @keyword_record

@@ -76,10 +76,12 @@ class OutputElsewhere(Diagnostic):
 
     code = "E0446"
     hangs_on = frozenset({"shape"})
-    title = "`{model}` has one output for a whole prompt, and none at `{at}`"
+    title = "`{model}` has one output for a whole {unit}, and none at `{at}`"
     label = "it is made of {made_of}"
     help = "leave `at {at}` out"
 
     model: str
     at: str
     made_of: str
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""

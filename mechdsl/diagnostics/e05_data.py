@@ -8,12 +8,14 @@ from mechdsl.diagnostics.core import Diagnostic
 class UnknownValue(Diagnostic):
     code = "E0501"
     hangs_on = frozenset({"columns"})
-    title = "prompts `{prompts}` have no value or column `{name}`"
+    title = "{unit}s `{prompts}` have no value or column `{name}`"
     label = "unknown"
     help = "{hint}"
     prompts: str
     name: str
     hint: str
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""
 
 
 @keyword_record
@@ -103,23 +105,28 @@ class UnreadableTokenizer(Diagnostic):
 class NoRows(Diagnostic):
     code = "E0509"
     hangs_on = frozenset({"rows"})
-    title = "prompts `{prompts}` have no rows: {reason}"
+    title = "{unit}s `{prompts}` have no rows: {reason}"
     label = "leaves nothing"
     help = "{hint}"
     prompts: str
     reason: str
     hint: str
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""
 
 
 @keyword_record
 class CorruptionWithoutEffect(Diagnostic):
     code = "E0510"
     hangs_on = frozenset({"rows"})
-    title = "the corrupted prompt of `{run}` equals the clean one in every row"
-    label = "changes nothing in the text"
+    title = "the corrupted {unit} of `{run}` equals the clean one in every row"
+    label = "changes nothing in the {shown}"
     help = "{hint}"
     run: str
     hint: str
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""
+    shown: str = "text"
 
 
 @keyword_record
@@ -183,12 +190,14 @@ class BadCall(Diagnostic):
 class UnknownText(Diagnostic):
     code = "E0516"
     hangs_on = frozenset({"columns"})
-    title = "prompts `{prompts}` have no text `{name}`"
+    title = "{unit}s `{prompts}` have no text `{name}`"
     label = "no such text"
     help = "{hint}"
     prompts: str
     name: str
     hint: str
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""
 
 
 @keyword_record

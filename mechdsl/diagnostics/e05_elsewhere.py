@@ -12,14 +12,12 @@ class RowsNotPaired(Diagnostic):
     hangs_on = frozenset({"rows"})
     title = "the rows of `{other}` and of `{prompts}` can't be paired: {others:,} and {rows:,}"
     label = "`{other}` has {others:,} rows before `where` and `limit`"
-    help = (
-        "give `{other}` a single row, which serves all of them, or the values of `{prompts}`, "
-        "so that rows go by their number"
-    )
+    help = "{hint}"
     other: str
     prompts: str
     others: int
     rows: int
+    hint: str
 
 
 @keyword_record

@@ -8,10 +8,8 @@ from mechdsl.diagnostics.core import Diagnostic
 class ZeroDenominator(Diagnostic):
     code = "E0604"
     title = "the denominator of `{effect}` cannot be told from 0"
-    label = "{divisor} is {mean} over {n} prompts, {confidence} % interval {low} to {high}"
-    help = (
-        "measure `as delta`, take more prompts, or a metric and a corruption that separate the runs"
-    )
+    label = "{divisor} is {mean} over {n} rows, {confidence} % interval {low} to {high}"
+    help = "measure `as delta`, take more rows, or a metric and a corruption that separate the runs"
     effect: str
     divisor: str
     mean: str

@@ -61,11 +61,13 @@ class NotAllRows(Diagnostic):
     """A table so long that `validate` looks at its first rows only."""
 
     code = "W0790"
-    title = "only the first {rows:,} rows of prompts `{prompts}` were checked"
+    title = "only the first {rows:,} rows of {unit}s `{prompts}` were checked"
     label = "has more rows than `validate` looks at"
     help = "a run checks every row before it starts; `limit {rows}` takes as many as were checked"
     prompts: str
     rows: int
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""
 
 
 @keyword_record
@@ -73,13 +75,15 @@ class EqualRecords(Diagnostic):
     """Rows of a file that say the same count as often as they stand there."""
 
     code = "W0781"
-    title = "{equal:,} of {rows:,} rows of prompts `{prompts}` are equal to another"
+    title = "{equal:,} of {rows:,} rows of {unit}s `{prompts}` are equal to another"
     label = "these records are there more than once, and each of them counts"
     help = "write `rows {file} distinct` for one of each: intervals take rows as independent"
     prompts: str
     file: str
     equal: int
     rows: int
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""
 
 
 @keyword_record

@@ -10,13 +10,15 @@ class TooFewPrompts(Diagnostic):
     hangs_on = frozenset({"shape", "tokens", "rows", "count"})
     title = "{about}"
     label = "the smallest p is {smallest}, corrected ({correction}, {cells} cells) {corrected}"
-    help = "take more prompts, sweep fewer cells, or see the p values as a description only"
+    help = "take more {unit}s, sweep fewer cells, or see the p values as a description only"
     about: str
     """Which cells, and how few prompts they have."""
     smallest: str
     correction: str
     corrected: str
     cells: int
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""
 
 
 @keyword_record

@@ -39,7 +39,7 @@ from mechdsl.results.population import with_population
 from mechdsl.results.variants import merged
 from mechdsl.rules import RULES
 from mechdsl.validate.check_file import Checked, by_name
-from mechdsl.validate.reachable_p import check_cells, check_rows, tested_measures
+from mechdsl.validate.reachable_p import check_cells, check_rows, tested_measures, unit_of
 from mechdsl.validate.replies_named import replies_behind
 
 LISTED = 5
@@ -268,7 +268,7 @@ def _few_units(
     units = [n for each in result.statistics for n in each.units[each.tested].tolist()]
     tables = {id(each.table): each.table for each in variants}
     fewer = first.spec.keep if result.prompts < sum(map(len, tables.values())) else ()
-    return check_cells(units, first.spec.statistics, (fewer or tested)[0].span)
+    return check_cells(units, first.spec.statistics, (fewer or tested)[0].span, unit_of(first))
 
 
 def waves(

@@ -25,6 +25,7 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
 CLEAN = "clean"
+NO_IMAGE = "has no line that says what its images are made of"
 _OF_TEXTS: Mapping[type[ast.Node], str] = {
     ast.Template: "template",
     ast.Chat: "chat",
@@ -95,7 +96,9 @@ class _BlockLines:
         bad = BadArgument(span=source.span, name=name, reason=reason, hint=hint)
         self.diagnostics.append(bad)
 
-    def once(self, node: ast.Node, first: ast.Node | None, what: str) -> None:
+    def once(
+        self, node: ast.Node, first: ast.Node | None, what: str, hint: str = "keep one of them"
+    ) -> None:
         if first is not None:
             self.diagnostics.append(
                 RepeatedStatement(
@@ -103,6 +106,7 @@ class _BlockLines:
                     what=what,
                     block=self.definition.name.id,
                     first=first.span.line,
+                    hint=hint,
                 )
             )
 
@@ -179,11 +183,20 @@ class _BlockLines:
         self.regions.append(spec.RegionDef(span=line.column.span, name=name, column=column))
 
     def _image(self, line: ast.ImageLine) -> None:
-        if self.definition.kind == "prompts" or line.value is None:
+        if self.definition.kind == "prompts":
             self.later(line, "`image`")
             self.from_images = True
             return
-        self.once(line, self.image, "image")
+        if line.value is None:
+            reason, hint = "is of prompts that hold images", "write what each row is made of"
+            name = line.span.written
+            bad = BadArgument(
+                span=line.span, name=name, reason=reason, hint=f"{hint}: `image gray`"
+            )
+            self.diagnostics.append(bad)
+            return
+        hint = "keep one: a row is one image; one with several is a prompt that holds them, for a "
+        self.once(line, self.image, "image", hint + "vision-language model, which comes later")
         found = image_problems(line.value)
         self.diagnostics.extend(found)
         if not found:
@@ -302,7 +315,7 @@ def _images(block: _BlockLines, scope: Namespace) -> spec.Prompts:
     said = any(isinstance(line, lines) for line in block.definition.lines)
     at = block.definition.name.span
     if not said:
-        reason = "has no line that says what its images are made of"
+        reason = NO_IMAGE
         hint = 'add one: `image "{file}"`, `image gray` or `image shapes(…)`'
         name = block.definition.name.id
         scope.diagnostics.append(BadArgument(span=at, name=name, reason=reason, hint=hint))

@@ -135,6 +135,11 @@ class Prompts(Spec):
         """What its rows are."""
         return "prompts" if self.image is None else "images"
 
+    @property
+    def unit(self) -> str:
+        """What a row is."""
+        return "prompt" if self.image is None else "image"
+
     def has_part(self, name: str | None) -> bool:
         """Whether `BLOCK.NAME` are rows of its split, and no corruption."""
         runs = {corruption.name for corruption in self.corruptions}

@@ -224,6 +224,7 @@ def _named(
     run, name = run_and_name(expr)
     rows = table.runs[run].rows if run in table.runs else ()
     known = list(table.runs[CLEAN].rows[0].texts) if len(table) else []
+    images = len(table) > 0 and table.runs[CLEAN].rows[0].image is not None
     if run not in table.runs:
         runs = name_list(table.runs)
         hint = did_you_mean(
@@ -234,13 +235,12 @@ def _named(
         value = rows[0].values[name]
         reason = f"it is a value, {value!r}, and no text"
         hint = f'write a text, with the space that stands in front of it if any: `" {{{name}}}"`'
+        hint = f'write it as a text: `"{{{name}}}"`' if images else hint
         refusal = bad(expr.span, reason, hint)
         return (), [refusal.diagnostic(table.sources[0].describe())]
     elif name not in known:
         listed = name_list(known)
-        line = 'answer " {count}"'
-        if len(table) and table.runs[CLEAN].rows[0].image is not None:
-            line = 'answer "{kind}"'
+        line = 'answer "{kind}"' if images else 'answer " {count}"'
         otherwise = f"there is {listed}" if known else f"add a line such as `{line}`"
         hint = did_you_mean(name, known, otherwise)
         shown = name
@@ -253,6 +253,7 @@ def _named(
             name=shown,
             hint=hint,
             by_text=run not in table.runs and not table.stands_in,
+            unit="image" if images else "prompt",
         )
     ]
 

@@ -124,7 +124,12 @@ def build_table(
         found = collect_rows(rows, tokenizer, ids)
     if found.cut:
         found.diagnostics.append(
-            NotAllRows(span=block.spec.span, prompts=block.name, rows=len(found.rows))
+            NotAllRows(
+                span=block.spec.span,
+                prompts=block.name,
+                rows=len(found.rows),
+                unit=block.spec.unit,
+            )
         )
     if found.repeated:
         found.diagnostics.append(equal_records(block, found))
@@ -350,7 +355,8 @@ class _Builder:
                 pairs = zip(runs[corruption.name].rows, runs[CLEAN].rows, strict=True)
                 same = [corrupted.text == clean.text for corrupted, clean in pairs]
                 if all(same) and not has_errors(self.diagnostics):
-                    self.diagnostics.append(without_effect(corruption))
+                    images = self.block.spec.kind == "images"
+                    self.diagnostics.append(without_effect(corruption, of_images=images))
                 elif any(same):
                     equal[corruption.name] = sum(same)
                     keep = [k and not s for k, s in zip(keep, same, strict=True)]

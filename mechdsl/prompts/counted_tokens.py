@@ -136,6 +136,7 @@ class CountedTokens:
                     total=self.spans.total,
                     example=self.spans.example(min(lacking)),
                     hint=hint,
+                    unit="image" if self.spans.of_images else "prompt",
                 )
             )
         return [] if lacking else list(cells)

@@ -81,4 +81,5 @@ def _outside(span: Span, layout: PatchLayout, total: int, run: str) -> Diagnosti
         total=total,
         example=f"{layout.size[1]} x {layout.size[0]} pixels",
         hint=f"the model sees {size}, counted from 1 at the top left",
+        unit="image",
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mechdsl.base.names import name_list
+from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import BadArgument, UnknownWord, did_you_mean
+from mechdsl.diagnostics.e05_data import UnknownValue
 from mechdsl.images import files
 from mechdsl.program import spec
 from mechdsl.program.lower_images import IMAGE, MASK, averaged_block
@@ -122,3 +125,17 @@ def of_pixels(change: ast.CorruptLine, prompts: spec.Prompts) -> bool:
     if isinstance(change, ast.Change) and isinstance(kind_of(change), ImageChange):
         return change.tokens is None
     return swaps_regions(change, prompts)
+
+
+def meant_otherwise(problem: UnknownValue, prompts: spec.Prompts) -> UnknownValue:
+    """With a better help where a text lacks its quotes, or shapes have a mask."""
+    image, at, name = prompts.image, problem.span, problem.name
+    if image is None or at is None or problem.hint.startswith("did you mean"):
+        return problem
+    shapes = isinstance(image, ast.Call) and image.name == "shapes"
+    if any(region.span == at for region in prompts.regions):
+        meant = f"did you mean `{MASK}`, where the shapes lie?"
+        return replace(problem, hint=meant) if shapes and nearest(name, [MASK]) else problem
+    if shapes and image.span.start <= at.start and at.end <= image.span.end:
+        return replace(problem, hint=f'{problem.hint}; a text stands in quotes: `"{name}"`')
+    return problem

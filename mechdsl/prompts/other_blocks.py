@@ -63,6 +63,7 @@ def paired_run(
                 prompts=own.name,
                 others=other.combinations,
                 rows=own.combinations,
+                hint=_pairing(own, other),
             )
         ]
     wanted = [single] * len(table) if single is not None else list(table.row_ids)
@@ -133,6 +134,15 @@ def _missing(
         reason=by_where,
         hint=hint,
     )
+
+
+def _pairing(own: PromptsBlock, other: PromptsBlock) -> str:
+    """How rows of two blocks can belong together."""
+    if own.combinations == 1:
+        served = f"then the one row of `{own.name}` serves all of them"
+        return f"write `{other.spec.kind} {other.name}` in the experiment: {served}"
+    values = f"the values of `{own.name}`, so that rows go by their number"
+    return f"give `{other.name}` a single row, which serves all of them, or {values}"
 
 
 def _has_texts(table: PromptTable) -> bool:

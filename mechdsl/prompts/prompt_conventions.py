@@ -71,7 +71,10 @@ def token_conventions(
         lengths = sorted({len(row.texts[name].ids) for row in rows})
         if lengths == [0]:
             first = rows[0].texts[name]
-            out[name] = f"{quoted(first.text)}: {output_words(first)}, and no token"
+            others = len({row.texts[name].text for row in rows}) - 1
+            shown = quoted(first.text) + (f" and {plural(others, 'other')}" if others else "")
+            each = "each " if others else ""
+            out[name] = f"{shown}: {each}{output_words(first)}, and no token"
             continue
         sizes = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
         tokens = "one token" if lengths == [1] else f"{sizes} tokens"

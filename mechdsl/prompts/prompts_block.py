@@ -29,7 +29,13 @@ from mechdsl.prompts.compiled_template import CompiledTemplate, Definition
 from mechdsl.prompts.data_files import DataFile, read_data
 from mechdsl.prompts.domains import Constants, Words, make_domain
 from mechdsl.prompts.hub_datasets import read_dataset
-from mechdsl.prompts.images_block import ImageFiles, is_drawn_mask, not_of_images, swaps_regions
+from mechdsl.prompts.images_block import (
+    ImageFiles,
+    is_drawn_mask,
+    meant_otherwise,
+    not_of_images,
+    swaps_regions,
+)
 from mechdsl.prompts.names_used import NameUse, calls_in, counts_tokens, draws, uses
 from mechdsl.prompts.parts_of_rows import parts_of
 from mechdsl.prompts.python_values import Calls
@@ -302,7 +308,8 @@ class PromptsBlock:
         for use in uses(tuple(parts), self.placeholders):
             if use.name in names or (use.how == "pool" and use.name in self.blocks):
                 continue
-            self.diagnostics.append(self._unknown(use.name, use.span))
+            problem = meant_otherwise(self._unknown(use.name, use.span), self.spec)
+            self.diagnostics.append(problem)
         for corruption in self.spec.corruptions:
             for change in corruption.changes:
                 for target in kind_of(change).writes(change):
@@ -329,7 +336,7 @@ class PromptsBlock:
     def _unknown(self, name: str, span: Span) -> UnknownValue:
         names = [n for n in self.names() if n not in ("true", "false")]
         hint = _hint(name, names, "names")
-        return UnknownValue(span=span, prompts=self.name, name=name, hint=hint)
+        return UnknownValue(span=span, prompts=self.name, name=name, hint=hint, unit=self.spec.unit)
 
     def unknown(self, name: str, span: Span) -> Refusal:
         """E0501 for a name that a row doesn't have."""
@@ -337,7 +344,9 @@ class PromptsBlock:
             hint = f"a row has many: `{name}` is only drawn by a list; `xs[1]` is one of them"
         else:
             hint = self._unknown(name, span).hint
-        return Refusal(UnknownValue, span, prompts=self.name, name=name, hint=hint)
+        return Refusal(
+            UnknownValue, span, prompts=self.name, name=name, hint=hint, unit=self.spec.unit
+        )
 
     def _check_cycles(self) -> None:
         """E0502, and E0506 for values that hang on one another in an endless chain."""

@@ -312,7 +312,13 @@ class _Collector:
                 reason = f"too few for a part `{self.part}`"
             span = where[0].span if where else block.spec.span
             result.diagnostics.append(
-                NoRows(span=span, prompts=block.name, reason=reason, hint=hint)
+                NoRows(
+                    span=span,
+                    prompts=block.name,
+                    reason=reason,
+                    hint=hint,
+                    unit=block.spec.unit,
+                )
             )
 
     def _all_unchanged(self) -> list[Diagnostic]:
@@ -329,6 +335,7 @@ class _Collector:
                 prompts=self.block.name,
                 reason=f"{names} leaves each of them unchanged",
                 hint="rows need a change by every corruption: take another value as the clean one",
+                unit=self.block.spec.unit,
             )
         ]
 
@@ -343,6 +350,7 @@ def equal_records(block: PromptsBlock, found: Collection) -> EqualRecords:
         file=source.span.written,
         equal=found.repeated,
         rows=len(found.rows),
+        unit=block.spec.unit,
     )
 
 
@@ -379,7 +387,10 @@ def without_effect(
     hint = "change a value that the template shows, or `template` itself"
     if of_images:
         hint = "change a value that the `image` line names"
-    return CorruptionWithoutEffect(span=corruption.span, run=corruption.name, hint=hint)
+    unit, shown = ("image", "image") if of_images else ("prompt", "text")
+    return CorruptionWithoutEffect(
+        span=corruption.span, run=corruption.name, hint=hint, unit=unit, shown=shown
+    )
 
 
 def _only_values(corruption: spec.Corruption) -> bool:

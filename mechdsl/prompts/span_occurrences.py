@@ -218,9 +218,16 @@ class Occurrences:
         shown = name_list(names)
         hint = did_you_mean(ref.name or "", names, f"tokens of these images are {shown}")
         name = ref.of or ref.name or ref.literal or ""
-        what, block = "nothing of an image", self.table.name
-        problem = UnknownSpan(span=ref.span, name=name, prompts=block, hint=hint, what=what)
-        self.diagnostics.append(problem)
+        self.diagnostics.append(
+            UnknownSpan(
+                span=ref.span,
+                name=name,
+                prompts=self.table.name,
+                hint=hint,
+                what="nothing of an image",
+                unit="image",
+            )
+        )
         return False
 
     def _all_spans(self) -> Iterator[SpanAt]:

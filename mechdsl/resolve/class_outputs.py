@@ -209,7 +209,11 @@ def _unknown(
 def output_elsewhere(at: Span, shape: ModelShape, model: str) -> Diagnostic:
     """E0446 for a position behind a measure."""
     return OutputElsewhere(
-        span=at, model=model, at=at.written.removeprefix("at "), made_of=made_of(shape)
+        span=at,
+        model=model,
+        at=at.written.removeprefix("at "),
+        made_of=made_of(shape),
+        unit="image" if shape.takes == "image" else "prompt",
     )
 
 

@@ -475,7 +475,9 @@ def check_tokens(
             f"`{table.name}`",
             "let both name one block of prompts: tokens are ranked row by row",
         )
-    if experiment.model.tokenizer.hash != tokenizer.hash:
+    theirs = experiment.model.tokenizer
+    known = not theirs.stands_in and not tokenizer.stands_in
+    if known and theirs.hash != tokenizer.hash:
         raise Refused(
             f"`{name}` ranks tokens of `{experiment.model.name}`, which has another tokenizer",
             "let both run on one model",

@@ -224,16 +224,19 @@ def _work(
 
 def _too_many(resolved: ResolvedExperiment, program: spec.Program) -> Diagnostic | None:
     """E0323 where it has more cells than can be run."""
-    if resolved.n_cells <= limits.CELLS:
+    cells = resolved.n_there
+    if cells <= limits.CELLS:
         return None
+    left_out = resolved.n_cells - cells
     undecided = open_axes(resolved.spec, program.groups, ("shape", "tokens"))
     axes = resolved.axes
     return TooManyCells(
         span=resolved.spec.span,
         of=f"experiment `{resolved.name}`",
-        cells=resolved.n_cells,
+        cells=cells,
         most=limits.CELLS,
-        axes=" × ".join(f"{axis.name} ({len(axis)})" for axis in axes),
+        axes=" × ".join(f"{axis.name} ({len(axis)})" for axis in axes)
+        + (f", without {left_out:,} that loops leave out" if left_out else ""),
         by_text=not resolved.table.stands_in and undecided.isdisjoint(axis.name for axis in axes),
     )
 

@@ -82,20 +82,24 @@ def plain_targets(
 
 
 def later_targets(
-    positions: ast.Positions, low: int, high: int | None, work: Work
+    positions: ast.Positions, low: int, high: int | None, work: Work, *, both: bool = False
 ) -> PositionTargets | None:
     """Tokens of the base run (written), and those that lie `low` to `high` behind them (read).
 
-    Rows that have none there aren't part of the cell, and cells without rows are left out: all of
-    them, after E0310.
+    both: or in front of them. Rows that have none there aren't part of the cell, and cells without
+    rows are left out: all of them, after E0310.
     """
     base = work.table.runs[work.experiment.base]
 
     def later(row: int, tokens: Iterable[int]) -> tuple[int, ...]:
         end = len(base.rows[row].ids)
         last = end if high is None else high + 1
-        spans = (range(token + low, min(end, token + last)) for token in tokens)
-        return tuple(sorted({token for span in spans for token in span}))
+        found: set[int] = set()
+        for token in tokens:
+            found.update(range(token + low, min(end, token + last)))
+            if both:
+                found.update(range(max(0, token - last + 1), token - low + 1))
+        return tuple(sorted(found))
 
     def find(values: Values) -> Found | None:
         cells = _cells(positions, base.name, values, work)
@@ -118,6 +122,7 @@ def later_targets(
                 total=len(work.table),
                 example=f'"{base.rows[0].text}"',
                 hint="name an earlier position, or a smaller distance",
+                unit="prompt" if base.rows[0].image is None else "image",
             )
             work.diagnostics.append(problem)
             return None

@@ -449,7 +449,7 @@ class Contexts:
         if other.kind != self.program.prompts[table.name].kind:
             return None, []  # of a model that isn't at hand, which reads one of them
         rows = self._compiled(prompts, model.tokenizer)
-        if has_errors(rows.block.diagnostics):
+        if has_errors(rows.block.diagnostics) or rows.block.columns_unknown:
             return None, rows.block.diagnostics
         return paired_run(
             table,

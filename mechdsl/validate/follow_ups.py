@@ -16,7 +16,7 @@ from mechdsl.diagnostics.e01_syntax import (
     ReservedName,
     UnterminatedString,
 )
-from mechdsl.diagnostics.e02_names import MissingLine, UnknownName
+from mechdsl.diagnostics.e02_names import BadArgument, MissingLine, UnknownName
 from mechdsl.diagnostics.e03_coordinates import UNUSED_LOOP, BadLoopValue
 from mechdsl.diagnostics.e05_answers import WRITES_NONE, NotInTheReply
 from mechdsl.diagnostics.e05_data import (
@@ -31,7 +31,9 @@ from mechdsl.diagnostics.e06_experiment import (
     NoMeasure,
     PatchWithoutSource,
 )
+from mechdsl.diagnostics.e06_onward import BadPick
 from mechdsl.diagnostics.e06_statistics import BadReport, UnreadableExpectation
+from mechdsl.program.lower_prompts import NO_IMAGE
 from mechdsl.syntax import ast
 from mechdsl.syntax.reserved import AXIS_WORDS
 
@@ -72,6 +74,13 @@ class BrokenLines:
             self.torn[self.block(each.span)].update(_WORD.findall(each.span.text))
         errors = [(each, each.span) for each in syntax if each.span and _of_text(each)]
         self.wrong = {self.block(span) for _, span in errors}
+        self.unfinished = {
+            each.name.id
+            for each in tree.statements
+            if isinstance(each, ast.ExperimentDef | ast.PromptsDef)
+            and self.block(each.span) in self.wrong
+        }
+        """Blocks that something is wrong in."""
         self.unclosed = {
             (span.source, span.line)
             for each, span in errors
@@ -109,6 +118,10 @@ class BrokenLines:
                 return True  # `accuracy` knows runs with an answer
             case UnknownName(name=name) | UnknownValue(name=name) if nearest(name, self.refused):
                 return True  # `model to = …`, meant as `toy`
+            case BadArgument(reason=reason) if reason == NO_IMAGE:
+                return block in self.wrong
+            case BadPick(reason=reason):
+                return not self.unfinished.isdisjoint(_quoted(reason))
             case NotInTheReply(reason=reason) if reason == WRITES_NONE:
                 return block in self.wrong
             case _ if isinstance(diagnostic, _MISSING):

@@ -74,7 +74,7 @@ def check_rows(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic]:
         if settings.by is not None and rows and settings.by in rows[0].values:
             count = len({str(row.values.get(settings.by)) for row in rows})
         units += [count] * len(tested) * _cells(own)
-    return check_cells(units, settings, tested[0].span)
+    return check_cells(units, settings, tested[0].span, unit_of(experiment))
 
 
 def _cells(variants: Sequence[ResolvedExperiment]) -> int:
@@ -90,6 +90,11 @@ def _cells(variants: Sequence[ResolvedExperiment]) -> int:
     return count // len(labels)
 
 
+def unit_of(experiment: ResolvedExperiment) -> str:
+    """What its rows are."""
+    return "image" if experiment.model.shape.takes == "image" else "prompt"
+
+
 def tested_measures(experiment: ResolvedExperiment) -> list[spec.Measure]:
     """Its measures that have a p."""
     known = [m for m in experiment.spec.measures if m.effect in EFFECTS]
@@ -97,11 +102,11 @@ def tested_measures(experiment: ResolvedExperiment) -> list[spec.Measure]:
 
 
 def check_cells(
-    units: Sequence[int], settings: spec.Statistics, span: Span | None
+    units: Sequence[int], settings: spec.Statistics, span: Span | None, unit: str = "prompt"
 ) -> list[Diagnostic]:
     """W0720 where cells have so few prompts (or groups) that no p of theirs is small enough.
 
-    units: of every cell that is tested.
+    units: of every cell that is tested. unit: what a row is.
     """
     lost = out_of_reach(units, settings)
     if not lost:
@@ -109,7 +114,7 @@ def check_cells(
     few = sorted({units[place] for place in lost})
     have = " to ".join(str(each) for each in dict.fromkeys((few[0], few[-1])))
     several = "s" if have != "1" else ""
-    word = f"value{several} of {settings.by}" if settings.by is not None else f"prompt{several}"
+    word = f"value{several} of {settings.by}" if settings.by is not None else f"{unit}{several}"
     have = f"{have} {word}"
     about = f"with {have} no cell can survive the correction"
     if len(lost) < len(units):
@@ -124,5 +129,6 @@ def check_cells(
             corrected=f"{min(1.0, corrected):.3g}",
             correction=CORRECTION_NAMES[settings.correction],
             cells=len(units),
+            unit=unit,
         )
     ]

@@ -33,6 +33,8 @@ def selection(node: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> CellSelec
     hint = "write a site such as `L9H9` or `L3.resid`"
     if isinstance(node, ast.ShortSite):
         return _short(node, text)
+    if isinstance(node, ast.String):
+        hint += f", or the value of an axis: `position: {text}`"
     if isinstance(node, ast.Name):
         node = ast.Site(names=(node,), span=node.span)
     if not isinstance(node, ast.Site):

@@ -140,3 +140,35 @@ def test_what_needs_a_next_token_is_refused(
     with pytest.raises(mechdsl.MechdslError, match="E0612") as found:
         mechdsl.run(path, models={"bert": (bert[1], tokenizer())})
     assert said in str(found.value)
+
+
+def test_both_sides_are_seen(bert: tuple[Architecture, nn.Module], tmp_path: Path) -> None:
+    """Distances are to either side, and tokens receive attention of all others, or of those that
+    lie so far away."""
+    path = tmp_path / "masked.mech"
+    head, _, _ = FILE.partition("  from clean")
+    lines = """\
+  observe distance pattern layer 1 head 2 at "[MASK]" token as far
+  observe received pattern layer 1 head 2 at "[MASK]" token as paid
+  observe received(2..3) pattern layer 1 head 2 at "[MASK]" token as near_by
+}
+"""
+    path.write_text(head + lines, encoding="utf-8")
+    results = mechdsl.run(path, models={"bert": (bert[1], tokenizer())})
+    largest = 0.0
+    for word in ("far", "paid", "near_by"):
+        result = results[f"e.{word}"]
+        rows = zip(result.row_values["a"], result.row_values["b"], strict=True)
+        for (a, b), value in zip(rows, result.measures[0].patched[0], strict=True):
+            seen, mask = unpatched(1, a, b)[1], prompt(a, b)[2]
+            q, k = seen["q"][:, 2], seen["k"][:, 2]
+            weights = (q @ k.T / q.shape[-1] ** 0.5).softmax(-1)
+            away = (torch.arange(len(weights)) - mask).abs()
+            if word == "far":
+                hand = float((weights[mask] * away).sum())
+            else:
+                there = away > 0 if word == "paid" else (away >= 2) & (away <= 3)
+                hand = float(weights[there, mask].mean())
+            assert value == pytest.approx(hand, abs=1e-4)
+            largest = max(largest, abs(hand - float(weights[mask].sum())))
+    assert largest > 0.5

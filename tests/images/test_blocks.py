@@ -7,12 +7,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mechdsl.base import limits
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.images.patches import PatchLayout
@@ -27,7 +29,7 @@ from mechdsl.validate.check_file import Settings, check_source
 from . import support
 from .support import CLASSIFIERS, ENCODERS, FRONT, GRID, SIDE
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["ViTForImageClassification"],
     "model_type": "vit",
     "num_hidden_layers": 3,
@@ -464,3 +466,34 @@ def test_images_without_a_size_have_that_of_the_model() -> None:
         assert prepared(image, reader.processing).shape == (3, 8, 8)
     kept = Picture("noise", size=(4, 6), seed=3)
     assert of_image(kept, {}, reader)["image"] == kept
+
+
+def test_cells_that_loops_leave_out_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six pairs of a and b, of nine, and twelve patches."""
+    folder_of(tmp_path)
+    rule = "scale resid_post layers a..b at image row 1..3 col * token by 2"
+    loops = f"for a in 0..2 {{ for b in a..2 {{ {rule} }} }}"
+    monkeypatch.setattr(limits, "CELLS", 72)
+    assert codes(tmp_path, loops) == []
+    monkeypatch.setattr(limits, "CELLS", 71)
+    [found] = check(tmp_path, loops)[1]
+    assert found.code == "E0323"
+    assert "has 72 cells, more than 71" in found.message
+    assert "a (3) × b (3)" in found.label_text
+    assert "without 36 that loops leave out" in found.label_text
+
+
+def test_answers_that_differ_are_counted(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    said = table_of(tmp_path, RULE.format("cls token")).conventions["answer"]
+    assert said.endswith("` and 3 others: each the name of a label, and no token")
+
+
+def test_a_patch_in_an_expectation(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    rule = RULE.format("each token of image")
+    right, wrong = (f'expect delta(position: "image row {row} col 4") < 9' for row in (3, 5))
+    assert codes(tmp_path, rule, right) == []
+    assert codes(tmp_path, rule, wrong) == ["E0203"]

@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from mechdsl.images.picture import Picture, PictureChange
 from mechdsl.images.pixels import prepared
 from mechdsl.images.processing import Processing
-from mechdsl.images.regions import of_box, tokens_in
+from mechdsl.images.regions import Region, of_box, tokens_in
 from mechdsl.prompts.image_reader import ImageReader
 
 from ..reference.hooks import Change
@@ -257,6 +258,33 @@ def test_regions_that_cannot_change_places(second: object, wanted: str, tmp_path
     [found] = check(tmp_path, *lines, blocks=blocks)[1]
     assert found.code == "E0503"
     assert wanted in found.message
+
+
+def test_changed_images_are_told_apart() -> None:
+    """By their texts, which rows are shared and values kept by."""
+    one, two = Region(box=(0, 0, 4, 4)), Region(box=(4, 4, 8, 8))
+    changes = [
+        PictureChange("mask"),
+        PictureChange("mask", patches=((0, 0, 8, 8),)),
+        PictureChange("mask", patches=((8, 0, 16, 8),)),
+        PictureChange("mask", patches=((0, 0, 8, 8), (8, 0, 16, 8))),
+        PictureChange("swap", region=one, other=two),
+        PictureChange("swap", region=one, other=Region(box=(4, 4, 8, 9))),
+        PictureChange("swap", region=two, other=one),
+    ]
+    texts = {Picture("gray", size=(16, 16), changes=(each,)).text for each in changes}
+    assert len(texts) == len(changes)
+
+
+def test_boxes_that_touch_change_places(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    support.write_images(tmp_path)
+    record = {"file": "0.png", "label": "circle", "other": "cross", "first": [0, 0, 6, 6]}
+    blocks = BLOCKS.replace("CORRUPT", "corrupt other { swap one, two }")
+    lines = ("from clean into other", "patch embed at cls token")
+    for second in ([6, 0, 12, 6], [0, 6, 6, 12]):
+        (tmp_path / "boxes.jsonl").write_text(json.dumps({**record, "second": second}))
+        assert codes(tmp_path, *lines, blocks=blocks) == []
 
 
 def test_values_of_images_still_change_places(tmp_path: Path) -> None:

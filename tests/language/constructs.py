@@ -972,7 +972,8 @@ _rule(
     "observe distance",
     "observe distance pattern layer * head * at last token",
     "How many tokens back the query attends, on average over its attention. `distance(8)` counts "
-    "keys that are further back as 8 tokens back.",
+    "keys that are further back as 8 tokens back. In models that see both sides it is how far "
+    "away keys are, and in images how many patches, from middle to middle.",
     OWN,
     _OBSERVED,
     "measure logit(answer) as raw",
@@ -982,7 +983,8 @@ _rule(
     "observe received pattern layer * head * at each item token as paid",
     "How much attention each later token pays to this one, on average over all tokens behind it; "
     "`received(4..20)` is of those that lie 4 to 20 tokens behind it (future attention "
-    "influence). Rows in which none lies there aren't part of the cell.",
+    "influence). Rows in which none lies there aren't part of the cell. In models that see both "
+    "sides all other tokens pay.",
     "Li et al. 2025, arXiv 2510.13554",
     _OBSERVED,
     "measure logit(answer) as raw",
@@ -1762,6 +1764,13 @@ _in_image(
     "a patch",
     "image row 3 col 4 token",
     "The token of a patch; rows and columns count from 1, from the top left.",
+)
+_on_image(
+    "a patch in an expectation",
+    'expect delta(position: "image row 3 col 4") < 1',
+    "The effect at a patch, as tables call it.",
+    OWN,
+    "tests/images/test_blocks.py",
 )
 _in_image(
     "several patches",

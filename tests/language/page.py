@@ -349,6 +349,8 @@ def on_images(example: str) -> str:
     lines = [example]
     if not example.startswith("observe"):
         lines.append("measure logit(answer) as delta")
+    if example.startswith("expect"):
+        lines.append("ablate embed at each token of image with zero")
     return ON_IMAGES.replace("BODY", "\n".join(f"  {line}" for line in lines))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.program import spec
 from mechdsl.program.constants import constant
+from mechdsl.prompts.image_reader import ImageReader
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.observation import Seen
 from mechdsl.resolve.picks import pick_nothing
@@ -23,7 +24,7 @@ from mechdsl.syntax import ast
 if TYPE_CHECKING:
     from torch import Tensor
 
-LATER = "later tokens"
+LATER, OTHER = "later tokens", "other tokens"
 
 
 @observation("received", unit="share of attention")
@@ -31,16 +32,17 @@ class Received(PatternObservation):
     """How much attention each later token pays to this one, on average.
 
     Over all tokens behind it, or, with `received(LOW..HIGH)`, those that lie LOW to HIGH tokens
-    behind it (future attention influence).
-    returns: 0..1, averaged over later tokens, heads and layers that are joined; rows in which no
+    behind it (future attention influence). In models that see both sides over all other tokens, or
+    those that lie so far away.
+    returns: 0..1, averaged over these tokens, heads and layers that are joined; rows in which no
         token lies there aren't part of the cell
     source: Li et al. 2025, arXiv 2510.13554, section 3
     """
 
     takes: ClassVar = ("arguments",)
 
-    def __init__(self, low: int = 1, high: int | None = None) -> None:
-        self.low, self.high = low, high
+    def __init__(self, low: int = 1, high: int | None = None, *, causal: bool = True) -> None:
+        self.low, self.high, self.causal = low, high, causal
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
         fits = self.clauses_fit(rule, work)
@@ -51,15 +53,17 @@ class Received(PatternObservation):
             work.add_axis(axis)
         if window is None or not fits:
             return None
-        sites, keys = pick_nothing(sites, later_targets(rule.at, *window, work))
+        causal = work.model.shape.causal
+        sites, keys = pick_nothing(sites, later_targets(rule.at, *window, work, both=not causal))
         if sites is None or keys is None or not self.sites_fit(rule, sites, work):
             return None
         if not work.model.tokenizer.stands_in and not _one_each(rule, keys, work):
             return None
-        later = {key: replace(cell, label=LATER) for key, cell in keys.read.items()}
+        label = LATER if causal else OTHER
+        later = {key: replace(cell, label=label) for key, cell in keys.read.items()}
         return ResolvedRule(
             spec=rule,
-            does=Received(*window),
+            does=Received(*window, causal=causal),
             run=work.experiment.base,
             sites=sites,
             positions=replace(keys, written=later, read=later),
@@ -71,9 +75,10 @@ class Received(PatternObservation):
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         assert rule.sites is not None
-        behind = "all tokens behind it"
+        behind = "all tokens behind it" if self.causal else "all other tokens"
         if (self.low, self.high) != (1, None):
-            behind = f"the tokens that lie {self.low} to {self.high} behind it"
+            side = "behind it" if self.causal else "away from it, to either side"
+            behind = f"the tokens that lie {self.low} to {self.high} {side}"
         said = f"received: the attention that a token gets, averaged over {behind}"
         points = [point for here in rule.sites.points.values() for point in here]
         if any(point.unit is None for point in points):
@@ -89,6 +94,10 @@ def _window(rule: spec.Rule, work: Work) -> tuple[int, int | None] | None:
     call = rule.observed.call
     if call is None:
         return 1, None
+    if isinstance(work.model.tokenizer, ImageReader):
+        reason = "counts tokens along a text, and images have rows and columns"
+        refuse(rule, work, reason, "write `received` for all other tokens")
+        return None
     one = call.arguments[0] if len(call.arguments) == 1 else None
     node = None if one is None or one.name is not None else one.value
     if isinstance(node, ast.Range):

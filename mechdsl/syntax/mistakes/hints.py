@@ -18,7 +18,82 @@ class Hint:
     """A terminal that has to be possible there."""
 
 
+_IMAGES: tuple[Hint, ...] = (
+    # Patches of images.
+    Hint(
+        r"^expect\b.*\(\s*(?:image\s+)?row\s*$",
+        r"([0-9]+)\s+col\s+([0-9]+)",
+        'a patch is a value of its axis: `position: "image row {0} col {1}"`',
+    ),
+    Hint(
+        r"^expect\b.*=\s*image\s+$",
+        r"row\b",
+        'a patch is named by its axis: `expect delta(position: "image row 3 col 4") > 0.1`',
+    ),
+    Hint(
+        r"\bimage\s+row\s+(\S+)\s+col\s+(\S+)\s*$",
+        r"",
+        "write `image row {0} col {1} token` for one patch or one run each, `tokens` for several "
+        "together",
+        "TOKEN",
+    ),
+    Hint(
+        r"\bimage\s+row\s+(\S+?)\s*$",
+        r",",
+        "row and column stand side by side: `image row {0} col 4 token`",
+        "COL",
+    ),
+    Hint(
+        r"\bimage\s+row\s+(\S+?)\s*$",
+        r"",
+        "write `image row {0} col * tokens` for a whole row",
+        "COL",
+    ),
+    Hint(
+        r"\bimage\s+col\s*$",
+        r"([\w.*]+)\s+row\s+([\w.*]+)",
+        "the row comes first: `image row {1} col {0} token`",
+    ),
+    Hint(
+        r"\bimage\s+col\s*$",
+        r"([\w.*]+)",
+        "the row comes first: `image row * col {0} tokens` is a whole column",
+    ),
+    Hint(r"\b(?:row|col)\s*$", r"-\s*[0-9]", "rows and columns count from 1, at the top left"),
+    Hint(
+        r"\b(?:at|onto|from|to)\s+(?:each\s+)?row\s+(\S+)\s*$",
+        r"col\s+(\S+)",
+        "say what it is a row of: `image row {0} col {1} token`",
+    ),
+    Hint(
+        r"\beach\s+(?:patch|pixel)?\s*$",
+        r"",
+        "write `each token of image`, or `each item token` for a span that occurs several times",
+        "TOKEN",
+    ),
+    Hint(
+        r"^region\s+(\w+)\s*=\s*$",
+        r"\[",
+        "name the box: `box = [0, 0, 16, 16]`, `region {0} = box`",
+    ),
+    Hint(r"^patch\s*$", r"", "write `each token of image`: each patch is a token", "ROW"),
+    Hint(r"^blur\s+image\s+([0-9.]+)\s*$", r"", "write `blur image radius {0}`"),
+    Hint(r"^image$", r":", "leave the colon out: `image gray`"),
+    Hint(
+        r"^image\s+\w+\s+$",
+        r"\w",
+        "an image is one word, or a word with numbers: `image gray(100)`",
+        "$END",
+    ),
+    Hint(
+        r"^(?:add)\b.*\bto\s+\w+\s*$",
+        r"\s*$",
+        "name a site and tokens: `add gaussian(std: 3 sd) to embed at image tokens`",
+        "AT",
+    ),
+)
 HINTS: tuple[Hint, ...] = (
+    *_IMAGES,
     # Words of a rule in another order, or those of another rule.
     Hint(
         r"^patch\b.*\bat\b.*\binto\s*$",

@@ -35,6 +35,8 @@ _HOMES = (
     (DATA_WORDS, "in a `prompts` or `images` block"),
     (CHANGE_WORDS, "in a `corrupt` block"),
 )
+_CHANGED = {("change_lines", "image"): "change the image that is there: `mask image` is gray"}
+"""What a word of another block is meant for."""
 _SHOWN = 4
 _VALUES = frozenset({"NAME", "STRING", "INT", "FLOAT", "PERCENT"})
 """What the values of a change begin with."""
@@ -114,7 +116,7 @@ def _first_word(mistake: Mistake) -> Diagnostic | None:
             return UnexpectedToken(
                 found=f"`{word.text}`",
                 expected=_BLOCKS[mistake.kind],
-                hint=f"`{word.text}` belongs {home}",
+                hint=_CHANGED.get((mistake.kind, word.text), f"`{word.text}` belongs {home}"),
                 span=span,
             )
     meant = nearest(word.text, first_words(mistake.kind))
