@@ -17,6 +17,7 @@ from mechdsl.images.processing import Processing
 from mechdsl.images.regions import Region, of_box, tokens_in
 from mechdsl.images.shapes import draw
 from mechdsl.prompts.image_reader import ImageReader
+from mechdsl.results.overlaid import _image, overlaid
 
 from ..quick import some
 from . import support
@@ -377,3 +378,23 @@ def test_each_token_of_a_region_is_of_the_images_that_have_it(tmp_path: Path) ->
 def test_positions_that_no_image_has(position: str, tmp_path: Path) -> None:
     folder_of(tmp_path)
     assert codes(tmp_path, f"ablate embed at {position} with zero", blocks=SHAPED) == ["E0308"]
+
+
+def test_what_overlays_keep(tmp_path: Path) -> None:
+    """What each image has of the region, and as many images as the largest report shows."""
+    folder_of(tmp_path)
+    lines = (
+        "ablate embed at object tokens with zero",
+        "report overlay top 1",
+        "report overlay top 4",
+    )
+    [experiment], _ = check(tmp_path, *lines, blocks=SHAPED.replace("n: 1", "n: 2"))
+    rows = experiment.table.runs["clean"].rows
+    kept = overlaid(experiment, np.arange(len(rows)), np.array([True]))
+    assert kept["hits"] == (tuple(row.places["object"][0] for row in rows),)
+    assert len({*kept["hits"][0]}) == len(rows)
+    assert [seen is not None for seen in kept["seen"]] == [True] * 4 + [False] * (len(rows) - 4)
+    wide = ImageReader(PatchLayout(("cls",), (8, 4), (16, 32)), Processing(("exact", 16, 32)))
+    seen = _image(Picture("noise", size=(16, 32), seed=2), wide)
+    assert seen is not None
+    assert (seen.front, seen.rows, seen.cols) == (1, 2, 8)
