@@ -29,9 +29,9 @@ from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.execute import execute
 from mechdsl.loading.load import adopt
-from mechdsl.plan.cost import estimated_seconds, matmul_rate
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.savings import plan_cost
+from mechdsl.plan.seconds import estimated_seconds, matmul_rate
 from mechdsl.program import spec
 from mechdsl.resolve.resolved import ModelContext
 from mechdsl.results.denominators import check_denominators

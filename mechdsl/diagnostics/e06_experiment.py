@@ -68,6 +68,10 @@ class UnreadableMeasure(Diagnostic):
     """Behind a comma, the run or cell and the row, where it is only seen there."""
 
 
+NOTHING_WRITTEN = "nothing is written"
+"""Why an experiment without a rule can't be estimated."""
+
+
 @keyword_record
 class NoEstimate(Diagnostic):
     """What gradients of unpatched runs say nothing about."""

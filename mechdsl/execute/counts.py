@@ -19,6 +19,6 @@ class Counts:
 
     def add(self, profile: Profile) -> None:
         """What one execution did."""
-        self.computed += profile.rows - profile.resumed
+        self.computed += profile.rows + profile.estimated - profile.resumed
         self.stored += profile.known + profile.resumed
         self.not_kept.update(profile.not_kept)

@@ -78,12 +78,14 @@ class _Written:
 
     def added(self, values: Tensor) -> SiteWrite:
         """[spot, width] is added to what is there."""
-        site, layer = self.where.site, self.where.layer
-        return SiteWrite(site, layer, self.lane, self.position, self.unit, values, mode="add")
+        where, places = self.where, (self.lane, self.position, self.unit)
+        given = (where.site, where.layer, *places, values)
+        return SiteWrite(*given, mode="add", stack=where.stack)
 
     def base(self, read: Tensor, batch: Batch) -> Tensor:
         """[spot, width]: what is there in the base run."""
-        return gather(read.detach(), batch, self.lane, self.position, self.unit)
+        own = batch.of_site(self.where.site, self.where.stack)
+        return gather(read.detach(), own, self.lane, self.position, self.unit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +213,8 @@ class Estimates:
     ) -> Floats:
         """[measure, row]: by the mean gradient along the line, each site by itself."""
         assert self.steps is not None
-        _, read = self._pass([], lanes, [each.where for each in written])
+        wheres = [each.where for each in written]
+        read = run_whole(self.model, lanes.batch, writes=self._noise(lanes), reads=wheres).reads
         found = np.zeros((len(self.readout.measures), len(environments)))
         for whole in written:
             base = whole.base(read[whole.where], lanes.batch)

@@ -73,13 +73,13 @@ class PanelRunner(PreparedPanel):
                         stored = [cell for cell in stored if cell in together.stored]
                     self.profile.known += len(stored)
                 yield (found.dropped + len(found.left_out) + len(found.known)) * plan.draws
-            self.profile.rows += sum(len(one) for one in rows)
             for number, plan in enumerate(plans):
                 if plan.experiment.spec.estimator is not None:
                     estimated, rows[number] = rows[number], Rows.none()
                     for own, values in self._estimated(patcher, number, estimated, batch):
                         self._finish(number, own, values, totals[number])
                         yield len(own) * plan.draws
+            self.profile.rows += sum(len(one) for one in rows)
             shared = sharer.of(rows)
             self.profile.distinct += len(shared)
             for member, values in self._patched(patcher, shared, batch, rows):
@@ -267,6 +267,7 @@ class PanelRunner(PreparedPanel):
         plan, key = self.running[number], self.running[number].experiment.key
         if not len(rows):
             return
+        self.profile.estimated += len(rows)
         given = self.readouts[key], self.means_and_donors[key], self.runs
         estimates = Estimates(plan, *given, patcher.lanes_of(number, batch, None), batch)
         due = np.unique(rows.prompt)
@@ -294,7 +295,6 @@ class PanelRunner(PreparedPanel):
                 self._lose(plan, _not_differentiated(plan, str(refused)))
                 return
             self.profile.passed(tokens, seconds[0])
-            self.profile.distinct += len(own)
             self._keep_pass([(member, found)])
             self._saw_no_value(member, found)
             yield own, found.values

@@ -13,10 +13,12 @@ class Profile:
     """Patched rows that could differ from the base run."""
     distinct: int = 0
     """Of these, how many were run: equal ones once."""
+    estimated: int = 0
+    """Rows whose values were estimated by gradients, and that weren't run."""
     known: int = 0
     """Patched rows whose values the store had before the run."""
     resumed: int = 0
-    """Of `rows`, those that the run computed before it was cut short."""
+    """Of `rows` and `estimated`, those that the run computed before it was cut short."""
     not_kept: dict[str, str] = field(default_factory=dict[str, str])
     """By key, the experiments whose values the store can't keep → why."""
     unpatched_passes: int = 0

@@ -1,7 +1,7 @@
 """What a panel costs: rows, tokens through blocks, multiply-adds.
 
 Counted on the rows themselves, with the masks that the packed run computes by, so nothing here is a
-rule of thumb but the size of an MLP and the rate of the machine.
+rule of thumb but the size of an MLP.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from time import perf_counter
 
 import numpy as np
 
@@ -30,11 +29,6 @@ from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.direction_types import fits_of
 from mechdsl.resolve.resolved_rule import SitePoint
 from mechdsl.vocab.sites import stop_layer
-
-EFFICIENCY = 0.8
-"""Share of a large product's rate that passes over wide models reach, as measured on two cores."""
-CALL_SECONDS = 1.5e-3
-"""Of one block in one pass, whatever its size: what small models mostly take."""
 
 
 @dataclass(frozen=True)
@@ -76,24 +70,6 @@ class Cost:
     def flops(self) -> float:
         """Two per multiply-add."""
         return 2 * self.multiply_adds
-
-
-def matmul_rate(size: int = 1024, repeats: int = 3) -> float:
-    """Multiply-adds per second of a product of square matrices in float32, the best of some."""
-    a = np.ones((size, size), dtype=np.float32)
-    best = float("inf")
-    for _ in range(repeats + 1):  # the first one starts the threads
-        start = perf_counter()
-        np.matmul(a, a)
-        best = min(best, perf_counter() - start)
-    return size**3 / best
-
-
-def estimated_seconds(cost: Cost, blocks: int, rate: float) -> float:
-    """Seconds that the work takes in a model of so many blocks, at a rate of multiply-adds per
-    second. Rough: it knows neither caches nor other work on the machine."""
-    calls = cost.forwards + cost.backwards
-    return cost.multiply_adds / (rate * EFFICIENCY) + calls * blocks * CALL_SECONDS
 
 
 # --- one token in one block -------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e06_experiment import NoEstimate
+from mechdsl.diagnostics.e06_experiment import NOTHING_WRITTEN, NoEstimate
 from mechdsl.program import spec
 from mechdsl.prompts.position_hits import lies_behind
 from mechdsl.prompts.prompt_table import PositionCell
@@ -57,8 +57,8 @@ def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iter
 def _of_rules(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[Diagnostic]:
     rules = experiment.rules
     if not rules:
-        what, reason = "an experiment without a rule", "nothing is written"
-        yield _refused(said, said.span, what, reason, PLAIN)
+        what = "an experiment without a rule"
+        yield _refused(said, said.span, what, NOTHING_WRITTEN, PLAIN)
     for rule in rules:
         found = next(_of_rule(rule, experiment, said), None)
         if found is not None:

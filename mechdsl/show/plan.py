@@ -12,13 +12,14 @@ from mechdsl.base.byte_sizes import size_text
 from mechdsl.base.plural import plural
 from mechdsl.execute.profile import Profile
 from mechdsl.execute.sizes import PassSizes
-from mechdsl.plan.cost import Cost, estimated_seconds, matmul_rate
+from mechdsl.plan.cost import Cost
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.make_plan import with_saves
 from mechdsl.plan.passes import PASSES
 from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS, Plan
 from mechdsl.plan.save_cost import SaveCost, save_costs
 from mechdsl.plan.savings import PlanCost, plan_cost
+from mechdsl.plan.seconds import estimated_seconds, matmul_rate
 from mechdsl.resolve.measured_parts import whole_spec
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.show.graph import to_text
@@ -215,7 +216,8 @@ def print_profile(plan: Plan, profile: Profile, sizes: PassSizes, console: Conso
     console.print(
         f"{profile.unpatched_seconds:.3g} s for unpatched runs, means and checks, "
         f"{profile.patched_seconds:.3g} s for {profile.rows:,} patched rows, of which "
-        f"{profile.distinct:,} are distinct",
+        f"{profile.distinct:,} are distinct"
+        + (f", and {profile.estimated:,} that were estimated" if profile.estimated else ""),
         highlight=False,
     )
     if profile.tokens:

@@ -26,8 +26,10 @@ from mechdsl.diagnostics.e05_data import (
     UnknownValue,
 )
 from mechdsl.diagnostics.e06_experiment import (
+    NOTHING_WRITTEN,
     EffectNeedsSource,
     EffectWithoutRule,
+    NoEstimate,
     NoMeasure,
     PatchWithoutSource,
 )
@@ -109,6 +111,8 @@ class BrokenLines:
             case BadPlaceholder(span=span):  # in a text that was never closed
                 return (span.source, span.line) in self.unclosed if span else False
             case BadLoopValue(reason=reason) if reason == UNUSED_LOOP:
+                return block in self.torn
+            case NoEstimate(reason=reason) if reason == NOTHING_WRITTEN:
                 return block in self.torn
             case BadReport(reason=reason) | UnreadableExpectation(reason=reason):
                 lacking = _quoted(reason)

@@ -188,6 +188,10 @@ DIFFERENT: dict[str, list[str]] = {
         one(f"patch resid_post layer 1 at {at}", "using integrated_gradients(steps: 2)")
         for at in ("subject token", "subject token, last token", "subject token, cue token")
     ],
+    "which heads move together": [
+        one(f"patch z layer 1 head {few} at subject token", "using integrated_gradients(steps: 2)")
+        for few in ("0..1", "1..2")
+    ],
     "which rows": [
         ablated("mean"),
         ablated("mean", "keep prob(answer) > prob(wrong)"),
@@ -216,7 +220,9 @@ def ran(
     how = RunOptions(
         settings=options.settings,
         without=options.without,
-        on_profile=lambda _, profile: done.append(profile.distinct + profile.unpatched_passes),
+        on_profile=lambda _, profile: done.append(
+            profile.distinct + profile.estimated + profile.unpatched_passes
+        ),
     )
 
     def run(kept: Any = None) -> FileResult:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
+from ..quick import in_turn
 from ..reference.gradients import Where, estimated, taken
 from . import support
 from .support import ANSWERS, FRONT, GRID, LABELS, ROWS, WRONG, double, pixels, token
@@ -80,8 +81,7 @@ def line(kind: str) -> str:
     return f"using {kind}" + (f"(steps: {STEPS})" if kind == KINDS[-1] else "")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kind"), in_turn(NAMES, KINDS, NAMES))
 def test_patches(name: str, kind: str, tmp_path: Path) -> None:
     measure = f"measure logit(answer) - logit(wrong) as {'raw' if kind == 'gradient' else 'delta'}"
     each = "patch embed at each token of image"

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from mechdsl.execute import estimates
+from mechdsl.plan.estimate_cost import gradient_work
+from mechdsl.plan.make_plan import make_plan
+from mechdsl.plan.savings import plan_cost
+from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.matched_runs import matched_measures
+from mechdsl.show.graph import to_text
+from mechdsl.show.reports.charts import value_title
 
 from ..execute.support import MODES as WAYS
 from ..execute.support import (
@@ -22,14 +29,19 @@ from ..execute.support import (
     ROWS,
     Prompt,
     Record,
+    check_file,
+    execute_file,
     experiment,
     ids_of,
     prompt,
     run_file,
+    shared,
     token,
     try_file,
+    write_rows,
 )
 from ..execute.test_stored_values import check_case
+from ..quick import in_turn
 from ..reference.gradients import Where, estimated, taken
 from .models import bare, double
 
@@ -270,8 +282,7 @@ def effect_of(kind: str) -> str:
 
 
 @pytest.mark.parametrize("mode", ["planned", pytest.param("plain", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), in_turn(FAMILIES, KINDS, FAMILIES))
 def test_sites_and_positions(family: str, kind: str, mode: str, tmp_path: Path) -> None:
     measure = measured(ONE, effect_of(kind))
     text = "".join(
@@ -425,8 +436,9 @@ def test_what_is_said(tmp_path: Path) -> None:
     lines = ("prompts p", "from other into clean", "patch resid_post layer 1 at subject tokens")
     text = experiment("ig", *lines, "using integrated_gradients", measured(ONE, "delta"))
     text += experiment("size", *lines, "using gradient", measured(ONE, "raw"))
+    text += experiment("run", *lines, measured(ONE, "delta"))
     found = run_file(text, tmp_path, bare("gpt2"))
-    ig, size = found["ig"], found["size"]
+    ig, size, run = found["ig"], found["size"], found["run"]
     assert "estimated delta of" in ig.to_text()
     assert "integrated_gradients(steps: 32)" in ig.conventions["estimates"]
     assert "clean run" in ig.conventions["estimates"]
@@ -434,6 +446,48 @@ def test_what_is_said(tmp_path: Path) -> None:
     assert f"gradient of {ONE}" in size.to_text()
     assert np.isnan(size.statistics[0].p).all()
     assert {each["estimator"] for each in ig.records()} == {"integrated_gradients(steps: 32)"}
+    assert not any("estimator" in each for each in run.records())
+    (cell,) = experiment_document(ig).cells
+    assert cell.measures[0].estimator == "integrated_gradients(steps: 32)"
+    assert value_title(ig.measures[0]) == "estimated delta (logit)"
+    assert value_title(size.measures[0]) == "gradient"  # and not in logits
+    assert len(matched_measures(ig, ig)) == 1
+    assert len(matched_measures(ig, run)) == 0  # an estimate isn't set against what was run
+    assert ig.measures[0].rounding is None
+
+
+def test_the_graph_and_what_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path)
+    measures = [measured(text, "delta") for text in (ONE, 'logprob("w3 w9")', "loss")]
+    rule = "patch z layer * head * at last token"
+    lines = ("prompts p", "from other into clean", rule, "using integrated_gradients(steps: 4)")
+    checked = check_file(experiment("e", *lines, *measures), tmp_path, shared(bare("gpt2")))
+    plan = make_plan(checked.experiments)
+    assert "Estimate · integrated_gradients(steps: 4)" in to_text(plan.graph)
+    calls = {"there": 0, "back": 0}
+    run, back = estimates.run_whole, torch.autograd.grad
+
+    def counted_run(*given: Any, **named: Any) -> Any:
+        calls["there"] += 1
+        return run(*given, **named)
+
+    def counted_back(*given: Any, **named: Any) -> Any:
+        calls["back"] += 1
+        return back(*given, **named)
+
+    monkeypatch.setattr(estimates, "run_whole", counted_run)
+    monkeypatch.setattr(estimates.torch.autograd, "grad", counted_back)
+    execute_file(checked, shared(bare("gpt2")))
+    (own,) = (each for panel in plan.panels for each in panel.experiments)
+    work = gradient_work(own, np.arange(len(ROWS)), lambda lengths: lengths, 10_000)
+    # Three layers, four steps; a text of several tokens has passes of its own.
+    assert (work.joined_forwards, work.joined_backwards) == (3 * 4 * 2 + 1, 3 * 4 * 3)
+    assert (calls["there"], calls["back"]) == (3 * 4 * 2 + 1, 3 * 4 * 3)
+    assert work.forwards == len(ROWS) * work.joined_forwards
+    cost = plan_cost(plan)
+    assert cost.plain.rows == cost.planned.rows == 0
+    assert cost.planned.backwards == work.joined_backwards
+    assert cost.plain.backwards == work.backwards
 
 
 @cache
