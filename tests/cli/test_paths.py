@@ -426,6 +426,7 @@ STRINGS = {
     "save": True,
     "turn": False,
     "template": False,
+    "classes": False,
     "span_def": False,
     "span_text": False,
     "_change_value": False,
