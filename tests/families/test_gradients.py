@@ -54,7 +54,7 @@ def whole(weights: Tensor, output: Tensor, mask: Tensor) -> Tensor:
     return (product[mask] if product.shape[:2] == mask.shape else product).sum()
 
 
-@pytest.mark.parametrize("name", some(set(ROWS) - {*IN_PLACE}, QUICK))
+@pytest.mark.parametrize("name", some(sorted(set(ROWS) - {*IN_PLACE}), QUICK))
 def test_gradients_of_all_sites(name: str) -> None:
     row, dtype = ROWS[name], torch.float32 if name in SINGLE else torch.float64
     by_hand = walk._ByHand(row, dtype)
