@@ -88,7 +88,7 @@ class MechLexer(Lexer):
                         kind = "CHANGE"
                     elif word in VERBS and "VERB" in accepted:
                         alone = "NAME" not in accepted or _first_of_line(text, position)
-                        alone = alone or "ROW" in accepted  # behind a span, no number's name
+                        alone = alone or "STAR" in accepted  # behind a span, no number's name
                         kind = "VERB" if alone else kind
             start, position = position, found.end()
             token = Token(kind or "", found.group(), start, end_pos=position)

@@ -61,8 +61,11 @@ class Towers:
         rows are texts that can't be scored."""
         block = self.program.prompts[name]
         texts = model.shape.texts
-        if block.kind == "images" or model.shape.stands_in:
+        if block.kind == "images":
             return model
+        if model.shape.stands_in:
+            scored = block.scored_with is not None
+            return replace(model, shape=replace(model.shape, side="text")) if scored else model
         if texts is None:
             if block.scored_with is not None:
                 what = f"`image` in prompts for `{model.name}`, which has no tower for images,"
@@ -88,7 +91,8 @@ class Towers:
             return model, table
         ref = self.program.prompts[experiment.prompts].scored_with
         images = None if ref is None else self.program.prompts.get(ref.name)
-        if ref is None or images is None or images.kind != "images" or table.stands_in:
+        unknown = table.stands_in or model.shape.stands_in
+        if ref is None or images is None or images.kind != "images" or unknown:
             return without_images(model, table)
         reader = self._model(model.name)
         found, problems = paired_run(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[2] / "examples" / "systems"
-MOST_LINES = 60
+MOST_LINES = 120
 VERDICTS = ("shown", "shown in part", "not shown")
 
 _HEAD = re.compile(
