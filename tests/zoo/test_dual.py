@@ -108,10 +108,10 @@ def test_transformers_reads_dual() -> None:
 def test_it_begins_with_what_shapes_sees() -> None:
     """Its first layers give what those of `shapes` give, where they are handed the same."""
     model: Any = CLIPModel(model_config())
-    if not hasattr(model.vision_model.encoder.layers[0].self_attn, "q_proj"):
+    source: Any = pictures.load(ViTForImageClassification, ROOT / "shapes")
+    if not hasattr(source.vit, "layers"):
         pytest.skip("transformers had other names, and training needs a new one")
     begin_with_shapes(model.vision_model)
-    source: Any = pictures.load(ViTForImageClassification, ROOT / "shapes")
     pixels = pictures.as_input([each.pixels for each in pictures.images(1, 2, held_out=True)])
     with torch.no_grad():
         known = source(pixel_values=pixels, output_hidden_states=True).hidden_states
