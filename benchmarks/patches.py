@@ -84,7 +84,8 @@ def build() -> Any:
         draw = torch.Generator().manual_seed(crc32(name.encode()))
         values = torch.randn(parameter.shape, generator=draw)
         is_norm = "layernorm" in name and name.endswith("weight")
-        parameter.copy_(1 + 0.1 * values if is_norm else 0.05 * values)
+        width = 0.5 if name.startswith("classifier") else 0.05
+        parameter.copy_(1 + 0.1 * values if is_norm else width * values)
     return model, ViTImageProcessorPil()
 
 

@@ -7,8 +7,6 @@ from dataclasses import fields, is_dataclass
 from hashlib import blake2b
 from typing import Any, cast
 
-import numpy as np
-
 BYTES = 16
 """Of a digest."""
 
@@ -38,14 +36,6 @@ def _feed(made: Any, value: object) -> None:
             _write(made, "s", value.encode("utf-8", "surrogatepass"))
         case bytes():
             _write(made, "b", value)
-        case np.ndarray():
-            array = cast("np.ndarray[Any, Any]", value)
-            if array.dtype == object:
-                raise TypeError("an array of objects has no digest")
-            _write(made, "a", f"{array.dtype.str} {array.shape}".encode())
-            _write(made, "d", np.ascontiguousarray(array).tobytes())
-        case np.generic():
-            _feed(made, cast(object, value.item()))
         case Mapping():
             pairs = cast("Mapping[object, object]", value)
             each = sorted(digest(key) + digest(own) for key, own in pairs.items())
@@ -62,7 +52,17 @@ def _feed(made: Any, value: object) -> None:
 
 
 def _feed_object(made: Any, value: object) -> None:
-    if is_dataclass(value) and not isinstance(value, type):
+    import numpy as np  # here, as few files need it to be checked
+
+    if isinstance(value, np.ndarray):
+        array = cast("np.ndarray[Any, Any]", value)
+        if array.dtype == object:
+            raise TypeError("an array of objects has no digest")
+        _write(made, "a", f"{array.dtype.str} {array.shape}".encode())
+        _write(made, "d", np.ascontiguousarray(array).tobytes())
+    elif isinstance(value, np.generic):
+        _feed(made, cast(object, value.item()))
+    elif is_dataclass(value) and not isinstance(value, type):
         _write(made, "r", _name(type(value)).encode())
         _feed(made, [(f.name, getattr(value, f.name)) for f in fields(value) if f.compare])
     else:

@@ -48,7 +48,7 @@ def class_argument(
     alone = next((form.default for form in metric.forms.values() if form.default is not None), None)
     if shape.side == "text":  # the row's image
         alone = IMAGE if alone is not None or metric.name == "score" else None
-    if arguments or alone is None or (shape.task == "tokens" and shape.side != "text"):
+    if arguments or alone is None or shape.task == "tokens":
         return None
     return ast.ClassOutput(ast.Name(alone, span=node.span), span=node.span)
 

@@ -10,6 +10,7 @@ from itertools import product
 from math import prod
 from typing import Any, Literal
 
+from mechdsl.base.digest import digest
 from mechdsl.base.record import Record, record
 from mechdsl.diagnostics.core import UNKNOWN, Unknown
 from mechdsl.images.picture import Picture
@@ -42,8 +43,6 @@ class Opposite(Record):
     @cached_property
     def digest(self) -> str:
         """All that it is."""
-        from mechdsl.base.digest import digest  # it imports numpy, which few files need here
-
         pictures = [(each.text, each.size) for each in self.pictures]
         return digest(self.texts, self.ids, pictures).hex()
 

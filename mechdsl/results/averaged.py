@@ -30,6 +30,11 @@ class Joined:
     numbers: Sequence[Callable[[Floats, Bools], Floats]]
     """Per group, of its cells' values [cell, prompt] and where there are any, [prompt]."""
 
+    def of(self, values: Floats, there: Bools) -> Floats:
+        """[cell of the result, prompt]"""
+        pairs = zip(map(list, self.groups), self.numbers, strict=True)
+        return np.stack([number(values[group], there[group]) for group, number in pairs])
+
 
 def averaged(result: ExperimentResult, axis: str, *, area: bool = False) -> ExperimentResult:
     """The result with the mean along an axis in place of its cells: in each row over the cells that
@@ -65,20 +70,17 @@ def averaged(result: ExperimentResult, axis: str, *, area: bool = False) -> Expe
 def _measure(data: MeasureData, joined: Joined) -> MeasureData:
     there, groups = ~np.isnan(data.patched), joined.groups
 
-    def mean(values: Floats) -> Floats:
-        """[cell, prompt] over the cells that a prompt is part of."""
-        every = np.broadcast_to(values, there.shape)
-        pairs = zip(map(list, groups), joined.numbers, strict=True)
-        return np.stack([number(every[group], there[group]) for group, number in pairs])
+    def joint(values: Floats) -> Floats:
+        return joined.of(np.broadcast_to(values, there.shape), there)
 
     gaps = data.gaps or ("",) * len(data.patched)
     return replace(
         data,
-        patched=mean(data.patched),
-        base=mean(data.base),
-        source=None if data.source is None else mean(data.source),
-        truth=None if data.truth is None else mean(data.truth),
-        rounding=None if data.rounding is None else mean(data.rounding),
+        patched=joint(data.patched),
+        base=joint(data.base),
+        source=None if data.source is None else joint(data.source),
+        truth=None if data.truth is None else joint(data.truth),
+        rounding=None if data.rounding is None else joint(data.rounding),
         inert=np.array([data.inert[list(group)].all() for group in groups]),
         gaps=tuple(next((gaps[n] for n in group if gaps[n]), "") for group in groups),
         seen=None if data.seen is None else _seen(data.seen, groups),
@@ -112,14 +114,11 @@ def _drawn(drawn: DrawnValues, joined: Joined) -> DrawnValues:
     """Of random targets: draw k of all cells."""
     counts = np.array([drawn.counts[list(group)].min() for group in joined.groups])
 
-    def mean(values: Floats) -> Floats:
-        there = ~np.isnan(values)
-        pairs = [*zip(map(list, joined.groups), joined.numbers, strict=True)]
-        each = [[number(one[group], own[group]) for group, number in pairs]
-                for one, own in zip(values, there, strict=True)]  # fmt: skip
-        found = np.array(each)
+    def joint(values: Floats) -> Floats:
+        pairs = zip(values, ~np.isnan(values), strict=True)
+        found = np.stack([joined.of(one, there) for one, there in pairs])
         beyond = np.arange(len(values))[:, None] >= counts[None, :]
         found[beyond] = np.nan
         return found
 
-    return replace(drawn, values=tuple(map(mean, drawn.values)), counts=counts)
+    return replace(drawn, values=tuple(map(joint, drawn.values)), counts=counts)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
 
+from mechdsl.base.digest import number_of
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import BadArgument, UnknownWord, did_you_mean
 from mechdsl.images.picture import GRAY, PictureChange
@@ -149,8 +150,6 @@ def _painted(
         work.diagnostics.append(NotSupported(span=rule.span, what=what))
     if not isinstance(reader, ImageReader):
         return dict.fromkeys(positions.written, run)
-    from mechdsl.base.digest import number_of  # it imports numpy, which few files need here
-
     for key, cell in positions.written.items():
         rows: list[RunRow] = []
         for row, hits, own in zip(run.rows, cell.hits, work.table.row_keys, strict=True):

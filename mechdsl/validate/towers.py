@@ -64,8 +64,9 @@ class Towers:
         if block.kind == "images":
             return model
         if model.shape.stands_in:
-            scored = block.scored_with is not None
-            return replace(model, shape=replace(model.shape, side="text")) if scored else model
+            if block.scored_with is None:
+                return model
+            return replace(model, shape=replace(model.shape, side="text", task="one label"))
         if texts is None:
             if block.scored_with is not None:
                 what = f"`image` in prompts for `{model.name}`, which has no tower for images,"

@@ -250,8 +250,13 @@ def try_file(
 def run_file(
     text: str, folder: Path, name: str, mode: str = "planned", blocks: str = BLOCKS
 ) -> dict[str, ExperimentResult]:
+    return succeeded(*try_file(text, folder, name, mode, blocks))
+
+
+def succeeded(
+    result: FileResult | None, diagnostics: list[Diagnostic]
+) -> dict[str, ExperimentResult]:
     """Experiment → result, rows in the order of the data; an error fails the test."""
-    result, diagnostics = try_file(text, folder, name, mode, blocks)
     errors = [found for found in diagnostics if found.severity == "error"]
     assert result is not None, render_full(errors, color=False, width=100)
     return {found.name: as_in_the_data(found) for found in result.experiments}

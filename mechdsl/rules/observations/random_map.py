@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mechdsl.base.digest import number_of
 from mechdsl.resolve.over_rows import RowVectors
 from mechdsl.rules.observations.over_rows import OverRowsKind
 from mechdsl.rules.observations.registry import observation
@@ -23,8 +24,6 @@ class Random(OverRowsKind):
 
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
         import numpy as np
-
-        from mechdsl.base.digest import number_of
 
         drawn = [number_of("random", seed, key) for key in seen.keys]
         return [np.array(drawn, dtype=np.float64) / 2**64]
