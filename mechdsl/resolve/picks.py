@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from mechdsl.base.names import name_list
@@ -18,19 +17,9 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e06_numbers import PickedBySign
 from mechdsl.diagnostics.e06_onward import BadPick
-from mechdsl.program.possible_axes import may_sweep
-from mechdsl.prompts.position_hits import lies_behind
-from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
-from mechdsl.resolve.findings import (
-    Finding,
-    RankedSite,
-    Refused,
-    ranked_rules,
-    ranked_tokens,
-    site_targets,
-)
-from mechdsl.resolve.resolved import ResolvedExperiment
-from mechdsl.resolve.resolved_rule import Key, PositionTargets, SitePoint, SiteTargets
+from mechdsl.prompts.prompt_table import Hits, PromptTable
+from mechdsl.resolve.findings import Finding, RankedSite, Refused
+from mechdsl.resolve.pickable import check_sites, check_tokens
 from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
@@ -38,7 +27,6 @@ if TYPE_CHECKING:
 
 SHOWN = 10
 """Sites of a pick that the conventions list."""
-EMBED = SitePoint("embed", None, None)
 
 
 @dataclass
@@ -110,7 +98,7 @@ class Onward:
         there = None if finding.shape_stands_in else f"`{node.of}` has {{}} sites"
         try:
             for part in finding.parts:
-                _check_sites(part.experiment, node)
+                check_sites(part.experiment, node)
             count = _count(node, values, len(finding.sites), there)
         except Refused as refusal:
             diagnostics.append(_bad(node, refusal))
@@ -276,56 +264,14 @@ class Onward:
                 f"{_ends(least, most)} of {_ends(min(sizes), max(sizes))} tokens in each row, by "
                 f"the row's own {finding.measure}, signed"
             )
-            if finding.cells > len(_position_labels(finding.parts[0].experiment)):
+            axes = finding.parts[0].experiment.axes
+            if finding.cells > next(len(a.labels) for a in axes if a.name == "position"):
                 said += ", each token by the best of its cells"
         if lacking:
             said += (
                 f"; {lacking} of {lacking + len(orders)} rows dropped, `{finding.name}` lacks them"
             )
         self.picks[key] = said
-
-
-def pick_nothing(
-    sites: SiteTargets | None,
-    positions: PositionTargets | None,
-    otherwise: SitePoint = EMBED,
-) -> tuple[SiteTargets | None, PositionTargets | None]:
-    """Cells that pick no site write at no token: any site stands in for them.
-
-    A cell has sites and positions of its own in every stage behind this one.
-
-    otherwise: where no cell picks any.
-    """
-    if sites is None or positions is None or all(sites.points.values()):
-        return sites, positions
-    some = next((p for p in sites.points.values() if p), (otherwise,))
-    points = {key: here or some for key, here in sites.points.items()}
-    sources = sites.sources
-    if sources is not None:
-        read = next((p for p in sources.values() if p), some)
-        sources = {key: here or read for key, here in sources.items()}
-    axes = (*positions.axes, *(a for a in sites.axes if a not in positions.axes))
-    sizes = {axis: 1 + max(key[i] for key in sites.points) for i, axis in enumerate(sites.axes)}
-    more = axes[len(positions.axes) :]
-    written: dict[Key, PositionCell] = {}
-    read_at: dict[Key, PositionCell] = {}
-    for before in positions.written:
-        for behind in product(*(range(sizes[axis]) for axis in more)):
-            key = (*before, *behind)
-            at = dict(zip(axes, key, strict=True))
-            empty = not sites.points[tuple(at[axis] for axis in sites.axes)]
-            for cells, into in ((positions.written, written), (positions.read, read_at)):
-                cell = cells[before]
-                into[key] = _without_tokens(cell) if empty else cell
-    labels = {key: label if sites.points[key] else "nothing" for key, label in sites.labels.items()}
-    return (
-        replace(sites, points=points, labels=labels, sources=sources),
-        replace(positions, axes=axes, written=written, read=read_at),
-    )
-
-
-def _without_tokens(cell: PositionCell) -> PositionCell:
-    return replace(cell, hits=tuple(((),) if row else () for row in cell.hits))
 
 
 # --- amounts --------------------------------------------------------------------------------------
@@ -405,110 +351,3 @@ def _warn(
 def _bad(node: ast.Ranked, refusal: Refused, span: Span | None = None) -> BadPick:
     where = span or node.span
     return BadPick(span=where, text=where.written, reason=refusal.reason, hint=refusal.hint)
-
-
-# --- what can be picked ---------------------------------------------------------------------------
-
-
-def _check_first_measure(experiment: ResolvedExperiment) -> None:
-    name = experiment.name
-    if not experiment.rules:
-        raise Refused(
-            f"`{name}` intervenes nowhere, so it has nothing to rank",
-            "name an experiment with a rule that sweeps",
-        )
-    first = experiment.measures[0]
-    if experiment.spec.over is not None:
-        raise Refused(
-            f"`{name}` averages over `{experiment.spec.over}`, and ranks no single cells",
-            f"rank an experiment without `mean over {experiment.spec.over}`",
-        )
-    if first.kind == "category":
-        raise Refused(
-            f"the first measure of `{name}`, `{first.text}`, is a category, which has no order",
-            f"let `{name}` measure a number first, such as `logit(answer)`",
-        )
-
-
-def _check_sites(experiment: ResolvedExperiment, node: ast.Ranked) -> None:
-    _check_first_measure(experiment)
-    name = experiment.name
-    rules = ranked_rules(experiment)
-    without = [rule for rule in rules if rule.sites is None]
-    tokens = f"{node.span.written} tokens"
-    if without:
-        some = "" if len(without) == len(rules) else "some rules of "
-        raise Refused(
-            f"{some}`{name}` change{'' if some else 's'} the input, which is no site",
-            f"name its tokens, `{tokens}`, or an experiment that sweeps sites",
-        )
-    words = {"positions": "position ids", "blocks": "blocks"}
-    other = next((words[r.does.changes] for r in rules if r.does.changes in words), None)
-    if other is not None:
-        raise Refused(
-            f"`{name}` changes {other}, which are no sites",
-            "name an experiment that writes at sites",
-        )
-    swept = {axis for rule in rules for axis in site_targets(rule).axes}
-    if not swept and experiment.n_cells > 1:
-        site = next(iter(site_targets(rules[0]).labels.values()))
-        raise Refused(
-            f"`{name}` sweeps positions only, all at {site}",
-            f"name its tokens, `{tokens}`, or an experiment that sweeps sites",
-        )
-
-
-def _position_labels(experiment: ResolvedExperiment) -> tuple[Any, ...]:
-    return next(axis.labels for axis in experiment.axes if axis.name == "position")
-
-
-def check_tokens(
-    experiment: ResolvedExperiment, table: PromptTable, tokenizer: TextTokenizer, otherwise: str
-) -> None:
-    """Whether it has a number for each of some single tokens of these prompts, by its first
-    measure. Raises Refused. otherwise: what to write where it sweeps no positions."""
-    _check_first_measure(experiment)
-    name = experiment.name
-    if experiment.table.name != table.name:
-        raise Refused(
-            f"`{name}` ranks tokens of `{experiment.table.name}`, this experiment runs on "
-            f"`{table.name}`",
-            "let both name one block of prompts: tokens are ranked row by row",
-        )
-    theirs = experiment.model.tokenizer
-    known = not theirs.stands_in and not tokenizer.stands_in
-    if known and theirs.hash != tokenizer.hash:
-        raise Refused(
-            f"`{name}` ranks tokens of `{experiment.model.name}`, which has another tokenizer",
-            "let both run on one model",
-        )
-    rules = ranked_rules(experiment)
-    sweeping = [rule for rule in rules if "position" in ranked_tokens(rule)[0].axes]
-    if experiment.model.tokenizer.stands_in:
-        sweeping = [rule for rule in rules if may_sweep(ranked_tokens(rule)[1])]
-    if not sweeping:
-        raise Refused(
-            f"`{name}` doesn't sweep positions",
-            otherwise,
-        )
-    rule = sweeping[0]
-    if rule.spec.onto is not None and rule.edge is None:
-        raise Refused(
-            f"a cell of `{name}` has tokens in two places",
-            "let it sweep single tokens, for example `at each token of …`",
-        )
-    if experiment.model.tokenizer.stands_in:
-        return
-    rows = experiment.table.runs[experiment.spec.base].rows
-    for cell in ranked_tokens(rule)[0].written.values():
-        if lies_behind(cell, rows):
-            raise Refused(
-                f"the cell `{cell.label}` of `{name}` is of the answer, behind the prompt",
-                "let it sweep tokens of the prompt alone: `token *`",
-            )
-        if any(row and (len(row) != 1 or len(row[0]) != 1) for row in cell.hits):
-            raise Refused(
-                f"the cell `{cell.label}` of `{name}` covers several tokens",
-                "let it sweep single tokens: `each token …` or `token *`, on spans that are "
-                "equally long",
-            )

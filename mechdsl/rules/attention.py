@@ -15,7 +15,7 @@ from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.head_sites import attention_sites
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.picks import pick_nothing
+from mechdsl.resolve.pick_nothing import pick_nothing
 from mechdsl.resolve.resolved_rule import (
     Amounts,
     Convention,

@@ -14,7 +14,7 @@ from mechdsl.program import spec
 from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.kinds import RuleKind
-from mechdsl.resolve.picks import pick_nothing
+from mechdsl.resolve.pick_nothing import pick_nothing
 from mechdsl.resolve.resolved_rule import (
     Apart,
     Intervention,

@@ -14,7 +14,7 @@ from mechdsl.prompts.prompt_table import Hits, PositionCell
 from mechdsl.resolve.findings import Finding, Refused, VariantFinding
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.over_rows import OverRows
-from mechdsl.resolve.picks import check_tokens
+from mechdsl.resolve.pickable import check_tokens
 from mechdsl.resolve.resolved import Axis
 from mechdsl.resolve.resolved_rule import (
     Convention,

@@ -11,7 +11,7 @@ from mechdsl.program.constants import constant
 from mechdsl.prompts.image_reader import ImageReader
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.observation import Seen
-from mechdsl.resolve.picks import pick_nothing
+from mechdsl.resolve.pick_nothing import pick_nothing
 from mechdsl.resolve.resolved_rule import Convention, EdgeTargets, PositionTargets, ResolvedRule
 from mechdsl.resolve.site_targets import resolve_site
 from mechdsl.resolve.targets import later_targets
