@@ -20,7 +20,7 @@ from mechdsl.generate.records import Decoding
 from mechdsl.generate.write_replies import write_replies
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.rule_writes import RuleWrites
-from mechdsl.program import spec
+from mechdsl.program.spec_replies import Generation
 from mechdsl.prompts.prompt_table import PromptTable, Run
 
 
@@ -49,7 +49,7 @@ class Writer:
         model_of: Callable[[Run], LoadedModel],
         table: PromptTable,
         seed: int,
-        generation: spec.Generation,
+        generation: Generation,
         *,
         cached: bool,
     ) -> None:
@@ -168,7 +168,7 @@ class _Asked:
         )
 
 
-def _decoding(model: LoadedModel, generation: spec.Generation) -> Decoding:
+def _decoding(model: LoadedModel, generation: Generation) -> Decoding:
     assert model.tokenizer is not None
     return Decoding(
         tokens=generation.tokens,

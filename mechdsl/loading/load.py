@@ -42,7 +42,8 @@ from mechdsl.loading.prove import text_of
 from mechdsl.loading.towers import take_any_apart
 from mechdsl.models.identity import Hashed, file_hash, identity_of_folder, stamps, weights_hash
 from mechdsl.models.locate import locate, needed, weight_files
-from mechdsl.models.shape import ModelShape, read_config, read_shape, shape_from_config, shape_of
+from mechdsl.models.shape import ModelShape
+from mechdsl.models.shape_from_config import read_config, read_shape, shape_from_config, shape_of
 from mechdsl.program import spec
 from mechdsl.prompts.image_reader import ImageReader, reader_of
 from mechdsl.prompts.tokenizer import TextTokenizer

@@ -37,7 +37,8 @@ from mechdsl.loading.verify import (
 from mechdsl.models.adapters import family_of
 from mechdsl.models.anatomy import Anatomy
 from mechdsl.models.finder import find_anatomies, stack_names
-from mechdsl.models.shape import ModelShape, stack_shape, units, width
+from mechdsl.models.shape import ModelShape, units, width
+from mechdsl.models.shape_from_config import stack_shape
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.vocab.sites import SITES
 

@@ -19,7 +19,8 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_adapters import AdapterConfig, AdapterDoesNotFit, OtherAdapter
 from mechdsl.diagnostics.w07_models import OtherBase
 from mechdsl.models.locate import ADAPTER
-from mechdsl.models.shape import ModelShape, read_config
+from mechdsl.models.shape import ModelShape
+from mechdsl.models.shape_from_config import read_config
 from mechdsl.program.spec import Model
 
 OF_INPUTS = frozenset(

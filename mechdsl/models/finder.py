@@ -28,7 +28,8 @@ from mechdsl.models.block_parts import (
 )
 from mechdsl.models.families import Family, family_of
 from mechdsl.models.projections import NotFound, leaf, sizes
-from mechdsl.models.shape import ModelShape, mixes
+from mechdsl.models.shape import ModelShape
+from mechdsl.models.shape_from_config import mixes
 from mechdsl.vocab.sites import of_part
 
 

@@ -17,7 +17,7 @@ from mechdsl.plan.read_batches import read_batches
 from mechdsl.plan.reply_cost import reading_work, reply_work
 from mechdsl.plan.save_plan import SIZES, SaveLayout, layout_of, reads_of, save_panel
 from mechdsl.plan.sweeps import save_sweeps
-from mechdsl.program.spec import Generation
+from mechdsl.program.spec_replies import Generation
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedSave
 

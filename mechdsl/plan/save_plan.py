@@ -16,7 +16,7 @@ from mechdsl.models.shape import ModelShape
 from mechdsl.plan.columns import prompt_lengths
 from mechdsl.plan.plan import Panel, panel_of
 from mechdsl.plan.read_batches import numbers_of
-from mechdsl.program.spec import Generation
+from mechdsl.program.spec_replies import Generation
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedSave
 from mechdsl.resolve.saves import tensor_name

@@ -9,9 +9,9 @@ from mechdsl.base import limits
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.e01_syntax import NotSupported
 from mechdsl.diagnostics.e02_names import BadArgument, UnknownWord, did_you_mean
-from mechdsl.program import spec
 from mechdsl.program.constants import constant, whole_number
 from mechdsl.program.sort_statements import Statements
+from mechdsl.program.spec_replies import During, Generation, RepliesOf
 from mechdsl.syntax import ast
 
 
@@ -37,7 +37,7 @@ SETTINGS: Mapping[str, Setting] = {
 }
 
 
-def lower_replies(work: Statements) -> spec.RepliesOf | None:
+def lower_replies(work: Statements) -> RepliesOf | None:
     """Whose replies stand behind the prompts, if any do; E0108 beside `generate`."""
     said = work.prompts[0].replies if work.prompts else None
     if said is None:
@@ -52,8 +52,8 @@ def lower_replies(work: Statements) -> spec.RepliesOf | None:
             )
         )
     if isinstance(said, ast.Name):
-        return spec.RepliesOf(span=said.span, of=said.id)
-    return spec.RepliesOf(span=said.span, of=said.name, cell=said.arguments)
+        return RepliesOf(span=said.span, of=said.id)
+    return RepliesOf(span=said.span, of=said.name, cell=said.arguments)
 
 
 def length_of_replies(line: ast.Generate) -> ast.Measure:
@@ -67,7 +67,7 @@ def length_of_replies(line: ast.Generate) -> ast.Measure:
     return ast.Measure(length, raw, span=line.span)
 
 
-def lower_generation(work: Statements) -> spec.Generation | None:
+def lower_generation(work: Statements) -> Generation | None:
     """The `generate` line of an experiment; None where it has none. After an error another one
     stands for it.
 
@@ -77,10 +77,10 @@ def lower_generation(work: Statements) -> spec.Generation | None:
         return None
     line = work.generate[0]
     found = _generation(line, work)
-    return spec.Generation(span=line.span, tokens=2) if found is None else found
+    return Generation(span=line.span, tokens=2) if found is None else found
 
 
-def _generation(line: ast.Generate, work: Statements) -> spec.Generation | None:
+def _generation(line: ast.Generate, work: Statements) -> Generation | None:
     """The line, None after an error."""
     tokens = whole_number(line.tokens, work.parts.parameters)
     if isinstance(line.tokens, str) and not work.scope.use("param", line.tokens, line.span):
@@ -113,7 +113,7 @@ def _generation(line: ast.Generate, work: Statements) -> spec.Generation | None:
         )
     if given:
         given.setdefault("temperature", 1.0)
-    return spec.Generation(span=line.span, tokens=tokens, stops=tuple(stops), **given)
+    return Generation(span=line.span, tokens=tokens, stops=tuple(stops), **given)
 
 
 def _settings(line: ast.Generate, work: Statements) -> dict[str, Any] | None:
@@ -150,7 +150,7 @@ def _settings(line: ast.Generate, work: Statements) -> dict[str, Any] | None:
     return None if len(work.diagnostics) > before else found
 
 
-def lower_during(rule: ast.Rule, work: Statements) -> spec.During | None:
+def lower_during(rule: ast.Rule, work: Statements) -> During | None:
     """When a rule acts; None at each step, and after an error.
 
     E0203 for a phase that there isn't, E0207 for steps that there are not; those that a `for` runs
@@ -162,11 +162,11 @@ def lower_during(rule: ast.Rule, work: Statements) -> spec.During | None:
     if node.phase == "each step":
         return None
     if node.phase == "after prefill":
-        return spec.During(span=node.span, first=0, last=0, after_prefill=True)
+        return During(span=node.span, first=0, last=0, after_prefill=True)
     if node.phase == "named":
         word = node.name or ""
         if word == "prefill":
-            return spec.During(span=node.span, first=0, last=0)
+            return During(span=node.span, first=0, last=0)
         otherwise = "write `during prefill`, `during each step` or `during step 2..5`"
         hint = did_you_mean(word, ["prefill"], otherwise)
         work.diagnostics.append(
@@ -176,7 +176,7 @@ def lower_during(rule: ast.Rule, work: Statements) -> spec.During | None:
     return _steps(node, work)
 
 
-def _steps(node: ast.During, work: Statements) -> spec.During | None:
+def _steps(node: ast.During, work: Statements) -> During | None:
     """`during step 2..5`."""
     steps = node.steps
     assert steps is not None
@@ -192,7 +192,7 @@ def _steps(node: ast.During, work: Statements) -> spec.During | None:
         if problem is not None:
             _refuse(node, steps.span.written, *problem, work)
             return None
-    return spec.During(span=node.span, first=low, last=high)
+    return During(span=node.span, first=low, last=high)
 
 
 def wrong_steps(low: int, high: int, tokens: int | None) -> tuple[str, str] | None:

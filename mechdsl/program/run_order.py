@@ -17,13 +17,14 @@ from mechdsl.program.observed_names import (
     with_results,
     with_results_in,
 )
+from mechdsl.program.spec_replies import RepliesOf
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
 if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
 
-Onward: TypeAlias = ast.Ranked | ast.MapOf | spec.RepliesOf
+Onward: TypeAlias = ast.Ranked | ast.MapOf | RepliesOf
 """What names another experiment, `of`, whose results it needs."""
 
 
@@ -96,7 +97,7 @@ def _called(
 
 def _each_of(node: Onward, called: Mapping[str, Mapping[str, str]]) -> list[Onward]:
     """Of `top k of m`, one for each experiment that `m` runs over."""
-    if isinstance(node, spec.RepliesOf) or node.of not in called:
+    if isinstance(node, RepliesOf) or node.of not in called:
         return [node]
     return [replace(node, of=of) for of in called[node.of].values()]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, PlainSerializer, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
 from mechdsl.base.source import Source, Span
@@ -53,3 +53,10 @@ else:
     EndText = ArgumentText = MapText = RefText = _AS_WRITTEN
     Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
     Losses = Where
+
+
+class Spec(BaseModel):
+    """Every part knows the span that it came from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    span: Where

@@ -10,7 +10,6 @@ from itertools import compress
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e04_model import NoTokenFor
 from mechdsl.diagnostics.e05_chat import BadChatTemplate, NoChatTemplate
-from mechdsl.diagnostics.e05_data import EmptyPrompt, PromptTooLong
 from mechdsl.diagnostics.w07_data import NotAllRows, UnknownWords
 from mechdsl.program import spec
 from mechdsl.prompts.answers import (
@@ -18,18 +17,16 @@ from mechdsl.prompts.answers import (
     move,
     moved_characters,
     output_text,
-    quoted,
     shared_beginning,
-    text_tokens,
     tokenise,
 )
 from mechdsl.prompts.averaged_images import take_mean
 from mechdsl.prompts.changed_patches import change_patches
-from mechdsl.prompts.chat_template import turns_in
 from mechdsl.prompts.class_texts import class_texts
 from mechdsl.prompts.dealt_evenly import dealt_evenly
 from mechdsl.prompts.domains import Constants, Words
 from mechdsl.prompts.image_reader import of_image
+from mechdsl.prompts.prompt_checks import empty_prompts, too_long, unknown_words
 from mechdsl.prompts.prompt_conventions import (
     Split,
     image_conventions,
@@ -54,7 +51,7 @@ from mechdsl.prompts.row_selection import (
 )
 from mechdsl.prompts.rows import CLEAN, BlockRows, Row
 from mechdsl.prompts.tokenizer import Encoded, TextTokenizer
-from mechdsl.prompts.values import Rich, TokenId
+from mechdsl.prompts.values import TokenId
 from mechdsl.syntax import ast
 from mechdsl.vocab.corruptions import ActivationChange, TokenChange, of_kind, of_patches
 
@@ -180,8 +177,8 @@ class _Builder:
     texts: bool = True
     """Whether there are answers and the like."""
     labels: Labels = "none"
-    writes: bool = False
     """Whether they are of a classifier's outputs, which aren't tokenised."""
+    writes: bool = False
     whole: bool = True
     """Whether deviations are of all rows before `limit`, as in a run, or of those of the table."""
 
@@ -194,7 +191,8 @@ class _Builder:
         conventions = rows_convention(self.block, found, len(table), limit, part, equal)
         conventions |= token_conventions(self.block, table, self.tokenizer)
         if not has_errors(self.diagnostics):
-            self._check_lengths(table)
+            if self.max_length is not None:
+                self.diagnostics += too_long(self.block, table, self.max_length)
             table = self._with_noise(table, found)
         conventions |= noise_conventions(table) | image_conventions(table)
         classes, problems = class_texts(self.block, found.rows[0].clean)
@@ -306,7 +304,10 @@ class _Builder:
     ) -> Run:
         riches = [row.prompt for row in rows]
         encoded = [prompts[rich.text] for rich in riches]
-        self._check_texts(name, riches, encoded)
+        self.diagnostics += empty_prompts(self.block, name, riches)
+        if not any(isinstance(d, UnknownWords | NoTokenFor) for d in self.diagnostics):
+            # Else they were told of another run.
+            self.diagnostics += unknown_words(self.block, self.tokenizer, name, riches, encoded)
         out: list[RunRow] = []
         for row, rich, tokens, own in zip(rows, riches, encoded, texts, strict=True):
             kept: dict[str, TextTokens] = {}
@@ -420,85 +421,3 @@ class _Builder:
         if not more.rows:
             return table
         return _Builder(rows, self.tokenizer, None, texts=False).runs(more.rows)[0]
-
-    # --- checks and conventions -------------------------------------------------------------
-
-    def _check_texts(self, run: str, riches: Sequence[Rich], encoded: Sequence[Encoded]) -> None:
-        template = self.block.templates[0].text.span
-        empty = sum(not rich.text.strip() for rich in riches)
-        if empty:
-            self.diagnostics.append(EmptyPrompt(span=template, run=run, rows=empty))
-        if any(isinstance(d, UnknownWords | NoTokenFor) for d in self.diagnostics):
-            return  # of another run
-        for number, (words, rows) in sorted(self._unknown(riches, encoded).items()):
-            shown = ", ".join(words[:3]) + (f" and {len(words) - 3} more" * (len(words) > 3))
-            turns = self.block.templates[0].turns
-            lacking = NoTokenFor(
-                span=turns[number].text.span if turns else template,
-                words=shown,
-                rows=rows,
-                total=len(riches),
-                run=run,
-            )
-            unknown = self.tokenizer.unknown_id
-            if unknown is None or self.tokenizer.made_unknown:
-                self.diagnostics.append(lacking)
-                continue
-            text = self.tokenizer.token_text(unknown)
-            self.diagnostics.append(
-                UnknownWords(
-                    span=lacking.span,
-                    words=shown,
-                    rows=rows,
-                    total=len(riches),
-                    run=run,
-                    unknown=text,
-                )
-            )
-
-    def _unknown(
-        self, riches: Sequence[Rich], encoded: Sequence[Encoded]
-    ) -> dict[int, tuple[list[str], int]]:
-        """Number of a turn (0 where there are none, and for what stands in none) → the words in it
-        that the tokenizer doesn't know, and in how many rows."""
-        unknown = self.tokenizer.unknown_id
-        roles = [turn.role for turn in self.block.templates[0].turns]
-        words: dict[int, dict[str, None]] = {}
-        rows: dict[int, int] = {}
-        for rich, tokens in zip(riches, encoded, strict=True):
-            places = [i for i, token in enumerate(tokens.ids) if token == unknown]
-            if unknown is None or not places:
-                continue
-            turns = list(turns_in(rich, roles))
-            seen: set[int] = set()
-            for i in places:
-                start, end = tokens.offsets[i]
-                holds = (n for n, first, last in turns if first <= start < last)
-                turn = next(holds, 0)
-                words.setdefault(turn, {})[quoted(rich.text[start:end].strip())] = None
-                seen.add(turn)
-            for turn in seen:
-                rows[turn] = rows.get(turn, 0) + 1
-        return {turn: (list(found), rows[turn]) for turn, found in words.items()}
-
-    def _check_lengths(self, table: PromptTable) -> None:
-        if self.max_length is None:
-            return
-        for name, run in table.runs.items():
-            lengths = [len(row.ids) for row in run.rows]
-            too_long = sum(n > self.max_length for n in lengths)
-            if too_long:
-                self.diagnostics.append(
-                    PromptTooLong(
-                        span=self.block.templates[0].text.span,
-                        run=name,
-                        rows=too_long,
-                        total=len(lengths),
-                        longest=max(lengths),
-                        most=self.max_length,
-                    )
-                )
-                return
-
-
-__all__ = ["Split", "build_table", "text_tokens"]

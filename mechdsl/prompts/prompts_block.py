@@ -6,20 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 
-from mechdsl.base import limits
 from mechdsl.base.names import name_list
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import DuplicateName, did_you_mean
-from mechdsl.diagnostics.e05_data import (
-    BadCall,
-    CyclicValue,
-    DataFormat,
-    NoDomain,
-    NoTemplate,
-    TooMany,
-    UnknownValue,
-)
+from mechdsl.diagnostics.e05_data import BadCall, DataFormat, NoDomain, NoTemplate, UnknownValue
 from mechdsl.images.picture import Picture
 from mechdsl.program import spec
 from mechdsl.program.lower_images import is_drawn
@@ -27,6 +18,7 @@ from mechdsl.program.lower_images import parts as image_parts
 from mechdsl.prompts.chat_template import ChatTemplate
 from mechdsl.prompts.compiled_template import CompiledTemplate, Definition
 from mechdsl.prompts.data_files import DataFile, read_data
+from mechdsl.prompts.derived_values import endless
 from mechdsl.prompts.domains import Constants, Words, make_domain
 from mechdsl.prompts.hub_datasets import read_dataset
 from mechdsl.prompts.images_block import (
@@ -43,7 +35,6 @@ from mechdsl.prompts.row_scope import Refusal
 from mechdsl.prompts.values import Value, frozen, plain
 from mechdsl.syntax import ast
 from mechdsl.syntax.template import Placeholder, parse_template
-from mechdsl.syntax.walk import depth
 from mechdsl.vocab.corruptions import kind_of, problems
 
 TEMPLATE = "template"
@@ -356,47 +347,10 @@ class PromptsBlock:
             graph = template.definitions | self.definitions
             for name, value in self.texts.items():
                 graph.setdefault(name, Definition((name,), value))
-            found = self._circle(graph)
+            found = endless(graph, self.placeholders)
             if found is not None:
                 self.diagnostics.append(found)
                 return
-
-    def _circle(self, graph: Mapping[str, Definition]) -> Diagnostic | None:
-        """What is wrong with the way definitions hang on one another. Rows are worked out by
-        recursion, which is why chains are bounded."""
-        steps: dict[str, int] = {}
-        within: dict[str, int] = {}
-
-        def visit(name: str, path: tuple[str, ...]) -> Diagnostic | None:
-            if name in steps or name not in graph:
-                return None
-            span = graph[name].value.span
-            if name in path:
-                around = path[path.index(name) :]
-                shown = " → ".join(f"`{n}`" for n in (*around, name))
-                return CyclicValue(span=span, name=name, path=shown)
-            longest = deepest = 0
-            for use in uses(graph[name].value, self.placeholders):
-                if use.how in ("value", "pool") and len(path) <= limits.CHAIN:
-                    found = visit(use.name, (*path, name))
-                    if found is not None:
-                        return found
-                    longest = max(longest, steps.get(use.name, 0))
-                    deepest = max(deepest, within.get(use.name, 0))
-            steps[name] = longest + 1
-            within[name] = deepest + depth(graph[name].value)
-            bounds = (
-                (steps, limits.CHAIN, f"steps from which `{name}` is derived"),
-                (within, 2 * limits.DEPTH, f"parts of `{name}` within one another"),
-            )
-            for found, most, what in bounds:
-                if found[name] > most:
-                    amount = f"{most + 1} or more"
-                    hint = "derive it in fewer steps"
-                    return TooMany(span=span, what=what, amount=amount, most=most, hint=hint)
-            return None
-
-        return next((f for f in (visit(name, ()) for name in graph) if f is not None), None)
 
     def only(self, corruption: spec.Corruption) -> PromptsBlock:
         """The same block with one of its corruptions."""

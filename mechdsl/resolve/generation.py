@@ -12,6 +12,7 @@ from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.lower_generation import wrong_steps
+from mechdsl.program.spec_replies import During, Generation
 from mechdsl.prompts.answer_tokens import names_answer
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.in_progress import Work
@@ -102,7 +103,7 @@ def _of_samples(
             yield UnreadableMeasure(span=span, text=span.written, reason=reason, hint=hint)
 
 
-def _of_model(generation: spec.Generation, work: Work) -> Iterator[Diagnostic]:
+def _of_model(generation: Generation, work: Work) -> Iterator[Diagnostic]:
     """Whether it writes, and has positions for all that it may write."""
     shape, name = work.model.shape, work.model.name
     if shape.stands_in:
@@ -149,7 +150,7 @@ def _prompts(experiment: spec.Experiment, table: PromptTable) -> Iterator[tuple[
         yield from (row.ids for row in (() if run is None else run.rows))
 
 
-def _of_runs(generation: spec.Generation, work: Work) -> Iterator[Diagnostic]:
+def _of_runs(generation: Generation, work: Work) -> Iterator[Diagnostic]:
     """Runs with rules are of the prompts, and don't write."""
     experiment = work.experiment
     for name in dict.fromkeys((experiment.base, experiment.source)):
@@ -163,7 +164,7 @@ def _of_runs(generation: spec.Generation, work: Work) -> Iterator[Diagnostic]:
             )
 
 
-def _of_rule(rule: ResolvedRule, generation: spec.Generation) -> Iterator[Diagnostic]:
+def _of_rule(rule: ResolvedRule, generation: Generation) -> Iterator[Diagnostic]:
     """Whether it can act in its steps."""
     said, does = rule.spec, rule.does
     if rule.path is not None:
@@ -218,7 +219,7 @@ def _of_rule(rule: ResolvedRule, generation: spec.Generation) -> Iterator[Diagno
         yield from _behind_the_prefill(rule)
 
 
-def _kept(rule: ResolvedRule, generation: spec.Generation) -> Iterator[Diagnostic]:
+def _kept(rule: ResolvedRule, generation: Generation) -> Iterator[Diagnostic]:
     """`after prefill`: keys and values that are kept of the prompt."""
     during, points = rule.spec.during, () if rule.sites is None else rule.sites.points.values()
     assert during is not None
@@ -264,6 +265,6 @@ def _not_yet(rule: spec.Rule, what: str, later: str) -> Diagnostic:
     return NotSupported(span=rule.span, what=what, later=later)
 
 
-def _bad(during: spec.During, reason: str, hint: str) -> Diagnostic:
+def _bad(during: During, reason: str, hint: str) -> Diagnostic:
     said = " ".join(during.span.written.split())
     return BadArgument(span=during.span, name=said, reason=reason, hint=hint)

@@ -14,7 +14,7 @@ from mechdsl.diagnostics.e03_coordinates import AxisDoesNotFit
 from mechdsl.program.numbers_in_measures import names_in
 from mechdsl.program.python_files import find_function, is_python, metric_use
 from mechdsl.prompts.answer_sets import is_list
-from mechdsl.prompts.build_table import text_tokens
+from mechdsl.prompts.answers import text_tokens
 from mechdsl.prompts.image_reader import ImageReader
 from mechdsl.resolve.class_outputs import (
     class_argument,
@@ -27,12 +27,7 @@ from mechdsl.resolve.class_outputs import (
     score_of_nothing,
     without_classes,
 )
-from mechdsl.resolve.measure_context import (
-    MeasureContext,
-    environments,
-    multi_token,
-    refuse,
-)
+from mechdsl.resolve.measure_context import MeasureContext, environments, multi_token, refuse
 from mechdsl.resolve.reply_metrics import has_reply, of_reply
 from mechdsl.resolve.resolved import Atom, Env
 from mechdsl.resolve.sets_in_metrics import DIGITS, of_set

@@ -17,6 +17,7 @@ from mechdsl.images.picture import Picture
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.python_files import PythonFunction
+from mechdsl.program.spec_replies import Generation
 from mechdsl.prompts.answer_sets import TokenSets
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, ReplyPosition
 from mechdsl.prompts.tokenizer import TextTokenizer
@@ -303,7 +304,7 @@ class ResolvedExperiment(Record):
         return self.spec.name
 
     @property
-    def generation(self) -> spec.Generation | None:
+    def generation(self) -> Generation | None:
         """What its rows write behind their prompts, if anything."""
         return self.spec.generation
 

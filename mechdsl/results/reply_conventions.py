@@ -12,7 +12,7 @@ from mechdsl.execute.writer import ends_of
 from mechdsl.generate.way import way_of
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.experiment_plan import ExperimentPlan
-from mechdsl.program import spec
+from mechdsl.program.spec_replies import Generation
 from mechdsl.resolve.replies import reads_reply
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.resolve.resolved_rule import ResolvedRule
@@ -51,7 +51,7 @@ def of_replies(
         yield "prompt end", "what isn't read off the reply is measured in step 0, before it"
 
 
-def _ends(said: spec.Generation, experiment: ResolvedExperiment, model: LoadedModel) -> str:
+def _ends(said: Generation, experiment: ResolvedExperiment, model: LoadedModel) -> str:
     text = experiment.model.tokenizer.token_text
     own = " or ".join(f"`{text(token)}`" for token in sorted(ends_of(model)))
     stops = " or ".join(map(json.dumps, said.stops))

@@ -15,12 +15,7 @@ from mechdsl.base.names import name_list
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic, certain, has_errors
 from mechdsl.diagnostics.e01_syntax import NotSupported, TooLarge
-from mechdsl.diagnostics.e02_names import (
-    BadCommandLine,
-    UnknownName,
-    UnknownWord,
-    did_you_mean,
-)
+from mechdsl.diagnostics.e02_names import BadCommandLine, UnknownName, UnknownWord, did_you_mean
 from mechdsl.diagnostics.e05_answers import AnswerLeftOut
 from mechdsl.diagnostics.e06_experiment import (
     EffectNeedsSource,
@@ -49,9 +44,10 @@ from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse
 from mechdsl.syntax.walk import walk
 from mechdsl.validate.about_results import about_results
-from mechdsl.validate.contexts import Build, BuiltModel, Contexts
+from mechdsl.validate.contexts import Contexts
 from mechdsl.validate.follow_ups import BrokenLines
 from mechdsl.validate.images_read import not_of_images
+from mechdsl.validate.model_contexts import Build, BuiltModel
 from mechdsl.validate.vocabulary import measures_fit
 from mechdsl.validate.waiting import with_waiting
 from mechdsl.validate.written_files import check_written
@@ -184,7 +180,7 @@ def _check_source(
     for name, prompts in program.prompts.items():
         if prompts.span.source is source:
             contexts.table_alone(name)
-    checked.built = contexts.built
+    checked.built = contexts.models.built
     checked.reported = [e for e in experiments if e.name not in checked.unreported]
     checked.diagnostics.extend(check_written([(program, checked.reported)]))
     checked.diagnostics.extend(
@@ -276,7 +272,7 @@ def _outline(
     """What is known of an experiment; what is wrong with it is said."""
     fitted = rows_read(experiment, checked.program)
     others = [run.model for run in (*experiment.elsewhere, *fitted) if run.model is not None]
-    model, *read = (contexts.model(name) for name in (experiment.model, *others))
+    model, *read = (contexts.models.context(name) for name in (experiment.model, *others))
     model = contexts.towers.reading(experiment.prompts, model)
     if read and any(each.shape.side for each in (model, *read)):
         what = "another model beside one with two towers"
@@ -297,7 +293,7 @@ def _outline(
     if experiment.replies is not None:
         finding = findings.get(experiment.replies.of)
         table = contexts.with_replies(experiment, model, table, finding)
-    model = contexts.fitting(model, table)
+    model = contexts.models.fitting(model, table)
     model, table = contexts.towers.facing_images(experiment, model, table)
     model, problems = with_opposite(model, table, experiment)
     checked.diagnostics.extend(problems)

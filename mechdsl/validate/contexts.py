@@ -5,63 +5,37 @@ What can't be had is stood in for, so that all else of a file is checked by the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
-from typing import Protocol
 
 from mechdsl.diagnostics.core import Diagnostic, Unknown, certain, has_errors
-from mechdsl.diagnostics.e01_syntax import NotSupported
-from mechdsl.models.locate import locate, needed
-from mechdsl.models.shape import ModelShape, read_shape
-from mechdsl.models.stand_in_shape import stand_in_shape
+from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.lower_directions import Rows
 from mechdsl.program.lower_images import averaged_block
-from mechdsl.program.python_files import Mode, PythonFunction, find_function, of_prompts
+from mechdsl.program.python_files import Mode, of_prompts
 from mechdsl.prompts.answers import Labels
 from mechdsl.prompts.build_table import build_table, compiled_as
-from mechdsl.prompts.image_reader import ImageReader, StandInReader
 from mechdsl.prompts.names_used import counts_tokens
 from mechdsl.prompts.other_blocks import Paired, paired_run
 from mechdsl.prompts.prompt_conventions import Split
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.prompts_block import PromptsBlock
 from mechdsl.prompts.rows import BlockRows
-from mechdsl.prompts.stand_ins import (
-    StandInTokenizer,
-    as_images,
-    stand_in_table,
-    with_stand_ins,
-)
-from mechdsl.prompts.tokenizer import TOKENIZER_FILES, TextTokenizer, has_tokenizer
+from mechdsl.prompts.stand_ins import as_images, stand_in_table, with_stand_ins
+from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.model_runs import joined_table, model_run, outputs_read, refused_pair
 from mechdsl.resolve.resolved import ModelContext
-from mechdsl.resolve.towers_read import read_towers
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 from mechdsl.validate.images_read import cannot_read
-from mechdsl.validate.largest_named import largest_named
-from mechdsl.validate.not_called import not_called
+from mechdsl.validate.model_contexts import Build, ModelContexts
 from mechdsl.validate.prompts_enough import enough
 from mechdsl.validate.replies_named import replies_behind
 from mechdsl.validate.towers import Towers
-from mechdsl.validate.vocabulary import prompts_fit, tokenizer_fits
-
-
-class BuiltModel(Protocol):
-    """A model that a function has made, taken apart and proved."""
-
-    @property
-    def shape(self) -> ModelShape: ...
-    @property
-    def tokenizer(self) -> TextTokenizer | None: ...
-
-
-Build = Callable[[spec.Model, PythonFunction], tuple[BuiltModel | None, list[Diagnostic]]]
-"""Makes the model of a statement by its function; None where that can't be done. It needs torch."""
+from mechdsl.validate.vocabulary import prompts_fit
 
 
 class Contexts:
@@ -86,145 +60,26 @@ class Contexts:
         """
         self.program = program
         self.diagnostics = diagnostics
-        self.given = given
         self.limit = limit
-        self.mode = python
         self.python = python == "run"
-        self.build = build
-        self.built: dict[str, BuiltModel] = {}
-        """Models that functions have made."""
-        self.require = require
         self.prompts_enough = prompts_enough
-        self._stand_in = StandInTokenizer()
-        self._stand_in_reader = StandInReader()
-        self._models: dict[str, ModelContext] = {}
+        self.models = ModelContexts(
+            program, diagnostics, given, python=python, build=build, require=require
+        )
         self._rows: dict[str, BlockRows] = {}
         self._tables: dict[tuple[object, ...], PromptTable] = {}
         self._runs: dict[tuple[object, ...], Paired | None] = {}
         self._joined: dict[tuple[object, ...], PromptTable] = {}
         self._replied: dict[tuple[object, ...], PromptTable] = {}
         self.towers = Towers(
-            program, diagnostics, self.model, self._compiled, self._build, self._say, self._stand_in
+            program,
+            diagnostics,
+            self.models.context,
+            self._compiled,
+            self._build,
+            self._say,
+            self.models.stand_in,
         )
-        self._tokenizers: dict[tuple[object, ...], TextTokenizer | None] = {}
-
-    def model(self, name: str) -> ModelContext:
-        """What is known of a model; where it isn't here or is refused, what stands in for it."""
-        if name not in self._models:
-            found = self.given.get(name) or self._read(name)
-            if not found.shape.stands_in and not found.tokenizer.stands_in:
-                problems = tokenizer_fits(found)
-                self.diagnostics.extend(problems)
-                if problems:
-                    found = replace(found, tokenizer=self._stand_in)
-            self._models[name] = found
-        return self._models[name]
-
-    def _read(self, name: str) -> ModelContext:
-        model = self.program.models.get(name)
-        shape, tokenizer = None, None
-        if model is None:  # its statement has been refused, or there is none
-            model = spec.Model(span=self.program.span, name=name, kind="local", path="")
-        elif model.function is not None:
-            shape, tokenizer = self._made(model, model.function)
-        elif model.base is not None:
-            shape, tokenizer = self._adapted(model, self.model(model.base))
-        elif (folder := self._folder(model)) is not None:
-            shape, found = read_shape(folder, model=model.name, span=model.span)
-            self.diagnostics.extend(found)
-            if shape is not None and shape.takes == "image":
-                tokenizer = self._images(folder, shape, model)
-            elif shape is not None or has_tokenizer(folder):
-                tokenizer = self._tokenizer(folder, model)
-        shape = shape or stand_in_shape(self._largest)
-        stand_in = self._stand_in_reader if shape.takes == "image" else self._stand_in
-        return ModelContext(model, shape, tokenizer or stand_in)
-
-    def _images(self, folder: Path, shape: ModelShape, model: spec.Model) -> TextTokenizer | None:
-        """What makes images ready for the model."""
-        assert shape.patches is not None  # else its folder is refused
-        reader, found = read_towers(folder, shape, model)
-        self.diagnostics.extend(found)
-        return reader
-
-    def _folder(self, model: spec.Model) -> Path | None:
-        folder, found = locate(model, model.span.source.folder)
-        self.diagnostics.extend(needed(found) if self.require else found)
-        return folder
-
-    def _made(
-        self, model: spec.Model, call: ast.Call
-    ) -> tuple[ModelShape | None, TextTokenizer | None]:
-        """What a function gives, called where Python may run, the file has no errors so far and
-        the function is there; else nothing, and why."""
-        function, _ = find_function(call, "model")
-        made = None
-        if function is None or self.mode == "refuse":
-            pass  # E0222, or E0221
-        elif self.mode == "look":
-            self.diagnostics.append(not_called(model, function, required=self.require))
-        elif self.build is not None and not has_errors(self.diagnostics):
-            made, found = self.build(model, function)
-            self.diagnostics.extend(found)
-        if made is None:
-            return None, None
-        self.built[model.name] = made
-        return made.shape, made.tokenizer
-
-    def _adapted(
-        self, model: spec.Model, base: ModelContext
-    ) -> tuple[ModelShape | None, TextTokenizer | None]:
-        """An adapter has the shape of its base, and its tokenizer, unless its folder has another
-        one: that is what it was trained with."""
-        folder = self._folder(model)
-        if folder is None:
-            return None, None
-        if base.shape.side:
-            what = f"an adapter of `{base.name}`, which has two towers,"
-            self.diagnostics.append(NotSupported(span=model.span, what=what))
-            return None, None
-        from mechdsl.models.adapter_folder import other_base, other_task, read_scaling
-
-        scaling, found = read_scaling(folder, model)
-        if scaling is not None:
-            found += other_base(folder, model, base.spec)
-            found += other_task(folder, model, base.spec, base.shape)
-        self.diagnostics.extend(found)
-        if has_errors(found):
-            return None, None
-        tokenizer = base.tokenizer
-        if has_tokenizer(folder):
-            own = self._tokenizer(folder, model.model_copy(update={"bos": base.spec.bos}))
-            if own is None or base.tokenizer.stands_in or not own.same_as(base.tokenizer):
-                tokenizer = own
-        return base.shape, tokenizer
-
-    @cached_property
-    def _largest(self) -> dict[str, int]:
-        return largest_named(self.program)
-
-    def _tokenizer(self, folder: Path, model: spec.Model) -> TextTokenizer | None:
-        """Checkpoints with the same files share one, which takes a while to read, and so their
-        prompts."""
-        key: tuple[object, ...] = (model.name,)
-        if model.matched is not None or model.base is not None:
-            files = [folder / name for name in TOKENIZER_FILES]
-            key = (model.bos, *(file.read_bytes() for file in files if file.is_file()))
-        if key not in self._tokenizers:
-            found, problems = TextTokenizer.from_folder(folder, model.bos, span=model.span)
-            self.diagnostics.extend(problems)
-            self._tokenizers[key] = found
-        return self._tokenizers[key]
-
-    def _words(self, name: str) -> list[str] | None:
-        names = self.program.checkpoints.get(name) or (name,)
-        if not self.program.models.keys() >= set(names):
-            return None
-        return self._of_words(name).tokenizer.plain_words()
-
-    def _of_words(self, name: str) -> ModelContext:
-        names = self.program.checkpoints.get(name) or (name,)
-        return self.model(names[0])  # checkpoints have one tokenizer
 
     def table(
         self,
@@ -246,7 +101,7 @@ class Contexts:
         if key not in self._tables:
             assert part is None or part == "train" or part == "test"
             table = None
-            model = self._reading(name, model)
+            model = self.models.reading(name, model)
             problem = cannot_read(self.program.prompts[name], model)
             if problem is not None:
                 self.diagnostics.append(problem)
@@ -256,9 +111,9 @@ class Contexts:
                     found = [*found, *prompts_fit(table, model)]
                 self._say(found, model, name)
             if table is None:
-                table = stand_in_table(self._compiled(name).block, self._stand_in)
+                table = stand_in_table(self._compiled(name).block, self.models.stand_in)
                 if self.program.prompts[name].kind == "images":
-                    table = as_images(table, self._stand_in_reader)
+                    table = as_images(table, self.models.stand_in_reader)
             elif self._guessed(name, model):
                 table = replace(table, stands_in=True)
             self._tables[key] = table
@@ -268,7 +123,7 @@ class Contexts:
         """The rows that a direction is fitted on: those of a block or a part, all without `limit:`,
         or those of the experiment; for the model that runs them."""
         if rows.model is not None:
-            model = self.model(rows.model)
+            model = self.models.context(rows.model)
         if rows.block is None:
             return self.table(experiment.prompts, model, experiment.limit, experiment.part)
         return self.table(rows.block, model, rows.limit, rows.part)
@@ -285,29 +140,13 @@ class Contexts:
         assert experiment.replies is not None
         key = (id(table), experiment.replies.span, model.name)
         if key not in self._replied:
-            others = [self.model(run.model) for run in experiment.elsewhere if run.model]
+            others = [self.models.context(run.model) for run in experiment.elsewhere if run.model]
             found, problems = replies_behind(
                 table, experiment, self.program, finding, model, others
             )
             self._replied[key] = found
             self.diagnostics.extend(problems)
         return self._replied[key]
-
-    def fitting(self, model: ModelContext, table: PromptTable) -> ModelContext:
-        """The model with the tokenizer that a table was made with."""
-        images = any(row.image is not None for run in table.runs.values() for row in run.rows)
-        if images != (model.shape.takes == "image"):  # which has been said
-            model = replace(model, shape=stand_in_shape(self._largest))
-        if not table.stands_in and images == isinstance(model.tokenizer, ImageReader):
-            return model
-        return replace(model, tokenizer=self._stand_in_reader if images else self._stand_in)
-
-    def _reading(self, name: str, model: ModelContext) -> ModelContext:
-        """A model that isn't at hand, as one that reads what a block has."""
-        images = self.program.prompts[name].kind == "images"
-        if images and model.tokenizer.stands_in and not isinstance(model.tokenizer, ImageReader):
-            return replace(model, tokenizer=self._stand_in_reader)
-        return model
 
     def _say(self, found: Sequence[Diagnostic], model: ModelContext, *blocks: str) -> None:
         """Keep what is true whatever stands in."""
@@ -329,7 +168,7 @@ class Contexts:
         domains = (value.domain for value in self.program.prompts[name].values)
         calls = (node for domain in domains for node in walk(domain))
         return any(
-            self._of_words(argument.value.id).tokenizer.stands_in
+            self.models.of_words(argument.value.id).tokenizer.stands_in
             for node in calls
             if isinstance(node, ast.Call) and node.name == "words"
             for argument in node.arguments
@@ -358,7 +197,7 @@ class Contexts:
             seed=self.program.seed,
             limit=limit,
             part=part,
-            words=self._words,
+            words=self.models.words,
             max_length=model.shape.max_positions,
             parameters=self.program.parameters,
             blocks=self.program.prompts,
@@ -398,7 +237,7 @@ class Contexts:
         return PromptsBlock(
             self.program.prompts[name],
             seed=self.program.seed,
-            words=self._words,
+            words=self.models.words,
             parameters=self.program.parameters,
             blocks=self.program.prompts,
             python=self.python,
@@ -409,7 +248,7 @@ class Contexts:
         """Check a block that no experiment has used, with the file's only model."""
         if any(key[0] == name for key in self._tables) or len(self.program.models) != 1:
             return
-        model = self.model(next(iter(self.program.models)))
+        model = self.models.context(next(iter(self.program.models)))
         if cannot_read(self.program.prompts[name], model) is None:
             self.table(name, model, 1, None)
 
@@ -453,7 +292,7 @@ class Contexts:
     ) -> tuple[Paired | None, list[Diagnostic]]:
         if self.needs_python(prompts):
             return None, []
-        model, other = self._reading(prompts, model), self.program.prompts[prompts]
+        model, other = self.models.reading(prompts, model), self.program.prompts[prompts]
         if (problem := cannot_read(other, model)) is not None:
             return None, [problem]
         if other.kind != self.program.prompts[table.name].kind:
@@ -481,7 +320,7 @@ class Contexts:
         table: PromptTable,
     ) -> tuple[Paired | None, list[Diagnostic]]:
         assert run.model is not None
-        other = self.model(run.model)
+        other = self.models.context(run.model)
         problem = refused_pair(run, other, model, outputs=outputs_read(experiment, run.name))
         if problem is not None:
             return None, [problem]

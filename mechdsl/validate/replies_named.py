@@ -13,6 +13,7 @@ from mechdsl.diagnostics.e05_answers import NoRepliesBehind
 from mechdsl.diagnostics.e06_statistics import UnreadableExpectation
 from mechdsl.program import spec
 from mechdsl.program.lower_directions import rows_read
+from mechdsl.program.spec_replies import RepliesOf
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.replies_behind import with_replies, with_stand_ins
 from mechdsl.resolve.cell_key import CellKey, joined_axes, joined_cells
@@ -75,7 +76,7 @@ def _parts(finding: Finding) -> list[VariantFinding]:
 
 
 def _check(
-    named: spec.RepliesOf,
+    named: RepliesOf,
     part: VariantFinding,
     table: PromptTable,
     models: Sequence[ModelContext],
@@ -122,7 +123,7 @@ def _check_fits(experiment: spec.Experiment, program: spec.Program) -> None:
 
 
 def _cell(
-    named: spec.RepliesOf, parts: Sequence[VariantFinding], program: spec.Program
+    named: RepliesOf, parts: Sequence[VariantFinding], program: spec.Program
 ) -> tuple[VariantFinding, int]:
     """(variant, number of its cell) of the one that is named."""
     undecided = open_axes(parts[0].experiment.spec, program.groups, ("shape", "tokens"))
@@ -143,7 +144,7 @@ def _cell(
 
 
 def _not_one(
-    named: spec.RepliesOf, axes: Sequence[str], cells: Sequence[CellKey], found: int
+    named: RepliesOf, axes: Sequence[str], cells: Sequence[CellKey], found: int
 ) -> Refused:
     if found:
         said = ", ".join(
@@ -171,9 +172,7 @@ def _cells(part: VariantFinding) -> list[CellKey]:
     ]
 
 
-def _room(
-    named: spec.RepliesOf, part: VariantFinding, table: PromptTable, model: ModelContext
-) -> int:
+def _room(named: RepliesOf, part: VariantFinding, table: PromptTable, model: ModelContext) -> int:
     """Tokens that replies may have."""
     assert part.experiment.generation is not None
     tokens, most = part.experiment.generation.tokens, model.shape.max_positions
@@ -193,7 +192,7 @@ def _only(part: VariantFinding, cell: int) -> Mapping[int, Reply]:
     return {row: replies[0] for row, replies in part.replies[cell].items()}
 
 
-def _check_lengths(table: PromptTable, model: ModelContext, named: spec.RepliesOf) -> None:
+def _check_lengths(table: PromptTable, model: ModelContext, named: RepliesOf) -> None:
     """Whether there are rows, none of them too long."""
     if not len(table):
         raise Refused(
@@ -210,11 +209,11 @@ def _check_lengths(table: PromptTable, model: ModelContext, named: spec.RepliesO
         )
 
 
-def _bad(named: spec.RepliesOf, reason: str, hint: str) -> Diagnostic:
+def _bad(named: RepliesOf, reason: str, hint: str) -> Diagnostic:
     return NoRepliesBehind(span=named.span, text=named.text, reason=reason, hint=hint)
 
 
-def _reworded(named: spec.RepliesOf, found: Diagnostic) -> Diagnostic:
+def _reworded(named: RepliesOf, found: Diagnostic) -> Diagnostic:
     """What is wrong with a cell that is named, which is no expectation here."""
     if not isinstance(found, UnreadableExpectation):
         return found

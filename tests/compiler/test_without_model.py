@@ -15,7 +15,7 @@ import pytest
 from mechdsl import zoo
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.models.shape import shape_from_config
+from mechdsl.models.shape_from_config import shape_from_config
 from mechdsl.program import spec
 from mechdsl.resolve.resolved import ModelContext
 from mechdsl.syntax.parse import read_source

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from mechdsl.prompts.answers import numerals
-from mechdsl.prompts.build_table import text_tokens
+from mechdsl.prompts.answers import numerals, text_tokens
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.tokenizer import TextTokenizer
 

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.prompts.answers import numerals
-from mechdsl.prompts.build_table import text_tokens
+from mechdsl.prompts.answers import numerals, text_tokens
 from mechdsl.prompts.position_hits import hit_texts
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import PromptTable

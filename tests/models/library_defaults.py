@@ -12,7 +12,8 @@ from typing import Any
 
 from mechdsl.models.config_keys import ALIKE
 from mechdsl.models.library_defaults import PARTS, TABLE, with_defaults
-from mechdsl.models.shape import ModelShape, shape_from_config
+from mechdsl.models.shape import ModelShape
+from mechdsl.models.shape_from_config import shape_from_config
 
 Shapes = tuple[ModelShape | None, ...]
 

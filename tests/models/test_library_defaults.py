@@ -10,7 +10,8 @@ import pytest
 
 from mechdsl.models.config_keys import ALIKE
 from mechdsl.models.library_defaults import read_table, with_defaults
-from mechdsl.models.shape import ModelShape, shape_of
+from mechdsl.models.shape import ModelShape
+from mechdsl.models.shape_from_config import shape_of
 
 from . import library_defaults
 

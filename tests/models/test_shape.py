@@ -13,7 +13,8 @@ from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.models.adapters import FAMILIES
 from mechdsl.models.heads_by_class import ENCODERS
 from mechdsl.models.missing_site import missing_site
-from mechdsl.models.shape import read_shape, shape_from_config, units, width
+from mechdsl.models.shape import units, width
+from mechdsl.models.shape_from_config import read_shape, shape_from_config
 from mechdsl.vocab.sites import SITES, by_short, stop_layer, write_order
 
 from ..families.parts import Architecture

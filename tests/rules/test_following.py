@@ -10,7 +10,7 @@ import pytest
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.render import render_full
-from mechdsl.program import spec
+from mechdsl.program.spec_replies import Generation
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.resolve.resolved_rule import PositionTargets, ResolvedRule, Steps
 from mechdsl.validate.check_file import Checked, Settings, check_source
@@ -239,7 +239,7 @@ def test_a_position_of_the_prompt_is_written_in_the_prefill() -> None:
 def test_a_line_says_how_replies_are_written(line: str, fields: dict[str, object]) -> None:
     found = resolved("freeze z layer 1 at last token", line, "seed 3").generation
     assert found is not None
-    assert found == spec.Generation.model_validate({"span": found.span, **fields})
+    assert found == Generation.model_validate({"span": found.span, **fields})
 
 
 @pytest.mark.parametrize("setting", ["top_k 2.5", "samples 1.5", "samples 0", "temperature 0"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mechdsl.base.source import Source
-from mechdsl.models.shape import available_sites
+from mechdsl.models.shape_from_config import available_sites
 from mechdsl.validate.check_file import Settings, check_source
 from mechdsl.vocab.sites import SITES
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.models.shape import shape_from_config
+from mechdsl.models.shape_from_config import shape_from_config
 from mechdsl.program import spec
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.resolve.resolved import ModelContext
@@ -181,7 +181,7 @@ def _contexts(files: Iterable[File]) -> dict[str, ModelContext]:
         checked = check_source(Source(file.text, file.path), ROWS)
         contexts = Contexts(checked.program, [], {}, None)
         for name, model in checked.program.models.items():
-            here = None if model.kind == "hf" else contexts.model(name)
+            here = None if model.kind == "hf" else contexts.models.context(name)
             found[name] = here or _by_its_numbers(model)
     return found
 
