@@ -94,7 +94,7 @@ def _diagnose(page: Page, text: str, folder: Path) -> tuple[str, list[Diagnostic
         how = Settings(require_models=page.code == "E0401", prompts_enough=limits.CHECKED_PROMPTS)
         found = check_source(source, how).diagnostics
         if page.code in WHILE_RUNNING and not found:
-            from mechdsl.pipeline.compute import run_source
+            from .run_source import run_source
 
             found = run_source(source)[1]
     return render_full(found, width=100).replace(str(path), "$FILE"), list(found)

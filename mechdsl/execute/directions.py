@@ -176,7 +176,7 @@ class DirectionFits:
                 return torch.stack([self._through(fit, p, rows.mean()) for p, rows in parts]).sum(0)
             case "pca":
                 component = int(fit.options.get("component", 1))
-                components = pca(samples[0][0].matrix(), component).directions
+                components = pca(samples[0][0].matrix(), component)
                 return torch.from_numpy(np.ascontiguousarray(components[component - 1]))
             case _:
                 return _probe(fit, samples[0][0])

@@ -2,48 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import scipy.linalg
 
 from mechdsl.base.arrays import Floats
-from mechdsl.fits.means import checked
+from mechdsl.fits.vectors import checked
 
 SINGLE = float(np.finfo(np.float32).eps)
 """What activations are exact to, where nothing else is said: float32."""
 
 
-@dataclass(frozen=True, eq=False)
-class Components:
-    """Principal components of vectors, those of the largest variance first."""
+def pca(x: Floats, n: int) -> Floats:
+    """The first `n` principal components of the rows around their mean (Pearson 1901), those of the
+    largest variance first.
 
-    directions: Floats
-    """[component, width]: unit vectors, orthogonal to each other."""
-    variances: Floats
-    """[component]: of the rows along each, with n − 1 in the denominator."""
-    shares: Floats
-    """[component]: of the whole variance."""
-    mean: Floats
-    """[width]: what was taken off each row."""
-
-
-def pca(x: Floats, n: int) -> Components:
-    """The first `n` principal components of the rows around their mean (Pearson 1901).
-
-    x: [row, width]. A direction's sign is free: here its coordinate of the largest magnitude (the
-    first of several) is positive. ValueError where the rows span fewer than `n` dimensions.
+    x: [row, width]. Returns [component, width]: unit vectors, orthogonal to each other. Their sign
+    is free: here the coordinate of the largest magnitude (the first of several) is positive.
+    ValueError where the rows span fewer than `n` dimensions.
     """
     rows = checked(x, 2)
-    mean = rows.mean(axis=0)
-    _, singular, right = scipy.linalg.svd(rows - mean, full_matrices=False)
+    _, singular, right = scipy.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
     spanned = rank(singular, rows.shape)
     if not 1 <= n <= spanned:
         raise ValueError(f"{n} components of vectors that spread over {spanned} dimensions")
-    variances = singular**2 / (len(rows) - 1)
-    whole = float(variances.sum())
-    found = np.array([signed(each) for each in right[:n]])
-    return Components(found, variances[:n], variances[:n] / whole, mean)
+    return np.array([signed(each) for each in right[:n]])
 
 
 def signed(direction: Floats) -> Floats:

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.linalg
 
 from mechdsl.base.arrays import Floats
-from mechdsl.fits.means import checked
+from mechdsl.fits.vectors import checked
 
 CONSTANT = 1e-12
 """Spreads that are so small beside the largest are rounding: such a dimension says nothing."""

@@ -10,7 +10,7 @@ import scipy.special
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.fits.linear import LinearMap
-from mechdsl.fits.means import checked
+from mechdsl.fits.vectors import checked
 
 STEPS = 2000
 """Of L-BFGS, at most."""

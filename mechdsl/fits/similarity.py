@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mechdsl.base.arrays import Floats
-from mechdsl.fits.means import checked
+from mechdsl.fits.vectors import checked
 
 FEWEST_ROWS = 4
 """Of the estimator that corrects for few rows."""

@@ -32,7 +32,6 @@ from mechdsl.models.identity import Hashed, file_hash
 from mechdsl.pipeline.check_folders import check_folders
 from mechdsl.pipeline.fail_fast import Verdicts
 from mechdsl.pipeline.kept_run import kept_run
-from mechdsl.pipeline.run_file import run_file
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.pipeline.waves import FileRun, waves
 from mechdsl.plan.make_plan import make_plan
@@ -44,20 +43,6 @@ from mechdsl.results.experiment_result import FileResult
 from mechdsl.store.runs import OpenRun
 from mechdsl.syntax.parse import parse
 from mechdsl.validate.check_file import Checked, Settings, by_name, check_source
-
-
-def run_source(
-    source: Source, options: RunOptions | None = None, models: Models | None = None
-) -> tuple[FileResult | None, list[Diagnostic]]:
-    """Check and run one file; None where it, its data or its model is wrong, or none of its
-    experiments could be computed. A part that could not be is in the result's `lost` and `missing`,
-    and its reason among the diagnostics, as an error."""
-    options = options or RunOptions()
-    checked, loaded = check_with_models(source, options.settings, models or {})
-    if has_errors(checked.diagnostics):
-        return None, checked.diagnostics
-    ran = run_file(checked, options, loaded)
-    return ran.result, [*checked.diagnostics, *ran.diagnostics]
 
 
 def check_with_models(

@@ -13,7 +13,6 @@ from mechdsl.diagnostics.e02_names import (
     BadArgument,
     DuplicateName,
     RepeatedStatement,
-    UnknownName,
     UnknownWord,
     did_you_mean,
 )
@@ -386,21 +385,3 @@ def _lowered(block: _BlockLines) -> spec.Prompts:
         spans=tuple(block.spans),
         corruptions=tuple(block.corruptions),
     )
-
-
-def known_run(prompts: spec.Prompts, ref: ast.Ref, diagnostics: list[Diagnostic]) -> str | None:
-    """The name of a run of the block: `clean` or one of its corruptions; else None, with E0201."""
-    runs = [CLEAN, *(c.name for c in prompts.corruptions)]
-    if ref.part is None and ref.name in runs:
-        return ref.name
-    known = name_list(runs)
-    written = ref.name if ref.part is None else f"{ref.name}.{ref.part}"
-    diagnostics.append(
-        UnknownName(
-            span=ref.span,
-            kind="run",
-            name=written,
-            hint=did_you_mean(ref.name, runs, f"runs of `{prompts.name}` are {known}"),
-        )
-    )
-    return None

@@ -15,11 +15,11 @@ import pytest
 
 from mechdsl.base.source import Source
 from mechdsl.execute.options import Options
-from mechdsl.pipeline.compute import run_source
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.show.progress import Bar
 from mechdsl.store.store import Store
 
+from ..run_source import run_source
 from .conftest import HEADS, Command, Done
 
 LONG = HEADS.replace("layer 0..1 head * at", "layer * neuron * at last token,")

@@ -18,7 +18,6 @@ import torch
 import mechdsl
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.pipeline.compute import run_source
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.passes import NAMES
@@ -29,6 +28,8 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.export import read_export
 from mechdsl.syntax.parse import read_source
 from mechdsl.validate.check_file import Checked, Settings, check_source
+
+from ..run_source import run_source
 
 FILE = Path(__file__).parent / "group.mech"
 TEXT = FILE.read_text("utf-8")

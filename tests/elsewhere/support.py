@@ -12,7 +12,6 @@ import numpy as np
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.render import render_full
-from mechdsl.pipeline.compute import run_source
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.statistics.measure_data import MeasureData
@@ -35,6 +34,7 @@ from ..execute.support import (
 )
 from ..reference.forward import Write, forward
 from ..reference.points import Point, copied
+from ..run_source import run_source
 
 OTHERS = """
 prompts q {

@@ -213,9 +213,9 @@ def save(family: str, seed: int, folder: Path, **overrides: int) -> None:
 def test_checkpoints_in_natural_order(folder: Path) -> None:
     """The star's part is the label, a number where all are; each checkpoint is a model."""
     from mechdsl.base.source import Source
-    from mechdsl.pipeline.compute import run_source
 
     from ..execute.support import PROMPTS
+    from ..run_source import run_source
 
     for seed, step in enumerate((1000, 90, 200)):
         save("gpt2", seed, folder / "runs" / f"step-{step}")

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.options import Options
-from mechdsl.pipeline.compute import run_source
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.results.experiment_result import FileResult
+
+from ..run_source import run_source
 
 ZOO = Path(__file__).parent.parent.parent / "mechdsl" / "zoo" / "counting"
 BLOCK = """

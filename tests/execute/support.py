@@ -22,7 +22,7 @@ from mechdsl.execute.execute import Execution, execute
 from mechdsl.execute.options import Options
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt
-from mechdsl.pipeline.compute import run_checked, run_source
+from mechdsl.pipeline.compute import run_checked
 from mechdsl.pipeline.run_file import run_file as way_of_a_file
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.make_plan import make_plan
@@ -38,6 +38,7 @@ from mechdsl.validate.check_file import Checked, check_source
 from ..models import families
 from ..reference.forward import Place, Write, forward, side_by_side
 from ..reference.points import Point, copied
+from ..run_source import run_source
 
 Record = dict[str, Any]
 Array = NDArray[np.float64]

@@ -9,8 +9,9 @@ import pytest
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.pipeline.compute import run_source
 from mechdsl.validate.check_file import check_source
+
+from ..run_source import run_source
 
 FILE = """mech 1
 model toy = zoo("counting")

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.source import Source
-from mechdsl.pipeline.compute import run_source
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.validate.check_file import Settings
 
 from ..fruit import FRUIT
 from ..reference.forward import forward
 from ..reference.points import Point, copied
+from ..run_source import run_source
 from .support import (
     ABSOLUTE,
     DIFFERENCE,

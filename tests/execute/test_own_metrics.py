@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from mechdsl.base.source import Source
-from mechdsl.pipeline.compute import run_source
 from mechdsl.results.experiment_result import ExperimentResult
+
+from ..run_source import run_source
 
 FILE = """mech 1
 model toy = zoo("counting")

@@ -27,7 +27,6 @@ from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading import file_models, merge
 from mechdsl.loading.load import adopt, load
 from mechdsl.loading.merge import load_adapter
-from mechdsl.pipeline.compute import run_source
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.validate.check_file import Settings, check_source
 
@@ -47,6 +46,7 @@ from ..execute.support import (
 from ..quick import in_turn, some
 from ..reference.forward import forward
 from ..reference.points import Point, copied
+from ..run_source import run_source
 from . import families, lora
 from .conftest import statement
 

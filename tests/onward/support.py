@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.diagnostics.render import render_full
-from mechdsl.pipeline.compute import run_source
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.passes import NAMES
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.validate.check_file import Checked, Settings, check_source
 
 from .. import fruit
+from ..run_source import run_source
 
 HERE = Path(__file__).parent
 ZOO = HERE.parent.parent / "mechdsl" / "zoo" / "counting"

@@ -13,9 +13,9 @@ from mechdsl.cli import app
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.options import Options
 from mechdsl.pipeline import waves as running
-from mechdsl.pipeline.compute import run_source
 from mechdsl.pipeline.run_options import RunOptions
 
+from ..run_source import run_source
 from .support import HEAD, best_sites, checked, experiment, patched, run
 
 DELTA = "measure logit(answer) as delta"

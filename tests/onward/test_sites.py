@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mechdsl.base.source import Source
-from mechdsl.pipeline.compute import run_source
 from mechdsl.pipeline.run_options import RunOptions
 
+from ..run_source import run_source
 from .support import HEAD, HERE, PLAIN, best_sites, checked, experiment, patched, run
 
 MEASURE = "measure logit(answer) - logit(answer of fewer) as recovery"

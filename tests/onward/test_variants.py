@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from mechdsl.base.source import Source
-from mechdsl.pipeline.compute import run_source
 
+from ..run_source import run_source
 from .support import HEAD, best_sites, experiment, patched, run
 from .test_tokens import LOGIT, expected, orders
 

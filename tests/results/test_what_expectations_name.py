@@ -9,7 +9,6 @@ import pytest
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.pipeline.compute import run_source
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.program import spec
 from mechdsl.program.lower_file import lower_program
@@ -29,6 +28,7 @@ from mechdsl.validate.conditions import (
 )
 from mechdsl.validate.expectations import read_expectation
 
+from ..run_source import run_source
 from .synthetic import expectation, finished, heads, measure, positions
 
 GROUP = "mech 1\ngroup movers = L2H1, L1H3\ngroup pair = L0H0\n"

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from mechdsl.base.source import Source
-from mechdsl.pipeline.compute import run_source
 
 from ..execute.support import token
 from ..quick import in_turn
 from ..reference.forward import Changes, Edge, Write
+from ..run_source import run_source
 from .support import (
     QUICK,
     Key,

@@ -1,0 +1,25 @@
+"""A text checked and run without the command line, the Python interface and what is kept."""
+
+from __future__ import annotations
+
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.loading.file_models import Models
+from mechdsl.pipeline.compute import check_with_models
+from mechdsl.pipeline.run_file import run_file
+from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.results.experiment_result import FileResult
+
+
+def run_source(
+    source: Source, options: RunOptions | None = None, models: Models | None = None
+) -> tuple[FileResult | None, list[Diagnostic]]:
+    """Check and run one file; None where it, its data or its model is wrong, or none of its
+    experiments could be computed. A part that could not be is in the result's `lost` and `missing`,
+    and its reason among the diagnostics, as an error."""
+    options = options or RunOptions()
+    checked, loaded = check_with_models(source, options.settings, models or {})
+    if has_errors(checked.diagnostics):
+        return None, checked.diagnostics
+    ran = run_file(checked, options, loaded)
+    return ran.result, [*checked.diagnostics, *ran.diagnostics]
