@@ -245,15 +245,17 @@ def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
     if ref is None and _of_weights(work):
         return work.parts.prompts.setdefault(spec.NO_PROMPTS, _no_prompts())
     if ref is None:
+        first = work.parts.prompts.get(known[0]) if known else None
+        kind, name = ("prompts", "fruit") if first is None else (first.kind, first.name)
         work.diagnostics.append(
             MissingLine(
                 span=work.definition.name.span,
                 experiment=work.definition.name.id,
-                what="prompts",
-                hint=f"add a line such as `prompts {known[0] if known else 'fruit'} limit 64`",
+                what=kind,
+                hint=f"add a line such as `{kind} {name} limit 64`",
             )
         )
-        return work.parts.prompts.get(known[0]) if len(known) == 1 else None
+        return first if len(known) == 1 else None
     use = work.prompts[0]
     named_once([(each.span.written, each.span) for each in use.prompts], work)
     name = ref.name

@@ -193,9 +193,8 @@ def write_images(folder: Path) -> None:
     records: list[dict[str, str]] = []
     for number, (answer, wrong) in enumerate(zip(ANSWERS, WRONG, strict=True)):
         Image.fromarray(image(number)).save(folder / f"{number}.png")
-        records.append(
-            {"file": f"{number}.png", "label": answer, "other": wrong, "kind": KINDS[number]}
-        )
+        files = {"file": f"{number}.png", "second": f"{(number + 1) % len(ANSWERS)}.png"}
+        records.append({**files, "label": answer, "other": wrong, "kind": KINDS[number]})
     text = "\n".join(map(json.dumps, records)) + "\n"
     (folder / "data.jsonl").write_text(text, encoding="utf-8")
 

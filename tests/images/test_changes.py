@@ -376,3 +376,24 @@ def test_deviations_are_of_all_rows_before_a_limit(tmp_path: Path) -> None:
     assert noise.positions == ((0,),) * 6
     said = experiment.table.conventions["noise of c"]
     assert said == f"gaussian, 3 sd over {len(noise.sd_tokens):,} tokens of 1,000 images, 1 draw"
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip"])
+def test_records_with_two_images(name: str, tmp_path: Path) -> None:
+    """One goes into the other."""
+    said = 'image "{file}"\n'
+    second = support.BLOCKS.replace(said, f"{said}  corrupt other {{ file = second }}\n")
+    rule = "patch resid_post layer 0 at image row 1..2 col * tokens"
+    text = support.experiment("e", "from other into clean", rule)
+    measure = support.run_file(text, tmp_path, name, "planned", second)["e"].measures[0]
+    tokens = [support.token(name, row, col) for row in (1, 2) for col in range(1, 5)]
+    base, patched = np.zeros(3), np.zeros(3)
+    for number in range(3):
+        source = plain(name, (number + 1) % 3)
+        writes = {("resid_post", 0): copied(source, "resid_post", 0, tokens)}
+        clean = support.pixels(name, number)
+        base[number] = difference(plain(name, number), number)
+        patched[number] = difference(forward(name, clean, writes), number)
+    np.testing.assert_allclose(measure.base[0], base, atol=1e-4)
+    np.testing.assert_allclose(measure.patched[0], patched, atol=1e-4)
+    assert np.abs(base - patched).min() > 0.05

@@ -1710,7 +1710,9 @@ _image(
     "image file",
     'image "{kind}.png"',
     "A file, its path relative to the `.mech` file: PNG, JPEG, WebP or BMP. Upright, in RGB, "
-    "transparent parts on white.",
+    "transparent parts on white. A record may have several: a corruption names another, "
+    '`corrupt other { file = second }` where the image is `"{file}"`, and so one goes into the '
+    "other.",
     "tests/images/test_pixels.py",
 )
 _image(
