@@ -92,6 +92,9 @@ def paired_run(
     how = "its only row beside each" if single is not None else "by their number, beside those"
     how = "dealt by a seeded shuffle to those" if shuffled else how
     there_run = _aligned(found, table, run, name, index)
+    if single is not None and own.spec.regions and not other.spec.regions:
+        there_run = _with_regions(there_run, table)
+        how = "its only row, with the regions of each, beside those"
     return Paired(there_run, how, found.python, found.data_hash), diagnostics
 
 
@@ -174,3 +177,11 @@ def _aligned(
             row_keys=tuple(found.row_keys[i] for i in index),
         )
     return Run(name, tuple(rows[i] for i in index), noise, prompts=found.name, chat=there.chat)
+
+
+def _with_regions(run: Run, table: PromptTable) -> Run:
+    """One image for all rows has no regions of its own: in each row `object tokens` are where they
+    are in the image that goes in."""
+    pairs = zip(run.rows, table.runs[CLEAN].rows, strict=True)
+    rows = (replace(row, places={**beside.places, **row.places}) for row, beside in pairs)
+    return replace(run, rows=tuple(rows))

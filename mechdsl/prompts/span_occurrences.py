@@ -222,7 +222,7 @@ class Occurrences:
             UnknownSpan(
                 span=ref.span,
                 name=name,
-                prompts=self.table.name,
+                prompts=self.table.runs[self.run].prompts or self.table.name,
                 hint=hint,
                 what="nothing of an image",
                 unit="image",

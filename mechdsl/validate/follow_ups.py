@@ -124,7 +124,7 @@ class BrokenLines:
                 return True  # `model to = …`, meant as `toy`
             case BadArgument(reason=reason) if reason == NO_IMAGE:
                 return block in self.wrong
-            case BadPick(reason=reason):
+            case BadPick(reason=reason) | BadArgument(reason=reason):
                 return not self.unfinished.isdisjoint(_quoted(reason))
             case NotInTheReply(reason=reason) if reason == WRITES_NONE:
                 return block in self.wrong

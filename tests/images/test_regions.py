@@ -184,6 +184,41 @@ def test_a_rule_at_a_region(name: str, mode: str, tmp_path: Path) -> None:
     assert np.abs(found.measures[0].patched - found.measures[0].base).max() > 0.1
 
 
+@pytest.mark.parametrize("mode", some(("plain", "planned"), ["planned"]))
+@pytest.mark.parametrize("name", some(CLASSIFIERS, ["vit", "siglip"]))
+def test_a_region_goes_into_the_neutral_image(name: str, mode: str, tmp_path: Path) -> None:
+    """Which has none of its own: it is where each image has it."""
+    write_boxes(tmp_path)
+    rule = "patch resid_post layer 0 at object tokens"
+    text = support.experiment("e", "from scenes into neutral", rule)
+    measure = support.run_file(text, tmp_path, name, mode, BOXED)["e"].measures[0]
+    own, base = reader(name), support.pixels(name, None)
+    for number in range(3):
+        box = of_box(BOX[number], support.SIZES[number])
+        tokens = tokens_in(box, own.processing, own.layout)
+        writes = {("resid_post", 0): support.copied(plain(name, number), "resid_post", 0, tokens)}
+        expected = difference(forward(name, base, writes), number)
+        assert measure.patched[0, number] == pytest.approx(expected, abs=1e-4)
+    assert np.abs(measure.patched - measure.base).max() > 0.1
+
+
+def test_a_region_of_the_neutral_image_is_its_own(tmp_path: Path) -> None:
+    folder_of(tmp_path)
+    support.write_images(tmp_path)
+    (tmp_path / "one.jsonl").write_text('{"file": "0.png", "label": "circle", "at": [0, 0, 8, 8]}')
+    one = 'images one { rows "one.jsonl" image "{file}" answer "{label}" REGION }'
+    lines = ("from scenes into one", "ablate embed at object tokens with zero")
+    own, borrowed = (
+        check(tmp_path, *lines, blocks=SHAPED + one.replace("REGION", region))[0][0]
+        for region in ("region object = at", "")
+    )
+    [cell] = own.rules[0].positions.written.values()
+    assert len(set(cell.hits)) == 1
+    clean, [cell] = own.table.runs["clean"].rows, borrowed.rules[0].positions.written.values()
+    assert [set(hit[0]) for hit in cell.hits] == [set(row.places["object"][0]) for row in clean]
+    assert len(set(cell.hits)) > 1
+
+
 @pytest.mark.parametrize("name", some(CLASSIFIERS, ["vit", "clip"]))
 def test_corrupted_images_are_run(name: str, tmp_path: Path) -> None:
     write_boxes(tmp_path)

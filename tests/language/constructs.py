@@ -1756,7 +1756,7 @@ _image(
     "transplants of images",
     "from scenes into neutral",
     "A block of one row is the other side of every row: each image's vectors go into the one gray "
-    "image.",
+    "image. Where that has no regions, `object tokens` are where each image has them.",
     "tests/images/test_rules.py",
 )
 _image(

@@ -86,6 +86,26 @@ _IMAGES: tuple[Hint, ...] = (
         "$END",
     ),
     Hint(
+        r"^observe\s+(pointing|mass|iou)\b(?!.*\bof\b)",
+        r"",
+        "name the map and the region: `observe {0} of caap in object`",
+    ),
+    Hint(
+        r"^observe\s+(pointing|mass|iou)\s+of\s+(\w+)(?!.*\bin\b)",
+        r"",
+        "name the region: `observe {0} of {1} in object`",
+    ),
+    Hint(
+        r"^observe\s+iou\b.*\bas\s+(\w+)\s*$",
+        r"(top\s+\S+)",
+        "the name comes last: `{1} as {0}`",
+    ),
+    Hint(
+        r"^replace\s+at\s+(?=\S)",
+        r"",
+        "leave `at` out: `replace object tokens with gray`",
+    ),
+    Hint(
         r"^(?:add)\b.*\bto\s+\w+\s*$",
         r"\s*$",
         "name a site and tokens: `add gaussian(std: 3 sd) to embed at image tokens`",
