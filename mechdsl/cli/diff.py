@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mechdsl.cli.options import format_option
 from mechdsl.cli.output import make_console, print_diagnostics
 from mechdsl.cli.runs import RunName, store_option
 from mechdsl.cli.status import FAILED, FINE, WRONG
@@ -16,9 +17,7 @@ from mechdsl.cli.streams import write_json
 @click.argument("old", metavar="OLD", type=RunName())
 @click.argument("new", metavar="NEW", type=RunName())
 @store_option
-@click.option(
-    "--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True
-)
+@format_option("table", "json")
 def diff(old: str, new: str, store: Path | None, form: str) -> int:
     """Show what changed between two runs: inputs, verdicts, cells beyond noise.
 

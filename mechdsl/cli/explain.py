@@ -13,6 +13,7 @@ from mechdsl.cli.mech_files import checked_file
 from mechdsl.cli.options import (
     allow_outside_option,
     allow_python_option,
+    format_option,
     limit_option,
     python_mode,
     set_option,
@@ -30,9 +31,7 @@ from mechdsl.diagnostics.pages import names_page, page_of
 @click.argument("what", metavar="FILE|CODE|language", shell_complete=complete_page_or_file)
 @set_option
 @limit_option
-@click.option(
-    "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
-)
+@format_option("text", "json")
 @allow_python_option
 @allow_outside_option
 @untrusted_option

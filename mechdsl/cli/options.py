@@ -52,6 +52,19 @@ limit_option = click.option(
     metavar="N",
     help="At most this many rows per experiment.",
 )
+
+
+def format_option(default: str, *others: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """`--format`, which the command gets as `form`."""
+    return click.option(
+        "--format",
+        "form",
+        type=click.Choice([default, *others]),
+        default=default,
+        show_default=True,
+    )
+
+
 allow_python_option = click.option(
     "--allow-python", is_flag=True, help="Run the Python files that the file refers to."
 )

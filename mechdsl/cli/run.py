@@ -18,6 +18,7 @@ from mechdsl.cli.options import (
     allow_outside_option,
     allow_python_option,
     files_argument,
+    format_option,
     limit_option,
     pass_options,
     python_mode,
@@ -61,13 +62,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Write results and every prompt's values into a folder in this one.",
 )
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "json", "csv"]),
-    default="table",
-    show_default=True,
-)
+@format_option("table", "json", "csv")
 @click.option("--only", metavar="EXPERIMENT", help="Run this experiment, and what it needs.")
 @click.option("--profile", is_flag=True, help="Afterwards, estimated against measured work.")
 @allow_python_option

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mechdsl.cli.options import format_option
 from mechdsl.cli.output import make_console, print_diagnostics, say
 from mechdsl.cli.status import FINE, WRONG
 from mechdsl.cli.streams import write_json
@@ -101,9 +102,7 @@ def runs() -> None:
 
 @runs.command(DEFAULT)
 @store_option
-@click.option(
-    "--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True
-)
+@format_option("table", "json")
 def list_runs(store: Path | None, form: str) -> int:
     """List the runs, the newest first."""
     from mechdsl.results.kept_runs import Runs, runs_in
@@ -127,13 +126,7 @@ def list_runs(store: Path | None, form: str) -> int:
 @runs.command()
 @run_argument
 @store_option
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "json", "csv"]),
-    default="table",
-    show_default=True,
-)
+@format_option("table", "json", "csv")
 def show(run: str, store: Path | None, form: str) -> int:
     """Print what is known of a run, and its tables and verdicts again."""
     from mechdsl.base.visible import visible

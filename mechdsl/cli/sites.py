@@ -6,15 +6,14 @@ import json
 
 import click
 
+from mechdsl.cli.options import format_option
 from mechdsl.cli.output import make_console, print_diagnostics
 from mechdsl.cli.status import FINE, WRONG
 
 
 @click.command(short_help="Take a model apart: its sites, the checks, the passes that apply.")
 @click.argument("model", metavar="MODEL")
-@click.option(
-    "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
-)
+@format_option("text", "json")
 def sites(model: str, form: str) -> int:
     """Print a model's blocks and sites, the outcome of each check, and the planner passes that
     apply. MODEL is a name of the zoo, a folder, or `org/name` in the Hugging Face cache."""

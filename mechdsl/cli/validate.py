@@ -12,6 +12,7 @@ from mechdsl.cli.mech_files import checked_file, mech_files
 from mechdsl.cli.options import (
     allow_outside_option,
     files_argument,
+    format_option,
     set_option,
     settings,
     untrusted_option,
@@ -26,13 +27,7 @@ from mechdsl.diagnostics.core import has_errors
 @set_option
 @allow_outside_option
 @untrusted_option
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["full", "json", "github", "sarif"]),
-    default="full",
-    show_default=True,
-)
+@format_option("full", "json", "github", "sarif")
 @click.option("--require-models", is_flag=True, help="A model that isn't here is an error.")
 def validate(
     files: tuple[Path, ...],

@@ -1,5 +1,4 @@
-"""Training and evaluation of the zoo's models of short texts: what `names`, `facts` and `nested`
-have in common."""
+"""Training and evaluation of the zoo's models of texts: what they have in common."""
 
 # pyright: reportUnknownMemberType=false
 # (signatures of torch, transformers and tokenizers are only partly typed)
@@ -14,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
@@ -23,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mechdsl.zoo import words
 
+T = TypeVar("T")
 Span = tuple[int, int]  # from one character of the text up to another
 
 SPECIAL: tuple[str, ...] = ("<s>", "<pad>", "<unk>")
@@ -152,18 +152,25 @@ def batches(
     pad: int,
     pool_size: int = POOL,
 ) -> Iterator[TextBatch]:
-    """Endless training batches of texts of similar length, in random order.
+    """Endless training batches; pool_size: as of `groups`."""
+    for group in groups(drawn, seed, size, lambda each: len(each.text), pool_size):
+        yield encode(tokenizer, group, pad)
 
-    pool_size: batches drawn at once and sorted by length, so that little of them is padding; with 1
-    every batch has texts of all kinds.
+
+def groups(
+    drawn: Iterator[T], seed: int, size: int, length: Callable[[T], int], pool_size: int = POOL
+) -> Iterator[list[T]]:
+    """Endless groups of texts of similar length, in random order.
+
+    pool_size: groups drawn at once and sorted by length, so that little of them is padding; with 1
+    every group has texts of all kinds.
     """
     order = random.Random(seed)
     while True:
-        pool = sorted(itertools.islice(drawn, pool_size * size), key=lambda each: len(each.text))
-        groups = [pool[i : i + size] for i in range(0, len(pool), size)]
-        order.shuffle(groups)
-        for group in groups:
-            yield encode(tokenizer, group, pad)
+        pool = sorted(itertools.islice(drawn, pool_size * size), key=length)
+        found = [pool[i : i + size] for i in range(0, len(pool), size)]
+        order.shuffle(found)
+        yield from found
 
 
 def learning_rate(step: int, steps: int) -> float:

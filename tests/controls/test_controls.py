@@ -367,16 +367,7 @@ def test_cells_with_more_and_with_fewer_others() -> None:
 def test_no_row_is_run_for_a_draw_that_there_is_not() -> None:
     """Heads of one rule, positions of the other: where the one writes nothing, three heads are
     others."""
-    lines = (
-        "for k in 0%..100% step 50% { ablate embed at top k of places tokens with zero }",
-        "ablate L0H1 at last token with zero",
-    )
-    body = "".join(f"  {line}\n" for line in lines)
-    text = (
-        f"{START}{PLACES}experiment e {{\n  prompts fruit limit 6\n{body}"
-        "  measure logit(answer) as delta\n  against random(5)\n}\n"
-    )
-    found = control("e", check_source(Source(text)))
+    found = control("e", check_source(Source(BOTH)))
     drawn_ = found.experiment.drawn
     assert drawn_ is not None
     plans = make_plan([found.experiment]).panels[0].experiments
@@ -422,6 +413,15 @@ CURVES = [
     ("from clean into fewer patch top k of which at last-item token", WHICH, ""),
     ("ablate resid_post layer 0 at top k of places tokens with zero", PLACES, ", positions"),
 ]
+BOTH = f"""{START}{PLACES}experiment e {{
+  prompts fruit limit 6
+  for k in 0%..100% step 50% {{ ablate embed at top k of places tokens with zero }}
+  ablate L0H1 at last token with zero
+  measure logit(answer) as delta
+  against random(5)
+}}
+"""
+"""Where the first rule writes nothing, the second alone has others."""
 
 
 @pytest.mark.parametrize(("rule", "picked", "what"), CURVES, ids=["tokens", "sites", "named"])
@@ -480,16 +480,7 @@ def test_few_other_tokens_of_one_row() -> None:
 
 
 def test_cells_in_which_one_rule_has_others() -> None:
-    lines = (
-        "for k in 0%..100% step 50% { ablate embed at top k of places tokens with zero }",
-        "ablate L0H1 at last token with zero",
-    )
-    body = "".join(f"  {line}\n" for line in lines)
-    text = (
-        f"{START}{PLACES}experiment e {{\n  prompts fruit limit 6\n{body}"
-        "  measure logit(answer) as delta\n  against random(5)\n}\n"
-    )
-    said = mechdsl.run(text)["e"].conventions["controls"]
+    said = mechdsl.run(BOTH)["e"].conventions["controls"]
     assert said.startswith("random heads and positions, 3 to 5 draws, all there are where fewer")
     assert "in 1 of 3 cells a rule has no others and stays as it is" in said
     assert "no band" not in said

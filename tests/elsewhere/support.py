@@ -11,7 +11,6 @@ import numpy as np
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.render import render_full
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.statistics.measure_data import MeasureData
@@ -23,8 +22,8 @@ from ..execute.support import (
     Prompt,
     Record,
     agree,
-    as_in_the_data,
     bare,
+    by_name,
     difference,
     is_shared,
     run_on,
@@ -94,9 +93,7 @@ def run(
     text: str, folder: Path, models: Mapping[str, Any], options: Any = None, **others: Any
 ) -> dict[str, ExperimentResult]:
     """Experiment name → result, prompts in the order of the data."""
-    result, diagnostics = attempt(text, folder, models, options, **others)
-    assert result is not None, render_full(diagnostics, color=False, width=100)
-    return {found.name: as_in_the_data(found) for found in result.experiments}
+    return by_name(*attempt(text, folder, models, options, **others))
 
 
 def models(family: str, *names: str) -> dict[str, Any]:

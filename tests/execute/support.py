@@ -281,9 +281,16 @@ def run_file(
     options: RunOptions | None = None,
     **others: Any,
 ) -> dict[str, ExperimentResult]:
-    """Experiment name → result; a diagnostic that is an error fails the test."""
-    result, diagnostics = try_file(text, folder, model, options, **others)
-    assert result is not None, render_full(diagnostics, color=False, width=100)
+    """Experiment → result, prompts in the order of the data; an error fails the test."""
+    return by_name(*try_file(text, folder, model, options, **others))
+
+
+def by_name(
+    result: FileResult | None, diagnostics: Sequence[Diagnostic]
+) -> dict[str, ExperimentResult]:
+    """Experiment → result, rows in the order of the data; an error fails the test."""
+    errors = [found for found in diagnostics if found.severity == "error"]
+    assert result is not None, render_full(errors, color=False, width=100)
     return {found.name: as_in_the_data(found) for found in result.experiments}
 
 

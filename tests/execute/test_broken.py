@@ -427,16 +427,25 @@ def test_too_high_a_lowest_block_is_refused(folder: Path, monkeypatch: pytest.Mo
     assert "off by" not in str(found.value)
 
 
-@pytest.mark.parametrize("name", ["points", "written", "read"])
-def test_rows_that_only_seem_equal_are_noticed(
-    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def other_without(patch: pytest.MonkeyPatch, name: str, folder: Path, text: str) -> None:
+    """The numbers of a file are others where rows are told apart without one part of their key."""
     original = mechdsl.plan.share.Sharer._rule
 
     def blurred(self: Any, plan: Any, rule: Any) -> Any:
         key = original(self, plan, rule)
         return replace(key, **{name: np.zeros_like(getattr(key, name))})
 
+    plain = numbers(folder, FAMILY, MODES["plain"], text)
+    np.testing.assert_allclose(numbers(folder, FAMILY, RunOptions(), text), plain, atol=ABSOLUTE)
+    patch.setattr(mechdsl.plan.share.Sharer, "_rule", blurred)
+    found = numbers(folder, FAMILY, RunOptions(), text)
+    assert np.abs(found - plain).max() > 10 * ABSOLUTE
+
+
+@pytest.mark.parametrize("name", ["points", "written", "read"])
+def test_rows_that_only_seem_equal_are_noticed(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Of three items and one: both cells read the same token in one direction, and write the same
     # one in the other.
     rule = "patch z layer * head * at item 1 token, last-item token"
@@ -444,11 +453,7 @@ def test_rows_that_only_seem_equal_are_noticed(
         experiment(f"e{n}", "prompts p", f"from {direction}", rule, DIFFERENCE)
         for n, direction in enumerate(["longer into clean", "clean into longer"])
     )
-    plain = numbers(folder, FAMILY, MODES["plain"], text)
-    np.testing.assert_allclose(numbers(folder, FAMILY, RunOptions(), text), plain, atol=ABSOLUTE)
-    monkeypatch.setattr(mechdsl.plan.share.Sharer, "_rule", blurred)
-    found = numbers(folder, FAMILY, RunOptions(), text)
-    assert np.abs(found - plain).max() > 10 * ABSOLUTE
+    other_without(monkeypatch, name, folder, text)
 
 
 EDGE = "attention layer 1 from last token to"
@@ -480,21 +485,11 @@ def test_rows_that_differ_in_one_thing_are_told_apart(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each part of a row's key is there for a number."""
-    original = mechdsl.plan.share.Sharer._rule
-
-    def blurred(self: Any, plan: Any, rule: Any) -> Any:
-        key = original(self, plan, rule)
-        return replace(key, **{name: np.zeros_like(getattr(key, name))})
-
     text = "".join(
         experiment(f"e{n}", "prompts p", *lines, DIFFERENCE)
         for n, lines in enumerate(ALMOST_EQUAL[name])
     )
-    plain = numbers(folder, FAMILY, MODES["plain"], text)
-    np.testing.assert_allclose(numbers(folder, FAMILY, RunOptions(), text), plain, atol=ABSOLUTE)
-    monkeypatch.setattr(mechdsl.plan.share.Sharer, "_rule", blurred)
-    found = numbers(folder, FAMILY, RunOptions(), text)
-    assert np.abs(found - plain).max() > 10 * ABSOLUTE
+    other_without(monkeypatch, name, folder, text)
 
 
 def test_rows_that_are_not_inert_are_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,14 +6,13 @@ refused before anything runs, and all others are run twice.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -23,6 +22,7 @@ from mechdsl.plan.passes import NAMES
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.validate.check_file import Settings
 
+from ..random_files import few, many
 from . import support
 from .saved_files import same_files, taken_away
 
@@ -554,21 +554,16 @@ LENS = {
     for width in (20, 24)
 }
 """Of models of these widths."""
-QUIET = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large)
 
 
-@settings(max_examples=24, deadline=None, derandomize=True, suppress_health_check=QUIET)
+@few(24)
 @given(case=cases())
 def test_plan_is_whole_passes(case: tuple[str, str, frozenset[str]], tmp_path: Any) -> None:
     compare(case, tmp_path)
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=int(os.environ.get("MECHDSL_RANDOM_FILES", "600")),
-    deadline=None,
-    suppress_health_check=QUIET,
-)
+@many(600)
 @given(case=cases())
 def test_plan_is_whole_passes_at_length(
     case: tuple[str, str, frozenset[str]], tmp_path: Any

@@ -6,14 +6,13 @@ In 64 bits, so that no choice of a token hangs on rounding.
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from mechdsl.base.source import Source
@@ -27,10 +26,11 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.validate.check_file import Settings
 
 from ..models import families
+from ..random_files import few, many
 from ..rules.models import double
 from . import support
 from .saved_files import same_files, taken_away
-from .test_random_files import MORE, ONE, OWN, PROMPTS, QUIET, RUNS, rules, same
+from .test_random_files import MORE, ONE, OWN, PROMPTS, RUNS, rules, same
 
 FAMILIES = ("gpt2", "llama", "gpt_neox", "mistral")
 TOKENS = 4
@@ -225,7 +225,7 @@ def hold_base(found: ExperimentResult, family: str) -> None:
                 assert abs(base - wanted) < support.ABSOLUTE
 
 
-@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=QUIET)
+@few(16)
 @given(case=cases())
 def test_kept_keys_give_what_whole_passes_give(
     case: tuple[str, str, frozenset[str]], tmp_path: Any
@@ -234,11 +234,7 @@ def test_kept_keys_give_what_whole_passes_give(
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=int(os.environ.get("MECHDSL_RANDOM_FILES", "300")),
-    deadline=None,
-    suppress_health_check=QUIET,
-)
+@many(300)
 @given(case=cases())
 def test_kept_keys_give_what_whole_passes_give_at_length(
     case: tuple[str, str, frozenset[str]], tmp_path: Any

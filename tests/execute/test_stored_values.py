@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from mechdsl.execute.options import Options
 from mechdsl.execute.profile import Profile
@@ -21,8 +21,9 @@ from mechdsl.store.runs import OpenRun
 from mechdsl.store.store import Store
 from mechdsl.validate.check_file import Settings
 
+from ..random_files import few, many
 from . import support
-from .test_random_files import QUIET, cases, experiments
+from .test_random_files import cases, experiments
 
 SMALL = Options(pass_tokens=60, prompt_tokens=60)
 """Several passes and several batches of prompts."""
@@ -178,8 +179,7 @@ def random_files(case: tuple[str, str, frozenset[str]], tmp_path_factory: Any) -
     check_case(family, text, tmp_path_factory.mktemp("case"), cut=len(text) % 7)
 
 
-FEW = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=QUIET)
-MANY = settings(max_examples=60, deadline=None, suppress_health_check=QUIET)
+FEW, MANY = few(10), many(60)
 test_random_files = FEW(given(case=cases())(random_files))
 test_many_random_files = pytest.mark.slow(MANY(given(case=cases())(random_files)))
 
@@ -305,7 +305,7 @@ def check_shared(family: str, text: str, folder: Path, store: Path) -> None:
     close(plain, found)
 
 
-@settings(max_examples=24, deadline=None, derandomize=True, suppress_health_check=QUIET)
+@few(24)
 @given(case=cases())
 def test_many_files_share_a_store(
     case: tuple[str, str, frozenset[str]], tmp_path_factory: Any
@@ -316,7 +316,7 @@ def test_many_files_share_a_store(
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, suppress_health_check=QUIET)
+@many(400)
 @given(text=experiments())
 def test_very_many_files_share_a_store(text: str, tmp_path_factory: Any) -> None:
     store = _SHARED.setdefault("slow", tmp_path_factory.mktemp("store"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -22,16 +22,14 @@ from mechdsl.hooks.attention_functions import (
 )
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.hooks.written_out_attention import WRITTEN_OUT, entry_of
 from mechdsl.loading.load import adopt
-from mechdsl.packed.activation_cache import ActivationCache, keeping
 
 from ..quick import some
 from . import families
 from .clean import clean_model_check
 from .test_hooks import nothing_left
-from .test_packed import Side, every_token, everywhere, last_tokens, same_as_whole, write
+from .test_packed import Side, kept_of, rows_of_whole_passes
 
 _ALIBI: dict[str, Any] = {"alibi": True, "multi_query": False, "bias": True}
 
@@ -151,29 +149,13 @@ def adopted(case: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     return model
 
 
-def kept_of(
-    model: LoadedModel, side: Side, rows: Sequence[Sequence[int]] = ROWS
-) -> ActivationCache:
-    batch = Batch.of(rows, model.pad_id, side)
-    with keeping(model, batch, 0) as kept:
-        run_whole(model, batch)
-    return kept
-
-
 @pytest.mark.parametrize("case", some(VARIANTS, list(VARIANTS)[::2]))
 def test_rows_are_those_of_whole_passes(case: str) -> None:
     """Every site and layer, at an early token and at a late one."""
     model = adopted(case)
     for side in ("left", "right"):
-        kept = kept_of(model, side)
-        cells = [(*cell, position) for cell in everywhere(model) for position in (0, 3)]
-        lanes = [number % 3 for number in range(len(cells))]
-        writes = [
-            write(model, site, layer, [(row, position)], seed=row)
-            for row, (site, layer, position) in enumerate(cells)
-        ]
-        same_as_whole(model, kept, lanes, writes, every_token(kept, lanes))
-        same_as_whole(model, kept, lanes, writes, last_tokens(kept, lanes))
+        kept = kept_of(model, side, ROWS)
+        rows_of_whole_passes(model, kept, (0, 3))
     assert nothing_left(model.module)
 
 
@@ -188,7 +170,7 @@ def test_rows_in_half_precision(case: str) -> None:
 
 def test_biases_are_part_of_one_mask_for_all_blocks() -> None:
     model = adopted("bloom, heads not a power of two")
-    masks = [kept.mask for kept in kept_of(model, "left").attention.values()]
+    masks = [kept.mask for kept in kept_of(model, "left", ROWS).attention.values()]
     assert all(mask is masks[0] for mask in masks)
     mask = masks[0]
     assert mask is not None
@@ -215,7 +197,7 @@ def test_lanes_of_equal_length_share_a_mask(case: str) -> None:
 
 
 def test_windows_hide_what_lies_behind_them() -> None:
-    first, *others = kept_of(adopted("gpt_neo"), "left").attention.values()
+    first, *others = kept_of(adopted("gpt_neo"), "left", ROWS).attention.values()
     assert first.mask is not None
     sees = [
         [int((mask[0, 0, query] > -1).sum()) for query in range(9)]

@@ -596,14 +596,11 @@ def everywhere(model: LoadedModel) -> list[tuple[str, int | None]]:
     ]
 
 
-@pytest.mark.parametrize(("family", "side"), families.SIDED)
-def test_every_restartable_family_gives_the_logits_of_whole_passes(
-    loaded: dict[str, LoadedModel], family: str, side: Side
+def rows_of_whole_passes(
+    model: LoadedModel, kept: ActivationCache, positions: tuple[int, int]
 ) -> None:
-    """One pass: every site and layer, at an early token and at a late one."""
-    model = loaded[family]
-    kept = kept_of(model, side)
-    cells = [(*cell, position) for cell in everywhere(model) for position in (1, 5)]
+    """Every site and layer, at an early token and at a late one, is written in one packed pass."""
+    cells = [(*cell, position) for cell in everywhere(model) for position in positions]
     lanes = [number % 3 for number in range(len(cells))]
     writes = [
         write(model, site, layer, [(row, position)], seed=row)
@@ -611,6 +608,16 @@ def test_every_restartable_family_gives_the_logits_of_whole_passes(
     ]
     same_as_whole(model, kept, lanes, writes, every_token(kept, lanes))
     same_as_whole(model, kept, lanes, writes, last_tokens(kept, lanes))
+
+
+@pytest.mark.parametrize(("family", "side"), families.SIDED)
+def test_every_restartable_family_gives_the_logits_of_whole_passes(
+    loaded: dict[str, LoadedModel], family: str, side: Side
+) -> None:
+    """One pass: every site and layer, at an early token and at a late one."""
+    model = loaded[family]
+    kept = kept_of(model, side)
+    rows_of_whole_passes(model, kept, (1, 5))
 
 
 @pytest.mark.parametrize(("family", "side"), families.SIDED)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.render import render_full
 from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.statistics.measure_data import MeasureData
@@ -31,7 +30,7 @@ from ..execute.support import (
     STATS,
     Prompt,
     Record,
-    as_in_the_data,
+    by_name,
     ids_of,
     prompt,
     rounding,
@@ -215,10 +214,7 @@ def run_file(
     text: str, folder: Path, name: str, mode: str, *, precise: bool = False, blocks: str = BLOCKS
 ) -> dict[str, ExperimentResult]:
     """Experiment → result, prompts in the order of the data; an error fails the test."""
-    result, diagnostics = try_file(text, folder, name, mode, precise=precise, blocks=blocks)
-    errors = [found for found in diagnostics if found.severity == "error"]
-    assert result is not None, render_full(errors, color=False, width=100)
-    return {found.name: as_in_the_data(found) for found in result.experiments}
+    return by_name(*try_file(text, folder, name, mode, precise=precise, blocks=blocks))
 
 
 def codes(text: str, folder: Path, name: str = "llama") -> list[str]:

@@ -20,7 +20,7 @@ from mechdsl.base.source import Source
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.validate.check_file import Settings
 
-from ..execute.support import MODES, as_in_the_data, run_on, shared
+from ..execute.support import MODES, as_in_the_data, by_name, run_on, shared
 from ..quick import in_turn
 from .models import bare, double, on_the_model
 from .support import (
@@ -258,9 +258,7 @@ def results(folder: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
         look = f"observe logit_lens resid_post layer * of {run} at last token top 2"
         lens = "measure logit(answer) - logit(wrong) as raw"
         text += experiment(f"lens_{run}", *defined(run), look, measure=lens)
-    result, found = with_python(text, folder, name, mode)
-    assert result is not None, [each.message for each in found]
-    return {each.name: as_in_the_data(each) for each in result.experiments}
+    return by_name(*with_python(text, folder, name, mode))
 
 
 def with_python(text: str, folder: Path, name: str, mode: str = "planned") -> Any:

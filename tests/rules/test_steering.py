@@ -14,10 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mechdsl.base.source import Source
-from mechdsl.diagnostics.render import render_full
 from mechdsl.resolve.cell_key import Coord
 
-from ..execute.support import MODES, as_in_the_data, run_on, shared, token
+from ..execute.support import MODES, by_name, run_on, shared, token
 from ..reference.forward import Changes, Write, forward
 from .models import bare, double
 from .support import (
@@ -499,9 +498,7 @@ def test_two_models_differ_in_a_direction(data: Path) -> None:
             parameter.mul_(1.3)
     models = {"m": shared(bare("llama")), "other": shared(changed)}
     source = Source("mech 1\n" + "\n".join(lines), data / "file.mech")
-    result, diagnostics = run_on(source, models, MODES["planned"])
-    assert result is not None, render_full(diagnostics, color=False, width=100)
-    found = {each.name: as_in_the_data(each) for each in result.experiments}
+    found = by_name(*run_on(source, models, MODES["planned"]))
     wide = copy.deepcopy(changed).double()
     for name, block, layer, at in (
         ("ea", "second", 1, "last token"),

@@ -20,7 +20,7 @@ from mechdsl.resolve.cell_key import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.validate.check_file import Settings
 
-from ..execute.support import MODES, as_in_the_data, run_on, shared
+from ..execute.support import MODES, by_name, run_on, shared
 from ..reference.forward import Write
 from .models import bare
 from .support import (
@@ -166,9 +166,7 @@ def ran(
 ) -> dict[str, ExperimentResult]:
     source = Source(f'mech 1\nmodel m = local("x")\n{blocks}\n{text}', folder / "file.mech")
     options = replace(MODES[mode], settings=Settings(python="run"))
-    result, problems = run_on(source, {"m": shared(bare(name))}, options)
-    assert result is not None, problems
-    return {found.name: as_in_the_data(found) for found in result.experiments}
+    return by_name(*run_on(source, {"m": shared(bare(name))}, options))
 
 
 def written(case: str) -> str:

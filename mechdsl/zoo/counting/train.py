@@ -5,10 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-import random
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mechdsl.zoo import language
 from mechdsl.zoo.commands import train_command
 from mechdsl.zoo.counting.data import CountingExample, stream, vocabulary
 from mechdsl.zoo.counting.tokenizer import MAX_LENGTH, build_tokenizer, save_tokenizer
@@ -26,7 +23,6 @@ STEPS = 4500
 BATCH = 48  # sequences
 LEARNING_RATE = 2e-3
 RUNNING_WEIGHT = 0.5  # running numbers teach the items their index; counts matter more
-POOL = 32  # batches drawn at once and sorted by length, so that little of them is padding
 
 
 @dataclass(frozen=True)
@@ -41,20 +37,8 @@ class ListBatch:
 
 def model_config() -> LlamaConfig:
     """The shape: 4 layers, 4 heads, width 128, rotary positions, RMS norms."""
-    words = vocabulary()
-    return LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=False,
-        bos_token_id=words.index("<s>"),
-        pad_token_id=words.index("<pad>"),
-        eos_token_id=None,
-        architectures=["LlamaForCausalLM"],
+    return language.llama_config(
+        vocabulary(), width=128, hidden=384, layers=4, positions=MAX_LENGTH
     )
 
 
@@ -93,22 +77,9 @@ def encode(tokenizer: Tokenizer, examples: list[CountingExample], pad: int) -> L
 
 def batches(seed: int, tokenizer: Tokenizer, pad: int) -> Iterator[ListBatch]:
     """Endless training batches of texts of similar length, in random order."""
-    examples = stream(seed, held_out=False)
-    order = random.Random(seed)
-    while True:
-        pool = sorted(itertools.islice(examples, POOL * BATCH), key=lambda e: len(e.text))
-        groups = [pool[i : i + BATCH] for i in range(0, len(pool), BATCH)]
-        order.shuffle(groups)
-        for group in groups:
-            yield encode(tokenizer, group, pad)
-
-
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to nothing; a share of the highest rate."""
-    warm = 150
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+    drawn = stream(seed, held_out=False)
+    for group in language.groups(drawn, seed, BATCH, lambda each: len(each.text)):
+        yield encode(tokenizer, group, pad)
 
 
 def train(seed: int, steps: int) -> LlamaForCausalLM:
@@ -116,31 +87,19 @@ def train(seed: int, steps: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = model_config()
     model = LlamaForCausalLM(config)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(s, steps))
     data = batches(seed, build_tokenizer(), config.pad_token_id or 0)
-    began = time.perf_counter()
-    for step, batch in enumerate(itertools.islice(data, steps)):
+
+    def loss(step: int) -> tuple[Tensor, Tensor]:
+        batch = next(data)
         output = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
         wanted = batch.labels >= 0
         logits: Tensor = output.logits[wanted]
         labels, weight = batch.labels[wanted], batch.weights[wanted]
         losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-        loss = (losses * weight).sum() / weight.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == steps - 1:
-            right = (logits.argmax(-1) == labels).float()
-            answers = right[weight == 1.0].mean().item()
-            spent = time.perf_counter() - began
-            print(f"{step:5d}  loss {loss.item():.4f}  answers {answers:.3f}  {spent:.0f} s",
-                  flush=True)  # fmt: skip
+        right = (logits.argmax(-1) == labels).float()
+        return (losses * weight).sum() / weight.sum(), right[weight == 1.0].mean()
+
+    language.optimise(model.parameters(), loss, steps=steps, rate=LEARNING_RATE)
     return model.eval()
 
 

@@ -5,10 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-import random
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mechdsl.zoo import language
 from mechdsl.zoo.commands import train_command
 from mechdsl.zoo.induction.data import InductionExample, stream, vocabulary
 from mechdsl.zoo.induction.tokenizer import MAX_POSITIONS, build_tokenizer, save_tokenizer
@@ -29,7 +26,6 @@ WEIGHT_DECAY = 0.1
 HEAD_PENALTY = 8e-3  # see `head_penalty`
 PATTERN_SHARE = 0.25  # of queries and keys in it: enough to silence idle heads, not to blur others
 WORKING_HEADS = (2, 1)  # the number that a layer's strongest head gets; see `renumber`
-POOL = 32  # batches drawn at once and sorted by length, so that little of them is padding
 
 
 @dataclass(frozen=True)
@@ -42,20 +38,8 @@ class SequenceBatch:
 
 def model_config() -> LlamaConfig:
     """The shape: 2 layers, 4 heads, width 128, next to no MLP, rotary positions, RMS norms."""
-    words = vocabulary()
-    return LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=128,
-        intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=False,
-        bos_token_id=words.index("<s>"),
-        pad_token_id=words.index("<pad>"),
-        eos_token_id=None,
-        architectures=["LlamaForCausalLM"],
+    return language.llama_config(
+        vocabulary(), width=128, hidden=8, layers=2, positions=MAX_POSITIONS
     )
 
 
@@ -75,22 +59,9 @@ def encode(tokenizer: Tokenizer, examples: list[InductionExample], pad: int) -> 
 
 def batches(seed: int, tokenizer: Tokenizer, pad: int) -> Iterator[SequenceBatch]:
     """Endless training batches of texts of similar length, in random order."""
-    examples = stream(seed, held_out=False)
-    order = random.Random(seed)
-    while True:
-        pool = sorted(itertools.islice(examples, POOL * BATCH), key=lambda e: len(e.words))
-        groups = [pool[i : i + BATCH] for i in range(0, len(pool), BATCH)]
-        order.shuffle(groups)
-        for group in groups:
-            yield encode(tokenizer, group, pad)
-
-
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to nothing; a share of the highest rate."""
-    warm = 150
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+    drawn = stream(seed, held_out=False)
+    for group in language.groups(drawn, seed, BATCH, lambda each: len(each.words)):
+        yield encode(tokenizer, group, pad)
 
 
 def head_weights(model: LlamaForCausalLM, layer: int) -> tuple[Tensor, ...]:
@@ -151,30 +122,20 @@ def train(
     torch.manual_seed(seed)
     config = model_config()
     model = LlamaForCausalLM(config)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(s, steps))
     data = batches(seed, build_tokenizer(), config.pad_token_id or 0)
-    began = time.perf_counter()
-    for step, batch in enumerate(itertools.islice(data, steps)):
+
+    def loss(step: int) -> tuple[Tensor, Tensor]:
         each_step(step, model)
+        batch = next(data)
         output = model(input_ids=batch.ids, use_cache=False)
         wanted = batch.labels >= 0
         logits: Tensor = output.logits[wanted]
         labels = batch.labels[wanted]
-        loss = nn.functional.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        (loss + HEAD_PENALTY * head_penalty(model)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0 or step == steps - 1:
-            right = (logits.argmax(-1) == labels).float().mean().item()
-            spent = time.perf_counter() - began
-            print(f"{step:5d}  loss {loss.item():.4f}  right {right:.3f}  {spent:.0f} s",
-                  flush=True)  # fmt: skip
+        right = (logits.argmax(-1) == labels).float().mean()
+        wrong = nn.functional.cross_entropy(logits, labels)
+        return wrong + HEAD_PENALTY * head_penalty(model), right
+
+    language.optimise(model.parameters(), loss, steps=steps, rate=LEARNING_RATE, decay=WEIGHT_DECAY)
     each_step(steps, model)
     return model.eval()
 
