@@ -359,7 +359,7 @@ DECIDED = {
     "a neuron beyond every model": ("movers = L1H2,", "movers = L1N2000000,", "E0231"),
     "too many cells": (
         "patch resid_post layer l at",
-        "for i in 0..2 { patch mlp_hidden layer i neuron 0..999999 at place token } patch embed at",
+        "for i in 0..2 { patch mlp_hidden layer i neuron 0..349999 at place token } patch embed at",
         "E0323",
     ),
     "a component of a loop": (

@@ -10,14 +10,14 @@ import pytest
 from mechdsl.pipeline.run_options import RunOptions
 
 from ..execute.support import DIFFERENCE, MODES, ROWS, experiment, prompts
+from ..quick import in_turn
 from .support import BLANK, by_prompt, layers, models, q, run, same
 
 FAMILIES = ("gpt2", "llama", "gpt_neox")
 EVERY = slice(None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "family"), in_turn(list(MODES), FAMILIES))
 def test_row_by_row(folder: Path, family: str, mode: str) -> None:
     """Row n of the other block is read for row n of the sampled one, whatever the seeded order."""
     text = experiment(
@@ -48,8 +48,7 @@ def test_a_corruption_of_another_block(folder: Path, family: str) -> None:
     same(found.measures[0], by_prompt(family, cells, sources, bases, where), EVERY)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "family"), in_turn(list(MODES), FAMILIES))
 def test_into_a_block_of_one_row(folder: Path, family: str, mode: str) -> None:
     """The answers are those of the sampled block, read behind the other one's only prompt."""
     text = experiment(
@@ -117,8 +116,7 @@ def test_limit_pairs_by_the_original_number(folder: Path) -> None:
     assert error < 1e-4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", ["plain", "planned"])
+@pytest.mark.parametrize(("family", "mode"), in_turn(FAMILIES, ["planned", "plain"]))
 def test_read_at_one_position_and_written_at_another(folder: Path, family: str, mode: str) -> None:
     """`onto` finds its position in the other block's text; the layer may change too."""
     text = "".join(

@@ -22,6 +22,7 @@ from ..execute.support import (
     experiment,
     prompts,
 )
+from ..quick import in_turn
 from ..reference.forward import Write
 from .support import OTHERS, attempt, models, patched, run, unpatched
 
@@ -41,8 +42,7 @@ def six(*, plain: bool = False) -> list[Prompt]:
     return [Prompt(("w6", x, "w40", "w7", y, "w42"), (), (), 0) for x, y in words]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "family"), in_turn(list(MODES), ["gpt2", "llama", "gpt_neox"]))
 @pytest.mark.parametrize("of", ["six", "six.plain"])
 def test_mean_of_another_block(folder: Path, family: str, mode: str, of: str) -> None:
     text = experiment(
@@ -65,8 +65,7 @@ def test_mean_of_another_block(folder: Path, family: str, mode: str, of: str) ->
     agree(found.measures[0], values, base)
 
 
-@pytest.mark.parametrize("mode", ["plain", "planned"])
-@pytest.mark.parametrize("site", ["final_norm", "logits"])
+@pytest.mark.parametrize(("site", "mode"), in_turn(["final_norm", "logits"], ["planned", "plain"]))
 def test_mean_of_another_block_behind_the_last_one(folder: Path, site: str, mode: str) -> None:
     """The run of the other block goes as far as what is read of it."""
     text = experiment("e", "prompts p", f"ablate {site} at last token with mean of six", DIFFERENCE)

@@ -10,6 +10,7 @@ import pytest
 
 from ..execute.support import DIFFERENCE, MODES, ROWS, experiment, fast, prompts, token
 from ..models import families
+from ..quick import in_turn
 from ..reference.points import Point, copied
 from .support import attempt, by_prompt, layers, models, run, same, unpatched
 
@@ -22,8 +23,7 @@ def across(*lines: str) -> str:
     return experiment("e", *lines).replace("  model m\n", "")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "family"), in_turn(list(MODES), FAMILIES))
 def test_from_one_model_into_another(folder: Path, family: str, mode: str) -> None:
     """The other model's activations, the other model's metric for the source's end."""
     text = across(

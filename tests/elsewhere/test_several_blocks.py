@@ -30,6 +30,7 @@ from ..execute.support import (
     token,
     write_rows,
 )
+from ..quick import in_turn
 from ..reference.points import Point, copied
 from ..results import synthetic
 from .support import models, patched, run, unpatched
@@ -103,8 +104,7 @@ def holds(found: ExperimentResult, cells: slice, expected: tuple[Array, Array, A
     np.testing.assert_allclose(ends, np.broadcast_to(source, ends.shape), atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", ["plain", "planned"])
+@pytest.mark.parametrize(("family", "mode"), in_turn(FAMILIES, ["planned", "plain"]))
 def test_each_block_by_hand(folder: Path, family: str, mode: str) -> None:
     found = run(text_of(), folder, models(family), MODES[mode], prompts=PROMPTS + SECOND)["e"]
     assert found.axes == ("prompts", "layer")

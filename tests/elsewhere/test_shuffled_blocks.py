@@ -13,14 +13,14 @@ from mechdsl.prompts.other_blocks import dealt
 from mechdsl.prompts.row_content import ByContent
 
 from ..execute.support import DIFFERENCE, MODES, ROWS, experiment, prompts, write_rows
+from ..quick import in_turn
 from .support import by_prompt, layers, models, q, run, same
 
 EVERY = slice(None)
 RULE = "patch resid_post layer * at last token"
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "family"), in_turn(list(MODES), ["gpt2", "llama"]))
 def test_what_is_read_is_the_row_that_is_dealt(folder: Path, family: str, mode: str) -> None:
     """Beside an experiment on the same rows that pairs them by number, in one panel."""
     text = "".join(

@@ -13,6 +13,7 @@ from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.validate.check_file import check_source
 
 from ..execute.support import DIFFERENCE, MODES, PROMPTS, ROWS, experiment, prompts
+from ..quick import in_turn
 from ..reference.points import Point
 from .support import OTHERS, by_prompt, layers, models, q, run, same
 
@@ -23,8 +24,7 @@ def sources_of(name: str) -> list:
     return [q(record) for record in ROWS] if name == "q" else prompts(name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", ["plain", "planned"])
+@pytest.mark.parametrize(("family", "mode"), in_turn(FAMILIES, ["planned", "plain"]))
 def test_every_combination(folder: Path, family: str, mode: str) -> None:
     """Each cell against its own base and source; a rule that reads another run is the same in
     all of them."""

@@ -16,6 +16,7 @@ import mechdsl
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
 
+from ..quick import in_turn
 from .nan import MEASURE
 from .nan import experiment as of_nan
 from .nan import run as run_nan
@@ -80,8 +81,9 @@ def ran(
     return run_file(text, folder, bare(FAMILY), MODES[mode])["e"]
 
 
-@pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("keep", ["keep correct", "keep not correct", ""])
+@pytest.mark.parametrize(
+    ("mode", "keep"), in_turn(list(MODES), ["keep correct", "keep not correct", ""])
+)
 def test_rows_that_are_dropped_are_counted_too(tmp_path: Path, mode: str, keep: str) -> None:
     found = ran(tmp_path, keep, *ASKED, mode=mode)
     assert found.prompts == (2 if keep else 4)

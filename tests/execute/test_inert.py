@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ..quick import in_turn
 from ..reference.forward import Write
 from .support import (
     DIFFERENCE,
@@ -146,8 +147,7 @@ def test_rotated_queries_and_keys_are_marked_like_queries_and_keys(
     assert marks(folder, *lines, family="llama") == [marked]
 
 
-@pytest.mark.parametrize("mode", ["plain", "planned"])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(("family", "mode"), in_turn(["gpt2", "llama"], ["planned", "plain"]))
 @pytest.mark.parametrize(
     ("site", "marked"),
     [

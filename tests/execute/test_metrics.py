@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..models import families
-from ..quick import some
+from ..quick import in_turn
 from ..reference.forward import Run, Write, forward
 from ..reference.points import Point, copied
 from .support import (
@@ -365,9 +365,8 @@ def close(found: Array, wanted: Array, effect: Array) -> None:
     assert (error <= RELATIVE * np.maximum(np.abs(effect), SMALL)).all()
 
 
-@pytest.mark.parametrize("mode", some(MODES, ["plain", "planned"]))
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("metric", list(MEASURES))
+@pytest.mark.parametrize(("family", "mode"), in_turn(["llama", "gpt2"], list(MODES)))
 def test_a_metric_is_its_formula_on_every_run(
     shared: Path, metric: str, family: str, mode: str
 ) -> None:
@@ -385,8 +384,7 @@ def test_a_metric_is_its_formula_on_every_run(
 
 
 @pytest.mark.parametrize("bos", [True, False])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-@pytest.mark.parametrize("mode", some(MODES, ["plain", "planned"]))
+@pytest.mark.parametrize(("family", "mode"), in_turn(["gpt2", "llama", "gpt_neox"], list(MODES)))
 def test_the_loss_is_that_of_the_library(shared: Path, family: str, mode: str, bos: bool) -> None:
     text = experiment("e", "prompts p", "measure loss as raw")
     own = tokenizer(bos=bos)
@@ -466,6 +464,6 @@ def test_the_occurrence_of_the_cell_stands_in_a_text(shared: Path) -> None:
 
 
 def test_models_are_read_without_gradients(shared: Path) -> None:
-    results(shared, "gpt2", "plain")
+    results(shared, "gpt2", "planned")
     assert all(p.grad is None for p in model("gpt2").parameters())
     assert torch.is_grad_enabled()

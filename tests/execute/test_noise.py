@@ -16,6 +16,7 @@ import mechdsl.execute.unpatched_batch
 from mechdsl.execute.options import Options
 from mechdsl.pipeline.run_options import RunOptions
 
+from ..quick import in_turn
 from ..reference.forward import Write, forward
 from ..reference.noise import keyed_by_number
 from ..reference.points import Point, copied
@@ -123,8 +124,7 @@ def test_restoring_in_a_noised_run_is_as_by_hand(folder: Path, seen: Seen, mode:
     np.testing.assert_allclose(source[0], clean_values, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("site", ["embed", "attn_out"])
+@pytest.mark.parametrize(("mode", "site"), in_turn(list(MODES), ["embed", "attn_out"]))
 def test_rows_that_begin_at_the_embedding_are_noised_too(
     folder: Path, seen: Seen, mode: str, site: str
 ) -> None:

@@ -18,6 +18,7 @@ from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.results.experiment_result import FileResult
 from mechdsl.store import tensor_files
 
+from ..quick import in_turn
 from ..reference.noise import noise
 from ..reference.points import Point, copied
 from .support import (
@@ -64,9 +65,11 @@ def seen(family: str, row: int, run: str = "clean") -> dict[Any, Tensor]:
 HEALED = "run healed { from longer into clean patch resid_post layer 0 at cue token }"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", ["plain", "planned", "padded on the right", "small passes"])
 @pytest.mark.parametrize("run", ["clean", "longer", "healed"])
+@pytest.mark.parametrize(
+    ("mode", "family"),
+    in_turn(["plain", "planned", "padded on the right", "small passes"], FAMILIES),
+)
 def test_what_is_in_the_file(family: str, mode: str, run: str, tmp_path: Path) -> None:
     """Every site, at several positions of prompts of different lengths."""
     where = "at cue token, subject tokens"

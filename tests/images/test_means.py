@@ -11,6 +11,7 @@ import torch
 from mechdsl.images.pixels import prepared
 from mechdsl.prompts.image_reader import ImageReader
 
+from ..quick import in_turn
 from . import support
 from .support import copied, difference, forward, plain
 from .test_blocks import SCENES, check, codes, folder_of
@@ -18,8 +19,9 @@ from .test_blocks import SCENES, check, codes, folder_of
 NEUTRAL = support.BLOCKS.replace("image gray", "image mean of scenes")
 
 
-@pytest.mark.parametrize("mode", ["plain", "planned"])
-@pytest.mark.parametrize("name", ["vit", "dinov2_with_registers", "clip"])
+@pytest.mark.parametrize(
+    ("name", "mode"), in_turn(["vit", "dinov2_with_registers", "clip"], ["planned", "plain"])
+)
 def test_patches_go_into_the_mean_image(name: str, mode: str, tmp_path: Path) -> None:
     """The mean of what the library's processor makes of the files, which have different sizes."""
     rule = "patch resid_post layer 0 at image row 1..2 col * tokens"

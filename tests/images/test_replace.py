@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from ..quick import in_turn
 from . import support
 from .support import GRID, PATCH, forward
 from .test_blocks import check, folder_of
@@ -50,8 +51,7 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("mode", ["planned", "plain"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(NAMES, ["planned", "plain"]))
 def test_patches_are_painted(name: str, mode: str, tmp_path: Path) -> None:
     lines = [f"replace {at} with {fill}" for at, fill, _ in CASES]
     text = "".join(support.experiment(f"e{n}", line) for n, line in enumerate(lines))

@@ -91,6 +91,7 @@ VERIFIED = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt_neox_
 """Families that every site is checked on against the hand-written hooks."""
 KINDS = ("gpt2", "llama", "qwen3", "gpt_neox", "bloom", "gemma2", "mixtral", "falcon", "gpt_neo")
 """Families that differ in kind: what the others have besides is found in one of these."""
+VERIFIED_KINDS = tuple(name for name in VERIFIED if name in KINDS)
 EACH = some(CONFIGS, KINDS)
 """All of them, to be a test's parameter."""
 SIDED = in_turn(tuple(CONFIGS), ("left", "right"), KINDS)

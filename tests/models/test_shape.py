@@ -204,7 +204,7 @@ def test_configs_that_can_not_be_read(tmp_path: Path, text: str) -> None:
     assert [d.code for d in problems] == ["E0404"]
 
 
-@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("family", families.EACH)
 def test_the_config_alone_tells_what_the_modules_do(
     loaded: dict[str, LoadedModel], folders: dict[str, Path], family: str
 ) -> None:

@@ -26,6 +26,7 @@ from ..run_source import run_source
 HERE = Path(__file__).parent
 ZOO = HERE.parent.parent / "mechdsl" / "zoo" / "counting"
 PLAIN = frozenset(NAMES)
+MODES = {"planned": frozenset[str](), "plain": PLAIN}
 HEAD = fruit.head("split 50%", fruit.FEWER)
 Array = NDArray[np.float64]
 

@@ -14,7 +14,8 @@ from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.results.results import Results
 from mechdsl.validate.conditions import CellSelection
 
-from .support import HERE, PLAIN, Array, checked, experiment, patched, run
+from ..quick import some
+from .support import HERE, MODES, Array, checked, experiment, patched, run
 from .test_tokens import PLACES, expected, orders
 
 CURVE = experiment(
@@ -38,10 +39,10 @@ def trapezoid(values: Array) -> float:
     return float(sum((at[i + 1] - at[i]) * (values[i] + values[i + 1]) / 2 for i in range(5)))
 
 
-@pytest.mark.parametrize("without", [frozenset[str](), PLAIN], ids=["planned", "plain"])
-def test_every_point_by_hand(without: frozenset[str]) -> None:
+@pytest.mark.parametrize("mode", some(MODES, ["planned"]))
+def test_every_point_by_hand(mode: str) -> None:
     text = CURVE + PLACES
-    found = run(text, without=without)
+    found = run(text, without=MODES[mode])
     rows = patched(found["curve"])
     ranked = orders(found["places"])
     for cell, share in zip(range(6), SHARES, strict=True):

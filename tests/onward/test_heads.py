@@ -7,8 +7,9 @@ import pytest
 
 from mechdsl.results.experiment_result import ExperimentResult
 
+from ..quick import in_turn, some
 from . import support
-from .support import PLAIN, checked, experiment, patched, run
+from .support import MODES, checked, experiment, patched, run
 
 DELTA = "measure logit(answer) as delta"
 FROM = "from clean into fewer"
@@ -23,26 +24,23 @@ def best_sites(result: ExperimentResult, count: int) -> list[str]:
     return [site.partition(".z")[0] for site in support.best_sites(result, count)]
 
 
-BOTH = [frozenset[str](), PLAIN]
+EDGES = [
+    f"block attention HEADS {EDGE}",
+    f"reweight attention HEADS {EDGE} by 3",
+    "set attention HEADS from last token to fruits tokens to uniform",
+    f"set attention HEADS {EDGE} to 0.2",
+]
 
 
-@pytest.mark.parametrize("without", BOTH, ids=["planned", "plain"])
-@pytest.mark.parametrize(
-    "rule",
-    [
-        f"block attention HEADS {EDGE}",
-        f"reweight attention HEADS {EDGE} by 3",
-        "set attention HEADS from last token to fruits tokens to uniform",
-        f"set attention HEADS {EDGE} to 0.2",
-    ],
-)
-def test_edges_of_the_best(rule: str, without: frozenset[str]) -> None:
+@pytest.mark.parametrize(("rule", "mode"), in_turn(EDGES, list(MODES)))
+def test_edges_of_the_best(rule: str, mode: str) -> None:
     picked = run(
-        experiment("a", rule.replace("HEADS", "top 2 of direct"), DELTA) + DIRECT, without=without
+        experiment("a", rule.replace("HEADS", "top 2 of direct"), DELTA) + DIRECT,
+        without=MODES[mode],
     )
     two = best_sites(picked["direct"], 2)
     hand = f"\ngroup hand = {', '.join(two)}\n"
-    named = run(hand + experiment("a", rule.replace("HEADS", "hand"), DELTA), without=without)
+    named = run(hand + experiment("a", rule.replace("HEADS", "hand"), DELTA), without=MODES[mode])
     assert np.array_equal(patched(picked["a"]), patched(named["a"]))
     effect = np.abs(patched(picked["a"]) - picked["a"].measures[0].base)
     assert effect.max() > 0.02
@@ -52,18 +50,19 @@ def test_edges_of_the_best(rule: str, without: frozenset[str]) -> None:
     assert picked["a"].conventions["top 2 of direct"].startswith(f"{two[0]}.z")
 
 
-@pytest.mark.parametrize("without", BOTH, ids=["planned", "plain"])
-@pytest.mark.parametrize("site", ["q", "k", "v"])
-def test_paths_to_the_best(site: str, without: frozenset[str]) -> None:
+@pytest.mark.parametrize(("site", "mode"), in_turn(["q", "k", "v"], list(MODES)))
+def test_paths_to_the_best(site: str, mode: str) -> None:
     rule = "path layer * head 0, 2 -> {} at {{last-item token, last token}}"
     text = experiment("a", FROM, rule.format(f"{site} of top 2 of direct"), DELTA) + DIRECT
-    picked = run(text, without=without)
+    picked = run(text, without=MODES[mode])
     two = best_sites(picked["direct"], 2)
     hand = f"\ngroup hand = {', '.join(two)}\n"
     own = f"\ngroup own = {', '.join(f'{name}.{site}' for name in two)}\n"
-    named = run(hand + experiment("a", FROM, rule.format(f"{site} hand"), DELTA), without=without)
+    named = run(
+        hand + experiment("a", FROM, rule.format(f"{site} hand"), DELTA), without=MODES[mode]
+    )
     assert np.array_equal(patched(picked["a"]), patched(named["a"]))
-    sites = run(own + experiment("a", FROM, rule.format("own"), DELTA), without=without)
+    sites = run(own + experiment("a", FROM, rule.format("own"), DELTA), without=MODES[mode])
     assert np.array_equal(patched(picked["a"]), patched(sites["a"]))
     assert picked["a"].cells[0].site == f"L0H0.z → {site} of top 2 of direct"
     assert np.abs(patched(picked["a"]) - picked["a"].measures[0].base).max() > 0.01
@@ -88,20 +87,22 @@ def test_the_best_one_is_called_by_its_name() -> None:
     assert found["a"].conventions["observed"] == "the weight that the keys get together"
 
 
-@pytest.mark.parametrize("without", BOTH, ids=["planned", "plain"])
-def test_more_and_more_heads(without: frozenset[str]) -> None:
+@pytest.mark.parametrize("mode", some(MODES, ["planned"]))
+def test_more_and_more_heads(mode: str) -> None:
     rule = f"for n in [0, 1, 3] {{ block attention top n of direct {EDGE} }}"
-    found = run(experiment("a", rule, DELTA) + DIRECT, without=without)
+    found = run(experiment("a", rule, DELTA) + DIRECT, without=MODES[mode])
     rows = patched(found["a"])
     base = found["a"].measures[0].base
     np.testing.assert_array_equal(rows[0], np.broadcast_to(base, rows.shape)[0])
     three = best_sites(found["direct"], 3)
     for row, heads in ((1, three[:1]), (2, three)):
         hand = f"\ngroup hand = {', '.join(heads)}\n"
-        same = run(hand + experiment("b", f"block attention hand {EDGE}", DELTA), without=without)
+        same = run(
+            hand + experiment("b", f"block attention hand {EDGE}", DELTA), without=MODES[mode]
+        )
         np.testing.assert_allclose(rows[row], patched(same["b"])[0], atol=1e-4)
     to = "for n in [0, 1, 3] { path layer 0 head 0 -> q of top n of direct at last token }"
-    paths = run(experiment("a", FROM, to, DELTA) + DIRECT, without=without)["a"]
+    paths = run(experiment("a", FROM, to, DELTA) + DIRECT, without=MODES[mode])["a"]
     assert [cell.coords["n"] for cell in paths.cells] == [1, 3]
 
 

@@ -10,11 +10,11 @@ import torch
 
 from mechdsl.results.experiment_result import ExperimentResult
 
-from .support import PLAIN, checked, experiment, model, patched, run, without_tokens
+from ..quick import some
+from .support import MODES, PLAIN, checked, experiment, model, patched, run, without_tokens
 
 LOOK = "observe attention layer 2 head 3 from last token to token * align left as attn"
 RAW = "measure logit(answer) as raw"
-BOTH = [frozenset[str](), PLAIN]
 
 
 @torch.no_grad()
@@ -53,11 +53,11 @@ def answers(text: str, name: str) -> list[int]:
     return [ids[0] for ids in texts]
 
 
-@pytest.mark.parametrize("without", BOTH, ids=["planned", "plain"])
-def test_tokens_that_are_seen_most(without: frozenset[str]) -> None:
+@pytest.mark.parametrize("mode", some(MODES, ["planned"]))
+def test_tokens_that_are_seen_most(mode: str) -> None:
     text = experiment("then", "ablate embed at top 3 of attn tokens with zero", RAW)
     text += experiment("look", LOOK)
-    found = run(text, without=without)
+    found = run(text, without=MODES[mode])
     held(text, found["then"], 3)
     assert "attn" in found["then"].conventions["top 3 of attn tokens"]
 

@@ -8,8 +8,9 @@ import pytest
 from mechdsl.base.source import Source
 from mechdsl.pipeline.run_options import RunOptions
 
+from ..quick import some
 from ..run_source import run_source
-from .support import HEAD, HERE, PLAIN, best_sites, checked, experiment, patched, run
+from .support import HEAD, HERE, MODES, best_sites, checked, experiment, patched, run
 
 MEASURE = "measure logit(answer) - logit(answer of fewer) as recovery"
 MEASURE_DELTA = "measure logit(answer) as delta"
@@ -104,8 +105,8 @@ def test_a_site_counts_with_its_best_position() -> None:
     assert said.endswith("each of the 4 sites by the best of its cells")
 
 
-@pytest.mark.parametrize("without", [frozenset[str](), PLAIN], ids=["planned", "plain"])
-def test_more_and_more_of_them(without: frozenset[str]) -> None:
+@pytest.mark.parametrize("mode", some(MODES, ["planned"]))
+def test_more_and_more_of_them(mode: str) -> None:
     curve = experiment(
         "curve",
         "from clean into fewer",
@@ -115,12 +116,12 @@ def test_more_and_more_of_them(without: frozenset[str]) -> None:
         MEASURE,
         "measure prob(answer) as raw",
     )
-    found = run(curve + WHICH, without=without)
+    found = run(curve + WHICH, without=MODES[mode])
     rows = patched(found["curve"])
     assert np.array_equal(rows[0], found["curve"].measures[0].base[0])
     assert next(cell.site for cell in found["curve"].cells) == "nothing"
     for row, count in ((1, 1), (2, 2), (3, 16)):
-        same = run(patch("same", f"top {count} of which") + WHICH, without=without)
+        same = run(patch("same", f"top {count} of which") + WHICH, without=MODES[mode])
         assert np.allclose(rows[row], patched(same["same"])[0], atol=1e-4)
     # All heads at the last token are not all of the residual stream, so 16 is not the source run.
     assert [cell.coords["k"] for cell in found["curve"].cells] == [0, 1, 2, 16]

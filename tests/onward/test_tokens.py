@@ -9,7 +9,8 @@ import pytest
 
 from mechdsl.results.experiment_result import ExperimentResult
 
-from .support import HEAD, PLAIN, checked, experiment, patched, run, without_tokens
+from ..quick import in_turn
+from .support import HEAD, MODES, checked, experiment, patched, run, without_tokens
 
 PLACES = experiment(
     "places",
@@ -51,22 +52,24 @@ def expected(
     return values
 
 
-@pytest.mark.parametrize("without", [frozenset[str](), PLAIN], ids=["planned", "plain"])
-@pytest.mark.parametrize(
-    ("at", "count"),
-    [
-        ("top 25% of places tokens", lambda n: int(n / 4 + 0.5)),
-        ("top 3 of places tokens", lambda n: 3),
-        ("best of places token", lambda n: 1),
-        ("best of places tokens", lambda n: 1),
-        ("top 1% of places tokens", lambda n: 1),
-        ("top 100% of places tokens", lambda n: n),
-    ],
-)
-def test_by_hand(at: str, count: Callable[[int], int], without: frozenset[str]) -> None:
+COUNTS: dict[str, Callable[[int], int]] = {
+    "top 25% of places tokens": lambda n: int(n / 4 + 0.5),
+    "top 3 of places tokens": lambda n: 3,
+    "best of places token": lambda n: 1,
+    "best of places tokens": lambda n: 1,
+    "top 1% of places tokens": lambda n: 1,
+    "top 100% of places tokens": lambda n: n,
+}
+"""How many tokens are picked of a row's."""
+
+
+@pytest.mark.parametrize(("at", "mode"), in_turn(list(COUNTS), list(MODES)))
+def test_by_hand(at: str, mode: str) -> None:
     text = ablate("a", at) + PLACES
-    found = run(text, without=without)
-    ranked = {row: order[: count(len(order))] for row, order in orders(found["places"]).items()}
+    found = run(text, without=MODES[mode])
+    ranked = {
+        row: order[: COUNTS[at](len(order))] for row, order in orders(found["places"]).items()
+    }
     assert np.allclose(patched(found["a"])[0], expected(text, "a", ranked), atol=1e-4)
 
 

@@ -23,6 +23,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.validate.check_file import Checked, Settings, check_source
 
 from ..execute.support import MODES, context, shared
+from ..quick import in_turn
 from .models import bare, double
 from .support import (
     BLOCKS,
@@ -335,8 +336,9 @@ def test_as_the_bare_model_does_it(data: Path, key: str, mode: str) -> None:
     hold(data, key, "llama", mode)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gemma2", "mistral"])
-@pytest.mark.parametrize("key", list(CASES))
+@pytest.mark.parametrize(
+    ("key", "name"), in_turn(list(CASES), ["gpt2", "gpt_neox", "gemma2", "mistral"])
+)
 def test_also_on_other_models(data: Path, key: str, name: str) -> None:
     hold(data, key, name, "planned")
 

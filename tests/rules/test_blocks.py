@@ -21,6 +21,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.validate.check_file import Checked, Settings, check_source
 
 from ..execute.support import MODES, context, shared
+from ..quick import in_turn
 from .models import bare, on_the_model
 from .support import (
     BLOCKS,
@@ -172,8 +173,7 @@ def test_blocks_compute_where_they_are_put(data: Path, key: str, mode: str) -> N
     hold(data, key, "llama", mode)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gemma2"])
-@pytest.mark.parametrize("key", list(CASES))
+@pytest.mark.parametrize(("key", "name"), in_turn(list(CASES), ["gpt2", "gpt_neox", "gemma2"]))
 def test_also_on_other_models(data: Path, key: str, name: str) -> None:
     hold(data, key, name, "planned")
 

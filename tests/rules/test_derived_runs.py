@@ -13,6 +13,7 @@ import torch
 
 from mechdsl.results.experiment_result import ExperimentResult
 
+from ..quick import some
 from ..reference.forward import Changes, Edge, Run, Write
 from .paths import End, copied
 from .support import (
@@ -185,7 +186,7 @@ def results(data: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
 
 
 @pytest.mark.parametrize("mode", MANY)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", some(FAMILIES, FAMILIES[:2]))
 @pytest.mark.parametrize("run", list(RUNS))
 def test_a_run_with_rules_as_source_and_base(data: Path, name: str, run: str, mode: str) -> None:
     found = results(data, name, mode)
@@ -250,7 +251,7 @@ def test_edges_of_the_run_and_of_the_experiment(data: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MANY)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", some(FAMILIES, FAMILIES[:2]))
 def test_metrics_that_compare_with_it(data: Path, name: str, mode: str) -> None:
     rule = "patch resid_post layer 1 at cue token"
     lines = [*defined("third"), "from other into clean", rule]

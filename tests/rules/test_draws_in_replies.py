@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ..execute.support import PROMPTS
+from ..quick import in_turn
 from ..reference.forward import Changes, Write
 from ..reference.noise import keyed_by_number, noise
 from .support import compare, experiment, rows, run_file, tokens, write_data
@@ -32,8 +33,7 @@ def noised(name: str, n: int, draw: int) -> Reply:
     return write(name, rows()[n].ids, act)
 
 
-@pytest.mark.parametrize("mode", ["plain", "planned"])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(("name", "mode"), in_turn(["gpt2", "llama"], ["planned", "plain"]))
 def test_each_draw_counts_by_itself(
     name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from mechdsl.store.store import Store
 
 from ..execute import support as plain
 from ..execute.support import MODES
+from ..quick import in_turn
 from ..reference.forward import Write
 from .paths import End, copied
 from .support import (
@@ -136,8 +137,7 @@ def taken(name: str, donor: Text, n: int, layer: int, at: str) -> float:
     return difference(edited(name, text, writes).logits, record)
 
 
-@pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize(("mode", "name"), in_turn(list(MODES), ["gpt2", "llama", "gpt_neox"]))
 def test_what_rows_of_another_block_have(data: Path, name: str, mode: str) -> None:
     """Where it has one row, that; else one of its rows, by the content of the row."""
     rule = "ablate resid_post layer 0..1 at last token with resample of"

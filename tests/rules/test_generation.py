@@ -15,6 +15,7 @@ from torch import Tensor
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES, token
+from ..quick import in_turn
 from ..reference.forward import Changes, Edge, Write, forward
 from .models import double
 from .support import codes, experiment, plain, rows, run_file, tokens
@@ -217,14 +218,7 @@ def replies(result: ExperimentResult, cell: int = 0) -> list[list[int]]:
     return [list(own[0].ids) for _, own in sorted(result.replies.cells[cell].items())]
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [
-        pytest.param(name, mode, marks=[] if (mode == "planned") != (name == "gpt2") else slow)
-        for name in FAMILIES
-        for mode in MODES
-    ],
-)
+@pytest.mark.parametrize(("mode", "name"), in_turn(list(MODES), FAMILIES))
 def test_rules_act_at_their_steps(data: Path, name: str, mode: str) -> None:
     seen = found(data, name, mode)
     count, changed = len(rows()), set[str]()

@@ -21,6 +21,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import token
 from ..models import families
+from ..quick import in_turn
 from ..reference.forward import Changes, Edge, Run, Write, forward
 from .models import double
 from .support import (
@@ -501,8 +502,7 @@ def test_the_first_row_without_a_value_is_named_in_passes_of_any_size(
 # --- what is saved, and refused -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [*QUICK, "small passes"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(NAMES, [*QUICK, "small passes"]))
 def test_what_is_saved(data: Path, name: str, mode: str) -> None:
     """Vectors of the prompt's last token and of all that a run writes, with rows and texts."""
     line = 'save resid_post layer * at last token, each reply token to "x.safetensors"'

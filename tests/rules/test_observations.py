@@ -735,8 +735,7 @@ def test_effects_of_observations_without_the_planner(data: Path) -> None:
     hold_changes(data, "gpt2", "plain")
 
 
-@pytest.mark.parametrize("name", LENS[:3])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "name"), in_turn(list(MODES), LENS[:3]))
 def test_a_lens_is_compared_with_a_run(data: Path, name: str, mode: str) -> None:
     """What other measures read of the logits is narrow: the run's are whole nevertheless."""
     look = "observe logit_lens resid_post layer * at last token"

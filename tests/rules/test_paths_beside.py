@@ -407,17 +407,26 @@ GROUPS = (
 )
 
 
-PLAIN = {key: FAMILIES[number % len(FAMILIES)] for number, key in enumerate(CASES)}
-"""Whole passes of one family for each case, in turn; those of the others are slow."""
+def there(name: str, key: str) -> bool:
+    """In a parallel block no head sends to the MLP of its layer."""
+    return not (name == "gpt_neox" and key.endswith("of_its_layer"))
+
+
+def turn(number: int, key: str) -> str:
+    families = [name for name in FAMILIES if there(name, key)]
+    return families[number % len(families)]
+
+
+TURN = {key: turn(number, key) for number, key in enumerate(CASES)}
+"""One family for each case, in turn; the others are slow."""
 
 
 @cache
 def results(data: Path, name: str, mode: str, own: bool) -> dict[str, ExperimentResult]:
-    """Of all cases; as whole passes, of those of this family or of the others."""
-    chosen = [key for key in CASES if mode != "plain" or (PLAIN[key] == name) == own]
+    """Of the cases of this family, or of those of the others."""
     text = ""
-    for key in chosen:
-        if there(name, key):
+    for key in CASES:
+        if (TURN[key] == name) == own and there(name, key):
             text += experiment(key, "from longer into clean", *CASES[key].lines)
     named = GROUPS if "sending" in text or "receiving" in text else ""
     return run_file(named + text, data, name, mode, precise=True)
@@ -435,11 +444,6 @@ def expected(name: str, key: str) -> tuple[list[float], list[float]]:
     return found, alone
 
 
-def there(name: str, key: str) -> bool:
-    """In a parallel block no head sends to the MLP of its layer."""
-    return not (name == "gpt_neox" and key.endswith("of_its_layer"))
-
-
 def cells(found: ExperimentResult) -> Array:
     return found.measures[0].patched
 
@@ -447,7 +451,7 @@ def cells(found: ExperimentResult) -> Array:
 @pytest.mark.parametrize(
     ("key", "name", "mode"),
     [
-        pytest.param(k, n, m, marks=pytest.mark.slow if m == "plain" and n != PLAIN[k] else ())
+        pytest.param(k, n, m, marks=pytest.mark.slow if there(n, k) and n != TURN[k] else ())
         for k in CASES
         for n in FAMILIES
         for m in QUICK
@@ -458,7 +462,7 @@ def test_each_pass_is_as_it_is_said(data: Path, key: str, name: str, mode: str) 
         text = experiment("e", "from longer into clean", CASES[key].rule)
         assert "E0335" in codes(text, data, name)
         return
-    found = results(data, name, mode, PLAIN[key] == name or mode != "plain")[key]
+    found = results(data, name, mode, TURN[key] == name)[key]
     values, alone = expected(name, key)
     np.testing.assert_allclose(found.measures[0].base[0], unpatched(name), atol=1e-5)
     np.testing.assert_allclose(cells(found)[0], values, atol=1e-5, rtol=1e-5)
@@ -585,14 +589,14 @@ def test_what_is_measured_inside_of_held_mlps(data: Path) -> None:
 
 
 def test_what_is_said(data: Path) -> None:
-    found = results(data, "llama", "planned", True)
-    said = found["to_logits_beside_a_held_head"].conventions["beside the path"]
+    def conventions(key: str) -> dict[str, str]:
+        return results(data, TURN[key], "planned", True)[key].conventions
+
+    said = conventions("to_logits_beside_a_held_head")["beside the path"]
     assert "the other rules act in each of its passes" in said
-    assert "beside the path" not in found["a_head_to_a_neuron"].conventions
-    assert (
-        "norms divide by what they divide by"
-        in (found["to_logits_with_frozen_norms"].conventions["path"])
-    )
+    assert "beside the path" not in conventions("a_head_to_a_neuron")
+    frozen = conventions("to_logits_with_frozen_norms")["path"]
+    assert "norms divide by what they divide by" in frozen
 
 
 REFUSED: dict[tuple[str, ...], str] = {

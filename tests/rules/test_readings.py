@@ -12,6 +12,7 @@ from torch import Tensor
 from mechdsl.resolve.cell_key import Coord
 
 from ..execute.support import MODES
+from ..quick import in_turn
 from ..reference.forward import Changes, Write
 from .support import (
     agree,
@@ -109,8 +110,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize(("mode", "name"), in_turn(list(MODES), ["gpt2", "llama", "gpt_neox"]))
 def test_what_is_read_elsewhere_is_written(data: Path, name: str, mode: str) -> None:
     text = "".join(experiment(f"e{n}", case.rule) for n, case in enumerate(CASES.values()))
     found = run_file(text, data, name, mode)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..execute.support import PROMPTS
+from ..quick import in_turn
 from ..reference.forward import Write, forward
 from ..reference.noise import keyed_by_number, noise
 from .models import double
@@ -20,9 +21,10 @@ BLOCKS = PROMPTS.replace("corrupt other", f"{NOISED}\n  corrupt other")
 SAMPLES = 3
 
 
-@pytest.mark.parametrize("mode", ["plain", "planned", "small passes"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
 @pytest.mark.parametrize("run", ["clean", "noised"])
+@pytest.mark.parametrize(
+    ("name", "mode"), in_turn(["gpt2", "llama", "gpt_neox"], ["plain", "planned", "small passes"])
+)
 def test_vectors_of_every_reply(
     run: str, name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -271,7 +271,7 @@ def measured(name: str, run: str) -> list[float]:
     return [difference(stage(name, run, n)[0], record) for n, record in enumerate(records())]
 
 
-@pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, QUICK))
+@pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, QUICK, FAMILIES[:2]))
 @pytest.mark.parametrize("run", list(RUNS))
 def test_a_steered_run_as_source_and_base(folder: Path, name: str, run: str, mode: str) -> None:
     found = results(folder, name, mode)
@@ -293,7 +293,7 @@ def test_a_steered_run_as_source_and_base(folder: Path, name: str, run: str, mod
         agree(found[key], ("layer",), values, start, large=0.02, most=False)
 
 
-@pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, QUICK))
+@pytest.mark.parametrize(("name", "mode"), in_turn(FAMILIES, QUICK, FAMILIES[:2]))
 @pytest.mark.parametrize("run", list(RUNS))
 def test_the_lens_of_a_steered_run(folder: Path, name: str, run: str, mode: str) -> None:
     """What is observed of it is what the bare model with its hooks has there."""

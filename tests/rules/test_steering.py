@@ -17,6 +17,7 @@ from mechdsl.base.source import Source
 from mechdsl.resolve.cell_key import Coord
 
 from ..execute.support import MODES, by_name, run_on, shared, token
+from ..quick import in_turn
 from ..reference.forward import Changes, Write, forward
 from .models import bare, double
 from .support import (
@@ -396,8 +397,9 @@ def test_families_share_axes_and_have_members(family: str, mode: str, data: Path
             raise AssertionError(f"{key}: {error}") from error
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
-@pytest.mark.parametrize("mode", QUICK)
+@pytest.mark.parametrize(
+    ("family", "mode"), in_turn(["gpt2", "llama", "gpt_neox"], ["planned", "plain"])
+)
 def test_weights_that_never_write_a_direction(family: str, mode: str, data: Path) -> None:
     """The same as weights, biases and embeddings from which the direction is taken out."""
     text = DIRECTION + experiment("e", "project out d from weights")

@@ -21,6 +21,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.validate.check_file import Settings
 
 from ..execute.support import MODES, by_name, run_on, shared
+from ..quick import in_turn
 from ..reference.forward import Write
 from .models import bare
 from .support import (
@@ -220,14 +221,7 @@ def expected(case: Case, name: str, functions: Any) -> dict[Key, list[float]]:
     return values
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [
-        pytest.param(n, m, marks=() if n == "llama" or m == "planned" else pytest.mark.slow)
-        for n in NAMES
-        for m in MODES
-    ],
-)
+@pytest.mark.parametrize(("mode", "name"), in_turn(list(MODES), NAMES))
 def test_it_is_given_whole_cells(data: Path, functions: Any, name: str, mode: str) -> None:
     text = "".join(experiment(key.replace(" ", "_"), written(key)) for key in CASES)
     found = ran(text, data, name, mode)
