@@ -108,8 +108,9 @@ def _of_cell(plan: ExperimentPlan, rule: RulePlan, cell: int, rows: Ints) -> Seq
     """The sites and positions of a cell, and which of its values it is."""
     index = [int(own[cell]) for own in plan.coordinates]
     along = dict(zip((axis.name for axis in plan.experiment.axes), index, strict=True))
-    sites, other, edge = rule.rule.sites, rule.rule.beside, rule.rule.edge
+    sites, other, edge, does = rule.rule.sites, rule.rule.beside, rule.rule.edge, rule.rule.does
     assert sites is not None
+    assert isinstance(does, OverRows)
     targets = [sites] if other is None else [sites, other]
     points = [each.points[tuple(along[axis] for axis in each.axes)] for each in targets]
     place = int(rule.position_of_cell[cell])
@@ -119,7 +120,7 @@ def _of_cell(plan: ExperimentPlan, rule: RulePlan, cell: int, rows: Ints) -> Seq
     return [
         [[(p.site, p.layer, p.unit) for p in each] for each in points],
         [_hits(spot, rows) for spot in spots],
-        *(along.get("value"), plan.items[cell], place if _trains(rule) else None),
+        *(along.get(does.counts), plan.items[cell], place if _trains(rule) else None),
     ]
 
 

@@ -330,8 +330,15 @@ class _Gatherer:
             float(torch.finfo(self.runs.model.dtype).eps),
             None if other is None else other.astype(np.float64),
             None,
+            self._number(cell),
             np.array(pairs, dtype=np.float64),
         )
+
+    def _number(self, cell: int) -> int:
+        """Which of several values of what it observes is asked for, from 1; 0 where it has one."""
+        names = [axis.name for axis in self.plan.experiment.axes]
+        axis = self.does.counts
+        return int(self.plan.coordinates[names.index(axis)][cell]) + 1 if axis in names else 0
 
     def _of_other(self) -> Iterator[Joined]:
         """Per cell, the sites that it is set against."""

@@ -106,15 +106,18 @@ def area(curve: Floats, at: Floats) -> Floats:
     return np.trapezoid(curve, at, axis=-1) / (at[-1] - at[0])
 
 
-def infidelity(values: Floats, taken: Floats, drops: Floats) -> float:
-    """How far a map is from what happens: the mean of (Σ of the numbers of what was taken out −
-    what the output fell by)² (Yeh et al. 2019, definition 2.1). It hangs on the map's scale.
+def infidelity(values: Floats, taken: Bools, drops: Floats) -> float:
+    """How far a map is from what happens: the mean of (β Σ of the numbers of the patches that were
+    taken out − what the output fell by)² (Yeh et al. 2019, definition 2.1). β, 0 or more, is what
+    makes it least (their optimal scaling): a map has no scale of its own. NaN where a patch that
+    was taken out has no number.
 
-    values: [row, col]. taken: [draw, row, col], how much of each patch was taken out, 0 to 1.
-    drops: [draw] f(x) − f(x with that taken out).
+    values: [row, col]. taken: [draw, row, col]. drops: [draw] f(x) − f(x with these taken out).
     """
-    expected = np.tensordot(taken, values, axes=([1, 2], [0, 1]))
-    return float(np.mean((expected - drops) ** 2))
+    expected = np.where(taken, values, 0.0).sum((1, 2))
+    squared = float(expected @ expected)
+    scale = max(0.0, float(expected @ drops) / squared) if squared > 0 else 0.0
+    return float(np.mean((scale * expected - drops) ** 2))
 
 
 def sensitivity(values: Floats, others: Floats) -> float:

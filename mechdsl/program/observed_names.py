@@ -46,11 +46,15 @@ def with_results(experiment: spec.Experiment, results: dict[str, str]) -> spec.E
 
 
 def _observed_results(rule: spec.Rule, results: dict[str, str]) -> dict[str, spec.Observed]:
-    """The same of maps that an `observe` line is of."""
-    if rule.observed is None or not rule.observed.maps:
+    """The same of maps that an `observe` line is of, and of what they are set against."""
+    said = rule.observed
+    if said is None or not said.maps:
         return {}
-    maps = tuple(named_result(each, results) for each in rule.observed.maps)
-    return {"observed": rule.observed.model_copy(update={"maps": maps})}
+    named = {
+        name: tuple(named_result(each, results) for each in every)
+        for name, every in (("maps", said.maps), ("others", said.others))
+    }
+    return {"observed": said.model_copy(update=named)}
 
 
 def read_elsewhere(

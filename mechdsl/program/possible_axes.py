@@ -28,7 +28,7 @@ def possible_axes(rule: spec.Rule) -> Iterator[str]:
 def own_axes(observed: spec.Observed) -> Iterator[str]:
     """Those that an observation has by its kind."""
     if observed.word in COUNTED:
-        yield "value"
+        yield COUNTED[observed.word]
     if len(observed.maps) > 1:
         yield "map"
 

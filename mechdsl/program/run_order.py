@@ -122,7 +122,8 @@ def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[Onward]
         for name in type(part).model_fields:
             yield from _in_tree(getattr(part, name), parts.groups)
     for rule in experiment.every_rule:
-        yield from () if rule.observed is None else rule.observed.maps
+        if rule.observed is not None:
+            yield from (*rule.observed.maps, *rule.observed.others)
     for rule in experiment.every_rule:
         if rule.direction is not None:
             for each in made_of([rule.direction], parts.directions):

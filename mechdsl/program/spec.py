@@ -159,6 +159,8 @@ class Observed(Spec):
     """The experiments whose maps it is of."""
     region: str | None = None
     """The region of images that maps are set against."""
+    others: tuple[MapText, ...] = ()
+    """The experiments that maps are set against."""
     share: float | None = None
     """Of all patches, how many of the highest are taken."""
 

@@ -30,7 +30,8 @@ def left_out(control: spec.Control | None, context: SiteContext) -> tuple[LeftOu
     is no part of what this one tests. Codes: E0203, E0301 to E0313, E0402, E0620."""
     if control is None:
         return ()
-    apart = Onward(context.onward.found, context.onward.called, context.onward.picks)
+    whole = context.onward
+    apart = Onward(whole.found, whole.called, whole.groups, whole.picks)
     # It stands behind every `for`, whose variables mean nothing here.
     here = replace(context, loops={}, onward=apart)
     found: list[LeftOut] = []

@@ -7,29 +7,22 @@ from math import isfinite
 
 from mechdsl.diagnostics.e06_onward import BadPick
 from mechdsl.resolve.families import Family
-from mechdsl.resolve.findings import Finding, VariantFinding
+from mechdsl.resolve.findings import Finding, Refused, VariantFinding
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved import Label, ResolvedExperiment
 from mechdsl.resolve.resolved_rule import Key
 from mechdsl.syntax import ast
 
 
-class _Refused(Exception):
-    def __init__(self, reason: str, hint: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.hint = hint
-
-
 def best_coordinates(node: ast.Index, picked: ast.Ranked, family: Family, work: Work) -> Key | None:
     """The member whose cell has the largest mean, signed, of the experiment's first measure; the
     first member before that has run. None after E0620, and where the experiment was refused."""
-    finding = work.sites.onward.found.get(picked.of)
-    if finding is None:
-        return None
     try:
+        finding, _ = work.sites.onward.finding(picked, work.program.parameters)
+        if finding is None:
+            return None
         found = [_of_part(part, family, picked) for part in finding.parts]
-    except _Refused as refusal:
+    except Refused as refusal:
         text = node.span.written
         work.diagnostics.append(
             BadPick(span=node.span, text=text, reason=refusal.reason, hint=refusal.hint)
@@ -51,9 +44,8 @@ def _of_part(part: VariantFinding, family: Family, picked: ast.Ranked) -> tuple[
 
     means = np.where(np.isfinite(part.means), part.means, -np.inf)
     if not isfinite(float(means.max())):
-        raise _Refused(f"`{picked.of}` has no cell with a value", "look at what it measures")
-    cell = int(means.argmax())
-    place = np.unravel_index(cell, experiment.shape) if experiment.shape else ()
+        raise Refused(f"`{picked.of}` has no cell with a value", "look at what it measures")
+    cell, place = max(part.grid(), key=lambda each: means[each[0]])
     key: list[int] = []
     for axis, own in zip(axes, family.axes, strict=True):
         label = experiment.axes[axis].labels[int(place[axis])]
@@ -76,9 +68,9 @@ def _axes(experiment: ResolvedExperiment, family: Family, picked: ast.Ranked) ->
         what = f"`{name}` doesn't sweep `{family.name}`"
         if using:
             what = f"`{name}` doesn't sweep every `{missing[0]}` of `{family.name}`"
-        raise _Refused(what, f"let a rule of `{name}` name the family as it is: `{family.name}`")
+        raise Refused(what, f"let a rule of `{name}` name the family as it is: `{family.name}`")
     if experiment.measures and experiment.measures[0].kind == "category":
-        raise _Refused(
+        raise Refused(
             f"the first measure of `{name}` is a category, which has no order",
             f"let `{name}` measure a number first",
         )
@@ -87,7 +79,7 @@ def _axes(experiment: ResolvedExperiment, family: Family, picked: ast.Ranked) ->
 
 def _index(labels: Sequence[Label], label: Label, picked: ast.Ranked, family: Family) -> int:
     if label not in labels:
-        raise _Refused(
+        raise Refused(
             f"`{picked.of}` found `{label}`, which `{family.name}` doesn't have",
             "let both sweep the same values",
         )

@@ -22,6 +22,7 @@ from mechdsl.diagnostics.e03_coordinates import (
 )
 from mechdsl.models.shape import ModelShape, units
 from mechdsl.program import spec
+from mechdsl.resolve.open_axes import from_end, is_open
 from mechdsl.resolve.picks import Onward
 from mechdsl.resolve.resolved import Axis, Label, LoopCells
 from mechdsl.resolve.resolved_rule import Key
@@ -265,16 +266,6 @@ def _loops_named(value: ast.Star | ast.AxisRange, context: SiteContext) -> list[
     """The `for` variables that stand at its ends."""
     ends = () if isinstance(value, ast.Star) else (value.low, value.high)
     return [end.name for end in ends if end is not None and end.name in context.loops and end.name]
-
-
-def from_end(bound: ast.Bound | None) -> bool:
-    """Whether the coordinate that it names hangs on how many there are: `-1`, `50%`."""
-    return bound is not None and (bound.percent is not None or (bound.value or 0) < 0)
-
-
-def is_open(value: ast.Star | ast.AxisRange) -> bool:
-    """Whether which coordinates it names hangs on the model."""
-    return isinstance(value, ast.Star) or from_end(value.low) or from_end(value.high)
 
 
 def _bound(

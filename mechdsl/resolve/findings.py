@@ -63,6 +63,17 @@ class VariantFinding:
     """As results have them."""
     replies: tuple[Mapping[int, tuple[Reply, ...]], ...] = ()
     """[cell] id of a row → what was written behind it, one for each sample and draw of noise."""
+    chosen: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Where some cells are meant alone, axis → the number of its value that they have."""
+
+    def grid(self) -> Iterator[tuple[int, Key]]:
+        """(number of a cell, its indices along the axes) of those that are meant, in the order of
+        the grid."""
+        names = [axis.name for axis in self.experiment.axes]
+        there = [(names.index(axis), number) for axis, number in self.chosen.items()]
+        for cell, index in enumerate(_cells(self.experiment)):
+            if all(index[place] == number for place, number in there):
+                yield cell, index
 
     def sites(self) -> Iterator[RankedSite]:
         """Of every cell that has a value, in the order of the grid."""
@@ -70,7 +81,7 @@ class VariantFinding:
         axes = [axis.name for axis in experiment.axes]
         rules = ranked_rules(experiment)
         places = [[axes.index(a) for a in site_targets(rule).axes] for rule in rules]
-        for cell, index in enumerate(_cells(experiment)):
+        for cell, index in self.grid():
             value = math.nan if self.means is None else float(self.means[cell])
             if self.means is not None and not math.isfinite(value):
                 continue
@@ -130,12 +141,15 @@ class VariantFinding:
         return [axis.name for axis in self.experiment.axes].index("position")
 
     def _by_position(self, values: Floats) -> Floats:
-        """[position, cell beside it, row], NaN where loops leave a cell out."""
+        """[position, cell beside it that is meant, row], NaN where loops leave a cell out."""
         import numpy as np
 
         whole = np.full((*self.experiment.shape, values.shape[1]), np.nan)
-        for number, index in enumerate(_cells(self.experiment)):
+        for number, index in self.grid():
             whole[index] = values[number]
+        for place, axis in enumerate(self.experiment.axes):
+            if axis.name in self.chosen:
+                whole = whole.take([self.chosen[axis.name]], axis=place)
         moved = np.moveaxis(whole, self._axis, 0)
         return moved.reshape(moved.shape[0], -1, values.shape[1])
 
@@ -172,9 +186,10 @@ class Finding:
     def measure(self) -> str:
         return self.parts[0].measure
 
-    @property
+    @cached_property
     def cells(self) -> int:
-        return sum(part.experiment.n_cells for part in self.parts)
+        """How many are meant."""
+        return sum(1 for part in self.parts for _ in part.grid())
 
     def on(self, model: str, block: str) -> Finding:
         """Of a comparison of models, what it found on one of them; of blocks of prompts alike."""

@@ -110,8 +110,8 @@ class Observation(Intervention):
     """It is of maps that other experiments made, and of no site."""
     leads: ClassVar[bool] = False
     """It is of what leads from one position to another: `observe WORD from Q to K`."""
-    counts: ClassVar[bool] = False
-    """It has several values of a cell, along an axis `value` from 1."""
+    counts: ClassVar[str] = ""
+    """The axis of its values, from 1, where there are several to a cell."""
     takes: ClassVar[tuple[Literal["toward", "with", "with site", "top", "arguments"], ...]] = ()
     """The clauses that it has a meaning for."""
 

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping
 from mechdsl.diagnostics.core import Unknown
 from mechdsl.program import spec
 from mechdsl.program.possible_axes import may_sweep_one
-from mechdsl.resolve.coordinates import is_open
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 
@@ -77,3 +76,13 @@ def _of_axes(tree: ast.Site | ast.Edge | None) -> Iterator[str]:
     for axis in walk(tree):
         if isinstance(axis, ast.Axis) and any(map(is_open, axis.values)):
             yield axis.word
+
+
+def from_end(bound: ast.Bound | None) -> bool:
+    """Whether the coordinate that it names hangs on how many there are: `-1`, `50%`."""
+    return bound is not None and (bound.percent is not None or (bound.value or 0) < 0)
+
+
+def is_open(value: ast.Star | ast.AxisRange) -> bool:
+    """Whether which coordinates it names hangs on the model."""
+    return isinstance(value, ast.Star) or from_end(value.low) or from_end(value.high)

@@ -52,6 +52,8 @@ class RowVectors:
     """[row, other width] the vectors of the site, or at the position, that it is set against."""
     training: Training | None
     """Where it is fitted on other rows, these."""
+    number: int
+    """Which it is, from 1, of the values that a cell has several of; 0 where it has one."""
     pairs: Floats
     """[row, 2] how many pairs of different tokens there are, one of either position, and how many
     of a token with itself."""

@@ -17,10 +17,13 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
 from mechdsl.diagnostics.e06_numbers import PickedBySign
 from mechdsl.diagnostics.e06_onward import BadPick
+from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import Hits, PromptTable
 from mechdsl.resolve.findings import Finding, RankedSite, Refused
 from mechdsl.resolve.pickable import check_sites, check_tokens
+from mechdsl.resolve.some_cells import Coordinates, cells_at, coordinates, in_words
 from mechdsl.syntax import ast
+from mechdsl.syntax.format.constructs import ranked
 
 if TYPE_CHECKING:
     from mechdsl.prompts.tokenizer import TextTokenizer
@@ -36,6 +39,8 @@ class Onward:
     found: Mapping[str, Finding] = field(default_factory=dict[str, Finding])
     called: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
     """`for` variable that runs over experiments → word → the experiment."""
+    groups: Mapping[str, spec.Group] = field(default_factory=dict[str, spec.Group])
+    """Of the file."""
     picks: dict[str, str] = field(default_factory=dict[str, str])
     """As written → what was picked, in words."""
     sites_of: dict[str, Span] = field(default_factory=dict[str, Span])
@@ -45,14 +50,35 @@ class Onward:
         default_factory=dict[tuple[Span, str], tuple[str, Mapping[int, Sequence[int]]]]
     )
     """Of tokens that are picked: the first run that they were found in, and all there are."""
+    _some: dict[tuple[str, Coordinates], Finding] = field(
+        default_factory=dict[tuple[str, Coordinates], Finding]
+    )
+    """Experiment and coordinates → what it found there."""
     _texts: dict[tuple[Span, str], str] = field(default_factory=dict[tuple[Span, str], str])
     """Of `top k of m`, `m` a `for` over experiments: what stands there for each of them."""
+    _checked: set[str] = field(default_factory=set[str])
+    """Experiments that rank single tokens."""
     _warned: set[tuple[Span, str]] = field(default_factory=set[tuple[Span, str]])
     """Places whose tokens were warned of, with the experiment."""
 
     @property
     def stand_ins(self) -> tuple[str, ...]:
         return tuple(name for name, finding in self.found.items() if finding.stands_in)
+
+    def finding(
+        self, node: ast.Ranked | ast.MapOf, values: Mapping[str, Any]
+    ) -> tuple[Finding | None, Coordinates]:
+        """What was found in the cells that are meant, and where they are; None of an experiment
+        that was refused. Raises Refused.
+
+        values: of the `for` variables around it and of each `param`.
+        """
+        at, whole = coordinates(node, values), self.found.get(node.of)
+        if whole is None or not at:
+            return whole, at
+        if (node.of, at) not in self._some:
+            self._some[node.of, at] = cells_at(whole, at, self.groups)
+        return self._some[node.of, at], at
 
     def _named(self, node: ast.Ranked, values: Mapping[str, Any]) -> ast.Ranked:
         """The same of the experiment that a `for` variable stands for. Refusals: Refused where that
@@ -65,21 +91,19 @@ class Onward:
             raise Refused(reason, "name one experiment")
         word = str(values[node.of])
         named = replace(node, of=words[word])
-        self._texts[node.span, named.of] = " ".join([*node.span.written.split()[:-1], word])
+        self._texts[node.span, named.of] = ranked(replace(node, of=word))
         return named
 
     def _written(self, node: ast.Ranked) -> str:
         """As it is written, with the word in place of a `for` variable over experiments."""
         return self._texts.get((node.span, node.of), node.span.written)
 
-    def _label(self, base: ast.RankedTokens, values: Mapping[str, Any]) -> str:
-        node = base.ranked
-        words = "tokens" if base.plural else "token"
+    def said(self, node: ast.Ranked, values: Mapping[str, Any]) -> str:
+        """As it is written, with what `for` variables stand for."""
+        head, _, of = self._written(self._named(node, values)).partition(" of ")
         if isinstance(node.amount, str):
-            of = self._written(node).split()[-1]
-            return f"top {values[node.amount]} of {of} {words}"
-        looped = (node.span, node.of) in self._texts
-        return f"{self._written(node)} {words}" if looped else base.span.written
+            head = f"top {values[node.amount]}"
+        return f"{head} of {in_words(of.partition('(')[0].rstrip(), coordinates(node, values))}"
 
     # --- sites ------------------------------------------------------------------------------------
 
@@ -89,14 +113,10 @@ class Onward:
         """The best sites of an experiment; None after E0620, and where that one was refused."""
         try:
             node = self._named(node, values)
-        except Refused as refusal:
-            diagnostics.append(_bad(node, refusal))
-            return None
-        finding = self.found.get(node.of)
-        if finding is None:
-            return None
-        there = None if finding.shape_stands_in else f"`{node.of}` has {{}} sites"
-        try:
+            finding, _ = self.finding(node, values)
+            if finding is None:
+                return None
+            there = None if finding.shape_stands_in else f"`{node.of}` has {{}} sites"
             for part in finding.parts:
                 check_sites(part.experiment, node)
             count = _count(node, values, len(finding.sites), there)
@@ -146,17 +166,17 @@ class Onward:
     ) -> list[tuple[str, list[Hits]]]:
         """(label, hits per row) of every cell; none after E0620, and where that experiment was
         refused."""
+        node = base.ranked
         try:
-            node = self._named(base.ranked, values)
-        except Refused as refusal:
-            diagnostics.append(_bad(base.ranked, refusal, base.span))
-            return []
-        base = replace(base, ranked=node)
-        finding = self.found.get(node.of)
-        if finding is None:
-            return []
-        try:
-            found = self._hits(base, finding, run, values, table, tokenizer)
+            node = self._named(node, values)
+            finding, at = self.finding(node, values)
+            if finding is None:
+                return []
+            if "position" in dict(at):
+                raise Refused("each position is ranked", "leave `position` out")
+            label = f"{self.said(node, values)} {'tokens' if base.plural else 'token'}"
+            named = replace(base, ranked=node)
+            found = self._hits(named, label, finding, run, values, table, tokenizer)
         except Refused as refusal:
             diagnostics.append(_bad(node, refusal, base.span))
             return []
@@ -178,6 +198,7 @@ class Onward:
     def _hits(
         self,
         base: ast.RankedTokens,
+        label: str,
         finding: Finding,
         run: str,
         values: Mapping[str, Any],
@@ -185,14 +206,16 @@ class Onward:
         tokenizer: TextTokenizer,
     ) -> list[tuple[str, list[Hits]]]:
         node, name = base.ranked, finding.name
-        for part in finding.parts:
+        if name not in self._checked:
             hint = f"pick its sites: `{node.span.written}`"
             hint = f"let it sweep single tokens, for example `at each token of …`, or {hint}"
-            check_tokens(part.experiment, table, tokenizer, hint)
+            for part in finding.parts:
+                check_tokens(part.experiment, table, tokenizer, hint)
+            self._checked.add(name)
         if finding.tokens_stand_in:
             _ = _amount(node, values)
             ends = [((len(row.ids) - 1,),) for row in table.runs[run].rows]
-            return [(self._label(base, values), ends)]
+            return [(label, ends)]
         orders = finding.tokens(table, run, tokenizer)
         if not orders:
             raise Refused(
@@ -205,7 +228,6 @@ class Onward:
             for row, order in orders.items()
         }
         self._say_tokens(node, finding, orders, counts, len(table) - len(orders))
-        label = self._label(base, values)
         amount = _amount(node, values)
         single = not isinstance(amount, Percent) and amount == 1
         if base.plural or single or not any(counts.values()):

@@ -86,6 +86,7 @@ def outline(
     onward = Onward(
         {name: each.on(model.name, table.name) for name, each in (found or {}).items()},
         experiment.called,
+        program.groups,
     )
     work = _work(experiment, program, model, table, onward, diagnostics)
     derived = define_runs(work, kinds)

@@ -26,14 +26,15 @@ from mechdsl.resolve.coordinates import (
     AxisValues,
     SiteContext,
     axis_values,
-    is_open,
     layer_exists,
     unit_exists,
 )
+from mechdsl.resolve.open_axes import is_open
 from mechdsl.resolve.resolved import Axis
 from mechdsl.resolve.resolved_rule import Key, SitePoint, SiteTargets
 from mechdsl.syntax import ast
 from mechdsl.syntax.reserved import STACKS
+from mechdsl.syntax.walk import numbers_named
 from mechdsl.vocab.sites import SHORT_WORDS, SITES, SiteKind, by_short, unknown_component
 
 
@@ -134,20 +135,18 @@ def _fixed(
 
 
 def _picked(site: ast.Site, node: ast.Ranked, context: SiteContext) -> SiteTargets | None:
-    """`top 10 of cie`, joined, for every value of the `for` that its number names."""
-    loops = tuple(name for name in context.loops if name in (node.amount, node.of))
+    """`top 10 of cie`, joined, for every value of the `for` variables that it names."""
+    named = set(numbers_named(node))
+    loops = tuple(name for name in context.loops if name in named)
     points: dict[Key, tuple[SitePoint, ...]] = {}
     labels: dict[Key, str] = {}
     for key, values in context.combinations(loops):
-        found = context.onward.pick_sites(
-            node, {**context.parameters, **values}, context.diagnostics
-        )
+        here = {**context.parameters, **values}
+        found = context.onward.pick_sites(node, here, context.diagnostics)
         if found is None:
             return None
         points[key] = tuple(dict.fromkeys(point for each in found for point in each.points))
-        said = {name: str(value) for name, value in values.items()}
-        amount, of = said.get(str(node.amount), str(node.amount)), said.get(node.of, node.of)
-        several = f"top {amount} of {of}" if loops else site.span.written
+        several = context.onward.said(node, here) if loops else site.span.written
         labels[key] = found[0].label if len(found) == 1 else several
     return SiteTargets(loops, points, labels)
 

@@ -11,9 +11,9 @@ from itertools import product
 
 from mechdsl.diagnostics.e03_rules import NoPath, NotOnAPath
 from mechdsl.program import spec
-from mechdsl.resolve.coordinates import from_end
 from mechdsl.resolve.head_sites import receiver_sites
 from mechdsl.resolve.in_progress import Work
+from mechdsl.resolve.open_axes import from_end
 from mechdsl.resolve.path_rules import apart_from_the_end, reached
 from mechdsl.resolve.resolved import Axis
 from mechdsl.resolve.resolved_rule import (

@@ -314,11 +314,13 @@ class Site(Node):
 
 @record
 class Ranked(Node):
-    """`top 10 of cie`, `top 25% of caap`, `best of select`."""
+    """`top 10 of cie`, `top 25% of caap(a: 1, b: b)`, `best of select`."""
 
     which: Literal["top", "best"]
     amount: int | str | Percent | None
     of: str
+    cell: tuple[Argument, ...] = ()
+    """Which of its cells, where not all are meant."""
 
 
 # --- positions ------------------------------------------------------------------------------
@@ -939,15 +941,19 @@ class MapOf(Node):
     """An experiment's number of each patch, one map for each row."""
 
     of: str
+    cell: tuple[Argument, ...] = ()
+    """Which of its cells, where not all are meant."""
 
 
 @record
 class ObserveMaps(Node):
-    """`observe iou of caap, occlusion in object top 25% as overlap`."""
+    """`observe iou of caap, occlusion in object top 25% as overlap`, or `… of caap to taken`."""
 
     what: Name
     maps: tuple[MapOf, ...]
-    region: Name
+    region: Name | None = None
+    """What they are set against: a region, or other experiments."""
+    others: tuple[MapOf, ...] = ()
     share: Percent | None = None
     name: Name | None = None
 

@@ -453,14 +453,17 @@ class ToAst(Transformer[Token, Any]):
         return ast.ObserveFeatures(c[3], c[5], _clauses(c).get("top"), span=_span(c))
 
     def map_of(self, c: list[Any]) -> ast.MapOf:
-        return ast.MapOf(c[0].id, span=c[0].span)
+        return ast.MapOf(*_cells_of(c[0]), span=_span(c))
 
     def observe_maps(self, c: list[Any]) -> ast.ObserveMaps:
         maps = tuple(child for child in c if isinstance(child, ast.MapOf))
         clauses = _clauses(c)
-        region = next(child for child in c[2:] if isinstance(child, ast.Name))
-        share, name = clauses.get("share"), clauses.get("name")
-        return ast.ObserveMaps(_name(c[1]), maps, region, share, name, span=_span(c))
+        region = next((child for child in c[2:] if isinstance(child, ast.Name)), None)
+        others, share = clauses.get("others", ()), clauses.get("share")
+        name = clauses.get("name")
+        return ast.ObserveMaps(_name(c[1]), maps, region, others, share, name, span=_span(c))
+
+    to_others = _clause("others", lambda c: tuple(_nodes(c)))
 
     top_share = _clause("share", _second)
 
@@ -772,10 +775,10 @@ class ToAst(Transformer[Token, Any]):
 
     def top_ranked(self, c: list[Any]) -> ast.Ranked:
         amount = c[1] if isinstance(c[1], ast.Percent) else _amount(c[1])
-        return ast.Ranked("top", amount, c[3].id, span=_span(c))
+        return ast.Ranked("top", amount, *_cells_of(c[3]), span=_span(c))
 
     def best(self, c: list[Any]) -> ast.Ranked:
-        return ast.Ranked("best", None, c[2].id, span=_span(c))
+        return ast.Ranked("best", None, *_cells_of(c[2]), span=_span(c))
 
     # --- positions -----------------------------------------------------------------------------
 
@@ -1014,6 +1017,11 @@ def _index(c: Sequence[Any]) -> tuple[int | None, int | None]:
     if isinstance(first, Token):
         return None, None
     return first.value, c[2].value if len(c) == 3 else None
+
+
+def _cells_of(node: ast.Call | ast.Name) -> tuple[str, tuple[ast.Argument, ...]]:
+    """An experiment, and which of its cells are meant."""
+    return (node.id, ()) if isinstance(node, ast.Name) else (node.name, node.arguments)
 
 
 def _number_behind(c: Sequence[Any]) -> int:

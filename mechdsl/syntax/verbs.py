@@ -21,5 +21,5 @@ CONTROLS: dict[str, tuple[str, ...]] = {}
 WEIGHTS: set[str] = set()
 """Words behind `observe` that look at weights alone, for which no prompt matters."""
 
-COUNTED: set[str] = set()
-"""Words behind `observe` whose values are several to a cell, along an axis `value`."""
+COUNTED: dict[str, str] = {}
+"""Word behind `observe` whose values are several to a cell → the axis that they lie along."""

@@ -39,6 +39,7 @@ def numbers_named(node: Any) -> Iterator[str]:
                 yield name
             case ast.Ranked():  # `of`: of a `for` over experiments
                 yield from (part.amount, part.of) if isinstance(part.amount, str) else (part.of,)
+                yield from (a.value.id for a in part.cell if isinstance(a.value, ast.Name))
             case ast.Coordinate(value=str(name)) | ast.Axis(window=str(name)):
                 yield name
             case _:

@@ -88,12 +88,20 @@ def test_area_under_curves() -> None:
 
 
 def test_infidelity() -> None:
-    taken = np.array([[[1.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [0.5, 0.0]]])
-    # 0.9 and 0.9 + 0.1 - 1.0 were expected
-    assert infidelity(VALUES, taken, np.array([0.9, 0.0])) == pytest.approx(0)
-    assert infidelity(VALUES, taken, np.array([0.4, 0.1])) == pytest.approx((0.25 + 0.01) / 2)
-    linear = np.array([0.9, 0.0])
-    assert infidelity(2 * VALUES, taken, linear) == pytest.approx((0.9**2 + 0) / 2)
+    taken = np.array([[[True, False], [False, False]], [[True, True], [False, False]]])
+    # 0.9 and 1.0 are said; a scale of 2 meets both
+    assert infidelity(VALUES, taken, np.array([1.8, 2.0])) == pytest.approx(0)
+    assert infidelity(7 * VALUES, taken, np.array([1.8, 2.0])) == pytest.approx(0)
+    # the least of (0.9 b - 1)^2 + (1.0 b)^2 is at b = 0.9 / 1.81
+    scale = 0.9 / 1.81
+    found = infidelity(VALUES, taken, np.array([1.0, 0.0]))
+    assert found == pytest.approx(((0.9 * scale - 1) ** 2 + scale**2) / 2)
+    # the opposite is worth no more than nothing
+    assert infidelity(VALUES, taken, np.array([-1.8, -2.0])) == pytest.approx((1.8**2 + 4) / 2)
+    assert infidelity(0 * VALUES, taken, np.array([1.8, 2.0])) == pytest.approx((1.8**2 + 4) / 2)
+    lacking = np.array([[0.9, NAN], [0.2, 0.1]])
+    assert np.isnan(infidelity(lacking, taken, np.array([1.8, 2.0])))
+    assert np.isfinite(infidelity(lacking, taken[:1], np.array([1.8])))
 
 
 def test_sensitivity() -> None:

@@ -1230,6 +1230,17 @@ _onward(
     "tests/onward/test_sites.py",
 )
 _onward(
+    "cells of",
+    "patch top 3 of cie(layer: 1) at last token",
+    "Only of the cells of `cie` that have these values along its axes: numbers, words in quotes "
+    '(`base: "fewer"`), a `param` or a `for` variable. So each cell of a loop may have the order '
+    "of tokens of its own map: `for a in 0..3 { for b in a..3 { for k in 0%..100% step 10% { patch "
+    "embed at top k of ranges(a: a, b: b) tokens } } }`. Maps are named alike: `observe pointing "
+    "of ranges(a: 1, b: 3), deleted in object`.",
+    OWN,
+    "tests/onward/test_some_cells.py",
+)
+_onward(
     "heads of edges",
     "reweight attention top 3 of cie from last token to first-item token by 1.5",
     "The heads that `cie` ranks highest, joined, in place of layers and heads; so may a `group` "
@@ -1872,9 +1883,35 @@ _on_image(
     "observe random embed at each token of image as chance",
     "A number drawn for each row and position, even between 0 and 1: a map that knows nothing, and "
     "an order of tokens that is random. It hangs on the seed, the image or text that is looked at, "
-    "and the position; so look at the images themselves, not at a neutral one that all rows have.",
+    "and the position; so look at the images themselves, not at a neutral one that all rows have. "
+    "`random(20)` draws twenty, an axis `draw`, for random sets of patches: `for d in 1..20 { "
+    "replace top 8 of chance(draw: d) tokens with gray }`.",
     OWN,
     _MAPS,
+)
+_AGAINST = "tests/images/test_maps_to_others.py"
+_on_image(
+    "observe infidelity",
+    "observe infidelity of caap, deleted to taken as wrong",
+    "How far the sum of a map over a set of patches is from how far the output falls without them, "
+    "squared, the mean over sets. The sets and the falls are those of `taken`, an experiment that "
+    "takes patches out of the images (`replace`, `ablate`, `patch`) and measures `as delta`; each "
+    "of its cells is a set. As a map has no scale of its own, it is multiplied, in each row, with "
+    "the number that makes this least, and with no negative one: what says the opposite is worth "
+    "no more than zeros. Beside it stands `wrong chance`, what a map has that is the same "
+    "everywhere: of sets that are equally large it tells how far the output falls on average.",
+    "Yeh et al. 2019, arXiv 1901.09392, definition 2.1 and the optimal scaling of its section 2",
+    _AGAINST,
+)
+_on_image(
+    "observe sensitivity",
+    "observe sensitivity of caap to near_caap as moves",
+    "How far a map moves where its image moves little: the largest ‖map of an image nearby − map‖ "
+    "/ ‖map‖. `near_caap` is the same experiment on other runs, one or several (`from near_1, "
+    "near_2 into neutral`, with `corrupt near_1 { noise image by 4 }` in the block; each of these "
+    "has noise of its own). Of several maps there are as many behind `to`, in their order.",
+    "Yeh et al. 2019, arXiv 1901.09392, max-sensitivity, which isn't divided there",
+    _AGAINST,
 )
 _on_image(
     "replace patches",

@@ -161,6 +161,8 @@ images scenes {
   image shapes(n: 1, kind: kind)
   region object = mask
   answer "{kind}"
+  corrupt near_1 { noise image by 4 }
+  corrupt near_2 { noise image by 4 }
 }
 images neutral { image gray }
 experiment caap {
@@ -174,6 +176,24 @@ experiment deleted {
   model vit
   images scenes limit 4
   ablate embed at each token of image with zero
+  measure logit(answer) as delta
+}
+experiment drawn {
+  model vit
+  images scenes limit 4
+  observe random(2) embed at each token of image as sets
+}
+experiment taken {
+  model vit
+  images scenes limit 4
+  for d in 1..2 { replace top 8 of sets(draw: d) tokens with gray }
+  measure logit(answer) as delta
+}
+experiment near_caap {
+  model vit
+  from near_1, near_2 into neutral
+  images scenes limit 4
+  patch resid_post layer 0 at each token of image
   measure logit(answer) as delta
 }
 experiment e {

@@ -1,13 +1,16 @@
-"""`observe pointing of caap in object`: maps that other experiments made, against regions."""
+"""`observe pointing of caap in object`: maps that other experiments made.
+
+Each is set against a region of its image, or against what other experiments found of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.base.names import name_list
-from mechdsl.diagnostics.e02_names import UnknownName, did_you_mean
 from mechdsl.program import spec
 from mechdsl.prompts.image_reader import ImageReader
 from mechdsl.prompts.prompt_table import Hits, PositionCell
@@ -25,12 +28,11 @@ from mechdsl.resolve.resolved_rule import (
     SiteTargets,
 )
 from mechdsl.rules.observations.over_rows import refuse
-from mechdsl.rules.observations.registry import Kind, observation
+from mechdsl.rules.observations.registry import Kind
 from mechdsl.syntax import ast
-from mechdsl.vocab.metrics import Form
 
 if TYPE_CHECKING:
-    from mechdsl.base.arrays import Bools, Floats
+    from mechdsl.base.arrays import Floats
 
 NOWHERE = SitePoint("embed", None, None)
 """A rule has a site: this one is neither read nor written."""
@@ -41,189 +43,157 @@ class Scores:
     """What maps are worth, where those that they are of have run."""
 
     by_word: Mapping[str, Floats]
-    """Of the observation and of each control, [cell, row of the table]; NaN without a map or a
-    region."""
+    """Of the observation and of each control, [cell, row of the table]; NaN where a row has
+    none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What one map is set against."""
+
+    rows: Collection[int]
+    """The rows of the table in which there is something."""
+    lacking: str
+    """Why there is nothing in the others."""
+    score: Callable[[int, int, Floats], Sequence[float]]
+    """(cell of the map, row of the table, [row, col] the map's numbers of the patches) → of the
+    observation and of each control; NaN where `blank` says why."""
 
 
 class OfMaps(OverRows, Kind):
-    """`observe WORD of MAPS in REGION`: a number of each row's map."""
+    """`observe WORD of MAPS …`: a number of each row's map."""
 
     unplaced = "last token"
     reads_vectors = False
     of_maps = True
-    shares: ClassVar[bool] = False
-    """Whether it takes `top 25%`."""
+    example: ClassVar[str]
+    """What a line with it looks like behind `observe WORD of`."""
+    blank: ClassVar[str]
+    """What is wrong with a map that has no score: `` where `caap` … ``."""
 
     def __init__(self, said: str = "", scores: Scores | None = None) -> None:
         """said: of the maps, for a table. scores: None before they have been made."""
         self._said, self.scores = said, scores
 
-    def form_of(self, name: str) -> Form:
-        if name == "chance":
-            return replace(self.form, unit="part", meaning="What chance gives")
-        return super().form_of(name)
-
-    def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
-        """Of the observation and of each control.
-
-        values: [row, col] of patches. mask: [height, width]. share: of `top 25%`.
-        """
+    def fits(self, rule: spec.Rule, work: Work) -> bool:
+        """Whether the line has what it needs beside the maps; a diagnostic says what it lacks."""
         raise NotImplementedError
+
+    def place(self, rule: spec.Rule) -> str:
+        """The patches that are shown as what it looks at: a region, or `image`."""
+        return "image"
+
+    def others(
+        self, rule: spec.Rule, maps: Sequence[VariantFinding], work: Work
+    ) -> Sequence[VariantFinding] | None:
+        """What others found that the maps are set against; None where one was refused. Raises
+        Refused."""
+        return ()
+
+    def settings(
+        self,
+        rule: spec.Rule,
+        maps: Sequence[VariantFinding],
+        others: Sequence[VariantFinding],
+        work: Work,
+    ) -> Sequence[Setting]:
+        """What each map is set against, once all have run. Raises Refused."""
+        raise NotImplementedError
+
+    def unit_of(self, others: Sequence[VariantFinding]) -> str:
+        """Of its numbers."""
+        return self.unit
+
+    def details(self, others: Sequence[VariantFinding]) -> Iterator[str]:
+        """What else a table has to say, once all have run."""
+        yield from ()
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
         assert rule.observed is not None
         if not rule.observed.maps:
-            refuse(rule, work, "is of maps", f"write `observe {self.word} of caap in object`")
+            refuse(rule, work, "is of maps", f"write `observe {self.word} of {self.example}`")
             return None
-        ready = [self._stands_alone(rule, work), self._region_there(rule, work)]
-        found = [self._map(rule, each, work) for each in rule.observed.maps]
-        maps = [part for part in found if part is not None]
-        if not all(ready) or len(maps) < len(found):
-            return None
-        sites = self._sites(rule, maps, work)
-        if sites is None:
-            return None
-        cell = _region(rule.observed.region or "", work)
-        places = PositionTargets((), {(): cell}, {(): cell})
+        ready = [_stands_alone(rule, work), self.fits(rule, work)]
         try:
-            does = self._scored(rule, maps, work)
+            found = [a_map(each, work) for each in rule.observed.maps]
+            maps = [part for part in found if part is not None]
+            if not all(ready) or len(maps) < len(found):
+                return None
+            others = self.others(rule, maps, work)
+            if others is None:
+                return None
+            does = self._scored(rule, maps, others, work)
         except Refused as refusal:
             refuse(rule, work, refusal.reason, refusal.hint)
             return None
+        sites = _sites(rule, maps, work)
+        if sites is None:
+            return None
+        cell = _patches(self.place(rule), work)
+        places = PositionTargets((), {(): cell}, {(): cell})
         return ResolvedRule(
             spec=rule, does=does, run=work.experiment.base, sites=sites, positions=places
         )
 
-    # --- what it is of ----------------------------------------------------------------------------
-
-    def _stands_alone(self, rule: spec.Rule, work: Work) -> bool:
-        assert rule.observed is not None
-        share, fits = rule.observed.share, True
-        if any(each.verb != "observe" for each in work.experiment.rules):
-            reason = "is of maps that have been made, which rules don't change"
-            refuse(rule, work, reason, "write the rules into the experiment that makes the map")
-            fits = False
-        if share is not None and not self.shares:
-            refuse(rule, work, "takes no `top`", "leave it out")
-            fits = False
-        elif share is not None and not 0 < share <= 1:
-            reason = f"can't take {100 * share:g}% of the patches"
-            refuse(rule, work, reason, "write a share such as `top 25%`")
-            fits = False
-        return fits
-
-    def _region_there(self, rule: spec.Rule, work: Work) -> bool:
-        """E0201 for a region that the block hasn't; E0207 where rows are no images."""
-        said = rule.observed
-        assert said is not None
-        block = work.program.prompts[work.table.name]
-        if block.kind != "images":
-            refuse(rule, work, f"is of images, and `{block.name}` has texts", "name images")
-            return False
-        known = [region.name for region in block.regions]
-        if said.region in known:
-            return True
-        listed = f"`images {block.name}` has {name_list(known)}" if known else ""
-        hint = listed or f"say where it is: `region {said.region} = box` in `images {block.name}`"
-        hint = did_you_mean(said.region or "", known, hint)
-        problem = UnknownName(span=rule.span, kind="region", name=said.region or "", hint=hint)
-        work.diagnostics.append(problem)
-        return False
-
-    def _map(self, rule: spec.Rule, named: ast.MapOf, work: Work) -> VariantFinding | None:
-        finding: Finding | None = work.sites.onward.found.get(named.of)
-        if finding is None:  # which has been refused
-            return None
-        try:
-            return _checked(finding, work)
-        except Refused as refusal:
-            refuse(rule, work, refusal.reason, refusal.hint)
-            return None
-
-    def _sites(
-        self, rule: spec.Rule, maps: Sequence[VariantFinding], work: Work
-    ) -> SiteTargets | None:
-        """Cells: one for each map, or, of one map, for each of its cells beside its positions."""
-        assert rule.observed is not None
-        names = [each.span.written for each in rule.observed.maps]  # not those of results
-        if len(names) == 1:
-            own = maps[0].experiment
-            axes = tuple(axis for axis in own.axes if axis.name != "position")
-            work.sites.nested = own.own_loops
-        else:
-            swept = next((part for part in maps if len(part.experiment.axes) > 1), None)
-            if swept is not None:
-                others = [a.name for a in swept.experiment.axes if a.name != "position"]
-                reason = f"`{swept.experiment.name}` has a map for each {' and '.join(others)}"
-                refuse(rule, work, reason, "observe it by itself, or let it have one map")
-                return None
-            axes = (Axis("map", tuple(names), rule.observed.span),)
-        for axis in axes:
-            work.add_axis(axis)
-        keys = list(_keys(axes))
-        label = names[0] if len(names) == 1 else ""
-        return SiteTargets(
-            tuple(axis.name for axis in axes),
-            dict.fromkeys(keys, (NOWHERE,)),
-            {key: label or names[key[0]] for key in keys},
-        )
-
     # --- its numbers ------------------------------------------------------------------------------
 
-    def _scored(self, rule: spec.Rule, maps: Sequence[VariantFinding], work: Work) -> OfMaps:
-        """With the numbers of rows, where the maps have been made. Refusals: Refused."""
-        said = rule.observed
-        assert said is not None
-        waits = [part.experiment.name for part in maps if part.values is None]
+    def _scored(
+        self,
+        rule: spec.Rule,
+        maps: Sequence[VariantFinding],
+        others: Sequence[VariantFinding],
+        work: Work,
+    ) -> OfMaps:
+        """With the numbers of rows, where all have run. Raises Refused."""
+        waits = [part.experiment.name for part in (*maps, *others) if part.values is None]
         if waits or work.table.stands_in:
-            return type(self)(f"known when {name_list(waits)} has run" if waits else "")
+            names = name_list(dict.fromkeys(waits))
+            return self._told(others, f"known when {names} has run" if waits else "")
         import numpy as np
 
-        assert said.region is not None
-        masks = _masks(said.region, work)
         cells: list[Floats] = []
-        dropped = {f"whose image has nothing of `{said.region}`": len(work.table) - len(masks)}
-        for part in maps:
+        dropped: dict[str, int] = {}
+        for part, setting in zip(maps, self.settings(rule, maps, others, work), strict=True):
             grids, name = grids_of(part, work), part.experiment.name
             if not grids:
-                raise Refused(
-                    f"`{name}` has none of the {len(work.table)} rows that this experiment runs on",
-                    "let both run on the same part and limit of their images",
-                )
-            found = self._of_map(grids, masks, said.share, work)
+                raise _no_rows(part, work)
+            found = self._of_map(grids, setting, work)
+            dropped[setting.lacking] = len(work.table) - len(setting.rows)
             dropped[f"`{name}` lacks them"] = len(work.table) - len(grids)
-            nowhere = [
+            blank = [
                 np.isnan(found[0, :, number]).all()
                 for number, row in enumerate(work.table.row_ids)
-                if row in grids and number in masks
+                if row in grids and number in setting.rows
             ]
-            dropped[f"where `{name}` is nowhere above 0"] = sum(map(bool, nowhere))
+            dropped[f"where `{name}` {self.blank}"] = sum(map(bool, blank))
             cells.append(found)
         measures = dict.fromkeys(part.measure for part in maps)
-        parts = [f"by each row's own {' or '.join(measures)}, signed"]
+        parts = [f"by each row's own {' or '.join(measures)}, signed", *self.details(others)]
         parts += [
             f"{n} of {len(work.table)} rows dropped, {why}" for why, n in dropped.items() if n
         ]
         every = np.concatenate(cells, axis=1)
         words = (self.word, *self.controls)
-        return type(self)("; ".join(parts), Scores(dict(zip(words, every, strict=True))))
+        scores = Scores(dict(zip(words, every, strict=True)))
+        return self._told(others, "; ".join(parts), scores)
 
-    def _of_map(
-        self,
-        grids: Mapping[int, Floats],
-        masks: Mapping[int, Bools],
-        share: float | None,
-        work: Work,
-    ) -> Floats:
-        """[word, cell, row of the table] of one experiment; NaN without a map or a region."""
+    def _told(
+        self, others: Sequence[VariantFinding], said: str, scores: Scores | None = None
+    ) -> OfMaps:
+        does = type(self)(said, scores)
+        does.form = replace(self.form, unit=self.unit_of(others))
+        return does
+
+    def _of_map(self, grids: Mapping[int, Floats], setting: Setting, work: Work) -> Floats:
+        """[word, cell, row of the table] of one experiment; NaN where a row has none."""
         import numpy as np
 
         count = len(next(iter(grids.values())))
         found = np.full((1 + len(self.controls), count, len(work.table)), np.nan)
         for number, row in enumerate(work.table.row_ids):
-            if row in grids and number in masks:
+            if row in grids and number in setting.rows:
                 for cell, values in enumerate(grids[row]):
-                    found[:, cell, number] = self.score(values, masks[number], share)
+                    found[:, cell, number] = setting.score(cell, number, values)
         return found
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
@@ -232,40 +202,106 @@ class OfMaps(OverRows, Kind):
         yield Convention("observed", f"{text}; {self._said}" if self._said else text)
 
 
-def _region(name: str, work: Work) -> PositionCell:
-    """Its patches in each row: they are shown, and neither read nor written."""
-    hits: list[Hits] = []
-    for row in work.table.runs["clean"].rows:
-        tokens = {token for own in row.places.get(name, ()) for token in own}
-        hits.append((tuple(sorted(tokens)),) if tokens else ())
-    return PositionCell(name, tuple(hits))
+# --- what it is of --------------------------------------------------------------------------------
 
 
-def _keys(axes: Sequence[Axis]) -> Iterator[Key]:
-    from itertools import product
+def _stands_alone(rule: spec.Rule, work: Work) -> bool:
+    """E0207 beside rules, and where rows are no images."""
+    fits, block = True, work.program.prompts[work.table.name]
+    if any(each.verb != "observe" for each in work.experiment.rules):
+        reason = "is of maps that have been made, which rules don't change"
+        refuse(rule, work, reason, "write the rules into the experiment that makes the map")
+        fits = False
+    if block.kind != "images":
+        refuse(rule, work, f"is of images, and `{block.name}` has texts", "name images")
+        fits = False
+    return fits
 
-    yield from product(*(range(len(axis)) for axis in axes))
 
-
-def _checked(finding: Finding, work: Work) -> VariantFinding:
-    """The one map of each row. Refusals: Refused."""
+def a_map(named: ast.MapOf, work: Work) -> VariantFinding | None:
+    """The one map of each row; None where it was refused. Raises Refused."""
+    finding = found_by(named, work)
+    if finding is None:
+        return None
     part, *others = finding.parts
     if others:
         raise Refused(
             f"`{finding.name}` runs more than once: it compares models, sources or bases",
             "name an experiment with one source and one base",
         )
+    check_map(part, work)
+    return part
+
+
+def found_by(named: ast.MapOf, work: Work) -> Finding | None:
+    """What the cells of an experiment found that are named. Raises Refused."""
+    finding, at = work.sites.onward.finding(named, work.program.parameters)
+    if "position" in dict(at):
+        raise Refused("a map has all positions", f"leave `position` out of `{named.span.written}`")
+    return finding
+
+
+def check_map(part: VariantFinding, work: Work) -> None:
+    """Whether it has a number for each of some patches, and for nothing else. Raises Refused."""
     hint = "let it sweep patches: `at each token of image`"
     reader = work.model.tokenizer
     check_tokens(part.experiment, work.table, reader, hint)
     if reader.stands_in or not isinstance(reader, ImageReader):
-        return part
+        return
     places = part.positions(work.table, work.experiment.base, reader)
     other = next((token for *_, token in places if reader.layout.place(token) is None), None)
     if other is not None:
-        reason = f"`{finding.name}` has a number for `{reader.label(other)}`, which is no patch"
+        name = part.experiment.name
+        reason = f"`{name}` has a number for `{reader.label(other)}`, which is no patch"
         raise Refused(reason, "let it sweep patches alone: `at each token of image`")
-    return part
+
+
+def axes_beside(part: VariantFinding) -> tuple[Axis, ...]:
+    """The axes that there is a map for each value of."""
+    fixed = {"position", *part.chosen}
+    return tuple(axis for axis in part.experiment.axes if axis.name not in fixed)
+
+
+def _sites(rule: spec.Rule, maps: Sequence[VariantFinding], work: Work) -> SiteTargets | None:
+    """Cells: one for each map, or, of one experiment, for each of its cells beside its
+    positions."""
+    assert rule.observed is not None
+    names = [each.span.written for each in rule.observed.maps]  # not those of results
+    first = maps[0]
+    if len(names) == 1:
+        axes, loops = axes_beside(first), first.experiment.own_loops
+        if loops is not None:
+            loops = loops.along([axis.name for axis in axes], first.chosen)
+        work.sites.nested = loops
+    else:
+        swept = next((part for part in maps if axes_beside(part)), None)
+        if swept is not None:
+            others = [axis.name for axis in axes_beside(swept)]
+            reason = f"`{swept.experiment.name}` has a map for each {' and '.join(others)}"
+            one = ", ".join(f"{axis.name}: {axis.labels[0]}" for axis in axes_beside(swept))
+            hint = f"observe it by itself, or name one: `{swept.experiment.name}({one})`"
+            refuse(rule, work, reason, hint)
+            return None
+        axes = (Axis("map", tuple(names), rule.observed.span),)
+    for axis in axes:
+        work.add_axis(axis)
+    keys: list[Key] = list(product(*(range(len(axis)) for axis in axes)))
+    label = names[0] if len(names) == 1 else ""
+    return SiteTargets(
+        tuple(axis.name for axis in axes),
+        dict.fromkeys(keys, (NOWHERE,)),
+        {key: label or names[key[0]] for key in keys},
+    )
+
+
+def _patches(name: str, work: Work) -> PositionCell:
+    """Those of a region, or of the image, in each row: they are shown, and neither read nor
+    written."""
+    hits: list[Hits] = []
+    for row in work.table.runs["clean"].rows:
+        tokens = {token for own in row.places.get(name, ()) for token in own}
+        hits.append((tuple(sorted(tokens)),) if tokens else ())
+    return PositionCell(name, tuple(hits))
 
 
 def grids_of(part: VariantFinding, work: Work) -> dict[int, Floats]:
@@ -285,75 +321,9 @@ def grids_of(part: VariantFinding, work: Work) -> dict[int, Floats]:
     return found
 
 
-def _masks(region: str, work: Work) -> dict[int, Bools]:
-    """Number of a row → [height, width] which pixels of its image, as the model gets it, lie in a
-    region; of rows that have any."""
-    from mechdsl.images.pixels import mask_of
-
-    reader = work.model.tokenizer
-    assert isinstance(reader, ImageReader)
-    found: dict[int, Bools] = {}
-    for number, row in enumerate(work.table.runs["clean"].rows):
-        assert row.image is not None
-        mask = mask_of(row.regions.get(region, ()), row.image, reader.processing, reader.layout)
-        if mask.any():
-            found[number] = mask
-    return found
-
-
-# --- the words ------------------------------------------------------------------------------------
-
-
-@observation("pointing", unit="share")
-class Pointing(OfMaps):
-    """Whether the map is highest in a patch of which half or more lies in the region.
-
-    Beside it stands the share of patches that do, what chance gives. Of several that are highest,
-    the share.
-    source: Zhang et al. 2018, Top-down neural attention by excitation backprop
-    """
-
-    controls = ("chance",)
-
-    def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
-        import numpy as np
-
-        from mechdsl.fits.against_masks import pointing, shares
-
-        inside = shares(mask, (values.shape[0], values.shape[1])) >= 0.5
-        there = np.isfinite(values)
-        chance = float(inside[there].mean()) if there.any() else float("nan")
-        return pointing(values, mask), chance
-
-
-@observation("mass", unit="part")
-class Mass(OfMaps):
-    """Which share of what is above 0 in the map lies in the region.
-
-    Beside it stands the region's share of the image, what a map has that is the same everywhere. A
-    patch that is partly in it counts by its share of pixels.
-    source: Arras et al. 2022, arXiv 2003.07258 (relevance mass accuracy)
-    """
-
-    controls = ("chance",)
-
-    def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
-        from mechdsl.fits.against_masks import mass
-
-        found = mass(values, mask)
-        return found, float(mask.mean()) if found == found else float("nan")
-
-
-@observation("iou", unit="part")
-class Overlap(OfMaps):
-    """Pixels that both the region and the highest patches have, over those that either has.
-
-    As many patches as the region's share of the image, or `top 25%` of them.
-    """
-
-    shares = True
-
-    def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
-        from mechdsl.fits.against_masks import iou
-
-        return (iou(values, mask, share),)
+def _no_rows(part: VariantFinding, work: Work) -> Refused:
+    return Refused(
+        f"`{part.experiment.name}` has none of the {len(work.table)} rows that this experiment "
+        "runs on",
+        "let both run on the same part and limit of their images",
+    )

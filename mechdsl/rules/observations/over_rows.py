@@ -91,6 +91,16 @@ def other_sites(rule: spec.Rule, work: Work) -> SiteTargets | None:
     return replace(found, axes=tuple(f"to_{n}" if n in own else n for n in found.axes))
 
 
+def several(sites: SiteTargets, axis: str, count: int) -> SiteTargets:
+    """Each combination `count` times, along an axis of its own."""
+    return replace(
+        sites,
+        axes=(*sites.axes, axis),
+        points={(*key, n): here for key, here in sites.points.items() for n in range(count)},
+        labels={(*key, n): label for key, label in sites.labels.items() for n in range(count)},
+    )
+
+
 def refuse(rule: spec.Rule, work: Work, reason: str, hint: str) -> None:
     """E0207 at the word of an observation."""
     assert rule.observed is not None

@@ -94,7 +94,7 @@ def observation(word: str, unit: str = "") -> Callable[[type[K]], type[K]]:
         if entry.of_weights:
             WEIGHTS.add(word)
         if entry.counts:
-            COUNTED.add(word)
+            COUNTED[word] = entry.counts
         if entry.controls:
             CONTROLS[word] = entry.controls
         OBSERVATIONS.add(word, entry())

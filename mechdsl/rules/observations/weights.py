@@ -15,7 +15,7 @@ from mechdsl.resolve.over_rows import OverRows
 from mechdsl.resolve.resolved import Axis
 from mechdsl.resolve.resolved_rule import Convention, PositionTargets, ResolvedRule, SiteTargets
 from mechdsl.resolve.site_targets import resolve_site
-from mechdsl.rules.observations.over_rows import other_sites, refuse
+from mechdsl.rules.observations.over_rows import other_sites, refuse, several
 from mechdsl.rules.observations.registry import Kind, observation
 from mechdsl.syntax import ast
 
@@ -178,7 +178,7 @@ class SingularValues(OfWeights):
     """
 
     takes: ClassVar = ("arguments", "top")
-    counts = True
+    counts = "value"
 
     def __init__(self, of: str = "") -> None:
         """of: ov or qk; empty only of the entry."""
@@ -201,18 +201,9 @@ class SingularValues(OfWeights):
                 rule, work, f"has no {said.top} values: a head has {most}", f"write `top {most}`"
             )
             return None
-        work.add_axis(Axis("value", tuple(range(1, said.top + 1)), said.span))
-        return replace(found, does=SingularValues(of), sites=_counted(found.sites, said.top))
+        work.add_axis(Axis(self.counts, tuple(range(1, said.top + 1)), said.span))
+        sites = several(found.sites, self.counts, said.top)
+        return replace(found, does=SingularValues(of), sites=sites)
 
     def said(self) -> Iterator[str]:
         yield f"of {CIRCUITS[self.of]}"
-
-
-def _counted(sites: SiteTargets, count: int) -> SiteTargets:
-    """Each combination `count` times, along the axis `value`."""
-    return replace(
-        sites,
-        axes=(*sites.axes, "value"),
-        points={(*key, n): here for key, here in sites.points.items() for n in range(count)},
-        labels={(*key, n): label for key, label in sites.labels.items() for n in range(count)},
-    )

@@ -238,12 +238,18 @@ def _offset(offset: int | ast.Variable) -> str:
 
 
 def ranked(node: ast.Ranked) -> str:
-    """`top 25% of caap`, `best of select`."""
+    """`top 25% of caap(a: 1)`, `best of select`."""
+    of = cells_of(node)
     if node.which == "best":
-        return f"best of {node.of}"
+        return f"best of {of}"
     amount = node.amount
     text = percentage(amount.value) if isinstance(amount, ast.Percent) else str(amount)
-    return f"top {text} of {node.of}"
+    return f"top {text} of {of}"
+
+
+def cells_of(node: ast.Ranked | ast.MapOf) -> str:
+    """`caap`, `caap(a: 1)`."""
+    return call(ast.Call(node.of, node.cell, span=node.span))
 
 
 def edge(node: ast.Edge, run: ast.Ref | None = None) -> str:

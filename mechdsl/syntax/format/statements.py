@@ -12,6 +12,7 @@ from mechdsl.syntax.format.constructs import (
     axis,
     axis_value,
     call,
+    cells_of,
     domain,
     edge,
     expression,
@@ -315,10 +316,11 @@ def _statement(node: Any) -> str | None:
             top = _optional("top", node.top)
             return f"observe features of {node.basis.id} at {positions(node.at)}{top}"
         case ast.ObserveMaps():
-            maps = ", ".join(each.of for each in node.maps)
+            maps, others = (", ".join(map(cells_of, each)) for each in (node.maps, node.others))
+            against = f" to {others}" if others else _of("in", node.region, _id)
             share = _of("top", node.share, _percent)
             name = _of("as", node.name, _id)
-            return f"observe {node.what.id} of {maps} in {node.region.id}{share}{name}"
+            return f"observe {node.what.id} of {maps}{against}{share}{name}"
         case ast.Observe():
             return _observe(node)
         case ast.Measure():

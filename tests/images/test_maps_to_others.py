@@ -1,0 +1,250 @@
+"""`observe infidelity of caap to taken`: maps against what else was found of images, by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from scipy.optimize import nnls
+
+from ..reference.hooks import Change
+from . import support
+from .support import GRID, PATCH
+from .test_maps import BLOCKS, BOXES, MAPS, Array, given, labels, looking, run, write_boxes
+
+NEAR = BLOCKS.replace(
+    "region object = box",
+    "region object = box\n"
+    "  corrupt near_1 { blur image radius 1 }\n  corrupt near_2 { mask object }",
+)
+DRAWN = looking("drawn", "observe random(3) embed at each token of image as chance")
+TAKEN = DRAWN + support.experiment(
+    "taken",
+    "for k in [2, 5] { for d in 1..3 { replace top k of chance(draw: d) tokens with gray } }",
+)
+ROWS = 5
+
+
+def without(name: str, pixels: torch.Tensor, places: list[tuple[int, int]]) -> torch.Tensor:
+    """The image with patches gray, painted as the model gets it."""
+    settings = support.PROCESSORS[name][1]
+    painted = pixels.clone()
+    for row, col in places:
+        for channel in range(3):
+            gray = (128 / 255 - settings["image_mean"][channel]) / settings["image_std"][channel]
+            rows = slice(row * PATCH, (row + 1) * PATCH)
+            painted[0, channel, rows, col * PATCH : (col + 1) * PATCH] = gray
+    return painted
+
+
+def difference(name: str, pixels: torch.Tensor, row: int, writes: object = None) -> float:
+    seen = support.forward(name, pixels, writes).output  # type: ignore[arg-type]
+    answer, wrong = (support.LABELS.index(label) for label in labels(row))
+    return float(seen[answer] - seen[wrong])
+
+
+def caap(name: str, pixels: torch.Tensor, row: int) -> Array:
+    """[row of patches, column] what each patch's vectors change in the gray image."""
+    source, gray = support.forward(name, pixels), support.pixels(name, None)
+    base, found = difference(name, gray, row), np.zeros(GRID * GRID)
+    for number, token in enumerate(support.patches(name)):
+        changes = support.copied(source, "resid_post", 0, [token])
+        found[number] = difference(name, gray, row, {("resid_post", 0): changes}) - base
+    return found.reshape(GRID, GRID)
+
+
+def left(name: str, pixels: torch.Tensor, row: int) -> Array:
+    """The same of what a patch's embedding without it, 0, changes."""
+    base, found = difference(name, pixels, row), np.zeros(GRID * GRID)
+    width = support.plain(name, None).sites["embed", 0].shape[-1]
+    for number, token in enumerate(support.patches(name)):
+        zero = Change(token, 0, torch.zeros(width, dtype=torch.float64))
+        found[number] = difference(name, pixels, row, {("embed", 0): [zero]}) - base
+    return found.reshape(GRID, GRID)
+
+
+def least(sums: Sequence[float], falls: Sequence[float]) -> float:
+    """The mean square of scale · sum − fall, with the scale, 0 or more, that makes it least."""
+    (scale,), _ = nnls(np.array(sums, dtype=np.float64)[:, None], np.array(falls))
+    return float(np.mean((scale * np.array(sums) - falls) ** 2))
+
+
+@pytest.mark.parametrize("name", ["vit", pytest.param("clip", marks=pytest.mark.slow)])
+def test_infidelity_by_hand(name: str, tmp_path: Path) -> None:
+    text = MAPS + TAKEN + looking("told", "observe infidelity of caap, left to taken as wrong")
+    text += looking("one", "observe infidelity of left to taken(k: 5)")
+    found = run(name, tmp_path, text)
+    chance = found["drawn"].measures[0].patched.reshape(GRID * GRID, 3, ROWS)
+    told, chances = (each.patched for each in found["told"].measures)
+    anywhere: list[float] = []
+    for row in range(ROWS):
+        pixels = given(name, tmp_path, row)
+        base, falls = difference(name, pixels, row), list[float]()
+        sets = list[list[tuple[int, int]]]()
+        for count in (2, 5):
+            for draw in range(3):
+                best = np.argsort(-chance[:, draw, row])[:count]
+                sets.append([divmod(int(n), GRID) for n in best])
+                falls.append(base - difference(name, without(name, pixels, sets[-1]), row))
+        np.testing.assert_allclose(
+            chances[:, row], least(list(map(len, sets)), falls), rtol=1e-3, atol=1e-5
+        )
+        for number, values in enumerate((caap, left)):
+            own = values(name, pixels, row)
+            sums = [sum(own[place] for place in places) for places in sets]
+            expected = least(sums, falls)
+            assert told[number, row] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+            anywhere.append(expected / np.mean(np.square(falls)))
+        got = found["one"].measures[0].patched[0, row]
+        assert got == pytest.approx(least(sums[3:], falls[3:]), rel=1e-3, abs=1e-5)
+    assert min(anywhere) < 0.9
+    said = found["told"].conventions["observed"]
+    assert (
+        "6 sets of patches and how far `logit(answer) - logit(wrong)` falls are `taken`'s" in said
+    )
+    assert found["told"].measures[0].unit == "logit²"
+
+
+@pytest.mark.parametrize("name", ["vit", pytest.param("clip", marks=pytest.mark.slow)])
+def test_sensitivity_by_hand(name: str, tmp_path: Path) -> None:
+    text = MAPS
+    text += support.experiment(
+        "near_caap",
+        "from near_1, near_2 into neutral",
+        "patch resid_post layer 0 at each token of image",
+    )
+    text += support.experiment(
+        "near_left",
+        "from neutral into near_1, near_2",
+        "ablate embed at each token of image with zero",
+    )
+    text += looking("told", "observe sensitivity of caap, left to near_caap, near_left as moves")
+    write_boxes(tmp_path, name)
+    found = support.run_file(text, tmp_path, name, blocks=NEAR)
+    told = found["told"].measures[0].patched
+    for row in range(ROWS):
+        whole = Image.open(tmp_path / f"box{row}.png")
+        soft, hidden = whole.filter(ImageFilter.GaussianBlur(1)), whole.copy()
+        hidden.paste((128, 128, 128), BOXES[row])
+        for number, values in enumerate((caap, left)):
+            own = values(name, given(name, tmp_path, row), row)
+            moved: list[float] = []
+            for near in (soft, hidden):
+                pixels = support.processor(name)(near, return_tensors="pt")["pixel_values"].double()
+                moved.append(float(np.linalg.norm(values(name, pixels, row) - own)))
+            expected = max(moved) / float(np.linalg.norm(own))
+            assert told[number, row] == pytest.approx(expected, rel=1e-3)
+            assert expected > 0.01
+    assert "`near_caap` (2), `near_left` (2)" in found["told"].conventions["observed"]
+
+
+def test_each_map_of_an_experiment_with_its_own(tmp_path: Path) -> None:
+    """Of loops each cell is set against the same cell nearby, and against all sets alike."""
+    rule = "patch resid_post layer {} at each token of image"
+    loop = f"for l in 0..1 {{ {rule.format('l')} }}"
+    text = MAPS + TAKEN
+    for name, source, line in (
+        ("at_0", "scenes", rule.format(0)),
+        ("at_1", "scenes", rule.format(1)),
+        ("every", "scenes", loop),
+        ("near_at_1", "near_1", rule.format(1)),
+        ("nearby", "near_1", loop),
+    ):
+        text += support.experiment(name, f"from {source} into neutral", line)
+    text += looking("moves", "observe sensitivity of every to nearby")
+    text += looking("wrong", "observe infidelity of every to taken")
+    text += looking("alone", "observe sensitivity of at_1 to near_at_1")
+    text += looking("picked", "observe sensitivity of every(l: 1), at_1 to nearby(l: 1), near_at_1")
+    text += looking("two", "observe infidelity of at_0, at_1, every(l: 1) to taken")
+    write_boxes(tmp_path, "vit")
+    found = support.run_file(text, tmp_path, "vit", blocks=NEAR)
+    values = {name: each.measures[0].patched for name, each in found.items()}
+    assert [cell.coords["l"] for cell in found["moves"].cells] == [0, 1]
+    np.testing.assert_allclose(values["moves"][1], values["alone"][0], rtol=1e-4)
+    np.testing.assert_allclose(values["picked"], values["alone"][[0, 0]], rtol=1e-4)
+    np.testing.assert_allclose(values["wrong"], values["two"][:2], rtol=1e-4)
+    np.testing.assert_allclose(values["two"][1], values["two"][2], rtol=1e-4)
+    assert found["two"].cells[2].coords["map"] == "every(l: 1)"
+    assert np.abs(values["moves"][0] - values["moves"][1]).min() > 1e-3
+
+
+def test_noise_is_another_in_each_corruption(tmp_path: Path) -> None:
+    noise = BLOCKS.replace(
+        "region object = box",
+        "".join(f"\n  corrupt near_{n} {{ noise image by 8 }}" for n in (1, 2)),
+    )
+    text = support.experiment(
+        "near", "from near_1, near_2 into neutral", "patch embed at each token of image"
+    )
+    write_boxes(tmp_path, "vit")
+    found = support.run_file(text, tmp_path, "vit", blocks=noise)
+    one, two = np.split(found["near"].measures[0].patched, 2)
+    assert np.abs(one - two).max() > 1e-2
+
+
+def test_draws_are_maps_of_their_own(tmp_path: Path) -> None:
+    text = DRAWN + looking("again", "observe random(2) embed at each token of image as more")
+    text += looking("plain", "observe random embed at each token of image as single")
+    found = run("vit", tmp_path, text)
+    three, two, one = (
+        found[name].measures[0].patched.reshape(GRID * GRID, -1, ROWS)
+        for name in ("drawn", "again", "plain")
+    )
+    np.testing.assert_array_equal(three[:, :2], two)
+    every = np.concatenate([three, one], axis=1)
+    assert len(np.unique(every)) == every.size
+    assert [cell.coords["draw"] for cell in found["drawn"].cells[:3]] == [1, 2, 3]
+
+
+OTHERS = (
+    TAKEN
+    + support.experiment("put", "from scenes into neutral",
+                         "for d in 1..3 { patch embed at top 2 of chance(draw: d) tokens }")
+    + support.experiment("single", "replace top 2 of chance(draw: 1) tokens with gray")
+    + support.experiment("whole",
+                         "for d in 1..2 { ablate resid_post layer d at tokens * with zero }")
+    + support.experiment("grown", "for d in 1..2 { scale embed at image tokens by d }")
+    + support.experiment("raw",
+                         "for d in 1..3 { replace top 2 of chance(draw: d) tokens with gray }",
+                         measure="measure logit(answer) as raw")
+    + support.experiment("near", "from near_1 into neutral",
+                         "patch resid_post layer 0 at each token of image")
+    + support.experiment("far", "from near_1 into neutral",
+                         "patch resid_post layer 1 at each token of image")
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("infidelity of caap in object", "is set against another experiment, not against a region"),
+        ("pointing of caap to taken", "is set against a region"),
+        ("infidelity of caap to taken, put", "has 2 behind `to`"),
+        ("infidelity of caap to put", "`put` puts patches into `neutral`"),
+        ("infidelity of caap to single", "`single` takes one set of patches out"),
+        ("infidelity of caap to whole", "`whole` changes `cls`, which is no patch"),
+        ("infidelity of caap to grown", "`grown` takes no patches out: it has `scale`"),
+        ("infidelity of caap to raw", "`raw` doesn't measure what taking patches out changes"),
+        ("infidelity of caap to drawn", "`drawn` takes no patches out: it has `observe`"),
+        ("infidelity of caap, chance to taken", "`drawn` has a map for each draw"),
+        ("infidelity of caap(l: 1) to taken", "`caap` has no axis `l`"),
+        ("sensitivity of caap, left to near", "has 1 behind `to` for 2 maps"),
+        ("sensitivity of caap to far", "`far` isn't made as `caap` is"),
+        ("sensitivity of caap to left", "`left` isn't made as `caap` is"),
+        ("sensitivity of caap to caap", "`caap` is of the same runs as `caap`"),
+        ("random(0) embed at each token of image", "takes one whole number of draws, above 0"),
+        ("random(2, 3) embed at each token of image", "takes one whole number of draws, above 0"),
+    ],
+)
+def test_refused(line: str, said: str, tmp_path: Path) -> None:
+    write_boxes(tmp_path, "vit")
+    text = MAPS + OTHERS + looking("e", f"observe {line}")
+    result, problems = support.try_file(text, tmp_path, "vit", blocks=NEAR)
+    assert result is None
+    errors = [each for each in problems if each.severity == "error"]
+    assert [each.code for each in errors] == ["E0207"]
+    assert said in errors[0].message + errors[0].label_text
