@@ -2,187 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from ..reference.forward import Edge, Write
-from . import support
-from .reference import Act, Block, Divisor, Seen, norms
-from .support import FRONT, GRID, LAYERS, forward, pixels, plain
+from ..reference.forward import Write
+from .reference import Act, Block, Seen
+from .support import GRID, LAYERS
+from .views import ALL, DEEP, PART, View
 
 Coord = int | float | str
 EVERY = tuple(f"image row {r} col {c}" for r in range(1, GRID + 1) for c in range(1, GRID + 1))
-PART = "image row 2..3 col 1..3 tokens"
-ALL = "image tokens"
-DEEP = range(LAYERS)
-
-
-def tokens(name: str, written: str) -> list[int]:
-    """What a position means, counted by hand."""
-    if written.startswith("{"):
-        return [at for part in written.strip("{}").split(",") for at in tokens(name, part.strip())]
-    if written == ALL:
-        return support.patches(name)
-    if written == "tokens *":
-        return [*range(FRONT[name] + GRID * GRID)]
-    if written.startswith("cls"):
-        assert FRONT[name]
-        return [0]
-    if found := re.match(r"register (\d)", written):
-        return [int(found[1])]
-    found = re.match(r"image row (\S+) col (\S+)", written)
-    assert found is not None, written
-    rows, cols = (_range(part) for part in found.groups())
-    return [support.token(name, row, col) for row in rows for col in cols]
-
-
-def _range(written: str) -> range:
-    first, _, last = written.replace("*", f"1..{GRID}").partition("..")
-    return range(int(first), int(last or first) + 1)
-
-
-@dataclass(frozen=True)
-class View:
-    """One row of one model, for what is done to it."""
-
-    name: str
-    number: int
-    base: Literal["own", "gray"]
-
-    def image(self, which: str) -> Seen:
-        """The unpatched run of its image, or of the gray one."""
-        return plain(self.name, self.number if which == "own" else None)
-
-    @property
-    def start(self) -> Seen:
-        """The run that rules act on."""
-        return self.image(self.base)
-
-    @cached_property
-    def front(self) -> str:
-        """A position that all families have, the class token where there is one."""
-        return "cls token" if FRONT[self.name] else "image row 1 col 1 token"
-
-    def at(self, written: str) -> list[int]:
-        return tokens(self.name, written.replace("FRONT", self.front))
-
-    def run(self, acts: Iterable[Act], which: str | None = None) -> Seen:
-        number = self.number if (which or self.base) == "own" else None
-        return forward(self.name, pixels(self.name, number), acts=acts)
-
-    def copy(
-        self,
-        site: str,
-        layers: int | Iterable[int],
-        at: str,
-        units: Iterable[int] | None = None,
-        *,
-        of: Seen | None = None,
-        to: str | None = None,
-        into: int | None = None,
-    ) -> list[Act]:
-        """What a run (that of the row's image) has at a site stands at it, or at another place."""
-        source = of or self.image("own")
-        read, written = self.at(at), self.at(to or at)
-        found: list[Act] = []
-        for layer in [layers] if isinstance(layers, int) else layers:
-            values = source.sites[site, layer]
-            for unit in range(values.shape[1]) if units is None else units:
-                found += [
-                    Write(site, layer if into is None else into, values[a, unit], b, unit)
-                    for a, b in zip(read, written, strict=True)
-                ]
-        return found
-
-    def make(
-        self,
-        site: str,
-        layers: int | Iterable[int],
-        at: str,
-        vector: Tensor | float | Callable[[Tensor], Tensor],
-        units: Iterable[int] | None = None,
-    ) -> list[Act]:
-        """Vectors that are the same at all tokens, or are made of what is there."""
-        found: list[Act] = []
-        for layer in [layers] if isinstance(layers, int) else layers:
-            like = self.start.sites[site, layer]
-            what: Any = torch.full_like(like[0, 0], vector) if isinstance(vector, float) else vector
-            for unit in range(like.shape[1]) if units is None else units:
-                found += [Write(site, layer, what, at_, unit) for at_ in self.at(at)]
-        return found
-
-    def mean(self, site: str, layer: int, at: str, numbers: Sequence[int] = (0, 1, 2)) -> list[Act]:
-        """The mean over images at each place."""
-        every = [plain(self.name, n).sites[site, layer] for n in numbers]
-        over = torch.stack(every).mean(0)
-        units = range(over.shape[1])
-        return [Write(site, layer, over[at_, u], at_, u) for at_ in self.at(at) for u in units]
-
-    def edges(
-        self,
-        kind: Literal["block", "reweight", "uniform", "set"],
-        layers: int | Iterable[int],
-        queries: str,
-        keys: str,
-        amount: float = 0.0,
-        heads: Sequence[int] | None = None,
-    ) -> list[Act]:
-        every = [layers] if isinstance(layers, int) else layers
-        return [
-            Edge(kind, layer, self.at(queries), self.at(keys), amount, heads) for layer in every
-        ]
-
-    def path(
-        self,
-        sent: Sequence[Act],
-        receivers: Sequence[tuple[str, int, int]],
-        at: str,
-        *,
-        mlps: bool = False,
-        frozen: bool = False,
-    ) -> list[Act]:
-        """What receivers (site, layer, unit) read where all but what is sent is held; without any,
-        the pass in which it is."""
-        base = self.start
-        held = [
-            Write(site, layer, base.sites[site, layer])
-            for layer in DEEP
-            for site in ("z", *([] if mlps else ["mlp_out"]))
-        ]
-        model = support.double(self.name)
-        divisors = [Divisor(path, base.normed[path]) for path, _ in norms(model) if frozen]
-        acts = [*held, *sent, *divisors]
-        if not receivers:
-            return acts
-        seen = self.run(acts)
-        return [
-            Write(site, layer, seen.sites[site, layer][place, unit], place, unit)
-            for site, layer, unit in receivers
-            for place in self.at(at)
-        ]
-
-    def direction(self, which: str = "difference") -> Tensor:
-        """[d_model] of `d` or `middle` in the file."""
-        own = [plain(self.name, n).sites["resid_post", 0] for n in range(3)]
-        if which == "mean":
-            return torch.stack([one[self.at(PART), 0].mean(0) for one in own]).mean(0)
-        gray = plain(self.name, None).sites["resid_post", 0]
-        every = self.at(ALL)
-        return torch.stack([one[every, 0].mean(0) for one in own]).mean(0) - gray[every, 0].mean(0)
-
-
-DIRECTIONS = f"""
-direction d = mean_difference(scenes, neutral) at resid_post layer 0 at image tokens
-direction middle = mean(scenes) at resid_post layer 0 at {PART}
-group few = L0H1, L1H2, L1.mlp
-group movers = L1H1, L2H0
-"""
 FUNCTIONS = """
 def turned(vectors):
     return vectors.flip(-1) * 2
@@ -191,7 +23,7 @@ def turned(vectors):
 
 @dataclass(frozen=True)
 class Case:
-    """FRONT in what is written stands for the class token, or for the first patch."""
+    """A rule, or some that act together."""
 
     rules: str
     axes: tuple[str, ...]
@@ -205,10 +37,9 @@ class Case:
     start: Callable[[View], Iterable[Act]] | None = None
     """What is done in the run that rules act on, where that is no unpatched one."""
 
-    def text(self, name: str, key: str) -> str:
+    def text(self, view: type[View], name: str, key: str) -> str:
         way = self.ends or ("from scenes into neutral" if self.base == "gray" else "")
-        front = View(name, 0, self.base).front
-        return support.experiment(key, way, self.rules.replace("FRONT", front))
+        return view(name, 0, self.base).experiment(key, way, self.rules)
 
 
 def gray(rules: str, axes: tuple[str, ...], cells: Sequence[tuple[Coord, ...]],
@@ -504,3 +335,26 @@ CASES: dict[str, Case] = {
         ],
     ),
 }  # fmt: skip
+
+OF_PATCHES = ("every_patch", "embedded_columns", "windows_of_patches", "zero", "resampled")
+"""Cases that have no like in texts, as they are written."""
+OF_WORDS: dict[str, Case] = {
+    "every_word": gray(
+        "patch resid_post layers 0..1 at each token of thing", ("position",),
+        each(("thing first", "thing last")),
+        lambda v, at: v.copy("resid_post", (0, 1), at),
+    ),
+    "zero": Case(
+        f"ablate embed at {PART} with zero", (), [()],
+        lambda v: v.make("embed", 0, PART, 0.0),
+    ),
+    "means": Case(
+        f"ablate resid_post layer 0..1 at {PART} with mean, mean by kind",
+        ("layer", "fill"), each((0, 1), ("mean", "mean by kind")),
+        lambda v, layer, fill: v.mean(
+            "resid_post", layer, PART,
+            (0, 1, 2) if fill == "mean" else (0, 1) if v.number < 2 else (2,),
+        ),
+    ),
+}  # fmt: skip
+TEXT_CASES = {**{key: case for key, case in CASES.items() if key not in OF_PATCHES}, **OF_WORDS}

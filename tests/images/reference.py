@@ -1,6 +1,6 @@
-"""One image through a bare model by plain hooks: every site is read, any of them is written, blocks
-change places, and attention is written out, so that its edges can be edited. Nothing of the package
-is used."""
+"""One image, or one text, through a bare model by plain hooks: every site is read, any of them is
+written, blocks change places, and attention is written out, so that its edges can be edited.
+Nothing of the package is used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..families.parts import Stack
 from ..reference import hooks
-from ..reference.forward import Edge, Pass, Write, edited
+from ..reference.forward import Edge, Pass, Write
 from ..reference.hooks import Session
 
 OUTSIDE = ("embed", "final_norm")
@@ -46,7 +46,7 @@ class Seen:
     """What a pass over one image gave."""
 
     output: Tensor
-    """[labels], or [T, width] where there is no head."""
+    """[labels] or [texts], or [T, width] where there is no head."""
     sites: Mapping[tuple[str, int], Tensor]
     """(site, layer) → [T, units, width]; within attention there are `q_rot`, `k_rot`, `scores` and
     `pattern`, whose vectors are over keys."""
@@ -72,40 +72,52 @@ class _Layer(Session):
 
 
 @contextmanager
-def _attention_written_out(passing: Pass, layers: int) -> Generator[None]:
-    """Each block calls torch's attention once, in their order; what follows is left alone."""
+def _attention_written_out(module: nn.Module, stack: Stack, passing: Pass) -> Generator[None]:
+    """Each block calls torch's attention once; what else calls it is left alone."""
     functional: Any = nn.functional
     own = functional.scaled_dot_product_attention
-    calls = iter(range(layers))
+    within: list[int] = []
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer = next(calls, None)
-        if layer is None:
+        if not within:
             return own(query, key, value, *args, **kwargs)
+        [layer] = within
         q = passing.at("q_rot", layer, query.transpose(1, 2))
         k = passing.at("k_rot", layer, key.transpose(1, 2))
         scores = torch.einsum("cthd,cshd->cths", q, k) * kwargs["scale"]
-        if kwargs.get("attn_mask") is not None:
-            scores = scores + kwargs["attn_mask"].transpose(1, 2)
-        rows = passing.at("scores", layer, scores).softmax(3)
-        for number, edge in passing.edges.get(layer, ()):
-            heads = range(rows.shape[2]) if edge.heads is None else edge.heads
-            for at in edge.queries:
-                here = number, at, list(heads)
-                rows[here] = edited(rows[here], edge, list(edge.keys))
-        pattern = passing.at("pattern", layer, rows)
+        visible = torch.ones(scores.shape[1], scores.shape[3], dtype=torch.bool)
+        mask = kwargs.get("attn_mask")
+        if kwargs.get("is_causal"):
+            visible = visible.tril()
+        elif mask is not None and mask.dtype == torch.bool:
+            visible = mask[0, 0]
+        elif mask is not None:
+            scores = scores + mask.transpose(1, 2)
+        scores = scores.masked_fill(~visible[:, None], -torch.inf)
+        scores = passing.at("scores", layer, scores, visible)
+        rows = passing.edited(layer, scores.softmax(3), visible)
+        pattern = passing.at("pattern", layer, rows, visible)
         return torch.einsum("cths,cshd->chtd", pattern, value.transpose(1, 2))
 
+    handles: list[Any] = []
+    for layer in range(stack.count):
+        block = module.get_submodule(f"{stack.blocks}.{layer}")
+        enter = block.register_forward_pre_hook(lambda *_, at=layer: within.append(at))
+        handles += [enter, block.register_forward_hook(lambda *_: within.clear())]
     functional.scaled_dot_product_attention = attend
     try:
         yield
     finally:
         functional.scaled_dot_product_attention = own
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
-def call(module: nn.Module, stack: Stack, pixels: Tensor, acts: Iterable[Act] = ()) -> Seen:
-    """The model on one image, [1, 3, height, width]."""
+def call(
+    module: nn.Module, stack: Stack, given: Mapping[str, Tensor], acts: Iterable[Act] = ()
+) -> Seen:
+    """The model on what it is given, of which what the stack reads is one image or one text."""
     acts = list(acts)
     writes = [act for act in acts if isinstance(act, Write)]
     passing = Pass([(writes, [act for act in acts if isinstance(act, Edge)])])
@@ -119,15 +131,21 @@ def call(module: nn.Module, stack: Stack, pixels: Tensor, acts: Iterable[Act] = 
         for layer in range(stack.count):
             session = _Layer(layer, passing)
             within.enter_context(hooks.hooked(module, stack, layer, session))
-        within.enter_context(_attention_written_out(passing, stack.count))
-        output: Any = module(pixel_values=pixels)
+        within.enter_context(_attention_written_out(module, stack, passing))
+        output: Any = module(**given)
     assert passing.here.keys() <= passing.seen.keys(), "a site that isn't there"
-    found = output.logits[0] if "logits" in output else output.last_hidden_state[0]
     every = {
         (site, layer or 0): value[0].detach().clone()
         for (site, layer), value in passing.seen.items()
     }
-    return Seen(found, every, normed)
+    return Seen(output_of(output), every, normed)
+
+
+def output_of(given: Any) -> Tensor:
+    """Of what a model returns for one image or text."""
+    names = ("logits_per_image", "logits", "last_hidden_state")
+    [found] = given[next(name for name in names if name in given)]
+    return found
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Tiny vision transformers, images in files, and what rules give in one image by plain hooks."""
+"""Tiny models of images, images in files, and what rules give in one image by plain hooks."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ from ..families import build, tables
 from ..families.parts import Architecture, Stack
 from ..reference.forward import Write
 from ..reference.hooks import Change
+from . import duals
+from .duals import LABELS, LAYERS, PATCH, SIDE
 from .reference import Act, Seen, call
 
 ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)}
-SIDE, PATCH = 16, 4
 GRID = SIDE // PATCH
-LABELS = ("circle", "square", "triangle", "cross", "ring")
 CLASSIFIERS = ("vit", "deit", "dinov2_with_registers", "beit", "siglip", "clip")
 MORE = ("ijepa", "data2vec-vision")
 """Classifiers too."""
 ENCODERS = ("dinov3_vit", "dinov2/bare")
+DUALS = duals.NAMES
+"""Models with a tower for texts too: what classifiers have labels for, these have texts for."""
 FRONT = {
     "vit": 1,
     "deit": 2,
@@ -50,6 +52,10 @@ FRONT = {
     "data2vec-vision": 1,
     "dinov3_vit": 3,
     "dinov2/bare": 1,
+    "clip/dual": 1,
+    "siglip/dual": 0,
+    "metaclip_2/dual": 1,
+    duals.OLD: 1,
 }
 """Tokens in front of the patches, as the models' papers have them; written down by hand."""
 _MEAN = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
@@ -73,6 +79,8 @@ PROCESSORS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "beit": ("BeitImageProcessor", _EXACT),
     "siglip": ("SiglipImageProcessor", _EXACT),
     "clip": ("CLIPImageProcessor", _CROPPED),
+    **dict.fromkeys((*DUALS, duals.OLD), ("CLIPImageProcessor", _CROPPED)),
+    "siglip/dual": ("SiglipImageProcessor", _EXACT),
     "ijepa": ("ViTImageProcessor", _EXACT),
     "data2vec-vision": ("BeitImageProcessor", _EXACT),
     "dinov3_vit": ("ViTImageProcessor", _EXACT),
@@ -83,19 +91,22 @@ Array = NDArray[np.float64]
 # --- models ---------------------------------------------------------------------------------------
 
 
-LAYERS = 3
 WIDER: Mapping[str, float] = {"classifier": 4}
 """Factors on weights, so that no head is drowned by the stream, and labels are far apart."""
 
 
 def stack(name: str) -> Stack:
-    """Where the model's parts are."""
-    return replace(ROWS[name].main, count=LAYERS)
+    """Where the parts of what reads images are."""
+    if name in ROWS:
+        return replace(ROWS[name].main, count=LAYERS)
+    return duals.stack("vision_model")
 
 
 @cache
 def bare(name: str) -> Any:
     """The model in 32 bits, with weights so wide that every head matters."""
+    if name not in ROWS:
+        return duals.bare(name)
     sizes: dict[str, Any] = {
         "image_size": SIDE, "patch_size": PATCH, "num_hidden_layers": LAYERS
     }  # fmt: skip
@@ -160,10 +171,23 @@ def processor(name: str) -> Any:
     return getattr(importlib.import_module(module), f"{kind}Pil")(**settings)
 
 
+def handed(name: str) -> tuple[Any, Any]:
+    """A model and what it reads with, as Python hands them over."""
+    own = processor(name)
+    return bare(name), own if name in ROWS else (own, duals.tokenizer(name))
+
+
+def save(name: str, folder: Path) -> None:
+    """A model with two towers, in `clip` there."""
+    if not (folder / "clip").exists():
+        for each in (bare(name), processor(name), duals.tokenizer(name)):
+            each.save_pretrained(folder / "clip")
+
+
 @cache
 def shared(name: str) -> LoadedModel:
     """The model as the executor has it."""
-    model, found = adopt("m", bare(name), processor(name))
+    model, found = adopt("m", *handed(name))
     assert model is not None, [(d.message, d.label_text) for d in found]
     assert not [d for d in found if d.severity == "error"], [d.message for d in found]
     return model
@@ -227,7 +251,21 @@ images neutral {
   image gray
 }
 """
+OF_TEXTS = """
+images scenes {
+  rows "data.jsonl"
+  image "{file}"
+  answer "a photo of a {label}"
+  wrong "a photo of a {other}"
+  classes "a photo of a {label}"
+}
+images neutral {
+  image gray
+}
+"""
+TEXTS = tuple(f"a photo of a {label}" for label in LABELS)
 DIFFERENCE = "measure logit(answer) - logit(wrong) as delta"
+OF_SCORES = "measure score(answer) - score(wrong) as delta"
 STATS = "stats bootstrap(100) confidence 95% correct none"
 
 
@@ -236,18 +274,23 @@ def experiment(name: str, *lines: str, measure: str = DIFFERENCE) -> str:
     return f"experiment {name} {{\n" + "\n".join(f"  {line}" for line in every if line) + "\n}\n"
 
 
+def blocks_of(name: str) -> str:
+    """The images, with labels or with texts."""
+    return BLOCKS if name in ROWS else OF_TEXTS
+
+
 def try_file(
-    text: str, folder: Path, name: str, mode: str = "planned", blocks: str = BLOCKS
+    text: str, folder: Path, name: str, mode: str = "planned", blocks: str = ""
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     """The Python that a file names is run."""
     write_images(folder)
     options = replace(MODES[mode], settings=Settings(python="run"))
-    whole = f'mech 1\nmodel m = local("handed over")\n{blocks}\n{text}'
+    whole = f'mech 1\nmodel m = local("handed over")\n{blocks or blocks_of(name)}\n{text}'
     return run_on(Source(whole, folder / "file.mech"), {"m": shared(name)}, options)
 
 
 def run_file(
-    text: str, folder: Path, name: str, mode: str = "planned", blocks: str = BLOCKS
+    text: str, folder: Path, name: str, mode: str = "planned", blocks: str = ""
 ) -> dict[str, ExperimentResult]:
     return succeeded(*try_file(text, folder, name, mode, blocks))
 
@@ -264,6 +307,12 @@ def succeeded(
 # --- one image by plain hooks ---------------------------------------------------------------------
 
 
+def inputs(name: str, image: Tensor) -> Mapping[str, Tensor]:
+    """What a model is called with: one with two towers with the texts of all labels too."""
+    texts = {} if name in ROWS else duals.inputs(name, *TEXTS)
+    return {"pixel_values": image, **texts}
+
+
 def forward(
     name: str,
     given: Tensor,
@@ -277,7 +326,7 @@ def forward(
         for (site, layer), changes in (writes or {}).items()
         for change in changes
     ]
-    return call(double(name), stack(name), given, [*written, *acts])
+    return call(double(name), stack(name), inputs(name, given), [*written, *acts])
 
 
 @cache

@@ -14,16 +14,17 @@ from torch import Tensor
 from ..quick import in_turn
 from ..reference.gradients import Where, estimated, taken
 from . import support
-from .support import ANSWERS, FRONT, GRID, LABELS, ROWS, WRONG, double, pixels, token
+from .reference import output_of
+from .support import ANSWERS, FRONT, GRID, LABELS, WRONG, double, inputs, pixels, token
 
-NAMES = ("vit", "dinov2_with_registers", "beit", "siglip")
+NAMES = ("vit", "dinov2_with_registers", "beit", "siglip", "clip/dual", "siglip/dual")
 PLACES = [(row, col) for row in range(1, GRID + 1) for col in range(1, GRID + 1)]
 STEPS = 3
 Cells = Mapping[Any, Sequence[tuple[int, int]]]
 
 
 def where(name: str, site: str, layer: int) -> Where:
-    main = ROWS[name].main
+    main = support.stack(name)
     block = main.at(layer)
     root = f"{main.blocks}.{layer}"
     if site == "embed":
@@ -38,8 +39,8 @@ def difference(name: str, number: int, given: int | None) -> Any:
     answer, wrong = LABELS.index(ANSWERS[number]), LABELS.index(WRONG[number])
 
     def forward(module: Any) -> Tensor:
-        logits = module(pixel_values=pixels(name, given)).logits[0]
-        return logits[answer] - logits[wrong]
+        outputs = output_of(module(**inputs(name, pixels(name, given))))
+        return outputs[answer] - outputs[wrong]
 
     return forward
 

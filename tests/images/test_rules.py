@@ -3,7 +3,7 @@ a time, in 64 bits, made ready by transformers' own processor."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,61 +16,80 @@ from torch import Tensor
 
 from mechdsl.results.experiment_result import ExperimentResult
 
+from ..quick import some
 from ..reference.forward import Write
 from ..rules.support import agree
-from . import support
-from .cases import ALL, CASES, DEEP, DIRECTIONS, EVERY, FUNCTIONS, PART, View
-from .support import CLASSIFIERS, FRONT, GRID, MORE, difference, plain
+from . import support, texts
+from .cases import CASES, EVERY, FUNCTIONS, TEXT_CASES, Case
+from .support import CLASSIFIERS, DUALS, FRONT, GRID, MORE, difference, plain
+from .texts import TextView
+from .views import ALL, DEEP, PART, View
 
-QUICK = ("vit", "dinov2_with_registers", "siglip")
-FAMILIES = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-    for name in (*CLASSIFIERS, *MORE)
-]
-RUNS = [
-    pytest.param(name, mode, marks=() if name in QUICK and mode == "planned" else pytest.mark.slow)
-    for name in (*CLASSIFIERS, *MORE)
-    for mode in ("planned", "plain", "small passes")
-]
+NAMES = (*CLASSIFIERS, *MORE, *DUALS)
+QUICK = ("vit", "dinov2_with_registers", "siglip/dual")
+MODES = ("planned", "plain", "small passes")
+FAMILIES = some(NAMES, QUICK)
 Cells = dict[tuple[Any, ...], list[float]]
 
 
-def run(name: str, mode: str, text: str) -> dict[str, ExperimentResult]:
+def run(name: str, mode: str, text: str, view: type[View] = View) -> dict[str, ExperimentResult]:
     with TemporaryDirectory() as folder:
         (Path(folder) / "own.py").write_text(FUNCTIONS, encoding="utf-8")
-        return support.run_file(text, Path(folder), name, mode, support.BLOCKS + DIRECTIONS)
+        texts.write(Path(folder))
+        return support.run_file(text, Path(folder), name, mode, view(name, 0, "own").blocks)
+
+
+def table(view: type[View]) -> Mapping[str, Case]:
+    return TEXT_CASES if view is TextView else CASES
 
 
 @cache
-def results(name: str, mode: str) -> dict[str, ExperimentResult]:
+def results(view: type[View], name: str, mode: str) -> dict[str, ExperimentResult]:
     """All cases in one file."""
-    return run(name, mode, "".join(case.text(name, key) for key, case in CASES.items()))
+    text = "".join(case.text(view, name, key) for key, case in table(view).items())
+    return run(name, mode, text, view)
 
 
-def views(name: str, base: str = "own") -> list[View]:
-    return [View(name, number, base) for number in range(3)]  # type: ignore[arg-type]
+def views(name: str, base: str = "own", view: type[View] = View) -> list[View]:
+    return [view(name, number, base) for number in range(3)]  # type: ignore[arg-type]
 
 
 @cache
-def worked_out(name: str, key: str) -> tuple[np.ndarray, Cells]:
-    """Base values, and of every cell one for each image."""
-    case = CASES[key]
-    every = views(name, case.base)
+def worked_out(view: type[View], name: str, key: str) -> tuple[np.ndarray, Cells]:
+    """Base values, and of every cell one for each row."""
+    case = table(view)[key]
+    every = views(name, case.base, view)
     start = [v.start if case.start is None else v.run(case.start(v)) for v in every]
     found: Cells = {
-        tuple(cell): [difference(v.run(case.acts(v, *cell)), v.number) for v in every]
-        for cell in case.cells
+        tuple(cell): [v.value(v.run(case.acts(v, *cell))) for v in every] for cell in case.cells
     }
-    base = np.array([difference(seen, v.number) for seen, v in zip(start, every, strict=True)])
-    return base, found
+    return np.array([v.value(seen) for seen, v in zip(start, every, strict=True)]), found
 
 
-@pytest.mark.parametrize(("name", "mode"), RUNS)
+def hold(view: type[View], key: str, name: str, mode: str) -> None:
+    base, expected = worked_out(view, name, key)
+    axes = table(view)[key].axes
+    agree(results(view, name, mode)[key], axes, expected, base, large=0.1, most=False)
+
+
+def runs(names: Sequence[str], quick: Sequence[str]) -> list[Any]:
+    fast = [(name, "planned") for name in quick]
+    every = [(name, mode) for name in names for mode in MODES]
+    return [pytest.param(*each, marks=() if each in fast else pytest.mark.slow) for each in every]
+
+
+@pytest.mark.parametrize(("name", "mode"), runs(NAMES, QUICK))
 @pytest.mark.parametrize("key", CASES)
 def test_rules_are_what_hooks_give(key: str, name: str, mode: str) -> None:
-    """Each has an effect of more than 0.1 logit."""
-    base, expected = worked_out(name, key)
-    agree(results(name, mode)[key], CASES[key].axes, expected, base, large=0.1, most=False)
+    """Each has an effect of more than 0.1 logit, of models with two towers on scores."""
+    hold(View, key, name, mode)
+
+
+@pytest.mark.parametrize(("name", "mode"), runs(DUALS, ["clip/dual"]))
+@pytest.mark.parametrize("key", TEXT_CASES)
+def test_rules_in_the_text_tower(key: str, name: str, mode: str) -> None:
+    """Each has an effect of more than 0.1 on the score of a text with its image."""
+    hold(TextView, key, name, mode)
 
 
 # --- tokens that some models have -----------------------------------------------------------------

@@ -116,6 +116,17 @@ class Pass:
         self.seen[site, layer] = value
         return value
 
+    def edited(self, layer: int, rows: Tensor, visible: Tensor) -> Tensor:
+        """The weights of attention, [copies, T, heads, keys], with the edges edited."""
+        for copy, edge in self.edges.get(layer, ()):
+            heads = range(rows.shape[2]) if edge.heads is None else edge.heads
+            for query in edge.queries:
+                keys = [key for key in edge.keys if visible[query, key]]
+                if keys:
+                    here = copy, query, list(heads)
+                    rows[here] = edited(rows[here], edge, keys)
+        return rows
+
     def whole(self, site: str, layer: int | None, value: Tensor) -> Tensor:
         """The same for a site without heads, [copies, T, width]."""
         return self.at(site, layer, value[:, :, None])[:, :, 0]
@@ -485,14 +496,7 @@ def _attention(parts: Stack, layer: int, x: Tensor, run: Pass) -> Tensor:
     if sinks is not None:
         sink = sinks[:, None].expand(copies, length, heads, 1)
         every = torch.cat([scores, sink], dim=3)
-    rows = every.softmax(3)
-    for copy, edge in run.edges.get(layer, ()):
-        chosen = range(heads) if edge.heads is None else edge.heads
-        for query in edge.queries:
-            keys = [key for key in edge.keys if visible[query, key]]
-            if keys:
-                here = copy, query, list(chosen)
-                rows[here] = edited(rows[here], edge, keys)
+    rows = run.edited(layer, every.softmax(3), visible)
     pattern = run.at("pattern", layer, rows[..., :length], visible)
 
     z = run.at("z", layer, torch.einsum("cths,cshd->cthd", pattern, v))
