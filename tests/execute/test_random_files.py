@@ -6,25 +6,22 @@ refused before anything runs, and all others are run twice.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from hypothesis import event, given
+from hypothesis import event
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.passes import NAMES
-from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.validate.check_file import Settings
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
 
-from ..random_files import few, many
 from . import support
-from .saved_files import same_files, taken_away
+from .drawn import Case, both_ways, few, many, same
 
 MORE = """
 prompts elsewhere {
@@ -474,30 +471,25 @@ def onward(draw: Any) -> str:
 
 
 @st.composite
-def cases(draw: Any) -> tuple[str, str, frozenset[str]]:
-    """(family, file, passes that are switched off in the planned run)."""
+def cases(draw: Any) -> Case:
     off = draw(st.sets(st.sampled_from(NAMES), max_size=3))
     return draw(st.sampled_from(FAMILIES)), draw(experiments()), frozenset(off)
 
 
-def compare(case: tuple[str, str, frozenset[str]], folder: Any) -> None:
+def compare(case: Case, tmp_path: Path) -> None:
     """Plain and planned are equal, or both are refused with the same words."""
     family, text, off = case
     model = support.bare(family)
-    (folder / "own.py").write_text(OWN, encoding="utf-8")
-    save_file(LENS[model.config.hidden_size], folder / "lens.safetensors")
-    python = Settings(python="run")
-    whole = replace(support.WITHOUT_PLAN, settings=python)
-    some = RunOptions(without=off, settings=python)
-    plain, problems = support.try_file(text, folder, model, whole, prompts=PROMPTS)
-    written = taken_away(folder)
-    planned, again = support.try_file(text, folder, model, some, prompts=PROMPTS)
-    assert [(d.code, d.message) for d in problems] == [(d.code, d.message) for d in again]
-    if plain is None or planned is None:
-        assert has_errors(problems)
-        assert plain is planned
-        event("refused: " + next(d.code for d in problems if d.severity == "error"))
+    (tmp_path / "own.py").write_text(OWN, encoding="utf-8")
+    save_file(LENS[model.config.hidden_size], tmp_path / "lens.safetensors")
+
+    def run(options: RunOptions) -> tuple[FileResult | None, list[Diagnostic]]:
+        return support.try_file(text, tmp_path, model, options, prompts=PROMPTS)
+
+    found = both_ways(run, off, tmp_path)
+    if found is None:
         return
+    plain, planned = found
     event("run: " + text.split("\n  from ")[1].splitlines()[1].split()[0])
     event(f"experiments: {len(plain.experiments)}, against: {'against' in text}")
     event(f"runs with rules: {'run made' in text}, files: {len(plain.saved)}")
@@ -506,7 +498,6 @@ def compare(case: tuple[str, str, frozenset[str]], folder: Any) -> None:
             event("what is picked hangs on rounding")
             break
         same(one, other, text)
-    same_files(written, taken_away(folder), text)
 
 
 def tied(result: ExperimentResult) -> bool:
@@ -516,26 +507,6 @@ def tied(result: ExperimentResult) -> bool:
         return False
     values = np.sort(result.measures[0].patched, axis=0)
     return bool((np.diff(values, axis=0) <= support.ABSOLUTE).any())
-
-
-def same(one: ExperimentResult, other: ExperimentResult, text: str) -> None:
-    """Two results are equal, to 1e-4 and 1e-3 of the effect; so are their null bands."""
-    assert one.cells == other.cells
-    for expected, found in zip(one.measures, other.measures, strict=True):
-        assert np.array_equal(np.isnan(expected.patched), np.isnan(found.patched))
-        effect = np.abs(expected.patched - expected.base)
-        error = np.abs(expected.patched - found.patched)
-        assert np.nanmax(error, initial=0) <= support.ABSOLUTE, text
-        small = support.SMALL * support.rounding(expected.patched)
-        limit = support.RELATIVE * np.maximum(effect, small)
-        good = np.isnan(error) | np.isnan(effect) | (error <= limit)
-        assert good.all(), f"{text}\n{np.nanmax(error / np.maximum(effect, small))}"
-    for expected, found in zip(one.controls, other.controls, strict=True):
-        assert (expected is None) == (found is None)
-        if expected is not None and found is not None:
-            for name in ("low", "mean", "high"):
-                a, b = getattr(expected, name), getattr(found, name)
-                np.testing.assert_allclose(a, b, atol=support.ABSOLUTE, rtol=support.RELATIVE)
 
 
 OWN = """
@@ -556,16 +527,5 @@ LENS = {
 """Of models of these widths."""
 
 
-@few(24)
-@given(case=cases())
-def test_plan_is_whole_passes(case: tuple[str, str, frozenset[str]], tmp_path: Any) -> None:
-    compare(case, tmp_path)
-
-
-@pytest.mark.slow
-@many(600)
-@given(case=cases())
-def test_plan_is_whole_passes_at_length(
-    case: tuple[str, str, frozenset[str]], tmp_path: Any
-) -> None:
-    compare(case, tmp_path)
+test_plan_is_whole_passes = few(cases(), 24)(compare)
+test_plan_is_whole_passes_at_length = many(cases(), 600)(compare)

@@ -7,30 +7,28 @@ In 64 bits, so that no choice of a token hangs on rounding.
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from hypothesis import event, given
+from hypothesis import event
 from hypothesis import strategies as st
 
 from mechdsl.base.source import Source
-from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.execute.options import Options
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.passes import NAMES
-from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.validate.check_file import Settings
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
 
 from ..models import families
-from ..random_files import few, many
 from ..rules.models import double
 from . import support
-from .saved_files import same_files, taken_away
-from .test_random_files import MORE, ONE, OWN, PROMPTS, RUNS, rules, same
+from .drawn import Case, both_ways, few, many, same
+from .test_random_files import MORE, ONE, OWN, PROMPTS, RUNS, rules
 
 FAMILIES = ("gpt2", "llama", "gpt_neox", "mistral")
 TOKENS = 4
@@ -141,7 +139,7 @@ def read(draw: Any, base: str) -> list[str]:
 
 
 @st.composite
-def cases(draw: Any) -> tuple[str, str, frozenset[str]]:
+def cases(draw: Any) -> Case:
     """(family, file, passes that are switched off in the planned run)."""
     source, base = draw(st.permutations([*RUNS, "clean"]))[:2]
     lines = [draw(acting(swept=number == 0)) for number in range(draw(st.integers(1, 2)))]
@@ -176,24 +174,20 @@ def talking(family: str) -> LoadedModel:
     return model
 
 
-def compare(case: tuple[str, str, frozenset[str]], folder: Any) -> None:
+def compare(case: Case, tmp_path: Path) -> None:
     family, text, off = case
-    support.write_rows(folder)
-    (folder / "own.py").write_text(OWN, encoding="utf-8")
-    python = Settings(python="run")
-    source = Source(f'mech 1\nmodel m = local("handed over")\n{PROMPTS}\n{text}', folder / "f.mech")
-    model = {"m": talking(family)}
-    whole = RunOptions(without=frozenset(NAMES), settings=python)
-    plain, problems = support.run_on(source, model, whole)
-    saved = taken_away(folder)
-    small = RunOptions(without=off, settings=python, execution=Options(pass_tokens=40))
-    planned, again = support.run_on(source, model, small)
-    assert [(d.code, d.message) for d in problems] == [(d.code, d.message) for d in again]
-    if plain is None or planned is None:
-        assert has_errors(problems)
-        assert plain is planned
-        event("refused: " + next(d.code for d in problems if d.severity == "error"))
+    support.write_rows(tmp_path)
+    (tmp_path / "own.py").write_text(OWN, encoding="utf-8")
+    file = f'mech 1\nmodel m = local("handed over")\n{PROMPTS}\n{text}'
+    source = Source(file, tmp_path / "f.mech")
+
+    def run(options: RunOptions) -> tuple[FileResult | None, list[Diagnostic]]:
+        return support.run_on(source, {"m": talking(family)}, options)
+
+    found = both_ways(run, off, tmp_path, Options(pass_tokens=40))
+    if found is None:
         return
+    plain, planned = found
     for one, other in zip(plain.experiments, planned.experiments, strict=True):
         same(one, other, text)
         assert one.replies == other.replies, text
@@ -203,7 +197,6 @@ def compare(case: tuple[str, str, frozenset[str]], folder: Any) -> None:
             base.get(row) != own for each in one.replies.cells for row, own in each.items()
         )
         event(f"run, replies differ: {changed}")
-    same_files(saved, taken_away(folder), text)
 
 
 def hold_base(found: ExperimentResult, family: str) -> None:
@@ -225,18 +218,5 @@ def hold_base(found: ExperimentResult, family: str) -> None:
                 assert abs(base - wanted) < support.ABSOLUTE
 
 
-@few(16)
-@given(case=cases())
-def test_kept_keys_give_what_whole_passes_give(
-    case: tuple[str, str, frozenset[str]], tmp_path: Any
-) -> None:
-    compare(case, tmp_path)
-
-
-@pytest.mark.slow
-@many(300)
-@given(case=cases())
-def test_kept_keys_give_what_whole_passes_give_at_length(
-    case: tuple[str, str, frozenset[str]], tmp_path: Any
-) -> None:
-    compare(case, tmp_path)
+test_kept_keys_give_what_whole_passes_give = few(cases(), 16)(compare)
+test_kept_keys_give_what_whole_passes_give_at_length = many(cases(), 300)(compare)

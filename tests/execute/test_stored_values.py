@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
 
 from mechdsl.execute.options import Options
 from mechdsl.execute.profile import Profile
@@ -21,8 +20,8 @@ from mechdsl.store.runs import OpenRun
 from mechdsl.store.store import Store
 from mechdsl.validate.check_file import Settings
 
-from ..random_files import few, many
 from . import support
+from .drawn import Case, few, many
 from .test_random_files import cases, experiments
 
 SMALL = Options(pass_tokens=60, prompt_tokens=60)
@@ -174,14 +173,13 @@ def check_cut(
     assert done.passes <= passes
 
 
-def random_files(case: tuple[str, str, frozenset[str]], tmp_path_factory: Any) -> None:
+def random_files(case: Case, tmp_path_factory: Any) -> None:
     family, text, _ = case
     check_case(family, text, tmp_path_factory.mktemp("case"), cut=len(text) % 7)
 
 
-FEW, MANY = few(10), many(60)
-test_random_files = FEW(given(case=cases())(random_files))
-test_many_random_files = pytest.mark.slow(MANY(given(case=cases())(random_files)))
+test_random_files = few(cases(), 10)(random_files)
+test_many_random_files = many(cases(), 60)(random_files)
 
 
 TWICE = f"""experiment e {{
@@ -305,19 +303,14 @@ def check_shared(family: str, text: str, folder: Path, store: Path) -> None:
     close(plain, found)
 
 
-@few(24)
-@given(case=cases())
-def test_many_files_share_a_store(
-    case: tuple[str, str, frozenset[str]], tmp_path_factory: Any
-) -> None:
+@few(cases(), 24)
+def test_many_files_share_a_store(case: Case, tmp_path_factory: Any) -> None:
     family, text, _ = case
     store = _SHARED.setdefault(family, tmp_path_factory.mktemp("store"))
     check_shared(family, text, tmp_path_factory.mktemp("case"), store)
 
 
-@pytest.mark.slow
-@many(400)
-@given(text=experiments())
-def test_very_many_files_share_a_store(text: str, tmp_path_factory: Any) -> None:
+@many(experiments(), 400)
+def test_very_many_files_share_a_store(case: str, tmp_path_factory: Any) -> None:
     store = _SHARED.setdefault("slow", tmp_path_factory.mktemp("store"))
-    check_shared("gpt2", text, tmp_path_factory.mktemp("case"), store)
+    check_shared("gpt2", case, tmp_path_factory.mktemp("case"), store)

@@ -1,31 +1,29 @@
-"""Random experiments on images: the plan gives what whole passes give, one cell at a time."""
+"""Random experiments on images, and on texts that are scored with them: the plan gives what whole
+passes give, one cell at a time."""
 
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event
 from hypothesis import strategies as st
 from PIL import Image
 
 from mechdsl.base.source import Source
-from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.passes import NAMES
-from mechdsl.validate.check_file import Settings
+from mechdsl.results.experiment_result import FileResult
 
-from ..execute.saved_files import same_files, taken_away
-from ..execute.support import WITHOUT_PLAN, run_on
-from ..execute.test_random_files import same
-from . import support
+from ..execute.drawn import Case, both_ways, few, many, same
+from ..execute.support import run_on
+from . import support, texts
 from .cases import FUNCTIONS
-from .support import CLASSIFIERS, FRONT, GRID, LAYERS, MORE
+from .support import CLASSIFIERS, DUALS, FRONT, GRID, LAYERS, MORE
 
 BLOCKS = """
 images scenes {
@@ -57,42 +55,115 @@ group few = L0H1, L2H0, L1.mlp
 direction d = mean_difference(scenes, neutral) at resid_post layer 1 at image tokens
 direction by_layer = mean_difference(scenes.noisy, scenes) at resid_pre layer 0..1 at FRONT
 """
-RUNS = ("clean", "hidden", "blurred", "noisy", "both", "another", "patched")
-OTHERS = ("neutral", "dark", "speckled", "average")
-ONE = ("FRONT", "image row 2 col 3 token", "image row 4 col 1 token")
-JOINED = (
-    "image tokens",
-    "object tokens",
-    "part tokens",
-    "tokens *",
-    "image row 2..3 col * tokens",
-    "image row * col 4 tokens",
-    "{FRONT, image row 1 col 2 token}",
-)
-SWEPT = (
-    "each token of image",
-    "each token of object",
-    "image row 2 col * token",
-    "image row 1..2 col 3..4 token",
-    "FRONT, image row 3 col 3 token",
-)
-VECTORS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "attn_norm", "mlp_norm")
-HEADS = ("q", "k", "v", "z", "head_out", "scores", "pattern")
-MEASURES = (
-    support.DIFFERENCE,
+WITH_TEXTS = BLOCKS.replace(
+    'answer "{label}"', 'answer "a photo of a {label}"  classes "a photo of a {label}"'
+).replace('wrong "', 'wrong "the ')
+CAPTIONS = """
+prompts captions {
+  rows "texts.jsonl"
+  image from scenes
+  template "{before} {thing}{behind}"
+  corrupt changed { thing = other_thing }
+  corrupt noisy { add gaussian(std: 0.5) to embed at thing tokens }
+}
+prompts elsewhere {
+  rows "texts.jsonl"
+  image from neutral
+  template "the photo of {other_thing} and a {thing}"
+}
+group few = L0H1, L2H0, L1.mlp
+direction d = mean_difference(captions, elsewhere) at resid_post layer 1 at token -1
+direction by_layer = mean_difference(captions.changed, captions) at resid_pre layer 0..1 at FRONT
+"""
+
+
+@dataclass(frozen=True)
+class Words:
+    """What files on rows of one kind are put together from."""
+
+    blocks: str
+    experiment: tuple[str, ...]
+    """What their experiments are on."""
+    runs: tuple[str, ...]
+    others: tuple[str, ...]
+    """Blocks that lend their activations."""
+    one: tuple[str, ...]
+    joined: tuple[str, ...]
+    swept: tuple[str, ...]
+    measures: tuple[str, ...]
+    fills: tuple[str, ...]
+    towers: tuple[str, ...] = ("",)
+    """How the layers of a tower are called."""
+
+
+COMMON = (
     "measure prob(answer) as raw",
     "measure logprob(answer) as delta",
     "measure kl(clean) as raw",
     "measure rank(answer) as raw",
     "measure entropy as delta",
     "measure correct as raw",
-    "measure cosine(resid_post layer 1, clean) at image row 2 col 2 token as raw",
 )
+IMAGES = Words(
+    BLOCKS,
+    experiment=(*["images scenes"] * 4, "images scenes limit 2", "images scenes, drawn"),
+    runs=("clean", "hidden", "blurred", "noisy", "both", "another", "patched"),
+    others=("neutral", "dark", "speckled", "average"),
+    one=("FRONT", "image row 2 col 3 token", "image row 4 col 1 token"),
+    joined=(
+        "image tokens",
+        "object tokens",
+        "part tokens",
+        "tokens *",
+        "image row 2..3 col * tokens",
+        "image row * col 4 tokens",
+        "{FRONT, image row 1 col 2 token}",
+    ),
+    swept=(
+        "each token of image",
+        "each token of object",
+        "image row 2 col * token",
+        "image row 1..2 col 3..4 token",
+        "FRONT, image row 3 col 3 token",
+    ),
+    measures=(
+        support.DIFFERENCE,
+        *COMMON,
+        "measure cosine(resid_post layer 1, clean) at image row 2 col 2 token as raw",
+    ),
+    fills=("mean", "mean of neutral", "resample of drawn"),
+)
+SCORED = replace(
+    IMAGES,
+    blocks=WITH_TEXTS,
+    measures=(*IMAGES.measures, support.OF_SCORES, 'measure score("the red ring") as raw'),
+    towers=("", "vision "),
+)
+"""Images that are scored with texts."""
+TEXTS = Words(
+    support.BLOCKS + CAPTIONS,
+    experiment=(*["prompts captions"] * 3, "prompts captions limit 2"),
+    runs=("clean", "changed", "noisy"),
+    others=("elsewhere",),
+    one=("FRONT", "token 1", "first token of thing"),
+    joined=("thing tokens", "tokens *", "token 1..2", "{FRONT, token 1}"),
+    swept=("each token of thing", "token 0..2", "FRONT, last token of thing"),
+    measures=(
+        *["measure score as delta"] * 3,
+        *(line.replace("answer", "image") for line in COMMON),
+        "measure cosine(resid_post layer 1, clean) at token -1 as raw",
+    ),
+    fills=("mean", "mean of elsewhere", "resample of elsewhere"),
+    towers=("", "text "),
+)
+VECTORS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "attn_norm", "mlp_norm")
+HEADS = ("q", "k", "v", "z", "head_out", "scores", "pattern")
 
 
 def write(folder: Path) -> None:
-    """Images, with a box and a mask of each."""
+    """Images, with a box and a mask of each, and texts."""
     support.write_images(folder)
+    texts.write(folder)
     random = np.random.default_rng(7)
     records = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
     for number, record in enumerate(records):
@@ -108,60 +179,61 @@ def write(folder: Path) -> None:
 
 
 @st.composite
-def positions(draw: Any, *, swept: bool = True) -> str:
-    kinds = [ONE, JOINED, JOINED, *([SWEPT] if swept else [])]
+def positions(draw: Any, words: Words, *, swept: bool = True) -> str:
+    kinds = [words.one, words.joined, words.joined, *([words.swept] if swept else [])]
     return draw(st.sampled_from(draw(st.sampled_from(kinds))))
 
 
 @st.composite
-def axis(draw: Any, word: str, size: int, *, swept: bool) -> str:
+def axis(draw: Any, words: Words, word: str, size: int, *, swept: bool) -> str:
     low = draw(st.integers(0, size - 1))
     high = draw(st.integers(low, size - 1))
+    if word == "layer":
+        word = draw(st.sampled_from(words.towers)) + word
     joined = [f"{word}s {low}..{high}", f"{word}s *", f"{word} {low}"]
     return draw(st.sampled_from([*joined, *([f"{word} *", f"{word} {low}..{high}"] * swept)]))
 
 
 @st.composite
-def sites(draw: Any, *, swept: bool) -> str:
+def sites(draw: Any, words: Words, *, swept: bool) -> str:
     kind = draw(st.sampled_from(["vector", "vector", "head", "neuron", "embed", "few", "L1H2.q"]))
     if kind not in ("vector", "head", "neuron"):
         return kind
-    layer = draw(axis("layer", LAYERS, swept=swept))
+    layer = draw(axis(words, "layer", LAYERS, swept=swept))
     if kind == "vector":
         return f"{draw(st.sampled_from(VECTORS))} {layer}"
     if kind == "neuron":
         return f"mlp_hidden {layer} neurons 1..{draw(st.integers(2, 9))}"
-    return f"{draw(st.sampled_from(HEADS))} {layer} {draw(axis('head', 4, swept=swept))}"
+    return f"{draw(st.sampled_from(HEADS))} {layer} {draw(axis(words, 'head', 4, swept=swept))}"
 
 
 @st.composite
-def edges(draw: Any, *, swept: bool) -> str:
-    layer = draw(axis("layer", LAYERS, swept=swept))
+def edges(draw: Any, words: Words, *, swept: bool) -> str:
+    layer = draw(axis(words, "layer", LAYERS, swept=swept))
     head = draw(st.sampled_from(["", " head 1", " heads 0..2"]))
-    queries = draw(st.sampled_from((*ONE, *JOINED)))
-    return f"attention {layer}{head} from {queries} to {draw(positions(swept=swept))}"
+    queries = draw(st.sampled_from((*words.one, *words.joined)))
+    return f"attention {layer}{head} from {queries} to {draw(positions(words, swept=swept))}"
 
 
 @st.composite
-def rules(draw: Any, *, swept: bool) -> str:
-    site, at = draw(sites(swept=swept)), draw(positions(swept=swept))
+def rules(draw: Any, words: Words, *, swept: bool) -> str:
+    site, at = draw(sites(words, swept=swept)), draw(positions(words, swept=swept))
     along = draw(st.sampled_from(["d", "by_layer", "by_layer[layer 0]"]))
-    stream = f"{draw(st.sampled_from(VECTORS))} {draw(axis('layer', LAYERS, swept=swept))}"
-    run = draw(st.sampled_from((*RUNS, *OTHERS)))
-    fills = ["zero", "mean", "resample", "mean by kind", "mean of neutral", "resample of drawn"]
-    fills += ["zero, mean, resample"] * swept
+    stream = f"{draw(st.sampled_from(VECTORS))} {draw(axis(words, 'layer', LAYERS, swept=swept))}"
+    run = draw(st.sampled_from((*words.runs, *words.others)))
+    fills = ["zero", "resample", "mean by kind", *words.fills, *["zero, resample"] * swept]
     number = draw(st.sampled_from(["-1", "0", "2.5"]))
     layer = draw(st.integers(0, LAYERS - 1))
-    edge = draw(edges(swept=swept))
+    edge = draw(edges(words, swept=swept))
     return draw(
         st.sampled_from(
             [
                 *[f"patch {site} at {at}"] * 4,
                 f"patch {site} at {at} with {run}",
-                f"patch {site} at {at} onto {draw(st.sampled_from(ONE))}",
+                f"patch {site} at {at} onto {draw(st.sampled_from(words.one))}",
                 f"patch {site} at {at} into layer {layer}",
                 f"ablate {site} at {at} with {draw(st.sampled_from(fills))}",
-                f"swap {site} at {at} with {draw(st.sampled_from(ONE))}",
+                f"swap {site} at {at} with {draw(st.sampled_from(words.one))}",
                 f"freeze {site} at {at}",
                 f"set {site} at {at} to {number}",
                 f"set {site} at {at} to 2 * value(mlp_out layer {layer}) of {run}",
@@ -186,9 +258,9 @@ def rules(draw: Any, *, swept: bool) -> str:
 
 
 @st.composite
-def alone(draw: Any) -> str:
+def alone(draw: Any, words: Words) -> str:
     """What sweeps in other ways, and acts by itself."""
-    site, at = draw(sites(swept=False)), draw(positions(swept=False))
+    site, at = draw(sites(words, swept=False)), draw(positions(words, swept=False))
     vector = draw(st.sampled_from(("embed", "resid_pre layer 1", "mlp_out layer *", "L0H1")))
     end = draw(st.sampled_from(("logits", "q layer 2 head *", "v layer 1 heads *", "mlp_norm L")))
     way = draw(st.sampled_from(("", " through mlps", " with frozen norms")))
@@ -206,85 +278,88 @@ def alone(draw: Any) -> str:
 
 
 @st.composite
-def experiments(draw: Any) -> str:
+def experiments(draw: Any, words: Words) -> str:
     """An experiment with one to three rules, of which the first may sweep."""
-    source, base = draw(st.permutations((*RUNS, *RUNS, *OTHERS)))[:2]
+    source, base = draw(st.permutations((*words.runs, *words.runs, *words.others)))[:2]
     lines: list[str] = []
     if draw(st.integers(0, 3)) == 0:
-        lines.append(f"run made {{ from {source} into {base} {draw(rules(swept=False))} }}")
+        lines.append(f"run made {{ from {source} into {base} {draw(rules(words, swept=False))} }}")
         source, base = draw(st.sampled_from([("made", base), (source, "made")]))
     if draw(st.integers(0, 3)) == 0:
         which = draw(st.sampled_from((base, "clean", "noisy")))
         lines.append(
-            f'save resid_post layer * of {which} at {draw(positions())} to "a.safetensors"'
+            f'save resid_post layer * of {which} at {draw(positions(words))} to "a.safetensors"'
         )
     lines.append(f"from {source} into {base}")
     if draw(st.integers(0, 4)) == 0:
-        lines.append(draw(alone()))
+        lines.append(draw(alone(words)))
     else:
         count = draw(st.integers(1, 3))
-        lines += [draw(rules(swept=number == 0)) for number in range(count)]
-    measures = draw(st.lists(st.sampled_from(MEASURES), min_size=1, max_size=2, unique=True))
-    block = draw(st.sampled_from(["scenes"] * 4 + ["scenes limit 2", "scenes, drawn"]))
+        lines += [draw(rules(words, swept=number == 0)) for number in range(count)]
+    measures = draw(st.lists(st.sampled_from(words.measures), min_size=1, max_size=2, unique=True))
+    on = draw(st.sampled_from(words.experiment))
     more = draw(st.sampled_from(["", "", "against random(2)"]))
-    every = ("model m", f"images {block}", *lines, *measures, more, support.STATS)
-    text = "experiment e {\n" + "\n".join(f"  {line}" for line in every if line) + "\n}\n"
-    return text + (draw(onward()) if draw(st.integers(0, 4)) == 0 else "")
+    text = written(on, "e", *lines, *measures, more)
+    return text + (draw(onward(words)) if draw(st.integers(0, 4)) == 0 else "")
+
+
+def written(on: str, name: str, *lines: str) -> str:
+    every = ("model m", on, *lines, support.STATS)
+    return f"experiment {name} {{\n" + "\n".join(f"  {line}" for line in every if line) + "\n}\n"
 
 
 @st.composite
-def onward(draw: Any) -> str:
+def onward(draw: Any, words: Words) -> str:
     """What acts where another experiment had the largest effects, far from zero."""
-    first = support.experiment("words", "ablate embed at each token of image with zero")
-    first += support.experiment("heads", "ablate layer * head * at tokens * with zero")
+    on, measure, each = words.experiment[0], words.measures[0], words.swept[0]
+    first = written(on, "words", f"ablate embed at {each} with zero", measure)
+    first += written(on, "heads", "ablate layer * head * at tokens * with zero", measure)
     rule = draw(
         st.sampled_from(
             [
                 "ablate embed at top 25% of words tokens with zero",
                 "ablate embed at tokens except top 4 of words tokens with zero",
-                f"ablate top 3 of heads at {draw(positions(swept=False))} with resample",
+                f"ablate top 3 of heads at {draw(positions(words, swept=False))} with resample",
                 "for k in 0%..100% step 50% { ablate embed at top k of words tokens with zero }",
-                "reweight attention top 2 of heads from FRONT to object tokens by 4",
+                f"reweight attention top 2 of heads from FRONT to {words.joined[0]} by 4",
             ]
         )
     )
-    return first + support.experiment("then", rule)
+    return first + written(on, "then", rule, measure)
 
 
 @st.composite
-def cases(draw: Any) -> tuple[str, str, frozenset[str]]:
-    """(family, file, passes that are switched off in the planned run)."""
-    name = draw(st.sampled_from((*CLASSIFIERS, *MORE)))
+def cases(draw: Any) -> Case:
+    words = draw(st.sampled_from((IMAGES, IMAGES, SCORED, TEXTS)))
+    name = draw(st.sampled_from((*CLASSIFIERS, *MORE) if words is IMAGES else DUALS))
     front = "cls token" if FRONT[name] else f"image row {GRID} col {GRID} token"
-    text = (BLOCKS + draw(experiments())).replace("FRONT", front)
+    front = "token -1" if words is TEXTS else front
+    text = (words.blocks + draw(experiments(words))).replace("FRONT", front)
     return name, text, frozenset(draw(st.sets(st.sampled_from(NAMES), max_size=3)))
 
 
-def compare(case: tuple[str, str, frozenset[str]], folder: Path) -> None:
+def compare(case: Case, tmp_path: Path) -> None:
     """Plain and planned are equal, or both are refused with the same words."""
     name, text, off = case
-    (folder / "own.py").write_text(FUNCTIONS, encoding="utf-8")
-    if not (folder / "boxes.jsonl").exists():
-        write(folder)
-    python = Settings(python="run")
-    source = Source(f'mech 1\nmodel m = local("handed over")\n{text}', folder / "file.mech")
-    model = {"m": support.shared(name)}
-    plain, problems = run_on(source, model, replace(WITHOUT_PLAN, settings=python))
-    written = taken_away(folder)
-    planned, again = run_on(source, model, RunOptions(without=off, settings=python))
-    assert [(d.code, d.message) for d in problems] == [(d.code, d.message) for d in again]
-    if plain is None or planned is None:
-        assert has_errors(problems)
-        assert plain is planned
-        event("refused: " + next(d.code for d in problems if d.severity == "error"))
+    (tmp_path / "own.py").write_text(FUNCTIONS, encoding="utf-8")
+    if not (tmp_path / "boxes.jsonl").exists():
+        write(tmp_path)
+    file = f'mech 1\nmodel m = local("handed over")\n{text}'
+    source = Source(file, tmp_path / "file.mech")
+
+    def run(options: RunOptions) -> tuple[FileResult | None, list[Diagnostic]]:
+        return run_on(source, {"m": support.shared(name)}, options)
+
+    found = both_ways(run, off, tmp_path)
+    if found is None:
         return
+    plain, planned = found
     event("run: " + text.split("\n  from ")[1].splitlines()[1].split()[0])
     for one, other in zip(plain.experiments, planned.experiments, strict=True):
         if one.name == "then" and any(map(tied, plain.experiments)):
             event("what is picked hangs on rounding")
             break
         same(one, other, text)
-    same_files(written, taken_away(folder), text)
 
 
 def tied(result: Any) -> bool:
@@ -293,23 +368,5 @@ def tied(result: Any) -> bool:
     return result.name in ("words", "heads") and bool((np.diff(values, axis=0) <= 1e-4).any())
 
 
-QUIET = (HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large)
-
-
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=QUIET)
-@given(case=cases())
-def test_plan_is_whole_passes(case: tuple[str, str, frozenset[str]], tmp_path: Path) -> None:
-    compare(case, tmp_path)
-
-
-@pytest.mark.slow
-@settings(
-    max_examples=int(os.environ.get("MECHDSL_RANDOM_FILES", "300")),
-    deadline=None,
-    suppress_health_check=QUIET,
-)
-@given(case=cases())
-def test_plan_is_whole_passes_at_length(
-    case: tuple[str, str, frozenset[str]], tmp_path: Path
-) -> None:
-    compare(case, tmp_path)
+test_plan_is_whole_passes = few(cases(), 8)(compare)
+test_plan_is_whole_passes_at_length = many(cases(), 300)(compare)
