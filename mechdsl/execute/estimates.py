@@ -28,15 +28,16 @@ from mechdsl.execute.unpatched_batch import (
     spot_positions,
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, present, vectors
-from mechdsl.execute.writes import LanesOf, build_writes, readable
+from mechdsl.execute.writes import LanesOf, build_edges, build_writes, readable
 from mechdsl.hooks.batch import Batch, gather
 from mechdsl.hooks.calls import one_output
+from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.moved_together import sites_of_cells
 from mechdsl.plan.rule_rows import Rows
-from mechdsl.program.spec import GRADIENT
+from mechdsl.program.spec import ATTENTION, GRADIENT, NO_EFFECTS
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.resolved import Env
 
@@ -156,12 +157,16 @@ class Estimates:
         index = np.repeat(np.arange(len(every)), draws)
         draw = np.tile(np.arange(draws), len(every))
         drawn = every.take(index)
-        given = (self.lanes_of, self.means_and_donors, self.model.shape)
-        writes = build_writes(self.plan, drawn, draw, *given)
         prompts = np.unique(drawn.prompt)
         lane_of_row = np.searchsorted(prompts, drawn.prompt) * draws + draw
-        written = [_Written.of(write, lane_of_row) for write in writes]
         lanes = _Lanes.of(self.runs.lanes(self.run, self.batch), prompts, draws)
+        if self.name == ATTENTION:
+            edges = build_edges(self.plan, drawn, self.model.shape)
+            writes = [_chosen_keys(edge, lanes.batch.key_width) for edge in edges]
+        else:
+            given = (self.lanes_of, self.means_and_donors, self.model.shape)
+            writes = build_writes(self.plan, drawn, draw, *given)
+        written = [_Written.of(write, lane_of_row) for write in writes]
         environments = [self.plan.items[cell] for cell in drawn.cell]
         if not any(atom.by_item for _, atom in self.readout.atoms):
             environments = [None] * len(drawn)
@@ -171,7 +176,7 @@ class Estimates:
             groups = sites_of_cells(self.plan)[drawn.cell]
             sums = self._along(written, lanes, environments, groups)
         values = sums.reshape(len(sums), len(every), draws)[:, wanted].mean(axis=2)
-        own = [np.zeros_like(each) for each in base] if self.name == GRADIENT else base
+        own = [np.zeros_like(each) for each in base] if self.name in NO_EFFECTS else base
         return _found([one + value for one, value in zip(own, values, strict=True)])
 
     def _with_others(self, rows: Rows) -> tuple[Rows, Ints]:
@@ -238,10 +243,16 @@ class Estimates:
 
     def _sums(self, written: _Written, base: Tensor, gradient: Tensor, rows: int) -> Floats:
         """[row]: what is written less what is there, times the gradient, summed over all vectors
-        of a row; of `gradient` the squares of the gradient itself."""
+        of a row; of `gradient` the squares of the gradient itself. Of `gradient_attention` what is
+        there times the gradient, where that is positive, summed over the keys that are chosen, and
+        the mean over queries and heads."""
         spot = written.spot.to(gradient.device)
         if self.name == GRADIENT:
             parts = gradient.double().square().sum(-1)[spot]
+        elif self.name == ATTENTION:
+            positive = (base.double() * gradient.double()).clamp(min=0)
+            parts = (written.values.to(positive) * positive[spot]).sum(-1)
+            parts /= torch.from_numpy(np.bincount(written.row)[written.row]).to(parts)
         else:
             change = written.values.to(gradient.device).double() - base.double()[spot]
             parts = (change * gradient.double()[spot]).sum(-1)
@@ -328,6 +339,13 @@ class Estimates:
         """The noise of a corrupted base run."""
         table, seed = self.runs.table, self.runs.seed
         return noise_writes(self.model, self.run.noise, lanes.prompts, table.row_keys, seed)
+
+
+def _chosen_keys(edge: EdgeWrite, width: int) -> SiteWrite:
+    """Vectors over keys: 1 at those of an edge, 0 elsewhere."""
+    values = torch.zeros(len(edge.rows), width, dtype=torch.float64)
+    values[edge.entries, edge.keys] = 1
+    return SiteWrite("pattern", edge.layer, edge.rows, edge.queries, edge.heads, values)
 
 
 def _differentiated(total: Tensor, leaves: Sequence[Tensor], *, keep: bool) -> Sequence[Tensor]:

@@ -20,7 +20,7 @@ import numpy as np
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.plan.columns import prompt_lengths
 from mechdsl.plan.rule_rows import NOTHING, Rows, RulePlan
-from mechdsl.program.spec import GRADIENT
+from mechdsl.program.spec import NO_EFFECTS
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.resolve.resolved_rule import ResolvedRule, SitePoint
 from mechdsl.vocab.sites import SITES
@@ -55,7 +55,7 @@ def inert_of(experiment: ResolvedExperiment, plan: RulePlan) -> Inert:
     estimator = experiment.spec.estimator
     # A gradient is there whatever is written.
     never = (said is not None and said.sampled) or (
-        estimator is not None and estimator.name == GRADIENT
+        estimator is not None and estimator.name in NO_EFFECTS
     )
     if plan.rule.sites is None or plan.rule.does.changes == "nothing":
         none = np.zeros((3, runs), dtype=np.bool_)

@@ -156,7 +156,7 @@ class Observed(Spec):
     placed: bool = True
     """Whether positions are written; else `at` says what stands in for them."""
     maps: tuple[MapText, ...] = ()
-    """The experiments whose maps it is of."""
+    """The experiments whose maps it is of, of a sum with their weights."""
     region: str | None = None
     """The region of images that maps are set against."""
     others: tuple[MapText, ...] = ()
@@ -301,8 +301,10 @@ class Control(Spec):
     """What is never drawn: sites, groups, `top 5 of X`."""
 
 
-GRADIENT, INTEGRATED = "gradient", "integrated_gradients"
-ESTIMATORS = (GRADIENT, "gradient_input", INTEGRATED)
+GRADIENT, ATTENTION, INTEGRATED = "gradient", "gradient_attention", "integrated_gradients"
+ESTIMATORS = (GRADIENT, "gradient_input", ATTENTION, INTEGRATED)
+NO_EFFECTS = {GRADIENT: "gradient", ATTENTION: "gradient × attention"}
+"""Those whose numbers are no effects of what a rule does → as people read them."""
 
 
 class Estimator(Spec):

@@ -11,7 +11,7 @@ from mechdsl.program import spec
 from mechdsl.prompts.position_hits import lies_behind
 from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.resolved import ResolvedExperiment, ResolvedMeasure
-from mechdsl.resolve.resolved_rule import ResolvedRule
+from mechdsl.resolve.resolved_rule import PositionTargets, ResolvedRule
 from mechdsl.syntax import ast
 from mechdsl.syntax.walk import walk
 from mechdsl.vocab.sites import WITHIN_ATTENTION
@@ -20,6 +20,7 @@ VERBS = ("patch", "ablate")
 """Rules whose vectors are known from unpatched runs, at one site."""
 WITHOUT_GRADIENT = (*WITHIN_ATTENTION, "router", "expert_out", "logits")
 PLAIN = "write `patch SITE at POSITIONS` or `ablate SITE at POSITIONS with zero`"
+EDGES = "write `block attention layer * heads * from QUERIES to KEYS`"
 RUN_IT = "leave `using` out, so that each cell is run"
 FLAT_UNITS = ("rank", "share")
 """Of metrics that jump and are level in between."""
@@ -58,7 +59,8 @@ def _of_rules(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[
     rules = experiment.rules
     if not rules:
         what = "an experiment without a rule"
-        yield _refused(said, said.span, what, NOTHING_WRITTEN, PLAIN)
+        hint = EDGES if said.name == spec.ATTENTION else PLAIN
+        yield _refused(said, said.span, what, NOTHING_WRITTEN, hint)
     for rule in rules:
         found = next(_of_rule(rule, experiment, said), None)
         if found is not None:
@@ -76,9 +78,13 @@ def _of_rule(
     """What is wrong with a rule, the first thing first."""
     own = rule.spec
     verb = own.verb if own.observed is None else f"observe {own.observed.word}"
+    if said.name == spec.ATTENTION:
+        yield from _of_edges(rule, verb, experiment, said)
+        return
     if own.verb not in VERBS or rule.path is not None or rule.does.changes != "sites":
         reason = "what is written must be a vector of an unpatched run, or zero"
-        yield _refused(said, own.span, f"`{verb}`", reason, PLAIN)
+        hint = f"write `using {spec.ATTENTION}`" if verb == "block" else PLAIN
+        yield _refused(said, own.span, f"`{verb}`", reason, hint)
         return
     assert rule.sites is not None
     assert own.site is not None
@@ -94,11 +100,32 @@ def _of_rule(
         yield _refused(said, site.span, what, reason, hint)
     if said.name == spec.INTEGRATED:
         yield from _together(rule, said)
+    yield from _of_answers(rule.positions, own.at.span, experiment, said)
+
+
+def _of_edges(
+    rule: ResolvedRule, verb: str, experiment: ResolvedExperiment, said: spec.Estimator
+) -> Iterator[Diagnostic]:
+    """The same of weights of attention."""
+    own = rule.spec
+    if own.verb != "block":
+        reason = "its gradients are by weights of attention"
+        yield _refused(said, own.span, f"`{verb}`", reason, EDGES)
+        return
+    assert rule.edge is not None
+    assert own.onto is not None
+    yield from _of_answers(rule.positions, own.at.span, experiment, said)
+    yield from _of_answers(rule.edge.keys, own.onto.span, experiment, said)
+
+
+def _of_answers(
+    positions: PositionTargets, span: Span, experiment: ResolvedExperiment, said: spec.Estimator
+) -> Iterator[Diagnostic]:
     rows = experiment.table.runs[experiment.spec.base].rows
-    if any(lies_behind(cell, rows) for cell in rule.positions.written.values()):
+    if any(lies_behind(cell, rows) for cell in positions.written.values()):
         what, reason = "tokens of the answer", "they stand behind the prompt"
         hint = "name tokens of the prompt, or leave `using` out"
-        yield _refused(said, own.at.span, what, reason, hint)
+        yield _refused(said, span, what, reason, hint)
 
 
 def _together(rule: ResolvedRule, said: spec.Estimator) -> Iterator[Diagnostic]:
@@ -125,10 +152,13 @@ def _overlap(cells: list[PositionCell]) -> bool:
 def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[Diagnostic]:
     for measure, own in zip(experiment.measures, experiment.spec.measures, strict=True):
         raw = own.effect == "raw"
-        if raw != (said.name == spec.GRADIENT):
+        if raw != (said.name in spec.NO_EFFECTS):
             what = f"`{measure.label} as {own.effect}`"
             reason = "it gives the size of the gradient, which is no effect of a write"
             hint = "measure `as raw`, or write `using gradient_input`"
+            if said.name == spec.ATTENTION:
+                reason = "it gives gradient × attention, which is no effect of a block"
+                hint = "measure `as raw`, or leave `using` out, so that each cell is run"
             if raw:
                 reason = "no patched run is measured"
                 hint = "measure `as delta`, `as recovery` or `as relative`"

@@ -61,7 +61,7 @@ class MeasureDocument(DocumentPart):
         default=None,
         description="what the effect is estimated by (`using`), where no cell was run: "
         "`gradient_input`, `integrated_gradients(steps: 32)`; of `gradient` the mean is the length "
-        "of the gradient, and no effect",
+        "of the gradient, and no effect, nor is that of `gradient_attention`",
     )
     at: str | None = Field(
         default=None, description="position that it is read at, where one is written"

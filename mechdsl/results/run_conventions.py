@@ -16,7 +16,7 @@ from mechdsl.execute.unpatched_batch import noise_scale
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.plan import PROMPT_TOKENS
-from mechdsl.program.spec import GRADIENT, INTEGRATED
+from mechdsl.program.spec import ATTENTION, GRADIENT, INTEGRATED
 from mechdsl.resolve.answers_behind import answers_left_out
 from mechdsl.resolve.class_outputs import made_of
 from mechdsl.resolve.picks import SHOWN
@@ -106,6 +106,9 @@ _ESTIMATED = {
     "gradient_input": "estimates, no cell was run: to first order, what is written less what is "
     "there, times the gradient of the metric, summed over all vectors of a cell (Shrikumar et al. "
     "2016, arXiv 1605.01713, gradient × input; Nanda 2023, attribution patching)",
+    "gradient_attention": "no effect: each weight of attention times the gradient of the metric by "
+    "it, 0 where that is negative, averaged over heads and queries, added up over keys and layers "
+    "(Chefer et al. 2021, arXiv 2103.15679, equation 5, of each layer by itself)",
     "integrated_gradients": "estimates, no cell was run: what is written less what is there, times "
     "the mean gradient of the metric at {steps} midpoints of the line between, on which all cells "
     "of a site and layer move together, so that their estimates add up to the effect of all of "
@@ -124,6 +127,8 @@ def _of_estimates(experiment: ResolvedExperiment) -> Said:
     text = _ESTIMATED[said.name].format(steps=said.steps)
     if said.name == GRADIENT and any(rule.spec.fill is not None for rule in experiment.rules):
         yield "fill", "not used: it says what would be written, and a gradient is of what is there"
+    if said.name == ATTENTION:
+        yield "edges", "none is blocked: the rule says which weights are looked at"
     yield "estimates", f"`{said.text}`: {text}; {where}, by autograd"
 
 

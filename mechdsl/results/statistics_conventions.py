@@ -7,7 +7,7 @@ import numpy as np
 from mechdsl.base.plural import plural
 from mechdsl.base.registry import Registry
 from mechdsl.program.lower_other_runs import BLOCKS
-from mechdsl.program.spec import GRADIENT
+from mechdsl.program.spec import ATTENTION, GRADIENT
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.statistics.cell_statistics import SHARES
 from mechdsl.statistics.measure_data import NO_INTERVAL, MeasureData, may_change
@@ -16,6 +16,11 @@ from mechdsl.validate.reachable_p import CORRECTION_NAMES
 from mechdsl.vocab.effect_kind import EffectKind
 
 CHANGE = "m(patched) − m(base)"
+_OF_GRADIENTS = {
+    GRADIENT: "the length (L2) of ∂m/∂site in the base run",
+    ATTENTION: "Σ max(A · ∂m/∂A, 0) over keys and layers, the mean over heads and queries, of the "
+    "attention A in the base run",
+}
 
 
 def statistics_conventions(
@@ -64,8 +69,8 @@ def _formula(data: MeasureData, effects: Registry[EffectKind]) -> str:
     """What an effect is made of."""
     effect = effects[data.effect]
     formula = effect.per_prompt_formula or "" if data.per_prompt else effect.formula
-    if data.estimator == GRADIENT:
-        return "the length (L2) of ∂m/∂site in the base run"
+    if data.estimator in _OF_GRADIENTS:
+        return _OF_GRADIENTS[data.estimator]
     if data.estimator and effect.of_intervention:
         return formula.replace("(m(patched) − m(base))", "estimate").replace(CHANGE, "estimate")
     return formula

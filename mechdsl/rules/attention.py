@@ -122,7 +122,8 @@ def resolve_edge(
             return None
     elif causal and told and not _anything_seen(rule, queries, keys, work):
         return None
-    if does.removes and causal and known and not _something_left(rule, queries, keys, work):
+    run = work.experiment.estimator is None  # else no edge is taken away
+    if does.removes and run and causal and known and not _something_left(rule, queries, keys, work):
         return None
     return ResolvedRule(
         spec=rule,

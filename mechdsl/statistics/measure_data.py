@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from mechdsl.base.arrays import Bools, Floats, Ints
-from mechdsl.program.spec import GRADIENT
+from mechdsl.program.spec import NO_EFFECTS
 
 Spread: TypeAlias = Literal["rows", "unknown", "none"]
 """Where intervals come from: how rows differ; nowhere, as a cell has one number of all rows; or a
@@ -70,13 +70,13 @@ class MeasureData:
     prompts."""
     estimator: str = ""
     """`gradient_input`: what the effects are estimated by; empty where each cell was run. `patched`
-    is the base run's value plus the estimate then, of `gradient` the size of the gradient."""
+    is the base run's value plus the estimate then; of `NO_EFFECTS` their number itself."""
 
     @property
     def called(self) -> str:
         """The effect as people read it: `delta`, `estimated delta`, `gradient`."""
-        if self.estimator == GRADIENT:
-            return GRADIENT
+        if self.estimator in NO_EFFECTS:
+            return NO_EFFECTS[self.estimator]
         return f"estimated {self.effect}" if self.estimator else self.effect
 
 

@@ -319,8 +319,12 @@ def estimates(draw: Any) -> list[str]:
     at, site = draw(positions()), draw(sites(swept=True))
     fill = draw(st.sampled_from(["", "", "zero", "mean", "resample"]))
     rule = f"ablate {site} at {at} with {fill}" if fill else f"patch {site} at {at}"
-    kinds = ["gradient", "gradient_input", "integrated_gradients(steps: 2)"]
-    return [rule, f"using {draw(st.sampled_from(kinds))}"]
+    kinds = ["gradient", "gradient_input", "integrated_gradients(steps: 2)", "gradient_attention"]
+    kind = draw(st.sampled_from(kinds))
+    if kind == "gradient_attention":
+        layer, to = draw(axis("layer", 3, swept=True)), draw(positions(swept=False))
+        rule = f"block attention {layer} {draw(axis('head', 4, swept=True))} from {at} to {to}"
+    return [rule, f"using {kind}"]
 
 
 @st.composite
@@ -363,7 +367,8 @@ def experiments(draw: Any) -> str:
     measures = draw(st.lists(st.sampled_from(MEASURES), min_size=1, max_size=2, unique=True))
     against = draw(st.sampled_from(["", "", "", "against random(3)"]))
     if lines[-1].startswith("using"):
-        effect = "raw" if lines[-1] == "using gradient" else "delta"
+        raw = ("using gradient", "using gradient_attention")
+        effect = "raw" if lines[-1] in raw else "delta"
         measures = [line.rpartition(" as ")[0] + f" as {effect}" for line in measures]
         against = ""
     blocks = draw(st.sampled_from(["prompts p"] * 4 + ["prompts p, fewer", "prompts fewer, p"]))

@@ -1426,6 +1426,18 @@ _experiment(
     "Shrikumar et al. 2016, arXiv 1605.01713; Nanda 2023, Attribution patching",
 )
 _experiment(
+    "using gradient_attention",
+    "block attention layer * heads * from last token to each item token using gradient_attention",
+    "No cell is run, and no edge blocked: of each cell the weights of attention that the rule "
+    "names, each times the gradient of the metric by it and 0 where that is negative, averaged "
+    "over heads and queries, added up over keys and layers, in the base run. No effect: `as raw` "
+    "only, without p. On images, `from cls token to each token of image` is a map of each layer. "
+    "One pass forward and, for each measure, one back are enough for all cells.",
+    "tests/rules/test_gradient_attention.py",
+    "Chefer et al. 2021, arXiv 2103.15679, equation 5",
+    beside="measure logit(answer) as raw",
+)
+_experiment(
     "using integrated_gradients",
     "using integrated_gradients(steps: 16)",
     "The same with the mean gradient at the midpoints of so many steps (32 where it doesn't say) "
