@@ -94,7 +94,7 @@ def found(
 
 
 @EVERY
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(pieces=st.lists(PIECE, min_size=1, max_size=6))
 def test_offsets_are_what_the_tokens_spell(kind: Kind, pieces: list[str]) -> None:
     text = "".join(pieces)
@@ -111,7 +111,7 @@ def test_offsets_are_what_the_tokens_spell(kind: Kind, pieces: list[str]) -> Non
 
 
 @EVERY
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     pieces=st.lists(st.tuples(st.sampled_from(["", "", "a", "b"]), PIECE), min_size=1, max_size=6),
     a=PIECE,
@@ -548,7 +548,7 @@ def test_answers_continue_the_prompt(name: str, moved: str, spelt: dict[int, lis
 
 
 @EVERY
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     prompt=st.lists(PIECE, min_size=1, max_size=3),
     answers=st.lists(PIECE, min_size=1, max_size=3, unique=True),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mechdsl.results.experiment_result import ExperimentResult
 
+from ..quick import in_turn
 from ..reference.forward import Edge, Place, Write, forward
 from ..reference.points import Point, copied, zeroed
 from .support import (
@@ -371,14 +372,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.mark.parametrize(
-    ("family", "mode"),
-    [
-        *((FAMILIES[0], mode) for mode in MODES),
-        *((family, "planned") for family in FAMILIES[1:]),
-        *(pytest.param(family, "plain", marks=pytest.mark.slow) for family in FAMILIES[1:]),
-    ],
-)
+@pytest.mark.parametrize(("mode", "family"), in_turn(list(MODES), FAMILIES))
 def test_answers(family: str, mode: str, folder: Path) -> None:
     text = "\n".join(experiment(name, "prompts p", *case.lines) for name, case in CASES.items())
     found = run_file(text, folder, bare(family), MODES[mode], prompts=PROMPTS)

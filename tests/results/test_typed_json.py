@@ -66,7 +66,7 @@ def again(written: Any) -> Any:
     return json.loads(json.dumps(written, allow_nan=False))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(VALUES)
 def test_a_value_of_a_row_comes_back(value: Any) -> None:
     kept = Kept()
@@ -127,7 +127,7 @@ PARTS = st.builds(
 WHOLES = st.builds(Whole, st.lists(st.none() | PARTS, max_size=2).map(tuple), st.none() | PARTS)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(WHOLES)
 def test_a_dataclass_comes_back(whole: Whole) -> None:
     form, kept = form_of(Whole), Kept()
@@ -149,7 +149,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(JSON)
 def test_of_any_json_there_is_a_value_or_a_plain_error(found: Any) -> None:
     kept = Kept({"0": np.zeros(2)}, [SOURCE])

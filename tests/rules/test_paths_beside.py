@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mechdsl.results.experiment_result import ExperimentResult
 
-from ..quick import in_turn
+from ..quick import in_turn, some
 from .models import on_the_model
 from .support import (
     QUICK,
@@ -470,10 +470,11 @@ def test_each_pass_is_as_it_is_said(data: Path, key: str, name: str, mode: str) 
     assert moved > 1e-3, "the path does nothing"
 
 
-def test_the_rules_beside_do_something() -> None:
+@pytest.mark.parametrize("every", some([False, True], [False]))
+def test_the_rules_beside_do_something(every: bool) -> None:
     for name in FAMILIES:
         for key in CASES:
-            if CASES[key].beside.written:
+            if CASES[key].beside.written and (every or TURN[key] == name):
                 _, alone = expected(name, key)
                 assert np.abs(np.array(alone) - unpatched(name)).max() > 1e-3, key
 

@@ -212,7 +212,7 @@ def programs(draw: st.DrawFn) -> str:
     return "".join(parts)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(programs())
 def test_any_layout(text: str) -> None:
     check(text)
@@ -242,13 +242,13 @@ EXPRESSIONS = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(EXPRESSIONS)
 def test_any_expression(text: str) -> None:
     check(f"mech 1\nmetric m = {text}\n")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
 def test_any_text_in_quotes(value: str) -> None:
     nowhere = Span(Source(""), 0, 0)
