@@ -14,7 +14,7 @@ from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import RulePlan
 from mechdsl.plan.value_keys import measure_digest, measure_rows
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable
-from mechdsl.resolve.over_rows import OverRows
+from mechdsl.resolve.over_rows import OverRows, OverTokens
 from mechdsl.rules.observations.maps import OfMaps
 
 
@@ -87,6 +87,7 @@ def _shared(
         there = does.trained_on
         hits = [cell.hits for cell in there.cells]
         trained = [contents.of(there.run, there.table), hits, list(there.table.row_keys)]
+    places = [*rule.positions, *rule.sources] if isinstance(does, OverTokens) else []
     measures = [
         [
             measure_digest(measure),
@@ -100,7 +101,7 @@ def _shared(
         *("together", contents.models[experiment.model.key], type(does), own, experiment.seed),
         [[run.draws, contents.of(run, table)[rows]] for run in runs],
         [table.row_keys[row] for row in rows.tolist()],
-        *(rows, trained, measures),
+        *(rows, trained, measures, [_hits(spot, rows) for spot in places]),
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.base.digest import digest
 from mechdsl.execute.attention_rollout import between, rollouts
+from mechdsl.execute.gathering import Gatherer, Joined, points_of
 from mechdsl.execute.kept_together import kept_together
 from mechdsl.execute.kept_values import KeptValues
 from mechdsl.execute.measured_values import CellGap, MeasuredValues, base_per_cell
@@ -21,26 +21,26 @@ from mechdsl.execute.not_finite import cell_words
 from mechdsl.execute.observed_weights import WeightCells
 from mechdsl.execute.read_vectors import LanesOf, prompt_batches, read_vectors, reader
 from mechdsl.execute.readout import Readout
+from mechdsl.execute.token_cells import token_cells
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.execute.unusable import Unusable
 from mechdsl.hooks.weight_maps import WeightMaps
 from mechdsl.plan.experiment_plan import ExperimentPlan
-from mechdsl.plan.read_batches import numbers_of
 from mechdsl.plan.rule_rows import Rows, RulePlan
-from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable, Run
+from mechdsl.prompts.prompt_table import Hits, PositionCell, Run
 from mechdsl.resolve.measures import evaluate
-from mechdsl.resolve.over_rows import OverRows, RowVectors, Training
+from mechdsl.resolve.over_rows import (
+    OverRows,
+    OverTokens,
+    RowVectors,
+    Training,
+)
 from mechdsl.resolve.resolved import ResolvedMeasure
 from mechdsl.resolve.resolved_rule import SitePoint
 from mechdsl.rules.observations.maps import OfMaps
 from mechdsl.rules.observations.rollout import Rollout
 from mechdsl.rules.observations.weights import OfWeights
 
-GATHERED_BYTES = 1 << 30
-"""Of vectors that are held at a time, as far as several cells are."""
-
-Joined: TypeAlias = tuple[SitePoint, ...]
-"""The sites of one cell, whose vectors are one, side by side; none where there is nothing."""
 Singles: TypeAlias = NDArray[np.float32]
 Make: TypeAlias = Callable[[], Sequence[Floats]]
 
@@ -130,6 +130,14 @@ def _made(gatherer: _Gatherer, measured: MeasuredValues) -> Iterator[tuple[int, 
         for cell, there, values in gatherer.rollouts():
             yield cell, there, partial(_evaluated, measures, {does.word: values})
         return
+    if isinstance(does, OverTokens):
+
+        def read(numbers: Callable[[], Mapping[str, Floats]]) -> list[Floats]:
+            return _evaluated(measures, numbers())
+
+        for cell, there, numbers in token_cells(gatherer, does):
+            yield cell, there, partial(read, numbers)
+        return
     words = (does.word, *does.controls)
 
     def made(seen: RowVectors) -> list[Floats]:
@@ -155,7 +163,7 @@ def _of_weights(
         Readout.of(measures),
         gatherer.kept,
         run.name,
-        [(*sites, *beside) for sites, beside in gatherer.sites()],
+        [(*sites, *beside) for sites, beside in zip(gatherer.sites, gatherer.beside, strict=True)],
         plan.coordinates[names.index("value")] if "value" in names else np.zeros(plan.n_cells, int),
         plan.items,
     )
@@ -205,36 +213,8 @@ def _lack(
             measured.gaps[number, cell] = CellGap(reason, first, len(there))
 
 
-@dataclass(eq=False)
-class _Gatherer:
+class _Gatherer(Gatherer):
     """Gathers the vectors of an experiment's cells, as many at a time as there is room for."""
-
-    plan: ExperimentPlan
-    rule: RulePlan
-    does: OverRows
-    runs: UnpatchedRuns
-    kept: Ints
-    known: Collection[int] = ()
-    """Cells that nothing is gathered for."""
-    _sites: list[Joined] = field(init=False)
-    _beside: list[Joined] = field(init=False)
-    _others: list[PositionCell] = field(init=False)
-    """The positions that are set against those of the rule."""
-
-    def __post_init__(self) -> None:
-        rule = self.rule
-        combinations: list[Joined] = []
-        for key in range(len(rule.points.offsets) - 1):
-            _, points = rule.points.expand(np.array([key]))
-            combinations.append(tuple(rule.point_table[point] for point in points.tolist()))
-        self._sites = [combinations[key] for key in rule.site_of_cell.tolist()]
-        self._beside = list(self._of_other())
-        edge = rule.rule.edge
-        self._others = [] if edge is None else list(edge.keys.written.values())
-
-    def sites(self) -> Iterator[tuple[Joined, Joined]]:
-        """Per cell, its sites and those that they are set against."""
-        yield from zip(self._sites, self._beside, strict=True)
 
     def cells(self) -> Iterator[tuple[int, Ints, RowVectors]]:
         """(cell, its columns among the kept rows, their vectors), of cells that have any."""
@@ -243,7 +223,7 @@ class _Gatherer:
         key_of_cell = key_of_cell if rule.key_of_cell is None else rule.key_of_cell
         places = np.stack([rule.position_of_cell, key_of_cell])
         for place, key in np.unique(places, axis=1).T.tolist():
-            spots = [rule.positions[place], *self._others[key : key + 1]]
+            spots = [rule.positions[place], *self.others[key : key + 1]]
             runs = [self.runs.named(self.plan.experiment.spec.base)] * len(spots)
             if rule.rule.does.reads == "run":
                 spots.append(rule.sources[place])
@@ -254,9 +234,9 @@ class _Gatherer:
             columns = np.flatnonzero(there)
             if not len(columns) or not own:
                 continue
-            keys = self._keys(spots, self.kept[columns], runs, self.runs.table)
-            for some in self._fitting(own, len(columns) * len(spots)):
-                wanted = list(dict.fromkeys(each for cell in some for each in self._needs(cell)))
+            keys = self.keys(spots, self.kept[columns], runs, self.runs.table)
+            for some in self.fitting(own, len(columns) * len(spots)):
+                wanted = list(dict.fromkeys(each for cell in some for each in self.needs(cell)))
                 found = [
                     self._gathered(wanted, spot, run, columns)
                     for spot, run in zip(spots, runs, strict=True)
@@ -264,7 +244,7 @@ class _Gatherer:
                 training = self._training(wanted, place)
                 for cell in some:
                     seen = self._seen(cell, found, columns, keys, spots)
-                    yield cell, columns, replace(seen, training=training.get(self._sites[cell]))
+                    yield cell, columns, replace(seen, training=training.get(self.sites[cell]))
 
     def rollouts(self) -> Iterator[tuple[int, Ints, Floats]]:
         """(cell, its columns among the kept rows, [column] what its queries have of its keys)."""
@@ -272,13 +252,13 @@ class _Gatherer:
         assert rule.key_of_cell is not None
         cells = [cell for cell in range(self.plan.n_cells) if cell not in self.known]
         spots = [
-            (rule.positions[rule.position_of_cell[cell]], self._others[rule.key_of_cell[cell]])
+            (rule.positions[rule.position_of_cell[cell]], self.others[rule.key_of_cell[cell]])
             for cell in cells
         ]
         if not cells:
             return
         values = np.full((len(cells), len(self.kept)), np.nan)
-        (points,) = set(self._sites)
+        (points,) = set(self.sites)
         lanes_of = partial(self.runs.reader, run)
         for row, mixed in rollouts(self.runs.model_of(run), run, points, self.kept, lanes_of):
             column = int(np.searchsorted(self.kept, row))
@@ -304,7 +284,7 @@ class _Gatherer:
             return reader(model, table, run, points, seed=self.runs.seed, side=self.runs.side)
 
         found = self._read(wanted, spot, run, rows, lanes_of)
-        keys = self._keys([spot], rows, [run], table)
+        keys = self.keys([spot], rows, [run], table)
         return {each: Training(of.astype(np.float64), rows, keys) for each, of in found.items()}
 
     def _seen(
@@ -316,7 +296,7 @@ class _Gatherer:
         spots: Sequence[PositionCell],
     ) -> RowVectors:
         """found: per position, the vectors of joined sites."""
-        own, beside = self._sites[cell], self._beside[cell]
+        own, beside = self.sites[cell], self.beside[cell]
         other = found[0][beside] if beside else found[1][own] if len(found) > 1 else None
         rows = self.kept[columns]
         if beside or self.rule.rule.does.reads == "run":  # of a token with what it is elsewhere
@@ -340,38 +320,6 @@ class _Gatherer:
         axis = self.does.counts
         return int(self.plan.coordinates[names.index(axis)][cell]) + 1 if axis in names else 0
 
-    def _of_other(self) -> Iterator[Joined]:
-        """Per cell, the sites that it is set against."""
-        other = self.rule.rule.beside
-        names = [axis.name for axis in self.plan.experiment.axes]
-        for cell in range(self.plan.n_cells):
-            if other is None:
-                yield ()
-                continue
-            along = [self.plan.coordinates[names.index(axis)] for axis in other.axes]
-            yield other.points[tuple(int(each[cell]) for each in along)]
-
-    def _needs(self, cell: int) -> list[Joined]:
-        return [each for each in (self._sites[cell], self._beside[cell]) if each]
-
-    def _fitting(self, cells: Sequence[int], rows: int) -> Iterator[list[int]]:
-        """Cells whose vectors are gathered in the same passes."""
-        some: list[int] = []
-        held: dict[Joined, int] = {}
-        for cell in cells:
-            more = {each: 12 * rows * sum(map(self._width, each)) for each in self._needs(cell)}
-            if some and sum({**held, **more}.values()) > GATHERED_BYTES:
-                yield some
-                some, held = [], {}
-            some.append(cell)
-            held.update(more)
-        if some:
-            yield some
-
-    def _width(self, point: SitePoint) -> int:
-        """Of the vector of one point: of all units side by side where it names none."""
-        return numbers_of(self.runs.model.shape, point, 0)
-
     def _gathered(
         self, combinations: Sequence[Joined], position: PositionCell, run: Run, columns: Ints
     ) -> dict[Joined, Singles]:
@@ -389,9 +337,9 @@ class _Gatherer:
     ) -> dict[Joined, Singles]:
         """[prompt, width] of each: the mean over the tokens of the position and draws of noise, or,
         where the observation is of directions, the sum of the unit vectors."""
-        points = list(dict.fromkeys(point for each in combinations for point in each))
+        points = points_of(combinations)
         model = self.runs.model_of(run)
-        sums = [np.zeros((len(prompts), self._width(point))) for point in points]
+        sums = [np.zeros((len(prompts), self.width(point))) for point in points]
         counts, lanes = np.zeros(len(prompts)), lanes_of(points)
         batches = prompt_batches(model, run, points, prompts)
         for read in read_vectors(lanes, points, [position], batches):
@@ -412,32 +360,6 @@ class _Gatherer:
         return {
             each: np.concatenate([means[point] for point in each], axis=1) for each in combinations
         }
-
-    def _keys(
-        self,
-        spots: Sequence[PositionCell],
-        prompts: Ints,
-        runs: Sequence[Run],
-        table: PromptTable,
-    ) -> list[bytes]:
-        """[row] a digest of all that its vectors at some positions hang on, each of its own run: of
-        models whose tokens see no later ones, the tokens up to the last position."""
-
-        def seen(run: Run, row: int) -> list[object]:
-            pairs = zip(spots, runs, strict=True)
-            ids, hits = run.rows[row].ids, [spot.hits[row] for spot, own in pairs if own is run]
-            last = max(token for own in hits for tokens in own for token in tokens)
-            causal = self.runs.model_of(run).shape.causal
-            # Of noise, and of rules (`run NAME { … }`), a row's whole content matters.
-            alone = run.noise is None and run.derived is None
-            drawn = None if alone else table.row_keys[row]
-            return [ids[: last + 1] if causal else ids, hits, drawn]
-
-        distinct = list({id(run): run for run in runs}.values())
-        return [
-            digest(*(part for run in distinct for part in seen(run, row)))
-            for row in prompts.tolist()
-        ]
 
 
 def _pairs(one: Hits, other: Hits | None = None) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from mechdsl.plan.rule_rows import EVERY, NEWEST, NOTHING, PathPlan, Rows, RuleP
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.direction_types import Member
 from mechdsl.resolve.observation import Observation
-from mechdsl.resolve.over_rows import OverRows
+from mechdsl.resolve.over_rows import OverRows, OverTokens
 from mechdsl.resolve.path_rules import reached
 from mechdsl.resolve.resolved import DRAW, Env, ResolvedExperiment
 from mechdsl.resolve.resolved_rule import Key, PositionTargets, ResolvedRule, SitePoint
@@ -231,7 +231,8 @@ class ExperimentPlan:
 
     def passes(self, prompts: Ints) -> Rows:
         """The rows that are run: of what is observed of all rows at once, one for every position,
-        whose pass all cells read; none of what is observed of weights, and of estimates."""
+        whose pass all cells read, or one of all positions; none of what is observed of weights,
+        and of estimates."""
         run = self.rules and self.experiment.spec.estimator is None
         rows = self.rows(prompts) if run else Rows.none()
         for plan in self.rules:
@@ -239,6 +240,8 @@ class ExperimentPlan:
                 first = np.unique(plan.position_of_cell, return_index=True)[1]
                 read = first if plan.rule.does.reads_vectors else first[:0]
                 rows = rows.take(np.flatnonzero(np.isin(rows.cell, read)))
+            if isinstance(plan.rule.does, OverTokens):  # all of whose positions one pass has
+                rows = rows.take(np.unique(rows.prompt, return_index=True)[1])
         return rows
 
     def rows(self, prompts: Ints) -> Rows:

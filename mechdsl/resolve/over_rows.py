@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -11,7 +11,7 @@ from mechdsl.resolve.observation import Observation
 from mechdsl.resolve.resolved import ResolvedExperiment
 
 if TYPE_CHECKING:
-    from mechdsl.base.arrays import Floats, Ints
+    from mechdsl.base.arrays import Bools, Floats, Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +59,53 @@ class RowVectors:
     of a token with itself."""
 
 
+@dataclass(frozen=True, eq=False)
+class TokenVectors:
+    """The vectors of some rows at all tokens that a line names, whichever cells these are in."""
+
+    vectors: Floats
+    """[token, width]; sites that are joined side by side."""
+    row: Ints
+    """[token] which of the rows it is of, ascending: there is none without a token."""
+    tokens: Ints
+    """[token] its place in the prompt, ascending within a row."""
+    prompts: Ints
+    """[row] number in the table, ascending."""
+    keys: Sequence[bytes]
+    """[row] as `RowVectors.keys`."""
+
+    def at(self, cell: PositionCell) -> tuple[Ints, Ints]:
+        """([K] row, [K] index) of its tokens at a position, row by row."""
+        import numpy as np
+
+        hits = [[token for own in cell.hits[row] for token in own] for row in self.prompts.tolist()]
+        row = np.repeat(np.arange(len(hits)), [len(own) for own in hits])
+        token = np.array([token for own in hits for token in own], dtype=np.int64)
+        stride = 1 + self.tokens.max(initial=0)
+        return row, np.searchsorted(self.row * stride + self.tokens, row * stride + token)
+
+    def of_rows(self, there: Bools) -> tuple[Floats, Ints]:
+        """(vectors [K, width], [K] their row, from 0 without gaps) of some of the rows.
+
+        there: [row]
+        """
+        import numpy as np
+
+        own = there[self.row]
+        return self.vectors[own], (np.cumsum(there) - 1)[self.row[own]]
+
+
+@dataclass(frozen=True, eq=False)
+class SeenTokens:
+    """What an observation of tokens is made of."""
+
+    own: TokenVectors
+    other: TokenVectors | None
+    """Of another run, at the same places, where it is set against that."""
+    training: TokenVectors | None
+    """Where it is fitted on other rows, these."""
+
+
 class OverRows(Observation):
     """An observation whose value in a row hangs on all rows of its cell."""
 
@@ -82,6 +129,28 @@ class OverRows(Observation):
         seed: of the file.
         """
         raise NotImplementedError
+
+
+class OverTokens(OverRows):
+    """One that is made of every token that the line names, and has a number of each.
+
+    A row's value in a cell is the mean over its tokens there.
+    """
+
+    def per_token(self, seen: SeenTokens, seed: int) -> Sequence[Floats]:
+        """Of itself and of each control, [value, token]: one value, or as many as it counts. As
+        `per_row`."""
+        raise NotImplementedError
+
+
+def every_token(cells: Iterable[PositionCell]) -> PositionCell:
+    """All tokens of some positions of the same rows, joined."""
+    rows: list[set[int]] = []
+    for cell in cells:
+        rows = rows or [set() for _ in cell.hits]
+        for own, hits in zip(rows, cell.hits, strict=True):
+            own.update(token for tokens in hits for token in tokens)
+    return PositionCell("every token", tuple((tuple(sorted(own)),) if own else () for own in rows))
 
 
 def of_weights(experiment: ResolvedExperiment) -> bool:

@@ -48,23 +48,28 @@ def resolve_probe(
     parameters: Mapping[str, Any],
     diagnostics: list[Diagnostic],
     train: PromptTable | None = None,
+    kinds: Sequence[Kind] = KINDS,
 ) -> Probe | None:
-    """train: where it is fitted on other rows, these. None after an error. Codes: E0207 and those
-    of values of a row."""
+    """train: where it is fitted on other rows, these. kinds: that there are; with one of them
+    `kind` is no option. None after an error. Codes: E0207 and those of values of a row."""
     plain_ones = [each.value for each in call.arguments if each.name is None]
     if len(plain_ones) != 1:
-        _bad(diagnostics, call.span, call.name, "takes one value of the rows", "`probe(count)`")
+        example = f"`{call.name}(count)`"
+        _bad(diagnostics, call.span, call.name, "takes one value of the rows", example)
         return None
     before = len(diagnostics)
-    options = _options(call, parameters, diagnostics)
+    options = _options(call, parameters, diagnostics, kinds)
     values = row_values(cast(ast.Expr, plain_ones[0]), table, diagnostics)
     others = row_values(cast(ast.Expr, plain_ones[0]), train, diagnostics) if train else []
     if values is None or others is None or len(diagnostics) > before:
         return None
     own, values = len(values), [*values, *others]
-    kind = options.get("kind") or _kind(values)
+    only = kinds[0] if len(kinds) == 1 else None
+    kind = only or options.get("kind") or _kind(values)
     span = plain_ones[0].span
-    problem = _misfit(kind, values)
+    problem = _misfit(
+        kind, values, "a number of each row" if only else "`kind: logistic` for classes"
+    )
     if problem is not None:
         _bad(diagnostics, span, span.written, *problem)
         return None
@@ -120,16 +125,20 @@ def row_values(
 
 
 def _options(
-    call: ast.Call, parameters: Mapping[str, Any], diagnostics: list[Diagnostic]
+    call: ast.Call,
+    parameters: Mapping[str, Any],
+    diagnostics: list[Diagnostic],
+    kinds: Sequence[Kind],
 ) -> dict[str, Any]:
     """`folds: 5, kind: logistic, penalty: 0.1`; E0207 for what isn't one."""
     found: dict[str, Any] = {}
+    known = [name for name in _OPTIONS if name != "kind" or len(kinds) > 1]
     for each in call.arguments:
         if each.name is None or each.name == "train":
             continue
         word, value = each.name, each.value
-        if word not in _OPTIONS:
-            hint = did_you_mean(word, _OPTIONS, f"there is {', '.join([*_OPTIONS, 'train'])}")
+        if word not in known:
+            hint = did_you_mean(word, known, f"there is {', '.join([*known, 'train'])}")
             _bad(diagnostics, each.span, word, "is no option of a probe", hint, bare=True)
             continue
         number = value.id if isinstance(value, ast.Name) else None
@@ -162,8 +171,8 @@ def _kind(values: Sequence[object]) -> Kind:
     return "ridge" if any(isinstance(value, list) for value in values) else "logistic"
 
 
-def _misfit(kind: Kind, values: Sequence[object]) -> tuple[str, str] | None:
-    """Why values can't be told, and what to write."""
+def _misfit(kind: Kind, values: Sequence[object], otherwise: str) -> tuple[str, str] | None:
+    """Why values can't be told, and what to write; `otherwise` of what is no number."""
     none = sum(value is None for value in values)
     if none:
         return f"has no value in {plural(none, 'row')}", "`where` to leave these rows out"
@@ -182,7 +191,7 @@ def _misfit(kind: Kind, values: Sequence[object]) -> tuple[str, str] | None:
         return "is an empty list", "lists of numbers"
     entries = [entry for each in lists for entry in each] if lists else values
     if not all(_is_number(entry) for entry in entries):
-        return "is no number", "`kind: logistic` for classes"
+        return "is no number", otherwise
     return None
 
 

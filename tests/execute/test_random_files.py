@@ -429,6 +429,8 @@ def together(draw: Any) -> str:
                 f"observe effective_rank resid_post layer * of turned at {tokens} as seen",
                 f"observe rank attn_out layers 0..1 of turned at {at} as seen",
                 f"observe probe(a, folds: 2) at resid_post layer * of turned at {at} as seen",
+                f"observe clusters(2) resid_post layer * of turned at {tokens} as seen",
+                "observe clusters(2) resid_post layer * of turned with clean at last token as seen",
                 "observe similarity resid_pre layer * of turned with mlp_out layer * "
                 "at last token as seen",
                 "observe similarity attn_out layer * of turned with clean at last token as seen",

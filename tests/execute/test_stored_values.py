@@ -249,6 +249,11 @@ TOGETHER = {
         "observe probe(a, folds: 3) at resid_post layer * at last token",
         "observe probe(b, folds: 2) at resid_post layer * at last token",
     ],
+    "observe clusters(3) resid_post layer * at cue token": [
+        "observe clusters(2) resid_post layer * at cue token",
+        "observe clusters(3) resid_post layer * at cue token, last token",
+        "observe clusters(3) resid_post layer * with other at cue token",
+    ],
     "observe singular_values(ov) at layer * head 1 top 3": [
         "observe singular_values(qk) at layer * head 1 top 3",
     ],

@@ -592,6 +592,7 @@ _site(
 _TRANSPLANTS = "tests/rules/test_transplants.py"
 _OBSERVED = "tests/rules/test_observations.py"
 _TOGETHER = "tests/rules/test_over_rows.py"
+_TOKENS = "tests/rules/test_over_tokens.py"
 _WEIGHTS = "tests/execute/test_observed_weights.py"
 _WEIGHTS_IN_FILES = "tests/rules/test_weight_observations.py"
 _EDGES = "tests/rules/test_attention.py"
@@ -1060,6 +1061,49 @@ _rule(
     "same position; no row of the experiment may be among these.",
     "Alain and Bengio 2016, arXiv 1610.01644; Hewitt and Liang 2019, arXiv 1909.03368",
     _TOGETHER,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe routed_probe",
+    "observe routed_probe(count, folds: 5) at resid_post layer * at item tokens as told",
+    "A probe of numbers, or of lists of numbers, that takes more from some tokens than from "
+    "others: ridge regression on Σ softmax(x · query) x over the tokens of each row, one query for "
+    "all rows, fitted with it from equal weights on. What a row's tokens hold says what is taken, "
+    "so that it may be elsewhere in each row. R² in rows that it wasn't fitted to, as of a probe, "
+    "whose `folds`, `train` and control it has; `penalty` is that of Σ weights² + Σ query² on "
+    "standardised vectors and numbers, 1 unless it is said.",
+    "Adeli, Sun and Kriegeskorte 2025, arXiv 2505.17329",
+    _TOKENS,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe routing",
+    "observe routing(count, folds: 5) at resid_post layer 2 at each item token as looked",
+    "How much such a probe takes from each token, by the fit that hasn't seen the row: a map, "
+    "whose numbers add up to 1 over the tokens of the line.",
+    "Adeli, Sun and Kriegeskorte 2025, arXiv 2505.17329",
+    _TOKENS,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe clusters",
+    "observe clusters(4) resid_post layer 2 at each item token as concept",
+    "How likely a token's vector is of each of four clusters, along an axis `cluster` from 1, the "
+    "largest: k-means (the best of 5 starts, drawn by the seed) of the standardised vectors of all "
+    "tokens of the line, whose clusters count as Gaussians of one variance. Joined tokens have "
+    "their mean: what share of an image is of a cluster. `clusters(4, train: fruit.train)` fits it "
+    "on other rows, as of a probe.",
+    "Lloyd 1982, “Least squares quantization in PCM”; of patches: Wang, Tan and Wang 2024, "
+    "arXiv 2406.12649",
+    _TOKENS,
+    "measure logit(answer) as raw",
+)
+_rule(
+    "observe clusters … with RUN",
+    "observe clusters(4) resid_post layer 2 with fewer at first-item token as kept",
+    "Whether the likeliest cluster of a token is the same at the same place of another run.",
+    OWN,
+    _TOKENS,
     "measure logit(answer) as raw",
 )
 _rule(

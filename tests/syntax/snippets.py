@@ -318,6 +318,10 @@ observe direct_logit layer * head * toward answer - wrong
 observe direct_logit layer * head * toward answer - wrong at last token
 observe direct_logit layer * head * toward logit(answer)
 observe probe(count) at resid_post layer * at last-item token
+observe routed_probe(count, folds: 3) at resid_post layer * at item tokens as told
+observe routing(count, penalty: 2) at resid_post layer 2 at each item token as looked
+observe clusters(4, train: fruit.train) resid_post layer 2 at each item token as concept
+observe clusters(4) resid_post layer 2 with fewer at first-item token as kept
 observe similarity resid_post layer * at object_a token with object_b token
 observe norm resid_post layer *
 observe norm embed in basis b

@@ -2,6 +2,7 @@
 
 from mechdsl.rules.observations import (
     attention_weight,
+    clusters,
     direct_logit,
     lenses,
     maps_in_regions,
@@ -12,6 +13,7 @@ from mechdsl.rules.observations import (
     random_map,
     received,
     rollout,
+    routing,
     similarities,
     successor,
     tuned_lens,
@@ -25,6 +27,7 @@ __all__ = [
     "OBSERVATIONS",
     "SiteObservation",
     "attention_weight",
+    "clusters",
     "direct_logit",
     "lenses",
     "maps_in_regions",
@@ -36,6 +39,7 @@ __all__ = [
     "random_map",
     "received",
     "rollout",
+    "routing",
     "similarities",
     "successor",
     "tuned_lens",

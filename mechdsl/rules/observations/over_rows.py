@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.models.shape import ModelShape, units, width
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.over_rows import OverRows, RowVectors
+from mechdsl.resolve.over_rows import OverRows, OverTokens, RowVectors, every_token
 from mechdsl.resolve.resolved_rule import Convention, ResolvedRule, SitePoint, SiteTargets
 from mechdsl.resolve.site_targets import resolve_site
 from mechdsl.rules.observations.registry import SiteObservation, observation
@@ -35,6 +35,8 @@ def without_rules(rule: spec.Rule, work: Work, reason: str) -> bool:
 
 class OverRowsKind(OverRows, SiteObservation):
     """`observe WORD SITE at POSITIONS`, of vectors of all rows."""
+
+    of_several: ClassVar[str] = "a row's vector is the mean over its tokens"
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
         found = super().resolve(rule, work)
@@ -65,12 +67,32 @@ class OverRowsKind(OverRows, SiteObservation):
         cells = rule.positions.written.values()
         several = any(sum(map(len, row)) > 1 for cell in cells for row in cell.hits)
         if several and not self.of_directions:
-            parts.append("a row's vector is the mean over its tokens")
+            parts.append(self.of_several)
         yield Convention("observed", "; ".join([*parts, *self.said(rule)]))
 
     def said(self, rule: ResolvedRule) -> Iterator[str]:
         """What else a table has to say of it."""
         yield from ()
+
+
+class OverTokensKind(OverTokens, OverRowsKind):
+    """The same of vectors of all tokens of its positions."""
+
+    of_several: ClassVar[str] = "a row's number is the mean over its tokens"
+
+    def positions_fit(self, rule: spec.Rule, found: ResolvedRule, work: Work) -> bool:
+        """E0207 for more than there is room for."""
+        assert found.sites is not None
+        every = every_token(found.positions.written.values())
+        tokens = sum(len(tokens) for row in every.hits for tokens in row)
+        shape = work.sites.shape
+        widths = (sum(numbers_of(p, shape) for p in own) for own in found.sites.points.values())
+        numbers = tokens * max(widths, default=0)
+        if numbers <= ROW_NUMBERS:
+            return True
+        reason = f"would hold {numbers:,} numbers at a time, more than {ROW_NUMBERS:,}"
+        refuse(rule, work, reason, "write a smaller `limit`, or name fewer tokens")
+        return False
 
 
 def numbers_of(point: SitePoint, shape: ModelShape) -> int:

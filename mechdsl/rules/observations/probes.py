@@ -52,7 +52,7 @@ class ProbeObservation(OverRowsKind):
             refuse(rule, work, "doesn't say what is to be told", "name a value: `probe(count)`")
             return None
         parameters, before = work.program.parameters, len(work.diagnostics)
-        train = None if found is None else _trained_on(rule, found, work)
+        train = None if found is None else trained_on(rule, found, work)
         if len(work.diagnostics) > before:
             return None
         other = None if train is None else train.table
@@ -66,9 +66,9 @@ class ProbeObservation(OverRowsKind):
 
         probe = self.probe
         assert probe is not None
-        y = _targets(probe.targets, seen.prompts)
+        y = targets_of(probe.targets, seen.prompts)
         if seen.training is not None and probe.train is not None:
-            own = _targets(probe.train, seen.training.prompts)
+            own = targets_of(probe.train, seen.training.prompts)
             dealt = shuffled(seen.training.keys, own, seed)
             return [_fitted(probe, seen, seen.training, each, y, seed) for each in (own, dealt)]
         strata = y[:, 0].tolist() if probe.kind == "logistic" else None
@@ -82,7 +82,7 @@ class ProbeObservation(OverRowsKind):
         return _said(self.probe)
 
 
-def _trained_on(rule: spec.Rule, found: ResolvedRule, work: Work) -> TrainedOn | None:
+def trained_on(rule: spec.Rule, found: ResolvedRule, work: Work) -> TrainedOn | None:
     """The rows behind `train:`, at the positions of the line; None where there are none, and after
     an error."""
     said = rule.observed
@@ -120,7 +120,7 @@ def _trained_on(rule: spec.Rule, found: ResolvedRule, work: Work) -> TrainedOn |
     return TrainedOn(table, table.runs[rows.run], tuple(by_label[label] for label in labels))
 
 
-def _targets(targets: Sequence[tuple[float, ...]], prompts: Ints) -> Floats:
+def targets_of(targets: Sequence[tuple[float, ...]], prompts: Ints) -> Floats:
     """[row, target]"""
     import numpy as np
 

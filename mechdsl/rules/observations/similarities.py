@@ -45,7 +45,7 @@ class Similarity(OverRowsKind):
             reason = "is of two positions, or of one at two sites or in two runs"
             refuse(rule, work, reason, "leave one `with …` out")
             return None
-        other = _run_named(rule.receiver, work)
+        other = run_named(rule.receiver, work)
         found = self._of_runs(rule, other, work) if other else self._of_sites(rule, work)
         several = found is not None and any(
             sum(map(len, row)) > 1
@@ -97,7 +97,7 @@ class Similarity(OverRowsKind):
         return None if found is None else replace(found, does=BetweenRuns())
 
     def read_run(self, rule: spec.Rule, work: Work) -> str:
-        other = None if rule.receiver is None else _run_named(rule.receiver, work)
+        other = None if rule.receiver is None else run_named(rule.receiver, work)
         return other or super().read_run(rule, work)
 
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
@@ -127,7 +127,7 @@ class BetweenRuns(Similarity):
         yield f"with the vector at the same position of `{rule.run}`"
 
 
-def _run_named(site: ast.Site, work: Work) -> str | None:
+def run_named(site: ast.Site, work: Work) -> str | None:
     """The run that stands where a site may."""
     alone = len(site.names) == 1 and not site.axes and site.short is None and site.ranked is None
     name = site.names[0].id if alone else ""
@@ -155,7 +155,7 @@ class Cka(OverRowsKind):
             reason = f"of {len(work.table):,} rows is too large: it holds all pairs of rows"
             refuse(rule, work, reason, f"write `limit {CKA_ROWS}` behind `prompts`")
             return None
-        if _run_named(rule.receiver, work) is not None:
+        if run_named(rule.receiver, work) is not None:
             return None if found is None else replace(found, does=CkaOfRuns())
         others = other_sites(rule, work)
         if found is None or others is None or not self.sites_fit(rule, others, work):
@@ -163,7 +163,7 @@ class Cka(OverRowsKind):
         return replace(found, beside=others)
 
     def read_run(self, rule: spec.Rule, work: Work) -> str:
-        other = None if rule.receiver is None else _run_named(rule.receiver, work)
+        other = None if rule.receiver is None else run_named(rule.receiver, work)
         return other or super().read_run(rule, work)
 
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:

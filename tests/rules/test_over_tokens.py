@@ -1,0 +1,281 @@
+"""Observations of all tokens of all rows: vectors by hand, fits by torch's own slopes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from mechdsl.base.digest import digest
+from mechdsl.diagnostics.render import render_full
+
+from ..execute.support import MODES, ids_of, run_file, try_file
+from ..reference.forward import forward
+from .models import bare, double
+from .test_over_rows import (
+    FAMILIES,
+    PROMPTS,
+    RECORDS,
+    SEED,
+    dealt_values,
+    hits,
+    run,
+    trained,
+    words,
+    write,
+)
+
+Array = NDArray[np.float64]
+Labels = NDArray[np.int64]
+ROUTED = "routed_probe(pair, folds: 3, penalty: 4)"
+WHERE = "resid_post layer 1 at right tokens"
+
+
+def tokens(name: str, site: str, layer: int, position: str, run: str = "clean") -> list[Array]:
+    """Of each row [token, width]."""
+    found: list[Array] = []
+    for record in RECORDS:
+        own = forward(name, double(name), ids_of(words(record, run)))[site, layer]
+        found.append(own[hits(record, position)].flatten(1).detach().numpy())
+    return found
+
+
+def dealt(position: str, n: int) -> Array:
+    """[row] the fold: what is seen of a row is its tokens up to the last one, and all positions."""
+    own: list[bytes] = []
+    for record in RECORDS:
+        at = hits(record, position)
+        own.append(digest(tuple(ids_of(words(record)))[: max(at) + 1], [(tuple(at),)], None))
+    order = sorted(set(own), key=lambda key: ("''", digest("fold", SEED, key), key))
+    return np.array([order.index(key) % n for key in own])
+
+
+def cell_of(at: int, size: int) -> int:
+    """Of a span's tokens, three at most, the cell: first, middle or last."""
+    return -1 if at == size - 1 else at
+
+
+class Fit:
+    """The query searched by torch's L-BFGS, with slopes through the solution of the ridge."""
+
+    def __init__(self, vectors: list[Array], y: Array, penalty: float) -> None:
+        every = np.concatenate(vectors)
+        self.at, self.by = every.mean(0), every.std(0)
+        self.mean = torch.from_numpy(y.mean(0))
+        self.spread = torch.from_numpy(np.where(y.std(0) > 0, y.std(0), 1))
+        wanted = (torch.from_numpy(y) - self.mean) / self.spread
+        self.centre: Any = None
+        self.read: Any = None
+        self.query = torch.zeros(every.shape[1], dtype=torch.float64, requires_grad=True)
+        steps = torch.optim.LBFGS(
+            [self.query], max_iter=2000, tolerance_grad=1e-9, tolerance_change=1e-14,
+            line_search_fn="strong_wolfe",
+        )  # fmt: skip
+
+        def loss() -> Any:
+            steps.zero_grad()
+            mixed = self.mixed(vectors)
+            self.centre = mixed.mean(0)
+            own = mixed - self.centre
+            gram = own.T @ own + penalty * torch.eye(own.shape[1], dtype=torch.float64)
+            self.read = torch.linalg.solve(gram, own.T @ wanted)
+            off = ((own @ self.read - wanted) ** 2).sum()
+            whole = off + penalty * ((self.read**2).sum() + (self.query**2).sum())
+            whole.backward()
+            return whole
+
+        steps.step(loss)
+        loss()
+
+    def weights(self, vectors: Array) -> Any:
+        return torch.softmax(torch.from_numpy((vectors - self.at) / self.by) @ self.query, 0)
+
+    def mixed(self, vectors: list[Array]) -> Any:
+        rows = [self.weights(v) @ torch.from_numpy((v - self.at) / self.by) for v in vectors]
+        return torch.stack(rows)
+
+    def __call__(self, vectors: list[Array]) -> Array:
+        found = (self.mixed(vectors) - self.centre) @ self.read * self.spread + self.mean
+        return found.detach().numpy()
+
+
+def r_squared(y: Array, got: Array) -> Array:
+    return 1 - ((y - got) ** 2).sum(1) / ((y - y.mean(0)) ** 2).sum(1).mean()
+
+
+def held_out(vectors: list[Array], y: Array, fold: Array, penalty: float) -> tuple[Array, Any]:
+    """([row] R², of each row the weights of its tokens)"""
+    got, weights = np.empty_like(y), [np.empty(0)] * len(y)
+    for each in np.unique(fold):
+        fit = Fit([v for v, f in zip(vectors, fold, strict=True) if f != each], y[fold != each],
+                  penalty)  # fmt: skip
+        for row in np.flatnonzero(fold == each):
+            got[row] = fit([vectors[row]])[0]
+            weights[row] = fit.weights(vectors[row]).detach().numpy()
+    return r_squared(y, got), weights
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [*((name, "planned") for name in FAMILIES[:3]), ("gpt2", "plain")],
+)
+def test_a_routed_probe(tmp_path: Path, name: str, passes: str) -> None:
+    line = f"observe {ROUTED} at resid_post layer * at right tokens as told"
+    found = run(tmp_path, name, line, options=MODES[passes])
+    y = np.array([record["pair"] for record in RECORDS])
+    fold = dealt("right tokens", 3)
+    for layer in (0, 2):
+        vectors = tokens(name, "resid_post", layer, "right tokens")
+        told, weights = held_out(vectors, y, fold, 4.0)
+        np.testing.assert_allclose(found.measures[0].patched[layer], told, atol=5e-3)
+        control, _ = held_out(vectors, dealt_values("right tokens", y), fold, 4.0)
+        np.testing.assert_allclose(found.measures[1].patched[layer], control, atol=5e-3)
+        assert np.abs(told - control).max() > 0.1
+        assert max(each.max() for each in weights if len(each) > 1) > 0.6
+    assert [measure.label for measure in found.measures] == ["told", "told shuffled"]
+    assert found.measures[0].unit == "R²"
+
+
+@pytest.mark.parametrize("name", FAMILIES[:3])
+def test_where_it_takes_it_from(tmp_path: Path, name: str) -> None:
+    line = (
+        "observe routing(size, folds: 3, penalty: 4) at attn_out layer 0..1 at each token of left"
+    )
+    found = run(tmp_path, name, line)
+    y = np.array([[record["size"]] for record in RECORDS])
+    fold = dealt("left tokens", 3)
+    values = found.measures[0].patched.reshape(2, 3, -1)
+    for layer in (0, 1):
+        vectors = tokens(name, "attn_out", layer, "left tokens")
+        _, weights = held_out(vectors, y, fold, 4.0)
+        for row, own in enumerate(weights):
+            there = [cell_of(at, len(own)) for at in range(len(own))]
+            np.testing.assert_allclose(values[layer, there, row], own, atol=2e-3)
+            assert np.isfinite(values[layer, :, row]).sum() == len(own)
+        assert max(np.ptp(each) for each in weights) > 0.05
+    assert found.measures[0].unit == "weight"
+
+
+@pytest.mark.parametrize("name", FAMILIES[:2])
+def test_a_routed_probe_that_is_fitted_on_other_rows(tmp_path: Path, name: str) -> None:
+    line = "observe routed_probe(size, train: q, penalty: 4) at resid_post layer 1 at left tokens"
+    found = trained(tmp_path, name, line)
+    vectors = tokens(name, "resid_post", 1, "left tokens")
+    y = np.array([[record["size"]] for record in RECORDS])
+    told = r_squared(y[16:25], Fit(vectors[:16], y[:16], 4.0)(vectors[16:25]))
+    np.testing.assert_allclose(found.measures[0].patched[0], told, rtol=2e-3, atol=5e-3)
+    assert "fitted on `q` (16 rows)" in found.conventions["observed"]
+
+
+# --- clusters -------------------------------------------------------------------------------------
+
+
+def cluster_values(found: Any, count: int) -> Array:
+    """[cluster, position, row], or without positions where there is one."""
+    order = list(found.axes)
+    sizes = [count if name == "cluster" else -1 for name in order]
+    own = found.measures[0].patched.reshape(*sizes, found.measures[0].patched.shape[1])
+    return np.moveaxis(own, order.index("cluster"), 0)
+
+
+def members(flat: Array) -> Labels:
+    """[token] the cluster whose centre is the nearest: the likeliest if all were equally large."""
+    label = flat.argmax(1)
+    for _ in range(10):
+        label = (flat / np.bincount(label)).argmax(1)
+    return label
+
+
+def probabilities(vectors: list[Array], label: Labels, given: list[Array] | None = None) -> Array:
+    """[token, cluster] of these or other vectors, by Gaussians around the means of those that have
+    a label."""
+    every = np.concatenate(vectors)
+    at, by = every.mean(0), every.std(0)
+    own = (every - at) / by
+    count = int(label.max()) + 1
+    centres = np.array([own[label == n].mean(0) for n in range(count)])
+    variance = ((own - centres[label]) ** 2).mean()
+    told = own if given is None else (np.concatenate(given) - at) / by
+    off = ((told[:, None] - centres) ** 2).sum(2)
+    scores = np.log(np.bincount(label) / len(label)) - off / (2 * variance)
+    raised = np.exp(scores - scores.max(1, keepdims=True))
+    return raised / raised.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", FAMILIES[:3])
+def test_clusters_of_tokens(tmp_path: Path, name: str) -> None:
+    """Each token's likeliest cluster is the nearest one: k-means has come to rest."""
+    line = "observe clusters(3) resid_post layer 1 at each token of left as concept"
+    found = run(tmp_path, name, line)
+    values = cluster_values(found, 3)
+    vectors = tokens(name, "resid_post", 1, "left tokens")
+    sizes = [len(each) for each in vectors]
+    flat = np.array(
+        [values[:, cell_of(at, n), row] for row, n in enumerate(sizes) for at in range(n)]
+    )
+    np.testing.assert_allclose(flat.sum(1), 1)
+    label = members(flat)
+    assert (np.diff(np.bincount(label)) <= 0).all()
+    np.testing.assert_allclose(flat, probabilities(vectors, label), atol=1e-3)
+    assert len(set(label.tolist())) == 3
+
+
+@pytest.mark.parametrize("name", FAMILIES[:2])
+def test_joined_tokens_have_their_mean(tmp_path: Path, name: str) -> None:
+    line = "observe clusters(3) resid_post layer 1 at {} as concept"
+    each = cluster_values(run(tmp_path, name, line.format("each token of left")), 3)
+    joined = cluster_values(run(tmp_path, name, line.format("left tokens")), 3)
+    np.testing.assert_allclose(joined, np.nanmean(each, 1))
+
+
+@pytest.mark.parametrize("name", FAMILIES[:2])
+def test_whether_the_cluster_is_the_same_in_another_run(tmp_path: Path, name: str) -> None:
+    write(tmp_path)
+    lines = (
+        "observe clusters(4) resid_post layer 0 with turned at right tokens as kept",
+        "observe clusters(4) resid_post layer 0 at each token of right as own",
+    )
+    text = f"seed {SEED}\nexperiment e {{ model m prompts p {' '.join(lines)} }}\n"
+    found = run_file(text, tmp_path, bare(name), prompts=PROMPTS)
+    own = cluster_values(found["e.own"], 4)
+    vectors = tokens(name, "resid_post", 0, "right tokens")
+    sizes = [len(each) for each in vectors]
+    flat = np.array([own[:, cell_of(at, n), row] for row, n in enumerate(sizes) for at in range(n)])
+    turned = tokens(name, "resid_post", 0, "right tokens", "turned")
+    same = flat.argmax(1) == probabilities(vectors, members(flat), turned).argmax(1)
+    ends = np.cumsum(sizes)[:-1]
+    expected = [each.mean() for each in np.split(same, ends)]
+    np.testing.assert_allclose(found["e.kept"].measures[0].patched[0], expected)
+    assert 0 < np.mean(expected) < 1
+
+
+# --- what is refused, and what is said ------------------------------------------------------------
+
+REFUSED = {
+    f"observe routed_probe {WHERE}": "doesn't say what is to be told",
+    f"observe routed_probe(kind) {WHERE}": "is no number",
+    f"observe routed_probe(size, kind: ridge) {WHERE}": "is no option of a probe",
+    "observe routed_probe(size) embed at each token of left": "several tokens together",
+    f"observe routing(size) {WHERE}": "a number of each token",
+    f"observe routing(size) {WHERE} with left token": "takes no `with`",
+    f"observe clusters {WHERE}": "doesn't say how many clusters",
+    f"observe clusters(1) {WHERE}": "write a number from 2 to 64",
+    f"observe clusters(2.5) {WHERE}": "write a number from 2 to 64",
+    f"observe clusters(3, folds: 2) {WHERE}": "is no option",
+    "observe clusters(3) resid_post layer 0 with attn_out layer 0 at last token": "name one",
+    f"observe clusters(3, train: p) {WHERE}": "rows that it is fitted on",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED, ids=lambda line: line.replace(WHERE, "…"))
+def test_what_is_refused(tmp_path: Path, line: str) -> None:
+    write(tmp_path)
+    text = f"experiment e {{\n  model m\n  prompts p\n  {line}\n}}\n"
+    result, diagnostics = try_file(text, tmp_path, bare("gpt2"), prompts=PROMPTS)
+    assert result is None
+    shown = render_full(diagnostics, color=False, width=200)
+    assert REFUSED[line] in shown, shown
