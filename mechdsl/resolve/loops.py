@@ -135,7 +135,9 @@ def loop_values(
     found = _values(loop, values, around, diagnostics)
     if found is not None:
         return found
-    plain = [_plain(node, values) for node in walk(loop.domain)]
+    listed = loop.domain.values
+    items = listed.items if isinstance(listed, ast.ListOf) else ()
+    plain = [_plain(node, values) for node in (*items, *walk(loop.domain))]
     ranged = loop.domain.step is not None or isinstance(loop.domain.values, ast.Range)
     plain = [value for value in plain if not (ranged and isinstance(value, str))]
     return (next((value for value in plain if value is not None), 0),)

@@ -90,6 +90,8 @@ class Onward:
             reason = f"`{node.of}` runs over experiments, and which is meant isn't known here"
             raise Refused(reason, "name one experiment")
         word = str(values[node.of])
+        if word not in words:
+            raise Refused(f"`{word}` is no experiment", "let the `for` run over names alone")
         named = replace(node, of=words[word])
         self._texts[node.span, named.of] = ranked(replace(node, of=word))
         return named

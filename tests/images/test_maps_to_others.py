@@ -232,6 +232,7 @@ OTHERS = (
         ("infidelity of caap to drawn", "`drawn` takes no patches out: it has `observe`"),
         ("infidelity of caap, chance to taken", "`drawn` has a map for each draw"),
         ("infidelity of caap(l: 1) to taken", "`caap` has no axis `l`"),
+        ("infidelity of caap(l: n) to taken", "`n` is no value of an axis"),
         ("sensitivity of caap, left to near", "has 1 behind `to` for 2 maps"),
         ("sensitivity of caap to far", "`far` isn't made as `caap` is"),
         ("sensitivity of caap to left", "`left` isn't made as `caap` is"),
@@ -248,3 +249,23 @@ def test_refused(line: str, said: str, tmp_path: Path) -> None:
     errors = [each for each in problems if each.severity == "error"]
     assert [each.code for each in errors] == ["E0207"]
     assert said in errors[0].message + errors[0].label_text
+
+
+def test_maps_in_loops(tmp_path: Path) -> None:
+    write_boxes(tmp_path, "vit")
+    rule = "for m in [{}] {{ patch embed at top 2 of m tokens }}"
+    one, two = (
+        support.experiment("e", "from scenes into neutral", rule.format(maps))
+        for maps in ("caap, 3", "chance(draw: 1), caap")
+    )
+    three = looking("f", "for d in 1..2 { observe pointing of chance(draw: d) in object }")
+    for text, code, reason in (
+        (one, "E0620", "`3` is no experiment"),
+        (two, "E0322", "this value can't be looped over"),
+        (three, "E0207", "`d` is the variable of a `for`"),
+    ):
+        result, problems = support.try_file(MAPS + DRAWN + text, tmp_path, "vit", blocks=BLOCKS)
+        assert result is None
+        errors = [each for each in problems if each.severity == "error"]
+        assert [each.code for each in errors] == [code]
+        assert reason in errors[0].message
