@@ -104,7 +104,7 @@ class Onward:
         """As it is written, with what `for` variables stand for."""
         head, _, of = self._written(self._named(node, values)).partition(" of ")
         if isinstance(node.amount, str):
-            head = f"top {values[node.amount]}"
+            head = f"top {values.get(node.amount, node.amount)}"
         return f"{head} of {in_words(of.partition('(')[0].rstrip(), coordinates(node, values))}"
 
     # --- sites ------------------------------------------------------------------------------------

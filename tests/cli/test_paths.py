@@ -409,7 +409,7 @@ def test_nothing_else_looks_at_the_folder_of_a_file() -> None:
     allowed = {"base/source.py", "program/named_paths.py"}
     # Models are looked for from a folder that is handed on to `path_to_read`.
     bases = {
-        "validate/contexts.py",
+        "validate/model_contexts.py",
         "loading/load.py",
         "loading/merge.py",
         "pipeline/run_key.py",
