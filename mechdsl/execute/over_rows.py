@@ -186,7 +186,9 @@ def _of_maps(
     """The same of maps that other experiments made; rows without a map or a region aren't in it."""
     assert does.scores is not None
     own = {word: values[:, gatherer.kept] for word, values in does.scores.by_word.items()}
-    for cell, number in enumerate(gatherer.rule.site_of_cell.tolist()):
+    rule = gatherer.rule
+    numbers_of_cells = rule.position_of_cell if does.by_position else rule.site_of_cell
+    for cell, number in enumerate(numbers_of_cells.tolist()):
         numbers = {word: values[number] for word, values in own.items()}
         there = np.flatnonzero(np.isfinite(np.stack(list(numbers.values()))).all(axis=0))
         if len(there):

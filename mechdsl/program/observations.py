@@ -133,12 +133,12 @@ def lower_observation(
 
 
 def _of_maps(statement: ast.ObserveMaps, name: str | None, loops: tuple[str, ...]) -> spec.Rule:
-    """The typed line of what other experiments made, which has no place of its own."""
+    """The typed line of what other experiments made."""
     share = statement.share
     return spec.Rule(
         span=statement.span,
         verb="observe",
-        at=_last_token(),
+        at=statement.at or _last_token(),
         observed=spec.Observed(
             span=statement.what.span,
             word=statement.what.id,
@@ -147,7 +147,7 @@ def _of_maps(statement: ast.ObserveMaps, name: str | None, loops: tuple[str, ...
             region=None if statement.region is None else statement.region.id,
             others=statement.others,
             share=None if share is None else share.value / 100,
-            placed=False,
+            placed=statement.at is not None,
         ),
         loops=loops,
     )

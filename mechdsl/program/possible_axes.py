@@ -29,7 +29,7 @@ def own_axes(observed: spec.Observed) -> Iterator[str]:
     """Those that an observation has by its kind."""
     if observed.word in COUNTED:
         yield COUNTED[observed.word]
-    if len(observed.maps) > 1:
+    if len(observed.maps) > 1 and not observed.placed:
         yield "map"
 
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from mechdsl.base.reply import Reply
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.prompts.positions import resolve_positions
-from mechdsl.prompts.prompt_table import Hits, PromptTable
+from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.resolve.path_rules import reached
-from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.resolve.resolved import Axis, ResolvedExperiment
 from mechdsl.resolve.resolved_rule import Key, PositionTargets, ResolvedRule, SitePoint, SiteTargets
 from mechdsl.syntax import ast
 
@@ -110,15 +110,55 @@ class VariantFinding:
             if math.isfinite(value):
                 yield row, value, token
 
-    def by_token(
-        self, table: PromptTable, run: str, tokenizer: TextTokenizer
-    ) -> Iterator[tuple[int, int, Floats]]:
-        """(row id, token of the run, [cell] its values in the cells beside it, in the order of the
-        grid) of every position in every row that has it; of what has run."""
+    @property
+    def beside(self) -> tuple[Axis, ...]:
+        """Its axes beside those that say where in an image: there is a map for each of their
+        combinations."""
+        where = {"position", *self.chosen, *self.window_axes}
+        return tuple(axis for axis in self.experiment.axes if axis.name not in where)
+
+    @property
+    def of_windows(self) -> bool:
+        """Whether its cells are of windows of patches."""
+        return any(map(of_windows, ranked_rules(self.experiment)))
+
+    @property
+    def window_axes(self) -> frozenset[str]:
+        """Along which its windows move."""
+        rule = _token_rule(self.experiment) if self.of_windows else None
+        return frozenset() if rule is None else frozenset(ranked_tokens(rule)[0].axes)
+
+    def places(self, run: str) -> Iterator[tuple[Key, PositionCell]]:
+        """The positions that it has numbers of: their index along the axes that they hang on, and
+        where they are in a run; in one that it neither wrote nor read, where it wrote."""
+        rule = _token_rule(self.experiment)
+        targets, _ = ranked_tokens(rule)
+        read = run == rule.run and run != self.experiment.spec.base
+        yield from (targets.read if read else targets.written).items()
+
+    def by_place(self, run: str) -> Iterator[tuple[int, tuple[int, ...], Floats]]:
+        """(row id, tokens of a position in the run, [cell] its values in the cells beside it, in
+        the order of the grid) of every position in every row that has it; of what has run."""
+        import numpy as np
+
         assert self.values is not None
-        of_cells = self._by_position(self.values)
-        for column, row, number, token in self.positions(table, run, tokenizer):
-            yield row, token, of_cells[number, :, column]
+        own = self.experiment
+        names = [axis.name for axis in own.axes]
+        along = [names.index(name) for name in ranked_tokens(_token_rule(own))[0].axes]
+        whole = np.full((*own.shape, self.values.shape[1]), np.nan)
+        for number, index in self.grid():
+            whole[index] = self.values[number]
+        for place, axis in enumerate(names):
+            if axis in self.chosen:
+                whole = whole.take([self.chosen[axis]], axis=place)
+        whole = np.moveaxis(whole, along, range(len(along)))
+        numbers = {row: number for number, row in enumerate(own.table.row_ids)}
+        for key, cell in self.places(run):
+            beside = whole[key].reshape(-1, self.values.shape[1])
+            for column, row in enumerate(self.row_ids):
+                tokens = tuple(token for hit in cell.hits[numbers[row]] for token in hit)
+                if tokens:
+                    yield row, tokens, beside[:, column]
 
     def positions(
         self, table: PromptTable, run: str, tokenizer: TextTokenizer
@@ -285,7 +325,18 @@ def _written(rule: ResolvedRule, key: Key) -> tuple[SitePoint, ...]:
 def _token_rule(experiment: ResolvedExperiment) -> ResolvedRule:
     """The rule whose positions are swept."""
     every = ranked_rules(experiment)
-    return next(rule for rule in every if "position" in ranked_tokens(rule)[0].axes)
+    swept = (rule for rule in every if "position" in ranked_tokens(rule)[0].axes)
+    return next(swept, None) or next(rule for rule in every if of_windows(rule))
+
+
+def of_windows(rule: ResolvedRule) -> bool:
+    """Whether its positions are rectangles of patches, which loops move over the image."""
+    targets, at = ranked_tokens(rule)
+    bases = [getattr(item.body, "base", None) for item in at.items]
+    return bool(targets.axes) and all(
+        isinstance(base, ast.SpanTokens) and (base.of.row is not None or base.of.col is not None)
+        for base in bases
+    )
 
 
 def ranked_tokens(rule: ResolvedRule) -> tuple[PositionTargets, ast.Positions]:

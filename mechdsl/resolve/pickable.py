@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mechdsl.program.possible_axes import may_sweep
 from mechdsl.prompts.position_hits import lies_behind
 from mechdsl.prompts.prompt_table import PromptTable
-from mechdsl.resolve.findings import Refused, ranked_rules, ranked_tokens, site_targets
+from mechdsl.resolve.findings import Refused, of_windows, ranked_rules, ranked_tokens, site_targets
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.syntax import ast
 
@@ -64,10 +64,16 @@ def check_sites(experiment: ResolvedExperiment, node: ast.Ranked) -> None:
 
 
 def check_tokens(
-    experiment: ResolvedExperiment, table: PromptTable, tokenizer: TextTokenizer, otherwise: str
+    experiment: ResolvedExperiment,
+    table: PromptTable,
+    tokenizer: TextTokenizer,
+    otherwise: str,
+    *,
+    windows: bool = False,
 ) -> None:
     """Whether it has a number for each of some single tokens of these prompts, by its first
-    measure. Raises Refused. otherwise: what to write where it sweeps no positions."""
+    measure, or for each of some rectangles of patches (windows). Raises Refused. otherwise: what
+    to write where it sweeps no positions."""
     _check_first_measure(experiment)
     name = experiment.name
     if experiment.table.name != table.name:
@@ -85,7 +91,10 @@ def check_tokens(
         )
     rules = ranked_rules(experiment)
     sweeping = [rule for rule in rules if "position" in ranked_tokens(rule)[0].axes]
-    if experiment.model.tokenizer.stands_in:
+    moving = windows and next((rule for rule in rules if of_windows(rule)), None)
+    if moving:
+        sweeping = [moving]
+    elif experiment.model.tokenizer.stands_in:
         sweeping = [rule for rule in rules if may_sweep(ranked_tokens(rule)[1])]
     if not sweeping:
         raise Refused(
@@ -98,7 +107,7 @@ def check_tokens(
             f"a cell of `{name}` has tokens in two places",
             "let it sweep single tokens, for example `at each token of …`",
         )
-    if experiment.model.tokenizer.stands_in:
+    if experiment.model.tokenizer.stands_in or moving:
         return
     rows = experiment.table.runs[experiment.spec.base].rows
     for cell in ranked_tokens(rule)[0].written.values():

@@ -938,16 +938,18 @@ class ObserveFeatures(Node):
 
 @record
 class MapOf(Node):
-    """An experiment's number of each patch, one map for each row."""
+    """An experiment's number of each patch, one map for each row; `0.5 * caap` in a sum."""
 
     of: str
     cell: tuple[Argument, ...] = ()
     """Which of its cells, where not all are meant."""
+    weight: Number | Negative | None = None
 
 
 @record
 class ObserveMaps(Node):
-    """`observe iou of caap, occlusion in object top 25% as overlap`, or `… of caap to taken`."""
+    """`observe iou of caap, occlusion in object top 25% as overlap`, or `… of caap to taken`, or
+    `observe sum of caap, 0.5 * occlusion at each token of image as both`."""
 
     what: Name
     maps: tuple[MapOf, ...]
@@ -955,6 +957,7 @@ class ObserveMaps(Node):
     """What they are set against: a region, or other experiments."""
     others: tuple[MapOf, ...] = ()
     share: Percent | None = None
+    at: Positions | None = None
     name: Name | None = None
 
 

@@ -453,15 +453,19 @@ class ToAst(Transformer[Token, Any]):
         return ast.ObserveFeatures(c[3], c[5], _clauses(c).get("top"), span=_span(c))
 
     def map_of(self, c: list[Any]) -> ast.MapOf:
-        return ast.MapOf(*_cells_of(c[0]), span=_span(c))
+        weight = c[0] if len(c) > 1 else None
+        return ast.MapOf(*_cells_of(c[-1]), weight, span=_span(c))
+
+    def map_weight(self, c: list[Any]) -> ast.Number | ast.Negative:
+        return ast.Negative(c[-1], span=_span(c)) if len(c) > 1 else c[0]
 
     def observe_maps(self, c: list[Any]) -> ast.ObserveMaps:
         maps = tuple(child for child in c if isinstance(child, ast.MapOf))
         clauses = _clauses(c)
         region = next((child for child in c[2:] if isinstance(child, ast.Name)), None)
-        others, share = clauses.get("others", ()), clauses.get("share")
-        name = clauses.get("name")
-        return ast.ObserveMaps(_name(c[1]), maps, region, others, share, name, span=_span(c))
+        others = clauses.get("others", ())
+        share, at, name = (clauses.get(part) for part in ("share", "at", "name"))
+        return ast.ObserveMaps(_name(c[1]), maps, region, others, share, at, name, span=_span(c))
 
     to_others = _clause("others", lambda c: tuple(_nodes(c)))
 

@@ -1935,6 +1935,26 @@ _on_image(
     _MAPS,
 )
 _on_image(
+    "map of windows",
+    "for r in 1..3 { for c in 1..3 { replace image row r..r + 1 col c..c + 1 tokens with gray } }",
+    "A window of several patches that moves makes a map too, where maps are named: its number is "
+    "shared evenly among its patches, and a patch that several windows have gets the mean of its "
+    "shares.",
+    OWN,
+    "tests/images/test_sum_of_maps.py",
+)
+_on_image(
+    "observe sum",
+    "observe sum of caap, 0.5 * deleted at each token of image as both",
+    "One map of several, patch by patch added up, each times the number in front of it: of windows "
+    "of several sizes, say, or of layers. Of an experiment that has several maps (one for each "
+    "layer) all are added. It is a map as others are: `observe pointing of both in object`, `top "
+    "25% of both tokens`. A patch that one of them has no number of has none, and rows that one of "
+    "them lacks drop out, which is said.",
+    OWN,
+    "tests/images/test_sum_of_maps.py",
+)
+_on_image(
     "observe random",
     "observe random embed at each token of image as chance",
     "A number drawn for each row and position, even between 0 and 1: a map that knows nothing, and "

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 NOWHERE = SitePoint("embed", None, None)
 """A rule has a site: this one is neither read nor written."""
+SHARED = "a window shares its number evenly among its patches, a patch has the mean of its shares"
+"""Of maps of windows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,8 @@ class OfMaps(OverRows, Kind):
     unplaced = "last token"
     reads_vectors = False
     of_maps = True
+    by_position: ClassVar[bool] = False
+    """Whether it has a number for each position, and not for each map."""
     example: ClassVar[str]
     """What a line with it looks like behind `observe WORD of`."""
     blank: ClassVar[str]
@@ -113,7 +117,7 @@ class OfMaps(OverRows, Kind):
         if not rule.observed.maps:
             refuse(rule, work, "is of maps", f"write `observe {self.word} of {self.example}`")
             return None
-        ready = [_stands_alone(rule, work), self.fits(rule, work)]
+        ready = [stands_alone(rule, work), self.fits(rule, work)]
         try:
             found = [a_map(each, work) for each in rule.observed.maps]
             maps = [part for part in found if part is not None]
@@ -169,6 +173,7 @@ class OfMaps(OverRows, Kind):
             cells.append(found)
         measures = dict.fromkeys(part.measure for part in maps)
         parts = [f"by each row's own {' or '.join(measures)}, signed", *self.details(others)]
+        parts += [SHARED] * any(part.of_windows for part in maps)
         parts += [
             f"{n} of {len(work.table)} rows dropped, {why}" for why, n in dropped.items() if n
         ]
@@ -205,9 +210,16 @@ class OfMaps(OverRows, Kind):
 # --- what it is of --------------------------------------------------------------------------------
 
 
-def _stands_alone(rule: spec.Rule, work: Work) -> bool:
+def stands_alone(rule: spec.Rule, work: Work, *, by_position: bool = False) -> bool:
     """E0207 beside rules, and where rows are no images."""
     fits, block = True, work.program.prompts[work.table.name]
+    assert rule.observed is not None
+    said = rule.observed
+    weighed = next((each for each in (*said.maps, *said.others) if each.weight is not None), None)
+    if weighed is not None and not by_position:
+        hint = f"leave it out, or add maps up first: `observe sum of {weighed.span.written} …`"
+        refuse(rule, work, "takes no number in front of a map", hint)
+        fits = False
     if any(each.verb != "observe" for each in work.experiment.rules):
         reason = "is of maps that have been made, which rules don't change"
         refuse(rule, work, reason, "write the rules into the experiment that makes the map")
@@ -250,21 +262,20 @@ def check_map(part: VariantFinding, work: Work) -> None:
     """Whether it has a number for each of some patches, and for nothing else. Raises Refused."""
     hint = "let it sweep patches: `at each token of image`"
     reader = work.model.tokenizer
-    check_tokens(part.experiment, work.table, reader, hint)
+    check_tokens(part.experiment, work.table, reader, hint, windows=True)
+    fixed = part.window_axes.intersection(part.chosen)
+    if fixed:
+        name = part.experiment.name
+        raise Refused(f"a map of `{name}` has all of its windows", f"leave `{min(fixed)}` out")
     if reader.stands_in or not isinstance(reader, ImageReader):
         return
-    places = part.positions(work.table, work.experiment.base, reader)
-    other = next((token for *_, token in places if reader.layout.place(token) is None), None)
+    places = part.places(work.experiment.base)
+    every = (token for _, cell in places for row in cell.hits for hit in row for token in hit)
+    other = next((token for token in every if reader.layout.place(token) is None), None)
     if other is not None:
         name = part.experiment.name
         reason = f"`{name}` has a number for `{reader.label(other)}`, which is no patch"
         raise Refused(reason, "let it sweep patches alone: `at each token of image`")
-
-
-def axes_beside(part: VariantFinding) -> tuple[Axis, ...]:
-    """The axes that there is a map for each value of."""
-    fixed = {"position", *part.chosen}
-    return tuple(axis for axis in part.experiment.axes if axis.name not in fixed)
 
 
 def _sites(rule: spec.Rule, maps: Sequence[VariantFinding], work: Work) -> SiteTargets | None:
@@ -274,16 +285,16 @@ def _sites(rule: spec.Rule, maps: Sequence[VariantFinding], work: Work) -> SiteT
     names = [each.span.written for each in rule.observed.maps]  # not those of results
     first = maps[0]
     if len(names) == 1:
-        axes, loops = axes_beside(first), first.experiment.own_loops
+        axes, loops = first.beside, first.experiment.own_loops
         if loops is not None:
             loops = loops.along([axis.name for axis in axes], first.chosen)
         work.sites.nested = loops
     else:
-        swept = next((part for part in maps if axes_beside(part)), None)
+        swept = next((part for part in maps if part.beside), None)
         if swept is not None:
-            others = [axis.name for axis in axes_beside(swept)]
+            others = [axis.name for axis in swept.beside]
             reason = f"`{swept.experiment.name}` has a map for each {' and '.join(others)}"
-            one = ", ".join(f"{axis.name}: {axis.labels[0]}" for axis in axes_beside(swept))
+            one = ", ".join(f"{axis.name}: {axis.labels[0]}" for axis in swept.beside)
             hint = f"observe it by itself, or name one: `{swept.experiment.name}({one})`"
             refuse(rule, work, reason, hint)
             return None
@@ -310,20 +321,30 @@ def _patches(name: str, work: Work) -> PositionCell:
 
 
 def grids_of(part: VariantFinding, work: Work) -> dict[int, Floats]:
-    """Row id → [cell, row of patches, column]: its numbers, NaN where a patch has none."""
+    """Row id → [cell, row of patches, column]: its numbers, NaN where a patch has none. A window of
+    several patches shares its number evenly among them, and a patch that several windows have gets
+    the mean of its shares."""
     import numpy as np
 
     reader = work.model.tokenizer
     assert isinstance(reader, ImageReader)
-    layout = reader.layout
-    found: dict[int, Floats] = {}
-    for row, token, values in part.by_token(work.table, work.experiment.base, reader):
-        place = layout.place(token)
-        assert place is not None
+    layout, here = reader.layout, set(work.table.row_ids)
+    sums: dict[int, Floats] = {}
+    counts: dict[int, Floats] = {}
+    for row, tokens, values in part.by_place(work.experiment.base):
+        if row not in here:
+            continue
         shape = (len(values), layout.rows, layout.cols)
-        grid = found.setdefault(row, np.full(shape, np.nan))
-        grid[:, place[0] - 1, place[1] - 1] = values
-    return found
+        own, times = (each.setdefault(row, np.zeros(shape)) for each in (sums, counts))
+        there = np.isfinite(values)
+        for token in tokens:
+            place = layout.place(token)
+            assert place is not None
+            at = (slice(None), place[0] - 1, place[1] - 1)
+            own[at] += np.where(there, values, 0) / len(tokens)
+            times[at] += there
+    with np.errstate(invalid="ignore"):
+        return {row: own / counts[row] for row, own in sums.items()}
 
 
 def _no_rows(part: VariantFinding, work: Work) -> Refused:

@@ -15,7 +15,6 @@ from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.rules.observations.maps import (
     OfMaps,
     Setting,
-    axes_beside,
     check_map,
     found_by,
     grids_of,
@@ -243,7 +242,7 @@ def _nearby(
 def _same_map(part: VariantFinding, near: VariantFinding) -> None:
     """Whether it is made as the map is, of other runs. Raises Refused."""
     own, other = part.experiment, near.experiment
-    axes = [[(axis.name, axis.labels) for axis in axes_beside(each)] for each in (part, near)]
+    axes = [[(axis.name, axis.labels) for axis in each.beside] for each in (part, near)]
     if _made(own) != _made(other) or axes[0] != axes[1]:
         raise Refused(
             f"`{other.name}` isn't made as `{own.name}` is",

@@ -72,6 +72,10 @@ def _refs(nodes: Iterable[ast.Ref]) -> str:
     return ", ".join(map(ref, nodes))
 
 
+def _map_of(node: ast.MapOf) -> str:
+    return (f"{expression(node.weight)} * " if node.weight else "") + cells_of(node)
+
+
 def header(node: Any) -> str | None:
     """What stands before the brace of a statement that holds lines; None for any other."""
     match node:
@@ -316,8 +320,9 @@ def _statement(node: Any) -> str | None:
             top = _optional("top", node.top)
             return f"observe features of {node.basis.id} at {positions(node.at)}{top}"
         case ast.ObserveMaps():
-            maps, others = (", ".join(map(cells_of, each)) for each in (node.maps, node.others))
+            maps, others = (", ".join(map(_map_of, each)) for each in (node.maps, node.others))
             against = f" to {others}" if others else _of("in", node.region, _id)
+            against += _of("at", node.at, positions)
             share = _of("top", node.share, _percent)
             name = _of("as", node.name, _id)
             return f"observe {node.what.id} of {maps}{against}{share}{name}"
