@@ -28,6 +28,7 @@ from ..execute.support import (
     run_file,
     token,
 )
+from ..execute.test_stored_values import check_case
 from ..images import support, test_text_towers, towers
 from ..images.support import ANSWERS, FRONT, GRID, LABELS, WRONG
 from ..quick import some
@@ -155,6 +156,23 @@ def test_texts(family: str, mode: str, tmp_path: Path) -> None:
                 return values
 
             assert agrees(found[name], number, expected) > 1e-2, name
+
+
+def test_what_is_said(tmp_path: Path) -> None:
+    line, _ = CELLS["edges"]
+    text = experiment("e", "prompts p", line, USING, MEASURES[0])
+    found = run_file(text, tmp_path, bare("gpt2"))["e"]
+    assert "gradient × attention of" in found.to_text()
+    assert "none is blocked" in found.conventions["edges"]
+    assert "averaged over heads and queries" in found.conventions["estimates"]
+    assert "max(A · ∂m/∂A, 0)" in found.conventions["effect"]
+    assert np.isnan(found.statistics[0].p).all()
+    assert found.measures[0].unit == "logit"
+
+
+def test_runs_that_are_cut_short_go_on(tmp_path: Path) -> None:
+    line, _ = CELLS["edges"]
+    check_case("llama", experiment("e", "prompts p", line, USING, *MEASURES), tmp_path, cut=1)
 
 
 # --- images ---------------------------------------------------------------------------------------
