@@ -53,7 +53,10 @@ def eager(module: Any) -> Any:
     """A copy that hands out its attention, and which autograd follows."""
     made = copy.deepcopy(module)
     made.set_attn_implementation("eager")
-    return made.requires_grad_(True)
+    made.requires_grad_(False)  # what a library has kept, made of other weights, isn't followed
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_("emb" in name or "wte" in name)
+    return made
 
 
 def edges(
