@@ -161,6 +161,15 @@ def test_texts(family: str, mode: str, tmp_path: Path) -> None:
             assert agrees(found[name], number, expected) > 1e-2, name
 
 
+def test_queries_that_no_measure_sees(tmp_path: Path) -> None:
+    """A rule that were run there would leave the row as it is, and the number isn't the base's."""
+    line = "block attention layer * heads * from subject tokens to item tokens"
+    found = run_file(experiment("e", "prompts p", line, USING, MEASURES[0]), tmp_path, bare("gpt2"))
+    values = found["e"].measures[0].patched
+    assert (values[-1] == 0).all()
+    assert (values[:-1] > 0).all()
+
+
 def test_what_is_said(tmp_path: Path) -> None:
     line, _ = CELLS["edges"]
     text = experiment("e", "prompts p", line, USING, MEASURES[0])
