@@ -64,7 +64,7 @@ def bare(name: str) -> Any:
         text_config=text, vision_config=vision, **more
     )
     model: Any = getattr(transformers, f"{prefix}Model")(config).eval()
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for path, weight in model.named_parameters():
             if weight.dim() < 2 and not path.endswith("class_embedding"):

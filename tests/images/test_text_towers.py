@@ -10,6 +10,7 @@ import pytest
 
 import mechdsl
 from mechdsl.diagnostics.raised import MechdslError
+from mechdsl.loading import towers
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..rules.support import agree
@@ -50,9 +51,12 @@ def test_one_image_for_all_texts(name: str, tmp_path: Path) -> None:
     agree(found, (), {(): expected}, base, most=False)
 
 
-@pytest.mark.parametrize("name", ["clip/dual", "siglip/dual"])
-def test_a_text_chooses_among_all_images(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "at_once"), [("clip/dual", 2), ("siglip/dual", 16)])
+def test_a_text_chooses_among_all_images(
+    name: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also of the images of rows that aren't run."""
+    monkeypatch.setattr(towers, "_IMAGES_AT_ONCE", at_once)
     texts.write(tmp_path)
     measures = ("rank(image)", "correct", "score(image)", "prob(image)")
     written = [
@@ -74,6 +78,21 @@ def test_a_text_chooses_among_all_images(name: str, tmp_path: Path) -> None:
     for n, values in enumerate(expected):
         np.testing.assert_allclose(found[f"e{n}"].measures[0].patched[0], values, atol=2e-4)
     assert (scores[:, 1] > own).any(), "the image that no row has is never the better one"
+
+
+def test_texts_are_kept_and_expected_by_the_choice(tmp_path: Path) -> None:
+    """Among all images, where only the score with the own one is measured."""
+    texts.write(tmp_path)
+    line = "ablate resid_post layer 0 at thing tokens with zero"
+    view = TextView("siglip/dual", 0, "own")
+    text = view.experiment("kept", line, "keep rank(image) < 2")
+    text += view.experiment("expected", line, "expect accuracy(clean) < 1")
+    found = support.run_file(text, tmp_path, "siglip/dual", blocks=BLOCKS)
+    scores = [[float(forward("siglip/dual", n, i).output) for i in range(3)] for n in range(3)]
+    first = [max(row) == row[n] for n, row in enumerate(scores)]
+    assert 0 < sum(first) < 3
+    assert len(found["kept"].row_ids) == sum(first)
+    assert found["expected"].outcomes[0].value == pytest.approx(np.mean(first))
 
 
 FILE = """\

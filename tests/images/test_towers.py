@@ -15,6 +15,7 @@ import transformers
 
 import mechdsl
 from mechdsl.diagnostics.raised import MechdslError
+from mechdsl.loading import towers
 from mechdsl.loading.load import adopt
 
 from . import duals, support
@@ -61,6 +62,38 @@ def test_metrics_are_those_of_the_model(name: str, tmp_path: Path) -> None:
             found[f"e{n}"].measures[0].patched[0], np.array(values)[:, n], atol=2e-4, rtol=1e-4
         )
     assert np.ptp(np.array(values), axis=0)[:3].min() > 0.01
+
+
+@pytest.mark.parametrize("at_once", [1, 64])
+def test_texts_of_several_lengths(
+    at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are encoded together with others of their length, in any order."""
+    monkeypatch.setattr(towers, "_TEXTS_AT_ONCE", at_once)
+    said = ("a blue ring", "the small red cross and a ring", "the red cross", "a ring")
+    measures = (f'measure score("{each}") as raw' for each in said)
+    found = support.run_file(support.experiment("e", *measures, measure=""), tmp_path, "clip/dual")
+    for each, measure in zip(said, found["e"].measures, strict=True):
+        expected = [score("clip/dual", n, each, ()) for n in range(3)]
+        np.testing.assert_allclose(measure.patched[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["clip/dual", "siglip/dual"])
+def test_rows_are_kept_and_expected_by_the_choice(name: str, tmp_path: Path) -> None:
+    """Among the classes, whatever else is measured."""
+    scores = np.array([[score(name, n, each, ()) for each in CLASSES] for n in range(3)])
+    own = [CLASSES.index(f"a photo of a {each}") for each in support.ANSWERS]
+    ranks = [1 + int((row > row[at]).sum()) for row, at in zip(scores, own, strict=True)]
+    last = max(ranks)
+    assert min(ranks) < last
+    zero = "ablate embed at image row 1 col * tokens with zero"
+    lines = (zero, f"keep rank(answer) < {last}", "expect accuracy(clean) < 1")
+    measure = 'measure score("the blue ring") as raw'
+    text = support.experiment("e", *lines, measure=measure)
+    found = support.run_file(text, tmp_path, name)["e"]
+    assert len(found.row_ids) == sum(rank < last for rank in ranks)
+    [expected] = found.outcomes
+    assert expected.value == pytest.approx(np.mean([rank == 1 for rank in ranks]))
 
 
 # --- models in folders, the store, what is refused ------------------------------------------------
@@ -159,8 +192,14 @@ PROB = "measure prob(answer) as raw"
 
 
 def test_texts_that_are_too_long_are_refused(tmp_path: Path) -> None:
-    long = support.OF_TEXTS.replace('"a photo of a {other}"', f'"the {"small " * 11}{{other}}"')
+    of = '"a photo of a {other}"'
+    most = duals.LONGEST - len(("<s>", "the", "ring", "</s>"))
+    short, long = (
+        support.OF_TEXTS.replace(of, f'"the {"small " * count}{{other}}"')
+        for count in (most, most + 1)
+    )
     text = support.experiment("e", "ablate embed at image tokens with zero")
+    support.run_file(text, tmp_path, "clip/dual", blocks=short)
     _, found = support.try_file(text, tmp_path, "clip/dual", blocks=long)
     assert [each.code for each in found if each.severity == "error"] == ["E0511"]
 
