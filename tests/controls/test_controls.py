@@ -97,7 +97,7 @@ def same_band(result: ExperimentResult, cell: int, values: np.ndarray, measure: 
 
 
 PATCH = ("from clean into fewer", "measure logit(answer) as delta")
-BOTH = (
+MEASURED_TWICE = (
     "from clean into fewer",
     "measure logit(answer) - logit(answer of fewer) as recovery",
     "measure logit(answer) as delta",
@@ -115,7 +115,7 @@ def test_two_heads_together() -> None:
             f"for l in [{first.layer}] {{ patch layer l head {first.unit} at last-item token }} "
             f"for k in [{second.layer}] {{ patch layer k head {second.unit} at last-item token }}"
         )
-    found = explicit(rules, *BOTH)
+    found = explicit(rules, *MEASURED_TWICE)
     for measure in range(2):
         same_band(results()["together"], 0, effects(found, measure), measure)
 

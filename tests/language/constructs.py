@@ -1936,7 +1936,7 @@ _on_image(
 )
 _on_image(
     "map of windows",
-    "for r in 1..3 { for c in 1..3 { replace image row r..r + 1 col c..c + 1 tokens with gray } }",
+    "for r in 1..3 { replace image row r..r + 1 col * tokens with gray }",
     "A window of several patches that moves makes a map too, where maps are named: its number is "
     "shared evenly among its patches, and a patch that several windows have gets the mean of its "
     "shares.",

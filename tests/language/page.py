@@ -25,7 +25,7 @@ INTRO = """\
 
 Every construct that is executed: an example, what it means, where the definition comes from, and
 the test that holds it. What the language has beyond that (bases and subspaces, `feature` sites,
-estimators, circuits, search, images in prompts) parses, and is refused with
+more estimators, circuits, search, images in prompts) parses, and is refused with
 [E0108](errors/E0108.md).
 
 Singular sweeps, plural joins: `layer 0..2` is one run per layer, `layers 0..2` one run with all

@@ -29,7 +29,7 @@ from ..execute.support import (
     token,
 )
 from ..execute.test_stored_values import check_case
-from ..images import support, test_text_towers, towers
+from ..images import duals, support, texts
 from ..images.support import ANSWERS, FRONT, GRID, LABELS, WRONG
 from ..quick import some
 from .models import bare, double
@@ -233,55 +233,45 @@ def test_images(name: str, tmp_path: Path) -> None:
 
 
 def of_pair(name: str, row: int, text: str, tower: str) -> Product:
-    given = {"pixel_values": towers.pixels(name, row), **towers.inputs(name, text)}
-    seen = _dual_model(name)(**given, output_attentions=True)
+    given = {"pixel_values": support.pixels(name, row), **duals.inputs(name, text)}
+    seen = _image_model(name)(**given, output_attentions=True)
     return product(seen.logits_per_image[0, 0], getattr(seen, f"{tower}_output").attentions)
 
 
-@cache
-def _dual_model(name: str) -> Any:
-    return eager(towers.double(name))
-
-
-@pytest.mark.parametrize("name", some(towers.NAMES, ["clip"]))
+@pytest.mark.parametrize("name", some(duals.NAMES, ["clip/dual"]))
 def test_scores_of_images(name: str, tmp_path: Path) -> None:
-    query = "cls token" if towers.FRONT[name] else "image row 2 col 1 token"
-    front = towers.FRONT[name]
-    at = 0 if front else GRID
+    query = "cls token" if FRONT[name] else "image row 2 col 1 token"
+    at = 0 if FRONT[name] else support.token(name, 2, 1)
     line = f"block attention vision layer * heads * from {query} to each token of image"
     text = support.experiment("maps", line, USING, measure="measure score(answer) as raw")
-    found = towers.run_file(text, tmp_path, name)["maps"]
-    every = [of_pair(name, row, towers.answer(row), "vision_model") for row in range(3)]
+    found = support.run_file(text, tmp_path, name)["maps"]
+    answers = [f"a photo of a {answer}" for answer in ANSWERS]
+    every = [of_pair(name, row, answer, "vision_model") for row, answer in enumerate(answers)]
 
     def expected(layer: int, position: str) -> list[float]:
-        row, col = PLACES[position]
-        key = [front + (row - 1) * GRID + col - 1]
+        key = [support.token(name, *PLACES[position])]
         return [edges(own, [layer], range(own.shape[1]), [at], key) for own in every]
 
     assert agrees(found, 0, expected) > 1e-2
 
 
-@pytest.mark.parametrize("name", some(towers.NAMES, ["clip"]))
+@pytest.mark.parametrize("name", some(duals.NAMES, ["clip/dual"]))
 def test_scores_of_texts(name: str, tmp_path: Path) -> None:
     """Texts of other lengths, which are padded."""
-    test_text_towers.write_texts(tmp_path)
-    texts = test_text_towers.TEXTS
-    line = "block attention text layer * heads * from token -1 to thing token"
+    texts.write(tmp_path)
+    line = "block attention text layer * heads * from token -1 to thing tokens"
     lines = ("model m", "prompts captions", line, USING, "measure score as raw", support.STATS)
     text = "experiment e {\n" + "\n".join(lines) + "\n}\n"
-    found = towers.run_file(text, tmp_path, name, blocks=test_text_towers.BLOCKS)["e"]
-    every = [of_pair(name, row, texts[row], "text_model") for row in range(3)]
+    blocks = support.blocks_of(name) + texts.BLOCKS
+    found = support.run_file(text, tmp_path, name, blocks=blocks)["e"]
+    views = [texts.TextView(name, row, "own") for row in range(3)]
+    written = [f"{before} {thing}{behind}" for before, thing, behind, _ in texts.PARTS]
+    every = [of_pair(name, row, own, "text_model") for row, own in enumerate(written)]
 
     def expected(layer: int) -> list[float]:
         return [
-            edges(
-                own,
-                [layer],
-                range(own.shape[1]),
-                [test_text_towers.length(name, row) - 1],
-                [test_text_towers.place(name, row)],
-            )
-            for row, own in enumerate(every)
+            edges(own, [layer], range(own.shape[1]), view.at("FRONT"), view.at("thing tokens"))
+            for view, own in zip(views, every, strict=True)
         ]
 
     assert agrees(found, 0, expected) > 1e-3
