@@ -335,6 +335,7 @@ def test_all_passes_together_change_nothing(data: Path) -> None:
     hold(data, lambda _: [frozenset()], EXAMPLES, 1)
 
 
+@pytest.mark.slow
 def test_any_passes_together_change_nothing(data: Path) -> None:
     hold(data, lambda drawn: [drawn], EXAMPLES, 1)
 

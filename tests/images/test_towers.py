@@ -96,6 +96,19 @@ def test_rows_are_kept_and_expected_by_the_choice(name: str, tmp_path: Path) -> 
     assert expected.value == pytest.approx(np.mean([rank == 1 for rank in ranks]))
 
 
+def test_rows_are_kept_by_a_text_that_nothing_else_names(tmp_path: Path) -> None:
+    name, text = "clip/dual", "the small red ring"
+    own = [score(name, n, text, ()) for n in range(3)]
+    middle = float(np.mean(own))
+    lines = (
+        "ablate embed at image row 1 col * tokens with zero",
+        f'keep score("{text}") > {middle}',
+    )
+    measure = 'measure score("the blue ring") as raw'
+    found = support.run_file(support.experiment("e", *lines, measure=measure), tmp_path, name)["e"]
+    assert len(found.row_ids) == sum(each > middle for each in own)
+
+
 # --- models in folders, the store, what is refused ------------------------------------------------
 
 FILE = """\

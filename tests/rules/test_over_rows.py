@@ -703,12 +703,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("line", REFUSED, ids=lambda line: line.replace(AT, "…"))
 def test_what_is_refused(tmp_path: Path, line: str) -> None:
-    write(tmp_path)
-    text = f"experiment e {{\n  model m\n  prompts p\n  {line}\n}}\n"
-    result, diagnostics = try_file(text, tmp_path, bare("gpt2"), prompts=PROMPTS)
-    assert result is None
-    shown = render_full(diagnostics, color=False, width=200)
-    assert REFUSED[line] in shown, shown
+    check_refused(tmp_path, line, REFUSED[line])
 
 
 def test_more_vectors_than_there_is_room_for(
@@ -740,3 +735,12 @@ def test_fewer_distinct_rows_than_folds_at_a_position(tmp_path: Path) -> None:
     """The first token is the same in all: there is nothing to be dealt out."""
     found = run(tmp_path, "gpt2", "observe probe(size) at resid_post layer 0 at token 0")
     assert "5 folds of 1 distinct rows" in (found.statistics[0].reasons[0] or "")
+
+
+def check_refused(folder: Path, line: str, said: str) -> None:
+    write(folder)
+    text = f"experiment e {{\n  model m\n  prompts p\n  {line}\n}}\n"
+    result, diagnostics = try_file(text, folder, bare("gpt2"), prompts=PROMPTS)
+    assert result is None
+    shown = render_full(diagnostics, color=False, width=200)
+    assert said in shown, shown

@@ -11,9 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from mechdsl.base.digest import digest
-from mechdsl.diagnostics.render import render_full
 
-from ..execute.support import MODES, ids_of, run_file, try_file
+from ..execute.support import MODES, ids_of, run_file
 from ..reference.forward import forward
 from .models import bare, double
 from .test_over_rows import (
@@ -21,6 +20,7 @@ from .test_over_rows import (
     PROMPTS,
     RECORDS,
     SEED,
+    check_refused,
     dealt_values,
     hits,
     run,
@@ -273,9 +273,4 @@ REFUSED = {
 
 @pytest.mark.parametrize("line", REFUSED, ids=lambda line: line.replace(WHERE, "…"))
 def test_what_is_refused(tmp_path: Path, line: str) -> None:
-    write(tmp_path)
-    text = f"experiment e {{\n  model m\n  prompts p\n  {line}\n}}\n"
-    result, diagnostics = try_file(text, tmp_path, bare("gpt2"), prompts=PROMPTS)
-    assert result is None
-    shown = render_full(diagnostics, color=False, width=200)
-    assert REFUSED[line] in shown, shown
+    check_refused(tmp_path, line, REFUSED[line])

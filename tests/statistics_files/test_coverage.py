@@ -90,6 +90,7 @@ def test_one_in_ten_may_fall_short_for_a_reason() -> None:
     assert sum("why" in sentence for sentence in said) == 3
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_counts_in_any_process() -> None:
     key = "interval of a mean: normal, n = 8: covered"
     (spawned,) = simulate([key], 3, 1, lambda _: None, quick=True)
