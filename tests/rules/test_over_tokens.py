@@ -17,6 +17,7 @@ from ..reference.forward import forward
 from .models import bare, double
 from .test_over_rows import (
     FAMILIES,
+    OTHERS,
     PROMPTS,
     RECORDS,
     SEED,
@@ -251,6 +252,27 @@ def test_whether_the_cluster_is_the_same_in_another_run(tmp_path: Path, name: st
     expected = [each.mean() for each in np.split(same, ends)]
     np.testing.assert_allclose(found["e.kept"].measures[0].patched[0], expected)
     assert 0 < np.mean(expected) < 1
+
+
+@pytest.mark.parametrize("name", FAMILIES[:2])
+def test_clusters_that_are_fitted_to_other_rows(tmp_path: Path, name: str) -> None:
+    """Those of the other rows by themselves, and how likely each token of these is of them."""
+    line = "observe clusters(3, train: q) resid_post layer 1 at each token of left as concept"
+    values = cluster_values(trained(tmp_path, name, line), 3)
+    own = "observe clusters(3) resid_post layer 1 at each token of left as concept"
+    text = f"seed {SEED}\nexperiment e {{ model m prompts q {own} }}\n"
+    [found] = run_file(text, tmp_path, bare(name), prompts=PROMPTS + OTHERS).values()
+    others = cluster_values(found, 3)
+    vectors = tokens(name, "resid_post", 1, "left tokens")
+    sizes = [len(each) for each in vectors]
+
+    def flat(of: Array, first: int) -> Array:
+        places = ((row, at) for row in range(of.shape[2]) for at in range(sizes[first + row]))
+        return np.array([of[:, cell_of(at, sizes[first + row]), row] for row, at in places])
+
+    expected = probabilities(vectors[:16], members(flat(others, 0)), vectors[16:25])
+    np.testing.assert_allclose(flat(values, 16), expected, atol=1e-3)
+    assert np.ptp(expected, axis=0).max() > 0.1
 
 
 # --- what is refused, and what is said ------------------------------------------------------------
