@@ -74,8 +74,10 @@ class CachedPasses:
         """[row] the number of its prompt."""
         acting = first_acting(len(prompts), prefill, kept, steps)
         lowest = np.zeros_like(acting)
-        if way.places:
+        if way.places is not None:
             lowest = lowest_acting(model, len(prompts), prefill, kept, steps)
+            if not way.places.attention:
+                lowest -= lowest % 2
         self._blocks = SharedBlocks(self._texts, acting, lowest, layers)
         self._places = way.places
         self._leaders: list[int] = []

@@ -40,7 +40,7 @@ class NewTokens:
     numbers: Tensor | None = None
     """[n, Q] long, position ids; None: tokens are counted."""
     running: int | None = None
-    """Rows of the block that runs, where it is the first ones alone."""
+    """Rows of what runs, where it is the first ones alone."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -96,7 +96,7 @@ def run_cached(
     rows: slice,
     acting: RuleWrites,
     lineup: Lineup | None = None,
-    places: Places = (),
+    places: Places | None = None,
 ) -> Tensor:
     """[n, vocab] behind the last of the tokens; their keys and values are kept.
 
@@ -111,6 +111,7 @@ def run_cached(
     lineup = lineup if lineup is not None and lineup.shares else None
     some = nullcontext()
     if lineup is not None:
+        assert places is not None
         some = only_first_rows(model, lineup, places, partial(setattr, tokens, "running"))
     with _running(model, work, tokens, kept, acting), some:
         output = _called(model, tokens, kept.at(rows, tokens.first, tokens.count, lineup))

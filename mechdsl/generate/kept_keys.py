@@ -116,7 +116,7 @@ class KeptKeys(Cache):
         self.rows = slice(0, rows)
         """Of the pass that runs."""
         self._lineup: Lineup | None = None
-        """Which of these each of its blocks computes; None: all."""
+        """Which of these each of its blocks attends with; None: all."""
         self.first = 0
         """Column of its first token, without those that are shared."""
         self.asked = False
@@ -157,7 +157,7 @@ class KeptKeys(Cache):
         """Of the pass that runs, in one layer."""
         if self._lineup is None:
             return self.rows
-        return slice(self.rows.start, self.rows.start + self._lineup.rows(layer))
+        return slice(self.rows.start, self.rows.start + self._lineup.attending(layer))
 
     def handed(self, layer: int, keys: Tensor, values: Tensor) -> bool:
         """Whether a block's attention is called with what is kept of it, as it was given."""

@@ -1,5 +1,9 @@
-"""Rows that have written the same are equal below the first block in which anything acts on them:
-there, one of them is computed for all."""
+"""Rows that have written the same are equal up to where anything acts on them first: there, one of
+them is computed for all.
+
+Places are counted in half blocks: 2 · block is where a block begins, and 2 · block + 1 where its
+attention has been computed, in front of the output projection.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +18,22 @@ from mechdsl.generate.states import States
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteWrite
 from mechdsl.hooks.rule_writes import RuleWrites
-from mechdsl.vocab.sites import SITES
+from mechdsl.vocab.sites import SITES, of_stage
+
+BEHIND_ATTENTION = of_stage("mixed", "middle", "mlp", "in_mlp", "end")
+"""Sites of a block that its attention doesn't hang on, for the same token and for later ones."""
 
 
 @dataclass(frozen=True, eq=False)
 class Lineup:
-    """From which block on each state of a pass has a row of its own."""
+    """From where on each state of a pass has a row of its own."""
 
     begins: Ints
-    """[state] ascending; `n_layers` where only what lies behind all blocks is its own."""
+    """[state] half blocks, ascending; 2 · `n_layers` where only what lies behind all blocks is its
+    own."""
     like: Ints
-    """[state] the one that it is equal to in the blocks in front of that; itself where it has a row
-    in all. Those that others are equal to have one in all."""
+    """[state] the one that it is equal to in front of that; itself where it has a row everywhere.
+    Those that others are equal to have one everywhere."""
 
     def __len__(self) -> int:
         return len(self.begins)
@@ -37,16 +45,21 @@ class Lineup:
 
     @property
     def shares(self) -> bool:
-        """Whether any state has none in some block."""
+        """Whether any state has none somewhere."""
         return len(self) > 0 and int(self.begins[-1]) > 0
 
+    def attending(self, block: int) -> int:
+        """States that have a row in a block's attention, and keys there: the first ones."""
+        return int(np.searchsorted(self.begins, 2 * block, side="right"))
+
     def rows(self, block: int) -> int:
-        """States that have a row in a block: the first ones."""
-        return int(np.searchsorted(self.begins, block, side="right"))
+        """States that have a row in the rest of a block: the first ones, those that attend among
+        them."""
+        return int(np.searchsorted(self.begins, 2 * block + 1, side="right"))
 
     def place(self, states: Ints, block: int) -> Ints:
-        """In which row of a block each of these states is computed."""
-        return np.where(self.begins[states] <= block, states, self.like[states])
+        """In which row of a block's attention each of these states is computed."""
+        return np.where(self.begins[states] <= 2 * block, states, self.like[states])
 
 
 Moves = tuple[Ints, Ints]
@@ -58,7 +71,7 @@ class SharedBlocks:
 
     def __init__(self, texts: Ints, acting: Ints, lowest: Ints, n_layers: int) -> None:
         """texts: [row] equal where prompts are. acting: [row] the first step in which anything is
-        done to it. lowest: [row] the first block in which anything ever is."""
+        done to it. lowest: [row] the first half block in which anything ever is."""
         self._texts = texts
         self._acting = acting
         self._lowest = lowest
@@ -83,7 +96,8 @@ class SharedBlocks:
         tokens = np.array(newest)
         pairs = self._written[parents] * (1 + tokens.max()) + tokens
         written = np.unique(pairs, return_inverse=True)[1]
-        lowest = np.where(self._acting[rows] <= step, self._lowest[rows], self._n_layers)
+        nowhere = 2 * self._n_layers
+        lowest = np.where(self._acting[rows] <= step, self._lowest[rows], nowhere)
         leads = self.lineup.like[parents] != parents  # False sorts first: it has all of its keys
         order = np.lexsort((parents, leads, -lowest, written))
         first = np.ones(len(order), dtype=bool)
@@ -100,7 +114,7 @@ class SharedBlocks:
         return States([states.rows[state] for state in at.tolist()], parents.tolist())
 
     def _moved(self, before: Lineup, parents: Ints, block: int) -> Moves:
-        now = np.arange(self.lineup.rows(block))
+        now = np.arange(self.lineup.attending(block))
         was = before.place(parents[: len(now)], block)
         other = was != now
         return was[other], now[other]
@@ -127,26 +141,26 @@ def lowest_acting(
     kept: Sequence[SiteWrite],
     steps: Sequence[StepRules],
 ) -> Ints:
-    """[row] the first block in which anything is ever done to it; `n_layers` where nothing is, or
-    behind all blocks alone."""
-    found = np.full(count, model.shape.n_layers, dtype=np.int64)
+    """[row] the first half block in which anything is ever done to it; 2 · `n_layers` where nothing
+    is, or behind all blocks alone."""
+    found = np.full(count, 2 * model.shape.n_layers, dtype=np.int64)
     writes = [*prefill.writes, *kept, *(each for rules in steps for each in rules.writes)]
     edges = [*prefill.edges, *(each.edge for rules in steps for each in rules.edges)]
     places = [
-        *((each.rows, _lowest_block(model, each)) for each in writes),
-        *((each.rows, each.layer) for each in edges),
+        *((each.rows, _begin(model, each)) for each in writes),
+        *((each.rows, 2 * each.layer) for each in edges),
         *((each.rows, 0) for each in prefill.numbers),
     ]
-    for rows, block in places:
+    for rows, begin in places:
         index = rows.cpu().numpy()
-        found[index] = np.minimum(found[index], block)
+        found[index] = np.minimum(found[index], begin)
     return found
 
 
-def _lowest_block(model: LoadedModel, write: SiteWrite) -> int:
-    """The first block whose rows a write tells apart."""
-    n_layers = model.shape.n_layers
+def _begin(model: LoadedModel, write: SiteWrite) -> int:
+    """The first half block whose rows a write tells apart."""
     if write.layer is None:
-        return 0 if SITES[write.site].when == "embedding" else n_layers
-    after = SITES[write.site].when == "after"  # what the block returns is changed
-    return write.layer + int(after)
+        return 0 if SITES[write.site].when == "embedding" else 2 * model.shape.n_layers
+    if SITES[write.site].when == "after":  # what the block returns is changed
+        return 2 * (write.layer + 1)
+    return 2 * write.layer + int(write.site in BEHIND_ATTENTION)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.generate.cached_pass import NewTokens, keep, run_cached
-from mechdsl.generate.first_rows import Places, by_row, noting_lengths
+from mechdsl.generate.first_rows import Places, attention_path, by_row, noting_lengths
 from mechdsl.generate.kept_keys import KeptKeys
 from mechdsl.generate.shared_blocks import Lineup
 from mechdsl.hooks.batch import Batch
@@ -38,9 +39,8 @@ class Way:
     """Why it is whole passes."""
     shares: bool = True
     """Whether attention to what rows of a prompt have in common can be computed together."""
-    places: Places = field(default=(), compare=False)
-    """Where rows stand in calls of blocks, if these can compute some of the rows alone; else
-    empty."""
+    places: Places | None = field(default=None, compare=False)
+    """Where rows stand in calls of blocks, if these can compute some of the rows alone."""
 
 
 _KNOWN: WeakKeyDictionary[LoadedModel, dict[bool, Way]] = WeakKeyDictionary()
@@ -105,20 +105,31 @@ def _places(
     inside: bool,
     whole: Tensor,
     shares: bool,
-) -> Places:
-    """Of `Way`."""
-    half, two = model.shape.n_layers // 2, len(prompts)
-    lineup = Lineup(np.array([0] * two + [half, half + 1]), np.array([0, 1, 0, 1]))
+) -> Places | None:
+    """Of `Way`: with attention that has fewer rows than its block, else without."""
+    half, two, blocks = model.shape.n_layers // 2, len(prompts), model.anatomy.blocks
+    paths = [block.path for block in blocks]
+    within = [path for block in blocks if (path := attention_path(block)) is not None]
+    paths += within if len(within) == len(blocks) else []
     try:
-        with noting_lengths(model) as few:
+        with noting_lengths(model, paths) as few:
             _cached(model, prompts, False, shares=False)
-        with noting_lengths(model) as more:
+        with noting_lengths(model, paths) as more:
             _cached(model, [*prompts, prompts[0]], False, shares=False)
-        places = tuple(by_row(a, two, b) for a, b in zip(few, more, strict=True))
-        some = _cached(model, [*prompts, *prompts], inside, shares=shares, by=(lineup, places))
     except Exception:
-        return ()
-    return places if _off(some, torch.cat([whole, whole])) <= _allowed(model) else ()
+        return None
+    every = tuple(by_row(a, two, b) for a, b in zip(few, more, strict=True))
+    end = len(blocks)
+    for attention in (every[end:], ()) if every[end:] else ((),):
+        begins = [2 * half + int(bool(attention)), 2 * half + 2]
+        lineup = Lineup(np.array([0] * two + begins), np.array([0, 1, 0, 1]))
+        places = Places(every[:end], attention)
+        with suppress(Exception):
+            by = lineup, places
+            some = _cached(model, [*prompts, *prompts], inside, shares=shares, by=by)
+            if _off(some, torch.cat([whole, whole])) <= _allowed(model):
+                return places
+    return None
 
 
 def _off(found: Tensor, whole: Tensor) -> float:
@@ -154,7 +165,7 @@ def _cached(
     first, end = _COMMON, _COMMON + _OWN
     while end <= width:
         tokens = NewTokens(batch.ids[:, first:end], batch.starts, first)
-        some = by if by is not None and end == first + 1 else (None, ())
+        some = by if by is not None and end == first + 1 else (None, None)
         acting = RuleWrites()
         if inside and len(found) % 2 == 0:
             acting = _nothing(model, tokens, some[0] or Lineup.apart(len(prompts)))
@@ -170,7 +181,7 @@ def _nothing(model: LoadedModel, tokens: NewTokens, lineup: Lineup) -> RuleWrite
     for layer in range(model.shape.n_layers):
         if not model.shape.has("pattern", layer):
             continue
-        rows = torch.arange(lineup.rows(layer))
+        rows = torch.arange(lineup.attending(layer))
         none, one = torch.zeros_like(rows), torch.ones(len(rows))
         edges.append(
             EdgeWrite(layer, "reweight", rows, newest[rows], none, rows, none, one),

@@ -63,14 +63,19 @@ def rules_of(model: LoadedModel) -> Rules:
 
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """[pass] rows that each block has, and states, of passes that share blocks."""
+    """[pass] rows that each block's attention and the rest of it have, and states, of passes that
+    share blocks."""
     found: list[list[int]] = []
     before = cached.run_cached
 
     def run(model: LoadedModel, tokens: Any, *rest: Any) -> Any:
         if len(rest) == 5 and rest[3].shares:
             lineup: Lineup = rest[3]
-            each = [lineup.rows(block) for block in range(model.shape.n_layers)]
+            each = [
+                rows(block)
+                for block in range(model.shape.n_layers)
+                for rows in (lineup.attending, lineup.rows)
+            ]
             found.append([*each, len(lineup)])
         return before(model, tokens, *rest)
 
@@ -169,14 +174,14 @@ def test_keys_lie_where_they_are_read(seed: int) -> None:
     random = np.random.default_rng(seed)
     count = int(random.integers(1, 14))
     texts = random.integers(0, 2, count)
-    lowest = random.integers(0, LAYERS + 1, count)
+    lowest = random.integers(0, 2 * LAYERS + 1, count)
     acting = random.choice([0, 0, 1, 3, 9], count)
     blocks = SharedBlocks(texts, acting, lowest, LAYERS)
     own = [(int(row),) for row in range(count)]
 
     def content(row: int, block: int, step: int, reply: Sequence[int]) -> Content:
         """What the keys of a block hang on."""
-        acted = acting[row] <= step and lowest[row] <= block
+        acted = acting[row] <= step and lowest[row] <= 2 * block
         return int(texts[row]), tuple(reply[:step]), own[row] if acted else ()
 
     states = States([[row] for row in range(count)], list(range(count)))
@@ -202,14 +207,14 @@ def test_keys_lie_where_they_are_read(seed: int) -> None:
             was = dict(keys[block])
             for a, b in zip(of.tolist(), to.tolist(), strict=True):
                 keys[block][b] = was[a]
-            for place, row in enumerate(states.leaders[: lineup.rows(block)]):
+            for place, row in enumerate(states.leaders[: lineup.attending(block)]):
                 keys[block][place] = [
                     *keys[block][place],
                     content(row, block, step, replies[row]),
                 ]
             for state, row in enumerate(states.leaders):
                 place = int(lineup.place(np.array([state]), block)[0])
-                assert place < lineup.rows(block)
+                assert place < lineup.attending(block)
                 assert keys[block][place] == [
                     content(row, block, each, replies[row]) for each in range(step + 1)
                 ]
@@ -217,16 +222,16 @@ def test_keys_lie_where_they_are_read(seed: int) -> None:
 
 def test_most_rows_stay_where_they_are() -> None:
     """Only those are moved that fill a hole or come to have a row in more blocks."""
-    blocks = SharedBlocks(np.zeros(6, int), np.zeros(6, int), np.array([0, 3, 3, 2, 2, 2]), 4)
+    blocks = SharedBlocks(np.zeros(6, int), np.zeros(6, int), np.array([0, 6, 6, 4, 4, 4]), 4)
     blocks.begin(States([[row] for row in range(6)], list(range(6))))
     states = blocks.arrange(States([[row] for row in range(6)], list(range(6))), [7] * 6, 1)
-    assert blocks.lineup.begins.tolist() == [0, 0, 2, 2, 2, 3]
+    assert blocks.lineup.begins.tolist() == [0, 0, 4, 4, 4, 6]
     assert blocks.lineup.like.tolist() == [0, 1, 1, 1, 1, 1]
     assert states.leaders == [0, 1, 5, 3, 4, 2]
     again = blocks.arrange(States(states.rows, list(range(6))), [7] * 6, 2)
     assert again.leaders == states.leaders
     assert all(len(of) == 0 for of, _ in blocks.moves)
     last = blocks.arrange(States(states.rows, list(range(6))), [7, 7, 7, 7, 8, 7], 3)
-    assert blocks.lineup.begins.tolist() == [0, 0, 0, 2, 2, 3]
+    assert blocks.lineup.begins.tolist() == [0, 0, 0, 4, 4, 6]
     assert last.leaders == [0, 1, 4, 3, 5, 2]
     assert [len(of) for of, _ in blocks.moves] == [1, 1, 2, 2]
