@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.base.arrays import Ints
 from mechdsl.generate.records import StepEdge, StepRules
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import SiteWrite
@@ -19,9 +21,9 @@ from mechdsl.hooks.rule_writes import RuleWrites
 class Chosen:
     """Some rows, which are those of a pass."""
 
-    def __init__(self, count: int, rows: Sequence[int]) -> None:
+    def __init__(self, count: int, rows: Sequence[int] | Ints) -> None:
         """rows: of `count` ones, in the order of the pass; each at most once."""
-        self.rows = torch.tensor(list(rows), dtype=torch.long)
+        self.rows = torch.from_numpy(np.array(rows, dtype=np.int64))
         self.to = torch.full((count,), -1, dtype=torch.long)
         """[row] which row of the pass it is; -1 where it isn't there."""
         self.to[self.rows] = torch.arange(len(self.rows))

@@ -59,7 +59,10 @@ class CachedPasses:
         self.columns = max(map(len, prompts))
         """Of all prompts, padded on the left."""
         own = _own_tokens(prompts, prefill)
-        self._own = own
+        self.own = own
+        """[row] the tokens that only its prefill computes."""
+        self._lengths = np.array([len(prompt) for prompt in prompts])
+        """[row] tokens of its prompt."""
         self._number: dict[tuple[int, ...], int] = {}
         for prompt in prompts:
             self._number.setdefault(prompt, len(self._number))
@@ -80,7 +83,7 @@ class CachedPasses:
                 lowest -= lowest % 2
         self._blocks = SharedBlocks(self._texts, acting, lowest, layers)
         self._places = way.places
-        self._leaders: list[int] = []
+        self._leaders = np.zeros(0, dtype=np.int64)
         """[state] rows of the step before; what follows is of these."""
         self._chosen: Chosen | None = None
         self._starting = torch.zeros(0)
@@ -91,35 +94,32 @@ class CachedPasses:
         """Which rules acted in the step before; what they did is `_acted`."""
         self._acted = RuleWrites()
 
-    def own(self, row: int) -> int:
-        """The tokens that only this row's prefill computes."""
-        return int(self._own[row])
-
-    def arranged(self, states: States, step: int, ids: Sequence[Sequence[int]]) -> States:
+    def arranged(self, states: States, ids: Ints) -> States:
         """The states of a step in the order in which it computes them.
 
-        ids: [row] the reply so far, of `step` tokens.
+        ids: [row, step] the replies so far.
         """
-        return self._blocks.arrange(states, [ids[row][-1] for row in states.leaders], step)
+        return self._blocks.arrange(states, ids[states.leaders, -1], ids.shape[1])
 
-    def logits(self, states: States, step: int, ids: Sequence[Sequence[int]]) -> Tensor:
+    def logits(self, states: States, ids: Ints) -> Tensor:
         """[state, vocab] behind the newest token of each state.
 
-        ids: [row] the reply so far, of `step` tokens.
+        ids: [row, step] the replies so far.
         """
+        step = ids.shape[1]
         if step == 0:
             self._blocks.begin(states)
             return self._prefill(states)
         first, rows = self.columns + step - 1, states.leaders
         self.keys.move(self._blocks.moves, first)
-        if self._chosen is None or rows != self._leaders:
+        if self._chosen is None or not np.array_equal(rows, self._leaders):
             self._leaders, self._before = rows, None
             self._chosen, self._starting = Chosen(len(self.prompts), rows), self._starts(rows)
             if self.keys.shared is not None:
                 self.keys.shared.stand(self._texts[rows])
         if step == 1:
             self._edit(states, self._chosen)
-        new = torch.tensor([[ids[row][-1]] for row in rows], device=self.model.device)
+        new = torch.from_numpy(ids[rows, -1:]).to(self.model.device)
         tokens = NewTokens(new, self._starting, first)
         acting = self._acting(self._chosen, step)
         every = slice(0, len(states))
@@ -148,16 +148,15 @@ class CachedPasses:
             self._few[acts] = [joined, *others]
         return self._few[acts]
 
-    def _starts(self, rows: Sequence[int]) -> Tensor:
+    def _starts(self, rows: Ints) -> Tensor:
         """[n] columns of first tokens."""
-        starts = [self.columns - len(self.prompts[row]) for row in rows]
-        return torch.tensor(starts, device=self.model.device)
+        return torch.from_numpy(self.columns - self._lengths[rows]).to(self.model.device)
 
     # --- the prefill ------------------------------------------------------------------------
 
     def _prefill(self, states: States) -> Tensor:
         rows = states.leaders
-        own = np.array([self.own(row) for row in rows])
+        own = self.own[rows]
         found: list[Tensor] = []
         shared = self._shared(states, own)
         if shared is not None:
@@ -179,7 +178,7 @@ class CachedPasses:
         rows = states.leaders
         of: list[int] = self._texts[rows].tolist()
         lead = [of.index(number) for number in range(len(self._number))]
-        batch = self._batch([rows[state] for state in lead])
+        batch = self._batch(rows[lead])
         keys = KeptKeys(self.model.shape.n_layers, len(lead), columns)
         acting, index = RuleWrites(blocks=self.prefill.blocks), torch.tensor(of)
         each, found = max(1, self.limit // columns), list[Tensor]()
@@ -195,7 +194,7 @@ class CachedPasses:
         self.keys.fill(keys, index, columns)
         return torch.cat(found)[index[:whole].to(self.model.device)] if whole else None
 
-    def _suffix(self, rows: Sequence[int], part: slice, count: int) -> Tensor:
+    def _suffix(self, rows: Ints, part: slice, count: int) -> Tensor:
         """[n, vocab] of some of the rows, whose last tokens are computed, behind those that are
         kept already."""
         rows = rows[part]
@@ -207,10 +206,10 @@ class CachedPasses:
         tokens = NewTokens(batch.ids[:, first:], batch.starts, first, numbers)
         return run_cached(self.model, tokens, self.keys, part, merged(acting, len(rows)))
 
-    def _batch(self, rows: Sequence[int]) -> Batch:
+    def _batch(self, rows: Ints) -> Batch:
         """Whole prompts, as wide as the widest of all."""
         ids = torch.full((len(rows), self.columns), self.model.pad_id, dtype=torch.long)
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows.tolist()):
             prompt = self.prompts[row]
             ids[number, self.columns - len(prompt) :] = torch.tensor(prompt)
         ids, starts = ids.to(self.model.device), self._starts(rows)
@@ -231,7 +230,7 @@ class CachedPasses:
         if not edits:
             return
         touched = torch.cat([edit.rows for edit in edits]).unique()
-        some = [states.leaders[state] for state in touched.tolist()]
+        some = states.leaders[touched.numpy()]
         here = torch.full((len(states),), -1, dtype=torch.long)
         here[touched] = torch.arange(len(touched))
         edits = [edit.moved(here) for edit in edits]

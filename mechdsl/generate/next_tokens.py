@@ -3,51 +3,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.base.arrays import Ints
 from mechdsl.base.reply import Reply
 from mechdsl.generate.records import Decoding
+
+NO_TOKEN = -1
+"""Where logits are no numbers, and behind the end of a reply."""
 
 
 def next_tokens(
     logits: Tensor,
-    states: Sequence[int],
+    states: Ints,
     decoding: Decoding,
     random: Sequence[tuple[int, ...]],
     step: int,
-) -> list[int | None]:
-    """[row] the token that comes next; None where logits are no numbers.
+) -> Ints:
+    """[row] the token that comes next; NO_TOKEN where logits are no numbers.
 
     logits: [state, vocab]. states: [row]. random: [row] what its random numbers hang on, beside the
     step.
     """
     sound = logits.amax(-1).isfinite()
-    if bool(sound.all()):
-        return list(_tokens(logits, states, decoding, random, step))
-    logits = logits.where(sound[:, None], logits.new_zeros(()))
-    tokens = _tokens(logits, states, decoding, random, step)
-    usable = sound.tolist()
-    return [token if usable[state] else None for state, token in zip(states, tokens, strict=True)]
-
-
-def _tokens(
-    logits: Tensor,
-    states: Sequence[int],
-    decoding: Decoding,
-    random: Sequence[tuple[int, ...]],
-    step: int,
-) -> list[int]:
-    if not decoding.sampled:
-        best = logits.argmax(-1).tolist()
-        return [best[state] for state in states]
-    index = torch.tensor(list(states), device=logits.device)
-    drawn = torch.tensor([_uniform(key, step) for key in random], dtype=torch.float64)
-    return _sampled(logits, index, drawn.to(logits.device), decoding)
+    every = bool(sound.all())
+    if not every:
+        logits = logits.where(sound[:, None], logits.new_zeros(()))
+    if decoding.sampled:
+        index = torch.from_numpy(states).to(logits.device)
+        drawn = torch.tensor([_uniform(key, step) for key in random], dtype=torch.float64)
+        tokens = _sampled(logits, index, drawn.to(logits.device), decoding).cpu().numpy()
+    else:
+        tokens = logits.argmax(-1).cpu().numpy()[states]
+    return tokens if every else np.where(sound.cpu().numpy()[states], tokens, NO_TOKEN)
 
 
 def _uniform(key: tuple[int, ...], step: int) -> float:
@@ -56,7 +49,7 @@ def _uniform(key: tuple[int, ...], step: int) -> float:
     return float(np.random.Generator(np.random.Philox(seed)).random())
 
 
-def _sampled(logits: Tensor, states: Tensor, uniform: Tensor, decoding: Decoding) -> list[int]:
+def _sampled(logits: Tensor, states: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
     """[row] of [state, vocab]: tokens in the order of their logits, of equal ones the lowest id
     first, until their probabilities together exceed the random number.
 
@@ -77,7 +70,7 @@ def _sampled(logits: Tensor, states: Tensor, uniform: Tensor, decoding: Decoding
     wanted = uniform[:, None] * whole[states]
     place = (mass[states] <= wanted).sum(-1, keepdim=True)
     place = torch.minimum(place, (mass < whole).sum(-1, keepdim=True)[states])
-    return ids[states].gather(-1, place)[:, 0].tolist()
+    return ids[states].gather(-1, place)[:, 0]
 
 
 class Writing:
@@ -85,36 +78,39 @@ class Writing:
 
     def __init__(self, rows: int, decoding: Decoding) -> None:
         self.decoding = decoding
-        self.ids: list[list[int]] = [[] for _ in range(rows)]
+        self.ids = np.full((rows, decoding.tokens), NO_TOKEN)
+        """[row, token]"""
+        self._count = np.zeros(rows, dtype=np.int64)
+        """[row] tokens so far."""
+        self._ends = np.array(sorted(decoding.ends), dtype=np.int64)
         self._done: dict[int, Reply] = {}
 
-    def put(self, tokens: Mapping[int, int | None]) -> dict[int, int]:
-        """The next token of rows; of those that go on, it alone."""
-        going: dict[int, int] = {}
-        most, ends, stops = self.decoding.tokens, self.decoding.ends, self.decoding.stops
-        for row, token in tokens.items():
-            if token is None:
-                self._finish(row, "broken")
-            elif token in ends:
-                self._finish(row, "end")
-            else:
-                own = self.ids[row]
-                own.append(token)
-                if stops and self._stopped(row):
-                    continue
-                if len(own) == most:
-                    self._finish(row, "length")
-                else:
-                    going[row] = token
-        return going
+    def put(self, rows: Ints, tokens: Ints) -> Ints:
+        """The next token of each of some rows; NO_TOKEN for those whose reply is done."""
+        broken, ends = tokens < 0, np.isin(tokens, self._ends)
+        self._finish(rows[broken], "broken")
+        self._finish(rows[ends], "end")
+        goes = ~(broken | ends)
+        on = rows[goes]
+        self.ids[on, self._count[on]] = tokens[goes]
+        self._count[on] += 1
+        if self.decoding.stops:
+            goes[goes] = [not self._stopped(row) for row in on.tolist()]
+        full = goes & (self._count[rows] == self.decoding.tokens)
+        self._finish(rows[full], "length")
+        return np.where(goes & ~full, tokens, NO_TOKEN)
 
-    def _finish(self, row: int, ended: Literal["end", "length", "broken"]) -> None:
-        own = self.ids[row]
-        self._done[row] = Reply(tuple(own), self.decoding.decode(own), ended)
+    def _own(self, row: int) -> list[int]:
+        return self.ids[row, : self._count[row]].tolist()
+
+    def _finish(self, rows: Ints, ended: Literal["end", "length", "broken"]) -> None:
+        for row in rows.tolist():
+            own = self._own(row)
+            self._done[row] = Reply(tuple(own), self.decoding.decode(own), ended)
 
     def _stopped(self, row: int) -> bool:
         """Whether a stop text has come, where the reply ends then."""
-        own, decode = self.ids[row], self.decoding.decode
+        own, decode = self._own(row), self.decoding.decode
         text = decode(own)
         found = [place for stop in self.decoding.stops if (place := text.find(stop)) >= 0]
         if not found:

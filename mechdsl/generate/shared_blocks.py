@@ -64,6 +64,7 @@ class Lineup:
 
 Moves = tuple[Ints, Ints]
 """([k] rows before, [k] rows now) whose keys and values have to be copied."""
+NO_ROWS: Ints = np.zeros(0, dtype=np.int64)
 
 
 class SharedBlocks:
@@ -76,28 +77,32 @@ class SharedBlocks:
         self._acting = acting
         self._lowest = lowest
         self._n_layers = n_layers
-        self._written = np.zeros(0, dtype=np.int64)
-        """[state] equal where prompts and replies so far are."""
+        self._leader = np.zeros(0, dtype=np.int64)
+        """[state] one that has written the same behind the same prompt."""
+        self._begins = np.zeros(0, dtype=np.int64)
+        """[state] where what has been done to it begins."""
         self.lineup = Lineup.apart(0)
         self.moves: Sequence[Moves] = ()
         """[block] from the step before."""
 
     def begin(self, states: States) -> None:
         """The prefill has these."""
-        self._written = self._texts[states.leaders]
+        self._leader = self._texts[states.leaders]
         self.lineup = Lineup.apart(len(states))
 
-    def arrange(self, states: States, newest: Sequence[int], step: int) -> States:
+    def arrange(self, states: States, newest: Ints, step: int) -> States:
         """The states of a step in an order in which those that have rows in a block come first.
 
         newest: [state] the last token of its reply.
         """
-        rows, parents = np.array(states.leaders), np.array(states.parents)
-        tokens = np.array(newest)
-        pairs = self._written[parents] * (1 + tokens.max()) + tokens
+        rows, parents = states.leaders, states.parents
+        acted = self._acting[rows] <= step
+        lowest = np.where(acted, self._lowest[rows], 2 * self._n_layers)
+        if self._stands(lowest, parents, newest):
+            self.moves = [(NO_ROWS, NO_ROWS)] * self._n_layers
+            return states
+        pairs = self._leader[parents] * (1 + newest.max()) + newest
         written = np.unique(pairs, return_inverse=True)[1]
-        nowhere = 2 * self._n_layers
-        lowest = np.where(self._acting[rows] <= step, self._lowest[rows], nowhere)
         leads = self.lineup.like[parents] != parents  # False sorts first: it has all of its keys
         order = np.lexsort((parents, leads, -lowest, written))
         first = np.ones(len(order), dtype=bool)
@@ -109,9 +114,18 @@ class SharedBlocks:
         place = _places(begins, parents)
         at = np.argsort(place)
         before, self.lineup = self.lineup, Lineup(begins[at], place[like[at]])
-        self._written, parents = written[at], parents[at]
+        self._leader, self._begins, parents = place[leader[at]], lowest[at], parents[at]
         self.moves = [self._moved(before, parents, block) for block in range(self._n_layers)]
-        return States([states.rows[state] for state in at.tolist()], parents.tolist())
+        return states.placed(place)
+
+    def _stands(self, lowest: Ints, parents: Ints, newest: Ints) -> bool:
+        """Whether all is as it was in the step before: those that had written the same still
+        have."""
+        return (
+            np.array_equal(lowest, self._begins)
+            and np.array_equal(parents, np.arange(len(self._leader)))
+            and np.array_equal(newest, newest[self._leader])
+        )
 
     def _moved(self, before: Lineup, parents: Ints, block: int) -> Moves:
         now = np.arange(self.lineup.attending(block))

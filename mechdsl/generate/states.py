@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,25 +18,29 @@ NEVER = 1 << 40
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """What a pass computes."""
+    """What a pass computes: rows, and which of them stand for others too."""
 
-    rows: Sequence[Sequence[int]]
-    """[state] the rows that it stands for; the first of them leads."""
-    parents: Sequence[int]
+    rows: Ints
+    """[n] of one state side by side, ascending there; the first of them leads."""
+    of: Ints
+    """[n] the state of each of these, ascending."""
+    parents: Ints
     """[state] which one of the step before it goes on from."""
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.parents)
 
     @property
-    def leaders(self) -> list[int]:
+    def leaders(self) -> Ints:
         """[state]"""
-        return [rows[0] for rows in self.rows]
+        return self.rows[np.searchsorted(self.of, np.arange(len(self)))]
 
-    @property
-    def of_row(self) -> dict[int, int]:
-        """Row → its state."""
-        return {row: state for state, rows in enumerate(self.rows) for row in rows}
+    def placed(self, place: Ints) -> States:
+        """The same with each state in another place, [state]."""
+        of, parents = place[self.of], np.empty_like(self.parents)
+        parents[place] = self.parents
+        order = np.argsort(of, kind="stable")
+        return States(self.rows[order], of[order], parents)
 
 
 class Sharing:
@@ -47,42 +51,41 @@ class Sharing:
     ) -> None:
         """acting: [row] the first step in which anything is done to it. groups: [row] equal where
         all that is done is equal; None: nowhere."""
-        self.prompts = prompts
+        numbers: dict[tuple[int, ...], int] = {}
+        every = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+        self._prompts = np.array(every, dtype=np.int64)
         self._acting = acting
         self._groups = np.arange(len(prompts)) if groups is None else groups
 
-    def _group(self, row: int, step: int) -> int:
-        """What has been done to a row up to a step; -1 for nothing yet."""
-        return int(self._groups[row]) if self._acting[row] <= step else -1
+    def first(self, by: Ints) -> States:
+        """Of the prefill, in the order of what `by` has for their rows, [row]."""
+        rows = np.arange(len(self._prompts))
+        found = self._split(rows, self._prompts, np.zeros_like(rows), 0)
+        order = np.argsort(by[found.leaders], kind="stable")
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        states = States(found.rows, found.of, np.arange(len(found))).placed(place)
+        return States(states.rows, states.of, np.arange(len(states)))
 
-    def first(self, by: Callable[[int], int]) -> States:
-        """Of the prefill, in the order of what `by` gives for their rows."""
-        found: dict[tuple[tuple[int, ...], int], list[int]] = {}
-        for row, prompt in enumerate(self.prompts):
-            found.setdefault((prompt, self._group(row, 0)), []).append(row)
-        ordered = sorted(found.values(), key=lambda rows: by(rows[0]))
-        return States(ordered, list(range(len(ordered))))
-
-    def follow(self, before: States, tokens: Mapping[int, int], step: int) -> States:
+    def follow(self, before: States, newest: Ints, step: int) -> States:
         """Of the next step, `step`.
 
-        tokens: of the rows that go on, their newest token.
+        newest: [n] the token that each of the rows before has written; below 0 where it is done.
         """
-        rows: list[Sequence[int]] = []
-        parents: list[int] = []
-        for parent, every in enumerate(before.rows):
-            if len(every) == 1:
-                if every[0] in tokens:
-                    rows.append(every)
-                    parents.append(parent)
-                continue
-            found: dict[tuple[int, int], list[int]] = {}
-            for row in every:
-                if row in tokens:
-                    found.setdefault((tokens[row], self._group(row, step)), []).append(row)
-            rows.extend(found.values())
-            parents.extend([parent] * len(found))
-        return States(rows, parents)
+        goes = newest >= 0
+        return self._split(before.rows[goes], before.of[goes], newest[goes], step)
+
+    def _split(self, rows: Ints, parents: Ints, tokens: Ints, step: int) -> States:
+        """Rows that go on from one state, with one token and with equal things done to them."""
+        acted = self._acting[rows] <= step
+        groups = np.where(acted, self._groups[rows], -1)  # -1: nothing has been done yet
+        keys = (groups, tokens, parents)
+        order = np.lexsort((rows, *keys))
+        begins = np.zeros(len(order), dtype=bool)
+        for key in keys:
+            begins[1:] |= np.diff(key[order]) != 0
+        begins[:1] = True
+        return States(rows[order], begins.cumsum() - 1, parents[order][begins])
 
 
 def first_acting(

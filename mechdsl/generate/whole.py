@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.base.arrays import Ints
 from mechdsl.generate.acting import Chosen
 from mechdsl.generate.records import StepRules
 from mechdsl.generate.states import States
@@ -53,37 +55,38 @@ class WholePasses:
         self._held: list[Held] = []
         """[state] of the step before."""
 
-    def own(self, row: int) -> int:
-        """The tokens that only this row's prefill computes."""
-        return len(self.prompts[row])
+    @property
+    def own(self) -> Ints:
+        """[row] the tokens that only its prefill computes."""
+        return np.array([len(prompt) for prompt in self.prompts])
 
-    def arranged(self, states: States, step: int, ids: Sequence[Sequence[int]]) -> States:
+    def arranged(self, states: States, ids: Ints) -> States:
         """In any order."""
         return states
 
-    def logits(self, states: States, step: int, ids: Sequence[Sequence[int]]) -> Tensor:
+    def logits(self, states: States, ids: Ints) -> Tensor:
         """[state, vocab] behind the newest token of each state.
 
-        ids: [row] the reply so far, of `step` tokens.
+        ids: [row, step] the replies so far.
         """
-        rows = states.leaders
+        rows: list[int] = states.leaders.tolist()
+        step = ids.shape[1]
         held = self._before(states, Chosen(len(self.prompts), rows), step)
         longest = max(len(self.prompts[row]) for row in rows) + step
         each = max(1, self.limit // longest)
         self._held = []
         return torch.cat(
             [
-                self._part(rows[first : first + each], held[first : first + each], step, ids)
+                self._part(rows[first : first + each], held[first : first + each], ids)
                 for first in range(0, len(rows), each)
             ]
         )
 
-    def _part(
-        self, rows: Sequence[int], held: Sequence[Held], step: int, ids: Sequence[Sequence[int]]
-    ) -> Tensor:
+    def _part(self, rows: Sequence[int], held: Sequence[Held], ids: Ints) -> Tensor:
         """[n, vocab] of the states that these rows lead, in one pass."""
+        step = ids.shape[1]
         batch = Batch.of(
-            [[*self.prompts[row], *ids[row]] for row in rows],
+            [[*self.prompts[row], *ids[row].tolist()] for row in rows],
             self.model.pad_id,
             self.model.calling.side,
             self.model.device,
@@ -143,7 +146,7 @@ class WholePasses:
         Nothing where nothing is."""
         if not self._holds or step == 0:
             return []
-        held = [dict(self._held[parent]) for parent in states.parents]
+        held = [dict(self._held[parent]) for parent in states.parents.tolist()]
         for write in map(chosen.write, self.kept if step == 1 else ()):
             for row in write.rows.unique().tolist():
                 own, mine = held[row], write.some(write.rows == row)

@@ -109,9 +109,10 @@ def _batches(
 
 
 class _Passes(Protocol):
-    def own(self, row: int) -> int: ...
-    def arranged(self, states: States, step: int, ids: Sequence[Sequence[int]]) -> States: ...
-    def logits(self, states: States, step: int, ids: Sequence[Sequence[int]]) -> Tensor: ...
+    @property
+    def own(self) -> Ints: ...
+    def arranged(self, states: States, ids: Ints) -> States: ...
+    def logits(self, states: States, ids: Ints) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,13 +204,12 @@ class _Work:
         writing = Writing(len(rows), self.decoding)
         states, step = sharing.first(passes.own), 0
         while len(states):
-            logits = passes.logits(states, step, writing.ids)
-            of_row = states.of_row
-            keys = [self.random[rows[row]] for row in of_row]
-            tokens = next_tokens(logits, list(of_row.values()), self.decoding, keys, step)
-            going = writing.put(dict(zip(of_row, tokens, strict=True)))
+            logits = passes.logits(states, writing.ids[:, :step])
+            keys = [self.random[rows[row]] for row in states.rows.tolist()]
+            tokens = next_tokens(logits, states.of, self.decoding, keys, step)
+            newest = writing.put(states.rows, tokens)
             step += 1
-            states = sharing.follow(states, going, step)
+            states = sharing.follow(states, newest, step)
             if len(states):
-                states = passes.arranged(states, step, writing.ids)
+                states = passes.arranged(states, writing.ids[:, :step])
         return writing.replies()

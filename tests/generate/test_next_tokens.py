@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.generate.next_tokens import Writing, _sampled, next_tokens
+from mechdsl.generate.next_tokens import NO_TOKEN, Writing, _sampled, next_tokens
 from mechdsl.generate.records import Decoding, StepEdge, StepRules
 from mechdsl.generate.write_replies import write_replies
 from mechdsl.hooks.inside_attention import EdgeWrite
@@ -22,11 +22,21 @@ LOGITS = torch.tensor([PROBABILITIES]).log()
 DRAWS = 4000
 
 
-def drawn(count: int = DRAWS, step: int = 0, seed: int = 5, **how: float | int) -> list[int | None]:
+def tokens_of(
+    logits: torch.Tensor,
+    states: Sequence[int],
+    decoding: Decoding,
+    keys: Sequence[tuple[int, ...]] = (),
+    step: int = 0,
+) -> list[int]:
+    return next_tokens(logits, np.array(states), decoding, keys, step).tolist()
+
+
+def drawn(count: int = DRAWS, step: int = 0, seed: int = 5, **how: float | int) -> list[int]:
     """Many draws from one state."""
     decoding = greedy(9, **how)
     keys = [(seed, row) for row in range(count)]
-    return next_tokens(LOGITS, [0] * count, decoding, keys, step)
+    return tokens_of(LOGITS, [0] * count, decoding, keys, step)
 
 
 def by_hand(temperature: float = 1.0, top_k: int = 5, top_p: float = 1.0) -> dict[int, float]:
@@ -75,17 +85,15 @@ def test_a_draw_hangs_on_its_key_and_step_alone() -> None:
     # Other states beside it, in another order.
     logits = torch.cat([torch.zeros_like(LOGITS), LOGITS])
     keys = [(5, row) for row in reversed(range(50))]
-    again = next_tokens(logits, [1] * 50, greedy(9, temperature=1.0), keys, 0)
+    again = tokens_of(logits, [1] * 50, greedy(9, temperature=1.0), keys)
     assert again[::-1] == first
 
 
 def test_of_equal_logits_the_first() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 3.0], [2.0, 2.0, 2.0, 2.0]])
-    assert next_tokens(logits, [1, 0, 1], greedy(3), [()] * 3, 0) == [0, 1, 0]
-    assert set(next_tokens(logits, [0] * 99, greedy(3, top_k=1), [(n,) for n in range(99)], 0)) == {
-        1
-    }
-    found = next_tokens(logits, [1] * 99, greedy(3, top_k=2), [(n,) for n in range(99)], 0)
+    assert tokens_of(logits, [1, 0, 1], greedy(3)) == [0, 1, 0]
+    assert set(tokens_of(logits, [0] * 99, greedy(3, top_k=1), [(n,) for n in range(99)])) == {1}
+    found = tokens_of(logits, [1] * 99, greedy(3, top_k=2), [(n,) for n in range(99)])
     assert set(found) == {0, 1}
 
 
@@ -94,25 +102,23 @@ def test_at_the_bounds_of_what_is_drawn() -> None:
     that rounds to the whole draws the last that may be."""
     logits, states = torch.zeros(1, 4), torch.zeros(4, dtype=torch.long)
     quarters = torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
-    assert _sampled(logits, states, quarters, greedy(3, temperature=1.0)) == [0, 1, 2, 3]
-    assert _sampled(logits, states, quarters, greedy(3, top_p=0.5)) == [0, 0, 1, 1]
+    assert _sampled(logits, states, quarters, greedy(3, temperature=1.0)).tolist() == [0, 1, 2, 3]
+    assert _sampled(logits, states, quarters, greedy(3, top_p=0.5)).tolist() == [0, 0, 1, 1]
     whole = torch.ones(4, dtype=torch.float64)
-    assert _sampled(logits, states, whole, greedy(3, top_k=2)) == [1, 1, 1, 1]
-    assert _sampled(logits, states, whole, greedy(3, top_p=0.5)) == [1, 1, 1, 1]
+    assert _sampled(logits, states, whole, greedy(3, top_k=2)).tolist() == [1, 1, 1, 1]
+    assert _sampled(logits, states, whole, greedy(3, top_p=0.5)).tolist() == [1, 1, 1, 1]
 
 
 def test_probabilities_of_half_precision_are_not_rounded_to_it() -> None:
     logits = torch.linspace(0, 3, 400)[None].bfloat16()
     keys, how = [(n,) for n in range(300)], greedy(3, temperature=1.3)
-    found = next_tokens(logits, [0] * 300, how, keys, 0)
-    assert found == next_tokens(logits.float(), [0] * 300, how, keys, 0)
+    found = tokens_of(logits, [0] * 300, how, keys)
+    assert found == tokens_of(logits.float(), [0] * 300, how, keys)
 
 
 def test_a_token_that_is_excluded_is_never_drawn() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0]])
-    found = next_tokens(
-        logits, [0] * 300, greedy(3, temperature=5.0), [(n,) for n in range(300)], 0
-    )
+    found = tokens_of(logits, [0] * 300, greedy(3, temperature=5.0), [(n,) for n in range(300)])
     assert set(found) == {1, 3}
 
 
@@ -120,8 +126,8 @@ def test_logits_that_are_no_numbers() -> None:
     """Their rows have no next token; others beside them have."""
     logits = torch.tensor([[0.0, torch.nan], [0.0, 1.0], [torch.inf, 0.0], [-torch.inf, 0.0]])
     for decoding in (greedy(3), greedy(3, top_k=1)):
-        found = next_tokens(logits, [0, 1, 1, 2, 3], decoding, [(1,)] * 5, 0)
-        assert found == [None, 1, 1, None, 1]
+        found = tokens_of(logits, [0, 1, 1, 2, 3], decoding, [(1,)] * 5)
+        assert found == [NO_TOKEN, 1, 1, NO_TOKEN, 1]
 
 
 def test_samples_dont_hang_on_the_batch() -> None:
@@ -157,11 +163,11 @@ def decode(ids: Sequence[int]) -> str:
     return text.replace("«»", "é").replace("«", "\ufffd").replace("»", "\ufffd")
 
 
-def ended(tokens: Sequence[int | None], **how: object) -> tuple[tuple[int, ...], str, str]:
+def ended(tokens: Sequence[int], **how: object) -> tuple[tuple[int, ...], str, str]:
     writing = Writing(1, Decoding(6, decode, **how))  # pyright: ignore
     for n, token in enumerate(tokens):
-        if not writing.put({0: token}):
-            assert n == len(tokens) - 1
+        goes_on = writing.put(np.array([0]), np.array([token])).tolist()
+        assert goes_on == [NO_TOKEN if n == len(tokens) - 1 else token]
     [reply] = writing.replies()
     return reply.ids, reply.text, reply.ended
 
@@ -170,7 +176,7 @@ def test_where_a_reply_ends() -> None:
     assert ended([1, 2, 3, 1, 2, 3]) == ((1, 2, 3, 1, 2, 3), "abcabc", "length")
     assert ended([1, 2, 5], ends=frozenset({5, 6})) == ((1, 2), "ab", "end")
     assert ended([5], ends=frozenset({5})) == ((), "", "end")
-    assert ended([1, 2, None]) == ((1, 2), "ab", "broken")
+    assert ended([1, 2, NO_TOKEN]) == ((1, 2), "ab", "broken")
     stops = ("\n", "Q")
     assert ended([1, 2, 4], stops=stops) == ((1, 2), "ab", "stop")
     assert ended([6], stops=stops) == ((), "", "stop")
@@ -183,6 +189,23 @@ def test_where_a_reply_ends() -> None:
     # The last token that there may be.
     assert ended([1, 1, 1, 1, 1, 4], stops=stops) == ((1, 1, 1, 1, 1), "aaaaa", "stop")
     assert ended([1, 1, 1, 1, 1, 5], ends=frozenset({5})) == ((1, 1, 1, 1, 1), "aaaaa", "end")
+
+
+def test_rows_that_go_on_beside_others() -> None:
+    """Each reply ends by itself, whatever the order in which rows come."""
+    writing = Writing(5, Decoding(3, decode, ends=frozenset({5, 0}), stops=("bc",)))
+    rows = np.array([4, 2, 0, 1])
+    assert writing.put(rows, np.array([1, 5, 2, 2])).tolist() == [1, NO_TOKEN, 2, 2]
+    rows = np.array([1, 4, 0])
+    assert writing.put(rows, np.array([3, NO_TOKEN, 1])).tolist() == [NO_TOKEN, NO_TOKEN, 1]
+    assert writing.put(np.array([0, 3]), np.array([3, 0])).tolist() == [NO_TOKEN] * 2
+    assert [(reply.ids, reply.text, reply.ended) for reply in writing.replies()] == [
+        ((2, 1, 3), "bac", "length"),
+        ((), "", "stop"),
+        ((), "", "end"),
+        ((), "", "end"),
+        ((1,), "a", "broken"),
+    ]
 
 
 @pytest.mark.parametrize(

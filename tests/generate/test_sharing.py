@@ -14,7 +14,7 @@ import mechdsl.generate.cached as module
 import mechdsl.generate.write_replies as writing
 from mechdsl.generate.cached_pass import NewTokens
 from mechdsl.generate.records import Decoding
-from mechdsl.generate.states import Sharing
+from mechdsl.generate.states import Sharing, States
 
 from .support import Act, Rules, Written, agree, greedy, written
 from .test_acting import PROMPTS, TOKENS, acts, every_look, every_write, model_of
@@ -219,16 +219,37 @@ def test_rows_that_have_ended_leave(passes: Passes) -> None:
     agree(found, [(r.ids, x) for r, x in zip(found.replies, logits, strict=True)])
 
 
+def states_of(states: States) -> list[list[int]]:
+    """[state] its rows."""
+    return [states.rows[states.of == state].tolist() for state in range(len(states))]
+
+
 def test_states_follow_their_tokens() -> None:
     sharing = Sharing([(1,), (2,), (3,), (4,), (5,)], np.full(5, 99), None)
-    second = sharing.follow(sharing.first(lambda row: 0), {0: 7, 2: 7, 4: 7}, 1)
-    assert [list(rows) for rows in second.rows] == [[0], [2], [4]]
-    assert second.parents == [0, 2, 4]
-    assert len(sharing.follow(second, {}, 2)) == 0
+    first = sharing.first(np.zeros(5))
+    second = sharing.follow(first, np.array([7, -1, 7, -1, 7]), 1)
+    assert states_of(second) == [[0], [2], [4]]
+    assert second.parents.tolist() == [0, 2, 4]
+    assert second.leaders.tolist() == [0, 2, 4]
+    assert len(sharing.follow(second, np.full(3, -1), 2)) == 0
     same = Sharing([(1,)] * 4 + [(2,)], np.full(5, 99), None)
-    split = same.follow(same.first(lambda row: 0), {0: 5, 1: 6, 2: 5, 3: 7}, 1)
-    assert [list(rows) for rows in split.rows] == [[0, 2], [1], [3]]
-    assert split.parents == [0, 0, 0]
+    split = same.follow(same.first(np.zeros(5)), np.array([5, 6, 5, 7, -1]), 1)
+    assert states_of(split) == [[0, 2], [1], [3]]
+    assert split.parents.tolist() == [0, 0, 0]
+    moved = split.placed(np.array([2, 0, 1]))
+    assert states_of(moved) == [[1], [3], [0, 2]]
+    assert moved.parents.tolist() == [0, 0, 0]
+
+
+def test_rows_part_where_something_acts_on_one() -> None:
+    """Two rows on which the same acts stay together; the first pass has them in a given order."""
+    acting, groups = np.array([9, 9, 1, 1, 0]), np.array([0, 0, 1, 1, 0])
+    sharing = Sharing([(1,), (2,), (1,), (1,), (1,)], acting, groups)
+    first = sharing.first(np.array([3, 1, 3, 3, 2]))
+    assert states_of(first) == [[1], [4], [0, 2, 3]]
+    then = sharing.follow(first, np.array([7, 7, 7, 7, 7]), 1)
+    assert states_of(then) == [[1], [4], [0], [2, 3]]
+    assert then.parents.tolist() == [0, 1, 2, 2]
 
 
 def test_mixed_rules_beside_each_other() -> None:
