@@ -59,10 +59,16 @@ class CachedPasses:
         self.columns = max(map(len, prompts))
         """Of all prompts, padded on the left."""
         own = _own_tokens(prompts, prefill)
+        self._at_last = way.places is not None and not prefill.numbers and int(own.max()) == 1
+        """Whether the prefill is a step too, of the prompts' last tokens, behind what is common."""
+        if self._at_last:
+            own = np.ones_like(own)
         self.own = own
         """[row] the tokens that only its prefill computes."""
         self._lengths = np.array([len(prompt) for prompt in prompts])
         """[row] tokens of its prompt."""
+        self._last = np.array([prompt[-1] for prompt in prompts])
+        """[row] the last token of its prompt."""
         self._number: dict[tuple[int, ...], int] = {}
         for prompt in prompts:
             self._number.setdefault(prompt, len(self._number))
@@ -99,19 +105,27 @@ class CachedPasses:
 
         ids: [row, step] the replies so far.
         """
-        return self._blocks.arrange(states, ids[states.leaders, -1], ids.shape[1])
+        step, rows = ids.shape[1], states.leaders
+        if step == 0:
+            self._blocks.begin(states)
+            if not self._at_last:
+                return states
+        newest = ids[rows, -1] if step else self._last[rows]
+        return self._blocks.arrange(states, newest, step)
 
     def logits(self, states: States, ids: Ints) -> Tensor:
         """[state, vocab] behind the newest token of each state.
 
         ids: [row, step] the replies so far.
         """
-        step = ids.shape[1]
-        if step == 0:
-            self._blocks.begin(states)
+        step, rows = ids.shape[1], states.leaders
+        if step == 0 and not self._at_last:
             return self._prefill(states)
-        first, rows = self.columns + step - 1, states.leaders
-        self.keys.move(self._blocks.moves, first)
+        first = self.columns + step - 1
+        if step == 0:
+            self._shared(states, self.own[rows])
+        else:
+            self.keys.move(self._blocks.moves, first)
         if self._chosen is None or not np.array_equal(rows, self._leaders):
             self._leaders, self._before = rows, None
             self._chosen, self._starting = Chosen(len(self.prompts), rows), self._starts(rows)
@@ -119,13 +133,17 @@ class CachedPasses:
                 self.keys.shared.stand(self._texts[rows])
         if step == 1:
             self._edit(states, self._chosen)
-        new = torch.from_numpy(ids[rows, -1:]).to(self.model.device)
-        tokens = NewTokens(new, self._starting, first)
-        acting = self._acting(self._chosen, step)
+        newest = ids[rows, -1:] if step else self._last[rows, None]
+        tokens = NewTokens(torch.from_numpy(newest).to(self.model.device), self._starting, first)
+        acting = self._acting(self._chosen, step) if step else self._prefilled(self._chosen)
         every = slice(0, len(states))
         return run_cached(
             self.model, tokens, self.keys, every, acting, self._blocks.lineup, self._places
         )
+
+    def _prefilled(self, chosen: Chosen) -> RuleWrites:
+        """What acts in the prefill."""
+        return merged(chosen.rules(self.prefill), len(chosen.rows))
 
     def _acting(self, chosen: Chosen, step: int) -> RuleWrites:
         """What acts in a step; mostly what acted in the one before."""
@@ -200,11 +218,11 @@ class CachedPasses:
         rows = rows[part]
         batch = self._batch(rows)
         first = self.columns - count
-        acting = Chosen(len(self.prompts), rows).rules(self.prefill)
+        acting = self._prefilled(Chosen(len(self.prompts), rows))
         numbers = acting.numbered(batch).numbers
         numbers = None if numbers is None else numbers[:, first:]
         tokens = NewTokens(batch.ids[:, first:], batch.starts, first, numbers)
-        return run_cached(self.model, tokens, self.keys, part, merged(acting, len(rows)))
+        return run_cached(self.model, tokens, self.keys, part, acting)
 
     def _batch(self, rows: Ints) -> Batch:
         """Whole prompts, as wide as the widest of all."""

@@ -34,22 +34,24 @@ class _Layer(CacheLayerMixin):
         """What the model's attention was given in the pass that runs."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = self._room(key_states), self._room(value_states)
+        rows, columns = self.kept.rows_of(self.number).stop, self.kept.room[1]
+        self.keys, self.values = (_room(each, rows, columns) for each in (key_states, value_states))
         self.is_initialized = True
 
-    def _room(self, like: Tensor) -> Tensor:
-        """Zeros, as what isn't filled yet is read with a weight of 0."""
-        rows, columns = self.kept.room
-        return like.new_zeros(rows, like.shape[1], columns, like.shape[3])
-
-    def _widen(self) -> None:
-        """To the room that there is now."""
+    def fit(self, rows: int) -> None:
+        """Have room for so many rows, and for the columns that there may be now."""
         assert self.keys is not None
         assert self.values is not None
-        keys, values = self.keys, self.values
-        self.lazy_initialization(keys, values)
-        self.keys[:, :, : keys.shape[2]] = keys
-        self.values[:, :, : values.shape[2]] = values
+        keys, values, columns = self.keys, self.values, self.kept.room[1]
+        before = len(keys)
+        if rows <= before and columns <= keys.shape[2]:
+            return
+        if rows > before:
+            rows = min(self.kept.room[0], max(rows, before + before // 2))
+        rows = max(rows, before)
+        self.keys, self.values = (_room(each, rows, columns) for each in (keys, values))
+        self.keys[:before, :, : keys.shape[2]] = keys
+        self.values[:before, :, : values.shape[2]] = values
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -57,11 +59,10 @@ class _Layer(CacheLayerMixin):
         """Put new ones behind those that are there, and give all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        rows, first = self.kept.rows_of(self.number), self.kept.first
+        self.fit(rows.stop)
         assert self.keys is not None
         assert self.values is not None
-        if self.keys.shape[2] < self.kept.room[1]:
-            self._widen()
-        rows, first = self.kept.rows_of(self.number), self.kept.first
         end = first + key_states.shape[2]
         self.keys[rows, :, first:end] = key_states
         self.values[rows, :, first:end] = value_states
@@ -99,6 +100,11 @@ class _Layer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length  # as older libraries call it
+
+
+def _room(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Zeros, as what isn't filled yet is read with a weight of 0."""
+    return like.new_zeros(rows, like.shape[1], columns, like.shape[3])
 
 
 class KeptKeys(Cache):
@@ -191,6 +197,7 @@ class KeptKeys(Cache):
         for layer, (of, to) in zip(self.layers, moves, strict=True):
             if not layer.is_initialized or len(of) == 0:
                 continue
+            layer.fit(1 + int(to.max()))
             for each in (layer.keys, layer.values):
                 there = [torch.from_numpy(rows).to(each.device) for rows in (to, of)]
                 each[there[0], :, :columns] = each[there[1], :, :columns]
@@ -199,6 +206,8 @@ class KeptKeys(Cache):
         """Take these rows ([n] long) of another one's first columns, those that aren't shared, as
         the first n rows here."""
         first, columns = self.common, columns - self.common
+        if columns == 0:
+            return
         for mine, its in zip(self.layers, other.layers, strict=True):
             if not its.is_initialized:
                 continue

@@ -204,12 +204,11 @@ class _Work:
         writing = Writing(len(rows), self.decoding)
         states, step = sharing.first(passes.own), 0
         while len(states):
+            states = passes.arranged(states, writing.ids[:, :step])
             logits = passes.logits(states, writing.ids[:, :step])
             keys = [self.random[rows[row]] for row in states.rows.tolist()]
             tokens = next_tokens(logits, states.of, self.decoding, keys, step)
             newest = writing.put(states.rows, tokens)
             step += 1
             states = sharing.follow(states, newest, step)
-            if len(states):
-                states = passes.arranged(states, writing.ids[:, :step])
         return writing.replies()

@@ -13,6 +13,8 @@ import torch
 
 import mechdsl.generate.cached as cached
 import mechdsl.generate.cached_pass as cached_pass
+import mechdsl.generate.write_replies as write_replies
+from mechdsl.base.arrays import Ints
 from mechdsl.generate.shared_blocks import Lineup, SharedBlocks
 from mechdsl.generate.states import States
 from mechdsl.generate.way import way_of
@@ -98,6 +100,31 @@ def test_rows_that_write_the_same(name: str, rows: list[list[int]]) -> None:
     assert len({tuple(each) for each in rows}) > 1
 
 
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_acts_from_the_last_token_on(
+    name: str, shares: bool, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the prefill shares as steps do; a row on which nothing acts is like the others' first
+    blocks."""
+    model = model_of(name)
+    way = replace(way_of(model), shares=shares)
+    monkeypatch.setattr(write_replies, "way_of", lambda *_, **__: way)
+    top = model.shape.n_layers - 1
+    sites = ["z", "mlp_out", "attn_out", "q", "mlp_hidden", "v", "k", "resid_post"]
+    acts = [
+        Act(row, sites[row % 8], (top, 0, 1)[row % 3], "scale", (1.3,), 0, position=place)
+        for row, prompt in enumerate(ROWS)
+        if row != 4
+        for place in (len(prompt) - 1, None)
+    ]
+    rules = Rules(acts)
+    found = written(model, ROWS, greedy(3), rules)
+    agree(found, by_hand(name, ROWS, rules, 3))
+    assert len(rows) == 3
+    assert rows[0][0] < rows[0][1] < len(ROWS) == rows[0][-1]
+
+
 @pytest.mark.parametrize("name", families.EACH)
 def test_every_family(name: str, rows: list[list[int]]) -> None:
     model = shared(families.module(name))
@@ -167,7 +194,7 @@ def test_a_model_that_makes_something_else_of_it(
     assert not rows
 
 
-def alone(rows: Sequence[int], parents: Sequence[int]) -> States:
+def alone(rows: Sequence[int] | Ints, parents: Sequence[int] | Ints) -> States:
     """Each state stands for one row."""
     return States(np.array(rows), np.arange(len(rows)), np.array(parents))
 
