@@ -18,7 +18,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -111,33 +111,46 @@ def _texts(name: str, folder: Path) -> list[list[int]]:
 
 
 def multiply_adds(task: Task, replies: Replies) -> float:
-    """What can't be avoided: prompts but for their last token once; in each block that token, and
-    each of the reply but the last, once for all cells that have written the same so far and act
-    above the block."""
+    """What can't be avoided: prompts but for their last token once; of that token, and of each of
+    the reply but the last, what stands in front of all that acts on it once for all cells that have
+    written the same so far. A cell acts on z, behind the attention of its block."""
     unembedding = task.model.get_output_embeddings().weight.numel()
     block = next(
         part
         for part in task.model.modules()
         if isinstance(part, nn.ModuleList) and len(part) == task.layers
     )[0]
-    weights = sum(each.numel() for each in block.parameters() if each.dim() == 2)
+    maps = {name: each.numel() for name, each in block.named_parameters() if each.dim() == 2}
+    before = sum(count for name, count in maps.items() if _makes_queries(name))
+    behind = sum(maps.values()) - before
 
-    def token(keys: int) -> float:
-        return weights + 2 * task.config.hidden_size * keys
+    def attention(keys: int) -> float:
+        return before + 2 * task.config.hidden_size * keys
 
     total = 0.0
     for prompt, ids in enumerate(task.prompts):
-        total += task.layers * sum(token(keys) for keys in range(1, len(ids)))
+        total += task.layers * sum(attention(keys) + behind for keys in range(1, len(ids)))
         for step in range(task.tokens):
             so_far = [tuple(replies[cell][prompt][:step]) for cell in range(task.cells)]
+
+            def apart(layer: int, so_far: Sequence[tuple[int, ...]] = so_far) -> int:
+                """Distinct rows, where cells that act below a layer have one of their own."""
+                return len(
+                    {
+                        (text, cell if task.place(cell)[0] < layer else -1)
+                        for cell, text in enumerate(so_far)
+                    }
+                )
+
             for layer in range(task.layers):
-                apart = {
-                    (text, cell if task.place(cell)[0] <= layer else -1)
-                    for cell, text in enumerate(so_far)
-                }
-                total += len(apart) * token(len(ids) + step)
+                total += apart(layer) * attention(len(ids) + step) + apart(layer + 1) * behind
         total += task.cells * task.tokens * unembedding
     return total
+
+
+def _makes_queries(name: str) -> bool:
+    """Whether a linear map makes queries, keys or values."""
+    return any(part in name.split(".") for part in ("q_proj", "k_proj", "v_proj", "c_attn"))
 
 
 def by_mechdsl(task: Task) -> Callable[[], Replies]:
