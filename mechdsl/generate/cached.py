@@ -110,7 +110,7 @@ class CachedPasses:
             self._blocks.begin(states)
             if not self._at_last:
                 return states
-        newest = ids[rows, -1] if step else self._last[rows]
+        newest = ids[rows, -1] if step else np.zeros_like(rows)
         return self._blocks.arrange(states, newest, step)
 
     def logits(self, states: States, ids: Ints) -> Tensor:

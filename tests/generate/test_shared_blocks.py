@@ -133,7 +133,7 @@ def test_every_family(name: str, rows: list[list[int]]) -> None:
     assert all(each is not None and bool(each.attention) == (name != "bloom") for each in places)
     top = model.shape.n_layers - 1
     acts = [Act(row, "resid_pre", top, "scale", (1.0 + row / 20,)) for row in range(1, 5)]
-    acts.append(Act(5, "resid_pre", top - 1, "scale", (1.1,)))
+    acts += [Act(5, "resid_pre", top - 1, "scale", (1.1,)), Act(4, "z", top, "scale", (1.3,), 0)]
     rules = Rules(acts, [Look(6, "reweight", top, 0, (0, 2), 1.2)])
     prompts = [PROMPTS[0]] * 7
     plain = written(model, prompts, greedy(3), rules, cached=False)
@@ -170,6 +170,17 @@ def test_tokens_with_other_numbers(rows: list[list[int]]) -> None:
     assert plain.replies[1].ids[:2] == plain.replies[0].ids[:2]
     assert (plain.logits[1] - plain.logits[0]).abs().amax() > 0.01
     assert rows[0][0] == 3
+
+
+def test_a_last_token_with_another_number(rows: list[list[int]]) -> None:
+    """Its prefill is no step."""
+    numbers = Numbers(*torch.tensor(((1, 4, 2), (2, 4, 3))).t())
+    settings: dict[str, Any] = {"prefill": RuleWrites(numbers=[numbers])}
+    model, prompts = model_of("llama"), [PROMPTS[0]] * 4
+    plain = written(model, prompts, greedy(3), cached=False, **settings)
+    found = written(model, prompts, greedy(3), **settings)
+    agree(found, [(r.ids, x) for r, x in zip(plain.replies, plain.logits, strict=True)])
+    assert (plain.logits[1] - plain.logits[2]).abs().amax() > 0.01
 
 
 def test_a_model_that_makes_something_else_of_it(
