@@ -185,11 +185,10 @@ def _of_maps(
 ) -> Iterator[tuple[int, Ints, Make]]:
     """The same of maps that other experiments made; rows without a map or a region aren't in it."""
     assert does.scores is not None
-    own = {word: values[:, gatherer.kept] for word, values in does.scores.by_word.items()}
+    own = {word: values[..., gatherer.kept] for word, values in does.scores.by_word.items()}
     rule = gatherer.rule
-    numbers_of_cells = rule.position_of_cell if does.by_position else rule.site_of_cell
-    for cell, number in enumerate(numbers_of_cells.tolist()):
-        numbers = {word: values[number] for word, values in own.items()}
+    for cell, place in enumerate(zip(rule.site_of_cell, rule.position_of_cell, strict=True)):
+        numbers = {word: values[place] for word, values in own.items()}
         there = np.flatnonzero(np.isfinite(np.stack(list(numbers.values()))).all(axis=0))
         if len(there):
             found = {word: values[there] for word, values in numbers.items()}

@@ -336,6 +336,7 @@ def _nodes(rule: spec.Rule) -> Any:
         *(rule.site, rule.reading, rule.at, rule.fill, rule.onto, rule.into_layer),
         *(rule.source_block, rule.edge, rule.receiver, rule.direction),
         *(() if rule.during is None else (rule.during.first, rule.during.last)),
+        *(() if rule.observed is None else (each.weight for each in rule.observed.maps)),
     )
     return tuple(part for part in parts if part is not None)
 

@@ -943,7 +943,7 @@ class MapOf(Node):
     of: str
     cell: tuple[Argument, ...] = ()
     """Which of its cells, where not all are meant."""
-    weight: Number | Negative | None = None
+    weight: Expr | None = None
 
 
 @record

@@ -454,10 +454,8 @@ class ToAst(Transformer[Token, Any]):
 
     def map_of(self, c: list[Any]) -> ast.MapOf:
         weight = c[0] if len(c) > 1 else None
-        return ast.MapOf(*_cells_of(c[-1]), weight, span=_span(c))
-
-    def map_weight(self, c: list[Any]) -> ast.Number | ast.Negative:
-        return ast.Negative(c[-1], span=_span(c)) if len(c) > 1 else c[0]
+        named = _name(c[-1]) if isinstance(c[-1], Token) else c[-1]
+        return ast.MapOf(*_cells_of(named), weight, span=_span(c))
 
     def observe_maps(self, c: list[Any]) -> ast.ObserveMaps:
         maps = tuple(child for child in c if isinstance(child, ast.MapOf))

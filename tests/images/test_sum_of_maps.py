@@ -59,6 +59,15 @@ def spread(result: ExperimentResult) -> Array:
     return values
 
 
+def in_gray(values: Array, row: int, folder: Path) -> float:
+    """The difference of logits where the three highest patches are gray."""
+    tokens = [support.patches("vit")[int(n)] for n in np.argsort(-values.ravel())[:3]]
+    gray = support.copied(support.plain("vit", None), "embed", 0, tokens)
+    seen = support.forward("vit", given("vit", folder, row), {("embed", 0): gray}).output
+    answer, wrong = (support.LABELS.index(name) for name in labels(row))
+    return float(seen[answer] - seen[wrong])
+
+
 @pytest.mark.parametrize("name", ["vit", pytest.param("clip", marks=pytest.mark.slow)])
 def test_windows_are_maps(name: str, tmp_path: Path) -> None:
     text = WINDOWS + looking("at", "observe pointing of two, four in object")
@@ -109,16 +118,43 @@ def test_maps_are_added(tmp_path: Path) -> None:
     for row, mask in enumerate(masks("vit")):
         told = found["at"].measures[0].patched[0, row]
         assert told == pytest.approx(mass(values[row], mask), nan_ok=True)
-        order = np.argsort(-values[row].ravel())[:3]
-        tokens = [support.patches("vit")[int(n)] for n in order]
-        gray = support.copied(support.plain("vit", None), "embed", 0, tokens)
-        seen = support.forward("vit", given("vit", tmp_path, row), {("embed", 0): gray}).output
-        answer, wrong = (support.LABELS.index(name) for name in labels(row))
         changed = found["best"].measures[0].patched[0, row]
-        assert changed == pytest.approx(float(seen[answer] - seen[wrong]), abs=1e-4)
+        assert changed == pytest.approx(in_gray(values[row], row, tmp_path), abs=1e-4)
     said = result.conventions["observed"]
     assert "sum of caap, 0.5 * two, -2 * layers" in said
     assert "evenly" in said
+
+
+def test_numbers_in_front_are_worked_out(tmp_path: Path) -> None:
+    """Of parameters, of loops, and of what else acts on or asks of the maps that they make."""
+    line = "observe sum of (c - half) * caap, 1 / 2 * two at each token of image as all"
+    text = "param half = 0.5\n" + CAAP + WINDOWS
+    text += looking("added", f"for c in [0.5, 1, 3] {{ {line} }}", "report lines c")
+    moved = "observe sum of d * caap, r * two at image row r col 2 token as some"
+    text += looking("rows", f"for r in 2..3 {{ for d in r..3 {{ {moved} }} }}")
+    text += looking("at", "observe mass of all in object")
+    text += looking("one", "observe mass of all(c: 3) in object")
+    rule = "for c in [1, 3] { patch embed at top 3 of all(c: c) tokens with neutral }"
+    text += support.experiment("best", rule)
+    found = run("vit", tmp_path, text)
+    fine, coarse = maps(found["caap"]), spread(found["two"])
+    expected = {c: (c - 0.5) * fine + 0.5 * coarse for c in (0.5, 1, 3)}
+    values = found["added"].measures[0].patched.reshape(3, GRID, GRID, -1).transpose(0, 3, 1, 2)
+    assert [cell.coords["c"] for cell in found["added"].cells[:: GRID * GRID]] == list(expected)
+    np.testing.assert_allclose(values, list(expected.values()), rtol=1e-5, atol=1e-6)
+    for cell, told in zip(found["rows"].cells, found["rows"].measures[0].patched, strict=True):
+        r, d = int(cell.coords["r"]), int(cell.coords["d"])
+        own = d * fine[:, r - 1, 1] + r * coarse[:, r - 1, 1]
+        np.testing.assert_allclose(told, own, rtol=1e-5, atol=1e-6)
+    assert len(found["rows"].cells) == 3
+    for row, mask in enumerate(masks("vit")):
+        masses = [mass(each[row], mask) for each in expected.values()]
+        told, one = (found[name].measures[0].patched[:, row] for name in ("at", "one"))
+        np.testing.assert_allclose(told, masses)
+        np.testing.assert_allclose(one, masses[2:])
+        for cell, c in enumerate((1, 3)):
+            changed = found["best"].measures[0].patched[cell, row]
+            assert changed == pytest.approx(in_gray(expected[c][row], row, tmp_path), abs=1e-4)
 
 
 def test_rows_that_a_map_lacks(tmp_path: Path) -> None:

@@ -1947,7 +1947,8 @@ _on_image(
     "observe sum",
     "observe sum of caap, 0.5 * deleted at each token of image as both",
     "One map of several, patch by patch added up, each times the number in front of it: of windows "
-    "of several sizes, say, or of layers. Of an experiment that has several maps (one for each "
+    "of several sizes, say, or of layers. The number may be worked out, of a `param` or a `for` "
+    "variable: `(1 - c) * deleted`. Of an experiment that has several maps (one for each "
     "layer) all are added. It is a map as others are: `observe pointing of both in object`, `top "
     "25% of both tokens`. A patch that one of them has no number of has none, and rows that one of "
     "them lacks drop out, which is said.",

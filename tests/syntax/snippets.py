@@ -332,6 +332,7 @@ observe pointing of caap in object
 observe iou of caap, ig, rollout in object top 25% as overlap
 observe sum of caap at each token of image
 observe sum of caap, 0.5 * ig, -2 * rollout at each token of image as all
+observe sum of share * caap(l: 1), (1 - share) * ig, 1 / 2 * c * rollout at each token of image
 observe features of res8 at last token top 10
 observe features of res8 at tokens *
 observe logit_lens L3.resid at last token

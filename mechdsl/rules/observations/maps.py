@@ -45,8 +45,8 @@ class Scores:
     """What maps are worth, where those that they are of have run."""
 
     by_word: Mapping[str, Floats]
-    """Of the observation and of each control, [cell, row of the table]; NaN where a row has
-    none."""
+    """Of the observation and of each control, [site, position, row of the table]: each site stands
+    for a map, or for a value of the loops; NaN where a row has none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +68,6 @@ class OfMaps(OverRows, Kind):
     unplaced = "last token"
     reads_vectors = False
     of_maps = True
-    by_position: ClassVar[bool] = False
-    """Whether it has a number for each position, and not for each map."""
     example: ClassVar[str]
     """What a line with it looks like behind `observe WORD of`."""
     blank: ClassVar[str]
@@ -179,7 +177,7 @@ class OfMaps(OverRows, Kind):
         ]
         every = np.concatenate(cells, axis=1)
         words = (self.word, *self.controls)
-        scores = Scores(dict(zip(words, every, strict=True)))
+        scores = Scores(dict(zip(words, every[:, :, None], strict=True)))
         return self._told(others, "; ".join(parts), scores)
 
     def _told(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mechdsl.base.names import name_list
 from mechdsl.program import spec
-from mechdsl.program.constants import constant
 from mechdsl.prompts.image_reader import ImageReader
+from mechdsl.resolve.amounts import resolve_amounts
 from mechdsl.resolve.findings import Refused, VariantFinding
 from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.resolved_rule import PositionTargets, ResolvedRule, SiteTargets
+from mechdsl.resolve.resolved_rule import Amounts, Key, PositionTargets, ResolvedRule, SiteTargets
 from mechdsl.resolve.targets import plain_targets
 from mechdsl.rules.observations.maps import (
     NOWHERE,
@@ -32,6 +33,16 @@ if TYPE_CHECKING:
 HERE = "write `at each token of image`"
 
 
+@dataclass(frozen=True)
+class Weights:
+    """The numbers in front of maps."""
+
+    axes: tuple[str, ...]
+    """Loops whose variables they name."""
+    values: Mapping[Key, tuple[float, ...]]
+    """Of each map, for every value of these loops."""
+
+
 @observation("sum")
 class SumOfMaps(OfMaps):
     """Maps that other experiments made, patch by patch added up, all that each of them has.
@@ -41,7 +52,6 @@ class SumOfMaps(OfMaps):
     """
 
     example = "fine, coarse at each token of image"
-    by_position = True
 
     def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
         said = rule.observed
@@ -58,16 +68,19 @@ class SumOfMaps(OfMaps):
         maps = [part for part in found if part is not None]
         if not all(ready) or len(maps) < len(found):
             return None
-        positions = plain_targets(rule.at, work)
-        if positions is None:
+        positions, weights = plain_targets(rule.at, work), _weights(said.maps, work)
+        if positions is None or weights is None:
             return None
         try:
             _of_patches(positions, work)
-            does = self._added(said, maps, positions, work)
+            does = self._added(said, maps, weights, positions, work)
         except Refused as refusal:
             refuse(rule, work, refusal.reason, refusal.hint)
             return None
-        sites = SiteTargets((), {(): (NOWHERE,)}, {(): self.word})
+        keys = weights.values
+        sites = SiteTargets(
+            weights.axes, dict.fromkeys(keys, (NOWHERE,)), dict.fromkeys(keys, self.word)
+        )
         return ResolvedRule(
             spec=rule, does=does, run=work.experiment.base, sites=sites, positions=positions
         )
@@ -82,6 +95,7 @@ class SumOfMaps(OfMaps):
         self,
         said: spec.Observed,
         maps: Sequence[VariantFinding],
+        weights: Weights,
         positions: PositionTargets,
         work: Work,
     ) -> SumOfMaps:
@@ -93,12 +107,12 @@ class SumOfMaps(OfMaps):
         import numpy as np
 
         rows = {row: number for number, row in enumerate(work.table.row_ids)}
-        weights = [_number(each) for each in said.maps]
+        every = np.array(list(weights.values.values()))
         grids = [grids_of(part, work) for part in maps]
         total: dict[int, Floats] = {}
         for row in set(rows).intersection(*grids):
-            pairs = zip(weights, (each[row] for each in grids), strict=True)
-            total[row] = np.sum([weight * _whole(cells) for weight, cells in pairs], axis=0)
+            own = np.stack([_whole(each[row]) for each in grids])
+            total[row] = (every[..., None, None] * own).sum(axis=1)
         if not total:
             raise Refused(
                 f"{name_list([part.experiment.name for part in maps])} have no row in common that "
@@ -107,13 +121,13 @@ class SumOfMaps(OfMaps):
             )
         reader = work.model.tokenizer
         assert isinstance(reader, ImageReader)
-        values = np.full((len(positions.written), len(work.table)), np.nan)
+        values = np.full((len(every), len(positions.written), len(work.table)), np.nan)
         for number, cell in enumerate(positions.written.values()):
             for row, own in total.items():
                 for hit in cell.hits[rows[row]]:
                     place = reader.layout.place(hit[0])
                     assert place is not None
-                    values[number, rows[row]] = own[place[0] - 1, place[1] - 1]
+                    values[:, number, rows[row]] = own[:, place[0] - 1, place[1] - 1]
         parts = [f"by each row's own {' or '.join(dict.fromkeys(part.measure for part in maps))}"]
         parts += [f"{self.word} of {', '.join(each.span.written for each in said.maps)}"]
         lacking = len(work.table) - len(total)
@@ -122,11 +136,20 @@ class SumOfMaps(OfMaps):
         return SumOfMaps("; ".join(parts), Scores({self.word: values}))
 
 
-def _number(each: ast.MapOf) -> float:
-    """What stands in front of it."""
-    value = 1 if each.weight is None else constant(each.weight, {})
-    assert isinstance(value, int | float)
-    return value
+def _weights(maps: Sequence[ast.MapOf], work: Work) -> Weights | None:
+    """What stands in front of them; None after E0337."""
+    one = Amounts((), {(): 1.0})
+    each = [one if own.weight is None else resolve_amounts(own.weight, work) for own in maps]
+    found = [own for own in each if own is not None]
+    if len(found) < len(each):
+        return None
+    named = {name for own in found for name in own.axes}
+    loops = tuple(name for name in work.loops if name in named)
+    values: dict[Key, tuple[float, ...]] = {}
+    for key, _ in work.sites.combinations(loops):
+        at = dict(zip(loops, key, strict=True))
+        values[key] = tuple(own.values[tuple(at[name] for name in own.axes)] for own in found)
+    return Weights(loops, values)
 
 
 def _whole(cells: Floats) -> Floats:

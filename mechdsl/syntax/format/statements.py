@@ -36,11 +36,16 @@ def _written(node: ast.Expr | ast.Reading | ast.Stepped) -> str:
     """What a rule writes: an expression, what a run has somewhere, or a step."""
     if not isinstance(node, ast.Reading | ast.Stepped):
         return within(node, SUM)
-    factor = "" if node.factor is None else f"{within(node.factor, SUM + 1)} * "
+    factor = _factor(node.factor)
     if isinstance(node, ast.Stepped):
         return f"{factor}step({node.component.id})"
     at = _of("at", node.at, positions)
     return f"{factor}value({site(node.site)}{at}){_of('of', node.of, ref)}"
+
+
+def _factor(node: ast.Expr | None) -> str:
+    """What something is multiplied with, in front of it; or nothing."""
+    return "" if node is None else f"{within(node, SUM + 1)} * "
 
 
 def _of(word: str, node: Any, text: Any) -> str:
@@ -73,7 +78,7 @@ def _refs(nodes: Iterable[ast.Ref]) -> str:
 
 
 def _map_of(node: ast.MapOf) -> str:
-    return (f"{expression(node.weight)} * " if node.weight else "") + cells_of(node)
+    return _factor(node.weight) + cells_of(node)
 
 
 def header(node: Any) -> str | None:

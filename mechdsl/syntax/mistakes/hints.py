@@ -92,13 +92,31 @@ _IMAGES: tuple[Hint, ...] = (
     ),
     Hint(
         r"^observe\s+(pointing|mass|iou)\s+of\s+(\w+)(?!.*\bin\b)",
-        r"",
+        r"(?!.*\bin\b)",
         "name the region: `observe {0} of {1} in object`",
     ),
     Hint(
         r"^observe\s+iou\b.*\bas\s+(\w+)\s*$",
         r"(top\s+\S+)",
         "the name comes last: `{1} as {0}`",
+    ),
+    Hint(
+        r"^observe\s+sum\b.*?\b([A-Za-z_]\w*(?:\([^()]*\))?)\s*\*\s*([\w.]+)\s*$",
+        r"",
+        "the number stands in front: `{1} * {0}`",
+        "STAR",
+    ),
+    Hint(
+        r"^observe\s+sum\b.*-\s*([A-Za-z_]\w*(?:\([^()]*\))?)\s*$",
+        r"",
+        "the number is written out: `-1 * {0}`",
+        "STAR",
+    ),
+    Hint(
+        r"^observe\s+sum\s+of\b",
+        r"[-+]",
+        "maps are listed with commas: `fine, coarse` adds them, `fine, -1 * coarse` takes one away",
+        "COMMA",
     ),
     Hint(
         r"^replace\s+at\s+(?=\S)",
