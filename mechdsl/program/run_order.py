@@ -19,6 +19,7 @@ from mechdsl.program.observed_names import (
 )
 from mechdsl.program.spec_replies import RepliesOf
 from mechdsl.syntax import ast
+from mechdsl.syntax.format.constructs import call
 from mechdsl.syntax.walk import walk
 
 if TYPE_CHECKING:
@@ -84,22 +85,30 @@ def _experiments(parts: Definitions, scope: Namespace) -> list[str]:
 
 def _called(
     experiment: spec.Experiment, known: Collection[str], results: Mapping[str, str]
-) -> dict[str, dict[str, str]]:
+) -> dict[str, dict[str, ast.MapOf]]:
     """`for` variables over words, where no experiment is called so: word → what it stands for as an
-    experiment."""
-    found: dict[str, dict[str, str]] = {}
+    experiment, or as cells of one."""
+    found: dict[str, dict[str, ast.MapOf]] = {}
     for loop in experiment.loops:
-        words = [node.id for node in walk(loop.domain) if isinstance(node, ast.Name)]
-        if words and loop.name not in known and not set(words) & set(loop.within):
-            found[loop.name] = {word: results.get(word, word) for word in words}
+        listed = loop.domain.values
+        items = listed.items if isinstance(listed, ast.ListOf) else (listed,)
+        named = [item for item in items if isinstance(item, ast.Name | ast.Call)]
+        words = {call(item): _map_of(item, results) for item in named}
+        if words and loop.name not in known and not words.keys() & set(loop.within):
+            found[loop.name] = words
     return found
 
 
-def _each_of(node: Onward, called: Mapping[str, Mapping[str, str]]) -> list[Onward]:
+def _map_of(node: ast.Name | ast.Call, results: Mapping[str, str]) -> ast.MapOf:
+    name, cell = (node.id, ()) if isinstance(node, ast.Name) else (node.name, node.arguments)
+    return ast.MapOf(results.get(name, name), cell, span=node.span)
+
+
+def _each_of(node: Onward, called: Mapping[str, Mapping[str, ast.MapOf]]) -> list[Onward]:
     """Of `top k of m`, one for each experiment that `m` runs over."""
     if isinstance(node, RepliesOf) or node.of not in called:
         return [node]
-    return [replace(node, of=of) for of in called[node.of].values()]
+    return [replace(node, of=each.of, span=each.span) for each in called[node.of].values()]
 
 
 def _is_own(part: spec.Group | spec.Direction, tree: ast.File) -> bool:

@@ -410,8 +410,8 @@ class Experiment(Spec):
 
     after: tuple[str, ...] = ()
     """Experiments whose results it uses: `top 10 of cie`, `with replies of writes`."""
-    called: Mapping[str, Mapping[str, str]] = Field(default_factory=dict)
-    """`for` variable that runs over experiments → word → the experiment."""
+    called: Mapping[str, Mapping[str, MapText]] = Field(default_factory=dict)
+    """`for` variable that runs over experiments → word → the experiment, or some cells of it."""
 
     @property
     def over(self) -> str | None:

@@ -23,6 +23,7 @@ from mechdsl.program import spec
 from mechdsl.resolve.measures import evaluate
 from mechdsl.resolve.resolved import Label, LoopCells
 from mechdsl.syntax import ast
+from mechdsl.syntax.format.constructs import call
 from mechdsl.syntax.walk import walk
 
 Labels = tuple[Label, ...]
@@ -177,6 +178,8 @@ def _plain(node: Any, parameters: Mapping[str, Any]) -> Label | None:
             return value
         case ast.Name(id=name):
             return parameters.get(name, name)
+        case ast.Call(arguments=arguments) if all(each.name for each in arguments):
+            return call(node)  # cells of an experiment
         case ast.Negative() | ast.Binary():
             return _worked_out(node, parameters)
         case _:

@@ -37,8 +37,10 @@ class Onward:
     """Findings that an experiment may use, and what it picked of them."""
 
     found: Mapping[str, Finding] = field(default_factory=dict[str, Finding])
-    called: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
-    """`for` variable that runs over experiments → word → the experiment."""
+    called: Mapping[str, Mapping[str, ast.MapOf]] = field(
+        default_factory=dict[str, Mapping[str, ast.MapOf]]
+    )
+    """`for` variable that runs over experiments → word → the experiment, or some cells of it."""
     groups: Mapping[str, spec.Group] = field(default_factory=dict[str, spec.Group])
     """Of the file."""
     picks: dict[str, str] = field(default_factory=dict[str, str])
@@ -59,7 +61,7 @@ class Onward:
     _checked: set[str] = field(default_factory=set[str])
     """Experiments that rank single tokens."""
     _warned: set[tuple[Span, str]] = field(default_factory=set[tuple[Span, str]])
-    """Places whose tokens were warned of, with the experiment."""
+    """Places whose tokens were warned of, with what is picked there."""
 
     @property
     def stand_ins(self) -> tuple[str, ...]:
@@ -92,17 +94,28 @@ class Onward:
         word = str(values[node.of])
         if word not in words:
             raise Refused(f"`{word}` is no experiment", "let the `for` run over names alone")
-        named = replace(node, of=words[word])
-        self._texts[node.span, named.of] = ranked(replace(node, of=word))
+        meant = words[word]
+        names = (own.value.id for own in meant.cell if isinstance(own.value, ast.Name))
+        unknown = next((name for name in names if name not in values), None)
+        if unknown is not None:
+            raise Refused(
+                f"`{unknown}` in `{word}` is neither a number nor a `param`",
+                f"a `for` variable stands where cells are picked, `top 2 of {word}`, and a word in "
+                "quotes",
+            )
+        named = replace(node, of=meant.of, cell=(*meant.cell, *node.cell))
+        shown = replace(named, of=word.partition("(")[0])
+        self._texts[node.span, ranked(named)] = ranked(shown)
         return named
 
     def _written(self, node: ast.Ranked) -> str:
         """As it is written, with the word in place of a `for` variable over experiments."""
-        return self._texts.get((node.span, node.of), node.span.written)
+        return self._texts.get((node.span, ranked(node)), node.span.written)
 
     def said(self, node: ast.Ranked, values: Mapping[str, Any]) -> str:
         """As it is written, with what `for` variables stand for."""
-        head, _, of = self._written(self._named(node, values)).partition(" of ")
+        node = self._named(node, values)
+        head, _, of = self._written(node).partition(" of ")
         if isinstance(node.amount, str):
             head = f"top {values.get(node.amount, node.amount)}"
         return f"{head} of {in_words(of.partition('(')[0].rstrip(), coordinates(node, values))}"
@@ -191,8 +204,9 @@ class Onward:
                 for row, order in orders.items()
                 if set(order[: counts[row]]) != set(other[row][: counts[row]])
             ]
-            if rows and (base.span, node.of) not in self._warned:  # once for all numbers of a `for`
-                self._warned.add((base.span, node.of))
+            place = (base.span, ranked(node))
+            if rows and place not in self._warned:  # once for all numbers of a `for`
+                self._warned.add(place)
                 many = f"others in {len(rows)} of {len(orders)} rows"
                 _warn(node, "the highest tokens of each row", many, diagnostics, base.span)
         return found
@@ -258,7 +272,8 @@ class Onward:
     ) -> None:
         """What is read in one run and written in another must be there in both, whichever tokens
         turn out to be picked."""
-        first, before = self._runs.setdefault((base.span, finding.name), (run, orders))
+        place = (base.span, ranked(base.ranked))
+        first, before = self._runs.setdefault(place, (run, orders))
         for row, order in orders.items():
             other = len(before.get(row, ()))
             if other != len(order):

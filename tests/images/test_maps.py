@@ -356,6 +356,43 @@ def test_sites_of_several_experiments(tmp_path: Path) -> None:
         np.testing.assert_allclose(found["e"].measures[0].patched[number], expected, atol=1e-5)
 
 
+def test_loops_over_cells_of_experiments(tmp_path: Path) -> None:
+    """Each cell has the order of its own map, also where the rest of the cell stands behind."""
+    swept = "ablate c layer l at each token of image with zero"
+    swept = f"for l in 0..1 {{ for c in [mlp_out, attn_out] {{ {swept} }} }}"
+    text = support.experiment("every", swept) + CAAP
+    text += looking("drawn", "observe random(2) embed at each token of image as chance")
+    rule = "ablate embed at top 2 of {} tokens with zero"
+    named = ['every(l: final, c: "attn_out")', "chance(draw: 2)", "caap"]
+    text += "param final = 1\n"
+    text += support.experiment("e", f"for m in [{', '.join(named)}] {{ {rule.format('m')} }}")
+    rule = rule.format('m(c: "mlp_out")')
+    text += support.experiment("deep", f"for m in [every(l: 0), every(l: 1)] {{ {rule} }}")
+    found = run("vit", tmp_path, text)
+    data = found["every"].measures[0]
+    deltas = (data.patched - data.base).reshape(2, 2, GRID * GRID, -1)
+    drawn = found["drawn"].measures[0].patched.reshape(GRID * GRID, 2, -1)
+    fine = found["caap"].measures[0]
+    wanted = {
+        "e": [deltas[1, 1], drawn[:, 1], fine.patched - fine.base],
+        "deep": [deltas[0, 0], deltas[1, 0]],
+    }
+    for name, orders in wanted.items():
+        for row in range(len(BOXES)):
+            for values, told in zip(orders, found[name].measures[0].patched[:, row], strict=True):
+                tokens = [support.patches("vit")[int(n)] for n in np.argsort(-values[:, row])[:2]]
+                width = support.plain("vit", None).sites["embed", 0].shape[-1]
+                zero = torch.zeros(width, dtype=torch.float64)
+                writes = {("embed", 0): [Change(token, 0, zero) for token in tokens]}
+                seen = support.forward("vit", given("vit", tmp_path, row), writes).output
+                answer, wrong = (support.LABELS.index(label) for label in labels(row))
+                assert told == pytest.approx(float(seen[answer] - seen[wrong]), abs=1e-4)
+    assert [cell.coords["m"] for cell in found["e"].cells] == named
+    picked = "every(l: 1, c: attn_out)"
+    assert found["e"].cells[0].position == f"top 2 of {picked} tokens"
+    assert f"top 2 of {named[0]} tokens" in found["e"].conventions
+
+
 def test_loops_over_experiments_that_there_are_not(tmp_path: Path) -> None:
     rule = "for m in [caap, nothing] { patch embed at top 2 of m tokens }"
     text = MAPS + support.experiment("e", "from scenes into neutral", rule)

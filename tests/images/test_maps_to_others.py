@@ -256,13 +256,18 @@ def test_maps_in_loops(tmp_path: Path) -> None:
     rule = "for m in [{}] {{ patch embed at top 2 of m tokens }}"
     one, two = (
         support.experiment("e", "from scenes into neutral", rule.format(maps))
-        for maps in ("caap, 3", "chance(draw: 1), caap")
+        for maps in ("caap, 3", "chance(draw: 4), caap")
     )
     three = looking("f", "for d in 1..2 { observe pointing of chance(draw: d) in object }")
+    nested = "for d in 1..2 { for m in [chance(draw: d)] { patch embed at top 2 of m tokens } }"
+    five = support.experiment("f", "from scenes into neutral", nested)
+    four = looking("f", "for m in [caap, left] { observe pointing of m in object }")
     for text, code, reason in (
         (one, "E0620", "`3` is no experiment"),
-        (two, "E0322", "this value can't be looped over"),
+        (two, "E0620", "`drawn` has no `draw: 4`"),
         (three, "E0207", "`d` is the variable of a `for`"),
+        (four, "E0207", "`m` is the variable of a `for`"),
+        (five, "E0620", "`d` in `chance(draw: d)` is neither"),
     ):
         result, problems = support.try_file(MAPS + DRAWN + text, tmp_path, "vit", blocks=BLOCKS)
         assert result is None

@@ -1329,7 +1329,8 @@ _onward(
     "for over experiments",
     "for m in [places, look] { ablate embed at top 2 of m tokens with zero }",
     "A `for` over words may be over experiments and observations of the file, in the order of "
-    "which tokens or sites are taken: an axis whose cells are of the same rows.",
+    "which tokens or sites are taken: an axis whose cells are of the same rows. Of an experiment "
+    "with several maps, each is a value: `for m in [ranges(a: 1, b: 3), places]`.",
     OWN,
     "tests/images/test_maps.py",
 )

@@ -246,10 +246,11 @@ def a_map(named: ast.MapOf, work: Work) -> VariantFinding | None:
 def found_by(named: ast.MapOf, work: Work) -> Finding | None:
     """What the cells of an experiment found that are named. Raises Refused."""
     looped = [each.value.id for each in named.cell if isinstance(each.value, ast.Name)]
-    loop = next((name for name in looped if name in work.loops), None)
+    loop = next((name for name in (named.of, *looped) if name in work.loops), None)
     if loop is not None:
         reason = f"`{loop}` is the variable of a `for`, and maps are no cells of a loop"
-        raise Refused(reason, f"leave it out: `{named.of}` has an axis for it here too")
+        hint = f"leave it out: `{named.of}` has an axis for it here too"
+        raise Refused(reason, hint if loop in looped else "leave the loop out, and list the maps")
     finding, at = work.sites.onward.finding(named, work.program.parameters)
     if "position" in dict(at):
         raise Refused("a map has all positions", f"leave `position` out of `{named.span.written}`")
