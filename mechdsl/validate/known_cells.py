@@ -11,6 +11,7 @@ from mechdsl.base.percent import Percent
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.diagnostics.e06_statistics import WhichMeasure
+from mechdsl.resolve.resolved import Label
 from mechdsl.syntax import ast
 from mechdsl.validate.conditions import CellSelection
 from mechdsl.validate.known import Known
@@ -22,6 +23,11 @@ FUNCTIONS = (
     "argmin",
 )  # fmt: skip
 """What an expectation calculates with."""
+
+
+def _written(axis: str, value: Label) -> str:
+    """How a value of an axis is named: `layer: 2`, `position: "last token"`."""
+    return f'{axis}: "{value}"' if isinstance(value, str) else f"{axis}: {value}"
 
 
 def _squeezed(text: str) -> str:
@@ -46,8 +52,7 @@ class KnownCells:
         """How one of its cells is named."""
         if not self.known.cells or self.known.open_axes:
             return "L9H9"
-        at = self.known.cells[0].coords.items()
-        return ", ".join(f'{k}: "{v}"' if isinstance(v, str) else f"{k}: {v}" for k, v in at)
+        return ", ".join(_written(axis, at) for axis, at in self.known.cells[0].coords.items())
 
     # --- measures
 
@@ -126,9 +131,18 @@ class KnownCells:
             axes = name_list(self.known.axes) or "none"
             hint = f"name a cell of {self.whose}; its axes are {axes}"
             raise unreadable(span, f"no cell is at {text}", hint)
-        example = '`position: "last token"` beside it, or `max(…)` over them'
         count = "several" if self.known.open_axes else len(found)
-        raise unreadable(span, f"{count} cells are at {text}", f"say which with {example}")
+        example = f"say which with `{self._apart(found)}` beside it, or `max(…)` over them"
+        raise unreadable(span, f"{count} cells are at {text}", example)
+
+    def _apart(self, found: Sequence[int]) -> str:
+        """What tells one of these cells from another."""
+        cells = self.known.cells or ()
+        coords = [cells[number].coords for number in found]
+        for axis, value in coords[0].items():
+            if axis not in self.known.open_axes and any(at.get(axis) != value for at in coords):
+                return _written(axis, value)
+        return _written("position", "last token")
 
     def one_of(
         self, site: ast.Expr | ast.Site, among: Sequence[CellSelection] = ()

@@ -35,6 +35,8 @@ def selection(node: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> CellSelec
         return _short(node, text)
     if isinstance(node, ast.String):
         hint += f", or the value of an axis: `position: {text}`"
+    if isinstance(node, ast.EdgeTokenOf):
+        hint = f'a position is a value of its axis, in quotes: `position: "{text}"`'
     if isinstance(node, ast.Name):
         node = ast.Site(names=(node,), span=node.span)
     if not isinstance(node, ast.Site):
