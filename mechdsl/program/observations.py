@@ -117,7 +117,7 @@ def lower_observation(
         site=statement.site,
         at=statement.at or _last_token(),
         onto=statement.other,
-        receiver=statement.beside,
+        receiver=_beside(statement.beside, prompts, work),
         source=source,
         observed=spec.Observed(
             span=called.span,
@@ -130,6 +130,17 @@ def lower_observation(
         ),
         loops=loops,
     )
+
+
+def _beside(
+    site: ast.Site | None, prompts: spec.Prompts | None, work: Statements
+) -> ast.Site | None:
+    """What stands behind `with`: a site, or a run; of a block of prompts, the run that it is."""
+    name = None if site is None else site.bare
+    if site is None or prompts is None or name is None or name.id not in work.parts.prompts:
+        return site
+    run = run_of(ast.Ref(name.id, span=name.span), prompts, work)
+    return site if run is None else replace(site, names=(replace(name, id=run),))
 
 
 def _of_maps(statement: ast.ObserveMaps, name: str | None, loops: tuple[str, ...]) -> spec.Rule:

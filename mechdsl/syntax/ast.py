@@ -311,6 +311,12 @@ class Site(Node):
     ranked: Ranked | None = None
     basis: str | None = None
 
+    @property
+    def bare(self) -> Name | None:
+        """The name that it is, where it is nothing else."""
+        one = len(self.names) == 1 and not self.axes and self.short is None and self.ranked is None
+        return self.names[0] if one else None
+
 
 @record
 class Ranked(Node):

@@ -193,6 +193,7 @@ def test_what_is_observed(name: str, mode: str) -> None:
         f"observe attention layer * head * from {front} to {PART} as paid",
         f"observe similarity resid_post layer * at {far} with image row 4 col 4 token as alike",
         f"observe similarity resid_post layer * of neutral with clean at {far} as near",
+        f"observe similarity resid_post layer * of clean with neutral at {far} as gray",
         f"observe effective_rank resid_post layer * of clean at {far} as dims",
     )
     text = support.experiment("e", *lines, measure="")
@@ -233,7 +234,7 @@ def test_what_is_observed(name: str, mode: str) -> None:
             streams = [[s.sites["resid_post", n][:, 0] for s in seen] for n in DEEP]
             gray = [plain(name, None).sites["resid_post", n][there, 0] for n in DEEP]
             expected["alike"] = [[cosine(x[there], x[corner]) for x in own] for own in streams]
-            expected["near"] = [
+            expected["near"] = expected["gray"] = [
                 [cosine(x[there], other) for x in own]
                 for own, other in zip(streams, gray, strict=True)
             ]

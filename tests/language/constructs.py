@@ -1128,7 +1128,7 @@ _rule(
     "observe similarity … with RUN",
     "observe similarity resid_post layer * of clean with fewer at last token as alike",
     "The cosine with the vector at the same position of another run, one token at a time; the run "
-    "may be one with rules (`run healed { … }`).",
+    "may be one with rules (`run healed { … }`), or another block.",
     OWN,
     _TOGETHER,
     "measure logit(answer) as raw",

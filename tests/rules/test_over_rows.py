@@ -678,6 +678,7 @@ REFUSED = {
     "observe similarity resid_post layer 0 with z layer 0 head 0 at last token": "not of 6 and 24",
     "observe probe(size) at pattern layer 0 head 0 at last token": "whose width",
     f"observe cka {AT}": "compares two sites",
+    "observe cka resid_post layer 0 with turnd at last token": "no site or run called `turnd`",
     f"observe rank {AT} with left token": "takes no `with`",
     "observe copying layer 0 head 0 at last token": "of the weights, not of a token",
     "observe copying resid_post layer 0": "of one head at a time",

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
+from mechdsl.base.names import name_list
+from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
 from mechdsl.program import spec
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.over_rows import RowVectors
@@ -72,8 +74,9 @@ class Similarity(OverRowsKind):
         return None if others is None else replace(found, spec=rule, edge=EdgeTargets(None, others))
 
     def _of_sites(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
-        found = super().resolve(rule, work)
-        others = other_sites(rule, work)
+        assert rule.receiver is not None
+        found, nothing = super().resolve(rule, work), is_nothing(rule.receiver, work)
+        others = None if nothing else other_sites(rule, work)
         if found is None or others is None or not self.sites_fit(rule, others, work):
             return None
         shape = work.sites.shape
@@ -129,9 +132,22 @@ class BetweenRuns(Similarity):
 
 def run_named(site: ast.Site, work: Work) -> str | None:
     """The run that stands where a site may."""
-    alone = len(site.names) == 1 and not site.axes and site.short is None and site.ranked is None
-    name = site.names[0].id if alone else ""
+    name = "" if site.bare is None else site.bare.id
     return name if name in work.table.runs and name not in SITES else None
+
+
+def is_nothing(site: ast.Site, work: Work) -> bool:
+    """E0203 for a name that is neither a run nor one of a site."""
+    name = site.bare
+    if name is None or name.id in (*SITES, *work.loops, *work.program.groups):
+        return False
+    blocks = (block for block in work.program.prompts if block != work.table.name)
+    runs = dict.fromkeys((*work.table.runs, *blocks))
+    known = f"runs are {name_list(runs)}, and a site is such as `resid_post layer *`"
+    hint = did_you_mean(name.id, [*runs, *SITES], known)
+    found = UnknownWord(span=name.span, kind="site or run", word=name.id, hint=hint)
+    work.diagnostics.append(found)
+    return True
 
 
 @observation("cka", unit="CKA")
@@ -157,7 +173,7 @@ class Cka(OverRowsKind):
             return None
         if run_named(rule.receiver, work) is not None:
             return None if found is None else replace(found, does=CkaOfRuns())
-        others = other_sites(rule, work)
+        others = None if is_nothing(rule.receiver, work) else other_sites(rule, work)
         if found is None or others is None or not self.sites_fit(rule, others, work):
             return None
         return replace(found, beside=others)
