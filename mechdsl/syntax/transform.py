@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from lark import Token, Transformer
@@ -825,6 +825,8 @@ class ToAst(Transformer[Token, Any]):
     def span_tokens(self, c: list[Any]) -> ast.SpanTokens:
         word = next(x for x in reversed(c) if isinstance(x, Token))
         of = next(x for x in c if isinstance(x, ast.SpanRef))
+        if of.name == "at":
+            of = _behind_at(of, _span(c))
         numbers = _clauses(c).get("numbers", (None, None))
         each = isinstance(c[0], Token) and c[0].type == "EACH"
         return ast.SpanTokens(of, word.type == "TOKENS", each, *numbers, span=_span(c))
@@ -1043,6 +1045,16 @@ def _signed(c: Sequence[Any]) -> int | ast.Variable:
     if c[1].type == "NAME":
         return ast.Variable(str(c[1]), c[0].type == "MINUS", span=_span(c))
     return _number_behind(c)
+
+
+def _behind_at(of: ast.SpanRef, whole: Span) -> ast.SpanRef:
+    """`image` in `replace at image tokens`: no span is called `at`, which was written as before the
+    positions of a site."""
+    place = Span(whole.source, of.span.start, of.span.start + len("at"))
+    hint = f"leave it out: `{Span(whole.source, place.end, whole.end).written}`"
+    _report(UnexpectedToken(found="`at`", expected="a position", hint=hint, span=place))
+    named = None if of.occurrence is None else of.occurrence.low
+    return replace(of, name=named.name, occurrence=None) if isinstance(named, ast.Variable) else of
 
 
 def _further_token(before: ast.Position, index: Clause) -> ast.Position:

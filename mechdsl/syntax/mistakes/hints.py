@@ -234,6 +234,14 @@ HINTS: tuple[Hint, ...] = (
         "write `tokens except …`, or `each token except …` for one run each",
     ),
     Hint(r"\bbetween\b", r"to\b", "write `and`: `tokens between A and B`", "AND"),
+    # What `replace` puts somewhere.
+    Hint(
+        r"^replace\b(?!\s+block\b)",
+        r"\s*$",
+        'say what stands there instead: `with gray` in images, `with "…"` in texts',
+        "WITH",
+    ),
+    Hint(r"^replace\b(?!\s+block\b)", r"(?:by|to|into)\b", "write `with`", "WITH"),
     # Cells in expectations.
     Hint(
         r"^expect\b.*[(,]\s*([A-Za-z][\w-]*(?:\s+\w+)*?\s+tokens?)\s*$",
