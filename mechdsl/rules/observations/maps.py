@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.base.names import name_list
@@ -62,6 +62,17 @@ class Setting:
     observation and of each control; NaN where `blank` says why."""
 
 
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What a line is made of."""
+
+    rule: spec.Rule
+    work: Work
+    maps: Sequence[VariantFinding]
+    others: Sequence[Sequence[VariantFinding]] = ()
+    """What others found that the maps are set against: for each map, or for all of them."""
+
+
 class OfMaps(OverRows, Kind):
     """`observe WORD of MAPS …`: a number of each row's map."""
 
@@ -85,28 +96,19 @@ class OfMaps(OverRows, Kind):
         """The patches that are shown as what it looks at: a region, or `image`."""
         return "image"
 
-    def others(
-        self, rule: spec.Rule, maps: Sequence[VariantFinding], work: Work
-    ) -> Sequence[VariantFinding] | None:
-        """What others found that the maps are set against; None where one was refused. Raises
-        Refused."""
+    def others(self, given: Given) -> Sequence[Sequence[VariantFinding]] | None:
+        """`Given.others`, of what is known before; None where one was refused. Raises Refused."""
         return ()
 
-    def settings(
-        self,
-        rule: spec.Rule,
-        maps: Sequence[VariantFinding],
-        others: Sequence[VariantFinding],
-        work: Work,
-    ) -> Sequence[Setting]:
+    def settings(self, given: Given) -> Sequence[Setting]:
         """What each map is set against, once all have run. Raises Refused."""
         raise NotImplementedError
 
-    def unit_of(self, others: Sequence[VariantFinding]) -> str:
+    def unit_of(self, given: Given) -> str:
         """Of its numbers."""
         return self.unit
 
-    def details(self, others: Sequence[VariantFinding]) -> Iterator[str]:
+    def details(self, given: Given) -> Iterator[str]:
         """What else a table has to say, once all have run."""
         yield from ()
 
@@ -121,10 +123,11 @@ class OfMaps(OverRows, Kind):
             maps = [part for part in found if part is not None]
             if not all(ready) or len(maps) < len(found):
                 return None
-            others = self.others(rule, maps, work)
+            given = Given(rule, work, maps)
+            others = self.others(given)
             if others is None:
                 return None
-            does = self._scored(rule, maps, others, work)
+            does = self._scored(replace(given, others=others))
         except Refused as refusal:
             refuse(rule, work, refusal.reason, refusal.hint)
             return None
@@ -139,23 +142,19 @@ class OfMaps(OverRows, Kind):
 
     # --- its numbers ------------------------------------------------------------------------------
 
-    def _scored(
-        self,
-        rule: spec.Rule,
-        maps: Sequence[VariantFinding],
-        others: Sequence[VariantFinding],
-        work: Work,
-    ) -> OfMaps:
+    def _scored(self, given: Given) -> OfMaps:
         """With the numbers of rows, where all have run. Raises Refused."""
-        waits = [part.experiment.name for part in (*maps, *others) if part.values is None]
+        maps, work = given.maps, given.work
+        every = chain(maps, *given.others)
+        waits = [part.experiment.name for part in every if part.values is None]
         if waits or work.table.stands_in:
             names = name_list(dict.fromkeys(waits))
-            return self._told(others, f"known when {names} has run" if waits else "")
+            return self._told(given, f"known when {names} has run" if waits else "")
         import numpy as np
 
         cells: list[Floats] = []
         dropped: dict[str, int] = {}
-        for part, setting in zip(maps, self.settings(rule, maps, others, work), strict=True):
+        for part, setting in zip(maps, self.settings(given), strict=True):
             grids, name = grids_of(part, work), part.experiment.name
             if not grids:
                 raise _no_rows(part, work)
@@ -170,21 +169,18 @@ class OfMaps(OverRows, Kind):
             dropped[f"where `{name}` {self.blank}"] = sum(map(bool, blank))
             cells.append(found)
         measures = dict.fromkeys(part.measure for part in maps)
-        parts = [f"by each row's own {' or '.join(measures)}, signed", *self.details(others)]
+        parts = [f"by each row's own {' or '.join(measures)}, signed", *self.details(given)]
         parts += [SHARED] * any(part.of_windows for part in maps)
         parts += [
             f"{n} of {len(work.table)} rows dropped, {why}" for why, n in dropped.items() if n
         ]
-        every = np.concatenate(cells, axis=1)
         words = (self.word, *self.controls)
-        scores = Scores(dict(zip(words, every[:, :, None], strict=True)))
-        return self._told(others, "; ".join(parts), scores)
+        every = np.concatenate(cells, axis=1)[:, :, None]
+        return self._told(given, "; ".join(parts), Scores(dict(zip(words, every, strict=True))))
 
-    def _told(
-        self, others: Sequence[VariantFinding], said: str, scores: Scores | None = None
-    ) -> OfMaps:
+    def _told(self, given: Given, said: str, scores: Scores | None = None) -> OfMaps:
         does = type(self)(said, scores)
-        does.form = replace(self.form, unit=self.unit_of(others))
+        does.form = replace(self.form, unit=self.unit_of(given))
         return does
 
     def _of_map(self, grids: Mapping[int, Floats], setting: Setting, work: Work) -> Floats:

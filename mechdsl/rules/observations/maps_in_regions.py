@@ -10,9 +10,8 @@ from mechdsl.base.names import name_list
 from mechdsl.diagnostics.e02_names import UnknownName, did_you_mean
 from mechdsl.program import spec
 from mechdsl.prompts.image_reader import ImageReader
-from mechdsl.resolve.findings import VariantFinding
 from mechdsl.resolve.in_progress import Work
-from mechdsl.rules.observations.maps import OfMaps, Setting
+from mechdsl.rules.observations.maps import Given, OfMaps, Setting
 from mechdsl.rules.observations.over_rows import refuse
 from mechdsl.rules.observations.registry import observation
 from mechdsl.vocab.metrics import Form
@@ -61,21 +60,15 @@ class InRegion(OfMaps):
             return False
         return ready
 
-    def settings(
-        self,
-        rule: spec.Rule,
-        maps: Sequence[VariantFinding],
-        others: Sequence[VariantFinding],
-        work: Work,
-    ) -> Sequence[Setting]:
-        assert rule.observed is not None
-        region, share = _region(rule), rule.observed.share
-        masks = _masks(region, work)
+    def settings(self, given: Given) -> Sequence[Setting]:
+        assert given.rule.observed is not None
+        region, share = _region(given.rule), given.rule.observed.share
+        masks = _masks(region, given.work)
 
         def score(cell: int, number: int, values: Floats) -> Sequence[float]:
             return self.score(values, masks[number], share)
 
-        return [Setting(masks, f"whose image has nothing of `{region}`", score)] * len(maps)
+        return [Setting(masks, f"whose image has nothing of `{region}`", score)] * len(given.maps)
 
 
 def _region(rule: spec.Rule) -> str:

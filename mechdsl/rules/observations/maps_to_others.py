@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.program import spec
@@ -13,6 +14,7 @@ from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.rules.observations.maps import (
+    Given,
     OfMaps,
     Setting,
     check_map,
@@ -72,48 +74,47 @@ class Infidelity(ToOthers):
         same = "What a map has that is the same everywhere"
         return replace(form, meaning=same) if name == "chance" else form
 
-    def others(
-        self, rule: spec.Rule, maps: Sequence[VariantFinding], work: Work
-    ) -> Sequence[VariantFinding] | None:
-        assert rule.observed is not None
-        finding = found_by(rule.observed.others[0], work)
+    def others(self, given: Given) -> Sequence[Sequence[VariantFinding]] | None:
+        assert given.rule.observed is not None
+        finding = found_by(given.rule.observed.others[0], given.work)
         if finding is None:
             return None
         part, *more = finding.parts
         if more:
             raise Refused(f"`{finding.name}` runs more than once", "let it have one base")
-        _takes_out(part, work)
-        return (part,)
+        _takes_out(part, given.work)
+        return ((part,),)
 
-    def settings(
-        self,
-        rule: spec.Rule,
-        maps: Sequence[VariantFinding],
-        others: Sequence[VariantFinding],
-        work: Work,
-    ) -> Sequence[Setting]:
+    def settings(self, given: Given) -> Sequence[Setting]:
         import numpy as np
 
         from mechdsl.fits.against_masks import infidelity
 
-        found = _taken_out(others[0], work)
+        part = _set_against(given)
+        found = _taken_out(part, given.work)
 
         def score(cell: int, number: int, values: Floats) -> Sequence[float]:
             own = infidelity(values, *found[number])
             same = infidelity(np.ones_like(values), *found[number])
             return own, same if own == own else own
 
-        lacking = f"which `{others[0].experiment.name}` takes no two sets of patches out of"
-        return [Setting(found, lacking, score)] * len(maps)
+        lacking = f"which `{part.experiment.name}` takes no two sets of patches out of"
+        return [Setting(found, lacking, score)] * len(given.maps)
 
-    def unit_of(self, others: Sequence[VariantFinding]) -> str:
-        return f"{others[0].experiment.measures[0].unit or 'number'}²"
+    def unit_of(self, given: Given) -> str:
+        return f"{_set_against(given).experiment.measures[0].unit or 'number'}²"
 
-    def details(self, others: Sequence[VariantFinding]) -> Iterator[str]:
-        (part,) = others
+    def details(self, given: Given) -> Iterator[str]:
+        part = _set_against(given)
         sets, measure = sum(1 for _ in part.grid()), part.experiment.measures[0].text
         yield f"{sets} sets of patches and how far `{measure}` falls are `{part.experiment.name}`'s"
         yield "each map times the number, 0 or more, that fits these best in the row"
+
+
+def _set_against(given: Given) -> VariantFinding:
+    """The one experiment that takes patches out."""
+    ((part,),) = given.others
+    return part
 
 
 def _takes_out(part: VariantFinding, work: Work) -> None:
@@ -200,43 +201,27 @@ class Sensitivity(ToOthers):
     blank = "is 0 everywhere"
     several = True
 
-    def others(
-        self, rule: spec.Rule, maps: Sequence[VariantFinding], work: Work
-    ) -> Sequence[VariantFinding] | None:
-        groups = _nearby(rule, maps, work)
-        return None if groups is None else [part for group in groups for part in group]
+    def others(self, given: Given) -> Sequence[Sequence[VariantFinding]] | None:
+        assert given.rule.observed is not None
+        found: list[Sequence[VariantFinding]] = []
+        for part, named in zip(given.maps, given.rule.observed.others, strict=True):
+            finding = found_by(named, given.work)
+            if finding is None:
+                return None
+            for near in finding.parts:
+                check_map(near, given.work)
+                _same_map(part, near)
+            found.append(finding.parts)
+        return found
 
-    def settings(
-        self,
-        rule: spec.Rule,
-        maps: Sequence[VariantFinding],
-        others: Sequence[VariantFinding],
-        work: Work,
-    ) -> Sequence[Setting]:
-        return [_moved(group, work) for group in _nearby(rule, maps, work) or ()]
+    def settings(self, given: Given) -> Sequence[Setting]:
+        return [_moved(group, given.work) for group in given.others]
 
-    def details(self, others: Sequence[VariantFinding]) -> Iterator[str]:
-        names = [part.experiment.name for part in others]
+    def details(self, given: Given) -> Iterator[str]:
+        names = [part.experiment.name for part in chain(*given.others)]
         counts = {name: names.count(name) for name in names}
         said = ", ".join(f"`{name}` ({n})" for name, n in counts.items())
         yield f"‖map of an image nearby − map‖ / ‖map‖, the largest of those of {said}"
-
-
-def _nearby(
-    rule: spec.Rule, maps: Sequence[VariantFinding], work: Work
-) -> Sequence[Sequence[VariantFinding]] | None:
-    """For each map, those of images nearby; None where one was refused. Raises Refused."""
-    assert rule.observed is not None
-    found: list[Sequence[VariantFinding]] = []
-    for part, named in zip(maps, rule.observed.others, strict=True):
-        finding = found_by(named, work)
-        if finding is None:
-            return None
-        for near in finding.parts:
-            check_map(near, work)
-            _same_map(part, near)
-        found.append(finding.parts)
-    return found
 
 
 def _same_map(part: VariantFinding, near: VariantFinding) -> None:
