@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.rules.observations.maps import grids_of
 
 from ..reference.hooks import Change
 from . import support
@@ -45,10 +49,10 @@ def labels(row: int) -> tuple[str, str]:
     return support.LABELS[row % 4], support.LABELS[(row + 2) % 5]
 
 
-def write_boxes(folder: Path, name: str) -> None:
+def write_boxes(folder: Path, name: str, boxes: Sequence[object] = BOXES) -> None:
     random = np.random.default_rng(4)
     records: list[dict[str, object]] = []
-    for number, box in enumerate(BOXES):
+    for number, box in enumerate(boxes):
         pixels = random.integers(0, 256, (*UNRESIZED[name], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"box{number}.png")
         answer, wrong = labels(number)
@@ -238,6 +242,58 @@ def test_rows_that_the_map_lacks_are_said(tmp_path: Path) -> None:
     found = run("vit", tmp_path, text)
     assert np.isfinite(found["at"].measures[0].patched).sum() == 3
     assert "2 of 5 rows dropped, `caap` lacks them" in found["at"].conventions["observed"]
+
+
+def test_rows_that_only_the_map_has_are_left_out(tmp_path: Path) -> None:
+    text = CAAP + looking("every", "observe pointing of caap in object")
+    few = looking("few", "observe pointing of caap in object").replace("scenes", "scenes limit 3")
+    found = run("vit", tmp_path, text + few)
+    here = found["few"].row_ids
+    assert here is not None
+    whole = found["every"].measures[0].patched[0, list(here)]
+    np.testing.assert_array_equal(found["few"].measures[0].patched[0], whole)
+    assert "dropped" not in found["few"].conventions["observed"]
+
+
+def test_a_map_with_nothing_above_0(tmp_path: Path) -> None:
+    """A row is dropped where no map of it has a number, and each map by its own name."""
+    rule = "for k in [1, 2] { scale embed at each token of image by k }"
+    text = support.experiment("grown", rule)
+    text += looking("both", "observe mass of grown in object")
+    text += looking("named", "observe mass of grown(k: 1), grown(k: 2) in object")
+    found = run("vit", tmp_path, text)
+    both, named = (found[name].measures[0].patched for name in ("both", "named"))
+    np.testing.assert_array_equal(both, named)
+    assert np.isfinite(both).all(1).tolist() == [False, True]
+    said = {name: found[name].conventions["observed"] for name in ("both", "named")}
+    assert "dropped" not in said["both"]
+    assert "5 of 5 rows dropped, where `grown(k: 1)` is nowhere above 0" in said["named"]
+    assert "`grown(k: 2)` is" not in said["named"]
+
+
+def test_windows_without_a_number_are_in_no_mean() -> None:
+    """Here the second window has none in the first cell; of the rows, one isn't looked at."""
+    reader, nan = support.shared("vit").tokenizer, np.nan
+    one, two, three = support.patches("vit")[:3]
+    numbers = {
+        7: ([4.0, 4.0], [nan, 2.0], [6.0, 6.0]),
+        8: ([1.0, 1.0], [1.0, 1.0], [1.0, 1.0]),
+    }
+    places = [
+        (row, tokens, np.array(own))
+        for row, each in numbers.items()
+        for tokens, own in zip([(one, two), (two, three), (three,)], each, strict=True)
+    ]
+    work = SimpleNamespace(
+        model=SimpleNamespace(tokenizer=reader),
+        table=SimpleNamespace(row_ids=(7,)),
+        experiment=SimpleNamespace(base="clean"),
+    )
+    part = SimpleNamespace(by_place=lambda run: iter(places))
+    found = grids_of(cast(Any, part), cast(Any, work))
+    assert list(found) == [7]
+    np.testing.assert_array_equal(found[7][:, 0, :3], [[2, 2, 6], [2, 1.5, 3.5]])
+    assert np.isnan(found[7][:, 1:]).all()
 
 
 def given(name: str, folder: Path, row: int) -> torch.Tensor:

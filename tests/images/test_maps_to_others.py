@@ -14,7 +14,19 @@ from scipy.optimize import nnls
 from ..reference.hooks import Change
 from . import support
 from .support import GRID, PATCH
-from .test_maps import BLOCKS, BOXES, MAPS, Array, given, labels, looking, run, write_boxes
+from .test_maps import (
+    BLOCKS,
+    BOXES,
+    CAAP,
+    MAPS,
+    Array,
+    given,
+    labels,
+    looking,
+    maps,
+    run,
+    write_boxes,
+)
 
 NEAR = BLOCKS.replace(
     "region object = box",
@@ -140,6 +152,80 @@ def test_sensitivity_by_hand(name: str, tmp_path: Path) -> None:
             assert told[number, row] == pytest.approx(expected, rel=1e-3)
             assert expected > 0.01
     assert "`near_caap` (2), `near_left` (2)" in found["told"].conventions["observed"]
+
+
+SEVERAL = (
+    ((4, 0, 8, 8), (8, 4, 16, 8), (12, 0, 16, 4)),
+    ((0, 4, 8, 8), (12, 12, 16, 16)),
+    ((0, 0, 4, 4),),
+    ((4, 4, 8, 8), (40, 40, 44, 44)),
+    ((4, 4, 8, 8), (8, 0, 12, 4)),
+)
+"""Boxes of whole patches, of each row; one lies outside of its image."""
+
+
+def in_box(box: tuple[int, ...]) -> tuple[slice, slice]:
+    left, top, right, bottom = (each // PATCH for each in box)
+    return slice(top, bottom), slice(left, right)
+
+
+def test_sets_of_patches_that_rows_have(tmp_path: Path) -> None:
+    """A row with less than two of them tells nothing, and neither does a set without a patch."""
+    objects = "for i in 1..3 { replace object i tokens with gray }"
+    some = "for k in [2, 5] { replace top k of chance(draw: 1) tokens with gray }"
+    text = CAAP + DRAWN + support.experiment("objects", objects)
+    beside = objects.replace(" }", "  ablate embed at image row 4 col 1 token with zero }")
+    text += support.experiment("beside", beside)
+    text += support.experiment("kept", "keep logit(answer) - logit(wrong) > -5.5", objects)
+    few = support.experiment("few", objects)
+    text += few.replace("images scenes", "images scenes limit 4")
+    text += support.experiment("some", some)
+    text += support.experiment("more", some.replace("[", "[0, "))
+    rule = "patch resid_post layer 0 at image row 1..2 col 2..4 token"
+    text += support.experiment("part", "from scenes into neutral", rule)
+    for to in ("objects", "beside", "kept", "few", "some", "more"):
+        text += looking(f"to_{to}", f"observe infidelity of caap to {to}")
+    text += looking("of_part", "observe infidelity of part to objects")
+    write_boxes(tmp_path, "vit", SEVERAL)
+    found = support.run_file(text, tmp_path, "vit", blocks=BLOCKS)
+    told = {name: each.measures[0].patched for name, each in found.items()}
+    data, values = found["objects"].measures[0], maps(found["caap"])
+    expected = np.full(ROWS, np.nan)
+    for row in (0, 1, 4):
+        sums = [values[row][in_box(box)].sum() for box in SEVERAL[row]]
+        falls = (data.base - data.patched)[: len(sums), row]
+        expected[row] = least(sums, falls.tolist())
+    np.testing.assert_allclose(told["to_objects"][0], expected, rtol=1e-3)
+    assert np.nanmin(expected) > 0.1
+    np.testing.assert_array_equal(np.isnan(told["to_beside"][0]), np.isnan(expected))
+    lacks = "2 of 5 rows dropped, which `objects` takes no two sets of patches out of"
+    assert lacks in found["to_objects"].conventions["observed"]
+    assert found["kept"].row_ids == (2, 3, 4)
+    expected[:4] = np.nan
+    np.testing.assert_allclose(told["to_kept"][0], expected, rtol=1e-3)
+    np.testing.assert_allclose(told["to_more"], told["to_some"], rtol=1e-4)
+    blank = "1 of 5 rows dropped, where `part` has no number for a patch that is taken out"
+    assert blank in found["of_part"].conventions["observed"]
+    for measure in found["of_part"].measures:
+        assert np.isfinite(measure.patched[0]).tolist() == [True, False, False, False, True]
+
+
+def test_rows_whose_image_has_none_nearby(tmp_path: Path) -> None:
+    rules = ("from neutral into near_1", "ablate embed at each token of image with zero")
+    near = support.experiment("near", *rules)
+    text = MAPS + near + near.replace("near {", "few {").replace("scenes", "scenes limit 3")
+    for to in ("near", "few"):
+        text += looking(f"to_{to}", f"observe sensitivity of left to {to}")
+    write_boxes(tmp_path, "vit")
+    found = support.run_file(text, tmp_path, "vit", blocks=NEAR)
+    whole, some = (found[name].measures[0].patched[0] for name in ("to_near", "to_few"))
+    few = found["few"].row_ids
+    assert few is not None
+    assert len(few) == 3
+    here = np.isin(range(ROWS), few)
+    np.testing.assert_allclose(some, np.where(here, whole, np.nan), rtol=1e-5)
+    assert "2 of 5 rows dropped, `few` lacks them" in found["to_few"].conventions["observed"]
+    assert "dropped" not in found["to_near"].conventions["observed"]
 
 
 def test_each_map_of_an_experiment_with_its_own(tmp_path: Path) -> None:

@@ -154,7 +154,9 @@ class OfMaps(OverRows, Kind):
 
         cells: list[Floats] = []
         dropped: dict[str, int] = {}
-        for part, setting in zip(maps, self.settings(given), strict=True):
+        assert given.rule.observed is not None
+        written = [each.span.written for each in given.rule.observed.maps]
+        for part, setting, own in zip(maps, self.settings(given), written, strict=True):
             grids, name = grids_of(part, work), part.experiment.name
             if not grids:
                 raise _no_rows(part, work)
@@ -166,7 +168,7 @@ class OfMaps(OverRows, Kind):
                 for number, row in enumerate(work.table.row_ids)
                 if row in grids and number in setting.rows
             ]
-            dropped[f"where `{name}` {self.blank}"] = sum(map(bool, blank))
+            dropped[f"where `{own}` {self.blank}"] = sum(map(bool, blank))
             cells.append(found)
         measures = dict.fromkeys(part.measure for part in maps)
         parts = [f"by each row's own {' or '.join(measures)}, signed", *self.details(given)]
