@@ -140,8 +140,8 @@ def dealt(position: str, n: int, strata: list[str] | None = None) -> Array:
 
 
 def dealt_values(position: str, values: Array) -> Array:
-    """Each distinct row gets another's value."""
-    own = keys(position)
+    """Each distinct one of the first rows, as many as there are values, gets another's value."""
+    own = keys(position)[: len(values)]
     distinct = sorted(dict.fromkeys(own))
     order = sorted(distinct, key=lambda key: (digest("shuffle", SEED, key), key))
     gets = dict(zip(distinct, order, strict=True))
@@ -307,12 +307,7 @@ def test_a_probe_that_is_fitted_on_other_rows(tmp_path: Path, name: str) -> None
     line = "observe probe(size, train: q, penalty: 2) at resid_post layer * at left token as told"
     found = trained(tmp_path, name, line)
     y = np.array([[record["size"]] for record in RECORDS])
-    own = keys("left token")[:16]
-    distinct = sorted(dict.fromkeys(own))
-    order = sorted(distinct, key=lambda key: (digest("shuffle", SEED, key), key))
-    gets = dict(zip(distinct, order, strict=True))
-    least = {key: min(v for k, v in zip(own, y[:16, 0], strict=True) if k == key) for key in own}
-    dealt_out = np.array([[least[gets[key]]] for key in own])
+    dealt_out = dealt_values("left token", y[:16])
     for layer in range(3):
         x = vectors(name, "resid_post", layer, "left token")
         told = fitted_once(x, y, 2.0, y[:16])

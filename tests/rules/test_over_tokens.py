@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from mechdsl.base.digest import digest
+from mechdsl.resolve.over_rows import SeenTokens, TokenVectors
+from mechdsl.rules.observations.clusters import Clusters
 
 from ..execute.support import MODES, ids_of, run_file
 from ..reference.forward import forward
@@ -34,13 +36,16 @@ Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 ROUTED = "routed_probe(pair, folds: 3, penalty: 4)"
 WHERE = "resid_post layer 1 at right tokens"
+CHANGED = {"clean": (), "turned": ("right",), "moved": ("left",)}
+"""What has other words in a run."""
 
 
 def tokens(name: str, site: str, layer: int, position: str, run: str = "clean") -> list[Array]:
     """Of each row [token, width]."""
     found: list[Array] = []
     for record in RECORDS:
-        own = forward(name, double(name), ids_of(words(record, run)))[site, layer]
+        record = {**record, **dict.fromkeys(CHANGED[run], record["turn"])}
+        own = forward(name, double(name), ids_of(words(record)))[site, layer]
         found.append(own[hits(record, position)].flatten(1).detach().numpy())
     return found
 
@@ -167,8 +172,11 @@ def test_a_routed_probe_that_is_fitted_on_other_rows(tmp_path: Path, name: str) 
     found = trained(tmp_path, name, line)
     vectors = tokens(name, "resid_post", 1, "left tokens")
     y = np.array([[record["size"]] for record in RECORDS])
-    told = r_squared(y[16:25], Fit(vectors[:16], y[:16], 4.0)(vectors[16:25]))
-    np.testing.assert_allclose(found.measures[0].patched[0], told, rtol=2e-3, atol=5e-3)
+    for measure, of in zip(
+        found.measures, (y[:16], dealt_values("left tokens", y[:16])), strict=True
+    ):
+        told = r_squared(y[16:25], Fit(vectors[:16], of, 4.0)(vectors[16:25]))
+        np.testing.assert_allclose(measure.patched[0], told, rtol=2e-3, atol=5e-3)
     assert "fitted on `q` (16 rows)" in found.conventions["observed"]
 
 
@@ -233,11 +241,14 @@ def test_joined_tokens_have_their_mean(tmp_path: Path, name: str) -> None:
     np.testing.assert_allclose(joined, np.nanmean(each, 1))
 
 
-@pytest.mark.parametrize("name", FAMILIES[:2])
-def test_whether_the_cluster_is_the_same_in_another_run(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "other"), [(FAMILIES[0], "moved"), (FAMILIES[1], "turned")])
+def test_whether_the_cluster_is_the_same_in_another_run(
+    tmp_path: Path, name: str, other: str
+) -> None:
+    """Where its own tokens stand: in `moved` somewhere else."""
     write(tmp_path)
     lines = (
-        "observe clusters(4) resid_post layer 0 with turned at right tokens as kept",
+        f"observe clusters(4) resid_post layer 0 with {other} at right tokens as kept",
         "observe clusters(4) resid_post layer 0 at each token of right as own",
     )
     text = f"seed {SEED}\nexperiment e {{ model m prompts p {' '.join(lines)} }}\n"
@@ -246,8 +257,8 @@ def test_whether_the_cluster_is_the_same_in_another_run(tmp_path: Path, name: st
     vectors = tokens(name, "resid_post", 0, "right tokens")
     sizes = [len(each) for each in vectors]
     flat = np.array([own[:, cell_of(at, n), row] for row, n in enumerate(sizes) for at in range(n)])
-    turned = tokens(name, "resid_post", 0, "right tokens", "turned")
-    same = flat.argmax(1) == probabilities(vectors, members(flat), turned).argmax(1)
+    there = tokens(name, "resid_post", 0, "right tokens", other)
+    same = flat.argmax(1) == probabilities(vectors, members(flat), there).argmax(1)
     ends = np.cumsum(sizes)[:-1]
     expected = [each.mean() for each in np.split(same, ends)]
     np.testing.assert_allclose(found["e.kept"].measures[0].patched[0], expected)
@@ -275,6 +286,22 @@ def test_clusters_that_are_fitted_to_other_rows(tmp_path: Path, name: str) -> No
     assert np.ptp(expected, axis=0).max() > 0.1
 
 
+def test_the_order_of_rows_makes_no_clusters() -> None:
+    """The seed does, where vectors are of no kinds."""
+    every = np.random.default_rng(0).normal(size=(20, 3, 4))
+    keys = [digest(number) for number in range(20)]
+
+    def centres(order: list[int], seed: int) -> Array:
+        rows, tokens = np.repeat(np.arange(20), 3), np.tile(np.arange(3), 20)
+        flat, own = every[order].reshape(60, 4), [keys[number] for number in order]
+        seen = TokenVectors(flat, rows, tokens, np.arange(20), own)
+        return Clusters(6).fitted(SeenTokens(seen, None, None), seed).centres
+
+    there, back = [*range(20)], [*reversed(range(20))]
+    np.testing.assert_array_equal(centres(there, 1), centres(back, 1))
+    assert not np.allclose(centres(there, 1), centres(there, 2))
+
+
 # --- what is refused, and what is said ------------------------------------------------------------
 
 REFUSED = {
@@ -288,7 +315,10 @@ REFUSED = {
     f"observe clusters(1) {WHERE}": "write a number from 2 to 64",
     f"observe clusters(2.5) {WHERE}": "write a number from 2 to 64",
     f"observe clusters(3, folds: 2) {WHERE}": "is no option",
+    f"observe clusters(65) {WHERE}": "write a number from 2 to 64",
     "observe clusters(3) resid_post layer 0 with attn_out layer 0 at last token": "name one",
+    "observe clusters(3) embed with moved at token 3, right tokens": "in another order",
+    "observe clusters(3) embed with moved at token 4, right token": "in another order",
     f"observe clusters(3, train: p) {WHERE}": "rows that it is fitted on",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 from mechdsl.diagnostics.e02_names import BadArgument
@@ -13,7 +14,7 @@ from mechdsl.program.lower_directions import train_of
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.over_rows import SeenTokens, TokenVectors, TrainedOn
 from mechdsl.resolve.resolved import Axis
-from mechdsl.resolve.resolved_rule import ResolvedRule
+from mechdsl.resolve.resolved_rule import PositionTargets, ResolvedRule
 from mechdsl.rules.observations.over_rows import OverTokensKind, refuse, several
 from mechdsl.rules.observations.probes import trained_on
 from mechdsl.rules.observations.registry import observation
@@ -70,13 +71,13 @@ class Clusters(OverTokensKind):
         return other or super().read_run(rule, work)
 
     def positions_fit(self, rule: spec.Rule, found: ResolvedRule, work: Work) -> bool:
-        pairs = zip(found.positions.written.values(), found.positions.read.values(), strict=True)
-        for own, other in pairs:
-            for row, hits in enumerate(own.hits):
-                if [*map(len, hits)] != [*map(len, other.hits[row])]:
-                    reason = f"has other tokens at `{own.label}` in row {row} of the two runs"
-                    refuse(rule, work, reason, "name positions of equally many tokens")
-                    return False
+        """E0207 too where tokens of two runs, in their order, aren't each other's."""
+        for row in range(len(work.table)):
+            pairs = sorted(_pairs(found.positions, row))
+            if any(a == c or b >= d for (a, b), (c, d) in pairwise(pairs)):
+                reason = "has tokens that stand in another order in the other run"
+                refuse(rule, work, reason, "write a line for each position")
+                return False
         return super().positions_fit(rule, found, work)
 
     def fitted(self, seen: SeenTokens, seed: int) -> Mixture:
@@ -86,8 +87,8 @@ class Clusters(OverTokensKind):
         from mechdsl.fits.mixture import mixture
 
         of = seen.own if seen.training is None else seen.training
-        keys = np.array([key.hex() for key in of.keys])
-        order = np.argsort(np.argsort(keys, kind="stable")[of.row], kind="stable")
+        _, rank = np.unique([key.hex() for key in of.keys], return_inverse=True)
+        order = np.argsort(rank[of.row], kind="stable")
         return mixture(of.vectors[order], self.count, seed)
 
     def per_token(self, seen: SeenTokens, seed: int) -> Sequence[Floats]:
@@ -120,6 +121,17 @@ class SameCluster(Clusters):
 
     def told(self) -> Iterator[str]:
         yield "whether the likeliest is the same at the same place of the other run"
+
+
+def _pairs(positions: PositionTargets, row: int) -> set[tuple[int, int]]:
+    """(token, the token at the same place in the run that is read)."""
+    cells = zip(positions.written.values(), positions.read.values(), strict=True)
+    return {
+        pair
+        for own, other in cells
+        for one, two in zip(own.hits[row], other.hits[row], strict=True)
+        for pair in zip(one, two, strict=True)
+    }
 
 
 def _likeliest(fit: Mixture, tokens: TokenVectors) -> Floats:
