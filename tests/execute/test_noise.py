@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import mechdsl.execute.unpatched_batch
 from mechdsl.execute.options import Options
 from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.resolve.over_rows import SeenTokens, TokenVectors
+from mechdsl.rules.observations.clusters import Clusters
 
 from ..quick import in_turn
 from ..reference.forward import Write, forward
@@ -201,6 +204,34 @@ def test_noise_does_not_depend_on_the_limit(folder: Path, seen: Seen) -> None:
     assert {row for row, _ in part} < {row for row, _ in whole}
     # One sd is taken over all rows before the limit.
     assert part == {key: whole[key] for key in part}
+
+
+def test_clusters_are_of_means_over_draws(
+    folder: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each token's vectors, in two layers that stand side by side."""
+    given: list[TokenVectors] = []
+
+    def told(clusters: object, tokens: SeenTokens, seed: int) -> Sequence[NDArray[np.float64]]:
+        given.append(tokens.own)
+        return [np.zeros((2, len(tokens.own.row)))]
+
+    monkeypatch.setattr(Clusters, "per_token", told)
+    rule = "observe clusters(2) resid_post layers 0..1 at subject tokens as kind"
+    text = experiment("e", "prompts p", "from clean into fixed", rule)
+    run_file(text, folder, bare(FAMILY), prompts=PROMPTS)
+    [own] = given
+    sizes = [len(each.subject) for each in map(prompt, ROWS)]
+    assert len({*sizes}) == len(sizes)  # which tells rows apart
+    for row in range(len(ROWS)):
+        found, draws = own.vectors[own.row == row], list[Tensor]()
+        number = sizes.index(len(found))
+        each = prompt(ROWS[number])
+        for draw in range(DRAWS):
+            made = forward(FAMILY, bare(FAMILY), each.ids, noised(seen, number, draw)).seen
+            layers = [made["resid_post", layer][[*each.subject]].flatten(1) for layer in (0, 1)]
+            draws.append(torch.cat(layers, 1))
+        np.testing.assert_allclose(found, torch.stack(draws).mean(0).numpy(), atol=1e-4)
 
 
 def test_another_seed_gives_other_noise(folder: Path, seen: Seen) -> None:
