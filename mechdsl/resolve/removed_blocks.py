@@ -44,6 +44,7 @@ def of_runs_without_blocks(experiment: ResolvedExperiment) -> Iterator[Diagnosti
         removed[name] = _removed(run, removed.get(run.spec.base, set()))
     for one in (*experiment.derived.values(), experiment):
         base = one.spec.base
+        yield from _beneath(one, experiment, model)
         for rule in one.rules:
             if rule.sites is None or rule.does.changes == "blocks":
                 continue
@@ -62,6 +63,18 @@ def of_runs_without_blocks(experiment: ResolvedExperiment) -> Iterator[Diagnosti
                 yield from _first(points, layers, model, measure.expression.span)
     for save in experiment.saves:
         yield from _first(save.points, removed.get(save.run, set()), model, save.spec.span)
+
+
+def _beneath(
+    one: ResolvedExperiment, experiment: ResolvedExperiment, model: str
+) -> Iterator[Diagnostic]:
+    """What the runs that it is based on write in blocks that it takes out itself."""
+    base = experiment.derived.get(one.spec.base or "")
+    while base is not None:
+        removing = [rule for rule in one.rules if rule.does.changes == "blocks"]
+        written = [rule for rule in base.rules if rule.does.changes != "blocks"]
+        yield from inside_removed([*removing, *written], (), model)
+        base = experiment.derived.get(base.spec.base or "")
 
 
 def _removed(run: ResolvedExperiment, before: set[int | None]) -> set[int | None]:

@@ -243,6 +243,12 @@ def test_a_cosine_behind_a_block_that_hands_on(data: Path) -> None:
             "block attention layer 1 from last token to cue token",
             "E0414",
         ),
+        (
+            "llama",
+            "run made { ablate L1H0 at last token with zero } from clean into made "
+            "replace block layer 1 with identity",
+            "E0414",
+        ),
         ("llama", "replace block layer 1 with identity against random(3)", "E0630"),
     ],
 )
