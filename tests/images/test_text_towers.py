@@ -65,6 +65,11 @@ def test_a_text_chooses_among_all_images(
     ]
     blocks = BLOCKS.replace("  corrupt", '  where thing != "red square"\n  corrupt')
     found = support.run_file("".join(written), tmp_path, name, blocks=blocks)
+    said = found["e0"].conventions
+    assert said["images"] == "`scenes`: 3, each encoded once by the image tower, where no rule acts"
+    assert said["classes"].startswith("3 images: `0.png #")
+    assert found["e2"].conventions["images"].startswith("`scenes`: 2, each")
+    assert "classes" not in found["e2"].conventions
     scores = np.array([[float(forward(name, n, i).output) for i in range(3)] for n in range(3)])
     scores = scores[[0, 2]]
     own = scores[[0, 1], [0, 2]]

@@ -232,6 +232,44 @@ def test_scores_that_the_model_changes_itself_are_refused() -> None:
     assert "scores" in found[0].message
 
 
+def test_a_tower_for_texts_that_is_refused() -> None:
+    """As another one, though images have no fault."""
+    module = copy.deepcopy(duals.bare("clip/dual"))
+    layer = module.text_model.encoder.layers[1]
+
+    class Shifted(type(layer)):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs) + 0.3
+
+    layer.__class__ = Shifted
+    model, found = adopt("m", module, support.handed("clip/dual")[1])
+    assert model is None
+    assert [each.code for each in found] == ["E0410"]
+    assert "layer 1" in found[0].label_text
+
+
+@pytest.mark.parametrize("name", ["clip/dual", "siglip/dual"])
+def test_what_a_table_says_of_texts(name: str, tmp_path: Path) -> None:
+    blocks = """
+images scenes {
+  kind in ["circle", "square", "triangle", "cross", "ring"]
+  image shapes(n: 1, kind: kind, size: 16)
+  answer "a {kind}"
+  classes "a {kind}"
+}
+"""
+    text = support.experiment("e", "ablate embed at image tokens with zero", measure=PROB)
+    said = support.run_file(text, tmp_path, name, blocks=blocks)["e"].conventions
+    score = "the model's own logit of an image and a text: cosine times the model's scale"
+    assert said["score"] == score + ", plus its bias" * (name in duals.PADDED)
+    assert said["texts"] == "5, each encoded once by the text tower, where no rule acts"
+    assert said["classes"].startswith(
+        "5 texts: `a circle`, `a square`, `a triangle`, `a cross` and 1 more; `correct` is"
+    )
+    assert ("softmax" in said["classes"]) == (name not in duals.PADDED)
+    assert ("sigmoid" in said.get("prob", "")) == (name in duals.PADDED)
+
+
 @pytest.mark.parametrize("name", ["clip/dual", "siglip/dual"])
 def test_towers_in_sixteen_bits(name: str, tmp_path: Path) -> None:
     path = write(tmp_path, name)
