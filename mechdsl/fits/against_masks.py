@@ -122,10 +122,12 @@ def infidelity(values: Floats, taken: Bools, drops: Floats) -> float:
 
 def sensitivity(values: Floats, others: Floats) -> float:
     """How far a map moves at most where the image moves little: max ‖other − map‖ (the
-    max-sensitivity of Yeh et al. 2019), here over ‖map‖. NaN for a map of zeros.
+    max-sensitivity of Yeh et al. 2019), here over ‖map‖, of the patches that have numbers in the
+    map. NaN for a map of zeros, and where another lacks one of these.
 
     values: [row, col]. others: [draw, row, col], maps of images nearby.
     """
-    length = float(np.linalg.norm(values))
-    moved = np.linalg.norm((others - values).reshape(len(others), -1), axis=1)
+    there = np.isfinite(values)
+    length = float(np.linalg.norm(values[there]))
+    moved = np.linalg.norm((others - values)[:, there], axis=1)
     return float(moved.max()) / length if length > 0 else float("nan")

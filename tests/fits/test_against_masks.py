@@ -110,3 +110,6 @@ def test_sensitivity() -> None:
     assert sensitivity(values, others) == pytest.approx(3 / 5)
     assert sensitivity(10 * values, 10 * others) == pytest.approx(3 / 5)
     assert np.isnan(sensitivity(np.zeros((1, 2)), others))
+    part, near = np.array([[3.0, np.nan]]), np.array([[[3.0, np.nan]], [[0.0, np.nan]]])
+    assert sensitivity(part, near) == pytest.approx(1)
+    assert np.isnan(sensitivity(values, near))
