@@ -77,6 +77,7 @@ CHAT_STEPS = _limit(500_000, "steps of a chat template for one prompt", "E0552")
 
 IMAGE_FILE = _limit(50_000_000, "bytes of an image in a file", "E0560")
 IMAGE_PIXELS = _limit(50_000_000, "pixels of an image", "E0560")
+TILES = _limit(1_000, "tiles of an image", "E0207")
 IMAGE_SIDE = _limit(2_048, "pixels of a side of an image that is generated", "E0207")
 
 DIRECTION_FILE = _limit(100_000_000, "bytes of a file with a direction", "E0341")

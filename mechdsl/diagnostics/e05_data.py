@@ -328,3 +328,17 @@ class ImageNotRead(Diagnostic):
     reason: str
     rows: str
     hint: str
+
+
+@keyword_record
+class ImageTooSmall(Diagnostic):
+    """An image that has fewer pixels than it is cut into tiles."""
+
+    code = "E0561"
+    title = "the image `{image}` has {size} pixels, too few for {tiles} of tiles"
+    label = "in {rows}"
+    help = "write fewer of them, or leave such rows out with `where`"
+    image: str
+    size: str
+    tiles: str
+    rows: str

@@ -11,6 +11,7 @@ import numpy as np
 from mechdsl.base.arrays import Ints
 from mechdsl.base.digest import digest
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.fits.held_out import together
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.read_batches import numbers_of
 from mechdsl.plan.rule_rows import RulePlan
@@ -95,7 +96,8 @@ class Gatherer:
         table: PromptTable,
     ) -> list[bytes]:
         """[row] a digest of all that its vectors at some positions hang on, each of its own run: of
-        models whose tokens see no later ones, the tokens up to the last position."""
+        models whose tokens see no later ones, the tokens up to the last position. Tiles of one
+        image have one, so that no fit to some of them is told on others."""
 
         def seen(run: Run, row: int) -> list[object]:
             pairs = zip(spots, runs, strict=True)
@@ -108,10 +110,12 @@ class Gatherer:
             return [ids[: last + 1] if causal else ids, hits, drawn]
 
         distinct = list({id(run): run for run in runs}.values())
-        return [
+        found = [
             digest(*(part for run in distinct for part in seen(run, row)))
             for row in prompts.tolist()
         ]
+        images = table.cut_from
+        return together(found, [images[row] for row in prompts.tolist()]) if images else found
 
 
 def points_of(combinations: Sequence[Joined]) -> list[SitePoint]:

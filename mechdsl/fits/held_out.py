@@ -37,6 +37,21 @@ def folds(keys: Sequence[bytes], n: int, seed: int, strata: Sequence[object] | N
     return np.array([fold[key] for key in keys], dtype=np.int64)
 
 
+def together(keys: Sequence[bytes], groups: Sequence[str]) -> list[bytes]:
+    """[row]: one key for rows of one key or of one group, and for those that share either with them
+    by others; the least of their keys, whatever the order of rows."""
+    found = list(keys)
+    while True:
+        before = found
+        for partition in (groups, keys):
+            least: dict[object, bytes] = {}
+            for part, key in zip(partition, found, strict=True):
+                least[part] = min(least.get(part, key), key)
+            found = [least[part] for part in partition]
+        if found == before:
+            return found
+
+
 def shuffled(keys: Sequence[bytes], y: Floats, seed: int) -> Floats:
     """The targets of the shuffled-label control (after Hewitt and Liang 2019), in the shape of y:
     distinct keys get each other's, equal rows get the same, whatever the order of rows.

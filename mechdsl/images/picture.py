@@ -73,6 +73,11 @@ class Picture(Record):
     seed: int = 0
     """What is drawn hangs on, 0..2^64-1."""
     changes: tuple[PictureChange, ...] = ()
+    """Those before it is made ready are of the uncut image."""
+    tile: str = ""
+    """Of several rows that one image is cut into: which this is."""
+    cut: Box | None = None
+    """Where that lies in the image; None of all of it."""
 
     def content(self) -> str:
         """A digest of all that its pixels hang on."""
@@ -88,11 +93,18 @@ class Picture(Record):
                 told += [VERSION, self.kind, self.count, self.size, self.seed]
                 told += [self.colour, self.texture]
         told += [change.told() for change in self.changes]
+        told += [] if self.cut is None else [["cut", *self.cut]]
         return blake2b(json.dumps(told).encode(), digest_size=_DIGITS).hexdigest()
 
     @property
     def words(self) -> str:
         """What it is, for a reader."""
+        which = self.tile if self.cut is None else f"tile {self.tile}"
+        return f"{self._made}, {which}" if which else self._made
+
+    @property
+    def _made(self) -> str:
+        """What it is made of."""
         match self.how:
             case "file":
                 return self.said
@@ -111,6 +123,11 @@ class Picture(Record):
         are."""
         changed = "".join(f", {change.how}" for change in self.changes)
         return f"{self.words}{changed} #{self.content()}"
+
+    @property
+    def uncut(self) -> Picture:
+        """The image that it is a tile of."""
+        return replace(self, tile="", cut=None)
 
     def sized(self, size: tuple[int, int]) -> Picture:
         """The same of this size, where it has none of its own."""

@@ -28,6 +28,19 @@ KEPT = 128
 
 def pixels(picture: Picture) -> Pixels:
     """The image, with what corruptions do to it before it is made ready. Raises files.NotRead."""
+    if picture.cut is None:
+        return _uncut(picture)
+    left, top, right, bottom = picture.cut
+    return _of_tiles(picture.uncut)[top:bottom, left:right]
+
+
+@lru_cache(maxsize=2)
+def _of_tiles(picture: Picture) -> Pixels:
+    """The image of several rows, which follow one another, in two runs."""
+    return _uncut(picture)
+
+
+def _uncut(picture: Picture) -> Pixels:
     found = _made(picture)
     for change in picture.changes:
         if change.patches is None:
@@ -69,9 +82,15 @@ def _swapped(image: Pixels, change: PictureChange) -> Pixels:
     return found
 
 
+def cover_of(region: Region, picture: Picture) -> Image.Image:
+    """[height, width] of 0 to 255, how much of each pixel of a picture, or of the tile of one, lies
+    in a region. Raises files.NotRead."""
+    found = cover(region, picture, picture.size)
+    return found if picture.cut is None else found.crop(picture.cut)
+
+
 def cover(region: Region, picture: Picture, size: tuple[int, ...]) -> Image.Image:
-    """[height, width] of 0 to 255, how much of each pixel of a picture lies in a region. Raises
-    files.NotRead. size: (height, width)."""
+    """The same of a picture before it is cut. size: (height, width)."""
     height, width = size
     if region.shapes:
         return Image.fromarray(_drawn(picture).mask.astype(np.uint8) * 255)
@@ -90,7 +109,7 @@ def mask_of(
     height, width = layout.rows * layout.patch[0], layout.cols * layout.patch[1]
     found = np.zeros((height, width), dtype=np.bool_)
     for region in regions:
-        own = np.asarray(prepared_cover(cover(region, picture, picture.size), how))
+        own = np.asarray(prepared_cover(cover_of(region, picture), how))
         found |= own[:height, :width] >= HALF
     return found
 

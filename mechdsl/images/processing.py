@@ -79,7 +79,17 @@ def crop_corner(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int
 
 
 class Unfit(Exception):
-    """A processor that isn't known; its text says why, in lower case."""
+    """A processor that isn't known; its text says why, in lower case, and `hint` what to do."""
+
+    hint = ""
+
+
+class Tiling(Unfit):
+    """A processor that cuts images into tiles, which a model of images and texts reads together."""
+
+    hint = (
+        "give it one that doesn't, and write `tiles 2 by 3` in the block of images: tiles as rows"
+    )
 
 
 def _kind(
@@ -119,9 +129,26 @@ KINDS: Mapping[str, dict[str, Any]] = {
 _ENDS = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "FeatureExtractor")
 
 
+_TILING = (
+    "crop_to_patches",
+    "do_image_splitting",
+    "do_pan_and_scan",
+    "dynamic_hd",
+    "image_grid_pinpoints",
+    "max_image_tiles",
+    "split_image",
+)
+"""What processors are told that cut images, by transformers' names."""
+
+
 def processing_of(config: Mapping[str, Any]) -> Processing:
     """The processor that a config describes. Raises Unfit."""
     named = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    tiling = next((key for key in _TILING if config.get(key)), None)
+    if tiling is not None:
+        raise Tiling(
+            f"`{named}` cuts images into tiles (`{tiling}`), and the model reads one image"
+        )
     end = next((end for end in _ENDS if named.endswith(end)), "")
     known = KINDS.get(named.removesuffix(end)) if end else None
     if known is None:
@@ -129,7 +156,7 @@ def processing_of(config: Mapping[str, Any]) -> Processing:
         what = f"`{named}` isn't one of them" if named else "it doesn't say which one it is"
         raise Unfit(f"{what}: processors that are known are {kinds}")
     given = {key: value for key, value in config.items() if value is not None}
-    for key in ("do_pad", "do_pan_and_scan", "use_square_size"):
+    for key in ("do_pad", "use_square_size"):
         if given.get(key):
             raise Unfit(f"`{key}` isn't done here")
     whole = {**known, **given}

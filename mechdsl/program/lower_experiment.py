@@ -265,6 +265,13 @@ def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
     if found is not None and found.kind != use.kind:
         reason, hint = f"is a block of {found.kind}", f"write `{found.kind} {name}`"
         work.diagnostics.append(BadArgument(span=ref.span, name=name, reason=reason, hint=hint))
+    first = work.parts.prompts.get(use.prompts[0].name)
+    if found is not None and first is not None and (found.tiles is None) != (first.tiles is None):
+        kinds = ("whole images", "tiles")
+        own, others = kinds if first.tiles is not None else kinds[::-1]
+        reason = f"is of {own}, and `{first.name}` of {others}"
+        hint = "write the same `tiles` in both blocks"
+        work.diagnostics.append(BadArgument(span=ref.span, name=name, reason=reason, hint=hint))
     return found
 
 

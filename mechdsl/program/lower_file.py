@@ -260,7 +260,7 @@ def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: 
                     parts.checkpoints[name.id] = tuple(each.name for each in members)
         case ast.PromptsDef(name=name):
             if scope.define("prompts", name, imported=imported):
-                parts.prompts[name.id] = lower_prompts(statement, scope)
+                parts.prompts[name.id] = lower_prompts(statement, scope, parts.parameters)
         case ast.MetricDef(name=name, value=value):
             if scope.define("metric", name, imported=imported):
                 parts.metrics[name.id] = value
@@ -294,9 +294,12 @@ def _scored_with(block: spec.Prompts, parts: Definitions, scope: Namespace) -> N
     if ref is None or not scope.use("prompts", ref.name, ref.span):
         return
     images = parts.prompts[ref.name]
-    if ref.part is not None or images.kind != "images":
+    if ref.part is not None or images.kind != "images" or images.tiles is not None:
         reason = "is a part of a block" if ref.part is not None else "is no block of images"
         hint = "name a block of images, all of it: `image from scenes`"
+        if ref.part is None and images.tiles is not None:
+            reason = "has several tiles of each image, and a text is scored with one image"
+            hint = "name a block without `tiles`, or score the tiles: `measure score(answer)`"
         name = ref.span.written
         scope.diagnostics.append(BadArgument(span=ref.span, name=name, reason=reason, hint=hint))
 

@@ -11,6 +11,7 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.e02_names import BadArgument, RepeatedStatement, did_you_mean
 from mechdsl.program import spec
 from mechdsl.program.constants import constant, whole_number
+from mechdsl.program.lower_images import IMAGE
 from mechdsl.program.namespace import Namespace
 from mechdsl.program.sort_statements import Statements
 from mechdsl.syntax import ast
@@ -142,10 +143,15 @@ def each_once(measures: Sequence[spec.Measure], work: Statements) -> None:
 
 
 def lower_statistics(work: Statements) -> spec.Statistics:
+    """Tiles of one image count together, as they are no independent observations."""
+    named = work.prompts[0].prompts if work.prompts else ()
+    blocks = [work.parts.prompts.get(ref.name) for ref in named]
+    tiles = bool(blocks) and all(each is not None and each.tiles is not None for each in blocks)
+    values: dict[str, object] = {"span": work.definition.name.span, "by": IMAGE if tiles else None}
     if not work.stats:
-        return spec.Statistics(span=work.definition.name.span)
+        return spec.Statistics.model_validate(values)
     line = work.stats[0]
-    values: dict[str, object] = {"span": line.span}
+    values["span"] = line.span
     if line.resampling is not None:
         arguments = line.resampling.arguments
         count = constant(arguments[0].value, work.parts.parameters) if len(arguments) == 1 else None

@@ -17,7 +17,9 @@ from mechdsl.diagnostics.e02_names import (
     did_you_mean,
 )
 from mechdsl.program import spec
+from mechdsl.program.constants import Constant
 from mechdsl.program.lower_images import IMAGE, IMAGE_SPANS, image_problems
+from mechdsl.program.lower_tiles import lower_tiles, misplaced
 from mechdsl.program.named_paths import HF_DATASET
 from mechdsl.program.namespace import Namespace, place
 from mechdsl.syntax import ast
@@ -55,6 +57,7 @@ class _BlockLines:
         self.split: ast.Split | None = None
         self.from_images = False
         self.image: ast.ImageLine | None = None
+        self.tiles: ast.Tiles | None = None
         self.regions: list[spec.RegionDef] = []
         self.classes: ast.Classes | None = None
         self.scored_with: ast.ImageLine | None = None
@@ -168,6 +171,9 @@ class _BlockLines:
                 self._chat(line)
             case ast.ImageLine():
                 self._image(line)
+            case ast.Tiles():
+                self.once(line, self.tiles, "tiles")
+                self.tiles = self.tiles or line
             case ast.Region():
                 self._region(line)
             case ast.Classes():
@@ -314,25 +320,30 @@ def _turn(turn: ast.ChatTurn) -> ast.ChatTurn:
     return turn if turn.role in spec.CHAT_ROLES else replace(turn, role="user")
 
 
-def lower_prompts(definition: ast.PromptsDef, scope: Namespace) -> spec.Prompts:
-    """The typed block. Codes: E0108, E0201 (`words(MODEL)`), E0202, E0209."""
+def lower_prompts(
+    definition: ast.PromptsDef, scope: Namespace, parameters: Mapping[str, Constant]
+) -> spec.Prompts:
+    """The typed block. Codes: E0108, E0201 (`words(MODEL)`), E0202, E0207, E0209."""
     block = _BlockLines(definition, scope)
     for line in definition.lines:
         block.add(line)
     if block.chat is not None:
         block.no_template_changes()
     if definition.kind == "images":
-        return _images(block, scope)
-    if block.classes is not None:
-        reason, hint = "are of images, and these are texts", "write it in a block of `images`"
-        bad = BadArgument(span=block.classes.span, name="classes", reason=reason, hint=hint)
-        scope.diagnostics.append(bad)
+        return _images(block, scope, parameters)
+    for line, name in ((block.classes, "classes"), (block.tiles, "tiles")):
+        if line is not None:
+            reason, hint = "are of images, and these are texts", "write it in a block of `images`"
+            bad = BadArgument(span=line.span, name=name, reason=reason, hint=hint)
+            scope.diagnostics.append(bad)
     block.no_images_in_text()
     _names_used(definition, scope)
     return _lowered(block)
 
 
-def _images(block: _BlockLines, scope: Namespace) -> spec.Prompts:
+def _images(
+    block: _BlockLines, scope: Namespace, parameters: Mapping[str, Constant]
+) -> spec.Prompts:
     """The block with a template that stands in for none."""
     block.only_of_texts()
     _names_used(block.definition, scope)
@@ -348,7 +359,18 @@ def _images(block: _BlockLines, scope: Namespace) -> spec.Prompts:
     block.chat, block.spans = None, []
     block.templates = [ast.String("", span=at if block.image is None else block.image.span)]
     known = block.image is not None and not block.from_images
-    own = {"image": image, "from_images": not known, "regions": tuple(block.regions)}
+    tiles = None
+    if block.tiles is not None:
+        named = [*block.seen.values(), *block.renamed.values()]
+        problems = misplaced(block.tiles, image, named)
+        scope.diagnostics.extend(problems)
+        tiles = None if problems else lower_tiles(block.tiles, scope, parameters)
+    own = {
+        "image": image,
+        "tiles": tiles,
+        "from_images": not known,
+        "regions": tuple(block.regions),
+    }
     return _lowered(block).model_copy(update=own)
 
 

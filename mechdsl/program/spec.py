@@ -34,6 +34,7 @@ from mechdsl.program.spec_fields import (
     Where,
 )
 from mechdsl.program.spec_replies import During, Generation, RepliesOf
+from mechdsl.program.spec_tiles import Tiles
 
 
 class Model(Spec):
@@ -102,6 +103,8 @@ class Prompts(Spec):
     name: str
     image: ExprText | None = None
     """Of images: what each is made of."""
+    tiles: Tiles | None = None
+    """Of images: into what each is cut, where each part is a row."""
     regions: tuple[RegionDef, ...] = ()
     values: tuple[Value, ...] = ()
     templates: tuple[StringText, ...] = ()

@@ -130,9 +130,9 @@ def of_image(
     )
     places = {**tokenizer.places()}
     for name, occurrences in regions.items():
-        from mechdsl.images.pixels import cover  # NumPy, for those who have regions
+        from mechdsl.images.pixels import cover_of  # NumPy, for those who have regions
 
-        covers = (cover(each, picture, picture.size) for each in occurrences)
+        covers = (cover_of(each, picture) for each in occurrences)
         found = (tokens_in(each, how, layout) for each in covers)
         places[name] = tuple(tokens for tokens in found if tokens)
     return {"image": picture, "places": places, "regions": regions}
@@ -191,7 +191,7 @@ def reader_of(
     try:
         processing = processing_of(config)
     except Unfit as unfit:
-        return refused(str(unfit))
+        return refused(str(unfit), unfit.hint)
     made = processing.size
     if made is None:
         hint = 'crop images (`"do_center_crop": true`), or give both sides of `size`'

@@ -55,6 +55,11 @@ def paired_run(
         reason = f"has nothing to deal out: `{other.name}` has one row"
         hint = "leave it out: the one row serves all"
         return None, [BadArgument(span=span, name="shuffled", reason=reason, hint=hint)]
+    if single is None and _cut(other) != _cut(own):
+        reason = f"are {_cut(other) or 'whole'}, and those of `{own.name}` {_cut(own) or 'whole'}"
+        hint = "write the same `tiles` in both blocks, or take a block of one image"
+        bad = BadArgument(span=span, name=other.name, reason=f"has images that {reason}", hint=hint)
+        return None, [bad]
     if single is None and other.combinations != own.combinations:
         return None, [
             RowsNotPaired(
@@ -137,6 +142,11 @@ def _missing(
         reason=by_where,
         hint=hint,
     )
+
+
+def _cut(block: PromptsBlock) -> str:
+    """Into which tiles its images are cut; nothing of those that aren't."""
+    return "" if block.spec.tiles is None else block.spec.tiles.words
 
 
 def _pairing(own: PromptsBlock, other: PromptsBlock) -> str:

@@ -32,6 +32,7 @@ def rows_convention(
     unchanged: by corruption, rows whose tokens it left as they were.
     """
     unit = "records" if block.data is not None and block.size == 1 else "combinations"
+    unit = unit if block.spec.tiles is None else "tiles"
     text = f"{kept:,} of {block.combinations:,} {unit}"
     if block.draws:
         text = f"{kept:,} drawn from {block.combinations:,} {unit}"
@@ -61,9 +62,15 @@ def token_conventions(
     out = {"bos": tokenizer.bos_convention()}
     if isinstance(tokenizer, ImageReader):
         out = {"images": tokenizer.convention()}
+        if block.spec.tiles is not None:
+            said = (
+                "each a row; those of one image count together, in one part of a split, in one fold"
+            )
+            out["tiles"] = f"{block.spec.tiles.words}: {said}"
         if block.spec.regions:
             names = ", ".join(f"`{region.name}`" for region in block.spec.regions)
             said = "patches with a pixel, as the model gets it, that lies in it by half or more"
+            said += "" if block.spec.tiles is None else "; tiles without any drop out"
             out["regions"] = f"{names}: {said}"
     if block.spec.chat:
         out = _chat_conventions(block, rows, tokenizer)

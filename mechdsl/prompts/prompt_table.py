@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from mechdsl.base.record import Record, record
 from mechdsl.images.picture import Picture
 from mechdsl.images.regions import Region
+from mechdsl.program.lower_images import IMAGE
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.values import SpanAt
 
@@ -183,6 +184,15 @@ class PromptTable(Record):
 
     def __len__(self) -> int:
         return len(self.row_ids)
+
+    @property
+    def cut_from(self) -> tuple[str, ...]:
+        """Per row that is a tile the image that it is of; nothing of other rows."""
+        rows = self.runs["clean"].rows
+        first = rows[0].image if rows else None
+        if first is None or not first.tile:
+            return ()
+        return tuple(str(row.values[IMAGE]) for row in rows)
 
 
 Hits: TypeAlias = tuple[tuple[int, ...], ...]

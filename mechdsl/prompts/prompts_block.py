@@ -15,6 +15,8 @@ from mechdsl.images.picture import Picture
 from mechdsl.program import spec
 from mechdsl.program.lower_images import is_drawn
 from mechdsl.program.lower_images import parts as image_parts
+from mechdsl.program.lower_tiles import columns_of_tiles
+from mechdsl.program.spec_tiles import TILE
 from mechdsl.prompts.chat_template import ChatTemplate
 from mechdsl.prompts.compiled_template import CompiledTemplate, Definition
 from mechdsl.prompts.data_files import DataFile, read_data
@@ -93,6 +95,8 @@ class PromptsBlock:
         if prompts.chat:
             self.templates = (self._of_turns(prompts.chat),)
         self.domains: dict[str, Sequence[Value]] = {}
+        if prompts.tiles is not None:
+            self.domains[TILE] = prompts.tiles.names
         self.definitions: dict[str, Definition] = {}
         for value in prompts.values:
             self._define(value)
@@ -212,6 +216,18 @@ class PromptsBlock:
         """Rows of one round."""
         return self.size * self.data_size
 
+    @property
+    def tiles(self) -> int:
+        """Rows that one image is cut into: those of a round have it by the first number of them,
+        and so many further."""
+        return len(self.domains[TILE]) if self.spec.tiles is not None else 1
+
+    def images_behind(self, number: int) -> int:
+        """The number of a row if its image were one: equal for its tiles, and for no others."""
+        turn, index = divmod(number, max(1, self.combinations))
+        images = self.combinations // self.tiles
+        return turn * images + index % max(1, images)
+
     # --- names ------------------------------------------------------------------------------------
 
     def _clean_parts(self) -> Iterator[ast.Expr]:
@@ -252,6 +268,8 @@ class PromptsBlock:
 
     def _check_names(self) -> None:
         """E0202, E0501, E0502, E0525: all that can be said before a row is made."""
+        if self.spec.tiles is not None:
+            self.diagnostics += columns_of_tiles(self.spec.tiles, self.columns)
         if not self.templates:
             self.diagnostics.append(NoTemplate(span=self.spec.span, prompts=self.name))
         for template in self._all_templates():
@@ -317,6 +335,8 @@ class PromptsBlock:
     def names(self) -> dict[str, None]:
         """Every name that a row has, in the order of the file."""
         found: dict[str, None] = dict.fromkeys(self.columns)
+        if self.spec.tiles is not None:
+            found[TILE] = None
         for value in self.spec.values:
             found |= dict.fromkeys(value.names)
         for template in self._all_templates():
@@ -377,7 +397,11 @@ class PromptsBlock:
             note(uses(part, self.placeholders), changed)
         if len(self.templates) > 1:
             yield TEMPLATE, tuple(t.text.value for t in self.templates)
+        if self.spec.tiles is not None:  # outermost: what `images_behind` hangs on
+            yield TILE, self.domains[TILE]
         for name, values in self.domains.items():
+            if name == TILE and self.spec.tiles is not None:
+                continue
             if name in own or name not in drawn:
                 yield name, values
 

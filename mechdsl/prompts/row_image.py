@@ -11,12 +11,13 @@ from mechdsl.images.picture import Picture
 from mechdsl.images.regions import Region
 from mechdsl.prompts.row_pictures import picture_of
 from mechdsl.prompts.row_regions import changes_of, regions_of
+from mechdsl.prompts.row_tiles import cut
 from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
     from mechdsl.prompts.rows import Row
 
-OF_IMAGES = ("image", "regions")
+OF_IMAGES = ("uncut", "image", "regions")
 """What is worked out anew where something of the row changes."""
 
 
@@ -27,13 +28,19 @@ class WithImage:
     """What the corruption does to the image."""
 
     @cached_property
-    def image(self) -> Picture | None:
-        """What its image is made of, of a row of images."""
+    def uncut(self) -> Picture | None:
+        """What its image is made of, of a row of images, before anything is done to it."""
         row = cast("Row", self)
         made_of = row.block.spec.image
-        if made_of is None:
+        return None if made_of is None else picture_of(row, made_of)
+
+    @cached_property
+    def image(self) -> Picture | None:
+        """The same with what is done to it, or the tile of it that the row is."""
+        row, made = cast("Row", self), self.uncut
+        if made is None:
             return None
-        made = picture_of(row, made_of)
+        made = cut(row, made)
         return replace(made, changes=changes_of(row, made)) if self.image_changes else made
 
     @cached_property

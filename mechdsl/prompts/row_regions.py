@@ -79,7 +79,17 @@ def changes_of(row: Row, picture: Picture) -> tuple[PictureChange, ...]:
         made = image_change(row, change, number)
         regions = _named(row, change.values[0], picture)
         found += [replace(made, region=region) for region in regions]
-    return tuple(found)
+    return tuple(found) if any(_seen_in(picture, change) for change in found) else ()
+
+
+def _seen_in(picture: Picture, change: PictureChange) -> bool:
+    """Whether a tile has a pixel that a change may change: a blur behind it takes others along."""
+    if picture.cut is None or change.region is None:
+        return True
+    from mechdsl.images.pixels import cover_of  # NumPy, for those who have regions
+
+    regions = [change.region] if change.other is None else [change.region, change.other]
+    return any(cover_of(each, picture).getbbox() is not None for each in regions)
 
 
 def image_change(row: Row, change: ast.Change, number: int) -> PictureChange:
@@ -87,7 +97,9 @@ def image_change(row: Row, change: ast.Change, number: int) -> PictureChange:
     Refusals: E0207."""
     kind, block = kind_of(change), row.block
     assert isinstance(kind, ImageChange)
-    seed = stable_hash(block.seed, block.name, row.draw_key, row.run, number) % (1 << 64)
+    # Pixels are drawn for the image that tiles are cut from, patches for each tile.
+    own = row.id if change.tokens is not None and block.spec.tiles is not None else row.draw_key
+    seed = stable_hash(block.seed, block.name, own, row.run, number) % (1 << 64)
     return PictureChange(
         kind.of, _amount(row, kind, change), seed=seed if kind.of == "noise" else 0
     )

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import product
 
 from mechdsl.base import limits
 from mechdsl.base.plural import plural
@@ -16,6 +17,7 @@ from mechdsl.diagnostics.w07_data import EqualRecords, TemplateUnchanged
 from mechdsl.program import spec
 from mechdsl.prompts.prompts_block import TEMPLATE, PromptsBlock
 from mechdsl.prompts.row_scope import Refusal
+from mechdsl.prompts.row_tiles import image_of
 from mechdsl.prompts.rows import RECORD, BlockRows, Row
 from mechdsl.prompts.seeded_draws import Permutation
 from mechdsl.prompts.tokenizer import TextTokenizer
@@ -114,9 +116,8 @@ class _Seen:
     """What is known of the rows that are equal to each other."""
 
     records: set[int] = field(default_factory=set[int])
-    belongs: bool | None = None
-    """Whether they are in the table, once one is kept: all are in one part of a split, as the test
-    would know what the training has seen otherwise."""
+    kept: bool = False
+    """Whether one of them is in the table, if its part is."""
 
 
 class _Collector:
@@ -136,8 +137,9 @@ class _Collector:
         self.part = part
         self.result = Collection()
         self.seen: dict[object, _Seen] = {}
-        self.distinct = 0
-        """Different rows of the whole block so far."""
+        self.belongs: dict[object, bool] = {}
+        """By what rows of one part of a split have in common, whether that part is in the table:
+        the test would know what the training has seen otherwise."""
         self.seen_text = 0
         """Characters of the prompts so far, and what columns and spans are worth in them."""
         self.failures: dict[tuple[type[Diagnostic], Span], Diagnostic] = {}
@@ -219,10 +221,11 @@ class _Collector:
             return
         turn = 0
         while True:
-            order = Permutation(block.combinations, block.seed, block.name, "rows", turn)
-            for place in range(block.combinations):
-                number = turn * block.combinations + block.in_file(order[place])
-                yield self.rows[number]
+            images = block.combinations // block.tiles
+            order = Permutation(images, block.seed, block.name, "rows", turn)
+            for place, tile in product(range(images), range(block.tiles)):
+                at = tile * images + block.in_file(order[place])
+                yield self.rows[turn * block.combinations + at]
             if self.limit is None or not block.draws:
                 return
             turn += 1
@@ -250,13 +253,13 @@ class _Collector:
         if unchanged:
             return False
         made = self._made(row)
-        if seen.belongs is None:
-            self.distinct += 1
-            seen.belongs = self._belongs(self.distinct)
-        elif seen.belongs:
-            result.repeated += 1
-        if seen.belongs:
+        together = mark if self.block.spec.tiles is None else image_of(row)
+        if together not in self.belongs:
+            self.belongs[together] = self._belongs(len(self.belongs) + 1)
+        if self.belongs[together]:
+            result.repeated += seen.kept
             result.rows.append(made)
+        seen.kept = True
         return True
 
     def _made(self, row: Row) -> Made:
@@ -270,7 +273,7 @@ class _Collector:
         return Made(row, corrupted)
 
     def _belongs(self, number: int) -> bool:
-        """Whether the block's row of this number (from 1) is in the part."""
+        """Whether the block's row, or image of tiles, of this number (from 1) is in the part."""
         train = int(number * self.share) > int((number - 1) * self.share)
         return self.part is None or train == (self.part == "train")
 

@@ -11,6 +11,7 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.e05_chat import ChatRefused
 from mechdsl.diagnostics.e05_data import TextNotInside, TooMany
 from mechdsl.program import spec
+from mechdsl.program.lower_images import IMAGE
 from mechdsl.prompts.chat_template import ChatProblem, Turn, unwritten
 from mechdsl.prompts.compiled_template import CompiledTemplate, Definition
 from mechdsl.prompts.expressions import bad, evaluate, holds
@@ -22,6 +23,7 @@ from mechdsl.prompts.prompts_block import TEMPLATE, PromptsBlock
 from mechdsl.prompts.row_content import content_key
 from mechdsl.prompts.row_image import OF_IMAGES, WithImage
 from mechdsl.prompts.row_scope import Key, Refusal
+from mechdsl.prompts.row_tiles import image_of
 from mechdsl.prompts.seeded_draws import Permutation, stable_hash
 from mechdsl.prompts.span_tokens import TokenMap
 from mechdsl.prompts.tokenizer import TextTokenizer
@@ -97,10 +99,11 @@ class Row(WithImage):
         """What its draws hang on: its number, or, in a data file, what the record is. Records that
         are equal have draws of their own."""
         data = self.block.data
+        number = self.block.images_behind(self.id)  # tiles of an image are drawn together
         if data is None:
-            return self.id
+            return number
         found, at = data.by_content, self.places[RECORD]
-        return stable_hash(found.keys[at], found.copies[at], self.id // self.block.data_size)
+        return stable_hash(found.keys[at], found.copies[at], number // self.block.data_size)
 
     @cached_property
     def key(self) -> int:
@@ -147,6 +150,8 @@ class Row(WithImage):
             return name == "true"
         if name in self.block.columns:
             return None
+        if name == IMAGE and self.block.spec.tiles is not None:
+            return image_of(self)
         raise self.block.unknown(name, span)
 
     def attribute(self, name: str, attribute: str, span: Span) -> Value:
@@ -450,6 +455,7 @@ class Row(WithImage):
         """All values of the row, without spans."""
         names = dict.fromkeys(self.record) | dict.fromkeys(n for n, _ in self.block.axes)
         names |= dict.fromkeys(self.block.definitions) | dict.fromkeys(self.template.definitions)
+        names |= dict.fromkeys([IMAGE] if self.block.spec.tiles is not None else [])
         names |= dict.fromkeys(self.changed)
         span = self.block.spec.span
         return {name: plain(self.value(name, span)) for name in names}

@@ -21,7 +21,7 @@ from mechdsl.diagnostics.e03_positions import (
 )
 from mechdsl.diagnostics.e05_answers import AnswersDiffer, NoAnswerHere, NotInTheAnswer
 from mechdsl.diagnostics.w07_data import TokenCoversMore
-from mechdsl.program.lower_images import IMAGE
+from mechdsl.program.lower_images import IMAGE, IMAGE_SPANS
 from mechdsl.prompts.answer_tokens import ANSWER, NO_ANSWERS, AnswerTokens
 from mechdsl.prompts.found_text import find_text
 from mechdsl.prompts.named_numbers import bounds
@@ -52,9 +52,13 @@ class Occurrences:
     def __post_init__(self) -> None:
         self.maps = [TokenMap(row) for row in self.table.runs[self.run].rows]
         self.total = len(self.maps)
+        self.of_tiles = bool(self.table.cut_from)
 
     def drops_out(self, node: ast.Node) -> bool:
-        """Whether rows that lack a position are left out: its number is that of a `for`."""
+        """Whether rows that lack a position are left out: its number is that of a `for`, or it is a
+        region that lies in other tiles of the image."""
+        if self.of_tiles and isinstance(node, ast.SpanRef) and node.name not in IMAGE_SPANS:
+            return True
         return node.span in self.swept
 
     def places(self, n: int, ref: ast.SpanRef) -> list[Place]:

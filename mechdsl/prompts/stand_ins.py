@@ -11,6 +11,7 @@ from mechdsl.base import limits
 from mechdsl.diagnostics.e05_data import UnknownValue
 from mechdsl.images.picture import Picture
 from mechdsl.program import spec
+from mechdsl.program.lower_images import IMAGE
 from mechdsl.prompts.build_table import build_table
 from mechdsl.prompts.image_reader import StandInReader
 from mechdsl.prompts.prompt_table import PromptTable
@@ -88,7 +89,14 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
     constant = {*block.parameters, *block.texts, "true", "false", TEMPLATE, *RESERVED}
     lacking = (d.name for d in block.diagnostics if isinstance(d, UnknownValue))  # said already
     roles = (turn.role for turn in block.spec.chat)
-    columns = [*block.names(), *roles, *(span.name.id for span in block.spec.spans), *lacking]
+    unnamed = [] if block.spec.tiles is None else [IMAGE]
+    columns = [
+        *block.names(),
+        *unnamed,
+        *roles,
+        *(span.name.id for span in block.spec.spans),
+        *lacking,
+    ]
     known = (n for n in dict.fromkeys(columns) if n not in constant)
     names = [n for n in known if len(n) <= limits.NAME and _NAME.fullmatch(n)]
 

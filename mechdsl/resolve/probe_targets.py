@@ -87,10 +87,17 @@ def resolve_probe(
             return None
         penalty = options.get("penalty")
         return Probe(kind, targets[:own], classes, FOLDS, penalty, targets[own:], told)
-    folds, rows = options.get("folds", FOLDS), len(set(table.row_keys))
+    folds, rows = options.get("folds", FOLDS), len(set(table.cut_from or table.row_keys))
     if rows < folds and not table.stands_in and not table.cut:
-        reason = f"can't be dealt out: there are {plural(rows, 'distinct row')} for {folds} folds"
-        _bad(diagnostics, call.span, call.name, reason, f"more rows, or `folds: {max(2, rows)}`")
+        unit = "image" if table.cut_from else "distinct row"
+        reason = f"can't be dealt out: there are {plural(rows, unit)} for {folds} folds"
+        _bad(
+            diagnostics,
+            call.span,
+            call.name,
+            reason,
+            f"more {unit.split()[-1]}s, or `folds: {max(2, rows)}`",
+        )
         return None
     return Probe(kind, targets, classes, folds, options.get("penalty"))
 

@@ -16,6 +16,8 @@ from mechdsl.base.arrays import Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.w07_statistics import ExplainedByValues
 from mechdsl.program import spec
+from mechdsl.program.lower_images import IMAGE
+from mechdsl.program.spec_tiles import TILE
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.statistics.effect_parts import parts
 from mechdsl.statistics.measure_data import CellStatistics, MeasureData
@@ -56,7 +58,12 @@ def explained_by_values(result: ExperimentResult, experiment: spec.Experiment) -
             for name, values in result.row_values.items()
         }
         own = columns.get(by or "")
-        columns = {n: each for n, each in columns.items() if not _settled(each, own)}
+        of_tiles = by == IMAGE and TILE in columns
+        columns = {
+            name: each
+            for name, each in columns.items()
+            if not _settled(each, own) and not (of_tiles and _crosses(each, own))
+        }
         best = most_explained(rows, columns)
         present = np.count_nonzero(~np.isnan(_effect(data, cell)))
         found += [] if best is None else [(best, number, int(present))]
@@ -123,6 +130,11 @@ def _renumbered(codes: Ints) -> Iterator[int]:
     numbers: dict[int, int] = {}
     for code in codes.tolist():
         yield numbers.setdefault(code, len(numbers))
+
+
+def _crosses(column: Sequence[str], by: Sequence[str] | None) -> bool:
+    """Whether it differs within groups, so that these can't be joined by it."""
+    return by is not None and len(set(zip(column, by, strict=True))) > len(set(by))
 
 
 # --- what rows there are --------------------------------------------------------------------------

@@ -582,6 +582,15 @@ class ImageLine(Node):
 
 
 @record
+class Tiles(Node):
+    """`tiles 2 by 3 and whole`."""
+
+    rows: int | str
+    cols: int | str
+    whole: bool = False
+
+
+@record
 class Region(Node):
     name: Name
     column: Name
@@ -607,6 +616,7 @@ DataLine = (
     | SpanDef
     | Corrupt
     | ImageLine
+    | Tiles
     | Region
     | Classes
 )

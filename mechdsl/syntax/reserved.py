@@ -13,7 +13,8 @@ TOP_WORDS = _words(
 """First words of statements outside every brace."""
 
 DATA_WORDS = _words(
-    "template chat rows rename where split answer wrong text span corrupt image region classes"
+    "template chat rows rename where split answer wrong text span corrupt image tiles region"
+    " classes"
 )
 """First words of lines in a `prompts` or `images` block."""
 

@@ -334,6 +334,12 @@ class ToAst(Transformer[Token, Any]):
             return ast.ImageLine(source=c[2], span=_span(c))
         return ast.ImageLine(c[1], span=_span(c))
 
+    def tiles(self, c: list[Any]) -> ast.Tiles:
+        whole = "whole" in _clauses(c)
+        return ast.Tiles(_amount(c[1]), _amount(c[3]), whole, span=_span(c))
+
+    and_whole = _clause("whole", lambda c: True)
+
     def region(self, c: list[Any]) -> ast.Region:
         return ast.Region(_defined(c[1]), c[3], span=_span(c))
 

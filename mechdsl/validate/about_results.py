@@ -9,7 +9,7 @@ from typing import Any
 from mechdsl.base.names import name_list
 from mechdsl.base.registry import nearest
 from mechdsl.diagnostics.core import Diagnostic, Unknown, certain
-from mechdsl.diagnostics.e02_names import UnknownName, did_you_mean
+from mechdsl.diagnostics.e02_names import BadArgument, UnknownName, did_you_mean
 from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
 from mechdsl.diagnostics.w07_data import PairedAlike
 from mechdsl.program import spec
@@ -97,6 +97,7 @@ def _against_axes(
                 ),
             )
         )
+    found.extend(_of_several_images(by, tables, said))
     found.extend(_averaged(variants))
     found.extend(_paired_alike(variants, axes))
     if said.expects and measures:
@@ -114,6 +115,23 @@ def _against_axes(
         for expectation in said.expects:
             found.extend(check_expectation(expectation, known))
     return found
+
+
+def _of_several_images(
+    by: str | None, tables: Sequence[PromptTable], said: spec.Experiment
+) -> Iterator[Diagnostic]:
+    """E0207 for `stats by` a value that tells tiles of one image apart."""
+    for table in tables:
+        rows = table.runs["clean"].rows
+        pairs = {
+            (image, str(row.values.get(by or "")))
+            for image, row in zip(table.cut_from, rows, strict=False)
+        }
+        if by is not None and len(pairs) > len({image for image, _ in pairs}):
+            reason = "differs between tiles of one image, which are no independent observations"
+            hint = "leave it out: then tiles of one image count together"
+            yield BadArgument(span=said.statistics.span, name=by, reason=reason, hint=hint)
+            return
 
 
 def _called(tables: Sequence[PromptTable]) -> str:

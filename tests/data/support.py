@@ -164,7 +164,7 @@ def tree(text: str, path: Path | None = None) -> ast.File:
 def blocks(text: str, path: Path | None = None) -> dict[str, spec.Prompts]:
     """The prompts blocks of a text, by name."""
     return {
-        s.name.id: lower_prompts(s, Namespace())
+        s.name.id: lower_prompts(s, Namespace(), {})
         for s in tree(text, path).statements
         if isinstance(s, ast.PromptsDef)
     }

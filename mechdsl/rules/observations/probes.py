@@ -10,6 +10,7 @@ from mechdsl.base.plural import plural
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.program import spec
 from mechdsl.program.lower_directions import rows_named, train_of
+from mechdsl.prompts.prompt_table import RunRow
 from mechdsl.resolve.in_progress import Work
 from mechdsl.resolve.over_rows import RowVectors, TrainedOn, Training
 from mechdsl.resolve.probe_targets import Probe, resolve_probe
@@ -100,8 +101,11 @@ def trained_on(rule: spec.Rule, found: ResolvedRule, work: Work) -> TrainedOn | 
         return None
     own, fitted = work.table.runs[work.experiment.base].rows, table.runs[rows.run].rows
     keys, texts = set(table.row_keys), {row.ids for row in fitted}
+    images = _images(fitted) if table.cut_from or work.table.cut_from else set()
     pairs = zip(work.table.row_keys, own, strict=True)
-    shared = sum(key in keys or row.ids in texts for key, row in pairs)
+    shared = sum(
+        key in keys or row.ids in texts or bool(_images([row]) & images) for key, row in pairs
+    )
     if shared:
         reason = f"is told on {plural(shared, 'row')} that it is fitted on"
         refuse(rule, work, reason, "take parts of a split: `train: fruit.train` on `fruit.test`")
@@ -118,6 +122,12 @@ def trained_on(rule: spec.Rule, found: ResolvedRule, work: Work) -> TrainedOn | 
     if has_errors(problems):
         return None
     return TrainedOn(table, table.runs[rows.run], tuple(by_label[label] for label in labels))
+
+
+def _images(rows: Sequence[RunRow]) -> set[str]:
+    """What the images are made of that rows are, or are tiles of."""
+    images = (row.image for row in rows if row.image is not None)
+    return {replace(image.uncut, changes=()).content() for image in images}
 
 
 def targets_of(targets: Sequence[tuple[float, ...]], prompts: Ints) -> Floats:

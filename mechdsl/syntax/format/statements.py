@@ -185,6 +185,8 @@ def _data(node: Any) -> str | None:
             if node.source is not None:
                 return f"image from {ref(node.source)}"
             return f"image {within(node.value, SUM)}"
+        case ast.Tiles():
+            return f"tiles {node.rows} by {node.cols}{' and whole' if node.whole else ''}"
         case ast.Region():
             return f"region {node.name.id} = {node.column.id}"
         case ast.Classes():

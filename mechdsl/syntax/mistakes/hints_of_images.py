@@ -61,6 +61,21 @@ IMAGES: tuple[Hint, ...] = (
         r"\[",
         "name the box: `box = [0, 0, 16, 16]`, `region {0} = box`",
     ),
+    Hint(
+        r"^tiles\s+(\w+)\s*,?\s*$",
+        r"(?:x|X|×|\*|,)?\s*(\w+)",
+        "rows and columns stand with `by`: `tiles {0} by {1}`",
+    ),
+    Hint(
+        r"^tiles\s+(\w+)\s*$",
+        r"",
+        "say how many rows and how many columns: `tiles 2 by 3`",
+    ),
+    Hint(
+        r"^tiles\s+(\w+)\s+by\s+(\w+)\b",
+        r"",
+        "the uncut image as one more row is written `tiles {0} by {1} and whole`",
+    ),
     Hint(r"^patch\s*$", r"", "write `each token of image`: each patch is a token", "ROW"),
     Hint(r"^blur\s+image\s+([0-9.]+)\s*$", r"", "write `blur image radius {0}`"),
     Hint(r"^image$", r":", "leave the colon out: `image gray`"),
