@@ -1821,6 +1821,23 @@ _image(
     "tests/images/test_regions.py",
 )
 _image(
+    "tiles",
+    "tiles 2 by 3 and whole",
+    "Each image is cut into two rows and three columns of tiles, each of which is a row of the "
+    "block, with the values and texts of its image; with `and whole` the uncut image is one more. "
+    "It is cut as it is opened and as a corruption leaves it (a blur crosses edges, noise and "
+    "shapes are drawn once for all tiles), in front of the processor's resizing and cropping. "
+    "Edges between two pixels go to the left and to the top. Each row has the values `tile` "
+    '(`"row 1 col 2"`, `"whole"`) and `image`: `where tile != "whole"`, `corrupt seen { tile = '
+    '"whole" }` (another tile of the same image), `report table by tile`. Of a region, a tile has '
+    "the part that lies in it; cells at `object tokens` are of the tiles that have a part of it. "
+    "Tiles of one image are no independent rows: `stats by image` holds where nothing else is "
+    "said, they are in one part of a split and one fold of a probe, and a `limit` takes one image "
+    "after the other. Rows of another block go by tile and image, where that is cut alike; a block "
+    "of one image is the other side of every tile. For gray, noise and means there are none.",
+    "tests/images/test_tiles.py",
+)
+_image(
     "transplants of images",
     "from scenes into neutral",
     "A block of one row is the other side of every row: each image's vectors go into the one gray "

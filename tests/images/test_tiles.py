@@ -1,0 +1,445 @@
+"""Images that are cut into tiles: each a row, and those of one image one observation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from mechdsl.base.source import Source
+from mechdsl.diagnostics.render import render_full
+from mechdsl.fits.held_out import together
+from mechdsl.images.pixels import cover_of, pixels
+from mechdsl.images.processing import Unfit, processing_of
+from mechdsl.images.regions import tokens_in
+from mechdsl.prompts.image_reader import ImageReader
+from mechdsl.prompts.prompt_table import PromptTable
+from mechdsl.results.experiment_result import ExperimentResult
+
+from ..execute.support import MODES, run_on
+from ..quick import some
+from . import support, tiles
+from .support import CLASSIFIERS, DUALS, copied, difference, forward, patches
+from .test_regions import UNRESIZED, changed_by_painting
+from .tiles import NAMES, Tile
+
+FAMILIES = some((*CLASSIFIERS, *DUALS), ("vit", "clip", "siglip/dual"))
+BLOCK = """
+images scenes {{
+  rows "data.jsonl"
+  image "{{file}}"
+  tiles 2 by 3 and whole
+  answer "{{label}}"
+  wrong "{{other}}"
+  region object = {region}
+  {more}
+}}
+images neutral {{ image gray }}
+"""
+CUT = """
+images scenes {
+  rows "cut.jsonl"
+  image "{file}"
+  answer "{label}"
+  wrong "{other}"
+  region object = box
+}
+"""
+"""Of tiles that are files."""
+
+
+def blocks(name: str, *more: str, region: str = "box") -> str:
+    """Of models with two towers, the labels are texts."""
+    found = BLOCK.format(region=region, more="\n  ".join(more))
+    if name in DUALS:
+        found = found.replace(
+            '"{label}"', '"a photo of a {label}"\n  classes "a photo of a {label}"'
+        )
+        found = found.replace('"{other}"', '"a photo of a {other}"')
+    return found
+
+
+def run(
+    text: str, name: str = "vit", *, block: str = "", mode: str = "planned"
+) -> dict[str, ExperimentResult]:
+    """Experiment → result, rows in the seeded order."""
+    with TemporaryDirectory() as folder:
+        tiles.write(Path(folder))
+        whole = f'mech 1\nmodel m = local("handed over")\n{block or blocks(name)}\n{text}'
+        source = Source(whole, Path(folder) / "file.mech")
+        result, found = run_on(source, {"m": support.shared(name)}, MODES[mode])
+    errors = [each for each in found if each.severity == "error"]
+    assert result is not None, render_full(errors, color=False, width=100)
+    return {each.name: each for each in result.experiments}
+
+
+def hold(
+    found: ExperimentResult,
+    cell: int,
+    expected: Callable[[Tile], float | None],
+    *,
+    large: float = 0.01,
+) -> None:
+    """Each row's patched value is what plain hooks give of its tile; None of one that drops out."""
+    own = found.measures[0].patched[cell]
+    assert len(own) == 21
+    told = [expected(tile) for tile in tiles.rows(found.row_values)]
+    wanted = np.array([np.nan if each is None else each for each in told])
+    np.testing.assert_allclose(own, wanted, rtol=0, atol=1e-4)
+    base = np.broadcast_to(found.measures[0].base, found.measures[0].patched.shape)[cell]
+    assert np.nanmax(np.abs(base - wanted)) > large
+
+
+# --- against plain hooks --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("mode", ["planned", "plain"])
+def test_base_values(name: str, mode: str) -> None:
+    lines = "ablate embed at image row 1 col 1 token with zero"
+    found = run(support.experiment("e", lines), name, mode=mode)["e"]
+    assert set(tiles.rows(found.row_values)) == {
+        Tile(number, each) for number in range(3) for each in (*NAMES, "whole")
+    }
+    for row, tile in enumerate(tiles.rows(found.row_values)):
+        seen = tiles.unpatched(name, tile)
+        wanted = difference(seen, tile.number)
+        assert found.measures[0].base[0, row] == pytest.approx(wanted, abs=1e-4), tile
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("region", ["box", "mask"])
+def test_transplants_at_regions(name: str, region: str) -> None:
+    """Tiles that the region doesn't lie in drop out."""
+    lines = ("from scenes into neutral", "patch resid_post layer 0..1 at object tokens")
+    text = support.experiment("e", *lines)
+    found = run(text, name, block=blocks(name, region=region))["e"]
+    gray = support.pixels(name, None)
+    for layer in (0, 1):
+
+        def patched(tile: Tile, layer: int = layer) -> float | None:
+            tokens = tile.region(name)
+            if not tokens:
+                return None
+            changes = copied(tiles.unpatched(name, tile), "resid_post", layer, tokens)
+            return difference(forward(name, gray, {("resid_post", layer): changes}), tile.number)
+
+        hold(found, layer, patched)
+    dropped = {t for t in tiles.rows(found.row_values) if not t.region(name)}
+    assert 6 <= len(dropped) <= 12
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_patch_of_each_tile(name: str) -> None:
+    lines = ("from scenes into neutral", "patch resid_post layer 1 at image row 2 col 3 token")
+    found = run(support.experiment("e", *lines), name)["e"]
+    at = [support.token(name, 2, 3)]
+
+    def patched(tile: Tile) -> float:
+        changes = copied(tiles.unpatched(name, tile), "resid_post", 1, at)
+        given = support.pixels(name, None)
+        return difference(forward(name, given, {("resid_post", 1): changes}), tile.number)
+
+    hold(found, 0, patched)
+
+
+@pytest.mark.parametrize("name", some((*CLASSIFIERS, *DUALS), ("vit", "clip")))
+def test_the_image_is_blurred_before_it_is_cut(name: str) -> None:
+    block = blocks(name, "corrupt blurred { blur image radius 2 }")
+    lines = ("from clean into blurred", "patch resid_post layer 0 at image tokens")
+    found = run(support.experiment("e", *lines), name, block=block)["e"]
+
+    def patched(tile: Tile) -> float:
+        image = Image.fromarray(support.image(tile.number)).filter(ImageFilter.GaussianBlur(2))
+        changes = copied(tiles.unpatched(name, tile), "resid_post", 0, patches(name))
+        given = tile.pixels(name, np.asarray(image))
+        return difference(forward(name, given, {("resid_post", 0): changes}), tile.number)
+
+    hold(found, 0, patched)
+
+
+def test_another_tile_of_the_same_image() -> None:
+    """What one tile has goes into the whole image."""
+    block = blocks("vit", 'where tile != "whole"', 'corrupt seen { tile = "whole" }')
+    lines = ("from clean into seen", "patch resid_post layer 0 at image tokens")
+    found = run(support.experiment("e", *lines), block=block)["e"]
+    assert len(found.row_values["tile"]) == 18
+    for row, tile in enumerate(tiles.rows(found.row_values)):
+        changes = copied(tiles.unpatched("vit", tile), "resid_post", 0, patches("vit"))
+        given = Tile(tile.number, "whole").pixels("vit")
+        wanted = difference(forward("vit", given, {("resid_post", 0): changes}), tile.number)
+        assert found.measures[0].patched[0, row] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_regions_change_places_across_tiles() -> None:
+    """Boxes of one size in tiles of opposite corners; tiles with neither are dropped."""
+    more = (
+        "first_box = [1, 1, 4, 4]", "last_box = [12, 11, 15, 14]",
+        "region first_part = first_box", "region last_part = last_box",
+        "corrupt swapped { swap first_part, last_part }",
+    )  # fmt: skip
+    lines = ("from clean into swapped", "ablate embed at image row 1 col 1 token with zero")
+    found = run(support.experiment("e", *lines), block=blocks("vit", *more))["e"]
+    names: dict[int, set[str]] = {number: set() for number in range(3)}
+    for row, tile in enumerate(tiles.rows(found.row_values)):
+        names[tile.number].add(tile.name)
+        image = support.image(tile.number).copy()
+        image[1:4, 1:4], image[11:14, 12:15] = image[11:14, 12:15].copy(), image[1:4, 1:4].copy()
+        wanted = difference(forward("vit", tile.pixels("vit", image)), tile.number)
+        assert found.measures[0].base[0, row] == pytest.approx(wanted, abs=1e-4)
+    assert names[1] == {"row 1 col 1", "row 2 col 3", "whole"}
+
+
+# --- regions --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("box", [(10, 12, 25, 21), (0, 0, 40, 9), (15, 15, 17, 17), (3, 14, 9, 19)])
+def test_regions_are_what_changes_where_they_are_painted(name: str, box: tiles.Box) -> None:
+    """In tiles that the processor doesn't resize."""
+    from mechdsl.images.picture import Picture
+    from mechdsl.images.regions import Region
+
+    height, width = UNRESIZED[name]
+    whole = np.random.default_rng(2).integers(0, 100, (2 * height, 3 * width, 3), dtype=np.uint8)
+    inside = np.zeros(whole.shape[:2], bool)
+    inside[box[1] : box[3], box[0] : box[2]] = True
+    reader = support.shared(name).tokenizer
+    assert isinstance(reader, ImageReader)
+    picture = Picture("gray", size=whole.shape[:2])
+    hit = 0
+    for top in (0, height):
+        for left in (0, width, 2 * width):
+            part = np.s_[top : top + height, left : left + width]
+            changed = changed_by_painting(name, whole[part], inside[part]) > 1e-6
+            own = replace(picture, cut=(left, top, left + width, top + height), tile="row")
+            shown = cover_of(Region(box=box), own)
+            found = tokens_in(shown, reader.processing, reader.layout)
+            assert list(found) == changed.nonzero()[0].tolist()
+            hit += bool(found)
+    assert hit
+
+
+# --- beside files that are cut by hand ------------------------------------------------------------
+
+
+@cache
+def both() -> tuple[ExperimentResult, ExperimentResult]:
+    """On tiles, and on as many files, which `stats by` puts together."""
+    line = "ablate resid_post layer 0..1 at object tokens with zero"
+    text = support.experiment("e", line)
+    own = run(text, block=blocks("vit", 'where tile != "whole"'))["e"]
+    return own, run(text.replace("correct none", "correct none by scene"), block=CUT)["e"]
+
+
+def test_tiles_are_files_that_are_cut_by_hand() -> None:
+    own, cut = both()
+    mine = {(t.number, t.name): row for row, t in enumerate(tiles.rows(own.row_values))}
+    assert len(mine) == 18
+    theirs = zip(cut.row_values["scene"], cut.row_values["at"], strict=True)
+    places = [mine[int(str(scene)), str(at)] for scene, at in theirs]
+    ours, other = own.measures[0].patched, cut.measures[0].patched
+    np.testing.assert_allclose(ours[:, places], other, rtol=0, atol=1e-6)
+    left = np.setdiff1d(np.arange(18), places)
+    assert np.isnan(ours[:, left]).all()
+
+
+def test_tiles_of_one_image_count_together() -> None:
+    """As rows do that one value of `stats by` has."""
+    own, cut = both()
+    assert own.settings is not None
+    assert own.settings.by == "image"
+    one, two = own.statistics[0], cut.statistics[0]
+    assert one.units.tolist() == two.units.tolist() == [3, 3]
+    np.testing.assert_allclose(one.mean, two.mean, atol=1e-6)
+    np.testing.assert_allclose(one.p, two.p)
+    assert own.conventions["population"] == "new values of image"
+    assert "of one image count together" in own.conventions["tiles"]
+
+
+# --- which rows there are -------------------------------------------------------------------------
+
+SHAPES = """
+images scenes {
+  kind in ["circle", "square"]
+  seen in ["once", "twice"]
+  image shapes(n: 3, kind: kind, size: 31)
+  tiles 2 by 3 and whole
+  answer "{kind}"
+  drawn = choice("a", "b", "c", "d", "e")
+  region object = mask
+  corrupt noisy { noise image by 30 }
+  corrupt dotted { noise image row 1 col 1 token by 30 }
+  corrupt painted { mask object }
+  split 50%
+}
+"""
+ACROSS, DOWN = (0, 10, 20, 31), (0, 15, 31)
+
+
+def shapes(folder: Path, use: str = "images scenes", block: str = SHAPES) -> PromptTable:
+    line = "ablate embed at image row 1 col 1 token with zero"
+    from .test_blocks import folder_of
+
+    folder_of(folder)
+    text = f'mech 1\nmodel vit = local("vit")\n{block}\nexperiment e {{ model vit {use} {line}\n'
+    source = Source(text + "measure logit(answer) as delta }", folder / "file.mech")
+    from mechdsl.validate.check_file import Settings, check_source
+
+    found = check_source(source, Settings())
+    errors = [d for d in found.diagnostics if d.severity == "error"]
+    assert not errors, render_full(errors, color=False, width=100)
+    return found.experiments[0].table
+
+
+def by_image(table: PromptTable, run: str = "clean") -> dict[str, dict[str, np.ndarray]]:
+    """Image → tile → its pixels."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for row, of in zip(table.runs["clean"].rows, table.runs[run].rows, strict=True):
+        assert of.image is not None
+        found.setdefault(row.values["image"], {})[row.values["tile"]] = pixels(of.image)
+    return found
+
+
+@pytest.mark.parametrize("run", ["clean", "noisy"])
+def test_tiles_are_one_image_and_nothing_else(tmp_path: Path, run: str) -> None:
+    """Shapes and noise are drawn once for all of them."""
+    block = SHAPES.replace("  corrupt painted { mask object }\n", "")
+    found = by_image(shapes(tmp_path, "images scenes limit 56", block), run)
+    assert len(found) == 8
+    wholes = [own["whole"].tobytes() for own in found.values()]
+    assert len(set(wholes)) == 8
+    for own in found.values():
+        assert list(own) == [*NAMES, "whole"]
+        for number, name in enumerate(NAMES):
+            row, col = divmod(number, 3)
+            part = own["whole"][DOWN[row] : DOWN[row + 1], ACROSS[col] : ACROSS[col + 1]]
+            np.testing.assert_array_equal(own[name], part)
+
+
+def test_what_is_drawn_for_a_row_is_drawn_for_its_image(tmp_path: Path) -> None:
+    table = shapes(tmp_path, "images scenes limit 70")
+    drawn: dict[str, set[object]] = {}
+    for row in table.runs["clean"].rows:
+        drawn.setdefault(row.values["image"], set()).add(row.values["drawn"])
+    assert len(drawn) >= 10
+    assert {len(each) for each in drawn.values()} == {1}
+    assert len(set.union(*drawn.values())) > 1
+
+
+def test_noise_of_patches_is_drawn_for_each_tile(tmp_path: Path) -> None:
+    rows = shapes(tmp_path, "images scenes limit 7").runs["dotted"].rows
+    seeds = [row.image.changes[0].seed for row in rows if row.image is not None]
+    assert len(set(seeds)) == len(rows) > 2
+
+
+def test_tiles_without_a_change_are_left_out(tmp_path: Path) -> None:
+    table = shapes(tmp_path, "images scenes limit 70")
+    clean, painted = by_image(table), by_image(table, "painted")
+    whole = shapes(
+        tmp_path, "images scenes limit 70", SHAPES.replace("mask object", "blur image radius 1")
+    )
+    assert len(by_image(whole)) == 10
+    assert "that `painted` leaves unchanged" in table.conventions["dropped"]
+    for image, own in clean.items():
+        for name, before in own.items():
+            assert (before != painted[image][name]).any()
+    assert {len(own) for own in clean.values()} <= set(range(1, 8))
+
+
+def test_parts_of_a_split_share_no_image(tmp_path: Path) -> None:
+    parts = [by_image(shapes(tmp_path, f"images scenes.{part}")) for part in ("train", "test")]
+    assert [len(part) for part in parts] == [2, 2]
+    assert not set(parts[0]) & set(parts[1])
+    small = by_image(shapes(tmp_path, "images scenes.train limit 5"))
+    assert set(small) <= set(parts[0])
+
+
+def test_a_limit_takes_one_image_after_the_other(tmp_path: Path) -> None:
+    block = SHAPES.replace("  corrupt painted { mask object }\n", "")
+    found = by_image(shapes(tmp_path, "images scenes limit 10", block))
+    assert [list(own) for own in found.values()] == [[*NAMES, "whole"], list(NAMES[:3])]
+
+
+def test_each_tile_is_kept_under_a_key_of_its_own(tmp_path: Path) -> None:
+    """What is in a tile is not that of another, of the whole, or of another cut."""
+    ids: dict[int, str] = {}
+    for cut in ("2 by 3 and whole", "3 by 2", "2 by 2"):
+        block = SHAPES.replace("2 by 3 and whole", cut).replace(
+            "  corrupt painted { mask object }\n", ""
+        )
+        table = shapes(tmp_path, "images scenes", block)
+        assert len(set(table.row_keys)) == len(table)
+        for row in table.runs["clean"].rows:
+            said = f"{row.values['image']} {cut} {row.values['tile']}"
+            assert ids.setdefault(row.ids[0], said) == said
+    assert len(ids) == 4 * (7 + 6 + 4)
+
+
+def test_means_are_of_tiles(tmp_path: Path) -> None:
+    block = SHAPES + "images average { image mean of scenes }\n"
+    line = "from scenes into average\n patch embed at image row 1 col 1 token"
+    text = f"images scenes limit 7\n {line}\n"
+    table = shapes(tmp_path, text.replace("\n ablate", ""), block)
+    average = table.runs["average"].rows[0].image
+    assert average is not None
+    assert {bool(each.tile) for each in average.of} == {True}
+    assert len({each.content() for each in average.of}) == average.count
+
+
+# --- fits -----------------------------------------------------------------------------------------
+
+
+def test_rows_that_share_a_key_or_a_group_are_together() -> None:
+    keys = [b"a", b"b", b"c", b"c", b"d", b"e"]
+    groups = ["1", "1", "2", "3", "3", "4"]
+    assert together(keys, groups) == [b"a", b"a", b"c", b"c", b"c", b"e"]
+    chain = together([b"z", b"y", b"y", b"x"], ["1", "1", "2", "2"])
+    assert chain == [b"x"] * 4
+
+
+def test_no_probe_is_told_on_tiles_of_images_that_it_has_seen() -> None:
+    """Of what is another in each image, it can know nothing."""
+    line = "observe probe(file, folds: 3) at resid_post layer 2 at cls token as told"
+    found = run(support.experiment("e", line, measure=""))["e"]
+    assert (found.measures[0].patched == 0).all()
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+def test_rows_say_which_tile_they_are() -> None:
+    lines = ("ablate embed at each token of image with zero", "report overlay top 3")
+    found = run(support.experiment("e", *lines))["e"]
+    shown = found.to_text(100)
+    first = next(tiles.rows(found.row_values))
+    assert first.name == NAMES[0]
+    assert f"image 1: {first.number}.png, tile row 1 col 1" in shown
+    assert "21 of 21 tiles" in shown
+    assert "cut into 2 x 3 tiles, and whole" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        ("GotOcr2", {"crop_to_patches": True}),
+        ("Idefics3", {"do_image_splitting": True}),
+        ("LlavaNext", {}),
+    ],
+)
+def test_processors_that_cut_images_themselves(kind: str, flags: dict[str, bool]) -> None:
+    """As transformers writes them down."""
+    import transformers
+
+    processor = getattr(transformers, f"{kind}ImageProcessor")(**flags)
+    with pytest.raises(Unfit) as refused:
+        processing_of(json.loads(processor.to_json_string()))
+    assert "cuts images into tiles" in str(refused.value)
+    assert "`tiles 2 by 3`" in refused.value.hint
