@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import product
 
 from mechdsl.base import limits
 from mechdsl.base.plural import plural
@@ -223,9 +222,10 @@ class _Collector:
         while True:
             images = block.combinations // block.tiles
             order = Permutation(images, block.seed, block.name, "rows", turn)
-            for place, tile in product(range(images), range(block.tiles)):
-                at = tile * images + block.in_file(order[place])
-                yield self.rows[turn * block.combinations + at]
+            for place in range(images):
+                first = turn * block.combinations + block.in_file(order[place])
+                for tile in range(block.tiles):
+                    yield self.rows[first + tile * images]
             if self.limit is None or not block.draws:
                 return
             turn += 1
