@@ -25,6 +25,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES, run_on
 from ..quick import some
+from ..reference.hooks import Change
 from . import support, tiles
 from .support import CLASSIFIERS, DUALS, copied, difference, forward, patches
 from .test_regions import UNRESIZED, changed_by_painting
@@ -150,6 +151,26 @@ def test_a_patch_of_each_tile(name: str) -> None:
     hold(found, 0, patched)
 
 
+def test_all_but_a_region() -> None:
+    """Where a tile is nothing else, nothing is done to it."""
+    lines = ("ablate resid_post layer 1 at tokens except object tokens with zero",)
+    found = run(support.experiment("e", *lines))["e"]
+    covered: list[Tile] = []
+
+    def ablated(tile: Tile) -> float | None:
+        tokens = tile.region("vit")
+        others = [token for token in patches("vit") if token not in tokens]
+        covered.extend([] if others else [tile])
+        stream = tiles.unpatched("vit", tile).sites["resid_post", 1]
+        zero = [Change(at, 0, 0 * stream[at, 0]) for at in others]
+        given = tile.pixels("vit")
+        seen = forward("vit", given, {("resid_post", 1): zero})
+        return difference(seen, tile.number) if tokens else None
+
+    hold(found, 0, ablated)
+    assert covered
+
+
 @pytest.mark.parametrize("name", some((*CLASSIFIERS, *DUALS), ("vit", "clip")))
 def test_the_image_is_blurred_before_it_is_cut(name: str) -> None:
     block = blocks(name, "corrupt blurred { blur image radius 2 }")
@@ -230,30 +251,48 @@ def test_regions_are_what_changes_where_they_are_painted(name: str, box: tiles.B
 # --- beside files that are cut by hand ------------------------------------------------------------
 
 
+LINES = {
+    "ablate": ("ablate resid_post layer 0..1 at object tokens with zero",),
+    "each": ("ablate resid_post layer 1 at each token of object with zero",),
+    "edge": ("ablate embed at first token of object with zero",),
+    "joined": ("ablate mlp_out layer 1 at {object tokens, image row 1 col 1 token} with zero",),
+    "blocked": ("block attention layer 0 head * from image row 1 col 1 token to object tokens",),
+    "painted": ("replace object tokens with gray",),
+    "blurred": ("replace each token of object with blur(2)",),
+    "masked": ("from clean into masked", "patch embed at object tokens"),
+}
+"""At what has no effect in tiles that the region doesn't lie in."""
+
+
 @cache
-def both() -> tuple[ExperimentResult, ExperimentResult]:
+def both() -> list[dict[str, ExperimentResult]]:
     """On tiles, and on as many files, which `stats by` puts together."""
-    line = "ablate resid_post layer 0..1 at object tokens with zero"
-    text = support.experiment("e", line)
-    own = run(text, block=blocks("vit", 'where tile != "whole"'))["e"]
-    return own, run(text.replace("correct none", "correct none by scene"), block=CUT)["e"]
+    change = "corrupt masked { mask object }"
+    text = "".join(support.experiment(name, *lines) for name, lines in LINES.items())
+    own = blocks("vit", 'where tile != "whole"', change)
+    cut = CUT.replace("region object = box", f"region object = box\n  {change}")
+    return [
+        run(text, block=own),
+        run(text.replace("correct none", "correct none by scene"), block=cut),
+    ]
 
 
-def test_tiles_are_files_that_are_cut_by_hand() -> None:
-    own, cut = both()
+@pytest.mark.parametrize("name", LINES)
+def test_tiles_are_files_that_are_cut_by_hand(name: str) -> None:
+    own, cut = (each[name] for each in both())
     mine = {(t.number, t.name): row for row, t in enumerate(tiles.rows(own.row_values))}
-    assert len(mine) == 18
-    theirs = zip(cut.row_values["scene"], cut.row_values["at"], strict=True)
+    theirs = list(zip(cut.row_values["scene"], cut.row_values["at"], strict=True))
     places = [mine[int(str(scene)), str(at)] for scene, at in theirs]
+    assert 6 <= len(places) <= 12
     ours, other = own.measures[0].patched, cut.measures[0].patched
     np.testing.assert_allclose(ours[:, places], other, rtol=0, atol=1e-6)
-    left = np.setdiff1d(np.arange(18), places)
-    assert np.isnan(ours[:, left]).all()
+    assert [cell.coords for cell in own.cells] == [cell.coords for cell in cut.cells]
+    assert np.isnan(np.delete(ours, places, axis=1)).all()
 
 
 def test_tiles_of_one_image_count_together() -> None:
     """As rows do that one value of `stats by` has."""
-    own, cut = both()
+    own, cut = (each["ablate"] for each in both())
     assert own.settings is not None
     assert own.settings.by == "image"
     one, two = own.statistics[0], cut.statistics[0]
