@@ -133,6 +133,12 @@ IMAGES = Words(
     ),
     fills=("mean", "mean of neutral", "resample of drawn"),
 )
+TILED = replace(
+    IMAGES,
+    blocks=BLOCKS.replace("  region object", "  tiles 2 by 1\n  region object", 1),
+    experiment=(*["images scenes"] * 4, "images scenes limit 3"),
+)
+"""Not every tile has a part of each region."""
 SCORED = replace(
     IMAGES,
     blocks=WITH_TEXTS,
@@ -330,8 +336,8 @@ def onward(draw: Any, words: Words) -> str:
 
 @st.composite
 def cases(draw: Any) -> Case:
-    words = draw(st.sampled_from((IMAGES, IMAGES, SCORED, TEXTS)))
-    name = draw(st.sampled_from((*CLASSIFIERS, *MORE) if words is IMAGES else DUALS))
+    words = draw(st.sampled_from((IMAGES, TILED, SCORED, TEXTS)))
+    name = draw(st.sampled_from((*CLASSIFIERS, *MORE) if words in (IMAGES, TILED) else DUALS))
     front = "cls token" if FRONT[name] else f"image row {GRID} col {GRID} token"
     front = "token -1" if words is TEXTS else front
     text = (words.blocks + draw(experiments(words))).replace("FRONT", front)

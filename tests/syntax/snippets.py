@@ -464,6 +464,9 @@ image gray
 image shapes(n: count, kind: "circle", size: 32)
 image from scenes
 image from scenes.train
+tiles 2 by 3
+tiles n by 3 and whole
+tiles = 3
 region object = box
 corrupt none { }
 corrupt fewer { count = count - 1 }
