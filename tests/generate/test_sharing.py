@@ -238,7 +238,7 @@ def test_states_follow_their_tokens() -> None:
     assert split.parents.tolist() == [0, 0, 0]
     moved = split.placed(np.array([2, 0, 1]))
     assert states_of(moved) == [[1], [3], [0, 2]]
-    assert moved.parents.tolist() == [0, 0, 0]
+    assert second.placed(np.array([2, 0, 1])).parents.tolist() == [2, 4, 0]
 
 
 def test_rows_part_where_something_acts_on_one() -> None:
