@@ -204,3 +204,24 @@ def test_sixteen_bits(joint: list[int]) -> None:
     for row in (3, 8):
         alone = written(model, [ROWS[row]], greedy(2), rules.of([row]))
         assert found.replies[row] == alone.replies[0]
+
+
+def test_room_grows_where_rows_have_left() -> None:
+    """What was kept of them stays, too."""
+    generator = torch.Generator().manual_seed(0)
+    kept = KeptKeys(1, 5, 2, later=100)
+
+    def put(rows: int, first: int, count: int) -> torch.Tensor:
+        new = torch.randn(rows, 2, count, 4, generator=generator)
+        kept.at(slice(0, rows), first, count)
+        kept.layers[0].update(new, -new)
+        return new
+
+    before = put(5, 0, 2)
+    newest = put(3, 2, MORE)
+    again = put(2, 2 + MORE, 4)
+    keys, values = kept.every(0)
+    expected = torch.cat([before[:2], newest[:2], again], dim=2)
+    assert torch.equal(keys, expected)
+    assert torch.equal(values, -expected)
+    assert torch.equal(kept.layers[0].keys[:5, :, :2], before)
