@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 import mechdsl
 from mechdsl.diagnostics.raised import MechdslError
@@ -234,14 +235,13 @@ def test_scores_that_the_model_changes_itself_are_refused() -> None:
 
 def test_a_tower_for_texts_that_is_refused() -> None:
     """As another one, though images have no fault."""
-    module = copy.deepcopy(duals.bare("clip/dual"))
-    layer = module.text_model.encoder.layers[1]
 
-    class Shifted(type(layer)):
+    class Shifted(CLIPEncoderLayer):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return super().forward(*args, **kwargs) + 0.3
 
-    layer.__class__ = Shifted
+    module = copy.deepcopy(duals.bare("clip/dual"))
+    module.text_model.encoder.layers[1].__class__ = Shifted
     model, found = adopt("m", module, support.handed("clip/dual")[1])
     assert model is None
     assert [each.code for each in found] == ["E0410"]
