@@ -16,6 +16,7 @@ from mechdsl.prompts.expressions import bad, evaluate
 from mechdsl.prompts.images_block import is_drawn_mask, swaps_regions
 from mechdsl.prompts.row_pictures import look, not_read
 from mechdsl.prompts.row_scope import Key, Refusal
+from mechdsl.prompts.row_tiles import of_tile
 from mechdsl.prompts.seeded_draws import stable_hash
 from mechdsl.prompts.values import plain
 from mechdsl.syntax import ast
@@ -98,7 +99,7 @@ def image_change(row: Row, change: ast.Change, number: int) -> PictureChange:
     kind, block = kind_of(change), row.block
     assert isinstance(kind, ImageChange)
     # Pixels are drawn for the image that tiles are cut from, patches for each tile.
-    own = row.id if change.tokens is not None and block.spec.tiles is not None else row.draw_key
+    own = row.draw_key if change.tokens is None else of_tile(row)
     seed = stable_hash(block.seed, block.name, own, row.run, number) % (1 << 64)
     return PictureChange(
         kind.of, _amount(row, kind, change), seed=seed if kind.of == "noise" else 0

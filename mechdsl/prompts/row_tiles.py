@@ -12,6 +12,7 @@ from mechdsl.images.picture import Picture
 from mechdsl.program.spec_tiles import TILE
 from mechdsl.prompts.expressions import bad
 from mechdsl.prompts.row_scope import Refusal
+from mechdsl.prompts.seeded_draws import stable_hash
 from mechdsl.prompts.values import plain
 
 if TYPE_CHECKING:
@@ -39,6 +40,24 @@ def cut(row: Row, picture: Picture) -> Picture:
             tiles=f"{tiles.rows} rows and {tiles.cols} columns",
         )
     return replace(picture, tile=tile, cut=tiles.box(tile, picture.size))
+
+
+def of_tile(row: Row) -> int:
+    """What draws hang on that each tile has by itself, whatever the order of a data file; of other
+    rows what all draws hang on."""
+    return (
+        row.draw_key
+        if row.block.spec.tiles is None
+        else stable_hash(row.draw_key, row.values[TILE])
+    )
+
+
+def drawn_by(row: Row, path: str) -> int:
+    """What a draw hangs on: tiles of an image share it, but for which tile another one is.
+
+    path: what is drawn, as its key has it.
+    """
+    return of_tile(row) if path.split(".")[0] == f"{row.run}:{TILE}" else row.draw_key
 
 
 def image_of(row: Row) -> str:

@@ -23,7 +23,7 @@ from mechdsl.prompts.prompts_block import TEMPLATE, PromptsBlock
 from mechdsl.prompts.row_content import content_key
 from mechdsl.prompts.row_image import OF_IMAGES, WithImage
 from mechdsl.prompts.row_scope import Key, Refusal
-from mechdsl.prompts.row_tiles import image_of
+from mechdsl.prompts.row_tiles import drawn_by, image_of
 from mechdsl.prompts.seeded_draws import Permutation, stable_hash
 from mechdsl.prompts.span_tokens import TokenMap
 from mechdsl.prompts.tokenizer import TextTokenizer
@@ -304,8 +304,8 @@ class Row(WithImage):
         return evaluate(node, inner, Key(f"{self.run}:{key.path}.{name}"))
 
     def draw(self, key: Key, index: int, below: int) -> int:
-        block = self.block
-        return stable_hash(block.seed, block.name, self.draw_key, key.path, index) % below
+        own = (self.block.seed, self.block.name, drawn_by(self, key.path), key.path)
+        return stable_hash(*own, index) % below
 
     def kept(self, key: Key) -> list[Value]:
         drawn = self.clean._drawn

@@ -97,6 +97,16 @@ def test_noise_of_patches_is_drawn_for_each_tile(tmp_path: Path) -> None:
     assert len(set(seeds)) == len(rows) > 2
 
 
+def test_another_tile_is_drawn_for_each(tmp_path: Path) -> None:
+    block = SHAPES.replace("mask object", "tile = other(tile)")
+    table = shapes(tmp_path, "images scenes limit 70", block)
+    pairs = list(zip(table.runs["clean"].rows, table.runs["painted"].rows, strict=True))
+    assert all(row.values["tile"] != other.values["tile"] for row, other in pairs)
+    assert all(row.values["image"] == other.values["image"] for row, other in pairs)
+    first = [other.values["tile"] for _, other in pairs[:7]]
+    assert len(set(first)) > 2
+
+
 def test_tiles_without_a_change_are_left_out(tmp_path: Path) -> None:
     table = shapes(tmp_path, "images scenes limit 70")
     clean, painted = by_image(table), by_image(table, "painted")
@@ -169,7 +179,8 @@ def test_no_probe_is_told_on_tiles_of_images_that_it_has_seen() -> None:
     assert (found.measures[0].patched == 0).all()
 
 
-def told(text: str, name: str = "vit") -> list[Diagnostic]:
+def told(text: str) -> list[Diagnostic]:
+    """What is said of it."""
     with TemporaryDirectory() as folder:
         tiles.write(Path(folder))
         random = np.random.default_rng(5)
@@ -180,7 +191,7 @@ def told(text: str, name: str = "vit") -> list[Diagnostic]:
         lines = (json.dumps({"file": f"half{n}.png", "label": "ring"}) for n in range(8))
         (Path(folder) / "halves.jsonl").write_text("\n".join(lines), encoding="utf-8")
         source = Source(f'mech 1\nmodel m = local("handed over")\n{text}', Path(folder) / "f.mech")
-        return run_on(source, {"m": support.shared(name)})[1]
+        return run_on(source, {"m": support.shared("vit")})[1]
 
 
 HALVES = """
@@ -200,7 +211,7 @@ images uncut {
 
 def test_what_tiles_differ_by_is_no_unit() -> None:
     """The right tiles are all alike, and yet no new tiles are what intervals are about."""
-    line = "ablate embed at image row 2 col 2 token with zero"
+    line = "ablate embed at image tokens with zero"
     found = told(HALVES + support.experiment("e", line, measure="measure logit(answer) as delta"))
     assert not [each for each in found if each.severity == "error"]
     assert [each.message for each in found if each.code == "W0722"] == []
