@@ -81,6 +81,18 @@ def test_tiles_are_one_image_and_nothing_else(tmp_path: Path, run: str) -> None:
             np.testing.assert_array_equal(own[name], part)
 
 
+def test_files_are_turned_upright_before_they_are_cut(tmp_path: Path) -> None:
+    own = np.random.default_rng(3).integers(0, 256, (20, 33, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn to the right
+    Image.fromarray(own).save(tmp_path / "turned.png", exif=exif)
+    made = 'images scenes { image "turned.png" tiles 2 by 3 answer "circle" }'
+    [found] = by_image(shapes(tmp_path, block=made)).values()
+    upright = np.rot90(own, -1)  # [33, 20]
+    np.testing.assert_array_equal(found["row 1 col 3"], upright[0:16, 13:20])
+    np.testing.assert_array_equal(found["row 2 col 1"], upright[16:33, 0:6])
+
+
 def test_what_is_drawn_for_a_row_is_drawn_for_its_image(tmp_path: Path) -> None:
     table = shapes(tmp_path, "images scenes limit 70")
     drawn: dict[str, set[object]] = {}
