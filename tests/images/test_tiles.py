@@ -182,6 +182,19 @@ def test_the_image_is_blurred_before_it_is_cut(name: str) -> None:
     hold(found, 0, patched)
 
 
+def test_what_is_masked_beside_a_tile_is_blurred_into_it() -> None:
+    block = blocks("vit", "corrupt both { mask object  blur image radius 3 }")
+    lines = ("from clean into both", "ablate embed at image row 1 col 1 token with zero")
+    found = run(support.experiment("e", *lines), block=block)["e"]
+    for row, tile in enumerate(tiles.rows(found.row_values)):
+        image = support.image(tile.number).copy()
+        left, top, right, bottom = tiles.BOXES[tile.number]
+        image[top:bottom, left:right] = 128
+        blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(3))
+        wanted = difference(forward("vit", tile.pixels("vit", np.asarray(blurred))), tile.number)
+        assert found.measures[0].base[0, row] == pytest.approx(wanted, abs=1e-4), tile
+
+
 def test_another_tile_of_the_same_image() -> None:
     """What one tile has goes into the whole image."""
     block = blocks("vit", 'where tile != "whole"', 'corrupt seen { tile = "whole" }')
