@@ -93,6 +93,20 @@ def test_files_are_turned_upright_before_they_are_cut(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["row 2 col 1"], upright[16:33, 0:6])
 
 
+@pytest.mark.parametrize(
+    ("cut", "fits"), [("3 by 20", True), ("4 by 2", False), ("2 by 21", False)]
+)
+def test_each_tile_has_a_pixel(tmp_path: Path, cut: str, fits: bool) -> None:
+    Image.new("RGB", (20, 3)).save(tmp_path / "flat.png")
+    block = f'images scenes {{ image "flat.png" tiles {cut} answer "circle" }}'
+    if not fits:
+        with pytest.raises(AssertionError, match="E0561"):
+            shapes(tmp_path, block=block)
+        return
+    [found] = by_image(shapes(tmp_path, block=block)).values()
+    assert {own.shape for own in found.values()} == {(1, 1, 3)}
+
+
 def test_what_is_drawn_for_a_row_is_drawn_for_its_image(tmp_path: Path) -> None:
     table = shapes(tmp_path, "images scenes limit 70")
     drawn: dict[str, set[object]] = {}

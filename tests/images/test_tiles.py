@@ -195,6 +195,21 @@ def test_what_is_masked_beside_a_tile_is_blurred_into_it() -> None:
         assert found.measures[0].base[0, row] == pytest.approx(wanted, abs=1e-4), tile
 
 
+def test_the_same_tile_of_another_image() -> None:
+    """Each image has edges of its own."""
+    block = blocks("vit", "corrupt elsewhere { file = second }")
+    lines = ("from clean into elsewhere", "patch resid_post layer 0 at image tokens")
+    found = run(support.experiment("e", *lines), block=block)["e"]
+
+    def patched(tile: Tile) -> float:
+        other = Tile((tile.number + 1) % 3, tile.name)
+        changes = copied(tiles.unpatched("vit", tile), "resid_post", 0, patches("vit"))
+        given = other.pixels("vit")
+        return difference(forward("vit", given, {("resid_post", 0): changes}), tile.number)
+
+    hold(found, 0, patched)
+
+
 def test_another_tile_of_the_same_image() -> None:
     """What one tile has goes into the whole image."""
     block = blocks("vit", 'where tile != "whole"', 'corrupt seen { tile = "whole" }')
@@ -255,6 +270,20 @@ def test_regions_are_what_changes_where_they_are_painted(name: str, box: tiles.B
             assert list(found) == changed.nonzero()[0].tolist()
             hit += bool(found)
     assert hit
+
+
+@pytest.mark.parametrize("name", ["vit", "clip"])
+def test_maps_are_set_against_the_part_of_a_region_in_a_tile(name: str) -> None:
+    text = support.experiment("gone", "ablate embed at each token of image with zero")
+    text += support.experiment("e", "observe mass of gone in object", measure="")
+    found = run(text, name, block=blocks(name, 'where tile != "whole"'))["e"]
+    share = found.measures[1].patched[0]
+    assert "chance" in found.measures[1].label
+    wanted = np.array([tile.inside(name).mean() for tile in tiles.rows(found.row_values)])
+    known = np.isfinite(share)  # of maps that are above 0 somewhere
+    assert known.sum() >= 5
+    assert (wanted[known] > 0).all()
+    np.testing.assert_allclose(share[known], wanted[known])
 
 
 # --- beside files that are cut by hand ------------------------------------------------------------

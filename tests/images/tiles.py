@@ -59,14 +59,18 @@ class Tile:
         given = self.of(support.image(self.number) if image is None else image)
         return support.processor(name)(given, return_tensors="pt")["pixel_values"].double()
 
-    def region(self, name: str) -> tuple[int, ...]:
-        """The tokens with a pixel of the prepared image of which half or more lies in the box."""
+    def inside(self, name: str) -> NDArray[np.bool_]:
+        """[side, side] the pixels of the prepared image of which half or more lies in the box."""
         left, top, right, bottom = self.box
         within = BOXES[self.number]
         sides = resized(name, bottom - top, right - left)
         down = _shares(bottom - top, sides[0], within[1] - top, within[3] - top)
         across = _shares(right - left, sides[1], within[0] - left, within[2] - left)
-        inside = np.outer(down, across) >= 0.5
+        return np.outer(down, across) >= 0.5
+
+    def region(self, name: str) -> tuple[int, ...]:
+        """The tokens with such a pixel."""
+        inside = self.inside(name)
         return tuple(
             FRONT[name] + row * GRID + col
             for row in range(GRID)
