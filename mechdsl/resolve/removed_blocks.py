@@ -69,12 +69,15 @@ def _beneath(
     one: ResolvedExperiment, experiment: ResolvedExperiment, model: str
 ) -> Iterator[Diagnostic]:
     """What the runs that it is based on write in blocks that it takes out itself."""
-    base = experiment.derived.get(one.spec.base or "")
-    while base is not None:
-        removing = [rule for rule in one.rules if rule.does.changes == "blocks"]
+    removing = [rule for rule in one.rules if rule.does.changes == "blocks"]
+    passed: set[str | None] = set()  # a run that is named like its base comes again
+    name = one.spec.base
+    while name in experiment.derived and name not in passed:
+        passed.add(name)
+        base = experiment.derived[name]
         written = [rule for rule in base.rules if rule.does.changes != "blocks"]
         yield from inside_removed([*removing, *written], (), model)
-        base = experiment.derived.get(base.spec.base or "")
+        name = base.spec.base
 
 
 def _removed(run: ResolvedExperiment, before: set[int | None]) -> set[int | None]:
