@@ -121,7 +121,7 @@ class SiteObservation(Kind):
         sites, positions = places(rule, run, work)
         if sites is None or positions is None or not fits:
             return None
-        if not self.sites_fit(rule, sites, work):
+        if _of_logits(rule, sites, work) or not self.sites_fit(rule, sites, work):
             return None
         found = ResolvedRule(spec=rule, does=self, run=run, sites=sites, positions=positions)
         return found if self.positions_fit(rule, found, work) else None
@@ -145,6 +145,18 @@ class SiteObservation(Kind):
         over = list(joined(rule.sites, rule.positions))
         averaged = f", averaged over {' and '.join(over)}" if over else ""
         yield Convention("observed", f"{self.word}: {said}{averaged}")
+
+
+def _of_logits(rule: spec.Rule, sites: SiteTargets, work: Work) -> bool:
+    """Whether it is of the output, which is refused: that is what measures are of."""
+    assert rule.site is not None
+    found = any(point.site == "logits" for point in every_point(sites))
+    if found:
+        reason = "is the model's output, and an observation is of what lies in front of it"
+        hint = "measure it: `measure logit(answer) as raw`; `final_norm` is what it is made of"
+        name, span = rule.site.span.written, rule.site.span
+        work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
+    return found
 
 
 def joined(sites: SiteTargets, positions: PositionTargets) -> Iterator[str]:
