@@ -21,7 +21,6 @@ from mechdsl.hooks.attention_functions import attend_whole
 from mechdsl.hooks.block_attention import AttentionCall, block_attention
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.calls import text_inputs
-from mechdsl.hooks.hook_points import fused
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.site_hooks import PassStopped, SiteWork
@@ -144,7 +143,6 @@ def _running(
     with (
         torch.inference_mode(),
         blocks_replaced(model, acting.blocks),
-        fused(model.module),
         work.installed(),
         _opened(model, work, tokens, kept),
     ):

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -155,7 +156,8 @@ def _of_first(
 
 def _grown(rows: Tensor, others: Ints) -> Tensor:
     """With more rows, each of which is like one of these."""
-    return torch.cat([rows, rows[torch.from_numpy(others).to(rows.device)]])
+    every = np.concatenate([np.arange(len(rows)), others])
+    return rows.index_select(0, torch.from_numpy(every).to(rows.device))
 
 
 @contextmanager

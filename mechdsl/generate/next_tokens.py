@@ -39,8 +39,15 @@ def next_tokens(
         drawn = torch.tensor([_uniform(key, step) for key in random], dtype=torch.float64)
         tokens = _sampled(logits, index, drawn.to(logits.device), decoding).cpu().numpy()
     else:
-        tokens = logits.argmax(-1).cpu().numpy()[states]
+        tokens = _likeliest(logits)[states]
     return tokens if every else np.where(sound.cpu().numpy()[states], tokens, NO_TOKEN)
+
+
+def _likeliest(logits: Tensor) -> Ints:
+    """[state] the first of the tokens with the largest logit."""
+    if logits.is_cpu and logits.dtype in (torch.float32, torch.float64):  # numpy is faster there
+        return logits.numpy().argmax(-1)
+    return logits.argmax(-1).cpu().numpy()
 
 
 def _uniform(key: tuple[int, ...], step: int) -> float:

@@ -20,6 +20,7 @@ from mechdsl.generate.records import Decoding, StepRules
 from mechdsl.generate.states import Sharing, States, first_acting
 from mechdsl.generate.way import way_of
 from mechdsl.generate.whole import WholePasses, blocks_of
+from mechdsl.hooks.hook_points import fused
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.memory import out_of_memory, release
 from mechdsl.hooks.reads_and_writes import SiteWrite
@@ -171,7 +172,8 @@ class _Work:
     def replies(self, rows: Sequence[int]) -> Iterator[tuple[int, Reply]]:
         """Rows with their replies; in two halves where memory runs out."""
         try:
-            found = self._together(rows)
+            with fused(self.model.module):
+                found = self._together(rows)
         except (RuntimeError, MemoryError) as error:
             if len(rows) == 1 or not out_of_memory(error):
                 raise
