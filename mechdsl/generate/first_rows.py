@@ -33,8 +33,8 @@ one for each of its heads."""
 class Places:
     """Where rows stand in the calls of modules that can compute some of the rows alone."""
 
-    blocks: tuple[PerRow, ...] = ()
-    """[block] empty if that can't be done."""
+    blocks: tuple[PerRow, ...]
+    """[block]"""
     attention: tuple[PerRow, ...] = ()
     """[block] of its attention; empty if that computes what the rest of the block does."""
 
