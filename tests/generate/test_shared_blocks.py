@@ -133,9 +133,9 @@ def test_every_family(name: str, rows: list[list[int]]) -> None:
     assert all(each is not None and bool(each.attention) == (name != "bloom") for each in places)
     top = model.shape.n_layers - 1
     acts = [Act(row, "resid_pre", top, "scale", (1.0 + row / 20,)) for row in range(1, 5)]
-    acts += [Act(5, "resid_pre", top - 1, "scale", (1.1,)), Act(4, "z", top, "scale", (1.3,), 0)]
+    acts += [Act(5, "resid_pre", top - 1, "scale", (1.1,)), Act(0, "z", top, "scale", (1.3,), 0)]
     rules = Rules(acts, [Look(6, "reweight", top, 0, (0, 2), 1.2)])
-    prompts = [PROMPTS[0]] * 7
+    prompts = [PROMPTS[0]] * 8  # nothing is done to the last
     plain = written(model, prompts, greedy(3), rules, cached=False)
     found = written(model, prompts, greedy(3), rules)
     agree(found, [(r.ids, x) for r, x in zip(plain.replies, plain.logits, strict=True)])
