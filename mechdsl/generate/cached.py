@@ -16,7 +16,7 @@ from mechdsl.generate.kept_keys import KeptKeys
 from mechdsl.generate.one_query import can_be_asked
 from mechdsl.generate.records import StepRules
 from mechdsl.generate.shared_blocks import SharedBlocks, lowest_acting
-from mechdsl.generate.states import States, first_acting
+from mechdsl.generate.states import States, first_acting, numbered
 from mechdsl.generate.way import Way
 from mechdsl.generate.whole import edited
 from mechdsl.hooks.batch import Batch
@@ -69,18 +69,17 @@ class CachedPasses:
         """[row] tokens of its prompt."""
         self._last = np.array([prompt[-1] for prompt in prompts])
         """[row] the last token of its prompt."""
-        self._number: dict[tuple[int, ...], int] = {}
-        for prompt in prompts:
-            self._number.setdefault(prompt, len(self._number))
+        self._texts = numbered(prompts)
+        """[row] the number of its prompt."""
+        self._distinct = 1 + int(self._texts.max())
+        """Prompts."""
         edited = _own_tokens(prompts, RuleWrites(kept))
         apart = int(np.maximum(own, edited).max())
-        shares = way.shares and 2 * len(self._number) <= len(prompts) and can_be_asked(model)
+        shares = way.shares and 2 * self._distinct <= len(prompts) and can_be_asked(model)
         self._common = self.columns - apart if shares else 0
         """Columns that rows of a prompt have in common throughout."""
         layers = model.shape.n_layers
         self.keys = KeptKeys(layers, len(prompts), self.columns - self._common, tokens - 1)
-        self._texts = np.array([self._number[prompt] for prompt in prompts])
-        """[row] the number of its prompt."""
         acting = first_acting(len(prompts), prefill, kept, steps)
         lowest = np.zeros_like(acting)
         if way.places is not None:
@@ -195,7 +194,7 @@ class CachedPasses:
             return None
         rows = states.leaders
         of: list[int] = self._texts[rows].tolist()
-        lead = [of.index(number) for number in range(len(self._number))]
+        lead = [of.index(number) for number in range(self._distinct)]
         batch = self._batch(rows[lead])
         keys = KeptKeys(self.model.shape.n_layers, len(lead), columns)
         acting, index = RuleWrites(blocks=self.prefill.blocks), torch.tensor(of)

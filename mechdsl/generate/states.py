@@ -43,6 +43,13 @@ class States:
         return States(self.rows[order], of[order], parents)
 
 
+def numbered(prompts: Sequence[tuple[int, ...]]) -> Ints:
+    """[row] equal where prompts are: they count from 0 as they first come."""
+    numbers: dict[tuple[int, ...], int] = {}
+    every = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+    return np.array(every, dtype=np.int64)
+
+
 class Sharing:
     """Which rows may be computed together, step by step."""
 
@@ -51,9 +58,7 @@ class Sharing:
     ) -> None:
         """acting: [row] the first step in which anything is done to it. groups: [row] equal where
         all that is done is equal; None: nowhere."""
-        numbers: dict[tuple[int, ...], int] = {}
-        every = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
-        self._prompts = np.array(every, dtype=np.int64)
+        self._prompts = numbered(prompts)
         self._acting = acting
         self._groups = np.arange(len(prompts)) if groups is None else groups
 
