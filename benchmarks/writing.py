@@ -1,15 +1,16 @@
 """Replies while rules act: 48 cells on 16 prompts, 32 tokens each.
 
     python -m benchmarks.writing [--shapes counting gpt2 ...] [--trained] [--tokens 32] [--cells 48]
-                                 [--threads 1] [--ways mechdsl generate nnsight] [--peers PYTHON]
+                                 [--threads 1] [--seconds 10] [--ways mechdsl generate nnsight]
+                                 [--peers PYTHON]
 
 Shapes are those of the shipped models, and GPT-2 small; weights are random, and prompts are random
 tokens. `--trained` takes the weights of shipped models, and prompts that are the first two thirds
 of texts that they weren't trained on. A cell scales one head's z at the last token of the prompt
 and at each newest token. `generate` is a loop of the library's `model.generate` over cells, all
 prompts in one batch, with a hook. `nnsight` has all cells as invokes of one `model.generate`; it
-runs in the interpreter that has it. Each way is a process of its own, timed in processor seconds
-and in wall seconds, and tokens are compared.
+runs in the interpreter that has it. Each way is a process of its own, which runs for as long as the
+others, timed in processor seconds and in wall seconds (the median); tokens are compared.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from time import perf_counter, process_time
 from typing import Any
 
@@ -30,10 +32,12 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
 PROMPTS, TOKENS = 16, 16
-FACTORS = (0.0, 0.5, 1.5, -1.0)
+FACTORS = (0.0, 0.5, 1.5, -1.0, 2.0, 0.25)
 SHIPPED = {path.parent.name: path for path in sorted((ROOT / "mechdsl/zoo").glob("*/config.json"))}
 GPT2 = {"vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
 CLOCKS = {"processor": process_time, "wall": perf_counter}
+OF_TEXTS: dict[str, dict[str, str]] = {"nested": {"kind": "a clause between"}}
+"""What a model's texts are asked for with."""
 Replies = list[list[list[int]]]
 """[cell][prompt] tokens."""
 
@@ -105,8 +109,9 @@ def _texts(name: str, folder: Path) -> list[list[int]]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    stream = import_module(f"mechdsl.zoo.{name}.data").stream(5, held_out=True)
-    every = [tokenizer.encode(each.text).ids for each in islice(stream, PROMPTS)]
+    stream = import_module(f"mechdsl.zoo.{name}.data").stream
+    texts = stream(5, held_out=True, **OF_TEXTS.get(name, {}))
+    every = [tokenizer.encode(each.text).ids for each in islice(texts, PROMPTS)]
     return [ids[: max(4, 2 * len(ids) // 3)] for ids in every]
 
 
@@ -289,7 +294,7 @@ def _against(mine: dict[str, Any] | None, result: dict[str, Any], way: str) -> s
 def _process(way: str, shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     python = arguments.peers if way == "nnsight" else sys.executable
     command = [str(python), "-m", "benchmarks.writing", "--one", "--ways", way, "--shapes", shape]
-    for name in ("tokens", "cells", "threads", "repeats"):
+    for name in ("tokens", "cells", "threads", "repeats", "seconds"):
         command += [f"--{name}", str(getattr(arguments, name))]
     command += ["--trained"] * arguments.trained
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
@@ -302,13 +307,13 @@ def _timed(arguments: argparse.Namespace) -> dict[str, Any]:
     task = Task(arguments)
     run = WAYS[arguments.ways[0]](task)
     times: list[list[float]] = []
-    replies: Replies = []
-    for _ in range(arguments.repeats + 1):  # the first one warms up
+    replies, start = run(), perf_counter()  # the first one warms up
+    while len(times) < arguments.repeats or perf_counter() - start < arguments.seconds:
         before = [clock() for clock in CLOCKS.values()]
         replies = run()
         times.append([clock() - b for clock, b in zip(CLOCKS.values(), before, strict=True)])
     return {
-        "seconds": dict(zip(CLOCKS, map(min, zip(*times[1:], strict=True)), strict=True)),
+        "seconds": dict(zip(CLOCKS, map(median, zip(*times, strict=True)), strict=True)),
         "replies": replies,
         "multiply_adds": multiply_adds(task, replies),
         "rates": _rates(),
@@ -333,7 +338,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--cells", type=int, default=48)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2, help="at least so many")
+    parser.add_argument("--seconds", type=float, default=10, help="for at least so long")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=["mechdsl", "generate"])
     peers = ROOT / ".venv-bench" / "bin" / "python"
     parser.add_argument("--peers", type=Path, default=peers, help="where nnsight is installed")
