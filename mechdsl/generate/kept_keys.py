@@ -16,7 +16,7 @@ from mechdsl.generate.shared_keys import SharedKeys
 
 WIDE = (torch.float32, torch.float64)
 """Types in which attention is two plain products."""
-MORE = 32
+MORE = 16
 """Columns of room that are taken at once, or half of what there are."""
 
 
@@ -30,28 +30,37 @@ class _Layer(CacheLayerMixin):
         self.kept = kept
         self.number = number
         self.length = 0
+        self.filled = 0
+        """Rows that may be read."""
         self.handed: tuple[Tensor, Tensor] | None = None
         """What the model's attention was given in the pass that runs."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows, columns = self.kept.rows_of(self.number).stop, self.kept.room[1]
-        self.keys, self.values = (_room(each, rows, columns) for each in (key_states, value_states))
+        self._make(key_states[:0, :, :0], value_states[:0, :, :0])
         self.is_initialized = True
 
     def fit(self, rows: int) -> None:
         """Have room for so many rows, and for the columns that there may be now."""
         assert self.keys is not None
         assert self.values is not None
-        keys, values, columns = self.keys, self.values, self.kept.room[1]
-        before = len(keys)
-        if rows <= before and columns <= keys.shape[2]:
-            return
-        if rows > before:
-            rows = min(self.kept.room[0], max(rows, before + before // 2))
-        rows = max(rows, before)
-        self.keys, self.values = (_room(each, rows, columns) for each in (keys, values))
-        self.keys[:before, :, : keys.shape[2]] = keys
-        self.values[:before, :, : values.shape[2]] = values
+        if self.kept.room[1] > self.keys.shape[2]:
+            self._make(self.keys[: self.filled], self.values[: self.filled])
+        if rows > self.filled:
+            assert self.values is not None
+            self.keys[self.filled : rows] = 0
+            self.values[self.filled : rows] = 0
+            self.filled = rows
+
+    def _make(self, keys: Tensor, values: Tensor) -> None:
+        """Room that begins with these; zeros where it isn't filled yet, as that is read with a
+        weight of 0."""
+        count, before = len(keys), keys.shape[2]
+        rows, columns = self.kept.room
+        self.keys, self.values = (
+            each.new_empty(rows, each.shape[1], columns, each.shape[3]) for each in (keys, values)
+        )
+        self.keys[:count, :, :before], self.keys[:count, :, before:] = keys, 0
+        self.values[:count, :, :before], self.values[:count, :, before:] = values, 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -100,11 +109,6 @@ class _Layer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length  # as older libraries call it
-
-
-def _room(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Zeros, as what isn't filled yet is read with a weight of 0."""
-    return like.new_zeros(rows, like.shape[1], columns, like.shape[3])
 
 
 class KeptKeys(Cache):
@@ -213,6 +217,7 @@ class KeptKeys(Cache):
                 continue
             if not mine.is_initialized:
                 mine.lazy_initialization(its.keys, its.values)
+            mine.fit(len(rows))
             for own, given in ((mine.keys, its.keys), (mine.values, its.values)):
                 more = given[:, :, first : first + columns]
                 own[: len(rows), :, :columns] = more[rows.to(given.device)]

@@ -30,24 +30,24 @@ def next_tokens(
     logits: [state, vocab]. states: [row]. random: [row] what its random numbers hang on, beside the
     step.
     """
-    sound = logits.amax(-1).isfinite()
-    every = bool(sound.all())
-    if not every:
-        logits = logits.where(sound[:, None], logits.new_zeros(()))
     if decoding.sampled:
+        sound = logits.amax(-1).isfinite()
+        logits = logits.where(sound[:, None], logits.new_zeros(()))
         index = torch.from_numpy(states).to(logits.device)
         drawn = torch.tensor([_uniform(key, step) for key in random], dtype=torch.float64)
-        tokens = _sampled(logits, index, drawn.to(logits.device), decoding).cpu().numpy()
-    else:
-        tokens = _likeliest(logits)[states]
-    return tokens if every else np.where(sound.cpu().numpy()[states], tokens, NO_TOKEN)
+        tokens = _sampled(logits, index, drawn.to(logits.device), decoding)
+        return np.where(sound[index].cpu().numpy(), tokens.cpu().numpy(), NO_TOKEN)
+    return _likeliest(logits)[states]
 
 
 def _likeliest(logits: Tensor) -> Ints:
     """[state] the first of the tokens with the largest logit."""
     if logits.is_cpu and logits.dtype in (torch.float32, torch.float64):  # numpy is faster there
-        return logits.numpy().argmax(-1)
-    return logits.argmax(-1).cpu().numpy()
+        tokens = torch.from_numpy(logits.numpy().argmax(-1))
+    else:
+        tokens = logits.argmax(-1)
+    sound = logits.gather(-1, tokens[:, None])[:, 0].isfinite()
+    return tokens.where(sound, NO_TOKEN).cpu().numpy()
 
 
 def _uniform(key: tuple[int, ...], step: int) -> float:

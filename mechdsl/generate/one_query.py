@@ -27,13 +27,17 @@ def can_be_asked(model: LoadedModel) -> bool:
 
 
 class OneQuery:
-    """In all blocks of one pass."""
+    """In all blocks, pass by pass."""
 
     def __init__(self, kept: KeptKeys) -> None:
         self.kept = kept
-        self._bare: dict[int, bool] = {}
-        """Masks of the pass: whether they hide nothing, by where they lie. Of the first rows they
-        hide something where they do of all: each prompt has a row among these."""
+        self._masks: dict[tuple[int, torch.Size] | None, tuple[Tensor | None, Tensor]] = {}
+        """Masks of the pass, by where they lie, and what they add to scores. They are held, so that
+        no other one comes to lie there."""
+
+    def begin(self) -> None:
+        """Of another pass."""
+        self._masks.clear()
 
     def attend(self, call: AttentionCall) -> Tensor | None:
         """[n, 1, heads, d_head] of what attention is called with, which is kept; None where it does
@@ -49,42 +53,41 @@ class OneQuery:
         except CannotPack:
             return None
         queries = query.reshape(rows, heads, how.shared, width) * how.scale
-        scores = self._scores(call.layer, queries, count)
+        scores = self._scores(call.layer, queries)
         if how.cap is not None:
             scores = (scores / how.cap).tanh() * how.cap
-        mask = self._seen(call.mask)
+        mask = self._added(call.mask, scores, count)
         scores = masked(scores[:, :, :, None, None], mask, how.shared)
         weights = how.weights(scores, how.sink(scores)).to(call.value.dtype)
         found = self._values(call.layer, weights[:, :, :, 0, 0])
         return found.view(rows, 1, heads * how.shared, -1)
 
-    def _scores(self, layer: int, queries: Tensor, count: int) -> Tensor:
+    def _scores(self, layer: int, queries: Tensor) -> Tensor:
         """[n, key-value heads, head of it, key] of queries [n, key-value heads, head of it,
-        width]."""
-        shared, common = self.kept.shared, self.kept.common
-        own = (queries @ self.kept.own(layer)[0].transpose(-1, -2))[..., : count - common]
-        if shared is None:
+        width], with the keys that there is room for."""
+        own = queries @ self.kept.own(layer)[0].transpose(-1, -2)
+        if self.kept.shared is None:
             return own
-        before = shared.scores(layer, self.kept.rows_of(layer), queries)
+        before = self.kept.shared.scores(layer, self.kept.rows_of(layer), queries)
         return torch.cat([before, own], dim=-1)
 
     def _values(self, layer: int, weights: Tensor) -> Tensor:
         """[n, key-value heads, head of it, width] of weights [n, key-value heads, head of it,
         key]."""
         shared, common = self.kept.shared, self.kept.common
-        values = self.kept.own(layer)[1]
-        room = values.shape[2] + common - weights.shape[3]
-        own = nn.functional.pad(weights[..., common:], (0, room)) @ values
+        own = weights[..., common:] @ self.kept.own(layer)[1]
         if shared is None:
             return own
-        before = shared.values(layer, self.kept.rows_of(layer), weights[..., :common])
-        return own.add_(before)
+        return own.add_(shared.values(layer, self.kept.rows_of(layer), weights[..., :common]))
 
-    def _seen(self, mask: Tensor | None) -> Tensor | None:
-        """None for a mask that hides nothing."""
-        if mask is None or mask.dtype != torch.bool:
-            return mask
-        place = mask.data_ptr()
-        if place not in self._bare:
-            self._bare[place] = bool(mask.all())
-        return None if self._bare[place] else mask
+    def _added(self, mask: Tensor | None, scores: Tensor, count: int) -> Tensor:
+        """[n or 1, heads or 1, 1, key] what a mask adds to scores, and that nothing is seen from
+        key `count` on."""
+        key = None if mask is None else (mask.data_ptr(), mask.shape)
+        if key not in self._masks:
+            added = scores.new_zeros(1, 1, 1, count) if mask is None else mask
+            if added.dtype == torch.bool:
+                added = torch.where(added, scores.new_zeros(()), float("-inf"))
+            room = scores.shape[-1] - count
+            self._masks[key] = mask, nn.functional.pad(added, (0, room), value=float("-inf"))
+        return self._masks[key][1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -50,12 +51,22 @@ class Lineup:
 
     def attending(self, block: int) -> int:
         """States that have a row in a block's attention, and keys there: the first ones."""
-        return int(np.searchsorted(self.begins, 2 * block, side="right"))
+        return self._up_to(2 * block)
 
     def rows(self, block: int) -> int:
         """States that have a row in the rest of a block: the first ones, those that attend among
         them."""
-        return int(np.searchsorted(self.begins, 2 * block + 1, side="right"))
+        return self._up_to(2 * block + 1)
+
+    def _up_to(self, place: int) -> int:
+        """States that have a row there."""
+        counts = self._counts
+        return counts[min(place, len(counts) - 1)] if counts else 0
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        """[half block]"""
+        return np.bincount(self.begins).cumsum().tolist()
 
     def place(self, states: Ints, block: int) -> Ints:
         """In which row of a block's attention each of these states is computed."""

@@ -28,43 +28,40 @@ class _Group:
 
 @dataclass(frozen=True, eq=False)
 class _Places:
-    """Rows laid out by their prompts, so that each has a block of its own."""
+    """Heads of rows laid out by their prompts, so that each head of a prompt has a block of its
+    own."""
 
     groups: Sequence[_Group]
-    of: Tensor | None
-    """[place] long, which row; None where places are rows."""
+    of: Tensor
+    """[place] long, row · heads + head."""
     at: Tensor
-    """[row] long, its place."""
+    """[row · heads + head] long, its place."""
 
     @classmethod
-    def by(cls, prompts: Ints, every: int, device: torch.device) -> _Places:
-        """prompts: [row] which of `every` ones. Prompts are taken together where they have equally
-        many rows, or would with less than as many places besides."""
+    def by(cls, prompts: Ints, every: int, heads: int, device: torch.device) -> _Places:
+        """prompts: [row] which of `every` ones. Prompts are taken together where that leaves fewer
+        places empty than there are rows: all of them, or those with about as many rows."""
         known, which, counts = np.unique(prompts, return_inverse=True, return_counts=True)
         order = np.argsort(prompts, kind="stable")
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)
-        size = np.zeros_like(counts) if len(set(counts)) == 1 else np.ceil(np.log2(counts))
-        at, groups, total = np.empty_like(order), list[_Group](), 0
+        together = counts.max() * len(counts) < 2 * len(prompts)
+        size = np.zeros_like(counts) if together else np.ceil(np.log2(counts))
+        rows, begins = np.empty_like(counts), np.empty_like(counts)
+        groups, total = list[_Group](), 0
         for each in np.unique(size):
             mine = np.flatnonzero(size == each)
-            rows = int(counts[mine].max())
-            number = np.full(len(known), -1)
-            number[mine] = np.arange(len(mine))
-            there = number[which] >= 0
-            at[there] = total + number[which[there]] * rows + rank[there]
+            rows[mine] = most = int(counts[mine].max())
+            begins[mine] = total + np.arange(len(mine)) * most * heads
             whole = len(mine) == every and len(known) == every
             index = None if whole else torch.from_numpy(known[mine]).to(device)
-            groups.append(_Group(index, len(mine), rows))
-            total += len(mine) * rows
+            groups.append(_Group(index, len(mine), most))
+            total += len(mine) * most * heads
+        head = np.arange(heads)
+        at = ((begins[which] + rank)[:, None] + rows[which][:, None] * head).ravel()
         of = np.zeros(total, dtype=np.int64)
         of[at] = np.arange(len(at))
-        plain = total == len(at) and bool((at == np.arange(total)).all())
-        return cls(
-            groups,
-            None if plain else torch.from_numpy(of).to(device),
-            torch.from_numpy(at).to(device),
-        )
+        return cls(groups, torch.from_numpy(of).to(device), torch.from_numpy(at).to(device))
 
 
 class SharedKeys:
@@ -85,7 +82,7 @@ class SharedKeys:
     def stand(self, prompts: Sequence[int] | Ints) -> None:
         """From now on, these are the prompts of rows."""
         self._prompts = np.array(prompts, dtype=np.int64)
-        self._places: dict[tuple[int, int], _Places] = {}
+        self._places: dict[tuple[int, int, int], _Places] = {}
 
     def of_rows(self, layer: int, rows: slice) -> tuple[Tensor, Tensor]:
         """[n, heads, columns, width] of each of these rows."""
@@ -109,22 +106,19 @@ class SharedKeys:
 
     def _times(self, rows: slice, vectors: Tensor, matrices: Tensor) -> Tensor:
         """Vectors [n, heads, k, a] times their prompt's matrix [prompt, heads, a, b]."""
-        key = rows.start, rows.stop
+        heads, shared = vectors.shape[1:3]
+        key = rows.start, rows.stop, heads
         if key not in self._places:
             mine = self._prompts[rows]
-            self._places[key] = _Places.by(mine, len(matrices), matrices.device)
+            self._places[key] = _Places.by(mine, len(matrices), heads, matrices.device)
         places = self._places[key]
-        if places.of is not None:
-            vectors = vectors.index_select(0, places.of)
+        laid = vectors.flatten(2).flatten(0, 1).index_select(0, places.of)
         found, first = list[Tensor](), 0
         for group in places.groups:
-            end = first + group.count * group.rows
-            shape = group.count, group.rows, *vectors.shape[1:3]
-            each = vectors[first:end].view(*shape, -1).transpose(1, 2)
+            end = first + group.count * heads * group.rows
+            each = laid[first:end].view(group.count, heads, group.rows * shared, -1)
             own = matrices if group.prompts is None else matrices[group.prompts]
-            product = each.flatten(2, 3) @ own
-            product = product.unflatten(2, shape[1:4:2]).transpose(1, 2)
-            found.append(product.flatten(0, 1))
+            found.append((each @ own).view(end - first, -1))
             first = end
         every = found[0] if len(found) == 1 else torch.cat(found)
-        return every if places.of is None else every.index_select(0, places.at)
+        return every.index_select(0, places.at).view(len(vectors), heads, shared, -1)

@@ -93,11 +93,10 @@ def exchanged(model: LoadedModel, function: AttentionFunction, *, masked: bool) 
             return unmade
         return make(*args, **{**kwargs, "allow_is_causal_skip": False})
 
-    entries = [(part, entry) for part in model.module.modules() if (entry := entry_of(part))]
     # Some of these models look into a mask that is never used.
-    unmade = torch.zeros(1, 1, 1, 1, device=model.device) if entries else None
+    unmade = torch.zeros(1, 1, 1, 1, device=model.device) if model.written_out else None
     with ExitStack() as stack:
-        stack.enter_context(exchanged_modules(entries, function, own, masked=masked))
+        stack.enter_context(exchanged_modules(model.written_out, function, own, masked=masked))
         AttentionInterface.register(_NAME, attended)
         AttentionMaskInterface.register(_NAME, mask)
         for config in model.attention_configs:

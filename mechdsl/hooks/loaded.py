@@ -8,7 +8,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 
+from mechdsl.hooks.attention_exchange import ExchangedAttention
+from mechdsl.hooks.written_out_attention import entry_of
 from mechdsl.models.anatomy import Anatomy, HookPoint
 from mechdsl.models.shape import ModelShape
 
@@ -127,6 +130,12 @@ class LoadedModel:
             if hasattr(config, "_attn_implementation_internal"):
                 found[id(config)] = config
         return tuple(found.values())
+
+    @cached_property
+    def written_out(self) -> tuple[tuple[nn.Module, ExchangedAttention], ...]:
+        """Modules whose attention isn't the library's, with the entries that stand in for them."""
+        every = self.module.modules()
+        return tuple((part, entry) for part in every if (entry := entry_of(part)) is not None)
 
     @property
     def rounding(self) -> float:

@@ -58,13 +58,16 @@ class SiteWrite:
 
     def some(self, there: Tensor) -> SiteWrite:
         """Some of the vectors, by [K] bool."""
+        index = there.nonzero()[:, 0]
+        if len(index) == len(there):
+            return self
         return replace(
             self,
-            rows=self.rows[there],
-            positions=self.positions[there],
-            units=self.units[there],
-            values=self.values[there.to(self.values.device)],
-            to=None if self.to is None else self.to[there.to(self.to.device)],
+            rows=self.rows[index],
+            positions=self.positions[index],
+            units=self.units[index],
+            values=self.values[index.to(self.values.device)],
+            to=None if self.to is None else self.to[index.to(self.to.device)],
         )
 
 

@@ -143,7 +143,8 @@ def test_attention_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_products(prompts: Sequence[int]) -> None:
     generator = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(3, 2, 5, 4, generator=generator) for _ in range(2))
-    common = SharedKeys(3, [None, (keys, values)], prompts)
+    more = torch.randn(3, 5, 5, 4, generator=generator)  # a layer with other heads
+    common = SharedKeys(3, [None, (keys, values), (more, more)], prompts)
     assert common.columns == 3
     count = len(prompts)
     for rows in (slice(0, count), slice(1, count), slice(0, count - 1), slice(0, 1)):
@@ -155,6 +156,9 @@ def test_products(prompts: Sequence[int]) -> None:
         torch.testing.assert_close(common.scores(1, rows, queries), scores)
         torch.testing.assert_close(common.values(1, rows, weights), found)
         assert torch.equal(common.of_rows(1, rows)[0], keys[own][:, :, :3])
+        queries = torch.randn(len(own), 5, 1, 4, generator=generator)
+        scores = torch.einsum("nhsd,nhkd->nhsk", queries, more[own][:, :, :3])
+        torch.testing.assert_close(common.scores(2, rows, queries), scores)
     common.stand([1])
     alone = torch.ones(1, 2, 1, 4)
     expected = (alone * keys[1:2, :, :3]).sum(-1)[:, :, None]
@@ -169,6 +173,44 @@ def test_few_places_are_empty() -> None:
     common.scores(0, slice(0, len(prompts)), torch.ones(len(prompts), 1, 1, 1))
     (places,) = common._places.values()  # pyright: ignore[reportPrivateUsage]
     assert sum(group.count * group.rows for group in places.groups) < 2 * len(prompts)
+
+
+def test_masks() -> None:
+    """A mask of another layer isn't taken for that of the one before, which is gone."""
+    one, scores = OneQuery(KeptKeys(1, 3, 8)), torch.zeros(3, 2, 1, 8)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        seen = torch.rand(3, 1, 1, 5, generator=generator) > 0.5
+        expected = torch.full((3, 1, 1, 8), float("-inf"))
+        expected[..., :5][seen] = 0
+        assert torch.equal(added(one, seen.clone(), scores, 5), expected)
+        expected[..., :5] = torch.randn(3, 1, 1, 5, generator=generator)
+        assert torch.equal(added(one, expected[..., :5].clone(), scores, 5), expected)
+    for count in (5, 6):
+        one.begin()
+        nothing = added(one, None, scores, count)
+        assert nothing.isfinite().sum() == count == (nothing == 0).sum()
+
+
+def added(one: OneQuery, mask: Tensor | None, scores: Tensor, count: int) -> Tensor:
+    return one._added(mask, scores, count)  # pyright: ignore[reportPrivateUsage]
+
+
+def test_masks_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a pass aren't held in the next one."""
+    found: list[int] = []
+    before = OneQuery._added  # pyright: ignore[reportPrivateUsage]
+
+    def counted(self: OneQuery, *given: Any) -> Tensor:
+        made = before(self, *given)
+        found.append(len(self._masks))  # pyright: ignore[reportPrivateUsage]
+        return made
+
+    monkeypatch.setattr(OneQuery, "_added", counted)
+    model = model_of("llama")
+    written(model, ROWS, greedy(TOKENS))
+    assert found
+    assert max(found) == 1
 
 
 def test_who_has_one_token(joint: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
