@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,20 @@ class Chosen:
             )
             found = found.then(own)
         return found
+
+
+def joined(steps: Sequence[StepRules], count: int) -> list[StepRules]:
+    """The same in few writes: neighbours that act in the same steps are one.
+
+    count: rows.
+    """
+    found: list[StepRules] = []
+    for _, some in groupby(steps, lambda rules: (rules.first, rules.last, tuple(rules.blocks))):
+        each = list(some)
+        writes = RuleWrites([write for rules in each for write in rules.writes])
+        edges = [edge for rules in each for edge in rules.edges]
+        found.append(replace(each[0], writes=merged(writes, count).writes, edges=edges))
+    return found
 
 
 def _at_newest(each: StepEdge, prompts: Tensor, newest: Tensor) -> EdgeWrite:

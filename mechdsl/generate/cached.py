@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
-from mechdsl.generate.acting import Chosen, merged
-from mechdsl.generate.cached_pass import NewTokens, keep, run_cached
+from mechdsl.generate.acting import Chosen, joined, merged
+from mechdsl.generate.cached_pass import CachedPass, NewTokens, keep, run_cached
 from mechdsl.generate.kept_keys import KeptKeys
 from mechdsl.generate.one_query import can_be_asked
 from mechdsl.generate.records import StepRules
@@ -98,6 +98,8 @@ class CachedPasses:
         self._before: tuple[bool, ...] | None = None
         """Which rules acted in the step before; what they did is `_acted`."""
         self._acted = RuleWrites()
+        self._open: CachedPass | None = None
+        """The step before."""
 
     def arranged(self, states: States, ids: Ints) -> States:
         """The states of a step in the order in which it computes them.
@@ -125,20 +127,34 @@ class CachedPasses:
             self._shared(states, self.own[rows])
         else:
             self.keys.move(self._blocks.moves, first)
+        newest = ids[rows, -1:] if step else self._last[rows, None]
+        newest = torch.from_numpy(newest).to(self.model.device)
         if self._chosen is None or not np.array_equal(rows, self._leaders):
             self._leaders, self._before = rows, None
             self._chosen, self._starting = Chosen(len(self.prompts), rows), self._starts(rows)
             if self.keys.shared is not None:
                 self.keys.shared.stand(self._texts[rows])
+        if self._open is not None and self._goes_on(self._open, step):
+            return self._open.run_on(newest)
+        self.close()
         if step == 1:
             self._edit(states, self._chosen)
-        newest = ids[rows, -1:] if step else self._last[rows, None]
-        tokens = NewTokens(torch.from_numpy(newest).to(self.model.device), self._starting, first)
+        tokens = NewTokens(newest, self._starting, first)
         acting = self._acting(self._chosen, step) if step else self._prefilled(self._chosen)
-        every = slice(0, len(states))
-        return run_cached(
-            self.model, tokens, self.keys, every, acting, self._blocks.lineup, self._places
-        )
+        every, lineup = slice(0, len(states)), self._blocks.lineup
+        self._open = CachedPass(self.model, tokens, self.keys, every, acting, lineup, self._places)
+        return self._open.run()
+
+    def _goes_on(self, before: CachedPass, step: int) -> bool:
+        """Whether the same acts on the same rows as in the pass before."""
+        acts = tuple(rules.acts(step) for rules in self.steps)
+        return before.repeats and acts == self._before and before.lineup is self._blocks.lineup
+
+    def close(self) -> None:
+        """No hooks are left."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
     def _prefilled(self, chosen: Chosen) -> RuleWrites:
         """What acts in the prefill."""
@@ -159,10 +175,8 @@ class CachedPasses:
         """Those that act, in few writes: rows change more often than what acts."""
         if acts not in self._few:
             now = [rules for rules, does in zip(self.steps, acts, strict=True) if does]
-            writes = RuleWrites([each for rules in now for each in rules.writes])
-            joined = StepRules(1, writes=merged(writes, len(self.prompts)).writes)
-            others = [replace(each, writes=()) for each in now if each.edges or each.blocks]
-            self._few[acts] = [joined, *others]
+            always = [replace(rules, first=1, last=None) for rules in now]
+            self._few[acts] = joined(always, len(self.prompts))
         return self._few[acts]
 
     def _starts(self, rows: Ints) -> Tensor:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -88,6 +88,66 @@ class NewTokens:
         return {**text_inputs(model, self.ids, numbers), "attention_mask": mask}
 
 
+class CachedPass:
+    """A pass, and others behind it in which the same acts on the same rows: hooks stay in place
+    from one to the next."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        tokens: NewTokens,
+        kept: KeptKeys,
+        rows: slice,
+        acting: RuleWrites,
+        lineup: Lineup | None = None,
+        places: Places | None = None,
+    ) -> None:
+        """rows: of what is kept, as many as there are of tokens. acting: its rows are those of the
+        pass. lineup: which rows blocks compute, of one token each; places: how they are told."""
+        self.model, self.tokens, self.kept, self.rows = model, tokens, kept, rows
+        self.lineup = lineup
+        self._some = lineup if lineup is not None and lineup.shares else None
+        self._work = work = SiteWork(model, tokens, acting.writes, (), None, acting.edges)
+        every = any(write.site == "logits" for write in acting.writes)
+        if not every and tokens.count > 1:
+            work.keep_logits((tokens.lengths_of("logits", "") - 1)[:, None])
+        self._one = OneQuery(kept)
+        with ExitStack() as stack:
+            stack.enter_context(_running(model, work, tokens, kept, acting, self._one))
+            if self._some is not None:
+                assert places is not None
+                running = partial(setattr, tokens, "running")
+                stack.enter_context(only_first_rows(model, self._some, places, running))
+            self._stack = stack.pop_all()
+
+    def run(self) -> Tensor:
+        """[n, vocab] behind the last of the tokens; their keys and values are kept. Raises as
+        `run_whole`."""
+        tokens, work = self.tokens, self._work
+        kept = self.kept.at(self.rows, tokens.first, tokens.count, self._some)
+        output = _called(self.model, tokens, kept)
+        logits = work.output(output.logits)
+        work.check()
+        return logits[:, -1]
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the same can act on later tokens."""
+        return self.tokens.count == 1 and self._work.repeats
+
+    def run_on(self, ids: Tensor) -> Tensor:
+        """The same for the next tokens, [n, 1]."""
+        self.tokens.ids = ids
+        self.tokens.first += 1
+        self._work.begin()
+        self._one.begin()
+        return self.run()
+
+    def close(self) -> None:
+        """Takes the hooks away."""
+        self._stack.close()
+
+
 def run_cached(
     model: LoadedModel,
     tokens: NewTokens,
@@ -97,26 +157,9 @@ def run_cached(
     lineup: Lineup | None = None,
     places: Places | None = None,
 ) -> Tensor:
-    """[n, vocab] behind the last of the tokens; their keys and values are kept.
-
-    rows: of what is kept, as many as there are of tokens. acting: its rows are those of the pass.
-    lineup: which rows blocks compute, of one token each; places: how they are told. Raises as
-    `run_whole`.
-    """
-    work = SiteWork(model, tokens, acting.writes, (), None, acting.edges)
-    every = any(write.site == "logits" for write in acting.writes)
-    if not every and tokens.count > 1:
-        work.keep_logits((tokens.lengths_of("logits", "") - 1)[:, None])
-    lineup = lineup if lineup is not None and lineup.shares else None
-    some = nullcontext()
-    if lineup is not None:
-        assert places is not None
-        some = only_first_rows(model, lineup, places, partial(setattr, tokens, "running"))
-    with _running(model, work, tokens, kept, acting), some:
-        output = _called(model, tokens, kept.at(rows, tokens.first, tokens.count, lineup))
-    logits = work.output(output.logits)
-    work.check()
-    return logits[:, -1]
+    """What one `CachedPass` gives."""
+    with closing(CachedPass(model, tokens, kept, rows, acting, lineup, places)) as only:
+        return only.run()
 
 
 def keep(
@@ -126,7 +169,7 @@ def keep(
     n_layers = model.shape.n_layers
     acting = acting.below(n_layers, n_layers)
     work = SiteWork(model, tokens, acting.writes, (), n_layers, acting.edges)
-    with _running(model, work, tokens, kept, acting), suppress(PassStopped):
+    with _running(model, work, tokens, kept, acting, OneQuery(kept)), suppress(PassStopped):
         _called(model, tokens, kept.at(rows, tokens.first, tokens.count))
     work.check()
 
@@ -137,28 +180,32 @@ def _called(model: LoadedModel, tokens: NewTokens, kept: KeptKeys) -> Any:
 
 @contextmanager
 def _running(
-    model: LoadedModel, work: SiteWork, tokens: NewTokens, kept: KeptKeys, acting: RuleWrites
+    model: LoadedModel,
+    work: SiteWork,
+    tokens: NewTokens,
+    kept: KeptKeys,
+    acting: RuleWrites,
+    one: OneQuery,
 ) -> Generator[None]:
     """The model does what acts in a pass."""
     with (
         torch.inference_mode(),
         blocks_replaced(model, acting.blocks),
         work.installed(),
-        _opened(model, work, tokens, kept),
+        _opened(model, work, tokens, kept, one),
     ):
         yield
 
 
 @contextmanager
 def _opened(
-    model: LoadedModel, work: SiteWork, tokens: NewTokens, kept: KeptKeys
+    model: LoadedModel, work: SiteWork, tokens: NewTokens, kept: KeptKeys, one: OneQuery
 ) -> Generator[None]:
     """As in whole passes, and keys that are written there are kept as they are then."""
     newest = kept.asked = tokens.count == 1 and can_be_asked(model)
     if not work.within and not newest:
         yield
         return
-    one = OneQuery(kept)
 
     def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         mine = kept.handed(call.layer, call.key, call.value)

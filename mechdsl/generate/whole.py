@@ -64,6 +64,9 @@ class WholePasses:
         """In any order."""
         return states
 
+    def close(self) -> None:
+        """Every pass takes its hooks away."""
+
     def logits(self, states: States, ids: Ints) -> Tensor:
         """[state, vocab] behind the newest token of each state.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.base.reply import Reply
-from mechdsl.generate.acting import Chosen
+from mechdsl.generate.acting import Chosen, joined, merged
 from mechdsl.generate.cached import CachedPasses
 from mechdsl.generate.next_tokens import Writing, next_tokens
 from mechdsl.generate.records import Decoding, StepRules
@@ -63,7 +64,12 @@ def write_replies(
 
     Raises ValueError for what can't be done, WriteMismatch for writes that couldn't happen.
     """
-    given = _Given(prefill or RuleWrites(), kept, steps)
+    count = len(prompts)
+    given = _Given(
+        merged(prefill or RuleWrites(), count),
+        merged(RuleWrites(kept), count).writes,
+        joined(steps, count),
+    )
     if not all(prompts):
         raise ValueError("every prompt needs a token")
     if decoding.sampled and (random is None or len(random) != len(prompts)):
@@ -114,6 +120,7 @@ class _Passes(Protocol):
     def own(self) -> Ints: ...
     def arranged(self, states: States, ids: Ints) -> States: ...
     def logits(self, states: States, ids: Ints) -> Tensor: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,13 +211,15 @@ class _Work:
             self.limit,
         )
         writing = Writing(len(rows), self.decoding)
+        random = [self.random[row] for row in rows]
         states, step = sharing.first(passes.own), 0
-        while len(states):
-            states = passes.arranged(states, writing.ids[:, :step])
-            logits = passes.logits(states, writing.ids[:, :step])
-            keys = [self.random[rows[row]] for row in states.rows.tolist()]
-            tokens = next_tokens(logits, states.of, self.decoding, keys, step)
-            newest = writing.put(states.rows, tokens)
-            step += 1
-            states = sharing.follow(states, newest, step)
+        with closing(passes):
+            while len(states):
+                states = passes.arranged(states, writing.ids[:, :step])
+                logits = passes.logits(states, writing.ids[:, :step])
+                keys = [random[row] for row in states.rows.tolist()]
+                tokens = next_tokens(logits, states.of, self.decoding, keys, step)
+                newest = writing.put(states.rows, tokens)
+                step += 1
+                states = sharing.follow(states, newest, step)
         return writing.replies()

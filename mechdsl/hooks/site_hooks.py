@@ -179,7 +179,7 @@ class SiteWork:
         """No write has a vector twice: it would hang on chance which of the two stands."""
         for place in places:
             spots = _numbered(place.first, place.second, place.units)
-            if place.write.mode != "add" and len(spots) != len(spots.unique()):
+            if place.write.mode != "add" and bool((spots.sort().values.diff() == 0).any()):
                 raise ValueError(f"a vector of {where.quoted} is written twice in one write")
 
     def _within(self) -> frozenset[int]:
@@ -335,6 +335,15 @@ class SiteWork:
             for handle in handles:
                 handle.remove()
             self._sites.streams.clear()
+
+    @property
+    def repeats(self) -> bool:
+        """Whether hooks can do the same in a pass over other tokens that lie as these do."""
+        return not (self.within or self._called_again or self._reads)
+
+    def begin(self) -> None:
+        """Of another pass."""
+        self._sites.begin()
 
     def output(self, logits: Tensor) -> Tensor:
         """The model's logits, after what is written and read there."""

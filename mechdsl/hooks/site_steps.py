@@ -85,6 +85,10 @@ class SiteSteps:
         self.streams: dict[str, Tensor] = {}
         """Path of a tapped module → the stream that enters its block, for `resid_mid`."""
 
+    def begin(self) -> None:
+        """Of another pass, in which nothing is read."""
+        self.applied = [0] * len(self.applied)
+
     def _done(self, place: PlacedWrite) -> None:
         self.applied[place.number] += int(place.first.numel())
 

@@ -68,20 +68,19 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """[pass] rows that each block's attention and the rest of it have, and states, of passes that
     share blocks."""
     found: list[list[int]] = []
-    before = cached.run_cached
 
-    def run(model: LoadedModel, tokens: Any, *rest: Any) -> Any:
-        if len(rest) == 5 and rest[3].shares:
-            lineup: Lineup = rest[3]
-            each = [
-                rows(block)
-                for block in range(model.shape.n_layers)
-                for rows in (lineup.attending, lineup.rows)
-            ]
-            found.append([*each, len(lineup)])
-        return before(model, tokens, *rest)
+    class Counted(cached.CachedPass):
+        def run(self) -> torch.Tensor:
+            if (lineup := self.lineup) is not None and lineup.shares:
+                each = [
+                    rows(block)
+                    for block in range(self.model.shape.n_layers)
+                    for rows in (lineup.attending, lineup.rows)
+                ]
+                found.append([*each, len(lineup)])
+            return super().run()
 
-    monkeypatch.setattr(cached, "run_cached", run)
+    monkeypatch.setattr(cached, "CachedPass", Counted)
     return found
 
 

@@ -42,6 +42,13 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
             return run(model, tokens, *rest)
 
         monkeypatch.setattr(module, name, counted)
+
+    class Counted(module.CachedPass):
+        def run(self) -> torch.Tensor:
+            found.sizes.append((len(self.tokens), self.tokens.count))
+            return super().run()
+
+    monkeypatch.setattr(module, "CachedPass", Counted)
     return found
 
 
