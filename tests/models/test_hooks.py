@@ -187,6 +187,18 @@ def test_a_write_that_can_not_happen_is_refused(loaded: dict[str, LoadedModel]) 
         run_whole(model, batch, stop=1, reads=[SiteRead("logits")])
 
 
+@pytest.mark.parametrize("order", [(0, 1, 0), (0, 0, 1), (1, 0, 0)])
+def test_a_vector_has_one_value(loaded: dict[str, LoadedModel], order: tuple[int, ...]) -> None:
+    """Which of two stands hung on chance; that both are added doesn't."""
+    model = loaded["gpt2"]
+    positions, nothing = torch.tensor(order), torch.zeros(3, dtype=torch.long)
+    values = torch.ones(3, model.shape.d_model)
+    write = SiteWrite("mlp_out", 1, nothing, positions, nothing, values)
+    with pytest.raises(ValueError, match="written twice in one write"):
+        run_whole(model, batch_of(model), writes=[write])
+    run_whole(model, batch_of(model), writes=[replace(write, mode="add")])
+
+
 @pytest.mark.parametrize("times", [0, 2])
 def test_a_module_that_runs_less_or_more_than_once_is_refused(
     loaded: dict[str, LoadedModel], times: int
