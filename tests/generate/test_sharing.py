@@ -88,18 +88,18 @@ def test_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
 
     class Small(module.CachedPasses):
-        def __init__(self, model: Any, prompts: Sequence[Any], *rest: Any) -> None:
+        def __init__(self, model: Any, prompts: Sequence[Any], *rest: Any, **way: Any) -> None:
             tried.append(len(prompts))
             if len(prompts) > 20:
                 raise torch.OutOfMemoryError
-            super().__init__(model, prompts, *rest)
+            super().__init__(model, prompts, *rest, **way)
 
     monkeypatch.setattr(writing, "CachedPasses", Small)
     agree(written(model_of(NAME), prompts, greedy(TOKENS), rules), as_expected(whole))
     assert tried[:2] == [len(prompts), len(prompts) // 2]
 
     class Full(module.CachedPasses):
-        def __init__(self, *_: Any) -> None:
+        def __init__(self, *_: Any, **way: Any) -> None:
             raise torch.OutOfMemoryError
 
     monkeypatch.setattr(writing, "CachedPasses", Full)
