@@ -79,6 +79,7 @@ class Bare:
     module: nn.Module
     device: ClassVar[torch.device] = torch.device("cpu")
     attention_configs = LoadedModel.attention_configs
+    written_out = LoadedModel.written_out
 
 
 def build(case: str, seed: int = 0) -> nn.Module:
