@@ -134,20 +134,20 @@ class CachedPasses:
             self._chosen, self._starting = Chosen(len(self.prompts), rows), self._starts(rows)
             if self.keys.shared is not None:
                 self.keys.shared.stand(self._texts[rows])
-        if self._open is not None and self._goes_on(self._open, step):
+        acts = tuple(rules.acts(step) for rules in self.steps)
+        if self._open is not None and self._goes_on(self._open, acts):
             return self._open.run_on(newest)
         self.close()
         if step == 1:
             self._edit(states, self._chosen)
         tokens = NewTokens(newest, self._starting, first)
-        acting = self._acting(self._chosen, step) if step else self._prefilled(self._chosen)
+        acting = self._acting(self._chosen, step, acts) if step else self._prefilled(self._chosen)
         every, lineup = slice(0, len(states)), self._blocks.lineup
         self._open = CachedPass(self.model, tokens, self.keys, every, acting, lineup, self._places)
         return self._open.run()
 
-    def _goes_on(self, before: CachedPass, step: int) -> bool:
+    def _goes_on(self, before: CachedPass, acts: tuple[bool, ...]) -> bool:
         """Whether the same acts on the same rows as in the pass before."""
-        acts = tuple(rules.acts(step) for rules in self.steps)
         return before.repeats and acts == self._before and before.lineup is self._blocks.lineup
 
     def close(self) -> None:
@@ -160,11 +160,10 @@ class CachedPasses:
         """What acts in the prefill."""
         return merged(chosen.rules(self.prefill), len(chosen.rows))
 
-    def _acting(self, chosen: Chosen, step: int) -> RuleWrites:
+    def _acting(self, chosen: Chosen, step: int, acts: tuple[bool, ...]) -> RuleWrites:
         """What acts in a step; mostly what acted in the one before."""
         lengths = self.columns - self._starting.cpu()
         newest = lengths + step - 1
-        acts = tuple(rules.acts(step) for rules in self.steps)
         if acts != self._before or self._acted.edges:
             every = chosen.step(self._joined(acts), step, lengths, newest)
             self._before, self._acted = acts, merged(every, len(chosen.rows))
