@@ -27,7 +27,17 @@ from mechdsl.plan.whole_cells import whole_cells
 from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.answer_sets import TokenSets
 from mechdsl.prompts.prompt_table import Noise, PositionCell, PromptTable, Run, RunRow
-from mechdsl.resolve.direction_types import DirectionTargets
+from mechdsl.resolve.direction_types import (
+    DirectionTargets,
+    Fitted,
+    RandomLike,
+    Sample,
+    SavedVector,
+    Unembedded,
+    UnitVector,
+    Vector,
+    WeightedSum,
+)
 from mechdsl.resolve.resolved import Atom, ResolvedExperiment, ResolvedMeasure
 from mechdsl.resolve.resolved_rule import (
     Amounts,
@@ -522,3 +532,80 @@ def test_rows_that_differ_in_their_group_alone(tmp_path: Path) -> None:
         found = keys(planned(checked.experiments[0]))
         kinds = {key for (cell, *_), key in found.items() if cell == 0}
         assert len(kinds) == (3 if apart else 2)
+
+
+UNEMBEDDED = Unembedded(3, None)
+VECTORS: dict[type, dict[str, Change]] = {
+    Fitted: {
+        "way": lambda way: "pca",
+        "samples": turned,
+        "points": next_layer,
+        "options": lambda options: {"component": 2},
+    },
+    Sample: {
+        "run": other_row,
+        "cell": moved,
+        "targets": lambda targets: (1.0,) * 4,
+    },
+    Unembedded: {"token": lambda token: 4, "less": lambda less: 5},
+    SavedVector: {"key": lambda key: "e", "digest": lambda digest: "1" * 64},
+    WeightedSum: {"parts": lambda parts: ((2.0, parts[0][1]),)},
+    UnitVector: {"of": lambda of: Unembedded(4, None)},
+    RandomLike: {
+        "of": lambda of: Unembedded(4, None),
+        "draw": lambda draw: "e 1",
+        "seed": lambda seed: 1,
+    },
+}
+"""Of what directions are made of, by field: another value of it."""
+NOT_IN_VECTORS: dict[type, dict[str, str]] = {
+    Sample: {"table": "the rows of `run` are its"},
+    SavedVector: {"path": "`digest` is of what the file has"},
+}
+
+
+def sampled() -> Fitted:
+    """A difference between two runs."""
+    (member,) = resolved("steered").rules[0].direction.members.values()  # type: ignore[union-attr]
+    assert isinstance(member.vector, Fitted)
+    (sample,) = member.vector.samples
+    return replace(member.vector, samples=(sample, replace(sample, run=sample.table.runs["clean"])))
+
+
+def vector_of(kind: type, change: tuple[str, Change] | None) -> Vector:
+    """A vector with a record of this kind, changed in one of its fields."""
+    fitted = sampled()
+    made: dict[type, Any] = {
+        Fitted: replace(fitted, samples=(fitted.samples[0], replace(fitted.samples[1], cell=moved(
+            fitted.samples[1].cell)))),
+        Sample: fitted.samples[0],
+        Unembedded: UNEMBEDDED,
+        SavedVector: SavedVector(Path("a.safetensors"), "d", "0" * 64),
+        WeightedSum: WeightedSum(((1.0, UNEMBEDDED),)),
+        UnitVector: UnitVector(UNEMBEDDED),
+        RandomLike: RandomLike(UNEMBEDDED, "e 0", 0),
+    }  # fmt: skip
+    found = made[kind]
+    if change is not None:
+        field, other = change
+        found = replace(found, **{field: other(getattr(found, field))})
+    return replace(fitted, samples=(found,)) if kind is Sample else found
+
+
+def steered(vector: Vector) -> ExperimentPlan:
+    def other(targets: DirectionTargets) -> DirectionTargets:
+        (member,) = targets.members.values()
+        return replace(targets, members={(): replace(member, vector=vector)})
+
+    return planned(changed(resolved("steered"), ResolvedRule, "direction", other))
+
+
+@pytest.mark.parametrize("kind", VECTORS, ids=lambda kind: kind.__name__)
+def test_direction_with_another_value_in_a_field_has_another_key(kind: type) -> None:
+    left_out = NOT_IN_VECTORS.get(kind, {})
+    assert {each.name for each in fields(kind)} == VECTORS[kind].keys() | left_out.keys()
+    before = keys(steered(vector_of(kind, None)))
+    assert keys(steered(vector_of(kind, None))) == before
+    for change in VECTORS[kind].items():
+        after = keys(steered(vector_of(kind, change)))
+        assert all(before[place] != after[place] for place in before), change[0]

@@ -318,6 +318,26 @@ def test_a_rule_may_read_a_noised_run_of_its_own(folder: Path) -> None:
     assert np.abs(own - one.measures[0].patched).max() > 0.01
 
 
+def test_experiments_with_and_without_noise_share_no_pass(folder: Path) -> None:
+    """Both start from `clean`; one patches with each draw, the other once."""
+    rule = "patch resid_post layer 0..1 at subject token"
+    each = {
+        name: experiment(name, "prompts p", f"from {source} into clean", rule, DIFFERENCE)
+        for name, source in (("plain", "other"), ("noisy", "noised"))
+    }
+    prompts = PROMPTS.replace(
+        "  corrupt noised", "  corrupt other { subject = alt }\n  corrupt noised"
+    )
+    alone = {
+        name: run_file(text, folder, bare(FAMILY), prompts=prompts)[name].measures[0].patched
+        for name, text in each.items()
+    }
+    for text in ("".join(each.values()), "".join(list(each.values())[::-1])):
+        found = run_file(text, folder, bare(FAMILY), prompts=prompts)
+        for name, values in alone.items():
+            np.testing.assert_allclose(found[name].measures[0].patched, values, atol=1e-5)
+
+
 def test_progress_counts_draws_and_ends_at_the_total(folder: Path) -> None:
     calls: list[tuple[int, int]] = []
     options = RunOptions(execution=Options(on_progress=lambda *call: calls.append(call)))

@@ -47,6 +47,7 @@ def run(
     kept: OpenRun | None = None,
     limit: int | None = None,
     options: Options = SMALL,
+    prompts: str = support.PROMPTS,
     **more: Any,
 ) -> tuple[FileResult | None, Profile]:
     """What a file gives, and what was done for it."""
@@ -57,7 +58,8 @@ def run(
         on_profile=lambda _, profile: done.append(profile),
         **more,
     )
-    found, _ = support.try_file(text, folder, support.bare(family), how, run=kept)
+    model = support.bare(family)
+    found, _ = support.try_file(text, folder, model, how, run=kept, prompts=prompts)
     whole = Profile()
     for each in done:
         whole.passes += each.passes
@@ -241,6 +243,14 @@ TOGETHER = {
         "observe similarity resid_post layer * with other at cue token",
         "observe similarity resid_pre layer * at cue token with last token",
     ],
+    "observe similarity resid_post layer * with other at cue token": [
+        "observe similarity resid_post layer * with turned at cue token",
+        "observe similarity resid_post layer * of turned with other at cue token",
+    ],
+    "observe cka resid_post layer * with other at last token": [
+        "observe cka resid_post layer * with turned at last token",
+        "observe cka resid_post layer * of turned with other at last token",
+    ],
     "observe cka resid_post layer * with attn_out layer 1 at last token": [
         "observe cka resid_post layer * with attn_out layer 2 at last token",
         "observe cka resid_post layer * with attn_out layer 1 at cue token",
@@ -248,6 +258,7 @@ TOGETHER = {
     "observe probe(a, folds: 2) at resid_post layer * at last token": [
         "observe probe(a, folds: 3) at resid_post layer * at last token",
         "observe probe(b, folds: 2) at resid_post layer * at last token",
+        "observe probe(a, folds: 2) at resid_post layer * of other at last token",
     ],
     "observe clusters(3) resid_post layer * at cue token": [
         "observe clusters(2) resid_post layer * at cue token",
@@ -293,6 +304,40 @@ def test_what_is_observed_of_all_rows_is_kept(line: str, tmp_path: Path) -> None
         assert plain is not None
         values = [each.experiments[0].measures[0].patched for each in (plain, first)]
         assert values[0].shape != values[1].shape or not np.allclose(*values, equal_nan=True)
+
+
+TRAINING = support.PROMPTS.replace("prompts p", "prompts q").replace("data.jsonl", "more.jsonl")
+
+
+@pytest.mark.parametrize("change", ["a target", "a token", "the run"])
+def test_probe_with_other_training_rows_is_fitted_again(change: str, tmp_path: Path) -> None:
+    def rows(name: str, first: int, **of_row: str) -> None:
+        made = [
+            {**row, "cue": f"w{first + n}", "a": f"w{10 + (n + m) % 2}"}
+            for m, row in enumerate(support.ROWS)
+            for n in range(4)
+        ]
+        made[1] |= of_row
+        (tmp_path / name).write_text("\n".join(map(json.dumps, made)), encoding="utf-8")
+
+    text = looking("e", "observe probe(a, train: q) at resid_post layer * at last token")
+    rows("data.jsonl", 20)
+    rows("more.jsonl", 30)
+    prompts = support.PROMPTS + TRAINING
+    with opened(tmp_path, "first") as kept:
+        run(text, tmp_path, kept=kept, prompts=prompts)
+    match change:
+        case "a target":
+            rows("more.jsonl", 30, a="w10")
+        case "a token":
+            rows("more.jsonl", 30, subject="w7")
+        case _:
+            text = text.replace("train: q", "train: q.turned")
+    alone, _ = run(text, tmp_path, prompts=prompts)
+    with opened(tmp_path, "second") as kept:
+        found, done = run(text, tmp_path, kept=kept, prompts=prompts)
+    assert done.known == 0
+    close(alone, found)
 
 
 _SHARED: dict[str, Path] = {}
