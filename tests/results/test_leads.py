@@ -104,6 +104,44 @@ def test_of_ties_none_leads(ties: ExperimentResult, line: str) -> None:
         assert verdict(f"{line} on mean", ties).holds
 
 
+@pytest.fixture(name="close_third", scope="module")
+def _close_third() -> ExperimentResult:
+    """9, 1, much the same, and 0."""
+    random = np.random.default_rng(0)
+    noise = random.normal(0, 0.5, (4, 30))
+    noise -= noise.mean(1, keepdims=True)
+    return cells_of(noise + np.array([[9.0], [1.0], [0.99], [0.0]]))
+
+
+def test_top_k_is_left_by_a_cell_that_k_others_may_exceed(close_third: ExperimentResult) -> None:
+    found = verdict("top 2 contains L0H1", close_third)
+    assert not found.holds
+    assert found.reason == "L0H1 is on the mean, but 2 other cells may be at least as large"
+    assert verdict("top 3 contains L0H1", close_third).holds
+    assert verdict("top 1 contains L0H0", close_third).holds
+
+
+def test_top_of_all_cells_needs_no_interval() -> None:
+    few = cells_of(np.array([[3.0, 3.1], [2.0, 2.2], [1.0, 0.9]]))
+    assert verdict("top 3 contains L0H2", few).holds
+    assert not verdict("top 2 contains L0H1", few).holds
+
+
+def test_top_k_names_as_many_cells_and_the_rank_of_one_below(clear: ExperimentResult) -> None:
+    found = verdict("top 2 contains L0H2", clear)
+    assert found.value == 3.0
+    assert (found.reason or "").startswith("L0H2 is number 3; top 2: L0H1.z, L0H0.z; ")
+
+
+@pytest.mark.parametrize(("named", "other"), [("L0H1", "L0H2"), ("L0H2", "L0H1")])
+def test_top_k_reports_a_neighbour_within_rounding(named: str, other: str) -> None:
+    rows = np.random.default_rng(0).normal(0, 0.5, 30)
+    values = rows - rows.mean() + np.array([[3.0], [1.0], [1.0 - 1e-7], [0.0]])
+    rounding = np.full((1, 30), 1e-6)
+    found = verdict(f"top 2 contains {named} on mean", cells_of(values, rounding=rounding))
+    assert f"no more than that is between it and {other}" in (found.reason or "")
+
+
 def test_a_leader_is_told_from_each_by_their_difference(clear: ExperimentResult) -> None:
     of = Chosen(clear, 0, np.arange(4))
     space = Space(clear, [of])

@@ -84,3 +84,16 @@ def test_too_few_rows_have_no_interval_of_a_perfect_order() -> None:
     assert not found.holds
     assert found.low is None
     assert "4 prompts: no interval below 5" in (found.reason or "")
+
+
+def test_auroc_of_rows_counts_ties_as_half() -> None:
+    values = [1.0, 1.0, 2.0, 3.0, 1.0, 1.0, 2.0, 0.0]
+    found = verdict("auroc(delta, large) > 0.1", rows_of(values, [1] * 4 + [0] * 4))
+    u = stats.mannwhitneyu(values[:4], values[4:]).statistic
+    assert found.value == pytest.approx(u / 16) == 0.71875
+
+
+def test_auroc_of_cells_counts_ties_as_half() -> None:
+    rows = np.tile([0.5, 1.5, 0.0, 1.0, 2.0, 1.0], (4, 1)) + np.array([[1.0], [2.0], [1.0], [0.0]])
+    found = verdict("auroc(delta, [L0H0, L0H1]) > 0.1", cells_of(rows))
+    assert found.value == 0.875

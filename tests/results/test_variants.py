@@ -73,6 +73,46 @@ def test_values_of_the_prompts_that_all_have() -> None:
     assert found.conventions["prompts"] == "3 that all have"
 
 
+def with_units(result: ExperimentResult, number: int) -> ExperimentResult:
+    """Rows 4 and 5 are one in the accuracy, 5 and 8 in the second variant's measure."""
+    ids = result.row_ids or ()
+    row = np.array(ids)
+    seen = np.array([[5 if n == 8 else n for n in ids]]) if number == 2 else None
+    numbers, categories = result.measures
+    return replace(
+        result,
+        measures=(replace(numbers, seen=seen, rounding=0.5 * number + 0.0 * row[None]), categories),
+        accuracy_units={"clean": np.where(row == 5, 4, row)},
+        accuracy_rounding={"clean": row / 10},
+        accuracy_rows={},
+        row_keys=tuple(700 + n for n in ids),
+        strata=row % 2,
+    )
+
+
+def test_units_of_variants_are_those_of_the_prompts_that_all_have() -> None:
+    found = joined(with_units(variant(1, (4, 5, 6, 8)), 1), with_units(variant(2, (8, 7, 5, 4)), 2))
+    assert found.accuracy_units["clean"].tolist() == [4, 4, 8]
+    assert found.accuracy_rounding["clean"].tolist() == [0.4, 0.5, 0.8]
+    assert found.row_keys == (704, 705, 708)
+    assert found.strata is not None
+    assert found.strata.tolist() == [0, 1, 0]
+    numbers, categories = found.measures
+    assert numbers.seen is not None
+    own = [np.unique(cell, return_inverse=True)[1].tolist() for cell in numbers.seen]
+    assert own == [[0, 1, 2], [0, 1, 2], [0, 1, 1], [0, 1, 1]]
+    assert categories.seen is None
+    assert numbers.rounding is not None
+    assert numbers.rounding.tolist() == [[0.5] * 3] * 2 + [[1.0] * 3] * 2
+
+
+def test_accuracies_of_all_rows_keep_the_rows_that_they_are_of() -> None:
+    one, two = (with_units(variant(n, (4, 5)), n) for n in (1, 2))
+    rows = {"clean": (4, 5)}
+    found = joined(replace(one, accuracy_rows=rows), replace(two, accuracy_rows=rows))
+    assert found.accuracy_rows == rows
+
+
 def test_all_prompts_are_said_of_nothing() -> None:
     found = joined(variant(1, (4, 5)), variant(2, (4, 5)))
     assert "prompts" not in found.conventions
