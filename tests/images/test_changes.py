@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from mechdsl.base.source import Source
 from mechdsl.images.picture import Picture, PictureChange
 from mechdsl.images.pixels import prepared
 from mechdsl.images.processing import Processing
@@ -20,6 +21,7 @@ from mechdsl.prompts.image_reader import ImageReader
 
 from ..reference.hooks import Change
 from ..reference.noise import keyed_by_number, noise
+from ..run_source import run_source
 from . import support
 from .support import GRID, SIDE, copied, difference, forward, plain
 from .test_blocks import SCENES, check, codes, folder_of
@@ -168,6 +170,59 @@ def test_patches_of_an_image_that_is_scaled_first(tmp_path: Path) -> None:
         )
         after[:, 8:16, 16:24] = before[:, 8:16, 16:24]
         np.testing.assert_array_equal(after, before)
+
+
+DINO = {
+    "image_processor_type": "DINOv3ViTImageProcessorFast",
+    "size": {"height": SIDE, "width": SIDE},
+    "image_mean": [0.4, 0.5, 0.6],
+    "image_std": [0.2, 0.25, 0.3],
+}
+
+
+def dino_levels(number: int) -> torch.Tensor:
+    """[3, side, side] of 0 to 1, resized in floats."""
+    given = torch.from_numpy(support.image(number).copy()).permute(2, 0, 1)[None].float() / 255
+    size = {"size": (SIDE, SIDE), "mode": "bilinear", "antialias": True, "align_corners": False}
+    return torch.nn.functional.interpolate(given, **size)[0]
+
+
+@pytest.mark.parametrize("change", ["mask AT", "blur AT radius 2"])
+def test_dinov3_reads_images_with_changed_patches(change: str, tmp_path: Path) -> None:
+    name, places = "dinov3_vit", [(2, 3), (3, 1)]
+    write_boxes(tmp_path)
+    support.bare(name).save_pretrained(tmp_path / "dino")
+    (tmp_path / "dino" / "preprocessor_config.json").write_text(json.dumps(DINO))
+    at = "image row 2 col 3 token, image row 3 col 1 token"
+    blocks = BLOCKS.replace("CORRUPT", f"corrupt other {{ {change.replace('AT', at)} }}")
+    measure = "measure cosine(resid_post layer 1, clean) at image row 3 col 1 token as raw"
+    text = support.experiment("e", "from clean into other", "patch embed at cls token",
+                              measure=measure)  # fmt: skip
+    whole = f'mech 1\nmodel m = local("dino")\n{blocks}\n{text}'
+    found, problems = run_source(Source(whole, tmp_path / "file.mech"))
+    assert found is not None, [each.message for each in problems]
+    mean, std = (torch.tensor(DINO[key])[:, None, None] for key in ("image_mean", "image_std"))
+    expected: list[float] = []
+    for number in range(3):
+        clean = dino_levels(number)
+        levels = (clean * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        soft = Image.fromarray(levels).filter(ImageFilter.GaussianBlur(2))
+        other = clean.clone()
+        for row, col in places:
+            part = (
+                ...,
+                slice((row - 1) * PATCH, row * PATCH),
+                slice((col - 1) * PATCH, col * PATCH),
+            )
+            blurred = torch.from_numpy(np.asarray(soft).copy()).permute(2, 0, 1) / 255
+            other[part] = 128 / 255 if change.startswith("mask") else blurred[part]
+        both = [forward(name, ((each - mean) / std)[None].double()) for each in (clean, other)]
+        token = support.token(name, 3, 1)
+        vectors = [seen.sites["resid_post", 1][token, 0] for seen in both]
+        expected.append(float(torch.nn.functional.cosine_similarity(*vectors, dim=0)))
+    result = support.as_in_the_data(found.experiments[0])
+    np.testing.assert_allclose(result.measures[0].base[0], expected, atol=1e-4)
+    assert max(expected) < 0.999
 
 
 def test_noise_on_patches_hangs_on_the_row_and_the_change(tmp_path: Path) -> None:

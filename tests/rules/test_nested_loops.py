@@ -430,6 +430,22 @@ def test_one_cell_is_expected(data: Path) -> None:
     assert "E0606" in codes(triangle("expect delta(a: 2, b: 1) > 0"), data)
 
 
+@pytest.mark.parametrize(
+    ("domain", "values"),
+    [
+        ("0..0.3 step 0.1", [0, 0.1, 0.2, 0.3]),
+        ("0..1 step 0.1", [n / 10 for n in range(11)]),
+        ("-0.3..0.6 step 0.3", [-0.3, 0, 0.3, 0.6]),
+        ("0..0.25 step 0.1", [0, 0.1, 0.2]),
+    ],
+)
+def test_range_with_a_step_includes_its_end(data: Path, domain: str, values: list[float]) -> None:
+    rule = "set mlp_out layer 1 at last token to x"
+    text = experiment("e", f"for x in {domain} {{ {rule} }}")
+    found = run_file(text, data, "llama", "planned")["e"]
+    np.testing.assert_allclose([float(cell.coords["x"]) for cell in found.cells], values, atol=1e-9)
+
+
 def test_values_that_are_equal_but_for_rounding_are_one(data: Path) -> None:
     """0.1 + 6 · 0.1 is 0.7, and 0 + 7 · 0.1 is not."""
     rule = "set mlp_out layer 1 at last token to y - x"
