@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from typing import Any
 
 VARIABLES = (
@@ -53,7 +54,26 @@ def numeric_settings() -> dict[str, str]:
         "plain attention": torch.backends.cuda.math_sdp_enabled(),
         "cudnn attention": torch.backends.cuda.cudnn_sdp_enabled(),
     }
-    return found | {name: str(value) for name, value in now.items() if value != _USUAL[name]}
+    found |= {name: str(value) for name, value in now.items() if value != _USUAL[name]}
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            found[f"autocast on {device}"] = str(torch.get_autocast_dtype(device))
+    return found
+
+
+def active_mode() -> str | None:
+    """The class of a mode of torch that is active and may change what any function of it returns;
+    None without one. A device for new tensors changes no number."""
+    if "torch" not in sys.modules:
+        return None
+    overrides: Any = import_module("torch.overrides")
+    dispatch: Any = import_module("torch.utils._python_dispatch")
+    modes = [
+        *overrides._get_current_function_mode_stack(),
+        *dispatch._get_current_dispatch_mode_stack(),
+    ]
+    names = (type(mode).__name__ for mode in modes)
+    return next((name for name in names if name != "DeviceContext"), None)
 
 
 _USUAL: dict[str, object] = {

@@ -2,14 +2,15 @@
 # pyright: reportUnknownArgumentType=false
 """What a loaded model is: that of its folder, or what Python has handed over, by what it holds.
 
-Of the latter, a digest of its weights and buffers, its config, its modules with all that they keep,
-and the code of the classes and functions that aren't the library's. Where that can't be told, it is
-said why, and nothing is kept of it: two models could have the same digest.
+The identity of the latter is a digest of its weights and buffers, its config, its modules with the
+values that they hold, and the code that they run: the source files of the user's own classes and
+functions, and all code that is reached as it is in memory (`mechdsl/loading/reached_code.py`).
+Where a part can't be described, there is a reason instead, and nothing is kept of the model: two
+models could have the same digest.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from enum import Enum
 from functools import partial
@@ -21,12 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading.reached_code import ReachedCode, home_of, is_free, of_library
 from mechdsl.models.identity import digest_of
 from mechdsl.program.code_behind import CodeUnknown, code_of_module
 from mechdsl.prompts.tokenizer import TextTokenizer
 
-_LIBRARIES = ("torch", "transformers", "huggingface_hub", "peft", "accelerate")
-"""Whose code is told by their versions."""
 _OWN = frozenset({"_parameters", "_buffers", "_modules", "training"})
 """Attributes of modules that are told otherwise."""
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, slice, range)
@@ -48,20 +48,20 @@ def identity_or_reason(model: LoadedModel) -> tuple[str | None, str]:
 
 
 def _parts(model: LoadedModel) -> dict[str, Any]:
-    module, code = model.module, _Code()
-    tokenizer = model.tokenizer
+    module, tokenizer = model.module, model.tokenizer
     if any(vars(nn.modules.module)[f"_global_{table}"] for table in _HOOKS):
-        raise CodeUnknown("torch has forward hooks for all modules")
+        raise CodeUnknown("torch has hooks for all modules")
+    told = _Told(module)
     return {
         "of": "python",
         "weights": model.provenance.get("weights", ""),
         "made of": model.made_of,
-        "modules": {path: code.of_part(path, part) for path, part in module.named_modules()},
-        "attention": [code.of_attention(config) for config in model.attention_configs],
+        "modules": {path: told.of_part(path, part) for path, part in module.named_modules()},
+        "attention": [told.of_attention(config) for config in model.attention_configs],
         "tokenizer": None
         if tokenizer is None
         else [tokenizer.hash, tokenizer.bos, sorted(tokenizer.roles.items()), *_chat(tokenizer)],
-        "code": code.found,
+        "code": told.code(),
     }
 
 
@@ -69,15 +69,24 @@ def _chat(tokenizer: TextTokenizer) -> list[str]:
     return [] if tokenizer.chat is None else [tokenizer.chat.digest]
 
 
-_HOOKS = ("forward_pre_hooks", "forward_hooks")
+_HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 
 
-class _Code:
-    """Modules told by what they hold; the code that isn't the libraries' is gathered."""
+class _Told:
+    """Describes modules by the values that they hold, and gathers the code that they run."""
 
-    def __init__(self) -> None:
-        self.found: dict[str, str] = {}
-        self._classes: dict[type, Any] = {}
+    def __init__(self, model: nn.Module) -> None:
+        self._parts = set(model.modules())
+        self._reached = ReachedCode(self.of)
+
+    def code(self) -> list[Any]:
+        """The code of everything that was described so far."""
+        reached = self._reached.digest()
+        files: dict[str, str] = {}
+        for home in sorted(self._reached.homes):
+            if home not in files:
+                files |= code_of_module(home)
+        return [reached, files]
 
     def of_part(self, path: str, part: nn.Module) -> list[Any]:
         """One module, those inside it aside."""
@@ -86,9 +95,11 @@ class _Code:
         if "forward" in held:
             raise CodeUnknown(f"{where} has a `forward` of its own, which isn't its class's")
         for table in _HOOKS:
-            if any(not _of_library(_home(hook)) for hook in held[f"_{table}"].values()):
-                raise CodeUnknown(f"{where} has forward hooks")
+            if not all(map(self._is_hook_of_library, held[f"_{table}"].values())):
+                raise CodeUnknown(f"{where} has {table.partition('_')[0]} hooks")
         tensors = {**held["_parameters"], **held["_buffers"]}
+        if any(tensor is not None and tensor._backward_hooks for tensor in tensors.values()):
+            raise CodeUnknown(f"{where} has a tensor with hooks")
         rest = {
             name: self.of(value, f"{where}, its `{name}`")
             for name, value in held.items()
@@ -96,33 +107,28 @@ class _Code:
         }
         own = held["_non_persistent_buffers_set"]
         return [
-            self.of_class(type(part)),
+            self._reached.add_module_class(type(part)),
             {name: _tensor(t, content=name in own) for name, t in tensors.items()},
             rest,
         ]
 
-    def of_class(self, kind: type) -> Any:
-        """The names of a class and of its bases, with methods that were put in their place."""
-        if kind not in self._classes:
-            told: list[Any] = []
-            for each in kind.__mro__:
-                told.append(_name(each))
-                if not _of_library(each.__module__):
-                    self._read(each.__module__)
-                    continue
-                for name, value in list(vars(each).items()):
-                    if callable(value) and not _of_library(_home(value)):
-                        told.append([name, self.of(value, f"`{each.__name__}.{name}`")])
-            self._classes[kind] = told
-        return self._classes[kind]
+    def _is_hook_of_library(self, hook: Any) -> bool:
+        """Whether a library has put it there; its code is read as that of any function."""
+        function = getattr(hook, "__func__", hook)
+        if isinstance(function, FunctionType):
+            self._reached.add_function(function)
+            return of_library(home_of(function))
+        return type(hook) is not partial and of_library(type(hook).__module__)
 
     def of_attention(self, config: Any) -> list[Any]:
-        """The name of the attention function, and which function goes by it."""
+        """The name of the attention function, and which functions go by it."""
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         name = config._attn_implementation_internal
-        known = cast("Mapping[str, Any]", ALL_ATTENTION_FUNCTIONS)
-        return [name, self.of(known.get(name), f"the attention `{name}`")]
+        known = [ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS]
+        tables = cast("list[Mapping[str, Any]]", known)
+        return [name, *(self.of(each.get(name), f"the attention `{name}`") for each in tables)]
 
     def of(self, value: Any, where: str) -> Any:
         """Any value as JSON says it. CodeUnknown for what can't be told."""
@@ -133,11 +139,13 @@ class _Code:
         if isinstance(value, Tensor):
             return _tensor(value, content=True)
         if isinstance(value, type):
-            return self.of_class(value)
+            return self._reached.add_class(value)
         if isinstance(value, nn.Module):
+            if value in self._parts:
+                return "a module of its own"
             raise CodeUnknown(f"{where} is a module that isn't among its own")
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            return [self.of_class(type(value)), self._items(value.to_dict(), where)]
+            return [self._reached.add_class(type(value)), self._items(value.to_dict(), where)]
         if _name(type(value)).endswith("GenerationConfig"):
             return None  # nothing is generated
         if isinstance(value, Mapping):
@@ -156,32 +164,15 @@ class _Code:
             parts = (value.func, value.args, dict(value.keywords))
             return ["partial", self.of(parts, where)]
         if isinstance(value, MethodType):
-            if not isinstance(value.__self__, type | nn.Module):
+            own = value.__self__
+            if not isinstance(own, type) and own not in self._parts:
                 raise CodeUnknown(f"{where} is a method of an object that can't be told")
             return ["method", self.of(value.__func__, where)]
-        if not isinstance(value, FunctionType | BuiltinFunctionType):
-            raise CodeUnknown(f"{where} is a `{type(value).__name__}`, which can't be told")
-        home = _home(value)
-        if not _of_library(home):
-            if getattr(value, "__closure__", None) or getattr(value, "__wrapped__", None):
-                raise CodeUnknown(f"{where} is a function that keeps values of its own")
-            self._read(home)
-        return ["function", home, value.__qualname__]
-
-    def _read(self, module: str) -> None:
-        if module not in self.found:
-            self.found |= code_of_module(module)
-
-
-def _home(function: object) -> str:
-    """The module that a function, or the function of a method, is of."""
-    inner = getattr(function, "__func__", function)
-    return str(getattr(inner, "__module__", None) or type(inner).__module__)
-
-
-def _of_library(module: str) -> bool:
-    root = module.partition(".")[0]
-    return root in _LIBRARIES or (root != "__main__" and root in sys.stdlib_module_names)
+        if isinstance(value, FunctionType):
+            return ["function", self._reached.add_function(value)]
+        if isinstance(value, BuiltinFunctionType) and is_free(value):
+            return ["function", value.__module__, value.__qualname__]
+        raise CodeUnknown(f"{where} is a `{type(value).__name__}`, which can't be told")
 
 
 def _name(kind: type) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from mechdsl.base.numeric_settings import numeric_settings
+from mechdsl.base.numeric_settings import active_mode, numeric_settings
 from mechdsl.base.registry import OUTSIDE
 from mechdsl.execute.options import Options
 from mechdsl.models.identity import Hashed, digest_of, identity_of_folder
@@ -93,6 +93,9 @@ def key_parts(
         raise NoKey("a part of the file could not be checked")
     if checked.saving:
         raise NoKey("it writes activations to files, which are made again by each run")
+    mode = active_mode()
+    if mode is not None:
+        raise NoKey(f"torch's functions may be changed by a `{mode}`, which is active")
     known = {**checked.built, **loaded}
     models = _Models(checked, known, hashed)
     try:

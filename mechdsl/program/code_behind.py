@@ -145,6 +145,13 @@ def _installed(path: Path) -> Path | None:
     return next((each for each in path.parents if each.name in _INSTALLED), None)
 
 
+@cache
+def is_installed(package: str) -> bool:
+    """Whether a package that was imported is an installed one."""
+    file = getattr(sys.modules.get(package), "__file__", None)
+    return file is not None and _installed(Path(file)) is not None
+
+
 def _versions(root: Path) -> str:
     """Names and versions of what is installed there."""
     names = sorted(each for each in os.listdir(root) if each.endswith((".dist-info", ".egg-info")))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial, wraps
+from importlib import import_module
 from pathlib import Path
-from types import MethodType
+from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import mechdsl
 from mechdsl.base.source import Source, Span
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.identity import identity_of_loaded, identity_or_reason
@@ -277,8 +281,36 @@ def hidden_module(module: Any) -> None:
 
 
 def partly(module: Any) -> None:
-    by = 2.0
-    module.model.own = partial(lambda x: by)
+    module.model.own = partial(other_forward, SimpleNamespace(by=2.0))
+
+
+def keeps_an_object(module: Any) -> None:
+    by = SimpleNamespace(by=2.0)
+    module.model.own = lambda x: x * by.by
+
+
+def method_of_another_module(module: Any) -> None:
+    module.model.own = nn.Linear(1, 1).forward
+
+
+def partial_hook(module: Any) -> None:
+    module.model.layers[0].register_forward_hook(partial(lambda by, *_: None, 2.0))
+
+
+def backward_hook(module: Any) -> None:
+    module.model.layers[0].register_full_backward_hook(lambda *_: None)
+
+
+def hook_of_a_weight(module: Any) -> None:
+    module.model.norm.weight.register_hook(lambda gradient: 2 * gradient)
+
+
+def of_a_tensor(module: Any) -> None:
+    module.model.own = torch.ones(1).mul
+
+
+def keeps_results(module: Any) -> None:
+    module.model.own = lru_cache(other_forward)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +321,14 @@ def partly(module: Any) -> None:
         (own_forward, "`model.layers.0.mlp` has a `forward` of its own"),
         (an_object, "is a `object`, which can't be told"),
         (hidden_module, "is a module that isn't among its own"),
-        (partly, "is a function that keeps values of its own"),
+        (partly, "is a `SimpleNamespace`, which can't be told"),
+        (keeps_an_object, "`by`, which `keeps_an_object.<locals>.<lambda>` keeps, is a `Simple"),
+        (method_of_another_module, "is a method of an object that can't be told"),
+        (partial_hook, "`model.layers.0` has forward hooks"),
+        (backward_hook, "`model.layers.0` has backward hooks"),
+        (hook_of_a_weight, "`model.norm` has a tensor with hooks"),
+        (of_a_tensor, "is a `builtin_function_or_method`, which can't be told"),
+        (keeps_results, "is a `_lru_cache_wrapper`, which can't be told"),
     ],
 )
 def test_what_cannot_be_told(change: Callable[[Any], None], said: str, module: Any) -> None:
@@ -305,7 +344,7 @@ def test_hooks_for_all_modules(module: Any) -> None:
     model = handed(module)
     hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        assert identity_or_reason(model)[1] == "torch has forward hooks for all modules"
+        assert identity_or_reason(model)[1] == "torch has hooks for all modules"
     finally:
         hook.remove()
 
@@ -318,10 +357,270 @@ def test_a_method_in_place_of_the_library_s(module: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr("mechdsl.program.code_behind._compiled_from", lambda path: True)
     assert before is not None
     assert identity_of_loaded(model) not in (None, before)
-    by = torch.tensor(2.0)
-    monkeypatch.setattr(kind, "forward", lambda self, x: x * by)
-    assert identity_of_loaded(model) is None
+    found: list[str | None] = []
+    for by in (torch.tensor(2.0), torch.tensor(3.0)):
+        monkeypatch.setattr(kind, "forward", lambda self, x, by=by: x * by)
+        found.append(identity_of_loaded(model))
+    assert len({None, before, *found}) == 4
 
 
 def other_forward(self: Any, x: Any) -> Any:
     return x
+
+
+# --- code in memory -------------------------------------------------------------------------------
+
+HELPERS = """
+LEVEL = 1.0
+
+
+def shift(x):
+    return x * LEVEL
+"""
+PARTS = """
+import helpers_of_a_test
+from torch import nn
+
+K = 1.0
+TABLE = {"by": [1.0]}
+
+
+def inner(x):
+    return x
+
+
+def outer(x):
+    return inner(x)
+
+
+def scaled(x, by=[1.0], *, more={"by": 1.0}):
+    return x * by[0] * more["by"]
+
+
+def keeping(by):
+    def multiply(x):
+        return x * by
+
+    return multiply
+
+
+kept = keeping(1.0)
+
+
+def through(by):
+    return Through(keeping(by))
+
+
+class Through(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def of_a_class(by):
+    class Act(nn.Module):
+        K = by
+
+        def forward(self, x):
+            return x * self.K
+
+    return Act()
+
+
+class Act(nn.Module):
+    K = 1.0
+    TABLE = {"by": 1.0}
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def by(self):
+        return getattr(self, "_by")
+
+    _by = 1.0
+
+    def forward(self, x):
+        x = self.inner(x) * self.K * Act.TABLE["by"] * K * TABLE["by"][0] * self.by
+        return helpers_of_a_test.shift(outer(scaled(kept(x))))
+"""
+
+
+class InMemory:
+    """A model with a class from a file, and what the tests change of it."""
+
+    def __init__(self, model: LoadedModel, parts: Any, helpers: Any) -> None:
+        self.model = model
+        self.parts = parts
+        self.helpers = helpers
+
+    @property
+    def layers(self) -> Any:
+        return self.model.module.model.layers  # pyright: ignore
+
+    def logits(self) -> torch.Tensor:
+        with torch.no_grad():
+            return self.model.module(torch.tensor([[1, 7, 9, 4]])).logits
+
+    def told(self) -> str:
+        found, reason = identity_or_reason(self.model)
+        assert found is not None, reason
+        return found
+
+
+@pytest.fixture
+def in_memory(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemory]:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("mechdsl.program.code_behind._compiled_from", lambda path: True)
+    made: list[ModuleType] = []
+    for name, text in (("helpers_of_a_test", HELPERS), ("parts_of_a_test", PARTS)):
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        made.append(import_module(name))
+    helpers, parts = made
+    layer = module.model.layers[1]
+    layer.mlp = parts.Act(layer.mlp)
+    yield InMemory(handed(module), parts, helpers)
+    for name in ("helpers_of_a_test", "parts_of_a_test"):
+        sys.modules.pop(name, None)
+
+
+def redefined(at: InMemory, patch: pytest.MonkeyPatch) -> None:
+    """As a cell of a notebook does it."""
+    exec("def inner(x):\n    return x * 2", vars(at.parts))
+
+
+def twice(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        found = function(*args, **kwargs)
+        return tuple(2 * each for each in found) if isinstance(found, tuple) else 2 * found
+
+    return inner
+
+
+def of_library(owner: str, name: str) -> Callable[[InMemory, pytest.MonkeyPatch], None]:
+    """A function of a library is replaced by one that passes for it."""
+
+    def change(at: InMemory, patch: pytest.MonkeyPatch) -> None:
+        found: Any = import_module(owner.partition(":")[0])
+        for part in filter(None, owner.partition(":")[2].split(".")):
+            found = getattr(found, part)
+        patch.setattr(found, name, twice(getattr(found, name)))
+
+    return change
+
+
+LLAMA = "transformers.models.llama.modeling_llama"
+IN_MEMORY: dict[str, Callable[[InMemory, pytest.MonkeyPatch], object]] = {
+    "attribute of a class": lambda at, patch: setattr(at.parts.Act, "K", 3.0),
+    "attribute by its name": lambda at, patch: setattr(at.parts.Act, "_by", 3.0),
+    "table of a class": lambda at, patch: at.parts.Act.TABLE.update(by=3.0),
+    "global": lambda at, patch: setattr(at.parts, "K", 3.0),
+    "inside a global": lambda at, patch: at.parts.TABLE["by"].insert(0, 3.0),
+    "function of a function": redefined,
+    "default": lambda at, patch: at.parts.scaled.__defaults__[0].insert(0, 2.0),
+    "default by name": lambda at, patch: at.parts.scaled.__kwdefaults__["more"].update(by=2.0),
+    "closure": lambda at, patch: setattr(at.parts, "kept", at.parts.keeping(2.0)),
+    "code": lambda at, patch: setattr(at.parts.inner, "__code__", (lambda x: x * 2).__code__),
+    "function of another module": lambda at, patch: setattr(
+        at.helpers, "shift", at.parts.keeping(2.0)
+    ),
+    "global of another module": lambda at, patch: setattr(at.helpers, "LEVEL", 2.0),
+    "function of the library": of_library(LLAMA, "apply_rotary_pos_emb"),
+    "function that it calls": of_library(LLAMA, "rotate_half"),
+    "method of the library": of_library(f"{LLAMA}:LlamaRMSNorm", "forward"),
+    "function of torch": of_library("torch.nn.functional", "silu"),
+    "function of torch that torch calls": of_library("torch.nn.functional", "embedding"),
+    "function of attention": of_library("torch.nn.functional", "scaled_dot_product_attention"),
+    "method of tensors": of_library("torch:Tensor", "pow"),
+}
+
+
+@pytest.mark.parametrize("change", IN_MEMORY)
+def test_identity_differs_where_code_in_memory_gives_other_logits(
+    change: str, in_memory: InMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, logits = in_memory.told(), in_memory.logits()
+    assert in_memory.told() == before
+    with monkeypatch.context() as patch:
+        IN_MEMORY[change](in_memory, patch)
+        assert not torch.allclose(in_memory.logits(), logits)
+        assert identity_of_loaded(in_memory.model) != before
+
+
+@pytest.mark.parametrize("name", ["through", "of_a_class"])
+def test_identity_differs_where_functions_and_classes_of_one_name_change_places(
+    name: str, in_memory: InMemory
+) -> None:
+    made = [getattr(in_memory.parts, name)(by) for by in (2.0, 3.0)]
+    first, second = (in_memory.layers[0].mlp, in_memory.layers[1].mlp.inner)
+    found: list[tuple[str, torch.Tensor]] = []
+    for one, other in (made, made[::-1]):
+        first.act_fn, second.act_fn = one, other
+        found.append((in_memory.told(), in_memory.logits()))
+    assert not torch.allclose(found[0][1], found[1][1])
+    assert found[0][0] != found[1][0]
+
+
+@pytest.mark.slow
+def test_identity_is_the_same_in_another_process(in_memory: InMemory, tmp_path: Path) -> None:
+    """Whatever Python's hashes are, and whatever was run before."""
+    script = """
+import sys, torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from mechdsl.loading.identity import identity_or_reason
+from mechdsl.loading.load import adopt
+from parts_of_a_test import Act
+module = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+module.model.layers[1].mlp = Act(module.model.layers[1].mlp)
+model, _ = adopt("m", module, PreTrainedTokenizerFast.from_pretrained(sys.argv[1]))
+module.generate(torch.tensor([[1, 7]]), max_new_tokens=2)
+print(*identity_or_reason(model))
+"""
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(ZOO)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": path},
+    )
+    assert done.stdout.split() == [in_memory.told()], done.stderr
+
+
+FILE = """mech 1
+model toy = local("handed over")
+prompts p { word in ["apple", "pear"] template "{word} apple :" answer " 2" }
+experiment e {
+  prompts p
+  ablate z layer 1 head 1 at last token with zero
+  measure logit(answer) as delta
+}
+"""
+
+
+@pytest.mark.filterwarnings("ignore:W0720")
+def test_run_on_a_model_whose_class_has_changed_computes_again(
+    in_memory: InMemory, tmp_path: Path
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    (tmp_path / "file.mech").write_text(FILE, encoding="utf-8")
+    models = {"toy": (in_memory.model.module, PreTrainedTokenizerFast.from_pretrained(ZOO))}
+
+    def run(**store: Any) -> tuple[list[float], bool]:
+        found = mechdsl.run(tmp_path / "file.mech", models=models, **store)
+        unchanged = any("unchanged since" in note for note in found.notes)
+        return found["e"].measures[0].patched[0].tolist(), unchanged
+
+    first, unchanged = run(store=tmp_path / "store")
+    assert not unchanged
+    assert run(store=tmp_path / "store") == (first, True)
+    in_memory.parts.Act.K = 3.0
+    second, unchanged = run(store=tmp_path / "store")
+    assert not unchanged
+    assert second == run(store=False)[0] != first

@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mechdsl.base.numeric_settings import VARIABLES, numeric_settings
+from mechdsl.base.numeric_settings import VARIABLES, active_mode, numeric_settings
 
 
 @pytest.mark.parametrize("first", ["", "import torch, transformers", "import torch"])
@@ -52,3 +54,30 @@ def test_switches(name: str, switch: Callable[[bool], object]) -> None:
     finally:
         switch(True)
     assert numeric_settings() == before
+
+
+def test_autocast_counts_with_its_dtype() -> None:
+    before = numeric_settings()
+    found: list[str] = []
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            found.append(numeric_settings()["autocast on cpu"])
+    assert found == ["torch.bfloat16", "torch.float16"]
+    assert numeric_settings() == before
+
+
+class Function(TorchFunctionMode):
+    """May change what any function returns."""
+
+
+class Dispatch(TorchDispatchMode):
+    """The same of operators."""
+
+
+def test_a_mode_that_may_change_functions_is_named() -> None:
+    assert active_mode() is None
+    for kind in (Function, Dispatch):
+        with kind():
+            assert active_mode() == kind.__name__
+    with torch.device("cpu"):
+        assert active_mode() is None

@@ -262,6 +262,13 @@ def test_switches_of_torch(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert key(file) != before
 
 
+def test_no_key_while_a_mode_of_torch_is_active(file: Path) -> None:
+    from torch.overrides import TorchFunctionMode
+
+    with TorchFunctionMode(), pytest.raises(NoKey, match="changed by a `TorchFunctionMode`"):
+        key(file)
+
+
 def test_the_own_code(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mechdsl.pipeline import own_code as own
 

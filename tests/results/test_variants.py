@@ -106,13 +106,6 @@ def test_units_of_variants_are_those_of_the_prompts_that_all_have() -> None:
     assert numbers.rounding.tolist() == [[0.5] * 3] * 2 + [[1.0] * 3] * 2
 
 
-def test_accuracies_of_all_rows_keep_the_rows_that_they_are_of() -> None:
-    one, two = (with_units(variant(n, (4, 5)), n) for n in (1, 2))
-    rows = {"clean": (4, 5)}
-    found = joined(replace(one, accuracy_rows=rows), replace(two, accuracy_rows=rows))
-    assert found.accuracy_rows == rows
-
-
 def test_all_prompts_are_said_of_nothing() -> None:
     found = joined(variant(1, (4, 5)), variant(2, (4, 5)))
     assert "prompts" not in found.conventions
@@ -167,11 +160,17 @@ def test_texts_and_hits_are_kept_where_the_prompts_are_the_same() -> None:
 
 
 def test_runs_of_several_models_say_which() -> None:
-    one, two = variant(1, (4, 5)), replace(variant(2, (4, 5)), model="tuned")
+    one, two = (with_units(variant(n, (4, 5)), n) for n in (1, 2))
+    rows = {"clean": (4, 5)}
+    one = replace(one, accuracy_rows=rows)
+    two = replace(two, accuracy_rows=rows, accuracy_units={"clean": np.arange(2)}, model="tuned")
     found = joined(one, two)
     assert found.model == "m, tuned"
     assert list(found.runs) == ["clean (m)", "clean (tuned)"]
-    assert list(found.accuracy) == ["clean (m)", "clean (tuned)"]
+    for each in (found.accuracy, found.accuracy_rounding, found.accuracy_rows):
+        assert list(each) == ["clean (m)", "clean (tuned)"]
+    units = {run: own.tolist() for run, own in found.accuracy_units.items()}
+    assert units == {"clean (m)": [4, 4], "clean (tuned)": [0, 1]}
     assert found.hashes == {"model": "same", "data of m": "d1", "data of tuned": "d2"}
 
 

@@ -1,0 +1,335 @@
+"""The code that a model's forward pass may call, as it is in memory.
+
+Source files don't show what a script or a notebook has changed since they were imported. Functions
+are followed from the classes of a model's modules: every global that a function names is looked up
+in its module, and every attribute that a function names is looked up in all classes that were
+reached. A function of a library is followed if its package has modules in the model; of other
+packages only the named function's own code is read.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import cached_property, lru_cache, partial
+from hashlib import sha256
+from logging import Logger
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodDescriptorType,
+    MethodType,
+    ModuleType,
+    WrapperDescriptorType,
+)
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from mechdsl.program.code_behind import is_installed
+
+LIBRARIES = ("torch", "transformers", "huggingface_hub", "peft", "accelerate")
+"""Packages that are identified by their versions, and by their code in memory."""
+_CALLED = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")
+"""Attributes that a call of a module looks up."""
+_NATIVE = (
+    *(BuiltinFunctionType, WrapperDescriptorType, MethodDescriptorType),
+    *(GetSetDescriptorType, MemberDescriptorType),
+)
+_NUMBERS = (int, float, complex, type(None), torch.dtype, torch.device)
+"""Values of a library's code that are described: texts may be of this process alone."""
+_OF_EVERY_CLASS = frozenset({
+    *("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__slots__"),
+    *("__annotations__", "__annotate_func__", "__annotations_cache__", "__parameters__"),
+    *("__abstractmethods__", "_abc_impl", "__orig_bases__", "__match_args__", "__slotnames__"),
+    *("__dataclass_fields__", "__dataclass_params__", "__firstlineno__", "__static_attributes__"),
+})  # fmt: skip
+"""Attributes that the interpreter makes, which no forward pass reads."""
+
+Tell = Callable[[Any, str], Any]
+"""(a value, where it is) → its description as JSON. Raises CodeUnknown."""
+
+
+class ReachedCode:
+    """The functions and classes that are reached from those that are added.
+
+    Of the user's own code, every value that a function reads is described by `tell`, which raises
+    CodeUnknown where it can't. Of a library's code, numbers, functions and classes are described.
+    """
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
+        self._labels: dict[object, str] = {}
+        self._counts: Counter[str] = Counter()
+        self._packages: set[str] = set()
+        self._functions: dict[FunctionType, list[Any]] = {}
+        self._waiting: list[FunctionType] = []
+        self._classes: dict[type, None] = {torch.Tensor: None}
+        self._names: set[str] = set(_CALLED)
+        self._bindings: dict[tuple[str, str], Any] = {}
+        self._looked_up: set[tuple[type, bool]] = set()
+        self.homes: set[str] = set()
+        """Modules whose source files count too: those of the user's functions, and of the classes
+        of modules from outside the libraries."""
+
+    def add_module_class(self, kind: type) -> str:
+        """Add the class of one of the model's modules, whose packages are followed."""
+        homes = {base.__module__ for base in kind.__mro__}
+        self._packages |= set(map(_root, homes))
+        self.homes |= set(filter(_has_source, homes))
+        return self.add_class(kind)
+
+    def add_class(self, kind: type) -> str:
+        """Add a class whose methods may be called; what it and its bases are called."""
+        self._classes[kind] = None
+        return " ".join(self._label(each, _name(each)) for each in kind.__mro__)
+
+    def add_function(self, function: FunctionType) -> str:
+        """Add a function that is called; what it is called."""
+        home = home_of(function)
+        if function not in self._functions:
+            self._functions[function] = []
+            self._waiting.append(function)
+            if not of_library(home):
+                self.homes.add(home)
+        return self._label(function, f"{home}.{function.__qualname__}")
+
+    def _label(self, value: FunctionType | type | ModuleType, name: str) -> str:
+        """A name of its own for each object: functions and classes that a function makes again and
+        again have the same one."""
+        if value not in self._labels:
+            number = self._counts[name]
+            self._counts[name] += 1
+            self._labels[value] = f"{name} {number}" if number else name
+        return self._labels[value]
+
+    def digest(self) -> str:
+        """SHA-256 over everything that is reached. Raises CodeUnknown."""
+        before = (0, 0)
+        while before != (now := (len(self._names), len(self._classes))):
+            before = now
+            self._looked_up.clear()
+            for kind in list(self._classes):
+                self._look_up(kind)
+            while self._waiting:
+                self._follow(self._waiting.pop())
+        found = [*self._functions.values(), *self._bindings.items()]
+        return sha256("\n".join(sorted(map(repr, found))).encode()).hexdigest()
+
+    def _is_followed(self, home: str) -> bool:
+        if not of_library(home):
+            return True
+        return _root(home) in self._packages and (
+            _root(home) != "torch" or home.startswith("torch.nn.")
+        )
+
+    # --- functions and classes ---
+
+    def _follow(self, function: FunctionType) -> None:
+        """Read a function's defaults, its closure and the globals that it names."""
+        code, home = function.__code__, home_of(function)
+        own = not of_library(home)
+        where = f"`{function.__qualname__}`"
+        values: dict[str, Any] = {}
+        names = _names(code) | (_texts(code) if own else frozenset())
+        for number, value in enumerate(function.__defaults__ or ()):
+            values[f"default {number}"] = self._of(value, f"a default of {where}", own)
+        for name, value in (function.__kwdefaults__ or {}).items():
+            values[f"default {name}"] = self._of(value, f"a default of {where}", own)
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                held = cell.cell_contents
+            except ValueError:  # not assigned yet
+                continue
+            values[f"closure {name}"] = self._of(
+                held, f"`{name}`, which {where} keeps,", own, names
+            )
+        if self._is_followed(home):
+            self._names |= names
+            for name in sorted(names):
+                value = function.__globals__.get(name, _imported(name, function))
+                if value is not _NOTHING:
+                    told = self._of(value, f"`{name}`, which {where} reads,", own, names)
+                    values[f"global {name}"] = told
+        self._functions[function] = [self.add_function(function), _code_digest(code), values]
+
+    def _look_up(self, kind: type) -> None:
+        """Read the attributes of a class and of its bases that some function names."""
+        whole = not issubclass(kind, nn.Module)
+        for base in kind.__mro__[:-1]:
+            if (base, whole) in self._looked_up:
+                continue
+            self._looked_up.add((base, whole))
+            if not (base is torch.Tensor or self._is_followed(base.__module__)):
+                continue
+            own, name = not of_library(base.__module__), self._label(base, _name(base))
+            for attribute, value in list(vars(base).items()):
+                if attribute in _OF_EVERY_CLASS or (name, attribute) in self._bindings:
+                    continue
+                if attribute in self._names or (whole and attribute.startswith("__")):
+                    where = f"`{base.__qualname__}.{attribute}`"
+                    self._bindings[name, attribute] = self._of(value, where, own)
+
+    def _attributes(
+        self, module: ModuleType, names: frozenset[str], inside: tuple[ModuleType, ...]
+    ) -> None:
+        """Read the attributes of a module that are named beside it. inside: modules that led to
+        it."""
+        own, held = not of_library(module.__name__), vars(module)
+        data, label = self._is_followed(module.__name__), self._label(module, module.__name__)
+        for name in sorted(held.keys() & names):
+            key, value = (label, name), held[name]
+            if isinstance(value, ModuleType):
+                self._bindings[key] = self._label(value, value.__name__)
+                if value not in inside:
+                    self._attributes(value, names, (*inside, value))
+            elif key not in self._bindings and (data or isinstance(value, FunctionType | type)):
+                self._bindings[key] = self._of(value, f"`{'.'.join(key)}`", own)
+
+    # --- values ---
+
+    def _of(self, value: Any, where: str, own: bool, names: Iterable[str] = ()) -> Any:
+        """own: whether it belongs to the user's own code. names: that are named beside it."""
+        match value:
+            case FunctionType():
+                return self.add_function(value)
+            case ModuleType():
+                self._attributes(value, frozenset(names), (value,))
+                return self._label(value, value.__name__)
+            case type():
+                return self.add_class(value)
+            case MethodType():
+                inner = value.__func__
+                if isinstance(inner, FunctionType) and of_library(home_of(inner)):
+                    return self.add_function(inner)
+                return self._tell(value, where)
+            case staticmethod() | classmethod():
+                return self._of(cast("Any", value).__func__, where, own, names)
+            case property():
+                return [self._of(each, where, own) for each in (value.fget, value.fset)]
+            case cached_property():
+                return self._of(cast("Any", value).func, where, own)
+            case partial() if not own:
+                held = cast("Any", value)
+                parts = (held.func, held.args, held.keywords)
+                return [self._of(each, where, own) for each in parts]
+            case Logger():
+                return "logger"
+            case _ if isinstance(value, _NATIVE) and is_free(value):
+                native = cast("Any", value)
+                return [getattr(native, "__module__", None), native.__qualname__]
+            case _:
+                return self._data(value, where, own)
+
+    def _data(self, value: Any, where: str, own: bool) -> Any:
+        kind = type(value)
+        inner = getattr(value, "__wrapped__", None)
+        if isinstance(inner, FunctionType) and of_library(home_of(inner)):  # as of `lru_cache`
+            return self.add_function(inner)
+        if own or not of_library(kind.__module__) or isinstance(value, torch.Tensor):
+            return self._tell(value, where)
+        if isinstance(value, _NUMBERS):
+            return repr(value)
+        if kind in (list, tuple):
+            return [self._of(each, where, own) for each in value]
+        if kind is dict:
+            return [
+                [repr(name), self._of(each, where, own)]
+                for name, each in value.items()
+                if not _of_this_package(each)
+            ]
+        if self._is_followed(kind.__module__):
+            self.add_class(kind)
+        return _name(kind)
+
+
+def is_free(native: object) -> bool:
+    """Whether a native function has no object whose state it reads."""
+    own = getattr(native, "__self__", None)
+    return own is None or isinstance(own, type | ModuleType)
+
+
+def home_of(function: FunctionType) -> str:
+    """The module whose globals a function reads: `functools.wraps` doesn't change it."""
+    name = str(function.__globals__.get("__name__", ""))
+    return "collections" if name.startswith("namedtuple_") else name  # which has made it
+
+
+@lru_cache(maxsize=8192)
+def of_library(module: str) -> bool:
+    """Whether a module belongs to Python or to an installed package, and not to the user."""
+    return not _has_source(module) or is_installed(_root(module))
+
+
+def _has_source(module: str) -> bool:
+    """Whether a module is identified by its source file, and not by a version alone."""
+    root = _root(module)
+    return root not in LIBRARIES and (root == "__main__" or root not in sys.stdlib_module_names)
+
+
+def _of_this_package(value: object) -> bool:
+    """Whether mechdsl has put it there: an entry among the library's attention functions."""
+    return isinstance(value, FunctionType) and _root(home_of(value)) == _root(__name__)
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _root(module: str) -> str:
+    return module.partition(".")[0]
+
+
+_NOTHING = object()
+
+
+def _imported(name: str, function: FunctionType) -> object:
+    """A module that a function may import itself, if it has been imported."""
+    if of_library(home_of(function)):
+        return _NOTHING
+    package = function.__globals__.get("__package__") or ""
+    found = sys.modules.get(name) or sys.modules.get(f"{package}.{name}")
+    return _NOTHING if found is None else found
+
+
+@lru_cache(maxsize=8192)
+def _names(code: CodeType) -> frozenset[str]:
+    """The globals and attributes that code names."""
+    inner = (_names(value) for value in code.co_consts if isinstance(value, CodeType))
+    return frozenset(code.co_names).union(*inner)
+
+
+def _texts(code: CodeType) -> frozenset[str]:
+    """Texts in code that may be names of attributes, as of `getattr`."""
+    texts = {each for each in code.co_consts if isinstance(each, str) and each.isidentifier()}
+    inner = (_texts(value) for value in code.co_consts if isinstance(value, CodeType))
+    return frozenset(texts).union(*inner)
+
+
+@lru_cache(maxsize=8192)
+def _code_digest(code: CodeType) -> str:
+    """SHA-256 of what code does; where it is written changes nothing."""
+    parts = (
+        *(code.co_code, code.co_exceptiontable, code.co_flags, code.co_names, code.co_varnames),
+        *(code.co_freevars, code.co_cellvars, code.co_argcount, code.co_kwonlyargcount),
+        *(code.co_posonlyargcount, _constant(code.co_consts)),
+    )
+    return sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _constant(value: object) -> str:
+    """A constant of code, the same in every process."""
+    match value:
+        case CodeType():
+            return _code_digest(value)
+        case tuple():
+            return f"({', '.join(map(_constant, cast('tuple[object, ...]', value)))})"
+        case frozenset():
+            return f"{{{', '.join(sorted(map(_constant, cast('frozenset[object]', value))))}}}"
+        case _:
+            return f"{type(value).__name__} {value!r}"
