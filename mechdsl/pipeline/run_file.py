@@ -192,7 +192,9 @@ class _Run:
         )
 
     def _again(self, store: Store, key: str) -> tuple[StoredRun, Results] | None:
-        """What the store has of this very run."""
+        """What the store has of this very run; None where activations are to be written, too."""
+        if self._checked.saving:
+            return None
         stored = store.finished(key)
         if stored is None:
             return None

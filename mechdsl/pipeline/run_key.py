@@ -91,8 +91,6 @@ def key_parts(
     """What goes into the key, as JSON has it. Arguments and exceptions as of `run_key`."""
     if checked.unchecked or checked.unrun:
         raise NoKey("a part of the file could not be checked")
-    if checked.saving:
-        raise NoKey("it writes activations to files, which are made again by each run")
     mode = active_mode()
     if mode is not None:
         raise NoKey(f"torch's functions may be changed by a `{mode}`, which is active")

@@ -18,6 +18,7 @@ from mechdsl import MechdslError
 from mechdsl.loading import load
 from mechdsl.pipeline import compute
 from mechdsl.results.results import Results
+from mechdsl.store.runs import OpenRun
 from mechdsl.store.store import Store
 from mechdsl.zoo import counting
 
@@ -340,6 +341,94 @@ def test_weights_that_are_written_while_they_are_loaded(
         with pytest.raises(MechdslError, match="changed while they were read"):
             again(here, limit=8)
     assert seen(again(here, limit=8)) == seen(again(here, limit=8, store=False))
+
+
+# --- files of activations -------------------------------------------------------------------------
+
+SAVE = '  save resid_post layer 1 of clean at last-item token to "own.safetensors"\n  report table'
+
+
+def with_save(file: Path) -> Path:
+    text = file.read_text(encoding="utf-8").replace("  report table", SAVE, 1)
+    file.write_text(text, encoding="utf-8")
+    return file.parent / "own.safetensors"
+
+
+def patched(results: Results) -> bytes:
+    return results["heads"].measures[0].patched.tobytes()
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many blocks of values were kept, a number for each call."""
+    found: list[int] = []
+    real = OpenRun.keep
+
+    def counted(self: OpenRun, block: Any) -> None:
+        found.append(len(block.cells))
+        real(self, block)
+
+    monkeypatch.setattr(OpenRun, "keep", counted)
+    return found
+
+
+def test_save_beside_stored_experiments_computes_its_activations_alone(
+    here: Path, passes: list[int]
+) -> None:
+    first = again(here)
+    saved = with_save(here)
+    for _ in range(2):  # another text, and the same text again
+        found = again(here)
+        assert passes == []
+        assert [note.partition(": ")[2] for note in found.notes] == ["48 of 48 rows from the store"]
+        assert patched(found) == patched(first)
+        content = saved.read_bytes()
+        saved.unlink()
+    again(here, store=False)
+    assert saved.read_bytes() == content
+    with Store(here.parent / ".mechdsl") as store:
+        assert {run.state for run in store.runs()} == {"finished"}
+
+
+@pytest.mark.parametrize("at", ["a pass", "the file"])
+def test_interrupted_run_with_save_resumes(
+    at: str, here: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = with_save(here)
+    how = {"pass_tokens": 60, "store": here.parent / "Kept"}
+    whole = again(here, **{**how, "store": here.parent / "Other"})
+    every = len(passes)
+    assert every > 3
+    passes.clear()
+    saved.unlink()
+    with monkeypatch.context() as patch:
+        if at == "a pass":
+            real = OpenRun.keep
+
+            def stopped(self: OpenRun, block: Any) -> None:
+                if len(passes) == every // 2:
+                    raise KeyboardInterrupt
+                real(self, block)
+
+            patch.setattr(OpenRun, "keep", stopped)
+        else:
+            patch.setattr("mechdsl.store.tensor_files.TensorFile.put", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            again(here, **how)
+    assert not saved.exists()
+    before = len(passes)
+    assert before == (every if at == "the file" else every // 2)
+    passes.clear()
+    found = again(here, **how)
+    assert len(passes) == every - before
+    assert patched(found) == patched(whole)
+    assert saved.exists()
+    with Store(here.parent / "Kept") as store:
+        assert [run.state for run in store.runs()] == ["finished"]
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 # --- stores ---------------------------------------------------------------------------------------
