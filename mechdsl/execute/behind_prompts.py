@@ -18,7 +18,7 @@ from mechdsl.execute.observed import InReplies, Look, Observed, look
 from mechdsl.execute.readout import Reading, Readout
 from mechdsl.execute.reply_readers import HaveWritten, Reader, averaged
 from mechdsl.execute.unpatched_batch import at_positions, noise_writes
-from mechdsl.generate.acting import Chosen
+from mechdsl.generate.acting import Chosen, over_replies
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
@@ -289,6 +289,7 @@ class _Behind:
         assert not rows.later.kept  # refused: what the prompt saw isn't what replies see
         lengths = torch.from_numpy(self._lengths(own))
         written = np.array([len(reply.ids) for reply in rows.replies], dtype=np.int64)
+        later: list[RuleWrites] = []
         for step in range(1, self.longest + 1):
             place = np.flatnonzero(written[chunk] >= step)
             there = torch.from_numpy(chunk[place])
@@ -296,8 +297,8 @@ class _Behind:
             acting = Chosen(self.count, there.tolist()).step(
                 rows.later.steps, step, lengths[there], newest
             )
-            found = found.then(replace(acting.moved(torch.from_numpy(place)), blocks=()))
-        return found
+            later.append(acting.moved(torch.from_numpy(place)))
+        return over_replies(found, later)
 
     # --- what is read -------------------------------------------------------------------------
 

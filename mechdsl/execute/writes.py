@@ -200,8 +200,11 @@ def build_writes(
             spots = entries.row[chosen], entries.written[chosen], unit
             mode = rule.rule.does.mode
             where = asked.amounts if mode == "along" else None
-            parts[to].append(Part(*spots, values, mode, where))
-    return [write for place, found in parts.items() for write in _in_order(place, found)]
+            parts[to].append(Part(*spots, values, mode, where, rule.number))
+    apart = any(rule.does.mode == "step" for rule in plan.experiment.rules)
+    return [
+        write for place, found in parts.items() for write in _in_order(place, found, apart=apart)
+    ]
 
 
 def build_edges(
@@ -364,11 +367,17 @@ class Part:
     values: Tensor
     mode: Mode = "set"
     to: Tensor | None = None
+    rule: int = -1
+    """The number of the rule."""
 
 
-def _in_order(place: Place, parts: Sequence[Part]) -> Iterator[SiteWrite]:
-    """The writes of one place: neighbours that set vectors are one, all others stand alone."""
-    for sets, group in groupby(parts, lambda part: part.mode == "set"):
+def _in_order(place: Place, parts: Sequence[Part], *, apart: bool) -> Iterator[SiteWrite]:
+    """The writes of one place: adjacent rules that set vectors are one write, all others are
+    separate.
+
+    apart: no two rules are one write, as a step reads the vectors between two rules.
+    """
+    for sets, group in groupby(parts, lambda part: part.mode == "set" and not apart):
         if sets:
             yield joined(place, list(group))
             continue
@@ -402,6 +411,7 @@ def joined(place: Place, found: Sequence[Part]) -> SiteWrite:
         values,
         mode=found[-1].mode,
         to=to,
+        rule=found[-1].rule,
     )
 
 

@@ -82,6 +82,25 @@ class Chosen:
         return found
 
 
+def over_replies(prefill: RuleWrites, later: Sequence[RuleWrites]) -> RuleWrites:
+    """What acts in one pass over prompts and replies, where each rule comes before the next one.
+
+    A rule writes later tokens first, because a step reads the previous token as it was before the
+    rule.
+
+    Args:
+        prefill: What acts in the prompts.
+        later: [step - 1] what acts at the newest token of each step.
+
+    Returns:
+        Everything, with the blocks of the prefill.
+    """
+    found = RuleWrites()
+    for each in (*(replace(own, blocks=()) for own in reversed(later)), prefill):
+        found = found.then(each)
+    return replace(found, writes=sorted(found.writes, key=lambda write: write.rule))
+
+
 def joined(steps: Sequence[StepRules], count: int) -> list[StepRules]:
     """The same in few writes: neighbours that act in the same steps are one.
 

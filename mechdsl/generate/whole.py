@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
-from mechdsl.generate.acting import Chosen
+from mechdsl.generate.acting import Chosen, over_replies
 from mechdsl.generate.records import StepRules
 from mechdsl.generate.states import States
 from mechdsl.hooks.batch import Batch
@@ -95,11 +95,12 @@ class WholePasses:
             self.model.device,
         )
         chosen = Chosen(len(self.prompts), rows)
-        acting = chosen.rules(self.prefill)
         lengths = torch.tensor([len(self.prompts[row]) for row in rows])
-        for earlier in range(1, step + 1):
-            own = chosen.step(self.steps, earlier, lengths, lengths + earlier - 1)
-            acting = acting.then(replace(own, blocks=()))
+        later = [
+            chosen.step(self.steps, earlier, lengths, lengths + earlier - 1)
+            for earlier in range(1, step + 1)
+        ]
+        acting = over_replies(chosen.rules(self.prefill), later)
         blocks = blocks_of(self.steps, step) if step else dict(self.prefill.blocks)
         acting = replace(acting, blocks=tuple(sorted(blocks.items())))
         return self._run(acting, acting.numbered(batch), held)

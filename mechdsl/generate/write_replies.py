@@ -64,12 +64,9 @@ def write_replies(
 
     Raises ValueError for what can't be done, WriteMismatch for writes that couldn't happen.
     """
-    count = len(prompts)
-    given = _Given(
-        merged(prefill or RuleWrites(), count),
-        merged(RuleWrites(kept), count).writes,
-        joined(steps, count),
-    )
+    given = _Given(prefill or RuleWrites(), kept, steps)
+    if not given.looks_back:  # in one write, rules couldn't act one after the other
+        given = given.merged(len(prompts))
     if not all(prompts):
         raise ValueError("every prompt needs a token")
     if decoding.sampled and (random is None or len(random) != len(prompts)):
@@ -152,6 +149,14 @@ class _Given:
             if out - now:
                 raise ValueError(f"block {min(out - now)} is left out, and attends in step {step}")
             out |= now
+
+    def merged(self, count: int) -> _Given:
+        """The same in few writes; count: rows."""
+        return _Given(
+            merged(self.prefill, count),
+            merged(RuleWrites(self.kept), count).writes,
+            joined(self.steps, count),
+        )
 
     def of(self, chosen: Chosen) -> _Given:
         """The part of some rows."""

@@ -46,6 +46,9 @@ class SiteWrite:
     """[K] of `along`: the component along `values` afterwards."""
     stack: str = ""
     """Of which stack; the main one has no name."""
+    rule: int = -1
+    """The number of the rule that writes, in the order of the file; of rules whose vectors are one
+    write, the last one. -1 is before all rules."""
 
     @property
     def where(self) -> SiteRead:
