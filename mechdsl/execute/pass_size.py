@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from mechdsl.execute.sizes import ChosenBy, PassSizes
+from mechdsl.hooks.attention_functions import scores_at_once
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.memory import free_memory, release
 from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS
@@ -61,7 +62,7 @@ class Sizes:
         for model, table in uses:
             if model.device.type == "cpu":
                 usual = PASS_TOKENS
-            free = free_memory(model.device)
+            free = max(0, free_memory(model.device) - scores_bytes(model.device))
             limit = min(limit, int(free * 0.5) // max(1, bytes_per_token(model)))
             room = min(room, int(free * KEPT_SHARE) // kept_bytes(model, table))
         limit = max(LEAST_TOKENS, limit)
@@ -123,9 +124,17 @@ def bytes_per_token(model: LoadedModel) -> int:
     return model.dtype.itemsize * (3 * shape.d_mlp + 12 * shape.d_model + 6 * heads)
 
 
+def scores_bytes(device: torch.device) -> int:
+    """Of the scores that attention holds at once: in float32, the softmax of them, and a copy of
+    each where it is made contiguous or cast."""
+    return 4 * 4 * scores_at_once(device)
+
+
 def kept_bytes(model: LoadedModel, table: PromptTable) -> int:
-    """Of what unpatched runs keep for a token of a prompt, in all blocks and runs."""
+    """Of what unpatched runs keep for a token of a prompt, in all blocks and runs, and of the row
+    that it has in the mask, which all blocks share."""
     shape = model.shape
     heads, shared = shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head
     width = 3 * shape.d_model + 2 * heads + 4 * shared
-    return max(1, model.dtype.itemsize * width * shape.n_layers * len(table.runs))
+    longest = max((len(row.ids) for run in table.runs.values() for row in run.rows), default=0)
+    return max(1, model.dtype.itemsize * (width * shape.n_layers + longest) * len(table.runs))

@@ -49,7 +49,7 @@ class OneQuery:
         rows, heads, count, width = call.key.shape
         try:
             call.own_function()
-            how = AttentionWay.of(query[0], call.key[0], True, {}, False, None, arguments)
+            how = AttentionWay.of(query[0], call.key[0], True, False, None, arguments)
         except CannotPack:
             return None
         queries = query.reshape(rows, heads, how.shared, width) * how.scale

@@ -16,10 +16,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mechdsl.base.arrays import Ints
 from mechdsl.hooks.attention_exchange import AttentionFunction, Distances, exchanged_modules, plain
+from mechdsl.hooks.batch import Index, consecutive
 from mechdsl.hooks.inside_attention import AttentionGroup, LayerWork
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.written_out_attention import entry_of
@@ -145,6 +148,11 @@ def of_queries(mask: Any, count: int) -> Any:
     return mask
 
 
+def seen_keys(mask: Tensor) -> Tensor:
+    """Whether each query sees each key, by a mask or by masked scores."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
 def biased(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """A mask with what is added to scores besides."""
     if bias is None or mask is None:
@@ -152,6 +160,78 @@ def biased(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, torch.finfo(bias.dtype).min)
     return mask + bias
+
+
+class SeenKeys:
+    """How many keys each query of a mask sees: counted once, and then known on the host."""
+
+    def __init__(self) -> None:
+        self._counts: dict[object, tuple[Tensor, Ints]] = {}
+        """By where a mask lies; masks are held, so that no other one comes to lie there."""
+
+    def of(self, mask: Tensor) -> Ints:
+        """[lane or 1, query] of a mask [lane or 1, head or 1, query, key], the fewest of all heads;
+        a key whose score is changed doesn't count as seen."""
+        key = mask.data_ptr(), mask.shape, mask.stride()
+        if key not in self._counts:
+            together = max(1, scores_at_once(mask.device) // mask[:, :, :1].numel())
+            counts = [_fewest_seen(part) for part in mask.split(together, dim=2)]
+            self._counts[key] = mask, torch.cat(counts, dim=1).cpu().numpy()
+        return self._counts[key][1]
+
+
+def _fewest_seen(mask: Tensor) -> Tensor:
+    """[lane, query] how many keys are seen without a change, by the head that sees the fewest."""
+    whole = mask if mask.dtype == torch.bool else mask == 0
+    return whole.count_nonzero(-1).amin(1)
+
+
+class GroupMasks:
+    """Masks of groups, cut out of the model's, and kept from block to block of a pass."""
+
+    def __init__(self, seen: SeenKeys | None = None) -> None:
+        """seen: tells where a mask changes nothing; None applies every mask."""
+        self._seen = seen
+        self._cut: dict[object, tuple[AttentionGroup, Tensor | None]] = {}
+
+    def of(self, group: AttentionGroup, mask: Tensor | None, keys: int) -> Tensor | None:
+        """[lane or 1, head or 1, query, key] of a group's queries and first keys; None where they
+        see them all."""
+        if mask is None:
+            return None
+        key = id(group), mask.data_ptr(), mask.shape, mask.stride(), keys
+        if key not in self._cut:
+            self._cut[key] = group, self._of(group, mask, keys)
+        return self._cut[key][1]
+
+    def _of(self, group: AttentionGroup, mask: Tensor, keys: int) -> Tensor | None:
+        every_lane = mask.shape[0] == 1
+        first_query = mask.shape[-1] - mask.shape[-2]  # its queries are the last columns
+        at = group.columns.host[group.queries.host] - first_query
+        if self._seen is not None:
+            counts = self._seen.of(mask)
+            lanes = np.zeros(1, dtype=np.int64) if every_lane else group.lanes.host
+            if bool((counts[lanes[:, None], at] == keys).all()):
+                return None
+        first = int(group.columns.host[0]) if group.every else 0
+        mask = mask[..., first : first + keys]
+        # Slices before indices, which copy: masks of all heads are large.
+        if (queries := consecutive(at)) is not None:
+            mask = mask[:, :, queries]
+            return mask if every_lane else mask[group.lanes.selection]
+        index = group.columns.device[group.queries.device] - first_query
+        if every_lane:
+            return mask[:, :, index]
+        return mask[group.lanes.device[:, None], :, index].transpose(1, 2)
+
+
+SCORES_AT_ONCE = 2**22
+"""Scores that are held at once; more of them on a GPU, see `scores_at_once`."""
+
+
+def scores_at_once(device: torch.device) -> int:
+    """How many scores attention holds at once: their memory doesn't grow with a pass."""
+    return SCORES_AT_ONCE * (1 if device.type == "cpu" else 16)
 
 
 def attend(
@@ -163,7 +243,7 @@ def attend(
     out: Tensor,
     *,
     causal: bool = True,
-    masks: dict[object, Tensor | None],
+    masks: GroupMasks,
     rounds_scores: bool = False,
     work: LayerWork | None = None,
     **arguments: Any,
@@ -176,15 +256,17 @@ def attend(
     lose what tells keys apart where all have something large in common. work: what is read and
     written within attention. arguments: as the model calls attention.
     """
-    how = AttentionWay.of(query, key, causal, masks, rounds_scores, work, arguments)
+    how = AttentionWay.of(query, key, causal, rounds_scores, work, arguments)
     if work is not None:
         query, key = work.turned("q_rot", query), work.turned("k_rot", key)
         work.prepared(query.shape[1], len(query), value)
     for group in groups:
-        if len(group.queries):
-            _attend_group(query, key, value, group, kept, out, how)
-        elif work is not None:
+        if work is not None:
             work.unseen(group)
+        if len(group.queries):
+            most = scores_at_once(query.device) // (len(query) * kept.keys.shape[2])
+            for part in group.by_lanes(max(1, most)):
+                _attend_lanes(query, key, value, part, kept, out, how, masks, max(1, most))
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +283,6 @@ class AttentionWay:
     wide: torch.dtype
     """Of the softmax."""
     causal: bool
-    masks: dict[object, Tensor | None]
     work: LayerWork | None
 
     @classmethod
@@ -210,7 +291,6 @@ class AttentionWay:
         query: Tensor,
         key: Tensor,
         causal: bool,
-        masks: dict[object, Tensor | None],
         rounds_scores: bool,
         work: LayerWork | None,
         arguments: dict[str, Any],
@@ -233,7 +313,6 @@ class AttentionWay:
             kind=query.dtype if rounds_scores else wide,
             wide=wide,
             causal=causal,
-            masks=masks,
             work=work,
         )
 
@@ -251,7 +330,27 @@ class AttentionWay:
         return torch.cat([scores, sink], dim=-1).softmax(-1, dtype=self.wide)[..., :-1]
 
 
-def _attend_group(
+@dataclass(frozen=True, eq=False)
+class _Lanes:
+    """Queries, keys and values of a group, and where its own keys lie among all."""
+
+    query: Tensor
+    """[lane, key-value head, head of it, row, own, d_head]"""
+    key: Tensor
+    """[lane, key-value head, row, own, d_head], of the type of scores; values without it."""
+    value: Tensor
+    old_keys: Tensor
+    """[lane, key-value head, column, d_head], of the type of scores; values without it."""
+    old_values: Tensor
+    suffix: bool
+    """Own keys lie behind the kept ones, not in their place."""
+
+    def part(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of some rows."""
+        return self.query[:, :, :, rows], self.key[:, :, rows], self.value[:, :, rows]
+
+
+def _attend_lanes(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -259,33 +358,75 @@ def _attend_group(
     kept: CachedAttention,
     out: Tensor,
     how: AttentionWay,
+    masks: GroupMasks,
+    most: int,
 ) -> None:
-    """Rows whose tokens lie in the same columns share one product with the kept keys."""
-    own = len(group.columns)
-    # [lane, key-value head, head of it, row, token, d_head]; keys and values without the third.
-    q = _of_group(query, group).unflatten(1, (-1, how.shared))
-    k, v = _of_group(key, group), _of_group(value, group)
-    if len(group.queries) < own:
-        q = q.index_select(4, group.queries)
+    """Rows whose tokens lie in the same columns share one product with the kept keys, `most`
+    queries at once."""
     # Own tokens from one column on: nothing behind them is seen, so no kept key there is read;
     # and none at all where the own ones are all that there are.
-    first = int(group.columns[0])
-    suffix = group.every or (how.causal and int(group.columns[-1]) - first + 1 == own)
+    columns = group.columns.host
+    first = int(columns[0])
+    suffix = group.every or (how.causal and int(columns[-1]) - first + 1 == len(columns))
     before = kept.keys.shape[2] if not suffix else 0 if group.every else first
-    mine = slice(before, None) if suffix else group.columns
-    count = before + own if suffix else before
-    scores = _scores(q, k, group, kept, how, before=before, mine=mine, count=count)
-    scores = masked(scores, _mask(group, kept, before if suffix else None, how.masks), how.shared)
-    weights = _weights(scores, group, how).to(value.dtype)
+    old = group.lanes.selection
+    lanes = _Lanes(
+        query=_of_group(query, group).unflatten(1, (-1, how.shared)),
+        key=_of_group(key, group).to(how.kind),
+        value=_of_group(value, group),
+        old_keys=kept.keys[old, :, :before].to(how.kind),
+        old_values=kept.values[old, :, :before],
+        suffix=suffix,
+    )
+    for rows, part in group.by_queries(most):
+        _put(out, part, _attend_queries(lanes, rows, part, kept, how, masks))
+
+
+def _attend_queries(
+    lanes: _Lanes,
+    rows: slice,
+    group: AttentionGroup,
+    kept: CachedAttention,
+    how: AttentionWay,
+    masks: GroupMasks,
+) -> Tensor:
+    """What the queries of a part of a group find: [lane, key-value head, head of it, row, query,
+    d_head]."""
+    q, k, v = lanes.part(rows)
+    if len(group.queries) < len(group.columns):
+        chosen = group.queries.selection
+        q = q[:, :, :, :, chosen] if isinstance(chosen, slice) else q.index_select(4, chosen)
+    own, before = len(group.columns), lanes.old_keys.shape[2]
+    if how.causal and how.work is None:  # later keys are seen by no query
+        last = int(group.queries.host[-1])
+        own = last + 1
+        before = before if lanes.suffix else int(group.columns.host[last]) + 1
+    k, v = k[:, :, :, :own], v[:, :, :, :own]
+    mine = slice(before, None) if lanes.suffix else group.columns.device[:own]
+    count = before + own if lanes.suffix else before
+    old_keys, old_values = lanes.old_keys[:, :, :before], lanes.old_values[:, :, :before]
+    scores = q.new_empty(*q.shape[:-1], count, dtype=how.kind)
+    if before:
+        flat = q.to(how.kind).reshape(*q.shape[:2], -1, q.shape[-1])
+        scores[..., :before] = (flat @ old_keys.transpose(-1, -2)).view(*q.shape[:-1], before)
+    scores[..., mine] = _own_scores(q.to(how.kind), k)
+    if kept.distances is not None:
+        at = group.columns.part(slice(0, own))
+        _add_distances(scores, kept.distances, q, k, old_keys, group, at.device, mine)
+    scores *= how.scale
+    if how.cap is not None:
+        scores = scores.div_(how.cap).tanh_().mul_(how.cap)
+    scores = masked(scores, masks.of(group, kept.mask, count), how.shared)
+    weights = _weights(scores, group, how).to(v.dtype)
     found = _own_values(weights[..., mine], v)
     if before:
         old = weights[..., :before]
-        if not suffix:
+        if not lanes.suffix:
             old = old.clone()
             old[..., mine] = 0
-        flat = old.reshape(len(group.lanes), q.shape[1], -1, before)
-        found += (flat @ kept.values[group.lanes, :, :before]).view(found.shape)
-    _put(out, group, found)
+        flat = old.reshape(*q.shape[:2], -1, before)
+        found += (flat @ old_values).view(found.shape)
+    return found
 
 
 def _of_group(tensor: Tensor, group: AttentionGroup) -> Tensor:
@@ -293,32 +434,6 @@ def _of_group(tensor: Tensor, group: AttentionGroup) -> Tensor:
     own = tensor[:, group.start : group.start + group.size]
     shape = (len(group.lanes), group.rows, len(group.columns))
     return own.unflatten(1, shape).permute(1, 0, 2, 3, 4)
-
-
-def _scores(
-    q: Tensor,
-    k: Tensor,
-    group: AttentionGroup,
-    kept: CachedAttention,
-    how: AttentionWay,
-    *,
-    before: int,
-    mine: slice | Tensor,
-    count: int,
-) -> Tensor:
-    """[…, query, key] of q and k, scaled and capped. before: kept keys. mine: the columns of own
-    ones among all `count`."""
-    old_keys = kept.keys[group.lanes, :, :before]
-    scores = q.new_empty(*q.shape[:-1], count, dtype=how.kind)
-    if before:
-        flat = q.reshape(*q.shape[:2], -1, q.shape[-1])
-        old = flat.to(how.kind) @ old_keys.to(how.kind).transpose(-1, -2)
-        scores[..., :before] = old.view(*q.shape[:-1], before)
-    scores[..., mine] = _own_scores(q.to(how.kind), k.to(how.kind))
-    if kept.distances is not None:
-        _add_distances(scores, kept.distances, q, k, old_keys, group, mine)
-    scores *= how.scale
-    return scores if how.cap is None else (scores / how.cap).tanh() * how.cap
 
 
 def masked(scores: Tensor, mask: Tensor | None, shared: int) -> Tensor:
@@ -351,7 +466,7 @@ def _put(out: Tensor, group: AttentionGroup, found: Tensor) -> None:
     found = found.permute(0, 3, 4, 1, 2, 5).reshape(lanes, rows, found.shape[4], out.shape[1], -1)
     target = out[group.start : group.start + group.size].view(lanes, rows, own, out.shape[1], -1)
     if len(group.queries) < own:
-        target[:, :, group.queries] = found
+        target[:, :, group.queries.selection] = found
     else:
         target.copy_(found)
 
@@ -375,14 +490,14 @@ def attend_whole(
     """
     lanes, heads, count, _ = query.shape
     mask = work.opened(of_queries(mask, count), heads)
-    asking = torch.arange(count, device=query.device)
     before = key.shape[2] - count
+    asking = np.arange(count)
     group = AttentionGroup(
-        0,
-        torch.arange(lanes, device=query.device),
-        1,
-        asking + before,
-        asking,
+        start=0,
+        lanes=Index.of(np.arange(lanes), query.device),
+        rows=1,
+        columns=Index.of(asking + before, query.device),
+        queries=Index.of(asking, query.device),
         every=before == 0,
     )
     kept = CachedAttention(key, value, biased(mask, position_bias), distances)
@@ -395,7 +510,7 @@ def attend_whole(
         [group],
         kept,
         out,
-        masks={},
+        masks=GroupMasks(),
         work=work,
         **arguments,
     )
@@ -409,16 +524,20 @@ def _add_distances(
     k: Tensor,
     old_keys: Tensor,
     group: AttentionGroup,
+    own: Tensor,
     mine: slice | Tensor,
 ) -> None:
     """To scores [lane, head, 1, row, query, key] of q [lane, head, 1, row, query, d_head] with
-    kept keys [lane, head, key, d_head] and the rows' own [lane, head, row, key, d_head]."""
+    kept keys [lane, head, key, d_head] and the rows' own [lane, head, row, key, d_head].
+
+    own: columns of the rows' own keys, which are `mine` among all keys.
+    """
     q, added = q.squeeze(2), torch.zeros_like(scores).squeeze(2)
-    at, before = group.columns[group.queries], old_keys.shape[2]
+    at, before = group.columns.device[group.queries.device], old_keys.shape[2]
     if before:
         every = torch.arange(before, device=q.device)
         added[..., :before] = distances.scores(q, old_keys[:, :, None], at, every)
-    added[..., mine] = distances.scores(q, k, at, group.columns).to(added.dtype)
+    added[..., mine] = distances.scores(q, k, at, own).to(added.dtype)
     scores += added.unsqueeze(2)
 
 
@@ -435,34 +554,3 @@ def _own_values(weights: Tensor, v: Tensor) -> Tensor:
     if weights.shape[5] == 1:
         return weights * v[:, :, None]
     return weights @ v[:, :, None]
-
-
-def _mask(
-    group: AttentionGroup,
-    kept: CachedAttention,
-    before: int | None,
-    masks: dict[object, Tensor | None],
-) -> Tensor | None:
-    """[lane or 1, head or 1, query, key] of a group's queries; None where they see all keys."""
-    if kept.mask is None:
-        return None
-    columns = group.columns[group.queries] - (kept.mask.shape[-1] - kept.mask.shape[-2])
-    key = (
-        kept.mask.data_ptr(),  # blocks share it, cut anew for each
-        before,
-        tuple(group.lanes.tolist()) if kept.mask.shape[0] > 1 else (),
-        tuple(columns.tolist()),
-        len(group.columns),
-        group.every,
-    )
-    if key not in masks:
-        mask = kept.mask if before is None else kept.mask[..., : before + len(group.columns)]
-        if group.every:
-            mask = kept.mask.index_select(-1, group.columns)
-        if mask.shape[0] > 1:  # at once: masks of all heads are large
-            mask = mask[group.lanes[:, None], :, columns].transpose(1, 2).contiguous()
-        else:
-            mask = mask[:, :, columns]
-        bare = bool(mask.all()) if mask.dtype == torch.bool else not bool(mask.any())
-        masks[key] = None if bare else mask
-    return masks[key]

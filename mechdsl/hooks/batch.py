@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from mechdsl.base.arrays import Ints
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -17,6 +21,42 @@ def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """[n] indices on the host and on the device, so that no look-up waits for the device."""
+
+    host: Ints
+    device: Tensor
+    """[n] long."""
+
+    @staticmethod
+    def of(values: Ints | Sequence[int], device: torch.device | str = "cpu") -> Index:
+        """Indices that are on the host."""
+        host = np.asarray(values, dtype=np.int64)
+        return Index(host, on_device(host, torch.device(device)))
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    def part(self, chosen: slice) -> Index:
+        """Some of the indices."""
+        return Index(self.host[chosen], self.device[chosen])
+
+    @cached_property
+    def selection(self) -> slice | Tensor:
+        """What selects these indices of a dimension: a slice of consecutive ones copies nothing."""
+        found = consecutive(self.host)
+        return self.device if found is None else found
+
+
+def consecutive(values: Ints) -> slice | None:
+    """The slice that selects these indices in this order; None where they aren't consecutive."""
+    first, count = int(values[0]), len(values)
+    if int(values[-1]) - first + 1 != count or not bool((np.diff(values) == 1).all()):
+        return None
+    return slice(first, first + count)
 
 
 @dataclass(frozen=True, eq=False)

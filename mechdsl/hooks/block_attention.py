@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mechdsl.hooks.attention_exchange import AttentionFunction
@@ -15,7 +16,10 @@ from mechdsl.hooks.attention_functions import (
     cross_modules,
     exchanged,
     implementations,
+    of_queries,
     own_function,
+    scores_at_once,
+    seen_keys,
 )
 from mechdsl.hooks.loaded import LoadedModel
 
@@ -44,9 +48,34 @@ class AttentionCall:
         return own_function(self.module, self.implementations)
 
     def unchanged(self) -> tuple[Tensor, Tensor | None]:
-        """Output and weights of the model's own attention. Raises CannotPack as above."""
-        function = self.own_function()
-        return function(self.module, self.query, self.key, self.value, self.mask, **self.arguments)
+        """Output and weights of the model's own attention; without weights where scores are so many
+        that some queries are asked at a time. Raises CannotPack as above."""
+        function, mask, arguments = self.own_function(), self.mask, self.arguments
+        rows, heads, count, _ = self.query.shape
+        together = max(1, scores_at_once(self.query.device) // (rows * heads * self.key.shape[2]))
+        if together >= count or not isinstance(mask, Tensor) or arguments.get("distances"):
+            return function(self.module, self.query, self.key, self.value, mask, **arguments)
+        found = [
+            self._of_queries(function, slice(first, min(first + together, count)))
+            for first in range(0, count, together)
+        ]
+        return torch.cat(found, dim=1), None
+
+    def _of_queries(self, function: AttentionFunction, part: slice) -> Tensor:
+        """The output of some queries, [B, part, heads, d_head], as if the keys that are later than
+        these weren't there yet, where none of them is seen."""
+        keys = self.key.shape[2]
+        end = keys - self.query.shape[2] + part.stop
+        mask = of_queries(self.mask, self.query.shape[2])[:, :, part]
+        if bool(seen_keys(mask[..., end:]).any()):
+            end = keys
+        bias = self.arguments.get("position_bias")
+        arguments = self.arguments
+        if bias is not None:
+            arguments = arguments | {"position_bias": bias[:, :, part, :end]}
+        key, value = self.key[:, :, :end], self.value[:, :, :end]
+        query = self.query[:, :, part]
+        return function(self.module, query, key, value, mask[..., :end], **arguments)[0]
 
 
 @contextmanager

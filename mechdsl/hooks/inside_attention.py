@@ -8,13 +8,15 @@ packed rows and for whole padded passes alike, in `attention.attend`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mechdsl.hooks.batch import Index
 from mechdsl.hooks.reads_and_writes import Frame, Mode, SiteWrite, WriteMismatch, written
 from mechdsl.vocab.sites import WITHIN_ATTENTION, EdgeChange
 
@@ -70,13 +72,13 @@ class AttentionGroup:
 
     start: int
     """Its first token in the pack."""
-    lanes: Tensor
+    lanes: Index
     """[lane]"""
     rows: int
     """Rows on each lane."""
-    columns: Tensor
+    columns: Index
     """[own]: columns of a row's own tokens."""
-    queries: Tensor
+    queries: Index
     """[query]: which of the own tokens attend."""
     every: bool = False
     """The own tokens are all of the prompt's."""
@@ -85,6 +87,34 @@ class AttentionGroup:
     def size(self) -> int:
         """Tokens."""
         return len(self.lanes) * self.rows * len(self.columns)
+
+    def by_lanes(self, most: int) -> Iterator[AttentionGroup]:
+        """The group in parts of whole lanes, of up to `most` queries each where one lane has no
+        more."""
+        each = self.rows * len(self.queries)
+        together = max(1, most // each)
+        if together >= len(self.lanes):
+            yield self
+            return
+        tokens = self.rows * len(self.columns)
+        for first in range(0, len(self.lanes), together):
+            lanes = self.lanes.part(slice(first, first + together))
+            yield replace(self, start=self.start + first * tokens, lanes=lanes)
+
+    def by_queries(self, most: int) -> Iterator[tuple[slice, AttentionGroup]]:
+        """The rows of each part, and the part: up to `most` queries of some rows, or of one row."""
+        asking = len(self.queries)
+        if len(self.lanes) * self.rows * asking <= most:
+            yield slice(0, self.rows), self
+            return
+        together = max(1, most // asking)
+        for row in range(0, self.rows, together):
+            rows = slice(row, min(row + together, self.rows))
+            start = self.start + row * len(self.columns)
+            for query in range(0, asking, most):
+                queries = self.queries.part(slice(query, query + most))
+                part = replace(self, start=start, rows=rows.stop - row, queries=queries)
+                yield rows, part
 
 
 @dataclass(eq=False)
@@ -170,10 +200,11 @@ class LayerWork:
         return vectors
 
     def unseen(self, group: AttentionGroup) -> None:
-        """A group of which no token attends, as no measure could see it."""
+        """Tokens of a group that don't attend, as no measure could see them."""
         for change in self.changes:
-            inside = (change.token >= group.start) & (change.token < group.start + group.size)
-            self.done += int(inside.sum())
+            own = change.token - group.start
+            own = own[(own >= 0) & (own < group.size)] % len(group.columns)
+            self.done += int((~np.isin(own.numpy(), group.queries.host)).sum())
 
     def scored(self, group: AttentionGroup, scores: Tensor, sink: Tensor | None) -> Tensor | None:
         """Change masked scores [lane, key-value head, head of it, row, query, key] in place, and
@@ -223,13 +254,13 @@ class LayerWork:
         device = like.device
         token = change.token.to(device)
         own = torch.nonzero((token >= group.start) & (token < group.start + group.size))[:, 0]
-        self.done += len(own)
         at, count = token[own] - group.start, len(group.columns)
         place = torch.full((count,), -1, device=device)
-        place[group.queries] = torch.arange(len(group.queries), device=device)
+        place[group.queries.selection] = torch.arange(len(group.queries), device=device)
         query = place[at % count]
-        asks = query >= 0  # others are seen by no measure behind this block
+        asks = query >= 0  # others are in other parts of the group, or seen by no measure
         own, at, query = own[asks], at[asks], query[asks]
+        self.done += len(own)
         head = change.head.to(device)[own]
         shared = like.shape[2]
         index = (
@@ -268,7 +299,7 @@ class LayerWork:
             return
         lanes, kinds, shared, rows, asking, keys = found.shape
         position = torch.arange(self.width, device=found.device)
-        starts = self.starts.to(found.device)[group.lanes.to(found.device)]
+        starts = self.starts.to(found.device)[group.lanes.selection]
         column = position[None] + starts[:, None] - self._first(group)
         inside = (column >= 0) & (column < keys)
         index = column.clamp(0, keys - 1)[:, None, None, None, None]
@@ -278,7 +309,7 @@ class LayerWork:
         taken = taken.permute(0, 3, 4, 1, 2, 5).flatten(3, 4)
         span = slice(group.start, group.start + group.size)
         target = self.found[site][span].view(lanes, rows, -1, kinds * shared, self.width)
-        target[:, :, group.queries.to(target.device)] = taken.to(target)
+        target[:, :, group.queries.selection] = taken.to(target)
 
     def prepared(self, tokens: int, heads: int, like: Tensor) -> None:
         """Room for what is read of so many tokens."""
@@ -288,7 +319,7 @@ class LayerWork:
     @staticmethod
     def _first(group: AttentionGroup) -> int:
         """The column that the first key of a group's scores lies in."""
-        return int(group.columns[0]) if group.every else 0
+        return int(group.columns.host[0]) if group.every else 0
 
 
 def layer_work(

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdsl.hooks.attention_functions import CachedAttention, biased, cross_modules, of_queries
+from mechdsl.hooks.attention_functions import (
+    CachedAttention,
+    SeenKeys,
+    biased,
+    cross_modules,
+    of_queries,
+)
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.block_attention import AttentionCall, block_attention
 from mechdsl.hooks.hook_points import given_to
@@ -42,6 +48,8 @@ class ActivationCache:
     """[…, lane, column], the positions that a language model is given with images."""
     encoded: Any = None
     """What an encoder-decoder's encoder returns, the library's object of tensors."""
+    seen: SeenKeys = field(default_factory=SeenKeys)
+    """Of the masks of `attention`."""
 
     def part(self, rows: slice, batch: Batch) -> ActivationCache:
         """What was kept of some lanes, without copying."""
@@ -58,6 +66,7 @@ class ActivationCache:
             self.tuples,
             None if self.positions is None else self.positions[..., rows, :],
             None if self.encoded is None else self.encoded_of(rows),
+            self.seen,
         )
 
     def encoded_of(self, lanes: slice) -> Any:

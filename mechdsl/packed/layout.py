@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
-from mechdsl.hooks.batch import on_device
+from mechdsl.hooks.batch import Index, on_device
 from mechdsl.hooks.inside_attention import AttentionGroup
 from mechdsl.packed.activation_cache import ActivationCache
 from mechdsl.plan.restart import BlockWork, Mask
@@ -96,10 +96,10 @@ def pack_block(
         asking = work.attend[rows[begin]][columns]
         group = AttentionGroup(
             start=start,
-            lanes=on_device(own_lanes, device),
+            lanes=Index.of(own_lanes, device),
             rows=int(count[begin]),
-            columns=on_device(columns, device),
-            queries=on_device(np.flatnonzero(asking), device),
+            columns=Index.of(columns, device),
+            queries=Index.of(np.flatnonzero(asking), device),
             every=bool((lengths[own_lanes] == len(columns)).all()),
         )
         start += group.size

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.base.arrays import Ints
-from mechdsl.hooks.attention_functions import CannotPack, attend
+from mechdsl.hooks.attention_functions import CannotPack, GroupMasks, attend
 from mechdsl.hooks.batch import on_device
 from mechdsl.hooks.block_attention import AttentionCall, block_attention
 from mechdsl.hooks.calls import call, chosen, narrowed, text_inputs
@@ -127,7 +127,7 @@ class _Pass:
         self.model = model
         self.kept = kept
         self.frame = frame
-        self.masks: dict[object, Tensor | None] = {}
+        self.masks = GroupMasks(kept.seen)
         alone = model.calling.packs == "one prompt"
         self.prompt = prompt_of(model, kept) if alone else None
         self.entered: Tensor | None = None

@@ -35,6 +35,7 @@ from mechdsl.execute.pass_size import (
     Sizes,
     bytes_per_token,
     kept_bytes,
+    scores_bytes,
 )
 from mechdsl.execute.patched_rows import Patcher
 from mechdsl.execute.sizes import PassSizes
@@ -145,11 +146,14 @@ def test_sizes_that_are_given_stand(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert Sizes.of(77, 9, uses).settled
 
 
-@pytest.mark.parametrize("free", [0, 1 << 20, 1 << 24, 1 << 40])
+@pytest.mark.parametrize("rest", [-(1 << 20), 0, 1 << 20, 1 << 24, 1 << 40])
 def test_no_pass_is_larger_than_the_memory_there_is(
-    folder: Path, free: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, rest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mechdsl.execute.pass_size, "free_memory", lambda device: free)
+    """rest: free bytes beside those of attention's scores."""
+    taken = scores_bytes(torch.device("cpu"))
+    monkeypatch.setattr(mechdsl.execute.pass_size, "free_memory", lambda device: rest + taken)
+    free = max(0, rest)
     model = adopted("llama")
     table = check_file(TEXT, folder, model).experiments[0].table
     sizes = Sizes.of(None, None, [(model, table)])

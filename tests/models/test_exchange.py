@@ -16,11 +16,12 @@ from mechdsl.hooks.attention_exchange import plain
 from mechdsl.hooks.attention_functions import (
     AttentionGroup,
     CachedAttention,
+    GroupMasks,
     attend,
     exchanged,
     own_function,
 )
-from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.batch import Batch, Index
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.written_out_attention import WRITTEN_OUT, entry_of
 from mechdsl.loading.load import adopt
@@ -271,10 +272,10 @@ def test_biases_of_a_wider_type_keep_their_precision(way: str) -> None:
         out, _ = plain(nn.Identity(), zeros, zeros, values, mask, scaling=1.0)
         found = out[0, 1, 0]
     else:
-        last = AttentionGroup(0, torch.tensor([0]), 1, torch.tensor([1]), torch.tensor([0]))
+        last = AttentionGroup(0, Index.of([0]), 1, Index.of([1]), Index.of([0]))
         kept = CachedAttention(zeros, values, mask)
         query, value = zeros[0, :, :1], values[0, :, 1:]
         out = torch.empty(1, 1, 4, dtype=torch.bfloat16)
-        attend(query, query, value, [last], kept, out, masks={}, scaling=1.0)
+        attend(query, query, value, [last], kept, out, masks=GroupMasks(), scaling=1.0)
         found = out[0, 0]
     assert torch.allclose(found.float(), torch.tensor(1 / (1 + math.exp(-0.5))), atol=1e-2)

@@ -12,8 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechdsl.hooks.attention_functions import AttentionGroup, CachedAttention, attend
-from mechdsl.hooks.batch import Batch
+import mechdsl.hooks.attention_functions
+from mechdsl.hooks.attention_functions import (
+    AttentionGroup,
+    CachedAttention,
+    GroupMasks,
+    SeenKeys,
+    attend,
+)
+from mechdsl.hooks.batch import Batch, Index
 from mechdsl.hooks.calls import bare_logits
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import ReadMismatch, SiteRead, SiteWrite
@@ -332,10 +339,10 @@ def pack(present: Mask, lanes: Sequence[int], attends: Mask | None = None) -> Bl
 def described(group: AttentionGroup) -> tuple[int, list[int], int, list[int], list[int]]:
     return (
         group.start,
-        group.lanes.tolist(),
+        group.lanes.device.tolist(),
         group.rows,
-        group.columns.tolist(),
-        group.queries.tolist(),
+        group.columns.device.tolist(),
+        group.queries.device.tolist(),
     )
 
 
@@ -344,11 +351,7 @@ def test_rows_with_equal_columns_are_one_group_where_lanes_have_equally_many() -
     found = pack(present, [0, 1, 0, 0, 0, 1, 2])
     # Rows 0, 3 on lane 0 and 1, 5 on lane 1; row 6 alone on lane 2; row 2 has other columns.
     assert sorted(described(group) for group in found.groups) == sorted(
-        described(
-            AttentionGroup(
-                start, torch.tensor(lanes), rows, torch.tensor(columns), torch.tensor(ask)
-            )
-        )
+        described(AttentionGroup(start, Index.of(lanes), rows, Index.of(columns), Index.of(ask)))
         for start, lanes, rows, columns, ask in [
             (found.lookup[2, 3], [0], 1, [3, 4], [0, 1]),
             (found.lookup[6, 2], [2], 1, [2, 3, 4], [0, 1, 2]),
@@ -370,7 +373,8 @@ def test_rows_that_attend_elsewhere_are_other_groups() -> None:
     present = mask("..xxx", "..xxx", "..xxx")
     found = pack(present, [0, 0, 1], mask("....x", "..xxx", "....x"))
     assert sorted(
-        (group.lanes.tolist(), group.rows, group.queries.tolist()) for group in found.groups
+        (group.lanes.host.tolist(), group.rows, group.queries.host.tolist())
+        for group in found.groups
     ) == [([0], 1, [0, 1, 2]), ([0, 1], 1, [2])]
 
 
@@ -390,17 +394,17 @@ def test_every_token_lies_in_one_group_at_its_place(seed: int) -> None:
     seen = 0
     for group in found.groups:
         assert group.start == seen
-        for lane in group.lanes.tolist():
+        for lane in group.lanes.host.tolist():
             for _ in range(group.rows):
                 tokens = np.arange(seen, seen + len(group.columns))
                 own = [int(np.flatnonzero((found.lookup == t).any(axis=1))[0]) for t in tokens]
                 row = own[0]
                 assert own == [row] * len(tokens)
                 assert lanes[row] == lane
-                columns_there = group.columns.tolist()
+                columns_there = group.columns.host.tolist()
                 assert found.lookup[row, columns_there].tolist() == tokens.tolist()
                 assert np.flatnonzero(present[row]).tolist() == columns_there
-                asking = group.columns[group.queries].tolist()
+                asking = group.columns.host[group.queries.host].tolist()
                 assert np.flatnonzero(attends[row]).tolist() == asking
                 assert found.kept_index[tokens].tolist() == [
                     lane * columns + c for c in columns_there
@@ -422,8 +426,15 @@ HEADS, SHARED, WIDTH = 4, 2, 3
 
 @pytest.mark.parametrize("scheme", ["causal", "by lane", "by head", "none"])
 @pytest.mark.parametrize("extra", [{}, {"softcap": 0.7}, {"s_aux": True}, {"scaling": 0.3}])
-def test_attention_of_packed_tokens_is_that_of_each_row(scheme: str, extra: dict[str, Any]) -> None:
-    """Against a loop over rows, tokens and heads; every row has keys and values of its own."""
+@pytest.mark.parametrize("at_once", [1, 40, 2**22])
+def test_attention_of_packed_tokens_is_that_of_each_row(
+    scheme: str, extra: dict[str, Any], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a loop over rows, tokens and heads; every row has keys and values of its own.
+
+    at_once: scores that are held, of one query, of some, of all.
+    """
+    monkeypatch.setattr(mechdsl.hooks.attention_functions, "SCORES_AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -454,7 +465,10 @@ def test_attention_of_packed_tokens_is_that_of_each_row(scheme: str, extra: dict
         arguments["s_aux"] = normal(HEADS)
     out = torch.full((count, HEADS, WIDTH), 7.0, dtype=torch.float64)
     kept = CachedAttention(keys, values, seen)
-    attend(query, key, value, found.groups, kept, out, masks={}, **arguments)
+    causal_scheme, masks = scheme != "none", GroupMasks(SeenKeys())
+    attend(
+        query, key, value, found.groups, kept, out, masks=masks, causal=causal_scheme, **arguments
+    )
 
     for row, lane in enumerate(lanes):
         own = np.flatnonzero(present[row])
@@ -477,15 +491,11 @@ def test_attention_of_packed_tokens_is_that_of_each_row(scheme: str, extra: dict
                         scores = scores.masked_fill(~bias, float("-inf"))
                     else:
                         scores = scores + bias
-                if scheme == "none":  # every token sees every other, up to what the row has
-                    last = int(own[-1]) + 1
-                    if len(own) == last - int(own[0]):
-                        scores = scores[:last]
                 weights = scores.exp()
                 total = weights.sum()
                 if "s_aux" in extra:
                     total = total + arguments["s_aux"][head].exp()
-                expected = (weights / total) @ row_values[head // SHARED][: len(weights)]
+                expected = (weights / total) @ row_values[head // SHARED]
                 assert torch.allclose(out[token, head], expected, atol=1e-12), (row, column, head)
 
 
@@ -618,6 +628,27 @@ def test_every_restartable_family_gives_the_logits_of_whole_passes(
     model = loaded[family]
     kept = kept_of(model, side)
     rows_of_whole_passes(model, kept, (1, 5))
+
+
+@pytest.mark.parametrize("at_once", [4, 200])
+@pytest.mark.parametrize("family", families.EACH)
+def test_attention_in_parts_gives_the_logits_of_whole_passes(
+    loaded: dict[str, LoadedModel], family: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """at_once: scores that attention holds, of one query and of some rows."""
+    model = loaded[family]
+    kept = kept_of(model, "left")
+    writes = [
+        write(model, "resid_pre", 0, [(0, 0), (1, 2)]),
+        write(model, "z", 1, [(2, 3), (2, 6)]),
+        write(model, "k", 1, [(3, 4)]),
+    ]
+    lanes = [0, 1, 2, 0]
+    whole = run_whole(model, kept.batch.take(torch.tensor(lanes)), writes=writes)
+    monkeypatch.setattr(mechdsl.hooks.attention_functions, "SCORES_AT_ONCE", at_once)
+    kept = kept_of(model, "left")
+    same_as_whole(model, kept, lanes, writes, every_token(kept, lanes), whole=whole)
+    same_as_whole(model, kept, lanes, writes, last_tokens(kept, lanes), whole=whole)
 
 
 @pytest.mark.parametrize(("family", "side"), families.SIDED)

@@ -86,8 +86,12 @@ FAULTS: dict[str, tuple[str, str, Any]] = {
         "packed.activation_cache.CachedAttention",
         _keys_of_another_lane,
     ),
-    "the mask ignored": ("llama", "hooks.attention_functions._mask", lambda *args: None),
-    "the window ignored": ("mistral", "hooks.attention_functions._mask", lambda *args: None),
+    "the mask ignored": ("llama", "hooks.attention_functions.GroupMasks.of", lambda *args: None),
+    "the window ignored": (
+        "mistral",
+        "hooks.attention_functions.GroupMasks.of",
+        lambda *args: None,
+    ),
     "taken from the column before": ("gpt_neox", "packed.layout.ComputedTokens", _shifted_part),
     "the stream of the block below": (
         "qwen3",
