@@ -53,22 +53,22 @@ def _serve(tool: Tool | None, command: dict[str, Any]) -> dict[str, Any]:
     if command["do"] == "load":
         folder = Path(command["folder"])
         tool.load(Work.read(folder / "work.json"), folder)
-        _give_back()
+        give_back()
         return {"versions": {n: version(n) for n in tool.packages}, "whole": tool.whole}
-    _give_back()
-    before = _memory("VmRSS")
-    _forget_peak()
+    give_back()
+    before = memory("VmRSS")
+    forget_peak()
     timed = tool.run(command["picks"])
     np.save(command["to"], timed.table)
     return {
         "fixed": timed.fixed,
         "cells": timed.cells,
         "before": before,
-        "peak": _memory("VmHWM"),
+        "peak": memory("VmHWM"),
     }
 
 
-def _memory(field: str) -> float:
+def memory(field: str) -> float:
     """A field of /proc/self/status in MiB; NaN where there is none."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -78,13 +78,13 @@ def _memory(field: str) -> float:
     return int(found[0]) / 1024 if found else float("nan")
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Let the peak begin at what is resident now; without the right to, it is the process's."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Give what loading and earlier runs have freed back to the system."""
     gc.collect()
     with suppress(OSError, AttributeError):
