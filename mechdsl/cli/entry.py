@@ -14,7 +14,12 @@ import click
 
 from mechdsl.cli.interruption import interrupted, terminable
 from mechdsl.cli.status import COMPLETE, FINE, WRONG
-from mechdsl.cli.streams import OutputLost, prepare_streams, without_output
+from mechdsl.cli.streams import (
+    OutputLost,
+    finish_output,
+    prepare_streams,
+    without_output,
+)
 
 if TYPE_CHECKING:
     from mechdsl.diagnostics.core import Diagnostic
@@ -92,10 +97,11 @@ def main() -> None:
         if COMPLETE in os.environ:
             from mechdsl.cli.completion import complete
 
-            sys.exit(complete(app, os.environ[COMPLETE]))
-        with terminable():
-            status = _status()
-        sys.stdout.flush()
+            status = complete(app, os.environ[COMPLETE])
+        else:
+            with terminable():
+                status = _status()
+        finish_output()
     except OutputLost as error:
         status = without_output(error)
     sys.exit(status if isinstance(status, int) else FINE)

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from contextlib import suppress
+from typing import cast
 
 from mechdsl.base.visible import encodable_json
 from mechdsl.cli.status import BROKE_OFF
@@ -50,13 +51,33 @@ class OutputLost(Exception):
 
 
 class Output(io.TextIOWrapper):
-    """Standard output, whose own failures are told from those of files that are written."""
+    """Standard output, whose own failures are distinguished from those of files that are written.
+
+    Raises OutputLost from every method where standard output takes less than all.
+    """
+
+    def __init__(
+        self,
+        stream: io.RawIOBase | io.BufferedWriter,
+        *,
+        encoding: str,
+        line_buffering: bool = False,
+    ) -> None:
+        """stream: as Python opened it, without a buffer where Python runs unbuffered."""
+        # A file without a buffer may write less than it is given, and only its result tells.
+        self._unbuffered = isinstance(stream, io.RawIOBase)
+        if isinstance(stream, io.RawIOBase):
+            stream = io.BufferedWriter(stream)
+        super().__init__(stream, encoding=encoding, line_buffering=line_buffering)
 
     def write(self, text: str, /) -> int:
         try:
-            return super().write(text)
+            count = super().write(text)
         except OSError as error:
             raise OutputLost(_reason(error)) from error
+        if self._unbuffered:
+            self.flush()
+        return count
 
     def flush(self) -> None:
         try:
@@ -64,10 +85,20 @@ class Output(io.TextIOWrapper):
         except OSError as error:
             raise OutputLost(_reason(error)) from error
 
+    def finish(self) -> None:
+        """Flush, and check that closing the file loses nothing: network and quota file systems may
+        reject data only then. The file stays open."""
+        self.flush()
+        try:
+            os.close(os.dup(self.fileno()))
+        except OSError as error:
+            raise OutputLost(_reason(error)) from error
+
 
 def _reason(error: OSError) -> str:
+    """Why less than all was taken; nothing of a pipe whose reader has all it wants."""
     if isinstance(error, BrokenPipeError):
-        return "was closed before everything was printed"
+        return ""
     return f"takes nothing more: {(error.strerror or str(error)).lower()}"
 
 
@@ -84,12 +115,21 @@ def prepare_streams() -> None:
     plain = sys.__stdout__
     if plain is not None and sys.stdout is plain:  # not where something captures it
         line_buffering, encoding = plain.line_buffering, plain.encoding
+        stream = cast(io.RawIOBase | io.BufferedWriter, plain.detach())
         sys.stdout = sys.__stdout__ = Output(
-            plain.detach(), encoding=encoding, line_buffering=line_buffering
+            stream, encoding=encoding, line_buffering=line_buffering
         )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=REPLACED)
+
+
+def finish_output() -> None:
+    """Flush standard output, and check that all of it was taken. Raises OutputLost."""
+    if isinstance(sys.stdout, Output):
+        sys.stdout.finish()
+    else:
+        sys.stdout.flush()
 
 
 def write_json(text: str) -> None:
@@ -98,9 +138,11 @@ def write_json(text: str) -> None:
 
 
 def without_output(error: OutputLost) -> int:
-    """Say why standard output got less than all; the exit status."""
-    with suppress(OSError):
-        print(f"standard output {error}", file=sys.stderr)
+    """Report why standard output got less than all, unless a reader closed its pipe; the exit
+    status."""
+    if str(error):
+        with suppress(OSError):
+            print(f"standard output {error}", file=sys.stderr)
     if sys.stdout is not None:  # what is waiting would be tried again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return BROKE_OFF

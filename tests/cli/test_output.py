@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
 import pty
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -322,16 +324,19 @@ def in_bash(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-CLOSED = "standard output was closed before everything was printed\n"
 FULL = "standard output takes nothing more: no space left on device\n"
+TOO_LARGE = "standard output takes nothing more: file too large\n"
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("mechdsl explain both.mech | true", CLOSED),
+        ("mechdsl explain both.mech | true", ""),
         ("mechdsl schema > /dev/full", FULL),
         ("mechdsl --help > /dev/full", FULL),
+        ("PYTHONUNBUFFERED=1 mechdsl explain both.mech | true", ""),
+        ("ulimit -f 1; mechdsl schema > small", TOO_LARGE),
+        ("ulimit -f 1; PYTHONUNBUFFERED=1 mechdsl schema > small", TOO_LARGE),
         ("mechdsl validate both.mech >&-", "standard output is closed\n"),
     ],
 )
@@ -343,10 +348,74 @@ def test_output_that_is_closed_or_full(line: str, said: str, both: Path) -> None
 def test_a_run_whose_output_is_full(
     command: Command, both: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Output(open("/dev/full", "wb")) as full:
+    with Output(open("/dev/full", "wb"), encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stdout", full)
         done = command("run", both)
     assert (done.status, done.err) == (3, FULL)
+
+
+class SmallDisk(io.RawIOBase):
+    """A file whose disk has room for some bytes, opened as Python opens an unbuffered one."""
+
+    def __init__(self, path: Path, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def write(self, data: Any, /) -> int:
+        if stat.S_ISCHR(os.fstat(self.descriptor).st_mode):
+            return os.write(self.descriptor, data)  # it leads to /dev/null now
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        count = os.write(self.descriptor, memoryview(data)[: self.room])
+        self.room -= count
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self.descriptor)
+        super().close()
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("form", ["table", "json", "csv"])
+def test_output_filled_midway_exits_with_3(
+    command: Command, both: Path, form: str, buffered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk: Any = SmallDisk(both.parent / "out", 100)
+    stream = io.BufferedWriter(disk) if buffered else disk
+    with Output(stream, encoding="utf-8") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        done = command("run", both, "--only", "behaviour", "--format", form)
+    assert (done.status, done.err) == (3, FULL)
+
+
+def test_output_lost_at_close_exits_with_3(
+    command: Command, both: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system tells only then that its disk is full."""
+    close = os.close
+    with Output(SmallDisk(both.parent / "out", 1 << 20), encoding="utf-8") as output:
+        own = output.fileno()
+
+        def close_of_a_full_disk(descriptor: int) -> None:
+            of_output = os.path.sameopenfile(descriptor, own)
+            close(descriptor)
+            if of_output:
+                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", output)
+            patch.setattr(os, "close", close_of_a_full_disk)
+            done = command("explain", both)
+    assert done.status == 3
+    assert done.err == "standard output takes nothing more: disk quota exceeded\n"
 
 
 def test_later_files_are_run_where_they_keep_something(tmp_path: Path) -> None:
@@ -360,7 +429,7 @@ def test_later_files_are_run_where_they_keep_something(tmp_path: Path) -> None:
     assert done.returncode == 3
     for name in ("a.csv", "b.csv"):
         assert (tmp_path / name).read_text(encoding="utf-8").count("\n") == 9
-    assert done.stderr == f"{CLOSED}not run, as they keep nothing: c.mech\n"
+    assert done.stderr == "not run, as they keep nothing: c.mech\n"
 
 
 ASCII = {
