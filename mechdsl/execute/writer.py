@@ -76,7 +76,7 @@ class Writer:
                     run=run,
                     prompts=rows,
                     draw=np.tile(np.arange(run.draws), len(prompts)),
-                    keys=[number_of("run", run.name)] * len(rows),
+                    keys=[_drawn_by(run, prompt) for prompt in rows.tolist()],
                     prefill=RuleWrites(),
                     later=WhileWriting(),
                     contents=self.kept and self.kept.of_run(run, rows),
@@ -191,3 +191,11 @@ def ends_of(model: LoadedModel) -> frozenset[int]:
     if model.tokenizer is not None:
         found.append(model.tokenizer.role_ids.get("eos"))
     return frozenset(token for token in found if isinstance(token, int))
+
+
+def _drawn_by(run: Run, prompt: int) -> int:
+    """What the reply of an unpatched run is drawn by, beside the row: its tokens and its noise, and
+    not its name."""
+    noise = run.noise
+    said = None if noise is None else (noise.kind, noise.site, noise.std, noise.sds)
+    return number_of("run", run.rows[prompt].ids, said)

@@ -114,16 +114,16 @@ class ExperimentPlan:
         return tuple(sorted(found.items()))
 
     def content(self, cell: int) -> int:
-        """A number for what a cell does, which hangs neither on its place nor on the other cells,
-        nor on what is looked at."""
+        """A number for what a cell does: its values along the axes of rules that act. It doesn't
+        depend on names, the cell's index, other cells or observations."""
         acting = (plan.rule.axes for plan in self.rules if plan.rule.does.changes != "nothing")
         names = frozenset[str]().union(*acting)
         labels = [
-            (axis.name, axis.labels[own[cell]])
+            axis.labels[own[cell]]
             for axis, own in zip(self.experiment.axes, self.coordinates, strict=True)
             if axis.name in names
         ]
-        return number_of(self.experiment.spec.base, labels)
+        return number_of("cell", labels)
 
     @property
     def behind(self) -> bool:

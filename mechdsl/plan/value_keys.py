@@ -11,7 +11,7 @@ are in neither.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from typing import cast
 
@@ -32,6 +32,7 @@ from mechdsl.prompts.prompt_table import PromptTable, Run
 from mechdsl.resolve.direction_types import (
     Fitted,
     RandomLike,
+    Sample,
     SavedVector,
     Unembedded,
     UnitVector,
@@ -40,6 +41,7 @@ from mechdsl.resolve.direction_types import (
 )
 from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
 from mechdsl.resolve.resolved_rule import ResolvedRule, SitePoint
+from mechdsl.syntax import ast
 
 
 class Contents:
@@ -117,17 +119,30 @@ class Contents:
 
 
 def measure_digest(measure: ResolvedMeasure) -> bytes:
-    """What a measure reads, the texts of rows aside."""
+    """What a measure reads, the texts of rows and the contents of runs aside."""
     atoms = [
         [
-            *(atom.node, atom.name, atom.form.takes, atom.form.function.__qualname__),
-            *(atom.of_class, atom.classes, atom.run, atom.point, _plain(atom.python)),
-            None if atom.tokenizer is None else atom.tokenizer.hash,
+            *(atom.name, atom.form.takes, atom.form.function.__qualname__),
+            *(atom.of_class, atom.classes, atom.point, atom.points, _plain(atom.python)),
+            [axis.labels for axis in atom.axes],
+            *(atom.run is None, None if atom.tokenizer is None else atom.tokenizer.hash),
         ]
         for atom in measure.atoms
     ]
+    numbers = {atom.node: number for number, atom in enumerate(measure.atoms)}
     written = [] if measure.reply is None else [measure.reply, measure.in_reply]
-    return digest(measure.expression, measure.kind, measure.observed, atoms, *written)
+    made = _arithmetic(measure.expression, numbers)
+    return digest(made, measure.kind, measure.observed, atoms, *written)
+
+
+def _arithmetic(node: object, numbers: Mapping[ast.Expr, int]) -> object:
+    """An expression with the numbers of its atoms in their places: names in them may change."""
+    if not isinstance(node, ast.Node):
+        return node
+    if node in numbers:
+        return ["atom", numbers[cast("ast.Expr", node)]]
+    parts = [(each.name, getattr(node, each.name)) for each in fields(node) if each.compare]
+    return [type(node), [(name, _arithmetic(part, numbers)) for name, part in parts]]
 
 
 def measure_rows(
@@ -138,8 +153,6 @@ def measure_rows(
     run: the one that rows start from. item: the occurrence of the cell.
     """
     found = filled(0, len(table))
-    if measure.reply is not None:  # by its name tokens are drawn
-        found = mixed(found, filled(number_of(run.name), len(table)))
     for name in (run.name, *(atom.run for atom in measure.atoms if atom.run is not None)):
         at = measure.at.get(name)
         found = mixed(found, np.full(len(table), -1) if at is None else np.array(at))
@@ -380,8 +393,7 @@ class ExperimentKeys:
         """All that a direction hangs on."""
         match vector:
             case Fitted():
-                samples = [[self.contents.of(each.run, each.table), each.cell.hits, each.targets]
-                           for each in vector.samples]  # fmt: skip
+                samples = [self._sample(each) for each in vector.samples]
                 points = list(map(_written, vector.points))
                 return digest("fit", vector.way, vector.options, points, samples)
             case Unembedded():
@@ -395,6 +407,13 @@ class ExperimentKeys:
                 return digest("unit", self._direction(vector.of))
             case RandomLike():
                 return digest("random", self._direction(vector.of), vector.draw, vector.seed)
+
+    def _sample(self, sample: Sample) -> list[int]:
+        """The rows that a fit reads, in whatever order."""
+        contents = self.contents.of(sample.run, sample.table).tolist()
+        targets = sample.targets or (None,) * len(contents)
+        rows = zip(contents, sample.cell.hits, targets, strict=True)
+        return sorted(number_of(*row) for row in rows)
 
     def _model(self) -> bytes:
         return self.contents.models[self.plan.experiment.model.key]
@@ -436,9 +455,11 @@ class ExperimentKeys:
             table, prompts = rule.apart.table, np.arange(len(rule.apart.table))
             run = table.runs[rule.apart.run]
         contents = self.contents.of(run, table)[prompts]
-        groups = None if rule.groups is None else [rule.groups[row] for row in prompts.tolist()]
+        if rule.groups is not None:
+            groups = [number_of(rule.groups[row]) for row in prompts.tolist()]
+            contents = mixed(contents, np.array(groups, dtype=np.uint64))
         hits = _hits(plan.averaged, len(plan.sources), prompts)
-        found = [number_of(contents, groups, *each) for each in hits]
+        found = [number_of(np.sort(mixed(contents[index], own))) for index, own in hits]
         return np.array(found, dtype=np.uint64)
 
     def _all_rows(self) -> bytes:
@@ -448,25 +469,24 @@ class ExperimentKeys:
         whole = any(rule.rule.does.of_all_rows for rule in rules)
         if not self.plan.behind or not whole:
             return b""
-        texts = [
-            [item, [text[row] for row in kept.tolist()]]
-            for measure in self.plan.experiment.measures
-            for atom in measure.atoms
-            for item, text in atom.texts.items()
-        ]
-        runs = [self.contents.of(run, self.table)[kept] for run in self.table.runs.values()]
-        return digest(texts, runs)
+        found = filled(0, len(self.table))
+        for run in self.table.runs.values():
+            found = mixed(found, self.contents.of(run, self.table))
+        for measure in self.plan.experiment.measures:
+            for atom in measure.atoms:
+                for text in atom.texts.values():
+                    found = mixed(found, of_lists(Ragged.of(text)))
+        return digest(np.sort(found[kept]))
 
 
 def _static(rule: ResolvedRule) -> bytes:
-    """What a rule does, wherever it does it."""
+    """What a rule does, wherever it does it; what it reads is in the keys of rows, run by run."""
     does = rule.does
-    key = does.key(replace(rule, groups=None))  # each row has its own group
+    key = does.key(replace(rule, run="", apart=None, groups=None))
     return digest(
         type(does), does.name, vars(does), _plain(key), _plain(rule.python),
         None if rule.edge is None else rule.edge.change,
         None if rule.path is None else (rule.path.through_mlps, rule.path.frozen_norms),
-        None if rule.apart is None else rule.apart.run,
         *([rule.after_prefill] if rule.after_prefill else []),
     )  # fmt: skip
 

@@ -4,6 +4,8 @@ that can't does. Each file is run on what all others have left in one store."""
 from __future__ import annotations
 
 import json
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -490,3 +492,112 @@ def test_files_of_lenses(tmp_path: Path) -> None:
     found, rows = ran(text, tmp_path, store)
     assert rows == 0
     close(alone, found)
+
+
+NAMED_PROMPTS = """
+prompts fruit {
+  rows "data.jsonl"
+  xs = list(item, from: words, sep: " ")
+  template "{xs} w40 {subject} w41 {cue} w42"
+  answer " {a}"
+  wrong " {b}"
+  accepted = list(" {entry}", from: words)
+  corrupt fewer { subject = alt }
+  corrupt longer { words = more  cue = cue2 }
+}
+"""
+BODIES = [
+    """from fewer into clean
+      patch resid_post layer 1 at subject token
+      measure gap as delta
+      measure kl(fewer) as raw
+      measure prob(accepted) as raw""",
+    """from fewer into longer
+      patch pair at cue token
+      measure cosine(L1.resid, longer) at subject token as raw""",
+    """from clean into fewer
+      ablate z layer 1 head 1 at subject token with
+        mean, mean of longer, mean of apart, mean by cue
+      measure gap as delta""",
+    """run healed { ablate mlp_out layer 1 at cue token with zero }
+      from healed into clean
+      patch z layer 2 head 1 at last token
+      measure kl(healed) as raw""",
+    """for deep in 0..1 {
+        set z layer deep head 1 at last token to scale_of_it
+        measure cosine(resid_post layer deep, clean) at last token as raw
+      }""",
+    """from fewer into clean
+      add 2 * along to resid_post layer 1 at subject token
+      measure gap as delta""",
+    """from fewer into clean
+      for deep in 0..1 { patch resid_post layer deep at subject token }
+      measure gap as delta
+      using integrated_gradients(steps: 2)""",
+    "observe similarity resid_post layer 1 of fewer with longer at subject token",
+    """from clean into fewer
+      ablate z layer 1 head 1 at subject token with resample, resample of longer
+      measure gap as delta""",
+    """from fewer into clean
+      generate 2 with temperature 3
+      for deep in 0..1 { patch resid_post layer deep at subject token }
+      measure length as raw""",
+]
+NAMED = (
+    "param scale_of_it = 0.5\ngroup pair = L0H1, L1H2\n"
+    "metric gap = logit(answer) - logit(wrong)\n"
+    "direction along = mean_difference(apart, fruit) at resid_post layer 1 at last token\n"
+    + "".join(experiment(f"e{n}", "prompts fruit", body) for n, body in enumerate(BODIES))
+)
+
+
+def run_named(folder: Path, name: str = "", to: str = "", *, text: str = NAMED) -> tuple[str, int]:
+    """The tables of a file with another name for something, and how many rows it has run."""
+
+    def renamed(part: str) -> str:
+        return re.sub(rf"\b{name}\b", to, part) if name else part
+
+    others = renamed(APART) + renamed("seed 3" + NAMED_PROMPTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "APART", "")
+        found, rows = ran(renamed(text), folder, folder / "store", prompts=others)
+    return "".join(each.to_text(10_000) for each in found.experiments), rows
+
+
+def words(text: str) -> list[str]:
+    """Without lines and columns, whose widths change with names, and the order of rows."""
+    return sorted(re.findall(r"[^\s─━,]+", text))
+
+
+ORDERED = len(BODIES) - 3
+"""The experiments from this one on depend on the order of rows, which a block's name seeds, or draw
+by the values of a row, with their names."""
+OF_ANY_ORDER = NAMED[: NAMED.index(f"experiment e{ORDERED} ")]
+
+
+@pytest.fixture(scope="module")
+def kept_names(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store of `NAMED`."""
+    folder = tmp_path_factory.mktemp("names")
+    assert run_named(folder)[1] > 0
+    return folder
+
+
+@cache
+def unchanged(folder: Path, text: str) -> tuple[str, int]:
+    """(tables, the rows that run again: directions are fitted, and replies are read)."""
+    return run_named(folder, text=text)
+
+
+OF_ROWS = ["fruit", "accepted", "xs"]
+NAMES = [*OF_ROWS, "entry", "apart", "fewer", "longer", "healed", "pair", "gap", "along", "deep"]
+NAMES += ["scale_of_it", *(f"e{n}" for n in range(len(BODIES)))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_renaming_runs_nothing_and_tables_have_the_new_name(name: str, kept_names: Path) -> None:
+    text = OF_ANY_ORDER if name in OF_ROWS else NAMED
+    tables, again = unchanged(kept_names, text)
+    found, rows = run_named(kept_names, name, "renamed", text=text)
+    assert rows == again
+    assert words(found) == words(re.sub(rf"\b{name}\b", "renamed", tables))
