@@ -1,4 +1,4 @@
-"""Lists of a file's names in messages."""
+"""Names and texts of a file in messages."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ WIDTH = 40
 def shortened(name: str) -> str:
     """The name, or its beginning where it is long."""
     return name if len(name) <= WIDTH else f"{name[: WIDTH - 1]}…"
+
+
+def quoted(text: str) -> str:
+    """A text for a message, its white space visible."""
+    shown = text if len(text) <= WIDTH else text[: WIDTH - 3] + "…"
+    return "`" + shown.replace("\n", "\\n").replace("\t", "\\t") + "`"
 
 
 def name_list(names: Iterable[str]) -> str:

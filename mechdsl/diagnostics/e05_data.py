@@ -82,10 +82,11 @@ class MultiTokenText(Diagnostic):
     hangs_on = frozenset({"tokens"})
     title = "`{metric}` needs a text of one token, `{text}` has more"
     label = "read as {tokens}"
-    help = "write `logprob(…)`, which is summed over its tokens, or `{metric}(first token of …)`"
+    help = "{hint}"
     text: str
     tokens: str
     metric: str
+    hint: str
 
 
 @keyword_record
@@ -237,11 +238,12 @@ class AnswerNotInVocabulary(Diagnostic):
     hangs_on = frozenset({"tokens"})
     title = "the tokenizer doesn't know {text}, it is read as `{unknown}`"
     label = "in {rows} of {total} rows"
-    help = "use words that the model's vocabulary holds"
+    help = "{hint}"
     text: str
     unknown: str
     rows: int
     total: int
+    hint: str
 
 
 @keyword_record

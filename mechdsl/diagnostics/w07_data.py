@@ -1,4 +1,4 @@
-"""W0701 to W0704, W0781, W0790, W0791: what looks like a mistake but runs."""
+"""W0701 to W0705, W0781, W0790, W0791: what looks like a mistake but runs."""
 
 from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
@@ -37,10 +37,28 @@ class AnswerChangesPrompt(Diagnostic):
     hangs_on = frozenset({"tokens"})
     title = "the end of the prompt and {text} share a token"
     label = "in {rows} of {total} rows the prompt is tokenised otherwise with the answer behind it"
-    help = "let the template end without a space, and the answers begin with one"
+    help = "{hint}"
     text: str
     rows: int
     total: int
+    hint: str
+
+
+@keyword_record
+class TextSpacing(Diagnostic):
+    """A text that follows its prompt with no space or with two, and is read as other tokens."""
+
+    code = "W0705"
+    hangs_on = frozenset({"tokens"})
+    title = "there {spaces} between the prompt and {text}"
+    label = "the model reads `{joined}` in {rows} of {total} rows"
+    help = "{hint}, unless it is meant so"
+    spaces: str
+    text: str
+    joined: str
+    rows: int
+    total: int
+    hint: str
 
 
 @keyword_record

@@ -10,8 +10,10 @@ from mechdsl.base.record import Record, record
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.prompts.answers import (
     behind_rows,
+    edge_token,
     numerals,
     run_and_name,
+    shared_edge,
     text_tokens,
     texts_said,
 )
@@ -73,7 +75,10 @@ class TokenSets(Record):
 
 
 def is_list(table: PromptTable, part: object) -> bool:
-    """Whether a part of a metric is a list: written out, or a value of the rows that is one."""
+    """Whether a part of a metric is a list, written out or a value of the rows that is one, or
+    the first tokens of its texts."""
+    if isinstance(part, ast.EdgeTokenOf):
+        return is_list(table, part.of)
     if isinstance(part, ast.ListOf):
         return True
     if not isinstance(part, ast.Name | ast.OfRef):
@@ -153,16 +158,35 @@ def _of_entries(
     extra: Mapping[str, Any],
     digits: int | None,
 ) -> tuple[list[list[Accepted]], list[Diagnostic]]:
+    if isinstance(part, ast.EdgeTokenOf):
+        whole, problems = _of_entries(table, part.of, tokenizer, extra, digits)
+        if has_errors(problems):
+            return [], problems
+        sets = [[each.text for each in own] for own in whole]
+        edges = [[Accepted(edge_token(t, part, tokenizer)) for t in own] for own in sets]
+        return edges, [*problems, *shared_edge(table, part, sets, tokenizer)]
     entries: list[list[Entry]] = []
     for number, row in enumerate(table.sources):
         try:
             entries.append(_entries(table, number, row.with_values(extra) if extra else row, part))
         except Refusal as refusal:
             return [], [refusal.diagnostic(row.describe())]
-    asked = sorted({e for own in entries for e in own if isinstance(e, int)})
+    rows_of: dict[int, list[int]] = {}
+    for row, own in enumerate(entries):
+        for entry in own:
+            if isinstance(entry, int):
+                rows_of.setdefault(entry, []).append(row)
     spelt: dict[int, Accepted] = {}
-    if asked:
-        ids, problems = numerals(table, asked, tokenizer=tokenizer, span=part.span, digits=digits)
+    if rows_of:
+        asked = sorted(rows_of)
+        ids, problems = numerals(
+            table,
+            asked,
+            tokenizer=tokenizer,
+            span=part.span,
+            digits=digits,
+            rows=[rows_of[number] for number in asked],
+        )
         if problems:
             return [], problems
         spelt = {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mechdsl.base.names import name_list
+from mechdsl.base.names import name_list, quoted
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
@@ -25,6 +26,7 @@ from mechdsl.prompts.expressions import bad
 from mechdsl.prompts.prompt_table import PromptTable, TextTokens
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.rows import CLEAN, Row
+from mechdsl.prompts.text_spacing import respelling, spacing_warnings
 from mechdsl.prompts.tokenizer import Encoded, TextTokenizer
 from mechdsl.prompts.values import TokenId
 from mechdsl.syntax import ast
@@ -36,12 +38,6 @@ Labels = Literal["none", "named", "numbered"]
 tokens."""
 
 
-def quoted(text: str) -> str:
-    """A text for a message, its white space visible."""
-    shown = text if len(text) <= 40 else text[:37] + "…"
-    return "`" + shown.replace("\n", "\\n").replace("\t", "\\t") + "`"
-
-
 def tokenise(
     prompts: Sequence[str],
     texts: Sequence[str | TokenId],
@@ -50,17 +46,20 @@ def tokenise(
     name: str,
     span: Span,
     encoded: Mapping[str, Encoded] | None = None,
+    rows: Sequence[Collection[int]] | None = None,
 ) -> tuple[list[TextTokens], list[Diagnostic]]:
     """A text of every row behind its prompt. Codes: E0519, E0523, E0524, W0703.
 
     encoded: the prompts, where they are tokenised already.
+    rows: the rows that have each text, where that isn't one text for each row.
     """
+    rows = [(n,) for n in range(len(texts))] if rows is None else rows
     pairs = [(p, t) for p, t in zip(prompts, texts, strict=True) if isinstance(t, str)]
     found = iter(tokenizer.continuations(pairs, encoded))
     out: list[TextTokens] = []
     diagnostics: list[Diagnostic] = []
-    empty, unknown, changed = 0, Counter[str](), Counter[str]()
-    for text in texts:
+    empty, unknown, changed = _Rows(), _Rows(), _Rows()
+    for own, prompt, text in zip(rows, prompts, texts, strict=True):
         if isinstance(text, TokenId):
             if not 0 <= text.id < tokenizer.vocab_size and not diagnostics:
                 last = tokenizer.vocab_size - 1
@@ -68,30 +67,65 @@ def tokenise(
             out.append(TextTokens(tokenizer.token_text(max(text.id, 0)), (text.id,)))
             continue
         ids, kept = next(found)
-        empty += not ids
-        unknown[text] += tokenizer.unknown_id in ids
-        changed[text] += not kept
+        if not ids:
+            empty.add(own, prompt, text)
+        if tokenizer.unknown_id in ids:
+            unknown.add(own, prompt, text)
+        if not kept:
+            changed.add(own, prompt, text)
         out.append(TextTokens(text, ids))
-    if empty:
-        diagnostics.append(EmptyText(span=span, name=name, rows=empty, total=len(texts)))
-    first = next((t for t, n in unknown.most_common() if n), None)
-    if first is not None:
+    if not (empty.rows or unknown.rows or changed.rows):
+        return out, diagnostics
+    total = len(set[int]().union(*rows))
+    if empty.rows:
+        diagnostics.append(EmptyText(span=span, name=name, rows=len(empty.rows), total=total))
+    if unknown.rows:
+        prompt, text = unknown.most_common()
+        meant = respelling(prompt, text, tokenizer)
         diagnostics.append(
             AnswerNotInVocabulary(
                 span=span,
-                text=quoted(first),
+                text=quoted(text),
                 unknown=tokenizer.token_text(tokenizer.unknown_id or 0),
-                rows=sum(unknown.values()),
-                total=len(texts),
+                rows=len(unknown.rows),
+                total=total,
+                hint=meant.advice if meant else "use words that the model's vocabulary holds",
             )
         )
-    first = next((t for t, n in changed.most_common() if n), None)
-    if first is not None:
-        rows = sum(changed.values())
+    if changed.rows:
+        prompt, text = changed.most_common()
+        meant = respelling(prompt, text, tokenizer)
+        general = "let the template end without a space, and the answers begin with one"
         diagnostics.append(
-            AnswerChangesPrompt(span=span, text=quoted(first), rows=rows, total=len(texts))
+            AnswerChangesPrompt(
+                span=span,
+                text=quoted(text),
+                rows=len(changed.rows),
+                total=total,
+                hint=meant.advice if meant else general,
+            )
         )
     return out, diagnostics
+
+
+@dataclass
+class _Rows:
+    """Rows whose texts have the same problem."""
+
+    rows: set[int] = field(default_factory=set[int])
+    texts: Counter[str] = field(default_factory=Counter[str])
+    prompts: dict[str, str] = field(default_factory=dict[str, str])
+    """The prompt of the first row with each text."""
+
+    def add(self, rows: Collection[int], prompt: str, text: str) -> None:
+        self.rows.update(rows)
+        self.texts[text] += len(rows)
+        self.prompts.setdefault(text, prompt)
+
+    def most_common(self) -> tuple[str, str]:
+        """The text that most rows have, after its prompt."""
+        ((text, _),) = self.texts.most_common(1)
+        return self.prompts[text], text
 
 
 def shared_beginning(
@@ -162,11 +196,12 @@ def text_tokens(
 
     `answer`, `wrong`, a text's name, `answer of fewer`, a text in quotes (evaluated on the clean
     row, where `extra` has `item.index` and the like), `first token of answer`. Tokens follow the
-    clean row's prompt. Codes: E0503, E0516, E0517, E0519, E0520, E0524, W0703.
+    clean row's prompt. Codes: E0503, E0516, E0517, E0519, E0520, E0524, W0703, W0705.
     """
     match expr:
         case ast.Name() | ast.OfRef():
-            return _named(table, expr)
+            found, diagnostics = _named(table, expr)
+            return found, [*diagnostics, *_spacing_of_named(table, expr, found, tokenizer)]
         case ast.EdgeTokenOf():
             return _edge(table, expr, tokenizer, extra)
         case _:
@@ -258,6 +293,41 @@ def _named(
     ]
 
 
+def _spacing_of_named(
+    table: PromptTable,
+    expr: ast.Name | ast.OfRef,
+    found: Sequence[TextTokens],
+    tokenizer: TextTokenizer,
+) -> Sequence[Diagnostic]:
+    """W0705 at the line of the prompts that defines a text."""
+    if not found:
+        return []
+    block, name = table.sources[0].block, run_and_name(expr)[1]
+    texts = [None if block.is_token_id(name) else text.text for text in found]
+    span = block.texts[name].span
+    return _spacing(table, texts, tokenizer, span, range(len(table)))
+
+
+def _spacing(
+    table: PromptTable,
+    texts: Sequence[str | None],
+    tokenizer: TextTokenizer,
+    span: Span,
+    rows: Sequence[int],
+) -> Sequence[Diagnostic]:
+    """W0705, not of texts that follow generated replies: those end where the model ended them."""
+    clean = table.runs[CLEAN]
+    if not rows or clean.rows[0].reply is not None:
+        return []
+    return spacing_warnings(
+        [clean_text(table, row) for row in rows],
+        texts,
+        tokenizer.reading(written=clean.chat),
+        span,
+        rows,
+    )
+
+
 def _said(
     table: PromptTable, expr: ast.Expr, extra: Mapping[str, Any]
 ) -> tuple[list[str | TokenId], list[Diagnostic]]:
@@ -289,7 +359,9 @@ def behind_rows(
 ) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
     """Texts behind the clean prompts of these rows, without the token that was moved there."""
     prompts = [clean_text(table, row) for row in rows]
-    found, diagnostics = tokenise(prompts, texts, tokenizer, name=span.text, span=span)
+    of_text = [(row,) for row in rows]
+    name = span.text
+    found, diagnostics = tokenise(prompts, texts, tokenizer, name=name, span=span, rows=of_text)
     moved = [move(t, () if isinstance(x, TokenId) else table.moved)
              for t, x in zip(found, texts, strict=True)]  # fmt: skip
     other = next((t for t, m in zip(found, moved, strict=True) if m is None), None)
@@ -297,6 +369,9 @@ def behind_rows(
         diagnostics.append(
             OtherSpelling(span=span, text=quoted(other.text), moved=quoted(table.moved_text))
         )
+    else:
+        said = [text if isinstance(text, str) else None for text in texts]
+        diagnostics += _spacing(table, said, tokenizer, span, rows)
     return tuple(m or t for m, t in zip(moved, found, strict=True)), diagnostics
 
 
@@ -309,42 +384,74 @@ def _edge(
     whole, diagnostics = text_tokens(table, expr.of, tokenizer=tokenizer, extra=extra)
     if not whole or any(not t.ids for t in whole):
         return (), diagnostics
-    edge = 0 if expr.which == "first" else -1
-    shared = _rivals(table, whole, edge)
-    if shared:
-        row, rival = shared[0]
-        diagnostics.append(
-            SharedFirstToken(
-                span=expr.span,
-                which=expr.which,
-                text=quoted(whole[row].text),
-                rival=quoted(rival),
-                token=tokenizer.token_text(whole[row].ids[edge]).strip(),
-                rows=len({r for r, _ in shared}),
-                total=len(table),
-            )
+    diagnostics += shared_edge(table, expr, [[text] for text in whole], tokenizer)
+    return tuple(edge_token(text, expr, tokenizer) for text in whole), diagnostics
+
+
+def edge_token(text: TextTokens, expr: ast.EdgeTokenOf, tokenizer: TextTokenizer) -> TextTokens:
+    """The first or the last token of a text."""
+    token = text.ids[_edge_of(expr)]
+    return TextTokens(tokenizer.token_text(token), (token,))
+
+
+def shared_edge(
+    table: PromptTable,
+    expr: ast.EdgeTokenOf,
+    sets: Sequence[Sequence[TextTokens]],
+    tokenizer: TextTokenizer,
+) -> list[Diagnostic]:
+    """E0517 where a text outside a row's set has the same token there as one of the set.
+
+    Args:
+        table: The rows.
+        expr: `first token of …`.
+        sets: The texts of each row for which the token stands.
+        tokenizer: The model's.
+    """
+    edge = _edge_of(expr)
+    shared = _rivals(table, sets, edge)
+    if not shared:
+        return []
+    _, text, rival = shared[0]
+    return [
+        SharedFirstToken(
+            span=expr.span,
+            which=expr.which,
+            text=quoted(text.text),
+            rival=quoted(rival),
+            token=tokenizer.token_text(text.ids[edge]).strip(),
+            rows=len({row for row, _, _ in shared}),
+            total=len(table),
         )
-    ids = [t.ids[edge] for t in whole]
-    return tuple(TextTokens(tokenizer.token_text(i), (i,)) for i in ids), diagnostics
+    ]
 
 
-def _rivals(table: PromptTable, whole: Sequence[TextTokens], edge: int) -> list[tuple[int, str]]:
-    """Rows in which another text has the same token there: the row's own other texts, or, where it
-    has none, the same text of other rows."""
-    shared: list[tuple[int, str]] = []
+def _edge_of(expr: ast.EdgeTokenOf) -> int:
+    return 0 if expr.which == "first" else -1
+
+
+def _rivals(
+    table: PromptTable, sets: Sequence[Sequence[TextTokens]], edge: int
+) -> list[tuple[int, TextTokens, str]]:
+    """Rows in which a text outside a set has a token of the set there: the row's other texts, or,
+    where no row has any, the sets of other rows."""
+    shared: list[tuple[int, TextTokens, str]] = []
     declared = False
-    for n, own in enumerate(whole):
+    for n, own in enumerate(sets):
+        said = {text.text for text in own}
         others = [t for run in table.runs.values() for t in run.rows[n].texts.values()]
-        others = [t for t in others if t.text != own.text]
+        others = [t for t in others if t.text not in said]
         declared = declared or bool(others)
-        shared += [(n, t.text) for t in others if t.ids[edge] == own.ids[edge]]
+        by_edge = {text.ids[edge]: text for text in reversed(own)}
+        shared += [(n, by_edge[t.ids[edge]], t.text) for t in others if t.ids[edge] in by_edge]
     if declared:
         return shared
-    by_token: dict[int, str] = {}
-    for n, own in enumerate(whole):
-        rival = by_token.setdefault(own.ids[edge], own.text)
-        if rival != own.text:
-            shared.append((n, rival))
+    first_set: dict[int, tuple[str, ...]] = {}
+    for n, own in enumerate(sets):
+        for text in own:
+            rivals = first_set.setdefault(text.ids[edge], tuple(t.text for t in own))
+            if text.text not in rivals:
+                shared.append((n, text, rivals[0]))
     return shared
 
 
@@ -358,11 +465,14 @@ def numerals(
     tokenizer: TextTokenizer,
     span: Span | None = None,
     digits: int | None = None,
+    rows: Sequence[Collection[int]] | None = None,
 ) -> tuple[tuple[int, ...], list[Diagnostic]]:
     """Token ids of numerals, ascending, spelt as in `answer`.
 
     That is with the same text before the digits, and padded to the answers' width where these have
     leading zeros (`05`), or to as many `digits`. Codes: E0518, E0519, E0520.
+
+    rows: the rows that name each number, where not all do.
     """
     span = span or table.sources[0].block.spec.span
     before, width = _spelling(table)
@@ -370,8 +480,9 @@ def numerals(
     texts = [f"{before}{number:0{width}d}" for number in numbers]
     # One prompt stands for all: the token behind the prompt's last one is what counts.
     prompt = clean_text(table, 0)
+    rows = [range(len(table))] * len(texts) if rows is None else rows
     found, diagnostics = tokenise(
-        [prompt] * len(texts), texts, tokenizer, name="numeral", span=span
+        [prompt] * len(texts), texts, tokenizer, name="numeral", span=span, rows=rows
     )
     diagnostics = [d for d in diagnostics if d.severity == "error"]
     moved = [move(t, table.moved) for t in found]

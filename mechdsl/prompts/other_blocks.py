@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from mechdsl.base.names import quoted
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e02_names import BadArgument
 from mechdsl.diagnostics.e05_elsewhere import OtherEnding, PartnerMissing, RowsNotPaired
 from mechdsl.program.python_files import PythonFunction
-from mechdsl.prompts.answers import quoted
 from mechdsl.prompts.prompt_table import PromptTable, Run
 from mechdsl.prompts.prompts_block import PromptsBlock
 from mechdsl.prompts.replaced_text import extended

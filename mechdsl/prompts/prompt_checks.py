@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from mechdsl.base.names import quoted
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_model import NoTokenFor
 from mechdsl.diagnostics.e05_data import EmptyPrompt, PromptTooLong
 from mechdsl.diagnostics.w07_data import UnknownWords
-from mechdsl.prompts.answers import quoted
 from mechdsl.prompts.chat_template import turns_in
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.prompts.prompts_block import PromptsBlock

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from mechdsl.base.names import quoted
 from mechdsl.base.plural import plural
 from mechdsl.images.picture import GRAY, PictureChange
-from mechdsl.prompts.answers import output_words, quoted
+from mechdsl.prompts.answers import output_words
 from mechdsl.prompts.chat_template import ASSISTANT, TODAY
 from mechdsl.prompts.image_reader import ImageReader
 from mechdsl.prompts.prompt_table import PromptTable, RunRow

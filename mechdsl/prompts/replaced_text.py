@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mechdsl.base.names import quoted
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.e05_chat import MarkerInText
-from mechdsl.prompts.answers import quoted
 from mechdsl.prompts.positions import resolve_positions
 from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run, RunRow
 from mechdsl.prompts.span_occurrences import Occurrences

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from mechdsl.base import limits
+from mechdsl.base.names import quoted
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e02_names import did_you_mean
@@ -20,7 +21,7 @@ from mechdsl.diagnostics.e04_outputs import (
 )
 from mechdsl.models.shape import ModelShape
 from mechdsl.program.lower_images import IMAGE
-from mechdsl.prompts.answers import output_texts, quoted
+from mechdsl.prompts.answers import output_texts
 from mechdsl.prompts.prompt_table import PromptTable, TextTokens
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import Form, Metric, Takes

@@ -10,8 +10,12 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e05_data import MultiTokenText
 from mechdsl.diagnostics.e06_experiment import UnreadableMeasure
+from mechdsl.prompts.answer_sets import is_list
+from mechdsl.prompts.answers import clean_text
 from mechdsl.prompts.prompt_table import PromptTable, TextTokens
 from mechdsl.prompts.reply_positions import NO_REPLIES, ReplyTokens
+from mechdsl.prompts.rows import CLEAN
+from mechdsl.prompts.text_spacing import single_token_spelling
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.resolve.coordinates import SiteContext
 from mechdsl.resolve.observation import Observation
@@ -97,6 +101,31 @@ def environments(parts: Sequence[object], context: MeasureContext) -> Sequence[E
     return None
 
 
-def multi_token(text: ast.Node, name: str, long: TextTokens, context: MeasureContext) -> Diagnostic:
-    pieces = " ".join(f"`{context.tokenizer.token_text(i)}`" for i in long.ids)
-    return MultiTokenText(span=text.span, text=long.text, tokens=pieces, metric=name)
+def multi_token(
+    parts: Sequence[ast.Node], name: str, row: int, long: TextTokens, context: MeasureContext
+) -> Diagnostic:
+    """E0507 for a text of several tokens in a row, one of those that `parts` of a metric name."""
+    tokenizer = context.tokenizer.reading(written=context.table.runs[CLEAN].chat)
+    meant = None
+    if not isinstance(parts[0], ast.EdgeTokenOf):
+        meant = single_token_spelling(clean_text(context.table, row), long.text, tokenizer)
+    if meant is not None:
+        hint = f"{meant.advice}: then it is one token"
+    else:
+        hint = f"`{name}({', '.join(map(_first_token, parts))})`"
+        if len(parts) == 1 and not is_list(context.table, parts[0]):
+            hint = f"`logprob({parts[0].span.written})`, which is summed over its tokens, or {hint}"
+        hint = f"write {hint}"
+    return MultiTokenText(
+        span=parts[0].span.to(parts[-1].span),
+        text=long.text,
+        tokens=" ".join(f"`{context.tokenizer.token_text(i)}`" for i in long.ids),
+        metric=name,
+        hint=hint,
+    )
+
+
+def _first_token(part: ast.Node) -> str:
+    written = part.span.written
+    whole = isinstance(part, ast.Range | ast.EdgeTokenOf)
+    return written if whole else f"first token of {written}"

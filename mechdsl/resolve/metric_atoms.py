@@ -220,9 +220,9 @@ def _of_text(
         if any(p.severity == "error" for p in problems):
             return None
         if form.takes == "target":
-            long = next((t for t in found if len(t.ids) != 1), None)
+            long = next(((n, t) for n, t in enumerate(found) if len(t.ids) != 1), None)
             if long is not None:
-                context.diagnostics.append(multi_token(text, name, long, context))
+                context.diagnostics.append(multi_token([text], name, *long, context))
                 return None
         texts[env] = tuple(t.ids for t in found)
     several = any(len(ids) != 1 for rows in texts.values() for ids in rows)

@@ -53,16 +53,16 @@ def of_set(
         if form.takes == "numerals" and any(each.number is None for row in rows for each in row):
             refuse(context, node.span, "not all of it are whole numbers", f"write `{name}(1..9)`")
             return None
-        long = next((e.text for row in rows for e in row if len(e.text.ids) != 1), None)
+        every = ((n, e.text) for n, row in enumerate(rows) for e in row)
+        long = next((each for each in every if len(each[1].ids) != 1), None)
         if context.tokenizer.stands_in and name == "logprob":
             long = None
         if long is not None and name == "logprob":
-            reason = f"`{long.text}` is several tokens, and texts of several are read one by one"
+            reason = f"`{long[1].text}` is several tokens, and texts of several are read one by one"
             refuse(context, node.span, reason, "measure `logprob(…)` of each text by itself")
             return None
         if long is not None:
-            at = parts[0] if len(parts) == 1 else node
-            context.diagnostics.append(multi_token(at, name, long, context))
+            context.diagnostics.append(multi_token(parts, name, *long, context))
             return None
         sets[env] = TokenSets.made_of(rows)
     return Atom(node, name, form, sets=sets)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from mechdsl.base.names import quoted
 from mechdsl.base.plural import plural
-from mechdsl.prompts.answers import quoted
 from mechdsl.resolve.resolved import ResolvedExperiment
 
 _SHOWN = 4

@@ -143,7 +143,7 @@ class TestFirstToken:
         assert ids(made, "last token of answer", gpt2)[1] == []
 
     def test_other_answers_are_rivals_where_none_is_named(self, gpt2: TextTokenizer) -> None:
-        text = 'a in ["Mary", "John"] template "{a} is" answer "{a} plum" '
+        text = 'a in ["Mary", "John"] template "{a} is" answer " {a} plum" '
         assert ids(table(text, gpt2), "last token of answer", gpt2)[1] == ["E0517"]
         text = 'a in ["Mary", "John"] template "{a} is" answer " {a} plum"'
         assert ids(table(text, gpt2), "first token of answer", gpt2)[1] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mechdsl.base.source import Source
@@ -21,6 +22,8 @@ prompts fruit {{
   fruits = list(item, count, sep: " ")
   around = [count - 1, count, count + 1]
   words = list(" {{item}}", 2)
+  whole = [" {{count - 1}}", " {{count - 1}} plum", " 1"]
+  rivals = [" {{count}} plum"]
   template "Part 1: {{fruits}} Count 1:"
   answer " {{count}}"
   wrong " {{count - 1}}"
@@ -51,6 +54,12 @@ REFUSED = {
     "prob(class answer, wrong)": ("E0612", "can't be one of several", ""),
     'logprob(answer, " plum fig")': ("E0612", "texts of several are read one by one", ""),
     'prob(answer, " plum fig")': ("E0507", "needs a text of one token", ""),
+    "logit(whole)": ("E0612", "its argument doesn't fit", ""),
+    "prob(whole)": ("E0507", "needs a text of one token", ""),
+    "expected(first token of whole)": ("E0612", "not all of it are whole numbers", ""),
+    "prob(first token of rivals)": ("E0517", "is also that of ` ", "in 5 of 5 rows"),
+    "prob([29, 31, 32])": ("E0519", "` 31`", "in 5 of 5 rows"),
+    'prob([" papaya", " mango"])': ("E0519", "` papaya`", "in 5 of 5 rows"),
     'correct(" {item.index}", answer)': ("E0612", "needs a sweep over occurrences", ""),
     "prob(item.index..9)": ("E0612", "needs a sweep over occurrences", ""),
     "prob(answr, wrong)": ("E0516", "`answr`", ""),
@@ -95,6 +104,18 @@ def test_what_is_told_of_the_sets() -> None:
         "`prob(count + 1..9)` over 3 to 7 numerals in a row (`3` to `9`); "
         "`correct(answer, wrong, answer)` over 2 tokens in a row; equal tokens count once"
     )
+
+
+def test_first_tokens_of_a_list_are_summed_like_texts_of_one_token() -> None:
+    measures = ["prob(first token of whole)", 'prob(wrong, " 1")']
+    measures += ["prob(last token of whole)", 'prob(wrong, " plum", " 1")']
+    text = FILE.format(" as raw\n  measure ".join(measures))
+    ran, found = run_source(Source(text))
+    assert ran is not None, found
+    firsts, texts, lasts, others = (m.patched for m in ran.experiments[0].measures)
+    assert np.array_equal(firsts, texts)
+    assert np.array_equal(lasts, others)
+    assert not np.array_equal(firsts, lasts)
 
 
 @pytest.mark.skipif("MECHDSL_DATA" not in os.environ, reason="no published data")

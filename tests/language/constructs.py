@@ -1600,7 +1600,8 @@ _experiment(
     "`correct`, `prob`, `logprob` and `rank` take several texts of one token each: whether the "
     "best token is one of them, the sum of their probabilities, its logarithm, the best rank. A "
     'value that is a list stands for its entries: `accepted = list(" {alias}", from: aliases)`, '
-    "then `correct(accepted)`. Equal tokens count once.",
+    "then `correct(accepted)`, and where these have several tokens, "
+    "`correct(first token of accepted)`. Equal tokens count once.",
     "tests/execute/test_metrics.py",
 )
 _experiment(
