@@ -9,6 +9,7 @@ packages only the named function's own code is read.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -31,7 +32,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from mechdsl.program.code_behind import is_installed
+from mechdsl.program.code_behind import CodeUnknown, is_installed
 
 LIBRARIES = ("torch", "transformers", "huggingface_hub", "peft", "accelerate")
 """Packages that are identified by their versions, and by their code in memory."""
@@ -176,18 +177,36 @@ class ReachedCode:
                     self._bindings[name, attribute] = self._of(value, where, own)
 
     def _attributes(
-        self, module: ModuleType, names: frozenset[str], inside: tuple[ModuleType, ...]
+        self,
+        module: ModuleType,
+        names: frozenset[str],
+        inside: tuple[ModuleType, ...],
+        *,
+        own_reads: bool,
     ) -> None:
-        """Read the attributes of a module that are named beside it. inside: modules that led to
-        it."""
+        """Read the attributes of a module that are named beside it.
+
+        Args:
+            module: The module.
+            names: All names in the code that names the module.
+            inside: Modules that led to it.
+            own_reads: Whether that code is the user's own.
+
+        Raises:
+            CodeUnknown: The user's own code reads the environment, or what `tell` can't describe.
+        """
         own, held = not of_library(module.__name__), vars(module)
         data, label = self._is_followed(module.__name__), self._label(module, module.__name__)
         for name in sorted(held.keys() & names):
             key, value = (label, name), held[name]
+            if own_reads:
+                _refuse_environment(value, f"`{module.__name__}.{name}`")
             if isinstance(value, ModuleType):
                 self._bindings[key] = self._label(value, value.__name__)
                 if value not in inside:
-                    self._attributes(value, names, (*inside, value))
+                    self._attributes(value, names, (*inside, value), own_reads=own_reads)
+            elif own_reads and not data and isinstance(value, (*_NUMBERS, str)):
+                self._bindings[key] = repr(value)
             elif key not in self._bindings and (data or isinstance(value, FunctionType | type)):
                 self._bindings[key] = self._of(value, f"`{'.'.join(key)}`", own)
 
@@ -195,11 +214,13 @@ class ReachedCode:
 
     def _of(self, value: Any, where: str, own: bool, names: Iterable[str] = ()) -> Any:
         """own: whether it belongs to the user's own code. names: that are named beside it."""
+        if own:
+            _refuse_environment(value, where)
         match value:
             case FunctionType():
                 return self.add_function(value)
             case ModuleType():
-                self._attributes(value, frozenset(names), (value,))
+                self._attributes(value, frozenset(names), (value,), own_reads=own)
                 return self._label(value, value.__name__)
             case type():
                 return self.add_class(value)
@@ -246,6 +267,12 @@ class ReachedCode:
         if self._is_followed(kind.__module__):
             self.add_class(kind)
         return _name(kind)
+
+
+def _refuse_environment(value: object, where: str) -> None:
+    """Raise CodeUnknown for what reads variables of the environment."""
+    if value is os.environ or value is os.getenv:
+        raise CodeUnknown(f"{where} is the environment, which may change")
 
 
 def is_free(native: object) -> bool:

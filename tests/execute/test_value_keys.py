@@ -30,6 +30,7 @@ NOISED = PROMPTS.rstrip().removesuffix("}") + (
     "  corrupt noised { add gaussian(std: 0.5, samples: 2) to embed at subject tokens }\n}\n"
 )
 PROB = "measure prob(answer) as raw"
+TWO_TEXTS = ("answer", "wrong")
 ATTENTION = "attention layer 1 head 1 from last token to"
 
 
@@ -163,6 +164,11 @@ DIFFERENT: dict[str, list[str]] = {
         one("patch resid_post layer 1 at subject token", 'measure logprob("w3 w9") as raw'),
         one("patch resid_post layer 1 at subject token", 'measure logprob("w9 w3") as raw'),
         one("patch resid_post layer 1 at subject token", f"{PROB[:20]} at subject token as raw"),
+        *(
+            one("patch resid_post layer 1 at subject token", f"measure {a} {sign} {b} * {c} as raw")
+            for a, b, c in [["prob(answer)", "prob(wrong)", f"prob({of})"] for of in TWO_TEXTS]
+            for sign in "+-"
+        ),
         one("patch resid_post layer 1 at subject token", "measure kl(clean) as raw"),
         one("patch resid_post layer 1 at subject token", "measure kl(other) as raw"),
         one(

@@ -254,6 +254,15 @@ def test_the_code_of_a_class_of_its_own(
     assert reason == "the source of `own_block_of_a_test` can't be read"
 
 
+def reads_variables(module: Any) -> None:
+    module.model.own = lambda x: x * len(os.environ)
+
+
+def asks_for_a_variable(module: Any) -> None:
+    get = os.getenv
+    module.model.own = lambda x: x if get("VARIABLE") else 2 * x
+
+
 def hooked(module: Any) -> None:
     module.model.layers[0].register_forward_hook(lambda *_: None)
 
@@ -328,6 +337,8 @@ def keeps_results(module: Any) -> None:
         (backward_hook, "`model.layers.0` has backward hooks"),
         (hook_of_a_weight, "`model.norm` has a tensor with hooks"),
         (of_a_tensor, "is a `builtin_function_or_method`, which can't be told"),
+        (reads_variables, "`os.environ` is the environment, which may change"),
+        (asks_for_a_variable, "keeps, is the environment, which may change"),
         (keeps_results, "is a `_lru_cache_wrapper`, which can't be told"),
     ],
 )
@@ -379,6 +390,7 @@ def shift(x):
 """
 PARTS = """
 import helpers_of_a_test
+import transformers
 from torch import nn
 
 K = 1.0
@@ -446,6 +458,7 @@ class Act(nn.Module):
 
     def forward(self, x):
         x = self.inner(x) * self.K * Act.TABLE["by"] * K * TABLE["by"][0] * self.by
+        x = x * len(transformers.__version__)
         return helpers_of_a_test.shift(outer(scaled(kept(x))))
 """
 
@@ -531,6 +544,9 @@ IN_MEMORY: dict[str, Callable[[InMemory, pytest.MonkeyPatch], object]] = {
         at.helpers, "shift", at.parts.keeping(2.0)
     ),
     "global of another module": lambda at, patch: setattr(at.helpers, "LEVEL", 2.0),
+    "text of a library that is read": lambda at, patch: patch.setattr(
+        "transformers.__version__", "changed"
+    ),
     "function of the library": of_library(LLAMA, "apply_rotary_pos_emb"),
     "function that it calls": of_library(LLAMA, "rotate_half"),
     "method of the library": of_library(f"{LLAMA}:LlamaRMSNorm", "forward"),
