@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.diagnostics.e06_experiment import NoEstimate
 from mechdsl.execute.estimates import Estimates, NotDifferentiated
 from mechdsl.execute.found import Found
+from mechdsl.execute.group_replies import GroupReplies, reply_bytes
 from mechdsl.execute.no_value import function_failed
 from mechdsl.execute.not_finite import cell_words, in_cell, not_finite
 from mechdsl.execute.pass_size import stopwatch
@@ -225,6 +227,7 @@ class PanelRunner(PreparedPanel):
         all of each experiment."""
         widths, _ = extent(shared, self.runs.shortcuts, self.running)
         for run, group in groups(shared, self.plan, self.running, widths):
+            replies = self._group_replies(patcher, shared, group, run, batch)
             begin = 0
             while begin < len(group):
                 ends = np.cumsum(widths[group[begin:]])
@@ -239,7 +242,7 @@ class PanelRunner(PreparedPanel):
                     continue
                 try:
                     with stopwatch(self.runs.model.device) as seconds:
-                        passed = self._pass(patcher, shared, chosen, run, batch)
+                        passed = self._pass(patcher, shared, chosen, run, batch, replies)
                 except (RuntimeError, MemoryError) as error:
                     if len(chosen) == 1 or not out_of_memory(error) or not self.sizes.halve():
                         raise
@@ -334,18 +337,44 @@ class PanelRunner(PreparedPanel):
         chosen: Ints,
         run: Run,
         batch: Ints,
+        replies: GroupReplies | None,
     ) -> list[tuple[Ints, Member, Found]]:
         """One pass over the chosen distinct rows: what is found in those of each member, and which
         rows were run; without those of experiments that are lost."""
-        lost = [owner(plan) in self.lost for plan in self.running]
-        members = [each for each in members_of(shared, chosen) if not lost[each.number]]
-        if not members:
+        used = self._used(shared, chosen)
+        if not len(used):
             return []
-        used = np.unique(np.concatenate([member.at for member in members]))
-        if len(used) < len(chosen):
-            return self._pass(patcher, shared, chosen[used], run, batch)
-        every = patcher.values(shared, chosen, members, run, batch)
-        return [(chosen, member, found) for member, found in every]
+        members = self._members(shared, used)
+        written = () if replies is None else replies.of(used)
+        every = patcher.values(shared, used, members, run, batch, written)
+        return [(used, member, found) for member, found in every]
+
+    def _members(self, shared: SharedRows, chosen: Ints) -> list[Member]:
+        """Those of the chosen distinct rows whose experiments aren't lost."""
+        lost = [owner(plan) in self.lost for plan in self.running]
+        return [each for each in members_of(shared, chosen) if not lost[each.number]]
+
+    def _used(self, shared: SharedRows, chosen: Ints) -> Ints:
+        """The chosen distinct rows that such a member has."""
+        at = [member.at for member in self._members(shared, chosen)]
+        return chosen[np.unique(np.concatenate(at))] if at else chosen[:0]
+
+    def _group_replies(
+        self, patcher: Patcher, shared: SharedRows, group: Ints, run: Run, batch: Ints
+    ) -> GroupReplies | None:
+        """What writes the replies of a group's rows; None where none are written."""
+        writer, model = self.runs.writer, self.runs.model
+        if writer is None:
+            return None
+        return GroupReplies(
+            lambda chosen: patcher.written(shared, chosen, run, batch),
+            partial(self._used, shared),
+            group,
+            np.array([plan.draws for plan in self.running])[shared.owner]
+            * writer.generation.samples,
+            reply_bytes(shared, self.running, model.dtype.itemsize, model.shape),
+            self.sizes,
+        )
 
 
 def _not_differentiated(plan: ExperimentPlan, said: str) -> NoEstimate:

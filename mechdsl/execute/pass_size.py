@@ -26,6 +26,8 @@ LEAST_TOKENS = 256
 MOST_TOKENS = 1 << 17
 KEPT_SHARE = 0.25
 """Of the free memory, what unpatched runs may keep for the rows that start from them."""
+MOST_REPLY_BYTES = 2 << 30
+"""Of rows that write together, unless that is more than a quarter of the free memory."""
 
 
 @dataclass
@@ -40,6 +42,8 @@ class Sizes:
     prompt_tokens: int = PROMPT_TOKENS
     limit: int = MOST_TOKENS
     """The largest pass that there is memory for."""
+    reply_bytes: int = MOST_REPLY_BYTES
+    """Room for keys, values and written vectors of the rows that write together."""
     chosen: ChosenBy = "default"
     """What `pass_tokens` comes from."""
     settled: bool = False
@@ -57,18 +61,21 @@ class Sizes:
         """
         if pass_tokens is not None:
             prompts = prompt_tokens or PROMPT_TOKENS
-            return Sizes(pass_tokens, prompts, pass_tokens, "given", settled=True)
+            return Sizes(pass_tokens, prompts, pass_tokens, chosen="given", settled=True)
         usual, limit, room = PASS_TOKENS * DEVICE_FACTOR, MOST_TOKENS, PROMPT_TOKENS
+        replies = MOST_REPLY_BYTES
         for model, table in uses:
             if model.device.type == "cpu":
                 usual = PASS_TOKENS
             free = max(0, free_memory(model.device) - scores_bytes(model.device))
             limit = min(limit, int(free * 0.5) // max(1, bytes_per_token(model)))
             room = min(room, int(free * KEPT_SHARE) // kept_bytes(model, table))
+            replies = min(replies, int(free * KEPT_SHARE))
         limit = max(LEAST_TOKENS, limit)
         short = limit < usual or (prompt_tokens is None and room < PROMPT_TOKENS)
         prompts = prompt_tokens or max(1, room)
-        return Sizes(min(usual, limit), prompts, limit, "memory" if short else "default")
+        chosen = "memory" if short else "default"
+        return Sizes(min(usual, limit), prompts, limit, replies, chosen)
 
     @property
     def kept(self) -> PassSizes:

@@ -75,17 +75,23 @@ class Patcher:
         self.model = runs.model
 
     def values(
-        self, shared: SharedRows, chosen: Ints, members: Sequence[Member], run: Run, batch: Ints
+        self,
+        shared: SharedRows,
+        chosen: Ints,
+        members: Sequence[Member],
+        run: Run,
+        batch: Ints,
+        replies: Sequence[tuple[Reply, ...]] = (),
     ) -> Iterator[tuple[Member, Found]]:
         """One pass over the chosen distinct rows, which all start from `run`.
 
-        batch: the prompts in work. Gives what is read of the rows of each member.
+        batch: the prompts in work. replies: of each row, those of `written`; none where nothing is
+        written. Gives what is read of the rows of each member.
         """
         draws = self.plans[int(shared.owner[chosen[0]])].draws
         rows = self._pass_rows(shared, chosen, run, batch, draws)
         readouts = [self.readouts[member.number] for member in members]
         repeated = [on_draws(member, draws) for member in members]
-        replies = self._replies(shared, chosen, rows)
         lanes = self.runs.lanes(run, batch)
         lengths = lanes.lengths[lanes.lane(rows.prompts, rows.draw)]
         wanted = [
@@ -123,14 +129,16 @@ class Patcher:
                 found = with_replies(found, behind[member.number])
             yield member, found.over_draws(draws)
 
-    def _replies(self, shared: SharedRows, chosen: Ints, rows: PassRows) -> list[tuple[Reply, ...]]:
-        """Per row of a pass, what it writes; nothing where none does."""
+    def written(
+        self, shared: SharedRows, chosen: Ints, run: Run, batch: Ints
+    ) -> list[tuple[Reply, ...]]:
+        """Per chosen distinct row and draw of noise, what it writes: a text for each sample."""
         writer = self.runs.writer
-        if writer is None:
-            return []
+        assert writer is not None
+        draws = self.plans[int(shared.owner[chosen[0]])].draws
+        rows = self._pass_rows(shared, chosen, run, batch, draws)
         number, cell = shared.owner[chosen], shared.rows.cell[chosen]
         keys = [self.plans[n].content(c) for n, c in zip(number, cell, strict=True)]
-        draws = len(rows) // len(chosen)
         contents = self._contents(shared, chosen)
         return writer.of_rows(
             WritingRows(

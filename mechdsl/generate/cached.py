@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.generate.acting import Chosen, joined, merged
-from mechdsl.generate.cached_pass import CachedPass, NewTokens, keep, run_cached
+from mechdsl.generate.cached_pass import CachedPass, NewTokens, PassArguments, keep, run_cached
 from mechdsl.generate.kept_keys import KeptKeys
 from mechdsl.generate.one_query import can_be_asked
 from mechdsl.generate.records import StepRules
@@ -58,34 +58,42 @@ class CachedPasses:
         self.limit = limit
         self.columns = max(map(len, prompts))
         """Of all prompts, padded on the left."""
-        own = _own_tokens(prompts, prefill)
-        self._at_last = way.places is not None and not prefill.numbers and int(own.max()) == 1
-        """Whether the prefill is a step too, of the prompts' last tokens, behind what is common."""
-        if self._at_last:
-            own = np.ones_like(own)
-        self.own = own
-        """[row] the tokens that only its prefill computes."""
         self._lengths = np.array([len(prompt) for prompt in prompts])
         """[row] tokens of its prompt."""
-        self._last = np.array([prompt[-1] for prompt in prompts])
-        """[row] the last token of its prompt."""
-        self._texts = numbered(prompts)
-        """[row] the number of its prompt."""
-        self._distinct = 1 + int(self._texts.max())
-        """Prompts."""
-        edited = _own_tokens(prompts, RuleWrites(kept))
-        apart = int(np.maximum(own, edited).max())
-        shares = way.shares and 2 * self._distinct <= len(prompts) and can_be_asked(model)
-        self._common = self.columns - apart if shares else 0
-        """Columns that rows of a prompt have in common throughout."""
         layers = model.shape.n_layers
-        self.keys = KeptKeys(layers, len(prompts), self.columns - self._common, tokens - 1)
         acting = first_acting(len(prompts), prefill, kept, steps)
         lowest = np.zeros_like(acting)
         if way.places is not None:
             lowest = lowest_acting(model, len(prompts), prefill, kept, steps)
             if not way.places.attention:
                 lowest -= lowest % 2
+        self._texts = numbered(prompts)
+        """[row] the number of its prompt."""
+        self._distinct = 1 + int(self._texts.max())
+        """Prompts."""
+        own = _own_tokens(prompts, prefill)
+        most = int(own.max())
+        begins = np.where(acting == 0, lowest, 2 * layers)
+        half_blocks = self._distinct * 2 * layers + int((2 * layers - begins).sum())
+        self._together = (
+            way.places is not None
+            and (way.places.several or most == 1)
+            and not prefill.numbers
+            and most > 0
+            and all(write.mode != "step" for write in prefill.writes)
+            and most * half_blocks <= 2 * layers * int(own.sum())
+        )
+        """Whether the prefill shares blocks as a step does, with as many tokens of each prompt,
+        where that is less than its rows compute apart. A step reads the token before, which may be
+        in the pass before."""
+        self.own = own = np.full_like(own, most) if self._together else own
+        """[row] the tokens that only its prefill computes."""
+        edited = _own_tokens(prompts, RuleWrites(kept))
+        apart = int(np.maximum(own, edited).max())
+        shares = way.shares and 2 * self._distinct <= len(prompts) and can_be_asked(model)
+        self._common = self.columns - apart if shares else 0
+        """Columns that rows of a prompt have in common throughout."""
+        self.keys = KeptKeys(layers, len(prompts), self.columns - self._common, tokens - 1)
         self._blocks = SharedBlocks(self._texts, acting, lowest, layers)
         self._places = way.places
         self._leaders = np.zeros(0, dtype=np.int64)
@@ -109,7 +117,7 @@ class CachedPasses:
         step, rows = ids.shape[1], states.leaders
         if step == 0:
             self._blocks.begin(states)
-            if not self._at_last:
+            if not self._together:
                 return states
         newest = ids[rows, -1] if step else np.zeros_like(rows)
         return self._blocks.arrange(states, newest, step)
@@ -120,15 +128,11 @@ class CachedPasses:
         ids: [row, step] the replies so far.
         """
         step, rows = ids.shape[1], states.leaders
-        if step == 0 and not self._at_last:
-            return self._prefill(states)
-        first = self.columns + step - 1
         if step == 0:
-            self._shared(states, self.own[rows])
-        else:
-            self.keys.move(self._blocks.moves, first)
-        newest = ids[rows, -1:] if step else self._last[rows, None]
-        newest = torch.from_numpy(newest).to(self.model.device)
+            return self._prefill_together(states) if self._together else self._prefill(states)
+        first = self.columns + step - 1
+        self.keys.move(self._blocks.moves, first)
+        newest = torch.from_numpy(ids[rows, -1:]).to(self.model.device)
         if self._chosen is None or not np.array_equal(rows, self._leaders):
             self._leaders, self._before = rows, None
             self._chosen, self._starting = Chosen(len(self.prompts), rows), self._starts(rows)
@@ -141,7 +145,7 @@ class CachedPasses:
         if step == 1:
             self._edit(states, self._chosen)
         tokens = NewTokens(newest, self._starting, first)
-        acting = self._acting(self._chosen, step, acts) if step else self._prefilled(self._chosen)
+        acting = self._acting(self._chosen, step, acts)
         every, lineup = slice(0, len(states)), self._blocks.lineup
         self._open = CachedPass(self.model, tokens, self.keys, every, acting, lineup, self._places)
         return self._open.run()
@@ -194,6 +198,25 @@ class CachedPasses:
         for part in _parts(own, self.limit):
             found.append(self._suffix(rows, part, int(own[part].max())))
         return torch.cat(found)
+
+    def _prefill_together(self, states: States) -> Tensor:
+        """The same in shared blocks, some columns at a time."""
+        rows, lineup = states.leaders, self._blocks.lineup
+        self._shared(states, self.own[rows])
+        acting, batch = self._prefilled(Chosen(len(self.prompts), rows)), self._batch(rows)
+        if self.keys.shared is not None:
+            self.keys.shared.stand(self._texts[rows])
+
+        def part(first: int, end: int) -> PassArguments:
+            tokens = NewTokens(batch.ids[:, first:end], batch.starts, first)
+            every, mine = slice(0, len(rows)), tokens.acting(acting)
+            return self.model, tokens, self.keys, every, mine, lineup, self._places
+
+        first, count = self.columns - int(self.own.max()), max(1, self.limit // len(rows))
+        while first + count < self.columns:
+            keep(*part(first, first + count))
+            first += count
+        return run_cached(*part(first, self.columns))
 
     def _shared(self, states: States, own: Ints) -> Tensor | None:
         """What prompts have in common, once for each distinct one; the logits [state, vocab] of

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -72,6 +72,21 @@ class NewTokens:
         """Columns in which positions lie."""
         return self.starts[rows.to(self.starts.device)] + positions.to(self.starts.device)
 
+    def acting(self, rules: RuleWrites) -> RuleWrites:
+        """What acts at these tokens, of what acts in whole prompts."""
+
+        def there(rows: Tensor, positions: Tensor) -> Tensor:
+            columns = self.columns(rows, positions).cpu()
+            return (columns >= self.first) & (columns < self.key_width)
+
+        writes = (each.some(there(each.rows, each.positions)) for each in rules.writes)
+        edges = (each.some(there(each.rows, each.queries)) for each in rules.edges)
+        return replace(
+            rules,
+            writes=[each for each in writes if len(each.rows)],
+            edges=[each for each in edges if len(each.rows)],
+        )
+
     def locate(
         self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,6 +101,12 @@ class NewTokens:
         numbers = own.clamp(min=0) if self.numbers is None else self.numbers
         mask = (column >= self.starts[:, None]).long()
         return {**text_inputs(model, self.ids, numbers), "attention_mask": mask}
+
+
+PassArguments: TypeAlias = tuple[
+    LoadedModel, NewTokens, KeptKeys, slice, RuleWrites, Lineup | None, Places | None
+]
+"""What `run_cached` and `keep` are called with."""
 
 
 class CachedPass:
@@ -114,10 +135,7 @@ class CachedPass:
         self._one = OneQuery(kept)
         with ExitStack() as stack:
             stack.enter_context(_running(model, work, tokens, kept, acting, self._one))
-            if self._some is not None:
-                assert places is not None
-                running = partial(setattr, tokens, "running")
-                stack.enter_context(only_first_rows(model, self._some, places, running))
+            stack.enter_context(_first_rows(model, tokens, self._some, places))
             self._stack = stack.pop_all()
 
     def run(self) -> Tensor:
@@ -163,19 +181,43 @@ def run_cached(
 
 
 def keep(
-    model: LoadedModel, tokens: NewTokens, kept: KeptKeys, rows: slice, acting: RuleWrites
+    model: LoadedModel,
+    tokens: NewTokens,
+    kept: KeptKeys,
+    rows: slice,
+    acting: RuleWrites,
+    lineup: Lineup | None = None,
+    places: Places | None = None,
 ) -> None:
     """The same where only the keys and values are wanted."""
     n_layers = model.shape.n_layers
     acting = acting.below(n_layers, n_layers)
     work = SiteWork(model, tokens, acting.writes, (), n_layers, acting.edges)
-    with _running(model, work, tokens, kept, acting, OneQuery(kept)), suppress(PassStopped):
-        _called(model, tokens, kept.at(rows, tokens.first, tokens.count))
+    some = lineup if lineup is not None and lineup.shares else None
+    with (
+        _running(model, work, tokens, kept, acting, OneQuery(kept)),
+        _first_rows(model, tokens, some, places),
+        suppress(PassStopped),
+    ):
+        _called(model, tokens, kept.at(rows, tokens.first, tokens.count, some))
     work.check()
 
 
 def _called(model: LoadedModel, tokens: NewTokens, kept: KeptKeys) -> Any:
     return model.module(**tokens.inputs(model), past_key_values=kept, use_cache=True)
+
+
+@contextmanager
+def _first_rows(
+    model: LoadedModel, tokens: NewTokens, some: Lineup | None, places: Places | None
+) -> Generator[None]:
+    """Blocks compute the rows that they have by `some`; None: all of them."""
+    if some is None:
+        yield
+        return
+    assert places is not None
+    with only_first_rows(model, some, places, partial(setattr, tokens, "running")):
+        yield
 
 
 @contextmanager

@@ -37,6 +37,8 @@ class Places:
     """[block]"""
     attention: tuple[PerRow, ...] = ()
     """[block] of its attention; empty if that computes what the rest of the block does."""
+    several: bool = True
+    """Whether that holds for several tokens of each row too."""
 
 
 def attention_path(block: BlockAnatomy) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -120,10 +121,11 @@ def _places(
         return None
     every = tuple(by_row(a, two, b) for a, b in zip(few, more, strict=True))
     end = len(blocks)
-    for attention in (every[end:], ()) if every[end:] else ((),):
+    kinds = (every[end:], ()) if every[end:] else ((),)
+    for attention, several in product(kinds, (True, False)):
         begins = [2 * half + int(bool(attention)), 2 * half + 2]
         lineup = Lineup(np.array([0] * two + begins), np.array([0, 1, 0, 1]))
-        places = Places(every[:end], attention)
+        places = Places(every[:end], attention, several)
         with suppress(Exception):
             by = lineup, places
             some = _cached(model, [*prompts, *prompts], inside, shares=shares, by=by)
@@ -151,7 +153,8 @@ def _cached(
 ) -> Tensor:
     """The same in passes over a few tokens, each other one with all attention opened.
 
-    by: which rows blocks compute of the tokens that come one by one, and how they are told.
+    by: which rows blocks compute, of passes over several tokens too if that may be, and how they
+    are told.
     """
     width, device = _LENGTHS[0], model.device
     batch = Batch.of(prompts, model.pad_id, "left", device)
@@ -165,7 +168,7 @@ def _cached(
     first, end = _COMMON, _COMMON + _OWN
     while end <= width:
         tokens = NewTokens(batch.ids[:, first:end], batch.starts, first)
-        some = by if by is not None and end == first + 1 else (None, None)
+        some = by if by is not None and (by[1].several or end == first + 1) else (None, None)
         acting = RuleWrites()
         if inside and len(found) % 2 == 0:
             acting = _nothing(model, tokens, some[0] or Lineup.apart(len(prompts)))

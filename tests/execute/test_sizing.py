@@ -364,9 +364,9 @@ def layout(
     passes: list[tuple[bytes, bytes]] = []
     values = Patcher.values
 
-    def noted(self: Patcher, shared: Any, chosen: Any, members: Any, run: Any, batch: Any) -> Any:
-        passes.append((chosen.tobytes(), batch.tobytes()))
-        return values(self, shared, chosen, members, run, batch)
+    def noted(self: Patcher, shared: Any, chosen: Any, *given: Any) -> Any:
+        passes.append((chosen.tobytes(), given[2].tobytes()))
+        return values(self, shared, chosen, *given)
 
     with monkeypatch.context() as patch:
         patch.setattr(Patcher, "values", noted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -80,7 +81,12 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
                 found.append([*each, len(lineup)])
             return super().run()
 
+    def run(*arguments: Any) -> torch.Tensor:
+        with closing(Counted(*arguments)) as only:
+            return only.run()
+
     monkeypatch.setattr(cached, "CachedPass", Counted)
+    monkeypatch.setattr(cached, "run_cached", run)
     return found
 
 
@@ -101,11 +107,12 @@ def test_rows_that_write_the_same(name: str, rows: list[list[int]]) -> None:
 
 @pytest.mark.parametrize("shares", [True, False])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_acts_from_the_last_token_on(
-    name: str, shares: bool, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("count", [1, 4])
+def test_prefill_shares_blocks_as_steps_do(
+    name: str, shares: bool, count: int, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then the prefill shares as steps do; a row on which nothing acts is like the others' first
-    blocks."""
+    """Rules act on the last tokens of each prompt, some of which are in another pass; a row on
+    which nothing acts is like the others' first blocks."""
     model = model_of(name)
     way = replace(way_of(model), shares=shares)
     monkeypatch.setattr(write_replies, "way_of", lambda *_, **__: way)
@@ -115,10 +122,10 @@ def test_what_acts_from_the_last_token_on(
         Act(row, sites[row % 8], (top, 0, 1)[row % 3], "scale", (1.3,), 0, position=place)
         for row, prompt in enumerate(ROWS)
         if row != 4
-        for place in (len(prompt) - 1, None)
+        for place in (*range(max(0, len(prompt) - count), len(prompt)), None)
     ]
     rules = Rules(acts)
-    found = written(model, ROWS, greedy(3), rules)
+    found = written(model, ROWS, greedy(3), rules, limit=2 * len(ROWS))
     agree(found, by_hand(name, ROWS, rules, 3))
     assert len(rows) == 3
     assert rows[0][0] < rows[0][1] < len(ROWS) == rows[0][-1]
