@@ -46,14 +46,15 @@ def reply_work(
 ) -> ReplyWork:
     """The work behind prompts of these lengths, [row].
 
-    tokens: what a reply has at most. kept: keys and values of earlier tokens are, and rows ride in
-    one pass; else each step of each row is a whole pass over its prompt and its reply so far.
+    tokens: what a reply has at most. kept: keys and values of earlier tokens are, and `pass_tokens`
+    rows write together, each one token in a step; else each step of each row is a whole pass over
+    its prompt and its reply so far.
     """
     steps = np.arange(1, tokens, dtype=np.int64)
     rows = len(lengths) * samples
     whole = lengths[:, None] + steps
     if kept:
-        together = -(-int(lengths.sum()) * samples // pass_tokens)
+        together = -(-rows // pass_tokens)
         return ReplyWork(
             len(steps) * together, rows * len(steps), int(whole.sum()) * samples, rows * len(steps)
         )
