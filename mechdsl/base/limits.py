@@ -70,6 +70,7 @@ DRAWS = _limit(10_000, "random draws of `against`", "E0630")
 STEPS = _limit(1_000, "steps of integrated gradients", "E0207")
 WRITTEN = _limit(10_000, "tokens of a reply", "E0207")
 REPLIES = _limit(1_000, "samples of a reply", "E0207")
+REPEATS = _limit(100_000, "repetitions in a regular expression, multiplied", "E0612")
 SEARCH_SECONDS = _limit(5, "seconds in which a regular expression is searched in a reply", "E0612")
 
 CHAT_TEMPLATE = _limit(200_000, "characters of a chat template", "E0551")

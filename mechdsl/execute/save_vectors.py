@@ -194,4 +194,4 @@ def _bytes(vectors: Tensor, order: Ints, dtype: torch.dtype) -> memoryview:
     """[K, width] in an order, as the file has them."""
     own = vectors[torch.from_numpy(order).to(vectors.device)].to(dtype).cpu().contiguous()
     whole: Any = own.view(torch.uint8).numpy()
-    return memoryview(whole).cast("B")
+    return memoryview(whole.reshape(-1))

@@ -10,7 +10,7 @@ from mechdsl.resolve.measure_context import MeasureContext, environments, refuse
 from mechdsl.resolve.resolved import Atom, Env
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import Form
-from mechdsl.vocab.reply_metrics import FIRST, LAST
+from mechdsl.vocab.reply_metrics import FIRST, LAST, check_pattern
 
 _USAGE = {
     "exact_match": "`exact_match` or `exact_match(answer)`",
@@ -83,13 +83,11 @@ def _pattern(node: ast.Expr, given: Sequence[object], context: MeasureContext) -
     text = given[0] if len(given) == 1 else None
     if not isinstance(text, ast.String):
         return _misfit(node, "matches", "it takes one regular expression in quotes", context)
-    import regex
-
     try:
-        regex.compile(text.value)
-    except (regex.error, OverflowError, RecursionError) as error:
-        reason = f"it is no regular expression: {error}"
-        hint = 'a sign that stands for itself has a backslash in front: `matches("\\(yes\\)")`'
+        check_pattern(text.value)
+    except ValueError as error:
+        reason = f"its regular expression is invalid: {error}"
+        hint = 'write a character that stands for itself with a backslash: `matches("\\(yes\\)")`'
         refuse(context, text.span, reason, hint, of=node.span)
         return None
     return text.value

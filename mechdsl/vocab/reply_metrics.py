@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Sequence
 
 from mechdsl.base import limits
@@ -14,6 +15,8 @@ Wanted = Sequence[tuple[str, ...]]
 """[row] what stands in the brackets of the metric, as it is in that row."""
 
 FIRST, LAST = "first", "last"
+_REPEATED = re.compile(r"\{(\d+)(?:,(\d*))?\}")
+_LITERAL_BRACE = re.compile(r"(\\N\{[^}]*\}|\\.)|\{(?!\d*(?:,\d*)?\})", re.DOTALL)
 _NUMBER = re.compile(r"(?:(?<![\w.,)])-)?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?")
 
 
@@ -67,11 +70,31 @@ class TakesTooLong(Exception):
         self.row = row
 
 
+def check_pattern(pattern: str) -> None:
+    """Check a regular expression before any search.
+
+    Raises:
+        ValueError: If Python's `re` can't compile the expression or warns about it, or if its
+            repetitions are too many.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError, Warning) as error:
+            raise ValueError(str(error)) from error
+    counts = [int(most or least) for least, most in _REPEATED.findall(pattern)]
+    if math.prod(max(1, count) for count in counts) > limits.REPEATS:
+        raise ValueError(f"its repetitions multiply to more than {limits.REPEATS:,}")
+
+
 def _found(pattern: str, text: str, row: int) -> bool:
     import regex  # `re` can't be cut short
 
+    # Only to `regex` is `{e<=1}` more than these characters.
+    literal = _LITERAL_BRACE.sub(lambda each: each[1] or r"\{", pattern)
     try:
-        return regex.search(pattern, text, timeout=limits.SEARCH_SECONDS) is not None
+        return regex.search(literal, text, timeout=limits.SEARCH_SECONDS) is not None
     except TimeoutError as error:
         raise TakesTooLong(row) from error
 

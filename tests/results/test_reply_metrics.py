@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from mechdsl.execute.reply_values import reply_values
 from mechdsl.resolve.resolved import Atom
 from mechdsl.validate.check_file import Settings, check_source
 from mechdsl.vocab.metrics import METRICS
-from mechdsl.vocab.reply_metrics import TakesTooLong
+from mechdsl.vocab.reply_metrics import TakesTooLong, check_pattern
 
 
 def read(name: str, replies: list[str], wanted: list[tuple[str, ...]]) -> list[float]:
@@ -45,6 +46,44 @@ def test_a_pattern_is_searched_for() -> None:
     replies = ["it is 42.", "it is 4.", "No", "Nothing"]
     wanted = [("[0-9]{2}",), ("[0-9]{2}",), (r"No\b",), (r"No\b",)]
     assert read("matches", replies, wanted) == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("pattern", ["cat{e}", "cat{e<=1}", "a{}", "a{2", "[{i}]", "a{1,x}"])
+def test_braces_that_are_no_count_match_themselves_as_in_re(pattern: str) -> None:
+    replies = ["cat", "cat{e}", "cat{e<=1}", "kat", "a{}", "a{2", "a{e}", "a{1,x}", "", "{", "i"]
+    expected = [float(re.search(pattern, reply) is not None) for reply in replies]
+    assert read("matches", replies, [(pattern,)] * len(replies)) == expected
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"\N{DIGIT ONE}{2}", r"\d{2,}", r"(a{2}){3}", r"a{,2}b", r"(?i)YES", r"[\]{]x"]
+)
+def test_valid_pattern_is_accepted_and_searched_as_in_re(pattern: str) -> None:
+    replies = ["11", "1", "aaaaaa", "aaaaa", "aab", "yes", "no", "nono", "{x", "]x"]
+    check_pattern(pattern)
+    expected = [float(re.search(pattern, reply) is not None) for reply in replies]
+    assert read("matches", replies, [(pattern,)] * len(replies)) == expected
+
+
+INVALID = {
+    "recursion": ("(?R)", "unknown extension"),
+    "call of a group": ("(a|b(?0))", "unknown extension"),
+    "property": (r"\p{L}", "bad escape"),
+    "flag inside": ("a(?i)", "global flags"),
+    "look-behind of any width": ("(?<=a+)b", "fixed-width"),
+    "class of characters": ("[[:alpha:]]", "nested set"),
+    "large count": ("a{4294967296}", "too large"),
+    "long repetition": ("(a){1000000000}", "multiply to more than 100,000"),
+    "nested repetition": ("((a{100}){100}){100}", "multiply to more than 100,000"),
+    "nested groups": ("(" * 500 + ")" * 500, "recursion"),
+}
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_pattern_that_re_cannot_read_is_invalid(case: str) -> None:
+    pattern, reason = INVALID[case]
+    with pytest.raises(ValueError, match=reason):
+        check_pattern(pattern)
 
 
 ENDLESS = "^([0-9 ]|[0-9])+[a-z]$"

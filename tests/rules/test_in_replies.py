@@ -528,6 +528,38 @@ def test_what_is_saved(data: Path, name: str, mode: str) -> None:
             )
 
 
+@pytest.mark.parametrize("dtype", ["", " as float16", " as bfloat16"])
+@pytest.mark.parametrize("mode", ["plain", "small passes"])
+def test_save_where_no_reply_has_the_text_writes_an_empty_file(
+    data: Path, mode: str, dtype: str
+) -> None:
+    lines = [
+        f'save {site} at "zebra" of reply token to "{name}.safetensors"{dtype}'
+        for name, site in (("x", "resid_post layer *"), ("y", "z layer 1 heads *"))
+    ]
+    result, found = try_file(experiment("e", GENERATE, *lines, measure=""), data, "llama", mode)
+    assert result is not None, found
+    for name in ("x", "y"):
+        tensors = load_file(data / f"{name}.safetensors")
+        assert {len(each) for each in tensors.values()} == {0}
+        assert (data / f"{name}.jsonl").read_text() == ""
+    assert [(each.vectors, each.rows) for each in result.saved] == [(0, 0)] * 2
+
+
+@pytest.mark.parametrize("mode", ["plain", "small passes"])
+def test_save_at_a_text_of_some_replies_has_those_rows(data: Path, mode: str) -> None:
+    own = [write("llama", text.ids, lambda written: ([], [])) for text in rows()]
+    words = [[word(i) for i in reply.ids] for reply in own]
+    some = next(w for each in words for w in each if 0 < sum(w in r for r in words) < len(words))
+    line = f'save resid_post layer 0 at "{some}" of reply token to "x.safetensors"'
+    result, found = try_file(experiment("e", GENERATE, line, measure=""), data, "llama", mode)
+    assert result is not None, found
+    about = [json.loads(each) for each in (data / "x.jsonl").read_text().splitlines()]
+    assert 0 < len(about) < len(rows())
+    assert all(some in each["reply"].split() for each in about)
+    assert len(load_file(data / "x.safetensors")["resid_post.layer0"]) == len(about)
+
+
 def data_row(about: dict[str, Any]) -> int:
     """The number in the data of a row that is saved."""
     return next(n for n, text in enumerate(rows()) if about["ids"][: len(text.ids)] == text.ids)
