@@ -16,6 +16,8 @@ from mechdsl.generate.records import Decoding
 
 NO_TOKEN = -1
 """Where logits are no numbers, and behind the end of a reply."""
+BINS, BINS_PER_UNIT = 2048, 64
+"""Of logits below the largest one; those further below share the last bin."""
 
 
 def next_tokens(
@@ -64,9 +66,12 @@ def _sampled(logits: Tensor, states: Tensor, uniform: Tensor, decoding: Decoding
     sampling, Holtzman et al. 2020, arXiv 1904.09751).
     """
     warm = logits.float() / (1.0 if decoding.temperature is None else decoding.temperature)
-    ordered, ids = warm.sort(dim=-1, descending=True, stable=True)
+    if decoding.top_k is None and decoding.top_p is None:
+        return _of_all(warm, states, uniform)
     if decoding.top_k is not None:
-        ordered, ids = ordered[:, : decoding.top_k], ids[:, : decoding.top_k]
+        ordered, ids = _largest(warm, min(decoding.top_k, warm.shape[-1]))
+    else:
+        ordered, ids = warm.sort(dim=-1, descending=True, stable=True)
     mass = ordered.softmax(-1).double().cumsum(-1)
     if decoding.top_p is not None:
         # Those in front of which less than top_p lies: the first one always.
@@ -78,6 +83,37 @@ def _sampled(logits: Tensor, states: Tensor, uniform: Tensor, decoding: Decoding
     place = (mass[states] <= wanted).sum(-1, keepdim=True)
     place = torch.minimum(place, (mass < whole).sum(-1, keepdim=True)[states])
     return ids[states].gather(-1, place)[:, 0]
+
+
+def _largest(warm: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """([state, k] the largest of [state, vocab], their ids), of equal ones the lowest id first."""
+    least = warm.topk(k).values[:, -1:]
+    with_equal = int((warm >= least).sum(-1).amax())
+    ids = warm.topk(with_equal).indices.sort(-1).values
+    ordered, place = warm.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return ordered[:, :k], ids.gather(-1, place)[:, :k]
+
+
+def _of_all(warm: Tensor, states: Tensor, uniform: Tensor) -> Tensor:
+    """[row] tokens drawn from [state, vocab] as `_sampled` says; only tokens with logits near that
+    of the drawn one are sorted."""
+    probability = warm.softmax(-1).double()
+    bins = ((warm.amax(-1, keepdim=True) - warm) * BINS_PER_UNIT).clamp(max=BINS - 1).long()
+    sums = probability.new_zeros(len(warm), BINS).scatter_add_(-1, bins, probability).cumsum(-1)
+    last = (sums < sums[:, -1:]).sum(-1)
+    wanted = uniform * sums[states, -1]
+    own = torch.minimum((sums[states] <= wanted[:, None]).sum(-1), last[states])
+    before = torch.where(own > 0, sums[states, own - 1], 0.0)
+    rows, ids = (bins.short()[states] == own[:, None]).nonzero().unbind(-1)
+    order = warm[states[rows], ids].sort(descending=True, stable=True).indices
+    order = order[rows[order].sort(stable=True).indices]
+    rows, ids = rows[order], ids[order]
+    count = rows.bincount(minlength=len(states))
+    first = count.cumsum(0) - count
+    mass = probability[states[rows], ids].cumsum(0)
+    mass = mass - (mass - probability[states[rows], ids])[first][rows] + before[rows]
+    place = torch.zeros_like(count).index_add_(0, rows, (mass <= wanted[rows]).long())
+    return ids[first + torch.minimum(place, count - 1)]
 
 
 class Writing:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,3 +244,57 @@ def test_what_the_newest_token_sees_cant_be_allowed() -> None:
 def test_an_empty_prompt() -> None:
     with pytest.raises(ValueError, match="every prompt needs a token"):
         write_replies(model_of("gpt2"), [(1, 2), ()], greedy(3))
+
+
+def sorted_draw(logits: Any, uniform: float, top_k: int | None, top_p: float | None) -> int:
+    """The definition: tokens by falling logit, of equal ones the lowest id first."""
+    order = np.lexsort((np.arange(len(logits)), -logits))[:top_k]
+    mass = np.exp(logits[order] - logits.max())
+    mass = np.cumsum(mass / mass.sum())
+    last = len(mass) - 1 if top_p is None else min(int((mass < top_p).sum()), len(mass) - 1)
+    return int(order[min(int((mass <= uniform * mass[last]).sum()), last)])
+
+
+KINDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "normal": lambda x: x * 2,
+    "flat": lambda x: x * 0.01,
+    "peaked": lambda x: x * 30,
+    "ties": lambda x: (x * 2).round(),
+    "16 bits": lambda x: (x * 4).bfloat16().float(),
+    "equal": lambda x: x * 0,
+    "excluded": lambda x: x.masked_fill(x < 0, -torch.inf),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(None, None), (1, None), (40, None), (None, 0.7915), (40, 0.79)]
+)
+def test_draws_are_those_of_sorted_tokens(
+    kind: str, top_k: int | None, top_p: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = KINDS[kind](torch.randn(3, 700, generator=generator))
+    uniform = torch.rand(60, generator=generator, dtype=torch.float64)
+    states = torch.arange(60) % 3
+    how = greedy(3, temperature=1.0, top_k=top_k, top_p=top_p)
+    found = _sampled(logits, states, uniform, how).tolist()
+    every = zip(states.tolist(), uniform.tolist(), strict=True)
+    wide = logits.double().numpy()
+    assert found == [sorted_draw(wide[state], u, top_k, top_p) for state, u in every]
+
+
+@pytest.mark.parametrize("how", [{"temperature": 1.3}, {"top_k": 50}, {"top_k": 50, "top_p": 0.9}])
+def test_the_vocabulary_is_sorted_for_top_p_alone(
+    how: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sort, sizes = torch.Tensor.sort, list[int]()
+
+    def noted(self: torch.Tensor, *given: Any, **named: Any) -> Any:
+        sizes.append(self.shape[-1])
+        return sort(self, *given, **named)
+
+    monkeypatch.setattr(torch.Tensor, "sort", noted)
+    logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(1))
+    tokens_of(logits, [0, 1, 2, 3], greedy(3, **how), [(n,) for n in range(4)])  # pyright: ignore
+    assert max(sizes) < 500
