@@ -301,6 +301,20 @@ def test_one_rule_more_runs_its_cells_only(tmp_path: Path) -> None:
     assert rows == len(ROWS) + 1
 
 
+def test_base_run_that_was_a_source_run_gets_its_bounds_of_rounding(tmp_path: Path) -> None:
+    """Of source runs none are asked for."""
+    store = tmp_path / "store"
+    ran(
+        one("patch resid_post layer 1 at subject token", ends="from clean into other"),
+        tmp_path,
+        store,
+    )
+    alone, found = ran(PATCH, tmp_path, None)[0], ran(PATCH, tmp_path, store)[0]
+    bounds = [each.experiments[0].measures[0].rounding for each in (alone, found)]
+    assert np.asarray(bounds).min() > 0
+    np.testing.assert_allclose(*bounds, rtol=0.1)
+
+
 @pytest.mark.parametrize("using", ["gradient_input", "integrated_gradients(steps: 2)"])
 def test_one_layer_more_is_estimated_alone(using: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
