@@ -177,12 +177,12 @@ class Atom(Record):
             for tokens in sets.tokens:
                 yield from tokens
 
-    @property
+    @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Per row, the tokens of its text, of the longest one where cells differ."""
         return tuple(max(map(len, texts)) for texts in zip(*self.texts.values(), strict=True))
 
-    @property
+    @cached_property
     def behind(self) -> tuple[int, ...]:
         """Per row, how many tokens of its text go in behind the prompt: the last one is predicted
         only, and other metrics than those of a whole text read no such pass."""
