@@ -270,6 +270,7 @@ class _Collector:
             for name in self.block.texts:
                 each.named_text(name)
             _ = each.prompt, each.regions
+            each.forget_steps()
         return Made(row, corrupted)
 
     def _belongs(self, number: int) -> bool:

@@ -94,6 +94,10 @@ class Row(WithImage):
         for worked_out in ("prompt", "turns", "plain_values", "key", *OF_IMAGES):
             self.__dict__.pop(worked_out, None)
 
+    def forget_steps(self) -> None:
+        """Drop the values that its texts are made of; they are worked out again if asked for."""
+        self._cache = {}
+
     @cached_property
     def draw_key(self) -> int:
         """What its draws hang on: its number, or, in a data file, what the record is. Records that

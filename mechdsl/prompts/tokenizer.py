@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from hashlib import sha256
+from itertools import starmap
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -305,12 +306,12 @@ class TextTokenizer:
         for start in range(0, len(texts), _BATCH):
             batch = list(texts[start : start + _BATCH])
             for e in self._backend.encode_batch(batch, add_special_tokens=add_special):
-                special = tuple(flag == 1 for flag in e.special_tokens_mask)
+                special = _flags(tuple(e.special_tokens_mask))
                 offsets = [
                     (0, 0) if added else at for at, added in zip(e.offsets, special, strict=True)
                 ]
                 _place_prefixes(e, offsets, special)
-                out.append(Encoded(tuple(e.ids), tuple(offsets), special))
+                out.append(Encoded(tuple(e.ids), tuple(starmap(_place, offsets)), special))
         return out
 
     def _with_opening(self, encoded: Encoded) -> Encoded:
@@ -455,6 +456,18 @@ def _place_prefixes(
         start, end = offsets[n]
         if not special[n + 1] and end > offsets[n + 1][0] and set(token) in ({"▁"}, {"Ġ"}):
             offsets[n] = (start, start)
+
+
+@lru_cache(maxsize=2**10)
+def _flags(mask: tuple[int, ...]) -> tuple[bool, ...]:
+    """Zeros and ones as truth values; one object for the many rows that have the same."""
+    return tuple(flag == 1 for flag in mask)
+
+
+@lru_cache(maxsize=2**16)
+def _place(start: int, end: int) -> tuple[int, int]:
+    """Where a token begins and ends; one object for the many rows that have the same."""
+    return start, end
 
 
 def _keep_white_space(backend: Tokenizer) -> None:

@@ -28,7 +28,11 @@ class SpanAt(NamedTuple):
     """Names of the spans around it, outermost first (`("part1",)` for an item of `part1`)."""
 
 
-@dataclass(frozen=True)
+shared_span = lru_cache(maxsize=2**16)(SpanAt)
+"""`SpanAt`, one object for equal ones: the lists of all rows have the same few."""
+
+
+@dataclass(frozen=True, slots=True)
 class Rich:
     """A text with the named spans in it."""
 
@@ -42,7 +46,7 @@ def bare(text: str) -> Rich:
     return Rich(text)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One entry of a list."""
 
@@ -52,7 +56,7 @@ class Item:
     """What stands in the placeholders of its text."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Items:
     """What `list(…)` gives: its items are spans called `name`, if that isn't empty."""
 
@@ -118,10 +122,12 @@ def concatenate(parts: Iterable[tuple[str, Rich]]) -> Rich:
         at = len(text)
         text += rich.text
         if name:
-            spans.append(SpanAt(name, at, len(text)))
+            spans.append(shared_span(name, at, len(text)))
         if rich.spans:
             around = (name,) if name else ()
-            spans += [SpanAt(n, at + a, at + b, around + within) for n, a, b, within in rich.spans]
+            spans += [
+                shared_span(n, at + a, at + b, around + within) for n, a, b, within in rich.spans
+            ]
     return Rich(text, tuple(spans))
 
 
