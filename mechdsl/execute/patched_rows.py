@@ -89,7 +89,7 @@ class Patcher:
         written. Gives what is read of the rows of each member.
         """
         draws = self.plans[int(shared.owner[chosen[0]])].draws
-        rows = self._pass_rows(shared, chosen, run, batch, draws)
+        rows = _without_rules(shared, chosen, run, batch, draws)
         readouts = [self.readouts[member.number] for member in members]
         repeated = [on_draws(member, draws) for member in members]
         lanes = self.runs.lanes(run, batch)
@@ -98,9 +98,11 @@ class Patcher:
             wanted_of(readout, member, run, lengths, self._look(member))
             for readout, member in zip(readouts, repeated, strict=True)
         ]
+        readers = readers_of(repeated, self.plans, self.readouts, self.skip)
+        if readers or any(want.needs_pass for want in wanted):
+            rows = self._pass_rows(shared, chosen, run, batch, draws)
         logits, reads, observed, tokens = self._forward(rows, lanes, readouts, wanted)
         have = HaveWritten(rows.run, rows.prompts, (), rows.acting, rows.later)
-        readers = readers_of(repeated, self.plans, self.readouts, self.skip)
         behind = read_behind(self.runs, have, replies, readers)
         for member, many, readout, want, own, read, seen in zip(
             members, repeated, readouts, wanted, logits, reads, observed, strict=True
@@ -137,8 +139,10 @@ class Patcher:
         assert writer is not None
         draws = self.plans[int(shared.owner[chosen[0]])].draws
         rows = self._pass_rows(shared, chosen, run, batch, draws)
-        number, cell = shared.owner[chosen], shared.rows.cell[chosen]
-        keys = [self.plans[n].content(c) for n, c in zip(number, cell, strict=True)]
+        number, cell = shared.owner[chosen].tolist(), shared.rows.cell[chosen].tolist()
+        cells = list(zip(number, cell, strict=True))
+        content = {(n, c): self.plans[n].content(c) for n, c in dict.fromkeys(cells)}
+        keys = [content[each] for each in cells]
         contents = self._contents(shared, chosen)
         return writer.of_rows(
             WritingRows(
@@ -194,15 +198,13 @@ class Patcher:
     def _pass_rows(
         self, shared: SharedRows, chosen: Ints, run: Run, batch: Ints, draws: int
     ) -> PassRows:
-        index = np.repeat(np.arange(len(chosen)), draws)
-        draw = np.tile(np.arange(draws), len(chosen))
-        prompts = shared.rows.prompt[chosen][index]
-        owner = shared.owner[chosen][index]
-        found = PassRows(run, batch, prompts, draw)
+        found = _without_rules(shared, chosen, run, batch, draws)
+        every = np.repeat(chosen, draws)
+        owner = shared.owner[every]
         for number in np.unique(owner):
             own = np.flatnonzero(owner == number)
-            rows = shared.rows.take(chosen[index[own]])
-            found = found.joined(self._rows_of(int(number), rows, draw[own], run, batch), own)
+            rows, draw = shared.rows.take(every[own]), found.draw[own]
+            found = found.joined(self._rows_of(int(number), rows, draw, run, batch), own)
         return found
 
     def _rows_of(
@@ -459,3 +461,9 @@ class Patcher:
         final = (np.repeat(count, at.shape[1]), at.reshape(-1))
         logits, _ = self._run(own, lanes, final, {}, None)
         return logits.unflatten(0, at.shape)
+
+
+def _without_rules(shared: SharedRows, chosen: Ints, run: Run, batch: Ints, draws: int) -> PassRows:
+    """Distinct rows of a pass, before it is known what acts in them."""
+    prompts = np.repeat(shared.rows.prompt[chosen], draws)
+    return PassRows(run, batch, prompts, np.tile(np.arange(draws), len(chosen)))

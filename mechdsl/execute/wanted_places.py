@@ -46,6 +46,11 @@ class Wanted:
     look: Look | None = None
     """What it observes."""
 
+    @property
+    def needs_pass(self) -> bool:
+        """Whether it reads anything of a pass over prompts."""
+        return bool(len(self.final[0]) or self.inside or self.look is not None)
+
     def spots(self, logits: Tensor) -> Tensor | None:
         """[row, spot, vocab]"""
         if not self.spots_per_row:
