@@ -29,7 +29,7 @@ class WholePasses:
 
     Where that doesn't give the tokens in front of the newest one as they were (kept keys and values
     were edited behind the prefill; blocks were exchanged in some of the steps), their keys and
-    values are written as they were.
+    values are written as they were, and so is what steps are taken of, before any rule.
     """
 
     def __init__(
@@ -52,6 +52,10 @@ class WholePasses:
         before = dict(prefill.blocks)
         mixed = any(blocks_of(steps, step) != before for step in range(1, tokens))
         self._holds = bool(kept) or mixed
+        every = (*prefill.writes, *(write for rules in steps for write in rules.writes))
+        stepped = (replace(write.where, before=True) for write in every if write.mode == "step")
+        self._stepped = list(dict.fromkeys(stepped))
+        """Sites that steps are taken of."""
         self._held: list[Held] = []
         """[state] of the step before."""
 
@@ -111,12 +115,13 @@ class WholePasses:
         every = any(write.site == "logits" for write in acting.writes)
         reads = self._reads(acting) if self._holds else []
         again = [_as_written(read, [each[read] for each in held]) for read in reads if held]
-        # What is held stands as it stood, whatever is written there again.
+        # A step begins with vectors before all rules; what else is held is written after them.
+        begin, end = again[: len(self._stepped)], again[len(self._stepped) :]
         with blocks_replaced(self.model, acting.blocks):
             result = run_whole(
                 self.model,
                 batch,
-                writes=[*acting.writes, *again],
+                writes=[*begin, *acting.writes, *end],
                 edges=acting.edges,
                 reads=reads,
                 logits_at=None if every else last,
@@ -126,24 +131,24 @@ class WholePasses:
             slice(start, start + length)
             for start, length in zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)
         ]
-        if self._holds:
-            self._held += [
-                {read: found[number, span] for read, found in result.reads.items()}
-                for number, span in enumerate(spans)
-            ]
+        for number, span in enumerate(spans if self._holds else ()):
+            own = {read: found[number, span] for read, found in result.reads.items()}
+            for read in self._stepped if held else ():  # of each token, from its own pass
+                own[read] = torch.cat([held[number][read], own[read][-1:]])
+            self._held.append(own)
         if not every:
             return result.logits[:, 0]
         index = torch.arange(len(batch), device=result.logits.device)
         return result.logits[index, (batch.starts + last[:, 0]).to(index.device)]
 
     def _reads(self, acting: RuleWrites) -> list[SiteRead]:
-        """Keys and values of all blocks that run."""
+        """What steps are taken of, and keys and values of all blocks that run."""
         shape, blocks = self.model.shape, {to: of is not None for to, of in acting.blocks}
         layers = [layer for layer in range(shape.n_layers) if blocks.get(layer, True)]
         every = [SiteRead(site, layer) for layer in layers for site in ("k", "v")]
         if not all(shape.has(read.site, read.layer) for read in every):
             raise ValueError(f"`{self.model.name}` has blocks without keys and values to keep")
-        return every
+        return [*self._stepped, *every]
 
     def _before(self, states: States, chosen: Chosen, step: int) -> list[Held]:
         """[state] what is held of the tokens in front of the newest; in the first step, edited.

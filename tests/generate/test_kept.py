@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache
 
 from mechdsl.generate.records import StepRules
 from mechdsl.generate.write_replies import write_replies
+from mechdsl.hooks.reads_and_writes import SiteWrite
 from mechdsl.hooks.rule_writes import RuleWrites
 
 from ..rules.models import double
@@ -137,3 +139,51 @@ def test_a_block_that_was_left_out_has_nothing_to_attend_to() -> None:
         write_replies(model_of("gpt2"), PROMPTS, greedy(2), prefill=prefill)
     # One token is the prefill's alone.
     assert write_replies(model_of("gpt2"), PROMPTS, greedy(1), prefill=prefill)
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_steps_read_the_previous_token_as_its_own_pass_left_it(edited: bool) -> None:
+    """Two rules that add steps, one after the other, and an edit of the keys of the prompt."""
+    model, prompt, first, second, by = model_of("llama"), PROMPTS[2], 4.0, -2.0, 6.0
+    heads = torch.arange(model.shape.n_heads)
+
+    def step(factor: float, rule: int, positions: range) -> SiteWrite:
+        places = torch.tensor(positions).repeat_interleave(len(heads))
+        rows, units = torch.zeros_like(places), heads.repeat(len(positions))
+        factors = torch.full((len(places), 1), factor)
+        return SiteWrite("q", 2, rows, places, units, factors, "step", rule=rule)
+
+    def steps(positions: range) -> list[SiteWrite]:
+        return [step(first, 0, positions), step(second, 1, positions)]
+
+    row, at, unit = (torch.tensor([n]) for n in (0, 2, 1))
+    edit = SiteWrite("k", 1, row, at, unit, torch.tensor([[by]]), "scale", rule=2)
+    found = written(
+        model,
+        [prompt],
+        greedy(TOKENS),
+        prefill=RuleWrites(steps(range(len(prompt)))),
+        steps=[StepRules(1, writes=[write]) for write in steps(range(1))],
+        kept=[edit] if edited else [],
+    )
+
+    last: dict[float, Tensor] = {}
+
+    def add_steps(module: nn.Module, given: Any, q: Tensor) -> Tensor:
+        for factor in (first, second):
+            before = torch.cat([last.get(factor, q[:, :1]), q[:, :-1]], dim=1)
+            last[factor], q = q[:, -1:], q + factor * (q - before)
+        return q
+
+    net, cache, ids = model.module, DynamicCache(), torch.tensor([prompt])
+    handle = net.model.layers[2].self_attn.q_proj.register_forward_hook(add_steps)
+    logits: list[Tensor] = []
+    with torch.no_grad():
+        for number in range(TOKENS):
+            logits.append(net(ids, past_key_values=cache, use_cache=True).logits[0, -1].double())
+            ids = logits[-1].argmax().reshape(1, 1)
+            if number == 0 and edited:
+                cache.layers[1].keys[:, 1, 2] *= by
+    handle.remove()
+    replies = [int(each.argmax()) for each in logits]
+    agree(found, [(replies, torch.stack(logits))])
