@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.loading.reached_code import ReachedCode, home_of, is_free, of_library
+from mechdsl.loading.reached_code import ReachedCode, home_of, is_free, is_own_compiled, of_library
 from mechdsl.models.identity import digest_of
 from mechdsl.program.code_behind import CodeUnknown, code_of_module
 from mechdsl.prompts.tokenizer import TextTokenizer
@@ -170,7 +170,7 @@ class _Told:
             return ["method", self.of(value.__func__, where)]
         if isinstance(value, FunctionType):
             return ["function", self._reached.add_function(value)]
-        if isinstance(value, BuiltinFunctionType) and is_free(value):
+        if isinstance(value, BuiltinFunctionType) and is_free(value) and not is_own_compiled(value):
             return ["function", value.__module__, value.__qualname__]
         raise CodeUnknown(f"{where} is a `{type(value).__name__}`, which can't be told")
 

@@ -193,14 +193,14 @@ class ReachedCode:
             own_reads: Whether that code is the user's own.
 
         Raises:
-            CodeUnknown: The user's own code reads the environment, or what `tell` can't describe.
+            CodeUnknown: The user's own code reads what can't be described.
         """
         own, held = not of_library(module.__name__), vars(module)
         data, label = self._is_followed(module.__name__), self._label(module, module.__name__)
         for name in sorted(held.keys() & names):
             key, value = (label, name), held[name]
             if own_reads:
-                _refuse_environment(value, f"`{module.__name__}.{name}`")
+                _refuse_unseen(value, f"`{module.__name__}.{name}`")
             if isinstance(value, ModuleType):
                 self._bindings[key] = self._label(value, value.__name__)
                 if value not in inside:
@@ -215,7 +215,7 @@ class ReachedCode:
     def _of(self, value: Any, where: str, own: bool, names: Iterable[str] = ()) -> Any:
         """own: whether it belongs to the user's own code. names: that are named beside it."""
         if own:
-            _refuse_environment(value, where)
+            _refuse_unseen(value, where)
         match value:
             case FunctionType():
                 return self.add_function(value)
@@ -269,10 +269,19 @@ class ReachedCode:
         return _name(kind)
 
 
-def _refuse_environment(value: object, where: str) -> None:
-    """Raise CodeUnknown for what reads variables of the environment."""
+def _refuse_unseen(value: object, where: str) -> None:
+    """Raise CodeUnknown for variables of the environment and for compiled code of the user's own,
+    which may change while their names stay."""
     if value is os.environ or value is os.getenv:
         raise CodeUnknown(f"{where} is the environment, which may change")
+    if is_own_compiled(value) or type(value).__module__ == type(torch.ops).__module__:
+        raise CodeUnknown(f"{where} is compiled code, which can't be told")
+
+
+def is_own_compiled(value: object) -> bool:
+    """Whether a function or method is of a compiled module of the user's own."""
+    home = getattr(getattr(value, "__objclass__", value), "__module__", None) or ""
+    return isinstance(value, _NATIVE) and home in sys.modules and not of_library(home)
 
 
 def is_free(native: object) -> bool:

@@ -14,6 +14,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 
 from ..quick import some
 from ..reference.points import Point, copied, zeroed
+from . import support
 from .support import (
     DIFFERENCE,
     MODES,
@@ -238,3 +239,12 @@ def test_of_two_rules_on_the_same_vector_the_later_one_stands(folder: Path, mode
     assert abs(values["zero"] - values["patch"]).min() > 0.01
     assert abs(values["zero_stands"] - values["zero"]).max() <= 1e-5
     assert abs(values["patch_stands"] - values["patch"]).max() <= 1e-5
+
+
+def test_loop_variable_hides_a_parameter_of_its_name(tmp_path: Path) -> None:
+    rule = "for k in 0..1 { set z layer 1 head 1 at last token to k }"
+    text = "param k = 2\n" + support.experiment("e", "prompts p", rule, support.DIFFERENCE)
+    checked = support.check_file(text, tmp_path, support.adopted("gpt2"))
+    (resolved,) = checked.experiments[0].rules
+    assert resolved.amounts is not None
+    assert list(resolved.amounts.values.values()) == [0.0, 1.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from torch import nn
 import mechdsl
 from mechdsl.base.source import Source, Span
 from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading import reached_code
 from mechdsl.loading.identity import identity_of_loaded, identity_or_reason
 from mechdsl.loading.load import adopt, load
 from mechdsl.models.identity import file_hash, identity_of_folder, weights_hash
@@ -263,6 +265,10 @@ def asks_for_a_variable(module: Any) -> None:
     module.model.own = lambda x: x if get("VARIABLE") else 2 * x
 
 
+def calls_an_operator(module: Any) -> None:
+    module.model.own = lambda x: torch.ops.aten.relu(x)
+
+
 def hooked(module: Any) -> None:
     module.model.layers[0].register_forward_hook(lambda *_: None)
 
@@ -339,6 +345,7 @@ def keeps_results(module: Any) -> None:
         (of_a_tensor, "is a `builtin_function_or_method`, which can't be told"),
         (reads_variables, "`os.environ` is the environment, which may change"),
         (asks_for_a_variable, "keeps, is the environment, which may change"),
+        (calls_an_operator, "`torch.ops` is compiled code, which can't be told"),
         (keeps_results, "is a `_lru_cache_wrapper`, which can't be told"),
     ],
 )
@@ -349,6 +356,20 @@ def test_what_cannot_be_told(change: Callable[[Any], None], said: str, module: A
     assert identity is None
     assert said in reason
     assert identity_of_loaded(model) is None
+
+
+@pytest.mark.parametrize("held", [math.sqrt, lambda x: x * math.sqrt(1.0)])
+def test_compiled_code_of_the_users_own_cannot_be_told(
+    held: Any, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = handed(module)
+    module.model.own = held
+    assert identity_of_loaded(model) is not None
+    real = reached_code.of_library
+    monkeypatch.setattr(reached_code, "of_library", lambda home: home != "math" and real(home))
+    identity, reason = identity_or_reason(model)
+    assert identity is None
+    assert "can't be told" in reason
 
 
 def test_hooks_for_all_modules(module: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from mechdsl.base.digest import digest
+from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.over_rows import SeenTokens, TokenVectors
 from mechdsl.rules.observations.clusters import Clusters
 
@@ -326,3 +327,15 @@ REFUSED = {
 @pytest.mark.parametrize("line", REFUSED, ids=lambda line: line.replace(WHERE, "…"))
 def test_what_is_refused(tmp_path: Path, line: str) -> None:
     check_refused(tmp_path, line, REFUSED[line])
+
+
+def test_first_token_of_a_row_is_not_taken_for_the_last_one_before_it() -> None:
+    seen = TokenVectors(
+        vectors=np.zeros((4, 1)),
+        row=np.array([0, 0, 1, 1]),
+        tokens=np.array([0, 2, 0, 2]),
+        prompts=np.array([0, 1]),
+        keys=(b"a", b"b"),
+    )
+    row, index = seen.at(PositionCell("first token", (((0,),), ((0,),))))
+    assert (row.tolist(), index.tolist()) == ([0, 1], [0, 2])
