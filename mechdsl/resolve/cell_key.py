@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mechdsl.program.lower_other_runs import BLOCKS
 
 Coord = int | float | str
+_LETTERS = {"layer": "L", "head": "H", "neuron": "N", "expert": "H"}
+"""Before their numbers in the name of a site."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,17 @@ class CellKey:
         shown = [
             f"{axis} {value}" if not isinstance(value, str) else value
             for axis, value in self.coords.items()
-            if axis not in ("layer", "head", "neuron", "expert", "feature") or not self.site
+            if not self._site_names(axis, value)
         ]
         return " at ".join([self.site, *shown] if self.site else shown) or "the only cell"
+
+    def _site_names(self, axis: str, value: Coord) -> bool:
+        """Whether the site says a coordinate: not where a rule hits several layers or heads at
+        once and something else, such as a direction, is of one of them."""
+        letter = _LETTERS.get(axis)
+        if letter is None or not self.site or isinstance(value, str):
+            return letter is not None and bool(self.site)
+        return re.search(rf"{letter}{value}(?![\d,-])", self.site) is not None
 
 
 # --- cells of several variants --------------------------------------------------------------------

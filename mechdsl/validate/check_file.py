@@ -400,10 +400,11 @@ def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diag
     """What the statements of an experiment must agree on, whatever the model."""
     found: list[Diagnostic] = []
     for run in (experiment, *experiment.derived):
-        for rule in run.rules if not experiment.broken else ():
-            itself = rule.source == run.base and not rule.reading
-            if rule.source is not None and itself and not _elsewhere(rule):
-                found.append(PatchesItself(span=rule.span, run=rule.source))
+        rules = [rule for rule in run.rules if rule.observed is None]
+        if experiment.broken or not all(_patches_itself(rule, run) for rule in rules):
+            continue  # what another rule writes, such a patch undoes
+        for rule in rules:
+            found.append(PatchesItself(span=rule.span, run=rule.source or ""))
     for measure in experiment.measures:
         effect = EFFECTS.get(measure.effect)
         if effect is None:
@@ -440,6 +441,11 @@ def _acts(experiment: spec.Experiment, measure: spec.Measure) -> bool:
     if not measure.observed and looked.isdisjoint(named):
         return bool(experiment.rules)
     return any(rule.observed is None for rule in experiment.rules)
+
+
+def _patches_itself(rule: spec.Rule, run: spec.Experiment | spec.DerivedRun) -> bool:
+    itself = rule.source is not None and rule.source == run.base
+    return itself and not rule.reading and not _elsewhere(rule)
 
 
 def _elsewhere(rule: spec.Rule) -> bool:

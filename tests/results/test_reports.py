@@ -196,6 +196,30 @@ def test_conventions_stand_under_tables_and_the_last_figure() -> None:
     assert shown == [False, True, True]
 
 
+@pytest.mark.parametrize(
+    ("site", "shown"),
+    [
+        ("L{layer}H{head}.z", []),
+        ("L0-2H0-3.z", ["layer", "head"]),
+        ("L{layer}H0-3.z", ["head"]),
+        ("L0-2H{head}.z", ["layer"]),
+        ("L0,2,1H*.z", ["layer", "head"]),
+        ("", ["layer", "head"]),
+    ],
+)
+def test_table_and_name_show_coordinates_that_the_site_lacks(site: str, shown: list[str]) -> None:
+    """A direction of each layer that is added to all layers at once gives such cells."""
+    result = heads()
+    cells = tuple(replace(c, site=site.format(**c.coords)) for c in result.cells)
+    result = replace(result, cells=cells)
+    for table in (report("table"), report("table", top=1)):
+        text = printed(finished(result), table, 90)
+        header = next(line for line in text.splitlines() if "interval" in line).split()
+        assert [each for each in header if each in ("layer", "head")] == shown
+    names = [f"{axis} {cells[6].coords[axis]}" for axis in shown]
+    assert cells[6].name == " at ".join(filter(None, [cells[6].site, *names]))
+
+
 def test_top_ranks_by_absolute_value() -> None:
     rows = printed(finished(heads()), report("table", top=2), 120).splitlines()
     assert "L2H1.z" in rows[5]

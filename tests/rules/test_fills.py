@@ -206,6 +206,9 @@ def test_a_corruption_of_a_block_that_is_a_source_too(data: Path) -> None:
     assert np.abs(a - c).max() > 0.01
 
 
+_SELF = "patch z layer 1 head 1 at last token with clean"
+
+
 @pytest.mark.parametrize(
     ("rule", "warned"),
     [
@@ -213,8 +216,25 @@ def test_a_corruption_of_a_block_that_is_a_source_too(data: Path) -> None:
         ("patch resid_post layer 1 at cue token onto cue token with clean", True),
         ("patch resid_post layer 1 at cue token onto last token with clean", False),
         ("patch resid_post layer 1 at cue token into layer 2 with clean", False),
+        (f"{_SELF} patch z layer 2 head 0 at last token with clean", True),
+        (f"observe norm resid_post layer 2 at last token {_SELF}", True),
+        (f"ablate z layers * heads * at last token with mean {_SELF}", False),
+        (f"{_SELF} ablate z layers * heads * at last token with mean", False),
+        (f"scale embed at tokens * by 0.5 {_SELF}", False),
+        (f"block attention layer 0 from last token to cue token {_SELF}", False),
+        (f"patch resid_post layer 0 at cue token with longer {_SELF}", False),
     ],
 )
 def test_what_is_patched_into_itself(data: Path, rule: str, warned: bool) -> None:
     _, diagnostics = try_file(experiment("e", rule), data, "llama")
     assert ("W0732" in [found.code for found in diagnostics]) == warned
+
+
+def test_patch_from_the_base_run_restores_what_another_rule_ablates(data: Path) -> None:
+    """The patch is of the run without rules, so it has an effect next to an ablation."""
+    ablated = "ablate z layers * heads * at last token with mean"
+    text = experiment("a", ablated) + experiment("b", ablated, _SELF) + experiment("c", _SELF)
+    found = run_file(text, data, "llama", "planned")
+    a, b, c = (found[key].measures[0].patched - found[key].measures[0].base for key in "abc")
+    assert np.abs(b - a).max() > 1e-3
+    assert np.abs(c).max() == 0

@@ -206,11 +206,8 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
             continue
         texts = [value_text(cell.coords[axis]) for cell in cells]
         numeric = not any(isinstance(cell.coords[axis], str) for cell in cells)
-        named = "→" if axis.startswith("to_") else ""
-        in_site = axis.removeprefix("to_") in ("layer", "head", "neuron") and all(
-            cell.site and named in cell.site for cell in cells
-        )
-        columns.append(Column(axis, texts, numeric, 3 if in_site else 0, describes=True))
+        spare = 3 if _in_sites(result, axis) else 0
+        columns.append(Column(axis, texts, numeric, spare, describes=True))
     if any(cell.site for cell in cells):
         columns.append(Column("site", [cell.site for cell in cells], wraps=True, describes=True))
     positions = [value_text(cell.coords.get("position", cell.position) or "") for cell in cells]
@@ -235,6 +232,16 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
         texts = [tokens_listed(cell) for cell in cells]
         columns.append(Column("top tokens", texts, wraps=True))
     return columns
+
+
+def _in_sites(result: ExperimentResult, axis: str) -> bool:
+    """Whether the names of sites tell the values of an axis."""
+    if axis.removeprefix("to_") not in ("layer", "head", "neuron"):
+        return False
+    named = "→" if axis.startswith("to_") else ""
+    sites = {cell.site for cell in result.cells}
+    pairs = {(cell.site, cell.coords[axis]) for cell in result.cells}
+    return len(pairs) == len(sites) and all(site and named in site for site in sites)
 
 
 def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:
