@@ -73,8 +73,12 @@ def collect(
         cells=tuple(_cells(experiment, measured, there)),
         measures=tuple(_measures(plan, measured, seen)),
         runs={
-            run: {m.label: values[n].mean(axis=0) for n, m in enumerate(experiment.measures)}
-            for run, values in measured.unpatched.items()
+            run: {
+                measure.label: values.mean(axis=0)
+                for measure, values in zip(experiment.measures, found, strict=True)
+                if not measure.observed  # has values in cells alone
+            }
+            for run, found in measured.unpatched.items()
         },
         **accuracies,
         base=experiment.spec.base,

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from mechdsl.results.differences import compare
-from mechdsl.results.export import is_export
 from mechdsl.results.found_differences import Differences, Side
 from mechdsl.results.kept_runs import Run
 from mechdsl.results.named_runs import (
     SUFFIX,
+    export_in,
     find_run,
     folder_of,
     open_store,
@@ -68,8 +68,8 @@ def _found(given: Given, beside: Given, store: Path | None) -> _Found:
     if isinstance(given, Run):
         return _Found(_side(given.facts, given.about), given.results, given.id)
     text = str(given)
-    if is_export(Path(text)) or Path(text).is_dir():
-        return _Found(Side(text), results_of(text, store))
+    if Path(text).is_dir():
+        return _Found(Side(text), results_of(str(export_in(Path(text), str(beside))), store))
     with_file = text if text.endswith(SUFFIX) or isinstance(beside, Results | Run) else str(beside)
     with open_store(folder_of(with_file, store)) as opened:
         run = find_run(opened, text)

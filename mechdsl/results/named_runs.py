@@ -127,6 +127,16 @@ def names_export(text: str) -> bool:
     return text not in ("", LAST) and is_export(Path(text))
 
 
+def export_in(folder: Path, file: str) -> Path:
+    """The export of a file in a folder that `--out` has made, or the only one; the folder itself
+    where it is an export or holds no such one."""
+    if not folder.is_dir() or is_export(folder):
+        return folder
+    inside = [each for each in folder.iterdir() if is_export(each)]
+    own = [each for each in inside if file.endswith(SUFFIX) and each.name == Path(file).stem]
+    return (own or (inside if len(inside) == 1 else [folder]))[0]
+
+
 def results_of(text: str, store: Path | None = None) -> Results:
     """The results that a text names: a folder that `--out` or `export` has made, or a run of a
     store as `find_run` finds it.

@@ -271,25 +271,25 @@ class _ConditionReader(KnownCells):
     def ranking(self, node: ast.Call) -> Ranking:
         """`auroc(recovery, name_movers)`, `auroc(delta, large, L9H9)`: a measure, what says which
         cells or rows are true, and which cells are ranked, or whose rows."""
-        example = "auroc(recovery, name_movers)"
-        measure = self.own_measure(node, example)
+        measure = self.own_measure(node, f"auroc(recovery, {self.true_example})")
+        text = node.arguments[0].value.span.written
         if len(node.arguments) < 2:
-            raise unreadable(node.span, "`auroc` is given too little", f"write `{example}`")
+            hint = f"write `auroc({text}, {self.true_example})`"
+            raise unreadable(node.span, "`auroc` is given too little", hint)
         where = self.wheres(node.arguments[2:])
         column = column_of(node.arguments[1], self)
         if column is None:
             return Ranking(measure, where, truth=true_cells(node.arguments[1], where, self))
-        text = f"{node.arguments[0].value.span.written}, {column}"
+        example = f"`auroc({text}, {column}, {self.example})`"
         if not where and not self.known.one_cell:
-            hint = f"say whose rows are ranked, as in `auroc({text}, L9H9)`"
+            hint = f"say whose rows are ranked, as in {example}"
             raise unreadable(node.span, "every cell has a value in each row", hint)
         if where and self.known.cells is not None:
             found = self.find(where)
             if len(found) > 1:
                 count = "several" if self.known.open_axes else len(found)
                 at = ", ".join(each.text for each in where)
-                hint = "rows are ranked in one cell: say which, as in "
-                hint += f'`auroc({text}, L9H9, position: "last token")`'
+                hint = f"rows are ranked in one cell: say which, as in {example}"
                 raise unreadable(node.span, f"{count} cells are at {at}", hint)
             if not found:
                 self.not_one(node.span, where, found)

@@ -54,6 +54,14 @@ class KnownCells:
             return "L9H9"
         return ", ".join(_written(axis, at) for axis, at in self.known.cells[0].coords.items())
 
+    @property
+    def true_example(self) -> str:
+        """What may be true in `auroc(measure, …)`: a group, else a site."""
+        if self.known.groups:
+            return next(iter(self.known.groups))
+        cells = () if self.known.open_axes else self.known.cells or ()
+        return f"[{cells[0].site}]" if len(cells) > 1 else "[L9H9]"
+
     # --- measures
 
     def labelled(self, node: ast.Expr) -> list[int]:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from mechdsl.base.source import Span
     from mechdsl.validate.known_cells import KnownCells
 
-_EXAMPLE = "`auroc(recovery, name_movers)` or `auroc(recovery, [L9H9, L9H6])`"
-
 
 def column_of(argument: ast.Argument, of: KnownCells) -> str | None:
     """The variable of the prompts that is meant, whose values are true or false; None where it is
@@ -34,7 +32,8 @@ def column_of(argument: ast.Argument, of: KnownCells) -> str | None:
         if a_site:
             return None
         words = (*groups, *columns)
-        listed = f"write {_EXAMPLE}; variables of the prompts are {name_list(columns) or 'none'}"
+        variables = name_list(columns) or "none"
+        listed = f"write sites as a list, `[L9H9]`; variables of the prompts are {variables}"
         kind = "group or variable of the prompts"
         hint = did_you_mean(name, words, listed)
         raise RefusedCondition(UnknownName(span=span, kind=kind, name=name, hint=hint))
@@ -90,7 +89,8 @@ def _sites(
     value = argument.value
     if argument.name is not None:
         reason = f"`{argument.span.written}` doesn't say what is true"
-        raise unreadable(argument.span, reason, f"write {_EXAMPLE}")
+        hint = f"write a group or a list of sites, as in `{of.true_example}`"
+        raise unreadable(argument.span, reason, hint)
     listed = value.items if isinstance(value, ast.ListOf) else (value,)
     for each in listed:
         name = _name(each)

@@ -102,6 +102,22 @@ def test_a_folder_of_out_is_a_run(kept: Kept, tmp_path: Path) -> None:
     assert "equal to the bit: 8" in done.out
 
 
+def test_diff_folder_that_holds_a_run_compares_the_run_of_the_other_file(
+    kept: Kept, tmp_path: Path
+) -> None:
+    """The same folder that `--against` takes; of several runs in it, that of the file."""
+    out = tmp_path / "out"
+    id = kept.run(EXPECTING, "--out", out)
+    for old, new in ((out, id), (id, out), (out, kept.path), (out, out / "heads")):
+        done = kept.diff(old, new)
+        assert (done.status, done.err) == (0, "")
+        assert "equal to the bit: 8" in done.out
+    (out / "heads").rename(out / "others")
+    kept.run(EXPECTING + "# more\n", "--out", out)
+    assert "equal to the bit: 8" in kept.diff(out, kept.path).out
+    assert "did you mean" in kept.diff(out, id).err
+
+
 def test_options_that_are_not_known_are_not_said_to_differ(kept: Kept, tmp_path: Path) -> None:
     """A folder doesn't have them: what they change stands in the results."""
     kept.run(EXPECTING, "--limit", 8, "--out", tmp_path / "out")

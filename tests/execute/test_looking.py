@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from mechdsl.base.source import Source
+from mechdsl.results.document import experiment_document
 
 from ..rules.models import bare
 from ..rules.support import BLOCKS, experiment, rows, run_file, write_data
@@ -52,3 +53,16 @@ def test_what_is_seen_is_the_same_beside_measures(tmp_path: Path) -> None:
     for name, result in alone.items():
         other = beside[name].measures[0].patched
         np.testing.assert_allclose(result.measures[0].patched, other, rtol=1e-4, atol=1e-5)
+
+
+def test_runs_without_cells_have_no_value_of_what_is_observed(tmp_path: Path) -> None:
+    """JSON had a mean of null there, with the reason that it is not a number."""
+    write_data(tmp_path)
+    text = experiment("look", *LINES, measure="measure logit(answer) as raw")
+    result = run_file(text, tmp_path, "llama", "planned")
+    assert len(result) == 3
+    for name, each in result.items():
+        labels = [] if "." in name else ["logit(answer)"]
+        assert [list(own) for own in each.runs.values()] == [labels] * len(each.runs)
+        document = experiment_document(each)
+        assert all(run.n > 0 for own in document.runs.values() for run in own)

@@ -933,7 +933,8 @@ _rule(
     "Looks and changes nothing: what is seen is measured, with the effect `raw`, of the patched "
     "run where rules stand beside it. With a name the line has a result of its own, with its own "
     "axes, beside that of the measures; `top 3 of lengths`, `expect max(lengths) > mean(attn)` and "
-    "`report lines layer of lengths` call it. `norm` is the length of the vector (L2).",
+    "`report lines layer of lengths` call it. The name is one of the whole file: observations of "
+    "two experiments have different ones. `norm` is the length of the vector (L2).",
     OWN,
     _OBSERVED,
     "measure logit(answer) as raw",
