@@ -244,6 +244,7 @@ def test_of_two_rules_on_the_same_vector_the_later_one_stands(folder: Path, mode
 def test_loop_variable_hides_a_parameter_of_its_name(tmp_path: Path) -> None:
     rule = "for k in 0..1 { set z layer 1 head 1 at last token to k }"
     text = "param k = 2\n" + support.experiment("e", "prompts p", rule, support.DIFFERENCE)
+    support.write_rows(tmp_path)
     checked = support.check_file(text, tmp_path, support.adopted("gpt2"))
     (resolved,) = checked.experiments[0].rules
     assert resolved.amounts is not None
