@@ -92,7 +92,12 @@ class Task:
     def __init__(self, tokens: int, pass_tokens: int | None = None) -> None:
         self.tokens = tokens
         self.options = Options(pass_tokens=pass_tokens)
-        self.module: Any = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+        module = AutoModelForCausalLM.from_pretrained(
+            FOLDER,
+            dtype=torch.float32,
+            max_position_embeddings=max(128, tokens + 64),  # rotary: weights don't depend on it
+        )
+        self.module: Any = module.eval()
         self.tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
         loaded, found = adopt("lm", self.module, self.tokenizer)
         if loaded is None:
