@@ -19,7 +19,7 @@ from mechdsl.execute.readout import Reading, Readout
 from mechdsl.execute.reply_readers import HaveWritten, Reader, averaged
 from mechdsl.execute.unpatched_batch import at_positions, noise_writes
 from mechdsl.generate.acting import Chosen, over_replies
-from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.batch import Batch, together_on_device
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.rule_writes import RuleWrites
@@ -98,15 +98,15 @@ class _Pass:
     def at(self, rows: Ints, tokens: Ints) -> Tensor:
         """[K, vocab]"""
         slot = self.slots[rows, tokens]
-        index, where = (torch.from_numpy(each).to(self.logits.device) for each in (rows, slot))
-        return self.logits[index, where]
+        index = torch.from_numpy(rows), torch.from_numpy(slot)
+        return self.logits[together_on_device(index, self.logits.device)]
 
     def site(self, read: SiteRead, rows: Ints, positions: Ints) -> Tensor:
         """[K, units, width]"""
         found = self.result.reads[read]
-        index = torch.from_numpy(rows).to(found.device)
-        where = self.batch.columns(index, torch.from_numpy(positions)).to(found.device)
-        return found[index, where]
+        row = torch.from_numpy(rows)
+        index = row, self.batch.columns(row, torch.from_numpy(positions))
+        return found[together_on_device(index, found.device)]
 
 
 _WITH_RULES = 0
@@ -265,14 +265,14 @@ class _Behind:
                 batch,
                 writes=acting.writes,
                 reads=reads,
-                logits_at=None if every else torch.from_numpy(at).to(model.device),
+                logits_at=None if every else torch.from_numpy(at),
                 tokens=tokens,
                 edges=acting.edges,
             )
         assert result.logits is not None
         logits = result.logits
         if every:
-            logits = at_positions(logits, batch, torch.from_numpy(at).to(logits.device))
+            logits = at_positions(logits, batch, torch.from_numpy(at))
         return _Pass(result, batch, logits, slots, tokens)
 
     def _acting(self, run: Run | None, chunk: Ints) -> RuleWrites:

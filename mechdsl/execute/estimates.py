@@ -29,7 +29,7 @@ from mechdsl.execute.unpatched_batch import (
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, present, vectors
 from mechdsl.execute.writes import LanesOf, build_edges, build_writes, readable
-from mechdsl.hooks.batch import Batch, gather
+from mechdsl.hooks.batch import Batch, gather, together_on_device
 from mechdsl.hooks.calls import one_output
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
@@ -285,7 +285,7 @@ class Estimates:
         points = [(n, atom) for n, (_, atom) in enumerate(readout.atoms) if atom.point is not None]
         compared = [SiteRead(a.point.site, a.point.layer) for _, a in points if a.point is not None]
         columns = [spot_positions(s, run.name, lanes.prompts, lanes.lengths) for s in readout.spots]
-        at = torch.from_numpy(np.stack(columns, axis=1)).to(self.model.device)
+        at = torch.from_numpy(np.stack(columns, axis=1))
         full = readout.loss is not None or one_output(self.model)
         logits: Tensor | None = None
         loss: Tensor | None = None
@@ -304,7 +304,7 @@ class Estimates:
             if readout.loss is not None:
                 loss = prompt_loss(readout.loss, logits, lanes.batch, run, lanes.prompts)
             logits = at_positions(logits, lanes.batch, at) if full else logits
-        row = torch.arange(len(lanes.used), device=self.model.device)
+        row = torch.arange(len(lanes.used))
         references = self.runs.references(readout, self.batch, lanes.prompts, lanes.draws)
         reading = Reading(
             run=run.name,
@@ -314,9 +314,11 @@ class Estimates:
             continued={n: self._continued(n, adds, lanes) for n in readout.continuations},
             loss=loss,
             activations={
-                n: vectors(read[row, lanes.batch.columns(row, at[:, readout.atoms[n][0]])], atom)
+                n: vectors(read[together_on_device((row, columns), read.device)], atom)
                 for (n, atom), where in zip(points, compared, strict=True)
-                for read in [found[where]]
+                for read, columns in [
+                    (found[where], lanes.batch.columns(row, at[:, readout.atoms[n][0]]))
+                ]
             },
             references={n: each.clone() for n, each in references.items()},
         )

@@ -120,7 +120,7 @@ def _prepared(
         for panel in plan.panels
     ]
     for runner in runners:
-        with stopwatch(runner.runs.model.device) as seconds:
+        with stopwatch() as seconds:
             runner.prepare(check)
         execution.profile.unpatched_seconds += seconds[0]
         execution.measured.update(runner.measured)

@@ -22,6 +22,7 @@ from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_batch import TextBehind, UnpatchedBatch, fed_tokens
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.hooks.batch import together_on_device
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.models.shape import ModelShape, units, width
 from mechdsl.plan.columns import counted, each_unit, prompt_lengths, units_of
@@ -222,7 +223,7 @@ def _fill(
     read = lanes.reads[SiteRead(*block.place)]
     at = torch.from_numpy(lane)
     columns = lanes.batch.columns(at, torch.from_numpy(token))
-    vectors = read[at.to(read.device), columns.to(read.device)].to(view)
+    vectors = read[together_on_device((at, columns), read.device)].to(view)
     vectors = vectors[:, torch.from_numpy(block.units)]
     if SITES[block.place[0]].width == "key":  # a prompt's own keys; the rest stays NaN
         vectors = vectors[..., : view.shape[-1]]

@@ -16,6 +16,7 @@ from mechdsl.execute.made_of_cells import MadeOfCells
 from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_batch import TextBehind, UnpatchedBatch, fed_tokens
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.hooks.batch import together_on_device
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.models.shape import units, width
 from mechdsl.plan.columns import counted, prompt_lengths
@@ -204,11 +205,9 @@ def _add(
         )
         for place, total in sums.items():
             read = lanes.reads[SiteRead(*place)]
-            columns = lanes.batch.columns(
-                torch.from_numpy(lane[row]).to(lanes.batch.ids.device),
-                torch.from_numpy(token).to(lanes.batch.ids.device),
-            )
-            vectors = read[torch.from_numpy(lane[row]).to(read.device), columns.to(read.device)]
+            at = torch.from_numpy(lane[row])
+            places = at, lanes.batch.columns(at, torch.from_numpy(token))
+            vectors = read[together_on_device(places, read.device)]
             vectors = vectors[..., : total.shape[-1]]  # those over keys may be padded
             total.index_put_(added, vectors.to(total), accumulate=True)
         counts.index_put_(added, torch.ones(len(slot), dtype=counts.dtype), accumulate=True)

@@ -214,8 +214,7 @@ class PanelRunner(PreparedPanel):
         def one_pass(chosen: Ints) -> None:
             list(patcher.values(shared, chosen, members_of(shared, chosen), run, batch))
 
-        device = self.runs.model.device
-        self.sizes.measure(try_sizes(one_pass, group, widths, work, device))
+        self.sizes.measure(try_sizes(one_pass, group, widths, work))
         self._finish_batch()
 
     # --- passes -----------------------------------------------------------------------------------
@@ -241,7 +240,7 @@ class PanelRunner(PreparedPanel):
                     begin += count
                     continue
                 try:
-                    with stopwatch(self.runs.model.device) as seconds:
+                    with stopwatch() as seconds:
                         passed = self._pass(patcher, shared, chosen, run, batch, replies)
                 except (RuntimeError, MemoryError) as error:
                     if len(chosen) == 1 or not out_of_memory(error) or not self.sizes.halve():
@@ -287,7 +286,7 @@ class PanelRunner(PreparedPanel):
                 due = due[len(prompts) :]
                 continue
             try:
-                with stopwatch(self.runs.model.device) as seconds:
+                with stopwatch() as seconds:
                     found = estimates.of(own, self.measured[key].base_of(plan, own))
             except (RuntimeError, MemoryError) as error:
                 if len(prompts) == 1 or not out_of_memory(error) or not self.sizes.halve():

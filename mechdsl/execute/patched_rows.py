@@ -34,6 +34,7 @@ from mechdsl.execute.wanted_places import Member, Wanted, by_row, on_draws, want
 from mechdsl.execute.while_writing import WhileWriting
 from mechdsl.execute.writer import WritingRows
 from mechdsl.execute.writes import LanesOf, acting, pass_ends
+from mechdsl.hooks.batch import together_on_device
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.calls import of_places, one_output
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
@@ -413,9 +414,9 @@ class Patcher:
                 self.runs.seed,
             )
         batch = rows.acting.numbered(lanes.batch.take(torch.from_numpy(lane)))
-        slots, at = by_row(final, len(rows), batch.lengths.cpu().numpy())
+        slots, at = by_row(final, len(rows), batch.lengths.numpy())
         every = rows.all_logits or one_output(self.model)
-        logits_at = None if every else torch.from_numpy(at).to(self.model.device)
+        logits_at = None if every else torch.from_numpy(at)
         with ExitStack() as stack:
             stack.enter_context(blocks_replaced(self.model, rows.acting.blocks))
             if rows.held is not None:
@@ -434,15 +435,15 @@ class Patcher:
                 edges=rows.acting.edges,
             )
         assert result.logits is not None
-        row = torch.from_numpy(final[0]).to(result.logits.device)
-        columns = torch.from_numpy(slots).to(row.device)
+        row, columns = torch.from_numpy(final[0]), torch.from_numpy(slots)
         if rows.all_logits:
-            columns = batch.columns(row, torch.from_numpy(final[1]).to(row.device))
+            columns = batch.columns(row, torch.from_numpy(final[1]))
+        row, columns = together_on_device((row, columns), result.logits.device)
         found: dict[SiteRead, Tensor] = {}
         for read, (read_rows, positions) in reads.items():
-            index = torch.from_numpy(read_rows).to(row.device)
-            where = batch.columns(index, torch.from_numpy(positions).to(row.device))
-            found[read] = result.reads[read][index, where]
+            at = torch.from_numpy(read_rows)
+            index = at, batch.columns(at, torch.from_numpy(positions))
+            found[read] = result.reads[read][together_on_device(index, self.model.device)]
         if one_output(self.model):
             return result.logits[row], found
         return result.logits[row, columns], found

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.writes import Part, joined
-from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.batch import Batch, together_on_device
 from mechdsl.hooks.calls import one_output
 from mechdsl.hooks.frozen_norms import FrozenNorms
 from mechdsl.hooks.loaded import LoadedModel
@@ -193,7 +193,7 @@ def holding(
             logits_at=last,
             edges=beside.edges,
         ).reads
-    lengths = batch.lengths.cpu().numpy()
+    lengths = batch.lengths.numpy()
     with norms.kept(held.norms, scales):
         yield [
             _everywhere(found[read], read.site, read.layer, own, batch, lengths)
@@ -209,6 +209,6 @@ def _everywhere(
     index, within = counted(lengths[rows] * count)
     where = torch.from_numpy(rows[index]), torch.from_numpy(within // count)
     unit = torch.from_numpy(within % count)
-    columns = batch.columns(*where).to(read.device)
-    values = read[where[0].to(read.device), columns, unit.to(read.device)]
+    index = where[0], batch.columns(*where), unit
+    values = read[together_on_device(index, read.device)]
     return SiteWrite(site, layer, *where, unit, values)

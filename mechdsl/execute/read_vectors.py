@@ -16,6 +16,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.options import PaddingSide
 from mechdsl.execute.unpatched_batch import UnpatchedBatch, UnpatchedRequest, compute_unpatched
+from mechdsl.hooks.batch import together_on_device
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.models.shape import ModelShape
@@ -82,11 +83,9 @@ def read_vectors(
 def _at(found: UnpatchedBatch, point: SitePoint, lane: Tensor, token: Ints) -> Tensor:
     """[K, width] of one site in these lanes at these tokens."""
     read = found.reads[SiteRead(point.site, point.layer)]
-    lane = lane.to(read.device)
-    columns = found.batch.columns(lane, torch.from_numpy(token).to(read.device))
-    if point.unit is not None:
-        return read[lane, columns.to(read.device), point.unit]
-    return read[lane, columns.to(read.device)].flatten(1)
+    index = lane, found.batch.columns(lane, torch.from_numpy(token))
+    vectors = read[together_on_device(index, read.device)]
+    return vectors.flatten(1) if point.unit is None else vectors[:, point.unit]
 
 
 def reader(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.execute.pass_size import stopwatch
@@ -24,7 +23,6 @@ def try_sizes(
     group: Ints,
     widths: Ints,
     work: Floats,
-    device: torch.device,
 ) -> Callable[[int], float]:
     """What tells the work per second of a pass of so many tokens, the better of two; 0 where there
     is no such pass.
@@ -42,7 +40,7 @@ def try_sizes(
         took: list[float] = []
         try:
             for _ in range(2):
-                with stopwatch(device) as seconds:
+                with stopwatch() as seconds:
                     one_pass(chosen)
                 took += seconds
         except (RuntimeError, MemoryError) as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.options import PaddingSide
-from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.batch import Batch, to_device
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.calls import one_output
 from mechdsl.hooks.hook_points import fused
@@ -215,7 +215,7 @@ class _Part:
         if self.asked.loss is not None and logits is not None:
             loss = prompt_loss(self.asked.loss, logits, own, self.run, self.lanes)
         if done.full and logits is not None and self.at is not None:
-            logits = at_positions(logits, own, self.at.to(logits.device))
+            logits = at_positions(logits, own, self.at)
         kept = None if self.asked.lowest is None else done.kept
         return UnpatchedBatch(
             run=self.run.name,
@@ -256,7 +256,7 @@ def _pass_of(model: LoadedModel, batch: Batch, parts: Sequence[_Part], rules: Ru
     full |= any(write.site == "logits" for write in rules.writes)
     measured = any(part.at is not None for part in parts)
     full |= measured and one_output(model)
-    at = _side_by_side(parts).to(model.device) if measured and not full else None
+    at = _side_by_side(parts) if measured and not full else None
     tokens = requests[0].tokens if measured and not full else None
     stops = [part.asked.stop if part.at is None else None for part in parts]
     stop = None if full or None in stops else max(stop for stop in stops if stop is not None)
@@ -304,11 +304,11 @@ def _side_by_side(parts: Sequence[_Part]) -> Tensor:
 
 
 def at_positions(logits: Tensor, batch: Batch, at: Tensor) -> Tensor:
-    """[B, n, vocab] of [B, T, vocab], at positions [B, n] of the unpadded prompts."""
+    """[B, n, vocab] of [B, T, vocab], at positions [B, n] of the unpadded prompts, on the host."""
     if logits.dim() == 2:  # one for a whole image
         return logits[:, None].expand(-1, at.shape[1], -1)
     rows = torch.arange(len(batch), device=logits.device)[:, None]
-    return logits[rows, batch.starts[:, None] + at]
+    return logits[rows, to_device(batch.starts[:, None] + at, logits.device)]
 
 
 def continuation_positions(atom: Atom, lanes: Ints, lengths: Ints) -> Tensor:

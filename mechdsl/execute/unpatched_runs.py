@@ -28,6 +28,7 @@ from mechdsl.execute.unpatched_batch import (
     spots_of,
 )
 from mechdsl.execute.writer import Writer
+from mechdsl.hooks.batch import to_device, together_on_device
 from mechdsl.hooks.frozen_norms import FrozenNorms
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
@@ -418,7 +419,8 @@ class UnpatchedRuns:
         """[lane, spot of the readout, ...] of [lane, spot, ...]."""
         if found is None or not readout.needs_plain:
             return None
-        return found[:, [self.spots.index(spot) for spot in readout.spots]]
+        spots = torch.tensor([self.spots.index(spot) for spot in readout.spots])
+        return found[:, to_device(spots, found.device)]
 
     def references(
         self, readout: Readout, prompts: Ints, row_prompts: Ints, draws: Ints
@@ -444,9 +446,9 @@ class UnpatchedRuns:
         read = lanes.reads[SiteRead(atom.point.site, atom.point.layer)]
         prompts = np.repeat(lanes.prompts, lanes.draws)[lane]
         position = spot_positions(spot, lanes.run, prompts, lanes.lengths[lane])
-        row = torch.from_numpy(lane).to(read.device)
-        at = torch.from_numpy(np.ascontiguousarray(position)).to(read.device)
-        return vectors(read[row, lanes.batch.columns(row, at)], atom)
+        row = torch.from_numpy(lane)
+        index = row, lanes.batch.columns(row, torch.from_numpy(np.ascontiguousarray(position)))
+        return vectors(read[together_on_device(index, read.device)], atom)
 
 
 def vectors(found: Tensor, atom: Atom) -> Tensor:

@@ -19,7 +19,7 @@ from mechdsl.generate.shared_blocks import SharedBlocks, lowest_acting
 from mechdsl.generate.states import States, first_acting, numbered
 from mechdsl.generate.way import Way
 from mechdsl.generate.whole import edited
-from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.batch import Batch, to_device
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
@@ -184,7 +184,7 @@ class CachedPasses:
 
     def _starts(self, rows: Ints) -> Tensor:
         """[n] columns of first tokens."""
-        return torch.from_numpy(self.columns - self._lengths[rows]).to(self.model.device)
+        return torch.from_numpy(self.columns - self._lengths[rows])
 
     # --- the prefill ------------------------------------------------------------------------
 
@@ -265,10 +265,9 @@ class CachedPasses:
         for number, row in enumerate(rows.tolist()):
             prompt = self.prompts[row]
             ids[number, self.columns - len(prompt) :] = torch.tensor(prompt)
-        ids, starts = ids.to(self.model.device), self._starts(rows)
-        column = torch.arange(self.columns, device=ids.device)
-        mask = (column >= starts[:, None]).long()
-        return Batch(ids, mask, self.columns - starts, starts)
+        starts, device = self._starts(rows), self.model.device
+        mask = (torch.arange(self.columns) >= starts[:, None]).long()
+        return Batch(to_device(ids, device), to_device(mask, device), self.columns - starts, starts)
 
     # --- edits of what is kept --------------------------------------------------------------
 

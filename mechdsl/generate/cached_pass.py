@@ -18,6 +18,7 @@ from mechdsl.generate.kept_keys import KeptKeys
 from mechdsl.generate.one_query import OneQuery, can_be_asked
 from mechdsl.generate.shared_blocks import Lineup
 from mechdsl.hooks.attention_functions import attend_whole
+from mechdsl.hooks.batch import to_device
 from mechdsl.hooks.block_attention import AttentionCall, block_attention
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.calls import text_inputs
@@ -34,7 +35,7 @@ class NewTokens:
     ids: Tensor
     """[n, Q] long."""
     starts: Tensor
-    """[n] long, column of each prompt's first token."""
+    """[n] long, column of each prompt's first token; on the host."""
     first: int
     numbers: Tensor | None = None
     """[n, Q] long, position ids; None: tokens are counted."""
@@ -70,7 +71,7 @@ class NewTokens:
 
     def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Columns in which positions lie."""
-        return self.starts[rows.to(self.starts.device)] + positions.to(self.starts.device)
+        return self.starts[rows] + positions
 
     def acting(self, rules: RuleWrites) -> RuleWrites:
         """What acts at these tokens, of what acts in whole prompts."""
@@ -96,10 +97,11 @@ class NewTokens:
 
     def inputs(self, model: LoadedModel) -> dict[str, Tensor]:
         """What the model is called with."""
-        column = torch.arange(self.key_width, device=self.starts.device)
-        own = column[self.first :] - self.starts[:, None]
+        column = torch.arange(self.key_width, device=self.ids.device)
+        starts = to_device(self.starts, self.ids.device)
+        own = column[self.first :] - starts[:, None]
         numbers = own.clamp(min=0) if self.numbers is None else self.numbers
-        mask = (column >= self.starts[:, None]).long()
+        mask = (column >= starts[:, None]).long()
         return {**text_inputs(model, self.ids, numbers), "attention_mask": mask}
 
 

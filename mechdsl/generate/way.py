@@ -179,7 +179,7 @@ def _cached(
 
 def _nothing(model: LoadedModel, tokens: NewTokens, lineup: Lineup) -> RuleWrites:
     """Edges of all layers that are changed so that nothing changes."""
-    newest = (tokens.lengths_of("pattern", "") - 1).cpu()
+    newest = tokens.lengths_of("pattern", "") - 1
     edges: list[EdgeWrite] = []
     for layer in range(model.shape.n_layers):
         if not model.shape.has("pattern", layer):

@@ -13,7 +13,7 @@ from mechdsl.base.arrays import Ints
 from mechdsl.generate.acting import Chosen, over_replies
 from mechdsl.generate.records import StepRules
 from mechdsl.generate.states import States
-from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.batch import Batch, to_device
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite, written
@@ -139,7 +139,7 @@ class WholePasses:
         if not every:
             return result.logits[:, 0]
         index = torch.arange(len(batch), device=result.logits.device)
-        return result.logits[index, (batch.starts + last[:, 0]).to(index.device)]
+        return result.logits[index, to_device(batch.starts + last[:, 0], index.device)]
 
     def _reads(self, acting: RuleWrites) -> list[SiteRead]:
         """What steps are taken of, and keys and values of all blocks that run."""

@@ -17,10 +17,29 @@ from mechdsl.base.arrays import Ints
 
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """A numpy array as a tensor; to a GPU from pinned memory, without waiting for it."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    return to_device(torch.from_numpy(np.ascontiguousarray(array)), device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; to a GPU from pinned memory, without waiting for it."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def together_on_device(indices: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """Indices [n] of the host on a device, in one transfer."""
+    if device.type == "cpu" or not indices:
+        return tuple(indices)
+    sizes = [len(index) for index in indices]
+    return to_device(torch.cat([index.long() for index in indices]), device).split(sizes)
+
+
+def arrays_on_device(arrays: Sequence[Ints], device: torch.device) -> tuple[Tensor, ...]:
+    """Indices [n] as tensors on a device, in one transfer."""
+    return together_on_device(
+        [torch.from_numpy(np.ascontiguousarray(each)) for each in arrays], device
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +55,11 @@ class Index:
         """Indices that are on the host."""
         host = np.asarray(values, dtype=np.int64)
         return Index(host, on_device(host, torch.device(device)))
+
+    @staticmethod
+    def together(arrays: Sequence[Ints], device: torch.device) -> tuple[Index, ...]:
+        """Several in one transfer."""
+        return tuple(map(Index, arrays, arrays_on_device(arrays, device)))
 
     def __len__(self) -> int:
         return len(self.host)
@@ -68,9 +92,10 @@ class Batch:
     mask: Tensor
     """[B, T] long, 1 where the token is real."""
     lengths: Tensor
-    """[B] long, tokens of each prompt."""
+    """[B] long, tokens of each prompt; on the host, so that no look-up waits for the device."""
     starts: Tensor
-    """[B] long, column of each prompt's first token; 0 everywhere when padded on the right."""
+    """[B] long, column of each prompt's first token, 0 everywhere when padded on the right; on the
+    host too."""
     extra: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     """What else the model is called with (`pixel_values`), [B * n, …]: n for each prompt."""
     frames: Mapping[str, Batch] = field(default_factory=dict[str, "Batch"])
@@ -102,15 +127,15 @@ class Batch:
         return Batch(
             ids=ids.to(device),
             mask=mask.to(device),
-            lengths=torch.tensor(lengths, device=device),
-            starts=torch.tensor(starts, device=device),
+            lengths=torch.tensor(lengths),
+            starts=torch.tensor(starts),
         )
 
     @staticmethod
     def grid(rows: int, tokens: int, device: torch.device | str = "cpu") -> Batch:
         """Rows of so many tokens that have no ids: patches of images, frames of audio."""
         ids = torch.zeros((rows, tokens), dtype=torch.long, device=device)
-        lengths = torch.full((rows,), tokens, device=device)
+        lengths = torch.full((rows,), tokens)
         return Batch(ids, torch.ones_like(ids), lengths, torch.zeros_like(lengths))
 
     def with_inputs(self, extra: Mapping[str, Tensor], **frames: Batch) -> Batch:
@@ -119,8 +144,8 @@ class Batch:
 
     def take(self, rows: Tensor) -> Batch:
         """The batch with these rows, in this order, with repetition; padding stays as it is."""
-        index = rows.to(self.ids.device)
-        return self._rows(lambda tensor: tensor[index])
+        host, device = rows.cpu(), to_device(rows, self.ids.device)
+        return self._rows(lambda tensor: tensor[host if tensor.device.type == "cpu" else device])
 
     def part(self, rows: slice) -> Batch:
         """Some rows side by side, without copying."""
@@ -154,8 +179,8 @@ class Batch:
         return self.frames[stack]
 
     def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """[K] columns of the padded tensors where `positions` of `rows` lie."""
-        return self.starts[rows.to(self.starts.device)] + positions.to(self.starts.device)
+        """[K] columns of the padded tensors where `positions` of `rows` lie; all on the host."""
+        return self.starts[rows] + positions
 
     @property
     def leading(self) -> int:
@@ -192,8 +217,9 @@ class Batch:
     def numbered(self, rows: Tensor, positions: Tensor, numbers: Tensor) -> Batch:
         """The same tokens, K of them with other position ids; all [K] long."""
         ids = self.position_ids().clone()
-        rows, numbers = rows.to(ids.device), numbers.to(ids.device)
-        ids[rows, self.columns(rows, positions)] = numbers
+        index = rows, self.columns(rows, positions), numbers
+        rows, columns, numbers = together_on_device(index, ids.device)
+        ids[rows, columns] = numbers
         return replace(self, numbers=ids)
 
 
@@ -203,8 +229,5 @@ def gather(read: Tensor, batch: Batch, rows: Tensor, positions: Tensor, units: T
     `read` is [B, T, units, width]; `rows`, `positions` (in the unpadded prompt) and `units` are
     [K] long.
     """
-    device = batch.ids.device
-    rows, positions, units = (t.to(device) for t in (rows, positions, units))
-    columns = batch.columns(rows, positions)
-    index = (t.to(read.device) for t in (rows, columns, units))
-    return read[tuple(index)]
+    index = rows, batch.columns(rows, positions), units
+    return read[together_on_device(index, read.device)]

@@ -129,11 +129,16 @@ def _as_it_runs(projection: nn.Module, nothing: Tensor) -> Tensor:
 
 
 def through_heads(z: Tensor, heads: Tensor, weight: Tensor) -> Tensor:
-    """[K, d_model]: `z` [K, d_head] of `heads` [K] through the heads' slices of the projection."""
+    """[K, d_model]: `z` [K, d_head] of `heads` [K] through the heads' slices of the projection.
+
+    heads: on the host, in ascending order.
+    """
+    distinct, counts = heads.unique_consecutive(return_counts=True)
     out = z.new_empty(z.shape[0], weight.shape[2])
-    for head in heads.unique().tolist():
-        mine = heads == head
-        out[mine] = z[mine] @ weight[head]
+    first = 0
+    for head, count in zip(distinct.tolist(), counts.tolist(), strict=True):
+        out[first : first + count] = z[first : first + count] @ weight[head]
+        first += count
     return out
 
 

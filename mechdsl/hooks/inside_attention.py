@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.hooks.batch import Index
+from mechdsl.hooks.batch import Index, to_device, together_on_device
 from mechdsl.hooks.reads_and_writes import Frame, Mode, SiteWrite, WriteMismatch, written
 from mechdsl.vocab.sites import WITHIN_ATTENTION, EdgeChange
 
@@ -180,7 +180,7 @@ class LayerWork:
         for change in allowed:
             token, head = change.token[change.entries], change.head[change.entries]
             index = token // count, head, token % count, change.columns
-            mask[tuple(each.to(mask.device) for each in index)] = mask.dtype == torch.bool
+            mask[together_on_device(index, mask.device)] = mask.dtype == torch.bool
             self.done += len(change.token)
         return mask
 
@@ -190,9 +190,9 @@ class LayerWork:
         if writes:
             vectors = vectors.clone()
         for token, head, write in writes:
-            index = head.to(vectors.device), token.to(vectors.device)
-            values = write.values.to(vectors.device)
-            to = None if write.to is None else write.to.to(vectors.device)
+            index = together_on_device((head, token), vectors.device)
+            values = to_device(write.values, vectors.device)
+            to = None if write.to is None else to_device(write.to, vectors.device)
             vectors[index] = written(write.mode, vectors[index], values, to)
             self.done += len(token)
         if site in self.wanted:
@@ -223,7 +223,13 @@ class LayerWork:
             else:
                 keys = self._keys(group, change, own, rows) & seen
                 beside = None if sink is None else sink[index]
-                rows, beside = _changed(change, change.amounts[own].to(rows), rows, keys, beside)
+                rows, beside = _changed(
+                    change,
+                    to_device(change.amounts[own].to(rows.dtype), rows.device),
+                    rows,
+                    keys,
+                    beside,
+                )
                 if sink is not None and beside is not None:
                     sink = sink.clone()
                     sink[index] = beside
@@ -251,17 +257,16 @@ class LayerWork:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Which of a change's queries lie in the group, and where: [lane, key-value head, head of
         it, row, query]."""
-        device = like.device
-        token = change.token.to(device)
+        token = change.token
         own = torch.nonzero((token >= group.start) & (token < group.start + group.size))[:, 0]
         at, count = token[own] - group.start, len(group.columns)
-        place = torch.full((count,), -1, device=device)
-        place[group.queries.selection] = torch.arange(len(group.queries), device=device)
+        place = torch.full((count,), -1)
+        place[torch.from_numpy(group.queries.host)] = torch.arange(len(group.queries))
         query = place[at % count]
         asks = query >= 0  # others are in other parts of the group, or seen by no measure
         own, at, query = own[asks], at[asks], query[asks]
         self.done += len(own)
-        head = change.head.to(device)[own]
+        head = change.head[own]
         shared = like.shape[2]
         index = (
             at // (count * group.rows),
@@ -270,7 +275,7 @@ class LayerWork:
             at // count % group.rows,
             query,
         )
-        return own.to(change.token.device), index
+        return own, together_on_device(index, like.device)
 
     def _keys(self, group: AttentionGroup, change: _Change, own: Tensor, rows: Tensor) -> Tensor:
         """[n, key] which keys are meant."""
@@ -281,7 +286,7 @@ class LayerWork:
         good = (row >= 0) & (column >= 0) & (column < rows.shape[1])
         found = torch.zeros(rows.shape, dtype=torch.bool)
         found[row[good], column[good]] = True
-        return found.to(rows.device)
+        return to_device(found, rows.device)
 
     def _vectors(self, group: AttentionGroup, change: _Change, own: Tensor, rows: Tensor) -> Tensor:
         """[n, key] of vectors over key positions."""
@@ -290,7 +295,7 @@ class LayerWork:
         column = torch.arange(rows.shape[1])[None] + self._first(group)
         position = column - change.starts[own][:, None]
         inside = position.clamp(0, change.values.shape[1] - 1)
-        found = change.values[own].to("cpu").gather(1, inside).to(rows)
+        found = to_device(change.values[own].gather(1, inside).to(rows.dtype), rows.device)
         return written(change.mode, rows, found)
 
     def _keep(self, site: str, group: AttentionGroup, found: Tensor) -> None:
@@ -299,8 +304,8 @@ class LayerWork:
             return
         lanes, kinds, shared, rows, asking, keys = found.shape
         position = torch.arange(self.width, device=found.device)
-        starts = self.starts.to(found.device)[group.lanes.selection]
-        column = position[None] + starts[:, None] - self._first(group)
+        starts = self.starts[torch.from_numpy(group.lanes.host)]
+        column = position[None] + to_device(starts, found.device)[:, None] - self._first(group)
         inside = (column >= 0) & (column < keys)
         index = column.clamp(0, keys - 1)[:, None, None, None, None]
         shape = (lanes, kinds, shared, rows, asking, self.width)
@@ -343,10 +348,11 @@ def layer_work(
         rows, positions = write.rows, write.positions
         first, second, there = frame.locate(write.site, layer, "", rows, positions)
         token, head = (first * tokens + second)[there].cpu(), write.units[there].cpu()
-        values = write.values[there.to(write.values.device)]
+        index = torch.nonzero(there)[:, 0]
+        values = write.values[to_device(index, write.values.device)]
         work.due += len(token)
         if write.site in ("q_rot", "k_rot"):
-            to = None if write.to is None else write.to[there.to(write.to.device)]
+            to = None if write.to is None else write.to[to_device(index, write.to.device)]
             here = replace(write, values=values, to=to)
             work.rotated[write.site].append((token, head, here))
             continue

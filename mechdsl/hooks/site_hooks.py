@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mechdsl.hooks.batch import to_device, together_on_device
 from mechdsl.hooks.experts import ExpertHook, RouterHook
 from mechdsl.hooks.hook_points import InHook, OutHook, Step, scale_of
 from mechdsl.hooks.inside_attention import EdgeWrite, LayerWork, by_layer, layer_work
@@ -82,6 +83,9 @@ class SiteWork:
             self._require(where, WriteMismatch)
             if self._wanted[number]:
                 writes[where].append(self._place(number, write))
+        PlacedWrite.move(
+            [place for places in writes.values() for place in places], self.model.device
+        )
         for read in self._reads:
             self._require(read, ReadMismatch)
         for where in dict.fromkeys([*writes, *self._reads]):
@@ -125,9 +129,7 @@ class SiteWork:
         if write.positions.shape != (count,) or write.units.shape != (count,):
             raise ValueError(f"rows, positions and units for {name} must be equally long")
         lengths = self.frame.lengths_of(where.site, where.stack)
-        rows, positions, units = (
-            t.to(lengths.device) for t in (write.rows, write.positions, write.units)
-        )
+        rows, positions, units = write.rows, write.positions, write.units
         if bool(((rows < 0) | (rows >= len(self.frame))).any()):
             raise ValueError(f"a row for {name} is not in the batch")
         if bool(((positions < 0) | (positions >= lengths[rows])).any()):
@@ -140,9 +142,10 @@ class SiteWork:
         values, to, before = write.values, write.to, self._before(where, write, there)
         if not bool(there.all()):
             first, second, units = first[there], second[there], units[there]
-            values = values[there.to(values.device)]
-            to = None if to is None else to[there.to(to.device)]
-            self._wanted[number] = int(there.sum())
+            index = torch.nonzero(there)[:, 0]
+            values = values[to_device(index, values.device)]
+            to = None if to is None else to[to_device(index, to.device)]
+            self._wanted[number] = len(index)
         return PlacedWrite(number, write, values, first, second, units, to, before)
 
     def _before(self, where: SiteRead, write: SiteWrite, there: Tensor) -> Tensor | None:
@@ -154,8 +157,7 @@ class SiteWork:
             return None
         if where.site in NO_STEPS:
             raise ValueError(f"steps of {where.quoted} can't be written")
-        rows, positions = write.rows[there.to(write.rows.device)], write.positions
-        earlier = (positions[there.to(positions.device)] - 1).clamp(min=0)
+        rows, earlier = write.rows[there], (write.positions[there] - 1).clamp(min=0)
         _, second, found = self.frame.locate(where.site, where.layer, where.stack, rows, earlier)
         if not bool(found.all()):
             raise WriteMismatch(f"{where.quoted} isn't computed at a position before a step")
@@ -274,17 +276,21 @@ class SiteWork:
         self._steps[spot].append((order, step))
 
     def keep_logits(self, positions: Tensor) -> None:
-        """Unembed only these positions ([B, n]) of each row."""
+        """Unembed only these positions ([B, n], on the host) of each row."""
         if self._logits[0] or self._logits[1]:
             raise ValueError("logits can't be read or written where only some are computed")
         if positions.shape[:1] != (len(self.frame),) or positions.dim() != 2:
             raise ValueError("logits_at must be [B, n]")
         lengths = self.frame.lengths_of("logits", "")
-        at = positions.to(lengths.device)
-        if bool(((at < 0) | (at >= lengths[:, None])).any()):
+        if bool(((positions < 0) | (positions >= lengths[:, None])).any()):
             raise ValueError("a position in logits_at is not in its prompt")
-        every = torch.arange(len(at), device=at.device)[:, None].expand_as(at)
-        rows, columns, _ = self.frame.locate("logits", None, "", every, at)
+        model = self.model
+        every = torch.arange(len(positions))[:, None].expand_as(positions)
+        found = self.frame.locate("logits", None, "", every, positions)
+        rows, columns = (
+            index.view(positions.shape)
+            for index in together_on_device([each.reshape(-1) for each in found[:2]], model.device)
+        )
 
         def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
             return value[rows.to(value.device), columns.to(value.device)]

@@ -5,12 +5,13 @@ A site may be a slice of that tensor, or be worked out from it; there is a kind 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from mechdsl.hooks.batch import to_device, together_on_device
 from mechdsl.hooks.hook_points import (
     Step,
     head_weights,
@@ -26,7 +27,7 @@ from mechdsl.models.anatomy import Layout
 
 @dataclass
 class PlacedWrite:
-    """One write with its indices in the tapped tensor."""
+    """One write with its indices in the tapped tensor, which are on the host."""
 
     number: int
     write: SiteWrite
@@ -38,30 +39,48 @@ class PlacedWrite:
     before: Tensor | None = None
     """[K] of `step`: index into the second dimension of the place before; its own where it is the
     first."""
+    _moved: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """The indices on the device, once `move` was called."""
+
+    @staticmethod
+    def move(places: Sequence[PlacedWrite], device: torch.device) -> None:
+        """Move the indices of all these writes to the device in one transfer."""
+        named = [
+            (place, name, index)
+            for place in places
+            for name in ("first", "second", "units", "before")
+            if (index := getattr(place, name)) is not None
+        ]
+        moved = together_on_device([index for _, _, index in named], device)
+        for (place, name, _), index in zip(named, moved, strict=True):
+            place._moved[name] = index
+
+    def _index(self, view: Tensor, second: str = "second") -> tuple[Tensor, ...]:
+        """Indices into the first three dimensions of a view, on its device."""
+        return tuple(self._moved[name].to(view.device) for name in ("first", second, "units"))
 
     def put(self, view: Tensor, values: Tensor, *, add: bool) -> None:
         """Write `values` [K, width] into a [B, T, units, width] view."""
-        index = tuple(t.to(view.device) for t in (self.first, self.second, self.units))
-        view.index_put_(index, values, accumulate=add)
+        view.index_put_(self._index(view), values, accumulate=add)
 
     def get(self, view: Tensor) -> Tensor:
         """[K, width] of a [B, T, units, width] view."""
-        return view[tuple(t.to(view.device) for t in (self.first, self.second, self.units))]
+        return view[self._index(view)]
 
     def values_like(self, view: Tensor) -> Tensor:
         """The values, on the device and of the type of what they are written to."""
-        return self.values.to(device=view.device, dtype=view.dtype)
+        return to_device(self.values, view.device).to(view.dtype)
 
     def get_before(self, view: Tensor) -> Tensor | None:
         """[K, width] of a [B, T, units, width] view, one position before; None if none asks."""
         if self.before is None:
             return None
-        return view[tuple(t.to(view.device) for t in (self.first, self.before, self.units))]
+        return view[self._index(view, "before")]
 
     def changed(self, now: Tensor, before: Tensor | None = None) -> Tensor:
         """[K, width] of what stands there, [K, width], and of what stands one position before."""
-        to = None if self.to is None else self.to.to(now.device)
-        return written(self.write.mode, now, self.values.to(now.device), to, before)
+        to = None if self.to is None else to_device(self.to, now.device)
+        return written(self.write.mode, now, to_device(self.values, now.device), to, before)
 
     def change(self, view: Tensor, scale: float | Tensor = 1.0) -> None:
         """Write into a [B, T, units, width] view, which times `scale` is the site."""
@@ -206,13 +225,14 @@ class _WrittenHeads:
     """What the written heads give, each vector once, however many writes change it."""
 
     def __init__(self, places: list[PlacedWrite], z: Tensor, weight: Tensor) -> None:
-        spots = [torch.stack([p.first, p.second, p.units]).to(z.device) for p in places]
+        spots = [torch.stack([p.units, p.first, p.second]) for p in places]
         distinct, index = torch.cat(spots, dim=1).unique(dim=1, return_inverse=True)
-        self.first, self.second, units = distinct
-        self.before = through_heads(z[self.first, self.second, units], units, weight)
+        by_place = index.split([spot.shape[1] for spot in spots])
+        moved = together_on_device([*distinct, *by_place], z.device)
+        units, self.first, self.second = moved[:3]
+        self.before = through_heads(z[self.first, self.second, units], distinct[0], weight)
         self.now = self.before.clone()
-        ends = torch.tensor([spot.shape[1] for spot in spots]).cumsum(0)[:-1].tolist()
-        self._index = iter(index.tensor_split(ends))
+        self._index = iter(moved[3:])
 
     def change(self, place: PlacedWrite) -> None:
         """The next write, in the order in which they were given."""

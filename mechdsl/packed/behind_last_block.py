@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -66,10 +67,11 @@ class Top(Protocol):
 class End(ABC):
     """How places behind the last block are found."""
 
-    def made_of(self, final: Places, ids: Ints, real: NDArray[np.bool_]) -> Places:
+    def made_of(self, final: Places, ids: Callable[[], Ints], real: NDArray[np.bool_]) -> Places:
         """The tokens that have to be there for the outputs at these places.
 
-        ids, real: [row, column], of the kept prompts; real ones aren't padding
+        ids: gives [row, column], the token ids of the kept prompts. real: [row, column], true
+        where there is a token.
         """
         return final
 
@@ -103,7 +105,7 @@ class ImageEnd(End):
     reads: str
     """What the model makes its output of, as in `Calling`."""
 
-    def made_of(self, final: Places, ids: Ints, real: NDArray[np.bool_]) -> Places:
+    def made_of(self, final: Places, ids: Callable[[], Ints], real: NDArray[np.bool_]) -> Places:
         if self.reads == "every token":
             return final
         count = real.shape[1] if self.reads == "all tokens" else 1
@@ -138,11 +140,11 @@ class PromptEnd(End):
     """What the model makes its output of, as in `Calling`."""
     skips: int | None
 
-    def made_of(self, final: Places, ids: Ints, real: NDArray[np.bool_]) -> Places:
+    def made_of(self, final: Places, ids: Callable[[], Ints], real: NDArray[np.bool_]) -> Places:
         rows, _ = final
         if self.reads == "first token":
             return rows, np.zeros_like(rows)
-        read = real if self.skips is None else real & (ids != self.skips)
+        read = real if self.skips is None else real & (ids() != self.skips)
         position = np.where(read, real.cumsum(axis=1) - 1, 0).max(axis=1)
         return rows, position[rows]
 

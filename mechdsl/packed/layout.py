@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
-from mechdsl.hooks.batch import Index, on_device
+from mechdsl.hooks.batch import Index, arrays_on_device
 from mechdsl.hooks.inside_attention import AttentionGroup
 from mechdsl.packed.activation_cache import ActivationCache
 from mechdsl.plan.restart import BlockWork, Mask
@@ -86,7 +86,7 @@ def pack_block(
     lookup[token_rows, column] = np.arange(len(column))
     kept_index = lanes[token_rows] * kept.columns + column
 
-    lengths = kept.batch.lengths.cpu().numpy()
+    lengths = kept.batch.lengths.numpy()
     edges = np.flatnonzero((np.diff(which) != 0) | (np.diff(count) != 0)) + 1
     groups: list[AttentionGroup] = []
     start = 0
@@ -94,12 +94,14 @@ def pack_block(
         columns = np.flatnonzero(present[begin])
         own_lanes = lanes[rows[begin : end : count[begin]]]
         asking = work.attend[rows[begin]][columns]
+        indices = own_lanes, columns, np.flatnonzero(asking)
+        of_lanes, of_columns, queries = Index.together(indices, device)
         group = AttentionGroup(
             start=start,
-            lanes=Index.of(own_lanes, device),
+            lanes=of_lanes,
             rows=int(count[begin]),
-            columns=Index.of(columns, device),
-            queries=Index.of(np.flatnonzero(asking), device),
+            columns=of_columns,
+            queries=queries,
             every=bool((lengths[own_lanes] == len(columns)).all()),
         )
         start += group.size
@@ -112,12 +114,9 @@ def pack_block(
         inside = np.full(lookup.shape, -1, dtype=np.int64)
         inside[token_rows[chosen], column[chosen]] = np.arange(int(chosen.sum()))
         taken = np.flatnonzero(~chosen)
-        return ComputedTokens(
-            computed=on_device(np.flatnonzero(chosen), device),
-            taken=on_device(taken, device),
-            taken_from=on_device(kept_index[taken], device),
-            lookup=inside,
-        )
+        indices = np.flatnonzero(chosen), taken, kept_index[taken]
+        computed, others, source = arrays_on_device(indices, device)
+        return ComputedTokens(computed=computed, taken=others, taken_from=source, lookup=inside)
 
     return BlockPack(
         lookup=lookup,
@@ -145,12 +144,8 @@ def entry(
     if len(source) == width and bool((source == np.arange(width)).all()):
         return None
     stays, fresh = np.flatnonzero(source >= 0), np.flatnonzero(source < 0)
-    return BlockInput(
-        carried=on_device(stays, device),
-        carried_from=on_device(source[stays], device),
-        fresh=on_device(fresh, device),
-        fresh_from=on_device(pack.kept_index[fresh], device),
-    )
+    indices = stays, source[stays], fresh, pack.kept_index[fresh]
+    return BlockInput(*arrays_on_device(indices, device))
 
 
 def same_work(a: BlockWork, b: BlockWork) -> bool:

@@ -104,7 +104,7 @@ class ModelEnd:
 
     def _whole(self, write: SiteWrite, count: int, tokens: Tensor | None) -> Tensor:
         batch = self._batch.take(torch.zeros(count, dtype=torch.long))
-        at = torch.zeros(count, 1, dtype=torch.long, device=self.model.device)
+        at = torch.zeros(count, 1, dtype=torch.long)
         logits = run_whole(self.model, batch, writes=[write], logits_at=at, tokens=tokens).logits
         assert logits is not None
         return logits[:, 0]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
-from mechdsl.hooks.batch import on_device
+from mechdsl.hooks.batch import to_device
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import ReadMismatch, SiteRead
 from mechdsl.packed.activation_cache import ActivationCache
@@ -22,14 +22,20 @@ class PromptColumns:
     """From positions in prompts to columns of what was kept."""
 
     def __init__(self, kept: ActivationCache, lanes: Ints) -> None:
-        self.starts = kept.batch.starts.cpu().numpy()[lanes]
-        self.ids = kept.batch.ids.cpu().numpy()[lanes]
-        self.real = kept.batch.mask.cpu().numpy().astype(np.bool_)[lanes]
+        self._kept, self._lanes = kept, lanes
+        self.starts = kept.batch.starts.numpy()[lanes]
+        self.lengths = kept.batch.lengths.numpy()[lanes]
+        column = np.arange(kept.columns) - self.starts[:, None]
+        self.real = (column >= 0) & (column < self.lengths[:, None])
+
+    def ids(self) -> Ints:
+        """[row, column] token ids."""
+        return self._kept.batch.ids.cpu().numpy()[self._lanes]
 
     def of(self, rows: Ints | Tensor, positions: Ints | Tensor) -> Ints:
         """[n] columns; ValueError for a position that isn't in its prompt."""
         row, position = np.asarray(rows), np.asarray(positions)
-        if ((position < 0) | (position >= self.real.sum(axis=1)[row])).any():
+        if ((position < 0) | (position >= self.lengths[row])).any():
             raise ValueError("a position is not in its prompt")
         return self.starts[row] + position
 
@@ -97,23 +103,22 @@ class PackedFrame:
 
     def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Columns of the kept prompts in which the rows' positions lie."""
-        row = rows.cpu().numpy()
-        return torch.from_numpy(self.prompts.of(row, positions.cpu().numpy()))
+        return torch.from_numpy(self.prompts.of(rows, positions))
 
     def lengths_of(self, site: str, stack: str) -> Tensor:
         """[row] tokens of each prompt."""
-        return self.kept.batch.lengths[on_device(self.lanes, self.device)]
+        return torch.from_numpy(self.prompts.lengths)
 
     def locate(
         self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Zero, the token, and whether it is there: all rows are one for the model, but for what
         they are in the end."""
-        row = rows.cpu().numpy()
-        column = self.prompts.of(row, positions.cpu().numpy())
+        row = rows.numpy()
+        column = self.prompts.of(row, positions)
         if (located := self.end.located(site, rows, positions)) is not None:
             return *located, rows >= 0
-        index = self.index(SiteRead(site, layer, stack), row, column).to(rows.device)
+        index = self.index(SiteRead(site, layer, stack), row, column)
         return torch.zeros_like(index), index, index >= 0
 
     def index(self, where: SiteRead, rows: Ints, columns: Ints) -> Tensor:
@@ -137,4 +142,4 @@ class PackedFrame:
         if bool((index < 0).any()):
             raise ReadMismatch(f"`{where.site}` is read at a token that isn't in the pass")
         taken = self.end.taken(where.site, found, rows, columns)
-        return found[0][index.to(self.device)] if taken is None else taken
+        return found[0][to_device(index, self.device)] if taken is None else taken

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mechdsl.base.arrays import Ints
 from mechdsl.hooks.attention_functions import CannotPack, GroupMasks, attend
-from mechdsl.hooks.batch import on_device
+from mechdsl.hooks.batch import arrays_on_device, on_device
 from mechdsl.hooks.block_attention import AttentionCall, block_attention
 from mechdsl.hooks.calls import call, chosen, narrowed, text_inputs
 from mechdsl.hooks.hook_points import Stub, fused, given_again, given_to, replaced
@@ -116,7 +116,7 @@ def run_packed(
 
 def _before(write: SiteWrite, columns: PromptColumns) -> Places:
     """Rows, and columns of the position before each that is written: it has to be there too."""
-    rows, positions = write.rows.cpu().numpy(), write.positions.cpu().numpy()
+    rows, positions = write.rows.numpy(), write.positions.numpy()
     return rows, columns.of(rows, np.maximum(positions - 1, 0))
 
 
@@ -146,8 +146,7 @@ class _Pass:
         row, column = np.nonzero(frame.universe >= 0)
         order = np.argsort(frame.universe[row, column])
         row, column = row[order], column[order]
-        lane = on_device(frame.lanes[row], frame.device)
-        at = on_device(column, frame.device)
+        lane, at = arrays_on_device((frame.lanes[row], column), frame.device)
         seen: Mapping[SiteRead, Tensor] = {}
         if self.prompt is not None:
             outside = [write for write in writes if write.site == "embed"]
@@ -289,12 +288,8 @@ class _Pass:
         source = below[row, column] if frame.packs[-1] is not None else np.full(len(row), -1)
         stays, fresh = np.flatnonzero(source >= 0), np.flatnonzero(source < 0)
         places = frame.lanes[row] * self.kept.columns + column
-        put = BlockInput(
-            *(
-                on_device(index, frame.device)
-                for index in (stays, source[stays], fresh, places[fresh])
-            )
-        )
+        indices = stays, source[stays], fresh, places[fresh]
+        put = BlockInput(*arrays_on_device(indices, frame.device))
         size = frame.size if self.prompt is None else max(len(row), self.prompt[1])
         left, width = self.kept.hidden[n_layers], self.kept.columns
         self.top = frame.end.top(Finals(put, row, column, frame.lanes, left, width, size))

@@ -65,16 +65,16 @@ def entering(
     else:
         entered = hidden[on_device(index, model.device)][None]
     written = np.zeros(universe.shape, dtype=np.bool_)
-    starts = kept.batch.starts.cpu().numpy()[lanes]
+    starts = kept.batch.starts.numpy()[lanes]
     for write in writes:
-        rows = write.rows.cpu().numpy()
-        written[rows, starts[rows] + write.positions.cpu().numpy()] = True
+        rows = write.rows.numpy()
+        written[rows, starts[rows] + write.positions.numpy()] = True
     chosen = np.arange(len(lanes)) if reads else np.flatnonzero(written.any(axis=1))
     if not len(chosen):
         return entered, {}
     number = np.full(len(lanes), -1, dtype=np.int64)
     number[chosen] = np.arange(len(chosen))
-    own = [replace(w, rows=torch.from_numpy(number[w.rows.cpu().numpy()])) for w in writes]
+    own = [replace(w, rows=torch.from_numpy(number[w.rows.numpy()])) for w in writes]
     noise = _with_noise(kept, lanes[chosen], own)
     stream = SiteRead("resid_pre", 0)
     batch = kept.batch.take(torch.from_numpy(lanes[chosen]))
@@ -102,11 +102,11 @@ def _with_noise(kept: ActivationCache, lanes: Ints, writes: Sequence[SiteWrite])
     if kept.embedded is None:
         return []
     real = kept.batch.mask.cpu().numpy().astype(np.bool_)[lanes]
-    starts = kept.batch.starts.cpu().numpy()[lanes]
+    starts = kept.batch.starts.numpy()[lanes]
     for write in writes:
         if write.mode == "set":
-            rows = write.rows.cpu().numpy()
-            real[rows, starts[rows] + write.positions.cpu().numpy()] = False
+            rows = write.rows.numpy()
+            real[rows, starts[rows] + write.positions.numpy()] = False
     row, column = np.nonzero(real)
     values = kept.embedded[on_device(lanes[row] * kept.columns + column, kept.embedded.device)]
     rows, positions = torch.from_numpy(row), torch.from_numpy(column - starts[row])

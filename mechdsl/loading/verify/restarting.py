@@ -73,7 +73,7 @@ def _restarted(bench: Bench) -> Outcome:
             starts.append((name, layers[len(layers) // 2], 0))
     # Prompts in turn: the second one is padded.
     lanes = np.arange(len(starts)) // 2 % len(bench.batch)
-    lengths = bench.batch.lengths.cpu().numpy()[lanes]
+    lengths = bench.batch.lengths.numpy()[lanes]
     writes: list[SiteWrite] = []
     places: list[int] = []
     for number, (name, layer, which) in enumerate(starts):

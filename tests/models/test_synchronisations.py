@@ -1,0 +1,142 @@
+"""How often a pass over packed rows waits for its device, on a simulated one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.data import words
+from benchmarks.synchronisations import (
+    SIMULATED,
+    Places,
+    SimulatedTensor,
+    counted_synchronisations,
+    to_simulated,
+)
+from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.inside_attention import EdgeWrite
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
+from mechdsl.hooks.whole_pass import run_whole
+from mechdsl.loading.load import adopt
+from mechdsl.packed.activation_cache import ActivationCache, keeping
+from mechdsl.packed.packed_pass import PackedResult, run_packed
+
+PROMPTS = [[1, 9, 22, 31, 17, 40, 5], [1, 14, 8, 51], [1, 30, 11, 6, 45]]
+LANES = np.array([0, 1, 2, 0, 2])
+LAST = np.array([6, 3, 4, 6, 4])
+READS = {SiteRead("resid_post", 1): (np.array([0, 1]), np.array([3, 3]))}
+OF_LIBRARY = {"masking_utils.py"}
+"""The library looks once in a pass whether position ids are of several texts."""
+
+
+def built(family: str, layers: int) -> LoadedModel:
+    torch.manual_seed(0)
+    if family == "gpt2":
+        config = GPT2Config(vocab_size=64, n_embd=16, n_layer=layers, n_head=2, n_positions=16)
+        module = GPT2LMHeadModel(config)
+    else:
+        given = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+        module = LlamaForCausalLM(
+            LlamaConfig(vocab_size=64, num_hidden_layers=layers, **given)  # type: ignore[arg-type]
+        )
+    model, said = adopt(family, module.eval().requires_grad_(False), words(64))
+    assert model is not None, said
+    return model
+
+
+def on_simulated_device(model: LoadedModel) -> LoadedModel:
+    to_simulated(model.module)
+    return replace(model, device=SIMULATED)
+
+
+def write(site: str, layer: int, row: int, position: int, width: int, unit: int = 0) -> SiteWrite:
+    values = torch.linspace(-1, 1, width)[None]
+    rows, positions, units = (torch.tensor([each]) for each in (row, position, unit))
+    return SiteWrite(site, layer, rows, positions, units, values)
+
+
+WRITES = [
+    write("resid_pre", 0, 0, 2, 16),
+    write("z", 1, 1, 1, 8, unit=1),
+    write("head_out", 1, 2, 3, 16, unit=1),
+    write("mlp_out", 0, 3, 5, 16),
+    write("resid_mid", 1, 4, 2, 16),
+]
+
+
+def edges(inside: bool) -> list[EdgeWrite]:
+    """Row 0 doesn't see its first token from its last, in one head of block 1."""
+    if not inside:
+        return []
+    one = torch.tensor([0])
+    last = torch.tensor([int(LAST[0])])
+    return [EdgeWrite(1, "block", one, last, one, one, one, torch.zeros(1))]
+
+
+def kept_of(model: LoadedModel) -> ActivationCache:
+    batch = Batch.of(PROMPTS, model.pad_id, "left", model.device)
+    with keeping(model, batch, 0) as kept:
+        run_whole(model, batch)
+    return kept
+
+
+def patched(model: LoadedModel, kept: ActivationCache, inside: bool) -> PackedResult:
+    final = np.arange(len(LANES)), LAST
+    return run_packed(
+        model, kept, LANES, writes=WRITES, final=final, reads=READS, edges=edges(inside)
+    )
+
+
+def own(places: Places) -> Places:
+    """Without what the library waits for."""
+    return Places(
+        {
+            lines: count
+            for lines, count in places.items()
+            if not OF_LIBRARY & {line.partition(":")[0] for line in lines}
+        }
+    )
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("layers", [2, 4])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_packed_pass_never_waits_for_its_device(family: str, layers: int, inside: bool) -> None:
+    model = built(family, layers)
+    expected = patched(model, kept_of(model), inside)
+    model = on_simulated_device(model)
+    with counted_synchronisations(model.device):
+        kept = kept_of(model)
+        patched(model, kept, inside)  # the first counts the keys that queries see
+    with counted_synchronisations(model.device) as places:
+        found = patched(model, kept, inside)
+    assert not own(places)
+    assert isinstance(found.logits, SimulatedTensor)
+    assert torch.equal(found.logits.numbers, expected.logits)
+
+
+def test_waiting_for_the_simulated_device_is_counted() -> None:
+    def waits(value: Tensor) -> None:
+        assert bool(value.sum() > 0)
+        assert value[value > 1].tolist() == [2, 3]
+        value.cpu()
+        torch.arange(3).to(value.device)
+        value.nonzero()
+
+    with counted_synchronisations(SIMULATED) as places:
+        waits(torch.tensor([1, 2, 3], device=SIMULATED))
+    assert sum(places.values()) == 6
+
+
+def test_tensors_of_host_and_simulated_device_do_not_mix() -> None:
+    with (
+        counted_synchronisations(SIMULATED),
+        pytest.raises(RuntimeError, match="on the host and on the device"),
+    ):
+        torch.ones(3, device=SIMULATED).add(torch.ones(3))
