@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from zlib import crc32
 
 import torch
@@ -23,8 +26,38 @@ _FINAL = 3.0
 """Mean of the last norm's weights: effects in logits are that much larger."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where and in which precision models are built."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    drawn_on: str = "cpu"
+    """Device that weights are drawn on: a CPU gives the same ones to every device."""
+
+
+_places = [Place()]
+
+
+@contextmanager
+def placed(place: Place) -> Generator[None]:
+    """Build models there within the block."""
+    _places.append(place)
+    try:
+        yield
+    finally:
+        _places.pop()
+
+
 def build(shape: Shape) -> GPT2LMHeadModel:
-    """The model in fp32, in eval mode, without gradients."""
+    """The model in eval mode, without gradients; in fp32 on the CPU outside of `placed`."""
+    place = _places[-1]
+    with torch.device(place.drawn_on):
+        return _drawn(shape).to(device=place.device, dtype=place.dtype)  # type: ignore[return-value]
+
+
+def _drawn(shape: Shape) -> GPT2LMHeadModel:
+    """The model in fp32, on the device that is the default."""
     config = GPT2Config(
         vocab_size=shape.vocabulary,
         n_layer=shape.layers,
@@ -34,7 +67,9 @@ def build(shape: Shape) -> GPT2LMHeadModel:
     model = GPT2LMHeadModel(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         # Seeded by name: the order of parameters may differ between versions.
-        draw = torch.Generator().manual_seed(shape.seed + crc32(name.encode()))
+        draw = torch.Generator(torch.get_default_device()).manual_seed(
+            shape.seed + crc32(name.encode())
+        )
         values = torch.randn(parameter.shape, generator=draw)
         if ".ln_" in name and name.endswith("weight"):
             mean = _FINAL if ".ln_f." in name else 1.0

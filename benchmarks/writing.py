@@ -70,8 +70,12 @@ class Task:
                     parameter.mul_(1.5 / self.config.hidden_size**0.5)
             size = PROMPTS, TOKENS
             self.prompts = torch.randint(3, self.config.vocab_size, size, generator=random).tolist()
-        self.model.generation_config.eos_token_id = None
         self.tokens, self.cells = arguments.tokens, arguments.cells
+        self.arrange()
+
+    def arrange(self) -> None:
+        """Set what follows from the model and its prompts."""
+        self.model.generation_config.eos_token_id = None
         self.heads = self.config.num_attention_heads
         self.layers = self.config.num_hidden_layers
         self.width = self.config.hidden_size // self.heads

@@ -91,7 +91,7 @@ class Loop(Tool):
             self.end()
             fixed += begun - start
             cells += done - begun
-            table[np.ix_(chosen, batch.rows)] = values.numpy()
+            table[np.ix_(chosen, batch.rows)] = values.float().cpu().numpy()
         return Timed(table, fixed, cells)
 
 

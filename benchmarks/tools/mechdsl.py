@@ -17,6 +17,7 @@ from benchmarks.work import Picks, Work, count
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.execute.execute import execute
+from mechdsl.execute.profile import Profile
 from mechdsl.loading.load import adopt
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.program import spec
@@ -30,6 +31,8 @@ class Mechdsl(Tool):
 
     packages = ("mechdsl", "torch", "transformers")
     whole = True
+    profile: Profile
+    """Of the last run."""
 
     def load(self, work: Work, folder: Path) -> None:
         self.work = work
@@ -53,6 +56,7 @@ class Mechdsl(Tool):
             make_plan(self.checked.experiments), {"gpt2": self.model}, check=check_denominators
         )
         seconds = perf_counter() - start
+        self.profile = execution.profile
         if execution.diagnostics:
             raise RuntimeError(str(execution.diagnostics))
         measured = execution.measured["sweep"]
