@@ -48,10 +48,12 @@ def check(
 
     file: its path, or its text (what has a line break or begins with `mech `).
     models, set, allow_outside, untrusted: as for `run`.
-    require_models: whether a model that isn't on this machine is an error; all that doesn't hang on
-        it is checked either way.
+    require_models: whether a model that isn't on this machine, or has no weights, is an error; all
+        that doesn't depend on it is checked either way.
     Returns a list of diagnostics, empty where nothing is wrong; raises nothing about the file.
     """
+    from mechdsl.models.locate import without_weights
+
     source, found = source_of(file)
     if source is None:
         return Diagnostics(found)
@@ -66,7 +68,9 @@ def check(
         checked, _ = check_with(source, models, settings)
     except MechdslError as error:
         return error.diagnostics
-    return Diagnostics(checked.diagnostics)
+    given = () if models is None else models
+    own = [each for name, each in checked.program.models.items() if name not in given]
+    return Diagnostics(checked.diagnostics + (without_weights(own) if require_models else []))
 
 
 @keeps_random_numbers

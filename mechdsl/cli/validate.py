@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from mechdsl.base import limits
+from mechdsl.base.plural import plural
 from mechdsl.cli.mech_files import checked_file, mech_files
 from mechdsl.cli.options import (
     allow_outside_option,
@@ -19,7 +20,7 @@ from mechdsl.cli.options import (
 )
 from mechdsl.cli.output import print_diagnostics
 from mechdsl.cli.status import FINE, WRONG
-from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.core import Diagnostic, has_errors
 
 
 @click.command()
@@ -28,7 +29,11 @@ from mechdsl.diagnostics.core import has_errors
 @allow_outside_option
 @untrusted_option
 @format_option("full", "json", "github", "sarif")
-@click.option("--require-models", is_flag=True, help="A model that isn't here is an error.")
+@click.option(
+    "--require-models",
+    is_flag=True,
+    help="A model that isn't here, or has no weights, is an error.",
+)
 def validate(
     files: tuple[Path, ...],
     parameters: tuple[str, ...],
@@ -41,6 +46,8 @@ def validate(
 
     `-` is standard input.
     """
+    from mechdsl.models.locate import without_weights
+
     how = settings(
         parameters,
         python="look",
@@ -52,16 +59,21 @@ def validate(
     paths, problems = mech_files(files)
     unchecked: list[str] = []
     unrun: list[str] = []
+    hollow: list[Diagnostic] = []
     for path in paths:
         checked, found = checked_file(path, how)
         problems += found
         if checked is not None:
             unchecked += [f"{path}: {name}" for name in checked.unchecked]
             unrun += [f"{path}: {name}" for name in checked.unrun]
+            hollow += without_weights(checked.program.models.values())
+    problems += hollow if require_models else []
     print_diagnostics(problems, form, out=form != "full")
     if form == "full" and not has_errors(problems):
         count = f"{len(paths)} file" + ("s" if len(paths) != 1 else "")
         rest = _without(unchecked, "model") + _without(unrun, "Python")
+        if hollow:
+            rest += f", {plural(len(hollow), 'model')} without weights on this machine"
         print(f"{count} checked: no errors{rest}")
     return WRONG if has_errors(problems) else FINE
 

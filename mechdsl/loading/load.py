@@ -41,7 +41,7 @@ from mechdsl.loading.peft_models import outside_of_modules, unwrapped
 from mechdsl.loading.prove import text_of
 from mechdsl.loading.towers import take_any_apart
 from mechdsl.models.identity import Hashed, file_hash, identity_of_folder, stamps, weights_hash
-from mechdsl.models.locate import locate, needed, weight_files
+from mechdsl.models.locate import locate, missing_weights, needed, weight_files
 from mechdsl.models.shape import ModelShape
 from mechdsl.models.shape_from_config import read_config, read_shape, shape_from_config, shape_of
 from mechdsl.program import spec
@@ -76,11 +76,10 @@ def load(
     folder, found = locate(model, model.span.source.folder if base is None else base)
     if folder is None:
         return None, needed(found)
+    missing = missing_weights(folder, model)
+    if missing is not None:
+        return None, [missing]
     files = weight_files(folder)
-    if not files:
-        hub = model.kind == "hf"
-        advice = f"`hf download {model.path}` fetches them" if hub else "copy them there"
-        return None, [NoWeights(span=model.span, model=model.name, advice=advice)]
     before = stamps(model, folder)
     shape, found = read_shape(folder, model=model.name, span=model.span)
     if shape is None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e04_adapters import AdapterDoesNotFit, NoPeft
-from mechdsl.diagnostics.e04_model import LoadFailed, NoWeights
+from mechdsl.diagnostics.e04_model import LoadFailed
 from mechdsl.hooks.loaded import BASE, LoadedModel
 from mechdsl.loading.identity import identity_of_loaded
 from mechdsl.loading.load import changed_meanwhile, import_library, quiet
@@ -30,7 +30,7 @@ from mechdsl.loading.peft_models import has_adapters
 from mechdsl.loading.prove import take_apart, text_of
 from mechdsl.models.adapter_folder import Scaling, read_scaling
 from mechdsl.models.identity import Hashed, file_hash, identity_of_folder, stamps, weights_hash
-from mechdsl.models.locate import ADAPTER, ADAPTER_WEIGHTS, locate, needed, weight_files
+from mechdsl.models.locate import ADAPTER, locate, missing_weights, needed, weight_files
 from mechdsl.program import spec
 from mechdsl.prompts.tokenizer import TextTokenizer, has_tokenizer
 
@@ -62,13 +62,10 @@ def load_adapter(
     scaling, found = read_scaling(folder, model)
     if scaling is None:
         return None, found
+    missing = missing_weights(folder, model)
+    if missing is not None:
+        return None, [missing]
     files = weight_files(folder, adapter=True)
-    if not files:
-        advice = "copy it there; peft writes it with `save_pretrained`"
-        what = f"`{ADAPTER_WEIGHTS}`"
-        return None, [
-            NoWeights(span=model.span, model=model.name, what=what, config=ADAPTER, advice=advice)
-        ]
     tokenizer = base.tokenizer
     if has_tokenizer(folder):
         bos = None if tokenizer is None else tokenizer.bos

@@ -16,6 +16,7 @@ from mechdsl.diagnostics.e04_model import (
     AdapterFolder,
     ModelNotFound,
     NoConfig,
+    NoWeights,
     PickledWeights,
     UnknownZooModel,
 )
@@ -53,6 +54,33 @@ def locate(model: Model, base: Path) -> tuple[Path | None, list[Diagnostic]]:
 def weight_files(folder: Path, *, adapter: bool = False) -> list[Path]:
     """The safetensors files of a model folder, in order of their names; of an adapter its one."""
     return sorted(folder.glob(ADAPTER_WEIGHTS if adapter else "*.safetensors"))
+
+
+def missing_weights(folder: Path, model: Model) -> Diagnostic | None:
+    """E0406 for a folder of a model, or of an adapter, that has no weights."""
+    adapter = model.base is not None
+    if weight_files(folder, adapter=adapter):
+        return None
+    if adapter:
+        advice = "copy it there; peft writes it with `save_pretrained`"
+        what = f"`{ADAPTER_WEIGHTS}`"
+        return NoWeights(
+            span=model.span, model=model.name, what=what, config=ADAPTER, advice=advice
+        )
+    hub = model.kind == "hf"
+    advice = f"`hf download {model.path}` fetches them" if hub else "copy them there"
+    return NoWeights(span=model.span, model=model.name, advice=advice)
+
+
+def without_weights(models: Iterable[Model]) -> list[Diagnostic]:
+    """E0406 for models whose folders are on this machine without weights: all but running works."""
+    folders = (
+        (model, locate(model, model.span.source.folder)[0])
+        for model in models
+        if model.kind != "python"
+    )
+    found = (missing_weights(folder, model) for model, folder in folders if folder is not None)
+    return [each for each in found if each is not None]
 
 
 def _zoo(model: Model) -> tuple[Path | None, list[Diagnostic]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 import mechdsl
+from mechdsl import zoo
 from mechdsl.cli import app
 from mechdsl.cli.entry import COMMANDS
 from mechdsl.diagnostics.pages import codes
@@ -141,6 +143,22 @@ def test_without_its_model_a_file_is_checked_and_not_planned(
         assert "error[E0401]: there is no model at `not/" in done.err
         assert "without it nothing can be planned or run" in done.err
     assert not picture.exists()
+
+
+def test_validate_reports_a_model_without_weights(command: Command, tmp_path: Path) -> None:
+    folder = Path(zoo.__path__[0]) / "counting"
+    weights = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(folder, tmp_path / "hollow", ignore=weights)
+    path = tmp_path / "a.mech"
+    path.write_text(HEADS.replace('zoo("counting")', 'local("hollow")'), encoding="utf-8")
+    done = command("validate", path)
+    assert (done.status, done.err) == (0, "")
+    assert done.out == "1 file checked: no errors, 1 model without weights on this machine\n"
+    assert [each.code for each in mechdsl.check(path)] == []
+    done = command("validate", "--require-models", path)
+    assert (done.status, done.out) == (2, "")
+    assert "error[E0406]" in done.err
+    assert [each.code for each in mechdsl.check(path, require_models=True)] == ["E0406"]
 
 
 # --- plan ---
