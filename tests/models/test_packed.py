@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mechdsl.hooks.attention_functions
 from mechdsl.hooks.attention_functions import (
@@ -649,6 +650,33 @@ def test_attention_in_parts_gives_the_logits_of_whole_passes(
     kept = kept_of(model, "left")
     same_as_whole(model, kept, lanes, writes, every_token(kept, lanes), whole=whole)
     same_as_whole(model, kept, lanes, writes, last_tokens(kept, lanes), whole=whole)
+
+
+class LargestSoftmax(TorchDispatchMode):
+    """Notes the numbers of the largest softmax."""
+
+    numbers = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if "softmax" in func._schema.name:
+            self.numbers = max(self.numbers, args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_scores_of_a_long_row_are_never_held_at_once(
+    loaded: dict[str, LoadedModel], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 heads and 60 tokens have 14,400 scores."""
+    model = loaded[family]
+    kept = kept_of(model, "left", [[1, *range(2, 47), *range(3, 17)]])
+    monkeypatch.setattr(mechdsl.hooks.attention_functions, "SCORES_AT_ONCE", 1000)
+    first = [write(model, "resid_pre", 0, [(0, 0)])]
+    with LargestSoftmax() as largest:
+        run_packed(model, kept, np.array([0]), writes=first, final=every_token(kept, [0]))
+    assert 0 < largest.numbers <= 1000
 
 
 @pytest.mark.parametrize(("family", "side"), families.SIDED)
