@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 
 from mechdsl.images.patches import PatchLayout
 from mechdsl.images.picture import Picture, PictureChange
-from mechdsl.images.pixels import cover, pixels, prepare, prepared
+from mechdsl.images.pixels import cover, mask_of, pixels, prepare, prepared
 from mechdsl.images.processing import Processing
 from mechdsl.images.regions import Region, of_box, tokens_in
 from mechdsl.images.shapes import draw
@@ -373,6 +373,8 @@ def test_half_a_pixel_is_in_a_region() -> None:
     assert tokens_in(of_box((0.0, 0.0, 1.25, 1.0), (2, 3)), how, layout) == (0,)
     assert tokens_in(of_box((0.0, 0.0, 1.75, 1.0), (2, 3)), how, layout) == (0, 1)
     assert tokens_in(of_box((2.75, 0.0, 3.0, 1.0), (2, 3)), how, layout) == ()
+    half, picture = Region(box=(0.0, 0.0, 1.5, 1.0)), Picture("gray", size=(2, 3))
+    assert mask_of([half], picture, how, layout).tolist() == [[True, True, False], [False] * 3]
 
 
 @pytest.mark.parametrize("size", [(13, 11), (11, 14), (12, 13), (20, 15), (15, 21)])
