@@ -31,10 +31,10 @@ from mechdsl.execute.execute import execute
 from mechdsl.loading.load import adopt
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.plan.savings import plan_cost
-from mechdsl.plan.seconds import estimated_seconds, matmul_rate
 from mechdsl.program import spec
 from mechdsl.resolve.resolved import ModelContext
 from mechdsl.results.denominators import check_denominators
+from mechdsl.show.seconds import amounts, estimate, host_pace, matmul_rate
 from mechdsl.validate.check_file import check_source
 
 PROMPTS, TOKENS = 8, 16
@@ -173,11 +173,12 @@ def compare(shape: Shape, folder: Path, positions: str, sampled: int) -> None:
     plan = make_plan(checked.experiments)
     (planned,) = plan.panels[0].experiments
     cost = plan_cost(plan).planned
-    estimate = estimated_seconds(cost, shape.layers, matmul_rate())
+    work = amounts(plan, cost, shape.layers)
+    seconds = estimate(work, cost.multiply_adds, matmul_rate(), host_pace()).passes
     print(
         f"plan: {int(planned.exists.sum()):,} pairs, {cost.rows:,} rows, "
         f"{cost.tokens:,} tokens through blocks, {cost.flops / 1e12:.1f} TFLOP, "
-        f"about {estimate:.0f} s"
+        f"about {seconds:.0f} s"
     )
     start = process_time()
     execution = execute(plan, {"gpt2": model}, check=check_denominators)

@@ -19,11 +19,11 @@ from mechdsl.plan.passes import PASSES
 from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS, Plan
 from mechdsl.plan.save_cost import SaveCost, save_costs
 from mechdsl.plan.savings import PlanCost, plan_cost
-from mechdsl.plan.seconds import estimated_seconds, matmul_rate
 from mechdsl.resolve.measured_parts import whole_spec
 from mechdsl.resolve.resolved import ResolvedExperiment
 from mechdsl.show.graph import to_text
 from mechdsl.show.power import Measured, print_power
+from mechdsl.show.seconds import Estimate, amounts, estimate, host_pace, matmul_rate
 
 
 def print_plan(
@@ -54,7 +54,7 @@ def print_plan(
     _saves(saves, console)
     deepest = max((each.model.shape.n_layers for each in saving), default=0)
     cost = replace(cost, blocks=max(cost.blocks, deepest))
-    _estimate(cost, sum((each.cost for each in saves), Cost()), console)
+    _estimate(plan, cost, sum((each.cost for each in saves), Cost()), console)
 
 
 def _experiments(plan: Plan, console: Console) -> None:
@@ -178,15 +178,27 @@ def _figures(cost: Cost, *, back: bool = False) -> list[str]:
     ]
 
 
-def _estimate(cost: PlanCost, saves: Cost, console: Console) -> None:
-    """saves: what comes to both."""
-    rate, whole = matmul_rate(), (cost.plain + saves, cost.planned + saves)
-    plain, planned = (estimated_seconds(each, cost.blocks, rate) for each in whole)
+def _estimate(plan: Plan, cost: PlanCost, saves: Cost, console: Console) -> None:
+    """Print the seconds of a run and of a plain loop. saves: the work of `save` lines, in both."""
+    rate, pace = matmul_rate(), host_pace()
+    plain, planned = (
+        _seconds(plan, each + saves, cost.blocks, rate, pace) for each in (cost.plain, cost.planned)
+    )
     console.print(
-        f"about {_time(planned)} on this CPU, {_time(plain)} as a plain loop, at "
+        f"about {_time(planned.total)} on this CPU, {_time(plain.total)} as a plain loop, at "
         f"{2 * rate / 1e9:.0f} GFLOP/s in a large product",
         highlight=False,
     )
+    console.print(
+        f"of these {_time(planned.loading)} to import libraries and load models, "
+        f"{_time(planned.prompts)} to make prompts, {_time(planned.passes)} to run the model and "
+        f"{_time(planned.statistics)} for statistics",
+        highlight=False,
+    )
+
+
+def _seconds(plan: Plan, cost: Cost, blocks: int, rate: float, pace: float) -> Estimate:
+    return estimate(amounts(plan, cost, blocks), cost.multiply_adds, rate, pace)
 
 
 def _time(seconds: float) -> str:
@@ -199,19 +211,18 @@ def _time(seconds: float) -> str:
 
 def print_profile(plan: Plan, profile: Profile, sizes: PassSizes, console: Console) -> None:
     """Estimated against measured, after a run."""
-    cost, rate = plan_cost(plan, sizes.pass_tokens, sizes.prompt_tokens), matmul_rate()
+    cost = plan_cost(plan, sizes.pass_tokens, sizes.prompt_tokens)
     console.print("profile", style="bold")
     table = Table(box=None, padding=(0, 2), show_edge=False)
     for title in ("", "estimated", "measured"):
         table.add_column(title, justify="left" if not title else "right", no_wrap=True)
     measured = profile.unpatched_seconds + profile.patched_seconds
     planned = cost.planned
+    seconds = _seconds(plan, planned, cost.blocks, matmul_rate(), host_pace())
     table.add_row("rows", f"{planned.rows:,}", f"{profile.distinct:,}")
     passes = profile.passes + profile.unpatched_passes
     table.add_row("forwards", f"{planned.forwards:,}", f"{passes:,}")
-    table.add_row(
-        "seconds", f"{estimated_seconds(planned, cost.blocks, rate):.3g}", f"{measured:.3g}"
-    )
+    table.add_row("seconds", f"{seconds.passes:.3g}", f"{measured:.3g}")
     console.print(table)
     console.print(
         f"{profile.unpatched_seconds:.3g} s for unpatched runs, means and checks, "

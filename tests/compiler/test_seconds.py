@@ -1,0 +1,67 @@
+"""Estimated seconds: the terms that each file's work adds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mechdsl.base.source import Source
+from mechdsl.plan.make_plan import make_plan
+from mechdsl.plan.savings import plan_cost
+from mechdsl.show.seconds import REFERENCE_PACE, Estimate, amounts, estimate
+from mechdsl.validate.check_file import check_source
+
+HEAD = """mech 1
+
+model toy = zoo("induction")
+
+prompts repeats {
+  word in words(toy)
+  half = list(word, 4, sep: " ", distinct: true)
+  template "{half} {again = half} {cue = half[1]}"
+  answer " {half[2]}"
+}
+"""
+
+
+def seconds(*lines: str, rows: int = 50) -> Estimate:
+    body = "\n".join(f"  {line}" for line in lines)
+    text = f"{HEAD}\nexperiment e {{\n  model toy\n  prompts repeats limit {rows}\n{body}\n}}\n"
+    plan = make_plan(check_source(Source(text, Path("seconds.mech"))).experiments)
+    cost = plan_cost(plan)
+    work = amounts(plan, cost.planned, cost.blocks)
+    return estimate(work, cost.planned.multiply_adds, 2e10, REFERENCE_PACE)
+
+
+def test_estimate_of_statistics_grows_with_cells_and_rows() -> None:
+    few = seconds("for c in 1..4 { scale resid_post layer 1 at last token by c }", RAW)
+    cells = seconds("for c in 1..40 { scale resid_post layer 1 at last token by c }", RAW)
+    rows = seconds("for c in 1..4 { scale resid_post layer 1 at last token by c }", RAW, rows=500)
+    assert cells.statistics > 1.5 * few.statistics
+    assert rows.statistics > 8 * few.statistics
+    assert rows.prompts > 8 * few.prompts
+
+
+def test_estimate_of_a_probe_counts_its_fits() -> None:
+    norm = seconds("observe norm resid_post layer * at last token")
+    rank = seconds("observe effective_rank resid_post layer * at last token")
+    assert rank.passes > norm.passes + 0.05
+
+
+def test_estimate_of_replies_grows_with_their_tokens() -> None:
+    short, long = (
+        seconds(
+            f"generate {tokens}",
+            "scale resid_post layer 1 at tokens * by 0.9",
+            'measure contains("apple") as raw',
+        )
+        for tokens in (4, 40)
+    )
+    assert long.passes > 5 * short.passes
+
+
+def test_loading_is_part_of_the_total() -> None:
+    found = seconds("ablate layer 0 head 0 at last token with zero", RAW)
+    assert found.total > found.loading > 1
+
+
+RAW = "measure logit(answer) as raw"
