@@ -25,7 +25,7 @@ from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.hooks.batch import together_on_device
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.models.shape import ModelShape, units, width
-from mechdsl.plan.columns import counted, each_unit, prompt_lengths, units_of
+from mechdsl.plan.columns import counted, each_unit, units_of
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.plan.whole_cells import WholeCell, WholeCells
@@ -128,7 +128,7 @@ def _made(
 ) -> MadeOfCells:
     run = runs.named(rule.rule.run)
     every = np.arange(len(run.rows), dtype=np.int64)
-    ends = prompt_lengths(run) + fed_tokens(text, every)
+    ends = run.lengths + fed_tokens(text, every)
     draws = 1 if run.noise is None else run.noise.samples
     blocks = list(_blocks(rule, cells, runs.model.shape, draws, int(ends.max())))
     dtype = torch.promote_types(runs.model.dtype, torch.float32)

@@ -19,7 +19,7 @@ from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.hooks.batch import together_on_device
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.models.shape import units, width
-from mechdsl.plan.columns import counted, prompt_lengths
+from mechdsl.plan.columns import counted
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import RulePlan
 from mechdsl.prompts.prompt_table import PromptTable, Run
@@ -143,7 +143,7 @@ def _means(
     apart = rule.rule.apart
     run = runs.named(rule.rule.run) if apart is None else apart.table.runs[apart.run]
     every = np.arange(len(run.rows), dtype=np.int64)
-    longest = int((prompt_lengths(run) + fed_tokens(text, every)).max())
+    longest = int((run.lengths + fed_tokens(text, every)).max())
     sums = {
         place: torch.zeros(
             *size,

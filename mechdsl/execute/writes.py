@@ -21,7 +21,7 @@ from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import Mode, SiteRead, SiteWrite
 from mechdsl.hooks.rule_writes import Numbers, RuleWrites
 from mechdsl.models.shape import ModelShape, units, width
-from mechdsl.plan.columns import EVERY, counted, each_unit, prompt_lengths, units_of
+from mechdsl.plan.columns import EVERY, counted, each_unit, units_of
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows, RulePlan
 from mechdsl.resolve.resolved_rule import Place
@@ -122,7 +122,7 @@ def _there(
     if rule.rule.does.reads not in ("run", "donor", "cell"):
         return written, np.ones_like(written)
     prompts = read_prompts(rule, rows, means_and_donors)
-    lengths = prompt_lengths(plan.experiment.table.runs[rule.rule.run])[prompts]
+    lengths = plan.experiment.table.runs[rule.rule.run].lengths[prompts]
     return written, tokens.read < (lengths + fed_tokens(text, prompts))[tokens.row]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mechdsl.base.arrays import Ints
-from mechdsl.prompts.prompt_table import PositionCell, Run
+from mechdsl.prompts.prompt_table import PositionCell
 from mechdsl.resolve.resolved_rule import SitePoint
 
 EVERY = -1
@@ -21,11 +21,6 @@ def counted(counts: Ints) -> tuple[Ints, Ints]:
     """(index into counts, 0..count-1) for each of so many, in order."""
     index = np.repeat(np.arange(len(counts)), counts)
     return index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
-def prompt_lengths(run: Run) -> Ints:
-    """[prompt] tokens of each."""
-    return np.array([len(row.ids) for row in run.rows], dtype=np.int64)
 
 
 def units_of(points: Sequence[SitePoint]) -> Ints:

@@ -15,7 +15,7 @@ import numpy as np
 
 from mechdsl.base.arrays import Ints
 from mechdsl.models.shape import ModelShape
-from mechdsl.plan.columns import Ragged, prompt_lengths
+from mechdsl.plan.columns import Ragged
 from mechdsl.plan.estimate_cost import GradientWork, gradient_work
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.only_looks import only_looks
@@ -121,7 +121,7 @@ class _BlockCost:
 def run_cost(shape: ModelShape, run: Run, stop: int | None) -> Cost:
     """All prompts of a run, each in a pass of its own, through so many blocks; None is all, and the
     logits of one token."""
-    lengths, draws = prompt_lengths(run), run.draws
+    lengths, draws = run.lengths, run.draws
     blocks = shape.n_layers if stop is None else min(stop, shape.n_layers)
     prompts, tokens = len(lengths) * draws, int(lengths.sum()) * draws
     logits = prompts * shape.d_model * shape.outputs if stop is None else 0
@@ -207,7 +207,7 @@ class PanelCount:
     def batches(self) -> int:
         """Forward passes over batches of prompts that all unpatched runs take."""
         others = [*self.fitted, *self.beside]
-        tokens = (int(prompt_lengths(run).sum()) for run, _ in others)
+        tokens = (int(run.lengths.sum()) for run, _ in others)
         return self.sweeps.total() * self.batch_count + sum(
             -(-n // self.prompt_tokens) for n in tokens
         )

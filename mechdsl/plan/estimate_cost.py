@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from mechdsl.base.arrays import Ints
-from mechdsl.plan.columns import prompt_lengths
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.moved_together import sites_of_cells
 
@@ -55,7 +54,7 @@ def gradient_work(
         return GradientWork()
     run = experiment.table.runs[experiment.spec.base]
     own = prompts[plan.present(prompts).any(axis=0)]
-    lengths = np.repeat(prompt_lengths(run)[own], run.draws)
+    lengths = np.repeat(run.lengths[own], run.draws)
     by_item = any(atom.by_item for measure in experiment.measures for atom in measure.atoms)
     kinds = len(set(plan.items)) if by_item else 1
     each = max(1, pass_tokens // experiment.model.shape.n_layers)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mechdsl.base.arrays import Ints
 from mechdsl.base.digest import number_of
 from mechdsl.graph.needs import Asked
-from mechdsl.plan.columns import Hits, Ragged, counted, prompt_lengths
+from mechdsl.plan.columns import Hits, Ragged, counted
 from mechdsl.plan.inert import Inert, inert_cells, inert_of, inert_rows
 from mechdsl.plan.rule_rows import EVERY, NEWEST, NOTHING, PathPlan, Rows, RulePlan
 from mechdsl.prompts.prompt_table import Run
@@ -194,7 +194,7 @@ class ExperimentPlan:
         which = self.starting_run(rows)
         found = np.zeros(len(rows), dtype=np.int64)
         for index, run in enumerate(self.starting_runs):
-            found = np.where(which == index, prompt_lengths(run)[rows.prompt], found)
+            found = np.where(which == index, run.lengths[rows.prompt], found)
         return found
 
     def leftmost(self, rows: Rows) -> Ints:
@@ -409,7 +409,7 @@ def _is_behind(experiment: ResolvedExperiment, plan: RulePlan) -> bool:
     places = [(plan.written, base)]
     places += [] if plan.keys is None else [(plan.keys, base)]
     places += [] if plan.rule.apart is not None else [(plan.read, plan.rule.run)]
-    return any(hits.lie_behind(prompt_lengths(runs[run])) for hits, run in places)
+    return any(hits.lie_behind(runs[run].lengths) for hits, run in places)
 
 
 def _paths(

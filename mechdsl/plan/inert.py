@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from mechdsl.base.arrays import Bools, Ints
-from mechdsl.plan.columns import prompt_lengths
 from mechdsl.plan.rule_rows import NOTHING, Rows, RulePlan
 from mechdsl.program.spec import NO_EFFECTS
 from mechdsl.resolve.resolved import ResolvedExperiment
@@ -169,7 +168,7 @@ def _read_positions(experiment: ResolvedExperiment) -> Bools | None:
     if experiment.model.shape.output_at == "image":
         return None  # a head may pool its patches
     base = experiment.spec.base
-    lengths = prompt_lengths(experiment.table.runs[base])
+    lengths = experiment.table.runs[base].lengths
     found = np.zeros((len(lengths), int(lengths.max())), dtype=np.bool_)
     if experiment.generation is not None:
         found[np.arange(len(lengths)), lengths - 1] = True
@@ -190,7 +189,7 @@ def _ends(experiment: ResolvedExperiment) -> Ints:
         for atom in measure.atoms:
             if atom.texts:
                 behind = np.maximum(behind, atom.behind)
-    return prompt_lengths(experiment.table.runs[experiment.spec.base]) + behind
+    return experiment.table.runs[experiment.spec.base].lengths + behind
 
 
 def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints | None:
@@ -206,7 +205,7 @@ def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints |
     if source is not base and (source.derived is not None or base.derived is not None):
         return None  # the same tokens, and rules
     if source is base:
-        return prompt_lengths(base)
+        return base.lengths
     shared: list[int] = []
     for a, b in zip(source.rows, base.rows, strict=True):
         same = 0

@@ -8,7 +8,6 @@ import numpy as np
 
 from mechdsl.base.arrays import Ints
 from mechdsl.models.shape import ModelShape, units, width
-from mechdsl.plan.columns import prompt_lengths
 from mechdsl.plan.plan import PROMPT_TOKENS
 from mechdsl.prompts.prompt_table import Run
 from mechdsl.resolve.resolved_rule import Place, SitePoint
@@ -34,7 +33,7 @@ def read_batches(
     prompts = np.arange(len(run.rows), dtype=np.int64) if prompts is None else prompts
     if not len(prompts):
         return []
-    longest = int(prompt_lengths(run)[prompts].max())
+    longest = int(run.lengths[prompts].max())
     longest *= run.draws
     places = {(point.site, point.layer) for point in points}
     each = sum(numbers(shape, place, longest) for place in places) * itemsize

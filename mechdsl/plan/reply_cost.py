@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from mechdsl.base.arrays import Ints
-from mechdsl.plan.columns import prompt_lengths
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.rule_rows import Rows
 from mechdsl.plan.share import SharedRows
@@ -72,7 +71,7 @@ def writing_lengths(plan: ExperimentPlan, rows: Rows, *, unpatched: bool) -> Int
         experiment = plan.experiment
         names = dict.fromkeys((experiment.spec.base, experiment.spec.source))
         runs = [experiment.table.runs[name] for name in names if name is not None]
-        found += [np.repeat(prompt_lengths(run), run.draws) for run in runs]
+        found += [np.repeat(run.lengths, run.draws) for run in runs]
     return np.concatenate(found)
 
 
@@ -155,7 +154,7 @@ class Readings:
                 if name == _RULES:
                     lengths = plan.lengths(chosen)
                 else:
-                    lengths = prompt_lengths(plan.experiment.table.runs[name])[chosen.prompt]
+                    lengths = plan.experiment.table.runs[name].lengths[chosen.prompt]
                 yield name, np.repeat(lengths, plan.draws), int(places.sum()) * plan.draws
 
 
@@ -193,7 +192,7 @@ def _unpatched(plans: Sequence[ExperimentPlan], places: int) -> list[tuple[str, 
             if name is None or run is None:
                 continue
             for other in ("", *_references(plan)):
-                prompts = prompt_lengths(experiment.table.runs[other] if other else run)
+                prompts = (experiment.table.runs[other] if other else run).lengths
                 found[name, other] = np.repeat(prompts, run.draws)
     return [
         (f"{name} {other}", lengths, len(lengths) * places)

@@ -10,7 +10,6 @@ import numpy as np
 
 from mechdsl.graph.nodes import highest_read
 from mechdsl.models.shape import ModelShape
-from mechdsl.plan.columns import prompt_lengths
 from mechdsl.plan.cost import Cost, reply_cost, run_cost
 from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS
 from mechdsl.plan.read_batches import read_batches
@@ -47,7 +46,7 @@ def _of_replies(
 ) -> Cost:
     """All that a run writes, and a pass over prompts and replies that stops where nothing more is
     read."""
-    lengths = np.repeat(prompt_lengths(run), run.draws)
+    lengths = np.repeat(run.lengths, run.draws)
     first = replace(run_cost(shape, run, None), forwards=batches)
     given = (said.tokens, said.samples)
     writing = reply_work(lengths, *given, kept=True, pass_tokens=PASS_TOKENS)

@@ -13,7 +13,6 @@ from mechdsl.graph.build import unpatched
 from mechdsl.graph.needs import Asked, needs, with_own
 from mechdsl.graph.nodes import ReadNode, SaveNode, graph_of
 from mechdsl.models.shape import ModelShape
-from mechdsl.plan.columns import prompt_lengths
 from mechdsl.plan.plan import Panel, panel_of
 from mechdsl.plan.read_batches import numbers_of
 from mechdsl.program.spec_replies import Generation
@@ -55,7 +54,7 @@ class SaveLayout:
             each = 1 if cell.reply is None or written is None else cell.reply.most(written.tokens)
             counts += each * np.array([sum(map(len, hits)) for hits in cell.hits], dtype=np.int64)
         counts *= 1 if written is None else written.samples
-        keys = int(prompt_lengths(run).max())
+        keys = int(run.lengths.max())
         widths = {tensor_name(point): numbers_of(shape, point, keys) for point in save.points}
         names = ("row", "token", "position", *(("draw",) if run.draws > 1 else ()), *also)
         return SaveLayout(counts * run.draws, widths, names, written is not None)

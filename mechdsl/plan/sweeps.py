@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
-from mechdsl.plan.columns import prompt_lengths
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.plan import BATCH_ROWS, Panel
 from mechdsl.plan.rule_rows import RulePlan
@@ -32,7 +31,7 @@ def batch_size(panel: Panel, prompt_tokens: int) -> int:
 def longest_prompt(panel: Panel) -> int:
     """Its tokens, in any run."""
     runs = panel.table.runs.values()
-    return max((int(prompt_lengths(run).max(initial=1)) for run in runs), default=1)
+    return max((int(run.lengths.max(initial=1)) for run in runs), default=1)
 
 
 def sweeps(panel: Panel, *, several: bool) -> Counter[str]:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import numpy as np
+
+from mechdsl.base.arrays import Ints
 from mechdsl.base.record import Record, record
 from mechdsl.images.picture import Picture
 from mechdsl.images.regions import Region
@@ -129,6 +133,13 @@ class Run(Record):
     """Of a run with rules; its rows and noise are those of its base."""
     chat: bool = False
     """Whether its texts are written by a chat template, with their special tokens in them."""
+
+    @cached_property
+    def lengths(self) -> Ints:
+        """[row] tokens of each prompt; read only."""
+        found = np.array([len(row.ids) for row in self.rows], dtype=np.int64)
+        found.setflags(write=False)
+        return found
 
     @property
     def draws(self) -> int:
