@@ -270,13 +270,13 @@ class ExperimentKeys:
             for atom in measure.atoms:
                 contents.given(atom)  # raises here, or not at all
         shared = self._shared() + (b"as base" if plan.experiment.as_base else b"")
-        codes: dict[tuple[bytes, ...], int] = {}
+        codes: dict[bytes, int] = {}
         found = [codes.setdefault(cell, len(codes)) for cell in self._cells()]
         self._codes = tuple(codes)
         self.code_of_cell: Ints = np.array(found, dtype=np.int64)
         """[cell]: cells of one number differ by their positions alone, which rows tell apart."""
         self.cells = tuple(
-            tuple(digest(b"".join([shared, measure, *code])) for code in codes)
+            tuple(digest(b"".join([shared, measure, code])) for code in codes)
             for measure in map(measure_digest, plan.experiment.measures)
         )
         """Per measure and number of `code_of_cell`, the key of such cells."""
@@ -285,13 +285,13 @@ class ExperimentKeys:
         """[prompt] all that the rules of an experiment of one cell do there, and to what."""
         (cell,) = self._cells()
         none = np.zeros(len(prompts), dtype=np.int64)
-        code = number_of(digest("rules", self._shared(), *cell))
+        code = number_of(digest("rules", self._shared(), cell))
         return mixed(self._written(Rows(none, prompts, none)), filled(code, len(prompts)))
 
     def of_rows(self, rows: Rows, more: bytes) -> list[bytes]:
         """[row] all that rules do to it, and to what, beside what else counts."""
         shared = digest("rows", self._shared(), more)
-        cells = [digest(shared, *code) for code in self._codes]
+        cells = [digest(shared, code) for code in self._codes]
         places = zip(
             self.code_of_cell[rows.cell].tolist(), self._written(rows).tolist(), strict=True
         )
@@ -354,8 +354,9 @@ class ExperimentKeys:
         estimated = [] if said is None else ["estimated", said.text]
         return digest("patched", self._model(), self.plan.draws, self._whole, *estimated)
 
-    def _cells(self) -> Iterator[tuple[bytes, ...]]:
-        """[cell] what the rules do there."""
+    def _cells(self) -> Iterator[bytes]:
+        """[cell] what the rules that act there do: equal where two alternatives of a rule differ
+        only in the rows that they read."""
         parts: list[list[bytes]] = []
         said = self.plan.experiment.generation
         if said is not None and said.sampled:  # by which tokens are drawn
@@ -387,7 +388,9 @@ class ExperimentKeys:
                     [part if own else b"" for part, own in zip(each, acts, strict=True)]
                     for each in parts[begin:]
                 ]
-        return zip(*parts, strict=True) if parts else iter([()] * self.plan.n_cells)
+        if not parts:
+            return iter([b""] * self.plan.n_cells)
+        return map(b"".join, zip(*parts, strict=True))
 
     def _direction(self, vector: Vector) -> bytes:
         """All that a direction hangs on."""

@@ -7,9 +7,6 @@ from dataclasses import field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import numpy as np
-
-from mechdsl.base.arrays import Ints
 from mechdsl.base.record import Record, record
 from mechdsl.images.picture import Picture
 from mechdsl.images.regions import Region
@@ -18,6 +15,7 @@ from mechdsl.program.python_files import PythonFunction
 from mechdsl.prompts.values import SpanAt
 
 if TYPE_CHECKING:
+    from mechdsl.base.arrays import Ints
     from mechdsl.prompts.rows import Row
 
 
@@ -137,6 +135,8 @@ class Run(Record):
     @cached_property
     def lengths(self) -> Ints:
         """[row] tokens of each prompt; read only."""
+        import numpy as np  # checking a file does without
+
         found = np.array([len(row.ids) for row in self.rows], dtype=np.int64)
         found.setflags(write=False)
         return found

@@ -18,7 +18,9 @@ Pipe = Callable[[str | bytes], None]
 LOOSE = HEADS.replace("limit 16", "limit   16")
 """Not in canonical form."""
 
-TIMES = re.compile(r"about [\d.]+ \w+|[\d.]+ \w+ as a plain loop|[\d.]+ GFLOP")
+TIMES = re.compile(
+    r"about [\d.]+ \w+|[\d.]+ \w+ as a plain loop|[\d.]+ GFLOP|of these [^,]+,[^,]+,[^,]+ for statistics"
+)
 
 
 @pytest.fixture
