@@ -19,7 +19,7 @@ LOOSE = HEADS.replace("limit 16", "limit   16")
 """Not in canonical form."""
 
 TIMES = re.compile(
-    r"about [\d.]+ \w+|[\d.]+ \w+ as a plain loop|[\d.]+ GFLOP|of these [^,]+,[^,]+,[^,]+ for statistics"
+    r"about [\d.]+ \w+|[\d.]+ \w+ as a plain loop|[\d.]+ GFLOP|(?s:of these .*? for\s+statistics)"
 )
 
 
