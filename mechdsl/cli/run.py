@@ -145,8 +145,19 @@ def run(
             allow_nan=allow_nan,
         ),
         fresh=stores.fresh,
+        hashes=_shows_hashes(everything, form, out, asked),
     )
     return _run_all(everything, options, stores, form, verdicts, profile=profile)
+
+
+def _shows_hashes(files: list[Checked], form: str, out: Path | None, asked: VerdictOptions) -> bool:
+    """Whether hashes of weights are written or compared; tables and verdicts have none."""
+    return (
+        form == "json"
+        or out is not None
+        or asked.against is not None
+        or any(map(_has_files, files))
+    )
 
 
 def _written_by_several(files: list[Checked], said: list[Diagnostic]) -> list[Diagnostic]:

@@ -65,12 +65,12 @@ def load_models(
     device: str,
     dtype: str | None,
     offload: Path | None,
-    hashed: Hashed = file_hash,
+    hashed: Hashed | None = file_hash,
 ) -> list[Diagnostic]:
     """Load every model that an experiment runs on, as far as it isn't in `loaded`, into it.
 
-    device, dtype, offload: as `RunOptions` has them. hashed: SHA-256 of a file. Gives the codes of
-    `load` and `load_adapter`.
+    device, dtype, offload: as `RunOptions` has them. hashed: SHA-256 of a file, None to hash no
+    weights. Gives the codes of `load` and `load_adapter`.
     """
     diagnostics: list[Diagnostic] = []
     for name in models_needed(checked):

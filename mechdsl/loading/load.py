@@ -64,14 +64,14 @@ def load(
     dtype: str | None = None,
     base: Path | None = None,
     spread: Mapping[str, object] | None = None,
-    hashed: Hashed = file_hash,
+    hashed: Hashed | None = file_hash,
 ) -> tuple[LoadedModel | None, list[Diagnostic]]:
     """Load, take apart and verify the model of a `model` statement, without the network.
 
     dtype: overrides the statement's. base: folder that relative paths start from, by default that
     of the statement's file. spread: arguments for the library (`device_map`) that say where weights
-    go, in place of `device`. hashed: SHA-256 of a file. Gives E0401, E0403 to E0411, E0508, E0522
-    and W0711.
+    go, in place of `device`. hashed: SHA-256 of a file, None to hash no weights. Gives E0401, E0403
+    to E0411, E0508, E0522 and W0711.
     """
     folder, found = locate(model, model.span.source.folder if base is None else base)
     if folder is None:
@@ -100,7 +100,7 @@ def load(
     unused = _unused(folder, files, untaken, model)
     shape = _filled(module, shape)
     provenance = {
-        "weights": weights_hash(files, hashed),
+        **hash_of_weights(files, hashed),
         "source": model.source,
         "revision": _revision(folder, model),
         "tokenizer": tokenizer.hash,
@@ -115,11 +115,16 @@ def load(
         span=model.span,
         remembered=not spread,
     )
-    if loaded is not None:
+    if loaded is not None and hashed is not None:
         loaded = replace(loaded, identity=identity_of_folder(model, folder, hashed))
     if stamps(model, folder) != before:
         return None, [changed_meanwhile(model)]
     return loaded, [*unused, *found]
+
+
+def hash_of_weights(files: list[Path], hashed: Hashed | None) -> dict[str, str]:
+    """The hash of the weights as a part of a model's provenance; nothing where none is made."""
+    return {} if hashed is None else {"weights": weights_hash(files, hashed)}
 
 
 def _reader(

@@ -25,11 +25,11 @@ from mechdsl.diagnostics.e04_adapters import AdapterDoesNotFit, NoPeft
 from mechdsl.diagnostics.e04_model import LoadFailed
 from mechdsl.hooks.loaded import BASE, LoadedModel
 from mechdsl.loading.identity import identity_of_loaded
-from mechdsl.loading.load import changed_meanwhile, import_library, quiet
+from mechdsl.loading.load import changed_meanwhile, hash_of_weights, import_library, quiet
 from mechdsl.loading.peft_models import has_adapters
 from mechdsl.loading.prove import take_apart, text_of
 from mechdsl.models.adapter_folder import Scaling, read_scaling
-from mechdsl.models.identity import Hashed, file_hash, identity_of_folder, stamps, weights_hash
+from mechdsl.models.identity import Hashed, file_hash, identity_of_folder, stamps
 from mechdsl.models.locate import ADAPTER, locate, missing_weights, needed, weight_files
 from mechdsl.program import spec
 from mechdsl.prompts.tokenizer import TextTokenizer, has_tokenizer
@@ -48,10 +48,10 @@ class _DoesNotFit(Exception):
 
 
 def load_adapter(
-    model: spec.Model, base: LoadedModel, hashed: Hashed = file_hash
+    model: spec.Model, base: LoadedModel, hashed: Hashed | None = file_hash
 ) -> tuple[LoadedModel | None, list[Diagnostic]]:
     """The base with the adapter's weights, taken apart and verified. The base is left as it is.
-    hashed: SHA-256 of a file.
+    hashed: SHA-256 of a file, None to hash no weights.
 
     Gives E0401, E0404 to E0406, E0409 to E0411, E0451 to E0454, E0508, E0522 and W0711.
     """
@@ -93,7 +93,7 @@ def load_adapter(
         base.shape,
         tokenizer,
         provenance={
-            "weights": weights_hash(files, hashed),
+            **hash_of_weights(files, hashed),
             "source": f"{model.source}, merged by peft {version('peft')}",
             "tokenizer": "" if tokenizer is None else tokenizer.hash,
             **base.made_of,
@@ -101,7 +101,7 @@ def load_adapter(
         },
         span=model.span,
     )
-    if loaded is not None:
+    if loaded is not None and hashed is not None:
         identity = identity_of_folder(model, folder, hashed, base=identity_of_loaded(base))
         loaded = replace(loaded, identity=identity)
     if stamps(model, folder) != before:

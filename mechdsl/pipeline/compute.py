@@ -80,12 +80,12 @@ def run_checked(
     *,
     run: OpenRun | None = None,
     counts: Counts | None = None,
-    hashed: Hashed = file_hash,
+    hashed: Hashed | None = file_hash,
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     """Run a file that was checked. Its own diagnostics are not repeated.
 
     run: where values are looked up and kept. counts: told how many rows were computed. hashed:
-    SHA-256 of a file.
+    SHA-256 of a file, None to hash no weights.
     """
     models, diagnostics = _models_of(checked, options, loaded, hashed)
     if models is None:
@@ -137,7 +137,7 @@ def _models_of(
     checked: Checked,
     options: RunOptions,
     loaded: Mapping[str, LoadedModel] | None,
-    hashed: Hashed = file_hash,
+    hashed: Hashed | None = file_hash,
 ) -> tuple[dict[str, LoadedModel] | None, list[Diagnostic]]:
     """The models of a checked file, with their weights; None where one can't be had."""
     diagnostics = check_options(options)

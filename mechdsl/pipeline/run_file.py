@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from mechdsl.diagnostics.raised import Diagnostics
 from mechdsl.diagnostics.w07_store import StoreNotUsed
 from mechdsl.execute.counts import Counts
 from mechdsl.execute.options import Options
-from mechdsl.models.identity import file_hash
+from mechdsl.models.identity import Hashed, file_hash
 from mechdsl.pipeline.check_folders import check_folders
 from mechdsl.pipeline.device_word import found_device, known_device
 from mechdsl.pipeline.run_key import NoKey, run_key
@@ -142,7 +143,8 @@ class _Run:
 
     def _without(self) -> Ran:
         """Compute without the store."""
-        result, found = self._computed(None, file_hash)
+        # Each file once, although the hash of the weights and the model's identity both ask for it.
+        result, found = self._computed(None, cache(file_hash) if self._options.hashes else None)
         results = self._results(result, found)
         if results is not None and self._options.out is not None and not results.files[0].not_run:
             export(results, self._options.out, self._checked.source.text)
@@ -231,7 +233,7 @@ class _Run:
     # --- computing --------------------------------------------------------------------------------
 
     def _computed(
-        self, run: OpenRun | None, hashed: Callable[[Path], str]
+        self, run: OpenRun | None, hashed: Hashed | None
     ) -> tuple[FileResult | None, list[Diagnostic]]:
         if self._starting is not None:
             self._starting(run is not None and bool(run.id))

@@ -53,6 +53,7 @@ LEFT_OUT: Mapping[type, Mapping[str, str]] = {
         "ends": "whether experiments run one by one goes in; a run that was ended isn't archived",
         "store": "where it lies changes nothing",
         "fresh": "asks for the same",
+        "hashes": "a run with a key has them",
     },
     Options: {"on_progress": "only looks on"},
 }

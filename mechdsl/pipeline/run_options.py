@@ -35,5 +35,8 @@ class RunOptions:
     """Takes what was planned and what was done, after the run."""
     store: Path | None = None
     """Folder of the store, None for a run without one."""
+    hashes: bool = True
+    """Whether the results need the hashes of weights. With a store they are computed regardless, as
+    its keys need them."""
     fresh: bool = False
     """Compute all anew, and replace what the store has."""

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import f as f_distribution
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.diagnostics.core import Diagnostic
@@ -109,6 +108,8 @@ def most_explained(rows: Floats, columns: Mapping[str, Sequence[str]]) -> Explai
 
 
 def _explained(rows: Floats, name: str, codes: Ints, level: float) -> Explained | None:
+    from scipy.special import fdtrc  # not at the top: slow to import
+
     n, k = len(rows), int(codes.max()) + 1
     means = np.bincount(codes, rows, k) / np.bincount(codes, minlength=k)
     total = float(((rows - rows.mean()) ** 2).sum())
@@ -117,7 +118,7 @@ def _explained(rows: Floats, name: str, codes: Ints, level: float) -> Explained 
         return None
     share = 1 - (within / (n - k)) / (total / (n - 1))
     ratio = np.inf if within <= 0 else ((total - within) / (k - 1)) / (within / (n - k))
-    p = float(f_distribution.sf(ratio, k - 1, n - k))
+    p = float(fdtrc(k - 1, n - k, ratio))
     return Explained(name, share, k) if share > MOST and p < level else None
 
 

@@ -92,8 +92,7 @@ def saddlepoint(deltas: Floats) -> Floats:
     correction where all sums lie on one lattice, as of ranks; exact where all deltas have one size,
     as their sum is binomial then.
     """
-    from scipy.special import ndtr  # not at the top: slow to import
-    from scipy.stats import binom
+    from scipy.special import bdtrc, ndtr  # not at the top: slow to import
 
     p = np.ones(len(deltas))
     for cell, row in enumerate(deltas):
@@ -103,7 +102,7 @@ def saddlepoint(deltas: Floats) -> Floats:
             continue
         if np.ptp(sizes) <= 1e-9 * sizes.max():
             more = (n + round(total / sizes.mean())) // 2
-            p[cell] = min(1.0, 2 * float(binom.sf(more - 1, n, 0.5)))
+            p[cell] = min(1.0, 2 * float(bdtrc(more - 1, n, 0.5)))
             continue
         if total >= sizes.sum() * (1 - 1e-9):
             p[cell] = 2.0 ** (1 - n)

@@ -17,6 +17,8 @@ from mechdsl import zoo
 from mechdsl.cli import app
 from mechdsl.cli.entry import COMMANDS
 from mechdsl.diagnostics.pages import codes
+from mechdsl.models import identity
+from mechdsl.pipeline import run_file
 
 from .conftest import HEADS, Command, process
 
@@ -83,6 +85,45 @@ def test_validate_imports_what_a_plain_file_needs() -> None:
         "click.shell_completion",
     }
     assert not found & (HEAVY | ON_ERROR | others | for_few)
+
+
+def test_run_imports_one_modeling_module_and_no_scipy_stats(heads: Path) -> None:
+    found = imported_by("run", "--no-store", str(heads))
+    # `auto` is the table of classes that transformers itself looks at.
+    modeling = {name for name in found if name.startswith("transformers.models.")}
+    assert {n.split(".")[2] for n in modeling if ".modeling_" in n} == {"auto", "llama"}
+    assert "torch" in found
+    assert not {"scipy.stats", "pandas", "altair"} & found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hashed"),
+    [
+        (("--no-store",), False),
+        (("--no-store", "--format", "csv"), False),
+        (("--no-store", "--format", "json"), True),
+        (("--no-store", "--out", "out"), True),
+    ],
+)
+def test_run_hashes_weights_once_and_only_where_the_hash_is_used(
+    arguments: tuple[str, ...],
+    hashed: bool,
+    command: Command,
+    heads: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Path(zoo.__path__[0]) / "counting"
+    hashes: list[Path] = []
+
+    def file_hash(path: Path) -> str:
+        hashes.append(path)
+        return identity.file_hash(path)
+
+    monkeypatch.setattr(run_file, "file_hash", file_hash)
+    monkeypatch.chdir(heads.parent)
+    done = command("run", heads, *arguments)
+    assert done.status == 0, done.err
+    assert hashes == [folder / "model.safetensors"] * hashed
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ()])

@@ -115,6 +115,7 @@ def test_what_is_left_out(name: str, file: Path) -> None:
         "on_profile": print,
         "store": Path("store"),
         "fresh": True,
+        "hashes": False,
     }
     assert key(file) == key(file, replace(RunOptions(), **{name: values[name]}))
 
