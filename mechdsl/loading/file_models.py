@@ -17,6 +17,7 @@ from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading import devices
 from mechdsl.loading.load import adopt, load
 from mechdsl.loading.merge import load_adapter
+from mechdsl.loading.proof_store import Notes
 from mechdsl.loading.towers import facing
 from mechdsl.models.identity import Hashed, file_hash
 from mechdsl.packed.model_end import ModelEnd
@@ -66,11 +67,12 @@ def load_models(
     dtype: str | None,
     offload: Path | None,
     hashed: Hashed | None = file_hash,
+    notes: Notes | None = None,
 ) -> list[Diagnostic]:
     """Load every model that an experiment runs on, as far as it isn't in `loaded`, into it.
 
     device, dtype, offload: as `RunOptions` has them. hashed: SHA-256 of a file, None to hash no
-    weights. Gives the codes of `load` and `load_adapter`.
+    weights. notes: as `load` has them. Gives the codes of `load` and `load_adapter`.
     """
     diagnostics: list[Diagnostic] = []
     for name in models_needed(checked):
@@ -86,6 +88,7 @@ def load_models(
                     dtype=dtype,
                     spread=devices.spread_of(device, offload),
                     hashed=hashed,
+                    notes=notes,
                 )
             diagnostics.extend(found)
             if model is not None:

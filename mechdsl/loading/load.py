@@ -38,6 +38,7 @@ from mechdsl.diagnostics.w07_models import WeightsUnused
 from mechdsl.hooks.hook_points import at_hand
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.peft_models import outside_of_modules, unwrapped
+from mechdsl.loading.proof_store import Notes, Proofs
 from mechdsl.loading.prove import text_of
 from mechdsl.loading.towers import take_any_apart
 from mechdsl.models.identity import Hashed, file_hash, identity_of_folder, stamps, weights_hash
@@ -65,13 +66,15 @@ def load(
     base: Path | None = None,
     spread: Mapping[str, object] | None = None,
     hashed: Hashed | None = file_hash,
+    notes: Notes | None = None,
 ) -> tuple[LoadedModel | None, list[Diagnostic]]:
     """Load, take apart and verify the model of a `model` statement, without the network.
 
     dtype: overrides the statement's. base: folder that relative paths start from, by default that
     of the statement's file. spread: arguments for the library (`device_map`) that say where weights
-    go, in place of `device`. hashed: SHA-256 of a file, None to hash no weights. Gives E0401, E0403
-    to E0411, E0508, E0522 and W0711.
+    go, in place of `device`. hashed: SHA-256 of a file, None to hash no weights. notes:
+    where outcomes of the self-check are kept, besides the user's cache. Gives E0401, E0403 to
+    E0411, E0508, E0522 and W0711.
     """
     folder, found = locate(model, model.span.source.folder if base is None else base)
     if folder is None:
@@ -113,7 +116,7 @@ def load(
         tokenizer,
         provenance=provenance,
         span=model.span,
-        remembered=not spread,
+        proofs=None if spread else Proofs(notes),
     )
     if loaded is not None and hashed is not None:
         loaded = replace(loaded, identity=identity_of_folder(model, folder, hashed))
@@ -234,7 +237,7 @@ def look(name: str) -> tuple[LoadedModel | None, list[Diagnostic]]:
         return None, [LoadFailed(span=span, model=name, reason=reason)]
     shape = _filled(module, shape)
     return take_any_apart(
-        name, module, shape, None, provenance={"source": text}, span=span, remembered=True
+        name, module, shape, None, provenance={"source": text}, span=span, proofs=Proofs()
     )
 
 

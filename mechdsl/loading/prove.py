@@ -23,7 +23,7 @@ from mechdsl.hooks.loaded import Calling, LoadedModel, Outcome, Stack
 from mechdsl.loading.peft_models import unmerged
 from mechdsl.loading.probe import sample, tried
 from mechdsl.loading.probe_classifiers import OneOutputOnly
-from mechdsl.loading.proof_store import Proof, key_of, recall, remember
+from mechdsl.loading.proof_store import Proof, Proofs, key_of
 from mechdsl.loading.random_twin import random_twin
 from mechdsl.loading.verify import (
     OPENED,
@@ -54,13 +54,13 @@ def take_apart(
     *,
     provenance: Mapping[str, str],
     span: Span | None,
-    remembered: bool = False,
+    proofs: Proofs | None = None,
 ) -> tuple[LoadedModel | None, list[Diagnostic]]:
     """The model with the first of its possible anatomies that passes the checks; else what the
     one that got furthest fails at.
 
-    remembered: checks that were passed before needn't be run again; only for weights that come
-    straight from files.
+    proofs: where checks that were passed before are found, and those of now are kept; only for
+    weights that come straight from files.
     """
     module.eval()
     config: Mapping[str, Any] = cast(Any, module).config.to_dict()
@@ -95,8 +95,8 @@ def take_apart(
             return None, problems
         elif problems and stack != "cross":
             lose(stack, problems[0])
-    key = key_of(config, **_surroundings(module)) if remembered else ""
-    known = recall(key) if key else None
+    key = "" if proofs is None else key_of(module, config, **_surroundings(module))
+    known = None if proofs is None else proofs.find(key)
     at = dict.fromkeys(found, 0) if known is None else dict(known.chosen)
     if known is not None:
         lost = dict(known.lost)
@@ -109,10 +109,10 @@ def take_apart(
             name, module, stacks, tokenizer, provenance=provenance, span=span, known=known
         )
         if attempt.model is not None:
-            if key and known is None:
+            if proofs is not None and known is None:
                 model = attempt.model
                 packs, idle = model.calling.packs, model.idle
-                remember(key, Proof(dict(at), dict(lost), model.checks, packs, idle))
+                proofs.keep(key, Proof(dict(at), dict(lost), model.checks, packs, idle))
             return attempt.model, [*left_out(), *attempt.problems]
         stack = "" if attempt.stack == "cross" else attempt.stack
         if stack not in best or attempt.passed > best[stack].passed:

@@ -27,6 +27,7 @@ from mechdsl.images.picture import Picture
 from mechdsl.images.pixels import prepared
 from mechdsl.loading.probe import texts as text_batch
 from mechdsl.loading.probe_inputs import pictures
+from mechdsl.loading.proof_store import Proofs
 from mechdsl.loading.prove import take_apart
 from mechdsl.models.identity import digest_of
 from mechdsl.models.shape import ModelShape
@@ -135,10 +136,10 @@ def take_any_apart(
     *,
     provenance: Mapping[str, str],
     span: Span | None,
-    remembered: bool = False,
+    proofs: Proofs | None = None,
 ) -> tuple[LoadedModel | None, list[Diagnostic]]:
     """As `take_apart`, and models with two towers: the one for images, with the other in it."""
-    told: dict[str, Any] = {"provenance": provenance, "span": span, "remembered": remembered}
+    told: dict[str, Any] = {"provenance": provenance, "span": span, "proofs": proofs}
     if shape.texts is None:
         return take_apart(name, module, shape, tokenizer, **told)
     module.eval()

@@ -28,6 +28,7 @@ from mechdsl.loading.file_models import (
     not_there,
     with_views,
 )
+from mechdsl.loading.proof_store import Notes
 from mechdsl.models.identity import Hashed, file_hash
 from mechdsl.pipeline.check_folders import check_folders
 from mechdsl.pipeline.fail_fast import Verdicts
@@ -81,13 +82,15 @@ def run_checked(
     run: OpenRun | None = None,
     counts: Counts | None = None,
     hashed: Hashed | None = file_hash,
+    notes: Notes | None = None,
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     """Run a file that was checked. Its own diagnostics are not repeated.
 
     run: where values are looked up and kept. counts: told how many rows were computed. hashed:
-    SHA-256 of a file, None to hash no weights.
+    SHA-256 of a file, None to hash no weights. notes: where outcomes of the self-check are kept,
+    besides the user's cache.
     """
-    models, diagnostics = _models_of(checked, options, loaded, hashed)
+    models, diagnostics = _models_of(checked, options, loaded, hashed, notes)
     if models is None:
         return None, diagnostics
     kept = None if run is None else kept_run(run, checked, models, options)
@@ -138,6 +141,7 @@ def _models_of(
     options: RunOptions,
     loaded: Mapping[str, LoadedModel] | None,
     hashed: Hashed | None = file_hash,
+    notes: Notes | None = None,
 ) -> tuple[dict[str, LoadedModel] | None, list[Diagnostic]]:
     """The models of a checked file, with their weights; None where one can't be had."""
     diagnostics = check_options(options)
@@ -152,6 +156,7 @@ def _models_of(
             dtype=options.dtype,
             offload=options.offload,
             hashed=hashed,
+            notes=notes,
         )
     )
     if not has_errors(diagnostics):

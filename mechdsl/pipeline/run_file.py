@@ -233,7 +233,7 @@ class _Run:
     # --- computing --------------------------------------------------------------------------------
 
     def _computed(
-        self, run: OpenRun | None, hashed: Hashed | None
+        self, run: OpenRun | None, hashed: Hashed | None, store: Store | None = None
     ) -> tuple[FileResult | None, list[Diagnostic]]:
         if self._starting is not None:
             self._starting(run is not None and bool(run.id))
@@ -252,6 +252,7 @@ class _Run:
                 run=run,
                 counts=self._counts,
                 hashed=hashed,
+                notes=store,
             )
 
     def _kept(self, store: Store, key: str, device: str, run: OpenRun) -> Ran:
@@ -264,7 +265,7 @@ class _Run:
             return file_hash(path)
 
         with self._until_full(run):
-            result, found = self._computed(run, hashed)
+            result, found = self._computed(run, hashed, store)
         results = self._results(result, found)
         content: Mapping[str, bytes] | None = None
         id = ""

@@ -12,11 +12,11 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from mechdsl.base.numeric_settings import active_mode, numeric_settings
+from mechdsl.base.own_code import own_code
 from mechdsl.base.registry import OUTSIDE
 from mechdsl.execute.options import Options
 from mechdsl.models.identity import Hashed, digest_of, identity_of_folder
 from mechdsl.models.locate import locate
-from mechdsl.pipeline.own_code import own_code
 from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.program.code_behind import CodeUnknown, code_behind, code_of_module
 from mechdsl.program.python_files import functions_of

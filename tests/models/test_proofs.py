@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import mechdsl
 from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.loading import prove
+from mechdsl.loading import proof_store, prove
 from mechdsl.loading.load import adopt, load
+from mechdsl.store.store import Store
 
 from ..families import tables
 from ..families.build import model
+from ..fruit import FRUIT
 from . import families
 from .conftest import statement
 
@@ -60,7 +67,8 @@ def test_what_they_hang_on_may_not_change(
 ) -> None:
     opened(folders["llama"])
     (kept,) = (cache / "checks").glob("*.json")
-    folder, fields = folders["llama"], {}
+    folder = folders["llama"]
+    fields: dict[str, Any] = {}
     match change:
         case "precision":
             fields = {"dtype": "bfloat16"}
@@ -76,6 +84,77 @@ def test_what_they_hang_on_may_not_change(
     found, problems = load(statement(str(folder)), **fields)
     assert found is None
     assert [d.code for d in problems] == ["E0410"]  # what `fail` raised
+
+
+def test_times_and_places_of_files_do_not_matter(
+    folders: dict[str, Path], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reinstalled package has other times, another checkout other paths."""
+    first = opened(folders["llama"])
+    shutil.copytree(folders["llama"], tmp_path / "elsewhere")
+    known = Path.stat
+
+    def later(path: Path, **more: Any) -> os.stat_result:
+        found = known(path, **more)
+        return os.stat_result((*found[:7], 0, 0, 0)) if path.suffix == ".py" else found
+
+    monkeypatch.setattr(Path, "stat", later)
+    monkeypatch.setattr(prove, "verify", fail)
+    assert opened(tmp_path / "elsewhere").checks == first.checks
+
+
+@pytest.mark.parametrize("changed", ["mechdsl", "model"])
+def test_changed_code_is_checked_again(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: str,
+) -> None:
+    opened(folders["llama"])
+    if changed == "mechdsl":
+        monkeypatch.setattr(proof_store, "own_code", lambda: "other")
+    else:
+        other = tmp_path / "modeling_llama.py"
+        other.write_text("# other\n", encoding="utf-8")
+        monkeypatch.setattr(inspect, "getsourcefile", lambda _: str(other))
+    monkeypatch.setattr(prove, "verify", fail)
+    assert load(statement(str(folders["llama"])))[0] is None
+
+
+@pytest.mark.parametrize("first", ["with the store", "without it"])
+def test_the_store_alone_carries_the_proof(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: str,
+) -> None:
+    """In a container whose cache is the store of an earlier job; that job may have found the proof
+    in its user's cache."""
+    store = Store(tmp_path / "store")
+    if first == "without it":
+        opened(folders["llama"])
+    told = opened(folders["llama"], notes=store)
+    store.close()
+    shutil.rmtree(cache)
+    monkeypatch.setattr(prove, "verify", fail)
+    with closing(Store(tmp_path / "store")) as again:
+        assert opened(folders["llama"], notes=again).checks == told.checks
+
+
+def test_a_run_keeps_the_proof_in_its_store(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.mech"
+    body = "  model toy\n  prompts fruit limit 4\n  measure correct as raw\n"
+    text = f"{FRUIT}\nexperiment plain {{\n{body}}}\n"
+    file.write_text(text, encoding="utf-8")
+    mechdsl.run(file, store=tmp_path / "store")
+    shutil.rmtree(cache)
+    monkeypatch.setattr(prove, "verify", fail)
+    file.write_text(text.replace("limit 4", "limit 8"), encoding="utf-8")
+    mechdsl.run(file, store=tmp_path / "store")
 
 
 def test_whole_passes_are_said_again(cache: Path, tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_no_key_while_a_mode_of_torch_is_active(file: Path) -> None:
 
 
 def test_the_own_code(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mechdsl.pipeline import own_code as own
+    from mechdsl.base import own_code as own
 
     before = key(file)
     monkeypatch.setattr(module, "own_code", lambda: "other")
