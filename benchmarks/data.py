@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from benchmarks.work import Batch, Joined, Shape, Site, Work
 
 SMALL = Shape(layers=12, heads=12, width=768)
 MEDIUM = Shape(layers=24, heads=16, width=1024)
-TINY = Shape(layers=2, heads=4, width=64)
-TINY_DEEP = Shape(layers=12, heads=4, width=64)
+TINY = Shape(layers=2, heads=4, width=64, vocabulary=8192)
+TINY_DEEP = Shape(layers=12, heads=4, width=64, vocabulary=8192)
 """For windows of 10 layers."""
 MINIMAL_PAIRS = 16
 """Rows of W5."""
@@ -130,6 +131,16 @@ SWEEPS = {
         default=False,
     ),
 }
+
+
+NO_IOI = "MECHDSL_DATA names no folder with ioi.csv, nor is there ../shared/data."
+
+
+def ioi_file() -> Path | None:
+    """The CSV file of W5, if it is there."""
+    shared = Path(__file__).parent.parent.parent / "shared" / "data"
+    path = Path(os.environ.get("MECHDSL_DATA", shared)) / "ioi.csv"
+    return path if path.exists() else None
 
 
 def named(names: Sequence[str]) -> list[str]:

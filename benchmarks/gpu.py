@@ -1,47 +1,61 @@
 """Results and speed on a GPU: one command of at most ten minutes.
 
-    python -m benchmarks.gpu [--shapes 1B 7B] [--dtypes fp32 bf16] [--seconds 600]
+    python -m benchmarks.gpu [--shapes 1B 7B] [--dtypes fp32 bf16] [--seconds 570]
     python -m benchmarks.gpu --small      # the same on a tiny model, on the CPU if there is no GPU
 
-First the works W1 to W5 on a tiny model are compared with plain hooks on the CPU in fp32. Then they
-run, and replies are written, on models with random weights in the shapes of 1 and 7 billion
-parameters: with mechdsl, plain hooks with 16 cells in a pass, and, where they are installed, an
-expert's loop and nnsight. The loops run some of the cells; their time is scaled to all of them.
-A measurement that would begin after the time is up is left out. The exit status is 1 where results
-differ, 2 without a GPU.
+First the works W1 to W5 and replies are compared on a tiny model with plain hooks on the CPU in
+fp32 (`gpu_results.py` has the tolerance). Then they run on models with random weights in the shapes
+of 1 and 7 billion parameters. Other tools are plain hooks with one cell in a pass and with 16, the
+expert's loop of joined layers, and nnsight where it is installed. The loops run some of the cells;
+their time is scaled to all of them. W5 needs `ioi.csv`, as in `benchmarks.run`.
 
-Columns: seconds for all cells, the largest GPU memory (of the process, on the CPU), forward passes,
-milliseconds of the host's thread in a pass, and how often a pass waits for the device. Where a
-thread waits by spinning, that is part of its time.
+Everything stops when the time is up, even within a measurement or a comparison; missing ones are
+listed. The exit status is 1 where results differ, weren't compared or something failed, and 2
+without a GPU.
+
+Columns: seconds for all cells; the largest GPU memory (on the CPU, memory of the process); forward
+passes; milliseconds of the host's thread in a pass, without its waiting for the GPU; how often a
+pass waits for the device (without a GPU a simulated one, see `synchronisations.py`); and how far
+results are from those of plain hooks, run in the first precision. For replies, the last column is
+the number of texts that differ from those of `model.generate` in the same precision.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from math import nan
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from time import perf_counter, thread_time
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.data import SWEEPS, make
-from benchmarks.model import Place, build, placed
-from benchmarks.synchronisations import SIMULATED, counted_synchronisations, to_simulated
-from benchmarks.tools.base import Table, Timed, Tool
+from benchmarks.data import NO_IOI, SWEEPS, ioi_file, make
+from benchmarks.gpu_results import (
+    Compared,
+    RandomTask,
+    compare_replies,
+    compare_table,
+    largest_difference,
+)
+from benchmarks.model import Passes, Place, placed
+from benchmarks.synchronisations import SIMULATED, Places, counted_synchronisations, to_simulated
+from benchmarks.tools.base import Table, Tool
 from benchmarks.tools.mechdsl import Mechdsl
 from benchmarks.tools.names import TOOLS
-from benchmarks.tools.plain import Plain
-from benchmarks.work import Shape, Work, count
+from benchmarks.work import Picks, Shape, Work, count
 from benchmarks.worker import forget_peak, give_back, memory
-from benchmarks.writing import PROMPTS, TOKENS, Replies, Task, by_generate, by_mechdsl
+from benchmarks.writing import WAYS, Replies, adopted, by_mechdsl
+from mechdsl.hooks.loaded import LoadedModel
 
 SHAPES = {
     "tiny": Shape(layers=2, heads=4, width=64, vocabulary=512),
@@ -49,13 +63,24 @@ SHAPES = {
     "7B": Shape(layers=32, heads=32, width=4096),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WORKS = [name for name, sweep in SWEEPS.items() if sweep.default and sweep.random is not None]
-LOOPS = ("plain-batched", "expert", "nnsight-batched")
+WORKS = [name for name, sweep in SWEEPS.items() if sweep.default]
+REPLIES = "replies"
+LOOPS = ("plain", "plain-batched", "expert", "nnsight-batched")
+"""The first is what others are held against."""
 CELLS = 32
 """Of a loop, at most; a whole layer's at least."""
-UNITS = 10
-"""By which results in 16 bits may differ, of their precision, times the largest logit."""
-REPLY = {"tokens": 32, "cells": 24}
+TOKENS, REPLY_CELLS = 32, 24
+SMALL_TOKENS, SMALL_REPLY_CELLS = 4, 8
+"""Of replies on a tiny model."""
+CLOSE = 1e-3
+"""Logits in fp32, of models with 22 or 32 layers."""
+CUDA = torch.device("cuda")
+BLOCKING = 4
+"""CU_CTX_SCHED_BLOCKING_SYNC of the driver."""
+
+
+class TimeIsUp(BaseException):
+    """The time is up. No `Exception`, so that nothing on the way takes it for a failure."""
 
 
 @dataclass(frozen=True)
@@ -70,32 +95,54 @@ class Line:
     """For all cells."""
     memory: float
     """MiB at most."""
-    passes: float = nan
-    host: float = nan
+    passes: float
+    """For all cells."""
+    host: float
     """Milliseconds of the host's thread in a pass."""
-    waits: float = nan
+    waits: float | None
     """How often the host waits for the device in a pass."""
+    off: float | None
+    """Logits from the first loop in the first precision; of replies, texts that differ."""
+    places: dict[str, int] = field(default_factory=dict[str, int])
+    """Where the host waits, in the run that counts it."""
 
     def __str__(self) -> str:
+        waits = "–" if self.waits is None else f"{self.waits:.1f}"
+        off = "–" if self.off is None else f"{self.off:.1e}"
+        if self.work == REPLIES and self.off is not None:
+            off = f"{self.off:.0f} differ"
         return (
-            f"{self.shape:5} {self.dtype:5} {self.work:11} {self.tool:16}{self.seconds:9.3f} s"
-            f"{self.memory:9.0f} MiB{self.passes:8.0f} passes{self.host:8.2f} ms"
-            f"{self.waits:7.1f} waits"
+            f"{self.shape:5} {self.dtype:5} {self.work:8} {self.tool:16}{self.seconds:9.3f} s"
+            f"{self.memory:9.0f} MiB{self.passes:9.0f} passes{self.host:8.2f} ms"
+            f"{waits:>7} waits  off {off}"
         )
 
 
-class Clock:
-    """What is left of the time."""
+@dataclass
+class Report:
+    """What was found so far, and what hasn't been asked yet."""
 
-    def __init__(self, seconds: float) -> None:
-        self.end = perf_counter() + seconds
+    lines: list[Line] = field(default_factory=list[Line])
+    faults: list[str] = field(default_factory=list[str])
+    """Results that differ, and measurements that failed."""
+    left: list[str] = field(default_factory=list[str])
+    """Comparisons and measurements that haven't been finished, in their order."""
 
-    def is_up(self) -> bool:
-        return perf_counter() > self.end
+    @contextmanager
+    def step(self, name: str) -> Generator[None]:
+        """Run one comparison or measurement; its failure isn't that of the others."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            print(f"{name}: out of memory", flush=True)
+        except Exception as error:
+            traceback.print_exc()
+            self.faults.append(f"{name}: failed with {type(error).__name__}: {error}")
+        self.left.remove(name)
 
 
 def main() -> int:
-    """Check, measure and print; the exit status."""
+    """Compare, measure and print; the exit status."""
     arguments = _arguments()
     with_gpu = torch.cuda.is_available()
     if not with_gpu and not arguments.small:
@@ -108,25 +155,41 @@ def main() -> int:
     device = "cuda" if with_gpu else "cpu"
     if not with_gpu:
         print("No GPU was found: a tiny model runs on the CPU; waits are those of a simulated GPU.")
+    elif not sleep_while_waiting():
+        print("The driver doesn't let the host sleep: the host's time contains its waiting.")
     torch.backends.cuda.matmul.allow_tf32 = False
-    clock = Clock(arguments.seconds)
-    differing = [
-        line
-        for name in arguments.works
-        for dtype in arguments.dtypes
-        if (line := _checked(name, dtype, device)) is not None
+    works = arguments.works
+    if "W5" in works and ioi_file() is None:
+        print(f"W5 is left out: {NO_IOI}")
+        works = [name for name in works if name != "W5"]
+    shapes = ["tiny"] if arguments.small else arguments.shapes
+    asked = [*works, REPLIES]
+    compared = [_of("compare", *each) for each in product(asked, arguments.dtypes)]
+    timed = [
+        _of(shape, dtype, name, tool)
+        for shape, dtype, name in product(shapes, arguments.dtypes, asked)
+        for tool in _tools(name)
     ]
-    lines: list[Line] = []
-    for shape in ["tiny"] if arguments.small else arguments.shapes:
+    report = Report(left=[*compared, *timed])
+    with suppress(TimeIsUp), time_limit(arguments.seconds):
+        for name, dtype in product(asked, arguments.dtypes):
+            with report.step(_of("compare", name, dtype)):
+                found = _compared(name, dtype, device)
+                print(found, flush=True)
+                if not found.agrees:
+                    report.faults.append(str(found))
         for dtype in arguments.dtypes:
             rate = matmul_rate(device, DTYPES[dtype], small=arguments.small)
-            print(f"{shape} {dtype}: {rate:.2f} TFLOP/s in a large matrix product", flush=True)
-            lines += _measured(shape, dtype, device, arguments.works, clock)
+            print(f"{dtype}: {rate:.2f} TFLOP/s in a large matrix product", flush=True)
+        for shape in shapes:
+            _measure(shape, arguments.dtypes, works, device, report)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps([asdict(line) for line in lines], indent=1))
-    for line in differing:
-        print(line, file=sys.stderr)
-    return 1 if differing else 0
+        arguments.json.write_text(json.dumps([asdict(line) for line in report.lines], indent=1))
+    if report.left:
+        print(f"The time is up. Left out: {'; '.join(report.left)}")
+    for fault in report.faults:
+        print(fault, file=sys.stderr)
+    return 1 if report.faults or {*report.left} & {*compared} else 0
 
 
 def _arguments() -> argparse.Namespace:
@@ -138,44 +201,43 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=shapes)
     parser.add_argument("--works", nargs="+", choices=WORKS, default=WORKS)
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
-    parser.add_argument("--seconds", type=float, default=540, help="begin nothing after them")
-    parser.add_argument("--json", type=Path, help="file that gets the lines")
+    parser.add_argument("--seconds", type=float, default=570, help="stop after them")
+    parser.add_argument("--json", type=Path, help="file that gets the lines, with where hosts wait")
     return parser.parse_args()
 
 
-def _checked(name: str, dtype: str, device: str) -> str | None:
-    """Compare a work on a tiny model with plain hooks on the CPU in fp32; what differs."""
-    with tempfile.TemporaryDirectory() as folder:
-        work = make(name, Path(folder) / name, ioi=None, small=True)
-        plain = Plain()
-        plain.load(work, Path(folder) / name)
-        expected = plain.run(work.picks()).table
-        largest = max(
-            float(plain.model(torch.tensor(batch.corrupted)).logits.abs().max())
-            for batch in work.batches
-        )
-        with placed(Place(device, DTYPES[dtype])):
-            tool = Mechdsl()
-            tool.load(work, Path(folder) / name)
-            found = tool.run(work.picks()).table
-    error = largest_difference(expected, found)
-    allowed = tolerance(DTYPES[dtype], largest)
-    print(f"{name} {dtype}: off by {error:.1e} at most; {allowed:.1e} are allowed", flush=True)
-    return None if error <= allowed else f"{name} {dtype}: off by {error:.1e}"
+def _of(*names: str) -> str:
+    return " ".join(names)
 
 
-def tolerance(dtype: torch.dtype, largest: float) -> float:
-    """By which the difference of two logits may be off; largest: the largest logit."""
-    if dtype == torch.float32:
-        return 1e-3
-    return 2 * UNITS * torch.finfo(dtype).eps * largest
+@contextmanager
+def time_limit(seconds: float) -> Generator[None]:
+    """TimeIsUp within the block once the seconds have passed, wherever the main thread is."""
+
+    def stop(*_: object) -> None:
+        raise TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, stop)
+    # Again after 5 s: an exception inside a finalizer is lost.
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
-def largest_difference(expected: Table, found: Table) -> float:
-    """Between two tables; infinite where their cells aren't the same."""
-    if not np.array_equal(np.isnan(expected), np.isnan(found)):
-        return float("inf")
-    return float(np.nanmax(np.abs(expected - found)))
+def sleep_while_waiting() -> bool:
+    """Let the host's thread sleep while it waits for the GPU, so that its time has no waiting.
+
+    Returns:
+        Whether the driver accepted it. It has to be asked before the GPU is first used.
+    """
+    try:
+        driver: Any = ctypes.CDLL("libcuda.so.1")
+        return not driver.cuInit(0) and not driver.cuDevicePrimaryCtxSetFlags_v2(0, BLOCKING)
+    except (OSError, AttributeError):
+        return False
 
 
 def matmul_rate(device: str, dtype: torch.dtype, *, small: bool = False) -> float:
@@ -183,143 +245,224 @@ def matmul_rate(device: str, dtype: torch.dtype, *, small: bool = False) -> floa
     side, repeats = (512, 2) if small else (8192, 10)
     a = torch.randn(side, side, device=device).to(dtype)
     torch.mm(a, a)
-    _wait(device)
+    _finish(device)
     start = perf_counter()
     for _ in range(repeats):
         torch.mm(a, a)
-    _wait(device)
+    _finish(device)
     return repeats * 2 * side**3 / (perf_counter() - start) / 1e12
 
 
-def _wait(device: str) -> None:
+def _finish(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def _measured(
-    shape: str, dtype: str, device: str, works: Sequence[str], clock: Clock
-) -> list[Line]:
-    """All works and the replies, of one model."""
-    place = Place(device, DTYPES[dtype], drawn_on=device)
-    lines: list[Line] = []
-
-    def add(work: str, tool: str, measure: Callable[[], Line]) -> None:
-        if clock.is_up():
-            print(f"{shape:5} {dtype:5} {work:11} {tool:16} left out: the time is up", flush=True)
-            return
-        try:
-            lines.append(measure())
-            print(lines[-1], flush=True)
-        except torch.OutOfMemoryError:
-            print(f"{shape:5} {dtype:5} {work:11} {tool:16} out of memory", flush=True)
-        _forget(device)
-
-    for name in works:
-        with tempfile.TemporaryDirectory() as folder:
-            place_of_work = Path(folder) / name
-            work = make(name, place_of_work, ioi=None, small=shape == "tiny")
-            if shape != "tiny":
-                work = replace(work, shape=SHAPES[shape])
-            with placed(place):
-                add(name, "mechdsl", lambda w=work, f=place_of_work: _mechdsl(shape, dtype, w, f))
-                for tool in _installed():
-                    add(
-                        name,
-                        tool,
-                        lambda w=work, f=place_of_work, t=tool: _loop(shape, dtype, w, f, t),
-                    )
-    with placed(place):
-        ways = {"mechdsl": by_mechdsl, "generate": by_generate}
-        for tool, way in ways.items():
-            add("replies", tool, lambda t=tool, way=way: _replies(shape, dtype, t, way))
-    return lines
+def _tools(name: str) -> list[str]:
+    """What runs a work, or the replies; the first loop first."""
+    if name == REPLIES:
+        own = [way for way in WAYS if way != "nnsight" or _is_there("nnsight")]
+        return sorted(own, key=lambda way: way != "generate")
+    loops = [loop for loop in LOOPS if loop in TOOLS and _is_there(loop)]
+    return [loops[0], "mechdsl", *loops[1:]]
 
 
-def _installed() -> list[str]:
-    """The loops that can be imported here."""
-    found: list[str] = []
-    for name in LOOPS:
-        with suppress(ImportError, KeyError):
-            TOOLS[name].make()
-            found.append(name)
-    return found
+def _is_there(tool: str) -> bool:
+    """Whether its library is installed here."""
+    try:
+        TOOLS[tool].make()
+    except ImportError:
+        return False
+    return True
 
 
-def _mechdsl(shape: str, dtype: str, work: Work, folder: Path) -> Line:
-    tool = Mechdsl()
-    tool.load(work, folder)
-    device = tool.model.device.type
-    _forget(device)
-    before = thread_time()
-    timed = tool.run(work.picks())
-    host = thread_time() - before
-    used = _peak(device)
-    profile = tool.profile
-    passes = profile.passes + profile.unpatched_passes
-    if device == "cpu":
-        to_simulated(tool.model.module)
-        tool.model = replace(tool.model, device=SIMULATED)
-    with counted_synchronisations(tool.model.device) as places:
-        tool.run(work.picks())
-    waits = sum(places.values()) / passes
-    own = shape, dtype, work.name, "mechdsl", timed.cells, used
-    return Line(*own, passes, 1e3 * host / passes, waits)
+def _compared(name: str, dtype: str, device: str) -> Compared:
+    """A work, or the replies, on a tiny model."""
+    place, title = Place(device, DTYPES[dtype]), _of(name, dtype)
+    if name == REPLIES:
+        size = SMALL_TOKENS, SMALL_REPLY_CELLS
+        return compare_replies(title, SHAPES["tiny"], place, *size)
+    with _made(name, "tiny") as (work, folder):
+        return compare_table(title, work, folder, place)
 
 
-def _loop(shape: str, dtype: str, work: Work, folder: Path, name: str) -> Line:
+@contextmanager
+def _made(name: str, shape: str) -> Generator[tuple[Work, Path]]:
+    """A work and its folder."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / name
+        work = make(name, folder, ioi=ioi_file(), small=shape == "tiny")
+        yield work if shape == "tiny" else replace(work, shape=SHAPES[shape]), folder
+
+
+def _measure(
+    shape: str, dtypes: Sequence[str], works: Sequence[str], device: str, report: Report
+) -> None:
+    """All works and the replies in all precisions; one model of a precision at a time."""
+    references: dict[str, Table] = {}
+    for dtype in dtypes:
+        place = Place(device, DTYPES[dtype], drawn_on=device, passes=Passes(), models={})
+        with placed(place):
+            for name in works:
+                own = 0.0
+                with _made(name, shape) as (work, folder):
+                    for tool in _tools(name):
+                        with report.step(_of(shape, dtype, name, tool)):
+                            line, table = _sweep(tool, work, folder, place)
+                            off = largest_difference(references.setdefault(name, table), table)
+                            own = off if tool == LOOPS[0] else own
+                            _add(report, replace(line, shape=shape, dtype=dtype, off=off))
+                            against = Compared(_of(shape, dtype, name, tool), off, own, CLOSE)
+                            if not against.agrees:
+                                report.faults.append(str(against))
+            texts: Replies | None = None
+            for tool in _tools(REPLIES):
+                with report.step(_of(shape, dtype, REPLIES, tool)):
+                    line, own = _write(tool, shape, place)
+                    texts = texts or own
+                    off = sum(a != b for a, b in zip(_flat(texts), _flat(own), strict=True))
+                    _add(report, replace(line, shape=shape, dtype=dtype, off=off))
+
+
+def _add(report: Report, line: Line) -> None:
+    report.lines.append(line)
+    print(line, flush=True)
+
+
+def _flat(replies: Replies) -> Iterator[list[int]]:
+    return (text for cell in replies for text in cell)
+
+
+def _sweep(name: str, work: Work, folder: Path, place: Place) -> tuple[Line, Table]:
+    """Run a work with a tool; the line has neither shape nor precision."""
     tool: Tool = TOOLS[name].make()
-    picks = work.picks(CELLS)
-    with torch.device(_device()):  # where loops make their tensors
+    picks = work.picks() if tool.whole else work.picks(CELLS)
+    passes = _passes(place)
+    with _default_device(tool, place.device):
         tool.load(work, folder)
-        _forget(_device())
+        _forget(place.device)
+        passes.count = 0
         before = thread_time()
-        timed: Timed = tool.run(picks)
-        host = thread_time() - before
+        timed = tool.run(picks)
+        host, used, count_of_run = thread_time() - before, _peak(place.device), passes.count
+    places, counted = _waits(tool, name, work, folder, place)
     share = count(work.picks()) / count(picks)
-    seconds = timed.fixed + share * timed.cells
-    return Line(shape, dtype, work.name, name, seconds, _peak(_device()), host=1e3 * host * share)
+    line = Line(
+        shape="",
+        dtype="",
+        work=work.name,
+        tool=name,
+        seconds=timed.fixed + share * timed.cells,
+        memory=used,
+        passes=share * count_of_run,
+        host=1e3 * host / count_of_run,
+        waits=sum(places.values()) / counted,
+        off=None,
+        places=_named(places),
+    )
+    return line, timed.table
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _default_device(tool: Tool, device: str) -> Any:
+    """Where loops make their tensors; mechdsl knows the device of its model."""
+    return nullcontext() if tool.whole else torch.device(device)
 
 
-class _Replies(Task):
-    """Random prompts, on a model with the shape of a work's."""
-
-    def __init__(self, shape: Shape) -> None:
-        self.model: Any = build(shape)
-        self.config: Any = self.model.config
-        self.config.bos_token_id = self.config.eos_token_id = None
-        self.config.pad_token_id = 0
-        small = shape == SHAPES["tiny"]
-        self.tokens, self.cells = (4, 4) if small else (REPLY["tokens"], REPLY["cells"])
-        draw = torch.Generator().manual_seed(0)
-        self.prompts = torch.randint(
-            3, shape.vocabulary, (PROMPTS, TOKENS), generator=draw
-        ).tolist()
-        self.arrange()
-        self.ids, self.mask = self.ids.to(self.model.device), self.mask.to(self.model.device)
+def _passes(place: Place) -> Passes:
+    assert place.passes is not None
+    return place.passes
 
 
-def _replies(
-    shape: str, dtype: str, tool: str, way: Callable[[Task], Callable[[], Replies]]
-) -> Line:
-    """All cells write behind all prompts."""
-    task = _Replies(SHAPES[shape])
-    device = task.model.device.type
-    with torch.inference_mode(tool == "generate"):
-        run = way(task)
-        if shape != "tiny":
+def _waits(tool: Tool, name: str, work: Work, folder: Path, place: Place) -> tuple[Places, int]:
+    """Where the host waits in a second run of some cells, and its passes.
+
+    Without a GPU, a new tool runs on the simulated device.
+    """
+    picks: Picks = work.picks() if tool.whole else work.picks(1)
+    passes, device = _passes(place), torch.device(place.device)
+    with ExitStack() as stack:
+        if device.type == "cpu":
+            simulated = "cpu" if tool.whole else SIMULATED.type
+            stack.enter_context(placed(replace(place, device=simulated, models=None)))
+            tool, device = TOOLS[name].make(), SIMULATED
+            if isinstance(tool, Mechdsl):
+                tool.load(work, folder)
+                tool.model = _simulated(tool.model)
+        places = stack.enter_context(counted_synchronisations(device))
+        stack.enter_context(_default_device(tool, device.type))
+        if device == SIMULATED and not tool.whole:
+            tool.load(work, folder)
+            places.clear()
+        passes.count = 0
+        tool.run(picks)
+    return places, passes.count
+
+
+def _simulated(model: LoadedModel) -> LoadedModel:
+    """The model, moved to the simulated device."""
+    to_simulated(model.module)
+    return replace(model, device=SIMULATED)
+
+
+def _named(places: Places) -> dict[str, int]:
+    """The most frequent first, ready for JSON."""
+    return {" < ".join(reversed(lines)): times for lines, times in places.most_common()}
+
+
+def _write(name: str, shape: str, place: Place) -> tuple[Line, Replies]:
+    """All cells write after all prompts; the line has neither shape nor precision."""
+    small = shape == "tiny"
+    size = (SMALL_TOKENS, SMALL_REPLY_CELLS) if small else (TOKENS, REPLY_CELLS)
+    passes = _passes(place)
+    with torch.inference_mode(name != "mechdsl"):
+        run = WAYS[name](RandomTask(SHAPES[shape], *size))
+        if not small:
             run()  # warms up
-        _forget(device)
+        _forget(place.device)
+        passes.count = 0
         before, start = thread_time(), perf_counter()
-        run()
-        _wait(device)
+        texts = run()
+        _finish(place.device)
         seconds, host = perf_counter() - start, thread_time() - before
-    passes = task.tokens * (task.cells if tool == "generate" else 1)
-    own = shape, dtype, "replies", tool, seconds, _peak(device)
-    return Line(*own, passes, 1e3 * host / passes)
+        used, count_of_run = _peak(place.device), passes.count
+    places = _waits_of_replies(run, name, shape, size, place)
+    line = Line(
+        shape="",
+        dtype="",
+        work=REPLIES,
+        tool=name,
+        seconds=seconds,
+        memory=used,
+        passes=count_of_run,
+        host=1e3 * host / count_of_run,
+        waits=None if places is None else sum(places.values()) / count_of_run,
+        off=None,
+        places=_named(places or Places()),
+    )
+    return line, texts
+
+
+def _waits_of_replies(
+    run: Callable[[], Replies], name: str, shape: str, size: tuple[int, int], place: Place
+) -> Places | None:
+    """Where the host waits in another run; without a GPU, mechdsl's on the simulated device.
+
+    Loops of `model.generate` don't run on the simulated device.
+    """
+    if place.device == "cuda":
+        with torch.inference_mode(name != "mechdsl"), counted_synchronisations(CUDA) as places:
+            run()
+        return places
+    if name != "mechdsl":
+        return None
+    with placed(replace(place, models=None)):
+        task = RandomTask(SHAPES[shape], *size)
+    with counted_synchronisations(SIMULATED) as places:
+        run = by_mechdsl(task, _simulated(adopted(task)))
+        run()  # warms up
+        places.clear()
+        run()
+    return places
 
 
 def _forget(device: str) -> None:

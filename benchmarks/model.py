@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from zlib import crc32
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.synchronisations import SIMULATED, to_simulated
 from benchmarks.work import Shape
 
 _SPREADS = {
@@ -26,14 +28,31 @@ _FINAL = 3.0
 """Mean of the last norm's weights: effects in logits are that much larger."""
 
 
+@dataclass
+class Passes:
+    """Counts forward passes."""
+
+    count: int = 0
+    """Calls of the MLP in the last block."""
+
+    def add(self, *_: Any) -> None:
+        """A hook on that MLP's first map."""
+        self.count += 1
+
+
 @dataclass(frozen=True)
 class Place:
     """Where and in which precision models are built."""
 
     device: str = "cpu"
+    """That of `SIMULATED` is simulated."""
     dtype: torch.dtype = torch.float32
     drawn_on: str = "cpu"
     """Device that weights are drawn on: a CPU gives the same ones to every device."""
+    passes: Passes | None = None
+    """Of all models that are built."""
+    models: dict[Shape, GPT2LMHeadModel] | None = None
+    """Models that were built before, to be used again; None builds each anew."""
 
 
 _places = [Place()]
@@ -52,8 +71,20 @@ def placed(place: Place) -> Generator[None]:
 def build(shape: Shape) -> GPT2LMHeadModel:
     """The model in eval mode, without gradients; in fp32 on the CPU outside of `placed`."""
     place = _places[-1]
+    if place.models is not None and shape in place.models:
+        return place.models[shape]
     with torch.device(place.drawn_on):
-        return _drawn(shape).to(device=place.device, dtype=place.dtype)  # type: ignore[return-value]
+        model: Any = _drawn(shape)
+    model = model.to(place.dtype)
+    if place.passes is not None:
+        model.transformer.h[-1].mlp.c_fc.register_forward_pre_hook(place.passes.add)
+    if place.device == SIMULATED.type:
+        to_simulated(model)
+    else:
+        model = model.to(place.device)
+    if place.models is not None:
+        place.models[shape] = model
+    return model
 
 
 def _drawn(shape: Shape) -> GPT2LMHeadModel:

@@ -16,14 +16,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.clients import ROOT, python
-from benchmarks.data import SWEEPS, make, named
+from benchmarks.clients import python
+from benchmarks.data import NO_IOI, SWEEPS, ioi_file, make, named
 from benchmarks.measure import CLOSE, REFERENCE, Measured, Schedule, measure
 from benchmarks.report import conditions, markdown, rewrite, show
 from benchmarks.tools.names import TOOLS
 
 README = Path(__file__).parent / "README.md"
-NO_IOI = "MECHDSL_DATA names no folder with ioi.csv, nor is there ../shared/data."
 
 
 def main() -> int:
@@ -40,7 +39,7 @@ def main() -> int:
         sample=arguments.sample,
         threads=arguments.threads,
     )
-    ioi = _ioi()
+    ioi = ioi_file()
     everything: list[Measured] = []
     skipped: list[str] = []
     with tempfile.TemporaryDirectory(prefix="mechdsl-bench-") as folder:
@@ -104,12 +103,6 @@ def _tools(names: list[str], status: Console) -> list[str]:
     if missing:
         status.print(f"without {', '.join(missing)}: `make bench` makes their environment")
     return [name for name in found if name not in missing]
-
-
-def _ioi() -> Path | None:
-    folder = Path(os.environ.get("MECHDSL_DATA", ROOT.parent / "shared" / "data"))
-    path = folder / "ioi.csv"
-    return path if path.exists() else None
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ Shapes are those of the shipped models, and GPT-2 small; weights are random, and
 tokens. `--trained` takes the weights of shipped models, and prompts that are the first two thirds
 of texts that they weren't trained on. A cell scales one head's z at the last token of the prompt
 and at each newest token. `generate` is a loop of the library's `model.generate` over cells, all
-prompts in one batch, with a hook. `nnsight` has all cells as invokes of one `model.generate`; it
-runs in the interpreter that has it. Each way is a process of its own, which runs for as long as the
+prompts in one batch, with a hook. `expert` has all cells and prompts as rows of one
+`model.generate`. `nnsight` has all cells as invokes of one `model.generate`; it runs in the
+interpreter that has it. Each way is a process of its own, which runs for as long as the
 others, timed in processor seconds and in wall seconds (the median); tokens are compared.
 """
 
@@ -20,15 +21,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mechdsl.hooks.loaded import LoadedModel
 
 ROOT = Path(__file__).parent.parent
 PROMPTS, TOKENS = 16, 16
@@ -162,21 +167,28 @@ def _makes_queries(name: str) -> bool:
     return any(part in name.split(".") for part in ("q_proj", "k_proj", "v_proj", "c_attn"))
 
 
-def by_mechdsl(task: Task) -> Callable[[], Replies]:
-    """All cells and prompts as rows of one call."""
+def adopted(task: Task) -> LoadedModel:
+    """The model as mechdsl takes it over."""
     from tokenizers import Tokenizer, models
 
-    from mechdsl.generate.records import Decoding, StepRules
-    from mechdsl.generate.way import way_of
-    from mechdsl.generate.write_replies import write_replies
-    from mechdsl.hooks.reads_and_writes import SiteWrite
-    from mechdsl.hooks.rule_writes import RuleWrites
     from mechdsl.loading.load import adopt
 
     words = {f"w{n}": n for n in range(task.config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     model, found = adopt("m", task.model, tokenizer)
     assert model is not None, found
+    return model
+
+
+def by_mechdsl(task: Task, model: LoadedModel | None = None) -> Callable[[], Replies]:
+    """All cells and prompts as rows of one call."""
+    from mechdsl.generate.records import Decoding, StepRules
+    from mechdsl.generate.way import way_of
+    from mechdsl.generate.write_replies import write_replies
+    from mechdsl.hooks.reads_and_writes import SiteWrite
+    from mechdsl.hooks.rule_writes import RuleWrites
+
+    model = model or adopted(task)
     assert way_of(model).kind == "cached"
     writes: list[SiteWrite] = []
     for cell in range(task.cells):
@@ -218,6 +230,38 @@ def by_generate(task: Task) -> Callable[[], Replies]:
     return lambda: [cell(number) for number in range(task.cells)]
 
 
+def by_expert(task: Task) -> Callable[[], Replies]:
+    """All cells and prompts as rows of one `model.generate`."""
+    device = task.ids.device
+    ids, mask = (each.repeat(task.cells, 1) for each in (task.ids, task.mask))
+    hidden = task.heads * task.width
+    scales: dict[int, Tensor] = {}
+    """By layer, [row, feature]."""
+    for cell in range(task.cells):
+        layer, head = task.place(cell)
+        scale = scales.setdefault(layer, torch.ones(len(ids), hidden, dtype=task.model.dtype))
+        scale[cell * PROMPTS : (cell + 1) * PROMPTS, task.span(head)] = task.factor(cell)
+
+    def write(scale: Tensor, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        changed = args[0].clone()
+        changed[:, -1] *= scale
+        return (changed,)
+
+    def run() -> Replies:
+        handles = [
+            task.output(layer).register_forward_pre_hook(partial(write, scale.to(device)))
+            for layer, scale in scales.items()
+        ]
+        try:
+            found = task.model.generate(ids, attention_mask=mask, **task.settings())
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found[:, task.longest :].unflatten(0, (task.cells, PROMPTS)).tolist()
+
+    return run
+
+
 def by_nnsight(task: Task) -> Callable[[], Replies]:
     """All cells as invokes of one trace."""
     from nnsight.modeling.transformers import TransformersModel
@@ -253,6 +297,7 @@ def by_nnsight(task: Task) -> Callable[[], Replies]:
 WAYS: dict[str, Callable[[Task], Callable[[], Replies]]] = {
     "mechdsl": by_mechdsl,
     "generate": by_generate,
+    "expert": by_expert,
     "nnsight": by_nnsight,
 }
 

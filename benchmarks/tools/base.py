@@ -81,18 +81,25 @@ class Loop(Tool):
             if not chosen:
                 continue
             ids = Ids.of(batch)
-            start = perf_counter()
+            start = _now()
             with torch.inference_mode():
                 self.begin(batch, ids)
-            begun = perf_counter()
+            begun = _now()
             with torch.inference_mode():
                 values = self.patch([self.cells[i] for i in chosen])
-            done = perf_counter()
+            done = _now()
             self.end()
             fixed += begun - start
             cells += done - begun
             table[np.ix_(chosen, batch.rows)] = values.float().cpu().numpy()
         return Timed(table, fixed, cells)
+
+
+def _now() -> float:
+    """Seconds, after the work that a GPU has been given."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter()
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,6 @@ class Ids:
         return Ids(*(torch.tensor(column) for column in columns))
 
     def difference(self, logits: Tensor) -> Tensor:
-        """logit(answer) - logit(wrong). logits: [row, vocabulary]; returns [row]."""
+        """logit(answer) - logit(wrong). logits: [row, vocabulary]; returns [row], in fp32."""
         rows = torch.arange(len(logits))
-        return logits[rows, self.answer] - logits[rows, self.wrong]
+        return logits[rows, self.answer].float() - logits[rows, self.wrong].float()
