@@ -59,6 +59,8 @@ class SiteWork:
         self._steps = defaultdict(list)
         self._by_heads: set[tuple[str, Side, int]] = set()
         self._called_again: set[str] = set()
+        self._patches: set[str] = set()
+        """What makes vectors of patches that a site is worked out from."""
         self._experts: list[tuple[str, ExpertHook | RouterHook]] = []
         stacks = [model.anatomy, *(stack.anatomy for stack in model.others.values())]
         self._blocks = {block.path for anatomy in stacks for block in anatomy.blocks}
@@ -250,6 +252,9 @@ class SiteWork:
                 change = self._sites.own_view(places, reads, layout)
                 self._experts.append((tap.path, kind(change, experts, self.frame)))
                 return
+            case _ if tap.patches is not None:
+                self._patches.add(tap.patches)
+                step = self._sites.in_front_of_positions(places, reads, tap.layout, tap.patches)
             case _:
                 step = self._sites.direct(places, reads, tap.layout, self._scale(tap))
         if tap.layout.axes != "flat":
@@ -307,6 +312,9 @@ class SiteWork:
         """Hooks in place; gone afterwards, whatever happens inside."""
         handles: list[Any] = []
         try:
+            for path in self._patches:
+                module = self.model.module.get_submodule(path)
+                handles.append(module.register_forward_hook(self._keep_patches(path)))
             for (path, side, item), steps in self._steps.items():
                 flat = (path, side, item) not in self._by_heads
                 once = path in self._called_again
@@ -341,6 +349,12 @@ class SiteWork:
             for handle in handles:
                 handle.remove()
             self._sites.streams.clear()
+
+    def _keep_patches(self, path: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            self._sites.patches[path] = output
+
+        return keep
 
     @property
     def repeats(self) -> bool:

@@ -63,6 +63,10 @@ class PlacedWrite:
         """Write `values` [K, width] into a [B, T, units, width] view."""
         view.index_put_(self._index(view), values, accumulate=add)
 
+    def mark(self, there: Tensor) -> None:
+        """Set what is written in [B, T]."""
+        there[self._index(there)[:2]] = True
+
     def get(self, view: Tensor) -> Tensor:
         """[K, width] of a [B, T, units, width] view."""
         return view[self._index(view)]
@@ -103,6 +107,8 @@ class SiteSteps:
         """Vectors of each write that were written so far."""
         self.streams: dict[str, Tensor] = {}
         """Path of a tapped module → the stream that enters its block, for `resid_mid`."""
+        self.patches: dict[str, Tensor] = {}
+        """Path of what makes vectors of patches → these, as they come out of it."""
 
     def begin(self) -> None:
         """Of another pass, in which nothing is read."""
@@ -137,6 +143,25 @@ class SiteSteps:
                 layout_put(value, layout, view)
             self._keep(reads, scaled(view, scale))
             return value
+
+        return step
+
+    def in_front_of_positions(
+        self, places: list[PlacedWrite], reads: list[SiteRead], layout: Layout, patches: str
+    ) -> Step:
+        """A site that is the tapped tensor without what is added to patches: their positions."""
+        direct = self.direct(places, reads, layout)
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            added = _added_to(value, self.patches.pop(patches))
+            found = direct(value - added, module, given)
+            if not places:
+                return value
+            # tokens that aren't written stay as they are, to the last bit
+            there = torch.zeros(value.shape[:2], dtype=torch.bool, device=value.device)
+            for place in places:
+                place.mark(there)
+            return torch.where(there[..., None], found + added, value)
 
         return step
 
@@ -219,6 +244,21 @@ class SiteSteps:
             return value
 
         return step
+
+
+def _added_to(value: Tensor, patches: Tensor) -> Tensor:
+    """[B, T, width]: what an embedding has added to its patches, 0 at tokens in front of these.
+
+    patches: [image, width, …] of a convolution, or [image, patch, width].
+    """
+    width = value.shape[-1]
+    if patches.dim() > 3 or patches.shape[-1] != width:
+        patches = patches.flatten(2).transpose(1, 2)
+    by_image = value.reshape(len(patches), -1, width)
+    added = torch.zeros_like(by_image)
+    front = by_image.shape[1] - patches.shape[1]
+    added[:, front:] = by_image[:, front:] - patches
+    return added.reshape(value.shape)
 
 
 class _WrittenHeads:

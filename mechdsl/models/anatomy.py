@@ -63,6 +63,9 @@ class HookPoint:
     """The site is the tensor times this: what a model multiplies it with before it is added."""
     scaled_by: str | None = None
     """Path of a parameter that it is multiplied with too, feature by feature (layer scale)."""
+    patches: str | None = None
+    """Path of what makes vectors of an image's patches within the module, which then adds their
+    positions; the site is these vectors, in front of the positions."""
     again: bool = False
     """The module is called again in the same pass, on something else; the site is what it reads or
     returns first."""

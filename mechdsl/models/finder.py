@@ -319,8 +319,9 @@ class _Finder:
             taps["embed"] = HookPoint(merged, "in", Layout.whole(shape.d_model))
         elif embedding is not None:
             taps["embed"] = HookPoint(embedding, "out", Layout.whole(width))
-        elif self.stack in ("", "vision") and (made := self._embeddings_module()):
-            taps["embed"] = HookPoint(made, "out", Layout.whole(shape.d_model))
+        elif self.stack in ("", "vision") and (of_images := self._embeddings_of_images()):
+            made, patches = of_images
+            taps["embed"] = HookPoint(made, "out", Layout.whole(shape.d_model), patches=patches)
         if unembedding is not None:
             read = sizes(self.modules[unembedding])
             width = shape.d_model if read is None else read[0]
@@ -341,17 +342,32 @@ class _Finder:
         parent = self.root.rpartition(".")[0]
         return parent or None
 
-    def _embeddings_module(self) -> str | None:
-        """What makes tokens of an image."""
+    def _embeddings_of_images(self) -> tuple[str, str] | None:
+        """What makes tokens of an image, and what within it makes vectors of patches."""
         parent = self.root.rpartition(".")[0]
         while True:
             for name in ("embeddings", "embed", "patch_embed", "patch_embedder"):
                 path = f"{parent}.{name}" if parent else name
-                if path in self.modules:
-                    return path
+                if path in self.modules and (patches := self._patches(path)) is not None:
+                    return path, patches
             if not parent:
                 return None
             parent = parent.rpartition(".")[0]
+
+    def _patches(self, path: str) -> str | None:
+        """What makes vectors of patches within a module, which adds positions to these and puts
+        tokens in front of them; None where several modules may."""
+        inside = {f"{path}.{name}" if name else path: m for name, m in self.within(path).items()}
+        norms = [name for name, module in inside.items() if is_norm(module)]
+        width = self.shape.d_model
+        found = [
+            name
+            for name, module in inside.items()
+            if width in (getattr(module, "out_channels", 0), getattr(module, "out_features", 0))
+        ]
+        if len(found) != 1 or len(norms) > 1:
+            return None
+        return (norms or found)[0]
 
 
 def _common(path: str, other: str) -> int:

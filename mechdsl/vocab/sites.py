@@ -97,7 +97,8 @@ site(
     "embedding",
     "outside",
     0,
-    "what the token embedding returns, before position embeddings",
+    "what the token embedding, or the patch projection of an image, returns, before position "
+    "embeddings; a class or register token of an image is as the embedding returns it",
 )
 site(
     "resid_pre",

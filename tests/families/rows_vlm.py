@@ -594,7 +594,7 @@ row(
     vision(
         "model.visual.blocks",
         fused("attn", 2, 8, with_mlp(Block(), "mlp", down="down_proj")),
-        embed=("model.visual.embeddings", "out"),
+        embed=("model.visual.patch_embed", "out"),
         final_norm=("model.visual.post_layernorm", "out"),
     ),
 )

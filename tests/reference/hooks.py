@@ -171,7 +171,23 @@ def _handles(module: nn.Module, stack: Stack, layer: int, session: Session) -> I
 
         return edit
 
-    if stack.embed is not None:
+    if stack.embed is not None and (image := patch_projection(module, stack)) is not None:
+        made: list[Tensor] = []
+        yield _out(image, lambda value: made.append(value) or value)
+
+        def patches(value: Tensor) -> Tensor:
+            """The vectors of patches as they are made; what is written moves what comes behind."""
+            own = patch_tokens(made.pop())
+            if value.dim() == 4:  # [image, row, column, width]
+                site = own.reshape(value.shape)
+            else:
+                own = own.reshape(len(value), -1, value.shape[-1])
+                site = torch.cat([value[:, : value.shape[1] - own.shape[1]], own], 1)
+            changed = whole("embed")(site)
+            return value + (changed - site) if session.writes("embed") else value
+
+        yield _out(module.get_submodule(stack.embed[0]), patches)
+    elif stack.embed is not None:
         path, side = stack.embed
         yield (_out if side == "out" else _in)(module.get_submodule(path), whole("embed"))
     if block.resid:
@@ -229,6 +245,24 @@ def _handles(module: nn.Module, stack: Stack, layer: int, session: Session) -> I
     if stack.final_norm is not None:
         path, side = stack.final_norm
         yield (_out if side == "out" else _in)(module.get_submodule(path), whole("final_norm"))
+
+
+def patch_projection(module: nn.Module, stack: Stack) -> nn.Module | None:
+    """What makes vectors of an image's patches, where the embedding is of these: a convolution, the
+    norm of AIMv2 behind it, or the linear map of RADIO and Gemma 4."""
+    if stack.embed is None:
+        return None
+    inside = dict(module.get_submodule(stack.embed[0]).named_modules())
+    for name in ("rms_norm", "patch_projection", "input_proj"):
+        if name in inside:
+            return inside[name]
+    found = [part for part in inside.values() if isinstance(part, nn.Conv2d)]
+    return found[0] if len(found) == 1 else None
+
+
+def patch_tokens(made: Tensor) -> Tensor:
+    """[image, patch, width] of what a convolution makes."""
+    return made if made.dim() == 3 else made.flatten(2).transpose(1, 2)
 
 
 def _head_handles(

@@ -37,6 +37,7 @@ from mechdsl.loading.verify.sums import (
     norms_are_in_front,
     norms_of_sums,
     padding_changes_nothing,
+    positions_are_added,
     sublayers_add_up,
     unembedding_is_last,
 )
@@ -85,6 +86,7 @@ CHECKS: tuple[Check, ...] = (
     logits_are_the_models,
     padding_changes_nothing,
     later_tokens_are_unseen,
+    positions_are_added,
     blocks_join,
     sublayers_add_up,
     gains_are_passed_on,
@@ -107,6 +109,7 @@ MAIN_ONLY = (
     attention_opens,
     padding_changes_nothing,
     later_tokens_are_unseen,
+    positions_are_added,
     rows_can_be_restarted,
 )
 """Checks of the model as a whole."""

@@ -164,9 +164,9 @@ class Bench:
         """[tokens, width]: what a module makes of tokens, each prompt's by themselves."""
         lengths = self.own.lengths.tolist()
         if sum(lengths) != len(tokens):
-            return _first(self.module(path)(tokens))
+            return first_of(self.module(path)(tokens))
         parts = tokens.split(lengths)
-        return torch.cat([_first(self.module(path)(own[None]))[0] for own in parts])
+        return torch.cat([first_of(self.module(path)(own[None]))[0] for own in parts])
 
     def scaled(self, tap: HookPoint, value: Tensor) -> Tensor:
         """What a tapped tensor is to the stream."""
@@ -221,7 +221,7 @@ def _read(anatomy: Anatomy, site: str, *, few: bool) -> Sequence[int | None]:
     return (layers[0], layers[n // 2], layers[-1]) if few and n > _MAX_LAYERS else layers
 
 
-def _first(output: Any) -> Tensor:
+def first_of(output: Any) -> Tensor:
     """What a module returns, without what else comes with it."""
     return output[0] if isinstance(output, (tuple, list)) else output
 

@@ -18,7 +18,7 @@ from mechdsl.hooks.loaded import LoadedModel, Outcome
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading.probe_inputs import image_token
-from mechdsl.loading.verify.bench import Bench, Pair, difference, with_images
+from mechdsl.loading.verify.bench import Bench, Pair, difference, first_of, with_images
 from mechdsl.loading.verify.writing import whole_site
 
 
@@ -239,6 +239,23 @@ def images_are_merged(bench: Bench) -> Iterator[Outcome]:
         tolerance=0.5,
         failure="they stay as they are",
     )
+
+
+def positions_are_added(bench: Bench) -> Iterator[Outcome]:
+    """What is added to `embed` of patches is no part of it: it is the same for every image."""
+    tap = bench.anatomy.taps.get("embed")
+    if bench.stack or tap is None or tap.patches is None:
+        return
+    behind: list[Any] = []
+    handle = bench.module(tap.path).register_forward_hook(lambda *given: behind.append(given[-1]))
+    try:
+        bare_logits(bench.model, bench.batch)
+    finally:
+        handle.remove()
+    in_front = bench.reads[SiteRead("embed", None)][:, :, 0]
+    first, *others = first_of(behind[0]).to(in_front) - in_front
+    pairs = [(f"image {n}", other, first, in_front) for n, other in enumerate(others, 2)]
+    yield bench.equal("what is added to embed of patches is the same for every image", pairs)
 
 
 def cross_attention_reads_the_encoder(bench: Bench) -> Iterator[Outcome]:
