@@ -32,6 +32,7 @@ from mechdsl.resolve.matched_draws import (
 )
 from mechdsl.resolve.other_sites import OtherSites
 from mechdsl.resolve.random_directions import random_directions
+from mechdsl.resolve.removed_blocks import inside_removed
 from mechdsl.resolve.resolved import DRAW, Axis, Drawn, ResolvedControl, ResolvedExperiment
 from mechdsl.resolve.resolved_rule import Key, PositionTargets, ResolvedRule, SitePoint, SiteTargets
 from mechdsl.resolve.site_targets import all_points_label
@@ -81,7 +82,9 @@ def resolve_control(
                 hint = "leave `apart from` out"
                 return None, [BadControl(span=span, text=span.written, reason=reason, hint=hint)]
             return random_directions(experiment, asked, draws), []
-        return _Draws(experiment, asked, apart, draws).control(), []
+        control = _Draws(experiment, asked, apart, draws).control()
+        _outside_removed(control.experiment.rules, experiment.model.name)
+        return control, []
     except _NothingToDraw as nothing:
         reason, hint, span = nothing.reason, nothing.hint, nothing.span or asked.span
         others = isinstance(nothing, _NothingElse)
@@ -97,6 +100,16 @@ class _NothingToDraw(Exception):
         self.reason = reason
         self.hint = hint
         self.span = span
+
+
+def _outside_removed(rules: Sequence[ResolvedRule], model: str) -> None:
+    """Raises _NothingToDraw where a draw lies in a block that computes nothing."""
+    for found in inside_removed(rules, (), model):
+        written = "" if found.span is None else found.span.written
+        raise _NothingToDraw(
+            f"a draw for `{written}` lies in a block that is replaced with identity",
+            "name blocks with `apart from` so that neither rule is drawn in the other's",
+        )
 
 
 class _NothingElse(_NothingToDraw):

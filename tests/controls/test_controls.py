@@ -104,6 +104,24 @@ MEASURED_TWICE = (
 )
 
 
+# --- draws of rules that can't act together ---
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "ablate attn_out layer 0 at last-item token with zero",
+        "block attention layer 0 from last token to last-item token",
+    ],
+)
+def test_a_draw_in_a_replaced_block_is_refused(rule: str) -> None:
+    removed = ("replace block layer 1 with identity", "measure logit(answer) as delta")
+    found = check(rule, *removed, "against random(5)")
+    (wrong,) = [each for each in found.diagnostics if each.code == "E0630"]
+    assert f"`{rule}` lies in a block that is replaced with identity" in wrong.message
+    assert not has_errors(check(rule, *removed).diagnostics)
+
+
 # --- bands ----------------------------------------------------------------------------------------
 
 
