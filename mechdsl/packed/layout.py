@@ -160,12 +160,13 @@ def same_work(a: BlockWork, b: BlockWork) -> bool:
     return all(np.array_equal(one, other) for one, other in pairs)
 
 
-def universe(packs: Sequence[BlockPack | None], final: Mask) -> tuple[Ints, int]:
+def universe(packs: Sequence[BlockPack | None], outside: Mask) -> tuple[Ints, int]:
     """[row, column] → number of every token that is somewhere in the pass, and how many there are.
 
-    Numbered as in the topmost block, so that there nothing has to be put in order.
+    Numbered as in the topmost block, so that there nothing has to be put in order. outside: tokens
+    that are read in front of the blocks or behind them.
     """
-    found = np.full(final.shape, -1, dtype=np.int64)
+    found = np.full(outside.shape, -1, dtype=np.int64)
     count = 0
     for pack in reversed(packs):
         if pack is None:
@@ -175,7 +176,7 @@ def universe(packs: Sequence[BlockPack | None], final: Mask) -> tuple[Ints, int]
         order = np.argsort(pack.lookup[row, column], kind="stable")
         found[row[order], column[order]] = count + np.arange(len(order))
         count += len(order)
-    row, column = np.nonzero(final & (found < 0))
+    row, column = np.nonzero(outside & (found < 0))
     found[row, column] = count + np.arange(len(row))
     return found, count + len(row)
 

@@ -77,7 +77,9 @@ class PackedFrame:
             else:
                 self.packs.append(None)
             self.work.append(work)
-        self.universe, self.size = universe(self.packs, rows.final)
+        embedded = rows.reads.get(("embed", None))
+        outside = rows.final if embedded is None else rows.final | embedded
+        self.universe, self.size = universe(self.packs, outside)
         self.final = np.full(rows.final.shape, -1, dtype=np.int64)
         """[row, column] → which of the tokens behind the last block, -1 for none."""
         row, column = np.nonzero(rows.final)

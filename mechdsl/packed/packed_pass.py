@@ -89,6 +89,9 @@ def run_packed(
     final_columns = columns.of(*final)
     read_behind = np.zeros(shape, dtype=np.bool_)
     read_behind[final[0], final_columns] = True
+    for read, (rows, at) in read_columns.items():
+        if read.site == "final_norm":
+            read_behind[rows, at] = True
     frame = PackedFrame(
         model,
         kept,

@@ -95,7 +95,9 @@ class RowMasks:
         """[row] the highest block that something is read in; all of them where it is read behind
         the last one."""
         found = np.full(len(self.real), -1, dtype=np.int64)
-        for (_, layer), mask in self.reads.items():
+        for (site, layer), mask in self.reads.items():
+            if site == "embed":  # in front of all blocks
+                continue
             own = np.where(mask.any(axis=1), BEHIND if layer is None else layer, -1)
             found = np.maximum(found, own)
         return np.where(self.final.any(axis=1), BEHIND, found)
