@@ -261,8 +261,8 @@ def _run_file(
     *,
     profile: bool,
 ) -> tuple[FileResult, bool] | int:
-    """Run a file and show its reports, and whether that could be done of all; an exit status where
-    the run broke off."""
+    """Run a file and show its reports, and whether that and all that is saved could be done; an
+    exit status where the run broke off."""
     from mechdsl.pipeline.run_file import StoreStopped, run_file
     from mechdsl.show.progress import Bar
 
@@ -308,12 +308,15 @@ def _run_file(
         say(saved.line, out=form == "table")
     if not shown:
         verdicts.trouble(checked, "a report could not be made")
+    unsaved = has_errors(ran.diagnostics) and result.computable
+    if unsaved:
+        verdicts.trouble(checked, "a `save` could not be made")
     if result.sizes is not None and profiles:
         from mechdsl.show.plan import print_profile
 
         for plan, done in profiles:
             print_profile(plan, done, result.sizes, make_console(stderr=form != "table"))
-    return result, shown
+    return result, shown and not unsaved
 
 
 def _show(result: FileResult, *, tables: bool) -> bool:

@@ -1,4 +1,4 @@
-"""E0601 to E0603, E061x: what an experiment must say."""
+"""E0601 to E0603, E061x, E0650: what an experiment must say, and one that broke off."""
 
 from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
@@ -95,3 +95,18 @@ class NothingKept(Diagnostic):
     label = "holds for no row of the clean run"
     help = "the model may not do this task: measure `correct as raw` first"
     rows: int
+
+
+@keyword_record
+class BrokeOff(Diagnostic):
+    """An experiment that something unforeseen ended."""
+
+    code = "E0650"
+    title = "`{experiment}` broke off: {reason}"
+    label = "the other experiments were run without it"
+    help = (
+        "`--only {experiment}` runs it alone, and with MECHDSL_DEBUG=1 in the environment prints "
+        "the traceback; if nothing there is yours, please report it with the file"
+    )
+    experiment: str
+    reason: str

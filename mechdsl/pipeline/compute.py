@@ -192,10 +192,17 @@ def _run(
     not_run = verdicts.not_run()
     saved: list[Saved] = []
     for each in checked.saving if not not_run else ():
-        own, problems = save_vectors(each, models, options.execution)
+        try:
+            own, problems = save_vectors(each, models, options.execution)
+        except OSError:
+            raise
+        except Exception as failure:
+            own, problems = [], [file.broke_off(each, failure)]
         saved += own
         file.diagnostics.extend(problems)
     if file.lost and not file.results and not not_run and not saved:
+        if file.failure is not None:  # there is nothing that it would take along
+            raise file.failure
         return None, file.diagnostics
     # Verdicts last: an expectation may name an experiment that comes later in the file.
     result = FileResult(

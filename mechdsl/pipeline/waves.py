@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e06_experiment import NothingKept
+from mechdsl.diagnostics.e06_experiment import BrokeOff, NothingKept
 from mechdsl.diagnostics.e06_numbers import NothingToPickFrom, PickedBySign, RowsLeftOut
 from mechdsl.execute.counts import Counts
 from mechdsl.execute.execute import Execution, execute
@@ -38,6 +38,7 @@ from mechdsl.results.make_finding import found_by
 from mechdsl.results.population import with_population
 from mechdsl.results.variants import merged
 from mechdsl.rules import RULES
+from mechdsl.store.problem import StoreProblem
 from mechdsl.validate.check_file import Checked, by_name
 from mechdsl.validate.reachable_p import check_cells, check_rows, tested_measures, unit_of
 from mechdsl.validate.replies_named import replies_behind
@@ -67,11 +68,40 @@ class FileRun:
         field(default_factory=dict[Any, Any])
     )
     """By a table and whose replies stand behind its prompts: it itself, and the same with these."""
+    failure: Exception | None = None
+    """The last that made an experiment break off."""
     before: int = 0
     """Rows of earlier waves, for the one bar over all of them."""
 
     def wave(self, wave: Sequence[ResolvedExperiment], later: Sequence[ResolvedExperiment]) -> None:
-        """Run experiments whose results hang on none that is still to be run."""
+        """Run experiments whose results don't depend on one that is still to be run. Where that
+        breaks off, each is run by itself: one that breaks off then is lost (E0650).
+
+        Raises OSError and StoreProblem, after which no experiment can be run.
+        """
+        try:
+            self._wave(wave, later)
+        except (OSError, StoreProblem):
+            raise
+        except Exception as failure:
+            done = {*self.results, *self.lost}
+            left = by_name(each for each in wave if each.name not in done)
+            if len(left) > 1:
+                for variants in left:
+                    self.wave(variants, later)
+                return
+            for experiment, *_ in left:
+                self._lose(experiment.name, [self.broke_off(experiment, failure)])
+
+    def broke_off(self, experiment: ResolvedExperiment, failure: Exception) -> Diagnostic:
+        """E0650 for one that something unforeseen ended."""
+        self.failure = failure
+        reason = f"{type(failure).__name__}: {failure}"
+        return BrokeOff(span=experiment.spec.span, experiment=experiment.name, reason=reason)
+
+    def _wave(
+        self, wave: Sequence[ResolvedExperiment], later: Sequence[ResolvedExperiment]
+    ) -> None:
         ready = [each for each in map(self._ready, wave) if each is not None]
         ready = [each for each in ready if each.name not in self.lost]
         if not ready:

@@ -1,0 +1,120 @@
+"""What something unforeseen ends: one experiment, and those that pick from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mechdsl
+from mechdsl.base.source import Source
+from mechdsl.execute import save_vectors
+from mechdsl.pipeline import waves
+from mechdsl.pipeline.run_options import RunOptions
+
+from ..cli.conftest import Command, command
+from ..execute.breaking import HEAD, SAID, TWO, breaking, experiment
+from ..run_source import run_source
+
+__all__ = ["command"]
+
+
+def values(of: Any) -> Any:
+    return of.measures[0].patched
+
+
+def test_other_experiments_have_their_results() -> None:
+    alone, _ = run_source(Source(HEAD + experiment("second", "pears")))
+    result, found = run_source(Source(TWO), models={"toy": breaking()})
+    assert result is not None
+    assert alone is not None
+    assert [each.name for each in result.experiments] == ["second"]
+    np.testing.assert_allclose(
+        values(result.experiments[0]), values(alone.experiments[0]), atol=1e-5
+    )
+    assert [(each.name, each.reasons[0].code) for each in result.lost] == [("first", "E0650")]
+    (said,) = [each for each in found if each.code == "E0650"]
+    assert said.message == f"`first` broke off: ValueError: {SAID}"
+
+
+def test_what_picks_from_it_is_lost_with_it() -> None:
+    picking = experiment("third", "pears").replace("z layer 1 head * at", "top 2 of first at")
+    result, found = run_source(Source(TWO + picking), models={"toy": breaking()})
+    assert result is not None
+    assert [each.name for each in result.experiments] == ["second"]
+    assert [each.name for each in result.lost] == ["first", "third"]
+    assert {each.code for each in found if each.severity == "error"} == {"E0650", "E0622"}
+
+
+def test_where_all_break_off_the_run_does() -> None:
+    with pytest.raises(ValueError, match=SAID):
+        run_source(Source(HEAD + experiment("first", "figs")), models={"toy": breaking()})
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Collecting what an experiment has found fails."""
+    collect = waves.collect
+
+    def failed(plan: Any, *given: Any) -> Any:
+        if plan.experiment.name == name:
+            raise ZeroDivisionError("a mistake of ours")
+        return collect(plan, *given)
+
+    monkeypatch.setattr(waves, "collect", failed)
+
+
+def test_command_line_prints_the_others(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tables and as a document; the file of a report and the JUnit document are written."""
+    failing(monkeypatch, "second")
+    path = tmp_path / "two.mech"
+    first = experiment("first", "figs", "report table", 'report table to "first.csv"')
+    path.write_text(HEAD + first + experiment("second", "pears"), encoding="utf-8")
+    done = command("run", path, "--no-store", "--junit", tmp_path / "tests.xml")
+    assert done.status == 3
+    assert "first: delta of logit(answer)" in done.out
+    assert "second: not computed" in done.out
+    assert "error[E0650]: `second` broke off: ZeroDivisionError: a mistake of ours" in done.err
+    assert (tmp_path / "first.csv").stat().st_size
+    assert "a mistake of ours" in (tmp_path / "tests.xml").read_text(encoding="utf-8")
+    done = command("run", path, "--no-store", "--format", "json")
+    assert done.status == 3
+    (file,) = json.loads(done.out)["files"]
+    assert [each["name"] for each in file["experiments"]] == ["first"]
+    assert [(each["experiment"], each["code"]) for each in file["missing"]] == [("second", "E0650")]
+
+
+def test_python_gets_the_others_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, "second")
+    with pytest.warns(mechdsl.MechdslWarning, match="E0650"):
+        results = mechdsl.run(TWO, store=None)
+    assert [each.name for each in results] == ["first"]
+
+
+def test_a_save_that_breaks_off_costs_no_result(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed(*_: Any) -> None:
+        raise ZeroDivisionError("a mistake of ours")
+
+    monkeypatch.setattr(save_vectors, "rows_to_save", failed)
+    path = tmp_path / "one.mech"
+    save = 'save resid_post layer 1 of clean at last token to "a.safetensors"'
+    path.write_text(HEAD + experiment("first", "figs", save), encoding="utf-8")
+    done = command("run", path, "--no-store")
+    assert done.status == 3
+    assert "first: delta of logit(answer)" in done.out
+    assert "error[E0650]" in done.err
+
+
+def test_a_full_disk_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(waves, "collect", full)
+    with pytest.raises(OSError, match="No space"):
+        run_source(Source(TWO), RunOptions())
