@@ -32,6 +32,7 @@ _WAITING = frozenset(
         "aten::item",
         "aten::equal",
         "aten::nonzero",
+        "aten::bincount",
         "aten::masked_select",
         "aten::_unique2",
         "aten::unique_dim",

@@ -19,7 +19,7 @@ from mechdsl.generate.shared_blocks import SharedBlocks, lowest_acting
 from mechdsl.generate.states import States, first_acting, numbered
 from mechdsl.generate.way import Way
 from mechdsl.generate.whole import edited
-from mechdsl.hooks.batch import Batch, to_device
+from mechdsl.hooks.batch import Batch, on_device, to_device
 from mechdsl.hooks.block_exchange import blocks_replaced
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
@@ -132,7 +132,7 @@ class CachedPasses:
             return self._prefill_together(states) if self._together else self._prefill(states)
         first = self.columns + step - 1
         self.keys.move(self._blocks.moves, first)
-        newest = torch.from_numpy(ids[rows, -1:]).to(self.model.device)
+        newest = on_device(ids[rows, -1:], self.model.device)
         if self._chosen is None or not np.array_equal(rows, self._leaders):
             self._leaders, self._before = rows, None
             self._chosen, self._starting = Chosen(len(self.prompts), rows), self._starts(rows)
@@ -245,7 +245,7 @@ class CachedPasses:
         if self._common:
             self.keys.share(keys, self._common, of)
         self.keys.fill(keys, index, columns)
-        return torch.cat(found)[index[:whole].to(self.model.device)] if whole else None
+        return torch.cat(found)[to_device(index[:whole], self.model.device)] if whole else None
 
     def _suffix(self, rows: Ints, part: slice, count: int) -> Tensor:
         """[n, vocab] of some of the rows, whose last tokens are computed, behind those that are

@@ -13,11 +13,11 @@ from itertools import takewhile
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from mechdsl.base.arrays import Ints
 from mechdsl.generate.shared_blocks import Lineup
+from mechdsl.hooks.batch import on_device
 from mechdsl.hooks.hook_points import given_again, given_to, replaced
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.models.anatomy import BlockAnatomy
@@ -159,7 +159,7 @@ def _of_first(
 def _grown(rows: Tensor, others: Ints) -> Tensor:
     """With more rows, each of which is like one of these."""
     every = np.concatenate([np.arange(len(rows)), others])
-    return rows.index_select(0, torch.from_numpy(every).to(rows.device))
+    return rows.index_select(0, on_device(every, rows.device))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mechdsl.generate.shared_blocks import Lineup, Moves
 from mechdsl.generate.shared_keys import SharedKeys
+from mechdsl.hooks.batch import arrays_on_device, to_device, together_on_device
 
 WIDE = (torch.float32, torch.float64)
 """Types in which attention is two plain products."""
@@ -198,13 +199,20 @@ class KeptKeys(Cache):
         """Copy rows to other places, in each layer its own; what is copied is what stands there
         before."""
         columns -= self.common
-        for layer, (of, to) in zip(self.layers, moves, strict=True):
-            if not layer.is_initialized or len(of) == 0:
-                continue
+        due = [
+            (layer, rows)
+            for layer, rows in zip(self.layers, moves, strict=True)
+            if layer.is_initialized and len(rows[0])
+        ]
+        if not due:
+            return
+        device = due[0][0].keys.device
+        index = iter(arrays_on_device([each for _, rows in due for each in rows], device))
+        for layer, (_, to) in due:
             layer.fit(1 + int(to.max()))
+            source, target = next(index), next(index)
             for each in (layer.keys, layer.values):
-                there = [torch.from_numpy(rows).to(each.device) for rows in (to, of)]
-                each[there[0], :, :columns] = each[there[1], :, :columns]
+                each[target, :, :columns] = each[source, :, :columns]
 
     def fill(self, other: KeptKeys, rows: Tensor, columns: int) -> None:
         """Take these rows ([n] long) of another one's first columns, those that aren't shared, as
@@ -212,15 +220,18 @@ class KeptKeys(Cache):
         first, columns = self.common, columns - self.common
         if columns == 0:
             return
+        index: Tensor | None = None
         for mine, its in zip(self.layers, other.layers, strict=True):
             if not its.is_initialized:
                 continue
+            if index is None:
+                index = to_device(rows, its.keys.device)
             if not mine.is_initialized:
                 mine.lazy_initialization(its.keys, its.values)
             mine.fit(len(rows))
             for own, given in ((mine.keys, its.keys), (mine.values, its.values)):
                 more = given[:, :, first : first + columns]
-                own[: len(rows), :, :columns] = more[rows.to(given.device)]
+                own[: len(rows), :, :columns] = more[index]
 
     def put(
         self, other: KeptKeys, which: str, layer: int, rows: Tensor, of: Tensor, columns: Tensor
@@ -228,6 +239,5 @@ class KeptKeys(Cache):
         """Take single vectors of all heads, "keys" or "values" of one layer: here in `rows`, there
         in `of`, in these columns; all [K] long."""
         mine, its = (getattr(each.layers[layer], which) for each in (self, other))
-        place = columns.to(mine.device)
-        vectors = its[of.to(mine.device), :, place]
-        mine[rows.to(mine.device), :, place - self.common] = vectors
+        place, here, there = together_on_device((columns, rows, of), mine.device)
+        mine[here, :, place - self.common] = its[there, :, place]

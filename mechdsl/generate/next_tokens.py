@@ -13,6 +13,7 @@ from torch import Tensor
 from mechdsl.base.arrays import Ints
 from mechdsl.base.reply import Reply
 from mechdsl.generate.records import Decoding
+from mechdsl.hooks.batch import on_device, to_device
 
 NO_TOKEN = -1
 """Where logits are no numbers, and behind the end of a reply."""
@@ -35,10 +36,10 @@ def next_tokens(
     if decoding.sampled:
         sound = logits.amax(-1).isfinite()
         logits = logits.where(sound[:, None], logits.new_zeros(()))
-        index = torch.from_numpy(states).to(logits.device)
+        index = on_device(states, logits.device)
         drawn = torch.tensor([_uniform(key, step) for key in random], dtype=torch.float64)
-        tokens = _sampled(logits, index, drawn.to(logits.device), decoding)
-        return np.where(sound[index].cpu().numpy(), tokens.cpu().numpy(), NO_TOKEN)
+        tokens = _sampled(logits, index, to_device(drawn, logits.device), decoding)
+        return tokens.where(sound[index], NO_TOKEN).cpu().numpy()
     return _likeliest(logits)[states]
 
 
@@ -108,7 +109,8 @@ def _of_all(warm: Tensor, states: Tensor, uniform: Tensor) -> Tensor:
     order = warm[states[rows], ids].sort(descending=True, stable=True).indices
     order = order[rows[order].sort(stable=True).indices]
     rows, ids = rows[order], ids[order]
-    count = rows.bincount(minlength=len(states))
+    # No `bincount`: it waits for its largest number.
+    count = rows.new_zeros(len(states)).index_add_(0, rows, torch.ones_like(rows))
     first = count.cumsum(0) - count
     mass = probability[states[rows], ids].cumsum(0)
     mass = mass - (mass - probability[states[rows], ids])[first][rows] + before[rows]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Ints
+from mechdsl.hooks.batch import arrays_on_device, on_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,14 +55,14 @@ class _Places:
             rows[mine] = most = int(counts[mine].max())
             begins[mine] = total + np.arange(len(mine)) * most * heads
             whole = len(mine) == every and len(known) == every
-            index = None if whole else torch.from_numpy(known[mine]).to(device)
+            index = None if whole else on_device(known[mine], device)
             groups.append(_Group(index, len(mine), most))
             total += len(mine) * most * heads
         head = np.arange(heads)
         at = ((begins[which] + rank)[:, None] + rows[which][:, None] * head).ravel()
         of = np.zeros(total, dtype=np.int64)
         of[at] = np.arange(len(at))
-        return cls(groups, torch.from_numpy(of).to(device), torch.from_numpy(at).to(device))
+        return cls(groups, *arrays_on_device((of, at), device))
 
 
 class SharedKeys:
@@ -87,7 +88,7 @@ class SharedKeys:
     def of_rows(self, layer: int, rows: slice) -> tuple[Tensor, Tensor]:
         """[n, heads, columns, width] of each of these rows."""
         keys, values = self._of(layer)
-        index = torch.from_numpy(self._prompts[rows]).to(keys.device)
+        index = on_device(self._prompts[rows], keys.device)
         return keys[index], values[index]
 
     def scores(self, layer: int, rows: slice, queries: Tensor) -> Tensor:

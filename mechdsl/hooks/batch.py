@@ -125,8 +125,8 @@ class Batch:
             ids[i, starts[i] : starts[i] + len(row)] = torch.tensor(row, dtype=torch.long)
             mask[i, starts[i] : starts[i] + len(row)] = 1
         return Batch(
-            ids=ids.to(device),
-            mask=mask.to(device),
+            ids=to_device(ids, torch.device(device)),
+            mask=to_device(mask, torch.device(device)),
             lengths=torch.tensor(lengths),
             starts=torch.tensor(starts),
         )

@@ -18,10 +18,14 @@ from benchmarks.synchronisations import (
     counted_synchronisations,
     to_simulated,
 )
+from mechdsl.generate.records import Decoding, StepRules
+from mechdsl.generate.way import way_of
+from mechdsl.generate.write_replies import write_replies
 from mechdsl.hooks.batch import Batch
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
+from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.whole_pass import run_whole
 from mechdsl.loading.load import adopt
 from mechdsl.packed.activation_cache import ActivationCache, keeping
@@ -31,6 +35,7 @@ PROMPTS = [[1, 9, 22, 31, 17, 40, 5], [1, 14, 8, 51], [1, 30, 11, 6, 45]]
 LANES = np.array([0, 1, 2, 0, 2])
 LAST = np.array([6, 3, 4, 6, 4])
 READS = {SiteRead("resid_post", 1): (np.array([0, 1]), np.array([3, 3]))}
+RANDOM = [(row,) for row in range(8 * len(PROMPTS))]
 OF_LIBRARY = {"masking_utils.py"}
 """The library looks once in a pass whether position ids are of several texts."""
 
@@ -119,6 +124,52 @@ def test_packed_pass_never_waits_for_its_device(family: str, layers: int, inside
     assert not own(places)
     assert isinstance(found.logits, SimulatedTensor)
     assert torch.equal(found.logits.numbers, expected.logits)
+
+
+def replies(model: LoadedModel, decoding: Decoding) -> list[tuple[int, ...]]:
+    """Of 8 cells on the prompts: each scales a head's z at the last token and at each newest."""
+    prompts = [tuple(ids) for ids in PROMPTS]
+    writes: list[SiteWrite] = []
+    for cell in range(8):
+        rows = torch.arange(len(prompts)) + cell * len(prompts)
+        last = torch.tensor([len(ids) - 1 for ids in prompts])
+        factors = torch.full((len(prompts), 1), 0.5 * cell)
+        writes.append(SiteWrite("z", cell % 2, rows, last, last % 2, factors, "scale"))
+    steps = [StepRules(1, writes=[write]) for write in writes]
+    found = write_replies(
+        model, prompts * 8, decoding, prefill=RuleWrites(writes), steps=steps, random=RANDOM
+    )
+    return [reply.ids for reply in found]
+
+
+@pytest.mark.parametrize(
+    ("decoding", "per_step"),
+    [
+        ({}, 1),
+        ({"temperature": 1.0, "top_p": 0.9}, 1),
+        ({"temperature": 1.0, "top_k": 4}, 2),  # how many are as likely as the last of them
+        ({"temperature": 1.0}, 2),  # which are about as likely as the drawn one
+    ],
+)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_step_of_a_reply_waits_for_its_tokens_alone(
+    family: str, decoding: dict[str, float], per_step: int
+) -> None:
+    def decodings(tokens: int) -> Decoding:
+        return Decoding(tokens, lambda ids: "", **decoding)  # type: ignore[arg-type]
+
+    model = built(family, 4)
+    expected = replies(model, decodings(8))
+    model = on_simulated_device(model)
+    counts: list[int] = []
+    for tokens in (4, 8):
+        with counted_synchronisations(model.device):
+            way_of(model)
+        with counted_synchronisations(model.device) as places:
+            found = replies(model, decodings(tokens))
+        counts.append(sum(own(places).values()))
+    assert found == expected
+    assert counts[1] - counts[0] == 4 * per_step
 
 
 def test_waiting_for_the_simulated_device_is_counted() -> None:
