@@ -35,7 +35,7 @@ from mechdsl.loading.probe_inputs import (
 from mechdsl.models.anatomy import HookPoint
 from mechdsl.models.heads_by_class import named_outputs
 
-LENGTHS = (7, 4)
+LENGTHS = (5, 4)
 """Tokens of the two prompts, where the model has as many positions."""
 _SOURCE = (6, 5)
 """Tokens of what encoders of encoder-decoders read."""

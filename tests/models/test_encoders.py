@@ -378,6 +378,8 @@ def test_how_a_model_wants_to_be_called_is_found_out() -> None:
         "vit": (None, False, "one prompt", False),
         "bert/bare": (0, True, "tokens", False),
     }
+    # The scale of its embeddings is made of the whole prompt, however deep the model is.
+    assert loaded("esm", num_hidden_layers=9).calling.packs == "one prompt"
 
 
 @pytest.mark.parametrize("name", ["bert", "esm", "deberta/head"])

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from mechdsl.hooks.attention_functions import CannotPack, own_function
 from mechdsl.hooks.loaded import LoadedModel, Stack
 from mechdsl.loading.load import adopt
+from mechdsl.loading.probe import LENGTHS
 from mechdsl.loading.prove import describe, prove
 from mechdsl.loading.verify import OPENED, RESTART
 from mechdsl.models.anatomy import Anatomy, BlockAnatomy, HookPoint, Layout
@@ -153,6 +155,92 @@ def test_a_wrong_anatomy_is_refused(
     assert tried.model is None, fault
     assert [d.code for d in tried.problems] == ["E0410"]
     assert identity in tried.problems[0].message
+
+
+def exchanged(site: str, one: int, other: int) -> Callable[[LoadedModel], Anatomy]:
+    """Two layers have each other's site."""
+
+    def change(model: LoadedModel) -> Anatomy:
+        blocks = [*model.anatomy.blocks]
+        first, second = blocks[one].taps[site], blocks[other].taps[site]
+        blocks[one] = blocks[one].with_taps(**{site: second})
+        blocks[other] = blocks[other].with_taps(**{site: first})
+        return replace(model.anatomy, blocks=tuple(blocks))
+
+    return change
+
+
+class Reordered(nn.Module):
+    """A projection whose heads are put into another order."""
+
+    def __init__(self, inner: nn.Module, order: list[int]) -> None:
+        super().__init__()
+        self.inner, self.order = inner, order
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        heads = self.inner(vectors).unflatten(-1, (len(self.order), -1))
+        return heads[..., self.order, :].flatten(-2)
+
+
+def reordered(site: str, layer: int, order: list[int]) -> Callable[[LoadedModel], Anatomy]:
+    """In one layer the site is read before its heads are put into another order."""
+
+    def change(model: LoadedModel) -> Anatomy:
+        blocks = [*model.anatomy.blocks]
+        tap = blocks[layer].taps[site]
+        inner = model.module.get_submodule(tap.path)
+        model.module.set_submodule(tap.path, Reordered(inner, order))
+        other = replace(tap, path=f"{tap.path}.inner")
+        blocks[layer] = blocks[layer].with_taps(**{site: other})
+        return replace(model.anatomy, blocks=tuple(blocks))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("fault", "identity"),
+    [
+        (exchanged("q", 3, 4), "whose q is zero"),
+        (exchanged("q", 0, 7), "whose q is zero"),
+        (exchanged("k", 2, 6), "whose k are zero"),
+        (exchanged("v", 1, 5), "z = v"),
+        (exchanged("attn_norm", 3, 4), "attn_norm = the norm"),
+        (exchanged("mlp_hidden", 3, 4), "mlp_hidden through the down projection"),
+        (reordered("q", 5, [0, 2, 1, 3]), "whose q is zero"),
+        (reordered("q", 7, [3, 1, 2, 0]), "whose q is zero"),
+        (reordered("k", 6, [1, 0]), "whose k are zero"),
+        (reordered("v", 2, [1, 0]), "z = v"),
+    ],
+)
+def test_a_fault_in_single_layers_of_a_deep_model_is_refused(
+    fault: Callable[[LoadedModel], Anatomy], identity: str
+) -> None:
+    good, problems = adopt("m", families.module("llama", num_hidden_layers=8), families.tokenizer())
+    assert good is not None, problems
+    bad = describe("m", good.module, {"": Stack(fault(good), good.shape)})
+    tried = prove(bad)
+    assert tried.model is None
+    assert [d.code for d in tried.problems] == ["E0410"]
+    assert identity in tried.problems[0].message
+
+
+def test_tokens_of_the_checks_grow_by_the_layer_and_not_by_the_head() -> None:
+    """Each layer is restarted in a row of its own; all else is tried in many layers at once."""
+
+    def rows(**sizes: int) -> int:
+        module = families.module("llama", num_key_value_heads=sizes["num_attention_heads"], **sizes)
+        seen: list[int] = []
+
+        def count(part: nn.Module, given: tuple[torch.Tensor]) -> None:
+            seen.append(given[0][..., 0].numel())
+
+        with module.get_submodule("model.layers.0.mlp").register_forward_pre_hook(count):
+            assert adopt("m", module, families.tokenizer())[0] is not None
+        return sum(seen)
+
+    few = rows(num_hidden_layers=8, num_attention_heads=4)
+    assert rows(num_hidden_layers=8, num_attention_heads=20) <= few + 20
+    assert rows(num_hidden_layers=24, num_attention_heads=4) <= few + 16 * 2 * max(LENGTHS) + 20
 
 
 @pytest.mark.parametrize("family", families.EACH)

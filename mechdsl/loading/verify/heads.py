@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -73,42 +74,65 @@ def run_tokens(
 def queries_and_keys_are_theirs(bench: Bench) -> Iterator[Outcome]:
     """Without a query, or without its keys, a head attends uniformly, and no other head does.
 
-    Two tokens, the second is looked at. In each row the heads with one bit of their number + 1
-    are silenced in one layer: the query at the second token, the keys at both, or the key at the
-    first token alone (which has to matter, as a query there does not).
+    Two tokens, the second is looked at. In each row some heads are silenced: the query at the
+    second token, the keys at both, or the key at the first token alone (which has to matter, as a
+    query there does not). All layers are tried at once, each fed with what it reads in an unwritten
+    pass; where that isn't passed (a layer may read more than the stream), each layer by itself.
     """
-    stack, shape = bench.stack, bench.shape
     layers = bench.with_sites("q", "k", "v", "z")
     two = bench.real_of(0, bench.batch.ids, bench.batch)[:2].tolist()
     if not layers or not takes_tokens(bench) or len(two) < 2:
         return
-    rows = _silencing(shape, layers)
+    if set(layers) <= set(bench.with_sites("resid_pre")):
+        rows = _silencing(bench.shape, layers)
+        together = list(_silenced_in(bench, layers, two, rows, fed=True))
+        if all(outcome.passed for outcome in together):
+            yield from together
+            return
+    alone = [row for layer in layers for row in _silencing(bench.shape, [layer])]
+    yield from _silenced_in(bench, layers, two, alone, fed=False)
+
+
+def _silenced_in(
+    bench: Bench, layers: Sequence[int], two: list[int], rows: Sequence[_Silenced], *, fed: bool
+) -> Iterator[Outcome]:
+    """What comes of these rows on two tokens; fed: every layer reads the stream of a pass in which
+    nothing is written."""
+    stack = bench.stack
+    batch = [two] * (1 + len(rows))
     writes = [
         write
         for layer in layers
         for site in ("q", "k")
         if (write := _silence(bench, rows, site, layer)) is not None
     ]
+    if fed:
+        streams = [SiteRead("resid_pre", layer, stack) for layer in layers]
+        own = run_tokens(bench, [two], streams)
+        writes += [_in_all_rows(stream, len(batch), own[stream][0]) for stream in streams]
     wanted = [SiteRead(site, layer, stack) for layer in layers for site in ("v", "z")]
-    reads = run_tokens(bench, [two] * (1 + len(rows)), wanted, writes)
+    reads = run_tokens(bench, batch, wanted, writes)
 
     found: dict[str, list[tuple[str, Tensor, Tensor]]] = {"q": [], "k": []}
     moved = True
     silent: dict[tuple[int, int, str], Tensor] = {}
     for number, row in enumerate(rows, start=1):
-        z = reads[SiteRead("z", row.layer, stack)][:, 1]
-        v = _per_head(reads[SiteRead("v", row.layer, stack)], z.shape[1])[number]
-        hit = torch.tensor([h in row.heads for h in range(z.shape[1])], device=z.device)
-        where = f"layer {row.layer}"
-        if row.positions == (0,):
-            moved &= bool(((z[number] - z[0])[hit].abs().amax(-1) > 0).all())
-            continue
-        found[row.site].append((where, z[number][~hit], z[0][~hit])) if not hit.all() else None
-        if not bench.anatomy.additive_positions:
-            found[row.site].append((where, z[number][hit], v.mean(0)[hit]))
-        elif (twin := silent.get((row.layer, row.bit, "q"))) is not None:
-            found["k"].append((where, z[number][hit], twin[hit]))
-        silent[row.layer, row.bit, row.site] = z[number]
+        for layer in row.units:
+            z = reads[SiteRead("z", layer, stack)][:, 1]
+            v = _per_head(reads[SiteRead("v", layer, stack)], z.shape[1])[number]
+            heads = row.heads(bench.shape, layer)
+            hit = torch.tensor([h in heads for h in range(z.shape[1])], device=z.device)
+            where = f"layer {layer}"
+            if row.positions == (0,):
+                moved &= bool(((z[number] - z[0])[hit].abs().amax(-1) > 0).all())
+                continue
+            if not hit.all():
+                found[row.site].append((where, z[number][~hit], z[0][~hit]))
+            if not bench.anatomy.additive_positions:
+                found[row.site].append((where, z[number][hit], v.mean(0)[hit]))
+            elif (twin := silent.get((layer, row.bit, "q"))) is not None:
+                found["k"].append((where, z[number][hit], twin[hit]))
+            silent[layer, row.bit, row.site] = z[number]
     what = "attends uniformly, and no other does"
     yield bench.equal(f"a head whose q is zero {what}", iter(found["q"]))
     yield bench.equal(f"a head whose k are zero {what}", iter(found["k"]))
@@ -123,42 +147,60 @@ def queries_and_keys_are_theirs(bench: Bench) -> Iterator[Outcome]:
 
 @dataclass(frozen=True)
 class _Silenced:
-    """Heads without query or keys in one layer."""
+    """Heads without query or keys."""
 
     site: str
-    layer: int
     bit: int
-    units: tuple[int, ...]
+    """Of the numbers of the heads; -1 for all heads."""
+    units: Mapping[int, tuple[int, ...]]
+    """By layer; layers without any are compared too."""
     positions: tuple[int, ...]
-    heads: frozenset[int]
+
+    def heads(self, shape: ModelShape, layer: int) -> frozenset[int]:
+        """Those of a layer, where several heads may share a key."""
+        group = units(shape, "z", layer) // units(shape, self.site, layer)
+        return frozenset(u * group + i for u in self.units[layer] for i in range(group))
 
 
 def _silencing(shape: ModelShape, layers: Sequence[int]) -> list[_Silenced]:
+    """Rows that distinguish all heads of these layers: each has a number of its own from 1 on, and
+    in each row those are silenced whose number has one bit. Each head without the key in front
+    differs from itself, so these need one row."""
     rows: list[_Silenced] = []
-    for layer in layers:
-        for site, positions in (("q", (1,)), ("k", (0, 1)), ("k", (0,))):
-            count = units(shape, site, layer)
-            group = units(shape, "z", layer) // count
-            for bit in range(count.bit_length()):
-                chosen = tuple(u for u in range(count) if (u + 1) >> bit & 1)
-                heads = frozenset(u * group + i for u in chosen for i in range(group))
-                rows.append(_Silenced(site, layer, bit, chosen, positions, heads))
-    return rows
+    for site, positions in (("q", (1,)), ("k", (0, 1))):
+        counts = [units(shape, site, layer) for layer in layers]
+        first = dict(zip(layers, accumulate(counts, initial=1), strict=False))
+        for bit in range(sum(counts).bit_length()):
+            chosen = {
+                layer: tuple(u for u in range(count) if (first[layer] + u) >> bit & 1)
+                for layer, count in zip(layers, counts, strict=True)
+            }
+            rows.append(_Silenced(site, bit, chosen, positions))
+    every = {layer: tuple(range(units(shape, "k", layer))) for layer in layers}
+    return [*rows, _Silenced("k", -1, every, (0,))]
 
 
 def _silence(bench: Bench, rows: Sequence[_Silenced], site: str, layer: int) -> SiteWrite | None:
     places = [
         (number, position, unit)
         for number, row in enumerate(rows, start=1)
-        if row.site == site and row.layer == layer
+        if row.site == site
         for position in row.positions
-        for unit in row.units
+        for unit in row.units.get(layer, ())
     ]
     if not places:
         return None
     row, position, unit = torch.tensor(places).unbind(1)
     zeros = torch.zeros(len(places), width(bench.shape, site, layer))
     return SiteWrite(site, layer, row, position, unit, zeros, stack=bench.stack)
+
+
+def _in_all_rows(where: SiteRead, rows: int, values: Tensor) -> SiteWrite:
+    """The same values, [T, units, width], in every row."""
+    grid = torch.cartesian_prod(*(torch.arange(n) for n in (rows, *values.shape[:2])))
+    row, position, unit = grid.unbind(1)
+    flat = values.flatten(0, 1).repeat(rows, 1)
+    return SiteWrite(where.site, where.layer, row, position, unit, flat, stack=where.stack)
 
 
 def _per_head(kv: Tensor, heads: int) -> Tensor:

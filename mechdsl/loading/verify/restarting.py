@@ -28,13 +28,15 @@ RESTART = "rows restarted at a block and token = whole passes"
 RESTART_IMAGES = "rows restarted at a block and token = whole passes (with an image)"
 """The same of rows with an image."""
 
-_PREFIXES = ((2, 5), (1, 3))
+_PREFIXES = ((2, 4), (1, 2))
 """Of each prompt, the tokens that rows are restarted at."""
+_OF_SOME = 2
+"""Rows that are also restarted for the logits of some tokens alone, which the last map makes."""
 
 
 def rows_can_be_restarted(bench: Bench) -> Iterator[Outcome]:
-    """From every block, at two tokens, and at every site of one block: with other values than the
-    model's own, so that a part that is wrongly taken over shows."""
+    """From every block, at one token or another, and at every site of one block: with other values
+    than the model's own, so that a part that is wrongly taken over shows."""
     try:
         encodes = bench.model.shape.takes in ("two texts", "audio")
         if encodes and "cross" not in bench.model.others:
@@ -64,25 +66,27 @@ def _restarted(bench: Bench) -> Outcome:
     model = bench.model
     # Of rows with images fewer places are tried, and the last tokens looked at.
     seeing = with_images(bench.batch)
-    streams = bench.some("resid_pre") if seeing else bench.with_sites("resid_pre")
-    starts: list[tuple[str, int | None, int]]
-    starts = [("resid_pre", layer, at) for layer in streams for at in range(2)]
+    # From the last block backwards: the first rows are those that compute least.
+    streams = [*(bench.some("resid_pre") if seeing else bench.with_sites("resid_pre"))][::-1]
+    places = [(lane, which) for which in range(2) for lane in range(len(bench.batch))]
+    starts = [("resid_pre", at, *places[n % len(places)]) for n, at in enumerate(streams[:-1])]
+    # Where the whole prompt may take part, every place is tried.
+    starts += [("resid_pre", layer, *place) for layer in streams[-1:] for place in places]
+    starts += [("embed", None, *place) for place in places if "embed" in sites_of(model, "")]
     for name in sites_of(model, ""):
         layers = layers_of(model.anatomy, name) if SITES[name].has_layer else (None,)
-        if name != "logits":
-            starts.append((name, layers[len(layers) // 2], 0))
-    # Prompts in turn: the second one is padded.
-    lanes = np.arange(len(starts)) // 2 % len(bench.batch)
+        if name not in ("embed", "logits"):
+            starts.append((name, layers[len(layers) // 2], *places[len(starts) % len(places)]))
+    lanes = np.array([lane for _, _, lane, _ in starts])
     lengths = bench.batch.lengths.numpy()[lanes]
     writes: list[SiteWrite] = []
-    places: list[int] = []
-    for number, (name, layer, which) in enumerate(starts):
-        lane = int(lanes[number])
+    tokens: list[int] = []
+    for number, (name, layer, lane, which) in enumerate(starts):
         at = max(0, min(_PREFIXES[lane][which], int(lengths[number]) - 1 - which))
         own = bench.read_of(lane, name, layer)[at]
         values = hundredfold(own, name, model.anatomy)[None] / 50
         writes.append(whole_site(SiteRead(name, layer), number, (at,), values))
-        places.append(at)
+        tokens.append(at)
     batch = bench.batch.take(torch.from_numpy(lanes))
     seen = [range(max(0, n - 3) if seeing else 0, n) for n in lengths.tolist()]
     number = np.repeat(np.arange(len(starts)), [len(one) for one in seen])
@@ -97,19 +101,25 @@ def _restarted(bench: Bench) -> Outcome:
     def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
         with keeping(model, bench.batch, 0) as kept:
             run_whole(model, bench.batch)
-        ends: list[tuple[str, Tensor | None]] = [("", None)]
+        ends: list[tuple[str, int, Tensor | None]] = [("", len(starts), None)]
         if model.anatomy.unembedding is not None:
-            ends.append((", some tokens", some))
-        for end, columns in ends:
+            ends.append((", some tokens", _OF_SOME, some))
+        for end, rows, columns in ends:
+            count = int(np.searchsorted(number, rows))
             result = run_packed(
-                model, kept, lanes, writes=writes, final=(number, position), tokens=columns
+                model,
+                kept,
+                lanes[:rows],
+                writes=writes[:rows],
+                final=(number[:count], position[:count]),
+                tokens=columns,
             )
-            for i, (name, layer, _) in enumerate(starts):
+            for i, (name, layer, *_) in enumerate(starts[:rows]):
                 whole = expected[i] if seeing else bench.real_of(i, expected, batch)
                 whole = whole if columns is None else whole[:, columns]
                 whole = whole[None] if whole.dim() == 1 else whole
-                where = f"{label_of(name, layer)}, token {places[i]}{end}"
-                yield where, result.logits[number == i], whole
+                where = f"{label_of(name, layer)}, token {tokens[i]}{end}"
+                yield where, result.logits[number[:count] == i], whole
 
     exact = model.dtype in (torch.float32, torch.float64)
     return bench.equal(RESTART, pairs(), bench.tolerance / 10 if exact else bench.tolerance)
