@@ -104,7 +104,10 @@ class _Functions(TorchFunctionMode):
         device = kwargs.get("device")
         if function in (torch.tensor, torch.as_tensor) and device is not None:
             made = function(*args, **{**kwargs, "device": "cpu"})
-            return SimulatedTensor(made) if torch.device(device) == SIMULATED else made
+            if torch.device(device) != SIMULATED:
+                return made
+            _count(self.places, _COPY[True])
+            return SimulatedTensor(made)
         if function is Tensor.tolist and isinstance(args[0], SimulatedTensor):
             _count(self.places, "tolist")
             return args[0].numbers.tolist()

@@ -29,7 +29,7 @@ from mechdsl.execute.unpatched_batch import (
 )
 from mechdsl.execute.unpatched_runs import UnpatchedRuns, present, vectors
 from mechdsl.execute.writes import LanesOf, build_edges, build_writes, readable
-from mechdsl.hooks.batch import Batch, gather, together_on_device
+from mechdsl.hooks.batch import Batch, gather, on_device, to_device, together_on_device
 from mechdsl.hooks.calls import one_output
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
@@ -73,9 +73,10 @@ class _Written:
 
     def some(self, rows: Ints) -> _Written:
         """What some rows write: [row] bool by their numbers; spots stay, with those of others."""
-        own = torch.from_numpy(rows[self.row])
-        values = self.values[own.to(self.values.device)]
-        return replace(self, row=self.row[own.numpy()], spot=self.spot[own], values=values)
+        own = np.flatnonzero(rows[self.row])
+        values = self.values[on_device(own, self.values.device)]
+        spot = self.spot[torch.from_numpy(own)]
+        return replace(self, row=self.row[own], spot=spot, values=values)
 
     def added(self, values: Tensor) -> SiteWrite:
         """[spot, width] is added to what is there."""
@@ -226,7 +227,7 @@ class Estimates:
             for group in np.unique(groups[whole.row]):
                 each = whole.some(groups == group)
                 way = torch.zeros_like(base)
-                spot = each.spot.to(base.device)
+                spot = to_device(each.spot, base.device)
                 way[spot] = each.values.to(base) - base[spot]
                 for step in range(self.steps):
                     leaf = (way * ((step + 0.5) / self.steps)).requires_grad_()
@@ -246,13 +247,13 @@ class Estimates:
         of a row; of `gradient` the squares of the gradient itself. Of `gradient_attention` what is
         there times the gradient, where that is positive, summed over the keys that are chosen, and
         the mean over queries and heads."""
-        spot = written.spot.to(gradient.device)
+        spot = to_device(written.spot, gradient.device)
         if self.name == GRADIENT:
             parts = gradient.double().square().sum(-1)[spot]
         elif self.name == ATTENTION:
             positive = (base.double() * gradient.double()).clamp(min=0)
             parts = (written.values.to(positive) * positive[spot]).sum(-1)
-            parts /= torch.from_numpy(np.bincount(written.row)[written.row]).to(parts)
+            parts /= on_device(np.bincount(written.row)[written.row], parts.device)
         else:
             change = written.values.to(gradient.device).double() - base.double()[spot]
             parts = (change * gradient.double()[spot]).sum(-1)

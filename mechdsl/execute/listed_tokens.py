@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Floats, Ints
+from mechdsl.hooks.batch import on_device
 from mechdsl.plan.rule_rows import Rows
 
 
@@ -37,9 +38,9 @@ class TokenMeans:
     def add(self, rows: Rows, whole: Rows, found: Tensor) -> None:
         """Take rows of a pass. whole: all rows of these cells and prompts; of several runs of one
         prompt (the middle tokens of a span) each counts as a part of it. found: [row, vocab]."""
-        weights = torch.from_numpy(_weights(rows, whole)).to(found.device, found.dtype)
+        weights = on_device(_weights(rows, whole), found.device).to(found.dtype)
         cells, place = np.unique(rows.cell, return_inverse=True)
-        index = torch.from_numpy(place.reshape(-1)).to(found.device)
+        index = on_device(place.reshape(-1), found.device)
         sums = found.new_zeros(len(cells), found.shape[1])
         firsts = torch.zeros_like(sums)
         sums.index_add_(0, index, found * weights[:, None])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
+from mechdsl.hooks.batch import arrays_on_device, on_device
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.models.shape import ModelShape, units
 from mechdsl.packed.behind_last_block import Places
@@ -121,21 +122,21 @@ class Look:
     ) -> _Seen:
         own = _wide(found[part.read])
         device = own.device
-        place = torch.from_numpy(part.place).to(device)
-        chosen = None if part.unit is None else torch.from_numpy(part.unit).to(device)
+        place = on_device(part.place, device)
+        chosen = None if part.unit is None else on_device(part.unit, device)
         vectors = own[place].flatten(1) if chosen is None else own[place, chosen]
         keys = None
         if part.keys is not None:
-            index, key = (torch.from_numpy(each).to(device) for each in part.keys)
+            index, key = arrays_on_device(part.keys, device)
             keys = index, key
         beside = {
-            at: _wide(found[SiteRead(*at)])[torch.from_numpy(where).to(device)].flatten(1)
+            at: _wide(found[SiteRead(*at)])[on_device(where, device)].flatten(1)
             for at, where in part.beside.items()
         }
         return _Seen(
             vectors,
             chosen,
-            torch.from_numpy(part.position).to(device),
+            on_device(part.position, device),
             keys,
             (part.read.site, part.read.layer),
             beside,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mechdsl.base.arrays import Ints
 from mechdsl.execute.writes import Part, joined
-from mechdsl.hooks.batch import Batch, together_on_device
+from mechdsl.hooks.batch import Batch, arrays_on_device, on_device, together_on_device
 from mechdsl.hooks.calls import one_output
 from mechdsl.hooks.frozen_norms import FrozenNorms
 from mechdsl.hooks.loaded import LoadedModel
@@ -110,7 +110,7 @@ def received(
     if len(last):
         without = base(rows.take(first), draws[first], {behind: reads[behind]})
         gained = (found[behind] - without[behind])[:, 0]
-        vectors = gained[torch.from_numpy(gaining).to(gained.device)]
+        vectors = gained[on_device(gaining, gained.device)]
         unit = np.zeros(len(last), dtype=np.int64)
         part = Part(wanted.row[last], wanted.token[last], unit, vectors, "add")
         added.append(joined((behind.site, behind.layer), [part]))
@@ -118,9 +118,7 @@ def received(
         again, unit = each_unit(unit_of[wanted.point[own]], units(shape, *place))
         own, index = own[again], index[again]
         values = found[SiteRead(*place, before=True)]
-        vectors = values[
-            torch.from_numpy(index).to(values.device), torch.from_numpy(unit).to(values.device)
-        ]
+        vectors = values[arrays_on_device((index, unit), values.device)]
         part = Part(wanted.row[own], wanted.token[own], unit, vectors)
         writes.append(joined(place, [part]))
     return writes, added

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.hooks.batch import to_device
 from mechdsl.program.python_files import TOKENIZER, PythonFailure, PythonNotLoaded
 from mechdsl.resolve.resolved import Atom
 
@@ -29,7 +30,7 @@ def python_metric(atom: Atom, logits: Tensor, prompts: Ints, usable: Bools) -> T
         return found
     index = torch.from_numpy(rows)
     if len(rows) < len(prompts):
-        logits, prompts = logits[index.to(logits.device)], prompts[rows]
+        logits, prompts = logits[to_device(index, logits.device)], prompts[rows]
     try:
         found[index] = _called(atom, logits, prompts)
     except PythonNotLoaded:

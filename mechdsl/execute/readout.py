@@ -17,6 +17,7 @@ from mechdsl.execute.observed import Observed
 from mechdsl.execute.python_metric import python_metric
 from mechdsl.execute.reply_values import SearchFailed, reply_values
 from mechdsl.execute.unpatched_batch import Spot, TextBehind, continuation_ids, spots_of
+from mechdsl.hooks.batch import on_device, to_device, together_on_host
 from mechdsl.program.python_files import PythonFailure, PythonNotLoaded
 from mechdsl.resolve.measures import divisors, evaluate
 from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
@@ -220,15 +221,17 @@ class Readout:
 
     def _values(self, numbers: range, reading: Reading, usable: Bools) -> dict[Any, Floats]:
         """The atoms of a measure, by what is written: [row]. E0223 as PythonFailure."""
-        found: dict[Any, Floats] = {}
+        found: list[Tensor] = []
         for number in numbers:
             spot, atom = self.atoms[number]
             if self.looking[number]:
                 value = _looked_at(atom, number, reading, usable)
             else:
                 value = _value(atom, number, spot, reading, usable)
-            found[atom.node] = value.detach().double().cpu().numpy()
-        return found
+            found.append(value.detach().double())
+        nodes = (self.atoms[number][1].node for number in numbers)
+        on_host = (value.numpy() for value in together_on_host(found))
+        return dict(zip(nodes, on_host, strict=True))
 
     def _moved(
         self,
@@ -242,12 +245,19 @@ class Readout:
         direction."""
         result = evaluate(measure.expression, values.__getitem__)
         moved = np.zeros(len(reading.prompts))
-        for number in numbers:
+        # Nothing is observed of runs without rows; texts change or don't.
+        due = [n for n in numbers if not self.looking[n] and self.atoms[n][1].form.takes != "reply"]
+        of_outputs = [n for n in due if self.atoms[n][1].form.of_outputs]
+        sizes = [_largest(self.atoms[n][1], n, self.atoms[n][0], reading) for n in of_outputs]
+        largest = dict(zip(of_outputs, together_on_host(sizes), strict=True))
+        for number in due:
             spot, atom = self.atoms[number]
             value = values[atom.node]
-            if self.looking[number] or atom.form.takes == "reply":
-                continue  # nothing is observed of runs without rows; texts change or don't
-            error = _rounding(atom, number, spot, reading, value, relative)
+            if number in largest:
+                own = relative * largest[number].numpy()
+                error = _rounding(atom, number, spot, reading, value, own)
+            else:
+                error = np.full(len(value), relative)
             least, most = _ENDS.get(atom.form.unit, (-np.inf, np.inf))
             ways: list[Floats] = []
             for other in (np.maximum(value - error, least), np.minimum(value + error, most)):
@@ -264,7 +274,7 @@ class Readout:
             found.append(_senseless(reading.logits, whole=reading.tokens is None).any(-1))
         found += [_senseless(logits, whole=True).any(-1) for logits in reading.continued.values()]
         if reading.loss is not None and reading.has_loss is not None:
-            due = torch.from_numpy(reading.has_loss).to(reading.loss.device)
+            due = on_device(reading.has_loss, reading.loss.device)
             found.append(reading.loss.isnan() & due)
         if reading.replies:
             found.append(torch.tensor([reply.ended == "broken" for reply in reading.replies]))
@@ -286,46 +296,55 @@ class Readout:
                 continue
             elif takes == "numerals" and atom.form.narrow:
                 found.append(_senseless(_own_logits(atom, reading, spot), whole=True))
-        return torch.stack([one.cpu() for one in found]).any(0).numpy()
+        return torch.stack(together_on_host(found)).any(0).numpy()
 
 
-def _rounding(
-    atom: Atom, number: int, spot: int, reading: Reading, value: Floats, relative: float
-) -> Floats:
-    """[row]: how far rounding may move an atom. An output is a sum over the model's width, rounded
-    as its parts are and not as what is left of them: a small logit moves as far as the largest one
-    of all tokens. Metrics in logits and nats, and the numbers of a regression, move by as much,
-    shares by that part of themselves; a rank moves over the tokens that come as close as that.
-    `correct` and categories change, which counts as 1, where the two best tokens do."""
-    takes, unit = atom.form.takes, atom.form.unit
-    if not atom.form.of_outputs:
-        return np.full(len(value), relative)
+def _logits(atom: Atom, number: int, spot: int, reading: Reading) -> Tensor:
+    """[row, ..., vocab]: what an atom of the model's outputs is read off."""
     logits = reading.continued.get(number)
-    if logits is None:
-        assert reading.logits is not None
-        logits = _chosen_from(atom, reading.logits[:, spot])
+    if logits is not None:
+        return logits
+    assert reading.logits is not None
+    return _chosen_from(atom, reading.logits[:, spot])
+
+
+def _largest(atom: Atom, number: int, spot: int, reading: Reading) -> Tensor:
+    """[row] float64, the size of the largest logit where an atom is read."""
     if reading.largest is not None:
         size = reading.largest[:, spot]
     else:
+        logits = _logits(atom, number, spot, reading)
         size = logits.abs().nan_to_num(nan=0.0, posinf=0.0).flatten(1).amax(-1)
-    largest = size.nan_to_num(nan=0.0, posinf=0.0).double().cpu().numpy()
+    return size.nan_to_num(nan=0.0, posinf=0.0).double()
+
+
+def _rounding(
+    atom: Atom, number: int, spot: int, reading: Reading, value: Floats, moved: Floats
+) -> Floats:
+    """[row]: how far rounding may move an atom of the model's outputs, whose logits it moves by
+    `moved`. An output is a sum over the model's width, rounded as its parts are and not as what is
+    left of them: a small logit moves as far as the largest one of all tokens. Metrics in logits and
+    nats, and the numbers of a regression, move by as much, shares by that part of themselves; a
+    rank moves over the tokens that come as close as that. `correct` and categories change, which
+    counts as 1, where the two best tokens do."""
+    takes, unit = atom.form.takes, atom.form.unit
+    logits = _logits(atom, number, spot, reading)
     if atom.form.narrow and takes == "numerals":
         logits = _own_logits(atom, reading, spot)
     if takes == "label" and unit == "share":  # by the sign of its own logit
-        target = _targets(atom, reading).to(logits.device)
+        target = to_device(_targets(atom, reading), logits.device)
         own = logits.gather(-1, target[:, None])[:, 0].abs().double().cpu().numpy()
-        return (own <= relative * largest).astype(np.float64)
+        return (own <= moved).astype(np.float64)
     if atom.form.kind == "category":
-        return _two_best_exchanged(logits, 2 * relative * largest)
+        return _two_best_exchanged(logits, 2 * moved)
     if unit in ("rank", "share"):
         if atom.sets:
             ids, mask = sets_of(atom, reading)[:2]
         else:
             ids = _targets(atom, reading)[:, None]
             mask = torch.ones_like(ids, dtype=torch.bool)
-        ids, mask = ids.to(logits.device), mask.to(logits.device)
-        return _exchanged(logits, ids, mask, 2 * relative * largest, best=unit == "share")
-    moved = relative * largest
+        ids, mask = to_device(ids, logits.device), to_device(mask, logits.device)
+        return _exchanged(logits, ids, mask, 2 * moved, best=unit == "share")
     return moved * atom.form.logits if unit in _AS_LOGITS else moved * np.abs(value)
 
 
@@ -342,7 +361,7 @@ def _exchanged(logits: Tensor, ids: Tensor, mask: Tensor, within: Floats, *, bes
     own = logits.gather(-1, ids).masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
     apart = logits.double() - own.double()
     apart = apart.scatter(-1, ids, -torch.inf)
-    close = torch.from_numpy(within).to(logits.device)[:, None]
+    close = on_device(within, logits.device)[:, None]
     if best:
         apart = apart.amax(-1, keepdim=True)
     return (apart.abs() <= close).sum(-1).double().cpu().numpy()
@@ -425,8 +444,8 @@ def _own_logits(atom: Atom, reading: Reading, spot: int) -> Tensor:
     assert reading.logits is not None
     logits = reading.logits[:, spot]
     ids, mask, _ = sets_of(atom, reading)
-    own = logits.gather(-1, reading.columns(ids.to(logits.device)))
-    return own.masked_fill(~mask.to(logits.device), -torch.inf)
+    own = logits.gather(-1, reading.columns(to_device(ids, logits.device)))
+    return own.masked_fill(~to_device(mask, logits.device), -torch.inf)
 
 
 def _senseless(logits: Tensor, *, whole: bool) -> Tensor:
@@ -466,13 +485,13 @@ def _value(atom: Atom, number: int, spot: int, reading: Reading, usable: Bools) 
     logits = _chosen_from(atom, reading.logits[:, spot])
     match takes:
         case "target" | "own" | "class" | "label" | "continuation":
-            target = _targets(atom, reading).to(logits.device)
+            target = to_device(_targets(atom, reading), logits.device)
             if takes != "continuation":
                 return function(logits, reading.columns(target))
             one = torch.ones_like(target, dtype=torch.bool)
             return function(logits[:, None], target[:, None], one[:, None])
         case "any" | "numerals":
-            ids, mask, numbers = (part.to(logits.device) for part in sets_of(atom, reading))
+            ids, mask, numbers = (to_device(part, logits.device) for part in sets_of(atom, reading))
             columns = reading.columns(ids)
             if takes == "any":
                 return function(logits, columns, mask)
@@ -494,7 +513,8 @@ def _continued(atom: Atom, logits: Tensor, prompts: Ints) -> Tensor:
     """A text of several tokens: [row, token, vocab], ragged over rows."""
     texts = [continuation_ids(atom, int(p)) for p in prompts]
     width = logits.shape[1]
-    ids = torch.tensor([t + (0,) * (width - len(t)) for t in texts], device=logits.device)
-    lengths = torch.tensor([len(t) for t in texts], device=logits.device)
-    mask = torch.arange(width, device=logits.device)[None, :] < lengths[:, None]
-    return atom.form.function(logits, ids, mask)
+    ids = torch.tensor([t + (0,) * (width - len(t)) for t in texts])
+    lengths = torch.tensor([len(t) for t in texts])
+    mask = torch.arange(width)[None, :] < lengths[:, None]
+    device = logits.device
+    return atom.form.function(logits, to_device(ids, device), to_device(mask, device))

@@ -166,7 +166,7 @@ def _with_images(model: LoadedModel, batch: Batch, parts: Sequence[_Part]) -> Ba
     reader = model.tokenizer
     assert isinstance(reader, ImageReader)
     images = np.stack([prepared(picture, reader.processing) for picture in known])
-    pixels = torch.from_numpy(images).to(model.device, model.dtype)
+    pixels = to_device(torch.from_numpy(images).to(model.dtype), model.device)
     return batch.with_inputs({"pixel_values": pixels})
 
 
@@ -321,13 +321,13 @@ def continuation_positions(atom: Atom, lanes: Ints, lengths: Ints) -> Tensor:
 def prompt_loss(atom: Atom, logits: Tensor, batch: Batch, run: Run, lanes: Ints) -> Tensor:
     """[lane]: the loss over the prompts' own tokens, special ones and continuations aside. The
     first token of the input is predicted from nothing."""
-    mask = torch.zeros_like(batch.mask, dtype=torch.bool)
+    mask = torch.zeros(batch.mask.shape, dtype=torch.bool)
     for lane, prompt in enumerate(lanes):
         row = run.rows[prompt]
         start = int(batch.starts[lane])
-        own = torch.tensor([not special for special in row.special], device=mask.device)
+        own = torch.tensor([not special for special in row.special])
         mask[lane, start + 1 : start + len(row.ids)] = own[1:]
-    return atom.form.function(logits, batch.ids, mask)
+    return atom.form.function(logits, batch.ids, to_device(mask, batch.ids.device))
 
 
 def has_loss(run: Run, prompts: Ints) -> Bools:

@@ -28,7 +28,7 @@ from mechdsl.execute.unpatched_batch import (
     spots_of,
 )
 from mechdsl.execute.writer import Writer
-from mechdsl.hooks.batch import to_device, together_on_device
+from mechdsl.hooks.batch import on_device, to_device, together_on_device
 from mechdsl.hooks.frozen_norms import FrozenNorms
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead
@@ -285,7 +285,7 @@ class UnpatchedRuns:
         if not self.plan.narrows_logits or not all(readout.narrow for readout in readouts):
             return None
         found = sorted(set[int]().union(*(readout.tokens(prompts) for readout in readouts)))
-        return torch.tensor(found, dtype=torch.long, device=self.model.device)
+        return to_device(torch.tensor(found, dtype=torch.long), self.model.device)
 
     def observed_tokens(self, readout: Readout, prompts: Ints) -> Tensor | None:
         """[K] ascending: all that a readout reads of the logits that it observes; None for the
@@ -293,7 +293,7 @@ class UnpatchedRuns:
         found = readout.observed_tokens(prompts)
         if found is None:
             return None
-        return torch.tensor(found, dtype=torch.long, device=self.model.device)
+        return to_device(torch.tensor(found, dtype=torch.long), self.model.device)
 
     @cached_property
     def unembedding(self) -> ModelEnd:
@@ -436,7 +436,7 @@ class UnpatchedRuns:
                 found[number] = self._activation(atom, readout.spots[spot], reference, lane)
             else:
                 logits = present(reference.logits)
-                index = torch.from_numpy(lane).to(logits.device)
+                index = on_device(lane, logits.device)
                 found[number] = logits[index, self.spots.index(readout.spots[spot])]
         return found
 

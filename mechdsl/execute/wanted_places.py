@@ -13,6 +13,7 @@ from mechdsl.base.arrays import Ints
 from mechdsl.execute.observed import Look
 from mechdsl.execute.readout import Readout
 from mechdsl.execute.unpatched_batch import UnpatchedBatch, prompt_loss, spot_positions
+from mechdsl.hooks.batch import together_on_device
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.packed.behind_last_block import Places
 from mechdsl.plan.columns import counted
@@ -74,7 +75,9 @@ class Wanted:
         batch = lanes.batch.take(torch.from_numpy(lane))
         every = logits[self.count * self.spots_per_row :]
         whole = every.new_zeros(*batch.ids.shape, every.shape[-1])
-        whole[batch.mask.bool().to(every.device)] = every
+        rows, positions = batch.tokens()
+        where = together_on_device((rows, batch.columns(rows, positions)), every.device)
+        whole[where] = every
         return prompt_loss(readout.loss, whole, batch, run, member.rows.prompt)
 
 

@@ -16,7 +16,7 @@ from mechdsl.base.arrays import Bools, Ints
 from mechdsl.execute.made_of_cells import MadeOfCells
 from mechdsl.execute.means_and_donors import Means, MeansAndDonors
 from mechdsl.execute.unpatched_batch import TextBehind, UnpatchedBatch, fed_tokens
-from mechdsl.hooks.batch import gather
+from mechdsl.hooks.batch import arrays_on_device, gather, on_device
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.reads_and_writes import Mode, SiteRead, SiteWrite
 from mechdsl.hooks.rule_writes import Numbers, RuleWrites
@@ -342,7 +342,7 @@ class _Vectors:
             self.entries.slot[self.chosen],
             self.unit,
         )
-        return values[tuple(torch.from_numpy(i).to(values.device) for i in index)]
+        return values[arrays_on_device(index, values.device)]
 
     def _activation(self) -> Tensor:
         lanes = self.lanes_of(self.plan)
@@ -399,8 +399,8 @@ def joined(place: Place, found: Sequence[Part]) -> SiteWrite:
     if len(last) < len(row):
         keep = np.sort(len(row) - 1 - last)
         row, position, unit = row[keep], position[keep], unit[keep]
-        values = values[torch.from_numpy(keep)]
-        to = None if to is None else to[torch.from_numpy(keep)]
+        values = values[on_device(keep, values.device)]
+        to = None if to is None else to[on_device(keep, to.device)]
     site, layer = place
     return SiteWrite(
         site,

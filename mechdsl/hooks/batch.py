@@ -27,6 +27,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def together_on_host(values: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one shape and type on the host; those of a device in one transfer."""
+    away = [each for each in values if not each.is_cpu]
+    moved = iter(torch.stack(away).cpu() if away else ())
+    return [each if each.is_cpu else next(moved) for each in values]
+
+
 def together_on_device(indices: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
     """Indices [n] of the host on a device, in one transfer."""
     if device.type == "cpu" or not indices:
@@ -181,6 +188,12 @@ class Batch:
     def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
         """[K] columns of the padded tensors where `positions` of `rows` lie; all on the host."""
         return self.starts[rows] + positions
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Row and position of all tokens, row by row, on the host."""
+        rows = torch.arange(len(self)).repeat_interleave(self.lengths)
+        before = self.lengths.cumsum(0) - self.lengths
+        return rows, torch.arange(len(rows)) - before[rows]
 
     @property
     def leading(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.base.arrays import Ints
-from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.batch import Batch, on_device
 from mechdsl.hooks.hook_points import at_hand, replaced
 from mechdsl.hooks.loaded import LoadedModel
 
@@ -30,7 +30,7 @@ def one_output(model: LoadedModel) -> bool:
 
 def of_places(model: LoadedModel, logits: Tensor, rows: Ints) -> Tensor:
     """[place, …]: the logits of places in these rows, where each row has one output for all."""
-    return logits[torch.from_numpy(rows).to(logits.device)] if one_output(model) else logits
+    return logits[on_device(rows, logits.device)] if one_output(model) else logits
 
 
 def arguments(model: LoadedModel, batch: Batch) -> dict[str, Tensor]:

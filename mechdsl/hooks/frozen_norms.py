@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.base.arrays import Bools
+from mechdsl.hooks.batch import on_device
 from mechdsl.hooks.hook_points import given_to
 from mechdsl.hooks.loaded import LoadedModel
 
@@ -71,7 +72,7 @@ class FrozenNorms:
                     given, scale = given_to(args, kwargs), next(due)
                     frozen = norm.divided(given, out, scale)
                     each = np.repeat(rows, out.shape[0] // len(rows))
-                    chosen = torch.from_numpy(each).to(out.device)
+                    chosen = on_device(each, out.device)
                     return torch.where(chosen.view(-1, *[1] * (out.dim() - 1)), frozen, out)
 
                 module = self.model.module.get_submodule(path)

@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from mechdsl.hooks.batch import to_device
+
 Mode = Literal["set", "add", "scale", "along", "step"]
 """How what is written meets what is there: it replaces it, is added to it, or multiplies it; along
 directions of length 1, only the component along these is set; steps from the position before are
@@ -69,8 +71,8 @@ class SiteWrite:
             rows=self.rows[index],
             positions=self.positions[index],
             units=self.units[index],
-            values=self.values[index.to(self.values.device)],
-            to=None if self.to is None else self.to[index.to(self.to.device)],
+            values=self.values[to_device(index, self.values.device)],
+            to=None if self.to is None else self.to[to_device(index, self.to.device)],
         )
 
 

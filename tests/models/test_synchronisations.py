@@ -182,7 +182,7 @@ def test_waiting_for_the_simulated_device_is_counted() -> None:
 
     with counted_synchronisations(SIMULATED) as places:
         waits(torch.tensor([1, 2, 3], device=SIMULATED))
-    assert sum(places.values()) == 6
+    assert sum(places.values()) == 7
 
 
 def test_tensors_of_host_and_simulated_device_do_not_mix() -> None:

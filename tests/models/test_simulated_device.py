@@ -1,0 +1,87 @@
+"""Files on a simulated device, whose tensors don't mix with those of the host: the same numbers as
+on the CPU, and few waits for the device."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.synchronisations import SIMULATED, counted_synchronisations, to_simulated
+from mechdsl.base.source import Source
+from mechdsl.generate.way import way_of
+from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.loading.load import adopt
+
+from ..execute import support
+from ..execute.support import DIFFERENCE
+from .test_synchronisations import own
+
+INTO = ("prompts p", "from turned into clean")
+PATCH = "patch resid_post layer * at last token"
+CASES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "stream": (8, (*INTO, "patch resid_post layer * at tokens *", DIFFERENCE)),
+    "heads": (8, (*INTO, "patch layer * head * at last token", DIFFERENCE)),
+    "pattern": (9, (*INTO, "patch pattern layer 1 head * at last token", DIFFERENCE)),
+    "mean": (9, ("prompts p", "ablate layer * head * at last token with mean", DIFFERENCE)),
+    "paths": (8, (*INTO, "path layer * head * -> q layer * head * at tokens *", DIFFERENCE)),
+    "divergence": (8, (*INTO, PATCH, "measure kl(clean) as raw")),
+    "loss": (8, (*INTO, PATCH, "measure loss as delta")),
+    "continuation": (9, (*INTO, PATCH, 'measure logprob("w3 w4") as raw')),
+    "attention": (
+        4,
+        ("prompts p", "observe attention layer * head * from last token to subject token"),
+    ),
+    "edges": (
+        6,
+        (
+            "prompts p",
+            "block attention layer * head * from last token to subject token",
+            DIFFERENCE,
+        ),
+    ),
+    "replies": (
+        8,
+        (
+            "prompts p",
+            "scale z layer * head * at last token by 0.5",
+            "generate 4",
+            'measure contains("w3") as raw',
+        ),
+    ),
+}
+"""Name → the most waits of a run, without those of the library, and the experiment."""
+
+
+@cache
+def model(*, simulated: bool) -> LoadedModel:
+    found, said = adopt("m", copy.deepcopy(support.bare("llama")), support.word_tokenizer())
+    assert found is not None, said
+    if not simulated:
+        return found
+    to_simulated(found.module)
+    found = replace(found, device=SIMULATED)
+    with counted_synchronisations(SIMULATED):
+        way_of(found)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_file_on_a_simulated_device_has_the_numbers_of_the_cpu(tmp_path: Path, name: str) -> None:
+    most, lines = CASES[name]
+    support.write_rows(tmp_path)
+    text = f'mech 1\nmodel m = local("m")\n{support.PROMPTS}{support.experiment("e", *lines)}'
+    source = Source(text, tmp_path / "file.mech")
+    expected = support.by_name(*support.run_on(source, {"m": model(simulated=False)}))["e"]
+    with counted_synchronisations(SIMULATED) as places:
+        ran = support.run_on(source, {"m": model(simulated=True)})
+    found = support.by_name(*ran)["e"]
+    pairs = list(zip(found.measures, expected.measures, strict=True))
+    assert pairs
+    for mine, its in pairs:
+        np.testing.assert_allclose(mine.patched, its.patched, rtol=0, atol=1e-5)
+    assert sum(own(places).values()) <= most, own(places)
