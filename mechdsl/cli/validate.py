@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
 from mechdsl.base import limits
 from mechdsl.base.plural import plural
-from mechdsl.cli.mech_files import checked_file, mech_files
+from mechdsl.cli.mech_files import checked_file, each_file, mech_files
 from mechdsl.cli.options import (
     allow_outside_option,
     files_argument,
@@ -21,6 +23,9 @@ from mechdsl.cli.options import (
 from mechdsl.cli.output import print_diagnostics
 from mechdsl.cli.status import FINE, WRONG
 from mechdsl.diagnostics.core import Diagnostic, has_errors
+
+if TYPE_CHECKING:
+    from mechdsl.validate.check_file import Settings
 
 
 @click.command()
@@ -46,8 +51,6 @@ def validate(
 
     `-` is standard input.
     """
-    from mechdsl.models.locate import without_weights
-
     how = settings(
         parameters,
         python="look",
@@ -60,13 +63,11 @@ def validate(
     unchecked: list[str] = []
     unrun: list[str] = []
     hollow: list[Diagnostic] = []
-    for path in paths:
-        checked, found = checked_file(path, how)
-        problems += found
-        if checked is not None:
-            unchecked += [f"{path}: {name}" for name in checked.unchecked]
-            unrun += [f"{path}: {name}" for name in checked.unrun]
-            hollow += without_weights(checked.program.models.values())
+    for path, one in zip(paths, each_file(_validated, paths, how), strict=True):
+        problems += one.problems
+        unchecked += [f"{path}: {name}" for name in one.unchecked]
+        unrun += [f"{path}: {name}" for name in one.unrun]
+        hollow += one.hollow
     problems += hollow if require_models else []
     print_diagnostics(problems, form, out=form != "full")
     if form == "full" and not has_errors(problems):
@@ -76,6 +77,28 @@ def validate(
             rest += f", {plural(len(hollow), 'model')} without weights on this machine"
         print(f"{count} checked: no errors{rest}")
     return WRONG if has_errors(problems) else FINE
+
+
+class _Validated(NamedTuple):
+    """What is said of one file."""
+
+    problems: Sequence[Diagnostic]
+    unchecked: Sequence[str] = ()
+    """Experiments without their model."""
+    unrun: Sequence[str] = ()
+    """Experiments without their Python."""
+    hollow: Sequence[Diagnostic] = ()
+    """E0406 for the models without weights."""
+
+
+def _validated(path: Path, how: Settings) -> _Validated:
+    from mechdsl.models.locate import without_weights
+
+    checked, found = checked_file(path, how)
+    if checked is None:
+        return _Validated(found)
+    hollow = without_weights(checked.program.models.values())
+    return _Validated(found, checked.unchecked, checked.unrun, hollow)
 
 
 def _without(experiments: list[str], what: str) -> str:

@@ -77,10 +77,8 @@ def tokens_in(cover: Image, how: Processing, layout: PatchLayout) -> tuple[int, 
 
     cover: as `prepared_cover` takes it.
     """
-    cover = prepared_cover(cover, how)
-    found: list[int] = []
-    for token in layout.grid:
-        _, most = cover.crop(layout.box(token)).getextrema()
-        if isinstance(most, (int, float)) and most >= HALF:
-            found.append(token)
-    return tuple(found)
+    height, width = layout.patch
+    inside = prepared_cover(cover, how).point([float(level >= HALF) for level in range(256)])
+    shares = inside.convert("F").reduce((width, height)).crop((0, 0, layout.cols, layout.rows))
+    of_patches = memoryview(shares.tobytes()).cast("f")
+    return tuple(t for t, share in zip(layout.grid, of_patches, strict=True) if share > 0)

@@ -41,12 +41,12 @@ def in_grid(base: ast.SpanTokens, spans: Occurrences) -> list[PositionCell]:
 def each_token(tokens: Sequence[tuple[int, ...]], tokenizer: TextTokenizer) -> list[PositionCell]:
     """One cell for each token of a span of images; images lack it that have fewer."""
     assert isinstance(tokenizer, ImageReader)
-    every = sorted({token for own in tokens for token in own})
+    held = [frozenset(own) for own in tokens]
     return [
         PositionCell(
-            tokenizer.label(token), tuple((((token,),) if token in own else ()) for own in tokens)
+            tokenizer.label(token), tuple((((token,),) if token in own else ()) for own in held)
         )
-        for token in every
+        for token in sorted(frozenset().union(*held))
     ]
 
 

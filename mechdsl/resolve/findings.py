@@ -95,9 +95,9 @@ class VariantFinding:
 
     def tokens(
         self, table: PromptTable, run: str, tokenizer: TextTokenizer
-    ) -> Iterator[tuple[int, float, int]]:
-        """(row id, value, token of the run) of every position in every row that has it; one with
-        several cells (in several layers, say) counts with the best of them."""
+    ) -> Iterator[tuple[int, dict[int, float]]]:
+        """(row id, token of the run → value) of every row, for its positions that have a value; one
+        with several cells (in several layers, say) counts with the best of them."""
         import numpy as np
 
         worth: Floats | None = None
@@ -105,10 +105,17 @@ class VariantFinding:
             of_cells = self._by_position(self.values)
             highest = np.where(np.isnan(of_cells), -np.inf, of_cells).max(axis=1)
             worth = np.where(np.isneginf(highest), np.nan, highest)
-        for column, row, number, token in self.positions(table, run, tokenizer):
-            value = 0.0 if worth is None else float(worth[number, column])
-            if math.isfinite(value):
-                yield row, value, token
+        for column, row, found in self.positions(table, run, tokenizer):
+            if worth is None:
+                yield row, dict.fromkeys(found.values(), 0.0)
+                continue
+            best: dict[int, float] = {}
+            for number, token in found.items():
+                value = float(worth[number, column])
+                if math.isfinite(value):
+                    best[token] = max(value, best.get(token, value))
+            if best:
+                yield row, best
 
     @property
     def beside(self) -> tuple[Axis, ...]:
@@ -162,18 +169,18 @@ class VariantFinding:
 
     def positions(
         self, table: PromptTable, run: str, tokenizer: TextTokenizer
-    ) -> Iterator[tuple[int, int, int, int]]:
-        """(column of a row, its id, number of a position, its token there)."""
+    ) -> Iterator[tuple[int, int, dict[int, int]]]:
+        """(column of a row, its id, number of a position → its token there) of the rows that have
+        one."""
         own = self.experiment
         by_label = _by_label(own, _token_rule(own), table, run, tokenizer)
-        cells = [by_label.get(str(label)) for label in own.axes[self._axis].labels]
+        cells = [by_label.get(str(label), {}) for label in own.axes[self._axis].labels]
         here = set(table.row_ids)
         columns = own.table.row_ids if self.values is None else self.row_ids
         for column, row in enumerate(columns):
-            for number, cell in enumerate(cells if row in here else ()):
-                hits = () if cell is None else cell.get(row, ())
-                if hits:
-                    yield column, row, number, hits[0][0]
+            hits = [cell.get(row, ()) for cell in cells] if row in here else []
+            if found := {number: each[0][0] for number, each in enumerate(hits) if each}:
+                yield column, row, found
 
     @property
     def _axis(self) -> int:
@@ -276,9 +283,10 @@ class Finding:
         if key not in self._orders:
             best: dict[int, dict[int, float]] = {}
             for part in self.parts:
-                for row, value, token in part.tokens(table, run, tokenizer):
+                for row, values in part.tokens(table, run, tokenizer):
                     own = best.setdefault(row, {})
-                    own[token] = max(value, own.get(token, value))
+                    for token, value in values.items():
+                        own[token] = max(value, own.get(token, value))
             # Sorting is stable: ties stay in the order of the grid.
             self._orders[key] = {
                 row: sorted(own, key=lambda token, own=own: -own[token])

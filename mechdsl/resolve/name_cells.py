@@ -18,12 +18,15 @@ T = TypeVar("T")
 Texts = tuple[str, ...]
 
 
-def cell_keys(experiment: ResolvedExperiment, open_axes: Collection[str] = ()) -> Iterator[CellKey]:
+def cell_keys(
+    experiment: ResolvedExperiment, open_axes: Collection[str] = (), *, texts: bool = True
+) -> Iterator[CellKey]:
     """Every cell that there is, in the order of its axes, the last one fastest.
 
     open_axes: those whose values only stand in for the real ones. Both ends are enough of them.
+    texts: with the texts of the tokens that are hit, for which all rows are looked at.
     """
-    rules = [_NamedRule(experiment, rule) for rule in experiment.rules]
+    rules = [_NamedRule(experiment, rule, texts=texts) for rule in experiment.rules]
     item = experiment.measures[0].item if experiment.place is not None else None
     measured = {} if item is None else {"item": item}
     ranges = [
@@ -50,12 +53,14 @@ def cell_keys(experiment: ResolvedExperiment, open_axes: Collection[str] = ()) -
 class _NamedRule:
     """What a rule's part of a cell is called, by the cell's indices along the axes."""
 
-    def __init__(self, experiment: ResolvedExperiment, rule: ResolvedRule) -> None:
+    def __init__(self, experiment: ResolvedExperiment, rule: ResolvedRule, *, texts: bool) -> None:
         names = [axis.name for axis in experiment.axes]
         self.parallel = experiment.model.shape.parallel_block
 
         def hits(cells: Mapping[Key, PositionCell]) -> dict[Key, tuple[str, ...]]:
             base = experiment.spec.base
+            if not texts:
+                return dict.fromkeys(cells, ())
             return {key: hit_texts(experiment.table, base, cell) for key, cell in cells.items()}
 
         positions, edge, path = rule.positions, rule.edge, rule.path
@@ -63,7 +68,8 @@ class _NamedRule:
         self.rule, self.names = rule, names
         self.positions = _along(positions.written, positions.axes, names)
         self.texts = [_along(hits(positions.written), positions.axes, names)]
-        self.unlike = _along(self._unlike(experiment, rule), positions.axes, names)
+        unlike = self._unlike(experiment, rule) if texts else dict.fromkeys(positions.written, ())
+        self.unlike = _along(unlike, positions.axes, names)
         if rule.sites is not None:
             self.sites = _along(rule.sites.labels, rule.sites.axes, names)
             self.senders = _along(rule.sites.points, rule.sites.axes, names)

@@ -219,7 +219,7 @@ def _known(variants: Sequence[Outline], program: spec.Program) -> Known:
     cells = None
     if len(resolved) == len(variants):
         every = [part for e in resolved for part in in_parts(e)]
-        parts = [(e.spec.variant, cell_keys(e, undecided)) for e in every]
+        parts = [(e.spec.variant, cell_keys(e, undecided, texts=False)) for e in every]
         cells = joined_cells(own if over is None else [*own, over], parts)
         cells = cells if over is None else averaged_cells(cells, over)[0]
     return Known(

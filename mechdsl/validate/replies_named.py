@@ -165,7 +165,7 @@ def _not_one(
 def _cells(part: VariantFinding) -> list[CellKey]:
     """Those of an experiment, without the places that it measures at."""
     swept = [axis.name for axis in part.experiment.axes]
-    cells = part.cells if part.means is not None else cell_keys(part.experiment)
+    cells = part.cells if part.means is not None else cell_keys(part.experiment, texts=False)
     return [
         CellKey({k: v for k, v in cell.coords.items() if k in swept}, cell.site, cell.position)
         for cell in cells

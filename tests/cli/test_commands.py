@@ -50,7 +50,8 @@ def test_help(name: str, command: Command) -> None:
 def imported_by(*arguments: str) -> set[str]:
     """The modules that a command has imported when it ends."""
     program = (
-        "import json, sys\nfrom mechdsl import cli\n"
+        "import json, os, sys\nfrom mechdsl import cli\n"
+        "os.sched_getaffinity = lambda process: {0}\n"  # all in this process
         f"sys.argv = ['mechdsl', *{list(arguments)!r}]\n"
         "try:\n    cli.main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
         "print(json.dumps(sorted(sys.modules)))\n"
@@ -148,6 +149,57 @@ def test_validate_walks_folders(command: Command, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no program", encoding="utf-8")
     assert command("validate", tmp_path).out.startswith("2 files checked")
     assert command("validate", tmp_path, tmp_path / "b.mech").out.startswith("2 files checked")
+
+
+def cores(count: int, program: str) -> subprocess.CompletedProcess[str]:
+    """Python that finds so many cores."""
+    found = f"import os\nos.sched_getaffinity = lambda process: range({count})\n{program}"
+    return subprocess.run([sys.executable, "-c", found], capture_output=True, encoding="utf-8")
+
+
+def test_validate_says_the_same_of_many_files_on_any_number_of_cores(tmp_path: Path) -> None:
+    for number in range(8):
+        where = "last token" if number % 3 else f"item {number + 20} token"
+        text = HEADS.replace("last-item token", where)
+        (tmp_path / f"{number}.mech").write_text(text, encoding="utf-8")
+    program = (
+        f"import sys\nsys.argv = ['mechdsl', 'validate', {str(tmp_path)!r}]\n"
+        "from mechdsl.cli import main\nmain()\n"
+    )
+    alone, divided = cores(1, program), cores(3, program)
+    assert alone.returncode == divided.returncode == 2
+    assert alone.stderr.count("error[E") == 3
+    assert (alone.stdout, alone.stderr) == (divided.stdout, divided.stderr)
+
+
+def test_each_file_raises_what_a_process_raises() -> None:
+    done = cores(
+        2,
+        """
+import os
+from pathlib import Path
+from mechdsl.cli.mech_files import each_file
+from mechdsl.validate.check_file import Settings
+
+def failing(file, settings):
+    if file.name == "5":
+        raise ValueError("no")
+    return os.getpid()
+
+def ending(file, settings):
+    os._exit(1)
+
+files = [Path(str(number)) for number in range(8)]
+each = each_file(failing, files, Settings())
+assert len({os.getpid(), *(next(each) for _ in range(5))}) == 3
+for work, kind in ((failing, ValueError), (ending, RuntimeError)):
+    try:
+        list(each_file(work, files, Settings()))
+    except kind as error:
+        print(kind.__name__)
+""",
+    )
+    assert done.stdout == "ValueError\nRuntimeError\n", done.stderr
 
 
 def test_a_file_without_experiments_says_so(command: Command, tmp_path: Path) -> None:

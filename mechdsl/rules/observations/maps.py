@@ -267,7 +267,8 @@ def check_map(part: VariantFinding, work: Work) -> None:
     if reader.stands_in or not isinstance(reader, ImageReader):
         return
     places = part.places(work.experiment.base)
-    every = (token for _, cell in places for row in cell.hits for hit in row for token in hit)
+    rows = {row for _, cell in places for row in cell.hits}
+    every = sorted({token for row in rows for hit in row for token in hit})
     other = next((token for token in every if reader.layout.place(token) is None), None)
     if other is not None:
         name = part.experiment.name
