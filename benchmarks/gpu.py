@@ -5,9 +5,10 @@
 
 First the works W1 to W5 and replies are compared on a tiny model with plain hooks on the CPU in
 fp32 (`gpu_results.py` has the tolerance). Then they run on models with random weights in the shapes
-of 1 and 7 billion parameters. Other tools are plain hooks with one cell in a pass and with 16, the
-expert's loop of joined layers, and nnsight where it is installed. The loops run some of the cells;
-their time is scaled to all of them. W5 needs `ioi.csv`, as in `benchmarks.run`.
+of 1 and 7 billion parameters. Other tools are mechdsl without its planner, by whole passes (not on
+7 billion), plain hooks with one cell in a pass and with 16, the expert's loop of joined layers, and
+nnsight where it is installed. The loops run some of the cells; their time is scaled to all.
+W5 needs `ioi.csv`, as in `benchmarks.run`.
 
 Everything stops when the time is up, even within a measurement or a comparison; missing ones are
 listed. The exit status is 1 where results differ, weren't compared or something failed, and 2
@@ -51,7 +52,7 @@ from benchmarks.model import Passes, Place, placed
 from benchmarks.synchronisations import SIMULATED, Places, counted_synchronisations, to_simulated
 from benchmarks.tools.base import Table, Tool
 from benchmarks.tools.mechdsl import Mechdsl
-from benchmarks.tools.names import TOOLS
+from benchmarks.tools.names import TOOLS, Entry
 from benchmarks.work import Picks, Shape, Work, count
 from benchmarks.worker import forget_peak, give_back, memory
 from benchmarks.writing import WAYS, Replies, adopted, by_mechdsl
@@ -65,6 +66,8 @@ SHAPES = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WORKS = [name for name, sweep in SWEEPS.items() if sweep.default]
 REPLIES = "replies"
+WHOLE = Entry("mechdsl-whole", "mechdsl", "Whole")
+ENTRIES = {**TOOLS, WHOLE.name: WHOLE}
 LOOPS = ("plain", "plain-batched", "expert", "nnsight-batched")
 """The first is what others are held against."""
 CELLS = 32
@@ -168,7 +171,7 @@ def main() -> int:
     timed = [
         _of(shape, dtype, name, tool)
         for shape, dtype, name in product(shapes, arguments.dtypes, asked)
-        for tool in _tools(name)
+        for tool in _tools(name, shape)
     ]
     report = Report(left=[*compared, *timed])
     with suppress(TimeIsUp), time_limit(arguments.seconds):
@@ -258,19 +261,20 @@ def _finish(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _tools(name: str) -> list[str]:
-    """What runs a work, or the replies; the first loop first."""
+def _tools(name: str, shape: str) -> list[str]:
+    """What runs a work, or the replies, on a shape; the first loop first."""
     if name == REPLIES:
         own = [way for way in WAYS if way != "nnsight" or _is_there("nnsight")]
         return sorted(own, key=lambda way: way != "generate")
-    loops = [loop for loop in LOOPS if loop in TOOLS and _is_there(loop)]
-    return [loops[0], "mechdsl", *loops[1:]]
+    loops = [loop for loop in LOOPS if loop in ENTRIES and _is_there(loop)]
+    whole = [] if shape == "7B" else [WHOLE.name]  # which runs every cell: minutes
+    return [loops[0], "mechdsl", *whole, *loops[1:]]
 
 
 def _is_there(tool: str) -> bool:
     """Whether its library is installed here."""
     try:
-        TOOLS[tool].make()
+        ENTRIES[tool].make()
     except ImportError:
         return False
     return True
@@ -306,7 +310,7 @@ def _measure(
             for name in works:
                 own = 0.0
                 with _made(name, shape) as (work, folder):
-                    for tool in _tools(name):
+                    for tool in _tools(name, shape):
                         with report.step(_of(shape, dtype, name, tool)):
                             line, table = _sweep(tool, work, folder, place)
                             off = largest_difference(references.setdefault(name, table), table)
@@ -316,7 +320,7 @@ def _measure(
                             if not against.agrees:
                                 report.faults.append(str(against))
             texts: Replies | None = None
-            for tool in _tools(REPLIES):
+            for tool in _tools(REPLIES, shape):
                 with report.step(_of(shape, dtype, REPLIES, tool)):
                     line, own = _write(tool, shape, place)
                     texts = texts or own
@@ -335,7 +339,7 @@ def _flat(replies: Replies) -> Iterator[list[int]]:
 
 def _sweep(name: str, work: Work, folder: Path, place: Place) -> tuple[Line, Table]:
     """Run a work with a tool; the line has neither shape nor precision."""
-    tool: Tool = TOOLS[name].make()
+    tool: Tool = ENTRIES[name].make()
     picks = work.picks() if tool.whole else work.picks(CELLS)
     passes = _passes(place)
     with _default_device(tool, place.device):
@@ -384,7 +388,7 @@ def _waits(tool: Tool, name: str, work: Work, folder: Path, place: Place) -> tup
         if device.type == "cpu":
             simulated = "cpu" if tool.whole else SIMULATED.type
             stack.enter_context(placed(replace(place, device=simulated, models=None)))
-            tool, device = TOOLS[name].make(), SIMULATED
+            tool, device = ENTRIES[name].make(), SIMULATED
             if isinstance(tool, Mechdsl):
                 tool.load(work, folder)
                 tool.model = _simulated(tool.model)

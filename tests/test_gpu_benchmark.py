@@ -52,44 +52,40 @@ def test_without_a_gpu_the_benchmark_names_the_small_version(
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What the small version finds of W2 and of replies, in both precisions."""
+    """What the small version finds of W2 and of replies."""
     to = tmp_path_factory.mktemp("gpu") / "lines.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        given(patch, "--small", "--works", "W2", "--json", str(to))
+        patch.setattr(benchmarks.gpu, "give_back", lambda: None)  # slow in a large process
+        given(patch, "--small", "--works", "W2", "--dtypes", "bf16", "--json", str(to))
         assert main() == 0
     return json.loads(to.read_text())
 
 
-def one(lines: list[dict[str, Any]], work: str, tool: str, dtype: str) -> dict[str, Any]:
-    (found,) = (
-        line for line in lines if (line["work"], line["tool"], line["dtype"]) == (work, tool, dtype)
-    )
+def one(lines: list[dict[str, Any]], work: str, tool: str) -> dict[str, Any]:
+    (found,) = (line for line in lines if (line["work"], line["tool"]) == (work, tool))
     return found
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_small_version_runs_every_tool_in_every_precision(
-    lines: list[dict[str, Any]], dtype: str
-) -> None:
-    for tool in ("plain", "plain-batched", "mechdsl"):
-        line = one(lines, "W2", tool, dtype)
+def test_small_version_runs_every_tool_in_bf16(lines: list[dict[str, Any]]) -> None:
+    for tool in ("plain", "plain-batched", "mechdsl", "mechdsl-whole"):
+        line = one(lines, "W2", tool)
         assert line["seconds"] > 0
         assert line["waits"] > 0
-        assert line["off"] < (1e-4 if dtype == "fp32" else 1.0)
-    assert one(lines, "W2", "plain", dtype)["passes"] == 9
-    assert one(lines, "W2", "plain-batched", dtype)["passes"] == 3
+        assert line["off"] < 1
+    assert one(lines, "W2", "plain")["passes"] == 9
+    assert one(lines, "W2", "plain-batched")["passes"] == 3
     for tool in ("generate", "expert", "mechdsl"):
-        assert one(lines, "replies", tool, dtype)["passes"] >= 4
+        assert one(lines, "replies", tool)["passes"] >= 4
 
 
 def test_small_version_counts_where_mechdsl_waits(lines: list[dict[str, Any]]) -> None:
-    for work, most in (("W2", 20), ("replies", 8)):
-        line = one(lines, work, "mechdsl", "fp32")
+    bounds = (("W2", "mechdsl", 12), ("W2", "mechdsl-whole", 32), ("replies", "mechdsl", 8))
+    for work, tool, most in bounds:
+        line = one(lines, work, tool)
         waits = sum(line["places"].values())
         assert line["waits"] == waits / line["passes"]
         assert waits <= most
-    assert one(lines, "replies", "mechdsl", "fp32")["off"] == 0
 
 
 def test_results_that_differ_end_with_status_1(

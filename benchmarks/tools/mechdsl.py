@@ -16,10 +16,9 @@ from benchmarks.tools.base import Timed, Tool
 from benchmarks.work import Picks, Work, count
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.execute.execute import execute
-from mechdsl.execute.profile import Profile
+from mechdsl.execute.execute import Execution, execute
 from mechdsl.loading.load import adopt
-from mechdsl.plan.make_plan import make_plan
+from mechdsl.plan.make_plan import NAMES, make_plan
 from mechdsl.program import spec
 from mechdsl.resolve.resolved import ModelContext
 from mechdsl.results.denominators import check_denominators
@@ -31,8 +30,8 @@ class Mechdsl(Tool):
 
     packages = ("mechdsl", "torch", "transformers")
     whole = True
-    profile: Profile
-    """Of the last run."""
+    without: frozenset[str] = frozenset()
+    """Passes of the planner that are switched off."""
 
     def load(self, work: Work, folder: Path) -> None:
         self.work = work
@@ -45,18 +44,14 @@ class Mechdsl(Tool):
         self.source = Source(path.read_text(), path)
         self.checked = self._check(Settings())
         self._compare_prompts()
-        warm = self._check(Settings(limit=1))
-        execute(make_plan(warm.experiments), {"gpt2": self.model}, check=check_denominators)
+        self._executed(self._check(Settings(limit=1)))
 
     def run(self, picks: Picks) -> Timed:
         if count(picks) < count(self.work.picks()):
             raise ValueError("mechdsl runs all cells of a file")
         start = perf_counter()
-        execution = execute(
-            make_plan(self.checked.experiments), {"gpt2": self.model}, check=check_denominators
-        )
+        execution = self._executed(self.checked)
         seconds = perf_counter() - start
-        self.profile = execution.profile
         if execution.diagnostics:
             raise RuntimeError(str(execution.diagnostics))
         measured = execution.measured["sweep"]
@@ -64,6 +59,10 @@ class Mechdsl(Tool):
         table = np.empty_like(measured.patched[0])
         table[:, self.columns] = measured.patched[0]
         return Timed(table, 0.0, seconds)
+
+    def _executed(self, checked: Checked) -> Execution:
+        plan = make_plan(checked.experiments, without=self.without)
+        return execute(plan, {"gpt2": self.model}, check=check_denominators)
 
     def _check(self, settings: Settings) -> Checked:
         assert self.model.tokenizer is not None
@@ -87,3 +86,9 @@ class Mechdsl(Tool):
                 at = self.columns.index(row)
                 assert list(table.runs["clean"].rows[at].ids) == batch.clean[number]
                 assert list(table.runs["corrupted"].rows[at].ids) == batch.corrupted[number]
+
+
+class Whole(Mechdsl):
+    """The same by whole passes, without any of the planner's passes."""
+
+    without = frozenset(NAMES)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
-from mechdsl.hooks.batch import arrays_on_device, on_device
+from mechdsl.hooks.batch import arrays_on_device, on_device, to_device
 from mechdsl.hooks.reads_and_writes import SiteRead
 from mechdsl.models.shape import ModelShape, units
 from mechdsl.packed.behind_last_block import Places
@@ -106,7 +106,8 @@ class Look:
             total.index_add_(0, torch.from_numpy(part.row), values)
         assert total is not None
         over = torch.from_numpy(self.tokens_per_row if self.does.adds_up else count)
-        over = over.to(total).reshape(-1, *(1 for _ in total.shape[1:]))
+        over = to_device(over.to(total.dtype), total.device)
+        over = over.reshape(-1, *(1 for _ in total.shape[1:]))
         if of_logits:
             logits = total / over
             listed = _wide(logits).softmax(-1) if self.does.lists(self.rule) else None

@@ -16,6 +16,7 @@ from mechdsl.base.source import Source
 from mechdsl.generate.way import way_of
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.loading.load import adopt
+from mechdsl.pipeline.run_options import RunOptions
 
 from ..execute import support
 from ..execute.support import DIFFERENCE
@@ -70,15 +71,25 @@ def model(*, simulated: bool) -> LoadedModel:
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_file_on_a_simulated_device_has_the_numbers_of_the_cpu(tmp_path: Path, name: str) -> None:
-    most, lines = CASES[name]
+WHOLE = {"heads": 29, "loss": 11, "edges": 27}
+"""The most waits of some of them by whole passes, one for each cell: two in a pass."""
+MODES = [
+    *((name, RunOptions(), most) for name, (most, _) in CASES.items()),
+    *((name, support.WITHOUT_PLAN, most) for name, most in WHOLE.items()),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "most"), MODES)
+def test_file_on_a_simulated_device_has_the_numbers_of_the_cpu(
+    tmp_path: Path, name: str, options: RunOptions, most: int
+) -> None:
+    _, lines = CASES[name]
     support.write_rows(tmp_path)
     text = f'mech 1\nmodel m = local("m")\n{support.PROMPTS}{support.experiment("e", *lines)}'
     source = Source(text, tmp_path / "file.mech")
-    expected = support.by_name(*support.run_on(source, {"m": model(simulated=False)}))["e"]
+    expected = support.by_name(*support.run_on(source, {"m": model(simulated=False)}, options))["e"]
     with counted_synchronisations(SIMULATED) as places:
-        ran = support.run_on(source, {"m": model(simulated=True)})
+        ran = support.run_on(source, {"m": model(simulated=True)}, options)
     found = support.by_name(*ran)["e"]
     pairs = list(zip(found.measures, expected.measures, strict=True))
     assert pairs

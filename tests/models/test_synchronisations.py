@@ -143,33 +143,35 @@ def replies(model: LoadedModel, decoding: Decoding) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("decoding", "per_step"),
+    ("family", "decoding", "per_step"),
     [
-        ({}, 1),
-        ({"temperature": 1.0, "top_p": 0.9}, 1),
-        ({"temperature": 1.0, "top_k": 4}, 2),  # how many are as likely as the last of them
-        ({"temperature": 1.0}, 2),  # which are about as likely as the drawn one
+        ("gpt2", {}, 1),
+        ("llama", {}, 1),
+        ("llama", {"temperature": 1.0, "top_p": 0.9}, 1),
+        # How many are as likely as the last of them.
+        ("gpt2", {"temperature": 1.0, "top_k": 4}, 2),
+        # Which are about as likely as the drawn one.
+        ("llama", {"temperature": 1.0}, 2),
     ],
 )
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_step_of_a_reply_waits_for_its_tokens_alone(
     family: str, decoding: dict[str, float], per_step: int
 ) -> None:
     def decodings(tokens: int) -> Decoding:
         return Decoding(tokens, lambda ids: "", **decoding)  # type: ignore[arg-type]
 
-    model = built(family, 4)
-    expected = replies(model, decodings(8))
+    model = built(family, 2)
+    expected = replies(model, decodings(5))
     model = on_simulated_device(model)
+    with counted_synchronisations(model.device):
+        way_of(model)
     counts: list[int] = []
-    for tokens in (4, 8):
-        with counted_synchronisations(model.device):
-            way_of(model)
+    for tokens in (3, 5):
         with counted_synchronisations(model.device) as places:
             found = replies(model, decodings(tokens))
         counts.append(sum(own(places).values()))
     assert found == expected
-    assert counts[1] - counts[0] == 4 * per_step
+    assert counts[1] - counts[0] == 2 * per_step
 
 
 def test_waiting_for_the_simulated_device_is_counted() -> None:
