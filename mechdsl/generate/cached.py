@@ -213,9 +213,14 @@ class CachedPasses:
             return self.model, tokens, self.keys, every, mine, lineup, self._places
 
         first, count = self.columns - int(self.own.max()), max(1, self.limit // len(rows))
-        while first + count < self.columns:
-            keep(*part(first, first + count))
-            first += count
+        # Only the last token needs all of the last block, whose rows are these.
+        n_layers = self.model.shape.n_layers
+        alone = lineup.rows(n_layers - 1) * (self.columns - 1 - first) > MIXED * n_layers
+        last = self.columns - 1 if alone else max(first, self.columns - count)
+        while first < last:
+            end = min(first + count, last)
+            keep(*part(first, end))
+            first = end
         return run_cached(*part(first, self.columns))
 
     def _shared(self, states: States, own: Ints) -> Tensor | None:

@@ -25,6 +25,14 @@ from mechdsl.hooks.calls import text_inputs
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.rule_writes import RuleWrites
 from mechdsl.hooks.site_hooks import PassStopped, SiteWork
+from mechdsl.vocab.sites import SITES
+
+_AFTER_KEYS = frozenset(
+    name
+    for name, kind in SITES.items()
+    if kind.stage == "query" or kind.order > SITES["k_rot"].order
+)
+"""Sites of a block that its keys and values don't depend on, for the same token."""
 
 
 @dataclass(eq=False)
@@ -191,18 +199,31 @@ def keep(
     lineup: Lineup | None = None,
     places: Places | None = None,
 ) -> None:
-    """The same where only the keys and values are wanted."""
+    """The same where only the keys and values are wanted: the pass ends at those of the last
+    block."""
     n_layers = model.shape.n_layers
-    acting = acting.below(n_layers, n_layers)
+    acting = _for_keys(acting.below(n_layers, n_layers), n_layers - 1)
     work = SiteWork(model, tokens, acting.writes, (), n_layers, acting.edges)
     some = lineup if lineup is not None and lineup.shares else None
+    stop = None if acting.blocks or n_layers - 1 in work.within else n_layers - 1
     with (
         _running(model, work, tokens, kept, acting, OneQuery(kept)),
         _first_rows(model, tokens, some, places),
         suppress(PassStopped),
     ):
-        _called(model, tokens, kept.at(rows, tokens.first, tokens.count, some))
+        _called(model, tokens, kept.at(rows, tokens.first, tokens.count, some, stop))
     work.check()
+
+
+def _for_keys(acting: RuleWrites, last: int) -> RuleWrites:
+    """What acts, without what the keys and values of the last block don't depend on."""
+    return replace(
+        acting,
+        writes=[
+            each for each in acting.writes if each.layer != last or each.site not in _AFTER_KEYS
+        ],
+        edges=[each for each in acting.edges if each.layer != last],
+    )
 
 
 def _called(model: LoadedModel, tokens: NewTokens, kept: KeptKeys) -> Any:

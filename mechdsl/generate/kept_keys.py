@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from mechdsl.generate.shared_blocks import Lineup, Moves
 from mechdsl.generate.shared_keys import SharedKeys
 from mechdsl.hooks.batch import arrays_on_device, to_device, together_on_device
+from mechdsl.hooks.site_hooks import PassStopped
 
 WIDE = (torch.float32, torch.float64)
 """Types in which attention is two plain products."""
@@ -77,6 +78,8 @@ class _Layer(CacheLayerMixin):
         self.keys[rows, :, first:end] = key_states
         self.values[rows, :, first:end] = value_states
         self.length = self.kept.common + end
+        if self.number == self.kept.stop:
+            raise PassStopped
         if self.kept.marked and key_states.dtype in WIDE:
             self.handed = self._marked(key_states), self._marked(value_states)
         else:
@@ -130,6 +133,8 @@ class KeptKeys(Cache):
         """Which of these each of its blocks attends with; None: all."""
         self.first = 0
         """Column of its first token, without those that are shared."""
+        self.stop: int | None = None
+        """The layer whose keys and values end the pass that runs."""
         self.asked = False
         """Whether attention in the pass that runs knows to ask for what is kept."""
         super().__init__(layers=[_Layer(self, n) for n in range(layers)])
@@ -151,12 +156,21 @@ class KeptKeys(Cache):
         ]
         self.shared = SharedKeys(columns, layers, rows)
 
-    def at(self, rows: slice, first: int, count: int, lineup: Lineup | None = None) -> KeptKeys:
+    def at(
+        self,
+        rows: slice,
+        first: int,
+        count: int,
+        lineup: Lineup | None = None,
+        stop: int | None = None,
+    ) -> KeptKeys:
         """For a pass over some rows, on so many columns from one on.
 
-        lineup: which of the rows blocks compute.
+        lineup: which of the rows blocks compute. stop: the layer whose keys and values end the
+        pass, by PassStopped; None: none does.
         """
         self.rows, self.first, self._lineup = rows, first - self.common, lineup
+        self.stop = stop
         every, columns = self.room
         if self.first + count > columns:
             self.room = every, min(self._most, columns + max(MORE, columns // 2))

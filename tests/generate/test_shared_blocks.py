@@ -131,6 +131,43 @@ def test_prefill_shares_blocks_as_steps_do(
     assert rows[0][0] < rows[0][1] < len(ROWS) == rows[0][-1]
 
 
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prefill_of_all_but_last_tokens_ends_at_keys_of_last_block(
+    name: str, within: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every site of the last block is written; one of keys after rotary needs all of it."""
+    monkeypatch.setattr(cached, "MIXED", 0)
+    model = model_of(name)
+    assert way_of(model, inside=within).places is not None
+    top = model.shape.n_layers - 1
+    sites = ["q", "k", "v", "z", "attn_out", "mlp_hidden", "mlp_out", "resid_pre", "resid_post"]
+    sites += ["pattern", "k_rot"] * within
+    prompts = [PROMPTS[0]] * (2 * len(sites))
+    acts = [
+        Act(row, sites[row // 2] if layer else "resid_post", layer, "scale", (1.3,), 0, position=at)
+        for row, prompt in enumerate(prompts)
+        for layer in (0, top)
+        for at in (*range(1, len(prompt)), None)
+    ]
+    rules = Rules(acts)
+    tokens: list[int] = []
+    block = model.module.get_submodule(model.anatomy.blocks[top].path)
+    handle = block.register_forward_hook(lambda _, __, given: tokens.append(shape_of(given)[1]))
+    try:
+        found = written(model, prompts, greedy(3), rules)
+    finally:
+        handle.remove()
+    agree(found, by_hand(name, prompts, rules, 3))
+    others = len(PROMPTS[0]) - 2
+    assert tokens == ([others] if within else []) + [1, 1, 1]
+
+
+def shape_of(given: Any) -> torch.Size:
+    """Of the hidden states that a block returns."""
+    return (given[0] if isinstance(given, tuple) else given).shape
+
+
 @pytest.mark.parametrize("name", families.EACH)
 def test_every_family(name: str, rows: list[list[int]]) -> None:
     model = shared(families.module(name))
