@@ -267,7 +267,9 @@ def _opened(
     model: LoadedModel, work: SiteWork, tokens: NewTokens, kept: KeptKeys, one: OneQuery
 ) -> Generator[None]:
     """As in whole passes, and keys that are written there are kept as they are then."""
-    newest = kept.asked = tokens.count == 1 and can_be_asked(model)
+    # One query that sees nothing, as padding does, would make NaN of plain products.
+    sees = tokens.count == 1 and bool((tokens.starts <= tokens.first).all())
+    newest = kept.asked = sees and can_be_asked(model)
     if not work.within and not newest:
         yield
         return

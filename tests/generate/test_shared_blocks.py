@@ -163,6 +163,24 @@ def test_prefill_of_all_but_last_tokens_ends_at_keys_of_last_block(
     assert tokens == ([others] if within else []) + [1, 1, 1]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("limit", [1, 10_000])
+def test_prefill_column_of_padding_alone_makes_no_nan(name: str, limit: int) -> None:
+    """Everything acts from the second token of the longest prompt on: shorter ones have nothing in
+    the column before, which is a pass of one token. So are all others where the limit is small."""
+    model = model_of(name)
+    longest, shorter = PROMPTS[0], PROMPTS[0][2:]
+    prompts = [shorter] * 4 + [longest] * 4
+    acts = [
+        Act(row, "resid_post", row % model.shape.n_layers, "scale", (1.3,), position=at)
+        for row, prompt in enumerate(prompts)
+        for at in (*range(int(prompt == longest), len(prompt)), None)
+    ]
+    rules = Rules(acts)
+    found = written(model, prompts, greedy(3), rules, limit=limit)
+    agree(found, by_hand(name, prompts, rules, 3))
+
+
 def shape_of(given: Any) -> torch.Size:
     """Of the hidden states that a block returns."""
     return (given[0] if isinstance(given, tuple) else given).shape
