@@ -80,7 +80,7 @@ def test_small_version_runs_every_tool_in_bf16(lines: list[dict[str, Any]]) -> N
 
 
 def test_small_version_counts_where_mechdsl_waits(lines: list[dict[str, Any]]) -> None:
-    bounds = (("W2", "mechdsl", 12), ("W2", "mechdsl-whole", 32), ("replies", "mechdsl", 8))
+    bounds = (("W2", "mechdsl", 12), ("W2", "mechdsl-whole", 32), ("replies", "mechdsl", 12))
     for work, tool, most in bounds:
         line = one(lines, work, tool)
         waits = sum(line["places"].values())
