@@ -24,7 +24,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device; to a GPU from pinned memory, without waiting for it."""
     if tensor.device.type == "cpu" and device.type == "cuda":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    # On MPS a copy that doesn't wait may read memory that was freed in the meantime.
+    return tensor.to(device, non_blocking=device.type != "mps")
 
 
 def together_on_host(values: Sequence[Tensor]) -> list[Tensor]:

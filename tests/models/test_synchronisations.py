@@ -21,7 +21,7 @@ from benchmarks.synchronisations import (
 from mechdsl.generate.records import Decoding, StepRules
 from mechdsl.generate.way import way_of
 from mechdsl.generate.write_replies import write_replies
-from mechdsl.hooks.batch import Batch
+from mechdsl.hooks.batch import Batch, to_device
 from mechdsl.hooks.inside_attention import EdgeWrite
 from mechdsl.hooks.loaded import LoadedModel
 from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
@@ -172,6 +172,22 @@ def test_step_of_a_reply_waits_for_its_tokens_alone(
         counts.append(sum(own(places).values()))
     assert found == expected
     assert counts[1] - counts[0] == 2 * per_step
+
+
+@pytest.mark.parametrize(("device", "waits"), [("mps", True), ("meta", False)])
+def test_copy_to_a_device_waits_on_mps_alone(
+    monkeypatch: pytest.MonkeyPatch, device: str, waits: bool
+) -> None:
+    """There a copy that doesn't wait may read memory that was freed."""
+    given: list[bool] = []
+
+    def to(tensor: Tensor, device: torch.device, *, non_blocking: bool) -> Tensor:
+        given.append(non_blocking)
+        return tensor
+
+    monkeypatch.setattr(Tensor, "to", to)
+    to_device(torch.ones(2), torch.device(device))
+    assert given == [not waits]
 
 
 def test_waiting_for_the_simulated_device_is_counted() -> None:
