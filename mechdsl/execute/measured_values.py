@@ -129,12 +129,18 @@ class MeasuredValues:
         for place, own in zip(places, replies, strict=bool(replies)):
             self.replies[place] = (*self.replies.get(place, ()), *own)
 
-    def wrote_as_base(self, rows: Rows) -> None:
-        """Rows of cells that are equal to the base run write what that writes."""
+    def wrote_as_base(self, rows: Rows, draws: int) -> None:
+        """Rows of cells that are equal to the base run write what that writes.
+
+        draws: of noise, of each row; a base run without noise writes the same in all of them.
+        """
         if not self.unpatched_replies:
             return
         base = self.experiment.spec.base
-        there = [self.unpatched_replies.get((base, row), ()) for row in rows.prompt.tolist()]
+        times = draws // self.experiment.table.runs[base].draws
+        there = [
+            self.unpatched_replies.get((base, row), ()) * times for row in rows.prompt.tolist()
+        ]
         self.wrote(rows, there)
 
     def lacks(self, number: int, cell: int, row: Unusable, reason: str) -> None:

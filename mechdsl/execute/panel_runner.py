@@ -65,7 +65,7 @@ class PanelRunner(PreparedPanel):
                 rows.append(found.live)
                 if len(found.left_out):
                     values = measured.base_of(plan, found.left_out)
-                    measured.wrote_as_base(found.left_out)
+                    measured.wrote_as_base(found.left_out, plan.draws)
                     self._finish(number, found.left_out, values, totals[number])
                 if len(found.known):
                     self._finish(number, found.known, found.values, totals[number])

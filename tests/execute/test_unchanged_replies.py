@@ -75,6 +75,29 @@ def test_a_common_prefix_of_the_prompt_stays_without_effect(folder: Path) -> Non
     ]
 
 
+NOISY = """seed 3
+prompts noisy {
+  rows "data.jsonl"
+  template "w40 {subject} w41 {cue} w42"
+  answer " {a}"
+  corrupt other { subject = alt }
+  corrupt noised { add gaussian(std: 0.5, samples: 2) to embed at subject tokens }
+}
+"""
+
+
+@pytest.mark.parametrize("runs", ["from noised into other", "from other into noised"])
+def test_row_without_effect_has_reply_of_each_draw_of_noise(folder: Path, runs: str) -> None:
+    lines = ("prompts noisy", runs, "scale resid_pre layer 1 at last token by 1", "generate 4")
+    text = NOISY + experiment("e", *lines, DELTA)
+    found = {mode: run_file(text, folder, bare("gpt2"), MODES[mode])["e"] for mode in MODES}
+    assert all(inert(found["planned"]))
+    wanted = [texts(cell) for cell in found["plain"].replies.cells]
+    assert {len(own) for cell in wanted for own in cell} == {2}
+    for mode, result in found.items():
+        assert [texts(cell) for cell in result.replies.cells] == wanted, mode
+
+
 def test_keys_and_values_that_are_equal_are_kept_as_they_are(folder: Path) -> None:
     rule = "patch k layer 1 head * at first token, subject token after prefill"
     found = ran(folder, SAME, rule, "generate 4", DELTA)
