@@ -41,16 +41,19 @@ class _Layer(CacheLayerMixin):
         self._make(key_states[:0, :, :0], value_states[:0, :, :0])
         self.is_initialized = True
 
-    def fit(self, rows: int) -> None:
-        """Have room for so many rows, and for the columns that there may be now."""
+    def fit(self, rows: int, first: int, end: int) -> None:
+        """Have room for so many rows, and for the columns that there may be now.
+
+        first, end: the columns that the caller writes next, in all rows that are new.
+        """
         assert self.keys is not None
         assert self.values is not None
         if self.kept.room[1] > self.keys.shape[2]:
             self._make(self.keys[: self.filled], self.values[: self.filled])
         if rows > self.filled:
-            assert self.values is not None
-            self.keys[self.filled : rows] = 0
-            self.values[self.filled : rows] = 0
+            for each in (self.keys, self.values):
+                each[self.filled : rows, :, :first] = 0
+                each[self.filled : rows, :, end:] = 0
             self.filled = rows
 
     def _make(self, keys: Tensor, values: Tensor) -> None:
@@ -71,10 +74,10 @@ class _Layer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows, first = self.kept.rows_of(self.number), self.kept.first
-        self.fit(rows.stop)
+        end = first + key_states.shape[2]
+        self.fit(rows.stop, first, end)
         assert self.keys is not None
         assert self.values is not None
-        end = first + key_states.shape[2]
         self.keys[rows, :, first:end] = key_states
         self.values[rows, :, first:end] = value_states
         self.length = self.kept.common + end
@@ -223,7 +226,7 @@ class KeptKeys(Cache):
         device = due[0][0].keys.device
         index = iter(arrays_on_device([each for _, rows in due for each in rows], device))
         for layer, (_, to) in due:
-            layer.fit(1 + int(to.max()))
+            layer.fit(1 + int(to.max()), 0, columns)
             source, target = next(index), next(index)
             for each in (layer.keys, layer.values):
                 each[target, :, :columns] = each[source, :, :columns]
@@ -242,7 +245,7 @@ class KeptKeys(Cache):
                 index = to_device(rows, its.keys.device)
             if not mine.is_initialized:
                 mine.lazy_initialization(its.keys, its.values)
-            mine.fit(len(rows))
+            mine.fit(len(rows), 0, columns)
             for own, given in ((mine.keys, its.keys), (mine.values, its.values)):
                 more = given[:, :, first : first + columns]
                 own[: len(rows), :, :columns] = more[index]
