@@ -141,6 +141,7 @@ def build_table(
         rows, tokenizer, max_length, labels=labels, whole=most is None, writes=writes
     )
     table = builder.table(found, limit, part)
+    rows.forget_results()
     return (None if has_errors(builder.diagnostics) else table), [
         *diagnostics,
         *dict.fromkeys(builder.diagnostics),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from mechdsl.base.plural import plural
@@ -23,6 +24,12 @@ Ranked = Callable[
 """(expression, run, values of loops, diagnostics) → (label, hits of every row) of its cells."""
 
 
+@cache
+def one_token(position: int) -> Hits:
+    """The hits of a row with one token; one object for equal ones, because rows are many."""
+    return ((position,),)
+
+
 _FEW = 3
 """Up to so many tokens, first / middle / last tells all of them apart."""
 
@@ -31,13 +38,15 @@ def ragged(name: str, tokens: Sequence[tuple[int, ...]], lengths: set[int]) -> l
     """One cell per token, or first / middle / last; a single token is the last."""
     if len(lengths) == 1 and max(lengths) > _FEW:
         return [
-            PositionCell(f"{name} {k + 1}", tuple(((row[k],),) if row else () for row in tokens))
+            PositionCell(
+                f"{name} {k + 1}", tuple(one_token(row[k]) if row else () for row in tokens)
+            )
             for k in range(max(lengths))
         ]
     parts: dict[str, tuple[Hits, ...]] = {
-        "first": tuple(((row[0],),) if len(row) > 1 else () for row in tokens),
+        "first": tuple(one_token(row[0]) if len(row) > 1 else () for row in tokens),
         "middle": tuple(tuple((p,) for p in row[1:-1]) for row in tokens),
-        "last": tuple(((row[-1],),) if row else () for row in tokens),
+        "last": tuple(one_token(row[-1]) if row else () for row in tokens),
     }
     return [PositionCell(f"{name} {part}", hits) for part, hits in parts.items() if any(hits)]
 

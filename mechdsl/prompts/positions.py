@@ -29,7 +29,7 @@ from mechdsl.prompts.named_numbers import (
     numbered,
 )
 from mechdsl.prompts.order_in_text import behind, by_text
-from mechdsl.prompts.position_hits import Ranked, is_ranked, lacks, ragged, union
+from mechdsl.prompts.position_hits import Ranked, is_ranked, lacks, one_token, ragged, union
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
 from mechdsl.prompts.reply_positions import NO_REPLIES, ReplyTokens, names_reply, reply_cells
 from mechdsl.prompts.span_occurrences import Occurrences
@@ -315,7 +315,7 @@ class _Resolver:
         at = 0 if base.which == "first" else -1
         if base.of is None:
             # A prompt without text is refused when the table is built.
-            hits = tuple(((m.text_tokens[at],),) for m in self.maps)
+            hits = tuple(one_token(m.text_tokens[at]) for m in self.maps)
             follows = "newest" if base.which == "last" else ""
             return [PositionCell(base.span.written, hits, follows=follows)]
         if not self.spans.span_fits(base, base.of, from_end=base.which == "last"):

@@ -10,6 +10,7 @@ from typing import TypeAlias
 from mechdsl.base.record import Record, record
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e05_answers import NotInTheReply
+from mechdsl.prompts.position_hits import one_token
 from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable, ReplyPosition, RunRow
 from mechdsl.prompts.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
@@ -68,7 +69,7 @@ def reply_cells(
             hits = tuple(_behind(row, place, tokenizer) for row in rows)
             cells += [PositionCell(label, hits)] if any(hits) else []
         else:
-            last = tuple(((len(row.ids) - 1,),) for row in rows)
+            last = tuple(one_token(len(row.ids) - 1) for row in rows)
             cells.append(PositionCell(label, last, reply=place))
     if found and not cells:
         problem = places.bad("no reply has it", "name another one; `report texts` shows them")

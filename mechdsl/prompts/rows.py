@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import NoReturn, cast
+from types import MappingProxyType
+from typing import Any, NoReturn, cast
 
 from mechdsl.base import limits
 from mechdsl.base.source import Span
@@ -47,6 +48,10 @@ from mechdsl.vocab.corruptions import ValueChange, kind_of
 RECORD = "record"
 """Name of the axis of a data file's records."""
 CLEAN = "clean"
+RESULTS_KEPT = 2**12
+"""Rows of a block up to which their results are kept for the next table."""
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+"""One for all rows: 200,000 rows would each hold several empty mappings."""
 
 
 class Row(WithImage):
@@ -60,7 +65,7 @@ class Row(WithImage):
         """The row that this one is a corruption of."""
         index = row_id % (block.combinations)
         index, at = divmod(index, block.data_size)
-        self.record: Record = block.data.records[at] if block.data else {}
+        self.record: Record = block.data.records[at] if block.data else _NOTHING
         self.places: dict[str, int] = {RECORD: at}
         self.values: dict[str, Value] = {}
         for name, values in reversed(block.axes):
@@ -68,9 +73,9 @@ class Row(WithImage):
             self.places[name] = at
             self.values[name] = values[at]
         self.template: CompiledTemplate = block.templates[self.places.get(TEMPLATE, 0)]
-        self.changed: dict[str, Value] = {}
+        self.changed: Mapping[str, Value] = _NOTHING
         """What the corruption has written."""
-        self.item_changes: dict[str, tuple[ast.Expr, Row]] = {}
+        self.item_changes: Mapping[str, tuple[ast.Expr, Row]] = _NOTHING
         """Changes of names that only lists draw: applied to each item."""
         self.image_changes: list[ast.Change] = []
         self._tokenizer: TextTokenizer | None = None
@@ -97,6 +102,12 @@ class Row(WithImage):
     def forget_steps(self) -> None:
         """Drop the values that its texts are made of; they are worked out again if asked for."""
         self._cache = {}
+
+    def forget_results(self) -> None:
+        """Drop everything computed from its values, its corruptions included. Rows are
+        deterministic: what is asked for again is computed again."""
+        self._forget()
+        self._corrupted = {}
 
     @cached_property
     def draw_key(self) -> int:
@@ -350,7 +361,7 @@ class Row(WithImage):
             return known
         row = self._copy()
         row.run = corruption.name
-        row.changed, row.item_changes, row.image_changes = {}, {}, []
+        row.changed, row.item_changes, row.image_changes = _NOTHING, _NOTHING, []
         for change in corruption.changes:
             kind = kind_of(change)
             if isinstance(change, ast.Change) and of_pixels(change, self.block.spec):
@@ -484,6 +495,12 @@ class BlockRows:
         if row is None:
             row = self._rows[row_id] = Row(self.block, row_id)
         return row
+
+    def forget_results(self) -> None:
+        """Free what rows have computed, where they are many: a table holds its own copy."""
+        if len(self._rows) > RESULTS_KEPT:
+            for row in self._rows.values():
+                row.forget_results()
 
     def only(self, corruption: spec.Corruption) -> BlockRows:
         """The same rows with one of the corruptions."""

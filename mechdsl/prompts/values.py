@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 if TYPE_CHECKING:
@@ -46,13 +46,16 @@ def bare(text: str) -> Rich:
     return Rich(text)
 
 
+_NOTHING_DRAWN: Mapping[str, Value] = MappingProxyType({})
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One entry of a list."""
 
     value: Value
     rich: Rich
-    drawn: Mapping[str, Value] = field(default_factory=dict[str, "Value"])
+    drawn: Mapping[str, Value] = field(default_factory=lambda: _NOTHING_DRAWN)
     """What stands in the placeholders of its text."""
 
 

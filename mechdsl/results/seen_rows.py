@@ -9,6 +9,7 @@ What is drawn for a row (noise, a donor) makes no further observation of it and 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +41,7 @@ class SeenRows:
         self.kept: list[int] = kept.tolist()
         self.causal = causal
         self.ahead = plan.experiment.looks_ahead
-        self._prefixes: dict[int, list[list[int]]] = {}
+        self._prefixes: dict[int, Ints] = {}
         self._keys = [
             None if rule.rule.edge is None else list(rule.rule.edge.keys.written.values())
             for rule in plan.rules
@@ -209,11 +210,12 @@ class SeenRows:
             self._prefixes[key] = _prefix_numbers([each.ids for each in run.rows])
         numbers = self._prefixes[key][row]
         causal = self.causal(run.model) and not (ahead or (self.ahead and run.derived))
-        end = min(last, len(numbers) - 1) if causal else len(numbers) - 1
+        final = len(run.rows[row].ids) - 1
+        end = min(last, final) if causal else final
         noised = () if run.noise is None else run.noise.positions[row]
         noise = tuple(token for token in noised if token <= end)
         made = tuple(self._made(run, row, end if causal else None))
-        return (run.name, last, numbers[end] if end >= 0 else -1, noise, made)
+        return (run.name, last, int(numbers[end]) if end >= 0 else -1, noise, made)
 
     def _looks_ahead(self, run: Run) -> bool:
         """Whether a rule of a run lets tokens see later ones."""
@@ -247,17 +249,20 @@ def shared_rows(seen: Ints | None) -> Ints | None:
     return seen
 
 
-def _prefix_numbers(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Per row and token, a number for all tokens up to it: equal for equal beginnings."""
-    numbers: dict[tuple[int, int], int] = {}
-    found: list[list[int]] = []
-    for ids in rows:
-        before, own = -1, list[int]()
-        for token in ids:
-            before = numbers.setdefault((before, token), len(numbers))
-            own.append(before)
-        found.append(own)
-    return found
+def _prefix_numbers(rows: Sequence[Sequence[int]]) -> Ints:
+    """[row, token] A number for all tokens up to it: equal for equal beginnings."""
+    lengths = np.array([len(ids) for ids in rows])
+    own = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    tokens = np.full(own.shape, -1)
+    tokens[own] = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
+    numbers = np.empty(own.shape, dtype=np.int64)
+    before, first = np.zeros(len(rows), dtype=np.int64), 0
+    for column, ids in enumerate(tokens.T):
+        pairs = before * (tokens.max() + 2) + ids + 1
+        different, before = np.unique(pairs, return_inverse=True)
+        numbers[:, column] = first + before
+        first += len(different)
+    return numbers
 
 
 def _reaches(tokens: Sequence[int], last: int | None) -> bool:
