@@ -21,6 +21,7 @@ from mechdsl.prompts.values import (
     is_whole,
     plain,
     render,
+    shared_item,
 )
 from mechdsl.syntax import ast
 
@@ -365,7 +366,7 @@ def _item(
     rich = render(value)
     if rich is None:
         raise call.bad(f"`{what.id}` has no text", "list texts or numbers", what.span)
-    return Item(value, rich)
+    return shared_item(value, rich) if isinstance(value, str) else Item(value, rich)
 
 
 def _from_domains(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
 from mechdsl.images.picture import Picture
@@ -17,6 +18,7 @@ from mechdsl.syntax import ast
 if TYPE_CHECKING:
     from mechdsl.prompts.rows import Row
 
+_NO_REGIONS: Mapping[str, tuple[Region, ...]] = MappingProxyType({})
 OF_IMAGES = ("uncut", "image", "regions")
 """What is worked out anew where something of the row changes."""
 
@@ -46,4 +48,4 @@ class WithImage:
     @cached_property
     def regions(self) -> Mapping[str, tuple[Region, ...]]:
         """Parts of its image, by name."""
-        return {} if self.image is None else regions_of(cast("Row", self), self.image)
+        return _NO_REGIONS if self.image is None else regions_of(cast("Row", self), self.image)

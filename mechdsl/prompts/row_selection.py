@@ -41,7 +41,7 @@ _FAILING_ENOUGH = 5
 """The same for a check."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Made:
     """A row with its corruptions, by name."""
 
@@ -110,7 +110,7 @@ def collect_rows(rows: BlockRows, tokenizer: TextTokenizer, ids: Iterable[int]) 
     return found.result
 
 
-@dataclass
+@dataclass(slots=True)
 class _Seen:
     """What is known of the rows that are equal to each other."""
 

@@ -36,7 +36,7 @@ _FAR = 100.0
 """By how much a token for unknown words is less likely than any other."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """A tokenised text. Offsets are characters; (0, 0) for special tokens."""
 

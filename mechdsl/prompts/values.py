@@ -59,6 +59,10 @@ class Item:
     """What stands in the placeholders of its text."""
 
 
+shared_item = lru_cache(maxsize=2**12)(Item)
+"""`Item` of a text, one object for equal ones: the lists of all rows draw from the same few."""
+
+
 @dataclass(frozen=True, slots=True)
 class Items:
     """What `list(…)` gives: its items are spans called `name`, if that isn't empty."""

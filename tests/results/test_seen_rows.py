@@ -14,7 +14,7 @@ import pytest
 import mechdsl
 import mechdsl.results.collect
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.seen_rows import SeenRows
+from mechdsl.results.seen_rows import SeenRows, _prefix_numbers  # pyright: ignore[reportPrivateUsage]
 
 HELD = "run held { from clean into blank patch resid_post layer 2 at item 2 token onto last token }"
 READ = 'measure logit(" 3") as raw'
@@ -204,3 +204,14 @@ def test_a_model_that_sees_the_whole_prompt(
     monkeypatch.setattr(mechdsl.results.collect, "SeenRows", bidirectional)
     for case in ("read early", "the beginning of the source"):
         assert run(CASES[case][0], tmp_path).measures[0].seen is None
+
+
+def test_numbers_of_equal_beginnings_are_equal() -> None:
+    random = np.random.default_rng(0)
+    rows = [tuple(random.integers(0, 3, size).tolist()) for size in random.integers(0, 6, 200)]
+    numbers = _prefix_numbers(rows)
+    seen: dict[int, tuple[int, ...]] = {}
+    for ids, own in zip(rows, numbers.tolist(), strict=True):
+        for end in range(len(ids)):
+            assert seen.setdefault(own[end], ids[: end + 1]) == ids[: end + 1]
+    assert len(set(seen.values())) == len(seen)
