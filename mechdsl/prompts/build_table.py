@@ -311,10 +311,12 @@ class _Builder:
             self.diagnostics += unknown_words(self.block, self.tokenizer, name, riches, encoded)
         out: list[RunRow] = []
         for row, rich, tokens, own in zip(rows, riches, encoded, texts, strict=True):
-            kept: dict[str, TextTokens] = {}
-            for key, text in own.items():
-                whole = text if self.block.is_token_id(key) else move(text, moved)
-                kept[key] = whole or text
+            kept = own
+            if moved:
+                kept = {
+                    key: text if self.block.is_token_id(key) else move(text, moved) or text
+                    for key, text in own.items()
+                }
             out.append(
                 RunRow(
                     text=rich.text,

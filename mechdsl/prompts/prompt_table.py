@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import field
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mechdsl.base.record import Record, record
@@ -17,6 +18,9 @@ from mechdsl.prompts.values import SpanAt
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Ints
     from mechdsl.prompts.rows import Row
+
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @record
@@ -95,11 +99,9 @@ class RunRow(Record):
     """Where the reply of another experiment stands at its end."""
     image: Picture | None = None
     """Of rows that are images: `text` and `ids` tell it from others."""
-    places: Mapping[str, tuple[tuple[int, ...], ...]] = field(
-        default_factory=dict[str, tuple[tuple[int, ...], ...]]
-    )
+    places: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=lambda: _NOTHING)
     """Spans that have no text, as those of images: by name, the tokens of each occurrence."""
-    regions: Mapping[str, tuple[Region, ...]] = field(default_factory=dict[str, tuple[Region, ...]])
+    regions: Mapping[str, tuple[Region, ...]] = field(default_factory=lambda: _NOTHING)
     """Parts of its image, by name: those of `places` in pixels."""
 
 
