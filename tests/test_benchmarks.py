@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from benchmarks.data import make
+from benchmarks.measure import CLOSE, EXPERT, REFERENCE
 from benchmarks.tools.names import TOOLS
 
 ROOT = Path(__file__).parent.parent
@@ -38,3 +41,16 @@ def test_a_benchmark_imports_what_is_there(name: str) -> None:
     for where, wanted in imported(ROOT / name):
         if not hasattr(import_module(where), wanted):
             import_module(f"{where}.{wanted}")
+
+
+@pytest.mark.parametrize("name", ["W1a", "W2", "W3", "W4"])
+def test_expert_loop_gives_the_values_of_the_plain_loop(name: str, tmp_path: Path) -> None:
+    work = make(name, tmp_path / name, ioi=None, small=True)
+    tables: list[np.ndarray] = []
+    for tool in (TOOLS[REFERENCE].make(), TOOLS[EXPERT].make()):
+        tool.load(work, tmp_path / name)
+        tables.append(tool.run(work.picks()).table)
+    plain, expert = tables
+    assert np.isfinite(plain).all()
+    assert np.nanstd(plain) > 100 * CLOSE
+    np.testing.assert_allclose(expert, plain, rtol=0, atol=CLOSE)

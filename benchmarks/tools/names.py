@@ -27,6 +27,7 @@ TOOLS = {
     for entry in (
         Entry("plain", "plain", "Plain"),
         Entry("plain-batched", "plain", "PlainBatched"),
+        Entry("expert", "expert", "Expert"),
         Entry("mechdsl", "mechdsl", "Mechdsl"),
         Entry("transformer-lens", "transformer_lens", "Bridged", is_peer=True),
         Entry("nnsight", "nnsight", "Traced", is_peer=True),
