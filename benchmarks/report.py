@@ -12,7 +12,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import OURS, REFERENCE, Measured, Runs
+from benchmarks.measure import EXPERT, OURS, REFERENCE, Measured, Runs
 from benchmarks.tools.names import TOOLS
 from benchmarks.work import count
 
@@ -20,6 +20,7 @@ HEADINGS = (
     "tool",
     "seconds",
     "× plain",
+    "× expert",
     "mechdsl is",
     "of the bound",
     "peak MiB",
@@ -46,6 +47,7 @@ def _line(measured: Measured, runs: Runs) -> tuple[str, ...]:
         name,
         f"{seconds:.2f}",
         _times(faster),
+        _times(measured.ratio(EXPERT, name) if measured.is_right(EXPERT) else None),
         "" if ours is None else f"{_times(ours)} faster",
         f"{measured.bound / seconds:.2f}",
         f"{runs.peak:.0f}",
@@ -90,6 +92,9 @@ def _headline(measured: Measured) -> list[str]:
     if OURS not in measured.runs or not measured.runs[OURS].seconds:
         return []
     parts = [f"{_times(measured.ratio(REFERENCE, OURS))} the plain loop"]
+    if measured.is_right(EXPERT):
+        reached = _times(measured.ratio(EXPERT, OURS))
+        parts.append(f"{reached} the expert's loop (target {_times(measured.target)})")
     peer = measured.fastest_peer
     if peer is not None:
         parts.append(f"{_times(measured.ratio(peer, OURS))} the fastest other library ({peer})")
