@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -145,6 +145,8 @@ class Rows:
     model: str | None = None
     limit: int | None = None
     """As in `prompts fruit limit 64`."""
+    used: frozenset[str] = frozenset()
+    """The corruptions of that block that the fit reads: each of them changes all of the rows."""
 
     @property
     def key(self) -> str:
@@ -152,7 +154,8 @@ class Rows:
         part = f".{self.part}" if self.part else ""
         limit = f" limit {self.limit}" if self.limit else ""
         model = f" on {self.model}" if self.model else ""
-        return f"{self.block or ''}{part}{limit}{model}"
+        used = f" changed by {', '.join(sorted(self.used))}" if self.used else ""
+        return f"{self.block or ''}{part}{limit}{model}{used}"
 
 
 def rows_of(call: ast.Call, program: spec.Program) -> list[Rows]:
@@ -166,7 +169,16 @@ def rows_of(call: ast.Call, program: spec.Program) -> list[Rows]:
         return []
     shared = None if own is None else rows_named(own, program.prompts)
     limit = _limit(call, program.parameters)
-    return [replace(_rows(value, shared, program), limit=limit) for value in values]
+    return _paired([replace(_rows(value, shared, program), limit=limit) for value in values])
+
+
+def _paired(fitted: Sequence[Rows]) -> list[Rows]:
+    """What one fit reads: of each block the rows that every run of it that is read changes."""
+    found: list[Rows] = []
+    for rows in fitted:
+        named = {other.run for other in fitted if other.block == rows.block} - {"clean"}
+        found.append(replace(rows, used=frozenset(named if rows.block else ())))
+    return found
 
 
 def _limit(call: ast.Call, parameters: Mapping[str, Constant]) -> int | None:
@@ -196,7 +208,7 @@ def rows_named(node: ast.Node, blocks: Mapping[str, spec.Prompts]) -> Rows | Non
             rows = (
                 Rows(of.name) if of.part is None else _part(Rows(of.name), of.part, blocks[of.name])
             )
-            return Rows(rows.block, rows.part, run) if rows.run == "clean" else None
+            return _of_run(rows, run) if rows.run == "clean" else None
         case _:
             return None
 
@@ -204,7 +216,11 @@ def rows_named(node: ast.Node, blocks: Mapping[str, spec.Prompts]) -> Rows | Non
 def _part(rows: Rows, word: str, block: spec.Prompts) -> Rows:
     if block.split is not None and (word == "train" or word == "test"):
         return Rows(rows.block, word)
-    return Rows(rows.block, run=word)
+    return _of_run(rows, word)
+
+
+def _of_run(rows: Rows, run: str) -> Rows:
+    return Rows(rows.block, rows.part, run, used=frozenset({run}) - {"clean"})
 
 
 # --- what is wrong with one -----------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 
@@ -76,6 +76,7 @@ def build_table(
     prompts_enough: int | None = None,
     labels: Labels = "none",
     writes: bool = False,
+    used: Container[str] | None = None,
 ) -> tuple[PromptTable | None, list[Diagnostic]]:
     """The rows of a block with all its runs, tokenised.
 
@@ -87,6 +88,8 @@ def build_table(
     prompts_enough: how many prompts, of all runs, are enough to look at (W0790).
     labels: whether answers and the like are of a classifier's outputs, and no tokens.
     writes: whether models write behind its prompts, which hold no word of an answer then.
+    used: the corruptions that are used: rows that one of them leaves unchanged are left out; None
+        where all are.
     compiled: blocks that were compiled before, as `compiled_as` calls them, with the rows they
         have worked out; a new one is added. All that the rows hang on (seed, words, parameters,
         blocks) must be the same.
@@ -117,7 +120,7 @@ def build_table(
     if prompts_enough is not None:
         most = max(_FEWEST_ROWS, prompts_enough // (1 + len(block.spec.corruptions)))
     if ids is None:
-        found = collect(rows, tokenizer, limit=limit, part=part, most=most)
+        found = collect(rows, tokenizer, limit=limit, part=part, most=most, used=used)
     else:
         found = collect_rows(rows, tokenizer, ids)
     if found.cut:
@@ -132,13 +135,14 @@ def build_table(
     if found.repeated:
         found.diagnostics.append(equal_records(block, found))
     for corruption in block.spec.corruptions:
-        same = found.unchanged.get(corruption.name, Counter[int]())
-        found.diagnostics += templates_unchanged(block, corruption, same, found.compared)
+        if used is None or corruption.name in used:
+            same = found.unchanged.get(corruption.name, Counter[int]())
+            found.diagnostics += templates_unchanged(block, corruption, same, found.compared)
     diagnostics = list(dict.fromkeys([*block.diagnostics, *found.diagnostics]))
     if has_errors(diagnostics) or not found.rows:
         return None, diagnostics
     builder = _Builder(
-        rows, tokenizer, max_length, labels=labels, whole=most is None, writes=writes
+        rows, tokenizer, max_length, labels=labels, whole=most is None, writes=writes, used=used
     )
     table = builder.table(found, limit, part)
     rows.forget_results()
@@ -180,6 +184,8 @@ class _Builder:
     labels: Labels = "none"
     """Whether they are of a classifier's outputs, which aren't tokenised."""
     writes: bool = False
+    used: Container[str] | None = None
+    """The corruptions whose unchanged rows are left out; None: all."""
     whole: bool = True
     """Whether deviations are of all rows before `limit`, as in a run, or of those of the table."""
 
@@ -189,7 +195,9 @@ class _Builder:
 
     def table(self, found: Collection, limit: int | None, part: Split | None) -> PromptTable:
         table, equal = self.runs(found.rows)
-        conventions = rows_convention(self.block, found, len(table), limit, part, equal)
+        equal = {name: rows.total() for name, rows in found.unchanged.items()} | equal
+        left_out = {name: count for name, count in equal.items() if self._uses(name)}
+        conventions = rows_convention(self.block, found, len(table), limit, part, left_out)
         conventions |= token_conventions(self.block, table, self.tokenizer)
         if not has_errors(self.diagnostics):
             if self.max_length is not None:
@@ -207,8 +215,12 @@ class _Builder:
             cut=found.cut,
             dealt=dealt_evenly(self.block, table.sources) if rounds else (),
             whole=rounds and not self.block.draws,
+            unchanged=frozenset(equal),
             classes=classes,
         )
+
+    def _uses(self, corruption: str) -> bool:
+        return self.used is None or corruption in self.used
 
     # --- tokenisation -----------------------------------------------------------------------------
 
@@ -336,7 +348,8 @@ class _Builder:
     def _replaced(
         self, table: PromptTable, made: Sequence[Made]
     ) -> tuple[PromptTable, dict[str, int]]:
-        """`replace item tokens with "thing"` in corruptions; rows it doesn't change are dropped."""
+        """`replace item tokens with "thing"` in corruptions; rows it doesn't change are dropped if
+        it is used."""
         equal: dict[str, int] = {}
         keep = [True] * len(table)
         runs = dict(table.runs)
@@ -367,6 +380,8 @@ class _Builder:
                     self.diagnostics.append(without_effect(corruption, of_images=images))
                 elif any(same):
                     equal[corruption.name] = sum(same)
+                    if not self._uses(corruption.name):
+                        continue
                     keep = [k and not s for k, s in zip(keep, same, strict=True)]
                     templates = [template_of(m.clean) for m in made]
                     unchanged = Counter(compress(templates, same))

@@ -30,7 +30,7 @@ def rows_convention(
 ) -> dict[str, str]:
     """Which rows the table has (`rows`), and what was left out on the way (`dropped`).
 
-    unchanged: by corruption, rows whose tokens it left as they were.
+    unchanged: by corruption that is used, rows that it left as they were.
     """
     unit = "records" if block.data is not None and block.size == 1 else "combinations"
     unit = unit if block.spec.tiles is None else "tiles"
@@ -44,12 +44,9 @@ def rows_convention(
     if found.repeated:
         text += f", {found.repeated:,} of them equal to another"
     out = {"rows": f"{text}, seed {block.seed}"}
-    equal = {run: rows.total() for run, rows in found.unchanged.items()}
-    for run, count in unchanged.items():
-        equal[run] = equal.get(run, 0) + count
     dropped = [f"{n:,} by `where`" for n in (found.filtered,) if n]
     dropped += [f"{n:,} that were there already" for n in (found.equal,) if n]
-    dropped += [f"{n:,} that `{run}` leaves unchanged" for run, n in equal.items()]
+    dropped += [f"{n:,} that `{run}` leaves unchanged" for run, n in unchanged.items()]
     if dropped:
         out["dropped"] = ", ".join(dropped)
     return out

@@ -188,6 +188,8 @@ class PromptTable(Record):
     """Names of the values that rows have evenly by how they are made."""
     whole: bool = False
     """They are all rows that the block can make."""
+    unchanged: frozenset[str] = frozenset()
+    """Corruptions that leave a row as it is: it is left out where they are used."""
     behind: str = ""
     """Whose replies stand behind the prompts, as written: `replies of writes(c: 1)`."""
     classes: tuple[str, ...] = ()

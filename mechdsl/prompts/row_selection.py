@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -64,7 +64,7 @@ class Collection:
     compared: Counter[int] = field(default_factory=Counter[int])
     """By number of the template, the rows whose corrupted prompts were set against the clean."""
     unchanged: dict[str, Counter[int]] = field(default_factory=dict[str, Counter[int]])
-    """Those left out because the corruption left the prompt as it was, by its name."""
+    """Those whose prompt the corruption left as it was, by its name."""
     complete: bool = False
     """Every combination was looked at."""
     cut: bool = False
@@ -79,15 +79,16 @@ def collect(
     limit: int | None,
     part: str | None = None,
     most: int | None = None,
+    used: Container[str] | None = None,
 ) -> Collection:
     """The first `limit` rows of the block, or of its part `train` or `test`.
 
     A split deals the rows of the whole block out in turn, so that the parts never share a row and
     a smaller limit gives a part of a larger one. `most` rows are enough to look at. The tokenizer
-    counts tokens in `where`.
+    counts tokens in `where`. used: the corruptions whose unchanged rows are left out; None: all.
     Codes: E0506, E0509, E0510 and those of rows.
     """
-    found = _Collector(rows, tokenizer, limit, part, most)
+    found = _Collector(rows, tokenizer, limit, part, most, used)
     refused = found.too_many()
     if refused is not None:
         found.result.diagnostics.append(refused)
@@ -127,6 +128,7 @@ class _Collector:
         limit: int | None,
         part: str | None,
         most: int | None = None,
+        used: Container[str] | None = None,
     ) -> None:
         self.rows = rows
         self.tokenizer = tokenizer
@@ -146,6 +148,7 @@ class _Collector:
         share = block.spec.split if block.spec.split is not None else 100.0
         self.share = Fraction(str(share)) / 100
         self.only_values = [c.name for c in block.spec.corruptions if _only_values(c)]
+        self.used = self.only_values if used is None else used
 
     def too_many(self) -> TooMany | None:
         """E0506 for what can be told without looking at a row."""
@@ -250,12 +253,13 @@ class _Collector:
         result.compared[template_of(row)] += 1
         for name in unchanged:
             result.unchanged.setdefault(name, Counter())[template_of(row)] += 1
-        if unchanged:
-            return False
-        made = self._made(row)
+        # Before any is left out: whatever runs are used, a row is in the same part.
         together = mark if self.block.spec.tiles is None else image_of(row)
         if together not in self.belongs:
             self.belongs[together] = self._belongs(len(self.belongs) + 1)
+        if any(name in self.used for name in unchanged):
+            return False
+        made = self._made(row)
         if self.belongs[together]:
             result.repeated += seen.kept
             result.rows.append(made)
@@ -304,7 +308,7 @@ class _Collector:
             result.diagnostics.append(self._rows_error(f"more than {limits.ROWS:,}"))
         elif result.cut:
             pass  # those that would be looked at next may be right
-        elif not result.rows and result.unchanged:
+        elif not result.rows and any(name in self.used for name in result.unchanged):
             result.diagnostics.extend(self._all_unchanged())
         elif not result.rows:
             where = block.spec.where
@@ -328,7 +332,9 @@ class _Collector:
     def _all_unchanged(self) -> list[Diagnostic]:
         """E0510 at corruptions that change no row, else E0509: each row misses one of them."""
         unchanged, looked_at = self.result.unchanged, self.result.compared.total()
-        corruptions = [c for c in self.block.spec.corruptions if c.name in unchanged]
+        corruptions = [
+            c for c in self.block.spec.corruptions if c.name in unchanged and c.name in self.used
+        ]
         without = [c for c in corruptions if unchanged[c.name].total() == looked_at]
         if without:
             return [without_effect(c, of_images=self.block.spec.kind == "images") for c in without]

@@ -283,7 +283,7 @@ def _outline(
     blocks += [rows.block for rows in fitted]
     if any(name is not None and contexts.needs_python(name) for name in blocks):
         _skip(checked.unrun, experiment)
-    table = contexts.table(experiment.prompts, model, experiment.limit, experiment.part)
+    table = contexts.of_experiment(experiment, model)
     table = contexts.with_elsewhere(experiment, model, table)
     table = _with_means(experiment, checked, contexts, model, table)
     missing = _unknown_runs(checked.diagnostics) if experiment.broken else set[str]()
@@ -341,9 +341,10 @@ def _with_means(
         if block is None or (part is None and name in table.runs):
             continue
         if not block.has_part(part):
-            beside[name] = contexts.table(name, model, None, None)
+            beside[name] = contexts.table(name, model, None, None, used=frozenset())
         else:
-            beside[fill.of.span.written] = contexts.table(name, model, None, part)
+            read = contexts.table(name, model, None, part, used=frozenset())
+            beside[fill.of.span.written] = read
     for rows in rows_read(experiment, checked.program):
         beside[rows.key] = contexts.read_by(rows, experiment, model)
     stands_in = any(each.stands_in for each in (table, *beside.values()))

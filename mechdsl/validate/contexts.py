@@ -12,6 +12,7 @@ from functools import cached_property
 from mechdsl.diagnostics.core import Diagnostic, Unknown, certain, has_errors
 from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
+from mechdsl.program.corruptions_named import corruptions_named
 from mechdsl.program.lower_directions import Rows
 from mechdsl.program.lower_images import averaged_block
 from mechdsl.program.python_files import Mode, of_prompts
@@ -67,7 +68,8 @@ class Contexts:
             program, diagnostics, given, python=python, build=build, require=require
         )
         self._rows: dict[str, BlockRows] = {}
-        self._tables: dict[tuple[object, ...], PromptTable] = {}
+        self._tables: dict[tuple[object, ...], dict[frozenset[str], PromptTable]] = {}
+        """By what their rows are of, and the corruptions that are used."""
         self._runs: dict[tuple[object, ...], Paired | None] = {}
         self._joined: dict[tuple[object, ...], PromptTable] = {}
         self._replied: dict[tuple[object, ...], PromptTable] = {}
@@ -88,36 +90,65 @@ class Contexts:
         limit: int | None,
         part: str | None,
         labels: Labels | None = None,
+        used: frozenset[str] | None = None,
     ) -> PromptTable:
         """The rows of a prompts block for one model; where they can't be made, one that stands in
         for them.
 
-        labels: what answers are, where that is for another model to say
+        labels: what answers are, where that is for another model to say. used: the corruptions
+        that are used, of which each changes all of the rows; None: every one.
         """
+        runs = frozenset(each.name for each in self.program.prompts[name].corruptions)
+        used = runs if used is None else used & runs
         if self.limit is not None:
             limit = self.limit if limit is None else min(limit, self.limit)
         labels = labels or self._labels(name, model.shape)
         key = (name, id(model.tokenizer), model.shape.max_positions, labels, limit, part)
-        if key not in self._tables:
-            assert part is None or part == "train" or part == "test"
-            table = None
-            model = self.models.reading(name, model)
-            problem = cannot_read(self.program.prompts[name], model)
-            if problem is not None:
-                self.diagnostics.append(problem)
-            elif not self.needs_python(name):
-                table, found = self._build(name, model, limit=limit, part=part, labels=labels)
-                if table is not None:
-                    found = [*found, *prompts_fit(table, model)]
-                self._say(found, model, name)
-            if table is None:
-                table = stand_in_table(self._compiled(name).block, self.models.stand_in)
-                if self.program.prompts[name].kind == "images":
-                    table = as_images(table, self.models.stand_in_reader)
-            elif self._guessed(name, model):
-                table = replace(table, stands_in=True)
-            self._tables[key] = table
-        return self._tables[key]
+        tables = self._tables.setdefault(key, {})
+        # Experiments share a table, and passes with it, where their runs leave out the same rows.
+        equal = (t for u, t in tables.items() if u & t.unchanged == used & t.unchanged)
+        if used not in tables:
+            tables[used] = next(equal, None) or self._table(name, model, limit, part, labels, used)
+        return tables[used]
+
+    def _table(
+        self,
+        name: str,
+        model: ModelContext,
+        limit: int | None,
+        part: str | None,
+        labels: Labels,
+        used: frozenset[str],
+    ) -> PromptTable:
+        assert part is None or part == "train" or part == "test"
+        table = None
+        model = self.models.reading(name, model)
+        problem = cannot_read(self.program.prompts[name], model)
+        if problem is not None:
+            self.diagnostics.append(problem)
+        elif not self.needs_python(name):
+            table, found = self._build(
+                name, model, limit=limit, part=part, labels=labels, used=used
+            )
+            if table is not None:
+                found = [*found, *prompts_fit(table, model)]
+            self._say(found, model, name)
+        if table is None:
+            table = stand_in_table(self._compiled(name).block, self.models.stand_in)
+            if self.program.prompts[name].kind == "images":
+                table = as_images(table, self.models.stand_in_reader)
+        elif self._guessed(name, model):
+            table = replace(table, stands_in=True)
+        return table
+
+    def of_experiment(
+        self, experiment: spec.Experiment, model: ModelContext, labels: Labels | None = None
+    ) -> PromptTable:
+        """The rows of an experiment for a model: those that each run that the experiment names, in
+        one of its variants, changes. labels: as `table` takes them."""
+        name = experiment.prompts
+        used = corruptions_named(experiment, self.program)
+        return self.table(name, model, experiment.limit, experiment.part, labels, used)
 
     def read_by(self, rows: Rows, experiment: spec.Experiment, model: ModelContext) -> PromptTable:
         """The rows that a direction is fitted on: those of a block or a part, all without `limit:`,
@@ -125,8 +156,8 @@ class Contexts:
         if rows.model is not None:
             model = self.models.context(rows.model)
         if rows.block is None:
-            return self.table(experiment.prompts, model, experiment.limit, experiment.part)
-        return self.table(rows.block, model, rows.limit, rows.part)
+            return self.of_experiment(experiment, model)
+        return self.table(rows.block, model, rows.limit, rows.part, used=rows.used)
 
     def with_replies(
         self,
@@ -190,6 +221,7 @@ class Contexts:
         part: Split | None = None,
         ids: Sequence[int] | None = None,
         labels: Labels | None = None,
+        used: frozenset[str] | None = None,
     ) -> tuple[PromptTable | None, list[Diagnostic]]:
         return build_table(
             self.program.prompts[name],
@@ -207,6 +239,7 @@ class Contexts:
             prompts_enough=self._enough,
             labels=labels or self._labels(name, model.shape),
             writes=name in self._written_behind,
+            used=used,
         )
 
     @cached_property
@@ -326,7 +359,7 @@ class Contexts:
             return None, [problem]
         # Answers are this model's, whose outputs are measured.
         labels = self._labels(experiment.prompts, model.shape)
-        theirs = self.table(experiment.prompts, other, experiment.limit, experiment.part, labels)
+        theirs = self.of_experiment(experiment, other, labels)
         if theirs.stands_in:
             return None, []
         return model_run(table, theirs, other, model, run)

@@ -434,7 +434,8 @@ _prompts(
 _prompts(
     "split",
     "split 50%",
-    "Deals the rows out into `NAME.train`, which gets this share, and `NAME.test`.",
+    "Deals the rows out into `NAME.train`, which gets this share, and `NAME.test`; a row is in the "
+    "same part for every experiment.",
     "tests/execute/test_effects.py",
 )
 _prompts(
@@ -468,7 +469,9 @@ _prompts(
     "corrupt",
     "corrupt fewer { count = count - 1 }",
     "The same row with something changed, a second run of it. What is derived from the value "
-    "follows; a list keeps its draws and is cut or extended at its end.",
+    "follows; a list keeps its draws and is cut or extended at its end. Rows that it leaves as "
+    "they are drop out of experiments and fits that use it, and of no others; how many is "
+    "said below the table.",
     _ROWS,
 )
 

@@ -1,0 +1,147 @@
+"""Rows that a corruption leaves as they are: they drop out of experiments that use it alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mechdsl.base.source import Source
+from mechdsl.prompts.prompt_table import PromptTable
+from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.validate.check_file import check_source
+
+BLOCK = """mech 1
+model lm = zoo("names")
+prompts p {{
+  io in ["Mary", "John", "Tom", "Anna", "Luke"]
+  s = other(io)
+  place in ["shop", "park", "school", "store", "office", "station"]
+  template "When {{io}} and {{s1 = s}} went to the {{place}}, {{s2 = s}} gave a ring to"
+  answer " {{io}}"
+  wrong " {{s}}"
+  {corruptions}
+  split 60%
+}}
+direction moving = mean_difference(moved of p.train, p.train) at resid_post layer 1 at last token
+direction turned = mean_difference(reversed of p.train, p.train) at resid_post layer 1 at last token
+"""
+MOVED, REVERSED = 'corrupt moved { place = "shop" }', "corrupt reversed { s2 = io }"
+RULE = "ablate z layer 1 head 1 at last token with zero"
+MEASURE = "measure logit(answer) - logit(wrong) as delta"
+ALL, CHANGED = 30, 25
+
+
+def resolved(*lines: str, prompts: str = "p") -> list[ResolvedExperiment]:
+    """All variants of one experiment; moved leaves a sixth of the rows as they are."""
+    return together(lines, prompts=prompts)[0]
+
+
+def together(
+    *experiments: tuple[str, ...], prompts: str = "p", corruptions: str = f"{MOVED}\n  {REVERSED}"
+) -> list[list[ResolvedExperiment]]:
+    text = BLOCK.format(corruptions=corruptions)
+    for number, lines in enumerate(experiments):
+        body = "".join(f"  {line}\n" for line in (f"prompts {prompts}", *lines))
+        text += f"experiment e{number} {{\n{body}}}\n"
+    checked = check_source(Source(text, Path("file.mech")))
+    assert not [d for d in checked.diagnostics if d.severity == "error"], checked.diagnostics
+    return [
+        [each for each in checked.experiments if each.name == f"e{number}"]
+        for number in range(len(experiments))
+    ]
+
+
+def table(*lines: str, prompts: str = "p") -> PromptTable:
+    first, *_ = resolved(*lines, prompts=prompts)
+    return first.table
+
+
+USES = {
+    "source": ("from moved into clean", "patch z layer 1 head 1 at last token", MEASURE),
+    "base": ("from clean into moved", "patch z layer 1 head 1 at last token", MEASURE),
+    "metric": (RULE, "measure logit(answer) - logit(answer of moved) as delta"),
+    "fill": ("ablate z layer 1 head 1 at last token with mean of moved", MEASURE),
+    "keep": (RULE, "keep correct(answer of moved)", MEASURE),
+    "run": (
+        "run made { from moved into clean patch z layer 1 head 1 at last token }",
+        "from made into clean",
+        "patch z layer 1 head 2 at last token",
+        MEASURE,
+    ),
+    "save": (RULE, MEASURE, 'save resid_post layer 1 of moved at last token to "a.safetensors"'),
+    "observation": (
+        "observe similarity resid_post layer 1 of clean with moved at last token as a",
+    ),
+    "variants": ("from moved, reversed into clean", "patch L1H1 at last token", MEASURE),
+}
+NEVER = {
+    "rule": (RULE, MEASURE),
+    "another run": ("from reversed into clean", "patch z layer 1 head 1 at last token", MEASURE),
+    "mean": ("ablate z layer 1 head 1 at last token with mean", MEASURE),
+    "resample": ("ablate z layer 1 head 1 at last token with resample", MEASURE),
+    "observation": ("observe norm resid_post layer 1 at last token",),
+    "direction of other rows": ("add 2 * moving to resid_post layer 1 at last token", MEASURE),
+}
+
+
+@pytest.mark.parametrize("key", USES)
+def test_rows_of_an_experiment_that_uses_it_are_changed(key: str) -> None:
+    for each in resolved(*USES[key]):
+        assert len(each.table) == CHANGED
+        assert "5 that `moved` leaves unchanged" in each.table.conventions["dropped"]
+
+
+@pytest.mark.parametrize("key", NEVER)
+def test_an_experiment_that_never_names_it_has_all_rows(key: str) -> None:
+    found = table(*NEVER[key])
+    assert len(found) == ALL
+    assert "dropped" not in found.conventions
+    (alone,) = together(NEVER["rule"], corruptions=f"{MOVED.replace('shop', 'bar')}\n  {REVERSED}")
+    assert found.row_keys == alone[0].table.row_keys
+
+
+def test_rows_are_in_the_same_part_whatever_is_used() -> None:
+    parts = {
+        (key, part): set(table(*lines, prompts=f"p.{part}").row_ids)
+        for key, lines in (("uses", USES["metric"]), ("never", NEVER["rule"]))
+        for part in ("train", "test")
+    }
+    assert parts["uses", "train"] <= parts["never", "train"]
+    assert parts["uses", "test"] <= parts["never", "test"]
+    assert not parts["never", "train"] & parts["never", "test"]
+    assert len(parts["never", "train"]) == 18
+
+
+def test_a_fit_reads_the_rows_that_it_needs() -> None:
+    """Whatever the experiment does, and whatever other directions it has."""
+    both = (
+        "add 2 * moving to resid_post layer 1 at last token",
+        "add 2 * turned to resid_post layer 1 at last-item token".replace("last-item", "io"),
+        "measure logit(answer of moved) as delta",
+    )
+    for lines in (both, (both[0], MEASURE)):
+        beside = {key: len(rows) for key, rows in table(*lines).beside.items()}
+        assert beside["p.train changed by moved"] < 18
+        assert beside.get("p.train changed by reversed", 18) == 18
+
+
+def test_experiments_share_rows_where_none_is_left_out() -> None:
+    """So they share passes. `reversed` changes every row."""
+    plain, turned, moved, both = together(
+        NEVER["rule"], NEVER["another run"], USES["metric"], USES["variants"]
+    )
+    assert plain[0].table is turned[0].table
+    assert all(each.table is moved[0].table for each in both)
+
+
+def test_limit_counts_rows_that_are_left() -> None:
+    assert len(table(*USES["metric"], prompts="p limit 20")) == 20
+    assert len(table(*NEVER["rule"], prompts="p limit 20")) == 20
+
+
+def test_tokens_that_are_replaced_are_counted_by_use_too() -> None:
+    corruptions = f"{MOVED.replace('place', 'replace place tokens with').replace(' =', '')}"
+    corruptions += f"\n  {REVERSED}"
+    uses, never = together(USES["metric"], NEVER["rule"], corruptions=corruptions)
+    assert (len(uses[0].table), len(never[0].table)) == (CHANGED, ALL)
