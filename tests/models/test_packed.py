@@ -884,17 +884,27 @@ def test_logits_are_in_the_order_asked_for(loaded: dict[str, LoadedModel]) -> No
     assert torch.equal(result.logits[0], result.logits[3])
 
 
-@pytest.mark.parametrize("site", ["embed", "final_norm", "logits"])
-def test_what_is_not_in_the_pass_is_not_read(loaded: dict[str, LoadedModel], site: str) -> None:
-    """Outside the blocks only tokens are there whose logits are asked for."""
+def test_logits_are_read_where_they_are_asked_for(loaded: dict[str, LoadedModel]) -> None:
     model = loaded["gpt2"]
     kept = kept_of(model, "left")
     writes = [write(model, "resid_pre", 1, [(0, 4)])]
-    reads = {SiteRead(site): (np.array([0, 0]), np.array([10, 2]))}
-    with pytest.raises(ReadMismatch, match=f"`{site}` is read at a token that isn't"):
+    reads = {SiteRead("logits"): (np.array([0, 0]), np.array([10, 2]))}
+    with pytest.raises(ReadMismatch, match="`logits` is read at a token that isn't"):
         same_as_whole(model, kept, [0], writes, last_tokens(kept, [0]), reads)
-    there = {SiteRead(site): (np.array([0]), np.array([10]))}
+    there = {SiteRead("logits"): (np.array([0]), np.array([10]))}
     same_as_whole(model, kept, [0], writes, last_tokens(kept, [0]), there)
+
+
+@pytest.mark.parametrize("site", ["embed", "final_norm"])
+def test_tokens_that_are_read_outside_of_blocks_are_taken_along(
+    loaded: dict[str, LoadedModel], site: str
+) -> None:
+    """Those in front of a write and behind it, of rows that are written and of one that isn't."""
+    model = loaded["gpt2"]
+    kept = kept_of(model, "left")
+    writes = [write(model, "resid_pre", 1, [(0, 4)])]
+    reads = {SiteRead(site): (np.array([0, 0, 0, 1]), np.array([10, 2, 4, 1]))}
+    same_as_whole(model, kept, [0, 1], writes, last_tokens(kept, [0, 1]), reads)
 
 
 # --- noise ----------------------------------------------------------------------------------------
