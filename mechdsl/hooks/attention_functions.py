@@ -412,7 +412,8 @@ def _attend_queries(
     scores[..., mine] = _own_scores(q.to(how.kind), k)
     if kept.distances is not None:
         at = group.columns.part(slice(0, own))
-        _add_distances(scores, kept.distances, q, k, old_keys, group, at.device, mine)
+        queries = q.to(how.kind)
+        _add_distances(scores, kept.distances, queries, k, old_keys, group, at.device, mine)
     scores *= how.scale
     if how.cap is not None:
         scores = scores.div_(how.cap).tanh_().mul_(how.cap)
@@ -537,7 +538,7 @@ def _add_distances(
     if before:
         every = torch.arange(before, device=q.device)
         added[..., :before] = distances.scores(q, old_keys[:, :, None], at, every)
-    added[..., mine] = distances.scores(q, k, at, own).to(added.dtype)
+    added[..., mine] = distances.scores(q, k, at, own)
     scores += added.unsqueeze(2)
 
 

@@ -100,7 +100,8 @@ def _prompts(model: LoadedModel, lengths: tuple[int, int], seed: int) -> list[li
 
 def tried(model: LoadedModel) -> LoadedModel:
     """The model with what calling it shows; raises what the model's own forward raises."""
-    with torch.inference_mode():
+    # Routers cast their weights in their first call, and those of inference mode take no gradient.
+    with torch.no_grad():
         model = _with_logits(_tried(_looked_at(model)))
         return replace(model, calling=replace(model.calling, narrows=_narrows(model)))
 
