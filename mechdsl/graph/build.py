@@ -92,8 +92,10 @@ def unpatched(experiment: ResolvedExperiment, run: str) -> ForwardNode:
         text = there.prompts or "clean"
     s = experiment.spec
     keep = tuple(measure.text for measure in experiment.keep)
-    behind = experiment.table.behind
-    encode = EncodeNode(s.prompts, s.part, s.limit, keep, text, behind, kept_by=experiment.keep)
+    behind, changed_by = experiment.table.behind, experiment.table.changed_by
+    encode = EncodeNode(
+        *(s.prompts, s.part, s.limit, keep, text, behind, changed_by), kept_by=experiment.keep
+    )
     # Models that are patched into each other have the same number of layers.
     model, n_layers = there.model or experiment.model.key, experiment.model.shape.n_layers
     return ForwardNode(model, n_layers, encode, run, writes)
@@ -163,7 +165,9 @@ def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> ReadN
     forward = unpatched(experiment, rule.run)
     if rule.apart is not None:
         apart = rule.apart
-        other = EncodeNode(apart.table.name, apart.part, None, (), apart.run)
+        other = EncodeNode(
+            *(apart.table.name, apart.part, None, (), apart.run), changed_by=apart.table.changed_by
+        )
         forward = ForwardNode(experiment.model.key, forward.n_layers, other, rule.apart.run)
     read = ReadNode(forward, at, points, rule.positions.read)
     return read if detail is None else TransformNode(does.name, (read,), detail)
@@ -178,8 +182,10 @@ def _direction(experiment: ResolvedExperiment, steered: DirectionTargets) -> Dir
         for sample in fit.samples:
             key = id(sample.table), id(sample.run.rows)
             model = sample.run.model or experiment.model.key
-            behind = sample.table.behind
-            encode = EncodeNode(sample.table.name, None, None, (), sample.run.name, behind)
+            behind, changed_by = sample.table.behind, sample.table.changed_by
+            encode = EncodeNode(
+                sample.table.name, None, None, (), sample.run.name, behind, changed_by
+            )
             forward = ForwardNode(model, experiment.model.shape.n_layers, encode, sample.run.name)
             before = reads.get(key)
             points = {} if before is None else dict(before.points)

@@ -37,6 +37,8 @@ class EncodeNode:
     run: str
     behind: str = ""
     """Whose replies stand behind the prompts."""
+    changed_by: tuple[str, ...] = ()
+    """Corruptions that are used and leave a row as it is, which isn't among these."""
     replaced: str | None = None
     """`slot token with "thing"`: a change of the input that a rule makes."""
     kept_by: tuple[ResolvedMeasure, ...] = field(default=(), compare=False, repr=False)

@@ -80,8 +80,10 @@ class Distances:
     @staticmethod
     def _table(vectors: Tensor, like: Tensor) -> Tensor:
         """[heads, …, d_head, distance], in the type of what it is multiplied with"""
-        return vectors.to(like.dtype).transpose(-1, -2).view(
-            len(vectors), *[1] * (like.dim() - 4), *vectors.shape[:0:-1]
+        return (
+            vectors.to(like.dtype)
+            .transpose(-1, -2)
+            .view(len(vectors), *[1] * (like.dim() - 4), *vectors.shape[:0:-1])
         )
 
 

@@ -216,6 +216,7 @@ class _Builder:
             dealt=dealt_evenly(self.block, table.sources) if rounds else (),
             whole=rounds and not self.block.draws,
             unchanged=frozenset(equal),
+            changed_by=tuple(sorted(left_out)),
             classes=classes,
         )
 

@@ -190,6 +190,8 @@ class PromptTable(Record):
     """They are all rows that the block can make."""
     unchanged: frozenset[str] = frozenset()
     """Corruptions that leave a row as it is: it is left out where they are used."""
+    changed_by: tuple[str, ...] = ()
+    """Those of these that are used, so that each of them changes all of the rows."""
     behind: str = ""
     """Whose replies stand behind the prompts, as written: `replies of writes(c: 1)`."""
     classes: tuple[str, ...] = ()

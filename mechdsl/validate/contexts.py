@@ -106,7 +106,7 @@ class Contexts:
         key = (name, id(model.tokenizer), model.shape.max_positions, labels, limit, part)
         tables = self._tables.setdefault(key, {})
         # Experiments share a table, and passes with it, where their runs leave out the same rows.
-        equal = (t for u, t in tables.items() if u & t.unchanged == used & t.unchanged)
+        equal = (t for t in tables.values() if frozenset(t.changed_by) == used & t.unchanged)
         if used not in tables:
             tables[used] = next(equal, None) or self._table(name, model, limit, part, labels, used)
         return tables[used]

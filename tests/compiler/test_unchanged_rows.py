@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import mechdsl
 from mechdsl.base.source import Source
 from mechdsl.prompts.prompt_table import PromptTable
 from mechdsl.resolve.resolved import ResolvedExperiment
@@ -145,3 +147,25 @@ def test_tokens_that_are_replaced_are_counted_by_use_too() -> None:
     corruptions += f"\n  {REVERSED}"
     uses, never = together(USES["metric"], NEVER["rule"], corruptions=corruptions)
     assert (len(uses[0].table), len(never[0].table)) == (CHANGED, ALL)
+
+
+def test_values_are_those_of_each_experiment_alone() -> None:
+    """Both ablate with the mean of the clean run: over the rows that each of them has."""
+    mean = NEVER["mean"]
+    uses = (mean[0], "measure logit(answer) - logit(answer of moved) as delta", MEASURE)
+    both = [uses, mean]
+    texts = [
+        f"experiment e{n} {{\n" + "".join(f"  {each}\n" for each in ("prompts p", *lines)) + "}\n"
+        for n, lines in enumerate(both)
+    ]
+    head = BLOCK.format(corruptions=f"{MOVED}\n  {REVERSED}")
+    found = mechdsl.run(head + "".join(texts), store=None)
+    for number, text in enumerate(texts):
+        (alone,) = mechdsl.run(head + text, store=None)
+        together = found[f"e{number}"]
+        assert together.row_ids == alone.row_ids
+        for one, other in zip(together.measures, alone.measures, strict=True):
+            np.testing.assert_allclose(one.patched, other.patched, atol=1e-5)
+    few, every = (found[f"e{n}"].measures[-1].patched for n in range(2))
+    places = [found["e1"].row_ids.index(row) for row in found["e0"].row_ids]
+    assert np.abs(few - every[:, places]).max() > 1e-3

@@ -134,7 +134,7 @@ def test_another_tile_is_drawn_for_each(tmp_path: Path) -> None:
 
 
 def test_tiles_without_a_change_are_left_out(tmp_path: Path) -> None:
-    table = shapes(tmp_path, "images scenes limit 70")
+    table = shapes(tmp_path, "images scenes limit 70 from painted into clean")
     clean, painted = by_image(table), by_image(table, "painted")
     whole = shapes(
         tmp_path, "images scenes limit 70", SHAPES.replace("mask object", "blur image radius 1")
