@@ -52,6 +52,10 @@ Pair = tuple[str, Tensor, Tensor] | tuple[str, Tensor, Tensor, Tensor]
 """(where, found, expected), and what `found` is the sum of."""
 
 
+_CLEARLY = 1.01
+"""How many times as far off a comparison has to be to be named in place of an earlier one."""
+
+
 @dataclass
 class Bench:
     """A ragged batch, padded, and everything that was read on it in one stack."""
@@ -179,12 +183,13 @@ class Bench:
     def equal(self, identity: str, pairs: Iterable[Pair], tolerance: float = 0.0) -> Outcome:
         """One outcome for many comparisons of (where, found, expected): the worst of them. Sums
         come with what is added up, as rounding goes by the size of that."""
-        worst, at, compared = 0.0, "", 0
+        worst, named, at, compared = 0.0, 0.0, "", 0
         for where, found, expected, *added in pairs:
             error = difference(found, expected, *added)
             compared += 1
-            if error > worst:
-                worst, at = error, where
+            worst = max(worst, error)
+            if error > _CLEARLY * named:  # of equal ones the first, however they round
+                named, at = error, where
         limit = tolerance or self.tolerance
         return Outcome(identity, worst, limit, at, compared=compared)
 
