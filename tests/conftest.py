@@ -36,6 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     grammar.parser()  # a fresh checkout makes its tables here, not within a test that is timed
+    from .one_by_one import raise_at_once  # imports torch, which reads the environment
+
+    raise_at_once()
     if config.getoption("--update-goldens") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--update-goldens writes files that cases share: leave -n out")
 

@@ -80,7 +80,7 @@ class FileRun:
         Raises OSError and StoreProblem, after which no experiment can be run.
         """
         try:
-            self._wave(wave, later)
+            self.together(wave, later)
         except (OSError, StoreProblem):
             raise
         except Exception as failure:
@@ -99,9 +99,10 @@ class FileRun:
         reason = f"{type(failure).__name__}: {failure}"
         return BrokeOff(span=experiment.spec.span, experiment=experiment.name, reason=reason)
 
-    def _wave(
+    def together(
         self, wave: Sequence[ResolvedExperiment], later: Sequence[ResolvedExperiment]
     ) -> None:
+        """The same, which raises what breaks it off."""
         ready = [each for each in map(self._ready, wave) if each is not None]
         ready = [each for each in ready if each.name not in self.lost]
         if not ready:

@@ -126,6 +126,7 @@ def test_a_fit_reads_the_rows_that_it_needs() -> None:
         beside = {key: len(rows) for key, rows in table(*lines).beside.items()}
         assert beside["p.train changed by moved"] < 18
         assert beside.get("p.train changed by reversed", 18) == 18
+        assert "p.train" not in beside
 
 
 def test_experiments_share_rows_where_none_is_left_out() -> None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
 
+from ..one_by_one import as_shipped
 from ..run_source import run_source
 from .nan import ZOO
 
@@ -61,4 +62,5 @@ TWO = HEAD + experiment("first", "figs") + experiment("second", "pears")
 
 def broke_off() -> tuple[None, list[Diagnostic]]:
     """E0650, for its page."""
-    return None, run_source(Source(TWO), models={"toy": breaking()})[1]
+    with as_shipped():
+        return None, run_source(Source(TWO), models={"toy": breaking()})[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,16 @@ from mechdsl.pipeline.run_options import RunOptions
 
 from ..cli.conftest import Command, command
 from ..execute.breaking import HEAD, SAID, TWO, breaking, experiment
+from ..one_by_one import as_shipped
 from ..run_source import run_source
 
 __all__ = ["command"]
+
+
+@pytest.fixture(autouse=True)
+def _as_shipped() -> Iterator[None]:
+    with as_shipped():
+        yield
 
 
 def values(of: Any) -> Any:
