@@ -3,6 +3,7 @@ there against a hook on that module alone."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from mechdsl.loading.load import adopt
 
 from ..quick import some
 from ..reference.hooks import patch_projection, patch_tokens
@@ -77,3 +80,16 @@ def test_rules_act_on_what_the_patch_embedding_gives(name: str, mode: str, tmp_p
         _, vectors = by_hand(name, number, RULES["zero"][1])
         norms = vectors[[0, 2 * GRID + 1]].norm(dim=1).numpy()
         np.testing.assert_allclose(found["seen"].measures[0].patched[:, number], norms, rtol=1e-4)
+
+
+def test_vectors_that_change_before_positions_are_refused() -> None:
+    """An embedding that multiplies what the projection gives: it adds more than positions."""
+    module = copy.deepcopy(support.bare("vit"))
+    embeddings = module.get_submodule("vit.embeddings")
+    forward = embeddings.forward
+    embeddings.forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)
+    model, found = adopt("m", module, support.handed("vit")[1])
+    assert model is None
+    (refused,) = found
+    assert refused.code == "E0410"
+    assert "what is added to embed of patches is the same for every image" in refused.message

@@ -62,13 +62,17 @@ def test_where_all_break_off_the_run_does() -> None:
         run_source(Source(HEAD + experiment("first", "figs")), models={"toy": breaking()})
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def failing(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    error: Exception = ZeroDivisionError("a mistake of ours"),  # noqa: B008
+) -> None:
     """Collecting what an experiment has found fails."""
     collect = waves.collect
 
     def failed(plan: Any, *given: Any) -> Any:
         if plan.experiment.name == name:
-            raise ZeroDivisionError("a mistake of ours")
+            raise error
         return collect(plan, *given)
 
     monkeypatch.setattr(waves, "collect", failed)
@@ -120,9 +124,7 @@ def test_a_save_that_breaks_off_costs_no_result(
 
 
 def test_a_full_disk_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(waves, "collect", full)
+    """Though only the second experiment meets it."""
+    failing(monkeypatch, "second", OSError(28, "No space left on device"))
     with pytest.raises(OSError, match="No space"):
         run_source(Source(TWO), RunOptions())
