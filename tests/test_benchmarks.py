@@ -43,7 +43,7 @@ def test_a_benchmark_imports_what_is_there(name: str) -> None:
             import_module(f"{where}.{wanted}")
 
 
-@pytest.mark.parametrize("name", ["W1a", "W2", "W3", "W4"])
+@pytest.mark.parametrize("name", ["W1a", "W2", "W3", pytest.param("W4", marks=pytest.mark.slow)])
 def test_expert_loop_gives_the_values_of_the_plain_loop(name: str, tmp_path: Path) -> None:
     work = make(name, tmp_path / name, ioi=None, small=True)
     tables: list[np.ndarray] = []

@@ -77,9 +77,19 @@ MODES = [
     *((name, RunOptions(), most) for name, (most, _) in CASES.items()),
     *((name, support.WITHOUT_PLAN, most) for name, most in WHOLE.items()),
 ]
+QUICK = ("heads", "loss", "replies")
+"""Those that aren't slow."""
 
 
-@pytest.mark.parametrize(("name", "options", "most"), MODES)
+@pytest.mark.parametrize(
+    ("name", "options", "most"),
+    [
+        pytest.param(
+            *mode, marks=() if mode[0] in QUICK else pytest.mark.slow, id=f"{mode[0]}-{mode[2]}"
+        )
+        for mode in MODES
+    ],
+)
 def test_file_on_a_simulated_device_has_the_numbers_of_the_cpu(
     tmp_path: Path, name: str, options: RunOptions, most: int
 ) -> None:
