@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Bools, Floats, Ints
 
-BLOCK = 4_000_000
-"""Numbers held at once by one intermediate array (32 MB)."""
+BLOCK = 1_000_000
+"""Numbers held at once by one intermediate array (8 MB)."""
 FEWEST_IN_STRATUM = 4
 """Units below which a stratum says too little of its own spread."""
 
