@@ -29,15 +29,16 @@ from .execute.breaking import broke_off
 from .execute.nan import left_out
 from .markdown import Fence, fences
 from .models import broken
+from .statistics_files.skewed_family import too_skewed
 
 for _module in pkgutil.iter_modules(mechdsl.diagnostics.__path__):
     importlib.import_module(f"mechdsl.diagnostics.{_module.name}")
 
 PAGES = Path(__file__).parent.parent / "docs" / "errors"
-CAUSES = {**broken.CAUSES, "E0650": broke_off, "W0750": left_out}
+CAUSES = {**broken.CAUSES, "E0650": broke_off, "W0723": too_skewed, "W0750": left_out}
 WHILE_RUNNING = ("E0604", "E0613", "E0621", "E0622", "E0631", "E0641", "W0722", "W0751", "W0762")
 """Found after the unpatched runs, or by what cells have found."""
-BESIDE = {"E0231": {"W0710"}, "E0622": {"E0604"}, "W0751": {"W0722"}}
+BESIDE = {"E0231": {"W0710"}, "E0622": {"E0604"}}
 """Codes that can't come alone."""
 
 

@@ -1,4 +1,4 @@
-"""W0720, W0722: results that say little, or less than it seems."""
+"""W0720, W0722, W0723: results that say little, or less than it seems."""
 
 from mechdsl.base.record import keyword_record
 from mechdsl.diagnostics.core import Diagnostic
@@ -9,14 +9,12 @@ class TooFewPrompts(Diagnostic):
     code = "W0720"
     hangs_on = frozenset({"shape", "tokens", "rows", "count"})
     title = "{about}"
-    label = "the smallest p is {smallest}, corrected ({correction}, {cells} cells) {corrected}"
+    label = "{reach}"
     help = "take more {unit}s, sweep fewer cells, or see the p values as a description only"
     about: str
     """Which cells, and how few prompts they have."""
-    smallest: str
-    correction: str
-    corrected: str
-    cells: int
+    reach: str
+    """How small p can be with so many."""
     unit: str = "prompt"
     """What a row is: a prompt or an image."""
 
@@ -36,3 +34,19 @@ class ExplainedByValues(Diagnostic):
     values: int
     n: int
     line: str
+
+
+@keyword_record
+class SkewedFamily(Diagnostic):
+    """Effects whose corrected p would be below the level too often."""
+
+    code = "W0723"
+    title = "effects of `{experiment}` are too skewed to say which of {cells} cells survive"
+    label = "over {units} {unit}s, more than 1 in 20 such experiments would find one by chance"
+    help = "take more {unit}s, measure a difference of logits in place of a probability or a loss, "
+    help += "or write `expect max(…) > 0`, whose bounds hold"
+    experiment: str
+    cells: int
+    units: int
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""

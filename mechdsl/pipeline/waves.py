@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_experiment import BrokeOff, NothingKept
 from mechdsl.diagnostics.e06_numbers import NothingToPickFrom, PickedBySign, RowsLeftOut
+from mechdsl.diagnostics.w07_statistics import SkewedFamily
 from mechdsl.execute.counts import Counts
 from mechdsl.execute.execute import Execution, execute
 from mechdsl.execute.kept_values import KeptRun
@@ -219,7 +222,8 @@ class FileRun:
             whole = averaged(whole, first.spec.over, area=first.spec.area)
         result = with_statistics(whole, first.spec, first.seed)
         self._say(_few_units(variants, result))
-        self._say(explained_by_values(result, first.spec))
+        self._say(_too_skewed(variants, result))
+        self._say(explained_by_values(result, first.spec, first.table.exhausted))
         self.results[first.name] = result
 
     def _with_progress(self, later: Sequence[ResolvedExperiment]) -> Options:
@@ -300,6 +304,24 @@ def _few_units(
     tables = {id(each.table): each.table for each in variants}
     fewer = first.spec.keep if result.prompts < sum(map(len, tables.values())) else ()
     return check_cells(units, first.spec.statistics, (fewer or tested)[0].span, unit_of(first))
+
+
+def _too_skewed(
+    variants: Sequence[ResolvedExperiment], result: ExperimentResult
+) -> list[Diagnostic]:
+    """W0723 where no p is corrected."""
+    found = next((each for each in result.statistics if each.withheld), None)
+    if found is None:
+        return []
+    return [
+        SkewedFamily(
+            span=tested_measures(variants[0])[0].span,
+            experiment=result.name,
+            cells=found.tests,
+            units=int(np.median(found.units[found.tested])),
+            unit=unit_of(variants[0]),
+        )
+    ]
 
 
 def waves(

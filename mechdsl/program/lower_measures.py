@@ -21,7 +21,7 @@ from mechdsl.syntax.walk import depth, rewrite, walk
 if TYPE_CHECKING:
     from mechdsl.program.definitions import Definitions
 
-TESTS = ("flips", "bootstrap")
+TESTS = ("t", "flips", "bootstrap")
 """What stands behind `stats test`: where p comes from."""
 PATTERN = "matches"
 """The metric whose text is a regular expression, in which braces count."""

@@ -259,7 +259,7 @@ class Statistics(Spec):
     resamples: int = 10_000
     confidence: float = 95.0
     correction: str = "holm"
-    test: Literal["flips", "bootstrap"] = "flips"
+    test: Literal["t", "flips", "bootstrap"] = "t"
     by: str | None = None
 
 

@@ -23,7 +23,7 @@ from mechdsl.prompts.answers import (
 from mechdsl.prompts.averaged_images import take_mean
 from mechdsl.prompts.changed_patches import change_patches
 from mechdsl.prompts.class_texts import class_texts
-from mechdsl.prompts.dealt_evenly import dealt_evenly
+from mechdsl.prompts.dealt_evenly import dealt_evenly, exhausted
 from mechdsl.prompts.domains import Constants, Words
 from mechdsl.prompts.image_reader import of_image
 from mechdsl.prompts.prompt_checks import empty_prompts, too_long, unknown_words
@@ -214,6 +214,7 @@ class _Builder:
             python=python,
             cut=found.cut,
             dealt=dealt_evenly(self.block, table.sources) if rounds else (),
+            exhausted=exhausted(self.block, table.sources),
             whole=rounds and not self.block.draws,
             unchanged=frozenset(equal),
             changed_by=tuple(sorted(left_out)),

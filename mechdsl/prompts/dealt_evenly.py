@@ -32,6 +32,18 @@ def dealt_evenly(block: PromptsBlock, rows: Sequence[Row]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def exhausted(block: PromptsBlock, rows: Sequence[Row]) -> tuple[str, ...]:
+    """Names of the variables of which rows have every value that the block declares; none of a data
+    file, whose values are those that somebody found."""
+    if block.data is not None:
+        return ()
+    return tuple(
+        name
+        for name, values in block.axes
+        if len({row.places[name] for row in rows}) == len(values)
+    )
+
+
 def _even(columns: Sequence[Sequence[int]]) -> bool:
     """Whether each combination that there is has as many rows as the next, or one more, as of the
     last round there may be a part; or nearly as many, as rows that were there already are left out.

@@ -186,6 +186,8 @@ class PromptTable(Record):
     """There are more rows, which a check doesn't look at."""
     dealt: tuple[str, ...] = ()
     """Names of the values that rows have evenly by how they are made."""
+    exhausted: tuple[str, ...] = ()
+    """Names of the variables that have every value that the block declares."""
     whole: bool = False
     """They are all rows that the block can make."""
     unchanged: frozenset[str] = frozenset()

@@ -35,8 +35,8 @@ from mechdsl.results.overlaid import overlaid
 from mechdsl.results.replies import Replies, Texts
 from mechdsl.results.run_conventions import conventions, fallbacks, model_words, pass_sizes
 from mechdsl.results.seen_rows import SeenRows
-from mechdsl.statistics.bootstrap import FEWEST_UNITS
 from mechdsl.statistics.measure_data import DrawnValues, MeasureData, Missing, Spread
+from mechdsl.validate.reachable_p import FEWEST_UNITS
 from mechdsl.vocab.metrics import Form
 
 WEIGHTS_ALONE = (

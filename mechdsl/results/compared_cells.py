@@ -14,14 +14,16 @@ from mechdsl.program import spec
 from mechdsl.results.aligned_measures import AlignedMeasure, AlignedRows, Block
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.matched_runs import Matched
-from mechdsl.statistics.bootstrap import FEWEST_UNITS, Studentised, standard_error, student
-from mechdsl.statistics.cell_statistics import rounding_bound, share_limits
+from mechdsl.statistics.cell_inference import Inference, infer_shares
+from mechdsl.statistics.cell_statistics import (
+    denominator_interval,
+    rounding_bound,
+    share_limits,
+)
 from mechdsl.statistics.effect_parts import Sums
-from mechdsl.statistics.shares import share_difference
-from mechdsl.statistics.sign_flips import Tested, flips_for, largest_flip
-from mechdsl.statistics.two_runs import Both, apart, apart_p, paired, paired_p, too_much_work
-from mechdsl.statistics.units import Draws, blocks
-from mechdsl.validate.reachable_p import MOST_RESAMPLES
+from mechdsl.statistics.sign_flips import flips_for, largest_flip
+from mechdsl.statistics.two_runs import Both, paired, unpaired
+from mechdsl.validate.reachable_p import FEWEST_UNITS
 
 State = Literal["equal", "rounding", "noise", "changed", "unclear", "lost", "found", "none"]
 """What became of a cell. equal: every value is the same to the bit. rounding: rounding alone
@@ -71,8 +73,6 @@ class ComparedMeasure:
     units: Ints = field(init=False)
     word: str = "prompt"
     """What a unit is called."""
-    welch: bool = False
-    """Whether Welch's t stands in for deals of two samples."""
 
     def __post_init__(self) -> None:
         count = len(self.cells)
@@ -175,9 +175,11 @@ class ComparedMeasure:
         for sums, there in zip((block.both.old, block.both.new), present, strict=True):
             ones = block.units.total(there.astype(np.float64))
             bottom = Sums(np.broadcast_to(sums.bottom, ones.shape), ones, sums.held)
-            value = bottom.value
-            width = student(self.settings.confidence, sums.held) * standard_error(bottom)
-            for place in np.flatnonzero(np.abs(value) <= np.nan_to_num(width)).tolist():
+            strata = block.units.strata if block.whole else None
+            low, high = denominator_interval(bottom, strata, self.settings.confidence)
+            with np.errstate(invalid="ignore"):
+                bounded = (low > 0) | (high < 0)
+            for place in np.flatnonzero(~bounded).tolist():
                 found[place] = f"{effect.divisor} can't be told from 0 on these rows"
         return found
 
@@ -219,17 +221,14 @@ class ComparedMeasure:
             for value, own in zip(shown, rows, strict=True)
         ]
         tops = [block.units.total(each) for each in is_it]
-        seed = self.new.seed
         if self.rows.paired:
             flips = flips_for(tests, self.level)
-            found = float(largest_flip(tops[1] - tops[0], flips, seed).min())
+            found = float(largest_flip(tops[1] - tops[0], flips, self.new.seed).min())
             return found, found <= 1 / (flips + 1)
         bottoms = [block.units.total(own[None].astype(np.float64)) for own in rows]
         held = [np.full(len(every), np.count_nonzero(each)) for each in bottoms]
         sides = [Sums(*each) for each in zip(tops, bottoms, held, strict=True)]
-        of_each = apart_p(Both(*sides), block.of_new, tests * len(every), seed, self.level)
-        least = int(of_each.p.argmin())
-        return min(1.0, float(of_each.p[least]) * len(every)), bool(of_each.floor[least])
+        return min(1.0, float(unpaired(Both(*sides), block.of_new).p().min()) * len(every)), False
 
     # --- tests ------------------------------------------------------------------------------------
 
@@ -251,42 +250,29 @@ class ComparedMeasure:
                 for cell in block.cells.tolist():
                     self.p[cell], self.floor[cell] = self._category_p(cell, block, tests)
                 continue
-            for some in blocks(len(block.cells), max(self.settings.resamples, block.units.count)):
-                self._test(block, some, tests)
+            self._test(block)
 
-    def _test(self, block: Block, some: slice, tests: int) -> None:
-        cells, both = block.cells[some], block.both.chosen(some)
-        seed, confidence = self.new.seed, self.settings.confidence
-        found = self._studentised(both, block, 0)
-        ends = self._share_limits(cells, both, block, some) or found.interval(confidence)
-        self.low[cells], self.high[cells] = ends
-        if not self.rows.paired:
-            tested = apart_p(both, block.of_new, tests, seed, self.level)
-            self.welch |= too_much_work(len(cells), len(block.of_new), tests, self.level)
-        elif self.settings.test == "bootstrap":
-            wanted = min(MOST_RESAMPLES, 2 * flips_for(tests, self.level))
-            resamples = max(self.settings.resamples, wanted)
-            tested = Tested(*self._studentised(both, block, resamples).p())
-        else:
-            tested = paired_p(both, tests, seed, self.level)
-        self.p[cells], self.floor[cells] = tested.p, tested.floor
+    def _test(self, block: Block) -> None:
+        cells, both = block.cells, block.both
+        confidence, level = self.settings.confidence, 1 - self.settings.confidence / 100
+        found = self._share_difference(block)
+        if found is None:
+            strata = block.units.strata if block.whole else None
+            own = paired(both, strata) if self.rows.paired else unpaired(both, block.of_new)
+            nothing = np.zeros(len(cells), dtype=bool)
+            found = Inference.of(*own.interval(confidence, FEWEST_UNITS), own.p(), nothing, level)
+        self.low[cells], self.high[cells] = found.low, found.high
+        self.p[cells], self.floor[cells] = found.p, found.floor
 
-    def _studentised(self, both: Both, block: Block, resamples: int) -> Studentised:
-        draws: Draws = self.rows.sampling.draws(block.units, whole=block.whole, resamples=resamples)
-        return paired(both, draws) if self.rows.paired else apart(both, block.of_new, draws)
-
-    def _share_limits(
-        self, cells: Ints, both: Both, block: Block, some: slice
-    ) -> tuple[Floats, Floats] | None:
+    def _share_difference(self, block: Block) -> Inference | None:
         """Of the difference of two shares, from the exact limits of both."""
         confidence, effect = self.settings.confidence, self.aligned.effect
         if effect.name != "raw":
             return None
         for data in (self.aligned.old, self.aligned.new):
-            if share_limits(data, effect, cells, block.units, confidence) is None:
+            if share_limits(data, effect, block.cells, block.units, confidence) is None:
                 return None
-        old_rows, new_rows = (each[some] for each in block.n)
-        return share_difference(both.new, both.old, new_rows, confidence, old_rows)
+        return infer_shares(block.both.new, block.both.old, block.n[1], confidence, block.n[0])
 
     def decide(self, corrected: Floats) -> None:
         """Which cells changed. corrected: p of the cells that are asked."""

@@ -11,8 +11,7 @@ from mechdsl.base.plural import plural
 from mechdsl.program import spec
 from mechdsl.results.compared_cells import ComparedMeasure
 from mechdsl.statistics.corrections import CORRECTIONS
-from mechdsl.statistics.sign_flips import flips_in_words
-from mechdsl.validate.reachable_p import CORRECTION_NAMES, EXACT_UP_TO, out_of_reach, smallest_p
+from mechdsl.validate.reachable_p import CORRECTION_NAMES, out_of_reach, smallest_p
 
 
 def decide(measures: Sequence[ComparedMeasure]) -> dict[str, str]:
@@ -59,12 +58,7 @@ def _out_of_reach(measures: Sequence[ComparedMeasure], correction: str) -> NDArr
     """[cell that is asked]: whether all its units speak for a change, but are too few for any p to
     survive."""
     found = np.zeros(sum(len(each.asked) for each in measures), dtype=bool)
-    units = [
-        # two samples can be dealt in so many more ways
-        int(each.units[cell]) if each.rows.paired else EXACT_UP_TO + 1
-        for each in measures
-        for cell in each.asked.tolist()
-    ]
+    units = [int(each.units[cell]) for each in measures for cell in each.asked.tolist()]
     settings = next(each.settings for each in measures if len(each.asked))
     own = settings.model_copy(update={"correction": correction})
     found[out_of_reach(units, own)] = True
@@ -78,7 +72,6 @@ def _words(
     measures: Sequence[ComparedMeasure], correction: str, tests: int
 ) -> Iterator[tuple[str, str]]:
     tested = [each for each in measures if len(each.asked) or "changed" in each.states]
-    paired = [each for each in tested if each.rows.paired]
     apart = [each for each in tested if not each.rows.paired]
     confidence = " or ".join(dict.fromkeys(f"{each.settings.confidence:g} %" for each in tested))
     yield (
@@ -87,32 +80,20 @@ def _words(
     )
     yield (
         "interval",
-        f"{confidence}, bootstrap-t over distinct rows or values of `stats by`, or Student's t "
-        "where that is wider; of shares from the exact limits of both; of categories none",
+        f"{confidence}, Student's t corrected for skewness over distinct rows or values of `stats "
+        "by`; of shares from the exact limits of both; of categories none",
     )
-    flips = dict.fromkeys(
-        flips_in_words(
-            int(each.units.max()), 1 if correction == "none" else tests, each.word, each.level
-        )
-        for each in paired
-        if each.settings.test == "flips" or each.category
+    yield (
+        "p",
+        "two-sided, the level at which the interval would end at 0; of categories by sign flips: "
+        "without a change, old and new could be swapped in each",
     )
-    if flips:
-        said = " or ".join(flips).replace("the deltas", "the differences")
-        yield "p", f"{said}; without a change, old and new could be swapped in each"
-    if any(each.settings.test == "bootstrap" and not each.category for each in paired):
-        yield "p of `test bootstrap`", "two-sided, by inversion of the bootstrap-t interval"
     if apart:
         names = ", ".join(dict.fromkeys(f"`{each.new.name}`" for each in apart))
-        how = (
-            "by Welch's t, as deals would be too many"
-            if any(each.welch for each in apart)
-            else ("by dealing all units to two samples anew, and no less than by Welch's t")
-        )
         yield (
             "not paired",
-            f"{names}: no row is in both runs, so they are two samples: interval by bootstrap-t "
-            f"and Welch's t, p {how}",
+            f"{names}: no row is in both runs, so they are two samples, with Welch's degrees of "
+            "freedom",
         )
     yield (
         "correction",

@@ -18,6 +18,7 @@ import numpy as np
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.statistics.bootstrap import FLAT, Studentised, pivot
 from mechdsl.statistics.effect_parts import Sums
+from mechdsl.statistics.skewed_t import SkewedT, skewed_t_of_moves
 from mechdsl.statistics.units import Draws
 
 Sign = Literal["+", "-", "*", "/"]
@@ -102,6 +103,19 @@ def is_one(number: Smooth) -> bool:
             return False
 
 
+def is_linear(number: Smooth) -> bool:
+    """Whether it is a sum of cells, each times a fixed number."""
+    match number:
+        case Joined("+" | "-", left, right):
+            return is_linear(left) and is_linear(right)
+        case Joined("*", left, Fixed()) | Joined("/", left, Fixed()) | Joined("*", Fixed(), left):
+            return is_linear(left)
+        case Joined():
+            return False
+        case _:
+            return True
+
+
 def own_limits(number: Smooth, confidence: float) -> tuple[float, float] | None:
     """The ends of cells with limits of their own, moved and scaled by fixed numbers; None of
     anything else."""
@@ -122,6 +136,13 @@ def own_limits(number: Smooth, confidence: float) -> tuple[float, float] | None:
 def _along(weight: Floats, bottom: Floats) -> Floats:
     """[resample, cell] × [1 or cell, unit]."""
     return weight.sum(1, keepdims=True) @ bottom if len(bottom) == 1 else weight @ bottom
+
+
+def skewed_t_of_number(number: Smooth, draws: Draws, held: int) -> SkewedT:
+    """The corrected t of one number. held: units."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value, moves = under(number, np.ones((1, draws.units)))
+    return skewed_t_of_moves(value, moves, np.array([held], dtype=np.int64), draws.strata)
 
 
 def studentise_number(number: Smooth, draws: Draws, held: int) -> Studentised:

@@ -21,20 +21,23 @@ from mechdsl.results.estimates import (
     NotComputed,
     OfSums,
     absolute,
-    around,
     combined,
     constant,
+    is_linear,
     is_one,
     own_limits,
     pearson,
+    skewed_t_of_number,
     spearman,
     studentise_number,
 )
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.matched_cells import matched
 from mechdsl.results.rankings import ranking_of_cells, ranking_of_rows
-from mechdsl.statistics.bootstrap import FEWEST_UNITS, Simultaneous, simultaneous
+from mechdsl.statistics.bootstrap import Simultaneous, simultaneous
+from mechdsl.statistics.cell_inference import infer
 from mechdsl.statistics.cell_statistics import share_limits
+from mechdsl.statistics.correlations import true_correlation
 from mechdsl.statistics.effect_parts import Sums, parts
 from mechdsl.statistics.measure_data import NO_INTERVAL
 from mechdsl.statistics.sampling import partitions
@@ -51,6 +54,7 @@ from mechdsl.validate.conditions import (
     Ranking,
     Value,
 )
+from mechdsl.validate.reachable_p import FEWEST_UNITS
 from mechdsl.vocab.effects import EFFECTS
 
 
@@ -315,10 +319,15 @@ class Reader:
             return replace(estimate, low=ends[0], high=ends[1])
         if few is not None:
             return replace(estimate, why=estimate.why or few)
-        found = studentise_number(estimate.smooth, self.space.draws, self.space.held)
+        draws, held = self.space.draws, self.space.held
+        found = studentise_number(estimate.smooth, draws, held)
         if ends is not None and known and found.error[0] == 0:
             return replace(estimate, low=ends[0], high=ends[1])
         low, high = found.interval(confidence)
+        by_t = self.cells.result.sampling.settings.test == "t"
+        if by_t and is_linear(estimate.smooth):
+            corrected = skewed_t_of_number(estimate.smooth, draws, held)
+            low, high = corrected.interval(confidence, FEWEST_UNITS)
         return replace(estimate, low=float(low[0]), high=float(high[0]))
 
     def of_cells(self, value: OfCells, confidence: float) -> Estimate:
@@ -334,7 +343,7 @@ class Reader:
         if value.how not in ("max", "min"):
             share = np.full(len(of.cells), 1 / len(of.cells))
             about = replace(about, point=float(means.mean()), rounding=float(rounding.mean()))
-            return replace(about, smooth=OfSums(sums, share, self.limits(of, share)))
+            return replace(about, smooth=OfSums(sums, share, self.limits(of, sums, share)))
         largest = value.how == "max"
         point = float(means.max() if largest else means.min())
         about = replace(about, point=point, rounding=float(rounding.max()), why=self.space.too_few)
@@ -361,15 +370,27 @@ class Reader:
         units, place = self.space.units, self.space.place(of.result)
         return share_limits(data, EFFECTS[data.effect], of.cells, units, confidence, place)
 
-    def limits(self, of: Chosen, share: Floats) -> Limits | None:
-        """Of a weighted mean of cells that are shares: exact of one cell, by Bonferroni of more."""
+    def limits(self, of: Chosen, sums: Sums, share: Floats) -> Limits | None:
+        """Of a weighted mean of cells that are shares: exact of one cell, by Bonferroni of more. Of
+        one cell of anything else: those of its row in the table."""
         if self.shares(of, 95.0) is None:
-            return None
+            effect = EFFECTS[of.result.measures[of.measure].effect]
+            return self._row_limits(sums, effect.tested) if len(share) == 1 else None
 
         def found(confidence: float) -> tuple[float, float]:
             every = self.shares(of, 100 - (100 - confidence) / len(share))
             assert every is not None
             return float(every[0] @ share), float(every[1] @ share)
+
+        return found
+
+    def _row_limits(self, sums: Sums, tested: bool) -> Limits:
+        settings = self.cells.result.sampling.settings
+
+        def found(confidence: float) -> tuple[float, float]:
+            own = settings.model_copy(update={"confidence": confidence})
+            inference = infer(sums, own, self.space.draws, 1, tested=tested)
+            return float(inference.low[0]), float(inference.high[0])
 
         return found
 
@@ -405,10 +426,10 @@ class Reader:
         share[:-1] += np.diff(places) / 2
         share /= places[-1] - places[0]
         of = replace(of, cells=cells)
-        means = result.statistics[value.measure].mean[cells]
+        means, sums = result.statistics[value.measure].mean[cells], self.space.sums(of)
         return Estimate(
             float(means @ share),
-            OfSums(self.space.sums(of), share, self.limits(of, share)),
+            OfSums(sums, share, self.limits(of, sums, share)),
             rounding=float(bounds(of) @ share),
             as_in_base=as_in_base(result, value.measure),
         )
@@ -428,18 +449,17 @@ class Reader:
         mine, theirs = self.cells.pair(value)
         correlate = spearman if value.how == "spearman" else pearson
         one, two = self.space.sums(mine), self.space.sums(theirs)
-        point = float(correlate(one.value[None], two.value[None])[0])
-        if not math.isfinite(point):
+        measured = float(correlate(one.value[None], two.value[None])[0])
+        if not math.isfinite(measured):
             raise NoNumber("the effects don't differ between cells")
+        if value.how == "spearman":
+            return Estimate(measured, why="a rank correlation is of the effects as measured")
         if self.space.too_few:
-            return Estimate(point, why=self.space.too_few)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found = [
-                correlate(one.under(weights), two.under(weights))
-                for weights in self.space.draws.weights(4 * len(one.top))
-            ]
-        low, high = around(point, np.concatenate(found), confidence)
-        return Estimate(point, None, low, high)
+            return Estimate(measured, why=self.space.too_few)
+        found = true_correlation(one, two, confidence)
+        if math.isnan(found.value):
+            return Estimate(measured, why="the effects don't differ between cells beyond chance")
+        return Estimate(found.value, None, found.low, found.high)
 
     def ranking(self, value: Ranking, confidence: float) -> Estimate:
         of = self.cells.of(value)

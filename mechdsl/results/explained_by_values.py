@@ -37,11 +37,16 @@ class Explained:
     values: int
 
 
-def explained_by_values(result: ExperimentResult, experiment: spec.Experiment) -> list[Diagnostic]:
+def explained_by_values(
+    result: ExperimentResult, experiment: spec.Experiment, fixed: Sequence[str]
+) -> list[Diagnostic]:
     """W0722 for the measure and the value of the prompts of which it is most so.
 
     It looks at the cell of the largest effect, whose rows claims are made of: others differ by less
     than what anybody reads off the table, and to pick by the share would find it by chance.
+
+    fixed: values that aren't named, as they are all that the block declares: there are no others
+    that a claim could be about.
     """
     by = result.settings.by if result.settings else None
     found: list[tuple[Explained, int, int]] = []
@@ -57,11 +62,13 @@ def explained_by_values(result: ExperimentResult, experiment: spec.Experiment) -
             for name, values in result.row_values.items()
         }
         own = columns.get(by or "")
+        whole = [columns[name] for name in fixed if name in columns]
         of_tiles = by == IMAGE and TILE in columns
         columns = {
             name: each
             for name, each in columns.items()
-            if not _settled(each, own) and not (of_tiles and _crosses(each, own))
+            if not any(_settled(each, other) for other in (own, *whole))
+            and not (of_tiles and _crosses(each, own))
         }
         best = most_explained(rows, columns)
         present = np.count_nonzero(~np.isnan(_effect(data, cell)))

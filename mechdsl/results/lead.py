@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.statistics.bootstrap import Simultaneous, simultaneous, studentise
+from mechdsl.statistics.bootstrap import Simultaneous, simultaneous
+from mechdsl.statistics.cell_inference import infer
 from mechdsl.statistics.effect_parts import Sums
 
 if TYPE_CHECKING:
@@ -36,12 +37,13 @@ def ahead_of_each(
     """The difference to each rival has an interval of its own; the one with the lowest end."""
     low, high, value = (np.full(len(rivals), np.nan) for _ in range(3))
     sums = differences(space, of, np.full(len(rivals), leader), rivals, sign, -sign)
+    settings = space.mine.sampling.settings.model_copy(update={"confidence": confidence})
     step = max(1, 4_000_000 // space.draws.resamples)
     for start in range(0, len(rivals), step):
         block = slice(start, start + step)
-        found = studentise(sums.chosen(block), space.draws)
-        value[block] = found.value
-        low[block], high[block] = found.interval(confidence)
+        own = sums.chosen(block)
+        found = infer(own, settings, space.draws, 1)
+        value[block], low[block], high[block] = own.value, found.low, found.high
     least = int(np.argmin(np.where(np.isnan(low), -np.inf, low)))
     return Nearest(int(rivals[least]), float(value[least]), float(low[least]), float(high[least]))
 

@@ -15,6 +15,12 @@ from mechdsl.statistics.sampling import partitions
 from mechdsl.validate.reachable_p import CORRECTION_NAMES
 from mechdsl.vocab.effect_kind import EffectKind
 
+_METHODS = {
+    "t": "Student's t corrected for skewness, over {over}",
+    "flips": "inverted sign flips over {over}",
+    "bootstrap": "bootstrap-t over {over}, at least {n:,} resamples, or Student's t where that is "
+    "wider",
+}
 CHANGE = "m(patched) − m(base)"
 _OF_GRADIENTS = {
     GRADIENT: "the length (L2) of ∂m/∂site in the base run",
@@ -44,6 +50,8 @@ def statistics_conventions(
         found["correction"] = (
             f"{CORRECTION_NAMES[settings.correction]}, over {plural(tests, 'cell')}"
         )
+        if any(each.withheld for each in result.statistics):
+            found["correction"] += "; withheld, as effects are too skewed for it to hold (W0723)"
     small = sum(int(np.count_nonzero(each.at_rounding)) for each in result.statistics)
     said = []
     if small:
@@ -92,14 +100,12 @@ def _interval(result: ExperimentResult) -> str:
         for count in counts
     )
     by_block = ", each block's by themselves" if BLOCKS in result.axes else ""
-    design = (by_block or ", drawn within the design") if most.strata is not None else ""
+    within = most.strata is not None and settings.test != "flips"
+    design = (by_block or ", within the values that are dealt evenly") if within else ""
     exact = [data.unit == "share" and data.effect in SHARES for data in numbers]
     kinds: list[str] = []
     if not all(exact):
-        kinds.append(
-            f"bootstrap-t over {over}{design}, {settings.resamples:,} resamples, "
-            "or Student's t where that is wider"
-        )
+        kinds.append(_METHODS[settings.test].format(over=f"{over}{design}", n=settings.resamples))
     if any(exact):
         kinds.append("of shares by the exact limits of Clopper and Pearson")
     return f"{settings.confidence:g} % {'; '.join(kinds)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from mechdsl.results.changed_verdicts import VerdictChange
 from mechdsl.results.compared_cells import State
 from mechdsl.results.experiment_result import ExpectOutcome
 from mechdsl.results.found_differences import CellDifference, Differences, Place
-from mechdsl.show.reports.text import MISSING, hanging, number_format, p_text
+from mechdsl.show.reports.text import MISSING, hanging, number_format, p_text, with_interval
 from mechdsl.show.reports.verdicts import verdict_value
 from mechdsl.show.terminal import Printed, printed
 
@@ -182,11 +183,13 @@ def _cell(each: CellDifference, console: Console) -> None:
 
 def _effect(each: CellDifference) -> str:
     old, new = _written(each.old, each.new)
-    difference, low, high = _written(each.difference, each.low, each.high)
+    difference = MISSING
+    if each.difference is not None:
+        ends = (math.nan if end is None else end for end in (each.low, each.high))
+        known = [v for v in (each.difference, each.low, each.high) if v is not None]
+        difference = " ".join(with_interval(number_format(known), each.difference, *ends))
     what = "mean effect" if each.kind == "number" else "share of the old run's commonest"
     said = f"{what} {old} → {new}, difference {difference}"
-    if each.low is not None:
-        said += f" [{low}, {high}]"
     if each.p_corrected is not None:
         said += f", p corrected {p_text(each.p_corrected, each.p_at_most)}"
     return said

@@ -11,7 +11,8 @@ from mechdsl.plan.cost import Cost
 from mechdsl.plan.experiment_plan import ExperimentPlan
 from mechdsl.plan.plan import Plan
 from mechdsl.resolve.over_rows import OverRows
-from mechdsl.statistics.sign_flips import by_saddlepoint, flips_for
+from mechdsl.statistics.cell_inference import draws_of
+from mechdsl.statistics.corrections import MULTIPLIERS
 
 EFFICIENCY = 0.8
 """Share of a large product's rate that passes over wide models reach, as measured on two cores."""
@@ -135,16 +136,17 @@ def _of_experiment(plan: ExperimentPlan) -> Amounts:
     each = shape.outputs if reads_all else shape.d_model
     written = 0 if experiment.generation is None else experiment.generation.tokens
     samples = 1 if experiment.generation is None else experiment.generation.samples
-    flips = flips_for(cells, (100 - settings.confidence) / 100)
-    flipped = 0 if settings.test != "flips" or by_saddlepoint(cells, units, flips) else flips
+    draws = draws_of(settings, cells) + MULTIPLIERS * (settings.correction == "max")
+    # simultaneous bounds, argmax and what isn't smooth are resampled
+    draws += settings.resamples * bool(experiment.spec.expects)
     over_rows = plan.observes is not None and isinstance(plan.observes.rule.does, OverRows)
     return Amounts(
         runs=0,
         cells=cells,
         rows=rows,
         numbers=float(rows * (each + written * samples * shape.outputs)),
-        drawn=float(units * (settings.resamples + flipped)),
-        summed=float(cells * units * (settings.resamples + flipped)),
+        drawn=float(units * draws),
+        summed=float(cells * units * draws),
         fitted=rows if over_rows else 0,
     )
 

@@ -17,9 +17,8 @@ import numpy as np
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.statistics.effect_parts import Sums
 from mechdsl.statistics.units import BLOCK, Draws, blocks
+from mechdsl.validate.reachable_p import FEWEST_UNITS
 
-FEWEST_UNITS = 5
-"""Units below which there is no interval."""
 FEWEST_RESAMPLED = 8
 """Units below which Student's t stands in: resamples of so few are too often of one unit."""
 FLAT = 1e-10
@@ -87,10 +86,10 @@ class Studentised:
         resampled = np.where(self.held >= FEWEST_RESAMPLED, (beyond + 1) / (known + 1), 0.0)
         by_t = stdtr(np.maximum(self.freedom, 1), -np.abs(self.ratio))
         p = np.minimum(1.0, 2 * np.maximum(resampled, by_t))
-        # units that don't differ say nothing of their spread: as many as they are, by sign flips
-        flat = self.error == 0
-        p = np.where(flat, np.maximum(2.0 ** (1 - self.held), p), p)
-        least = (beyond == 0) & (resampled > by_t) & ~flat
+        # so often all units have the same sign by chance, and no spread of theirs says otherwise
+        by_sign = 2.0 ** (1.0 - self.held)
+        least = (beyond == 0) & (resampled > by_t) & (p > by_sign) & (self.error != 0)
+        p = np.maximum(by_sign, p)
         none = (self.value == 0) | np.isnan(self.error)
         return np.where(none, 1.0, p), least & ~none
 
@@ -113,7 +112,7 @@ def percentiles(samples: Floats, ends: tuple[float, float]) -> tuple[Floats, Flo
     return np.where(none, np.nan, low), np.where(none, np.nan, high)
 
 
-def student(confidence: float, units: Ints) -> Floats:
+def student(confidence: float | Floats, units: Ints) -> Floats:
     """[cell]: the quantile of Student's t for so many units, NaN for one."""
     from scipy.special import stdtrit  # not at the top: slow to import
 

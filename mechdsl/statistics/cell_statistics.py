@@ -16,13 +16,16 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e06_statistics import ZeroDenominator
 from mechdsl.program import spec
-from mechdsl.statistics.bootstrap import FEWEST_UNITS, standard_error, student, studentise
-from mechdsl.statistics.cell_tests import cell_p
+from mechdsl.statistics.bootstrap import standard_error, student
+from mechdsl.statistics.cell_inference import Inference, infer, infer_shares
+from mechdsl.statistics.correct_cells import with_corrected_p
 from mechdsl.statistics.effect_parts import Parts, Sums, parts
 from mechdsl.statistics.measure_data import NO_INTERVAL, CellStatistics, Interval, MeasureData
 from mechdsl.statistics.sampling import Sampling, in_order, partitions
 from mechdsl.statistics.shares import share_difference, share_interval
+from mechdsl.statistics.skewed_t import skewed_t
 from mechdsl.statistics.units import Units, blocks
+from mechdsl.validate.reachable_p import FEWEST_UNITS
 from mechdsl.vocab.effect_kind import EffectKind
 from mechdsl.vocab.effects import EFFECTS
 
@@ -92,8 +95,13 @@ def _blocks(data: MeasureData, effect: EffectKind, sampling: Sampling) -> Iterat
                     yield _Block(some[own], units, part, part.sums(units), whole)
 
 
-def _numbers(data: MeasureData, effect: EffectKind, sampling: Sampling) -> CellStatistics:
-    """Everything but p."""
+def _numbers(
+    data: MeasureData, effect: EffectKind, sampling: Sampling, tests: int = 1
+) -> CellStatistics:
+    """Everything but the corrected p.
+
+    tests: of how many cells the smallest p has to survive the correction
+    """
     data, sampling = in_order(data, sampling.order), sampling.ordered
     found = _empty(data.patched.shape[0])
     reasons: list[str | None] = [None] * len(found.mean)
@@ -101,18 +109,21 @@ def _numbers(data: MeasureData, effect: EffectKind, sampling: Sampling) -> CellS
         cells, rows, n = block.cells, block.rows, block.n
         found.n[cells], found.units[cells] = n, block.sums.held
         found.mean[cells] = rows.mean()
-        low, high = _interval(data, effect, sampling, block)
-        found.low[cells], found.high[cells] = low, high
+        inference = _inference(data, effect, sampling, block, tests)
+        found.low[cells], found.high[cells] = inference.low, inference.high
+        if effect.tested:
+            found.p[cells] = np.where(data.inert[cells], np.nan, inference.p)
+            found.floor[cells] = inference.floor & ~data.inert[cells]
         found.base_mean[cells] = _mean_within(data.base, cells, rows.present)
         found.source_mean[cells] = _mean_within(data.source, cells, rows.present)
         found.rounding[cells] = rounding_bound(data, effect, cells, rows.present)
-        zero = _zero_denominators(block, sampling.settings.confidence)
+        zero = _zero_denominators(block, sampling)
         word = sampling.unit_word(block.units)
         for offset, cell in enumerate(cells.tolist()):
             undefined = int(rows.undefined[offset])
             about = zero.get(offset)
             if about is not None:
-                for values in (found.mean, found.low, found.high):
+                for values in (found.mean, found.low, found.high, found.p):
                     values[cell] = np.nan
             reasons[cell] = _reason(data, effect, found, cell, undefined, word, about)
     for values in (found.mean, found.low, found.high, found.base_mean, found.source_mean):
@@ -120,19 +131,27 @@ def _numbers(data: MeasureData, effect: EffectKind, sampling: Sampling) -> CellS
     return replace(found, reasons=tuple(reasons))
 
 
-def _interval(
-    data: MeasureData, effect: EffectKind, sampling: Sampling, block: _Block
-) -> tuple[Floats, Floats]:
-    """[cell] each, by the kind of the figure."""
-    confidence = sampling.settings.confidence
+def _inference(
+    data: MeasureData, effect: EffectKind, sampling: Sampling, block: _Block, tests: int
+) -> Inference:
+    """By the kind of the figure."""
+    settings, cells = sampling.settings, block.cells
     if data.spread != "rows":
-        nothing = np.full(len(block.cells), np.nan)
-        return nothing, nothing
-    found = share_limits(data, effect, block.cells, block.units, confidence)
-    if found is None:
+        nothing = np.full(len(cells), np.nan)
+        return Inference(nothing, nothing, nothing, np.zeros(len(cells), dtype=bool))
+    limits = share_limits(data, effect, cells, block.units, settings.confidence)
+    if limits is None:
         draws = sampling.draws(block.units, whole=block.whole)
-        return studentise(block.sums, draws).interval(confidence)
-    return found
+        return infer(block.sums, settings, draws, tests, tested=effect.tested)
+    runs = _share_sums(data, effect, cells, block.units)
+    if len(runs) == 1:  # a share is no difference: it has no p
+        return Inference(*limits, np.full(len(cells), np.nan), np.zeros(len(cells), dtype=bool))
+    patched, base = runs
+    found = infer_shares(patched, base, block.n, settings.confidence)
+    still = data.inert[cells] & effect.of_intervention & ~np.isnan(found.low)
+    return replace(
+        found, low=np.where(still, 0.0, found.low), high=np.where(still, 0.0, found.high)
+    )
 
 
 def share_limits(
@@ -147,18 +166,28 @@ def share_limits(
 
     of: the number of the experiment among those whose units these are
     """
-    runs = _shares(data, effect, cells)
-    if runs is None:
+    sums = _share_sums(data, effect, cells, units, of)
+    if not sums:
         return None
-    present = parts(data, effect, cells).present
-    bottom = units.total(present.astype(np.float64), of)
-    held, n = units.held(present, of), np.count_nonzero(present, axis=1)
-    own, *other = (Sums(units.total(np.where(present, run, 0.0), of), bottom, held) for run in runs)
+    own, *other = sums
+    n = np.count_nonzero(parts(data, effect, cells).present, axis=1)
     if not other:
         return share_interval(own, n, confidence)
     low, high = share_difference(own, other[0], n, confidence)
     still = data.inert[cells] & effect.of_intervention & ~np.isnan(low)
     return np.where(still, 0.0, low), np.where(still, 0.0, high)
+
+
+def _share_sums(
+    data: MeasureData, effect: EffectKind, cells: Ints, units: Units, of: int = 0
+) -> list[Sums]:
+    """The one share, or the two, that an effect is made of; none of anything else."""
+    runs = _shares(data, effect, cells)
+    if runs is None:
+        return []
+    present = parts(data, effect, cells).present
+    bottom, held = units.total(present.astype(np.float64), of), units.held(present, of)
+    return [Sums(units.total(np.where(present, run, 0.0), of), bottom, held) for run in runs]
 
 
 def _shares(data: MeasureData, effect: EffectKind, cells: Ints) -> list[Floats] | None:
@@ -178,7 +207,7 @@ def _shares(data: MeasureData, effect: EffectKind, cells: Ints) -> list[Floats] 
     return found
 
 
-def _zero_denominators(block: _Block, confidence: float) -> dict[int, tuple[float, float, float]]:
+def _zero_denominators(block: _Block, sampling: Sampling) -> dict[int, tuple[float, float, float]]:
     """Cells of a block whose denominator can't be told from 0 → it and its interval: by Fieller's
     condition their ratio has no bounds (Fieller 1954)."""
     if block.rows.denominator is None:
@@ -186,16 +215,26 @@ def _zero_denominators(block: _Block, confidence: float) -> dict[int, tuple[floa
     bottom = np.broadcast_to(block.rows.denominator, block.rows.present.shape)
     ones = block.rows.present.astype(np.float64)
     sums = Sums(block.units.total(bottom), block.units.total(ones), block.sums.held)
-    value, low, high = _by_student(sums, confidence)
-    found = np.flatnonzero((low <= 0) & (high >= 0) & (block.n > 0))
+    strata = sampling.draws(block.units, whole=block.whole).strata
+    low, high = denominator_interval(sums, strata, sampling.settings.confidence)
+    value = sums.value
+    with np.errstate(invalid="ignore"):
+        found = np.flatnonzero(~((low > 0) | (high < 0)) & (block.n > 0))
     return {int(i): (float(value[i]), float(low[i]), float(high[i])) for i in found}
 
 
-def _by_student(sums: Sums, confidence: float) -> tuple[Floats, Floats, Floats]:
-    """[cell] each: the mean and its interval by Student's t; the mean alone for one unit."""
+def denominator_interval(
+    sums: Sums, strata: Ints | None, confidence: float
+) -> tuple[Floats, Floats]:
+    """[cell] each: the interval of a denominator, by the same rule as that of a ratio.
+
+    Below `FEWEST_UNITS`, where a ratio has no interval, it is Student's, and of one unit the value.
+    """
     value = sums.value
+    low, high = skewed_t(sums, strata).interval(confidence, FEWEST_UNITS)
     width = np.nan_to_num(student(confidence, sums.held) * standard_error(sums))
-    return value, value - width, value + width
+    few = sums.held < FEWEST_UNITS
+    return np.where(few, value - width, low), np.where(few, value + width, high)
 
 
 def rounding_bound(
@@ -257,7 +296,7 @@ def _reason(
         return "no prompt is part of this cell"
     if undefined:
         said.append(f"the base run's value is 0 in {undefined} of {found.n[cell]} prompts")
-    elif zero is not None and zero[1] < zero[2]:
+    elif zero is not None and not zero[1] == zero[2] == 0:
         value, low, high = zero
         said.append(
             f"{effect.divisor} can't be told from 0 there: {value:.3g} [{low:.3g}, {high:.3g}]"
@@ -334,13 +373,19 @@ def cell_statistics(
     if not measures:
         return []
     sampling = Sampling(measures[0].patched.shape[1], settings, seed, ids, groups, strata, blocks)
+    tests = sum(
+        int(np.count_nonzero(~data.inert))
+        for data in measures
+        if data.kind == "number" and effects[data.effect].tested
+    )
+    alone = settings.correction in ("max", "none")
     found = [
-        _numbers(data, effects[data.effect], sampling)
+        _numbers(data, effects[data.effect], sampling, 1 if alone else tests)
         if data.kind == "number"
         else category_statistics(data.patched, data.truth, data.rounding)
         for data in measures
     ]
-    return cell_p(measures, found, sampling, effects)
+    return with_corrected_p(measures, found, sampling, effects)
 
 
 def run_interval(values: Floats, sampling: Sampling, of: MeasureData | None = None) -> Interval:
@@ -388,8 +433,10 @@ def check_denominator(
         units.held(present),
     )
     confidence = sampling.settings.confidence
-    for value, low, high, n in zip(*_by_student(sums, confidence), present.sum(1), strict=True):
-        if n and low <= 0 <= high:
+    strata = sampling.draws(units, whole=bool(sampling.whole(present).all())).strata
+    ends = denominator_interval(sums, strata, confidence)
+    for value, low, high, n in zip(sums.value, *ends, present.sum(1), strict=True):
+        if n and not (low > 0 or high < 0):
             return [
                 ZeroDenominator(
                     span=span,

@@ -110,6 +110,8 @@ class CellStatistics:
     rounding: Floats
     """How far rounding alone may move the mean, in the effect's own unit, or, of categories, the
     share of the prompts whose category it may change; NaN where that isn't known or can't be."""
+    withheld: bool = False
+    """Whether no p is corrected, as effects are too skewed for the level to hold over all cells."""
 
     @property
     def tested(self) -> Bools:

@@ -9,7 +9,7 @@ from mechdsl.statistics.bootstrap import FEWEST_UNITS, standard_error, student
 from mechdsl.statistics.effect_parts import Sums
 
 
-def clopper_pearson(right: Floats, n: Floats, confidence: float) -> tuple[Floats, Floats]:
+def clopper_pearson(right: Floats, n: Floats, confidence: float | Floats) -> tuple[Floats, Floats]:
     """The exact interval of `right` out of `n` (Clopper and Pearson 1934). Neither needs to be a
     whole number."""
     from scipy.special import betaincinv  # not at the top: slow to import
@@ -23,7 +23,7 @@ def clopper_pearson(right: Floats, n: Floats, confidence: float) -> tuple[Floats
     return low, high
 
 
-def effective_n(sums: Sums, rows: Ints, confidence: float) -> Floats:
+def effective_n(sums: Sums, rows: Ints, confidence: float | Floats) -> Floats:
     """[cell]: how many independent rows tell as much of a share as these units do.
 
     Korn and Graubard 1998: p(1 − p) over the squared standard error, by the degrees of freedom of
@@ -39,7 +39,7 @@ def effective_n(sums: Sums, rows: Ints, confidence: float) -> Floats:
     return np.where(alone, rows, np.minimum(found, rows))
 
 
-def share_interval(sums: Sums, rows: Ints, confidence: float) -> tuple[Floats, Floats]:
+def share_interval(sums: Sums, rows: Ints, confidence: float | Floats) -> tuple[Floats, Floats]:
     """[cell]: of a share of rows; where units are several rows, none below `FEWEST_UNITS`.
 
     sums: of 0 or 1 per row. rows: [cell].
@@ -52,7 +52,7 @@ def share_interval(sums: Sums, rows: Ints, confidence: float) -> tuple[Floats, F
 
 
 def share_difference(
-    patched: Sums, base: Sums, rows: Ints, confidence: float, base_rows: Ints | None = None
+    patched: Sums, base: Sums, rows: Ints, confidence: float | Floats, base_rows: Ints | None = None
 ) -> tuple[Floats, Floats]:
     """[cell]: of one share less another on the same rows, from the limits of both and their
     correlation (Newcombe 1998, method 10; Zou and Donner 2008), with exact limits. Of shares on

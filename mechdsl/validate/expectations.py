@@ -48,7 +48,7 @@ def read_expectation(
     expectation: spec.Expectation, known: Known
 ) -> tuple[Statement | None, list[Diagnostic]]:
     """The condition with its names bound, or None and why not."""
-    reader = _ConditionReader(known)
+    reader = _ConditionReader(known, on_mean=expectation.on_mean)
     try:
         if expectation.condition is None:
             return reader.top(expectation), []
@@ -70,6 +70,10 @@ def _joined(operator: Literal["+", "-", "*", "/"], left: Value, right: Value) ->
 
 
 class _ConditionReader(KnownCells):
+    def __init__(self, known: Known, *, on_mean: bool) -> None:
+        super().__init__(known)
+        self.on_mean = on_mean
+
     # --- conditions
 
     def condition(self, node: ast.Expr) -> Condition:
@@ -214,6 +218,11 @@ class _ConditionReader(KnownCells):
             hint = did_you_mean(other.id, self.known.experiments, otherwise)
             found = UnknownName(span=other.span, kind="experiment", name=other.id, hint=hint)
             raise RefusedCondition(found)
+        if how == "spearman" and not self.on_mean:
+            name = self.argument(node, 0, example).span.written
+            hint = f"write `pearson({name}, {other.id})`, which has one, or add `on mean` to "
+            hint += "compare the number alone"
+            raise unreadable(node.span, "a rank correlation has no interval", hint)
         return Correlation(how, measure, other.id)
 
     def area(self, node: ast.Call) -> Area:

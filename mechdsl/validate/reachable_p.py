@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from operator import neg
 
+from mechdsl.base.plural import plural
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.w07_statistics import TooFewPrompts
@@ -26,16 +27,23 @@ CORRECTION_NAMES: Mapping[str, str] = {
 """How `stats correct WORD` is called."""
 
 
-MOST_RESAMPLES = 100_000
-"""Resamples of `stats test bootstrap`, unless the file asks for more."""
+MOST_DRAWN = 100_000
+"""Sign flips or resamples, unless the file asks for more of them."""
+FEWEST_UNITS = 5
+"""Units below which a cell has neither an interval nor a p."""
 
 
 def smallest_p(units: int, settings: spec.Statistics) -> float:
-    """The least p of the test; of sign flips of many units as small a one as is needed, as random
-    flips are as many as that takes."""
+    """The least p that so many units can have: 2^(1 − n), as often all signs are equal by chance,
+    and no less than one flip or resample among all; 1 where units are too few for a test."""
+    if units < FEWEST_UNITS:
+        return 1.0
+    least = 2.0 ** (1 - units)
     if settings.test == "bootstrap":
-        return 2 / (max(MOST_RESAMPLES, settings.resamples) + 1)
-    return 2.0 ** (1 - units) if units <= EXACT_UP_TO else 0.0
+        return max(least, 2 / (max(MOST_DRAWN, settings.resamples) + 1))
+    if settings.test == "flips" and units > EXACT_UP_TO:
+        return max(least, 2 / (MOST_DRAWN + 1))
+    return least
 
 
 def out_of_reach(units: Sequence[int], settings: spec.Statistics) -> list[int]:
@@ -121,14 +129,15 @@ def check_cells(
         about = f"{len(lost)} of {len(units)} cells have {have}, and can't survive the correction"
     smallest = smallest_p(few[-1], settings)
     corrected = smallest * (len(units) if settings.correction == "holm" else 1)
+    name, cells = CORRECTION_NAMES[settings.correction], plural(len(units), "cell")
+    reach = f"the smallest p is {smallest:.3g}, corrected ({name}, {cells}) {min(1, corrected):.3g}"
+    if few[-1] < FEWEST_UNITS:
+        reach = f"below {FEWEST_UNITS} there is neither an interval nor a p"
     return [
         TooFewPrompts(
             span=span,
             about=about,
-            smallest=f"{smallest:.3g}",
-            corrected=f"{min(1.0, corrected):.3g}",
-            correction=CORRECTION_NAMES[settings.correction],
-            cells=len(units),
+            reach=reach,
             unit=unit,
         )
     ]

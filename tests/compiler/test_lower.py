@@ -31,12 +31,12 @@ def test_an_experiment_is_data() -> None:
 @pytest.mark.parametrize(
     ("line", "test", "correction", "by"),
     [
-        ("stats bootstrap(500)", "flips", "holm", None),
+        ("stats bootstrap(500)", "t", "holm", None),
         ("stats test flips", "flips", "holm", None),
         ("stats test bootstrap correct max", "bootstrap", "max", None),
         ("stats correct bh test bootstrap bootstrap(500)", "bootstrap", "bh", None),
         ("stats by count test bootstrap", "bootstrap", "holm", "count"),
-        ("stats by test", "flips", "holm", "test"),
+        ("stats by test", "t", "holm", "test"),
     ],
 )
 def test_what_is_tested_and_how(line: str, test: str, correction: str, by: str | None) -> None:

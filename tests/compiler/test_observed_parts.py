@@ -149,7 +149,7 @@ def wholly(found: spec.Experiment) -> set[tuple[str, str]]:
             ("attn", "test.attn"), ("attn(L1H0)", "test.attn"),
         }),
         ("mean(attn) > mean(raw)", "test.attn", set()),  # its own effect
-        ("spearman(attn, lengths) > 0", "test.attn", set()),
+        ("pearson(attn, lengths) > 0", "test.attn", set()),
         ("max(attn, attn layer 1) > 0", "test.attn", set()),
     ],
 )  # fmt: skip

@@ -33,9 +33,14 @@ def seconds(*lines: str, rows: int = 50) -> Estimate:
 
 
 def test_estimate_of_statistics_grows_with_cells_and_rows() -> None:
-    few = seconds("for c in 1..4 { scale resid_post layer 1 at last token by c }", RAW)
-    cells = seconds("for c in 1..40 { scale resid_post layer 1 at last token by c }", RAW)
-    rows = seconds("for c in 1..4 { scale resid_post layer 1 at last token by c }", RAW, rows=500)
+    test = "stats test bootstrap"
+    few = seconds("for c in 1..4 { scale resid_post layer 1 at last token by c }", DELTA, test)
+    cells = seconds("for c in 1..40 { scale resid_post layer 1 at last token by c }", DELTA, test)
+    rows = seconds(
+        "for c in 1..4 { scale resid_post layer 1 at last token by c }", DELTA, test, rows=500
+    )
+    formula = seconds("for c in 1..40 { scale resid_post layer 1 at last token by c }", DELTA)
+    assert formula.statistics < 0.5 * cells.statistics
     assert cells.statistics > 1.5 * few.statistics
     assert rows.statistics > 8 * few.statistics
     assert rows.prompts > 8 * few.prompts
@@ -64,4 +69,5 @@ def test_loading_is_part_of_the_total() -> None:
     assert found.total > found.loading > 1
 
 
+DELTA = "measure logit(answer) as delta"
 RAW = "measure logit(answer) as raw"

@@ -59,7 +59,7 @@ experiment heads {
   report heatmap layer by head
   expect max(recovery) > 0.1
   expect mean(delta, layer: 1..2) < 4
-  expect spearman(recovery, along) > 0
+  expect pearson(recovery, along) > 0
 }
 
 experiment along {

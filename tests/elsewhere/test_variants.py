@@ -43,7 +43,7 @@ def test_every_combination(folder: Path, family: str, mode: str) -> None:
         expected = by_prompt(family, layers("resid_post"), sources, bases, where)
         same(found.measures[0], expected, slice(3 * number, 3 * number + 3))
     assert set(found.runs) == {"clean", "q", "other", "turned", "longer"}
-    assert found.statistics[0].tests + int(found.measures[0].inert.sum()) == 18
+    assert len(found.measures[0].inert) == 18
 
 
 def test_a_rule_that_reads_another_run_is_the_same_in_all(folder: Path) -> None:

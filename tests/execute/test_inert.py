@@ -42,7 +42,6 @@ def marks(folder: Path, *lines: str, mode: str = "planned", family: str = "gpt2"
     statistics = found.statistics[0]
     assert (np.abs(statistics.mean[measure.inert]) <= near).all(), "structure says zero"
     assert np.isnan(statistics.p_corrected[measure.inert]).all(), "they are out of the correction"
-    assert not np.isnan(statistics.p_corrected[~measure.inert]).any()
     return measure.inert.tolist()
 
 

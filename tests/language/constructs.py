@@ -1654,11 +1654,12 @@ _experiment(
 _experiment(
     "stats",
     "stats bootstrap(2000) test flips confidence 90% correct bh by count",
-    "Overrides resampling, where p comes from (`flips` of signs, or `bootstrap`, which asks for no "
-    "symmetry), confidence and the correction for many cells (`holm`, `bh`, `max` for the "
-    "max-statistic, `none`); `by` takes all rows of one value for one draw: intervals and p are "
-    "about new values then, not about new rows. W0722 says where one value explains most of what "
-    "rows differ by. All figures: `docs/statistics.md`.",
+    "Overrides resampling, where intervals and p come from (`t`, Student's t corrected for "
+    "skewness, where nothing is said; `flips` of signs; `bootstrap`), confidence and the "
+    "correction for many cells (`holm`, `bh`, `max` for the max-statistic, `none`); `by` takes "
+    "all rows of one value for one draw: intervals and p are about new values then, not about new "
+    "rows. W0722 says where one value explains most of what rows differ by. All figures: "
+    "`docs/statistics.md`.",
     "tests/results/test_statistics.py",
 )
 _experiment(
@@ -1731,9 +1732,11 @@ _expectation(
     beside="model toy, twin",
 )
 _expectation(
-    "expect spearman",
-    "expect spearman(delta, cie) > 0.5",
-    "The rank correlation with the cells of another experiment.",
+    "expect pearson",
+    "expect pearson(delta, cie) > 0.5",
+    "The correlation of the true effects with those of another experiment, over the cells that "
+    "both have: what the noise of the rows adds or takes off is taken out. `spearman`, of ranks, "
+    "has no interval and needs `on mean`.",
 )
 _expectation(
     "expect of another experiment",

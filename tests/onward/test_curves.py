@@ -88,7 +88,10 @@ def test_depths_are_ranges_too() -> None:
 
 
 def test_area_by_hand() -> None:
-    found = run(CURVE + PLACES)["curve"]
+    text = CURVE.replace(
+        "expect auc(prob, k) < 0.9", "stats test bootstrap\n  expect auc(prob, k) < 0.9"
+    )
+    found = run(text + PLACES)["curve"]
     below, within, equal = found.outcomes
     values = patched(found)
     assert below.value == pytest.approx(trapezoid(values.mean(axis=1)))

@@ -18,9 +18,9 @@ from mechdsl.statistics.bootstrap import (
     studentise,
 )
 from mechdsl.statistics.cell_statistics import cell_statistics
-from mechdsl.statistics.cell_tests import largest_pivot
 from mechdsl.statistics.effect_parts import Sums
 from mechdsl.statistics.measure_data import CellStatistics, MeasureData
+from mechdsl.statistics.skewed_t import skewed_t
 from mechdsl.statistics.units import Draws, Rows, units_of
 from mechdsl.vocab.effects import EFFECTS
 
@@ -32,7 +32,7 @@ RESAMPLES = 4000
 def one(
     data: MeasureData, settings: spec.Statistics | None = None, **values: Any
 ) -> CellStatistics:
-    settings = settings or statistics(resamples=RESAMPLES)
+    settings = settings or statistics(resamples=RESAMPLES, test="bootstrap")
     return cell_statistics([data], settings, 0, effects=EFFECTS, **values)[0]
 
 
@@ -108,7 +108,9 @@ def test_means(runs: tuple[np.ndarray, ...]) -> None:
     found = one(measure(patched, base))
     for cell in range(2):
         same(found, cell, by_hand(pairs(patched[cell] - base[0], np.ones(24))))
-    wide = one(measure(patched, base), statistics(resamples=RESAMPLES, confidence=80.0))
+    wide = one(
+        measure(patched, base), statistics(resamples=RESAMPLES, test="bootstrap", confidence=80.0)
+    )
     same(wide, 0, by_hand(pairs(patched[0] - base[0], np.ones(24)), confidence=80.0))
 
 
@@ -194,9 +196,11 @@ def test_student_stands_in_for_five_to_seven() -> None:
         own = values[:, :n]
         found = one(measure(own, np.zeros(n)))
         low, high = stats.t.interval(0.95, n - 1, own.mean(), own.std(ddof=1) / n**0.5)
+        low = min(low, 0.0) if n == 5 else low  # p of five is never below 5 %
         assert [found.low[0], found.high[0]] == pytest.approx([low, high])
         tested = one(measure(own, np.zeros(n)), statistics(test="bootstrap"))
-        assert tested.p[0] == pytest.approx(stats.ttest_1samp(own[0], 0).pvalue)
+        by_t = stats.ttest_1samp(own[0], 0).pvalue
+        assert tested.p[0] == pytest.approx(max(by_t, 2.0 ** (1 - n)))
         assert not tested.floor[0]
     found = one(measure(values[:, :4], np.zeros(4)))
     assert np.isnan([found.low[0], found.high[0]]).all()
@@ -217,7 +221,7 @@ def test_equal_values_are_sure() -> None:
     still = one(measure(np.zeros((1, 9)), np.zeros(9)), statistics(test="bootstrap"))
     assert (still.low[0], still.high[0], still.p[0]) == (0.0, 0.0, 1.0)
     lone = one(measure(np.ones((1, 1)), np.zeros(1)), statistics(test="bootstrap"))
-    assert lone.p[0] == 1.0
+    assert np.isnan(lone.p[0])
 
 
 def test_p_is_below_the_level_where_the_interval_excludes_zero() -> None:
@@ -317,37 +321,7 @@ def test_a_cell_without_a_bound_leaves_those_of_others() -> None:
     assert found.low_together[[0, 2]] == pytest.approx(two.low_together)
 
 
-def test_the_largest_pivot_is_that_of_a_loop() -> None:
-    random = np.random.default_rng(8)
-    tops = random.normal([[0.9], [0.5], [0.0], [0.45]], 1, (4, 16))
-    tops[3] = tops[0][::-1] - 0.02  # nearly as large: without the first it would be surer than it
-    draws = Draws(16, 2000, 3)
-    found = largest_pivot(made(tops), draws)
-    weights = np.concatenate(list(draws.weights())).astype(int)
-    error = tops.std(1, ddof=1) / 4
-    own = np.abs(tops.mean(1) / error)
-    pivots = np.array(
-        [
-            [
-                abs(np.repeat(row, drawn).mean() - row.mean())
-                / np.repeat(row, drawn).std(ddof=1)
-                * 4
-                for row in tops
-            ]
-            for drawn in weights
-        ]
-    )
-    order = np.argsort(-own)
-    before = 0.0
-    for place, cell in enumerate(order):
-        count = (pivots[:, order[place:]].max(1) >= own[cell]).sum()
-        before = max(before, (count + 1) / 2001)
-        alone = studentise(made(tops[cell : cell + 1]), draws).p()[0][0]
-        assert found[cell] == pytest.approx(max(before, alone))
-    assert 0 < found.min() < found.max() < 1
-
-
-@pytest.mark.parametrize("test", ["flips", "bootstrap"])
+@pytest.mark.parametrize("test", ["t", "flips", "bootstrap"])
 def test_max_corrects_less_than_holm_and_no_less_than_nothing(test: str) -> None:
     random = np.random.default_rng(4)
     shared = random.normal(0.75, 1, (1, 24))
@@ -358,14 +332,8 @@ def test_max_corrects_less_than_holm_and_no_less_than_nothing(test: str) -> None
     }
     p = {name: each.p_corrected for name, each in found.items()}
     assert (p["max"] >= found["max"].p).all()
-    assert p["max"].max() < p["holm"].min()
+    assert (p["max"] < 0.7 * p["holm"]).all()
     assert p["none"].tolist() == found["none"].p.tolist()
-    for name, flips in (("max", 10_000), ("holm", 25_600), ("none", 10_000)):
-        many = one(measure(np.ones((320, 24)), np.zeros(24)), statistics(correction=name))
-        assert many.p[0] == pytest.approx(1 / (flips + 1))
-        assert f"{flips:,} random flips" in (many.test or "")
-        assert many.p_corrected[0] < 0.05
-        assert many.floor.all()
     nothing = one(measure(np.zeros((2, 9)), np.zeros(9)), statistics(correction="max", test=test))
     assert nothing.p_corrected.tolist() == [1.0, 1.0]
     raw = one(measure(deltas, np.zeros(24), effect="raw"), statistics(correction="max", test=test))
@@ -380,7 +348,7 @@ def test_max_is_never_below_p_of_other_units() -> None:
     found = one(measure(deltas, np.zeros(24), seen=seen), statistics(correction="max"))
     assert found.p[1] == pytest.approx(2.0**-11)
     assert found.p[0] > 0.2
-    assert found.p_corrected[0] == found.p[0]
+    assert found.p_corrected[0] >= found.p[0]
 
 
 def test_the_error_of_a_stratum_is_about_its_own_mean() -> None:
@@ -408,7 +376,7 @@ def test_units_are_numbered_by_content() -> None:
 
 
 @pytest.mark.parametrize("by", ["rows", "groups", "seen", "strata"])
-@pytest.mark.parametrize("test", ["flips", "bootstrap"])
+@pytest.mark.parametrize("test", ["t", "flips", "bootstrap"])
 def test_a_permutation_of_rows_changes_no_bit(
     by: str, test: str, runs: tuple[np.ndarray, ...]
 ) -> None:
@@ -442,7 +410,7 @@ def test_a_permutation_of_rows_changes_no_bit(
         **{key: value[order] for key, value in given.items()},
     )
     for key in ("mean", "low", "high", "p", "p_corrected", "base_mean", "source_mean", "rounding"):
-        assert getattr(moved, key).tolist() == getattr(plain, key).tolist(), key
+        np.testing.assert_array_equal(getattr(moved, key), getattr(plain, key), key)
 
 
 def test_a_cell_whose_denominator_may_be_zero_is_empty() -> None:
@@ -458,7 +426,7 @@ def test_a_cell_whose_denominator_may_be_zero_is_empty() -> None:
         assert np.isnan(getattr(found, key)).tolist() == [False, True, True], key
     assert found.tests == 1
     bottom = (source - base)[1]
-    low, high = stats.t.interval(0.95, 29, bottom.mean(), bottom.std(ddof=1) / 30**0.5)
+    low, high = (end[0] for end in skewed_t(made(bottom[None])).interval(95.0, 2))
     said = f"m(source) − m(base) can't be told from 0 there: {bottom.mean():.3g}"
     assert found.reasons[1] == f"{said} [{low:.3g}, {high:.3g}]"
     assert found.reasons[2] == "m(source) − m(base) is 0"
@@ -475,7 +443,7 @@ def test_no_prompt_and_infinite_values() -> None:
     deltas = np.ones((3, 9))
     deltas[0], deltas[1, 2] = np.nan, np.inf
     with np.errstate(all="raise"):
-        for test in ("flips", "bootstrap"):
+        for test in ("t", "flips", "bootstrap"):
             for correction in ("max", "holm"):
                 found = one(
                     measure(deltas, np.zeros(9)), statistics(test=test, correction=correction)

@@ -118,10 +118,10 @@ def test_few_units_that_disagree_are_noise_and_those_that_agree_unclear() -> Non
     base, old = noise(70, 1, 8), noise(71, 20, 8)
     moved = np.ones((20, 8))
     moved[:10] += np.linspace(0, 0.5, 8)
-    moved[5:10, 0] = -0.1  # p is 4 / 2^8
+    moved[5:10, 0] = -0.1
     moved[10:, ::2] = -1.01
     found = two(measure(old, base), measure(old + moved, base))
-    assert states(found) == {"unclear": 10, "noise": 10}
+    assert states(found) == {"unclear": 5, "noise": 15}
     assert {each.reason for each in found.cells} == {
         "8 prompts: no p can survive the correction",
         None,

@@ -152,6 +152,18 @@ def pivots_by_hand(
     return value, error, np.array([(moved - value) / own for moved, own in drawn])
 
 
+def test_expect_of_a_raw_measure_with_few_prompts_has_the_interval_of_its_row() -> None:
+    """0 is no hypothesis of it, so five prompts that can't exclude 0 don't widen the interval."""
+    made = heads(prompts=5)
+    values = np.tile([2.01, 2.03, 2.02, 2.0, 2.04], (len(made.cells), 1))
+    raw = measure(values, np.zeros((1, 5)))
+    result = finished(replace(made, measures=(replace(raw, effect="raw"),)))
+    found = verdict("ld(L2H1) near 2 within 0.1", result)
+    row = result.statistics[0]
+    assert found.holds
+    assert (found.low, found.high) == pytest.approx((row.low[0], row.high[0]))
+
+
 def test_a_mean_over_cells_is_studentised(result: ExperimentResult) -> None:
     data = result.measures[0]
     assert data.source is not None
@@ -222,16 +234,20 @@ def test_under_the_null_nothing_is_expected() -> None:
 
 
 def test_correlations_pair_the_prompts(result: ExperimentResult) -> None:
-    same = verdict("spearman(recovery, other) > 0.99", result, other=replace(result, name="other"))
+    same_again = replace(result, name="other")
+    same = verdict("pearson(recovery, other) > 0.99", result, other=same_again)
     assert same.holds
-    assert same.value == pytest.approx(1.0)
+    assert same.value == pytest.approx(1.0, abs=1e-6)
+    ranks = verdict("spearman(recovery, other) > 0.99 on mean", result, other=same_again)
+    assert ranks.holds
+    assert ranks.value == pytest.approx(1.0)
     independent = finished(replace(heads(seed=1), name="other", row_ids=None))
     found = verdict("pearson(recovery, other) > 0.9", result, other=independent)
     assert found.holds
     assert found.low is not None
     assert found.low < found.value < 1
     few = replace(positions(), name="other")
-    found = verdict("spearman(recovery, other) > 0", result, other=finished(few))
+    found = verdict("pearson(recovery, other) > 0", result, other=finished(few))
     assert found.reason == "only 0 cells have the same coordinates in `other`"
 
 
@@ -322,7 +338,12 @@ def test_cells_without_a_value_are_left_out(result: ExperimentResult) -> None:
     [
         ("max(recovry) > 0", "E0203", "did you mean `recovery`?"),
         ("accuracy(claen) > 0", "E0201", "did you mean `clean`?"),
-        ("spearman(recovery, nowhere) > 0", "E0201", "name another experiment"),
+        ("pearson(recovery, nowhere) > 0", "E0201", "name another experiment"),
+        (
+            "spearman(recovery, other_experiment) > 0",
+            "E0606",
+            "pearson(recovery, other_experiment)",
+        ),
         ("max(recovery, haed: 1) > 0", "E0203", "did you mean `head`?"),
         ("auc(recovery, k) < 0.4", "E0203", "its axes are"),
         ("recovery > 0.3", "E0606", "max(recovery)"),

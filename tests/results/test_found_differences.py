@@ -231,15 +231,6 @@ def test_the_file_says_how_p_is_corrected(correction: str, word: str) -> None:
         assert all(each.p == each.p_corrected for each in found.cells)
 
 
-def test_many_cells_have_as_many_flips_as_they_need() -> None:
-    """Four times 150 over 5 %: else no p could survive Holm's correction."""
-    old = BASE + noise(60, cells=150)
-    moved = measure(old + 1 + 0.1 * noise(61, cells=150), BASE)
-    found = two(measure(old, BASE), moved, resamples=100)
-    assert {each.p for each in found.cells} == {1 / 12_001}
-    assert states(found) == {"changed": 150}
-
-
 @pytest.mark.parametrize("words", [("none", "bh"), ("bh", "none"), ("none", "holm")])
 def test_where_experiments_disagree_holm_corrects(words: tuple[str, str]) -> None:
     def run(values: Floats) -> Results:
@@ -251,13 +242,12 @@ def test_where_experiments_disagree_holm_corrects(words: tuple[str, str]) -> Non
     assert found.conventions["correction"].startswith("Holm, over 8 cells")
 
 
-def test_the_file_says_which_test_is_made() -> None:
+def test_the_test_of_a_comparison_is_the_corrected_t() -> None:
     new = OLD + 0.3 + 0.2 * noise(6)
-    flips = two(measure(OLD, BASE), measure(new, BASE))
-    bootstrap = two(measure(OLD, BASE), measure(new, BASE), test="bootstrap")
-    assert states(bootstrap) == {"changed": 4}
-    assert "p of `test bootstrap`" in bootstrap.conventions
-    assert [each.p for each in flips.cells] != [each.p for each in bootstrap.cells]
+    found = [two(measure(OLD, BASE), measure(new, BASE), test=test) for test in ("t", "flips")]
+    assert states(found[0]) == {"changed": 4}
+    assert "corrected for skewness" in found[0].conventions["interval"]
+    assert [each.p for each in found[0].cells] == [each.p for each in found[1].cells]
 
 
 def test_the_confidence_of_the_file_decides() -> None:

@@ -19,7 +19,9 @@ from mechdsl.pipeline.run_options import RunOptions
 from mechdsl.plan.make_plan import make_plan
 from mechdsl.program import spec
 from mechdsl.show.power import units_of
-from mechdsl.statistics.power import by_flips, by_t, detectable
+from mechdsl.statistics.effect_parts import Sums
+from mechdsl.statistics.power import by_flips, by_skewed_t, by_t, detectable
+from mechdsl.statistics.skewed_t import skewed_t
 from mechdsl.syntax.parse import read_source
 from mechdsl.validate.check_file import check_source
 
@@ -61,6 +63,15 @@ def test_a_t_test_finds_it_in_80_percent(units: int, tests: int) -> None:
     assert np.mean(p * tests < 0.05) == pytest.approx(0.8, abs=0.03)
 
 
+@pytest.mark.parametrize(("units", "tests"), SIMULATED)
+def test_the_corrected_t_finds_it_in_80_percent(units: int, tests: int) -> None:
+    found = detectable(units, tests, settings())
+    assert found.effect is not None
+    deltas = np.random.default_rng(50 + units).standard_normal((4000, units)) + found.effect
+    p = skewed_t(Sums(deltas, np.ones((1, units)), np.full(4000, units))).p()
+    assert np.mean(p * tests < 0.05) == pytest.approx(0.8, abs=0.03)
+
+
 def flipped(deltas: Array) -> float:
     """p by all patterns of signs."""
     signs = np.array(list(product((1, -1), repeat=len(deltas))))
@@ -73,7 +84,7 @@ def flipped(deltas: Array) -> float:
     [(6, 1, "holm"), (8, 1, "none"), (8, 6, "holm"), (10, 16, "holm"), (10, 16, "none")],
 )
 def test_sign_flips_find_it_in_80_percent(units: int, tests: int, correction: str) -> None:
-    found = detectable(units, tests, settings(correction=correction))
+    found = detectable(units, tests, settings(correction=correction, test="flips"))
     assert found.effect is not None
     deltas = np.random.default_rng(100 + units).standard_normal((2500, units)) + found.effect
     p = np.array([flipped(each) for each in deltas])
@@ -99,7 +110,9 @@ def test_sign_flips_and_t_meet_where_there_are_many_patterns() -> None:
         (14, 384, {}, True),  # 1/8192 to 0.05/384
         (13, 384, {}, False),
         (14, 384, {"confidence": 99.0}, False),
-        (5, 1, {"test": "bootstrap"}, True),
+        (5, 1, {"test": "bootstrap"}, False),
+        (15, 1536, {}, False),  # 2^-14 to 0.05 / 1536
+        (16, 1536, {}, True),
         (1, 1, {"test": "bootstrap"}, False),
         (0, 1, {}, False),
     ],
@@ -131,7 +144,7 @@ def file(folder: Path, text: str) -> Path:
 def test_a_plan_says_it(command: Command, tmp_path: Path) -> None:
     done = command("plan", file(tmp_path, HEADS))
     (line,) = lines_of(done.out, "power")
-    effect = by_t(16, 0.05 / 8)  # 2 layers of 4 heads
+    effect = by_skewed_t(16, 0.05 / 8)  # 2 layers of 4 heads
     assert [part.strip() for part in line] == [
         "heads",
         "16 distinct rows",
@@ -149,9 +162,9 @@ def plain(text: str) -> str:
 @pytest.mark.parametrize(
     ("stats", "units", "tests", "effect"),
     [
-        ("stats confidence 99% correct none", "16 distinct rows", 8, by_t(16, 0.01)),
-        ("stats correct bh", "16 distinct rows", 8, by_t(16, 0.05 / 8)),
-        ("stats by count correct none", "7 values of count", 8, by_flips(7, 3)),
+        ("stats confidence 99% correct none", "16 distinct rows", 8, by_skewed_t(16, 1 - 0.99)),
+        ("stats correct bh", "16 distinct rows", 8, by_skewed_t(16, 0.05 / 8)),
+        ("stats by count correct none", "7 values of count", 8, by_skewed_t(7, 0.05)),
         ("stats by count", "7 values of count", 8, None),
     ],
 )
@@ -237,7 +250,7 @@ def test_it_is_said_in_the_metrics_units(
         "delta": (1.0, ""),
         "relative": (abs(base.mean()), " of m(base)"),
     }[effect]
-    size = by_t(16, 0.05 / 8) if by is None else by_flips(7, 3)
+    size = by_skewed_t(16, 0.05 / 8) if by is None else by_skewed_t(7, 0.05)
     of_base, of_change = ([part.strip() for part in line] for line in measured_lines(done.out))
     for line, name, values in (
         (of_base, "fewer", base),

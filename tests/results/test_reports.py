@@ -428,7 +428,7 @@ def test_numbers_of_a_column_line_up() -> None:
     assert number_format([1e-7])(1e-7) == "1.00e-07"
     assert number_format([1e9])(1e9) == "1.00e+09"
     assert p_text(0.0001) == "0.0001"
-    assert p_text(2e-6) == "2e-06"
+    assert p_text(2e-6) == "< 0.0001"
 
 
 @pytest.mark.parametrize(

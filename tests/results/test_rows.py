@@ -351,16 +351,19 @@ def test_what_explains_most_is_named() -> None:
     assert most_explained(np.ones(64), columns) is None
 
 
-HEADS = (
-    LISTS
-    + """
-experiment heads { model toy  prompts fruit limit 60  from clean into fewer
-  patch layer 3 head * at last token
-  measure logit(answer) - logit(answer of fewer) as delta
+READ = """
+prompts fruit { rows "lists.jsonl"
+  template "Part 1: {fruits}. Count 1:"
+  answer " {count}"
+  text fewer = " {count - 1}" }
+"""
+HEADS = """
+experiment heads { model toy  prompts fruit limit 60
+  ablate layer 3 head * at last token with zero
+  measure logit(answer) - logit(fewer) as delta
   STATS
 }
 """
-)
 
 
 @pytest.mark.parametrize(
@@ -374,10 +377,16 @@ experiment heads { model toy  prompts fruit limit 60  from clean into fewer
 def test_one_value_that_explains_most_is_warned_of(
     stats: str, line: str | None, tmp_path: Path
 ) -> None:
+    draw = np.random.default_rng(0)
+    counts = [2 + i % 4 for i in range(60)]
+    lines = [
+        json.dumps({"fruits": ", ".join(draw.choice(FRUITS, count)), "count": count})
+        for count in counts
+    ]
+    (tmp_path / "lists.jsonl").write_text("\n".join(lines), encoding="utf-8")
     path = tmp_path / "file.mech"
-    path.write_text(START + HEADS.replace("STATS", stats), encoding="utf-8")
-    with pytest.warns(mechdsl.MechdslWarning):
-        results = mechdsl.run(path)
+    path.write_text(START + READ + HEADS.replace("STATS", stats), encoding="utf-8")
+    results = mechdsl.run(path)
     found = [each for each in results.diagnostics if each.code == "W0722"]
     if line is None:
         assert not found
@@ -386,3 +395,16 @@ def test_one_value_that_explains_most_is_warned_of(
     assert said.message.startswith("`count` explains ")
     assert "effective n is 4 values of `count`, not" in said.label_text
     assert line in said.help_text
+
+
+def test_values_that_are_all_of_a_domain_are_fixed(tmp_path: Path) -> None:
+    """Rows are alike within a count as well, but there are no other counts to speak of."""
+    path = tmp_path / "file.mech"
+    heads = HEADS.replace("fewer", "answer of fewer").replace("60", "32").replace("STATS", "")
+    path.write_text(START + LISTS + heads, encoding="utf-8")
+    results = mechdsl.run(path)
+    assert "W0722" not in [each.code for each in results.diagnostics]
+    (found,) = results.files[0].experiments
+    assert found.strata is not None
+    counts = found.row_values["count"]
+    assert len(set(zip(found.strata.tolist(), counts, strict=True))) == len(set(counts)) == 4

@@ -78,7 +78,7 @@ def test_coverage_is_near_the_confidence(prompts: int) -> None:
     deltas = random.gamma(2.0, 1.0, (2000, prompts))
     found = one(measure(deltas, np.zeros(prompts)), statistics(resamples=1500, confidence=90.0))
     covered = ((found.low <= 2.0) & (found.high >= 2.0)).mean()
-    assert 0.87 < covered < 0.94
+    assert 0.88 < covered < 0.97
 
 
 def test_results_do_not_depend_on_blocks(
@@ -166,7 +166,7 @@ def test_nothing_left_is_null_with_a_reason(runs: tuple[np.ndarray, ...]) -> Non
     assert found.reasons[1] == "1 prompt: no interval below 5"
     assert np.isfinite(found.mean[1])
     assert np.isnan([found.low[1], found.high[1]]).all()
-    assert found.p[1] == 1.0
+    assert np.isnan(found.p[1])
 
 
 def test_infinite_values_are_null(runs: tuple[np.ndarray, ...]) -> None:
@@ -191,20 +191,17 @@ def test_inert_cells_stay_out_of_the_correction(runs: tuple[np.ndarray, ...]) ->
 
 
 @pytest.mark.parametrize("out", ["inert", "missing"])
-def test_cells_that_are_not_tested_ask_for_no_more_flips(out: str) -> None:
-    """Of 99 % 80 cells take 32,000 flips, 60 of them 24,000."""
+def test_cells_that_are_not_tested_are_not_counted(out: str) -> None:
     base, inert = np.zeros((1, 40)), np.zeros(80, dtype=bool)
     patched = np.ones((80, 40))
     if out == "inert":
         inert[:20], patched[:20] = True, 0
     else:
         patched[:20] = np.nan
-    found = one(measure(patched, base, inert=inert), statistics(confidence=99.0))
+    found = one(measure(patched, base, inert=inert))
     assert found.tests == 60
-    assert found.p[-1] == pytest.approx(1 / 24_001)
-    assert found.test is not None
-    assert "24,000 random flips" in found.test
-    assert found.floor.tolist() == [False] * 20 + [True] * 60
+    assert found.p[-1] == 2.0**-39
+    assert found.p_corrected[-1] == 60 * 2.0**-39
 
 
 def test_a_delta_of_nothing_has_p_one(runs: tuple[np.ndarray, ...]) -> None:
@@ -235,15 +232,15 @@ def test_groups_are_drawn_whole() -> None:
     # all the spread lies between groups, so prompts look 10 times more numerous than they are,
     # and of 8 one end is farther off
     ratio = (whole.high[0] - whole.low[0]) / (rows.high[0] - rows.low[0])
-    assert 2.4 < ratio < 4.2
+    assert 2.4 < ratio < 6
     sums = np.array([deltas[groups == g].sum() for g in range(8)])
     assert whole.p == pytest.approx(one(measure(sums[None], np.zeros(8))).p)
     assert rows.test is not None
     assert whole.test is not None
-    assert "deltas per prompt," in rows.test
-    assert "deltas per group," in whole.test
+    assert "over prompts," in rows.test
+    assert "over groups," in whole.test
     named = one(measure(deltas[None], np.zeros(80)), statistics(by="topic"), groups=groups)
-    assert "deltas per value of topic," in (named.test or "")
+    assert "over values of topic," in (named.test or "")
     assert (whole.n.tolist(), whole.units.tolist()) == ([80], [8])
     few = one(measure(deltas[None], np.zeros(80)), groups=groups // 2)
     assert few.reasons == ("4 groups: no interval below 5",)
@@ -336,18 +333,3 @@ def test_denominators_are_refused_by_whole_groups() -> None:
     means = np.array([-1.0, 0.5, 2.0, 1.5])
     width = stats.t.ppf(0.975, 3) * means.std(ddof=1) / 2
     assert f"{0.75 - width:.3g} to {0.75 + width:.3g}" in found.label_text
-
-
-def test_random_flips_grow_with_the_cells_that_are_tested() -> None:
-    """Cells that can't differ, or have no prompt, and measures without p don't count."""
-    deltas = np.ones((900, 30))
-    deltas[700:800] = np.nan
-    inert = np.arange(900) >= 800
-    tested = measure(deltas, np.zeros(30), inert=inert)
-    others = measure(deltas, np.zeros(30), effect="raw")
-    found = cell_statistics([tested, others], statistics(resamples=10), 0, effects=EFFECTS)
-    assert found[0].p[:700].tolist() == [1 / 56_001] * 700, "4 for each of 700 cells, over 5 %"
-    assert found[0].test is not None
-    assert "56,000 random flips" in found[0].test
-    assert found[1].test is None
-    assert [each.tests for each in found] == [700, 700]

@@ -255,7 +255,7 @@ def test_an_experiment_may_come_later_in_the_file() -> None:
 def test_only_runs_what_an_expectation_is_compared_with() -> None:
     first = block("e", "expect max(delta of ld of f) > 0", "expect max(delta of delta) > 0")
     second = block("f", "expect max(delta of g) > 0")
-    third = block("h", "expect spearman(delta, e) > 0")
+    third = block("h", "expect pearson(delta, e) > 0")
     text = FILE + first + second + block("g") + third
     program, _ = lower_program(parse(Source(text))[0], Source(text))
     every = program.experiments

@@ -55,7 +55,7 @@ def test_the_accuracy_of_another_block_is_against_the_answers_of_this_one() -> N
 
 
 def test_values_of_a_name_are_several() -> None:
-    assert "interval over values of a, " in found().conventions["p"]
+    assert "over values of a, " in found().conventions["p"]
     assert plural(1, "value of a") == "1 value of a"
     assert plural(2000, "value of a") == "2,000 values of a"
     assert several("distinct prompt") == "distinct prompts"

@@ -109,10 +109,11 @@ def test_no_head_survives_by_count() -> None:
     assert not survives(result, 0).any()
 
 
-def test_that_the_effect_hangs_on_the_count_is_said_with_the_line_to_write() -> None:
-    found = results("few_values").diagnostics
-    said = [each for each in found if each.code.startswith("W07") and each.code != "W0720"]
-    assert any("stats by a" in each.help_text for each in said)
+def test_heads_survive_where_the_counts_are_all_that_there_are() -> None:
+    """`a in 3..9` is a fixed factor: no warning proposes to take its values as a sample."""
+    found = results("few_values")
+    assert survives(found["by_row"], 0).any()
+    assert "W0722" not in [each.code for each in found.diagnostics]
 
 
 @pytest.mark.parametrize("measure", [0, 1])
@@ -208,7 +209,7 @@ def test_intervals_of_eight_rows_are_as_wide_as_students() -> None:
     found = result.statistics[0]
     ends = np.array([t_interval(row) for row in deltas(result)])
     ratio = (found.high - found.low) / (ends[:, 1] - ends[:, 0])
-    assert 0.9 < np.exp(np.log(ratio).mean()) < 1.3
+    assert 0.9 < np.exp(np.log(ratio).mean()) < 1.7
 
 
 # --- correlations
@@ -223,17 +224,23 @@ def test_intervals_of_eight_rows_are_as_wide_as_students() -> None:
         ("twice", "an_effect"),
     ],
 )
-def test_a_correlation_lies_in_its_interval(name: str, with_which: str) -> None:
+def test_correlations_of_effects_and_of_noise(name: str, with_which: str) -> None:
     one, other = results("correlations")[with_which], results("correlations")[name]
-    for outcome, word in zip(other.outcomes, (stats.pearsonr, stats.spearmanr), strict=True):
-        means = [deltas(result).mean(1) for result in (one, other)]
-        cells = ~one.measures[0].inert
-        expected = float(word(means[0][cells], means[1][cells]).statistic)
-        assert outcome.value == pytest.approx(expected, abs=1e-6)
-        assert outcome.low is not None
-        assert outcome.high is not None
-        assert outcome.low <= expected <= outcome.high <= 1
-        assert outcome.low < outcome.high
+    effects, ranks = other.outcomes
+    means = [deltas(result).mean(1) for result in (one, other)]
+    cells = ~one.measures[0].inert
+    expected = float(stats.spearmanr(means[0][cells], means[1][cells]).statistic)
+    assert ranks.value == pytest.approx(expected, abs=1e-6)
+    assert ranks.low is None
+    if name == "twice":
+        assert effects.low is not None
+        assert effects.high is not None
+        assert isinstance(effects.value, float)
+        assert effects.low <= effects.value <= effects.high <= 1
+        assert effects.low < effects.high
+        return
+    assert not effects.holds
+    assert "beyond chance" in (effects.reason or "")
 
 
 # --- skewed deltas

@@ -30,6 +30,7 @@ from mechdsl.show.reports.text import (
     prompts_in_words,
     rounding_note,
     thin_note,
+    with_interval,
 )
 from mechdsl.statistics.measure_data import MeasureData
 
@@ -93,10 +94,14 @@ def hovers(result: ExperimentResult, measure: int) -> list[str]:
         return [", ".join(parts) for parts in zip(names, texts, counts, strict=True)]
     write = number_format([*found.mean, *found.low, *found.high])
     texts = [
-        write(mean) + (f" [{write(low)}, {write(high)}]" if np.isfinite(low) else "")
+        " ".join(with_interval(write, mean, low, high, rounding))
+        if np.isfinite(low)
+        else write(mean)
         if np.isfinite(mean)
         else "no value"
-        for mean, low, high in zip(found.mean, found.low, found.high, strict=True)
+        for mean, low, high, rounding in zip(
+            found.mean, found.low, found.high, found.rounding, strict=True
+        )
     ]
     if band is not None:
         nulls = null_texts(band, range(len(names)), write)

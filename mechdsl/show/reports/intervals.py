@@ -13,13 +13,13 @@ from rich.text import Text
 
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.text import (
-    MISSING,
     THIN_MARK,
     fewer,
     marks,
     null_texts,
     number_format,
     thin,
+    with_interval,
 )
 
 LEAST_GAUGE, MOST_GAUGE = 12, 60
@@ -138,15 +138,16 @@ class IntervalLayout:
         null = np.full((2, len(found.mean)), np.nan) if band is None else [band.low, band.high]
         everything = np.concatenate([found.mean, found.low, found.high, *null])
         write = number_format(everything)
-        means = [
-            (THIN_MARK if few else "") + write(mean) + mark
-            for mean, mark, few in zip(
-                found.mean, marks(result, measure), thin(result, measure), strict=True
-            )
+        texts = [
+            with_interval(write, *each)
+            for each in zip(found.mean, found.low, found.high, found.rounding, strict=True)
         ]
-        intervals = [
-            f"[{write(low)}, {write(high)}]" if math.isfinite(low) else MISSING
-            for low, high in zip(found.low, found.high, strict=True)
+        intervals = [interval for _, interval in texts]
+        means = [
+            (THIN_MARK if few else "") + mean + mark
+            for (mean, _), mark, few in zip(
+                texts, marks(result, measure), thin(result, measure), strict=True
+            )
         ]
         confidence = result.settings.confidence if result.settings else 95.0
         title = f"{confidence:g} % interval"

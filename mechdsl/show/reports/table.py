@@ -43,6 +43,7 @@ from mechdsl.show.reports.text import (
     sortable,
     survives,
     survivors,
+    with_interval,
 )
 from mechdsl.statistics.cell_statistics import cell_statistics
 from mechdsl.vocab.effects import EFFECTS
@@ -249,13 +250,11 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
     ends = [found.low, found.high, *([band.low, band.high] if band else [])]
     write = number_format(_comparable(found.mean[order], [each[order] for each in ends]))
     confidence = result.settings.confidence if result.settings else 95.0
-    intervals = [
-        f"[{write(found.low[i])}, {write(found.high[i])}]" if np.isfinite(found.low[i]) else MISSING
-        for i in order
-    ]
+    numbers = (found.mean, found.low, found.high, found.rounding)
+    figures = [with_interval(write, *(float(each[i]) for each in numbers)) for i in order]
     columns = [
-        Column(result.measures[measure].called, [write(found.mean[i]) for i in order], True),
-        Column(f"{confidence:g} % interval", intervals, True),
+        Column(result.measures[measure].called, [mean for mean, _ in figures], True),
+        Column(f"{confidence:g} % interval", [interval for _, interval in figures], True),
     ]
     if band is not None:
         columns.append(Column("null", null_texts(band, order, write), True))

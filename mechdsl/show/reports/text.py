@@ -47,6 +47,23 @@ def number_format(values: Iterable[float], digits: int = 3) -> Callable[[float],
     return write
 
 
+def with_interval(
+    write: Callable[[float], str], value: float, low: float, high: float, rounding: float = 0.0
+) -> tuple[str, str]:
+    """A number and its interval: as powers of ten where all three would be written as 0, or one
+    would be though the interval is beyond it. What is no more than rounding stays 0."""
+    if not math.isfinite(low):
+        return write(value), MISSING
+    numbers = (value, low, high)
+    zero = [each for each in numbers if not float(write(each))]
+    small = len(zero) == 3 or (zero and low * high > 0)
+    if small and any(numbers) and not abs(value) <= rounding:
+        value_text, *ends = (f"{each:.1e}" for each in numbers)
+    else:
+        value_text, *ends = map(write, numbers)
+    return value_text, f"[{', '.join(ends)}]"
+
+
 def sortable(value: object) -> tuple[int, float, str]:
     """Numbers by size, before words in their order."""
     if isinstance(value, int | float):
@@ -55,11 +72,12 @@ def sortable(value: object) -> tuple[int, float, str]:
 
 
 def p_text(p: float, at_most: bool = False) -> str:
-    """p with four places, or its power of ten below that; `≤` where it may be smaller."""
+    """p with four places, `< 0.0001` below that; `≤` where it may be smaller."""
     if not math.isfinite(p):
         return MISSING
-    text = f"{p:.0e}" if p < 0.00005 else f"{p:.4f}"
-    return f"≤ {text}" if at_most and p < 1 else text
+    if p < 0.0001:
+        return "< 0.0001"
+    return f"≤ {p:.4f}" if at_most and p < 1 else f"{p:.4f}"
 
 
 def alpha(result: ExperimentResult) -> float:
@@ -281,6 +299,8 @@ def survivors(
     found, band = result.statistics[measure], result.control(measure)
     if not found.test or result.settings is None:
         return None
+    if found.withheld:
+        return "effects are too skewed to say which cells survive a correction (W0723)"
     tested = int(np.count_nonzero(~np.isnan(found.p_corrected)))
     good = int(np.count_nonzero(survives(result, measure)))
     name = CORRECTION_NAMES[result.settings.correction]

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult, LostExperiment
-from mechdsl.show.reports.text import hanging, number_format
+from mechdsl.show.reports.text import hanging, number_format, with_interval
 
 
 def print_lost(lost: LostExperiment, console: Console) -> None:
@@ -45,4 +45,4 @@ def verdict_value(outcome: ExpectOutcome) -> str:
         top = outcome.text.startswith("top ")
         return f"rank {outcome.value:.4g} by absolute value" if top else f"{outcome.value:.4g}"
     write = number_format([outcome.value, *ends])
-    return f"{write(outcome.value)} [{write(ends[0])}, {write(ends[1])}]"
+    return " ".join(with_interval(write, outcome.value, *ends))
