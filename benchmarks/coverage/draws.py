@@ -21,6 +21,11 @@ def _sparse(random: np.random.Generator, shape: tuple[int, ...]) -> Floats:
     return (values - 0.1) / np.sqrt(0.19)
 
 
+def _mostly_zero(random: np.random.Generator, shape: tuple[int, ...]) -> Floats:
+    values = random.normal(size=shape) * (random.random(shape) < 0.25)
+    return values / 0.5
+
+
 DRAWS: Mapping[str, Draw] = {
     "normal": lambda random, shape: random.normal(size=shape),
     "t3": lambda random, shape: random.standard_t(3, shape) / np.sqrt(3),
@@ -28,12 +33,14 @@ DRAWS: Mapping[str, Draw] = {
     "Laplace": lambda random, shape: random.laplace(0, 1 / np.sqrt(2), shape),
     "exponential": lambda random, shape: random.exponential(size=shape) - 1,
     "lognormal": _lognormal,
+    "mostly zero": _mostly_zero,
     "sparse": _sparse,
 }
-"""t3: Student's t with 3 degrees of freedom; lognormal: of a normal one with variance 1;
-sparse: one in ten is exponential, the others are all the same."""
+"""t3: Student's t with 3 degrees of freedom; lognormal: of a normal one with variance 1; mostly
+zero: three in four are exactly 0, the others normal; sparse: one in ten is exponential, the others
+are all the same."""
 SYMMETRIC = ("normal", "t3", "uniform", "Laplace")
-SKEWED = ("exponential", "lognormal")
+SKEWED = ("exponential", "lognormal", "mostly zero")
 
 
 def correlated(

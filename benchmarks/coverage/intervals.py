@@ -43,6 +43,7 @@ def settings() -> Iterator[Setting]:
     yield from _shares()
     yield from _differences_of_shares()
     yield from _groups()
+    yield from _unequal_groups()
     yield from _repeated()
     yield from _strata()
 
@@ -157,6 +158,17 @@ def _groups() -> Iterator[Setting]:
 
         name = f"recovery, {groups} groups of 2 to 12"
         yield Setting("`stats by`", name, covered(92, None), ratio)
+
+
+def _unequal_groups() -> Iterator[Setting]:
+    """One group has half of the rows: then so few count that an interval is often withheld."""
+
+    def run(random: np.random.Generator, count: int) -> Ints:
+        codes = np.concatenate([np.zeros(60, dtype=np.int64), np.repeat(np.arange(1, 16), 4)])
+        data = program.measured(_in_groups(random, count, codes))
+        return _held(program.statistics_of(data, _seed(random), groups=codes), TRUTH)
+
+    yield Setting("`stats by`", "16 groups, one with half of the rows", covered(None, None), run)
 
 
 def _repeated() -> Iterator[Setting]:

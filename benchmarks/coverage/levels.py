@@ -8,23 +8,33 @@ import numpy as np
 
 from benchmarks.coverage import program
 from benchmarks.coverage.draws import DRAWS, SKEWED, SYMMETRIC, correlated
-from benchmarks.coverage.setting import REPETITIONS, Figure, Setting
-from mechdsl.base.arrays import Ints
+from benchmarks.coverage.setting import Figure, Setting
+from mechdsl.base.arrays import Floats, Ints
 
 SIZES = (16, 32, 64, 200)
 FAMILIES = (16, 144)
 CORRECTIONS = ("holm", "max")
-NUMBERS = 1e10
-"""Signs times cells that a setting of many cells may take; its repetitions follow from it."""
+NUMBERS = 4e9
+"""Numbers that a setting of many cells may draw; its repetitions follow from it."""
 MOST = 5.5
+MOST_SKEWED = 6.0
+SKEWED_FROM = {"exponential": 16, "lognormal": 32, "mostly zero": 16}
+"""From so many prompts on the test of one cell has to hold its level."""
+STRATA = 4
 
 
 def settings(everything: bool = False) -> Iterator[Setting]:
-    """everything: every distribution and correlation for many cells, where otherwise they take
-    turns over the sizes."""
+    """everything: every distribution and correlation for many cells, where otherwise symmetric ones
+    take turns over the sizes."""
     yield from _one_cell()
     yield from _many_cells(everything)
+    yield from _strata()
     yield from _skewed()
+    yield from _power()
+
+
+def _false(p: Floats) -> int:
+    return int(np.count_nonzero(p < program.LEVEL))
 
 
 def _one_cell() -> Iterator[Setting]:
@@ -33,9 +43,8 @@ def _one_cell() -> Iterator[Setting]:
 
             def run(random: np.random.Generator, count: int, name: str = name, n: int = n) -> Ints:
                 # no cell knows of another without a correction, so a cell is a repetition
-                deltas = DRAWS[name](random, (count, n))
-                p = program.p_values(deltas, int(random.integers(2**31)))
-                return np.array([[np.count_nonzero(p <= program.LEVEL), count]])
+                p = program.p_values(DRAWS[name](random, (count, n)), _seed(random))
+                return np.array([[_false(p), count]])
 
             figures = (Figure("no correction", None, MOST),)
             yield Setting("false positives, 1 cell", f"{name}, n = {n}", figures, run)
@@ -48,42 +57,97 @@ def _many_cells(everything: bool) -> Iterator[Setting]:
             pairs = [(SYMMETRIC[turn % 4], 0.5 * (place % 2))]
             if everything:
                 pairs = [(name, rho) for name in SYMMETRIC for rho in (0.0, 0.5)]
+            pairs += [(name, 0.0) for name in SKEWED]
             for name, rho in pairs:
-                for correction in CORRECTIONS:
-                    yield _family(name, rho, cells, n, correction)
+                yield _family(name, rho, cells, n)
 
 
-def _family(name: str, rho: float, cells: int, n: int, correction: str) -> Setting:
+def _family(name: str, rho: float, cells: int, n: int) -> Setting:
     def run(random: np.random.Generator, count: int) -> Ints:
-        false = 0
+        false = np.zeros(len(CORRECTIONS), dtype=np.int64)
         for _ in range(count):
             deltas = correlated(random, name, cells, n, rho)
-            p = program.p_values(deltas, int(random.integers(2**31)), correction=correction)
-            false += bool((p <= program.LEVEL).any())
-        return np.array([[false, count]])
+            seed = _seed(random)
+            found = [program.p_values(deltas, seed, correction=each) for each in CORRECTIONS]
+            false += [bool(_false(p)) for p in found]
+        return np.stack([false, np.full(len(CORRECTIONS), count)], axis=1)
 
-    # a call costs its signs, n each, and its sums, one per cell
-    possible = int(NUMBERS / (10_000 * (2 * n + cells + 100)))
+    most = MOST_SKEWED if name in SKEWED else MOST
+    possible = int(NUMBERS / (cells * n * 200))
     return Setting(
         f"false positives, {cells} cells",
         f"{name}, correlation {rho:g}, n = {n}",
-        (Figure(f"any cell, {correction}", None, MOST),),
+        tuple(Figure(f"any cell, {each}", None, most) for each in CORRECTIONS),
         run,
-        repetitions=min(REPETITIONS, max(1000, possible // 500 * 500)),
-        chunk=100,
+        repetitions=min(4000, max(1000, possible // 500 * 500)),
+        chunk=50,
     )
 
 
+def _strata() -> Iterator[Setting]:
+    """Rows dealt out evenly over values with means of their own, which balance or not."""
+    for n in (16, 32, 64):
+
+        def run(random: np.random.Generator, count: int, n: int = n) -> Ints:
+            strata = (np.arange(n) % STRATA).astype(np.int64)
+            balanced = 2 * (strata - (STRATA - 1) / 2) + random.normal(size=(count, n))
+            found = []
+            for effect in (0.0, 4 / np.sqrt(n)):
+                p = program.p_values(balanced + effect, _seed(random), strata=strata)
+                found.append([_false(p), count])
+            return np.array(found)
+
+        # degrees of freedom that strata take are missed in small samples
+        figures = (
+            Figure("without an effect", None, MOST),
+            Figure("effect of 4 standard errors", 60 if n == 16 else 80),
+        )
+        yield Setting("p within strata", f"{STRATA} values, n = {n}", figures, run)
+
+
 def _skewed() -> Iterator[Setting]:
-    tests = ("flips", "bootstrap")
+    tests = ("t", "flips", "bootstrap")
     for name in SKEWED:
         for n in (8, *SIZES):
 
             def run(random: np.random.Generator, count: int, name: str = name, n: int = n) -> Ints:
-                deltas = DRAWS[name](random, (count, n))
-                seed = int(random.integers(2**31))
+                deltas, seed = DRAWS[name](random, (count, n)), _seed(random)
                 found = [program.p_values(deltas, seed, test=test) for test in tests]
-                return np.array([[np.count_nonzero(p <= program.LEVEL), count] for p in found])
+                return np.array([[_false(p), count] for p in found])
 
-            figures = tuple(Figure(f"test {test}") for test in tests)
+            most = 7.0 if n >= SKEWED_FROM[name] else None
+            figures = tuple(
+                Figure(f"test {test}", None, most if test == "t" else None) for test in tests
+            )
             yield Setting("false positives, skewed deltas", f"{name}, n = {n}", figures, run)
+
+
+def _power() -> Iterator[Setting]:
+    """One cell of many has an effect of so many standard deviations."""
+    for cells, n, size in ((16, 16, 1.6), (144, 32, 1.2), (144, 64, 0.8)):
+
+        def run(
+            random: np.random.Generator,
+            count: int,
+            cells: int = cells,
+            n: int = n,
+            size: float = size,
+        ) -> Ints:
+            found = np.zeros(len(CORRECTIONS), dtype=np.int64)
+            for _ in range(count):
+                deltas = random.normal(size=(cells, n))
+                deltas[0] += size
+                seed = _seed(random)
+                for place, each in enumerate(CORRECTIONS):
+                    p = program.p_values(deltas, seed, correction=each)
+                    found[place] += p[0] < program.LEVEL
+            return np.stack([found, np.full(len(CORRECTIONS), count)], axis=1)
+
+        least = 80.0 if n >= 32 else None  # with fewer, no test of so many cells finds as much
+        figures = tuple(Figure(f"found, {each}", least) for each in CORRECTIONS)
+        name = f"{cells} cells, one of {size:g} standard deviations, n = {n}"
+        yield Setting("power", name, figures, run, 2000, chunk=50)
+
+
+def _seed(random: np.random.Generator) -> int:
+    return int(random.integers(2**31))

@@ -79,13 +79,20 @@ def statistics_of(
     return cell_statistics([data], settings, seed, named, effects=EFFECTS, strata=strata)[0]
 
 
-def p_values(deltas: Floats, seed: int, *, test: str = "flips", correction: str = "none") -> Floats:
+def p_values(
+    deltas: Floats,
+    seed: int,
+    *,
+    test: str = "t",
+    correction: str = "none",
+    strata: Ints | None = None,
+) -> Floats:
     """Corrected p [cell] of deltas [cell, prompt], all cells one experiment."""
     data = measured(deltas, effect="delta")
     # p of sign flips takes nothing from the resamples
     resamples = RESAMPLES if test == "bootstrap" else 20
     given: dict[str, Any] = {"test": test, "correction": correction, "resamples": resamples}
-    return statistics_of(data, seed, **given).p_corrected
+    return statistics_of(data, seed, strata=strata, **given).p_corrected
 
 
 def finished(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import pearsonr
 
 from benchmarks.coverage import program
 from benchmarks.coverage.draws import DRAWS, correlated
@@ -41,7 +41,8 @@ def settings() -> Iterator[Setting]:
         for side in (1, -1):
             yield _near(name, side)
     yield _accuracy()
-    yield _correlations()
+    yield from _correlations()
+    yield _no_correlations()
 
 
 def _seed(random: np.random.Generator) -> int:
@@ -121,30 +122,55 @@ def _accuracy() -> Setting:
     return Setting("`expect accuracy`", name, figures, run, 5000, chunk=50)
 
 
-def _correlations() -> Setting:
-    """An interval that misses the very number it is printed beside, or what noise takes off it."""
-    words = {"pearson": pearsonr, "spearman": spearmanr}
+def _correlations() -> Iterator[Setting]:
+    """Effects of two experiments on the same rows, whose noise is nearly the same."""
+    for cells, n, true in ((16, 16, 0.0), (16, 32, 0.6), (48, 32, 0.95), (48, 64, 0.6)):
+
+        def run(
+            random: np.random.Generator,
+            count: int,
+            cells: int = cells,
+            n: int = n,
+            true: float = true,
+        ) -> Ints:
+            held = np.zeros((3, 2), dtype=np.int64)
+            for _ in range(count):
+                mine, own = random.normal(size=(2, cells, 1))
+                other = true * mine + np.sqrt(1 - true**2) * own
+                noise, more = random.normal(size=(2, cells, n))
+                noisy = mine + noise, other + 0.9 * noise + 0.4 * more
+                one, two = (program.finished(each, _seed(random)) for each in noisy)
+                said = program.verdict("pearson(delta, other) > 0", one, other=two)
+                if said.low is None or said.high is None:
+                    continue
+                truth = float(pearsonr(mine[:, 0], other[:, 0]).statistic)
+                held += [
+                    [said.low <= truth <= said.high, 1],
+                    [said.low > truth, 1],
+                    [said.high < truth, 1],
+                ]
+            return held
+
+        figures = (
+            Figure("the true correlation in the interval", 93),
+            Figure("`>` holds of the truth", None, MOST),
+            Figure("`<` holds of the truth", None, MOST),
+        )
+        name = f"{cells} cells, n = {n}, true correlation about {true:g}"
+        yield Setting("correlations", name, figures, run, 1000, chunk=50)
+
+
+def _no_correlations() -> Setting:
+    """The same without any effect: there is nothing that could be correlated."""
 
     def run(random: np.random.Generator, count: int) -> Ints:
-        held = np.zeros((2, 2, 2), dtype=np.int64)
+        held = 0
         for _ in range(count):
-            mine, own = random.normal(size=(2, 16, 1))
-            effects = mine, 0.6 * mine + 0.8 * own
-            noisy = [each + random.normal(0, 2, (16, PROMPTS)) for each in effects]
-            result, other = (program.finished(each, _seed(random)) for each in noisy)
-            for place, (word, known) in enumerate(words.items()):
-                said = program.verdict(f"{word}(delta, other) > 0", result, other=other)
-                if said.low is None or said.high is None or not isinstance(said.value, float):
-                    continue
-                truth = float(known(*(each[:, 0] for each in effects)).statistic)
-                for which, value in enumerate((said.value, truth)):
-                    inside = said.low - 1e-9 <= value <= said.high + 1e-9
-                    held[which, place] += [inside, 1]
-        return held.reshape(4, 2)
+            noise = random.normal(size=(48, PROMPTS))
+            again = noise + random.normal(0, 0.3, noise.shape)
+            one, two = (program.finished(each, _seed(random)) for each in (noise, again))
+            held += program.verdict("pearson(delta, other) > 0.5", one, other=two).holds
+        return np.array([[held, count]])
 
-    # the interval is of what the rows vary; what they add to the spread of cells stays
-    figures = (
-        *(Figure(f"its own value in that of `{word}`", 99, 100) for word in words),
-        *(Figure(f"the truth in that of `{word}`") for word in words),
-    )
-    return Setting("correlations", f"16 cells, n = {PROMPTS}", figures, run, 1000, chunk=50)
+    figure = Figure("`pearson(delta, other) > 0.5`", None, MOST)
+    return Setting("correlations", "48 cells without an effect, n = 32", (figure,), run, 1000, 50)
