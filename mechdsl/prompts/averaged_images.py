@@ -34,7 +34,7 @@ def take_mean(
         return other.diagnostics
     limit = rows_before_limit(other)
     found = collect(BlockRows(other), tokenizer, limit=limit, part=of.part, most=enough)
-    images = [row.clean.image for row in found.rows]
+    images = [made.clean.image for made in found.rows]
     pictures = tuple(image for image in images if image is not None)
     block.averaged = mean_of(pictures, of.whole) if pictures else None
     return found.diagnostics

@@ -40,16 +40,16 @@ from mechdsl.prompts.replaced_text import extended, marks_turns, replace_in_rows
 from mechdsl.prompts.row_scope import Key, Refusal
 from mechdsl.prompts.row_selection import (
     Collection,
+    Content,
     Made,
     collect,
     collect_rows,
     equal_records,
     rows_before_limit,
-    template_of,
     templates_unchanged,
     without_effect,
 )
-from mechdsl.prompts.rows import CLEAN, BlockRows, Row
+from mechdsl.prompts.rows import CLEAN, BlockRows
 from mechdsl.prompts.tokenizer import Encoded, TextTokenizer
 from mechdsl.prompts.values import TokenId
 from mechdsl.syntax import ast
@@ -145,7 +145,6 @@ def build_table(
         rows, tokenizer, max_length, labels=labels, whole=most is None, writes=writes, used=used
     )
     table = builder.table(found, limit, part)
-    rows.forget_results()
     return (None if has_errors(builder.diagnostics) else table), [
         *diagnostics,
         *dict.fromkeys(builder.diagnostics),
@@ -204,7 +203,7 @@ class _Builder:
                 self.diagnostics += too_long(self.block, table, self.max_length)
             table = self._with_noise(table, found)
         conventions |= noise_conventions(table) | image_conventions(table)
-        classes, problems = class_texts(self.block, found.rows[0].clean)
+        classes, problems = class_texts(self.block, self.rows[found.rows[0].id])
         self.diagnostics += problems
         python = self.block.calls.functions
         rounds = found.tried >= self.block.combinations and part is None
@@ -230,8 +229,8 @@ class _Builder:
         """The table without noise, and per corruption the rows whose text it left as it was."""
         prompts = self.tokenizer.encode_unique(m.clean.prompt.text for m in made)
         texts = {CLEAN: self._texts(CLEAN, [m.clean for m in made], made, prompts)}
-        for corruption in self.block.spec.corruptions:
-            rows = [m.corrupted[corruption.name] for m in made]
+        for place, corruption in enumerate(self.block.spec.corruptions):
+            rows = [m.corrupted[place] for m in made]
             texts[corruption.name] = self._texts(corruption.name, rows, made, prompts)
         every = [
             tokens
@@ -243,20 +242,20 @@ class _Builder:
         words = not self.writes
         moved = shared_beginning(every, self.tokenizer, words=words) if every else ()
         runs = {CLEAN: self._run(CLEAN, [m.clean for m in made], texts[CLEAN], moved, prompts)}
-        for corruption in self.block.spec.corruptions:
-            rows = [m.corrupted[corruption.name] for m in made]
+        for place, corruption in enumerate(self.block.spec.corruptions):
+            rows = [m.corrupted[place] for m in made]
             changed = self.tokenizer.encode_unique(row.prompt.text for row in rows)
             run = self._run(corruption.name, rows, texts[corruption.name], moved, changed)
             runs[corruption.name] = run
         table = PromptTable(
             name=self.block.name,
-            row_ids=tuple(m.clean.id for m in made),
-            row_keys=tuple(m.clean.key for m in made),
+            row_ids=tuple(m.id for m in made),
+            row_keys=tuple(m.key for m in made),
             runs=runs,
             data_hash=self.block.data.digest if self.block.data else "",
             moved=moved,
             moved_text=self._moved_text(made, moved),
-            sources=tuple(m.clean for m in made),
+            block_rows=self.rows,
         )
         table = replace(
             table,
@@ -272,7 +271,7 @@ class _Builder:
     def _texts(
         self,
         run: str,
-        rows: Sequence[Row],
+        rows: Sequence[Content],
         made: Sequence[Made],
         encoded: Mapping[str, Encoded],
     ) -> list[dict[str, TextTokens]]:
@@ -281,7 +280,8 @@ class _Builder:
         out: list[dict[str, TextTokens]] = [{} for _ in rows]
         for definition in self.block.spec.texts if self.texts else ():
             name = definition.name
-            texts: list[str | TokenId] = [row.named_text(name) for row in rows]
+            place = list(self.block.texts).index(name)
+            texts: list[str | TokenId] = [row.texts[place] for row in rows]
             if self.labels != "none":
                 for row, text in zip(out, texts, strict=True):
                     row[name] = output_text(text, self.labels)
@@ -305,14 +305,15 @@ class _Builder:
         """The characters of the moved token, white space before it included."""
         if not moved:
             return ""
-        name = next(n for n in self.block.texts if not self.block.is_token_id(n))
-        prompt, text = made[0].clean.prompt.text, str(made[0].clean.named_text(name))
+        ids = map(self.block.is_token_id, self.block.texts)
+        prompt = made[0].clean.prompt.text
+        text = next(str(text) for text, id in zip(made[0].clean.texts, ids, strict=True) if not id)
         return moved_characters(prompt, text, moved, self.tokenizer)
 
     def _run(
         self,
         name: str,
-        rows: Sequence[Row],
+        rows: Sequence[Content],
         texts: Sequence[Mapping[str, TextTokens]],
         moved: tuple[int, ...],
         prompts: Mapping[str, Encoded],
@@ -338,7 +339,7 @@ class _Builder:
                     offsets=tokens.offsets,
                     special=tokens.special,
                     spans=rich.spans,
-                    values=row.plain_values,
+                    values=row.values,
                     texts=kept,
                     **of_image(row.image, row.regions, self.tokenizer),
                 )
@@ -358,7 +359,7 @@ class _Builder:
         for corruption in self.block.spec.corruptions:
             changes = of_kind(TokenChange, corruption.changes)
             for kind, change in changes:
-                texts = self._new_texts(corruption.name, change.word, kind.text(change), made)
+                texts = self._new_texts(corruption, change, kind.text(change), made)
                 current = replace(table, runs=runs)
                 assert change.tokens is not None
                 run, diagnostics = replace_in_rows(
@@ -369,7 +370,7 @@ class _Builder:
             patches = of_patches(corruption.changes)
             for number, (_, change) in enumerate(patches, len(corruption.changes)):
                 current = replace(table, runs=runs)
-                own = [m.corrupted[corruption.name] for m in made]
+                own = [self.rows.corrupted(self.rows[m.id], corruption) for m in made]
                 runs[corruption.name], diagnostics = change_patches(
                     current, corruption.name, change, number, own, self.tokenizer
                 )
@@ -385,7 +386,7 @@ class _Builder:
                     if not self._uses(corruption.name):
                         continue
                     keep = [k and not s for k, s in zip(keep, same, strict=True)]
-                    templates = [template_of(m.clean) for m in made]
+                    templates = [m.template for m in made]
                     unchanged = Counter(compress(templates, same))
                     self.diagnostics += templates_unchanged(
                         self.block, corruption, unchanged, Counter(templates)
@@ -397,18 +398,19 @@ class _Builder:
             table,
             row_ids=tuple(compress(table.row_ids, keep)),
             row_keys=tuple(compress(table.row_keys, keep)),
-            sources=tuple(compress(table.sources, keep)),
             runs=runs,
         )
         return table, equal
 
-    def _new_texts(self, run: str, word: str, text: ast.Expr, made: Sequence[Made]) -> list[str]:
+    def _new_texts(
+        self, corruption: spec.Corruption, change: ast.Change, text: ast.Expr, made: Sequence[Made]
+    ) -> list[str]:
         """The text that a row's tokens are replaced by, for each row."""
         texts: list[str] = []
         for m in made:
-            row = m.corrupted[run]
+            row = self.rows.corrupted(self.rows[m.id], corruption)
             try:
-                new = row.as_text(text, Key(f"{run}:{word}"))
+                new = row.as_text(text, Key(f"{corruption.name}:{change.word}"))
             except Refusal as refusal:
                 self.diagnostics.append(refusal.diagnostic(row.describe()))
                 return [""] * len(made)

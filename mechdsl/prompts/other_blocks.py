@@ -120,7 +120,7 @@ def _single(others: BlockRows, own: PromptsBlock, tokenizer: TextTokenizer) -> i
         return 0
     if other.combinations != own.combinations and other.spec.where and not other.draws:
         found = collect(others, tokenizer, limit=2).rows
-        return found[0].clean.id if len(found) == 1 else None
+        return found[0].id if len(found) == 1 else None
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from functools import cached_property
 from types import MappingProxyType
@@ -17,7 +17,7 @@ from mechdsl.prompts.values import SpanAt
 
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Ints
-    from mechdsl.prompts.rows import Row
+    from mechdsl.prompts.rows import BlockRows, Row
 
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -176,8 +176,8 @@ class PromptTable(Record):
     """Functions of Python files that values are from."""
     beside: Mapping[str, PromptTable] = field(default_factory=dict[str, "PromptTable"])
     """Other blocks, with rows of their own, that means are taken of."""
-    sources: tuple[Row, ...] = field(default=(), repr=False, compare=False)
-    """The clean rows before tokenisation, in which texts of metrics are evaluated."""
+    block_rows: BlockRows | None = field(default=None, repr=False, compare=False)
+    """Of the block that it is of, by their ids."""
     stands_in: bool = False
     """Its rows stand in for those that can't be made here."""
     columns_unknown: bool = False
@@ -203,6 +203,11 @@ class PromptTable(Record):
 
     def __len__(self) -> int:
         return len(self.row_ids)
+
+    @property
+    def sources(self) -> Sequence[Row]:
+        """The clean rows before tokenisation, in which texts of metrics are evaluated."""
+        return () if self.block_rows is None else self.block_rows.with_ids(self.row_ids)
 
     @property
     def cut_from(self) -> tuple[str, ...]:

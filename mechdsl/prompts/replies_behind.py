@@ -62,7 +62,6 @@ def with_replies(
         table,
         row_ids=tuple(compress(table.row_ids, keep)),
         row_keys=tuple(compress(table.row_keys, keep)),
-        sources=tuple(compress(table.sources, keep)),
         runs=runs,
         alone=table,
         behind=said,

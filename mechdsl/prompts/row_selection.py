@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -13,6 +13,8 @@ from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.e05_data import CorruptionWithoutEffect, NoRows, TooMany
 from mechdsl.diagnostics.w07_data import EqualRecords, TemplateUnchanged
+from mechdsl.images.picture import Picture
+from mechdsl.images.regions import Region
 from mechdsl.program import spec
 from mechdsl.prompts.prompts_block import TEMPLATE, PromptsBlock
 from mechdsl.prompts.row_scope import Refusal
@@ -20,7 +22,7 @@ from mechdsl.prompts.row_tiles import image_of
 from mechdsl.prompts.rows import RECORD, BlockRows, Row
 from mechdsl.prompts.seeded_draws import Permutation
 from mechdsl.prompts.tokenizer import TextTokenizer
-from mechdsl.prompts.values import TokenId, frozen, plain
+from mechdsl.prompts.values import Rich, TokenId, frozen, plain
 from mechdsl.vocab.corruptions import ImageChange, ValueChange, kind_of, of_patches
 
 _MAX_BEFORE_LIMIT = 20_000
@@ -41,12 +43,30 @@ _FAILING_ENOUGH = 5
 """The same for a check."""
 
 
-@dataclass(slots=True)
-class Made:
-    """A row with its corruptions, by name."""
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a row of one run has worked out."""
 
-    clean: Row
-    corrupted: dict[str, Row]
+    prompt: Rich
+    values: Mapping[str, object]
+    """Those of all names, without spans."""
+    texts: tuple[str | TokenId, ...]
+    """Those that metrics refer to, in the order of the block."""
+    image: Picture | None
+    regions: Mapping[str, tuple[Region, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a row and its corruptions have worked out: without the steps to it, which take most of
+    the memory of a row."""
+
+    id: int
+    key: int
+    template: int
+    clean: Content
+    corrupted: tuple[Content, ...]
+    """In the order of the block's corruptions."""
 
 
 @dataclass
@@ -210,7 +230,8 @@ class _Collector:
         """Keep a row that is wanted by its number, whether or not another is equal to it."""
         try:
             if row.passes(self.block.spec.where, self.tokenizer):
-                self.result.rows.append(self._made(row))
+                corrupted = [each for _, each in self._corrupted(row)]
+                self.result.rows.append(self._made(row, corrupted))
             else:
                 self.result.filtered += 1
         except Refusal as refusal:
@@ -245,7 +266,7 @@ class _Collector:
             result.equal += 1
             return False
         seen.records.add(row.places[RECORD])
-        corrupted = {c.name: row.corrupted(c) for c in self.block.spec.corruptions}
+        corrupted = {c.name: each for c, each in self._corrupted(row)}
         self.seen_text += len(row.record) * _TEXT_OF_COLUMN
         for each in (row, *corrupted.values()):
             self.seen_text += len(each.prompt.text) + len(each.prompt.spans) * _TEXT_OF_SPAN
@@ -259,23 +280,28 @@ class _Collector:
             self.belongs[together] = self._belongs(len(self.belongs) + 1)
         if any(name in self.used for name in unchanged):
             return False
-        made = self._made(row)
+        made = self._made(row, list(corrupted.values()))
         if self.belongs[together]:
             result.repeated += seen.kept
             result.rows.append(made)
         seen.kept = True
         return True
 
-    def _made(self, row: Row) -> Made:
+    def _corrupted(self, row: Row) -> Iterator[tuple[spec.Corruption, Row]]:
+        for corruption in self.block.spec.corruptions:
+            yield corruption, self.rows.corrupted(row, corruption)
+
+    def _made(self, row: Row, corrupted: Sequence[Row]) -> Made:
         """What is worked out now is refused here, with its row; later nothing fails any more."""
-        corrupted = {c.name: row.corrupted(c) for c in self.block.spec.corruptions}
-        for each in (row, *corrupted.values()):
-            _ = each.plain_values
-            for name in self.block.texts:
-                each.named_text(name)
-            _ = each.prompt, each.regions
+        clean, *others = map(self._content, (row, *corrupted))
+        made = Made(row.id, row.key, template_of(row), clean, tuple(others))
+        for each in (row, *corrupted):
             each.forget_steps()
-        return Made(row, corrupted)
+        return made
+
+    def _content(self, row: Row) -> Content:
+        values, texts = row.plain_values, tuple(map(row.named_text, self.block.texts))
+        return Content(row.prompt, values, texts, row.image, row.regions)
 
     def _belongs(self, number: int) -> bool:
         """Whether the block's row, or image of tiles, of this number (from 1) is in the part."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, cast, overload
 
 from mechdsl.base import limits
 from mechdsl.base.source import Span
@@ -48,8 +48,8 @@ from mechdsl.vocab.corruptions import ValueChange, kind_of
 RECORD = "record"
 """Name of the axis of a data file's records."""
 CLEAN = "clean"
-RESULTS_KEPT = 2**12
-"""Rows of a block up to which their results are kept for the next table."""
+KEPT = 2**12
+"""Rows of a block that are kept for the next table, at most."""
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 """One for all rows: 200,000 rows would each hold several empty mappings."""
 
@@ -61,8 +61,8 @@ class Row(WithImage):
         self.block = block
         self.id = row_id
         self.run = CLEAN
-        self.clean = self
-        """The row that this one is a corruption of."""
+        self._clean: Row | None = None
+        """The row that this one is a copy of."""
         index = row_id % (block.combinations)
         index, at = divmod(index, block.data_size)
         self.record: Record = block.data.records[at] if block.data else _NOTHING
@@ -83,14 +83,19 @@ class Row(WithImage):
         self._drawn: dict[str, Value] = {}
         self._cache: dict[str, Value] = {}
         self._texts: dict[str, str | TokenId] = {}
-        self._corrupted: dict[str, Row] = {}
 
     def _copy(self) -> Row:
         copy = object.__new__(Row)
         copy.__dict__.update(self.__dict__)
         copy._forget()
-        copy._corrupted = {}
+        copy._clean = self.clean
         return copy
+
+    @property
+    def clean(self) -> Row:
+        """The row that this one is a corruption of. One that named itself would never be freed, as
+        garbage is not looked for while files are checked."""
+        return self if self._clean is None else self._clean
 
     def _forget(self) -> None:
         """Work everything out anew, because something is changed."""
@@ -102,12 +107,6 @@ class Row(WithImage):
     def forget_steps(self) -> None:
         """Drop the values that its texts are made of; they are worked out again if asked for."""
         self._cache = {}
-
-    def forget_results(self) -> None:
-        """Drop everything computed from its values, its corruptions included. Rows are
-        deterministic: what is asked for again is computed again."""
-        self._forget()
-        self._corrupted = {}
 
     @cached_property
     def draw_key(self) -> int:
@@ -356,9 +355,6 @@ class Row(WithImage):
     def corrupted(self, corruption: spec.Corruption) -> Row:
         """The same row with something changed, from top to bottom. What works on tokens or
         activations is left for later."""
-        known = self._corrupted.get(corruption.name)
-        if known is not None:
-            return known
         row = self._copy()
         row.run = corruption.name
         row.changed, row.item_changes, row.image_changes = _NOTHING, _NOTHING, []
@@ -368,7 +364,6 @@ class Row(WithImage):
                 row.image_changes.append(change)
             elif isinstance(kind, ValueChange):
                 kind.apply(row, change)
-        self._corrupted[corruption.name] = row
         return row
 
     def assign(self, names: tuple[ast.Name, ...], value: ast.Expr) -> None:
@@ -484,28 +479,40 @@ class Row(WithImage):
 
 
 class BlockRows:
-    """The rows of a block by their ids, each worked out once: experiments of a file share them."""
+    """The rows of a block by their ids: experiments of a file share them, where they aren't too
+    many. Rows are deterministic: one that isn't kept is worked out again."""
 
     def __init__(self, block: PromptsBlock) -> None:
         self.block = block
         self._rows: dict[int, Row] = {}
+        self._corrupted: dict[tuple[int, str], Row] = {}
 
     def __getitem__(self, row_id: int) -> Row:
         row = self._rows.get(row_id)
         if row is None:
-            row = self._rows[row_id] = Row(self.block, row_id)
+            row = Row(self.block, row_id)
+            if len(self._rows) < KEPT:
+                self._rows[row_id] = row
         return row
 
-    def forget_results(self) -> None:
-        """Free what rows have computed, where they are many: a table holds its own copy."""
-        if len(self._rows) > RESULTS_KEPT:
-            for row in self._rows.values():
-                row.forget_results()
+    def corrupted(self, row: Row, corruption: spec.Corruption) -> Row:
+        """What the corruption makes of a row of the block."""
+        key = row.id, corruption.name
+        found = self._corrupted.get(key)
+        if found is None:
+            found = row.corrupted(corruption)
+            if row.id in self._rows:
+                self._corrupted[key] = found
+        return found
+
+    def with_ids(self, ids: Sequence[int]) -> Sequence[Row]:
+        """Those with these ids."""
+        return _Found(self, ids)
 
     def only(self, corruption: spec.Corruption) -> BlockRows:
         """The same rows with one of the corruptions."""
         other = BlockRows(self.block.only(corruption))
-        other._rows = self._rows
+        other._rows, other._corrupted = self._rows, self._corrupted
         return other
 
 
@@ -518,3 +525,22 @@ def _shifted(span: SpanAt, end: int, by: int) -> SpanAt:
     """A span after the text up to `end` has become longer by `by`."""
     start = span.start + by if span.start >= end else span.start
     return SpanAt(span.name, start, span.end + by if span.end >= end else span.end, span.within)
+
+
+class _Found(Sequence[Row]):
+    """Rows of a block, looked up when they are asked for."""
+
+    def __init__(self, rows: BlockRows, ids: Sequence[int]) -> None:
+        self._rows, self._ids = rows, ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        if isinstance(index, slice):
+            return _Found(self._rows, self._ids[index])
+        return self._rows[self._ids[index]]
