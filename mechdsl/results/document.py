@@ -47,7 +47,10 @@ class NullDocument(DocumentPart):
     p: float | None = Field(
         description="rank p, (1 + b)/(1 + draws): b of them are at least as large in size"
     )
-    inside: bool = Field(description="whether the cell's own mean lies in the band")
+    inside: bool | None = Field(
+        description="whether the cell's own mean lies in the band; null where the draws are too "
+        "few for a band at the experiment's confidence (39 at 95 %)"
+    )
     what: str = Field(description="what was drawn")
 
 
@@ -297,7 +300,7 @@ def _null(result: ExperimentResult, measure: int, cell: int) -> NullDocument | N
         level=_number(band.level[cell]),
         draws=int(band.draws[cell]),
         p=_number(band.p[cell]),
-        inside=bool(band.inside[cell]),
+        inside=bool(band.inside[cell]) if band.decides[cell] else None,
         what=band.what,
     )
 

@@ -355,7 +355,7 @@ def _null(result: ExperimentResult, measure: int, cell: int) -> dict[str, Any]:
             for key in ("mean", "low", "high", "level", "p")
         },
         "null_draws": None if band is None else int(band.draws[cell]),
-        "null_inside": None if band is None else bool(band.inside[cell]),
+        "null_inside": bool(band.inside[cell]) if band and band.decides[cell] else None,
     }
 
 

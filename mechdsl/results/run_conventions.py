@@ -25,6 +25,7 @@ from mechdsl.resolve.resolved_rule import ResolvedRule
 from mechdsl.results.experiment_result import ANSWER_TOKENS
 from mechdsl.results.reply_conventions import of_replies
 from mechdsl.results.tower_conventions import tower_conventions
+from mechdsl.statistics.null_bands import fewest_draws
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import WITHIN_ATTENTION
 
@@ -208,7 +209,8 @@ def _null_band(confidence: float) -> str:
         "from the r-th lowest to the r-th highest of k different draws, which holds one more like "
         "them with probability (k + 1 − 2r)/(k + 1); r is the largest for which that is at least "
         f"{confidence:g} %, else 1, the whole range; `p null` is (1 + b)/(1 + k), b of the draws "
-        "at least as large in size as the cell, each cell by itself, and never below 1/(1 + k)"
+        "at least as large in size as the cell, each cell by itself, and never below 1/(1 + k); "
+        f"with k below {fewest_draws(confidence)} no effect is said to lie in its band"
     )
 
 

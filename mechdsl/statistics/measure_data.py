@@ -173,6 +173,13 @@ class NullBand:
     """How many the file asks for; cells that have no more others have fewer."""
     what: str
     """What was drawn, in words: `random heads`."""
+    fewest: int
+    """Draws from which a band holds a further one with the confidence."""
+
+    @property
+    def decides(self) -> Bools:
+        """[cell] whether there are enough draws to say that the effect lies in the band, or not."""
+        return self.draws >= self.fewest
 
 
 @dataclass(frozen=True)

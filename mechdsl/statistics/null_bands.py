@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from math import ceil
 
 import numpy as np
 
@@ -48,8 +49,17 @@ def null_bands(
 def band_rank(draws: int, confidence: float) -> int:
     """r: the band runs from the r-th lowest to the r-th highest draw. The largest that holds a
     further draw with the confidence, in percent; 1, the whole range, where none does."""
-    outside = 1 - Fraction(str(confidence)) / 100
-    return max(1, int(outside * (draws + 1) / 2))
+    return max(1, int(_outside(confidence) * (draws + 1) / 2))
+
+
+def fewest_draws(confidence: float) -> int:
+    """The smallest number of draws whose whole range holds a further one with the confidence, in
+    percent: 39 at 95 %."""
+    return ceil(2 / _outside(confidence)) - 1
+
+
+def _outside(confidence: float) -> Fraction:
+    return 1 - Fraction(str(confidence)) / 100
 
 
 def band_level(draws: int, rank: int) -> float:
@@ -109,4 +119,5 @@ def _band(
         made=drawn.counts,
         asked=drawn.asked,
         what=drawn.what,
+        fewest=fewest_draws(confidence),
     )

@@ -558,7 +558,7 @@ def test_controls_are_no_experiments_of_the_file() -> None:
     assert null["low"] < null["mean"] < null["high"]
     assert null["level"] == pytest.approx(7 / 9)
     assert 0 < null["p"] <= 1
-    assert isinstance(null["inside"], bool)
+    assert null["inside"] is None  # 8 draws are too few to say
 
 
 def test_the_plan_counts_their_rows() -> None:

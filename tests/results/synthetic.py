@@ -203,7 +203,7 @@ def finished(result: ExperimentResult, *expects: str, **values: Any) -> Experime
     return with_verdicts(with_statistics(result, said, seed=0), said)
 
 
-def with_controls(result: ExperimentResult, draws: int = 20) -> ExperimentResult:
+def with_controls(result: ExperimentResult, draws: int = 39) -> ExperimentResult:
     """Draws with effects around 0 beside every measure that is a number."""
     random = np.random.default_rng(5)
     values: list[Floats] = []

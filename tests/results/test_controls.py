@@ -8,10 +8,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.text import marks, null_p_texts, null_words, survivors
 from mechdsl.statistics.measure_data import DrawnValues, NullBand
-from mechdsl.statistics.null_bands import band_level, band_rank, null_bands, rank_p
+from mechdsl.statistics.null_bands import band_level, band_rank, fewest_draws, null_bands, rank_p
 from mechdsl.vocab.effects import EFFECTS
 
 from .synthetic import finished, heads, measure, report, with_controls
@@ -84,7 +85,7 @@ def test_a_cell_without_a_ratio_has_no_band() -> None:
         assert np.isnan(values).tolist() == empty.tolist()
     assert not band.inside[empty].any()
     assert not band.nearer[empty].any()
-    assert (band.draws == np.where(empty, 0, 20)).all()
+    assert (band.draws == np.where(empty, 0, 39)).all()
     inside = (band.low <= statistics.mean) & (statistics.mean <= band.high)
     assert band.inside.tolist() == inside.tolist()
     assert band.inside.any()
@@ -188,34 +189,68 @@ def test_cells_that_are_no_more_than_random_ones_are_marked() -> None:
     assert "none of these lie inside their null bands" in (survivors(none, 0, "*", "°") or "")
 
 
+@pytest.mark.parametrize(
+    ("draws", "confidence", "decided"),
+    [(38, 95, False), (39, 95, True), (18, 90, False), (19, 90, True), (198, 99, False)],
+)
+def test_a_band_of_few_draws_gives_no_verdict(draws: int, confidence: float, decided: bool) -> None:
+    """The band and its rank p stay."""
+    assert (draws >= fewest_draws(confidence)) == decided
+    made = finished(with_controls(heads(), draws), confidence=confidence)
+    wide = replace(ends(made), inside=np.ones(len(made.cells), dtype=np.bool_))
+    result = replace(made, controls=(wide,), reports=(report("table"),))
+    assert ("°" in marks(result, 0)) == decided
+    assert ("null bands" in (survivors(result, 0, "*", "°") or "")) == decided
+    words = null_words(result, 0) or ""
+    assert words.startswith(f"range of {draws} draws")
+    assert ("a verdict at" in words) != decided
+    cells = [cell["measures"][0] for cell in experiment_document(result).as_json()["cells"]]
+    assert {cell["null"]["inside"] for cell in cells} == {True if decided else None}
+    assert {row["null_inside"] for row in result.records()} == {True if decided else None}
+    assert all(cell["null"]["low"] < cell["null"]["high"] for cell in cells)
+    table = result.to_text(200)
+    assert (" in band" in table) == decided
+    assert "null" in table
+
+
+def test_survivors_with_too_few_draws_are_left_out_of_the_count() -> None:
+    result = banded()
+    survived = np.flatnonzero([mark != " " for mark in marks(result, 0)])
+    draws = np.full(len(result.cells), 39)
+    draws[survived[0]] = 3
+    some = banded(draws=draws, inside=np.ones(len(draws), dtype=np.bool_))
+    said = survivors(some, 0) or ""
+    assert said.endswith("1 of the 1 with 39 draws or more lies inside its null band")
+
+
 def test_the_words_of_a_band() -> None:
     cells = len(heads().cells)
 
     def said(**values: np.ndarray | int) -> str | None:
         return null_words(banded(**values), 0)
 
-    whole = "range of 20 draws of random heads; one more like them lies in it with 90.5 %"
+    whole = "range of 39 draws of random heads; one more like them lies in it with 95 %"
     assert said() == whole
-    few = np.array([3] + [20] * (cells - 1))
+    few = np.array([3] + [39] * (cells - 1))
     level = (few - 1) / (few + 1)
     ragged = said(draws=few, made=few, level=level)
     assert ragged == (
-        "range of 3 to 20 draws of random heads, all there are where fewer than 20; one more like "
-        "them lies in it with 50 % to 90.5 %"
+        "range of 3 to 39 draws of random heads, all there are where fewer than 39; one more like "
+        "them lies in it with 50 % to 95 %; a verdict at 95 % needs 39 draws"
     )
-    assert said(made=np.full(cells, 21)) == f"{whole}; {cells} draws without a value left out"
+    assert said(made=np.full(cells, 40)) == f"{whole}; {cells} draws without a value left out"
     some = np.array([0] + [17] * (cells - 1))
     gone = said(draws=some, made=some, level=np.array([np.nan] + [16 / 18] * (cells - 1)))
     assert gone is not None
     assert gone.startswith("range of 17 draws of random heads, all there are; ")
     trimmed = said(rank=np.full(cells, 2))
     assert trimmed is not None
-    assert "20 draws of random heads without the 1 lowest and highest; " in trimmed
+    assert "39 draws of random heads without the 1 lowest and highest; " in trimmed
     assert said(draws=np.zeros(cells, dtype=np.int64)) == "none of the random heads has a value"
 
 
 def test_a_p_at_its_floor_says_so() -> None:
-    band = ends(banded(p=np.full(len(heads().cells), 1 / 21)))
-    assert null_p_texts(band, [0]) == ["≤0.048"]
-    assert null_p_texts(replace(band, p=np.full(12, 2 / 21)), [0]) == ["0.095"]
+    band = ends(banded(p=np.full(len(heads().cells), 1 / 40)))
+    assert null_p_texts(band, [0]) == ["≤0.025"]
+    assert null_p_texts(replace(band, p=np.full(12, 2 / 40)), [0]) == ["0.050"]
     assert null_p_texts(replace(band, p=np.full(12, np.nan)), [0]) == ["–"]

@@ -110,7 +110,7 @@ def hovers(result: ExperimentResult, measure: int) -> list[str]:
             f"null {null}, p null {p}" if p != MISSING else f"null {null}"
             for null, p in zip(nulls, ranks, strict=True)
         ]
-        insides = [", inside" if inside else "" for inside in band.inside]
+        insides = [", inside" if inside else "" for inside in band.inside & band.decides]
         counts = ["".join((n, ", ", *t)) for n, *t in zip(counts, beside, insides, strict=True)]
     return [", ".join(parts) for parts in zip(names, texts, counts, strict=True)]
 

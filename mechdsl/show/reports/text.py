@@ -279,9 +279,11 @@ def thin_note(result: ExperimentResult, measure: int, mark: str = THIN_MARK) -> 
 
 def no_more_than_random(result: ExperimentResult, measure: int) -> Bools:
     """[cell] whether the effect survives the correction, and random targets have as much of it: it
-    lies inside its null band, or between 0 and that."""
+    lies inside its null band, or between 0 and that. Bands of too few draws don't say."""
     band, survived = result.control(measure), survives(result, measure)
-    return np.zeros_like(survived) if band is None else survived & (band.inside | band.nearer)
+    if band is None:
+        return np.zeros_like(survived)
+    return survived & band.decides & (band.inside | band.nearer)
 
 
 def marks(result: ExperimentResult, measure: int) -> list[str]:
@@ -312,13 +314,15 @@ def survivors(
     alike = no_more_than_random(result, measure)
     signs = f"{mark} or {random}" if mark and alike.any() else mark
     lead = f"{signs}: " if len(mark) > 1 else f"{signs} " if mark else ""
-    if band is None or not good:
+    decided = 0 if band is None else int(np.count_nonzero(survives(result, measure) & band.decides))
+    if band is None or not decided:
         return lead + said
     inside, nearer = (int(np.count_nonzero(alike & each)) for each in (band.inside, band.nearer))
     lie = "lies inside its null band" if inside == 1 else "lie inside their null bands"
     more = f", {nearer} between 0 and the band" if nearer else ""
     which = f"{random}{':' * (len(random) > 1)} " if random and alike.any() else ""
-    return f"{lead}{said}; {which}{inside or 'none'} of these {lie}{more}"
+    these = "these" if decided == good else f"the {decided} with {band.fewest} draws or more"
+    return f"{lead}{said}; {which}{inside or 'none'} of {these} {lie}{more}"
 
 
 def centre_note(result: ExperimentResult) -> str | None:
@@ -385,7 +389,10 @@ def null_words(result: ExperimentResult, measure: int) -> str | None:
     cut = sorted((band.rank[some] - 1).tolist())
     but = f" without the {_ends([f'{n}' for n in cut])} lowest and highest" if cut[-1] else ""
     states = f"one more like them lies in it with {level}"
-    return f"range of {draws} draws of {band.what}{there}{but}; {states}{without}"
+    needs = ""
+    if not band.decides[some].all() and result.settings is not None:
+        needs = f"; a verdict at {result.settings.confidence:g} % needs {band.fewest:,} draws"
+    return f"range of {draws} draws of {band.what}{there}{but}; {states}{without}{needs}"
 
 
 def _ends(texts: Sequence[str]) -> str:
