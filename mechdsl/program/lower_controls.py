@@ -23,7 +23,7 @@ def lower_control(work: Statements) -> spec.Control | None:
         return None
     call = work.against[0].control
     if call.name not in CONTROLS:
-        _unknown("control", call.name, call.span, CONTROLS, "write `against random(20)`", work)
+        _unknown("control", call.name, call.span, CONTROLS, "write `against random(39)`", work)
         return None
     if not work.rules and not work.unsupported:
         _bad(
@@ -38,7 +38,7 @@ def lower_control(work: Statements) -> spec.Control | None:
         _bad(
             call,
             "it takes a number, and what is drawn",
-            "write `random(20)` or `random(20, heads)`",
+            "write `random(39)` or `random(39, heads)`",
             work,
         )
         return None
@@ -47,7 +47,7 @@ def lower_control(work: Statements) -> spec.Control | None:
         work.scope.has("param", values[0].id)
     if not isinstance(draws, int) or isinstance(draws, bool) or not 0 < draws <= limits.DRAWS:
         reason = f"how many must be a whole number from 1 to {limits.DRAWS:,}"
-        hint = "write `random(20)`"
+        hint = "write `random(39)`"
         if values[0].span.written in get_args(spec.Drawn):
             hint = f"the number stands first: `random(20, {values[0].span.written})`"
         _bad(call, reason, hint, work)

@@ -1,4 +1,4 @@
-"""`against random(20) apart from top 5 of X, movers`: what is never drawn as a control."""
+"""`against random(39) apart from top 5 of X, movers`: what is never drawn as a control."""
 
 from __future__ import annotations
 

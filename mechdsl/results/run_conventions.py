@@ -189,7 +189,7 @@ def _of_controls(plan: ExperimentPlan) -> Said:
     elif experiment.spec.estimator is not None:
         yield "controls", "none: random targets aren't estimated"
     elif any(rule.rule.does.changes != "nothing" for rule in plan.rules):
-        yield "controls", "none (`against random(20)` adds matched random targets)"
+        yield "controls", "none (`against random(39)` adds matched random targets)"
 
 
 def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> Said:

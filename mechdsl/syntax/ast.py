@@ -891,7 +891,7 @@ class For(Node):
 
 @record
 class Against(Node):
-    """`against random(20) apart from top 5 of X, movers`; `apart` is never drawn."""
+    """`against random(39) apart from top 5 of X, movers`; `apart` is never drawn."""
 
     control: Call
     apart: tuple[Site, ...] = ()

@@ -578,7 +578,7 @@ def test_conventions() -> None:
     text = TEXT.replace("  against random(8)\n", "")
     alone = mechdsl.run(text, only="together")["together"]
     assert alone.controls == ()
-    assert alone.conventions["controls"].startswith("none (`against random(20)`")
+    assert alone.conventions["controls"].startswith("none (`against random(39)`")
 
 
 def test_a_number_from_the_command_line() -> None:

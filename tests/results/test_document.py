@@ -135,7 +135,7 @@ def test_controls_stand_beside_their_measure() -> None:
     number, category = found["files"][0]["experiments"][0]["cells"][0]["measures"]
     band = number["null"]
     assert band["low"] < band["mean"] < band["high"]
-    assert (band["draws"], band["what"]) == (20, "random heads")
+    assert (band["draws"], band["what"]) == (39, "random heads")
     assert "null" not in category
     first, second = result.records()[:2]
     assert first["null_low"] == band["low"]

@@ -21,7 +21,7 @@ from mechdsl.results.results import Results
 from mechdsl.show.reports.bar_charts import bars_chart
 from mechdsl.show.reports.confusion_counts import confusions
 from mechdsl.show.reports.line_charts import lines_chart
-from mechdsl.show.reports.text import number_format, p_text
+from mechdsl.show.reports.text import null_texts, number_format, p_text, with_interval
 from mechdsl.show.reports.token_shades import overlays, prompt_effects
 from mechdsl.show.reports.verdicts import print_verdicts
 from mechdsl.show.show_report import save_report, show_report
@@ -161,7 +161,7 @@ def test_no_number_is_cut(width: int) -> None:
     assert "…" not in text
     for number in re.findall(r"-?\d\.\d+", printed(result, report("table"), 120)):
         assert number in text or width < 80  # p goes first where room is short
-    intervals = re.findall(r"\[-?\d\.\d{3}, -?\d\.\d{3}\]", text)
+    intervals = re.findall(r"\[-?\d\.\d{3}, -?\d\.\d{3}\]|\[0, 0\]", text)
     assert len(intervals) == len(result.cells) or width < 30
 
 
@@ -429,6 +429,53 @@ def test_numbers_of_a_column_line_up() -> None:
     assert number_format([1e9])(1e9) == "1.00e+09"
     assert p_text(0.0001) == "0.0001"
     assert p_text(2e-6) == "< 0.0001"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "rounding", "expected"),
+    [
+        ((0.5, 0.4, 0.6), 0.0, ("0.500", "[0.400, 0.600]")),
+        ((0.0, -0.1, 0.1), 0.0, ("0.000", "[-0.100, 0.100]")),
+        ((0.0, 0.0, 0.074), 0.0, ("0.000", "[0.000, 0.074]")),
+        ((0.00042, 0.00031, 0.00052), 0.0, ("4.2e-04", "[3.1e-04, 5.2e-04]")),
+        ((0.00042, -0.00031, 0.00052), 0.0, ("4.2e-04", "[-3.1e-04, 5.2e-04]")),
+        ((0.05, -0.0003, 0.1), 0.0, ("5.0e-02", "[-3.0e-04, 1.0e-01]")),
+        ((0.0001, -0.1, 0.1), 0.0, ("0.000", "[-0.100, 0.100]")),
+        ((0.0001, -0.0002, 0.0003), 0.0, ("1.0e-04", "[-2.0e-04, 3.0e-04]")),
+        ((3e-7, -1e-7, 9e-7), 1e-6, ("≈0", "[≈0, ≈0]")),
+        ((3e-7, 1e-7, 9e-7), 1e-7, ("3.0e-07", "[1.0e-07, 9.0e-07]")),
+        ((0.0, 0.0, 0.0), 0.0, ("0", "[0, 0]")),
+        ((0.0, 0.0, 0.0), 1e-6, ("≈0", "[≈0, ≈0]")),
+        ((1e-7, -1e-2, 1e-4), 1e-6, ("0.000", "[-0.010, 0.000]")),
+        ((0.0001, np.nan, np.nan), 0.0, ("1.0e-04", "–")),
+        ((np.nan, np.nan, np.nan), 0.0, ("–", "–")),
+    ],
+)
+def test_number_and_interval_have_digits_that_tell_them_from_zero(
+    numbers: tuple[float, float, float], rounding: float, expected: tuple[str, str]
+) -> None:
+    assert with_interval(number_format([0.6]), *numbers, rounding) == expected
+
+
+def test_small_survivor_of_a_map_is_a_power_of_ten() -> None:
+    result = heads()
+    (data,) = result.measures
+    noise = np.random.default_rng(0).normal(0, 1e-4, data.base.shape[1])
+    patched = data.patched.copy()
+    patched[5] = data.base + 1e-3 + noise  # of about 5
+    made = finished(replace(result, measures=(replace(data, patched=patched),)))
+    printed = replace(made, reports=(report("heatmap", variable="layer", by="head"),)).to_text(80)
+    assert "2e-4*" in printed
+    assert "0.00*" not in printed
+
+
+def test_null_band_of_small_effects_has_digits() -> None:
+    made = finished(with_controls(heads()))
+    band, found = made.control(0), made.statistics[0]
+    assert band is not None
+    for scale, expected in ((1e-4, "e-0"), (0.0, "[0, 0]")):
+        small = replace(band, low=scale * band.low, high=scale * band.high)
+        assert expected in null_texts(small, found, [9], number_format([0.6]))[0]
 
 
 @pytest.mark.parametrize(

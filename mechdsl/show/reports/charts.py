@@ -21,6 +21,7 @@ from mechdsl.show.reports.text import (
     ends_of_scale,
     fewer,
     fewer_note,
+    figures,
     measure_name,
     missing_note,
     null_p_texts,
@@ -30,7 +31,6 @@ from mechdsl.show.reports.text import (
     prompts_in_words,
     rounding_note,
     thin_note,
-    with_interval,
 )
 from mechdsl.statistics.measure_data import MeasureData
 
@@ -94,17 +94,11 @@ def hovers(result: ExperimentResult, measure: int) -> list[str]:
         return [", ".join(parts) for parts in zip(names, texts, counts, strict=True)]
     write = number_format([*found.mean, *found.low, *found.high])
     texts = [
-        " ".join(with_interval(write, mean, low, high, rounding))
-        if np.isfinite(low)
-        else write(mean)
-        if np.isfinite(mean)
-        else "no value"
-        for mean, low, high, rounding in zip(
-            found.mean, found.low, found.high, found.rounding, strict=True
-        )
+        "no value" if mean == MISSING else mean if interval == MISSING else f"{mean} {interval}"
+        for mean, interval in figures(result, measure, range(len(names)), write)
     ]
     if band is not None:
-        nulls = null_texts(band, range(len(names)), write)
+        nulls = null_texts(band, found, range(len(names)), write)
         ranks = null_p_texts(band, range(len(names)))
         beside = [
             f"null {null}, p null {p}" if p != MISSING else f"null {null}"

@@ -37,6 +37,7 @@ from mechdsl.show.reports.text import (
     heading,
     inert_note,
     map_format,
+    map_texts,
     marks,
     notes,
     null_words,
@@ -61,11 +62,12 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
         write = (lambda v: f"{v:g}") if category else map_format(values)
         limit = float(np.nanmax(np.abs(values), initial=0.0)) if np.isfinite(values).any() else 0.0
         own = _own_counts(result, measure)
+        texts = [*map(write, values)] if category else map_texts(result, measure, write)
         entries = [
             MatrixEntry(text, None if category else colour(value, limit), text.endswith("*"))
             for i, (value, few) in enumerate(zip(values, thin(result, measure), strict=True))
             for text in [
-                _cell_text(result, measure, i, (THIN_MARK if few else "") + write(value) + own[i])
+                _cell_text(result, measure, i, (THIN_MARK if few else "") + texts[i] + own[i])
             ]
         ]
         titles = axis_title(result, rows_axis), axis_title(result, columns_axis)

@@ -30,6 +30,7 @@ from mechdsl.show.reports.text import (
     fewer,
     fewer_note,
     map_format,
+    map_texts,
     no_more_than_random,
     null_words,
     survives,
@@ -103,16 +104,20 @@ def _heatmap(result: ExperimentResult, measure: int, rows: str, columns: str) ->
     data, found = result.measures[measure], result.statistics[measure]
     category = data.kind == "category"
     values = found.commonest if category else found.mean
-    write = (lambda v: f"{v:g}") if category else map_format(values)
+    texts = (
+        [f"{value:g}" for value in values]
+        if category
+        else map_texts(result, measure, map_format(values))
+    )
     few, under = thin(result, measure), hovers(result, measure)
     alike = no_more_than_random(result, measure)
     clear = survives(result, measure) & ~alike
     less = fewer(result, measure)
     numbers = [
-        (THIN_MARK if mark else "") + write(value) + (NO_MORE_MARK if random else "")
+        (THIN_MARK if mark else "") + text + (NO_MORE_MARK if random else "")
         if np.isfinite(value)
         else ""
-        for value, mark, random in zip(values, few, alike, strict=True)
+        for value, text, mark, random in zip(values, texts, few, alike, strict=True)
     ]
     axes = axis_name(result, rows), axis_name(result, columns)
     shown = panels(result, axes)

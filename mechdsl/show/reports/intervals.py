@@ -15,11 +15,11 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.text import (
     THIN_MARK,
     fewer,
+    figures,
     marks,
     null_texts,
     number_format,
     thin,
-    with_interval,
 )
 
 LEAST_GAUGE, MOST_GAUGE = 12, 60
@@ -27,6 +27,8 @@ LEAST_GAUGE, MOST_GAUGE = 12, 60
 LEAST_LABEL = 10
 """Characters that labels wrap to at least."""
 GAP = 2
+MEAN_TITLE = "mean "
+"""With room for the mark of a number."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +140,7 @@ class IntervalLayout:
         null = np.full((2, len(found.mean)), np.nan) if band is None else [band.low, band.high]
         everything = np.concatenate([found.mean, found.low, found.high, *null])
         write = number_format(everything)
-        texts = [
-            with_interval(write, *each)
-            for each in zip(found.mean, found.low, found.high, found.rounding, strict=True)
-        ]
+        texts = figures(result, measure, range(len(found.mean)), write)
         intervals = [interval for _, interval in texts]
         means = [
             (THIN_MARK if few else "") + mean + mark
@@ -151,7 +150,7 @@ class IntervalLayout:
         ]
         confidence = result.settings.confidence if result.settings else 95.0
         title = f"{confidence:g} % interval"
-        nulls = [] if band is None else null_texts(band, range(len(found.mean)), write)
+        nulls = [] if band is None else null_texts(band, found, range(len(found.mean)), write)
         ends = [
             Ends(float(mean), float(low), float(high), (float(least), float(most)))
             for mean, low, high, least, most in zip(
@@ -159,7 +158,7 @@ class IntervalLayout:
             )
         ]
         counts = [str(int(n)) for n in found.n] if fewer(result, measure).any() else []
-        numbers = _longest(means) + _longest([title, *intervals]) + 3 * GAP
+        numbers = _longest([MEAN_TITLE, *means]) + _longest([title, *intervals]) + 3 * GAP
         numbers += _longest(counts) + GAP if counts else 0
         widths = label_widths(titles, labels, width - numbers)
         taken = sum(widths) + GAP * (len(widths) - 1) + numbers
@@ -168,13 +167,13 @@ class IntervalLayout:
         room = min(MOST_GAUGE, width - taken - (_longest(nulls) + GAP if nulls else 0))
         # the scale runs over all panels alike, 0 included, so that they can be compared
         limits = float(np.nanmin([*everything, 0.0])), float(np.nanmax([*everything, 0.0]))
-        scale = TextScale(*limits, room if room >= LEAST_GAUGE else 0)
+        scale = TextScale(*limits, room if room >= LEAST_GAUGE and limits[0] < limits[1] else 0)
         texts = write(limits[0]), write(limits[1])
         return cls(titles, widths, means, counts, intervals, title, nulls, ends, scale, texts, draw)
 
     def print(self, lines: Sequence[Line], console: Console) -> None:
         """One panel."""
-        second = _longest(self.means)
+        second = _longest([MEAN_TITLE, *self.means])
         third = _longest([self.interval_title, *self.intervals])
         fourth = _longest(["null", *self.nulls])
         heads = [f"{name:<{width}}" for name, width in zip(self.titles, self.widths, strict=True)]
@@ -182,7 +181,7 @@ class IntervalLayout:
         head = (
             "  ".join(heads)
             + (f"  {'n':>{n_width}}" if self.counts else "")
-            + f"  {'mean':>{second - 1}}   {self.interval_title:<{third}}"
+            + f"  {MEAN_TITLE:>{second}}  {self.interval_title:<{third}}"
             + (f"  {'null':<{fourth}}" if self.nulls else "")
         )
         if self.scale.width:

@@ -29,6 +29,7 @@ from mechdsl.show.reports.grid import tokens_hit, tokens_listed, value_text
 from mechdsl.show.reports.text import (
     MISSING,
     conventions,
+    figures,
     heading,
     inert_note,
     no_more_than_random,
@@ -43,7 +44,6 @@ from mechdsl.show.reports.text import (
     sortable,
     survives,
     survivors,
-    with_interval,
 )
 from mechdsl.statistics.cell_statistics import cell_statistics
 from mechdsl.vocab.effects import EFFECTS
@@ -250,14 +250,13 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
     ends = [found.low, found.high, *([band.low, band.high] if band else [])]
     write = number_format(_comparable(found.mean[order], [each[order] for each in ends]))
     confidence = result.settings.confidence if result.settings else 95.0
-    numbers = (found.mean, found.low, found.high, found.rounding)
-    figures = [with_interval(write, *(float(each[i]) for each in numbers)) for i in order]
+    shown = figures(result, measure, order, write)
     columns = [
-        Column(result.measures[measure].called, [mean for mean, _ in figures], True),
-        Column(f"{confidence:g} % interval", [interval for _, interval in figures], True),
+        Column(result.measures[measure].called, [mean for mean, _ in shown], True),
+        Column(f"{confidence:g} % interval", [interval for _, interval in shown], True),
     ]
     if band is not None:
-        columns.append(Column("null", null_texts(band, order, write), True))
+        columns.append(Column("null", null_texts(band, found, order, write), True))
         if np.isfinite(band.p[order]).any():
             columns.append(Column("p null", null_p_texts(band, order), True))
     if found.test is None:

@@ -14,7 +14,7 @@ from mechdsl.base.arrays import Bools, Floats
 from mechdsl.base.plural import plural
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.statistics.measure_data import MeasureData, NullBand, may_change
+from mechdsl.statistics.measure_data import CellStatistics, MeasureData, NullBand, may_change
 from mechdsl.validate.reachable_p import CORRECTION_NAMES
 
 MISSING = "–"
@@ -23,6 +23,8 @@ THIN = 0.5
 NO_MORE_MARK = "°"
 """Beside the number of a cell that survives, though random targets have as much."""
 THIN_MARK = "~"
+ROUNDED_TO_ZERO = "≈0"
+"""A number that rounding alone explains."""
 
 
 def number_format(values: Iterable[float], digits: int = 3) -> Callable[[float], str]:
@@ -50,18 +52,46 @@ def number_format(values: Iterable[float], digits: int = 3) -> Callable[[float],
 def with_interval(
     write: Callable[[float], str], value: float, low: float, high: float, rounding: float = 0.0
 ) -> tuple[str, str]:
-    """A number and its interval: as powers of ten where all three would be written as 0, or one
-    would be though the interval is beyond it. What is no more than rounding stays 0."""
+    """A number and its interval, with digits that tell them from 0: see `_distinct`.
+
+    Args:
+        write: how numbers of the column are written.
+        value: the number.
+        low: the low end of its interval, NaN where it has none.
+        high: the high end.
+        rounding: the size up to which rounding alone may move the number.
+    """
     if not math.isfinite(low):
-        return write(value), MISSING
-    numbers = (value, low, high)
-    zero = [each for each in numbers if not float(write(each))]
-    small = len(zero) == 3 or (zero and low * high > 0)
-    if small and any(numbers) and not abs(value) <= rounding:
-        value_text, *ends = (f"{each:.1e}" for each in numbers)
-    else:
-        value_text, *ends = map(write, numbers)
-    return value_text, f"[{', '.join(ends)}]"
+        return _distinct(write, [value], rounding)[0], MISSING
+    text, *ends = _distinct(write, [value, low, high], rounding)
+    return text, f"[{', '.join(ends)}]"
+
+
+def _distinct(
+    write: Callable[[float], str], numbers: Sequence[float], rounding: float
+) -> list[str]:
+    """Numbers of one row, the ends of an interval last: as powers of ten where an end would be
+    written as 0 and isn't. What is exactly 0 has no decimals, and no digits of rounding are
+    shown."""
+    texts = [write(each) for each in numbers]
+    zero = [text != MISSING and float(text) == 0 for text in texts]
+    rounded = rounding > 0 and abs(numbers[0]) <= rounding
+    if all(zero) and (rounded or not any(numbers)):
+        return [ROUNDED_TO_ZERO if rounded else "0"] * len(numbers)
+    hidden = [is_zero and each != 0 for is_zero, each in zip(zero, numbers, strict=True)]
+    if rounded or not any(hidden[-2:]):
+        return texts
+    return [f"{each:.1e}" for each in numbers]
+
+
+def figures(
+    result: ExperimentResult, measure: int, cells: Iterable[int], write: Callable[[float], str]
+) -> list[tuple[str, str]]:
+    """The mean of each cell with its interval; a cell that can't differ has no rounding."""
+    found, inert = result.statistics[measure], result.measures[measure].inert
+    rounding = np.where(inert, 0.0, found.rounding)
+    every = (found.mean, found.low, found.high, rounding)
+    return [with_interval(write, *(float(each[cell]) for each in every)) for cell in cells]
 
 
 def sortable(value: object) -> tuple[int, float, str]:
@@ -347,10 +377,25 @@ def map_format(values: Iterable[float]) -> Callable[[float], str]:
     return number_format([greatest], 3 if 0.01 <= greatest < 0.1 else 2)
 
 
-def null_texts(band: NullBand, cells: Iterable[int], write: Callable[[float], str]) -> list[str]:
-    """`[low, high]` of the controls beside each cell."""
+def map_texts(result: ExperimentResult, measure: int, write: Callable[[float], str]) -> list[str]:
+    """[cell] of a map of means: a survivor that would be written as 0 is a power of ten, as
+    `4e-4`."""
     return [
-        f"[{write(band.low[cell])}, {write(band.high[cell])}]"
+        f"{value:.0e}".replace("e-0", "e-")
+        if survived and not float(write(value))
+        else write(value)
+        for value, survived in zip(
+            result.statistics[measure].mean, survives(result, measure), strict=True
+        )
+    ]
+
+
+def null_texts(
+    band: NullBand, found: CellStatistics, cells: Iterable[int], write: Callable[[float], str]
+) -> list[str]:
+    """`[low, high]` of the controls of each cell."""
+    return [
+        f"[{', '.join(_distinct(write, [band.low[cell], band.high[cell]], found.rounding[cell]))}]"
         if math.isfinite(band.low[cell])
         else MISSING
         for cell in cells

@@ -170,7 +170,7 @@ HINTS: tuple[Hint, ...] = (
     Hint(
         r"^patch\b.*\bwith\s+random\s*$",
         r"\(",
-        "random targets are a line of their own: `against random(20)`",
+        "random targets are a line of their own: `against random(39)`",
     ),
     Hint(
         r"^patch\b.*\bwith\s+python\s*$",
