@@ -30,6 +30,7 @@ from mechdsl.resolve.findings import Finding
 from mechdsl.resolve.measured_parts import in_parts, whole_spec
 from mechdsl.resolve.resolve_experiment import resolve_experiment
 from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.resolve.selections import selections
 from mechdsl.results.averaged import averaged
 from mechdsl.results.blocks_beside import OfBlock, side_by_side
 from mechdsl.results.collect import collect, with_bare, with_control, without_measures
@@ -220,6 +221,7 @@ class FileRun:
             whole = replace(whole, conventions={**whole.conventions, **said})
         if first.spec.over is not None:
             whole = averaged(whole, first.spec.over, area=first.spec.area)
+        whole = replace(whole, selected=selections(variants, self.findings))
         result = with_statistics(whole, first.spec, first.seed)
         self._say(_few_units(variants, result))
         self._say(_too_skewed(variants, result))
@@ -310,7 +312,7 @@ def _too_skewed(
     variants: Sequence[ResolvedExperiment], result: ExperimentResult
 ) -> list[Diagnostic]:
     """W0723 where no p is corrected."""
-    found = next((each for each in result.statistics if each.withheld), None)
+    found = next((each for each in result.statistics if each.withheld == "skewed"), None)
     if found is None:
         return []
     return [

@@ -28,6 +28,7 @@ from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.results.known_results import known_results
 from mechdsl.results.lead import ahead_of_each, ahead_of_some, surely_smaller
 from mechdsl.results.ranking import by_sign_instead, first_by_size
+from mechdsl.results.statistics_conventions import selected_words
 from mechdsl.validate.conditions import (
     Absolute,
     Arithmetic,
@@ -98,7 +99,7 @@ def evaluate(
         verdict.value,
         verdict.low,
         verdict.high,
-        verdict.reason,
+        _joined(verdict.reason, selected_words(result)) if result.selected else verdict.reason,
         line,
         verdict.effective_n,
         verdict.computed,

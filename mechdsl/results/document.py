@@ -163,6 +163,15 @@ class LeftOutDocument(DocumentPart):
     where: str = Field(description="the run or the cell whose output is NaN or infinite")
 
 
+class SelectionDocument(DocumentPart):
+    """Sites that were picked on rows that they are tested on."""
+
+    of: str = Field(description="the experiment that picked")
+    cells: int = Field(description="how many it picked of")
+    shared: int = Field(description="rows that it picked on, of those that are tested")
+    rows: int = Field(description="all rows that are tested")
+
+
 class ExperimentDocument(DocumentPart):
     """One experiment."""
 
@@ -178,6 +187,10 @@ class ExperimentDocument(DocumentPart):
     expect: list[ExpectDocument]
     left_out: list[LeftOutDocument] | None = Field(
         default=None, description="rows left out of everything, where there are some"
+    )
+    selected: list[SelectionDocument] | None = Field(
+        default=None,
+        description="whose picks it tests on the same rows, where it does: then no p is corrected",
     )
     replies: RepliesDocument | None = Field(
         default=None, description="what rows wrote, where the experiment has `generate`"
@@ -403,6 +416,11 @@ def experiment_document(result: ExperimentResult) -> ExperimentDocument:
         **given(
             left_out=[
                 LeftOutDocument(row=row, where=where) for row, where in result.left_out.items()
+            ]
+            or None,
+            selected=[
+                SelectionDocument(of=s.of, cells=s.cells, shared=s.shared, rows=s.rows)
+                for s in result.selected
             ]
             or None,
             replies=replies_document(result.replies),

@@ -19,6 +19,7 @@ from mechdsl.execute.saved import Saved
 from mechdsl.execute.sizes import PassSizes
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey, Coord
+from mechdsl.resolve.selections import Selection
 from mechdsl.results.replies import Replies
 from mechdsl.results.seen_image import SeenImage
 from mechdsl.results.shown import AS_CHART, AS_HTML, AS_TEXT, LINE_WIDTH, MOST_LINES, shown_by
@@ -97,6 +98,8 @@ class ExperimentResult:
     called: Mapping[str, str] = field(default_factory=dict[str, str])
     """Other names of base and source, for people: a block's or a model's for its clean run."""
     conventions: Mapping[str, str] = field(default_factory=dict[str, str])
+    selected: tuple[Selection, ...] = ()
+    """Whose picks it tests on the rows that they were picked on."""
     left_out: Mapping[int, str] = field(default_factory=dict[int, str])
     """Ids of rows that `--allow-nan` left out of everything → where they can't be used."""
     hashes: Mapping[str, str] = field(default_factory=dict[str, str])

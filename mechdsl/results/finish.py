@@ -45,6 +45,7 @@ def with_statistics(
         ids=result.sampling.keys,
         strata=result.strata,
         blocks=result.blocks,
+        picked=bool(result.selected),
     )
     result = replace(result, statistics=tuple(statistics))
     result = replace(result, controls=_bands(result), drawn=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from mechdsl.base.plural import plural
@@ -20,6 +22,10 @@ _METHODS = {
     "flips": "inverted sign flips over {over}",
     "bootstrap": "bootstrap-t over {over}, at least {n:,} resamples, or Student's t where that is "
     "wider",
+}
+WITHHELD: Mapping[str, str] = {
+    "skewed": "effects are too skewed for it to hold (W0723)",
+    "picked": "sites were picked on the same rows (W0721)",
 }
 CHANGE = "m(patched) − m(base)"
 _OF_GRADIENTS = {
@@ -40,6 +46,8 @@ def statistics_conventions(
         data.called: _formula(data, effects) for data in result.measures if data.kind == "number"
     }
     found: dict[str, str] = {}
+    if result.selected:
+        found["selection"] = f"{selected_words(result)}: effects look larger here than on new rows"
     if said:
         found["effect"] = "; ".join(f"{name} = {formula}" for name, formula in said.items())
         found["interval"] = _interval(result)
@@ -50,8 +58,8 @@ def statistics_conventions(
         found["correction"] = (
             f"{CORRECTION_NAMES[settings.correction]}, over {plural(tests, 'cell')}"
         )
-        if any(each.withheld for each in result.statistics):
-            found["correction"] += "; withheld, as effects are too skewed for it to hold (W0723)"
+        for why in dict.fromkeys(each.withheld for each in result.statistics if each.withheld):
+            found["correction"] += f"; withheld, as {WITHHELD[why]}"
     small = sum(int(np.count_nonzero(each.at_rounding)) for each in result.statistics)
     said = []
     if small:
@@ -71,6 +79,19 @@ def statistics_conventions(
         found["rounding"] = f"{', '.join(said)}; {result.rounding}"
     found["seed"] = str(result.seed)
     return found
+
+
+def selected_words(result: ExperimentResult) -> str:
+    """`sites that heads picked of 16 cells on the same 32 rows`, of each experiment that picked."""
+    return "; ".join(
+        f"sites that `{each.of}` picked of {plural(each.cells, 'cell')} on "
+        + (
+            f"the same {plural(each.rows, 'row')}"
+            if each.shared == each.rows
+            else f"{each.shared:,} of these {plural(each.rows, 'row')}"
+        )
+        for each in result.selected
+    )
 
 
 def _formula(data: MeasureData, effects: Registry[EffectKind]) -> str:

@@ -21,6 +21,7 @@ from mechdsl.results.experiment_result import (
     NotRun,
 )
 from mechdsl.results.results import Results
+from mechdsl.results.statistics_conventions import selected_words
 from mechdsl.show.reports.text import measure_name
 from mechdsl.show.reports.verdicts import verdict_value
 from mechdsl.statistics.measure_data import Missing
@@ -97,6 +98,8 @@ def _properties(file: FileResult, each: ExperimentResult | LostExperiment) -> di
     found = {"hash": file.hash} if file.hash else {}
     if isinstance(each, ExperimentResult):
         found |= {"model": each.model, "runs": each.direction, "prompts": str(each.prompts)}
+        if each.selected:
+            found["selection"] = selected_words(each)
     return found
 
 
@@ -120,7 +123,8 @@ def _missing(name: str, missing: Missing) -> Test:
 def _verdict(outcome: ExpectOutcome, change: Change | None) -> Test:
     said = _figure(outcome)
     if outcome.holds:
-        return Test(outcome.text, detail=said, line=outcome.line)
+        detail = "; ".join(each for each in (said, outcome.reason) if each)
+        return Test(outcome.text, detail=detail, line=outcome.line)
     message = "; ".join(each for each in (said, outcome.reason) if each) or "it fails"
     if not outcome.computed:
         return Test(outcome.text, "error", message, "not computed", outcome.line)

@@ -360,6 +360,7 @@ def cell_statistics(
     ids: Sequence[int] | None = None,
     strata: Ints | None = None,
     blocks: Ints | None = None,
+    picked: bool = False,
 ) -> list[CellStatistics]:
     """Means, intervals, p and corrected p of every cell, one entry per measure.
 
@@ -369,6 +370,7 @@ def cell_statistics(
     groups: [prompt], the values of `stats by`. ids: [prompt], hashes of the rows' contents; rows of
     one are one unit. strata: [prompt], what is dealt out evenly.
     blocks: [prompt], of which block it is, where several stand side by side.
+    picked: whether sites were picked on these rows.
     """
     if not measures:
         return []
@@ -385,7 +387,7 @@ def cell_statistics(
         else category_statistics(data.patched, data.truth, data.rounding)
         for data in measures
     ]
-    return with_corrected_p(measures, found, sampling, effects)
+    return with_corrected_p(measures, found, sampling, effects, picked=picked)
 
 
 def run_interval(values: Floats, sampling: Sampling, of: MeasureData | None = None) -> Interval:

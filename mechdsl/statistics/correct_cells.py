@@ -13,7 +13,7 @@ from mechdsl.base.registry import Registry
 from mechdsl.statistics.corrections import CORRECTIONS, by_maximum
 from mechdsl.statistics.effect_parts import parts
 from mechdsl.statistics.family_skewness import too_skewed
-from mechdsl.statistics.measure_data import CellStatistics, MeasureData
+from mechdsl.statistics.measure_data import CellStatistics, MeasureData, Withheld
 from mechdsl.statistics.sampling import Sampling, in_order, partitions
 from mechdsl.statistics.units import units_of
 from mechdsl.vocab.effect_kind import EffectKind
@@ -24,9 +24,11 @@ def with_corrected_p(
     found: Sequence[CellStatistics],
     sampling: Sampling,
     effects: Registry[EffectKind],
+    *,
+    picked: bool,
 ) -> list[CellStatistics]:
     """The same statistics with corrected p, of how many tests, and by which one; without where
-    effects are too skewed for it."""
+    sites were `picked` on the same rows, or effects are too skewed for it."""
     p = np.concatenate([each.p for each in found])
     known = ~np.isnan(p)
     corrected, tests = p.copy(), int(known.sum())
@@ -34,7 +36,10 @@ def with_corrected_p(
     values, units = (
         np.concatenate([getattr(each, name) for each in found])[known] for name in ("mean", "units")
     )
-    withheld = correction != "none" and too_skewed(moves, values, units, sampling.settings.test)
+    withheld: Withheld = "picked" if picked else ""
+    if not picked and correction != "none":
+        skewed = too_skewed(moves, values, units, sampling.settings.test)
+        withheld = "skewed" if skewed else ""
     if withheld:
         corrected[known] = np.nan
     elif correction == "max":

@@ -11,6 +11,7 @@ import numpy as np
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.program.spec import NO_EFFECTS
 
+Withheld: TypeAlias = Literal["", "skewed", "picked"]
 Spread: TypeAlias = Literal["rows", "unknown", "none"]
 """Where intervals come from: how rows differ; nowhere, as a cell has one number of all rows; or a
 number isn't of rows, so that others would change nothing."""
@@ -110,8 +111,9 @@ class CellStatistics:
     rounding: Floats
     """How far rounding alone may move the mean, in the effect's own unit, or, of categories, the
     share of the prompts whose category it may change; NaN where that isn't known or can't be."""
-    withheld: bool = False
-    """Whether no p is corrected, as effects are too skewed for the level to hold over all cells."""
+    withheld: Withheld = ""
+    """Why no p is corrected: effects are too skewed for the level to hold over all cells, or sites
+    were picked on the same rows."""
 
     @property
     def tested(self) -> Bools:

@@ -36,9 +36,9 @@ from mechdsl.resolve.answers_behind import answers_left_out
 from mechdsl.resolve.findings import Finding, VariantFinding
 from mechdsl.resolve.measured_parts import in_parts
 from mechdsl.resolve.opposite import with_opposite
-from mechdsl.resolve.over_rows import of_weights
 from mechdsl.resolve.resolve_experiment import outline
 from mechdsl.resolve.resolved import ModelContext, Outline, ResolvedExperiment
+from mechdsl.resolve.selections import selections
 from mechdsl.rules import RULES
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse
@@ -371,30 +371,18 @@ def _stand_ins(
 def _tested_where_picked(
     experiment: ResolvedExperiment, found: Mapping[str, Finding]
 ) -> list[Diagnostic]:
-    """W0721 for sites that are tested on the rows that they were picked on. Tokens are picked row
-    by row, which has no other rows to be tested on."""
-    table = experiment.table
-    said: list[Diagnostic] = []
-    for name, span in experiment.sites_of.items():
-        picked = {
-            row
-            for part in found[name].parts
-            if part.experiment.table.name == table.name and not of_weights(part.experiment)
-            for row in part.experiment.table.row_ids
-        }
-        shared = len(picked.intersection(table.row_ids))
-        if shared:
-            said.append(
-                TestedWherePicked(
-                    span=span,
-                    experiment=experiment.name,
-                    of=name,
-                    block=table.name,
-                    shared=shared,
-                    rows=len(table),
-                )
-            )
-    return said
+    """W0721 for sites that are tested on the rows that they were picked on."""
+    return [
+        TestedWherePicked(
+            span=experiment.sites_of[each.of],
+            experiment=experiment.name,
+            of=each.of,
+            block=experiment.table.name,
+            shared=each.shared,
+            rows=each.rows,
+        )
+        for each in selections([experiment], found)
+    ]
 
 
 def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diagnostic]:

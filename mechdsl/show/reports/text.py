@@ -14,6 +14,7 @@ from mechdsl.base.arrays import Bools, Floats
 from mechdsl.base.plural import plural
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.statistics_conventions import WITHHELD
 from mechdsl.statistics.measure_data import CellStatistics, MeasureData, NullBand, may_change
 from mechdsl.validate.reachable_p import CORRECTION_NAMES
 
@@ -332,7 +333,7 @@ def survivors(
     if not found.test or result.settings is None:
         return None
     if found.withheld:
-        return "effects are too skewed to say which cells survive a correction (W0723)"
+        return f"no cell is said to survive, as {WITHHELD[found.withheld]}"
     tested = int(np.count_nonzero(~np.isnan(found.p_corrected)))
     good = int(np.count_nonzero(survives(result, measure)))
     name = CORRECTION_NAMES[result.settings.correction]
