@@ -221,7 +221,7 @@ class FileRun:
             whole = replace(whole, conventions={**whole.conventions, **said})
         if first.spec.over is not None:
             whole = averaged(whole, first.spec.over, area=first.spec.area)
-        whole = replace(whole, selected=selections(variants, self.findings))
+        whole = replace(whole, selected=selections(variants))
         result = with_statistics(whole, first.spec, first.seed)
         self._say(_few_units(variants, result))
         self._say(_too_skewed(variants, result))

@@ -28,7 +28,7 @@ def best_coordinates(node: ast.Index, picked: ast.Ranked, family: Family, work: 
             BadPick(span=node.span, text=text, reason=refusal.reason, hint=refusal.hint)
         )
         return None
-    work.sites.onward.sites_of.setdefault(picked.of, picked.span)
+    work.sites.onward.used_sites(picked, finding)
     best = max(found, key=lambda each: each[0])
     _say(node, finding, family, best, work)
     return best[1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from mechdsl.base.names import name_list
@@ -20,7 +21,9 @@ from mechdsl.diagnostics.e06_onward import BadPick
 from mechdsl.program import spec
 from mechdsl.prompts.prompt_table import Hits, PromptTable
 from mechdsl.resolve.findings import Finding, RankedSite, Refused
+from mechdsl.resolve.over_rows import of_weights
 from mechdsl.resolve.pickable import check_sites, check_tokens
+from mechdsl.resolve.resolved import PickedFrom
 from mechdsl.resolve.some_cells import Coordinates, cells_at, coordinates, in_words
 from mechdsl.syntax import ast
 from mechdsl.syntax.format.constructs import ranked
@@ -45,8 +48,8 @@ class Onward:
     """Of the file."""
     picks: dict[str, str] = field(default_factory=dict[str, str])
     """As written → what was picked, in words."""
-    sites_of: dict[str, Span] = field(default_factory=dict[str, Span])
-    """Experiments whose sites are used → where."""
+    sites_of: dict[str, PickedFrom] = field(default_factory=dict[str, PickedFrom])
+    """By name, experiments whose sites are used, and those that these picked from."""
     _longest: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
     _runs: dict[tuple[Span, str], tuple[str, Mapping[int, Sequence[int]]]] = field(
         default_factory=dict[tuple[Span, str], tuple[str, Mapping[int, Sequence[int]]]]
@@ -120,6 +123,16 @@ class Onward:
             head = f"top {values.get(node.amount, node.amount)}"
         return f"{head} of {in_words(of.partition('(')[0].rstrip(), coordinates(node, values))}"
 
+    def used_sites(self, node: ast.Ranked, finding: Finding) -> None:
+        """Remember the rows and cells that sites were picked by: those of the experiment, and of
+        others that it picked from in turn. A ranking by weights alone has no rows."""
+        parts = [part.experiment for part in finding.parts]
+        rows = (each.table.row_keys for each in parts if not of_weights(each))
+        own = PickedFrom(node.span, finding.cells, frozenset(chain.from_iterable(rows)))
+        self.sites_of.setdefault(node.of, own)
+        for name, earlier in chain.from_iterable(each.sites_of.items() for each in parts):
+            self.sites_of.setdefault(name, replace(earlier, span=node.span))
+
     # --- sites ------------------------------------------------------------------------------------
 
     def pick_sites(
@@ -138,7 +151,7 @@ class Onward:
         except Refused as refusal:
             diagnostics.append(_bad(node, refusal))
             return None
-        self.sites_of.setdefault(node.of, node.span)
+        self.used_sites(node, finding)
         chosen = finding.sites[:count]
         self._say_sites(node, finding, chosen)
         if not finding.stands_in:

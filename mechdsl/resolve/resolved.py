@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from mechdsl.base.digest import digest
 from mechdsl.base.record import Record, record
+from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import UNKNOWN, Unknown
 from mechdsl.images.picture import Picture
 from mechdsl.models.shape import ModelShape
@@ -46,6 +47,18 @@ class Opposite(Record):
         """All that it is."""
         pictures = [(each.text, each.size) for each in self.pictures]
         return digest(self.texts, self.ids, pictures).hex()
+
+
+@record
+class PickedFrom(Record):
+    """An experiment that sites were picked from."""
+
+    span: Span
+    """Where an experiment picks from it, or from others that did."""
+    cells: int
+    """How many it has to pick from."""
+    row_keys: frozenset[int]
+    """Of the rows that its ranking is made of, whatever block they are in."""
 
 
 @record
@@ -278,8 +291,8 @@ class ResolvedExperiment(Record):
     """`top 3 of cie` → what that is, in words."""
     stand_ins: tuple[str, ...] = ()
     """Experiments that it picks from and that haven't run: their first cells stand in."""
-    sites_of: Mapping[str, ast.Span] = field(default_factory=dict, compare=False, repr=False)
-    """Experiments whose sites it uses → where."""
+    sites_of: Mapping[str, PickedFrom] = field(default_factory=dict, compare=False, repr=False)
+    """By name, experiments whose sites it uses, and those that these picked from."""
     control: ResolvedControl | None = None
     bare: WithoutRules | None = None
     """What the effects of its observations are set against."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mechdsl.resolve.findings import Finding
-from mechdsl.resolve.over_rows import of_weights
 from mechdsl.resolve.resolved import ResolvedExperiment
 
 
@@ -25,25 +23,16 @@ class Selection:
     """All that are tested."""
 
 
-def selections(
-    variants: Sequence[ResolvedExperiment], found: Mapping[str, Finding]
-) -> tuple[Selection, ...]:
+def selections(variants: Sequence[ResolvedExperiment]) -> tuple[Selection, ...]:
     """Of all variants of an experiment together; by the files alone, whatever a store has. Tokens
-    are picked row by row, which has no other rows to be tested on.
-
-    found: by experiment, or what stands in for it before it has run.
-    """
-    rows = {(each.table.name, row) for each in variants for row in each.table.row_ids}
-    named = dict.fromkeys(name for each in variants for name in each.sites_of)
-    chosen: list[Selection] = []
-    for name in named:
-        parts = [part for part in found[name].parts if not of_weights(part.experiment)]
-        picked = {
-            (part.experiment.table.name, row)
-            for part in parts
-            for row in part.experiment.table.row_ids
-        }
-        shared = len(picked & rows)
-        if shared:
-            chosen.append(Selection(name, found[name].cells, shared, len(rows)))
-    return tuple(chosen)
+    are picked row by row, which has no other rows to be tested on."""
+    tables = [each.table for each in variants]
+    rows = {
+        (t.name, row): key for t in tables for row, key in zip(t.row_ids, t.row_keys, strict=True)
+    }
+    picked = {name: each for own in variants for name, each in own.sites_of.items()}
+    return tuple(
+        Selection(name, each.cells, shared, len(rows))
+        for name, each in picked.items()
+        if (shared := sum(key in each.row_keys for key in rows.values()))
+    )

@@ -308,6 +308,7 @@ def _none(value: Any) -> float | None:
 
 def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
     lists = any(cell.listed for cell in result.cells)
+    picked = [each.of for each in result.selected]
     for index, cell in enumerate(result.cells):
         for measure, data in enumerate(result.measures):
             found = result.statistics[measure]
@@ -331,6 +332,7 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
                 "at_rounding": bool(found.at_rounding[index]),
                 "reason": found.reasons[index],
                 **({"listed": " ".join(cell.listed)} if lists else {}),
+                **({"selected_by": " ".join(picked)} if picked else {}),
             }
             axes = {
                 # the variable of a `for` may be called like a column

@@ -82,9 +82,9 @@ def statistics_conventions(
 
 
 def selected_words(result: ExperimentResult) -> str:
-    """`sites that heads picked of 16 cells on the same 32 rows`, of each experiment that picked."""
+    """`heads picked sites from 16 cells on the same 32 rows`, of each experiment that picked."""
     return "; ".join(
-        f"sites that `{each.of}` picked of {plural(each.cells, 'cell')} on "
+        f"`{each.of}` picked sites from {plural(each.cells, 'cell')} on "
         + (
             f"the same {plural(each.rows, 'row')}"
             if each.shared == each.rows

@@ -307,7 +307,7 @@ def _outline(
         for each in (*known.resolved.derived.values(), known.resolved):
             found += _first_tokens(each)
         found += _answers(known.resolved)
-        found += _tested_where_picked(known.resolved, findings)
+        found += _tested_where_picked(known.resolved)
     checked.diagnostics.extend(certain(found, known.unknown))
     return known
 
@@ -368,20 +368,18 @@ def _stand_ins(
     return found
 
 
-def _tested_where_picked(
-    experiment: ResolvedExperiment, found: Mapping[str, Finding]
-) -> list[Diagnostic]:
+def _tested_where_picked(experiment: ResolvedExperiment) -> list[Diagnostic]:
     """W0721 for sites that are tested on the rows that they were picked on."""
     return [
         TestedWherePicked(
-            span=experiment.sites_of[each.of],
+            span=experiment.sites_of[each.of].span,
             experiment=experiment.name,
             of=each.of,
             block=experiment.table.name,
             shared=each.shared,
             rows=each.rows,
         )
-        for each in selections([experiment], found)
+        for each in selections([experiment])
     ]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import mechdsl
 from mechdsl.base.source import Source
+from mechdsl.diagnostics import e06_onward
 from mechdsl.resolve.selections import Selection
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.text import survives
@@ -68,7 +69,7 @@ def picked(tmp_path_factory: pytest.TempPathFactory) -> mechdsl.Results:
 def test_the_result_says_who_picked_of_how_many_on_which_rows(tmp_path: Path) -> None:
     found = together(tmp_path, text())
     assert found.selected == (Selection("heads", cells=8, shared=16, rows=24),)
-    said = "sites that `heads` picked of 8 cells on 16 of these 24 rows"
+    said = "`heads` picked sites from 8 cells on 16 of these 24 rows"
     assert found.conventions["selection"].startswith(said)
     (outcome,) = found.outcomes
     assert outcome.holds
@@ -87,8 +88,9 @@ def test_no_cell_is_said_to_survive(tmp_path: Path) -> None:
     [
         ("top 3 of heads", {"TRAIN": ".train", "TEST": ".test"}),
         ("layer 0..1 head *", {}),
+        ("layer 0 head 1", {}),
     ],
-    ids=["other rows", "all sites"],
+    ids=["other rows", "all sites", "one site"],
 )
 def test_what_was_not_picked_on_its_rows_is_tested_as_ever(
     tmp_path: Path, sites: str, parts: dict[str, str]
@@ -100,8 +102,90 @@ def test_what_was_not_picked_on_its_rows_is_tested_as_ever(
     assert found.outcomes[0].reason is None
 
 
+@pytest.mark.parametrize(
+    ("sites", "more"),
+    [
+        ("best of heads", ""),
+        ("movers", "group movers = top 2 of heads\n"),
+        ("top n of heads", "param n = 2\n"),
+    ],
+    ids=["best", "group", "param"],
+)
+def test_each_way_to_pick_is_recognised(tmp_path: Path, sites: str, more: str) -> None:
+    found = together(tmp_path, text(sites) + more)
+    assert [each.of for each in found.selected] == ["heads"]
+
+
+def test_cells_that_were_left_out_of_the_choice_are_not_counted(tmp_path: Path) -> None:
+    found = together(tmp_path, text("top 2 of heads(layer: 1)"))
+    assert found.selected == (Selection("heads", cells=4, shared=16, rows=24),)
+
+
+def test_a_loop_over_experiments_names_each(tmp_path: Path) -> None:
+    other = text().replace("heads", "others").split("experiment ")[1]
+    written = text().replace(
+        "  ablate top 3 of heads at last token with zero\n",
+        "  for m in [heads, others] { ablate top 2 of m at last token with zero }\n",
+    )
+    found = together(tmp_path, (written + "\nexperiment " + other).replace("heads", "some"))
+    assert {each.of for each in found.selected} == {"some", "others"}
+
+
+def test_a_pick_in_a_run_of_the_experiment_is_recognised(tmp_path: Path) -> None:
+    written = text().replace(
+        "  ablate top 3 of heads at last token with zero\n",
+        "  run cut { ablate top 3 of heads at last token with zero }\n"
+        "  from cut into clean\n  patch resid_post layer 1 at last token\n",
+    )
+    assert [each.of for each in together(tmp_path, written).selected] == ["heads"]
+
+
+def test_rows_and_picks_of_an_imported_file_are_recognised(tmp_path: Path) -> None:
+    before, _, after = text("movers").partition("experiment heads")
+    group = "group movers = top 3 of heads\n"
+    (tmp_path / "choice.mech").write_text(before + group, encoding="utf-8")
+    written = f'mech 1\n\nuse "choice.mech"\n\nexperiment heads{after}'
+    assert [each.of for each in together(tmp_path, written).selected] == ["heads"]
+
+
+def test_a_pick_among_picks_counts_the_rows_of_the_first_choice(tmp_path: Path) -> None:
+    second = """
+experiment again {
+  prompts fruit.test limit 16
+  ablate top 3 of heads at last token with zero
+  measure -logit(answer) as delta
+}
+"""
+    written = text("top 1 of again", TRAIN=".train", TEST=".train") + second
+    file, found = run_source(Source(written, tmp_path / "picked.mech"))
+    assert file is not None
+    selected = {each.name: [one.of for one in each.selected] for each in file.experiments}
+    assert selected == {"heads": [], "again": [], "together": ["heads"]}
+    assert [each.of for each in found if isinstance(each, e06_onward.TestedWherePicked)] == [
+        "heads"
+    ]
+
+
+def test_the_same_rows_under_another_name_are_the_same_rows(tmp_path: Path) -> None:
+    rows = """
+prompts NAME {
+  rows "rows.jsonl"
+  template "Part 1: {fruits} Count 1:"
+  answer " {count}"
+}
+"""
+    lines = [f'{{"fruits": "{"fig " * n}pear", "count": {n + 1}}}' for n in range(1, 9)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    written = text().replace("prompts fruit limit 16", "prompts one")
+    written = written.replace("prompts fruit limit 24", "prompts other")
+    for name in ("one", "other"):
+        written += rows.replace("NAME", name)
+    (selection,) = together(tmp_path, written).selected
+    assert (selection.shared, selection.rows) == (8, 8)
+
+
 def test_every_form_of_the_results_says_so(picked: mechdsl.Results) -> None:
-    said = "sites that `heads` picked of 8 cells on 16 of these 24 rows"
+    said = "`heads` picked sites from 8 cells on 16 of these 24 rows"
     document = picked.to_dict()["files"][0]["experiments"][-1]
     assert document["selected"] == [{"of": "heads", "cells": 8, "shared": 16, "rows": 24}]
     assert document["expect"][0]["reason"] == said
@@ -110,4 +194,6 @@ def test_every_form_of_the_results_says_so(picked: mechdsl.Results) -> None:
     assert names["selection"] == said
     assert said in "".join(suite.itertext())
     assert said in picked._repr_html_()
-    assert said.split(" on ")[0] in picked.to_text(200)
+    assert f"· {said} (W0721)" in picked.to_text(200)
+    assert picked["together"].records()[0]["selected_by"] == "heads"
+    assert "selected_by" not in picked["heads"].records()[0]

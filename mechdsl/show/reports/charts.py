@@ -30,6 +30,7 @@ from mechdsl.show.reports.text import (
     number_format,
     prompts_in_words,
     rounding_note,
+    selection_note,
     thin_note,
 )
 from mechdsl.statistics.measure_data import MeasureData
@@ -58,6 +59,7 @@ def titled(chart: Any, result: ExperimentResult, data: MeasureData, *said: str |
     facts = [
         f"{result.model} · {result.direction} · {prompts_in_words(result, measure)}",
         ends_of_scale(result, data),
+        selection_note(result),
         *said,
         centre_note(result),
         rounding_note(result, measure),

@@ -14,7 +14,7 @@ from mechdsl.base.arrays import Bools, Floats
 from mechdsl.base.plural import plural
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.statistics_conventions import WITHHELD
+from mechdsl.results.statistics_conventions import WITHHELD, selected_words
 from mechdsl.statistics.measure_data import CellStatistics, MeasureData, NullBand, may_change
 from mechdsl.validate.reachable_p import CORRECTION_NAMES
 
@@ -200,13 +200,22 @@ def heading(result: ExperimentResult, data: MeasureData, console: Console) -> No
 
 
 def facts_of(result: ExperimentResult, data: MeasureData) -> str:
-    """On which model, in which direction, how many prompts, against which ends."""
+    """On which model, in which direction, how many prompts, against which ends, and who picked the
+    sites on the same prompts."""
     measure = next(n for n, each in enumerate(result.measures) if each is data)
     facts = [result.model, result.direction, prompts_in_words(result, measure)]
     ends = ends_of_scale(result, data)
     if ends:
         facts.append(ends)
+    said = selection_note(result)
+    if said:
+        facts.append(said)
     return " · ".join(facts)
+
+
+def selection_note(result: ExperimentResult) -> str | None:
+    """Who picked the sites on the same rows."""
+    return f"{selected_words(result)} (W0721)" if result.selected else None
 
 
 def notes(lines: Sequence[str], console: Console) -> None:
