@@ -11,7 +11,7 @@ from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.source import Source, Span
 from mechdsl.program import spec
 from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.decide_expectations import evaluate
+from mechdsl.results.decide_expectations import evaluate_all
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.results.finish import with_statistics
 from mechdsl.statistics.cell_statistics import cell_statistics
@@ -138,7 +138,7 @@ def _expectation(line: str) -> spec.Expectation:
 
 def verdict(line: str, result: ExperimentResult, **others: ExperimentResult) -> ExpectOutcome:
     """What `expect LINE` says of a finished experiment."""
-    return evaluate(_expectation(line), result, others)
+    return evaluate_all([_expectation(line)], result, others)[0]
 
 
 def in_band(drawn: Floats, found: Floats) -> tuple[Bools, float]:

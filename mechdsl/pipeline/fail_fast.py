@@ -59,6 +59,8 @@ class Verdicts:
             for number, each in enumerate(experiment.expects)
             if number not in known and waiting.isdisjoint(named_by(each, labels))
         ]
+        if experiment.statistics.verdicts != "none" and len(ready) < len(experiment.expects):
+            return  # they are decided together
         asked = experiment.model_copy(
             update={"expects": tuple(experiment.expects[number] for number in ready)}
         )

@@ -27,6 +27,8 @@ PATTERN = "matches"
 """The metric whose text is a regular expression, in which braces count."""
 CORRECTIONS = ("holm", "bh", "max", "none")
 """What stands behind `stats correct`."""
+OF_VERDICTS = ("holm", "none")
+"""What stands behind `stats verdicts`."""
 
 
 def expand_metrics(expression: ast.Expr, parts: Definitions, scope: Namespace) -> ast.Expr:
@@ -191,6 +193,11 @@ def lower_statistics(work: Statements) -> spec.Statistics:
         line.correction, line.correction.id, CORRECTIONS, reason, work
     ):
         values["correction"] = line.correction.id
+    reason = "is not a correction for several verdicts"
+    if line.verdicts is not None and _known(
+        line.verdicts, line.verdicts.id, OF_VERDICTS, reason, work
+    ):
+        values["verdicts"] = line.verdicts.id
     if line.by is not None:
         values["by"] = line.by.id
     return spec.Statistics.model_validate(values)

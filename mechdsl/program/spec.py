@@ -259,6 +259,8 @@ class Statistics(Spec):
     resamples: int = 10_000
     confidence: float = 95.0
     correction: str = "holm"
+    verdicts: Literal["none", "holm"] = "none"
+    """Whether `expect` lines share their level, and how."""
     test: Literal["t", "flips", "bootstrap"] = "t"
     by: str | None = None
 

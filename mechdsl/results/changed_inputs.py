@@ -107,7 +107,8 @@ def _of_experiment(result: ExperimentResult) -> dict[str, str]:
     found = {"model's name": result.model, "runs": result.direction}
     if result.settings is not None:
         own = result.settings
-        by = "" if own.by is None else f" by {own.by}"
+        by = "" if own.verdicts == "none" else f" verdicts {own.verdicts}"
+        by += "" if own.by is None else f" by {own.by}"
         found["stats"] = (
             f"bootstrap({own.resamples}) confidence {own.confidence:g} correct {own.correction} "
             f"test {own.test}{by}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -64,17 +64,45 @@ class Verdict:
     computed: bool = True
 
 
-def evaluate(
-    expectation: spec.Expectation,
+def evaluate_all(
+    expectations: Sequence[spec.Expectation],
     result: ExperimentResult,
     others: Mapping[str, ExperimentResult] | None = None,
     lost: Collection[str] = (),
-) -> ExpectOutcome:
-    """The verdict on one expectation of a finished experiment.
+) -> list[ExpectOutcome]:
+    """The verdicts on the expectations of a finished experiment: each at its own level, or all
+    together at that of one (Holm 1979). What is decided on the mean alone has no level.
 
     `others` are finished experiments by name, which correlations may read; `lost` those that could
     not be computed.
     """
+    confidence = result.settings.confidence if result.settings else 95.0
+    found = [evaluate(each, result, others, lost, confidence) for each in expectations]
+    left = [number for number, each in enumerate(expectations) if not each.on_mean]
+    if result.settings is None or result.settings.verdicts == "none" or len(left) < 2:
+        return found
+    words = f"by Holm's correction of {plural(len(left), 'verdict')}"
+    while left:
+        own = 100 - (100 - confidence) / len(left)
+        for number in left:
+            each = evaluate(expectations[number], result, others, lost, own)
+            said = f"at {own:.6g} %, {words}"
+            found[number] = replace(each, reason=_joined(each.reason, said))
+        still = [number for number in left if not found[number].holds]
+        if len(still) == len(left):
+            break
+        left = still
+    return found
+
+
+def evaluate(
+    expectation: spec.Expectation,
+    result: ExperimentResult,
+    others: Mapping[str, ExperimentResult] | None,
+    lost: Collection[str],
+    confidence: float,
+) -> ExpectOutcome:
+    """The verdict on one expectation, with intervals that hold so many percent."""
     known = known_results(expectation, result, others or {}, lost)
     condition, diagnostics = read_expectation(expectation, known)
     line = expectation.span.line
@@ -91,7 +119,7 @@ def evaluate(
             line,
             computed=named.isdisjoint(lost),
         )
-    judge = _Judge(result, others or {}, expectation.on_mean)
+    judge = _Judge(result, Cells(result, others or {}), expectation.on_mean, confidence)
     verdict = judge.top(condition) if isinstance(condition, TopContains) else judge.judge(condition)
     return ExpectOutcome(
         expectation.text,
@@ -114,14 +142,12 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+@dataclass(frozen=True)
 class _Judge:
-    def __init__(
-        self, result: ExperimentResult, others: Mapping[str, ExperimentResult], on_mean: bool
-    ) -> None:
-        self.result = result
-        self.cells = Cells(result, others)
-        self.on_mean = on_mean
-        self.confidence = result.settings.confidence if result.settings else 95.0
+    result: ExperimentResult
+    cells: Cells
+    on_mean: bool
+    confidence: float
 
     # --- conditions
 
@@ -134,16 +160,28 @@ class _Judge:
                     return self.between(condition, inside=True)
                 case BestIs():
                     return self.best(condition)
+                case Both(operator="and"):
+                    left = self.judge(condition.left)
+                    return self.judge(condition.right) if left.holds else left
                 case Both():
-                    left, right = self.judge(condition.left), self.judge(condition.right)
-                    if condition.operator == "and":
-                        return right if left.holds else left
-                    neither = replace(right, computed=left.computed and right.computed)
-                    return left if left.holds else right if right.holds else neither
+                    return self.any_of(_alternatives(condition))
                 case Negation():
                     return self.negated(condition.operand)
         except NoNumber as none:
             return Verdict(False, reason=str(none), computed=not isinstance(none, NotComputed))
+
+    def any_of(self, conditions: Sequence[Condition]) -> Verdict:
+        """The first that holds, each at its part of the level: else several would have several
+        chances (Bonferroni). The last, where none does."""
+        part = replace(self, confidence=100 - (100 - self.confidence) / len(conditions))
+        found = [part.judge(each) for each in conditions]
+        verdict = next((each for each in found if each.holds), found[-1])
+        said = f"each of {len(conditions)} alternatives at {part.confidence:.6g} %"
+        return replace(
+            verdict,
+            computed=verdict.holds or all(each.computed for each in found),
+            reason=verdict.reason if self.on_mean else _joined(verdict.reason, said),
+        )
 
     def negated(self, condition: Condition) -> Verdict:
         """`not` moves inwards, so that what it denies must fail on the whole interval."""
@@ -386,6 +424,19 @@ class _Judge:
         name = self.result.cells[cell].name
         said = f"rounding alone may decide it: no more than that is between it and {name}"
         return f"{said}, in the base run" if as_in_base(self.result, measure) else said
+
+
+def _alternatives(condition: Condition) -> list[Condition]:
+    """Those of `a or b or c`."""
+    match condition:
+        case Both(operator="or", left=left, right=right):
+            return [*_alternatives(left), *_alternatives(right)]
+        case Negation(operand=Both(operator="and", left=left, right=right)):
+            return [*_alternatives(Negation(left)), *_alternatives(Negation(right))]
+        case Negation(operand=Negation(operand=inner)):
+            return _alternatives(inner)
+        case _:
+            return [condition]
 
 
 def _folded(value: Value) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.program import spec
 from mechdsl.results.collect import why
-from mechdsl.results.decide_expectations import evaluate
+from mechdsl.results.decide_expectations import evaluate_all
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult, LostExperiment
 from mechdsl.results.statistics_conventions import statistics_conventions
 from mechdsl.statistics.cell_statistics import cell_statistics
@@ -49,8 +49,25 @@ def with_statistics(
     )
     result = replace(result, statistics=tuple(statistics))
     result = replace(result, controls=_bands(result), drawn=None)
-    conventions = {**result.conventions, **statistics_conventions(result, EFFECTS)}
+    conventions = {
+        **result.conventions,
+        **statistics_conventions(result, EFFECTS),
+        **_verdict_words(experiment),
+    }
     return replace(result, conventions=conventions)
+
+
+def _verdict_words(experiment: spec.Experiment) -> dict[str, str]:
+    """At which level several `expect` lines are decided."""
+    count = sum(not each.on_mean for each in experiment.expects)
+    if count < 2:
+        return {}
+    if experiment.statistics.verdicts == "holm":
+        return {"verdicts": f"{count} `expect` lines share the level of one, by Holm's correction"}
+    return {
+        "verdicts": f"each of {count} `expect` lines at a level of its own; with `stats verdicts "
+        "holm` they share one"
+    }
 
 
 def _bands(result: ExperimentResult) -> tuple[NullBand | None, ...]:
@@ -77,7 +94,7 @@ def with_verdicts(
     `others` are experiments with statistics, which an expectation may name
     (`spearman(recovery, other)`); `lost` those that could not be computed.
     """
-    outcomes = tuple(evaluate(each, result, others, lost) for each in experiment.expects)
+    outcomes = tuple(evaluate_all(experiment.expects, result, others, lost))
     return replace(result, outcomes=outcomes)
 
 

@@ -1011,13 +1011,14 @@ class Measure(Node):
 
 @record
 class Stats(Node):
-    """`stats bootstrap(10000) test flips confidence 95% correct holm by template`, each part
-    optional."""
+    """`stats bootstrap(10000) test flips confidence 95% correct holm verdicts holm by template`,
+    each part optional."""
 
     resampling: Call | None = None
     test: Call | None = None
     confidence: Percent | None = None
     correction: Name | None = None
+    verdicts: Name | None = None
     by: Name | None = None
 
 

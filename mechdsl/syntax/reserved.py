@@ -58,6 +58,6 @@ be: data sets have such columns, and no line becomes ambiguous by it."""
 
 CLAUSE_WORDS = CONNECTING_WORDS | _words(
     "verify until top contains on citing during limit step toward per test confidence correct"
-    " window align radius over up distinct apart shuffled"
+    " verdicts window align radius over up distinct apart shuffled"
 )
 """Words that go on with a statement, so a line may begin with one in the middle of it."""

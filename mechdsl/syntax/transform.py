@@ -534,6 +534,7 @@ class ToAst(Transformer[Token, Any]):
             clauses.get("test"),
             clauses.get("confidence"),
             clauses.get("correction"),
+            clauses.get("verdicts"),
             clauses.get("by"),
             span=_span(c),
         )
@@ -542,6 +543,7 @@ class ToAst(Transformer[Token, Any]):
     test = _clause("test", lambda c: _as_call(c[1]))
     confidence = _clause("confidence", _second)
     correction = _clause("correction", _second)
+    verdicts = _clause("verdicts", _second)
     by = _clause("by", _second)
 
     def report(self, c: list[Any]) -> ast.Report:
@@ -1095,7 +1097,7 @@ def _without_misspelt(clauses: Sequence[Clause]) -> list[Clause]:
     following = iter(clauses)
     for clause in following:
         word = clause.value.name if clause.kind == "resampling" else ""
-        meant = near(word, ("test", "confidence", "correct", "by"))
+        meant = near(word, ("test", "confidence", "correct", "verdicts", "by"))
         if clause.span.text != word or not meant:
             kept.append(clause)
             continue

@@ -159,7 +159,7 @@ def test_the_files_of_the_readme(command: Command) -> None:
     path = save(second)
     assert ran(command, f"mechdsl fmt --check {path}") == ""
     printed = ran(command, f"mechdsl run {path}")
-    assert "null: range of 20 draws of random directions" in printed
+    assert "null: range of 39 draws of random directions" in printed
     assert "\nholds  expect max(delta) > 0" in printed
     assert "\nlooked_at.lens: " in printed
     assert "\nlooked_at.written: " in printed

@@ -1653,11 +1653,12 @@ _experiment(
 )
 _experiment(
     "stats",
-    "stats bootstrap(2000) test flips confidence 90% correct bh by count",
+    "stats bootstrap(2000) test flips confidence 90% correct bh verdicts holm by count",
     "Overrides resampling, where intervals and p come from (`t`, Student's t corrected for "
     "skewness, where nothing is said; `flips` of signs; `bootstrap`), confidence and the "
-    "correction for many cells (`holm`, `bh`, `max` for the max-statistic, `none`); `by` takes "
-    "all rows of one value for one draw: intervals and p are about new values then, not about new "
+    "correction for many cells (`holm`, `bh`, `max` for the max-statistic, `none`). With `verdicts "
+    "holm` the `expect` lines of an experiment share one level; `by` takes all rows of one value "
+    "for one draw: intervals and p are about new values then, not about new "
     "rows. W0722 says where one value explains most of what rows differ by. All figures: "
     "`docs/statistics.md`.",
     "tests/results/test_statistics.py",

@@ -13,7 +13,7 @@ from scipy import stats
 from mechdsl.diagnostics.e06_experiment import NothingKept
 from mechdsl.resolve.cell_key import CellKey
 from mechdsl.results.collect import without_measures
-from mechdsl.results.decide_expectations import evaluate
+from mechdsl.results.decide_expectations import evaluate_all
 from mechdsl.results.estimates import Estimate, Fixed, combined
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
 from mechdsl.validate.conditions import place_of
@@ -40,7 +40,7 @@ def _result() -> ExperimentResult:
 
 
 def verdict(line: str, result: ExperimentResult, **others: ExperimentResult) -> ExpectOutcome:
-    return evaluate(expectation(line), result, others)
+    return evaluate_all([expectation(line)], result, others)[0]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.decide_expectations import evaluate
+from mechdsl.results.decide_expectations import evaluate_all
 from mechdsl.results.estimates import auroc, pearson, spearman
 from mechdsl.results.expectation_values import Cells, Chosen, Reader, Space
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
@@ -48,7 +48,7 @@ def cells_of(
 
 
 def verdict(line: str, result: ExperimentResult, **others: ExperimentResult) -> ExpectOutcome:
-    return evaluate(expectation(line), result, others)
+    return evaluate_all([expectation(line)], result, others)[0]
 
 
 @pytest.fixture(name="clear", scope="module")

@@ -350,7 +350,7 @@ stats correct bh
 stats correct max
 stats correct none
 stats test bootstrap
-stats bootstrap(10000) test flips confidence 95% correct holm by test
+stats bootstrap(10000) test flips confidence 95% correct holm verdicts holm by test
 stats by template
 report table
 report table top 10

@@ -346,6 +346,7 @@ def _statement(node: Any) -> str | None:
                 + _of("test", node.test, call)
                 + _of("confidence", node.confidence, _percent)
                 + _of("correct", node.correction, _id)
+                + _of("verdicts", node.verdicts, _id)
                 + _of("by", node.by, _id)
             )
         case ast.Report():

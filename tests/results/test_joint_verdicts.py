@@ -1,0 +1,136 @@
+"""`stats verdicts holm` and `or`: several chances at the level of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from mechdsl.resolve.cell_key import CellKey
+from mechdsl.results.decide_expectations import evaluate_all
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.finish import with_statistics
+
+from .synthetic import expectation, experiment, finished, measure
+
+CELLS, PROMPTS = 6, 24
+EACH = tuple(f"delta(L0H{cell}) > 0" for cell in range(CELLS))
+"""Without an effect, each holds in 2.5 % of files."""
+EFFECTS = (0.0, 0.3, 0.5, 0.6, 0.7, 2.0)
+"""In standard deviations; clear, doubtful and none."""
+FILES = 100
+
+
+def noise(seed: int, effects: Sequence[float] = (), **values: object) -> ExperimentResult:
+    """Heads with these effects in standard deviations, 0 where none is given."""
+    random = np.random.default_rng(seed)
+    shift = np.zeros((CELLS, 1))
+    shift[: len(effects), 0] = effects
+    cells = tuple(
+        CellKey({"layer": 0, "head": head}, f"L0H{head}.z", "last token", (":",))
+        for head in range(CELLS)
+    )
+    found = ExperimentResult(
+        name="where",
+        model="toy",
+        axes=("layer", "head"),
+        cells=cells,
+        measures=(measure(random.normal(size=(CELLS, PROMPTS)) + shift, np.zeros((1, PROMPTS))),),
+    )
+    return finished(found, **values)
+
+
+def holds(result: ExperimentResult, lines: Sequence[str]) -> list[bool]:
+    return [each.holds for each in evaluate_all([expectation(line) for line in lines], result)]
+
+
+def least_level(seed: int, line: str) -> float:
+    """The smallest level at which a line holds alone, by bisection."""
+    low, high = 0.0, 0.9
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        result = noise(seed, EFFECTS, confidence=100 * (1 - middle))
+        low, high = (low, middle) if holds(result, [line])[0] else (middle, high)
+    return high
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lines_share_their_level_as_holm_has_it(seed: int) -> None:
+    levels = [least_level(seed, line) for line in EACH]
+    expected, left = [False] * CELLS, CELLS
+    for number in sorted(range(CELLS), key=levels.__getitem__):
+        if levels[number] > 0.05 / left:
+            break
+        expected[number], left = True, left - 1
+    assert holds(noise(seed, EFFECTS, verdicts="holm"), EACH) == expected
+    alone = [level <= 0.05 for level in levels]
+    assert holds(noise(seed, EFFECTS), EACH) == alone
+
+
+def test_the_four_families_tell_the_rules_apart() -> None:
+    """Among those above Holm's rule differs from none, and from Bonferroni's."""
+    found = {"none": 0, "bonferroni": 0, "holm": 0}
+    for seed in range(4):
+        levels = np.array([least_level(seed, line) for line in EACH])
+        found["none"] += int((levels <= 0.05).sum())
+        found["bonferroni"] += int((levels <= 0.05 / CELLS).sum())
+        found["holm"] += sum(holds(noise(seed, EFFECTS, verdicts="holm"), EACH))
+    assert found["bonferroni"] < found["holm"] < found["none"]
+
+
+def share_below(held: int, of: int, level: float) -> bool:
+    """Whether so many are compatible with the level, at 99.9 %."""
+    return bool(binom.sf(held - 1, of, level) > 1e-3)
+
+
+def test_any_line_holds_without_an_effect_as_often_as_one() -> None:
+    held = sum(any(holds(noise(seed, verdicts="holm"), EACH)) for seed in range(FILES))
+    assert share_below(held, FILES, 0.05)
+
+
+def test_alternatives_hold_as_often_as_one_line() -> None:
+    either = " or ".join(EACH)
+    denied = "not (" + " and ".join(f"delta(L0H{cell}) < 0" for cell in range(CELLS)) + ")"
+    for line in (either, denied):
+        held = sum(holds(noise(seed), [line])[0] for seed in range(FILES))
+        assert share_below(held, FILES, 0.025)
+
+
+def test_an_alternative_holds_at_its_part_of_the_level() -> None:
+    checked = {True: 0, False: 0}
+    for seed in range(40):
+        at_half = holds(noise(seed, EFFECTS, confidence=97.5), EACH[1:3])
+        either = holds(noise(seed, EFFECTS), [f"{EACH[1]} or {EACH[2]}"])[0]
+        assert either == any(at_half)
+        checked[either] += 1
+    assert min(checked.values()) > 3
+    (said,) = evaluate_all([expectation(f"{EACH[1]} or {EACH[5]}")], noise(0, EFFECTS))
+    assert said.reason == "each of 2 alternatives at 97.5 %"
+
+
+def test_what_is_decided_on_the_mean_takes_no_part() -> None:
+    result = noise(0, EFFECTS, verdicts="holm")
+    lines = [f"{EACH[5]} on mean", EACH[5]]
+    on_mean, alone = evaluate_all([expectation(line) for line in lines], result)
+    assert "Holm" not in (on_mean.reason or "")
+    assert "Holm" not in (alone.reason or ""), "one line has the level to itself"
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "said"),
+    [
+        ("holm", "2 `expect` lines share the level of one, by Holm's correction"),
+        (
+            "none",
+            "each of 2 `expect` lines at a level of its own; with `stats verdicts holm` they share"
+            " one",
+        ),
+    ],
+)
+def test_conventions_say_which_level_applies(verdicts: str, said: str) -> None:
+    asked = experiment(EACH[:2], verdicts=verdicts)
+    assert with_statistics(noise(0), asked, 0).conventions["verdicts"] == said
+    one = experiment(EACH[:1], verdicts=verdicts)
+    assert "verdicts" not in with_statistics(noise(0), one, 0).conventions
