@@ -169,7 +169,7 @@ def test_the_files_of_the_readme(command: Command) -> None:
     path = save(third)
     assert ran(command, f"mechdsl fmt --check {path}") == ""
     printed = ran(command, f"mechdsl run {path}")
-    assert "\nholds  expect contains < -0.6" in printed
+    assert "\nholds  expect contains > 0.6" in printed
     assert "\nanswered: replies" in printed
     assert "\nword_by_word: kl(clean)" in printed
 
