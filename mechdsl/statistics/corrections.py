@@ -35,7 +35,8 @@ def by_maximum(p: Floats, moves: Floats, seed: int) -> Floats:
     Each p is a normal score, and the scores of all cells are as correlated as their units: the
     largest of them is drawn with Gaussian multipliers (Chernozhukov, Chetverikov and Kato 2013),
     and each cell is set against the largest of those with no smaller p (Westfall and Young 1993,
-    algorithm 4.1).
+    algorithm 4.1). Few units make any cells look correlated, so that correlations are shrunk by
+    what chance explains of them (Schäfer and Strimmer 2005).
 
     Args:
         p: [cell].
@@ -55,13 +56,15 @@ def by_maximum(p: Floats, moves: Floats, seed: int) -> Floats:
     order = np.argsort(-score, kind="stable")
     unit, score = unit[order], score[order]
     still = size[order, 0] == 0
+    chance = _due_to_chance(unit[~still])
     random = np.random.default_rng([4, seed % 2**63])
     extreme, done = np.zeros(len(p), dtype=np.int64), 0
     step = max(1, BLOCK // max(len(p), unit.shape[1]))
     while done < MULTIPLIERS:
-        drawn = np.abs(
-            random.standard_normal((min(step, MULTIPLIERS - done), unit.shape[1])) @ unit.T
-        )
+        count = min(step, MULTIPLIERS - done)
+        shared = random.standard_normal((count, unit.shape[1])) @ unit.T
+        own = random.standard_normal((count, len(p)))
+        drawn = np.abs(np.sqrt(1 - chance) * shared + np.sqrt(chance) * own)
         largest = np.maximum.accumulate(drawn[:, ::-1], axis=1)[:, ::-1]
         extreme += np.count_nonzero(largest >= score, axis=0)
         done += len(drawn)
@@ -71,6 +74,20 @@ def by_maximum(p: Floats, moves: Floats, seed: int) -> Floats:
     corrected = np.empty_like(p)
     corrected[order] = np.maximum.accumulate(np.maximum(joint, p[order]))
     return corrected
+
+
+def _due_to_chance(unit: Floats) -> float:
+    """The part of the squared correlations of cells that as many units give of cells that aren't
+    correlated, at most 1.
+
+    unit: [cell, unit], rows of length 1.
+    """
+    cells, units = unit.shape
+    pairs = cells * (cells - 1)
+    squared = float(((unit.T @ unit) ** 2).sum()) - cells
+    if units < 2 or squared <= 0:
+        return 1.0
+    return min(1.0, pairs / (units - 1) / squared)
 
 
 CORRECTIONS: Mapping[str, Callable[[Floats], Floats]] = {

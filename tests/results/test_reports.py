@@ -21,7 +21,13 @@ from mechdsl.results.results import Results
 from mechdsl.show.reports.bar_charts import bars_chart
 from mechdsl.show.reports.confusion_counts import confusions
 from mechdsl.show.reports.line_charts import lines_chart
-from mechdsl.show.reports.text import null_texts, number_format, p_text, with_interval
+from mechdsl.show.reports.text import (
+    alike_note,
+    null_texts,
+    number_format,
+    p_text,
+    with_interval,
+)
 from mechdsl.show.reports.token_shades import overlays, prompt_effects
 from mechdsl.show.reports.verdicts import print_verdicts
 from mechdsl.show.show_report import save_report, show_report
@@ -677,3 +683,16 @@ def test_reports_that_fit_the_measures() -> None:
         report("overlay"),
     ):
         assert check_report(line, ["layer", "position"], [], measures) == []
+
+
+def test_cells_in_which_no_row_differs_are_counted() -> None:
+    result = heads()
+    (data,) = result.measures
+    patched = data.patched.copy()
+    patched[5], patched[7] = data.base[0] + 0.5, data.base[0]
+    alike = finished(replace(result, measures=(replace(data, patched=patched, effect="delta"),)))
+    said = (
+        "2 cells have one value in all rows: their interval says nothing of rows that would differ"
+    )
+    assert alike_note(alike, 0) == said
+    assert alike_note(finished(result), 0) is None, "inert cells aren't tested"

@@ -17,6 +17,7 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.chart_labels import SPLIT, text_width
 from mechdsl.show.reports.text import (
     MISSING,
+    alike_note,
     centre_note,
     ends_of_scale,
     fewer,
@@ -63,6 +64,7 @@ def titled(chart: Any, result: ExperimentResult, data: MeasureData, *said: str |
         *said,
         centre_note(result),
         rounding_note(result, measure),
+        alike_note(result, measure),
         missing_note(result),
     ]
     title = wrap(visible(f"{result.name}: {measure_name(data)}"), TITLE_LINE)

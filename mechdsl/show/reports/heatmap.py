@@ -31,6 +31,7 @@ from mechdsl.show.reports.text import (
     MISSING,
     NO_MORE_MARK,
     THIN_MARK,
+    alike_note,
     conventions,
     fewer,
     fewer_note,
@@ -123,6 +124,7 @@ def _notes(
         f"null: {null}" if null else None,
         inert_note(result, measure),
         rounding_note(result, measure),
+        alike_note(result, measure),
         fewer_note(result, measure, "subscripts"),
         thin_note(result, measure),
     )

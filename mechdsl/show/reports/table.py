@@ -28,6 +28,7 @@ from mechdsl.show.console import visible_console
 from mechdsl.show.reports.grid import tokens_hit, tokens_listed, value_text
 from mechdsl.show.reports.text import (
     MISSING,
+    alike_note,
     conventions,
     figures,
     heading,
@@ -330,6 +331,7 @@ def _notes(
         null and f"null: {null}",
         inert_note(result, measure),
         rounding_note(result, measure),
+        alike_note(result, measure),
     )
     for line in remarks:
         if line:

@@ -254,7 +254,7 @@ def survives(result: ExperimentResult, measure: int) -> Bools:
 
 
 def rounding_note(result: ExperimentResult, measure: int) -> str | None:
-    """How many cells are at the level of rounding and what that is, or hang on it."""
+    """How many cells are at the level of rounding and what that is, or depend on it."""
     data, found = result.measures[measure], result.statistics[measure]
     changing = found.rounding[may_change(data, found)]
     if len(changing):
@@ -381,6 +381,16 @@ def inert_note(result: ExperimentResult, measure: int) -> str | None:
     return f"{cells} inert: by structure the same as {result.base}, so not tested or corrected for"
 
 
+def alike_note(result: ExperimentResult, measure: int) -> str | None:
+    """How many cells have an interval of no width, as nothing differs between their rows."""
+    data, found = result.measures[measure], result.statistics[measure]
+    count = int(np.count_nonzero((found.low == found.high) & ~data.inert))
+    if not count:
+        return None
+    cells, their = ("1 cell has", "its") if count == 1 else (f"{count} cells have", "their")
+    return f"{cells} one value in all rows: {their} interval says nothing of rows that would differ"
+
+
 def map_format(values: Iterable[float]) -> Callable[[float], str]:
     """One way to write all numbers of a map: two digits of the greatest, where colours end."""
     greatest = max((abs(float(v)) for v in values if math.isfinite(v)), default=0.0)
@@ -462,5 +472,6 @@ def figure_notes(result: ExperimentResult, measure: int, *, drawn: bool) -> list
     shade = "░ null" if drawn else "null"
     said = [survived, f"{shade}: {null}" if null else None]
     said += [inert_note(result, measure), rounding_note(result, measure)]
+    said += [alike_note(result, measure)]
     said.append(thin_note(result, measure))
     return [line for line in said if line]
