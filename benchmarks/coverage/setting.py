@@ -27,9 +27,16 @@ class Figure:
     low: float | None = None
     """Below it the figure fails; without both ends it is printed and not judged."""
     high: float | None = None
+    surely: bool = False
+    """Whether the whole interval of the figure must lie within, and not only reach into it."""
 
     @property
     def bound(self) -> str:
+        """In words."""
+        return f"all {self._ends}" if self.surely else self._ends
+
+    @property
+    def _ends(self) -> str:
         if self.low is None and self.high is None:
             return ""
         if self.low is None or self.high is None:
@@ -85,14 +92,16 @@ class Outcome:
 
     @property
     def verdict(self) -> Verdict:
-        """Fails where the interval of the figure lies outside the bound, or there mostly is none
-        of what should hold."""
+        """Fails where the interval of the figure lies outside the bound (where it must surely hold:
+        not all inside), or there mostly is none of what should hold."""
         low, high = self.figure.low, self.figure.high
         if low is None and high is None:
             return "printed"
         if 2 * self.of < self.repetitions:
             return "fails"
         least, most = self.interval
+        if self.figure.surely:
+            least, most = most, least
         outside = (low is not None and most < low) or (high is not None and least > high)
         return "fails" if outside else "holds"
 

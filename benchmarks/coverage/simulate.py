@@ -10,7 +10,7 @@ from zlib import crc32
 
 import numpy as np
 
-from benchmarks.coverage import bands, intervals, levels, verdicts
+from benchmarks.coverage import bands, files, intervals, levels, verdicts
 from benchmarks.coverage.setting import Outcome, Setting
 from mechdsl.base.arrays import Ints
 
@@ -26,6 +26,7 @@ def all_settings(everything: bool = False) -> dict[str, Setting]:
         *levels.settings(everything),
         *verdicts.settings(),
         *bands.settings(),
+        *files.settings(),
     ]
     keys = {f"{each.key}: {each.figures[0].name}": each for each in found}
     if len(keys) != len(found):

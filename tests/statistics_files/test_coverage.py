@@ -130,14 +130,12 @@ def test_every_bound_that_is_promised_is_judged() -> None:
         return found
 
     for n in (8, 16, 32, 64, 200):
-        assert judged(f"a mean: normal, n = {n}:") == {(93, 97)}
-        assert judged(f"a mean: lognormal, n = {n}:") == {(93, 97) if n >= 32 else (None, None)}
-        assert judged(f"a ratio: recovery, n = {n}:") == {(93, 97) if n >= 32 else (None, None)}
+        for name in ("normal", "t3", "exponential", "lognormal", "sparse"):
+            assert judged(f"a mean: {name}, n = {n}:") == {(93, 99)}
+        for name in ("recovery", "relative"):
+            assert judged(f"a ratio: {name}, n = {n}:") == {(93, 99)}
         for p in (0.5, 0.7, 0.9, 0.98, 0.999):
             assert judged(f"a share: p = {p:g}, n = {n}:") == {(93, 100)}
-        for name in ("t3", "exponential"):
-            expected = {(93, 97) if n >= 16 else (None, None)}
-            assert judged(f"a mean: {name}, n = {n}:") == expected
     for cells in (1, 16, 144):
         bounds_of_levels = {(None, 5.5)} if cells == 1 else {(None, 5.5), (None, 6.0)}
         assert judged(f"false positives, {cells} cell") == bounds_of_levels
