@@ -200,9 +200,8 @@ class Line:
     def of(self, measure: str, other: str) -> str:
         return self.text.replace("{m}", measure).replace("{o}", other)
 
-    @property
-    def figure(self) -> Figure:
-        name = f"`{self.of('delta', 'delta')}`"
+    def figure(self, effect: str = "delta") -> Figure:
+        name = f"`{self.of(effect, effect)}`"
         return Figure(name, POWER) if self.power else Figure(name, high=MOST, surely=True)
 
 
@@ -327,7 +326,7 @@ def _of_measures(
             yield Setting(
                 GROUP,
                 name,
-                tuple(line.figure for line in asked),
+                tuple(line.figure(effect) for line in asked),
                 partial(run, asked=asked),
                 repetitions,
                 chunk=A_FILE,
@@ -352,7 +351,7 @@ def _correlations(name: str, lines: Sequence[Line], effects: Floats | None) -> S
         held = np.array([[each.holds for each in of_one] for of_one in outcomes]).sum(0)
         return np.stack([held, np.full(len(lines), count)], axis=1)
 
-    figures = tuple(line.figure for line in lines)
+    figures = tuple(line.figure() for line in lines)
     return Setting(GROUP, name, figures, run, HALF, chunk=A_FILE)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import neg
 
 from mechdsl.base.plural import plural
@@ -12,6 +12,7 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.w07_statistics import TooFewPrompts
 from mechdsl.program import spec
 from mechdsl.program.lower_other_runs import BLOCKS
+from mechdsl.prompts.prompt_table import RunRow
 from mechdsl.resolve.resolved import ResolvedExperiment, cells_of
 from mechdsl.vocab.effects import EFFECTS
 
@@ -77,12 +78,44 @@ def check_rows(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic]:
         blocks.setdefault(dict(each.spec.variant).get(BLOCKS), []).append(each)
     units: list[int] = []
     for own in blocks.values():
-        rows = own[0].table.runs["clean"].rows
-        count = len(rows)
-        if settings.by is not None and rows and settings.by in rows[0].values:
-            count = len({str(row.values.get(settings.by)) for row in rows})
+        count = _units(own[0].table.runs["clean"].rows, settings)
         units += [count] * len(tested) * _cells(own)
-    return check_cells(units, settings, tested[0].span, unit_of(experiment))
+    found = check_cells(units, settings, tested[0].span, unit_of(experiment))
+    return found or _check_groups(blocks.values(), len(tested))
+
+
+def _units(rows: Sequence[RunRow], settings: spec.Statistics) -> int:
+    """Rows, or values of the variable that `stats by` names."""
+    if settings.by is None or not rows or settings.by not in rows[0].values:
+        return len(rows)
+    return len({str(row.values.get(settings.by)) for row in rows})
+
+
+def _check_groups(
+    blocks: Iterable[Sequence[ResolvedExperiment]], measures: int
+) -> list[Diagnostic]:
+    """W0720 for each table by values of the prompts in which no cell can survive. All its cells are
+    one family, but those that have too few rows for a p."""
+    blocks = list(blocks)
+    experiment = blocks[0][0]
+    settings, found = experiment.spec.statistics, list[Diagnostic]()
+    for report in experiment.spec.reports:
+        by, units = report.by, list[int]()
+        if by is None:
+            continue
+        for own in blocks:
+            groups: dict[str, list[RunRow]] = {}
+            for row in own[0].table.runs["clean"].rows:
+                if by in row.values:
+                    groups.setdefault(str(row.values[by]), []).append(row)
+            for rows in groups.values():
+                units += [_units(rows, settings)] * measures * _cells(own)
+        units = [each for each in units if each >= FEWEST_UNITS] or units
+        if units and len(out_of_reach(units, settings)) == len(units):
+            where = f"in the table by {by}, "
+            unit = unit_of(experiment)
+            found += check_cells(units, settings, report.span, unit, where)
+    return found
 
 
 def _cells(variants: Sequence[ResolvedExperiment]) -> int:
@@ -110,11 +143,15 @@ def tested_measures(experiment: ResolvedExperiment) -> list[spec.Measure]:
 
 
 def check_cells(
-    units: Sequence[int], settings: spec.Statistics, span: Span | None, unit: str = "prompt"
+    units: Sequence[int],
+    settings: spec.Statistics,
+    span: Span | None,
+    unit: str = "prompt",
+    where: str = "",
 ) -> list[Diagnostic]:
     """W0720 where cells have so few prompts (or groups) that no p of theirs is small enough.
 
-    units: of every cell that is tested. unit: what a row is.
+    units: of every cell that is tested. unit: what a row is. where: which cells these are.
     """
     lost = out_of_reach(units, settings)
     if not lost:
@@ -124,7 +161,7 @@ def check_cells(
     several = "s" if have != "1" else ""
     word = f"value{several} of {settings.by}" if settings.by is not None else f"{unit}{several}"
     have = f"{have} {word}"
-    about = f"with {have} no cell can survive the correction"
+    about = f"{where}with {have} no cell can survive the correction"
     if len(lost) < len(units):
         about = f"{len(lost)} of {len(units)} cells have {have}, and can't survive the correction"
     smallest = smallest_p(few[-1], settings)

@@ -1,0 +1,58 @@
+"""W0720 of tables by values of the prompts, whose cells are families of their own."""
+
+from __future__ import annotations
+
+import pytest
+
+from mechdsl.base.source import Source
+from mechdsl.validate.check_file import check_source
+
+FILE = """mech 1
+
+model toy = zoo("counting")
+
+prompts fruit {
+  count in 2..4
+  item in ["apple", "pear", "plum", "fig", "kiwi", "peach", "lemon", "lime", "mango"]
+  fruits = list(item, count, sep: " ")
+  template "Part 1: {fruits} Count 1:"
+  answer " {count}"
+}
+
+experiment heads {
+  prompts fruit limit ROWS
+  ablate layer * head * at last token with zero
+  measure logit(answer) as delta
+  stats correct CORRECTION
+  report table by count
+}
+"""
+
+
+def said(rows: int, correction: str = "holm") -> list[str]:
+    text = FILE.replace("ROWS", str(rows)).replace("CORRECTION", correction)
+    found = check_source(Source(text)).diagnostics
+    return [each.message for each in found if each.code == "W0720"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "correction", "expected"),
+    [
+        # 48 cells: 2^(1 − n) · 48 is below 0.05 from 11 rows on
+        (
+            24,
+            "holm",
+            "in the table by count, with 7 to 9 prompts no cell can survive the correction",
+        ),
+        (30, "holm", None),  # 11 of one count
+        (24, "bh", None),
+        (24, "none", None),
+        # 16 cells for all rows: 2^(1 − n) · 16 is below 0.05 from 10 rows on
+        (12, "holm", "in the table by count, with 4 prompts no cell can survive the correction"),
+        (9, "holm", "with 9 prompts no cell can survive the correction"),
+    ],
+)
+def test_a_table_in_which_nothing_can_survive(
+    rows: int, correction: str, expected: str | None
+) -> None:
+    assert said(rows, correction) == ([] if expected is None else [expected])
