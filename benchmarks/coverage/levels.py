@@ -20,6 +20,8 @@ MOST = 5.5
 MOST_SKEWED = 6.0
 SKEWED_FROM = {"exponential": 16, "lognormal": 32, "mostly zero": 16}
 """From so many prompts on the test of one cell has to hold its level."""
+PLANNED = 78.0, 82.0
+"""Per cent: `plan` says 80."""
 STRATA = 4
 
 
@@ -31,6 +33,7 @@ def settings(everything: bool = False) -> Iterator[Setting]:
     yield from _strata()
     yield from _skewed()
     yield from _power()
+    yield from _planned()
 
 
 def _false(p: Floats) -> int:
@@ -147,6 +150,32 @@ def _power() -> Iterator[Setting]:
         figures = tuple(Figure(f"found, {each}", least) for each in CORRECTIONS)
         name = f"{cells} cells, one of {size:g} standard deviations, n = {n}"
         yield Setting("power", name, figures, run, 2000, chunk=50)
+
+
+def _planned() -> Iterator[Setting]:
+    """Of the smallest effect that `plan` states: how often is it found?"""
+    asked = {"t": ((8, 1), (16, 1), (32, 1), (32, 144), (64, 144)), "flips": ((12, 1), (32, 16))}
+    asked["bootstrap"] = ((16, 1), (32, 16))
+    for test, sizes in asked.items():
+        for n, tests in sizes:
+
+            def run(
+                random: np.random.Generator,
+                count: int,
+                test: str = test,
+                n: int = n,
+                tests: int = tests,
+            ) -> Ints:
+                effect, level = program.planned(n, tests, test)
+                deltas = effect + random.normal(size=(count, n))
+                p = program.p_values(deltas, _seed(random), test=test)
+                return np.array([[np.count_nonzero(p < level), count]])
+
+            name = f"n = {n}, {tests} cells, `test {test}`".replace(" 1 cells", " 1 cell")
+            # of the bootstrap-t the effect is stated as the least
+            low, high = PLANNED
+            figures = (Figure("found", None if test == "bootstrap" else low, high),)
+            yield Setting("power that `plan` states", name, figures, run, 4000)
 
 
 def _seed(random: np.random.Generator) -> int:

@@ -17,6 +17,7 @@ from mechdsl.results.finish import with_statistics
 from mechdsl.statistics.cell_statistics import cell_statistics
 from mechdsl.statistics.measure_data import CellStatistics, DrawnValues, MeasureData, NullBand
 from mechdsl.statistics.null_bands import null_bands
+from mechdsl.statistics.power import detectable
 from mechdsl.syntax import ast
 from mechdsl.syntax.parse import parse
 from mechdsl.vocab.effects import EFFECTS
@@ -93,6 +94,14 @@ def p_values(
     resamples = RESAMPLES if test == "bootstrap" else 20
     given: dict[str, Any] = {"test": test, "correction": correction, "resamples": resamples}
     return statistics_of(data, seed, strata=strata, **given).p_corrected
+
+
+def planned(units: int, tests: int, test: str) -> tuple[float, float]:
+    """The smallest effect that `plan` says is found, and the level of each of the tests."""
+    found = detectable(units, tests, _settings(test=test, correction="holm"))
+    if found.effect is None:
+        raise ValueError(f"{units} units are too few for {tests} tests")
+    return found.effect, found.level
 
 
 def finished(

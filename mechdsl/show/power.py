@@ -56,6 +56,12 @@ def print_power(plan: Plan, console: Console, measured: Measured | None = None) 
         style="dim",
         highlight=False,
     )
+    if any(each[0].spec.statistics.test == "bootstrap" for each in tested.values()):
+        console.print(
+            "≥: of Student's t; the bootstrap-t finds as much or less",
+            style="dim",
+            highlight=False,
+        )
     for name, (fewest, most) in found.items():
         if fewest.effect is None:
             some = "" if most.effect is None else f" in cells of {fewest.units}"
@@ -148,7 +154,8 @@ def _by_others(found: Detectable, settings: spec.Statistics) -> bool:
 
 def _effect(found: Detectable, settings: spec.Statistics) -> str:
     if found.effect is not None:
-        return f"{found.effect:.2f} SD"
+        least = "≥ " if settings.test == "bootstrap" else ""
+        return f"{least}{found.effect:.2f} SD"
     return "unknown" if found.units > 1 and _by_others(found, settings) else "none"
 
 

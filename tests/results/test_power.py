@@ -180,6 +180,15 @@ def test_units_and_corrections(
     assert (nothing in plain(done.out)) == (effect is None)
 
 
+def test_of_the_bootstrap_a_least_effect_is_printed(command: Command, tmp_path: Path) -> None:
+    text = HEADS.replace("  report table", "  stats test bootstrap\n  report table")
+    done = command("plan", file(tmp_path, text))
+    (line,) = lines_of(done.out, "power")
+    assert line[-1].strip() == f"≥ {by_t(16, 0.05 / 8):.2f} SD"
+    assert "≥: of Student's t; the bootstrap-t finds as much or less" in plain(done.out)
+    assert "≥" not in command("plan", file(tmp_path, HEADS)).out
+
+
 def test_rows_that_are_equal_are_one_unit(command: Command, tmp_path: Path) -> None:
     """Two texts, 32 rows."""
     prompts = head("corrupt fewer { count = count - 1 }").replace(
