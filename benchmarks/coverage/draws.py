@@ -16,6 +16,12 @@ def _lognormal(random: np.random.Generator, shape: tuple[int, ...]) -> Floats:
     return (random.lognormal(0, 1, shape) - np.sqrt(np.e)) / spread
 
 
+def _heavy(random: np.random.Generator, shape: tuple[int, ...]) -> Floats:
+    """Lognormal, of a normal one with a standard deviation of 1.5."""
+    mean = np.exp(1.5**2 / 2)
+    return (random.lognormal(0, 1.5, shape) - mean) / (mean * np.sqrt(np.exp(1.5**2) - 1))
+
+
 def _sparse(random: np.random.Generator, shape: tuple[int, ...]) -> Floats:
     values = random.exponential(size=shape) * (random.random(shape) < 0.1)
     return (values - 0.1) / np.sqrt(0.19)
@@ -33,6 +39,7 @@ DRAWS: Mapping[str, Draw] = {
     "Laplace": lambda random, shape: random.laplace(0, 1 / np.sqrt(2), shape),
     "exponential": lambda random, shape: random.exponential(size=shape) - 1,
     "lognormal": _lognormal,
+    "lognormal, σ 1.5": _heavy,
     "mostly zero": _mostly_zero,
     "sparse": _sparse,
 }

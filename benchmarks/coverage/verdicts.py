@@ -97,8 +97,7 @@ def _near(name: str, side: int) -> Setting:
             held += program.verdict(line, program.finished(deltas, _seed(random))).holds
         return np.array([[held, count]])
 
-    # a test on one side of a skewed mean is not as exact as on both
-    figure = Figure(f"`{line}`", None, MOST if name == "normal" else None)
+    figure = Figure(f"`{line}`", None, MOST)
     label = f"{name}, truth {WITHIN * side:+g}, n = {MORE}"
     return Setting("`expect … near`", label, (figure,), run, 4000, chunk=50)
 
