@@ -13,6 +13,7 @@ from mechdsl.base.arrays import Floats, Ints
 
 SIZES = (16, 32, 64, 200)
 FAMILIES = (16, 144)
+MANY = 1536
 CORRECTIONS = ("holm", "max")
 NUMBERS = 4e9
 """Numbers that a setting of many cells may draw; its repetitions follow from it."""
@@ -28,6 +29,7 @@ def settings(everything: bool = False) -> Iterator[Setting]:
     take turns over the sizes."""
     yield from _one_cell()
     yield from _many_cells(everything)
+    yield from _tails()
     yield from _strata()
     yield from _skewed()
     yield from _power()
@@ -83,6 +85,22 @@ def _family(name: str, rho: float, cells: int, n: int) -> Setting:
         repetitions=min(4000, max(1000, possible // 500 * 500)),
         chunk=50,
     )
+
+
+def _tails() -> Iterator[Setting]:
+    """Of so many cells that families are dear: p of each cell, far out in its tail."""
+    level = program.LEVEL / MANY
+    for name in SKEWED:
+        for n in SIZES:
+
+            def run(random: np.random.Generator, count: int, name: str = name, n: int = n) -> Ints:
+                deltas = DRAWS[name](random, (count * MANY, n))
+                p = program.p_values(deltas, _seed(random)).reshape(count, MANY)
+                return np.array([[np.count_nonzero((p < level).any(1)), count]])
+
+            figures = (Figure(f"any p below 0.05 / {MANY:,}", None, MOST_SKEWED),)
+            group, drawn = f"false positives, {MANY:,} cells", f"{name}, correlation 0, n = {n}"
+            yield Setting(group, drawn, figures, run, 2000, chunk=10)
 
 
 def _strata() -> Iterator[Setting]:
