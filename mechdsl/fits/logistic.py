@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.optimize
-import scipy.special
 
 from mechdsl.base.arrays import Floats, Ints
 from mechdsl.fits.linear import LinearMap
 from mechdsl.fits.vectors import checked
 
 STEPS = 2000
-"""Of L-BFGS, at most."""
+"""Of Newton's method, at most."""
 TOLERANCE = 1e-6
 """Largest coordinate of the gradient of the mean loss at which the minimum counts as reached."""
 
@@ -37,9 +36,13 @@ class Classifier:
 
 
 def logistic(x: Floats, y: Ints, penalty: float) -> Classifier:
-    """Minimises Σ −log softmax(x · weights + intercept)[y] + penalty / 2 · Σ weights² with L-BFGS
-    (multinomial, also for two classes; the intercepts are free). With two classes, the difference
-    of their weights is what logistic regression with half the penalty gives.
+    """Minimises Σ −log softmax(x · weights + intercept)[y] + penalty / 2 · Σ weights² (multinomial,
+    also for two classes; the intercepts are free). With two classes, the difference of their
+    weights is what logistic regression with half the penalty gives.
+
+    By Newton's method, the steps by conjugate gradients within a trust region (Nocedal and Wright
+    2006, alg. 7.2), along the rows' principal axes. Each axis is scaled by the curvature that the
+    loss has along it where all classes are equally likely.
 
     x: [row, width]; y: [row]. One class alone: its logit is 0 everywhere. ValueError for a penalty
     that isn't positive (separable classes have no minimum then); NotConverged.
@@ -52,43 +55,56 @@ def logistic(x: Floats, y: Ints, penalty: float) -> Classifier:
     classes, own = np.unique(names, return_inverse=True)
     n, width, count = len(rows), rows.shape[1], len(classes)
     at = rows.mean(axis=0)
-    basis, short = _row_space(rows - at)
+    axes, short, scale = _principal(rows - at, count, penalty)
+    inputs = np.hstack([short, np.ones((n, 1))])
+    pull = np.append(penalty / n * scale**2, 0.0)[:, None]
     is_own = np.zeros((n, count))
     is_own[np.arange(n), own] = 1.0
 
+    def probabilities(flat: Floats) -> tuple[Floats, Floats]:
+        """[row, class], and [row]: −log of that of the row's own class."""
+        logits = inputs @ flat.reshape(-1, count)
+        logits -= logits.max(axis=1, keepdims=True)
+        parts = np.exp(logits)
+        whole = parts.sum(axis=1)
+        return parts / whole[:, None], np.log(whole) - logits[np.arange(n), own]
+
     def loss(flat: Floats) -> tuple[float, Floats]:
         """Of the mean over rows, and its gradient."""
-        whole = flat.reshape(short.shape[1] + 1, count)
-        weights, intercept = whole[:-1], whole[-1]
-        logits = short @ weights + intercept
-        surprise = scipy.special.logsumexp(logits, axis=1) - logits[np.arange(n), own]
-        off = (scipy.special.softmax(logits, axis=1) - is_own) / n
-        gradient = np.vstack([short.T @ off + penalty / n * weights, off.sum(axis=0)])
-        value = surprise.mean() + penalty / (2 * n) * (weights**2).sum()
-        return float(value), gradient.ravel()
+        weights = flat.reshape(-1, count)
+        shares, surprise = probabilities(flat)
+        gradient = inputs.T @ (shares - is_own) / n + pull * weights
+        return float(surprise.mean() + (pull * weights**2).sum() / 2), gradient.ravel()
 
-    start = np.zeros((short.shape[1] + 1) * count)
+    def curvature(flat: Floats, step: Floats) -> Floats:
+        """The loss's second derivatives, times a step."""
+        shares, along = probabilities(flat)[0], step.reshape(-1, count)
+        moved = inputs @ along
+        moved = shares * (moved - (shares * moved).sum(axis=1, keepdims=True))
+        return (inputs.T @ moved / n + pull * along).ravel()
+
     found = scipy.optimize.minimize(
         loss,
-        start,
+        np.zeros(inputs.shape[1] * count),
         jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": STEPS, "maxfun": 2 * STEPS, "gtol": TOLERANCE / 10, "ftol": 0.0},
+        hessp=curvature,
+        method="trust-ncg",
+        options={"maxiter": STEPS, "gtol": TOLERANCE / 10},
     )
     steepest = float(np.abs(loss(found.x)[1]).max(initial=0.0))
     if not steepest <= TOLERANCE:
         raise NotConverged(f"after {found.nit} steps the gradient is {steepest:.1g}")
-    whole = found.x.reshape(short.shape[1] + 1, count)
-    weights = basis @ whole[:-1] if basis is not None else whole[:-1]
+    whole = found.x.reshape(-1, count)
+    weights = axes.T @ (scale[:, None] * whole[:-1])
     assert weights.shape == (width, count)
     # Adding the same to all intercepts changes nothing: they sum to 0, as the weights do.
     return Classifier(classes, LinearMap(weights, whole[-1] - whole[-1].mean() - at @ weights))
 
 
-def _row_space(rows: Floats) -> tuple[Floats | None, Floats]:
-    """An orthonormal basis of what the rows span, [width, k], and the rows in it, [row, k], where
-    that is narrower: with an L2 penalty the weights lie in it, so nothing is lost."""
-    if rows.shape[1] <= len(rows):
-        return None, rows
-    basis = np.linalg.qr(rows.T)[0]
-    return basis, rows @ basis
+def _principal(rows: Floats, classes: int, penalty: float) -> tuple[Floats, Floats, Floats]:
+    """The rows' principal axes [axis, width], the rows along them [row, axis] and by how much each
+    is scaled there [axis]. With an L2 penalty the weights lie in what the rows span, so nothing is
+    lost."""
+    left, sizes, axes = np.linalg.svd(rows, full_matrices=False)
+    scale = np.sqrt(len(rows) / (sizes**2 / classes + penalty))
+    return axes, left * (sizes * scale), scale

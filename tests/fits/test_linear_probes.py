@@ -109,6 +109,22 @@ def test_classes_keep_their_numbers() -> None:
     assert logistic(x, np.full(6, 9), 1.0)(x).tolist() == [9] * 6
 
 
+@pytest.mark.parametrize("penalty", [1e-4, 1.0, 1e6])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_the_minimum_is_reached_on_vectors_of_any_size(size: float, penalty: float) -> None:
+    """Where gradients in the vectors' own axes are far apart in size, and where classes don't
+    overlap."""
+    x = NORMAL(size=(400, 60)) * size * np.geomspace(1, 1e-3, 60)
+    y = np.digitize(x[:, 0] / size, [-1, 0, 1])
+    found = logistic(x, y, penalty)
+    logits = found.logits(x)
+    parts = np.exp(logits - logits.max(axis=1, keepdims=True))
+    off = parts / parts.sum(axis=1, keepdims=True) - np.eye(4)[y]
+    slope = x.T @ off + penalty * found.logits.weights
+    assert np.abs(off.mean(axis=0)).max() < 1e-6
+    assert np.abs(slope).max() < 1e-6 * np.abs(x).sum(axis=0).max()
+
+
 def test_what_logistic_refuses() -> None:
     with pytest.raises(ValueError, match="larger than 0"):
         logistic(np.ones((2, 1)), np.array([0, 1]), 0)
