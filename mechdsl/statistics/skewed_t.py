@@ -19,7 +19,7 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -126,15 +126,38 @@ class SkewedT:
 
     def _end(self, side: float, level: float) -> Floats:
         """[cell], one end; infinite where there is none."""
+        end = self._straight_end(side, level)
+        curved = np.flatnonzero(self.squares[1:].any(axis=0) | self.cubes[1:].any(axis=0))
+        if len(curved):
+            end[curved] = self._of(curved)._searched_end(side, level)
+        return end
+
+    def _straight_end(self, side: float, level: float) -> Floats:
+        """[cell], where T is proportional to the shift and the skewness doesn't depend on it, as
+        where denominators are equal."""
+        plain, tail = self._critical(level)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            _, skew = self.statistic(np.full_like(self.value, side))
+            against = _against(np.sign(-side * self.slope), skew, np.maximum(self.freedom, 1.0))
+            size = np.sqrt(self.squares[0]) / np.abs(self.slope)
+            return self.value + side * size * np.maximum(plain, _corrected(tail, against))
+
+    def _of(self, cells: Ints) -> SkewedT:
+        """Some cells."""
+        columns = {each.name: getattr(self, each.name)[..., cells] for each in fields(self)}
+        return SkewedT(**columns)
+
+    def _searched_end(self, side: float, level: float) -> Floats:
+        """[cell], by halving what lies between a compatible number and one that isn't."""
         bounds = self._critical(level)
-        inside = np.zeros_like(self.value)
+        # 0 is inside exactly where it isn't rejected, also where a number nearer to the value is
+        faces_zero, rejects_zero = side * self.value < 0, self._rejects(-self.value, bounds)
+        inside = np.where(faces_zero & ~rejects_zero, -self.value, 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             size = np.sqrt(self.squares[0]) / np.abs(self.slope)
             outside = side * np.where(size > 0, size, np.abs(self.value) + 1.0)
-        # from 0 where it is rejected, so that the interval excludes it
-        toward_zero = (side * self.value < 0) & self._rejects(-self.value, bounds)
-        outside = np.where(toward_zero, -self.value, outside)
-        rejected = toward_zero.copy()
+        rejected = faces_zero & rejects_zero
+        outside = np.where(rejected, -self.value, inside + outside)
         for _ in range(_DOUBLINGS):
             fresh = ~rejected & self._rejects(outside, bounds)
             rejected |= fresh
@@ -245,7 +268,10 @@ def _quantile(size: Floats, against: Floats) -> Floats:
     with np.errstate(invalid="ignore", over="ignore"):
         for _ in range(_NEWTON_STEPS):
             slope = 1 + 2 * against * q / 3 + 3 * CURVATURE * against**2 * q**2
-            q = np.maximum(q - (_corrected(q, against) - size) / slope, 0.0)
+            nearer = np.maximum(q - (_corrected(q, against) - size) / slope, 0.0)
+            if np.array_equal(nearer, q, equal_nan=True):
+                break
+            q = nearer
     return np.where(np.isinf(size), np.inf, q)
 
 

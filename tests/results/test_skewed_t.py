@@ -104,16 +104,30 @@ def test_p_is_below_the_level_exactly_where_the_interval_excludes_zero(
         np.testing.assert_array_equal(found.p < 0.05, excludes)
 
 
-def test_p_and_interval_of_a_ratio_agree() -> None:
+@pytest.mark.parametrize("n", [5, 16])
+@pytest.mark.parametrize("noise", ["normal", "lognormal"])
+def test_p_and_interval_of_a_ratio_agree(noise: str, n: int) -> None:
     random = np.random.default_rng(3)
-    bottom = random.normal(1, 1, (300, 16))
-    top = 0.4 * bottom + random.normal(0, 1, bottom.shape)
-    found = infer(sums(top, bottom), statistics(), Draws(16, 100, 0), 1)
+    bottom = random.normal(1, 1, (3000, n))
+    top = 0.4 * bottom + NOISE[noise](random, bottom.shape)
+    found = infer(sums(top, bottom), statistics(), Draws(n, 100, 0), 1)
     known = ~np.isnan(found.low)
-    assert 50 < known.sum() < 300
+    assert 200 < known.sum() < 3000
     assert np.isnan(found.p[~known]).all()
     excludes = (found.low > 0) | (found.high < 0)
     np.testing.assert_array_equal((found.p < 0.05)[known], excludes[known])
+
+
+def test_a_ratio_of_few_skewed_units_has_zero_inside_unless_its_p_is_small() -> None:
+    """There, a number nearer to the ratio than 0 may be rejected, and 0 not."""
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        bottom = random.uniform(0.5, 2, (1, 7))
+        top = random.lognormal(size=(1000, 7)) + random.normal(size=(1000, 1)) * 0.3
+        found = skewed_t(sums(top, bottom))
+        low, high = found.interval(95.0, 5)
+        small = found.p_of(np.zeros(1000)) < 0.05
+        np.testing.assert_array_equal(small, (low > 0) | (high < 0))
 
 
 def test_a_ratio_without_a_clear_denominator_has_no_interval() -> None:
