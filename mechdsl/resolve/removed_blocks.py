@@ -23,10 +23,14 @@ def inside_removed(
         if rule.does.changes != "blocks" or rule.sites is None or rule.spec.fill is None:
             continue
         for other in rules:
-            if other.does.changes != "blocks" and other.sites is not None:
-                point = _met(rule.sites, other.sites)
+            if other.does.changes == "blocks" or other.sites is None:
+                continue
+            ends = () if other.path is None else (other.path.receivers,)
+            for sites in (other.sites, *ends):
+                point = _met(rule.sites, sites)
                 if point is not None:
                     yield _refused(point, model, other.spec.span)
+                    break
         layers = {point.layer for here in rule.sites.points.values() for point in here}
         for measure in measures:
             points = [atom.point for atom in measure.atoms if atom.point is not None]

@@ -249,6 +249,18 @@ def test_a_cosine_behind_a_block_that_hands_on(data: Path) -> None:
             "replace block layer 1 with identity",
             "E0414",
         ),
+        (
+            "llama",
+            "from longer into clean replace block layer 2 with identity "
+            "path layer 0 head * -> q layer 2 head * at last token",
+            "E0414",
+        ),
+        (
+            "llama",
+            "from longer into clean path layer 0 head * -> mlp_norm layer 2 at last token "
+            "replace block layer 2 with identity",
+            "E0414",
+        ),
         ("llama", "replace block layer 1 with identity against random(3)", "E0630"),
     ],
 )
