@@ -59,7 +59,7 @@ def kept(results: Results) -> Document:
 def random_files(count: int) -> Iterator[Document]:
     """Files that run, as many as wanted, with what is kept of them; the same ones every time."""
     done = 0
-    for case in _cases(4 * count + 20):
+    for case in _cases(8 * count + 20):
         found = again(case)["found"]
         if "errors" not in found:
             yield {**case, "found": found}
