@@ -8,10 +8,10 @@ here, and that nothing is assigned to is the type checker's to see.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from threading import Lock
-from typing import Any, Self, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 T = TypeVar("T", bound="type[Record]")
 
@@ -37,15 +37,52 @@ def _finish(kind: type[Record]) -> None:
         for each in reversed(kind.__mro__):
             waiting = vars(each).get(_FIELDS)
             if isinstance(waiting, _Unfinished):
-                dataclass(eq=False, repr=False, kw_only=waiting.kw_only)(each)
+                dataclass(init=False, eq=False, repr=False, kw_only=waiting.kw_only)(each)
+                if vars(each).get("__init__") is _finish_and_init:
+                    # In one step: until then, other threads wait for the lock.
+                    each.__init__ = _initializer(each)
+
+
+def _initializer(kind: type[Record]) -> Any:
+    """`__init__` of a class, as `dataclass` writes it; that one replaces no existing function."""
+    every = fields(kind)  # type: ignore[arg-type]
+    names: dict[str, Any] = {"_MISSING": MISSING}
+    parameters = ["self"]
+    lines: list[str] = []
+    for keyword in (False, True):
+        own = [f for f in every if f.init and bool(f.kw_only) == keyword]
+        parameters += ["*"] if keyword and own else []
+        for f in own:
+            value = f.name
+            if f.default_factory is not MISSING:
+                names[f"_default_{f.name}"] = f.default_factory
+                parameters.append(f"{f.name}=_MISSING")
+                value = f"_default_{f.name}() if {f.name} is _MISSING else {f.name}"
+            elif f.default is not MISSING:
+                names[f"_default_{f.name}"] = f.default
+                parameters.append(f"{f.name}=_default_{f.name}")
+            else:
+                parameters.append(f.name)
+            lines.append(f" self.{f.name} = {value}")
+    lines += [" self.__post_init__()"] if hasattr(kind, "__post_init__") else []
+    exec(f"def __init__({', '.join(parameters)}):\n" + "\n".join(lines or [" pass"]), names)
+    made = names["__init__"]
+    made.__qualname__ = f"{kind.__qualname__}.__init__"
+    return made
+
+
+def _finish_and_init(self: Record, *args: Any, **values: Any) -> None:
+    """The initializer of a class until its first object is made."""
+    _finish(type(self))
+    type(self).__init__(self, *args, **values)
 
 
 class Record:
     """Equal to another of its class whose compared fields are equal."""
 
-    def __new__(cls, *args: Any, **values: Any) -> Self:
-        _finish(cls)
-        return object.__new__(cls)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _finish(type(self))  # an unpickled object may be the first of its class in this process
+        self.__dict__.update(state)
 
     def _key(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in _compared(type(self)))
@@ -77,12 +114,17 @@ def _shown(kind: type[Record]) -> tuple[str, ...]:
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def record(kind: T) -> T:
     """`@dataclass` for a subclass of Record; frozen, as far as the type checker is concerned."""
-    setattr(kind, _FIELDS, _Unfinished(kw_only=False))
-    return kind
+    return _waiting(kind, kw_only=False)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def keyword_record(kind: T) -> T:
     """The same with all fields given by name."""
-    setattr(kind, _FIELDS, _Unfinished(kw_only=True))
+    return _waiting(kind, kw_only=True)
+
+
+def _waiting(kind: T, *, kw_only: bool) -> T:
+    setattr(kind, _FIELDS, _Unfinished(kw_only=kw_only))
+    if "__init__" not in vars(kind):
+        setattr(kind, "__init__", _finish_and_init)  # noqa: B010
     return kind
