@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Any, cast
 
 from pydantic import BaseModel
 
 from mechdsl.program import spec
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import walk
+from mechdsl.syntax.walk import field_names, walk
 
 
 def corruptions_named(experiment: spec.Experiment, program: spec.Program) -> frozenset[str]:
@@ -33,8 +32,10 @@ def _words(part: Any) -> Iterator[str]:
             yield part
         case ast.Node():
             for node in walk(part):
-                values = (getattr(node, each.name) for each in fields(node))
-                yield from (value for value in values if isinstance(value, str))
+                for name in field_names(type(node)):
+                    value = getattr(node, name)
+                    if isinstance(value, str):
+                        yield value
         case BaseModel():
             for name in type(part).model_fields:
                 if name != "span":

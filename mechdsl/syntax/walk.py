@@ -10,24 +10,45 @@ from typing import Any, TypeVar
 from mechdsl.syntax import ast
 
 N = TypeVar("N", bound=ast.Node)
+_BELOW = "_below"
+"""The attribute in which a node stores the nodes below it."""
 
 
 @cache
-def _parts(kind: type[ast.Node]) -> tuple[str, ...]:
+def field_names(kind: type[ast.Node]) -> tuple[str, ...]:
     """The fields of a kind of node that may hold nodes, in the order of the text."""
     return tuple(f.name for f in fields(kind) if f.name != "span")
 
 
 def walk(node: Any) -> Iterator[ast.Node]:
     """The node and everything below it, in the order of the text."""
-    left = [node]
-    while left:
-        item = left.pop()
-        if isinstance(item, ast.Node):
-            yield item
-            left.extend(getattr(item, name) for name in reversed(_parts(type(item))))
-        elif isinstance(item, tuple):
-            left.extend(reversed(item))  # pyright: ignore[reportUnknownArgumentType]
+    if isinstance(node, ast.Node):
+        yield node
+        yield from _below(node)
+    elif isinstance(node, tuple):
+        for item in node:  # pyright: ignore[reportUnknownVariableType]
+            yield from walk(item)
+
+
+def _below(node: ast.Node) -> tuple[ast.Node, ...]:
+    """All nodes below a node. The node stores them, because many checks walk the same trees.
+
+    The node itself is left out: a reference cycle would never be freed while garbage collection is
+    disabled.
+    """
+    stored: tuple[ast.Node, ...] | None = node.__dict__.get(_BELOW)
+    if stored is None:
+        found: list[ast.Node] = []
+        left: list[Any] = [getattr(node, name) for name in reversed(field_names(type(node)))]
+        while left:
+            item = left.pop()
+            if isinstance(item, ast.Node):
+                found.append(item)
+                left.extend([getattr(item, name) for name in reversed(field_names(type(item)))])
+            elif isinstance(item, tuple):
+                left.extend(reversed(item))  # pyright: ignore[reportUnknownArgumentType]
+        stored = node.__dict__[_BELOW] = tuple(found)
+    return stored
 
 
 def numbers_named(node: Any) -> Iterator[str]:
@@ -54,7 +75,7 @@ def depth(node: ast.Node) -> int:
         item, above = left.pop()
         if isinstance(item, ast.Node):
             deepest = max(deepest, above + 1)
-            left.extend((getattr(item, name), above + 1) for name in _parts(type(item)))
+            left.extend((getattr(item, name), above + 1) for name in field_names(type(item)))
         elif isinstance(item, tuple):
             left.extend((each, above) for each in item)  # pyright: ignore[reportUnknownVariableType]
     return deepest
@@ -69,7 +90,7 @@ def _rewritten(value: Any, change: Callable[[ast.Node], ast.Node]) -> Any:
     # No comprehensions: each would take a further frame of a deep tree.
     if isinstance(value, ast.Node):
         changed: dict[str, Any] = {}
-        for name in _parts(type(value)):
+        for name in field_names(type(value)):
             changed[name] = _rewritten(getattr(value, name), change)
         return change(replace(value, **changed))
     if isinstance(value, tuple):

@@ -68,6 +68,8 @@ class Contexts:
             program, diagnostics, given, python=python, build=build, require=require
         )
         self._rows: dict[str, BlockRows] = {}
+        self._used: dict[tuple[str, str], frozenset[str]] = {}
+        """By experiment, without its variants, and prompts block: the corruptions that it names."""
         self._tables: dict[tuple[object, ...], dict[frozenset[str], PromptTable]] = {}
         """By what their rows are of, and the corruptions that are used."""
         self._runs: dict[tuple[object, ...], Paired | None] = {}
@@ -147,8 +149,10 @@ class Contexts:
         """The rows of an experiment for a model: those that each run that the experiment names, in
         one of its variants, changes. labels: as `table` takes them."""
         name = experiment.prompts
-        used = corruptions_named(experiment, self.program)
-        return self.table(name, model, experiment.limit, experiment.part, labels, used)
+        key = (experiment.within or experiment.name, name)
+        if key not in self._used:
+            self._used[key] = corruptions_named(experiment, self.program)
+        return self.table(name, model, experiment.limit, experiment.part, labels, self._used[key])
 
     def read_by(self, rows: Rows, experiment: spec.Experiment, model: ModelContext) -> PromptTable:
         """The rows that a direction is fitted on: those of a block or a part, all without `limit:`,
