@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from typing import Any
 
 from lark import Lark, Token
 from lark.common import LexerConf
 from lark.exceptions import UnexpectedCharacters
+from lark.grammar import NonTerminal, Rule, RuleOptions, Terminal
 from lark.lexer import Lexer, PatternStr, TerminalDef
 from lark.parsers.lalr_analysis import IntParseTable, Reduce, Shift
 from lark.parsers.lalr_parser import (
@@ -129,10 +130,41 @@ def parser() -> Lark:
         tables = load_tables()
         return loader._load_from_dict(
             tables["data"],
-            tables["memo"],
+            _objects(tables["memo"]),
             transformer=ToAst(),
             _plugins={"ContextualLexer": MechLexer, "LALR_Parser": MechParser},
         )
+
+
+def _objects(memo: Mapping[int, Any]) -> dict[int, Rule | TerminalDef]:
+    """The rules and terminals of saved tables, which lark then takes as they are.
+
+    Lark would look up the class and the fields of each symbol again, in each of the thousands of
+    places where it occurs; here equal symbols and options become one object.
+    """
+    kinds: dict[str, Any] = {
+        each.__name__: each for each in (Terminal, NonTerminal, RuleOptions, TerminalDef)
+    }
+    made: dict[int, Any] = {}
+
+    def part(saved: Any) -> Any:
+        # By identity: `from_json` gives equal parts as one dictionary.
+        if id(saved) not in made:
+            made[id(saved)] = kinds[saved["__type__"]].deserialize(saved, {})
+        return made[id(saved)]
+
+    return {
+        number: Rule(
+            part(saved["origin"]),
+            list(map(part, saved["expansion"])),
+            saved["order"],
+            saved["alias"],
+            part(saved["options"]),
+        )
+        if saved["__type__"] == "Rule"
+        else part(saved)
+        for number, saved in memo.items()
+    }
 
 
 @cache

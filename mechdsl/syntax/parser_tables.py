@@ -27,7 +27,7 @@ STARTS = ("start", "top_lines", "data_lines", "change_lines", "experiment_lines"
 """What can be parsed by itself: a file, the inside of each kind of block, one expression."""
 
 TABLES = shipped.PACKAGE / "syntax" / "tables.json"
-FORM = 1
+FORM = 2
 """Of the saved file."""
 
 
@@ -74,6 +74,8 @@ def as_json(tables: dict[str, Any], made_from: str) -> str:
 
     A state's row is [state, shifts, reductions]: shifts are tokens and next states in turn,
     reductions pairs of a rule and the number of the list of tokens it is reduced before.
+    A rule is [number, origin, symbols, order, alias, options]; origin, symbols and options are
+    indices into `parts`, because thousands of rules share a few hundred of them.
     """
     parser: dict[str, Any] = tables["data"]["parser"]["parser"]
     before: dict[tuple[int, ...], int] = {}
@@ -90,7 +92,26 @@ def as_json(tables: dict[str, Any], made_from: str) -> str:
         rows.append([state, shifts, pairs])
     short = {**parser, "states": rows, "before": list(before)}
     data = {**tables["data"], "parser": {**tables["data"]["parser"], "parser": short}}
-    saved = {"made_from": made_from, "data": data, "memo": tables["memo"]}
+    parts: dict[str, int] = {}
+
+    def index(part: Any) -> int:
+        return parts.setdefault(json.dumps(part), len(parts))
+
+    rules: list[Any] = []
+    memo = dict(tables["memo"])
+    for number, entry in tables["memo"].items():
+        if entry["__type__"] == "Rule":
+            symbols = [index(symbol) for symbol in entry["expansion"]]
+            names = [index(entry["origin"]), symbols, entry["order"], entry["alias"]]
+            rules.append([number, *names, index(entry["options"])])
+            del memo[number]
+    saved = {
+        "made_from": made_from,
+        "data": data,
+        "memo": memo,
+        "rules": rules,
+        "parts": [json.loads(part) for part in parts],
+    }
     return json.dumps(saved, separators=(",", ":"))
 
 
@@ -110,6 +131,16 @@ def from_json(text: str, made_from: str) -> dict[str, Any] | None:
     parser["states"] = states
     parser["tokens"] = {int(number): name for number, name in parser["tokens"].items()}
     memo = {int(number): entry for number, entry in saved["memo"].items()}
+    parts = saved["parts"]
+    for number, origin, symbols, order, alias, options in saved["rules"]:
+        memo[number] = {
+            "origin": parts[origin],
+            "expansion": [parts[symbol] for symbol in symbols],
+            "order": order,
+            "alias": alias,
+            "options": parts[options],
+            "__type__": "Rule",
+        }
     return {"data": saved["data"], "memo": memo}
 
 
