@@ -84,8 +84,13 @@ def check_joined(
 
 def lies_behind(cell: PositionCell, rows: Sequence[RunRow]) -> bool:
     """Whether it hits tokens behind these prompts: the answer's."""
-    found = zip(rows, cell.hits, strict=True)
-    return any(token >= len(row.ids) for row, hits in found for run in hits for token in run)
+    for row, hits in zip(rows, cell.hits, strict=True):
+        end = len(row.ids)
+        for run in hits:
+            for token in run:
+                if token >= end:
+                    return True
+    return False
 
 
 def hit_texts(

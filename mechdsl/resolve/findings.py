@@ -174,13 +174,15 @@ class VariantFinding:
         one."""
         own = self.experiment
         by_label = _by_label(own, _token_rule(own), table, run, tokenizer)
-        cells = [by_label.get(str(label), {}) for label in own.axes[self._axis].labels]
-        here = set(table.row_ids)
+        found: dict[int, dict[int, int]] = {row: {} for row in table.row_ids}
+        for number, label in enumerate(own.axes[self._axis].labels):
+            for row, hits in by_label.get(str(label), {}).items():
+                if hits and row in found:
+                    found[row][number] = hits[0][0]
         columns = own.table.row_ids if self.values is None else self.row_ids
         for column, row in enumerate(columns):
-            hits = [cell.get(row, ()) for cell in cells] if row in here else []
-            if found := {number: each[0][0] for number, each in enumerate(hits) if each}:
-                yield column, row, found
+            if tokens := found.get(row):
+                yield column, row, tokens
 
     @property
     def _axis(self) -> int:

@@ -211,7 +211,7 @@ class Onward:
         if not finding.stands_in:
             other = finding.by_size.tokens(table, run, tokenizer)
             orders = finding.tokens(table, run, tokenizer)
-            counts = {row: _count(node, values, len(order), "") for row, order in orders.items()}
+            counts = _counts(node, values, orders, finding.name)
             rows = [
                 row
                 for row, order in orders.items()
@@ -252,10 +252,7 @@ class Onward:
                 "let both run on the same part and limit of their prompts",
             )
         self._same_tokens(base, finding, run, orders)
-        counts = {
-            row: _count(node, values, len(order), f"row {row} has {{}} tokens of `{name}`")
-            for row, order in orders.items()
-        }
+        counts = _counts(node, values, orders, name)
         self._say_tokens(node, finding, orders, counts, len(table) - len(orders))
         amount = _amount(node, values)
         single = not isinstance(amount, Percent) and amount == 1
@@ -373,6 +370,19 @@ def _count(node: ast.Ranked, values: Mapping[str, Any], total: int, there: str |
             f"write a smaller number, or a share such as `top 25% of {node.of}`",
         )
     return min(amount, total)
+
+
+def _counts(
+    node: ast.Ranked, values: Mapping[str, Any], orders: Mapping[int, Sequence[int]], name: str
+) -> dict[int, int]:
+    """Row id → how many of its ranked tokens are meant. Rows of equal length share one count."""
+    of_size: dict[int, int] = {}
+    for row, order in orders.items():
+        size = len(order)
+        if size not in of_size:
+            there = f"row {row} has {{}} tokens of `{name}`"
+            of_size[size] = _count(node, values, size, there)
+    return {row: of_size[len(order)] for row, order in orders.items()}
 
 
 def _ends(low: int, high: int) -> str:
