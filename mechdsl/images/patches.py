@@ -21,11 +21,11 @@ class PatchLayout(Record):
     any_size: bool = False
     """It reads images of other sizes too: `size` is that of the config."""
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return self.size[0] // self.patch[0]
 
-    @property
+    @cached_property
     def cols(self) -> int:
         return self.size[1] // self.patch[1]
 

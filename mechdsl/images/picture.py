@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import field, replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
@@ -117,7 +118,7 @@ class Picture(Record):
             case "shapes":
                 return f"{self.count} {self.kind}, {self.size[1]} x {self.size[0]}"
 
-    @property
+    @cached_property
     def text(self) -> str:
         """What stands for it where a prompt has its text: two of them are equal where the images
         are."""

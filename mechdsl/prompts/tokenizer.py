@@ -9,7 +9,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
-from itertools import starmap
+from itertools import pairwise, starmap
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -452,10 +452,12 @@ def _place_prefixes(
     """A space that tokenizers put in front of a text, of each word or behind a special token (`▁`,
     `Ġ`) claims the first character behind it, which belongs to the next token: it covers nothing.
     """
-    for n, token in enumerate(encoding.tokens[:-1]):
-        start, end = offsets[n]
-        if not special[n + 1] and end > offsets[n + 1][0] and set(token) in ({"▁"}, {"Ġ"}):
-            offsets[n] = (start, start)
+    tokens: list[str] | None = None  # the texts of all tokens are slow to get, and rarely needed
+    for n, ((start, end), (following, _)) in enumerate(pairwise(tuple(offsets))):
+        if end > following and not special[n + 1]:
+            tokens = encoding.tokens if tokens is None else tokens
+            if set(tokens[n]) in ({"▁"}, {"Ġ"}):
+                offsets[n] = (start, start)
 
 
 @lru_cache(maxsize=2**10)
