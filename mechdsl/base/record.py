@@ -8,7 +8,8 @@ here, and that nothing is assigned to is the type checker's to see.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from copy import copy
+from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
 from threading import Lock
 from typing import Any, TypeVar, dataclass_transform
@@ -44,31 +45,10 @@ def _finish(kind: type[Record]) -> None:
 
 
 def _initializer(kind: type[Record]) -> Any:
-    """`__init__` of a class, as `dataclass` writes it; that one replaces no existing function."""
-    every = fields(kind)  # type: ignore[arg-type]
-    names: dict[str, Any] = {"_MISSING": MISSING}
-    parameters = ["self"]
-    lines: list[str] = []
-    for keyword in (False, True):
-        own = [f for f in every if f.init and bool(f.kw_only) == keyword]
-        parameters += ["*"] if keyword and own else []
-        for f in own:
-            value = f.name
-            if f.default_factory is not MISSING:
-                names[f"_default_{f.name}"] = f.default_factory
-                parameters.append(f"{f.name}=_MISSING")
-                value = f"_default_{f.name}() if {f.name} is _MISSING else {f.name}"
-            elif f.default is not MISSING:
-                names[f"_default_{f.name}"] = f.default
-                parameters.append(f"{f.name}=_default_{f.name}")
-            else:
-                parameters.append(f.name)
-            lines.append(f" self.{f.name} = {value}")
-    lines += [" self.__post_init__()"] if hasattr(kind, "__post_init__") else []
-    exec(f"def __init__({', '.join(parameters)}):\n" + "\n".join(lines or [" pass"]), names)
-    made = names["__init__"]
-    made.__qualname__ = f"{kind.__qualname__}.__init__"
-    return made
+    """`__init__` as `dataclass` writes it, which replaces no function that a class has already."""
+    every = [(each.name, Any, copy(each)) for each in fields(kind)]  # type: ignore[arg-type]
+    own = {"__post_init__": None} if hasattr(kind, "__post_init__") else {}
+    return make_dataclass(kind.__name__, every, namespace=own, eq=False, repr=False).__init__
 
 
 def _finish_and_init(self: Record, *args: Any, **values: Any) -> None:
