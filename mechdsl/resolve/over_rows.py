@@ -122,6 +122,10 @@ class OverRows(Observation):
     trained_on: TrainedOn | None = None
     """The rows that it is fitted on, where they aren't those that it is told on."""
 
+    @property
+    def reads_weights_only(self) -> bool:
+        return not self.reads_vectors and self.spread == "none"
+
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
         """Of itself and of each control, [row]. ValueError or ArithmeticError, in words, for what
         it can't be made of.
@@ -155,5 +159,4 @@ def every_token(cells: Iterable[PositionCell]) -> PositionCell:
 
 def of_weights(experiment: ResolvedExperiment) -> bool:
     """Whether it observes weights, for which no row matters."""
-    every = [rule.does for rule in experiment.rules if isinstance(rule.does, OverRows)]
-    return any(not does.reads_vectors and does.spread == "none" for does in every)
+    return any(rule.does.reads_weights_only for rule in experiment.rules)

@@ -199,6 +199,11 @@ class Intervention:
     """Whether `against random(…, positions)` can put it at others."""
 
     @property
+    def reads_weights_only(self) -> bool:
+        """Whether it reads weights alone, so that no row matters."""
+        return False
+
+    @property
     def of_all_rows(self) -> bool:
         """Whether what it writes into a row hangs on the other rows."""
         return self.over_rows or self.reads == "cell"
