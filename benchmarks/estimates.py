@@ -3,7 +3,7 @@
     python -m benchmarks.estimates [FILES] [--repeats 3] [--threads 1] [--fit]
 
 Each file is run in a process without the store. The estimate is made right before each run, so that
-other work on the machine slows both. `--fit` prints the constants of `mechdsl/show/seconds.py` that
+other work on the machine slows both. `--fit` prints the constants of `mechdsl/show/plan.py` that
 fit the files best.
 """
 
@@ -25,18 +25,17 @@ from typing import Any
 import numpy as np
 
 from mechdsl.base.source import Source
-from mechdsl.plan.make_plan import make_plan
-from mechdsl.plan.savings import plan_cost
-from mechdsl.show.seconds import (
+from mechdsl.checks.file_check import check_source
+from mechdsl.planner.passes import make_plan, plan_cost
+from mechdsl.show.plan import (
     EFFICIENCY,
     REFERENCE_PACE,
-    Amounts,
-    amounts,
-    estimate,
-    host_pace,
-    matmul_rate,
+    WorkAmounts,
+    count_work,
+    estimate_time,
+    measure_host_pace,
+    measure_matmul_rate,
 )
-from mechdsl.validate.check_file import check_source
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = (
@@ -91,7 +90,7 @@ class Measured:
     """One file, once."""
 
     file: str
-    amounts: Amounts
+    amounts: WorkAmounts
     multiply_adds: float
     rate: float
     pace: float
@@ -102,7 +101,7 @@ class Measured:
 
     @property
     def estimated(self) -> float:
-        return estimate(self.amounts, self.multiply_adds, self.rate, self.pace).total
+        return estimate_time(self.amounts, self.multiply_adds, self.rate, self.pace).total
 
 
 def planned(path: Path) -> dict[str, Any]:
@@ -110,12 +109,12 @@ def planned(path: Path) -> dict[str, Any]:
     source = Source(path.read_text(encoding="utf-8"), path.resolve())
     plan = make_plan(check_source(source).experiments)
     cost = plan_cost(plan)
-    found = asdict(amounts(plan, cost.planned, cost.blocks))
+    found = asdict(count_work(plan, cost.planned, cost.blocks))
     return {
         "amounts": found,
         "multiply_adds": cost.planned.multiply_adds,
-        "rate": matmul_rate(),
-        "pace": host_pace(),
+        "rate": measure_matmul_rate(),
+        "pace": measure_host_pace(),
     }
 
 
@@ -135,15 +134,15 @@ def measure(path: Path, threads: int) -> Measured:
     subprocess.run(command, env=environment, capture_output=True, check=False)
     after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), os.times().elapsed - start
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    own = Amounts(**found.pop("amounts"))
+    own = WorkAmounts(**found.pop("amounts"))
     return Measured(path.stem, own, **found, wall=wall, processor=processor)
 
 
-def fit(found: Sequence[Measured]) -> Amounts:
+def fit(found: Sequence[Measured]) -> WorkAmounts:
     """The constants, none below 0, with the least relative error."""
     from scipy.optimize import lsq_linear
 
-    names = [each.name for each in fields(Amounts)]
+    names = [each.name for each in fields(WorkAmounts)]
     table = np.array([[getattr(each.amounts, name) for name in names] for each in found])
     table *= np.array([each.pace / REFERENCE_PACE for each in found])[:, None]
     left = np.array(
@@ -152,7 +151,7 @@ def fit(found: Sequence[Measured]) -> Amounts:
     seconds = np.array([each.processor for each in found])[:, None]
     scale = np.maximum(table.max(axis=0), 1e-9)
     solved = lsq_linear(table / scale / seconds, left / seconds[:, 0], bounds=(0, np.inf)).x
-    return Amounts(*(solved / scale).tolist())
+    return WorkAmounts(*(solved / scale).tolist())
 
 
 def main() -> None:

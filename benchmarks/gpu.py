@@ -57,7 +57,7 @@ from benchmarks.tools.names import TOOLS, Entry
 from benchmarks.work import Picks, Shape, Work, count
 from benchmarks.worker import forget_peak, give_back, memory
 from benchmarks.writing import WAYS, Replies, adopted, by_mechdsl
-from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.forward.hooks.model import LoadedModel
 
 SHAPES = {
     "tiny": Shape(layers=2, heads=4, width=64, vocabulary=512),

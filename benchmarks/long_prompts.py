@@ -25,15 +25,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.data import HEAD, random_pairs, words, write_pairs
 from benchmarks.worker import forget_peak, give_back, memory
 from mechdsl.base.source import Source, Span
+from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.diagnostics.render import render_full
-from mechdsl.execute.execute import execute
-from mechdsl.loading.load import adopt
-from mechdsl.plan.make_plan import make_plan
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.execute.run.panel import execute
+from mechdsl.loading.loader import adopt_model
+from mechdsl.planner.passes import make_plan
 from mechdsl.program import spec
-from mechdsl.resolve.resolved import ModelContext
-from mechdsl.results.denominators import check_denominators
-from mechdsl.validate.check_file import check_source
+from mechdsl.resolve.types import ModelContext
+from mechdsl.results.assembly.collection import check_denominators
 
 VOCABULARY = 512
 LAYERS = 2
@@ -68,7 +68,7 @@ def build(heads: int, attention: str) -> LlamaForCausalLM:
 
 def measure(tokens: int, heads: int, attention: str, edges: bool) -> dict[str, float]:
     """MiB above the loaded model, and processor seconds, of one run; and its value."""
-    model, found = adopt("llama", build(heads, attention), words(VOCABULARY))
+    model, found = adopt_model("llama", build(heads, attention), words(VOCABULARY))
     if model is None or model.tokenizer is None:
         raise RuntimeError(str(found))
     with tempfile.TemporaryDirectory() as folder:

@@ -30,15 +30,15 @@ from torch import Tensor
 
 from benchmarks.bound import matmul_rate
 from mechdsl.base.source import Source, Span
+from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.diagnostics.render import render_full
-from mechdsl.execute.execute import execute
-from mechdsl.loading.load import adopt
-from mechdsl.plan.make_plan import make_plan
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.execute.run.panel import execute
+from mechdsl.loading.loader import adopt_model
+from mechdsl.planner.passes import make_plan
 from mechdsl.program import spec
-from mechdsl.resolve.resolved import ModelContext
-from mechdsl.results.denominators import check_denominators
-from mechdsl.validate.check_file import check_source
+from mechdsl.resolve.types import ModelContext
+from mechdsl.results.assembly.collection import check_denominators
 
 LAYERS, WIDTH, SIDE, PATCH, LABELS = 12, 768, 224, 16, 10
 TOKENS = (SIDE // PATCH) ** 2 + 1
@@ -223,7 +223,7 @@ def with_mechdsl(
     folder: Path, bare: Any, processor: Any, first: int, last: int
 ) -> tuple[Values, float]:
     """[patch, image] the label's logit, and wall seconds of planning and running."""
-    model, found = adopt("vit", bare, processor)
+    model, found = adopt_model("vit", bare, processor)
     if model is None or model.tokenizer is None:
         raise RuntimeError(str(found))
     source = Source(MECH.format(first=first, last=last), folder / "caap.mech")

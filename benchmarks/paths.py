@@ -26,16 +26,15 @@ from benchmarks.data import HEAD, random_pairs, words, write_pairs
 from benchmarks.model import build
 from benchmarks.work import Shape
 from mechdsl.base.source import Source, Span
+from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.execute.execute import execute
-from mechdsl.loading.load import adopt
-from mechdsl.plan.make_plan import make_plan
-from mechdsl.plan.savings import plan_cost
+from mechdsl.execute.run.panel import execute
+from mechdsl.loading.loader import adopt_model
+from mechdsl.planner.passes import make_plan, plan_cost
 from mechdsl.program import spec
-from mechdsl.resolve.resolved import ModelContext
-from mechdsl.results.denominators import check_denominators
-from mechdsl.show.seconds import amounts, estimate, host_pace, matmul_rate
-from mechdsl.validate.check_file import check_source
+from mechdsl.resolve.types import ModelContext
+from mechdsl.results.assembly.collection import check_denominators
+from mechdsl.show.plan import count_work, estimate_time, measure_host_pace, measure_matmul_rate
 
 PROMPTS, TOKENS = 8, 16
 MECH = (
@@ -159,7 +158,7 @@ def compare(shape: Shape, folder: Path, positions: str, sampled: int) -> None:
     tokenizer = words(shape.vocabulary)
     write_pairs(folder, random_pairs(PROMPTS, TOKENS, shape.vocabulary))
     bare = build(shape)
-    model, found = adopt("gpt2", bare, tokenizer)
+    model, found = adopt_model("gpt2", bare, tokenizer)
     if model is None or model.tokenizer is None:
         raise RuntimeError(str(found))
     text = MECH.format(positions="last token" if positions == "last" else "tokens *")
@@ -173,8 +172,10 @@ def compare(shape: Shape, folder: Path, positions: str, sampled: int) -> None:
     plan = make_plan(checked.experiments)
     (planned,) = plan.panels[0].experiments
     cost = plan_cost(plan).planned
-    work = amounts(plan, cost, shape.layers)
-    seconds = estimate(work, cost.multiply_adds, matmul_rate(), host_pace()).passes
+    work = count_work(plan, cost, shape.layers)
+    seconds = estimate_time(
+        work, cost.multiply_adds, measure_matmul_rate(), measure_host_pace()
+    ).passes
     print(
         f"plan: {int(planned.exists.sum()):,} pairs, {cost.rows:,} rows, "
         f"{cost.tokens:,} tokens through blocks, {cost.flops / 1e12:.1f} TFLOP, "

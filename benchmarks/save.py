@@ -28,14 +28,14 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from mechdsl.base.source import Span
-from mechdsl.execute.options import Options
-from mechdsl.execute.save_vectors import save_vectors
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.loading.load import adopt
+from mechdsl.checks.file_check import check_source
+from mechdsl.execute.run.vector_files import save_vectors
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading.loader import adopt_model
 from mechdsl.program.spec import Model
-from mechdsl.resolve.resolved import ModelContext
-from mechdsl.syntax.parse import read_source
-from mechdsl.validate.check_file import check_source
+from mechdsl.resolve.types import ModelContext
+from mechdsl.syntax.frontend import read_source
 
 WORDS = 400
 BATCH = 4096
@@ -81,7 +81,7 @@ def compare(model: GPT2LMHeadModel, loaded: LoadedModel, count: int, at: str, tu
         (experiment,) = check_source(source, models={"m": context}).saving
 
         def save() -> None:
-            written, problems = save_vectors(experiment, {"m": loaded}, Options())
+            written, problems = save_vectors(experiment, {"m": loaded}, ExecutionOptions())
             assert written, problems
 
         def bare(passes: nn.Module) -> None:
@@ -116,7 +116,7 @@ def main() -> None:
     full = parser.parse_args().full
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None)).eval()
-    loaded, problems = adopt("m", model, tokenizer())
+    loaded, problems = adopt_model("m", model, tokenizer())
     assert loaded is not None, problems
     for count in (300, 10_000) if full else (300,):
         compare(model, loaded, count, "last token", 1 if count == 10_000 else 3)

@@ -73,7 +73,7 @@ def self_check(layers: int, width: int) -> str:
     """What the self-check of a random Llama in float32 takes, in seconds and in bare passes."""
     import torch
 
-    from mechdsl.loading.load import adopt, import_library
+    from mechdsl.loading.loader import adopt_model, import_library
 
     import_library()
     from tokenizers import Tokenizer, models
@@ -101,7 +101,7 @@ def self_check(layers: int, width: int) -> str:
         module(tokens)
         bare = time.process_time() - began
     began = time.process_time()
-    model, problems = adopt("m", module, tokenizer)
+    model, problems = adopt_model("m", module, tokenizer)
     took = time.process_time() - began
     assert model is not None, problems
     size = sum(weight.numel() for weight in module.parameters()) / 1e9

@@ -32,17 +32,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from mechdsl.base.source import Source, Span
+from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.execute import writer
-from mechdsl.execute.execute import Execution, execute
-from mechdsl.execute.options import Options
-from mechdsl.execute.writer import ends_of
-from mechdsl.loading.load import adopt
-from mechdsl.plan.make_plan import make_plan
+from mechdsl.execute import replies as writer
+from mechdsl.execute.replies import find_end_tokens
+from mechdsl.execute.run.panel import Execution, execute
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.loading.loader import adopt_model
+from mechdsl.planner.passes import make_plan
 from mechdsl.program import spec
-from mechdsl.resolve.resolved import ModelContext
-from mechdsl.results.denominators import check_denominators
-from mechdsl.validate.check_file import Checked, Settings, check_source
+from mechdsl.resolve.types import ModelContext
+from mechdsl.results.assembly.collection import check_denominators
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "mechdsl" / "zoo" / "refusal"
@@ -91,7 +91,7 @@ class Task:
 
     def __init__(self, tokens: int, pass_tokens: int | None = None) -> None:
         self.tokens = tokens
-        self.options = Options(pass_tokens=pass_tokens)
+        self.options = ExecutionOptions(pass_tokens=pass_tokens)
         module = AutoModelForCausalLM.from_pretrained(
             FOLDER,
             dtype=torch.float32,
@@ -99,7 +99,7 @@ class Task:
         )
         self.module: Any = module.eval()
         self.tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
-        loaded, found = adopt("lm", self.module, self.tokenizer)
+        loaded, found = adopt_model("lm", self.module, self.tokenizer)
         if loaded is None:
             raise RuntimeError(str(found))
         self.model = loaded
@@ -117,11 +117,11 @@ class Task:
         self.cells = [(c, layer) for c in FACTORS for layer in range(LAYERS)]
         assert experiment.n_cells == len(self.cells)
 
-    def _check(self, source: Source) -> Checked:
+    def _check(self, source: Source) -> CheckedFile:
         assert self.model.tokenizer is not None
         statement = spec.Model(span=Span(source, 0, 0), name="lm", kind="local", path="")
         context = ModelContext(statement, self.model.shape, self.model.tokenizer)
-        checked = check_source(source, Settings(), {"lm": context})
+        checked = check_source(source, CheckSettings(), {"lm": context})
         if has_errors(checked.diagnostics):
             raise RuntimeError(str(checked.diagnostics))
         return checked
@@ -163,14 +163,14 @@ class Task:
                 attention_mask=mask,
                 max_new_tokens=self.tokens,
                 do_sample=False,
-                eos_token_id=sorted(ends_of(self.model)),
+                eos_token_id=sorted(find_end_tokens(self.model)),
             )
         finally:
             handle.remove()
         return [self._until_end(own) for own in found[:, ids.shape[1] :].tolist()]
 
     def _until_end(self, ids: Sequence[int]) -> list[int]:
-        ends = ends_of(self.model)
+        ends = find_end_tokens(self.model)
         return list(takewhile(lambda token: token not in ends, ids))
 
     def _direction(self) -> Tensor:
@@ -241,7 +241,7 @@ def _against_loop(arguments: argparse.Namespace) -> int:
 def grown(tokens: int) -> dict[str, float]:
     """Seconds of the file with replies of so many tokens, none of which end before, and MiB above
     the model; in a process that has run nothing else."""
-    writer.ends_of = lambda model: frozenset()
+    writer.find_end_tokens = lambda model: frozenset()
     task = Task(tokens)
     Task(2).by_mechdsl()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -26,14 +26,12 @@ import torch
 from benchmarks.data import SWEEPS, make, named
 from benchmarks.tools.mechdsl import Mechdsl
 from benchmarks.work import Work
-from mechdsl.execute.execute import Execution, execute
-from mechdsl.execute.kept_values import KeptRun, KeptValues
-from mechdsl.execute.panel_runner import PanelRunner
-from mechdsl.execute.prepared_panel import PreparedPanel
-from mechdsl.pipeline.kept_run import kept_run
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.plan.make_plan import make_plan
-from mechdsl.results.denominators import check_denominators
+from mechdsl.execute.cache import PanelCache, RunCache
+from mechdsl.execute.run.panel import Execution, PanelRunner, PreparedPanel, execute
+from mechdsl.pipeline.computation import open_value_cache
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.passes import make_plan
+from mechdsl.results.assembly.collection import check_denominators
 from mechdsl.store.runs import OpenRun
 from mechdsl.store.store import Store
 
@@ -42,8 +40,8 @@ SHARE, SECONDS = 0.02, 0.05
 CALLS = (
     (PreparedPanel, ("_unmeasured", "_look_up", "_due")),
     (PanelRunner, ("_own", "_keep_pass")),
-    (KeptValues, ("of", "own_unpatched", "measured", "flush")),
-    (KeptRun, ("settle",)),
+    (PanelCache, ("of", "own_unpatched", "measured", "flush")),
+    (RunCache, ("settle",)),
     (Store, ("__init__", "begin", "close")),
     (OpenRun, ("finish",)),
 )
@@ -134,7 +132,7 @@ def _run(tool: Mechdsl, folder: Path | None, clock: Clock) -> tuple[float, Execu
         found = execute(plan, models, check=check_denominators)
         return perf_counter() - start, found
     with Store(folder) as store, store.begin("benchmark", {}) as run:
-        kept = clock.timed(kept_run)(run, tool.checked, models, RunOptions())
+        kept = clock.timed(open_value_cache)(run, tool.checked, models, RunOptions())
         found = execute(plan, models, kept=kept, check=check_denominators)
         run.finish({}, {})
     return perf_counter() - start, found

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from mechdsl.hooks.loaded import LoadedModel
+    from mechdsl.forward.hooks.model import LoadedModel
 
 ROOT = Path(__file__).parent.parent
 PROMPTS, TOKENS = 16, 16
@@ -171,25 +171,25 @@ def adopted(task: Task) -> LoadedModel:
     """The model as mechdsl takes it over."""
     from tokenizers import Tokenizer, models
 
-    from mechdsl.loading.load import adopt
+    from mechdsl.loading.loader import adopt_model
 
     words = {f"w{n}": n for n in range(task.config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    model, found = adopt("m", task.model, tokenizer)
+    model, found = adopt_model("m", task.model, tokenizer)
     assert model is not None, found
     return model
 
 
 def by_mechdsl(task: Task, model: LoadedModel | None = None) -> Callable[[], Replies]:
     """All cells and prompts as rows of one call."""
-    from mechdsl.generate.records import Decoding, StepRules
-    from mechdsl.generate.way import way_of
-    from mechdsl.generate.write_replies import write_replies
-    from mechdsl.hooks.reads_and_writes import SiteWrite
-    from mechdsl.hooks.rule_writes import RuleWrites
+    from mechdsl.forward.generation.cached_pass import choose_method
+    from mechdsl.forward.generation.decoding import Decoding
+    from mechdsl.forward.generation.replies import generate_replies
+    from mechdsl.forward.generation.rules import StepRules
+    from mechdsl.forward.hooks.batch import RuleWrites, SiteWrite
 
     model = model or adopted(task)
-    assert way_of(model).kind == "cached"
+    assert choose_method(model).kind == "cached"
     writes: list[SiteWrite] = []
     for cell in range(task.cells):
         layer, head = task.place(cell)
@@ -202,7 +202,9 @@ def by_mechdsl(task: Task, model: LoadedModel | None = None) -> Callable[[], Rep
 
     def run() -> Replies:
         steps = [StepRules(1, writes=[write]) for write in writes]
-        replies = write_replies(model, prompts, decoding, prefill=RuleWrites(writes), steps=steps)
+        replies = generate_replies(
+            model, prompts, decoding, prefill=RuleWrites(writes), steps=steps
+        )
         every = [list(reply.ids) for reply in replies]
         return [every[n : n + PROMPTS] for n in range(0, len(every), PROMPTS)]
 

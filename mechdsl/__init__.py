@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "Against",
     "Diagnostic",
     "Diagnostics",
     "Differences",
@@ -21,6 +20,7 @@ __all__ = [
     "Results",
     "Run",
     "Runs",
+    "VerdictComparison",
     "check",
     "diff",
     "explain",
@@ -31,34 +31,33 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from mechdsl.api import check, diff, explain, graph_of, plan_of, run, runs
     from mechdsl.diagnostics.core import Diagnostic
-    from mechdsl.diagnostics.raised import Diagnostics, MechdslError, MechdslWarning
-    from mechdsl.results.against import Against
-    from mechdsl.results.experiment_result import ExperimentResult
-    from mechdsl.results.found_differences import Differences
-    from mechdsl.results.kept_runs import Run, Runs
+    from mechdsl.diagnostics.rendering import Diagnostics, MechdslError, MechdslWarning
+    from mechdsl.pipeline.api import check, diff, explain, graph_of, plan_of, run, runs
+    from mechdsl.results.differences.comparison import Differences
+    from mechdsl.results.experiment_result import ExperimentResult, VerdictComparison
     from mechdsl.results.results import Results
+    from mechdsl.results.runs import Run, Runs
 
-_PLACES = {
-    "Against": "mechdsl.results.against",
+_HOMES = {
     "Diagnostic": "mechdsl.diagnostics.core",
-    "Diagnostics": "mechdsl.diagnostics.raised",
-    "Differences": "mechdsl.results.found_differences",
+    "Diagnostics": "mechdsl.diagnostics.rendering",
+    "Differences": "mechdsl.results.differences.comparison",
     "ExperimentResult": "mechdsl.results.experiment_result",
-    "MechdslError": "mechdsl.diagnostics.raised",
-    "MechdslWarning": "mechdsl.diagnostics.raised",
+    "MechdslError": "mechdsl.diagnostics.rendering",
+    "MechdslWarning": "mechdsl.diagnostics.rendering",
     "Results": "mechdsl.results.results",
-    "Run": "mechdsl.results.kept_runs",
-    "Runs": "mechdsl.results.kept_runs",
+    "Run": "mechdsl.results.runs",
+    "Runs": "mechdsl.results.runs",
+    "VerdictComparison": "mechdsl.results.experiment_result",
 }
-"""What isn't defined in `mechdsl.api`."""
+"""Names that aren't defined in `mechdsl.pipeline.api`."""
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, because `mechdsl validate` must start without torch.
     if name in __all__:
-        return getattr(import_module(_PLACES.get(name, "mechdsl.api")), name)
+        return getattr(import_module(_HOMES.get(name, "mechdsl.pipeline.api")), name)
     raise AttributeError(f"module `mechdsl` has no attribute `{name}`")
 
 

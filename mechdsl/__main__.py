@@ -1,5 +1,5 @@
 """`python -m mechdsl`."""
 
-from mechdsl.cli import main
+from mechdsl.cli.entry import main
 
 main()

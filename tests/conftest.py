@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.base.registry import OUTSIDE
-from mechdsl.syntax import grammar
+from mechdsl.base.records import EXTERNAL_MODULES
+from mechdsl.syntax import parser as grammar
 
 # Several workers share the cores; the numbers must not depend on how many threads sum them up.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    grammar.parser()  # a fresh checkout makes its tables here, not within a test that is timed
+    grammar.load_parser()  # a fresh checkout makes its tables here, not within a test that is timed
     from .one_by_one import raise_at_once  # imports torch, which reads the environment
 
     raise_at_once()
@@ -47,9 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def _outside() -> Iterator[None]:
     """Modules that a test registers entries from are forgotten with it: of one that can't be read
     any more it isn't known what numbers hang on, and no store would keep any in this process."""
-    before = set(OUTSIDE)
+    before = set(EXTERNAL_MODULES)
     yield
-    OUTSIDE.intersection_update(before)
+    EXTERNAL_MODULES.intersection_update(before)
 
 
 def pytest_unconfigure() -> None:

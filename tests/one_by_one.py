@@ -7,7 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from mechdsl.pipeline.waves import FileRun
+from mechdsl.pipeline.computation import FileRun
 
 _WAVE = FileRun.wave
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.loading.file_models import Models
-from mechdsl.pipeline.compute import check_with_models
-from mechdsl.pipeline.run_file import run_file
-from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.loading.loader import GivenModels
+from mechdsl.pipeline.computation import check_with_models
+from mechdsl.pipeline.file_run import run_file
+from mechdsl.pipeline.options import RunOptions
 from mechdsl.results.experiment_result import FileResult
 
 
 def run_source(
-    source: Source, options: RunOptions | None = None, models: Models | None = None
+    source: Source, options: RunOptions | None = None, models: GivenModels | None = None
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     """Check and run one file; None where it, its data or its model is wrong, or none of its
     experiments could be computed. A part that could not be is in the result's `lost` and `missing`,

@@ -22,7 +22,7 @@ import pytest
 import mechdsl.diagnostics
 from mechdsl.base import limits
 from mechdsl.diagnostics.core import CODES, Diagnostic, has_errors
-from mechdsl.diagnostics.render import render_full
+from mechdsl.diagnostics.rendering import render_full
 
 from .cli import conftest as cli
 from .execute.breaking import broke_off
@@ -87,13 +87,15 @@ def _diagnose(page: Page, text: str, folder: Path) -> tuple[str, list[Diagnostic
     for name, content in page.files().items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")
-    from mechdsl.syntax.parse import read_source
-    from mechdsl.validate.check_file import Settings, check_source
+    from mechdsl.checks.file_check import CheckSettings, check_source
+    from mechdsl.syntax.frontend import read_source
 
     source, found = read_source(path)
     if source is not None:
         # As `mechdsl validate`; W0710 is of a model that is only checked.
-        how = Settings(require_models=page.code == "E0401", prompts_enough=limits.CHECKED_PROMPTS)
+        how = CheckSettings(
+            require_models=page.code == "E0401", prompts_enough=limits.CHECKED_PROMPTS
+        )
         found = check_source(source, how).diagnostics
         if page.code in WHILE_RUNNING and not found:
             from .run_source import run_source

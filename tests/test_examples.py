@@ -10,11 +10,11 @@ import pytest
 
 import mechdsl
 from mechdsl import Results
+from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.diagnostics.render import render_full
+from mechdsl.diagnostics.rendering import render_full
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.syntax.parse import read_source
-from mechdsl.validate.check_file import check_source
+from mechdsl.syntax.frontend import read_source
 
 from .baseline import compare
 from .baseline.runs import EXAMPLES, NAMES

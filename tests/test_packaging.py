@@ -15,10 +15,10 @@ EXAMPLES = ROOT / "examples"
 LANGUAGE = ROOT / "docs" / "language.md"
 
 PROGRAM = """
-import mechdsl, mechdsl.diagnostics.pages, mechdsl.syntax.parser_tables as tables
+import mechdsl, mechdsl.diagnostics.command_line, mechdsl.syntax.parser_tables as tables
 from pathlib import Path
 assert Path(mechdsl.__file__).is_relative_to(Path(r"{site}")), mechdsl.__file__
-assert "E0301" in mechdsl.diagnostics.pages.page("E0301")
+assert "E0301" in mechdsl.diagnostics.command_line.read_page("E0301")
 assert mechdsl.explain("language") == Path(r"{language}").read_text(encoding="utf-8")
 assert tables.grammar_file().is_relative_to(Path(r"{site}"))
 def build(grammar):

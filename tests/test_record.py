@@ -14,7 +14,7 @@ from threading import Barrier
 import pytest
 
 from mechdsl import diagnostics
-from mechdsl.base.record import Record, keyword_record, record
+from mechdsl.base.records import Record, keyword_record, record
 
 
 @keyword_record

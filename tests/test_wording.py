@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.base.names import name_list
 from mechdsl.base.source import Source, Span
+from mechdsl.base.text import name_list
+from mechdsl.checks.file_check import check_source
+from mechdsl.checks.p_values import check_cell_units
 from mechdsl.program.spec import Statistics
-from mechdsl.validate.check_file import check_source
-from mechdsl.validate.reachable_p import check_cells
 
 ROOT = Path(__file__).parent.parent
 PRINTED = {".md", ".txt", ".err"}
@@ -57,7 +57,7 @@ def test_no_message_holds_a_long_name_in_full_beside_the_one_that_is_wrong() -> 
 def test_one_of_a_thing_is_said_in_the_singular(
     units: list[int], by: str | None, message: str, label: str
 ) -> None:
-    (found,) = check_cells(units, Statistics(by=by, span=Span(Source(""), 0, 0)), None)
+    (found,) = check_cell_units(units, Statistics(by=by, span=Span(Source(""), 0, 0)), None)
     assert found.message.startswith(message)
     assert label in found.label_text
 

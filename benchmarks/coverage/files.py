@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import mechdsl
 from benchmarks.coverage.setting import Figure, Setting
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.show.reports.text import survives
+from mechdsl.show.reports.text import is_significant
 
 COUNTS, ITEMS = 8, 4
 ROWS = COUNTS * ITEMS
@@ -371,7 +371,7 @@ def _families() -> Setting:
         )
         found = results(text, null(random, count)).experiments
         held = [
-            sum(bool(survives(each, 0).any()) for each in found),
+            sum(bool(is_significant(each, 0).any()) for each in found),
             sum(any(outcome.holds for outcome in each.outcomes) for each in found),
         ]
         return np.array([[each, count] for each in held])

@@ -11,7 +11,7 @@ from benchmarks.coverage import program
 from benchmarks.coverage.draws import DRAWS
 from benchmarks.coverage.setting import Figure, Setting
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.statistics.measure_data import CellStatistics
+from mechdsl.statistics.measurements import CellStatistics
 
 SIZES = (8, 16, 32, 64, 200)
 DISTRIBUTIONS = {

@@ -10,16 +10,21 @@ import numpy as np
 from mechdsl.base.arrays import Bools, Floats, Ints
 from mechdsl.base.source import Source, Span
 from mechdsl.program import spec
-from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.decide_expectations import evaluate_all
+from mechdsl.resolve.cells import CellKey
+from mechdsl.results.assembly.collection import add_statistics
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
-from mechdsl.results.finish import with_statistics
-from mechdsl.statistics.cell_statistics import cell_statistics
-from mechdsl.statistics.measure_data import CellStatistics, DrawnValues, MeasureData, NullBand
-from mechdsl.statistics.null_bands import null_bands
-from mechdsl.statistics.power import detectable
+from mechdsl.results.verdicts.decision import decide_all_expectations
+from mechdsl.statistics.cell_statistics import compute_cell_statistics
+from mechdsl.statistics.measurements import (
+    CellStatistics,
+    MeasureData,
+    NullBand,
+    RandomControlValues,
+)
+from mechdsl.statistics.null_bands import compute_null_bands
+from mechdsl.statistics.power import detectable_effect
 from mechdsl.syntax import ast
-from mechdsl.syntax.parse import parse
+from mechdsl.syntax.frontend import parse
 from mechdsl.vocab.effects import EFFECTS
 
 SPAN = Span(Source(""), 0, 0)
@@ -77,7 +82,7 @@ def statistics_of(
     named = None if groups is None else np.array([str(each) for each in groups])
     by = {} if groups is None else {"by": "group"}
     settings = _settings(**by, **values)
-    return cell_statistics([data], settings, seed, named, effects=EFFECTS, strata=strata)[0]
+    return compute_cell_statistics([data], settings, seed, named, effects=EFFECTS, strata=strata)[0]
 
 
 def p_values(
@@ -98,7 +103,7 @@ def p_values(
 
 def planned(units: int, tests: int, test: str) -> tuple[float, float]:
     """The smallest effect that `plan` says is found, and the level of each of the tests."""
-    found = detectable(units, tests, _settings(test=test, correction="holm"))
+    found = detectable_effect(units, tests, _settings(test=test, correction="holm"))
     if found.effect is None:
         raise ValueError(f"{units} units are too few for {tests} tests")
     return found.effect, found.level
@@ -124,7 +129,7 @@ def finished(
         row_ids=tuple(range(deltas.shape[1])),
         accuracy={} if accuracy is None else {"clean": accuracy},
     )
-    return with_statistics(bare, experiment, seed)
+    return add_statistics(bare, experiment, seed)
 
 
 @cache
@@ -147,7 +152,7 @@ def _expectation(line: str) -> spec.Expectation:
 
 def verdict(line: str, result: ExperimentResult, **others: ExperimentResult) -> ExpectOutcome:
     """What `expect LINE` says of a finished experiment."""
-    return evaluate_all([_expectation(line)], result, others)[0]
+    return decide_all_expectations([_expectation(line)], result, others)[0]
 
 
 def in_band(drawn: Floats, found: Floats) -> tuple[Bools, float]:
@@ -168,9 +173,11 @@ def rank_p(drawn: Floats, found: Floats) -> Floats:
 
 def _band(drawn: Floats, found: Floats) -> NullBand:
     draws, cells, _ = drawn.shape
-    values = DrawnValues((drawn,), np.full(cells, draws), draws, "random heads")
+    values = RandomControlValues((drawn,), np.full(cells, draws), draws, "random heads")
     data = measured(found, effect="delta")
     means = [found.mean(axis=1)]
-    (band,) = null_bands([data], values, means=means, confidence=CONFIDENCE, effects=EFFECTS)
+    (band,) = compute_null_bands(
+        [data], values, means=means, confidence=CONFIDENCE, effects=EFFECTS
+    )
     assert band is not None
     return band

@@ -15,14 +15,14 @@ from benchmarks.model import build
 from benchmarks.tools.base import Timed, Tool
 from benchmarks.work import Picks, Work, count
 from mechdsl.base.source import Source, Span
+from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.execute.execute import Execution, execute
-from mechdsl.loading.load import adopt
-from mechdsl.plan.make_plan import NAMES, make_plan
+from mechdsl.execute.run.panel import Execution, execute
+from mechdsl.loading.loader import adopt_model
+from mechdsl.planner.passes import PASS_NAMES, make_plan
 from mechdsl.program import spec
-from mechdsl.resolve.resolved import ModelContext
-from mechdsl.results.denominators import check_denominators
-from mechdsl.validate.check_file import Checked, Settings, check_source
+from mechdsl.resolve.types import ModelContext
+from mechdsl.results.assembly.collection import check_denominators
 
 
 class Mechdsl(Tool):
@@ -36,15 +36,15 @@ class Mechdsl(Tool):
     def load(self, work: Work, folder: Path) -> None:
         self.work = work
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        model, found = adopt("gpt2", build(work.shape), tokenizer)
+        model, found = adopt_model("gpt2", build(work.shape), tokenizer)
         if model is None:
             raise RuntimeError(str(found))
         self.model = model
         path = folder / "sweep.mech"
         self.source = Source(path.read_text(), path)
-        self.checked = self._check(Settings())
+        self.checked = self._check(CheckSettings())
         self._compare_prompts()
-        self._executed(self._check(Settings(limit=1)))
+        self._executed(self._check(CheckSettings(limit=1)))
 
     def run(self, picks: Picks) -> Timed:
         if count(picks) < count(self.work.picks()):
@@ -60,11 +60,11 @@ class Mechdsl(Tool):
         table[:, self.columns] = measured.patched[0]
         return Timed(table, 0.0, seconds)
 
-    def _executed(self, checked: Checked) -> Execution:
+    def _executed(self, checked: CheckedFile) -> Execution:
         plan = make_plan(checked.experiments, without=self.without)
         return execute(plan, {"gpt2": self.model}, check=check_denominators)
 
-    def _check(self, settings: Settings) -> Checked:
+    def _check(self, settings: CheckSettings) -> CheckedFile:
         assert self.model.tokenizer is not None
         statement = spec.Model(span=Span(self.source, 0, 0), name="gpt2", kind="local", path="")
         context = ModelContext(statement, self.model.shape, self.model.tokenizer)
@@ -91,4 +91,4 @@ class Mechdsl(Tool):
 class Whole(Mechdsl):
     """The same by whole passes, without any of the planner's passes."""
 
-    without = frozenset(NAMES)
+    without = frozenset(PASS_NAMES)

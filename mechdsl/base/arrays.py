@@ -1,4 +1,4 @@
-"""Types of arrays that all stages share."""
+"""Array types that every stage shares."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
+
 Bools: TypeAlias = NDArray[np.bool_]
+
 Ints: TypeAlias = NDArray[np.int64]
-Cells: TypeAlias = slice | Ints
+
+CellIndex: TypeAlias = slice | Ints
 """Of an array over cells, some or all."""

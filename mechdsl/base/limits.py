@@ -1,11 +1,8 @@
-"""How large things may be: every limit of the language, in one place.
-
-`docs/language.md` lists them from here. Within them a file is checked in about two seconds, but for
-the reading of large data files and tokenizers; beyond one of them a single error names it.
-"""
+"""Every limit of the language, in one place."""
 
 from __future__ import annotations
 
+from datetime import date
 from typing import NamedTuple
 
 
@@ -29,66 +26,113 @@ def _limit(most: int, of: str, *codes: str) -> int:
 # --- the text of a file ---------------------------------------------------------------------------
 
 CHARACTERS = _limit(1_000_000, "characters of a file", "E0109")
+
 LINES = _limit(20_000, "lines of a file", "E0109")
+
 WORDS = _limit(10_000, "words and signs of a file, without comments and texts", "E0109")
+
 PLACEHOLDERS = _limit(500, "placeholders in the texts of a file", "E0109")
+
 NAME = _limit(200, "characters of a name", "E0109")
+
 BRACKETS = _limit(100, "brackets within one another", "E0109")
+
 DEPTH = _limit(200, "operators, calls or positions within one another", "E0109")
+
 FILES = _limit(100, "files that a file imports, and those that they import", "E0204")
+
 SYNTAX_ERRORS = _limit(500, "errors of syntax that are looked for", "E0109")
-SHOWN = _limit(1_000, "errors and warnings that are printed")
+
+DIAGNOSTICS = _limit(1_000, "errors and warnings that are printed")
 
 # --- what a file defines --------------------------------------------------------------------------
 
 CHAIN = _limit(50, "definitions that hang on one another", "E0506", "E0207")
+
 PARTS = _limit(10_000, "parts of a measure, with its metrics written out", "E0207")
+
 DOMAIN = _limit(10**12, "values of a domain", "E0506")
+
 ROWS = _limit(200_000, "rows of a table", "E0506")
+
 CHECKED_PROMPTS = _limit(10_000, "prompts of a table that `validate` looks at", "W0790")
+
 CHECKED_WORK = _limit(
     200_000, "prompts that `validate` looks at, each times what the file says about it", "W0790"
 )
+
 CHECKED_TEXT = _limit(
     500_000, "characters of the prompts of a table that `validate` looks at", "W0790"
 )
+
 CHECKED_DRAWS = 5
 """Random draws that `validate` makes; they show whether there is anything to draw."""
-TRIED = _limit(500_000, "combinations that are looked at to find rows", "E0506")
+
+COMBINATIONS = _limit(500_000, "combinations that are looked at to find rows", "E0506")
+
 CLASSES = _limit(10_000, "texts of a line `classes`", "E0506")
+
 ITEMS = _limit(10_000, "items of a list", "E0506")
+
 TEXT = _limit(100_000, "characters of one text of a row", "E0506")
+
 DIGITS = _limit(300, "digits of a number that is worked out", "E0503")
+
 DATA_SET = _limit(2**30, "bytes of a data set of the hub", "E0506")
+
 DATA_DEPTH = _limit(50, "lists and objects within one another in a data file", "E0505")
+
 SAMPLES = _limit(10_000, "samples of noise", "E0515")
+
 LOOP = _limit(1_000_000, "values of a `for`", "E0322")
+
 CELLS = _limit(1_000_000, "cells of an experiment, or of one site", "E0323")
-LISTED = _limit(2**27, "cells whose tokens are listed, times the vocabulary", "E0207")
+
+TOKEN_LISTS = _limit(2**27, "cells whose tokens are listed, times the vocabulary", "E0207")
+
 NUMERALS = _limit(10_000, "numerals of a measure", "E0612")
+
 DRAWS = _limit(10_000, "random draws of `against`", "E0630")
+
 STEPS = _limit(1_000, "steps of integrated gradients", "E0207")
-WRITTEN = _limit(10_000, "tokens of a reply", "E0207")
-REPLIES = _limit(1_000, "samples of a reply", "E0207")
+
+REPLY_TOKENS = _limit(10_000, "tokens of a reply", "E0207")
+
+REPLY_SAMPLES = _limit(1_000, "samples of a reply", "E0207")
+
 REPEATS = _limit(100_000, "repetitions in a regular expression, multiplied", "E0612")
+
 SEARCH_SECONDS = _limit(5, "seconds in which a regular expression is searched in a reply", "E0612")
 
 CHAT_TEMPLATE = _limit(200_000, "characters of a chat template", "E0551")
+
 CHAT_STEPS = _limit(500_000, "steps of a chat template for one prompt", "E0552")
 
 IMAGE_FILE = _limit(50_000_000, "bytes of an image in a file", "E0560")
+
 IMAGE_PIXELS = _limit(50_000_000, "pixels of an image", "E0560")
+
 TILES = _limit(1_000, "tiles of an image", "E0207")
+
 IMAGE_SIDE = _limit(2_048, "pixels of a side of an image that is generated", "E0207")
 
 DIRECTION_FILE = _limit(100_000_000, "bytes of a file with a direction", "E0341")
+
 LENS_FILE = _limit(8_000_000_000, "bytes of a file with a tuned lens", "E0207")
 
 # --- a model --------------------------------------------------------------------------------------
 
 LAYERS = _limit(1_000, "layers of a model", "E0430")
+
 HEADS = _limit(10_000, "heads of a layer", "E0430")
+
 # Configs of Doge say 16,384, also where a model has none.
 EXPERTS = _limit(100_000, "experts of a layer", "E0430")
+
 SIZE = _limit(1_000_000, "any other size of a model, such as its width", "E0430")
+
 MODEL_FILE = _limit(50_000_000, "bytes of a JSON file of a model", "E0432")
+
+CHAT_DATE = date(2024, 7, 26)
+"""What templates are told is today (`strftime_now`), whenever they run: what Llama's fall back on.
+"""

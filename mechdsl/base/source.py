@@ -9,13 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-STRING = r'"(?:[^"\\\n]|\\[^\n])*"'
+STRING_PATTERN = r'"(?:[^"\\\n]|\\[^\n])*"'
 """A text in quotes, as the language has it."""
-_BETWEEN = re.compile(rf"({STRING})|(?:\s|#[^\n]*)+")
+
+_BETWEEN = re.compile(rf"({STRING_PATTERN})|(?:\s|#[^\n]*)+")
 """Texts, and what stands between words."""
 
 
-class Reach(NamedTuple):
+class AllowedFolders(NamedTuple):
     """The folders that paths in a file may lead to, with all below them; None: anywhere."""
 
     reads: tuple[Path, ...] | None = None
@@ -29,7 +30,7 @@ class Source:
     text: str
     path: Path | None = None
     """None for text that came from no file."""
-    reach: Reach = field(default_factory=Reach)
+    reach: AllowedFolders = field(default_factory=AllowedFolders)
     """A file that is imported has that of the file that imports it."""
     origin: str = "text"
     """Where a text without a path came from: `text` (from Python) or `stdin`."""

@@ -1,4 +1,4 @@
-"""The command line's entry point: every way out is an exit status, and no user sees a traceback."""
+"""The entry point of the command line: every outcome is an exit status, never a traceback."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mechdsl.cli.interruption import interrupted, terminable
-from mechdsl.cli.status import COMPLETE, FINE, WRONG
-from mechdsl.cli.streams import (
+from mechdsl.cli.output import (
+    COMPLETION_VARIABLE,
+    INVALID_INPUT,
+    SUCCESS,
     OutputLost,
     finish_output,
     prepare_streams,
-    without_output,
+    raise_on_signals,
+    report_interruption,
+    report_lost_output,
 )
 
 if TYPE_CHECKING:
     from mechdsl.diagnostics.core import Diagnostic
+
 
 COMMANDS = {
     "completion": "Print what makes the Tab key complete commands in a shell.",
@@ -39,16 +43,32 @@ COMMANDS = {
     "validate": "Check files without weights, as in CI.",
     "version": "Print the version.",
 }
-"""What each does, as its own help begins. Each is a function of the module of its name."""
+"""The first line of each command's help."""
+MODULES = {
+    "completion": "info",
+    "diff": "runs",
+    "examples": "info",
+    "explain": "views",
+    "fmt": "validate",
+    "graph": "views",
+    "plan": "views",
+    "run": "run",
+    "runs": "runs",
+    "schema": "info",
+    "sites": "views",
+    "validate": "validate",
+    "version": "info",
+}
+"""The module of `mechdsl.cli` that defines each command."""
 
 
-class Commands(Mapping[str, click.Command]):
+class CommandTable(Mapping[str, click.Command]):
     """The commands by name, each imported when it is asked for."""
 
     def __getitem__(self, name: str) -> click.Command:
         if name not in COMMANDS:
             raise KeyError(name)
-        return getattr(import_module(f"mechdsl.cli.{name}"), name)
+        return getattr(import_module(f"mechdsl.cli.{MODULES[name]}"), name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(COMMANDS)
@@ -57,11 +77,11 @@ class Commands(Mapping[str, click.Command]):
         return len(COMMANDS)
 
 
-class Group(click.Group):
+class CommandGroup(click.Group):
     """All commands, which are listed without being imported."""
 
     def __init__(self, *args: Any, **others: Any) -> None:
-        commands: Any = Commands()  # click only reads it, where no command is added
+        commands: Any = CommandTable()  # click only reads it, where no command is added
         super().__init__(*args, commands=commands, **others)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -70,7 +90,7 @@ class Group(click.Group):
 
 
 @click.group(
-    cls=Group,
+    cls=CommandGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Interpretability experiments as files: check, explain, plan and run them.",
     invoke_without_command=True,
@@ -94,17 +114,17 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         prepare_streams()
-        if COMPLETE in os.environ:
-            from mechdsl.cli.completion import complete
+        if COMPLETION_VARIABLE in os.environ:
+            from mechdsl.cli.info import complete
 
-            status = complete(app, os.environ[COMPLETE])
+            status = complete(app, os.environ[COMPLETION_VARIABLE])
         else:
-            with terminable():
+            with raise_on_signals():
                 status = _status()
         finish_output()
     except OutputLost as error:
-        status = without_output(error)
-    sys.exit(status if isinstance(status, int) else FINE)
+        status = report_lost_output(error)
+    sys.exit(status if isinstance(status, int) else SUCCESS)
 
 
 def _status() -> int | str | None:
@@ -116,25 +136,26 @@ def _status() -> int | str | None:
     except click.exceptions.Exit as error:
         return error.exit_code
     except KeyboardInterrupt as error:
-        return interrupted(error)
+        return report_interruption(error)
     except click.ClickException as error:
         from mechdsl.cli.output import print_diagnostics
 
         print_diagnostics([_usage(error)])
-        return WRONG
+        return INVALID_INPUT
     except OutputLost:
         raise
     except Exception as error:
-        from mechdsl.cli.output import broke_off
+        from mechdsl.cli.output import report_failure
 
-        status = broke_off("mechdsl", error)
-        return WRONG if isinstance(error, OSError) else status
+        status = report_failure("mechdsl", error)
+        return INVALID_INPUT if isinstance(error, OSError) else status
 
 
 def _usage(error: click.ClickException) -> Diagnostic:
     """A mistake on the command line as a diagnostic."""
-    from mechdsl.cli.options import MalformedSetting
-    from mechdsl.diagnostics.e02_names import BadCommandLine, did_you_mean
+    from mechdsl.cli.arguments import MalformedSetting
+    from mechdsl.diagnostics.command_line import BadCommandLine
+    from mechdsl.diagnostics.core import did_you_mean
 
     context: click.Context | None = getattr(error, "ctx", None)
     if context is None or context.parent is None:

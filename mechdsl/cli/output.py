@@ -1,19 +1,42 @@
-"""What commands say: diagnostics, tables, and why they broke off."""
+"""Output of commands: streams, exit statuses, diagnostics, and the handling of Ctrl-C."""
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import TYPE_CHECKING, cast
 
-from mechdsl.base.visible import encodable_json, visible
-from mechdsl.cli.status import BROKE_OFF
+from mechdsl.base.text import escape_hidden, escape_unencodable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from mechdsl.diagnostics.core import Diagnostic
+
+
+SUCCESS = 0
+
+EXPECTATION_FAILED = 1
+"""An expectation doesn't hold."""
+
+INVALID_INPUT = 2
+"""Something is wrong, and nothing could be computed."""
+
+INCOMPLETE = 3
+"""A part could not be done: a measure couldn't be computed, the run broke off, a report wasn't
+written, or standard output takes nothing more. What could be done is printed."""
+
+SIGNAL_OFFSET = 128
+"""More by the number of the signal that ended the run: 130 for Ctrl-C, 143 for SIGTERM."""
+
+COMPLETION_VARIABLE = "_MECHDSL_COMPLETE"
+"""In the environment where a shell asks what a line can go on with."""
 
 
 def print_diagnostics(
@@ -22,13 +45,13 @@ def print_diagnostics(
     """Diagnostics on standard error, or on standard output where they are what was asked for."""
     if form == "full" and not diagnostics:
         return
-    from mechdsl.diagnostics import render
+    from mechdsl.diagnostics import rendering as render
 
     stream = sys.stdout if out else sys.stderr
     if form == "full":
         colour = stream.isatty() and "NO_COLOR" not in os.environ
         text = render.render_full(
-            diagnostics, color=colour, width=width(), ascii=render.needs_ascii(stream)
+            diagnostics, color=colour, width=window_width(), ascii=render.needs_ascii(stream)
         )
     else:
         text = {
@@ -37,33 +60,33 @@ def print_diagnostics(
             "sarif": render.render_sarif,
         }[form](diagnostics)
         if form in ("json", "sarif"):
-            text = encodable_json(text, stream.encoding)
+            text = escape_unencodable(text, stream.encoding)
     stream.write(text if text.endswith("\n") or not text else text + "\n")
 
 
-def say(text: str, *, out: bool = True) -> None:
+def print_line(text: str, *, out: bool = True) -> None:
     """One line on standard output, or on standard error."""
-    print(visible(text), file=sys.stdout if out else sys.stderr)
+    print(escape_hidden(text), file=sys.stdout if out else sys.stderr)
 
 
-def broke_off(what: str, error: Exception) -> int:
+def report_failure(what: str, error: Exception) -> int:
     """The last resort, so that no user meets a traceback."""
     if isinstance(error, OSError) and error.filename is not None:
-        from mechdsl.diagnostics.e02_names import cannot_write
+        from mechdsl.diagnostics.command_line import write_error
 
-        print_diagnostics([cannot_write(error)])
-        return BROKE_OFF
+        print_diagnostics([write_error(error)])
+        return INCOMPLETE
     if os.environ.get("MECHDSL_DEBUG"):
         raise error
     reason = f"{type(error).__name__}: {error}"
     if isinstance(error, OSError):  # a full disk
         reason = (error.strerror or str(error)).lower()
-    say(f"{what} broke off: {reason}", out=False)
-    say("set MECHDSL_DEBUG=1 for the traceback", out=False)
-    return BROKE_OFF
+    print_line(f"{what} broke off: {reason}", out=False)
+    print_line("set MECHDSL_DEBUG=1 for the traceback", out=False)
+    return INCOMPLETE
 
 
-def width() -> int:
+def window_width() -> int:
     """Columns of the reader's window."""
     import shutil
 
@@ -74,4 +97,184 @@ def make_console(*, stderr: bool = False) -> Console:
     """A rich console: colours only on terminals, and as wide as the reader's window."""
     from mechdsl.show.console import visible_console
 
-    return visible_console(stderr=stderr, width=None if sys.stdout.isatty() else width())
+    return visible_console(stderr=stderr, width=None if sys.stdout.isatty() else window_width())
+
+
+REPLACEMENT_HANDLER = "mechdsl.replaced"
+"""How letters that an encoding lacks are written."""
+
+_SIGNS = {
+    "…": "...",
+    "→": ">",
+    "←": "<",
+    "−": "-",
+    "–": "-",
+    "─": "-",
+    "·": "|",
+    "│": "|",
+    "×": "x",
+    "≤": "<=",
+    "≥": ">=",
+    "●": "o",
+    "█": "#",
+    "▒": "=",
+    "░": ".",
+    "␣": "_",
+    "∅": "0",
+    "┌": "-",
+}
+"""Our own signs, mostly as wide as they were, so that columns stay in line."""
+
+
+def _replaced(error: UnicodeError) -> tuple[str, int]:
+    """An error handler of codecs: our signs by others, letters as `\\xe9`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lost = error.object[error.start : error.end]
+    texts = [_SIGNS.get(c) or c.encode("ascii", "backslashreplace").decode("ascii") for c in lost]
+    return "".join(texts), error.end
+
+
+class OutputLost(Exception):
+    """Standard output takes nothing more: it is closed, or full."""
+
+
+class StandardOutput(io.TextIOWrapper):
+    """Standard output, whose own failures are distinguished from those of files that are written.
+
+    Raises OutputLost from every method where standard output takes less than all.
+    """
+
+    def __init__(
+        self,
+        stream: io.RawIOBase | io.BufferedWriter,
+        *,
+        encoding: str,
+        line_buffering: bool = False,
+    ) -> None:
+        """stream: as Python opened it, without a buffer where Python runs unbuffered."""
+        # A file without a buffer may write less than it is given, and only its result tells.
+        self._unbuffered = isinstance(stream, io.RawIOBase)
+        if isinstance(stream, io.RawIOBase):
+            stream = io.BufferedWriter(stream)
+        super().__init__(stream, encoding=encoding, line_buffering=line_buffering)
+
+    def write(self, text: str, /) -> int:
+        try:
+            count = super().write(text)
+        except OSError as error:
+            raise OutputLost(_reason(error)) from error
+        if self._unbuffered:
+            self.flush()
+        return count
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise OutputLost(_reason(error)) from error
+
+    def finish(self) -> None:
+        """Flush, and check that closing the file loses nothing: network and quota file systems may
+        reject data only then. The file stays open."""
+        self.flush()
+        try:
+            os.close(os.dup(self.fileno()))
+        except OSError as error:
+            raise OutputLost(_reason(error)) from error
+
+
+def _reason(error: OSError) -> str:
+    """Why less than all was taken; nothing of a pipe whose reader has all it wants."""
+    if isinstance(error, BrokenPipeError):
+        return ""
+    return f"takes nothing more: {(error.strerror or str(error)).lower()}"
+
+
+def prepare_streams() -> None:
+    """What can't be encoded is replaced, so that no run is lost at its end for a letter.
+
+    Raises OutputLost where standard output is closed from the start.
+    """
+    codecs.register_error(REPLACEMENT_HANDLER, _replaced)
+    if sys.stderr is None:  # closed: `print` would take standard output instead
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        raise OutputLost("is closed")
+    plain = sys.__stdout__
+    if plain is not None and sys.stdout is plain:  # not where something captures it
+        line_buffering, encoding = plain.line_buffering, plain.encoding
+        stream = cast(io.RawIOBase | io.BufferedWriter, plain.detach())
+        sys.stdout = sys.__stdout__ = StandardOutput(
+            stream, encoding=encoding, line_buffering=line_buffering
+        )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=REPLACEMENT_HANDLER)
+
+
+def finish_output() -> None:
+    """Flush standard output, and check that all of it was taken. Raises OutputLost."""
+    if isinstance(sys.stdout, StandardOutput):
+        sys.stdout.finish()
+    else:
+        sys.stdout.flush()
+
+
+def print_json(text: str) -> None:
+    """A JSON document on standard output."""
+    sys.stdout.write(escape_unencodable(text, sys.stdout.encoding) + "\n")
+
+
+def report_lost_output(error: OutputLost) -> int:
+    """Report why standard output got less than all, unless a reader closed its pipe; the exit
+    status."""
+    if str(error):
+        with suppress(OSError):
+            print(f"standard output {error}", file=sys.stderr)
+    if sys.stdout is not None:  # what is waiting would be tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return INCOMPLETE
+
+
+_WORDS = {
+    getattr(signal, name): word
+    for name, word in (("SIGTERM", "terminated"), ("SIGHUP", "the terminal was closed"))
+    if hasattr(signal, name)
+}
+
+RESUME_NOTE = "what is finished is kept; the same command goes on from there"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, which end a run just as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def raise_on_signals() -> Generator[None]:
+    """These signals raise `Terminated` inside; one that is ignored (`nohup`) stays ignored."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated(number)
+
+    before = {each: signal.getsignal(each) for each in _WORDS}
+    ours = [each for each, handler in before.items() if handler is signal.SIG_DFL]
+    for each in ours:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each in ours:
+            signal.signal(each, before[each])
+
+
+def report_interruption(error: KeyboardInterrupt, kept: str = "") -> int:
+    """Say that the command was ended, and what it keeps; the exit status."""
+    number = error.number if isinstance(error, Terminated) else signal.SIGINT
+    word = _WORDS.get(signal.Signals(number), "interrupted")
+    print(f"{word}{kept}", file=sys.stderr)
+    return SIGNAL_OFFSET + number

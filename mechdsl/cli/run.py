@@ -1,44 +1,367 @@
-"""`mechdsl run`: run files and print their tables."""
+"""`mechdsl run`: run files, print their tables, and report verdicts to CI."""
 
 from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import wraps
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from mechdsl.cli.interruption import GOES_ON, interrupted
-from mechdsl.cli.mech_files import checked_file, mech_files
-from mechdsl.cli.options import (
+from mechdsl.base.files import special_file_kind, write_obstacle
+from mechdsl.cli.arguments import (
     PassOptions,
     StoreOptions,
     allow_outside_option,
     allow_python_option,
+    check_mech_file,
     files_argument,
+    find_mech_files,
     format_option,
     limit_option,
     pass_options,
     python_mode,
     set_option,
-    settings,
+    settings_from_options,
     store_options,
     untrusted_option,
 )
-from mechdsl.cli.output import broke_off, make_console, print_diagnostics, say
-from mechdsl.cli.status import BROKE_OFF, WRONG
-from mechdsl.cli.streams import OutputLost, without_output, write_json
-from mechdsl.cli.verdicts import VerdictOptions, Verdicts, verdict_options
+from mechdsl.cli.output import (
+    EXPECTATION_FAILED,
+    INCOMPLETE,
+    INVALID_INPUT,
+    RESUME_NOTE,
+    SUCCESS,
+    OutputLost,
+    make_console,
+    print_diagnostics,
+    print_json,
+    print_line,
+    report_failure,
+    report_interruption,
+    report_lost_output,
+)
+from mechdsl.diagnostics.command_line import BadCommandLine
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 
 if TYPE_CHECKING:
-    from mechdsl.execute.profile import Profile
-    from mechdsl.pipeline.run_options import RunOptions
-    from mechdsl.plan.plan import Plan
-    from mechdsl.results.experiment_result import FileResult
-    from mechdsl.validate.check_file import Checked
+    from mechdsl.checks.file_check import CheckedFile
+    from mechdsl.execute.run_record import ExecutionProfile
+    from mechdsl.pipeline.options import RunOptions
+    from mechdsl.planner.plan import Plan
+    from mechdsl.results.experiment_result import (
+        EarlierRun,
+        FileResult,
+        StopCondition,
+        VerdictComparison,
+    )
+    from mechdsl.results.results import Results
+    from mechdsl.show.junit import JunitSuite
+
+
+class VerdictOptions(NamedTuple):
+    """What the command line says of verdicts."""
+
+    junit: Path | None = None
+    against: str | None = None
+    fail_fast: bool = False
+
+
+def verdict_options(command: Callable[..., int]) -> Callable[..., int]:
+    """`--junit`, `--against` and `--fail-fast`, which the command gets as `asked`."""
+
+    @click.option(
+        "--junit",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Write verdicts here as JUnit XML, for CI.",
+    )
+    @click.option(
+        "--against",
+        metavar="RUN",
+        type=click.Path(),  # Tab completes folders of runs, and files
+        help="Fail only where an expectation held in that run, or is new: a run's id, `last`, "
+        "a .mech file or a folder of `--out`.",
+    )
+    @click.option(
+        "--fail-fast", is_flag=True, help="Stop at the first expectation that fails the job."
+    )
+    @wraps(command)
+    def told(
+        *args: Any, junit: Path | None, against: str | None, fail_fast: bool, **others: Any
+    ) -> int:
+        return command(*args, asked=VerdictOptions(junit, against, fail_fast), **others)
+
+    return told
+
+
+class VerdictReporter:
+    """The verdicts of a command's files, from before the first one runs."""
+
+    def __init__(self, asked: VerdictOptions) -> None:
+        self.asked = asked
+        self.earlier: EarlierRun | None = None
+        self.writable = asked.junit is not None
+        """Whether there is a report to write; not where its path was refused."""
+        self.unwritten = False
+        self.waiting: list[CheckedFile] = []
+        self.done: list[FileResult | JunitSuite] = []
+
+    # --- before anything runs
+
+    def refused(
+        self, files: Sequence[CheckedFile], out: Path | None, store: Path | None
+    ) -> list[Diagnostic]:
+        """E0208 for a report that can't be written, and for an earlier run that there isn't.
+
+        store: the one that is named.
+        """
+        from mechdsl.diagnostics.rendering import MechdslError
+
+        found: list[Diagnostic] = []
+        if self.asked.against is not None:
+            from mechdsl.results.runs import find_earlier_run, prepare_file
+
+            try:
+                asked = [prepare_file(each) for each in files]
+                self.earlier = find_earlier_run(self.asked.against, asked, store)
+            except MechdslError as error:
+                found += error.diagnostics
+        if self.asked.junit is not None:
+            problem = _unfit(self.asked.junit, files, out, self.asked.against)
+            self.writable = problem is None
+            found += [] if problem is None else [problem]
+        return found
+
+    def wrong(self, paths: Sequence[Path], problems: Sequence[Diagnostic]) -> None:
+        """The report where nothing runs, as something is wrong."""
+        if not self.writable:
+            return
+        from mechdsl.show.junit import JunitSuite, JunitTest, diagnostic_suite
+
+        names = {str(path): list[JunitTest]() for path in paths}
+        for each in problems:
+            if each.severity == "error":
+                name = "mechdsl" if each.span is None else each.span.source.name
+                names.setdefault(name, []).append(diagnostic_suite(each))
+        left = JunitTest("the file is run", "skipped", "not run, as something else is wrong")
+        self.done = [JunitSuite(name, tests=tests or [left]) for name, tests in names.items()]
+        self._write()
+
+    def begin(self, files: Sequence[CheckedFile]) -> bool:
+        """Write a report that is right should nothing follow; whether that can be done."""
+        self.waiting = list(files)
+        return self._write()
+
+    @property
+    def ends(self) -> StopCondition | None:
+        """What ends a run, with `--fail-fast`."""
+        if not self.asked.fail_fast:
+            return None
+        from mechdsl.results.experiment_result import stop_condition
+
+        return stop_condition(self.earlier)
+
+    # --- while files run
+
+    def lost(self, checked: CheckedFile, problems: Sequence[Diagnostic]) -> None:
+        """A file of which nothing could be computed."""
+        from mechdsl.results.assembly.collection import build_lost_experiment
+        from mechdsl.results.experiment_result import FileResult
+
+        first = {each.name: each for each in reversed(checked.reported)}
+        errors = [each for each in problems if each.severity == "error"]
+        lost = tuple(build_lost_experiment(each, errors) for each in reversed(first.values()))
+        self.add(checked, FileResult(checked.source.name, (), lost=lost))
+
+    def add(self, checked: CheckedFile, result: FileResult) -> None:
+        """What a file's run has found."""
+        self.waiting = [each for each in self.waiting if each is not checked]
+        self.done.append(result)
+        self._write()
+
+    def trouble(self, checked: CheckedFile, reason: str) -> None:
+        """Something that went wrong in a file's run, beside what was found."""
+        if not self.writable:
+            return
+        from mechdsl.show.junit import JunitSuite, JunitTest
+
+        test = JunitTest("the run is whole", "error", reason, "broke off")
+        self.waiting = [each for each in self.waiting if each is not checked]
+        self.done.append(JunitSuite(checked.source.name, tests=[test]))
+        self._write()
+
+    def stop(self, form: str) -> bool:
+        """Whether `--fail-fast` ends the command here; what is left then is named."""
+        results = self._results()
+        if self.ends is None or not results:
+            return False
+        last = results[-1]
+        verdicts = (*last.experiments, *last.lost)
+        if not any(self.ends(last.file, each.name, each.outcomes) for each in verdicts):
+            return False
+        left, self.waiting = self.waiting, []
+        self.done += [_not_run(each) for each in left]
+        self._write()
+        unrun, undecided = _left_out(self._results())
+        for what, names in (("not run", unrun), ("not decided", undecided)):
+            if names:
+                told = f"{what}, as an expectation fails: {', '.join(names)}"
+                print_line(told, out=form == "table")
+        return True
+
+    @property
+    def not_run(self) -> tuple[FileResult, ...]:
+        """Whole files that `--fail-fast` left out."""
+        return tuple(each for each in self._results() if each.not_run and not _ran(each))
+
+    def interrupted(self) -> None:
+        """The report of a run that somebody ended."""
+        self._write("the run was interrupted")
+
+    def _results(self) -> list[FileResult]:
+        from mechdsl.results.experiment_result import FileResult
+
+        return [each for each in self.done if isinstance(each, FileResult)]
+
+    # --- behind the last file
+
+    def against(self) -> VerdictComparison | None:
+        """What has changed since the earlier run."""
+        return None if self.earlier is None else self.earlier.compare(self._results())
+
+    def tell(self, form: str) -> None:
+        """Print what has changed, behind all tables."""
+        against = self.against()
+        if against is not None:
+            from mechdsl.show.runs import print_verdict_comparison
+
+            print_verdict_comparison(against, make_console(stderr=form != "table"))
+
+    def status(self, results: Results, broke_off: bool, form: str) -> int:
+        """Say what has changed, and the exit status."""
+        self.tell(form)
+        against = results.against
+        lost = not all(file.computable for file in results.files)
+        if broke_off or lost or self.unwritten:
+            return INCOMPLETE
+        failed = against.fails if against is not None else not results.holds
+        return EXPECTATION_FAILED if failed else SUCCESS
+
+    def _write(self, why: str = "the run did not come to it") -> bool:
+        """The report as far as it is known; whether it could be written."""
+        if not self.writable:
+            return True
+        from mechdsl.base.files import write_atomically
+        from mechdsl.show.junit import JunitSuite, JunitTest, build_suites, junit_text
+
+        assert self.asked.junit is not None
+        against = self.against()
+        suites: list[JunitSuite] = []
+        for each in self.done:
+            suites += [each] if isinstance(each, JunitSuite) else build_suites([each], against)
+        unfinished = JunitTest("the file is run", "error", why, "not finished")
+        suites += [JunitSuite(each.source.name, tests=[unfinished]) for each in self.waiting]
+        try:
+            write_atomically(self.asked.junit, junit_text(suites))
+        except OSError as error:
+            print_diagnostics([_unwritten(self.asked.junit, error.strerror or str(error))])
+            self.writable, self.unwritten = False, True  # said once
+            return False
+        return True
+
+
+def _unwritten(path: Path, reason: str) -> BadCommandLine:
+    return BadCommandLine(
+        reason=f"`--junit {path}`: {reason.lower()}",
+        hint="name a file in a folder that may be written to",
+    )
+
+
+def _unfit(
+    path: Path, files: Sequence[CheckedFile], out: Path | None, against: str | None
+) -> BadCommandLine | None:
+    """Why a report can't go to a path."""
+    what = special_file_kind(path, stream=True)
+    if what is not None:
+        return _unwritten(path, f"it is {what}, and the report goes to a plain file")
+    reason = write_obstacle(path)
+    if reason is not None:
+        return _unwritten(path, reason)
+    from mechdsl.checks.file_check import find_overwritten
+
+    over = find_overwritten(path, [(each.program, each.reported) for each in files])
+    said = None if over is None else f"would write over {over}"
+    kept: dict[Path, str] = {}
+    if against is not None:
+        from mechdsl.results.runs import is_export
+
+        folders = [Path(against), *(Path(against) / each.source.stem for each in files)]
+        its = "the run that this one is set against"
+        kept = {folder: its for folder in folders if is_export(folder)}
+    if out is not None:
+        kept |= {
+            out / each.source.stem: f"which `--out` writes of {each.source.name}" for each in files
+        }
+    real = path.resolve()
+    for folder, its in kept.items():
+        if real.is_relative_to(folder.resolve()):
+            said = f"lies in `{folder}`, {its}"
+    if said is None:
+        return None
+    return BadCommandLine(reason=f"`--junit {path}` {said}", hint="give it a file of its own")
+
+
+def _not_run(checked: CheckedFile) -> FileResult:
+    """A file behind the one that ended the command."""
+    from mechdsl.results.experiment_result import (
+        FileResult,
+        SkippedExperiment,
+        UndecidedExpectation,
+    )
+
+    first = {each.name: each for each in reversed(checked.reported)}
+    left = [
+        SkippedExperiment(
+            each.name, tuple(UndecidedExpectation(e.text, e.span.line) for e in each.expects)
+        )
+        for each in reversed(first.values())
+    ]
+    text = checked.source.text.encode()
+    return FileResult(
+        checked.source.name,
+        (),
+        hash=sha256(text).hexdigest(),
+        seed=checked.program.seed,
+        not_run=tuple(left),
+    )
+
+
+def _ran(file: FileResult) -> bool:
+    return bool(file.experiments or file.lost)
+
+
+def _left_out(files: Sequence[FileResult]) -> tuple[list[str], list[str]]:
+    """Experiments that were not run, whole files by their names; expectations not decided."""
+    unrun: list[str] = []
+    undecided: list[str] = []
+    for file in files:
+        ran = {each.name for each in (*file.experiments, *file.lost)}
+        if not _ran(file) and file.not_run:
+            unrun.append(file.file)
+            continue
+        place = f"{file.file}: " if len(files) > 1 else ""
+        for each in file.not_run:
+            if each.name in ran:
+                undecided += [f"{place}{each.name}: expect {e.text}" for e in each.expects]
+            else:
+                unrun.append(f"{place}{each.name}")
+    return unrun, undecided
 
 
 @click.command()
@@ -102,7 +425,7 @@ def run(
     is standard input. A file that is unchanged isn't run again: its results come from the store
     beside it.
     """
-    how = settings(
+    how = settings_from_options(
         parameters,
         limit,
         only,
@@ -110,26 +433,26 @@ def run(
         allow_outside=allow_outside,
         untrusted=untrusted,
     )
-    paths, problems = mech_files(files)
+    paths, problems = find_mech_files(files)
     # All files are checked before the first one runs (and before torch is imported).
-    everything: list[Checked] = []
+    everything: list[CheckedFile] = []
     for path in paths:
-        checked, found = checked_file(path, how)
+        checked, found = check_mech_file(path, how)
         problems += found
         if checked is not None:
             everything.append(checked)
     if len(everything) > 1:
         problems += _written_by_several(everything, problems)
-    verdicts = Verdicts(asked)
+    verdicts = VerdictReporter(asked)
     problems += verdicts.refused(everything, out, stores.named or None)
     print_diagnostics(problems)
     if has_errors(problems):
         verdicts.wrong(paths, problems)
-        return WRONG
+        return INVALID_INPUT
     if not verdicts.begin(everything):
-        return WRONG
-    from mechdsl.execute.options import Options
-    from mechdsl.pipeline.run_options import RunOptions
+        return INVALID_INPUT
+    from mechdsl.execute.run_record import ExecutionOptions
+    from mechdsl.pipeline.options import RunOptions
 
     options = RunOptions(
         settings=how,
@@ -139,7 +462,7 @@ def run(
         out=out,
         without=frozenset(passes.without),
         ends=verdicts.ends,
-        execution=Options(
+        execution=ExecutionOptions(
             pass_tokens=passes.pass_tokens,
             prompt_tokens=passes.prompt_tokens,
             allow_nan=allow_nan,
@@ -150,7 +473,9 @@ def run(
     return _run_all(everything, options, stores, form, verdicts, profile=profile)
 
 
-def _shows_hashes(files: list[Checked], form: str, out: Path | None, asked: VerdictOptions) -> bool:
+def _shows_hashes(
+    files: list[CheckedFile], form: str, out: Path | None, asked: VerdictOptions
+) -> bool:
     """Whether hashes of weights are written or compared; tables and verdicts have none."""
     return (
         form == "json"
@@ -160,29 +485,28 @@ def _shows_hashes(files: list[Checked], form: str, out: Path | None, asked: Verd
     )
 
 
-def _written_by_several(files: list[Checked], said: list[Diagnostic]) -> list[Diagnostic]:
+def _written_by_several(files: list[CheckedFile], said: list[Diagnostic]) -> list[Diagnostic]:
     """Reports of one file that would write over what another one reads or writes."""
-    from mechdsl.validate.written_files import check_written
+    from mechdsl.checks.file_check import check_output_files
 
-    found = check_written([(checked.program, checked.reported) for checked in files])
+    found = check_output_files([(checked.program, checked.reported) for checked in files])
     known = {(each.code, each.span) for each in said}
     return [each for each in found if (each.code, each.span) not in known]
 
 
 def _run_all(
-    files: list[Checked],
+    files: list[CheckedFile],
     options: RunOptions,
     stores: StoreOptions,
     form: str,
-    verdicts: Verdicts,
+    verdicts: VerdictReporter,
     *,
     profile: bool,
 ) -> int:
     """Run files one after another, printing what each has found. One that can't be computed costs
     no other; where nobody reads what is printed any more, those are run that keep something."""
-    from mechdsl.results.results import Results
-    from mechdsl.results.versions import versions
-    from mechdsl.store.place import store_folder
+    from mechdsl.results.results import Results, package_versions
+    from mechdsl.store.store import store_folder
 
     found: list[FileResult] = []
     failed: list[int] = []
@@ -203,9 +527,9 @@ def _run_all(
             done = _run_file(checked, own, form, keeping, verdicts, profile=profile)
         except KeyboardInterrupt as error:
             verdicts.interrupted()
-            return interrupted(error, keeping.said)
+            return report_interruption(error, keeping.said)
         except OutputLost as error:  # behind the file's own run, and the reports that it writes
-            done, lost = without_output(error), True
+            done, lost = report_lost_output(error), True
         if isinstance(done, int):
             failed.append(done)
         else:
@@ -215,19 +539,21 @@ def _run_all(
         if verdicts.stop(form):
             break
     if not_run:
-        say(f"not run, as they keep nothing: {', '.join(not_run)}", out=False)
+        print_line(f"not run, as they keep nothing: {', '.join(not_run)}", out=False)
     if not found and failed:
         verdicts.tell(form)
         return max(failed)
-    results = Results(tuple(found) + verdicts.not_run, versions(), against=verdicts.against())
+    results = Results(
+        tuple(found) + verdicts.not_run, package_versions(), against=verdicts.against()
+    )
     if form == "json":
-        write_json(results.to_json())
+        print_json(results.to_json())
     elif form == "csv":
         sys.stdout.write(results.to_csv())
     return verdicts.status(results, bool(failed) or not whole, form)
 
 
-def _has_files(checked: Checked) -> bool:
+def _has_files(checked: CheckedFile) -> bool:
     """Whether a report goes to a file."""
     return any(report.file for each in checked.reported for report in each.reports)
 
@@ -240,12 +566,12 @@ class _Keeping:
     @property
     def said(self) -> str:
         """Where a run was interrupted."""
-        return f"; {GOES_ON}" if self.kept else "; nothing of this file is kept"
+        return f"; {RESUME_NOTE}" if self.kept else "; nothing of this file is kept"
 
     def start(self, kept: bool) -> None:
         """Called before anything is computed."""
         self.kept = kept
-        from mechdsl.loading.load import import_library
+        from mechdsl.loading.loader import import_library
 
         import_library()
         gc.freeze()  # what was imported is no garbage,
@@ -253,24 +579,26 @@ class _Keeping:
 
 
 def _run_file(
-    checked: Checked,
+    checked: CheckedFile,
     options: RunOptions,
     form: str,
     keeping: _Keeping,
-    verdicts: Verdicts,
+    verdicts: VerdictReporter,
     *,
     profile: bool,
 ) -> tuple[FileResult, bool] | int:
     """Run a file and show its reports, and whether that and all that is saved could be done; an
     exit status where the run broke off."""
-    from mechdsl.pipeline.run_file import StoreStopped, run_file
-    from mechdsl.show.progress import Bar
+    from mechdsl.pipeline.file_run import StoreStopped, run_file
+    from mechdsl.show.progress import ProgressBar
 
     source = checked.source
-    bar = Bar(source.name)
-    profiles: list[tuple[Plan, Profile]] = []  # several where experiments wait for others' results
+    bar = ProgressBar(source.name)
+    profiles: list[
+        tuple[Plan, ExecutionProfile]
+    ] = []  # several where experiments wait for others' results
 
-    def keep(plan: Plan, done: Profile) -> None:
+    def keep(plan: Plan, done: ExecutionProfile) -> None:
         profiles.append((plan, done))
 
     options = replace(
@@ -284,28 +612,28 @@ def _run_file(
     except StoreStopped as stopped:
         verdicts.trouble(checked, f"the run broke off: {stopped.diagnostic.message}")
         print_diagnostics([stopped.diagnostic])
-        return BROKE_OFF
+        return INCOMPLETE
     except Exception as error:
         verdicts.trouble(checked, f"the run broke off: {type(error).__name__}: {error}")
-        status = broke_off(f"the run of {source.name}", error)
+        status = report_failure(f"the run of {source.name}", error)
         if keeping.kept:
-            say(GOES_ON, out=False)
+            print_line(RESUME_NOTE, out=False)
         return status
     print_diagnostics(ran.diagnostics)
     for note in ran.notes:
-        say(note, out=False)
+        print_line(note, out=False)
     result = ran.result
     if result is None:
         verdicts.lost(checked, ran.diagnostics)
-        return WRONG
+        return INVALID_INPUT
     verdicts.add(checked, result)
     if options.out is not None and result.not_run:
-        say(f"nothing is written to {options.out}, as {source.name} was stopped", out=False)
+        print_line(f"nothing is written to {options.out}, as {source.name} was stopped", out=False)
     if not (result.experiments or result.lost or result.saved):
-        say(f"{source.name} has no experiments: nothing was run", out=False)
+        print_line(f"{source.name} has no experiments: nothing was run", out=False)
     shown = _show(result, tables=form == "table")
     for saved in result.saved:
-        say(saved.line, out=form == "table")
+        print_line(saved.line, out=form == "table")
     if not shown:
         verdicts.trouble(checked, "a report could not be made")
     unsaved = has_errors(ran.diagnostics) and result.computable
@@ -325,8 +653,8 @@ def _show(result: FileResult, *, tables: bool) -> bool:
 
     tables: print them; else only those are made that go to a file.
     """
-    from mechdsl.show.reports.verdicts import print_lost, print_verdicts
-    from mechdsl.show.show_report import show_report, write_reports
+    from mechdsl.show.output import show_report, write_reports
+    from mechdsl.show.reports.text import print_lost_experiment, print_verdicts
 
     console = make_console()
     # Files first: what is printed may be cut short by its reader.
@@ -340,18 +668,18 @@ def _show(result: FileResult, *, tables: bool) -> bool:
                 whole &= done.path is not None
                 if done.path is not None:
                     said = f"{experiment.name}: report {report.kind} written to {done.path}"
-                    say(said, out=tables)
+                    print_line(said, out=tables)
             elif tables:
                 try:
                     show_report(experiment, report, console)
                 except OutputLost:
                     raise
                 except Exception as error:
-                    broke_off(f"report {report.kind} of {experiment.name}", error)
+                    report_failure(f"report {report.kind} of {experiment.name}", error)
                     whole = False
         if tables:
             print_verdicts(experiment, console)
     if tables:
         for lost in result.lost:
-            print_lost(lost, console)
+            print_lost_experiment(lost, console)
     return whole

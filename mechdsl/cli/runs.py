@@ -1,4 +1,4 @@
-"""`mechdsl runs`: the runs that a store keeps."""
+"""`mechdsl runs` and `mechdsl diff`: the runs in a store, and the difference between two."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mechdsl.cli.options import format_option
-from mechdsl.cli.output import make_console, print_diagnostics, say
-from mechdsl.cli.status import FINE, WRONG
-from mechdsl.cli.streams import write_json
+from mechdsl.cli.arguments import format_option
+from mechdsl.cli.output import (
+    EXPECTATION_FAILED,
+    INVALID_INPUT,
+    SUCCESS,
+    make_console,
+    print_diagnostics,
+    print_json,
+    print_line,
+)
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from mechdsl.results.results import Results
-    from mechdsl.results.run_facts import RunFacts
+    from mechdsl.results.runs import RunFacts
 
-DEFAULT = "list"
+
+DEFAULT_COMMAND = "list"
 
 
 class RunCommands(click.Group):
@@ -29,20 +36,20 @@ class RunCommands(click.Group):
         helped = args and args[0] in ("-h", "--help")
         named = args and not args[0].startswith("-")
         if not helped and not named and not ctx.resilient_parsing:  # as for completion
-            args = [DEFAULT, *args]
+            args = [DEFAULT_COMMAND, *args]
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        from mechdsl.diagnostics.raised import MechdslError
+        from mechdsl.diagnostics.rendering import MechdslError
 
         try:
             return super().invoke(ctx)
         except MechdslError as error:
             print_diagnostics(error.diagnostics)
-            return WRONG
+            return INVALID_INPUT
 
 
-class RunName(click.ParamType[str]):
+class RunNameType(click.ParamType[str]):
     """What a run is called by."""
 
     name = "run"
@@ -52,30 +59,29 @@ class RunName(click.ParamType[str]):
     ) -> list[CompletionItem[str]]:
         from click.shell_completion import CompletionItem
 
-        from mechdsl.cli.options import MechFile
-        from mechdsl.diagnostics.raised import MechdslError
-        from mechdsl.results.kept_runs import runs_in
-        from mechdsl.results.named_runs import LAST, folder_of
+        from mechdsl.cli.arguments import MechFile
+        from mechdsl.diagnostics.rendering import MechdslError
+        from mechdsl.results.runs import LAST_RUN, find_store_folder, load_runs
 
         try:
-            found = [run.id for run in runs_in(folder_of(None, ctx.params.get("store")))]
+            found = [run.id for run in load_runs(find_store_folder(None, ctx.params.get("store")))]
         except MechdslError:
             found = []
-        begun = [CompletionItem(id) for id in [LAST, *found] if id.startswith(incomplete)]
+        begun = [CompletionItem(id) for id in [LAST_RUN, *found] if id.startswith(incomplete)]
         return [*begun, *MechFile().shell_complete(ctx, param, incomplete)]
 
 
-class Size(click.ParamType[int]):
+class SizeType(click.ParamType[int]):
     """`5GB`, in bytes."""
 
     name = "size"
 
     def convert(self, value: Any, param: Any, ctx: click.Context | None) -> int:
-        from mechdsl.base.byte_sizes import bytes_of
+        from mechdsl.base.text import parse_size
 
         if isinstance(value, int):
             return value
-        found = bytes_of(value)
+        found = parse_size(value)
         if found is None:
             self.fail(f"`{value}` isn't a size such as `5GB` or `500MB`", param, ctx)
         return found
@@ -88,7 +94,8 @@ store_option = click.option(
     is_eager=True,  # so that completion knows it
     help="The store's folder.  [default: .mechdsl of the working folder, or beside the .mech file]",
 )
-run_argument = click.argument("run", type=RunName())
+
+run_argument = click.argument("run", type=RunNameType())
 
 
 @click.group(cls=RunCommands, short_help="List, show, export or remove the runs that are kept.")
@@ -100,27 +107,26 @@ def runs() -> None:
     """
 
 
-@runs.command(DEFAULT)
+@runs.command(DEFAULT_COMMAND)
 @store_option
 @format_option("table", "json")
 def list_runs(store: Path | None, form: str) -> int:
     """List the runs, the newest first."""
-    from mechdsl.results.kept_runs import Runs, runs_in
-    from mechdsl.results.named_runs import folder_of, has_store
+    from mechdsl.results.runs import Runs, find_store_folder, has_store, load_runs
 
-    folder = folder_of(None, store)
-    found = Runs() if store is None and not has_store(folder) else runs_in(folder)
+    folder = find_store_folder(None, store)
+    found = Runs() if store is None and not has_store(folder) else load_runs(folder)
     if form == "json":
-        from mechdsl.base.visible import json_text
+        from mechdsl.base.text import dump_json
 
-        write_json(json_text([each.facts.as_json() for each in found], 2))
+        print_json(dump_json([each.facts.as_json() for each in found], 2))
     elif found:
         from mechdsl.show.runs import print_runs
 
         print_runs([each.facts for each in found], make_console())
     else:
-        say(f"no runs are kept in {folder}", out=False)
-    return FINE
+        print_line(f"no runs are kept in {folder}", out=False)
+    return SUCCESS
 
 
 @runs.command()
@@ -129,37 +135,43 @@ def list_runs(store: Path | None, form: str) -> int:
 @format_option("table", "json", "csv")
 def show(run: str, store: Path | None, form: str) -> int:
     """Print what is known of a run, and its tables and verdicts again."""
-    from mechdsl.base.visible import visible
-    from mechdsl.results.archive import DOCUMENT, ArchiveProblem, OtherVersion, unpack
-    from mechdsl.results.named_runs import (
-        content_of,
-        find_run,
-        folder_of,
-        names_export,
-        open_store,
-        results_of,
-        unreadable,
+    from mechdsl.base.text import escape_hidden
+    from mechdsl.results.results import (
+        DOCUMENT_FILE,
+        ArchiveError,
+        ArchiveVersionError,
+        unpack_results,
     )
-    from mechdsl.results.run_facts import facts_of, with_hashes
+    from mechdsl.results.runs import (
+        add_hashes,
+        find_run,
+        find_store_folder,
+        is_export_name,
+        load_archive,
+        load_results,
+        open_store,
+        read_facts,
+        unreadable_run_error,
+    )
 
-    if names_export(run):
-        return _print(results_of(run), form)
-    with open_store(folder_of(run, store)) as opened:
+    if is_export_name(run):
+        return _print(load_results(run), form)
+    with open_store(find_store_folder(run, store)) as opened:
         stored = find_run(opened, run)
         if form == "table" and stored.state != "finished":
-            return _print_facts(facts_of(stored))
-        content = content_of(opened, stored)
+            return _print_facts(read_facts(stored))
+        content = load_archive(opened, stored)
     try:
-        results = unpack(content)
-    except OtherVersion as error:
-        if form != "json" or DOCUMENT not in content:
-            raise unreadable(stored, error) from error
-        write_json(visible(content[DOCUMENT].decode("utf-8", "replace").rstrip()))
-        return FINE
-    except ArchiveProblem as error:
-        raise unreadable(stored, error) from error
+        results = unpack_results(content)
+    except ArchiveVersionError as error:
+        if form != "json" or DOCUMENT_FILE not in content:
+            raise unreadable_run_error(stored, error) from error
+        print_json(escape_hidden(content[DOCUMENT_FILE].decode("utf-8", "replace").rstrip()))
+        return SUCCESS
+    except ArchiveError as error:
+        raise unreadable_run_error(stored, error) from error
     if form == "table":
-        _print_facts(with_hashes(facts_of(stored), results))
+        _print_facts(add_hashes(read_facts(stored), results))
     return _print(results, form)
 
 
@@ -167,67 +179,65 @@ def _print_facts(facts: RunFacts) -> int:
     from mechdsl.show.runs import print_facts
 
     print_facts(facts, make_console())
-    return FINE
+    return SUCCESS
 
 
 def _print(results: Results, form: str) -> int:
     print_diagnostics(results.diagnostics)
     if form == "json":
-        write_json(results.to_json())
+        print_json(results.to_json())
     elif form == "csv":
         sys.stdout.write(results.to_csv())
     else:
         from mechdsl.show.runs import print_results
 
         print_results(results, make_console())
-    return FINE
+    return SUCCESS
 
 
 @runs.command("rm")
-@click.argument("run", nargs=-1, required=True, type=RunName())
+@click.argument("run", nargs=-1, required=True, type=RunNameType())
 @store_option
 def remove(run: tuple[str, ...], store: Path | None) -> int:
     """Remove runs. The values that they computed stay, for other runs; `gc` removes them."""
-    from mechdsl.results.kept_runs import Run
-    from mechdsl.results.named_runs import find_run, folder_of, open_store
+    from mechdsl.results.runs import Run, find_run, find_store_folder, open_store
 
     found: dict[str, Run] = {}
     for name in run:  # all of them, before the first one goes
-        folder = folder_of(name, store)
+        folder = find_store_folder(name, store)
         with open_store(folder) as opened:
             stored = find_run(opened, name)
         found[stored.id] = Run(folder, stored)
     for each in found.values():
         each.remove()
-        say(f"removed {each.id} ({each.file})")
-    return FINE
+        print_line(f"removed {each.id} ({each.file})")
+    return SUCCESS
 
 
 @runs.command(short_help="Remove what nothing refers to any more.")
 @store_option
 @click.option(
     "--limit",
-    type=Size(),
+    type=SizeType(),
     metavar="SIZE",
     help="Remove what wasn't used for longest, until this much is left: 5GB.",
 )
 def gc(store: Path | None, limit: int | None) -> int:
     """Remove what nothing refers to any more, and unfinished runs that are a month old."""
-    from mechdsl.base.byte_sizes import size_text
-    from mechdsl.base.plural import plural
-    from mechdsl.results.named_runs import folder_of, open_store, store_refused
-    from mechdsl.store.store import StoreProblem
+    from mechdsl.base.text import count_noun, format_size
+    from mechdsl.results.runs import find_store_folder, open_store, store_error
+    from mechdsl.store.index import StoreProblem
 
-    folder = folder_of(None, store)
+    folder = find_store_folder(None, store)
     with open_store(folder) as opened:
         try:
             swept = opened.gc(limit)
         except (StoreProblem, OSError) as error:
-            raise store_refused(folder, error) from error
+            raise store_error(folder, error) from error
     passes = "1 pass" if swept.blocks == 1 else f"{swept.blocks:,} passes"
-    went = f"{plural(swept.runs, 'run')} and the values of {passes}"
-    say(f"removed {went}: {size_text(swept.bytes)}; {size_text(swept.left)} are left")
-    return FINE
+    went = f"{count_noun(swept.runs, 'run')} and the values of {passes}"
+    print_line(f"removed {went}: {format_size(swept.bytes)}; {format_size(swept.left)} are left")
+    return SUCCESS
 
 
 @runs.command(short_help="Write a run into a folder, as `run --out` does.")
@@ -236,11 +246,39 @@ def gc(store: Path | None, limit: int | None) -> int:
 @store_option
 def export(run: str, folder: Path, store: Path | None) -> int:
     """Write a run into a folder in FOLDER, which is called like its file, as `run --out` does."""
-    from mechdsl.results.kept_runs import Run
-    from mechdsl.results.named_runs import find_run, folder_of, open_store
+    from mechdsl.results.runs import Run, find_run, find_store_folder, open_store
 
-    place = folder_of(run, store)
+    place = find_store_folder(run, store)
     with open_store(place) as opened:
         stored = find_run(opened, run)
-    say(f"{stored.id} written to {Run(place, stored).export(folder)}")
-    return FINE
+    print_line(f"{stored.id} written to {Run(place, stored).export(folder)}")
+    return SUCCESS
+
+
+@click.command(short_help="Show what changed between two runs.")
+@click.argument("old", metavar="OLD", type=RunNameType())
+@click.argument("new", metavar="NEW", type=RunNameType())
+@store_option
+@format_option("table", "json")
+def diff(old: str, new: str, store: Path | None, form: str) -> int:
+    """Show what changed between two runs: inputs, verdicts, cells beyond noise.
+
+    OLD and NEW are runs (an id or its beginning, `last`), `.mech` files (their latest finished
+    run), or folders of `run --out`. Exit status 0 when nothing changed beyond noise, 1 when an
+    effect did, an expectation that held fails, or something is gone; 2 when something is wrong.
+    """
+    from mechdsl.diagnostics.rendering import MechdslError
+    from mechdsl.results.differences.comparison import diff_runs
+
+    try:
+        found = diff_runs(old, new, store)
+    except MechdslError as error:
+        print_diagnostics(error.diagnostics)
+        return INVALID_INPUT
+    if form == "json":
+        print_json(found.to_json())
+    else:
+        from mechdsl.show.differences import print_differences
+
+        print_differences(found, make_console())
+    return EXPECTATION_FAILED if found.changed else SUCCESS

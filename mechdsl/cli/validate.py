@@ -1,31 +1,37 @@
-"""`mechdsl validate`: check files without weights."""
+"""`mechdsl validate` and `mechdsl fmt`: check files without weights, and format them."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
 from mechdsl.base import limits
-from mechdsl.base.plural import plural
-from mechdsl.cli.mech_files import checked_file, each_file, mech_files
-from mechdsl.cli.options import (
+from mechdsl.base.files import write_atomically
+from mechdsl.base.text import count_noun
+from mechdsl.cli.arguments import (
+    STDIN,
     allow_outside_option,
+    check_mech_file,
     files_argument,
+    find_mech_files,
     format_option,
+    map_files,
+    read_mech_file,
     set_option,
-    settings,
+    settings_from_options,
     untrusted_option,
 )
-from mechdsl.cli.output import print_diagnostics
-from mechdsl.cli.status import FINE, WRONG
+from mechdsl.cli.output import INVALID_INPUT, SUCCESS, print_diagnostics, print_line
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 
 if TYPE_CHECKING:
-    from mechdsl.validate.check_file import Settings
+    from mechdsl.checks.file_check import CheckSettings
 
 
 @click.command()
@@ -51,7 +57,7 @@ def validate(
 
     `-` is standard input.
     """
-    how = settings(
+    how = settings_from_options(
         parameters,
         python="look",
         require_models=require_models,
@@ -59,11 +65,11 @@ def validate(
         untrusted=untrusted,
     )
     how = replace(how, prompts_enough=limits.CHECKED_PROMPTS)
-    paths, problems = mech_files(files)
+    paths, problems = find_mech_files(files)
     unchecked: list[str] = []
     unrun: list[str] = []
     hollow: list[Diagnostic] = []
-    for path, one in zip(paths, each_file(_validated, paths, how), strict=True):
+    for path, one in zip(paths, map_files(_validated, paths, how), strict=True):
         problems += one.problems
         unchecked += [f"{path}: {name}" for name in one.unchecked]
         unrun += [f"{path}: {name}" for name in one.unrun]
@@ -74,9 +80,9 @@ def validate(
         count = f"{len(paths)} file" + ("s" if len(paths) != 1 else "")
         rest = _without(unchecked, "model") + _without(unrun, "Python")
         if hollow:
-            rest += f", {plural(len(hollow), 'model')} without weights on this machine"
+            rest += f", {count_noun(len(hollow), 'model')} without weights on this machine"
         print(f"{count} checked: no errors{rest}")
-    return WRONG if has_errors(problems) else FINE
+    return INVALID_INPUT if has_errors(problems) else SUCCESS
 
 
 class _Validated(NamedTuple):
@@ -91,13 +97,13 @@ class _Validated(NamedTuple):
     """E0406 for the models without weights."""
 
 
-def _validated(path: Path, how: Settings) -> _Validated:
-    from mechdsl.models.locate import without_weights
+def _validated(path: Path, how: CheckSettings) -> _Validated:
+    from mechdsl.models.folder import report_missing_weights
 
-    checked, found = checked_file(path, how)
+    checked, found = check_mech_file(path, how)
     if checked is None:
         return _Validated(found)
-    hollow = without_weights(checked.program.models.values())
+    hollow = report_missing_weights(checked.program.models.values())
     return _Validated(found, checked.unchecked, checked.unrun, hollow)
 
 
@@ -108,3 +114,38 @@ def _without(experiments: list[str], what: str) -> str:
     many = len(experiments) > 1
     whose = f"{len(experiments)} experiments without their" if many else "1 experiment without its"
     return f", {whose} {what}"
+
+
+@click.command()
+@files_argument
+@click.option("--check", is_flag=True, help="Change nothing; exit status 2 if it would.")
+def fmt(files: tuple[Path, ...], check: bool) -> int:
+    """Bring files into canonical form. `-` is standard input, whose form is printed."""
+    from mechdsl.syntax.formatter import format_file
+    from mechdsl.syntax.frontend import parse
+
+    import_module("mechdsl.vocab.corruptions")  # whose words the parser looks up
+    paths, problems = find_mech_files(files)
+    piped = STDIN in paths
+    changed: list[str] = []
+    for path in paths:
+        source, found = read_mech_file(path)
+        problems += found
+        if source is None:
+            continue
+        tree, found = parse(source)
+        problems += found
+        if has_errors(found):
+            continue
+        text = format_file(tree)
+        if path == STDIN and not check:
+            sys.stdout.write(text)
+        elif text != source.text:
+            changed.append(source.name)
+            if not check:
+                write_atomically(path, text)
+    print_diagnostics(problems)
+    for name in changed:
+        # What standard output holds is the text alone.
+        print_line(f"{'would change' if check else 'formatted'} {name}", out=check or not piped)
+    return INVALID_INPUT if has_errors(problems) or (check and changed) else SUCCESS

@@ -1,21 +1,22 @@
-"""What every diagnostic has."""
+"""The base class of all diagnostics, and helpers for their hints."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from mechdsl.base.record import Record, keyword_record
+from mechdsl.base.records import Record, closest_name, keyword_record
 from mechdsl.base.source import Span
 
 Severity = Literal["error", "warning"]
 
-Unknown: TypeAlias = Literal["shape", "tokens", "rows", "count", "columns"]
+UnknownFact: TypeAlias = Literal["shape", "tokens", "rows", "count", "columns"]
 """What isn't known where something stands in for it: the sizes and sites of a model, the tokens of
 texts, the rows of prompts, how many there are of them, the names that a data file gives them."""
-UNKNOWN: tuple[Unknown, ...] = ("shape", "tokens", "rows", "count", "columns")
+
+UNKNOWN_FACTS: tuple[UnknownFact, ...] = ("shape", "tokens", "rows", "count", "columns")
 
 _COUNTED = re.compile(
     r"(?<!of )\{(\w+)[^}]*\} "
@@ -39,7 +40,7 @@ class Diagnostic(Record):
     title: ClassVar[str] = ""
     label: ClassVar[str] = ""
     help: ClassVar[str] = ""
-    hangs_on: ClassVar[frozenset[Unknown]] = frozenset()
+    hangs_on: ClassVar[frozenset[UnknownFact]] = frozenset()
     """What has to be known for this to be true: it isn't said where that only stands in."""
 
     span: Span | None = None
@@ -91,6 +92,19 @@ def has_errors(diagnostics: Iterable[Diagnostic]) -> bool:
     return any(d.severity == "error" for d in diagnostics)
 
 
-def certain(found: Iterable[Diagnostic], unknown: Collection[Unknown]) -> list[Diagnostic]:
+def filter_certain(
+    found: Iterable[Diagnostic], unknown: Collection[UnknownFact]
+) -> list[Diagnostic]:
     """Those that are true whatever stands in for what is unknown."""
     return [each for each in found if each.by_text or each.hangs_on.isdisjoint(unknown)]
+
+
+def did_you_mean(
+    word: str, known: Iterable[str], otherwise: str, *, written: Callable[[str], str] = str
+) -> str:
+    """A help line: the known word that is near where there is one, else what to do.
+
+    written: how the known word is written there.
+    """
+    near = closest_name(word, known)
+    return f"did you mean `{written(near)}`?" if near else otherwise

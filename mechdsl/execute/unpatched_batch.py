@@ -1,4 +1,7 @@
-"""Unpatched runs of a batch of prompts: what they compute is kept for the rows that start there."""
+"""Unpatched runs of one batch of prompts.
+
+One pass computes the logits, the activations, and the cache that patched rows start from.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,19 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.arrays import Bools, Ints
-from mechdsl.execute.options import PaddingSide
-from mechdsl.hooks.batch import Batch, to_device
-from mechdsl.hooks.block_exchange import blocks_replaced
-from mechdsl.hooks.calls import one_output
-from mechdsl.hooks.hook_points import fused
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
-from mechdsl.hooks.rule_writes import RuleWrites
-from mechdsl.hooks.whole_pass import RunResult, run_whole
-from mechdsl.images.pixels import prepared
-from mechdsl.packed.activation_cache import ActivationCache, keeping
-from mechdsl.prompts.image_reader import ImageReader
-from mechdsl.prompts.prompt_table import Noise, Run
-from mechdsl.resolve.resolved import Atom, ResolvedMeasure
-from mechdsl.resolve.resolved_rule import Place
-from mechdsl.vocab.sites import WITHIN_ATTENTION
+from mechdsl.execute.run_record import PaddingSide
+from mechdsl.forward.hooks.batch import Batch, RuleWrites, SiteRead, SiteWrite, to_device
+from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
+from mechdsl.forward.hooks.hook_points import fuse_activations
+from mechdsl.forward.hooks.model import LoadedModel, has_single_output, replace_blocks
+from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
+from mechdsl.images.pixels import model_input
+from mechdsl.prompts.runs import PromptRun, RunNoise
+from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.resolve.types import MetricTerm, ResolvedMeasure, SiteLayer
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
 
-Spot = Mapping[str, tuple[int, ...]]
+MeasuredPosition = Mapping[str, tuple[int, ...]]
 """Run → per prompt, the position that a measure reads; empty for the last token."""
 
 
@@ -71,21 +69,21 @@ class UnpatchedBatch:
 class UnpatchedRequest:
     """What is wanted of an unpatched run."""
 
-    reads: frozenset[Place] = frozenset()
+    reads: frozenset[SiteLayer] = frozenset()
     lowest: int | None = None
     """The lowest block that rows start in; None keeps nothing for them."""
-    spots: tuple[Spot, ...] = ()
+    spots: tuple[MeasuredPosition, ...] = ()
     """Positions whose logits are wanted; with none, the run may stop early."""
     stop: int | None = None
     tokens: Tensor | None = None
     """[K] the only tokens whose logits are wanted, ascending."""
     fuse: bool = False
-    loss: Atom | None = None
-    continuation: Atom | None = None
+    loss: MetricTerm | None = None
+    continuation: MetricTerm | None = None
     """The text of several tokens that stands behind every prompt."""
 
 
-def spot_positions(spot: Spot, run: str, prompts: Ints, lengths: Ints) -> Ints:
+def find_positions(spot: MeasuredPosition, run: str, prompts: Ints, lengths: Ints) -> Ints:
     """The position that each lane is read at: the spot's, else the last token of the prompt."""
     where = spot.get(run)
     if where is None:
@@ -94,29 +92,29 @@ def spot_positions(spot: Spot, run: str, prompts: Ints, lengths: Ints) -> Ints:
 
 
 @dataclass(frozen=True, eq=False)
-class TextBehind:
+class Continuation:
     """A text of several tokens behind the prompts of a pass."""
 
     number: int
     """Of the metric that reads it, among the atoms of a readout."""
-    atom: Atom
+    atom: MetricTerm
 
 
-def fed_tokens(text: TextBehind | None, prompts: Ints) -> Ints:
+def count_fed_tokens(text: Continuation | None, prompts: Ints) -> Ints:
     """[prompt] how many tokens of the text go in."""
     if text is None:
         return np.zeros(len(prompts), dtype=np.int64)
     return np.array(text.atom.behind, dtype=np.int64)[prompts]
 
 
-def continuation_ids(atom: Atom, prompt: int) -> tuple[int, ...]:
+def get_continuation_ids(atom: MetricTerm, prompt: int) -> tuple[int, ...]:
     """The token ids of a text that a metric sums over, for one prompt."""
     return atom.texts[None][prompt]
 
 
-def spots_of(measures: Sequence[ResolvedMeasure]) -> tuple[Spot, ...]:
+def collect_measured_positions(measures: Sequence[ResolvedMeasure]) -> tuple[MeasuredPosition, ...]:
     """The distinct places that measures read."""
-    found: list[Spot] = []
+    found: list[MeasuredPosition] = []
     for measure in measures:
         if measure.at not in found:
             found.append(measure.at)
@@ -125,7 +123,7 @@ def spots_of(measures: Sequence[ResolvedMeasure]) -> tuple[Spot, ...]:
 
 def compute_unpatched(
     model: LoadedModel,
-    runs: Sequence[tuple[Run, UnpatchedRequest]],
+    runs: Sequence[tuple[PromptRun, UnpatchedRequest]],
     prompts: Ints,
     row_keys: Sequence[int],
     *,
@@ -138,48 +136,48 @@ def compute_unpatched(
     `row_keys` are the table's, so that noise hangs on what a row is and not on the batch; `side` as
     in `Options`. `rules`: of a run that has some, which is alone then; their rows are its lanes.
     """
-    parts = [_Part.of(model, run, request, prompts) for run, request in runs]
+    parts = [_RunPart.of(model, run, request, prompts) for run, request in runs]
     ids = [row for part in parts for row in part.ids]
     acting = rules or RuleWrites()
     batch = Batch.of(ids, model.pad_id, side or model.calling.side, model.device)
-    batch = acting.numbered(_with_images(model, batch, parts))
+    batch = acting.numbered(_add_images(model, batch, parts))
     begins = np.cumsum([0, *(len(part.ids) for part in parts)]).tolist()
     noise: list[SiteWrite] = []
     for part, begin in zip(parts, begins, strict=False):
         rows = torch.arange(begin, begin + len(part.ids))
-        added = noise_writes(model, part.run.noise, part.lanes, row_keys, seed)
+        added = build_noise_writes(model, part.run.noise, part.lanes, row_keys, seed)
         noise += [write.moved(rows) for write in added]
-    with blocks_replaced(model, acting.blocks):
-        done = _pass_of(model, batch, parts, RuleWrites(noise).then(acting))
+    with replace_blocks(model, acting.blocks):
+        done = _run_pass(model, batch, parts, RuleWrites(noise).then(acting))
     return [
         part.found(done, slice(begin, begin + len(part.ids)))
         for part, begin in zip(parts, begins, strict=False)
     ]
 
 
-def _with_images(model: LoadedModel, batch: Batch, parts: Sequence[_Part]) -> Batch:
+def _add_images(model: LoadedModel, batch: Batch, parts: Sequence[_RunPart]) -> Batch:
     """The batch with the pixels of its rows, where these are images."""
     pictures = [part.run.rows[p].image for part in parts for p in part.lanes]
     known = [picture for picture in pictures if picture is not None]
     if not known:
         return batch
     reader = model.tokenizer
-    assert isinstance(reader, ImageReader)
-    images = np.stack([prepared(picture, reader.processing) for picture in known])
+    assert isinstance(reader, ImageTokenizer)
+    images = np.stack([model_input(picture, reader.processing) for picture in known])
     pixels = to_device(torch.from_numpy(images).to(model.dtype), model.device)
     return batch.with_inputs({"pixel_values": pixels})
 
 
-def sorted_places(request: UnpatchedRequest) -> list[Place]:
+def sort_requested_sites(request: UnpatchedRequest) -> list[SiteLayer]:
     """The sites that are read, in an order of their own."""
     return sorted(request.reads, key=lambda place: (place[0], -1 if place[1] is None else place[1]))
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class _RunPart:
     """One run in a pass over several."""
 
-    run: Run
+    run: PromptRun
     asked: UnpatchedRequest
     prompts: Ints
     lanes: Ints
@@ -191,31 +189,33 @@ class _Part:
     """[lane, n] positions whose logits are wanted."""
 
     @staticmethod
-    def of(model: LoadedModel, run: Run, request: UnpatchedRequest, prompts: Ints) -> _Part:
+    def of(
+        model: LoadedModel, run: PromptRun, request: UnpatchedRequest, prompts: Ints
+    ) -> _RunPart:
         lanes = np.repeat(prompts, run.draws)
         text = request.continuation
         ids = [
-            run.rows[p].ids + (() if text is None else continuation_ids(text, int(p))[:-1])
+            run.rows[p].ids + (() if text is None else get_continuation_ids(text, int(p))[:-1])
             for p in lanes
         ]
         lengths = np.array([len(run.rows[p].ids) for p in lanes], dtype=np.int64)
         at: Tensor | None = None
         if request.spots:
-            columns = [spot_positions(spot, run.name, lanes, lengths) for spot in request.spots]
+            columns = [find_positions(spot, run.name, lanes, lengths) for spot in request.spots]
             at = torch.from_numpy(np.stack(columns, axis=1))
         if text is not None:
-            at = continuation_positions(text, lanes, lengths)
-        return _Part(run, request, prompts, lanes, ids, lengths, at)
+            at = find_continuation_positions(text, lanes, lengths)
+        return _RunPart(run, request, prompts, lanes, ids, lengths, at)
 
-    def found(self, done: _Pass, rows: slice) -> UnpatchedBatch:
+    def found(self, done: _BatchPass, rows: slice) -> UnpatchedBatch:
         """What the pass gave of it; rows: its own in the batch."""
         own, result = done.batch.part(rows), done.result
         logits = None if result.logits is None else result.logits[rows]
         loss = None
         if self.asked.loss is not None and logits is not None:
-            loss = prompt_loss(self.asked.loss, logits, own, self.run, self.lanes)
+            loss = compute_prompt_loss(self.asked.loss, logits, own, self.run, self.lanes)
         if done.full and logits is not None and self.at is not None:
-            logits = at_positions(logits, own, self.at)
+            logits = select_positions(logits, own, self.at)
         kept = None if self.asked.lowest is None else done.kept
         return UnpatchedBatch(
             run=self.run.name,
@@ -233,11 +233,11 @@ class _Part:
 
 
 @dataclass(frozen=True, eq=False)
-class _Pass:
+class _BatchPass:
     """What one pass over all parts gave."""
 
     batch: Batch
-    result: RunResult
+    result: FullPassResult
     reads: Mapping[SiteRead, Tensor]
     kept: ActivationCache | None
     full: bool
@@ -245,18 +245,22 @@ class _Pass:
     tokens: Tensor | None
 
 
-def _pass_of(model: LoadedModel, batch: Batch, parts: Sequence[_Part], rules: RuleWrites) -> _Pass:
+def _run_pass(
+    model: LoadedModel, batch: Batch, parts: Sequence[_RunPart], rules: RuleWrites
+) -> _BatchPass:
     """Run them, no farther up than is asked for."""
     requests = [part.asked for part in parts]
-    every = list(dict.fromkeys(SiteRead(*place) for r in requests for place in sorted_places(r)))
-    wanted = [read for read in every if read.site not in WITHIN_ATTENTION]
-    within = [read for read in every if read.site in WITHIN_ATTENTION]
+    every = list(
+        dict.fromkeys(SiteRead(*place) for r in requests for place in sort_requested_sites(r))
+    )
+    wanted = [read for read in every if read.site not in ATTENTION_INTERNAL_SITES]
+    within = [read for read in every if read.site in ATTENTION_INTERNAL_SITES]
     noised = [SiteRead("embed")] if any(part.run.noise is not None for part in parts) else []
     full = SiteRead("logits") in wanted or any(r.loss is not None for r in requests)
     full |= any(write.site == "logits" for write in rules.writes)
     measured = any(part.at is not None for part in parts)
-    full |= measured and one_output(model)
-    at = _side_by_side(parts) if measured and not full else None
+    full |= measured and has_single_output(model)
+    at = _stack_positions(parts) if measured and not full else None
     tokens = requests[0].tokens if measured and not full else None
     stops = [part.asked.stop if part.at is None else None for part in parts]
     stop = None if full or None in stops else max(stop for stop in stops if stop is not None)
@@ -264,11 +268,11 @@ def _pass_of(model: LoadedModel, batch: Batch, parts: Sequence[_Part], rules: Ru
     kept: ActivationCache | None = None
     with ExitStack() as stack:
         if lowest:
-            kept = stack.enter_context(keeping(model, batch, min(lowest)))
+            kept = stack.enter_context(record_activations(model, batch, min(lowest)))
         if requests[0].fuse:
-            stack.enter_context(fused(model.module))
+            stack.enter_context(fuse_activations(model.module))
         due = rules.below(stop, model.shape.n_layers)
-        result = run_whole(
+        result = run_full(
             model,
             batch,
             stop=stop,
@@ -284,14 +288,14 @@ def _pass_of(model: LoadedModel, batch: Batch, parts: Sequence[_Part], rules: Ru
     if within:  # apart from what is kept for rows, as both take attention over
         last = max(read.layer for read in within if read.layer is not None)
         due = rules.below(last + 1, model.shape.n_layers)
-        stopped = run_whole(
+        stopped = run_full(
             model, batch, stop=last + 1, writes=due.writes, reads=within, edges=due.edges
         )
         reads |= stopped.reads
-    return _Pass(batch, result, {read: reads[read] for read in every}, kept, full, tokens)
+    return _BatchPass(batch, result, {read: reads[read] for read in every}, kept, full, tokens)
 
 
-def _side_by_side(parts: Sequence[_Part]) -> Tensor:
+def _stack_positions(parts: Sequence[_RunPart]) -> Tensor:
     """[lane of all parts, n]: what isn't measured is read at the last token, and not used."""
     width = max(part.at.shape[1] for part in parts if part.at is not None)
     every = [
@@ -303,7 +307,7 @@ def _side_by_side(parts: Sequence[_Part]) -> Tensor:
     return torch.cat(every)
 
 
-def at_positions(logits: Tensor, batch: Batch, at: Tensor) -> Tensor:
+def select_positions(logits: Tensor, batch: Batch, at: Tensor) -> Tensor:
     """[B, n, vocab] of [B, T, vocab], at positions [B, n] of the unpadded prompts, on the host."""
     if logits.dim() == 2:  # one for a whole image
         return logits[:, None].expand(-1, at.shape[1], -1)
@@ -311,14 +315,16 @@ def at_positions(logits: Tensor, batch: Batch, at: Tensor) -> Tensor:
     return logits[rows, to_device(batch.starts[:, None] + at, logits.device)]
 
 
-def continuation_positions(atom: Atom, lanes: Ints, lengths: Ints) -> Tensor:
+def find_continuation_positions(atom: MetricTerm, lanes: Ints, lengths: Ints) -> Tensor:
     """[lane, token]: where each token of the text is predicted; the last one is repeated."""
-    counts = np.array([len(continuation_ids(atom, int(p))) for p in lanes], dtype=np.int64)
+    counts = np.array([len(get_continuation_ids(atom, int(p))) for p in lanes], dtype=np.int64)
     steps = np.minimum(np.arange(counts.max())[None, :], counts[:, None] - 1)
     return torch.from_numpy(lengths[:, None] - 1 + steps)
 
 
-def prompt_loss(atom: Atom, logits: Tensor, batch: Batch, run: Run, lanes: Ints) -> Tensor:
+def compute_prompt_loss(
+    atom: MetricTerm, logits: Tensor, batch: Batch, run: PromptRun, lanes: Ints
+) -> Tensor:
     """[lane]: the loss over the prompts' own tokens, special ones and continuations aside. The
     first token of the input is predicted from nothing."""
     mask = torch.zeros(batch.mask.shape, dtype=torch.bool)
@@ -330,15 +336,15 @@ def prompt_loss(atom: Atom, logits: Tensor, batch: Batch, run: Run, lanes: Ints)
     return atom.form.function(logits, batch.ids, to_device(mask, batch.ids.device))
 
 
-def has_loss(run: Run, prompts: Ints) -> Bools:
+def has_loss(run: PromptRun, prompts: Ints) -> Bools:
     """[prompt] whether one of its own tokens follows another, so that there is a loss."""
     own = [[not special for special in run.rows[prompt].special] for prompt in prompts]
     return np.array([any(a and b for a, b in pairwise(one)) for one in own], dtype=np.bool_)
 
 
-def noise_writes(
+def build_noise_writes(
     model: LoadedModel,
-    noise: Noise | None,
+    noise: RunNoise | None,
     lanes: Ints,
     row_keys: Sequence[int],
     seed: int,
@@ -351,7 +357,7 @@ def noise_writes(
     if noise is None:
         return []
     draws = noise.samples
-    scale = noise_scale(model, noise)
+    scale = compute_noise_scale(model, noise)
     row_keys = row_keys if noise.row_keys is None else noise.row_keys
     rows: list[int] = []
     positions: list[int] = []
@@ -378,7 +384,7 @@ def noise_writes(
     ]
 
 
-def noise_scale(model: LoadedModel, noise: Noise) -> float:
+def compute_noise_scale(model: LoadedModel, noise: RunNoise) -> float:
     """The standard deviation of the noise, in units of the activation.
 
     `3 sd` is three standard deviations, one scalar, of the embeddings of the span's tokens over
@@ -387,9 +393,9 @@ def noise_scale(model: LoadedModel, noise: Noise) -> float:
     if noise.sds is None:
         return float(noise.std or 0.0)
     if noise.sd_images:
-        known = _OF_IMAGES.setdefault(model, {})
+        known = _IMAGE_DEVIATIONS.setdefault(model, {})
         if noise.sd_tokens not in known:
-            known[noise.sd_tokens] = _deviation(model, noise)
+            known[noise.sd_tokens] = _image_deviation(model, noise)
         return noise.sds * known[noise.sd_tokens]
     assert model.anatomy.embedding is not None  # prompts are tokens
     embed = model.module.get_submodule(model.anatomy.embedding)
@@ -403,20 +409,23 @@ def noise_scale(model: LoadedModel, noise: Noise) -> float:
     return float(noise.sds * np.sqrt(variance * numbers / (numbers - 1)))
 
 
-_OF_IMAGES: WeakKeyDictionary[LoadedModel, dict[tuple[int, ...], float]] = WeakKeyDictionary()
+_IMAGE_DEVIATIONS: WeakKeyDictionary[LoadedModel, dict[tuple[int, ...], float]] = (
+    WeakKeyDictionary()
+)
 """Standard deviations that are known, by what they are over."""
-_AT_ONCE = 32
+
+_IMAGES_PER_PASS = 32
 """Images of a pass that only embeds them."""
 
 
-def _deviation(model: LoadedModel, noise: Noise) -> float:
+def _image_deviation(model: LoadedModel, noise: RunNoise) -> float:
     """The standard deviation of all numbers that the site of the noise holds at tokens of images
     without it."""
-    run = Run("", tuple(row for row, _ in noise.sd_images))
+    run = PromptRun("", tuple(row for row, _ in noise.sd_images))
     asked = UnpatchedRequest(reads=frozenset({(noise.site, None)}), stop=0)
     count, total, squares = 0, 0.0, 0.0
-    for first in range(0, len(run.rows), _AT_ONCE):
-        prompts = np.arange(first, min(first + _AT_ONCE, len(run.rows)), dtype=np.int64)
+    for first in range(0, len(run.rows), _IMAGES_PER_PASS):
+        prompts = np.arange(first, min(first + _IMAGES_PER_PASS, len(run.rows)), dtype=np.int64)
         [seen] = compute_unpatched(model, [(run, asked)], prompts, (), seed=0, side=None)
         vectors = seen.reads[SiteRead(noise.site)].double().cpu().numpy()
         for own, prompt in zip(vectors, prompts, strict=True):

@@ -1,49 +1,540 @@
-"""The unpatched runs of a panel: computed once per batch of prompts, read by everything else."""
+"""The unpatched runs of a panel, and metrics read in the replies of rows.
+
+Each run is computed once per batch of prompts and shared by all experiments.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mechdsl.base.arrays import Ints
-from mechdsl.base.reply import Reply
-from mechdsl.execute.behind_prompts import read_behind
-from mechdsl.execute.found import Found
-from mechdsl.execute.options import PaddingSide
-from mechdsl.execute.read_samples import read_samples
-from mechdsl.execute.read_vectors import LanesOf, wanted
-from mechdsl.execute.readout import Reading, Readout
-from mechdsl.execute.reply_readers import HaveWritten, Reader, with_replies
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.execute.measurement.readout import (
+    MeasureFailure,
+    ObservedValues,
+    Readout,
+    ReadoutInput,
+    ReadoutResult,
+    ReplyTokenMap,
+    RowObserver,
+    ValueGap,
+    average_present,
+    build_observer,
+    read_samples,
+)
+from mechdsl.execute.pass_layout import PassMember
+from mechdsl.execute.replies import ReplyGenerator
+from mechdsl.execute.run_record import PaddingSide
 from mechdsl.execute.unpatched_batch import (
-    Spot,
+    MeasuredPosition,
     UnpatchedBatch,
     UnpatchedRequest,
+    build_noise_writes,
+    collect_measured_positions,
     compute_unpatched,
+    find_positions,
     has_loss,
-    spot_positions,
-    spots_of,
+    select_positions,
 )
-from mechdsl.execute.writer import Writer
-from mechdsl.hooks.batch import on_device, to_device, together_on_device
-from mechdsl.hooks.frozen_norms import FrozenNorms
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.reads_and_writes import SiteRead
-from mechdsl.hooks.rule_writes import RuleWrites
-from mechdsl.packed.model_end import ModelEnd
-from mechdsl.plan.experiment_plan import ExperimentPlan
-from mechdsl.plan.only_looks import only_looks
-from mechdsl.plan.plan import Panel, Plan
-from mechdsl.plan.restart import Shortcuts
-from mechdsl.plan.rule_rows import Rows
-from mechdsl.prompts.prompt_table import PromptTable, Run
-from mechdsl.resolve.resolved import Atom
-from mechdsl.resolve.resolved_rule import Place, SitePoint
+from mechdsl.execute.vectors import BatchReader, request_sites
+from mechdsl.forward.generation.rules import GenerationRules, RowChoice, merge_steps
+from mechdsl.forward.hooks.batch import (
+    Batch,
+    RuleWrites,
+    SiteRead,
+    SiteWrite,
+    array_to_device,
+    indices_to_device,
+    to_device,
+)
+from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
+from mechdsl.forward.hooks.model import LoadedModel, replace_blocks
+from mechdsl.forward.hooks.weight_maps import FrozenNorms
+from mechdsl.forward.packed.unembedding import ModelUnembedding
+from mechdsl.models.restart import Shortcuts
+from mechdsl.planner.plan import ExperimentPlan, Panel, Plan, is_read_only
+from mechdsl.planner.rows import RowTable, RulePlan
+from mechdsl.prompts.positions.cells import find_reply_tokens
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PromptRun, ReplyPosition
+from mechdsl.resolve.runs import reads_observation, reads_reply_tokens
+from mechdsl.resolve.types import ItemNumber, MetricTerm, SiteLayer, SitePoint
+from mechdsl.vocab.metrics import Reply
 
-TOGETHER = 512
+
+@dataclass(frozen=True, eq=False)
+class GeneratedRows:
+    """Rows of a pass that have written, with what acted in them."""
+
+    run: PromptRun
+    prompts: Ints
+    """[row]"""
+    replies: Sequence[Reply]
+    """[row]"""
+    prefill: RuleWrites = field(default_factory=RuleWrites)
+    later: GenerationRules = field(default_factory=GenerationRules)
+
+
+@dataclass(frozen=True, eq=False)
+class ReplyReader:
+    """What one experiment reads of some of these rows."""
+
+    plan: ExperimentPlan | None
+    """None of an unpatched run, of which nothing is observed."""
+    readout: Readout
+    rows: RowTable
+    at: Ints
+    """[row] the row of the pass."""
+    items: Sequence[ItemNumber]
+    """[row]"""
+    skip: Collection[int] = ()
+
+    @property
+    def as_base(self) -> bool:
+        """Whether it reads without rules."""
+        return self.plan is not None and self.plan.experiment.as_base
+
+    @cached_property
+    def looks(self) -> RulePlan | None:
+        """What looks at replies."""
+        observes = None if self.plan is None else self.plan.observes
+        return observes if observes is not None and reads_reply_tokens(observes.rule) else None
+
+    @cached_property
+    def seen(self) -> tuple[int, ...]:
+        """Numbers of the measures that are of what is looked at."""
+        every = enumerate(self.readout.measures) if self.looks is not None else ()
+        return tuple(n for n, each in every if reads_observation(each) and n not in self.skip)
+
+
+def build_reply_readers(
+    members: Sequence[PassMember],
+    plans: Sequence[ExperimentPlan],
+    readouts: Sequence[Readout],
+    skip: Sequence[Collection[int]],
+) -> dict[int, ReplyReader]:
+    """By the number of its experiment, who reads something in the replies of these rows."""
+    found: dict[int, ReplyReader] = {}
+    for each in members:
+        plan = plans[each.number]
+        items = [plan.items[cell] for cell in each.rows.cell]
+        given = (plan, readouts[each.number], each.rows, each.at, items, skip[each.number])
+        reader = ReplyReader(*given)
+        if reader.readout.in_replies or reader.seen:
+            found[each.number] = reader
+    return found
+
+
+def merge_reply_values(found: ReadoutResult, behind: ReadoutResult) -> ReadoutResult:
+    """What was found on prompts, with what was found behind them."""
+    pairs = zip(found.values, behind.values, strict=True)
+    rounding = zip(found.rounding, behind.rounding, strict=True)
+    return replace(
+        found,
+        values=[np.where(np.isnan(a), b, a) for a, b in pairs],
+        rounding=[a + b for a, b in rounding],
+        broken=found.broken | behind.broken,
+        failed={**found.failed, **behind.failed},
+        gaps={**found.gaps, **behind.gaps},
+    )
+
+
+def average_samples(samples: Sequence[ReadoutResult]) -> ReadoutResult:
+    """Over samples, those that have a value."""
+    if len(samples) == 1:
+        return samples[0]
+
+    def mean(every: Sequence[Floats]) -> Floats:
+        found = np.stack(every, axis=1)
+        return average_present(found, ~np.isnan(found))
+
+    return ReadoutResult(
+        [mean(own) for own in zip(*(each.values for each in samples), strict=True)],
+        np.any([each.broken for each in samples], axis=0),
+        [mean(own) for own in zip(*(each.rounding for each in samples), strict=True)],
+        {n: each for one in samples for n, each in one.failed.items()},
+        {n: each for one in samples for n, each in one.gaps.items()},
+    )
+
+
+REPLY_PASS_TOKENS = 1 << 15
+"""Tokens of a pass, at most."""
+
+REPLY_PASS_LOGITS = 1 << 27
+"""Logits of a pass, at most."""
+
+
+def read_replies(
+    runs: UnpatchedRuns,
+    rows: GeneratedRows,
+    replies: Sequence[tuple[Reply, ...]],
+    readers: Mapping[int, ReplyReader],
+    relative: float = 0.0,
+) -> dict[int, ReadoutResult]:
+    """Of each reader, values of what it reads in replies, NaN of all else and in rows that are
+    shorter; averaged over the samples that have the place.
+
+    replies: [row] its samples. relative: as in `Readout.read`.
+    """
+    if not readers:
+        return {}
+    every = [
+        _ReplyPasses(runs, replace(rows, replies=own), list(readers.values()), relative).read()
+        for own in zip(*replies, strict=True)
+    ]
+    return dict(zip(readers, map(average_samples, zip(*every, strict=True)), strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class _MeasureGroup:
+    """Measures that one reader reads at one place."""
+
+    numbers: tuple[int, ...]
+    readout: Readout
+    tokens: Ints
+    """[row of the reader] tokens of the reply in front of which logits stand; -1 where it has no
+    such place."""
+    own: bool
+    """Its metric is of the token that stands behind them."""
+
+
+@dataclass(eq=False)
+class _RunRequest:
+    """What passes without rules, or with those of the rows, are to give."""
+
+    run: PromptRun | None
+    """None: with the rules of the rows."""
+    wanted: Bools
+    """[row, tokens of the reply] where logits are wanted."""
+    readouts: list[Readout] = field(default_factory=list[Readout])
+    whole: bool = False
+    """All logits are wanted."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """What a pass over some rows gave."""
+
+    result: FullPassResult
+    batch: Batch
+    logits: Tensor
+    """[row, slot, vocab]"""
+    slots: Ints
+    """[row, tokens of the reply]"""
+    tokens: Tensor | None
+
+    def at(self, rows: Ints, tokens: Ints) -> Tensor:
+        """[K, vocab]"""
+        slot = self.slots[rows, tokens]
+        index = torch.from_numpy(rows), torch.from_numpy(slot)
+        return self.logits[indices_to_device(index, self.logits.device)]
+
+    def site(self, read: SiteRead, rows: Ints, positions: Ints) -> Tensor:
+        """[K, units, width]"""
+        found = self.result.reads[read]
+        row = torch.from_numpy(rows)
+        index = row, self.batch.columns(row, torch.from_numpy(positions))
+        return found[indices_to_device(index, found.device)]
+
+
+_WITH_RULES = 0
+
+
+class _ReplyPasses:
+    """Reads one sample of each row."""
+
+    def __init__(
+        self,
+        runs: UnpatchedRuns,
+        rows: GeneratedRows,
+        readers: Sequence[ReplyReader],
+        relative: float,
+    ) -> None:
+        self.runs, self.rows, self.readers, self.relative = runs, rows, readers, relative
+        self.count = len(rows.prompts)
+        self.longest = max((len(reply.ids) for reply in rows.replies), default=0)
+        self._places: dict[ReplyPosition, list[tuple[int, ...]]] = {}
+        self.asked: dict[int, _RunRequest] = {}
+        self.groups = [list(self._groups(reader)) for reader in readers]
+        for reader in readers:
+            if reader.looks is not None:
+                self._ask(self._source(reader))
+        self.found = [self._nothing(reader) for reader in readers]
+
+    def read(self) -> list[ReadoutResult]:
+        """Of each reader."""
+        for chunk in self._chunks():
+            local = np.full(self.count, -1, dtype=np.int64)
+            local[chunk] = np.arange(len(chunk))
+            looking = [self._look(reader, local) for reader in self.readers]
+            reads: dict[int, dict[SiteRead, None]] = {key: {} for key in self.asked}
+            for reader, own in zip(self.readers, looking, strict=True):
+                if own is not None:
+                    reads[self._key(self._source(reader))].update(dict.fromkeys(own[1].places))
+            passes = {
+                key: self._pass(asked, chunk, list(reads[key])) for key, asked in self.asked.items()
+            }
+            for number, (reader, own) in enumerate(zip(self.readers, looking, strict=True)):
+                for group in self.groups[number]:
+                    self._read_group(number, reader, group, local, passes)
+                if own is not None:
+                    self._read_look(number, reader, *own, passes)
+        return self.found
+
+    # --- what is wanted -----------------------------------------------------------------------
+
+    def _source(self, reader: ReplyReader) -> PromptRun | None:
+        """What a reader reads: an unpatched run, or, None, the rows with their rules."""
+        if not reader.as_base:
+            return None
+        assert reader.plan is not None
+        return self.runs.named(reader.plan.experiment.spec.base)
+
+    def _key(self, run: PromptRun | None) -> int:
+        return _WITH_RULES if run is None else id(run)
+
+    def _ask(self, run: PromptRun | None) -> _RunRequest:
+        empty = np.zeros((self.count, self.longest + 1), dtype=np.bool_)
+        return self.asked.setdefault(self._key(run), _RunRequest(run, empty))
+
+    def _groups(self, reader: ReplyReader) -> Iterator[_MeasureGroup]:
+        """The measures that are read at places of replies."""
+        places: dict[tuple[ReplyPosition, bool], list[int]] = {}
+        for n in reader.readout.in_replies:
+            measure = reader.readout.measures[n]
+            own = any(atom.form.takes == "own" for atom in measure.atoms)
+            if measure.in_reply is not None and n not in reader.skip:
+                places.setdefault((measure.in_reply, own), []).append(n)
+        asked = self._ask(self._source(reader)) if places else None
+        for (place, own), numbers in places.items():
+            assert asked is not None
+            every = self.tokens_of(place)
+            first = [every[row][0] if every[row] else -1 for row in reader.at.tolist()]
+            tokens = np.array(first, dtype=np.int64).reshape(-1)
+            tokens = np.where(tokens < 0, -1, tokens - own)
+            measures = [reader.readout.measures[n] for n in numbers]
+            readout = Readout.of([replace(each, at={}, in_reply=None) for each in measures])
+            self._want(asked, reader, tokens)
+            asked.readouts.append(readout)
+            for _, atom in readout.atoms:
+                if atom.run is not None:
+                    other = self._ask(self.runs.named(atom.run))
+                    self._want(other, reader, tokens)
+                    other.whole = True
+            yield _MeasureGroup(tuple(numbers), readout, tokens, own)
+
+    @staticmethod
+    def _want(asked: _RunRequest, reader: ReplyReader, tokens: Ints) -> None:
+        there = tokens >= 0
+        asked.wanted[reader.at[there], tokens[there]] = True
+
+    def tokens_of(self, place: ReplyPosition) -> list[tuple[int, ...]]:
+        """[row] the tokens of its reply that a place is."""
+        if place not in self._places:
+            tokenizer = self.runs.model_of(self.rows.run).tokenizer
+            assert tokenizer is not None
+            self._places[place] = [
+                find_reply_tokens(place, reply.ids, reply.text, tokenizer.decode)
+                for reply in self.rows.replies
+            ]
+        return self._places[place]
+
+    def _lengths(self, run: PromptRun) -> Ints:
+        """[row] tokens of its prompt."""
+        found = [len(run.rows[prompt].ids) for prompt in self.rows.prompts.tolist()]
+        return np.array(found, dtype=np.int64)
+
+    def _chunks(self) -> Iterator[Ints]:
+        """Rows that are read together."""
+        if not self.asked:
+            return
+        runs = [asked.run or self.rows.run for asked in self.asked.values()]
+        longest = max(int(self._lengths(run).max()) for run in runs) + self.longest
+        slots = max(int(asked.wanted.sum(1).max()) for asked in self.asked.values())
+        if any(write.site == "logits" for write in self._every_write()):
+            slots = longest
+        logits = max(slots, 1) * self.runs.model.shape.vocab_size
+        size = max(1, min(REPLY_PASS_TOKENS // longest, REPLY_PASS_LOGITS // logits))
+        for begin in range(0, self.count, size):
+            yield np.arange(begin, min(begin + size, self.count))
+
+    def _every_write(self) -> Iterator[SiteWrite]:
+        yield from self.rows.prefill.writes
+        for step in self.rows.later.steps:
+            yield from step.writes
+
+    # --- passes -------------------------------------------------------------------------------
+
+    def _pass(self, asked: _RunRequest, chunk: Ints, reads: Sequence[SiteRead]) -> _Pass:
+        run = asked.run or self.rows.run
+        model = self.runs.model if asked.run is None else self.runs.model_of(run)
+        prompts = self.rows.prompts[chunk]
+        texts = [
+            (*run.rows[prompt].ids, *self.rows.replies[row].ids)
+            for prompt, row in zip(prompts.tolist(), chunk.tolist(), strict=True)
+        ]
+        side = self.runs.side or model.calling.side
+        acting = self._acting(asked.run, chunk)
+        batch = acting.numbered(Batch.of(texts, model.pad_id, side, model.device))
+        wanted = asked.wanted[chunk].copy()
+        wanted[:, 0] |= ~wanted.any(1)
+        slots = np.where(wanted, wanted.cumsum(1) - 1, 0)
+        row, token = np.nonzero(wanted)
+        last = self._lengths(run)[chunk] - 1
+        at = np.repeat(last[:, None], int(slots.max()) + 1, axis=1)
+        at[row, slots[row, token]] += token
+        every = any(write.site == "logits" for write in acting.writes)
+        full = every or asked.whole
+        tokens = None if full else self.runs.tokens(asked.readouts, np.unique(prompts))
+        self.runs.passes += 1
+        with replace_blocks(model, acting.blocks):
+            result = run_full(
+                model,
+                batch,
+                writes=acting.writes,
+                reads=reads,
+                logits_at=None if every else torch.from_numpy(at),
+                tokens=tokens,
+                edges=acting.edges,
+            )
+        assert result.logits is not None
+        logits = result.logits
+        if every:
+            logits = select_positions(logits, batch, torch.from_numpy(at))
+        return _Pass(result, batch, logits, slots, tokens)
+
+    def _acting(self, run: PromptRun | None, chunk: Ints) -> RuleWrites:
+        """What is written, at all its places in prompts and replies."""
+        rows, own = self.rows, run or self.rows.run
+        model, table = self.runs.model_of(own), self.runs.table
+        noise = build_noise_writes(model, own.noise, rows.prompts, table.row_keys, self.runs.seed)
+        prefill = RuleWrites(noise)
+        if run is None:
+            prefill = prefill.then(rows.prefill)
+        found = RowChoice(self.count, chunk.tolist()).rules(prefill)
+        if run is not None:
+            return found
+        assert not rows.later.kept  # refused: what the prompt saw isn't what replies see
+        lengths = torch.from_numpy(self._lengths(own))
+        written = np.array([len(reply.ids) for reply in rows.replies], dtype=np.int64)
+        later: list[RuleWrites] = []
+        for step in range(1, self.longest + 1):
+            place = np.flatnonzero(written[chunk] >= step)
+            there = torch.from_numpy(chunk[place])
+            newest = lengths[there] + step - 1
+            acting = RowChoice(self.count, there.tolist()).step(
+                rows.later.steps, step, lengths[there], newest
+            )
+            later.append(acting.moved(torch.from_numpy(place)))
+        return merge_steps(found, later)
+
+    # --- what is read -------------------------------------------------------------------------
+
+    def _nothing(self, reader: ReplyReader) -> ReadoutResult:
+        count = len(reader.at)
+        values = [np.full(count, np.nan) for _ in reader.readout.measures]
+        rounding = [np.zeros(count) for _ in reader.readout.measures]
+        return ReadoutResult(values, np.zeros(count, dtype=np.bool_), rounding, {}, {})
+
+    def _read_group(
+        self,
+        number: int,
+        reader: ReplyReader,
+        group: _MeasureGroup,
+        local: Ints,
+        passes: Mapping[int, _Pass],
+    ) -> None:
+        """Measures at one place, in the rows of these passes that have it."""
+        rows = np.flatnonzero((local[reader.at] >= 0) & (group.tokens >= 0))
+        if not len(rows):
+            return
+        here, tokens = local[reader.at[rows]], group.tokens[rows]
+        own = passes[self._key(self._source(reader))]
+        standing = None
+        if group.own:
+            replies = (self.rows.replies[row].ids for row in reader.at[rows].tolist())
+            pairs = zip(replies, tokens.tolist(), strict=True)
+            standing = np.array([ids[token] for ids, token in pairs], dtype=np.int64)
+        reading = self._reading(reader, rows, own.at(here, tokens)[:, None], own.tokens)
+        references = {
+            n: passes[id(self.runs.named(atom.run))].at(here, tokens)
+            for n, (_, atom) in enumerate(group.readout.atoms)
+            if atom.run is not None
+        }
+        reading = replace(reading, references=references, standing=standing)
+        self._take(number, group.numbers, rows, group.readout.read(reading, self.relative))
+
+    def _reading(
+        self, reader: ReplyReader, rows: Ints, logits: Tensor | None, tokens: Tensor | None
+    ) -> ReadoutInput:
+        return ReadoutInput(
+            run=self.rows.run.name,
+            prompts=reader.rows.prompt[rows],
+            items=[reader.items[row] for row in rows.tolist()],
+            logits=logits,
+            continued={},
+            loss=None,
+            activations={},
+            references={},
+            tokens=tokens,
+        )
+
+    def _look(self, reader: ReplyReader, local: Ints) -> tuple[Ints, RowObserver] | None:
+        """What is looked at in the rows of these passes that have all places."""
+        plan = reader.looks
+        if plan is None or not reader.seen:
+            return None
+        run = self._source(reader) or self.rows.run
+        places = ReplyTokenMap(self.tokens_of, self._lengths(run), reader.at)
+        rows = np.flatnonzero((local[reader.at] >= 0) & places.there(plan, reader.rows))
+        if not len(rows):
+            return None
+        own = replace(places, at=reader.at[rows])
+        shape = self.runs.model.shape
+        return rows, build_observer(
+            plan, reader.rows.take(rows), local[reader.at[rows]], shape, own
+        )
+
+    def _read_look(
+        self,
+        number: int,
+        reader: ReplyReader,
+        rows: Ints,
+        seen: RowObserver,
+        passes: Mapping[int, _Pass],
+    ) -> None:
+        own = passes[self._key(self._source(reader))]
+        found = {read: own.site(read, *places) for read, places in seen.places.items()}
+        measures = [replace(reader.readout.measures[n], at={}) for n in reader.seen]
+        readout, prompts = Readout.of(measures), np.unique(reader.rows.prompt[rows])
+        tokens = self.runs.observed_tokens(readout, prompts)
+        observed: ObservedValues = seen.observed(found, self.runs.unembedding, tokens)
+        reading = replace(self._reading(reader, rows, None, None), observed=observed)
+        self._take(number, reader.seen, rows, readout.read(reading))
+
+    def _take(self, number: int, measures: Sequence[int], rows: Ints, own: ReadoutResult) -> None:
+        """Keep what was found in some rows of a reader."""
+        whole = self.found[number]
+        for n, values, rounding in zip(measures, own.values, own.rounding, strict=True):
+            whole.values[n][rows], whole.rounding[n][rows] = values, rounding
+        whole.broken[rows] |= own.broken
+        failed: dict[int, MeasureFailure] = {measures[n]: each for n, each in own.failed.items()}
+        gaps = {measures[n]: ValueGap(rows[each.rows], each.reason) for n, each in own.gaps.items()}
+        for n, gap in gaps.items():
+            before = whole.gaps.get(n)
+            if before is not None:
+                gaps[n] = ValueGap(np.concatenate([before.rows, gap.rows]), before.reason)
+        self.found[number] = replace(
+            whole, failed={**whole.failed, **failed}, gaps={**whole.gaps, **gaps}
+        )
+
+
+MAX_SHARED_TOKENS = 512
 """Tokens of a run up to which others are run in the same pass."""
 
 
@@ -68,25 +559,27 @@ class UnpatchedRuns:
         self.seed = panel.experiments[0].experiment.seed
         self.side: PaddingSide | None = side
         self.plan = plan
-        self.only_looks = only_looks(panel)
+        self.only_looks = is_read_only(panel)
         self.readouts = readouts
         narrow = all(readout.narrow for readout in readouts)
         accuracies = any(each.experiment.accuracies for each in panel.experiments)
         self.narrow = plan.narrows_logits and narrow and not accuracies
-        self.spots = spots_of([m for readout in readouts for m in readout.measures])
+        self.spots = collect_measured_positions(
+            [m for readout in readouts for m in readout.measures]
+        )
         if {} not in self.spots:  # accuracies read the last token
             self.spots = (*self.spots, {})
         self.behind = any(each.behind for each in panel.experiments)
         self.loss = next((g.loss for g in readouts if g.loss is not None), None)
-        self.rules_of: Callable[[Run, Ints, Ints, Ints], RuleWrites] | None = None
+        self.rules_of: Callable[[PromptRun, Ints, Ints, Ints], RuleWrites] | None = None
         """What the rules of a run write: see `DerivedRuns.rules`."""
         self._lanes: dict[tuple[object, ...], UnpatchedBatch] = {}
         generation = panel.experiments[0].experiment.generation
-        self.writer = generation and Writer(
+        self.writer = generation and ReplyGenerator(
             self.model_of, panel.table, self.seed, generation, cached=plan.keeps_tokens
         )
         """What lets rows write; None where none does."""
-        self._behind: dict[tuple[object, ...], dict[int, Found]] = {}
+        self._behind: dict[tuple[object, ...], dict[int, ReadoutResult]] = {}
         self.passes = 0
         """Forward passes so far."""
 
@@ -95,7 +588,7 @@ class UnpatchedRuns:
         """What rows take over from these runs; None where they are whole passes."""
         return self.plan.shortcuts if self.plan.restarts and self.model.restartable else None
 
-    def named(self, name: str) -> Run:
+    def named(self, name: str) -> PromptRun:
         return self.table.runs[name]
 
     def forget(self) -> None:
@@ -107,9 +600,9 @@ class UnpatchedRuns:
 
     def lanes(
         self,
-        run: Run,
+        run: PromptRun,
         prompts: Ints,
-        continuation: Atom | None = None,
+        continuation: MetricTerm | None = None,
         *,
         alone: bool = False,
     ) -> UnpatchedBatch:
@@ -139,7 +632,7 @@ class UnpatchedRuns:
         return self._lanes[key]
 
     def apart(
-        self, table: PromptTable, run: Run, prompts: Ints, places: Iterable[Place]
+        self, table: PromptTable, run: PromptRun, prompts: Ints, places: Iterable[SiteLayer]
     ) -> UnpatchedBatch:
         """A run of another block on rows of its own, of which these sites are read; computed once
         while the batch is in work."""
@@ -156,7 +649,11 @@ class UnpatchedRuns:
         return found
 
     def everything(
-        self, run: Run, prompt: int, reads: Sequence[SiteRead], continuation: Atom | None
+        self,
+        run: PromptRun,
+        prompt: int,
+        reads: Sequence[SiteRead],
+        continuation: MetricTerm | None,
     ) -> Mapping[SiteRead, Tensor]:
         """These sites of one prompt in this order, on all its tokens, in a pass of its own."""
         self.passes += 1
@@ -174,11 +671,11 @@ class UnpatchedRuns:
         )
         return {read: found.reads[read] for read in reads}
 
-    def reader(self, run: Run, points: Iterable[SitePoint]) -> LanesOf:
+    def reader(self, run: PromptRun, points: Iterable[SitePoint]) -> BatchReader:
         """What reads these sites of a run, with its rules if it has some, and stops above the
         highest one: see `read_vectors`."""
         model = self.model_of(run)
-        request = wanted(points, model.shape)
+        request = request_sites(points, model.shape)
 
         def lanes(prompts: Ints) -> UnpatchedBatch:
             rules = self._rules(run, prompts)
@@ -196,25 +693,25 @@ class UnpatchedRuns:
 
         return lanes
 
-    def rules(self, run: Run, prompts: Ints, draw: Ints, batch: Ints) -> RuleWrites:
+    def rules(self, run: PromptRun, prompts: Ints, draw: Ints, batch: Ints) -> RuleWrites:
         """What the rules of a run write in rows that start there: see `DerivedRuns.rules`."""
         assert self.rules_of is not None
         return self.rules_of(run, prompts, draw, batch)
 
-    def _rules(self, run: Run, prompts: Ints) -> RuleWrites | None:
+    def _rules(self, run: PromptRun, prompts: Ints) -> RuleWrites | None:
         """The same in its own lanes; None for a run without rules."""
         if run.derived is None:
             return None
         lanes, draw = np.repeat(prompts, run.draws), np.tile(np.arange(run.draws), len(prompts))
         return self.rules(run, lanes, draw, prompts)
 
-    def model_of(self, run: Run) -> LoadedModel:
+    def model_of(self, run: PromptRun) -> LoadedModel:
         """The model that a run runs on."""
         return self.model if run.model is None else self.others[run.model]
 
-    def _companions(self, run: Run, prompts: Ints) -> list[Run]:
+    def _companions(self, run: PromptRun, prompts: Ints) -> list[PromptRun]:
         """Runs that are due too and can go along with few prompts, as they run about as far."""
-        few = sum(len(run.rows[prompt].ids) for prompt in prompts) <= TOGETHER
+        few = sum(len(run.rows[prompt].ids) for prompt in prompts) <= MAX_SHARED_TOKENS
         if not few or run.derived is not None or not self._goes_far(run):
             return []
         others = [self.named(name) for name in self.panel.runs]
@@ -228,19 +725,21 @@ class UnpatchedRuns:
             and self._goes_far(other)
         ]
 
-    def _goes_far(self, run: Run) -> bool:
+    def _goes_far(self, run: PromptRun) -> bool:
         stop = self._stop(run)
         return stop is None or stop >= 0.75 * self.model.shape.n_layers
 
     @staticmethod
-    def _key(run: Run, prompts: Ints, continuation: Atom | None) -> tuple[object, ...]:
+    def _key(run: PromptRun, prompts: Ints, continuation: MetricTerm | None) -> tuple[object, ...]:
         return id(run), prompts.tobytes(), None if continuation is None else id(continuation)
 
-    def _is_own(self, run: Run) -> bool:
+    def _is_own(self, run: PromptRun) -> bool:
         """Where other text was put in, only rows are measured: positions are theirs."""
         return run is self.table.runs.get(run.name)
 
-    def _request(self, run: Run, prompts: Ints, continuation: Atom | None) -> UnpatchedRequest:
+    def _request(
+        self, run: PromptRun, prompts: Ints, continuation: MetricTerm | None
+    ) -> UnpatchedRequest:
         """What experiments need of a run."""
         if self.only_looks:  # its tokens alone
             return UnpatchedRequest(stop=0)
@@ -253,8 +752,8 @@ class UnpatchedRuns:
         elif lowest is not None and not self.shortcuts.resume:
             lowest = 0
         measured = own and (needs is None or needs.measured or needs.stop is None)
-        reads = set(needs.reads) if needs is not None else set[Place]()
-        reads |= self._gauge_reads() if own else set[Place]()
+        reads = set(needs.reads) if needs is not None else set[SiteLayer]()
+        reads |= self._gauge_reads() if own else set[SiteLayer]()
         return UnpatchedRequest(
             reads=frozenset(reads if continuation is None or self.behind else ()),
             lowest=lowest,
@@ -266,12 +765,12 @@ class UnpatchedRuns:
             continuation=continuation,
         )
 
-    def _starting(self, run: Run) -> list[ExperimentPlan]:
+    def _starting(self, run: PromptRun) -> list[ExperimentPlan]:
         """The experiments with rows that start from a run."""
         plans = self.panel.experiments
         return [plan for plan in plans if any(run is start for start in plan.starting_runs)]
 
-    def _stop(self, run: Run) -> int | None:
+    def _stop(self, run: PromptRun) -> int | None:
         """How many blocks of a run have to be run; None for all and what lies behind them."""
         if not self._is_own(run):
             return self.model.shape.n_layers
@@ -296,16 +795,16 @@ class UnpatchedRuns:
         return to_device(torch.tensor(found, dtype=torch.long), self.model.device)
 
     @cached_property
-    def unembedding(self) -> ModelEnd:
+    def unembedding(self) -> ModelUnembedding:
         """What the model does behind its last block."""
-        return ModelEnd(self.model)
+        return ModelUnembedding(self.model)
 
     @cached_property
     def norms(self) -> FrozenNorms:
         """The norms that paths may hold."""
         return FrozenNorms(self.model)
 
-    def _gauge_reads(self) -> set[Place]:
+    def _gauge_reads(self) -> set[SiteLayer]:
         """Sites that measures compare (`cosine`)."""
         return {
             (atom.point.site, atom.point.layer)
@@ -323,7 +822,7 @@ class UnpatchedRuns:
         *,
         relative: float = 0.0,
         skip: Collection[int] = (),
-    ) -> Found:
+    ) -> ReadoutResult:
         """What is read of every prompt, draws of noise averaged; `relative` and `skip` as in
         `Readout.read`."""
         if self.only_looks:
@@ -337,13 +836,13 @@ class UnpatchedRuns:
         plain = self.lanes(self.named(run), prompts)
         lanes = np.repeat(prompts, plain.draws)
         draws = np.tile(np.arange(plain.draws), len(prompts))
-        reading = Reading(
+        reading = ReadoutInput(
             run=run,
             prompts=lanes,
             items=[environment] * len(lanes),
             logits=self._of_spots(readout, plain.logits),
             continued={
-                n: present(self.lanes(self.named(run), prompts, readout.atoms[n][1]).logits)
+                n: require_logits(self.lanes(self.named(run), prompts, readout.atoms[n][1]).logits)
                 for n in readout.continuations
             },
             loss=plain.loss,
@@ -363,13 +862,13 @@ class UnpatchedRuns:
 
     def _with_replies(
         self,
-        found: Found,
+        found: ReadoutResult,
         readout: Readout,
         run: str,
         prompts: Ints,
         environment: int | None,
         relative: float,
-    ) -> Found:
+    ) -> ReadoutResult:
         """With what is read in the run's own replies: at once of all readouts, as they share the
         passes."""
         if not readout.in_replies:
@@ -379,17 +878,17 @@ class UnpatchedRuns:
         if key not in self._behind:
             lanes = np.repeat(prompts, self.named(run).draws)
             none = np.zeros_like(lanes)
-            rows, at = Rows(none, lanes, none), np.arange(len(lanes))
+            rows, at = RowTable(none, lanes, none), np.arange(len(lanes))
             items = [environment] * len(lanes)
             readers = {
-                id(each): Reader(None, each, rows, at, items)
+                id(each): ReplyReader(None, each, rows, at, items)
                 for each in self.readouts
                 if each.in_replies
             }
             replies = self.writer.of_run(self.named(run), prompts)
-            have = HaveWritten(self.named(run), lanes, ())
-            self._behind[key] = read_behind(self, have, replies, readers, relative)
-        return with_replies(found, self._behind[key][id(readout)])
+            have = GeneratedRows(self.named(run), lanes, ())
+            self._behind[key] = read_replies(self, have, replies, readers, relative)
+        return merge_reply_values(found, self._behind[key][id(readout)])
 
     @cached_property
     def _shown(self) -> set[str | None]:
@@ -403,17 +902,17 @@ class UnpatchedRuns:
             return []
         return self.writer.of_run(self.named(run), prompts)
 
-    def _nothing_read(self, run: str, prompts: Ints, environment: int | None) -> Reading:
+    def _nothing_read(self, run: str, prompts: Ints, environment: int | None) -> ReadoutInput:
         """Lanes of a run of which nothing but what they write is read."""
         lanes = np.repeat(prompts, self.named(run).draws)
-        return Reading(run, lanes, [environment] * len(lanes), None, {}, None, {}, {})
+        return ReadoutInput(run, lanes, [environment] * len(lanes), None, {}, None, {}, {})
 
-    def _unseen(self, readout: Readout, prompts: Ints) -> Found:
+    def _unseen(self, readout: Readout, prompts: Ints) -> ReadoutResult:
         """No value of any measure: what is observed, rows show."""
         count = len(prompts)
         values = [np.full(count, np.nan) for _ in readout.measures]
         rounding = [np.zeros(count) for _ in readout.measures]
-        return Found(values, np.zeros(count, dtype=np.bool_), rounding, {}, {})
+        return ReadoutResult(values, np.zeros(count, dtype=np.bool_), rounding, {}, {})
 
     def _of_spots(self, readout: Readout, found: Tensor | None) -> Tensor | None:
         """[lane, spot of the readout, ...] of [lane, spot, ...]."""
@@ -435,23 +934,25 @@ class UnpatchedRuns:
             if atom.point is not None:
                 found[number] = self._activation(atom, readout.spots[spot], reference, lane)
             else:
-                logits = present(reference.logits)
-                index = on_device(lane, logits.device)
+                logits = require_logits(reference.logits)
+                index = array_to_device(lane, logits.device)
                 found[number] = logits[index, self.spots.index(readout.spots[spot])]
         return found
 
-    def _activation(self, atom: Atom, spot: Spot, lanes: UnpatchedBatch, lane: Ints) -> Tensor:
+    def _activation(
+        self, atom: MetricTerm, spot: MeasuredPosition, lanes: UnpatchedBatch, lane: Ints
+    ) -> Tensor:
         """[row, 1, width]: the site of a `cosine` at the measured place of these lanes."""
         assert atom.point is not None
         read = lanes.reads[SiteRead(atom.point.site, atom.point.layer)]
         prompts = np.repeat(lanes.prompts, lanes.draws)[lane]
-        position = spot_positions(spot, lanes.run, prompts, lanes.lengths[lane])
+        position = find_positions(spot, lanes.run, prompts, lanes.lengths[lane])
         row = torch.from_numpy(lane)
         index = row, lanes.batch.columns(row, torch.from_numpy(np.ascontiguousarray(position)))
-        return vectors(read[together_on_device(index, read.device)], atom)
+        return flatten_units(read[indices_to_device(index, read.device)], atom)
 
 
-def vectors(found: Tensor, atom: Atom) -> Tensor:
+def flatten_units(found: Tensor, atom: MetricTerm) -> Tensor:
     """[row, 1, width] of [row, units, width]: all units side by side where none is named."""
     assert atom.point is not None
     if atom.point.unit is not None:
@@ -459,7 +960,7 @@ def vectors(found: Tensor, atom: Atom) -> Tensor:
     return found.flatten(1)[:, None]
 
 
-def present(logits: Tensor | None) -> Tensor:
+def require_logits(logits: Tensor | None) -> Tensor:
     """The logits of a run that is measured."""
     assert logits is not None, "a measured run was stopped early"
     return logits

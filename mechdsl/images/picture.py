@@ -1,4 +1,4 @@
-"""What an image is made of: enough to make its pixels at any time, and to tell it from others."""
+"""Images before rendering: files, generated shapes, baseline images, and their regions."""
 
 from __future__ import annotations
 
@@ -7,18 +7,98 @@ from dataclasses import field, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from mechdsl.base.record import Record, record
-from mechdsl.images.regions import Region
+from mechdsl.base.records import Record, record
+from mechdsl.images.processing import PatchLayout, Processing, crop_corner
 
-How = Literal["file", "shapes", "gray", "noise", "mean"]
-GRAY = 128
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+HALF_COVERED = 128
+"""Of 255: a pixel of the prepared image is in a region from so much of it."""
+
+
+@record
+class Region(Record):
+    """A part of an image, in its own pixels: before it is made ready."""
+
+    box: tuple[float, float, float, float] | None = None
+    """(left, top, right, bottom), the ends exclusive."""
+    mask: Path | None = None
+    """A file of the image's size: what isn't black in it."""
+    digest: str = ""
+    """Of that file, SHA-256."""
+    shapes: bool = False
+    """The shapes that are drawn."""
+
+    def told(self) -> list[object]:
+        """All that it hangs on."""
+        return [self.box, self.digest, self.shapes]
+
+
+def box_coverage(box: tuple[float, float, float, float], size: tuple[int, int]) -> Image:
+    """[height, width] of 0 to 255, how much of each pixel lies in a box; size: (height, width)."""
+    from PIL import Image, ImageDraw
+
+    height, width = size
+    times = 4  # parts of a pixel, for boxes that don't end with one
+    left, top, right, bottom = (round(each * times) for each in box)
+    drawn = Image.new("L", (width * times, height * times))
+    if right > left and bottom > top:
+        ImageDraw.Draw(drawn).rectangle((left, top, right - 1, bottom - 1), fill=255)
+    return drawn.reduce(times)
+
+
+def pixel_box(region: Region, size: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """A box in whole pixels of an image of a size, (height, width), as far as it lies in it."""
+    assert region.box is not None
+    left, top, right, bottom = (round(each) for each in region.box)
+    left, right = (min(max(0, each), size[1]) for each in (left, right))
+    top, bottom = (min(max(0, each), size[0]) for each in (top, bottom))
+    return left, top, right, bottom
+
+
+def prepared_coverage(cover: Image, how: Processing) -> Image:
+    """[height, width] of the prepared image, 0 to 255, how much of each pixel lies in a region.
+
+    cover: the same of the image itself, as `of_box` has it.
+    """
+    from PIL import Image
+
+    height, width = how.resized(cover.height, cover.width)
+    if (height, width) != (cover.height, cover.width):
+        cover = cover.resize((width, height), resample=Image.Resampling.BOX)
+    if how.crop is not None:
+        top, left = crop_corner((height, width), how.crop)
+        cover = cover.crop((left, top, left + how.crop[1], top + how.crop[0]))
+    return cover
+
+
+def covered_tokens(cover: Image, how: Processing, layout: PatchLayout) -> tuple[int, ...]:
+    """The tokens of patches that have a pixel of the prepared image in a region.
+
+    cover: as `prepared_cover` takes it.
+    """
+    height, width = layout.patch
+    inside = prepared_coverage(cover, how).point(
+        [float(level >= HALF_COVERED) for level in range(256)]
+    )
+    shares = inside.convert("F").reduce((width, height)).crop((0, 0, layout.cols, layout.rows))
+    of_patches = memoryview(shares.tobytes()).cast("f")
+    return tuple(t for t, share in zip(layout.grid, of_patches, strict=True) if share > 0)
+
+
+PictureKind = Literal["file", "shapes", "gray", "noise", "mean"]
+
+GRAY_LEVEL = 128
 """How bright gray is, of 255."""
-VERSION = 1
-"""Of the pixels that generated images have: another one makes other images of all of them."""
-_DIGITS = 8
 
+RENDERING_VERSION = 1
+"""Of the pixels that generated images have: another one makes other images of all of them."""
+
+_DIGITS = 8
 
 Box = tuple[int, int, int, int]
 """(left, top, right, bottom) in pixels, the ends exclusive."""
@@ -51,7 +131,7 @@ class PictureChange(Record):
 class Picture(Record):
     """An image that isn't made yet."""
 
-    how: How
+    how: PictureKind
     path: Path | None = None
     """Of a file."""
     digest: str = ""
@@ -69,7 +149,7 @@ class Picture(Record):
     """Of shapes and what they stand on: empty where they are drawn."""
     size: tuple[int, int] = (0, 0)
     """(height, width) of generated ones; of a file what it says itself."""
-    level: int = GRAY
+    level: int = GRAY_LEVEL
     """Of gray: how bright, of 255."""
     seed: int = 0
     """What is drawn hangs on, 0..2^64-1."""
@@ -87,11 +167,11 @@ class Picture(Record):
             case "file" | "mean":
                 told += [self.digest]
             case "gray":
-                told += [VERSION, self.level]
+                told += [RENDERING_VERSION, self.level]
             case "noise":
-                told += [VERSION, self.size, self.seed]
+                told += [RENDERING_VERSION, self.size, self.seed]
             case "shapes":
-                told += [VERSION, self.kind, self.count, self.size, self.seed]
+                told += [RENDERING_VERSION, self.kind, self.count, self.size, self.seed]
                 told += [self.colour, self.texture]
         told += [change.told() for change in self.changes]
         told += [] if self.cut is None else [["cut", *self.cut]]
@@ -110,7 +190,7 @@ class Picture(Record):
             case "file":
                 return self.said
             case "gray":
-                return "gray" if self.level == GRAY else f"gray {self.level}"
+                return "gray" if self.level == GRAY_LEVEL else f"gray {self.level}"
             case "noise":
                 return "noise"
             case "mean":
@@ -137,7 +217,7 @@ class Picture(Record):
         return replace(self, size=size, of=tuple(each.sized(size) for each in self.of))
 
 
-def mean_of(pictures: tuple[Picture, ...], said: str) -> Picture:
+def mean_picture(pictures: tuple[Picture, ...], said: str) -> Picture:
     """The mean of images, as a model is given them. said: what they are."""
     told = json.dumps([each.content() for each in pictures]).encode()
     digest = blake2b(told, digest_size=_DIGITS).hexdigest()

@@ -1,32 +1,165 @@
-"""From what an image is made of to its pixels, and to what a model is given."""
+"""Render pictures to pixels, and prepare them for a model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 from typing import cast
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from mechdsl.base.arrays import Bools
 from mechdsl.images import files
-from mechdsl.images.patches import PatchLayout
-from mechdsl.images.picture import GRAY, Picture, PictureChange
-from mechdsl.images.processing import Processing, crop_corner
-from mechdsl.images.regions import HALF, Region, of_box, prepared_cover, whole_box
-from mechdsl.images.shapes import Drawn, draw
+from mechdsl.images.picture import (
+    GRAY_LEVEL,
+    HALF_COVERED,
+    Picture,
+    PictureChange,
+    Region,
+    box_coverage,
+    pixel_box,
+    prepared_coverage,
+)
+from mechdsl.images.processing import PatchLayout, Processing, crop_corner
+
+ShapePixels = NDArray[np.uint8]
+
+Mask = NDArray[np.bool_]
+
+Grid = NDArray[np.int64]
+
+Rgb = tuple[int, int, int]
+
+SHAPES: Mapping[str, Callable[[Grid, Grid, int], Mask]] = {
+    "circle": lambda x, y, side: x * x + y * y <= side * side,
+    "square": lambda x, y, side: np.maximum(abs(x), abs(y)) <= side,
+    "triangle": lambda x, y, side: 2 * abs(x) <= y + side,
+    "cross": lambda x, y, side: 3 * np.minimum(abs(x), abs(y)) <= side,
+    "diamond": lambda x, y, side: abs(x) + abs(y) <= side,
+    "ring": lambda x, y, side: (
+        (x * x + y * y <= side * side) & (4 * (x * x + y * y) >= side * side)
+    ),
+}
+"""Which pixels of a square belong to the shape: x to the right and y down from its middle, in half
+pixels, up to `side`."""
+
+TEXTURES: Mapping[str, Callable[[Grid, Grid, int], Mask]] = {
+    "plain": lambda x, y, width: np.zeros(x.shape, np.bool_),
+    "stripes": lambda x, y, width: y // width % 2 == 1,
+    "bars": lambda x, y, width: x // width % 2 == 1,
+    "checks": lambda x, y, width: (x // width + y // width) % 2 == 1,
+    "dots": lambda x, y, width: (x % (2 * width) < width) & (y % (2 * width) < width),
+}
+"""Which pixels have the second of a texture's two colours; its elements are `width` pixels wide."""
+
+SHAPE_COLOURS: Mapping[str, Rgb] = {
+    "red": (215, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 70, 220),
+    "yellow": (225, 205, 45),
+    "purple": (150, 50, 190),
+    "cyan": (40, 200, 210),
+}
+
+MIN_SHAPE_SIDE = 3
+"""Pixels of a shape's side, at least: in fewer the kinds look alike."""
+
+COLOUR_SPREAD, TINT, TEXTURE_NOISE = 24, 18, 14
+
+
+@dataclass(frozen=True)
+class ShapesDrawing:
+    """An image with what is in it."""
+
+    pixels: ShapePixels
+    """[height, width, 3]"""
+    mask: Mask
+    """[height, width], true where the shapes lie."""
+    kind: str
+    colours: tuple[str, ...]
+    """Of each shape, from left to right within each row."""
+    texture: str
+
+
+def draw_shapes(
+    kind: str, n: int, size: int, random: Generator, *, colour: str = "", texture: str = ""
+) -> ShapesDrawing:
+    """`n` shapes of a kind at random places in a square image of `size` pixels, of random colours
+    and sizes, on a random texture in muted colours, and noise over all. Shapes don't touch.
+
+    colour, texture: those instead of random ones. Raises ValueError where a name is unknown or the
+    shapes would be smaller than `SMALLEST`.
+    """
+    for what, name, names in (
+        ("kind", kind, SHAPES),
+        ("colour", colour or "red", SHAPE_COLOURS),
+        ("texture", texture or "plain", TEXTURES),
+    ):
+        if name not in names:
+            raise ValueError(f"unknown {what} {name!r}; there are {', '.join(names)}")
+    pattern = texture or _one_of(TEXTURES, random)
+    pixels, mask = _background(pattern, size, random), np.zeros((size, size), np.bool_)
+    colours: list[str] = []
+    for top, left, cell in _cells(n, size, random):
+        side = int(random.integers(max(MIN_SHAPE_SIDE, cell * 3 // 8), cell * 5 // 8 + 1))
+        top += int(random.integers(cell - side))
+        left += int(random.integers(cell - side))
+        name = colour or _one_of(SHAPE_COLOURS, random)
+        shape = _shape(kind, side)
+        spread = random.integers(-COLOUR_SPREAD, COLOUR_SPREAD + 1, 3)
+        pixels[top : top + side, left : left + side][shape] = np.array(SHAPE_COLOURS[name]) + spread
+        mask[top : top + side, left : left + side] = shape
+        colours.append(name)
+    pixels += random.integers(-TEXTURE_NOISE, TEXTURE_NOISE + 1, pixels.shape)
+    return ShapesDrawing(pixels.clip(0, 255).astype(np.uint8), mask, kind, tuple(colours), pattern)
+
+
+def _one_of(names: Mapping[str, object], random: Generator) -> str:
+    return list(names)[int(random.integers(len(names)))]
+
+
+def _cells(n: int, size: int, random: Generator) -> list[tuple[int, int, int]]:
+    """Squares of a grid, one for each shape: top, left and side."""
+    across = max(1, math.isqrt(max(n, 1) - 1) + 1)
+    cell = size // across
+    if n < 0 or cell * 5 // 8 < MIN_SHAPE_SIDE:
+        raise ValueError(f"{n} shapes don't fit into an image of {size} × {size} pixels")
+    chosen = sorted(random.permutation(across * across)[:n].tolist())
+    return [(each // across * cell, each % across * cell, cell) for each in chosen]
+
+
+def _shape(kind: str, side: int) -> Mask:
+    """Which pixels of its square belong to a shape, [side, side]."""
+    y, x = np.indices((side, side)) * 2 + 1 - side
+    return SHAPES[kind](x, y, side)
+
+
+def _background(texture: str, size: int, random: Generator) -> Grid:
+    """A texture of two greyish colours, moved by a random amount, [size, size, 3]."""
+    width = int(random.integers(2, 5))
+    y, x = np.indices((size, size)) + random.integers(0, 2 * width, (2, 1, 1))
+    grey, apart = int(random.integers(60, 160)), int(random.integers(45, 75))
+    tints = random.integers(-TINT, TINT + 1, (2, 3))
+    second = TEXTURES[texture](x, y, width)
+    return np.where(second[..., None], grey + apart + tints[1], grey + tints[0])
+
 
 Pixels = NDArray[np.uint8]
 """[height, width, 3] in RGB."""
-Floats = NDArray[np.float32]
-KEPT = 128
+
+FloatPixels = NDArray[np.float32]
+
+CACHED_IMAGES = 128
 """Prepared images that are kept, as the runs of a file read them again and again."""
 
 
-def pixels(picture: Picture) -> Pixels:
+def render_pixels(picture: Picture) -> Pixels:
     """The image, with what corruptions do to it before it is made ready. Raises files.NotRead."""
     if picture.cut is None:
         return _uncut(picture)
@@ -41,7 +174,7 @@ def _of_tiles(picture: Picture) -> Pixels:
 
 
 def _uncut(picture: Picture) -> Pixels:
-    found = _made(picture)
+    found = _rendered(picture)
     for change in picture.changes:
         if change.patches is None:
             found = _changed(found, picture, change)
@@ -53,7 +186,7 @@ def _changed(image: Pixels, picture: Picture, change: PictureChange) -> Pixels:
         return _swapped(image, change)
     own, other = Image.fromarray(image), Image.fromarray(_altered(image, change))
     if change.region is not None:
-        other = Image.composite(other, own, cover(change.region, picture, image.shape[:2]))
+        other = Image.composite(other, own, uncut_coverage(change.region, picture, image.shape[:2]))
     return np.asarray(other)
 
 
@@ -62,7 +195,7 @@ def _altered(image: Pixels, change: PictureChange) -> Pixels:
     if change.how == "blur":
         return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(change.amount)))
     if change.how == "mask":
-        return np.full_like(image, GRAY)
+        return np.full_like(image, GRAY_LEVEL)
     random = np.random.Generator(np.random.Philox(change.seed))
     noisy = image + change.amount * random.standard_normal(image.shape)
     return noisy.round().clip(0, 255).astype(np.uint8)
@@ -72,7 +205,7 @@ def _swapped(image: Pixels, change: PictureChange) -> Pixels:
     """Two boxes change places, each resized to the other's size."""
     assert change.region is not None
     assert change.other is not None
-    boxes = [whole_box(region, image.shape[:2]) for region in (change.region, change.other)]
+    boxes = [pixel_box(region, image.shape[:2]) for region in (change.region, change.other)]
     parts = [Image.fromarray(image).crop(box) for box in boxes]
     found = image.copy()
     for (left, top, right, bottom), part in zip(boxes, reversed(parts), strict=True):
@@ -82,26 +215,26 @@ def _swapped(image: Pixels, change: PictureChange) -> Pixels:
     return found
 
 
-def cover_of(region: Region, picture: Picture) -> Image.Image:
+def region_coverage(region: Region, picture: Picture) -> Image.Image:
     """[height, width] of 0 to 255, how much of each pixel of a picture, or of the tile of one, lies
     in a region. Raises files.NotRead."""
-    found = cover(region, picture, picture.size)
+    found = uncut_coverage(region, picture, picture.size)
     return found if picture.cut is None else found.crop(picture.cut)
 
 
-def cover(region: Region, picture: Picture, size: tuple[int, ...]) -> Image.Image:
+def uncut_coverage(region: Region, picture: Picture, size: tuple[int, ...]) -> Image.Image:
     """The same of a picture before it is cut. size: (height, width)."""
     height, width = size
     if region.shapes:
-        return Image.fromarray(_drawn(picture).mask.astype(np.uint8) * 255)
+        return Image.fromarray(_shapes_drawing(picture).mask.astype(np.uint8) * 255)
     if region.mask is not None:
-        mask = files.read(region.mask, region.digest).convert("L")
+        mask = files.read_image(region.mask, region.digest).convert("L")
         return mask.point(lambda value: 255 if value else 0)
     assert region.box is not None
-    return of_box(region.box, (height, width))
+    return box_coverage(region.box, (height, width))
 
 
-def mask_of(
+def region_mask(
     regions: Sequence[Region], picture: Picture, how: Processing, layout: PatchLayout
 ) -> Bools:
     """[height, width] which pixels of the prepared image lie in one of some regions, as far as the
@@ -109,16 +242,16 @@ def mask_of(
     height, width = layout.rows * layout.patch[0], layout.cols * layout.patch[1]
     found = np.zeros((height, width), dtype=np.bool_)
     for region in regions:
-        own = np.asarray(prepared_cover(cover_of(region, picture), how))
-        found |= own[:height, :width] >= HALF
+        own = np.asarray(prepared_coverage(region_coverage(region, picture), how))
+        found |= own[:height, :width] >= HALF_COVERED
     return found
 
 
-def _made(picture: Picture) -> Pixels:
+def _rendered(picture: Picture) -> Pixels:
     match picture.how:
         case "file":
             assert picture.path is not None
-            return np.asarray(files.read(picture.path, picture.digest))
+            return np.asarray(files.read_image(picture.path, picture.digest))
         case "gray":
             height, width = picture.size
             return np.full((max(1, height), max(1, width), 3), picture.level, np.uint8)
@@ -126,43 +259,45 @@ def _made(picture: Picture) -> Pixels:
             random = np.random.Generator(np.random.Philox(picture.seed))
             return random.integers(0, 256, (*picture.size, 3), dtype=np.uint8)
         case "shapes":
-            return _drawn(picture).pixels
+            return _shapes_drawing(picture).pixels
         case "mean":
             raise AssertionError  # it has no pixels before it is made ready
 
 
-def _drawn(picture: Picture) -> Drawn:
+def _shapes_drawing(picture: Picture) -> ShapesDrawing:
     random = np.random.Generator(np.random.Philox(picture.seed))
     how = {"colour": picture.colour, "texture": picture.texture}
-    return draw(picture.kind, picture.count, picture.size[0], random, **how)
+    return draw_shapes(picture.kind, picture.count, picture.size[0], random, **how)
 
 
-@lru_cache(maxsize=KEPT)
-def prepared(picture: Picture, processing: Processing) -> Floats:
+@lru_cache(maxsize=CACHED_IMAGES)
+def model_input(picture: Picture, processing: Processing) -> FloatPixels:
     """[3, height, width] that a model is given. Raises files.NotRead."""
-    found = made_ready(picture, processing)
+    found = process_picture(picture, processing)
     found.setflags(write=False)
     return found
 
 
-def made_ready(picture: Picture, processing: Processing) -> Floats:
+def process_picture(picture: Picture, processing: Processing) -> FloatPixels:
     """[3, height, width] that a processor makes of it. Raises files.NotRead."""
     if picture.how != "mean":
         later = [change for change in picture.changes if change.patches is not None]
-        return prepare(pixels(picture), processing, later)
+        return process_pixels(render_pixels(picture), processing, later)
     total: NDArray[np.float64] | float = 0.0
     for each in picture.of:  # one after another: there may be thousands
-        total = total + made_ready(each, processing).astype(np.float64)
+        total = total + process_picture(each, processing).astype(np.float64)
     return (np.asarray(total) / len(picture.of)).astype(np.float32)
 
 
-def prepare(image: Pixels, how: Processing, later: Sequence[PictureChange] = ()) -> Floats:
+def process_pixels(
+    image: Pixels, how: Processing, later: Sequence[PictureChange] = ()
+) -> FloatPixels:
     """[3, height, width]: as transformers' processor does it, `Processing` says what.
 
     later: changes of patches, made where it has the model's size and isn't normalised yet.
     """
     height, width = how.resized(*image.shape[:2])
-    found: NDArray[np.uint8] | Floats
+    found: NDArray[np.uint8] | FloatPixels
     if how.floats:
         found = _resized_floats(_scaled(image, how.rescale), height, width, how.resample)
         found = _on_patches(_cropped(found, how.crop), later, how.rescale or 1.0)
@@ -180,8 +315,8 @@ def prepare(image: Pixels, how: Processing, later: Sequence[PictureChange] = ())
 
 
 def _on_patches(
-    image: NDArray[np.uint8] | Floats, changes: Sequence[PictureChange], one: float
-) -> NDArray[np.uint8] | Floats:
+    image: NDArray[np.uint8] | FloatPixels, changes: Sequence[PictureChange], one: float
+) -> NDArray[np.uint8] | FloatPixels:
     """one: what 1 of 255 is in the image."""
     for change in changes:
         levels = np.divide(image, one).round().clip(0, 255).astype(np.uint8)
@@ -192,13 +327,13 @@ def _on_patches(
     return image
 
 
-def _scaled(image: NDArray[np.uint8] | Floats, by: float | None) -> Floats:
+def _scaled(image: NDArray[np.uint8] | FloatPixels, by: float | None) -> FloatPixels:
     if by is None:
         return image.astype(np.float32)
     return (image.astype(np.float64) * by).astype(np.float32)
 
 
-def _resized_floats(image: Floats, height: int, width: int, resample: int) -> Floats:
+def _resized_floats(image: FloatPixels, height: int, width: int, resample: int) -> FloatPixels:
     """Each channel by itself: Pillow has no images of three floats."""
     if image.shape[:2] == (height, width):
         return image
@@ -212,8 +347,8 @@ def _resized_floats(image: Floats, height: int, width: int, resample: int) -> Fl
 
 
 def _cropped(
-    image: NDArray[np.uint8] | Floats, size: tuple[int, int] | None
-) -> NDArray[np.uint8] | Floats:
+    image: NDArray[np.uint8] | FloatPixels, size: tuple[int, int] | None
+) -> NDArray[np.uint8] | FloatPixels:
     """The middle; an image that is smaller stands on black."""
     if size is None:
         return image
@@ -221,7 +356,7 @@ def _cropped(
     top, left = crop_corner((height, width), size)
     if top < 0 or left < 0 or top + size[0] > height or left + size[1] > width:
         shape = (max(size[0], height), max(size[1], width), 3)
-        whole = cast("Pixels | Floats", np.zeros(shape, image.dtype))
+        whole = cast("Pixels | FloatPixels", np.zeros(shape, image.dtype))
         down, right = ceil((whole.shape[0] - height) / 2), ceil((whole.shape[1] - width) / 2)
         whole[down : down + height, right : right + width] = image
         image, top, left = whole, top + down, left + right

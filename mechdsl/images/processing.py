@@ -1,22 +1,30 @@
-"""What a model's image processor does, from its `preprocessor_config.json`."""
+"""How a model prepares an image: resizing, cropping, scaling, and division into patches."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal, cast
 
-from mechdsl.base.record import Record, record
+from mechdsl.base.records import Record, record
 
-FILE = "preprocessor_config.json"
-OF_BOTH = "processor_config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
+
+PROCESSOR_FILE = "processor_config.json"
 """Of models of images and texts: what makes images ready stands in it as `image_processor`."""
+
 _STANDARD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
 _DEFAULT = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
 _SIDE = 224
+
 BILINEAR, BICUBIC = 2, 3
 """As Pillow counts its filters."""
-FILTERS = range(6)
+
+RESAMPLING_FILTERS = range(6)
 
 
 @record
@@ -78,13 +86,13 @@ def crop_corner(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int
     return (image[0] - size[0]) // 2, (image[1] - size[1]) // 2
 
 
-class Unfit(Exception):
+class UnsupportedProcessor(Exception):
     """A processor that isn't known; its text says why, in lower case, and `hint` what to do."""
 
     hint = ""
 
 
-class Tiling(Unfit):
+class TilingProcessor(UnsupportedProcessor):
     """A processor that cuts images into tiles, which a model of images and texts reads together."""
 
     hint = (
@@ -115,8 +123,10 @@ def _kind(
 
 
 _SHORT = {"shortest_edge": _SIDE}
+
 _LARGE = {"height": 256, "width": 256}
-KINDS: Mapping[str, dict[str, Any]] = {
+
+PROCESSOR_DEFAULTS: Mapping[str, dict[str, Any]] = {
     "ViT": _kind(_STANDARD, BILINEAR),
     "DeiT": _kind(_STANDARD, BICUBIC, size=_LARGE, crops=True),
     "Beit": _kind(_STANDARD, BICUBIC),
@@ -126,8 +136,8 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "DINOv3ViT": _kind(_DEFAULT, BILINEAR, floats=True),
 }
 """What each processor of transformers takes for granted."""
-_ENDS = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "FeatureExtractor")
 
+_ENDS = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "FeatureExtractor")
 
 _TILING = (
     "crop_to_patches",
@@ -141,24 +151,24 @@ _TILING = (
 """What processors are told that cut images, by transformers' names."""
 
 
-def processing_of(config: Mapping[str, Any]) -> Processing:
+def parse_processing(config: Mapping[str, Any]) -> Processing:
     """The processor that a config describes. Raises Unfit."""
     named = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
     tiling = next((key for key in _TILING if config.get(key)), None)
     if tiling is not None:
-        raise Tiling(
+        raise TilingProcessor(
             f"`{named}` cuts images into tiles (`{tiling}`), and the model reads one image"
         )
     end = next((end for end in _ENDS if named.endswith(end)), "")
-    known = KINDS.get(named.removesuffix(end)) if end else None
+    known = PROCESSOR_DEFAULTS.get(named.removesuffix(end)) if end else None
     if known is None:
-        kinds = ", ".join(f"{kind}ImageProcessor" for kind in KINDS)
+        kinds = ", ".join(f"{kind}ImageProcessor" for kind in PROCESSOR_DEFAULTS)
         what = f"`{named}` isn't one of them" if named else "it doesn't say which one it is"
-        raise Unfit(f"{what}: processors that are known are {kinds}")
+        raise UnsupportedProcessor(f"{what}: processors that are known are {kinds}")
     given = {key: value for key, value in config.items() if value is not None}
     for key in ("do_pad", "use_square_size"):
         if given.get(key):
-            raise Unfit(f"`{key}` isn't done here")
+            raise UnsupportedProcessor(f"`{key}` isn't done here")
     whole = {**known, **given}
     resize = None
     if whole.get("do_resize", True):
@@ -167,8 +177,8 @@ def processing_of(config: Mapping[str, Any]) -> Processing:
     if whole["do_center_crop"]:
         crop = _resize(whole["crop_size"], square=True)[1:]
     resample = whole["resample"]
-    if not isinstance(resample, int) or resample not in FILTERS:
-        raise Unfit(f"`resample` is {resample!r}, which is no filter of Pillow")
+    if not isinstance(resample, int) or resample not in RESAMPLING_FILTERS:
+        raise UnsupportedProcessor(f"`resample` is {resample!r}, which is no filter of Pillow")
     scales = whole.get("do_rescale", True)
     normal = whole.get("do_normalize", True)
     return Processing(
@@ -194,7 +204,7 @@ def _resize(size: Any, *, square: bool) -> tuple[Literal["exact", "shortest"], i
         if sides.keys() == {"shortest_edge"}:
             side = _side(sides["shortest_edge"])
             return "shortest", side, side
-    raise Unfit(f"the size {size!r} isn't known here")
+    raise UnsupportedProcessor(f"the size {size!r} isn't known here")
 
 
 _MOST = 4096
@@ -202,21 +212,80 @@ _MOST = 4096
 
 def _side(value: Any) -> int:
     if not isinstance(value, int) or not 1 <= value <= _MOST:
-        raise Unfit(f"a side of {value!r} pixels isn't one of 1 to {_MOST}")
+        raise UnsupportedProcessor(f"a side of {value!r} pixels isn't one of 1 to {_MOST}")
     return value
 
 
 def _number(value: Any, key: str) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise Unfit(f"`{key}` is {value!r}, and no number")
+        raise UnsupportedProcessor(f"`{key}` is {value!r}, and no number")
     return float(value)
 
 
 def _three(value: Any, key: str) -> tuple[float, float, float]:
     values = [value] * 3 if isinstance(value, (int, float)) else value
     if not isinstance(values, (list, tuple)) or len(cast("list[Any]", values)) != 3:
-        raise Unfit(f"`{key}` is no list of three numbers")
+        raise UnsupportedProcessor(f"`{key}` is no list of three numbers")
     first, second, third = (_number(each, key) for each in cast("list[Any]", values))
     if key == "image_std" and 0.0 in (first, second, third):
-        raise Unfit("a standard deviation of 0 divides by it")
+        raise UnsupportedProcessor("a standard deviation of 0 divides by it")
     return first, second, third
+
+
+@record
+class PatchLayout(Record):
+    """How a model divides an image into tokens: some in front, then patches row by row."""
+
+    front: tuple[str, ...]
+    """What stands in front of the patches: `cls`, `distillation`, `register`, each as often as it
+    does."""
+    patch: tuple[int, int]
+    """(height, width) of a patch in pixels of the prepared image."""
+    size: tuple[int, int]
+    """(height, width) of the prepared image."""
+    any_size: bool = False
+    """It reads images of other sizes too: `size` is that of the config."""
+
+    @cached_property
+    def rows(self) -> int:
+        return self.size[0] // self.patch[0]
+
+    @cached_property
+    def cols(self) -> int:
+        return self.size[1] // self.patch[1]
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return len(self.front) + self.rows * self.cols
+
+    @cached_property
+    def grid(self) -> tuple[int, ...]:
+        """The tokens of the patches, row by row."""
+        return tuple(range(len(self.front), self.tokens))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what stands in front, each once."""
+        return tuple(dict.fromkeys(self.front))
+
+    def named(self, name: str) -> tuple[int, ...]:
+        """The tokens in front of the patches that have a name."""
+        return tuple(n for n, own in enumerate(self.front) if own == name)
+
+    def token(self, row: int, col: int) -> int:
+        """The token of a patch; rows and columns count from 1, from the top left."""
+        return len(self.front) + (row - 1) * self.cols + (col - 1)
+
+    def place(self, token: int) -> tuple[int, int] | None:
+        """Row and column of a token, from 1; None of one in front."""
+        at = token - len(self.front)
+        return None if at < 0 else (at // self.cols + 1, at % self.cols + 1)
+
+    def box(self, token: int) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of a patch in the prepared image, the ends exclusive."""
+        place = self.place(token)
+        assert place is not None
+        (row, col), (height, width) = place, self.patch
+        top, left = (row - 1) * height, (col - 1) * width
+        return left, top, left + width, top + height

@@ -1,57 +1,420 @@
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
-"""What a loaded model is: that of its folder, or what Python has handed over, by what it holds.
-
-The identity of the latter is a digest of its weights and buffers, its config, its modules with the
-values that they hold, and the code that they run: the source files of the user's own classes and
-functions, and all code that is reached as it is in memory (`mechdsl/loading/reached_code.py`).
-Where a part can't be described, there is a reason instead, and nothing is kept of the model: two
-models could have the same digest.
-"""
+"""Identity of a loaded model: a digest of its folder, or of all values and code that it holds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from hashlib import sha256
-from types import BuiltinFunctionType, FunctionType, MethodType
+from logging import Logger
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodDescriptorType,
+    MethodType,
+    ModuleType,
+    WrapperDescriptorType,
+)
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.loading.reached_code import ReachedCode, home_of, is_free, is_own_compiled, of_library
-from mechdsl.models.identity import digest_of
-from mechdsl.program.code_behind import CodeUnknown, code_of_module
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.models.folder import json_digest
+from mechdsl.program.code_hashes import CodeHashError, hash_module_code, is_installed
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
-_OWN = frozenset({"_parameters", "_buffers", "_modules", "training"})
+IDENTIFIED_LIBRARIES = ("torch", "transformers", "huggingface_hub", "peft", "accelerate")
+"""Packages that are identified by their versions, and by their code in memory."""
+
+_CALL_ATTRIBUTES = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")
+"""Attributes that a call of a module looks up."""
+
+_NATIVE_TYPES = (
+    *(BuiltinFunctionType, WrapperDescriptorType, MethodDescriptorType),
+    *(GetSetDescriptorType, MemberDescriptorType),
+)
+
+_NUMBER_TYPES = (int, float, complex, type(None), torch.dtype, torch.device)
+"""Values of a library's code that are described: texts may be of this process alone."""
+
+_COMMON_ATTRIBUTES = frozenset({
+    *("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__slots__"),
+    *("__annotations__", "__annotate_func__", "__annotations_cache__", "__parameters__"),
+    *("__abstractmethods__", "_abc_impl", "__orig_bases__", "__match_args__", "__slotnames__"),
+    *("__dataclass_fields__", "__dataclass_params__", "__firstlineno__", "__static_attributes__"),
+})  # fmt: skip
+"""Attributes that the interpreter makes, which no forward pass reads."""
+
+ValueDescriber = Callable[[Any, str], Any]
+"""(a value, where it is) → its description as JSON. Raises CodeUnknown."""
+
+
+class ReachedCode:
+    """The functions and classes that are reached from those that are added.
+
+    Of the user's own code, every value that a function reads is described by `tell`, which raises
+    CodeUnknown where it can't. Of a library's code, numbers, functions and classes are described.
+    """
+
+    def __init__(self, tell: ValueDescriber) -> None:
+        self._tell = tell
+        self._labels: dict[object, str] = {}
+        self._counts: Counter[str] = Counter()
+        self._packages: set[str] = set()
+        self._functions: dict[FunctionType, list[Any]] = {}
+        self._waiting: list[FunctionType] = []
+        self._classes: dict[type, None] = {torch.Tensor: None}
+        self._names: set[str] = set(_CALL_ATTRIBUTES)
+        self._bindings: dict[tuple[str, str], Any] = {}
+        self._looked_up: set[tuple[type, bool]] = set()
+        self.homes: set[str] = set()
+        """Modules whose source files count too: those of the user's functions, and of the classes
+        of modules from outside the libraries."""
+
+    def add_module_class(self, kind: type) -> str:
+        """Add the class of one of the model's modules, whose packages are followed."""
+        homes = {base.__module__ for base in kind.__mro__}
+        self._packages |= set(map(_get_root, homes))
+        self.homes |= set(filter(_has_source, homes))
+        return self.add_class(kind)
+
+    def add_class(self, kind: type) -> str:
+        """Add a class whose methods may be called; what it and its bases are called."""
+        self._classes[kind] = None
+        return " ".join(self._label(each, _qualified_name(each)) for each in kind.__mro__)
+
+    def add_function(self, function: FunctionType) -> str:
+        """Add a function that is called; what it is called."""
+        home = get_globals_module(function)
+        if function not in self._functions:
+            self._functions[function] = []
+            self._waiting.append(function)
+            if not is_library(home):
+                self.homes.add(home)
+        return self._label(function, f"{home}.{function.__qualname__}")
+
+    def _label(self, value: FunctionType | type | ModuleType, name: str) -> str:
+        """A name of its own for each object: functions and classes that a function makes again and
+        again have the same one."""
+        if value not in self._labels:
+            number = self._counts[name]
+            self._counts[name] += 1
+            self._labels[value] = f"{name} {number}" if number else name
+        return self._labels[value]
+
+    def digest(self) -> str:
+        """SHA-256 over everything that is reached. Raises CodeUnknown."""
+        before = (0, 0)
+        while before != (now := (len(self._names), len(self._classes))):
+            before = now
+            self._looked_up.clear()
+            for kind in list(self._classes):
+                self._look_up(kind)
+            while self._waiting:
+                self._follow(self._waiting.pop())
+        found = [*self._functions.values(), *self._bindings.items()]
+        return sha256("\n".join(sorted(map(repr, found))).encode()).hexdigest()
+
+    def _is_followed(self, home: str) -> bool:
+        if not is_library(home):
+            return True
+        return _get_root(home) in self._packages and (
+            _get_root(home) != "torch" or home.startswith("torch.nn.")
+        )
+
+    # --- functions and classes ---
+
+    def _follow(self, function: FunctionType) -> None:
+        """Read a function's defaults, its closure and the globals that it names."""
+        code, home = function.__code__, get_globals_module(function)
+        own = not is_library(home)
+        where = f"`{function.__qualname__}`"
+        values: dict[str, Any] = {}
+        names = _list_names(code) | (_list_texts(code) if own else frozenset())
+        for number, value in enumerate(function.__defaults__ or ()):
+            values[f"default {number}"] = self._of(value, f"a default of {where}", own)
+        for name, value in (function.__kwdefaults__ or {}).items():
+            values[f"default {name}"] = self._of(value, f"a default of {where}", own)
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                held = cell.cell_contents
+            except ValueError:  # not assigned yet
+                continue
+            values[f"closure {name}"] = self._of(
+                held, f"`{name}`, which {where} keeps,", own, names
+            )
+        if self._is_followed(home):
+            self._names |= names
+            for name in sorted(names):
+                value = function.__globals__.get(name, _find_imported(name, function))
+                if value is not _MISSING:
+                    told = self._of(value, f"`{name}`, which {where} reads,", own, names)
+                    values[f"global {name}"] = told
+        self._functions[function] = [self.add_function(function), _code_digest(code), values]
+
+    def _look_up(self, kind: type) -> None:
+        """Read the attributes of a class and of its bases that some function names."""
+        whole = not issubclass(kind, nn.Module)
+        for base in kind.__mro__[:-1]:
+            if (base, whole) in self._looked_up:
+                continue
+            self._looked_up.add((base, whole))
+            if not (base is torch.Tensor or self._is_followed(base.__module__)):
+                continue
+            own, name = not is_library(base.__module__), self._label(base, _qualified_name(base))
+            for attribute, value in list(vars(base).items()):
+                if attribute in _COMMON_ATTRIBUTES or (name, attribute) in self._bindings:
+                    continue
+                if attribute in self._names or (whole and attribute.startswith("__")):
+                    where = f"`{base.__qualname__}.{attribute}`"
+                    self._bindings[name, attribute] = self._of(value, where, own)
+
+    def _attributes(
+        self,
+        module: ModuleType,
+        names: frozenset[str],
+        inside: tuple[ModuleType, ...],
+        *,
+        own_reads: bool,
+    ) -> None:
+        """Read the attributes of a module that are named beside it.
+
+        Args:
+            module: The module.
+            names: All names in the code that names the module.
+            inside: Modules that led to it.
+            own_reads: Whether that code is the user's own.
+
+        Raises:
+            CodeUnknown: The user's own code reads what can't be described.
+        """
+        own, held = not is_library(module.__name__), vars(module)
+        data, label = self._is_followed(module.__name__), self._label(module, module.__name__)
+        for name in sorted(held.keys() & names):
+            key, value = (label, name), held[name]
+            if own_reads:
+                _refuse_unseen(value, f"`{module.__name__}.{name}`")
+            if isinstance(value, ModuleType):
+                self._bindings[key] = self._label(value, value.__name__)
+                if value not in inside:
+                    self._attributes(value, names, (*inside, value), own_reads=own_reads)
+            elif own_reads and not data and isinstance(value, (*_NUMBER_TYPES, str)):
+                self._bindings[key] = repr(value)
+            elif key not in self._bindings and (data or isinstance(value, FunctionType | type)):
+                self._bindings[key] = self._of(value, f"`{'.'.join(key)}`", own)
+
+    # --- values ---
+
+    def _of(self, value: Any, where: str, own: bool, names: Iterable[str] = ()) -> Any:
+        """own: whether it belongs to the user's own code. names: that are named beside it."""
+        if own:
+            _refuse_unseen(value, where)
+        match value:
+            case FunctionType():
+                return self.add_function(value)
+            case ModuleType():
+                self._attributes(value, frozenset(names), (value,), own_reads=own)
+                return self._label(value, value.__name__)
+            case type():
+                return self.add_class(value)
+            case MethodType():
+                inner = value.__func__
+                if isinstance(inner, FunctionType) and is_library(get_globals_module(inner)):
+                    return self.add_function(inner)
+                return self._tell(value, where)
+            case staticmethod() | classmethod():
+                return self._of(cast("Any", value).__func__, where, own, names)
+            case property():
+                return [self._of(each, where, own) for each in (value.fget, value.fset)]
+            case cached_property():
+                return self._of(cast("Any", value).func, where, own)
+            case partial() if not own:
+                held = cast("Any", value)
+                parts = (held.func, held.args, held.keywords)
+                return [self._of(each, where, own) for each in parts]
+            case Logger():
+                return "logger"
+            case _ if isinstance(value, _NATIVE_TYPES) and is_stateless(value):
+                native = cast("Any", value)
+                return [getattr(native, "__module__", None), native.__qualname__]
+            case _:
+                return self._data(value, where, own)
+
+    def _data(self, value: Any, where: str, own: bool) -> Any:
+        kind = type(value)
+        inner = getattr(value, "__wrapped__", None)
+        if isinstance(inner, FunctionType) and is_library(
+            get_globals_module(inner)
+        ):  # as of `lru_cache`
+            return self.add_function(inner)
+        if own or not is_library(kind.__module__) or isinstance(value, torch.Tensor):
+            return self._tell(value, where)
+        if isinstance(value, _NUMBER_TYPES):
+            return repr(value)
+        if kind in (list, tuple):
+            return [self._of(each, where, own) for each in value]
+        if kind is dict:
+            return [
+                [repr(name), self._of(each, where, own)]
+                for name, each in value.items()
+                if not _is_mechdsl_entry(each)
+            ]
+        if self._is_followed(kind.__module__):
+            self.add_class(kind)
+        return _qualified_name(kind)
+
+
+def _refuse_unseen(value: object, where: str) -> None:
+    """Raise CodeUnknown for variables of the environment and for compiled code of the user's own,
+    which may change while their names stay."""
+    if value is os.environ or value is os.getenv:
+        raise CodeHashError(f"{where} is the environment, which may change")
+    if is_user_compiled(value) or type(value).__module__ == type(torch.ops).__module__:
+        raise CodeHashError(f"{where} is compiled code, which can't be told")
+
+
+def is_user_compiled(value: object) -> bool:
+    """Whether a function or method is of a compiled module of the user's own."""
+    home = getattr(getattr(value, "__objclass__", value), "__module__", None) or ""
+    return isinstance(value, _NATIVE_TYPES) and home in sys.modules and not is_library(home)
+
+
+def is_stateless(native: object) -> bool:
+    """Whether a native function has no object whose state it reads."""
+    own = getattr(native, "__self__", None)
+    return own is None or isinstance(own, type | ModuleType)
+
+
+def get_globals_module(function: FunctionType) -> str:
+    """The module whose globals a function reads: `functools.wraps` doesn't change it."""
+    name = str(function.__globals__.get("__name__", ""))
+    return "collections" if name.startswith("namedtuple_") else name  # which has made it
+
+
+@lru_cache(maxsize=8192)
+def is_library(module: str) -> bool:
+    """Whether a module belongs to Python or to an installed package, and not to the user."""
+    return not _has_source(module) or is_installed(_get_root(module))
+
+
+def _has_source(module: str) -> bool:
+    """Whether a module is identified by its source file, and not by a version alone."""
+    root = _get_root(module)
+    return root not in IDENTIFIED_LIBRARIES and (
+        root == "__main__" or root not in sys.stdlib_module_names
+    )
+
+
+def _is_mechdsl_entry(value: object) -> bool:
+    """Whether mechdsl has put it there: an entry among the library's attention functions."""
+    return isinstance(value, FunctionType) and _get_root(get_globals_module(value)) == _get_root(
+        __name__
+    )
+
+
+def _qualified_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _get_root(module: str) -> str:
+    return module.partition(".")[0]
+
+
+_MISSING = object()
+
+
+def _find_imported(name: str, function: FunctionType) -> object:
+    """A module that a function may import itself, if it has been imported."""
+    if is_library(get_globals_module(function)):
+        return _MISSING
+    package = function.__globals__.get("__package__") or ""
+    found = sys.modules.get(name) or sys.modules.get(f"{package}.{name}")
+    return _MISSING if found is None else found
+
+
+@lru_cache(maxsize=8192)
+def _list_names(code: CodeType) -> frozenset[str]:
+    """The globals and attributes that code names."""
+    inner = (_list_names(value) for value in code.co_consts if isinstance(value, CodeType))
+    return frozenset(code.co_names).union(*inner)
+
+
+def _list_texts(code: CodeType) -> frozenset[str]:
+    """Texts in code that may be names of attributes, as of `getattr`."""
+    texts = {each for each in code.co_consts if isinstance(each, str) and each.isidentifier()}
+    inner = (_list_texts(value) for value in code.co_consts if isinstance(value, CodeType))
+    return frozenset(texts).union(*inner)
+
+
+@lru_cache(maxsize=8192)
+def _code_digest(code: CodeType) -> str:
+    """SHA-256 of what code does; where it is written changes nothing."""
+    parts = (
+        *(code.co_code, code.co_exceptiontable, code.co_flags, code.co_names, code.co_varnames),
+        *(code.co_freevars, code.co_cellvars, code.co_argcount, code.co_kwonlyargcount),
+        *(code.co_posonlyargcount, _describe_constant(code.co_consts)),
+    )
+    return sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _describe_constant(value: object) -> str:
+    """A constant of code, the same in every process."""
+    match value:
+        case CodeType():
+            return _code_digest(value)
+        case tuple():
+            return f"({', '.join(map(_describe_constant, cast('tuple[object, ...]', value)))})"
+        case frozenset():
+            return f"{{{', '.join(sorted(map(_describe_constant, cast('frozenset[object]', value))))}}}"
+        case _:
+            return f"{type(value).__name__} {value!r}"
+
+
+_MODULE_ATTRIBUTES = frozenset({"_parameters", "_buffers", "_modules", "training"})
 """Attributes of modules that are told otherwise."""
-_PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, slice, range)
+
+_PLAIN_TYPES = (
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    slice,
+    range,
+)
 
 
-def identity_of_loaded(model: LoadedModel) -> str | None:
+def compute_identity(model: LoadedModel) -> str | None:
     """The digest of a model; None where it can't be told."""
-    return identity_or_reason(model)[0]
+    return explain_identity(model)[0]
 
 
-def identity_or_reason(model: LoadedModel) -> tuple[str | None, str]:
+def explain_identity(model: LoadedModel) -> tuple[str | None, str]:
     """The digest of a model, or why it can't be told, in lower case."""
     if model.identity is not None:
         return model.identity, ""
     try:
-        return digest_of(_parts(model)), ""
-    except CodeUnknown as unknown:
+        return json_digest(_list_parts(model)), ""
+    except CodeHashError as unknown:
         return None, str(unknown)
 
 
-def _parts(model: LoadedModel) -> dict[str, Any]:
+def _list_parts(model: LoadedModel) -> dict[str, Any]:
     module, tokenizer = model.module, model.tokenizer
     if any(vars(nn.modules.module)[f"_global_{table}"] for table in _HOOKS):
-        raise CodeUnknown("torch has hooks for all modules")
-    told = _Told(module)
+        raise CodeHashError("torch has hooks for all modules")
+    told = _ModuleDescription(module)
     return {
         "of": "python",
         "weights": model.provenance.get("weights", ""),
@@ -60,19 +423,24 @@ def _parts(model: LoadedModel) -> dict[str, Any]:
         "attention": [told.of_attention(config) for config in model.attention_configs],
         "tokenizer": None
         if tokenizer is None
-        else [tokenizer.hash, tokenizer.bos, sorted(tokenizer.roles.items()), *_chat(tokenizer)],
+        else [
+            tokenizer.hash,
+            tokenizer.bos,
+            sorted(tokenizer.roles.items()),
+            *_describe_chat(tokenizer),
+        ],
         "code": told.code(),
     }
 
 
-def _chat(tokenizer: TextTokenizer) -> list[str]:
+def _describe_chat(tokenizer: TextTokenizer) -> list[str]:
     return [] if tokenizer.chat is None else [tokenizer.chat.digest]
 
 
 _HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 
 
-class _Told:
+class _ModuleDescription:
     """Describes modules by the values that they hold, and gathers the code that they run."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -85,7 +453,7 @@ class _Told:
         files: dict[str, str] = {}
         for home in sorted(self._reached.homes):
             if home not in files:
-                files |= code_of_module(home)
+                files |= hash_module_code(home)
         return [reached, files]
 
     def of_part(self, path: str, part: nn.Module) -> list[Any]:
@@ -93,22 +461,24 @@ class _Told:
         held = vars(part)
         where = f"`{path or type(part).__name__}`"
         if "forward" in held:
-            raise CodeUnknown(f"{where} has a `forward` of its own, which isn't its class's")
+            raise CodeHashError(f"{where} has a `forward` of its own, which isn't its class's")
         for table in _HOOKS:
             if not all(map(self._is_hook_of_library, held[f"_{table}"].values())):
-                raise CodeUnknown(f"{where} has {table.partition('_')[0]} hooks")
+                raise CodeHashError(f"{where} has {table.partition('_')[0]} hooks")
         tensors = {**held["_parameters"], **held["_buffers"]}
         if any(tensor is not None and tensor._backward_hooks for tensor in tensors.values()):
-            raise CodeUnknown(f"{where} has a tensor with hooks")
+            raise CodeHashError(f"{where} has a tensor with hooks")
         rest = {
             name: self.of(value, f"{where}, its `{name}`")
             for name, value in held.items()
-            if name not in _OWN and not name.endswith("_hooks") and "_hooks_" not in name
+            if name not in _MODULE_ATTRIBUTES
+            and not name.endswith("_hooks")
+            and "_hooks_" not in name
         }
         own = held["_non_persistent_buffers_set"]
         return [
             self._reached.add_module_class(type(part)),
-            {name: _tensor(t, content=name in own) for name, t in tensors.items()},
+            {name: _describe_tensor(t, content=name in own) for name, t in tensors.items()},
             rest,
         ]
 
@@ -117,8 +487,8 @@ class _Told:
         function = getattr(hook, "__func__", hook)
         if isinstance(function, FunctionType):
             self._reached.add_function(function)
-            return of_library(home_of(function))
-        return type(hook) is not partial and of_library(type(hook).__module__)
+            return is_library(get_globals_module(function))
+        return type(hook) is not partial and is_library(type(hook).__module__)
 
     def of_attention(self, config: Any) -> list[Any]:
         """The name of the attention function, and which functions go by it."""
@@ -133,27 +503,27 @@ class _Told:
     def of(self, value: Any, where: str) -> Any:
         """Any value as JSON says it. CodeUnknown for what can't be told."""
         if isinstance(value, Enum):
-            return [_name(type(value)), value.name]
-        if isinstance(value, _PLAIN):
+            return [_describe_class(type(value)), value.name]
+        if isinstance(value, _PLAIN_TYPES):
             return [type(value).__name__, repr(value)]
         if isinstance(value, Tensor):
-            return _tensor(value, content=True)
+            return _describe_tensor(value, content=True)
         if isinstance(value, type):
             return self._reached.add_class(value)
         if isinstance(value, nn.Module):
             if value in self._parts:
                 return "a module of its own"
-            raise CodeUnknown(f"{where} is a module that isn't among its own")
+            raise CodeHashError(f"{where} is a module that isn't among its own")
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             return [self._reached.add_class(type(value)), self._items(value.to_dict(), where)]
-        if _name(type(value)).endswith("GenerationConfig"):
+        if _describe_class(type(value)).endswith("GenerationConfig"):
             return None  # nothing is generated
         if isinstance(value, Mapping):
             return [type(value).__name__, self._items(value, where)]
         if isinstance(value, list | tuple):
             return [type(value).__name__, [self.of(each, where) for each in value]]
         if isinstance(value, set | frozenset):
-            return ["set", sorted(digest_of(self.of(each, where)) for each in value)]
+            return ["set", sorted(json_digest(self.of(each, where)) for each in value)]
         return self._callable(value, where)
 
     def _items(self, value: Mapping[Any, Any], where: str) -> list[Any]:
@@ -166,20 +536,24 @@ class _Told:
         if isinstance(value, MethodType):
             own = value.__self__
             if not isinstance(own, type) and own not in self._parts:
-                raise CodeUnknown(f"{where} is a method of an object that can't be told")
+                raise CodeHashError(f"{where} is a method of an object that can't be told")
             return ["method", self.of(value.__func__, where)]
         if isinstance(value, FunctionType):
             return ["function", self._reached.add_function(value)]
-        if isinstance(value, BuiltinFunctionType) and is_free(value) and not is_own_compiled(value):
+        if (
+            isinstance(value, BuiltinFunctionType)
+            and is_stateless(value)
+            and not is_user_compiled(value)
+        ):
             return ["function", value.__module__, value.__qualname__]
-        raise CodeUnknown(f"{where} is a `{type(value).__name__}`, which can't be told")
+        raise CodeHashError(f"{where} is a `{type(value).__name__}`, which can't be told")
 
 
-def _name(kind: type) -> str:
+def _describe_class(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _tensor(tensor: Tensor | None, *, content: bool) -> Any:
+def _describe_tensor(tensor: Tensor | None, *, content: bool) -> Any:
     """content: of parameters and kept buffers it is in the hash of the weights."""
     if tensor is None:
         return None
@@ -187,6 +561,6 @@ def _tensor(tensor: Tensor | None, *, content: bool) -> Any:
     if not content:
         return told
     if tensor.is_meta:
-        raise CodeUnknown("a buffer is on the meta device")
+        raise CodeHashError("a buffer is on the meta device")
     flat = tensor.detach().cpu().contiguous().flatten()
     return [*told, sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()]

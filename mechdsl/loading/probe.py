@@ -1,11 +1,9 @@
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
-"""What a model is tried out on: two rows of what it takes; and how it wants to be called."""
+"""Trial calls that show how a model is called, and how a classifier computes its output."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -13,122 +11,223 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdsl.hooks.batch import Batch
-from mechdsl.hooks.calls import (
-    arguments,
-    bare_logits,
-    call,
-    narrowed,
-    text_inputs,
-    whole_output,
+from mechdsl.forward.hooks.batch import Batch
+from mechdsl.forward.hooks.model import (
+    BlockStack,
+    CallConvention,
+    LoadedModel,
+    build_arguments,
+    build_text_inputs,
+    call_model,
+    call_module,
+    call_with_batch,
+    narrow_unembedding,
 )
-from mechdsl.hooks.loaded import Calling, LoadedModel, Stack
-from mechdsl.loading.probe_classifiers import classifying
-from mechdsl.loading.probe_inputs import (
-    config_of,
-    most_tokens,
-    pictures,
-    tokens_seen,
-    with_images,
-    with_sounds,
+from mechdsl.loading.bench import (
+    PROMPT_LENGTHS,
+    add_sounds,
+    build_image_inputs,
+    build_image_prompts,
+    build_text_sample,
+    count_module_tokens,
+    draw_prompts,
+    get_config,
 )
 from mechdsl.models.anatomy import HookPoint
-from mechdsl.models.heads_by_class import named_outputs
+from mechdsl.models.shape import OutputPosition, output_labels
 
-LENGTHS = (5, 4)
-"""Tokens of the two prompts, where the model has as many positions."""
-_SOURCE = (6, 5)
+
+class OneOutputOnly(Exception):
+    """The model has one output for a whole prompt, and not that of a classifier which makes it of
+    one token; its text says why."""
+
+
+def probe_classifier(model: LoadedModel, ids: Tensor) -> LoadedModel:
+    """The model with what its outputs are made of.
+
+    ids: [1, T] a prompt. Raises OneOutputOnly, and what the model's own forward raises.
+    """
+    output, outside = _record_outputs(model, ids)
+    if "logits" not in output:
+        return model
+    if output.logits.dim() == 3:
+        model = replace(model, shape=replace(model.shape, output_at="every token"))
+        return model if model.shape.task == "tokens" else _probe_causality(model, ids)
+    if model.shape.task == "tokens":
+        raise OneOutputOnly("classifiers have a class that ends in `ForSequenceClassification`")
+    model = _drop_unembedding(model)
+    places: tuple[tuple[OutputPosition, int], ...] = (("last token", -1), ("first token", 0))
+    for at, place in sorted(places, key=lambda each: each[0] != model.shape.output_at):
+        for path, made in outside.items():
+            if made.shape[-1:] == output.logits.shape[-1:] and torch.equal(
+                made[:, place], output.logits
+            ):
+                calling = replace(model.calling, scores=path)
+                shape = replace(model.shape, output_at=at)
+                return _probe_causality(replace(model, calling=calling, shape=shape), ids)
+        if _depends_on_one_token(model, ids, place, output.logits):
+            skips = _find_skipped_token(model, ids) if at == "last token" else None
+            calling = replace(model.calling, reads=at, skips=skips)
+            shape = replace(model.shape, output_at=at, causal=False)
+            return _drop_final_norm(replace(model, calling=calling, shape=shape))
+    raise OneOutputOnly("it is made of several tokens at once")
+
+
+def _record_outputs(model: LoadedModel, ids: Tensor) -> tuple[Any, dict[str, Tensor]]:
+    """What the model returns, and, by path, what modules outside of its blocks return that is one
+    vector for each token."""
+    blocks = [block.path for block in model.anatomy.blocks]
+    found: dict[str, Tensor] = {}
+
+    def look(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.shape[:-1] == ids.shape:
+                found[path] = output
+
+        return hook
+
+    with ExitStack() as stack:
+        for path, module in model.module.named_modules():
+            if path and not _is_in_blocks(path, blocks):
+                stack.callback(module.register_forward_hook(look(path)).remove)
+        output = call_module(model, {"input_ids": ids})
+    return output, found
+
+
+def _is_in_blocks(path: str, blocks: Iterable[str]) -> bool:
+    return any(path == block or path.startswith(f"{block}.") for block in blocks)
+
+
+def _drop_unembedding(model: LoadedModel) -> LoadedModel:
+    """What was taken for an unembedding makes labels, perhaps of one vector for a prompt."""
+    anatomy = model.anatomy
+    tap = anatomy.taps.get("final_norm")
+    if tap is not None and tap.path == anatomy.unembedding:
+        model = _drop_final_norm(model)
+    return replace(model, anatomy=replace(model.anatomy, unembedding=None))
+
+
+def _drop_final_norm(model: LoadedModel) -> LoadedModel:
+    """Behind the last block of rows there is one token of each."""
+    anatomy, shape = model.anatomy, model.shape
+    if "final_norm" not in anatomy.taps:
+        return model
+    taps = {site: own for site, own in anatomy.taps.items() if site != "final_norm"}
+    reason = "behind the last block the token that the output is made of goes on by itself"
+    without = {**anatomy.without, "final_norm": reason}
+    return replace(
+        model,
+        anatomy=replace(anatomy, taps=taps, without=without),
+        shape=replace(shape, sites=shape.sites - {"final_norm"}),
+    )
+
+
+def _depends_on_one_token(model: LoadedModel, ids: Tensor, place: int, logits: Tensor) -> bool:
+    """Whether the output hangs on one token of the last block alone."""
+
+    def other(module: nn.Module, args: Any, output: Any) -> Any:
+        value = output[0] if isinstance(output, (tuple, list)) else output
+        changed = -2 * value
+        changed[:, place] = value[:, place]
+        return (changed, *output[1:]) if isinstance(output, (tuple, list)) else changed
+
+    block = model.module.get_submodule(model.anatomy.blocks[-1].path)
+    handle = block.register_forward_hook(other)
+    try:
+        return torch.equal(call_module(model, {"input_ids": ids}).logits, logits)
+    finally:
+        handle.remove()
+
+
+def _find_skipped_token(model: LoadedModel, ids: Tensor) -> int | None:
+    """The pad token, where the output is made of the token before it."""
+    pad = model.shape.config.get("pad_token_id")
+    if not isinstance(pad, int) or not 0 <= pad < model.shape.vocab_size:
+        return None
+    ended = ids.clone()
+    ended[:, -1] = pad
+    logits = call_module(model, {"input_ids": ended}).logits
+    return pad if _depends_on_one_token(model, ended, -2, logits) else None
+
+
+def _probe_causality(model: LoadedModel, ids: Tensor) -> LoadedModel:
+    """With whether tokens see later ones, which a classifier's class doesn't tell."""
+    other = ids.clone()
+    other[:, -1] = ids[:, 0]
+    before, after = (call_model(model, {"input_ids": each})[:, :-1] for each in (ids, other))
+    if not before.numel():
+        return model
+    size = before.abs().amax()
+    causal = bool(((after - before).abs() <= 1e-4 * size).all())
+    return replace(model, shape=replace(model.shape, causal=causal))
+
+
+_ENCODER_LENGTHS = (6, 5)
 """Tokens of what encoders of encoder-decoders read."""
-_AROUND = (5, 4)
+
+_IMAGE_PROMPT_LENGTHS = (5, 4)
 """Tokens of prompts with an image, the image aside."""
-_CLOSE = 1e-2
+
+_CLOSE_TOLERANCE = 1e-2
 """Two ways of calling that differ less than this, relatively, are one."""
 
 
-def sample(model: LoadedModel) -> Batch:
+def build_sample(model: LoadedModel) -> Batch:
     """Two rows; ragged prompts are padded where the model wants it."""
     shape, device = model.shape, model.device
     if shape.takes == "image":
-        pixels = pictures(model)
-        count = tokens_seen(model, model.anatomy.blocks[0].path, pixels)
+        pixels = build_image_inputs(model)
+        count = count_module_tokens(model, model.anatomy.blocks[0].path, pixels)
         return Batch.grid(2, count, device).with_inputs(pixels)
-    tokens = texts(model)
+    tokens = build_text_sample(model)
     match shape.takes:
         case "two texts":
-            source = Batch.of(_prompts(model, _SOURCE, seed=1), model.pad_id, "right", device)
+            source = Batch.of(
+                draw_prompts(model, _ENCODER_LENGTHS, seed=1), model.pad_id, "right", device
+            )
             return tokens.with_inputs({}, encoder=source)
         case "audio":
-            return with_sounds(model, tokens)
+            return add_sounds(model, tokens)
         case "image and text" if "vision" in model.others:
-            return with_images(model, _prompts(model, _AROUND, seed=0))
+            return build_image_prompts(model, draw_prompts(model, _IMAGE_PROMPT_LENGTHS, seed=0))
         case _:
             return tokens
-
-
-def texts(model: LoadedModel) -> Batch:
-    """Two rows of nothing but tokens."""
-    rows = _prompts(model, LENGTHS, seed=0)
-    return Batch.of(rows, model.pad_id, model.calling.side, model.device)
-
-
-def _prompts(model: LoadedModel, lengths: tuple[int, int], seed: int) -> list[list[int]]:
-    """Ragged prompts of different tokens, none of which stands for padding or an image; the second
-    has the token for masked ones in it, where there is one, as that may be treated apart. They
-    begin as the tokenizer begins its texts, and have no more tokens than the model has positions.
-    """
-    longest = min(lengths[0], most_tokens(model) or lengths[0])
-    lengths = longest, min(lengths[1], max(1, longest - 1))
-    opening = list(model.tokenizer.opening) if model.tokenizer is not None else []
-    special = {model.pad_id} | {
-        value
-        for key, value in config_of(model).items()
-        if key.endswith(("token_id", "token_index")) and isinstance(value, int)
-    }
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randperm(model.shape.vocab_size, generator=generator).tolist()
-    draws = [token for token in draws if token not in special] or draws
-    draws = draws * (1 + sum(lengths) // len(draws))
-    rows = [[*opening, *draws[: lengths[0]]], [*opening, *draws[lengths[0] :]]]
-    mask = config_of(model).get("mask_token_id")
-    if isinstance(mask, int) and 0 <= mask < model.shape.vocab_size and mask != model.pad_id:
-        rows[1][1] = mask
-    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
 # --- how the model wants to be called -----------------------------------------------------------
 
 
-def tried(model: LoadedModel) -> LoadedModel:
+def probe_call(model: LoadedModel) -> LoadedModel:
     """The model with what calling it shows; raises what the model's own forward raises."""
     # Routers cast their weights in their first call, and those of inference mode take no gradient.
     with torch.no_grad():
-        model = _with_logits(_tried(_looked_at(model)))
-        return replace(model, calling=replace(model.calling, narrows=_narrows(model)))
+        model = _probe_logits(_probe_inputs(_probe_structure(model)))
+        return replace(model, calling=replace(model.calling, narrows=_can_narrow(model)))
 
 
-def _tried(model: LoadedModel) -> LoadedModel:
+def _probe_inputs(model: LoadedModel) -> LoadedModel:
     if model.shape.takes in ("text", "image and text"):
-        model = _tried_on_text(_with_types(model))
+        model = _probe_text(_probe_token_types(model))
         if "vision" not in model.others:
             return model
-        return replace(model, calling=replace(model.calling, places_images=_places_images(model)))
+        return replace(model, calling=replace(model.calling, places_images=_numbers_images(model)))
     if model.shape.takes == "image":
-        return _tried_on_images(model)
+        return _probe_images(model)
     # On the right, as decoders that begin with padding count columns.
     calling = replace(model.calling, side="right", first_position=None, packs="one prompt")
     model = replace(model, calling=calling)
-    return replace(model, calling=_returns(model))
+    return replace(model, calling=_probe_block_output(model))
 
 
-def _with_logits(model: LoadedModel) -> LoadedModel:
+def _probe_logits(model: LoadedModel) -> LoadedModel:
     """The model with `logits` as they come out: there may be none, or others than of tokens."""
     shape, anatomy = model.shape, model.anatomy
     if shape.takes == "image":
         return model
-    batch = sample(model)
+    batch = build_sample(model)
     if shape.takes == "text":  # classifiers without a pad token take no more than one prompt
         batch = batch.part(slice(0, 1))
-    output = whole_output(model, arguments(model, batch))
+    output = call_module(model, build_arguments(model, batch))
     if "logits" not in output:
         anatomy = replace(anatomy, unembedding=None)
         shape = replace(shape, sites=shape.sites - {"logits"}, d_logits=0)
@@ -137,55 +236,55 @@ def _with_logits(model: LoadedModel) -> LoadedModel:
     sites = shape.sites | {"logits"}
     if shape.task == "tokens":
         d_logits = 0 if size == shape.vocab_size else size
-        named = named_outputs(config_of(model)) if d_logits else ()
+        named = output_labels(get_config(model)) if d_logits else ()
         labels = named if len(named) == size else ()
         return replace(model, shape=replace(shape, sites=sites, d_logits=d_logits, labels=labels))
     labels = shape.labels if len(shape.labels) == size else tuple(map(str, range(size)))
     return replace(model, shape=replace(shape, sites=sites, d_logits=size, labels=labels))
 
 
-def _places_images(model: LoadedModel) -> bool:
+def _numbers_images(model: LoadedModel) -> bool:
     """Whether an image's tokens are counted one by one; some give their patches two coordinates."""
     if model.calling.first_position is None:
         return False
-    one = sample(model).part(slice(0, 1))
-    plain = bare_logits(model, one)
+    one = build_sample(model).part(slice(0, 1))
+    plain = call_with_batch(model, one)
     placed = replace(model, calling=replace(model.calling, places_images=True))
-    return _close(bare_logits(placed, one), plain, _fine(model))
+    return _is_close(call_with_batch(placed, one), plain, _is_finite(model))
 
 
-def _narrows(model: LoadedModel) -> bool:
+def _can_narrow(model: LoadedModel) -> bool:
     """Whether the unembedding alone makes the logits: some add a bias behind it."""
     if model.anatomy.unembedding is None or model.shape.takes == "image":
         return False
-    batch = sample(model)
+    batch = build_sample(model)
     some = torch.arange(0, model.shape.outputs, 2, device=model.device)
     real = batch.mask.bool()
-    every = bare_logits(model, batch)[real]
+    every = call_with_batch(model, batch)[real]
     try:
-        with narrowed(model, some):
-            found = bare_logits(model, batch)[real]
+        with narrow_unembedding(model, some):
+            found = call_with_batch(model, batch)[real]
     except Exception:  # whatever comes behind it
         return False
-    return _close(found, every[:, some], _fine(model))
+    return _is_close(found, every[:, some], _is_finite(model))
 
 
-def _with_types(model: LoadedModel) -> LoadedModel:
+def _probe_token_types(model: LoadedModel) -> LoadedModel:
     """The model without `token_type_ids` unless it is zeros that it takes by itself (some look them
     up among the tokens, some take several)."""
     accepts = model.calling.accepts
     if "token_type_ids" not in accepts:
         return model
-    ids = torch.tensor([_prompts(model, LENGTHS, seed=0)[0]], device=model.device)
+    ids = torch.tensor([draw_prompts(model, PROMPT_LENGTHS, seed=0)[0]], device=model.device)
     looked_up: list[None] = []  # among the tokens, which need not show in what comes out
     embed = model.anatomy.taps.get("embed")
     handle = embed and model.module.get_submodule(embed.path).register_forward_hook(
         lambda *_: looked_up.append(None)
     )
     try:
-        plain = call(model, {"input_ids": ids})
-        given = call(model, {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)})
-        if _close(given, plain, 1e-6) and len(looked_up) <= 2:
+        plain = call_model(model, {"input_ids": ids})
+        given = call_model(model, {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)})
+        if _is_close(given, plain, 1e-6) and len(looked_up) <= 2:
             return model
     except Exception:  # whatever the model makes of them
         pass
@@ -196,7 +295,7 @@ def _with_types(model: LoadedModel) -> LoadedModel:
     return replace(model, calling=calling)
 
 
-def _looked_at(model: LoadedModel) -> LoadedModel:
+def _probe_structure(model: LoadedModel) -> LoadedModel:
     """The model where norms of heads are known to see [B, T, H, d] or [B, H, T, d], and without
     what passes a module several times in one pass."""
     stacks = {stack: model.stack(stack) for stack in ("", *model.others)}
@@ -209,36 +308,38 @@ def _looked_at(model: LoadedModel) -> LoadedModel:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             calls[tap.path] += 1
             made = output[tap.item] if isinstance(output, (tuple, list)) else output
-            if tap.layout.axes == "heads" and _heads_first(args[0], made, tap.layout.units):
+            if tap.layout.axes == "heads" and _has_heads_first(args[0], made, tap.layout.units):
                 first.add(tap.path)
 
         return hook
 
-    batch = None if model.shape.takes == "text" else sample(model)
+    batch = None if model.shape.takes == "text" else build_sample(model)
     if "vision" in model.others and batch is not None:
-        stacks["vision"] = _norm_of_tokens(model, batch)
+        stacks["vision"] = _find_token_norm(model, batch)
     with ExitStack() as stack:
         for tap in {tap.path: tap for tap in taps}.values():
             part = model.module.get_submodule(tap.path)
             stack.callback(part.register_forward_hook(look(tap)).remove)
         if batch is None:
-            ids = torch.tensor([_prompts(model, LENGTHS, seed=0)[0]], device=model.device)
-            call(model, {"input_ids": ids})
+            ids = torch.tensor(
+                [draw_prompts(model, PROMPT_LENGTHS, seed=0)[0]], device=model.device
+            )
+            call_model(model, {"input_ids": ids})
         else:
-            bare_logits(model, batch)
-    found = {name: _seen(own, calls, first) for name, own in stacks.items()}
+            call_with_batch(model, batch)
+    found = {name: _probe_visibility(own, calls, first) for name, own in stacks.items()}
     main = found.pop("")
     return replace(model, anatomy=main.anatomy, shape=main.shape, others=found)
 
 
-def _norm_of_tokens(model: LoadedModel, batch: Batch) -> Stack:
+def _find_token_norm(model: LoadedModel, batch: Batch) -> BlockStack:
     """The vision stack without a last norm of which the language model sees nothing: many image
     encoders have one that only their class token goes through, if anything."""
     own = model.stack("vision")
     tap = own.anatomy.taps.get("final_norm")
     if tap is None:
         return own
-    plain = bare_logits(model, batch)
+    plain = call_with_batch(model, batch)
     module = model.module.get_submodule(tap.path)
     tokens = batch.frames["vision"].mask.numel()
 
@@ -247,7 +348,7 @@ def _norm_of_tokens(model: LoadedModel, batch: Batch) -> Stack:
 
     handle = module.register_forward_hook(other)
     try:
-        same = _close(bare_logits(model, batch), plain, 1e-5)
+        same = _is_close(call_with_batch(model, batch), plain, 1e-5)
     finally:
         handle.remove()
     if not same:
@@ -255,17 +356,17 @@ def _norm_of_tokens(model: LoadedModel, batch: Batch) -> Stack:
     taps = {site: tap for site, tap in own.anatomy.taps.items() if site != "final_norm"}
     without = {**own.anatomy.without, "final_norm": "the language model reads the last block"}
     anatomy = replace(own.anatomy, taps=taps, without=without)
-    return Stack(anatomy, replace(own.shape, sites=own.shape.sites - {"final_norm"}))
+    return BlockStack(anatomy, replace(own.shape, sites=own.shape.sites - {"final_norm"}))
 
 
-def _heads_first(given: Tensor, output: Tensor, units: int) -> bool:
+def _has_heads_first(given: Tensor, output: Tensor, units: int) -> bool:
     """Whether heads come before positions; where there are as many of both, a view tells."""
     if output.dim() != 4 or output.shape[1] != units:
         return False
     return output.shape[2] != units or given.stride(1) < given.stride(2)
 
 
-def _seen(own: Stack, calls: Mapping[str, int], first: Set[str]) -> Stack:
+def _probe_visibility(own: BlockStack, calls: Mapping[str, int], first: Set[str]) -> BlockStack:
     """A stack after a look at which of its modules were called how often, and which of them see
     heads first."""
     blocks = own.anatomy.blocks
@@ -295,42 +396,42 @@ def _seen(own: Stack, calls: Mapping[str, int], first: Set[str]) -> Stack:
     without = {**own.anatomy.without, **dict.fromkeys(sorted(twice), reason)}
     outer = {site: tap for site, tap in own.anatomy.taps.items() if site not in twice}
     anatomy = replace(own.anatomy, blocks=tuple(kept), taps=outer, without=without)
-    return Stack(anatomy, replace(own.shape, sites=own.shape.sites - twice))
+    return BlockStack(anatomy, replace(own.shape, sites=own.shape.sites - twice))
 
 
-def _tried_on_text(model: LoadedModel) -> LoadedModel:
-    longer, shorter = _prompts(model, LENGTHS, seed=0)
-    model = classifying(model, torch.tensor([longer], device=model.device))
+def _probe_text(model: LoadedModel) -> LoadedModel:
+    longer, shorter = draw_prompts(model, PROMPT_LENGTHS, seed=0)
+    model = probe_classifier(model, torch.tensor([longer], device=model.device))
     alone = [
-        call(model, {"input_ids": torch.tensor([row], device=model.device)})[0]
+        call_model(model, {"input_ids": torch.tensor([row], device=model.device)})[0]
         for row in (longer, shorter)
     ]
-    fine = _fine(model)
-    for first in _first_positions(model):
+    fine = _is_finite(model)
+    for first in _list_first_positions(model):
         calling = replace(model.calling, first_position=first)
         one = Batch.of([longer], model.pad_id, "left", model.device)
-        if not _close(bare_logits(replace(model, calling=calling), one)[0], alone[0], fine):
+        if not _is_close(call_with_batch(replace(model, calling=calling), one)[0], alone[0], fine):
             continue
         for side in ("left", "right"):
             as_tried = replace(model, calling=replace(calling, side=side))
             batch = Batch.of([longer, shorter], model.pad_id, side, model.device)
-            logits = bare_logits(as_tried, batch)[1][batch.mask[1].bool()]
-            if _close(logits, alone[1], fine):
-                return _called(as_tried)
-    return _called(model)
+            logits = call_with_batch(as_tried, batch)[1][batch.mask[1].bool()]
+            if _is_close(logits, alone[1], fine):
+                return _try_call(as_tried)
+    return _try_call(model)
 
 
-def _called(model: LoadedModel) -> LoadedModel:
+def _try_call(model: LoadedModel) -> LoadedModel:
     """With how it returns, and how passes over packed rows call it."""
-    packs = model.calling.packs if _takes_many(model) else "one prompt"
-    return replace(model, calling=replace(_returns(model), packs=packs))
+    packs = model.calling.packs if _accepts_packed_rows(model) else "one prompt"
+    return replace(model, calling=replace(_probe_block_output(model), packs=packs))
 
 
-class _Reached(Exception):
+class _BlockReached(Exception):
     """The first block was reached."""
 
 
-def _takes_many(model: LoadedModel) -> bool:
+def _accepts_packed_rows(model: LoadedModel) -> bool:
     """Whether it can be called with tokens of many prompts side by side, more than it has
     positions; tried for models of few positions, as others may as well go without."""
     most = model.shape.max_positions or 0
@@ -338,14 +439,14 @@ def _takes_many(model: LoadedModel) -> bool:
         return True
 
     def stop(block: nn.Module, args: Any) -> None:
-        raise _Reached
+        raise _BlockReached
 
     block = model.module.get_submodule(model.anatomy.blocks[0].path)
     handle = block.register_forward_pre_hook(stop)
     ids = torch.full((1, most + 1), model.pad_id, device=model.device)
     try:
-        call(model, text_inputs(model, ids, torch.zeros_like(ids)))
-    except _Reached:
+        call_model(model, build_text_inputs(model, ids, torch.zeros_like(ids)))
+    except _BlockReached:
         return True
     except Exception:  # whatever the model thinks of so many tokens
         return False
@@ -354,18 +455,18 @@ def _takes_many(model: LoadedModel) -> bool:
     return True
 
 
-def _first_positions(model: LoadedModel) -> list[int | None]:
+def _list_first_positions(model: LoadedModel) -> list[int | None]:
     """Position ids that a prompt may begin with; some count from behind the pad id (RoBERTa)."""
     if "position_ids" not in model.calling.accepts:
         return [None]
     return [0, model.pad_id + 1, 2, None]
 
 
-def _tried_on_images(model: LoadedModel) -> LoadedModel:
+def _probe_images(model: LoadedModel) -> LoadedModel:
     """Which tokens of the last block the output is made of."""
-    pixels = pictures(model)
-    calling = replace(_returns(model), first_position=None, packs="one prompt")
-    output = call(model, pixels)
+    pixels = build_image_inputs(model)
+    calling = replace(_probe_block_output(model), first_position=None, packs="one prompt")
+    output = call_model(model, pixels)
     shape = replace(model.shape, vocab_size=int(output.shape[-1]))
     if not _norms_tokens(model, pixels):
         taps = {site: tap for site, tap in model.anatomy.taps.items() if site != "final_norm"}
@@ -383,7 +484,7 @@ def _tried_on_images(model: LoadedModel) -> LoadedModel:
     block = model.module.get_submodule(model.anatomy.blocks[-1].path)
     handle = block.register_forward_hook(other)
     try:
-        first = _close(call(model, pixels), output)
+        first = _is_close(call_model(model, pixels), output)
     finally:
         handle.remove()
     calling = replace(calling, reads="first token" if first else "all tokens")
@@ -399,13 +500,13 @@ def _norms_tokens(model: LoadedModel, pixels: Mapping[str, Tensor]) -> bool:
     module = model.module.get_submodule(tap.path)
     handle = module.register_forward_hook(lambda m, a, output: seen.append(output.dim()))
     try:
-        call(model, pixels)
+        call_model(model, pixels)
     finally:
         handle.remove()
     return seen == [3]
 
 
-def _returns(model: LoadedModel) -> Calling:
+def _probe_block_output(model: LoadedModel) -> CallConvention:
     """With the length of the tuple that the first block returns, None for a tensor."""
     returned: list[Any] = []
 
@@ -414,28 +515,30 @@ def _returns(model: LoadedModel) -> Calling:
 
     block = model.module.get_submodule(model.anatomy.blocks[0].path)
     takes = model.shape.takes
-    batch = sample(model) if takes in ("two texts", "audio") else None
+    batch = build_sample(model) if takes in ("two texts", "audio") else None
     handle = block.register_forward_hook(look)
     try:
         if takes == "image":
-            call(model, pictures(model))
+            call_model(model, build_image_inputs(model))
         elif batch is not None:
-            bare_logits(model, batch)
+            call_with_batch(model, batch)
         else:
-            ids = torch.tensor([_prompts(model, LENGTHS, seed=0)[1]], device=model.device)
-            call(model, {"input_ids": ids})
+            ids = torch.tensor(
+                [draw_prompts(model, PROMPT_LENGTHS, seed=0)[1]], device=model.device
+            )
+            call_model(model, {"input_ids": ids})
     finally:
         handle.remove()
     length = len(returned[0]) if isinstance(returned[0], (tuple, list)) else None
     return replace(model.calling, block_returns=length)
 
 
-def _fine(model: LoadedModel) -> float:
+def _is_finite(model: LoadedModel) -> float:
     """What rounding may make of one and the same."""
-    return 1e-4 if model.dtype.itemsize > 2 else _CLOSE
+    return 1e-4 if model.dtype.itemsize > 2 else _CLOSE_TOLERANCE
 
 
-def _close(found: Tensor, expected: Tensor, tolerance: float = _CLOSE) -> bool:
+def _is_close(found: Tensor, expected: Tensor, tolerance: float = _CLOSE_TOLERANCE) -> bool:
     if found.shape != expected.shape:
         return False
     error = (found.double() - expected.double()).abs().max()

@@ -1,10 +1,4 @@
-"""Folders with an adapter (LoRA, as peft saves it): what is followed of its config, and what not.
-
-`adapter_config.json` may come from anywhere. Of its keys those are taken that say how the weights
-are scaled; those that a finished adapter has no use for are passed over, whatever they say (of
-`auto_mapping` and `megatron_core` code would be imported, of `base_model_name_or_path` a model
-loaded); any other that says something is refused.
-"""
+"""Folders with a LoRA adapter in the format of peft."""
 
 from __future__ import annotations
 
@@ -16,14 +10,18 @@ from pathlib import Path, PurePath
 from typing import Any, cast
 
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e04_adapters import AdapterConfig, AdapterDoesNotFit, OtherAdapter
-from mechdsl.diagnostics.w07_models import OtherBase
-from mechdsl.models.locate import ADAPTER
+from mechdsl.diagnostics.models import (
+    AdapterConfig,
+    AdapterDoesNotFit,
+    BaseModelMismatch,
+    OtherAdapter,
+)
+from mechdsl.models.config import read_config
+from mechdsl.models.folder import ADAPTER_CONFIG
 from mechdsl.models.shape import ModelShape
-from mechdsl.models.shape_from_config import read_config
 from mechdsl.program.spec import Model
 
-OF_INPUTS = frozenset(
+PROMPT_ADAPTERS = frozenset(
     {
         "PROMPT_TUNING",
         "MULTITASK_PROMPT_TUNING",
@@ -35,7 +33,8 @@ OF_INPUTS = frozenset(
     }
 )
 """Kinds of peft that put something in front of what a model reads, and leave weights alone."""
-READS_MORE = "puts something of its own in front of what the model reads"
+
+PROMPT_ADAPTER_REASON = "puts something of its own in front of what the model reads"
 """What those do, in words."""
 
 _PASSED_OVER = frozenset(
@@ -63,20 +62,24 @@ _PASSED_OVER = frozenset(
     }
 )
 """Of training, or said by the weights themselves."""
+
 _SWITCHES = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias")
+
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Ways to begin training that leave the base's weights as they are."""
+
 _CLASSIFIERS = {
     "SEQ_CLS": ("classifies prompts", "AutoModelForSequenceClassification"),
     "TOKEN_CLS": ("classifies each token", "AutoModelForTokenClassification"),
 }
 """`task_type` → what such a model does, and the library's class for it."""
+
 _PATTERN = re.compile(r"\^?[\w.]+\$?")
 """Paths of modules. Other regular expressions may take for ever."""
 
 
 @dataclass(frozen=True)
-class Scaling:
+class AdapterScaling:
     """How the weights of an adapter are scaled, by the names that peft has."""
 
     r: int
@@ -86,12 +89,12 @@ class Scaling:
     switches: Mapping[str, bool] = field(default_factory=dict[str, bool])
 
 
-def read_scaling(folder: Path, model: Model) -> tuple[Scaling | None, list[Diagnostic]]:
+def read_scaling(folder: Path, model: Model) -> tuple[AdapterScaling | None, list[Diagnostic]]:
     """What an adapter's config says of its weights; None where it isn't followed.
 
     Codes: E0404, E0451, E0452.
     """
-    config, found = read_config(folder, name=ADAPTER, model=model.name, span=model.span)
+    config, found = read_config(folder, name=ADAPTER_CONFIG, model=model.name, span=model.span)
     if config is None:
         return None, found
     kind = str(config.get("peft_type"))
@@ -100,7 +103,7 @@ def read_scaling(folder: Path, model: Model) -> tuple[Scaling | None, list[Diagn
     refused = next(_refused(config, model), None)
     if refused is not None:
         return None, [refused]
-    return Scaling(
+    return AdapterScaling(
         r=config.get("r", 8),
         lora_alpha=config.get("lora_alpha", 8),
         rank_pattern=config.get("rank_pattern") or {},
@@ -109,17 +112,17 @@ def read_scaling(folder: Path, model: Model) -> tuple[Scaling | None, list[Diagn
     ), []
 
 
-def other_base(folder: Path, model: Model, base: Model) -> list[Diagnostic]:
+def check_base_model(folder: Path, model: Model, base: Model) -> list[Diagnostic]:
     """W0773 where the folder names another model than the base; nothing where that can't be told:
     where it names none, and where the base comes from Python: from a function, or handed over."""
-    config, _ = read_config(folder, name=ADAPTER)
+    config, _ = read_config(folder, name=ADAPTER_CONFIG)
     trained = (config or {}).get("base_model_name_or_path")
     if not isinstance(trained, str) or not trained or base.kind == "python" or not base.path:
         return []
     if _name(trained) == _name(base.path):
         return []
     return [
-        OtherBase(
+        BaseModelMismatch(
             span=model.span,
             model=model.name,
             trained=trained,
@@ -129,9 +132,11 @@ def other_base(folder: Path, model: Model, base: Model) -> list[Diagnostic]:
     ]
 
 
-def other_task(folder: Path, model: Model, base: Model, shape: ModelShape) -> list[Diagnostic]:
+def check_adapter_task(
+    folder: Path, model: Model, base: Model, shape: ModelShape
+) -> list[Diagnostic]:
     """E0453 where the folder has a classifier's adapter, and the base isn't such a classifier."""
-    config, _ = read_config(folder, name=ADAPTER)
+    config, _ = read_config(folder, name=ADAPTER_CONFIG)
     task = (config or {}).get("task_type")
     if not isinstance(task, str) or task not in _CLASSIFIERS or shape.stands_in:
         return []
@@ -164,7 +169,7 @@ def _name(path: str) -> str:
 
 
 def _other(kind: str, model: Model) -> Diagnostic:
-    reads = kind in OF_INPUTS
+    reads = kind in PROMPT_ADAPTERS
     merge = (
         f'`PeftModel.from_pretrained(base, "{model.path}").merge_and_unload()'
         '.save_pretrained("merged")`'
@@ -173,8 +178,8 @@ def _other(kind: str, model: Model) -> Diagnostic:
         span=model.span,
         model=model.name,
         kind=f"`{kind[:40]}`",
-        what=READS_MORE if reads else "isn't read from a folder",
-        reason=f"by its `{ADAPTER}`; those that are read are LoRA",
+        what=PROMPT_ADAPTER_REASON if reads else "isn't read from a folder",
+        reason=f"by its `{ADAPTER_CONFIG}`; those that are read are LoRA",
         hint="rules hit tokens of prompts, which it adds to: use an adapter of weights (LoRA)"
         if reads
         else f"merge it from Python and load what that saves, if peft can: {merge}",
@@ -199,7 +204,7 @@ def _refused(config: Mapping[str, Any], model: Model) -> Iterator[Diagnostic]:
         if wrong is not None:
             reason = wrong(value)
             if reason is not None:
-                yield refuse(key, reason, f"correct it in `{model.path}/{ADAPTER}`")
+                yield refuse(key, reason, f"correct it in `{model.path}/{ADAPTER_CONFIG}`")
         elif key == "init_lora_weights":
             if value not in _STARTS:
                 reason = "such an adapter has changed the weights of its base before training"

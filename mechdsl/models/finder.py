@@ -1,9 +1,4 @@
-"""Works out the anatomy of a stack of blocks from its module tree.
-
-It reads names, class names and sizes of modules (duck typing, no torch); what it says is proved
-on the loaded model, so it may guess, but must not be silent where it finds nothing. Where modules
-alone don't tell how a block is arranged, it says all that could be, likeliest first.
-"""
+"""Find the anatomy of a stack of blocks in its module tree."""
 
 from __future__ import annotations
 
@@ -14,23 +9,32 @@ from typing import Any
 
 from mechdsl.base.source import Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e04_model import PartNotFound
-from mechdsl.models.adapters import Arrangement
-from mechdsl.models.anatomy import Anatomy, BlockAnatomy, HookPoint, Layout, with_outputs_of_parts
-from mechdsl.models.block_parts import (
-    ATTENTION,
-    MIXER,
-    Around,
-    BlockParts,
-    as_bert,
-    is_norm,
-    mixer_of,
+from mechdsl.diagnostics.models import ComponentNotFound
+from mechdsl.models.anatomy import (
+    Anatomy,
+    BlockAnatomy,
+    BlockArrangement,
+    Family,
+    HookPoint,
+    TensorLayout,
+    add_output_sites,
+    find_family,
 )
-from mechdsl.models.families import Family, family_of
-from mechdsl.models.projections import NotFound, leaf, sizes
+from mechdsl.models.block import (
+    ATTENTION_NAME,
+    MIXER_NAME,
+    BlockComponents,
+    BlockContext,
+    MissingComponent,
+    bert_components,
+    find_mixer,
+    is_norm,
+    last_name,
+    linear_sizes,
+)
+from mechdsl.models.config import has_mixer_blocks
 from mechdsl.models.shape import ModelShape
-from mechdsl.models.shape_from_config import mixes
-from mechdsl.vocab.sites import of_part
+from mechdsl.vocab.sites import sites_of_module
 
 
 def find_anatomies(
@@ -45,22 +49,22 @@ def find_anatomies(
     E0409 names what is missing in the first."""
     tree = _without_adapters(dict(modules))
     found: list[Anatomy] = []
-    missing: NotFound | None = None
+    missing: MissingComponent | None = None
     try:
         finder = _Finder(tree, shape, stack)
         for arrangement in finder.arrangements():
             try:
                 anatomy = finder.anatomy(arrangement)
-            except NotFound as problem:
+            except MissingComponent as problem:
                 missing = missing or problem
             else:
                 found += [anatomy] if anatomy not in found else []
-    except NotFound as problem:
+    except MissingComponent as problem:
         missing = problem
     if found or missing is None:
         return found, []
     return [], [
-        PartNotFound(
+        ComponentNotFound(
             span=span,
             model=model,
             architecture=shape.architecture,
@@ -81,40 +85,40 @@ class _Finder:
         self.modules = modules
         self.shape = shape
         self.stack = stack
-        self.family: type[Family] = family_of(shape.family)
+        self.family: type[Family] = find_family(shape.family)
         refused = self.family.refused(shape.config)
         if refused:
-            raise NotFound("list of blocks", refused)
+            raise MissingComponent("list of blocks", refused)
         self.parts = self.family.parts(shape.config)
         self.scales = self.family.scales(shape.config)
         self.without = self.family.without(shape.config)
         self.root = self._blocks()
         self.hybrid = (
             self.family.mixes
-            or mixes(shape.config)
-            or any(mixer_of(self.within(self.block_path(n))) for n in self.layers)
+            or has_mixer_blocks(shape.config)
+            or any(find_mixer(self.within(self.block_path(n))) for n in self.layers)
         )
 
     @property
     def layers(self) -> range:
         return range(self.shape.n_layers)
 
-    def arrangements(self) -> Sequence[Arrangement]:
+    def arrangements(self) -> Sequence[BlockArrangement]:
         """How blocks could be arranged, likeliest first."""
         known = self.family.arrangement(self.shape.config)
         if known is not None:
             return (known,)
         inside = self.within(self.block_path(0))
-        if as_bert(inside):
+        if bert_components(inside):
             return ("behind the sum", "front", "parallel")
         norms = [p for p in inside if "." not in p and is_norm(inside[p])]
         if len(norms) == 1:
             return ("parallel", "front", "behind the sum")
         return ("front", "behind the sum", "parallel")
 
-    def anatomy(self, arrangement: Arrangement) -> Anatomy:
+    def anatomy(self, arrangement: BlockArrangement) -> Anatomy:
         main = not self.stack
-        around = Around(
+        around = BlockContext(
             shape=self.shape,
             stack=self.stack,
             family=self.family,
@@ -124,10 +128,10 @@ class _Finder:
             hybrid=self.hybrid,
         )
         paths = [self.block_path(n) for n in self.layers]
-        blocks = [BlockParts(around, p, self.within(p), arrangement).anatomy() for p in paths]
+        blocks = [BlockComponents(around, p, self.within(p), arrangement).anatomy() for p in paths]
         found = self._checked(blocks)
         blocks = tuple(
-            with_outputs_of_parts(self.family.block(self.shape.config, n, b), self.shape.d_model)
+            add_output_sites(self.family.block(self.shape.config, n, b), self.shape.d_model)
             for n, b in enumerate(found)
         )
         without = dict(self.without)
@@ -141,7 +145,7 @@ class _Finder:
                 "head_out",
                 "attn_norm",
                 "attn_out",
-                *of_part("output"),
+                *sites_of_module("output"),
             )
             without |= dict.fromkeys(attending, reason)
         embedding = self._embedding() if main or self.stack == "encoder" else None
@@ -169,7 +173,7 @@ class _Finder:
         """Why rows can't start in the middle."""
         if self.hybrid:
             return "some of its blocks don't attend, and what they carry on isn't kept"
-        if any(leaf(path) == "indexer" for path in self.within(self.block_path(0))):
+        if any(last_name(path) == "indexer" for path in self.within(self.block_path(0))):
             return "an indexer picks the tokens that are attended to"
         return self.family.whole(self.shape.config)
 
@@ -188,7 +192,7 @@ class _Finder:
             own = [(tap.layout.units, tap.layout.width) for tap in taps]
             if own and (units, width) not in own and site not in self.without:
                 has = f"`{taps[0].path}` has {own[0][0]} heads of {own[0][1]}"
-                raise NotFound(f"`{site}`", f"{has}, not {units} heads of {width}")
+                raise MissingComponent(f"`{site}`", f"{has}, not {units} heads of {width}")
         return blocks
 
     # --- the trunk ------------------------------------------------------------------------
@@ -209,7 +213,9 @@ class _Finder:
             fitting.append(prefix)
         wanted = [p for p in fitting if self._is_ours(p)]
         if not wanted:
-            raise NotFound("list of blocks", f"no list of {n} modules with attention inside")
+            raise MissingComponent(
+                "list of blocks", f"no list of {n} modules with attention inside"
+            )
         near = self._embedding_path()
         return max(wanted, key=lambda p: _common(p, near)) if near else wanted[0]
 
@@ -231,14 +237,14 @@ class _Finder:
             return ""
         try:
             return self._embedding() or ""
-        except NotFound:
+        except MissingComponent:
             return ""
 
     def _is_block(self, inside: Mapping[str, Any]) -> bool:
         attention = self.parts.get("attention")
         if attention is not None and attention in inside:
             return True
-        return any(ATTENTION.search(p) or MIXER.search(p) for p in inside)
+        return any(ATTENTION_NAME.search(p) or MIXER_NAME.search(p) for p in inside)
 
     def within(self, path: str) -> dict[str, Any]:
         start = path + "."
@@ -247,14 +253,14 @@ class _Finder:
     def _named(self, module: Any, part: str) -> str:
         path = next((p for p, m in self.modules.items() if m is module), None)
         if path is None:
-            raise NotFound(part, "the model names a module that is not in its tree")
+            raise MissingComponent(part, "the model names a module that is not in its tree")
         return path
 
     def _embedding(self) -> str | None:
         if self.shape.takes == "image" and not self.stack:
             return None
         if self.stack or self.shape.takes in ("two texts", "audio"):
-            own = [p for p in self.modules if leaf(p) == "embed_tokens" and self._is_ours(p)]
+            own = [p for p in self.modules if last_name(p) == "embed_tokens" and self._is_ours(p)]
             return own[0] if own else None
         getter = getattr(self.modules.get(""), "get_input_embeddings", None)
         vocabulary = self.shape.vocab_size
@@ -268,19 +274,19 @@ class _Finder:
         for path, module in self.modules.items():
             if getattr(module, "num_embeddings", 0) >= self.shape.vocab_size:
                 return path
-        raise NotFound("token embedding", f"no embedding of {self.shape.vocab_size} tokens")
+        raise MissingComponent("token embedding", f"no embedding of {self.shape.vocab_size} tokens")
 
     def _unembedding(self) -> str | None:
         if self.shape.takes == "image":
             return None
         getter = getattr(self.modules.get(""), "get_output_embeddings", None)
         if getter is not None and (module := getter()) is not None:
-            size = sizes(module)
+            size = linear_sizes(module)
             if size is None or size[1] >= self.shape.vocab_size:
                 return self._named(module, "unembedding")
         embedding = self._embedding_path()
         for path, module in self.modules.items():
-            size = sizes(module)
+            size = linear_sizes(module)
             inside = path.startswith(f"{self.root}.")
             if inside or path == embedding or size is None:
                 continue
@@ -302,7 +308,7 @@ class _Finder:
                 for path, module in self.modules.items()
                 if path.rpartition(".")[0] == parent
                 and is_norm(module)
-                and not re.search(r"embed|pre_?(layer)?norm|pre_layrnorm|ln_pre", leaf(path))
+                and not re.search(r"embed|pre_?(layer)?norm|pre_layrnorm|ln_pre", last_name(path))
             ]
             if beside:
                 return beside[-1]
@@ -316,23 +322,25 @@ class _Finder:
         merged = self._merged()
         width = getattr(self.modules.get(embedding or ""), "embedding_dim", shape.d_model)
         if merged is not None and not self.stack:
-            taps["embed"] = HookPoint(merged, "in", Layout.whole(shape.d_model))
+            taps["embed"] = HookPoint(merged, "in", TensorLayout.whole(shape.d_model))
         elif embedding is not None:
-            taps["embed"] = HookPoint(embedding, "out", Layout.whole(width))
+            taps["embed"] = HookPoint(embedding, "out", TensorLayout.whole(width))
         elif self.stack in ("", "vision") and (of_images := self._embeddings_of_images()):
             made, patches = of_images
-            taps["embed"] = HookPoint(made, "out", Layout.whole(shape.d_model), patches=patches)
+            taps["embed"] = HookPoint(
+                made, "out", TensorLayout.whole(shape.d_model), patches=patches
+            )
         if unembedding is not None:
-            read = sizes(self.modules[unembedding])
+            read = linear_sizes(self.modules[unembedding])
             width = shape.d_model if read is None else read[0]
-            taps["final_norm"] = HookPoint(unembedding, "in", Layout.whole(width))
+            taps["final_norm"] = HookPoint(unembedding, "in", TensorLayout.whole(width))
         elif not self.stack and (head := self.parts.get("head")) in self.modules:
-            taps["final_norm"] = HookPoint(str(head), "out", Layout.whole(shape.d_model))
+            taps["final_norm"] = HookPoint(str(head), "out", TensorLayout.whole(shape.d_model))
         elif self.stack != "cross" and (norm := self._final_norm()) is not None:
-            taps["final_norm"] = HookPoint(norm, "out", Layout.whole(shape.d_model))
+            taps["final_norm"] = HookPoint(norm, "out", TensorLayout.whole(shape.d_model))
         elif self.stack == "encoder":
             last = self.block_path(shape.n_layers - 1)
-            taps["final_norm"] = HookPoint(last, "out", Layout.whole(shape.d_model))
+            taps["final_norm"] = HookPoint(last, "out", TensorLayout.whole(shape.d_model))
         return taps
 
     def _merged(self) -> str | None:

@@ -1,14 +1,95 @@
-"""The size of a model and the sites it has."""
+"""The sizes, sites and outputs of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from mechdsl.images.patches import PatchLayout
-from mechdsl.models.heads_by_class import OutputAt, Task
-from mechdsl.vocab.sites import SITES
+from mechdsl.base import limits
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.models import NoResidMid, SiteNotOnModel
+from mechdsl.images.processing import PatchLayout
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
+
+OutputTask = Literal["tokens", "one label", "many labels", "number"]
+"""What outputs are: logits of tokens, of labels of which one is right, of labels that are right or
+not each by itself, or a number, as regressions give."""
+
+OutputPosition = Literal["every token", "first token", "last token", "image"]
+"""What outputs are made of: each token has its own, or there is one for a whole prompt, made of its
+first token, or of its last one that isn't the pad token, or one for an image."""
+
+SEQUENCE_CLASSIFIER = "ForSequenceClassification"
+"""How classes end whose output is one of a whole prompt."""
+
+OTHER_SEQUENCE_CLASSIFIERS = ("ForMultipleChoice", "ForNextSentencePrediction")
+"""The same, of several texts."""
+
+IMAGE_CLASSIFIERS = ("ForImageClassification", "ForImageClassificationWithTeacher")
+"""The same, of images."""
+
+_CLASSIFIERS = ("ForTokenClassification", SEQUENCE_CLASSIFIER, *IMAGE_CLASSIFIERS)
+
+ENCODER_TYPES = frozenset((
+    "albert", "bert", "big_bird", "bros", "camembert", "canine", "convbert", "data2vec-text",
+    "deberta", "deberta-v2", "distilbert", "electra", "ernie", "esm", "esmc", "eurobert",
+    "flaubert", "fnet", "funnel", "gte", "ibert", "jina_embeddings_v3", "layoutlm", "layoutlmv2",
+    "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "megatron-bert", "mobilebert",
+    "modernbert", "modernvbert", "mpnet", "mra", "nomic_bert", "nystromformer", "perceiver",
+    "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert",
+    "tapas", "ultrabert", "ultravbert", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso",
+))  # fmt: skip
+"""Kinds of models of the library whose classifiers see the whole prompt at every token, unless they
+say `is_decoder`. Classifiers of prompts read their first token, those of other kinds the last."""
+
+
+def output_task(
+    config: Mapping[str, Any], names: Sequence[str]
+) -> tuple[OutputTask, tuple[str, ...]]:
+    """What the outputs of a class are, with the names of the labels: `id2label`, else `LABEL_0`
+    and so on, as the library has them."""
+    if not any(name.endswith(_CLASSIFIERS) for name in names):
+        return "tokens", ()
+    labels = output_labels(config)
+    if not labels:
+        number = config.get("num_labels")
+        count = number if isinstance(number, int) and 0 < number <= limits.SIZE else 2
+        labels = tuple(f"LABEL_{n}" for n in range(count))
+    problem = config.get("problem_type")
+    if problem == "multi_label_classification":
+        return "many labels", labels
+    if problem == "regression" or (len(labels) == 1 and problem is None):
+        return "number", labels
+    return "one label", labels
+
+
+def output_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of outputs that `id2label` gives, by their numbers; none where one is missing."""
+    named = config.get("id2label")
+    if not isinstance(named, Mapping):
+        return ()
+    by_number = {str(key): str(name) for key, name in cast("Mapping[Any, Any]", named).items()}
+    numbers = [str(n) for n in range(len(by_number))]
+    return tuple(by_number[n] for n in numbers) if by_number.keys() == set(numbers) else ()
+
+
+def is_headless(names: Sequence[str], model_type: str) -> bool:
+    """Whether the class is the library's for a model without a head: `BertModel` of `bert`."""
+    bare = re.sub(r"[_-]", "", model_type) + "model"
+    return any(name.lower() == bare for name in names)
+
+
+def output_position(names: Sequence[str], *, encodes: bool) -> OutputPosition:
+    """What a class makes its outputs of; encodes: every token of its kind sees every other."""
+    if any(name.endswith(IMAGE_CLASSIFIERS) for name in names):
+        return "image"
+    if not any(name.endswith(SEQUENCE_CLASSIFIER) for name in names):
+        return "every token"
+    return "first token" if encodes else "last token"
+
 
 ModelInput = Literal["text", "image", "audio", "two texts", "image and text"]
 """What a model is called with; `two texts` is an encoder's and a decoder's."""
@@ -52,11 +133,11 @@ class ModelShape:
     d_logits: int = 0
     """Width of `logits`; 0: `vocab_size`, as in all that predict tokens. Others give a number for
     each label."""
-    task: Task = "tokens"
+    task: OutputTask = "tokens"
     labels: tuple[str, ...] = ()
     """Names of the outputs of a classifier, in their order; of a language model whose outputs are
     others than its tokens, where its config names them."""
-    output_at: OutputAt = "every token"
+    output_at: OutputPosition = "every token"
     side: Literal["", "vision", "text"] = ""
     """Which tower it is, of a model that scores images with texts."""
     texts: ModelShape | None = None
@@ -93,7 +174,7 @@ class ModelShape:
         return site in self.sites and (layer is None or layer in self.partly.get(site, (layer,)))
 
 
-def units(shape: ModelShape, site: str, layer: int | None = None) -> int:
+def unit_count(shape: ModelShape, site: str, layer: int | None = None) -> int:
     """How many heads, key-value heads or neurons a site has per layer, or in one layer; 1 for whole
     vectors."""
     if layer is not None and (site, layer) in shape.sizes:
@@ -111,7 +192,7 @@ def units(shape: ModelShape, site: str, layer: int | None = None) -> int:
             return 1
 
 
-def width(shape: ModelShape, site: str, layer: int | None = None) -> int:
+def vector_width(shape: ModelShape, site: str, layer: int | None = None) -> int:
     """Length of one vector of a supported site, in one layer where layers differ."""
     if layer is not None and (site, layer) in shape.sizes:
         return shape.sizes[site, layer][1]
@@ -129,3 +210,58 @@ def width(shape: ModelShape, site: str, layer: int | None = None) -> int:
             return shape.outputs
         case other:
             raise ValueError(f"the width of `{site}` ({other}) depends on the prompt")
+
+
+STAND_IN_MIN, STAND_IN_MAX = 12, 200
+"""Layers, heads and the like: at least as many as a small model has, at most what can be real."""
+
+
+def stand_in_shape(largest: Mapping[str, int]) -> ModelShape:
+    """A model with every site, with as many heads, neurons and experts as are named, and a layer
+    more: a path may lead on from the last one that is.
+
+    largest: the highest index of each (`layer`, `head`, …) that a file names. So whatever is found
+    wrong with a file that is checked against it would be wrong on a real model too, but for what
+    `Diagnostic.hangs_on` names.
+    """
+    named = {word: largest.get(word, 0) + 1 for word in ("layer", "head", "expert")}
+    named["layer"] += 1
+    sizes = {word: min(STAND_IN_MAX, max(STAND_IN_MIN, number)) for word, number in named.items()}
+    return ModelShape(
+        architecture="",
+        family="",
+        n_layers=sizes["layer"],
+        n_heads=sizes["head"],
+        n_kv_heads=sizes["head"],
+        d_model=sizes["head"],
+        d_head=1,
+        d_mlp=max(STAND_IN_MIN, largest.get("neuron", 0) + 1),
+        vocab_size=1,
+        max_positions=None,
+        parallel_block=False,
+        sites=frozenset(SITES),
+        d_value=1,
+        d_embed=sizes["head"],
+        n_experts=sizes["expert"],
+        causal=True,
+        stands_in=True,
+    )
+
+
+def check_site(
+    shape: ModelShape, site: str, *, model: str, span: Span | None = None
+) -> Diagnostic | None:
+    """Why a supported site of the language is not one of this model (E0402, E0413), or None."""
+    if site in shape.sites:
+        return None
+    if site == "resid_mid" and shape.parallel_block:
+        return NoResidMid(span=span, model=model)
+    reason = f"not a part of {shape.architecture}"
+    hint = "it has " + ", ".join(f"`{name}`" for name in SITES if name in shape.sites)
+    if site in ATTENTION_INTERNAL_SITES and "z" in shape.sites:
+        reason = "its attention is computed outside of transformers' attention registry"
+        hint = (
+            "let its attention class call `ALL_ATTENTION_FUNCTIONS` (`attention_interface`), as "
+            "transformers' own models do: docs/own-models.md"
+        )
+    return SiteNotOnModel(span=span, model=model, site=site, reason=reason, hint=hint)

@@ -1,8 +1,8 @@
-"""`observe` lines: what each looks at, and the results that an experiment with some has.
+"""`observe` lines, and the results of an experiment that has some.
 
-An experiment has one result, of its measures and of the `observe` line without a name. A line with
-a name has a result of its own, with its own axes, which reports, expectations and other experiments
-call by that name; where there is nothing else in the experiment, that is its only result.
+An experiment has one unnamed result: its measures and its unnamed `observe` line. A named
+`observe` line has a result with separate axes; reports, expectations and other experiments refer
+to it by that name.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
-from mechdsl.base.names import name_list
 from mechdsl.base.source import Source, Span
-from mechdsl.diagnostics.e02_names import (
-    BadArgument,
-    RepeatedStatement,
-    UnknownName,
-    did_you_mean,
-)
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.names import BadArgument, RepeatedStatement, UnknownName
 from mechdsl.program import spec
-from mechdsl.program.constants import whole_number
-from mechdsl.program.lower_other_runs import run_of
-from mechdsl.program.observed_names import read_elsewhere
-from mechdsl.program.possible_axes import axes_of, own_axes, position_axes
-from mechdsl.program.sort_statements import Statements
+from mechdsl.program.references import (
+    observation_axes,
+    position_axes,
+    resolve_expectation_results,
+    site_axes,
+)
+from mechdsl.program.spec import whole_number_value
+from mechdsl.program.statements import Statements, resolve_run_name
 from mechdsl.syntax import ast
-from mechdsl.syntax.verbs import CONTROLS, LENSES
-from mechdsl.syntax.walk import rewrite, walk
+from mechdsl.syntax.traversal import rewrite, walk
+from mechdsl.syntax.words import LENSES, OBSERVATION_CONTROLS
 
 if TYPE_CHECKING:
-    from mechdsl.program.definitions import Definitions
+    from mechdsl.program.spec import Definitions
 
-Statement: TypeAlias = ast.Observing
+
+ObserveStatement: TypeAlias = ast.AnyObserve
 
 
 @dataclass
-class Part:
+class ResultSpec:
     """One result of an experiment."""
 
     observed: spec.Rule | None = None
@@ -51,7 +51,7 @@ class Part:
     @property
     def name(self) -> str | None:
         """That of its observation."""
-        return None if self.observed is None else _observed(self.observed).name
+        return None if self.observed is None else _lower_observed(self.observed).name
 
     @property
     def apart(self) -> bool:
@@ -69,7 +69,7 @@ class Part:
         return {measure.label for measure in self.measures} | {self.name or ""} - {""}
 
 
-def _observed(rule: spec.Rule) -> spec.Observed:
+def _lower_observed(rule: spec.Rule) -> spec.ObservedQuantity:
     assert rule.observed is not None
     return rule.observed
 
@@ -78,7 +78,10 @@ def _observed(rule: spec.Rule) -> spec.Observed:
 
 
 def lower_observation(
-    statement: Statement, loops: tuple[str, ...], prompts: spec.Prompts | None, work: Statements
+    statement: ObserveStatement,
+    loops: tuple[str, ...],
+    prompts: spec.Prompts | None,
+    work: Statements,
 ) -> spec.Rule:
     """The typed line; its name is entered among those of the file."""
     name = None if statement.name is None else statement.name.id
@@ -88,7 +91,7 @@ def lower_observation(
         return _of_maps(statement, name, loops)
     source = None
     if statement.run is not None and prompts is not None:
-        source = run_of(statement.run, prompts, work)
+        source = resolve_run_name(statement.run, prompts, work)
     if isinstance(statement, ast.ObserveAttention):
         edge, what = statement.edge, statement.what
         return spec.Rule(
@@ -98,7 +101,7 @@ def lower_observation(
             at=edge.queries,
             onto=edge.keys,
             source=source,
-            observed=spec.Observed(
+            observed=spec.ObservedQuantity(
                 span=statement.span if what is None else what.span,
                 word="attention" if what is None else what.id,
                 name=name,
@@ -106,7 +109,7 @@ def lower_observation(
             loops=loops,
         )
     called = statement.what
-    top = whole_number(statement.top, work.parts.parameters)
+    top = whole_number_value(statement.top, work.parts.parameters)
     if statement.top is not None and (top is None or top < 1):
         reason, hint = "must be a whole number above 0", "write `top 5`"
         found = BadArgument(span=statement.span, name="top", reason=reason, hint=hint)
@@ -119,7 +122,7 @@ def lower_observation(
         onto=statement.other,
         receiver=_beside(statement.beside, prompts, work),
         source=source,
-        observed=spec.Observed(
+        observed=spec.ObservedQuantity(
             span=called.span,
             word=called.id if isinstance(called, ast.Name) else called.name,
             name=name,
@@ -139,7 +142,7 @@ def _beside(
     name = None if site is None else site.bare
     if site is None or prompts is None or name is None or name.id not in work.parts.prompts:
         return site
-    run = run_of(ast.Ref(name.id, span=name.span), prompts, work)
+    run = resolve_run_name(ast.Ref(name.id, span=name.span), prompts, work)
     return site if run is None else replace(site, names=(replace(name, id=run),))
 
 
@@ -150,7 +153,7 @@ def _of_maps(statement: ast.ObserveMaps, name: str | None, loops: tuple[str, ...
         span=statement.span,
         verb="observe",
         at=statement.at or _last_token(),
-        observed=spec.Observed(
+        observed=spec.ObservedQuantity(
             span=statement.what.span,
             word=statement.what.id,
             name=name,
@@ -174,17 +177,17 @@ def _last_token() -> ast.Positions:
 # --- results --------------------------------------------------------------------------------------
 
 
-def parts_of(
+def split_results(
     observed: Sequence[spec.Rule],
     measures: Sequence[spec.Measure],
     rules: Sequence[spec.Rule],
     work: Statements,
     parts: Definitions,
-) -> list[Part]:
+) -> list[ResultSpec]:
     """The results of an experiment, that of its measures first."""
-    unnamed = [rule for rule in observed if _observed(rule).name is None]
+    unnamed = [rule for rule in observed if _lower_observed(rule).name is None]
     _named_where_several(unnamed, work)
-    names = {name for rule in observed if (name := _observed(rule).name) is not None}
+    names = {name for rule in observed if (name := _lower_observed(rule).name) is not None}
     by_name: dict[str, list[spec.Measure]] = {name: [] for name in names}
     plain: list[spec.Measure] = []
     for measure in measures:
@@ -195,12 +198,12 @@ def parts_of(
             by_name[named[0]].append(measure.model_copy(update={"observed": True}))
         else:
             plain.append(measure)
-    lenses = [rule for rule in observed if _observed(rule).word in LENSES]
+    lenses = [rule for rule in observed if _lower_observed(rule).word in LENSES]
     read = [measure.model_copy(update={"observed": True}) for measure in plain]
     plain = [] if lenses else plain
-    found: list[Part] = []
+    found: list[ResultSpec] = []
     for rule in observed:
-        name = _observed(rule).name
+        name = _lower_observed(rule).name
         through = read if rule in lenses else []
         own = [*through, *(by_name[name] if name else ())]
         if not through:
@@ -208,7 +211,7 @@ def parts_of(
             itself = any(isinstance(m.metric, ast.Name) and m.metric.id == name for m in own)
             automatic = _own_measures(rule, [*said, *own], parts)
             own = [*automatic[1 if itself else 0 :], *(_written_out(m, rule) for m in own)]
-        found.append(Part(rule, own))
+        found.append(ResultSpec(rule, own))
     _acts_elsewhere(observed, rules, plain, work)
     if len(found) == 1 and (not plain or found[0].name is None):
         found[0].measures += plain
@@ -217,7 +220,7 @@ def parts_of(
         part.own = part.name is not None
     first = [part for part in found if not part.own]
     if not first and plain:
-        first = [Part()]
+        first = [ResultSpec()]
     for part in first[:1]:
         part.measures += plain
     return [*first, *(part for part in found if part.own)]
@@ -233,7 +236,7 @@ def _named_where_several(unnamed: Sequence[spec.Rule], work: Statements) -> None
                 block=work.definition.name.id,
                 first=unnamed[0].span.line,
                 hint="give each a name, and it has a result of its own: `observe … as "
-                f"{_observed(rule).word}_2`",
+                f"{_lower_observed(rule).word}_2`",
             )
         )
 
@@ -257,7 +260,7 @@ def _own_measures(
 ) -> list[spec.Measure]:
     """An observation is a measure of what it looks at; its word alone may be the file's own. Its
     controls stand behind it."""
-    said = _observed(rule)
+    said = _lower_observed(rule)
     taken = {*parts.metrics, *(measure.label for measure in beside)}
     label = said.name or (f"observed {said.word}" if said.word in taken else said.word)
     metric: ast.Expr = ast.Name(said.word, span=rule.span)
@@ -271,7 +274,7 @@ def _own_measures(
         effect_span=rule.span,
         observed=True,
     )
-    controls = CONTROLS.get(said.word, ())
+    controls = OBSERVATION_CONTROLS.get(said.word, ())
     return [
         own,
         *(
@@ -285,7 +288,7 @@ def _own_measures(
 
 def _written_out(measure: spec.Measure, rule: spec.Rule) -> spec.Measure:
     """With the logits that its observation is of, where these stand behind `toward`."""
-    said = _observed(rule)
+    said = _lower_observed(rule)
     toward = None if said.toward is None else _toward(said.toward)
 
     def change(node: ast.Node) -> ast.Node:
@@ -303,7 +306,7 @@ def _toward(expression: ast.Expr) -> ast.Expr:
         case ast.Binary():
             left, right = _toward(expression.left), _toward(expression.right)
             return replace(expression, left=left, right=right)
-        case ast.Name() | ast.String() | ast.OfRef():
+        case ast.Name() | ast.String() | ast.QualifiedRef():
             argument = ast.Argument(None, expression, span=expression.span)
             return ast.Call("logit", (argument,), span=expression.span)
         case _:
@@ -320,7 +323,7 @@ def _acts_elsewhere(
     measures would be of that run."""
     alone = len(observed) == 1 and observed[0].source is not None
     unnamed = [
-        rule for rule in observed if rule.source is not None and _observed(rule).name is None
+        rule for rule in observed if rule.source is not None and _lower_observed(rule).name is None
     ]
     if alone and rules and not plain:
         reason = "is another run than the one that the rules act on, which nothing measures"
@@ -338,8 +341,8 @@ def _acts_elsewhere(
 # --- what goes to which ---------------------------------------------------------------------------
 
 
-def deal_out(
-    parts: Sequence[Part],
+def assign_reports(
+    parts: Sequence[ResultSpec],
     reports: Sequence[spec.Report],
     expects: Sequence[spec.Expectation],
     rules: Sequence[spec.Rule],
@@ -365,29 +368,29 @@ def deal_out(
     called = {id(part): work.definition.name.id for part in parts}
     called.update({id(part): f"{called[id(part)]}.{part.name}" for part in parts if part.own})
     for expect in expects:
-        own = _part_of(expect, parts)
+        own = _result_of(expect, parts)
         words = [(word, part) for part in parts for word in part.labels | part.effects]
         count = Counter(word for word, _ in words)
         elsewhere = {word: called[id(part)] for word, part in words if count[word] == 1}
-        own.expects.append(read_elsewhere(expect, elsewhere, own.labels | own.effects))
+        own.expects.append(resolve_expectation_results(expect, elsewhere, own.labels | own.effects))
 
 
-def _axes(part: Part, rules: Sequence[spec.Rule]) -> set[str]:
+def _axes(part: ResultSpec, rules: Sequence[spec.Rule]) -> set[str]:
     """Words that reports may call its axes by."""
     acting = [] if part.apart else rules
     every = [*acting, *([] if part.observed is None else [part.observed])]
     found: set[str] = {"prompts", "model", "source", "base"}
     for rule in every:
-        found.update(axes_of(rule.site), axes_of(rule.edge), position_axes(rule), rule.loops)
-        found.update(f"to_{name}" for name in axes_of(rule.receiver))
+        found.update(site_axes(rule.site), site_axes(rule.edge), position_axes(rule), rule.loops)
+        found.update(f"to_{name}" for name in site_axes(rule.receiver))
         if rule.into_layer is not None:
             found.add("to_layer")
         if rule.observed is not None:
-            found.update(own_axes(rule.observed))
+            found.update(observation_axes(rule.observed))
     return found
 
 
-def _part_of(expect: spec.Expectation, parts: Sequence[Part]) -> Part:
+def _result_of(expect: spec.Expectation, parts: Sequence[ResultSpec]) -> ResultSpec:
     """The first result whose measures it names, else whose effects, else the first of all."""
     words = list(_words(expect))
     for of_part in (lambda part: part.labels, lambda part: part.effects):
@@ -404,7 +407,7 @@ def _words(expect: spec.Expectation) -> Iterator[str]:
         match node:
             case ast.Name(id=name) | ast.Call(name=name):
                 yield name
-            case ast.OfRef():
+            case ast.QualifiedRef():
                 yield node.of.name
             case _:
                 pass

@@ -1,4 +1,4 @@
-"""Which experiments have to run before which: `top 10 of cie` needs what `cie` found."""
+"""Which experiments must run before which: `top 10 of cie` needs the results of `cie`."""
 
 from __future__ import annotations
 
@@ -6,41 +6,43 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
-from mechdsl.base.names import name_list
-from mechdsl.diagnostics.e02_names import CircularExperiments, UnknownName, did_you_mean
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.names import CircularExperiments, UnknownName
 from mechdsl.program import spec
-from mechdsl.program.lower_directions import made_of
-from mechdsl.program.namespace import Namespace
-from mechdsl.program.observed_names import (
-    named_result,
-    results_by_name,
-    with_results,
-    with_results_in,
+from mechdsl.program.directions import direction_dependencies
+from mechdsl.program.names import Namespace
+from mechdsl.program.references import (
+    resolve_group_results,
+    resolve_result_names,
+    resolve_result_references,
+    results_by_observation,
 )
-from mechdsl.program.spec_replies import RepliesOf
+from mechdsl.program.spec import RepliesOf
 from mechdsl.syntax import ast
-from mechdsl.syntax.format.constructs import call
-from mechdsl.syntax.walk import walk
+from mechdsl.syntax.printer import format_call
+from mechdsl.syntax.traversal import walk
 
 if TYPE_CHECKING:
-    from mechdsl.program.definitions import Definitions
+    from mechdsl.program.spec import Definitions
 
-Onward: TypeAlias = ast.Ranked | ast.MapOf | RepliesOf
+
+ResultReference: TypeAlias = ast.RankedSelection | ast.MapOf | RepliesOf
 """What names another experiment, `of`, whose results it needs."""
 
 
-def with_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[spec.Experiment]:
+def add_run_order(tree: ast.File, parts: Definitions, scope: Namespace) -> list[spec.Experiment]:
     """The experiments, each with the names of those whose results it uses.
 
     Codes: E0201 for experiments that there are not, E0210 for circles.
     """
-    results = results_by_name(parts.experiments)
+    results = results_by_observation(parts.experiments)
     if results:
-        groups = {name: with_results_in(each, results) for name, each in parts.groups.items()}
+        groups = {name: resolve_group_results(each, results) for name, each in parts.groups.items()}
         parts.groups.update(groups)
         made = {name: _at_results(each, results) for name, each in parts.directions.items()}
         parts.directions.update(made)
-        parts.experiments = [with_results(each, results) for each in parts.experiments]
+        parts.experiments = [resolve_result_names(each, results) for each in parts.experiments]
     known = _experiments(parts, scope)
     called = {e.name: _called(e, known, results) for e in parts.experiments}
     ranked = {
@@ -91,9 +93,9 @@ def _called(
     found: dict[str, dict[str, ast.MapOf]] = {}
     for loop in experiment.loops:
         listed = loop.domain.values
-        items = listed.items if isinstance(listed, ast.ListOf) else (listed,)
+        items = listed.items if isinstance(listed, ast.ListLiteral) else (listed,)
         named = [item for item in items if isinstance(item, ast.Name | ast.Call)]
-        words = {call(item): _map_of(item, results) for item in named}
+        words = {format_call(item): _map_of(item, results) for item in named}
         if words and loop.name not in known and not words.keys() & set(loop.within):
             found[loop.name] = words
     return found
@@ -104,7 +106,9 @@ def _map_of(node: ast.Name | ast.Call, results: Mapping[str, str]) -> ast.MapOf:
     return ast.MapOf(results.get(name, name), cell, span=node.span)
 
 
-def _each_of(node: Onward, called: Mapping[str, Mapping[str, ast.MapOf]]) -> list[Onward]:
+def _each_of(
+    node: ResultReference, called: Mapping[str, Mapping[str, ast.MapOf]]
+) -> list[ResultReference]:
     """Of `top k of m`, one for each experiment that `m` runs over."""
     if isinstance(node, RepliesOf) or node.of not in called:
         return [node]
@@ -119,10 +123,10 @@ def _at_results(direction: spec.Direction, results: dict[str, str]) -> spec.Dire
     """The same of the sites that a direction is read at."""
     if direction.site is None:
         return direction
-    return direction.model_copy(update={"site": named_result(direction.site, results)})
+    return direction.model_copy(update={"site": resolve_result_references(direction.site, results)})
 
 
-def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[Onward]:
+def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[ResultReference]:
     """Every `top n of …` of an experiment, those in the groups and directions that it names
     included, and the replies that stand behind its prompts."""
     if experiment.replies is not None:
@@ -135,22 +139,24 @@ def _ranked(experiment: spec.Experiment, parts: Definitions) -> Iterator[Onward]
             yield from (*rule.observed.maps, *rule.observed.others)
     for rule in experiment.every_rule:
         if rule.direction is not None:
-            for each in made_of([rule.direction], parts.directions):
+            for each in direction_dependencies([rule.direction], parts.directions):
                 yield from _in_tree((each.value, each.site), parts.groups)
     yield from _in_tree(experiment.keep, parts.groups)
     if experiment.against is not None:
         yield from _in_tree(experiment.against.apart, parts.groups)
 
 
-def _in_tree(tree: object, groups: Mapping[str, spec.Group] | None = None) -> Iterator[ast.Ranked]:
+def _in_tree(
+    tree: object, groups: Mapping[str, spec.Group] | None = None
+) -> Iterator[ast.RankedSelection]:
     for node in walk(tree):
-        if isinstance(node, ast.Ranked):
+        if isinstance(node, ast.RankedSelection):
             yield node
         elif groups and isinstance(node, ast.Name) and node.id in groups:
             yield from _in_tree(groups[node.id].sites)
 
 
-def _circles(ranked: Mapping[str, Sequence[Onward]], scope: Namespace) -> None:
+def _circles(ranked: Mapping[str, Sequence[ResultReference]], scope: Namespace) -> None:
     """E0210 once per circle, at the line of its first experiment that needs the next one."""
     done: set[str] = set()
 
@@ -177,7 +183,7 @@ def _circles(ranked: Mapping[str, Sequence[Onward]], scope: Namespace) -> None:
         visit(name, (name,))
 
 
-def in_order(experiments: Sequence[spec.Experiment]) -> list[spec.Experiment]:
+def sort_by_dependency(experiments: Sequence[spec.Experiment]) -> list[spec.Experiment]:
     """Each behind those whose results it uses, else as in the file; without circles, and without
     what uses experiments that are missing."""
     names = {e.name for e in experiments}
@@ -190,13 +196,13 @@ def in_order(experiments: Sequence[spec.Experiment]) -> list[spec.Experiment]:
     return found
 
 
-def compared_with(experiment: spec.Experiment) -> set[str]:
+def compared_experiments(experiment: spec.Experiment) -> set[str]:
     """Words of its expectations that may be names of other experiments, which they read."""
     labels = {measure.label for measure in experiment.measures}
-    return {name for each in experiment.expects for name in named_by(each, labels)}
+    return {name for each in experiment.expects for name in expectation_experiments(each, labels)}
 
 
-def named_by(expectation: spec.Expectation, labels: Collection[str]) -> set[str]:
+def expectation_experiments(expectation: spec.Expectation, labels: Collection[str]) -> set[str]:
     """Words of an expectation that may be names of other experiments, which it reads.
 
     labels: of its own experiment's measures.
@@ -205,10 +211,10 @@ def named_by(expectation: spec.Expectation, labels: Collection[str]) -> set[str]
     inner: set[int] = set()
     for node in walk(expectation.condition):
         match node:
-            case ast.OfExperiment(measure=measure, experiment=name):
+            case ast.ExperimentMeasure(measure=measure, experiment=name):
                 inner.add(id(measure))
                 found.add(name.id)
-            case ast.OfRef(of=of) if of.name not in labels and id(node) not in inner:
+            case ast.QualifiedRef(of=of) if of.name not in labels and id(node) not in inner:
                 found.add(of.whole)
             case ast.Call(name="spearman" | "pearson", arguments=arguments):
                 found.update(n.id for n in walk(arguments[1:2]) if isinstance(n, ast.Name))
@@ -217,14 +223,14 @@ def named_by(expectation: spec.Expectation, labels: Collection[str]) -> set[str]
     return found
 
 
-def with_needed(
+def add_dependencies(
     names: Collection[str], experiments: Sequence[spec.Experiment]
 ) -> list[spec.Experiment]:
     """Experiments with everything that has to run before them, and what they are compared with."""
     wanted = set(names)
     for experiment in experiments:
         if experiment.name in names:
-            wanted |= compared_with(experiment).intersection(e.name for e in experiments)
+            wanted |= compared_experiments(experiment).intersection(e.name for e in experiments)
     while True:
         more = {of for e in experiments if e.name in wanted for of in e.after}
         if more <= wanted:

@@ -1,40 +1,180 @@
-"""The experiment as typed data: what a file says, after names of the file are bound.
+"""The experiment as typed data: a file's content after its names are bound.
 
 Expressions, sites and positions stay syntax trees, because only data and models give them a
-meaning; in JSON they are the text that was written.
+meaning; in JSON they are the source text.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, SkipValidation
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SkipValidation, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
 
-from mechdsl.program.spec_fields import (
-    BoundText,
-    CallText,
-    ChangeText,
-    ChatTurnText,
-    DomainText,
-    EdgeText,
-    ExprText,
-    Losses,
-    MapText,
-    NameText,
-    Paths,
-    PositionsText,
-    PositionText,
-    RefText,
-    SiteText,
-    Sources,
-    SpanDefText,
-    Spec,
-    StringText,
-    Where,
-)
-from mechdsl.program.spec_replies import During, Generation, RepliesOf
-from mechdsl.program.spec_tiles import Tiles
+from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Percent, count_noun
+from mechdsl.syntax import ast
+
+
+def _as_written(node: Any) -> str | None:
+    return None if node is None else node.span.written
+
+
+if TYPE_CHECKING:
+    ExprText = ast.Expr
+    CallText = ast.Call
+    SiteText = ast.Site
+    NameText = ast.Name
+    PositionsText = ast.Positions
+    PositionText = ast.Position
+    DomainText = ast.Domain
+    StringText = ast.String
+    ChatTurnText = ast.ChatTurn
+    ChangeText = ast.CorruptLine
+    ArgumentText = ast.Argument
+    SpanDefText = ast.SpanDef
+    BoundText = ast.Star | ast.AxisRange
+    EndText = ast.Bound
+    EdgeText = ast.Edge
+    MapText = ast.MapOf
+    RefText = ast.Ref
+    Losses = tuple[ast.LostStatement, ...]
+    Where = Span
+    Paths = tuple[Path, ...]
+    Sources = tuple[Source, ...]
+else:
+    # Pydantic never looks into a tree: it would spend a quarter of a second on its schema.
+    _AS_WRITTEN = Annotated[
+        Any,
+        PlainSerializer(_as_written, return_type=str | None),
+        WithJsonSchema({"type": "string"}),
+    ]
+    ExprText = CallText = SiteText = NameText = PositionsText = PositionText = _AS_WRITTEN
+    DomainText = StringText = ChatTurnText = ChangeText = SpanDefText = BoundText = EdgeText = (
+        _AS_WRITTEN
+    )
+    EndText = ArgumentText = MapText = RefText = _AS_WRITTEN
+    Where = Paths = Sources = Annotated[Any, Field(exclude=True, repr=False), SkipJsonSchema()]
+    Losses = Where
+
+
+class Spec(BaseModel):
+    """Every part knows the span that it came from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    span: Where
+
+
+class RepliesOf(Spec):
+    """`with replies of writes(c: 1)`: what another experiment wrote stands behind the prompts."""
+
+    of: str
+    cell: tuple[ArgumentText, ...] = ()
+    """Which of its cells wrote them."""
+
+    @property
+    def text(self) -> str:
+        return f"replies of {' '.join(self.span.written.split())}"
+
+
+class Generation(Spec):
+    """`generate 40 with temperature 0.7, samples 3 until "\\n"`."""
+
+    tokens: int
+    """What a reply has at most."""
+    temperature: float | None = None
+    """None: the most likely token is taken, and nothing is drawn."""
+    top_k: int | None = None
+    top_p: float | None = None
+    samples: int = 1
+    stops: tuple[str, ...] = ()
+    """Texts in front of which a reply ends."""
+
+    @property
+    def sampled(self) -> bool:
+        """Whether tokens are drawn."""
+        return self.temperature is not None
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """How tokens are drawn, in words; nothing where they aren't."""
+        if self.temperature is None:
+            return ()
+        said = [f"drawn at temperature {self.temperature:g}"]
+        said += [f"of the {self.top_k:,} likeliest"] if self.top_k is not None else []
+        said += [f"of those with {100 * self.top_p:.4g} % in all"] if self.top_p is not None else []
+        return tuple(said)
+
+    @property
+    def how(self) -> str:
+        """All of it in a few words."""
+        said = [f"up to {count_noun(self.tokens, 'token')}", *self.drawn]
+        said += [f"{self.samples:,} samples"] if self.samples > 1 else []
+        if self.stops:
+            said.append("until " + " or ".join(map(json.dumps, self.stops)))
+        return ", ".join(said)
+
+    def key(self, seed: int) -> tuple[object, ...]:
+        """What replies hang on, beside the model, the prompts and the rules. seed: the file's."""
+        drawn = None if self.temperature is None else (self.temperature, seed, self.samples)
+        return (self.tokens, drawn, self.top_k, self.top_p, self.stops)
+
+
+class During(Spec):
+    """`during step 2..5`: the steps of a reply in which a rule acts. Step 0 is the prefill."""
+
+    first: int | EndText
+    """A number, or one that hangs on a `for`."""
+    last: int | EndText
+    """Inclusive."""
+    after_prefill: bool = False
+    """It edits what is kept of the prompt, between step 0 and step 1."""
+
+
+TILE = "tile"
+"""The value that says which tile a row is."""
+
+WHOLE = "whole"
+
+
+class Tiles(Spec):
+    """Into how many rows and columns each image is cut."""
+
+    rows: int
+    cols: int
+    whole: bool = False
+    """Whether the uncut image is one more row."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the rows of one image are called, in the order of reading."""
+        cut = [f"row {r + 1} col {c + 1}" for r in range(self.rows) for c in range(self.cols)]
+        return (*cut, *([WHOLE] if self.whole else []))
+
+    def box(self, name: str, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
+        """Where a tile lies in an image of this size, (height, width): (left, top, right, bottom),
+        the ends exclusive; None of the whole image. Edges between two pixels go to the left and to
+        the top, so that each pixel is in one tile."""
+        if name == WHOLE:
+            return None
+        height, width = size
+        row, col = divmod(self.names.index(name), self.cols)
+        return (
+            width * col // self.cols,
+            height * row // self.rows,
+            width * (col + 1) // self.cols,
+            height * (row + 1) // self.rows,
+        )
+
+    @property
+    def words(self) -> str:
+        """What becomes of an image."""
+        cut = f"cut into {self.rows} x {self.cols} tiles"
+        return f"{cut}, and whole" if self.whole else cut
 
 
 class Model(Spec):
@@ -84,7 +224,6 @@ class Corruption(Spec):
 
 NO_PROMPTS, NO_TEXT = "no prompts", "."
 """The block of experiments that look at weights alone, and the text of its one row."""
-
 
 CHAT_ROLES = ("system", "user", "assistant")
 """Whose turns a chat has."""
@@ -145,7 +284,7 @@ class Prompts(Spec):
         return self.split is not None and name in ("train", "test") and name not in runs
 
 
-class Observed(Spec):
+class ObservedQuantity(Spec):
     """What an `observe` line looks at, beside the sites and positions of its rule."""
 
     word: str
@@ -216,7 +355,7 @@ class Rule(Spec):
     """path: whether MLPs recompute, or are held too."""
     frozen_norms: bool = False
     """path: whether norms divide by what they divide by on the base run."""
-    observed: Observed | None = None
+    observed: ObservedQuantity | None = None
     """observe: what is looked at; `source` is the run, where it isn't the one that rules act on."""
     during: During | None = None
     """None: at each step of a reply."""
@@ -293,22 +432,24 @@ class Expectation(Spec):
     citing: str | None = None
 
 
-Drawn = Literal["heads", "neurons", "experts", "layers", "positions", "directions"]
+ControlTarget = Literal["heads", "neurons", "experts", "layers", "positions", "directions"]
 
 
 class Control(Spec):
     """`against random(20, heads)`: the same rules on targets that are drawn at random."""
 
     draws: int
-    what: Drawn | None = None
+    what: ControlTarget | None = None
     """None: the finest that the rules' sites have."""
     apart: tuple[SiteText, ...] = ()
     """What is never drawn: sites, groups, `top 5 of X`."""
 
 
 GRADIENT, ATTENTION, INTEGRATED = "gradient", "gradient_attention", "integrated_gradients"
+
 ESTIMATORS = (GRADIENT, "gradient_input", ATTENTION, INTEGRATED)
-NO_EFFECTS = {GRADIENT: "gradient", ATTENTION: "gradient × attention"}
+
+NON_EFFECT_ESTIMATORS = {GRADIENT: "gradient", ATTENTION: "gradient × attention"}
 """Those whose numbers are no effects of what a rule does → as people read them."""
 
 
@@ -326,7 +467,7 @@ class Estimator(Spec):
         return self.name if self.steps is None else f"{self.name}(steps: {self.steps})"
 
 
-class Elsewhere(Spec):
+class ExternalRunSpec(Spec):
     """A run that isn't one of the sampled block in the experiment's model."""
 
     name: str
@@ -382,7 +523,7 @@ class Experiment(Spec):
     """What stands behind its prompts."""
     source: str | None = None
     base: str = "clean"
-    elsewhere: tuple[Elsewhere, ...] = ()
+    elsewhere: tuple[ExternalRunSpec, ...] = ()
     """Every other run that is read, written into or measured."""
     derived: tuple[DerivedRun, ...] = ()
     """Runs that it defines, each after those that it uses."""
@@ -450,3 +591,63 @@ class Program(Spec):
     seed: int = 0
     lost: Losses = ()
     """Statements of the file and of what it imports that can't be read."""
+
+
+Constant: TypeAlias = int | float | str | bool
+
+BOOLEAN_WORDS: Mapping[str, bool] = {"true": True, "false": False}
+
+
+def constant_value(node: object, parameters: Mapping[str, Constant]) -> Constant | None:
+    """The value of a literal, a parameter or a negative number; None where it is none of these."""
+    match node:
+        case ast.Number(value=value) | ast.String(value=value):
+            return value
+        case ast.Percent(value=value):
+            return Percent(value)
+        case ast.Name(id=name):
+            return parameters.get(name, BOOLEAN_WORDS.get(name, None))
+        case ast.Negative(operand=operand):
+            inner = constant_value(operand, parameters)
+            return (
+                -inner if isinstance(inner, int | float) and not isinstance(inner, bool) else None
+            )
+        case _:
+            return None
+
+
+def whole_number_value(node: int | str | None, parameters: Mapping[str, Constant]) -> int | None:
+    """A count that is written as a number or as the name of a parameter."""
+    if isinstance(node, str):
+        value = parameters.get(node)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return node
+
+
+CLEAN = "clean"
+
+PROMPTS_AXIS = "prompts"
+"""The axis of several blocks of prompts."""
+
+ONE_CELL_HINT = (
+    "a `run` has one cell: let it name one layer, head and position, or join them (`layers`)"
+)
+"""What is to be done about a sweep in a run."""
+
+
+@dataclass
+class Definitions:
+    """What the top-level statements of all files have defined so far."""
+
+    parameters: dict[str, Constant] = field(default_factory=dict)
+    models: dict[str, Model] = field(default_factory=dict)
+    checkpoints: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of the models that one with a `*` in its path stands for."""
+    prompts: dict[str, Prompts] = field(default_factory=dict)
+    groups: dict[str, Group] = field(default_factory=dict)
+    directions: dict[str, Direction] = field(default_factory=dict)
+    metrics: dict[str, ast.Expr] = field(default_factory=dict)
+    experiments: list[Experiment] = field(default_factory=list)
+    seed: int = 0
+    seeded: Span | None = None
+    """Where; a file's own seed comes after those of its imports and replaces them."""

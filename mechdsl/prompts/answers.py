@@ -1,18 +1,20 @@
-"""Texts that metrics refer to, as tokens behind the prompt."""
+"""Texts and sets of texts that metrics refer to, as tokens after the prompt."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
-from mechdsl.base.names import name_list, quoted
+from mechdsl.base import limits
+from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
-from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e02_names import did_you_mean
-from mechdsl.diagnostics.e05_data import (
+from mechdsl.base.text import name_list, quote
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
+from mechdsl.diagnostics.prompts import (
+    AnswerChangesPrompt,
     AnswerNotInVocabulary,
     EmptyText,
     MultiTokenNumeral,
@@ -21,31 +23,32 @@ from mechdsl.diagnostics.e05_data import (
     SharedFirstToken,
     UnknownText,
 )
-from mechdsl.diagnostics.w07_data import AnswerChangesPrompt
-from mechdsl.prompts.expressions import bad
-from mechdsl.prompts.prompt_table import PromptTable, TextTokens
-from mechdsl.prompts.row_scope import Key, Refusal
-from mechdsl.prompts.rows import CLEAN, Row
-from mechdsl.prompts.text_spacing import respelling, spacing_warnings
-from mechdsl.prompts.tokenizer import Encoded, TextTokenizer
-from mechdsl.prompts.values import TokenId
+from mechdsl.prompts.expressions import bad_value, evaluate, evaluate_whole_number
+from mechdsl.prompts.rows import CLEAN, PromptTable, Row
+from mechdsl.prompts.runs import TextTokens
+from mechdsl.prompts.tokens.tokenizer import EncodedText, TextTokenizer, respell, spacing_warnings
+from mechdsl.prompts.values import DrawKey, Refusal, TokenId, is_whole_number, to_plain
 from mechdsl.syntax import ast
 
-ANSWER = "answer"
+if TYPE_CHECKING:
+    from mechdsl.prompts.values import RowValue
 
-Labels = Literal["none", "named", "numbered"]
+
+ANSWER_TEXT = "answer"
+
+LabelNaming = Literal["none", "named", "numbered"]
 """The labels of a classifier: with names of their own, or numbered; none where outputs are
 tokens."""
 
 
-def tokenise(
+def tokenise_texts(
     prompts: Sequence[str],
     texts: Sequence[str | TokenId],
     tokenizer: TextTokenizer,
     *,
     name: str,
     span: Span,
-    encoded: Mapping[str, Encoded] | None = None,
+    encoded: Mapping[str, EncodedText] | None = None,
     rows: Sequence[Collection[int]] | None = None,
 ) -> tuple[list[TextTokens], list[Diagnostic]]:
     """A text of every row behind its prompt. Codes: E0519, E0523, E0524, W0703.
@@ -81,11 +84,11 @@ def tokenise(
         diagnostics.append(EmptyText(span=span, name=name, rows=len(empty.rows), total=total))
     if unknown.rows:
         prompt, text = unknown.most_common()
-        meant = respelling(prompt, text, tokenizer)
+        meant = respell(prompt, text, tokenizer)
         diagnostics.append(
             AnswerNotInVocabulary(
                 span=span,
-                text=quoted(text),
+                text=quote(text),
                 unknown=tokenizer.token_text(tokenizer.unknown_id or 0),
                 rows=len(unknown.rows),
                 total=total,
@@ -94,12 +97,12 @@ def tokenise(
         )
     if changed.rows:
         prompt, text = changed.most_common()
-        meant = respelling(prompt, text, tokenizer)
+        meant = respell(prompt, text, tokenizer)
         general = "let the template end without a space, and the answers begin with one"
         diagnostics.append(
             AnswerChangesPrompt(
                 span=span,
-                text=quoted(text),
+                text=quote(text),
                 rows=len(changed.rows),
                 total=total,
                 hint=meant.advice if meant else general,
@@ -128,7 +131,7 @@ class _Rows:
         return self.prompts[text], text
 
 
-def shared_beginning(
+def shared_first_token(
     found: Sequence[TextTokens], tokenizer: TextTokenizer, *, words: bool = True
 ) -> tuple[int, ...]:
     """The leading token that all texts share, if it can move into the prompt.
@@ -145,7 +148,7 @@ def shared_beginning(
     return first if several or is_space else ()
 
 
-def move(tokens: TextTokens, moved: tuple[int, ...]) -> TextTokens | None:
+def drop_shared_token(tokens: TextTokens, moved: tuple[int, ...]) -> TextTokens | None:
     """The text without the token that stands in the prompt; None where it begins otherwise."""
     if not moved:
         return tokens
@@ -165,7 +168,7 @@ def moved_characters(
     return text[: tokenizer.encode(text, add_special=False).offsets[0][1]]
 
 
-def _closing(encoded: Encoded) -> int:
+def _closing(encoded: EncodedText) -> int:
     """How many special tokens the tokenizer puts behind the text."""
     closing = 0
     for special in reversed(encoded.special):
@@ -175,7 +178,7 @@ def _closing(encoded: Encoded) -> int:
     return closing if closing < len(encoded.ids) else 0
 
 
-def clean_text(table: PromptTable, row: int) -> str:
+def answer_context(table: PromptTable, row: int) -> str:
     """What texts go on behind: the clean prompt, with its reply if it has one, without the token
     that was moved there."""
     text = table.runs[CLEAN].rows[row].text
@@ -199,7 +202,7 @@ def text_tokens(
     clean row's prompt. Codes: E0503, E0516, E0517, E0519, E0520, E0524, W0703, W0705.
     """
     match expr:
-        case ast.Name() | ast.OfRef():
+        case ast.Name() | ast.QualifiedRef():
             found, diagnostics = _named(table, expr)
             return found, [*diagnostics, *_spacing_of_named(table, expr, found, tokenizer)]
         case ast.EdgeTokenOf():
@@ -208,7 +211,7 @@ def text_tokens(
             return _evaluated(table, expr, tokenizer, extra or {})
 
 
-def output_text(text: str | TokenId, labels: Labels) -> TextTokens:
+def output_text(text: str | TokenId, labels: LabelNaming) -> TextTokens:
     """A text that names an output of a classifier. Where labels have names of their own, only
     `token_id(…)` is the number of an output, as `1` could be meant for the label `1 star`."""
     if isinstance(text, TokenId):
@@ -216,27 +219,22 @@ def output_text(text: str | TokenId, labels: Labels) -> TextTokens:
     return TextTokens(text, (), of_output=labels == "numbered" and text.strip().isdecimal())
 
 
-def output_words(text: TextTokens) -> str:
-    """What a text without tokens is."""
-    return "the number of an output" if text.of_output else "the name of a label"
-
-
 def output_texts(
-    table: PromptTable, expr: ast.Expr, labels: Labels
+    table: PromptTable, expr: ast.Expr, labels: LabelNaming
 ) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
     """What such a text says in every row of an output, whatever tokens it has. Codes: E0503,
     E0516."""
-    if isinstance(expr, ast.Name | ast.OfRef):
+    if isinstance(expr, ast.Name | ast.QualifiedRef):
         return _named(table, expr)
     texts, problems = _said(table, expr, {})
     return tuple(output_text(text, labels) for text in texts), problems
 
 
-def texts_said(
+def plain_texts(
     table: PromptTable, expr: ast.Expr, tokenizer: TextTokenizer, extra: Mapping[str, Any]
 ) -> tuple[list[str], list[Diagnostic]]:
     """The same without its tokens, as a reply could have it. Codes: E0503, E0516."""
-    if isinstance(expr, ast.Name | ast.OfRef):
+    if isinstance(expr, ast.Name | ast.QualifiedRef):
         named, problems = _named(table, expr)
         return [text.text for text in named], problems
     texts, problems = _said(table, expr, extra)
@@ -245,7 +243,7 @@ def texts_said(
     ], problems
 
 
-def run_and_name(expr: ast.Name | ast.OfRef) -> tuple[str, str]:
+def split_reference(expr: ast.Name | ast.QualifiedRef) -> tuple[str, str]:
     """`answer of fewer`: the run, and what is named of it."""
     if isinstance(expr, ast.Name):
         return CLEAN, expr.id
@@ -254,9 +252,9 @@ def run_and_name(expr: ast.Name | ast.OfRef) -> tuple[str, str]:
 
 
 def _named(
-    table: PromptTable, expr: ast.Name | ast.OfRef
+    table: PromptTable, expr: ast.Name | ast.QualifiedRef
 ) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
-    run, name = run_and_name(expr)
+    run, name = split_reference(expr)
     rows = table.runs[run].rows if run in table.runs else ()
     known = list(table.runs[CLEAN].rows[0].texts) if len(table) else []
     images = len(table) > 0 and table.runs[CLEAN].rows[0].image is not None
@@ -271,7 +269,7 @@ def _named(
         reason = f"it is a value, {value!r}, and no text"
         hint = f'write a text, with the space that stands in front of it if any: `" {{{name}}}"`'
         hint = f'write it as a text: `"{{{name}}}"`' if images else hint
-        refusal = bad(expr.span, reason, hint)
+        refusal = bad_value(expr.span, reason, hint)
         return (), [refusal.diagnostic(table.sources[0].describe())]
     elif name not in known:
         listed = name_list(known)
@@ -295,14 +293,14 @@ def _named(
 
 def _spacing_of_named(
     table: PromptTable,
-    expr: ast.Name | ast.OfRef,
+    expr: ast.Name | ast.QualifiedRef,
     found: Sequence[TextTokens],
     tokenizer: TextTokenizer,
 ) -> Sequence[Diagnostic]:
     """W0705 at the line of the prompts that defines a text."""
     if not found:
         return []
-    block, name = table.sources[0].block, run_and_name(expr)[1]
+    block, name = table.sources[0].block, split_reference(expr)[1]
     texts = [None if block.is_token_id(name) else text.text for text in found]
     span = block.texts[name].span
     return _spacing(table, texts, tokenizer, span, range(len(table)))
@@ -320,7 +318,7 @@ def _spacing(
     if not rows or clean.rows[0].reply is not None:
         return []
     return spacing_warnings(
-        [clean_text(table, row) for row in rows],
+        [answer_context(table, row) for row in rows],
         texts,
         tokenizer.reading(written=clean.chat),
         span,
@@ -335,7 +333,7 @@ def _said(
     texts: list[str | TokenId] = []
     for row in table.sources:
         try:
-            texts.append(row.with_values(extra).as_text(expr, Key(f"measure:{expr.span.text}")))
+            texts.append(row.with_values(extra).as_text(expr, DrawKey(f"measure:{expr.span.text}")))
         except Refusal as refusal:
             return [], [refusal.diagnostic(row.describe())]
     return texts, []
@@ -347,10 +345,10 @@ def _evaluated(
     texts, problems = _said(table, expr, extra)
     if problems:
         return (), problems
-    return behind_rows(table, texts, tokenizer, expr.span, range(len(table)))
+    return tokenise_after_rows(table, texts, tokenizer, expr.span, range(len(table)))
 
 
-def behind_rows(
+def tokenise_after_rows(
     table: PromptTable,
     texts: Sequence[str | TokenId],
     tokenizer: TextTokenizer,
@@ -358,16 +356,18 @@ def behind_rows(
     rows: Sequence[int],
 ) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
     """Texts behind the clean prompts of these rows, without the token that was moved there."""
-    prompts = [clean_text(table, row) for row in rows]
+    prompts = [answer_context(table, row) for row in rows]
     of_text = [(row,) for row in rows]
     name = span.text
-    found, diagnostics = tokenise(prompts, texts, tokenizer, name=name, span=span, rows=of_text)
-    moved = [move(t, () if isinstance(x, TokenId) else table.moved)
+    found, diagnostics = tokenise_texts(
+        prompts, texts, tokenizer, name=name, span=span, rows=of_text
+    )
+    moved = [drop_shared_token(t, () if isinstance(x, TokenId) else table.moved)
              for t, x in zip(found, texts, strict=True)]  # fmt: skip
     other = next((t for t, m in zip(found, moved, strict=True) if m is None), None)
     if other is not None:
         diagnostics.append(
-            OtherSpelling(span=span, text=quoted(other.text), moved=quoted(table.moved_text))
+            OtherSpelling(span=span, text=quote(other.text), moved=quote(table.moved_text))
         )
     else:
         said = [text if isinstance(text, str) else None for text in texts]
@@ -384,7 +384,7 @@ def _edge(
     whole, diagnostics = text_tokens(table, expr.of, tokenizer=tokenizer, extra=extra)
     if not whole or any(not t.ids for t in whole):
         return (), diagnostics
-    diagnostics += shared_edge(table, expr, [[text] for text in whole], tokenizer)
+    diagnostics += check_shared_edge(table, expr, [[text] for text in whole], tokenizer)
     return tuple(edge_token(text, expr, tokenizer) for text in whole), diagnostics
 
 
@@ -394,7 +394,7 @@ def edge_token(text: TextTokens, expr: ast.EdgeTokenOf, tokenizer: TextTokenizer
     return TextTokens(tokenizer.token_text(token), (token,))
 
 
-def shared_edge(
+def check_shared_edge(
     table: PromptTable,
     expr: ast.EdgeTokenOf,
     sets: Sequence[Sequence[TextTokens]],
@@ -417,8 +417,8 @@ def shared_edge(
         SharedFirstToken(
             span=expr.span,
             which=expr.which,
-            text=quoted(text.text),
-            rival=quoted(rival),
+            text=quote(text.text),
+            rival=quote(rival),
             token=tokenizer.token_text(text.ids[edge]).strip(),
             rows=len({row for row, _, _ in shared}),
             total=len(table),
@@ -458,7 +458,7 @@ def _rivals(
 # --- numerals ------------------------------------------------------------------------------------
 
 
-def numerals(
+def numeral_tokens(
     table: PromptTable,
     numbers: Sequence[int],
     *,
@@ -479,28 +479,28 @@ def numerals(
     width = width if digits is None else digits
     texts = [f"{before}{number:0{width}d}" for number in numbers]
     # One prompt stands for all: the token behind the prompt's last one is what counts.
-    prompt = clean_text(table, 0)
+    prompt = answer_context(table, 0)
     rows = [range(len(table))] * len(texts) if rows is None else rows
-    found, diagnostics = tokenise(
+    found, diagnostics = tokenise_texts(
         [prompt] * len(texts), texts, tokenizer, name="numeral", span=span, rows=rows
     )
     diagnostics = [d for d in diagnostics if d.severity == "error"]
-    moved = [move(t, table.moved) for t in found]
+    moved = [drop_shared_token(t, table.moved) for t in found]
     if any(m is None for m in moved):
-        text, beginning = quoted(texts[0]), quoted(table.moved_text)
+        text, beginning = quote(texts[0]), quote(table.moved_text)
         return (), [OtherSpelling(span=span, text=text, moved=beginning)]
     kept = [m for m in moved if m is not None]
     long = [(n, t) for n, t in enumerate(kept) if len(t.ids) > 1]
     if long:
         first, text = long[0]
-        pieces = " ".join(quoted(tokenizer.token_text(i)) for i in text.ids)
+        pieces = " ".join(quote(tokenizer.token_text(i)) for i in text.ids)
         diagnostics.append(
             MultiTokenNumeral(
                 span=span,
                 amount=len(long),
                 low=numbers[0],
                 high=numbers[-1],
-                text=quoted(text.text),
+                text=quote(text.text),
                 tokens=len(text.ids),
                 pieces=pieces,
                 hint=(
@@ -518,13 +518,251 @@ def numerals(
 def _spelling(table: PromptTable) -> tuple[str, int]:
     """What stands before the digits of the answers, and how many digits they are padded to."""
     rows: Sequence[Row] = table.sources
-    texts = [row.texts[ANSWER].text for row in table.runs[CLEAN].rows if ANSWER in row.texts]
+    texts = [
+        row.texts[ANSWER_TEXT].text for row in table.runs[CLEAN].rows if ANSWER_TEXT in row.texts
+    ]
     matches = [re.match(r"(\D*)(\d+)", text) for text in texts]
     found = [m.groups() for m in matches if m is not None]
     if not found:
-        ends_in_space = bool(rows) and clean_text(table, 0)[-1:].isspace()
+        ends_in_space = bool(rows) and answer_context(table, 0)[-1:].isspace()
         glued = bool(texts) and not texts[0][:1].isspace()
         return ("" if ends_in_space or glued else " "), 1
     before = Counter(b for b, _ in found).most_common(1)[0][0]
     padded = any(len(digits) > 1 and digits.startswith("0") for _, digits in found)
     return before, max(len(digits) for _, digits in found) if padded else 1
+
+
+SetEntry: TypeAlias = int | str | TokenId
+"""What a set has in it: a number, which is spelt as the answers are, or a text."""
+
+SetExpression: TypeAlias = "ast.Expr | ast.Range"
+
+
+@record
+class AcceptedTokens(Record):
+    """One token, or more, that a set of a row has."""
+
+    text: TextTokens
+    number: int | None = None
+    """What it stands for, of a numeral."""
+
+
+@record
+class TokenSets(Record):
+    """A set of tokens for each row; sets that are equal are held once."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    """Of each set, its tokens, all different."""
+    of_row: tuple[int, ...]
+    """Per row, the number of its set."""
+    numbers: tuple[tuple[int, ...], ...] = ()
+    """Of each set of numerals, the numbers that its tokens stand for."""
+
+    def of(self, row: int) -> tuple[int, ...]:
+        """The tokens of a row."""
+        return self.tokens[self.of_row[row]]
+
+    @staticmethod
+    def made_of(rows: Iterable[Sequence[AcceptedTokens]]) -> TokenSets:
+        """The sets of all rows: of each text its only token."""
+        numbers: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        of_row: list[int] = []
+        for row in rows:
+            own: dict[int, int] = {}
+            for each in row:
+                own.setdefault(each.text.ids[0], 0 if each.number is None else each.number)
+            whole = all(each.number is not None for each in row)
+            kind = (tuple(own), tuple(own.values()) if whole else ())
+            of_row.append(numbers.setdefault(kind, len(numbers)))
+        stand_for = tuple(kind[1] for kind in numbers)
+        return TokenSets(
+            tuple(kind[0] for kind in numbers),
+            tuple(of_row),
+            stand_for if all(stand_for) else (),
+        )
+
+
+def is_list(table: PromptTable, part: object) -> bool:
+    """Whether a part of a metric is a list, written out or a value of the rows that is one, or
+    the first tokens of its texts."""
+    if isinstance(part, ast.EdgeTokenOf):
+        return is_list(table, part.of)
+    if isinstance(part, ast.ListLiteral):
+        return True
+    if not isinstance(part, ast.Name | ast.QualifiedRef):
+        return False
+    run, name = split_reference(part)
+    rows = table.runs[run].rows if run in table.runs else ()
+    return any(name not in row.texts and isinstance(row.values.get(name), list) for row in rows)
+
+
+def accepted_tokens(
+    table: PromptTable,
+    parts: Sequence[SetExpression],
+    tokenizer: TextTokenizer,
+    *,
+    extra: Mapping[str, Any],
+    digits: int | None = None,
+) -> tuple[list[list[AcceptedTokens]], list[Diagnostic]]:
+    """Per row, any of what several parts of a metric name: texts, lists of texts, numerals.
+
+    extra: values of a cell, `item.index`. digits: how wide numerals are; None is as in `answer`.
+    Codes: those of texts, E0503 where a row has none, E0518 for numerals.
+    """
+    found: list[list[AcceptedTokens]] = [[] for _ in range(len(table))]
+    diagnostics: list[Diagnostic] = []
+    for part in parts:
+        if isinstance(part, ast.Range) or is_list(table, part):
+            own, problems = _of_entries(table, part, tokenizer, extra, digits)
+        else:
+            texts, problems = text_tokens(table, part, tokenizer=tokenizer, extra=extra)
+            own = [[AcceptedTokens(text)] for text in texts]
+        diagnostics += problems
+        if has_errors(problems):
+            return [], diagnostics
+        for row, more in zip(found, own, strict=True):
+            row += more
+    return found, diagnostics
+
+
+def accepted_texts(
+    table: PromptTable,
+    parts: Sequence[SetExpression],
+    tokenizer: TextTokenizer,
+    extra: Mapping[str, Any],
+) -> tuple[tuple[tuple[str, ...], ...], list[Diagnostic]]:
+    """Per row, what several parts of a metric say, whatever tokens that has; as `accepted`. Of the
+    texts of rows the white space that was moved into the prompt is left out.
+
+    Codes: E0503, E0516.
+    """
+    found: list[list[str]] = [[] for _ in range(len(table))]
+    for part in parts:
+        if isinstance(part, ast.Range) or is_list(table, part):
+            try:
+                own = [
+                    [_text(e, tokenizer) for e in _entries(table, n, row.with_values(extra), part)]
+                    for n, row in enumerate(table.sources)
+                ]
+            except Refusal as refusal:
+                return (), [refusal.diagnostic(table.sources[0].describe())]
+        else:
+            texts, problems = plain_texts(table, part, tokenizer, extra)
+            if has_errors(problems):
+                return (), problems
+            named = isinstance(part, ast.Name | ast.QualifiedRef)
+            before = table.moved_text if named else ""
+            own = [[text.removeprefix(before)] for text in texts]
+        for row, more in zip(found, own, strict=True):
+            row += more
+    return tuple(map(tuple, found)), []
+
+
+def _text(entry: SetEntry, tokenizer: TextTokenizer) -> str:
+    return tokenizer.token_text(entry.id) if isinstance(entry, TokenId) else str(entry)
+
+
+def _of_entries(
+    table: PromptTable,
+    part: SetExpression,
+    tokenizer: TextTokenizer,
+    extra: Mapping[str, Any],
+    digits: int | None,
+) -> tuple[list[list[AcceptedTokens]], list[Diagnostic]]:
+    if isinstance(part, ast.EdgeTokenOf):
+        whole, problems = _of_entries(table, part.of, tokenizer, extra, digits)
+        if has_errors(problems):
+            return [], problems
+        sets = [[each.text for each in own] for own in whole]
+        edges = [[AcceptedTokens(edge_token(t, part, tokenizer)) for t in own] for own in sets]
+        return edges, [*problems, *check_shared_edge(table, part, sets, tokenizer)]
+    entries: list[list[SetEntry]] = []
+    for number, row in enumerate(table.sources):
+        try:
+            entries.append(_entries(table, number, row.with_values(extra) if extra else row, part))
+        except Refusal as refusal:
+            return [], [refusal.diagnostic(row.describe())]
+    rows_of: dict[int, list[int]] = {}
+    for row, own in enumerate(entries):
+        for entry in own:
+            if isinstance(entry, int):
+                rows_of.setdefault(entry, []).append(row)
+    spelt: dict[int, AcceptedTokens] = {}
+    if rows_of:
+        asked = sorted(rows_of)
+        ids, problems = numeral_tokens(
+            table,
+            asked,
+            tokenizer=tokenizer,
+            span=part.span,
+            digits=digits,
+            rows=[rows_of[number] for number in asked],
+        )
+        if problems:
+            return [], problems
+        spelt = {
+            number: AcceptedTokens(TextTokens(tokenizer.token_text(token), (token,)), number)
+            for number, token in zip(asked, ids, strict=True)
+        }
+    texts = [
+        (row, entry)
+        for row, own in enumerate(entries)
+        for entry in own
+        if not isinstance(entry, int)
+    ]
+    tokens, diagnostics = tokenise_after_rows(
+        table, [entry for _, entry in texts], tokenizer, part.span, [row for row, _ in texts]
+    )
+    found = iter(tokens)
+    return [
+        [spelt[entry] if isinstance(entry, int) else AcceptedTokens(next(found)) for entry in own]
+        for own in entries
+    ], diagnostics
+
+
+def _entries(table: PromptTable, number: int, row: Row, part: SetExpression) -> list[SetEntry]:
+    """What a row's set has in it. E0503 as Refusal where that is nothing."""
+    if isinstance(part, ast.Range):
+        key = DrawKey(f"measure:{part.span.text}")
+        low, high = (
+            evaluate_whole_number(part.low, row, key),
+            evaluate_whole_number(part.high, row, key),
+        )
+        if low > high:
+            reason, hint = f"{low}..{high} has no numerals", "leave these rows out with `where`"
+            raise bad_value(part.span, reason, hint)
+        if high - low >= limits.NUMERALS:
+            reason = f"{high - low + 1:,} numerals are more than {limits.NUMERALS:,}"
+            raise bad_value(part.span, reason, "narrow the range")
+        return list(range(low, high + 1))
+    found = list(_flat(_listed(table, number, row, part), part))
+    if not found:
+        hint = "leave these rows out with `where`"
+        raise bad_value(part.span, "the list is empty, so no answer is right", hint)
+    return found
+
+
+def _listed(table: PromptTable, number: int, row: Row, part: ast.Expr) -> object:
+    if isinstance(part, ast.Name | ast.QualifiedRef):
+        run, name = split_reference(part)
+        return table.runs[run].rows[number].values.get(name)
+    return evaluate(part, row, DrawKey(f"measure:{part.span.text}"))
+
+
+def _flat(value: object, part: ast.Expr) -> Iterator[SetEntry]:
+    """The entries of a list, and of lists in it."""
+    if isinstance(value, TokenId):
+        yield value
+        return
+    own = to_plain(cast("RowValue", value))
+    if isinstance(own, list):
+        given = cast("list[object]", value) if isinstance(value, list) else own
+        for each in cast("list[object]", given):
+            yield from _flat(each, part)
+    elif isinstance(own, str):
+        yield own
+    elif isinstance(own, int | float) and not isinstance(own, bool) and is_whole_number(own):
+        yield int(own)
+    else:
+        shown = "nothing" if own is None else repr(own)
+        raise bad_value(part.span, f"{shown} in it is no text", "give texts, or whole numbers")

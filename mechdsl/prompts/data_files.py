@@ -1,11 +1,13 @@
-"""Data files: `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` as records."""
+"""Rows from CSV, JSON, JSONL and Parquet files, and from datasets of the Hugging Face hub."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -14,39 +16,63 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
-from mechdsl.base.json_text import load_json
+from mechdsl.base import limits
+from mechdsl.base.files import find_snapshot, load_json
 from mechdsl.base.source import Span
-from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e02_names import did_you_mean
-from mechdsl.diagnostics.e05_data import DataFormat, DataNotRead
-from mechdsl.program.named_paths import ROWS, path_to_read
-from mechdsl.prompts.row_content import ByContent
-from mechdsl.prompts.values import Record, Value
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.prompts import DataFormat, TooManyValues, UnreadableData
+from mechdsl.program.paths import HF_DATASET_PATH, ROWS_PATH, path_to_read
+from mechdsl.prompts.values import DataRecord, RowValue, content_key
+from mechdsl.syntax import ast
 
-TWO_COLUMNS = "two columns are called"
-OWN_NAMES = "give each of them a name of its own"
+
+class RecordOrder:
+    """Records in an order that hangs on what is in them: what is drawn among them, and which of
+    them a limit takes, is the same however the file is sorted."""
+
+    def __init__(self, records: Sequence[DataRecord]) -> None:
+        keys = [content_key(record) for record in records]
+        self.keys = keys
+        """By number of the record."""
+        self.order = sorted(range(len(keys)), key=lambda number: (keys[number], number))
+        """Numbers of the records."""
+        self.rank = [0] * len(keys)
+        """By number of the record, its place in `order`."""
+        self.copies = [0] * len(keys)
+        """By number of the record, how many equal ones come before it."""
+        seen: Counter[int] = Counter()
+        for place, number in enumerate(self.order):
+            self.rank[number] = place
+            self.copies[number] = seen[keys[number]]
+            seen[keys[number]] += 1
+
+
+DUPLICATE_COLUMNS = "two columns are called"
+
+RENAME_COLUMNS_HINT = "give each of them a name of its own"
 
 
 @dataclass(frozen=True)
 class DataFile:
     """The records of a file and the SHA-256 of its bytes."""
 
-    records: tuple[Record, ...]
+    records: tuple[DataRecord, ...]
     columns: tuple[str, ...]
     digest: str
 
     @cached_property
-    def by_content(self) -> ByContent:
+    def by_content(self) -> RecordOrder:
         """In which order they are drawn."""
-        return ByContent(self.records)
+        return RecordOrder(self.records)
 
     @cached_property
-    def sorted(self) -> tuple[Record, ...]:
+    def sorted(self) -> tuple[DataRecord, ...]:
         """The records in that order."""
         return tuple(self.records[number] for number in self.by_content.order)
 
 
-class Malformed(Exception):
+class MalformedData(Exception):
     """A file that doesn't hold records; `reason` and `hint` are for the reader."""
 
     def __init__(self, reason: str, hint: str) -> None:
@@ -55,12 +81,12 @@ class Malformed(Exception):
         self.hint = hint
 
 
-def read_data(path: str, span: Span) -> tuple[DataFile | None, list[Diagnostic]]:
+def read_data_file(path: str, span: Span) -> tuple[DataFile | None, list[Diagnostic]]:
     """Read a data file; the path is relative to the `.mech` file.
 
     Codes: E0504, E0505, E0532, E0535.
     """
-    file, problems = path_to_read(ROWS, path, span)
+    file, problems = path_to_read(ROWS_PATH, path, span)
     if file is None:
         return None, problems
     reader = READERS.get(file.suffix.lower())
@@ -77,12 +103,12 @@ def read_data(path: str, span: Span) -> tuple[DataFile | None, list[Diagnostic]]
             if isinstance(error, FileNotFoundError)
             else str(error.strerror or error)
         )
-        return None, [DataNotRead(span=span, path=path, reason=reason, hint=_hint(file))]
+        return None, [UnreadableData(span=span, path=path, reason=reason, hint=_hint(file))]
     try:
         records = reader(content)
         if not records:
-            raise Malformed("it has no records", "add some")
-    except Malformed as error:
+            raise MalformedData("it has no records", "add some")
+    except MalformedData as error:
         return None, [DataFormat(span=span, path=path, reason=error.reason, hint=error.hint)]
     columns = dict.fromkeys(name for record in records for name in record)
     return DataFile(tuple(records), tuple(columns), sha256(content).hexdigest()), []
@@ -102,14 +128,14 @@ def _text(content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Malformed(f"byte {error.start} is not UTF-8", "save the file in UTF-8") from None
+        raise MalformedData(f"byte {error.start} is not UTF-8", "save the file in UTF-8") from None
 
 
 def _refuse_repeated(names: Sequence[str], said: str) -> None:
     """Of two values with one name, the first would silently be lost."""
     if len(set(names)) < len(names):
         name = next(name for name, times in Counter(names).items() if times > 1)
-        raise Malformed(f"{said} `{name}`", OWN_NAMES)
+        raise MalformedData(f"{said} `{name}`", RENAME_COLUMNS_HINT)
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -122,14 +148,16 @@ def _parsed(text: str, where: str) -> Any:
     return load_json(text, unique)
 
 
-def _object(value: Any, where: str) -> Record:
+def _object(value: Any, where: str) -> DataRecord:
     if not isinstance(value, dict):
-        raise Malformed(f"{where} is not an object", "every record is an object with the columns")
-    return cast("Record", value)
+        raise MalformedData(
+            f"{where} is not an object", "every record is an object with the columns"
+        )
+    return cast("DataRecord", value)
 
 
-def _json_lines(content: bytes) -> list[Record]:
-    records: list[Record] = []
+def _json_lines(content: bytes) -> list[DataRecord]:
+    records: list[DataRecord] = []
     for number, line in enumerate(_text(content).split("\n"), 1):
         if not line.strip():
             continue
@@ -137,36 +165,36 @@ def _json_lines(content: bytes) -> list[Record]:
             value = _parsed(line, f"line {number}")
         except ValueError as error:
             reason = f"line {number} is not JSON ({error})"
-            raise Malformed(reason, "write one object per line") from None
+            raise MalformedData(reason, "write one object per line") from None
         records.append(_object(value, f"line {number}"))
     return records
 
 
-def _json(content: bytes) -> list[Record]:
+def _json(content: bytes) -> list[DataRecord]:
     try:
         value = _parsed(_text(content), "an object of it")
     except ValueError as error:
-        raise Malformed(f"it is not JSON ({error})", "correct the file") from None
+        raise MalformedData(f"it is not JSON ({error})", "correct the file") from None
     if isinstance(value, dict):
         return _inner_records(cast("dict[str, Any]", value))
     if not isinstance(value, list):
-        raise Malformed("it holds neither a list nor an object", "write a list of objects")
+        raise MalformedData("it holds neither a list nor an object", "write a list of objects")
     entries = cast("list[Any]", value)
     return [_object(entry, f"record {n}") for n, entry in enumerate(entries)]
 
 
-def _inner_records(whole: Mapping[str, Any]) -> list[Record]:
+def _inner_records(whole: Mapping[str, Any]) -> list[DataRecord]:
     """An object with one list of objects in it: these are the records, the rest goes with each."""
     lists = [k for k, v in whole.items() if _is_table(v)]
     if len(lists) != 1:
         reason = "it is an object without a list of records in it"
-        raise Malformed(reason, "write a list of objects")
+        raise MalformedData(reason, "write a list of objects")
     shared = {k: v for k, v in whole.items() if k != lists[0]}
     both = next((k for k in shared if any(k in entry for entry in whole[lists[0]])), None)
     if both is not None:
         reason = f"`{both}` stands beside the list `{lists[0]}` and in its records"
-        raise Malformed(reason, OWN_NAMES)
-    return [cast("Record", shared | entry) for entry in whole[lists[0]]]
+        raise MalformedData(reason, RENAME_COLUMNS_HINT)
+    return [cast("DataRecord", shared | entry) for entry in whole[lists[0]]]
 
 
 def _is_table(value: object) -> bool:
@@ -174,28 +202,28 @@ def _is_table(value: object) -> bool:
     return bool(entries) and all(isinstance(entry, dict) for entry in entries)
 
 
-def _separated(delimiter: str) -> Callable[[bytes], list[Record]]:
-    def read(content: bytes) -> list[Record]:
+def _separated(delimiter: str) -> Callable[[bytes], list[DataRecord]]:
+    def read(content: bytes) -> list[DataRecord]:
         lines = csv.reader(io.StringIO(_text(content), newline=""), delimiter=delimiter)
         try:
             table = [line for line in lines if line]
         except csv.Error as error:
-            raise Malformed(f"line {lines.line_num}: {error}", "correct the file") from None
+            raise MalformedData(f"line {lines.line_num}: {error}", "correct the file") from None
         if not table:
             return []
         header, *body = table
-        _refuse_repeated(header, TWO_COLUMNS)
+        _refuse_repeated(header, DUPLICATE_COLUMNS)
         for number, line in enumerate(body):
             if len(line) != len(header):
                 reason = f"record {number} has {len(line)} fields, the header {len(header)}"
-                raise Malformed(reason, "quote fields that contain the separator")
+                raise MalformedData(reason, "quote fields that contain the separator")
         columns = [_typed(column) for column in zip(*body, strict=True)]
         return [dict(zip(header, values, strict=True)) for values in zip(*columns, strict=True)]
 
     return read
 
 
-def _typed(column: Sequence[str]) -> Sequence[Value]:
+def _typed(column: Sequence[str]) -> Sequence[RowValue]:
     """Whole columns of numbers become numbers, unless that changes how one is written (`02`)."""
     for convert in (int, float):
         try:
@@ -213,25 +241,236 @@ def import_parquet(what: str) -> Any:
         return cast("Any", import_module("pyarrow.parquet"))
     except ImportError:
         reason = f"reading {what} needs the package pyarrow"
-        raise Malformed(reason, "pip install 'mechdsl[frames]'") from None
+        raise MalformedData(reason, "pip install 'mechdsl[frames]'") from None
 
 
-def _parquet(content: bytes) -> list[Record]:
+def _parquet(content: bytes) -> list[DataRecord]:
     parquet = import_parquet("parquet")
     try:
         file = parquet.ParquetFile(io.BytesIO(content))
-        records = cast("list[Record]", file.read().to_pylist())
+        records = cast("list[DataRecord]", file.read().to_pylist())
         names = cast("list[str]", file.schema_arrow.names)
     except Exception as error:  # pyarrow has its own tree of exceptions
-        raise Malformed(f"pyarrow: {error}", "write the file again") from None
-    _refuse_repeated(names, TWO_COLUMNS)
+        raise MalformedData(f"pyarrow: {error}", "write the file again") from None
+    _refuse_repeated(names, DUPLICATE_COLUMNS)
     return records
 
 
-READERS: Mapping[str, Callable[[bytes], list[Record]]] = {
+READERS: Mapping[str, Callable[[bytes], list[DataRecord]]] = {
     ".jsonl": _json_lines,
     ".json": _json,
     ".csv": _separated(","),
     ".tsv": _separated("\t"),
     ".parquet": _parquet,
 }
+
+DATASET_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".tsv")
+"""Of the files that are read; where a folder has several kinds, the first one."""
+
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
+
+_SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+"""What files without a split in their names have none of."""
+
+
+@dataclass(frozen=True)
+class DatasetReference:
+    """What `hf_dataset(…)` asks for."""
+
+    path: str
+    split: str
+    config: str | None = None
+    revision: str | None = None
+
+
+def parse_dataset(call: ast.Call) -> DatasetReference | None:
+    """What a call asks for; None where its arguments are wrong, which has been said."""
+    given: dict[str, str] = {}
+    for argument in call.arguments:
+        name, value = argument.name or "path", argument.value
+        if not isinstance(value, ast.String) or name in given:
+            return None
+        given[name] = value.value
+    if call.name != HF_DATASET_PATH.name or "[" in given.get("split", ""):
+        return None
+    if not {"path", "split"} <= given.keys() <= {"path", "split", "config", "revision"}:
+        return None
+    return DatasetReference(**given)
+
+
+def read_dataset(call: ast.Call) -> tuple[DataFile | None, list[Diagnostic]]:
+    """The records of one split. Codes: E0504, E0505, E0506, E0532, E0535."""
+    named = parse_dataset(call)
+    if named is None:
+        return None, []
+    span = call.span
+    try:
+        files = _files(named, span)
+        content = list(_contents(named, files, span))
+        records: list[DataRecord] = []
+        for file, data in content:
+            records += _records(file, data)
+            if len(records) > limits.COMBINATIONS:
+                raise _Refused(
+                    _too_many(named, span, f"{len(records):,} records", limits.COMBINATIONS)
+                )
+        if not records:
+            raise MalformedData("it has no records", "name another split")
+    except _Refused as refused:
+        return None, refused.diagnostics
+    except MalformedData as error:
+        bad = DataFormat(span=span, path=named.path, reason=error.reason, hint=error.hint)
+        return None, [bad]
+    columns = dict.fromkeys(name for record in records for name in record)
+    whole = sha256()
+    for _, data in content:
+        whole.update(sha256(data).digest())
+    return DataFile(tuple(records), tuple(columns), whole.hexdigest()), []
+
+
+class _Refused(Exception):
+    def __init__(self, *diagnostics: Diagnostic) -> None:
+        super().__init__()
+        self.diagnostics = list(diagnostics)
+
+
+# --- which files ----------------------------------------------------------------------------------
+
+
+def _files(named: DatasetReference, span: Span) -> list[Path]:
+    """Those of the split, in the order of their names."""
+    folder, problems = path_to_read(HF_DATASET_PATH, named.path, span)
+    if folder is None:
+        raise _Refused(*problems)
+    if not folder.is_dir():
+        snapshot = find_snapshot(named.path, named.revision, of="datasets")
+        if snapshot is None:
+            hint = (
+                'save it on a machine with a network: `load_dataset("…").save_to_disk("folder")`, '
+                "or `hf download --repo-type dataset NAME`"
+            )
+            reason = "there is no such folder, and the Hugging Face cache has no such data set"
+            raise _Refused(UnreadableData(span=span, path=named.path, reason=reason, hint=hint))
+        return _of_folder(snapshot, named)
+    if (folder / "dataset_dict.json").is_file():
+        splits = _about(folder / "dataset_dict.json").get("splits")
+        known = [str(each) for each in cast("list[object]", splits)] if _is_list(splits) else []
+        _known_split(named.split, known)
+        folder = folder / named.split
+    found = _saved(folder, named) if (folder / "state.json").is_file() else None
+    found = _of_folder(folder, named) if found is None else found
+    for file in found:
+        _, problems = path_to_read(HF_DATASET_PATH, str(file.absolute()), span)
+        if problems:
+            raise _Refused(*problems)
+    return found
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
+
+
+def _about(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise MalformedData(f"`{file.name}` is not understood", "save the data set again")
+    return cast("dict[str, Any]", found)
+
+
+def _known_split(split: str, known: Sequence[str]) -> None:
+    if split in known:
+        return
+    hint = did_you_mean(split, known, f"it has {name_list(known)}" if known else "name another")
+    raise MalformedData(f"it has no split `{split}`", hint)
+
+
+def _saved(folder: Path, named: DatasetReference) -> list[Path]:
+    """What `save_to_disk` says that a data set consists of."""
+    state = _about(folder / "state.json")
+    own = state.get("_split")
+    if isinstance(own, str):
+        _known_split(named.split, [own])
+    entries = state.get("_data_files")
+    names = [
+        Path(str(cast("dict[str, object]", each).get("filename"))).name
+        for each in cast("list[object]", entries if _is_list(entries) else [])
+        if isinstance(each, dict)
+    ]
+    found = [folder / name for name in names]
+    if not found or not all(file.is_file() for file in found):
+        raise MalformedData("files that `state.json` names are missing", "save the data set again")
+    return found
+
+
+def _of_folder(folder: Path, named: DatasetReference) -> list[Path]:
+    """Files by their names: a split is a word of its own in it, or in the folder's."""
+    every = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.suffix in DATASET_SUFFIXES and file.name not in _ABOUT and file.is_file()
+    ]
+    if named.config is not None:
+        every = [file for file in every if named.config in file.relative_to(folder).parts[:-1]]
+        if not every:
+            raise MalformedData(f"it has no config `{named.config}`", "name one of its folders")
+    suffix = next((each for each in DATASET_SUFFIXES if any(f.suffix == each for f in every)), None)
+    every = [file for file in every if file.suffix == suffix]
+
+    def of(split: str) -> list[Path]:
+        word = re.compile(rf"(?<![a-z0-9]){re.escape(split)}(?![a-z0-9])", re.IGNORECASE)
+        return [file for file in every if word.search(file.relative_to(folder).as_posix())]
+
+    found = of(named.split)
+    others = [split for split in _SPLITS if of(split)]
+    if not found and named.split == "train" and not others:
+        found = every
+    if not found:
+        listed = f"there are files of {name_list(others)}" if others else "it has no data files"
+        raise MalformedData(f"it has no split `{named.split}`", listed)
+    configs = {file.relative_to(folder).parts[:-1] for file in found}
+    if named.config is None and len(configs) > 1:
+        shown = name_list(dict.fromkeys(parts[0] for parts in sorted(configs) if parts))
+        raise MalformedData("it has several configs", f'write `config: "…"`: {shown}')
+    return found
+
+
+# --- what is in them ------------------------------------------------------------------------------
+
+
+def _contents(
+    named: DatasetReference, files: Sequence[Path], span: Span
+) -> Iterator[tuple[Path, bytes]]:
+    try:
+        size = sum(file.stat().st_size for file in files)
+        if size > limits.DATA_SET:
+            raise _Refused(_too_many(named, span, f"{size:,} bytes", limits.DATA_SET))
+        for file in files:
+            yield file, file.read_bytes()
+    except OSError as error:
+        reason, hint = str(error.strerror or error), "save the data set again"
+        raise _Refused(
+            UnreadableData(span=span, path=named.path, reason=reason, hint=hint)
+        ) from None
+
+
+def _too_many(named: DatasetReference, span: Span, amount: str, most: int) -> Diagnostic:
+    hint = "save a part of it: `data.select(range(10_000)).save_to_disk(…)`"
+    return TooManyValues(span=span, what=f"`{named.path}`", amount=amount, most=most, hint=hint)
+
+
+def _records(file: Path, content: bytes) -> list[DataRecord]:
+    if file.suffix != ".arrow":
+        return READERS[file.suffix](content)
+    import_parquet("arrow")
+    arrow = cast("Any", import_module("pyarrow"))
+    try:
+        try:
+            reader = arrow.ipc.open_stream(content)
+        except arrow.ArrowInvalid:  # a file with an index at its end
+            reader = arrow.ipc.open_file(content)
+        return cast("list[DataRecord]", reader.read_all().to_pylist())
+    except arrow.ArrowException as error:
+        raise MalformedData(f"pyarrow: {error}", "save the data set again") from None

@@ -1,21 +1,489 @@
-"""Expressions of a prompts block, evaluated on one row."""
+"""Expressions of a prompts block, evaluated on one row, and the functions they call."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from decimal import Decimal
+from itertools import accumulate
 from math import inf
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast, overload
 
 from mechdsl.base import limits
-from mechdsl.base.plural import plural
+from mechdsl.base.records import Registry, closest_name
 from mechdsl.base.source import Span
-from mechdsl.diagnostics.e02_names import did_you_mean
-from mechdsl.diagnostics.e05_data import BadValue, UnknownFunction
-from mechdsl.prompts import functions
-from mechdsl.prompts.row_scope import Key, Refusal, Scope
-from mechdsl.prompts.values import Items, Value, is_whole, plain
+from mechdsl.base.text import count_noun, name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.names import UnknownName
+from mechdsl.diagnostics.prompts import (
+    BadCall,
+    BadValue,
+    EmptyDraw,
+    NoRows,
+    TooManyValues,
+    UnknownFunction,
+    UnknownValue,
+)
+from mechdsl.prompts.values import (
+    DrawKey,
+    ItemList,
+    ListItem,
+    Refusal,
+    RowValue,
+    Scope,
+    TokenId,
+    cached_item,
+    is_whole_number,
+    render_value,
+    to_hashable,
+    to_plain,
+)
 from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import walk
+
+_TRIES = 64
+"""Draws before the values that are left are counted out."""
+
+Evaluator = Callable[[ast.Expr, Scope, DrawKey], RowValue]
+
+
+@dataclass(frozen=True)
+class PromptFunction:
+    """`usage` is what the help line of a wrong call shows."""
+
+    name: str
+    usage: str
+    meaning: str
+    apply: Callable[[CallSite], RowValue]
+    named: tuple[str, ...] = ()
+    draws: bool = True
+
+
+FUNCTIONS: Registry[PromptFunction] = Registry("function")
+
+
+@dataclass
+class CallSite:
+    """A call that is being evaluated on a row."""
+
+    node: ast.Call
+    function: PromptFunction
+    scope: Scope
+    key: DrawKey
+    evaluate: Evaluator
+    named: dict[str, ast.Argument] = field(default_factory=dict[str, ast.Argument])
+    positional: list[ast.Expr] = field(default_factory=list[ast.Expr])
+
+    def __post_init__(self) -> None:
+        for argument in self.node.arguments:
+            value = argument.value
+            if isinstance(value, ast.Range | ast.Quantity | ast.Site):
+                raise self.wrong("takes values, not ranges or sites", argument.span)
+            if argument.name is None:
+                self.positional.append(value)
+            elif argument.name not in self.function.named:
+                meant = closest_name(argument.name, self.function.named)
+                reason = f"has no argument `{argument.name}`"
+                raise self.wrong(reason, argument.span, f"{meant}: …" if meant else None)
+            elif argument.name in self.named:
+                raise self.wrong(f"has `{argument.name}` twice", argument.span)
+            else:
+                self.named[argument.name] = argument
+
+    def wrong(self, reason: str, span: Span | None = None, usage: str | None = None) -> Refusal:
+        """E0515, with how to write it."""
+        where, usage = span or self.node.span, usage or self.function.usage
+        return Refusal(BadCall, where, name=self.function.name, reason=reason, usage=usage)
+
+    def bad(self, reason: str, hint: str, span: Span | None = None) -> Refusal:
+        where = span or self.node.span
+        return Refusal(BadValue, where, expression=where.text, reason=reason, hint=hint)
+
+    def expect(self, least: int, most: int | None = None) -> list[ast.Expr]:
+        """The positional arguments, if they are as many."""
+        if len(self.positional) < least:
+            raise self.wrong("needs more arguments" if self.positional else "needs an argument")
+        if most is not None and len(self.positional) > most:
+            raise self.wrong("has too many arguments", self.positional[most].span)
+        return self.positional
+
+    def value(self, node: ast.Expr) -> RowValue:
+        return self.evaluate(node, self.scope, self.key)
+
+    def argument(self, name: str) -> ast.Expr | None:
+        found = self.named.get(name)
+        return cast("ast.Expr", found.value) if found is not None else None
+
+    def text(self, name: str, default: str) -> str:
+        node = self.argument(name)
+        if node is None:
+            return default
+        rich = render_value(self.value(node))
+        if rich is None:
+            raise self.bad("it is no text", 'write a text: `sep: ", "`', node.span)
+        return rich.text
+
+    def empty(self, reason: str) -> Refusal:
+        """E0512: the draw is impossible."""
+        expression = self.node.span.text
+        return Refusal(EmptyDraw, self.node.span, expression=expression, reason=reason)
+
+    def draw_other(
+        self, values: Sequence[RowValue], without: set[object], key: DrawKey
+    ) -> RowValue:
+        """One of `values` that isn't in `without`.
+
+        What the clean row drew stays in the corrupted one as long as it is allowed.
+        """
+        for value in self.scope.kept(key):
+            if to_hashable(to_plain(value)) not in without:
+                return value
+        value = self._draw_allowed(values, without, key)
+        self.scope.keep(key, value)
+        return value
+
+    def _draw_allowed(
+        self, values: Sequence[RowValue], without: set[object], key: DrawKey
+    ) -> RowValue:
+        for attempt in range(_TRIES):
+            if not len(values):
+                break
+            value = values[self.scope.draw(key, attempt, len(values))]
+            if to_hashable(to_plain(value)) not in without:
+                return value
+        if len(values) > limits.ITEMS:
+            raise self.empty(f"{_TRIES} draws gave only excluded values")
+        left = [v for v in values if to_hashable(to_plain(v)) not in without]
+        if not left:
+            raise self.empty(f"none of its {len(values)} values is allowed")
+        return left[self.scope.draw(key, _TRIES, len(left))]
+
+
+def _function(
+    name: str, usage: str, meaning: str, *, named: tuple[str, ...] = (), draws: bool = True
+) -> Callable[[Callable[[CallSite], RowValue]], Callable[[CallSite], RowValue]]:
+    def register(apply: Callable[[CallSite], RowValue]) -> Callable[[CallSite], RowValue]:
+        FUNCTIONS.add(name, PromptFunction(name, usage, meaning, apply, named, draws))
+        return apply
+
+    return register
+
+
+def check_length(length: int, span: Span) -> None:
+    """E0506 for a list that is too long, before it is built."""
+    if length > limits.ITEMS:
+        raise Refusal(
+            TooManyValues,
+            span,
+            what=f"`{span.text}`",
+            amount=f"{length:,} items",
+            most=limits.ITEMS,
+            hint="draw a shorter list",
+        )
+
+
+@_function("other", "other(x)", "another value of the same domain, none of these")
+def _other(call: CallSite) -> RowValue:
+    nodes = call.expect(1)
+    without = {to_hashable(to_plain(call.value(node))) for node in nodes}
+    return call.draw_other(call.scope.domain(nodes[0]), without, call.key)
+
+
+def draw_others(call: CallSite, amount: int) -> list[RowValue]:
+    """As many values of the domain, all different, none of the arguments."""
+    nodes = call.expect(1)
+    without = {to_hashable(to_plain(call.value(node))) for node in nodes}
+    domain = call.scope.domain(nodes[0])
+    found: list[RowValue] = []
+    for n in range(amount):
+        found.append(call.draw_other(domain, without, call.key.item(n)))
+        without.add(to_hashable(to_plain(found[-1])))
+    return found
+
+
+@_function("others", "a, b = others(x, y)", "different values of the same domain, none of these")
+def _others(call: CallSite) -> RowValue:
+    return draw_others(call, 1)[0]
+
+
+@_function("choice", 'choice("a", "b")', "one of these")
+def _choice(call: CallSite) -> RowValue:
+    nodes = call.expect(1)
+    if len(nodes) > 1:
+        return call.value(nodes[call.scope.draw(call.key, 0, len(nodes))])
+    value = call.value(nodes[0])
+    entries = [i.value for i in value.items] if isinstance(value, ItemList) else value
+    if not isinstance(entries, list):
+        raise call.wrong("needs several values, or a list")
+    if not entries:
+        raise call.empty("the list is empty")
+    return entries[call.scope.draw(call.key, 0, len(entries))]
+
+
+@_function(
+    "shuffle",
+    "shuffle(column)",
+    "a list in another order, a column in another row's value; of texts one value, as of `shots`: "
+    "`shuffle(shots, output)`",
+)
+def _shuffle(call: CallSite) -> RowValue:
+    node, *more = call.expect(1, 2)
+    value = call.value(node)
+    if more:
+        return _dealt(call, value, more[0])
+    if isinstance(value, ItemList):
+        order = call.scope.order(call.key, max(1, len(value.items)))
+        items = tuple(value.items[order[i]] for i in range(len(value.items)))
+        return replace(value, items=items)
+    if isinstance(value, list):
+        order = call.scope.order(call.key, max(1, len(value)))
+        return [value[order[i]] for i in range(len(value))]
+    if not isinstance(node, ast.Name):
+        raise call.wrong("takes a list or a column")
+    return call.scope.elsewhere(node.id, node.span)
+
+
+def _dealt(call: CallSite, value: RowValue, what: ast.Expr) -> RowValue:
+    """A list of texts in which one placeholder's values are dealt out anew, to others where any
+    differ: `shuffle(shots, output)`."""
+    if not isinstance(value, ItemList) or value.text is None:
+        raise call.wrong("deals out values of a list of texts", usage="shuffle(shots, output)")
+    if not isinstance(what, ast.Name) or any(what.id not in item.drawn for item in value.items):
+        known = name_list(value.items[0].drawn) if value.items else "nothing"
+        shown = what.span.written
+        raise call.bad(f"its texts draw no `{shown}`", f"they draw {known}", what.span)
+    given = [item.drawn[what.id] for item in value.items]
+    count = len(given)
+    order = call.scope.order(call.key, max(1, count))
+    # One that moves none of them is turned by one: its texts would be what they were.
+    turns = (([given[(order[i] + n) % count] for i in range(count)]) for n in range(count))
+    marks = [to_hashable(to_plain(each)) for each in given]
+    dealt = next((t for t in turns if [to_hashable(to_plain(each)) for each in t] != marks), given)
+    items: list[ListItem] = []
+    for n, (item, new) in enumerate(zip(value.items, dealt, strict=True)):
+        drawn = {**item.drawn, what.id: new}
+        rich = call.scope.with_values(drawn).text(value.text, call.key.item(n))
+        items.append(ListItem(rich, rich, drawn))
+    return replace(value, items=tuple(items))
+
+
+@_function("tokens", "tokens(answer)", "how many tokens a text or a span has", draws=False)
+def _tokens(call: CallSite) -> RowValue:
+    (node,) = call.expect(1, 1)
+    return call.scope.tokens(node, call.value(node))
+
+
+@_function("token_id", "token_id(column)", "a column that holds ids of tokens", draws=False)
+def _token_id(call: CallSite) -> RowValue:
+    (node,) = call.expect(1, 1)
+    value = call.value(node)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise call.bad(f"{to_plain(value)!r} is no token id", "give a column of whole numbers")
+    return TokenId(value)
+
+
+@_function("python", 'python("file.py:name")', "what a Python function gives", draws=False)
+def _python(call: CallSite) -> RowValue:
+    return call.scope.python(call.node)
+
+
+# --- lists ------------------------------------------------------------------------------------
+
+
+@_function(
+    "list",
+    'list(item, count, sep: ", ")',
+    "draws of a value behind one another",
+    named=("from", "sep", "last", "distinct"),
+)
+def _list(call: CallSite) -> RowValue:
+    nodes = call.expect(1, 2)
+    what = nodes[0]
+    if not isinstance(what, ast.Name | ast.String):
+        raise call.wrong("lists a name, or a text in quotes", what.span)
+    sep = call.text("sep", " ")
+    last = call.text("last", sep)
+    count = _count(call, nodes[1]) if len(nodes) > 1 else None
+    distinct = _flag(call, "distinct")
+    source = call.argument("from")
+    if source is None:
+        if count is None:
+            raise call.wrong("needs a count")
+        drawn = _from_domains(call, what, count, distinct)
+    else:
+        drawn = _from_pool(call, what, source, count, distinct)
+    if isinstance(what, ast.Name):
+        return ItemList(what.id, tuple(drawn), sep, last)
+    return ItemList("", tuple(drawn), sep, last, what)
+
+
+def _count(call: CallSite, node: ast.Expr) -> int:
+    value = call.value(node)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_whole_number(value):
+        raise call.bad(f"{to_plain(value)!r} is no count", "give a whole number", node.span)
+    if value < 0:
+        hint = "leave these rows out with `where`, or begin the values higher"
+        raise call.bad(f"a list can't have {int(value)} items", hint, node.span)
+    check_length(int(value), call.node.span)
+    return int(value)
+
+
+def _flag(call: CallSite, name: str) -> bool:
+    node = call.argument(name)
+    if node is None:
+        return False
+    value = call.value(node)
+    if not isinstance(value, bool):
+        raise call.wrong(f"takes `{name}: true` or `{name}: false`", node.span)
+    return value
+
+
+def _picks(
+    call: CallSite,
+    size: int,
+    count: int,
+    mark: Callable[[int], object] | None,
+    excluded: Callable[[int], bool] | None = None,
+) -> Iterator[int]:
+    """Indices of what is drawn. The first n are the same whatever `count` is.
+
+    mark: what entries are compared by where all have to be different.
+    excluded: whether an entry mustn't be drawn.
+    """
+    if mark is not None:
+        seen: set[object] = set()
+        order = call.scope.order(call.key, size) if size else ()
+        for place in range(size):
+            if len(seen) == count:
+                return
+            index = order[place]
+            own = mark(index)
+            if own not in seen and (excluded is None or not excluded(index)):
+                seen.add(own)
+                yield index
+        if len(seen) < count:
+            raise call.empty(f"{count} different ones are asked for, there are {len(seen)}")
+        return
+    for n in range(count):
+        for attempt in range(_TRIES if size else 0):
+            index = call.scope.draw(call.key.item(n), attempt, size)
+            if excluded is None or not excluded(index):
+                yield index
+                break
+        else:
+            raise call.empty("there is nothing but the row's own record" if size else "it is empty")
+
+
+def _item(
+    call: CallSite, what: ast.Name | ast.String, drawn: Mapping[str, RowValue], key: DrawKey
+) -> ListItem:
+    """The item that is made of what was drawn for it, as the corruption leaves that."""
+    changed = {name: call.scope.changed_item(name, value, key) for name, value in drawn.items()}
+    if isinstance(what, ast.String):
+        rich = call.scope.with_values(changed).text(what, key)
+        return ListItem(rich, rich, changed)
+    value = changed[what.id]
+    rich = render_value(value)
+    if rich is None:
+        raise call.bad(f"`{what.id}` has no text", "list texts or numbers", what.span)
+    return cached_item(value, rich) if isinstance(value, str) else ListItem(value, rich)
+
+
+def _from_domains(
+    call: CallSite, what: ast.Name | ast.String, count: int, distinct: bool
+) -> Iterator[ListItem]:
+    """Draws of the values that a name, or the placeholders of a text, range over."""
+    if isinstance(what, ast.Name):
+        names: list[ast.Name] = [what]
+    else:
+        inner = call.scope.placeholders(what)
+        names = list({n.id: n for n in inner if isinstance(n, ast.Name)}.values())
+    domains = [call.scope.domain(name) for name in names]
+    size = 1
+    for domain in domains:
+        size *= len(domain)
+
+    def values(index: int) -> dict[str, RowValue]:
+        found: dict[str, RowValue] = {}
+        for name, domain in zip(names, domains, strict=True):
+            index, at = divmod(index, len(domain))
+            found[name.id] = domain[at]
+        return found
+
+    def mark(index: int) -> object:
+        return tuple(to_hashable(to_plain(v)) for v in values(index).values())
+
+    for n, index in enumerate(_picks(call, size, count, mark if distinct else None)):
+        yield _item(call, what, values(index), call.key.item(n))
+
+
+def _from_pool(
+    call: CallSite,
+    what: ast.Name | ast.String,
+    source: ast.Expr,
+    count: int | None,
+    distinct: bool,
+) -> Iterator[ListItem]:
+    """Entries of a column that holds a list, or records of a block of prompts."""
+    if not isinstance(source, ast.Name):
+        raise call.wrong("takes the name of a column or of prompts behind `from:`", source.span)
+    fields = _fields(call, what)
+    pool = _pool(call, source, drawn=count is not None)
+
+    def excluded(index: int) -> bool:
+        # A shot that is the question itself would give the answer away.
+        entry = pool[index]
+        return isinstance(entry, Mapping) and call.scope.is_own(entry, fields)
+
+    def mark(index: int) -> object:
+        return to_hashable(to_plain(pool[index]))
+
+    if count is None:
+        check_length(len(pool), call.node.span)
+        indices: Iterator[int] = iter(range(len(pool)))
+    else:
+        indices = _picks(call, len(pool), count, mark if distinct else None, excluded)
+    for n, index in enumerate(indices):
+        entry = pool[index]
+        if isinstance(entry, Mapping):
+            values = dict(entry)
+            own = isinstance(what, ast.String)
+            missing = [f for f in fields if f not in values and not (own and call.scope.known(f))]
+            if missing:
+                raise call.bad(
+                    f"the records of `{source.id}` have no `{missing[0]}`",
+                    f"they have {name_list(values)}",
+                    what.span,
+                )
+        elif len(fields) == 1:
+            values = {fields[0]: entry}
+        else:
+            raise call.wrong("needs one name for each entry of the list", what.span)
+        yield _item(call, what, values, call.key.item(n))
+
+
+def _fields(call: CallSite, what: ast.Name | ast.String) -> list[str]:
+    if isinstance(what, ast.Name):
+        return [what.id]
+    inner = call.scope.placeholders(what)
+    return list(dict.fromkeys(n.id for n in inner if isinstance(n, ast.Name)))
+
+
+def _pool(call: CallSite, source: ast.Name, *, drawn: bool) -> Sequence[RowValue]:
+    if not call.scope.known(source.id):
+        records = call.scope.records(source.id, drawn=drawn)
+        if records is not None:
+            return records
+    value = call.scope.value(source.id, source.span)
+    if isinstance(value, ItemList):
+        return [item.value for item in value.items]
+    if not isinstance(value, list):
+        hint = "give a column that holds lists, or prompts with `rows`"
+        raise call.bad(f"`{source.id}` is not a list", hint, source.span)
+    return value
+
 
 _LARGEST = 10**limits.DIGITS
 
@@ -29,12 +497,12 @@ _COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
 }
 
 
-def bad(span: Span, reason: str, hint: str) -> Refusal:
+def bad_value(span: Span, reason: str, hint: str) -> Refusal:
     """E0503 at an expression."""
     return Refusal(BadValue, span, expression=span.text, reason=reason, hint=hint)
 
 
-def evaluate(node: ast.Expr, scope: Scope, key: Key) -> Value:
+def evaluate(node: ast.Expr, scope: Scope, key: DrawKey) -> RowValue:
     """The value of an expression. Refusals: E0501, E0503, E0506, E0512 to E0515."""
     match node:
         case ast.Number(value=number) | ast.Percent(value=number):
@@ -49,7 +517,7 @@ def evaluate(node: ast.Expr, scope: Scope, key: Key) -> Value:
             return _index(node, scope, key)
         case ast.Call():
             return _call(node, scope, key)
-        case ast.ListOf():
+        case ast.ListLiteral():
             return [
                 value
                 for item in node.items
@@ -60,63 +528,65 @@ def evaluate(node: ast.Expr, scope: Scope, key: Key) -> Value:
                 )
             ]
         case ast.Negative(operand=operand):
-            return -number_of(operand, scope, key)
+            return -evaluate_number(operand, scope, key)
         case ast.Binary():
             return _binary(node, scope, key)
         case ast.Conditional(condition=condition, then=then, otherwise=otherwise):
-            return evaluate(then if holds(condition, scope, key) else otherwise, scope, key)
+            return evaluate(
+                then if is_condition_true(condition, scope, key) else otherwise, scope, key
+            )
         case ast.Compare() | ast.InRange() | ast.Near() | ast.Logical() | ast.Not():
             return _condition(node, scope, key)
         case (
             ast.ShortSite()
-            | ast.OfRef()
-            | ast.OfExperiment()
+            | ast.QualifiedRef()
+            | ast.ExperimentMeasure()
             | ast.EdgeTokenOf()
             | ast.ClassOutput()
         ):
-            raise bad(node.span, "prompts have no such thing", "write a value of the row")
+            raise bad_value(node.span, "prompts have no such thing", "write a value of the row")
 
 
-def holds(node: ast.Expr, scope: Scope, key: Key) -> bool:
+def is_condition_true(node: ast.Expr, scope: Scope, key: DrawKey) -> bool:
     """The truth of a condition."""
     value = evaluate(node, scope, key)
     if not isinstance(value, bool):
-        raise bad(node.span, "it is neither true nor false", "compare it: `count > 3`")
+        raise bad_value(node.span, "it is neither true nor false", "compare it: `count > 3`")
     return value
 
 
-def number_of(node: ast.Expr, scope: Scope, key: Key) -> int | float:
+def evaluate_number(node: ast.Expr, scope: Scope, key: DrawKey) -> int | float:
     """The value of an expression that has to be a number."""
     value = evaluate(node, scope, key)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        shown = plain(value)
+        shown = to_plain(value)
         hint = 'numbers are written without quotes; texts are put together in quotes: `"{a} {b}"`'
-        raise bad(node.span, f"it is {shown!r}, not a number", hint)
+        raise bad_value(node.span, f"it is {shown!r}, not a number", hint)
     return value
 
 
-def whole_number(node: ast.Expr, scope: Scope, key: Key) -> int:
+def evaluate_whole_number(node: ast.Expr, scope: Scope, key: DrawKey) -> int:
     """The value of an expression that has to be a whole number."""
-    value = number_of(node, scope, key)
-    if not is_whole(value):
-        raise bad(node.span, f"{value} is not a whole number", "counts are whole numbers")
+    value = evaluate_number(node, scope, key)
+    if not is_whole_number(value):
+        raise bad_value(node.span, f"{value} is not a whole number", "counts are whole numbers")
     return int(value)
 
 
-def _binary(node: ast.Binary, scope: Scope, key: Key) -> int | float:
+def _binary(node: ast.Binary, scope: Scope, key: DrawKey) -> int | float:
     try:
         found = _calculated(node, scope, key)
     except OverflowError:
         found = inf
     if not abs(found) < _LARGEST:  # nor NaN
         reason = f"it has more than {limits.DIGITS} digits"
-        raise bad(node.span, reason, "calculate with smaller numbers")
+        raise bad_value(node.span, reason, "calculate with smaller numbers")
     return found
 
 
-def _calculated(node: ast.Binary, scope: Scope, key: Key) -> int | float:
-    left = number_of(node.left, scope, key)
-    right = number_of(node.right, scope, key)
+def _calculated(node: ast.Binary, scope: Scope, key: DrawKey) -> int | float:
+    left = evaluate_number(node.left, scope, key)
+    right = evaluate_number(node.right, scope, key)
     match node.operator:
         case "+":
             return left + right
@@ -126,80 +596,369 @@ def _calculated(node: ast.Binary, scope: Scope, key: Key) -> int | float:
             return left * right
         case "/":
             if right == 0:
-                raise bad(node.span, "it divides by zero", "leave these rows out with `where`")
+                raise bad_value(
+                    node.span, "it divides by zero", "leave these rows out with `where`"
+                )
             exact = isinstance(left, int) and isinstance(right, int) and left % right == 0
             return left // right if exact else left / right
 
 
-def _index(node: ast.Index, scope: Scope, key: Key) -> Value:
+def _index(node: ast.Index, scope: Scope, key: DrawKey) -> RowValue:
     value = scope.value(node.name, node.span)
-    if isinstance(node.index, ast.Ranked | ast.Coordinates):
-        what = "ranking" if isinstance(node.index, ast.Ranked) else "layers or heads"
-        raise bad(node.span, f"prompts have no {what}", "write a number: `xs[2]`")
-    at = whole_number(node.index, scope, key)
-    entries = [i.value for i in value.items] if isinstance(value, Items) else value
+    if isinstance(node.index, ast.RankedSelection | ast.Coordinates):
+        what = "ranking" if isinstance(node.index, ast.RankedSelection) else "layers or heads"
+        raise bad_value(node.span, f"prompts have no {what}", "write a number: `xs[2]`")
+    at = evaluate_whole_number(node.index, scope, key)
+    entries = [i.value for i in value.items] if isinstance(value, ItemList) else value
     if not isinstance(entries, list):
-        raise bad(node.span, f"`{node.name}` is not a list", "index what `list(…)` gives")
+        raise bad_value(node.span, f"`{node.name}` is not a list", "index what `list(…)` gives")
     if not 1 <= at <= len(entries):
-        reason = f"`{node.name}` has {plural(len(entries), 'item')}"
-        raise bad(node.span, reason, "items count from 1; leave short rows out with `where`")
+        reason = f"`{node.name}` has {count_noun(len(entries), 'item')}"
+        raise bad_value(node.span, reason, "items count from 1; leave short rows out with `where`")
     return entries[at - 1]
 
 
-def _range(node: ast.Range, scope: Scope, key: Key) -> range:
-    low = whole_number(node.low, scope, key)
-    high = whole_number(node.high, scope, key)
-    functions.check_length(high - low + 1, node.span)
+def _range(node: ast.Range, scope: Scope, key: DrawKey) -> range:
+    low = evaluate_whole_number(node.low, scope, key)
+    high = evaluate_whole_number(node.high, scope, key)
+    check_length(high - low + 1, node.span)
     return range(low, high + 1)
 
 
-def _is_one(found: object, item: ast.Expr | ast.Range, scope: Scope, key: Key) -> bool:
+def _is_one(found: object, item: ast.Expr | ast.Range, scope: Scope, key: DrawKey) -> bool:
     """Whether a value is what a list has in one place, or one of a range there."""
     if isinstance(item, ast.Range):
         return found in _range(item, scope, key)
-    return found == plain(evaluate(item, scope, key))
+    return found == to_plain(evaluate(item, scope, key))
 
 
-def _condition(node: ast.Expr, scope: Scope, key: Key) -> bool:
+def _condition(node: ast.Expr, scope: Scope, key: DrawKey) -> bool:
     match node:
         case ast.Compare(operator=sign, left=left, right=right):
-            a, b = plain(evaluate(left, scope, key)), plain(evaluate(right, scope, key))
+            a, b = to_plain(evaluate(left, scope, key)), to_plain(evaluate(right, scope, key))
             try:
                 return bool(_COMPARE[sign](a, b))
             except TypeError:
                 reason = f"{a!r} and {b!r} have no order"
                 hint = "compare numbers with numbers and texts with texts"
-                raise bad(node.span, reason, hint) from None
+                raise bad_value(node.span, reason, hint) from None
         case ast.InRange(value=inner, within=ast.Range() as within):
-            number = number_of(inner, scope, key)
-            low, high = number_of(within.low, scope, key), number_of(within.high, scope, key)
+            number = evaluate_number(inner, scope, key)
+            low, high = (
+                evaluate_number(within.low, scope, key),
+                evaluate_number(within.high, scope, key),
+            )
             return low <= number <= high
-        case ast.InRange(value=inner, within=ast.ListOf(items=items)):
-            found = plain(evaluate(inner, scope, key))
+        case ast.InRange(value=inner, within=ast.ListLiteral(items=items)):
+            found = to_plain(evaluate(inner, scope, key))
             # A range of many numbers isn't written out for every row.
             return True in [_is_one(found, item, scope, key) for item in items]
         case ast.InRange(value=inner, within=within):
-            values = plain(evaluate(cast("ast.Expr", within), scope, key))
+            values = to_plain(evaluate(cast("ast.Expr", within), scope, key))
             if not isinstance(values, list):
-                raise bad(node.span, "what stands behind `in` is no list", "write `x in [1, 2]`")
-            return plain(evaluate(inner, scope, key)) in values
+                raise bad_value(
+                    node.span, "what stands behind `in` is no list", "write `x in [1, 2]`"
+                )
+            return to_plain(evaluate(inner, scope, key)) in values
         case ast.Near(value=inner, target=target, tolerance=tolerance):
-            distance = number_of(inner, scope, key) - number_of(target, scope, key)
-            return abs(distance) <= number_of(tolerance, scope, key)
+            distance = evaluate_number(inner, scope, key) - evaluate_number(target, scope, key)
+            return abs(distance) <= evaluate_number(tolerance, scope, key)
         case ast.Logical(operator="and", left=left, right=right):
-            return holds(left, scope, key) and holds(right, scope, key)
+            return is_condition_true(left, scope, key) and is_condition_true(right, scope, key)
         case ast.Logical(left=left, right=right):
-            return holds(left, scope, key) or holds(right, scope, key)
+            return is_condition_true(left, scope, key) or is_condition_true(right, scope, key)
         case ast.Not(operand=operand):
-            return not holds(operand, scope, key)
+            return not is_condition_true(operand, scope, key)
         case _:
             raise AssertionError(f"{type(node).__name__} is no condition")
 
 
-def _call(node: ast.Call, scope: Scope, key: Key) -> Value:
-    function = functions.FUNCTIONS.get(node.name)
+def _call(node: ast.Call, scope: Scope, key: DrawKey) -> RowValue:
+    function = FUNCTIONS.get(node.name)
     if function is None:
-        known = ", ".join(f"`{name}`" for name in functions.FUNCTIONS)
-        hint = did_you_mean(node.name, functions.FUNCTIONS, f"there are {known}")
+        known = ", ".join(f"`{name}`" for name in FUNCTIONS)
+        hint = did_you_mean(node.name, FUNCTIONS, f"there are {known}")
         raise Refusal(UnknownFunction, node.span, name=node.name, hint=hint)
-    return function.apply(functions.CallSite(node, function, scope, key.call(), evaluate))
+    return function.apply(CallSite(node, function, scope, key.call(), evaluate))
+
+
+PlaceholderLookup: TypeAlias = Callable[[ast.String], Sequence[ast.Expr]]
+"""What stands in the braces of a text."""
+
+
+@dataclass(frozen=True)
+class NameUse:
+    """`value`: the row's value; `item`: what a list draws; `pool`: what `from:` names; `domain`:
+    the values it ranges over, as `other(x)` needs them, beside its value."""
+
+    name: str
+    how: Literal["value", "item", "pool", "domain"]
+    span: Span
+
+
+def name_uses(node: Any, placeholders: PlaceholderLookup) -> Iterator[NameUse]:
+    """Every reference in an expression, in the order of the text."""
+    match node:
+        case ast.Name(id=name):
+            yield NameUse(name, "value", node.span)
+        case ast.Attribute(name=name):
+            yield NameUse(name, "value", node.span)
+        case ast.Index(name=name, index=index):
+            yield NameUse(name, "value", node.span)
+            yield from name_uses(index, placeholders)
+        case ast.String():
+            for inner in placeholders(node):
+                yield from name_uses(inner, placeholders)
+        case ast.Call(name="words"):
+            return
+        case ast.Call(name="list"):
+            yield from _list_uses(node, placeholders)
+        case ast.Call(name="shuffle", arguments=(shuffled, _)):  # the second is one of its texts
+            yield from name_uses(shuffled.value, placeholders)
+        case ast.Call(name="other" | "others", arguments=arguments):
+            for n, argument in enumerate(arguments):
+                if n == 0 and isinstance(argument.value, ast.Name):
+                    yield NameUse(argument.value.id, "domain", argument.value.span)
+                yield from name_uses(argument.value, placeholders)
+        case ast.Node():
+            for f in fields(node):
+                yield from name_uses(getattr(node, f.name), placeholders)
+        case tuple():
+            for entry in node:  # pyright: ignore[reportUnknownVariableType]
+                yield from name_uses(entry, placeholders)
+        case _:
+            return
+
+
+def _list_uses(node: ast.Call, placeholders: PlaceholderLookup) -> Iterator[NameUse]:
+    source = next((a for a in node.arguments if a.name == "from"), None)
+    for n, argument in enumerate(node.arguments):
+        value = argument.value
+        if argument is source:
+            if isinstance(value, ast.Name):
+                yield NameUse(value.id, "pool", value.span)
+        elif n == 0 and argument.name is None:
+            drawn = [value] if isinstance(value, ast.Name) else []
+            if isinstance(value, ast.String):
+                drawn = list(placeholders(value))
+            for inner in drawn:
+                if not isinstance(inner, ast.Name):
+                    yield from name_uses(inner, placeholders)
+                elif source is None:
+                    yield NameUse(inner.id, "item", inner.span)
+        else:
+            yield from name_uses(value, placeholders)
+
+
+def is_random(node: Any, placeholders: PlaceholderLookup) -> bool:
+    """Whether an expression draws, so that the same combination can give several rows."""
+    match node:
+        case ast.Call(name="other" | "others" | "choice" | "shuffle"):
+            return True
+        case ast.Call(name="list", arguments=arguments):
+            everything = len([a for a in arguments if a.name is None]) < 2
+            return not everything or any(is_random(a.value, placeholders) for a in arguments)
+        case ast.String():
+            return any(is_random(inner, placeholders) for inner in placeholders(node))
+        case ast.Node():
+            return any(is_random(getattr(node, f.name), placeholders) for f in fields(node))
+        case tuple():
+            return any(is_random(entry, placeholders) for entry in node)  # pyright: ignore[reportUnknownVariableType]
+        case _:
+            return False
+
+
+def find_calls(node: Any, placeholders: PlaceholderLookup) -> Iterator[ast.Call]:
+    """Every call of an expression, those in the braces of texts too."""
+    for part in walk(node):
+        if isinstance(part, ast.Call):
+            yield part
+        elif isinstance(part, ast.String):
+            yield from find_calls(tuple(placeholders(part)), placeholders)
+
+
+def counts_tokens(node: object) -> bool:
+    """Whether it is `tokens(…)`, which hangs on the model's tokenizer."""
+    return isinstance(node, ast.Call) and node.name == "tokens"
+
+
+Constants = Mapping[str, int | float | str | bool]
+
+WordLookup = Callable[[str], Sequence[str] | None]
+"""The plain words of a model's tokenizer, by the model's name; None for an unknown name."""
+
+
+class SteppedRange(Sequence[RowValue]):
+    """`low`, `low + step`, … up to `high`, in decimal arithmetic: 0.3, not 0.30000000000000004."""
+
+    def __init__(self, low: int | float, high: int | float, step: int | float) -> None:
+        self._low, self._step = Decimal(str(low)), Decimal(str(step))
+        self._whole = all(isinstance(n, int) for n in (low, step))
+        self._length = max(0, int((Decimal(str(high)) - self._low) // self._step) + 1)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> RowValue: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[RowValue]: ...
+    def __getitem__(self, index: int | slice) -> RowValue | Sequence[RowValue]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._length))]
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        value = self._low + index * self._step
+        return int(value) if self._whole else float(value)
+
+
+class JoinedSequence(Sequence[RowValue]):
+    """Several sequences behind one another."""
+
+    def __init__(self, parts: Sequence[Sequence[RowValue]]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> RowValue: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[RowValue]: ...
+    def __getitem__(self, index: int | slice) -> RowValue | Sequence[RowValue]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect_right(self._ends, index)
+        before = self._ends[part - 1] if part else 0
+        return self._parts[part][index - before]
+
+    def __iter__(self) -> Iterator[RowValue]:
+        for part in self._parts:
+            yield from part
+
+
+class _RefusedDomain(Exception):
+    def __init__(self, diagnostic: Diagnostic) -> None:
+        super().__init__(diagnostic.code)
+        self.diagnostic = diagnostic
+
+
+def make_domain(
+    domain: ast.Domain, *, prompts: str, constants: Constants, words: WordLookup | None
+) -> tuple[Sequence[RowValue], list[Diagnostic]]:
+    """The values of a domain. Codes: E0201, E0501, E0503, E0506, E0509, E0515."""
+    try:
+        values = _Maker(prompts, constants, words).values(domain)
+    except _RefusedDomain as refused:
+        return (), [refused.diagnostic]
+    if not len(values):
+        hint = "ranges go upwards and include both ends"
+        return (), [
+            NoRows(span=domain.span, prompts=prompts, reason="this range is empty", hint=hint)
+        ]
+    return values, []
+
+
+class _Maker:
+    def __init__(self, prompts: str, constants: Constants, words: WordLookup | None) -> None:
+        self.prompts = prompts
+        self.constants = constants
+        self.words = words
+
+    def values(self, domain: ast.Domain) -> Sequence[RowValue]:
+        match domain.values:
+            case ast.Range() as inner:
+                return self.range(inner, domain.step)
+            case ast.ListLiteral(items=items):
+                parts: list[Sequence[RowValue]] = []
+                for item in items:
+                    if isinstance(item, ast.Range):
+                        parts.append(self.range(item, None))
+                    else:
+                        parts.append((self.constant(item),))
+                return JoinedSequence(parts)
+            case ast.Call(name="words"):
+                return self.words_of(domain.values)
+            case other:
+                return (self.constant(other),)
+
+    def range(self, node: ast.Range, step: ast.Expr | None) -> Sequence[RowValue]:
+        low, high = self.number(node.low), self.number(node.high)
+        by = 1 if step is None else self.number(step)
+        if by <= 0:
+            assert step is not None
+            raise self.bad(step, "steps go upwards", "write a step above 0")
+        count = (high - low) / by + 1
+        if count > limits.DOMAIN:
+            raise _RefusedDomain(
+                TooManyValues(
+                    span=node.span,
+                    what=f"`{node.span.written}`",
+                    amount=f"{count:,.0f} values" if count < 1e30 else f"{count:.0e} values",
+                    most=limits.DOMAIN,
+                    hint="write a smaller range, or a larger `step`",
+                )
+            )
+        if all(isinstance(n, int) for n in (low, high, by)):
+            return range(cast("int", low), cast("int", high) + 1, cast("int", by))
+        return SteppedRange(low, high, by)
+
+    def number(self, node: ast.Expr) -> int | float:
+        value = self.constant(node)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.bad(node, f"{value!r} is not a number", "ranges go from number to number")
+        return value
+
+    def constant(self, node: ast.Expr) -> int | float | str | bool:
+        match node:
+            case ast.Number(value=value) | ast.String(value=value) | ast.Percent(value=value):
+                return value
+            case ast.Negative(operand=operand):
+                return -self.number(operand)
+            case ast.Binary(operator=sign, left=left, right=right) if sign != "/":
+                a, b = self.number(left), self.number(right)
+                return a + b if sign == "+" else a - b if sign == "-" else a * b
+            case ast.Name(id=name) if name in self.constants:
+                return self.constants[name]
+            case ast.Name(id=name) if name in ("true", "false"):
+                return name == "true"
+            case ast.Name(id=name):
+                otherwise = (
+                    "a domain is fixed for all rows: it holds numbers, texts and parameters; "
+                    "restrict combinations with `where`"
+                )
+                hint = did_you_mean(name, self.constants, otherwise)
+                raise _RefusedDomain(
+                    UnknownValue(span=node.span, prompts=self.prompts, name=name, hint=hint)
+                )
+            case _:
+                hint = "a domain is fixed for all rows: write numbers, texts or parameters"
+                if isinstance(node, ast.Call):
+                    hint = did_you_mean(node.name, ["words"], hint)
+                raise self.bad(node, "it isn't fixed", hint)
+
+    def words_of(self, node: ast.Call) -> Sequence[RowValue]:
+        usage = "words(MODEL)"
+        model = node.arguments[0].value if len(node.arguments) == 1 else None
+        if not isinstance(model, ast.Name):
+            reason = "takes one argument, the name of a model"
+            raise _RefusedDomain(BadCall(span=node.span, name="words", reason=reason, usage=usage))
+        if self.words is None:
+            reason = "the model's tokenizer isn't at hand"
+            raise self.bad(node, reason, "write the words in a list")
+        found = self.words(model.id)
+        if found is None:
+            # As it is said where the file's names are bound, so that it is said once.
+            raise _RefusedDomain(
+                UnknownName(span=model.span, kind="model", name=model.id, hint="define it first")
+            )
+        return tuple(found)
+
+    def bad(self, node: ast.Node, reason: str, hint: str) -> _RefusedDomain:
+        text = node.span.text
+        return _RefusedDomain(
+            BadValue(span=node.span, expression=text, reason=reason, rows="every row", hint=hint)
+        )

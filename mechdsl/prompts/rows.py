@@ -1,60 +1,499 @@
-"""Rows of a prompts block before tokenisation: values worked out when they are asked for."""
+"""Rows of a prompts block before tokenisation, with their images, and the table that holds them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from dataclasses import field, replace
+from functools import cache, cached_property
+from math import isfinite
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, cast, overload
 
 from mechdsl.base import limits
+from mechdsl.base.hashing import Permutation, stable_hash
+from mechdsl.base.records import Record, record
 from mechdsl.base.source import Span
-from mechdsl.diagnostics.e05_chat import ChatRefused
-from mechdsl.diagnostics.e05_data import TextNotInside, TooMany
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.prompts import (
+    ChatRefused,
+    ImageTooSmall,
+    TextNotInside,
+    TooManyValues,
+    UnreadableImage,
+)
+from mechdsl.images import files
+from mechdsl.images.picture import GRAY_LEVEL, Picture, PictureChange, Region, pixel_box
 from mechdsl.program import spec
-from mechdsl.program.lower_images import IMAGE
-from mechdsl.prompts.chat_template import ChatProblem, Turn, unwritten
-from mechdsl.prompts.compiled_template import CompiledTemplate, Definition
-from mechdsl.prompts.expressions import bad, evaluate, holds
-from mechdsl.prompts.found_text import find_text
-from mechdsl.prompts.functions import FUNCTIONS, CallSite, draw_others
-from mechdsl.prompts.images_block import of_pixels
-from mechdsl.prompts.prompt_table import RunRow
-from mechdsl.prompts.prompts_block import TEMPLATE, PromptsBlock
-from mechdsl.prompts.row_content import content_key
-from mechdsl.prompts.row_image import OF_IMAGES, WithImage
-from mechdsl.prompts.row_scope import Key, Refusal
-from mechdsl.prompts.row_tiles import drawn_by, image_of
-from mechdsl.prompts.seeded_draws import Permutation, stable_hash
-from mechdsl.prompts.span_tokens import TokenMap
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.program.images import IMAGE_SPAN
+from mechdsl.program.paths import IMAGE_PATH, path_to_read
+from mechdsl.program.python_functions import PythonFunction
+from mechdsl.program.spec import TILE
+from mechdsl.prompts.block import (
+    TEMPLATE,
+    CompiledTemplate,
+    Definition,
+    PromptsBlock,
+    is_drawn_mask,
+    is_pixel_change,
+    is_region_swap,
+)
+from mechdsl.prompts.expressions import (
+    FUNCTIONS,
+    CallSite,
+    bad_value,
+    draw_others,
+    evaluate,
+    is_condition_true,
+)
+from mechdsl.prompts.runs import PromptRun, RunRow, TokenMap, find_text
+from mechdsl.prompts.tokens.chat import ChatProblem, Turn, stand_in_chat
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.prompts.values import (
-    Items,
-    Record,
-    Rich,
-    SpanAt,
+    DataRecord,
+    DrawKey,
+    ItemList,
+    Refusal,
+    RichText,
+    RowValue,
+    TextSpan,
     TokenId,
-    Value,
-    bare,
     concatenate,
-    frozen,
-    plain,
-    render,
+    content_key,
+    render_value,
+    to_hashable,
+    to_plain,
+    unmarked_text,
 )
 from mechdsl.syntax import ast
-from mechdsl.syntax.template import Placeholder
-from mechdsl.vocab.corruptions import ValueChange, kind_of
+from mechdsl.syntax.parser import Placeholder
+from mechdsl.vocab.corruptions import ImageChange, ValueChange, change_kind
+
+_SIDE = 32
+
+
+def row_picture(row: Row, node: ast.Expr) -> Picture:
+    """The image of a row. Refusals: E0207, E0503, E0560 and those of values."""
+    match node:
+        case ast.String():
+            return _of_file(row, node)
+        case ast.QualifiedRef():
+            return row.block.averaged or Picture("gray", level=GRAY_LEVEL)
+        case ast.Name(id="noise"):
+            return Picture("noise", seed=_seed(row))
+        case ast.Call(name="gray"):
+            level = _number(row, node, node.arguments[0].value, "a level", 0, 255)
+            return Picture("gray", level=level)
+        case ast.Call(name="shapes"):
+            return _of_shapes(row, node)
+        case _:
+            return Picture("gray", level=GRAY_LEVEL)
+
+
+def _seed(row: Row) -> int:
+    block = row.block
+    return stable_hash(block.seed, block.name, row.draw_key, "image") % (1 << 64)
+
+
+def image_refusal(span: Span, written: str, reason: str, hint: str) -> Refusal:
+    """E0560 for a path as it is written."""
+    return Refusal(UnreadableImage, span, path=written, reason=reason, hint=hint)
+
+
+def inspect_row_image(row: Row, written: str, span: Span) -> tuple[Path, str, tuple[int, int]]:
+    """Where an image lies that a row names, SHA-256 of its bytes, (height, width). Refusals: E0560
+    and those of paths."""
+    path, problems = path_to_read(IMAGE_PATH, written, span)
+    if path is None:
+        raise Refusal.of(problems[0])
+    try:
+        return path, *row.block.image_files.look(path)
+    except files.UnreadableImage as error:
+        raise image_refusal(span, written, error.reason, error.hint) from None
+
+
+def _of_file(row: Row, node: ast.String) -> Picture:
+    written = row.text(node, DrawKey("image")).text
+    if not written.strip():
+        hint = "leave rows without an image out with `where`"
+        raise image_refusal(node.span, written, "the row names none", hint)
+    path, digest, size = inspect_row_image(row, written, node.span)
+    return Picture("file", path=path, digest=digest, said=written, size=size)
+
+
+def _of_shapes(row: Row, node: ast.Call) -> Picture:
+    given = {each.name: each.value for each in node.arguments}
+    if "kind" not in given:
+        raise _wrong(node, "needs a kind", 'write `shapes(n: 1, kind: "circle", size: 32)`')
+    told: dict[str, str] = {}
+    for name in ("kind", "colour", "texture"):
+        value = (
+            to_plain(evaluate(_expr(given[name]), row, DrawKey(f"image.{name}")))
+            if name in given
+            else ""
+        )
+        if not isinstance(value, str):
+            raise bad_value(
+                given[name].span, f"a {name} is a text", 'write one in quotes: `"circle"`'
+            )
+        told[name] = value
+    count = size = None
+    if "n" in given:
+        count = _number(row, node, given["n"], "a number of shapes", 1, 1_000)
+    if "size" in given:
+        size = _number(row, node, given["size"], "a size", 1, limits.IMAGE_SIDE)
+    count, size = count or 1, size or _SIDE
+    problem = _cannot_draw(told["kind"], count, size, told["colour"], told["texture"])
+    if problem:
+        raise bad_value(node.span, problem, "change what is drawn")
+    return Picture(
+        "shapes",
+        kind=told["kind"],
+        count=count,
+        colour=told["colour"],
+        texture=told["texture"],
+        size=(size, size),
+        seed=_seed(row),
+    )
+
+
+def _expr(node: object) -> ast.Expr:
+    assert isinstance(node, ast.Node)
+    return node  # type: ignore[return-value]
+
+
+@cache
+def _cannot_draw(kind: str, count: int, size: int, colour: str, texture: str) -> str:
+    """Why such shapes can't be drawn; empty where they can. That hangs on no draw."""
+    import numpy as np
+
+    from mechdsl.images.pixels import draw_shapes
+
+    try:
+        draw_shapes(kind, count, size, np.random.default_rng(0), colour=colour, texture=texture)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _number(row: Row, node: ast.Call, value: object, what: str, least: int, most: int) -> int:
+    expression = _expr(value)
+    found = to_plain(evaluate(expression, row, DrawKey("image.number")))
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or found != int(found):
+        raise bad_value(
+            expression.span, f"{what} is a whole number", f"write one from {least} to {most}"
+        )
+    if not least <= found <= most:
+        reason = f"takes {what} from {least:,} to {most:,}, not {found:,g}"
+        raise _wrong(node, reason, f"write one from {least} to {most}")
+    return int(found)
+
+
+def _wrong(node: ast.Call, reason: str, hint: str) -> Refusal:
+    return Refusal(BadArgument, node.span, name=node.name, reason=reason, hint=hint)
+
+
+def cut_tile(row: Row, picture: Picture) -> Picture:
+    """The tile of its image that a row is; the image where that isn't cut. Refusals: E0503,
+    E0561."""
+    tiles = row.block.spec.tiles
+    if tiles is None:
+        return picture
+    tile, names = to_plain(row.value(TILE, tiles.span)), tiles.names
+    if not isinstance(tile, str) or tile not in names:
+        hint = f"tiles are {name_list(names)}"
+        hint = did_you_mean(tile, names, hint) if isinstance(tile, str) else hint
+        raise bad_value(tiles.span, f"`tile` is {tile!r}, which is none of them", hint)
+    height, width = picture.size
+    if height < tiles.rows or width < tiles.cols:
+        raise Refusal(
+            ImageTooSmall,
+            tiles.span,
+            image=picture.words,
+            size=f"{width} x {height}",
+            tiles=f"{tiles.rows} rows and {tiles.cols} columns",
+        )
+    return replace(picture, tile=tile, cut=tiles.box(tile, picture.size))
+
+
+def tile_key(row: Row) -> int:
+    """What draws hang on that each tile has by itself, whatever the order of a data file; of other
+    rows what all draws hang on."""
+    return (
+        row.draw_key
+        if row.block.spec.tiles is None
+        else stable_hash(row.draw_key, row.values[TILE])
+    )
+
+
+def shared_draw_key(row: Row, path: str) -> int:
+    """What a draw hangs on: tiles of an image share it, but for which tile another one is.
+
+    path: what is drawn, as its key has it.
+    """
+    return tile_key(row) if path.split(".")[0] == f"{row.run}:{TILE}" else row.draw_key
+
+
+def source_image_name(row: Row) -> str:
+    """What the image is called that a row is a tile of: no two images have the same."""
+    picture = row.uncut
+    assert picture is not None
+    return picture.words if picture.how == "file" else picture.text
+
+
+_HINT = "a box is a list of four numbers of pixels: left, top, right, bottom"
+
+
+def row_regions(row: Row, picture: Picture) -> dict[str, tuple[Region, ...]]:
+    """By name, the occurrences of each region; none where the column has no value. Refusals: E0503,
+    E0560 and those of values."""
+    return {region.name: tuple(_regions(row, region, picture)) for region in row.block.spec.regions}
+
+
+def _regions(row: Row, region: spec.RegionDef, picture: Picture) -> list[Region]:
+    if is_drawn_mask(row.block.spec, region):
+        return [Region(shapes=True)]
+    value = to_plain(row.value(region.column, region.span))
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [_mask(row, region, value, picture)]
+    if not isinstance(value, list):
+        raise bad_value(region.span, f"a {type(value).__name__} is no region", _HINT)
+    boxes = cast("list[object]", value)
+    if boxes and all(isinstance(each, list) for each in boxes):
+        return [_box(region, cast("list[object]", each)) for each in boxes]
+    return [_box(region, boxes)]
+
+
+def _box(region: spec.RegionDef, value: list[object]) -> Region:
+    numbers = [each for each in value if isinstance(each, (int, float)) and isfinite(each)]
+    if len(numbers) != 4 or len(value) != 4:
+        raise bad_value(region.span, f"{value!r} is no box", _HINT)
+    left, top, right, bottom = map(float, numbers)
+    if right <= left or bottom <= top:
+        raise bad_value(region.span, f"the box {value!r} has no inside", _HINT)
+    return Region(box=(left, top, right, bottom))
+
+
+def _mask(row: Row, region: spec.RegionDef, written: str, picture: Picture) -> Region:
+    path, digest, size = inspect_row_image(row, written, region.span)
+    if picture.how == "file" and size != picture.size:
+        sizes = (f"{width} x {height}" for height, width in (size, picture.size))
+        reason = "the mask has {} pixels, and the image {}".format(*sizes)
+        raise image_refusal(region.span, written, reason, "make them equal")
+    return Region(mask=path, digest=digest)
+
+
+def row_image_changes(row: Row, picture: Picture) -> tuple[PictureChange, ...]:
+    """What the corruption does to the image before it is made ready. Refusals: E0207 and those of
+    regions."""
+    found: list[PictureChange] = []
+    for number, change in enumerate(row.image_changes):
+        if is_region_swap(change, row.block.spec):
+            found += _swap(row, change, picture)
+            continue
+        made = resolve_image_change(row, change, number)
+        regions = _named(row, change.values[0], picture)
+        found += [replace(made, region=region) for region in regions]
+    return tuple(found) if any(_seen_in(picture, change) for change in found) else ()
+
+
+def _seen_in(picture: Picture, change: PictureChange) -> bool:
+    """Whether a tile has a pixel that a change may change: a blur behind it takes others along."""
+    if picture.cut is None or change.region is None:
+        return True
+    from mechdsl.images.pixels import region_coverage  # NumPy, for those who have regions
+
+    regions = [change.region] if change.other is None else [change.region, change.other]
+    return any(region_coverage(each, picture).getbbox() is not None for each in regions)
+
+
+def resolve_image_change(row: Row, change: ast.ChangeLine, number: int) -> PictureChange:
+    """A blur, a mask or noise, the one of a number in its corruption, without where it is.
+    Refusals: E0207."""
+    kind, block = change_kind(change), row.block
+    assert isinstance(kind, ImageChange)
+    # Pixels are drawn for the image that tiles are cut from, patches for each tile.
+    own = row.draw_key if change.tokens is None else tile_key(row)
+    seed = stable_hash(block.seed, block.name, own, row.run, number) % (1 << 64)
+    return PictureChange(
+        kind.of, _amount(row, kind, change), seed=seed if kind.of == "noise" else 0
+    )
+
+
+def _named(row: Row, part: ast.Node, picture: Picture) -> Sequence[Region | None]:
+    """The occurrences of a region; None is the whole image."""
+    assert isinstance(part, ast.Name)
+    named = [each for each in row.block.spec.regions if each.name == part.id]
+    return _regions(row, named[0], picture) if named else (None,)
+
+
+def _swap(row: Row, change: ast.ChangeLine, picture: Picture) -> list[PictureChange]:
+    """None where the row lacks a region. Refusals: E0503."""
+    sides: list[Region] = []
+    for part in change.values:
+        found = _named(row, part, picture)
+        if not found:
+            return []
+        region = found[0]
+        if len(found) > 1 or region is None or region.box is None:
+            reason = f"`{part.span.written}` is " + (
+                f"{len(found)} boxes" if len(found) > 1 else "a mask"
+            )
+            raise bad_value(part.span, reason, "swap regions that are one box each")
+        sides.append(region)
+    first, second = sides
+    _apart(first, second, change, picture)
+    return [PictureChange("swap", region=first, other=second)]
+
+
+def _apart(first: Region, second: Region, change: ast.ChangeLine, picture: Picture) -> None:
+    """E0503 for boxes that overlap, or lie outside the image."""
+    size = picture.size if picture.size != (0, 0) else (limits.IMAGE_SIDE, limits.IMAGE_SIDE)
+    boxes = [pixel_box(each, size) for each in (first, second)]
+    for (left, top, right, bottom), part in zip(boxes, change.values, strict=True):
+        if left >= right or top >= bottom:
+            reason = f"`{part.span.written}` has no pixel of the image"
+            raise bad_value(part.span, reason, "leave such rows out with `where`")
+    (left, top, right, bottom), other = boxes
+    if left < other[2] and other[0] < right and top < other[3] and other[1] < bottom:
+        raise bad_value(change.span, "the boxes overlap", "leave such rows out with `where`")
+
+
+def _amount(row: Row, kind: ImageChange, change: ast.ChangeLine) -> float:
+    given = kind.amount(change)
+    if given is None:
+        return 0.0
+    value: object = given
+    if isinstance(given, str):
+        value = to_plain(row.value(given, change.span))
+    elif not isinstance(given, (int, float)):
+        value = to_plain(evaluate(given, row, DrawKey(f"{row.run}:{kind.name}")))
+    if not isinstance(value, (int, float)) or not 0 < value <= kind.most:
+        reason = f"takes a number above 0, up to {kind.most:,g}"
+        hint = f"write `{kind.usage}`"
+        raise Refusal(BadArgument, change.span, name=kind.name, reason=reason, hint=hint)
+    return float(value)
+
+
+_NO_REGIONS: Mapping[str, tuple[Region, ...]] = MappingProxyType({})
+
+IMAGE_PROPERTIES = ("uncut", "image", "regions")
+"""What is worked out anew where something of the row changes."""
+
+
+class ImageRow:
+    """What a row of images has beside its values. Raises `Refusal`."""
+
+    image_changes: list[ast.ChangeLine]
+    """What the corruption does to the image."""
+
+    @cached_property
+    def uncut(self) -> Picture | None:
+        """What its image is made of, of a row of images, before anything is done to it."""
+        row = cast("Row", self)
+        made_of = row.block.spec.image
+        return None if made_of is None else row_picture(row, made_of)
+
+    @cached_property
+    def image(self) -> Picture | None:
+        """The same with what is done to it, or the tile of it that the row is."""
+        row, made = cast("Row", self), self.uncut
+        if made is None:
+            return None
+        made = cut_tile(row, made)
+        return replace(made, changes=row_image_changes(row, made)) if self.image_changes else made
+
+    @cached_property
+    def regions(self) -> Mapping[str, tuple[Region, ...]]:
+        """Parts of its image, by name."""
+        return _NO_REGIONS if self.image is None else row_regions(cast("Row", self), self.image)
+
+
+@record
+class PromptTable(Record):
+    """A prompts block made concrete for one tokenizer, seed, limit and part."""
+
+    name: str
+    row_ids: tuple[int, ...]
+    """Index of each row before `where`, `limit` and `split`: the same row has the same id in every
+    experiment."""
+    row_keys: tuple[int, ...]
+    """A hash of each row's content (values, clean text, answers), 0..2^63-1: noise, donors and
+    random positions hang on it, so that they are the same wherever the row stands."""
+    runs: Mapping[str, PromptRun]
+    conventions: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What was defaulted or dropped, in words, by short key (`bos`, `rows`, `answer`, …)."""
+    data_hash: str = ""
+    """SHA-256 of the data file, where there is one."""
+    other_data: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The same of other blocks that it has runs of, by their names."""
+    moved: tuple[int, ...] = ()
+    """Leading token that all answers share: it stands at the end of every prompt instead."""
+    moved_text: str = ""
+    python: tuple[PythonFunction, ...] = ()
+    """Functions of Python files that values are from."""
+    beside: Mapping[str, PromptTable] = field(default_factory=dict[str, "PromptTable"])
+    """Other blocks, with rows of their own, that means are taken of."""
+    block_rows: BlockRows | None = field(default=None, repr=False, compare=False)
+    """Of the block that it is of, by their ids."""
+    stands_in: bool = False
+    """Its rows stand in for those that can't be made here."""
+    columns_unknown: bool = False
+    """The same for want of its data file, which has names of its own."""
+    cut: bool = False
+    """There are more rows, which a check doesn't look at."""
+    dealt: tuple[str, ...] = ()
+    """Names of the values that rows have evenly by how they are made."""
+    exhausted: tuple[str, ...] = ()
+    """Names of the variables that have every value that the block declares."""
+    whole: bool = False
+    """They are all rows that the block can make."""
+    unchanged: frozenset[str] = frozenset()
+    """Corruptions that leave a row as it is: it is left out where they are used."""
+    changed_by: tuple[str, ...] = ()
+    """Those of these that are used, so that each of them changes all of the rows."""
+    behind: str = ""
+    """Whose replies stand behind the prompts, as written: `replies of writes(c: 1)`."""
+    classes: tuple[str, ...] = ()
+    """What its images are told apart by: the texts of a line `classes`."""
+    alone: PromptTable | None = field(default=None, repr=False, compare=False)
+    """The same without these."""
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    @property
+    def sources(self) -> Sequence[Row]:
+        """The clean rows before tokenisation, in which texts of metrics are evaluated."""
+        return () if self.block_rows is None else self.block_rows.with_ids(self.row_ids)
+
+    @property
+    def cut_from(self) -> tuple[str, ...]:
+        """Per row that is a tile the image that it is of; nothing of other rows."""
+        rows = self.runs["clean"].rows
+        first = rows[0].image if rows else None
+        if first is None or not first.tile:
+            return ()
+        return tuple(str(row.values[IMAGE_SPAN]) for row in rows)
+
 
 RECORD = "record"
 """Name of the axis of a data file's records."""
+
 CLEAN = "clean"
-KEPT = 2**12
+
+CACHED_ROWS = 2**12
 """Rows of a block that are kept for the next table, at most."""
+
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 """One for all rows: 200,000 rows would each hold several empty mappings."""
 
 
-class Row(WithImage):
+class Row(ImageRow):
     """One row of a block, clean or corrupted. Its methods raise `Refusal`."""
 
     def __init__(self, block: PromptsBlock, row_id: int) -> None:
@@ -65,23 +504,23 @@ class Row(WithImage):
         """The row that this one is a copy of."""
         index = row_id % (block.combinations)
         index, at = divmod(index, block.data_size)
-        self.record: Record = block.data.records[at] if block.data else _NOTHING
+        self.record: DataRecord = block.data.records[at] if block.data else _NOTHING
         self.places: dict[str, int] = {RECORD: at}
-        self.values: dict[str, Value] = {}
+        self.values: dict[str, RowValue] = {}
         for name, values in reversed(block.axes):
             index, at = divmod(index, len(values))
             self.places[name] = at
             self.values[name] = values[at]
         self.template: CompiledTemplate = block.templates[self.places.get(TEMPLATE, 0)]
-        self.changed: Mapping[str, Value] = _NOTHING
+        self.changed: Mapping[str, RowValue] = _NOTHING
         """What the corruption has written."""
         self.item_changes: Mapping[str, tuple[ast.Expr, Row]] = _NOTHING
         """Changes of names that only lists draw: applied to each item."""
-        self.image_changes: list[ast.Change] = []
+        self.image_changes: list[ast.ChangeLine] = []
         self._tokenizer: TextTokenizer | None = None
         """While conditions are asked for."""
-        self._drawn: dict[str, Value] = {}
-        self._cache: dict[str, Value] = {}
+        self._drawn: dict[str, RowValue] = {}
+        self._cache: dict[str, RowValue] = {}
         self._texts: dict[str, str | TokenId] = {}
 
     def _copy(self) -> Row:
@@ -101,7 +540,7 @@ class Row(WithImage):
         """Work everything out anew, because something is changed."""
         self._cache = {}
         self._texts = {}
-        for worked_out in ("prompt", "turns", "plain_values", "key", *OF_IMAGES):
+        for worked_out in ("prompt", "turns", "plain_values", "key", *IMAGE_PROPERTIES):
             self.__dict__.pop(worked_out, None)
 
     def forget_steps(self) -> None:
@@ -146,7 +585,7 @@ class Row(WithImage):
             return Definition((name,), self.block.texts[name])
         return found
 
-    def value(self, name: str, span: Span) -> Value:
+    def value(self, name: str, span: Span) -> RowValue:
         for place in (self.changed, self.values, self._cache):
             if name in place:
                 return place[name]
@@ -164,47 +603,47 @@ class Row(WithImage):
             return name == "true"
         if name in self.block.columns:
             return None
-        if name == IMAGE and self.block.spec.tiles is not None:
-            return image_of(self)
+        if name == IMAGE_SPAN and self.block.spec.tiles is not None:
+            return source_image_name(self)
         raise self.block.unknown(name, span)
 
-    def attribute(self, name: str, attribute: str, span: Span) -> Value:
+    def attribute(self, name: str, attribute: str, span: Span) -> RowValue:
         dotted = f"{name}.{attribute}"
         if dotted in self.values:
             return self.values[dotted]
         value = self.value(name, span)
         if isinstance(value, Mapping) and attribute in value:
             return value[attribute]
-        raise bad(span, f"`{name}` has no `{attribute}`", "write the name alone")
+        raise bad_value(span, f"`{name}` has no `{attribute}`", "write the name alone")
 
-    def _assigned(self, names: tuple[str, ...], node: ast.Expr, path: str) -> dict[str, Value]:
+    def _assigned(self, names: tuple[str, ...], node: ast.Expr, path: str) -> dict[str, RowValue]:
         """The values that one definition gives to its names."""
-        key = Key(path)
+        key = DrawKey(path)
         if len(names) == 1:
             return {names[0]: evaluate(node, self, key)}
         if isinstance(node, ast.Call) and node.name == "others":
             call = CallSite(node, FUNCTIONS["others"], self, key.call(), evaluate)
             return dict(zip(names, draw_others(call, len(names)), strict=True))
         value = evaluate(node, self, key)
-        entries = [i.value for i in value.items] if isinstance(value, Items) else value
+        entries = [i.value for i in value.items] if isinstance(value, ItemList) else value
         if not isinstance(entries, list) or len(entries) != len(names):
             hint = "write `others(…)`, or a list of as many values"
-            raise bad(node.span, f"it doesn't give {len(names)} values", hint)
+            raise bad_value(node.span, f"it doesn't give {len(names)} values", hint)
         return dict(zip(names, entries, strict=True))
 
-    def text(self, node: ast.String, key: Key) -> Rich:
+    def text(self, node: ast.String, key: DrawKey) -> RichText:
         """A text with its placeholders filled in; each one with a name is a span."""
-        parts: list[tuple[str, Rich]] = []
+        parts: list[tuple[str, RichText]] = []
         for piece in self.block.template(node).pieces:
             if isinstance(piece, str):
-                parts.append(("", bare(piece)))
+                parts.append(("", unmarked_text(piece)))
             else:
                 parts.append((piece.name or "", self._placed(piece, key)))
         whole = concatenate(parts)
         # Texts of texts would grow without end before a tokenizer sees them.
         if len(whole.text) > limits.TEXT:
             raise Refusal(
-                TooMany,
+                TooManyValues,
                 node.span,
                 what="this text",
                 amount=f"{len(whole.text):,} characters",
@@ -213,92 +652,93 @@ class Row(WithImage):
             )
         return whole
 
-    def _placed(self, piece: Placeholder, key: Key) -> Rich:
+    def _placed(self, piece: Placeholder, key: DrawKey) -> RichText:
         own = piece.name is not None and piece.name in self.template.definitions
         if own or isinstance(piece.expr, ast.Name):
             name = piece.name if own and piece.name else cast("ast.Name", piece.expr).id
-            rich = render(self.value(name, piece.expr.span))
+            rich = render_value(self.value(name, piece.expr.span))
             rich = self._marked(name, rich) if rich and name in self.block.marks else rich
         else:
-            rich = render(evaluate(piece.expr, self, key))
+            rich = render_value(evaluate(piece.expr, self, key))
         if rich is None:
             reason = "it is a list or record, or the row has no value for it"
             hint = (
                 f"write `{piece.name or piece.expr.span.written} in […]` for one row per value, or "
                 'lists as `list(item, from: column, sep: ", ")`'
             )
-            raise bad(piece.span, reason, hint)
+            raise bad_value(piece.span, reason, hint)
         return rich
 
-    def _marked(self, name: str, rich: Rich) -> Rich:
+    def _marked(self, name: str, rich: RichText) -> RichText:
         """A column's text with the spans that lie in it. Where the corruption changed such a span's
         value, its text changes with it."""
         spans = list(rich.spans)
         text = rich.text
         for mark in self.block.marks[name]:
-            written = render(self.clean.value(mark.name.id, mark.name.span))
+            written = render_value(self.clean.value(mark.name.id, mark.name.span))
             found = find_text(text, written.text) if written and written.text else []
             if not found:
                 raise Refusal(TextNotInside, mark.span, name=mark.name.id, within=name)
-            new = render(self.value(mark.name.id, mark.name.span))
+            new = render_value(self.value(mark.name.id, mark.name.span))
             for start, end in reversed(found):
                 replaced = new.text if new else ""
                 if replaced != text[start:end]:
                     text = text[:start] + replaced + text[end:]
                     spans = [_shifted(s, end, len(replaced) - (end - start)) for s in spans]
-                spans.append(SpanAt(mark.name.id, start, start + len(replaced)))
-        return Rich(text, tuple(sorted(spans, key=lambda s: (s.start, -s.end))))
+                spans.append(TextSpan(mark.name.id, start, start + len(replaced)))
+        return RichText(text, tuple(sorted(spans, key=lambda s: (s.start, -s.end))))
 
     # --- what functions need --------------------------------------------------------------------
 
     def placeholders(self, node: ast.String) -> Sequence[ast.Expr]:
         return self.block.placeholders(node)
 
-    def domain(self, node: ast.Expr) -> Sequence[Value]:
+    def domain(self, node: ast.Expr) -> Sequence[RowValue]:
         return self.block.domain_of(node, self.template)
 
-    def python(self, node: ast.Call) -> Value:
+    def python(self, node: ast.Call) -> RowValue:
         names = self.block.calls.names(node)
         if names is None:
             names = (*self.plain_values, *(n for n in self.values if n not in self.plain_values))
-        row = {name: plain(self.value(name, node.span)) for name in names}
+        row = {name: to_plain(self.value(name, node.span)) for name in names}
         return self.block.calls.run(node, row)
 
-    def records(self, name: str, *, drawn: bool) -> Sequence[Record] | None:
+    def records(self, name: str, *, drawn: bool) -> Sequence[DataRecord] | None:
         data = self.block.records(name)
         if data is None:
             return None
         return data.sorted if drawn else data.records
 
-    def is_own(self, record: Record, fields: Sequence[str]) -> bool:
+    def is_own(self, record: DataRecord, fields: Sequence[str]) -> bool:
         shared = [f for f in fields if f in record and f in self.record]
         return bool(shared) and all(
-            frozen(plain(record[f])) == frozen(plain(self.record[f])) for f in shared
+            to_hashable(to_plain(record[f])) == to_hashable(to_plain(self.record[f]))
+            for f in shared
         )
 
-    def tokens(self, node: ast.Expr, value: Value) -> int:
+    def tokens(self, node: ast.Expr, value: RowValue) -> int:
         tokenizer = self._tokenizer
         if tokenizer is None:
-            raise bad(node.span, "tokens are counted in `where` alone", "write it there")
+            raise bad_value(node.span, "tokens are counted in `where` alone", "write it there")
         if isinstance(value, TokenId):
             return 1
         tokenizer = tokenizer.reading(written=bool(self.turns))
         spans = self._spans_called(node)
         if spans:
             return self._tokens_of(spans, node, tokenizer)
-        rich = render(value)
+        rich = render_value(value)
         if rich is None:
-            raise bad(node.span, "it has no text in this row", "give a text or a number")
+            raise bad_value(node.span, "it has no text in this row", "give a text or a number")
         ids, _ = tokenizer.continuation(self.prompt.text, rich.text)
         # A space of its own goes into the prompt, if all answers begin with it.
         return len(ids[1:] if len(ids) > 1 and tokenizer.is_space(ids[0]) else ids)
 
-    def _spans_called(self, node: ast.Expr) -> list[SpanAt]:
+    def _spans_called(self, node: ast.Expr) -> list[TextSpan]:
         """Where the prompt has what a name stands for."""
         name = node.id if isinstance(node, ast.Name) else None
         return [span for span in self.prompt.spans if span.name == name]
 
-    def _tokens_of(self, spans: list[SpanAt], node: ast.Expr, tokenizer: TextTokenizer) -> int:
+    def _tokens_of(self, spans: list[TextSpan], node: ast.Expr, tokenizer: TextTokenizer) -> int:
         text = self.prompt.text
         found = tokenizer.encode(text)
         places = TokenMap(RunRow(text, found.ids, found.offsets, found.special, (), {}, {}))
@@ -307,32 +747,32 @@ class Row(WithImage):
             shown = " and ".join(map(str, sorted(counts)))
             reason = f"it has {shown} tokens in different places of the prompt"
             hint = "give one of them a name of its own: `{s2 = s}`, then `tokens(s2)`"
-            raise bad(node.span, reason, hint)
+            raise bad_value(node.span, reason, hint)
         return next(iter(counts))
 
-    def changed_item(self, name: str, value: Value, key: Key) -> Value:
+    def changed_item(self, name: str, value: RowValue, key: DrawKey) -> RowValue:
         if name not in self.item_changes:
             return value
         node, before = self.item_changes[name]
         inner = before.with_values({name: value})
-        return evaluate(node, inner, Key(f"{self.run}:{key.path}.{name}"))
+        return evaluate(node, inner, DrawKey(f"{self.run}:{key.path}.{name}"))
 
-    def draw(self, key: Key, index: int, below: int) -> int:
-        own = (self.block.seed, self.block.name, drawn_by(self, key.path), key.path)
+    def draw(self, key: DrawKey, index: int, below: int) -> int:
+        own = (self.block.seed, self.block.name, shared_draw_key(self, key.path), key.path)
         return stable_hash(*own, index) % below
 
-    def kept(self, key: Key) -> list[Value]:
+    def kept(self, key: DrawKey) -> list[RowValue]:
         drawn = self.clean._drawn
         return [drawn[key.path]] if self.run != CLEAN and key.path in drawn else []
 
-    def keep(self, key: Key, value: Value) -> None:
+    def keep(self, key: DrawKey, value: RowValue) -> None:
         if self.run == CLEAN:
             self.clean._drawn[key.path] = value
 
-    def order(self, key: Key, size: int) -> Sequence[int]:
+    def order(self, key: DrawKey, size: int) -> Sequence[int]:
         return Permutation(size, self.block.seed, self.block.name, self.draw_key, key.path)
 
-    def elsewhere(self, name: str, span: Span) -> Value:
+    def elsewhere(self, name: str, span: Span) -> RowValue:
         key = (self.block.seed, self.block.name, "shuffle", name)
         if self.block.data is not None and name in self.record:
             data = self.block.data
@@ -342,9 +782,9 @@ class Row(WithImage):
         for axis, values in self.block.axes:
             if axis == name:
                 return values[Permutation(len(values), *key)[self.places[name]]]
-        raise bad(span, f"`{name}` is no column", "shuffle a column or a list")
+        raise bad_value(span, f"`{name}` is no column", "shuffle a column or a list")
 
-    def with_values(self, values: Mapping[str, Value]) -> Row:
+    def with_values(self, values: Mapping[str, RowValue]) -> Row:
         copy = self._copy()
         copy.values = {**self.values, **values}
         copy.changed = {k: v for k, v in self.changed.items() if k not in values}
@@ -359,8 +799,8 @@ class Row(WithImage):
         row.run = corruption.name
         row.changed, row.item_changes, row.image_changes = _NOTHING, _NOTHING, []
         for change in corruption.changes:
-            kind = kind_of(change)
-            if isinstance(change, ast.Change) and of_pixels(change, self.block.spec):
+            kind = change_kind(change)
+            if isinstance(change, ast.ChangeLine) and is_pixel_change(change, self.block.spec):
                 row.image_changes.append(change)
             elif isinstance(kind, ValueChange):
                 kind.apply(row, change)
@@ -384,20 +824,20 @@ class Row(WithImage):
         self._write({}, {})
 
     def plain_value(self, name: ast.Name) -> object:
-        return plain(self.value(name.id, name.span))
+        return to_plain(self.value(name.id, name.span))
 
     def put(self, name: ast.Name, value: float | str) -> None:
         self._write({name.id: value}, {})
 
     def permutation(self, name: ast.Name, size: int) -> Sequence[int]:
-        order = self.order(Key(f"{self.run}:{name.id}"), max(1, size))
+        order = self.order(DrawKey(f"{self.run}:{name.id}"), max(1, size))
         return [order[place] for place in range(size)]
 
     def refuse(self, node: ast.Node, reason: str, hint: str) -> NoReturn:
-        raise bad(node.span, reason, hint)
+        raise bad_value(node.span, reason, hint)
 
     def _write(
-        self, values: Mapping[str, Value], items: Mapping[str, tuple[ast.Expr, Row]]
+        self, values: Mapping[str, RowValue], items: Mapping[str, tuple[ast.Expr, Row]]
     ) -> None:
         self.changed = {**self.changed, **values}
         self.item_changes = {**self.item_changes, **items}
@@ -409,34 +849,37 @@ class Row(WithImage):
         """Whether all conditions of `where` hold; the tokenizer is that of the model."""
         self._tokenizer = tokenizer
         try:
-            return all(holds(node, self, Key(f"where.{n}")) for n, node in enumerate(conditions))
+            return all(
+                is_condition_true(node, self, DrawKey(f"where.{n}"))
+                for n, node in enumerate(conditions)
+            )
         finally:
             self._tokenizer = None
 
     @cached_property
-    def prompt(self) -> Rich:
+    def prompt(self) -> RichText:
         """The prompt with its spans, in the order of the text; of an image, what stands for it."""
         if self.image is not None:
-            return Rich(self.image.text)
-        rich = self._chat() if self.turns else self.text(self.template.text, Key(TEMPLATE))
+            return RichText(self.image.text)
+        rich = self._chat() if self.turns else self.text(self.template.text, DrawKey(TEMPLATE))
         spans = list(rich.spans)
         for definition in self.block.spec.spans:
             if definition.literal is not None:
-                literal = self.text(definition.literal, Key(definition.name.id)).text
+                literal = self.text(definition.literal, DrawKey(definition.name.id)).text
                 found = find_text(rich.text, literal)
-                spans += [SpanAt(definition.name.id, *at) for at in found[-1:]]
-        return Rich(rich.text, tuple(sorted(spans, key=lambda s: (s.start, -s.end))))
+                spans += [TextSpan(definition.name.id, *at) for at in found[-1:]]
+        return RichText(rich.text, tuple(sorted(spans, key=lambda s: (s.start, -s.end))))
 
     @cached_property
     def turns(self) -> tuple[Turn, ...]:
         """What each side says, of a chat."""
         turns = enumerate(self.template.turns)
-        return tuple(Turn(t.role, self.text(t.text, Key(f"{TEMPLATE}.{n}"))) for n, t in turns)
+        return tuple(Turn(t.role, self.text(t.text, DrawKey(f"{TEMPLATE}.{n}"))) for n, t in turns)
 
-    def _chat(self) -> Rich:
+    def _chat(self) -> RichText:
         """The turns as the tokenizer's template writes them. E0552 as `Refusal`."""
         if self.block.chat is None:
-            return unwritten(self.turns)
+            return stand_in_chat(self.turns)
         try:
             return self.block.chat.written(self.turns)
         except ChatProblem as problem:
@@ -447,17 +890,17 @@ class Row(WithImage):
     def named_text(self, name: str) -> str | TokenId:
         """One of the texts that metrics refer to."""
         if name not in self._texts:
-            self._texts[name] = self.as_text(self.block.texts[name], Key(name))
+            self._texts[name] = self.as_text(self.block.texts[name], DrawKey(name))
         return self._texts[name]
 
-    def as_text(self, node: ast.Expr, key: Key) -> str | TokenId:
+    def as_text(self, node: ast.Expr, key: DrawKey) -> str | TokenId:
         """An expression as a text for a metric."""
         value = evaluate(node, self, key)
         if isinstance(value, TokenId):
             return value
-        rich = render(value)
+        rich = render_value(value)
         if rich is None:
-            raise bad(node.span, "it has no text in this row", "give a text or a number")
+            raise bad_value(node.span, "it has no text in this row", "give a text or a number")
         return rich.text
 
     @cached_property
@@ -465,10 +908,10 @@ class Row(WithImage):
         """All values of the row, without spans."""
         names = dict.fromkeys(self.record) | dict.fromkeys(n for n, _ in self.block.axes)
         names |= dict.fromkeys(self.block.definitions) | dict.fromkeys(self.template.definitions)
-        names |= dict.fromkeys([IMAGE] if self.block.spec.tiles is not None else [])
+        names |= dict.fromkeys([IMAGE_SPAN] if self.block.spec.tiles is not None else [])
         names |= dict.fromkeys(self.changed)
         span = self.block.spec.span
-        return {name: plain(self.value(name, span)) for name in names}
+        return {name: to_plain(self.value(name, span)) for name in names}
 
     def describe(self) -> str:
         """Which row this is, for messages."""
@@ -491,7 +934,7 @@ class BlockRows:
         row = self._rows.get(row_id)
         if row is None:
             row = Row(self.block, row_id)
-            if len(self._rows) < KEPT:
+            if len(self._rows) < CACHED_ROWS:
                 self._rows[row_id] = row
         return row
 
@@ -507,7 +950,7 @@ class BlockRows:
 
     def with_ids(self, ids: Sequence[int]) -> Sequence[Row]:
         """Those with these ids."""
-        return _Found(self, ids)
+        return _SelectedRows(self, ids)
 
     def only(self, corruption: spec.Corruption) -> BlockRows:
         """The same rows with one of the corruptions."""
@@ -516,18 +959,18 @@ class BlockRows:
         return other
 
 
-def render_short(value: Value) -> str:
-    text = repr(value) if isinstance(value, str) else str(plain(value))
+def render_short(value: RowValue) -> str:
+    text = repr(value) if isinstance(value, str) else str(to_plain(value))
     return text if len(text) <= 40 else text[:37] + "…"
 
 
-def _shifted(span: SpanAt, end: int, by: int) -> SpanAt:
+def _shifted(span: TextSpan, end: int, by: int) -> TextSpan:
     """A span after the text up to `end` has become longer by `by`."""
     start = span.start + by if span.start >= end else span.start
-    return SpanAt(span.name, start, span.end + by if span.end >= end else span.end, span.within)
+    return TextSpan(span.name, start, span.end + by if span.end >= end else span.end, span.within)
 
 
-class _Found(Sequence[Row]):
+class _SelectedRows(Sequence[Row]):
     """Rows of a block, looked up when they are asked for."""
 
     def __init__(self, rows: BlockRows, ids: Sequence[int]) -> None:
@@ -542,5 +985,5 @@ class _Found(Sequence[Row]):
     def __getitem__(self, index: slice) -> Sequence[Row]: ...
     def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
         if isinstance(index, slice):
-            return _Found(self._rows, self._ids[index])
+            return _SelectedRows(self._rows, self._ids[index])
         return self._rows[self._ids[index]]

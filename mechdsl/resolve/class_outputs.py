@@ -7,34 +7,38 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from mechdsl.base import limits
-from mechdsl.base.names import quoted
 from mechdsl.base.source import Span
-from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e02_names import did_you_mean
-from mechdsl.diagnostics.e04_model import NoLogits
-from mechdsl.diagnostics.e04_outputs import (
-    ClassOfTokens,
-    OtherTask,
-    OutputElsewhere,
-    TokenOfLabels,
+from mechdsl.base.text import quote
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.models import (
+    ClassOnLanguageModel,
+    NoLogits,
+    PositionedOutput,
+    TaskMismatch,
+    TokenOnClassifier,
     UnknownLabel,
 )
 from mechdsl.models.shape import ModelShape
-from mechdsl.program.lower_images import IMAGE
+from mechdsl.program.images import IMAGE_SPAN
 from mechdsl.prompts.answers import output_texts
-from mechdsl.prompts.prompt_table import PromptTable, TextTokens
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import TextTokens
 from mechdsl.syntax import ast
-from mechdsl.vocab.metrics import Form, Metric, Takes
+from mechdsl.vocab.metrics import Metric, MetricArgument, MetricForm
 
 _OLD_END = 2
-SHOWN = 5
+
+MAX_LISTED_LABELS = 5
 """Labels that a message lists."""
 
-_OF_TOKENS: frozenset[Takes] = frozenset({"target", "any", "continuation", "numerals", "prompt"})
-_OF_THE_WHOLE: frozenset[Takes] = frozenset({"reference", "nothing"})
+_OF_TOKENS: frozenset[MetricArgument] = frozenset(
+    {"target", "any", "continuation", "numerals", "prompt"}
+)
+
+_OF_THE_WHOLE: frozenset[MetricArgument] = frozenset({"reference", "nothing"})
 
 
-def class_argument(
+def find_class_argument(
     node: ast.Expr, metric: Metric, shape: ModelShape, *, of_images: bool = False
 ) -> ast.ClassOutput | None:
     """The class that a metric is of; `correct` alone is of the answer's on a classifier, and what a
@@ -42,28 +46,31 @@ def class_argument(
     arguments = node.arguments if isinstance(node, ast.Call) else ()
     if len(arguments) == 1 and isinstance(arguments[0].value, ast.ClassOutput):
         return arguments[0].value
-    if of_images and len(arguments) == 1 and form_of_class(metric, shape) is not None:
+    if of_images and len(arguments) == 1 and select_class_form(metric, shape) is not None:
         value = arguments[0].value
-        if isinstance(value, ast.Name | ast.String | ast.OfRef) and "reference" not in metric.forms:
+        if (
+            isinstance(value, ast.Name | ast.String | ast.QualifiedRef)
+            and "reference" not in metric.forms
+        ):
             return ast.ClassOutput(value, span=value.span)
     alone = next((form.default for form in metric.forms.values() if form.default is not None), None)
     if shape.side == "text":  # the row's image
-        alone = IMAGE if alone is not None or metric.name == "score" else None
+        alone = IMAGE_SPAN if alone is not None or metric.name == "score" else None
     if arguments or alone is None or shape.task == "tokens":
         return None
     return ast.ClassOutput(ast.Name(alone, span=node.span), span=node.span)
 
 
-def form_of_class(metric: Metric, shape: ModelShape) -> Form | None:
+def select_class_form(metric: Metric, shape: ModelShape) -> MetricForm | None:
     """The form of a metric that takes a class; None where it has none."""
-    kinds: tuple[Takes, ...] = ("target", "class", "continuation")
+    kinds: tuple[MetricArgument, ...] = ("target", "class", "continuation")
     chosen = shape.side and metric.name == "correct"  # the best of the classes, of any such model
     if shape.task == "many labels" and not chosen:
         kinds = ("label", *kinds)
     return next((metric.forms[kind] for kind in kinds if kind in metric.forms), None)
 
 
-def refused_class(
+def check_class(
     node: ast.Expr, name: str, wanted: ast.ClassOutput, shape: ModelShape, model: str
 ) -> Diagnostic | None:
     """Why a metric can't be of a class of this model (E0437, E0443, E0445), or None."""
@@ -73,7 +80,7 @@ def refused_class(
     if name == "score" and not shape.side:
         reason = "it has no towers for images and texts that score each other"
         hint = f"write `logit({wanted.span.written})`"
-        return OtherTask(span=node.span, text=text, model=model, reason=reason, hint=hint)
+        return TaskMismatch(span=node.span, text=text, model=model, reason=reason, hint=hint)
     if "logits" not in shape.sites:
         return NoLogits(span=node.span, text=text, model=model, architecture=shape.architecture)
     if not shape.d_logits and not shape.side:
@@ -82,7 +89,7 @@ def refused_class(
         if isinstance(wanted.of, ast.Number):
             hint = f"write `{name}(answer)`, the token of a text; outputs that are no tokens are "
             hint += "known of a model that Python hands over"
-        return ClassOfTokens(
+        return ClassOnLanguageModel(
             span=node.span, text=text, model=model, architecture=shape.architecture, hint=hint
         )
     if shape.task == "number" and name != "output":
@@ -92,8 +99,8 @@ def refused_class(
     return None
 
 
-def refused_form(
-    node: ast.Expr, name: str, form: Form, shape: ModelShape, model: str
+def check_form(
+    node: ast.Expr, name: str, form: MetricForm, shape: ModelShape, model: str
 ) -> Diagnostic | None:
     """Why a metric that isn't of a class has no meaning on this model (E0444, E0445), or None."""
     if shape.stands_in:
@@ -105,39 +112,39 @@ def refused_form(
         return None
     if form.takes in _OF_TOKENS and shape.side:
         reason = "its outputs are scores of images and texts, and no logits of tokens"
-        hint = f"write `score({'answer' if shape.side == 'vision' else IMAGE})`"
-        return OtherTask(span=node.span, text=text, model=model, reason=reason, hint=hint)
+        hint = f"write `score({'answer' if shape.side == 'vision' else IMAGE_SPAN})`"
+        return TaskMismatch(span=node.span, text=text, model=model, reason=reason, hint=hint)
     if form.takes in _OF_TOKENS:
         hint = f"write `class`, as in `{name}(class answer)`: the answer is the name of a label"
         if form.takes == "numerals":
             hint = "write `class`, as in `prob(class answer)`: one label at a time"
         if shape.task == "number":
             return _no_logits(node, shape, model)
-        labels = f"its labels are {listed(shape)}"
-        return TokenOfLabels(span=node.span, text=text, model=model, labels=labels, hint=hint)
+        labels = f"its labels are {list_labels(shape)}"
+        return TokenOnClassifier(span=node.span, text=text, model=model, labels=labels, hint=hint)
     if form.takes in _OF_THE_WHOLE and shape.task != "one label":
         reason = "each of its labels holds or not by itself, so they have no distribution"
         hint = f"measure them one by one: `prob(class {_example(shape)})`"
         if shape.task == "number":
             reason = "it is a regression: its outputs are numbers, and have no distribution"
             hint = f"write `{_of_number(shape)}`"
-        return OtherTask(span=node.span, text=text, model=model, reason=reason, hint=hint)
+        return TaskMismatch(span=node.span, text=text, model=model, reason=reason, hint=hint)
     return None
 
 
-def of_classes(form: Form, shape: ModelShape) -> bool:
+def reads_classes(form: MetricForm, shape: ModelShape) -> bool:
     """Whether a metric reads all outputs of a model that scores texts, of which only its classes
     are meant."""
     return bool(shape.side) and form.of_outputs and not form.narrow and form.takes != "label"
 
 
-def without_classes(
+def check_classes_exist(
     node: ast.Expr, table: PromptTable, shape: ModelShape, model: str
 ) -> Diagnostic | None:
     """E0445 for a choice where nothing says what there is to choose from."""
     if shape.classes or shape.stands_in or table.stands_in:
         return None
-    return OtherTask(
+    return TaskMismatch(
         span=node.span,
         text=node.span.written,
         model=model,
@@ -146,7 +153,7 @@ def without_classes(
     )
 
 
-def not_a_class(
+def check_class_members(
     wanted: ast.ClassOutput,
     numbers: Sequence[int],
     shape: ModelShape,
@@ -158,26 +165,28 @@ def not_a_class(
         return None
     text = shape.labels[other[0]]
     classes = shape.labels[: shape.classes]
-    more = len(classes) - SHOWN
-    first = ", ".join(quoted(label) for label in classes[:SHOWN])
+    more = len(classes) - MAX_LISTED_LABELS
+    first = ", ".join(quote(label) for label in classes[:MAX_LISTED_LABELS])
     where = f"its classes are {first}" + (f" and {more} more" if more > 0 else "")
     if not isinstance(wanted.of, ast.String):
         where = f"in {len(other):,} of {len(numbers):,} rows; {where}"
     hint = did_you_mean(text, classes, f"`score({wanted.of.span.written})` is of any text")
-    what = f"class {quoted(text)}"
+    what = f"class {quote(text)}"
     return UnknownLabel(span=wanted.of.span, model=model, what=what, where=where, hint=hint)
 
 
-def score_of_nothing(node: ast.Expr, model: str) -> Diagnostic:
+def report_missing_score_text(node: ast.Expr, model: str) -> Diagnostic:
     """E0445: it is of one text, written in its brackets."""
     reason = "it scores an image with a text, and here is none"
     hint = 'write one: `score(answer)`, `score("a photo of a cat")`'
-    return OtherTask(span=node.span, text=node.span.written, model=model, reason=reason, hint=hint)
+    return TaskMismatch(
+        span=node.span, text=node.span.written, model=model, reason=reason, hint=hint
+    )
 
 
 def _no_logits(node: ast.Expr, shape: ModelShape, model: str) -> Diagnostic:
     """E0445 for a metric of logits, on a regression."""
-    return OtherTask(
+    return TaskMismatch(
         span=node.span,
         text=node.span.written,
         model=model,
@@ -195,7 +204,9 @@ def _no_number(node: ast.Expr, shape: ModelShape, model: str) -> Diagnostic:
         tokens = shape.task == "tokens"
         reason = f"its outputs are logits of {'tokens' if tokens else 'labels'}, and not one number"
         hint = f"write `logit({'answer' if tokens else 'class answer'})`"
-    return OtherTask(span=node.span, text=node.span.written, model=model, reason=reason, hint=hint)
+    return TaskMismatch(
+        span=node.span, text=node.span.written, model=model, reason=reason, hint=hint
+    )
 
 
 def _of_number(shape: ModelShape) -> str:
@@ -206,16 +217,16 @@ def _example(shape: ModelShape) -> str:
     return f'"{shape.labels[0]}"' if shape.labels else "0"
 
 
-def listed(shape: ModelShape) -> str:
+def list_labels(shape: ModelShape) -> str:
     """The labels for a message, the first ones of many."""
     if not shape.labels:
         return f"numbers, from 0 to {shape.outputs - 1}"
-    more = len(shape.labels) - SHOWN
-    first = ", ".join(quoted(label) for label in shape.labels[:SHOWN])
+    more = len(shape.labels) - MAX_LISTED_LABELS
+    first = ", ".join(quote(label) for label in shape.labels[:MAX_LISTED_LABELS])
     return f"{first} and {more} more" if more > 0 else first
 
 
-def class_numbers(
+def resolve_class_numbers(
     wanted: ast.ClassOutput, table: PromptTable, shape: ModelShape, model: str
 ) -> tuple[tuple[int, ...], list[Diagnostic]]:
     """The number of the output that is meant, for every row. A text is the name of a label, and
@@ -253,9 +264,9 @@ def _unknown(
     first = next(iter(lost))
     text = first.text.strip()
     numbered = first.of_output or not shape.labels
-    what = f"output {text}" if first.of_output else f"label {quoted(text)}"
+    what = f"output {text}" if first.of_output else f"label {quote(text)}"
     last = shape.outputs - 1
-    where = f"its labels are {listed(shape)}"
+    where = f"its labels are {list_labels(shape)}"
     if numbered:
         where = f"its outputs are numbered from 0 to {last}"
     if not isinstance(of, ast.Number | ast.String):
@@ -277,18 +288,18 @@ def _unknown(
 # --- where there is one output for a whole prompt ------------------------------------------------
 
 
-def output_elsewhere(at: Span, shape: ModelShape, model: str) -> Diagnostic:
+def report_fixed_output(at: Span, shape: ModelShape, model: str) -> Diagnostic:
     """E0446 for a position behind a measure."""
-    return OutputElsewhere(
+    return PositionedOutput(
         span=at,
         model=model,
         at=at.written.removeprefix("at "),
-        made_of=made_of(shape),
+        made_of=describe_pooling(shape),
         unit="image" if shape.takes == "image" else "prompt",
     )
 
 
-def pooled_at(ids: Sequence[int], shape: ModelShape) -> int:
+def find_pooled_token(ids: Sequence[int], shape: ModelShape) -> int:
     """The token that a text tower makes its vector of: the last one, and where no token sees a
     later one, the first that ends a text, which old configs don't name and which has the largest
     id (`eos_token_id` 2)."""
@@ -300,7 +311,7 @@ def pooled_at(ids: Sequence[int], shape: ModelShape) -> int:
     return ids.index(end) if end in ids else 0
 
 
-def made_of(shape: ModelShape) -> str:
+def describe_pooling(shape: ModelShape) -> str:
     """What the one output of a model is made of, in words."""
     if shape.output_at == "image":
         return "the whole image"
@@ -314,7 +325,7 @@ def made_of(shape: ModelShape) -> str:
     )
 
 
-def output_positions(table: PromptTable, shape: ModelShape) -> Mapping[str, tuple[int, ...]]:
+def find_output_positions(table: PromptTable, shape: ModelShape) -> Mapping[str, tuple[int, ...]]:
     """Per run and row, the token that the one output is made of; empty where that is always the
     last one."""
     found: dict[str, tuple[int, ...]] = {}
@@ -333,6 +344,6 @@ def _position(ids: Sequence[int], shape: ModelShape) -> int:
     if shape.output_at in ("first token", "image"):
         return 0
     if shape.side:
-        return pooled_at(ids, shape)
+        return find_pooled_token(ids, shape)
     pad = shape.config.get("pad_token_id")
     return next((n for n in reversed(range(len(ids))) if ids[n] != pad), 0)

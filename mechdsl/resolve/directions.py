@@ -1,29 +1,506 @@
-"""Directions made concrete: what a rule's expression stands for in every cell."""
+"""Resolve directions: which vector an expression denotes in every cell."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from math import isfinite
 
-from mechdsl.base.names import name_list
-from mechdsl.diagnostics.e03_directions import BadDirection
-from mechdsl.models.shape import width
+from mechdsl.base import limits
+from mechdsl.base.source import Source, Span
+from mechdsl.base.text import count_noun, name_list
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.diagnostics.experiments import BadPick
+from mechdsl.diagnostics.rules import BadDirection
+from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
-from mechdsl.program.lower_directions import WAYS
-from mechdsl.resolve.best_member import best_coordinates
-from mechdsl.resolve.direction_fits import fit_family
-from mechdsl.resolve.direction_types import DirectionTargets, Member, UnitVector, WeightedSum
-from mechdsl.resolve.families import CannotMake, Family, combined, keys_of
-from mechdsl.resolve.free_directions import free_family
-from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.measures import evaluate
-from mechdsl.resolve.resolved import Axis, Label
-from mechdsl.resolve.resolved_rule import Key, PositionTargets, SiteTargets
+from mechdsl.program.directions import DIRECTION_METHODS, FitRows, fit_rows_of_call
+from mechdsl.program.paths import SAVED_PATH, path_to_read
+from mechdsl.program.spec import Constant, constant_value
+from mechdsl.prompts.positions.cells import resolve_positions
+from mechdsl.prompts.runs import PositionCell
+from mechdsl.resolve.findings import Finding, PickError, VariantFinding
+from mechdsl.resolve.loops import evaluate_arithmetic
+from mechdsl.resolve.safetensors_files import UnreadableFile, inspect_safetensors
+from mechdsl.resolve.sites import ExperimentContext, resolve_site
+from mechdsl.resolve.types import (
+    Axis,
+    AxisIndices,
+    AxisLabel,
+    DirectionFamily,
+    DirectionMember,
+    DirectionTargets,
+    DirectionVector,
+    FitSample,
+    FittedVector,
+    PositionTargets,
+    ResolvedExperiment,
+    SavedVector,
+    SitePoint,
+    SiteTargets,
+    UnembeddingVector,
+    UnitVector,
+    WeightedSum,
+)
 from mechdsl.syntax import ast
 from mechdsl.vocab.sites import SITES
 
 
-def direction_targets(
-    rule: spec.Rule, sites: SiteTargets, positions: PositionTargets, work: Work
+class DirectionError(Exception):
+    """Why there is no such direction, and what to write."""
+
+    def __init__(self, node: ast.Node, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.node = node
+        self.reason = reason
+        self.hint = hint
+
+
+def name_member(name: str, axes: Sequence[Axis], key: AxisIndices) -> str:
+    """`refusal[layer 3, token -1]`."""
+    said = [_coordinate(axis, axis.labels[i]) for axis, i in zip(axes, key, strict=True)]
+    return f"{name}[{', '.join(said)}]" if said else name
+
+
+def _coordinate(axis: Axis, label: AxisLabel) -> str:
+    return describe_position(label) if axis.name == "position" else f"{axis.name} {label}"
+
+
+def describe_position(label: AxisLabel) -> str:
+    """`token -2`, `last token`."""
+    return f"token {label}" if str(label).lstrip("-").isdigit() else str(label)
+
+
+def list_axis_indices(axes: Sequence[Axis]) -> list[AxisIndices]:
+    return list(product(*(range(len(axis)) for axis in axes)))
+
+
+def combine_families(
+    node: ast.Node,
+    parts: Sequence[DirectionFamily],
+    make: Callable[[Sequence[DirectionVector]], DirectionVector],
+) -> DirectionFamily:
+    """Of several families one: members of the same layer, head and position go together."""
+    axes: dict[str, Axis] = {}
+    for axis in (axis for part in parts for axis in part.axes):
+        known = axes.setdefault(axis.name, axis)
+        if known.labels != axis.labels:
+            raise DirectionError(
+                node,
+                f"its parts sweep different values of `{axis.name}`",
+                "let them sweep the same ones, or name a member of each",
+            )
+    widths = {part.width for part in parts if part.width is not None}
+    if len(widths) > 1:
+        several = " and ".join(map(str, sorted(widths)))
+        raise DirectionError(
+            node, f"its parts have {several} numbers", "combine directions of sites of one width"
+        )
+    names = list(axes)
+    members: dict[AxisIndices, DirectionMember] = {}
+    text = " ".join(node.span.written.split())
+    for key in list_axis_indices(list(axes.values())):
+        own = [
+            part.members[tuple(key[names.index(axis.name)] for axis in part.axes)] for part in parts
+        ]
+        made = "; ".join(dict.fromkeys(each.made for each in own))
+        name = name_member(text, list(axes.values()), key)
+        members[key] = DirectionMember(name, make([each.vector for each in own]), made)
+    definitions = dict.fromkeys(each for part in parts for each in part.definitions)
+    width = next(iter(widths), None)
+    return DirectionFamily(text, tuple(axes.values()), members, width, tuple(definitions))
+
+
+MIN_ROWS: Mapping[str, int] = {"pca": 2, "probe": 2}
+"""Rows that a way needs."""
+
+
+def resolve_fitted_family(
+    call: ast.Call, definition: spec.Direction, work: ExperimentContext
+) -> DirectionFamily | None:
+    """A member for each value that the definition's site and positions sweep.
+
+    None where something of it was refused, or isn't at hand. Raises CannotMake.
+    """
+    assert definition.site is not None
+    before = len(work.diagnostics)
+    context = replace(work.sites, loops={})
+    sites, axes = resolve_site(definition.site, context)
+    if sites is None or has_errors(work.diagnostics[before:]):
+        return None
+    points = {key: _points(call, definition, key, sites) for key in sites.points}
+    rows = fit_rows_of_call(call, work.program)
+    samples = [_samples(call, each, definition, work) for each in rows]
+    if any(each is None for each in samples):
+        return None
+    by_label = [each for each in samples if each is not None]
+    labels = [label for label in by_label[0] if all(label in own for own in by_label[1:])]
+    if not labels:
+        at = "last token" if definition.at is None else definition.at.span.written
+        raise DirectionError(
+            call, f"no row has `{at}` in all that is read", "name another position"
+        )
+    swept = list(axes)
+    if len(labels) > 1:
+        assert definition.at is not None
+        swept.append(Axis("position", tuple(labels), definition.at.span))
+    members: dict[AxisIndices, DirectionMember] = {}
+    options = _options(call, work)
+    for key in list_axis_indices(swept):
+        site_key, label = (key[:-1], labels[key[-1]]) if len(labels) > 1 else (key, labels[0])
+        read = tuple(own[label] for own in by_label)
+        _check_row_count(call, read, label)
+        if call.name == "probe":
+            _check_probe_kind(call, read[0], options)
+        fitted = FittedVector(call.name, read, points[site_key], options)
+        made = _describe_fit(call.name, read, rows, options)
+        made += f", at {sites.labels[site_key]}, {describe_position(label)}"
+        members[key] = DirectionMember(name_member(definition.name, swept, key), fitted, made)
+    some = next(iter(points.values()))
+    return DirectionFamily(
+        definition.name, tuple(swept), members, _width(some, work), (definition.name,)
+    )
+
+
+def _points(
+    call: ast.Call, definition: spec.Direction, key: AxisIndices, sites: SiteTargets
+) -> tuple[SitePoint, ...]:
+    """Where a member is read: one vector, or heads whose outputs are summed."""
+    points, site = sites.points[key], definition.site
+    assert site is not None
+    if any(SITES[point.site].width in ("key", "one") for point in points):
+        kind = SITES[points[0].site].width
+        what = "vectors over keys" if kind == "key" else "single numbers"
+        raise DirectionError(site, f"it has {what}, in which there are no directions",
+                         "name a site of vectors, such as `resid_post layer 2`")  # fmt: skip
+    summed = call.name == "mean" and all(point.site in ("z", "head_out") for point in points)
+    if summed and all(point.unit is not None for point in points):
+        return points
+    if len(points) == 1 and (points[0].unit is not None or SITES[points[0].site].unit is None):
+        return points
+    several = "heads" if SITES[points[0].site].unit is not None else "layers"
+    hint = f"name one, or sweep them: `{several.removesuffix('s')} *` makes a direction of each"
+    raise DirectionError(site, f"it joins {several}, and a direction lies in one place", hint)
+
+
+def _width(points: Sequence[SitePoint], work: ExperimentContext) -> int:
+    first = points[0]
+    if len(points) > 1:
+        return work.model.shape.d_model
+    return vector_width(work.model.shape, first.site, first.layer)
+
+
+def _samples(
+    call: ast.Call, rows: FitRows, definition: spec.Direction, work: ExperimentContext
+) -> dict[str, FitSample] | None:
+    """The rows that are read, by the label of each position."""
+    table = work.table if rows.key == "" else work.table.beside.get(rows.key)
+    if table is None or table.stands_in or rows.run not in table.runs:
+        return None
+    run = table.runs[rows.run]
+    if rows.model is not None and rows.model != work.model.name:
+        run = replace(run, model=rows.model)
+    at = definition.at or _last_token(call)
+    parameters = {
+        name: value
+        for name, value in work.program.parameters.items()
+        if isinstance(value, int | float)
+    }
+    cells, problems = resolve_positions(
+        at, table, rows.run, tokenizer=work.model.tokenizer, loop_values=parameters
+    )
+    work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
+    if has_errors(problems):
+        return None
+    targets = _targets(call, table.runs[rows.run].rows)
+    return {cell.label: FitSample(table, run, cell, targets) for cell in cells}
+
+
+def _last_token(call: ast.Call) -> ast.Positions:
+    """`last token`."""
+    span = Span(Source("last token", call.span.source.path), 0, len("last token"))
+    edge = ast.EdgeToken("last", span=span)
+    point = ast.Position(ast.Point(edge, span=span), span=span)
+    return ast.Positions((point,), span=span)
+
+
+def _targets(call: ast.Call, rows: Sequence[object]) -> tuple[float | str, ...]:
+    """Per row, the value that a probe is fitted to."""
+    if DIRECTION_METHODS[call.name].takes != "value and block":
+        return ()
+    value = call.arguments[0].value
+    name = value.id if isinstance(value, ast.Name) else ""
+    every = [getattr(row, "values") for row in rows]  # noqa: B009
+    if not every or name not in every[0]:
+        known = ", ".join(f"`{each}`" for each in (every[0] if every else ()))
+        raise DirectionError(
+            value, f"`{value.span.written}` is no value of its rows", f"values are {known}"
+        )
+    found = [own[name] for own in every]
+    if not all(isinstance(each, int | float | str) for each in found):
+        raise DirectionError(
+            value, f"`{name}` is no number or word in every row", "name another value"
+        )
+    if any(isinstance(each, str) for each in found):
+        return tuple(map(str, found))
+    return tuple(map(float, found))
+
+
+def _check_row_count(call: ast.Call, read: Sequence[FitSample], label: str) -> None:
+    fewest = MIN_ROWS.get(call.name, 1)
+    for sample in read:
+        there = count_used_rows(sample.cell)
+        if there < fewest:
+            many = "no row" if not there else f"{count_noun(there, 'row')} only"
+            raise DirectionError(
+                call,
+                f"{many} of `{sample.table.name}` has `{label}`",
+                f"it takes {fewest} at least: name a position that rows have",
+            )
+
+
+def _check_probe_kind(call: ast.Call, sample: FitSample, options: dict[str, Constant]) -> None:
+    """What kind of probe it is: ridge for numbers, logistic for two classes. What isn't said is
+    put in."""
+    numbers = all(isinstance(each, float) for each in sample.classes)
+    classes = len(sample.classes)
+    kind = options.setdefault("kind", "ridge" if numbers else "logistic")
+    options.setdefault("penalty", 1)
+    name = call.arguments[0].value.span.written
+    if classes < 2:
+        raise DirectionError(call, f"`{name}` is the same in all rows", "name a value that differs")
+    if kind == "ridge" and not numbers:
+        raise DirectionError(
+            call, f"`{name}` is no number", "write `kind: logistic`, for two classes"
+        )
+    if kind == "logistic" and classes > 2:
+        hint = "keep rows of two of them (`where`)" + ", or write `kind: ridge`" * numbers
+        raise DirectionError(call, f"`{name}` has {classes} values, not two classes", hint)
+    if kind == "logistic" and not float(options["penalty"]):
+        raise DirectionError(call, "without a penalty it may have no minimum", "write `penalty: 1`")
+
+
+def count_used_rows(cell: PositionCell) -> int:
+    """How many rows have the position."""
+    return sum(1 for row in cell.hits if any(row))
+
+
+def _options(call: ast.Call, work: ExperimentContext) -> dict[str, Constant]:
+    """Numbers and words behind the blocks. Raises CannotMake for one that can't be."""
+    found: dict[str, Constant] = {}
+    for argument in call.arguments:
+        if argument.name is None or argument.name in ("prompts", "limit"):
+            continue
+        value = argument.value
+        given = value.id if isinstance(value, ast.Name) else None
+        plain = given if argument.name == "kind" else constant_value(value, work.program.parameters)
+        if argument.name == "kind" and isinstance(value, ast.String):
+            plain = value.value
+        problem = _problem(argument.name, plain)
+        if problem is not None or plain is None:
+            raise DirectionError(value, *(problem or ("it is no value", "write a number")))
+        found[argument.name] = plain
+    return found
+
+
+def _problem(name: str, value: Constant | None) -> tuple[str, str] | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    match name:
+        case "component" if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            return "components are counted from 1", "write `component: 2`"
+        case "penalty" if not number or float(str(value)) < 0:
+            return "a penalty is a number from 0 on", "write `penalty: 1`"
+        case "kind" if value not in ("ridge", "logistic"):
+            return f"there is no probe of the kind `{value}`", "write `ridge` or `logistic`"
+        case _:
+            return None
+
+
+def _describe_fit(
+    way: str, read: Sequence[FitSample], rows: Sequence[FitRows], options: Mapping[str, Constant]
+) -> str:
+    """`mean over the 40 rows of many − mean over the 38 rows of few`."""
+    said = [_describe_rows(sample, own) for sample, own in zip(read, rows, strict=True)]
+    match way:
+        case "mean_difference":
+            return f"mean over {said[0]} − mean over {said[1]}"
+        case "mean":
+            return f"mean over {said[0]}"
+        case "pca":
+            number = options.get("component", 1)
+            return f"principal component {number} of {said[0]}, its largest coordinate positive"
+        case _:
+            to = ""
+            if options["kind"] == "logistic":
+                first, second = (f"{each:g}" if isinstance(each, float) else each
+                                 for each in read[0].classes)  # fmt: skip
+                to = f", from `{first}` to `{second}`"
+            return f"{options['kind']} probe{to}, penalty {options['penalty']}, on {said[0]}"
+
+
+def _describe_rows(sample: FitSample, rows: FitRows) -> str:
+    used, every = count_used_rows(sample.cell), len(sample.table)
+    count = count_noun(used, "row") if used == every else f"{used} of {count_noun(every, 'row')}"
+    part = f".{rows.part}" if rows.part else ""
+    run = "" if rows.run == "clean" else f" ({rows.run})"
+    model = "" if rows.model is None else f" in {rows.model}"
+    return f"{count} of {sample.table.name}{part}{run}{model}"
+
+
+def resolve_unfitted_family(
+    call: ast.Call, definition: spec.Direction, work: ExperimentContext
+) -> DirectionFamily | None:
+    """`unembedding("…", "…")` or `saved("…", "…")`. Raises CannotMake."""
+    texts = [str(constant_value(a.value, work.program.parameters)) for a in call.arguments]
+    if call.name == "saved":
+        written, key = texts
+        return _saved_family(call, definition, written, key, work)
+    tokens = [_token(call, text, work) for text in texts]
+    words = " − ".join(f'"{text}"' for text in texts)
+    vector = UnembeddingVector(tokens[0], tokens[1] if len(tokens) > 1 else None)
+    member = DirectionMember(definition.name, vector, f"unembedding of {words}")
+    return DirectionFamily(
+        definition.name, (), {(): member}, work.model.shape.d_model, (definition.name,)
+    )
+
+
+def _saved_family(
+    call: ast.Call, definition: spec.Direction, written: str, key: str, work: ExperimentContext
+) -> DirectionFamily | None:
+    """The vector of a file, of which the header says how long it is."""
+    path, problems = path_to_read(SAVED_PATH, written, call.span)
+    work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
+    if path is None:
+        return None
+    try:
+        saved = inspect_safetensors(path, written, limits.DIRECTION_FILE, "save it by itself")
+    except UnreadableFile as problem:
+        raise DirectionError(call, problem.reason, problem.hint) from None
+    shapes = saved.shapes
+    if key not in shapes:
+        known = name_list(list(shapes)) or "none"
+        raise DirectionError(call, f"`{written}` has no `{key}`", f"it has {known}")
+    if len(shapes[key]) != 1:
+        reason = f"`{key}` has the shape {list(shapes[key])}, not [width]"
+        raise DirectionError(call, reason, "save one vector under a name of its own")
+    made = f"`{key}` of {written}, SHA-256 {saved.digest[:12]}…"
+    member = DirectionMember(definition.name, SavedVector(path, key, saved.digest), made)
+    return DirectionFamily(definition.name, (), {(): member}, shapes[key][0], (definition.name,))
+
+
+def _token(call: ast.Call, text: str, work: ExperimentContext) -> int:
+    ids = work.model.tokenizer.encode(text, add_special=False).ids
+    if len(ids) != 1:
+        raise DirectionError(
+            call,
+            f'"{text}" is {len(ids)} tokens, and each has a row of its own in the unembedding',
+            "name texts of one token; a leading space is part of most words",
+        )
+    return ids[0]
+
+
+def find_best_member(
+    node: ast.Index, picked: ast.RankedSelection, family: DirectionFamily, work: ExperimentContext
+) -> AxisIndices | None:
+    """The member whose cell has the largest mean, signed, of the experiment's first measure; the
+    first member before that has run. None after E0620, and where the experiment was refused."""
+    try:
+        finding, _ = work.sites.onward.finding(picked, work.program.parameters)
+        if finding is None:
+            return None
+        found = [_best_of_variant(part, family, picked) for part in finding.parts]
+    except PickError as refusal:
+        text = node.span.written
+        work.diagnostics.append(
+            BadPick(span=node.span, text=text, reason=refusal.reason, hint=refusal.hint)
+        )
+        return None
+    work.sites.onward.used_sites(picked, finding)
+    best = max(found, key=lambda each: each[0])
+    _note_pick(node, finding, family, best, work)
+    return best[1]
+
+
+def _best_of_variant(
+    part: VariantFinding, family: DirectionFamily, picked: ast.RankedSelection
+) -> tuple[float, AxisIndices]:
+    """(mean, member) of the best cell."""
+    experiment = part.experiment
+    axes = _family_axes(experiment, family, picked)
+    if part.means is None:
+        return -1.0, (0,) * len(family.axes)
+    import numpy as np
+
+    means = np.where(np.isfinite(part.means), part.means, -np.inf)
+    if not isfinite(float(means.max())):
+        raise PickError(f"`{picked.of}` has no cell with a value", "look at what it measures")
+    cell, place = max(part.grid(), key=lambda each: means[each[0]])
+    key: list[int] = []
+    for axis, own in zip(axes, family.axes, strict=True):
+        label = experiment.axes[axis].labels[int(place[axis])]
+        key.append(_index_label(own.labels, label, picked, family))
+    return float(means[cell]), tuple(key)
+
+
+def _family_axes(
+    experiment: ResolvedExperiment, family: DirectionFamily, picked: ast.RankedSelection
+) -> Sequence[int]:
+    """Where the family's axes stand among the experiment's."""
+    name = experiment.name
+    using = [
+        rule.direction
+        for rule in experiment.rules
+        if rule.direction is not None and set(family.definitions) & set(rule.direction.families)
+    ]
+    names = [axis.name for axis in experiment.axes]
+    swept = {axis for direction in using for axis in direction.axes}
+    missing = [axis.name for axis in family.axes if axis.name not in swept]
+    if not using or missing:
+        what = f"`{name}` doesn't sweep `{family.name}`"
+        if using:
+            what = f"`{name}` doesn't sweep every `{missing[0]}` of `{family.name}`"
+        raise PickError(what, f"let a rule of `{name}` name the family as it is: `{family.name}`")
+    if experiment.measures and experiment.measures[0].kind == "category":
+        raise PickError(
+            f"the first measure of `{name}` is a category, which has no order",
+            f"let `{name}` measure a number first",
+        )
+    return [names.index(axis.name) for axis in family.axes]
+
+
+def _index_label(
+    labels: Sequence[AxisLabel],
+    label: AxisLabel,
+    picked: ast.RankedSelection,
+    family: DirectionFamily,
+) -> int:
+    if label not in labels:
+        raise PickError(
+            f"`{picked.of}` found `{label}`, which `{family.name}` doesn't have",
+            "let both sweep the same values",
+        )
+    return labels.index(label)
+
+
+def _note_pick(
+    node: ast.Index,
+    finding: Finding,
+    family: DirectionFamily,
+    best: tuple[float, AxisIndices],
+    work: ExperimentContext,
+) -> None:
+    picks: dict[str, str] = work.sites.onward.picks
+    value, key = best
+    text = node.span.written
+    if finding.stands_in:
+        picks[text] = f"known when `{finding.name}` has run; the first member stands in"
+        return
+    picks[text] = f"{family.members[key].name} ({value:.3g}); by mean {finding.measure}, signed"
+
+
+def resolve_direction(
+    rule: spec.Rule, sites: SiteTargets, positions: PositionTargets, work: ExperimentContext
 ) -> DirectionTargets | None:
     """The rule's direction in every cell; axes of its family that the rule doesn't sweep are axes
     of the experiment. None after E0341 or E0620, and where something isn't at hand."""
@@ -33,8 +510,8 @@ def direction_targets(
         if family is None:
             return None
         _fits(rule.direction, family, sites, work)
-        return _laid_out(rule.direction, family, (*sites.axes, *positions.axes), work)
-    except CannotMake as problem:
+        return _lay_out(rule.direction, family, (*sites.axes, *positions.axes), work)
+    except DirectionError as problem:
         text = problem.node.span.written
         work.diagnostics.append(
             BadDirection(
@@ -44,26 +521,30 @@ def direction_targets(
         return None
 
 
-def _fits(node: ast.Expr, family: Family, sites: SiteTargets, work: Work) -> None:
+def _fits(
+    node: ast.Expr, family: DirectionFamily, sites: SiteTargets, work: ExperimentContext
+) -> None:
     """The direction has as many numbers as the vectors that it goes into."""
     shape = work.model.shape
     for point in {
         (p.site, p.layer): p for points in sites.points.values() for p in points
     }.values():
         if SITES[point.site].width in ("key", "one"):
-            raise CannotMake(
+            raise DirectionError(
                 node, f"`{point.site}` has no vectors with directions",
                 "name a site of vectors, such as `resid_post layer 2`",
             )  # fmt: skip
-        there = width(shape, point.site, point.layer)
+        there = vector_width(shape, point.site, point.layer)
         if family.width is not None and there != family.width:
-            raise CannotMake(
+            raise DirectionError(
                 node, f"it has {family.width} numbers, vectors of `{point.site}` have {there}",
                 "use it at a site as wide as the one that it was made at",
             )  # fmt: skip
 
 
-def _laid_out(node: ast.Expr, family: Family, swept: Sequence[str], work: Work) -> DirectionTargets:
+def _lay_out(
+    node: ast.Expr, family: DirectionFamily, swept: Sequence[str], work: ExperimentContext
+) -> DirectionTargets:
     names: list[str] = []
     columns: list[list[int]] = []
     for axis in family.axes:
@@ -76,24 +557,24 @@ def _laid_out(node: ast.Expr, family: Family, swept: Sequence[str], work: Work) 
             columns.append(list(range(len(axis))))
             continue
         columns.append([_shared(node, family, axis, label) for label in there.labels])
-    members: dict[Key, Member] = {}
+    members: dict[AxisIndices, DirectionMember] = {}
     for key in _keys(columns):
         members[key] = family.members[tuple(own[i] for own, i in zip(columns, key, strict=True))]
     return DirectionTargets(tuple(names), members, family.definitions)
 
 
-def _keys(columns: Sequence[Sequence[int]]) -> list[Key]:
+def _keys(columns: Sequence[Sequence[int]]) -> list[AxisIndices]:
     from itertools import product
 
     return list(product(*(range(len(column)) for column in columns)))
 
 
-def _shared(node: ast.Expr, family: Family, axis: Axis, label: Label) -> int:
+def _shared(node: ast.Expr, family: DirectionFamily, axis: Axis, label: AxisLabel) -> int:
     if label in axis.labels:
         return axis.labels.index(label)
     word = "token" if axis.name == "position" else axis.name
     example = f"{node.span.written}[{word} {axis.labels[0]}]"
-    raise CannotMake(
+    raise DirectionError(
         node,
         f"the rule sweeps `{axis.name}` too, and `{family.name}` has none for `{label}`",
         f"sweep the same values, or name a member: `{example}`",
@@ -103,29 +584,31 @@ def _shared(node: ast.Expr, family: Family, axis: Axis, label: Label) -> int:
 # --- expressions ----------------------------------------------------------------------------------
 
 
-def _family(node: ast.Expr, work: Work, within: spec.Direction | None) -> Family | None:
+def _family(
+    node: ast.Expr, work: ExperimentContext, within: spec.Direction | None
+) -> DirectionFamily | None:
     """What an expression stands for, in the line `within` or in a rule."""
     match node:
         case ast.Name(id=name):
             return _named(name, node, work)
-        case ast.Index(name=name, index=ast.Ranked() as picked):
+        case ast.Index(name=name, index=ast.RankedSelection() as picked):
             family = _named(name, node, work)
-            key = None if family is None else best_coordinates(node, picked, family, work)
+            key = None if family is None else find_best_member(node, picked, family, work)
             return None if family is None or key is None else _member(family, key)
         case ast.Index(name=name, index=index):
             family = _named(name, node, work)
-            return None if family is None else _at(node, family, index, work)
+            return None if family is None else _select_members(node, family, index, work)
         case ast.Call(name="unit", arguments=(argument,)):
             part = _family(_expression(argument.value), work, within)
-            return part and combined(node, [part], lambda own: UnitVector(own[0]))
-        case ast.Call(name=name) if name in WAYS and within is not None:
-            if WAYS[name].at_a_site:
-                return fit_family(node, within, work)
-            return free_family(node, within, work)
+            return part and combine_families(node, [part], lambda own: UnitVector(own[0]))
+        case ast.Call(name=name) if name in DIRECTION_METHODS and within is not None:
+            if DIRECTION_METHODS[name].at_a_site:
+                return resolve_fitted_family(node, within, work)
+            return resolve_unfitted_family(node, within, work)
         case ast.Negative() | ast.Binary():
             return _arithmetic(node, work, within)
         case _:
-            raise CannotMake(
+            raise DirectionError(
                 node,
                 "it is made here, and has no name",
                 f"give it one: `direction d = {node.span.written} at …`",
@@ -136,7 +619,7 @@ def _expression(node: ast.Node) -> ast.Expr:
     return node  # pyright: ignore[reportReturnType]
 
 
-def _named(name: str, node: ast.Expr, work: Work) -> Family | None:
+def _named(name: str, node: ast.Expr, work: ExperimentContext) -> DirectionFamily | None:
     if name not in work.families:
         definition = work.program.directions.get(name)
         work.families[name] = None
@@ -146,24 +629,22 @@ def _named(name: str, node: ast.Expr, work: Work) -> Family | None:
     return work.families[name]
 
 
-def _called(name: str, family: Family) -> Family:
+def _called(name: str, family: DirectionFamily) -> DirectionFamily:
     """Under the name of its line."""
     from dataclasses import replace
 
-    from mechdsl.resolve.families import member_name
-
     members = {
-        key: replace(member, name=member_name(name, family.axes, key))
+        key: replace(member, name=name_member(name, family.axes, key))
         for key, member in family.members.items()
     }
     definitions = tuple(dict.fromkeys((name, *family.definitions)))
-    return Family(name, family.axes, members, family.width, definitions)
+    return DirectionFamily(name, family.axes, members, family.width, definitions)
 
 
 def _arithmetic(
-    node: ast.Binary | ast.Negative, work: Work, within: spec.Direction | None
-) -> Family | None:
-    parts: list[Family] = []
+    node: ast.Binary | ast.Negative, work: ExperimentContext, within: spec.Direction | None
+) -> DirectionFamily | None:
+    parts: list[DirectionFamily] = []
     weights: list[float] = []
 
     def add(part: ast.Expr, weight: float) -> bool:
@@ -185,7 +666,7 @@ def _arithmetic(
                 number = _number(right, work)
                 if number:
                     return add(left, weight / number)
-                raise CannotMake(right, "it is divided by 0", "write another number")
+                raise DirectionError(right, "it is divided by 0", "write another number")
             case _:
                 family = _family(part, work, within)
                 if family is None:
@@ -194,21 +675,25 @@ def _arithmetic(
                 weights.append(weight)
                 return True
         reason = "directions are multiplied with numbers"
-        raise CannotMake(part, reason, "a `for` variable stands in front: `add c * (a - b) to …`")
+        raise DirectionError(
+            part, reason, "a `for` variable stands in front: `add c * (a - b) to …`"
+        )
 
     if not add(node, 1.0):
         return None
-    return combined(node, parts, lambda own: WeightedSum(tuple(zip(weights, own, strict=True))))
+    return combine_families(
+        node, parts, lambda own: WeightedSum(tuple(zip(weights, own, strict=True)))
+    )
 
 
-def _number(node: ast.Expr, work: Work) -> float | None:
+def _number(node: ast.Expr, work: ExperimentContext) -> float | None:
     """A number of the file; None where it is none, or hangs on a loop."""
 
     def value(part: ast.Node) -> object:
         return work.program.parameters[getattr(part, "id", "")]
 
     try:
-        found = evaluate(node, value)
+        found = evaluate_arithmetic(node, value)
     except (KeyError, TypeError, ZeroDivisionError, ValueError):
         return None
     return float(found) if isinstance(found, int | float) else None
@@ -217,16 +702,18 @@ def _number(node: ast.Expr, work: Work) -> float | None:
 # --- members --------------------------------------------------------------------------------------
 
 
-def _member(family: Family, key: Key) -> Family:
-    return Family(
+def _member(family: DirectionFamily, key: AxisIndices) -> DirectionFamily:
+    return DirectionFamily(
         family.members[key].name, (), {(): family.members[key]}, family.width, family.definitions
     )
 
 
-def _at(node: ast.Index, family: Family, index: ast.Node, work: Work) -> Family:
+def _select_members(
+    node: ast.Index, family: DirectionFamily, index: ast.Node, work: ExperimentContext
+) -> DirectionFamily:
     """The member, or members, with some coordinates."""
     if not isinstance(index, ast.Coordinates):
-        raise CannotMake(
+        raise DirectionError(
             node,
             f"`{node.span.written}` says no coordinates of `{family.name}`",
             f"write them by name: `{_example(family)}`",
@@ -237,11 +724,11 @@ def _at(node: ast.Index, family: Family, index: ast.Node, work: Work) -> Family:
         axis = family.axis(name)
         if axis is None:
             has = name_list([a.name for a in family.axes]) or "none: it is one direction"
-            raise CannotMake(
+            raise DirectionError(
                 each, f"`{family.name}` doesn't sweep `{name}`", f"what it sweeps is {has}"
             )
         if name in wanted:
-            raise CannotMake(each, f"`{each.word}` is named twice", "leave one of them out")
+            raise DirectionError(each, f"`{each.word}` is named twice", "leave one of them out")
         wanted[name] = _values(each, axis, work)
     axes: list[Axis] = []
     for axis in family.axes:
@@ -251,43 +738,47 @@ def _at(node: ast.Index, family: Family, index: ast.Node, work: Work) -> Family:
         elif loop is not None and all(a.name != loop for a in axes):
             axes.append(Axis(loop, work.loops[loop], index.span))
     names = [axis.name for axis in axes]
-    members: dict[Key, Member] = {}
-    for key in keys_of(axes):
+    members: dict[AxisIndices, DirectionMember] = {}
+    for key in list_axis_indices(axes):
         own: list[int] = []
         for axis in family.axes:
             loop, values = wanted.get(axis.name, (axis.name, list(range(len(axis)))))
             own.append(values[0] if loop is None else values[key[names.index(loop)]])
         members[key] = family.members[tuple(own)]
-    return Family(node.span.written, tuple(axes), members, family.width, family.definitions)
+    return DirectionFamily(
+        node.span.written, tuple(axes), members, family.width, family.definitions
+    )
 
 
-def _values(each: ast.Coordinate, axis: Axis, work: Work) -> tuple[str | None, list[int]]:
+def _values(
+    each: ast.Coordinate, axis: Axis, work: ExperimentContext
+) -> tuple[str | None, list[int]]:
     """(the loop whose values they are, indices along the axis)."""
     value = each.value
     if isinstance(value, str) and value in work.loops:
-        return value, [_of(each, axis, label) for label in work.loops[value]]
+        return value, [_index_of(each, axis, label) for label in work.loops[value]]
     if isinstance(value, str):
         known = work.program.parameters.get(value)
         if not isinstance(known, int) or isinstance(known, bool):
-            raise CannotMake(
+            raise DirectionError(
                 each,
                 f"`{value}` is neither a `for` variable around it nor a whole number of a `param`",
                 f"write a number: `{each.word} {axis.labels[0]}`",
             )
         value = known
-    return None, [_of(each, axis, value)]
+    return None, [_index_of(each, axis, value)]
 
 
-def _of(each: ast.Coordinate, axis: Axis, value: Label) -> int:
+def _index_of(each: ast.Coordinate, axis: Axis, value: AxisLabel) -> int:
     labels = [str(label).removeprefix("token ") for label in axis.labels]
     if str(value) not in labels:
-        raise CannotMake(
+        raise DirectionError(
             each, f"there is no `{each.word} {value}` in it", f"it has {name_list(labels)}"
         )
     return labels.index(str(value))
 
 
-def _example(family: Family) -> str:
+def _example(family: DirectionFamily) -> str:
     said = [
         f"{'token' if axis.name == 'position' else axis.name} {axis.labels[0]}"
         for axis in family.axes

@@ -1,33 +1,53 @@
-"""What experiments found: their sites and tokens, ranked by their first measure.
+"""Rankings of other experiments: `top 10 of cie`, `top 25% of caap tokens`.
 
-Before an experiment has run, its cells stand in for its ranking, in the order of its grid.
+Until an experiment has run, its cells in grid order replace its ranking, so that every experiment
+that depends on it can be checked and its cells counted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
-from typing import TYPE_CHECKING
+from itertools import chain, product
+from math import isclose
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from mechdsl.base.reply import Reply
-from mechdsl.diagnostics.core import has_errors
-from mechdsl.prompts.positions import resolve_positions
-from mechdsl.prompts.prompt_table import Hits, PositionCell, PromptTable
-from mechdsl.resolve.cell_key import CellKey
-from mechdsl.resolve.path_rules import reached
-from mechdsl.resolve.resolved import Axis, ResolvedExperiment
-from mechdsl.resolve.resolved_rule import Key, PositionTargets, ResolvedRule, SitePoint, SiteTargets
+from mechdsl.base.source import Span
+from mechdsl.base.text import Percent, name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
+from mechdsl.diagnostics.experiments import BadPick
+from mechdsl.diagnostics.statistics import PickBySign
+from mechdsl.program import spec
+from mechdsl.program.references import may_sweep
+from mechdsl.program.spec import constant_value
+from mechdsl.prompts.positions.cells import is_after_prompts, resolve_positions
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import Hits, PositionCell
+from mechdsl.resolve.cells import CellKey, find_open_axes
+from mechdsl.resolve.types import (
+    Axis,
+    AxisIndices,
+    AxisLabel,
+    PositionTargets,
+    RankingSource,
+    ResolvedExperiment,
+    ResolvedRule,
+    SitePoint,
+    SiteTargets,
+    select_reached,
+)
 from mechdsl.syntax import ast
+from mechdsl.syntax.printer import format_ranked
+from mechdsl.vocab.metrics import Reply
 
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Floats
-    from mechdsl.prompts.tokenizer import TextTokenizer
+    from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 
-class Refused(Exception):
+class PickError(Exception):
     """Why nothing can be picked, and what to write."""
 
     def __init__(self, reason: str, hint: str) -> None:
@@ -66,7 +86,7 @@ class VariantFinding:
     chosen: Mapping[str, int] = field(default_factory=dict[str, int])
     """Where some cells are meant alone, axis → the number of its value that they have."""
 
-    def grid(self) -> Iterator[tuple[int, Key]]:
+    def grid(self) -> Iterator[tuple[int, AxisIndices]]:
         """(number of a cell, its indices along the axes) of those that are meant, in the order of
         the grid."""
         names = [axis.name for axis in self.experiment.axes]
@@ -79,8 +99,8 @@ class VariantFinding:
         """Of every cell that has a value, in the order of the grid."""
         experiment = self.experiment
         axes = [axis.name for axis in experiment.axes]
-        rules = ranked_rules(experiment)
-        places = [[axes.index(a) for a in site_targets(rule).axes] for rule in rules]
+        rules = select_ranked_rules(experiment)
+        places = [[axes.index(a) for a in require_site_targets(rule).axes] for rule in rules]
         for cell, index in self.grid():
             value = math.nan if self.means is None else float(self.means[cell])
             if self.means is not None and not math.isfinite(value):
@@ -89,8 +109,8 @@ class VariantFinding:
             labels: dict[str, None] = {}
             for rule, place in zip(rules, places, strict=True):
                 key = tuple(index[i] for i in place)
-                labels[site_targets(rule).labels[key]] = None
-                points.update(dict.fromkeys(_written(rule, key)))
+                labels[require_site_targets(rule).labels[key]] = None
+                points.update(dict.fromkeys(_written_points(rule, key)))
             yield RankedSite(" + ".join(labels), tuple(points), value)
 
     def tokens(
@@ -127,19 +147,19 @@ class VariantFinding:
     @property
     def of_windows(self) -> bool:
         """Whether its cells are of windows of patches."""
-        return any(map(of_windows, ranked_rules(self.experiment)))
+        return any(map(sweeps_windows, select_ranked_rules(self.experiment)))
 
     @property
     def window_axes(self) -> frozenset[str]:
         """Along which its windows move."""
         rule = _token_rule(self.experiment) if self.of_windows else None
-        return frozenset() if rule is None else frozenset(ranked_tokens(rule)[0].axes)
+        return frozenset() if rule is None else frozenset(select_ranked_positions(rule)[0].axes)
 
-    def places(self, run: str) -> Iterator[tuple[Key, PositionCell]]:
+    def places(self, run: str) -> Iterator[tuple[AxisIndices, PositionCell]]:
         """The positions that it has numbers of: their index along the axes that they hang on, and
         where they are in a run; in one that it neither wrote nor read, where it wrote."""
         rule = _token_rule(self.experiment)
-        targets, _ = ranked_tokens(rule)
+        targets, _ = select_ranked_positions(rule)
         read = run == rule.run and run != self.experiment.spec.base
         yield from (targets.read if read else targets.written).items()
 
@@ -151,7 +171,7 @@ class VariantFinding:
         assert self.values is not None
         own = self.experiment
         names = [axis.name for axis in own.axes]
-        along = [names.index(name) for name in ranked_tokens(_token_rule(own))[0].axes]
+        along = [names.index(name) for name in select_ranked_positions(_token_rule(own))[0].axes]
         whole = np.full((*own.shape, self.values.shape[1]), np.nan)
         for number, index in self.grid():
             whole[index] = self.values[number]
@@ -297,13 +317,13 @@ class Finding:
         return self._orders[key]
 
 
-def ranked_rules(experiment: ResolvedExperiment) -> tuple[ResolvedRule, ...]:
+def select_ranked_rules(experiment: ResolvedExperiment) -> tuple[ResolvedRule, ...]:
     """The rules whose sites and tokens are ranked: what is observed, else all that act."""
     observing = [rule for rule in experiment.rules if rule.does.changes == "nothing"]
     return tuple(observing or experiment.rules)
 
 
-def _cells(experiment: ResolvedExperiment) -> Iterator[Key]:
+def _cells(experiment: ResolvedExperiment) -> Iterator[AxisIndices]:
     """Every cell that there is, in the order of the grid: paths only lead forward."""
     names = [axis.name for axis in experiment.axes]
     parallel = experiment.model.shape.parallel_block
@@ -314,19 +334,19 @@ def _cells(experiment: ResolvedExperiment) -> Iterator[Key]:
             [each.points[tuple(at[name] for name in each.axes)] for each in pair if each]
             for pair in paths
         ]
-        if experiment.has(index) and all(reached(*pair, parallel=parallel) for pair in ends):
+        if experiment.has(index) and all(select_reached(*pair, parallel=parallel) for pair in ends):
             yield index
 
 
-def site_targets(rule: ResolvedRule) -> SiteTargets:
+def require_site_targets(rule: ResolvedRule) -> SiteTargets:
     """The sites of a rule that has some; picks of others are refused first."""
     assert rule.sites is not None
     return rule.sites
 
 
-def _written(rule: ResolvedRule, key: Key) -> tuple[SitePoint, ...]:
+def _written_points(rule: ResolvedRule, key: AxisIndices) -> tuple[SitePoint, ...]:
     """What a rule writes in a cell; for one on attention, the heads' outputs."""
-    points = site_targets(rule).points[key]
+    points = require_site_targets(rule).points[key]
     if rule.edge is None:
         return points
     return tuple(replace(point, site="z") for point in points)
@@ -334,14 +354,14 @@ def _written(rule: ResolvedRule, key: Key) -> tuple[SitePoint, ...]:
 
 def _token_rule(experiment: ResolvedExperiment) -> ResolvedRule:
     """The rule whose positions are swept."""
-    every = ranked_rules(experiment)
-    swept = (rule for rule in every if "position" in ranked_tokens(rule)[0].axes)
-    return next(swept, None) or next(rule for rule in every if of_windows(rule))
+    every = select_ranked_rules(experiment)
+    swept = (rule for rule in every if "position" in select_ranked_positions(rule)[0].axes)
+    return next(swept, None) or next(rule for rule in every if sweeps_windows(rule))
 
 
-def of_windows(rule: ResolvedRule) -> bool:
+def sweeps_windows(rule: ResolvedRule) -> bool:
     """Whether its positions are rectangles of patches, which loops move over the image."""
-    targets, at = ranked_tokens(rule)
+    targets, at = select_ranked_positions(rule)
     bases = [getattr(item.body, "base", None) for item in at.items]
     return bool(targets.axes) and all(
         isinstance(base, ast.SpanTokens) and (base.of.row is not None or base.of.col is not None)
@@ -349,7 +369,7 @@ def of_windows(rule: ResolvedRule) -> bool:
     )
 
 
-def ranked_tokens(rule: ResolvedRule) -> tuple[PositionTargets, ast.Positions]:
+def select_ranked_positions(rule: ResolvedRule) -> tuple[PositionTargets, ast.Positions]:
     """The tokens of a rule that are ranked, with the positions that say which: of edges the keys,
     unless queries alone are swept."""
     alone = rule.edge is None or "position" in rule.positions.axes
@@ -366,7 +386,7 @@ def _by_label(
     tokenizer: TextTokenizer,
 ) -> dict[str, dict[int, Hits]]:
     """Label → row id → where the positions of an experiment are in one run."""
-    positions, at = ranked_tokens(rule)
+    positions, at = select_ranked_positions(rule)
     targets = {own.spec.base: positions.written, rule.run: positions.read}.get(run)
     if targets is not None:
         return {
@@ -376,8 +396,605 @@ def _by_label(
     # A run that it neither wrote nor read: the same positions, found in that run's own text.
     cells, problems = resolve_positions(at, table, run, tokenizer=tokenizer)
     if has_errors(problems):
-        raise Refused(
+        raise PickError(
             f"the positions of `{own.name}` aren't in `{run}`: {problems[0].message}",
             f"let `{own.name}` run on `{run}` too",
         )
     return {cell.label: dict(zip(table.row_ids, cell.hits, strict=True)) for cell in cells}
+
+
+def observes_weights(experiment: ResolvedExperiment) -> bool:
+    """Whether it observes weights, for which no row matters."""
+    return any(rule.does.reads_weights_only for rule in experiment.rules)
+
+
+CellCoordinates: TypeAlias = tuple[tuple[str, AxisLabel], ...]
+"""Axes with one value of each."""
+
+
+def read_coordinates(
+    node: ast.RankedSelection | ast.MapOf, values: Mapping[str, Any]
+) -> CellCoordinates:
+    """What stands in the brackets. Raises Refused.
+
+    values: of the `for` variables around it and of each `param`.
+    """
+    found: dict[str, AxisLabel] = {}
+    for argument in node.cell:
+        text, axis = argument.span.written, argument.name
+        if axis is None:
+            reason = f"`{text}` doesn't say along which axis"
+            raise PickError(reason, f"name it: `{node.of}(layer: {text})`")
+        if axis in found:
+            raise PickError(f"`{axis}` is named twice", "leave one of them out")
+        found[axis] = _value(argument, values)
+    return tuple(found.items())
+
+
+def _value(argument: ast.Argument, values: Mapping[str, Any]) -> AxisLabel:
+    value = constant_value(argument.value, values)
+    if value is None or isinstance(value, bool):
+        text, hint = argument.value.span.written, f"write one: `{argument.name}: 2`"
+        if isinstance(argument.value, ast.Name):
+            hint = did_you_mean(
+                text, values, f'write a word in quotes: `{argument.name}: "{text}"`'
+            )
+        raise PickError(f"`{text}` is no value of an axis", hint)
+    return value
+
+
+def describe_cells(of: str, at: CellCoordinates) -> str:
+    """`caap(a: 1, b: 3)`."""
+    said = ", ".join(f"{axis}: {value}" for axis, value in at)
+    return f"{of}({said})" if said else of
+
+
+def select_cells(
+    finding: Finding, at: CellCoordinates, groups: Mapping[str, spec.Group]
+) -> Finding:
+    """What it found in the cells that have these coordinates. Raises Refused."""
+    parts = finding.parts
+    for axis, value in at:
+        found = [_select_along(part, axis, value, groups) for part in parts]
+        parts = tuple(part for part in found if isinstance(part, VariantFinding))
+        if not parts:
+            labels = dict.fromkeys(str(label) for each in found for label in _labels(each))
+            reason = f"`{finding.name}` has no `{axis}: {value}`"
+            raise PickError(reason, f"along `{axis}` it has {name_list(labels)}")
+    parts = tuple(part for part in parts if any(True for _ in part.grid()))
+    if not parts:
+        raise PickError(f"`{finding.name}` has no cell there", "its loops leave it out")
+    return Finding(parts)
+
+
+def _select_along(
+    part: VariantFinding, axis: str, value: AxisLabel, groups: Mapping[str, spec.Group]
+) -> VariantFinding | tuple[AxisLabel, ...]:
+    """Its cells that have this value along an axis; the values that there are, where it has none
+    of them."""
+    own = part.experiment
+    variant = dict(own.spec.variant)
+    if axis in variant:
+        return part if _same(variant[axis], value) else (variant[axis],)
+    names = [each.name for each in own.axes]
+    if axis not in names:
+        known = [*variant, *names]
+        hint = f"its axes are {name_list(known)}" if known else "it has one cell: leave it out"
+        raise PickError(f"`{own.name}` has no axis `{axis}`", did_you_mean(axis, known, hint))
+    labels = own.axes[names.index(axis)].labels
+    if own.model.stands_in and axis in find_open_axes(own.spec, groups, ("shape", "tokens")):
+        return part  # which values it has isn't known yet
+    number = next((n for n, label in enumerate(labels) if _same(label, value)), None)
+    return labels if number is None else replace(part, chosen={**part.chosen, axis: number})
+
+
+def _labels(found: VariantFinding | tuple[AxisLabel, ...]) -> tuple[AxisLabel, ...]:
+    return () if isinstance(found, VariantFinding) else found
+
+
+def _same(label: AxisLabel, value: AxisLabel) -> bool:
+    if isinstance(label, str) or isinstance(value, str):
+        return label == value
+    return isclose(label, value, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _check_first_measure(experiment: ResolvedExperiment) -> None:
+    name = experiment.name
+    if not experiment.rules:
+        raise PickError(
+            f"`{name}` intervenes nowhere, so it has nothing to rank",
+            "name an experiment with a rule that sweeps",
+        )
+    first = experiment.measures[0]
+    if experiment.spec.over is not None:
+        raise PickError(
+            f"`{name}` averages over `{experiment.spec.over}`, and ranks no single cells",
+            f"rank an experiment without `mean over {experiment.spec.over}`",
+        )
+    if first.kind == "category":
+        raise PickError(
+            f"the first measure of `{name}`, `{first.text}`, is a category, which has no order",
+            f"let `{name}` measure a number first, such as `logit(answer)`",
+        )
+
+
+def check_rankable_sites(experiment: ResolvedExperiment, node: ast.RankedSelection) -> None:
+    _check_first_measure(experiment)
+    name = experiment.name
+    rules = select_ranked_rules(experiment)
+    without = [rule for rule in rules if rule.sites is None]
+    tokens = f"{node.span.written} tokens"
+    if without:
+        some = "" if len(without) == len(rules) else "some rules of "
+        raise PickError(
+            f"{some}`{name}` change{'' if some else 's'} the input, which is no site",
+            f"name its tokens, `{tokens}`, or an experiment that sweeps sites",
+        )
+    words = {"positions": "position ids", "blocks": "blocks"}
+    other = next((words[r.does.changes] for r in rules if r.does.changes in words), None)
+    if other is not None:
+        raise PickError(
+            f"`{name}` changes {other}, which are no sites",
+            "name an experiment that writes at sites",
+        )
+    swept = {axis for rule in rules for axis in require_site_targets(rule).axes}
+    if not swept and experiment.n_cells > 1:
+        site = next(iter(require_site_targets(rules[0]).labels.values()))
+        raise PickError(
+            f"`{name}` sweeps positions only, all at {site}",
+            f"name its tokens, `{tokens}`, or an experiment that sweeps sites",
+        )
+
+
+def check_rankable_tokens(
+    experiment: ResolvedExperiment,
+    table: PromptTable,
+    tokenizer: TextTokenizer,
+    otherwise: str,
+    *,
+    windows: bool = False,
+) -> None:
+    """Whether it has a number for each of some single tokens of these prompts, by its first
+    measure, or for each of some rectangles of patches (windows). Raises Refused. otherwise: what
+    to write where it sweeps no positions."""
+    _check_first_measure(experiment)
+    name = experiment.name
+    if experiment.table.name != table.name:
+        raise PickError(
+            f"`{name}` ranks tokens of `{experiment.table.name}`, this experiment runs on "
+            f"`{table.name}`",
+            "let both name one block of prompts: tokens are ranked row by row",
+        )
+    theirs = experiment.model.tokenizer
+    known = not theirs.stands_in and not tokenizer.stands_in
+    if known and theirs.hash != tokenizer.hash:
+        raise PickError(
+            f"`{name}` ranks tokens of `{experiment.model.name}`, which has another tokenizer",
+            "let both run on one model",
+        )
+    rules = select_ranked_rules(experiment)
+    sweeping = [rule for rule in rules if "position" in select_ranked_positions(rule)[0].axes]
+    moving = windows and next((rule for rule in rules if sweeps_windows(rule)), None)
+    if moving:
+        sweeping = [moving]
+    elif experiment.model.tokenizer.stands_in:
+        sweeping = [rule for rule in rules if may_sweep(select_ranked_positions(rule)[1])]
+    if not sweeping:
+        raise PickError(
+            f"`{name}` doesn't sweep positions",
+            otherwise,
+        )
+    rule = sweeping[0]
+    if rule.spec.onto is not None and rule.edge is None:
+        raise PickError(
+            f"a cell of `{name}` has tokens in two places",
+            "let it sweep single tokens, for example `at each token of …`",
+        )
+    if experiment.model.tokenizer.stands_in or moving:
+        return
+    rows = experiment.table.runs[experiment.spec.base].rows
+    for cell in select_ranked_positions(rule)[0].written.values():
+        if is_after_prompts(cell, rows):
+            raise PickError(
+                f"the cell `{cell.label}` of `{name}` is of the answer, behind the prompt",
+                "let it sweep tokens of the prompt alone: `token *`",
+            )
+        if any(row and (len(row) != 1 or len(row[0]) != 1) for row in cell.hits):
+            raise PickError(
+                f"the cell `{cell.label}` of `{name}` covers several tokens",
+                "let it sweep single tokens: `each token …` or `token *`, on spans that are "
+                "equally long",
+            )
+
+
+MAX_LISTED_SITES = 10
+"""Sites of a pick that the conventions list."""
+
+
+@dataclass
+class FindingPicker:
+    """Findings that an experiment may use, and what it picked of them."""
+
+    found: Mapping[str, Finding] = field(default_factory=dict[str, Finding])
+    called: Mapping[str, Mapping[str, ast.MapOf]] = field(
+        default_factory=dict[str, Mapping[str, ast.MapOf]]
+    )
+    """`for` variable that runs over experiments → word → the experiment, or some cells of it."""
+    groups: Mapping[str, spec.Group] = field(default_factory=dict[str, spec.Group])
+    """Of the file."""
+    picks: dict[str, str] = field(default_factory=dict[str, str])
+    """As written → what was picked, in words."""
+    sites_of: dict[str, RankingSource] = field(default_factory=dict[str, RankingSource])
+    """By name, experiments whose sites are used, and those that these picked from."""
+    _longest: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    _runs: dict[tuple[Span, str], tuple[str, Mapping[int, Sequence[int]]]] = field(
+        default_factory=dict[tuple[Span, str], tuple[str, Mapping[int, Sequence[int]]]]
+    )
+    """Of tokens that are picked: the first run that they were found in, and all there are."""
+    _some: dict[tuple[str, CellCoordinates], Finding] = field(
+        default_factory=dict[tuple[str, CellCoordinates], Finding]
+    )
+    """Experiment and coordinates → what it found there."""
+    _texts: dict[tuple[Span, str], str] = field(default_factory=dict[tuple[Span, str], str])
+    """Of `top k of m`, `m` a `for` over experiments: what stands there for each of them."""
+    _checked: set[str] = field(default_factory=set[str])
+    """Experiments that rank single tokens."""
+    _warned: set[tuple[Span, str]] = field(default_factory=set[tuple[Span, str]])
+    """Places whose tokens were warned of, with what is picked there."""
+
+    @property
+    def stand_ins(self) -> tuple[str, ...]:
+        return tuple(name for name, finding in self.found.items() if finding.stands_in)
+
+    def finding(
+        self, node: ast.RankedSelection | ast.MapOf, values: Mapping[str, Any]
+    ) -> tuple[Finding | None, CellCoordinates]:
+        """What was found in the cells that are meant, and where they are; None of an experiment
+        that was refused. Raises Refused.
+
+        values: of the `for` variables around it and of each `param`.
+        """
+        at, whole = read_coordinates(node, values), self.found.get(node.of)
+        if whole is None or not at:
+            return whole, at
+        if (node.of, at) not in self._some:
+            self._some[node.of, at] = select_cells(whole, at, self.groups)
+        return self._some[node.of, at], at
+
+    def _named(self, node: ast.RankedSelection, values: Mapping[str, Any]) -> ast.RankedSelection:
+        """The same of the experiment that a `for` variable stands for. Refusals: Refused where that
+        variable means nothing."""
+        words = self.called.get(node.of)
+        if words is None:
+            return node
+        if node.of not in values:
+            reason = f"`{node.of}` runs over experiments, and which is meant isn't known here"
+            raise PickError(reason, "name one experiment")
+        word = str(values[node.of])
+        if word not in words:
+            raise PickError(f"`{word}` is no experiment", "let the `for` run over names alone")
+        meant = words[word]
+        names = (own.value.id for own in meant.cell if isinstance(own.value, ast.Name))
+        unknown = next((name for name in names if name not in values), None)
+        if unknown is not None:
+            raise PickError(
+                f"`{unknown}` in `{word}` is neither a number nor a `param`",
+                f"a `for` variable stands where cells are picked, `top 2 of {word}`, and a word in "
+                "quotes",
+            )
+        named = replace(node, of=meant.of, cell=(*meant.cell, *node.cell))
+        shown = replace(named, of=word.partition("(")[0])
+        self._texts[node.span, format_ranked(named)] = format_ranked(shown)
+        return named
+
+    def _written(self, node: ast.RankedSelection) -> str:
+        """As it is written, with the word in place of a `for` variable over experiments."""
+        return self._texts.get((node.span, format_ranked(node)), node.span.written)
+
+    def said(self, node: ast.RankedSelection, values: Mapping[str, Any]) -> str:
+        """As it is written, with what `for` variables stand for."""
+        node = self._named(node, values)
+        head, _, of = self._written(node).partition(" of ")
+        if isinstance(node.amount, str):
+            head = f"top {values.get(node.amount, node.amount)}"
+        return f"{head} of {describe_cells(of.partition('(')[0].rstrip(), read_coordinates(node, values))}"
+
+    def used_sites(self, node: ast.RankedSelection, finding: Finding) -> None:
+        """Remember the rows and cells that sites were picked by: those of the experiment, and of
+        others that it picked from in turn. A ranking by weights alone has no rows."""
+        parts = [part.experiment for part in finding.parts]
+        rows = (each.table.row_keys for each in parts if not observes_weights(each))
+        own = RankingSource(node.span, finding.cells, frozenset(chain.from_iterable(rows)))
+        self.sites_of.setdefault(node.of, own)
+        for name, earlier in chain.from_iterable(each.sites_of.items() for each in parts):
+            self.sites_of.setdefault(name, replace(earlier, span=node.span))
+
+    # --- sites ------------------------------------------------------------------------------------
+
+    def pick_sites(
+        self, node: ast.RankedSelection, values: Mapping[str, Any], diagnostics: list[Diagnostic]
+    ) -> list[RankedSite] | None:
+        """The best sites of an experiment; None after E0620, and where that one was refused."""
+        try:
+            node = self._named(node, values)
+            finding, _ = self.finding(node, values)
+            if finding is None:
+                return None
+            there = None if finding.shape_stands_in else f"`{node.of}` has {{}} sites"
+            for part in finding.parts:
+                check_rankable_sites(part.experiment, node)
+            count = _count(node, values, len(finding.sites), there)
+        except PickError as refusal:
+            diagnostics.append(_bad_pick(node, refusal))
+            return None
+        self.used_sites(node, finding)
+        chosen = finding.sites[:count]
+        self._say_sites(node, finding, chosen)
+        if not finding.stands_in:
+            by_size = finding.by_size.sites[:count]
+            if {site.points for site in by_size} != {site.points for site in chosen}:
+                listed = [_listed([site.label for site in each]) for each in (chosen, by_size)]
+                _warn_sign(node, listed[0], listed[1], diagnostics)
+        return chosen
+
+    def _say_sites(
+        self, node: ast.RankedSelection, finding: Finding, chosen: Sequence[RankedSite]
+    ) -> None:
+        key = self._written(node)
+        if finding.stands_in:
+            self.picks[key] = f"known when `{finding.name}` has run; its first cells stand in"
+            return
+        least, most = self._longest.get(key, (len(chosen), -1))
+        self._longest[key] = (min(least, len(chosen)), max(most, len(chosen)))
+        if len(chosen) <= most:  # of several values of a loop, the most is listed
+            return
+        listed = ", ".join(f"{site.label} ({site.value:.3g})" for site in chosen[:MAX_LISTED_SITES])
+        more = (
+            f" … and {len(chosen) - MAX_LISTED_SITES} more"
+            if len(chosen) > MAX_LISTED_SITES
+            else ""
+        )
+        said = f"{listed or 'nothing'}{more}; by mean {finding.measure}"
+        said += ", signed"
+        lowest = finding.sites[-1]
+        if chosen and lowest not in chosen and -lowest.value > abs(chosen[0].value):
+            said += f": {lowest.label} ({lowest.value:.3g}) is larger, but below 0"
+        if finding.cells > len(finding.sites):
+            said += f", each of the {len(finding.sites)} sites by the best of its cells"
+        self.picks[key] = said
+
+    # --- tokens -----------------------------------------------------------------------------------
+
+    def pick_tokens(
+        self,
+        base: ast.RankedTokens,
+        run: str,
+        values: Mapping[str, Any],
+        table: PromptTable,
+        tokenizer: TextTokenizer,
+        diagnostics: list[Diagnostic],
+    ) -> list[tuple[str, list[Hits]]]:
+        """(label, hits per row) of every cell; none after E0620, and where that experiment was
+        refused."""
+        node = base.ranked
+        try:
+            node = self._named(node, values)
+            finding, at = self.finding(node, values)
+            if finding is None:
+                return []
+            if "position" in dict(at):
+                raise PickError("each position is ranked", "leave `position` out")
+            label = f"{self.said(node, values)} {'tokens' if base.plural else 'token'}"
+            named = replace(base, ranked=node)
+            found = self._hits(named, label, finding, run, values, table, tokenizer)
+        except PickError as refusal:
+            diagnostics.append(_bad_pick(node, refusal, base.span))
+            return []
+        if not finding.stands_in:
+            other = finding.by_size.tokens(table, run, tokenizer)
+            orders = finding.tokens(table, run, tokenizer)
+            counts = _counts(node, values, orders, finding.name)
+            rows = [
+                row
+                for row, order in orders.items()
+                if set(order[: counts[row]]) != set(other[row][: counts[row]])
+            ]
+            place = (base.span, format_ranked(node))
+            if rows and place not in self._warned:  # once for all numbers of a `for`
+                self._warned.add(place)
+                many = f"others in {len(rows)} of {len(orders)} rows"
+                _warn_sign(node, "the highest tokens of each row", many, diagnostics, base.span)
+        return found
+
+    def _hits(
+        self,
+        base: ast.RankedTokens,
+        label: str,
+        finding: Finding,
+        run: str,
+        values: Mapping[str, Any],
+        table: PromptTable,
+        tokenizer: TextTokenizer,
+    ) -> list[tuple[str, list[Hits]]]:
+        node, name = base.ranked, finding.name
+        if name not in self._checked:
+            hint = f"pick its sites: `{node.span.written}`"
+            hint = f"let it sweep single tokens, for example `at each token of …`, or {hint}"
+            for part in finding.parts:
+                check_rankable_tokens(part.experiment, table, tokenizer, hint)
+            self._checked.add(name)
+        if finding.tokens_stand_in:
+            _ = _amount(node, values)
+            ends = [((len(row.ids) - 1,),) for row in table.runs[run].rows]
+            return [(label, ends)]
+        orders = finding.tokens(table, run, tokenizer)
+        if not orders:
+            raise PickError(
+                f"`{name}` has none of the {len(table)} rows that this experiment runs on",
+                "let both run on the same part and limit of their prompts",
+            )
+        self._same_tokens(base, finding, run, orders)
+        counts = _counts(node, values, orders, name)
+        self._say_tokens(node, finding, orders, counts, len(table) - len(orders))
+        amount = _amount(node, values)
+        single = not isinstance(amount, Percent) and amount == 1
+        if base.plural or single or not any(counts.values()):
+            hits: list[Hits] = [
+                (tuple(sorted(orders[row][: counts[row]])),) if row in orders else ()
+                for row in table.row_ids
+            ]
+            return [(label, hits)]
+        return [
+            (
+                f"{rank + 1} of {name}",
+                [
+                    ((orders[row][rank],),) if row in orders and rank < counts[row] else ()
+                    for row in table.row_ids
+                ],
+            )
+            for rank in range(max(counts.values()))
+        ]
+
+    def _same_tokens(
+        self,
+        base: ast.RankedTokens,
+        finding: Finding,
+        run: str,
+        orders: Mapping[int, Sequence[int]],
+    ) -> None:
+        """What is read in one run and written in another must be there in both, whichever tokens
+        turn out to be picked."""
+        place = (base.span, format_ranked(base.ranked))
+        first, before = self._runs.setdefault(place, (run, orders))
+        for row, order in orders.items():
+            other = len(before.get(row, ()))
+            if other != len(order):
+                raise PickError(
+                    f"row {row} has {other} tokens of `{finding.name}` in `{first}` and "
+                    f"{len(order)} in `{run}`",
+                    f"let `{finding.name}` sweep positions that a row has in both runs",
+                )
+
+    def _say_tokens(
+        self,
+        node: ast.RankedSelection,
+        finding: Finding,
+        orders: Mapping[int, Sequence[int]],
+        counts: Mapping[int, int],
+        lacking: int,
+    ) -> None:
+        key = f"{self._written(node)} tokens"
+        least, most = self._longest.get(key, (min(counts.values()), max(counts.values())))
+        least, most = min(least, *counts.values()), max(most, *counts.values())
+        self._longest[key] = (least, most)
+        sizes = [len(order) for order in orders.values()]
+        if finding.stands_in:
+            said = f"known when `{finding.name}` has run; its first tokens stand in"
+        else:
+            said = (
+                f"{_range_text(least, most)} of {_range_text(min(sizes), max(sizes))} tokens in each row, by "
+                f"the row's own {finding.measure}, signed"
+            )
+            axes = finding.parts[0].experiment.axes
+            if finding.cells > next(len(a.labels) for a in axes if a.name == "position"):
+                said += ", each token by the best of its cells"
+        if lacking:
+            said += (
+                f"; {lacking} of {lacking + len(orders)} rows dropped, `{finding.name}` lacks them"
+            )
+        self.picks[key] = said
+
+
+# --- amounts --------------------------------------------------------------------------------------
+
+
+def _amount(node: ast.RankedSelection, values: Mapping[str, Any]) -> int | Percent:
+    """How many, or what share."""
+    amount: Any = 1 if node.which == "best" else node.amount
+    if isinstance(amount, ast.Percent):
+        amount = Percent(amount.value)
+    name = f"{amount}"
+    if isinstance(amount, str):
+        if amount not in values:
+            known = name_list(values)
+            raise PickError(
+                f"`{amount}` is neither a `for` variable around it nor a `param`",
+                did_you_mean(
+                    amount,
+                    values,
+                    f"known here: {known}" if known else "write a number or a percentage",
+                ),
+            )
+        amount = values[amount]
+        name = f"`{name}` = {amount}"
+    if isinstance(amount, Percent):
+        if not 0 <= amount <= 100:
+            raise PickError(f"{name} is not between 0% and 100%", "write a share such as `25%`")
+        return amount
+    if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
+        raise PickError(
+            f"{name} is neither a whole number nor a percentage",
+            "count them (`top 10 of …`) or name a share (`top 25% of …`)",
+        )
+    return amount
+
+
+def _count(
+    node: ast.RankedSelection, values: Mapping[str, Any], total: int, there: str | None
+) -> int:
+    """How many of `total` are meant. `there` says how many there are; None where that isn't known,
+    so that there may be as many."""
+    amount = _amount(node, values)
+    if isinstance(amount, Percent):
+        # Half up; a share is never rounded down to nothing.
+        return max(1, int(amount * total / 100 + 0.5)) if amount else 0
+    if amount > total and there is not None:
+        raise PickError(
+            f"{there.format(total)}, fewer than {amount}",
+            f"write a smaller number, or a share such as `top 25% of {node.of}`",
+        )
+    return min(amount, total)
+
+
+def _counts(
+    node: ast.RankedSelection,
+    values: Mapping[str, Any],
+    orders: Mapping[int, Sequence[int]],
+    name: str,
+) -> dict[int, int]:
+    """Row id → how many of its ranked tokens are meant. Rows of equal length share one count."""
+    of_size: dict[int, int] = {}
+    for row, order in orders.items():
+        size = len(order)
+        if size not in of_size:
+            there = f"row {row} has {{}} tokens of `{name}`"
+            of_size[size] = _count(node, values, size, there)
+    return {row: of_size[len(order)] for row, order in orders.items()}
+
+
+def _range_text(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _listed(labels: Sequence[str]) -> str:
+    more = f" … and {len(labels) - MAX_LISTED_SITES} more" if len(labels) > MAX_LISTED_SITES else ""
+    return ", ".join(labels[:MAX_LISTED_SITES]) + more
+
+
+def _warn_sign(
+    node: ast.RankedSelection,
+    picked: str,
+    by_size: str,
+    diagnostics: list[Diagnostic],
+    span: Span | None = None,
+) -> None:
+    """W0751, once for a place."""
+    where = span or node.span
+    warning = PickBySign(span=where, text=where.written, picked=picked, by_size=by_size, of=node.of)
+    if warning not in diagnostics:
+        diagnostics.append(warning)
+
+
+def _bad_pick(node: ast.RankedSelection, refusal: PickError, span: Span | None = None) -> BadPick:
+    where = span or node.span
+    return BadPick(span=where, text=where.written, reason=refusal.reason, hint=refusal.hint)

@@ -1,60 +1,115 @@
-"""What a `for` runs over."""
+"""Values of `for` loops, arithmetic on numbers of a file, and layers by relative depth."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from typing import Any
 
 from mechdsl.base import limits
-from mechdsl.base.names import name_list
-from mechdsl.base.percent import Percent
-from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e02_names import did_you_mean
-from mechdsl.diagnostics.e03_coordinates import (
-    BadLoopValue,
-    EmptyRange,
-    where_loops_are,
-)
+from mechdsl.base.text import Percent, name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.rules import BadLoopValue, EmptyRange, loop_hint
 from mechdsl.program import spec
-from mechdsl.resolve.measures import evaluate
-from mechdsl.resolve.resolved import Label, LoopCells
+from mechdsl.resolve.types import Axis, AxisLabel, LoopCells
 from mechdsl.syntax import ast
-from mechdsl.syntax.format.constructs import call
-from mechdsl.syntax.walk import walk
+from mechdsl.syntax.printer import format_call
+from mechdsl.syntax.traversal import walk
 
-Labels = tuple[Label, ...]
+
+def evaluate_arithmetic(expression: ast.Expr, value: Callable[[ast.Expr], Any]) -> Any:
+    """The expression's value; `value` gives that of an atom (arrays broadcast)."""
+    match expression:
+        case ast.Number(value=number):
+            return number
+        case ast.Percent(value=percent):
+            return percent / 100
+        case ast.Negative(operand=operand):
+            return -evaluate_arithmetic(operand, value)
+        case ast.Not(operand=operand):
+            return evaluate_arithmetic(operand, value) == 0
+        case ast.Binary(operator=operator, left=left, right=right):
+            return _ARITHMETIC[operator](
+                evaluate_arithmetic(left, value), evaluate_arithmetic(right, value)
+            )
+        case ast.Compare(operator=operator, left=left, right=right):
+            return (
+                _COMPARISONS[operator](
+                    evaluate_arithmetic(left, value), evaluate_arithmetic(right, value)
+                )
+                * 1.0
+            )
+        case ast.Logical(operator=operator, left=left, right=right):
+            a, b = evaluate_arithmetic(left, value) != 0, evaluate_arithmetic(right, value) != 0
+            return ((a & b) if operator == "and" else (a | b)) * 1.0
+        case _:
+            return value(expression)
+
+
+def iter_divisors(expression: ast.Expr) -> Iterator[ast.Expr]:
+    """What an expression divides by, outside of its metrics."""
+    match expression:
+        case ast.Negative(operand=operand) | ast.Not(operand=operand):
+            yield from iter_divisors(operand)
+        case ast.Binary() | ast.Compare() | ast.Logical():
+            yield from iter_divisors(expression.left)
+            yield from iter_divisors(expression.right)
+            if isinstance(expression, ast.Binary) and expression.operator == "/":
+                yield expression.right
+        case _:
+            return
+
+
+_ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a / b,
+}
+
+_COMPARISONS: Mapping[str, Callable[[Any, Any], Any]] = {
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    ">": lambda a, b: a > b,
+    ">=": lambda a, b: a >= b,
+    "=": lambda a, b: a == b,
+    "!=": lambda a, b: a != b,
+}
+
+LoopLabels = tuple[AxisLabel, ...]
 
 
 @dataclass(frozen=True)
 class LoopAxes:
     """The loops of an experiment."""
 
-    labels: Mapping[str, Labels]
+    labels: Mapping[str, LoopLabels]
     """Per variable, all values that it takes."""
     nested: LoopCells | None
     """None where each value goes with each of every other loop."""
 
 
-def loop_axes(
+def resolve_loops(
     loops: Sequence[spec.Loop], parameters: Mapping[str, Any], diagnostics: list[Diagnostic]
 ) -> LoopAxes:
     """What loops run over: numbers, or words such as components. A domain may name variables of
     the loops around it. After an error (E0321, E0322), one value of the kind that the domain has,
     so that what is wrong inside the loop can be told too."""
-    outer = {loop.name: _named(loop) for loop in loops}
+    outer = {loop.name: _outer_loops(loop) for loop in loops}
     nest = {name for name, around in outer.items() if around}.union(*outer.values())
     before = len(diagnostics)
-    labels: dict[str, Labels] = {}
-    there: list[dict[str, Label]] = [{}]
+    labels: dict[str, LoopLabels] = {}
+    there: list[dict[str, AxisLabel]] = [{}]
     for loop in loops:
         if loop.name not in nest:
-            labels[loop.name] = loop_values(loop, parameters, {}, diagnostics)
+            labels[loop.name] = resolve_loop_values(loop, parameters, {}, diagnostics)
             continue
-        there, labels[loop.name] = _longer(there, loop, outer[loop.name], parameters, diagnostics)
+        there, labels[loop.name] = _extend_combinations(
+            there, loop, outer[loop.name], parameters, diagnostics
+        )
     if len(diagnostics) > before:
         return LoopAxes(labels, None)
     names = tuple(loop.name for loop in loops if loop.name in nest)
@@ -64,46 +119,46 @@ def loop_axes(
     return LoopAxes(labels, LoopCells(names, keys) if len(keys) < every else None)
 
 
-def _named(loop: spec.Loop) -> tuple[str, ...]:
+def _outer_loops(loop: spec.Loop) -> tuple[str, ...]:
     """The variables of loops around it that its domain names."""
     named = {node.id for node in walk(loop.domain) if isinstance(node, ast.Name)}
     return tuple(name for name in loop.within if name in named)
 
 
-def _longer(
-    there: list[dict[str, Label]],
+def _extend_combinations(
+    there: list[dict[str, AxisLabel]],
     loop: spec.Loop,
     outer: Sequence[str],
     parameters: Mapping[str, Any],
     diagnostics: list[Diagnostic],
-) -> tuple[list[dict[str, Label]], Labels]:
+) -> tuple[list[dict[str, AxisLabel]], LoopLabels]:
     """The combinations of the loops so far with the values that this one takes in each, and all
     of these values. After an error one combination, for the loops inside."""
-    known: dict[Labels, Labels] = {}
-    longer: list[tuple[dict[str, Label], Label]] = []
+    known: dict[LoopLabels, LoopLabels] = {}
+    longer: list[tuple[dict[str, AxisLabel], AxisLabel]] = []
     for cell in there:
         around = {name: cell[name] for name in outer}
         key = tuple(around.values())
         if key not in known:
             before = len(diagnostics)
-            known[key] = loop_values(loop, parameters, around, diagnostics)
+            known[key] = resolve_loop_values(loop, parameters, around, diagnostics)
             if len(longer) + len(known[key]) > limits.LOOP:
                 reason = f"with the loops around it, it has more than {limits.LOOP:,} values"
                 _bad_loop(loop, reason, diagnostics)
             if len(diagnostics) > before:
                 return [{**cell, loop.name: known[key][0]}], known[key]
         longer += ((cell, value) for value in known[key])
-    same, labels = _merged(list(known.values()))
+    same, labels = _merge_labels(list(known.values()))
     return [{**cell, loop.name: same[value]} for cell, value in longer], labels
 
 
-def _merged(values: Sequence[Labels]) -> tuple[dict[Label, Label], Labels]:
+def _merge_labels(values: Sequence[LoopLabels]) -> tuple[dict[AxisLabel, AxisLabel], LoopLabels]:
     """Every value → the label that it goes by, and all labels: in order, where each of the lists
     is. `0.1 + 0.2` and `0.3` are one number."""
-    same: dict[Label, Label] = {}
+    same: dict[AxisLabel, AxisLabel] = {}
     for value in (value for each in values for value in each):
         if value not in same:
-            near = (label for label in same.values() if _near(value, label))
+            near = (label for label in same.values() if _is_close(value, label))
             same[value] = next(near, value) if isinstance(value, float) else value
     labels = dict.fromkeys(same.values())
     if all(_ascends(each) for each in values):
@@ -111,23 +166,23 @@ def _merged(values: Sequence[Labels]) -> tuple[dict[Label, Label], Labels]:
     return same, tuple(labels)
 
 
-def _near(value: Label, label: Label) -> bool:
+def _is_close(value: AxisLabel, label: AxisLabel) -> bool:
     if isinstance(value, str) or isinstance(label, str):
         return False
     return math.isclose(value, label, rel_tol=1e-9, abs_tol=1e-12)
 
 
-def _ascends(values: Labels) -> bool:
+def _ascends(values: LoopLabels) -> bool:
     numbers = [value for value in values if not isinstance(value, str)]
     return len(numbers) == len(values) and all(low < high for low, high in pairwise(numbers))
 
 
-def loop_values(
+def resolve_loop_values(
     loop: spec.Loop,
     parameters: Mapping[str, Any],
-    around: Mapping[str, Label],
+    around: Mapping[str, AxisLabel],
     diagnostics: list[Diagnostic],
-) -> Labels:
+) -> LoopLabels:
     """The values of one loop, or after an error one value.
 
     around: those of the variables that its domain names.
@@ -137,7 +192,7 @@ def loop_values(
     if found is not None:
         return found
     listed = loop.domain.values
-    items = listed.items if isinstance(listed, ast.ListOf) else ()
+    items = listed.items if isinstance(listed, ast.ListLiteral) else ()
     plain = [_plain(node, values) for node in (*items, *walk(loop.domain))]
     ranged = loop.domain.step is not None or isinstance(loop.domain.values, ast.Range)
     plain = [value for value in plain if not (ranged and isinstance(value, str))]
@@ -147,14 +202,14 @@ def loop_values(
 def _values(
     loop: spec.Loop,
     parameters: Mapping[str, Any],
-    around: Mapping[str, Label],
+    around: Mapping[str, AxisLabel],
     diagnostics: list[Diagnostic],
-) -> Labels | None:
+) -> LoopLabels | None:
     values, step = loop.domain.values, loop.domain.step
     if step is not None or isinstance(values, ast.Range):
         return _numbers(loop, values, step, parameters, around, diagnostics)
-    items = values.items if isinstance(values, ast.ListOf) else (values,)
-    found: list[Label] = []
+    items = values.items if isinstance(values, ast.ListLiteral) else (values,)
+    found: list[AxisLabel] = []
     for item in items:
         value = _plain(item, parameters)
         if value is None and isinstance(item, ast.Range):
@@ -170,7 +225,7 @@ def _values(
     return tuple(found)
 
 
-def _plain(node: Any, parameters: Mapping[str, Any]) -> Label | None:
+def _plain(node: Any, parameters: Mapping[str, Any]) -> AxisLabel | None:
     match node:
         case ast.Percent(value=value):
             return Percent(value)
@@ -179,14 +234,14 @@ def _plain(node: Any, parameters: Mapping[str, Any]) -> Label | None:
         case ast.Name(id=name):
             return parameters.get(name, name)
         case ast.Call(arguments=arguments) if all(each.name for each in arguments):
-            return call(node)  # cells of an experiment
+            return format_call(node)  # cells of an experiment
         case ast.Negative() | ast.Binary():
-            return _worked_out(node, parameters)
+            return _evaluate_number(node, parameters)
         case _:
             return None
 
 
-def _worked_out(node: ast.Expr, parameters: Mapping[str, Any]) -> int | float | None:
+def _evaluate_number(node: ast.Expr, parameters: Mapping[str, Any]) -> int | float | None:
     """`a + 1`; None where something else than a number stands in it."""
     for part in walk(node):
         if isinstance(part, ast.Negative | ast.Binary):
@@ -195,7 +250,7 @@ def _worked_out(node: ast.Expr, parameters: Mapping[str, Any]) -> int | float | 
         if isinstance(value, Percent | bool) or not isinstance(value, int | float):
             return None
     try:
-        return evaluate(node, lambda name: parameters[getattr(name, "id", "")])
+        return evaluate_arithmetic(node, lambda name: parameters[getattr(name, "id", "")])
     except ZeroDivisionError:
         return None
 
@@ -205,9 +260,9 @@ def _numbers(
     values: Any,
     step: ast.Expr | None,
     parameters: Mapping[str, Any],
-    around: Mapping[str, Label],
+    around: Mapping[str, AxisLabel],
     diagnostics: list[Diagnostic],
-) -> Labels | None:
+) -> LoopLabels | None:
     if not isinstance(values, ast.Range):
         _bad_loop(loop, "`step` needs a range", diagnostics)
         return None
@@ -256,7 +311,7 @@ def _numbers(
                 text=span.written,
                 low=str(high),
                 high=str(low),
-                where=where_loops_are(around),
+                where=loop_hint(around),
                 instead=instead,
             )
         )
@@ -291,3 +346,38 @@ def _bad_loop(
             "`for c in [attn_out, mlp_out]`",
         )
     )
+
+
+def label_by_depth(axis: Axis, site: object, n_layers: int) -> Axis:
+    """The axis with percentages for labels, if its layers are written as percentages."""
+    for node in walk(site):
+        if isinstance(node, ast.Axis) and node.word == "layer" and node.span == axis.span:
+            found = dict(_depths(node, n_layers))
+            if found and set(axis.labels) <= found.keys():
+                labels = tuple(found[int(label)] for label in axis.labels)
+                return replace(axis, labels=labels)
+    return axis
+
+
+def _depths(axis: ast.Axis, n_layers: int) -> Iterator[tuple[int, str]]:
+    """Layers with their depth as written; those within a range as what they are."""
+    percents = [
+        v for v in axis.values if isinstance(v, ast.AxisRange) and v.low.percent is not None
+    ]
+    if len(percents) < len(axis.values):
+        return
+    for value in reversed(percents):  # the first one that names a layer gives it its label
+        low, high = value.low.percent, None if value.high is None else value.high.percent
+        assert low is not None
+        if high is None:
+            yield find_layer_at_depth(low, n_layers), f"{low:g}%"
+            continue
+        for layer in range(
+            find_layer_at_depth(low, n_layers), find_layer_at_depth(high, n_layers) + 1
+        ):
+            yield layer, f"{100 * layer / max(1, n_layers - 1):.3g}%"
+
+
+def find_layer_at_depth(percent: float, n_layers: int) -> int:
+    """Rounded half up, as everywhere."""
+    return int(percent / 100 * (n_layers - 1) + 0.5)

@@ -1,7 +1,7 @@
-"""Drawing other targets in the place of a cell's own: as many, of the same kind, seeded.
+"""Seeded draws of targets that match a cell's own in number and kind.
 
-Nothing here knows of rules: what is drawn hangs on the seed, on the targets that it stands for and
-on those that it is taken from.
+A draw depends on the seed, on the targets that it replaces and on the pool. This module has no
+knowledge of rules.
 """
 
 from __future__ import annotations
@@ -12,40 +12,41 @@ from dataclasses import dataclass, replace
 from math import comb, prod
 from typing import Any, TypeAlias
 
-from mechdsl.program import spec
-from mechdsl.prompts.prompt_table import Hits
-from mechdsl.prompts.seeded_draws import (
+from mechdsl.base.hashing import (
     Permutation,
-    combination,
-    place_of,
+    choose_subset,
     random_rank,
+    rank_subset,
     stable_hash,
-    subset,
+    unrank_subset,
 )
+from mechdsl.program import spec
+from mechdsl.prompts.runs import Hits
 
-UNIT_WORDS: Mapping[str, spec.Drawn] = {
+UNIT_WORDS: Mapping[str, spec.ControlTarget] = {
     "head": "heads",
     "kv_head": "heads",
     "neuron": "neurons",
     "expert": "experts",
 }
 
-MOST_RANKS = 1 << 62
+MAX_RANKS = 1 << 62
 """Sets that are counted through."""
 
 
 @dataclass(frozen=True)
-class Slot:
+class ExchangeGroup:
     """Where targets can take each other's place: the heads of one layer, or all layers."""
 
-    word: spec.Drawn
+    word: spec.ControlTarget
     size: int
     layer: int | None
 
 
-Own: TypeAlias = Mapping[Slot, tuple[int, ...]]
+CellTargets: TypeAlias = Mapping[ExchangeGroup, tuple[int, ...]]
 """The targets of one cell, ascending, by where they can be exchanged."""
-Picked: TypeAlias = Mapping[tuple[Slot, int], int]
+
+TargetSwaps: TypeAlias = Mapping[tuple[ExchangeGroup, int], int]
 """Target → the one that was drawn in its place."""
 
 
@@ -53,8 +54,8 @@ Picked: TypeAlias = Mapping[tuple[Slot, int], int]
 class SiteOptions:
     """All that could take the place of a cell's targets."""
 
-    own: Own
-    slots: Sequence[Slot]
+    own: CellTargets
+    slots: Sequence[ExchangeGroup]
     pools: Sequence[tuple[int, ...]]
     sizes: Sequence[int]
     """How many sets there are, of each pool."""
@@ -69,16 +70,16 @@ class SiteOptions:
         """How many different ones there are."""
         return prod(self.sizes) - (self.itself is not None)
 
-    def pick(self, rank: int | None, draw: int) -> Picked:
+    def pick(self, rank: int | None, draw: int) -> TargetSwaps:
         """Target → what takes its place; without a rank, of a seeded draw."""
         if rank is not None and self.itself is not None:
             rank += rank >= self.itself
-        found: dict[tuple[Slot, int], int] = {}
+        found: dict[tuple[ExchangeGroup, int], int] = {}
         for slot, pool, size in zip(self.slots, self.pools, self.sizes, strict=True):
             own, here = self.own[slot], None
             if rank is not None:
                 rank, here = divmod(rank, size)
-            targets = subset(pool, len(own), here, self.key, slot.layer, draw)
+            targets = choose_subset(pool, len(own), here, self.key, slot.layer, draw)
             # Which one stands for which is drawn too, as rules may treat them differently.
             several = len(targets) > 1
             places = Permutation(len(targets), self.key, slot.layer, draw) if several else (0,)
@@ -87,8 +88,14 @@ class SiteOptions:
         return found
 
 
-def site_options(
-    own: Own, everywhere: Own, apart: Own, fitting: Sequence[int], *, draws: int, seed: int
+def find_site_options(
+    own: CellTargets,
+    everywhere: CellTargets,
+    apart: CellTargets,
+    fitting: Sequence[int],
+    *,
+    draws: int,
+    seed: int,
 ) -> SiteOptions | None:
     """What could take the place of a cell's targets; None without others.
 
@@ -97,7 +104,7 @@ def site_options(
     """
     slots = sorted(own, key=lambda slot: (slot.word, slot.size, slot.layer or 0))
     everything = {
-        slot: _besides(
+        slot: _exclude(
             tuple(fitting) if slot.word == "layers" else range(slot.size), apart.get(slot, ())
         )
         for slot in slots
@@ -109,11 +116,11 @@ def site_options(
     )
     chosen: SiteOptions | None = None
     for note, without in tiers if own else ():
-        pools = [_besides(everything[slot], without.get(slot, ())) for slot in slots]
+        pools = [_exclude(everything[slot], without.get(slot, ())) for slot in slots]
         sizes = [comb(len(p), len(own[slot])) for p, slot in zip(pools, slots, strict=True)]
         itself = None
         if not without and all(set(own[s]).issubset(everything[s]) for s in slots):
-            itself = _rank([place_of(everything[s], own[s]) for s in slots], sizes)
+            itself = _rank([rank_subset(everything[s], own[s]) for s in slots], sizes)
         parts = [(slot.word, slot.size, slot.layer, own[slot]) for slot in slots]
         key = stable_hash(seed, "control", *parts, *map(len, pools))
         found = SiteOptions(own, slots, pools, sizes, itself, key, note)
@@ -150,7 +157,7 @@ class RowOptions:
         taken = {token for run in hits for token in run}
         lengths = Counter(map(len, hits))
         chosen: RowOptions | None = None
-        for pool in (_besides(allowed, sorted(taken)), allowed):
+        for pool in (_exclude(allowed, sorted(taken)), allowed):
             groups = {size: (runs, comb(len(pool), size)) for size, runs in lengths.items()}
             key = stable_hash(seed, "control", "positions", row_key, pool)
             found = cls(hits, pool, groups, None, key)
@@ -186,10 +193,10 @@ class RowOptions:
         places: list[int] = []
         sizes: list[int] = []
         for size, (runs, sets) in self.groups.items():
-            own = {place_of(self.pool, run) for run in self.hits if len(run) == size}
+            own = {rank_subset(self.pool, run) for run in self.hits if len(run) == size}
             if len(own) < runs:
                 return None
-            places.append(place_of(range(sets), sorted(own)))
+            places.append(rank_subset(range(sets), sorted(own)))
             sizes.append(comb(sets, runs))
         return _rank(places, sizes)
 
@@ -197,7 +204,7 @@ class RowOptions:
         """Tokens for its runs; without a rank, of a seeded draw."""
         if self.alone:
             return self.hits
-        if rank is None and self.count <= MOST_RANKS:
+        if rank is None and self.count <= MAX_RANKS:
             rank = random_rank(self.count, self.key, draw)
         if rank is not None and self.itself is not None:
             rank += rank >= self.itself
@@ -213,11 +220,13 @@ class RowOptions:
         self, size: int, runs: int, sets: int, rank: int | None, draw: int
     ) -> list[tuple[int, ...]]:
         if runs == 1:
-            return [subset(self.pool, size, rank, self.key, size, draw)]
-        if sets > MOST_RANKS:
-            return [subset(self.pool, size, None, self.key, size, draw, n) for n in range(runs)]
-        places = subset(range(sets), runs, rank, self.key, size, draw)
-        return [combination(self.pool, size, place) for place in places]
+            return [choose_subset(self.pool, size, rank, self.key, size, draw)]
+        if sets > MAX_RANKS:
+            return [
+                choose_subset(self.pool, size, None, self.key, size, draw, n) for n in range(runs)
+            ]
+        places = choose_subset(range(sets), runs, rank, self.key, size, draw)
+        return [unrank_subset(self.pool, size, place) for place in places]
 
 
 @dataclass(frozen=True)
@@ -244,10 +253,10 @@ class TokenOptions:
         return tuple(found)
 
 
-Options: TypeAlias = SiteOptions | TokenOptions
+DrawOptions: TypeAlias = SiteOptions | TokenOptions
 
 
-def different_draws(parts: Sequence[Options], *, draws: int) -> list[list[Any]]:
+def draw_distinct(parts: Sequence[DrawOptions], *, draws: int) -> list[list[Any]]:
     """For every draw what each part picks, no two alike: fewer where there aren't as many.
 
     They are drawn without replacement, each as likely as the next, so that they are exchangeable.
@@ -256,7 +265,7 @@ def different_draws(parts: Sequence[Options], *, draws: int) -> list[list[Any]]:
     keys = [part.key for part in parts]
     key = keys[0] if len(keys) == 1 else stable_hash(*keys)
     found: list[list[Any]] = []
-    if total <= MOST_RANKS:
+    if total <= MAX_RANKS:
         order = Permutation(total, key) if total else ()
         for draw in range(min(draws, total)):
             rank = order[draw]
@@ -269,7 +278,7 @@ def different_draws(parts: Sequence[Options], *, draws: int) -> list[list[Any]]:
     seen: set[str] = set()
     draw = 0
     while len(found) < draws:
-        few = (part.count if part.count <= MOST_RANKS else None for part in parts)
+        few = (part.count if part.count <= MAX_RANKS else None for part in parts)
         picks = [
             part.pick(None if count is None else random_rank(count, key, n, draw), draw)
             for n, (part, count) in enumerate(zip(parts, few, strict=True))
@@ -281,15 +290,15 @@ def different_draws(parts: Sequence[Options], *, draws: int) -> list[list[Any]]:
     return found
 
 
-def merged(parts: Iterable[Own]) -> dict[Slot, tuple[int, ...]]:
+def merge_targets(parts: Iterable[CellTargets]) -> dict[ExchangeGroup, tuple[int, ...]]:
     """All targets of several, ascending."""
-    found: dict[Slot, set[int]] = {}
+    found: dict[ExchangeGroup, set[int]] = {}
     for part in parts:
         for slot, targets in part.items():
             found.setdefault(slot, set()).update(targets)
     return {slot: tuple(sorted(targets)) for slot, targets in found.items()}
 
 
-def _besides(everything: Sequence[int], without: Sequence[int]) -> tuple[int, ...]:
+def _exclude(everything: Sequence[int], without: Sequence[int]) -> tuple[int, ...]:
     out = set(without)
     return tuple(each for each in everything if each not in out)

@@ -1,23 +1,794 @@
-"""Measures: expressions over metrics, with every text turned into token ids."""
+"""Resolve measures: expressions over metrics, with every text as token ids."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, cast
 
-from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e04_model import NoLogits, NoSuchOutput
+from mechdsl.base import limits
+from mechdsl.base.text import count_noun, find_run, name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
+from mechdsl.diagnostics.models import NoLogits, NoSuchOutput
+from mechdsl.diagnostics.names import UnknownName, UnknownWord
+from mechdsl.diagnostics.rules import AxisDoesNotFit
+from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape
-from mechdsl.prompts.prompt_table import PromptTable
-from mechdsl.resolve.class_outputs import output_elsewhere, output_positions
-from mechdsl.resolve.measure_context import MeasureContext, refuse
-from mechdsl.resolve.measured_places import at_places, places_of
-from mechdsl.resolve.metric_atoms import resolve_atom
-from mechdsl.resolve.resolved import Atom, Labels, ResolvedMeasure
+from mechdsl.program.python_functions import find_function, is_python_call, metric_use
+from mechdsl.program.references import argument_names
+from mechdsl.prompts.answers import (
+    SetExpression,
+    TokenSets,
+    accepted_texts,
+    accepted_tokens,
+    is_list,
+    text_tokens,
+)
+from mechdsl.prompts.positions.cells import resolve_positions
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PositionCell, ReplyPosition
+from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.resolve.class_outputs import (
+    check_class,
+    check_class_members,
+    check_classes_exist,
+    check_form,
+    find_class_argument,
+    find_output_positions,
+    reads_classes,
+    report_fixed_output,
+    report_missing_score_text,
+    resolve_class_numbers,
+    select_class_form,
+)
+from mechdsl.resolve.loops import evaluate_arithmetic, iter_divisors
+from mechdsl.resolve.sites import (
+    MeasureContext,
+    find_item_numbers,
+    report_multi_token,
+    report_unreadable,
+    resolve_site,
+)
+from mechdsl.resolve.types import AxisLabels, ItemNumber, MetricTerm, ResolvedMeasure
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import walk
+from mechdsl.syntax.traversal import walk
+from mechdsl.vocab.metrics import FIRST, LAST, METRICS, MetricArgument, MetricForm, check_pattern
+
+_REPLY_USAGE = {
+    "exact_match": "`exact_match` or `exact_match(answer)`",
+    "contains": '`contains("I cannot", "I\'m sorry")`',
+    "matches": '`matches("[Nn]o\\b")`',
+    "number": "`number` or `number(last)`",
+    "length": "`length`",
+}
+
+
+def resolve_reply_metric(
+    node: ast.Expr,
+    name: str,
+    form: MetricForm,
+    arguments: tuple[ast.Argument, ...],
+    context: MeasureContext,
+) -> MetricTerm | None:
+    """A metric of the reply with what it is compared with, in every row; None after an error.
+
+    Codes: E0612, and those of texts.
+    """
+    if not check_reply(node, context):
+        return None
+    given = [each.value for each in arguments]
+    rows = len(context.table)
+    if any(each.name is not None for each in arguments):
+        return _report_reply_usage(node, name, "its arguments have no names", context)
+    if name == "length":
+        if given:
+            return _report_reply_usage(node, name, "it takes no argument", context)
+        return MetricTerm(node, name, form, wanted={None: ((),) * rows})
+    if name == "number":
+        which = _numeral_end(given)
+        if which is None:
+            return _report_reply_usage(
+                node, name, "`first` or `last` number is all that can be asked", context
+            )
+        return MetricTerm(node, name, form, wanted={None: ((which,),) * rows})
+    if name == "matches":
+        pattern = _pattern(node, given, context)
+        return (
+            None
+            if pattern is None
+            else MetricTerm(node, name, form, wanted={None: ((pattern,),) * rows})
+        )
+    if not given and form.default is None:
+        return _report_reply_usage(node, name, "it has no argument", context)
+    return _of_texts(node, name, form, given, context)
+
+
+def check_reply(node: ast.Expr, context: MeasureContext) -> bool:
+    """Whether there is something to be read; E0612 where nothing is written."""
+    if context.reply is not None:
+        return True
+    reason = "it reads a reply, and this experiment writes none"
+    report_unreadable(context, node.span, reason, "add a line such as `generate 40`")
+    return False
+
+
+def _report_reply_usage(node: ast.Expr, name: str, reason: str, context: MeasureContext) -> None:
+    report_unreadable(context, node.span, reason, f"write {_REPLY_USAGE[name]}")
+
+
+def _numeral_end(given: Sequence[object]) -> str | None:
+    """Which number of a reply is meant."""
+    if not given:
+        return FIRST
+    word = given[0].id if len(given) == 1 and isinstance(given[0], ast.Name) else ""
+    return word if word in (FIRST, LAST) else None
+
+
+def _pattern(node: ast.Expr, given: Sequence[object], context: MeasureContext) -> str | None:
+    """A regular expression as it is written, braces and all."""
+    text = given[0] if len(given) == 1 else None
+    if not isinstance(text, ast.String):
+        return _report_reply_usage(
+            node, "matches", "it takes one regular expression in quotes", context
+        )
+    try:
+        check_pattern(text.value)
+    except ValueError as error:
+        reason = f"its regular expression is invalid: {error}"
+        hint = 'write a character that stands for itself with a backslash: `matches("\\(yes\\)")`'
+        report_unreadable(context, text.span, reason, hint, of=node.span)
+        return None
+    return text.value
+
+
+def _of_texts(
+    node: ast.Expr, name: str, form: MetricForm, given: Sequence[object], context: MeasureContext
+) -> MetricTerm | None:
+    """Texts of each row, of which any counts."""
+    parts = [cast("SetExpression", each) for each in given]
+    parts = parts or [ast.Name(form.default or "answer", span=node.span)]
+    for part in parts:
+        if isinstance(part, ast.ClassOutput | ast.Site | ast.Quantity | ast.EdgeTokenOf):
+            reason = f"`{part.span.written}` is no text that a reply could have"
+            report_unreadable(
+                context, part.span, reason, f"write {_REPLY_USAGE[name]}", of=node.span
+            )
+            return None
+    envs = find_item_numbers(parts, context)
+    if envs is None:
+        return None
+    wanted: dict[ItemNumber, tuple[tuple[str, ...], ...]] = {}
+    for env in envs:
+        extra = context.names_of(env)
+        wanted[env], problems = accepted_texts(context.table, parts, context.tokenizer, extra)
+        context.diagnostics.extend(problems)
+        if problems:
+            return None
+        empty = any(not text.strip() for row in wanted[env] for text in row)
+        if empty and not context.table.stands_in:
+            every = "every reply has it" if name == "contains" else "no more than an empty reply is"
+            report_unreadable(
+                context, node.span, f"one of its texts is empty, and {every}", "name a text"
+            )
+            return None
+    return MetricTerm(node, name, form, wanted=wanted)
+
+
+DIGITS_ARGUMENT = "digits"
+"""`prob(0..99, digits: 2)`: how wide numerals are written."""
+
+
+def resolve_set_metric(
+    node: ast.Expr,
+    name: str,
+    form: MetricForm,
+    arguments: tuple[ast.Argument, ...],
+    context: MeasureContext,
+) -> MetricTerm | None:
+    """Any of several texts, or of numerals, of each row; None after an error."""
+    parts = [cast("SetExpression", a.value) for a in arguments if a.name is None]
+    digits = _digits(node, name, arguments, parts, context)
+    if digits is None or not all(_fits_in_set(part, node, name, context) for part in parts):
+        return None
+    envs = find_item_numbers(parts, context)
+    if envs is None:
+        return None
+    sets: dict[ItemNumber, TokenSets] = {}
+    for env in envs:
+        rows, problems = accepted_tokens(
+            context.table,
+            parts,
+            context.tokenizer,
+            extra=context.names_of(env),
+            digits=digits or None,
+        )
+        context.diagnostics.extend(problems)
+        if has_errors(problems):
+            return None
+        if form.takes == "numerals" and any(each.number is None for row in rows for each in row):
+            report_unreadable(
+                context, node.span, "not all of it are whole numbers", f"write `{name}(1..9)`"
+            )
+            return None
+        every = ((n, e.text) for n, row in enumerate(rows) for e in row)
+        long = next((each for each in every if len(each[1].ids) != 1), None)
+        if context.tokenizer.stands_in and name == "logprob":
+            long = None
+        if long is not None and name == "logprob":
+            reason = f"`{long[1].text}` is several tokens, and texts of several are read one by one"
+            report_unreadable(
+                context, node.span, reason, "measure `logprob(…)` of each text by itself"
+            )
+            return None
+        if long is not None:
+            context.diagnostics.append(report_multi_token(parts, name, *long, context))
+            return None
+        sets[env] = TokenSets.made_of(rows)
+    return MetricTerm(node, name, form, sets=sets)
+
+
+def _fits_in_set(part: SetExpression, node: ast.Expr, name: str, context: MeasureContext) -> bool:
+    """Whether it can be one of several; E0612 for numerals that are none, whatever the row."""
+    if isinstance(part, ast.ClassOutput | ast.Site | ast.Quantity):
+        reason = f"`{part.span.written}` can't be one of several"
+        report_unreadable(
+            context, part.span, reason, f"write `{name}(answer, wrong)`: texts", of=node.span
+        )
+        return False
+    if not isinstance(part, ast.Range):
+        return True
+    low, high = (_integer(end, context.parameters) for end in (part.low, part.high))
+    reason = ""
+    if low is None or high is None:
+        fixed = not any(_of_row(end, context.parameters) for end in (part.low, part.high))
+        reason = "the numerals must be two whole numbers, the smaller one first" if fixed else ""
+    elif low > high:
+        reason = "the numerals must be two whole numbers, the smaller one first"
+    elif high - low >= limits.NUMERALS:
+        reason = f"{high - low + 1:,} numerals are more than {limits.NUMERALS:,}"
+    if reason:
+        report_unreadable(context, part.span, reason, f"write `{name}(1..9)`", of=node.span)
+    return not reason
+
+
+def _of_row(end: ast.Expr, parameters: Mapping[str, Any]) -> bool:
+    """Whether it may be another number in each row."""
+    names = (ast.Name, ast.Attribute, ast.Index, ast.Call)
+    found = (part for part in walk(end) if isinstance(part, names))
+    return any(not isinstance(part, ast.Name) or part.id not in parameters for part in found)
+
+
+def _digits(
+    node: ast.Expr,
+    name: str,
+    arguments: tuple[ast.Argument, ...],
+    parts: Sequence[SetExpression],
+    context: MeasureContext,
+) -> int | None:
+    """How many digits numerals are written with; 0 is as in `answer`, None after an error."""
+    given = next((a for a in arguments if a.name is not None), None)
+    if given is None:
+        return 0
+    number = _integer(cast("ast.Expr", given.value), context.parameters)
+    if number is None or not 1 <= number <= limits.DIGITS:
+        reason = f"`digits` must be a whole number from 1 to {limits.DIGITS}"
+        report_unreadable(
+            context, given.span, reason, f"write `{name}(0..99, digits: 2)`", of=node.span
+        )
+        return None
+    if not any(isinstance(part, ast.Range | ast.ListLiteral) for part in parts):
+        reason = "`digits` is for numerals, and it has none"
+        report_unreadable(
+            context, given.span, reason, "leave it out: texts are written out", of=node.span
+        )
+        return None
+    return number
+
+
+def _integer(node: ast.Expr, parameters: Mapping[str, Any]) -> int | None:
+    match node:
+        case ast.Number(value=int(value)):
+            return value
+        case ast.Negative(operand=ast.Number(value=int(value))):
+            return -value
+        case ast.Name(id=name) if isinstance(parameters.get(name), int):
+            return parameters[name]
+        case _:
+            return None
+
+
+def resolve_metric(node: ast.Name | ast.Call, context: MeasureContext) -> MetricTerm | None:
+    """The metric that is named, or the function of a Python file; None after an error.
+
+    Codes: E0108, E0203, E0222, E0442 to E0445, E0507, E0612 and those of texts.
+    """
+    if isinstance(node, ast.Call) and is_python_call(node):
+        return _of_python(node, context)
+    name = node.id if isinstance(node, ast.Name) else node.name
+    seen = context.observed if context.reads_observed and isinstance(node, ast.Name) else None
+    own = seen is not None and (seen.gives == "number" or seen.read_by_measures)
+    if seen is not None and own and name in (*context.names, seen.word):
+        return MetricTerm(node, seen.word, seen.form)
+    if seen is not None and name in seen.controls:
+        return MetricTerm(node, name, seen.form_of(name))
+    if context.reads_observed and name in context.names and not own:
+        return None  # an observation that there isn't, or that lacks a part, which is said there
+    metric = METRICS.get(name)
+    if metric is None and isinstance(node, ast.Name) and name in context.metrics:
+        return None  # it couldn't be written out, which has been said
+    if metric is None:
+        if isinstance(node, ast.Name) and name in context.parameters:
+            hint = "parameters can't stand in a measure"
+        else:
+            hint = _other_word(node, name, context)
+        context.diagnostics.append(UnknownWord(span=node.span, kind="metric", word=name, hint=hint))
+        return None
+    arguments = node.arguments if isinstance(node, ast.Call) else ()
+    if "reply" in metric.forms:
+        return resolve_reply_metric(node, name, metric.forms["reply"], arguments, context)
+    shape = context.sites.shape
+    images = isinstance(context.tokenizer, ImageTokenizer) or bool(shape.side)
+    wanted = find_class_argument(node, metric, shape, of_images=images)
+    if name == "score" and wanted is None and not shape.stands_in:
+        context.diagnostics.append(report_missing_score_text(node, context.sites.model))
+        return None
+    if wanted is not None:
+        form = select_class_form(metric, shape)
+    else:
+        form = _form(metric.forms, arguments, context)
+    if form is None:
+        report_unreadable(
+            context,
+            node.span,
+            _explain_misfit(metric.forms, len(arguments)),
+            f"write {_usage(name, metric.forms)}",
+        )
+        return None
+    if wanted is not None:
+        return _of_class(node, name, form, wanted, context)
+    problem = check_form(node, name, form, shape, context.sites.model)
+    chooses = reads_classes(form, shape)
+    if problem is None and chooses:
+        problem = check_classes_exist(node, context.table, shape, context.sites.model)
+    if problem is not None:
+        context.diagnostics.append(problem)
+        return None
+    found = _BUILDERS[form.takes](node, name, form, arguments, context)
+    return replace(found, classes=shape.classes) if found is not None and chooses else found
+
+
+def _other_word(node: ast.Expr, name: str, context: MeasureContext) -> str:
+    """What to write where something else than a metric stands."""
+    rows = context.table.runs["clean"].rows
+    if name in context.metrics:
+        return f"`{name}` is defined in this file: write it alone, without brackets"
+    if isinstance(node, ast.Name) and rows and name in rows[0].values:
+        return f"`{name}` is a value of the prompts, and metrics are read off the model's output"
+    if name == "auc":
+        return "the area under a curve is an expectation: `expect auc(prob, k) < 0.4`"
+    known = ", ".join(METRICS)
+    return did_you_mean(name, [*METRICS, *context.metrics], f"metrics are {known}")
+
+
+def _form(
+    forms: Mapping[MetricArgument, MetricForm],
+    arguments: tuple[ast.Argument, ...],
+    context: MeasureContext,
+) -> MetricForm | None:
+    """The form that fits the number and kind of the arguments."""
+    values = [a.value for a in arguments if a.name is None]
+    if any(a.name not in (None, DIGITS_ARGUMENT) for a in arguments):
+        return None
+    if not arguments:
+        return (
+            (forms.get("own") if context.at is not None else None)
+            or forms.get("nothing")
+            or forms.get("prompt")
+            or forms.get("observation")
+            or next((f for f in forms.values() if f.default is not None), None)
+        )
+    if len(values) == 2 and "activations" in forms:
+        return forms["activations"]
+    ranges = [isinstance(each, ast.Range) for each in values]
+    sets = [wide or is_list(context.table, each) for wide, each in zip(ranges, values, strict=True)]
+    if values and "numerals" in forms and all(ranges if "any" in forms else sets):
+        return forms["numerals"]
+    if not values:
+        return None
+    if len(arguments) > 1 or any(sets):
+        return forms.get("any")
+    if isinstance(values[0], ast.Quantity | ast.Site):
+        return None
+    return forms.get("target") or forms.get("continuation") or forms.get("reference")
+
+
+def _explain_misfit(forms: Mapping[MetricArgument, MetricForm], given: int) -> str:
+    """Why no form of a metric fits, by how many arguments it is given."""
+    alone = {"nothing", "prompt", "own", "observation"}
+    most = 2 if "activations" in forms else 0 if alone.issuperset(forms) else 1
+    if not given:
+        return "it has no argument"
+    if given <= most or not {"any", "numerals"}.isdisjoint(forms):
+        return "its argument doesn't fit"
+    return f"it takes {count_noun(most, 'argument') if most else 'no argument'}, not {given}"
+
+
+_USAGE: Mapping[MetricArgument, str] = {
+    "target": "`{}(answer)`",
+    "any": "`{}(answer, wrong)`",
+    "continuation": "`{}(answer)`",
+    "numerals": "`{}(1..9)`",
+    "reference": "`{}(clean)`",
+    "class": "`{}(class answer)`",
+    "label": "`{}(class answer)`",
+    "nothing": "`{}`",
+    "prompt": "`{}`",
+    "own": "`{}`, with `at`",
+    "activations": "`{}(L3.resid, clean)`",
+    "observation": "`{}`, beside a line `observe attention …`",
+}
+
+
+def _usage(name: str, forms: Mapping[MetricArgument, MetricForm]) -> str:
+    return " or ".join(dict.fromkeys(_USAGE[takes].format(name) for takes in forms))
+
+
+MetricBuilder = Callable[
+    [ast.Expr, str, MetricForm, tuple[ast.Argument, ...], MeasureContext], MetricTerm | None
+]
+
+
+def _of_nothing(
+    node: ast.Expr,
+    name: str,
+    form: MetricForm,
+    arguments: tuple[ast.Argument, ...],
+    context: MeasureContext,
+) -> MetricTerm:
+    return MetricTerm(node, name, form)
+
+
+def _of_attention(
+    node: ast.Expr,
+    name: str,
+    form: MetricForm,
+    arguments: tuple[ast.Argument, ...],
+    context: MeasureContext,
+) -> MetricTerm | None:
+    if context.observed is None or context.observed.word != name:
+        hint = "add a line `observe attention layer * head * from last token to …`"
+        report_unreadable(context, node.span, "nothing says which attention", hint)
+        return None
+    return MetricTerm(node, name, form)
+
+
+def _of_text(
+    node: ast.Expr,
+    name: str,
+    form: MetricForm,
+    arguments: tuple[ast.Argument, ...],
+    context: MeasureContext,
+) -> MetricTerm | None:
+    """`logit(T)`, `logprob(T)`: the token ids of T, for every row and environment."""
+    text: Any = (
+        arguments[0].value if arguments else ast.Name(form.default or "answer", span=node.span)
+    )
+    envs = find_item_numbers([text], context)
+    if envs is None:
+        return None
+    by_item = None not in envs
+    texts: dict[ItemNumber, tuple[tuple[int, ...], ...]] = {}
+    for env in envs:
+        extra = context.names_of(env)
+        found, problems = text_tokens(context.table, text, tokenizer=context.tokenizer, extra=extra)
+        context.diagnostics.extend(problems)
+        if any(p.severity == "error" for p in problems):
+            return None
+        if form.takes == "target":
+            long = next(((n, t) for n, t in enumerate(found) if len(t.ids) != 1), None)
+            if long is not None:
+                context.diagnostics.append(report_multi_token([text], name, *long, context))
+                return None
+        texts[env] = tuple(t.ids for t in found)
+    several = any(len(ids) != 1 for rows in texts.values() for ids in rows)
+    several = several and not context.tokenizer.stands_in
+    by_item = by_item or not context.names_of(None).keys().isdisjoint(argument_names(text))
+    if several and (by_item or context.at is not None):
+        context.diagnostics.append(
+            NotSupported(
+                span=text.span,
+                what="a text of several tokens "
+                + ("that differs by cell" if by_item else "read before the end of the prompt"),
+            )
+        )
+        return None
+    return MetricTerm(node, name, form, texts=texts)
+
+
+def _of_class(
+    node: ast.Expr, name: str, form: MetricForm, wanted: ast.ClassOutput, context: MeasureContext
+) -> MetricTerm | None:
+    """`logit(class C)`: the number of the output C, for every row."""
+    shape, model = context.sites.shape, context.sites.model
+    problem = check_class(node, name, wanted, shape, model)
+    if problem is not None:
+        context.diagnostics.append(problem)
+        return None
+    numbers, problems = resolve_class_numbers(wanted, context.table, shape, model)
+    chooses = reads_classes(form, shape)
+    if chooses and not problems:
+        lacking = check_classes_exist(node, context.table, shape, model)
+        lacking = lacking or check_class_members(wanted, numbers, shape, model)
+        problems = [] if lacking is None else [lacking]
+    context.diagnostics.extend(problems)
+    if problems:
+        return None
+    texts: dict[ItemNumber, tuple[tuple[int, ...], ...]] = {None: tuple((n,) for n in numbers)}
+    classes = shape.classes if chooses else 0
+    return MetricTerm(node, name, form, texts=texts, of_class=True, classes=classes)
+
+
+def _of_run(
+    node: ast.Expr,
+    name: str,
+    form: MetricForm,
+    arguments: tuple[ast.Argument, ...],
+    context: MeasureContext,
+) -> MetricTerm | None:
+    run = _reference(arguments[0].value, context)
+    return None if run is None else MetricTerm(node, name, form, run=run)
+
+
+def _of_activations(
+    node: ast.Expr,
+    name: str,
+    form: MetricForm,
+    arguments: tuple[ast.Argument, ...],
+    context: MeasureContext,
+) -> MetricTerm | None:
+    site = arguments[0].value
+    if isinstance(site, ast.ShortSite):
+        site = ast.Site(short=site, span=site.span)
+    elif isinstance(site, ast.Name):
+        site = ast.Site(names=(site,), span=site.span)
+    if not isinstance(site, ast.Site):
+        report_unreadable(
+            context,
+            site.span,
+            "its first argument is not a site",
+            "write `cosine(resid_post layer 5, clean)`",
+            of=node.span,
+        )
+        return None
+    targets, axes = resolve_site(site, context.sites)
+    run = _reference(arguments[1].value, context)
+    if targets is None or run is None:
+        return None
+    if any(len(points) != 1 for points in targets.points.values()):
+        context.diagnostics.append(
+            AxisDoesNotFit(
+                span=site.span,
+                site=site.span.written,
+                reason="joins several sites",
+                hint="name one layer (and one head or neuron), or sweep: `layer *`",
+            )
+        )
+        return None
+    # Loops have one value here, that of the cells in work: only its own axes tell points apart.
+    own = [n for n, of in enumerate(targets.axes) if of not in context.sites.loops]
+    found = {tuple(key[n] for n in own): points[0] for key, points in targets.points.items()}
+    if not axes:
+        return MetricTerm(node, name, form, run=run, point=found[()])
+    return MetricTerm(node, name, form, run=run, points=found, axes=axes)
+
+
+def _of_python(node: ast.Call, context: MeasureContext) -> MetricTerm | None:
+    """A function of a Python file. Nothing of it runs before there are logits."""
+    use = metric_use(node)
+    function, problems = find_function(node, use)
+    context.diagnostics.extend(problems)
+    if function is None or (use == "reply" and not check_reply(node, context)):
+        return None
+    takes = "reply" if use == "reply" else "rows"
+    form = MetricForm(takes, "", "number", function.call, "a function of a Python file")
+    rows = tuple(
+        {
+            **row.values,
+            **{name: text.text for name, text in row.texts.items()},
+            # No name of a value has a dot, so these take none of their places.
+            **{f"{name}.ids": text.ids for name, text in row.texts.items()},
+        }
+        for row in context.table.runs["clean"].rows
+    )
+    tokenizer = None if function.tokenizer == "nothing" else context.tokenizer
+    return MetricTerm(node, function.name, form, python=function, rows=rows, tokenizer=tokenizer)
+
+
+def resolve_run(value: Any, context: MeasureContext) -> str | None:
+    """The run that `kl(clean)` names; E0201 where the block has none of that name."""
+    name = value.id if isinstance(value, ast.Name) else ""
+    if isinstance(value, ast.Attribute):  # a corruption of another block
+        name = f"{value.name}.{value.attribute}"
+    found = find_run(name, context.table.runs)
+    if found is not None:
+        return found
+    runs = list(context.table.runs)
+    known = name_list(runs)
+    context.diagnostics.append(
+        UnknownName(
+            span=value.span,
+            kind="run",
+            name=value.span.written,
+            hint=did_you_mean(name, runs, f"runs are {known}"),
+        )
+    )
+    return None
+
+
+def _reference(value: Any, context: MeasureContext) -> str | None:
+    """The run that a metric compares with; one with several draws of noise is no single run."""
+    run = resolve_run(value, context)
+    if run is not None and context.table.runs[run].draws > 1:
+        context.diagnostics.append(
+            NotSupported(span=value.span, what="a comparison with several draws of noise")
+        )
+        return None
+    return run
+
+
+_BUILDERS: Mapping[MetricArgument, MetricBuilder] = {
+    "target": _of_text,
+    "continuation": _of_text,
+    "any": resolve_set_metric,
+    "numerals": resolve_set_metric,
+    "reference": _of_run,
+    "nothing": _of_nothing,
+    "prompt": _of_nothing,
+    "own": _of_nothing,
+    "observation": _of_attention,
+    "activations": _of_activations,
+}
+
+MEASURED_AXIS = "measured"
+"""The axis of the positions that measures are read at …"""
+
+STEP_AXIS = "step"
+"""… and of the steps of a reply."""
+
+
+@dataclass(frozen=True)
+class ReadPosition:
+    """One position that a measure is read at."""
+
+    label: str = ""
+    at: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """Per run and row, the token; of rows that lack it, any."""
+    absent: tuple[int, ...] = ()
+    """Rows that lack it in some run."""
+    item: int | None = None
+    reply: ReplyPosition | None = None
+
+
+def find_read_positions(
+    at: ast.Position | None, context: MeasureContext, runs: tuple[str, ...]
+) -> list[ReadPosition]:
+    """The positions that a measure is read at, in each run; one without a label for the last token
+    and after an error."""
+    if at is None:
+        return [ReadPosition()]
+    positions = ast.Positions((at,), span=at.span)
+    found: dict[str, dict[str, PositionCell]] = {}
+    for run in runs:
+        cells, problems = resolve_positions(
+            positions,
+            context.table,
+            run,
+            tokenizer=context.tokenizer,
+            loop_values={**context.parameters, **context.loop_values},
+            loops=tuple(context.loop_values),
+            replies=context.replies,
+        )
+        context.diagnostics.extend(p for p in problems if p not in context.diagnostics)
+        if any(p.severity == "error" for p in problems):
+            return [ReadPosition()]
+        known = any(cell.reply is not None for cell in cells)
+        if context.tokenizer.stands_in and len(cells) == 1 and not known:
+            continue  # how many tokens it has isn't known
+        if not all(_single(cell) for cell in cells):
+            report_unreadable(
+                context,
+                at.span,
+                "a measure is read at one token of every prompt",
+                "name one position, such as `last token` or `subject token`, or sweep single "
+                "tokens: `each item token`, `token * align left`",
+            )
+            return [ReadPosition()]
+        found[run] = {cell.label: cell for cell in cells}
+    if not found:
+        return [ReadPosition()]
+    first = next(iter(found.values()))
+    labels = [label for label in first if all(label in own for own in found.values())]
+    return [_read_position(label, first, found) for label in labels]
+
+
+def _single(cell: PositionCell) -> bool:
+    """Whether it is one token of every row that has it."""
+    if cell.reply is not None and not cell.reply.single:
+        return False
+    return all(len(row) <= 1 and all(len(tokens) == 1 for tokens in row) for row in cell.hits)
+
+
+def _read_position(
+    label: str, first: Mapping[str, PositionCell], found: Mapping[str, Mapping[str, PositionCell]]
+) -> ReadPosition:
+    at: dict[str, tuple[int, ...]] = {}
+    absent: set[int] = set()
+    for run, cells in found.items():
+        hits = cells[label].hits
+        absent.update(row for row, own in enumerate(hits) if not own)
+        at[run] = tuple(own[0][0] if own else 0 for own in hits)
+    return ReadPosition(label, at, tuple(sorted(absent)), first[label].item, first[label].reply)
+
+
+def expand_read_positions(
+    measure: ResolvedMeasure, places: Sequence[ReadPosition], context: MeasureContext
+) -> Iterator[tuple[AxisLabels, ResolvedMeasure]]:
+    """The measure at each place that some row has, and in each combination of the sites that its
+    metrics sweep."""
+    swept = {axis.name: axis for atom in measure.atoms for axis in atom.axes}
+    keys = product(*(range(len(axis)) for axis in swept.values()))
+    sites = [dict(zip(swept, key, strict=True)) for key in keys]
+    for place, chosen in product(places, sites):
+        labels: list[tuple[str, int | float | str]] = []
+        if len(places) > 1 and place.reply is not None and place.reply.kind == "step":
+            labels.append((STEP_AXIS, place.reply.number))
+        elif len(places) > 1:
+            labels.append((MEASURED_AXIS, place.label))
+        labels += [(name, swept[name].labels[index]) for name, index in chosen.items()]
+        found = _read_at(measure, place, chosen, context)
+        if len(found.absent) < len(context.table) or not len(context.table):
+            yield tuple(labels), found
+
+
+def _read_at(
+    measure: ResolvedMeasure,
+    place: ReadPosition,
+    chosen: Mapping[str, int],
+    context: MeasureContext,
+) -> ResolvedMeasure:
+    atoms = tuple(_term_at(atom, place, chosen, context) for atom in measure.atoms)
+    at, absent = place.at or measure.at, set(place.absent)
+    if place.reply is None and any(atom.form.takes == "own" for atom in atoms):
+        absent.update(n for tokens in at.values() for n, token in enumerate(tokens) if not token)
+        at = {run: tuple(max(token - 1, 0) for token in tokens) for run, tokens in at.items()}
+    return replace(
+        measure, atoms=atoms, at=at, absent=tuple(sorted(absent)), item=place.item,
+        in_reply=place.reply,
+        reply=measure.reply if place.reply is None else context.reply,
+    )  # fmt: skip
+
+
+def _term_at(
+    atom: MetricTerm, place: ReadPosition, chosen: Mapping[str, int], context: MeasureContext
+) -> MetricTerm:
+    if atom.points:
+        key = tuple(chosen[axis.name] for axis in atom.axes)
+        return replace(atom, point=atom.points[key], points={}, axes=())
+    if atom.form.takes == "own":
+        rows = {run: context.table.runs[run].rows for run in place.at}
+        own = {
+            run: tuple(row.ids[token] for row, token in zip(rows[run], tokens, strict=True))
+            for run, tokens in place.at.items()
+        }
+        return replace(atom, own=own)
+    if atom.by_item and place.item in (*atom.texts, *atom.sets, *atom.wanted):
+        texts = {None: atom.texts[place.item]} if atom.texts else {}
+        sets = {None: atom.sets[place.item]} if atom.sets else {}
+        wanted = {None: atom.wanted[place.item]} if atom.wanted else {}
+        return replace(atom, texts=texts, sets=sets, wanted=wanted)
+    return atom
 
 
 def resolve_measure(
@@ -36,13 +807,13 @@ def resolve_measure(
     what the experiment looks at. Codes: E0108, E0203, E0437, E0438, E0442 to E0446, E0507, E0612
     and those of texts and positions.
     """
-    found = resolve_everywhere(
+    found = resolve_measure_positions(
         expression, context, label=label, at=at, runs=runs, observed=observed
     )
     return None if found is None else found[0][1]
 
 
-def resolve_everywhere(
+def resolve_measure_positions(
     expression: ast.Expr,
     context: MeasureContext,
     *,
@@ -50,20 +821,20 @@ def resolve_everywhere(
     at: ast.Position | None = None,
     runs: tuple[str, ...] = (),
     observed: bool = False,
-) -> list[tuple[Labels, ResolvedMeasure]] | None:
+) -> list[tuple[AxisLabels, ResolvedMeasure]] | None:
     """The measure at each of the places that it is read at, with what tells them apart; as
     `resolve_measure`."""
     before = len(context.diagnostics)
     context.at, context.reads_observed = at, observed
     if not context.items:  # what `{item.index}` stands for is where it is read
-        items = (place.item for place in places_of(at, context, runs[:1]))
+        items = (place.item for place in find_read_positions(at, context, runs[:1]))
         context = replace(context, items=tuple(item for item in items if item is not None))
-    atoms: dict[ast.Expr, Atom] = {}
-    _collect(expression, context, atoms)
-    for divisor in divisors(expression):
+    atoms: dict[ast.Expr, MetricTerm] = {}
+    _collect_terms(expression, context, atoms)
+    for divisor in iter_divisors(expression):
         _not_zero(divisor, expression, context)
     read = dict.fromkeys((*runs, *(a.run for a in atoms.values() if a.run is not None)))
-    places = places_of(at, context, tuple(read) if runs else ())
+    places = find_read_positions(at, context, tuple(read) if runs else ())
     shape, model = context.sites.shape, context.sites.model
     if len(context.diagnostics) > before and any(
         d.severity == "error" for d in context.diagnostics[before:]
@@ -75,14 +846,14 @@ def resolve_everywhere(
     positions: Mapping[str, tuple[int, ...]] | None = None
     if shape.output_at != "every token" and _of_logits(found):
         if at is not None:
-            context.diagnostics.append(output_elsewhere(at.span, shape, model))
+            context.diagnostics.append(report_fixed_output(at.span, shape, model))
             return None
-        positions = output_positions(context.table, shape)
+        positions = find_output_positions(context.table, shape)
     elif not shape.causal and not _without_next_token(expression, found, at, context):
         return None
     category = expression in atoms and atoms[expression].form.kind == "category"
     if not category and any(a.form.kind == "category" for a in found):
-        refuse(
+        report_unreadable(
             context,
             expression.span,
             "categories can't be calculated with",
@@ -104,16 +875,16 @@ def resolve_everywhere(
         observed=observed,
         reply=context.reply if any(a.form.takes == "reply" for a in found) else None,
     )
-    everywhere = list(at_places(whole, places, context))
+    everywhere = list(expand_read_positions(whole, places, context))
     if not everywhere:
         reason = "no prompt has a token there that another one stands in front of"
-        refuse(context, expression.span, reason, "name a later position")
+        report_unreadable(context, expression.span, reason, "name a later position")
     return everywhere or None
 
 
 def _can_be_read(
     expression: ast.Expr,
-    atoms: Sequence[Atom],
+    atoms: Sequence[MetricTerm],
     at: ast.Position | None,
     context: MeasureContext,
 ) -> bool:
@@ -122,32 +893,35 @@ def _can_be_read(
         # Names are of metrics that couldn't be written out, which has been said.
         if not any(isinstance(n, ast.Name) for n in walk(expression)):
             hint = "write a metric such as `logit(answer)`"
-            refuse(context, expression.span, "it doesn't read the model", hint)
+            report_unreadable(context, expression.span, "it doesn't read the model", hint)
         return False
     if context.reads_observed and not _of_one_token(expression, atoms, at, context):
         return False
     if at is not None and any(atom.form.takes == "reply" for atom in atoms):
         reason, hint = "a reply is measured as a whole", "leave `at …` out"
-        refuse(context, expression.span, reason, hint)
+        report_unreadable(context, expression.span, reason, hint)
         return False
-    unread = unreadable(expression, atoms, context.sites.shape, context.sites.model)
+    unread = check_readable(expression, atoms, context.sites.shape, context.sites.model)
     if unread is not None:
         context.diagnostics.append(unread)
     return unread is None
 
 
-def _read_alike(expression: ast.Expr, atoms: Sequence[Atom], context: MeasureContext) -> bool:
+def _read_alike(expression: ast.Expr, atoms: Sequence[MetricTerm], context: MeasureContext) -> bool:
     """Whether all metrics of a measure are read at one place: a token's loss is read in front of
     it, where it is predicted."""
     if len({atom.form.takes == "own" for atom in atoms}) == 1:
         return True
     reason = "the loss of a token is read in front of it, the rest at the token itself"
-    refuse(context, expression.span, reason, "measure them in two lines")
+    report_unreadable(context, expression.span, reason, "measure them in two lines")
     return False
 
 
 def _of_one_token(
-    expression: ast.Expr, atoms: Sequence[Atom], at: ast.Position | None, context: MeasureContext
+    expression: ast.Expr,
+    atoms: Sequence[MetricTerm],
+    at: ast.Position | None,
+    context: MeasureContext,
 ) -> bool:
     """Whether a measure can be read off what is observed: one distribution over next tokens."""
     seen = context.observed
@@ -163,16 +937,16 @@ def _of_one_token(
         reason, hint = "its text has several tokens", "name a text of one token"
     else:
         return True
-    refuse(context, expression.span, reason, hint)
+    report_unreadable(context, expression.span, reason, hint)
     return False
 
 
-def _of_logits(atoms: Sequence[Atom]) -> list[Atom]:
+def _of_logits(atoms: Sequence[MetricTerm]) -> list[MetricTerm]:
     return [atom for atom in atoms if atom.form.of_outputs]
 
 
-def unreadable(
-    expression: ast.Expr, atoms: Sequence[Atom], shape: ModelShape, model: str
+def check_readable(
+    expression: ast.Expr, atoms: Sequence[MetricTerm], shape: ModelShape, model: str
 ) -> Diagnostic | None:
     """E0437 for what reads logits of a model that gives none, E0438 for tokens that it gives none
     for."""
@@ -204,7 +978,7 @@ def unreadable(
 
 def _without_next_token(
     expression: ast.Expr,
-    atoms: Sequence[Atom],
+    atoms: Sequence[MetricTerm],
     at: ast.Position | None,
     context: MeasureContext,
 ) -> bool:
@@ -236,79 +1010,29 @@ def _without_next_token(
         hint = "use answers of one token"
     else:
         return True
-    refuse(context, expression.span, reason, hint)
+    report_unreadable(context, expression.span, reason, hint)
     return False
 
 
-def evaluate(expression: ast.Expr, value: Callable[[ast.Expr], Any]) -> Any:
-    """The expression's value; `value` gives that of an atom (arrays broadcast)."""
-    match expression:
-        case ast.Number(value=number):
-            return number
-        case ast.Percent(value=percent):
-            return percent / 100
-        case ast.Negative(operand=operand):
-            return -evaluate(operand, value)
-        case ast.Not(operand=operand):
-            return evaluate(operand, value) == 0
-        case ast.Binary(operator=operator, left=left, right=right):
-            return _ARITHMETIC[operator](evaluate(left, value), evaluate(right, value))
-        case ast.Compare(operator=operator, left=left, right=right):
-            return _COMPARISONS[operator](evaluate(left, value), evaluate(right, value)) * 1.0
-        case ast.Logical(operator=operator, left=left, right=right):
-            a, b = evaluate(left, value) != 0, evaluate(right, value) != 0
-            return ((a & b) if operator == "and" else (a | b)) * 1.0
-        case _:
-            return value(expression)
-
-
-def divisors(expression: ast.Expr) -> Iterator[ast.Expr]:
-    """What an expression divides by, outside of its metrics."""
-    match expression:
-        case ast.Negative(operand=operand) | ast.Not(operand=operand):
-            yield from divisors(operand)
-        case ast.Binary() | ast.Compare() | ast.Logical():
-            yield from divisors(expression.left)
-            yield from divisors(expression.right)
-            if isinstance(expression, ast.Binary) and expression.operator == "/":
-                yield expression.right
-        case _:
-            return
-
-
-_ARITHMETIC: Mapping[str, Callable[[Any, Any], Any]] = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a / b,
-}
-_COMPARISONS: Mapping[str, Callable[[Any, Any], Any]] = {
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    ">": lambda a, b: a > b,
-    ">=": lambda a, b: a >= b,
-    "=": lambda a, b: a == b,
-    "!=": lambda a, b: a != b,
-}
-
-
-def _collect(expression: ast.Expr, context: MeasureContext, atoms: dict[ast.Expr, Atom]) -> None:
+def _collect_terms(
+    expression: ast.Expr, context: MeasureContext, atoms: dict[ast.Expr, MetricTerm]
+) -> None:
     """Every atom of the expression, resolved once."""
     match expression:
         case ast.Number() | ast.Percent():
             return
         case ast.Negative(operand=operand) | ast.Not(operand=operand):
-            _collect(operand, context, atoms)
+            _collect_terms(operand, context, atoms)
         case ast.Binary() | ast.Compare() | ast.Logical():
-            _collect(expression.left, context, atoms)
-            _collect(expression.right, context, atoms)
+            _collect_terms(expression.left, context, atoms)
+            _collect_terms(expression.right, context, atoms)
         case ast.Name() | ast.Call():
             if expression not in atoms:
-                atom = resolve_atom(expression, context)
+                atom = resolve_metric(expression, context)
                 if atom is not None:
                     atoms[expression] = atom
         case _:
-            refuse(
+            report_unreadable(
                 context,
                 expression.span,
                 "it is not a metric",
@@ -321,12 +1045,12 @@ def _not_zero(divisor: ast.Expr, expression: ast.Expr, context: MeasureContext) 
     if any(isinstance(node, ast.Name | ast.Call) for node in walk(divisor)):
         return
     try:
-        zero = evaluate(divisor, lambda node: math.nan) == 0
+        zero = evaluate_arithmetic(divisor, lambda node: math.nan) == 0
     except ZeroDivisionError:
         return  # within it something is divided by 0, which is said there
     if zero:
         hint = "write a divisor that isn't 0"
-        refuse(context, divisor.span, "it divides by 0", hint, of=expression.span)
+        report_unreadable(context, divisor.span, "it divides by 0", hint, of=expression.span)
 
 
 def _truth(table: PromptTable) -> tuple[float, ...] | None:

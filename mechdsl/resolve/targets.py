@@ -1,33 +1,58 @@
-"""Where rules read and write: positions of both runs, laid out over loops and sweeps."""
+"""Resolve where rules read and write: positions of both runs, attention heads, and numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, TypeAlias
 
-from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.e03_coordinates import BadLoopValue
-from mechdsl.diagnostics.e03_positions import AbsentOccurrence, JoinedUnequal, OutsidePrompt
-from mechdsl.diagnostics.e03_rules import OverlappingPositions, UnpairedPositions
-from mechdsl.diagnostics.w07_names import OtherTokens
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean, has_errors
+from mechdsl.diagnostics.names import UnequalIndexTokens, UnknownName
+from mechdsl.diagnostics.positions import AbsentOccurrence, OutsidePrompt, UnequalUnion
+from mechdsl.diagnostics.rules import (
+    AxisDoesNotFit,
+    BadAmount,
+    BadLoopValue,
+    OverlappingPositions,
+    UnpairedPositions,
+)
+from mechdsl.models.shape import ModelShape, unit_count
 from mechdsl.program import spec
-from mechdsl.prompts.answer_tokens import AnswerTokens
-from mechdsl.prompts.position_hits import check_joined
-from mechdsl.prompts.positions import resolve_positions
-from mechdsl.prompts.prompt_table import PositionCell, PromptTable
-from mechdsl.prompts.reply_positions import NO_REPLIES
-from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.open_axes import open_positions
-from mechdsl.resolve.resolved import Axis
-from mechdsl.resolve.resolved_rule import Apart, Key, PositionTargets
-from mechdsl.resolve.unlike_tokens import other_tokens
+from mechdsl.prompts.positions.cells import NO_REPLIES, check_token_counts, resolve_positions
+from mechdsl.prompts.positions.spans import AnswerTokens
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PositionCell
+from mechdsl.resolve.cells import has_open_positions, report_token_mismatch
+from mechdsl.resolve.loops import evaluate_arithmetic
+from mechdsl.resolve.sites import (
+    ExperimentContext,
+    SiteContext,
+    check_component,
+    check_stack,
+    find_missing_point,
+    label_points,
+    resolve_components,
+    resolve_site,
+    resolve_swept_site,
+)
+from mechdsl.resolve.types import (
+    Amounts,
+    Axis,
+    AxisIndices,
+    ExternalRun,
+    PositionTargets,
+    SitePoint,
+    SiteTargets,
+)
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import numbers_named, walk
+from mechdsl.syntax.traversal import number_names, walk
+from mechdsl.vocab.sites import SITES, SiteKind
 
 
 @dataclass(frozen=True)
-class Found:
+class PositionMatch:
     """Positions of one rule: the cells where it writes, those where it reads, in the same order,
     and the labels of positions that no row has in both runs."""
 
@@ -36,17 +61,19 @@ class Found:
     left_out: tuple[str, ...] = ()
 
 
-Values: TypeAlias = Mapping[str, Any]
+NamedValues: TypeAlias = Mapping[str, Any]
 """Parameters and the current values of loops."""
-Find: TypeAlias = Callable[[Values], Found | None]
-_ELSEWHERE = "rows of another block have no text behind them"
+
+PositionFinder: TypeAlias = Callable[[NamedValues], PositionMatch | None]
+
+_NO_ANSWERS_REASON = "rows of another block have no text behind them"
 
 
-def rule_targets(
+def resolve_rule_positions(
     rule: spec.Rule,
     run: str,
-    work: Work,
-    apart: Apart | None = None,
+    work: ExperimentContext,
+    apart: ExternalRun | None = None,
     *,
     exchanged: bool = False,
 ) -> PositionTargets | None:
@@ -57,32 +84,37 @@ def rule_targets(
     """
     nodes = [rule.at] if rule.onto is None else [rule.at, rule.onto]
 
-    def find(values: Values) -> Found | None:
+    def find(values: NamedValues) -> PositionMatch | None:
         if apart is not None:
-            return _apart(rule.at, apart, values, work)
+            return _match_external(rule.at, apart, values, work)
         if rule.onto is None:
-            return _same(rule.at, run, values, work)
+            return _match_same(rule.at, run, values, work)
         if exchanged:
-            return _exchanged(rule.at, rule.onto, values, work)
-        return _across(rule.at, rule.onto, run, values, work)
+            return _match_exchanged(rule.at, rule.onto, values, work)
+        return _match_pairs(rule.at, rule.onto, run, values, work)
 
-    return laid_out(find, nodes, work)
+    return lay_out_positions(find, nodes, work)
 
 
-def plain_targets(
-    positions: ast.Positions, work: Work, axis: str = "position"
+def resolve_base_positions(
+    positions: ast.Positions, work: ExperimentContext, axis: str = "position"
 ) -> PositionTargets | None:
     """Positions of the base run alone."""
 
-    def find(values: Values) -> Found | None:
+    def find(values: NamedValues) -> PositionMatch | None:
         cells = _cells(positions, work.experiment.base, values, work)
-        return None if cells is None else Found(cells, cells)
+        return None if cells is None else PositionMatch(cells, cells)
 
-    return laid_out(find, [positions], work, axis)
+    return lay_out_positions(find, [positions], work, axis)
 
 
-def later_targets(
-    positions: ast.Positions, low: int, high: int | None, work: Work, *, both: bool = False
+def resolve_later_positions(
+    positions: ast.Positions,
+    low: int,
+    high: int | None,
+    work: ExperimentContext,
+    *,
+    both: bool = False,
 ) -> PositionTargets | None:
     """Tokens of the base run (written), and those that lie `low` to `high` behind them (read).
 
@@ -101,7 +133,7 @@ def later_targets(
                 found.update(range(max(0, token - last + 1), token - low + 1))
         return tuple(sorted(found))
 
-    def find(values: Values) -> Found | None:
+    def find(values: NamedValues) -> PositionMatch | None:
         cells = _cells(positions, base.name, values, work)
         if cells is None:
             return None
@@ -111,7 +143,7 @@ def later_targets(
                 tuple(own for tokens in hit if (own := later(row, tokens)))
                 for row, hit in enumerate(cell.hits)
             )
-            pairs.append(_common(cell, replace(cell, hits=hits)))
+            pairs.append(_shared_rows(cell, replace(cell, hits=hits)))
         there = [pair for pair in pairs if any(pair[0].hits)]
         if not there:
             problem = OutsidePrompt(
@@ -128,12 +160,12 @@ def later_targets(
             return None
         kept = {pair[0].label for pair in there}
         left_out = tuple(cell.label for cell in cells if cell.label not in kept)
-        return Found([pair[0] for pair in there], [pair[1] for pair in there], left_out)
+        return PositionMatch([pair[0] for pair in there], [pair[1] for pair in there], left_out)
 
-    return laid_out(find, [positions], work)
+    return lay_out_positions(find, [positions], work)
 
 
-def sweeps(positions: ast.Positions, work: Work) -> bool:
+def sweeps_positions(positions: ast.Positions, work: ExperimentContext) -> bool:
     """Whether there is more than one cell; what is wrong with them is said elsewhere."""
     before = len(work.diagnostics)
     values = next(_loop_values(_loops_of([positions], work), work))[1]
@@ -142,8 +174,8 @@ def sweeps(positions: ast.Positions, work: Work) -> bool:
     return cells is not None and len(cells) > 1
 
 
-def cells_elsewhere(
-    positions: ast.Positions, table: PromptTable, run: str, work: Work
+def resolve_external_positions(
+    positions: ast.Positions, table: PromptTable, run: str, work: ExperimentContext
 ) -> tuple[list[PositionCell], list[Diagnostic]]:
     """The cells of a rule's positions in rows of another block, for every value of its loops."""
     cells: list[PositionCell] = []
@@ -162,14 +194,17 @@ def cells_elsewhere(
     return cells, problems
 
 
-def laid_out(
-    find: Find, nodes: list[ast.Positions], work: Work, axis: str = "position"
+def lay_out_positions(
+    find: PositionFinder,
+    nodes: list[ast.Positions],
+    work: ExperimentContext,
+    axis: str = "position",
 ) -> PositionTargets | None:
     """What `find` finds for every value of the loops that the positions name."""
     loops = _loops_of(nodes, work)
-    written: dict[Key, PositionCell] = {}
-    read: dict[Key, PositionCell] = {}
-    found: Found | None = None
+    written: dict[AxisIndices, PositionCell] = {}
+    read: dict[AxisIndices, PositionCell] = {}
+    found: PositionMatch | None = None
     for key, values in _loop_values(loops, work):
         found = find(values)
         if found is None:
@@ -204,23 +239,25 @@ def laid_out(
         )
         names = (*names, axis)
     targets = PositionTargets(names, written, read, found.left_out)
-    return targets if work.experiment.generation is None else following(targets)
+    return targets if work.experiment.generation is None else mark_newest(targets)
 
 
-def following(targets: PositionTargets) -> PositionTargets:
+def mark_newest(targets: PositionTargets) -> PositionTargets:
     """The same, with what of it follows the newest token of a reply."""
     newest = {key: cell.follows for key, cell in targets.written.items() if cell.follows}
     every = frozenset(key for key, follows in newest.items() if follows == "every")
     return replace(targets, newest=frozenset(newest), every=every)
 
 
-def _loops_of(nodes: list[ast.Positions], work: Work) -> list[str]:
+def _loops_of(nodes: list[ast.Positions], work: ExperimentContext) -> list[str]:
     """The loops whose variables stand in positions."""
-    named = {name for node in nodes for name in numbers_named(node)}
+    named = {name for node in nodes for name in number_names(node)}
     return [name for name in work.loops if name in named]
 
 
-def _loop_values(loops: list[str], work: Work) -> Iterator[tuple[Key, Values]]:
+def _loop_values(
+    loops: list[str], work: ExperimentContext
+) -> Iterator[tuple[AxisIndices, NamedValues]]:
     """Every combination of the loops' values: its key, and the values by name."""
     parameters = {k: v for k, v in work.program.parameters.items() if isinstance(v, int | float)}
     for key, values in work.sites.combinations(loops):
@@ -230,8 +267,8 @@ def _loop_values(loops: list[str], work: Work) -> Iterator[tuple[Key, Values]]:
 def _cells(
     positions: ast.Positions,
     run: str,
-    values: Values,
-    work: Work,
+    values: NamedValues,
+    work: ExperimentContext,
     other: str | None = None,
     *,
     table: PromptTable | None = None,
@@ -246,34 +283,38 @@ def _cells(
         loops=tuple(work.loops),
         with_runs=() if other in (None, run) else (other,),
         ranked=work.ranked,
-        answers=work.answers if table is None else AnswerTokens(reason=_ELSEWHERE),
+        answers=work.answers if table is None else AnswerTokens(reason=_NO_ANSWERS_REASON),
         replies=work.replies if table is None else NO_REPLIES,
     )
     work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
     return None if has_errors(problems) else list(cells)
 
 
-def _same(positions: ast.Positions, run: str, values: Values, work: Work) -> Found | None:
+def _match_same(
+    positions: ast.Positions, run: str, values: NamedValues, work: ExperimentContext
+) -> PositionMatch | None:
     """The same positions in the base run, where they are written, and in `run`."""
     base = work.experiment.base
     cells = _cells(positions, base, values, work, run)
     if cells is None or run == base:
-        return None if cells is None else Found(cells, cells)
+        return None if cells is None else PositionMatch(cells, cells)
     sources = _cells(positions, run, values, work, base)
     if sources is None:
         return None
     by_label = {cell.label: cell for cell in sources}
-    pairs = [_common(cell, by_label[cell.label]) for cell in cells if cell.label in by_label]
+    pairs = [_shared_rows(cell, by_label[cell.label]) for cell in cells if cell.label in by_label]
     labels = dict.fromkeys(cell.label for cell in (*cells, *sources))
     runs = (work.table.runs[base], work.table.runs[run])
-    apart = other_tokens(positions, runs, pairs, work.model.tokenizer)
-    said = {d.span for d in work.diagnostics if isinstance(d, OtherTokens)}
+    apart = report_token_mismatch(positions, runs, pairs, work.model.tokenizer)
+    said = {d.span for d in work.diagnostics if isinstance(d, UnequalIndexTokens)}
     if apart is not None and apart.span not in said:  # once for all values of a loop
         work.diagnostics.append(apart)
     return _checked(pairs, positions, run, tuple(labels), work)
 
 
-def _apart(positions: ast.Positions, apart: Apart, values: Values, work: Work) -> Found | None:
+def _match_external(
+    positions: ast.Positions, apart: ExternalRun, values: NamedValues, work: ExperimentContext
+) -> PositionMatch | None:
     """The same positions in the base run and in the rows of another block."""
     cells = _cells(positions, work.experiment.base, values, work)
     sources = _cells(positions, apart.run, values, work, table=apart.table)
@@ -296,19 +337,19 @@ def _apart(positions: ast.Positions, apart: Apart, values: Values, work: Work) -
         )
         return None
     left_out = tuple(cell.label for cell in cells if cell.label not in there)
-    return Found(kept, [there[cell.label] for cell in kept], left_out)
+    return PositionMatch(kept, [there[cell.label] for cell in kept], left_out)
 
 
-def _across(
-    at: ast.Positions, onto: ast.Positions, run: str, values: Values, work: Work
-) -> Found | None:
+def _match_pairs(
+    at: ast.Positions, onto: ast.Positions, run: str, values: NamedValues, work: ExperimentContext
+) -> PositionMatch | None:
     """Read at some positions of `run`, written at others of the base run."""
     said = len(work.diagnostics)
     base = work.experiment.base
     sources = _cells(at, run, values, work)
     cells = _cells(onto, base, values, work)
     if sources is None and cells is None and run != base:
-        _exchangeable(at, onto, run, values, work, said)
+        _suggest_exchange(at, onto, run, values, work, said)
     if sources is None or cells is None:
         return None
     if len(cells) not in (1, len(sources)) and len(sources) > 1:
@@ -318,7 +359,7 @@ def _across(
                 first=f"{len(sources)} positions to read",
                 second=f"{len(cells)} positions to write",
                 by_text=not work.table.stands_in
-                and not any(open_positions(each, ["tokens"]) for each in (at, onto)),
+                and not any(has_open_positions(each, ["tokens"]) for each in (at, onto)),
             )
         )
         return None
@@ -330,12 +371,17 @@ def _across(
     for cell, source in zip(cells, sources, strict=True):
         label = f"{source.label} → {cell.label}" if several else source.label
         item = source.item if source.item is not None else cell.item
-        pairs.append(_common(replace(cell, label=label, item=item), source))
+        pairs.append(_shared_rows(replace(cell, label=label, item=item), source))
     return _checked(pairs, at, run, tuple(pair[0].label for pair in pairs), work)
 
 
-def _exchangeable(
-    at: ast.Positions, onto: ast.Positions, run: str, values: Values, work: Work, said: int
+def _suggest_exchange(
+    at: ast.Positions,
+    onto: ast.Positions,
+    run: str,
+    values: NamedValues,
+    work: ExperimentContext,
+    said: int,
 ) -> None:
     """Where each side has the position of the other, one message instead of two."""
     base, now = work.experiment.base, len(work.diagnostics)
@@ -347,14 +393,14 @@ def _exchangeable(
         work.diagnostics[said:] = [replace(first, hint=hint)]
 
 
-def _exchanged(
-    first: ast.Positions, second: ast.Positions, values: Values, work: Work
-) -> Found | None:
+def _match_exchanged(
+    first: ast.Positions, second: ast.Positions, values: NamedValues, work: ExperimentContext
+) -> PositionMatch | None:
     """Two positions of the base run: each is written with what is read at the other."""
-    found = _across(first, second, work.experiment.base, values, work)
+    found = _match_pairs(first, second, work.experiment.base, values, work)
     if found is None:
         for number, said in enumerate(work.diagnostics):
-            if isinstance(said, JoinedUnequal) and said.span == first.span:
+            if isinstance(said, UnequalUnion) and said.span == first.span:
                 work.diagnostics[number] = UnpairedPositions(
                     span=second.span,
                     first=said.source,
@@ -379,11 +425,11 @@ def _exchanged(
                     )
                 )
                 return None
-        pairs.append((_joined(to, of), _joined(of, to)))
-    return Found([pair[0] for pair in pairs], [pair[1] for pair in pairs], found.left_out)
+        pairs.append((_join_cells(to, of), _join_cells(of, to)))
+    return PositionMatch([pair[0] for pair in pairs], [pair[1] for pair in pairs], found.left_out)
 
 
-def _joined(first: PositionCell, second: PositionCell) -> PositionCell:
+def _join_cells(first: PositionCell, second: PositionCell) -> PositionCell:
     """The tokens of both, side by side."""
     hits = tuple(
         tuple((*x, *y) for x, y in zip(a, b, strict=True))
@@ -397,8 +443,8 @@ def _checked(
     positions: ast.Positions,
     run: str,
     labels: tuple[str, ...],
-    work: Work,
-) -> Found | None:
+    work: ExperimentContext,
+) -> PositionMatch | None:
     """Pairs that some row has in both runs, with as many tokens in each."""
     base = work.experiment.base
     pairs = [pair for pair in pairs if any(pair[0].hits)]
@@ -418,14 +464,16 @@ def _checked(
         )
         return None
     written, read = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    problems = check_joined(written, read, span=positions.span, table=work.table, runs=(base, run))
+    problems = check_token_counts(
+        written, read, span=positions.span, table=work.table, runs=(base, run)
+    )
     work.diagnostics.extend(problems)
     kept = {cell.label for cell in written}
     left_out = tuple(label for label in labels if label not in kept)
-    return None if has_errors(problems) else Found(written, read, left_out)
+    return None if has_errors(problems) else PositionMatch(written, read, left_out)
 
 
-def _common(cell: PositionCell, source: PositionCell) -> tuple[PositionCell, PositionCell]:
+def _shared_rows(cell: PositionCell, source: PositionCell) -> tuple[PositionCell, PositionCell]:
     """Both without the rows that lack the position in one of the runs."""
     keep = [bool(a) and bool(b) for a, b in zip(cell.hits, source.hits, strict=True)]
     if all(keep):
@@ -435,3 +483,255 @@ def _common(cell: PositionCell, source: PositionCell) -> tuple[PositionCell, Pos
         return replace(one, hits=tuple(h if k else () for h, k in zip(one.hits, keep, strict=True)))
 
     return cut(cell), cut(source)
+
+
+def resolve_amounts(node: ast.Expr | None, work: ExperimentContext) -> Amounts | None:
+    """The number for every value of the loops that the expression names; None after E0337."""
+    assert node is not None
+    names = [part.id for part in walk(node) if isinstance(part, ast.Name)]
+    loops = tuple(name for name in work.loops if name in names)
+    found: dict[AxisIndices, float] = {}
+    for key, at in work.sites.combinations(loops):
+        values = {**work.program.parameters, **at}
+        amount = _number(node, values)
+        if amount is None:
+            reason, hint = _explain(node, values, work)
+            work.diagnostics.append(
+                BadAmount(span=node.span, text=node.span.written, reason=reason, hint=hint)
+            )
+            return None
+        found[key] = amount
+    return Amounts(loops, found)
+
+
+def _number(node: ast.Expr, values: Mapping[str, object]) -> float | None:
+    for part in walk(node):
+        match part:
+            case ast.Name(id=name):
+                value = values.get(name)
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    return None
+            case ast.Number() | ast.Negative() | ast.Binary():
+                pass
+            case _:
+                return None
+    try:
+        return float(evaluate_arithmetic(node, lambda name: values[getattr(name, "id", "")]))
+    except ZeroDivisionError:
+        return None
+
+
+def _explain(
+    node: ast.Expr, values: Mapping[str, object], work: ExperimentContext
+) -> tuple[str, str]:
+    known = name_list((*work.loops, *work.program.parameters))
+    if isinstance(node, ast.Percent):
+        return "only numbers can be written here", f"write `{node.value / 100:g}`"
+    for part in walk(node):
+        if isinstance(part, ast.Name) and part.id in ("zero", "mean"):
+            return f"`{part.id}` belongs to `ablate … with {part.id}`", "write a number: `0`"
+        if isinstance(part, ast.Name) and part.id not in values:
+            return (
+                f"`{part.id}` is neither a `for` variable around this rule nor a `param`",
+                f"known here are {known}" if known else "write a number, for example `0.5`",
+            )
+    return "only numbers can be written here", "for example `0.5`, a `param`, or a `for` variable"
+
+
+EMBED_POINT = SitePoint("embed", None, None)
+
+
+def fill_empty_picks(
+    sites: SiteTargets | None,
+    positions: PositionTargets | None,
+    otherwise: SitePoint = EMBED_POINT,
+) -> tuple[SiteTargets | None, PositionTargets | None]:
+    """Cells that pick no site write at no token: any site stands in for them.
+
+    A cell has sites and positions of its own in every stage behind this one.
+
+    otherwise: where no cell picks any.
+    """
+    if sites is None or positions is None or all(sites.points.values()):
+        return sites, positions
+    some = next((p for p in sites.points.values() if p), (otherwise,))
+    points = {key: here or some for key, here in sites.points.items()}
+    sources = sites.sources
+    if sources is not None:
+        read = next((p for p in sources.values() if p), some)
+        sources = {key: here or read for key, here in sources.items()}
+    axes = (*positions.axes, *(a for a in sites.axes if a not in positions.axes))
+    sizes = {axis: 1 + max(key[i] for key in sites.points) for i, axis in enumerate(sites.axes)}
+    more = axes[len(positions.axes) :]
+    written: dict[AxisIndices, PositionCell] = {}
+    read_at: dict[AxisIndices, PositionCell] = {}
+    for before in positions.written:
+        for behind in product(*(range(sizes[axis]) for axis in more)):
+            key = (*before, *behind)
+            at = dict(zip(axes, key, strict=True))
+            empty = not sites.points[tuple(at[axis] for axis in sites.axes)]
+            for cells, into in ((positions.written, written), (positions.read, read_at)):
+                cell = cells[before]
+                into[key] = _without_tokens(cell) if empty else cell
+    labels = {key: label if sites.points[key] else "nothing" for key, label in sites.labels.items()}
+    return (
+        replace(sites, points=points, labels=labels, sources=sources),
+        replace(positions, axes=axes, written=written, read=read_at),
+    )
+
+
+def _without_tokens(cell: PositionCell) -> PositionCell:
+    return replace(cell, hits=tuple(((),) if row else () for row in cell.hits))
+
+
+_HEADS = ("head", "kv_head")
+
+ResolvedSites = tuple[SiteTargets | None, tuple[Axis, ...]]
+
+
+def resolve_attention_sites(edge: ast.Edge, context: SiteContext) -> ResolvedSites:
+    """Layers and heads of a rule on edges of attention, as points of `pattern`; without a head
+    axis all heads."""
+    pattern = SITES["pattern"]
+    if edge.stack is not None and not check_stack(edge.stack, context):
+        return None, ()
+    if not check_component(pattern, edge.span, context):
+        return None, ()
+    if edge.heads is not None:
+        targets, axes = _resolve_named_heads(edge.heads, [pattern], None, context), ()
+    elif not any(axis.word == "layer" for axis in edge.axes):
+        context.diagnostics.append(
+            AxisDoesNotFit(
+                span=edge.span,
+                site="attention",
+                reason="needs a layer",
+                hint="write `attention layer * …` for every layer, one run each, or "
+                "`attention layers * …` for all of them at once",
+            )
+        )
+        return None, ()
+    else:
+        site = ast.Site((ast.Name("attention", span=edge.span),), edge.axes, span=edge.span)
+        targets, axes = resolve_swept_site(site, context, [pattern])
+    if targets is None or not _points_exist(targets, edge, context):
+        return None, ()
+    labels = {key: label.replace(".pattern", ".attention") for key, label in targets.labels.items()}
+    return replace(targets, labels=labels), axes
+
+
+def resolve_receivers(site: ast.Site, context: SiteContext) -> ResolvedSites:
+    """Where a path ends: a site, or what heads of a group or of a finding read (`q movers`,
+    `q of top 2 of cie`)."""
+    if site.ranked is not None and site.names:
+        heads = ast.Site(ranked=site.ranked, span=site.ranked.span)
+    elif len(site.names) > 1 and not site.axes:
+        heads = ast.Site((site.names[1],), span=site.names[1].span)
+    else:
+        return resolve_site(site, context)
+    component = site.names[0]
+    kinds = resolve_components(ast.Site((component,), span=component.span), context)
+    if kinds is None:
+        return None, ()
+    without = next((kind for kind in kinds if kind.unit not in _HEADS), None)
+    if without is not None:
+        hint = "write `q`, `k` or `v`, or the site alone"
+        if without.has_layer:
+            hint += f": `{without.name} layer 3`"
+        context.diagnostics.append(
+            AxisDoesNotFit(span=component.span, site=without.name, reason="has no heads", hint=hint)
+        )
+        return None, ()
+    loop = component.id if component.id in context.loops else None
+    targets = _resolve_named_heads(heads, kinds, loop, context)
+    return (targets if targets is not None and _points_exist(targets, site, context) else None), ()
+
+
+def _points_exist(targets: SiteTargets, node: ast.Edge | ast.Site, context: SiteContext) -> bool:
+    """Whether the model has all of the points."""
+    points = (point for here in targets.points.values() for point in here)
+    missing = find_missing_point(points, context.shape, context.model, node.span)
+    if missing is not None:
+        context.diagnostics.append(missing)
+    return missing is None
+
+
+def _resolve_named_heads(
+    heads: ast.Site, kinds: list[SiteKind], loop: str | None, context: SiteContext
+) -> SiteTargets | None:
+    """The heads that a group, a short name or a finding names, at other sites of theirs, joined.
+
+    loop: the `for` over these sites, if there is one.
+    """
+    if heads.names and heads.names[0].id not in context.groups:
+        name = heads.names[0]
+        known = ", ".join(context.groups)
+        otherwise = f"the file has {known}" if known else "name heads: `group movers = L9H9, L9H6`"
+        context.diagnostics.append(
+            UnknownName(
+                span=name.span,
+                kind="group",
+                name=name.id,
+                hint=did_you_mean(name.id, context.groups, otherwise),
+            )
+        )
+        return None
+    found, _ = resolve_site(heads, context)
+    if found is None:
+        return None
+    written = heads.span.written
+    others = {p.site for here in found.points.values() for p in here}
+    wrong = sorted(name for name in others if SITES[name].unit not in _HEADS)
+    if wrong:
+        context.diagnostics.append(
+            AxisDoesNotFit(
+                span=heads.span,
+                site=written,
+                reason=f"is not made of heads alone: it has `{wrong[0]}`",
+                hint="name heads, such as `L9H9`, or an experiment that sweeps them",
+            )
+        )
+        return None
+    axes = found.axes if loop is None or loop in found.axes else (loop, *found.axes)
+    points: dict[AxisIndices, tuple[SitePoint, ...]] = {}
+    labels: dict[AxisIndices, str] = {}
+    for number, key in product(range(len(kinds)), found.points):
+        here = found.points[key]
+        at = key if axes == found.axes else (number, *key)
+        alone = len(here) == 1
+        own = [
+            each
+            for point in here
+            for each in _points_of_head(point, kinds[number], context.shape, alone=alone)
+        ]
+        points[at] = tuple(dict.fromkeys(own))
+        plain = here and found.labels[key] == label_points(here)
+        label = label_points(points[at]) if plain else found.labels[key]
+        labels[at] = label if plain or kinds[number].name == "pattern" else (
+            f"{kinds[number].name} of {label}"
+        )  # fmt: skip
+    return SiteTargets(axes, points, labels)
+
+
+def _points_of_head(
+    point: SitePoint, kind: SiteKind, shape: ModelShape, *, alone: bool
+) -> Iterator[SitePoint]:
+    """The same head at another site; several heads for keys or values that they share.
+
+    alone: nothing else is named, so that a head can't be named twice.
+    """
+    if point.unit is None:
+        every = range(unit_count(shape, kind.name, point.layer))
+        yield from (
+            SitePoint(kind.name, point.layer, unit) for unit in ([None] if alone else every)
+        )
+        return
+    own, other = (
+        unit_count(shape, point.site, point.layer),
+        unit_count(shape, kind.name, point.layer),
+    )
+    if other <= own:
+        yield SitePoint(kind.name, point.layer, point.unit * other // own)
+        return
+    shared = other // own
+    first = point.unit * shared
+    yield from (SitePoint(kind.name, point.layer, first + i) for i in range(shared))

@@ -1,6 +1,7 @@
 """The JSON document of a run, and its schema.
 
-A number that doesn't exist is null, and `reason` says why; NaN and infinity never occur.
+A number that doesn't exist is null, and `reason` states why; NaN and infinity never occur. The
+pydantic models take a while to build, so this module is imported on use.
 """
 
 from __future__ import annotations
@@ -9,27 +10,193 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from mechdsl.base.arrays import Floats
-from mechdsl.execute.saved import Saved
-from mechdsl.execute.sizes import ChosenBy
-from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.against import Against
-from mechdsl.results.experiment_result import ExperimentResult, FileResult
-from mechdsl.results.reply_documents import RepliesDocument, replies_document
-from mechdsl.results.verdict_documents import (
-    AgainstDocument,
-    DocumentPart,
-    ExpectDocument,
-    NotRunDocument,
-    against_document,
-    expectations,
-    given,
-    not_run,
+from mechdsl.execute.run_record import SavedFile, SizeOrigin
+from mechdsl.resolve.cells import CellKey
+from mechdsl.results.experiment_result import (
+    ChangeType,
+    ExpectationChange,
+    ExpectOutcome,
+    ExperimentResult,
+    FileResult,
+    Replies,
+    RepliesByPrompt,
+    SkippedExperiment,
+    VerdictComparison,
 )
-from mechdsl.statistics.cell_statistics import category_statistics
-from mechdsl.statistics.measure_data import Interval, MeasureData, may_change
+from mechdsl.statistics.cell_statistics import compute_category_statistics
+from mechdsl.statistics.measurements import Interval, MeasureData, may_round_differently
+from mechdsl.vocab.metrics import Reply
+
+
+class DocumentPart(BaseModel):
+    """Optional keys that weren't given stay out of the JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def as_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+class ExpectDocument(DocumentPart):
+    """The verdict on one `expect`."""
+
+    text: str
+    holds: bool
+    value: float | str | None
+    low: float | None
+    high: float | None
+    reason: str | None = None
+
+
+class SkippedDocument(DocumentPart):
+    """What `--fail-fast` left out."""
+
+    experiment: str
+    expect: list[str] = Field(
+        description="expectations without a verdict; where the experiment itself was run, they "
+        "name one that wasn't"
+    )
+
+
+class ExpectationChangeDocument(DocumentPart):
+    """An expectation whose verdict isn't that of the earlier run, or that fails in both; or what
+    could be computed there and can't be now."""
+
+    kind: ChangeType
+    fails: bool = Field(description="whether it fails the job")
+    file: str
+    experiment: str
+    now: ExpectDocument | None = Field(default=None, description="not of what is gone")
+    before: ExpectDocument | None = Field(default=None, description="not of what is new")
+    measure: str | None = Field(default=None, description="what can't be computed; else all of it")
+    code: str | None = None
+    reason: str | None = None
+
+
+class VerdictComparisonDocument(DocumentPart):
+    """What has changed since an earlier run (`--against`)."""
+
+    runs: list[str] = Field(description="the earlier run, as it was named; one per file")
+    fails: bool = Field(description="whether the job fails")
+    unchanged: int = Field(description="expectations that held there and hold now")
+    without: list[str] = Field(description="files that are in none of these runs")
+    changes: list[ExpectationChangeDocument]
+
+
+def known_fields(**values: Any) -> dict[str, Any]:
+    """Only what is known, so that the other keys stay out of the document."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def expectation_documents(outcomes: Sequence[ExpectOutcome]) -> list[ExpectDocument]:
+    """Verdicts, in their order."""
+    return [_expectation_document(outcome) for outcome in outcomes]
+
+
+def _expectation_document(outcome: ExpectOutcome) -> ExpectDocument:
+    return ExpectDocument(
+        text=outcome.text,
+        holds=outcome.holds,
+        value=outcome.value,
+        low=outcome.low,
+        high=outcome.high,
+        **known_fields(reason=outcome.reason),
+    )
+
+
+def skipped_documents(left: Sequence[SkippedExperiment]) -> list[SkippedDocument]:
+    """What was left out of one file."""
+    return [
+        SkippedDocument(experiment=each.name, expect=[expect.text for expect in each.expects])
+        for each in left
+    ]
+
+
+def comparison_document(against: VerdictComparison) -> VerdictComparisonDocument:
+    """A comparison with an earlier run."""
+    return VerdictComparisonDocument(
+        runs=list(against.runs),
+        fails=against.fails,
+        unchanged=against.unchanged,
+        without=list(against.without),
+        changes=[_change_document(each) for each in against.changes],
+    )
+
+
+def _change_document(change: ExpectationChange) -> ExpectationChangeDocument:
+    lost = change.lost
+    return ExpectationChangeDocument(
+        kind=change.kind,
+        fails=change.fails,
+        file=change.file,
+        experiment=change.experiment,
+        **known_fields(
+            now=None if change.now is None else _expectation_document(change.now),
+            before=None if change.before is None else _expectation_document(change.before),
+            measure=change.text if lost is not None and change.text else None,
+            code=None if lost is None else lost.code,
+            reason=None if lost is None else lost.reason,
+        ),
+    )
+
+
+class ReplyDocument(DocumentPart):
+    """What was written once behind a prompt."""
+
+    text: str = Field(description="without a stop text, and without the token that ends it")
+    tokens: int = Field(description="its length")
+    ended: Literal["end", "stop", "length", "broken"] = Field(
+        description="by a token that ends it, by a stop text, as long as it may be, or where a "
+        "number was NaN or infinite"
+    )
+
+
+class RowRepliesDocument(DocumentPart):
+    """What was written behind one prompt, once for each sample and draw of noise."""
+
+    row: int = Field(description="id of the prompt")
+    replies: list[ReplyDocument]
+
+
+class PromptDocument(DocumentPart):
+    """A prompt of the base run."""
+
+    row: int
+    text: str
+
+
+class RepliesDocument(DocumentPart):
+    """What the rows of an experiment wrote (`generate n`)."""
+
+    prompts: list[PromptDocument]
+    runs: dict[str, list[RowRepliesDocument]] = Field(description="unpatched runs by name")
+    cells: list[list[RowRepliesDocument]] = Field(description="in the order of `cells`")
+
+
+def replies_document(found: Replies) -> RepliesDocument | None:
+    """None where nothing was written."""
+    if not found:
+        return None
+    return RepliesDocument(
+        prompts=[PromptDocument(row=row, text=text) for row, text in found.prompts.items()],
+        runs={run: _row_documents(texts) for run, texts in found.runs.items()},
+        cells=[_row_documents(texts) for texts in found.cells],
+    )
+
+
+def _row_documents(texts: RepliesByPrompt) -> list[RowRepliesDocument]:
+    return [
+        RowRepliesDocument(row=row, replies=[_reply_document(each) for each in replies])
+        for row, replies in texts.items()
+    ]
+
+
+def _reply_document(found: Reply) -> ReplyDocument:
+    return ReplyDocument(text=found.text, tokens=len(found.ids), ended=found.ended)
+
 
 SCHEMA_VERSION: Literal[2] = 2
 
@@ -103,7 +270,7 @@ class MeasureDocument(DocumentPart):
     reason: str | None = Field(default=None, description="why a number is null")
 
 
-class At(DocumentPart):
+class TargetDocument(DocumentPart):
     """Where the cell's intervention acts."""
 
     position: str | None
@@ -119,7 +286,7 @@ class CellDocument(DocumentPart):
 
     coords: dict[str, int | float | str]
     site: str
-    at: At
+    at: TargetDocument
     n: int
     listed: list[str] | None = Field(
         default=None, description="tokens that an observation lists (`top 10`), the first one first"
@@ -202,7 +369,7 @@ class SizesDocument(DocumentPart):
 
     pass_tokens: int = Field(description="most tokens of a pass over patched rows")
     prompt_tokens: int = Field(description="most tokens of a batch of unpatched prompts")
-    chosen: ChosenBy = Field(description="what `pass_tokens` comes from")
+    chosen: SizeOrigin = Field(description="what `pass_tokens` comes from")
 
 
 class MissingDocument(DocumentPart):
@@ -245,7 +412,7 @@ class FileDocument(DocumentPart):
     missing: list[MissingDocument] | None = Field(
         default=None, description="what could not be computed, where there is something"
     )
-    not_run: list[NotRunDocument] | None = Field(
+    not_run: list[SkippedDocument] | None = Field(
         default=None, description="what `--fail-fast` left out, where it did"
     )
     saved: list[SavedDocument] | None = Field(
@@ -260,59 +427,59 @@ class ResultsDocument(DocumentPart):
     mechdsl: str
     versions: dict[str, str]
     files: list[FileDocument]
-    against: AgainstDocument | None = Field(
+    against: VerdictComparisonDocument | None = Field(
         default=None, description="what has changed since an earlier run, with `--against`"
     )
 
 
-def _number(value: Any) -> float | None:
+def _finite_number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _measure(result: ExperimentResult, measure: int, cell: int, n: int) -> MeasureDocument:
+def _measure_document(result: ExperimentResult, measure: int, cell: int, n: int) -> MeasureDocument:
     data, found = result.measures[measure], result.statistics[measure]
     keys = ("commonest", "share", "mean_error") if data.kind == "category" else ()
-    category = {key: _number(getattr(found, key)[cell]) for key in keys}
+    category = {key: _finite_number(getattr(found, key)[cell]) for key in keys}
     return MeasureDocument(
         label=data.label,
         metric=data.metric,
         effect=data.effect,
-        **given(estimator=data.estimator or None, at=data.at),
-        mean=_number(found.mean[cell]),
-        low=_number(found.low[cell]),
-        high=_number(found.high[cell]),
-        p=_number(found.p[cell]),
-        p_corrected=_number(found.p_corrected[cell]),
-        base=_number(found.base_mean[cell]),
-        source=_number(found.source_mean[cell]),
+        **known_fields(estimator=data.estimator or None, at=data.at),
+        mean=_finite_number(found.mean[cell]),
+        low=_finite_number(found.low[cell]),
+        high=_finite_number(found.high[cell]),
+        p=_finite_number(found.p[cell]),
+        p_corrected=_finite_number(found.p_corrected[cell]),
+        base=_finite_number(found.base_mean[cell]),
+        source=_finite_number(found.source_mean[cell]),
         **category,
-        **given(
-            null=_null(result, measure, cell),
+        **known_fields(
+            null=_null_document(result, measure, cell),
             n=int(found.n[cell]) if int(found.n[cell]) != n else None,
             effective_n=int(found.units[cell])
             if found.units[cell] not in (0, found.n[cell])
             else None,
             p_at_most=True if found.floor[cell] else None,
             inert=True if data.inert[cell] else None,
-            rounding=_number(found.rounding[cell])
-            if found.at_rounding[cell] or may_change(data, found)[cell]
+            rounding=_finite_number(found.rounding[cell])
+            if found.at_rounding[cell] or may_round_differently(data, found)[cell]
             else None,
             reason=_reason(found.reasons[cell], data, result.source),
         ),
     )
 
 
-def _null(result: ExperimentResult, measure: int, cell: int) -> NullDocument | None:
+def _null_document(result: ExperimentResult, measure: int, cell: int) -> NullDocument | None:
     band = result.control(measure)
     if band is None:
         return None
     return NullDocument(
-        mean=_number(band.mean[cell]),
-        low=_number(band.low[cell]),
-        high=_number(band.high[cell]),
-        level=_number(band.level[cell]),
+        mean=_finite_number(band.mean[cell]),
+        low=_finite_number(band.low[cell]),
+        high=_finite_number(band.high[cell]),
+        level=_finite_number(band.level[cell]),
         draws=int(band.draws[cell]),
-        p=_number(band.p[cell]),
+        p=_finite_number(band.p[cell]),
         inside=bool(band.inside[cell]) if band.decides[cell] else None,
         what=band.what,
     )
@@ -326,27 +493,29 @@ def _reason(reason: str | None, data: MeasureData, source: str | None) -> str | 
     return f"{reason}; {missing}" if reason else missing
 
 
-def _cell(result: ExperimentResult, index: int, key: CellKey) -> CellDocument:
+def _cell_document(result: ExperimentResult, index: int, key: CellKey) -> CellDocument:
     n = max((int(found.n[index]) for found in result.statistics), default=0)
     return CellDocument(
         coords={**key.also, **{axis: key.coords[axis] for axis in result.axes}},
         site=key.site,
-        at=At(
+        at=TargetDocument(
             position=key.position,
             tokens=list(key.tokens),
-            **given(read=list(key.read) or None),
+            **known_fields(read=list(key.read) or None),
         ),
         n=n,
-        **given(
+        **known_fields(
             listed=list(key.listed) or None,
             listed_mean=[mean for mean, _ in key.shares] or None,
             listed_first=[first for _, first in key.shares] or None,
         ),
-        measures=[_measure(result, measure, index, n) for measure in range(len(result.measures))],
+        measures=[
+            _measure_document(result, measure, index, n) for measure in range(len(result.measures))
+        ],
     )
 
 
-def _run(label: str, metric: str, found: Interval, at: str | None = None) -> RunDocument:
+def _run_document(label: str, metric: str, found: Interval, at: str | None = None) -> RunDocument:
     missing = [found.mean, found.low, found.high]
     reason = None
     if not np.isfinite(missing).all():
@@ -354,34 +523,34 @@ def _run(label: str, metric: str, found: Interval, at: str | None = None) -> Run
     return RunDocument(
         label=label,
         metric=metric,
-        **given(at=at),
-        mean=_number(found.mean),
-        low=_number(found.low),
-        high=_number(found.high),
+        **known_fields(at=at),
+        mean=_finite_number(found.mean),
+        low=_finite_number(found.low),
+        high=_finite_number(found.high),
         n=found.n,
-        **given(reason=reason, rounding=found.rounding or None),
+        **known_fields(reason=reason, rounding=found.rounding or None),
     )
 
 
-def _category_run(data: MeasureData, values: Floats) -> RunDocument:
+def _category_run_document(data: MeasureData, values: Floats) -> RunDocument:
     truth = data.truth if data.truth is not None and data.truth.shape[0] == 1 else None
-    found = category_statistics(values[None], truth)
+    found = compute_category_statistics(values[None], truth)
     return RunDocument(
         label=data.label,
         metric=data.metric,
-        **given(at=data.at),
+        **known_fields(at=data.at),
         mean=None,
         low=None,
         high=None,
         n=int(found.n[0]),
-        commonest=_number(found.commonest[0]),
-        share=_number(found.share[0]),
-        mean_error=_number(found.mean_error[0]),
+        commonest=_finite_number(found.commonest[0]),
+        share=_finite_number(found.share[0]),
+        mean_error=_finite_number(found.mean_error[0]),
         reason=found.reasons[0],
     )
 
 
-def _runs(result: ExperimentResult) -> dict[str, list[RunDocument]]:
+def _run_documents(result: ExperimentResult) -> dict[str, list[RunDocument]]:
     by_label = {data.label: data for data in result.measures}
     found: dict[str, list[RunDocument]] = {}
     for run in {**result.runs, **result.accuracy}:
@@ -390,12 +559,12 @@ def _runs(result: ExperimentResult) -> dict[str, list[RunDocument]]:
         for label, values in result.runs.get(run, {}).items():
             data = by_label.get(label)
             if data is not None and data.kind == "category":
-                documents.append(_category_run(data, values))
+                documents.append(_category_run_document(data, values))
             else:
                 metric, at = (data.metric, data.at) if data else (label, None)
-                documents.append(_run(label, metric, intervals[label], at))
+                documents.append(_run_document(label, metric, intervals[label], at))
         if run in result.accuracy:
-            documents.append(_run("accuracy", "correct", intervals["accuracy"]))
+            documents.append(_run_document("accuracy", "correct", intervals["accuracy"]))
         found[run] = documents
     return found
 
@@ -408,12 +577,12 @@ def experiment_document(result: ExperimentResult) -> ExperimentDocument:
         axes=list(result.axes),
         base=result.base,
         source=result.source,
-        cells=[_cell(result, index, key) for index, key in enumerate(result.cells)],
-        runs=_runs(result),
+        cells=[_cell_document(result, index, key) for index, key in enumerate(result.cells)],
+        runs=_run_documents(result),
         conventions=dict(result.conventions),
         hashes=dict(result.hashes),
-        expect=expectations(result.outcomes),
-        **given(
+        expect=expectation_documents(result.outcomes),
+        **known_fields(
             left_out=[
                 LeftOutDocument(row=row, where=where) for row, where in result.left_out.items()
             ]
@@ -428,14 +597,14 @@ def experiment_document(result: ExperimentResult) -> ExperimentDocument:
     )
 
 
-def _missing(file: FileResult) -> list[MissingDocument]:
+def _missing_documents(file: FileResult) -> list[MissingDocument]:
     """What a file's run could not compute: whole experiments, then single measures."""
     whole = [
         MissingDocument(
             experiment=lost.name,
             code=missing.code,
             reason=missing.reason,
-            **given(expect=expectations(lost.outcomes) or None),
+            **known_fields(expect=expectation_documents(lost.outcomes) or None),
         )
         for lost in file.lost
         for missing in lost.reasons
@@ -455,14 +624,16 @@ def _missing(file: FileResult) -> list[MissingDocument]:
     return [*whole, *parts]
 
 
-def _saved(saved: Saved) -> SavedDocument:
+def _saved_documents(saved: SavedFile) -> SavedDocument:
     paths = {"file": str(saved.path), "rows_file": str(saved.rows_path)}
     said = {name: own for name, own in vars(saved).items() if name not in ("path", "rows_path")}
     return SavedDocument(**paths, **said)
 
 
 def results_document(
-    files: Sequence[FileResult], versions: Mapping[str, str], against: Against | None = None
+    files: Sequence[FileResult],
+    versions: Mapping[str, str],
+    against: VerdictComparison | None = None,
 ) -> ResultsDocument:
     """All finished experiments of a run."""
     return ResultsDocument(
@@ -474,17 +645,19 @@ def results_document(
                 file=file.file,
                 hash=file.hash,
                 seed=file.seed,
-                **given(sizes=None if file.sizes is None else SizesDocument(**vars(file.sizes))),
+                **known_fields(
+                    sizes=None if file.sizes is None else SizesDocument(**vars(file.sizes))
+                ),
                 experiments=[experiment_document(each) for each in file.experiments],
-                **given(
-                    missing=_missing(file) or None,
-                    not_run=not_run(file.not_run) or None,
-                    saved=[_saved(each) for each in file.saved] or None,
+                **known_fields(
+                    missing=_missing_documents(file) or None,
+                    not_run=skipped_documents(file.not_run) or None,
+                    saved=[_saved_documents(each) for each in file.saved] or None,
                 ),
             )
             for file in files
         ],
-        **given(against=None if against is None else against_document(against)),
+        **known_fields(against=None if against is None else comparison_document(against)),
     )
 
 

@@ -1,46 +1,141 @@
-"""What an experiment found, in memory, with the values of every prompt kept."""
+"""Results of experiments in memory, with the values of every prompt.
+
+A file's result holds those of its experiments, what they generated and the verdicts on their
+expectations. `Against` holds the verdicts that changed since an earlier run. Functions of
+`mechdsl.show` display them; they are called by name, because that package is above this one.
+"""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.base.percent import Percent
-from mechdsl.base.plural import plural
-from mechdsl.execute.saved import Saved
-from mechdsl.execute.sizes import PassSizes
+from mechdsl.base.records import Record, record
+from mechdsl.base.runtime import restores_random_state
+from mechdsl.base.text import Percent, count_noun
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.execute.run_record import PassSizes, SavedFile
 from mechdsl.program import spec
-from mechdsl.resolve.cell_key import CellKey, Coord
-from mechdsl.resolve.selections import Selection
-from mechdsl.results.replies import Replies
-from mechdsl.results.seen_image import SeenImage
-from mechdsl.results.shown import AS_CHART, AS_HTML, AS_TEXT, LINE_WIDTH, MOST_LINES, shown_by
+from mechdsl.resolve.cells import CellKey, Coord
+from mechdsl.resolve.expansion import Selection
 from mechdsl.statistics.cell_statistics import run_interval
-from mechdsl.statistics.effect_parts import Sums
-from mechdsl.statistics.measure_data import (
+from mechdsl.statistics.intervals import share_interval
+from mechdsl.statistics.measurements import (
     CellStatistics,
-    DrawnValues,
+    EffectSums,
     Interval,
     MeasureData,
-    Missing,
+    MissingReason,
     NullBand,
+    RandomControlValues,
+    SamplingDesign,
 )
-from mechdsl.statistics.sampling import Sampling
-from mechdsl.statistics.shares import share_interval
+from mechdsl.vocab.metrics import Reply
 
 if TYPE_CHECKING:
     import altair
     import pandas
 
-ANSWER_TOKENS = "answer tokens"
+
+RepliesByPrompt = Mapping[int, tuple[Reply, ...]]
+"""Id of a prompt → what was written behind it: one reply for each sample and draw of noise."""
+
+
+@dataclass(frozen=True)
+class Replies:
+    """Replies of cells and of unpatched runs; prompts go by their ids."""
+
+    cells: tuple[RepliesByPrompt, ...] = ()
+    """[cell]; a prompt that isn't part of a cell isn't there."""
+    runs: Mapping[str, RepliesByPrompt] = field(default_factory=dict[str, RepliesByPrompt])
+    """By name, those that are measured: the base run, and the source where effects need it."""
+    prompts: Mapping[int, str] = field(default_factory=dict[int, str])
+    """The text of each prompt in the base run."""
+
+    def __bool__(self) -> bool:
+        return bool(self.prompts)
+
+    def shifted(self, by: int) -> Replies:
+        """The same with other ids of prompts."""
+
+        def moved(texts: RepliesByPrompt) -> RepliesByPrompt:
+            return {row + by: own for row, own in texts.items()}
+
+        return Replies(
+            tuple(map(moved, self.cells)),
+            {run: moved(texts) for run, texts in self.runs.items()},
+            {row + by: text for row, text in self.prompts.items()},
+        )
+
+
+def merge_replies(parts: Sequence[Replies], several: Sequence[str]) -> Replies:
+    """Those of several variants, whose cells stand one behind the other. several: which one each
+    is, where their runs differ."""
+    runs: dict[str, RepliesByPrompt] = {}
+    for part, which in zip(parts, several, strict=True):
+        for run, texts in part.runs.items():
+            name = f"{run} ({which})" if which else run
+            runs[name] = {**runs.get(name, {}), **texts}
+    return Replies(
+        tuple(texts for part in parts for texts in part.cells),
+        runs,
+        {row: text for part in reversed(parts) for row, text in part.prompts.items()},
+    )
+
+
+DEFAULT_SHOWN_PROMPTS = 3
+"""Prompts that an overlay shows where `top n` doesn't say how many."""
+
+
+@record
+class SeenImage(Record):
+    """An image as the model sees it, and how its tokens divide it."""
+
+    title: str
+    pixels: NDArray[np.uint8]
+    """[height, width, 3], resized and cropped, not normalised."""
+    front: int
+    """Tokens before those of the patches."""
+    rows: int
+    cols: int
+
+
+TEXT_RENDERER = "mechdsl.show.output:experiment_text"
+
+HTML_RENDERER = "mechdsl.show.notebook:experiment_html"
+
+CHART_RENDERER = "mechdsl.show.output:experiment_chart"
+
+DIFFERENCES_RENDERER = "mechdsl.show.differences:differences_text"
+
+JUNIT_RENDERER = "mechdsl.show.junit:results_junit"
+
+VERDICTS_RENDERER = "mechdsl.show.runs:verdict_comparison_text"
+
+REPR_WIDTH = 100
+"""Characters of a line of a `repr`."""
+
+MAX_REPR_ITEMS = 5
+"""Experiments, or measures, that a `repr` names."""
+
+
+@restores_random_state
+def load_renderer(place: str) -> Callable[..., Any]:
+    """The function `module:name`, imported now."""
+    module, _, name = place.partition(":")
+    return restores_random_state(getattr(import_module(module), name))
+
+
+ANSWER_TOKENS_KEY = "answer tokens"
 """The convention on tokens of the answer behind the prompts, where it matters."""
 
 
@@ -116,7 +211,7 @@ class ExperimentResult:
     """What intervals and p are about, in words: `new rows of this design`."""
     row_values: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
     """Values of the prompts block per prompt, for `report table by VAR` and `stats by VAR`."""
-    drawn: DrawnValues | None = None
+    drawn: RandomControlValues | None = None
     """What controls measured, until bands are made of it."""
     controls: tuple[NullBand | None, ...] = ()
     """Per measure, or empty where no experiment was run `against` something."""
@@ -174,12 +269,12 @@ class ExperimentResult:
         return self.controls[measure] if self.controls else None
 
     @cached_property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingDesign:
         """What every interval and p of this experiment hangs on beside its values."""
         if self.settings is None:
             raise ValueError(f"experiment `{self.name}` has no statistics yet")
         keys = self.row_ids if self.row_keys is None else self.row_keys
-        return Sampling(
+        return SamplingDesign(
             self.prompts, self.settings, self.seed, keys, self.groups, self.strata, self.blocks
         )
 
@@ -216,7 +311,7 @@ class ExperimentResult:
         right = np.bincount(codes, weights=rows[known]).astype(np.float64)
         count = np.bincount(codes)
         held = np.array([len(count)], dtype=np.int64)
-        sums = Sums(right[None], count[None].astype(np.float64), held)
+        sums = EffectSums(right[None], count[None].astype(np.float64), held)
         low, high = share_interval(sums, np.array([len(codes)], dtype=np.int64), confidence)
         ends = (float(rows[known].mean()), float(low[0]), float(high[0]))
         return Interval(*ends, len(codes), self.accuracy_bound(run))
@@ -239,11 +334,11 @@ class ExperimentResult:
 
         Raises ImportError without pandas, which the extra `mechdsl[frames]` installs.
         """
-        return frame(self.records())
+        return data_frame(self.records())
 
     def to_text(self, width: int = 100) -> str:
         """The tables, figures and verdicts that the command line prints, `width` columns wide."""
-        return shown_by(AS_TEXT)(self, width)
+        return load_renderer(TEXT_RENDERER)(self, width)
 
     def plot(
         self,
@@ -260,20 +355,20 @@ class ExperimentResult:
         Raises MechdslError for another kind and for what the experiment does not have (E0203,
         E0607), ImportError without altair.
         """
-        return shown_by(AS_CHART)(self, kind, axis, by, top)
+        return load_renderer(CHART_RENDERER)(self, kind, axis, by, top)
 
     @property
     def summary(self) -> str:
         """What was run, in one line."""
         sizes = {axis: len({cell.coords[axis] for cell in self.cells}) for axis in self.axes}
         grid = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
-        cells = plural(len(self.cells), "cell")
+        cells = count_noun(len(self.cells), "cell")
         cells += f" ({grid})" if grid else ""
         where = f"{self.name} on {self.model}"
-        return f"{where}: {self.direction}, {cells}, {plural(self.prompts, 'prompt')}"
+        return f"{where}: {self.direction}, {cells}, {count_noun(self.prompts, 'prompt')}"
 
     def __repr__(self) -> str:
-        measures = [f"{m.called} of {m.label}" for m in self.measures[:MOST_LINES]]
+        measures = [f"{m.called} of {m.label}" for m in self.measures[:MAX_REPR_ITEMS]]
         more = len(self.measures) - len(measures)
         held = sum(outcome.holds for outcome in self.outcomes)
         lines = [
@@ -281,14 +376,14 @@ class ExperimentResult:
             ", ".join(measures) + (f" and {more} more" if more else ""),
             f"{held} of {len(self.outcomes)} expectations hold" if self.outcomes else "",
         ]
-        shown = [shorten(line, LINE_WIDTH, placeholder=" …") for line in lines if line]
+        shown = [shorten(line, REPR_WIDTH, placeholder=" …") for line in lines if line]
         return "<ExperimentResult " + "\n  ".join(shown) + ">"
 
     def _repr_html_(self) -> str:
-        return shown_by(AS_HTML)(self)
+        return load_renderer(HTML_RENDERER)(self)
 
 
-NUMBERS = (
+NUMBER_COLUMNS = (
     "mean",
     "low",
     "high",
@@ -325,7 +420,7 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
                 **({"estimator": data.estimator} if data.estimator else {}),
                 "n": int(found.n[index]),
                 "effective_n": int(found.units[index]),
-                **{key: _none(getattr(found, key)[index]) for key in NUMBERS},
+                **{key: _none(getattr(found, key)[index]) for key in NUMBER_COLUMNS},
                 **_null(result, measure, index),
                 "p_at_most": bool(found.floor[index]),
                 "inert": bool(data.inert[index]),
@@ -364,7 +459,7 @@ def _null(result: ExperimentResult, measure: int, cell: int) -> dict[str, Any]:
     }
 
 
-def frame(records: list[dict[str, Any]]) -> pandas.DataFrame:
+def data_frame(records: list[dict[str, Any]]) -> pandas.DataFrame:
     """Records as a data frame. Raises ImportError where pandas is missing."""
     try:
         import pandas
@@ -401,12 +496,12 @@ class LostExperiment:
     """An experiment that could not be computed, whose expectations therefore fail."""
 
     name: str
-    reasons: tuple[Missing, ...]
+    reasons: tuple[MissingReason, ...]
     outcomes: tuple[ExpectOutcome, ...] = ()
 
 
 @dataclass(frozen=True)
-class Undecided:
+class UndecidedExpectation:
     """An `expect` without a verdict."""
 
     text: str
@@ -414,12 +509,12 @@ class Undecided:
 
 
 @dataclass(frozen=True)
-class NotRun:
+class SkippedExperiment:
     """What `fail_fast` left out: an experiment, or those expectations of one that had to wait for
     another."""
 
     name: str
-    expects: tuple[Undecided, ...] = ()
+    expects: tuple[UndecidedExpectation, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -435,9 +530,9 @@ class FileResult:
     sizes: PassSizes | None = None
     """What the run was laid out by; with it, two runs are equal bit for bit."""
     lost: tuple[LostExperiment, ...] = ()
-    not_run: tuple[NotRun, ...] = ()
+    not_run: tuple[SkippedExperiment, ...] = ()
     """With `fail_fast`: what comes behind the first expectation that fails."""
-    saved: tuple[Saved, ...] = ()
+    saved: tuple[SavedFile, ...] = ()
     """Files that `save` lines have written."""
 
     @property
@@ -454,4 +549,221 @@ class FileResult:
 
     def __repr__(self) -> str:
         names = ", ".join(each.name for each in self.experiments) or "no experiments"
-        return shorten(f"<FileResult {self.file}: {names}", LINE_WIDTH, placeholder=" …") + ">"
+        return shorten(f"<FileResult {self.file}: {names}", REPR_WIDTH, placeholder=" …") + ">"
+
+
+def missing_reason(problem: Diagnostic) -> MissingReason:
+    """What a diagnostic says, in one line."""
+    label = problem.label_text
+    said = not label or problem.message.endswith(label)
+    return MissingReason(problem.code, problem.message if said else f"{problem.message}: {label}")
+
+
+StopCondition = Callable[[str, str, Sequence[ExpectOutcome]], bool]
+"""(file, experiment, verdicts on its expectations so far) -> whether they end the run."""
+
+ChangeType = Literal["regression", "failed before", "new", "holds now", "gone"]
+
+CHANGE_TYPES: tuple[ChangeType, ...] = get_args(ChangeType)
+
+
+@dataclass(frozen=True)
+class ExpectationChange:
+    """An expectation whose verdict isn't that of the earlier run, or that fails in both; or what
+    could be computed there and can't be now."""
+
+    kind: ChangeType
+    """`regression`: it held there and fails now, or was computed there and can't be now;
+    `failed before`: there and now; `new`: not in the earlier run; `holds now`: it failed there;
+    `gone`: only in the earlier run."""
+    file: str
+    experiment: str
+    text: str = ""
+    """Of the expectation; the measure that could not be computed; empty for a whole experiment."""
+    now: ExpectOutcome | None = None
+    before: ExpectOutcome | None = None
+    lost: MissingReason | None = None
+    """Why an experiment or a measure can't be computed now."""
+
+    @property
+    def fails(self) -> bool:
+        """Whether it fails the job: what failed before doesn't."""
+        failed = self.now is not None and not self.now.holds
+        return self.kind == "regression" or (self.kind == "new" and failed)
+
+
+@dataclass(frozen=True)
+class VerdictComparison:
+    """What has changed since an earlier run: `results.against`."""
+
+    runs: tuple[str, ...]
+    """The earlier run, as it was named; several where files have one each."""
+    changes: tuple[ExpectationChange, ...]
+    """By kind, then in the order of the files."""
+    unchanged: int
+    """Expectations that held there and hold now."""
+    without: tuple[str, ...] = ()
+    """Files that are in none of these runs, so that all their expectations are new."""
+
+    def of_kind(self, kind: ChangeType) -> tuple[ExpectationChange, ...]:
+        """The changes of one kind."""
+        return tuple(each for each in self.changes if each.kind == kind)
+
+    @property
+    def regressions(self) -> tuple[ExpectationChange, ...]:
+        """Expectations that held there and fail now, and what could be computed there."""
+        return self.of_kind("regression")
+
+    @property
+    def fails(self) -> bool:
+        """Whether the job fails: by a regression, or by an expectation that is new."""
+        return any(each.fails for each in self.changes)
+
+    def to_text(self, width: int = 100) -> str:
+        """What the command line prints of it, `width` columns wide."""
+        return load_renderer(VERDICTS_RENDERER)(self, width)
+
+    def __repr__(self) -> str:
+        first = self.to_text(10_000).lstrip().split("\n", 1)[0]
+        return f"<Against {first.removeprefix('against ')}>"
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """An earlier run, before the one that is set against it."""
+
+    runs: tuple[str, ...]
+    """As they were named."""
+    files: Mapping[str, FileResult | None]
+    """File that is run now → what it is set against; None where no run has it."""
+    unasked: Mapping[str, Collection[str]]
+    """File that is run now → experiments of it that aren't, by `only`: they aren't gone."""
+
+    def ends(self, file: str, experiment: str, outcomes: Sequence[ExpectOutcome]) -> bool:
+        """Whether verdicts end a run that stops at the first failure that fails the job."""
+        before = _outcomes(self.files.get(file)).get(experiment, ())
+        paired = _paired(file, experiment, outcomes, before)
+        return any(each.fails for each in paired)
+
+    def compare(self, files: Sequence[FileResult]) -> VerdictComparison:
+        """What has changed in files that were run."""
+        changes: list[ExpectationChange] = []
+        unchanged = 0
+        for file in files:
+            for each in self._of_file(file):
+                if each is None:
+                    unchanged += 1
+                else:
+                    changes.append(each)
+        changes.sort(key=lambda each: CHANGE_TYPES.index(each.kind))
+        without = tuple(file.file for file in files if self.files.get(file.file) is None)
+        return VerdictComparison(self.runs, tuple(changes), unchanged, without)
+
+    def _of_file(self, now: FileResult) -> Iterator[ExpectationChange | None]:
+        """The changes of a file; None for each expectation that held and holds."""
+        earlier = self.files.get(now.file)
+        before = _outcomes(earlier)
+        after = _outcomes(now)
+        # What wasn't decided, or wasn't to be run, isn't gone.
+        waiting = {each.name: [e.text for e in each.expects] for each in now.not_run}
+        left_out = set(self.unasked.get(now.file, ()))
+        if earlier is not None:
+            yield from _lost_results(now, earlier)
+        for name in dict.fromkeys((*after, *before)):
+            if name in after or name not in left_out:
+                undecided = waiting.get(name, ())
+                found = _pairs(after.get(name, ()), before.get(name, ()), undecided)
+                for one, two in found:
+                    if one is not None and two is not None and one.holds and two.holds:
+                        yield None
+                    else:
+                        yield _change(now.file, name, one, two)
+
+
+def stop_condition(earlier: EarlierRun | None) -> StopCondition:
+    """What ends a run with `fail_fast`: an expectation that fails, or that fails the job."""
+    if earlier is not None:
+        return earlier.ends
+    return lambda file, experiment, outcomes: not all(each.holds for each in outcomes)
+
+
+def _outcomes(file: FileResult | None) -> dict[str, tuple[ExpectOutcome, ...]]:
+    """Experiment → its verdicts."""
+    if file is None:
+        return {}
+    every: tuple[ExperimentResult | LostExperiment, ...] = (*file.experiments, *file.lost)
+    return {each.name: each.outcomes for each in every}
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _pairs(
+    now: Sequence[ExpectOutcome],
+    before: Sequence[ExpectOutcome],
+    undecided: Sequence[str] = (),
+) -> Iterator[tuple[ExpectOutcome | None, ExpectOutcome | None]]:
+    """Expectations of one experiment by their texts, several equal ones by their order; first all
+    of now. undecided: texts of some that are in neither."""
+    left: dict[str, list[ExpectOutcome]] = {}
+    for each in before:
+        left.setdefault(_normal(each.text), []).append(each)
+    for each in now:
+        same = left.get(_normal(each.text))
+        yield each, same.pop(0) if same else None
+    for text in undecided:
+        same = left.get(_normal(text))
+        if same:
+            same.pop(0)
+    kept = {id(each) for same in left.values() for each in same}
+    for each in before:
+        if id(each) in kept:
+            yield None, each
+
+
+def _paired(
+    file: str, experiment: str, now: Sequence[ExpectOutcome], before: Sequence[ExpectOutcome]
+) -> Iterator[ExpectationChange]:
+    for one, two in _pairs(now, before):
+        if one is not None and not one.holds:
+            yield _change(file, experiment, one, two)
+
+
+def _change(
+    file: str, experiment: str, now: ExpectOutcome | None, before: ExpectOutcome | None
+) -> ExpectationChange:
+    either = now or before
+    assert either is not None
+    return ExpectationChange(_change_type(now, before), file, experiment, either.text, now, before)
+
+
+def _change_type(now: ExpectOutcome | None, before: ExpectOutcome | None) -> ChangeType:
+    if now is None:
+        return "gone"
+    if before is None:
+        return "new"
+    if now.holds:
+        return "holds now"
+    return "regression" if before.holds else "failed before"
+
+
+def _lost_results(now: FileResult, before: FileResult) -> Iterator[ExpectationChange]:
+    """Experiments and measures that can't be computed now, and could there."""
+    there = {each.name: each for each in before.experiments}
+    for lost in now.lost:
+        if lost.name in there:
+            why = lost.reasons[0] if lost.reasons else None
+            yield ExpectationChange("regression", now.file, lost.name, lost=why)
+    for each in now.experiments:
+        if each.name not in there:
+            continue
+        computed = {_measure_key(data) for _, data in there[each.name].computed()}
+        for data in each.measures:
+            if data.missing is not None and _measure_key(data) in computed:
+                text = f"{data.called} of {data.label}"
+                yield ExpectationChange("regression", now.file, each.name, text, lost=data.missing)
+
+
+def _measure_key(data: MeasureData) -> tuple[str, str, str | None]:
+    return data.called, data.label, data.at

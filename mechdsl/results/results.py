@@ -1,22 +1,58 @@
-"""The results of a run in memory, which are also a JSON document, a table and a data frame."""
+"""Results of a run: in memory, and packed as an archive that unpacks without running anything.
+
+In an archive, `archive.json` holds results by the types of their fields, `arrays.safetensors`
+their arrays, and `file.mech` the text that was run. `results.json` is the JSON document of the
+run, for programs that don't read archives and for other versions of this package.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from mechdsl.base.files import write_whole
-from mechdsl.base.names import name_list
-from mechdsl.base.plural import plural
-from mechdsl.base.visible import json_text
-from mechdsl.diagnostics.raised import Diagnostics
-from mechdsl.execute.saved import Saved
-from mechdsl.results.against import Against, Change
-from mechdsl.results.experiment_result import ExperimentResult, FileResult, csv_text, frame
-from mechdsl.results.shown import AS_HTML, AS_JUNIT, LINE_WIDTH, MOST_LINES, shown_by
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+
+from mechdsl.base import limits
+from mechdsl.base.files import write_atomically
+from mechdsl.base.source import AllowedFolders, Source
+from mechdsl.base.text import count_noun, dump_json, name_list
+from mechdsl.diagnostics.rendering import Diagnostics
+from mechdsl.execute.run_record import SavedFile
+from mechdsl.results.experiment_result import (
+    HTML_RENDERER,
+    JUNIT_RENDERER,
+    MAX_REPR_ITEMS,
+    REPR_WIDTH,
+    ExpectationChange,
+    ExperimentResult,
+    FileResult,
+    VerdictComparison,
+    csv_text,
+    data_frame,
+    load_renderer,
+)
+from mechdsl.results.typed_json import (
+    Attachments,
+    as_list,
+    as_object,
+    build_codec,
+    read_diagnostic,
+    write_diagnostic,
+)
+from mechdsl.statistics.measurements import Interval, MeasureData
+from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.reports import REPORTS
 
 if TYPE_CHECKING:
     import pandas
@@ -37,7 +73,7 @@ class Results:
     """Estimated against measured work, with `profile=True`."""
     notes: tuple[str, ...] = ()
     """What the store had to do with it: that nothing was run, or why nothing of it is kept."""
-    against: Against | None = None
+    against: VerdictComparison | None = None
     """What has changed since an earlier run, with `against=…`."""
 
     @property
@@ -46,7 +82,7 @@ class Results:
         return tuple(each for file in self.files for each in file.experiments)
 
     @property
-    def saved(self) -> tuple[Saved, ...]:
+    def saved(self) -> tuple[SavedFile, ...]:
         """The files that `save` lines have written, in the order of the program."""
         return tuple(each for file in self.files for each in file.saved)
 
@@ -60,7 +96,7 @@ class Results:
         return all(each.holds for each in self.experiments)
 
     @property
-    def regressions(self) -> tuple[Change, ...]:
+    def regressions(self) -> tuple[ExpectationChange, ...]:
         """What held, or was computed, in the run that this one is set against, and isn't now.
 
         Raises ValueError where it is set against none: no regression would be known.
@@ -106,7 +142,7 @@ class Results:
 
         Raises ImportError without pandas, which the extra `mechdsl[frames]` installs.
         """
-        return frame(self.records())
+        return data_frame(self.records())
 
     def to_csv(self) -> str:
         """What `mechdsl run --format csv` prints: one line per cell and measure; an axis that an
@@ -121,9 +157,9 @@ class Results:
 
     def to_json(self, path: str | Path | None = None, *, indent: int | None = 2) -> str:
         """The document as text, also written to `path` if one is given."""
-        text = json_text(self.to_dict(), indent)
+        text = dump_json(self.to_dict(), indent)
         if path is not None:
-            write_whole(Path(path), text + "\n")
+            write_atomically(Path(path), text + "\n")
         return text
 
     def to_text(self, width: int = 100) -> str:
@@ -139,22 +175,309 @@ class Results:
 
         Raises OSError where that can't be written.
         """
-        text: str = shown_by(AS_JUNIT)(self)
+        text: str = load_renderer(JUNIT_RENDERER)(self)
         if path is not None:
-            write_whole(Path(path), text)
+            write_atomically(Path(path), text)
         return text
 
     def __repr__(self) -> str:
-        count = plural(len(self), "experiment")
+        count = count_noun(len(self), "experiment")
         asked = sum(len(each.outcomes) for each in self)
         held = sum(outcome.holds for each in self for outcome in each.outcomes)
         verdict = f", {held} of {asked} expectations hold" if asked else ""
         files = ", ".join(file.file for file in self.files)
-        lines = [f"{files}: {count}{verdict}", *(e.summary for e in self.experiments[:MOST_LINES])]
-        if len(self) > MOST_LINES:
-            lines.append(f"and {len(self) - MOST_LINES} more")
-        shown = [shorten(line, LINE_WIDTH, placeholder=" …") for line in lines]
+        lines = [
+            f"{files}: {count}{verdict}",
+            *(e.summary for e in self.experiments[:MAX_REPR_ITEMS]),
+        ]
+        if len(self) > MAX_REPR_ITEMS:
+            lines.append(f"and {len(self) - MAX_REPR_ITEMS} more")
+        shown = [shorten(line, REPR_WIDTH, placeholder=" …") for line in lines]
         return "<Results " + "\n  ".join(shown) + ">"
 
     def _repr_html_(self) -> str:
-        return "".join(shown_by(AS_HTML)(each) for each in self.experiments)
+        return "".join(load_renderer(HTML_RENDERER)(each) for each in self.experiments)
+
+
+_FILE_NAME = re.compile(r"\w[^/\\\0]*")
+"""What may be the name of a file, wherever that lies."""
+
+RESAMPLE_RANGE = range(100, 1_000_001)
+"""That a file can ask for."""
+
+
+def check_file_result(file: FileResult) -> None:
+    """ValueError where an array has another shape than the cells and prompts that it is of, or
+    something refers to what isn't there."""
+    names = [each.name for each in file.experiments]
+    if len({*names}) < len(names):
+        raise ValueError("two experiments have one name")
+    for experiment in file.experiments:
+        for right in _experiment_checks(experiment):
+            if not right:
+                raise ValueError(f"the parts of `{experiment.name:.100}` don't fit together")
+
+
+def _experiment_checks(found: ExperimentResult) -> Iterator[bool]:
+    cells, prompts = len(found.cells), found.prompts
+    yield _FILE_NAME.fullmatch(found.name) is not None
+    yield cells <= limits.CELLS and prompts <= limits.ROWS
+    yield all(own.coords.keys() >= {*found.axes} for own in found.cells)
+    for data in found.measures:
+        yield from _measure_checks(data, cells, prompts)
+    yield len(found.statistics) in (0, len(found.measures))
+    yield len(found.controls) in (0, len(found.measures))
+    for arrays in (*found.statistics, *(band for band in found.controls if band is not None)):
+        yield all(array.shape == (cells,) for array in _array_fields(arrays))
+    yield all(len(each.reasons) == cells for each in found.statistics)
+    for own in found.runs.values():
+        yield all(values.shape == (prompts,) for values in own.values())
+    yield from _accuracy_checks(found)
+    yield all(keys is None or len(keys) == prompts for keys in (found.row_ids, found.row_keys))
+    yield found.strata is None or found.strata.shape == (prompts,)
+    yield all(len(values) == prompts for values in found.row_values.values())
+    yield from _overlay_checks(found)
+    yield from _image_checks(found)
+    yield from _reply_checks(found)
+    if found.drawn is not None:
+        yield len(found.drawn.values) == len(found.measures)
+        yield all(v.ndim == 3 and v.shape[1:] == (cells, prompts) for v in found.drawn.values)
+        yield found.drawn.counts.shape == (cells,)
+    yield all(report.kind in REPORTS for report in found.reports)
+    if found.settings is not None:
+        yield found.settings.resamples in RESAMPLE_RANGE and 0 < found.settings.confidence < 100
+
+
+def _measure_checks(data: MeasureData, cells: int, prompts: int) -> Iterator[bool]:
+    yield data.effect in EFFECTS
+    yield data.patched.shape == (cells, prompts)
+    for array in (data.base, data.source, data.truth, data.rounding, data.seen):
+        yield array is None or array.shape in ((1, prompts), (cells, prompts))
+    yield data.inert.shape == (cells,)
+    yield len(data.gaps) in (0, cells)
+
+
+def _accuracy_checks(found: ExperimentResult) -> Iterator[bool]:
+    for run, values in found.accuracy.items():
+        yield values.ndim == 1 and len(values) <= limits.ROWS
+        for other in (found.accuracy_rounding, found.accuracy_units):
+            yield run not in other or other[run].shape == values.shape
+        ids = found.accuracy_rows.get(run)
+        yield (found.prompts if ids is None else len(ids)) == len(values)
+
+
+def _overlay_checks(found: ExperimentResult) -> Iterator[bool]:
+    yield len(found.texts) in (0, found.prompts)
+    yield len(found.hits) in (0, len(found.cells))
+    lengths = [len(text) for text in found.texts]
+    for hits in {id(each): each for each in found.hits}.values():
+        yield len(hits) == len(lengths)
+        yield all(
+            0 <= place < length for own, length in zip(hits, lengths, strict=False) for place in own
+        )
+
+
+def _image_checks(found: ExperimentResult) -> Iterator[bool]:
+    """Images are as large as they may be, and their tokens are those of the prompt."""
+    yield len(found.seen) in (0, found.prompts)
+    for own, text in zip(found.seen, found.texts, strict=False):
+        if own is not None:
+            shape = own.pixels.shape
+            yield len(shape) == 3 and shape[2] == 3 and prod(shape) <= limits.IMAGE_PIXELS
+            yield 0 < own.rows <= shape[0]
+            yield 0 < own.cols <= shape[1]
+            yield own.front >= 0
+            yield own.front + own.rows * own.cols == len(text)
+
+
+def _reply_checks(found: ExperimentResult) -> Iterator[bool]:
+    """Every reply is of a prompt, and there is one at least where there is an entry."""
+    written = found.replies
+    yield len(written.cells) in (0, len(found.cells))
+    for texts in (*written.cells, *written.runs.values()):
+        yield texts.keys() <= written.prompts.keys()
+        yield all(texts.values())
+
+
+def _array_fields(of: Any) -> Iterator[NDArray[Any]]:
+    for each in fields(of):
+        value = getattr(of, each.name)
+        if isinstance(value, np.ndarray):
+            yield value
+
+
+ARCHIVE_VERSION = 1
+"""Raised when what is kept means something else, or is kept in another way. A field that is new
+takes its default in older archives."""
+
+RESULT_FILE, ARRAYS_FILE, SOURCE_FILE = "archive.json", "arrays.safetensors", "file.mech"
+
+DOCUMENT_FILE = "results.json"
+
+MAX_JSON_BYTES = 500_000_000
+
+MAX_ARRAY_BYTES = 16_000_000_000
+"""Bytes that are read of an archive."""
+
+_FILES_CODEC = build_codec(tuple[FileResult, ...])
+
+_VERSIONS_CODEC = build_codec(Mapping[str, str])
+
+_PATHS_CODEC = build_codec(tuple[Path, ...])
+
+_INTERVALS_CODEC = build_codec(Mapping[str, Mapping[str, Interval]])
+
+
+class ArchiveError(ValueError):
+    """An archive can't be read; the text says why, in lower case."""
+
+
+class ArchiveVersionError(ArchiveError):
+    """It was written by a version of the package that keeps results in another way."""
+
+
+def pack_results(results: Results, text: str) -> dict[str, bytes]:
+    """Results of a single file as an archive: name of a file → its bytes.
+
+    text: of the `.mech` file. Raises ArchiveProblem where they hold what can't be kept.
+    """
+    (file,) = results.files
+    kept = Attachments(sources=[_own_source(file.file, text)])
+    try:
+        found = {
+            "files": _FILES_CODEC.write(results.files, kept),
+            "versions": _VERSIONS_CODEC.write(results.versions, kept),
+            "diagnostics": [write_diagnostic(each, kept) for each in results.diagnostics],
+            "written": _PATHS_CODEC.write(results.written, kept),
+            "profile": results.profile,
+            "intervals": [
+                None if each.settings is None else _INTERVALS_CODEC.write(each.run_intervals, kept)
+                for each in file.experiments
+            ],
+        }
+    except ValueError as error:
+        raise ArchiveError(str(error)) from error
+    whole = {
+        "archive": ARCHIVE_VERSION,
+        "mechdsl": results.versions.get("mechdsl", "unknown"),
+        "sources": [_source_parts(each, own=n == 0) for n, each in enumerate(kept.sources)],
+        **found,
+    }
+    return {
+        RESULT_FILE: json.dumps(whole, allow_nan=False, separators=(",", ":")).encode(),
+        ARRAYS_FILE: save({name: _contiguous(array) for name, array in kept.arrays.items()}),
+        SOURCE_FILE: text.encode("utf-8", "surrogatepass"),
+        DOCUMENT_FILE: (results.to_json(indent=None) + "\n").encode("utf-8", "surrogatepass"),
+    }
+
+
+def unpack_results(content: Mapping[str, bytes], source: Source | None = None) -> Results:
+    """The results of an archive, equal to what was packed in all that can be seen.
+
+    source: the file as it stands now; where its text is that of the archive, spans are in it.
+    Raises ArchiveProblem for whatever is wrong with the archive, which anybody may have written.
+    """
+    for name, most in (
+        (RESULT_FILE, MAX_JSON_BYTES),
+        (ARRAYS_FILE, MAX_ARRAY_BYTES),
+        (SOURCE_FILE, MAX_JSON_BYTES),
+    ):
+        if name not in content:
+            raise ArchiveError(f"`{name}` is missing")
+        if len(content[name]) > most:
+            raise ArchiveError(f"`{name}` has more than {most:,} bytes")
+    try:
+        return _unpack_content(content, source)
+    except ArchiveError:
+        raise
+    except Exception as error:  # of json, numpy, safetensors, pydantic: whatever it may hold
+        said = str(error) or type(error).__name__
+        raise ArchiveError(" ".join(said.split())[:200]) from error
+
+
+def _unpack_content(content: Mapping[str, bytes], source: Source | None) -> Results:
+    whole = as_object(json.loads(content[RESULT_FILE]))
+    if whole.get("archive") != ARCHIVE_VERSION:
+        by = whole.get("mechdsl")
+        raise ArchiveVersionError(f"it is an archive of another version (mechdsl {by!s:.40})")
+    text = content[SOURCE_FILE].decode("utf-8", "surrogatepass")
+    kept = Attachments(load(content[ARRAYS_FILE]), [])
+    for number, parts in enumerate(as_list(whole["sources"])):
+        made = _read_source(as_object(parts), text if number == 0 else None)
+        if source is not None and made.text == source.text and number == 0:
+            made = source
+        elif source is not None:
+            made = Source(made.text, made.path, source.reach, made.origin)
+        kept.sources.append(made)
+    results = Results(
+        _FILES_CODEC.read(whole["files"], kept),
+        _VERSIONS_CODEC.read(whole["versions"], kept),
+        Diagnostics(read_diagnostic(each, kept) for each in as_list(whole["diagnostics"])),
+        _PATHS_CODEC.read(whole["written"], kept),
+        str(whole["profile"]),
+    )
+    (file,) = results.files
+    if file.hash and file.hash != sha256(content[SOURCE_FILE]).hexdigest():
+        raise ArchiveError(f"`{SOURCE_FILE}` is not the text that was run")
+    check_file_result(file)
+    _restore_intervals(file, as_list(whole["intervals"]), kept)
+    return results
+
+
+def _restore_intervals(file: FileResult, found: list[Any], kept: Attachments) -> None:
+    """Give experiments the intervals of their unpatched runs, which else are drawn anew."""
+    for experiment, parts in zip(file.experiments, found, strict=True):
+        if parts is None:
+            continue
+        intervals = _INTERVALS_CODEC.read(parts, kept)
+        categories = {data.label for data in experiment.measures if data.kind == "category"}
+        asked = [(run, label) for run, own in experiment.runs.items() for label in own]
+        asked = [pair for pair in asked if pair[1] not in categories]
+        asked += [(run, "accuracy") for run in experiment.accuracy]
+        if any(label not in intervals.get(run, {}) for run, label in asked):
+            raise ArchiveError(f"intervals of `{experiment.name}` are missing")
+        vars(experiment)["run_intervals"] = intervals  # as the property itself keeps them
+
+
+def _contiguous(array: NDArray[Any]) -> NDArray[Any]:
+    return np.ascontiguousarray(array).reshape(array.shape)
+
+
+def _own_source(name: str, text: str) -> Source:
+    if name.startswith("<") and name.endswith(">"):
+        return Source(text, origin=name[1:-1])
+    return Source(text, Path(name))
+
+
+def _source_parts(source: Source, *, own: bool) -> dict[str, Any]:
+    path = None if source.path is None else str(source.path)
+    return {"path": path, "origin": source.origin, "text": None if own else source.text}
+
+
+def _read_source(parts: dict[str, Any], text: str | None) -> Source:
+    """A text of the archive; its file's own is kept beside. What it names is neither read nor
+    written: paths of an archive are another's."""
+    path, origin = parts["path"], parts["origin"]
+    text = parts["text"] if text is None else text
+    if type(text) is not str or type(origin) is not str or type(path) not in (str, type(None)):
+        raise ArchiveError("a text has a name and an origin")
+    return Source(
+        text, None if path is None else Path(cast("str", path)), AllowedFolders((), ()), origin
+    )
+
+
+RESULT_PACKAGES = ("mechdsl", "torch", "transformers", "tokenizers", "numpy", "scipy")
+
+
+def package_versions() -> dict[str, str]:
+    """Of the packages that numbers depend on."""
+    return {package: package_version(package) for package in RESULT_PACKAGES}
+
+
+@cache
+def package_version(package: str) -> str:
+    """`unknown` where it isn't installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

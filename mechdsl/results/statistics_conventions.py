@@ -1,21 +1,29 @@
-"""How the statistics of an experiment came about, in words."""
+"""Conventions of statistics in words, and cells ranked by size.
+
+They state how means, intervals and p-values were computed, and which experiment selected sites on
+the same rows. Reports and expectations rank cells by size; `top n of` picks them by sign.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
-from mechdsl.base.plural import plural
-from mechdsl.base.registry import Registry
-from mechdsl.program.lower_other_runs import BLOCKS
-from mechdsl.program.spec import ATTENTION, GRADIENT
+from mechdsl.base.records import Registry
+from mechdsl.base.text import count_noun
+from mechdsl.program.significance import CORRECTION_NAMES
+from mechdsl.program.spec import ATTENTION, GRADIENT, PROMPTS_AXIS
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.statistics.cell_statistics import SHARES
-from mechdsl.statistics.measure_data import NO_INTERVAL, MeasureData, may_change
-from mechdsl.statistics.sampling import partitions
-from mechdsl.validate.reachable_p import CORRECTION_NAMES
-from mechdsl.vocab.effect_kind import EffectKind
+from mechdsl.statistics.cell_statistics import SHARE_RUNS
+from mechdsl.statistics.measurements import (
+    NO_INTERVAL_REASONS,
+    MeasureData,
+    cells_by_view,
+    may_round_differently,
+)
+from mechdsl.vocab.effects import EffectKind
 
 _METHODS = {
     "t": "Student's t corrected for skewness, over {over}",
@@ -23,11 +31,14 @@ _METHODS = {
     "bootstrap": "bootstrap-t over {over}, at least {n:,} resamples, or Student's t where that is "
     "wider",
 }
-WITHHELD: Mapping[str, str] = {
+
+WITHHELD_TEXTS: Mapping[str, str] = {
     "skewed": "effects are too skewed for it to hold (W0723)",
     "picked": "sites were picked on the same rows (W0721)",
 }
-CHANGE = "m(patched) − m(base)"
+
+CHANGE_FORMULA = "m(patched) − m(base)"
+
 _OF_GRADIENTS = {
     GRADIENT: "the length (L2) of ∂m/∂site in the base run",
     ATTENTION: "Σ max(A · ∂m/∂A, 0) over keys and layers, the mean over heads and queries, of the "
@@ -43,35 +54,37 @@ def statistics_conventions(
     if settings is None or not result.statistics:
         return {}
     said = {
-        data.called: _formula(data, effects) for data in result.measures if data.kind == "number"
+        data.called: _effect_formula(data, effects)
+        for data in result.measures
+        if data.kind == "number"
     }
     found: dict[str, str] = {}
     if result.selected:
-        found["selection"] = f"{selected_words(result)}: effects look larger here than on new rows"
+        found["selection"] = f"{selection_text(result)}: effects look larger here than on new rows"
     if said:
         found["effect"] = "; ".join(f"{name} = {formula}" for name, formula in said.items())
-        found["interval"] = _interval(result)
+        found["interval"] = _interval_text(result)
     test = next((each.test for each in result.statistics if each.test), None)
     tests = max(each.tests for each in result.statistics)
     if test and tests:
         found["p"] = test
         found["correction"] = (
-            f"{CORRECTION_NAMES[settings.correction]}, over {plural(tests, 'cell')}"
+            f"{CORRECTION_NAMES[settings.correction]}, over {count_noun(tests, 'cell')}"
         )
         for why in dict.fromkeys(each.withheld for each in result.statistics if each.withheld):
-            found["correction"] += f"; withheld, as {WITHHELD[why]}"
+            found["correction"] += f"; withheld, as {WITHHELD_TEXTS[why]}"
     small = sum(int(np.count_nonzero(each.at_rounding)) for each in result.statistics)
     said = []
     if small:
         said.append(
-            f"{plural(small, 'cell')} no larger than what rounding alone may give, not counted as "
+            f"{count_noun(small, 'cell')} no larger than what rounding alone may give, not counted as "
             "surviving"
         )
     pairs = zip(result.measures, result.statistics, strict=True)
-    changing = sum(int(np.count_nonzero(may_change(*pair))) for pair in pairs)
+    changing = sum(int(np.count_nonzero(may_round_differently(*pair))) for pair in pairs)
     if changing:
         said.append(
-            f"{plural(changing, 'cell')} in which it may change single prompts of the base run"
+            f"{count_noun(changing, 'cell')} in which it may change single prompts of the base run"
         )
     moved = {run: result.accuracy_bound(run) for run in result.accuracy}
     said += [f"the accuracy of {run} by up to {by:.2g}" for run, by in moved.items() if by]
@@ -81,52 +94,78 @@ def statistics_conventions(
     return found
 
 
-def selected_words(result: ExperimentResult) -> str:
+def selection_text(result: ExperimentResult) -> str:
     """`heads picked sites from 16 cells on the same 32 rows`, of each experiment that picked."""
     return "; ".join(
-        f"`{each.of}` picked sites from {plural(each.cells, 'cell')} on "
+        f"`{each.of}` picked sites from {count_noun(each.cells, 'cell')} on "
         + (
-            f"the same {plural(each.rows, 'row')}"
+            f"the same {count_noun(each.rows, 'row')}"
             if each.shared == each.rows
-            else f"{each.shared:,} of these {plural(each.rows, 'row')}"
+            else f"{each.shared:,} of these {count_noun(each.rows, 'row')}"
         )
         for each in result.selected
     )
 
 
-def _formula(data: MeasureData, effects: Registry[EffectKind]) -> str:
+def _effect_formula(data: MeasureData, effects: Registry[EffectKind]) -> str:
     """What an effect is made of."""
     effect = effects[data.effect]
     formula = effect.per_prompt_formula or "" if data.per_prompt else effect.formula
     if data.estimator in _OF_GRADIENTS:
         return _OF_GRADIENTS[data.estimator]
     if data.estimator and effect.of_intervention:
-        return formula.replace("(m(patched) − m(base))", "estimate").replace(CHANGE, "estimate")
+        return formula.replace("(m(patched) − m(base))", "estimate").replace(
+            CHANGE_FORMULA, "estimate"
+        )
     return formula
 
 
-def _interval(result: ExperimentResult) -> str:
+def _interval_text(result: ExperimentResult) -> str:
     """By the kinds of figures that there are."""
     settings, sampling = result.settings, result.sampling
     assert settings is not None
     every = [data for data in result.measures if data.kind == "number"]
     numbers = [data for data in every if data.spread == "rows"]
     if not numbers:
-        return "; ".join(dict.fromkeys(NO_INTERVAL[data.spread] for data in every))
-    units = [sampling.units(seen) for data in numbers for _, seen in partitions(data)]
+        return "; ".join(dict.fromkeys(NO_INTERVAL_REASONS[data.spread] for data in every))
+    units = [sampling.units(seen) for data in numbers for _, seen in cells_by_view(data)]
     counts = dict.fromkeys(each.count for each in units)
     most = max(units, key=lambda each: each.count)
     over = " or ".join(
-        plural(count, sampling.unit_word(most) if count == most.count else "distinct prompt")
+        count_noun(count, sampling.unit_word(most) if count == most.count else "distinct prompt")
         for count in counts
     )
-    by_block = ", each block's by themselves" if BLOCKS in result.axes else ""
+    by_block = ", each block's by themselves" if PROMPTS_AXIS in result.axes else ""
     within = most.strata is not None and settings.test != "flips"
     design = (by_block or ", within the values that are dealt evenly") if within else ""
-    exact = [data.unit == "share" and data.effect in SHARES for data in numbers]
+    exact = [data.unit == "share" and data.effect in SHARE_RUNS for data in numbers]
     kinds: list[str] = []
     if not all(exact):
         kinds.append(_METHODS[settings.test].format(over=f"{over}{design}", n=settings.resamples))
     if any(exact):
         kinds.append("of shares by the exact limits of Clopper and Pearson")
     return f"{settings.confidence:g} % {'; '.join(kinds)}"
+
+
+def rank_by_size(result: ExperimentResult, measure: int, count: int) -> list[int]:
+    """The cells with the largest means by absolute value; those without one aren't ranked."""
+    means = result.statistics[measure].mean
+    return sorted(_cells_with_mean(result, measure), key=lambda cell: -abs(means[cell]))[:count]
+
+
+def sign_ranking_note(result: ExperimentResult, measure: int, count: int) -> str | None:
+    """What `top n of` picks in place of some of those, as it ranks by sign; None where that makes
+    no difference."""
+    means = result.statistics[measure].mean
+    by_sign = sorted(_cells_with_mean(result, measure), key=lambda cell: -means[cell])[:count]
+    by_size = rank_by_size(result, measure, count)
+    others = [result.cells[cell].name for cell in by_sign if cell not in by_size]
+    if not others:
+        return None
+    pick = f"`top {count} of {result.name}`"
+    return f"{pick} ranks by sign, and would have {', '.join(others)} among them"
+
+
+def _cells_with_mean(result: ExperimentResult, measure: int) -> list[int]:
+    means = result.statistics[measure].mean
+    return [cell for cell in range(len(means)) if math.isfinite(means[cell])]

@@ -1,7 +1,8 @@
-"""Frozen dataclasses as JSON and arrays, by the types of their fields, and back, without pickle.
+"""Frozen dataclasses and diagnostics as JSON and arrays, and back, without pickle.
 
-What is read may come from anybody: only the classes that are asked for are made, of the types that
-their fields have. ValueError where something doesn't fit.
+Values are written by the types of their fields. The input may come from anybody: reading creates
+only the requested classes, with fields of the declared types, and raises ValueError for anything
+else. A diagnostic is read back as the same object, or as its text if its class has changed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
@@ -20,11 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from mechdsl.base.percent import Percent
+from mechdsl import diagnostics
+from mechdsl.base.records import keyword_record
 from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Percent
+from mechdsl.diagnostics.core import CODES, Diagnostic
 
 _TICK = timedelta(microseconds=1)
+
 _MOST_TEXT = 1_000_000
+
 _BY_TEXT: dict[type, tuple[str, Callable[[Any], str], Callable[[str], Any]]] = {
     datetime: ("datetime", datetime.isoformat, datetime.fromisoformat),
     date: ("date", date.isoformat, date.fromisoformat),
@@ -34,13 +42,15 @@ _BY_TEXT: dict[type, tuple[str, Callable[[Any], str], Callable[[str], Any]]] = {
     bytes: ("bytes", bytes.hex, bytes.fromhex),
 }
 """Types of columns of parquet files: their tag, and how they are texts and again values."""
+
 _OF_TAG = {tag: made for tag, _, made in _BY_TEXT.values()}
+
 _NUMBERS = "biuf"
 """Kinds of numpy's numbers: booleans, integers with a sign and without, floats."""
 
 
 @dataclass
-class Kept:
+class Attachments:
     """What JSON refers to by a number: arrays, and the texts that spans are in."""
 
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict[str, NDArray[Any]])
@@ -64,35 +74,35 @@ class Kept:
         return len(self.sources) - 1
 
 
-class Form(NamedTuple):
+class Codec(NamedTuple):
     """How values of one type are written as JSON, and read."""
 
-    write: Callable[[Any, Kept], Any]
-    read: Callable[[Any, Kept], Any]
+    write: Callable[[Any, Attachments], Any]
+    read: Callable[[Any, Attachments], Any]
 
 
-def _not(expected: str, found: Any) -> ValueError:
+def _type_error(expected: str, found: Any) -> ValueError:
     return ValueError(f"{expected} was expected, not a value of type {type(found).__name__}")
 
 
 def as_list(found: Any) -> list[Any]:
     """A list of JSON; ValueError for anything else."""
     if type(found) is not list:
-        raise _not("a list", found)
+        raise _type_error("a list", found)
     return cast("list[Any]", found)
 
 
 def as_object(found: Any) -> dict[str, Any]:
     """An object of JSON; ValueError for anything else."""
     if type(found) is not dict:
-        raise _not("an object", found)
+        raise _type_error("an object", found)
     return cast("dict[str, Any]", found)
 
 
 # --- values that say themselves what they are -----------------------------------------------------
 
 
-def write_value(value: Any, kept: Kept) -> Any:
+def write_value(value: Any, kept: Attachments) -> Any:
     """Anything that a row may hold. Raises ValueError for what can't be kept."""
     kind = type(value)
     if kind is float:
@@ -123,7 +133,7 @@ def write_value(value: Any, kept: Kept) -> Any:
     raise ValueError(f"a value of type {kind.__module__}.{kind.__qualname__} can't be kept")
 
 
-def read_value(found: Any, kept: Kept) -> Any:
+def read_value(found: Any, kept: Attachments) -> Any:
     """The value again."""
     kind = type(found)
     if kind is list:
@@ -140,25 +150,25 @@ def read_value(found: Any, kept: Kept) -> Any:
     return _READ[tag](content, kept)
 
 
-def _read_float(found: Any, kept: Kept) -> float:
+def _read_float(found: Any, kept: Attachments) -> float:
     if found not in ("nan", "inf", "-inf"):
         raise ValueError("a number that JSON has is written as one")
     return float(found)
 
 
-def _read_percent(found: Any, kept: Kept) -> Percent:
+def _read_percent(found: Any, kept: Attachments) -> Percent:
     value = read_value(found, kept)
     if type(value) is not float:
-        raise _not("a number", value)
+        raise _type_error("a number", value)
     return Percent(value)
 
 
-def _read_dict(found: Any, kept: Kept) -> dict[Any, Any]:
+def _read_dict(found: Any, kept: Attachments) -> dict[Any, Any]:
     pairs = [as_list(pair) for pair in as_list(found)]
     return {read_value(key, kept): read_value(value, kept) for key, value in pairs}
 
 
-def _read_numpy(found: Any, kept: Kept) -> Any:
+def _read_numpy(found: Any, kept: Attachments) -> Any:
     code, content = as_list(found)
     value = read_value(content, kept)
     if code == "U" and type(value) is str:
@@ -166,27 +176,27 @@ def _read_numpy(found: Any, kept: Kept) -> Any:
     if type(code) is not str or code[1:2] not in tuple(_NUMBERS) or len(code) > 4:
         raise ValueError("there is no such kind of number")
     if type(value) not in (bool, int, float):
-        raise _not("a number", value)
+        raise _type_error("a number", value)
     return np.dtype(code).type(value)
 
 
-def _read_path(found: Any, kept: Kept) -> Path:
+def _read_path(found: Any, kept: Attachments) -> Path:
     if type(found) is not str:
-        raise _not("a path", found)
+        raise _type_error("a path", found)
     return Path(found)
 
 
-def _read_array(found: Any, kept: Kept) -> NDArray[Any]:
+def _read_array(found: Any, kept: Attachments) -> NDArray[Any]:
     if type(found) is not str or found not in kept.arrays:
         raise ValueError("an array is missing")
     return kept.arrays[found]
 
 
-def _write_span(span: Span, kept: Kept) -> list[int]:
+def _write_span(span: Span, kept: Attachments) -> list[int]:
     return [kept.source(span.source), span.start, span.end]
 
 
-def _read_span(found: Any, kept: Kept) -> Span:
+def _read_span(found: Any, kept: Attachments) -> Span:
     parts = as_list(found)
     if len(parts) != 3 or any(type(part) is not int for part in parts):
         raise ValueError("a span is the number of a text and two places in it")
@@ -199,7 +209,7 @@ def _read_span(found: Any, kept: Kept) -> Span:
     return Span(source, start, end)
 
 
-_READ: dict[str, Callable[[Any, Kept], Any]] = {
+_READ: dict[str, Callable[[Any, Attachments], Any]] = {
     "float": _read_float,
     "tuple": lambda found, kept: tuple(read_value(each, kept) for each in as_list(found)),
     "dict": _read_dict,
@@ -210,6 +220,7 @@ _READ: dict[str, Callable[[Any, Kept], Any]] = {
     "array": _read_array,
 }
 
+
 # --- values whose type a field says ---------------------------------------------------------------
 
 
@@ -219,7 +230,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 @cache
-def form_of(hint: Any) -> Form:
+def build_codec(hint: Any) -> Codec:
     """How values of a type are written and read.
 
     Dataclasses, tuples, mappings, arrays, literals and what there is none of (`X | None`); records
@@ -232,14 +243,14 @@ def form_of(hint: Any) -> Form:
         return _model(hint)
     if origin is tuple and args[1:] == (...,):
         inner = args[0]
-        return _repeated(form_of(inner)) if get_origin(inner) is tuple else _tuple(inner)
+        return _repeated(build_codec(inner)) if get_origin(inner) is tuple else _tuple(inner)
     if origin is np.ndarray:
         return _array(np.dtype(get_args(args[1])[0]))
     if _is_class(origin, Mapping):
-        return _mapping(args[0], form_of(args[1]))
+        return _mapping(args[0], build_codec(args[1]))
     if origin in (Union, UnionType) and NoneType in args and len(args) == 2:
         (own,) = (each for each in args if each is not NoneType)
-        return _optional(form_of(own))
+        return _optional(build_codec(own))
     if origin is Literal:
         return _one_of(lambda value: type(value) is str and value in args, str(args))
     if origin in (Union, UnionType):
@@ -247,7 +258,7 @@ def form_of(hint: Any) -> Form:
     if hint in (bool, int, float, str) or hint is Path:
         return _one_of(lambda value: _is(value, hint), hint.__name__)
     if hint is Any:
-        return Form(write_value, read_value)
+        return Codec(write_value, read_value)
     if _is_class(origin, Sequence):
         return _one_of(lambda value: type(value) in (list, tuple), "a sequence")
     raise TypeError(f"no form for {hint}")
@@ -268,46 +279,46 @@ def _is(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _one_of(fits: Callable[[Any], bool], expected: str) -> Form:
-    def read(found: Any, kept: Kept) -> Any:
+def _one_of(fits: Callable[[Any], bool], expected: str) -> Codec:
+    def read(found: Any, kept: Attachments) -> Any:
         value = read_value(found, kept)
         if not fits(value):
-            raise _not(expected, value)
+            raise _type_error(expected, value)
         return value
 
-    return Form(write_value, read)
+    return Codec(write_value, read)
 
 
-def _optional(own: Form) -> Form:
-    return Form(
+def _optional(own: Codec) -> Codec:
+    return Codec(
         lambda value, kept: None if value is None else own.write(value, kept),
         lambda found, kept: None if found is None else own.read(found, kept),
     )
 
 
-def _tuple(inner: Any) -> Form:
-    own = form_of(inner)
+def _tuple(inner: Any) -> Codec:
+    own = build_codec(inner)
     if inner in (str, int):  # many thousands of tokens
 
-        def write_plain(value: Any, kept: Kept) -> Any:
+        def write_plain(value: Any, kept: Attachments) -> Any:
             plain = all(type(each) is inner for each in value)
             return list(value) if plain else [own.write(each, kept) for each in value]
 
-        def read_plain(found: Any, kept: Kept) -> Any:
+        def read_plain(found: Any, kept: Attachments) -> Any:
             plain = all(type(each) is inner for each in as_list(found))
             return tuple(found) if plain else tuple(own.read(each, kept) for each in found)
 
-        return Form(write_plain, read_plain)
-    return Form(
+        return Codec(write_plain, read_plain)
+    return Codec(
         lambda value, kept: [own.write(each, kept) for each in value],
         lambda found, kept: tuple(own.read(each, kept) for each in as_list(found)),
     )
 
 
-def _repeated(own: Form) -> Form:
+def _repeated(own: Codec) -> Codec:
     """Tuples of which many are equal: each once, and which stands where."""
 
-    def write(value: Any, kept: Kept) -> Any:
+    def write(value: Any, kept: Attachments) -> Any:
         known: dict[int, int] = {}  # those of equal positions are one object
         numbers: dict[Any, int] = {}
         index: list[int] = []
@@ -317,78 +328,151 @@ def _repeated(own: Form) -> Form:
             index.append(known[id(each)])
         return [[own.write(each, kept) for each in numbers], index]
 
-    def read(found: Any, kept: Kept) -> Any:
+    def read(found: Any, kept: Attachments) -> Any:
         distinct, index = as_list(found)
         values = [own.read(each, kept) for each in as_list(distinct)]
         if any(type(n) is not int or not 0 <= n < len(values) for n in as_list(index)):
             raise ValueError("a tuple is missing")
         return tuple(values[n] for n in index)
 
-    return Form(write, read)
+    return Codec(write, read)
 
 
-def _array(dtype: np.dtype[Any]) -> Form:
-    def read(found: Any, kept: Kept) -> Any:
+def _array(dtype: np.dtype[Any]) -> Codec:
+    def read(found: Any, kept: Attachments) -> Any:
         array = _read_array(found, kept)
         if array.dtype != dtype:
             raise ValueError(f"an array of {dtype} was expected, not of {array.dtype}")
         return array
 
-    def write(value: Any, kept: Kept) -> Any:
+    def write(value: Any, kept: Attachments) -> Any:
         if not isinstance(value, np.ndarray) or value.dtype != dtype:
             raise ValueError(f"an array of {dtype} was expected, not {value!r:.60}")
         return kept.add(value)
 
-    return Form(write, read)
+    return Codec(write, read)
 
 
-def _mapping(key: Any, own: Form) -> Form:
-    keys = form_of(key)
+def _mapping(key: Any, own: Codec) -> Codec:
+    keys = build_codec(key)
 
-    def write(value: Any, kept: Kept) -> Any:
+    def write(value: Any, kept: Attachments) -> Any:
         if key is str:
             return {str(k): own.write(v, kept) for k, v in value.items()}
         return [[keys.write(k, kept), own.write(v, kept)] for k, v in value.items()]
 
-    def read(found: Any, kept: Kept) -> Any:
+    def read(found: Any, kept: Attachments) -> Any:
         if key is str:
             return {k: own.read(v, kept) for k, v in as_object(found).items()}
         pairs = [as_list(pair) for pair in as_list(found)]
         return {keys.read(k, kept): own.read(v, kept) for k, v in pairs}
 
-    return Form(write, read)
+    return Codec(write, read)
 
 
-def _dataclass(kind: Any) -> Form:
+def _dataclass(kind: Any) -> Codec:
     hints = _hints(kind)
-    forms = {each.name: form_of(hints[each.name]) for each in fields(kind)}
+    forms = {each.name: build_codec(hints[each.name]) for each in fields(kind)}
     needed = {
         each.name
         for each in fields(kind)
         if each.default is MISSING and each.default_factory is MISSING
     }
 
-    def write(value: Any, kept: Kept) -> Any:
+    def write(value: Any, kept: Attachments) -> Any:
         return {name: form.write(getattr(value, name), kept) for name, form in forms.items()}
 
-    def read(found: Any, kept: Kept) -> Any:
+    def read(found: Any, kept: Attachments) -> Any:
         given = as_object(found)
         if not needed <= given.keys() <= forms.keys():
             unknown = sorted({*given} ^ {*forms})
             raise ValueError(f"{kind.__name__} has other parts: {', '.join(unknown)[:100]}")
         return kind(**{name: forms[name].read(part, kept) for name, part in given.items()})
 
-    return Form(write, read)
+    return Codec(write, read)
 
 
-def _model(kind: type[BaseModel]) -> Form:
-    def write(value: Any, kept: Kept) -> Any:
+def _model(kind: type[BaseModel]) -> Codec:
+    def write(value: Any, kept: Attachments) -> Any:
         return {name: write_value(getattr(value, name), kept) for name in kind.model_fields}
 
-    def read(found: Any, kept: Kept) -> Any:
+    def read(found: Any, kept: Attachments) -> Any:
         parts = {name: read_value(part, kept) for name, part in as_object(found).items()}
         if type(parts.get("span")) is not Span:
-            raise _not("a span", parts.get("span"))
+            raise _type_error("a span", parts.get("span"))
         return kind(**parts)
 
-    return Form(write, read)
+    return Codec(write, read)
+
+
+_RECORDED = ("severity", "message", "label_text", "help_text")
+
+
+@keyword_record
+class RecordedDiagnostic(Diagnostic):
+    """A diagnostic of another version, whose class is gone or words things differently."""
+
+    title = "{message_then}"
+    label = "{label_then}"
+    help = "{help_then}"
+    message_then: str
+    label_then: str
+    help_then: str
+
+
+def write_diagnostic(diagnostic: Diagnostic, kept: Attachments) -> dict[str, Any]:
+    """Its class by its code, its facts, and what they say."""
+    facts = {each.name: getattr(diagnostic, each.name) for each in fields(diagnostic)}
+    return {
+        "code": diagnostic.code,
+        **{name: getattr(diagnostic, name) for name in _RECORDED},
+        "span": write_value(diagnostic.span, kept),
+        "facts": {name: write_value(fact, kept) for name, fact in facts.items() if name != "span"},
+    }
+
+
+def read_diagnostic(found: Any, kept: Attachments) -> Diagnostic:
+    """The diagnostic again; where its class doesn't say the same, as it was said."""
+    parts = as_object(found)
+    said = {name: parts[name] for name in ("code", *_RECORDED)}
+    if any(type(text) is not str for text in said.values()):
+        raise ValueError("what a diagnostic says is text")
+    span = read_value(parts["span"], kept)
+    if span is not None and type(span) is not Span:
+        raise ValueError("a diagnostic stands at a span")
+    facts = {name: read_value(fact, kept) for name, fact in as_object(parts["facts"]).items()}
+    made = _rebuild_diagnostic(said, span, facts)
+    if made is not None:
+        return made
+    if said["severity"] != ("warning" if said["code"].startswith("W") else "error"):
+        raise ValueError("a code says how severe it is")
+    stands = RecordedDiagnostic(
+        span=span,
+        message_then=said["message"],
+        label_then=said["label_text"],
+        help_then=said["help_text"],
+    )
+    vars(stands)["code"] = said["code"]
+    return stands
+
+
+def _rebuild_diagnostic(
+    said: dict[str, str], span: Span | None, facts: dict[str, Any]
+) -> Diagnostic | None:
+    kind = _diagnostic_classes().get(said["code"])
+    if kind is None:
+        return None
+    if facts.keys() != {each.name for each in fields(kind)} - {"span"}:
+        return None
+    try:
+        made = kind(span=span, **facts)
+        return made if all(getattr(made, name) == said[name] for name in _RECORDED) else None
+    except Exception:  # wordings are formatted with facts of any kind
+        return None
+
+
+def _diagnostic_classes() -> dict[str, type[Diagnostic]]:
+    """Every code there is."""
+    for module in iter_modules(diagnostics.__path__):
+        import_module(f"mechdsl.diagnostics.{module.name}")
+    return CODES

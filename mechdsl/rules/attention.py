@@ -1,22 +1,28 @@
-"""Rules on edges of attention: `block`, `reweight`, `set`, `observe attention … from Q to K`."""
+"""Rules on attention edges: `block`, `reweight`, `allow`, `set attention … from Q to K`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mechdsl.diagnostics.e01_syntax import NotSupported
-from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
-from mechdsl.diagnostics.e03_rules import BadEdit
-from mechdsl.models.adapters import adds_positions
+from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.names import UnknownWord
+from mechdsl.diagnostics.rules import BadEdit
+from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.models.anatomy import has_additive_positions
 from mechdsl.program import spec
-from mechdsl.prompts.order_in_text import behind, by_text
-from mechdsl.prompts.prompt_table import PositionCell
-from mechdsl.resolve.amounts import resolve_amounts
-from mechdsl.resolve.head_sites import attention_sites
-from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.pick_nothing import pick_nothing
-from mechdsl.resolve.resolved_rule import (
+from mechdsl.prompts.positions.cells import is_after, is_found_by_text
+from mechdsl.prompts.runs import PositionCell
+from mechdsl.resolve.runs import RuleKind
+from mechdsl.resolve.sites import ExperimentContext
+from mechdsl.resolve.targets import (
+    fill_empty_picks,
+    resolve_amounts,
+    resolve_attention_sites,
+    resolve_base_positions,
+    sweeps_positions,
+)
+from mechdsl.resolve.types import (
     Amounts,
     Convention,
     EdgeTargets,
@@ -25,18 +31,18 @@ from mechdsl.resolve.resolved_rule import (
     ResolvedRule,
     SitePoint,
 )
-from mechdsl.resolve.targets import plain_targets, sweeps
-from mechdsl.rules.kind import RuleKind, rule_kind
+from mechdsl.rules.kinds import rule_kind
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import walk
+from mechdsl.syntax.traversal import walk
 from mechdsl.vocab.metrics import METRICS
 from mechdsl.vocab.sites import EdgeChange
-
-_WITHOUT_LOGITS = ("activations", "observation")
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+_WITHOUT_LOGITS = ("activations", "observation")
 
 
 class EdgeIntervention(Intervention):
@@ -59,7 +65,7 @@ class EdgeIntervention(Intervention):
         yield Convention("edges", self.said, closing="sinks count among the rest")
 
     def possible(
-        self, rule: spec.Rule, amounts: Amounts, keys: PositionTargets, work: Work
+        self, rule: spec.Rule, amounts: Amounts, keys: PositionTargets, work: ExperimentContext
     ) -> bool:
         """E0332 for weights that attention can't have."""
         low = min(amounts.values.values())
@@ -68,7 +74,11 @@ class EdgeIntervention(Intervention):
         return low >= 0
 
     def fits(
-        self, rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: Work
+        self,
+        rule: spec.Rule,
+        queries: PositionTargets,
+        keys: PositionTargets,
+        work: ExperimentContext,
     ) -> bool:
         """Whether edges to hidden keys can be what they are made."""
         return True
@@ -77,7 +87,9 @@ class EdgeIntervention(Intervention):
     """What to write instead of a negative number."""
 
 
-def _bad_weight(rule: spec.Rule, work: Work, reason: str, what: str, hint: str) -> None:
+def _bad_weight(
+    rule: spec.Rule, work: ExperimentContext, reason: str, what: str, hint: str
+) -> None:
     assert rule.fill is not None
     work.diagnostics.append(BadEdit(span=rule.fill.span, reason=reason, what=what, hint=hint))
 
@@ -85,17 +97,19 @@ def _bad_weight(rule: spec.Rule, work: Work, reason: str, what: str, hint: str) 
 class EdgeRule(RuleKind):
     """A statement about `attention … from Q to K`."""
 
-    def edit(self, rule: spec.Rule, work: Work) -> tuple[EdgeIntervention | None, Amounts | None]:
+    def edit(
+        self, rule: spec.Rule, work: ExperimentContext
+    ) -> tuple[EdgeIntervention | None, Amounts | None]:
         """What is done to the edges; (None, None) after an error."""
         raise NotImplementedError
 
-    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         does, amounts = self.edit(rule, work)
         return resolve_edge(rule, does, amounts, work)
 
 
 def resolve_edge(
-    rule: spec.Rule, does: EdgeIntervention | None, amounts: Amounts | None, work: Work
+    rule: spec.Rule, does: EdgeIntervention | None, amounts: Amounts | None, work: ExperimentContext
 ) -> ResolvedRule | None:
     """A statement about `attention … from Q to K` with its queries and keys; None after an error.
 
@@ -103,27 +117,35 @@ def resolve_edge(
     """
     assert rule.edge is not None
     assert rule.onto is not None
-    sites, axes = attention_sites(rule.edge, work.sites)
+    sites, axes = resolve_attention_sites(rule.edge, work.sites)
     for axis in axes:
         work.add_axis(axis)
-    both = sweeps(rule.at, work) and sweeps(rule.onto, work)
-    queries = plain_targets(rule.at, work, "from_position" if both else "position")
-    keys = plain_targets(rule.onto, work)
-    sites, queries = pick_nothing(sites, queries, SitePoint("pattern", 0, None))
+    both = sweeps_positions(rule.at, work) and sweeps_positions(rule.onto, work)
+    queries = resolve_base_positions(rule.at, work, "from_position" if both else "position")
+    keys = resolve_base_positions(rule.onto, work)
+    sites, queries = fill_empty_picks(sites, queries, SitePoint("pattern", 0, None))
     if sites is None or queries is None or keys is None or does is None:
         return None
     if amounts is not None and not does.possible(rule, amounts, keys, work):
         return None
-    causal = work.sites.shape.causal and (not work.sites.shape.stands_in or _predicts(work))
+    causal = work.sites.shape.causal and (
+        not work.sites.shape.stands_in or _measures_next_token(work)
+    )
     known = not work.model.tokenizer.stands_in
-    told = known or (by_text(rule.at, rule.onto) and not work.table.stands_in)
+    told = known or (is_found_by_text(rule.at, rule.onto) and not work.table.stands_in)
     if does.looks_ahead:
         if not does.fits(rule, queries, keys, work):
             return None
-    elif causal and told and not _anything_seen(rule, queries, keys, work):
+    elif causal and told and not _check_keys_visible(rule, queries, keys, work):
         return None
     run = work.experiment.estimator is None  # else no edge is taken away
-    if does.removes and run and causal and known and not _something_left(rule, queries, keys, work):
+    if (
+        does.removes
+        and run
+        and causal
+        and known
+        and not _check_keys_left(rule, queries, keys, work)
+    ):
         return None
     return ResolvedRule(
         spec=rule,
@@ -144,7 +166,9 @@ class BlockRule(EdgeRule, EdgeIntervention):
     said = "blocked keys get no weight: a score of −∞ before softmax"
     removes = True
 
-    def edit(self, rule: spec.Rule, work: Work) -> tuple[EdgeIntervention | None, Amounts | None]:
+    def edit(
+        self, rule: spec.Rule, work: ExperimentContext
+    ) -> tuple[EdgeIntervention | None, Amounts | None]:
         return self, None
 
 
@@ -155,7 +179,9 @@ class ReweightRule(EdgeRule, EdgeIntervention):
     change = "reweight"
     said = "weights are multiplied, then the query's weights add up to 1 again"
 
-    def edit(self, rule: spec.Rule, work: Work) -> tuple[EdgeIntervention | None, Amounts | None]:
+    def edit(
+        self, rule: spec.Rule, work: ExperimentContext
+    ) -> tuple[EdgeIntervention | None, Amounts | None]:
         amounts = resolve_amounts(rule.fill, work)
         return (None if amounts is None else self), amounts
 
@@ -175,7 +201,9 @@ class AllowRule(EdgeRule, EdgeIntervention):
     whole = True
     looks_ahead = True
 
-    def edit(self, rule: spec.Rule, work: Work) -> tuple[EdgeIntervention | None, Amounts | None]:
+    def edit(
+        self, rule: spec.Rule, work: ExperimentContext
+    ) -> tuple[EdgeIntervention | None, Amounts | None]:
         return self, None
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
@@ -183,13 +211,17 @@ class AllowRule(EdgeRule, EdgeIntervention):
         yield Convention("passes", "rows of `allow` are whole passes")
 
     def fits(
-        self, rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: Work
+        self,
+        rule: spec.Rule,
+        queries: PositionTargets,
+        keys: PositionTargets,
+        work: ExperimentContext,
     ) -> bool:
         """E0108, E0332 where nothing is hidden, or scores of hidden keys aren't known."""
         shape = work.sites.shape
         if shape.stands_in:
             return True
-        if adds_positions(shape.family, shape.config):
+        if has_additive_positions(shape.family, shape.config):
             what = "`allow` in a model that adds positions to scores"
             work.diagnostics.append(NotSupported(span=rule.span, what=what))
             return False
@@ -215,14 +247,14 @@ class AllowRule(EdgeRule, EdgeIntervention):
         return False
 
 
-class Uniform(EdgeIntervention):
+class UniformWeights(EdgeIntervention):
     """`to uniform`."""
 
     name = change = "uniform"
     said = "the keys share evenly what they have together, the others keep theirs"
 
 
-class Weight(EdgeIntervention):
+class GivenWeight(EdgeIntervention):
     """`to 0.2`."""
 
     name = change = "weight"
@@ -230,7 +262,7 @@ class Weight(EdgeIntervention):
     least = "a weight lies between 0 and 1"
 
     def possible(
-        self, rule: spec.Rule, amounts: Amounts, keys: PositionTargets, work: Work
+        self, rule: spec.Rule, amounts: Amounts, keys: PositionTargets, work: ExperimentContext
     ) -> bool:
         if not super().possible(rule, amounts, keys, work):
             return False
@@ -251,31 +283,33 @@ class Weight(EdgeIntervention):
         return False
 
 
-UNIFORM, WEIGHT = Uniform(), Weight()
+UNIFORM_WEIGHTS, GIVEN_WEIGHT = UniformWeights(), GivenWeight()
 
 
 @rule_kind("set edge")
 class SetEdgeRule(EdgeRule):
     """`set attention … from Q to K to 0.2`, or `to uniform`."""
 
-    def edit(self, rule: spec.Rule, work: Work) -> tuple[EdgeIntervention | None, Amounts | None]:
+    def edit(
+        self, rule: spec.Rule, work: ExperimentContext
+    ) -> tuple[EdgeIntervention | None, Amounts | None]:
         word = rule.fill
         if isinstance(word, ast.Name) and word.id not in (*work.loops, *work.program.parameters):
-            if word.id == UNIFORM.name:
-                return UNIFORM, None
+            if word.id == UNIFORM_WEIGHTS.name:
+                return UNIFORM_WEIGHTS, None
             otherwise = "write `uniform`, or a weight: `0.2`"
             if word.id == "zero":
                 otherwise = "write `block attention … from … to …`, or the weight `0`"
-            hint = did_you_mean(word.id, [UNIFORM.name], otherwise)
+            hint = did_you_mean(word.id, [UNIFORM_WEIGHTS.name], otherwise)
             work.diagnostics.append(
                 UnknownWord(span=word.span, kind="way of attending", word=word.id, hint=hint)
             )
             return None, None
         amounts = resolve_amounts(word, work)
-        return (None if amounts is None else WEIGHT), amounts
+        return (None if amounts is None else GIVEN_WEIGHT), amounts
 
 
-def _predicts(work: Work) -> bool:
+def _measures_next_token(work: ExperimentContext) -> bool:
     """Whether a measure is of the next token, so that no model will do that sees later ones."""
     for measure in work.experiment.measures:
         named = (n.id if isinstance(n, ast.Name) else n.name for n in walk(measure.metric)
@@ -286,8 +320,8 @@ def _predicts(work: Work) -> bool:
     return False
 
 
-def _anything_seen(
-    rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: Work
+def _check_keys_visible(
+    rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: ExperimentContext
 ) -> bool:
     """E0332 where every key lies behind every query, most likely exchanged with it."""
     if not queries.written or not keys.written:  # of a name that was refused
@@ -296,7 +330,7 @@ def _anything_seen(
     for query, key in _edges(queries, keys):
         ends = zip(_outermost(key, min), _outermost(query, max), strict=True)
         for row, (low, high) in enumerate(ends):
-            if low is None or high is None or not behind(low, high, row, *prompts):
+            if low is None or high is None or not is_after(low, high, row, *prompts):
                 return True
     assert rule.onto is not None
     work.diagnostics.append(
@@ -337,8 +371,8 @@ def _outermost(cell: PositionCell, which: Callable[[list[int]], int]) -> list[in
     return [which(tokens) if tokens else None for tokens in rows]
 
 
-def _something_left(
-    rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: Work
+def _check_keys_left(
+    rule: spec.Rule, queries: PositionTargets, keys: PositionTargets, work: ExperimentContext
 ) -> bool:
     """E0332 where a query would have no key left in any cell; windows and sinks aside."""
     for query, key in _edges(queries, keys):

@@ -1,6 +1,6 @@
 """Path patching: `path SENDER -> RECEIVER at POSITIONS through mlps`.
 
-Wang et al. 2022 (arXiv 2211.00593), Goldowsky-Dill et al. 2023 (arXiv 2304.05969).
+References: Wang et al. 2022 (arXiv 2211.00593), Goldowsky-Dill et al. 2023 (arXiv 2304.05969).
 """
 
 from __future__ import annotations
@@ -9,27 +9,81 @@ from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from itertools import product
 
-from mechdsl.diagnostics.e03_rules import NoPath, NotOnAPath
+from mechdsl.diagnostics.rules import NoPath, NotOnAPath
 from mechdsl.program import spec
-from mechdsl.resolve.head_sites import receiver_sites
-from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.open_axes import from_end
-from mechdsl.resolve.path_rules import apart_from_the_end, reached
-from mechdsl.resolve.resolved import Axis
-from mechdsl.resolve.resolved_rule import (
+from mechdsl.resolve.cells import counts_from_end
+from mechdsl.resolve.runs import RuleKind
+from mechdsl.resolve.sites import ExperimentContext, resolve_site
+from mechdsl.resolve.targets import resolve_receivers, resolve_rule_positions
+from mechdsl.resolve.types import (
+    Axis,
     Convention,
     Intervention,
     PathTargets,
     ResolvedRule,
     SitePoint,
     SiteTargets,
+    precedes,
+    select_reached,
 )
-from mechdsl.resolve.site_targets import resolve_site
-from mechdsl.resolve.targets import rule_targets
-from mechdsl.rules.kind import RuleKind, rule_kind
+from mechdsl.rules.kinds import rule_kind
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import walk
+from mechdsl.syntax.traversal import walk
 from mechdsl.vocab.sites import SITES
+
+
+def find_end_conflict(
+    senders: tuple[SitePoint, ...], receivers: tuple[SitePoint, ...], *, parallel: bool
+) -> tuple[str, str] | None:
+    """Why the end of the model can't stand beside these receivers, and what to write instead; None
+    where it can, or doesn't.
+
+    What a receiver changes must not reach other receivers, which read where all is held, nor
+    senders, which would send that to the end too.
+    """
+    inner = select_reached(
+        senders,
+        tuple(p for p in receivers if SITES[p.site].when != "output"),
+        parallel=parallel,
+    )
+    if not any(SITES[p.site].when == "output" for p in receivers) or not inner:
+        return None
+    whole = next((p for p in inner if p.site == "resid_pre"), None)
+    if whole is not None:
+        return (
+            f"{_describe_point(whole)} carries the senders on to the end by itself",
+            "leave the end out, or name what reads in that block: `attn_norm`, `mlp_norm`",
+        )
+    inner = sorted(inner, key=lambda p: _sublayer(p, parallel=parallel))
+    first, last = inner[0], inner[-1]
+    if _sublayer(first, parallel=parallel) != _sublayer(last, parallel=parallel):
+        return (
+            f"{_describe_point(last)} reads behind {_describe_point(first)}: it would not see what that changes, and "
+            "the end would",
+            "beside the end, name receivers in the attention of one layer, or in one MLP",
+        )
+    pairs = ((of, to) for of in senders for to in inner)
+    late = next((pair for pair in pairs if not precedes(*pair, parallel=parallel)), None)
+    if late is not None:
+        return (
+            f"{_describe_point(late[0])} isn't before {_describe_point(late[1])}, which may change what it sends",
+            "beside the end, send from what comes before all other receivers",
+        )
+    return None
+
+
+def _describe_point(point: SitePoint) -> str:
+    words = [point.site]
+    words += [] if point.layer is None else [f"layer {point.layer}"]
+    words += [] if point.unit is None else [f"{SITES[point.site].axes[-1]} {point.unit}"]
+    return f"`{' '.join(words)}`"
+
+
+def _sublayer(receiver: SitePoint, *, parallel: bool) -> tuple[int, bool]:
+    """Where it reads: what receivers of one sublayer change doesn't reach each other."""
+    assert receiver.layer is not None
+    return receiver.layer, receiver.site in ("mlp_norm", "mlp_hidden") and not parallel
+
 
 SENDERS = (
     "embed",
@@ -42,6 +96,7 @@ SENDERS = (
     "mlp_out",
     "resid_post",
 )
+
 RECEIVERS = (
     "resid_pre",
     "attn_norm",
@@ -53,7 +108,8 @@ RECEIVERS = (
     "final_norm",
     "logits",
 )
-ENDS = ("final_norm", "logits")
+
+OUTPUT_SITES = ("final_norm", "logits")
 
 
 @rule_kind("path")
@@ -68,48 +124,50 @@ class PathPatching(RuleKind, Intervention):
     reads = "run"
     copies = True
 
-    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         """Its axes are the sender's, then `to_layer`, `to_head`."""
         assert rule.site is not None
         assert rule.receiver is not None
         run = rule.source or work.experiment.base
         senders, axes = resolve_site(rule.site, work.sites)
-        receivers, more = receiver_sites(rule.receiver, work.sites)
+        receivers, more = resolve_receivers(rule.receiver, work.sites)
         if receivers is not None:
-            receivers = replace(receivers, axes=tuple(_to(name, more) for name in receivers.axes))
+            receivers = replace(
+                receivers, axes=tuple(_receiver_axis(name, more) for name in receivers.axes)
+            )
         for axis in (*axes, *(replace(axis, name=f"to_{axis.name}") for axis in more)):
             work.add_axis(axis)
-        positions = rule_targets(rule, run, work)
+        positions = resolve_rule_positions(rule, run, work)
         if senders is None or receivers is None or positions is None:
             return None
-        fine = _kinds(rule.site, senders, SENDERS, "start", work)
-        fine = _kinds(rule.receiver, receivers, RECEIVERS, "end", work) and fine
-        if not fine or not _any_path(rule, senders, receivers, work):
+        fine = _check_components(rule.site, senders, SENDERS, "start", work)
+        fine = _check_components(rule.receiver, receivers, RECEIVERS, "end", work) and fine
+        if not fine or not _check_path_exists(rule, senders, receivers, work):
             return None
-        whole = rule.frozen_norms or _neurons_behind(rule, senders, work)
+        whole = rule.frozen_norms or _has_later_neurons(rule, senders, work)
         path = PathTargets(receivers, rule.through_mlps, rule.frozen_norms)
-        whole = whole or path.also_at_the_end or _has(receivers, ("mlp_hidden",))
+        whole = whole or path.also_at_the_end or _has_site(receivers, ("mlp_hidden",))
         if path.also_at_the_end:
-            if not _adds_up(rule, senders, path, work):
+            if not _check_sums_at_end(rule, senders, path, work):
                 return None
-        elif _has(receivers, ENDS) and not _seen_beside(rule, work):
+        elif _has_site(receivers, OUTPUT_SITES) and not _check_no_observation(rule, work):
             return None
-        does: Intervention = WHOLE_PATH if whole else self
+        does: Intervention = FULL_PASS_PATH if whole else self
         return ResolvedRule(
             spec=rule, does=does, run=run, sites=senders, positions=positions, path=path
         )
 
     def key(self, rule: ResolvedRule) -> Hashable:
-        return rule.run, _targets(rule).through_mlps, _targets(rule).frozen_norms
+        return rule.run, _path_targets(rule).through_mlps, _path_targets(rule).frozen_norms
 
     def detail(self, rule: ResolvedRule) -> str | None:
-        through = ", through MLPs" if _targets(rule).through_mlps else ""
-        through += ", norms frozen" if _targets(rule).frozen_norms else ""
+        through = ", through MLPs" if _path_targets(rule).through_mlps else ""
+        through += ", norms frozen" if _path_targets(rule).frozen_norms else ""
         receiver = "" if rule.spec.receiver is None else rule.spec.receiver.span.written
         return f"to {receiver}{through}"
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
-        last, path = n_layers - 1, _targets(rule)
+        last, path = n_layers - 1, _path_targets(rule)
         held = [f"the heads (z) of layers 0 to {last}"]
         if not path.through_mlps:
             held.append(f"the MLPs (mlp_out) of layers 0 to {last}")
@@ -136,7 +194,7 @@ class PathPatching(RuleKind, Intervention):
         )
 
 
-class WholePath(PathPatching, Intervention):
+class FullPassPath(PathPatching, Intervention):
     """What only whole passes do: neurons behind another sender, as those beside them in their MLP
     are held one by one; neurons that receive, as their MLP is computed and held; frozen norms; the
     end of the model beside other receivers."""
@@ -148,21 +206,22 @@ class WholePath(PathPatching, Intervention):
         yield Convention("passes", "rows of this `path` are whole passes")
 
 
-WHOLE_PATH = WholePath()
-
-
-def _targets(rule: ResolvedRule) -> PathTargets:
+def _path_targets(rule: ResolvedRule) -> PathTargets:
     assert rule.path is not None
     return rule.path
 
 
-def _to(name: str, axes: tuple[Axis, ...]) -> str:
+def _receiver_axis(name: str, axes: tuple[Axis, ...]) -> str:
     """The receiver's own axes have names of their own; a `for` around both is shared."""
     return f"to_{name}" if name in {axis.name for axis in axes} else name
 
 
-def _kinds(
-    site: ast.Site, targets: SiteTargets, allowed: tuple[str, ...], verb: str, work: Work
+def _check_components(
+    site: ast.Site,
+    targets: SiteTargets,
+    allowed: tuple[str, ...],
+    verb: str,
+    work: ExperimentContext,
 ) -> bool:
     """E0334 for a component that a path can't start or end at."""
     named = {p.site for points in targets.points.values() for p in points}
@@ -182,11 +241,13 @@ def _kinds(
     return False
 
 
-def _has(targets: SiteTargets, sites: tuple[str, ...]) -> bool:
+def _has_site(targets: SiteTargets, sites: tuple[str, ...]) -> bool:
     return any(p.site in sites for points in targets.points.values() for p in points)
 
 
-def _adds_up(rule: spec.Rule, senders: SiteTargets, path: PathTargets, work: Work) -> bool:
+def _check_sums_at_end(
+    rule: spec.Rule, senders: SiteTargets, path: PathTargets, work: ExperimentContext
+) -> bool:
     """E0334 where what other receivers change and what the senders do don't add up at the end."""
     why = None
     if path.through_mlps:
@@ -200,17 +261,17 @@ def _adds_up(rule: spec.Rule, senders: SiteTargets, path: PathTargets, work: Wor
             "other receivers change",
             "leave `with frozen norms` out, or write an experiment for each",
         )
-    elif not work.sites.shape.stands_in and not _waits(rule, work):
+    elif not work.sites.shape.stands_in and not _awaits_finding(rule, work):
         parallel = work.sites.shape.parallel_block
         found = (
-            apart_from_the_end(of, to, parallel=parallel)
+            find_end_conflict(of, to, parallel=parallel)
             for of, to in _cells(senders, path.receivers)
         )
         why = next((each for each in found if each is not None), None)
     if why is not None:
         assert rule.receiver is not None
         named = {p.site for here in path.receivers.points.values() for p in here}
-        site, (reason, hint) = min(named & {*ENDS}), why
+        site, (reason, hint) = min(named & {*OUTPUT_SITES}), why
         work.diagnostics.append(
             NotOnAPath(span=rule.receiver.span, verb="end", site=site, reason=reason, hint=hint)
         )
@@ -227,7 +288,7 @@ def _cells(
             yield sending, receiving
 
 
-def _seen_beside(rule: spec.Rule, work: Work) -> bool:
+def _check_no_observation(rule: spec.Rule, work: ExperimentContext) -> bool:
     """E0334 for a path to the end of the model beside an observation."""
     looks = [other for other in work.experiment.rules if other.observed is not None]
     if looks:
@@ -244,38 +305,40 @@ def _seen_beside(rule: spec.Rule, work: Work) -> bool:
     return not looks
 
 
-def _neurons_behind(rule: spec.Rule, senders: SiteTargets, work: Work) -> bool:
+def _has_later_neurons(rule: spec.Rule, senders: SiteTargets, work: ExperimentContext) -> bool:
     """Whether neurons of a held MLP send beside something that their MLP reads."""
     if rule.through_mlps:
         return False
     parallel = work.sites.shape.parallel_block
     for points in senders.points.values():
         neurons = [SitePoint("mlp_norm", p.layer, None) for p in points if p.site == "mlp_hidden"]
-        if neurons and reached(points, tuple(neurons), parallel=parallel):
+        if neurons and select_reached(points, tuple(neurons), parallel=parallel):
             return True
     return False
 
 
-def _waits(rule: spec.Rule, work: Work) -> bool:
+def _awaits_finding(rule: spec.Rule, work: ExperimentContext) -> bool:
     """Whether an end of the path is what an experiment finds that hasn't run: another stands in."""
     groups = work.sites.groups
     ends = [*walk((rule.site, rule.receiver))]
     named = [node.id for node in ends if isinstance(node, ast.Name) and node.id in groups]
     nodes = [*ends, *(node for name in named for node in walk(groups[name].sites))]
     waiting = work.sites.onward.stand_ins
-    return any(isinstance(node, ast.Ranked) and node.of in waiting for node in nodes)
+    return any(isinstance(node, ast.RankedSelection) and node.of in waiting for node in nodes)
 
 
-def _any_path(rule: spec.Rule, senders: SiteTargets, receivers: SiteTargets, work: Work) -> bool:
+def _check_path_exists(
+    rule: spec.Rule, senders: SiteTargets, receivers: SiteTargets, work: ExperimentContext
+) -> bool:
     """E0335 where no cell has a receiver behind a sender."""
     parallel = work.sites.shape.parallel_block
     pairs = product(senders.points.values(), receivers.points.values())
-    if any(reached(a, b, parallel=parallel) for a, b in pairs):
+    if any(select_reached(a, b, parallel=parallel) for a, b in pairs):
         return True
-    if _waits(rule, work):
+    if _awaits_finding(rule, work):
         return True
     ends = [node for node in walk((rule.site, rule.receiver)) if isinstance(node, ast.Bound)]
-    if work.sites.shape.stands_in and any(map(from_end, ends)):
+    if work.sites.shape.stands_in and any(map(counts_from_end, ends)):
         return True  # nobody knows which of them comes first
     assert rule.site is not None
     assert rule.receiver is not None
@@ -298,3 +361,6 @@ def _any_path(rule: spec.Rule, senders: SiteTargets, receivers: SiteTargets, wor
         )
     )
     return False
+
+
+FULL_PASS_PATH = FullPassPath()

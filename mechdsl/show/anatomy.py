@@ -1,4 +1,4 @@
-"""What `mechdsl sites` prints: a model's blocks and sites, what was checked, which passes apply."""
+"""Output of `mechdsl sites`: blocks and sites, the checks, and the planner passes that apply."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mechdsl.base.plural import plural
+from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.hooks.loaded import LoadedModel, Outcome, Stack
-from mechdsl.loading.prove import idle_parts
-from mechdsl.loading.verify import RESTART
+from mechdsl.forward.hooks.model import BlockStack, CheckOutcome, LoadedModel
+from mechdsl.loading.anatomy_proof import describe_idle_components
+from mechdsl.loading.verify.checks import PACKED_IDENTITY
 from mechdsl.models.anatomy import Anatomy, HookPoint
-from mechdsl.models.shape import units, width
-from mechdsl.plan.passes import RESTARTS
-from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION
+from mechdsl.models.shape import unit_count, vector_width
+from mechdsl.planner.passes import RESTART_PASSES
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
 
 
 def print_sites(model: LoadedModel, found: Sequence[Diagnostic], console: Console) -> None:
@@ -35,12 +35,14 @@ def print_sites(model: LoadedModel, found: Sequence[Diagnostic], console: Consol
     console.print(_checks(model.checks))
     console.print()
     if model.idle:
-        console.print(f"without effect: {idle_parts(model)}", highlight=False, soft_wrap=True)
+        console.print(
+            f"without effect: {describe_idle_components(model)}", highlight=False, soft_wrap=True
+        )
         console.print()
     console.print(_passes(model, found), highlight=False, soft_wrap=True)
 
 
-def as_json(model: LoadedModel, found: Sequence[Diagnostic]) -> dict[str, Any]:
+def sites_document(model: LoadedModel, found: Sequence[Diagnostic]) -> dict[str, Any]:
     """The same for programs."""
     return {
         "architecture": model.shape.architecture,
@@ -57,12 +59,12 @@ def as_json(model: LoadedModel, found: Sequence[Diagnostic]) -> dict[str, Any]:
                 "causal": stack.shape.causal,
                 "sites": {
                     site: {
-                        "units": _units(stack, site),
-                        "width": _width(stack, site),
+                        "units": _site_units(stack, site),
+                        "width": _site_width(stack, site),
                         "layers": _layers(stack, site),
                         "tensor": _tensor(stack.anatomy, site),
                     }
-                    for site in _names(stack)
+                    for site in _site_names(stack)
                 },
                 "without": dict(stack.anatomy.without),
                 "without_effect": [
@@ -82,16 +84,16 @@ def as_json(model: LoadedModel, found: Sequence[Diagnostic]) -> dict[str, Any]:
             }
             for one in model.checks
         ],
-        "passes": list(RESTARTS) if model.restartable else [],
+        "passes": list(RESTART_PASSES) if model.restartable else [],
         "warnings": [f"{one.code}: {one.message}: {one.label_text}" for one in found],
     }
 
 
-def _sizes(stack: Stack) -> str:
+def _sizes(stack: BlockStack) -> str:
     shape = stack.shape
-    words = [f"{plural(shape.n_layers, 'block')} of width {shape.d_model}"]
+    words = [f"{count_noun(shape.n_layers, 'block')} of width {shape.d_model}"]
     if "z" in shape.sites:
-        heads = f"{plural(shape.n_heads, 'head')} of {shape.d_head}"
+        heads = f"{count_noun(shape.n_heads, 'head')} of {shape.d_head}"
         if shape.d_value != shape.d_head:
             heads += f" (values of {shape.d_value})"
         words.append(f"{heads}, {shape.n_kv_heads} key-value heads")
@@ -134,34 +136,34 @@ def _norms(anatomy: Anatomy) -> str:
     return f"  {how}; norms: {', '.join(said) or 'none'}"
 
 
-def _names(stack: Stack) -> list[str]:
+def _site_names(stack: BlockStack) -> list[str]:
     return [site for site in SITES if site in stack.shape.sites]
 
 
-def _units(stack: Stack, site: str) -> int:
-    return units(stack.shape, site)
+def _site_units(stack: BlockStack, site: str) -> int:
+    return unit_count(stack.shape, site)
 
 
-def _width(stack: Stack, site: str) -> int | None:
+def _site_width(stack: BlockStack, site: str) -> int | None:
     """None for vectors over the tokens of a prompt."""
-    return None if SITES[site].width == "key" else width(stack.shape, site)
+    return None if SITES[site].width == "key" else vector_width(stack.shape, site)
 
 
-def _layers(stack: Stack, site: str) -> list[int]:
+def _layers(stack: BlockStack, site: str) -> list[int]:
     """Those that have it; within attention the config tells."""
-    if site not in WITHIN_ATTENTION:
+    if site not in ATTENTION_INTERNAL_SITES:
         return list(stack.anatomy.layers(site))
     return [layer for layer in range(stack.shape.n_layers) if stack.shape.has(site, layer)]
 
 
-def _sites(stack: Stack) -> Table:
+def _sites(stack: BlockStack) -> Table:
     table = Table(box=None, padding=(0, 2), show_edge=False)
     for title in ("site", "per layer", "layers", "tensor"):
         table.add_column(title, overflow="fold")
-    for site in _names(stack):
-        count = _units(stack, site)
+    for site in _site_names(stack):
+        count = _site_units(stack, site)
         axis = SITES[site].unit
-        size = f"[{_width(stack, site) or 'key'}]"
+        size = f"[{_site_width(stack, site) or 'key'}]"
         if axis is not None:
             word = {"kv_head": "key-value heads"}.get(axis, f"{axis}s")
             size = f"{count} {word}" if size == "[1]" else f"{count} {word} × {size}"
@@ -174,7 +176,7 @@ def _sites(stack: Stack) -> Table:
 
 def _tensor(anatomy: Anatomy, site: str) -> str:
     """The module whose input or output it is, in the first block that has it."""
-    if site in WITHIN_ATTENTION:
+    if site in ATTENTION_INTERNAL_SITES:
         return "where attention is computed"
     layers = anatomy.layers(site)
     tap = anatomy.tap(site, layers[0] if layers else None)
@@ -185,10 +187,10 @@ def _tensor(anatomy: Anatomy, site: str) -> str:
         block = anatomy.blocks[layers[0]].path
         parent = block.rpartition(".")[0]
         path = parent + ".{layer}" + path.removeprefix(block)
-    return _said(site, tap, path, anatomy)
+    return _tensor_note(site, tap, path, anatomy)
 
 
-def _said(site: str, tap: HookPoint, path: str, anatomy: Anatomy) -> str:
+def _tensor_note(site: str, tap: HookPoint, path: str, anatomy: Anatomy) -> str:
     side = "input" if tap.side == "in" else "output"
     if site == "head_out":
         return f"heads' shares of the {side} of {path}"
@@ -200,7 +202,7 @@ def _said(site: str, tap: HookPoint, path: str, anatomy: Anatomy) -> str:
     return f"{factor}{side} of {path}"
 
 
-def _checks(checks: Sequence[Outcome]) -> Table:
+def _checks(checks: Sequence[CheckOutcome]) -> Table:
     table = Table(box=None, padding=(0, 2), show_edge=False)
     table.add_column("check", overflow="fold")
     table.add_column("off by", justify="right", no_wrap=True)
@@ -214,9 +216,9 @@ def _checks(checks: Sequence[Outcome]) -> Table:
 
 def _passes(model: LoadedModel, found: Sequence[Diagnostic]) -> str:
     if model.restartable:
-        return f"planner passes: all ({', '.join(RESTARTS)} and those that need no restart)"
+        return f"planner passes: all ({', '.join(RESTART_PASSES)} and those that need no restart)"
     reason = next((one.label_text for one in found if one.code == "W0711"), "")
-    failed = next((one for one in model.checks if one.identity == RESTART), None)
+    failed = next((one for one in model.checks if one.identity == PACKED_IDENTITY), None)
     reason = reason or (failed.failure if failed is not None else "")
-    lost = ", ".join(RESTARTS)
+    lost = ", ".join(RESTART_PASSES)
     return f"planner passes: every row is a whole pass ({reason}); {lost} do not apply"

@@ -1,4 +1,4 @@
-"""Consoles that print every text visibly, whatever a prompt, a name or a path holds."""
+"""Consoles that make every character visible, whatever a prompt, a name or a path contains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TextIO
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
 
-from mechdsl.base.visible import visible
+from mechdsl.base.text import escape_hidden
 
 
 def visible_console(
@@ -27,11 +27,11 @@ def visible_console(
         markup=False,  # `[b]` and `:cat:` may be tokens
         emoji=False,
     )
-    made.push_render_hook(_Visible(made))
+    made.push_render_hook(_VisibleHook(made))
     return made
 
 
-class _Visible(RenderHook):
+class _VisibleHook(RenderHook):
     """Writes hidden characters out, behind all layout: what is laid out by width is made visible
     before that, where it may hold any."""
 
@@ -39,10 +39,10 @@ class _Visible(RenderHook):
         self.console = console
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        return [_Shown(self.console, each) for each in renderables]
+        return [_VisibleRenderable(self.console, each) for each in renderables]
 
 
-class _Shown:
+class _VisibleRenderable:
     def __init__(self, console: Console, renderable: ConsoleRenderable) -> None:
         self.console = console
         self.renderable = renderable
@@ -50,5 +50,5 @@ class _Shown:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         segments: Iterable[Segment] = self.console.render(self.renderable, options)
         for segment in segments:
-            text = segment.text if segment.control else visible(segment.text, keep="\n")
+            text = segment.text if segment.control else escape_hidden(segment.text, keep="\n")
             yield Segment(text, segment.style, segment.control)

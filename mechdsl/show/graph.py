@@ -10,9 +10,8 @@ from typing import TypeAlias
 
 import networkx as nx
 
-from mechdsl.base.plural import plural
-from mechdsl.base.visible import visible, xml_text
-from mechdsl.graph.nodes import (
+from mechdsl.base.text import count_noun, escape_hidden, escape_xml
+from mechdsl.planner.graph import (
     DirectionNode,
     EffectNode,
     EncodeNode,
@@ -28,9 +27,8 @@ from mechdsl.graph.nodes import (
     TransformNode,
     WriteNode,
 )
-from mechdsl.plan.make_plan import graph_of_file, rewrite, with_saves
-from mechdsl.resolve.resolved import ResolvedExperiment
-from mechdsl.resolve.resolved_rule import Place, ResolvedRule
+from mechdsl.planner.passes import add_save_nodes, build_file_graph, rewrite_graph
+from mechdsl.resolve.types import ResolvedExperiment, ResolvedRule, SiteLayer
 
 COLOURS: Mapping[type, str] = {
     EncodeNode: "#e8eef7",
@@ -48,9 +46,9 @@ COLOURS: Mapping[type, str] = {
 }
 
 
-def describe(node: Node) -> list[str]:
+def describe_node(node: Node) -> list[str]:
     """What a node says: its kind first, then a few short lines."""
-    return [visible(line) for line in _describe(node)]
+    return [escape_hidden(line) for line in _describe(node)]
 
 
 def _describe(node: Node) -> list[str]:
@@ -69,19 +67,19 @@ def _describe(node: Node) -> list[str]:
             if node.on is not None:
                 own = node.run != node.on.run
                 lines += [f"run {node.run}, rules on {node.on.run}" if own else f"from {node.run}"]
-            lines += [f"{sweep} = {plural(node.cells, 'cell')}"] if node.axes else []
-            lines += [f"first {plural(node.stop, 'block')}"] if node.stop is not None else []
+            lines += [f"{sweep} = {count_noun(node.cells, 'cell')}"] if node.axes else []
+            lines += [f"first {count_noun(node.stop, 'block')}"] if node.stop is not None else []
             if node.estimator:
                 return ["Estimate", node.estimator, *lines]
             return ["Forward", *lines]
         case ReadNode():
-            return ["Read", _places(node.places), f"at {node.at}"]
+            return ["Read", _position_text(node.places), f"at {node.at}"]
         case DirectionNode():
             return ["Direction", node.name, node.made]
         case TransformNode():
             return ["Transform", f"{node.kind} {node.detail}".strip()]
         case WriteNode():
-            return ["Write", _targets(node), f"at {node.at}", *_steps(node)]
+            return ["Write", _target_text(node), f"at {node.at}", *_step_text(node)]
         case ReplyNode():
             return ["Generate", node.how]
         case MeasureNode():
@@ -100,16 +98,16 @@ def _describe(node: Node) -> list[str]:
             return ["Save", node.experiment, f"to {node.file}"]
 
 
-def _steps(node: WriteNode) -> list[str]:
+def _step_text(node: WriteNode) -> list[str]:
     """When it acts, where that isn't at each step."""
     during = node.by.spec.during if isinstance(node.by, ResolvedRule) else None
     return [] if during is None else [" ".join(during.span.written.split())]
 
 
-def _targets(node: WriteNode) -> str:
+def _target_text(node: WriteNode) -> str:
     """The first and the last of what its cells write: `L0H0.z … L3H3.z`."""
     if not isinstance(node.by, ResolvedRule):
-        return _places(node.places)
+        return _position_text(node.places)
     assert node.by.sites is not None
     labels = list(node.by.sites.labels.values())
     if node.by.path is not None:
@@ -117,7 +115,7 @@ def _targets(node: WriteNode) -> str:
     return labels[0] if len(labels) == 1 else f"{labels[0]} … {labels[-1]}"
 
 
-def _places(places: Sequence[Place]) -> str:
+def _position_text(places: Sequence[SiteLayer]) -> str:
     site = ", ".join(dict.fromkeys(site for site, _ in places))
     layers = tuple(sorted({layer for _, layer in places if layer is not None}))
     if not layers:
@@ -127,30 +125,32 @@ def _places(places: Sequence[Place]) -> str:
     return f"{site} layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
-def _numbered(graph: Graph) -> dict[Node, str]:
+def _node_names(graph: Graph) -> dict[Node, str]:
     """A short name per node, in the order of the data."""
-    order = nx.lexicographical_topological_sort(graph, key=lambda node: "\n".join(describe(node)))
+    order = nx.lexicographical_topological_sort(
+        graph, key=lambda node: "\n".join(describe_node(node))
+    )
     return {node: f"n{number}" for number, node in enumerate(order)}
 
 
 def to_text(graph: Graph) -> str:
     """Each node, indented, with what it waits for."""
-    names = _numbered(graph)
+    names = _node_names(graph)
     lines: list[str] = []
     for node, name in names.items():
         waits = sorted((names[n] for n in graph.predecessors(node)), key=lambda n: int(n[1:]))
         after = f"  ← {', '.join(waits)}" if waits else ""
-        lines.append(f"{name:>4}  {' · '.join(describe(node))}{after}")
+        lines.append(f"{name:>4}  {' · '.join(describe_node(node))}{after}")
     return "\n".join(lines) + "\n"
 
 
 def to_dot(graph: Graph) -> str:
     """Graphviz DOT."""
-    names = _numbered(graph)
+    names = _node_names(graph)
     lines = ["digraph mechdsl {", "  rankdir=TB;", '  node [shape=box, style="rounded,filled"];']
     for node, name in names.items():
         label = "\\n".join(
-            part.replace("\\", "\\\\").replace('"', '\\"') for part in describe(node)
+            part.replace("\\", "\\\\").replace('"', '\\"') for part in describe_node(node)
         )
         lines.append(f'  {name} [label="{label}", fillcolor="{COLOURS[type(node)]}"];')
     lines.extend(f"  {names[a]} -> {names[b]};" for a, b in _edges(graph, names))
@@ -159,10 +159,12 @@ def to_dot(graph: Graph) -> str:
 
 def to_mermaid(graph: Graph) -> str:
     """A Mermaid flow chart."""
-    names = _numbered(graph)
+    names = _node_names(graph)
     lines = ["flowchart TD"]
     for node, name in names.items():
-        label = "<br/>".join(xml_text(part).replace("&quot;", "#quot;") for part in describe(node))
+        label = "<br/>".join(
+            escape_xml(part).replace("&quot;", "#quot;") for part in describe_node(node)
+        )
         lines.append(f'  {name}["{label}"]')
     lines.extend(f"  {names[a]} --> {names[b]}" for a, b in _edges(graph, names))
     for kind, colour in COLOURS.items():
@@ -180,8 +182,9 @@ def _edges(graph: Graph, names: Mapping[Node, str]) -> list[tuple[Node, Node]]:
 
 # --- SVG ------------------------------------------------------------------------------------------
 
-LINE, CHARACTER, PADDING, GAP_X, GAP_Y, MARGIN = 16, 6.7, 9, 22, 46, 20
-WRAP = 32
+LINE_HEIGHT, CHARACTER_WIDTH, PADDING, GAP_X, GAP_Y, MARGIN = 16, 6.7, 9, 22, 46, 20
+
+WRAP_CHARACTERS = 32
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ class _Bend:
     level: int
 
 
-_Place: TypeAlias = Node | _Bend
+_Position: TypeAlias = Node | _Bend
 
 
 @dataclass
@@ -209,11 +212,11 @@ class _Box:
 
 def to_svg(graph: Graph) -> str:
     """Layers from top to bottom, each ordered by where its inputs stand."""
-    names = _numbered(graph)
-    layers: list[list[_Place]] = [[*layer] for layer in _layers(graph, names)]
+    names = _node_names(graph)
+    layers: list[list[_Position]] = [[*layer] for layer in _layers(graph, names)]
     routes = _routes(layers, _edges(graph, names))
-    before: dict[_Place, list[_Place]] = {place: [] for layer in layers for place in layer}
-    after: dict[_Place, list[_Place]] = {place: [] for layer in layers for place in layer}
+    before: dict[_Position, list[_Position]] = {place: [] for layer in layers for place in layer}
+    after: dict[_Position, list[_Position]] = {place: [] for layer in layers for place in layer}
     for route in routes:
         for upper, lower in pairwise(route):
             before[lower].append(upper)
@@ -247,18 +250,18 @@ def to_svg(graph: Graph) -> str:
     )
 
 
-def _box(place: _Place) -> _Box:
+def _box(place: _Position) -> _Box:
     """The size of a node with its text; an edge that passes needs little room."""
     if isinstance(place, _Bend):
         return _Box([], 0, 0)
-    parts = describe(place)
-    lines = [parts[0], *(line for part in parts[1:] for line in _wrapped(part))]
-    width = max(len(line) for line in lines) * CHARACTER + 2 * PADDING
-    return _Box(lines, width, len(lines) * LINE + 2 * PADDING)
+    parts = describe_node(place)
+    lines = [parts[0], *(line for part in parts[1:] for line in _wrap_text(part))]
+    width = max(len(line) for line in lines) * CHARACTER_WIDTH + 2 * PADDING
+    return _Box(lines, width, len(lines) * LINE_HEIGHT + 2 * PADDING)
 
 
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WRAP, break_on_hyphens=False)
+def _wrap_text(text: str) -> list[str]:
+    return textwrap.wrap(text, WRAP_CHARACTERS, break_on_hyphens=False)
 
 
 def _layers(graph: Graph, names: Mapping[Node, str]) -> list[list[Node]]:
@@ -277,10 +280,10 @@ def _layers(graph: Graph, names: Mapping[Node, str]) -> list[list[Node]]:
     return [sorted(layer, key=lambda node: int(names[node][1:])) for layer in found if layer]
 
 
-def _routes(layers: list[list[_Place]], edges: list[tuple[Node, Node]]) -> list[list[_Place]]:
+def _routes(layers: list[list[_Position]], edges: list[tuple[Node, Node]]) -> list[list[_Position]]:
     """The places that each edge passes; its bends are added to the layers in between."""
     level = {place: number for number, layer in enumerate(layers) for place in layer}
-    routes: list[list[_Place]] = []
+    routes: list[list[_Position]] = []
     for start, end in edges:
         bends = [_Bend(start, end, number) for number in range(level[start] + 1, level[end])]
         for bend in bends:
@@ -289,11 +292,13 @@ def _routes(layers: list[list[_Place]], edges: list[tuple[Node, Node]]) -> list[
     return routes
 
 
-def _reorder(layers: list[list[_Place]], neighbours: Mapping[_Place, list[_Place]]) -> None:
+def _reorder(
+    layers: list[list[_Position]], neighbours: Mapping[_Position, list[_Position]]
+) -> None:
     """Sort each layer by the mean place of its neighbours in the layers before it."""
-    where: dict[_Place, float] = {}
+    where: dict[_Position, float] = {}
     for layer in layers:
-        wanted: dict[_Place, float] = {}
+        wanted: dict[_Position, float] = {}
         for number, place in enumerate(layer):
             known = [where[n] for n in neighbours[place] if n in where]
             wanted[place] = sum(known) / len(known) if known else number / len(layer)
@@ -318,8 +323,8 @@ def _line(boxes: list[_Box]) -> str:
 
 def _rectangle(node: Node, box: _Box) -> str:
     texts = "".join(
-        f'<text x="{box.x + PADDING:.1f}" y="{box.y + PADDING + LINE * (i + 0.78):.1f}" '
-        f'font-weight="{"bold" if i == 0 else "normal"}">{xml_text(line)}</text>'
+        f'<text x="{box.x + PADDING:.1f}" y="{box.y + PADDING + LINE_HEIGHT * (i + 0.78):.1f}" '
+        f'font-weight="{"bold" if i == 0 else "normal"}">{escape_xml(line)}</text>'
         for i, line in enumerate(box.lines)
     )
     return (
@@ -328,7 +333,7 @@ def _rectangle(node: Node, box: _Box) -> str:
     )
 
 
-DRAWINGS: Mapping[str, Callable[[Graph], str]] = {
+GRAPH_FORMATS: Mapping[str, Callable[[Graph], str]] = {
     "dot": to_dot,
     "mermaid": to_mermaid,
     "svg": to_svg,
@@ -337,7 +342,7 @@ DRAWINGS: Mapping[str, Callable[[Graph], str]] = {
 """Formats of a drawing."""
 
 
-def draw(
+def draw_graph(
     experiments: Sequence[ResolvedExperiment],
     saving: Sequence[ResolvedExperiment],
     form: str,
@@ -348,7 +353,7 @@ def draw(
 
     saving: the experiments with `save` lines.
     """
-    made = with_saves(graph_of_file(experiments), saving)
+    made = add_save_nodes(build_file_graph(experiments), saving)
     if not before:
-        made, _ = rewrite(made)
-    return DRAWINGS[form](made)
+        made, _ = rewrite_graph(made)
+    return GRAPH_FORMATS[form](made)

@@ -5,40 +5,43 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from mechdsl.base.source import Source, Span
-from mechdsl.base.visible import xml_text
+from mechdsl.base.text import escape_xml
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.table import Column, by_report, measure_table
-from mechdsl.show.reports.text import facts_of, measure_name
-from mechdsl.show.reports.verdicts import verdict_value
+from mechdsl.show.reports.table import Column, apply_grouping, measure_table
+from mechdsl.show.reports.text import heading_facts, measure_name, verdict_text
 
-MOST_ROWS = 100
+MAX_ROWS = 100
 """Of a table that is displayed."""
-TOP = 20
+
+DEFAULT_TOP = 20
 """Cells that are shown where the file asks for no table."""
-QUIET = 'style="color:#767676"'
+
+QUIET_STYLE = 'style="color:#767676"'
 
 
-def as_html(result: ExperimentResult) -> str:
+def experiment_html(result: ExperimentResult) -> str:
     """Per `report table` of the file (or, without one, of the largest effects) a table for each
     measure; then the conventions and the verdicts. Every text is escaped."""
     parts: list[str] = []
     shown = result
     for report in _tables(result):
-        shown = by_report(result, report)
+        shown = apply_grouping(result, report)
         for measure, data in enumerate(result.measures):
-            title = f"<b>{xml_text(result.name)}:</b> {xml_text(measure_name(data))}"
+            title = f"<b>{escape_xml(result.name)}:</b> {escape_xml(measure_name(data))}"
             if data.missing is not None:
-                why = xml_text(f"{data.missing.code}: {data.missing.reason}")
-                parts.append(f"<p>{title}: <b>not computed</b><br/><span {QUIET}>{why}</span></p>")
+                why = escape_xml(f"{data.missing.code}: {data.missing.reason}")
+                parts.append(
+                    f"<p>{title}: <b>not computed</b><br/><span {QUIET_STYLE}>{why}</span></p>"
+                )
                 continue
             columns, said = measure_table(shown, measure, report)
-            facts = xml_text(facts_of(result, data))
-            parts.append(f"<p>{title}<br/><span {QUIET}>{facts}</span></p>")
+            facts = escape_xml(heading_facts(result, data))
+            parts.append(f"<p>{title}<br/><span {QUIET_STYLE}>{facts}</span></p>")
             parts.append(_table(columns))
-            cut = len(columns[0].cells) - MOST_ROWS
+            cut = len(columns[0].cells) - MAX_ROWS
             more = [f"and {cut} more rows: `to_pandas()` has them all"] if cut > 0 else []
-            parts += _paragraph([xml_text(line) for line in (*more, *said)])
+            parts += _paragraph([escape_xml(line) for line in (*more, *said)])
     parts += _conventions(shown)
     parts += _paragraph(list(_verdicts(result)))
     return f'<div class="mechdsl">{"".join(parts)}</div>'
@@ -49,7 +52,7 @@ def _tables(result: ExperimentResult) -> list[spec.Report]:
     asked = [report for report in result.reports if report.kind == "table"]
     if asked:
         return list({(report.by, report.top): report for report in asked}.values())
-    top = TOP if len(result.cells) > TOP else None
+    top = DEFAULT_TOP if len(result.cells) > DEFAULT_TOP else None
     line = f"report table top {top}" if top else "report table"
     return [spec.Report(span=Span(Source(line), 0, len(line)), kind="table", top=top)]
 
@@ -57,17 +60,17 @@ def _tables(result: ExperimentResult) -> list[spec.Report]:
 def _table(columns: Sequence[Column]) -> str:
     alignments = ["right" if column.numeric else "left" for column in columns]
     heads = "".join(
-        f'<th style="text-align:{side}">{xml_text(column.title)}</th>'
+        f'<th style="text-align:{side}">{escape_xml(column.title)}</th>'
         for column, side in zip(columns, alignments, strict=True)
     )
     survives = next((column.cells for column in columns if column.title == "survives"), None)
     rows: list[str] = []
     for index, texts in enumerate(zip(*(column.cells for column in columns), strict=True)):
-        if index == MOST_ROWS:
+        if index == MAX_ROWS:
             break
-        style = "" if survives is None or survives[index] == "yes" else f" {QUIET}"
+        style = "" if survives is None or survives[index] == "yes" else f" {QUIET_STYLE}"
         cells = "".join(
-            f'<td style="text-align:{side}">{xml_text(text)}</td>'
+            f'<td style="text-align:{side}">{escape_xml(text)}</td>'
             for text, side in zip(texts, alignments, strict=True)
         )
         rows.append(f"<tr{style}>{cells}</tr>")
@@ -76,22 +79,22 @@ def _table(columns: Sequence[Column]) -> str:
 
 def _paragraph(lines: Sequence[str]) -> list[str]:
     """Lines that are HTML, below each other."""
-    return [f"<p {QUIET}>{'<br/>'.join(lines)}</p>"] if lines else []
+    return [f"<p {QUIET_STYLE}>{'<br/>'.join(lines)}</p>"] if lines else []
 
 
 def _conventions(result: ExperimentResult) -> list[str]:
     if not result.conventions:
         return []
     rows = "".join(
-        f'<tr {QUIET}><td style="text-align:left">{xml_text(key)}</td>'
-        f'<td style="text-align:left">{xml_text(str(value))}</td></tr>'
+        f'<tr {QUIET_STYLE}><td style="text-align:left">{escape_xml(key)}</td>'
+        f'<td style="text-align:left">{escape_xml(str(value))}</td></tr>'
         for key, value in result.conventions.items()
     )
-    return [f"<p {QUIET}><b>conventions</b></p><table><tbody>{rows}</tbody></table>"]
+    return [f"<p {QUIET_STYLE}><b>conventions</b></p><table><tbody>{rows}</tbody></table>"]
 
 
 def _verdicts(result: ExperimentResult) -> Iterator[str]:
     for outcome in result.outcomes:
         word = "holds" if outcome.holds else "<b>fails</b>"
         reason = f" ({outcome.reason})" if outcome.reason else ""
-        yield f"{word} {xml_text(f'expect {outcome.text} {verdict_value(outcome)}{reason}')}"
+        yield f"{word} {escape_xml(f'expect {outcome.text} {verdict_text(outcome)}{reason}')}"

@@ -1,29 +1,442 @@
-"""What `mechdsl plan` prints, and what `run --profile` adds."""
+"""Output of `mechdsl plan` and `run --profile`: work, estimated seconds, and statistical power."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from time import perf_counter, process_time
+from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mechdsl.base.byte_sizes import size_text
-from mechdsl.base.plural import plural
-from mechdsl.execute.profile import Profile
-from mechdsl.execute.sizes import PassSizes
-from mechdsl.plan.cost import Cost
-from mechdsl.plan.experiment_plan import ExperimentPlan
-from mechdsl.plan.make_plan import with_saves
-from mechdsl.plan.passes import PASSES
-from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS, Plan
-from mechdsl.plan.save_cost import SaveCost, save_costs
-from mechdsl.plan.savings import PlanCost, plan_cost
-from mechdsl.resolve.measured_parts import whole_spec
-from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.text import count_noun, format_size
+from mechdsl.checks.file_check import group_variants
+from mechdsl.execute.run_record import ExecutionProfile, PassSizes
+from mechdsl.planner.cost import Cost
+from mechdsl.planner.passes import PASSES, PlanCost, SaveCost, add_save_nodes, plan_cost, save_costs
+from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS, ExperimentPlan, Plan
+from mechdsl.program import spec
+from mechdsl.program.significance import CORRECTION_NAMES
+from mechdsl.resolve.expansion import get_whole_spec
+from mechdsl.resolve.observations import RowSetObservation
+from mechdsl.resolve.types import ResolvedExperiment
+from mechdsl.results.assembly.sampling_units import PlannedUnits, plan_units
 from mechdsl.show.graph import to_text
-from mechdsl.show.power import Measured, print_power
-from mechdsl.show.seconds import Estimate, amounts, estimate, host_pace, matmul_rate
+from mechdsl.statistics.cell_statistics import draw_count
+from mechdsl.statistics.corrections import MULTIPLIER_DRAWS
+from mechdsl.statistics.power import TARGET_POWER, DetectableEffect, detectable_effect
+from mechdsl.vocab.effects import EFFECTS
+
+if TYPE_CHECKING:
+    from mechdsl.execute.measurement.values import MeasuredValues
+
+
+EFFICIENCY = 0.8
+"""Share of a large product's rate that passes over wide models reach, as measured on two cores."""
+
+REFERENCE_PACE = 0.011
+"""Seconds of `host_pace` where `SECONDS` were measured."""
+
+PACE_STEPS = 100_000
+
+
+@dataclass(frozen=True)
+class WorkAmounts:
+    """What takes time in a run, next to large matrix products."""
+
+    runs: float = 1.0
+    """Runs of the command, each of which imports libraries and loads models."""
+    prompts: float = 0.0
+    """Rows of all runs that are made and tokenised."""
+    calls: float = 0.0
+    """Calls of blocks."""
+    block_tokens: float = 0.0
+    """Tokens through blocks."""
+    cells: float = 0.0
+    """Cells that are laid out, measured and reported."""
+    rows: float = 0.0
+    """Patched or observed."""
+    numbers: float = 0.0
+    """Logits, or numbers of vectors, that metrics and observations read."""
+    drawn: float = 0.0
+    """Units times resamples and sign flips."""
+    summed: float = 0.0
+    """The same, times cells."""
+    fitted: float = 0.0
+    """Vectors that observations over rows fit, such as probes."""
+
+
+SECONDS_PER_AMOUNT = WorkAmounts(
+    runs=6.5,
+    prompts=2.1e-4,
+    calls=1.5e-3,
+    block_tokens=1.6e-6,
+    cells=1.1e-3,
+    rows=1.7e-5,
+    numbers=3e-9,
+    drawn=8e-9,
+    summed=1.4e-10,
+    fitted=1.4e-3,
+)
+"""Per unit of each amount. `benchmarks/estimates.py --fit` measures them."""
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """Estimated seconds of one run of a file, by what takes them."""
+
+    loading: float
+    """Importing libraries and loading models."""
+    prompts: float
+    """Making and tokenising prompts."""
+    passes: float
+    """Running the model, metrics and observations included."""
+    statistics: float
+    """Resampling units for intervals and p values."""
+
+    @property
+    def total(self) -> float:
+        return self.loading + self.prompts + self.passes + self.statistics
+
+
+def measure_matmul_rate(size: int = 1024, repeats: int = 3) -> float:
+    """Multiply-adds per second of a product of square matrices in float32, the best of some."""
+    a = np.ones((size, size), dtype=np.float32)
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first one starts the threads
+        start = perf_counter()
+        np.matmul(a, a)
+        best = min(best, perf_counter() - start)
+    return size**3 / best
+
+
+def measure_host_pace() -> float:
+    """Processor seconds of a fixed loop in Python, the best of some."""
+    best = float("inf")
+    for _ in range(3):
+        start = process_time()
+        found: dict[int, str] = {}
+        for step in range(PACE_STEPS):
+            found[step % 1000] = str(step)
+        best = min(best, process_time() - start)
+    return best
+
+
+def count_work(plan: Plan, cost: Cost, blocks: int) -> WorkAmounts:
+    """Count what takes time in a run of a plan.
+
+    Args:
+        plan: The plan of all experiments.
+        cost: The work that its passes leave, `save` lines included.
+        blocks: Blocks of the deepest model.
+    """
+    plans = [each for panel in plan.panels for each in panel.experiments]
+    found = [_experiment_work(each) for each in plans]
+    return WorkAmounts(
+        prompts=sum(len(panel.table) * len(panel.table.runs) for panel in plan.panels),
+        calls=(cost.forwards + cost.backwards) * blocks,
+        block_tokens=cost.tokens,
+        cells=sum(each.cells for each in found),
+        rows=sum(each.rows for each in found),
+        numbers=sum(each.numbers for each in found),
+        drawn=sum(each.drawn for each in found),
+        summed=sum(each.summed for each in found),
+        fitted=sum(each.fitted for each in found),
+    )
+
+
+def _experiment_work(plan: ExperimentPlan) -> WorkAmounts:
+    experiment = plan.experiment
+    shape, settings = experiment.model.shape, experiment.spec.statistics
+    units, cells = len(experiment.table), plan.n_cells * max(1, len(experiment.measures))
+    rows = plan.count()
+    atoms = [atom for measure in experiment.measures for atom in measure.atoms]
+    reads_all = plan.lists > 0 or not all(atom.form.narrow for atom in atoms)
+    each = shape.outputs if reads_all else shape.d_model
+    written = 0 if experiment.generation is None else experiment.generation.tokens
+    samples = 1 if experiment.generation is None else experiment.generation.samples
+    draws = draw_count(settings, cells) + MULTIPLIER_DRAWS * (settings.correction == "max")
+    # simultaneous bounds, argmax and what isn't smooth are resampled
+    draws += settings.resamples * bool(experiment.spec.expects)
+    over_rows = plan.observes is not None and isinstance(plan.observes.rule.does, RowSetObservation)
+    return WorkAmounts(
+        runs=0,
+        cells=cells,
+        rows=rows,
+        numbers=float(rows * (each + written * samples * shape.outputs)),
+        drawn=float(units * draws),
+        summed=float(cells * units * draws),
+        fitted=rows if over_rows else 0,
+    )
+
+
+def estimate_time(
+    work: WorkAmounts, multiply_adds: float, rate: float, pace: float
+) -> TimeEstimate:
+    """Estimate the seconds of a run.
+
+    Args:
+        work: As `amounts` counts it.
+        multiply_adds: Of all passes over the model.
+        rate: Multiply-adds per second, as `matmul_rate` measures it.
+        pace: Seconds, as `host_pace` measures it.
+    """
+    slower = pace / REFERENCE_PACE
+    loading, prompts, *passes, drawn, summed, fitted = (
+        slower * count * each
+        for count, each in zip(astuple(work), astuple(SECONDS_PER_AMOUNT), strict=True)
+    )
+    products = multiply_adds / (rate * EFFICIENCY)
+    return TimeEstimate(loading, prompts, products + sum(passes) + fitted, drawn + summed)
+
+
+MeasuredByVariant: TypeAlias = "Mapping[str, MeasuredValues]"
+"""Experiment variant, by its key → what its base run and its source run gave."""
+
+
+def print_power(plan: Plan, console: Console, measured: MeasuredByVariant | None = None) -> None:
+    """A line per experiment that tests something; with what was measured, one per measure too."""
+    plans = {p.experiment.key: p for panel in plan.panels for p in panel.experiments}
+    ordered = sorted((p.experiment for p in plans.values()), key=lambda e: e.spec.span.start)
+    tested = {each[0].name: each for each in group_variants(ordered) if _tested_measures(each)}
+    if not tested:
+        return
+    found = {name: detectable_effects(each, plans, measured) for name, each in tested.items()}
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    table.add_column("power", overflow="fold")
+    for title in ("units", "tests", "level", "effect"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, each in found.items():
+        table.add_row(
+            name,
+            f"{_range_text([f'{end.units:,}' for end in each])} {_units_text(tested[name][0], measured)}",
+            f"{each[0].tests:,}",
+            f"{each[0].level:.2g}",
+            _range_text([_detectable_text(end, tested[name][0].spec.statistics) for end in each]),
+        )
+    console.print()
+    console.print(table)
+    console.print(
+        f"effect: the smallest mean delta, in standard deviations of the delta from unit to unit, "
+        f"that one test finds in {TARGET_POWER:.0%} of such experiments, were deltas normal; its p has to "
+        f"be below the level, {_level_text([e[0].spec.statistics for e in tested.values()])}",
+        style="dim",
+        highlight=False,
+    )
+    if any(each[0].spec.statistics.test == "bootstrap" for each in tested.values()):
+        console.print(
+            "≥: of Student's t; the bootstrap-t finds as much or less",
+            style="dim",
+            highlight=False,
+        )
+    for name, (fewest, most) in found.items():
+        if fewest.effect is None:
+            some = "" if most.effect is None else f" in cells of {fewest.units}"
+            console.print(_no_power_text(name, fewest, tested[name][0], some), highlight=False)
+    if measured is not None:
+        _print_measured(tested, found, measured, plans, console)
+
+
+def detectable_effects(
+    variants: Sequence[ResolvedExperiment],
+    plans: Mapping[str, ExperimentPlan],
+    measured: MeasuredByVariant | None = None,
+) -> tuple[DetectableEffect, DetectableEffect]:
+    """Of one experiment, all variants together: of its cells with the fewest and the most units.
+    Cells that can't differ aren't tested. Where the base run was measured, `keep` has left the rows
+    that there are."""
+    counts = [
+        plan_measure_units(plans[v.key], number, _available_rows(v, measured), plans).counts
+        for v in variants
+        for number in _tested_measures(variants)
+    ]
+    every = np.concatenate(counts)
+    settings = variants[0].spec.statistics
+    fewest, most = (int(every.min()), int(every.max())) if len(every) else (0, 0)
+    return detectable_effect(fewest, len(every), settings), detectable_effect(
+        most, len(every), settings
+    )
+
+
+def plan_measure_units(
+    plan: ExperimentPlan, number: int, rows: Ints, plans: Mapping[str, ExperimentPlan]
+) -> PlannedUnits:
+    """Of one measure, as the run counts them."""
+    shapes = {each.experiment.model.name: each.experiment.model.shape for each in plans.values()}
+    own = plan.experiment.model
+
+    def causal(name: str | None) -> bool:
+        """A model on which nothing is run isn't known; it is taken to be like the own one."""
+        return shapes.get(name or own.name, own.shape).causal
+
+    return plan_units(plan, number, rows, causal)
+
+
+def _available_rows(experiment: ResolvedExperiment, measured: MeasuredByVariant | None) -> Ints:
+    values = (measured or {}).get(experiment.key)
+    return np.arange(len(experiment.table)) if values is None else values.kept
+
+
+def _range_text(ends: Sequence[str]) -> str:
+    """`4 to 16`, or one of them where they are the same."""
+    return " to ".join(dict.fromkeys(ends))
+
+
+def _tested_measures(variants: Sequence[ResolvedExperiment]) -> list[int]:
+    """Numbers of the measures that are tested."""
+    first = variants[0]
+    if not first.rules:
+        return []
+    return [n for n, m in enumerate(first.spec.measures) if EFFECTS[m.effect].tested]
+
+
+def _numeric_measures(experiment: ResolvedExperiment) -> list[int]:
+    """Those of them that have a standard deviation."""
+    return [n for n in _tested_measures([experiment]) if experiment.measures[n].kind == "number"]
+
+
+def _units_text(experiment: ResolvedExperiment, measured: MeasuredByVariant | None) -> str:
+    by = experiment.spec.statistics.by
+    what = "distinct rows" if by is None else f"values of {by}"
+    unknown = experiment.keep and experiment.key not in (measured or {})
+    return f"{what} before `keep`" if unknown else what
+
+
+def _level_text(settings: Sequence[spec.Statistics]) -> str:
+    said = {
+        "none": "that of one test",
+        "holm": "over the number of tests (Holm)",
+    }
+    words = dict.fromkeys(
+        said.get(s.correction)
+        or f"over the number of tests ({CORRECTION_NAMES.get(s.correction, s.correction)}: at most)"
+        for s in settings
+    )
+    return ", or ".join(words)
+
+
+def _may_pass_correction(found: DetectableEffect, settings: spec.Statistics) -> bool:
+    """Whether an effect may survive though Bonferroni's level is out of reach: the maximum over
+    cells corrects p, and how large that is hangs on them."""
+    return settings.correction == "max" and found.smallest < 1 - settings.confidence / 100
+
+
+def _detectable_text(found: DetectableEffect, settings: spec.Statistics) -> str:
+    if found.effect is not None:
+        least = "≥ " if settings.test == "bootstrap" else ""
+        return f"{least}{found.effect:.2f} SD"
+    return "unknown" if found.units > 1 and _may_pass_correction(found, settings) else "none"
+
+
+def _no_power_text(
+    name: str, found: DetectableEffect, experiment: ResolvedExperiment, some: str
+) -> str:
+    """some: in which cells, where it isn't all."""
+    settings = experiment.spec.statistics
+    if found.units < 2:
+        return f"{name}: {found.units} of them show nothing"
+    if _may_pass_correction(found, settings):
+        return (
+            f"{name}: what can survive{some} hangs on how cells are correlated: the smallest p of "
+            f"{found.units} is {found.smallest:.3g}, corrected by the maximum too"
+        )
+    many = settings.correction == "bh"
+    alone = f"one effect alone{some} can't" if many else f"no effect{some} can"
+    return (
+        f"{name}: {alone} survive: the smallest p of {found.units} is {found.smallest:.3g}, and it "
+        f"has to be below {found.level:.3g}"
+    )
+
+
+# --- in the metric's units --------------------------------------------------------------------
+
+
+def _print_measured(
+    tested: Mapping[str, Sequence[ResolvedExperiment]],
+    found: Mapping[str, tuple[DetectableEffect, DetectableEffect]],
+    measured: MeasuredByVariant,
+    plans: Mapping[str, ExperimentPlan],
+    console: Console,
+) -> None:
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    table.add_column("measured", overflow="fold")
+    table.add_column("measure", overflow="fold")
+    for title in ("of", "mean", "SD", "effect"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, variants in tested.items():
+        for variant in variants:
+            values = measured.get(variant.key)
+            if values is None:
+                continue
+            for number in _numeric_measures(variant):
+                units = plan_measure_units(plans[variant.key], number, values.kept, plans).codes
+                for line in _measured_lines(variant, number, values, units, found[name][1].effect):
+                    table.add_row(variant.key, variant.measures[number].label, *line)
+    console.print()
+    console.print(table)
+    console.print(
+        "effect: the same in the metric's units in cells with the most units, if the effect varies "
+        "between units as the metric itself does (or as what separates the two runs); of a ratio, "
+        "as a part of its divisor's mean",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _measured_lines(
+    experiment: ResolvedExperiment,
+    number: int,
+    values: MeasuredValues,
+    units: Ints,
+    effect: float | None,
+) -> list[tuple[str, str, str, str]]:
+    """Of the base run, and of source − base: what it is of, mean, SD and the effect."""
+    base, source = experiment.spec.base, experiment.spec.source
+    kind = EFFECTS[experiment.spec.measures[number].effect]
+    start = values.unpatched[base][number]
+    of: dict[str, Floats] = {base: start}
+    if source is not None:
+        of[f"{source} − {base}"] = values.unpatched[source][number] - start
+    divisor = 1.0
+    if kind.denominator is not None:
+        ends = None if source is None else values.unpatched[source][number]
+        by = kind.denominator(start, start, start if ends is None else ends)
+        divisor = abs(float(np.nanmean(by)))
+    lines: list[tuple[str, str, str, str]] = []
+    for what, rows in of.items():
+        mean, spread = unit_moments(rows, units)
+        part = f" of {kind.divisor}" if kind.denominator is not None else ""
+        # where no unit differs from another nothing is known of how effects will
+        shown = "–"
+        if effect is not None and divisor and spread:
+            shown = f"{effect * spread / divisor:.3g}{part}"
+        lines.append((what, f"{mean:.3g}", f"{spread:.3g}", shown))
+    return lines
+
+
+def unit_moments(values: Floats, units: Ints) -> tuple[float, float]:
+    """Mean and standard deviation over the means of units.
+
+    values: [environment, row], where a metric names what an axis runs over; their variances are
+        averaged
+    units: [row]
+    """
+    means: list[float] = []
+    variances: list[float] = []
+    for row in values:
+        there = np.isfinite(row)
+        counts = np.bincount(units[there])
+        sums = np.bincount(units[there], row[there])
+        each = sums[counts > 0] / counts[counts > 0]
+        if len(each) > 1:
+            means.append(float(each.mean()))
+            variances.append(float(each.var(ddof=1)))
+    if not means:
+        return float("nan"), float("nan")
+    return float(np.mean(means)), float(np.sqrt(np.mean(variances)))
 
 
 def print_plan(
@@ -31,7 +444,7 @@ def print_plan(
     console: Console,
     pass_tokens: int = PASS_TOKENS,
     prompt_tokens: int = PROMPT_TOKENS,
-    measured: Measured | None = None,
+    measured: MeasuredByVariant | None = None,
     *,
     saving: Sequence[ResolvedExperiment] = (),
 ) -> None:
@@ -39,25 +452,25 @@ def print_plan(
     what `save` lines cost. measured: what base and source runs gave, if they were run; saving: the
     experiments with `save` lines."""
     console.print("intervention graph", style="bold")
-    graph = to_text(with_saves(plan.graph, saving))
+    graph = to_text(add_save_nodes(plan.graph, saving))
     console.print(graph, highlight=False, markup=False, end="", soft_wrap=True)
     for rewrite in plan.rewrites:
         did = f"{rewrite.before} → {rewrite.after} nodes" if rewrite.changed else "no changes"
         console.print(f"pass {rewrite.name}: {did}", highlight=False)
     console.print()
-    _experiments(plan, console)
+    _print_experiments(plan, console)
     print_power(plan, console, measured)
     console.print()
     cost = plan_cost(plan, pass_tokens, prompt_tokens)
-    _savings(cost, console)
+    _print_savings(cost, console)
     saves = save_costs(saving, prompt_tokens)
-    _saves(saves, console)
+    _print_saves(saves, console)
     deepest = max((each.model.shape.n_layers for each in saving), default=0)
     cost = replace(cost, blocks=max(cost.blocks, deepest))
-    _estimate(plan, cost, sum((each.cost for each in saves), Cost()), console)
+    _print_estimate(plan, cost, sum((each.cost for each in saves), Cost()), console)
 
 
-def _experiments(plan: Plan, console: Console) -> None:
+def _print_experiments(plan: Plan, console: Console) -> None:
     table = Table(box=None, padding=(0, 2), show_edge=False)
     table.add_column("experiment", overflow="fold")
     for title in ("cells", "prompts", "rows", "unpatched"):
@@ -65,24 +478,24 @@ def _experiments(plan: Plan, console: Console) -> None:
     planned = [each for panel in plan.panels for each in panel.experiments]
     parts: dict[str, list[ExperimentPlan]] = {}
     for each in sorted(planned, key=lambda each: each.experiment.spec.span.start):
-        parts.setdefault(whole_spec(each.experiment).key, []).append(each)
+        parts.setdefault(get_whole_spec(each.experiment).key, []).append(each)
     for name, own in parts.items():
         said = f"{name}, read at {len(own):,} places" if own[0].experiment.place else name
         table.add_row(
             said,
             f"{sum(each.experiment.n_there for each in own):,}",
             f"{len(own[0].experiment.table):,}",
-            f"{sum(each.count() for each in own if not _estimated(each)):,}",
-            f"{max(map(unpatched_rows, own)):,}",
+            f"{sum(each.count() for each in own if not _is_estimated(each)):,}",
+            f"{max(map(count_unpatched_rows, own)):,}",
         )
     console.print(table)
-    whole = [each.experiment.name for each in planned if each.whole and not _estimated(each)]
+    whole = [each.experiment.name for each in planned if each.whole and not _is_estimated(each)]
     writing: dict[str, dict[str, None]] = {}
     for each in planned:
         said, own = each.experiment.generation, each.experiment.spec
         if said is not None and each.experiment.control_of is None:
             times = f" {said.samples} times" if said.samples > 1 else ""
-            what = f"{plural(said.tokens, 'token')}{times}"
+            what = f"{count_noun(said.tokens, 'token')}{times}"
             writing.setdefault(what, {})[own.within or own.name] = None
     for what, names in writing.items():
         its = "its" if len(names) == 1 else "their"
@@ -113,11 +526,11 @@ def _experiments(plan: Plan, console: Console) -> None:
         )
 
 
-def _estimated(plan: ExperimentPlan) -> bool:
+def _is_estimated(plan: ExperimentPlan) -> bool:
     return plan.experiment.spec.estimator is not None
 
 
-def _savings(cost: PlanCost, console: Console) -> None:
+def _print_savings(cost: PlanCost, console: Console) -> None:
     """A line per pass: what is left after it."""
     table = Table(box=None, padding=(0, 1), show_edge=False)
     table.add_column("left after", no_wrap=True)
@@ -125,7 +538,7 @@ def _savings(cost: PlanCost, console: Console) -> None:
     for title in ("cells", "rows", "forwards", *back, "tokens×blocks", "FLOPs"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("saves", justify="right", no_wrap=True)
-    table.add_row("the plain loop", *_figures(cost.plain, back=bool(back)), "")
+    table.add_row("the plain loop", *_cost_figures(cost.plain, back=bool(back)), "")
     before = cost.plain
     for saving in cost.savings:
         after = saving.after
@@ -135,7 +548,7 @@ def _savings(cost: PlanCost, console: Console) -> None:
         changed = after != before
         share = 1 - after.multiply_adds / before.multiply_adds if before.multiply_adds else 0.0
         saved = f"{share:.0%}" if share >= 0.005 else "–"
-        figures = _figures(after, back=bool(back))
+        figures = _cost_figures(after, back=bool(back))
         table.add_row(saving.name, *figures, saved, style="" if changed else "dim")
         before = after
     console.print(table)
@@ -146,7 +559,7 @@ def _savings(cost: PlanCost, console: Console) -> None:
         console.print(f"{one.name}: {one.does}", style="dim", highlight=False)
 
 
-def _saves(saves: Sequence[SaveCost], console: Console) -> None:
+def _print_saves(saves: Sequence[SaveCost], console: Console) -> None:
     """A line per file that is written: each is made in passes of its own, behind all cells."""
     if not saves:
         return
@@ -159,14 +572,14 @@ def _saves(saves: Sequence[SaveCost], console: Console) -> None:
             each.save.spec.file,
             f"{len(each.layout.widths):,}",
             f"{'≤ ' if each.layout.at_most else ''}{each.layout.vectors:,}",
-            f"{'≤ ' if each.layout.at_most else ''}{size_text(each.bytes)}",
-            *_figures(each.cost)[2:],
+            f"{'≤ ' if each.layout.at_most else ''}{format_size(each.bytes)}",
+            *_cost_figures(each.cost)[2:],
         )
     console.print()
     console.print(table)
 
 
-def _figures(cost: Cost, *, back: bool = False) -> list[str]:
+def _cost_figures(cost: Cost, *, back: bool = False) -> list[str]:
     """back: with the passes back."""
     return [
         f"{cost.cells:,}",
@@ -178,30 +591,31 @@ def _figures(cost: Cost, *, back: bool = False) -> list[str]:
     ]
 
 
-def _estimate(plan: Plan, cost: PlanCost, saves: Cost, console: Console) -> None:
+def _print_estimate(plan: Plan, cost: PlanCost, saves: Cost, console: Console) -> None:
     """Print the seconds of a run and of a plain loop. saves: the work of `save` lines, in both."""
-    rate, pace = matmul_rate(), host_pace()
+    rate, pace = measure_matmul_rate(), measure_host_pace()
     plain, planned = (
-        _seconds(plan, each + saves, cost.blocks, rate, pace) for each in (cost.plain, cost.planned)
+        _seconds_text(plan, each + saves, cost.blocks, rate, pace)
+        for each in (cost.plain, cost.planned)
     )
     console.print(
-        f"about {_time(planned.total)} on this CPU, {_time(plain.total)} as a plain loop, at "
+        f"about {_time_text(planned.total)} on this CPU, {_time_text(plain.total)} as a plain loop, at "
         f"{2 * rate / 1e9:.0f} GFLOP/s in a large product",
         highlight=False,
     )
     console.print(
-        f"of these {_time(planned.loading)} to import libraries and load models, "
-        f"{_time(planned.prompts)} to make prompts, {_time(planned.passes)} to run the model and "
-        f"{_time(planned.statistics)} for statistics",
+        f"of these {_time_text(planned.loading)} to import libraries and load models, "
+        f"{_time_text(planned.prompts)} to make prompts, {_time_text(planned.passes)} to run the model and "
+        f"{_time_text(planned.statistics)} for statistics",
         highlight=False,
     )
 
 
-def _seconds(plan: Plan, cost: Cost, blocks: int, rate: float, pace: float) -> Estimate:
-    return estimate(amounts(plan, cost, blocks), cost.multiply_adds, rate, pace)
+def _seconds_text(plan: Plan, cost: Cost, blocks: int, rate: float, pace: float) -> TimeEstimate:
+    return estimate_time(count_work(plan, cost, blocks), cost.multiply_adds, rate, pace)
 
 
-def _time(seconds: float) -> str:
+def _time_text(seconds: float) -> str:
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 120:
@@ -209,7 +623,9 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def print_profile(plan: Plan, profile: Profile, sizes: PassSizes, console: Console) -> None:
+def print_profile(
+    plan: Plan, profile: ExecutionProfile, sizes: PassSizes, console: Console
+) -> None:
     """Estimated against measured, after a run."""
     cost = plan_cost(plan, sizes.pass_tokens, sizes.prompt_tokens)
     console.print("profile", style="bold")
@@ -218,7 +634,7 @@ def print_profile(plan: Plan, profile: Profile, sizes: PassSizes, console: Conso
         table.add_column(title, justify="left" if not title else "right", no_wrap=True)
     measured = profile.unpatched_seconds + profile.patched_seconds
     planned = cost.planned
-    seconds = _seconds(plan, planned, cost.blocks, matmul_rate(), host_pace())
+    seconds = _seconds_text(plan, planned, cost.blocks, measure_matmul_rate(), measure_host_pace())
     table.add_row("rows", f"{planned.rows:,}", f"{profile.distinct:,}")
     passes = profile.passes + profile.unpatched_passes
     table.add_row("forwards", f"{planned.forwards:,}", f"{passes:,}")
@@ -240,7 +656,7 @@ def print_profile(plan: Plan, profile: Profile, sizes: PassSizes, console: Conso
         )
 
 
-def unpatched_rows(plan: ExperimentPlan) -> int:
+def count_unpatched_rows(plan: ExperimentPlan) -> int:
     """Prompts of all unpatched runs of the experiment, draws included."""
     table = plan.experiment.table
     return sum(len(table) * table.runs[name].draws for name in plan.runs)

@@ -1,4 +1,4 @@
-"""A progress bar on standard error, where someone watches or asks for it."""
+"""A progress bar on standard error, for terminals, notebooks and on request."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 
-def someone_watches() -> bool:
+def is_interactive() -> bool:
     """Whether standard error is a terminal, or this is a notebook."""
     if sys.stderr.isatty():
         return True
@@ -15,7 +15,7 @@ def someone_watches() -> bool:
     return Console(stderr=True).is_jupyter
 
 
-class Bar:
+class ProgressBar:
     """Appears at the first pass; shows rows, speed and what is left."""
 
     def __init__(self, name: str, *, shown: bool | None = None) -> None:
@@ -25,7 +25,7 @@ class Bar:
         self._progress: Any = None
         self._task: Any = None
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -35,7 +35,7 @@ class Bar:
     def advance(self, done: int, total: int) -> None:
         """Called after every pass with the rows done so far."""
         if self._shown is None:
-            self._shown = someone_watches()
+            self._shown = is_interactive()
         if not self._shown:
             return
         if self._progress is None:
@@ -56,7 +56,7 @@ class Bar:
                 TextColumn("rows"),
                 TimeRemainingColumn(),
                 console=visible_console(stderr=True),
-                transient=someone_watches(),  # elsewhere one line is left: how far it came
+                transient=is_interactive(),  # elsewhere one line is left: how far it came
             )
             self._progress.start()
             self._task = self._progress.add_task(self.name, total=total)

@@ -1,4 +1,4 @@
-"""What a file's prompts look like to the model, and what each rule will hit."""
+"""Output of `mechdsl explain`: prompts as tokens, and the tokens that each rule hits."""
 
 from __future__ import annotations
 
@@ -11,22 +11,49 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mechdsl.base.byte_sizes import size_text
-from mechdsl.base.plural import plural
-from mechdsl.plan.save_plan import layout_of
-from mechdsl.prompts.answers import output_words
-from mechdsl.prompts.image_reader import ImageReader
-from mechdsl.prompts.prompt_table import PositionCell, PromptTable, RunRow
-from mechdsl.prompts.replies_behind import STANDS_IN
-from mechdsl.resolve.measured_parts import whole_spec
-from mechdsl.resolve.resolved import DRAW, ResolvedExperiment
-from mechdsl.resolve.resolved_rule import ResolvedRule
-from mechdsl.show.image_grid import DRAWN, grid_lines, ranges
-from mechdsl.show.tokens import shown_token
-from mechdsl.validate.check_file import Checked
+from mechdsl.base.text import count_noun, format_size, shown_token
+from mechdsl.checks.file_check import CheckedFile
+from mechdsl.images.processing import PatchLayout
+from mechdsl.planner.plan import plan_save_layout
+from mechdsl.prompts.other_runs import REPLY_PLACEHOLDER
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PositionCell, RunRow, describe_output
+from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.resolve.expansion import get_whole_spec
+from mechdsl.resolve.types import DRAW_AXIS, ResolvedExperiment, ResolvedRule
 
-SHOWN_ROWS = 2
-SHOWN_CELLS = 24
+HIT_MARK, OTHER_MARK = "■", "·"
+
+MAX_DRAWN_POSITIONS = 4
+"""Positions that are drawn; more are listed alone."""
+
+
+def grid_lines(layout: PatchLayout, tokens: Iterable[int]) -> list[str]:
+    """One line for each row of patches; those that are hit are filled."""
+    hit = set(tokens)
+    return [
+        "".join(
+            HIT_MARK if layout.token(row, col) in hit else OTHER_MARK
+            for col in range(1, layout.cols + 1)
+        )
+        for row in range(1, layout.rows + 1)
+    ]
+
+
+def range_text(tokens: Iterable[int]) -> str:
+    """`0, 4..7`."""
+    found: list[list[int]] = []
+    for token in sorted(tokens):
+        if found and token == found[-1][-1] + 1:
+            found[-1].append(token)
+        else:
+            found.append([token])
+    return ", ".join(str(own[0]) if len(own) == 1 else f"{own[0]}..{own[-1]}" for own in found)
+
+
+MAX_SHOWN_ROWS = 2
+
+MAX_SHOWN_CELLS = 24
 
 
 def span_tokens(row: RunRow, start: int, end: int) -> tuple[int, ...]:
@@ -38,17 +65,17 @@ def span_tokens(row: RunRow, start: int, end: int) -> tuple[int, ...]:
     )
 
 
-def explain(checked: Checked, console: Console) -> None:
+def print_prompts(checked: CheckedFile, console: Console) -> None:
     """Print every experiment's prompts, token by token, and what its rules hit."""
     seen: set[tuple[int, ...]] = set()
     saving = {each.spec.span: each for each in checked.saving}
-    for experiment, places in _wholes(checked):
+    for experiment, places in _whole_experiments(checked):
         table = experiment.table
-        rows = f"{plural(len(table), 'row')} of {table.name}"
+        rows = f"{count_noun(len(table), 'row')} of {table.name}"
         console.print(
             Text.assemble(
                 ("experiment ", "bold"),
-                (whole_spec(experiment).key, "bold cyan"),
+                (get_whole_spec(experiment).key, "bold cyan"),
                 f" · model {experiment.model.name} · {rows}",
             )
         )
@@ -62,7 +89,7 @@ def explain(checked: Checked, console: Console) -> None:
         if experiment.measures:
             _rules(experiment, console)
         if len(places) > 1:
-            _listed("read at", places, console)
+            _print_labels("read at", places, console)
         _control(experiment, console)
         if experiment.spec.span in saving:  # once, where it has several results
             _saves(saving.pop(experiment.spec.span), console)
@@ -71,17 +98,17 @@ def explain(checked: Checked, console: Console) -> None:
         console.print()
 
 
-def _every(checked: Checked) -> list[ResolvedExperiment]:
+def _all_experiments(checked: CheckedFile) -> list[ResolvedExperiment]:
     """All experiments in the order of the file, with those that only save."""
     only = [each for each in checked.saving if not each.measures]
     return sorted([*checked.experiments, *only], key=lambda each: each.spec.span.start)
 
 
-def _wholes(checked: Checked) -> list[tuple[ResolvedExperiment, list[str]]]:
+def _whole_experiments(checked: CheckedFile) -> list[tuple[ResolvedExperiment, list[str]]]:
     """Each once, with the places that its measures are read at, as far as there are several."""
     found: dict[str, tuple[ResolvedExperiment, list[str]]] = {}
-    for each in _every(checked):
-        places = found.setdefault(whole_spec(each).key, (each, []))[1]
+    for each in _all_experiments(checked):
+        places = found.setdefault(get_whole_spec(each).key, (each, []))[1]
         if each.place is not None:
             places.append(", ".join(str(label) for _, label in each.place.labels))
     return list(found.values())
@@ -90,7 +117,7 @@ def _wholes(checked: Checked) -> list[tuple[ResolvedExperiment, list[str]]]:
 def _tokens(experiment: ResolvedExperiment, row: RunRow) -> list[str]:
     shown = [experiment.model.tokenizer.token_text(i) for i in row.ids]
     if row.reply is not None and row.reply.stands_in:
-        shown[row.reply.first :] = [STANDS_IN] * (len(shown) - row.reply.first)
+        shown[row.reply.first :] = [REPLY_PLACEHOLDER] * (len(shown) - row.reply.first)
     return shown
 
 
@@ -100,19 +127,23 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
         if run.derived is not None:
             console.print(Text(f"  {name}: the texts of {run.derived.base}", style="bold"))
             continue
-        for number, row in enumerate(run.rows[:SHOWN_ROWS]):
+        for number, row in enumerate(run.rows[:MAX_SHOWN_ROWS]):
             console.print(Text(f"  {name}, row {number}: ", style="bold") + Text(repr(row.text)))
             if row.image is None:
-                _grid([shown_token(token) for token in _tokens(experiment, row)], console)
+                _print_grid([shown_token(token) for token in _tokens(experiment, row)], console)
             for label, positions in _named_spans(row):
-                where = _list(positions) if any(positions) else "white space, no token of its own"
+                where = (
+                    _token_ranges(positions)
+                    if any(positions)
+                    else "white space, no token of its own"
+                )
                 if row.image is not None:
-                    where = " | ".join(map(ranges, positions)) or "not in this row"
+                    where = " | ".join(map(range_text, positions)) or "not in this row"
                 console.print(Text("    ") + Text(label, style="green") + Text(f" → {where}"))
             for label, text in row.texts.items():
                 if not text.ids:
                     scored = experiment.model.shape.side
-                    words = "what it is scored with" if scored else output_words(text)
+                    words = "what it is scored with" if scored else describe_output(text)
                     said = Text(f" = {text.text!r}, {words}")
                     console.print(Text("    ") + Text(label, style="magenta") + said)
                     continue
@@ -122,17 +153,17 @@ def _prompts(experiment: ResolvedExperiment, console: Console) -> None:
                 console.print(
                     Text("    ")
                     + Text(label, style="magenta")
-                    + Text(f" = {text.text!r}, {_count(len(text.ids))}: {pieces}")
+                    + Text(f" = {text.text!r}, {_count_text(len(text.ids))}: {pieces}")
                 )
     for key, said in table.conventions.items():
         console.print(Text(f"  {key}: {said}", style="dim"))
 
 
-def _count(tokens: int) -> str:
-    return plural(tokens, "token")
+def _count_text(tokens: int) -> str:
+    return count_noun(tokens, "token")
 
 
-def _grid(tokens: list[str], console: Console) -> None:
+def _print_grid(tokens: list[str], console: Console) -> None:
     """Tokens under their positions, wrapped at the width of the console."""
     room = max(20, console.width - 6)
     line: list[tuple[str, str]] = []
@@ -162,7 +193,7 @@ def _named_spans(row: RunRow) -> list[tuple[str, list[tuple[int, ...]]]]:
     return [*found.items(), *((name, list(tokens)) for name, tokens in row.places.items())]
 
 
-def _list(groups: Iterable[tuple[int, ...]]) -> str:
+def _token_ranges(groups: Iterable[tuple[int, ...]]) -> str:
     """`4..6, 9`."""
     texts = ["-" if not g else str(g[0]) if len(g) == 1 else f"{g[0]}..{g[-1]}" for g in groups]
     return ", ".join(texts)
@@ -179,16 +210,19 @@ def _saves(experiment: ResolvedExperiment, console: Console) -> None:
     """What goes to which file."""
     for save in experiment.saves:
         console.print(Text("  " + save.spec.span.written, style="bold"))
-        layout, run = layout_of(experiment, save), experiment.table.runs[save.run]
-        _listed("tensors", list(layout.widths), console)
+        layout, run = plan_save_layout(experiment, save), experiment.table.runs[save.run]
+        _print_labels("tensors", list(layout.widths), console)
         _positions(experiment, save.run, list(save.cells), console)
         dtype = save.spec.dtype or experiment.model.spec.dtype
-        sites, vectors = plural(len(layout.widths), "site"), plural(layout.vectors, "vector")
+        sites, vectors = (
+            count_noun(len(layout.widths), "site"),
+            count_noun(layout.vectors, "vector"),
+        )
         draws = f", {run.draws} draws of each" if run.draws > 1 else ""
         if layout.at_most and experiment.generation and experiment.generation.samples > 1:
             draws += f", {experiment.generation.samples} samples of each"
-        rows = f"{plural(layout.rows, 'row')}{draws}"
-        size, file = size_text(layout.bytes(dtype)), PurePath(save.spec.file)
+        rows = f"{count_noun(layout.rows, 'row')}{draws}"
+        size, file = format_size(layout.bytes(dtype)), PurePath(save.spec.file)
         vectors = f"up to {vectors}" if layout.at_most else vectors
         said = f"{vectors} of {sites} of `{save.run}` ({rows}, {size} as {dtype}) to {file}"
         console.print(Text(f"    {said}, rows to {file.with_suffix('.jsonl').name}"))
@@ -215,19 +249,19 @@ def _rule(
     """One rule, with all that it hits."""
     console.print(Text(f"  {within}{rule.spec.span.written}", style="bold"))
     if rule.sites is not None:
-        _listed("sites", list(dict.fromkeys(rule.sites.labels.values())), console)
+        _print_labels("sites", list(dict.fromkeys(rule.sites.labels.values())), console)
     _directions(rule, console)
     if rule.path is not None:
-        _listed("receivers", list(rule.path.receivers.labels.values()), console)
+        _print_labels("receivers", list(rule.path.receivers.labels.values()), console)
     for title, run, cells in _hit_lists(experiment, rule):
         if title:
             console.print(f"    {title}", highlight=False)
         _positions(experiment, run, cells, console)
     if experiment.generation is not None and rule.does.changes not in ("input", "nothing"):
-        console.print(Text(f"    acts {_when(rule, experiment.generation.tokens - 1)}"))
+        console.print(Text(f"    acts {_step_text(rule, experiment.generation.tokens - 1)}"))
 
 
-def _when(rule: ResolvedRule, last: int) -> str:
+def _step_text(rule: ResolvedRule, last: int) -> str:
     """In which steps of a reply a rule acts, where; last: the last step there is."""
     if rule.after_prefill:
         return "behind the prefill, on what is kept of the prompt"
@@ -244,18 +278,18 @@ def _when(rule: ResolvedRule, last: int) -> str:
     return ", then ".join(found)
 
 
-def _listed(title: str, labels: list[str], console: Console) -> None:
-    shown = ", ".join(labels[:SHOWN_CELLS])
-    more = f" … ({len(labels)} in all)" if len(labels) > SHOWN_CELLS else ""
+def _print_labels(title: str, labels: list[str], console: Console) -> None:
+    shown = ", ".join(labels[:MAX_SHOWN_CELLS])
+    more = f" … ({len(labels)} in all)" if len(labels) > MAX_SHOWN_CELLS else ""
     console.print(f"    {title}: {shown}{more}", highlight=False)
 
 
 def _directions(rule: ResolvedRule, console: Console) -> None:
     """What the rule's directions are made of, and on which rows."""
     members = [] if rule.direction is None else list(rule.direction.members.values())
-    for member in members[:SHOWN_CELLS]:
+    for member in members[:MAX_SHOWN_CELLS]:
         console.print(Text(f"    direction {member.name}: {member.made}"))
-    if len(members) > SHOWN_CELLS:
+    if len(members) > MAX_SHOWN_CELLS:
         console.print(f"    … ({len(members)} directions in all)", highlight=False)
 
 
@@ -284,17 +318,19 @@ def _positions(
     table = Table(box=None, padding=(0, 2), show_edge=False)
     for column in ("position", "n", "tokens hit (row 0, row 1, …)"):
         table.add_column(column, justify="right" if column == "n" else "left")
-    for cell in cells[:SHOWN_CELLS]:
-        hits = [_hit(experiment, run, cell, row) for row in range(min(4, len(experiment.table)))]
+    for cell in cells[:MAX_SHOWN_CELLS]:
+        hits = [
+            _hit_text(experiment, run, cell, row) for row in range(min(4, len(experiment.table)))
+        ]
         if cell.reply is not None:
             hits = ["found when the reply is written"]
         n = sum(1 for row in cell.hits if row)
         table.add_row(*map(Text, (cell.label, str(n), "   ".join(hits))))
     console.print(table)
-    if len(cells) > SHOWN_CELLS:
+    if len(cells) > MAX_SHOWN_CELLS:
         console.print(f"    … ({len(cells)} positions in all)", highlight=False)
     reader = experiment.model.tokenizer
-    if not isinstance(reader, ImageReader) or len(cells) > DRAWN:
+    if not isinstance(reader, ImageTokenizer) or len(cells) > MAX_DRAWN_POSITIONS:
         return
     for cell in cells:
         first = next((row for row in cell.hits if row), ())
@@ -314,23 +350,23 @@ def _control(experiment: ResolvedExperiment, console: Console) -> None:
     console.print(Text(f"  against {asked.span.written}{more}", style="bold"))
     console.print(Text(f"    {control.said}"))
     for rule in control.experiment.rules:
-        if rule.sites is None or DRAW not in rule.sites.axes or rule.spec.fill_index:
+        if rule.sites is None or DRAW_AXIS not in rule.sites.axes or rule.spec.fill_index:
             continue
         rest = (0,) * (len(rule.sites.axes) - 1)
         first = next(iter(drawn.counts.values()))
         labels = [rule.sites.labels[draw, *rest] for draw in range(first)]
-        more = f" … ({first} in all)" if first > SHOWN_CELLS else ""
+        more = f" … ({first} in all)" if first > MAX_SHOWN_CELLS else ""
         cell = " of the first cell" if rest else ""
-        listed = ", ".join(labels[:SHOWN_CELLS]) or "none"
+        listed = ", ".join(labels[:MAX_SHOWN_CELLS]) or "none"
         console.print(Text(f"    draws{cell}: {listed}{more}"))
 
 
-def _hit(experiment: ResolvedExperiment, run: str, cell: PositionCell, row: int) -> str:
+def _hit_text(experiment: ResolvedExperiment, run: str, cell: PositionCell, row: int) -> str:
     """`4 fig`, `4 fig + 6 plum` (joined), `4 | 5` (separate runs), `9 answer 1` (behind it),
     `—` where the row lacks it."""
     own = experiment.table.runs[run].rows[row]
     if own.image is not None:
-        return " | ".join(map(ranges, cell.hits[row])) or "—"
+        return " | ".join(map(range_text, cell.hits[row])) or "—"
     tokens = _tokens(experiment, own)
     shown = [f"{t} {shown_token(token)}" for t, token in enumerate(tokens)]
 
@@ -341,7 +377,7 @@ def _hit(experiment: ResolvedExperiment, run: str, cell: PositionCell, row: int)
     return " | ".join(joined) or "—"
 
 
-def as_json(checked: Checked) -> dict[str, Any]:
+def prompts_document(checked: CheckedFile) -> dict[str, Any]:
     """Every row of every run: text, tokens, offsets, spans, answers; and every rule's hits."""
     return {
         "schema": 1,
@@ -362,7 +398,7 @@ def as_json(checked: Checked) -> dict[str, Any]:
                 **_as_derived(e),
                 **_as_saves(e, checked),
             }
-            for e in _every(checked)
+            for e in _all_experiments(checked)
         ],
     }
 
@@ -389,7 +425,7 @@ def _as_derived(experiment: ResolvedExperiment) -> dict[str, Any]:
     return {"derived": found} if found else {}
 
 
-def _as_saves(experiment: ResolvedExperiment, checked: Checked) -> dict[str, Any]:
+def _as_saves(experiment: ResolvedExperiment, checked: CheckedFile) -> dict[str, Any]:
     """Its `save` lines, where there are some."""
     own = [each for each in checked.saving if each.spec.span == experiment.spec.span]
     found = [
@@ -397,10 +433,10 @@ def _as_saves(experiment: ResolvedExperiment, checked: Checked) -> dict[str, Any
             "save": save.spec.span.written,
             "run": save.run,
             "file": save.spec.file,
-            "tensors": list(layout_of(each, save).widths),
+            "tensors": list(plan_save_layout(each, save).widths),
             "positions": _as_hits(save.cells),
-            "vectors": layout_of(each, save).vectors,
-            "rows": layout_of(each, save).rows,
+            "vectors": plan_save_layout(each, save).vectors,
+            "rows": plan_save_layout(each, save).rows,
             "dtype": save.spec.dtype or each.model.spec.dtype,
         }
         for each in own

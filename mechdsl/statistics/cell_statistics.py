@@ -1,35 +1,167 @@
-"""The statistics of an experiment: of all its cells and measures together."""
+"""Statistics of all cells and measures of an experiment, with interval and p by one method.
+
+An interval excludes 0 exactly where p is below the level.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mechdsl.base.arrays import Bools, Cells, Floats, Ints
-from mechdsl.base.plural import plural
-from mechdsl.base.registry import Registry
+from mechdsl.base.arrays import Bools, CellIndex, Floats, Ints
+from mechdsl.base.records import Registry
 from mechdsl.base.source import Span
+from mechdsl.base.text import count_noun
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e06_statistics import ZeroDenominator
+from mechdsl.diagnostics.statistics import ZeroDenominator
 from mechdsl.program import spec
-from mechdsl.statistics.bootstrap import standard_error, student
-from mechdsl.statistics.cell_inference import Inference, infer, infer_shares
-from mechdsl.statistics.correct_cells import with_corrected_p
-from mechdsl.statistics.effect_parts import Parts, Sums, parts
-from mechdsl.statistics.measure_data import NO_INTERVAL, CellStatistics, Interval, MeasureData
-from mechdsl.statistics.sampling import Sampling, in_order, partitions
-from mechdsl.statistics.shares import share_difference, share_interval
+from mechdsl.program.significance import MAX_RESAMPLES, MIN_UNITS
+from mechdsl.statistics.corrections import add_corrected_p
+from mechdsl.statistics.intervals import (
+    FLIPS_PER_TEST,
+    flip_count,
+    share_difference,
+    share_interval,
+    sign_flip_inference,
+    standard_error,
+    student_quantile,
+    studentise,
+)
+from mechdsl.statistics.measurements import (
+    NO_INTERVAL_REASONS,
+    CellStatistics,
+    EffectParts,
+    EffectSums,
+    Interval,
+    MeasureData,
+    Resamples,
+    SamplingDesign,
+    Units,
+    cell_blocks,
+    cells_by_view,
+    effect_parts,
+    reorder_rows,
+)
 from mechdsl.statistics.skewed_t import skewed_t
-from mechdsl.statistics.units import Units, blocks
-from mechdsl.validate.reachable_p import FEWEST_UNITS
-from mechdsl.vocab.effect_kind import EffectKind
-from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.effects import EFFECTS, EffectKind
 
-SHARES: Mapping[str, tuple[str, str | None]] = {
+_HALVINGS = 40
+"""Steps of the search for the level at which limits of shares reach 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inference:
+    """Arrays over cells, NaN where there are too few units or no bound."""
+
+    low: Floats
+    high: Floats
+    p: Floats
+    """Two-sided, of the hypothesis that the figure is 0."""
+    floor: Bools
+    """Whether p is the least that so many flips or resamples give."""
+
+    @classmethod
+    def of(cls, low: Floats, high: Floats, p: Floats, floor: Bools, level: float) -> Inference:
+        """The interval of a figure that is tested: it includes 0 where p isn't below the level, and
+        p is missing where the interval is."""
+        includes_zero = ~np.isnan(p) & (p >= level)
+        known = ~np.isnan(low) & ~np.isnan(high)
+        with np.errstate(invalid="ignore"):
+            low = np.where(includes_zero, np.minimum(low, 0.0), low)
+            high = np.where(includes_zero, np.maximum(high, 0.0), high)
+        return cls(low, high, np.where(known, p, np.nan), floor & known)
+
+
+def infer(
+    sums: EffectSums,
+    settings: spec.Statistics,
+    draws: Resamples,
+    tests: int,
+    *,
+    tested: bool = True,
+) -> Inference:
+    """By the method that `stats test` names.
+
+    Args:
+        sums: of the cells.
+        settings: the method, the confidence.
+        draws: the units, their strata, the seed, and how many resamples the file asks for.
+        tests: of how many cells the smallest p has to survive the correction.
+        tested: whether 0 means "no effect", so that the figure has a p.
+    """
+    low, high, p, floor = _by_method(sums, settings, draws, tests)
+    if tested:
+        return Inference.of(low, high, p, floor, 1 - settings.confidence / 100)
+    nothing = np.full(len(p), np.nan)
+    return Inference(low, high, nothing, np.zeros(len(p), dtype=bool))
+
+
+def draw_count(settings: spec.Statistics, tests: int) -> int:
+    """How many flips or resamples the method takes; none by the formula of `t`."""
+    level = 1 - settings.confidence / 100
+    if settings.test == "t":
+        return 0
+    if settings.test == "flips":
+        return flip_count(tests, level)
+    return max(settings.resamples, min(MAX_RESAMPLES, ceil(2 * FLIPS_PER_TEST * tests / level)))
+
+
+def _by_method(
+    sums: EffectSums, settings: spec.Statistics, draws: Resamples, tests: int
+) -> tuple[Floats, Floats, Floats, Bools]:
+    if settings.test == "t":
+        found = skewed_t(sums, draws.strata)
+        low, high = found.interval(settings.confidence, MIN_UNITS)
+        return low, high, found.p(), np.zeros(len(low), dtype=bool)
+    count = draw_count(settings, tests)
+    if settings.test == "flips":
+        flips = sign_flip_inference(sums, count, draws.seed, settings.confidence)
+        few = (sums.held < MIN_UNITS) | ~np.isfinite(sums.value)
+        low, high = (np.where(few, np.nan, end) for end in (flips.low, flips.high))
+        return low, high, flips.p, flips.floor
+    resampled = studentise(
+        sums, Resamples(draws.units, max(count, draws.resamples), draws.seed, draws.strata)
+    )
+    return *resampled.interval(settings.confidence), *resampled.p()
+
+
+def infer_shares(
+    patched: EffectSums,
+    base: EffectSums,
+    rows: Ints,
+    confidence: float,
+    base_rows: Ints | None = None,
+) -> Inference:
+    """Of the difference of two shares: p is the level at which its limits reach 0.
+
+    Args:
+        patched: 0 or 1 per row.
+        base: the same of the other run.
+        rows: [cell].
+        confidence: in percent.
+        base_rows: [cell], of the other run, if it has other rows.
+    """
+    low, high = share_difference(patched, base, rows, confidence, base_rows)
+    least, most = np.zeros(len(rows)), np.ones(len(rows))
+    for _ in range(_HALVINGS):
+        middle = (least + most) / 2
+        ends = share_difference(patched, base, rows, 100 * (1 - middle), base_rows)
+        with np.errstate(invalid="ignore"):
+            excludes = (ends[0] > 0) | (ends[1] < 0)
+        least, most = np.where(excludes, least, middle), np.where(excludes, middle, most)
+    # units that both shares have differ in their sums; two samples have none in common
+    unequal = np.count_nonzero(patched.top != base.top, axis=1)
+    p = np.maximum(most, 2.0 ** (1.0 - unequal))
+    p = np.where(patched.value == base.value, 1.0, np.minimum(p, 1.0))
+    return Inference.of(low, high, p, np.zeros(len(rows), dtype=bool), 1 - confidence / 100)
+
+
+SHARE_RUNS: Mapping[str, tuple[str, str | None]] = {
     "raw": ("patched", None),
     "delta": ("patched", "base"),
     "total": ("source", "base"),
@@ -65,13 +197,13 @@ def _empty(cells: int) -> CellStatistics:
 
 
 @dataclass(frozen=True, eq=False)
-class _Block:
+class _UnitBlock:
     """Some cells of a measure that share their units, and whether they have whole strata."""
 
     cells: Ints
     units: Units
-    rows: Parts
-    sums: Sums
+    rows: EffectParts
+    sums: EffectSums
     whole: bool
 
     @property
@@ -80,32 +212,34 @@ class _Block:
         return np.count_nonzero(self.rows.present, axis=1)
 
 
-def _blocks(data: MeasureData, effect: EffectKind, sampling: Sampling) -> Iterator[_Block]:
+def _unit_blocks(
+    data: MeasureData, effect: EffectKind, sampling: SamplingDesign
+) -> Iterator[_UnitBlock]:
     """All cells of a measure."""
-    for cells, seen in partitions(data):
+    for cells, seen in cells_by_view(data):
         units = sampling.units(seen)
-        for block in blocks(len(cells), max(sampling.settings.resamples, sampling.prompts)):
+        for block in cell_blocks(len(cells), max(sampling.settings.resamples, sampling.prompts)):
             some = cells[block]
-            rows = parts(data, effect, some)
+            rows = effect_parts(data, effect, some)
             full = sampling.whole(rows.present)
             for whole in (True, False):
                 own = np.flatnonzero(full == whole)
                 if len(own):
-                    part = rows if len(own) == len(some) else parts(data, effect, some[own])
-                    yield _Block(some[own], units, part, part.sums(units), whole)
+                    part = rows if len(own) == len(some) else effect_parts(data, effect, some[own])
+                    yield _UnitBlock(some[own], units, part, part.sums(units), whole)
 
 
 def _numbers(
-    data: MeasureData, effect: EffectKind, sampling: Sampling, tests: int = 1
+    data: MeasureData, effect: EffectKind, sampling: SamplingDesign, tests: int = 1
 ) -> CellStatistics:
     """Everything but the corrected p.
 
     tests: of how many cells the smallest p has to survive the correction
     """
-    data, sampling = in_order(data, sampling.order), sampling.ordered
+    data, sampling = reorder_rows(data, sampling.order), sampling.ordered
     found = _empty(data.patched.shape[0])
     reasons: list[str | None] = [None] * len(found.mean)
-    for block in _blocks(data, effect, sampling):
+    for block in _unit_blocks(data, effect, sampling):
         cells, rows, n = block.cells, block.rows, block.n
         found.n[cells], found.units[cells] = n, block.sums.held
         found.mean[cells] = rows.mean()
@@ -132,7 +266,7 @@ def _numbers(
 
 
 def _inference(
-    data: MeasureData, effect: EffectKind, sampling: Sampling, block: _Block, tests: int
+    data: MeasureData, effect: EffectKind, sampling: SamplingDesign, block: _UnitBlock, tests: int
 ) -> Inference:
     """By the kind of the figure."""
     settings, cells = sampling.settings, block.cells
@@ -170,7 +304,7 @@ def share_limits(
     if not sums:
         return None
     own, *other = sums
-    n = np.count_nonzero(parts(data, effect, cells).present, axis=1)
+    n = np.count_nonzero(effect_parts(data, effect, cells).present, axis=1)
     if not other:
         return share_interval(own, n, confidence)
     low, high = share_difference(own, other[0], n, confidence)
@@ -180,23 +314,23 @@ def share_limits(
 
 def _share_sums(
     data: MeasureData, effect: EffectKind, cells: Ints, units: Units, of: int = 0
-) -> list[Sums]:
+) -> list[EffectSums]:
     """The one share, or the two, that an effect is made of; none of anything else."""
     runs = _shares(data, effect, cells)
     if runs is None:
         return []
-    present = parts(data, effect, cells).present
+    present = effect_parts(data, effect, cells).present
     bottom, held = units.total(present.astype(np.float64), of), units.held(present, of)
-    return [Sums(units.total(np.where(present, run, 0.0), of), bottom, held) for run in runs]
+    return [EffectSums(units.total(np.where(present, run, 0.0), of), bottom, held) for run in runs]
 
 
 def _shares(data: MeasureData, effect: EffectKind, cells: Ints) -> list[Floats] | None:
     """[cell, prompt] of the one run, or the two, whose shares an effect is; None where it isn't of
     shares."""
-    if data.unit != "share" or effect.name not in SHARES:
+    if data.unit != "share" or effect.name not in SHARE_RUNS:
         return None
     found: list[Floats] = []
-    for name in SHARES[effect.name]:
+    for name in SHARE_RUNS[effect.name]:
         if name is None:
             continue
         values = {"patched": data.patched, "base": data.base, "source": data.source}[name]
@@ -207,14 +341,16 @@ def _shares(data: MeasureData, effect: EffectKind, cells: Ints) -> list[Floats] 
     return found
 
 
-def _zero_denominators(block: _Block, sampling: Sampling) -> dict[int, tuple[float, float, float]]:
+def _zero_denominators(
+    block: _UnitBlock, sampling: SamplingDesign
+) -> dict[int, tuple[float, float, float]]:
     """Cells of a block whose denominator can't be told from 0 → it and its interval: by Fieller's
     condition their ratio has no bounds (Fieller 1954)."""
     if block.rows.denominator is None:
         return {}
     bottom = np.broadcast_to(block.rows.denominator, block.rows.present.shape)
     ones = block.rows.present.astype(np.float64)
-    sums = Sums(block.units.total(bottom), block.units.total(ones), block.sums.held)
+    sums = EffectSums(block.units.total(bottom), block.units.total(ones), block.sums.held)
     strata = sampling.draws(block.units, whole=block.whole).strata
     low, high = denominator_interval(sums, strata, sampling.settings.confidence)
     value = sums.value
@@ -224,16 +360,16 @@ def _zero_denominators(block: _Block, sampling: Sampling) -> dict[int, tuple[flo
 
 
 def denominator_interval(
-    sums: Sums, strata: Ints | None, confidence: float
+    sums: EffectSums, strata: Ints | None, confidence: float
 ) -> tuple[Floats, Floats]:
     """[cell] each: the interval of a denominator, by the same rule as that of a ratio.
 
     Below `FEWEST_UNITS`, where a ratio has no interval, it is Student's, and of one unit the value.
     """
     value = sums.value
-    low, high = skewed_t(sums, strata).interval(confidence, FEWEST_UNITS)
-    width = np.nan_to_num(student(confidence, sums.held) * standard_error(sums))
-    few = sums.held < FEWEST_UNITS
+    low, high = skewed_t(sums, strata).interval(confidence, MIN_UNITS)
+    width = np.nan_to_num(student_quantile(confidence, sums.held) * standard_error(sums))
+    few = sums.held < MIN_UNITS
     return np.where(few, value - width, low), np.where(few, value + width, high)
 
 
@@ -246,7 +382,7 @@ def rounding_bound(
     return _mean_within(data.rounding, cells, present)
 
 
-def _rounding(data: MeasureData, effect: EffectKind, cells: Cells) -> Floats:
+def _rounding(data: MeasureData, effect: EffectKind, cells: CellIndex) -> Floats:
     """[cell]: the effect of a change as large as rounding may be, in every prompt and in the same
     direction."""
     if data.rounding is None:
@@ -264,10 +400,10 @@ def _rounding(data: MeasureData, effect: EffectKind, cells: Cells) -> Floats:
     elif source is not None:  # the change is that from one unpatched run to the other
         source = moved
     own = replace(data, patched=there, base=base, source=source)
-    return np.abs(parts(own, effect, slice(None)).mean())
+    return np.abs(effect_parts(own, effect, slice(None)).mean())
 
 
-def _mean_within(values: Floats | None, cells: Cells, present: Bools) -> Floats | float:
+def _mean_within(values: Floats | None, cells: CellIndex, present: Bools) -> Floats | float:
     """The mean of a run over the prompts of each cell."""
     if values is None:
         return np.nan
@@ -305,10 +441,10 @@ def _reason(
         by_zero = effect.denominator is not None and not np.isinf(found.mean[cell])
         said.append(f"{effect.divisor} is 0" if by_zero else "infinite for at least one prompt")
     units = int(found.units[cell])
-    if data.spread in NO_INTERVAL:
-        said.append(NO_INTERVAL[data.spread])
+    if data.spread in NO_INTERVAL_REASONS:
+        said.append(NO_INTERVAL_REASONS[data.spread])
     elif np.isfinite(found.mean[cell]) and not np.isfinite(found.low[cell]):
-        said.append(f"{plural(units, unit)}: no interval below {FEWEST_UNITS}")
+        said.append(f"{count_noun(units, unit)}: no interval below {MIN_UNITS}")
     if data.inert[cell]:
         said.append("cannot differ from the base run: not tested")
     elif not effect.tested:
@@ -316,7 +452,7 @@ def _reason(
     return "; ".join(said) or None
 
 
-def category_statistics(
+def compute_category_statistics(
     values: Floats, truth: Floats | None, rounding: Floats | None = None
 ) -> CellStatistics:
     """The commonest value of each cell, its share and the mean absolute error.
@@ -350,7 +486,7 @@ def category_statistics(
     return replace(found, reasons=tuple(reasons))
 
 
-def cell_statistics(
+def compute_cell_statistics(
     measures: Sequence[MeasureData],
     settings: spec.Statistics,
     seed: int,
@@ -374,7 +510,9 @@ def cell_statistics(
     """
     if not measures:
         return []
-    sampling = Sampling(measures[0].patched.shape[1], settings, seed, ids, groups, strata, blocks)
+    sampling = SamplingDesign(
+        measures[0].patched.shape[1], settings, seed, ids, groups, strata, blocks
+    )
     tests = sum(
         int(np.count_nonzero(~data.inert))
         for data in measures
@@ -384,13 +522,15 @@ def cell_statistics(
     found = [
         _numbers(data, effects[data.effect], sampling, 1 if alone else tests)
         if data.kind == "number"
-        else category_statistics(data.patched, data.truth, data.rounding)
+        else compute_category_statistics(data.patched, data.truth, data.rounding)
         for data in measures
     ]
-    return with_corrected_p(measures, found, sampling, effects, picked=picked)
+    return add_corrected_p(measures, found, sampling, effects, picked=picked)
 
 
-def run_interval(values: Floats, sampling: Sampling, of: MeasureData | None = None) -> Interval:
+def run_interval(
+    values: Floats, sampling: SamplingDesign, of: MeasureData | None = None
+) -> Interval:
     """The mean of a run's values [prompt] with its interval.
 
     of: the measure whose values they are; rows that it can't tell apart are one unit.
@@ -416,7 +556,7 @@ def run_interval(values: Floats, sampling: Sampling, of: MeasureData | None = No
 def check_denominator(
     base: Floats,
     source: Floats | None,
-    sampling: Sampling,
+    sampling: SamplingDesign,
     span: Span | None,
     *,
     effect: EffectKind,
@@ -429,7 +569,7 @@ def check_denominator(
         return []
     rows = np.asarray(effect.denominator(base, base, source), dtype=np.float64)
     units, present = sampling.units(), ~np.isnan(rows)
-    sums = Sums(
+    sums = EffectSums(
         units.total(np.where(present, rows, 0.0)),
         units.total(present.astype(np.float64)),
         units.held(present),

@@ -1,15 +1,29 @@
-"""Corrections for many comparisons."""
+"""Corrections of p-values for many comparisons, over all cells of an experiment."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from mechdsl.base.arrays import Floats
-from mechdsl.statistics.units import BLOCK
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.records import Registry
+from mechdsl.base.text import plural_noun
+from mechdsl.statistics.measurements import (
+    BLOCK_NUMBERS,
+    CellStatistics,
+    MeasureData,
+    SamplingDesign,
+    WithheldReason,
+    cells_by_view,
+    effect_parts,
+    find_units,
+    reorder_rows,
+)
+from mechdsl.vocab.effects import EffectKind
 
-MULTIPLIERS = 10_000
+MULTIPLIER_DRAWS = 10_000
 """Joint normal draws of `by_maximum`."""
 
 
@@ -29,7 +43,7 @@ def benjamini_hochberg(p: Floats) -> Floats:
     return false_discovery_control(p)
 
 
-def by_maximum(p: Floats, moves: Floats, seed: int) -> Floats:
+def correct_by_maximum(p: Floats, moves: Floats, seed: int) -> Floats:
     """Step-down correction that takes into account how cells are correlated over units.
 
     Each p is a normal score, and the scores of all cells are as correlated as their units: the
@@ -59,16 +73,16 @@ def by_maximum(p: Floats, moves: Floats, seed: int) -> Floats:
     chance = _due_to_chance(unit[~still])
     random = np.random.default_rng([4, seed % 2**63])
     extreme, done = np.zeros(len(p), dtype=np.int64), 0
-    step = max(1, BLOCK // max(len(p), unit.shape[1]))
-    while done < MULTIPLIERS:
-        count = min(step, MULTIPLIERS - done)
+    step = max(1, BLOCK_NUMBERS // max(len(p), unit.shape[1]))
+    while done < MULTIPLIER_DRAWS:
+        count = min(step, MULTIPLIER_DRAWS - done)
         shared = random.standard_normal((count, unit.shape[1])) @ unit.T
         own = random.standard_normal((count, len(p)))
         drawn = np.abs(np.sqrt(1 - chance) * shared + np.sqrt(chance) * own)
         largest = np.maximum.accumulate(drawn[:, ::-1], axis=1)[:, ::-1]
         extreme += np.count_nonzero(largest >= score, axis=0)
         done += len(drawn)
-    joint = np.maximum.accumulate((extreme + 1) / (MULTIPLIERS + 1))
+    joint = np.maximum.accumulate((extreme + 1) / (MULTIPLIER_DRAWS + 1))
     # units that don't differ have no part in the draws: Bonferroni's for them
     joint = np.where(still, np.minimum(1.0, p[order] * len(p)), joint)
     corrected = np.empty_like(p)
@@ -96,3 +110,129 @@ CORRECTIONS: Mapping[str, Callable[[Floats], Floats]] = {
     "none": np.copy,
 }
 """What `stats correct WORD` does to all p of an experiment; `max` needs more than p."""
+
+MIN_SKEWED_CELLS = 8
+"""Of fewer, the smallest p isn't so far out that skewness decides, nor is skewness known well."""
+
+SKEWNESS_LIMITS: Mapping[str, tuple[float, float]] = {
+    "t": (0.65, 0.4),
+    "flips": (0.49, 0.2),
+    "bootstrap": (0.49, 0.2),
+}
+"""`stats test` → (a, b): with n units and a median skewness above a nᵇ, more than 6 % of families
+without an effect have a survivor. By simulation (`benchmarks/coverage`)."""
+
+EFFECT_SIGN_SHARE = 0.7
+"""Share of the skewness that has the sign of its cell's effect, less the rest, from which on it is
+that of few rows that differ: those stand for an effect, and against it nothing is hidden."""
+
+
+def is_too_skewed(moves: Floats, value: Floats, units: Ints, test: str) -> bool:
+    """Whether the level of a family isn't held.
+
+    A sample shows least of its skewness exactly where its mean misleads, so one cell can't be
+    judged by its own units; the family can.
+
+    Args:
+        moves: [cell, unit], how far each unit is from the cell's value.
+        value: [cell], the effects.
+        units: [cell], how many units it has.
+        test: the word behind `stats test`.
+    """
+    if len(moves) < MIN_SKEWED_CELLS:
+        return False
+    size = np.sqrt((moves**2).sum(1) / units)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        skew = np.nan_to_num((moves**3).sum(1) / units / size**3)
+    total = float(np.abs(skew).sum())
+    factor, power = SKEWNESS_LIMITS[test]
+    if float(np.median(np.abs(skew))) <= factor * float(np.median(units)) ** power:
+        return False
+    return float((np.sign(value) * skew).sum()) < EFFECT_SIGN_SHARE * total
+
+
+def add_corrected_p(
+    measures: Sequence[MeasureData],
+    found: Sequence[CellStatistics],
+    sampling: SamplingDesign,
+    effects: Registry[EffectKind],
+    *,
+    picked: bool,
+) -> list[CellStatistics]:
+    """The same statistics with corrected p, of how many tests, and by which one; without where
+    sites were `picked` on the same rows, or effects are too skewed for it."""
+    p = np.concatenate([each.p for each in found])
+    known = ~np.isnan(p)
+    corrected, tests = p.copy(), int(known.sum())
+    correction, moves = sampling.settings.correction, _moves(measures, found, sampling, effects)
+    values, units = (
+        np.concatenate([getattr(each, name) for each in found])[known] for name in ("mean", "units")
+    )
+    withheld: WithheldReason = "picked" if picked else ""
+    if not picked and correction != "none":
+        skewed = is_too_skewed(moves, values, units, sampling.settings.test)
+        withheld = "skewed" if skewed else ""
+    if withheld:
+        corrected[known] = np.nan
+    elif correction == "max":
+        corrected[known] = correct_by_maximum(p[known], moves, sampling.seed)
+    else:
+        corrected[known] = CORRECTIONS[correction](p[known])
+    split = np.split(corrected, np.cumsum([len(each.p) for each in found])[:-1])
+    return [
+        replace(
+            each,
+            p_corrected=own,
+            test=_test_in_words(data, sampling) if _has_p(data, effects) else None,
+            tests=tests,
+            withheld=withheld,
+        )
+        for data, each, own in zip(measures, found, split, strict=True)
+    ]
+
+
+def _has_p(data: MeasureData, effects: Registry[EffectKind]) -> bool:
+    return data.kind == "number" and effects[data.effect].tested
+
+
+def _moves(
+    measures: Sequence[MeasureData],
+    found: Sequence[CellStatistics],
+    sampling: SamplingDesign,
+    effects: Registry[EffectKind],
+) -> Floats:
+    """[cell that has a p, unit]: how far each unit is from the cell's value. All cells share their
+    units, so the coarsest are taken."""
+    tested = [np.flatnonzero(~np.isnan(each.p)) for each in found]
+    ordered = [reorder_rows(data, sampling.order) for data in measures]
+    own = sampling.ordered
+    seen = [
+        rows
+        for data, cells in zip(ordered, tested, strict=True)
+        for some, rows in cells_by_view(data)
+        if rows is not None and np.isin(some, cells).any()
+    ]
+    units = find_units([own.rows(*seen)])
+    moves = [np.zeros((0, units.count))]
+    for data, cells in zip(ordered, tested, strict=True):
+        if len(cells):
+            sums = effect_parts(data, effects[data.effect], cells).sums(units)
+            moves.append(sums.top - sums.value[:, None] * sums.bottom)
+    return np.concatenate(moves)
+
+
+_TESTS = {
+    "t": "Student's t corrected for skewness",
+    "flips": "sign flips; assumes that without an effect the deltas are symmetric about 0",
+    "bootstrap": "inversion of the bootstrap-t interval",
+}
+
+
+def _test_in_words(data: MeasureData, sampling: SamplingDesign) -> str:
+    units = [sampling.units(seen) for _, seen in cells_by_view(data)]
+    most = max(units, key=lambda each: each.count)
+    words = _TESTS[sampling.settings.test]
+    return (
+        f"two-sided, over {plural_noun(sampling.unit_word(most))}, by {words}; below the level exactly "
+        "where the interval excludes 0"
+    )

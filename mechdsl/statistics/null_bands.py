@@ -1,10 +1,10 @@
-"""Null bands: the effects of an experiment on targets that were drawn at random.
+"""Null bands: the effects of an experiment on randomly drawn targets.
 
 k draws are made without replacement, each target as likely as the next, so they and one further
 draw are exchangeable: any of the k + 1 is the r-th lowest with the same probability. So the range
-from the r-th lowest to the r-th highest of k holds a further one with probability
-(k + 1 − 2r)/(k + 1), and more where effects are equal (order statistics, Wilks 1941; the conformal
-prediction interval of Vovk, Gammerman and Shafer 2005). The rank p is Phipson and Smyth's (2010).
+from the r-th lowest to the r-th highest of k holds a further draw with probability (k + 1 − 2r)/(k
++ 1), and more where effects are equal (order statistics, Wilks 1941; the conformal prediction
+interval of Vovk, Gammerman and Shafer 2005). The rank p is Phipson and Smyth's (2010).
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from math import ceil
 import numpy as np
 
 from mechdsl.base.arrays import Floats
-from mechdsl.base.registry import Registry
-from mechdsl.statistics.effect_parts import parts
-from mechdsl.statistics.measure_data import DrawnValues, MeasureData, NullBand
-from mechdsl.vocab.effect_kind import EffectKind
+from mechdsl.base.records import Registry
+from mechdsl.statistics.measurements import MeasureData, NullBand, RandomControlValues, effect_parts
+from mechdsl.vocab.effects import EffectKind
 
 
-def null_bands(
+def compute_null_bands(
     measures: Sequence[MeasureData],
-    drawn: DrawnValues,
+    drawn: RandomControlValues,
     *,
     means: Sequence[Floats],
     confidence: float,
@@ -52,7 +51,7 @@ def band_rank(draws: int, confidence: float) -> int:
     return max(1, int(_outside(confidence) * (draws + 1) / 2))
 
 
-def fewest_draws(confidence: float) -> int:
+def min_draws(confidence: float) -> int:
     """The smallest number of draws whose whole range holds a further one with the confidence, in
     percent: 39 at 95 %."""
     return ceil(2 / _outside(confidence)) - 1
@@ -77,7 +76,7 @@ def _band(
     data: MeasureData,
     own: Floats,
     values: Floats,
-    drawn: DrawnValues,
+    drawn: RandomControlValues,
     confidence: float,
     effect: EffectKind,
 ) -> NullBand:
@@ -85,7 +84,7 @@ def _band(
     cells = len(data.patched)
 
     def means(patched: Floats) -> Floats:
-        found = parts(replace(data, patched=patched), effect, slice(None)).mean()
+        found = effect_parts(replace(data, patched=patched), effect, slice(None)).mean()
         return np.where(np.isfinite(found) & np.isfinite(own), found, np.nan)
 
     each = [means(one) for one in values]
@@ -119,5 +118,5 @@ def _band(
         made=drawn.counts,
         asked=drawn.asked,
         what=drawn.what,
-        fewest=fewest_draws(confidence),
+        fewest=min_draws(confidence),
     )

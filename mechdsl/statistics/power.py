@@ -1,4 +1,4 @@
-"""What effect so many rows can show, before anything is measured."""
+"""Statistical power: the smallest effect that a number of rows can detect."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ import numpy as np
 
 from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
-from mechdsl.statistics.effect_parts import Sums
+from mechdsl.program.significance import MAX_EXACT_FLIPS, smallest_p_value
+from mechdsl.statistics.measurements import EffectSums
 from mechdsl.statistics.skewed_t import skewed_t
-from mechdsl.validate.reachable_p import EXACT_UP_TO, smallest_p
 
-POWER = 0.8
+TARGET_POWER = 0.8
 """How often an effect of the stated size is found."""
+
 _DRAWN = 2000
 """Experiments that are simulated where sign flips are few: the power is known to 0.9 %."""
+
 _MOST_DRAWN = 1000
 """Units of a simulated experiment."""
+
 _STEPS = 10
 """Of a search between 0 and 4, down to less than 0.01."""
+
 _FEW_PATTERNS = 100
 """Of more patterns of signs below the level, sign flips find as much as Student's t."""
 
 
 @dataclass(frozen=True)
-class Detectable:
+class DetectableEffect:
     """The smallest effect that one test among many finds in 80 % of experiments."""
 
     units: int
@@ -43,7 +47,7 @@ class Detectable:
     """The smallest p that can be reached."""
 
 
-def detectable(units: int, tests: int, settings: spec.Statistics) -> Detectable:
+def detectable_effect(units: int, tests: int, settings: spec.Statistics) -> DetectableEffect:
     """The smallest effect that can be shown by normal deltas of `units` rows or groups.
 
     By the corrected t it is found by simulation, to 1 % of the power. By resampling, and by flips
@@ -60,28 +64,32 @@ def detectable(units: int, tests: int, settings: spec.Statistics) -> Detectable:
     level = 1 - settings.confidence / 100
     if settings.correction != "none":
         level /= max(1, tests)
-    smallest = smallest_p(units, settings)
+    smallest = smallest_p_value(units, settings)
     if smallest >= level:
-        return Detectable(units, tests, level, None, smallest)
+        return DetectableEffect(units, tests, level, None, smallest)
     if settings.test == "t":
-        effect = by_skewed_t(units, level)
-    elif settings.test == "flips" and units <= EXACT_UP_TO:
+        effect = detectable_by_skewed_t(units, level)
+    elif settings.test == "flips" and units <= MAX_EXACT_FLIPS:
         patterns = ceil(level / smallest) - 1  # p is below the level, not at it
-        effect = by_flips(units, patterns) if patterns <= _FEW_PATTERNS else by_t(units, level)
+        effect = (
+            detectable_by_flips(units, patterns)
+            if patterns <= _FEW_PATTERNS
+            else detectable_by_t(units, level)
+        )
     else:
-        effect = by_t(units, level)
-    return Detectable(units, tests, level, effect, smallest)
+        effect = detectable_by_t(units, level)
+    return DetectableEffect(units, tests, level, effect, smallest)
 
 
 @cache
-def by_skewed_t(units: int, level: float) -> float:
+def detectable_by_skewed_t(units: int, level: float) -> float:
     """The standardised mean that the corrected t finds in 80 % of experiments with normal deltas.
 
     Of more than `_MOST_DRAWN` units it is found for so many and scaled by the root of their share.
     """
     drawn = min(units, _MOST_DRAWN)
     noise = np.random.default_rng([5, drawn]).standard_normal((_DRAWN, drawn))
-    found = skewed_t(Sums(noise, np.ones((1, drawn)), np.full(_DRAWN, drawn)))
+    found = skewed_t(EffectSums(noise, np.ones((1, drawn)), np.full(_DRAWN, drawn)))
 
     def power(effect: float) -> float:
         return float((found.p_of(np.full(_DRAWN, -effect)) < level).mean())
@@ -92,24 +100,24 @@ def by_skewed_t(units: int, level: float) -> float:
 def _least(power: Callable[[float], float]) -> float:
     """The smallest effect whose power is `POWER`, up to 64."""
     low, high = 0.0, 4.0
-    while power(high) < POWER and high < 64:
+    while power(high) < TARGET_POWER and high < 64:
         high *= 2
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        low, high = (middle, high) if power(middle) < POWER else (low, middle)
+        low, high = (middle, high) if power(middle) < TARGET_POWER else (low, middle)
     return (low + high) / 2
 
 
-def by_t(units: int, level: float) -> float:
+def detectable_by_t(units: int, level: float) -> float:
     """The standardised mean that a two-sided t test finds in 80 % of experiments."""
     from scipy.special import nctdtrinc, stdtrit  # not at the top: slow to import
 
     t = stdtrit(units - 1, 1 - level / 2)
-    return float(nctdtrinc(units - 1, 1 - POWER, t)) / sqrt(units)
+    return float(nctdtrinc(units - 1, 1 - TARGET_POWER, t)) / sqrt(units)
 
 
 @cache
-def by_flips(units: int, patterns: int) -> float:
+def detectable_by_flips(units: int, patterns: int) -> float:
     """The same of a two-sided sign-flip test, whose p is small enough where at most `patterns` of
     the 2^(units - 1) patterns of signs (up to a sign for all) have as large a sum as the one seen.
     """

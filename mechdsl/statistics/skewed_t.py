@@ -1,16 +1,16 @@
 """Student's t corrected for skewness: intervals and p of means and ratios, without resampling.
 
 A number θ is compatible with the units u of a cell if the mean of Aᵤ − θBᵤ is compatible with 0
-(Fieller 1954), A and B being the sums of numerator and denominator over the unit's rows. T is the t
-statistic of that mean and a its standardised third cumulant. Where q is a quantile of Student's t,
-T is compared with q + h (2q² + 1) / 6 + 0.4 h² q³: the quantile of a studentised mean of skewness h
-(Hall 1983), with a third term. h is the part of a that speaks against the effect, enlarged, as a
-sample of skewed units shows too little of its skewness exactly where its mean is misleading. The
-constants were chosen by simulation (`benchmarks/coverage`): from 16 units on, they hold the level
-of a family of 144 cells of lognormal units.
+(Fieller 1954), A and B being the sums of numerator and denominator over the unit's rows. T is the
+t statistic of that mean and a its standardised third cumulant. Where q is a quantile of Student's
+t, T is compared with q + h (2q² + 1) / 6 + 0.4 h² q³: the quantile of a studentised mean of
+skewness h (Hall 1983), with a third term. h is the part of a that speaks against the effect,
+enlarged, as a sample of skewed units shows too little of its skewness exactly where its mean is
+misleading. The constants were chosen by simulation (`benchmarks/coverage`): from 16 units on, they
+hold the level of a family of 144 cells of lognormal units.
 
-The interval is the set of all θ whose p is not below the level. p of θ = 0 is no smaller than
-2^(1 − k) for k units that aren't 0, as often all of them have the same sign by chance.
+The interval is the set of all θ whose p is not below the level. p of θ = 0 is no smaller than 2^(1
+− k) for k units that aren't 0, as often all of them have the same sign by chance.
 
 References:
     Fieller, E. C. (1954). Some problems in interval estimation. J. R. Stat. Soc. B 16, 175-185.
@@ -24,24 +24,32 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from mechdsl.base.arrays import Bools, Floats, Ints
-from mechdsl.statistics.effect_parts import Sums
+from mechdsl.statistics.measurements import EffectSums
 
-SKEW = 1.4
+SKEWNESS_FACTOR = 1.4
 """By how much the measured skewness is enlarged where it speaks against an effect."""
-BASE_SKEW = 1.0
+
+BASE_SKEWNESS = 1.0
 """Skewness of the sum against every effect, times the number of units."""
-FREEDOM = 0.45
+
+FREEDOM_SHARE = 0.45
 """Share of the degrees of freedom of the quantiles that are corrected, from 16 units on; with fewer
 units, whose p can't be so small, it rises to 1 for 8."""
+
 FREEDOM_RISE = 0.07
+
 CURVATURE = 0.4
 """Of the third term of the corrected quantile."""
-FLAT = 1e-10
+
+FLAT_ERROR = 1e-10
 """Standard errors that are smaller than this share of the value are rounding."""
+
 _DOUBLINGS = 60
 """Steps of the search for a number that isn't compatible with the units."""
+
 _HALVINGS = 64
 """Steps of the search for the end of an interval, down to the precision of a float."""
+
 _NEWTON_STEPS = 40
 """Steps that find the quantile of a statistic: from above, as the function is convex."""
 
@@ -186,7 +194,7 @@ class SkewedT:
         return np.abs(ratio) > np.maximum(quantiles[0], _corrected(quantiles[1], against))
 
 
-def skewed_t(sums: Sums, strata: Ints | None = None) -> SkewedT:
+def skewed_t(sums: EffectSums, strata: Ints | None = None) -> SkewedT:
     """The statistic of cells that are sums over units.
 
     Args:
@@ -205,7 +213,7 @@ def skewed_t(sums: Sums, strata: Ints | None = None) -> SkewedT:
         value=value,
         held=sums.held,
         nonzero=np.count_nonzero(sums.top, axis=1),
-        flat=(np.sqrt(squares[0]) <= FLAT * size) & (sums.held > 1),
+        flat=(np.sqrt(squares[0]) <= FLAT_ERROR * size) & (sums.held > 1),
         freedom=(sums.held - _strata_count(strata)).astype(np.float64),
         slope=bottom.sum(1),
         squares=squares,
@@ -237,7 +245,7 @@ def skewed_t_of_moves(
         value=value,
         held=held,
         nonzero=held,
-        flat=(np.sqrt(squares[0]) <= FLAT * size) & (held > 1),
+        flat=(np.sqrt(squares[0]) <= FLAT_ERROR * size) & (held > 1),
         freedom=default if freedom is None else freedom,
         slope=np.ones(len(value)),
         squares=squares,
@@ -247,13 +255,13 @@ def skewed_t_of_moves(
 
 def _tail_freedom(freedom: Floats) -> Floats:
     """[cell], degrees of freedom of the corrected quantiles."""
-    share = FREEDOM + FREEDOM_RISE * np.maximum(15 - freedom, 0.0)
+    share = FREEDOM_SHARE + FREEDOM_RISE * np.maximum(15 - freedom, 0.0)
     return freedom * np.minimum(share, 1.0)
 
 
 def _against(ratio: Floats, skew: Floats, freedom: Floats) -> Floats:
     """[cell], the skewness h that speaks against an effect of this sign."""
-    return SKEW * np.maximum(-np.sign(ratio) * skew, 0.0) + BASE_SKEW / (freedom + 1)
+    return SKEWNESS_FACTOR * np.maximum(-np.sign(ratio) * skew, 0.0) + BASE_SKEWNESS / (freedom + 1)
 
 
 def _corrected(quantile: Floats, against: Floats) -> Floats:

@@ -1,8 +1,9 @@
-"""The SQLite file that says which blob holds what."""
+"""The SQLite index of the store, and cached hashes of large files."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -10,20 +11,27 @@ import shutil
 import sqlite3
 import tempfile
 import threading
+import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeAlias, cast
 
-from mechdsl.store.problem import StoreProblem
 
-NAME = "index.sqlite"
-SCHEMA = 1
+class StoreProblem(Exception):
+    """The store can't be used; the text says why, in lower case."""
+
+
+INDEX_NAME = "index.sqlite"
+
+INDEX_SCHEMA = 1
 """Raised whenever an older version couldn't read what is written, or would read it wrong."""
-APPLICATION = 0x6D656368
+
+APPLICATION_ID = 0x6D656368
 """What SQLite calls the application's id."""
-WAIT = 60.0
+
+WRITE_TIMEOUT = 60.0
 """Seconds for another process that is writing."""
 
 _TABLES = f"""
@@ -44,9 +52,10 @@ CREATE TABLE files(path BLOB PRIMARY KEY, stat TEXT NOT NULL, hash TEXT NOT NULL
 CREATE TABLE notes(key BLOB PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE kept(bytes INTEGER NOT NULL);
 INSERT INTO kept VALUES (0);
-PRAGMA application_id = {APPLICATION};
-PRAGMA user_version = {SCHEMA};
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {INDEX_SCHEMA};
 """
+
 _DISK = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_IOERR: errno.EIO,
@@ -54,17 +63,19 @@ _DISK = {
     sqlite3.SQLITE_READONLY: errno.EROFS,
     sqlite3.SQLITE_PERM: errno.EACCES,
 }
+
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
 
-
-Kinds: TypeAlias = tuple[type | tuple[type, ...], ...]
+ColumnTypes: TypeAlias = tuple[type | tuple[type, ...], ...]
 """Types of the columns of a query. SQLite doesn't hold a damaged file to those of its tables."""
+
 MAYBE_TEXT = (str, NoneType)
+
 MAYBE_BYTES = (bytes, NoneType)
+
 MAYBE_TIME = (float, NoneType)
 
-
-_COLUMNS: dict[str, Kinds] = {
+_COLUMNS: dict[str, ColumnTypes] = {
     "blocks": (int, bytes, int, int, int, float),
     "cells": (bytes, int),
     "runs": (int, str, str, int, int, float, MAYBE_TIME, float, str, MAYBE_TEXT, MAYBE_BYTES),
@@ -73,8 +84,10 @@ _COLUMNS: dict[str, Kinds] = {
     "notes": (bytes, bytes),
     "kept": (int,),
 }
+
 _NEW, _LOOKED, _AGAIN = "new", "looked through", "again"
 """What is written down of damage."""
+
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{4}")
 
 
@@ -97,9 +110,13 @@ def _translated() -> Generator[None]:
     except sqlite3.Error as error:
         kind = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
         if kind in _DISK:
-            raise OSError(_DISK[kind], f"{os.strerror(_DISK[kind])} ({error})", NAME) from error
+            raise OSError(
+                _DISK[kind], f"{os.strerror(_DISK[kind])} ({error})", INDEX_NAME
+            ) from error
         if kind in _BUSY:
-            raise StoreProblem(f"another process has held its index for {WAIT:.0f} s") from error
+            raise StoreProblem(
+                f"another process has held its index for {WRITE_TIMEOUT:.0f} s"
+            ) from error
         raise DamagedIndex(f"its index is damaged: {error}") from error
 
 
@@ -113,8 +130,8 @@ class Index:
         """
         self._lock = threading.RLock()
         self._copy: tempfile.TemporaryDirectory[str] | None = None
-        self._suspect = folder / f"{NAME}.suspect"
-        path = folder / NAME
+        self._suspect = folder / f"{INDEX_NAME}.suspect"
+        path = folder / INDEX_NAME
         try:
             with _translated():
                 if writable:
@@ -129,7 +146,7 @@ class Index:
 
     def _connect(self, name: str, *, uri: bool = False) -> None:
         self._connection = sqlite3.connect(
-            name, timeout=WAIT, isolation_level=None, check_same_thread=False, uri=uri
+            name, timeout=WRITE_TIMEOUT, isolation_level=None, check_same_thread=False, uri=uri
         )
 
     def _prepare(self) -> None:
@@ -188,12 +205,12 @@ class Index:
 
     def _check_version(self) -> None:
         application, version = self._version()
-        if application != APPLICATION:
-            raise StoreProblem(f"its `{NAME}` is a database of another program")
-        if version > SCHEMA:
+        if application != APPLICATION_ID:
+            raise StoreProblem(f"its `{INDEX_NAME}` is a database of another program")
+        if version > INDEX_SCHEMA:
             raise StoreProblem(
                 f"it was written by a newer version of mechdsl: its format is {version}, "
-                f"and this version reads up to {SCHEMA}"
+                f"and this version reads up to {INDEX_SCHEMA}"
             )
 
     def _open_to_read(self, path: Path) -> None:
@@ -211,8 +228,8 @@ class Index:
         self._copy = tempfile.TemporaryDirectory(prefix="mechdsl-")
         for end in ("", "-journal"):
             with suppress(FileNotFoundError):
-                shutil.copyfile(f"{path}{end}", Path(self._copy.name) / f"{NAME}{end}")
-        self._connect(str(Path(self._copy.name) / NAME))
+                shutil.copyfile(f"{path}{end}", Path(self._copy.name) / f"{INDEX_NAME}{end}")
+        self._connect(str(Path(self._copy.name) / INDEX_NAME))
 
     def close(self) -> None:
         with self._lock:
@@ -223,13 +240,13 @@ class Index:
                 self._copy.cleanup()
                 self._copy = None
 
-    def ask(self, kinds: Kinds, query: str, *values: Any) -> list[tuple[Any, ...]]:
+    def ask(self, kinds: ColumnTypes, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """All rows of a query. Raises OSError, StoreProblem."""
         with self._guarded():
             return _checked(kinds, self._connection.execute(query, values).fetchall())
 
     def ask_of(
-        self, cells: Sequence[bytes], kinds: Kinds, query: str, *values: Any
+        self, cells: Sequence[bytes], kinds: ColumnTypes, query: str, *values: Any
     ) -> list[tuple[Any, ...]]:
         """All rows of a query that joins `asked(cell)`, which holds these cells."""
         with self._guarded():
@@ -294,8 +311,58 @@ class Index:
                 raise
 
 
-def _checked(kinds: Kinds, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+def _checked(kinds: ColumnTypes, rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     for row in rows:
         if len(row) != len(kinds) or not all(map(isinstance, row, kinds)):
             raise DamagedIndex("its index is damaged: a value has the wrong type")
     return rows
+
+
+RACY_SECONDS = 2.0
+"""Seconds. A file that was written within them may be written again with the same times."""
+
+UNSYNCED_SECONDS = 120.0
+"""Seconds after which the system has written what was given to it."""
+
+_TRIES = 3
+
+_PART = 1 << 20
+
+
+def hash_file(index: Index, path: Path, *, writable: bool) -> str:
+    """SHA-256 in hex. Raises OSError, and StoreProblem where the file changes while it is read."""
+    place = os.fsencode(path.resolve())
+    found = os.stat(place)
+    known = index.ask(
+        (str,), "SELECT hash FROM files WHERE path = ? AND stat = ?", place, _mark(found)
+    )
+    if known:
+        return str(known[0][0])
+    for _ in range(_TRIES):
+        now = time.time()
+        with open(place, "rb") as file:
+            found = os.fstat(file.fileno())
+            worked_out = hashlib.sha256()
+            while part := file.read(_PART):
+                worked_out.update(part)
+            if now - found.st_mtime < UNSYNCED_SECONDS:
+                with suppress(OSError):  # else a power cut may take back what was read
+                    os.fsync(file.fileno())
+            same = _mark(found) == _mark(os.stat(place))  # its inode as well
+        if same:
+            break
+    else:
+        raise StoreProblem(f"`{path}` changes while it is read")
+    if writable and max(found.st_mtime, found.st_ctime) < now - RACY_SECONDS:
+        # The hash is as good when it can't be kept.
+        with suppress(OSError, StoreProblem), index.writing() as write:
+            write.execute(
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?)",
+                (place, _mark(found), worked_out.hexdigest()),
+            )
+    return worked_out.hexdigest()
+
+
+def _mark(found: os.stat_result) -> str:
+    """What changes with a file. The last of its times can't be set back by hand."""
+    return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ino}:{found.st_ctime_ns}"

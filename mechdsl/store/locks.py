@@ -1,4 +1,4 @@
-"""Locks on files, which the system frees when a process ends, however it does."""
+"""Locks on files, which the system releases when a process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-STORE = "store"
+STORE_LOCK = "store"
 """The lock that all share who use a store; others are named as their runs."""
+
 _TRIES = 5
+
 _PAUSE = 0.01
 """Seconds. Who only looks whether a run goes on holds its lock for a moment."""
 

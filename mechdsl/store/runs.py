@@ -1,4 +1,4 @@
-"""Runs: what one has found and written, and its content when it is finished."""
+"""Runs in the store: their values while they compute, their results once they finish."""
 
 from __future__ import annotations
 
@@ -9,21 +9,145 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from mechdsl.store.blobs import CONTENT, VALUES
-from mechdsl.store.problem import StoreProblem
-from mechdsl.store.values import Block, Found, merged, pack_block, unpack_block
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from mechdsl.store.files import CONTENT_SUFFIX, VALUES_SUFFIX
+from mechdsl.store.index import StoreProblem
 
 if TYPE_CHECKING:
-    from mechdsl.store.blobs import Blobs, Staged
+    from mechdsl.store.files import Blobs, StagedBlob
     from mechdsl.store.index import Index
     from mechdsl.store.locks import FileLock
+
+
+CELL_KEY_BYTES = 16
+"""Bytes of a cell's key."""
+
+CachedValues: TypeAlias = Mapping[bytes, tuple[NDArray[np.uint64], NDArray[np.float64]]]
+"""Per cell that has any: keys of rows, each once, and values [row, column]."""
+
+
+@dataclass(frozen=True, eq=False)
+class ValueBlock:
+    """Values of some cells on some rows: what one pass gave."""
+
+    cells: Sequence[bytes]
+    """16-byte keys, distinct."""
+    starts: NDArray[np.int64]
+    """[cell + 1] where each cell's rows begin."""
+    rows: NDArray[np.uint64]
+    """[row] key of the row's content, within its cell."""
+    values: NDArray[np.float64]
+    """[row, column]; 1 or 2 columns."""
+
+    def problem(self) -> str | None:
+        """What is wrong with its shapes; None where nothing is."""
+        if any(len(cell) != CELL_KEY_BYTES for cell in self.cells):
+            return f"a cell's key has {CELL_KEY_BYTES} bytes"
+        if len(set(self.cells)) != len(self.cells):
+            return "a cell is there twice"
+        if self.starts.shape != (len(self.cells) + 1,):
+            return "each cell has a start, and the last one an end"
+        if self.values.ndim != 2 or self.values.shape[1] not in (1, 2):
+            return "values have 1 or 2 columns"
+        if self.rows.shape != (len(self.values),):
+            return "each row has a key"
+        ends = (int(self.starts[0]), int(self.starts[-1]))
+        if ends != (0, len(self.rows)) or bool((np.diff(self.starts) < 0).any()):
+            return "starts grow from 0 to the number of rows"
+        return None
+
+
+def pack_values(block: ValueBlock) -> bytes:
+    """A block as the bytes of a safetensors file. Raises ValueError where its shapes are wrong."""
+    problem = block.problem()
+    if problem:
+        raise ValueError(f"not a block of values: {problem}")
+    keys = np.frombuffer(b"".join(block.cells), np.uint8).reshape(-1, CELL_KEY_BYTES)
+    return save(
+        {
+            "cells": keys,
+            "starts": np.ascontiguousarray(block.starts, np.int64),
+            "rows": np.ascontiguousarray(block.rows, np.uint64),
+            "values": np.ascontiguousarray(block.values, np.float64),
+        }
+    )
+
+
+def unpack_values(data: bytes) -> ValueBlock | None:
+    """What `pack_block` wrote; None where these bytes are something else."""
+    try:
+        found = load(data)
+        keys = found["cells"].astype(np.uint8, casting="no", copy=False)
+        block = ValueBlock(
+            [key.tobytes() for key in keys],
+            found["starts"].astype(np.int64, casting="no", copy=False),
+            found["rows"].astype(np.uint64, casting="no", copy=False),
+            found["values"].astype(np.float64, casting="no", copy=False),
+        )
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        return None
+    return None if block.problem() else block
+
+
+def merge_blocks(cells: Sequence[bytes], blocks: Iterable[ValueBlock]) -> CachedValues:
+    """What blocks hold of these cells, rows in the order of their keys.
+
+    Where several hold a row, the first of them counts. So it does for the number of columns of a
+    cell: what has another one is left out.
+    """
+    numbers = {cell: number for number, cell in enumerate(dict.fromkeys(cells))}
+    columns = np.zeros(len(numbers), np.int64)
+    parts = [part for block in blocks if (part := _part(block, numbers, columns)) is not None]
+    if not parts:
+        return {}
+    of_cell = np.concatenate([part[0] for part in parts])
+    rows = np.concatenate([part[1] for part in parts])
+    values = np.concatenate([part[2] for part in parts])
+    order = np.lexsort((rows, of_cell))  # stable: equal ones stay in the order of their blocks
+    of_cell, rows = of_cell[order], rows[order]
+    first = np.ones(len(rows), bool)
+    first[1:] = (of_cell[1:] != of_cell[:-1]) | (rows[1:] != rows[:-1])
+    of_cell, rows, values = of_cell[first], rows[first], values[order][first]
+    ends = np.searchsorted(of_cell, np.arange(len(columns) + 1)).tolist()
+    return {
+        cell: (rows[begin:end], np.ascontiguousarray(values[begin:end, :width]))
+        for cell, begin, end, width in zip(
+            numbers, ends[:-1], ends[1:], columns.tolist(), strict=True
+        )
+        if begin < end
+    }
+
+
+def _part(
+    block: ValueBlock, numbers: Mapping[bytes, int], columns: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.float64]] | None:
+    """Of a block: numbers of cells, keys and values of rows, those in two columns; None where it
+    has none of these cells. columns: of each cell, which is written where it isn't known yet."""
+    width = block.values.shape[1]
+    of_block = np.array([numbers.get(cell, -1) for cell in block.cells], np.int64)
+    filled = of_block[(of_block >= 0) & (np.diff(block.starts) > 0)]
+    columns[filled[columns[filled] == 0]] = width
+    wanted = np.zeros(len(of_block), bool)
+    wanted[of_block >= 0] = columns[of_block[of_block >= 0]] == width
+    of_row = np.repeat(np.where(wanted, of_block, -1), np.diff(block.starts))
+    taken = of_row >= 0
+    if not taken.any():
+        return None
+    values = np.zeros((int(taken.sum()), 2))
+    values[:, :width] = block.values[taken]
+    return of_row[taken], block.rows[taken], values
+
 
 DAY = 86_400.0
 """Seconds: how often it is written down that something was used."""
 
-State = Literal["running", "unfinished", "finished"]
+RunState = Literal["running", "unfinished", "finished"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +157,7 @@ class StoredRun:
     id: str
     """Sortable by the time it began, in UTC, and short to type: `20261121-154210-3fa2`."""
     key: str
-    state: State
+    state: RunState
     """`running`: somebody is at it; `unfinished`: nobody is, and it isn't finished."""
     began: float
     """Seconds since the epoch."""
@@ -50,7 +174,7 @@ def seal(id: str, key: str, about: str, content: Iterable[tuple[str, bytes, int]
     return hashlib.sha256(json.dumps([id, key, about, files]).encode()).digest()
 
 
-def check_name(name: str) -> None:
+def check_content_name(name: str) -> None:
     """Raise ValueError where a file of a run's content couldn't lie in a folder by this name."""
     path = PurePosixPath(name)
     bad = not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name
@@ -60,7 +184,7 @@ def check_name(name: str) -> None:
 
 def find_values(
     index: Index, blobs: Blobs, cells: Sequence[bytes], where: str, bound: int
-) -> tuple[Found, list[int], list[int]]:
+) -> tuple[CachedValues, list[int], list[int]]:
     """The values of cells in the blocks that a condition names; of these blocks those that are
     torn, and those of which it should be written down that they were used.
 
@@ -77,19 +201,19 @@ def find_values(
     )
     torn: list[int] = []
 
-    def blocks() -> Iterator[Block]:
+    def blocks() -> Iterator[ValueBlock]:
         for seq, hash, _ in rows:
             try:
-                data = blobs.read(hash, VALUES)
+                data = blobs.read(hash, VALUES_SUFFIX)
             except OSError:  # it may be whole: next time, or for somebody with other rights
                 continue
-            block = None if data is None else unpack_block(data)
+            block = None if data is None else unpack_values(data)
             if block is None:
                 torn.append(seq)
             else:
                 yield block
 
-    found = merged(cells, blocks())
+    found = merge_blocks(cells, blocks())
     now = time.time()
     return found, torn, [seq for seq, _, used in rows if abs(now - used) > DAY]
 
@@ -150,7 +274,7 @@ class OpenRun:
                 write.execute("UPDATE runs SET sizes = ? WHERE number = ?", (text, self._number))
         self.sizes = json.loads(text)
 
-    def keep(self, block: Block) -> None:
+    def keep(self, block: ValueBlock) -> None:
         """Keep the values of a pass; durable when it returns, all of it or nothing.
 
         Values that are there already stay: other runs read the first that was written, or those
@@ -159,7 +283,7 @@ class OpenRun:
         """
         if not self._keeps or not block.cells:
             return
-        staged = self._blobs.stage(pack_block(block), VALUES)
+        staged = self._blobs.stage(pack_values(block), VALUES_SUFFIX)
         try:
             with self._index.writing() as write:
                 self._blobs.place([staged])
@@ -174,15 +298,15 @@ class OpenRun:
         finally:
             self._blobs.drop([staged])
 
-    def earlier(self, cells: Sequence[bytes]) -> Found:
+    def earlier(self, cells: Sequence[bytes]) -> CachedValues:
         """Values that were there when the run first began. Raises OSError, StoreProblem."""
         return self._found(cells, "seq <= ?", self._baseline)
 
-    def own(self, cells: Sequence[bytes]) -> Found:
+    def own(self, cells: Sequence[bytes]) -> CachedValues:
         """Values that this run wrote, in an earlier attempt or in this one. Raises as `earlier`."""
         return self._found(cells, "run = ?", self._number)
 
-    def _found(self, cells: Sequence[bytes], where: str, bound: int) -> Found:
+    def _found(self, cells: Sequence[bytes], where: str, bound: int) -> CachedValues:
         found, torn, used = find_values(self._index, self._blobs, cells, where, bound)
         if self.id and (torn or used):
             now = time.time()
@@ -201,13 +325,13 @@ class OpenRun:
         closed. Raises OSError, StoreProblem, ValueError for names that no folder could hold.
         """
         for name in content:
-            check_name(name)
+            check_content_name(name)
         if not self._keeps:
             return
-        staged: list[Staged] = []
+        staged: list[StagedBlob] = []
         try:
             for data in content.values():
-                staged.append(self._blobs.stage(data, CONTENT))
+                staged.append(self._blobs.stage(data, CONTENT_SUFFIX))
             files = [(name, of.hash, of.size) for name, of in zip(content, staged, strict=True)]
             with self._index.writing() as write:
                 self._blobs.place(staged)

@@ -1,4 +1,4 @@
-"""The folder in which runs, their values and hashes of files are kept."""
+"""The folder in which runs, their values and file hashes are cached."""
 
 from __future__ import annotations
 
@@ -7,37 +7,201 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from mechdsl.base.byte_sizes import bytes_of
-from mechdsl.base.files import write_whole
-from mechdsl.store.blobs import CONTENT, Blobs
-from mechdsl.store.disk import make_folder, sync_folder
-from mechdsl.store.file_hashes import hash_file
+from mechdsl.base.files import write_atomically
+from mechdsl.base.text import parse_size
+from mechdsl.store.files import CONTENT_SUFFIX, VALUES_SUFFIX, Blobs, make_folder, sync_folder
 from mechdsl.store.index import (
+    INDEX_NAME,
     MAYBE_BYTES,
     MAYBE_TEXT,
     MAYBE_TIME,
-    NAME,
     DamagedIndex,
     Index,
+    StoreProblem,
+    hash_file,
 )
-from mechdsl.store.locks import STORE, FileLock, is_held, take_lock
-from mechdsl.store.problem import StoreProblem
-from mechdsl.store.runs import DAY, OpenRun, StoredRun, check_name, seal
-from mechdsl.store.sweep import Swept, remove_old_indexes, remove_unnamed, sweep
+from mechdsl.store.locks import STORE_LOCK, FileLock, is_held, take_lock
+from mechdsl.store.runs import DAY, OpenRun, StoredRun, check_content_name, seal
 
-LIMIT = 10_000_000_000
+HOUR = 3_600.0
+"""Seconds after which a file that was written aside belongs to nobody."""
+
+MONTH = 30 * 86_400.0
+"""Seconds after which an unfinished run isn't resumed any more."""
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What was removed from a store."""
+
+    runs: int
+    blocks: int
+    """Values of so many passes."""
+    files: int
+    """Files that went from the disk."""
+    bytes: int
+    """What these files held."""
+    left: int
+    """Bytes of what is still there, without the index."""
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What goes as a whole: a finished run's content, or one block of values."""
+
+    used: float
+    number: int
+    run: bool
+    blobs: tuple[tuple[str, int], ...]
+    """Names and sizes."""
+
+
+def sweep(
+    index: Index,
+    blobs: Blobs,
+    limit: int | None,
+    locks: Path,
+) -> SweepResult:
+    """Remove what nothing refers to; then oldest-used values and runs, until at most `limit` bytes
+    are left. What runs that go on have written stays. Raises OSError, StoreProblem.
+
+    locks: the folder of the runs' locks.
+    """
+    now = time.time()
+    with index.writing() as write:
+        query = "SELECT number, id, used, seal IS NOT NULL FROM runs"
+        runs = index.ask((int, str, float, int), query)
+        held = {row[0] for row in runs if is_held(locks / row[1])}
+        gone = {row[0] for row in runs if not row[3] and row[2] < now - MONTH} - held
+        units = _units(index, held, now)
+        evicted = [] if limit is None else _evicted(index, units, limit)
+        gone |= {unit.number for unit in evicted if unit.run}
+        dropped = [(unit.number,) for unit in evicted if not unit.run]
+        write.executemany("DELETE FROM runs WHERE number = ?", [(number,) for number in gone])
+        write.executemany("DELETE FROM contents WHERE run = ?", [(number,) for number in gone])
+        write.executemany("DELETE FROM blocks WHERE seq = ?", dropped)
+        write.execute("DELETE FROM cells WHERE seq NOT IN (SELECT seq FROM blocks)")
+    _remove_locks(locks, {id for number, id, _, _ in runs if number not in gone})
+    files, freed, left = remove_unnamed(index, blobs)
+    return SweepResult(len(gone), len(dropped), files, freed, left)
+
+
+def _remove_locks(locks: Path, ids: set[str]) -> None:
+    """Remove those of runs that aren't there any more."""
+    for path in locks.iterdir():
+        if path.name not in ids | {STORE_LOCK}:
+            lock = take_lock(path)
+            if lock is not None:
+                lock.free(remove=True)
+
+
+def _units(index: Index, held: set[int], now: float) -> list[_Unit]:
+    """What may go, oldest-used first. Times in the future are those of a clock that was wrong."""
+    units = [
+        _Unit(min(used, now), seq, False, ((hash.hex() + VALUES_SUFFIX, size),))
+        for seq, hash, size, run, used in index.ask(
+            (int, bytes, int, int, float), "SELECT seq, hash, size, run, used FROM blocks"
+        )
+        if run not in held
+    ]
+    contents: dict[int, list[tuple[str, int]]] = {}
+    for run, hash, size in index.ask((int, bytes, int), "SELECT run, hash, size FROM contents"):
+        contents.setdefault(run, []).append((hash.hex() + CONTENT_SUFFIX, size))
+    finished = "SELECT number, used FROM runs WHERE seal IS NOT NULL"
+    for run, used in index.ask((int, float), finished):
+        if run not in held:
+            units.append(_Unit(min(used, now), run, True, tuple(contents.get(run, ()))))
+    return sorted(units, key=lambda unit: (unit.used, unit.run, unit.number))
+
+
+def _named(index: Index) -> Counter[tuple[str, int]]:
+    """How often each blob is named by the index."""
+    named = Counter((hash.hex() + VALUES_SUFFIX, size) for hash, size in _rows(index, "blocks"))
+    named.update((hash.hex() + CONTENT_SUFFIX, size) for hash, size in _rows(index, "contents"))
+    return named
+
+
+def _rows(index: Index, table: str) -> Iterable[tuple[bytes, int]]:
+    return (
+        (hash, size) for hash, size in index.ask((bytes, int), f"SELECT hash, size FROM {table}")
+    )
+
+
+def _evicted(index: Index, units: list[_Unit], limit: int) -> list[_Unit]:
+    """The first of these, as many as it takes."""
+    named = _named(index)
+    total = sum(size for _, size in named)
+    evicted: list[_Unit] = []
+    for unit in units:
+        if total <= limit:
+            break
+        evicted.append(unit)
+        for blob in unit.blobs:
+            named[blob] -= 1
+            if not named[blob]:
+                total -= blob[1]
+    return evicted
+
+
+def remove_unnamed(index: Index, blobs: Blobs) -> tuple[int, int, int]:
+    """Remove files that the index doesn't name; their number, their bytes and the bytes left.
+
+    Nobody writes meanwhile: what is placed is named before this looks, or placed after it.
+    """
+    files = freed = left = 0
+    oldest = time.time() - HOUR
+    with index.writing() as write:
+        named = {name for name, _ in _named(index)}
+        for entry in blobs.files():
+            size = entry.stat(follow_symlinks=False).st_size
+            if entry.name in named:
+                left += size
+            elif _removed(Path(entry.path)):
+                files, freed = files + 1, freed + size
+        for entry in blobs.leftovers():
+            found = entry.stat(follow_symlinks=False)
+            if found.st_mtime < oldest and _removed(Path(entry.path)):
+                files, freed = files + 1, freed + found.st_size
+        write.execute("UPDATE kept SET bytes = ?", (left,))
+    return files, freed, left
+
+
+def remove_old_indexes(folder: Path) -> tuple[int, int]:
+    """Remove damaged indexes that were moved aside a month ago; their number and bytes."""
+    files = freed = 0
+    for path in folder.glob(f"{INDEX_NAME}.broken-*"):
+        size = path.stat().st_size
+        if path.stat().st_mtime < time.time() - MONTH and _removed(path):
+            files, freed = files + 1, freed + size
+    return files, freed
+
+
+def _removed(path: Path) -> bool:
+    with suppress(OSError):
+        path.unlink()
+        return True
+    return False
+
+
+DEFAULT_SIZE_LIMIT = 10_000_000_000
 """Bytes that a store may grow to, where `MECHDSL_STORE_LIMIT` says nothing."""
+
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
-_OURS = ("blobs", "locks", "new", ".gitignore", ".mechdsl-", NAME)
+
+_OURS = ("blobs", "locks", "new", ".gitignore", ".mechdsl-", INDEX_NAME)
 """What names in a store begin with; `write_whole` makes the last but one."""
+
 _ASIDE = ("", "-journal", "-wal", "-shm", ".suspect")
+
 _RUN = "SELECT number, id, key, began, ended, about, seal FROM runs"
+
 _KINDS = (int, str, str, float, MAYBE_TIME, str, MAYBE_BYTES)
 
 
@@ -45,8 +209,8 @@ def size_limit() -> int:
     """Bytes a store may grow to: `MECHDSL_STORE_LIMIT`, such as `20GB`. Raises StoreProblem."""
     given = os.environ.get("MECHDSL_STORE_LIMIT", "").strip()
     if not given:
-        return LIMIT
-    found = bytes_of(given)
+        return DEFAULT_SIZE_LIMIT
+    found = parse_size(given)
     if found is None:
         raise StoreProblem(
             f"the environment variable MECHDSL_STORE_LIMIT is `{given}`, which isn't a size "
@@ -87,22 +251,22 @@ class Store:
             make_folder(self._blobs.folder)
             ignore = self.folder / ".gitignore"
             if not ignore.exists() or not ignore.stat().st_size:
-                write_whole(ignore, "*\n")
-            self._using = take_lock(self._lock_path(STORE), shared=True)
+                write_atomically(ignore, "*\n")
+            self._using = take_lock(self._lock_path(STORE_LOCK), shared=True)
         except OSError as error:
             if error.errno in _READ_ONLY:
                 return False
             raise
         if self._using is None:
             raise StoreProblem("another process is putting its index in order")
-        index = self.folder / NAME
+        index = self.folder / INDEX_NAME
         own = os.access in os.supports_effective_ids
         return not index.exists() or os.access(index, os.W_OK, effective_ids=own)
 
     def _check_own(self) -> None:
         """That a folder with other files isn't made a store of, which its `.gitignore` would hide
         from git."""
-        if (self.folder / NAME).exists():
+        if (self.folder / INDEX_NAME).exists():
             return
         with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             if not all(name.startswith(_OURS) for name in os.listdir(self.folder)):
@@ -115,7 +279,7 @@ class Store:
         if not self.writable:
             raise StoreProblem("its index is damaged, and it can't be written to")
         self._free()
-        alone = take_lock(self._lock_path(STORE))
+        alone = take_lock(self._lock_path(STORE_LOCK))
         if alone is None:
             raise StoreProblem("its index is damaged, and another process is using it")
         try:
@@ -125,15 +289,15 @@ class Store:
             return Index(self.folder, writable=True)
         finally:
             alone.free()
-            self._using = take_lock(self._lock_path(STORE), shared=True)
+            self._using = take_lock(self._lock_path(STORE_LOCK), shared=True)
 
     def _move_aside(self) -> None:
-        name = f"{NAME}.broken-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+        name = f"{INDEX_NAME}.broken-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
         while (self.folder / name).exists():
             name += "-"
         for end in _ASIDE:
             with suppress(FileNotFoundError):
-                (self.folder / (NAME + end)).replace(self.folder / (name + end))
+                (self.folder / (INDEX_NAME + end)).replace(self.folder / (name + end))
         sync_folder(self.folder)
 
     def _free(self) -> None:
@@ -153,7 +317,7 @@ class Store:
         self.close()
 
     def _lock_path(self, name: str) -> Path:
-        if name != STORE:
+        if name != STORE_LOCK:
             self._index.check_id(name)
         return self.folder / "locks" / name
 
@@ -220,10 +384,10 @@ class Store:
         content: dict[str, bytes] = {}
         for name, hash, _ in files:
             try:
-                check_name(name)
+                check_content_name(name)
             except ValueError as error:  # somebody made it up
                 raise StoreProblem(str(error)) from error
-            data = self._blobs.read(hash, CONTENT)
+            data = self._blobs.read(hash, CONTENT_SUFFIX)
             if data is None:
                 raise StoreProblem(f"`{name}` of run {run.id} is torn or gone")
             content[name] = data
@@ -351,7 +515,7 @@ class Store:
         finally:
             lock.free(remove=True)
 
-    def gc(self, limit: int | None = None) -> Swept:
+    def gc(self, limit: int | None = None) -> SweepResult:
         """Remove what nothing refers to and unfinished runs that are a month old; then the
         oldest-used values and runs, until at most `limit` bytes are left.
 
@@ -362,7 +526,7 @@ class Store:
         swept = self._sweep(limit)
         return replace(swept, files=swept.files + files, bytes=swept.bytes + freed)
 
-    def _sweep(self, limit: int | None) -> Swept:
+    def _sweep(self, limit: int | None) -> SweepResult:
         return sweep(self._index, self._blobs, limit, self.folder / "locks")
 
     def _check_writable(self) -> None:
@@ -390,3 +554,35 @@ def _reason(error: OSError) -> str:
 def _bytes(text: str) -> bytes:
     """Texts with halves of characters, such as names of files, as well."""
     return text.encode("utf-8", "surrogatepass")
+
+
+STORE_FOLDER = ".mechdsl"
+"""Beside the `.mech` file."""
+
+STORE_VARIABLE = "MECHDSL_STORE"
+
+STORE_OFF = "none"
+"""What the variable says where there is to be none."""
+
+NamedStore = Path | None | Literal[False]
+"""A folder that is named; None: wherever stores are; False: nowhere."""
+
+
+def store_folder(
+    file: Path | None, named: NamedStore = None, *, untrusted: bool = False
+) -> Path | None:
+    """The folder of the store, which need not be there; None: without one.
+
+    file: the `.mech` file, None for text that came from none. named: what `--store` or `store=`
+    says, which goes before the variable `MECHDSL_STORE`, and that before the file's own folder.
+    untrusted: the folder of the file isn't asked. Whoever made the file may have put a store beside
+    it, and in that any number.
+    """
+    if named is False:
+        return None
+    if named is not None:
+        return named
+    said = os.environ.get(STORE_VARIABLE, "").strip()
+    if said:
+        return None if said == STORE_OFF else Path(said).expanduser()
+    return None if file is None or untrusted else file.parent / STORE_FOLDER

@@ -1,15 +1,16 @@
 """The abstract syntax tree: frozen records, one per construct, each with its span.
 
-Spans never take part in comparison, so two texts with the same meaning give equal trees.
-Names stay strings here; what they refer to is found by `resolve`.
+Comparison ignores spans, so two texts with the same meaning give equal trees. Names are strings
+here; `resolve` binds them.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import field
 from typing import Literal
 
-from mechdsl.base.record import Record, keyword_record, record
+from mechdsl.base.records import Record, keyword_record, record
 from mechdsl.base.source import Span
 
 
@@ -67,7 +68,7 @@ class ShortSite(Node):
 
 
 @record
-class OfRef(Node):
+class QualifiedRef(Node):
     """`answer of fewer`."""
 
     name: str
@@ -75,7 +76,7 @@ class OfRef(Node):
 
 
 @record
-class OfExperiment(Node):
+class ExperimentMeasure(Node):
     """`delta of ld of other`: a measure of another experiment. What only names an observation
     becomes one, when it is known whose result that is."""
 
@@ -96,7 +97,7 @@ class Index(Node):
     """`xs[2]`, `refusal[best of select]`, `refusal[layer 3, token -1]`."""
 
     name: str
-    index: Expr | Ranked | Coordinates
+    index: Expr | RankedSelection | Coordinates
 
 
 @record
@@ -140,7 +141,7 @@ class Call(Node):
 
 
 @record
-class ListOf(Node):
+class ListLiteral(Node):
     """`["a", "b"]`, `[1..3, 7]`."""
 
     items: tuple[Expr | Range, ...]
@@ -230,12 +231,12 @@ Expr = (
     | String
     | Name
     | ShortSite
-    | OfRef
-    | OfExperiment
+    | QualifiedRef
+    | ExperimentMeasure
     | Attribute
     | Index
     | Call
-    | ListOf
+    | ListLiteral
     | EdgeTokenOf
     | ClassOutput
     | Negative
@@ -308,7 +309,7 @@ class Site(Node):
     names: tuple[Name, ...] = ()
     axes: tuple[Axis, ...] = ()
     short: ShortSite | None = None
-    ranked: Ranked | None = None
+    ranked: RankedSelection | None = None
     basis: str | None = None
 
     @property
@@ -319,7 +320,7 @@ class Site(Node):
 
 
 @record
-class Ranked(Node):
+class RankedSelection(Node):
     """`top 10 of cie`, `top 25% of caap(a: 1, b: b)`, `best of select`."""
 
     which: Literal["top", "best"]
@@ -403,12 +404,12 @@ class EdgeToken(Node):
 class RankedTokens(Node):
     """`top 25% of caap tokens`."""
 
-    ranked: Ranked
+    ranked: RankedSelection
     plural: bool
 
 
 @record
-class Joined(Node):
+class PositionUnion(Node):
     """`{A, B}`."""
 
     items: Positions
@@ -419,7 +420,9 @@ class EachStep(Node):
     """`each step`: where each token of a reply is predicted."""
 
 
-PointBase = TokenIndex | SpanTokens | EachTokenOf | EdgeToken | RankedTokens | Joined | EachStep
+PointBase = (
+    TokenIndex | SpanTokens | EachTokenOf | EdgeToken | RankedTokens | PositionUnion | EachStep
+)
 
 
 @record
@@ -468,7 +471,7 @@ class Positions(Node):
 
 
 @record
-class Domained(Node):
+class DomainDef(Node):
     """`x in DOMAIN`."""
 
     names: tuple[Name, ...]
@@ -476,7 +479,7 @@ class Domained(Node):
 
 
 @record
-class Derived(Node):
+class ValueDef(Node):
     """`a, b = EXPR`."""
 
     names: tuple[Name, ...]
@@ -502,26 +505,26 @@ class Chat(Node):
 
 
 @record
-class RowsFrom(Node):
+class RowsLine(Node):
     source: Expr
     distinct: bool = False
     """Of equal records only the first."""
 
 
 @record
-class Rename(Node):
+class RenameLine(Node):
     """`rename { subj = subject }`: (new name, column)."""
 
     pairs: tuple[tuple[Name, Name], ...]
 
 
 @record
-class Where(Node):
+class WhereLine(Node):
     condition: Expr
 
 
 @record
-class Split(Node):
+class SplitLine(Node):
     percent: Percent
 
 
@@ -543,7 +546,7 @@ class SpanDef(Node):
 
 
 @record
-class Change(Node):
+class ChangeLine(Node):
     """A line of `corrupt` that begins with a word: `swap a, b`, `replace item tokens with "thing"`,
     `add gaussian(std: 3 sd) to embed at subject tokens`.
 
@@ -564,7 +567,8 @@ class Change(Node):
 
 
 ChangeValue = Name | Call | String | Number | Percent
-CorruptLine = Derived | Change
+
+CorruptLine = ValueDef | ChangeLine
 
 
 @record
@@ -582,7 +586,7 @@ class ImageLine(Node):
 
 
 @record
-class Tiles(Node):
+class TilesLine(Node):
     """`tiles 2 by 3 and whole`."""
 
     rows: int | str
@@ -591,34 +595,34 @@ class Tiles(Node):
 
 
 @record
-class Region(Node):
+class RegionLine(Node):
     name: Name
     column: Name
 
 
 @record
-class Classes(Node):
+class ClassesLine(Node):
     """`classes "a photo of a {kind}"`."""
 
     text: String
 
 
 DataLine = (
-    Domained
-    | Derived
+    DomainDef
+    | ValueDef
     | Template
     | Chat
-    | RowsFrom
-    | Rename
-    | Where
-    | Split
+    | RowsLine
+    | RenameLine
+    | WhereLine
+    | SplitLine
     | Text
     | SpanDef
     | Corrupt
     | ImageLine
-    | Tiles
-    | Region
-    | Classes
+    | TilesLine
+    | RegionLine
+    | ClassesLine
 )
 
 
@@ -682,7 +686,7 @@ class ReplaceBlock(Node):
 
 
 @record
-class Block(Node):
+class BlockEdge(Node):
     edge: Edge
 
 
@@ -723,7 +727,7 @@ class ObserveAttention(Node):
 
 
 @record
-class Reading(Node):
+class ActivationRead(Node):
     """`0.5 * value(mlp_out layer 2 at POSITIONS) of RUN`."""
 
     site: Site
@@ -733,7 +737,7 @@ class Reading(Node):
 
 
 @record
-class Stepped(Node):
+class StepFraction(Node):
     """`0.5 * step(q)`."""
 
     component: Name
@@ -744,7 +748,7 @@ class Stepped(Node):
 class SetSite(Node):
     site: Site
     at: Positions
-    value: Expr | Reading
+    value: Expr | ActivationRead
 
 
 @record
@@ -759,7 +763,7 @@ class PathRule(Node):
 
 @record
 class Add(Node):
-    value: Expr | Reading | Stepped
+    value: Expr | ActivationRead | StepFraction
     site: Site
     at: Positions
 
@@ -803,7 +807,7 @@ class Freeze(Node):
 
 
 @record
-class Registered(Node):
+class RegisteredRule(Node):
     """`nudge SITE at POSITIONS by SUM`, of a kind that is registered for its verb."""
 
     verb: Name
@@ -814,14 +818,15 @@ class Registered(Node):
     value: Expr | None = None
 
 
-SiteRule = Ablate | SetSite | Add | Scale | Clamp | SwapSites | Freeze | Registered
+AnySiteRule = Ablate | SetSite | Add | Scale | Clamp | SwapSites | Freeze | RegisteredRule
 """Rules that say at which site and positions they act, and something of their own."""
+
 RuleBody = (
     Patch
     | Ablate
     | ReplaceTokens
     | ReplaceBlock
-    | Block
+    | BlockEdge
     | Reweight
     | SetEdge
     | Allow
@@ -834,7 +839,7 @@ RuleBody = (
     | Clamp
     | SwapSites
     | Freeze
-    | Registered
+    | RegisteredRule
 )
 
 
@@ -890,7 +895,7 @@ class For(Node):
 
 
 @record
-class Against(Node):
+class ControlLine(Node):
     """`against random(39) apart from top 5 of X, movers`; `apart` is never drawn."""
 
     control: Call
@@ -898,7 +903,7 @@ class Against(Node):
 
 
 @record
-class Setting(Node):
+class GenerationSetting(Node):
     """`temperature 0.7`"""
 
     name: Name
@@ -910,7 +915,7 @@ class Generate(Node):
     """`generate 40 with temperature 0.7, samples 3 until "\\n"`"""
 
     tokens: int | str
-    settings: tuple[Setting, ...] = ()
+    settings: tuple[GenerationSetting, ...] = ()
     stops: tuple[String, ...] = ()
 
 
@@ -994,7 +999,7 @@ class Observe(Node):
     """The site that it is set against: `with attn_out layer *`."""
 
 
-Observing = ObserveAttention | ObserveMaps | Observe
+AnyObserve = ObserveAttention | ObserveMaps | Observe
 
 
 @record
@@ -1072,7 +1077,7 @@ Statement = (
     | FromInto
     | Keep
     | For
-    | Against
+    | ControlLine
     | Generate
     | Using
     | Discover
@@ -1184,11 +1189,11 @@ class File(Node):
 
     statements: tuple[TopLevel, ...]
     comments: tuple[Comment, ...] = field(default=(), compare=False)
-    lost: tuple[Lost, ...] = field(default=(), compare=False)
+    lost: tuple[LostStatement, ...] = field(default=(), compare=False)
 
 
 @record
-class Lost(Node):
+class LostStatement(Node):
     """A statement that can't be read, with the names that it may have defined."""
 
     names: frozenset[str] = frozenset()
@@ -1200,3 +1205,13 @@ class Comment(Node):
 
     text: str
     own_line: bool
+
+
+_ESCAPE = re.compile(r"\\(.)")
+
+_ESCAPED = {"n": "\n", "t": "\t", '"': '"', "\\": "\\"}
+
+
+def unescape(raw: str) -> str:
+    """The value of a text between its quotes; an unknown escape stands for itself."""
+    return _ESCAPE.sub(lambda m: _ESCAPED.get(m[1], m[0]), raw) if "\\" in raw else raw

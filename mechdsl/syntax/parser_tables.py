@@ -1,9 +1,9 @@
-"""The tables of the LALR parser: made from the grammar once, and kept.
+"""The tables of the LALR parser: built from the grammar once, then cached.
 
-A wheel has them, made when it was built (`hatch_build.py`). A checkout makes them at their first
-use and keeps them beside this file; where that can't be written, or the tables of a wheel are those
-of another lark, they are kept in the user's cache folder, and where nothing can, they are made at
-each start.
+A wheel ships the tables, which `hatch_build.py` builds. A checkout builds them at first use and
+writes them next to this file. If that folder is read-only, or if the tables of a wheel come from
+another version of lark, the user's cache folder is used; if that fails too, each start builds
+them.
 """
 
 from __future__ import annotations
@@ -19,21 +19,28 @@ from typing import Any
 import lark
 from lark import Lark
 
-from mechdsl.base import shipped
-from mechdsl.base.cache import cache_folder
-from mechdsl.base.files import write_whole
+from mechdsl.base import files
+from mechdsl.base.files import cache_folder, write_atomically
 
-STARTS = ("start", "top_lines", "data_lines", "change_lines", "experiment_lines", "placeholder")
+START_RULES = (
+    "start",
+    "top_lines",
+    "data_lines",
+    "change_lines",
+    "experiment_lines",
+    "placeholder",
+)
 """What can be parsed by itself: a file, the inside of each kind of block, one expression."""
 
-TABLES = shipped.PACKAGE / "syntax" / "tables.json"
-FORM = 2
+TABLES = files.PACKAGE_FOLDER / "syntax" / "tables.json"
+
+FORMAT_VERSION = 2
 """Of the saved file."""
 
 
 def grammar_file() -> Path:
     """The grammar."""
-    return shipped.shipped_path("grammar/mech.lark", "grammar/mech.lark")
+    return files.shipped_path("grammar/mech.lark", "grammar/mech.lark")
 
 
 def load_tables() -> dict[str, Any]:
@@ -51,7 +58,7 @@ def load_tables() -> dict[str, Any]:
 def fingerprint(grammar: str) -> str:
     """What saved tables must have been made from: the grammar, by a lark of this kind."""
     lark_version = ".".join(lark.__version__.split(".")[:2])
-    return hashlib.sha256(f"{FORM}\n{lark_version}\n{grammar}".encode()).hexdigest()
+    return hashlib.sha256(f"{FORMAT_VERSION}\n{lark_version}\n{grammar}".encode()).hexdigest()
 
 
 def build(grammar: str) -> dict[str, Any]:
@@ -60,7 +67,7 @@ def build(grammar: str) -> dict[str, Any]:
         grammar,
         parser="lalr",
         lexer="contextual",
-        start=list(STARTS),
+        start=list(START_RULES),
         keep_all_tokens=True,
         maybe_placeholders=False,
     )
@@ -160,8 +167,8 @@ def _read(path: Path, wanted: str) -> dict[str, Any] | None:
 
 def _keep(text: str) -> None:
     # What a wheel brought stays as it was installed.
-    installed = grammar_file().is_relative_to(shipped.PACKAGE)
+    installed = grammar_file().is_relative_to(files.PACKAGE_FOLDER)
     for path in _places()[installed:]:
         with suppress(OSError):
-            write_whole(path, text)
+            write_atomically(path, text)
             return

@@ -4,4 +4,4 @@ In: nothing. Out: registries of sites, metrics, corruptions, effects and reports
 without drawing. Imports program and below.
 """
 
-from mechdsl.vocab import reply_metrics as reply_metrics  # registers its metrics
+from mechdsl.vocab import metrics as metrics  # registers its metrics

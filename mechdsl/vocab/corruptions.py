@@ -1,10 +1,4 @@
-"""What a `corrupt` block can do: one entry per kind of change, one per kind of noise.
-
-An entry says everything about its word: how it is written, which names it reads and writes, what
-it does to a row, and what can be wrong with it. The grammar has one shape for all of them
-(`ast.Change`), so that a new word is one class here, or in any module that is imported before a
-file is read.
-"""
+"""Changes that a `corrupt` block can make: one entry per change, one per noise distribution."""
 
 from __future__ import annotations
 
@@ -13,18 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, Protocol, TypeVar, cast
 
 from mechdsl.base import limits
-from mechdsl.base.registry import Registry
-from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import NotSupported
-from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
-from mechdsl.diagnostics.e05_data import BadCall
+from mechdsl.base.records import Registry
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.names import UnknownWord
+from mechdsl.diagnostics.prompts import BadCall
+from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.syntax import ast
-from mechdsl.syntax.changes import ChangeSignature, register
+from mechdsl.syntax.tree_builder import ChangeSignature, register_change
 from mechdsl.vocab.sites import SITES, unknown_component
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
 
 """Draws of noise that one metric is averaged over."""
 
@@ -32,7 +27,7 @@ Parameters = Mapping[str, object]
 """The `param`s of the file."""
 
 
-class ChangingRow(Protocol):
+class CorruptibleRow(Protocol):
     """A row that is being corrupted; each change sees what the ones before it did."""
 
     def assign(self, names: tuple[ast.Name, ...], value: ast.Expr) -> None:
@@ -66,7 +61,7 @@ class ChangingRow(Protocol):
 
 # --- kinds of changes -----------------------------------------------------------------------------
 
-C = TypeVar("C", ast.Change, ast.Derived)
+C = TypeVar("C", ast.ChangeLine, ast.ValueDef)
 
 
 class ChangeKind(Generic[C]):
@@ -83,7 +78,7 @@ class ChangeKind(Generic[C]):
     def problems(self, change: C, parameters: Parameters) -> list[Diagnostic]:
         """What is wrong with how it is written, as far as that needs no row: E0101, E0108 and the
         entry's own."""
-        wrong = None if isinstance(change, ast.Derived) else self.signature.problem(change)
+        wrong = None if isinstance(change, ast.ValueDef) else self.signature.problem(change)
         if wrong is not None:
             return [wrong]
         if self.later:
@@ -96,7 +91,7 @@ class ChangeKind(Generic[C]):
 
     def reads(self, change: C) -> tuple[ast.Expr, ...]:
         """The expressions in it, whose names must be names of the row."""
-        if isinstance(change, ast.Derived):
+        if isinstance(change, ast.ValueDef):
             return (change.value,)
         return (*change.values, *(e for e in (change.given, change.by) if e is not None))
 
@@ -113,32 +108,32 @@ class ChangeKind(Generic[C]):
 class ValueChange(ChangeKind[C]):
     """Changes the values of a row, before its text is written."""
 
-    def apply(self, row: ChangingRow, change: C) -> None:
+    def apply(self, row: CorruptibleRow, change: C) -> None:
         """Change the row."""
         raise NotImplementedError
 
 
-class TokenChange(ChangeKind[ast.Change]):
+class TokenChange(ChangeKind[ast.ChangeLine]):
     """Writes another text in place of tokens (`change.tokens`) of the written prompt."""
 
-    def text(self, change: ast.Change) -> ast.Expr:
+    def text(self, change: ast.ChangeLine) -> ast.Expr:
         """What stands there instead; a text in each row."""
         raise NotImplementedError
 
 
-class ActivationChange(ChangeKind[ast.Change]):
+class ActivationChange(ChangeKind[ast.ChangeLine]):
     """Leaves the text as it is, and adds noise (at `change.at`) while the model runs."""
 
-    def noise(self, change: ast.Change, parameters: Parameters) -> AddedNoise:
+    def noise(self, change: ast.ChangeLine, parameters: Parameters) -> NoiseSettings:
         """What is added, of a change without problems."""
         raise NotImplementedError
 
-    def reads(self, change: ast.Change) -> tuple[ast.Expr, ...]:
+    def reads(self, change: ast.ChangeLine) -> tuple[ast.Expr, ...]:
         """Nothing of the row."""
         return ()
 
 
-class ImageChange(ChangeKind[ast.Change]):
+class ImageChange(ChangeKind[ast.ChangeLine]):
     """Changes an image, or a region of it, before it is made ready for the model; or patches of it
     (`change.tokens`) behind that."""
 
@@ -146,17 +141,18 @@ class ImageChange(ChangeKind[ast.Change]):
     most: ClassVar[float] = 0.0
     """The largest amount."""
 
-    def amount(self, change: ast.Change) -> int | float | str | ast.Expr | None:
+    def amount(self, change: ast.ChangeLine) -> int | float | str | ast.Expr | None:
         """A number, or the name of one; None where there is none."""
         return None
 
-    def reads(self, change: ast.Change) -> tuple[ast.Expr, ...]:
+    def reads(self, change: ast.ChangeLine) -> tuple[ast.Expr, ...]:
         """The amount, where it is an expression; the part is no value of the row."""
         found = self.amount(change)
         return (found,) if isinstance(found, ast.Expr) else ()
 
 
 CHANGES: Registry[ChangeKind[Any]] = Registry("change")
+
 K = TypeVar("K", bound=ChangeKind[Any])
 
 
@@ -167,51 +163,53 @@ def change(name: str) -> Callable[[type[K]], type[K]]:
     def entered(kind: type[K]) -> type[K]:
         kind.name = name
         CHANGES.add(name, kind())
-        register(name, kind.signature)
+        register_change(name, kind.signature)
         return kind
 
     return entered
 
 
-def kind_of(line: ast.CorruptLine) -> ChangeKind[Any]:
+def change_kind(line: ast.CorruptLine) -> ChangeKind[Any]:
     """The entry of a line. The grammar knows no word without one."""
-    return SET if isinstance(line, ast.Derived) else CHANGES[line.word]
+    return SET if isinstance(line, ast.ValueDef) else CHANGES[line.word]
 
 
 W = TypeVar("W", TokenChange, ActivationChange, ImageChange)
 
 
-def of_kind(kind: type[W], lines: Sequence[ast.CorruptLine]) -> list[tuple[W, ast.Change]]:
+def changes_of_kind(
+    kind: type[W], lines: Sequence[ast.CorruptLine]
+) -> list[tuple[W, ast.ChangeLine]]:
     """The lines with an entry of this kind, each behind its entry."""
-    worded = [line for line in lines if isinstance(line, ast.Change)]
-    found = [(kind_of(line), line) for line in worded]
+    worded = [line for line in lines if isinstance(line, ast.ChangeLine)]
+    found = [(change_kind(line), line) for line in worded]
     return [(entry, line) for entry, line in found if isinstance(entry, kind)]
 
 
-def of_patches(lines: Sequence[ast.CorruptLine]) -> list[tuple[ImageChange, ast.Change]]:
+def patch_changes(lines: Sequence[ast.CorruptLine]) -> list[tuple[ImageChange, ast.ChangeLine]]:
     """The changes of images that name patches."""
-    return [each for each in of_kind(ImageChange, lines) if each[1].tokens is not None]
+    return [each for each in changes_of_kind(ImageChange, lines) if each[1].tokens is not None]
 
 
-def problems(lines: Sequence[ast.CorruptLine], parameters: Parameters) -> list[Diagnostic]:
+def change_problems(lines: Sequence[ast.CorruptLine], parameters: Parameters) -> list[Diagnostic]:
     """What is wrong with the lines of a `corrupt` block before there is a row."""
-    return [d for line in lines for d in kind_of(line).problems(line, parameters)]
+    return [d for line in lines for d in change_kind(line).problems(line, parameters)]
 
 
 # --- changes of values ----------------------------------------------------------------------------
 
 
-class SetChange(ValueChange[ast.Derived]):
+class SetChange(ValueChange[ast.ValueDef]):
     """The one kind that has no word of its own."""
 
     name = "set"
     usage = "count = count - 1"
     meaning = "a value is another one; what is derived from it follows"
 
-    def writes(self, change: ast.Derived) -> tuple[ast.Name, ...]:
+    def writes(self, change: ast.ValueDef) -> tuple[ast.Name, ...]:
         return change.names
 
-    def apply(self, row: ChangingRow, change: ast.Derived) -> None:
+    def apply(self, row: CorruptibleRow, change: ast.ValueDef) -> None:
         row.assign(change.names, change.value)
 
 
@@ -219,7 +217,7 @@ SET = CHANGES.add(SetChange.name, SetChange())
 
 
 @change("swap")
-class SwapChange(ValueChange[ast.Change]):
+class SwapChange(ValueChange[ast.ChangeLine]):
     usage = "swap count, number"
     meaning = (
         "two values change places; of images also two regions, each a box: what lies in one is "
@@ -227,21 +225,21 @@ class SwapChange(ValueChange[ast.Change]):
     )
     signature = ChangeSignature((ast.Name, ast.Name))
 
-    def apply(self, row: ChangingRow, change: ast.Change) -> None:
+    def apply(self, row: CorruptibleRow, change: ast.ChangeLine) -> None:
         first, second = cast("tuple[ast.Name, ast.Name]", change.values)
         row.exchange(first, second)
 
 
 @change("template")
-class TemplateChange(ValueChange[ast.Change]):
+class TemplateChange(ValueChange[ast.ChangeLine]):
     usage = 'template "{fruits}"'
     meaning = "the same values in another text"
     signature = ChangeSignature((ast.String,))
 
-    def templates(self, change: ast.Change) -> tuple[ast.String, ...]:
+    def templates(self, change: ast.ChangeLine) -> tuple[ast.String, ...]:
         return cast("tuple[ast.String]", change.values)
 
-    def apply(self, row: ChangingRow, change: ast.Change) -> None:
+    def apply(self, row: CorruptibleRow, change: ast.ChangeLine) -> None:
         row.use_template(*self.templates(change))
 
 
@@ -256,7 +254,7 @@ class BlurChange(ImageChange):
     of = "blur"
     most = 1_000
 
-    def amount(self, change: ast.Change) -> int | float | str | ast.Expr | None:
+    def amount(self, change: ast.ChangeLine) -> int | float | str | ast.Expr | None:
         return change.radius
 
 
@@ -283,7 +281,7 @@ class NoiseChange(ImageChange):
     of = "noise"
     most = 10_000
 
-    def amount(self, change: ast.Change) -> int | float | str | ast.Expr | None:
+    def amount(self, change: ast.ChangeLine) -> int | float | str | ast.Expr | None:
         return change.by
 
 
@@ -299,7 +297,7 @@ class ReplaceChange(TokenChange):
     )
     signature = ChangeSignature(tokens=True, needs=("given",))
 
-    def text(self, change: ast.Change) -> ast.Expr:
+    def text(self, change: ast.ChangeLine) -> ast.Expr:
         assert change.given is not None
         return change.given
 
@@ -308,7 +306,7 @@ class ReplaceChange(TokenChange):
 
 
 @dataclass(frozen=True)
-class AddedNoise:
+class NoiseSettings:
     """`gaussian(std: 3 sd of subject, samples: 10)`, read."""
 
     kind: str
@@ -329,17 +327,17 @@ class AddChange(ActivationChange):
     meaning = "noise is added to an activation; the text, or the image, stays"
     signature = ChangeSignature((ast.Call,), needs=("to", "at"))
 
-    def refusals(self, change: ast.Change, parameters: Parameters) -> list[Diagnostic]:
+    def refusals(self, change: ast.ChangeLine, parameters: Parameters) -> list[Diagnostic]:
         return self._read(change, parameters)[1]
 
-    def noise(self, change: ast.Change, parameters: Parameters) -> AddedNoise:
+    def noise(self, change: ast.ChangeLine, parameters: Parameters) -> NoiseSettings:
         noise, wrong = self._read(change, parameters)
         assert noise is not None, wrong
         return noise
 
     def _read(
-        self, change: ast.Change, parameters: Parameters
-    ) -> tuple[AddedNoise | None, list[Diagnostic]]:
+        self, change: ast.ChangeLine, parameters: Parameters
+    ) -> tuple[NoiseSettings | None, list[Diagnostic]]:
         """The noise, or why there is none: E0108, E0203, E0515."""
         call = change.values[0]
         if isinstance(call, ast.Name):
@@ -392,7 +390,7 @@ class AddChange(ActivationChange):
             return refused("needs a standard deviation above 0", call)
         if wrong:
             return None, wrong
-        return AddedNoise(kind.name, "embed", std, sds, sd_of, samples), []
+        return NoiseSettings(kind.name, "embed", std, sds, sd_of, samples), []
 
 
 def _number(node: object, parameters: Parameters) -> int | float | None:

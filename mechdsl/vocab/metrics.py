@@ -1,22 +1,22 @@
-"""Metrics: one number per prompt, read off a run.
-
-Functions use tensor methods only, so that this module (and with it `validate`) doesn't import
-torch. They compute in float32 at least: half precision is widened first, float64 stays.
-"""
+"""Metrics: one number per prompt, computed from logits or from generated text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from mechdsl.base.registry import Registry
+from mechdsl.base import limits
+from mechdsl.base.records import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Takes = Literal[
+
+MetricArgument = Literal[
     "target",
     "any",
     "continuation",
@@ -39,10 +39,10 @@ MetricKind = Literal["number", "category"]
 
 
 @dataclass(frozen=True)
-class Form:
+class MetricForm:
     """One way to write a metric: `prob(answer)` and `prob(1..9)` are two forms of `prob`."""
 
-    takes: Takes
+    takes: MetricArgument
     unit: str
     kind: MetricKind
     function: Callable[..., Any]
@@ -67,17 +67,20 @@ class Metric:
     """A name of the language with its forms."""
 
     name: str
-    forms: dict[Takes, Form] = field(default_factory=dict[Takes, Form])
+    forms: dict[MetricArgument, MetricForm] = field(
+        default_factory=dict[MetricArgument, MetricForm]
+    )
 
 
 METRICS: Registry[Metric] = Registry("metric")
+
 MetricFunction = TypeVar("MetricFunction", bound=Callable[..., Any])
 
 
 def metric(
     name: str,
     *,
-    takes: Takes,
+    takes: MetricArgument,
     unit: str,
     kind: MetricKind = "number",
     default: str | None = None,
@@ -91,7 +94,9 @@ def metric(
         if takes in entry.forms:
             raise ValueError(f"metric `{name}` that takes {takes} is registered twice")
         meaning = (function.__doc__ or "").strip().split("\n", 1)[0].rstrip(".")
-        entry.forms[takes] = Form(takes, unit, kind, function, meaning, default, narrow, logits)
+        entry.forms[takes] = MetricForm(
+            takes, unit, kind, function, meaning, default, narrow, logits
+        )
         return function
 
     return register
@@ -488,3 +493,139 @@ def attention(weights: Tensor) -> Tensor:
     source: Vaswani et al. 2017, arXiv 1706.03762
     """
     return weights
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What was written behind one prompt."""
+
+    ids: tuple[int, ...]
+    """Tokens, without one that ends it; where a stop text does, those that lie in front of it at
+    least in part."""
+    text: str
+    """As the tokenizer puts the tokens together, with the white space at its ends, without the stop
+    text."""
+    ended: Literal["end", "stop", "length", "broken"]
+    """By a token that ends it, by a stop text, because it is as long as it may be, or because the
+    logits that come next are no numbers."""
+
+
+ExpectedTexts = Sequence[tuple[str, ...]]
+"""[row] what stands in the brackets of the metric, as it is in that row."""
+
+FIRST, LAST = "first", "last"
+
+_REPEATED = re.compile(r"\{(\d+)(?:,(\d*))?\}")
+
+_LITERAL_BRACE = re.compile(r"(\\N\{[^}]*\}|\\.)|\{(?!\d*(?:,\d*)?\})", re.DOTALL)
+
+_NUMBER = re.compile(r"(?:(?<![\w.,)])-)?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?")
+
+
+@metric("exact_match", takes="reply", unit="share", default="answer")
+def exact_match(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]:
+    """Whether the reply is this text, or one of these, white space at its ends aside.
+
+    replies, wanted: [row]
+    returns: [row], 1.0 or 0.0; its mean is the accuracy
+    source: Rajpurkar et al. 2016, arXiv 1606.05250, there without case, articles and punctuation
+    """
+    return [
+        float(reply.text.strip() in {text.strip() for text in texts})
+        for reply, texts in zip(replies, wanted, strict=True)
+    ]
+
+
+@metric("contains", takes="reply", unit="share")
+def contains(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]:
+    """Whether one of these texts stands in the reply, letter by letter.
+
+    replies, wanted: [row]
+    returns: [row], 1.0 or 0.0
+    source: Zou et al. 2023, arXiv 2307.15043, for phrases of refusal
+    """
+    return [
+        float(any(text in reply.text for text in texts))
+        for reply, texts in zip(replies, wanted, strict=True)
+    ]
+
+
+@metric("matches", takes="reply", unit="share")
+def matches(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]:
+    """Whether the regular expression is found in the reply, as Python's `re.search` does.
+
+    replies, wanted: [row], of `wanted` the pattern
+    returns: [row], 1.0 or 0.0
+    raises: TakesTooLong for one that goes on and on, as many ways of repeating can
+    """
+    return [
+        float(_found(pattern, reply.text, row))
+        for row, (reply, (pattern,)) in enumerate(zip(replies, wanted, strict=True))
+    ]
+
+
+class PatternTimeout(Exception):
+    """A search in the reply of a row was cut short."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(f"row {row}")
+        self.row = row
+
+
+def check_pattern(pattern: str) -> None:
+    """Check a regular expression before any search.
+
+    Raises:
+        ValueError: If Python's `re` can't compile the expression or warns about it, or if its
+            repetitions are too many.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError, Warning) as error:
+            raise ValueError(str(error)) from error
+    counts = [int(most or least) for least, most in _REPEATED.findall(pattern)]
+    if math.prod(max(1, count) for count in counts) > limits.REPEATS:
+        raise ValueError(f"its repetitions multiply to more than {limits.REPEATS:,}")
+
+
+def _found(pattern: str, text: str, row: int) -> bool:
+    import regex  # `re` can't be cut short
+
+    # Only to `regex` is `{e<=1}` more than these characters.
+    literal = _LITERAL_BRACE.sub(lambda each: each[1] or r"\{", pattern)
+    try:
+        return regex.search(literal, text, timeout=limits.SEARCH_SECONDS) is not None
+    except TimeoutError as error:
+        raise PatternTimeout(row) from error
+
+
+@metric("number", takes="reply", unit="count", kind="category", default=FIRST)
+def reply_number(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]:
+    """The first number in the reply; `number(last)` is the last one.
+
+    Digits with a decimal point, with commas between thousands, with a minus sign that stands behind
+    no word or number.
+
+    replies, wanted: [row], of `wanted` `first` or `last`
+    returns: [row], NaN where the reply has none
+    source: Cobbe et al. 2021, arXiv 2110.14168, for the last one
+    """
+    found: list[float] = []
+    for reply, (which,) in zip(replies, wanted, strict=True):
+        numbers = _NUMBER.findall(reply.text)
+        own = float(numbers[0 if which == FIRST else -1].replace(",", "")) if numbers else math.nan
+        found.append(own if math.isfinite(own) else math.nan)
+    return found
+
+
+@metric("length", takes="reply", unit="token")
+def reply_length(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]:
+    """How many tokens the reply has, without what ended it.
+
+    replies: [row]. wanted: [row] (not used)
+    returns: [row], from 0 to the number behind `generate`
+    """
+    del wanted
+    return [float(len(reply.ids)) for reply in replies]

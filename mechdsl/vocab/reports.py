@@ -1,8 +1,4 @@
-"""Reports: how the results of an experiment are shown, one entry each.
-
-An entry names the module that draws it, which `mechdsl.show.show_report` imports on use: drawing
-needs results, rich or altair, and checking a file doesn't.
-"""
+"""Reports: how the results of an experiment are shown, one entry per report."""
 
 from __future__ import annotations
 
@@ -12,12 +8,12 @@ from importlib.util import find_spec
 from pathlib import PurePath
 from typing import Literal, Protocol
 
-from mechdsl.base.names import name_list, names_of_measure
-from mechdsl.base.registry import Registry
-from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import NotSupported
-from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
-from mechdsl.diagnostics.e06_statistics import BadReport
+from mechdsl.base.records import Registry
+from mechdsl.base.text import measure_names, name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.names import UnknownWord
+from mechdsl.diagnostics.statistics import BadReport
+from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 
 
@@ -36,18 +32,18 @@ class NamedMeasure(Protocol):
 
 def short_names(label: str, word: str) -> tuple[str, ...]:
     """What a report may call a measure: its name, or the word of `argmax(1..9)`."""
-    return tuple(dict.fromkeys(name for name in (*names_of_measure(label), word) if name))
+    return tuple(dict.fromkeys(name for name in (*measure_names(label), word) if name))
 
 
-Of = Literal["axis", "value", "category"]
+WordTarget = Literal["axis", "value", "category"]
 """An axis of the experiment, a value of its prompts, or a measure that is a category."""
 
 
 @dataclass(frozen=True)
-class Word:
+class ReportWord:
     """A name behind the kind, or behind `by`, and what it may be the name of."""
 
-    of: tuple[Of, ...] = ("axis",)
+    of: tuple[WordTarget, ...] = ("axis",)
     needed: bool = True
 
 
@@ -63,8 +59,8 @@ class OutputFile:
 class ReportSignature:
     """What may stand behind the kind; None where nothing may."""
 
-    variable: Word | None = None
-    by: Word | None = Word(needed=False)
+    variable: ReportWord | None = None
+    by: ReportWord | None = ReportWord(needed=False)
     top: bool = False
     """`top n`: how many of what it shows."""
     to: OutputFile | None
@@ -103,7 +99,8 @@ class ReportKind:
 
 
 REPORTS: Registry[ReportKind] = Registry("report")
-PICTURES = OutputFile((".svg", ".png", ".html"))
+
+CHART_FILES = OutputFile((".svg", ".png", ".html"))
 
 
 def _report(entry: ReportKind) -> None:
@@ -117,33 +114,36 @@ _report(
         example="report table top 10",
         module="mechdsl.show.reports.table",
         signature=ReportSignature(
-            by=Word(("axis", "value"), needed=False),
+            by=ReportWord(("axis", "value"), needed=False),
             top=True,
             to=OutputFile((".txt", ".csv", ".svg", ".png")),
         ),
     )
 )
+
 _report(
     ReportKind(
         name="heatmap",
         meaning="the effect over two axes",
         example="report heatmap layer by head",
         module="mechdsl.show.reports.heatmap",
-        signature=ReportSignature(variable=Word(), by=Word(), to=PICTURES),
+        signature=ReportSignature(variable=ReportWord(), by=ReportWord(), to=CHART_FILES),
         picture=True,
     )
 )
+
 _report(
     ReportKind(
         name="lines",
         meaning="the effect along one axis, with its interval",
         example="report lines layer by position",
         module="mechdsl.show.reports.lines",
-        signature=ReportSignature(variable=Word(), to=PICTURES),
+        signature=ReportSignature(variable=ReportWord(), to=CHART_FILES),
         picture=True,
         numbers_only=True,
     )
 )
+
 _report(
     ReportKind(
         name="csv",
@@ -153,6 +153,7 @@ _report(
         signature=ReportSignature(to=OutputFile((".csv",))),
     )
 )
+
 _report(
     ReportKind(
         name="json",
@@ -162,6 +163,7 @@ _report(
         signature=ReportSignature(to=OutputFile((".json",))),
     )
 )
+
 _report(
     ReportKind(
         name="parquet",
@@ -172,16 +174,18 @@ _report(
         needs=("pandas", "pyarrow"),
     )
 )
+
 _report(
     ReportKind(
         name="bars",
         meaning="the effect as bars along one axis, with its interval",
         example="report bars position",
         module="mechdsl.show.reports.bars",
-        signature=ReportSignature(variable=Word(), to=PICTURES),
+        signature=ReportSignature(variable=ReportWord(), to=CHART_FILES),
         picture=True,
     )
 )
+
 _report(
     ReportKind(
         name="confusion",
@@ -189,11 +193,12 @@ _report(
         example="report confusion item by argmax",
         module="mechdsl.show.reports.confusion",
         signature=ReportSignature(
-            variable=Word(("axis", "value")), by=Word(("category",)), to=PICTURES
+            variable=ReportWord(("axis", "value")), by=ReportWord(("category",)), to=CHART_FILES
         ),
         picture=True,
     )
 )
+
 _report(
     ReportKind(
         name="overlay",
@@ -207,6 +212,7 @@ _report(
         picture=True,
     )
 )
+
 _report(
     ReportKind(
         name="texts",
@@ -218,11 +224,13 @@ _report(
         of_replies=True,
     )
 )
+
 _report(
     ReportKind(
         name="graph", meaning="the circuit that was found", example='report graph to "c.svg"'
     )
 )
+
 _report(
     ReportKind(name="html", meaning="all reports as one page", example='report html to "r.html"')
 )
@@ -264,11 +272,13 @@ def check_report(
     return [BadReport(span=report.span, kind=report.kind, reason=reason, hint=hint)]
 
 
-Wrong = tuple[str, str] | None
+ReportProblem = tuple[str, str] | None
 """(What is wrong, what to write)."""
 
 
-def _wrong_words(kind: ReportKind, signature: ReportSignature, report: spec.Report) -> Wrong:
+def _wrong_words(
+    kind: ReportKind, signature: ReportSignature, report: spec.Report
+) -> ReportProblem:
     example = f"write it as in `{kind.example}`"
     variable, by = signature.variable, signature.by
     if variable is not None and report.variable is None:
@@ -286,7 +296,7 @@ def _wrong_words(kind: ReportKind, signature: ReportSignature, report: spec.Repo
     return None
 
 
-def _wrong_experiment(kind: ReportKind, writes: bool | None) -> Wrong:
+def _wrong_experiment(kind: ReportKind, writes: bool | None) -> ReportProblem:
     if kind.of_replies and writes is False:
         return "shows replies, and this experiment writes none", "add a line such as `generate 40`"
     return None
@@ -299,7 +309,7 @@ def _wrong_axes(
     axes: Sequence[str],
     values: Collection[str],
     measures: Sequence[NamedMeasure] | None,
-) -> Wrong:
+) -> ReportProblem:
     listed = name_list(axes)
     by = None if signature.by_category else report.by
     value_too = [w is not None and "value" in w.of for w in (signature.variable, signature.by)]
@@ -331,7 +341,7 @@ def _wrong_measures(
     signature: ReportSignature,
     report: spec.Report,
     measures: Sequence[NamedMeasure],
-) -> Wrong:
+) -> ReportProblem:
     categories = [each for each in measures if each.kind == "category"]
     if signature.by_category:
         known = [short_names(each.label, each.word) for each in categories]
@@ -351,7 +361,7 @@ def _wrong_measures(
     return None
 
 
-def _wrong_file(kind: ReportKind, to: OutputFile | None, report: spec.Report) -> Wrong:
+def _wrong_file(kind: ReportKind, to: OutputFile | None, report: spec.Report) -> ReportProblem:
     if to is None:
         if report.file is None:
             return None

@@ -1,4 +1,4 @@
-"""The sites of a model: what can be read and written, one registered entry each."""
+"""The sites of a model: positions in the computation that rules read and write."""
 
 from __future__ import annotations
 
@@ -7,23 +7,29 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from mechdsl.base.registry import Registry
+from mechdsl.base.records import Registry
 from mechdsl.base.source import Span
-from mechdsl.diagnostics.e02_names import UnknownWord, did_you_mean
+from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.names import UnknownWord
 
 SiteAxis = Literal["layer", "head", "neuron", "expert"]
+
 UnitKind = Literal["head", "kv_head", "neuron", "expert"]
-Width = Literal["d_model", "d_head", "one", "vocab", "key", "n_experts"]
-Stage = Literal[
+
+VectorWidth = Literal["d_model", "d_head", "one", "vocab", "key", "n_experts"]
+
+BlockStage = Literal[
     "stream", "norm", "key", "query", "weight", "mixed", "middle", "mlp", "in_mlp", "end", "outside"
 ]
 """The stages of a block, in their order: a write at one leaves those before it as they are. `key`
 and `norm` reach later tokens through attention, `outside` lies in no block."""
-Part = Literal["output", "down"]
-"""Modules of a block, by their field of `BlockAnatomy`."""
-When = Literal["embedding", "before", "inside", "after", "output"]
 
-_SHAPES: dict[Width, str] = {
+BlockModule = Literal["output", "down"]
+"""Modules of a block, by their field of `BlockAnatomy`."""
+
+PassStage = Literal["embedding", "before", "inside", "after", "output"]
+
+_SHAPES: dict[VectorWidth, str] = {
     "one": "one number per neuron",
     "key": "[key] per query position",
 }
@@ -36,19 +42,19 @@ class SiteKind:
     name: str
     axes: tuple[SiteAxis, ...]
     """Coordinates that a site of this component has; `layer` comes first."""
-    width: Width
+    width: VectorWidth
     """Length of the vector per prompt, position and coordinate."""
-    when: When
+    when: PassStage
     """`before`, `inside`, `after`: a write at layer L changes block L's input, its inside or its
     output. `embedding` is before all blocks, `output` behind all of them."""
-    stage: Stage
+    stage: BlockStage
     """The part of the block that is computed anew for a write here."""
     order: int
     """Where a forward pass comes by it, among the sites of one block."""
     meaning: str
     unit: UnitKind | None = None
     """What the second axis counts; `kv_head` where the axis `head` counts key-value heads."""
-    output_of: Part | None = None
+    output_of: BlockModule | None = None
     """The module that returns it, one vector per position; None where taking a block apart says
     where it is (`models.block_parts`)."""
     short: str | None = None
@@ -70,14 +76,14 @@ SITES: Registry[SiteKind] = Registry("site")
 def site(
     name: str,
     axes: tuple[SiteAxis, ...],
-    width: Width,
-    when: When,
-    stage: Stage,
+    width: VectorWidth,
+    when: PassStage,
+    stage: BlockStage,
     order: int,
     meaning: str,
     *,
     unit: UnitKind | None = None,
-    output_of: Part | None = None,
+    output_of: BlockModule | None = None,
     short: str | None = None,
 ) -> SiteKind:
     """Register a site; the arguments are the fields of `SiteKind`."""
@@ -86,8 +92,11 @@ def site(
 
 
 _LAYER: tuple[SiteAxis, ...] = ("layer",)
+
 _HEAD: tuple[SiteAxis, ...] = ("layer", "head")
+
 _NEURON: tuple[SiteAxis, ...] = ("layer", "neuron")
+
 _EXPERT: tuple[SiteAxis, ...] = ("layer", "expert")
 
 site(
@@ -100,6 +109,7 @@ site(
     "what the token embedding, or the patch projection of an image, returns, before position "
     "embeddings; a class or register token of an image is as the embedding returns it",
 )
+
 site(
     "resid_pre",
     _LAYER,
@@ -109,7 +119,9 @@ site(
     10,
     "the residual stream that enters the block",
 )
+
 site("attn_norm", _LAYER, "d_model", "inside", "norm", 20, "what attention reads, after its norm")
+
 site(
     "q",
     _HEAD,
@@ -120,6 +132,7 @@ site(
     "the head's query, after any query norm, before rotary",
     unit="head",
 )
+
 site(
     "k",
     _HEAD,
@@ -130,7 +143,9 @@ site(
     "the key-value head's key, after any key norm, before rotary",
     unit="kv_head",
 )
+
 site("v", _HEAD, "d_head", "inside", "key", 32, "the key-value head's value", unit="kv_head")
+
 site(
     "q_rot",
     _HEAD,
@@ -141,6 +156,7 @@ site(
     "the head's query after rotary",
     unit="head",
 )
+
 site(
     "k_rot",
     _HEAD,
@@ -151,6 +167,7 @@ site(
     "the key-value head's key after rotary",
     unit="kv_head",
 )
+
 site(
     "scores",
     _HEAD,
@@ -161,7 +178,9 @@ site(
     "attention before softmax, scaled, capped and masked",
     unit="head",
 )
+
 site("pattern", _HEAD, "key", "inside", "weight", 41, "attention after softmax", unit="head")
+
 site(
     "z",
     _HEAD,
@@ -173,6 +192,7 @@ site(
     unit="head",
     short="H",
 )
+
 site(
     "head_out",
     _HEAD,
@@ -183,6 +203,7 @@ site(
     "`z` through the head's slice of the output projection",
     unit="head",
 )
+
 site(
     "attn_out",
     _LAYER,
@@ -193,7 +214,9 @@ site(
     "what attention adds to the residual stream",
     short="attn",
 )
+
 site("mixer_norm", _LAYER, "d_model", "inside", "norm", 61, "what the mixer reads, after its norm")
+
 site(
     "mixer_out",
     _LAYER,
@@ -204,6 +227,7 @@ site(
     "what the mixer adds to the stream: attention, or the state-space, convolution or recurrent "
     "layer in its place",
 )
+
 site(
     "resid_mid",
     _LAYER,
@@ -213,7 +237,9 @@ site(
     70,
     "the residual stream between attention and MLP",
 )
+
 site("mlp_norm", _LAYER, "d_model", "inside", "mlp", 80, "what the MLP reads, after its norm")
+
 site(
     "router",
     _LAYER,
@@ -223,6 +249,7 @@ site(
     81,
     "the weight of each expert's output, 0 for those that the router doesn't choose",
 )
+
 site(
     "expert_out",
     _EXPERT,
@@ -233,6 +260,7 @@ site(
     "what one expert adds to the experts' sum, its weight included",
     unit="expert",
 )
+
 site(
     "mlp_hidden",
     _NEURON,
@@ -244,6 +272,7 @@ site(
     unit="neuron",
     short="N",
 )
+
 site(
     "mlp_out",
     _LAYER,
@@ -254,6 +283,7 @@ site(
     "what the MLP adds to the residual stream",
     short="mlp",
 )
+
 site(
     "resid_post",
     _LAYER,
@@ -264,6 +294,7 @@ site(
     "the residual stream that leaves the block",
     short="resid",
 )
+
 site(
     "final_norm",
     (),
@@ -273,6 +304,7 @@ site(
     120,
     "what the unembedding reads, after the last norm",
 )
+
 site(
     "logits",
     (),
@@ -287,10 +319,12 @@ SHORT_WORDS = tuple(
     kind.short for _, kind in SITES.items() if kind.short is not None and len(kind.short) > 1
 )
 """What may stand behind the point of `L3.mlp` beside the names of sites."""
-WITHIN_ATTENTION = ("q_rot", "k_rot", "scores", "pattern")
+
+ATTENTION_INTERNAL_SITES = ("q_rot", "k_rot", "scores", "pattern")
 """Sites that lie in no module: they are read and written where attention itself is computed."""
-NO_STEPS = (
-    *WITHIN_ATTENTION,
+
+SITES_WITHOUT_STEPS = (
+    *ATTENTION_INTERNAL_SITES,
     "embed",
     "head_out",
     "resid_mid",
@@ -301,21 +335,22 @@ NO_STEPS = (
 )
 """Sites of which no steps from the position before are taken: they are in no tensor of their own
 in every pass, or lie outside of blocks."""
+
 EdgeChange = Literal["block", "reweight", "uniform", "weight", "allow"]
 """What attention does to the weights of edges."""
 
 
-def of_stage(*stages: Stage) -> tuple[str, ...]:
+def sites_of_stage(*stages: BlockStage) -> tuple[str, ...]:
     """The sites of these stages."""
     return tuple(name for name, kind in SITES.items() if kind.stage in stages)
 
 
-def of_part(part: Part) -> tuple[str, ...]:
+def sites_of_module(part: BlockModule) -> tuple[str, ...]:
     """The sites whose entries say that this module returns them."""
     return tuple(name for name, kind in SITES.items() if kind.output_of == part)
 
 
-def by_short(short: str) -> SiteKind | None:
+def find_short_site(short: str) -> SiteKind | None:
     """The site behind `attn`, `mlp`, `resid`, `H` or `N`."""
     return next((kind for _, kind in SITES.items() if kind.short == short), None)
 

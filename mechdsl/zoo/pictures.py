@@ -18,7 +18,15 @@ from numpy.random import Generator, default_rng
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mechdsl.images.shapes import COLOURS, KINDS, TEXTURES, Drawn, Mask, Pixels, draw
+from mechdsl.images.pixels import (
+    SHAPE_COLOURS,
+    SHAPES,
+    TEXTURES,
+    Mask,
+    ShapePixels,
+    ShapesDrawing,
+    draw_shapes,
+)
 from mechdsl.zoo.language import is_held_out
 
 SIZE, PATCH = 32, 4  # pixels
@@ -36,34 +44,34 @@ Scene = tuple[str, str, str]
 @cache
 def scenes(held_out: bool) -> tuple[Scene, ...]:
     """What images show: either those that are kept from training or the others."""
-    every = itertools.product(KINDS, COLOURS, TEXTURES)
+    every = itertools.product(SHAPES, SHAPE_COLOURS, TEXTURES)
     return tuple(each for each in every if is_held_out(" ".join(each), HELD_OUT_SHARE) == held_out)
 
 
-def stream(random: Generator, *, held_out: bool) -> Iterator[Drawn]:
+def stream(random: Generator, *, held_out: bool) -> Iterator[ShapesDrawing]:
     """Endless images of one shape each, of the scenes kept from training, or of the others."""
     known = scenes(held_out)
     while True:
         yield of_scene(known[int(random.integers(len(known)))], random)
 
 
-def of_scene(scene: Scene, random: Generator) -> Drawn:
+def of_scene(scene: Scene, random: Generator) -> ShapesDrawing:
     """One image that shows it."""
     kind, colour, texture = scene
-    return draw(kind, 1, SIZE, random, colour=colour, texture=texture)
+    return draw_shapes(kind, 1, SIZE, random, colour=colour, texture=texture)
 
 
-def scene_of(drawn: Drawn) -> Scene:
+def scene_of(drawn: ShapesDrawing) -> Scene:
     """What an image of one shape shows."""
     return drawn.kind, drawn.colours[0], drawn.texture
 
 
-def images(seed: int, n: int, *, held_out: bool) -> list[Drawn]:
+def images(seed: int, n: int, *, held_out: bool) -> list[ShapesDrawing]:
     """The first `n` images of a seed."""
     return list(itertools.islice(stream(default_rng(seed), held_out=held_out), n))
 
 
-def in_grey(pixels: Pixels, share: float, random: Generator) -> Pixels:
+def in_grey(pixels: ShapePixels, share: float, random: Generator) -> ShapePixels:
     """The image with that share of its patches in grey, [height, width, 3]."""
     across = SIZE // PATCH
     gone = random.permutation(across * across).reshape(across, across) < share * across * across
@@ -76,14 +84,14 @@ def pixels_of_patches(mask: Mask) -> NDArray[np.int64]:
     return mask.reshape(across, PATCH, across, PATCH).sum((1, 3)).ravel()
 
 
-def kinds_of_patches(drawn: Drawn) -> NDArray[np.int64]:
+def kinds_of_patches(drawn: ShapesDrawing) -> NDArray[np.int64]:
     """The number of its kind where a patch is part of the shape, else the number of kinds,
     [patch]."""
     part = pixels_of_patches(drawn.mask) >= PART
-    return np.where(part, list(KINDS).index(drawn.kind), len(KINDS))
+    return np.where(part, list(SHAPES).index(drawn.kind), len(SHAPES))
 
 
-def as_input(pixels: Sequence[Pixels]) -> Tensor:
+def as_input(pixels: Sequence[ShapePixels]) -> Tensor:
     """What the models are given, [image, channel, height, width] from -1 to 1."""
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
 
@@ -138,7 +146,7 @@ class Scaffold(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.named = nn.Linear(width, len(KINDS) + 1)
+        self.named = nn.Linear(width, len(SHAPES) + 1)
 
     def forward(self, hidden: Tensor, patches: Sequence[NDArray[np.int64]], step: int) -> Tensor:
         """What is added to the loss. hidden: [image, 1 + patch, width]; patches: of each image,

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from mechdsl.pipeline import compute
-from mechdsl.results.archive import pack
+from mechdsl.pipeline import computation
 from mechdsl.results.document import ResultsDocument
-from mechdsl.results.export import read_export
+from mechdsl.results.results import pack_results
+from mechdsl.results.runs import read_export
 from mechdsl.store.store import Store
 
 from ..fruit import FRUIT
@@ -185,7 +185,7 @@ def test_a_run_that_there_is_not(
     def ran(*arguments: Any) -> None:
         raise AssertionError("it is looked for before anything runs")
 
-    monkeypatch.setattr(compute, "run_checked", ran)
+    monkeypatch.setattr(computation, "run_checked", ran)
     done = command("run", "a.mech", "--against", named, "--junit", "r.xml")
     assert (done.status, done.out) == (2, "")
     assert "error[E0208]" in done.err
@@ -216,7 +216,10 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("MECHDSL_STORE", "store")
     ids: list[str] = []
     with Store(Path("store")) as store:
-        for name, content in (("a", pack(results, text)), ("b", pack(results, text))):
+        for name, content in (
+            ("a", pack_results(results, text)),
+            ("b", pack_results(results, text)),
+        ):
             path = str(Path(f"{name}.mech").resolve())
             with store.begin(name * 64, {"file": f"{name}.mech", "path": path}) as run:
                 run.finish(content, {})

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.api import MechdslError, run
+from mechdsl.diagnostics.rendering import MechdslError
+from mechdsl.pipeline.api import run
 
 from .conftest import HEADS, Command, Done, process
 
@@ -304,7 +305,7 @@ def test_a_bug_of_ours_is_no_traceback(
     def broken(*arguments: object, **more: object) -> None:
         raise ZeroDivisionError("made for this test")
 
-    monkeypatch.setattr("mechdsl.pipeline.waves.execute", broken)
+    monkeypatch.setattr("mechdsl.pipeline.computation.execute", broken)
     done = command("run", heads, "--format", "json")
     assert (done.status, done.out) == (3, "")
     assert "ZeroDivisionError: made for this test" in done.err

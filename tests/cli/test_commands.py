@@ -14,11 +14,10 @@ import pytest
 
 import mechdsl
 from mechdsl import zoo
-from mechdsl.cli import app
-from mechdsl.cli.entry import COMMANDS
-from mechdsl.diagnostics.pages import codes
-from mechdsl.models import identity
-from mechdsl.pipeline import run_file
+from mechdsl.cli.entry import COMMANDS, app
+from mechdsl.diagnostics.command_line import page_codes
+from mechdsl.models import folder as identity
+from mechdsl.pipeline import file_run
 
 from .conftest import HEADS, Command, process
 
@@ -79,10 +78,10 @@ def test_validate_imports_what_a_plain_file_needs() -> None:
         "mechdsl.cli.validate"
     }
     for_few = {
-        "mechdsl.api",
+        "mechdsl.pipeline",
         "mechdsl.models.adapter_folder",
-        "mechdsl.prompts.noise",
-        "mechdsl.resolve.random_targets",
+        "mechdsl.prompts.table",
+        "mechdsl.resolve.controls",
         "click.shell_completion",
     }
     assert not found & (HEAVY | ON_ERROR | others | for_few)
@@ -118,9 +117,9 @@ def test_run_hashes_weights_once_and_only_where_the_hash_is_used(
 
     def file_hash(path: Path) -> str:
         hashes.append(path)
-        return identity.file_hash(path)
+        return identity.hash_file(path)
 
-    monkeypatch.setattr(run_file, "file_hash", file_hash)
+    monkeypatch.setattr(file_run, "hash_file", file_hash)
     monkeypatch.chdir(heads.parent)
     done = command("run", heads, *arguments)
     assert done.status == 0, done.err
@@ -132,7 +131,7 @@ def test_the_list_of_commands_imports_none(arguments: tuple[str, ...]) -> None:
     found = imported_by(*arguments)
     allowed = {"entry", "interruption", "status", "streams"}
     ours = {name for name in found if name.startswith("mechdsl.")}
-    assert ours <= {"mechdsl.cli", "mechdsl.base", "mechdsl.base.visible"} | {
+    assert ours <= {"mechdsl.cli", "mechdsl.base", "mechdsl.base.text"} | {
         f"mechdsl.cli.{name}" for name in allowed
     }
 
@@ -178,8 +177,8 @@ def test_each_file_raises_what_a_process_raises() -> None:
         """
 import os
 from pathlib import Path
-from mechdsl.cli.mech_files import each_file
-from mechdsl.validate.check_file import Settings
+from mechdsl.cli.arguments import each_file
+from mechdsl.checks.file_check import Settings
 
 def failing(file, settings):
     if file.name == "5":
@@ -364,7 +363,7 @@ def test_explain_a_code(written: str, command: Command) -> None:
 
 
 def test_every_code_can_be_explained(command: Command) -> None:
-    for code in codes():
+    for code in page_codes():
         assert command("explain", code).out.startswith(f"# {code}: ")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.cli import app
+from mechdsl.cli.entry import app
 
 from .conftest import Command
 

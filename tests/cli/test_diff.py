@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 import mechdsl
-from mechdsl.results.differences_document import differences_schema
+from mechdsl.results.differences.comparison import differences_schema
 
 from .conftest import HEADS, Command, Done
 from .test_commands import imported_by

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mechdsl.execute.execute import Execution
-from mechdsl.pipeline import waves
+from mechdsl.execute.run.panel import Execution
+from mechdsl.pipeline import computation
 from mechdsl.results.document import ResultsDocument
 
 from ..fruit import FRUIT
@@ -51,14 +51,14 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The experiments that were run, each pass of the executor beside the others."""
     names: list[str] = []
-    execute: Callable[..., Execution] = waves.execute
+    execute: Callable[..., Execution] = computation.execute
 
     def told(plan: Any, *arguments: Any, **others: Any) -> Execution:
         keys = [p.experiment.name for panel in plan.panels for p in panel.experiments]
         names.append(" ".join(dict.fromkeys(keys)))
         return execute(plan, *arguments, **others)
 
-    monkeypatch.setattr(waves, "execute", told)
+    monkeypatch.setattr(computation, "execute", told)
     return names
 
 

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mechdsl.base.visible import hidden
+from mechdsl.base.text import hidden_characters
 
 from .conftest import HEADS, Command
 
@@ -22,7 +22,7 @@ TEXT = (
 
 
 def harmless(text: str) -> None:
-    found = hidden().search(text.replace("\n", ""))
+    found = hidden_characters().search(text.replace("\n", ""))
     assert found is None, repr(found)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from mechdsl.base.source import Source
-from mechdsl.execute.options import Options
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.show.progress import Bar
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.show.progress import ProgressBar
 from mechdsl.store.store import Store
 
 from ..run_source import run_source
@@ -80,11 +80,11 @@ def test_without_a_store(
     (tmp_path / "long.mech").write_text(LONG, encoding="utf-8")
     number = getattr(signal, sent)
 
-    def tell(bar: Bar, done: int, total: int) -> None:
+    def tell(bar: ProgressBar, done: int, total: int) -> None:
         assert signal.getsignal(number) is not signal.SIG_DFL  # or it ends here
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Bar, "advance", tell)
+    monkeypatch.setattr(ProgressBar, "advance", tell)
     before = signal.getsignal(signal.SIGINT)
     default_interrupt() if sent == "SIGTERM" else signal.signal(number, signal.default_int_handler)
     try:
@@ -101,7 +101,7 @@ def test_while_checking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
     from mechdsl import cli
 
-    monkeypatch.setattr("mechdsl.cli.run.checked_file", stop)
+    monkeypatch.setattr("mechdsl.cli.run.check_mech_file", stop)
     monkeypatch.setattr(sys, "argv", ["mechdsl", "run", "x.mech"])
     with pytest.raises(SystemExit) as found:
         cli.main()
@@ -129,7 +129,7 @@ def test_no_hook_is_left() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_source(
             Source(LONG),
-            RunOptions(device="cpu", execution=Options(on_progress=stop)),
+            RunOptions(device="cpu", execution=ExecutionOptions(on_progress=stop)),
             {"toy": (model, tokenizer)},
         )
     assert hooks(model) == 0

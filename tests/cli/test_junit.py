@@ -10,10 +10,9 @@ from xml.etree.ElementTree import Element
 
 import pytest
 
-from mechdsl.base.files import write_whole
-from mechdsl.cli.status import BROKE_OFF
-from mechdsl.cli.streams import OutputLost
-from mechdsl.pipeline import compute
+from mechdsl.base.files import write_atomically
+from mechdsl.cli.output import INCOMPLETE, OutputLost
+from mechdsl.pipeline import computation
 
 from ..fruit import FRUIT
 from ..junit_schema import junit, message, verdicts
@@ -164,7 +163,7 @@ Ran = Callable[..., Any]
 
 def stopped(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: str = "b.mech") -> None:
     """The run of one file ends in an exception; what stands in the report then must be red."""
-    run: Ran = compute.run_checked
+    run: Ran = computation.run_checked
 
     def ran(checked: Any, *arguments: Any, **named: Any) -> Any:
         if checked.source.name == at:
@@ -172,7 +171,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: str = "b.
             raise error
         return run(checked, *arguments, **named)
 
-    monkeypatch.setattr(compute, "run_checked", ran)
+    monkeypatch.setattr(computation, "run_checked", ran)
 
 
 def test_a_run_that_breaks_off(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,13 +195,13 @@ def test_a_run_that_is_interrupted(command: Command, monkeypatch: pytest.MonkeyP
 
 def test_a_report_that_can_not_be_made(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     file = written("a.mech", WRITES)
-    run: Ran = compute.run_checked
+    run: Ran = computation.run_checked
 
     def ran(*arguments: Any, **named: Any) -> Any:
         Path("holds.csv").mkdir()
         return run(*arguments, **named)
 
-    monkeypatch.setattr(compute, "run_checked", ran)
+    monkeypatch.setattr(computation, "run_checked", ran)
     assert command("run", file, "--junit", "r.xml").status == 3
     assert verdicts(report())["the run is whole"] == "error"
     assert message(report(), "the run is whole") == "a report could not be made"
@@ -218,7 +217,7 @@ def test_when_nobody_reads_what_is_printed(
 
     monkeypatch.setattr("mechdsl.cli.run._show", closed)
     # the process's own output stays: pytest's has no number
-    monkeypatch.setattr("mechdsl.cli.run.without_output", lambda error: BROKE_OFF)
+    monkeypatch.setattr("mechdsl.cli.run.report_lost_output", lambda error: INCOMPLETE)
     files = [written(name, HOLDS) for name in ("a.mech", "b.mech")]
     done = command("run", *files, "--junit", "r.xml")
     assert (done.status, "not run" in done.err) == (3, False)
@@ -233,9 +232,9 @@ def test_a_disk_that_is_full_at_the_end(command: Command, monkeypatch: pytest.Mo
         count[0] += 1
         if count[0] > 1:
             raise OSError(28, "No space left on device", str(path))
-        write_whole(path, text)
+        write_atomically(path, text)
 
-    monkeypatch.setattr("mechdsl.base.files.write_whole", full)
+    monkeypatch.setattr("mechdsl.base.files.write_atomically", full)
     done = command("run", file, "--junit", "r.xml")
     assert done.status == 3
     assert done.err.count("E0208") == 1

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from mechdsl.base import limits
-from mechdsl.base.json_text import load_json
+from mechdsl.base.files import load_json
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.render import render_full
-from mechdsl.diagnostics.w07_data import NotAllRows
-from mechdsl.validate.check_file import Settings, check_source
+from mechdsl.diagnostics.prompts import RowsNotChecked
+from mechdsl.diagnostics.rendering import render_full
 
 from ..fuzz.cases import FILE, ZOO, program
 from ..fuzz.commands import say, write
@@ -30,7 +30,7 @@ def chain(length: int, link: str = "") -> str:
 
 def check(text: str, folder: Path | None = None) -> list[Diagnostic]:
     source = Source(text, None if folder is None else folder / FILE)
-    settings = Settings(prompts_enough=limits.CHECKED_PROMPTS, require_models=True)
+    settings = CheckSettings(prompts_enough=limits.CHECKED_PROMPTS, require_models=True)
     return check_source(source, settings).diagnostics
 
 
@@ -157,7 +157,7 @@ def test_there_may_be_any_number_of_columns(tmp_path: Path) -> None:
 
 def test_long_tables_are_checked_in_part() -> None:
     long = program('item in ["fig", "pear"]\nn in 1..3000\nwhere n > 0').replace(" limit 4", "")
-    short = Settings(prompts_enough=200)
+    short = CheckSettings(prompts_enough=200)
     found = check_source(Source(long), short).diagnostics
     (cut,) = [d for d in found if d.code == "W0790"]
     assert "first 100 rows" in cut.message
@@ -192,20 +192,20 @@ def test_as_many_rows_are_checked_as_there_is_time_for(
     (tmp_path / "wide.csv").write_text(WIDE)
     found = check(text.replace(" limit 4", ""), tmp_path)
     (cut,) = [d for d in found if d.code == "W0790"]
-    assert isinstance(cut, NotAllRows)
+    assert isinstance(cut, RowsNotChecked)
     assert 5 <= cut.rows <= most
 
 
 def test_rows_that_are_drawn_again_and_again_have_an_end() -> None:
     text = program('item in ["fig", "pear"]\nxs = list(item, 3, sep: " ")')
     text = text.replace("{item} Count", "{xs} Count").replace("limit 4", "limit 30")
-    found = check_source(Source(text), Settings(prompts_enough=20)).diagnostics
+    found = check_source(Source(text), CheckSettings(prompts_enough=20)).diagnostics
     assert "W0790" in [d.code for d in found]
 
 
 def test_a_condition_that_never_holds_is_given_up() -> None:
     text = program('item in ["fig", "pear"]\nn in 1..100000\nwhere n < 0')
-    found = check_source(Source(text), Settings(prompts_enough=20)).diagnostics
+    found = check_source(Source(text), CheckSettings(prompts_enough=20)).diagnostics
     assert [d.code for d in found] == ["W0790"]
     found = check_source(Source(text.replace("100000", "9"))).diagnostics
     assert [d.code for d in found] == ["E0509"]
@@ -215,7 +215,7 @@ def test_rows_that_are_not_looked_at_may_be_enough() -> None:
     """W0720 isn't said of the few rows that a check looks at."""
     text = program('item in ["fig", "pear"]\nn in 1..100', "patch layer * head * at last token")
     text = text.replace("limit 4", "limit 100").replace("as delta", "as recovery")
-    found = check_source(Source(text), Settings(prompts_enough=10)).diagnostics
+    found = check_source(Source(text), CheckSettings(prompts_enough=10)).diagnostics
     assert [d.code for d in found] == ["W0790"]
     found = check_source(Source(text.replace("limit 100", "limit 5"))).diagnostics
     assert [d.code for d in found] == ["W0720"]
@@ -224,7 +224,10 @@ def test_rows_that_are_not_looked_at_may_be_enough() -> None:
 def test_a_check_draws_few_of_many() -> None:
     heads = "layers 0..3 heads 0..1"  # there are 6⁴ such targets
     text = program(rule=f"patch {heads} at last token\n  against random(300)")
-    for settings, draws in ((Settings(prompts_enough=9), limits.CHECKED_DRAWS), (Settings(), 300)):
+    for settings, draws in (
+        (CheckSettings(prompts_enough=9), limits.CHECKED_DRAWS),
+        (CheckSettings(), 300),
+    ):
         (experiment,) = check_source(Source(text), settings).experiments
         assert experiment.control is not None
         assert experiment.control.draws == draws
@@ -247,7 +250,7 @@ def test_imports_have_an_end(tmp_path: Path) -> None:
 def test_only_so_many_are_printed() -> None:
     found = check("mech 1\n" + "\n".join(f"param a{n} = 1" for n in range(1500)) + program()[7:])
     text = render_full(found)
-    assert text.count("warning[") == limits.SHOWN
+    assert text.count("warning[") == limits.DIAGNOSTICS
     assert "1,000 of them are shown, errors first" in text.splitlines()[-1]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from mechdsl.cli.streams import Output
+from mechdsl.cli.output import StandardOutput
 
 from .conftest import HEADS, Command, process
 
@@ -304,7 +304,7 @@ def test_numbers_stay_whole_on_narrow_terminals(
 ) -> None:
     document = strict(command("run", both, "--only", "heads", "--format", "json").out)
     cells = document["files"][0]["experiments"][0]["cells"]
-    monkeypatch.setattr("mechdsl.cli.output.width", lambda: columns)
+    monkeypatch.setattr("mechdsl.cli.output.window_width", lambda: columns)
     shown = command("run", both, "--only", "heads").out
     assert max(map(len, shown.splitlines())) <= columns
     for cell in cells:
@@ -352,7 +352,7 @@ def test_output_that_is_closed_or_full(line: str, said: str, both: Path) -> None
 def test_a_run_whose_output_is_full(
     command: Command, both: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Output(open("/dev/full", "wb"), encoding="utf-8") as full:
+    with StandardOutput(open("/dev/full", "wb"), encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stdout", full)
         done = command("run", both)
     assert (done.status, done.err) == (3, FULL)
@@ -394,7 +394,7 @@ def test_output_filled_midway_exits_with_3(
 ) -> None:
     disk: Any = SmallDisk(both.parent / "out", 100)
     stream = io.BufferedWriter(disk) if buffered else disk
-    with Output(stream, encoding="utf-8") as output:
+    with StandardOutput(stream, encoding="utf-8") as output:
         monkeypatch.setattr(sys, "stdout", output)
         done = command("run", both, "--only", "behaviour", "--format", form)
     assert (done.status, done.err) == (3, FULL)
@@ -405,7 +405,7 @@ def test_output_lost_at_close_exits_with_3(
 ) -> None:
     """A network file system tells only then that its disk is full."""
     close = os.close
-    with Output(SmallDisk(both.parent / "out", 1 << 20), encoding="utf-8") as output:
+    with StandardOutput(SmallDisk(both.parent / "out", 1 << 20), encoding="utf-8") as output:
         own = output.fileno()
 
         def close_of_a_full_disk(descriptor: int) -> None:

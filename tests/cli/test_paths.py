@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import mechdsl
-from mechdsl.api import MechdslError
-from mechdsl.models.locate import cached
-from mechdsl.program.named_paths import CONSTRUCTS
+from mechdsl.base.files import find_snapshot
+from mechdsl.diagnostics.rendering import MechdslError
+from mechdsl.program.paths import PATH_CONSTRUCTS
 from mechdsl.syntax.parser_tables import grammar_file
 
 from .conftest import HEADS, Command
@@ -135,7 +135,7 @@ def test_a_folder_that_may_not_be_written_to(
 
 
 def test_a_link_that_was_put_there_during_the_run(here: Path, command: Command) -> None:
-    from mechdsl.show.show_report import write_reports
+    from mechdsl.show.output import write_reports
 
     (result,) = mechdsl.run(written(here, CSV.replace("PLACE", "cells.csv")))
     (here / "cells.csv").unlink(missing_ok=True)
@@ -209,7 +209,7 @@ def filled(folder: Path) -> None:
     shutil.copytree(zoo, folder / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
 
 
-@pytest.mark.parametrize("name", [each.name for each in CONSTRUCTS])
+@pytest.mark.parametrize("name", [each.name for each in PATH_CONSTRUCTS])
 def test_untrusted_lists_and_confines_every_construct(
     name: str, here: Path, command: Command
 ) -> None:
@@ -388,15 +388,15 @@ def test_a_revision_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     (tmp_path / "models--a--b" / "snapshots").mkdir(parents=True)
     (tmp_path / "secret").mkdir()
-    assert cached("a/b", "../../secret") is None
-    assert cached("a/b", str(tmp_path / "secret")) is None
+    assert find_snapshot("a/b", "../../secret") is None
+    assert find_snapshot("a/b", str(tmp_path / "secret")) is None
 
 
 # --- the list is whole ---
 
 
 def test_every_construct_has_an_example() -> None:
-    assert set(EXAMPLES) == {each.name for each in CONSTRUCTS}
+    assert set(EXAMPLES) == {each.name for each in PATH_CONSTRUCTS}
 
 
 def test_nothing_else_looks_at_the_folder_of_a_file() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import mechdsl
-from mechdsl.api import MechdslError
+from mechdsl.diagnostics.rendering import MechdslError
 
 from .conftest import HEADS
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from mechdsl.execute.patched_rows import Patcher
-from mechdsl.pipeline import compute
+from mechdsl.execute.patching.rows import Patcher
+from mechdsl.pipeline import computation
 from mechdsl.zoo import counting
 
 from .conftest import HEADS, Command, Done, process
@@ -167,7 +167,7 @@ def seconds(folder: Path, *arguments: str) -> float:
 
 @pytest.mark.slow
 def test_how_long_it_takes(tmp_path: Path) -> None:
-    from mechdsl.base.shipped import shipped_path
+    from mechdsl.base.files import shipped_path
 
     shutil.copy(shipped_path("examples", "examples") / "counting.mech", tmp_path)
     process("run", "counting.mech", "--store", "kept", cwd=tmp_path)
@@ -331,7 +331,7 @@ def test_a_full_disk(heads: Path, command: Command, monkeypatch: pytest.MonkeyPa
     def full(*arguments: Any, **named: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(compute, "run_checked", full)
+    monkeypatch.setattr(computation, "run_checked", full)
     done = command("run", heads, "--store", heads.parent / "kept")
     assert done.status == 3
     assert "takes nothing more: no space left on device" in done.err
@@ -346,7 +346,7 @@ def test_broken_off(heads: Path, command: Command, monkeypatch: pytest.MonkeyPat
     def broken(*arguments: Any, **named: Any) -> Any:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(compute, "run_checked", broken)
+    monkeypatch.setattr(computation, "run_checked", broken)
     done = command("run", heads, "--store", heads.parent / "kept")
     assert done.status == 3
     assert done.err.splitlines()[-1] == (

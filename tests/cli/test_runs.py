@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 
 import mechdsl
-from mechdsl.results import archive
-from mechdsl.results.archive import pack
-from mechdsl.results.export import read_export
-from mechdsl.results.results import Results
-from mechdsl.results.run_facts import about_results
+from mechdsl.results import results as archive
+from mechdsl.results.results import Results, pack_results
+from mechdsl.results.runs import about_results, read_export
 from mechdsl.store.store import Store
 
 from ..results.archived import TEXTS, written
@@ -41,7 +39,7 @@ def keep(folder: Path, results: Results) -> str:
     }
     with Store(folder) as store, store.begin("key", about) as run:
         added = about_results(results, computed=1200, stored=30, seconds=61.26)
-        run.finish(pack(results, TEXTS[NAME]), added)
+        run.finish(pack_results(results, TEXTS[NAME]), added)
         return run.id
 
 
@@ -143,7 +141,7 @@ def test_a_run_of_another_version(
     store: tuple[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(archive, "ARCHIVE", archive.ARCHIVE + 1)
+    monkeypatch.setattr(archive, "ARCHIVE_VERSION", archive.ARCHIVE_VERSION + 1)
     done = command("runs", "show", id, "--format", "json", *store)
     assert (done.status, done.err) == (0, "")
     assert json.loads(done.out) == results.to_dict()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.api import check
 from mechdsl.diagnostics.core import has_errors
+from mechdsl.pipeline.api import check
 
 from .conftest import Command
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
 from mechdsl.program import spec
-from mechdsl.program.lower_file import lower_program
-from mechdsl.resolve.resolved import ResolvedExperiment
-from mechdsl.syntax.parse import parse
-from mechdsl.validate.check_file import check_source
+from mechdsl.program.lowering import lower_program
+from mechdsl.resolve.types import ResolvedExperiment
+from mechdsl.syntax.frontend import parse
 
 from .. import fruit
 

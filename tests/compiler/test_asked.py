@@ -11,25 +11,24 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.graph.needs import asked
-from mechdsl.graph.nodes import (
+from mechdsl.checks.file_check import check_source
+from mechdsl.planner.graph import (
     EffectNode,
     ExpectNode,
     ForwardNode,
     Node,
     ReportNode,
-    graph_of,
-    leaves,
-    lint,
-    rewritten,
+    check_graph,
+    graph_experiments,
+    graph_from_leaves,
+    graph_leaves,
+    map_nodes,
 )
-from mechdsl.plan.experiment_plan import ExperimentPlan
-from mechdsl.plan.make_plan import graph_of_file, make_plan, plan_graph
-from mechdsl.plan.plan import Plan
-from mechdsl.resolve.random_targets import with_controls
-from mechdsl.resolve.resolved import ResolvedExperiment
-from mechdsl.syntax.parse import read_source
-from mechdsl.validate.check_file import check_source
+from mechdsl.planner.passes import build_file_graph, make_plan, plan_graph
+from mechdsl.planner.plan import ExperimentPlan, Plan
+from mechdsl.resolve.expansion import expand_controls
+from mechdsl.resolve.types import ResolvedExperiment
+from mechdsl.syntax.frontend import read_source
 
 from .support import DELTA, FROM, HEAD, experiment, resolved
 
@@ -68,8 +67,8 @@ LINES = {
 
 def same(experiments: Sequence[ResolvedExperiment]) -> None:
     """What a graph asks for is what it was built from."""
-    given = with_controls(experiments)
-    found = asked(graph_of_file(experiments))
+    given = expand_controls(experiments)
+    found = graph_experiments(build_file_graph(experiments))
     for one, own in zip(found, given, strict=True):
         assert one.experiment == own
         assert [r.spec for r in one.experiment.rules] == [r.spec for r in own.rules]
@@ -104,8 +103,8 @@ def drop(node: Node) -> Node:
 
 def test_a_write_that_is_gone_is_no_work() -> None:
     one = (FROM, "patch resid_post layer * at last token")
-    made = graph_of_file(resolved(HEAD + experiment(*one, SECOND, DELTA)))
-    plan = plan_graph(rewritten(made, drop))
+    made = build_file_graph(resolved(HEAD + experiment(*one, SECOND, DELTA)))
+    plan = plan_graph(map_nodes(made, drop))
     expected = make_plan(resolved(HEAD + experiment(*one, DELTA)))
     (found,), (alone,), (both,) = planned(plan), planned(expected), planned(plan_graph(made))
     assert (found.n_cells, found.count(), found.runs) == (4, 4 * 64, ("fewer", "clean"))
@@ -118,13 +117,13 @@ def test_a_write_that_is_gone_is_no_work() -> None:
 def test_an_effect_that_is_gone_is_not_measured() -> None:
     """Nor is the run that it alone compares with."""
     lines = (FROM, "patch layer 0 head * at last token", DELTA, "measure kl(other_fruit) as raw")
-    made = graph_of_file(resolved(HEAD + experiment(*lines)))
+    made = build_file_graph(resolved(HEAD + experiment(*lines)))
 
     def first(node: Node) -> Node:
         held = isinstance(node, (ReportNode, ExpectNode))
         return replace(node, effects=node.effects[:1]) if held else node
 
-    (before,), (found,) = planned(plan_graph(made)), planned(plan_graph(rewritten(made, first)))
+    (before,), (found,) = planned(plan_graph(made)), planned(plan_graph(map_nodes(made, first)))
     assert (len(before.experiment.measures), before.runs[2:]) == (2, ("other_fruit",))
     assert (len(found.experiment.measures), found.runs[2:]) == (1, ())
     assert len(found.experiment.spec.measures) == 1
@@ -132,12 +131,12 @@ def test_an_effect_that_is_gone_is_not_measured() -> None:
 
 def test_an_effect_that_is_expected_is_measured_though_it_is_not_shown() -> None:
     lines = (FROM, "patch L0H0 at last token", DELTA, "measure kl(other_fruit) as raw")
-    made = graph_of_file(resolved(HEAD + experiment(*lines, "expect accuracy(clean) > 0%")))
+    made = build_file_graph(resolved(HEAD + experiment(*lines, "expect accuracy(clean) > 0%")))
 
     def first(node: Node) -> Node:
         return replace(node, effects=node.effects[:1]) if isinstance(node, ReportNode) else node
 
-    (found,) = planned(plan_graph(rewritten(made, first)))
+    (found,) = planned(plan_graph(map_nodes(made, first)))
     assert [measure.label for measure in found.experiment.measures] == [
         measure.label for measure in planned(plan_graph(made))[0].experiment.measures
     ]
@@ -146,28 +145,30 @@ def test_an_effect_that_is_expected_is_measured_though_it_is_not_shown() -> None
 def test_an_experiment_is_measured_in_one_pass() -> None:
     """A graph in which it isn't is of our own making."""
     lines = (FROM, "patch L0H0 at last token", DELTA, "measure loss as raw")
-    made = graph_of_file(resolved(HEAD + experiment(*lines)))
-    (leaf,) = leaves(made)
+    made = build_file_graph(resolved(HEAD + experiment(*lines)))
+    (leaf,) = graph_leaves(made)
     other = leaf.effects[0].base.forward
     broken = replace(leaf.effects[0], patched=replace(leaf.effects[0].patched, forward=other))
     with pytest.raises(AssertionError, match="several passes"):
-        lint(graph_of([replace(leaf, effects=(broken, leaf.effects[1]))]))
+        check_graph(graph_from_leaves([replace(leaf, effects=(broken, leaf.effects[1]))]))
 
 
 def test_a_source_that_is_not_measured_is_not_run() -> None:
     rule = "patch L0H0 at last token with other_fruit"
-    made = graph_of_file(resolved(HEAD + experiment(FROM, rule, DELTA)))
+    made = build_file_graph(resolved(HEAD + experiment(FROM, rule, DELTA)))
 
     def alone(node: Node) -> Node:
         return replace(node, source=None) if isinstance(node, EffectNode) else node
 
-    (panel,) = plan_graph(rewritten(made, alone)).panels
+    (panel,) = plan_graph(map_nodes(made, alone)).panels
     assert list(panel.runs) == ["fewer", "other_fruit"]
     assert panel.experiments[0].experiment.spec.source is None
 
 
 def test_a_run_without_measures_stops_where_the_graph_says() -> None:
-    made = graph_of_file(resolved(HEAD + experiment("patch L2H0 at last token with fewer", DELTA)))
+    made = build_file_graph(
+        resolved(HEAD + experiment("patch L2H0 at last token with fewer", DELTA))
+    )
     (panel,) = plan_graph(made).panels
     needs = panel.runs["fewer"]
     assert (needs.reads, needs.stop, needs.measured) == (frozenset({("z", 2)}), 3, False)
@@ -178,15 +179,15 @@ def test_a_run_without_measures_stops_where_the_graph_says() -> None:
             replace(node, stop=1) if isinstance(node, ForwardNode) and node.run == "fewer" else node
         )
 
-    (panel,) = plan_graph(rewritten(made, lower)).panels
+    (panel,) = plan_graph(map_nodes(made, lower)).panels
     assert panel.runs["fewer"].stop == 1
 
 
 def test_what_nothing_asks_for_is_not_planned() -> None:
     lines = (FROM, "patch L0H0 at last token", DELTA)
     text = HEAD + experiment(*lines, name="a", limit=32) + experiment(*lines, name="b")
-    made = graph_of_file(resolved(text))
-    kept = graph_of([leaf for leaf in leaves(made) if leaf.experiment == "b"])
+    made = build_file_graph(resolved(text))
+    kept = graph_from_leaves([leaf for leaf in graph_leaves(made) if leaf.experiment == "b"])
     (found,) = planned(plan_graph(kept))
     assert found.experiment.name == "b"
-    assert plan_graph(graph_of([])).panels == ()
+    assert plan_graph(graph_from_leaves([])).panels == ()

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from mechdsl.base.source import Source
-from mechdsl.show.prompts import explain
-from mechdsl.validate.check_file import Checked, check_source
+from mechdsl.checks.file_check import CheckedFile, check_source
+from mechdsl.show.prompts import print_prompts
 
 from ..markdown import fences
 from ..messages.cases import HERE
@@ -21,7 +21,7 @@ STARS = "1 star", "2 stars", "3 stars"
 NUMBERED = "LABEL_0", "LABEL_1", "LABEL_2"
 
 
-def checked(folder: Path, labels: tuple[str, ...], answer: str, wanted: str) -> Checked:
+def checked(folder: Path, labels: tuple[str, ...], answer: str, wanted: str) -> CheckedFile:
     """A file on a classifier with these labels; the model is that of the messages' cases."""
     page = (HERE / "classifiers.md").read_text(encoding="utf-8")
     files = {fence.file: fence.content for fence in fences(page) if fence.file}
@@ -44,7 +44,7 @@ def checked(folder: Path, labels: tuple[str, ...], answer: str, wanted: str) -> 
     return check_source(Source(text, path))
 
 
-def outputs(found: Checked) -> list[int]:
+def outputs(found: CheckedFile) -> list[int]:
     """The output that is read, by row."""
     (experiment,) = found.experiments
     (measure,) = experiment.measures
@@ -108,5 +108,5 @@ def test_what_an_answer_is_is_said(
     (experiment,) = found.experiments
     assert experiment.table.conventions["answer"].endswith(f"{said}, and no token")
     shown = io.StringIO()
-    explain(found, Console(file=shown, width=200))
+    print_prompts(found, Console(file=shown, width=200))
     assert re.search(rf"answer = '[^']*', {said}", shown.getvalue())

@@ -8,17 +8,16 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
-from mechdsl.graph.nodes import (
+from mechdsl.planner.graph import (
     EncodeNode,
     ForwardNode,
     Graph,
     MeasureNode,
     ReadNode,
     WriteNode,
-    lint,
+    check_graph,
 )
-from mechdsl.plan.make_plan import make_plan, rewrite
-from mechdsl.plan.passes import GRAPH_PASSES, NAMES
+from mechdsl.planner.passes import GRAPH_PASSES, PASS_NAMES, make_plan, rewrite_graph
 from mechdsl.show.graph import to_dot, to_mermaid, to_svg, to_text
 
 from .support import DELTA, FROM, HEAD, experiment, resolved
@@ -31,7 +30,7 @@ RULE = (FROM, "patch layer 0 head * at last token", DELTA)
 
 def graph(text: str) -> Graph:
     """The graph before any pass."""
-    return make_plan(resolved(text), without=frozenset(NAMES)).graph
+    return make_plan(resolved(text), without=frozenset(PASS_NAMES)).graph
 
 
 def kinds(made: Graph, kind: type) -> int:
@@ -40,7 +39,7 @@ def kinds(made: Graph, kind: type) -> int:
 
 def test_what_a_patch_needs() -> None:
     made = graph(HEAD + experiment(*RULE))
-    lint(made)
+    check_graph(made)
     assert nx.is_directed_acyclic_graph(made)
     assert (kinds(made, EncodeNode), kinds(made, ForwardNode)) == (2, 3)
     assert (kinds(made, ReadNode), kinds(made, WriteNode), kinds(made, MeasureNode)) == (1, 1, 3)
@@ -68,7 +67,7 @@ def test_pass(path: Path, update: bool) -> None:
     name = path.stem.partition("-")[0]
     made = graph(HEAD + experiment(*lines.splitlines()))
     changed = REWRITES[name](made)
-    lint(changed)
+    check_graph(changed)
     did = changed is not made
     assert did == (to_text(changed) != to_text(made))
     assert REWRITES[name](changed) is changed
@@ -85,8 +84,8 @@ def test_every_pass_has_a_fixture() -> None:
 
 def test_passes_can_be_switched_off() -> None:
     made = graph(HEAD + experiment("patch L0H0 at last token with fewer", DELTA))
-    assert rewrite(made, without=frozenset(NAMES)) == (made, ())
-    changed, (did,) = rewrite(made)
+    assert rewrite_graph(made, without=frozenset(PASS_NAMES)) == (made, ())
+    changed, (did,) = rewrite_graph(made)
     assert did.changed
     assert to_text(changed) != to_text(made)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.diagnostics.e02_names import UnknownName
-from mechdsl.program.lower_file import lower_program
-from mechdsl.program.lower_measures import CORRECTIONS
-from mechdsl.syntax.parse import parse
-from mechdsl.validate.check_file import check_source
-from mechdsl.validate.reachable_p import CORRECTION_NAMES
+from mechdsl.diagnostics.names import UnknownName
+from mechdsl.program.lowering import lower_program
+from mechdsl.program.measures import CORRECTION_WORDS
+from mechdsl.program.significance import CORRECTION_NAMES
+from mechdsl.syntax.frontend import parse
 
 from .support import DELTA, FROM, HEAD, experiment, lowered
 
@@ -47,7 +47,7 @@ def test_what_is_tested_and_how(line: str, test: str, correction: str, by: str |
 
 
 def test_each_correction_has_a_name() -> None:
-    assert set(CORRECTIONS) == set(CORRECTION_NAMES)
+    assert set(CORRECTION_WORDS) == set(CORRECTION_NAMES)
 
 
 def test_the_only_model_need_not_be_named() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mechdsl.base.source import Source
-from mechdsl.validate.check_file import check_source
+from mechdsl.checks.file_check import check_source
 
 FILE = """mech 1
 model toy = zoo("counting")

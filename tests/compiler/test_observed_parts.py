@@ -6,7 +6,7 @@ import pytest
 
 from mechdsl.program import spec
 from mechdsl.syntax import ast
-from mechdsl.syntax.walk import walk
+from mechdsl.syntax.traversal import walk
 
 from .support import codes, experiment, lowered
 
@@ -134,7 +134,7 @@ def wholly(found: spec.Experiment) -> set[tuple[str, str]]:
     return {
         (node.measure.span.written, node.experiment.id)
         for node in walk(expect.condition)
-        if isinstance(node, ast.OfExperiment)
+        if isinstance(node, ast.ExperimentMeasure)
     }
 
 

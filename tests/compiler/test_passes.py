@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from mechdsl.plan.make_plan import make_plan
-from mechdsl.plan.passes import NAMES, PASSES, PLAN_PASSES, PlanPass
-from mechdsl.plan.plan import Plan
+from mechdsl.planner.passes import PASS_NAMES, PASSES, PLAN_PASSES, PlanPass, make_plan
+from mechdsl.planner.plan import Plan
 
 from .support import DELTA, FROM, HEAD, experiment, resolved
 
@@ -29,11 +28,11 @@ def switches(plan: Plan) -> dict[str, Any]:
 def plain() -> Plan:
     """The plain loop."""
     text = HEAD + experiment(FROM, "patch layer 0 head * at last token", DELTA)
-    return make_plan(resolved(text), without=frozenset(NAMES))
+    return make_plan(resolved(text), without=frozenset(PASS_NAMES))
 
 
 def test_names_are_given_once() -> None:
-    assert len(set(NAMES)) == len(NAMES)
+    assert len(set(PASS_NAMES)) == len(PASS_NAMES)
 
 
 def test_the_page_has_the_list(update: bool) -> None:
@@ -60,7 +59,7 @@ def test_a_pass_switches_on_one_thing(one: PlanPass) -> None:
 
 def test_a_plan_without_passes_leaves_nothing_out() -> None:
     everything = make_plan(resolved(HEAD + experiment("measure correct as raw")))
-    assert everything.passes == NAMES
+    assert everything.passes == PASS_NAMES
     found = plain()
     assert found.passes == ()
     assert found.rewrites == ()

@@ -5,14 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import mechdsl.plan.cost
-from mechdsl.plan.cost import Cost, PanelCount
-from mechdsl.plan.experiment_plan import ExperimentPlan
-from mechdsl.plan.make_plan import make_plan
-from mechdsl.plan.passes import NAMES, RESTARTS, unknown_passes
-from mechdsl.plan.savings import PlanCost, plan_cost
-from mechdsl.plan.share import Sharer, combined
-from mechdsl.show.plan import unpatched_rows
+import mechdsl.planner.cost
+from mechdsl.planner.cost import Cost, PanelCount, RowSharer, combine_columns
+from mechdsl.planner.passes import (
+    PASS_NAMES,
+    RESTART_PASSES,
+    PlanCost,
+    check_pass_names,
+    make_plan,
+    plan_cost,
+)
+from mechdsl.planner.plan import ExperimentPlan
+from mechdsl.show.plan import count_unpatched_rows
 
 from .support import DELTA, FROM, HEAD, experiment, resolved
 
@@ -35,7 +39,7 @@ def test_each_cell_is_a_row_of_every_prompt(rule: str, cells: int) -> None:
     plan = planned(FROM, rule, DELTA)
     assert plan.n_cells == cells
     assert plan.count() == cells * 64
-    assert unpatched_rows(plan) == 2 * 64
+    assert count_unpatched_rows(plan) == 2 * 64
 
 
 def test_prompts_without_the_position_have_no_row() -> None:
@@ -60,7 +64,7 @@ def test_each_of_several_tokens_under_one_label_is_a_row() -> None:
 def test_an_experiment_without_a_rule_has_no_patched_rows() -> None:
     plan = planned("measure correct as raw")
     assert plan.count() == 0
-    assert unpatched_rows(plan) == 64
+    assert count_unpatched_rows(plan) == 64
 
 
 def test_all_experiments_are_planned_once() -> None:
@@ -71,23 +75,23 @@ def test_all_experiments_are_planned_once() -> None:
     assert sorted(found) == names
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PASS_NAMES)
 def test_a_pass_is_switched_off_by_its_name(name: str) -> None:
     experiments = resolved(HEAD + experiment(FROM, "patch layer 0 head * at last token", DELTA))
     plan = make_plan(experiments, without=frozenset({name}))
-    assert [other for other in NAMES if not plan.does(other)] == [name]
+    assert [other for other in PASS_NAMES if not plan.does(other)] == [name]
     assert plan.restarts
-    assert [n for n in RESTARTS if not getattr(plan.shortcuts, n)] == (
-        [name] if name in RESTARTS else []
+    assert [n for n in RESTART_PASSES if not getattr(plan.shortcuts, n)] == (
+        [name] if name in RESTART_PASSES else []
     )
-    assert not unknown_passes([name])
+    assert not check_pass_names([name])
 
 
 def test_rows_that_take_nothing_over_are_whole_passes() -> None:
     experiments = resolved(HEAD + experiment(FROM, "patch layer 0 head * at last token", DELTA))
-    assert not make_plan(experiments, without=frozenset(RESTARTS)).restarts
-    for name in RESTARTS:
-        assert make_plan(experiments, without=frozenset(RESTARTS) - {name}).restarts
+    assert not make_plan(experiments, without=frozenset(RESTART_PASSES)).restarts
+    for name in RESTART_PASSES:
+        assert make_plan(experiments, without=frozenset(RESTART_PASSES) - {name}).restarts
 
 
 HEADS = "patch z layer 0..2 head * at last-item token"
@@ -172,7 +176,7 @@ def distinct(*rules: str, share: bool = True) -> tuple[int, int]:
     (panel,) = make_plan(resolved(text)).panels
     prompts = np.arange(len(panel.table), dtype=np.int64)
     rows = [each.rows(prompts) for each in panel.experiments]
-    return sum(map(len, rows)), len(Sharer(panel.experiments, share=share).of(rows))
+    return sum(map(len, rows)), len(RowSharer(panel.experiments, share=share).of(rows))
 
 
 def test_equal_rows_are_shared_only_where_that_is_on() -> None:
@@ -205,7 +209,7 @@ def test_columns_of_many_values_are_told_apart() -> None:
     """Of more combinations than there are numbers of 64 bits."""
     columns = np.random.default_rng(0).integers(0, 2, (200, 24)) * np.arange(200)[:, None]
     _, expected = np.unique(columns, axis=0, return_inverse=True)
-    found = combined([list(columns.T)], [len(columns)])
+    found = combine_columns([list(columns.T)], [len(columns)])
     np.testing.assert_array_equal(np.unique(found, return_inverse=True)[1], expected.reshape(-1))
 
 
@@ -214,7 +218,7 @@ def test_work_is_the_same_where_it_is_counted_in_parts(monkeypatch: pytest.Monke
     lines = (FROM, "patch layer * head * at first-item token, last token", DELTA)
     plan = make_plan(resolved(HEAD + experiment(*lines)))
     whole = plan_cost(plan)
-    monkeypatch.setattr(mechdsl.plan.cost, "BATCH_ROWS", 1)
+    monkeypatch.setattr(mechdsl.planner.cost, "BATCH_ROWS", 1)
     parts = plan_cost(plan)
     assert parts.plain == whole.plain
     for one, other in zip(parts.savings, whole.savings, strict=True):

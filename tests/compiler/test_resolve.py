@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.resolve.types import ResolvedExperiment
 
 from .support import DELTA, FROM, HEAD, codes, one
 

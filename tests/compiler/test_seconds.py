@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from mechdsl.base.source import Source
-from mechdsl.plan.make_plan import make_plan
-from mechdsl.plan.savings import plan_cost
-from mechdsl.show.seconds import REFERENCE_PACE, Estimate, amounts, estimate
-from mechdsl.validate.check_file import check_source
+from mechdsl.checks.file_check import check_source
+from mechdsl.planner.passes import make_plan, plan_cost
+from mechdsl.show.plan import REFERENCE_PACE, TimeEstimate, count_work, estimate_time
 
 HEAD = """mech 1
 
@@ -23,13 +22,13 @@ prompts repeats {
 """
 
 
-def seconds(*lines: str, rows: int = 50) -> Estimate:
+def seconds(*lines: str, rows: int = 50) -> TimeEstimate:
     body = "\n".join(f"  {line}" for line in lines)
     text = f"{HEAD}\nexperiment e {{\n  model toy\n  prompts repeats limit {rows}\n{body}\n}}\n"
     plan = make_plan(check_source(Source(text, Path("seconds.mech"))).experiments)
     cost = plan_cost(plan)
-    work = amounts(plan, cost.planned, cost.blocks)
-    return estimate(work, cost.planned.multiply_adds, 2e10, REFERENCE_PACE)
+    work = count_work(plan, cost.planned, cost.blocks)
+    return estimate_time(work, cost.planned.multiply_adds, 2e10, REFERENCE_PACE)
 
 
 def test_estimate_of_statistics_grows_with_cells_and_rows() -> None:

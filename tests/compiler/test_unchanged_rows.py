@@ -9,9 +9,9 @@ import pytest
 
 import mechdsl
 from mechdsl.base.source import Source
-from mechdsl.prompts.prompt_table import PromptTable
-from mechdsl.resolve.resolved import ResolvedExperiment
-from mechdsl.validate.check_file import check_source
+from mechdsl.checks.file_check import check_source
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.resolve.types import ResolvedExperiment
 
 BLOCK = """mech 1
 model lm = zoo("names")

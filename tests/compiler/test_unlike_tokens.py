@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 
 from mechdsl.base.source import Source
-from mechdsl.resolve.name_cells import cell_keys
+from mechdsl.checks.file_check import CheckedFile, check_source
+from mechdsl.resolve.expansion import name_cells
 from mechdsl.results.document import experiment_document
-from mechdsl.show.reports.grid import tokens_hit
-from mechdsl.show.show_report import show_report
-from mechdsl.validate.check_file import Checked, check_source
+from mechdsl.show.output import show_report
+from mechdsl.show.reports.grid import hit_tokens_text
 
 from ..fruit import head
 from ..results.synthetic import finished, positions, report
@@ -21,7 +21,7 @@ from ..results.synthetic import finished, positions, report
 RUNS = head("corrupt fewer { count = count - 1 }", "corrupt other { item = other(item) }")
 
 
-def checked(base: str, rule: str) -> Checked:
+def checked(base: str, rule: str) -> CheckedFile:
     lines = f"prompts fruit limit 24\n  from clean into {base}\n  {rule}\n"
     return check_source(
         Source(f"{RUNS}\nexperiment e {{\n  {lines}  measure logit(answer) as delta\n}}\n")
@@ -75,11 +75,11 @@ def test_a_mean_of_the_other_run() -> None:
 
 def test_both_tokens_are_named() -> None:
     (experiment,) = checked("fewer", "patch resid_post layer 1 at token * align left").experiments
-    cells = {cell.position: cell for cell in cell_keys(experiment)}
+    cells = {cell.position: cell for cell in name_cells(experiment)}
     assert cells["2"].read == ()
-    assert tokens_hit(cells["2"], 6) == "1"
+    assert hit_tokens_text(cells["2"], 6) == "1"
     assert (cells["13"].tokens, cells["13"].read) == ((":", "1"), ("1", "Count"))
-    assert tokens_hit(cells["13"], 1) == ": and 1 more ← 1 and 1 more"
+    assert hit_tokens_text(cells["13"], 1) == ": and 1 more ← 1 and 1 more"
 
 
 READ = positions(layers=2)
@@ -117,4 +117,4 @@ def test_a_chart_from_python_names_them_too() -> None:
 
 def test_white_space_is_a_token_that_can_be_seen() -> None:
     cell = replace(READ.cells[0], tokens=(" fig", "\n", " ", "\x1b[2J"), read=("  ",))
-    assert tokens_hit(cell, 4) == "fig, \\n, ␣, \\x1b[2J ← ␣␣"
+    assert hit_tokens_text(cell, 4) == "fig, \\n, ␣, \\x1b[2J ← ␣␣"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.api import check
+from mechdsl.pipeline.api import check
 
 from ..fruit import head
 

@@ -14,12 +14,12 @@ import pytest
 
 from mechdsl import zoo
 from mechdsl.base.source import Source, Span
+from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.models.shape_from_config import shape_from_config
+from mechdsl.models.config import shape_from_config
 from mechdsl.program import spec
-from mechdsl.resolve.resolved import ModelContext
-from mechdsl.syntax.parse import read_source
-from mechdsl.validate.check_file import Checked, Settings, check_source
+from mechdsl.resolve.types import ModelContext
+from mechdsl.syntax.frontend import read_source
 
 from ..data.support import byte_level, wrapped
 from ..quick import in_turn
@@ -161,11 +161,11 @@ CASES = {
 
 def checked(
     text: str, folder: Path, source: str = MODELS["here"], *, need: bool = False
-) -> Checked:
+) -> CheckedFile:
     (folder / "empty").mkdir(exist_ok=True)
     text = text.replace(MODELS["here"], source)
     path = folder / "file.mech"
-    return check_source(Source(text, path), Settings(python="look", require_models=need))
+    return check_source(Source(text, path), CheckSettings(python="look", require_models=need))
 
 
 def said(found: list[Diagnostic]) -> list[tuple[str, str, int]]:
@@ -500,7 +500,7 @@ def test_words_of_a_tokenizer_that_is_not_here_may_be_any_of_another_model() -> 
 @pytest.mark.parametrize(("limit", "rows"), [(3, 3), (40, 20)])
 def test_the_smaller_of_two_limits_holds(tmp_path: Path, limit: int, rows: int) -> None:
     source = Source(FILE, tmp_path / "file.mech")
-    found = check_source(source, Settings(limit=limit)).experiments
+    found = check_source(source, CheckSettings(limit=limit)).experiments
     assert [len(each.table) for each in found] == [rows] * 3
 
 

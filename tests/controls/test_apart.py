@@ -10,14 +10,14 @@ import pytest
 
 import mechdsl
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import check_source
 from mechdsl.models.shape import ModelShape
-from mechdsl.resolve.apart_from import LeftOut, units_of
-from mechdsl.resolve.resolved_rule import SitePoint
+from mechdsl.resolve.controls import ExcludedSite, group_excluded_units
+from mechdsl.resolve.types import SitePoint
 from mechdsl.show.console import visible_console
-from mechdsl.show.prompts import explain
-from mechdsl.syntax.format.file import format_file
-from mechdsl.syntax.parse import parse
-from mechdsl.validate.check_file import check_source
+from mechdsl.show.prompts import print_prompts
+from mechdsl.syntax.formatter import format_file
+from mechdsl.syntax.frontend import parse
 
 from .test_controls import PATCH, START, WHICH, check, checked, control, drawn, effects, explicit
 
@@ -114,7 +114,7 @@ def shape_with(heads: int, kv_heads: int) -> ModelShape:
 )
 def test_heads_that_share_a_key(point: SitePoint, left_out: dict[int, tuple[int, ...]]) -> None:
     site = checked().program.groups["counters"].sites[0]
-    found = units_of([LeftOut(site, (point,))], shape_with(8, 2))
+    found = group_excluded_units([ExcludedSite(site, (point,))], shape_with(8, 2))
     assert {slot.size: here for slot, here in found.items()} == left_out
     assert {slot.layer for slot in found} == {1}
 
@@ -150,7 +150,7 @@ def test_apart_stays_a_name() -> None:
 
 def test_explain_says_it(capsys: pytest.CaptureFixture[str]) -> None:
     lines = (*PATCH, "patch L0H0 at last-item token", "against random(20) apart from counters")
-    explain(check(*lines), visible_console(width=120))
+    print_prompts(check(*lines), visible_console(width=120))
     shown = capsys.readouterr().out
     assert "against random(20) apart from counters" in shown
     assert "draws: L0H2.z, L0H3.z" in shown or "draws: L0H3.z, L0H2.z" in shown

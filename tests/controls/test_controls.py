@@ -16,18 +16,16 @@ import pytest
 import torch
 
 import mechdsl
+from mechdsl.base.hashing import unrank_subset
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.plan.make_plan import make_plan
-from mechdsl.plan.passes import NAMES
-from mechdsl.prompts.seeded_draws import combination
-from mechdsl.resolve.resolved import ResolvedControl
-from mechdsl.resolve.resolved_rule import SitePoint
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.passes import PASS_NAMES, make_plan
+from mechdsl.resolve.types import ResolvedControl, SitePoint
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.export import read_export
-from mechdsl.syntax.parse import read_source
-from mechdsl.validate.check_file import Checked, Settings, check_source
+from mechdsl.results.runs import read_export
+from mechdsl.syntax.frontend import read_source
 
 from ..run_source import run_source
 
@@ -35,11 +33,11 @@ FILE = Path(__file__).parent / "group.mech"
 TEXT = FILE.read_text("utf-8")
 START = TEXT[: TEXT.index("experiment together")]
 """Everything above the experiments."""
-EVERY_PASS = frozenset(NAMES)
+EVERY_PASS = frozenset(PASS_NAMES)
 
 
 @cache
-def checked() -> Checked:
+def checked() -> CheckedFile:
     source, _ = read_source(FILE)
     assert source is not None
     found = check_source(source)
@@ -52,13 +50,13 @@ def results() -> mechdsl.Results:
     return mechdsl.run(FILE)
 
 
-def control(name: str, of: Checked | None = None) -> ResolvedControl:
+def control(name: str, of: CheckedFile | None = None) -> ResolvedControl:
     found = next(e for e in (of or checked()).experiments if e.name == name).control
     assert found is not None
     return found
 
 
-def check(*lines: str, start: str = START) -> Checked:
+def check(*lines: str, start: str = START) -> CheckedFile:
     body = "".join(f"  {line}\n" for line in lines)
     return check_source(Source(f"{start}experiment e {{\n  prompts fruit limit 12\n{body}}}\n"))
 
@@ -540,7 +538,7 @@ def test_many_of_many() -> None:
 def test_combinations_are_those_of_itertools() -> None:
     pool = (2, 3, 5, 7, 11, 13)
     for size in range(7):
-        every = [combination(pool, size, rank) for rank in range(comb(6, size))]
+        every = [unrank_subset(pool, size, rank) for rank in range(comb(6, size))]
         assert every == list(combinations(pool, size))
 
 
@@ -583,7 +581,7 @@ def test_conventions() -> None:
 
 def test_a_number_from_the_command_line() -> None:
     text = TEXT.replace("seed 3", "seed 3\nparam draws = 2").replace("random(8)", "random(draws)")
-    found = check_source(Source(text), Settings({"draws": "5"}))
+    found = check_source(Source(text), CheckSettings({"draws": "5"}))
     assert not has_errors(found.diagnostics), found.diagnostics
     assert control("together", found).draws == 5
 

@@ -7,7 +7,7 @@ from itertools import combinations, product
 
 import pytest
 
-from mechdsl.prompts.prompt_table import Hits
+from mechdsl.prompts.runs import Hits
 from mechdsl.resolve.matched_draws import RowOptions
 
 Drawn = dict[int, frozenset[tuple[int, ...]]]

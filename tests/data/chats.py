@@ -9,8 +9,8 @@ from typing import Any, cast
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from mechdsl.prompts.chat_template import ChatTemplate
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.prompts.tokens.chat import ChatTemplate
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from tests.data import support
 
 CHATML = (

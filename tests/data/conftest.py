@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.zoo.counting.tokenizer import build_tokenizer
 
 from . import support

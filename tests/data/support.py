@@ -21,14 +21,15 @@ from tokenizers import (
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.program import spec
-from mechdsl.program.lower_prompts import lower_prompts
-from mechdsl.program.namespace import Namespace
-from mechdsl.prompts.build_table import build_table
-from mechdsl.prompts.positions import resolve_positions
-from mechdsl.prompts.prompt_table import PositionCell, PromptTable
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.program.names import Namespace
+from mechdsl.program.prompts import lower_prompts
+from mechdsl.prompts.positions.cells import resolve_positions
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PositionCell
+from mechdsl.prompts.table import build_table
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
-from mechdsl.syntax.parse import parse
+from mechdsl.syntax.frontend import parse
 
 _WORDS = """
  apple pear plum fig kiwi thing Mary John Tom Anna Luke shop park bag book gave went the When and to

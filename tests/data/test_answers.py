@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from mechdsl.prompts.answers import numerals, text_tokens
-from mechdsl.prompts.prompt_table import PromptTable
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.prompts.answers import numeral_tokens, text_tokens
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 from .support import build, metric_text, table
 
@@ -156,7 +156,7 @@ class TestNumerals:
     ) -> None:
         tokenizer = every[name]
         made = table(COUNT, tokenizer)
-        found, problems = numerals(made, range(1, 10), tokenizer=tokenizer)
+        found, problems = numeral_tokens(made, range(1, 10), tokenizer=tokenizer)
         assert not problems
         answers = {
             row.values["count"]: row.texts["answer"].ids[0] for row in made.runs["clean"].rows
@@ -165,22 +165,22 @@ class TestNumerals:
 
     def test_several_tokens(self, qwen: TextTokenizer) -> None:
         made = table(COUNT, qwen)
-        found, (error,) = numerals(made, range(1, 13), tokenizer=qwen)
+        found, (error,) = numeral_tokens(made, range(1, 13), tokenizer=qwen)
         assert not found
         assert error.code == "E0518"
         assert error.message == "3 of the numerals 1..12 are more than one token"
 
     def test_leading_zeros(self, gpt2: TextTokenizer) -> None:
         made = table('y in ["02", "41"] template "{y}:" answer "{y}"', gpt2)
-        _, (error,) = numerals(made, range(3, 4), tokenizer=gpt2)
+        _, (error,) = numeral_tokens(made, range(3, 4), tokenizer=gpt2)
         assert "`03`" in error.label_text
 
     def test_without_numbers_in_the_answers(self, words: TextTokenizer) -> None:
         made = table('w in ["fig", "plum"] template "{w}:" answer " {w}"', words)
-        found, problems = numerals(made, range(4), tokenizer=words)
+        found, problems = numeral_tokens(made, range(4), tokenizer=words)
         assert not problems
         assert [words.token_text(i) for i in found] == ["0", "1", "2", "3"]
 
     def test_numbers_that_are_no_word(self, words: TextTokenizer) -> None:
-        _, (error,) = numerals(table(COUNT, words), range(25, 41), tokenizer=words)
+        _, (error,) = numeral_tokens(table(COUNT, words), range(25, 41), tokenizer=words)
         assert error.code == "E0519"

@@ -11,15 +11,13 @@ import pytest
 
 from mechdsl.base import limits
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.prompts.build_table import build_table
-from mechdsl.prompts.chat_template import ChatTemplate, chat_of
-from mechdsl.prompts.prompt_table import PromptTable, RunRow
-from mechdsl.prompts.replaced_text import replace_tokens
-from mechdsl.prompts.rows import BlockRows
-from mechdsl.prompts.stand_ins import StandInTokenizer
-from mechdsl.prompts.tokenizer import TextTokenizer
-from mechdsl.validate.check_file import Settings, check_source
+from mechdsl.prompts.rows import BlockRows, PromptTable
+from mechdsl.prompts.runs import RunRow
+from mechdsl.prompts.table import StandInTokenizer, build_table, replace_tokens
+from mechdsl.prompts.tokens.chat import ChatTemplate, parse_chat_template
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 from . import chats, support
 
@@ -448,7 +446,7 @@ def test_no_template(tmp_path: Path) -> None:
     assert own.chat is None
     _, found = support.build('chat { user "plum" }', own)
     assert [d.code for d in found] == ["E0550"]
-    assert chat_of({"default": "x"}, {}, {}) == ChatTemplate("x", {}, {})
+    assert parse_chat_template({"default": "x"}, {}, {}) == ChatTemplate("x", {}, {})
 
 
 def test_a_model_that_is_not_here_is_not_asked() -> None:
@@ -462,7 +460,7 @@ def test_a_model_that_is_not_here_is_not_asked() -> None:
         'experiment e { prompts p from o into clean patch resid_post layer 0 at "<|im_end|>" token,'
         " last-user token, x of system token measure entropy as delta }\n"
     )
-    found = check_source(Source(text), Settings()).diagnostics
+    found = check_source(Source(text), CheckSettings()).diagnostics
     assert not has_errors(found), [(d.code, d.message) for d in found]
 
 

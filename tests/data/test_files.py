@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from mechdsl.base.source import Source, Span
-from mechdsl.prompts.data_files import read_data
-from mechdsl.syntax import grammar as engine
+from mechdsl.prompts.data_files import read_data_file
+from mechdsl.syntax import parser as engine
 from mechdsl.vocab.corruptions import CHANGES, NOISES
 
 
@@ -15,7 +15,7 @@ def read(folder: Path, name: str, content: bytes | None) -> tuple[str, str, str]
     if content is not None:
         (folder / name).write_bytes(content)
     source = Source(f'rows "{name}"', folder / "f.mech")
-    found, (error,) = read_data(name, Span(source, 5, 7 + len(name)))
+    found, (error,) = read_data_file(name, Span(source, 5, 7 + len(name)))
     assert found is None
     return error.code, error.message, error.help_text
 
@@ -75,7 +75,7 @@ def test_folders_are_no_files(tmp_path: Path) -> None:
 
 
 def test_every_change_of_the_grammar_is_registered() -> None:
-    session = engine.parser().parse_interactive("", start="change_lines")
+    session = engine.load_parser().parse_interactive("", start="change_lines")
     words = {engine.keywords().get(name, "") for name in session.accepts()}
     soft = {"mask", "noise"}  # which the lexer knows by their entries
     assert {word for word in words if word.isalpha()} == set(CHANGES) - {"set"} - soft

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 
 from mechdsl.base import limits
-from mechdsl.base.source import Reach, Source
+from mechdsl.base.source import AllowedFolders, Source
+from mechdsl.checks.file_check import check_source
 from mechdsl.prompts import data_files
-from mechdsl.prompts.data_files import DataFile
-from mechdsl.prompts.hub_datasets import read_dataset
+from mechdsl.prompts.data_files import DataFile, read_dataset
 from mechdsl.syntax import ast
-from mechdsl.validate.check_file import check_source
 
 from .support import blocks
 
@@ -55,7 +54,9 @@ def flat(path: Path, records: list[dict[str, Any]]) -> None:
     parquet.write_table(pa.Table.from_pylist(records), str(path))
 
 
-def read(folder: Path, what: str, reach: Reach | None = None) -> tuple[DataFile | None, list[str]]:
+def read(
+    folder: Path, what: str, reach: AllowedFolders | None = None
+) -> tuple[DataFile | None, list[str]]:
     text = f'prompts p {{ rows {what} template "{{input}}" }}'
     (block,) = blocks(text, folder / "a.mech").values()
     assert isinstance(block.rows, ast.Call)
@@ -184,7 +185,7 @@ def test_an_untrusted_file_stays_in_its_folder(tmp_path: Path) -> None:
     (tmp_path / "in" / "pairs").mkdir(parents=True)
     (tmp_path / "in" / "pairs" / "train.parquet").symlink_to(tmp_path / "secret.parquet")
     flat(tmp_path / "secret.parquet", TRAIN)
-    reach = Reach(reads=((tmp_path / "in").resolve(),), writes=())
+    reach = AllowedFolders(reads=((tmp_path / "in").resolve(),), writes=())
     for path in ("../outside", "pairs"):
         found, (problem,) = read(tmp_path / "in", f'hf_dataset("{path}", split: "train")', reach)
         assert found is None

@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.prompts.answers import numerals, text_tokens
-from mechdsl.prompts.position_hits import hit_texts
-from mechdsl.prompts.positions import resolve_positions
-from mechdsl.prompts.prompt_table import PromptTable
-from mechdsl.prompts.replaced_text import replace_tokens
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.prompts.answers import numeral_tokens, text_tokens
+from mechdsl.prompts.positions.cells import hit_texts, resolve_positions
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.table import replace_tokens
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 from .support import build, metric_text, positions, table
 
@@ -122,7 +121,7 @@ def test_blocks(words: TextTokenizer, lines: list[str], template: str, limit: in
                 assert all(0 <= s.start <= s.end <= len(row.text) for s in row.spans)
         found, problems = text_tokens(made, metric_text("answer"), tokenizer=words)
         assert bool(found) != has_errors(problems)
-        ids, problems = numerals(made, range(6), tokenizer=words)
+        ids, problems = numeral_tokens(made, range(6), tokenizer=words)
         assert bool(ids) != has_errors(problems)
 
 

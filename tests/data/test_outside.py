@@ -9,11 +9,11 @@ from itertools import permutations
 import pytest
 
 from mechdsl.base.source import Source
-from mechdsl.syntax.changes import SIGNATURES
-from mechdsl.syntax.format.file import format_file
-from mechdsl.syntax.parse import parse
-from mechdsl.syntax.reserved import CHANGE_WORDS
-from mechdsl.validate.check_file import check_source
+from mechdsl.checks.file_check import check_source
+from mechdsl.syntax.formatter import format_file
+from mechdsl.syntax.frontend import parse
+from mechdsl.syntax.tree_builder import CHANGE_SIGNATURES
+from mechdsl.syntax.words import CHANGE_WORDS
 from mechdsl.vocab.corruptions import CHANGES
 
 FILE = """mech 1
@@ -43,7 +43,7 @@ def _entries() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
     importlib.import_module("tests.data.shout")
     yield
     for word in ("shout", "erase"):  # other tests look at the language as it is
-        del CHANGES._entries[word], SIGNATURES[word]  # pyright: ignore[reportPrivateUsage]
+        del CHANGES._entries[word], CHANGE_SIGNATURES[word]  # pyright: ignore[reportPrivateUsage]
         CHANGE_WORDS.discard(word)
 
 

@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechdsl.prompts.position_hits import check_joined, hit_texts
-from mechdsl.prompts.positions import resolve_positions
-from mechdsl.prompts.prompt_table import PromptTable
-from mechdsl.prompts.replaced_text import replace_tokens
-from mechdsl.prompts.span_tokens import TokenMap
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.prompts.positions.cells import check_token_counts, hit_texts, resolve_positions
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import TokenMap
+from mechdsl.prompts.table import replace_tokens
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 from .support import cells, hit, positions, table
 
@@ -379,14 +378,14 @@ class TestJoined:
         for text, wrong in (("last-item of part1 token", []), ("part1 tokens", ["E0307"])):
             base = cells(text, parts, words, run="fewer")
             source = cells(text, parts, words)
-            assert [d.code for d in check_joined(base, source)] == wrong
+            assert [d.code for d in check_token_counts(base, source)] == wrong
 
     def test_rows_that_dropped_out_do_not_count(
         self, parts: PromptTable, words: TextTokenizer
     ) -> None:
         source = cells("each item of part1 token", parts, words)
         base = cells("each item of part1 token", parts, words, run="fewer")
-        assert not check_joined(base, source[: len(base)])
+        assert not check_token_counts(base, source[: len(base)])
 
 
 class TestReplace:

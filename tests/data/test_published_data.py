@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.prompts.position_hits import hit_texts
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.prompts.positions.cells import hit_texts
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 from .support import build, cells, hit
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from mechdsl.base.reply import Reply
-from mechdsl.prompts.answers import numerals, text_tokens
-from mechdsl.prompts.prompt_table import PromptTable
-from mechdsl.prompts.replies_behind import alone, with_replies, with_stand_ins
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.prompts.answers import numeral_tokens, text_tokens
+from mechdsl.prompts.other_runs import add_replies, add_stand_in_replies, remove_replies
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
+from mechdsl.vocab.metrics import Reply
 
 from . import support
 from .tokenizers import BY_NAME
@@ -43,9 +43,9 @@ def test_tokens_stay_as_they_were_written(name: str) -> None:
     tokenizer = BY_NAME[name].wrapped()
     made = table(tokenizer)
     replies = written(tokenizer, made)
-    found, problems = with_replies(made, replies, tokenizer, SAID)
+    found, problems = add_replies(made, replies, tokenizer, SAID)
     assert not [each for each in problems if each.severity == "error"]
-    assert alone(found) is made
+    assert remove_replies(found) is made
     assert found.behind == SAID
     assert found.row_ids == (made.row_ids[0], made.row_ids[2])
     assert found.row_keys == (made.row_keys[0], made.row_keys[2])
@@ -81,7 +81,7 @@ def test_texts_go_on_behind_the_reply(name: str) -> None:
     kind = BY_NAME[name]
     tokenizer = kind.wrapped()
     made = table(tokenizer)
-    found, _ = with_replies(made, written(tokenizer, made), tokenizer, SAID)
+    found, _ = add_replies(made, written(tokenizer, made), tokenizer, SAID)
     assert found.moved_text == made.moved_text
     for row in found.runs["clean"].rows:
         whole = kind.backend().encode(
@@ -94,7 +94,7 @@ def test_texts_go_on_behind_the_reply(name: str) -> None:
     assert [t.ids for t in evaluated] == [
         row.texts["answer"].ids for row in found.runs["clean"].rows
     ]
-    ids, problems = numerals(found, [7], tokenizer=tokenizer)
+    ids, problems = numeral_tokens(found, [7], tokenizer=tokenizer)
     assert not problems
     seven = next(row for row in made.runs["clean"].rows if row.values["n"] == 7)
     assert ids == seven.texts["answer"].ids
@@ -104,7 +104,7 @@ def test_no_word_of_an_answer_stands_there() -> None:
     """Nobody wrote it, though all answers begin with it."""
     tokenizer = BY_NAME["gpt2"].wrapped()
     made = support.table(NUMBERS.replace('" {n}"', '" the {n}"'), tokenizer, writes=True)
-    found, _ = with_replies(made, written(tokenizer, made), tokenizer, SAID)
+    found, _ = add_replies(made, written(tokenizer, made), tokenizer, SAID)
     assert found.moved == ()
 
 
@@ -119,14 +119,14 @@ def test_an_answer_is_spelt_as_behind_the_reply() -> None:
     )
     ids = tokenizer.encode(f" {whole[0]}", False).ids
     replies = {row: Reply(ids, tokenizer.decode(ids), "length") for row in made.row_ids}
-    _, problems = with_replies(made, replies, tokenizer, SAID)
+    _, problems = add_replies(made, replies, tokenizer, SAID)
     assert [each.code for each in problems] == ["W0703"]
 
 
 def test_nothing_is_known_before() -> None:
     tokenizer = BY_NAME["gpt2-prefixed"].wrapped()
     made = table(tokenizer)
-    found = with_stand_ins(made, SAID, 4)
+    found = add_stand_in_replies(made, SAID, 4)
     for row, before in zip(found.runs["other"].rows, made.runs["other"].rows, strict=True):
         assert len(row.ids) == len(before.ids) + 4
         assert row.reply is not None
@@ -140,7 +140,7 @@ def test_an_empty_reply_is_one() -> None:
     tokenizer = BY_NAME["gpt2-prefixed"].wrapped()
     made = table(tokenizer)
     replies = {row: Reply((), "", "end") for row in made.row_ids}
-    found, _ = with_replies(made, replies, tokenizer, SAID)
+    found, _ = add_replies(made, replies, tokenizer, SAID)
     assert [row.ids for row in found.runs["clean"].rows] == [
         row.ids for row in made.runs["clean"].rows
     ]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechdsl.prompts.prompt_table import PromptTable
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 from .. import fruit
 from .support import build, table
@@ -540,7 +540,7 @@ class TestHugeThings:
     def test_conditions_that_nothing_fulfils_are_given_up(
         self, words: TextTokenizer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("mechdsl.base.limits.TRIED", 500)
+        monkeypatch.setattr("mechdsl.base.limits.COMBINATIONS", 500)
         text = 'a in 0..1000000 b in 0..1000000 where a = b template "{a} {b}"'
         assert codes(text, words, limit=10) == ["E0506"]
 

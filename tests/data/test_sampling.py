@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechdsl.prompts.seeded_draws import Permutation, stable_hash
+from mechdsl.base.hashing import Permutation, stable_hash
 
 
 @settings(deadline=None)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.prompts.build_table import build_table
-from mechdsl.prompts.positions import resolve_positions
-from mechdsl.prompts.prompt_table import PromptTable
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.prompts.positions.cells import resolve_positions
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.table import build_table
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 from .support import blocks, positions
 

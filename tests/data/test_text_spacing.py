@@ -10,8 +10,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from mechdsl.prompts.answers import text_tokens
-from mechdsl.prompts.text_spacing import spacing_problem
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer, spacing_problem
 
 from . import support
 from .support import build, metric_text, wrapped

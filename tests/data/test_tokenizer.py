@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from mechdsl.prompts.prompt_table import RunRow
-from mechdsl.prompts.span_tokens import TokenMap
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.prompts.runs import RunRow, TokenMap
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 from . import support
 

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 import mechdsl
 from mechdsl import cli
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.prompts.positions import resolve_positions
-from mechdsl.prompts.prompt_table import PromptTable
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.prompts.positions.cells import resolve_positions
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 from . import support
 from .tokenizers import (

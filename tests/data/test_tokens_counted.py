@@ -10,10 +10,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.prompts.build_table import build_table
-from mechdsl.prompts.tokenizer import TextTokenizer
-from mechdsl.validate.check_file import check_source
+from mechdsl.prompts.table import build_table
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 from .support import blocks, build, table, wrapped
 

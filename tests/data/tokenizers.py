@@ -27,7 +27,7 @@ from tokenizers import (
     trainers,
 )
 
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 from .support import wrapped
 

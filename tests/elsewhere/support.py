@@ -11,9 +11,9 @@ import numpy as np
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.pipeline.options import RunOptions
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
-from mechdsl.statistics.measure_data import MeasureData
+from mechdsl.statistics.measurements import MeasureData
 
 from ..execute.support import (
     PROMPTS,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.pipeline.options import RunOptions
 
 from ..execute.support import DIFFERENCE, MODES, ROWS, experiment, prompts
 from ..quick import in_turn

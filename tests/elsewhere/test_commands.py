@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from mechdsl.cli import app
+from mechdsl.cli.entry import app
 
 from ..fruit import FRUIT
 

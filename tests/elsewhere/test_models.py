@@ -281,8 +281,8 @@ def test_models_of_other_sizes_or_tokens(folder: Path) -> None:
 
 def test_checkpoints_share_their_tokenizer_and_prompts(folder: Path) -> None:
     from mechdsl.base.source import Source
+    from mechdsl.checks.file_check import check_source
     from mechdsl.diagnostics.core import has_errors
-    from mechdsl.validate.check_file import check_source
 
     from ..execute.support import PROMPTS
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.validate.check_file import check_source
 
 from ..execute.support import (
     DIFFERENCE,

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.render import render_full
-from mechdsl.results.blocks_beside import OfBlock, side_by_side
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.results.assembly.combination import PromptSetResult, merge_prompt_sets, merge_variants
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.variants import merged
-from mechdsl.validate.check_file import check_source
 
 from ..execute.support import (
     MODES,
@@ -217,9 +216,10 @@ def made(rows: int, shift: float, seed: int, block: str) -> ExperimentResult:
 
 def both(left: ExperimentResult, right: ExperimentResult, *expects: str) -> ExperimentResult:
     parts = [
-        OfBlock((("prompts", name),), name, each) for name, each in (("a", left), ("b", right))
+        PromptSetResult((("prompts", name),), name, each)
+        for name, each in (("a", left), ("b", right))
     ]
-    return synthetic.finished(merged(side_by_side(parts)), *expects, resamples=4000)
+    return synthetic.finished(merge_variants(merge_prompt_sets(parts)), *expects, resamples=4000)
 
 
 def test_intervals_are_those_of_a_block_alone() -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import mechdsl
-from mechdsl.prompts.other_blocks import dealt
-from mechdsl.prompts.row_content import ByContent
+from mechdsl.prompts.data_files import RecordOrder
+from mechdsl.prompts.other_runs import deal_rows
 
 from ..execute.support import DIFFERENCE, MODES, ROWS, experiment, prompts, write_rows
 from ..quick import in_turn
@@ -33,8 +33,8 @@ def test_what_is_read_is_the_row_that_is_dealt(folder: Path, family: str, mode: 
     assert said["rows of q shuffled"] == "dealt by a seeded shuffle to those of `p`"
     assert "rows of q" not in said
     number = list(range(len(ROWS)))
-    content = ByContent(ROWS)
-    order = [content.order[n] for n in dealt(content.rank, 0, "p", "q")]
+    content = RecordOrder(ROWS)
+    order = [content.order[n] for n in deal_rows(content.rank, 0, "p", "q")]
     assert sorted(order) == number
     assert order != number
     for name, theirs in (("paired", number), ("shuffled", order)):
@@ -61,21 +61,21 @@ def test_the_order_of_a_data_file_changes_no_pair(tmp_path: Path, limit: str) ->
 
 def test_a_shuffle_is_a_permutation_that_hangs_on_the_row_alone() -> None:
     rows = list(range(0, 600, 3))
-    pairs = dict(zip(rows, dealt(rows, 0, "a", "b"), strict=True))
+    pairs = dict(zip(rows, deal_rows(rows, 0, "a", "b"), strict=True))
     assert sorted(pairs.values()) == rows
     turned = rows[::-1]
-    assert dict(zip(turned, dealt(turned, 0, "a", "b"), strict=True)) == pairs
+    assert dict(zip(turned, deal_rows(turned, 0, "a", "b"), strict=True)) == pairs
     assert sum(a == b for a, b in pairs.items()) < 6  # 1 is expected
     correlation = np.corrcoef(list(pairs), list(pairs.values()))[0, 1]
     assert abs(correlation) < 0.25
     for other in ((1, "a", "b"), (0, "a", "c"), (0, "b", "a")):
         seed, *names = other
-        assert dealt(rows, seed, *names) != list(pairs.values())
+        assert deal_rows(rows, seed, *names) != list(pairs.values())
 
 
 def test_every_partner_is_as_likely() -> None:
     """Over seeds; 3 rows have 6 orders."""
-    count = Counter(tuple(dealt([4, 7, 9], seed, "a", "b")) for seed in range(1200))
+    count = Counter(tuple(deal_rows([4, 7, 9], seed, "a", "b")) for seed in range(1200))
     assert len(count) == 6
     expected = 1200 / 6
     assert sum((n - expected) ** 2 / expected for n in count.values()) < 20.5  # p = 0.001, df 5

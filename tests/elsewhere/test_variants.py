@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mechdsl.base.source import Source
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.validate.check_file import check_source
+from mechdsl.checks.file_check import check_source
+from mechdsl.pipeline.options import RunOptions
 
 from ..execute.support import DIFFERENCE, MODES, PROMPTS, ROWS, experiment, prompts
 from ..quick import in_turn

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from mechdsl.checks.file_check import CheckSettings
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.execute.options import Options
-from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.pipeline.options import RunOptions
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
-from mechdsl.validate.check_file import Settings
 
 from . import support
 
@@ -44,14 +44,14 @@ def many(cases: st.SearchStrategy[Any], count: int) -> Callable[..., Any]:
 
 
 def both_ways(
-    run: Run, off: frozenset[str], folder: Path, execution: Options | None = None
+    run: Run, off: frozenset[str], folder: Path, execution: ExecutionOptions | None = None
 ) -> tuple[FileResult, FileResult] | None:
     """What a file gives in whole passes, and as planned without some passes of the planner; it
     leaves the same files in the folder. None where both are refused, with the same words."""
-    python = Settings(python="run")
+    python = CheckSettings(python="run")
     plain, problems = run(replace(support.WITHOUT_PLAN, settings=python))
     files = _taken_away(folder)
-    own = RunOptions(without=off, settings=python, execution=execution or Options())
+    own = RunOptions(without=off, settings=python, execution=execution or ExecutionOptions())
     planned, again = run(own)
     assert [(d.code, d.message) for d in problems] == [(d.code, d.message) for d in again]
     if plain is None or planned is None:

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.execute.options import Options
-from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.pipeline.options import RunOptions
 from mechdsl.results.experiment_result import FileResult
 
 from ..run_source import run_source
@@ -52,7 +52,7 @@ def run(
     text: str, *, allow_nan: bool = False, whole: bool = False
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     """whole: on the model as it was published."""
-    options = RunOptions(execution=Options(allow_nan=allow_nan))
+    options = RunOptions(execution=ExecutionOptions(allow_nan=allow_nan))
     return run_source(Source(HEAD + text), options, {} if whole else {"toy": broken()})
 
 

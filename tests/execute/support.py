@@ -16,24 +16,23 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mechdsl.base.source import Source, Span
+from mechdsl.checks.file_check import CheckedFile, check_source
 from mechdsl.diagnostics.core import Diagnostic, has_errors
-from mechdsl.diagnostics.render import render_full
-from mechdsl.execute.execute import Execution, execute
-from mechdsl.execute.options import Options
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.loading.load import adopt
-from mechdsl.pipeline.compute import run_checked
-from mechdsl.pipeline.run_file import run_file as way_of_a_file
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.plan.make_plan import make_plan
-from mechdsl.plan.passes import NAMES
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.execute.run.panel import Execution, execute
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading.loader import adopt_model
+from mechdsl.pipeline.computation import run_checked
+from mechdsl.pipeline.file_run import run_file as way_of_a_file
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.passes import PASS_NAMES, make_plan
 from mechdsl.program import spec
-from mechdsl.resolve.resolved import ModelContext
-from mechdsl.results.denominators import check_denominators
+from mechdsl.resolve.types import ModelContext
+from mechdsl.results.assembly.collection import check_denominators
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
-from mechdsl.statistics.measure_data import MeasureData
+from mechdsl.statistics.measurements import MeasureData
 from mechdsl.store.runs import OpenRun
-from mechdsl.validate.check_file import Checked, check_source
 
 from ..models import families
 from ..reference.forward import Place, Write, forward, side_by_side
@@ -124,14 +123,14 @@ WIDER = {
 }
 """Factors on weights, so that no head is drowned by the MLPs."""
 
-EVERY_PASS = frozenset(NAMES)
+EVERY_PASS = frozenset(PASS_NAMES)
 WITHOUT_PLAN = RunOptions(without=EVERY_PASS)
 """Whole padded passes over the rows of one cell: what the plan is held against."""
 MODES: dict[str, RunOptions] = {
     "plain": WITHOUT_PLAN,
     "planned": RunOptions(),
-    "padded on the right": RunOptions(execution=Options(side="right")),
-    "small passes": RunOptions(execution=Options(pass_tokens=40, prompt_tokens=20)),
+    "padded on the right": RunOptions(execution=ExecutionOptions(side="right")),
+    "small passes": RunOptions(execution=ExecutionOptions(pass_tokens=40, prompt_tokens=20)),
 }
 
 
@@ -307,13 +306,13 @@ def is_shared(module: Any) -> bool:
 @cache
 def shared(module: Any, name: str = "m") -> LoadedModel:
     """A model that no test changes, taken apart and checked once."""
-    model, diagnostics = adopt(name, module, word_tokenizer())
+    model, diagnostics = adopt_model(name, module, word_tokenizer())
     assert model is not None, render_full(diagnostics, color=False, width=100)
     assert model.restartable
     return model
 
 
-def check_file(text: str, folder: Path, model: LoadedModel, prompts: str = PROMPTS) -> Checked:
+def check_file(text: str, folder: Path, model: LoadedModel, prompts: str = PROMPTS) -> CheckedFile:
     """Experiments (`text`), checked once to be run in several ways."""
     whole = f'mech 1\nmodel m = local("handed over")\n{prompts}\n{text}'
     source = Source(whole, folder / "file.mech")
@@ -325,10 +324,10 @@ def check_file(text: str, folder: Path, model: LoadedModel, prompts: str = PROMP
 
 
 def execute_file(
-    checked: Checked,
+    checked: CheckedFile,
     model: LoadedModel,
     without: Iterable[str] = (),
-    options: Options | None = None,
+    options: ExecutionOptions | None = None,
 ) -> Execution:
     """Run checked experiments without some passes."""
     plan = make_plan(checked.experiments, without=frozenset(without))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.validate.check_file import check_source
 
 from ..run_source import run_source
 

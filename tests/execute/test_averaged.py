@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mechdsl.results.averaged import averaged
-from mechdsl.statistics.measure_data import DrawnValues
+from mechdsl.results.assembly.combination import average_over_axis
+from mechdsl.statistics.measurements import RandomControlValues
 
 from ..quick import in_turn
 from ..rules.support import QUICK, experiment, run_file, try_file, write_data
@@ -106,9 +106,9 @@ def test_what_goes_with_the_values(folder: Path) -> None:
     made = replace(
         every,
         measures=(replace(data, rounding=rounding, inert=inert, gaps=gaps, seen=seen),),
-        drawn=DrawnValues((draws,), counts, 3, "random heads"),
+        drawn=RandomControlValues((draws,), counts, 3, "random heads"),
     )
-    found = averaged(made, "item")
+    found = average_over_axis(made, "item")
     mean = found.measures[0]
     assert mean.inert.tolist() == [False, True]
     assert mean.gaps == ("", "not measured")

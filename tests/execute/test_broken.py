@@ -18,21 +18,19 @@ import pytest
 import torch
 from torch import Tensor
 
-import mechdsl.execute.patched_rows
-import mechdsl.execute.writes
-import mechdsl.packed.packed_frame
-import mechdsl.packed.packed_pass
-import mechdsl.plan.experiment_plan
-import mechdsl.plan.share
-from mechdsl.execute.readout import Reading
-from mechdsl.execute.writes import build_writes
-from mechdsl.hooks.attention_functions import attend
-from mechdsl.hooks.batch import Batch, gather
-from mechdsl.hooks.reads_and_writes import SiteWrite
-from mechdsl.packed.activation_cache import ActivationCache
-from mechdsl.packed.packed_pass import run_packed
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.plan.restart import BlockWork, block_work
+import mechdsl.execute.patching.rows
+import mechdsl.execute.patching.writes
+import mechdsl.forward.packed.packed_pass
+import mechdsl.planner.cost
+import mechdsl.planner.plan
+from mechdsl.execute.measurement.readout import ReadoutInput
+from mechdsl.execute.patching.writes import build_writes
+from mechdsl.forward.hooks.attention import attend
+from mechdsl.forward.hooks.batch import Batch, SiteWrite, gather_vectors
+from mechdsl.forward.packed.activation_cache import ActivationCache
+from mechdsl.forward.packed.packed_pass import run_packed
+from mechdsl.models.restart import BlockWork, block_work
+from mechdsl.pipeline.options import RunOptions
 
 from ..quick import in_turn
 from ..reference.points import Point
@@ -109,21 +107,21 @@ def swapped_rows(*args: Any, **named: Any) -> list[SiteWrite]:
 def test_wrong_writes_are_noticed(
     folder: Path, mode: str, broken: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mechdsl.execute.writes, "build_writes", broken)
+    monkeypatch.setattr(mechdsl.execute.patching.writes, "build_writes", broken)
     with pytest.raises(AssertionError, match="off by"):
         compare(folder, mode)
 
 
 def early(read: Any, batch: Batch, rows: Any, positions: Any, units: Any) -> Any:
     """Reads one token too early."""
-    return gather(read, batch, rows, positions - 1, units)
+    return gather_vectors(read, batch, rows, positions - 1, units)
 
 
 @pytest.mark.parametrize("mode", list(MODES))
 def test_a_read_at_the_wrong_token_is_noticed(
     folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mechdsl.execute.writes, "gather", early)
+    monkeypatch.setattr(mechdsl.execute.patching.writes, "gather_vectors", early)
     with pytest.raises(AssertionError, match="off by"):
         compare(folder, mode)
 
@@ -142,7 +140,7 @@ def test_values_that_are_off_by_a_little_are_noticed(
             replace(w, values=w.values.to(torch.bfloat16)) for w in build_writes(*args, **named)
         ]
 
-    monkeypatch.setattr(mechdsl.execute.writes, "build_writes", rough)
+    monkeypatch.setattr(mechdsl.execute.patching.writes, "build_writes", rough)
     with pytest.raises(AssertionError, match="off by"):
         compare(folder, "planned")
 
@@ -288,7 +286,7 @@ def less_work(change: Callable[[list[BlockWork]], list[BlockWork]]) -> Broken:
     def broken(*args: Any, **others: Any) -> Iterator[BlockWork]:
         return iter(change(list(block_work(*args, **others))))
 
-    return inside(mechdsl.packed.packed_frame, "block_work", broken)
+    return inside(mechdsl.forward.packed.packed_pass, "block_work", broken)
 
 
 def nothing(work: BlockWork) -> BlockWork:
@@ -341,7 +339,7 @@ def first_tokens_positions(value: Any, index: Any, size: int) -> Any:
     return ORIGINAL_SELECTED(value, torch.arange(len(index)), size)
 
 
-ORIGINAL_SELECTED = mechdsl.packed.packed_pass._selected
+ORIGINAL_SELECTED = mechdsl.forward.packed.packed_pass._select_tokens
 
 
 def unmasked(*args: Any, **others: Any) -> None:
@@ -355,7 +353,9 @@ def columns_without_padding(self: Any, rows: Any, positions: Any) -> Any:
 
 def forgotten_padding(*args: Any, **others: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mechdsl.packed.packed_frame.PromptColumns, "of", columns_without_padding)
+        patch.setattr(
+            mechdsl.forward.packed.packed_pass.PromptColumns, "of", columns_without_padding
+        )
         return run_packed(*args, **others)
 
 
@@ -381,9 +381,9 @@ BREAKS: dict[str, Broken] = {
     "stale MLP": without_part("mlp"),
     "stale input": less_work(carried_nowhere),
     "positions of other tokens": inside(
-        mechdsl.packed.packed_pass, "_selected", first_tokens_positions
+        mechdsl.forward.packed.packed_pass, "_select_tokens", first_tokens_positions
     ),
-    "no mask": inside(mechdsl.packed.packed_pass, "attend", unmasked),
+    "no mask": inside(mechdsl.forward.packed.packed_pass, "attend", unmasked),
     "forgotten padding": forgotten_padding,
 }
 NOT_IN: dict[str, str] = {"positions of other tokens": "gpt2"}
@@ -403,14 +403,14 @@ def test_broken_packed_rows_are_noticed(
 ) -> None:
     if NOT_IN.get(name) == family:
         return
-    monkeypatch.setattr(mechdsl.execute.patched_rows, "run_packed", BREAKS[name])
+    monkeypatch.setattr(mechdsl.execute.patching.rows, "run_packed", BREAKS[name])
     assert off_by(folder, family) > 10 * ABSOLUTE
 
 
 def test_a_prompt_that_a_row_does_not_fit_in_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mechdsl.execute.patched_rows, "run_packed", next_lanes)
+    monkeypatch.setattr(mechdsl.execute.patching.rows, "run_packed", next_lanes)
     with pytest.raises((IndexError, ValueError)):
         off_by(folder, FAMILY)
 
@@ -420,8 +420,8 @@ def test_a_prompt_that_a_row_does_not_fit_in_is_refused(
 
 def test_too_high_a_lowest_block_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What rows would start from wasn't kept: no number comes out."""
-    original = mechdsl.plan.experiment_plan._lowest
-    monkeypatch.setattr(mechdsl.plan.experiment_plan, "_lowest", lambda *args: original(*args) + 1)
+    original = mechdsl.planner.plan._lowest
+    monkeypatch.setattr(mechdsl.planner.plan, "_lowest", lambda *args: original(*args) + 1)
     with pytest.raises((KeyError, AssertionError)) as found:
         numbers(folder, FAMILY, RunOptions())
     assert "off by" not in str(found.value)
@@ -429,7 +429,7 @@ def test_too_high_a_lowest_block_is_refused(folder: Path, monkeypatch: pytest.Mo
 
 def other_without(patch: pytest.MonkeyPatch, name: str, folder: Path, text: str) -> None:
     """The numbers of a file are others where rows are told apart without one part of their key."""
-    original = mechdsl.plan.share.Sharer._rule
+    original = mechdsl.planner.cost.RowSharer._rule
 
     def blurred(self: Any, plan: Any, rule: Any) -> Any:
         key = original(self, plan, rule)
@@ -437,7 +437,7 @@ def other_without(patch: pytest.MonkeyPatch, name: str, folder: Path, text: str)
 
     plain = numbers(folder, FAMILY, MODES["plain"], text)
     np.testing.assert_allclose(numbers(folder, FAMILY, RunOptions(), text), plain, atol=ABSOLUTE)
-    patch.setattr(mechdsl.plan.share.Sharer, "_rule", blurred)
+    patch.setattr(mechdsl.planner.cost.RowSharer, "_rule", blurred)
     found = numbers(folder, FAMILY, RunOptions(), text)
     assert np.abs(found - plain).max() > 10 * ABSOLUTE
 
@@ -496,17 +496,17 @@ def test_rows_that_are_not_inert_are_noticed(folder: Path, monkeypatch: pytest.M
     def every(self: Any, rows: Any) -> Any:
         return np.ones(len(rows), dtype=bool)
 
-    monkeypatch.setattr(mechdsl.plan.experiment_plan.ExperimentPlan, "is_inert", every)
+    monkeypatch.setattr(mechdsl.planner.plan.ExperimentPlan, "is_inert", every)
     with pytest.raises(AssertionError, match="off by"):
         compare(folder, "planned")
 
 
 def test_another_tokens_logit_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def next_one(self: Reading, ids: Tensor) -> Tensor:
+    def next_one(self: ReadoutInput, ids: Tensor) -> Tensor:
         if self.tokens is None:
             return ids
         return (torch.searchsorted(self.tokens, ids) + 1) % len(self.tokens)
 
-    monkeypatch.setattr(Reading, "columns", next_one)
+    monkeypatch.setattr(ReadoutInput, "columns", next_one)
     with pytest.raises(AssertionError):
         compare(folder, "planned")

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mechdsl.execute.execute import Execution, execute
-from mechdsl.graph.nodes import ForwardNode, Graph, Node, ReadNode, rewritten
-from mechdsl.plan.make_plan import graph_of_file, plan_graph
-from mechdsl.resolve.resolved_rule import ResolvedRule
-from mechdsl.results.denominators import check_denominators
+from mechdsl.execute.run.panel import Execution, execute
+from mechdsl.planner.graph import ForwardNode, Graph, Node, ReadNode, map_nodes
+from mechdsl.planner.passes import build_file_graph, plan_graph
+from mechdsl.resolve.types import ResolvedRule
+from mechdsl.results.assembly.collection import check_denominators
 
 from .support import DIFFERENCE, EVERY_PASS, adopted, check_file, experiment
 
@@ -26,7 +26,7 @@ PASSES = pytest.mark.parametrize("without", [frozenset[str](), EVERY_PASS], ids=
 def graph(folder: Path, *lines: str) -> Graph:
     """The graph of one experiment."""
     text = experiment("e", *FROM, *lines, DIFFERENCE)
-    return graph_of_file(check_file(text, folder, adopted(FAMILY)).experiments)
+    return build_file_graph(check_file(text, folder, adopted(FAMILY)).experiments)
 
 
 def run(made: Graph, without: frozenset[str]) -> Execution:
@@ -50,7 +50,7 @@ def reading(made: Graph, change: Callable[[ReadNode], ReadNode]) -> Graph:
     def changed(node: Node) -> Node:
         return change(node) if isinstance(node, ReadNode) else node
 
-    return rewritten(made, changed)
+    return map_nodes(made, changed)
 
 
 @PASSES
@@ -75,7 +75,7 @@ def test_without_a_write_the_file_has_no_such_rule(
         return replace(node, writes=(first,))
 
     expected = run(graph(folder, FIRST), without)
-    equal(run(rewritten(both, drop), without), expected)
+    equal(run(map_nodes(both, drop), without), expected)
     values = run(both, without).measured["e"].patched[0]
     assert not np.array_equal(values, expected.measured["e"].patched[0]), "it does something"
 
@@ -92,7 +92,7 @@ def test_writes_take_place_in_the_order_of_the_graph(folder: Path, without: froz
     def turned(node: Node) -> Node:
         return replace(node, writes=node.writes[::-1]) if isinstance(node, ForwardNode) else node
 
-    equal(run(rewritten(made, turned), without), run(other, without))
+    equal(run(map_nodes(made, turned), without), run(other, without))
     (first,), (second,) = (run(each, without).measured["e"].patched for each in (made, other))
     assert not np.array_equal(first, second)
 

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import mechdsl
-from mechdsl.loading.load import adopt
-from mechdsl.plan.passes import NAMES
+from mechdsl.loading.loader import adopt_model
+from mechdsl.planner.passes import PASS_NAMES
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..families.build import VOCABULARY
@@ -108,7 +108,7 @@ def test_one_output_is_that_of_plain_hooks(family: str, site: str, tmp_path: Pat
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_whole_passes_give_the_same(family: str, tmp_path: Path) -> None:
     site = "mlp_out"
-    whole = ran(family, OF_PROMPTS[family], BOTH, f"{site} layer *", tmp_path, no_pass=NAMES)
+    whole = ran(family, OF_PROMPTS[family], BOTH, f"{site} layer *", tmp_path, no_pass=PASS_NAMES)
     held(whole, family, OF_PROMPTS[family], site)
 
 
@@ -123,7 +123,7 @@ def test_labels_of_tokens_are_those_of_plain_hooks(family: str, tmp_path: Path) 
 def test_nothing_is_read_between_the_last_block_and_the_choice_of_a_token() -> None:
     """ModernBERT has a last norm there."""
     module = classifier("modernbert", OF_PROMPTS["modernbert"])[1]
-    model, _ = adopt("m", module, classifiers.tokenizer())
+    model, _ = adopt_model("m", module, classifiers.tokenizer())
     assert model is not None
     assert "final_norm" not in model.shape.sites
     assert "goes on by itself" in model.anatomy.without["final_norm"]
@@ -132,7 +132,7 @@ def test_nothing_is_read_between_the_last_block_and_the_choice_of_a_token() -> N
 def test_passes_of_the_planner_serve_them() -> None:
     """Rows that start where they are changed give what whole passes do, of both kinds."""
     for family, build in OF_PROMPTS.items():
-        model, found = adopt("m", classifier(family, build)[1], classifiers.tokenizer())
+        model, found = adopt_model("m", classifier(family, build)[1], classifiers.tokenizer())
         assert found == []
         assert model is not None
         assert model.restartable
@@ -313,7 +313,7 @@ def test_packed_rows_read_the_token_that_whole_passes_do(tmp_path: Path) -> None
     kinds = (PooledForSequenceClassification, "w9 <pad>"), (VeryLastForSequenceClassification, "w9")
     for kind, end in kinds:
         packed = of_pooled(kind, end, tmp_path).measures[0].patched
-        whole = of_pooled(kind, end, tmp_path, no_pass=NAMES).measures[0].patched
+        whole = of_pooled(kind, end, tmp_path, no_pass=PASS_NAMES).measures[0].patched
         assert packed == pytest.approx(whole, abs=1e-5)
         assert abs(whole - whole[0]).max() > 0.02
 
@@ -328,7 +328,7 @@ def test_which_last_token_a_model_reads_is_found() -> None:
         (PooledForSequenceClassification, 0),
         (VeryLastForSequenceClassification, None),
     ):
-        model, found = adopt("m", pooled(kind), classifiers.tokenizer())
+        model, found = adopt_model("m", pooled(kind), classifiers.tokenizer())
         assert model is not None, found
         assert model.calling.reads == "last token"
         assert model.calling.skips == skips

@@ -8,19 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-import mechdsl.execute.patched_rows
+import mechdsl.execute.patching.rows
 import mechdsl.execute.unpatched_runs
-from mechdsl.execute import patched_rows, path_patching
-from mechdsl.execute.options import Options
-from mechdsl.execute.profile import Profile
-from mechdsl.hooks.batch import Batch
-from mechdsl.packed.packed_pass import PackedResult, run_packed
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.plan.cost import Cost
-from mechdsl.plan.passes import NAMES, PASSES
-from mechdsl.plan.plan import Plan
-from mechdsl.plan.savings import PlanCost, plan_cost
-from mechdsl.validate.check_file import Settings
+from mechdsl.checks.file_check import CheckSettings
+from mechdsl.execute.patching import rows
+from mechdsl.execute.run_record import ExecutionOptions, ExecutionProfile
+from mechdsl.forward.hooks.batch import Batch
+from mechdsl.forward.packed.packed_pass import PackedResult, run_packed
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.cost import Cost
+from mechdsl.planner.passes import PASS_NAMES, PASSES, PlanCost, plan_cost
+from mechdsl.planner.plan import Plan
 
 from .support import DIFFERENCE, bare, experiment, run_file
 
@@ -50,7 +48,7 @@ def costs(
         done.append(run_packed(*args, **kwargs))
         return done[-1]
 
-    monkeypatch.setattr(mechdsl.execute.patched_rows, "run_packed", counted)
+    monkeypatch.setattr(mechdsl.execute.patching.rows, "run_packed", counted)
     options = RunOptions(without=without, on_profile=lambda plan, _: plans.append(plan))
     run_file(text, folder, bare(family), options)
     return plan_cost(plans[0]), done
@@ -123,7 +121,7 @@ def test_whole_passes_of_paths_are_those_of_the_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     tokens: list[int] = []
-    for module in (patched_rows, path_patching):
+    for module in (rows, rows):
         real = module.run_whole
 
         def counted(model: Any, batch: Batch, *given: Any, real: Any = real, **named: Any) -> Any:
@@ -158,7 +156,7 @@ def test_every_pass_has_a_line_and_none_costs(
 
 def test_a_pass_that_is_off_saves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = experiment("e", "prompts p", FROM, HEADS, DIFFERENCE)
-    planned, _ = costs(text, folder, monkeypatch, frozenset(NAMES))
+    planned, _ = costs(text, folder, monkeypatch, frozenset(PASS_NAMES))
     assert all(saving.after == planned.plain for saving in planned.savings)
     assert not any(saving.on for saving in planned.savings)
 
@@ -224,16 +222,16 @@ def test_forwards_are_those_of_the_run(folder: Path, name: str, tokens: int) -> 
     """Of a single batch of prompts, which serves all stages, and of several, where each stage
     computes what it reads anew. Each run in passes of its own: none is short enough to share one.
     """
-    done: list[tuple[Plan, Profile]] = []
+    done: list[tuple[Plan, ExecutionProfile]] = []
     options = RunOptions(
-        settings=Settings(python="run"),
+        settings=CheckSettings(python="run"),
         on_profile=lambda *each: done.append(each),
-        execution=Options(pass_tokens=1 << 20, prompt_tokens=tokens),
+        execution=ExecutionOptions(pass_tokens=1 << 20, prompt_tokens=tokens),
     )
     (folder / "own.py").write_text("def same(v):\n    return 2 * v\n", encoding="utf-8")
     lines = [*BATCHED[name], *([] if "measure" in BATCHED[name][-1] else [DIFFERENCE])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mechdsl.execute.unpatched_runs, "TOGETHER", 0)
+        patch.setattr(mechdsl.execute.unpatched_runs, "MAX_SHARED_TOKENS", 0)
         run_file(experiment("e", "prompts p", *lines), folder, bare("llama"), options)
     ((plan, profile),) = done
     planned = plan_cost(plan, 1 << 20, tokens).planned

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.source import Source
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.validate.check_file import Settings
+from mechdsl.checks.file_check import CheckSettings
+from mechdsl.pipeline.options import RunOptions
 
 from ..fruit import FRUIT
 from ..reference.forward import forward
@@ -185,7 +185,7 @@ def test_a_limit_keeps_values_as_they_are(folder: Path) -> None:
     whole, base = patches(FAMILY, CELLS, "longer", both), differences(FAMILY, ROWS)
     text = experiment("e", "prompts p limit 3", "from longer into clean", RULE, DIFFERENCE)
     for limit in (None, 2):
-        options = RunOptions(settings=Settings(limit=limit))
+        options = RunOptions(settings=CheckSettings(limit=limit))
         found = run_file(text, folder, bare(FAMILY), options)["e"]
         assert found.row_ids is not None
         assert len(found.row_ids) == (limit or 3)
@@ -197,7 +197,7 @@ def test_a_limit_keeps_values_as_they_are(folder: Path) -> None:
 def test_a_parameter_is_set_from_outside(folder: Path, given: dict[str, str], layer: int) -> None:
     rule = "patch resid_post layer depth at {cue token, last token}"
     text = "param depth = 1\n" + experiment("e", *START, rule, DIFFERENCE)
-    options = RunOptions(settings=Settings(given))
+    options = RunOptions(settings=CheckSettings(given))
     found = run_file(text, folder, bare(FAMILY), options)["e"]
     expected = patches(FAMILY, [CELLS[layer]], "longer", both)
     agree(found.measures[0], expected, differences(FAMILY, ROWS))

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mechdsl.base.reply import Reply
-from mechdsl.execute import panel_runner
-from mechdsl.execute.group_replies import GroupReplies
-from mechdsl.execute.options import Options
-from mechdsl.execute.pass_size import Sizes
-from mechdsl.execute.patched_rows import Patcher
+from mechdsl.execute.pass_layout import GroupGenerator, PassSizer
+from mechdsl.execute.patching.rows import Patcher
+from mechdsl.execute.run import panel
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.vocab.metrics import Reply
 
 from . import support
 from .test_kept_replies import replies, rows_written, text
@@ -42,10 +41,10 @@ def test_rows_of_several_passes_write_together(
     support.write_rows(tmp_path)
     rule = "patch resid_post layer * at last token"
     everywhere = text().replace(rule, "scale z layer * at tokens * by 2")
-    small, _ = run(everywhere, tmp_path, options=Options(pass_tokens=20))
+    small, _ = run(everywhere, tmp_path, options=ExecutionOptions(pass_tokens=20))
     assert len(measured) > 4
     assert max(rows_written) == sum(measured) == 12
-    large, _ = run(everywhere, tmp_path, options=Options(pass_tokens=4000))
+    large, _ = run(everywhere, tmp_path, options=ExecutionOptions(pass_tokens=4000))
     assert replies(small) == replies(large)
 
 
@@ -56,8 +55,8 @@ def test_rows_that_write_together_fit_in_memory(
     whole, _ = run(text(), tmp_path)
     every = sum(rows_written)
     rows_written.clear()
-    bytes_of = panel_runner.reply_bytes
-    monkeypatch.setattr(panel_runner, "reply_bytes", lambda *given: bytes_of(*given) * 0 + 2**30)
+    bytes_of = panel.estimate_reply_bytes
+    monkeypatch.setattr(panel, "estimate_reply_bytes", lambda *given: bytes_of(*given) * 0 + 2**30)
     parts, _ = run(text(), tmp_path)
     assert sum(rows_written) == every
     assert max(rows_written[-3:]) == 2  # of 1 GiB each, in 2 GiB
@@ -74,8 +73,8 @@ def test_rows_are_written_in_order_and_once() -> None:
 
     group = np.array([5, 3, 0, 1, 4, 2])
     each = np.array([1.0, 1.0, 9.0, 1.0, 1.0, 1.0])
-    sizes = Sizes(pass_tokens=4, reply_bytes=5)
-    found = GroupReplies(write, lambda rows: rows[rows != 0], group, np.full(6, 2), each, sizes)
+    sizes = PassSizer(pass_tokens=4, reply_bytes=5)
+    found = GroupGenerator(write, lambda rows: rows[rows != 0], group, np.full(6, 2), each, sizes)
     assert [one[0].ids for one in found.of(np.array([5]))] == [(5, 0), (5, 1)]
     assert [one[0].ids[0] for one in found.of(np.array([3, 1]))] == [3, 3, 1, 1]
     assert [one[0].ids[0] for one in found.of(np.array([4]))] == [4, 4]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from mechdsl.execute import writer
-from mechdsl.execute.kept_replies import KeptReplies
-from mechdsl.execute.options import Options
-from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.execute import replies as writer
+from mechdsl.execute.replies import ReplyCache
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.pipeline.options import RunOptions
 from mechdsl.results.experiment_result import FileResult
 
 from . import support
@@ -39,13 +39,13 @@ def text(how: str = "", measure: str = "length") -> str:
 @pytest.fixture
 def rows_written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many replies were written, pass by pass."""
-    whole, counts = writer.write_replies, list[int]()
+    whole, counts = writer.generate_replies, list[int]()
 
     def write(model: Any, prompts: Any, *given: Any, **named: Any) -> Any:
         counts.append(len(prompts))
         return whole(model, prompts, *given, **named)
 
-    monkeypatch.setattr(writer, "write_replies", write)
+    monkeypatch.setattr(writer, "generate_replies", write)
     return counts
 
 
@@ -128,9 +128,9 @@ def test_single_samples_are_written_again(
 ) -> None:
     """As what of a row couldn't be kept: other samples of other cells, on one prompt."""
     support.write_rows(tmp_path, support.ROWS[:1])
-    find = KeptReplies.find
+    find = ReplyCache.find
 
-    def some(self: KeptReplies, *given: Any) -> dict[int, Any]:
+    def some(self: ReplyCache, *given: Any) -> dict[int, Any]:
         return {n: reply for n, reply in find(self, *given).items() if (n + n // 2) % 2}
 
     rule = "set resid_post layer * at last token to 2"
@@ -138,7 +138,7 @@ def test_single_samples_are_written_again(
     with opened(tmp_path / "a") as kept:
         first, _ = run(file, tmp_path, kept=kept)
         rows_written.clear()
-        monkeypatch.setattr(KeptReplies, "find", some)
+        monkeypatch.setattr(ReplyCache, "find", some)
         again, _ = run(file, tmp_path, kept=kept)
     assert max(rows_written) > 1
     assert replies(first) == replies(again)
@@ -240,7 +240,7 @@ def test_rows_that_break_while_they_write(tmp_path: Path) -> None:
     assert "while it writes" in str(said[-1])
     left = [row for row, own in ids.items() if bad not in own[:3]]
     if left:
-        how = RunOptions(execution=Options(allow_nan=True))
+        how = RunOptions(execution=ExecutionOptions(allow_nan=True))
         found, _ = support.try_file(line, tmp_path, model, how)
         assert found is not None
         assert [*found.experiments[0].replies.runs["clean"]] == left

@@ -17,41 +17,45 @@ import numpy as np
 import pytest
 
 from mechdsl.base.source import Source, Span
-from mechdsl.plan.columns import Hits, Ragged
-from mechdsl.plan.experiment_plan import ExperimentPlan
-from mechdsl.plan.key_numbers import mixed
-from mechdsl.plan.make_plan import make_plan
-from mechdsl.plan.rule_rows import PathPlan, RulePlan
-from mechdsl.plan.value_keys import Contents, ExperimentKeys, measure_digest, measure_rows
-from mechdsl.plan.whole_cells import whole_cells
-from mechdsl.program.python_files import PythonFunction
-from mechdsl.prompts.answer_sets import TokenSets
-from mechdsl.prompts.prompt_table import Noise, PositionCell, PromptTable, Run, RunRow
-from mechdsl.resolve.direction_types import (
-    DirectionTargets,
-    Fitted,
-    RandomLike,
-    Sample,
-    SavedVector,
-    Unembedded,
-    UnitVector,
-    Vector,
-    WeightedSum,
+from mechdsl.planner.passes import make_plan
+from mechdsl.planner.plan import ExperimentPlan, collect_whole_cells
+from mechdsl.planner.rows import PathPlan, RaggedColumn, RulePlan, TokenHits
+from mechdsl.planner.value_keys import (
+    ExperimentKeys,
+    RunContents,
+    measure_digest,
+    measure_row_keys,
+    mix_numbers,
 )
-from mechdsl.resolve.resolved import Atom, ResolvedExperiment, ResolvedMeasure
-from mechdsl.resolve.resolved_rule import (
+from mechdsl.program.python_functions import PythonFunction
+from mechdsl.prompts.answers import TokenSets
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PositionCell, PromptRun, RunNoise, RunRow
+from mechdsl.resolve.types import (
     Amounts,
-    Apart,
+    DirectionTargets,
+    DirectionVector,
     EdgeTargets,
+    ExternalRun,
+    FitSample,
+    FittedVector,
     Intervention,
+    MetricTerm,
     PathTargets,
     PositionTargets,
+    RandomVector,
+    ResolvedExperiment,
+    ResolvedMeasure,
     ResolvedRule,
+    SavedVector,
     SitePoint,
     SiteTargets,
-    Steps,
+    StepRanges,
+    UnembeddingVector,
+    UnitVector,
+    WeightedSum,
 )
-from mechdsl.rules.ablate import FILLS
+from mechdsl.rules.patching import FILLS
 from mechdsl.syntax import ast
 from mechdsl.vocab.metrics import METRICS
 
@@ -115,19 +119,19 @@ def prepared(name: str) -> ResolvedExperiment:
             table = replace(rule.apart.table, runs={**runs, "changed": other_row(runs["clean"])})
             return replace(found, rules=(replace(rule, apart=replace(rule.apart, table=table)),))
         case "noised in sds":
-            found = changed(resolved("noised"), Noise, "sds", lambda sds: 3.0)
-            return changed(found, Noise, "sd_tokens", lambda tokens: (5, 6))
+            found = changed(resolved("noised"), RunNoise, "sds", lambda sds: 3.0)
+            return changed(found, RunNoise, "sd_tokens", lambda tokens: (5, 6))
         case "written":
             number = METRICS["exact_match"].forms["reply"]
-            found = changed(resolved("patch"), Atom, "form", lambda form: number)
-            found = changed(found, Atom, "wanted", lambda _: {None: (("w1",),) * 4})
+            found = changed(resolved("patch"), MetricTerm, "form", lambda form: number)
+            found = changed(found, MetricTerm, "wanted", lambda _: {None: (("w1",),) * 4})
             return changed(found, ResolvedMeasure, "reply", lambda reply: (40,))
         case "python":
-            found = changed(resolved("patch"), Atom, "python", lambda python: FUNCTION)
-            return changed(found, Atom, "rows", lambda rows: ({"count": 1},) * 4)
+            found = changed(resolved("patch"), MetricTerm, "python", lambda python: FUNCTION)
+            return changed(found, MetricTerm, "rows", lambda rows: ({"count": 1},) * 4)
         case "sets":
             sets = TokenSets(((5, 6), (7, 8)), (0, 0, 1, 1), ((1, 2), (3, 4)))
-            return changed(resolved("patch"), Atom, "sets", lambda _: {None: sets})
+            return changed(resolved("patch"), MetricTerm, "sets", lambda _: {None: sets})
         case _:
             return resolved(name)
 
@@ -150,15 +154,15 @@ def changed(
         rule = other(rule)
     elif kind is ResolvedMeasure:
         measure = other(measure)
-    elif kind is Atom:
+    elif kind is MetricTerm:
         measure = replace(measure, atoms=(other(measure.atoms[0]), *measure.atoms[1:]))
     elif kind is TokenSets:
         atom = measure.atoms[0]
         atom = replace(atom, sets={None: other(atom.sets[None])})
         measure = replace(measure, atoms=(atom, *measure.atoms[1:]))
-    elif kind is Run:
+    elif kind is PromptRun:
         base = other(base)
-    elif kind is Noise:
+    elif kind is RunNoise:
         base = replace(base, noise=other(base.noise))
     else:
         base = replace(base, rows=(other(base.rows[0]), *base.rows[1:]))
@@ -174,10 +178,10 @@ IN_RULE = {
     SiteTargets: "sites",
     PositionTargets: "positions",
     Amounts: "amounts",
-    Steps: "steps",
+    StepRanges: "steps",
     EdgeTargets: "edge",
     PathTargets: "path",
-    Apart: "apart",
+    ExternalRun: "apart",
 }
 
 
@@ -189,11 +193,13 @@ def planned(experiment: ResolvedExperiment) -> ExperimentPlan:
 def keys(plan: ExperimentPlan) -> dict[tuple[int, ...], tuple[bytes, int]]:
     """(cell, prompt, alternative, measure) → the key of its value."""
     table = plan.experiment.table
-    contents = Contents({"m": b"m", "n": b"n"}, "m", 0)
+    contents = RunContents({"m": b"m", "n": b"n"}, "m", 0)
     kept = np.arange(len(table))
     kinds = enumerate(rule.rule.does.reads for rule in plan.rules)
     donors = {number: np.roll(kept, 1) for number, reads in kinds if reads == "donor"}
-    found = ExperimentKeys(plan, table, contents, kept, donors, whole_cells(plan, plan.rows(kept)))
+    found = ExperimentKeys(
+        plan, table, contents, kept, donors, collect_whole_cells(plan, plan.rows(kept))
+    )
     rows = plan.rows(kept)
     assert len(rows)
     every: dict[tuple[int, ...], tuple[bytes, int]] = {}
@@ -209,12 +215,14 @@ def keys(plan: ExperimentPlan) -> dict[tuple[int, ...], tuple[bytes, int]]:
 def unpatched_keys(plan: ExperimentPlan) -> list[tuple[bytes, list[int]]]:
     """[measure] (what it is, [prompt] the keys of its rows) of the base run."""
     table = plan.experiment.table
-    contents = Contents({"m": b"m", "n": b"n"}, "m", 0)
+    contents = RunContents({"m": b"m", "n": b"n"}, "m", 0)
     base = table.runs[plan.experiment.spec.base]
     every: list[tuple[bytes, list[int]]] = []
     for measure in plan.experiment.measures:
-        rows = measure_rows(measure, base, plan.items[-1], table, contents)
-        every.append((measure_digest(measure), mixed(rows, contents.of(base, table)).tolist()))
+        rows = measure_row_keys(measure, base, plan.items[-1], table, contents)
+        every.append(
+            (measure_digest(measure), mix_numbers(rows, contents.of(base, table)).tolist())
+        )
     return every
 
 
@@ -234,7 +242,7 @@ def moved(cell: PositionCell) -> PositionCell:
     return replace(cell, hits=hits)
 
 
-def moved_hits(hits: Hits) -> Hits:
+def moved_hits(hits: TokenHits) -> TokenHits:
     return replace(hits, tokens=replace(hits.tokens, values=hits.tokens.values + 1))
 
 
@@ -254,7 +262,7 @@ def text(node: ast.Expr, of: str) -> ast.Expr:
     return ast.Name(id=of, span=node.span)
 
 
-def other_row(run: Run) -> Run:
+def other_row(run: PromptRun) -> PromptRun:
     return replace(run, rows=(replace(run.rows[0], ids=(*run.rows[0].ids[:-1], 9)), *run.rows[1:]))
 
 
@@ -269,9 +277,9 @@ def other_direction(targets: DirectionTargets) -> DirectionTargets:
     return replace(targets, members={(): replace(member, vector=vector)})
 
 
-def longer(lists: Ragged) -> Ragged:
+def longer(lists: RaggedColumn) -> RaggedColumn:
     """The first list has its first number twice."""
-    return Ragged(
+    return RaggedColumn(
         np.concatenate([lists.offsets[:1], lists.offsets[1:] + 1]),
         np.concatenate([lists.values[:1], lists.values]),
     )
@@ -292,7 +300,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "path": ("paths", lambda path: replace(path, through_mlps=True)),
         "only": ("fills", lambda only: replace(only, index=1)),
         "direction": ("steered", other_direction),
-        "steps": ("patch", lambda steps: Steps((), {(): (0, 0)})),
+        "steps": ("patch", lambda steps: StepRanges((), {(): (0, 0)})),
         "after_prefill": ("patch", lambda after: True),
     },
     SiteTargets: {
@@ -304,7 +312,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "read": ("patch", lambda cells: one_more(cells, moved)),
         "newest": ("patch", lambda newest: frozenset({(0,), (1,), (2,)})),
     },
-    Steps: {"values": ("swept steps", lambda values: one_more(values, lambda ends: (1, 3)))},
+    StepRanges: {"values": ("swept steps", lambda values: one_more(values, lambda ends: (1, 3)))},
     Amounts: {"values": ("loop", lambda values: one_more(values, lambda value: value + 1))},
     EdgeTargets: {
         "change": ("edges", lambda change: "uniform"),
@@ -315,7 +323,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "through_mlps": ("paths", lambda through: not through),
         "frozen_norms": ("paths", lambda frozen: not frozen),
     },
-    Apart: {
+    ExternalRun: {
         "table": ("apart", other_table),
         "run": ("apart of two runs", lambda run: "changed"),
     },
@@ -328,7 +336,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "at": ("patch", lambda at: {"clean": (1, 1, 1, 1)}),
         "in_reply": ("in reply", lambda place: replace(place, number=3)),
     },
-    Atom: {
+    MetricTerm: {
         "node": ("patch", lambda node: text(node, "loss")),
         "name": ("patch", lambda name: "prob"),
         "form": ("patch", lambda form: replace(form, takes="nothing")),
@@ -349,7 +357,7 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "of_row": ("sets", lambda of_row: (0, 1, 1, 1)),
         "numbers": ("sets", lambda sets: ((*sets[0][:-1], 9), *sets[1:])),
     },
-    Noise: {
+    RunNoise: {
         "site": ("noised", lambda site: "resid_mid"),
         "positions": ("noised", lambda at: ((1,), *at[1:])),
         "std": ("noised", lambda std: std * 2),
@@ -359,8 +367,8 @@ KEYED: dict[type, dict[str, tuple[str, Change]]] = {
         "kind": ("noised", lambda kind: "uniform"),
         "row_keys": ("noised", lambda keys: (1, 2, 3, 4)),
     },
-    Run: {
-        "rows": ("patch", lambda rows: other_row(Run("", rows)).rows),
+    PromptRun: {
+        "rows": ("patch", lambda rows: other_row(PromptRun("", rows)).rows),
         "noise": ("noised", lambda noise: None),
         "model": ("patch", lambda model: "n"),
     },
@@ -410,10 +418,10 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "every": "of those in `newest`; `RulePlan.follows` has both",
     },
     Amounts: {"axes": PLACED},
-    Steps: {"axes": PLACED},
+    StepRanges: {"axes": PLACED},
     EdgeTargets: {},
     PathTargets: {},
-    Apart: {"part": "the rows of `table` are its"},
+    ExternalRun: {"part": "the rows of `table` are its"},
     ResolvedMeasure: {
         "label": SHOWN,
         "text": SHOWN,
@@ -422,13 +430,13 @@ NOT_KEYED: dict[type, dict[str, str]] = {
         "absent": "rows that are left out of the results; their values are of another place",
         "item": "the text that it stands in is in `Atom.texts`",
     },
-    Atom: {"points": "`point` is the one that is read", "axes": PLACED},
+    MetricTerm: {"points": "`point` is the one that is read", "axes": PLACED},
     TokenSets: {},
-    Noise: {
+    RunNoise: {
         "drawn": "of rows that are saved, of which no value is kept",
         "sd_images": "`sd_tokens` has a number for each",
     },
-    Run: {
+    PromptRun: {
         "name": "what rules and measures call it; what it holds goes in",
         "prompts": "the block that its rows are of; they go in as they are",
         "chat": "its tokens go in as they are",
@@ -514,7 +522,7 @@ def test_another_value_has_another_key(kind: type, field: str) -> None:
     else:
         other = planned(changed(experiment, kind, field, change))
         after = keys(other)
-        if kind in (Atom, TokenSets, ResolvedMeasure, Noise, Run, RunRow):
+        if kind in (MetricTerm, TokenSets, ResolvedMeasure, RunNoise, PromptRun, RunRow):
             assert unpatched_keys(plan) != unpatched_keys(other)
     both = before.keys() & after.keys()
     assert both
@@ -534,65 +542,65 @@ def test_rows_that_differ_in_their_group_alone(tmp_path: Path) -> None:
         assert len(kinds) == (3 if apart else 2)
 
 
-UNEMBEDDED = Unembedded(3, None)
+UNEMBEDDED = UnembeddingVector(3, None)
 VECTORS: dict[type, dict[str, Change]] = {
-    Fitted: {
+    FittedVector: {
         "way": lambda way: "pca",
         "samples": turned,
         "points": next_layer,
         "options": lambda options: {"component": 2},
     },
-    Sample: {
+    FitSample: {
         "run": other_row,
         "cell": moved,
         "targets": lambda targets: (1.0,) * 4,
     },
-    Unembedded: {"token": lambda token: 4, "less": lambda less: 5},
+    UnembeddingVector: {"token": lambda token: 4, "less": lambda less: 5},
     SavedVector: {"key": lambda key: "e", "digest": lambda digest: "1" * 64},
     WeightedSum: {"parts": lambda parts: ((2.0, parts[0][1]),)},
-    UnitVector: {"of": lambda of: Unembedded(4, None)},
-    RandomLike: {
-        "of": lambda of: Unembedded(4, None),
+    UnitVector: {"of": lambda of: UnembeddingVector(4, None)},
+    RandomVector: {
+        "of": lambda of: UnembeddingVector(4, None),
         "draw": lambda draw: "e 1",
         "seed": lambda seed: 1,
     },
 }
 """Of what directions are made of, by field: another value of it."""
 NOT_IN_VECTORS: dict[type, dict[str, str]] = {
-    Sample: {"table": "the rows of `run` are its"},
+    FitSample: {"table": "the rows of `run` are its"},
     SavedVector: {"path": "`digest` is of what the file has"},
 }
 
 
-def sampled() -> Fitted:
+def sampled() -> FittedVector:
     """A difference between two runs."""
     (member,) = resolved("steered").rules[0].direction.members.values()  # type: ignore[union-attr]
-    assert isinstance(member.vector, Fitted)
+    assert isinstance(member.vector, FittedVector)
     (sample,) = member.vector.samples
     return replace(member.vector, samples=(sample, replace(sample, run=sample.table.runs["clean"])))
 
 
-def vector_of(kind: type, change: tuple[str, Change] | None) -> Vector:
+def vector_of(kind: type, change: tuple[str, Change] | None) -> DirectionVector:
     """A vector with a record of this kind, changed in one of its fields."""
     fitted = sampled()
     made: dict[type, Any] = {
-        Fitted: replace(fitted, samples=(fitted.samples[0], replace(fitted.samples[1], cell=moved(
+        FittedVector: replace(fitted, samples=(fitted.samples[0], replace(fitted.samples[1], cell=moved(
             fitted.samples[1].cell)))),
-        Sample: fitted.samples[0],
-        Unembedded: UNEMBEDDED,
+        FitSample: fitted.samples[0],
+        UnembeddingVector: UNEMBEDDED,
         SavedVector: SavedVector(Path("a.safetensors"), "d", "0" * 64),
         WeightedSum: WeightedSum(((1.0, UNEMBEDDED),)),
         UnitVector: UnitVector(UNEMBEDDED),
-        RandomLike: RandomLike(UNEMBEDDED, "e 0", 0),
+        RandomVector: RandomVector(UNEMBEDDED, "e 0", 0),
     }  # fmt: skip
     found = made[kind]
     if change is not None:
         field, other = change
         found = replace(found, **{field: other(getattr(found, field))})
-    return replace(fitted, samples=(found,)) if kind is Sample else found
+    return replace(fitted, samples=(found,)) if kind is FitSample else found
 
 
-def steered(vector: Vector) -> ExperimentPlan:
+def steered(vector: DirectionVector) -> ExperimentPlan:
     def other(targets: DirectionTargets) -> DirectionTargets:
         (member,) = targets.members.values()
         return replace(targets, members={(): replace(member, vector=vector)})

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import mechdsl.execute.unpatched_batch
-from mechdsl.execute.options import Options
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.resolve.over_rows import SeenTokens, TokenVectors
-from mechdsl.rules.observations.clusters import Clusters
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.resolve.observations import ObservedTokens, TokenVectors
+from mechdsl.rules.observations.rows import Clusters
 
 from ..quick import in_turn
 from ..reference.forward import Write, forward
@@ -64,7 +64,7 @@ class Seen:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Writes down what is added, which nobody else can know."""
-    found, original = Seen(), mechdsl.execute.unpatched_batch.noise_writes
+    found, original = Seen(), mechdsl.execute.unpatched_batch.build_noise_writes
 
     keyed_by_number(monkeypatch)
 
@@ -80,7 +80,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         found.noise.update(own)
         return writes
 
-    monkeypatch.setattr(mechdsl.execute.unpatched_batch, "noise_writes", spy)
+    monkeypatch.setattr(mechdsl.execute.unpatched_batch, "build_noise_writes", spy)
     return found
 
 
@@ -185,7 +185,7 @@ def test_noise_does_not_depend_on_the_batch(folder: Path, seen: Seen) -> None:
     outcomes = []
     for tokens in (1, 30, 4096):
         seen.noise.clear()
-        options = RunOptions(execution=Options(prompt_tokens=tokens, pass_tokens=tokens))
+        options = RunOptions(execution=ExecutionOptions(prompt_tokens=tokens, pass_tokens=tokens))
         found = run_file(TEXT, folder, bare(FAMILY), options, prompts=PROMPTS)["e"]
         outcomes.append((as_lists(seen), found.measures[0].patched, found.measures[0].base))
     for noise, patched, base in outcomes[1:]:
@@ -212,7 +212,7 @@ def test_clusters_are_of_means_over_draws(
     """Of each token's vectors, in two layers that stand side by side."""
     given: list[TokenVectors] = []
 
-    def told(clusters: object, tokens: SeenTokens, seed: int) -> Sequence[NDArray[np.float64]]:
+    def told(clusters: object, tokens: ObservedTokens, seed: int) -> Sequence[NDArray[np.float64]]:
         given.append(tokens.own)
         return [np.zeros((2, len(tokens.own.row)))]
 
@@ -340,7 +340,7 @@ def test_experiments_with_and_without_noise_share_no_pass(folder: Path) -> None:
 
 def test_progress_counts_draws_and_ends_at_the_total(folder: Path) -> None:
     calls: list[tuple[int, int]] = []
-    options = RunOptions(execution=Options(on_progress=lambda *call: calls.append(call)))
+    options = RunOptions(execution=ExecutionOptions(on_progress=lambda *call: calls.append(call)))
     found = run_file(TEXT, folder, bare(FAMILY), options, prompts=PROMPTS)["e"]
     cells, rows = found.measures[0].patched.shape
     assert {total for _, total in calls} == {cells * rows * DRAWS}

@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from mechdsl.base.source import Source
-from mechdsl.execute.not_finite import not_finite, stream
-from mechdsl.execute.patched_rows import Patcher
-from mechdsl.execute.readout import Reading, Readout
-from mechdsl.execute.unusable import Unusable
-from mechdsl.loading.load import adopt
+from mechdsl.checks.file_check import check_source
+from mechdsl.execute.measurement.readout import Readout, ReadoutInput
+from mechdsl.execute.measurement.values import UnusableRow, report_not_finite
+from mechdsl.execute.patching.rows import Patcher, list_stream_reads
+from mechdsl.loading.loader import adopt_model
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.validate.check_file import check_source
 
 from .nan import HEAD, MEASURE, ROWS, WITH_FIG, broken, experiment, run
 
@@ -169,10 +168,10 @@ def readout(*measures: str) -> Readout:
     return Readout.of(resolved.measures)
 
 
-def reading(read: Readout, logits: torch.Tensor) -> Reading:
+def reading(read: Readout, logits: torch.Tensor) -> ReadoutInput:
     """Every row is the first prompt's, read at one spot, and its reference too."""
     rows = len(logits)
-    return Reading(
+    return ReadoutInput(
         run="clean",
         prompts=np.zeros(rows, dtype=np.int64),
         items=[None] * rows,
@@ -253,18 +252,18 @@ def test_the_place_in_a_text_that_is_run_behind_the_prompt() -> None:
 def test_what_is_said_without_a_place_and_of_one_row() -> None:
     text = HEAD + experiment("e", MEASURE, "measure rank(answer) as raw")
     (found,) = check_source(Source(text)).experiments
-    several = not_finite(found, Unusable(0, "clean"), 3)
+    several = report_not_finite(found, UnusableRow(0, "clean"), 3)
     assert several.span is not None
     assert several.span.text == MEASURE
     assert several.label_text == "in 3 of 8 rows"
-    one = not_finite(found, Unusable(0, "clean", place="in `embed`"), 1)
+    one = report_not_finite(found, UnusableRow(0, "clean", place="in `embed`"), 1)
     assert one.label_text == "first in `embed`"
 
 
 def test_every_block_is_looked_at_in_the_order_of_a_pass() -> None:
-    model, found = adopt("toy", *broken())
+    model, found = adopt_model("toy", *broken())
     assert model is not None, found
-    sites = [(read.site, read.layer) for read in stream(model)]
+    sites = [(read.site, read.layer) for read in list_stream_reads(model)]
     assert sites[0] == ("embed", None)
     assert [layer for site, layer in sites if site == "resid_post"] == [0, 1, 2, 3]
     assert sites[-1] == ("final_norm", None)

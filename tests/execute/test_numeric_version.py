@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mechdsl.execute.numeric_version import NUMERIC_VERSION
+from mechdsl.execute.run_record import NUMERIC_VERSION
 
 from .test_value_keys import DIFFERENT, ran
 
@@ -70,7 +70,7 @@ def test_numbers_change_with_the_version_alone(
         raised = frozen["version"] < NUMERIC_VERSION
         assert not others or raised, (
             f"other numbers than those that were kept: {others[:5]}. Where they are meant, raise "
-            "NUMERIC_VERSION in mechdsl/execute/numeric_version.py and run with --update-goldens"
+            "NUMERIC_VERSION in mechdsl/execute/run_record.py and run with --update-goldens"
         )
     if update:
         if families != FAMILIES:

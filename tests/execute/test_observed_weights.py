@@ -11,17 +11,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mechdsl.execute.observed_weights import (
-    composition,
-    copying,
-    matching,
-    ov_matrix,
-    positive_share,
-    qk_matrix,
-    singular,
-    successors,
+from mechdsl.execute.observation.weights import (
+    compute_positive_share,
+    compute_singular_values,
+    get_ov_factors,
+    get_qk_factors,
+    score_composition,
+    score_copying,
+    score_matching,
+    score_successors,
 )
-from mechdsl.hooks.weight_maps import NoMap, WeightMaps
+from mechdsl.forward.hooks.weight_maps import NoLinearMap, WeightMaps
 
 from .support import bare, shared
 
@@ -108,8 +108,8 @@ def share(matrix: Array) -> float:
 def test_scores_of_whole_circuits(family: str, place: tuple[int, int]) -> None:
     own, (embed, unembed) = head(family, *place), ends(family)
     ov, qk = embed @ own.v @ own.o @ unembed, embed @ own.q @ own.k.T @ embed.T
-    assert np.isclose(copying(maps(family), *place), share(ov), atol=1e-4)
-    assert np.isclose(matching(maps(family), *place), share(qk), atol=1e-4)
+    assert np.isclose(score_copying(maps(family), *place), share(ov), atol=1e-4)
+    assert np.isclose(score_matching(maps(family), *place), share(qk), atol=1e-4)
     assert abs(share(ov)) > 0.01
 
 
@@ -121,7 +121,7 @@ def test_composition_of_two_heads(family: str) -> None:
     reads = {"q": then.q @ then.k.T, "k": then.k @ then.q.T, "v": then.v @ then.o}
     for how, read in reads.items():
         wanted = np.linalg.norm(ov @ read) / np.linalg.norm(ov) / np.linalg.norm(read)
-        assert np.isclose(composition(maps(family), how, *PLACES), wanted, rtol=1e-4)
+        assert np.isclose(score_composition(maps(family), how, *PLACES), wanted, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -129,11 +129,11 @@ def test_composition_of_two_heads(family: str) -> None:
 def test_singular_values_of_a_product(family: str) -> None:
     own = head(family, *PLACES[1])
     for pair, whole in (
-        (ov_matrix(maps(family), *PLACES[1]), own.v @ own.o),
-        (qk_matrix(maps(family), *PLACES[1]), own.q @ own.k.T),
+        (get_ov_factors(maps(family), *PLACES[1]), own.v @ own.o),
+        (get_qk_factors(maps(family), *PLACES[1]), own.q @ own.k.T),
     ):
         wanted = np.linalg.svd(whole)[1]
-        assert np.allclose(singular(pair).numpy(), wanted[:6], atol=1e-4 * wanted[0])
+        assert np.allclose(compute_singular_values(pair).numpy(), wanted[:6], atol=1e-4 * wanted[0])
 
 
 def written(family: str, layer: int) -> Array:
@@ -194,7 +194,7 @@ def test_successors_are_ranked_among_the_tokens_named(family: str, place: tuple[
         1 + sum(row > row[named.index(then)])
         for row, then in zip(logits, tokens[1:].tolist(), strict=True)
     ]
-    share, rank = successors(maps(family), *place, torch.from_numpy(tokens))
+    share, rank = score_successors(maps(family), *place, torch.from_numpy(tokens))
     assert np.isclose(share, np.mean([each == 1 for each in ranks]))
     assert np.isclose(rank, np.mean(ranks))
     assert 1 < rank < 8
@@ -205,19 +205,19 @@ def test_a_head_that_does_nothing_has_no_successors(monkeypatch: pytest.MonkeyPa
     """Of equal logits none is first."""
     found = WeightMaps(shared(bare("gpt2")))
     monkeypatch.setattr(found, "out", lambda layer, head: torch.zeros(6, 24))
-    assert successors(found, 1, 0, torch.tensor([5, 9, 11])) == (0.0, 2.0)
+    assert score_successors(found, 1, 0, torch.tensor([5, 9, 11])) == (0.0, 2.0)
 
 
 def test_a_share_of_positive_eigenvalues() -> None:
-    assert positive_share(torch.eye(3)) == 1
-    assert positive_share(torch.diag(torch.tensor([3.0, -1.0]))) == 0.5
-    assert abs(positive_share(torch.tensor([[0.0, -1.0], [1.0, 0.0]]))) < 1e-12
-    assert np.isnan(positive_share(torch.zeros(2, 2)))
+    assert compute_positive_share(torch.eye(3)) == 1
+    assert compute_positive_share(torch.diag(torch.tensor([3.0, -1.0]))) == 0.5
+    assert abs(compute_positive_share(torch.tensor([[0.0, -1.0], [1.0, 0.0]]))) < 1e-12
+    assert np.isnan(compute_positive_share(torch.zeros(2, 2)))
 
 
 @torch.no_grad()
 def test_what_is_no_linear_map_is_refused() -> None:
     """Queries that are normed behind their projection."""
-    with pytest.raises(NoMap, match="`q` of layer 1"):
+    with pytest.raises(NoLinearMap, match="`q` of layer 1"):
         maps("qwen3").query(1, 0)
     assert maps("qwen3").value(1, 0).shape == (20, 6)

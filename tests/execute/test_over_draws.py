@@ -10,38 +10,43 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from mechdsl.base.reply import Reply
-from mechdsl.diagnostics.e02_python import PythonFailed
-from mechdsl.execute.found import Failed, Found, Gap
-from mechdsl.execute.read_samples import read_samples
-from mechdsl.execute.readout import Reading, Readout
-from mechdsl.execute.reply_readers import averaged, with_replies
+from mechdsl.diagnostics.names import PythonFailed
+from mechdsl.execute.measurement.readout import (
+    MeasureFailure,
+    Readout,
+    ReadoutInput,
+    ReadoutResult,
+    ValueGap,
+    read_samples,
+)
+from mechdsl.execute.unpatched_runs import average_samples, merge_reply_values
+from mechdsl.vocab.metrics import Reply
 
 nan = np.nan
 
 
-def failed(row: int | None, rows: int = 15) -> Failed:
-    return Failed(cast("PythonFailed", None), row, rows)
+def failed(row: int | None, rows: int = 15) -> MeasureFailure:
+    return MeasureFailure(cast("PythonFailed", None), row, rows)
 
 
 def found(
     *values: Sequence[float],
     broken: Sequence[int] = (),
-    fails: Mapping[int, Failed] | None = None,
-    gaps: Mapping[int, Gap] | None = None,
-) -> Found:
+    fails: Mapping[int, MeasureFailure] | None = None,
+    gaps: Mapping[int, ValueGap] | None = None,
+) -> ReadoutResult:
     """values: per measure, [row]. broken: rows."""
     every = [np.array(own, dtype=np.float64) for own in values]
     lost = np.isin(np.arange(len(every[0])), broken)
     none = [np.zeros(len(lost)) for _ in every]
-    return Found(every, lost, none, fails or {}, gaps or {})
+    return ReadoutResult(every, lost, none, fails or {}, gaps or {})
 
 
 def test_what_is_averaged_over_draws() -> None:
     """Rows of three draws: all there, one too short, none there, one broken, one a gap."""
     rows = [[1, 2, 6], [1, nan, 5], [nan] * 3, [nan, 2, 3], [4, nan, 2]]
     values = [each for row in rows for each in row]
-    draws = found(values, values, broken=[9], gaps={0: Gap(np.array([13, 14]), "why")})
+    draws = found(values, values, broken=[9], gaps={0: ValueGap(np.array([13, 14]), "why")})
     own = replace(draws, failed={0: failed(13), 1: failed(None)}).over_draws(3)
     np.testing.assert_array_equal(own.values[0], [3, 3, nan, nan, nan])
     np.testing.assert_array_equal(own.values[1], [3, 3, nan, nan, 3])
@@ -62,24 +67,24 @@ class Samples:
 
     measures = (None, None)
 
-    def __init__(self, *every: Found) -> None:
+    def __init__(self, *every: ReadoutResult) -> None:
         self.every = list(every)
 
-    def read(self, reading: Any, relative: float, *, skip: Any) -> Found:
+    def read(self, reading: Any, relative: float, *, skip: Any) -> ReadoutResult:
         return self.every.pop(0)
 
 
-def of_samples(*every: Found) -> Found:
+def of_samples(*every: ReadoutResult) -> ReadoutResult:
     reply = Reply((), "", "length")
     written = [(reply,) * len(every)] * len(every[0].broken)
-    reading = Reading(*[cast("Any", None)] * 8)
+    reading = ReadoutInput(*[cast("Any", None)] * 8)
     return read_samples(cast("Readout", Samples(*every)), reading, written)
 
 
 def test_what_is_averaged_over_samples() -> None:
     """A function fails at its row, which is that of all samples."""
     one = found([1, 2, 3, 4], [5] * 4, broken=[0])
-    other = found([nan, 6, 9, 0], [7] * 4, gaps={0: Gap(np.array([3]), "why")})
+    other = found([nan, 6, 9, 0], [7] * 4, gaps={0: ValueGap(np.array([3]), "why")})
     own = of_samples(one, other, replace(one, failed={1: failed(2), 0: failed(None)}))
     np.testing.assert_allclose(own.values[0], [nan, 10 / 3, 5, nan])
     assert own.broken.tolist() == [True, False, False, False]
@@ -89,10 +94,10 @@ def test_what_is_averaged_over_samples() -> None:
 
 def test_what_is_read_behind_prompts_is_averaged_over_samples() -> None:
     """A row is lost with any of its samples."""
-    gap = Gap(np.array([1]), "why")
+    gap = ValueGap(np.array([1]), "why")
     one = found([1, 2, nan, nan], fails={0: failed(1)})
     other = found([nan, 4, 8, nan], broken=[0, 3], gaps={0: gap})
-    own = averaged([one, other])
+    own = average_samples([one, other])
     np.testing.assert_array_equal(own.values[0], [1, 3, 8, nan])
     assert own.broken.tolist() == [True, False, False, True]
     assert (own.failed.keys(), own.gaps[0]) == ({0}, gap)
@@ -100,10 +105,10 @@ def test_what_is_read_behind_prompts_is_averaged_over_samples() -> None:
 
 def test_what_is_read_behind_prompts_goes_with_the_rest() -> None:
     """Measures of prompts and of replies: what can't be used, or has no value, in either."""
-    gaps = Gap(np.array([0]), "of the prompt"), Gap(np.array([2]), "of the reply")
+    gaps = ValueGap(np.array([0]), "of the prompt"), ValueGap(np.array([2]), "of the reply")
     prompts = found([1, 2, nan], [nan] * 3, broken=[2], fails={0: failed(0)}, gaps={0: gaps[0]})
     behind = found([nan] * 3, [4, nan, 6], broken=[1], fails={1: failed(1)}, gaps={1: gaps[1]})
-    own = with_replies(prompts, behind)
+    own = merge_reply_values(prompts, behind)
     np.testing.assert_array_equal(own.values, [[1, 2, nan], [4, nan, 6]])
     assert own.broken.tolist() == [False, True, True]
     assert own.failed == {0: prompts.failed[0], 1: behind.failed[1]}

@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 import mechdsl
-from mechdsl.loading.load import adopt
+from mechdsl.loading.loader import adopt_model
 
 from ..models import families
 
@@ -43,7 +43,7 @@ def test_prompts_of_several_lengths_keep_their_positions(tmp_path: Path) -> None
     plain: Any = families.module("gpt2")
     module: Any = PlainForCausalLM(plain.config).eval()
     module.load_state_dict(plain.state_dict())
-    model, _ = adopt("m", module, families.tokenizer())
+    model, _ = adopt_model("m", module, families.tokenizer())
     assert model is not None
     assert model.calling.side == "right"
     path = tmp_path / "file.mech"

@@ -22,9 +22,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mechdsl.execute.execute import Execution
-from mechdsl.execute.options import Options
-from mechdsl.models.shape import units
+from mechdsl.execute.run.panel import Execution
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.models.shape import unit_count
 from mechdsl.vocab.sites import SITES
 
 from .support import (
@@ -118,8 +118,10 @@ class Case:
     """What occurs in it."""
 
     @property
-    def options(self) -> Options:
-        return Options(self.side, pass_tokens=self.pass_tokens, prompt_tokens=self.prompt_tokens)
+    def options(self) -> ExecutionOptions:
+        return ExecutionOptions(
+            self.side, pass_tokens=self.pass_tokens, prompt_tokens=self.prompt_tokens
+        )
 
 
 Draw = Callable[..., Any]
@@ -356,5 +358,5 @@ def test_heads_are_counted_as_the_family_has_them() -> None:
     """The units that rules name exist in every family."""
     for family in FAMILIES:
         shape = adopted(family).shape
-        assert min(units(shape, site) for site in HEADS) >= 2
+        assert min(unit_count(shape, site) for site in HEADS) >= 2
         assert set(EVERY_SITE) - {"resid_mid"} <= shape.sites <= set(SITES)

@@ -17,13 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import mechdsl.execute.patched_rows
-import mechdsl.execute.writes
-from mechdsl.execute.options import Options
-from mechdsl.execute.writes import build_writes
-from mechdsl.hooks.reads_and_writes import SiteWrite
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.plan.passes import RESTARTS
+import mechdsl.execute.patching.writes
+from mechdsl.execute.patching.writes import build_writes
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.forward.hooks.batch import SiteWrite
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.passes import RESTART_PASSES
 
 from ..quick import in_turn
 from .support import (
@@ -82,11 +81,11 @@ def equal(a: list[Any], b: list[Any], tolerance: float) -> None:
 def test_sizes_of_batches_and_the_side_of_padding_change_nothing(
     folder: Path, tokens: int, side: Any
 ) -> None:
-    options = RunOptions(execution=Options(side, pass_tokens=tokens, prompt_tokens=tokens))
+    options = RunOptions(execution=ExecutionOptions(side, pass_tokens=tokens, prompt_tokens=tokens))
     equal(values(TEXT, folder, bare("gpt2"), options), whole("gpt2"), 1e-4)
 
 
-SWITCHED_OFF = [frozenset(off) for n in (1, 2, 3, 4) for off in combinations(RESTARTS, n)]
+SWITCHED_OFF = [frozenset(off) for n in (1, 2, 3, 4) for off in combinations(RESTART_PASSES, n)]
 
 
 @pytest.mark.parametrize("off", SWITCHED_OFF, ids=lambda off: "+".join(sorted(off)))
@@ -159,7 +158,7 @@ def scaled(factor: float) -> Callable[..., list[SiteWrite]]:
 def test_a_hundredfold_self_patch_changes_every_cell(
     folder: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mechdsl.execute.writes, "build_writes", scaled(100))
+    monkeypatch.setattr(mechdsl.execute.patching.writes, "build_writes", scaled(100))
     options = all_cells(RunOptions())
     for result in run_file(self_patches(), folder, bare(family), options).values():
         measure = result.measures[0]
@@ -337,7 +336,7 @@ def plain_and_batched_agree(
 ) -> None:
     text = experiment("e", "prompts p", f"from {direction}", *rules, f"measure {metric} as delta")
     plain = values(text, folder, bare(family), MODES["plain"])
-    options = RunOptions(execution=Options(side, pass_tokens=tokens, prompt_tokens=tokens))
+    options = RunOptions(execution=ExecutionOptions(side, pass_tokens=tokens, prompt_tokens=tokens))
     equal(values(text, folder, bare(family), options), plain, 1e-4)
 
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.plan.passes import NAMES
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.passes import PASS_NAMES
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 
 from . import support
@@ -479,7 +479,7 @@ def onward(draw: Any) -> str:
 
 @st.composite
 def cases(draw: Any) -> Case:
-    off = draw(st.sets(st.sampled_from(NAMES), max_size=3))
+    off = draw(st.sets(st.sampled_from(PASS_NAMES), max_size=3))
     return draw(st.sampled_from(FAMILIES)), draw(experiments()), frozenset(off)
 
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.execute.options import Options
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.loading.load import adopt
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.plan.passes import NAMES
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading.loader import adopt_model
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.passes import PASS_NAMES
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 
 from ..models import families
@@ -160,7 +160,7 @@ def cases(draw: Any) -> Case:
             *([] if any(each.startswith("measure") for each in what) else [length]),
         )
     )
-    off = draw(st.sets(st.sampled_from(NAMES), max_size=2))
+    off = draw(st.sets(st.sampled_from(PASS_NAMES), max_size=2))
     return draw(st.sampled_from(FAMILIES)), text, frozenset(off)
 
 
@@ -169,7 +169,7 @@ def talking(family: str) -> LoadedModel:
     """In 64 bits, with a chat template."""
     tokenizer: Any = support.fast(families.tokenizer())
     tokenizer.chat_template = TEMPLATE
-    model, problems = adopt("m", double(family), tokenizer)
+    model, problems = adopt_model("m", double(family), tokenizer)
     assert model is not None, problems
     return model
 
@@ -184,7 +184,7 @@ def compare(case: Case, tmp_path: Path) -> None:
     def run(options: RunOptions) -> tuple[FileResult | None, list[Diagnostic]]:
         return support.run_on(source, {"m": talking(family)}, options)
 
-    found = both_ways(run, off, tmp_path, Options(pass_tokens=40))
+    found = both_ways(run, off, tmp_path, ExecutionOptions(pass_tokens=40))
     if found is None:
         return
     plain, planned = found

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.execute.options import PaddingSide
-from mechdsl.execute.read_vectors import FoundVectors, prompt_batches, read_vectors, reader
-from mechdsl.plan import read_batches as module
-from mechdsl.prompts.prompt_table import PositionCell, PromptTable, Run, RunRow
-from mechdsl.resolve.resolved_rule import SitePoint
+from mechdsl.execute.run_record import PaddingSide
+from mechdsl.execute.vectors import SiteVectors, build_reader, read_vectors, split_prompts
+from mechdsl.planner import plan as module
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PositionCell, PromptRun, RunRow
+from mechdsl.resolve.types import SitePoint
 
 from ..reference.noise import noise
 from .support import (
@@ -79,10 +80,10 @@ def expected(found: PromptTable, run: str, family: str, point: SitePoint, cell: 
 def test_vectors_of_every_row(family: str, side: PaddingSide, run: str, tmp_path: Path) -> None:
     found = table(family, tmp_path)
     model, positions = adopted(family), cells(found, run)
-    lanes = reader(model, found, found.runs[run], POINTS, seed=0, side=side)
-    batches = prompt_batches(model, found.runs[run], POINTS, tokens=30)
+    lanes = build_reader(model, found, found.runs[run], POINTS, seed=0, side=side)
+    batches = split_prompts(model, found.runs[run], POINTS, tokens=30)
     assert 1 < len(batches) < len(ROWS)
-    gathered: dict[tuple[int, int], list[FoundVectors]] = {}
+    gathered: dict[tuple[int, int], list[SiteVectors]] = {}
     for each in read_vectors(lanes, POINTS, positions, batches):
         gathered.setdefault((each.point, each.position), []).append(each)
     assert len(gathered) == len(POINTS) * len(positions)
@@ -101,8 +102,8 @@ def test_some_rows_alone(tmp_path: Path) -> None:
     found = table("llama", tmp_path)
     model, point = adopted("llama"), SitePoint("resid_post", 1, None)
     run, rows = found.runs["clean"], np.array([1, 3], dtype=np.int64)
-    lanes = reader(model, found, run, [point], seed=0)
-    batches = prompt_batches(model, run, [point], rows)
+    lanes = build_reader(model, found, run, [point], seed=0)
+    batches = split_prompts(model, run, [point], rows)
     (each,) = read_vectors(lanes, [point], cells(found, "clean")[:1], batches)
     where, vectors = expected(found, "clean", "llama", point, cells(found, "clean")[0], [1, 3])
     assert [tuple(pair) for pair in zip(each.prompts, each.tokens, strict=True)] == where
@@ -113,8 +114,8 @@ def test_attention_over_keys(tmp_path: Path) -> None:
     found = table("gpt2", tmp_path)
     model, point = adopted("gpt2"), SitePoint("pattern", 1, 3)
     run = found.runs["clean"]
-    lanes = reader(model, found, run, [point], seed=0)
-    batches = prompt_batches(model, run, [point])
+    lanes = build_reader(model, found, run, [point], seed=0)
+    batches = split_prompts(model, run, [point])
     (each,) = read_vectors(lanes, [point], cells(found, "clean")[:1], batches)
     for row, token, weights in zip(each.prompts, each.tokens, each.vectors, strict=True):
         own = prompt(ROWS[found.row_ids[row]])
@@ -132,8 +133,8 @@ def test_every_draw_of_noise(tmp_path: Path) -> None:
     checked = check_file(lines, tmp_path, adopted("llama"), text)
     found, model = checked.experiments[0].table, adopted("llama")
     run, point = found.runs["noised"], SitePoint("embed", None, None)
-    lanes = reader(model, found, run, [point], seed=0)
-    batches = prompt_batches(model, run, [point], tokens=60)
+    lanes = build_reader(model, found, run, [point], seed=0)
+    batches = split_prompts(model, run, [point], tokens=60)
     cell = cells(found, "clean")[1]
     parts = list(read_vectors(lanes, [point], [cell], batches))
     assert len(parts) > 1
@@ -155,9 +156,11 @@ def test_batches_have_room_for_what_is_read(monkeypatch: pytest.MonkeyPatch) -> 
     model = adopted("gpt2")
     widest = [SitePoint("mlp_hidden", layer, None) for layer in range(3)]
     row = RunRow("", tuple(range(10)), (), (False,) * 10, (), {}, {})
-    run = Run("clean", (row,) * 40)
-    assert [len(b) for b in prompt_batches(model, run, widest, tokens=100)] == [10] * 4
-    monkeypatch.setattr(module, "READ_BYTES", 28 * 3 * 4 * 10 * 7)  # seven prompts of ten tokens
-    assert [len(b) for b in prompt_batches(model, run, widest)] == [7] * 5 + [5]
-    monkeypatch.setattr(module, "READ_BYTES", 1)
-    assert [len(b) for b in prompt_batches(model, run, widest)] == [1] * 40
+    run = PromptRun("clean", (row,) * 40)
+    assert [len(b) for b in split_prompts(model, run, widest, tokens=100)] == [10] * 4
+    monkeypatch.setattr(
+        module, "READ_BATCH_BYTES", 28 * 3 * 4 * 10 * 7
+    )  # seven prompts of ten tokens
+    assert [len(b) for b in split_prompts(model, run, widest)] == [7] * 5 + [5]
+    monkeypatch.setattr(module, "READ_BATCH_BYTES", 1)
+    assert [len(b) for b in split_prompts(model, run, widest)] == [1] * 40

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mechdsl.execute import behind_prompts
-from mechdsl.execute.options import Options
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.plan.cost import PanelCount, PanelWork
-from mechdsl.plan.passes import NAMES, PASSES
-from mechdsl.plan.plan import PASS_TOKENS, PROMPT_TOKENS, Plan
-from mechdsl.plan.reply_cost import ReplyWork
+from mechdsl.execute import unpatched_runs
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.cost import PanelCount, PanelWork, ReplyWork
+from mechdsl.planner.passes import PASS_NAMES, PASSES
+from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS, Plan
 
 from .support import PROMPTS, bare, experiment, run_file
 
@@ -44,7 +43,7 @@ def read(text: str, folder: Path, options: RunOptions) -> tuple[Plan, ReplyWork]
     """The plan of a run, and what it did behind prompts."""
     plans: list[Plan] = []
     found: list[ReplyWork] = []
-    run_whole = behind_prompts.run_whole
+    run_whole = unpatched_runs.run_full
 
     def counted(model: Any, batch: Any, **given: Any) -> Any:
         lengths = batch.mask.sum(1).numpy()
@@ -56,7 +55,7 @@ def read(text: str, folder: Path, options: RunOptions) -> tuple[Plan, ReplyWork]
         return run_whole(model, batch, **given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(behind_prompts, "run_whole", counted)
+        patch.setattr(unpatched_runs, "run_full", counted)
         own = RunOptions(
             without=options.without,
             execution=options.execution,
@@ -90,8 +89,8 @@ def test_passes_behind_prompts(folder: Path, case: str, samples: int) -> None:
     text = "seed 1\n" + experiment("e", "prompts p", f"generate 3{drawn}", *CASES[case])
     for plain in (False, True):
         options = RunOptions(
-            without=frozenset(NAMES if plain else ()),
-            execution=Options(pass_tokens=PASS_TOKENS),
+            without=frozenset(PASS_NAMES if plain else ()),
+            execution=ExecutionOptions(pass_tokens=PASS_TOKENS),
         )
         plan, done = read(text, folder, options)
         found = counted(plan, PASS_TOKENS, plain=plain)

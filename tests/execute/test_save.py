@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mechdsl.execute.unpatched_runs import UnpatchedRuns
 from mechdsl.results.experiment_result import FileResult
-from mechdsl.store import tensor_files
+from mechdsl.store import files
 
 from ..quick import in_turn
 from ..reference.noise import noise
@@ -237,7 +237,7 @@ def test_nothing_is_left_of_a_file_that_finds_no_room(
         if len(calls) > 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tensor_files, "_write", full)
+    monkeypatch.setattr(files, "_write", full)
     text = EXPERIMENT.format('save resid_post layer 1 at last token to "a.safetensors"')
     result, found = try_file(text, tmp_path, bare("llama"))
     assert "E0533" in [each.code for each in found]
@@ -251,7 +251,7 @@ def test_an_interrupted_file_is_not_there(tmp_path: Path, monkeypatch: pytest.Mo
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tensor_files.TensorFile, "put", stopped)
+    monkeypatch.setattr(files.TensorFile, "put", stopped)
     text = EXPERIMENT.format('save resid_post layer 1 at last token to "a.safetensors"')
     with pytest.raises(KeyboardInterrupt):
         try_file(text, tmp_path, bare("llama"))

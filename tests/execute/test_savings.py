@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from torch import Tensor, nn
 
-from mechdsl.diagnostics.render import render_full
-from mechdsl.execute.execute import Execution
-from mechdsl.execute.options import Options
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.loading.load import adopt
-from mechdsl.plan.passes import NAMES, RESTARTS
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.execute.run.panel import Execution
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading.loader import adopt_model
+from mechdsl.planner.passes import PASS_NAMES, RESTART_PASSES
 
 from ..models import families
 from .support import (
@@ -113,7 +113,7 @@ def work_of(
         work.started = True
 
     with work.on(model.module):
-        given = Options(on_progress=started, **options)
+        given = ExecutionOptions(on_progress=started, **options)
         work.execution = execute_file(checked, model, without, given)
     return work
 
@@ -227,7 +227,7 @@ def test_all_passes_on_and_off_compute_what_they_say(folder: Path) -> None:
     """No pass makes more work than there is without it."""
     text = sweep("z layer * head *", "subject token, cue token")
     whole = work_of(folder, text)
-    for name in NAMES:
+    for name in PASS_NAMES:
         assert work_of(folder, text, {name}).through >= whole.through, name
         assert work_of(folder, text, only(name)).through <= work_of(folder, text, only()).through
 
@@ -363,7 +363,7 @@ def test_activation_functions_run_in_one_kernel(
 @cache
 def deep() -> LoadedModel:
     module = families.module(FAMILY, num_hidden_layers=8)
-    model, diagnostics = adopt("m", module, word_tokenizer())
+    model, diagnostics = adopt_model("m", module, word_tokenizer())
     assert model is not None, render_full(diagnostics, color=False, width=100)
     return model
 
@@ -387,7 +387,7 @@ def test_twice_as_many_layers_are_at_most_twice_the_work(folder: Path, site: str
     assert few + below == many <= 2 * below
 
 
-@pytest.mark.parametrize("without", [(), *((name,) for name in RESTARTS)])
+@pytest.mark.parametrize("without", [(), *((name,) for name in RESTART_PASSES)])
 def test_twice_as_many_heads_or_prompts_are_twice_the_work(
     folder: Path, without: tuple[str, ...]
 ) -> None:

@@ -19,36 +19,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mechdsl.execute.panel_runner
-import mechdsl.execute.pass_size
-import mechdsl.execute.patched_rows
-import mechdsl.execute.prepared_panel
-import mechdsl.execute.try_sizes
-import mechdsl.plan.sweeps
-from mechdsl.execute.execute import Execution
-from mechdsl.execute.options import Options
-from mechdsl.execute.pass_size import (
-    LEAST_TOKENS,
-    MOST_TOKENS,
-    PASS_TOKENS,
-    PROMPT_TOKENS,
-    Sizes,
-    bytes_per_token,
-    kept_bytes,
-    scores_bytes,
+import mechdsl.execute.pass_layout
+import mechdsl.execute.patching.rows
+import mechdsl.execute.run.panel
+import mechdsl.planner.plan
+from mechdsl.checks.file_check import CheckedFile
+from mechdsl.execute.pass_layout import (
+    MAX_PASS_TOKENS,
+    MIN_PASS_TOKENS,
+    PassSizer,
+    estimate_cache_bytes,
+    estimate_score_bytes,
+    estimate_token_bytes,
 )
-from mechdsl.execute.patched_rows import Patcher
-from mechdsl.execute.sizes import PassSizes
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.memory import out_of_memory
-from mechdsl.loading.load import adopt
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.plan.experiment_plan import ExperimentPlan
+from mechdsl.execute.patching.rows import Patcher
+from mechdsl.execute.run.panel import Execution
+from mechdsl.execute.run_record import ExecutionOptions, PassSizes
+from mechdsl.forward.hooks.batch import is_out_of_memory
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading.loader import adopt_model
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS, ExperimentPlan
 from mechdsl.results.results import Results
-from mechdsl.store.runs import OpenRun
+from mechdsl.store.runs import OpenRun, ValueBlock
 from mechdsl.store.store import Store
-from mechdsl.store.values import Block
-from mechdsl.validate.check_file import Checked
 
 from ..models import families
 from .support import (
@@ -93,7 +87,7 @@ Rate = Callable[[int], float]
 """Tokens of a pass → work per second, by a clock that is made up."""
 
 
-def climb(sizes: Sizes, rate: Rate) -> list[int]:
+def climb(sizes: PassSizer, rate: Rate) -> list[int]:
     """The sizes that are tried."""
     tried: list[int] = []
 
@@ -113,37 +107,37 @@ def hill(best: int) -> Rate:
 @settings(derandomize=True, deadline=None)
 @given(best=st.integers(0, 20))
 def test_it_climbs_to_the_size_with_the_most_work_per_second(best: int) -> None:
-    sizes = Sizes()
+    sizes = PassSizer()
     tried = climb(sizes, hill(1 << best))
     assert tried[0] == PASS_TOKENS
-    assert sizes.pass_tokens == min(max(1 << best, LEAST_TOKENS), MOST_TOKENS)
+    assert sizes.pass_tokens == min(max(1 << best, MIN_PASS_TOKENS), MAX_PASS_TOKENS)
     assert (sizes.chosen, sizes.settled) == ("measured", True)
     assert max(Counter(tried).values()) == 1
-    assert all(LEAST_TOKENS <= size <= MOST_TOKENS for size in tried)
+    assert all(MIN_PASS_TOKENS <= size <= MAX_PASS_TOKENS for size in tried)
 
 
 def test_what_is_slower_is_tried_once_and_left() -> None:
-    sizes = Sizes()
+    sizes = PassSizer()
     assert climb(sizes, hill(PASS_TOKENS)) == [PASS_TOKENS, PASS_TOKENS * 2, PASS_TOKENS // 2]
     assert sizes.pass_tokens == PASS_TOKENS
 
 
 def test_a_size_that_no_rows_fill_is_not_chosen() -> None:
-    sizes = Sizes()
+    sizes = PassSizer()
     climb(sizes, lambda size: 0.0 if size > PASS_TOKENS else 1.0 + size)
     assert sizes.kept == PassSizes(PASS_TOKENS, PROMPT_TOKENS, "measured")
-    small = Sizes()
+    small = PassSizer()
     assert climb(small, lambda size: 0.0) == [PASS_TOKENS]
     assert small.kept == PassSizes(PASS_TOKENS, PROMPT_TOKENS, "default")
 
 
 def test_sizes_that_are_given_stand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory isn't even asked for."""
-    monkeypatch.delattr(mechdsl.execute.pass_size, "free_memory")
+    monkeypatch.delattr(mechdsl.execute.pass_layout, "get_free_memory")
     uses = [(adopted("llama"), check_file(TEXT, folder, adopted("llama")).experiments[0].table)]
-    assert Sizes.of(77, None, uses).kept == PassSizes(77, PROMPT_TOKENS, "given")
-    assert Sizes.of(77, 9, uses).kept == PassSizes(77, 9, "given")
-    assert Sizes.of(77, 9, uses).settled
+    assert PassSizer.of(77, None, uses).kept == PassSizes(77, PROMPT_TOKENS, "given")
+    assert PassSizer.of(77, 9, uses).kept == PassSizes(77, 9, "given")
+    assert PassSizer.of(77, 9, uses).settled
 
 
 @pytest.mark.parametrize("rest", [-(1 << 20), 0, 1 << 20, 1 << 24, 1 << 40])
@@ -151,30 +145,30 @@ def test_no_pass_is_larger_than_the_memory_there_is(
     folder: Path, rest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """rest: free bytes beside those of attention's scores."""
-    taken = scores_bytes(torch.device("cpu"))
-    monkeypatch.setattr(mechdsl.execute.pass_size, "free_memory", lambda device: rest + taken)
+    taken = estimate_score_bytes(torch.device("cpu"))
+    monkeypatch.setattr(mechdsl.execute.pass_layout, "get_free_memory", lambda device: rest + taken)
     free = max(0, rest)
     model = adopted("llama")
     table = check_file(TEXT, folder, model).experiments[0].table
-    sizes = Sizes.of(None, None, [(model, table)])
-    room, kept = bytes_per_token(model), kept_bytes(model, table)
-    assert sizes.limit == min(MOST_TOKENS, max(LEAST_TOKENS, free // 2 // room))
+    sizes = PassSizer.of(None, None, [(model, table)])
+    room, kept = estimate_token_bytes(model), estimate_cache_bytes(model, table)
+    assert sizes.limit == min(MAX_PASS_TOKENS, max(MIN_PASS_TOKENS, free // 2 // room))
     assert sizes.pass_tokens == min(PASS_TOKENS, sizes.limit)
     assert sizes.prompt_tokens == min(PROMPT_TOKENS, max(1, free // 4 // kept))
     assert sizes.chosen == ("default" if free == 1 << 40 else "memory")
-    assert Sizes.of(None, 9, [(model, table)]).prompt_tokens == 9
+    assert PassSizer.of(None, 9, [(model, table)]).prompt_tokens == 9
     assert all(tokens <= sizes.limit for tokens in climb(sizes, hill(1 << 40)))
 
 
 def test_half_the_size_is_the_most_from_then_on() -> None:
-    sizes = Sizes(pass_tokens=16 * PASS_TOKENS, settled=True)
+    sizes = PassSizer(pass_tokens=16 * PASS_TOKENS, settled=True)
     assert sizes.halve()
     assert sizes.kept == PassSizes(8 * PASS_TOKENS, PROMPT_TOKENS, "memory")
     assert sizes.limit == 8 * PASS_TOKENS
 
 
 def test_one_token_is_not_halved() -> None:
-    sizes = Sizes(pass_tokens=5)
+    sizes = PassSizer(pass_tokens=5)
     assert [sizes.halve() for _ in range(4)] == [True, True, False, False]
     assert sizes.pass_tokens == 1
 
@@ -192,20 +186,20 @@ FULL = {
 
 @pytest.mark.parametrize("error", FULL.values(), ids=list(FULL))
 def test_full_memory_is_known_by_its_errors(error: BaseException) -> None:
-    assert out_of_memory(error)
+    assert is_out_of_memory(error)
 
 
 def test_memory_that_this_machine_does_not_have_raises_such_an_error() -> None:
     with pytest.raises(RuntimeError) as found:
         torch.empty(1 << 58, dtype=torch.uint8)
-    assert out_of_memory(found.value)
+    assert is_out_of_memory(found.value)
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError("size mismatch"), KeyboardInterrupt(), ValueError("memory")]
 )
 def test_other_errors_are_not(error: BaseException) -> None:
-    assert not out_of_memory(error)
+    assert not is_out_of_memory(error)
 
 
 # --- running out of memory ------------------------------------------------------------------------
@@ -213,7 +207,7 @@ def test_other_errors_are_not(error: BaseException) -> None:
 
 def full_above(tokens: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Memory is full in passes over rows with more tokens in a block than this."""
-    packed, whole = mechdsl.execute.patched_rows.run_packed, mechdsl.execute.patched_rows.run_whole
+    packed, whole = mechdsl.execute.patching.rows.run_packed, mechdsl.execute.patching.rows.run_full
     raised: Counter[str] = Counter()
 
     def limited(found: Any, count: int) -> Any:
@@ -229,8 +223,8 @@ def full_above(tokens: int, error: BaseException, monkeypatch: pytest.MonkeyPatc
     def run_whole(model: Any, batch: Any, **kwargs: Any) -> Any:
         return limited(whole(model, batch, **kwargs), batch.ids.numel())
 
-    monkeypatch.setattr(mechdsl.execute.patched_rows, "run_packed", run_packed)
-    monkeypatch.setattr(mechdsl.execute.patched_rows, "run_whole", run_whole)
+    monkeypatch.setattr(mechdsl.execute.patching.rows, "run_packed", run_packed)
+    monkeypatch.setattr(mechdsl.execute.patching.rows, "run_full", run_whole)
     return raised
 
 
@@ -260,10 +254,10 @@ def test_a_run_that_is_out_of_memory_goes_on_with_smaller_passes(
 ) -> None:
     model = adopted("llama")
     checked = check_file(TEXT, folder, model)
-    whole = execute_file(checked, model, without, Options(pass_tokens=pass_tokens))
+    whole = execute_file(checked, model, without, ExecutionOptions(pass_tokens=pass_tokens))
     assert whole.profile.halved == 0
     raised = full_above(30, FULL[kind], monkeypatch)
-    found = execute_file(checked, model, without, Options(pass_tokens=pass_tokens))
+    found = execute_file(checked, model, without, ExecutionOptions(pass_tokens=pass_tokens))
     same(found, whole)
     assert found.profile.halved == raised["times"] > 0
     assert found.profile.distinct == whole.profile.distinct
@@ -280,18 +274,21 @@ COUNTED = 1 << 20
 
 
 def kept_values(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, options: Options | None = None
+    name: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: ExecutionOptions | None = None,
 ) -> tuple[Kept, int]:
     """What a store gets of a run, each value once, and in how many blocks of patched rows."""
     values: Kept = {}
-    blocks: list[Block] = []
+    blocks: list[ValueBlock] = []
     keep = OpenRun.keep
 
-    def kept(self: OpenRun, block: Block) -> None:
+    def kept(self: OpenRun, block: ValueBlock) -> None:
         blocks.append(block)
         keep(self, block)
 
-    how = RunOptions(execution=options or Options())
+    how = RunOptions(execution=options or ExecutionOptions())
     with monkeypatch.context() as patch, Store(folder / name) as store:
         patch.setattr(OpenRun, "keep", kept)
         with store.begin(name, {}) as run:
@@ -358,7 +355,7 @@ def test_another_error_is_raised_at_once(folder: Path, monkeypatch: pytest.Monke
 
 
 def layout(
-    checked: Checked, options: Options, monkeypatch: pytest.MonkeyPatch
+    checked: CheckedFile, options: ExecutionOptions, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[tuple[bytes, bytes]], Execution]:
     """(rows and prompts of every pass, what was measured)."""
     passes: list[tuple[bytes, bytes]] = []
@@ -382,17 +379,17 @@ def test_neither_clock_nor_memory_changes_the_layout_of_a_given_size(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked = check_file(TEXT, folder, adopted("llama"))
-    options = Options(pass_tokens=40)
+    options = ExecutionOptions(pass_tokens=40)
     passes, found = layout(checked, options, monkeypatch)
     assert len(passes) > 10
     random = Random(0)
     monkeypatch.setattr(
-        mechdsl.execute.pass_size.time, "perf_counter", lambda: random.uniform(-1e9, 1e9)
+        mechdsl.execute.pass_layout.time, "perf_counter", lambda: random.uniform(-1e9, 1e9)
     )
     monkeypatch.setattr(
-        mechdsl.execute.pass_size, "free_memory", lambda device: random.randrange(1 << 40)
+        mechdsl.execute.pass_layout, "get_free_memory", lambda device: random.randrange(1 << 40)
     )
-    monkeypatch.setattr(mechdsl.execute.panel_runner, "WORTH_MEASURING", 1)
+    monkeypatch.setattr(mechdsl.execute.run.panel, "MIN_TRIAL_PASSES", 1)
     again, same_values = layout(checked, options, monkeypatch)
     assert again == passes
     equal(found, same_values)
@@ -416,18 +413,20 @@ def test_passes_come_in_the_order_of_the_file_not_of_addresses(
         return values(self, *args)
 
     monkeypatch.setattr(Patcher, "values", noted)
-    execute_file(checked, adopted("llama"), (), Options(pass_tokens=40))
+    execute_file(checked, adopted("llama"), (), ExecutionOptions(pass_tokens=40))
     assert tuple(started) == bases
 
 
 @pytest.fixture
 def every_pass_takes_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """So the largest is the fastest; and passes are small enough for a few rows to measure them."""
-    monkeypatch.setattr(mechdsl.execute.panel_runner, "WORTH_MEASURING", 2)
-    monkeypatch.setattr(mechdsl.execute.pass_size, "PASS_TOKENS", 64)
-    monkeypatch.setattr(mechdsl.execute.pass_size, "LEAST_TOKENS", 32)
+    monkeypatch.setattr(mechdsl.execute.run.panel, "MIN_TRIAL_PASSES", 2)
+    monkeypatch.setattr(mechdsl.execute.pass_layout, "PASS_TOKENS", 64)
+    monkeypatch.setattr(mechdsl.execute.pass_layout, "MIN_PASS_TOKENS", 32)
     clock = count()
-    monkeypatch.setattr(mechdsl.execute.pass_size.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(
+        mechdsl.execute.pass_layout.time, "perf_counter", lambda: float(next(clock))
+    )
 
 
 @pytest.mark.usefixtures("every_pass_takes_a_second")
@@ -435,7 +434,7 @@ def test_a_size_that_was_measured_gives_the_same_bits_when_it_is_given(folder: P
     result, problems = try_file(TEXT, folder, bare("llama"))
     assert result is not None, problems
     assert result.sizes == PassSizes(256, PROMPT_TOKENS, "measured")
-    given = RunOptions(execution=Options(pass_tokens=256))
+    given = RunOptions(execution=ExecutionOptions(pass_tokens=256))
     again, problems = try_file(TEXT, folder, bare("llama"), given)
     assert again is not None, problems
     assert again.sizes == PassSizes(256, PROMPT_TOKENS, "given")
@@ -449,11 +448,11 @@ def test_rows_that_were_measured_are_kept_once(
 ) -> None:
     """What trying sizes has computed is in no value, no file and no count."""
     checked = check_file(TEXT, folder, adopted("llama"))
-    given = execute_file(checked, adopted("llama"), (), Options(pass_tokens=PASS_TOKENS))
-    monkeypatch.setattr(mechdsl.execute.panel_runner, "WORTH_MEASURING", 0)
-    monkeypatch.setattr(mechdsl.execute.try_sizes, "FULL_SHARE", 0)
-    monkeypatch.setattr(mechdsl.execute.pass_size.Sizes, "halve", None)
-    passes, found = layout(checked, Options(), monkeypatch)
+    given = execute_file(checked, adopted("llama"), (), ExecutionOptions(pass_tokens=PASS_TOKENS))
+    monkeypatch.setattr(mechdsl.execute.run.panel, "MIN_TRIAL_PASSES", 0)
+    monkeypatch.setattr(mechdsl.execute.pass_layout, "MIN_FILLED_SHARE", 0)
+    monkeypatch.setattr(mechdsl.execute.pass_layout.PassSizer, "halve", None)
+    passes, found = layout(checked, ExecutionOptions(), monkeypatch)
     assert len(passes) > len(found.profile.tokens), "some were thrown away"
     assert sum(found.profile.tokens) == sum(given.profile.tokens)
     assert found.profile.distinct == given.profile.distinct
@@ -467,9 +466,9 @@ def test_what_trying_sizes_has_computed_is_not_kept(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The store gets the passes that count, and no others."""
-    given, _ = kept_values("given", folder, monkeypatch, Options(pass_tokens=PASS_TOKENS))
-    monkeypatch.setattr(mechdsl.execute.panel_runner, "WORTH_MEASURING", 0)
-    monkeypatch.setattr(mechdsl.execute.try_sizes, "FULL_SHARE", 0)
+    given, _ = kept_values("given", folder, monkeypatch, ExecutionOptions(pass_tokens=PASS_TOKENS))
+    monkeypatch.setattr(mechdsl.execute.run.panel, "MIN_TRIAL_PASSES", 0)
+    monkeypatch.setattr(mechdsl.execute.pass_layout, "MIN_FILLED_SHARE", 0)
     tried: list[int] = []
     whole = Patcher.values
 
@@ -518,7 +517,9 @@ MANY = experiment(
 
 @cache
 def many_neurons() -> LoadedModel:
-    model, diagnostics = adopt("m", families.module("gpt2", n_inner=NEURONS), word_tokenizer())
+    model, diagnostics = adopt_model(
+        "m", families.module("gpt2", n_inner=NEURONS), word_tokenizer()
+    )
     assert model is not None, diagnostics
     return model
 
@@ -544,7 +545,7 @@ def test_memory_is_flat_over_a_thousand_cells(folder: Path, without: tuple[str, 
 
     tracemalloc.start()
     try:
-        execute_file(checked, model, without, Options(on_progress=look, pass_tokens=40))
+        execute_file(checked, model, without, ExecutionOptions(on_progress=look, pass_tokens=40))
     finally:
         tracemalloc.stop()
     assert calls > 100
@@ -571,7 +572,7 @@ def test_rows_that_are_laid_out_in_parts_are_the_same(
         return found
 
     monkeypatch.setattr(ExperimentPlan, "rows", counted)
-    monkeypatch.setattr(mechdsl.plan.sweeps, "BATCH_ROWS", rows)
+    monkeypatch.setattr(mechdsl.planner.plan, "BATCH_ROWS", rows)
     found = execute_file(checked, model)
     same(found, whole)
     assert found.profile.distinct == whole.profile.distinct

@@ -12,20 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mechdsl.execute.options import Options
-from mechdsl.execute.profile import Profile
-from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.checks.file_check import CheckSettings
+from mechdsl.execute.run_record import ExecutionOptions, ExecutionProfile
+from mechdsl.pipeline.options import RunOptions
 from mechdsl.results.experiment_result import FileResult
 from mechdsl.store.runs import OpenRun
 from mechdsl.store.store import Store
-from mechdsl.validate.check_file import Settings
 
 from ..quick import some
 from . import support
 from .drawn import Case, few, many
 from .test_random_files import cases, experiments
 
-SMALL = Options(pass_tokens=60, prompt_tokens=60)
+SMALL = ExecutionOptions(pass_tokens=60, prompt_tokens=60)
 """Several passes and several batches of prompts."""
 
 
@@ -46,21 +45,21 @@ def run(
     *,
     kept: OpenRun | None = None,
     limit: int | None = None,
-    options: Options = SMALL,
+    options: ExecutionOptions = SMALL,
     prompts: str = support.PROMPTS,
     **more: Any,
-) -> tuple[FileResult | None, Profile]:
+) -> tuple[FileResult | None, ExecutionProfile]:
     """What a file gives, and what was done for it."""
-    done: list[Profile] = []
+    done: list[ExecutionProfile] = []
     how = RunOptions(
-        settings=Settings(limit=limit),
+        settings=CheckSettings(limit=limit),
         execution=options,
         on_profile=lambda _, profile: done.append(profile),
         **more,
     )
     model = support.bare(family)
     found, _ = support.try_file(text, folder, model, how, run=kept, prompts=prompts)
-    whole = Profile()
+    whole = ExecutionProfile()
     for each in done:
         whole.passes += each.passes
         whole.unpatched_passes += each.unpatched_passes
@@ -133,7 +132,7 @@ def check_case(family: str, text: str, folder: Path, cut: int) -> None:
         first, once = run(text, folder, family, kept=kept)
     same_bits(plain, first)
     assert (once.passes, once.unpatched_passes) == (alone.passes, alone.unpatched_passes)
-    again_profile = Profile()
+    again_profile = ExecutionProfile()
     with opened(folder / "a", "other") as kept:
         again, again_profile = run(text, folder, family, kept=kept)
     same_bits(plain, again)
@@ -209,7 +208,7 @@ def test_rows_of_one_content_in_several_passes(
     text = TWICE + kept_ones * (experiments - 1)
     rows = [support.ROWS[number] for number in (0, 1, 2, 3, 2, 0, 1, 1, 3, 0, 2)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    how = Options(pass_tokens=180, prompt_tokens=60)
+    how = ExecutionOptions(pass_tokens=180, prompt_tokens=60)
     plain, alone = run(text, tmp_path, family, options=how)
     left: list[int] = []
     stop = 0

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.replies import Texts
+from mechdsl.results.experiment_result import ExperimentResult, RepliesByPrompt
 
 from .support import MODES, bare, experiment, run_file
 
@@ -23,7 +22,7 @@ def ran(folder: Path, *lines: str, mode: str = "planned", top: str = "") -> Expe
     return run_file(text, folder, bare("gpt2"), MODES[mode])["e"]
 
 
-def texts(found: Texts) -> list[Any]:
+def texts(found: RepliesByPrompt) -> list[Any]:
     return [[reply.ids for reply in own] for _, own in sorted(found.items())]
 
 

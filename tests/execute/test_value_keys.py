@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 from mechdsl.base.source import Source
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.plan.columns import Ragged
-from mechdsl.plan.key_numbers import mixed, of_lists
+from mechdsl.checks.file_check import CheckSettings
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.rows import RaggedColumn
+from mechdsl.planner.value_keys import mix_numbers, number_lists
 from mechdsl.results.experiment_result import FileResult
 from mechdsl.store.store import Store
-from mechdsl.validate.check_file import Settings
 
 from . import support
 from .support import DIFFERENCE, PROMPTS, ROWS, experiment
@@ -329,7 +329,7 @@ def test_one_layer_more_is_estimated_alone(using: str, tmp_path: Path) -> None:
 
 def test_more_rows_are_the_new_ones(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    few = RunOptions(settings=Settings(limit=3))
+    few = RunOptions(settings=CheckSettings(limit=3))
     ran(PATCH, tmp_path, store, options=few)
     found, rows = ran(PATCH, tmp_path, store)
     close(ran(PATCH, tmp_path, None)[0], found)
@@ -338,7 +338,7 @@ def test_more_rows_are_the_new_ones(tmp_path: Path) -> None:
 
 def test_means_are_over_the_rows_there_are(tmp_path: Path) -> None:
     store, text = tmp_path / "store", ablated("mean") + ablated("resample").replace(" e ", " r ")
-    ran(text, tmp_path, store, options=RunOptions(settings=Settings(limit=3)))
+    ran(text, tmp_path, store, options=RunOptions(settings=CheckSettings(limit=3)))
     found, rows = ran(text, tmp_path, store)
     close(ran(text, tmp_path, None)[0], found)
     assert rows > len(ROWS)
@@ -374,7 +374,7 @@ def test_other_weights_seeds_passes_and_data(tmp_path: Path) -> None:
 
 def test_python_files(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    how = RunOptions(settings=Settings(python="run"))
+    how = RunOptions(settings=CheckSettings(python="run"))
     metric = 'measure python("own.py:read") as raw'
     fill = 'set resid_post layer 1 at subject token to python("own.py:fill")'
     text = one(fill, metric)
@@ -393,7 +393,7 @@ def test_python_files(tmp_path: Path) -> None:
 def test_what_a_function_is_given_at_once(tmp_path: Path) -> None:
     """All rows of its cell, in their order, and nothing of other cells."""
     store = tmp_path / "store"
-    how = RunOptions(settings=Settings(python="run"))
+    how = RunOptions(settings=CheckSettings(python="run"))
     code = (
         "import torch\ndef fill(vectors):\n"
         "    return (1 + torch.arange(len(vectors)))[:, None, None] * vectors - vectors[:1]\n"
@@ -483,7 +483,7 @@ def test_a_row_of_other_content(change: str, tmp_path: Path) -> None:
 
 def test_lists_are_told_apart_by_order_length_and_content() -> None:
     lists = [(), (0,), (1,), (0, 0), (1, 2), (2, 1), (3, 0), (0, 3), (0, 1, 2), (1, 2, 0)]
-    found = of_lists(Ragged.of([*lists, *lists]))
+    found = number_lists(RaggedColumn.of([*lists, *lists]))
     assert len(set(found.tolist())) == len(lists)
     assert found[: len(lists)].tolist() == found[len(lists) :].tolist()
 
@@ -491,7 +491,9 @@ def test_lists_are_told_apart_by_order_length_and_content() -> None:
 def test_numbers_are_mixed_in_order() -> None:
     some = np.arange(2000, dtype=np.uint64)
     others = some + np.uint64(5000)
-    both = np.concatenate([mixed(some, others), mixed(others, some), mixed(some, some)])
+    both = np.concatenate(
+        [mix_numbers(some, others), mix_numbers(others, some), mix_numbers(some, some)]
+    )
     assert len(np.unique(both)) == len(both)
 
 

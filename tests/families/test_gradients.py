@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.reads_and_writes import SiteWrite
-from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.loading.load import adopt
-from mechdsl.resolve.estimators import WITHOUT_GRADIENT
+from mechdsl.forward.hooks.batch import SiteWrite
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading.loader import adopt_model
+from mechdsl.resolve.conflicts import SITES_WITHOUT_GRADIENT
 
 from ..quick import some
 from ..reference import hooks
@@ -45,7 +45,7 @@ class Taken(hooks.Session):
 def sites(model: LoadedModel, by_hand: Any) -> list[walk.Spot]:
     other = walk._Walk(by_hand.row, torch.float64, None)
     other.by_hand = by_hand
-    return [s for s in other._spots(model) if not s.stack and s.site not in WITHOUT_GRADIENT]
+    return [s for s in other._spots(model) if not s.stack and s.site not in SITES_WITHOUT_GRADIENT]
 
 
 def whole(weights: Tensor, output: Tensor, mask: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def test_gradients_of_all_sites(name: str) -> None:
     row, dtype = ROWS[name], torch.float32 if name in SINGLE else torch.float64
     by_hand = walk._ByHand(row, dtype)
     by_hand.module.requires_grad_(False)
-    model, _ = adopt("m", walk._module(row, dtype), walk.tokenizer())
+    model, _ = adopt_model("m", walk._module(row, dtype), walk.tokenizer())
     if model is None:
         pytest.skip("the package doesn't take it")
     batch = walk._Packaged(model, by_hand, model.calling.side).base
@@ -72,7 +72,7 @@ def test_gradients_of_all_sites(name: str) -> None:
         leaf = torch.zeros(len(batch), layout.width, dtype=dtype, requires_grad=True)
         where = spot.read.site, spot.read.layer
         writes.append(SiteWrite(*where, rows, last // 2, unit, leaf, mode="add"))
-    output = run_whole(model, batch, writes=writes, gradients=True).logits
+    output = run_full(model, batch, writes=writes, gradients=True).logits
     assert output is not None
     weights = torch.randn(output.shape, generator=random, dtype=dtype)
     mask = batch.mask.bool()

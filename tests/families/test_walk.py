@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechdsl.hooks.batch import Batch
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.reads_and_writes import SiteWrite
+from mechdsl.forward.hooks.batch import Batch, SiteWrite
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.packed.packed_pass import PackedResult, run_packed
 from mechdsl.models.anatomy import HookPoint
-from mechdsl.packed.packed_pass import PackedResult, run_packed
 
 from ..quick import some
 from ..reference import hooks

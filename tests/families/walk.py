@@ -19,17 +19,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
-from mechdsl.diagnostics.w07_models import NotRestartable
-from mechdsl.hooks.batch import Batch, gather
-from mechdsl.hooks.calls import bare_logits
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
-from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.loading.load import adopt
-from mechdsl.loading.verify import RESTART_IMAGES
-from mechdsl.packed.activation_cache import ActivationCache, keeping
-from mechdsl.packed.packed_pass import run_packed
-from mechdsl.vocab.sites import WITHIN_ATTENTION
+from mechdsl.diagnostics.models import NotRestartable
+from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite, gather_vectors
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.model import LoadedModel, call_with_batch
+from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
+from mechdsl.forward.packed.packed_pass import run_packed
+from mechdsl.loading.loader import adopt_model
+from mechdsl.loading.verify.checks import PACKED_IMAGE_IDENTITY
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
 
 from ..reference import hooks
 from .build import VOCABULARY, model
@@ -202,7 +200,7 @@ def walk(
 
 def restarts_images(model: LoadedModel) -> bool:
     """Whether rows with an image that compute only what changes gave whole passes' logits."""
-    return any(one.identity == RESTART_IMAGES and one.passed for one in model.checks)
+    return any(one.identity == PACKED_IMAGE_IDENTITY and one.passed for one in model.checks)
 
 
 def tokenizer() -> Tokenizer:
@@ -428,10 +426,10 @@ class _Packaged:
 
     def bare(self) -> list[Tensor]:
         with torch.inference_mode():
-            return self.outputs(bare_logits(self.model, self.base), range(PROMPTS))
+            return self.outputs(call_with_batch(self.model, self.base), range(PROMPTS))
 
     def read(self, spots: Sequence[Spot]) -> None:
-        self.reads |= run_whole(self.model, self.source, reads=[s.read for s in spots]).reads
+        self.reads |= run_full(self.model, self.source, reads=[s.read for s in spots]).reads
 
     def of_source(self, spot: Spot, prompt: int) -> Tensor:
         """[T, units, width]"""
@@ -448,7 +446,7 @@ class _Packaged:
 
         rows = torch.tensor([i for i, case in enumerate(expected.cases) for _ in case.unit])
         tokens = self.source.of_site(spot.site, spot.stack)
-        values = gather(self.reads[spot.read], tokens, rows, column("read"), column("unit"))
+        values = gather_vectors(self.reads[spot.read], tokens, rows, column("read"), column("unit"))
         return SiteWrite(
             spot.site,
             spot.read.layer,
@@ -463,7 +461,7 @@ class _Packaged:
         """Outputs of whole passes: patched prompts, then ablated ones, of every spot."""
         lanes, writes = self._all(wanted)
         batch = self.base.take(torch.tensor(lanes))
-        logits = run_whole(self.model, batch, writes=writes).logits
+        logits = run_full(self.model, batch, writes=writes).logits
         assert logits is not None
         return _dealt(wanted, self.outputs(logits, lanes))
 
@@ -477,8 +475,8 @@ class _Packaged:
 
     @cached_property
     def kept(self) -> ActivationCache:
-        with keeping(self.model, self.base, 0) as kept:
-            run_whole(self.model, self.base)
+        with record_activations(self.model, self.base, 0) as kept:
+            run_full(self.model, self.base)
         return kept
 
     def packed(self, wanted: Mapping[Spot, Expected], *, last: bool) -> dict[Spot, list[Tensor]]:
@@ -538,12 +536,12 @@ class _Walk:
     def _run(self) -> None:
         row = self.row
         self.by_hand = _ByHand(row, self.dtype)
-        loaded, diagnostics = adopt("m", _module(row, self.dtype), tokenizer())
+        loaded, diagnostics = adopt_model("m", _module(row, self.dtype), tokenizer())
         if loaded is None:
             self.found.refused = "; ".join(f"{d.message}: {d.label_text}" for d in diagnostics)
             return
         self.found.checks = sum(check.passed for check in loaded.checks)
-        self.found.opened = set(WITHIN_ATTENTION) <= loaded.shape.sites
+        self.found.opened = set(ATTENTION_INTERNAL_SITES) <= loaded.shape.sites
         self.found.whole = "; ".join(d.reason for d in diagnostics if isinstance(d, NotRestartable))
         seeing = row.takes == "image and text"
         packs = restarts_images(loaded) if seeing else loaded.restartable
@@ -581,7 +579,7 @@ class _Walk:
             for layer in range(count):
                 rowed = hooks.sites(stacks[name], layer, main=not name) if name in stacks else []
                 # Those within attention have a reference of their own, in tests/rules.
-                known = shape.sites - set(WITHIN_ATTENTION) if shape else frozenset[str]()
+                known = shape.sites - set(ATTENTION_INTERNAL_SITES) if shape else frozenset[str]()
                 offered = {s for s in known if shape is not None and shape.has(s, layer)}
                 for site in dict.fromkeys([*rowed, *sorted(offered)]):
                     if layer and site in hooks.WITHOUT_LAYER:

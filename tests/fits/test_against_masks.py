@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mechdsl.fits.against_masks import (
-    area,
+from mechdsl.fits.masks import (
+    area_under_curve,
     infidelity,
     iou,
-    patch_of_pixels,
-    pointing,
+    mask_shares,
+    pixel_patches,
+    pointing_game,
     sensitivity,
-    shares,
 )
 
 NAN = float("nan")
@@ -22,31 +22,31 @@ VALUES = np.array([[0.9, 0.1], [-2.0, 0.3]])
 
 
 def test_pixels_of_patches() -> None:
-    assert patch_of_pixels((2, 4), (1, 2)).tolist() == [[0, 0, 1, 1]] * 2
-    assert patch_of_pixels((4, 2), (2, 1)).tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert pixel_patches((2, 4), (1, 2)).tolist() == [[0, 0, 1, 1]] * 2
+    assert pixel_patches((4, 2), (2, 1)).tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
     # 5 pixels in 2 patches: the middle of the third one lies on the border, and goes on
-    assert patch_of_pixels((1, 5), (1, 2)).tolist() == [[0, 0, 1, 1, 1]]
-    assert patch_of_pixels((224, 224), (14, 14))[16, 31] == 14 + 1
+    assert pixel_patches((1, 5), (1, 2)).tolist() == [[0, 0, 1, 1, 1]]
+    assert pixel_patches((224, 224), (14, 14))[16, 31] == 14 + 1
     with pytest.raises(ValueError, match="3 x 1 patches of an image of 2 x 4 pixels"):
-        patch_of_pixels((2, 4), (3, 1))
+        pixel_patches((2, 4), (3, 1))
 
 
 def test_shares_of_patches() -> None:
-    assert shares(CORNER, (2, 2)).tolist() == [[1, 0], [0, 0]]
-    assert shares(CORNER, (1, 1)).tolist() == [[0.25]]
-    assert shares(CORNER, (1, 2)).tolist() == [[0.5, 0]]
-    assert shares(CORNER, (4, 3)).tolist() == [[1, 0.5, 0], [1, 0.5, 0], [0] * 3, [0] * 3]
+    assert mask_shares(CORNER, (2, 2)).tolist() == [[1, 0], [0, 0]]
+    assert mask_shares(CORNER, (1, 1)).tolist() == [[0.25]]
+    assert mask_shares(CORNER, (1, 2)).tolist() == [[0.5, 0]]
+    assert mask_shares(CORNER, (4, 3)).tolist() == [[1, 0.5, 0], [1, 0.5, 0], [0] * 3, [0] * 3]
 
 
 def test_pointing() -> None:
-    assert pointing(VALUES, CORNER) == 1
-    assert pointing(-VALUES, CORNER) == 0  # the greatest, not the largest by size
-    assert pointing(np.array([[0.9, 0.9], [0.0, 0.0]]), CORNER) == 0.5
-    assert pointing(np.array([[NAN, 0.1], [-2.0, 0.3]]), CORNER) == 0
-    assert np.isnan(pointing(np.full((2, 2), NAN), CORNER))
+    assert pointing_game(VALUES, CORNER) == 1
+    assert pointing_game(-VALUES, CORNER) == 0  # the greatest, not the largest by size
+    assert pointing_game(np.array([[0.9, 0.9], [0.0, 0.0]]), CORNER) == 0.5
+    assert pointing_game(np.array([[NAN, 0.1], [-2.0, 0.3]]), CORNER) == 0
+    assert np.isnan(pointing_game(np.full((2, 2), NAN), CORNER))
     # half of the left patch lies in it, a quarter of the whole does
-    assert pointing(np.array([[1.0, 0.0]]), CORNER) == 1
-    assert pointing(np.array([[1.0]]), CORNER) == 0
+    assert pointing_game(np.array([[1.0, 0.0]]), CORNER) == 1
+    assert pointing_game(np.array([[1.0]]), CORNER) == 0
 
 
 def test_iou() -> None:
@@ -76,15 +76,17 @@ def test_shares_of_patches_that_there_are_not() -> None:
 def test_area_under_curves() -> None:
     at = np.array([0.0, 0.5, 1.0])
     # (1 + 0.5) / 2 * 0.5 + (0.5 + 0) / 2 * 0.5
-    assert area(np.array([1.0, 0.5, 0.0]), at) == pytest.approx(0.5)
-    assert area(np.array([1.0, 0.0, 0.0]), at) == pytest.approx(0.25)
+    assert area_under_curve(np.array([1.0, 0.5, 0.0]), at) == pytest.approx(0.5)
+    assert area_under_curve(np.array([1.0, 0.0, 0.0]), at) == pytest.approx(0.25)
     # steps that aren't equally far: (1 + 0) / 2 * 1 + 0, over 4
-    assert area(np.array([1.0, 0.0, 0.0]), np.array([0.0, 1.0, 4.0])) == pytest.approx(0.125)
-    assert area(np.array([[2.0, 2.0, 2.0], [0.0, 0.5, 1.0]]), at).tolist() == [2, 0.5]
-    assert area(np.array([3.0, 5.0]), np.array([10.0, 30.0])) == 4
+    assert area_under_curve(np.array([1.0, 0.0, 0.0]), np.array([0.0, 1.0, 4.0])) == pytest.approx(
+        0.125
+    )
+    assert area_under_curve(np.array([[2.0, 2.0, 2.0], [0.0, 0.5, 1.0]]), at).tolist() == [2, 0.5]
+    assert area_under_curve(np.array([3.0, 5.0]), np.array([10.0, 30.0])) == 4
     for wrong in ([0.0], [0.0, 0.0], [1.0, 0.0]):
         with pytest.raises(ValueError, match="two steps"):
-            area(np.ones(len(wrong)), np.array(wrong))
+            area_under_curve(np.ones(len(wrong)), np.array(wrong))
 
 
 def test_infidelity() -> None:

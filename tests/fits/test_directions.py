@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mechdsl.fits.components import effective_rank, pca, rank, signed, singular_values
-from mechdsl.fits.vectors import checked
+from mechdsl.fits.geometry import effective_rank, fix_sign, matrix_rank, pca, singular_values
+from mechdsl.fits.regression import check_vectors
 
 NORMAL = np.random.default_rng(0).normal
 
@@ -16,7 +16,7 @@ NORMAL = np.random.default_rng(0).normal
 )
 def test_what_is_no_list_of_vectors_is_refused(x: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"row|axes|finite"):
-        checked(x)
+        check_vectors(x)
 
 
 @pytest.mark.parametrize("shape", [(30, 6), (5, 40)])
@@ -38,8 +38,8 @@ def test_a_component_is_the_same_whichever_way_the_rows_are_put() -> None:
 
 
 def test_equal_magnitudes_take_the_sign_of_the_first() -> None:
-    assert signed(np.array([-1.0, 1.0 + 1e-12])).tolist() == [1.0, -1.0 - 1e-12]
-    assert signed(np.array([0.5, -1.0])).tolist() == [-0.5, 1.0]
+    assert fix_sign(np.array([-1.0, 1.0 + 1e-12])).tolist() == [1.0, -1.0 - 1e-12]
+    assert fix_sign(np.array([0.5, -1.0])).tolist() == [-0.5, 1.0]
 
 
 def test_more_components_than_dimensions_are_refused() -> None:
@@ -58,11 +58,11 @@ def test_singular_values_with_and_without_the_mean() -> None:
 
 def test_rank_counts_what_is_above_rounding_of_the_type() -> None:
     low = NORMAL(size=(12, 3)) @ NORMAL(size=(3, 8))
-    assert rank(singular_values(low), low.shape, np.finfo(np.float64).eps) == 3
+    assert matrix_rank(singular_values(low), low.shape, np.finfo(np.float64).eps) == 3
     single = low.astype(np.float32).astype(np.float64)
-    assert rank(singular_values(single), low.shape, np.finfo(np.float64).eps) == 8
-    assert rank(singular_values(single), low.shape) == 3
-    assert rank(np.zeros(4), (4, 4)) == 0
+    assert matrix_rank(singular_values(single), low.shape, np.finfo(np.float64).eps) == 8
+    assert matrix_rank(singular_values(single), low.shape) == 3
+    assert matrix_rank(np.zeros(4), (4, 4)) == 0
 
 
 def test_effective_rank_of_known_spectra() -> None:

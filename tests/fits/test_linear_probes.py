@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mechdsl.fits.linear import ridge, ridges, standardised
-from mechdsl.fits.logistic import logistic
+from mechdsl.fits.regression import fit_logistic, fit_ridge, fit_ridges, fit_standardiser
 
 NORMAL = np.random.default_rng(1).normal
 
@@ -19,7 +18,7 @@ def test_ridge_is_the_normal_equation(shape: tuple[int, int], penalty: float) ->
     longer = np.hstack([x, np.ones((shape[0], 1))])
     penalties = np.diag([penalty] * shape[1] + [0.0])
     wanted = np.linalg.solve(longer.T @ longer + penalties, longer.T @ y)
-    found = ridge(x, y, penalty)
+    found = fit_ridge(x, y, penalty)
     assert np.allclose(found.weights, wanted[:-1])
     assert np.allclose(found.intercept, wanted[-1])
     assert np.allclose(found(x), longer @ wanted)
@@ -27,8 +26,8 @@ def test_ridge_is_the_normal_equation(shape: tuple[int, int], penalty: float) ->
 
 def test_several_penalties_at_once_and_one_target() -> None:
     x, y = NORMAL(size=(20, 4)), NORMAL(size=20)
-    for one, penalty in zip(ridges(x, y, [0.1, 2.0]), [0.1, 2.0], strict=True):
-        assert np.allclose(one.weights, ridge(x, y, penalty).weights)
+    for one, penalty in zip(fit_ridges(x, y, [0.1, 2.0]), [0.1, 2.0], strict=True):
+        assert np.allclose(one.weights, fit_ridge(x, y, penalty).weights)
         assert one(x).shape == (20, 1)
 
 
@@ -36,20 +35,20 @@ def test_without_penalty_it_is_least_squares_of_least_norm() -> None:
     x = NORMAL(size=(5, 12))
     y = NORMAL(size=5)
     around = x - x.mean(axis=0)
-    assert np.allclose(ridge(x, y, 0).weights[:, 0], np.linalg.pinv(around) @ (y - y.mean()))
+    assert np.allclose(fit_ridge(x, y, 0).weights[:, 0], np.linalg.pinv(around) @ (y - y.mean()))
 
 
 def test_what_ridge_refuses() -> None:
     with pytest.raises(ValueError, match="penalty"):
-        ridge(np.ones((3, 2)), np.ones(3), -1)
+        fit_ridge(np.ones((3, 2)), np.ones(3), -1)
     with pytest.raises(ValueError, match="3 vectors and 2 targets"):
-        ridge(np.ones((3, 2)), np.ones(2), 1)
+        fit_ridge(np.ones((3, 2)), np.ones(2), 1)
 
 
 def test_a_dimension_that_never_differs_becomes_nothing() -> None:
     x = NORMAL(size=(30, 3))
     x[:, 1] = 1e6 + 0.1
-    scale = standardised(x)
+    scale = fit_standardiser(x)
     assert np.allclose(scale(x).std(axis=0), [1, 0, 1])
     assert np.allclose(scale(x).mean(axis=0), 0)
     assert (scale(x + 5)[:, 1] == 0).all()
@@ -69,7 +68,7 @@ def test_no_step_from_a_logistic_fit_makes_its_loss_less(
     shape: tuple[int, int], classes: int
 ) -> None:
     x, y = NORMAL(size=shape) * 2 + 4, np.arange(shape[0]) % classes
-    found = logistic(x, y, 0.7)
+    found = fit_logistic(x, y, 0.7)
     weights, intercept = found.logits.weights, found.logits.intercept
     least = loss(x, y, weights, intercept, 0.7)
     for k in range(classes):
@@ -87,7 +86,7 @@ def test_two_classes_in_newtons_steps() -> None:
     """The difference of both classes' weights: logistic regression with half the penalty."""
     x = NORMAL(size=(60, 3))
     y = (x[:, 0] + NORMAL(size=60) > 0).astype(int)
-    found = logistic(x, y, 2.0)
+    found = fit_logistic(x, y, 2.0)
     longer = np.hstack([x, np.ones((60, 1))])
     own = np.zeros(4)
     for _ in range(50):
@@ -104,9 +103,9 @@ def test_two_classes_in_newtons_steps() -> None:
 def test_classes_keep_their_numbers() -> None:
     x = np.array([[-2.0], [-1.9], [5.0], [5.2], [0.9], [1.1]])
     y = np.array([7, 7, 3, 3, 40, 40])
-    found = logistic(x, y, 1e-3)
+    found = fit_logistic(x, y, 1e-3)
     assert found(x).tolist() == y.tolist()
-    assert logistic(x, np.full(6, 9), 1.0)(x).tolist() == [9] * 6
+    assert fit_logistic(x, np.full(6, 9), 1.0)(x).tolist() == [9] * 6
 
 
 @pytest.mark.parametrize("penalty", [1e-4, 1.0, 1e6])
@@ -116,7 +115,7 @@ def test_the_minimum_is_reached_on_vectors_of_any_size(size: float, penalty: flo
     overlap."""
     x = NORMAL(size=(400, 60)) * size * np.geomspace(1, 1e-3, 60)
     y = np.digitize(x[:, 0] / size, [-1, 0, 1])
-    found = logistic(x, y, penalty)
+    found = fit_logistic(x, y, penalty)
     logits = found.logits(x)
     parts = np.exp(logits - logits.max(axis=1, keepdims=True))
     off = parts / parts.sum(axis=1, keepdims=True) - np.eye(4)[y]
@@ -127,6 +126,6 @@ def test_the_minimum_is_reached_on_vectors_of_any_size(size: float, penalty: flo
 
 def test_what_logistic_refuses() -> None:
     with pytest.raises(ValueError, match="larger than 0"):
-        logistic(np.ones((2, 1)), np.array([0, 1]), 0)
+        fit_logistic(np.ones((2, 1)), np.array([0, 1]), 0)
     with pytest.raises(ValueError, match="2 vectors and 3 classes"):
-        logistic(np.ones((2, 1)), np.array([0, 1, 1]), 1)
+        fit_logistic(np.ones((2, 1)), np.array([0, 1, 1]), 1)

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import multivariate_normal
 
-from mechdsl.fits.mixture import mixture
+from mechdsl.fits.geometry import fit_mixture
 
 Array = NDArray[np.float64]
 SIZES = (30, 60, 10)
@@ -21,7 +21,7 @@ def blobs(apart: float) -> tuple[Array, NDArray[np.int64]]:
 
 def test_clusters_that_lie_apart_are_found_the_largest_first() -> None:
     x, label = blobs(20.0)
-    found = mixture(x, 3, 0)
+    found = fit_mixture(x, 3, 0)
     likely = found(x)
     np.testing.assert_allclose(likely.sum(1), 1)
     assert likely.argmax(1).tolist() == np.array([1, 0, 2])[label].tolist()
@@ -30,7 +30,7 @@ def test_clusters_that_lie_apart_are_found_the_largest_first() -> None:
 
 def test_a_fixed_point_and_its_probabilities() -> None:
     x, _ = blobs(2.0)
-    found = mixture(x, 4, 1)
+    found = fit_mixture(x, 4, 1)
     own = (x - x.mean(0)) / x.std(0)
     off = np.array([[((v - centre) ** 2).sum() for centre in found.centres] for v in own])
     nearest = off.argmin(1)
@@ -51,16 +51,16 @@ def test_a_fixed_point_and_its_probabilities() -> None:
 
 def test_one_seed_gives_the_same() -> None:
     x, _ = blobs(1.0)
-    assert (mixture(x, 5, 3)(x) == mixture(x, 5, 3)(x)).all()
+    assert (fit_mixture(x, 5, 3)(x) == fit_mixture(x, 5, 3)(x)).all()
 
 
 def test_what_falls_into_fewer_clusters() -> None:
     with pytest.raises(ValueError, match="2 vectors for 3 clusters"):
-        mixture(np.eye(2), 3, 0)
+        fit_mixture(np.eye(2), 3, 0)
     with pytest.raises(ValueError, match="fewer than 3 clusters"):
-        mixture(np.repeat(np.eye(2), 5, axis=0), 3, 0)
+        fit_mixture(np.repeat(np.eye(2), 5, axis=0), 3, 0)
 
 
 def test_vectors_that_lie_in_their_centres() -> None:
     x = np.repeat(np.eye(2), 5, axis=0)
-    assert mixture(x, 2, 0)(x).max(1).tolist() == [1.0] * 10
+    assert fit_mixture(x, 2, 0)(x).max(1).tolist() == [1.0] * 10

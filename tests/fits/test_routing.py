@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mechdsl.fits.routing import routing
+from mechdsl.fits.regression import fit_routing
 
 Array = NDArray[np.float64]
 
@@ -27,7 +27,7 @@ def drawn(rows: int, seed: int = 0) -> tuple[Array, NDArray[np.int64], Array, ND
 
 def test_it_finds_the_token_that_counts() -> None:
     vectors, row, y, counts = drawn(200)
-    found = routing(vectors, row, y, 0.1)
+    found = fit_routing(vectors, row, y, 0.1)
     weights = found.weights(vectors, row)
     np.testing.assert_allclose(np.add.reduceat(weights, np.unique(row, return_index=True)[1]), 1)
     assert weights[counts].min() > 0.9
@@ -40,7 +40,7 @@ def test_it_finds_the_token_that_counts() -> None:
 def test_no_slope_is_left(penalty: float) -> None:
     """Of the query, the weights and the intercept together, though only the query was searched."""
     vectors, row, y, _ = drawn(40)
-    found = routing(vectors, row, y, penalty)
+    found = fit_routing(vectors, row, y, penalty)
     x = torch.from_numpy((vectors - vectors.mean(0)) / vectors.std(0))
     to = torch.from_numpy((y - y.mean(0)) / y.std(0))
     query = torch.from_numpy(found.query).requires_grad_()
@@ -60,7 +60,7 @@ def test_a_row_of_one_token_and_numbers_that_are_the_same() -> None:
     vectors, row, _, _ = drawn(10)
     row = np.append(row, 10)
     vectors = np.vstack([vectors, np.ones(5)])
-    found = routing(vectors, row, np.full(11, 2.5), 1.0)
+    found = fit_routing(vectors, row, np.full(11, 2.5), 1.0)
     assert found.weights(vectors, row)[-1] == 1
     np.testing.assert_allclose(found(vectors, row), 2.5)
 
@@ -68,4 +68,4 @@ def test_a_row_of_one_token_and_numbers_that_are_the_same() -> None:
 def test_a_penalty_of_nothing_is_refused() -> None:
     vectors, row, y, _ = drawn(4)
     with pytest.raises(ValueError, match="above 0"):
-        routing(vectors, row, y, 0.0)
+        fit_routing(vectors, row, y, 0.0)

@@ -7,11 +7,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from mechdsl.fits.similarity import (
-    cka_per_row,
-    cka_unbiased,
-    linear_kernel,
-)
+from mechdsl.fits.geometry import cka_per_row, cka_unbiased, linear_kernel
 
 DRAW = np.random.default_rng(3)
 X = DRAW.normal(size=(12, 4)) + 2

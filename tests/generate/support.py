@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import mechdsl.generate.write_replies as write_replies_module
-from mechdsl.base.reply import Reply
-from mechdsl.generate.records import Decoding, StepEdge, StepRules
-from mechdsl.generate.write_replies import write_replies
-from mechdsl.hooks.inside_attention import EdgeWrite
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.reads_and_writes import Mode, SiteWrite
-from mechdsl.hooks.rule_writes import RuleWrites
+from mechdsl.forward.generation import replies as write_replies_module
+from mechdsl.forward.generation.decoding import Decoding
+from mechdsl.forward.generation.replies import generate_replies
+from mechdsl.forward.generation.rules import StepEdge, StepRules
+from mechdsl.forward.hooks.batch import EdgeWrite, RuleWrites, SiteWrite, WriteMode
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.vocab.metrics import Reply
 
 from ..reference.forward import Edge, Run, Write, forward
 from ..rules.models import double
@@ -35,7 +34,7 @@ class Act:
     row: int
     site: str
     layer: int | None
-    mode: Mode
+    mode: WriteMode
     values: tuple[float, ...]
     unit: int = 0
     to: float = 0.0
@@ -161,7 +160,7 @@ def written(
 ) -> Written:
     """By the package."""
     found: dict[int, list[Tensor]] = {row: [] for row in range(len(prompts))}
-    choose = write_replies_module.next_tokens
+    choose = write_replies_module.choose_next_tokens
 
     def listening(
         logits: Tensor, states: Sequence[int], how: Decoding, keys: Any, step: int
@@ -173,9 +172,9 @@ def written(
 
     settings.setdefault("random", [(row,) for row in range(len(prompts))])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write_replies_module, "next_tokens", listening)
+        patch.setattr(write_replies_module, "choose_next_tokens", listening)
         given = (rules or Rules()).given()
-        replies = write_replies(model, prompts, decoding, **{**given, **settings})
+        replies = generate_replies(model, prompts, decoding, **{**given, **settings})
     return Written(replies, [torch.stack(found[row]) for row in range(len(prompts))])
 
 

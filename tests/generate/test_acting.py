@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.reads_and_writes import Mode
+from mechdsl.forward.hooks.batch import WriteMode
+from mechdsl.forward.hooks.model import LoadedModel
 
 from ..execute.support import shared
 from ..rules.models import bare
@@ -25,7 +25,7 @@ SITES = (
     *("attn_out", "resid_mid", "mlp_norm", "mlp_hidden", "mlp_out", "resid_post", "final_norm"),
     "logits",
 )
-MODES: tuple[Mode, ...] = ("set", "add", "scale", "along")
+MODES: tuple[WriteMode, ...] = ("set", "add", "scale", "along")
 Steps = tuple[int, int | None]
 WHEN: dict[str, tuple[bool, bool, Steps | None]] = {
     "a token of the prompt": (True, False, None),
@@ -62,7 +62,9 @@ def width(name: str, site: str) -> tuple[int, int]:
             return 1, shape.d_model
 
 
-def acts(name: str, row: int, site: str, mode: Mode, when: str, prompt: Sequence[int]) -> list[Act]:
+def acts(
+    name: str, row: int, site: str, mode: WriteMode, when: str, prompt: Sequence[int]
+) -> list[Act]:
     """One vector, written where it says."""
     units, size = width(name, site)
     generator = torch.Generator().manual_seed(row)
@@ -82,11 +84,11 @@ def acts(name: str, row: int, site: str, mode: Mode, when: str, prompt: Sequence
 
 
 @cache
-def every_write(name: str) -> tuple[list[tuple[int, ...]], Rules, list[tuple[str, Mode, str]]]:
+def every_write(name: str) -> tuple[list[tuple[int, ...]], Rules, list[tuple[str, WriteMode, str]]]:
     """A row for each, over prompts of several lengths."""
     prompts: list[tuple[int, ...]] = []
     found: list[Act] = []
-    says: list[tuple[str, Mode, str]] = []
+    says: list[tuple[str, WriteMode, str]] = []
     sites = [site for site in SITES if site != "resid_mid" or name != "gpt_neox"]
     for number, site in enumerate(sites):
         for other, when in enumerate(WHEN):
@@ -139,7 +141,7 @@ def test_every_write_is_seen(name: str) -> None:
 def test_rules_at_one_site_act_in_their_order(cached: bool) -> None:
     """In each row in its own."""
     name = "llama"
-    words: dict[str, Mode] = {"s": "set", "a": "add", "c": "scale"}
+    words: dict[str, WriteMode] = {"s": "set", "a": "add", "c": "scale"}
     orders = ("sa", "as", "asa", "ca", "ac", "aca", "sc", "cs")
     prompts = [PROMPTS[number % len(PROMPTS)] for number in range(len(orders))]
     found: list[Act] = []

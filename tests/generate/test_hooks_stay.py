@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-import mechdsl.generate.cached as cached
-import mechdsl.generate.write_replies as writing
-from mechdsl.generate.write_replies import write_replies
+from mechdsl.forward.generation import replies as cached
+from mechdsl.forward.generation.replies import generate_replies
 
 from ..execute.support import shared
 from ..models import families
@@ -98,7 +97,7 @@ def test_none_are_left(fails: bool, monkeypatch: pytest.MonkeyPatch, opened: lis
             for part in model.module.modules()
         ]
 
-    before, choose = hooks(), writing.next_tokens
+    before, choose = hooks(), cached.choose_next_tokens
 
     def stopping(*given: Any) -> Any:
         if given[-1] == 3:
@@ -106,10 +105,10 @@ def test_none_are_left(fails: bool, monkeypatch: pytest.MonkeyPatch, opened: lis
             assert not fails, "stopped"
         return choose(*given)
 
-    monkeypatch.setattr(writing, "next_tokens", stopping)
+    monkeypatch.setattr(cached, "choose_next_tokens", stopping)
     steps = Rules([scaled(0), scaled(1)]).given()["steps"]
     with pytest.raises(AssertionError, match="stopped") if fails else nullcontext():
-        write_replies(model, PROMPTS[:2], greedy(TOKENS), steps=steps)
+        generate_replies(model, PROMPTS[:2], greedy(TOKENS), steps=steps)
     assert opened == [2]
     assert hooks() == before
     assert not torch.is_inference_mode_enabled()

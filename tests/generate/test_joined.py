@@ -8,11 +8,8 @@ from collections import defaultdict
 import pytest
 import torch
 
-from mechdsl.generate.acting import Chosen, joined
-from mechdsl.generate.records import StepEdge, StepRules
-from mechdsl.hooks.inside_attention import EdgeWrite
-from mechdsl.hooks.reads_and_writes import SiteWrite
-from mechdsl.hooks.rule_writes import RuleWrites
+from mechdsl.forward.generation.rules import RowChoice, StepEdge, StepRules, join_step_rules
+from mechdsl.forward.hooks.batch import EdgeWrite, RuleWrites, SiteWrite
 
 ROWS, STEPS = 5, 4
 
@@ -64,11 +61,11 @@ def test_the_same_in_few_writes(seed: int) -> None:
     chance = random.Random(seed)
     torch.manual_seed(seed)
     rules = [some_rules(chance) for _ in range(chance.randint(2, 8))]
-    few = joined(rules, ROWS)
+    few = join_step_rules(rules, ROWS)
     rows = chance.sample(range(ROWS), 4)
     prompts, newest = torch.tensor([3, 4, 5, 6]), torch.tensor([7, 8, 9, 10])
     for step in range(1, STEPS + 1):
-        own = [Chosen(ROWS, rows).step(each, step, prompts, newest) for each in (rules, few)]
+        own = [RowChoice(ROWS, rows).step(each, step, prompts, newest) for each in (rules, few)]
         assert done(own[0]) == done(own[1])
 
 
@@ -77,6 +74,6 @@ def test_neighbours_are_one() -> None:
     cells = [
         SiteWrite("z", 0, torch.tensor([row]), nothing, nothing, values) for row in range(ROWS)
     ]
-    (only,) = joined([StepRules(1, writes=[write]) for write in cells], ROWS)
+    (only,) = join_step_rules([StepRules(1, writes=[write]) for write in cells], ROWS)
     (write,) = only.writes
     assert write.rows.tolist() == list(range(ROWS))

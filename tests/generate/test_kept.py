@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mechdsl.generate.records import StepRules
-from mechdsl.generate.write_replies import write_replies
-from mechdsl.hooks.reads_and_writes import SiteWrite
-from mechdsl.hooks.rule_writes import RuleWrites
+from mechdsl.forward.generation.replies import generate_replies
+from mechdsl.forward.generation.rules import StepRules
+from mechdsl.forward.hooks.batch import RuleWrites, SiteWrite
 
 from ..rules.models import double
 from ..rules.test_blocks import LISTS
@@ -136,9 +135,9 @@ def test_blocks(name: str, case: tuple[Pairs, Pairs, int], cached: bool) -> None
 def test_a_block_that_was_left_out_has_nothing_to_attend_to() -> None:
     prefill = RuleWrites(blocks=((1, None),))
     with pytest.raises(ValueError, match="block 1 is left out, and attends in step 1"):
-        write_replies(model_of("gpt2"), PROMPTS, greedy(2), prefill=prefill)
+        generate_replies(model_of("gpt2"), PROMPTS, greedy(2), prefill=prefill)
     # One token is the prefill's alone.
-    assert write_replies(model_of("gpt2"), PROMPTS, greedy(1), prefill=prefill)
+    assert generate_replies(model_of("gpt2"), PROMPTS, greedy(1), prefill=prefill)
 
 
 @pytest.mark.parametrize("edited", [False, True])

@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.generate.next_tokens import NO_TOKEN, Writing, _sampled, next_tokens
-from mechdsl.generate.records import Decoding, StepEdge, StepRules
-from mechdsl.generate.write_replies import write_replies
-from mechdsl.hooks.inside_attention import EdgeWrite
+from mechdsl.forward.generation.decoding import (
+    NO_TOKEN,
+    Decoding,
+    ReplyBuffer,
+    _sample_tokens,
+    choose_next_tokens,
+)
+from mechdsl.forward.generation.replies import generate_replies
+from mechdsl.forward.generation.rules import StepEdge, StepRules
+from mechdsl.forward.hooks.batch import EdgeWrite
 
 from .support import Rules, greedy
 from .test_acting import PROMPTS, acts, model_of
@@ -30,7 +36,7 @@ def tokens_of(
     keys: Sequence[tuple[int, ...]] = (),
     step: int = 0,
 ) -> list[int]:
-    return next_tokens(logits, np.array(states), decoding, keys, step).tolist()
+    return choose_next_tokens(logits, np.array(states), decoding, keys, step).tolist()
 
 
 def drawn(count: int = DRAWS, step: int = 0, seed: int = 5, **how: float | int) -> list[int]:
@@ -103,11 +109,16 @@ def test_at_the_bounds_of_what_is_drawn() -> None:
     that rounds to the whole draws the last that may be."""
     logits, states = torch.zeros(1, 4), torch.zeros(4, dtype=torch.long)
     quarters = torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
-    assert _sampled(logits, states, quarters, greedy(3, temperature=1.0)).tolist() == [0, 1, 2, 3]
-    assert _sampled(logits, states, quarters, greedy(3, top_p=0.5)).tolist() == [0, 0, 1, 1]
+    assert _sample_tokens(logits, states, quarters, greedy(3, temperature=1.0)).tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert _sample_tokens(logits, states, quarters, greedy(3, top_p=0.5)).tolist() == [0, 0, 1, 1]
     whole = torch.ones(4, dtype=torch.float64)
-    assert _sampled(logits, states, whole, greedy(3, top_k=2)).tolist() == [1, 1, 1, 1]
-    assert _sampled(logits, states, whole, greedy(3, top_p=0.5)).tolist() == [1, 1, 1, 1]
+    assert _sample_tokens(logits, states, whole, greedy(3, top_k=2)).tolist() == [1, 1, 1, 1]
+    assert _sample_tokens(logits, states, whole, greedy(3, top_p=0.5)).tolist() == [1, 1, 1, 1]
 
 
 def test_probabilities_of_half_precision_are_not_rounded_to_it() -> None:
@@ -136,23 +147,23 @@ def test_samples_dont_hang_on_the_batch() -> None:
     model, how = model_of("gpt2"), greedy(6, temperature=2.0, top_p=0.95)
     prompts = [prompt for prompt in PROMPTS for _ in range(5)]
     random = [(row, 3, len(prompt)) for row, prompt in enumerate(prompts)]
-    together = write_replies(model, prompts, how, random=random)
+    together = generate_replies(model, prompts, how, random=random)
     assert len({reply.ids for reply in together}) > 10
     for row in (0, 7, 14):
-        [alone] = write_replies(model, [prompts[row]], how, random=[random[row]])
+        [alone] = generate_replies(model, [prompts[row]], how, random=[random[row]])
         assert alone == together[row]
-    whole = write_replies(model, prompts, how, random=random, cached=False, limit=30)
+    whole = generate_replies(model, prompts, how, random=random, cached=False, limit=30)
     assert whole == together
     rules = Rules(acts("gpt2", 3, "resid_post", "add", "each step", prompts[3]))
-    beside = write_replies(model, prompts, how, random=random, **rules.given())
+    beside = generate_replies(model, prompts, how, random=random, **rules.given())
     assert [n for n in range(15) if beside[n] != together[n]] == [3]
 
 
 def test_sampling_needs_keys() -> None:
     with pytest.raises(ValueError, match="need a key"):
-        write_replies(model_of("gpt2"), PROMPTS, greedy(2, top_k=3))
+        generate_replies(model_of("gpt2"), PROMPTS, greedy(2, top_k=3))
     with pytest.raises(ValueError, match="need a key"):
-        write_replies(model_of("gpt2"), PROMPTS, greedy(2, top_k=3), random=[(1,)])
+        generate_replies(model_of("gpt2"), PROMPTS, greedy(2, top_k=3), random=[(1,)])
 
 
 LETTERS = " abc\néQ"
@@ -165,7 +176,7 @@ def decode(ids: Sequence[int]) -> str:
 
 
 def ended(tokens: Sequence[int], **how: object) -> tuple[tuple[int, ...], str, str]:
-    writing = Writing(1, Decoding(6, decode, **how))  # pyright: ignore
+    writing = ReplyBuffer(1, Decoding(6, decode, **how))  # pyright: ignore
     for n, token in enumerate(tokens):
         goes_on = writing.put(np.array([0]), np.array([token])).tolist()
         assert goes_on == [NO_TOKEN if n == len(tokens) - 1 else token]
@@ -194,7 +205,7 @@ def test_where_a_reply_ends() -> None:
 
 def test_rows_that_go_on_beside_others() -> None:
     """Each reply ends by itself, whatever the order in which rows come."""
-    writing = Writing(5, Decoding(3, decode, ends=frozenset({5, 0}), stops=("bc",)))
+    writing = ReplyBuffer(5, Decoding(3, decode, ends=frozenset({5, 0}), stops=("bc",)))
     rows = np.array([4, 2, 0, 1])
     assert writing.put(rows, np.array([1, 5, 2, 2])).tolist() == [1, NO_TOKEN, 2, 2]
     rows = np.array([1, 4, 0])
@@ -236,14 +247,14 @@ def test_what_the_newest_token_sees_cant_be_allowed() -> None:
     none = torch.zeros(1, dtype=torch.long)
     edge = EdgeWrite(0, "allow", none, none, none, none, none, torch.zeros(1))
     with pytest.raises(ValueError, match="can't be allowed"):
-        write_replies(
+        generate_replies(
             model_of("gpt2"), PROMPTS, greedy(3), steps=[StepRules(1, edges=[StepEdge(edge)])]
         )
 
 
 def test_an_empty_prompt() -> None:
     with pytest.raises(ValueError, match="every prompt needs a token"):
-        write_replies(model_of("gpt2"), [(1, 2), ()], greedy(3))
+        generate_replies(model_of("gpt2"), [(1, 2), ()], greedy(3))
 
 
 def sorted_draw(logits: Any, uniform: float, top_k: int | None, top_p: float | None) -> int:
@@ -278,7 +289,7 @@ def test_draws_are_those_of_sorted_tokens(
     uniform = torch.rand(60, generator=generator, dtype=torch.float64)
     states = torch.arange(60) % 3
     how = greedy(3, temperature=1.0, top_k=top_k, top_p=top_p)
-    found = _sampled(logits, states, uniform, how).tolist()
+    found = _sample_tokens(logits, states, uniform, how).tolist()
     every = zip(states.tolist(), uniform.tolist(), strict=True)
     wide = logits.double().numpy()
     assert found == [sorted_draw(wide[state], u, top_k, top_p) for state, u in every]

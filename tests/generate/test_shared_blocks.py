@@ -12,15 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-import mechdsl.generate.cached as cached
-import mechdsl.generate.cached_pass as cached_pass
-import mechdsl.generate.write_replies as write_replies
 from mechdsl.base.arrays import Ints
-from mechdsl.generate.shared_blocks import Lineup, SharedBlocks
-from mechdsl.generate.states import States
-from mechdsl.generate.way import way_of
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.rule_writes import Numbers, RuleWrites
+from mechdsl.forward.generation import cached_pass
+from mechdsl.forward.generation import replies as cached
+from mechdsl.forward.generation.cached_pass import choose_method
+from mechdsl.forward.generation.rules import RowLineup, RowStates, SharedBlocks
+from mechdsl.forward.hooks.batch import PositionIdWrite, RuleWrites
+from mechdsl.forward.hooks.model import LoadedModel
 
 from ..execute.support import shared
 from ..models import families
@@ -86,7 +84,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
             return only.run()
 
     monkeypatch.setattr(cached, "CachedPass", Counted)
-    monkeypatch.setattr(cached, "run_cached", run)
+    monkeypatch.setattr(cached, "run_cached_pass", run)
     return found
 
 
@@ -114,8 +112,8 @@ def test_prefill_shares_blocks_as_steps_do(
     """Rules act on the last tokens of each prompt, some of which are in another pass; a row on
     which nothing acts is like the others' first blocks."""
     model = model_of(name)
-    way = replace(way_of(model), shares=shares)
-    monkeypatch.setattr(write_replies, "way_of", lambda *_, **__: way)
+    way = replace(choose_method(model), shares=shares)
+    monkeypatch.setattr(cached, "choose_method", lambda *_, **__: way)
     top = model.shape.n_layers - 1
     sites = ["z", "mlp_out", "attn_out", "q", "mlp_hidden", "v", "k", "resid_post"]
     acts = [
@@ -137,9 +135,9 @@ def test_prefill_of_all_but_last_tokens_ends_at_keys_of_last_block(
     name: str, within: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every site of the last block is written; one of keys after rotary needs all of it."""
-    monkeypatch.setattr(cached, "MIXED", 0)
+    monkeypatch.setattr(cached, "MAX_RECOMPUTED_TOKENS", 0)
     model = model_of(name)
-    assert way_of(model, inside=within).places is not None
+    assert choose_method(model, inside=within).places is not None
     top = model.shape.n_layers - 1
     sites = ["q", "k", "v", "z", "attn_out", "mlp_hidden", "mlp_out", "resid_pre", "resid_post"]
     sites += ["pattern", "k_rot"] * within
@@ -189,7 +187,7 @@ def shape_of(given: Any) -> torch.Size:
 @pytest.mark.parametrize("name", families.EACH)
 def test_every_family(name: str, rows: list[list[int]]) -> None:
     model = shared(families.module(name))
-    places = [way_of(model, inside=inside).places for inside in (False, True)]
+    places = [choose_method(model, inside=inside).places for inside in (False, True)]
     # BLOOM's attention adds what the block read.
     assert all(each is not None and bool(each.attention) == (name != "bloom") for each in places)
     top = model.shape.n_layers - 1
@@ -220,7 +218,7 @@ def test_rows_that_end(rows: list[list[int]]) -> None:
 
 def test_tokens_with_other_numbers(rows: list[list[int]]) -> None:
     """Such a row is its own from the first block on, also where it writes what others do."""
-    numbers = Numbers(*torch.tensor(((1, 2, 3), (1, 3, 2), (3, 1, 2))).t())
+    numbers = PositionIdWrite(*torch.tensor(((1, 2, 3), (1, 3, 2), (3, 1, 2))).t())
     acts = [Act(2, "z", 2, "scale", (1.02,)), Act(4, "z", 1, "scale", (1.02,))]
     given = Rules(acts).given()
     settings: dict[str, Any] = {**given, "prefill": RuleWrites(numbers=[numbers])}
@@ -235,7 +233,7 @@ def test_tokens_with_other_numbers(rows: list[list[int]]) -> None:
 
 def test_a_last_token_with_another_number(rows: list[list[int]]) -> None:
     """Its prefill is no step."""
-    numbers = Numbers(*torch.tensor(((1, 4, 2), (2, 4, 3))).t())
+    numbers = PositionIdWrite(*torch.tensor(((1, 4, 2), (2, 4, 3))).t())
     settings: dict[str, Any] = {"prefill": RuleWrites(numbers=[numbers])}
     model, prompts = model_of("llama"), [PROMPTS[0]] * 4
     plain = written(model, prompts, greedy(3), cached=False, **settings)
@@ -248,15 +246,15 @@ def test_a_model_that_makes_something_else_of_it(
     monkeypatch: pytest.MonkeyPatch, rows: list[list[int]]
 ) -> None:
     """Then each row is computed in all blocks."""
-    before = cached_pass.only_first_rows
+    before = cached_pass.limit_to_first_rows
 
-    def wrong(model: LoadedModel, lineup: Lineup, *rest: Any) -> Any:
+    def wrong(model: LoadedModel, lineup: RowLineup, *rest: Any) -> Any:
         return before(model, replace(lineup, like=np.minimum(lineup.like, 0)), *rest)
 
     model = shared(copy.deepcopy(bare("llama")))
     with monkeypatch.context() as patch:
-        patch.setattr(cached_pass, "only_first_rows", wrong)
-        ways = [way_of(model, inside=inside) for inside in (False, True)]
+        patch.setattr(cached_pass, "limit_to_first_rows", wrong)
+        ways = [choose_method(model, inside=inside) for inside in (False, True)]
     assert [way.kind for way in ways] == ["cached"] * 2
     assert [way.places for way in ways] == [None] * 2
     rules = rules_of(model)
@@ -266,9 +264,9 @@ def test_a_model_that_makes_something_else_of_it(
     assert not rows
 
 
-def alone(rows: Sequence[int] | Ints, parents: Sequence[int] | Ints) -> States:
+def alone(rows: Sequence[int] | Ints, parents: Sequence[int] | Ints) -> RowStates:
     """Each state stands for one row."""
-    return States(np.array(rows), np.arange(len(rows)), np.array(parents))
+    return RowStates(np.array(rows), np.arange(len(rows)), np.array(parents))
 
 
 LAYERS = 4

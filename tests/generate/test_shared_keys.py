@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.generate.cached_pass import NewTokens
-from mechdsl.generate.kept_keys import MORE, KeptKeys
-from mechdsl.generate.one_query import OneQuery
-from mechdsl.generate.shared_keys import SharedKeys
-from mechdsl.generate.way import Way, way_of
-from mechdsl.hooks.loaded import LoadedModel
+from mechdsl.forward.generation.cached_pass import GenerationMethod, NewTokens, choose_method
+from mechdsl.forward.generation.key_value_cache import (
+    MIN_NEW_COLUMNS,
+    KeyValueCache,
+    SharedKeyValues,
+    SingleQueryAttention,
+)
+from mechdsl.forward.hooks.model import LoadedModel
 
 from ..execute.support import shared
 from ..rules.models import bare
@@ -53,13 +55,13 @@ def rules_of(model: LoadedModel) -> Rules:
 def joint(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each product with what is shared."""
     found: list[int] = []
-    before = SharedKeys.scores
+    before = SharedKeyValues.scores
 
-    def scores(self: SharedKeys, layer: int, rows: slice, queries: Tensor) -> Tensor:
+    def scores(self: SharedKeyValues, layer: int, rows: slice, queries: Tensor) -> Tensor:
         found.append(len(queries))
         return before(self, layer, rows, queries)
 
-    monkeypatch.setattr(SharedKeys, "scores", scores)
+    monkeypatch.setattr(SharedKeyValues, "scores", scores)
     return found
 
 
@@ -68,7 +70,7 @@ def test_rows_of_few_prompts(name: str, joint: list[int]) -> None:
     """Unevenly many, in no order, each with something of its own."""
     model = model_of(name)
     rules = rules_of(model)
-    assert way_of(model, inside=True).shares
+    assert choose_method(model, inside=True).shares
     joint.clear()
     found = written(model, ROWS, greedy(TOKENS), rules)
     assert len(joint) >= TOKENS - 1  # in each step, in the block whose edges are left alone
@@ -84,7 +86,7 @@ def test_rows_leave_and_room_grows(joint: list[int]) -> None:
     model = model_of("llama")
     rules = rules_of(model)
     rules = replace(rules, looks=[], kept=[])
-    tokens = MORE + 4
+    tokens = MIN_NEW_COLUMNS + 4
     whole = written(model, ROWS, greedy(tokens), rules, cached=False)
     every = written(model, ROWS, greedy(tokens), rules)
     agree(every, [(r.ids, x) for r, x in zip(whole.replies, whole.logits, strict=True)])
@@ -102,7 +104,7 @@ def test_rows_leave_and_room_grows(joint: list[int]) -> None:
 def test_nothing_is_shared_where_prompts_are_many(joint: list[int]) -> None:
     model = model_of("llama")
     rules = Rules([Act(0, "resid_post", 0, "add", (1.0,) * model.shape.d_model)])
-    assert way_of(model).shares
+    assert choose_method(model).shares
     joint.clear()
     agree(written(model, PROMPTS, greedy(2), rules), by_hand("llama", PROMPTS, rules, 2))
     assert not joint
@@ -111,8 +113,8 @@ def test_nothing_is_shared_where_prompts_are_many(joint: list[int]) -> None:
 def test_keys_that_a_model_looks_at(monkeypatch: pytest.MonkeyPatch, joint: list[int]) -> None:
     """It gets them, and rows share nothing."""
     odd = shared(copy.deepcopy(bare("llama")))
-    monkeypatch.setattr(KeptKeys, "handed", lambda *_: False)
-    assert way_of(odd) == Way("cached", shares=False)
+    monkeypatch.setattr(KeyValueCache, "handed", lambda *_: False)
+    assert choose_method(odd) == GenerationMethod("cached", shares=False)
     rules = Rules(rules_of(odd).acts[:5])
     joint.clear()
     agree(written(odd, ROWS, greedy(2), rules), by_hand("llama", ROWS, rules, 2))
@@ -122,8 +124,8 @@ def test_keys_that_a_model_looks_at(monkeypatch: pytest.MonkeyPatch, joint: list
 def test_attention_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model's own attends, on all keys."""
     model = shared(copy.deepcopy(bare("gemma2")))
-    monkeypatch.setattr(OneQuery, "attend", lambda *_: None)
-    assert way_of(model) == Way("cached")
+    monkeypatch.setattr(SingleQueryAttention, "attend", lambda *_: None)
+    assert choose_method(model) == GenerationMethod("cached")
     rules = Rules(rules_of(model).acts)
     agree(written(model, ROWS, greedy(2), rules), by_hand("gemma2", ROWS, rules, 2))
 
@@ -144,7 +146,7 @@ def test_products(prompts: Sequence[int]) -> None:
     generator = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(3, 2, 5, 4, generator=generator) for _ in range(2))
     more = torch.randn(3, 5, 5, 4, generator=generator)  # a layer with other heads
-    common = SharedKeys(3, [None, (keys, values), (more, more)], prompts)
+    common = SharedKeyValues(3, [None, (keys, values), (more, more)], prompts)
     assert common.columns == 3
     count = len(prompts)
     for rows in (slice(0, count), slice(1, count), slice(0, count - 1), slice(0, 1)):
@@ -169,7 +171,7 @@ def test_few_places_are_empty() -> None:
     """However unevenly many rows prompts have."""
     counts = (1, 2, 3, 5, 9, 100)
     prompts = [number for number, count in enumerate(counts) for _ in range(count)]
-    common = SharedKeys(1, [(torch.ones(6, 1, 1, 1), torch.ones(6, 1, 1, 1))], prompts)
+    common = SharedKeyValues(1, [(torch.ones(6, 1, 1, 1), torch.ones(6, 1, 1, 1))], prompts)
     common.scores(0, slice(0, len(prompts)), torch.ones(len(prompts), 1, 1, 1))
     (places,) = common._places.values()  # pyright: ignore[reportPrivateUsage]
     assert sum(group.count * group.rows for group in places.groups) < 2 * len(prompts)
@@ -177,7 +179,7 @@ def test_few_places_are_empty() -> None:
 
 def test_masks() -> None:
     """A mask of another layer isn't taken for that of the one before, which is gone."""
-    one, scores = OneQuery(KeptKeys(1, 3, 8)), torch.zeros(3, 2, 1, 8)
+    one, scores = SingleQueryAttention(KeyValueCache(1, 3, 8)), torch.zeros(3, 2, 1, 8)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         seen = torch.rand(3, 1, 1, 5, generator=generator) > 0.5
@@ -192,21 +194,21 @@ def test_masks() -> None:
         assert nothing.isfinite().sum() == count == (nothing == 0).sum()
 
 
-def added(one: OneQuery, mask: Tensor | None, scores: Tensor, count: int) -> Tensor:
+def added(one: SingleQueryAttention, mask: Tensor | None, scores: Tensor, count: int) -> Tensor:
     return one._added(mask, scores, count)  # pyright: ignore[reportPrivateUsage]
 
 
 def test_masks_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a pass aren't held in the next one."""
     found: list[int] = []
-    before = OneQuery._added  # pyright: ignore[reportPrivateUsage]
+    before = SingleQueryAttention._added  # pyright: ignore[reportPrivateUsage]
 
-    def counted(self: OneQuery, *given: Any) -> Tensor:
+    def counted(self: SingleQueryAttention, *given: Any) -> Tensor:
         made = before(self, *given)
         found.append(len(self._masks))  # pyright: ignore[reportPrivateUsage]
         return made
 
-    monkeypatch.setattr(OneQuery, "_added", counted)
+    monkeypatch.setattr(SingleQueryAttention, "_added", counted)
     model = model_of("llama")
     written(model, ROWS, greedy(TOKENS))
     assert found
@@ -224,7 +226,7 @@ def test_who_has_one_token(joint: list[int], monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(NewTokens, "inputs", inputs)
     model = model_of("llama")
-    assert way_of(model).shares
+    assert choose_method(model).shares
     joint.clear()
     seen.clear()
     vector = (2.0,) * model.shape.d_model
@@ -240,7 +242,7 @@ def test_sixteen_bits(joint: list[int]) -> None:
     """The model's own attention rounds as it does; there rows share nothing."""
     model = shared(copy.deepcopy(bare("llama")).to(torch.bfloat16))
     rules = Rules(rules_of(model).acts)
-    assert way_of(model).kind == "cached"
+    assert choose_method(model).kind == "cached"
     found = written(model, ROWS, greedy(2), rules)
     assert not joint
     for row in (3, 8):
@@ -251,7 +253,7 @@ def test_sixteen_bits(joint: list[int]) -> None:
 def test_room_grows_where_rows_have_left() -> None:
     """What was kept of them stays, too."""
     generator = torch.Generator().manual_seed(0)
-    kept = KeptKeys(1, 5, 2, later=100)
+    kept = KeyValueCache(1, 5, 2, later=100)
 
     def put(rows: int, first: int, count: int) -> torch.Tensor:
         new = torch.randn(rows, 2, count, 4, generator=generator)
@@ -260,8 +262,8 @@ def test_room_grows_where_rows_have_left() -> None:
         return new
 
     before = put(5, 0, 2)
-    newest = put(3, 2, MORE)
-    again = put(2, 2 + MORE, 4)
+    newest = put(3, 2, MIN_NEW_COLUMNS)
+    again = put(2, 2 + MIN_NEW_COLUMNS, 4)
     keys, values = kept.every(0)
     expected = torch.cat([before[:2], newest[:2], again], dim=2)
     assert torch.equal(keys, expected)

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-import mechdsl.generate.cached as module
-import mechdsl.generate.write_replies as writing
-from mechdsl.generate.cached_pass import NewTokens
-from mechdsl.generate.records import Decoding
-from mechdsl.generate.states import Sharing, States
+from mechdsl.forward.generation import replies as module
+from mechdsl.forward.generation.cached_pass import NewTokens
+from mechdsl.forward.generation.decoding import Decoding
+from mechdsl.forward.generation.rules import RowSharing, RowStates
 
 from .support import Act, Rules, Written, agree, greedy, written
 from .test_acting import PROMPTS, TOKENS, acts, every_look, every_write, model_of
@@ -94,7 +93,7 @@ def test_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise torch.OutOfMemoryError
             super().__init__(model, prompts, *rest, **way)
 
-    monkeypatch.setattr(writing, "CachedPasses", Small)
+    monkeypatch.setattr(module, "CachedPasses", Small)
     agree(written(model_of(NAME), prompts, greedy(TOKENS), rules), as_expected(whole))
     assert tried[:2] == [len(prompts), len(prompts) // 2]
 
@@ -102,7 +101,7 @@ def test_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, *_: Any, **way: Any) -> None:
             raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(writing, "CachedPasses", Full)
+    monkeypatch.setattr(module, "CachedPasses", Full)
     with pytest.raises(torch.OutOfMemoryError):
         written(model_of(NAME), prompts, greedy(TOKENS), rules)
 
@@ -226,20 +225,20 @@ def test_rows_that_have_ended_leave(passes: Passes) -> None:
     agree(found, [(r.ids, x) for r, x in zip(found.replies, logits, strict=True)])
 
 
-def states_of(states: States) -> list[list[int]]:
+def states_of(states: RowStates) -> list[list[int]]:
     """[state] its rows."""
     return [states.rows[states.of == state].tolist() for state in range(len(states))]
 
 
 def test_states_follow_their_tokens() -> None:
-    sharing = Sharing([(1,), (2,), (3,), (4,), (5,)], np.full(5, 99), None)
+    sharing = RowSharing([(1,), (2,), (3,), (4,), (5,)], np.full(5, 99), None)
     first = sharing.first(np.zeros(5))
     second = sharing.follow(first, np.array([7, -1, 7, -1, 7]), 1)
     assert states_of(second) == [[0], [2], [4]]
     assert second.parents.tolist() == [0, 2, 4]
     assert second.leaders.tolist() == [0, 2, 4]
     assert len(sharing.follow(second, np.full(3, -1), 2)) == 0
-    same = Sharing([(1,)] * 4 + [(2,)], np.full(5, 99), None)
+    same = RowSharing([(1,)] * 4 + [(2,)], np.full(5, 99), None)
     split = same.follow(same.first(np.zeros(5)), np.array([5, 6, 5, 7, -1]), 1)
     assert states_of(split) == [[0, 2], [1], [3]]
     assert split.parents.tolist() == [0, 0, 0]
@@ -251,7 +250,7 @@ def test_states_follow_their_tokens() -> None:
 def test_rows_part_where_something_acts_on_one() -> None:
     """Two rows on which the same acts stay together; the first pass has them in a given order."""
     acting, groups = np.array([9, 9, 1, 1, 0]), np.array([0, 0, 1, 1, 0])
-    sharing = Sharing([(1,), (2,), (1,), (1,), (1,)], acting, groups)
+    sharing = RowSharing([(1,), (2,), (1,), (1,), (1,)], acting, groups)
     first = sharing.first(np.array([3, 1, 3, 3, 2]))
     assert states_of(first) == [[1], [4], [0, 2, 3]]
     then = sharing.follow(first, np.array([7, 7, 7, 7, 7]), 1)

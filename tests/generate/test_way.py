@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-import mechdsl.generate.write_replies as module
-from mechdsl.generate.cached_pass import run_cached
-from mechdsl.generate.way import Way, _tried, way_of
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.rule_writes import Numbers, RuleWrites
-from mechdsl.loading.load import adopt
+from mechdsl.forward.generation import replies as replies_module
+from mechdsl.forward.generation.cached_pass import (
+    GenerationMethod,
+    _test_methods,
+    choose_method,
+    run_cached_pass,
+)
+from mechdsl.forward.hooks.batch import PositionIdWrite, RuleWrites
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading.loader import adopt_model
 
 from ..execute.support import shared, word_tokenizer
 from ..models import families
@@ -52,7 +56,7 @@ def mixed(model: LoadedModel) -> Rules:
 def test_every_family(name: str) -> None:
     """They keep keys and values, and write the same with them."""
     model = shared(families.module(name))
-    assert way_of(model) == way_of(model, inside=True) == Way("cached")
+    assert choose_method(model) == choose_method(model, inside=True) == GenerationMethod("cached")
     rules = mixed(model)
     whole = written(model, PROMPTS, greedy(TOKENS), rules, cached=False)
     expected = [(r.ids, x) for r, x in zip(whole.replies, whole.logits, strict=True)]
@@ -65,14 +69,14 @@ def whole_only(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> Any:
         raise AssertionError(model.name)
 
-    monkeypatch.setattr(module, "CachedPasses", never)
+    monkeypatch.setattr(replies_module, "CachedPasses", never)
 
 
 def test_a_model_that_looks_at_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
     odd: Any = copy.deepcopy(bare("gpt2"))
     model = shared(odd)
     odd.transformer.wte.register_forward_hook(lambda part, args, out: out + 0.3 * out.cumsum(1))
-    way = way_of(model)
+    way = choose_method(model)
     assert way.kind == "whole"
     assert way.reason.startswith("with kept keys and values its logits are off by ")
     whole_only(model, monkeypatch)
@@ -84,7 +88,7 @@ def test_a_model_that_counts_columns() -> None:
     right = copy.copy(model)
     object.__setattr__(right, "calling", copy.copy(model.calling))
     object.__setattr__(right.calling, "side", "right")
-    assert way_of(right).kind == "whole"
+    assert choose_method(right).kind == "whole"
     rules = mixed(right)
     agree(written(right, PROMPTS, greedy(TOKENS), rules), by_hand("gpt2", PROMPTS, rules, TOKENS))
 
@@ -93,26 +97,31 @@ def test_long_texts_that_turn_otherwise() -> None:
     odd: Any = copy.deepcopy(bare("llama"))
     model = shared(odd)
     odd.model.rotary_emb.rope_type = "dynamic"
-    assert way_of(model) == Way("whole", "its rotary embedding hangs on how long the text is")
+    assert choose_method(model) == GenerationMethod(
+        "whole", "its rotary embedding hangs on how long the text is"
+    )
     odd.model.rotary_emb.rope_type = {"full_attention": "default", "sliding": "longrope"}
-    assert _tried(model, False).kind == "whole"
+    assert _test_methods(model, False).kind == "whole"
     odd.model.rotary_emb.rope_type = "default"
-    assert _tried(model, False).kind == "cached"
+    assert _test_methods(model, False).kind == "cached"
 
 
 def test_logits_that_are_no_numbers_are_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mechdsl.generate.way._cached", lambda *_: torch.tensor(torch.nan))
-    assert _tried(model_of("gpt2"), False).kind == "whole"
+    monkeypatch.setattr(
+        "mechdsl.forward.generation.cached_pass._run_cached_passes",
+        lambda *_: torch.tensor(torch.nan),
+    )
+    assert _test_methods(model_of("gpt2"), False).kind == "whole"
 
 
 def test_what_acts_within_attention_is_tried_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
 
-    def way(model: Any, *, inside: bool) -> Way:
+    def way(model: Any, *, inside: bool) -> GenerationMethod:
         asked.append(inside)
-        return Way("cached")
+        return GenerationMethod("cached")
 
-    monkeypatch.setattr("mechdsl.generate.write_replies.way_of", way)
+    monkeypatch.setattr("mechdsl.forward.generation.replies.choose_method", way)
     model, row = model_of("llama"), [PROMPTS[0]]
     for site, width in (("resid_post", 20), ("q_rot", 6)):
         act = Act(0, site, 1, "add", (0.5,) * width, position=2)
@@ -128,12 +137,12 @@ def test_both_kinds_of_passes_are_tried(monkeypatch: pytest.MonkeyPatch) -> None
 
     def listening(*given: Any) -> Any:
         opened.append(bool(given[4].edges))
-        return run_cached(*given)
+        return run_cached_pass(*given)
 
-    monkeypatch.setattr("mechdsl.generate.way.run_cached", listening)
+    monkeypatch.setattr("mechdsl.forward.generation.cached_pass.run_cached_pass", listening)
     for inside in (False, True):
         opened.clear()
-        assert _tried(model_of("gpt2"), inside) == Way("cached")
+        assert _test_methods(model_of("gpt2"), inside) == GenerationMethod("cached")
         assert set(opened) == ({False, True} if inside else {False})
 
 
@@ -154,7 +163,7 @@ def test_tokens_with_other_numbers(name: str, cached: bool) -> None:
     """Those of the reply are counted as ever; the last row has the first one's prompt without."""
     prompts = [*PROMPTS, PROMPTS[0]]
     numbers = ((0, 2, 9), (0, 3, 1), (2, 5, 0), (2, 6, 12))
-    each = Numbers(*torch.tensor(numbers).t())
+    each = PositionIdWrite(*torch.tensor(numbers).t())
     prefill = RuleWrites(numbers=[each])
     found = written(model_of(name), prompts, greedy(TOKENS), prefill=prefill, cached=cached)
     expected: list[tuple[list[int], torch.Tensor]] = []
@@ -212,9 +221,11 @@ def test_a_model_without_keys() -> None:
     )
     module = MambaForCausalLM(config)
     families.draw(module, 0)
-    model, _ = adopt("m", module.eval(), word_tokenizer())
+    model, _ = adopt_model("m", module.eval(), word_tokenizer())
     assert model is not None
-    assert way_of(model) == Way("whole", "it takes no keys and values of earlier tokens")
+    assert choose_method(model) == GenerationMethod(
+        "whole", "it takes no keys and values of earlier tokens"
+    )
     act = Act(0, "resid_post", 0, "add", (3.0,) * 24, position=2)
     found = written(model, PROMPTS, greedy(4), Rules([act]))
     [alone] = written(model, PROMPTS[1:2], greedy(4)).logits

@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckSettings
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.render import render_full
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.loading.load import adopt
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading.loader import adopt_model
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
-from mechdsl.validate.check_file import Settings
 
 from ..execute.support import MODES, as_in_the_data, run_on, unchanged
 from ..families import build, tables
@@ -187,7 +187,7 @@ def save(name: str, folder: Path) -> None:
 @cache
 def shared(name: str) -> LoadedModel:
     """The model as the executor has it."""
-    model, found = adopt("m", *handed(name))
+    model, found = adopt_model("m", *handed(name))
     assert model is not None, [(d.message, d.label_text) for d in found]
     assert not [d for d in found if d.severity == "error"], [d.message for d in found]
     return model
@@ -284,7 +284,7 @@ def try_file(
 ) -> tuple[FileResult | None, list[Diagnostic]]:
     """The Python that a file names is run."""
     write_images(folder)
-    options = replace(MODES[mode], settings=Settings(python="run"))
+    options = replace(MODES[mode], settings=CheckSettings(python="run"))
     whole = f'mech 1\nmodel m = local("handed over")\n{blocks or blocks_of(name)}\n{text}'
     return run_on(Source(whole, folder / "file.mech"), {"m": shared(name)}, options)
 

@@ -16,15 +16,14 @@ from PIL import Image
 
 from mechdsl.base import limits
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.images.patches import PatchLayout
 from mechdsl.images.picture import Picture
-from mechdsl.images.pixels import prepared
-from mechdsl.images.processing import Processing
-from mechdsl.prompts.image_reader import ImageReader, of_image
-from mechdsl.prompts.prompt_table import PromptTable
-from mechdsl.resolve.resolved import ResolvedExperiment
-from mechdsl.validate.check_file import Settings, check_source
+from mechdsl.images.pixels import model_input
+from mechdsl.images.processing import PatchLayout, Processing
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.tokens.images import ImageTokenizer, image_row_fields
+from mechdsl.resolve.types import ResolvedExperiment
 
 from . import support
 from .support import CLASSIFIERS, ENCODERS, FRONT, GRID, SIDE
@@ -67,7 +66,7 @@ def check(
     every = ("model vit", "images scenes limit 6", *lines, measure)
     body = "\n".join(f"  {line}" for line in every)
     text = f"mech 1\n{model}\n{blocks}\nexperiment e {{\n{body}\n}}\n"
-    found = check_source(Source(text, folder / "file.mech"), Settings())
+    found = check_source(Source(text, folder / "file.mech"), CheckSettings())
     return found.experiments, [d for d in found.diagnostics if d.severity == "error"]
 
 
@@ -164,7 +163,7 @@ def test_a_patch_that_is_painted_changes_its_token_alone(name: str) -> None:
     """Which token a place is called is which token of the embedding it becomes."""
     model = support.shared(name)
     reader = model.tokenizer
-    assert isinstance(reader, ImageReader)
+    assert isinstance(reader, ImageTokenizer)
     assert len(reader.layout.front) == FRONT[name]
     assert (reader.layout.rows, reader.layout.cols) == (GRID, GRID)
     random = torch.Generator().manual_seed(0)
@@ -245,12 +244,12 @@ def test_files_are_rows(tmp_path: Path) -> None:
     images = [row.image for row in rows]
     assert [image.size for image in images if image] == [(5, 7)] * 2
     reader = check(tmp_path, blocks=blocks)[0][0].model.tokenizer
-    assert isinstance(reader, ImageReader)
+    assert isinstance(reader, ImageTokenizer)
     for row in rows:
         assert row.image is not None
         value = ord(row.text.split("/")[1][0])
         wanted = np.float32((np.float32(value / 255) - np.float32(0.5)) / np.float32(0.5))
-        np.testing.assert_allclose(prepared(row.image, reader.processing), wanted, atol=1e-6)
+        np.testing.assert_allclose(model_input(row.image, reader.processing), wanted, atol=1e-6)
 
 
 def test_other_bytes_in_a_file_are_another_row(tmp_path: Path) -> None:
@@ -471,9 +470,9 @@ LAYOUT = PatchLayout(("cls", "register", "register"), (4, 4), (8, 8))
 
 def test_readers_tell_apart_how_images_are_made_ready() -> None:
     own, same, smooth = (
-        ImageReader(LAYOUT, Processing(("exact", 8, 8), resample=how)) for how in (2, 2, 3)
+        ImageTokenizer(LAYOUT, Processing(("exact", 8, 8), resample=how)) for how in (2, 2, 3)
     )
-    other = ImageReader(replace(LAYOUT, front=("cls",)), own.processing)
+    other = ImageTokenizer(replace(LAYOUT, front=("cls",)), own.processing)
     assert own.same_as(same)
     ids = {reader: reader.encode_all(["gray"])[0].ids[0] for reader in (own, smooth, other)}
     assert len(set(ids.values())) == 3
@@ -483,17 +482,17 @@ def test_readers_tell_apart_how_images_are_made_ready() -> None:
 
 
 def test_tokens_are_called_as_they_are_written() -> None:
-    reader = ImageReader(LAYOUT, Processing(("exact", 8, 8)))
+    reader = ImageTokenizer(LAYOUT, Processing(("exact", 8, 8)))
     assert [reader.label(token) for token in range(5)] == [
         "cls", "register 1", "register 2", "image row 1 col 1", "image row 1 col 2",
     ]  # fmt: skip
 
 
 def test_images_without_a_size_have_that_of_the_model() -> None:
-    reader = ImageReader(LAYOUT, Processing(None))
+    reader = ImageTokenizer(LAYOUT, Processing(None))
     for picture in (Picture("noise", seed=3), Picture("gray")):
-        image = of_image(picture, {}, reader)["image"]
+        image = image_row_fields(picture, {}, reader)["image"]
         assert image.size == (8, 8)
-        assert prepared(image, reader.processing).shape == (3, 8, 8)
+        assert model_input(image, reader.processing).shape == (3, 8, 8)
     kept = Picture("noise", size=(4, 6), seed=3)
-    assert of_image(kept, {}, reader)["image"] == kept
+    assert image_row_fields(kept, {}, reader)["image"] == kept

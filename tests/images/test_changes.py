@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from mechdsl.base.source import Source
-from mechdsl.images.picture import Picture, PictureChange
-from mechdsl.images.pixels import prepared
+from mechdsl.images.picture import Picture, PictureChange, Region, box_coverage, covered_tokens
+from mechdsl.images.pixels import model_input
 from mechdsl.images.processing import Processing
-from mechdsl.images.regions import Region, of_box, tokens_in
-from mechdsl.prompts.image_reader import ImageReader
+from mechdsl.prompts.tokens.images import ImageTokenizer
 
 from ..reference.hooks import Change
 from ..reference.noise import keyed_by_number, noise
@@ -163,7 +162,7 @@ def test_patches_of_an_image_that_is_scaled_first(tmp_path: Path) -> None:
     for clean, other in zip(experiment.table.runs["clean"].rows, rows, strict=True):
         assert clean.image is not None
         assert other.image is not None
-        before, after = prepared(clean.image, how), prepared(other.image, how).copy()
+        before, after = model_input(clean.image, how), model_input(other.image, how).copy()
         gray = (128 / 255 - np.array(how.mean)) / np.array(how.std)
         np.testing.assert_allclose(
             after[:, 8:16, 16:24], gray[:, None, None] + np.zeros((3, 8, 8)), atol=1e-6
@@ -387,9 +386,9 @@ def test_noise_on_embeddings(
     scale = 0.7
     if run == "other":
         own, sizes = support.shared(name).tokenizer, support.SIZES
-        assert isinstance(own, ImageReader)
-        covers = [of_box(box, sizes[number]) for number, (box, _) in enumerate(BOXES)]
-        where = [[*tokens_in(each, own.processing, own.layout)] for each in covers]
+        assert isinstance(own, ImageTokenizer)
+        covers = [box_coverage(box, sizes[number]) for number, (box, _) in enumerate(BOXES)]
+        where = [[*covered_tokens(each, own.processing, own.layout)] for each in covers]
         every = [plain(name, n).sites["embed", 0][tokens].numpy() for n, tokens in enumerate(where)]
         scale = 2 * float(np.concatenate(every).std(ddof=1))
     base: list[float] = []

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.loading.load import adopt
+from mechdsl.loading.loader import adopt_model
 
 from ..quick import some
 from ..reference.hooks import patch_projection, patch_tokens
@@ -88,7 +88,7 @@ def test_vectors_that_change_before_positions_are_refused() -> None:
     embeddings = module.get_submodule("vit.embeddings")
     forward = embeddings.forward
     embeddings.forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)
-    model, found = adopt("m", module, support.handed("vit")[1])
+    model, found = adopt_model("m", module, support.handed("vit")[1])
     assert model is None
     (refused,) = found
     assert refused.code == "E0410"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.rules.observations.maps import grids_of
+from mechdsl.rules.observations.maps import build_grids
 
 from ..reference.hooks import Change
 from . import support
@@ -290,7 +290,7 @@ def test_windows_without_a_number_are_in_no_mean() -> None:
         experiment=SimpleNamespace(base="clean"),
     )
     part = SimpleNamespace(by_place=lambda run: iter(places))
-    found = grids_of(cast(Any, part), cast(Any, work))
+    found = build_grids(cast(Any, part), cast(Any, work))
     assert list(found) == [7]
     np.testing.assert_array_equal(found[7][:, 0, :3], [[2, 2, 6], [2, 1.5, 3.5]])
     assert np.isnan(found[7][:, 1:]).all()

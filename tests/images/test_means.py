@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.images.pixels import prepared
-from mechdsl.prompts.image_reader import ImageReader
+from mechdsl.images.pixels import model_input
+from mechdsl.prompts.tokens.images import ImageTokenizer
 
 from ..quick import in_turn
 from . import support
@@ -62,9 +62,9 @@ def _mean(folder: Path, blocks: str) -> tuple[str, np.ndarray]:
     image = experiment.table.runs["neutral"].rows[0].image
     reader = experiment.model.tokenizer
     assert image is not None
-    assert isinstance(reader, ImageReader)
-    by_hand = np.mean([prepared(each, reader.processing) for each in image.of], axis=0)
-    found = prepared(image, reader.processing)
+    assert isinstance(reader, ImageTokenizer)
+    by_hand = np.mean([model_input(each, reader.processing) for each in image.of], axis=0)
+    found = model_input(image, reader.processing)
     np.testing.assert_allclose(found, by_hand, atol=1e-5)
     said = experiment.table.conventions["image of neutral"]
     assert said.startswith(f"mean of {len(image.of):,} images of `{image.said}`")

@@ -12,12 +12,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from mechdsl.results.archive import pack, unpack
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.results import Results
+from mechdsl.results.results import Results, pack_results, unpack_results
 from mechdsl.show.reports.overlay import render
-from mechdsl.show.reports.overlay_page import save_overlay
-from mechdsl.show.reports.token_shades import Overlay, maps_of, overlays
+from mechdsl.show.reports.overlay_pages import Overlay, build_overlays, image_maps, write_overlay
 
 from ..results.synthetic import report
 from . import support
@@ -44,7 +42,7 @@ def run(folder: Path, name: str, *lines: str) -> ExperimentResult:
 
 
 def shown(result: ExperimentResult, **how: object) -> Overlay:
-    return overlays(result, report("overlay", **how))[0]
+    return build_overlays(result, report("overlay", **how))[0]
 
 
 def number_of(title: str) -> int:
@@ -72,7 +70,7 @@ def test_each_number_stands_on_its_patch(tmp_path: Path, name: str) -> None:
     assert len(found.prompts) == 3
     numbers: list[int] = []
     for each in found.prompts:
-        maps = maps_of(each, write)
+        maps = image_maps(each, write)
         assert [title for title, _ in maps.maps] == ["b 0", "b 1"]
         numbers.append(number_of(maps.title))
         expected = by_hand(name, numbers[-1])
@@ -96,7 +94,7 @@ def test_the_image_is_what_the_model_sees(tmp_path: Path, name: str) -> None:
 def test_tokens_in_front_are_told_beside(tmp_path: Path) -> None:
     lines = [LINES[0], "patch resid_post layer 0 at cls token, each token of image", LINES[2]]
     for each in shown(run(tmp_path, "deit", *lines)).prompts:
-        maps = maps_of(each, write)
+        maps = image_maps(each, write)
         number = number_of(maps.title)
         writes = {("resid_post", 0): support.copied(plain("deit", number), "resid_post", 0, [0])}
         changed = forward("deit", pixels("deit", None), writes)
@@ -110,7 +108,7 @@ def test_patches_where_nothing_was_done_have_no_number(tmp_path: Path) -> None:
     lines = [LINES[0], "patch resid_post layer 0 at image row 2 col 1..3 token", LINES[2]]
     found = run(tmp_path, "vit", *lines)
     for each in shown(found).prompts:
-        ((_, values),) = maps_of(each, write).maps
+        ((_, values),) = image_maps(each, write).maps
         there = np.isfinite(values)
         assert there.sum() == 3
         assert there[1, :3].all()
@@ -126,7 +124,7 @@ JOINED = "patch resid_post layer 0 at image row 1..2 col 1 tokens, image row 4 c
 def test_patches_that_are_hit_together_have_one_number(tmp_path: Path) -> None:
     lines = [LINES[0], JOINED, LINES[2]]
     for each in shown(run(tmp_path, "vit", *lines)).prompts:
-        ((_, values),) = maps_of(each, write).maps
+        ((_, values),) = image_maps(each, write).maps
         assert values[0, 0] == values[1, 0]
         assert np.isfinite(values).sum() == 3
 
@@ -152,10 +150,10 @@ def test_rows_that_are_left_out_take_their_image_with_them(tmp_path: Path) -> No
 def test_several_bases_are_drawn_on_the_same_images(tmp_path: Path) -> None:
     found = run(tmp_path, "vit", "from scenes into neutral, clean", *LINES[1:])
     for each in shown(found).prompts:
-        maps = dict(maps_of(each, write).maps)
+        maps = dict(image_maps(each, write).maps)
         assert len(maps) == 4
         own = next(v for title, v in maps.items() if "neutral" in title and "b 0" in title)
-        expected = by_hand("vit", number_of(maps_of(each, write).title))
+        expected = by_hand("vit", number_of(image_maps(each, write).title))
         np.testing.assert_allclose(own, expected, atol=1e-4)
         other = next(v for title, v in maps.items() if "clean" in title and "b 0" in title)
         assert np.abs(other).max() < 1e-5, "they are put where they come from"
@@ -166,7 +164,7 @@ def test_they_are_kept_with_the_results(tmp_path: Path) -> None:
     found, _ = support.try_file(text, tmp_path, "vit")
     assert found is not None
     whole = f'mech 1\nmodel m = local("handed over")\n{support.BLOCKS}\n{text}'
-    again = unpack(pack(Results((found,), {"mechdsl": "0"}), whole))["e"]
+    again = unpack_results(pack_results(Results((found,), {"mechdsl": "0"}), whole))["e"]
     for one, other in zip(found.experiments[0].seen, again.seen, strict=True):
         assert one is not None
         assert other is not None
@@ -179,7 +177,7 @@ def test_they_are_kept_with_the_results(tmp_path: Path) -> None:
 def test_pictures_and_pages(tmp_path: Path) -> None:
     result = run(tmp_path, "vit", *LINES)
     for ending in ("svg", "png", "html"):
-        save_overlay(result, report("overlay"), tmp_path / f"map.{ending}")
+        write_overlay(result, report("overlay"), tmp_path / f"map.{ending}")
     drawn = (tmp_path / "map.svg").read_text(encoding="utf-8")
     ElementTree.fromstring(drawn)
     page = (tmp_path / "map.html").read_text(encoding="utf-8")

@@ -17,11 +17,15 @@ from PIL import Image, ImageFilter
 
 from mechdsl.base import limits
 from mechdsl.images import files
-from mechdsl.images.files import NotRead, decoded
-from mechdsl.images.picture import Picture, PictureChange
-from mechdsl.images.pixels import pixels, prepare, prepared
-from mechdsl.images.processing import KINDS, Processing, Unfit, processing_of
-from mechdsl.images.regions import Region
+from mechdsl.images.files import UnreadableImage, decode_image
+from mechdsl.images.picture import Picture, PictureChange, Region
+from mechdsl.images.pixels import model_input, process_pixels, render_pixels
+from mechdsl.images.processing import (
+    PROCESSOR_DEFAULTS,
+    Processing,
+    UnsupportedProcessor,
+    parse_processing,
+)
 
 SIZES = ((40, 30), (30, 41), (224, 224), (37, 300), (16, 16), (500, 333))
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -61,28 +65,28 @@ def test_images_are_made_ready_as_the_library_does(
         wanted = np.asarray(own(Image.fromarray(image), return_tensors="np")["pixel_values"][0])
     # Of what is written beside a model, and of what such a file may leave out.
     for config in (own.to_dict(), {"image_processor_type": f"{kind}ImageProcessor", **given}):
-        how = processing_of(config)
-        found = prepare(image, how)
+        how = parse_processing(config)
+        found = process_pixels(image, how)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, wanted, atol=1e-6)
         assert found.shape[1:] == (how.size or how.resized(*size))
 
 
 def test_all_known_processors_are_tried() -> None:
-    assert {*SETTINGS, "DINOv3ViT"} == set(KINDS)
+    assert {*SETTINGS, "DINOv3ViT"} == set(PROCESSOR_DEFAULTS)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_nothing_is_rounded_in_between_for_dinov3(size: tuple[int, int]) -> None:
     """Its processor needs torchvision, which resizes floats as torch does."""
-    how = processing_of({"image_processor_type": "DINOv3ViTImageProcessorFast"})
+    how = parse_processing({"image_processor_type": "DINOv3ViTImageProcessorFast"})
     image = drawn(*size)
     given = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
     wanted = torch.nn.functional.interpolate(
         given, size=(224, 224), mode="bilinear", antialias=True, align_corners=False
     )[0]
     mean, std = (torch.tensor(each)[:, None, None] for each in (how.mean, how.std))
-    np.testing.assert_allclose(prepare(image, how), (wanted - mean) / std, atol=1e-4)
+    np.testing.assert_allclose(process_pixels(image, how), (wanted - mean) / std, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +106,8 @@ def test_nothing_is_rounded_in_between_for_dinov3(size: tuple[int, int]) -> None
     ],
 )
 def test_what_is_no_processor(config: dict[str, Any], said: str) -> None:
-    with pytest.raises(Unfit, match=said):
-        processing_of(config)
+    with pytest.raises(UnsupportedProcessor, match=said):
+        parse_processing(config)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -150,8 +154,8 @@ def test_what_is_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     content, said = REFUSED[case]
     if case in ("a bomb", "one pixel too many"):  # before a pixel is decoded
         monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
-    with pytest.raises(NotRead) as refused:
-        decoded(content)
+    with pytest.raises(UnreadableImage) as refused:
+        decode_image(content)
     assert said in refused.value.reason
     assert refused.value.hint
 
@@ -160,24 +164,24 @@ def test_limits_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     path = tmp_path / "a.png"
     path.write_bytes(saved(PLAIN))
     monkeypatch.setattr(limits, "IMAGE_FILE", path.stat().st_size)
-    assert files.look(path)[1] == (12, 10)
+    assert files.inspect_image(path)[1] == (12, 10)
     monkeypatch.setattr(limits, "IMAGE_FILE", path.stat().st_size - 1)
-    with pytest.raises(NotRead, match="more than"):
-        files.look(path)
-    with pytest.raises(NotRead, match="no such file"):
-        files.look(tmp_path / "b.png")
+    with pytest.raises(UnreadableImage, match="more than"):
+        files.inspect_image(path)
+    with pytest.raises(UnreadableImage, match="no such file"):
+        files.inspect_image(tmp_path / "b.png")
 
 
 def test_a_file_that_changes(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(saved(PLAIN))
-    digest, size = files.look(path)
+    digest, size = files.inspect_image(path)
     picture = Picture("file", path=path, digest=digest, size=size)
-    np.testing.assert_array_equal(pixels(picture), BYTES)
+    np.testing.assert_array_equal(render_pixels(picture), BYTES)
     path.write_bytes(saved(Image.fromarray(255 - BYTES)))
-    with pytest.raises(NotRead, match="has changed"):
-        pixels(picture)
-    other = Picture("file", path=path, digest=files.look(path)[0], size=size)
+    with pytest.raises(UnreadableImage, match="has changed"):
+        render_pixels(picture)
+    other = Picture("file", path=path, digest=files.inspect_image(path)[0], size=size)
     assert other.text != picture.text
 
 
@@ -195,12 +199,12 @@ def test_colours(tmp_path: Path) -> None:
     }
     for name, image in images.items():
         wanted = convert_to_rgb(image, return_numpy=True)
-        np.testing.assert_array_equal(np.asarray(decoded(saved(image))), wanted, err_msg=name)
-    cmyk = decoded(saved(PLAIN.convert("CMYK"), "JPEG", quality=100))
+        np.testing.assert_array_equal(np.asarray(decode_image(saved(image))), wanted, err_msg=name)
+    cmyk = decode_image(saved(PLAIN.convert("CMYK"), "JPEG", quality=100))
     assert cmyk.mode == "RGB"
     turned = Image.Exif()
     turned[0x0112] = 6  # a quarter to the right
-    upright = np.asarray(decoded(saved(PLAIN, exif=turned)))
+    upright = np.asarray(decode_image(saved(PLAIN, exif=turned)))
     np.testing.assert_array_equal(upright, np.rot90(BYTES, -1))
 
 
@@ -209,17 +213,17 @@ def test_colours(tmp_path: Path) -> None:
 
 def test_gray_and_noise() -> None:
     how = Processing(("exact", 8, 8))
-    assert set(prepared(Picture("gray"), how).ravel()) == {np.float32(128 / 255)}
-    one, two = (pixels(Picture("noise", size=(6, 5), seed=seed)) for seed in (1, 2))
+    assert set(model_input(Picture("gray"), how).ravel()) == {np.float32(128 / 255)}
+    one, two = (render_pixels(Picture("noise", size=(6, 5), seed=seed)) for seed in (1, 2))
     assert one.shape == (6, 5, 3)
     assert one.dtype == np.uint8
     assert (one != two).mean() > 0.9
-    np.testing.assert_array_equal(one, pixels(Picture("noise", size=(6, 5), seed=1)))
+    np.testing.assert_array_equal(one, render_pixels(Picture("noise", size=(6, 5), seed=1)))
 
 
 def test_gray_is_gray_where_the_middle_is_cropped() -> None:
     how = Processing(None, crop=(8, 6))
-    found = prepared(Picture("gray", level=10).sized((8, 6)), how)
+    found = model_input(Picture("gray", level=10).sized((8, 6)), how)
     assert set(found.ravel()) == {np.float32(10 / 255)}
 
 
@@ -237,8 +241,8 @@ def test_what_is_drawn_hangs_on_all_that_is_said() -> None:
         Picture("gray", level=7),
     ]
     assert len({each.content() for each in [plain, *others]}) == 10
-    own = pixels(plain)
-    assert all(not np.array_equal(own, pixels(each.sized((32, 32)))) for each in others)
+    own = render_pixels(plain)
+    assert all(not np.array_equal(own, render_pixels(each.sized((32, 32)))) for each in others)
 
 
 def test_transparent_colours_of_a_palette_are_white() -> None:
@@ -247,7 +251,7 @@ def test_transparent_colours_of_a_palette_are_white() -> None:
     image.putpixel((1, 0), 1)
     written = io.BytesIO()
     image.save(written, "PNG", transparency=0)
-    assert np.asarray(decoded(written.getvalue())).tolist() == [[[255] * 3, [40, 50, 60]]]
+    assert np.asarray(decode_image(written.getvalue())).tolist() == [[[255] * 3, [40, 50, 60]]]
 
 
 def test_a_photo_with_a_preview_behind_it_is_the_photo() -> None:
@@ -256,7 +260,7 @@ def test_a_photo_with_a_preview_behind_it_is_the_photo() -> None:
     ))  # fmt: skip
     written = io.BytesIO()
     photo.save(written, "MPO", save_all=True, append_images=[preview])
-    found = np.asarray(decoded(written.getvalue())).astype(int)
+    found = np.asarray(decode_image(written.getvalue())).astype(int)
     assert found.shape == (16, 24, 3)
     assert np.abs(found - [200, 30, 60]).max() < 5
 
@@ -306,10 +310,10 @@ def test_what_pixels_hang_on_tells_images_apart() -> None:
 @pytest.mark.parametrize("radius", [0.5, 3.0, 8.0])
 def test_a_blur_is_as_wide_as_it_says(radius: float) -> None:
     plain = Picture("noise", size=(20, 30), seed=3)
-    found = pixels(
+    found = render_pixels(
         Picture("noise", size=(20, 30), seed=3, changes=(PictureChange("blur", radius),))
     )
-    wanted = Image.fromarray(pixels(plain)).filter(ImageFilter.GaussianBlur(radius))
+    wanted = Image.fromarray(render_pixels(plain)).filter(ImageFilter.GaussianBlur(radius))
     np.testing.assert_array_equal(found, np.asarray(wanted))
 
 
@@ -317,6 +321,6 @@ def test_a_blur_is_as_wide_as_it_says(radius: float) -> None:
 @pytest.mark.parametrize("level", [0, 100, 255])
 def test_noise_is_rounded_and_cut_at_the_ends(level: int, seed: int) -> None:
     change = PictureChange("noise", 30.0, seed=seed)
-    found = pixels(Picture("gray", level=level, size=(20, 30), changes=(change,)))
+    found = render_pixels(Picture("gray", level=level, size=(20, 30), changes=(change,)))
     drawn = np.random.Generator(np.random.Philox(seed)).standard_normal((20, 30, 3))
     np.testing.assert_array_equal(found, np.rint(np.clip(level + 30 * drawn, 0, 255)))

@@ -15,8 +15,8 @@ from PIL import Image
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.plan.passes import NAMES
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.passes import PASS_NAMES
 from mechdsl.results.experiment_result import FileResult
 
 from ..execute.drawn import Case, both_ways, few, many, same
@@ -341,7 +341,7 @@ def cases(draw: Any) -> Case:
     front = "cls token" if FRONT[name] else f"image row {GRID} col {GRID} token"
     front = "token -1" if words is TEXTS else front
     text = (words.blocks + draw(experiments(words))).replace("FRONT", front)
-    return name, text, frozenset(draw(st.sets(st.sampled_from(NAMES), max_size=3)))
+    return name, text, frozenset(draw(st.sets(st.sampled_from(PASS_NAMES), max_size=3)))
 
 
 def compare(case: Case, tmp_path: Path) -> None:

@@ -10,14 +10,18 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from mechdsl.images.patches import PatchLayout
-from mechdsl.images.picture import Picture, PictureChange
-from mechdsl.images.pixels import cover, mask_of, pixels, prepare, prepared
-from mechdsl.images.processing import Processing
-from mechdsl.images.regions import Region, of_box, tokens_in
-from mechdsl.images.shapes import draw
-from mechdsl.prompts.image_reader import ImageReader
-from mechdsl.results.overlaid import _image, overlaid
+from mechdsl.images.picture import Picture, PictureChange, Region, box_coverage, covered_tokens
+from mechdsl.images.pixels import (
+    draw_shapes,
+    model_input,
+    process_pixels,
+    region_mask,
+    render_pixels,
+    uncut_coverage,
+)
+from mechdsl.images.processing import PatchLayout, Processing
+from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.results.assembly.collection import _read_image, overlay_data
 
 from ..quick import some
 from . import support
@@ -47,9 +51,9 @@ def changed_by_painting(name: str, image: np.ndarray, inside: np.ndarray) -> np.
     return (seen[1] - seen[0]).abs().amax(-1).numpy()
 
 
-def reader(name: str) -> ImageReader:
+def reader(name: str) -> ImageTokenizer:
     found = support.shared(name).tokenizer
-    assert isinstance(found, ImageReader)
+    assert isinstance(found, ImageTokenizer)
     return found
 
 
@@ -70,7 +74,7 @@ def test_a_region_is_what_changes_where_it_is_painted(
     inside[box[1] : box[3], box[0] : box[2]] = True
     changed = changed_by_painting(name, noise(height, width), inside) > 1e-6
     own = reader(name)
-    found = tokens_in(of_box(box, (height, width)), own.processing, own.layout)
+    found = covered_tokens(box_coverage(box, (height, width)), own.processing, own.layout)
     assert list(found) == changed.nonzero()[0].tolist()
 
 
@@ -84,7 +88,7 @@ def test_a_region_through_resizing(name: str, size: tuple[int, int]) -> None:
     inside[box[1] : box[3], box[0] : box[2]] = True
     changed = changed_by_painting(name, np.full((*size, 3), 60, np.uint8), inside)
     own = reader(name)
-    found = tokens_in(of_box(box, size), own.processing, own.layout)
+    found = covered_tokens(box_coverage(box, size), own.processing, own.layout)
     assert found
     without = [token for token in own.layout.grid if token not in found]
     assert changed[list(found)].min() > 0
@@ -98,10 +102,12 @@ def test_masks_are_regions(tmp_path: Path) -> None:
     inside[12:15, 3:5] = inside[20, 10] = True
     path = tmp_path / "mask.png"
     Image.fromarray(np.where(inside, 7, 0).astype(np.uint8)).save(path)
-    from mechdsl.images.files import look
+    from mechdsl.images.files import inspect_image
 
-    region = Region(mask=path, digest=look(path)[0])
-    found = tokens_in(cover(region, Picture("gray"), (height, width)), own.processing, own.layout)
+    region = Region(mask=path, digest=inspect_image(path)[0])
+    found = covered_tokens(
+        uncut_coverage(region, Picture("gray"), (height, width)), own.processing, own.layout
+    )
     changed = changed_by_painting("clip", noise(height, width), inside) > 1e-6
     assert list(found) == changed.nonzero()[0].tolist()
 
@@ -123,7 +129,7 @@ images scenes {
         picture = row.image
         assert picture is not None
         random = np.random.Generator(np.random.Philox(picture.seed))
-        mask = draw(picture.kind, 2, 32, random).mask
+        mask = draw_shapes(picture.kind, 2, 32, random).mask
         patches = mask.reshape(4, 8, 4, 8).any((1, 3)).flatten()
         assert list(row.places["object"][0]) == (1 + patches.nonzero()[0]).tolist()
 
@@ -169,7 +175,9 @@ def test_a_rule_at_a_region(name: str, mode: str, tmp_path: Path) -> None:
     own = reader(name)
     expected: list[float] = []
     for number in range(3):
-        tokens = tokens_in(of_box(BOX[number], support.SIZES[number]), own.processing, own.layout)
+        tokens = covered_tokens(
+            box_coverage(BOX[number], support.SIZES[number]), own.processing, own.layout
+        )
         changed = changed_by_painting(name, support.image(number), inside(number))
         assert set(changed.argsort()[::-1][: len(tokens) // 2]) <= set(tokens)
         changes = [
@@ -194,8 +202,8 @@ def test_a_region_goes_into_the_neutral_image(name: str, mode: str, tmp_path: Pa
     measure = support.run_file(text, tmp_path, name, mode, BOXED)["e"].measures[0]
     own, base = reader(name), support.pixels(name, None)
     for number in range(3):
-        box = of_box(BOX[number], support.SIZES[number])
-        tokens = tokens_in(box, own.processing, own.layout)
+        box = box_coverage(BOX[number], support.SIZES[number])
+        tokens = covered_tokens(box, own.processing, own.layout)
         writes = {("resid_post", 0): support.copied(plain(name, number), "resid_post", 0, tokens)}
         expected = difference(forward(name, base, writes), number)
         assert measure.patched[0, number] == pytest.approx(expected, abs=1e-4)
@@ -243,8 +251,8 @@ def test_corrupted_images_are_run(name: str, tmp_path: Path) -> None:
             given = support.processor(name)(Image.fromarray(image), return_tensors="pt")
             values = given["pixel_values"].double()
             base.append(difference(forward(name, values), number))
-            tokens = tokens_in(
-                of_box(BOX[number], support.SIZES[number]), own.processing, own.layout
+            tokens = covered_tokens(
+                box_coverage(BOX[number], support.SIZES[number]), own.processing, own.layout
             )
             writes = {("resid_post", 0): copied(plain(name, number), "resid_post", 0, tokens)}
             expected.append(difference(forward(name, values, writes), number))
@@ -268,7 +276,7 @@ def test_noise_stays_in_its_region_and_with_its_row(tmp_path: Path) -> None:
             assert clean.image is not None
             assert noisy.image is not None
             number = int(str(clean.values["file"])[0])
-            before, after = pixels(clean.image), pixels(noisy.image)
+            before, after = render_pixels(clean.image), render_pixels(noisy.image)
             part = inside(number)
             assert (before[~part] == after[~part]).all()
             apart = (after.astype(int) - before)[
@@ -291,10 +299,12 @@ def test_changes_come_one_after_another_and_are_told_apart() -> None:
     blur, mask = PictureChange("blur", 2.0), PictureChange("mask", region=box)
     plain_one = Picture("noise", size=(12, 10), seed=3)
     both = Picture("noise", size=(12, 10), seed=3, changes=(blur, mask))
-    image = np.asarray(Image.fromarray(pixels(plain_one)).filter(ImageFilter.GaussianBlur(2)))
+    image = np.asarray(
+        Image.fromarray(render_pixels(plain_one)).filter(ImageFilter.GaussianBlur(2))
+    )
     wanted = image.copy()
     wanted[1:5, 1:4] = 128
-    np.testing.assert_array_equal(pixels(both), wanted)
+    np.testing.assert_array_equal(render_pixels(both), wanted)
     others = [
         (blur,),
         (mask,),
@@ -307,7 +317,7 @@ def test_changes_come_one_after_another_and_are_told_apart() -> None:
     texts = [Picture("noise", size=(12, 10), seed=3, changes=each).text for each in others]
     assert len({*texts, both.text, plain_one.text}) == len(others) + 2
     how = reader("vit").processing
-    assert not np.array_equal(prepared(both, how), prepared(plain_one, how))
+    assert not np.array_equal(model_input(both, how), model_input(plain_one, how))
 
 
 @pytest.mark.parametrize(
@@ -370,11 +380,11 @@ def test_a_row_without_the_region(tmp_path: Path) -> None:
 
 def test_half_a_pixel_is_in_a_region() -> None:
     layout, how = PatchLayout((), (1, 1), (2, 3)), Processing(None)
-    assert tokens_in(of_box((0.0, 0.0, 1.25, 1.0), (2, 3)), how, layout) == (0,)
-    assert tokens_in(of_box((0.0, 0.0, 1.75, 1.0), (2, 3)), how, layout) == (0, 1)
-    assert tokens_in(of_box((2.75, 0.0, 3.0, 1.0), (2, 3)), how, layout) == ()
+    assert covered_tokens(box_coverage((0.0, 0.0, 1.25, 1.0), (2, 3)), how, layout) == (0,)
+    assert covered_tokens(box_coverage((0.0, 0.0, 1.75, 1.0), (2, 3)), how, layout) == (0, 1)
+    assert covered_tokens(box_coverage((2.75, 0.0, 3.0, 1.0), (2, 3)), how, layout) == ()
     half, picture = Region(box=(0.0, 0.0, 1.5, 1.0)), Picture("gray", size=(2, 3))
-    assert mask_of([half], picture, how, layout).tolist() == [[True, True, False], [False] * 3]
+    assert region_mask([half], picture, how, layout).tolist() == [[True, True, False], [False] * 3]
 
 
 @pytest.mark.parametrize("size", [(13, 11), (11, 14), (12, 13), (20, 15), (15, 21)])
@@ -383,9 +393,9 @@ def test_images_that_are_smaller_than_the_middle(size: tuple[int, int]) -> None:
     for row, col in ((0, 0), (size[0] - 1, size[1] - 1), (5, 6)):
         image = np.zeros((*size, 3), np.uint8)
         image[row, col] = 255
-        changed = prepare(image, how).max(0).reshape(8, 2, 8, 2).max((1, 3)).flatten()
+        changed = process_pixels(image, how).max(0).reshape(8, 2, 8, 2).max((1, 3)).flatten()
         box = (float(col), float(row), col + 1.0, row + 1.0)
-        found = tokens_in(of_box(box, size), how, layout)
+        found = covered_tokens(box_coverage(box, size), how, layout)
         assert list(found) == changed.nonzero()[0].tolist()
 
 
@@ -432,11 +442,11 @@ def test_what_overlays_keep(tmp_path: Path) -> None:
     )
     [experiment], _ = check(tmp_path, *lines, blocks=SHAPED.replace("n: 1", "n: 2"))
     rows = experiment.table.runs["clean"].rows
-    kept = overlaid(experiment, np.arange(len(rows)), np.array([True]))
+    kept = overlay_data(experiment, np.arange(len(rows)), np.array([True]))
     assert kept["hits"] == (tuple(row.places["object"][0] for row in rows),)
     assert len({*kept["hits"][0]}) == len(rows)
     assert [seen is not None for seen in kept["seen"]] == [True] * 4 + [False] * (len(rows) - 4)
-    wide = ImageReader(PatchLayout(("cls",), (8, 4), (16, 32)), Processing(("exact", 16, 32)))
-    seen = _image(Picture("noise", size=(16, 32), seed=2), wide)
+    wide = ImageTokenizer(PatchLayout(("cls",), (8, 4), (16, 32)), Processing(("exact", 16, 32)))
+    seen = _read_image(Picture("noise", size=(16, 32), seed=2), wide)
     assert seen is not None
     assert (seen.front, seen.rows, seen.cols) == (1, 2, 8)

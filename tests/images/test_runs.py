@@ -13,9 +13,9 @@ from rich.console import Console
 
 import mechdsl
 from mechdsl.base.source import Source
-from mechdsl.diagnostics.raised import MechdslError
-from mechdsl.show.prompts import explain
-from mechdsl.validate.check_file import check_source
+from mechdsl.checks.file_check import check_source
+from mechdsl.diagnostics.rendering import MechdslError
+from mechdsl.show.prompts import print_prompts
 
 from . import support
 
@@ -112,7 +112,7 @@ def test_an_untrusted_file_reads_images_in_its_folder_alone(folder: Path) -> Non
 def test_what_is_explained(folder: Path) -> None:
     checked = check_source(Source(FILE, folder / "file.mech"))
     out = io.StringIO()
-    explain(checked, Console(file=out, width=100))
+    print_prompts(checked, Console(file=out, width=100))
     shown = out.getvalue()
     assert "4 x 4 patches" in shown
     assert "image → 1..16" in shown

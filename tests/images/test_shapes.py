@@ -9,9 +9,17 @@ import pytest
 from numpy.random import default_rng
 from scipy import ndimage
 
-from mechdsl.images.shapes import COLOUR_SPREAD, COLOURS, KINDS, NOISE, TEXTURES, Drawn, draw
+from mechdsl.images.pixels import (
+    COLOUR_SPREAD,
+    SHAPE_COLOURS,
+    SHAPES,
+    TEXTURE_NOISE,
+    TEXTURES,
+    ShapesDrawing,
+    draw_shapes,
+)
 
-CASES = [(kind, n, size) for kind in KINDS for n, size in ((1, 32), (3, 32), (9, 48), (1, 224))]
+CASES = [(kind, n, size) for kind in SHAPES for n, size in ((1, 32), (3, 32), (9, 48), (1, 224))]
 AREAS = {
     "circle": 0.785,
     "square": 1,
@@ -22,7 +30,7 @@ AREAS = {
 }
 
 
-def boxes(drawn: Drawn) -> list[tuple[slice, slice]]:
+def boxes(drawn: ShapesDrawing) -> list[tuple[slice, slice]]:
     """Around each part of the mask that hangs together."""
     labels, _ = ndimage.label(drawn.mask, np.ones((3, 3)))
     return [each for each in ndimage.find_objects(labels) if each is not None]
@@ -31,7 +39,7 @@ def boxes(drawn: Drawn) -> list[tuple[slice, slice]]:
 @pytest.mark.parametrize(("kind", "n", "size"), CASES)
 def test_an_image_has_so_many_shapes_of_the_kind(kind: str, n: int, size: int) -> None:
     for seed in range(20):
-        drawn = draw(kind, n, size, default_rng(seed))
+        drawn = draw_shapes(kind, n, size, default_rng(seed))
         assert drawn.pixels.shape == (size, size, 3)
         assert (drawn.pixels.dtype, drawn.mask.dtype) == (np.uint8, np.bool_)
         assert len(drawn.colours) == n
@@ -45,26 +53,28 @@ def test_an_image_has_so_many_shapes_of_the_kind(kind: str, n: int, size: int) -
             assert drawn.mask.sum() / sides[0] ** 2 == pytest.approx(AREAS[kind], abs=0.12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SHAPES)
 def test_shapes_are_coloured_and_the_rest_is_greyish(kind: str) -> None:
     for seed in range(20):
-        drawn = draw(kind, 1, 32, default_rng(seed))
-        away = abs(drawn.pixels.astype(int) - np.array(COLOURS[drawn.colours[0]])).max(-1)
-        assert away[drawn.mask].max() <= COLOUR_SPREAD + NOISE
+        drawn = draw_shapes(kind, 1, 32, default_rng(seed))
+        away = abs(drawn.pixels.astype(int) - np.array(SHAPE_COLOURS[drawn.colours[0]])).max(-1)
+        assert away[drawn.mask].max() <= COLOUR_SPREAD + TEXTURE_NOISE
         saturated = np.ptp(drawn.pixels.astype(int), axis=-1)
         assert saturated[~drawn.mask].max() < 70 < np.median(saturated[drawn.mask])
 
 
 def test_each_kind_is_another_mask() -> None:
-    masks = {draw(kind, 1, 32, default_rng(5), colour="red").mask.tobytes() for kind in KINDS}
-    assert len(masks) == len(KINDS)
+    masks = {
+        draw_shapes(kind, 1, 32, default_rng(5), colour="red").mask.tobytes() for kind in SHAPES
+    }
+    assert len(masks) == len(SHAPES)
 
 
 def test_the_same_seed_gives_the_same_pixels_everywhere() -> None:
     random = default_rng(18)
     digest = hashlib.sha256()
     for kind, n, size in CASES:
-        drawn = draw(kind, n, size, random)
+        drawn = draw_shapes(kind, n, size, random)
         digest.update(drawn.pixels.tobytes() + drawn.mask.tobytes())
     assert digest.hexdigest() == DIGEST
 
@@ -74,8 +84,8 @@ DIGEST = "dae6554a204e5fc2186ed01d6a267b18c8b8fb8d6350859ee45cc19a89f42aa4"
 
 def test_places_colours_sizes_and_textures_vary() -> None:
     random = default_rng(0)
-    drawn = [draw("circle", 1, 32, random) for _ in range(400)]
-    assert {each.colours[0] for each in drawn} == set(COLOURS)
+    drawn = [draw_shapes("circle", 1, 32, random) for _ in range(400)]
+    assert {each.colours[0] for each in drawn} == set(SHAPE_COLOURS)
     assert {each.texture for each in drawn} == set(TEXTURES)
     anywhere = np.logical_or.reduce([each.mask for each in drawn])
     assert anywhere[:-1].any(1).all()
@@ -86,17 +96,17 @@ def test_places_colours_sizes_and_textures_vary() -> None:
 
 def test_what_is_asked_is_drawn() -> None:
     for seed in range(10):
-        drawn = draw("ring", 4, 32, default_rng(seed), colour="cyan", texture="plain")
+        drawn = draw_shapes("ring", 4, 32, default_rng(seed), colour="cyan", texture="plain")
         assert (drawn.kind, drawn.colours, drawn.texture) == ("ring", ("cyan",) * 4, "plain")
         around = drawn.pixels[~drawn.mask].astype(int)
-        assert np.ptp(around, axis=0).max() <= 2 * NOISE
-        striped = draw("ring", 1, 32, default_rng(seed), texture="stripes")
+        assert np.ptp(around, axis=0).max() <= 2 * TEXTURE_NOISE
+        striped = draw_shapes("ring", 1, 32, default_rng(seed), texture="stripes")
         rows = np.ma.array(striped.pixels.mean(axis=-1), mask=striped.mask)
         assert rows.mean(axis=1).std() > 2 * rows.mean(axis=0).std()
 
 
 def test_without_shapes_there_is_the_texture() -> None:
-    drawn = draw("circle", 0, 32, default_rng(0))
+    drawn = draw_shapes("circle", 0, 32, default_rng(0))
     assert not drawn.mask.any()
     assert drawn.colours == ()
 
@@ -116,4 +126,4 @@ def test_what_can_not_be_drawn_is_refused(
     kind: str, n: int, size: int, named: dict[str, str], said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
-        draw(kind, n, size, default_rng(0), **named)
+        draw_shapes(kind, n, size, default_rng(0), **named)

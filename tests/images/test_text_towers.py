@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import mechdsl
-from mechdsl.diagnostics.raised import MechdslError
-from mechdsl.loading import towers
+from mechdsl.diagnostics.rendering import MechdslError
+from mechdsl.loading import anatomy_proof
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..rules.support import agree
@@ -56,7 +56,7 @@ def test_a_text_chooses_among_all_images(
     name: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of the images of rows that aren't run."""
-    monkeypatch.setattr(towers, "_IMAGES_AT_ONCE", at_once)
+    monkeypatch.setattr(anatomy_proof, "_IMAGES_PER_PASS", at_once)
     texts.write(tmp_path)
     measures = ("rank(image)", "correct", "score(image)", "prob(image)")
     written = [

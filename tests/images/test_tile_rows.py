@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.render import render_full
-from mechdsl.fits.held_out import together
-from mechdsl.images.pixels import pixels
-from mechdsl.images.processing import Unfit, processing_of
-from mechdsl.prompts.prompt_table import PromptTable
-from mechdsl.validate.check_file import Settings, check_source
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.fits.regression import group_keys
+from mechdsl.images.pixels import render_pixels
+from mechdsl.images.processing import UnsupportedProcessor, parse_processing
+from mechdsl.prompts.rows import PromptTable
 
 from ..execute.support import run_on
 from . import support, tiles
@@ -50,7 +50,7 @@ def shapes(folder: Path, use: str = "images scenes", block: str = SHAPES) -> Pro
     folder_of(folder)
     text = f'mech 1\nmodel vit = local("vit")\n{block}\nexperiment e {{ model vit {use} {line}\n'
     source = Source(text + "measure logit(answer) as delta }", folder / "file.mech")
-    found = check_source(source, Settings())
+    found = check_source(source, CheckSettings())
     errors = [d for d in found.diagnostics if d.severity == "error"]
     assert not errors, render_full(errors, color=False, width=100)
     return found.experiments[0].table
@@ -61,7 +61,7 @@ def by_image(table: PromptTable, run: str = "clean") -> dict[str, dict[str, np.n
     found: dict[str, dict[str, np.ndarray]] = {}
     for row, of in zip(table.runs["clean"].rows, table.runs[run].rows, strict=True):
         assert of.image is not None
-        found.setdefault(row.values["image"], {})[row.values["tile"]] = pixels(of.image)
+        found.setdefault(row.values["image"], {})[row.values["tile"]] = render_pixels(of.image)
     return found
 
 
@@ -193,8 +193,8 @@ def test_means_are_of_tiles(tmp_path: Path) -> None:
 def test_rows_that_share_a_key_or_a_group_are_together() -> None:
     keys = [b"a", b"b", b"c", b"c", b"d", b"e"]
     groups = ["1", "1", "2", "3", "3", "4"]
-    assert together(keys, groups) == [b"a", b"a", b"c", b"c", b"c", b"e"]
-    chain = together([b"z", b"y", b"y", b"x"], ["1", "1", "2", "2"])
+    assert group_keys(keys, groups) == [b"a", b"a", b"c", b"c", b"c", b"e"]
+    chain = group_keys([b"z", b"y", b"y", b"x"], ["1", "1", "2", "2"])
     assert chain == [b"x"] * 4
 
 
@@ -286,7 +286,7 @@ def test_processors_that_cut_images_themselves(kind: str, flags: dict[str, bool]
     import transformers
 
     processor = getattr(transformers, f"{kind}ImageProcessor")(**flags)
-    with pytest.raises(Unfit) as refused:
-        processing_of(json.loads(processor.to_json_string()))
+    with pytest.raises(UnsupportedProcessor) as refused:
+        parse_processing(json.loads(processor.to_json_string()))
     assert "cuts images into tiles" in str(refused.value)
     assert "`tiles 2 by 3`" in refused.value.hint

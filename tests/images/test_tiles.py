@@ -13,10 +13,10 @@ import pytest
 from PIL import Image, ImageFilter
 
 from mechdsl.base.source import Source
-from mechdsl.diagnostics.render import render_full
-from mechdsl.images.pixels import cover_of
-from mechdsl.images.regions import tokens_in
-from mechdsl.prompts.image_reader import ImageReader
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.images.picture import covered_tokens
+from mechdsl.images.pixels import region_coverage
+from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES, run_on
@@ -249,15 +249,14 @@ def test_regions_change_places_across_tiles() -> None:
 @pytest.mark.parametrize("box", [(10, 12, 25, 21), (0, 0, 40, 9), (15, 15, 17, 17), (3, 14, 9, 19)])
 def test_regions_are_what_changes_where_they_are_painted(name: str, box: tiles.Box) -> None:
     """In tiles that the processor doesn't resize."""
-    from mechdsl.images.picture import Picture
-    from mechdsl.images.regions import Region
+    from mechdsl.images.picture import Picture, Region
 
     height, width = UNRESIZED[name]
     whole = np.random.default_rng(2).integers(0, 100, (2 * height, 3 * width, 3), dtype=np.uint8)
     inside = np.zeros(whole.shape[:2], bool)
     inside[box[1] : box[3], box[0] : box[2]] = True
     reader = support.shared(name).tokenizer
-    assert isinstance(reader, ImageReader)
+    assert isinstance(reader, ImageTokenizer)
     picture = Picture("gray", size=whole.shape[:2])
     hit = 0
     for top in (0, height):
@@ -265,8 +264,8 @@ def test_regions_are_what_changes_where_they_are_painted(name: str, box: tiles.B
             part = np.s_[top : top + height, left : left + width]
             changed = changed_by_painting(name, whole[part], inside[part]) > 1e-6
             own = replace(picture, cut=(left, top, left + width, top + height), tile="row")
-            shown = cover_of(Region(box=box), own)
-            found = tokens_in(shown, reader.processing, reader.layout)
+            shown = region_coverage(Region(box=box), own)
+            found = covered_tokens(shown, reader.processing, reader.layout)
             assert list(found) == changed.nonzero()[0].tolist()
             hit += bool(found)
     assert hit

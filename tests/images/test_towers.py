@@ -15,9 +15,9 @@ import transformers
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 import mechdsl
-from mechdsl.diagnostics.raised import MechdslError
-from mechdsl.loading import towers
-from mechdsl.loading.load import adopt
+from mechdsl.diagnostics.rendering import MechdslError
+from mechdsl.loading import anatomy_proof
+from mechdsl.loading.loader import adopt_model
 
 from . import duals, support
 from .reference import Act, call
@@ -70,7 +70,7 @@ def test_texts_of_several_lengths(
     at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are encoded together with others of their length, in any order."""
-    monkeypatch.setattr(towers, "_TEXTS_AT_ONCE", at_once)
+    monkeypatch.setattr(anatomy_proof, "_TEXTS_PER_PASS", at_once)
     said = ("a blue ring", "the small red cross and a ring", "the red cross", "a ring")
     measures = (f'measure score("{each}") as raw' for each in said)
     found = support.run_file(support.experiment("e", *measures, measure=""), tmp_path, "clip/dual")
@@ -227,7 +227,7 @@ def test_scores_that_the_model_changes_itself_are_refused() -> None:
 
     module = CLIPModel(duals.bare("clip/dual").config)
     module.load_state_dict(duals.bare("clip/dual").state_dict())
-    model, found = adopt("m", module, support.handed("clip/dual")[1])
+    model, found = adopt_model("m", module, support.handed("clip/dual")[1])
     assert model is None
     assert [each.code for each in found] == ["E0410"]
     assert "scores" in found[0].message
@@ -242,7 +242,7 @@ def test_a_tower_for_texts_that_is_refused() -> None:
 
     module = copy.deepcopy(duals.bare("clip/dual"))
     module.text_model.encoder.layers[1].__class__ = Shifted
-    model, found = adopt("m", module, support.handed("clip/dual")[1])
+    model, found = adopt_model("m", module, support.handed("clip/dual")[1])
     assert model is None
     assert [each.code for each in found] == ["E0410"]
     assert "layer 1" in found[0].label_text
@@ -281,12 +281,14 @@ def test_towers_in_sixteen_bits(name: str, tmp_path: Path) -> None:
 def test_siglip_needs_a_token_for_padding() -> None:
     own = copy.deepcopy(duals.tokenizer("siglip/dual"))
     own.pad_token = None
-    model, found = adopt("m", duals.bare("siglip/dual"), (support.processor("siglip/dual"), own))
+    model, found = adopt_model(
+        "m", duals.bare("siglip/dual"), (support.processor("siglip/dual"), own)
+    )
     assert model is None
     assert [each.code for each in found] == ["E0412"]
 
 
 def test_an_image_processor_alone_is_refused() -> None:
-    model, found = adopt("m", duals.bare("clip/dual"), support.processor("clip/dual"))
+    model, found = adopt_model("m", duals.bare("clip/dual"), support.processor("clip/dual"))
     assert model is None
     assert [each.code for each in found] == ["E0412"]

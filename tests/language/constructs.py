@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mechdsl.base.registry import Registry
+from mechdsl.base.records import Registry
 
 Group = Literal[
     "file", "prompts", "image", "image position", "image line", "position", "site", "rule",

@@ -11,9 +11,9 @@ from typing import Any
 from mechdsl.base.limits import LIMITS
 from mechdsl.vocab.corruptions import CHANGES, NOISES, ActivationChange, ChangeKind, ImageChange
 from mechdsl.vocab.effects import EFFECTS
-from mechdsl.vocab.metrics import METRICS, Form, Takes
+from mechdsl.vocab.metrics import METRICS, MetricArgument, MetricForm
 from mechdsl.vocab.reports import REPORTS
-from mechdsl.vocab.sites import SITES, WITHIN_ATTENTION, SiteKind
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES, SiteKind
 
 from .. import fruit
 from .constructs import CIRCUIT, CONSTRUCTS, OWN, PATCHING, TRACING, Construct, Group
@@ -423,7 +423,7 @@ SITE_SOURCES = {
     "router": EXPERTS,
     "expert_out": EXPERTS,
 }
-METRIC_EXAMPLES: dict[Takes, str] = {
+METRIC_EXAMPLES: dict[MetricArgument, str] = {
     "target": "{}(answer)",
     "continuation": "{}(answer)",
     "any": "{}(answer, wrong)",
@@ -459,7 +459,7 @@ def sites() -> Iterator[Line]:
             example,
             f"{_sentence(kind.meaning)} {_vector(kind)}",
             SITE_SOURCES.get(name, OWN),
-            ATTENTION_TEST if name in WITHIN_ATTENTION else "tests/families/test_rows.py",
+            ATTENTION_TEST if name in ATTENTION_INTERNAL_SITES else "tests/families/test_rows.py",
             in_experiment(f"patch {example} at last token"),
             absent=name in NOT_HERE,
         )
@@ -505,12 +505,12 @@ def metrics() -> Iterator[Line]:
             )
 
 
-def _on_classifier(line: str, form: Form, *, number: bool) -> str:
+def _on_classifier(line: str, form: MetricForm, *, number: bool) -> str:
     model = "regression" if number else "many" if form.takes == "label" else "classifier"
     return CLASSIFIED.replace("MODEL", model).replace("LINE", line)
 
 
-def _of_docstring(form: Form) -> str:
+def _of_docstring(form: MetricForm) -> str:
     found = re.search(r"^ *source: (.*?)(?:, for .*)?$", form.function.__doc__ or "", re.M)
     return found[1] if found else OWN
 

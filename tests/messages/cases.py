@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.syntax.parse import parse
-from mechdsl.validate.check_file import Settings, check_source
+from mechdsl.syntax.frontend import parse
 from tests.markdown import Fence, fences
 
 HERE = Path(__file__).parent
@@ -46,7 +46,7 @@ class Case:
         if "only-parsed" in self.flags:
             return path, parse(source)[1]
         python = "refuse" if "python-refused" in self.flags else "look"
-        return path, check_source(source, Settings(python=python)).diagnostics
+        return path, check_source(source, CheckSettings(python=python)).diagnostics
 
     def write(self, shown: str) -> None:
         """Write what is said into the page, which is read again: other cases may have changed."""

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.diagnostics.render import render_full
-from mechdsl.validate.check_file import check_source
+from mechdsl.diagnostics.rendering import render_full
 
 from .cases import HERE, Case, all_cases
 

@@ -15,13 +15,12 @@ import torch
 from torch import nn
 
 from mechdsl.base.source import Source, Span
+from mechdsl.checks.file_check import CheckSettings
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.loading.load import adopt
-from mechdsl.loading.merge import load_adapter
-from mechdsl.pipeline.compute import check_with_models
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading.loader import adopt_model, load_adapter
+from mechdsl.pipeline.computation import check_with_models
 from mechdsl.program import spec
-from mechdsl.validate.check_file import Settings
 from tests.families import build, rows_seq2seq
 from tests.families.parts import Architecture
 
@@ -43,7 +42,7 @@ class Gaining(nn.Module):
 
 
 def _adopted(module: nn.Module, tokenizer: Any = None) -> Adopted:
-    return adopt("toy", module, tokenizer or families.tokenizer())
+    return adopt_model("toy", module, tokenizer or families.tokenizer())
 
 
 def nameless() -> Adopted:
@@ -151,7 +150,7 @@ def wordless() -> Adopted:
 
 def _checked(text: str, module: nn.Module, tokenizer: Any = None) -> Adopted:
     models = {"toy": (module, tokenizer or families.tokenizer())}
-    checked, _ = check_with_models(Source(text, Path("page.mech")), Settings(), models)
+    checked, _ = check_with_models(Source(text, Path("page.mech")), CheckSettings(), models)
     return None, checked.diagnostics
 
 
@@ -216,7 +215,7 @@ def deeper() -> Adopted:
 
 
 def without_peft() -> Adopted:
-    with patch("mechdsl.loading.merge.find_spec", return_value=None):
+    with patch("mechdsl.loading.loader.find_spec", return_value=None):
         return _with_adapter()
 
 

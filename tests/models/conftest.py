@@ -10,8 +10,8 @@ import transformers
 from packaging.version import Version
 
 from mechdsl.base.source import Source, Span
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.loading.load import load
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading.loader import load_model
 from mechdsl.program import spec
 
 from . import families
@@ -65,7 +65,7 @@ class Models(dict[str, LoadedModel]):
     def __missing__(self, name: str) -> LoadedModel:
         if Version(transformers.__version__) < Version(LATER.get(name, "0")):
             pytest.skip(f"transformers {transformers.__version__} can't load {name}")
-        model, found = load(statement(str(self.folders[name])))
+        model, found = load_model(statement(str(self.folders[name])))
         assert model is not None, [(d.message, d.label_text) for d in found]
         assert not found, name
         self[name] = model

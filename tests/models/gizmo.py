@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mechdsl.models.adapters import Arrangement, Config, Family, family
+from mechdsl.models.anatomy import BlockArrangement, Family, ModelConfig, family
 
 
 @family("gizmo")
@@ -16,13 +16,13 @@ class Gizmo(Family):
     """Llama's blocks, with other names."""
 
     @staticmethod
-    def arrangement(config: Config) -> Arrangement | None:
+    def arrangement(config: ModelConfig) -> BlockArrangement | None:
         return "front"
 
     @staticmethod
-    def parts(config: Config) -> Mapping[str, str]:
+    def parts(config: ModelConfig) -> Mapping[str, str]:
         return {"attention": "mixing", "output": "mixing.gizmo", "mlp": "thinking"}
 
     @staticmethod
-    def scales(config: Config) -> Mapping[str, float]:
+    def scales(config: ModelConfig) -> Mapping[str, float]:
         return {"attn_out": config["half"]}

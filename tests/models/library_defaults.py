@@ -10,10 +10,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mechdsl.models.config_keys import ALIKE
-from mechdsl.models.library_defaults import PARTS, TABLE, with_defaults
+from mechdsl.models.config import (
+    DEFAULTS_FILE,
+    KEY_GROUPS,
+    SUBCONFIG_KEYS,
+    add_defaults,
+    shape_from_config,
+)
 from mechdsl.models.shape import ModelShape
-from mechdsl.models.shape_from_config import shape_from_config
 
 Shapes = tuple[ModelShape | None, ...]
 
@@ -43,15 +47,15 @@ def whole(kind: str) -> dict[str, Any]:
 def kept(kind: str, table: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of a kind that its shapes hang on; those of its parts are in the table."""
     config = {k: v for k, v in whole(kind).items() if v is not None and k != "model_type"}
-    for part in PARTS:
+    for part in SUBCONFIG_KEYS:
         if isinstance(config.get(part), Mapping):
             config[part] = {"model_type": config[part].get("model_type", "")}
 
     def seen() -> Shapes:
-        return shapes(with_defaults(config, ALIKE, kind, table))
+        return shapes(add_defaults(config, KEY_GROUPS, kind, table))
 
     wanted = seen()
-    for key in [key for key in config if key not in PARTS]:
+    for key in [key for key in config if key not in SUBCONFIG_KEYS]:
         value = config.pop(key)
         if seen() != wanted:
             config[key] = value
@@ -62,19 +66,21 @@ def table() -> dict[str, dict[str, Any]]:
     """All kinds whose shapes can be told from what is kept."""
     from transformers import CONFIG_MAPPING
 
-    divided = {k for k in CONFIG_MAPPING if any(isinstance(whole(k).get(p), dict) for p in PARTS)}
+    divided = {
+        k for k in CONFIG_MAPPING if any(isinstance(whole(k).get(p), dict) for p in SUBCONFIG_KEYS)
+    }
     found: dict[str, dict[str, Any]] = {}
     for kind in sorted(CONFIG_MAPPING, key=lambda kind: (kind in divided, kind)):
         entry = kept(kind, found)
         wanted = shapes(whole(kind))
-        if any(wanted) and shapes(with_defaults(entry, ALIKE, kind, found)) == wanted:
+        if any(wanted) and shapes(add_defaults(entry, KEY_GROUPS, kind, found)) == wanted:
             found[kind] = entry
     return found
 
 
 def main() -> None:
     rows = [f"{json.dumps(k)}: {json.dumps(v, sort_keys=True)}" for k, v in sorted(table().items())]
-    TABLE.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
+    DEFAULTS_FILE.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
     print(f"{len(rows)} kinds")
 
 

@@ -19,16 +19,14 @@ from safetensors.torch import load_file, save_file
 
 import mechdsl
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.hooks.batch import Batch
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.reads_and_writes import SiteRead
-from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.loading import file_models, merge
-from mechdsl.loading.load import adopt, load
-from mechdsl.loading.merge import load_adapter
+from mechdsl.forward.hooks.batch import Batch, SiteRead
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading import loader
+from mechdsl.loading.loader import adopt_model, load_adapter, load_model
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
-from mechdsl.validate.check_file import Settings, check_source
 
 from ..elsewhere.support import same
 from ..execute import classifiers
@@ -146,7 +144,9 @@ def test_adapters_as_an_axis(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     loaded once."""
     loads: list[str] = []
     monkeypatch.setattr(
-        file_models, "load", lambda model, **how: loads.append(model.name) or load(model, **how)
+        loader,
+        "load_model",
+        lambda model, **how: loads.append(model.name) or load_model(model, **how),
     )
     lora.build("llama", folder / "base")
     adapters = {4: lora.trained("llama", rounds=4), 20: lora.trained("llama")}
@@ -214,7 +214,7 @@ def test_the_tokenizer_is_the_bases_unless_the_adapter_has_another(folder: Path)
 
 @cache
 def base(family: str) -> LoadedModel:
-    model, _ = adopt("m", lora.base(family), fast(families.tokenizer()))
+    model, _ = adopt_model("m", lora.base(family), fast(families.tokenizer()))
     assert model is not None
     return model
 
@@ -249,7 +249,7 @@ def test_hooks_of_the_base_are_those_of_the_copy(tmp_path: Path, wanted: str) ->
     own = wanted == "a hook of its own"
     block.register_forward_hook(block.mlp.extra_repr if own else held)
     file = tmp_path / "adapter_model.safetensors"
-    copy: Any = merge._merged(bare, file, _scaling(tmp_path))  # pyright: ignore[reportPrivateUsage]
+    copy: Any = loader._merge_adapter(bare, file, _scaling(tmp_path))  # pyright: ignore[reportPrivateUsage]
     (hook,) = copy.model.layers[1]._forward_hooks.values()
     assert (hook.__self__ is copy.model.layers[1].mlp) if own else hook is held
     assert copy.model.layers[1]._forward_hooks is not block._forward_hooks
@@ -283,7 +283,7 @@ def test_merging_gives_what_peft_computes(tmp_path: Path, name: str) -> None:
             if whole or "magnitude" in path:
                 weight.mul_(1.7).add_(0.1)
     lora.save(made, tmp_path)
-    tuned = merge._merged(  # pyright: ignore[reportPrivateUsage]
+    tuned = loader._merge_adapter(  # pyright: ignore[reportPrivateUsage]
         bare, tmp_path / "adapter_model.safetensors", _scaling(tmp_path)
     )
     ids = torch.tensor([IDS])
@@ -496,7 +496,7 @@ def test_a_rank_that_only_the_config_has_takes_no_memory(copy: Path) -> None:
 
 
 def test_peft_is_named_where_it_is_missing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge, "find_spec", lambda name: None)
+    monkeypatch.setattr(loader, "find_spec", lambda name: None)
     _, found = load_adapter(statement(str(copy / "tuned"), base="m"), base("llama"))
     assert [d.code for d in found] == ["E0454"]
     assert "mechdsl[adapters]" in found[0].help_text
@@ -561,7 +561,7 @@ def test_an_untrusted_file_reads_no_adapter_from_elsewhere(copy: Path, tmp_path:
         if line == 'local("tuned"':
             (copy / "tuned").symlink_to(tmp_path / "elsewhere" / "tuned")
         source = Source(text.replace('local("tuned"', line), copy / "file.mech")
-        found = check_source(source, Settings(untrusted=True)).diagnostics
+        found = check_source(source, CheckSettings(untrusted=True)).diagnostics
         assert "E0535" in {d.code for d in found}
 
 
@@ -594,12 +594,12 @@ def test_a_model_with_an_adapter_is_handed_over(family: str, state: str) -> None
         if state == "merged in place":
             made.merge_adapter()
         given = made
-    model, found = adopt("m", given, families.tokenizer())
+    model, found = adopt_model("m", given, families.tokenizer())
     assert model is not None, [(d.code, d.label_text) for d in found]
     assert not found
     batch = Batch.of([IDS], model.pad_id, "left", model.device)
     reads = [SiteRead("head_out", 1), SiteRead("z", 2), SiteRead("mlp_hidden", 0)]
-    result = run_whole(model, batch, reads=reads)
+    result = run_full(model, batch, reads=reads)
     expected = forward(family, bare, IDS)
     assert result.logits is not None
     torch.testing.assert_close(result.logits[0], expected.logits, atol=1e-4, rtol=1e-3)
@@ -628,13 +628,13 @@ def test_dora_is_read_as_it_runs() -> None:
         for name, weight in made.named_parameters():
             if "magnitude" in name:
                 weight.mul_(torch.linspace(0.5, 2, len(weight)))
-    model, found = adopt("m", made, families.tokenizer())
+    model, found = adopt_model("m", made, families.tokenizer())
     assert model is not None, [(d.code, d.label_text) for d in found]
     bare = made.merge_and_unload()
     read = SiteRead("head_out", 1)
     batch = Batch.of([IDS], model.pad_id, "left", model.device)
     expected = forward("llama", bare, IDS)["head_out", 1]
-    result = run_whole(model, batch, reads=[read]).reads[read][0]
+    result = run_full(model, batch, reads=[read]).reads[read][0]
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-3)
 
 
@@ -661,7 +661,7 @@ def test_adapters_of_inputs_are_refused(kind: str) -> None:
 
 
 def test_a_base_with_an_adapter_of_its_own_is_refused(copy: Path) -> None:
-    model, _ = adopt("m", lora.wrapped(lora.base("llama"), "llama"), families.tokenizer())
+    model, _ = adopt_model("m", lora.wrapped(lora.base("llama"), "llama"), families.tokenizer())
     assert model is not None
     _, found = load_adapter(statement(str(copy / "tuned"), base="m"), model)
     assert [d.code for d in found] == ["E0453"]
@@ -669,7 +669,7 @@ def test_a_base_with_an_adapter_of_its_own_is_refused(copy: Path) -> None:
 
 
 def test_a_base_that_cannot_be_copied_is_named(copy: Path) -> None:
-    model, _ = adopt("m", lora.base("llama"), families.tokenizer())
+    model, _ = adopt_model("m", lora.base("llama"), families.tokenizer())
     assert model is not None
     vars(model.module.get_submodule("model.layers.1"))["held"] = Lock()
     _, found = load_adapter(statement(str(copy / "tuned"), base="m"), model)
@@ -679,7 +679,7 @@ def test_a_base_that_cannot_be_copied_is_named(copy: Path) -> None:
 
 
 def test_a_base_that_is_spread_is_refused(copy: Path) -> None:
-    model, _ = adopt("m", lora.base("llama"), families.tokenizer())
+    model, _ = adopt_model("m", lora.base("llama"), families.tokenizer())
     assert model is not None
     vars(model.module.get_submodule("model.layers.1"))["_hf_hook"] = object()
     _, found = load_adapter(statement(str(copy / "tuned"), base="m"), model)
@@ -692,6 +692,6 @@ def test_adapters_that_break_a_check_are_named(copy: Path) -> None:
 
     module: Any = lora.base("llama")
     made = get_peft_model(module, LNTuningConfig(target_modules=["input_layernorm"]))
-    model, found = adopt("m", made, families.tokenizer())
+    model, found = adopt_model("m", made, families.tokenizer())
     assert model is None
     assert "`model.merge_and_unload()`" in found[0].help_text

@@ -18,15 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mechdsl.hooks.batch import Batch, gather
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
-from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.models.anatomy import Anatomy, HookPoint, Layout
-from mechdsl.packed.activation_cache import ActivationCache, keeping
-from mechdsl.packed.packed_pass import run_packed
-from mechdsl.plan.restart import Shortcuts
-from mechdsl.vocab.sites import WITHIN_ATTENTION, stop_layer
+from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite, gather_vectors
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
+from mechdsl.forward.packed.packed_pass import run_packed
+from mechdsl.models.anatomy import Anatomy, HookPoint, TensorLayout
+from mechdsl.models.restart import Shortcuts
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, stop_layer
 
 from ..quick import in_turn, some
 from ..reference.forward import (
@@ -162,8 +161,8 @@ OFF: dict[str, Shortcuts] = {
 
 
 def keep(model: LoadedModel, batch: Batch) -> ActivationCache:
-    with keeping(model, batch, 0) as kept:
-        run_whole(model, batch)
+    with record_activations(model, batch, 0) as kept:
+        run_full(model, batch)
     return kept
 
 
@@ -194,7 +193,7 @@ def in_the_pass(
     final = places(range(len(lanes)), lengths, last=way.last)
     if not way.packed:
         rows = base.take(torch.tensor(lanes))
-        logits = run_whole(model, rows, writes=writes, tokens=tokens).logits
+        logits = run_full(model, rows, writes=writes, tokens=tokens).logits
         assert logits is not None
         row = torch.from_numpy(final[0])
         found = logits[row, rows.columns(row, torch.from_numpy(final[1]))]
@@ -227,7 +226,7 @@ def patches(
 
     rows = torch.tensor([i for i, case in enumerate(chosen) for _ in case.unit])
     where = site_of(site, layer)
-    values = gather(reads[where], source, rows, column("source"), column("unit"))
+    values = gather_vectors(reads[where], source, rows, column("source"), column("unit"))
     return SiteWrite(
         site,
         where.layer,
@@ -259,7 +258,7 @@ def compare(
         chosen, plain, patched, ablated = expected(family, site, layer)
         where = site_of(site, layer)
         stop = stop_layer(site, where.layer, model.shape.n_layers)
-        reads = run_whole(model, source, reads=[where], stop=stop).reads
+        reads = run_full(model, source, reads=[where], stop=stop).reads
         write = patches(model, site, layer, source, reads, chosen)
         for way in ways:
             rows = in_the_pass(model, base, kept, [0, 1, 2, 0, 1, 2], [write], way)
@@ -327,7 +326,7 @@ def joined(
     """
     source = Batch.of(SOURCES, model.pad_id, side)
     cells = [(s, layer) for s in available(family) for layer in layers_of(model, s)]
-    reads = run_whole(model, source, reads=[site_of(*cell) for cell in cells]).reads
+    reads = run_full(model, source, reads=[site_of(*cell) for cell in cells]).reads
     rows = 2 * len(BASES)
     order = list(range(rows * len(cells)))
     random.Random(1).shuffle(order)
@@ -386,7 +385,7 @@ def test_every_site_is_read_as_by_hand(loaded: dict[str, LoadedModel], family: s
     batch = Batch.of(BASES, model.pad_id, "left")
     for layer in range(model.shape.n_layers):
         wanted = {site: site_of(site, layer) for site in available(family)}
-        reads = run_whole(model, batch, reads=list(wanted.values())).reads
+        reads = run_full(model, batch, reads=list(wanted.values())).reads
         for i, base in enumerate(BASES):
             seen = unpatched(family, base)
             for site, where in wanted.items():
@@ -397,7 +396,7 @@ def test_every_site_is_read_as_by_hand(loaded: dict[str, LoadedModel], family: s
 
 def test_available_sites_are_the_models(loaded: dict[str, LoadedModel]) -> None:
     for family in families.VERIFIED:
-        assert loaded[family].shape.sites == {*available(family), *WITHIN_ATTENTION}
+        assert loaded[family].shape.sites == {*available(family), *ATTENTION_INTERNAL_SITES}
 
 
 def in_all(anatomy: Anatomy, site: str) -> HookPoint:
@@ -430,7 +429,7 @@ def _swapped(model: LoadedModel) -> LoadedModel:
 
 def _interleaved(model: LoadedModel) -> LoadedModel:
     heads, d = model.shape.n_heads, model.shape.d_head
-    layout = Layout(heads, d, offset=2 * d, stride=3 * d)
+    layout = TensorLayout(heads, d, offset=2 * d, stride=3 * d)
     return _with_tap(model, "v", replace(in_all(model.anatomy, "v"), layout=layout))
 
 
@@ -451,7 +450,7 @@ def test_the_comparison_fails_on_a_hook_that_misses_the_residual_branch(
     norm = model.anatomy.blocks[0].mlp_norm
     assert norm is not None
     norm = norm.replace(".0.", ".{layer}.")
-    tap = HookPoint(norm, "in", Layout.whole(model.shape.d_model))
+    tap = HookPoint(norm, "in", TensorLayout.whole(model.shape.d_model))
     worst, relative, _ = compare(_with_tap(model, "resid_mid", tap), "llama", "resid_mid", "left")
     assert worst > ABSOLUTE
     assert relative > RELATIVE

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import mechdsl
-from mechdsl.hooks.batch import Batch
-from mechdsl.hooks.reads_and_writes import SiteRead
-from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.loading.load import adopt
+from mechdsl.forward.hooks.batch import Batch, SiteRead
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.loading.loader import adopt_model
 
 from ..reference.forward import forward
 from . import families, own_models
@@ -59,11 +58,11 @@ def test_the_registry_is_named_where_weights_of_attention_are_asked_for(
 
 
 def test_what_heads_return_is_there_all_the_same() -> None:
-    model, _ = adopt("m", own_models.with_attention_by_hand(), families.tokenizer())
+    model, _ = adopt_model("m", own_models.with_attention_by_hand(), families.tokenizer())
     assert model is not None
     ids = [1, 9, 22, 31, 17]
     read = SiteRead("z", 1)
-    result = run_whole(model, Batch.of([ids], model.pad_id, "left"), reads=[read])
+    result = run_full(model, Batch.of([ids], model.pad_id, "left"), reads=[read])
     expected = forward("gpt2", families.module("gpt2"), ids)["z", 1]
     torch.testing.assert_close(result.reads[read][0], expected, atol=1e-5, rtol=1e-4)
 

@@ -16,16 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.hooks.batch import Batch
-from mechdsl.hooks.hook_points import replaced
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
-from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.loading.load import adopt
-from mechdsl.loading.probe import sample
-from mechdsl.packed.activation_cache import ActivationCache, keeping
-from mechdsl.packed.packed_pass import run_packed
-from mechdsl.plan.restart import Shortcuts
+from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.hooks.module_exchange import replace_forward
+from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
+from mechdsl.forward.packed.packed_pass import run_packed
+from mechdsl.loading.loader import adopt_model
+from mechdsl.loading.probe import build_sample
+from mechdsl.models.restart import Shortcuts
 from mechdsl.vocab.sites import SITES
 
 from ..families import build, tables
@@ -41,7 +40,7 @@ ROWS = {row.name: row for row in tables.every() if isinstance(row, Architecture)
 @cache
 def loaded(name: str, **config: Any) -> LoadedModel:
     """A tiny model of the tables, verified."""
-    model, found = adopt(name, build.model(ROWS[name], **config), tokenizer())
+    model, found = adopt_model(name, build.model(ROWS[name], **config), tokenizer())
     assert model is not None, [(d.message, d.label_text) for d in found]
     assert not found
     return model
@@ -52,14 +51,14 @@ def batch_of(model: LoadedModel, side: Literal["left", "right"] | None = None) -
     given = hooks.prompts(ROWS[model.name], 3, seed=1)
     if model.shape.takes == "image":
         pixels = torch.cat([one["pixel_values"] for one in given])
-        return Batch.grid(3, sample(model).ids.shape[1]).with_inputs({"pixel_values": pixels})
+        return Batch.grid(3, build_sample(model).ids.shape[1]).with_inputs({"pixel_values": pixels})
     rows: list[list[int]] = [one["input_ids"][0].tolist() for one in given]
     return Batch.of(rows, model.pad_id, side or model.calling.side)
 
 
 def kept_of(model: LoadedModel, batch: Batch) -> ActivationCache:
-    with keeping(model, batch, 0) as kept:
-        run_whole(model, batch)
+    with record_activations(model, batch, 0) as kept:
+        run_full(model, batch)
     return kept
 
 
@@ -100,7 +99,7 @@ def counted(model: LoadedModel) -> Generator[list[list[int]]]:
                     counts[at[0]][at[1]] += hidden.shape[:-1].numel()
                     return own(hidden)
 
-                stack.enter_context(replaced(module, forward))
+                stack.enter_context(replace_forward(module, forward))
         yield counts
 
 
@@ -227,7 +226,7 @@ def writes_of(model: LoadedModel, batch: Batch, seed: int) -> tuple[list[SiteWri
     """One row for each site of each block, and its lane: another lane's vectors at two tokens,
     the class token of an image among them."""
     wanted = [SiteRead(*spot) for spot in spots(model)]
-    seen = run_whole(model, batch, reads=wanted).reads
+    seen = run_full(model, batch, reads=wanted).reads
     draw = random.Random(seed)
     image = model.shape.takes == "image"
     writes: list[SiteWrite] = []
@@ -259,7 +258,7 @@ def same(
 ) -> float:
     """The largest difference between packed rows and whole passes, relative to the outputs."""
     batch = kept.batch.take(torch.tensor(lanes))
-    expected = run_whole(model, batch, writes=[*writes, *noise]).logits
+    expected = run_full(model, batch, writes=[*writes, *noise]).logits
     assert expected is not None
     lengths = batch.lengths.tolist()
     row = np.repeat(np.arange(len(lanes)), lengths)
@@ -284,7 +283,7 @@ def test_rows_give_what_whole_passes_give(name: str, side: Any) -> None:
         writes, lanes = writes_of(model, batch, seed)
         assert same(model, kept, writes, lanes) <= 1e-5
         rows = batch.take(torch.tensor(lanes))
-        patched, plain = (run_whole(model, rows, writes=w).logits for w in (writes, []))
+        patched, plain = (run_full(model, rows, writes=w).logits for w in (writes, []))
         assert patched is not None
         assert plain is not None
         effects = (patched - plain).flatten(1).abs().amax(1)
@@ -304,8 +303,8 @@ def test_rows_start_from_a_run_with_noise(name: str) -> None:
     drawn = torch.randn(len(row), width, generator=torch.Generator().manual_seed(3))
     noise = SiteWrite("embed", None, row, position, zero, drawn, mode="add")
     embedded = SiteRead("embed")
-    with keeping(model, batch, 0) as kept:
-        found = run_whole(model, batch, writes=[noise], reads=[embedded]).reads
+    with record_activations(model, batch, 0) as kept:
+        found = run_full(model, batch, writes=[noise], reads=[embedded]).reads
     kept.embedded = found[embedded].flatten(0, 2)
     writes, lanes = writes_of(model, batch, seed=5)
     # The same noise on the rows, but where a vector is set.
@@ -335,7 +334,7 @@ def test_reads_inside_are_those_of_whole_passes() -> None:
         kept = kept_of(model, batch)
         wanted = [SiteRead("embed"), SiteRead("z", 1), SiteRead("mlp_out", 0)]
         writes = [whole_vector("embed", None, [(0, 1), (1, 2)], model.shape.d_embed)]
-        whole = run_whole(model, batch.take(torch.tensor([2, 0])), writes=writes, reads=wanted)
+        whole = run_full(model, batch.take(torch.tensor([2, 0])), writes=writes, reads=wanted)
         places = np.array([0, 1]), np.array([1, 2])
         final = np.array([0, 1]), np.array([1, 2])
         found = run_packed(
@@ -388,8 +387,8 @@ def test_some_tokens_logits_are_those_of_all(name: str) -> None:
     model = loaded(name)
     batch = batch_of(model)
     some = torch.tensor([5, 3, 40])
-    found = run_whole(model, batch, tokens=some)
-    every, narrow = run_whole(model, batch).logits, found.logits
+    found = run_full(model, batch, tokens=some)
+    every, narrow = run_full(model, batch).logits, found.logits
     assert every is not None
     assert narrow is not None
     assert torch.allclose(narrow, every[..., some], atol=1e-5)
@@ -399,7 +398,7 @@ def test_some_tokens_logits_are_those_of_all(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["convbert", "fnet", "nystromformer", "yoso"])
 def test_models_that_padding_changes_are_refused(name: str) -> None:
-    model, found = adopt(name, build.model(ROWS[name]), tokenizer())
+    model, found = adopt_model(name, build.model(ROWS[name]), tokenizer())
     assert model is None
     assert "padding changes what it returns" in found[0].label_text
 
@@ -419,7 +418,7 @@ def test_outputs_of_prompts_that_are_not_made_of_one_token_are_refused(
     name: str, settings: dict[str, Any], why: str
 ) -> None:
     row = replace(ROWS["modernbert" if "Modern" in name else "bert"], build=name)
-    model, found = adopt("m", build.model(row, **settings), tokenizer())
+    model, found = adopt_model("m", build.model(row, **settings), tokenizer())
     assert model is None
     assert [d.code for d in found] == ["E0439"]
     assert why in found[0].label_text
@@ -465,7 +464,7 @@ def minilm() -> tuple[LoadedModel, tuple[Tensor, ...]]:
 
     folder = package.get_model_path()
     words: Any = AutoTokenizer.from_pretrained(folder)
-    model, found = adopt("minilm", BertModel.from_pretrained(folder).double().eval(), words)
+    model, found = adopt_model("minilm", BertModel.from_pretrained(folder).double().eval(), words)
     assert model is not None, [(d.message, d.label_text) for d in found]
     assert not found
     assert model.restartable
@@ -533,7 +532,7 @@ def test_every_site_of_a_published_encoder_is_as_by_hand(layers: Sequence[int]) 
     for site, wanted in expected.items():
         lanes = [number for _, number in wanted]
         rows = batch.take(torch.tensor(lanes))
-        whole = run_whole(model, rows, writes=writes[site]).logits
+        whole = run_full(model, rows, writes=writes[site]).logits
         assert whole is not None
         index = np.repeat(np.arange(len(lanes)), rows.lengths.tolist())
         places = np.concatenate([np.arange(n) for n in rows.lengths.tolist()])

@@ -12,19 +12,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechdsl.hooks.attention_exchange import plain
-from mechdsl.hooks.attention_functions import (
-    AttentionGroup,
+from mechdsl.forward.hooks.attention import (
     CachedAttention,
     GroupMasks,
     attend,
-    exchanged,
-    own_function,
+    exchange_attention,
+    get_own_attention,
 )
-from mechdsl.hooks.batch import Batch, Index
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.written_out_attention import WRITTEN_OUT, entry_of
-from mechdsl.loading.load import adopt
+from mechdsl.forward.hooks.attention_hooks import AttentionGroup
+from mechdsl.forward.hooks.batch import Batch, DeviceIndex
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.hooks.module_exchange import (
+    ATTENTION_ENTRIES,
+    attend_eagerly,
+    find_attention_entry,
+)
+from mechdsl.loading.loader import adopt_model
 
 from ..quick import some
 from . import families
@@ -103,11 +106,11 @@ def counted(module: nn.Module) -> Generator[list[nn.Module]]:
     calls: list[nn.Module] = []
 
     def attend(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        assert own_function(part, {}) is plain
+        assert get_own_attention(part, {}) is attend_eagerly
         calls.append(part)
-        return plain(part, *args, **kwargs)
+        return attend_eagerly(part, *args, **kwargs)
 
-    with exchanged(cast(LoadedModel, Bare(module)), attend, masked=True):
+    with exchange_attention(cast(LoadedModel, Bare(module)), attend, masked=True):
         yield calls
 
 
@@ -144,7 +147,7 @@ def test_half_precision(case: str, dtype: torch.dtype) -> None:
 
 
 def adopted(case: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    model, found = adopt("m", build(case).to(dtype), families.tokenizer())
+    model, found = adopt_model("m", build(case).to(dtype), families.tokenizer())
     assert model is not None, [(d.message, d.label_text) for d in found]
     assert found == []
     assert model.restartable
@@ -224,12 +227,12 @@ def test_modules_are_left_as_they_were(family: str, error: type[BaseException]) 
 
     bare = cast(LoadedModel, Bare(module))
     for masked in (True, False):
-        with pytest.raises(error), exchanged(bare, interrupt, masked=masked):
+        with pytest.raises(error), exchange_attention(bare, interrupt, masked=masked):
             logits(module, batch)
         assert nothing_left(module)
         assert clean_model_check(module) == []
         assert config._attn_implementation == before
-    with exchanged(bare, plain, masked=True):
+    with exchange_attention(bare, attend_eagerly, masked=True):
         assert len(clean_model_check(module)) == 3
     assert torch.equal(logits(module, batch), expected)
 
@@ -252,14 +255,14 @@ def test_a_forward_of_someone_else_comes_back() -> None:
 
 
 def test_only_modules_of_the_library_have_entries() -> None:
-    assert all(entry_of(build(case)) is None for case in ("bloom", "falcon"))
+    assert all(find_attention_entry(build(case)) is None for case in ("bloom", "falcon"))
     attention = cast(Any, build("bloom")).transformer.h[0].self_attention
-    assert entry_of(attention) is WRITTEN_OUT["BloomAttention"]
+    assert find_attention_entry(attention) is ATTENTION_ENTRIES["BloomAttention"]
 
     class BloomAttention(nn.Module):
         pass
 
-    assert entry_of(BloomAttention()) is None
+    assert find_attention_entry(BloomAttention()) is None
 
 
 @pytest.mark.parametrize("way", ["plain", "packed"])
@@ -269,10 +272,10 @@ def test_biases_of_a_wider_type_keep_their_precision(way: str) -> None:
     values = torch.tensor([[1.0], [0.0]]).expand(2, 4).bfloat16()[None, None]
     mask = torch.tensor([256.5, 256.0]).expand(1, 1, 2, 2)
     if way == "plain":
-        out, _ = plain(nn.Identity(), zeros, zeros, values, mask, scaling=1.0)
+        out, _ = attend_eagerly(nn.Identity(), zeros, zeros, values, mask, scaling=1.0)
         found = out[0, 1, 0]
     else:
-        last = AttentionGroup(0, Index.of([0]), 1, Index.of([1]), Index.of([0]))
+        last = AttentionGroup(0, DeviceIndex.of([0]), 1, DeviceIndex.of([1]), DeviceIndex.of([0]))
         kept = CachedAttention(zeros, values, mask)
         query, value = zeros[0, :, :1], values[0, :, 1:]
         out = torch.empty(1, 1, 4, dtype=torch.bfloat16)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from mechdsl.loading.load import adopt
-from mechdsl.models.adapters import FAMILIES
+from mechdsl.loading.loader import adopt_model
+from mechdsl.models.anatomy import FAMILIES
 
 from ..families.build import model
 from ..families.parts import Architecture, Block, Heads, Stack
@@ -95,7 +95,7 @@ def entry() -> Iterator[None]:
 
 
 def test_without_an_entry_it_is_refused() -> None:
-    found, problems = adopt("g", model(ROW), tokenizer())
+    found, problems = adopt_model("g", model(ROW), tokenizer())
     assert found is None
     assert [d.code for d in problems] == ["E0409"]
 

@@ -10,12 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechdsl.hooks.batch import Batch, gather
-from mechdsl.hooks.calls import bare_logits
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.reads_and_writes import ReadMismatch, SiteRead, SiteWrite, WriteMismatch
-from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.models.shape import units, width
+from mechdsl.forward.hooks.batch import (
+    Batch,
+    ReadMismatch,
+    SiteRead,
+    SiteWrite,
+    WriteMismatch,
+    gather_vectors,
+)
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.model import LoadedModel, call_with_batch
+from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.vocab.sites import SITES
 
 from . import families
@@ -29,7 +34,7 @@ def batch_of(model: LoadedModel, rows: list[list[int]] = ROWS) -> Batch:
 
 
 def logits_of(model: LoadedModel, batch: Batch, **arguments: Any) -> Tensor:
-    logits = run_whole(model, batch, **arguments).logits
+    logits = run_full(model, batch, **arguments).logits
     assert logits is not None
     return logits[batch.mask.bool()]
 
@@ -71,13 +76,16 @@ def test_what_is_written_is_read_back(loaded: dict[str, LoadedModel], family: st
         where = SiteRead(site, layer_of(site, 1))
         over_keys = SITES[site].width == "key"
         seen = 4  # of the tokens that the one at 3 attends to, in the longest prompt
-        shape = (units(model.shape, site), seen if over_keys else width(model.shape, site))
+        shape = (
+            unit_count(model.shape, site),
+            seen if over_keys else vector_width(model.shape, site),
+        )
         values = torch.randn(shape, generator=generator)
         for mode in ("set", "add"):
             write = one(site, where.layer, 3, values, mode=mode)
             batch = batch_of(model)
-            before = run_whole(model, batch, reads=[where]).reads[where]
-            after = run_whole(model, batch, reads=[where], writes=[write]).reads[where]
+            before = run_full(model, batch, reads=[where]).reads[where]
+            after = run_full(model, batch, reads=[where], writes=[write]).reads[where]
             expected = before.clone()
             part = expected[0, 3, :, : shape[1]]
             part[:] = values if mode == "set" else part + values
@@ -96,7 +104,7 @@ def test_a_run_patched_with_itself_stays_and_times_100_moves(
     plain = logits_of(model, batch)
     for site in model.shape.sites:
         where = SiteRead(site, layer_of(site, model.shape.n_layers - 1))
-        own = run_whole(model, batch, reads=[where]).reads[where][0, 6]
+        own = run_full(model, batch, reads=[where]).reads[where][0, 6]
         same = logits_of(model, batch, writes=[one(site, where.layer, 6, own)])
         assert torch.allclose(same, plain, atol=1e-5), site
         # The last norm undoes a change of scale, so the direction changes too.
@@ -113,8 +121,8 @@ def test_order_of_rows_does_not_matter(loaded: dict[str, LoadedModel]) -> None:
         batch = batch_of(model)
         write = one("z", 1, 2, values)
         moved = replace(write, rows=torch.ones_like(write.rows))
-        straight = run_whole(model, batch, writes=[write]).logits
-        permuted = run_whole(model, batch.take(order), writes=[moved]).logits
+        straight = run_full(model, batch, writes=[write]).logits
+        permuted = run_full(model, batch.take(order), writes=[moved]).logits
         assert straight is not None
         assert permuted is not None
         assert torch.allclose(straight[order], permuted, atol=1e-5)
@@ -138,7 +146,7 @@ def test_the_model_is_left_as_it_was(
 ) -> None:
     model = loaded[family]
     batch = batch_of(model)
-    before = bare_logits(model, batch)
+    before = call_with_batch(model, batch)
     assert nothing_left(model.module)
     every = [
         SiteRead(site, layer)
@@ -146,17 +154,17 @@ def test_the_model_is_left_as_it_was(
         for layer in (range(model.shape.n_layers) if SITES[site].has_layer else (None,))
     ]
     some = torch.tensor([3, 5])
-    run_whole(model, batch, reads=every)
-    run_whole(model, batch, tokens=some)
+    run_full(model, batch, reads=every)
+    run_full(model, batch, tokens=some)
     assert nothing_left(model.module)
     last = model.module.get_submodule(model.anatomy.blocks[2].path)
     handle = last.register_forward_hook(_Interrupt(error))
     with pytest.raises(error):
-        run_whole(model, batch, reads=every, tokens=some)
+        run_full(model, batch, reads=every, tokens=some)
     handle.remove()
     assert nothing_left(model.module)
     assert clean_model_check(model.module) == []
-    assert torch.equal(bare_logits(model, batch), before)
+    assert torch.equal(call_with_batch(model, batch), before)
 
 
 def test_hooks_and_forwards_of_others_stay(loaded: dict[str, LoadedModel]) -> None:
@@ -167,7 +175,7 @@ def test_hooks_and_forwards_of_others_stay(loaded: dict[str, LoadedModel]) -> No
     original = block.forward
     block.forward = lambda *args, **kwargs: original(*args, **kwargs)
     theirs = block.forward
-    run_whole(model, batch_of(model), reads=[SiteRead("resid_pre", 0)])
+    run_full(model, batch_of(model), reads=[SiteRead("resid_pre", 0)])
     assert block.forward is theirs
     assert len(calls) == 1
     handle.remove()
@@ -182,9 +190,9 @@ def test_a_write_that_can_not_happen_is_refused(loaded: dict[str, LoadedModel]) 
     batch = batch_of(model)
     values = torch.zeros(1, model.shape.d_model)
     with pytest.raises(WriteMismatch, match="above layer 1"):
-        run_whole(model, batch, stop=1, writes=[one("mlp_out", 1, 0, values)])
+        run_full(model, batch, stop=1, writes=[one("mlp_out", 1, 0, values)])
     with pytest.raises(ReadMismatch):
-        run_whole(model, batch, stop=1, reads=[SiteRead("logits")])
+        run_full(model, batch, stop=1, reads=[SiteRead("logits")])
 
 
 @pytest.mark.parametrize("order", [(0, 1, 0), (0, 0, 1), (1, 0, 0)])
@@ -195,8 +203,8 @@ def test_a_vector_has_one_value(loaded: dict[str, LoadedModel], order: tuple[int
     values = torch.ones(3, model.shape.d_model)
     write = SiteWrite("mlp_out", 1, nothing, positions, nothing, values)
     with pytest.raises(ValueError, match="written twice in one write"):
-        run_whole(model, batch_of(model), writes=[write])
-    run_whole(model, batch_of(model), writes=[replace(write, mode="add")])
+        run_full(model, batch_of(model), writes=[write])
+    run_full(model, batch_of(model), writes=[replace(write, mode="add")])
 
 
 @pytest.mark.parametrize("times", [0, 2])
@@ -217,9 +225,9 @@ def test_a_module_that_runs_less_or_more_than_once_is_refused(
     try:
         write = one("mlp_out", 1, 0, torch.zeros(1, model.shape.d_model))
         with pytest.raises(WriteMismatch, match="1 rows were to be written"):
-            run_whole(model, batch_of(model), writes=[write])
+            run_full(model, batch_of(model), writes=[write])
         with pytest.raises(ReadMismatch):
-            run_whole(model, batch_of(model), reads=[SiteRead("mlp_out", 1)])
+            run_full(model, batch_of(model), reads=[SiteRead("mlp_out", 1)])
     finally:
         del block.forward
     assert block.forward == original
@@ -253,7 +261,7 @@ def test_places_that_do_not_exist_are_refused(
     index = torch.tensor([0, 1])
     write = SiteWrite("k", 1, index, index, index, torch.zeros(2, model.shape.d_head))
     with pytest.raises(ValueError, match=message):
-        run_whole(model, batch_of(model), writes=[change(write)])
+        run_full(model, batch_of(model), writes=[change(write)])
 
 
 def test_one_write_has_a_vector_only_once(loaded: dict[str, LoadedModel]) -> None:
@@ -261,8 +269,8 @@ def test_one_write_has_a_vector_only_once(loaded: dict[str, LoadedModel]) -> Non
     here = torch.zeros(2, dtype=torch.long)
     write = SiteWrite("z", 1, here, here, here, torch.zeros(2, model.shape.d_head))
     with pytest.raises(ValueError, match="written twice"):
-        run_whole(model, batch_of(model), writes=[write])
-    run_whole(model, batch_of(model), writes=[replace(write, mode="add")])
+        run_full(model, batch_of(model), writes=[write])
+    run_full(model, batch_of(model), writes=[replace(write, mode="add")])
 
 
 @pytest.mark.parametrize("site", ["z", "head_out", "attn_out", "resid_mid"])
@@ -270,7 +278,7 @@ def test_writes_act_in_the_order_in_which_they_are_given(
     loaded: dict[str, LoadedModel], site: str
 ) -> None:
     model = loaded["qwen3"]
-    shape = (units(model.shape, site), width(model.shape, site))
+    shape = (unit_count(model.shape, site), vector_width(model.shape, site))
     put = one(site, 1, 2, torch.full(shape, 3.0))
     add = one(site, 1, 2, torch.full(shape, 0.5), mode="add")
     where = SiteRead(site, 1)
@@ -285,10 +293,10 @@ def test_writes_act_in_the_order_in_which_they_are_given(
         ([put, along, twice], 2.0),
         ([along, put], 3.0),
     ):
-        result = run_whole(model, batch_of(model), writes=writes, reads=[where])
+        result = run_full(model, batch_of(model), writes=writes, reads=[where])
         assert torch.allclose(result.reads[where][0, 2], torch.full(shape, expected), atol=1e-5)
         whole = one(site, 1, 2, torch.full(shape, expected))
-        expected = run_whole(model, batch_of(model), writes=[whole]).logits
+        expected = run_full(model, batch_of(model), writes=[whole]).logits
         assert result.logits is not None
         assert expected is not None
         assert torch.allclose(result.logits, expected, atol=1e-5)
@@ -316,15 +324,15 @@ def test_a_run_that_stops_early_reads_the_same(loaded: dict[str, LoadedModel], f
         for layer in range(model.shape.n_layers)
     ]  # fmt: skip
     reads = [SiteRead("mlp_out", 0), SiteRead("resid_pre", 1)]
-    result = run_whole(model, batch, reads=reads, stop=1)
+    result = run_full(model, batch, reads=reads, stop=1)
     for handle in handles:
         handle.remove()
     assert result.logits is None
     assert ran == [0]
-    whole = run_whole(model, batch, reads=reads).reads
+    whole = run_full(model, batch, reads=reads).reads
     assert all(torch.equal(result.reads[read], whole[read]) for read in reads)
     last = SiteRead("final_norm")
-    assert run_whole(model, batch, reads=[last], stop=4).reads[last].shape[-1] == (
+    assert run_full(model, batch, reads=[last], stop=4).reads[last].shape[-1] == (
         model.shape.d_model
     )
 
@@ -334,12 +342,14 @@ def test_only_wanted_positions_are_unembedded(loaded: dict[str, LoadedModel]) ->
         model = loaded[family]
         batch = batch_of(model)
         at = torch.stack([batch.lengths - 1, batch.lengths - 3], dim=1)
-        some = run_whole(model, batch, logits_at=at).logits
-        whole = run_whole(model, batch).logits
+        some = run_full(model, batch, logits_at=at).logits
+        whole = run_full(model, batch).logits
         assert some is not None
         assert whole is not None
         rows = torch.arange(3).repeat_interleave(2)
-        expected = gather(whole.unsqueeze(2), batch, rows, at.flatten(), torch.zeros_like(rows))
+        expected = gather_vectors(
+            whole.unsqueeze(2), batch, rows, at.flatten(), torch.zeros_like(rows)
+        )
         assert torch.allclose(some.flatten(0, 1), expected, atol=1e-5)
 
 
@@ -351,12 +361,12 @@ def test_only_wanted_tokens_are_unembedded(loaded: dict[str, LoadedModel]) -> No
         narrow = logits_of(model, batch, tokens=wanted)
         assert torch.allclose(narrow, logits_of(model, batch)[:, wanted], atol=1e-5)
         at = batch.lengths[:, None] - 1
-        found = run_whole(model, batch, tokens=wanted, logits_at=at)
+        found = run_full(model, batch, tokens=wanted, logits_at=at)
         last = found.logits
         assert last is not None
         assert last.shape == (3, 1, 4)
         assert torch.allclose(last[:, 0], narrow[batch.lengths.cumsum(0) - 1], atol=1e-5)
-        whole = run_whole(model, batch, logits_at=at)
+        whole = run_full(model, batch, logits_at=at)
         assert found.largest is not None
         assert whole.logits is not None
         assert whole.largest is None
@@ -368,9 +378,9 @@ def test_the_largest_logit_is_looked_for_in_parts(
 ) -> None:
     model, some = loaded["llama"], torch.tensor([3, 9])
     batch = batch_of(model)
-    whole = run_whole(model, batch, tokens=some).largest
-    monkeypatch.setattr("mechdsl.hooks.calls.ENDS_AT_ONCE", 1)
-    parts = run_whole(model, batch, tokens=some).largest
+    whole = run_full(model, batch, tokens=some).largest
+    monkeypatch.setattr("mechdsl.forward.hooks.model.MAX_BOUND_LOGITS", 1)
+    parts = run_full(model, batch, tokens=some).largest
     assert whole is not None
     assert parts is not None
     assert torch.allclose(parts, whole, atol=1e-5)
@@ -383,7 +393,7 @@ def test_reads_see_the_writes_and_later_sites_too(loaded: dict[str, LoadedModel]
     mid, out = SiteRead("resid_mid", 1), SiteRead("attn_out", 1)
     values = torch.full((1, model.shape.d_model), 2.0)
     writes = [one("resid_mid", 1, 3, values), one("attn_out", 1, 3, values * 3)]
-    reads = run_whole(model, batch, writes=writes, reads=[mid, out]).reads
+    reads = run_full(model, batch, writes=writes, reads=[mid, out]).reads
     assert torch.allclose(reads[mid][0, 3, 0], values[0])
     assert torch.allclose(reads[out][0, 3, 0], values[0] * 3)
 
@@ -391,7 +401,7 @@ def test_reads_see_the_writes_and_later_sites_too(loaded: dict[str, LoadedModel]
 def test_reads_are_copies_of_their_own(loaded: dict[str, LoadedModel]) -> None:
     read = SiteRead("v", 0)
     model = loaded["gpt2"]
-    value = run_whole(model, batch_of(model), reads=[read]).reads[read]
+    value = run_full(model, batch_of(model), reads=[read]).reads[read]
     assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
 
 

@@ -21,11 +21,11 @@ from torch import nn
 
 import mechdsl
 from mechdsl.base.source import Source, Span
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.loading import reached_code
-from mechdsl.loading.identity import identity_of_loaded, identity_or_reason
-from mechdsl.loading.load import adopt, load
-from mechdsl.models.identity import file_hash, identity_of_folder, weights_hash
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading import identity as reached_code
+from mechdsl.loading.identity import compute_identity, explain_identity
+from mechdsl.loading.loader import adopt_model, load_model
+from mechdsl.models.folder import folder_identity, hash_file, hash_weights
 from mechdsl.program import spec
 from mechdsl.zoo import counting
 
@@ -48,7 +48,7 @@ def statement(path: str, **more: Any) -> spec.Model:
 
 def of(folder: Path, **more: Any) -> str | None:
     base = more.pop("of_base", None)
-    return identity_of_folder(statement(str(folder), **more), folder, base=base)
+    return folder_identity(statement(str(folder), **more), folder, base=base)
 
 
 def test_a_copy_is_the_same(folder: Path, tmp_path: Path) -> None:
@@ -103,9 +103,9 @@ def test_weights_go_through_the_memo(folder: Path) -> None:
 
     def hashed(path: Path) -> str:
         asked.append(path.name)
-        return file_hash(path)
+        return hash_file(path)
 
-    found = identity_of_folder(statement(str(folder)), folder, hashed)
+    found = folder_identity(statement(str(folder)), folder, hashed)
     assert asked == ["model.safetensors"]
     assert found == of(folder)
 
@@ -114,8 +114,8 @@ def test_hash_of_weights(folder: Path) -> None:
     one = folder / "model.safetensors"
     two = folder / "two.safetensors"
     two.write_bytes(b"2")
-    assert weights_hash([one]) == file_hash(one)
-    assert len({weights_hash([one]), weights_hash([one, two]), weights_hash([two, one])}) == 3
+    assert hash_weights([one]) == hash_file(one)
+    assert len({hash_weights([one]), hash_weights([one, two]), hash_weights([two, one])}) == 3
 
 
 def test_adapters(tmp_path: Path) -> None:
@@ -134,9 +134,9 @@ def test_adapters(tmp_path: Path) -> None:
 
 def test_loaded_from_a_folder(folder: Path) -> None:
     """The same string as without loading it."""
-    model, found = load(statement(str(folder)), base=Path())
+    model, found = load_model(statement(str(folder)), base=Path())
     assert model is not None, found
-    assert model.identity == identity_of_loaded(model) == of(folder)
+    assert model.identity == compute_identity(model) == of(folder)
 
 
 # --- from Python ----------------------------------------------------------------------------------
@@ -164,13 +164,13 @@ def module() -> Any:
 def handed(module: Any) -> LoadedModel:
     from transformers import PreTrainedTokenizerFast
 
-    model, found = adopt("m", module, PreTrainedTokenizerFast.from_pretrained(ZOO))
+    model, found = adopt_model("m", module, PreTrainedTokenizerFast.from_pretrained(ZOO))
     assert model is not None, found
     return model
 
 
 def told(module: Any) -> str:
-    found, reason = identity_or_reason(handed(module))
+    found, reason = explain_identity(handed(module))
     assert found is not None, reason
     return found
 
@@ -245,13 +245,13 @@ def test_the_code_of_a_class_of_its_own(
     for number in range(2):
         path.write_text(text + "# more\n" * number, encoding="utf-8")
         sys.modules.pop(path.stem, None)
-        monkeypatch.setattr("mechdsl.program.code_behind._IMPORTED", {})
-        monkeypatch.setattr("mechdsl.program.code_behind._compiled_from", lambda path: True)
+        monkeypatch.setattr("mechdsl.program.code_hashes._IMPORTED", {})
+        monkeypatch.setattr("mechdsl.program.code_hashes._compiled_from", lambda path: True)
         module.model.layers[1].mlp = __import__(path.stem).Own(inner)
         found.append(told(module))
     assert len(set(found)) == 2
     path.unlink()
-    identity, reason = identity_or_reason(handed(module))
+    identity, reason = explain_identity(handed(module))
     assert identity is None
     assert reason == "the source of `own_block_of_a_test` can't be read"
 
@@ -352,10 +352,10 @@ def keeps_results(module: Any) -> None:
 def test_what_cannot_be_told(change: Callable[[Any], None], said: str, module: Any) -> None:
     model = handed(module)
     change(model.module)
-    identity, reason = identity_or_reason(model)
+    identity, reason = explain_identity(model)
     assert identity is None
     assert said in reason
-    assert identity_of_loaded(model) is None
+    assert compute_identity(model) is None
 
 
 @pytest.mark.parametrize("held", [math.sqrt, lambda x: x * math.sqrt(1.0)])
@@ -364,10 +364,10 @@ def test_compiled_code_of_the_users_own_cannot_be_told(
 ) -> None:
     model = handed(module)
     module.model.own = held
-    assert identity_of_loaded(model) is not None
-    real = reached_code.of_library
-    monkeypatch.setattr(reached_code, "of_library", lambda home: home != "math" and real(home))
-    identity, reason = identity_or_reason(model)
+    assert compute_identity(model) is not None
+    real = reached_code.is_library
+    monkeypatch.setattr(reached_code, "is_library", lambda home: home != "math" and real(home))
+    identity, reason = explain_identity(model)
     assert identity is None
     assert "can't be told" in reason
 
@@ -376,23 +376,23 @@ def test_hooks_for_all_modules(module: Any) -> None:
     model = handed(module)
     hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        assert identity_or_reason(model)[1] == "torch has hooks for all modules"
+        assert explain_identity(model)[1] == "torch has hooks for all modules"
     finally:
         hook.remove()
 
 
 def test_a_method_in_place_of_the_library_s(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = handed(module)
-    before = identity_of_loaded(model)
+    before = compute_identity(model)
     kind = type(module.model.layers[0].mlp)
     monkeypatch.setattr(kind, "forward", other_forward)
-    monkeypatch.setattr("mechdsl.program.code_behind._compiled_from", lambda path: True)
+    monkeypatch.setattr("mechdsl.program.code_hashes._compiled_from", lambda path: True)
     assert before is not None
-    assert identity_of_loaded(model) not in (None, before)
+    assert compute_identity(model) not in (None, before)
     found: list[str | None] = []
     for by in (torch.tensor(2.0), torch.tensor(3.0)):
         monkeypatch.setattr(kind, "forward", lambda self, x, by=by: x * by)
-        found.append(identity_of_loaded(model))
+        found.append(compute_identity(model))
     assert len({None, before, *found}) == 4
 
 
@@ -501,7 +501,7 @@ class InMemory:
             return self.model.module(torch.tensor([[1, 7, 9, 4]])).logits
 
     def told(self) -> str:
-        found, reason = identity_or_reason(self.model)
+        found, reason = explain_identity(self.model)
         assert found is not None, reason
         return found
 
@@ -509,7 +509,7 @@ class InMemory:
 @pytest.fixture
 def in_memory(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemory]:
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("mechdsl.program.code_behind._compiled_from", lambda path: True)
+    monkeypatch.setattr("mechdsl.program.code_hashes._compiled_from", lambda path: True)
     made: list[ModuleType] = []
     for name, text in (("helpers_of_a_test", HELPERS), ("parts_of_a_test", PARTS)):
         (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
@@ -587,7 +587,7 @@ def test_identity_differs_where_code_in_memory_gives_other_logits(
     with monkeypatch.context() as patch:
         IN_MEMORY[change](in_memory, patch)
         assert not torch.allclose(in_memory.logits(), logits)
-        assert identity_of_loaded(in_memory.model) != before
+        assert compute_identity(in_memory.model) != before
 
 
 @pytest.mark.parametrize("name", ["through", "of_a_class"])
@@ -611,7 +611,7 @@ def test_identity_is_the_same_in_another_process(in_memory: InMemory, tmp_path: 
 import sys, torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from mechdsl.loading.identity import identity_or_reason
-from mechdsl.loading.load import adopt
+from mechdsl.loading.loader import adopt
 from parts_of_a_test import Act
 module = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 module.model.layers[1].mlp = Act(module.model.layers[1].mlp)

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 
-from mechdsl.models.config_keys import ALIKE
-from mechdsl.models.library_defaults import read_table, with_defaults
+from mechdsl.models.config import KEY_GROUPS, add_defaults, read_defaults, shape_of_folder_config
 from mechdsl.models.shape import ModelShape
-from mechdsl.models.shape_from_config import shape_of
 
 from . import library_defaults
 
@@ -20,7 +18,7 @@ def shape(**config: Any) -> ModelShape:
     """Of a config, without the library."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "transformers", None)  # importing it fails
-        found, problems = shape_of(config)
+        found, problems = shape_of_folder_config(config)
     assert found is not None, problems
     return found
 
@@ -48,24 +46,24 @@ def test_what_is_derived_is_derived_of_what_is_written() -> None:
     "config", [{"model_type": "of_tomorrow"}, {}, {"model_type": "gpt2", "n_layer": None}]
 )
 def test_what_nobody_knows_is_said(config: dict[str, Any]) -> None:
-    found, problems = shape_of(config)
+    found, problems = shape_of_folder_config(config)
     assert found is None
     assert "E0408" in [problem.code for problem in problems]
 
 
 def test_a_config_that_is_whole_stays_as_it_is() -> None:
-    config = {"model_type": "gpt2", **read_table()["gpt2"]}
-    assert with_defaults(config, ALIKE) == config
+    config = {"model_type": "gpt2", **read_defaults()["gpt2"]}
+    assert add_defaults(config, KEY_GROUPS) == config
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "mixtral", "gemma2", "opt"])
 def test_the_table_is_what_the_library_says(kind: str) -> None:
-    assert library_defaults.kept(kind, {}) == read_table()[kind]
-    assert library_defaults.shapes(with_defaults({}, ALIKE, kind)) == library_defaults.shapes(
+    assert library_defaults.kept(kind, {}) == read_defaults()[kind]
+    assert library_defaults.shapes(add_defaults({}, KEY_GROUPS, kind)) == library_defaults.shapes(
         library_defaults.whole(kind)
     )
 
 
 @pytest.mark.slow
 def test_the_whole_table_is_what_the_library_says() -> None:
-    assert json.loads(json.dumps(library_defaults.table())) == read_table()
+    assert json.loads(json.dumps(library_defaults.table())) == read_defaults()

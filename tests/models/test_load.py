@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mechdsl import zoo
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.loading.load import adopt, load
-from mechdsl.models.locate import weight_files
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading.loader import adopt_model, load_model
+from mechdsl.models.folder import weight_files
 from mechdsl.zoo import zoo_models
 
 from ..quick import some
@@ -42,7 +42,7 @@ def test_hashes_tell_weights_apart(folders: dict[str, Path], tmp_path: Path) -> 
     other = families.build("gpt2", tmp_path / "other", seed=1)
     hashes = set()
     for folder in (folders["gpt2"], other, folders["gpt2"]):
-        model, _ = load(statement(str(folder)))
+        model, _ = load_model(statement(str(folder)))
         assert model is not None
         hashes.add(model.provenance["weights"])
     assert len(hashes) == 2
@@ -50,8 +50,8 @@ def test_hashes_tell_weights_apart(folders: dict[str, Path], tmp_path: Path) -> 
 
 def test_the_statement_and_the_caller_choose_the_dtype(folders: dict[str, Path]) -> None:
     path = str(folders["gpt2"])
-    wide, _ = load(statement(path, dtype="float64"))
-    narrow, _ = load(statement(path, dtype="float64"), dtype="bfloat16")
+    wide, _ = load_model(statement(path, dtype="float64"))
+    narrow, _ = load_model(statement(path, dtype="float64"), dtype="bfloat16")
     assert wide is not None
     assert wide.dtype == torch.float64
     assert narrow is not None
@@ -60,14 +60,14 @@ def test_the_statement_and_the_caller_choose_the_dtype(folders: dict[str, Path])
 
 
 def test_loading_says_nothing(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
-    load(statement(str(folders["qwen2"])))
+    load_model(statement(str(folders["qwen2"])))
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
 
 
 def test_checks_take_a_moment(folders: dict[str, Path]) -> None:
     start = time.process_time()
-    load(statement(str(folders["llama"])))
+    load_model(statement(str(folders["llama"])))
     assert time.process_time() - start < 2
 
 
@@ -87,25 +87,25 @@ def test_other_layer_counts_than_the_weights(
     folders: dict[str, Path], tmp_path: Path, family: str
 ) -> None:
     fewer = configured(folders[family], tmp_path / "fewer", **{LAYERS[family]: 2})
-    model, found = load(statement(str(fewer)))
+    model, found = load_model(statement(str(fewer)))
     assert model is None
     assert [d.code for d in found] == ["E0422"]
     assert found[0].message == "the `config.json` of `m` has 2 layers, its weights 3"
     more = configured(folders[family], tmp_path / "more", **{LAYERS[family]: 4})
-    model, found = load(statement(str(more)))
+    model, found = load_model(statement(str(more)))
     assert model is None
     assert [d.code for d in found] == ["E0411"]
 
 
 def test_weights_that_nothing_takes(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(folders["llama"], tmp_path / "more")
-    assert load(statement(str(folder)))[1] == []
+    assert load_model(statement(str(folder)))[1] == []
     own = load_file(folder / "model.safetensors")
     save_file(
         {**own, "gizmo.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"}
     )
     save_file({"other": torch.ones(2)}, folder / "consolidated.safetensors")
-    model, found = load(statement(str(folder)))
+    model, found = load_model(statement(str(folder)))
     assert model is not None
     assert [(d.code, d.label_text) for d in found] == [
         ("W0761", "nothing takes `gizmo.weight`"),
@@ -123,7 +123,7 @@ def test_all_shards_of_an_index_are_read(folders: dict[str, Path], tmp_path: Pat
         save_file(part, folder / file, {"format": "pt"})
     index = {"metadata": {}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    model, found = load(statement(str(folder)))
+    model, found = load_model(statement(str(folder)))
     assert model is not None
     assert found == []
 
@@ -173,7 +173,7 @@ def test_folders_that_do_not_load(
 ) -> None:
     folder = Path(shutil.copytree(folders["gpt2"], tmp_path / "copy"))
     change(folder)  # type: ignore[operator]
-    model, problems = load(statement(str(folder)))
+    model, problems = load_model(statement(str(folder)))
     assert model is None
     assert [d.code for d in problems] == [code]
     assert words in problems[0].message
@@ -186,7 +186,7 @@ def test_weights_that_are_missing_are_not_drawn_at_random(
 ) -> None:
     folder = Path(shutil.copytree(folders["gpt2"], tmp_path / "copy"))
     _deeper(folder)
-    _, problems = load(statement(str(folder)))
+    _, problems = load_model(statement(str(folder)))
     assert "the weights lack `transformer.h.3" in problems[0].label_text
 
 
@@ -202,7 +202,7 @@ def test_code_of_a_model_is_not_run_and_nobody_is_asked(
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     shutil.copy(Path(zoo.__path__[0]) / "counting" / "tokenizer.json", tmp_path)
-    _, problems = load(statement(str(tmp_path)))
+    _, problems = load_model(statement(str(tmp_path)))
     assert [d.code for d in problems] == ["E0411"]
     assert not asked
     assert not (tmp_path / "ran").exists()
@@ -212,7 +212,7 @@ def test_an_hf_model_that_is_not_here_can_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    model, problems = load(statement("org/name", "hf"))
+    model, problems = load_model(statement("org/name", "hf"))
     assert model is None
     assert [d.code for d in problems] == ["E0401"]
     assert problems[0].help_text.startswith("`hf download org/name` fetches it; without it nothing")
@@ -222,7 +222,7 @@ def test_an_hf_model_that_is_not_here_can_not_run(
 def test_a_model_from_python_is_taken_over(family: str) -> None:
     module = families.module(family)
     module.train()
-    model, problems = adopt("mine", module, families.tokenizer())
+    model, problems = adopt_model("mine", module, families.tokenizer())
     assert not problems
     assert model is not None
     assert model.module is module
@@ -234,21 +234,21 @@ def test_a_fast_tokenizer_of_transformers_is_taken_over(folders: dict[str, Path]
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folders["gpt2"])
-    model, _ = adopt("mine", families.module("gpt2"), tokenizer)
+    model, _ = adopt_model("mine", families.module("gpt2"), tokenizer)
     assert model is not None
     assert model.tokenizer is not None
     assert model.tokenizer.encode("w3").ids == (1, 6)
 
 
 def test_what_is_no_transformers_model_is_refused() -> None:
-    model, problems = adopt("mine", torch.nn.Linear(2, 2), families.tokenizer())
+    model, problems = adopt_model("mine", torch.nn.Linear(2, 2), families.tokenizer())
     assert model is None
     assert [d.code for d in problems] == ["E0411"]
 
 
 @pytest.mark.slow
 def test_importing_and_loading_says_nothing(folders: dict[str, Path]) -> None:
-    code = "import sys\nfrom mechdsl.loading.load import look\nassert look(sys.argv[1])[0]"
+    code = "import sys\nfrom mechdsl.loading.loader import look\nassert look(sys.argv[1])[0]"
     root = Path(__file__).parents[2]
     ran = subprocess.run(
         [sys.executable, "-c", code, str(folders["gpt2"])],
@@ -272,7 +272,7 @@ def test_models_of_the_zoo_load(name: str) -> None:
     if not weight_files(Path(zoo.__path__[0]) / name):
         pytest.skip("not trained yet")
     start = time.process_time()
-    model, problems = load(statement(name, "zoo"))
+    model, problems = load_model(statement(name, "zoo"))
     assert not problems
     assert model is not None
     assert model.restartable
@@ -280,7 +280,7 @@ def test_models_of_the_zoo_load(name: str) -> None:
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
-    model, problems = adopt("mine", families.module("gpt2"), object())
+    model, problems = adopt_model("mine", families.module("gpt2"), object())
     assert model is None
     assert [d.code for d in problems] == ["E0412"]
 
@@ -291,7 +291,7 @@ def test_what_does_not_read_prompts_is_refused(tmp_path: Path) -> None:
     sizes = {"d_model": 8, "num_layers": 1, "num_heads": 2, "d_kv": 4, "d_ff": 8}
     module = T5ForConditionalGeneration(T5Config(vocab_size=20, **sizes))
     module.save_pretrained(tmp_path)
-    model, problems = load(statement(str(tmp_path)))
+    model, problems = load_model(statement(str(tmp_path)))
     assert model is None
     assert [d.code for d in problems] == ["E0407"]
     assert "T5ForConditionalGeneration" in problems[0].message

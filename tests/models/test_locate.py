@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 
-from mechdsl.models.locate import locate, needed
+from mechdsl.models.folder import locate_model, require_model
 from mechdsl.zoo import zoo_models
 
 from .conftest import statement
@@ -47,7 +47,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_a_snapshot_is_found_by_its_revision(hub: Path, revision: str, commit: str) -> None:
-    found, problems = locate(statement("org/name", "hf", revision=revision), hub)
+    found, problems = locate_model(statement("org/name", "hf", revision=revision), hub)
     assert not problems
     assert found is not None
     assert found.name == commit
@@ -56,7 +56,7 @@ def test_a_snapshot_is_found_by_its_revision(hub: Path, revision: str, commit: s
 @pytest.mark.parametrize("revision", ["abc", ""])
 def test_an_unknown_revision_is_not_checked(hub: Path, revision: str) -> None:
     """An empty one starts every commit's name, so it is `main`, like none."""
-    found, problems = locate(statement("org/name", "hf", revision=revision), hub)
+    found, problems = locate_model(statement("org/name", "hf", revision=revision), hub)
     assert (found is None) == bool(revision)
     assert [d.code for d in problems] == (["W0710"] if revision else [])
 
@@ -68,12 +68,12 @@ def test_the_cache_follows_hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder(root / "snapshots" / "abc", config={})
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text("abc\n")
-    found, _ = locate(statement("gpt2", "hf"), tmp_path)
+    found, _ = locate_model(statement("gpt2", "hf"), tmp_path)
     assert found == root / "snapshots" / "abc"
 
 
 def test_an_hf_model_that_is_not_here_is_a_warning(hub: Path) -> None:
-    found, problems = locate(statement("org/other", "hf"), hub)
+    found, problems = locate_model(statement("org/other", "hf"), hub)
     assert found is None
     assert [(d.code, d.severity) for d in problems] == [("W0710", "warning")]
     assert "not on this machine" in problems[0].message
@@ -81,13 +81,13 @@ def test_an_hf_model_that_is_not_here_is_a_warning(hub: Path) -> None:
 
 def test_a_folder_may_be_written_in_hf(tmp_path: Path) -> None:
     place = folder(tmp_path / "mine", "model.safetensors", config={})
-    assert locate(statement("mine", "hf"), tmp_path) == (place, [])
-    assert locate(statement(str(place), "hf"), Path("elsewhere")) == (place, [])
+    assert locate_model(statement("mine", "hf"), tmp_path) == (place, [])
+    assert locate_model(statement(str(place), "hf"), Path("elsewhere")) == (place, [])
 
 
 def test_local_is_relative_to_the_file(tmp_path: Path) -> None:
     place = folder(tmp_path / "runs" / "a", "model.safetensors", config={})
-    assert locate(statement("runs/a"), tmp_path) == (place, [])
+    assert locate_model(statement("runs/a"), tmp_path) == (place, [])
 
 
 @pytest.mark.parametrize(
@@ -103,30 +103,30 @@ def test_local_folders_that_are_no_models(
     tmp_path: Path, files: tuple[str, ...], config: object, code: str
 ) -> None:
     folder(tmp_path / "a", *files, config=config)
-    found, problems = locate(statement("a"), tmp_path)
+    found, problems = locate_model(statement("a"), tmp_path)
     assert found is None
     assert [d.code for d in problems] == [code]
 
 
 def test_pickled_files_beside_safetensors_do_no_harm(tmp_path: Path) -> None:
     folder(tmp_path / "a", "pytorch_model.bin", "model.safetensors", config={})
-    assert locate(statement("a"), tmp_path)[1] == []
+    assert locate_model(statement("a"), tmp_path)[1] == []
 
 
 @pytest.mark.parametrize("kind", ["local", "hf"])
 def test_a_missing_model_is_an_error_where_it_is_needed(
     hub: Path, kind: Literal["local", "hf"]
 ) -> None:
-    _, problems = locate(statement("no/where", kind), hub)
+    _, problems = locate_model(statement("no/where", kind), hub)
     assert [d.code for d in problems] == ["W0710"]
-    assert [d.code for d in needed(problems)] == ["E0401"]
+    assert [d.code for d in require_model(problems)] == ["E0401"]
 
 
 def test_an_unknown_zoo_model_is_an_error_with_a_suggestion(tmp_path: Path) -> None:
-    _, problems = locate(statement("countin", "zoo"), tmp_path)
+    _, problems = locate_model(statement("countin", "zoo"), tmp_path)
     assert [d.code for d in problems] == ["E0403"]
     assert problems[0].help_text == "did you mean `counting`?"
-    _, problems = locate(statement("xyz", "zoo"), tmp_path)
+    _, problems = locate_model(statement("xyz", "zoo"), tmp_path)
     assert "`counting`" in problems[0].help_text
     assert "counting" in zoo_models()
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.base.source import Source
-from mechdsl.packed import model_end
-from mechdsl.packed.model_end import TOLERANCE, FoldedNorm
+from mechdsl.forward.packed import unembedding
+from mechdsl.forward.packed.unembedding import LINEAR_TOLERANCE, FoldedNorm
 
 from ..execute.support import run_on, shared
 from ..rules.models import bare
@@ -76,14 +76,14 @@ def test_a_norm_is_its_gain_times_a_scale(kind: str, width: int) -> None:
     torch.testing.assert_close(found, along * scale[:, None], rtol=1e-4, atol=1e-4)
     assert scale.std() < 1e-4  # one map for all vectors
     torch.testing.assert_close(folded.bias, bias, rtol=1e-5, atol=1e-5)
-    assert folded.error < TOLERANCE
+    assert folded.error < LINEAR_TOLERANCE
 
 
 @pytest.mark.parametrize("width", [7, 8])
 def test_what_is_no_linear_map_is_known_for_it(width: int) -> None:
     torch.manual_seed(0)
-    assert FoldedNorm(Squashed(width), width).error > TOLERANCE
-    assert FoldedNorm(nn.Sequential(layer_norm(width), nn.GELU()), width).error > TOLERANCE
+    assert FoldedNorm(Squashed(width), width).error > LINEAR_TOLERANCE
+    assert FoldedNorm(nn.Sequential(layer_norm(width), nn.GELU()), width).error > LINEAR_TOLERANCE
 
 
 def test_a_norm_in_half_precision_is_folded_in_32_bits() -> None:
@@ -94,7 +94,7 @@ def test_a_norm_in_half_precision_is_folded_in_32_bits() -> None:
     wide = nn.functional.layer_norm(x, (8,), norm.weight.float(), norm.bias.float(), EPS)
     torch.testing.assert_close(folded.of(x), wide, rtol=1e-5, atol=1e-5)
     assert next(norm.parameters()).dtype == torch.bfloat16  # the model's own stays as it is
-    assert folded.error < TOLERANCE
+    assert folded.error < LINEAR_TOLERANCE
 
 
 # --- of whole models ------------------------------------------------------------------------------
@@ -105,11 +105,11 @@ def test_vectors_go_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shared(bare("llama"))
     torch.manual_seed(0)
     vectors = torch.randn(7, model.shape.d_model)
-    whole = model_end.ModelEnd(model).logits(vectors)
-    monkeypatch.setattr(model_end, "ROWS", 3)
-    torch.testing.assert_close(model_end.ModelEnd(model).logits(vectors), whole)
+    whole = unembedding.ModelUnembedding(model).logits(vectors)
+    monkeypatch.setattr(unembedding, "MAX_VECTORS", 3)
+    torch.testing.assert_close(unembedding.ModelUnembedding(model).logits(vectors), whole)
     some = torch.tensor([3, 11])
-    found = model_end.ModelEnd(model).logits(vectors, some)
+    found = unembedding.ModelUnembedding(model).logits(vectors, some)
     torch.testing.assert_close(found, whole[:, some])
 
 

@@ -24,18 +24,17 @@ from transformers.utils import logging
 
 import mechdsl
 from mechdsl import zoo
-from mechdsl.cli import main
-from mechdsl.execute.unpatched_batch import noise_scale
-from mechdsl.hooks.batch import Batch
-from mechdsl.hooks.hook_points import at_hand
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
-from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.loading import devices, file_models
-from mechdsl.loading.load import adopt
-from mechdsl.packed.activation_cache import keeping
-from mechdsl.packed.packed_pass import run_packed
-from mechdsl.prompts.prompt_table import Noise
+from mechdsl.cli.entry import main
+from mechdsl.execute.unpatched_batch import compute_noise_scale
+from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.hooks.module_exchange import load_weights
+from mechdsl.forward.packed.activation_cache import record_activations
+from mechdsl.forward.packed.packed_pass import run_packed
+from mechdsl.loading import devices, loader
+from mechdsl.loading.loader import adopt_model
+from mechdsl.prompts.runs import RunNoise
 from mechdsl.vocab.sites import SITES
 
 from ..quick import in_turn
@@ -97,7 +96,7 @@ def both(folder: Path, where: str, to: Path) -> tuple[LoadedModel, LoadedModel]:
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         spread(folder, SPREAD[where], to),
     ):
-        model, found = adopt("m", module, families.tokenizer())
+        model, found = adopt_model("m", module, families.tokenizer())
         assert model is not None, [d.message for d in found]
         assert not found
         made.append(model)
@@ -139,7 +138,7 @@ def test_every_site_is_as_in_memory(
     wanted = points(here)
     assert wanted == points(away)
     base = Batch.of(ROWS, here.pad_id, "left")
-    reads = [run_whole(model, base, reads=wanted).reads for model in (here, away)]
+    reads = [run_full(model, base, reads=wanted).reads for model in (here, away)]
     assert max(furthest(reads[1][one], reads[0][one]) for one in wanted) <= CLOSE
     writes = writes_of(here, reads[0])
     lanes = np.arange(len(wanted)) % len(ROWS)
@@ -149,13 +148,13 @@ def test_every_site_is_as_in_memory(
     some = torch.tensor([3, 4, 17, 40])
     found: list[list[Tensor]] = []
     for model in (here, away):
-        whole = run_whole(model, rows, writes=writes).logits
-        with keeping(model, base, 0) as kept:
-            run_whole(model, base)
+        whole = run_full(model, rows, writes=writes).logits
+        with record_activations(model, base, 0) as kept:
+            run_full(model, base)
         packed = run_packed(model, kept, lanes, writes=writes, final=final)
         inside = [write for write in writes if write.site != "logits"]
         few = run_packed(model, kept, lanes, writes=inside, final=final, tokens=some)
-        narrow = run_whole(model, base, tokens=some).logits
+        narrow = run_full(model, base, tokens=some).logits
         assert whole is not None
         assert narrow is not None
         found.append([whole, packed.logits, few.logits, narrow])
@@ -178,10 +177,10 @@ def test_the_model_is_left_as_it_was(
 
     with torch.no_grad():
         before, stood = module(ids).logits, state()
-    model, _ = adopt("m", module, families.tokenizer())
+    model, _ = adopt_model("m", module, families.tokenizer())
     assert model is not None
     batch = Batch.of(ROWS, model.pad_id, "left")
-    run_whole(model, batch, reads=[SiteRead("head_out", 0)], tokens=torch.tensor([1, 2]))
+    run_full(model, batch, reads=[SiteRead("head_out", 0)], tokens=torch.tensor([1, 2]))
     assert clean_model_check(module) == []
     assert state() == stood
     with torch.no_grad():
@@ -198,7 +197,7 @@ def test_a_model_without_weights_is_refused(folders: dict[str, Path]) -> None:
     config = AutoConfig.from_pretrained(folders["gpt2"])
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config)
-    model, (problem,) = adopt("m", module, families.tokenizer())
+    model, (problem,) = adopt_model("m", module, families.tokenizer())
     assert model is None
     assert problem.code == "E0411"
     assert "meta device" in problem.label_text
@@ -214,8 +213,8 @@ def test_it_says_where_its_inputs_go(folders: dict[str, Path], tmp_path: Path) -
 def test_noise_by_embeddings_on_disk(folders: dict[str, Path], tmp_path: Path) -> None:
     """`3 sd` is measured on the embeddings."""
     here, away = both(folders["gpt2"], "all", tmp_path)
-    noise = Noise("embed", ((1,),), None, 3.0, (5, 6, 9))
-    assert noise_scale(away, noise) == noise_scale(here, noise) > 0
+    noise = RunNoise("embed", ((1,),), None, 3.0, (5, 6, 9))
+    assert compute_noise_scale(away, noise) == compute_noise_scale(here, noise) > 0
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -249,7 +248,7 @@ def test_a_file_from_the_command_line(
 ) -> None:
     """With memory for a part of the model, the rest is on disk."""
     seen: list[bool] = []
-    load = file_models.load
+    load = loader.load_model
 
     def look(*args: Any, **more: Any) -> Any:
         model, found = load(*args, **more)
@@ -257,7 +256,7 @@ def test_a_file_from_the_command_line(
         seen.append(any(weight.is_meta for weight in model.module.parameters()))
         return model, found
 
-    monkeypatch.setattr(file_models, "load", look)
+    monkeypatch.setattr(loader, "load_model", look)
     size = (COUNTING / "model.safetensors").stat().st_size
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: {"cpu": size * 2 // 3})
     arguments = ("--limit", "40", "--format", "json", "--device", "cpu", "--offload", tmp_path)
@@ -284,7 +283,7 @@ def test_a_weight_beside_a_buffer_is_fetched() -> None:
     accelerate.cpu_offload(nn.Sequential(part), torch.device("cpu"))
     assert part.weight.is_meta
     assert not part.get_buffer("factor").is_meta
-    with at_hand(part):
+    with load_weights(part):
         assert torch.equal(part.weight, weight)
     assert part.weight.is_meta
 
@@ -321,13 +320,13 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
 def test_a_device_that_is_named_is_the_only_one(
     device: str, kept: set[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "device", torch.device)
+    monkeypatch.setattr(devices, "get_device", torch.device)
     room = dict.fromkeys((0, 1, "mps", "cpu"), 1 << 30)
     monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: room)
-    spread = devices.spread_of(device, tmp_path)
+    spread = devices.plan_device_map(device, tmp_path)
     assert spread is not None
     assert set(cast("dict[object, int]", spread["max_memory"])) == kept
 
 
 def test_nothing_is_spread_without_the_option() -> None:
-    assert devices.spread_of("auto", None) is None
+    assert devices.plan_device_map("auto", None) is None

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl import check, run
-from mechdsl.hooks.batch import Batch
-from mechdsl.hooks.loaded import LoadedModel, Stack
-from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
-from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.loading.load import adopt, load
-from mechdsl.loading.prove import _attempt, describe, prove  # pyright: ignore[reportPrivateUsage]
+from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.model import BlockStack, LoadedModel
+from mechdsl.forward.packed.activation_cache import record_activations
+from mechdsl.forward.packed.packed_pass import run_packed
+from mechdsl.loading.anatomy_proof import _try_anatomies, build_loaded_model, verify_model  # pyright: ignore[reportPrivateUsage]
+from mechdsl.loading.loader import adopt_model, load_model
 from mechdsl.models.anatomy import Anatomy
-from mechdsl.packed.activation_cache import keeping
-from mechdsl.packed.packed_pass import run_packed
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..reference.forward import Write, forward
@@ -36,7 +35,7 @@ EMPTY = ("mlp_norm", "mlp_hidden")
 
 
 def taken(module: nn.Module, tokenizer: Any = None, *codes: str) -> LoadedModel:
-    model, found = adopt("m", module, tokenizer or families.tokenizer())
+    model, found = adopt_model("m", module, tokenizer or families.tokenizer())
     assert model is not None, [(d.code, d.message, d.label_text) for d in found]
     assert [d.code for d in found] == list(codes)
     return model
@@ -65,7 +64,9 @@ def test_mlps_of_zeros_are_named_and_cost_nothing_else(family: str) -> None:
 
 
 def test_it_is_said_where() -> None:
-    _, found = adopt("m", own_models.silenced("gpt2", "mlp", layers=(1,)), families.tokenizer())
+    _, found = adopt_model(
+        "m", own_models.silenced("gpt2", "mlp", layers=(1,)), families.tokenizer()
+    )
     assert found[0].label_text == (
         "whatever is written there, its output stays as it is: "
         "`mlp_norm` (layer 1), `mlp_hidden` (layer 1)"
@@ -95,18 +96,18 @@ def test_empty_parts_are_read_and_written_as_by_hand(site: str) -> None:
     bare = own_models.silenced("gpt2", "mlp")
     seen = forward("gpt2", bare, ids)[site, 1]
     batch = Batch.of([ids], model.pad_id, "left", model.device)
-    read = run_whole(model, batch, reads=[SiteRead(site, 1)]).reads[SiteRead(site, 1)]
+    read = run_full(model, batch, reads=[SiteRead(site, 1)]).reads[SiteRead(site, 1)]
     torch.testing.assert_close(read[0], seen, atol=1e-5, rtol=1e-4)
     values = torch.randn(seen.shape[-1], generator=torch.Generator().manual_seed(3))
     expected = forward("gpt2", bare, ids, [Write(site, 1, values, 2, 0)]).logits
     write = SiteWrite(
         site, 1, torch.tensor([0]), torch.tensor([2]), torch.tensor([0]), values[None]
     )
-    whole = run_whole(model, batch, writes=[write]).logits
+    whole = run_full(model, batch, writes=[write]).logits
     assert whole is not None
     torch.testing.assert_close(whole[0], expected, atol=1e-4, rtol=1e-3)
-    with keeping(model, batch, 0) as kept:
-        run_whole(model, batch)
+    with record_activations(model, batch, 0) as kept:
+        run_full(model, batch)
     last = (np.array([0]), np.array([len(ids) - 1]))
     packed = run_packed(model, kept, np.array([0]), writes=[write], final=last)
     torch.testing.assert_close(packed.logits[0], expected[-1], atol=1e-4, rtol=1e-3)
@@ -125,7 +126,9 @@ def test_a_wrong_anatomy_is_refused_where_nothing_has_an_effect(
 ) -> None:
     """All of attention is zero, so that zeros pass for zeros; on a copy they don't."""
     good = silent_attention()
-    tried = prove(describe("m", good.module, {"": Stack(change(good.anatomy), good.shape)}))
+    tried = verify_model(
+        build_loaded_model("m", good.module, {"": BlockStack(change(good.anatomy), good.shape)})
+    )
     assert tried.model is None, fault
     assert [d.code for d in tried.problems] == ["E0410"]
 
@@ -138,7 +141,9 @@ def silent_attention() -> LoadedModel:
 def test_sublayers_that_add_nothing_may_not_be_swapped() -> None:
     good = without_mlps("gpt2")
     swapped = swap("mlp_norm", "mlp_out")(good.anatomy)
-    tried = prove(describe("m", good.module, {"": Stack(swapped, good.shape)}))
+    tried = verify_model(
+        build_loaded_model("m", good.module, {"": BlockStack(swapped, good.shape)})
+    )
     assert tried.model is None
 
 
@@ -147,7 +152,7 @@ def test_a_model_that_skips_a_part_whatever_its_weights_are_is_refused() -> None
     module: Any = families.module("gpt2")
     for block in module.transformer.h:
         block.mlp.c_proj.register_forward_hook(lambda part, args, out: out * 0)
-    model, found = adopt("m", module, families.tokenizer())
+    model, found = adopt_model("m", module, families.tokenizer())
     assert model is None
     assert [d.code for d in found] == ["E0410"]
 
@@ -159,7 +164,7 @@ def test_restarting_is_proved_on_parts_that_do_something() -> None:
     first, last = module.transformer.h[0].mlp, module.transformer.h[2].attn.c_attn
     first.register_forward_hook(lambda part, args, out: kept.append(out.mean(-1, keepdim=True)))
     last.register_forward_hook(lambda part, args, out: out + kept[-1])
-    model, found = adopt("m", module, families.tokenizer())
+    model, found = adopt_model("m", module, families.tokenizer())
     assert model is not None
     assert {d.code for d in found} == {"W0711", "W0770"}
 
@@ -182,7 +187,7 @@ def test_a_circuit_set_by_hand_is_taken_and_patched(low: float) -> None:
         write = SiteWrite(
             "resid_pre", 1, torch.tensor([0]), torch.tensor([place]), torch.tensor([0]), value
         )
-        logits = run_whole(model, batch, writes=[write]).logits
+        logits = run_full(model, batch, writes=[write]).logits
         assert logits is not None
         expected = torch.zeros(own_models.TOKENS)
         expected[1], expected[copied] = low, 1.0
@@ -271,7 +276,7 @@ def test_models_of_few_positions(count: int) -> None:
     model = taken(families.module("gpt2", n_positions=count))
     ids = [1, 9, 22, 31, 17, 40][:count]
     batch = Batch.of([ids], model.pad_id, "left", model.device)
-    logits = run_whole(model, batch).logits
+    logits = run_full(model, batch).logits
     assert logits is not None
     expected = forward("gpt2", families.module("gpt2", n_positions=count), ids).logits
     torch.testing.assert_close(logits[0], expected, atol=1e-4, rtol=1e-3)
@@ -317,7 +322,7 @@ def needs_bos(module: nn.Module) -> nn.Module:
 def test_a_model_that_needs_the_beginning_of_a_text_gets_it() -> None:
     # Rows side by side begin in the middle of texts, which it refuses too.
     taken(needs_bos(families.module("gpt2")), None, "W0711")
-    model, found = adopt("m", needs_bos(families.module("gpt2")), own_models.words())
+    model, found = adopt_model("m", needs_bos(families.module("gpt2")), own_models.words())
     assert model is None
     assert "a prompt begins with <s>" in found[0].label_text
 
@@ -329,8 +334,8 @@ def test_the_second_time_the_parts_without_effect_are_known(
     own_models.silenced("gpt2", "mlp").save_pretrained(tmp_path / "model")  # type: ignore[operator]
     tokens = (folders["gpt2"] / "tokenizer.json").read_text(encoding="utf-8")
     (tmp_path / "model" / "tokenizer.json").write_text(tokens, encoding="utf-8")
-    first, said = load(statement(str(tmp_path / "model")))
-    second, again = load(statement(str(tmp_path / "model")))
+    first, said = load_model(statement(str(tmp_path / "model")))
+    second, again = load_model(statement(str(tmp_path / "model")))
     assert first is not None
     assert second is not None
     assert second.idle == first.idle
@@ -349,7 +354,7 @@ def test_labels_of_each_token_are_logits(name: str) -> None:
     ids = [1, 9, 22, 31, 17]
     batch = Batch.of([ids, ids[:3]], model.pad_id, "left", model.device)
     at = torch.tensor([[4, 1], [2, 0]])
-    logits = run_whole(model, batch, logits_at=at).logits
+    logits = run_full(model, batch, logits_at=at).logits
     assert logits is not None
     with torch.no_grad():
         alone = [module(input_ids=torch.tensor([row])).logits[0] for row in (ids, ids[:3])]
@@ -384,7 +389,7 @@ def test_a_compiled_model_is_taken_as_it_was() -> None:
 def test_a_hook_of_the_users_is_named_where_checks_fail() -> None:
     module: Any = families.module("gpt2")
     module.transformer.h[1].mlp.c_proj.register_forward_hook(lambda part, args, out: out * 0)
-    model, found = adopt("m", module, families.tokenizer())
+    model, found = adopt_model("m", module, families.tokenizer())
     assert model is None
     assert "a hook of yours on `transformer.h.1." in found[0].help_text
     model, found = broken.gaining()
@@ -396,10 +401,10 @@ def test_a_site_at_no_module_is_said_to_be_there() -> None:
     good = taken(families.module("gpt2"))
     tap = in_all(good.anatomy, "mlp_out")
     anatomy = with_blocks(good.anatomy, mlp_out=replace(tap, path="transformer.h.{layer}.nothing"))
-    tried = _attempt(
+    tried = _try_anatomies(
         "m",
         good.module,
-        {"": Stack(anatomy, good.shape)},
+        {"": BlockStack(anatomy, good.shape)},
         None,
         provenance={},
         span=None,
@@ -450,7 +455,7 @@ def test_linear_maps_beside_attention_are_no_block_of_attention_alone() -> None:
     module: Any = families.module("gpt2")
     for block in module.transformer.h:
         block.mlp, block.thinking = Nothing(), nn.Linear(24, 24)
-    model, found = adopt("m", module, families.tokenizer())
+    model, found = adopt_model("m", module, families.tokenizer())
     assert model is None
     assert [(d.code, d.message) for d in found] == [
         ("E0409", "`m` (GPT2LMHeadModel): MLP not found")

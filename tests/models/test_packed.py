@@ -13,25 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mechdsl.hooks.attention_functions
-from mechdsl.hooks.attention_functions import (
-    AttentionGroup,
-    CachedAttention,
-    GroupMasks,
-    SeenKeys,
-    attend,
+import mechdsl.forward.hooks.attention
+from mechdsl.forward.hooks.attention import CachedAttention, GroupMasks, VisibleKeyCounts, attend
+from mechdsl.forward.hooks.attention_hooks import AttentionGroup
+from mechdsl.forward.hooks.batch import (
+    Batch,
+    DeviceIndex,
+    ReadMismatch,
+    RowPositions,
+    SiteRead,
+    SiteWrite,
 )
-from mechdsl.hooks.batch import Batch, Index
-from mechdsl.hooks.calls import bare_logits
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.reads_and_writes import ReadMismatch, SiteRead, SiteWrite
-from mechdsl.hooks.whole_pass import RunResult, run_whole
-from mechdsl.models.shape import units, width
-from mechdsl.packed.activation_cache import ActivationCache, keeping
-from mechdsl.packed.behind_last_block import Places
-from mechdsl.packed.layout import BlockPack, pack_block
-from mechdsl.packed.packed_pass import PackedResult, run_packed
-from mechdsl.plan.restart import BlockWork, Mask, RowMasks, Shortcuts, block_work
+from mechdsl.forward.hooks.full_pass import FullPassResult, run_full
+from mechdsl.forward.hooks.model import LoadedModel, call_with_batch
+from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
+from mechdsl.forward.packed.packed_pass import BlockPack, PackedResult, pack_block, run_packed
+from mechdsl.models.restart import BlockWork, RowMasks, Shortcuts, TokenMask, block_work
+from mechdsl.models.shape import unit_count, vector_width
 from mechdsl.vocab.sites import SITES
 
 from . import families
@@ -47,7 +45,7 @@ IDLE = (NOTHING,) * 6
 """A block that the row doesn't pass through."""
 
 
-def mask(*rows: str) -> Mask:
+def mask(*rows: str) -> TokenMask:
     """`..x` is three columns, true in the last."""
     return np.array([[letter == "x" for letter in row] for row in rows])
 
@@ -329,7 +327,7 @@ def bare_kept(lanes: int, columns: int) -> ActivationCache:
     return ActivationCache(Batch.of([[1] * columns] * lanes, 0, "left"))
 
 
-def pack(present: Mask, lanes: Sequence[int], attends: Mask | None = None) -> BlockPack:
+def pack(present: TokenMask, lanes: Sequence[int], attends: TokenMask | None = None) -> BlockPack:
     """A block in which all tokens are computed, of rows on three lanes."""
     attends = present if attends is None else attends
     work = BlockWork(present, present, present, attends, present, present)
@@ -352,7 +350,11 @@ def test_rows_with_equal_columns_are_one_group_where_lanes_have_equally_many() -
     found = pack(present, [0, 1, 0, 0, 0, 1, 2])
     # Rows 0, 3 on lane 0 and 1, 5 on lane 1; row 6 alone on lane 2; row 2 has other columns.
     assert sorted(described(group) for group in found.groups) == sorted(
-        described(AttentionGroup(start, Index.of(lanes), rows, Index.of(columns), Index.of(ask)))
+        described(
+            AttentionGroup(
+                start, DeviceIndex.of(lanes), rows, DeviceIndex.of(columns), DeviceIndex.of(ask)
+            )
+        )
         for start, lanes, rows, columns, ask in [
             (found.lookup[2, 3], [0], 1, [3, 4], [0, 1]),
             (found.lookup[6, 2], [2], 1, [2, 3, 4], [0, 1, 2]),
@@ -435,7 +437,7 @@ def test_attention_of_packed_tokens_is_that_of_each_row(
 
     at_once: scores that are held, of one query, of some, of all.
     """
-    monkeypatch.setattr(mechdsl.hooks.attention_functions, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(mechdsl.forward.hooks.attention, "MAX_SCORES", at_once)
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -466,7 +468,7 @@ def test_attention_of_packed_tokens_is_that_of_each_row(
         arguments["s_aux"] = normal(HEADS)
     out = torch.full((count, HEADS, WIDTH), 7.0, dtype=torch.float64)
     kept = CachedAttention(keys, values, seen)
-    causal_scheme, masks = scheme != "none", GroupMasks(SeenKeys())
+    causal_scheme, masks = scheme != "none", GroupMasks(VisibleKeyCounts())
     attend(
         query, key, value, found.groups, kept, out, masks=masks, causal=causal_scheme, **arguments
     )
@@ -514,8 +516,8 @@ def kept_of(
     model: LoadedModel, side: Side, prompts: Sequence[Sequence[int]] = PROMPTS
 ) -> ActivationCache:
     batch = Batch.of(prompts, model.pad_id, side)
-    with keeping(model, batch, 0) as kept:
-        run_whole(model, batch)
+    with record_activations(model, batch, 0) as kept:
+        run_full(model, batch)
     return kept
 
 
@@ -529,15 +531,15 @@ def write(
 ) -> SiteWrite:
     """Drawn vectors for all units of a site at (row, position)."""
     generator = torch.Generator().manual_seed(seed)
-    count = units(model.shape, site)
+    count = unit_count(model.shape, site)
     row, position = torch.tensor(places).repeat_interleave(count, dim=0).unbind(1)
-    values = torch.randn(len(row), width(model.shape, site), generator=generator)
+    values = torch.randn(len(row), vector_width(model.shape, site), generator=generator)
     return SiteWrite(
         site, layer, row, position, torch.arange(count).repeat(len(places)), values, mode
     )
 
 
-def every_token(kept: ActivationCache, lanes: Sequence[int]) -> Places:
+def every_token(kept: ActivationCache, lanes: Sequence[int]) -> RowPositions:
     """(row, position) of all tokens of rows on these lanes."""
     lengths = kept.batch.lengths[torch.tensor(lanes)].tolist()
     return (
@@ -546,11 +548,13 @@ def every_token(kept: ActivationCache, lanes: Sequence[int]) -> Places:
     )
 
 
-def last_tokens(kept: ActivationCache, lanes: Sequence[int]) -> Places:
+def last_tokens(kept: ActivationCache, lanes: Sequence[int]) -> RowPositions:
     return np.arange(len(lanes)), kept.batch.lengths[torch.tensor(lanes)].numpy() - 1
 
 
-def at_places(kept: ActivationCache, lanes: Sequence[int], whole: Tensor, places: Places) -> Tensor:
+def at_places(
+    kept: ActivationCache, lanes: Sequence[int], whole: Tensor, places: RowPositions
+) -> Tensor:
     """[place, …] of a tensor [row, column, …] of the whole pass."""
     row, position = (torch.from_numpy(each) for each in places)
     return whole[row, kept.batch.starts[torch.tensor(lanes)][row] + position]
@@ -561,12 +565,12 @@ def same_as_whole(
     kept: ActivationCache,
     lanes: Sequence[int],
     writes: Sequence[SiteWrite],
-    final: Places,
-    reads: Mapping[SiteRead, Places] | None = None,
+    final: RowPositions,
+    reads: Mapping[SiteRead, RowPositions] | None = None,
     tokens: Tensor | None = None,
     shortcuts: Shortcuts | None = None,
     fuse: bool = True,
-    whole: RunResult | None = None,
+    whole: FullPassResult | None = None,
 ) -> PackedResult:
     """Runs rows packed, and holds logits and reads to those of a whole pass.
 
@@ -575,7 +579,7 @@ def same_as_whole(
     reads = reads or {}
     if whole is None:
         rows = kept.batch.take(torch.tensor(lanes))
-        whole = run_whole(model, rows, writes=writes, reads=list(reads))
+        whole = run_full(model, rows, writes=writes, reads=list(reads))
     assert whole.logits is not None
     result = run_packed(
         model,
@@ -645,8 +649,8 @@ def test_attention_in_parts_gives_the_logits_of_whole_passes(
         write(model, "k", 1, [(3, 4)]),
     ]
     lanes = [0, 1, 2, 0]
-    whole = run_whole(model, kept.batch.take(torch.tensor(lanes)), writes=writes)
-    monkeypatch.setattr(mechdsl.hooks.attention_functions, "SCORES_AT_ONCE", at_once)
+    whole = run_full(model, kept.batch.take(torch.tensor(lanes)), writes=writes)
+    monkeypatch.setattr(mechdsl.forward.hooks.attention, "MAX_SCORES", at_once)
     kept = kept_of(model, "left")
     same_as_whole(model, kept, lanes, writes, every_token(kept, lanes), whole=whole)
     same_as_whole(model, kept, lanes, writes, last_tokens(kept, lanes), whole=whole)
@@ -672,7 +676,7 @@ def test_scores_of_a_long_row_are_never_held_at_once(
     """4 heads and 60 tokens have 14,400 scores."""
     model = loaded[family]
     kept = kept_of(model, "left", [[1, *range(2, 47), *range(3, 17)]])
-    monkeypatch.setattr(mechdsl.hooks.attention_functions, "SCORES_AT_ONCE", 1000)
+    monkeypatch.setattr(mechdsl.forward.hooks.attention, "MAX_SCORES", 1000)
     first = [write(model, "resid_pre", 0, [(0, 0)])]
     with LargestSoftmax() as largest:
         run_packed(model, kept, np.array([0]), writes=first, final=every_token(kept, [0]))
@@ -698,7 +702,7 @@ def test_reads_inside_are_those_of_whole_passes(
     chosen = places[0][some], places[1][some]
     cells = everywhere(model)
     rows = kept.batch.take(torch.tensor(lanes))
-    whole = run_whole(model, rows, writes=writes, reads=[SiteRead(*cell) for cell in cells])
+    whole = run_full(model, rows, writes=writes, reads=[SiteRead(*cell) for cell in cells])
     last = last_tokens(kept, lanes)
     turn = 0 if side == "left" else 1
     for number, site in enumerate(dict.fromkeys(site for site, _ in cells)):
@@ -745,7 +749,7 @@ def draw_case(model: LoadedModel, seed: int) -> dict[str, Any]:
         if draw.random() < share
     ] or [(0, 0)]
     draw.shuffle(final)
-    reads: dict[SiteRead, Places] = {}
+    reads: dict[SiteRead, RowPositions] = {}
     for site, layer in draw.sample([cell for cell in cells if cell[1] is not None], 2):
         rows = draw.sample(range(6), draw.randrange(1, 7))
         reads[SiteRead(site, layer)] = (
@@ -862,8 +866,8 @@ def test_what_lies_below_the_lowest_write_need_not_be_kept(
     model = loaded[family]
     batch = Batch.of(PROMPTS, model.pad_id, "left")
     for lowest in range(model.shape.n_layers + 1):
-        with keeping(model, batch, lowest) as kept:
-            run_whole(model, batch)
+        with record_activations(model, batch, lowest) as kept:
+            run_full(model, batch)
         assert sorted(kept.hidden) == list(range(lowest, model.shape.n_layers + 1))
         cells = [
             (site, layer)
@@ -920,13 +924,13 @@ def test_rows_start_from_a_run_with_noise(
     batch = Batch.of(PROMPTS, model.pad_id, "left")
     noise = write(model, "embed", None, [(0, 2), (1, 1), (2, 4)], 1, "add")
     embed = SiteRead("embed")
-    with keeping(model, batch, 0) as kept:
-        kept.embedded = run_whole(model, batch, writes=[noise], reads=[embed]).reads[embed]
+    with record_activations(model, batch, 0) as kept:
+        kept.embedded = run_full(model, batch, writes=[noise], reads=[embed]).reads[embed]
         kept.embedded = kept.embedded.flatten(0, 2)
     own = write(model, "embed", None, [(1, 3)], 2)
     patches = [write(model, "z", 1, [(0, 3), (1, 1), (2, 6)]), own]
     final = every_token(kept, [0, 1, 2])
-    whole = run_whole(model, batch, writes=[noise, *patches], reads=[embed])
+    whole = run_full(model, batch, writes=[noise, *patches], reads=[embed])
     assert whole.logits is not None
     names = ("resume", "inside", "prefix", "last")
     result = run_packed(
@@ -964,7 +968,7 @@ def test_the_model_is_left_as_it_was(
 ) -> None:
     model = loaded[family]
     kept = kept_of(model, "left")
-    before, attention = bare_logits(model, kept.batch), implementations(model.module)
+    before, attention = call_with_batch(model, kept.batch), implementations(model.module)
     assert attention
     writes = [write(model, "z", 1, [(0, 2)]), write(model, "resid_mid", 1, [(1, 2)])]
     if model.parallel:
@@ -982,17 +986,17 @@ def test_the_model_is_left_as_it_was(
         handle = part.register_forward_hook(interrupt)
         with pytest.raises(error):
             run_packed(model, kept, np.array([0, 1]), **given)
-        with pytest.raises(error), keeping(model, kept.batch, 0):
-            run_whole(model, kept.batch)
+        with pytest.raises(error), record_activations(model, kept.batch, 0):
+            run_full(model, kept.batch)
         handle.remove()
         assert nothing_left(model.module)
         assert clean_model_check(model.module) == []
         assert implementations(model.module) == attention
-        assert torch.equal(bare_logits(model, kept.batch), before)
+        assert torch.equal(call_with_batch(model, kept.batch), before)
     run_packed(model, kept, np.array([0, 1]), **given)
     assert nothing_left(model.module)
     assert implementations(model.module) == attention
-    assert torch.equal(bare_logits(model, kept.batch), before)
+    assert torch.equal(call_with_batch(model, kept.batch), before)
 
 
 def test_hooks_and_forwards_of_others_stay(loaded: dict[str, LoadedModel]) -> None:

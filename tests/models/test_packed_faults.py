@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from mechdsl.hooks.attention_functions import CachedAttention
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.loading.prove import prove
-from mechdsl.packed import packed_pass as packed
-from mechdsl.packed.activation_cache import ActivationCache
-from mechdsl.packed.layout import ComputedTokens
-from mechdsl.plan.restart import Mask
+from mechdsl.forward.hooks.attention import CachedAttention
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.packed import packed_pass as packed
+from mechdsl.forward.packed.activation_cache import ActivationCache
+from mechdsl.forward.packed.packed_pass import ComputedTokens
+from mechdsl.loading.anatomy_proof import verify_model
+from mechdsl.models.restart import TokenMask
 
 from .test_against_reference import ABSOLUTE, CUT, PACKED, WHOLE, compare
 
@@ -61,7 +61,7 @@ def _mixed_heads(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> None:
     out[:, order] = mixed
 
 
-def _only_itself(mask: Mask) -> Mask:
+def _only_itself(mask: TokenMask) -> TokenMask:
     return mask
 
 
@@ -121,7 +121,7 @@ def test_a_fault_is_found_by_hand_and_on_load(
         assert worst > 100 * ABSOLUTE, way.name
     whole = max(compare(model, family, site, "left", [WHOLE])[0] for site in SITES)
     assert whole <= ABSOLUTE
-    again = prove(model)
+    again = verify_model(model)
     assert again.model is not None
     assert not again.model.restartable
     assert [d.code for d in again.problems] == ["W0711"]
@@ -131,7 +131,7 @@ def test_padding_that_is_forgotten_is_found_too(
     loaded: dict[str, LoadedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "mechdsl.packed.packed_frame.PromptColumns.of",
+        "mechdsl.forward.packed.packed_pass.PromptColumns.of",
         lambda self, rows, positions: positions + 0,
     )
     right, left = (
@@ -140,5 +140,5 @@ def test_padding_that_is_forgotten_is_found_too(
     )
     assert right <= ABSOLUTE
     assert left > 100 * ABSOLUTE
-    again = prove(loaded["gpt2"])
+    again = verify_model(loaded["gpt2"])
     assert [d.code for d in again.problems] == ["W0711"]

@@ -28,14 +28,13 @@ import torch
 from tokenizers import processors
 from torch import Tensor
 
-from mechdsl.hooks.batch import Batch
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
-from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.loading.load import adopt, load
-from mechdsl.loading.verify import RESTART
-from mechdsl.packed.activation_cache import keeping
-from mechdsl.packed.packed_pass import run_packed
+from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.packed.activation_cache import record_activations
+from mechdsl.forward.packed.packed_pass import run_packed
+from mechdsl.loading.loader import adopt_model, load_model
+from mechdsl.loading.verify.checks import PACKED_IDENTITY
 
 from ..families import build, tables
 from ..families.parts import Architecture
@@ -156,10 +155,10 @@ def packaged(
         for number, spot in enumerate(spots)
     ]
     batch = base.take(torch.from_numpy(lanes))
-    whole = run_whole(model, batch, writes=writes).logits
+    whole = run_full(model, batch, writes=writes).logits
     assert whole is not None
-    with keeping(model, base, 0) as kept:
-        run_whole(model, base)
+    with record_activations(model, base, 0) as kept:
+        run_full(model, base)
     lengths = base.lengths.numpy()[lanes]
     final = (np.repeat(np.arange(len(spots)), lengths), np.concatenate([*map(np.arange, lengths)]))
     packed = run_packed(model, kept, lanes, writes=writes, final=final).logits
@@ -181,7 +180,7 @@ def packaged(
 def test_every_site_is_as_by_hand(name: str, dtype: str, tmp_path: Path) -> None:
     kind: torch.dtype = getattr(torch, dtype)
     row, half, single = pair(name, kind, tmp_path)
-    model, found = adopt("m", half, tokenizer())
+    model, found = adopt_model("m", half, tokenizer())
     assert model is not None, [d.message for d in found]
     assert not found
     assert model.dtype == kind
@@ -222,10 +221,10 @@ def test_scores_with_much_in_common(dtype: str) -> None:
     # How much is left hangs on the tokens; behind the `<s>` of this vocabulary it is the least.
     tokenizer = families.tokenizer()
     tokenizer.post_processor = processors.Sequence([])
-    model, found = adopt("m", module.to(kind), tokenizer)
+    model, found = adopt_model("m", module.to(kind), tokenizer)
     assert model is not None
     assert not found
-    error = next(check.error for check in model.checks if check.identity == RESTART)
+    error = next(check.error for check in model.checks if check.identity == PACKED_IDENTITY)
     assert error <= FURTHEST * torch.finfo(kind).eps
 
 
@@ -239,7 +238,7 @@ def test_a_folder_is_loaded_in_16_bits(
     folder = folders[family]
     if family in ALL_EXPERTS:
         folder = families.build(family, tmp_path, **ALL_EXPERTS[family])
-    model, found = load(statement(str(folder)), dtype=dtype)
+    model, found = load_model(statement(str(folder)), dtype=dtype)
     assert model is not None, [d.message for d in found]
     assert not found
     assert model.provenance["dtype"] == dtype

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import mechdsl
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.loading import proof_store, prove
-from mechdsl.loading.load import adopt, load
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading import anatomy_proof
+from mechdsl.loading.loader import adopt_model, load_model
 from mechdsl.store.store import Store
 
 from ..families import tables
@@ -40,7 +40,7 @@ def fail(*args: Any) -> Iterator[Any]:
 
 
 def opened(folder: Path, **fields: Any) -> LoadedModel:
-    found, problems = load(statement(str(folder)), **fields)
+    found, problems = load_model(statement(str(folder)), **fields)
     assert found is not None, problems
     return found
 
@@ -49,7 +49,7 @@ def test_the_second_time_nothing_is_checked(
     folders: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = opened(folders["gemma3_text"])
-    monkeypatch.setattr(prove, "verify", fail)
+    monkeypatch.setattr(anatomy_proof, "verify", fail)
     second = opened(folders["gemma3_text"])
     assert second.checks == first.checks
     assert second.anatomy == first.anatomy
@@ -75,13 +75,13 @@ def test_what_they_hang_on_may_not_change(
         case "config":
             folder = families.build("llama", tmp_path / "other", rope_theta=5000.0)
         case "version":
-            monkeypatch.setattr("mechdsl.loading.proof_store.version", lambda name: "0")
+            monkeypatch.setattr("mechdsl.loading.anatomy_proof.version", lambda name: "0")
         case "switched off":
             monkeypatch.setenv("MECHDSL_CACHE", "")
         case _:
             kept.write_text(kept.read_text(encoding="utf-8")[:-20], encoding="utf-8")
-    monkeypatch.setattr(prove, "verify", fail)
-    found, problems = load(statement(str(folder)), **fields)
+    monkeypatch.setattr(anatomy_proof, "verify", fail)
+    found, problems = load_model(statement(str(folder)), **fields)
     assert found is None
     assert [d.code for d in problems] == ["E0410"]  # what `fail` raised
 
@@ -99,7 +99,7 @@ def test_times_and_places_of_files_do_not_matter(
         return os.stat_result((*found[:7], 0, 0, 0)) if path.suffix == ".py" else found
 
     monkeypatch.setattr(Path, "stat", later)
-    monkeypatch.setattr(prove, "verify", fail)
+    monkeypatch.setattr(anatomy_proof, "verify", fail)
     assert opened(tmp_path / "elsewhere").checks == first.checks
 
 
@@ -113,13 +113,13 @@ def test_changed_code_is_checked_again(
 ) -> None:
     opened(folders["llama"])
     if changed == "mechdsl":
-        monkeypatch.setattr(proof_store, "own_code", lambda: "other")
+        monkeypatch.setattr(anatomy_proof, "package_digest", lambda: "other")
     else:
         other = tmp_path / "modeling_llama.py"
         other.write_text("# other\n", encoding="utf-8")
         monkeypatch.setattr(inspect, "getsourcefile", lambda _: str(other))
-    monkeypatch.setattr(prove, "verify", fail)
-    assert load(statement(str(folders["llama"])))[0] is None
+    monkeypatch.setattr(anatomy_proof, "verify", fail)
+    assert load_model(statement(str(folders["llama"])))[0] is None
 
 
 @pytest.mark.parametrize("first", ["with the store", "without it"])
@@ -138,7 +138,7 @@ def test_the_store_alone_carries_the_proof(
     told = opened(folders["llama"], notes=store)
     store.close()
     shutil.rmtree(cache)
-    monkeypatch.setattr(prove, "verify", fail)
+    monkeypatch.setattr(anatomy_proof, "verify", fail)
     with closing(Store(tmp_path / "store")) as again:
         assert opened(folders["llama"], notes=again).checks == told.checks
 
@@ -152,7 +152,7 @@ def test_a_run_keeps_the_proof_in_its_store(
     file.write_text(text, encoding="utf-8")
     mechdsl.run(file, store=tmp_path / "store")
     shutil.rmtree(cache)
-    monkeypatch.setattr(prove, "verify", fail)
+    monkeypatch.setattr(anatomy_proof, "verify", fail)
     file.write_text(text.replace("limit 4", "limit 8"), encoding="utf-8")
     mechdsl.run(file, store=tmp_path / "store")
 
@@ -161,7 +161,7 @@ def test_whole_passes_are_said_again(cache: Path, tmp_path: Path) -> None:
     row = next(row for row in tables.every() if row.name == "mamba")
     model(row).save_pretrained(tmp_path / "mamba")  # type: ignore[arg-type, operator]
     families.tokenizer().save(str(tmp_path / "mamba" / "tokenizer.json"))
-    said = [load(statement(str(tmp_path / "mamba")))[1] for _ in range(2)]
+    said = [load_model(statement(str(tmp_path / "mamba")))[1] for _ in range(2)]
     assert [d.code for d in said[0]] == ["W0711"]
     assert [d.label_text for d in said[0]] == [d.label_text for d in said[1]]
 
@@ -170,7 +170,7 @@ def test_models_from_python_are_always_checked(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = families.module("llama")
-    assert adopt("m", module, families.tokenizer())[0] is not None
+    assert adopt_model("m", module, families.tokenizer())[0] is not None
     assert not cache.exists()
-    monkeypatch.setattr(prove, "verify", fail)
-    assert adopt("m", module, families.tokenizer())[0] is None
+    monkeypatch.setattr(anatomy_proof, "verify", fail)
+    assert adopt_model("m", module, families.tokenizer())[0] is None

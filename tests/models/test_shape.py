@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.models.adapters import FAMILIES
-from mechdsl.models.heads_by_class import ENCODERS
-from mechdsl.models.missing_site import missing_site
-from mechdsl.models.shape import units, width
-from mechdsl.models.shape_from_config import read_shape, shape_from_config
-from mechdsl.vocab.sites import SITES, by_short, stop_layer, write_order
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.models.anatomy import FAMILIES
+from mechdsl.models.config import read_shape, shape_from_config
+from mechdsl.models.shape import ENCODER_TYPES, check_site, unit_count, vector_width
+from mechdsl.vocab.sites import SITES, find_short_site, stop_layer, write_order
 
 from ..families.parts import Architecture
 from ..families.tables import every
@@ -56,9 +54,9 @@ def test_classifiers_of_encoders_are_those_of_the_library() -> None:
     }
     both = {*auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
     masked = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES}
-    assert (classifiers & masked) - both <= ENCODERS
+    assert (classifiers & masked) - both <= ENCODER_TYPES
     decoders = {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - masked
-    assert decoders.isdisjoint(ENCODERS)
+    assert decoders.isdisjoint(ENCODER_TYPES)
 
 
 @pytest.mark.parametrize(
@@ -112,15 +110,19 @@ def test_gpt2() -> None:
 def test_grouped_heads_of_a_width_of_their_own() -> None:
     shape, _ = shape_from_config(QWEN3)
     assert shape is not None
-    assert (units(shape, "q"), units(shape, "k"), units(shape, "z")) == (16, 8, 16)
-    assert (units(shape, "mlp_hidden"), units(shape, "resid_post")) == (3072, 1)
-    assert (width(shape, "k"), width(shape, "head_out"), width(shape, "mlp_hidden")) == (
+    assert (unit_count(shape, "q"), unit_count(shape, "k"), unit_count(shape, "z")) == (16, 8, 16)
+    assert (unit_count(shape, "mlp_hidden"), unit_count(shape, "resid_post")) == (3072, 1)
+    assert (
+        vector_width(shape, "k"),
+        vector_width(shape, "head_out"),
+        vector_width(shape, "mlp_hidden"),
+    ) == (
         128,
         1024,
         1,
     )
     with pytest.raises(ValueError, match="depends on the prompt"):
-        width(shape, "pattern")
+        vector_width(shape, "pattern")
 
 
 def test_a_text_model_inside_a_larger_one() -> None:
@@ -153,13 +155,13 @@ def test_a_site_that_the_model_lacks_is_explained() -> None:
     neox = {**QWEN3, "model_type": "gpt_neox"}
     shape, _ = shape_from_config(neox)
     assert shape is not None
-    assert missing_site(shape, "attn_out", model="n") is None
-    parallel = missing_site(shape, "resid_mid", model="n")
+    assert check_site(shape, "attn_out", model="n") is None
+    parallel = check_site(shape, "resid_mid", model="n")
     assert parallel is not None
     assert (parallel.code, parallel.message) == ("E0402", "`n` has no `resid_mid`")
     experts, _ = shape_from_config({**QWEN3, "num_local_experts": 8})
     assert experts is not None
-    other = missing_site(experts, "mlp_hidden", model="n")
+    other = check_site(experts, "mlp_hidden", model="n")
     assert other is not None
     assert other.code == "E0413"
     assert "`mlp_out`" in other.help_text
@@ -249,7 +251,7 @@ def test_where_a_run_may_stop() -> None:
 
 
 def test_short_names() -> None:
-    found = {short: by_short(short) for short in ("attn", "mlp", "resid", "H", "N")}
+    found = {short: find_short_site(short) for short in ("attn", "mlp", "resid", "H", "N")}
     assert {short: kind.name for short, kind in found.items() if kind} == {
         "attn": "attn_out",
         "mlp": "mlp_out",
@@ -257,4 +259,4 @@ def test_short_names() -> None:
         "H": "z",
         "N": "mlp_hidden",
     }
-    assert by_short("x") is None
+    assert find_short_site("x") is None

@@ -13,10 +13,10 @@ import pytest
 
 from benchmarks.synchronisations import SIMULATED, counted_synchronisations, to_simulated
 from mechdsl.base.source import Source
-from mechdsl.generate.way import way_of
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.loading.load import adopt
-from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.forward.generation.cached_pass import choose_method
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.loading.loader import adopt_model
+from mechdsl.pipeline.options import RunOptions
 
 from ..execute import support
 from ..execute.support import DIFFERENCE
@@ -60,14 +60,14 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
 
 @cache
 def model(*, simulated: bool) -> LoadedModel:
-    found, said = adopt("m", copy.deepcopy(support.bare("llama")), support.word_tokenizer())
+    found, said = adopt_model("m", copy.deepcopy(support.bare("llama")), support.word_tokenizer())
     assert found is not None, said
     if not simulated:
         return found
     to_simulated(found.module)
     found = replace(found, device=SIMULATED)
     with counted_synchronisations(SIMULATED):
-        way_of(found)
+        choose_method(found)
     return found
 
 

@@ -13,18 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.hooks.batch import Batch
-from mechdsl.hooks.calls import bare_logits
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
-from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.loading.load import adopt
-from mechdsl.loading.probe import sample
-from mechdsl.loading.probe_inputs import image_token
-from mechdsl.loading.verify import bench, verify, writing
-from mechdsl.models.adapters import Family
-from mechdsl.packed.activation_cache import keeping
-from mechdsl.packed.packed_pass import run_packed
+from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.model import LoadedModel, call_with_batch
+from mechdsl.forward.packed.activation_cache import record_activations
+from mechdsl.forward.packed.packed_pass import run_packed
+from mechdsl.loading import bench
+from mechdsl.loading.bench import get_image_token
+from mechdsl.loading.loader import adopt_model
+from mechdsl.loading.probe import build_sample
+from mechdsl.loading.verify.verification import checks, run_checks
+from mechdsl.models.anatomy import Family
 from tests.families import build, tables
 from tests.families.parts import Architecture, Stack
 from tests.families.walk import restarts_images, tokenizer
@@ -65,7 +64,7 @@ class Case:
 @cache
 def case(name: str) -> Case:
     row = ROWS[name]
-    model, found = adopt("m", build.model(row), tokenizer())
+    model, found = adopt_model("m", build.model(row), tokenizer())
     assert model is not None, [(d.message, d.label_text) for d in found]
     prompts = hooks.prompts(row, 2, seed=3)
     return Case(row, model, found, prompts, batch_of(row, model, prompts))
@@ -130,7 +129,7 @@ def written(
         torch.stack(vectors),
         stack=stack,
     )
-    logits = run_whole(case.model, case.batch, writes=[write]).logits
+    logits = run_full(case.model, case.batch, writes=[write]).logits
     assert logits is not None
     return case.rows(logits)
 
@@ -146,7 +145,7 @@ def test_reads_are_what_plain_hooks_see(name: str, stack: str) -> None:
     for layer in range(at.row.others[stack].count):
         expected = hooks.sites(at.row.others[stack], layer, main=False)
         assert set(expected) == sites
-        result = run_whole(at.model, at.batch, reads=[named(s, layer, stack) for s in expected])
+        result = run_full(at.model, at.batch, reads=[named(s, layer, stack) for s in expected])
         for number in range(len(at.prompts)):
             _, seen = at.by_hand(number, stack, layer)
             for site in expected:
@@ -162,7 +161,7 @@ def test_writes_do_what_plain_hooks_do(name: str, stack: str) -> None:
     at = case(name)
     layer = at.row.others[stack].count - 1
     seen = [at.by_hand(number, stack, layer)[1] for number in range(2)]
-    plain = at.rows(bare_logits(at.model, at.batch))
+    plain = at.rows(call_with_batch(at.model, at.batch))
     moved = 0
     for site in hooks.sites(at.row.others[stack], layer, main=False):
         count = seen[0][site].shape[1]
@@ -184,8 +183,8 @@ def test_writes_do_what_plain_hooks_do(name: str, stack: str) -> None:
 def test_embed_is_what_the_language_model_gets(name: str) -> None:
     at = case(name)
     read = SiteRead("embed")
-    found = run_whole(at.model, at.batch, reads=[read]).reads[read]
-    pictured = at.batch.ids == image_token(at.model)
+    found = run_full(at.model, at.batch, reads=[read]).reads[read]
+    pictured = at.batch.ids == get_image_token(at.model)
     assert pictured.any()
     embedding: Any = at.module.get_submodule(at.model.anatomy.embedding or "")
     with torch.no_grad():
@@ -230,11 +229,11 @@ def test_a_norm_taken_for_another_is_noticed() -> None:
 
 def failed(model: LoadedModel) -> list[str]:
     """Identities that don't hold, but for restarting."""
-    given = sample(model)
+    given = build_sample(model)
     return [
         one.identity
         for stack in ("", *model.others)
-        for one in verify(model, given, stack)
+        for one in run_checks(model, given, stack)
         if not one.passed and "restarted" not in one.identity
     ]
 
@@ -245,10 +244,10 @@ def test_long_rows_are_proved_piece_by_piece(name: str, monkeypatch: pytest.Monk
     for module, constant, value in (
         (bench, "_LONG", 8),
         (bench, "_MAX_LAYERS", 2),
-        (writing, "TOKENS_PER_PASS", 20),
+        (checks, "TOKENS_PER_PASS", 20),
     ):
         monkeypatch.setattr(module, constant, value)
-    model, found = adopt("m", build.model(ROWS[name]), tokenizer())
+    model, found = adopt_model("m", build.model(ROWS[name]), tokenizer())
     assert not found
     assert model is not None
     told = [check.identity for check in case(name).model.checks]
@@ -283,7 +282,7 @@ def test_an_image_put_in_elsewhere_is_noticed() -> None:
 
 def test_a_stack_that_cannot_be_had_is_left_out() -> None:
     """The decoder and its cross attention stay, and the reason is said."""
-    model, found = adopt("m", build.model(ROWS["pegasus_x"]), tokenizer())
+    model, found = adopt_model("m", build.model(ROWS["pegasus_x"]), tokenizer())
     assert model is not None
     assert list(model.others) == ["cross"]
     (left,) = found
@@ -299,21 +298,21 @@ def test_a_language_model_stays_where_its_images_fail(monkeypatch: pytest.Monkey
         return {"pixel_values": (1, 3, 5, 5)}
 
     monkeypatch.setattr(Family, "picture", staticmethod(picture))
-    model, found = adopt("m", build.model(ROWS["llava"]), tokenizer())
+    model, found = adopt_model("m", build.model(ROWS["llava"]), tokenizer())
     assert model is not None
     assert (model.others, model.restartable, restarts_images(model)) == ({}, True, False)
     assert [d.code for d in found] == ["W0712"]
     assert "Input image size (5*5) doesn't match model (8*8)" in found[0].label_text
     read = SiteRead("resid_mid", 1)
     batch = Batch.of([[1, 5, 6, 7], [1, 9]], model.pad_id, model.calling.side)
-    assert run_whole(model, batch, reads=[read]).reads[read].shape == (2, 4, 1, 20)
+    assert run_full(model, batch, reads=[read]).reads[read].shape == (2, 4, 1, 20)
 
 
 def test_an_image_encoder_whose_last_block_is_not_read() -> None:
     """LLaVA's default: what is written in the last block does nothing, which is no error."""
     row = ROWS["llava"]
     module = build.model(row, vision_feature_layer=-2)
-    model, found = adopt("m", module, tokenizer())
+    model, found = adopt_model("m", module, tokenizer())
     assert model is not None
     assert not found
     assert "vision" in model.others
@@ -339,10 +338,10 @@ def test_rows_start_in_the_middle(name: str) -> None:
             site, layer, torch.arange(4), places, torch.zeros(4, dtype=torch.long), values
         )
         batch = at.batch.take(torch.from_numpy(lanes))
-        logits = run_whole(at.model, batch, writes=[write]).logits
+        logits = run_full(at.model, batch, writes=[write]).logits
         assert logits is not None
-        with keeping(at.model, at.batch, 0) as kept:
-            run_whole(at.model, at.batch)
+        with record_activations(at.model, at.batch, 0) as kept:
+            run_full(at.model, at.batch)
         last = np.array([lengths[lane] - 1 for lane in lanes])
         result = run_packed(at.model, kept, lanes, writes=[write], final=(np.arange(4), last))
         columns = batch.columns(torch.arange(4), torch.from_numpy(last))
@@ -358,7 +357,7 @@ def test_rows_start_in_the_middle(name: str) -> None:
 
 def raised(at: Case, where: SiteRead, batch: Batch | None = None) -> str:
     with pytest.raises(ValueError, match=r"`|batch") as error:
-        run_whole(at.model, batch or at.batch, reads=[where])
+        run_full(at.model, batch or at.batch, reads=[where])
     assert clean_model_check(at.module) == []
     return str(error.value)
 
@@ -405,7 +404,7 @@ def test_positions_that_are_not_there(
         stack=stack,
     )
     with pytest.raises(ValueError, match=re.escape(message)):
-        run_whole(at.model, at.batch, writes=[write])
+        run_full(at.model, at.batch, writes=[write])
     assert clean_model_check(at.module) == []
 
 
@@ -421,11 +420,11 @@ def test_nothing_is_left_behind_when_a_run_fails() -> None:
     reads = [SiteRead("z", 0, "encoder"), SiteRead("z", 0, "cross"), SiteRead("z", 2)]
     try:
         with pytest.raises(RuntimeError, match="broken"):
-            run_whole(at.model, at.batch, reads=reads)
+            run_full(at.model, at.batch, reads=reads)
     finally:
         handle.remove()
     assert clean_model_check(at.module) == []
-    plain = bare_logits(at.model, at.batch)
+    plain = call_with_batch(at.model, at.batch)
     with torch.no_grad():
         again = at.module(**at.prompts[0]).logits[0]
     assert off(at.rows(plain)[0], again) <= CLOSE

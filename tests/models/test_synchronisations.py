@@ -18,18 +18,16 @@ from benchmarks.synchronisations import (
     counted_synchronisations,
     to_simulated,
 )
-from mechdsl.generate.records import Decoding, StepRules
-from mechdsl.generate.way import way_of
-from mechdsl.generate.write_replies import write_replies
-from mechdsl.hooks.batch import Batch, to_device
-from mechdsl.hooks.inside_attention import EdgeWrite
-from mechdsl.hooks.loaded import LoadedModel
-from mechdsl.hooks.reads_and_writes import SiteRead, SiteWrite
-from mechdsl.hooks.rule_writes import RuleWrites
-from mechdsl.hooks.whole_pass import run_whole
-from mechdsl.loading.load import adopt
-from mechdsl.packed.activation_cache import ActivationCache, keeping
-from mechdsl.packed.packed_pass import PackedResult, run_packed
+from mechdsl.forward.generation.cached_pass import choose_method
+from mechdsl.forward.generation.decoding import Decoding
+from mechdsl.forward.generation.replies import generate_replies
+from mechdsl.forward.generation.rules import StepRules
+from mechdsl.forward.hooks.batch import Batch, EdgeWrite, RuleWrites, SiteRead, SiteWrite, to_device
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
+from mechdsl.forward.packed.packed_pass import PackedResult, run_packed
+from mechdsl.loading.loader import adopt_model
 
 PROMPTS = [[1, 9, 22, 31, 17, 40, 5], [1, 14, 8, 51], [1, 30, 11, 6, 45]]
 LANES = np.array([0, 1, 2, 0, 2])
@@ -50,7 +48,7 @@ def built(family: str, layers: int) -> LoadedModel:
         module = LlamaForCausalLM(
             LlamaConfig(vocab_size=64, num_hidden_layers=layers, **given)  # type: ignore[arg-type]
         )
-    model, said = adopt(family, module.eval().requires_grad_(False), words(64))
+    model, said = adopt_model(family, module.eval().requires_grad_(False), words(64))
     assert model is not None, said
     return model
 
@@ -86,8 +84,8 @@ def edges(inside: bool) -> list[EdgeWrite]:
 
 def kept_of(model: LoadedModel) -> ActivationCache:
     batch = Batch.of(PROMPTS, model.pad_id, "left", model.device)
-    with keeping(model, batch, 0) as kept:
-        run_whole(model, batch)
+    with record_activations(model, batch, 0) as kept:
+        run_full(model, batch)
     return kept
 
 
@@ -136,7 +134,7 @@ def replies(model: LoadedModel, decoding: Decoding) -> list[tuple[int, ...]]:
         factors = torch.full((len(prompts), 1), 0.5 * cell)
         writes.append(SiteWrite("z", cell % 2, rows, last, last % 2, factors, "scale"))
     steps = [StepRules(1, writes=[write]) for write in writes]
-    found = write_replies(
+    found = generate_replies(
         model, prompts * 8, decoding, prefill=RuleWrites(writes), steps=steps, random=RANDOM
     )
     return [reply.ids for reply in found]
@@ -164,7 +162,7 @@ def test_step_of_a_reply_waits_for_its_tokens_alone(
     expected = replies(model, decodings(5))
     model = on_simulated_device(model)
     with counted_synchronisations(model.device):
-        way_of(model)
+        choose_method(model)
     counts: list[int] = []
     for tokens in (3, 5):
         with counted_synchronisations(model.device) as places:

@@ -9,20 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from mechdsl.hooks.attention_functions import CannotPack, own_function
-from mechdsl.hooks.loaded import LoadedModel, Stack
-from mechdsl.loading.load import adopt
-from mechdsl.loading.probe import LENGTHS
-from mechdsl.loading.prove import describe, prove
-from mechdsl.loading.verify import OPENED, RESTART
-from mechdsl.models.anatomy import Anatomy, BlockAnatomy, HookPoint, Layout
+from mechdsl.forward.hooks.attention import CannotPack, get_own_attention
+from mechdsl.forward.hooks.model import BlockStack, LoadedModel
+from mechdsl.loading.anatomy_proof import build_loaded_model, verify_model
+from mechdsl.loading.bench import PROMPT_LENGTHS
+from mechdsl.loading.loader import adopt_model
+from mechdsl.loading.verify.checks import ATTENTION_IDENTITY, PACKED_IDENTITY
+from mechdsl.models.anatomy import Anatomy, BlockAnatomy, HookPoint, TensorLayout
 from mechdsl.models.finder import find_anatomies
 
 from . import broken, families
 from .test_against_reference import in_all, with_blocks
 
 
-def layout(anatomy: Anatomy, site: str, layout: Layout) -> Anatomy:
+def layout(anatomy: Anatomy, site: str, layout: TensorLayout) -> Anatomy:
     return with_blocks(anatomy, **{site: replace(in_all(anatomy, site), layout=layout)})
 
 
@@ -33,7 +33,7 @@ def swap(first: str, second: str) -> Callable[[Anatomy], Anatomy]:
 def as_path(site: str, path: str) -> Callable[[Anatomy], Anatomy]:
     def change(anatomy: Anatomy) -> Anatomy:
         tap = in_all(anatomy, site)
-        flat = Layout.heads(tap.layout.units, tap.layout.width)
+        flat = TensorLayout.heads(tap.layout.units, tap.layout.width)
         return with_blocks(anatomy, **{site: replace(tap, path=path, layout=flat)})
 
     return change
@@ -56,38 +56,38 @@ FAULTS: list[tuple[str, str, Callable[[Anatomy], Anatomy], str]] = [
     (
         "gpt2",
         "thirds read as interleaved heads",
-        lambda a: layout(a, "q", Layout(4, 6, offset=0, stride=18)),
+        lambda a: layout(a, "q", TensorLayout(4, 6, offset=0, stride=18)),
         "whose q is zero",
     ),
     (
         "gpt_neox",
         "interleaved heads read as thirds",
-        lambda a: layout(a, "v", Layout.heads(4, 6, offset=48)),
+        lambda a: layout(a, "v", TensorLayout.heads(4, 6, offset=48)),
         "z = v",
     ),
     (
         "gpt_neox",
         "keys read as thirds",
-        lambda a: layout(a, "k", Layout.heads(4, 6, offset=24)),
+        lambda a: layout(a, "k", TensorLayout.heads(4, 6, offset=24)),
         "whose k are zero",
     ),
     (
         "gpt2",
         "heads of another width",
-        lambda a: layout(a, "z", Layout.heads(6, 4)),
+        lambda a: layout(a, "z", TensorLayout.heads(6, 4)),
         "z = v",
     ),
     (
         "llama",
         "too many key-value heads",
-        lambda a: layout(a, "v", Layout.heads(4, 3)),
+        lambda a: layout(a, "v", TensorLayout.heads(4, 3)),
         "z = v",
     ),
     (
         "qwen3",
         "queries before their norm",
         lambda a: with_blocks(
-            a, q=HookPoint("model.layers.{layer}.self_attn.q_proj", "out", Layout.heads(4, 6))
+            a, q=HookPoint("model.layers.{layer}.self_attn.q_proj", "out", TensorLayout.heads(4, 6))
         ),
         "a hundredfold value",
     ),
@@ -108,7 +108,10 @@ FAULTS: list[tuple[str, str, Callable[[Anatomy], Anatomy], str]] = [
         "llama",
         "the gate taken for the neurons",
         lambda a: with_blocks(
-            a, mlp_hidden=HookPoint("model.layers.{layer}.mlp.gate_proj", "out", Layout.neurons(28))
+            a,
+            mlp_hidden=HookPoint(
+                "model.layers.{layer}.mlp.gate_proj", "out", TensorLayout.neurons(28)
+            ),
         ),
         "mlp_hidden through the down projection",
     ),
@@ -133,7 +136,7 @@ FAULTS: list[tuple[str, str, Callable[[Anatomy], Anatomy], str]] = [
     (
         "qwen3",
         "query norms with tokens and heads exchanged",
-        lambda a: layout(a, "q", Layout(4, 6, axes="heads_first")),
+        lambda a: layout(a, "q", TensorLayout(4, 6, axes="heads_first")),
         "every site can be read",
     ),
 ]
@@ -150,8 +153,8 @@ def test_a_wrong_anatomy_is_refused(
     identity: str,
 ) -> None:
     good = loaded[family]
-    bad = describe("m", good.module, {"": Stack(broken(good.anatomy), good.shape)})
-    tried = prove(bad)
+    bad = build_loaded_model("m", good.module, {"": BlockStack(broken(good.anatomy), good.shape)})
+    tried = verify_model(bad)
     assert tried.model is None, fault
     assert [d.code for d in tried.problems] == ["E0410"]
     assert identity in tried.problems[0].message
@@ -215,10 +218,12 @@ def reordered(site: str, layer: int, order: list[int]) -> Callable[[LoadedModel]
 def test_a_fault_in_single_layers_of_a_deep_model_is_refused(
     fault: Callable[[LoadedModel], Anatomy], identity: str
 ) -> None:
-    good, problems = adopt("m", families.module("llama", num_hidden_layers=8), families.tokenizer())
+    good, problems = adopt_model(
+        "m", families.module("llama", num_hidden_layers=8), families.tokenizer()
+    )
     assert good is not None, problems
-    bad = describe("m", good.module, {"": Stack(fault(good), good.shape)})
-    tried = prove(bad)
+    bad = build_loaded_model("m", good.module, {"": BlockStack(fault(good), good.shape)})
+    tried = verify_model(bad)
     assert tried.model is None
     assert [d.code for d in tried.problems] == ["E0410"]
     assert identity in tried.problems[0].message
@@ -235,12 +240,14 @@ def test_tokens_of_the_checks_grow_by_the_layer_and_not_by_the_head() -> None:
             seen.append(given[0][..., 0].numel())
 
         with module.get_submodule("model.layers.0.mlp").register_forward_pre_hook(count):
-            assert adopt("m", module, families.tokenizer())[0] is not None
+            assert adopt_model("m", module, families.tokenizer())[0] is not None
         return sum(seen)
 
     few = rows(num_hidden_layers=8, num_attention_heads=4)
     assert rows(num_hidden_layers=8, num_attention_heads=20) <= few + 20
-    assert rows(num_hidden_layers=24, num_attention_heads=4) <= few + 16 * 2 * max(LENGTHS) + 20
+    assert (
+        rows(num_hidden_layers=24, num_attention_heads=4) <= few + 16 * 2 * max(PROMPT_LENGTHS) + 20
+    )
 
 
 @pytest.mark.parametrize("family", families.EACH)
@@ -293,7 +300,7 @@ def test_a_model_that_can_not_be_restarted_is_run_whole(
     assert [d.code for d in found] == ["W0711"]
     assert reason in found[0].label_text
     # Their attention isn't the library's, so it can't be opened either.
-    may_fail = (RESTART, OPENED)
+    may_fail = (PACKED_IDENTITY, ATTENTION_IDENTITY)
     assert all(outcome.passed for outcome in model.checks if outcome.identity not in may_fail)
 
 
@@ -307,7 +314,7 @@ def test_a_model_that_does_not_run_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions_pass_too(dtype: torch.dtype) -> None:
     module = families.module("llama").to(dtype)
-    model, found = adopt("m", module, families.tokenizer())
+    model, found = adopt_model("m", module, families.tokenizer())
     assert model is not None, found
     assert model.dtype == dtype
     assert model.restartable, found[0].label_text
@@ -317,7 +324,7 @@ def test_other_precisions_pass_too(dtype: torch.dtype) -> None:
 def test_eager_attention_is_restarted_too(family: str) -> None:
     module = families.module(family, attn_implementation="eager")
     assert module.config._attn_implementation == "eager"  # type: ignore[union-attr]
-    model, found = adopt("m", module, families.tokenizer())
+    model, found = adopt_model("m", module, families.tokenizer())
     assert not found
     assert model is not None
     assert model.restartable
@@ -326,6 +333,8 @@ def test_eager_attention_is_restarted_too(family: str) -> None:
 def test_kernels_without_a_written_mask_are_not_restarted(loaded: dict[str, LoadedModel]) -> None:
     part = loaded["llama"].module.get_submodule("model.layers.0.self_attn")
     config = id(part.config)
-    assert own_function(part, {config: "eager"}) is not own_function(part, {config: "sdpa"})
+    assert get_own_attention(part, {config: "eager"}) is not get_own_attention(
+        part, {config: "sdpa"}
+    )
     with pytest.raises(CannotPack, match="its attention is `flash_attention_2`"):
-        own_function(part, {config: "flash_attention_2"})
+        get_own_attention(part, {config: "flash_attention_2"})

@@ -13,19 +13,19 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.diagnostics.render import render_full
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.plan.passes import NAMES
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.passes import PASS_NAMES
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.validate.check_file import Checked, Settings, check_source
 
 from .. import fruit
 from ..run_source import run_source
 
 HERE = Path(__file__).parent
 ZOO = HERE.parent.parent / "mechdsl" / "zoo" / "counting"
-PLAIN = frozenset(NAMES)
+PLAIN = frozenset(PASS_NAMES)
 MODES = {"planned": frozenset[str](), "plain": PLAIN}
 HEAD = fruit.head("split 50%", fruit.FEWER)
 Array = NDArray[np.float64]
@@ -36,7 +36,7 @@ def experiment(name: str, *lines: str, prompts: str = "fruit.test limit 8") -> s
     return f"\nexperiment {name} {{\n{body}}}\n"
 
 
-def checked(text: str, *, head: str = HEAD) -> Checked:
+def checked(text: str, *, head: str = HEAD) -> CheckedFile:
     return check_source(Source(head + text))
 
 
@@ -48,7 +48,7 @@ def run(
     without: frozenset[str] = frozenset(),
 ) -> dict[str, ExperimentResult]:
     """Name → result, in the order of the file."""
-    options = RunOptions(settings=Settings(only=only), without=without)
+    options = RunOptions(settings=CheckSettings(only=only), without=without)
     result, found = run_source(Source(head + text), options)
     assert not has_errors(found), render_full(found)
     assert result is not None

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mechdsl.base.percent import Percent
-from mechdsl.resolve.cell_key import CellKey
+from mechdsl.base.text import Percent
+from mechdsl.checks.conditions import CellSelection
+from mechdsl.resolve.cells import CellKey
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.results.results import Results
-from mechdsl.validate.conditions import CellSelection
 
 from ..quick import some
 from .support import HERE, MODES, Array, checked, experiment, patched, run

@@ -9,11 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from mechdsl.base.source import Source
-from mechdsl.cli import app
+from mechdsl.cli.entry import app
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.execute.options import Options
-from mechdsl.pipeline import waves as running
-from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.pipeline import computation as running
+from mechdsl.pipeline.options import RunOptions
 
 from ..run_source import run_source
 from .support import HEAD, best_sites, checked, experiment, patched, run
@@ -111,7 +111,7 @@ def test_only_runs_what_it_needs_and_reports_itself() -> None:
 
 def test_one_bar_over_all_waves() -> None:
     told: list[tuple[int, int]] = []
-    options = RunOptions(execution=Options(on_progress=lambda *now: told.append(now)))
+    options = RunOptions(execution=ExecutionOptions(on_progress=lambda *now: told.append(now)))
     result, found = run_source(Source(HEAD + LAST + LAYERS + HEADS), options)
     assert result is not None
     assert not has_errors(found)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mechdsl.base.source import Source
-from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.pipeline.options import RunOptions
 
 from ..quick import some
 from ..run_source import run_source

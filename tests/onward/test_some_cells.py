@@ -7,8 +7,8 @@ import pytest
 
 from mechdsl.base.source import Source
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.syntax.format.file import format_file
-from mechdsl.syntax.parse import parse
+from mechdsl.syntax.formatter import format_file
+from mechdsl.syntax.frontend import parse
 
 from .support import HEAD, PLAIN, Array, checked, experiment, patched, run, without_tokens
 

@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from mechdsl.results import versions
+from mechdsl.results import results
 
 
 @pytest.fixture
 def of_version(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
     """Makes a package be of some version, though versions are looked up once in a process."""
-    real = versions.version
+    real = results.version
 
     def changed(package: str, to: str) -> None:
-        monkeypatch.setattr(versions, "version", lambda name: to if name == package else real(name))
-        versions.version_of.cache_clear()
+        monkeypatch.setattr(results, "version", lambda name: to if name == package else real(name))
+        results.package_version.cache_clear()
 
     yield changed
     monkeypatch.undo()
-    versions.version_of.cache_clear()
+    results.package_version.cache_clear()

@@ -12,9 +12,9 @@ import pytest
 
 import mechdsl
 from mechdsl.base.source import Source
-from mechdsl.execute import save_vectors
-from mechdsl.pipeline import waves
-from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.execute.run import vector_files
+from mechdsl.pipeline import computation
+from mechdsl.pipeline.options import RunOptions
 
 from ..cli.conftest import Command, command
 from ..execute.breaking import HEAD, SAID, TWO, breaking, experiment
@@ -68,14 +68,14 @@ def failing(
     error: Exception = ZeroDivisionError("a mistake of ours"),  # noqa: B008
 ) -> None:
     """Collecting what an experiment has found fails."""
-    collect = waves.collect
+    collect = computation.collect_result
 
     def failed(plan: Any, *given: Any) -> Any:
         if plan.experiment.name == name:
             raise error
         return collect(plan, *given)
 
-    monkeypatch.setattr(waves, "collect", failed)
+    monkeypatch.setattr(computation, "collect_result", failed)
 
 
 def test_command_line_prints_the_others(
@@ -113,7 +113,7 @@ def test_a_save_that_breaks_off_costs_no_result(
     def failed(*_: Any) -> None:
         raise ZeroDivisionError("a mistake of ours")
 
-    monkeypatch.setattr(save_vectors, "rows_to_save", failed)
+    monkeypatch.setattr(vector_files, "select_rows_to_save", failed)
     path = tmp_path / "one.mech"
     save = 'save resid_post layer 1 of clean at last token to "a.safetensors"'
     path.write_text(HEAD + experiment("first", "figs", save), encoding="utf-8")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mechdsl.pipeline import device_word
-from mechdsl.pipeline.device_word import found_device, known_device
+from mechdsl.pipeline import file_run
+from mechdsl.pipeline.file_run import cached_device, detect_device
 from mechdsl.store.store import Store
 
 
@@ -18,33 +18,33 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_it_is_kept(store: Store) -> None:
-    assert known_device(store, "auto") is None
-    found = found_device(store, "auto")
+    assert cached_device(store, "auto") is None
+    found = detect_device(store, "auto")
     assert found.partition(" ")[0] in ("cpu", "cuda", "mps")
-    assert known_device(store, "auto") == found
-    assert known_device(store, "cpu") == "cpu"
-    assert known_device(store, "cuda:1") is None
+    assert cached_device(store, "auto") == found
+    assert cached_device(store, "cpu") == "cpu"
+    assert cached_device(store, "cuda:1") is None
 
 
 @pytest.mark.parametrize("changed", ["host", "files", "visible", "driver", "torch"])
 def test_another_machine(changed: str, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    found_device(store, "auto")
+    detect_device(store, "auto")
     match changed:
         case "host":
             monkeypatch.setattr("platform.node", lambda: "other")
         case "files":
-            monkeypatch.setattr(device_word, "_device_files", lambda: ["nvidia0"])
+            monkeypatch.setattr(file_run, "_device_files", lambda: ["nvidia0"])
         case "visible":
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
         case "driver":
-            monkeypatch.setattr(device_word, "_driver", lambda: "other")
+            monkeypatch.setattr(file_run, "_driver", lambda: "other")
         case _:
-            monkeypatch.setattr(device_word, "version_of", lambda name: "9")
-    assert known_device(store, "auto") is None
+            monkeypatch.setattr(file_run, "package_version", lambda name: "9")
+    assert cached_device(store, "auto") is None
 
 
 def test_a_gpu_by_its_name(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mechdsl.loading.devices.device", lambda name: torch.device("cuda", 1))
+    monkeypatch.setattr("mechdsl.loading.devices.get_device", lambda name: torch.device("cuda", 1))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
-    assert found_device(store, "cuda:1") == "cuda GPU 1"
-    assert known_device(store, "cuda:1") == "cuda GPU 1"
+    assert detect_device(store, "cuda:1") == "cuda GPU 1"
+    assert cached_device(store, "cuda:1") == "cuda GPU 1"

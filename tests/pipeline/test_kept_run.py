@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import pytest
 
-from mechdsl.loading.file_models import load_models
-from mechdsl.models.identity import file_hash
-from mechdsl.pipeline import kept_run as module
-from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.checks.file_check import check_source
+from mechdsl.loading.loader import load_models
+from mechdsl.models.folder import hash_file
+from mechdsl.pipeline import computation as module
+from mechdsl.pipeline.options import RunOptions
 from mechdsl.store.runs import OpenRun
-from mechdsl.syntax.parse import read_source
-from mechdsl.validate.check_file import check_source
+from mechdsl.syntax.frontend import read_source
 
 from ..cli.conftest import HEADS
 
@@ -27,7 +27,7 @@ def test_peft_counts_where_it_merges(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert source is not None
     checked = check_source(source)
     loaded: dict[str, Any] = {}
-    load_models(checked, loaded, device="cpu", dtype=None, offload=None, hashed=file_hash)
+    load_models(checked, loaded, device="cpu", dtype=None, offload=None, hashed=hash_file)
     ((name, model),) = checked.program.models.items()
     tuned = model.model_copy(update={"name": "tuned", "base": name})
     more = checked.program.model_copy(update={"models": {name: model, "tuned": tuned}})
@@ -35,11 +35,11 @@ def test_peft_counts_where_it_merges(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def models() -> list[Mapping[str, bytes]]:
         both = (checked, replace(checked, program=more))
-        return [module.kept_run(run, each, loaded, RunOptions()).models for each in both]
+        return [module.open_value_cache(run, each, loaded, RunOptions()).models for each in both]
 
     alone, merged = models()
-    real = module.version_of
-    monkeypatch.setattr(module, "version_of", lambda p: "9" if p == "peft" else real(p))
+    real = module.package_version
+    monkeypatch.setattr(module, "package_version", lambda p: "9" if p == "peft" else real(p))
     again, other = models()
     assert alone[name] == again[name]
     assert merged[name] != other[name]

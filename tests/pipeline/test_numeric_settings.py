@@ -11,18 +11,18 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mechdsl.base.numeric_settings import VARIABLES, active_mode, numeric_settings
+from mechdsl.base.runtime import ENVIRONMENT_VARIABLES, active_torch_mode, numeric_settings
 
 
 @pytest.mark.parametrize("first", ["", "import torch, transformers", "import torch"])
 def test_nothing_as_torch_starts(first: str) -> None:
     """Else a run would have another key before torch is imported than behind it."""
-    code = f"{first}\nfrom mechdsl.base.numeric_settings import numeric_settings as n\nprint(n())"
+    code = f"{first}\nfrom mechdsl.base.runtime import numeric_settings as n\nprint(n())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "{}\n", done.stderr
 
 
-@pytest.mark.parametrize("name", VARIABLES)
+@pytest.mark.parametrize("name", ENVIRONMENT_VARIABLES)
 def test_the_environment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = numeric_settings()
     monkeypatch.setenv(name, "1")
@@ -75,9 +75,9 @@ class Dispatch(TorchDispatchMode):
 
 
 def test_a_mode_that_may_change_functions_is_named() -> None:
-    assert active_mode() is None
+    assert active_torch_mode() is None
     for kind in (Function, Dispatch):
         with kind():
-            assert active_mode() == kind.__name__
+            assert active_torch_mode() == kind.__name__
     with torch.device("cpu"):
-        assert active_mode() is None
+        assert active_torch_mode() is None

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckedFile, check_source
 from mechdsl.prompts import rows
-from mechdsl.validate.check_file import Checked, check_source
 from tests.pipeline.test_linear_work import DRAWN, FROM_FILE, HEAD, ROWS
 
 HELD, PEAK = 3_300, 4_900
@@ -18,13 +18,13 @@ HELD, PEAK = 3_300, 4_900
 they are checked."""
 
 
-def checked(folder: Path, text: str, size: int) -> Checked:
+def checked(folder: Path, text: str, size: int) -> CheckedFile:
     path = folder / "rows.mech"
     return check_source(Source(HEAD + text.replace("SIZE", str(size)), path))
 
 
 def test_checked_rows_hold_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "KEPT", 100)
+    monkeypatch.setattr(rows, "CACHED_ROWS", 100)
     checked(tmp_path, DRAWN + ROWS, 600)  # imports, and fills caches
 
     def measured(size: int) -> tuple[int, int]:
@@ -53,7 +53,7 @@ def test_freed_rows_are_computed_again(
     # The second experiment has more rows of the block, so that its table is another one.
     text += ROWS.replace("SIZE", "20", 1)
     kept = checked(tmp_path, text, 40)
-    monkeypatch.setattr(rows, "KEPT", 0)
+    monkeypatch.setattr(rows, "CACHED_ROWS", 0)
     freed = checked(tmp_path, text, 40)
     assert [e.table for e in freed.experiments] == [e.table for e in kept.experiments]
     assert [len(e.table) for e in freed.experiments] == [20, 40]

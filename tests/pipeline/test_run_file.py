@@ -15,8 +15,8 @@ import pytest
 
 import mechdsl
 from mechdsl import MechdslError
-from mechdsl.loading import load
-from mechdsl.pipeline import compute
+from mechdsl.loading import loader
+from mechdsl.pipeline import computation
 from mechdsl.results.results import Results
 from mechdsl.store.runs import OpenRun
 from mechdsl.store.store import Store
@@ -54,13 +54,13 @@ ROWS = "count,item\n" + "".join(f"{n},{item}\n" for item in ("apple", "fig") for
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that were computed."""
     found: list[str] = []
-    real = compute.run_checked
+    real = computation.run_checked
 
     def counted(checked: Any, *arguments: Any, **named: Any) -> Any:
         found.append(checked.source.name)
         return real(checked, *arguments, **named)
 
-    monkeypatch.setattr(compute, "run_checked", counted)
+    monkeypatch.setattr(computation, "run_checked", counted)
     return found
 
 
@@ -284,14 +284,14 @@ def test_a_file_that_changes_meanwhile(
     here: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights that are written between the check and the load: what they gave isn't theirs."""
-    real = compute.run_checked
+    real = computation.run_checked
 
     def meanwhile(*arguments: Any, **named: Any) -> Any:
         done = real(*arguments, **named)
         other_weights(here)
         return done
 
-    monkeypatch.setattr(compute, "run_checked", meanwhile)
+    monkeypatch.setattr(computation, "run_checked", meanwhile)
     results = again(here, limit=8)
     note, counts = results.notes
     assert "not kept in the store: a file that it read has changed meanwhile" in note
@@ -329,7 +329,7 @@ def test_weights_that_are_written_while_they_are_loaded(
 ) -> None:
     """What was loaded is the old ones, and a hash is that of the new ones: values under it would be
     wrong from then on."""
-    real: Callable[..., Any] = getattr(load, FROM_FOLDER)
+    real: Callable[..., Any] = getattr(loader, FROM_FOLDER)
 
     def meanwhile(*arguments: Any, **named: Any) -> Any:
         done = real(*arguments, **named)
@@ -337,7 +337,7 @@ def test_weights_that_are_written_while_they_are_loaded(
         return done
 
     with monkeypatch.context() as patch:
-        patch.setattr(load, FROM_FOLDER, meanwhile)
+        patch.setattr(loader, FROM_FOLDER, meanwhile)
         with pytest.raises(MechdslError, match="changed while they were read"):
             again(here, limit=8)
     assert seen(again(here, limit=8)) == seen(again(here, limit=8, store=False))
@@ -412,7 +412,7 @@ def test_interrupted_run_with_save_resumes(
 
             patch.setattr(OpenRun, "keep", stopped)
         else:
-            patch.setattr("mechdsl.store.tensor_files.TensorFile.put", interrupted)
+            patch.setattr("mechdsl.store.files.TensorFile.put", interrupted)
         with pytest.raises(KeyboardInterrupt):
             again(here, **how)
     assert not saved.exists()
@@ -465,7 +465,7 @@ def test_a_full_disk(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any, **named: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(compute, "run_checked", full)
+    monkeypatch.setattr(computation, "run_checked", full)
     with pytest.raises(MechdslError) as found:
         again(here, limit=8, store=here.parent / "Kept")
     (said,) = found.value.diagnostics
@@ -493,7 +493,7 @@ def test_other_errors_are_what_they_are(here: Path, monkeypatch: pytest.MonkeyPa
     def broken(*arguments: Any, **named: Any) -> Any:
         raise OSError(errno.ENOENT, "No such file or directory")
 
-    monkeypatch.setattr(compute, "run_checked", broken)
+    monkeypatch.setattr(computation, "run_checked", broken)
     with pytest.raises(FileNotFoundError):
         again(here, limit=8)
 

@@ -11,16 +11,22 @@ from typing import Any
 
 import pytest
 
-from mechdsl.base import registry
-from mechdsl.execute.options import Options
-from mechdsl.images.processing import FILE, OF_BOTH
-from mechdsl.models.identity import TOKENIZER, file_hash
-from mechdsl.pipeline import run_key as module
-from mechdsl.pipeline.run_key import LEFT_OUT, OF_EXECUTION, OF_OPTIONS, OF_SETTINGS, NoKey
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.prompts.tokenizer import TOKENIZER_FILES
-from mechdsl.syntax.parse import read_source
-from mechdsl.validate.check_file import Checked, Settings, check_source
+from mechdsl.base import records
+from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.images.processing import PREPROCESSOR_FILE, PROCESSOR_FILE
+from mechdsl.models.folder import IDENTITY_TOKENIZER_FILES, hash_file
+from mechdsl.pipeline import file_run as module
+from mechdsl.pipeline.file_run import (
+    EXCLUDED_FIELDS,
+    EXECUTION_FIELDS,
+    OPTIONS_FIELDS,
+    SETTINGS_FIELDS,
+    RunKeyError,
+)
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.prompts.tokens.tokenizer import TOKENIZER_FILES
+from mechdsl.syntax.frontend import read_source
 
 from ..cli.conftest import HEADS
 
@@ -32,29 +38,37 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def checked(file: Path, **settings: Any) -> Checked:
+def checked(file: Path, **settings: Any) -> CheckedFile:
     source, _ = read_source(file)
     assert source is not None
-    found = check_source(source, Settings(**settings))
+    found = check_source(source, CheckSettings(**settings))
     assert not [d for d in found.diagnostics if d.severity == "error"], found.diagnostics
     return found
 
 
 def key(
-    file: Checked | Path, options: RunOptions | None = None, *, device: str = "cpu", **loaded: Any
+    file: CheckedFile | Path,
+    options: RunOptions | None = None,
+    *,
+    device: str = "cpu",
+    **loaded: Any,
 ) -> str:
     if isinstance(file, Path):
         file = checked(file)
     options = options or RunOptions()
-    return module.run_key(file, options, loaded, device=device, hashed=file_hash)
+    return module.run_key(file, options, loaded, device=device, hashed=hash_file)
 
 
 def test_every_field_is_thought_of() -> None:
     """A new option goes into the key, or it is said why it doesn't."""
-    for kind, keyed in ((Settings, OF_SETTINGS), (RunOptions, OF_OPTIONS), (Options, OF_EXECUTION)):
+    for kind, keyed in (
+        (CheckSettings, SETTINGS_FIELDS),
+        (RunOptions, OPTIONS_FIELDS),
+        (ExecutionOptions, EXECUTION_FIELDS),
+    ):
         own = {each.name for each in fields(kind)}
-        assert own == {*keyed, *LEFT_OUT[kind]}, kind
-        assert not set(keyed) & set(LEFT_OUT[kind])
+        assert own == {*keyed, *EXCLUDED_FIELDS[kind]}, kind
+        assert not set(keyed) & set(EXCLUDED_FIELDS[kind])
 
 
 def test_the_same_again(file: Path) -> None:
@@ -73,7 +87,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", OF_SETTINGS)
+@pytest.mark.parametrize("name", SETTINGS_FIELDS)
 def test_settings(name: str, file: Path) -> None:
     plain, other = checked(file), checked(file)
     other.settings = replace(other.settings, **{name: SETTINGS[name]})
@@ -93,19 +107,19 @@ EXECUTION: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", OF_OPTIONS)
+@pytest.mark.parametrize("name", OPTIONS_FIELDS)
 def test_options(name: str, file: Path) -> None:
     assert key(file) != key(file, replace(RunOptions(), **{name: OPTIONS[name]}))
 
 
-@pytest.mark.parametrize("name", OF_EXECUTION)
+@pytest.mark.parametrize("name", EXECUTION_FIELDS)
 def test_execution(name: str, file: Path) -> None:
-    other = replace(Options(), **{name: EXECUTION[name]})
+    other = replace(ExecutionOptions(), **{name: EXECUTION[name]})
     assert key(file) != key(file, RunOptions(execution=other))
 
 
 @pytest.mark.parametrize(
-    "name", sorted(LEFT_OUT[RunOptions].keys() - {"ends", "execution", "settings"})
+    "name", sorted(EXCLUDED_FIELDS[RunOptions].keys() - {"ends", "execution", "settings"})
 )
 def test_what_is_left_out(name: str, file: Path) -> None:
     """`device` goes in as what it means."""
@@ -266,22 +280,22 @@ def test_switches_of_torch(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_key_while_a_mode_of_torch_is_active(file: Path) -> None:
     from torch.overrides import TorchFunctionMode
 
-    with TorchFunctionMode(), pytest.raises(NoKey, match="changed by a `TorchFunctionMode`"):
+    with TorchFunctionMode(), pytest.raises(RunKeyError, match="changed by a `TorchFunctionMode`"):
         key(file)
 
 
 def test_the_own_code(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mechdsl.base import own_code as own
+    from mechdsl.base import files as own
 
     before = key(file)
-    monkeypatch.setattr(module, "own_code", lambda: "other")
+    monkeypatch.setattr(module, "package_digest", lambda: "other")
     assert key(file) != before
     package, grammar = tmp_path / "package", tmp_path / "grammar"
     (package / "execute" / "__pycache__").mkdir(parents=True)
     grammar.mkdir()
-    monkeypatch.setattr(own, "PACKAGE", package)
+    monkeypatch.setattr(own, "PACKAGE_FOLDER", package)
     monkeypatch.setattr(own, "shipped_path", lambda *_: grammar)
-    digest = own.own_code.__wrapped__
+    digest = own.package_digest.__wrapped__
     seen = {digest()}
     for path in (
         package / "a.py",
@@ -303,12 +317,12 @@ def test_modules_that_add_to_the_language(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rule kind of somebody's own may compute anything."""
-    monkeypatch.setattr(registry, "OUTSIDE", set())
-    monkeypatch.setattr(module, "OUTSIDE", registry.OUTSIDE)
+    monkeypatch.setattr(records, "EXTERNAL_MODULES", set())
+    monkeypatch.setattr(module, "EXTERNAL_MODULES", records.EXTERNAL_MODULES)
     before = key(file)
     path = tmp_path / "adds_an_entry.py"
     path.write_text(
-        "from mechdsl.base.registry import Registry\nREGISTRY = Registry('word')\n"
+        "from mechdsl.base.records import Registry\nREGISTRY = Registry('word')\n"
         "def add(): REGISTRY.add('new', 1)\nadd()\n",
         encoding="utf-8",
     )
@@ -316,14 +330,14 @@ def test_modules_that_add_to_the_language(
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     __import__("adds_an_entry")
     monkeypatch.delitem(sys.modules, "adds_an_entry", raising=False)
-    assert {"adds_an_entry"} == registry.OUTSIDE
-    with pytest.raises(NoKey, match="the source of `adds_an_entry` can't be read"):
+    assert {"adds_an_entry"} == records.EXTERNAL_MODULES
+    with pytest.raises(RunKeyError, match="the source of `adds_an_entry` can't be read"):
         key(file)
     __import__("adds_an_entry")
     after = key(file)
     assert after != before
     path.write_text(path.read_text("utf-8") + "# changed\n", encoding="utf-8")
-    with pytest.raises(NoKey, match=r"`adds_an_entry.py` may have changed"):
+    with pytest.raises(RunKeyError, match=r"`adds_an_entry.py` may have changed"):
         key(file)
 
 
@@ -333,15 +347,15 @@ def test_own_entries_are_not_from_outside() -> None:
 
     assert mechdsl.rules.RULES
     assert mechdsl.vocab.metrics.METRICS
-    assert not {name for name in registry.OUTSIDE if name.partition(".")[0] == "mechdsl"}
+    assert not {name for name in records.EXTERNAL_MODULES if name.partition(".")[0] == "mechdsl"}
 
 
 def test_unchecked_parts(file: Path) -> None:
     found = checked(file)
     found.unchecked.append("heads")
-    with pytest.raises(NoKey, match="could not be checked"):
+    with pytest.raises(RunKeyError, match="could not be checked"):
         key(found)
 
 
 def test_names_of_tokenizer_files() -> None:
-    assert (*TOKENIZER_FILES, FILE, OF_BOTH) == TOKENIZER
+    assert (*TOKENIZER_FILES, PREPROCESSOR_FILE, PROCESSOR_FILE) == IDENTITY_TOKENIZER_FILES

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import mechdsl
-from mechdsl.loading.borrowed import borrowed
+from mechdsl.loading.devices import restore_models
 
 from ..models import families, lora
 from .conftest import FILE
@@ -215,7 +215,7 @@ def test_whatever_is_done_inside() -> None:
 
 
 def _spoil(module: Any, block: Any) -> None:
-    with borrowed([module, "no model"]):
+    with restore_models([module, "no model"]):
         module.eval()
         block.register_forward_hook(print)
         block.forward = print

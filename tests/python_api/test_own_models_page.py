@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import mechdsl
-from mechdsl.models.adapters import FAMILIES
+from mechdsl.models.anatomy import FAMILIES
 
 from ..markdown import fences
 from ..quick import some

@@ -12,7 +12,7 @@ import click
 import pytest
 
 import mechdsl
-from mechdsl.cli import app
+from mechdsl.cli.entry import app
 
 from ..markdown import fences
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import mechdsl
-from mechdsl.diagnostics.render import render_full
-from mechdsl.show.progress import someone_watches
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.show.progress import is_interactive
 
 from .conftest import FILE, WARNED
 
@@ -237,9 +237,9 @@ def test_progress_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[s
 
 
 def test_progress_is_for_terminals_and_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not someone_watches()
+    assert not is_interactive()
     with monkeypatch.context() as terminal:
         terminal.setattr(sys.stderr, "isatty", lambda: True)
-        assert someone_watches()
+        assert is_interactive()
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
-    assert someone_watches()
+    assert is_interactive()

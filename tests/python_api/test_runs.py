@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import mechdsl
-from mechdsl.results.archive import pack
-from mechdsl.results.run_facts import about_results
+from mechdsl.results.results import pack_results
+from mechdsl.results.runs import about_results
 from mechdsl.store.store import Store
 
 from ..results.archived import TEXTS, written
@@ -30,7 +30,7 @@ def store(results: mechdsl.Results, tmp_path: Path) -> Path:
     with Store(folder) as opened:
         with opened.begin("a", {"file": "it.mech", "settings": {"limit": "8"}}) as run:
             about = about_results(results, computed=1, stored=2, seconds=3.0)
-            run.finish(pack(results, TEXTS["lost and missing"]), about)
+            run.finish(pack_results(results, TEXTS["lost and missing"]), about)
         opened.begin("b", {"file": "b.mech"}).close()
     return folder
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import mechdsl
-from mechdsl.resolve.cell_key import CellKey
+from mechdsl.resolve.cells import CellKey
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
+from mechdsl.show.output import capture_text
 from mechdsl.show.reports import table
-from mechdsl.show.terminal import printed
 
 from ..results.synthetic import finished, heads, positions, report
 from .conftest import FILE
@@ -101,7 +101,7 @@ def test_the_html_has_the_table_of_the_command_line(
 ) -> None:
     result = results["heads"]
     page = shown(result, tmp_path)
-    text = printed(partial(table.render, result, result.reports[0]), 400).strip("\n")
+    text = capture_text(partial(table.render, result, result.reports[0]), 400).strip("\n")
     _, facts, head, _, *lines = text.splitlines()
     said = [facts, *(line for line in lines if re.match(r"the 5 largest|\d of 8", line))]
     assert len(said) == 3

@@ -79,7 +79,7 @@ def test_a_run_that_there_is_not(
     def ran(*arguments: object) -> None:
         raise AssertionError("it is looked for before anything runs")
 
-    monkeypatch.setattr("mechdsl.pipeline.compute.run_checked", ran)
+    monkeypatch.setattr("mechdsl.pipeline.computation.run_checked", ran)
     with pytest.raises(mechdsl.MechdslError) as found:
         mechdsl.run(TEXT, against=against)
     assert [each.code for each in found.value.diagnostics] == ["E0208"]

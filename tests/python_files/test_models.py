@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import mechdsl
-from mechdsl.cli.options import settings
+from mechdsl.cli.arguments import settings_from_options
 
 from ..cli.conftest import Command, command
 from ..fruit import FRUIT
@@ -190,10 +190,10 @@ def test_the_file_is_looked_for_beside_the_mech_file(tmp_path: Path) -> None:
 def test_checking_without_such_models_needs_no_torch(tmp_path: Path) -> None:
     """A file with a metric of Python is checked without torch, also where it may run."""
     write(tmp_path, FRUIT + EXPERIMENT, BUILD)
-    how = settings((), python="run", allow_outside=False, untrusted=False)
+    how = settings_from_options((), python="run", allow_outside=False, untrusted=False)
     before = set(sys.modules)
     assert not check(tmp_path / "file.mech", how).built
-    assert "mechdsl.loading.build" not in set(sys.modules) - before
+    assert "mechdsl.loading.loader" not in set(sys.modules) - before
 
 
 def test_an_adapter_on_a_model_that_a_function_makes(tmp_path: Path) -> None:

@@ -18,13 +18,13 @@ import pytest
 import torch
 
 import mechdsl
-from mechdsl.api import MechdslError
+from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.diagnostics.e02_python import PythonFailed, PythonNotFound
-from mechdsl.pipeline.compute import run_checked
+from mechdsl.diagnostics.names import PythonFailed, PythonNotFound
+from mechdsl.diagnostics.rendering import MechdslError
+from mechdsl.pipeline.computation import run_checked
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.syntax.parse import read_source
-from mechdsl.validate.check_file import Checked, Settings, check_source
+from mechdsl.syntax.frontend import read_source
 
 from .. import fruit
 from ..cli.conftest import Command, command
@@ -69,7 +69,7 @@ def write(folder: Path, text: str, code: str) -> Path:
     return path
 
 
-def check(path: Path, settings: Settings) -> Checked:
+def check(path: Path, settings: CheckSettings) -> CheckedFile:
     source, _ = read_source(path)
     assert source is not None
     return check_source(source, settings)
@@ -119,7 +119,7 @@ def test_a_metric_of_the_whole_vocabulary(results: mechdsl.Results) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(files("mechdsl") / "zoo" / "counting"))
-    checked = check(HERE / "metric.mech", Settings(python="run"))
+    checked = check(HERE / "metric.mech", CheckSettings(python="run"))
     table = checked.experiments[0].table
     margins = []
     for clean, fewer in zip(table.runs["clean"].rows, table.runs["fewer"].rows, strict=True):
@@ -240,7 +240,7 @@ def test_booleans_are_shares(tmp_path: Path) -> None:
 
 
 def table(path: Path, name: str = "heads") -> Any:
-    checked = check(path, Settings(python="run"))
+    checked = check(path, CheckSettings(python="run"))
     assert not has_errors(checked.diagnostics), checked.diagnostics
     return next(e for e in checked.experiments if e.name == name).table
 
@@ -346,9 +346,9 @@ def test_the_hash_is_kept(name: str) -> None:
 
 def test_the_file_that_was_checked_is_the_one_that_runs(tmp_path: Path) -> None:
     path = write(tmp_path, METRIC, "def own(logits, rows):\n    return logits[:, 0]\n")
-    checked = check(path, Settings(python="run"))
+    checked = check(path, CheckSettings(python="run"))
     (tmp_path / "own.py").write_text("def own(logits, rows):\n    return logits[:, 1]\n")
-    from mechdsl.pipeline.run_options import RunOptions
+    from mechdsl.pipeline.options import RunOptions
 
     result, diagnostics = run_checked(checked, RunOptions())
     assert result is not None
@@ -696,7 +696,7 @@ def test_it_is_given_the_base_runs_vectors(written: mechdsl.Results) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(files("mechdsl") / "zoo" / "counting"))
-    checked = check(HERE / "writes.mech", Settings(python="run"))
+    checked = check(HERE / "writes.mech", CheckSettings(python="run"))
     experiment = next(e for e in checked.experiments if e.name == "halved")
     expected = np.zeros((4, len(experiment.table)))
     for number, row in enumerate(experiment.table.runs["clean"].rows):

@@ -10,16 +10,15 @@ from typing import Any, Literal
 import numpy as np
 
 from mechdsl.base.arrays import Floats
-from mechdsl.base.reply import Reply
 from mechdsl.base.source import Source, Span
 from mechdsl.program import spec
-from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.finish import with_statistics, with_verdicts
-from mechdsl.results.replies import Replies
-from mechdsl.statistics.measure_data import DrawnValues, MeasureData
+from mechdsl.resolve.cells import CellKey
+from mechdsl.results.assembly.collection import add_statistics, add_verdicts
+from mechdsl.results.experiment_result import ExperimentResult, Replies
+from mechdsl.statistics.measurements import MeasureData, RandomControlValues
 from mechdsl.syntax import ast
-from mechdsl.syntax.parse import parse
+from mechdsl.syntax.frontend import parse
+from mechdsl.vocab.metrics import Reply
 
 SPAN = Span(Source(""), 0, 0)
 
@@ -200,7 +199,7 @@ def wrote() -> ExperimentResult:
 
 def finished(result: ExperimentResult, *expects: str, **values: Any) -> ExperimentResult:
     said = experiment(expects, result.name, **values)
-    return with_verdicts(with_statistics(result, said, seed=0), said)
+    return add_verdicts(add_statistics(result, said, seed=0), said)
 
 
 def with_controls(result: ExperimentResult, draws: int = 39) -> ExperimentResult:
@@ -217,7 +216,7 @@ def with_controls(result: ExperimentResult, draws: int = 39) -> ExperimentResult
         drawn = data.base + unit * effects[:, :, None]
         values.append(np.where(np.isnan(data.patched), np.nan, drawn))
     counts = np.full(len(result.cells), draws)
-    return replace(result, drawn=DrawnValues(tuple(values), counts, draws, "random heads"))
+    return replace(result, drawn=RandomControlValues(tuple(values), counts, draws, "random heads"))
 
 
 def counted(layers: int = 3, items: int = 6, prompts: int = 96) -> ExperimentResult:

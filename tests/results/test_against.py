@@ -7,23 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.diagnostics.raised import MechdslError
-from mechdsl.results.against import Against, Earlier, first_failure
-from mechdsl.results.document import AgainstDocument, results_document
-from mechdsl.results.earlier_runs import ToRun, given_results
+from mechdsl.diagnostics.rendering import MechdslError
+from mechdsl.results.document import VerdictComparisonDocument, results_document
 from mechdsl.results.experiment_result import (
+    EarlierRun,
     ExpectOutcome,
     FileResult,
     LostExperiment,
-    NotRun,
-    Undecided,
+    SkippedExperiment,
+    UndecidedExpectation,
+    VerdictComparison,
+    stop_condition,
 )
 from mechdsl.results.results import Results
-from mechdsl.statistics.measure_data import Missing
+from mechdsl.results.runs import FileToRun, earlier_run_from_results
+from mechdsl.statistics.measurements import MissingReason
 
 from .synthetic import heads
 
-WHY = Missing("E0604", "the denominator is 0")
+WHY = MissingReason("E0604", "the denominator is 0")
 
 
 def outcome(text: str, holds: bool, value: float = 0.5) -> ExpectOutcome:
@@ -37,11 +39,13 @@ def file(*outcomes: ExpectOutcome, name: str = "a.mech", lost: bool = False) -> 
     return FileResult(name, (replace(heads(), outcomes=outcomes),))
 
 
-def compared(now: FileResult, before: FileResult | None, unasked: tuple[str, ...] = ()) -> Against:
-    return Earlier(("then",), {now.file: before}, {now.file: unasked}).compare([now])
+def compared(
+    now: FileResult, before: FileResult | None, unasked: tuple[str, ...] = ()
+) -> VerdictComparison:
+    return EarlierRun(("then",), {now.file: before}, {now.file: unasked}).compare([now])
 
 
-def kinds(against: Against) -> list[tuple[str, str, bool]]:
+def kinds(against: VerdictComparison) -> list[tuple[str, str, bool]]:
     return [(each.kind, each.text, each.fails) for each in against.changes]
 
 
@@ -156,7 +160,7 @@ def test_what_was_not_to_run_is_not_gone() -> None:
 
 
 def test_what_is_not_decided_is_not_gone() -> None:
-    left = (NotRun("where", (Undecided("a  > 1", 3),)),)
+    left = (SkippedExperiment("where", (UndecidedExpectation("a  > 1", 3),)),)
     now = FileResult("a.mech", (), not_run=left)
     before = file(outcome("a > 1", True), outcome("a > 1", True), outcome("b > 1", False))
     found = compared(now, before)
@@ -171,12 +175,12 @@ def test_a_file_that_was_not_there() -> None:
 
 def test_what_ends_a_run() -> None:
     before = file(outcome("a > 1", True), outcome("b > 1", False))
-    ends = first_failure(Earlier(("then",), {"a.mech": before}, {}))
+    ends = stop_condition(EarlierRun(("then",), {"a.mech": before}, {}))
     assert not ends("a.mech", "where", [outcome("a > 1", True), outcome("b > 1", False)])
     assert ends("a.mech", "where", [outcome("a > 1", False)])
     assert ends("a.mech", "where", [outcome("c > 1", False)])
     assert ends("a.mech", "other", [outcome("b > 1", False)])
-    always = first_failure(None)
+    always = stop_condition(None)
     assert always("a.mech", "where", [outcome("a > 1", True), outcome("b > 1", False)])
     assert not always("a.mech", "where", [outcome("a > 1", True)])
 
@@ -203,7 +207,7 @@ def test_as_text_of_what_is_lost() -> None:
 def test_in_the_document() -> None:
     found = compared(file(outcome("a > 1", False), lost=True), file(outcome("a > 1", True)))
     document = results_document([], {}, found).as_json()["against"]
-    assert AgainstDocument.model_validate(document)
+    assert VerdictComparisonDocument.model_validate(document)
     whole, one = document["changes"]
     assert (whole["kind"], whole["code"], whole["fails"]) == ("regression", "E0604", True)
     assert (one["now"]["holds"], one["before"]["holds"]) == (False, True)
@@ -213,29 +217,29 @@ def test_in_the_document() -> None:
 # --- which file is set against which ------------------------------------------------------------
 
 
-def asked(*names: str) -> list[ToRun]:
-    return [ToRun(name, Path(name)) for name in names]
+def asked(*names: str) -> list[FileToRun]:
+    return [FileToRun(name, Path(name)) for name in names]
 
 
 def test_one_file_is_set_against_any() -> None:
-    found = given_results(Results((file(name="x/b.mech"),)), asked("a.mech"), "kept")
+    found = earlier_run_from_results(Results((file(name="x/b.mech"),)), asked("a.mech"), "kept")
     assert found.files["a.mech"] is not None
     assert found.runs == ("kept, a run of `x/b.mech`",)
-    same = given_results(Results((file(name="x/a.mech"),)), asked("a.mech"), "kept")
+    same = earlier_run_from_results(Results((file(name="x/a.mech"),)), asked("a.mech"), "kept")
     assert same.runs == ("kept",)
 
 
 def test_several_are_set_against_those_of_their_names() -> None:
     run = Results((file(name="old/b.mech"),))
-    found = given_results(run, asked("a.mech", "new/b.mech"), "kept")
+    found = earlier_run_from_results(run, asked("a.mech", "new/b.mech"), "kept")
     assert found.files["a.mech"] is None
     assert found.files["new/b.mech"] is run.files[0]
     both = Results((file(name="x/a.mech"), file(name="y/a.mech")))
-    own = given_results(both, asked("y/a.mech", "z/a.mech"))
+    own = earlier_run_from_results(both, asked("y/a.mech", "z/a.mech"))
     assert [own.files[name] for name in ("y/a.mech", "z/a.mech")] == [both.files[1], both.files[0]]
 
 
 def test_a_run_of_none_of_them_is_refused() -> None:
     with pytest.raises(MechdslError, match=r"a run of `c\.mech`") as found:
-        given_results(Results((file(name="c.mech"),)), asked("a.mech", "b.mech"), "kept")
+        earlier_run_from_results(Results((file(name="c.mech"),)), asked("a.mech", "b.mech"), "kept")
     assert found.value.diagnostics[0].code == "E0208"

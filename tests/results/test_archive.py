@@ -14,24 +14,25 @@ import pytest
 from safetensors.numpy import load, save
 
 import mechdsl
-from mechdsl.base.percent import Percent
 from mechdsl.base.source import Source, Span
+from mechdsl.base.text import Percent
 from mechdsl.diagnostics.core import CODES
-from mechdsl.diagnostics.e06_statistics import BadReport
-from mechdsl.diagnostics.raised import Diagnostics
-from mechdsl.results import archive, kept_diagnostics
-from mechdsl.results.archive import (
-    ARRAYS,
-    DOCUMENT,
-    RESULT,
-    TEXT,
-    ArchiveProblem,
-    OtherVersion,
-    pack,
-    unpack,
-)
+from mechdsl.diagnostics.rendering import Diagnostics
+from mechdsl.diagnostics.statistics import BadReport
+from mechdsl.results import results as archive
+from mechdsl.results import typed_json
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.results import Results
+from mechdsl.results.results import (
+    ARRAYS_FILE,
+    DOCUMENT_FILE,
+    RESULT_FILE,
+    SOURCE_FILE,
+    ArchiveError,
+    ArchiveVersionError,
+    Results,
+    pack_results,
+    unpack_results,
+)
 
 from .archived import TEXTS, written
 from .exact import same_diagnostic, same_results
@@ -49,26 +50,26 @@ def run(name: str) -> Results:
 
 @cache
 def packed(name: str) -> dict[str, bytes]:
-    return pack(run(name), TEXTS[name])
+    return pack_results(run(name), TEXTS[name])
 
 
-def changed(name: str, change: Any, part: str = RESULT) -> dict[str, bytes]:
+def changed(name: str, change: Any, part: str = RESULT_FILE) -> dict[str, bytes]:
     """An archive whose JSON, or arrays, somebody has changed."""
     content = dict(packed(name))
-    if part == RESULT:
-        found = json.loads(content[RESULT])
+    if part == RESULT_FILE:
+        found = json.loads(content[RESULT_FILE])
         change(found)
-        content[RESULT] = json.dumps(found).encode()
+        content[RESULT_FILE] = json.dumps(found).encode()
     else:
-        arrays = dict(load(content[ARRAYS]))
+        arrays = dict(load(content[ARRAYS_FILE]))
         change(arrays)
-        content[ARRAYS] = save(arrays)
+        content[ARRAYS_FILE] = save(arrays)
     return content
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_all_that_results_hold_comes_back(name: str) -> None:
-    same_results(run(name), unpack(packed(name)))
+    same_results(run(name), unpack_results(packed(name)))
 
 
 def test_the_files_hold_what_they_are_for() -> None:
@@ -94,7 +95,7 @@ def test_the_files_hold_what_they_are_for() -> None:
 def test_the_examples(name: str) -> None:
     path = EXAMPLES / f"{name}.mech"
     results = mechdsl.run(path, limit=8, write_reports=False)
-    same_results(results, unpack(pack(results, path.read_text("utf-8"))))
+    same_results(results, unpack_results(pack_results(results, path.read_text("utf-8"))))
 
 
 def picture(result: ExperimentResult, kind: str) -> Any:
@@ -103,12 +104,12 @@ def picture(result: ExperimentResult, kind: str) -> Any:
 
 def test_pictures_are_the_same() -> None:
     name = "everything printed"
-    a, b = run(name)["heads"], unpack(packed(name))["heads"]
+    a, b = run(name)["heads"], unpack_results(packed(name))["heads"]
     assert picture(a, "heatmap") == picture(b, "heatmap")
     assert picture(a, "confusion") == picture(b, "confusion")
-    spots = run(name)["spots"], unpack(packed(name))["spots"]
+    spots = run(name)["spots"], unpack_results(packed(name))["spots"]
     assert picture(spots[0], "overlay") == picture(spots[1], "overlay")
-    controlled = run("controls")["heads"], unpack(packed("controls"))["heads"]
+    controlled = run("controls")["heads"], unpack_results(packed("controls"))["heads"]
     assert controlled[0].controls[0] is not None
     assert picture(controlled[0], "lines") == picture(controlled[1], "lines")
 
@@ -116,14 +117,14 @@ def test_pictures_are_the_same() -> None:
 def test_what_lies_beside_is_what_was_shown() -> None:
     name = "lost and missing"
     content = packed(name)
-    assert content[TEXT].decode() == TEXTS[name]
-    assert content[DOCUMENT].decode() == run(name).to_json(indent=None) + "\n"
-    assert set(content) == {RESULT, ARRAYS, TEXT, DOCUMENT}
+    assert content[SOURCE_FILE].decode() == TEXTS[name]
+    assert content[DOCUMENT_FILE].decode() == run(name).to_json(indent=None) + "\n"
+    assert set(content) == {RESULT_FILE, ARRAYS_FILE, SOURCE_FILE, DOCUMENT_FILE}
 
 
 def test_intervals_are_kept_and_not_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = run("plain")["heads"].run_intervals
-    found = unpack(packed("plain"))["heads"]
+    found = unpack_results(packed("plain"))["heads"]
     monkeypatch.delattr("mechdsl.results.experiment_result.run_interval")
     assert found.run_intervals == wanted
 
@@ -131,18 +132,18 @@ def test_intervals_are_kept_and_not_drawn_again(monkeypatch: pytest.MonkeyPatch)
 def test_spans_are_in_the_file_as_it_stands() -> None:
     name = "lost and missing"
     source = Source(TEXTS[name], Path("elsewhere.mech"))
-    again = unpack(packed(name), source)
+    again = unpack_results(packed(name), source)
     spans = [d.span for d in again.diagnostics if d.span is not None]
     assert spans
     assert all(span.source is source for span in spans)
     assert all(r.span.source is source for e in again for r in e.reports)
-    other = unpack(packed(name), Source(TEXTS[name] + "\n", Path("elsewhere.mech")))
+    other = unpack_results(packed(name), Source(TEXTS[name] + "\n", Path("elsewhere.mech")))
     spans = [d.span for d in other.diagnostics if d.span is not None]
     assert all(span.source.text == TEXTS[name] for span in spans)
 
 
 def test_reports_of_an_archive_alone_may_go_nowhere() -> None:
-    reach = [r.span.source.reach for e in unpack(packed("plain")) for r in e.reports]
+    reach = [r.span.source.reach for e in unpack_results(packed("plain")) for r in e.reports]
     assert reach
     assert all((each.reads, each.writes) == ((), ()) for each in reach)
 
@@ -151,7 +152,7 @@ def test_a_span_in_another_file_keeps_its_text() -> None:
     other = Source("mech 1\nmetric m = 1\n", Path("lib/other.mech"))
     said = BadReport(span=Span(other, 7, 13), kind="table", reason="is odd", hint="look")
     results = replace(run("plain"), diagnostics=Diagnostics([said]))
-    again = unpack(pack(results, TEXTS["plain"]))
+    again = unpack_results(pack_results(results, TEXTS["plain"]))
     (found,) = again.diagnostics
     same_diagnostic(said, found)
     assert found.span is not None
@@ -168,7 +169,7 @@ def every_diagnostic() -> list[Any]:
     """One of each code, with facts of the types that it declares."""
     values: dict[Any, Any] = {str: "a{b}'\"\u202e", int: 2, bool: True}
     source = Source("mech 1\nx\n", Path("a.mech"))
-    kept_diagnostics._codes()
+    typed_json._diagnostic_classes()
     return [
         kind(
             span=Span(source, 7, 8),
@@ -183,7 +184,7 @@ def test_every_diagnostic_comes_back() -> None:
     said = every_diagnostic()
     assert len(said) > 150
     results = replace(run("no experiments"), diagnostics=Diagnostics(said))
-    again = unpack(pack(results, TEXTS["no experiments"]))
+    again = unpack_results(pack_results(results, TEXTS["no experiments"]))
     for a, b in zip(said, again.diagnostics, strict=True):
         same_diagnostic(a, b)
 
@@ -193,7 +194,7 @@ def test_a_diagnostic_that_is_worded_otherwise_now_says_what_it_said() -> None:
         found["diagnostics"][0]["message"] = "in other {words}"
 
     was = run("no rules").diagnostics[0]
-    (found, *_) = unpack(changed("no rules", reword)).diagnostics
+    (found, *_) = unpack_results(changed("no rules", reword)).diagnostics
     assert (found.code, found.severity) == (was.code, was.severity)
     assert found.message == "in other {words}"
     assert (found.label_text, found.help_text) == (was.label_text, was.help_text)
@@ -209,7 +210,7 @@ def test_a_code_that_is_gone_is_said_as_it_was() -> None:
         found["diagnostics"][0]["code"] = "W0999"
 
     was = run("no rules").diagnostics[0]
-    (found, *_) = unpack(changed("no rules", rename)).diagnostics
+    (found, *_) = unpack_results(changed("no rules", rename)).diagnostics
     assert (found.code, found.severity, found.message) == ("W0999", "warning", was.message)
 
 
@@ -304,8 +305,8 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_does_not_fit_is_refused(name: str) -> None:
     content = changed("plain", HOSTILE[name])
-    with pytest.raises(ArchiveProblem) as found:
-        unpack(content)
+    with pytest.raises(ArchiveError) as found:
+        unpack_results(content)
     assert str(found.value)
     assert len(str(found.value)) < 300
 
@@ -325,53 +326,53 @@ ARRAY_CHANGES = {
 
 @pytest.mark.parametrize("name", ARRAY_CHANGES)
 def test_arrays_that_do_not_fit_are_refused(name: str) -> None:
-    with pytest.raises(ArchiveProblem):
-        unpack(changed("plain", ARRAY_CHANGES[name], ARRAYS))
+    with pytest.raises(ArchiveError):
+        unpack_results(changed("plain", ARRAY_CHANGES[name], ARRAYS_FILE))
 
 
-@pytest.mark.parametrize("part", [RESULT, ARRAYS, TEXT])
+@pytest.mark.parametrize("part", [RESULT_FILE, ARRAYS_FILE, SOURCE_FILE])
 def test_a_part_that_is_torn_or_missing_is_refused(part: str) -> None:
     content = packed("plain")
     whole = content[part]
     for keep in (0, 1, 7, 8, 9, len(whole) // 2, len(whole) - 1):
-        with pytest.raises(ArchiveProblem):
-            unpack({**content, part: whole[:keep]})
+        with pytest.raises(ArchiveError):
+            unpack_results({**content, part: whole[:keep]})
     for data in (b"\xff" * 100, b"[" * 1_000_000, b"null", b"{}", b"1" * 10_000):
-        with pytest.raises(ArchiveProblem):
-            unpack({**content, part: data})
-    with pytest.raises(ArchiveProblem, match="is missing"):
-        unpack({name: data for name, data in content.items() if name != part})
+        with pytest.raises(ArchiveError):
+            unpack_results({**content, part: data})
+    with pytest.raises(ArchiveError, match="is missing"):
+        unpack_results({name: data for name, data in content.items() if name != part})
 
 
 def test_a_part_that_is_too_large_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "MOST_JSON", len(packed("plain")[RESULT]) - 1)
-    with pytest.raises(ArchiveProblem, match="has more than"):
-        unpack(packed("plain"))
+    monkeypatch.setattr(archive, "MAX_JSON_BYTES", len(packed("plain")[RESULT_FILE]) - 1)
+    with pytest.raises(ArchiveError, match="has more than"):
+        unpack_results(packed("plain"))
 
 
 def test_any_byte_changed_is_refused_or_read() -> None:
     """Whatever is changed, nothing but ArchiveProblem is raised."""
     rng = np.random.default_rng(0)
     refused = 0
-    for part in (RESULT, ARRAYS):
+    for part in (RESULT_FILE, ARRAYS_FILE):
         whole = packed("plain")[part]
         for place in rng.integers(0, len(whole), 150).tolist():
             torn = bytearray(whole)
             torn[place] ^= 1 << int(rng.integers(0, 8))
             try:
-                unpack({**packed("plain"), part: bytes(torn)})
-            except ArchiveProblem:
+                unpack_results({**packed("plain"), part: bytes(torn)})
+            except ArchiveError:
                 refused += 1
     assert refused > 30
 
 
 def test_another_version_is_told() -> None:
-    with pytest.raises(OtherVersion, match=r"another version \(mechdsl 9\)"):
-        unpack(changed("plain", lambda found: found.update(archive=2, mechdsl="9")))
+    with pytest.raises(ArchiveVersionError, match=r"another version \(mechdsl 9\)"):
+        unpack_results(changed("plain", lambda found: found.update(archive=2, mechdsl="9")))
 
 
 def test_a_field_that_is_new_takes_its_default() -> None:
-    again = unpack(changed("plain", lambda found: experiment_of(found).pop("centres")))
+    again = unpack_results(changed("plain", lambda found: experiment_of(found).pop("centres")))
     assert again["heads"].centres == ()
 
 
@@ -379,5 +380,5 @@ def test_what_can_not_be_kept_is_said() -> None:
     results = run("plain")
     (file,) = results.files
     odd = replace(file.experiments[0], row_values={"x": [object()] * 8})
-    with pytest.raises(ArchiveProblem, match=r"builtins\.object can't be kept"):
-        pack(replace(results, files=(replace(file, experiments=(odd,)),)), TEXTS["plain"])
+    with pytest.raises(ArchiveError, match=r"builtins\.object can't be kept"):
+        pack_results(replace(results, files=(replace(file, experiments=(odd,)),)), TEXTS["plain"])

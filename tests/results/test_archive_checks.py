@@ -14,9 +14,9 @@ import pytest
 
 import mechdsl
 from mechdsl.base import limits
-from mechdsl.results.archive_checks import check_file
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.statistics.measure_data import DrawnValues
+from mechdsl.results.results import check_file_result
+from mechdsl.statistics.measurements import RandomControlValues
 
 from .archived import written
 
@@ -55,8 +55,12 @@ def of_band(found: ExperimentResult) -> dict[str, Any]:
 def drawn(**parts: Any) -> Change:
     def change(found: ExperimentResult) -> dict[str, Any]:
         cells, prompts = found.measures[0].patched.shape
-        whole = DrawnValues((np.zeros((2, cells, prompts)),), np.zeros(cells, np.int64), 2, "heads")
-        check_file(replace(results("plain").files[0], experiments=(replace(found, drawn=whole),)))
+        whole = RandomControlValues(
+            (np.zeros((2, cells, prompts)),), np.zeros(cells, np.int64), 2, "heads"
+        )
+        check_file_result(
+            replace(results("plain").files[0], experiments=(replace(found, drawn=whole),))
+        )
         return {"drawn": replace(whole, **parts)}
 
     return change
@@ -117,10 +121,10 @@ CHANGES: dict[str, tuple[str, Change]] = {
 def test_parts_that_do_not_fit(part: str) -> None:
     name, change = CHANGES[part]
     (file,) = results(name).files
-    check_file(file)
+    check_file_result(file)
     experiment = file.experiments[0 if part.startswith("accuracy") else -1]
     with pytest.raises(ValueError, match=f"the parts of `{experiment.name}` don't fit together"):
-        check_file(replace(file, experiments=(replace(experiment, **change(experiment)),)))
+        check_file_result(replace(file, experiments=(replace(experiment, **change(experiment)),)))
 
 
 @pytest.mark.parametrize("limit", ["CELLS", "ROWS"])
@@ -128,10 +132,10 @@ def test_more_than_a_file_can_have(limit: str, monkeypatch: pytest.MonkeyPatch) 
     (file,) = results("plain").files
     monkeypatch.setattr(limits, limit, 3)
     with pytest.raises(ValueError, match="don't fit together"):
-        check_file(file)
+        check_file_result(file)
 
 
 def test_names_are_told_apart() -> None:
     (file,) = results("plain").files
     with pytest.raises(ValueError, match="two experiments have one name"):
-        check_file(replace(file, experiments=file.experiments * 2))
+        check_file_result(replace(file, experiments=file.experiments * 2))

@@ -10,18 +10,23 @@ import pytest
 from scipy import stats
 
 from mechdsl.program import spec
-from mechdsl.statistics.bootstrap import (
-    Studentised,
+from mechdsl.statistics.cell_statistics import compute_cell_statistics
+from mechdsl.statistics.intervals import (
+    StudentisedCells,
     percentiles,
-    simultaneous,
+    simultaneous_bounds,
     standard_error,
     studentise,
 )
-from mechdsl.statistics.cell_statistics import cell_statistics
-from mechdsl.statistics.effect_parts import Sums
-from mechdsl.statistics.measure_data import CellStatistics, MeasureData
+from mechdsl.statistics.measurements import (
+    CellStatistics,
+    EffectSums,
+    MeasureData,
+    Resamples,
+    UnitRows,
+    find_units,
+)
 from mechdsl.statistics.skewed_t import skewed_t
-from mechdsl.statistics.units import Draws, Rows, units_of
 from mechdsl.vocab.effects import EFFECTS
 
 from .synthetic import measure, statistics
@@ -33,7 +38,7 @@ def one(
     data: MeasureData, settings: spec.Statistics | None = None, **values: Any
 ) -> CellStatistics:
     settings = settings or statistics(resamples=RESAMPLES, test="bootstrap")
-    return cell_statistics([data], settings, 0, effects=EFFECTS, **values)[0]
+    return compute_cell_statistics([data], settings, 0, effects=EFFECTS, **values)[0]
 
 
 Unit = tuple[float, float] | None
@@ -67,7 +72,7 @@ def by_hand(
     """Value, error, low, high: of the rows that the program draws, or of draws of its own."""
     held = len(units) - units.count(None)
     value, error = ratio_and_error(units, held, strata)
-    draws = Draws(len(units), RESAMPLES, 0, None if strata is None else np.array(strata))
+    draws = Resamples(len(units), RESAMPLES, 0, None if strata is None else np.array(strata))
     pivots: list[float] = []
     for drawn in np.concatenate(list(draws.weights())).astype(int):
         if own is None:
@@ -249,9 +254,9 @@ def test_a_resample_without_spread_says_nothing() -> None:
     assert found.p[0] < 0.05
 
 
-def made(tops: np.ndarray) -> Sums:
+def made(tops: np.ndarray) -> EffectSums:
     cells, units = tops.shape
-    return Sums(tops, np.ones((1, units)), np.full(cells, units))
+    return EffectSums(tops, np.ones((1, units)), np.full(cells, units))
 
 
 def test_percentiles_are_numpys() -> None:
@@ -265,8 +270,8 @@ def test_bounds_for_all_cells_are_those_of_a_loop() -> None:
     tops = random.normal(0, 1, (6, 20)) * np.array([[1.0], [5], [1], [0.1], [1], [2]]) + 0.3
     tops[4] = 0.7  # no unit differs
     tops[5] = tops[0] * 3 + 1
-    draws = Draws(20, 3000, 7)
-    found = simultaneous(made(tops), draws, 95.0)
+    draws = Resamples(20, 3000, 7)
+    found = simultaneous_bounds(made(tops), draws, 95.0)
     weights = np.concatenate(list(draws.weights()))
     assert weights.shape == (3000, 20)
     greatest, least = [], []
@@ -292,7 +297,7 @@ def test_bounds_for_all_cells_are_those_of_a_loop() -> None:
 
 def test_bounds_for_few_units_are_bonferronis() -> None:
     tops = np.random.default_rng(3).normal(0.5, 1, (4, 6))
-    found = simultaneous(made(tops), Draws(6, 500, 0), 95.0)
+    found = simultaneous_bounds(made(tops), Resamples(6, 500, 0), 95.0)
     t = stats.t.ppf(1 - 0.025 / 4, 5)
     error = tops.std(1, ddof=1) / 6**0.5
     assert found.low_together == pytest.approx(tops.mean(1) - t * error)
@@ -302,7 +307,7 @@ def test_bounds_for_few_units_are_bonferronis() -> None:
 def test_cells_that_resamples_say_little_of_leave_finite_bounds() -> None:
     sparse = np.zeros((3, 12))
     sparse[0, 0], sparse[1, 1], sparse[2] = 1.0, 1.0, np.arange(12)
-    found = simultaneous(made(sparse), Draws(12, 2000, 0), 95.0)
+    found = simultaneous_bounds(made(sparse), Resamples(12, 2000, 0), 95.0)
     t = stats.t.ppf(1 - 0.025 / 3, 11)
     assert np.isfinite(found.low_together).all()
     assert (found.low_together > -20).all()
@@ -315,8 +320,8 @@ def test_a_cell_without_a_bound_leaves_those_of_others() -> None:
     bottom = np.ones((3, 20))
     bottom[1, 3:], tops[1, 3:] = 0.0, 0.0
     few = replace(sums, top=tops, bottom=bottom, held=np.array([20, 3, 20]))
-    found = simultaneous(few, Draws(20, 500, 0), 95.0)
-    two = simultaneous(few.chosen(np.array([0, 2])), Draws(20, 500, 0), 95.0)
+    found = simultaneous_bounds(few, Resamples(20, 500, 0), 95.0)
+    two = simultaneous_bounds(few.chosen(np.array([0, 2])), Resamples(20, 500, 0), 95.0)
     assert np.isnan([found.low_together[1], found.high[1]]).all()
     assert found.low_together[[0, 2]] == pytest.approx(two.low_together)
 
@@ -356,21 +361,21 @@ def test_the_error_of_a_stratum_is_about_its_own_mean() -> None:
     strata = np.array([0, 0, 0, 1, 1, 1])
     expected = np.sqrt(3 * 1.0 + 3 * 4.0) / 6
     assert standard_error(made(tops), strata) == pytest.approx([expected])
-    found = Studentised(np.zeros(1), np.ones(1), np.zeros((0, 1)), np.array([6]), 2)
+    found = StudentisedCells(np.zeros(1), np.ones(1), np.zeros((0, 1)), np.array([6]), 2)
     assert found.freedom.tolist() == [4]
 
 
 def test_units_are_numbered_by_content() -> None:
     keys = [50, 10, 30, 10, 20]
     seen = np.array([0, 1, 0, 2, 3])
-    units = units_of([Rows.of(5, keys, [seen])])
+    units = find_units([UnitRows.of(5, keys, [seen])])
     # 50 and 30 look the same, 10 is there twice
     assert units.codes[0].tolist() == [2, 0, 2, 0, 1]
     assert units.count == 3
     values = np.array([[1.0, 2.0, 4.0, 8.0, 16.0]])
     assert units.total(values).tolist() == [[10.0, 16.0, 5.0]]
     assert units.held(~np.isnan(np.array([[1, 1, np.nan, np.nan, np.nan]]))).tolist() == [2]
-    two = units_of([Rows.of(2, [7, 5]), Rows.of(3, [5, 9, 7])])
+    two = find_units([UnitRows.of(2, [7, 5]), UnitRows.of(3, [5, 9, 7])])
     assert [each.tolist() for each in two.codes] == [[1, 0], [0, 2, 1]]
     assert two.total(np.array([[1.0, 2.0]])).tolist() == [[2.0, 1.0, 0.0]]
 

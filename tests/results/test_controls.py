@@ -10,9 +10,20 @@ import pytest
 
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.text import marks, null_p_texts, null_words, survivors
-from mechdsl.statistics.measure_data import DrawnValues, NullBand
-from mechdsl.statistics.null_bands import band_level, band_rank, fewest_draws, null_bands, rank_p
+from mechdsl.show.reports.text import (
+    null_band_text,
+    null_p_texts,
+    significance_marks,
+    significance_note,
+)
+from mechdsl.statistics.measurements import NullBand, RandomControlValues
+from mechdsl.statistics.null_bands import (
+    band_level,
+    band_rank,
+    compute_null_bands,
+    min_draws,
+    rank_p,
+)
 from mechdsl.vocab.effects import EFFECTS
 
 from .synthetic import finished, heads, measure, report, with_controls
@@ -29,9 +40,9 @@ def test_a_band_lies_between_the_effects_of_the_draws() -> None:
     data = measure(patched, base, source)
     category = measure(np.zeros((3, 12)), base, kind="category", effect="raw")
     total = measure(np.zeros((3, 12)), base, source, effect="total")
-    values = DrawnValues((drawn,) * 3, np.array([25, 25, 0]), 25, "heads")
+    values = RandomControlValues((drawn,) * 3, np.array([25, 25, 0]), 25, "heads")
     means = [(patched - base).mean(1) / (source - base).mean(), np.full(3, np.nan), np.ones(3)]
-    band, *others = null_bands(
+    band, *others = compute_null_bands(
         [data, category, total], values, means=means, confidence=80.0, effects=EFFECTS
     )
     assert others == [None, None], "one has no mean, one doesn't depend on what is patched"
@@ -56,9 +67,9 @@ def test_a_band_lies_between_the_effects_of_the_draws() -> None:
 def test_the_raw_metric_has_no_zero_to_rank_from() -> None:
     values = np.random.default_rng(1).normal(5, 1, (9, 1, 6))
     data = measure(values[0], np.zeros((1, 6)), effect="raw")
-    drawn = DrawnValues((values,), np.array([9]), 9, "heads")
+    drawn = RandomControlValues((values,), np.array([9]), 9, "heads")
     means = [values[0].mean(1)]
-    (band,) = null_bands([data], drawn, means=means, confidence=95.0, effects=EFFECTS)
+    (band,) = compute_null_bands([data], drawn, means=means, confidence=95.0, effects=EFFECTS)
     assert band is not None
     assert np.isnan(band.p[0])
     assert band.inside[0]
@@ -89,7 +100,7 @@ def test_a_cell_without_a_ratio_has_no_band() -> None:
     inside = (band.low <= statistics.mean) & (statistics.mean <= band.high)
     assert band.inside.tolist() == inside.tolist()
     assert band.inside.any()
-    assert "without a value" not in (null_words(found, 0) or "")
+    assert "without a value" not in (null_band_text(found, 0) or "")
     record = found.records()[1]
     assert (record["mean"], record["null_low"], record["null_p"]) == (None, None, None)
 
@@ -131,8 +142,10 @@ def test_one_more_draw_lies_in_it_as_often_as_it_states(draws: int) -> None:
     for _ in range(repetitions):
         own, *others = random.permutation(effects)[: draws + 1]
         data = measure(np.array([[own]]), np.zeros((1, 1)), effect="delta")
-        values = DrawnValues((np.reshape(others, (-1, 1, 1)),), np.array([draws]), draws, "heads")
-        (band,) = null_bands(
+        values = RandomControlValues(
+            (np.reshape(others, (-1, 1, 1)),), np.array([draws]), draws, "heads"
+        )
+        (band,) = compute_null_bands(
             [data], values, means=[np.array([own])], confidence=95.0, effects=EFFECTS
         )
         assert band is not None
@@ -171,13 +184,13 @@ def ends(result: ExperimentResult) -> NullBand:
 def test_cells_that_are_no_more_than_random_ones_are_marked() -> None:
     plain = finished(with_controls(heads()))
     cells = len(plain.cells)
-    stars = marks(replace(plain, controls=()), 0)
+    stars = significance_marks(replace(plain, controls=()), 0)
     assert "*" in stars
     for key, text in (("inside", "lie inside their null bands"), ("nearer", "the band")):
         no = np.zeros(cells, dtype=np.bool_)
         found = banded(**{"inside": no, "nearer": no, key: ~no})
-        assert marks(found, 0) == [star.replace("*", "°") for star in stars]
-        said = survivors(found, 0, "*", "°")
+        assert significance_marks(found, 0) == [star.replace("*", "°") for star in stars]
+        said = significance_note(found, 0, "*", "°")
         assert said is not None
         assert said.startswith("* or ° ")
         assert said.endswith(text)
@@ -185,8 +198,10 @@ def test_cells_that_are_no_more_than_random_ones_are_marked() -> None:
         table = replace(found, reports=(report("table"),)).to_text(160)
         assert table.count(f" {words}") == stars.count("*")
     none = banded(inside=no, nearer=no)
-    assert marks(none, 0) == stars
-    assert "none of these lie inside their null bands" in (survivors(none, 0, "*", "°") or "")
+    assert significance_marks(none, 0) == stars
+    assert "none of these lie inside their null bands" in (
+        significance_note(none, 0, "*", "°") or ""
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,13 +210,13 @@ def test_cells_that_are_no_more_than_random_ones_are_marked() -> None:
 )
 def test_a_band_of_few_draws_gives_no_verdict(draws: int, confidence: float, decided: bool) -> None:
     """The band and its rank p stay."""
-    assert (draws >= fewest_draws(confidence)) == decided
+    assert (draws >= min_draws(confidence)) == decided
     made = finished(with_controls(heads(), draws), confidence=confidence)
     wide = replace(ends(made), inside=np.ones(len(made.cells), dtype=np.bool_))
     result = replace(made, controls=(wide,), reports=(report("table"),))
-    assert ("°" in marks(result, 0)) == decided
-    assert ("null bands" in (survivors(result, 0, "*", "°") or "")) == decided
-    words = null_words(result, 0) or ""
+    assert ("°" in significance_marks(result, 0)) == decided
+    assert ("null bands" in (significance_note(result, 0, "*", "°") or "")) == decided
+    words = null_band_text(result, 0) or ""
     assert words.startswith(f"range of {draws} draws")
     assert ("a verdict at" in words) != decided
     cells = [cell["measures"][0] for cell in experiment_document(result).as_json()["cells"]]
@@ -215,11 +230,11 @@ def test_a_band_of_few_draws_gives_no_verdict(draws: int, confidence: float, dec
 
 def test_survivors_with_too_few_draws_are_left_out_of_the_count() -> None:
     result = banded()
-    survived = np.flatnonzero([mark != " " for mark in marks(result, 0)])
+    survived = np.flatnonzero([mark != " " for mark in significance_marks(result, 0)])
     draws = np.full(len(result.cells), 39)
     draws[survived[0]] = 3
     some = banded(draws=draws, inside=np.ones(len(draws), dtype=np.bool_))
-    said = survivors(some, 0) or ""
+    said = significance_note(some, 0) or ""
     assert said.endswith("1 of the 1 with 39 draws or more lies inside its null band")
 
 
@@ -227,7 +242,7 @@ def test_the_words_of_a_band() -> None:
     cells = len(heads().cells)
 
     def said(**values: np.ndarray | int) -> str | None:
-        return null_words(banded(**values), 0)
+        return null_band_text(banded(**values), 0)
 
     whole = "range of 39 draws of random heads; one more like them lies in it with 95 %"
     assert said() == whole

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mechdsl.statistics.correlations import true_correlation
-from mechdsl.statistics.effect_parts import Sums
+from mechdsl.statistics.comparisons import true_correlation
+from mechdsl.statistics.measurements import EffectSums
 
 LEVEL = 95.0
 
 
-def sums(rows: np.ndarray, held: np.ndarray | None = None) -> Sums:
+def sums(rows: np.ndarray, held: np.ndarray | None = None) -> EffectSums:
     """rows: [unit, cell]; held: [unit], 1 for those that the experiment has."""
     held = np.ones(len(rows)) if held is None else held
     count = np.full(rows.shape[1], int(held.sum()))
-    return Sums((rows * held[:, None]).T, held[None], count)
+    return EffectSums((rows * held[:, None]).T, held[None], count)
 
 
 def centred(rows: np.ndarray) -> np.ndarray:
@@ -109,10 +109,10 @@ def test_of_ratios_and_of_the_same() -> None:
     random = np.random.default_rng(4)
     bottom = random.uniform(1, 2, (1, 40))
     effects = random.normal(0, 1, (12, 1))
-    one = Sums(effects * bottom + random.normal(0, 0.3, (12, 40)), bottom, np.full(12, 40))
+    one = EffectSums(effects * bottom + random.normal(0, 0.3, (12, 40)), bottom, np.full(12, 40))
     same = true_correlation(one, one, LEVEL)
     assert (same.low, same.value, same.high) == pytest.approx((1.0, 1.0, 1.0), abs=1e-6)
-    turned = Sums(-one.top, bottom, one.held)
+    turned = EffectSums(-one.top, bottom, one.held)
     assert true_correlation(one, turned, LEVEL).high == pytest.approx(-1.0, abs=1e-6)
-    long = Sums(np.tile(one.top, 60), np.tile(bottom, 60), np.full(12, 2_400))
+    long = EffectSums(np.tile(one.top, 60), np.tile(bottom, 60), np.full(12, 2_400))
     assert true_correlation(long, long, LEVEL).low == pytest.approx(1.0, abs=1e-6)

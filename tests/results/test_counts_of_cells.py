@@ -16,11 +16,10 @@ from rich.console import Console
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.results.results import Results
-from mechdsl.show.reports.bar_charts import bars_chart
-from mechdsl.show.reports.charts import COUNTED_UP_TO
-from mechdsl.show.reports.heatmap_chart import heatmap_chart
-from mechdsl.show.reports.line_charts import lines_chart
-from mechdsl.show.show_report import save_report, show_report
+from mechdsl.show.output import save_report, show_report
+from mechdsl.show.reports.charts import MAX_COUNTED_MARKS
+from mechdsl.show.reports.map_charts import heatmap_chart
+from mechdsl.show.reports.series_charts import bars_chart, lines_chart
 
 from .svg_text import texts_of
 from .synthetic import counted, finished, heads, measure, report, swept
@@ -153,7 +152,7 @@ def test_where_there_are_too_many_n_is_under_the_pointer() -> None:
     patched[1:, 5] = np.nan
     result = finished(replace(result, measures=(replace(data, patched=patched),)), resamples=100)
     chart = bars_chart(result, report("bars", variable="layer", by="head")).to_dict()
-    assert len(patched) > COUNTED_UP_TO
+    assert len(patched) > MAX_COUNTED_MARKS
     assert not any(row["n"] for row in values(chart))
     assert "under the pointer: n of cells with fewer than 24 prompts" in json.dumps(chart)
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mechdsl.results.differences import compare
-from mechdsl.statistics.effect_parts import Sums
-from mechdsl.statistics.shares import share_difference
+from mechdsl.results.differences.comparison import compare_results
+from mechdsl.statistics.intervals import share_difference
+from mechdsl.statistics.measurements import EffectSums
 
 from .synthetic import counted, finished, measure
 from .two_results import BASE, OLD, PROMPTS, noise, only, plain, results, states, two
@@ -154,7 +154,7 @@ def test_units_are_values_of_stats_by() -> None:
     values = {"count": [n // 3 for n in range(PROMPTS)]}
     old, new = (replace(plain(measure(v, BASE)), row_values=values) for v in (OLD, OLD + 1))
     one, other = (results(finished(each, by="count")) for each in (old, new))
-    found = compare(one, other)
+    found = compare_results(one, other)
     assert {each.units for each in found.cells} == {8}
 
 
@@ -164,7 +164,7 @@ def test_what_is_dealt_out_evenly_stays_as_it_is() -> None:
     new = measure(OLD + np.where(strata, 1.0, 0.2) + 0.05 * noise(9), BASE)
     sides = [replace(plain(each), strata=strata) for each in (measure(OLD, BASE), new)]
     one, other = (results(finished(each)) for each in sides)
-    within, anyhow = compare(one, other).cells[0], two(measure(OLD, BASE), new).cells[0]
+    within, anyhow = compare_results(one, other).cells[0], two(measure(OLD, BASE), new).cells[0]
     assert within.high - within.low < 0.3 * (anyhow.high - anyhow.low)  # type: ignore[operator]
 
 
@@ -218,7 +218,7 @@ def test_shares_are_tested_by_swaps_and_have_exact_limits() -> None:
     found = two(measure(old, old, **given), measure(new, old, **given))
     cell = only(found, "changed")
     assert cell.p == pytest.approx(2 * 0.5**9)  # McNemar's, exact: 9 turns, all one way
-    sides = [Sums(each, np.ones((1, 20)), np.array([20])) for each in (new, old)]
+    sides = [EffectSums(each, np.ones((1, 20)), np.array([20])) for each in (new, old)]
     low, high = share_difference(sides[0], sides[1], np.array([20]), 95)
     assert (cell.low, cell.high) == (pytest.approx(low[0]), pytest.approx(high[0]))
 
@@ -230,7 +230,7 @@ def test_categories_have_shares_and_a_p_and_no_interval() -> None:
     moved = data.patched.copy()
     moved[3] = np.where(np.isnan(moved[3]) | (random.random(96) < 0.5), moved[3], 2)
     second = finished(replace(first, measures=(first.measures[0], replace(data, patched=moved))))
-    found = compare(results(first), results(second))
+    found = compare_results(results(first), results(second))
     cell = only(found, "changed")
     assert states(found) == {"equal": 35, "changed": 1}
     assert (cell.kind, cell.low, cell.largest) == ("category", None, None)
@@ -308,11 +308,11 @@ def test_rows_that_stand_there_twice_are_matched_in_turn() -> None:
     keys = tuple(100 + n // 2 for n in range(PROMPTS))
     sides = [plain(measure(values, BASE), keys=keys) for values in (OLD, OLD + 1)]
     one, other = (results(finished(each)) for each in sides)
-    found = compare(one, other)
+    found = compare_results(one, other)
     assert found.rows == ()
     assert {(each.rows, each.units) for each in found.cells} == {(24, 12)}
     once = plain(measure(OLD[:, ::2], BASE[:, ::2]), keys=keys[::2])
-    found = compare(results(finished(sides[0])), results(finished(once)))
+    found = compare_results(results(finished(sides[0])), results(finished(once)))
     assert (found.rows[0].common, len(found.rows[0].removed)) == (12, 12)
     assert states(found) == {"equal": 4}
 
@@ -340,7 +340,7 @@ def test_two_samples_have_units_of_their_own() -> None:
         for shift, keys in ((0, None), (5, others))
     ]
     one, other = (results(finished(each, by="count")) for each in sides)
-    found = compare(one, other)
+    found = compare_results(one, other)
     assert {each.units for each in found.cells} == {8}
     assert states(found) == {"changed": 4}
     pairs = np.arange(PROMPTS)[None] // 2

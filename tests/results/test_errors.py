@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from mechdsl.base.source import Source, Span
+from mechdsl.checks.conditions import KnownMeasure, KnownNames
+from mechdsl.checks.expectations import check_expectation
+from mechdsl.checks.p_values import check_cell_units
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.render import render_full
+from mechdsl.diagnostics.rendering import render_full
 from mechdsl.program import spec
 from mechdsl.statistics.cell_statistics import check_denominator
-from mechdsl.statistics.sampling import Sampling
-from mechdsl.validate.expectations import check_expectation
-from mechdsl.validate.known import Known, KnownMeasure
-from mechdsl.validate.reachable_p import check_cells
+from mechdsl.statistics.measurements import SamplingDesign
 from mechdsl.vocab.effects import EFFECTS
 from mechdsl.vocab.reports import check_report
 
@@ -87,22 +87,24 @@ def zero_denominator() -> list[Diagnostic]:
     base = random.normal(1, 2, (1, 24))
     source = base + random.normal(0, 1, (1, 24))
     place = span("measure logit(answer) - logit(rival) as recovery")
-    sampling = Sampling(24, statistics(), 0)
+    sampling = SamplingDesign(24, statistics(), 0)
     return check_denominator(base, source, sampling, place, effect=EFFECTS["recovery"])
 
 
 def several_measures() -> list[Diagnostic]:
-    known = Known([KnownMeasure("ld", "delta"), KnownMeasure("lp", "delta")], ["layer", "head"])
+    known = KnownNames(
+        [KnownMeasure("ld", "delta"), KnownMeasure("lp", "delta")], ["layer", "head"]
+    )
     return check_expectation(expectation("max(delta) > 0.3"), known)
 
 
 def every_cell() -> list[Diagnostic]:
-    known = Known([KnownMeasure("ld", "recovery")], ["layer", "head"])
+    known = KnownNames([KnownMeasure("ld", "recovery")], ["layer", "head"])
     return check_expectation(expectation("recovery > 0.3"), known)
 
 
 def few_prompts() -> list[Diagnostic]:
-    return check_cells([4] * 16, statistics(), span("heads"))
+    return check_cell_units([4] * 16, statistics(), span("heads"))
 
 
 @pytest.mark.parametrize(

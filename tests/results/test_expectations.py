@@ -10,19 +10,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mechdsl.diagnostics.e06_experiment import NothingKept
-from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.collect import without_measures
-from mechdsl.results.decide_expectations import evaluate_all
-from mechdsl.results.estimates import Estimate, Fixed, combined
+from mechdsl.checks.conditions import KnownMeasure, KnownNames, cell_coordinates
+from mechdsl.checks.expectations import check_expectation
+from mechdsl.diagnostics.experiments import NoRowsKept
+from mechdsl.resolve.cells import CellKey
+from mechdsl.results.assembly.collection import drop_measures
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
-from mechdsl.validate.conditions import place_of
-from mechdsl.validate.expectations import check_expectation
-from mechdsl.validate.known import Known, KnownMeasure
+from mechdsl.results.verdicts.decision import decide_all_expectations
+from mechdsl.results.verdicts.estimates import Estimate, FixedNumber, combine_estimates
 
 from .synthetic import expectation, finished, heads, measure, positions
 
-KNOWN = Known(
+KNOWN = KnownNames(
     measures=[KnownMeasure("ld", "recovery")],
     axes=["layer", "head"],
     runs=["clean", "fewer"],
@@ -40,7 +39,7 @@ def _result() -> ExperimentResult:
 
 
 def verdict(line: str, result: ExperimentResult, **others: ExperimentResult) -> ExpectOutcome:
-    return evaluate_all([expectation(line)], result, others)[0]
+    return decide_all_expectations([expectation(line)], result, others)[0]
 
 
 @pytest.mark.parametrize(
@@ -291,8 +290,8 @@ def test_a_fixed_site_is_named_too() -> None:
     ],
 )
 def test_the_place_of_a_cell(site: str, coords: dict[str, int], components: set[str]) -> None:
-    assert place_of(CellKey({}, site)) == (coords, components)
-    assert place_of(CellKey({"layer": 9}, site)) == ({**coords, "layer": 9}, components)
+    assert cell_coordinates(CellKey({}, site)) == (coords, components)
+    assert cell_coordinates(CellKey({"layer": 9}, site)) == ({**coords, "layer": 9}, components)
 
 
 def test_one_cell_needs_no_place() -> None:
@@ -404,17 +403,21 @@ def test_a_measure_that_could_not_be_computed_holds_nothing() -> None:
     """Though its values are there and would do."""
     lines = ["max(recovery) > 0.3", "not (max(recovery) > 0.9)", "top 1 contains L2H1"]
     assert [each.holds for each in finished(heads(), *lines).outcomes] == [True, True, True]
-    problem = NothingKept(rows=3)
-    gone = finished(without_measures(heads(), {0: problem}), *lines)
+    problem = NoRowsKept(rows=3)
+    gone = finished(drop_measures(heads(), {0: problem}), *lines)
     assert [each.holds for each in gone.outcomes] == [False, False, False]
     assert all("E0613" in (each.reason or "") for each in gone.outcomes)
     assert np.isnan(gone.statistics[0].mean).all()
 
 
-@pytest.mark.parametrize("left", [Estimate(0.0), Estimate(0.0, Fixed(0.0))])
+@pytest.mark.parametrize("left", [Estimate(0.0), Estimate(0.0, FixedNumber(0.0))])
 def test_of_two_numbers_the_one_that_is_none_says_why(left: Estimate) -> None:
     none = Estimate(np.nan, None, why="no row is left")
-    assert combined("+", left, none).why == combined("+", none, left).why == "no row is left"
+    assert (
+        combine_estimates("+", left, none).why
+        == combine_estimates("+", none, left).why
+        == "no row is left"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.isnan(combined("/", left, Estimate(0.0)).point)
+        assert np.isnan(combine_estimates("/", left, Estimate(0.0)).point)

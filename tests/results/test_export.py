@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 import mechdsl
-from mechdsl.execute.options import Options
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.results import export as module
-from mechdsl.results.archive import ArchiveProblem
+from mechdsl.execute.run_record import ExecutionOptions
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.results import runs as module
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.export import FILES, export, is_export, read_export, stem_of
+from mechdsl.results.results import ArchiveError
+from mechdsl.results.runs import EXPORT_FILES, export_results, export_stem, is_export, read_export
 
 from ..execute.conftest import folder
 from ..execute.support import DIFFERENCE, bare, experiment, run_file
@@ -67,7 +67,7 @@ def arrays(found: list[dict[str, Any]], result: ExperimentResult) -> list[np.nda
 @pytest.mark.parametrize("tokens", [20, 4096])
 def test_the_lines_hold_what_the_arrays_hold(folder: Path, tokens: int) -> None:
     options = RunOptions(
-        out=folder / "out", execution=Options(pass_tokens=tokens, prompt_tokens=tokens)
+        out=folder / "out", execution=ExecutionOptions(pass_tokens=tokens, prompt_tokens=tokens)
     )
     for name, result in run_file(TEXT, folder, bare("gpt2"), options).items():
         header, *found = lines(folder / "out" / "file", name)
@@ -107,12 +107,12 @@ def test_results_are_read_back(name: str, tmp_path: Path) -> None:
     tables = (tmp_path / "out" / "it" / "tables.txt").read_text(encoding="utf-8")
     assert tables == results.to_text(100)
     names = {f"{each.name}.jsonl" for each in results}
-    assert set(os.listdir(tmp_path / "out" / "it")) == {*FILES, *names}
+    assert set(os.listdir(tmp_path / "out" / "it")) == {*EXPORT_FILES, *names}
     assert os.listdir(tmp_path / "out") == ["it"]
 
 
 def test_a_run_that_breaks_off_leaves_the_one_before_as_it_was(folder: Path) -> None:
-    whole = RunOptions(out=folder / "out", execution=Options(pass_tokens=40))
+    whole = RunOptions(out=folder / "out", execution=ExecutionOptions(pass_tokens=40))
     run_file(TEXT, folder, bare("gpt2"), whole)
     before = everything(folder / "out")
 
@@ -141,10 +141,10 @@ def test_one_that_can_not_be_written_leaves_the_one_before(
 ) -> None:
     """Whichever of its files the disk is full at."""
     out = tmp_path / "out"
-    export(plain, out, TEXTS["plain"])
+    export_results(plain, out, TEXTS["plain"])
     before = everything(out)
-    write = module._write
-    for full in range(len(FILES) + 1):
+    write = module._write_synced
+    for full in range(len(EXPORT_FILES) + 1):
         calls = count()
 
         def until_full(
@@ -154,9 +154,9 @@ def test_one_that_can_not_be_written_leaves_the_one_before(
                 raise OSError(errno.ENOSPC, "No space left on device")
             write(path, parts)
 
-        monkeypatch.setattr(module, "_write", until_full)
+        monkeypatch.setattr(module, "_write_synced", until_full)
         with pytest.raises(OSError, match="No space"):
-            export(plain, out, TEXTS["plain"] + "# other\n")
+            export_results(plain, out, TEXTS["plain"] + "# other\n")
         assert everything(out) == before
 
 
@@ -164,7 +164,7 @@ def test_a_later_export_takes_the_place_of_an_earlier_one(
     plain: mechdsl.Results, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    made = export(mechdsl.run(written(tmp_path, "everything printed")), out, "mech 1\n")
+    made = export_results(mechdsl.run(written(tmp_path, "everything printed")), out, "mech 1\n")
     assert made == out / "it"
     assert "spots.jsonl" in os.listdir(made)
     (made / "notes.txt").write_text("mine", encoding="utf-8")
@@ -172,9 +172,9 @@ def test_a_later_export_takes_the_place_of_an_earlier_one(
     (made / "state.json").write_text("{}", encoding="utf-8")
     (made / "folder").mkdir()
     (made / "folder" / "notes.txt").write_text("mine", encoding="utf-8")
-    export(plain, out, TEXTS["plain"])
+    export_results(plain, out, TEXTS["plain"])
     own = {"notes.txt", "mine.jsonl", "folder"}
-    assert set(os.listdir(made)) == {*FILES, "heads.jsonl", *own}
+    assert set(os.listdir(made)) == {*EXPORT_FILES, "heads.jsonl", *own}
     assert (made / "folder" / "notes.txt").read_text("utf-8") == "mine"
     same_results(plain, read_export(made))
     assert os.listdir(out) == ["it"]
@@ -184,7 +184,7 @@ def test_a_folder_of_somebody_else_is_not_emptied(plain: mechdsl.Results, tmp_pa
     """`--out .` beside a folder that is called like the file."""
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / "thesis.tex").write_text("years", encoding="utf-8")
-    export(plain, tmp_path, TEXTS["plain"])
+    export_results(plain, tmp_path, TEXTS["plain"])
     assert (tmp_path / "it" / "thesis.tex").read_text("utf-8") == "years"
     assert is_export(tmp_path / "it")
 
@@ -193,23 +193,23 @@ def test_what_a_killed_process_has_left_is_tidied(
     plain: mechdsl.Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed while it wrote, between the two renames, and behind them."""
-    monkeypatch.setattr(module, "AT_REST", 0.0)
+    monkeypatch.setattr(module, "STALE_SECONDS", 0.0)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     out = tmp_path / "out"
-    made = export(plain, out, TEXTS["plain"])
+    made = export_results(plain, out, TEXTS["plain"])
     (made / "notes.txt").write_text("mine", encoding="utf-8")
     made.replace(out / f".it-{ended.pid}-0123abcd.before")  # the earlier run has no other name now
     (out / f".it-{ended.pid}-0123abcd.new").mkdir()
     (out / f".it-{ended.pid}-0123abcd.new" / "archive.json").write_text("{", encoding="utf-8")
-    export(plain, out, TEXTS["plain"])
+    export_results(plain, out, TEXTS["plain"])
     assert os.listdir(out) == ["it"]
     assert (made / "notes.txt").read_text("utf-8") == "mine"
 
     before = out / f".it-{os.getpid()}-0123abcd.before"  # numbers come again
     shutil.copytree(made, before, ignore=shutil.ignore_patterns("notes.txt"))
     (before / "more.txt").write_text("mine too", encoding="utf-8")
-    export(plain, out, TEXTS["plain"])
+    export_results(plain, out, TEXTS["plain"])
     assert os.listdir(out) == ["it"]
     assert (made / "more.txt").read_text("utf-8") == "mine too"
 
@@ -221,10 +221,10 @@ def test_what_may_be_in_use_is_not_tidied(
     ended.wait()
     names = {f".it-{ended.pid}-0123abcd.new"}  # of another machine, perhaps
     (tmp_path / "out" / names.copy().pop()).mkdir(parents=True)
-    export(plain, tmp_path / "out", TEXTS["plain"])
+    export_results(plain, tmp_path / "out", TEXTS["plain"])
     assert {*os.listdir(tmp_path / "out")} == {*names, "it"}
     shutil.rmtree(tmp_path / "out")
-    monkeypatch.setattr(module, "AT_REST", 0.0)
+    monkeypatch.setattr(module, "STALE_SECONDS", 0.0)
     names = {
         f".it-{os.getppid()}-0123abcd.new",
         f".other-{ended.pid}-0123abcd.new",
@@ -232,7 +232,7 @@ def test_what_may_be_in_use_is_not_tidied(
     }
     for name in names:
         (tmp_path / "out" / name).mkdir(parents=True)
-    export(plain, tmp_path / "out", TEXTS["plain"])
+    export_results(plain, tmp_path / "out", TEXTS["plain"])
     assert {*os.listdir(tmp_path / "out")} == {*names, "it"}
 
 
@@ -240,7 +240,7 @@ def test_a_file_in_its_place_stays(plain: mechdsl.Results, tmp_path: Path) -> No
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "it").write_text("mine", encoding="utf-8")
     with pytest.raises(OSError, match="Not a directory"):
-        export(plain, tmp_path / "out", TEXTS["plain"])
+        export_results(plain, tmp_path / "out", TEXTS["plain"])
     assert (tmp_path / "out" / "it").read_text("utf-8") == "mine"
     assert os.listdir(tmp_path / "out") == ["it"]
 
@@ -250,19 +250,19 @@ def test_a_file_in_its_place_stays(plain: mechdsl.Results, tmp_path: Path) -> No
     [("a/heads.mech", "heads"), ("<text>", "text"), ("<stdin>", "stdin"), ("<../../x>", "x")],
 )
 def test_what_a_folder_is_called(file: str, stem: str) -> None:
-    assert stem_of(file) == stem
+    assert export_stem(file) == stem
 
 
 @pytest.mark.parametrize("file", ["..", "", "/", "<>", "<..>", "a/.."])
 def test_a_name_that_leads_elsewhere_is_refused(file: str) -> None:
-    with pytest.raises(ArchiveProblem, match="is not the name of a file"):
-        stem_of(file)
+    with pytest.raises(ArchiveError, match="is not the name of a file"):
+        export_stem(file)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArchiveProblem, match=r"`archive\.json` is missing"):
+    with pytest.raises(ArchiveError, match=r"`archive\.json` is missing"):
         read_export(tmp_path)
     (tmp_path / "archive.json").mkdir()
     assert not is_export(tmp_path)
-    with pytest.raises(ArchiveProblem, match=r"`archive\.json`: is a directory"):
+    with pytest.raises(ArchiveError, match=r"`archive\.json`: is a directory"):
         read_export(tmp_path)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mechdsl.show.show_report import show_report
-from mechdsl.statistics.cell_statistics import cell_statistics
-from mechdsl.statistics.measure_data import CellStatistics
+from mechdsl.show.output import show_report
+from mechdsl.statistics.cell_statistics import compute_cell_statistics
+from mechdsl.statistics.measurements import CellStatistics
 from mechdsl.vocab.effects import EFFECTS
 
 from ..statistics_files.skewed_family import too_skewed
@@ -45,7 +45,7 @@ def exponential(random: np.random.Generator, shape: tuple[int, int]) -> np.ndarr
 
 def corrected(deltas: np.ndarray, **settings: object) -> CellStatistics:
     data = measure(deltas, np.zeros((1, deltas.shape[1])))
-    return cell_statistics([data], statistics(**settings), 0, effects=EFFECTS)[0]
+    return compute_cell_statistics([data], statistics(**settings), 0, effects=EFFECTS)[0]
 
 
 def families(draw: Draw, **settings: object) -> tuple[int, int]:

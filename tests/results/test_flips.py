@@ -11,17 +11,25 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
+from mechdsl.checks.p_values import check_cell_units
+from mechdsl.program.significance import unreachable_cells
 from mechdsl.statistics.corrections import CORRECTIONS, benjamini_hochberg, holm
-from mechdsl.statistics.effect_parts import Sums
-from mechdsl.statistics.sign_flips import Flips, flip_signs, flips_for, largest_flip
-from mechdsl.validate.reachable_p import check_cells, out_of_reach
+from mechdsl.statistics.intervals import (
+    SignFlipResult,
+    flip_count,
+    joint_sign_flip_p,
+    sign_flip_inference,
+)
+from mechdsl.statistics.measurements import EffectSums
 
 from .synthetic import SPAN, statistics
 
 
-def sign_flip(deltas: np.ndarray, flips: int = 10_000) -> Flips:
+def sign_flip(deltas: np.ndarray, flips: int = 10_000) -> SignFlipResult:
     held = np.full(len(deltas), deltas.shape[1])
-    return flip_signs(Sums(deltas, np.ones((1, deltas.shape[1])), held), flips, 0, 95.0)
+    return sign_flip_inference(
+        EffectSums(deltas, np.ones((1, deltas.shape[1])), held), flips, 0, 95.0
+    )
 
 
 def scipy_p(deltas: np.ndarray) -> float:
@@ -63,8 +71,8 @@ def test_random_flips_come_near_and_are_never_zero() -> None:
 
 def test_there_are_enough_flips_for_the_smallest_p_to_survive() -> None:
     for tests, level in ((384, 0.05), (384, 0.02)):
-        assert 2 * tests / (flips_for(tests, level) + 1) < level
-    assert flips_for(10_000, 0.001) == 100_000
+        assert 2 * tests / (flip_count(tests, level) + 1) < level
+    assert flip_count(10_000, 0.001) == 100_000
 
 
 @pytest.mark.parametrize(("n", "p"), [(14, 2 / 2**14), (15, 2 / 10_001)])
@@ -89,7 +97,7 @@ def test_a_ratio_is_flipped_about_each_value() -> None:
     random = np.random.default_rng(3)
     bottom = random.normal(5, 1, (1, 10))
     top = 0.5 * bottom + random.normal(0, 1, (1, 10))
-    found = flip_signs(Sums(top, bottom, np.array([10])), 10_000, 0, 95.0)
+    found = sign_flip_inference(EffectSums(top, bottom, np.array([10])), 10_000, 0, 95.0)
     for end, inward in ((found.low[0], 1), (found.high[0], -1)):
         assert scipy_p((top - (end - inward * 1e-6) * bottom)[0]) < 0.05
         assert scipy_p((top - (end + inward * 1e-6) * bottom)[0]) >= 0.05
@@ -120,27 +128,27 @@ def test_the_largest_statistic_is_that_of_every_flip() -> None:
     deltas = random.normal([[1.5], [0.4], [0.0], [0.7]], 1, (4, 8)) * [[1], [100], [1], [0.01]]
     deltas[2, :3] = 0
     expected = largest_by_hand(deltas)
-    assert largest_flip(deltas, 10_000, 0) == pytest.approx(expected)
+    assert joint_sign_flip_p(deltas, 10_000, 0) == pytest.approx(expected)
     assert len(set(expected)) > 2
     # of more units than are enumerated, the same by drawing
     wide = np.zeros((4, 30))
     wide[:, 20:28] = deltas
-    assert largest_flip(wide, 10_000, 0) == pytest.approx(expected)
+    assert joint_sign_flip_p(wide, 10_000, 0) == pytest.approx(expected)
     doubled = np.concatenate([deltas, deltas], axis=1)
-    drawn = largest_flip(doubled, 40_000, 0)
+    drawn = joint_sign_flip_p(doubled, 40_000, 0)
     signs = random.choice([-1.0, 1.0], (40_000, 16))
     unit = doubled / np.sqrt((doubled**2).sum(1, keepdims=True))
     top = np.abs(signs @ unit.T).max(1)
     first = int(np.abs(unit.sum(1)).argmax())
     assert drawn[first] == pytest.approx((top >= np.abs(unit[first].sum())).mean(), abs=0.003)
-    assert largest_flip(np.zeros((2, 5)), 100, 0).tolist() == [1.0, 1.0]
+    assert joint_sign_flip_p(np.zeros((2, 5)), 100, 0).tolist() == [1.0, 1.0]
 
 
 def test_of_equal_cells_the_largest_statistic_corrects_nothing() -> None:
     """Holm would multiply by 50."""
     deltas = np.repeat(np.random.default_rng(0).normal(1, 1, (1, 10)), 50, axis=0)
     alone = sign_flip(deltas[:1]).p
-    assert largest_flip(deltas, 10_000, 0) == pytest.approx([alone[0]] * 50)
+    assert joint_sign_flip_p(deltas, 10_000, 0) == pytest.approx([alone[0]] * 50)
 
 
 def test_holm_by_hand() -> None:
@@ -158,32 +166,32 @@ def test_benjamini_hochberg_is_scipys(p: list[float]) -> None:
 
 
 def test_too_few_prompts_are_warned_of() -> None:
-    assert check_cells([8], statistics(), SPAN) == []
-    (found,) = check_cells([8] * 48, statistics(), SPAN)
+    assert check_cell_units([8], statistics(), SPAN) == []
+    (found,) = check_cell_units([8] * 48, statistics(), SPAN)
     assert found.code == "W0720"
     assert found.message == "with 8 prompts no cell can survive the correction"
     assert "0.0078" in found.label_text
-    assert check_cells([8] * 48, statistics(correction="bh"), SPAN) == []
-    assert check_cells([8] * 48, statistics(correction="max"), SPAN) == []
-    (found,) = check_cells([4] * 48, statistics(test="bootstrap"), SPAN)
+    assert check_cell_units([8] * 48, statistics(correction="bh"), SPAN) == []
+    assert check_cell_units([8] * 48, statistics(correction="max"), SPAN) == []
+    (found,) = check_cell_units([4] * 48, statistics(test="bootstrap"), SPAN)
     assert found.message == "with 4 prompts no cell can survive the correction"
-    assert check_cells([30] * 9000, statistics(), SPAN) == []
-    (found,) = check_cells([1] * 3, statistics(by="a"), SPAN)
+    assert check_cell_units([30] * 9000, statistics(), SPAN) == []
+    (found,) = check_cell_units([1] * 3, statistics(by="a"), SPAN)
     assert found.message == "with 1 value of a no cell can survive the correction"
 
 
 @pytest.mark.parametrize(("units", "warned"), [(15, True), (16, False)])
 def test_between_fifteen_and_twenty_units_p_has_a_floor_too(units: int, warned: bool) -> None:
     """2^(1 − 15) × 1,536 = 0.094 and 2^(1 − 16) × 1,536 = 0.047."""
-    assert bool(check_cells([units] * 1536, statistics(), SPAN)) is warned
+    assert bool(check_cell_units([units] * 1536, statistics(), SPAN)) is warned
 
 
 def test_cells_that_have_too_few_are_counted() -> None:
     """Holm multiplies by the cells that are left, so a few cells with few prompts come last."""
     units = [7, 64, 64, 5, 7]
     # by hand: 2⁻⁶ × 3 (itself, the other and that of five are left) = 0.047; 2⁻⁴ × 1 = 0.0625
-    assert out_of_reach(units, statistics()) == [3]
-    assert out_of_reach(units, statistics(confidence=97)) == [0, 3, 4]
-    (found,) = check_cells(units, statistics(confidence=97), SPAN)
+    assert unreachable_cells(units, statistics()) == [3]
+    assert unreachable_cells(units, statistics(confidence=97)) == [0, 3, 4]
+    (found,) = check_cell_units(units, statistics(confidence=97), SPAN)
     assert found.message == "3 of 5 cells have 5 to 7 prompts, and can't survive the correction"
-    assert out_of_reach(units, statistics(confidence=90)) == []
+    assert unreachable_cells(units, statistics(confidence=90)) == []

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from mechdsl.base.arrays import Floats
-from mechdsl.results.differences import compare
-from mechdsl.results.differences_document import differences_schema
+from mechdsl.results.differences.comparison import compare_results, differences_schema
 from mechdsl.results.experiment_result import (
     ExpectOutcome,
     ExperimentResult,
@@ -23,7 +22,7 @@ from mechdsl.results.experiment_result import (
 )
 from mechdsl.results.results import Results
 from mechdsl.statistics.corrections import holm
-from mechdsl.statistics.measure_data import MeasureData, Missing
+from mechdsl.statistics.measurements import MeasureData, MissingReason
 
 from .synthetic import finished, measure
 from .two_results import BASE, OLD, noise, plain, results, states, two
@@ -49,7 +48,7 @@ def test_a_cell_that_lost_its_number_is_gone_and_says_why() -> None:
 
 
 def test_a_measure_that_could_not_be_computed_is_gone() -> None:
-    gone = replace(measure(OLD * np.nan, BASE), missing=Missing("E0604", "the divisor is 0"))
+    gone = replace(measure(OLD * np.nan, BASE), missing=MissingReason("E0604", "the divisor is 0"))
     found = two(measure(OLD, BASE), gone)
     assert states(found) == {"lost": 4}
     assert {each.reason for each in found.removed} == {"not computed (E0604): the divisor is 0"}
@@ -59,14 +58,14 @@ def test_cells_and_measures_of_one_run_alone() -> None:
     other = measure(OLD, BASE, label="other")
     old = finished(plain(measure(OLD, BASE), other))
     new = finished(plain(measure(OLD[:3], BASE)))
-    found = compare(results(old), results(new))
+    found = compare_results(results(old), results(new))
     assert [(each.measure, each.cell) for each in found.removed] == [
         ("delta of other", None),
         (None, "L0H3.z"),
     ]
     assert states(found) == {"equal": 3}
     assert found.reasons == ("2 things gone",)
-    back = compare(results(new), results(old))
+    back = compare_results(results(new), results(old))
     assert (back.added, back.changed) == (found.removed, False)
 
 
@@ -97,7 +96,7 @@ def test_measures_are_one_by_label_effect_place_and_kind(other: dict[str, Any]) 
 def test_cells_are_one_by_coordinates_site_and_position(other: dict[str, Any]) -> None:
     old = finished(plain(measure(OLD, BASE)))
     cells = (replace(old.cells[0], **other), *old.cells[1:])
-    found = compare(results(old), results(replace(old, cells=cells)))
+    found = compare_results(results(old), results(replace(old, cells=cells)))
     assert (found.compared, len(found.added), len(found.removed)) == (3, 1, 1)
 
 
@@ -106,10 +105,10 @@ def test_experiments_that_are_new_gone_or_lost() -> None:
     two_ = replace(one, name="second")
     lost = LostExperiment(
         "second",
-        (Missing("E0424", "the model gave NaN"),),
+        (MissingReason("E0424", "the model gave NaN"),),
         (ExpectOutcome("max(delta) > -1", False, None, None, None, "not computed"),),
     )
-    found = compare(results(one, two_), results(one, lost=(lost,)))
+    found = compare_results(results(one, two_), results(one, lost=(lost,)))
     (place,) = found.removed
     assert (place.experiment, place.reason) == (
         "second",
@@ -117,13 +116,13 @@ def test_experiments_that_are_new_gone_or_lost() -> None:
     )
     assert [(each.experiment, each.turn) for each in found.verdicts] == [("second", "fails now")]
     assert found.reasons == ("1 expectation held before and not now", "1 thing gone")
-    gone = compare(results(one, two_), results(one))
+    gone = compare_results(results(one, two_), results(one))
     assert [each.experiment for each in gone.removed] == ["second"]
     assert [each.turn for each in gone.verdicts] == ["gone"]
     assert gone.changed
-    new = compare(results(one), results(one, two_))
+    new = compare_results(results(one), results(one, two_))
     assert ([each.experiment for each in new.added], new.changed) == (["second"], False)
-    assert compare(results(one, lost=(lost,)), results(one, lost=(lost,))).removed == ()
+    assert compare_results(results(one, lost=(lost,)), results(one, lost=(lost,))).removed == ()
 
 
 # --- verdicts and inputs --------------------------------------------------------------------------
@@ -136,7 +135,7 @@ def test_verdicts_that_flipped_have_both_figures() -> None:
     new = finished(
         plain(measure(BASE + 0.1 * noise(3, 1), BASE)), "mean(delta) > 0.5", "max(delta) < 3"
     )
-    found = compare(results(old), results(new))
+    found = compare_results(results(old), results(new))
     flipped, fresh, gone = found.verdicts
     assert (flipped.turn, fresh.turn, gone.turn) == ("fails now", "new", "gone")
     assert flipped.text == "mean(delta) > 0.5"
@@ -144,7 +143,7 @@ def test_verdicts_that_flipped_have_both_figures() -> None:
     assert flipped.new is not None
     assert flipped.old.value == pytest.approx(1, abs=0.1)
     assert flipped.new.value == pytest.approx(0, abs=0.1)
-    back = compare(results(new), results(old))
+    back = compare_results(results(new), results(old))
     assert back.verdicts[0].turn == "holds now"
     assert "1 expectation held before and not now" in found.reasons
     assert not any("expectation" in each for each in back.reasons)
@@ -153,7 +152,7 @@ def test_verdicts_that_flipped_have_both_figures() -> None:
 def test_a_new_verdict_that_fails_is_no_reason() -> None:
     old = finished(plain(measure(OLD, BASE)))
     new = finished(plain(measure(OLD, BASE)), "max(delta) > 9")
-    found = compare(results(old), results(new))
+    found = compare_results(results(old), results(new))
     assert ([each.turn for each in found.verdicts], found.changed) == (["new"], False)
 
 
@@ -168,7 +167,7 @@ def test_inputs_that_changed_are_listed_and_are_no_reason() -> None:
     after = replace(
         results(new, hash="2" * 64, seed=3), versions={"torch": "2.13.0", "mechdsl": "1"}
     )
-    found = compare(before, after)
+    found = compare_results(before, after)
     said = {each.what: (each.old, each.new) for each in found.inputs}
     assert said["text of the file"] == ("1" * 64, "2" * 64)
     assert said["seed"] == ("0", "3")
@@ -187,7 +186,7 @@ def test_inputs_of_some_experiments_name_them() -> None:
     one = finished(plain(measure(OLD, BASE)))
     second = replace(one, name="second")
     moved = replace(second, hashes={**second.hashes, "model": "b" * 64})
-    found = compare(results(one, second), results(one, moved))
+    found = compare_results(results(one, second), results(one, moved))
     assert [(each.what, each.experiments) for each in found.inputs] == [
         ("model (SHA-256)", ("second",))
     ]
@@ -208,7 +207,7 @@ def test_p_is_corrected_over_all_cells_that_differ() -> None:
         ]
         return finished(replace(result, measures=tuple(new)))
 
-    found = compare(
+    found = compare_results(
         results(finished(first), finished(second)), results(moved(first, 30), moved(second, 40))
     )
     p = np.array([each.p for each in found.cells], dtype=np.float64)
@@ -238,7 +237,7 @@ def test_where_experiments_disagree_holm_corrects(words: tuple[str, str]) -> Non
         first = finished(each, correction=words[0])
         return results(first, finished(replace(each, name="second"), correction=words[1]))
 
-    found = compare(run(OLD), run(OLD + noise(5)))
+    found = compare_results(run(OLD), run(OLD + noise(5)))
     assert found.conventions["correction"].startswith("Holm, over 8 cells")
 
 
@@ -321,9 +320,9 @@ def test_files_are_matched_by_name_where_there_are_several() -> None:
     moved = finished(plain(measure(OLD + 1, BASE)))
     old = Results((FileResult("a.mech", (one,)), FileResult("b.mech", (one,))))
     new = Results((FileResult("b.mech", (moved,)), FileResult("a.mech", (one,))))
-    found = compare(old, new)
+    found = compare_results(old, new)
     assert {each.experiment for each in found.changed_cells} == {"where of b.mech"}
-    less = compare(old, Results((FileResult("a.mech", (one,)),)))
+    less = compare_results(old, Results((FileResult("a.mech", (one,)),)))
     assert [each.experiment for each in less.removed] == ["where of b.mech"]
-    renamed = compare(Results((old.files[0],)), Results((new.files[0],)))
+    renamed = compare_results(Results((old.files[0],)), Results((new.files[0],)))
     assert len(renamed.changed_cells) == 4

@@ -16,14 +16,19 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mechdsl.base.visible import encodable_json, hidden, json_text, visible, xml_text
+from mechdsl.base.text import (
+    dump_json,
+    escape_hidden,
+    escape_unencodable,
+    escape_xml,
+    hidden_characters,
+)
 from mechdsl.program import spec
-from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.experiment_result import ExperimentResult, FileResult
-from mechdsl.results.replies import Replies, Texts
+from mechdsl.resolve.cells import CellKey
+from mechdsl.results.experiment_result import ExperimentResult, FileResult, Replies, RepliesByPrompt
 from mechdsl.results.results import Results
 from mechdsl.show.console import visible_console
-from mechdsl.show.show_report import save_report, show_report
+from mechdsl.show.output import save_report, show_report
 from mechdsl.vocab.reports import REPORTS
 
 from ..quick import some
@@ -45,7 +50,7 @@ def test_hidden_characters_are_those_of_unicode() -> None:
         category = unicodedata.category(char)
         never = category == "Cn" and (number & 0xFFFE == 0xFFFE or 0xFDD0 <= number <= 0xFDEF)
         wanted = category in ("Cc", "Cf", "Cs", "Zl", "Zp") or never
-        found = hidden().match(char) is not None
+        found = hidden_characters().match(char) is not None
         assert found == wanted or (found and category == "Cn"), hex(number)
 
 
@@ -61,33 +66,33 @@ def test_hidden_characters_are_those_of_unicode() -> None:
     ],
 )
 def test_visible(text: str, shown: str) -> None:
-    assert visible(text) == shown
-    assert visible(shown) == shown
-    assert visible("a\nb", keep="\n") == "a\nb"
+    assert escape_hidden(text) == shown
+    assert escape_hidden(shown) == shown
+    assert escape_hidden("a\nb", keep="\n") == "a\nb"
 
 
 def test_xml_takes_every_character() -> None:
     every = "".join(map(chr, range(sys.maxunicode + 1)))
-    ElementTree.fromstring(f'<a b="{xml_text(every)}">{xml_text(every)}</a>')
+    ElementTree.fromstring(f'<a b="{escape_xml(every)}">{escape_xml(every)}</a>')
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", None])
 def test_json_stays_json(encoding: str | None) -> None:
     value = {"é\U0001f600": HOSTILE + "\ud800"}
-    text = json_text(value, indent=1)
-    assert not hidden().search(text.replace("\n", ""))
-    written = encodable_json(text, encoding)
+    text = dump_json(value, indent=1)
+    assert not hidden_characters().search(text.replace("\n", ""))
+    written = escape_unencodable(text, encoding)
     written.encode(encoding or "ascii")
     assert json.loads(written) == value
     with pytest.raises(ValueError, match="JSON"):
-        json_text(float("nan"))
+        dump_json(float("nan"))
 
 
 # --- reports ---
 
 
 def hostile_replies(found: Replies) -> Replies:
-    def texts(own: Texts) -> Texts:
+    def texts(own: RepliesByPrompt) -> RepliesByPrompt:
         return {n: tuple(replace(r, text=r.text + HOSTILE) for r in rs) for n, rs in own.items()}
 
     return Replies(
@@ -156,7 +161,7 @@ def test_terminals(name: str, width: int) -> None:
     text = io.StringIO()
     show_report(result, line, visible_console(file=text, width=width, plain=True))
     shown = text.getvalue()
-    assert not hidden().search(shown.replace("\n", ""))
+    assert not hidden_characters().search(shown.replace("\n", ""))
     if name == "json":
         json.loads(shown)
         return
@@ -206,7 +211,7 @@ def test_pictures_and_pages(picture: tuple[str, str], tmp_path: Path) -> None:
         assert not any(script.startswith("x()") for script in page.scripts)
         assert not re.search("[\x1b\x07\x9b\u202e]", "".join(page.scripts[-1:]) or text)
     else:
-        assert not hidden().search(text.replace("\n", ""))
+        assert not hidden_characters().search(text.replace("\n", ""))
     if suffix == ".svg":
         root = ElementTree.fromstring(text)
         assert "\\x1b" in "".join(root.itertext())
@@ -217,7 +222,7 @@ def test_notebooks() -> None:
     for result in (built("table")[0], Results((FileResult("f", (built("table")[0],)),))):
         text = result._repr_html_()
         ElementTree.fromstring(f"<div>{text}</div>")
-        assert not hidden().search(text)
+        assert not hidden_characters().search(text)
 
 
 # --- what programs read ---

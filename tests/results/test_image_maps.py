@@ -14,22 +14,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mechdsl.base.arrays import Floats
-from mechdsl.show.reports.charts import PNG_SCALE
-from mechdsl.show.reports.image_maps import (
-    COVER,
-    LEGEND,
-    PALE,
-    SIDE,
-    below,
+from mechdsl.show.reports.canvas import CANVAS_MARGIN, CANVAS_WIDTH, PNG_SCALE, Canvas
+from mechdsl.show.reports.matrix import NEGATIVE_COLOUR, POSITIVE_COLOUR
+from mechdsl.show.reports.overlay_pages import (
+    DRAWN_SIDE,
+    LEGEND_WIDTH,
+    MAX_COVER,
+    PALE_RANGE,
+    ImageMaps,
     draw_maps,
     drawn_size,
-    figure,
-    legend,
-    page_of_maps,
+    image_figure,
+    maps_html,
+    pale_image,
+    scale_legend,
 )
-from mechdsl.show.reports.matrix import NEGATIVE, POSITIVE
-from mechdsl.show.reports.svg_canvas import MARGIN, WIDTH, Canvas
-from mechdsl.show.reports.token_shades import ImageMaps
 
 SIZE = (120.0, 80.0)
 """(width, height)"""
@@ -51,38 +50,38 @@ def seen(shapes: str, width: float = SIZE[0], height: float = SIZE[1]) -> NDArra
     return np.asarray(Image.open(BytesIO(vl_convert.svg_to_png(svg))).convert("RGB"))
 
 
-def over(colour: tuple[int, int, int], share: float, under: float = PALE[1]) -> Floats:
+def over(colour: tuple[int, int, int], share: float, under: float = PALE_RANGE[1]) -> Floats:
     """What a shade makes of a pixel of the image below."""
-    return under * (1 - COVER * share) + COVER * share * np.array(colour)
+    return under * (1 - MAX_COVER * share) + MAX_COVER * share * np.array(colour)
 
 
 def test_a_patch_has_the_colour_of_its_number() -> None:
     """By row and column, from the top left; blue above 0, red below, nothing at 0."""
     values = np.array([[1.0, -0.5, 0.0], [0.25, -1.0, 0.5]])
-    found = seen(figure(GRAY, values, 1.0, write, SIZE))
+    found = seen(image_figure(GRAY, values, 1.0, write, SIZE))
     for row, col in np.ndindex(2, 3):
         middle = found[20 + 40 * row, 20 + 40 * col]
         value = float(values[row, col])
-        expected = over(POSITIVE if value > 0 else NEGATIVE, abs(value))
+        expected = over(POSITIVE_COLOUR if value > 0 else NEGATIVE_COLOUR, abs(value))
         np.testing.assert_allclose(middle, expected, atol=2)
 
 
 def test_numbers_beyond_the_limit_have_its_colour() -> None:
-    found = seen(figure(GRAY, np.array([[7.0]]), 1.0, write, SIZE))
-    np.testing.assert_allclose(found[40, 60], over(POSITIVE, 1.0), atol=2)
+    found = seen(image_figure(GRAY, np.array([[7.0]]), 1.0, write, SIZE))
+    np.testing.assert_allclose(found[40, 60], over(POSITIVE_COLOUR, 1.0), atol=2)
 
 
 def test_nothing_is_shaded_where_all_is_zero() -> None:
-    found = seen(figure(GRAY, np.zeros((2, 3)), 0.0, write, SIZE))
-    assert np.unique(found[5:-5, 5:-5]).tolist() == [PALE[1]]
+    found = seen(image_figure(GRAY, np.zeros((2, 3)), 0.0, write, SIZE))
+    assert np.unique(found[5:-5, 5:-5]).tolist() == [PALE_RANGE[1]]
 
 
 def test_a_patch_without_a_number_is_hatched() -> None:
     values = np.array([[np.nan, 0.0]])
-    hatch = page_of_maps([ImageMaps("x", GRAY, (("m", values),))], 1.0, write)
+    hatch = maps_html([ImageMaps("x", GRAY, (("m", values),))], 1.0, write)
     pattern = re.search("<pattern.*?</pattern>", hatch)
     assert pattern is not None
-    found = seen(pattern[0] + figure(GRAY, values, 1.0, write, SIZE)).astype(int)
+    found = seen(pattern[0] + image_figure(GRAY, values, 1.0, write, SIZE)).astype(int)
     inside = found[10:-10]
     assert np.ptp(inside[:, 10:50]) > 30
     assert np.ptp(inside[:, 70:110]) == 0
@@ -92,7 +91,7 @@ def test_the_image_is_shown_as_it_is_and_stays_sharp() -> None:
     """Pixels of a small image are squares; no colour is mixed of two of them."""
     pixels = np.zeros((2, 3, 3), np.uint8)
     pixels[0, 0], pixels[1, 2] = (255, 0, 0), (0, 0, 255)
-    found = seen(figure(pixels, None, 1.0, write, SIZE))
+    found = seen(image_figure(pixels, None, 1.0, write, SIZE))
     for row, col in np.ndindex(2, 3):
         block = found[40 * row + 4 : 40 * row + 36, 40 * col + 4 : 40 * col + 36]
         assert (block == pixels[row, col]).all()
@@ -101,22 +100,22 @@ def test_the_image_is_shown_as_it_is_and_stays_sharp() -> None:
 def test_what_is_below_tells_no_number() -> None:
     """Its brightest pixel and its darkest differ by less than a quarter of what a shade can."""
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    pale = below(noise)
-    assert (pale.min(), pale.max()) == PALE
+    pale = pale_image(noise)
+    assert (pale.min(), pale.max()) == PALE_RANGE
     assert (pale[..., 0] == pale[..., 1]).all()
     assert (pale[..., 0] == pale[..., 2]).all()
-    assert PALE[1] - PALE[0] < 0.25 * COVER * (255 - min(POSITIVE))
+    assert PALE_RANGE[1] - PALE_RANGE[0] < 0.25 * MAX_COVER * (255 - min(POSITIVE_COLOUR))
     brighter = noise[..., 1] > noise[..., 1].mean()
     assert pale[brighter].mean() > pale[~brighter].mean()
-    assert np.unique(below(GRAY)).tolist() == [PALE[1]]
+    assert np.unique(pale_image(GRAY)).tolist() == [PALE_RANGE[1]]
 
 
 @pytest.mark.parametrize(
     ("shape", "patches", "size"),
     [
-        ((64, 64), (8, 8), (SIDE, SIDE)),
-        ((100, 50), (2, 2), (SIDE / 2, SIDE)),
-        ((50, 100), (2, 2), (SIDE, SIDE / 2)),
+        ((64, 64), (8, 8), (DRAWN_SIDE, DRAWN_SIDE)),
+        ((100, 50), (2, 2), (DRAWN_SIDE / 2, DRAWN_SIDE)),
+        ((50, 100), (2, 2), (DRAWN_SIDE, DRAWN_SIDE / 2)),
         ((448, 448), (32, 32), (224, 224)),
         ((448, 448), (100, 100), (480, 480)),
     ],
@@ -127,13 +126,15 @@ def test_sizes(shape: tuple[int, int], patches: tuple[int, int], size: tuple[flo
 
 
 def test_the_scale_goes_from_the_least_to_the_greatest() -> None:
-    shapes, width = legend(2.0, write, hatched=False)
+    shapes, width = scale_legend(2.0, write, hatched=False)
     found = seen(shapes, width, 26)
-    np.testing.assert_allclose(found[5, 2], over(NEGATIVE, 0.975, 255), atol=2)
-    np.testing.assert_allclose(found[5, LEGEND - 2], over(POSITIVE, 0.975, 255), atol=2)
-    assert found[5, LEGEND // 2].min() > 245
+    np.testing.assert_allclose(found[5, 2], over(NEGATIVE_COLOUR, 0.975, 255), atol=2)
+    np.testing.assert_allclose(
+        found[5, LEGEND_WIDTH - 2], over(POSITIVE_COLOUR, 0.975, 255), atol=2
+    )
+    assert found[5, LEGEND_WIDTH // 2].min() > 245
     assert re.findall(">([^<]+)</text>", shapes) == ["-2.00", "0", "2.00"]
-    assert "no number there" in legend(2.0, write, hatched=True)[0]
+    assert "no number there" in scale_legend(2.0, write, hatched=True)[0]
 
 
 def maps(count: int) -> list[ImageMaps]:
@@ -143,7 +144,7 @@ def maps(count: int) -> list[ImageMaps]:
 
 
 def test_the_page_says_all_numbers() -> None:
-    page = page_of_maps(maps(2), 1.0, write)
+    page = maps_html(maps(2), 1.0, write)
     ElementTree.fromstring(f"<body>{page}</body>")
     assert "image 1 &lt;b&gt;" in page
     said = re.findall(r"<title>(row \d col \d: [^<]+)</title>", page)
@@ -158,7 +159,7 @@ def test_images_stand_side_by_side_in_lines(tmp_path: Path) -> None:
     canvas = Canvas()
     draw_maps(canvas, maps(9), 1.0, write)
     ElementTree.fromstring(canvas.svg())
-    assert canvas.right <= WIDTH
+    assert canvas.right <= CANVAS_WIDTH
     moved = re.findall(r"translate\(([\d.]+),([\d.]+)\)", canvas.svg())
     places = [(float(x), float(y)) for x, y in moved]
     assert len(places) == 10 + 1, "the image, nine maps, the scale"
@@ -167,5 +168,5 @@ def test_images_stand_side_by_side_in_lines(tmp_path: Path) -> None:
     assert min(high - low for low, high in pairwise(tops)) > 100
     canvas.save(tmp_path / "maps.png")
     height, width = np.asarray(Image.open(tmp_path / "maps.png")).shape[:2]
-    assert width == round(canvas.right + MARGIN) * PNG_SCALE
+    assert width == round(canvas.right + CANVAS_MARGIN) * PNG_SCALE
     assert height == pytest.approx(canvas.y * PNG_SCALE, abs=2)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.decide_expectations import evaluate_all
+from mechdsl.resolve.cells import CellKey
+from mechdsl.results.assembly.collection import add_statistics
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.finish import with_statistics
+from mechdsl.results.verdicts.decision import decide_all_expectations
 
 from .synthetic import expectation, experiment, finished, measure
 
@@ -43,7 +43,10 @@ def noise(seed: int, effects: Sequence[float] = (), **values: object) -> Experim
 
 
 def holds(result: ExperimentResult, lines: Sequence[str]) -> list[bool]:
-    return [each.holds for each in evaluate_all([expectation(line) for line in lines], result)]
+    return [
+        each.holds
+        for each in decide_all_expectations([expectation(line) for line in lines], result)
+    ]
 
 
 def least_level(seed: int, line: str) -> float:
@@ -106,14 +109,14 @@ def test_an_alternative_holds_at_its_part_of_the_level() -> None:
         assert either == any(at_half)
         checked[either] += 1
     assert min(checked.values()) > 3
-    (said,) = evaluate_all([expectation(f"{EACH[1]} or {EACH[5]}")], noise(0, EFFECTS))
+    (said,) = decide_all_expectations([expectation(f"{EACH[1]} or {EACH[5]}")], noise(0, EFFECTS))
     assert said.reason == "each of 2 alternatives at 97.5 %"
 
 
 def test_what_is_decided_on_the_mean_takes_no_part() -> None:
     result = noise(0, EFFECTS, verdicts="holm")
     lines = [f"{EACH[5]} on mean", EACH[5]]
-    on_mean, alone = evaluate_all([expectation(line) for line in lines], result)
+    on_mean, alone = decide_all_expectations([expectation(line) for line in lines], result)
     assert "Holm" not in (on_mean.reason or "")
     assert "Holm" not in (alone.reason or ""), "one line has the level to itself"
 
@@ -131,6 +134,6 @@ def test_what_is_decided_on_the_mean_takes_no_part() -> None:
 )
 def test_conventions_say_which_level_applies(verdicts: str, said: str) -> None:
     asked = experiment(EACH[:2], verdicts=verdicts)
-    assert with_statistics(noise(0), asked, 0).conventions["verdicts"] == said
+    assert add_statistics(noise(0), asked, 0).conventions["verdicts"] == said
     one = experiment(EACH[:1], verdicts=verdicts)
-    assert "verdicts" not in with_statistics(noise(0), one, 0).conventions
+    assert "verdicts" not in add_statistics(noise(0), one, 0).conventions

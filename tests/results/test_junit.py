@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.results.against import Earlier
 from mechdsl.results.experiment_result import (
+    EarlierRun,
     ExpectOutcome,
     FileResult,
     LostExperiment,
-    NotRun,
-    Undecided,
+    SkippedExperiment,
+    UndecidedExpectation,
 )
 from mechdsl.results.results import Results
-from mechdsl.statistics.measure_data import Missing
+from mechdsl.statistics.measurements import MissingReason
 
 from ..junit_schema import junit, message, verdicts
 from .synthetic import finished, heads
 
-WHY = Missing("E0604", "the denominator is 0")
+WHY = MissingReason("E0604", "the denominator is 0")
 HOSTILE = "\x00\x1b[31m ]]> & <b> \"'\n\t\r\u202e\ud800 \ufffe\U0001f34e \x85 é"
 
 
@@ -72,7 +72,7 @@ def test_against_an_earlier_run() -> None:
     new[3] = replace(new[3], computed=False)
     before = FileResult("a.mech", (replace(heads(), outcomes=tuple(old)),))
     now = FileResult("a.mech", (replace(heads(), outcomes=tuple(new)),))
-    against = Earlier(("then",), {"a.mech": before}, {}).compare([now])
+    against = EarlierRun(("then",), {"a.mech": before}, {}).compare([now])
     root = junit(Results((now,), against=against).to_junit())
     assert list(verdicts(root).values()) == ["failure", "skipped", "failure", "error"]
     figure = "0.250 [0.100, 0.400]"
@@ -82,7 +82,10 @@ def test_against_an_earlier_run() -> None:
 
 
 def test_what_was_not_run() -> None:
-    left = (NotRun("where", (Undecided("a > 1", 7),)), NotRun("other", ()))
+    left = (
+        SkippedExperiment("where", (UndecidedExpectation("a > 1", 7),)),
+        SkippedExperiment("other", ()),
+    )
     found = read(FileResult("a.mech", (heads(),), not_run=left))
     assert found == {"a > 1": "skipped", "other is computed": "skipped"}
 
@@ -110,7 +113,7 @@ def test_hostile_text() -> None:
         for holds in (True, False)
     )
     found = replace(heads(), name=HOSTILE, model=HOSTILE, outcomes=outcomes)
-    lost = LostExperiment("lost", (Missing("E0604", HOSTILE),))
+    lost = LostExperiment("lost", (MissingReason("E0604", HOSTILE),))
     file = FileResult(HOSTILE, (found,), lost=(lost,))
     root = junit(Results((file,)).to_junit())
     shown = "\\x00\\x1b[31m ]]> & <b> \"'\\n\\t\\r\\u202e\\ud800 \\ufffe\U0001f34e \\x85 é"

@@ -10,14 +10,22 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.decide_expectations import evaluate_all
-from mechdsl.results.estimates import auroc, pearson, spearman
-from mechdsl.results.expectation_values import Cells, Chosen, Reader, Space
+from mechdsl.checks.conditions import Arithmetic, CellAggregate, ConstantValue
+from mechdsl.resolve.cells import CellKey
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
-from mechdsl.results.lead import ahead_of_each, ahead_of_some, differences, surely_smaller
-from mechdsl.statistics.units import Draws
-from mechdsl.validate.conditions import Arithmetic, Constant, OfCells
+from mechdsl.results.verdicts.decision import decide_all_expectations
+from mechdsl.results.verdicts.estimates import auroc, pearson, spearman
+from mechdsl.results.verdicts.values import (
+    CellSelector,
+    ComparisonSample,
+    SelectedCells,
+    ValueReader,
+    cell_differences,
+    compare_with_each_rival,
+    compare_with_rival,
+    find_smaller_cells,
+)
+from mechdsl.statistics.measurements import Resamples
 
 from .synthetic import expectation, finished, heads, measure
 
@@ -48,7 +56,7 @@ def cells_of(
 
 
 def verdict(line: str, result: ExperimentResult, **others: ExperimentResult) -> ExpectOutcome:
-    return evaluate_all([expectation(line)], result, others)[0]
+    return decide_all_expectations([expectation(line)], result, others)[0]
 
 
 @pytest.fixture(name="clear", scope="module")
@@ -143,24 +151,24 @@ def test_top_k_reports_a_neighbour_within_rounding(named: str, other: str) -> No
 
 
 def test_a_leader_is_told_from_each_by_their_difference(clear: ExperimentResult) -> None:
-    of = Chosen(clear, 0, np.arange(4))
-    space = Space(clear, [of])
-    found = ahead_of_each(space, of, 0, np.array([1, 2, 3]), 1.0, 95.0)
+    of = SelectedCells(clear, 0, np.arange(4))
+    space = ComparisonSample(clear, [of])
+    found = compare_with_each_rival(space, of, 0, np.array([1, 2, 3]), 1.0, 95.0)
     rows = clear.measures[0].patched
     assert found.cell == 2
     assert found.value == pytest.approx((rows[0] - rows[2]).mean())
     low, _ = stats.t.interval(0.95, 29, found.value, stats.sem(rows[0] - rows[2]))
     assert found.low == pytest.approx(low, abs=0.1)
     assert found.low <= low + 1e-9
-    lowest = ahead_of_each(space, of, 1, np.array([0, 2, 3]), -1.0, 95.0)
+    lowest = compare_with_each_rival(space, of, 1, np.array([0, 2, 3]), -1.0, 95.0)
     assert (lowest.cell, lowest.value) == (3, pytest.approx((rows[3] - rows[1]).mean()))
-    wider = ahead_of_each(space, of, 0, np.array([1, 2, 3]), 1.0, 99.0)
+    wider = compare_with_each_rival(space, of, 0, np.array([1, 2, 3]), 1.0, 99.0)
     assert wider.low < found.low
-    together = ahead_of_some(space, of, np.array([0, 1]), 2, 1.0, 95.0)
+    together = compare_with_rival(space, of, np.array([0, 1]), 2, 1.0, 95.0)
     assert together.value == pytest.approx([(rows[i] - rows[2]).mean() for i in (0, 1)])
     assert together.low_together[0] < low + 1e-9
-    assert surely_smaller(space, of, 1, 95.0).tolist() == [0, 2, 3]
-    assert surely_smaller(space, of, 0, 95.0).tolist() == [2, 3]
+    assert find_smaller_cells(space, of, 1, 95.0).tolist() == [0, 2, 3]
+    assert find_smaller_cells(space, of, 0, 95.0).tolist() == [2, 3]
 
 
 def test_differences_of_ratios_and_of_other_rows() -> None:
@@ -170,9 +178,9 @@ def test_differences_of_ratios_and_of_other_rows() -> None:
     patched = random.normal([[2.0], [2.0]], 0.5, (2, 40))
     patched[1, :12] = np.nan
     found = cells_of(patched, base=base, source=source)
-    of = Chosen(found, 0, np.arange(2))
-    space = Space(found, [of])
-    near = ahead_of_each(space, of, 0, np.array([1]), 1.0, 95.0)
+    of = SelectedCells(found, 0, np.arange(2))
+    space = ComparisonSample(found, [of])
+    near = compare_with_each_rival(space, of, 0, np.array([1]), 1.0, 95.0)
     one, two = patched[0].mean() / source[0].mean(), patched[1, 12:].mean() / source[1, 12:].mean()
     assert near.value == pytest.approx(one - two)
     moves = np.zeros(40)
@@ -180,7 +188,7 @@ def test_differences_of_ratios_and_of_other_rows() -> None:
     moves[12:] -= (patched[1] - two * source[1])[12:] / source[1, 12:].mean() * 40 / 28
     error = np.sqrt((moves**2).sum() * 28 / 27) / 40
     assert 2 * 2.05 * error < near.high - near.low < 2 * 2.05 * error * 1.5
-    pair = differences(space, of, np.array([0]), np.array([1]), 1.0, -1.0)
+    pair = cell_differences(space, of, np.array([0]), np.array([1]), 1.0, -1.0)
     assert pair.held.tolist() == [28]
     assert pair.value == pytest.approx([one - two])
 
@@ -219,14 +227,14 @@ def test_one_of_many_that_is_ahead_was_picked_among_them() -> None:
 def read(
     result: ExperimentResult, value: object, **others: ExperimentResult
 ) -> tuple[float, float, float]:
-    reader = Reader(Cells(result, others), [value])  # pyright: ignore[reportArgumentType]
+    reader = ValueReader(CellSelector(result, others), [value])  # pyright: ignore[reportArgumentType]
     found = reader.ended(reader.estimate(value, 95.0), 95.0)  # pyright: ignore[reportArgumentType]
     return found.point, found.low, found.high
 
 
 def difference() -> Arithmetic:
-    mine = OfCells(how="mean", measure=0)
-    theirs = OfCells(how="mean", measure=0, experiment="other")
+    mine = CellAggregate(how="mean", measure=0)
+    theirs = CellAggregate(how="mean", measure=0, experiment="other")
     return Arithmetic(operator="-", left=mine, right=theirs)
 
 
@@ -286,7 +294,7 @@ def test_the_error_of_a_product_by_hand() -> None:
         return a.mean() * b.mean(), moves.std(ddof=1) / 20**0.5
 
     value, error = of(np.arange(20))
-    weights = np.concatenate(list(Draws(20, 1000, 0).weights())).astype(int)
+    weights = np.concatenate(list(Resamples(20, 1000, 0).weights())).astype(int)
     drawn = [of(np.repeat(np.arange(20), each)) for each in weights]
     pivots = [(moved - value) / own for moved, own in drawn]
     lower, upper = np.percentile(pivots, [2.5, 97.5])
@@ -396,8 +404,8 @@ def test_the_largest_says_which_cell_has_too_few() -> None:
 def test_blocks_change_no_verdict(clear: ExperimentResult, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["max(delta) > 1", "argmax(delta) = L0H0", "mean(delta) < 0.2", "top 2 contains L0H0"]
     plain = [verdict(line, clear) for line in lines]
-    monkeypatch.setattr("mechdsl.statistics.units.BLOCK", 700)
-    monkeypatch.setattr("mechdsl.statistics.bootstrap.BLOCK", 700)
+    monkeypatch.setattr("mechdsl.statistics.measurements.BLOCK_NUMBERS", 700)
+    monkeypatch.setattr("mechdsl.statistics.intervals.BLOCK_NUMBERS", 700)
     for line, before in zip(lines, plain, strict=True):
         found = verdict(line, clear)
         assert (found.holds, found.reason) == (before.holds, before.reason)
@@ -426,7 +434,7 @@ def test_a_permutation_of_rows_changes_no_bit_of_an_expectation() -> None:
 
 
 def test_constants_alone(clear: ExperimentResult) -> None:
-    value = Arithmetic(operator="*", left=Constant(value=2.0), right=Constant(value=3.0))
+    value = Arithmetic(operator="*", left=ConstantValue(value=2.0), right=ConstantValue(value=3.0))
     assert read(clear, value) == (6.0, 6.0, 6.0)
 
 

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 import mechdsl
-from mechdsl.base.names import names_of_measure
-from mechdsl.diagnostics.e02_names import RepeatedStatement
-from mechdsl.show.show_report import show_report
+from mechdsl.base.text import measure_names
+from mechdsl.diagnostics.names import RepeatedStatement
+from mechdsl.show.output import show_report
 
 from ..fruit import head
 
@@ -164,5 +164,5 @@ def test_a_category_at_two_places_is_called_by_its_name(tmp_path: Path) -> None:
 
 
 def test_names_of_a_label() -> None:
-    assert names_of_measure("ld") == ("ld",)
-    assert names_of_measure("ld at item 1 token") == ("ld at item 1 token", "ld")
+    assert measure_names("ld") == ("ld",)
+    assert measure_names("ld at item 1 token") == ("ld at item 1 token", "ld")

@@ -12,11 +12,16 @@ from typing import Any
 import pytest
 
 import mechdsl
-from mechdsl.results.archive import pack
-from mechdsl.results.export import export
-from mechdsl.results.named_runs import find_run, folder_of, open_store, results_of
-from mechdsl.results.results import Results
-from mechdsl.results.run_facts import about_results, facts_of
+from mechdsl.results.results import Results, pack_results
+from mechdsl.results.runs import (
+    about_results,
+    export_results,
+    find_run,
+    find_store_folder,
+    load_results,
+    open_store,
+    read_facts,
+)
 from mechdsl.store.store import Store
 
 from .archived import TEXTS, written
@@ -35,7 +40,8 @@ def keep(folder: Path, results: Results, of: Path, **about: Any) -> str:
     said: Mapping[str, Any] = {"file": of.name, "path": os.path.realpath(of), **about}
     with Store(folder) as store, store.begin(os.urandom(8).hex(), said) as run:
         run.finish(
-            pack(results, TEXTS["plain"]), about_results(results, computed=5, stored=3, seconds=1.5)
+            pack_results(results, TEXTS["plain"]),
+            about_results(results, computed=5, stored=3, seconds=1.5),
         )
         return run.id
 
@@ -43,7 +49,7 @@ def keep(folder: Path, results: Results, of: Path, **about: Any) -> str:
 def refused(text: str, store: Path | None = None) -> str:
     """Why a name is refused: message and help."""
     with pytest.raises(mechdsl.MechdslError) as found:
-        results_of(text, store)
+        load_results(text, store)
     (problem,) = found.value.diagnostics
     assert problem.code == "E0208"
     return f"{problem.message} | {problem.help_text}"
@@ -52,7 +58,7 @@ def refused(text: str, store: Path | None = None) -> str:
 def test_by_id_or_the_beginning_of_one(results: Results, tmp_path: Path) -> None:
     id = keep(tmp_path, results, tmp_path / "a.mech")
     for text in (id, id[:-1], id[:9]):
-        same_results(results, results_of(text, tmp_path))
+        same_results(results, load_results(text, tmp_path))
     other = keep(tmp_path, results, tmp_path / "a.mech")
     said = refused("2", tmp_path)
     assert "`2` is the beginning of 2 runs" in said
@@ -92,7 +98,7 @@ def test_a_file_that_was_moved_with_its_store(results: Results, tmp_path: Path) 
     (tmp_path / "old").mkdir()
     id = keep(tmp_path / "old" / ".mechdsl", results, tmp_path / "old" / "a.mech")
     (tmp_path / "old").rename(tmp_path / "new")
-    store = folder_of(str(tmp_path / "new" / "a.mech"), tmp_path / "new" / ".mechdsl")
+    store = find_store_folder(str(tmp_path / "new" / "a.mech"), tmp_path / "new" / ".mechdsl")
     with open_store(store) as opened:
         assert find_run(opened, str(tmp_path / "new" / "a.mech")).id == id
 
@@ -116,8 +122,8 @@ def test_a_text_is_no_file_of_a_name(results: Results, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_was_exported(results: Results, tmp_path: Path) -> None:
-    made = export(results, tmp_path / "out", TEXTS["plain"])
-    same_results(results, results_of(str(made)))
+    made = export_results(results, tmp_path / "out", TEXTS["plain"])
+    same_results(results, load_results(str(made)))
     said = refused(str(tmp_path / "out"))
     assert "holds no run" in said
     assert f"did you mean `{made}`?" in said
@@ -130,15 +136,15 @@ def test_the_store_beside_the_file_or_in_the_working_folder(
 ) -> None:
     monkeypatch.delenv("MECHDSL_STORE", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert folder_of("sub/a.mech") == Path("sub/.mechdsl")
-    assert folder_of("last") == folder_of(None) == Path(".mechdsl")
-    assert folder_of("last", Path("named")) == Path("named")
+    assert find_store_folder("sub/a.mech") == Path("sub/.mechdsl")
+    assert find_store_folder("last") == find_store_folder(None) == Path(".mechdsl")
+    assert find_store_folder("last", Path("named")) == Path("named")
     keep(tmp_path / "sub" / ".mechdsl", results, tmp_path / "sub" / "a.mech")
-    same_results(results, results_of("sub/a.mech"))
+    same_results(results, load_results("sub/a.mech"))
     assert "there is no store `.mechdsl`" in refused("last")
     assert not (tmp_path / ".mechdsl").exists(), "looking makes none"
     monkeypatch.setenv("MECHDSL_STORE", "sub/.mechdsl")
-    same_results(results, results_of("last"))
+    same_results(results, load_results("last"))
     monkeypatch.setenv("MECHDSL_STORE", "none")
     assert "`MECHDSL_STORE` is `none`" in refused("last")
 
@@ -153,10 +159,10 @@ def test_a_folder_that_is_called_like_a_run(
 ) -> None:
     id = keep(tmp_path / "store", results, tmp_path / "a.mech")
     monkeypatch.chdir(tmp_path)
-    export(mechdsl.run(written(tmp_path, "variants")), tmp_path, TEXTS["variants"])
+    export_results(mechdsl.run(written(tmp_path, "variants")), tmp_path, TEXTS["variants"])
     (tmp_path / "it").rename(tmp_path / "last")
-    assert results_of("./last")["heads"].axes == ("source", "head")
-    assert results_of("last", tmp_path / "store")["heads"].axes == ("head",)
+    assert load_results("./last")["heads"].axes == ("source", "head")
+    assert load_results("last", tmp_path / "store")["heads"].axes == ("head",)
     with Store(tmp_path / "store") as store:
         assert find_run(store, "last").id == id
 
@@ -178,14 +184,14 @@ def test_a_store_that_is_copied_and_only_read(results: Results, tmp_path: Path) 
     id = keep(tmp_path / "one", results, tmp_path / "a.mech")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     shutil.rmtree(tmp_path / "one")
-    same_results(results, results_of(id[:15], tmp_path / "two"))
+    same_results(results, load_results(id[:15], tmp_path / "two"))
 
 
 def test_facts(results: Results, tmp_path: Path) -> None:
     keep(tmp_path, results, tmp_path / "a.mech", settings={"limit": 8}, versions={"mechdsl": "0"})
     with Store(tmp_path) as store:
         (run,) = store.runs()
-    facts = facts_of(run)
+    facts = read_facts(run)
     assert (facts.file, facts.state, facts.seconds) == ("a.mech", "finished", 1.5)
     assert (facts.experiments, facts.held, facts.expectations) == (1, 0, 0)
     assert facts.rows == "5 rows computed, 3 from the store"
@@ -212,7 +218,7 @@ def test_expectations_of_a_lost_experiment_do_not_hold(tmp_path: Path) -> None:
 def test_facts_of_whatever_a_store_says(about: dict[str, Any], tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         store.begin("k", about).close()
-        facts = facts_of(store.runs()[0])
+        facts = read_facts(store.runs()[0])
     assert facts.file == ""
     assert facts.held is None
     assert facts.settings == {}

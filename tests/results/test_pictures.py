@@ -16,16 +16,17 @@ import pytest
 from rich.console import Console
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.program import spec
-from mechdsl.resolve.cell_key import CellKey
-from mechdsl.resolve.name_cells import cell_keys
-from mechdsl.resolve.resolved import ResolvedExperiment
+from mechdsl.resolve.cells import CellKey
+from mechdsl.resolve.expansion import name_cells
+from mechdsl.resolve.types import ResolvedExperiment
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.chart_labels import labels_below, labels_beside, text_width
+from mechdsl.show.output import save_report, show_report
+from mechdsl.show.reports.canvas import text_width
+from mechdsl.show.reports.charts import column_labels, row_labels
 from mechdsl.show.reports.grid import axis_title
 from mechdsl.show.reports.text import map_format
-from mechdsl.show.show_report import save_report, show_report
-from mechdsl.validate.check_file import Settings, check_source
 from mechdsl.vocab.reports import REPORTS
 
 from ..markdown import fences
@@ -273,15 +274,15 @@ def test_bold_and_empty_cells_are_explained(tmp_path: Path) -> None:
 
 def test_words_are_turned_or_broken_and_numbers_thinned() -> None:
     long = [f"subject token of the other sentence {n}" for n in range(30)]
-    broken = labels_below(long[:4], 40, 1000)
+    broken = column_labels(long[:4], 40, 1000)
     assert "\n" in broken.texts[0]
     assert broken.step > 40
-    assert labels_below(long, 40, 1000).options["labelAngle"] == -45
-    assert labels_below(long, 10, 1000).options["labelAngle"] == -90
-    assert labels_below(["a", "b"], 40, 1000).options["labelAngle"] == 0
-    assert labels_below(range(48), 13, 1000).options["values"] == [str(n) for n in range(0, 48, 2)]
-    assert labels_beside(range(100), 5).options["values"][1] == "5"
-    assert labels_beside(long, 5).step > 10
+    assert column_labels(long, 40, 1000).options["labelAngle"] == -45
+    assert column_labels(long, 10, 1000).options["labelAngle"] == -90
+    assert column_labels(["a", "b"], 40, 1000).options["labelAngle"] == 0
+    assert column_labels(range(48), 13, 1000).options["values"] == [str(n) for n in range(0, 48, 2)]
+    assert row_labels(range(100), 5).options["values"][1] == "5"
+    assert row_labels(long, 5).step > 10
 
 
 def test_widths_are_rather_larger_than_they_are() -> None:
@@ -399,7 +400,7 @@ def programs() -> list[tuple[str, str, Path]]:
 def made_up(experiment: ResolvedExperiment) -> ExperimentResult:
     """A result with the experiment's own axes and cells, and numbers of no meaning."""
     random = np.random.default_rng(2)
-    cells: list[CellKey] = list(cell_keys(experiment))
+    cells: list[CellKey] = list(name_cells(experiment))
     base = random.normal(0, 1, (1, 12))
     patched = base + random.normal(0, 0.1, (len(cells), 12))
     kinds = [(m.label, m.kind, m.word) for m in experiment.measures]
@@ -429,7 +430,7 @@ def made_up(experiment: ResolvedExperiment) -> ExperimentResult:
     ("text", "path"), [pytest.param(t, p, id=name) for name, t, p in programs()]
 )
 def test_pictures_of_the_documentation(text: str, path: Path, tmp_path: Path) -> None:
-    found = check_source(Source(text, path), Settings(limit=8))
+    found = check_source(Source(text, path), CheckSettings(limit=8))
     for experiment in found.experiments:
         if experiment.place is not None:  # an axis more, when parts are put together behind the run
             continue

@@ -14,16 +14,21 @@ from scipy.stats import nct, t, ttest_1samp
 
 import mechdsl
 from mechdsl.base.source import Source, Span
-from mechdsl.pipeline.compute import measure_unpatched
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.plan.make_plan import make_plan
+from mechdsl.checks.file_check import check_source
+from mechdsl.pipeline.computation import measure_unpatched
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.planner.passes import make_plan
 from mechdsl.program import spec
-from mechdsl.show.power import units_of
-from mechdsl.statistics.effect_parts import Sums
-from mechdsl.statistics.power import by_flips, by_skewed_t, by_t, detectable
+from mechdsl.show.plan import plan_measure_units
+from mechdsl.statistics.measurements import EffectSums
+from mechdsl.statistics.power import (
+    detectable_by_flips,
+    detectable_by_skewed_t,
+    detectable_by_t,
+    detectable_effect,
+)
 from mechdsl.statistics.skewed_t import skewed_t
-from mechdsl.syntax.parse import read_source
-from mechdsl.validate.check_file import check_source
+from mechdsl.syntax.frontend import read_source
 
 from ..cli.conftest import HEADS as BY_COUNT
 from ..cli.conftest import Command, command
@@ -48,7 +53,7 @@ def test_the_effect_is_that_of_noncentral_t(units: int, level: float) -> None:
         return float(nct.sf(edge, units - 1, effect * np.sqrt(units))) - 0.8
 
     most = 4 * edge / np.sqrt(units) + 2
-    assert by_t(units, level) == pytest.approx(brentq(lacking, 0, most), rel=2e-3)
+    assert detectable_by_t(units, level) == pytest.approx(brentq(lacking, 0, most), rel=2e-3)
 
 
 SIMULATED = [(8, 1), (16, 1), (16, 16), (32, 16), (64, 144), (200, 16)]
@@ -56,7 +61,7 @@ SIMULATED = [(8, 1), (16, 1), (16, 16), (32, 16), (64, 144), (200, 16)]
 
 @pytest.mark.parametrize(("units", "tests"), SIMULATED)
 def test_a_t_test_finds_it_in_80_percent(units: int, tests: int) -> None:
-    found = detectable(units, tests, settings(test="bootstrap"))
+    found = detectable_effect(units, tests, settings(test="bootstrap"))
     assert found.effect is not None
     deltas = np.random.default_rng(units).standard_normal((4000, units)) + found.effect
     p = np.asarray(ttest_1samp(deltas, 0, axis=1).pvalue)
@@ -65,10 +70,10 @@ def test_a_t_test_finds_it_in_80_percent(units: int, tests: int) -> None:
 
 @pytest.mark.parametrize(("units", "tests"), SIMULATED)
 def test_the_corrected_t_finds_it_in_80_percent(units: int, tests: int) -> None:
-    found = detectable(units, tests, settings())
+    found = detectable_effect(units, tests, settings())
     assert found.effect is not None
     deltas = np.random.default_rng(50 + units).standard_normal((4000, units)) + found.effect
-    p = skewed_t(Sums(deltas, np.ones((1, units)), np.full(4000, units))).p()
+    p = skewed_t(EffectSums(deltas, np.ones((1, units)), np.full(4000, units))).p()
     assert np.mean(p * tests < 0.05) == pytest.approx(0.8, abs=0.03)
 
 
@@ -84,7 +89,7 @@ def flipped(deltas: Array) -> float:
     [(6, 1, "holm"), (8, 1, "none"), (8, 6, "holm"), (10, 16, "holm"), (10, 16, "none")],
 )
 def test_sign_flips_find_it_in_80_percent(units: int, tests: int, correction: str) -> None:
-    found = detectable(units, tests, settings(correction=correction, test="flips"))
+    found = detectable_effect(units, tests, settings(correction=correction, test="flips"))
     assert found.effect is not None
     deltas = np.random.default_rng(100 + units).standard_normal((2500, units)) + found.effect
     p = np.array([flipped(each) for each in deltas])
@@ -93,8 +98,8 @@ def test_sign_flips_find_it_in_80_percent(units: int, tests: int, correction: st
 
 
 def test_sign_flips_and_t_meet_where_there_are_many_patterns() -> None:
-    assert by_flips(12, 100) == pytest.approx(by_t(12, 100 / 2**11), rel=0.03)
-    assert by_flips(8, 1) > 1.1 * by_t(8, 1 / 2**7)
+    assert detectable_by_flips(12, 100) == pytest.approx(detectable_by_t(12, 100 / 2**11), rel=0.03)
+    assert detectable_by_flips(8, 1) > 1.1 * detectable_by_t(8, 1 / 2**7)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +125,7 @@ def test_sign_flips_and_t_meet_where_there_are_many_patterns() -> None:
 def test_where_nothing_can_be_shown(
     units: int, tests: int, given: dict[str, object], shown: bool
 ) -> None:
-    assert (detectable(units, tests, settings(**given)).effect is not None) == shown
+    assert (detectable_effect(units, tests, settings(**given)).effect is not None) == shown
 
 
 # --- on the command line ----------------------------------------------------------------------
@@ -144,7 +149,7 @@ def file(folder: Path, text: str) -> Path:
 def test_a_plan_says_it(command: Command, tmp_path: Path) -> None:
     done = command("plan", file(tmp_path, HEADS))
     (line,) = lines_of(done.out, "power")
-    effect = by_skewed_t(16, 0.05 / 8)  # 2 layers of 4 heads
+    effect = detectable_by_skewed_t(16, 0.05 / 8)  # 2 layers of 4 heads
     assert [part.strip() for part in line] == [
         "heads",
         "16 distinct rows",
@@ -162,9 +167,14 @@ def plain(text: str) -> str:
 @pytest.mark.parametrize(
     ("stats", "units", "tests", "effect"),
     [
-        ("stats confidence 99% correct none", "16 distinct rows", 8, by_skewed_t(16, 1 - 0.99)),
-        ("stats correct bh", "16 distinct rows", 8, by_skewed_t(16, 0.05 / 8)),
-        ("stats by count correct none", "7 values of count", 8, by_skewed_t(7, 0.05)),
+        (
+            "stats confidence 99% correct none",
+            "16 distinct rows",
+            8,
+            detectable_by_skewed_t(16, 1 - 0.99),
+        ),
+        ("stats correct bh", "16 distinct rows", 8, detectable_by_skewed_t(16, 0.05 / 8)),
+        ("stats by count correct none", "7 values of count", 8, detectable_by_skewed_t(7, 0.05)),
         ("stats by count", "7 values of count", 8, None),
     ],
 )
@@ -184,7 +194,7 @@ def test_of_the_bootstrap_a_least_effect_is_printed(command: Command, tmp_path: 
     text = HEADS.replace("  report table", "  stats test bootstrap\n  report table")
     done = command("plan", file(tmp_path, text))
     (line,) = lines_of(done.out, "power")
-    assert line[-1].strip() == f"≥ {by_t(16, 0.05 / 8):.2f} SD"
+    assert line[-1].strip() == f"≥ {detectable_by_t(16, 0.05 / 8):.2f} SD"
     assert "≥: of Student's t; the bootstrap-t finds as much or less" in plain(done.out)
     assert "≥" not in command("plan", file(tmp_path, HEADS)).out
 
@@ -259,7 +269,7 @@ def test_it_is_said_in_the_metrics_units(
         "delta": (1.0, ""),
         "relative": (abs(base.mean()), " of m(base)"),
     }[effect]
-    size = by_skewed_t(16, 0.05 / 8) if by is None else by_skewed_t(7, 0.05)
+    size = detectable_by_skewed_t(16, 0.05 / 8) if by is None else detectable_by_skewed_t(7, 0.05)
     of_base, of_change = ([part.strip() for part in line] for line in measured_lines(done.out))
     for line, name, values in (
         (of_base, "fewer", base),
@@ -336,7 +346,7 @@ def test_units_are_those_of_the_run(
         for panel in make_plan(check_source(source).experiments).panels
         for each in panel.experiments
     }
-    planned = units_of(plans["e"], 0, np.arange(24), plans)
+    planned = plan_measure_units(plans["e"], 0, np.arange(24), plans)
     found = mechdsl.run(path, write_reports=False)["e"]
     counted = found.statistics[0].units[~found.measures[0].inert]
     assert planned.counts.tolist() == counted.tolist()

@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 
 from mechdsl.base import limits
-from mechdsl.base.reply import Reply
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.diagnostics.render import render_full
-from mechdsl.execute.reply_values import reply_values
-from mechdsl.resolve.resolved import Atom
-from mechdsl.validate.check_file import Settings, check_source
-from mechdsl.vocab.metrics import METRICS
-from mechdsl.vocab.reply_metrics import TakesTooLong, check_pattern
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.execute.measurement.python_metrics import compute_reply_values
+from mechdsl.resolve.types import MetricTerm
+from mechdsl.vocab.metrics import METRICS, PatternTimeout, Reply, check_pattern
 
 
 def read(name: str, replies: list[str], wanted: list[tuple[str, ...]]) -> list[float]:
@@ -93,7 +91,7 @@ ENDLESS = "^([0-9 ]|[0-9])+[a-z]$"
 def test_a_search_that_goes_on_and_on_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "SEARCH_SECONDS", 0.05)
     assert read("matches", ["4 4 x", "4 4"], [(ENDLESS,)] * 2) == [1, 0]
-    with pytest.raises(TakesTooLong) as error:
+    with pytest.raises(PatternTimeout) as error:
         read("matches", ["4", "4 " * 60], [(ENDLESS,)] * 2)
     assert error.value.row == 1
 
@@ -163,10 +161,10 @@ experiment e {{
 """
 
 
-def atom(metric: str, answer: str = "{count}") -> Atom:
+def atom(metric: str, answer: str = "{count}") -> MetricTerm:
     """The metric, resolved on all rows."""
     source = Source(FILE.format(metric=metric, answer=answer), Path("a.mech"))
-    found = check_source(source, Settings())
+    found = check_source(source, CheckSettings())
     assert not has_errors(found.diagnostics), render_full(found.diagnostics)
     (experiment,) = found.experiments
     (own,) = experiment.measures[0].atoms
@@ -207,9 +205,9 @@ def test_a_text_may_hang_on_the_cell() -> None:
 def test_each_cell_is_held_to_its_own_text() -> None:
     replies = [Reply((), f"n{n}", "length") for n in (1, 2, 2, 1)]
     by_cell, prompts = atom('contains("n{item.index}")'), np.zeros(4, dtype=np.int64)
-    assert reply_values(by_cell, replies, prompts, [1, 1, 2, 2]).tolist() == [1, 0, 1, 0]
+    assert compute_reply_values(by_cell, replies, prompts, [1, 1, 2, 2]).tolist() == [1, 0, 1, 0]
     same = atom('contains("n1")')
-    assert reply_values(same, replies, prompts, [1, 1, 2, 2]).tolist() == [1, 0, 0, 1]
+    assert compute_reply_values(same, replies, prompts, [1, 1, 2, 2]).tolist() == [1, 0, 0, 1]
 
 
 def test_words_that_the_model_has_not_can_be_looked_for() -> None:

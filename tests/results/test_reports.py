@@ -14,24 +14,23 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from mechdsl.base.text import shown_token
 from mechdsl.program import spec
-from mechdsl.resolve.cell_key import CellKey
+from mechdsl.resolve.cells import CellKey
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.results.results import Results
-from mechdsl.show.reports.bar_charts import bars_chart
-from mechdsl.show.reports.confusion_counts import confusions
-from mechdsl.show.reports.line_charts import lines_chart
+from mechdsl.show.output import save_report, show_report
+from mechdsl.show.reports.grid import count_confusions
+from mechdsl.show.reports.overlay_pages import build_overlays, prompt_effects
+from mechdsl.show.reports.series_charts import bars_chart, lines_chart
 from mechdsl.show.reports.text import (
-    alike_note,
+    interval_texts,
     null_texts,
     number_format,
     p_text,
-    with_interval,
+    print_verdicts,
+    zero_width_note,
 )
-from mechdsl.show.reports.token_shades import overlays, prompt_effects
-from mechdsl.show.reports.verdicts import print_verdicts
-from mechdsl.show.show_report import save_report, show_report
-from mechdsl.show.tokens import shown_token
 from mechdsl.vocab.reports import REPORTS, ReportKind, ReportSignature, check_report
 
 from ..quick import some
@@ -460,7 +459,7 @@ def test_numbers_of_a_column_line_up() -> None:
 def test_number_and_interval_have_digits_that_tell_them_from_zero(
     numbers: tuple[float, float, float], rounding: float, expected: tuple[str, str]
 ) -> None:
-    assert with_interval(number_format([0.6]), *numbers, rounding) == expected
+    assert interval_texts(number_format([0.6]), *numbers, rounding) == expected
 
 
 def test_small_survivor_of_a_map_is_a_power_of_ten() -> None:
@@ -524,7 +523,7 @@ def test_every_panel_shows_its_own_cells() -> None:
 def test_confusion_counts_prompts() -> None:
     result = finished(counted())
     line = report("confusion", variable="item", by="argmax")
-    (found,) = confusions(result, line).values()
+    (found,) = count_confusions(result, line).values()
     assert [each.title for each in found] == ["base run: fewer", "layer 0", "layer 1", "layer 2"]
     guess = result.measures[1].patched
     for layer, each in enumerate(found[1:]):
@@ -542,7 +541,7 @@ def test_confusion_counts_prompts() -> None:
 
 def test_confusion_with_a_value_of_the_prompts() -> None:
     result = finished(counted())
-    (found,) = confusions(result, report("confusion", variable="count", by="argmax")).values()
+    (found,) = count_confusions(result, report("confusion", variable="count", by="argmax")).values()
     bases, own = found[::2], found[1::2]  # rows drop out of cells, and so of their base run
     assert len(own) == len(result.cells)
     assert bases[0].title == "layer 0, item 1 token, base run: fewer"
@@ -558,7 +557,7 @@ def test_a_confusion_shows_the_base_run(word: str) -> None:
     """Of the prompts that the cell has, in the same rows and columns."""
     result = finished(counted())
     data = result.measures[1]
-    (found,) = confusions(result, report("confusion", variable=word, by="argmax")).values()
+    (found,) = count_confusions(result, report("confusion", variable=word, by="argmax")).values()
     values = np.array(result.row_values["count"])
     bases = [each for each in found if "base run: fewer" in each.title]
     assert len(bases) == {"item": 1, "count": 18, "layer": 6}[word]
@@ -575,13 +574,13 @@ def test_a_confusion_shows_the_base_run(word: str) -> None:
 
 def test_what_shows_the_base_run_alone_has_no_second_one() -> None:
     result = behaviour()
-    (found,) = confusions(result, report("confusion", variable="count", by="argmax")).values()
+    (found,) = count_confusions(result, report("confusion", variable="count", by="argmax")).values()
     assert [each.title for each in found] == [""]
 
 
 def test_an_axis_that_counts_nothing_has_no_own_category() -> None:
     result = finished(counted())
-    (found,) = confusions(result, report("confusion", variable="layer", by="argmax")).values()
+    (found,) = count_confusions(result, report("confusion", variable="layer", by="argmax")).values()
     assert {own for each in found for own in each.own} == {None}
     assert 0.0 not in found[0].columns
 
@@ -591,8 +590,8 @@ def test_a_measure_is_called_by_its_name_or_its_word() -> None:
     named = replace(result.measures[1], label="guess")
     result = replace(result, measures=(result.measures[0], named))
     for word in ("guess", "argmax"):
-        assert confusions(result, report("confusion", variable="item", by=word))
-    assert not confusions(result, report("confusion", variable="item", by="prob"))
+        assert count_confusions(result, report("confusion", variable="item", by=word))
+    assert not count_confusions(result, report("confusion", variable="item", by="prob"))
 
 
 def test_prompts_of_an_overlay_average_to_the_effect() -> None:
@@ -600,7 +599,7 @@ def test_prompts_of_an_overlay_average_to_the_effect() -> None:
     values = prompt_effects(result, 0)
     found = np.nanmean(values, axis=1)
     np.testing.assert_allclose(found, result.statistics[0].mean, atol=1e-9)
-    (shown,) = overlays(result, report("overlay", top=5)).values()
+    (shown,) = build_overlays(result, report("overlay", top=5)).values()
     assert len(shown.prompts) == 5
     first = shown.prompts[0]
     assert first.tokens == result.texts[0]
@@ -694,5 +693,5 @@ def test_cells_in_which_no_row_differs_are_counted() -> None:
     said = (
         "2 cells have one value in all rows: their interval says nothing of rows that would differ"
     )
-    assert alike_note(alike, 0) == said
-    assert alike_note(finished(result), 0) is None, "inert cells aren't tested"
+    assert zero_width_note(alike, 0) == said
+    assert zero_width_note(finished(result), 0) is None, "inert cells aren't tested"

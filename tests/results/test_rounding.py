@@ -11,27 +11,27 @@ import torch
 from rich.console import Console
 
 from mechdsl.base.source import Source, Span
-from mechdsl.execute.readout import Reading, Readout
-from mechdsl.resolve.resolved import Atom, Env, ResolvedMeasure
-from mechdsl.results.collect import words_of_forms
+from mechdsl.checks.file_check import check_source
+from mechdsl.execute.measurement.readout import Readout, ReadoutInput
+from mechdsl.resolve.types import ItemNumber, MetricTerm, ResolvedMeasure
+from mechdsl.results.assembly.collection import rounding_unit_texts
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.results.statistics_conventions import statistics_conventions
-from mechdsl.show.reports.text import rounding_note, survives, survivors
-from mechdsl.show.show_report import show_report
-from mechdsl.statistics.cell_statistics import cell_statistics
-from mechdsl.statistics.measure_data import CellStatistics, MeasureData
+from mechdsl.show.output import show_report
+from mechdsl.show.reports.text import is_significant, rounding_note, significance_note
+from mechdsl.statistics.cell_statistics import compute_cell_statistics
+from mechdsl.statistics.measurements import CellStatistics, MeasureData
 from mechdsl.syntax import ast
-from mechdsl.validate.check_file import check_source
 from mechdsl.vocab.effects import EFFECTS
-from mechdsl.vocab.metrics import METRICS, Takes
+from mechdsl.vocab.metrics import METRICS, MetricArgument
 
 from ..execute.nan import HEAD, experiment, run
 from .synthetic import finished, heads, measure, report, statistics
 
 
 def one(data: MeasureData) -> CellStatistics:
-    return cell_statistics([data], statistics(), 0, effects=EFFECTS)[0]
+    return compute_cell_statistics([data], statistics(), 0, effects=EFFECTS)[0]
 
 
 def test_a_bound_is_in_the_unit_of_the_effect() -> None:
@@ -60,7 +60,7 @@ def test_a_bound_is_in_the_unit_of_the_effect() -> None:
 @pytest.mark.parametrize("bases", [1, 2])
 def test_a_bound_is_of_the_base_of_its_cell(bases: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells are worked through in blocks; they have one base together or one each."""
-    monkeypatch.setattr("mechdsl.statistics.bootstrap.BLOCK", 1)
+    monkeypatch.setattr("mechdsl.statistics.intervals.BLOCK_NUMBERS", 1)
     random = np.random.default_rng(4)
     base = np.array([[-3.0], [-9.0]])[:bases] + random.normal(0, 1, (bases, 30))
     rounding = random.random((bases, 30)) * 1e-5
@@ -81,11 +81,11 @@ def test_it_does_not_survive_and_is_marked() -> None:
     found = done.statistics[0]
     assert found.p_corrected[live[0]] < 0.05
     assert np.flatnonzero(found.at_rounding).tolist() == [live[0]]
-    assert not survives(done, 0)[live[0]]
+    assert not is_significant(done, 0)[live[0]]
     exact = finished(replace(result, measures=(replace(small, rounding=None),)))
-    assert survives(exact, 0)[live[0]]
-    assert survives(exact, 0).sum() == survives(done, 0).sum() + 1
-    assert survivors(exact, 0) != survivors(done, 0)
+    assert is_significant(exact, 0)[live[0]]
+    assert is_significant(exact, 0).sum() == is_significant(done, 0).sum() + 1
+    assert significance_note(exact, 0) != significance_note(done, 0)
     assert "1 cell no larger" in statistics_conventions(done, EFFECTS)["rounding"]
     assert "rounding" not in statistics_conventions(exact, EFFECTS)
     cells = experiment_document(done).as_json()["cells"]
@@ -111,7 +111,7 @@ def readout(*measures: str) -> Readout:
 
 def bounds(read: Readout, logits: torch.Tensor, relative: float) -> list[float]:
     """Per measure, how far rounding may move what it reads off logits, [1, vocab]."""
-    reading = Reading(
+    reading = ReadoutInput(
         run="clean",
         prompts=np.zeros(1, dtype=np.int64),
         items=[None],
@@ -146,7 +146,7 @@ def test_a_logit_near_0_moves_as_far_as_the_largest_that_was_not_asked_for() -> 
     logits = torch.zeros(1, 120, dtype=torch.float64)
     logits[0, tokens] = torch.tensor([0.01, -0.02], dtype=torch.float64)
     logits[0, next(n for n in range(120) if n not in tokens)] = -40.0
-    few = Reading(
+    few = ReadoutInput(
         run="clean",
         prompts=np.zeros(1, dtype=np.int64),
         items=[None],
@@ -167,8 +167,11 @@ def test_the_number_of_a_regression_has_one_bound(value: float) -> None:
     """`output` and `output(class 0)` are the same number, and linear in it."""
     forms = METRICS["output"].forms
     node = ast.Name("output", span=Span(Source(""), 0, 0))
-    of_class: dict[Env, tuple[tuple[int, ...], ...]] = {None: ((0,),)}
-    atoms = Atom(node, "output", forms["nothing"]), Atom(node, "output", forms["class"], of_class)
+    of_class: dict[ItemNumber, tuple[tuple[int, ...], ...]] = {None: ((0,),)}
+    atoms = (
+        MetricTerm(node, "output", forms["nothing"]),
+        MetricTerm(node, "output", forms["class"], of_class),
+    )
     measures = [ResolvedMeasure("", "", node, (atom,), "number", "number", {}) for atom in atoms]
     found = bounds(Readout.of(measures), torch.tensor([[value]], dtype=torch.float64), 1e-6)
     assert found == pytest.approx([1e-6 * abs(value)] * 2, rel=1e-4)
@@ -366,7 +369,7 @@ def test_a_mean_of_what_is_the_same_in_all_rows_changes_nothing() -> None:
     assert found is not None, diagnostics
     same, other = found.experiments
     assert same.statistics[0].at_rounding.all()
-    assert not survives(same, 0).any()
+    assert not is_significant(same, 0).any()
     assert not other.statistics[0].at_rounding.any()
     assert "float32" in same.conventions["rounding"]
     assert "rounding" not in other.conventions
@@ -377,10 +380,10 @@ def test_a_mean_of_what_is_the_same_in_all_rows_changes_nothing() -> None:
     [("target", "two best logits", "of 0"), ("label", "a logit within that of 0", "two best")],
 )
 def test_what_bounds_come_from_is_said_of_each_kind_of_label(
-    takes: Takes, said: str, unsaid: str
+    takes: MetricArgument, said: str, unsaid: str
 ) -> None:
     """Labels that hold each by itself are right by the sign of their own logit."""
     forms = [METRICS["correct"].forms[takes]]
-    words = "; ".join(words_of_forms(forms))
+    words = "; ".join(rounding_unit_texts(forms))
     assert said in words
     assert unsaid not in words

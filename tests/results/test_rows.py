@@ -13,10 +13,11 @@ import pytest
 
 import mechdsl
 from mechdsl.base.arrays import Floats
-from mechdsl.execute.means_and_donors import _donors  # pyright: ignore[reportPrivateUsage]
-from mechdsl.prompts.row_content import ByContent, content_key
+from mechdsl.execute.patching.rule_inputs import _permute_rows  # pyright: ignore[reportPrivateUsage]
+from mechdsl.prompts.data_files import RecordOrder
+from mechdsl.prompts.values import content_key
+from mechdsl.results.assembly.population import largest_explained_variance
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.explained_by_values import most_explained
 
 START = 'mech 1\nmodel toy = zoo("counting")\n'
 FRUITS = ("apple", "pear", "plum", "fig", "kiwi")
@@ -130,7 +131,7 @@ def test_a_key_is_of_the_content_alone() -> None:
 
 def test_records_are_in_an_order_of_their_own() -> None:
     data = [{"a": n % 4} for n in range(11)]
-    found, turned = ByContent(data), ByContent(data[::-1])
+    found, turned = RecordOrder(data), RecordOrder(data[::-1])
     assert [data[n] for n in found.order] == [data[::-1][n] for n in turned.order]
     assert [data[n] for n in found.order] != data
     assert [found.order[rank] for rank in found.rank] == list(range(11))
@@ -146,7 +147,7 @@ def test_a_donor_is_of_other_content(seed: int) -> None:
     for size in range(2, 9):
         keys = [draw.randint(0, 3) for _ in range(size + 3)]
         kept = np.array(sorted(draw.sample(range(size + 3), size)))
-        donors = _donors(kept, keys, seed)
+        donors = _permute_rows(kept, keys, seed)
         assert sorted(donors[kept]) == kept.tolist()
         assert all(donors[row] != row for row in kept)
         own = [keys[row] for row in kept]
@@ -221,8 +222,8 @@ experiment texts {{ {BLANK}  patch resid_post layer 1 at first-item token onto s
 
 
 def test_variants_and_groups_keep_what_is_seen(tmp_path: Path) -> None:
-    from mechdsl.results.variants import merged
-    from mechdsl.show.reports.table import grouped
+    from mechdsl.results.assembly.combination import merge_variants
+    from mechdsl.show.reports.table import group_by_value
 
     text = f"""experiment e {{ {BLANK}  patch resid_post layer 1 at each item token onto slot token
   measure prob(" 3") as raw }}"""
@@ -248,7 +249,7 @@ def test_variants_and_groups_keep_what_is_seen(tmp_path: Path) -> None:
     )  # fmt: skip
     parts = [replace(each, runs={}, accuracy={}, accuracy_rounding={}) for each in (result, apart)]
     labels = [(("model", name),) for name in "abc"]
-    both = merged(list(zip(labels, [*parts, fewer], strict=True)))
+    both = merge_variants(list(zip(labels, [*parts, fewer], strict=True)))
     assert both.row_keys == fewer.row_keys
     seen = both.measures[0].seen
     assert seen is not None
@@ -256,7 +257,7 @@ def test_variants_and_groups_keep_what_is_seen(tmp_path: Path) -> None:
     np.testing.assert_array_equal(seen[:cells], data.seen[:, keep])
     assert all(len(set(row)) == len(keep) for row in seen[cells : 2 * cells].tolist())
     np.testing.assert_array_equal(seen[2 * cells :], data.seen[:, keep])
-    shown = grouped(result, "count").measures[0]
+    shown = group_by_value(result, "count").measures[0]
     assert shown.seen is not None
     np.testing.assert_array_equal(shown.seen, np.tile(data.seen, (4, 1)))
 
@@ -331,7 +332,7 @@ def test_noise_is_explained_by_nothing() -> None:
         columns = {
             str(k): [str(v) for v in draw.integers(0, k, n)] for k in (2, 3, 5, 8, n // 2, n)
         }
-        said += most_explained(rows, columns) is not None
+        said += largest_explained_variance(rows, columns) is not None
     assert said <= 6
 
 
@@ -341,14 +342,14 @@ def test_what_explains_most_is_named() -> None:
     rows = a + 0.3 * b + draw.normal(size=64) * 0.7
     columns = {"b": [*map(str, b)], "a": [*map(str, a)], "same": [*map(str, a + 1)]}
     columns["row"] = [*map(str, range(64))]
-    found = most_explained(rows, columns)
+    found = largest_explained_variance(rows, columns)
     assert found is not None
     assert (found.name, found.values) == ("a", 7)
     means = np.array([rows[a == value].mean() for value in a])
     adjusted = 1 - ((rows - means) ** 2).sum() / (64 - 7) / rows.var(ddof=1)
     assert found.share == pytest.approx(adjusted)
-    assert most_explained(a + 3 * draw.normal(size=64), columns) is None
-    assert most_explained(np.ones(64), columns) is None
+    assert largest_explained_variance(a + 3 * draw.normal(size=64), columns) is None
+    assert largest_explained_variance(np.ones(64), columns) is None
 
 
 READ = """

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import mechdsl
-import mechdsl.results.collect
+import mechdsl.results.assembly.collection
+from mechdsl.results.assembly.sampling_units import RowViews, _prefix_numbers  # pyright: ignore[reportPrivateUsage]
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.seen_rows import SeenRows, _prefix_numbers  # pyright: ignore[reportPrivateUsage]
 
 HELD = "run held { from clean into blank patch resid_post layer 2 at item 2 token onto last token }"
 READ = 'measure logit(" 3") as raw'
@@ -198,10 +198,10 @@ def test_donors_make_no_further_observations(tmp_path: Path) -> None:
 def test_a_model_that_sees_the_whole_prompt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def bidirectional(plan: object, kept: object, causal: object) -> SeenRows:
-        return SeenRows(plan, kept, lambda name: False)  # pyright: ignore[reportArgumentType]
+    def bidirectional(plan: object, kept: object, causal: object) -> RowViews:
+        return RowViews(plan, kept, lambda name: False)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(mechdsl.results.collect, "SeenRows", bidirectional)
+    monkeypatch.setattr(mechdsl.results.assembly.collection, "RowViews", bidirectional)
     for case in ("read early", "the beginning of the source"):
         assert run(CASES[case][0], tmp_path).measures[0].seen is None
 

@@ -10,10 +10,10 @@ import pytest
 
 import mechdsl
 from mechdsl.base.source import Source
-from mechdsl.diagnostics import e06_onward
-from mechdsl.resolve.selections import Selection
+from mechdsl.diagnostics import experiments
+from mechdsl.resolve.expansion import Selection
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.text import survives
+from mechdsl.show.reports.text import is_significant
 from tests.run_source import run_source
 
 FILE = """mech 1
@@ -80,7 +80,7 @@ def test_no_cell_is_said_to_survive(tmp_path: Path) -> None:
     found = together(tmp_path, text())
     assert found.statistics[0].p[0] < 0.05
     assert np.isnan(found.statistics[0].p_corrected).all()
-    assert not survives(found, 0).any()
+    assert not is_significant(found, 0).any()
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ experiment again {
     assert file is not None
     selected = {each.name: [one.of for one in each.selected] for each in file.experiments}
     assert selected == {"heads": [], "again": [], "together": ["heads"]}
-    assert [each.of for each in found if isinstance(each, e06_onward.TestedWherePicked)] == [
+    assert [each.of for each in found if isinstance(each, experiments.SelectionRowsReused)] == [
         "heads"
     ]
 

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mechdsl.resolve.cell_key import CellKey
+from mechdsl.resolve.cells import CellKey
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.statistics.cell_statistics import cell_statistics
-from mechdsl.statistics.effect_parts import Sums
-from mechdsl.statistics.measure_data import CellStatistics, MeasureData
-from mechdsl.statistics.shares import clopper_pearson, share_difference, share_interval
+from mechdsl.statistics.cell_statistics import compute_cell_statistics
+from mechdsl.statistics.intervals import clopper_pearson, share_difference, share_interval
+from mechdsl.statistics.measurements import CellStatistics, EffectSums, MeasureData
 from mechdsl.vocab.effects import EFFECTS
 
 from .synthetic import finished, heads, measure, statistics
@@ -39,7 +38,7 @@ def of(patched: np.ndarray, base: np.ndarray, **values: Any) -> MeasureData:
 
 
 def one(data: MeasureData, **values: Any) -> CellStatistics:
-    return cell_statistics([data], statistics(), 0, effects=EFFECTS, **values)[0]
+    return compute_cell_statistics([data], statistics(), 0, effects=EFFECTS, **values)[0]
 
 
 def test_the_share_of_a_cell_has_the_exact_interval() -> None:
@@ -111,7 +110,7 @@ def test_shares_of_groups_that_spread_less_than_rows_count_as_rows() -> None:
 
 
 def test_exact_shares_of_arrays() -> None:
-    sums = Sums(np.array([[1.0, 1, 0, 1]]), np.ones((1, 4)), np.array([4]))
+    sums = EffectSums(np.array([[1.0, 1, 0, 1]]), np.ones((1, 4)), np.array([4]))
     low, high = share_interval(sums, np.array([4]), 95.0)
     assert (low[0], high[0]) == pytest.approx(exact(3, 4))
     low, high = share_difference(sums, sums, np.array([4]), 95.0)
@@ -217,6 +216,6 @@ def test_units_of_equal_rows_are_covered(p: float, units: int) -> None:
     random = np.random.default_rng([units, int(100 * p)])
     sizes = random.integers(1, 10, (400, units)).astype(float)
     right = sizes * (random.random((400, units)) < p)
-    sums = Sums(right, sizes, np.full(400, units))
+    sums = EffectSums(right, sizes, np.full(400, units))
     low, high = share_interval(sums, sizes.sum(1).astype(np.int64), 95.0)
     assert np.mean((low <= p) & (p <= high)) >= 0.92

@@ -10,12 +10,10 @@ import pytest
 from scipy import stats
 
 from mechdsl.base.arrays import Floats
-from mechdsl.statistics.cell_inference import infer, infer_shares
-from mechdsl.statistics.cell_statistics import cell_statistics
-from mechdsl.statistics.corrections import by_maximum, holm
-from mechdsl.statistics.effect_parts import Sums
+from mechdsl.statistics.cell_statistics import compute_cell_statistics, infer, infer_shares
+from mechdsl.statistics.corrections import correct_by_maximum, holm
+from mechdsl.statistics.measurements import EffectSums, Resamples
 from mechdsl.statistics.skewed_t import skewed_t
-from mechdsl.statistics.units import Draws
 from mechdsl.vocab.effects import EFFECTS
 
 from .synthetic import measure, statistics
@@ -30,9 +28,9 @@ NOISE: dict[str, Noise] = {
 }
 
 
-def sums(top: Floats, bottom: Floats | None = None) -> Sums:
+def sums(top: Floats, bottom: Floats | None = None) -> EffectSums:
     bottom = np.ones((1, top.shape[1])) if bottom is None else bottom
-    return Sums(top, bottom, np.full(len(top), top.shape[1]))
+    return EffectSums(top, bottom, np.full(len(top), top.shape[1]))
 
 
 def reference_p(
@@ -99,7 +97,7 @@ def test_p_is_below_the_level_exactly_where_the_interval_excludes_zero(
     random = np.random.default_rng(2)
     for n in (5, 6, 9, 24):
         top = NOISE[noise](random, (200, n)) + 0.4
-        found = infer(sums(top), statistics(test=test), Draws(n, 1000, 0), 1)
+        found = infer(sums(top), statistics(test=test), Resamples(n, 1000, 0), 1)
         excludes = (found.low > 0) | (found.high < 0)
         np.testing.assert_array_equal(found.p < 0.05, excludes)
 
@@ -110,7 +108,7 @@ def test_p_and_interval_of_a_ratio_agree(noise: str, n: int) -> None:
     random = np.random.default_rng(3)
     bottom = random.normal(1, 1, (3000, n))
     top = 0.4 * bottom + NOISE[noise](random, bottom.shape)
-    found = infer(sums(top, bottom), statistics(), Draws(n, 100, 0), 1)
+    found = infer(sums(top, bottom), statistics(), Resamples(n, 100, 0), 1)
     known = ~np.isnan(found.low)
     assert 200 < known.sum() < 3000
     assert np.isnan(found.p[~known]).all()
@@ -147,7 +145,8 @@ def test_strata_of_different_means_leave_p_and_interval_as_they_are() -> None:
         for spread in (0.0, 2.0)
     ]
     flat, apart = (
-        cell_statistics([each], statistics(), 0, effects=EFFECTS, strata=strata)[0] for each in data
+        compute_cell_statistics([each], statistics(), 0, effects=EFFECTS, strata=strata)[0]
+        for each in data
     )
     assert apart.p == pytest.approx(flat.p)
     assert apart.low == pytest.approx(flat.low)
@@ -161,7 +160,7 @@ def test_absent_units_count_for_nothing() -> None:
     alone = skewed_t(sums(top))
     wide = np.zeros((1, 20))
     wide[:, 3:15] = top
-    among = skewed_t(Sums(wide, (wide != 0).astype(float), np.array([12])))
+    among = skewed_t(EffectSums(wide, (wide != 0).astype(float), np.array([12])))
     np.testing.assert_allclose(among.p(), alone.p())
     np.testing.assert_allclose(among.interval(95.0, 5), alone.interval(95.0, 5))
 
@@ -193,7 +192,7 @@ def test_false_positives_of_a_family_stay_below_the_level(noise: str) -> None:
         top = NOISE[noise](random, (16, 16))
         p = skewed_t(sums(top)).p()
         found["holm"] += holm(p).min() < 0.05
-        found["max"] += by_maximum(p, top - top.mean(1, keepdims=True), 0).min() < 0.05
+        found["max"] += correct_by_maximum(p, top - top.mean(1, keepdims=True), 0).min() < 0.05
     assert found["holm"] <= 33
     assert found["max"] <= 33
 

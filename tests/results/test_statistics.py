@@ -9,15 +9,13 @@ import pytest
 from scipy import stats
 
 from mechdsl.program import spec
-from mechdsl.statistics.bootstrap import percentiles
 from mechdsl.statistics.cell_statistics import (
-    category_statistics,
-    cell_statistics,
     check_denominator,
+    compute_category_statistics,
+    compute_cell_statistics,
 )
-from mechdsl.statistics.measure_data import CellStatistics, MeasureData
-from mechdsl.statistics.sampling import Sampling
-from mechdsl.statistics.units import Draws
+from mechdsl.statistics.intervals import percentiles
+from mechdsl.statistics.measurements import CellStatistics, MeasureData, Resamples, SamplingDesign
 from mechdsl.vocab.effects import EFFECTS
 
 from .synthetic import SPAN, measure, statistics
@@ -26,7 +24,9 @@ from .synthetic import SPAN, measure, statistics
 def one(
     data: MeasureData, settings: spec.Statistics | None = None, seed: int = 0, **values: Any
 ) -> CellStatistics:
-    found = cell_statistics([data], settings or statistics(), seed, effects=EFFECTS, **values)
+    found = compute_cell_statistics(
+        [data], settings or statistics(), seed, effects=EFFECTS, **values
+    )
     return found[0]
 
 
@@ -86,9 +86,9 @@ def test_results_do_not_depend_on_blocks(
 ) -> None:
     data = measure(*runs)
     whole = one(data)
-    monkeypatch.setattr("mechdsl.statistics.units.BLOCK", 500)
-    monkeypatch.setattr("mechdsl.statistics.bootstrap.BLOCK", 500)
-    monkeypatch.setattr("mechdsl.statistics.sign_flips.BLOCK", 500)
+    monkeypatch.setattr("mechdsl.statistics.measurements.BLOCK_NUMBERS", 500)
+    monkeypatch.setattr("mechdsl.statistics.intervals.BLOCK_NUMBERS", 500)
+    monkeypatch.setattr("mechdsl.statistics.intervals.BLOCK_NUMBERS", 500)
     parts = one(data)
     for key in ("mean", "low", "high", "p"):
         assert getattr(parts, key) == pytest.approx(getattr(whole, key), abs=1e-12)
@@ -216,7 +216,7 @@ def test_correction_runs_over_all_measures(runs: tuple[np.ndarray, ...]) -> None
         measure(patched, base, source),
         measure(patched, base, effect="raw"),
     ]
-    found = cell_statistics(measures, statistics(), 0, effects=EFFECTS)
+    found = compute_cell_statistics(measures, statistics(), 0, effects=EFFECTS)
     assert [each.tests for each in found] == [6, 6, 6]
     assert np.isnan(found[2].p).all()
     assert found[2].reasons[0] == "`raw` is not a difference: no p"
@@ -248,13 +248,13 @@ def test_groups_are_drawn_whole() -> None:
 
 
 def test_weights_are_draws_with_replacement() -> None:
-    draws = Draws(9, 5000, 4)
+    draws = Resamples(9, 5000, 4)
     weights = np.concatenate(list(draws.weights()))
     assert weights.shape == (5000, 9)
     assert (weights.sum(1) == 9).all()
     assert weights.mean(0) == pytest.approx(1.0, abs=0.06)
     assert weights.var(0) == pytest.approx(8 / 9, abs=0.1)
-    other = Draws(9, 5000, 5)
+    other = Resamples(9, 5000, 5)
     assert (weights != np.concatenate(list(other.weights()))).any()
     cut = list(draws.weights(100_000))
     assert len(cut) > 10
@@ -263,7 +263,7 @@ def test_weights_are_draws_with_replacement() -> None:
 
 def test_of_each_stratum_as_many_are_drawn_as_there_are() -> None:
     strata = np.array([0, 1, 1, 0, 1, 1, 0, 0, 1])
-    draws = Draws(9, 5000, 4, strata)
+    draws = Resamples(9, 5000, 4, strata)
     weights = np.concatenate(list(draws.weights()))
     assert (weights[:, strata == 0].sum(1) == 4).all()
     assert (weights[:, strata == 1].sum(1) == 5).all()
@@ -277,7 +277,7 @@ def test_of_each_stratum_as_many_are_drawn_as_there_are() -> None:
 def test_categories() -> None:
     values = np.array([[3, 3, 4, 2, 3], [1, 2, np.nan, 2, 1], [np.nan] * 5], dtype=float)
     truth = np.array([[3, 3, 3, 3, 3]], dtype=float)
-    found = category_statistics(values, truth)
+    found = compute_category_statistics(values, truth)
     assert found.commonest[:2].tolist() == [3, 1]  # of 1 and 2, equally common, the smaller
     assert found.share[:2] == pytest.approx([0.6, 0.5])
     assert found.mean_error[:2] == pytest.approx([0.4, 1.5])
@@ -287,19 +287,19 @@ def test_categories() -> None:
         "a category has no mean",
         "no prompt is part of this cell",
     )
-    assert np.isnan(category_statistics(values, None).mean_error).all()
+    assert np.isnan(compute_category_statistics(values, None).mean_error).all()
 
 
 def test_each_cell_has_the_right_numbers_of_its_own() -> None:
     """Where a position names an item, what is right differs between cells."""
     values = np.array([[3, 4], [3, 4]], dtype=float)
-    found = category_statistics(values, np.array([[3, 4], [5, 8]], dtype=float))
+    found = compute_category_statistics(values, np.array([[3, 4], [5, 8]], dtype=float))
     assert found.mean_error.tolist() == [0, 3]
 
 
 def test_denominators_near_zero_are_refused(runs: tuple[np.ndarray, ...]) -> None:
     _, base, source = runs
-    sampling, recovery = Sampling(40, statistics(), 0), EFFECTS["recovery"]
+    sampling, recovery = SamplingDesign(40, statistics(), 0), EFFECTS["recovery"]
     assert check_denominator(base, source, sampling, SPAN, effect=recovery) == []
     near = base + np.random.default_rng(0).normal(0, 1, base.shape)
     (found,) = check_denominator(base, near, sampling, SPAN, effect=recovery)
@@ -312,7 +312,7 @@ def test_denominators_near_zero_are_refused(runs: tuple[np.ndarray, ...]) -> Non
     assert "m(base)" in found.label_text
     assert check_denominator(base, None, sampling, SPAN, effect=EFFECTS["delta"]) == []
     lone = check_denominator(
-        base[:, :1], base[:, :1], Sampling(1, statistics(), 0), SPAN, effect=recovery
+        base[:, :1], base[:, :1], SamplingDesign(1, statistics(), 0), SPAN, effect=recovery
     )
     assert [each.code for each in lone] == ["E0604"]
 
@@ -322,12 +322,15 @@ def test_denominators_are_refused_by_whole_groups() -> None:
     groups = np.repeat(np.arange(4), 20)
     base = np.array([-1.0, 0.5, 2.0, 1.5])[groups][None]
     relative = EFFECTS["relative"]
-    rows, by = Sampling(80, statistics(), 0), Sampling(80, statistics(), 0, groups=groups)
+    rows, by = (
+        SamplingDesign(80, statistics(), 0),
+        SamplingDesign(80, statistics(), 0, groups=groups),
+    )
     assert check_denominator(base, None, rows, SPAN, effect=relative) == []
     (found,) = check_denominator(base, None, by, SPAN, effect=relative)
     assert found.code == "E0604"
     order = np.random.default_rng(0).permutation(80)
-    by = Sampling(80, statistics(), 0, order.tolist(), groups[order])
+    by = SamplingDesign(80, statistics(), 0, order.tolist(), groups[order])
     (moved,) = check_denominator(base[:, order], None, by, SPAN, effect=relative)
     assert moved.label_text == found.label_text
     means = np.array([-1.0, 0.5, 2.0, 1.5])

@@ -10,26 +10,24 @@ from pathlib import Path
 import pytest
 
 import mechdsl
-from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.archive_checks import check_file
-from mechdsl.results.experiment_result import ExperimentResult, FileResult
-from mechdsl.results.replies import Replies, beside
-from mechdsl.results.results import Results
-from mechdsl.show.reports.reply_rows import Part, compared, written_prompts
-from mechdsl.show.show_report import save_report
+from mechdsl.resolve.cells import CellKey
+from mechdsl.results.experiment_result import ExperimentResult, FileResult, Replies, merge_replies
+from mechdsl.results.results import Results, check_file_result
+from mechdsl.show.output import save_report
+from mechdsl.show.reports.texts import ReplyPart, mark_differences, prompt_replies
 from mechdsl.vocab.reports import check_report
 
 from .synthetic import finished, report, wrote
 
-SAME = Part
+SAME = ReplyPart
 
 
-def new(text: str) -> Part:
-    return Part(text, "new")
+def new(text: str) -> ReplyPart:
+    return ReplyPart(text, "new")
 
 
-def gone(text: str) -> Part:
-    return Part(text, "gone")
+def gone(text: str) -> ReplyPart:
+    return ReplyPart(text, "gone")
 
 
 @pytest.mark.parametrize(
@@ -48,8 +46,8 @@ def gone(text: str) -> Part:
         (None, "a b", [SAME("a b")]),
     ],
 )
-def test_what_differs(base: str | None, text: str, parts: list[Part]) -> None:
-    found = compared(base, text)
+def test_what_differs(base: str | None, text: str, parts: list[ReplyPart]) -> None:
+    found = mark_differences(base, text)
     assert list(found) == parts
     assert "".join(part.text for part in found if part.kind != "gone") == text
     if base is not None and not any(part.kind == "new" and part.text == text for part in found):
@@ -57,7 +55,7 @@ def test_what_differs(base: str | None, text: str, parts: list[Part]) -> None:
 
 
 def test_cells_that_wrote_the_same_stand_in_one_line() -> None:
-    first, second, *more = written_prompts(wrote(), report("texts", top=2))
+    first, second, *more = prompt_replies(wrote(), report("texts", top=2))
     assert not more
     assert [(line.label, line.runs) for line in first.lines] == [
         ("clean", True),
@@ -79,9 +77,9 @@ def test_cells_that_wrote_the_same_stand_in_one_line() -> None:
 
 
 def test_as_many_prompts_as_asked() -> None:
-    assert [each.number for each in written_prompts(wrote(), report("texts", top=1))] == [1]
-    assert [each.number for each in written_prompts(wrote(), report("texts"))] == [1, 2, 3]
-    assert [each.number for each in written_prompts(wrote(), report("texts", top=9))] == [1, 2, 3]
+    assert [each.number for each in prompt_replies(wrote(), report("texts", top=1))] == [1]
+    assert [each.number for each in prompt_replies(wrote(), report("texts"))] == [1, 2, 3]
+    assert [each.number for each in prompt_replies(wrote(), report("texts", top=9))] == [1, 2, 3]
 
 
 def test_each_variant_is_compared_with_its_own_base_run() -> None:
@@ -97,9 +95,9 @@ def test_each_variant_is_compared_with_its_own_base_run() -> None:
             for model in ("toy", "twin")
             for cell in one.cells
         ),
-        replies=beside([one.replies, two], ["toy", "twin"]),
+        replies=merge_replies([one.replies, two], ["toy", "twin"]),
     )
-    (shown,) = written_prompts(both, report("texts", top=1))
+    (shown,) = prompt_replies(both, report("texts", top=1))
     lines = {line.label: line for line in shown.lines}
     same = [label for label, line in lines.items() if not line.replies and not line.runs]
     assert same == ["L0H0.z at toy, L1H1.z at toy"]
@@ -129,7 +127,7 @@ def test_without_rules_there_is_the_base_run_alone() -> None:
     one = wrote()
     first = replace(one.replies, cells=one.replies.cells[:1])
     alone = replace(one, axes=(), cells=(CellKey({}, ""),), replies=first)
-    (shown,) = written_prompts(alone, report("texts", top=1))
+    (shown,) = prompt_replies(alone, report("texts", top=1))
     assert [line.label for line in shown.lines] == ["clean", "harmless"]
 
 
@@ -165,7 +163,7 @@ def test_an_experiment_without_replies_says_so() -> None:
     for known in (True, None):
         assert check_report(report("texts"), ["layer"], writes=known) == []
     bare = finished(replace(wrote(), replies=Replies()))
-    assert written_prompts(bare, report("texts")) == []
+    assert prompt_replies(bare, report("texts")) == []
 
 
 def test_the_document_has_all_of_them() -> None:
@@ -198,6 +196,6 @@ def test_the_document_has_all_of_them() -> None:
 )
 def test_replies_that_fit_nothing_are_refused(wrong: Callable[[Replies], Replies]) -> None:
     made = finished(wrote())
-    check_file(FileResult("f", (made,)))
+    check_file_result(FileResult("f", (made,)))
     with pytest.raises(ValueError, match="don't fit together"):
-        check_file(FileResult("f", (replace(made, replies=wrong(made.replies)),)))
+        check_file_result(FileResult("f", (replace(made, replies=wrong(made.replies)),)))

@@ -8,23 +8,23 @@ import numpy as np
 import pytest
 
 from mechdsl.base.arrays import Floats
+from mechdsl.statistics.comparisons import RunPair, paired_difference, unpaired_difference
 from mechdsl.statistics.corrections import holm
-from mechdsl.statistics.effect_parts import Sums
+from mechdsl.statistics.measurements import EffectSums
 from mechdsl.statistics.skewed_t import skewed_t
-from mechdsl.statistics.two_runs import Both, paired, unpaired
 
 CELLS, FAMILIES, LEVEL = 8, 250, 0.05
 MOST_FALSE = 25
 """Of 250 families so many have a false positive in one of 10,000 simulations, at a level of 5 %."""
 
 
-def sums(top: Floats, bottom: Floats | None = None) -> Sums:
+def sums(top: Floats, bottom: Floats | None = None) -> EffectSums:
     """[cell, unit]; of a mean without `bottom`."""
     bottom = np.ones((1, top.shape[1])) if bottom is None else bottom
-    return Sums(top, bottom, np.full(len(top), top.shape[1]))
+    return EffectSums(top, bottom, np.full(len(top), top.shape[1]))
 
 
-def samples(old: Sums, new: Sums) -> tuple[Both, np.ndarray]:
+def samples(old: EffectSums, new: EffectSums) -> tuple[RunPair, np.ndarray]:
     """Two samples end to end, as the two runs of no common row are; the new one first."""
     ends = old.top.shape[1], new.top.shape[1]
 
@@ -34,13 +34,13 @@ def samples(old: Sums, new: Sums) -> tuple[Both, np.ndarray]:
         )
 
     sides = [
-        Sums(wide(side.top, *around), wide(side.bottom, *around), side.held)
+        EffectSums(wide(side.top, *around), wide(side.bottom, *around), side.held)
         for side, around in ((old, (ends[1], 0)), (new, (0, ends[0])))
     ]
-    return Both(*sides), np.arange(sum(ends)) < ends[1]
+    return RunPair(*sides), np.arange(sum(ends)) < ends[1]
 
 
-def ratios(random: np.random.Generator, cells: int, units: int) -> Sums:
+def ratios(random: np.random.Generator, cells: int, units: int) -> EffectSums:
     """Half of what they are divided by, with noise."""
     bottom = random.normal(5, 1, (cells, units))
     return sums(bottom / 2 + random.normal(0, 1, bottom.shape), bottom)
@@ -54,7 +54,7 @@ def test_paired_means_equal_the_test_of_their_differences(strata: np.ndarray | N
     random = np.random.default_rng(1)
     old = random.normal(0, 1, (4, 24))
     new = old + random.exponential(0.3, old.shape)
-    found = paired(Both(sums(old), sums(new)), strata)
+    found = paired_difference(RunPair(sums(old), sums(new)), strata)
     wanted = skewed_t(sums(new - old), strata)
     np.testing.assert_allclose(found.interval(95, 5), wanted.interval(95, 5), rtol=1e-9)
     np.testing.assert_allclose(found.p(), wanted.p(), rtol=1e-9)
@@ -64,7 +64,7 @@ def test_paired_ratios_have_the_error_of_a_jackknife() -> None:
     random = np.random.default_rng(2)
     old = ratios(random, 1, 60)
     new = sums(old.top + random.normal(0.2, 0.3, old.top.shape), old.bottom)
-    found = paired(Both(old, new), None)
+    found = paired_difference(RunPair(old, new), None)
     left_out = [
         np.delete(new.top[0], u).sum() / np.delete(new.bottom[0], u).sum()
         - np.delete(old.top[0], u).sum() / np.delete(old.bottom[0], u).sum()
@@ -78,21 +78,21 @@ def test_a_tiny_difference_keeps_its_digits() -> None:
     random = np.random.default_rng(2)
     old = random.normal(0, 1, (1, 24))
     moved = 1e-10 * random.normal(1, 1, (1, 24))
-    found = paired(Both(sums(old), sums(old + moved)), None).interval(95, 5)
+    found = paired_difference(RunPair(sums(old), sums(old + moved)), None).interval(95, 5)
     wanted = skewed_t(sums(moved)).interval(95, 5)
     np.testing.assert_allclose(np.ravel(found), np.ravel(wanted), rtol=1e-4)
 
 
 def test_one_change_in_every_unit_has_an_interval_of_no_width_and_a_p() -> None:
     old = np.random.default_rng(3).normal(0, 1, (1, 10))
-    found = paired(Both(sums(old), sums(old + 0.25)), None)
+    found = paired_difference(RunPair(sums(old), sums(old + 0.25)), None)
     np.testing.assert_allclose(np.ravel(found.interval(95, 5)), 0.25)
     assert found.p()[0] == 2.0**-9
 
 
 def test_a_ratio_that_stays_is_no_change_though_both_its_means_move() -> None:
     old = ratios(np.random.default_rng(4), 1, 16)
-    found = paired(Both(old, sums(3 * old.top, 3 * old.bottom)), None)
+    found = paired_difference(RunPair(old, sums(3 * old.top, 3 * old.bottom)), None)
     assert found.value[0] == pytest.approx(0, abs=1e-12)
     assert found.p()[0] > 0.2
 
@@ -106,7 +106,7 @@ def test_two_samples_have_the_error_and_the_freedom_of_welch() -> None:
     random = np.random.default_rng(5)
     old, new = random.normal(0, 3, (1, 9)), random.normal(1, 1, (1, 30))
     both, of_new = samples(sums(old), sums(new))
-    found = unpaired(both, of_new)
+    found = unpaired_difference(both, of_new)
     wanted = ttest_ind(new[0], old[0], equal_var=False)
     assert found.statistic(-found.value)[0][0] == pytest.approx(wanted.statistic, rel=1e-9)
     assert found.freedom[0] == pytest.approx(wanted.df, rel=1e-9)
@@ -118,7 +118,7 @@ def test_two_samples_have_the_third_cumulant_of_their_difference() -> None:
     random = np.random.default_rng(6)
     old, new = random.exponential(1, (1, 30)), random.exponential(2, (1, 20))
     both, of_new = samples(sums(old), sums(new))
-    found = unpaired(both, of_new)
+    found = unpaired_difference(both, of_new)
 
     def cumulant(values: np.ndarray) -> float:
         n = len(values)
@@ -130,9 +130,9 @@ def test_two_samples_have_the_third_cumulant_of_their_difference() -> None:
 
 def test_two_flat_samples_that_differ_have_the_p_of_their_signs() -> None:
     both, of_new = samples(sums(np.zeros((1, 8))), sums(np.ones((1, 8))))
-    assert unpaired(both, of_new).p()[0] == 2.0**-7
+    assert unpaired_difference(both, of_new).p()[0] == 2.0**-7
     same, _ = samples(sums(np.ones((1, 8))), sums(np.ones((1, 8))))
-    assert unpaired(same, of_new).p()[0] == 1
+    assert unpaired_difference(same, of_new).p()[0] == 1
 
 
 # --- how often it is wrong ------------------------------------------------------------------------
@@ -160,21 +160,21 @@ ANY: dict[str, Noise] = {
 def test_noise_on_the_same_rows_is_no_change(name: str) -> None:
     random = np.random.default_rng(10)
     old = random.normal(0, 1, (FAMILIES * CELLS, 12))
-    both = Both(sums(old), sums(old + PAIRED[name](random, old.shape)))
-    assert false_families(paired(both, None).p()) <= MOST_FALSE
+    both = RunPair(sums(old), sums(old + PAIRED[name](random, old.shape)))
+    assert false_families(paired_difference(both, None).p()) <= MOST_FALSE
 
 
 def test_noise_in_ratios_of_the_same_rows_is_no_change() -> None:
     random = np.random.default_rng(11)
     true = random.normal(5, 1, (FAMILIES * CELLS, 12))
 
-    def run() -> Sums:
+    def run() -> EffectSums:
         bottom = true + random.normal(0, 0.5, true.shape)
         return sums(bottom / 2 + random.normal(0, 1, true.shape), bottom)
 
-    both = Both(run(), run())
-    assert false_families(paired(both, None).p()) <= MOST_FALSE
-    low, high = paired(both, None).interval(95, 5)
+    both = RunPair(run(), run())
+    assert false_families(paired_difference(both, None).p()) <= MOST_FALSE
+    low, high = paired_difference(both, None).interval(95, 5)
     assert np.mean((low <= 0) & (high >= 0)) > 0.93
 
 
@@ -184,14 +184,14 @@ def test_two_draws_of_rows_are_no_change(name: str, sizes: tuple[int, int]) -> N
     random = np.random.default_rng(12)
     old, new = (sums(ANY[name](random, (FAMILIES * CELLS, n))) for n in sizes)
     both, of_new = samples(old, new)
-    assert false_families(unpaired(both, of_new).p()) <= MOST_FALSE
+    assert false_families(unpaired_difference(both, of_new).p()) <= MOST_FALSE
 
 
 def test_two_draws_of_ratios_are_no_change() -> None:
     random = np.random.default_rng(13)
     both, of_new = samples(*(ratios(random, FAMILIES * CELLS, n) for n in (10, 16)))
-    assert false_families(unpaired(both, of_new).p()) <= MOST_FALSE
-    low, high = unpaired(both, of_new).interval(95, 5)
+    assert false_families(unpaired_difference(both, of_new).p()) <= MOST_FALSE
+    low, high = unpaired_difference(both, of_new).interval(95, 5)
     assert np.mean((low <= 0) & (high >= 0)) > 0.93
 
 
@@ -199,14 +199,14 @@ def test_another_spread_alone_is_no_change() -> None:
     random = np.random.default_rng(14)
     old = sums(random.normal(0, 3, (FAMILIES * CELLS, 8)))
     both, of_new = samples(old, sums(random.normal(0, 1, (FAMILIES * CELLS, 32))))
-    assert false_families(unpaired(both, of_new).p()) <= MOST_FALSE
+    assert false_families(unpaired_difference(both, of_new).p()) <= MOST_FALSE
 
 
 def test_a_change_is_found() -> None:
     random = np.random.default_rng(15)
     old = random.normal(0, 1, (FAMILIES * CELLS, 16))
     moved = old + random.normal(0.75, 0.3, old.shape)
-    found = paired(Both(sums(old), sums(moved)), None).p()
+    found = paired_difference(RunPair(sums(old), sums(moved)), None).p()
     assert np.mean(found < LEVEL / CELLS) > 0.95
     both, of_new = samples(sums(old), sums(random.normal(2.2, 1, old.shape)))
-    assert np.mean(unpaired(both, of_new).p() < LEVEL / CELLS) > 0.95
+    assert np.mean(unpaired_difference(both, of_new).p() < LEVEL / CELLS) > 0.95

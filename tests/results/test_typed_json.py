@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from mechdsl.base.arrays import Floats, Ints
-from mechdsl.base.percent import Percent
 from mechdsl.base.source import Source, Span
-from mechdsl.results.typed_json import Kept, form_of, read_value, write_value
+from mechdsl.base.text import Percent
+from mechdsl.results.typed_json import Attachments, build_codec, read_value, write_value
 
 from .exact import equal
 
@@ -69,7 +69,7 @@ def again(written: Any) -> Any:
 @settings(max_examples=100, deadline=None)
 @given(VALUES)
 def test_a_value_of_a_row_comes_back(value: Any) -> None:
-    kept = Kept()
+    kept = Attachments()
     equal(value, read_value(again(write_value(value, kept)), kept))
 
 
@@ -130,7 +130,7 @@ WHOLES = st.builds(Whole, st.lists(st.none() | PARTS, max_size=2).map(tuple), st
 @settings(max_examples=60, deadline=None)
 @given(WHOLES)
 def test_a_dataclass_comes_back(whole: Whole) -> None:
-    form, kept = form_of(Whole), Kept()
+    form, kept = build_codec(Whole), Attachments()
     equal(whole, form.read(again(form.write(whole, kept)), kept))
 
 
@@ -152,7 +152,7 @@ JSON = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(JSON)
 def test_of_any_json_there_is_a_value_or_a_plain_error(found: Any) -> None:
-    kept = Kept({"0": np.zeros(2)}, [SOURCE])
+    kept = Attachments({"0": np.zeros(2)}, [SOURCE])
     with suppress(ValueError, TypeError, OverflowError):  # which an archive says as its own
         read_value(found, kept)
 
@@ -160,12 +160,12 @@ def test_of_any_json_there_is_a_value_or_a_plain_error(found: Any) -> None:
 @given(st.text(), st.text(max_size=5))
 def test_arrays_are_found_by_their_names_alone(name: str, other: str) -> None:
     with pytest.raises(ValueError, match="missing"):
-        read_value({"array": name}, Kept({name + other + "x": np.zeros(1)}))
+        read_value({"array": name}, Attachments({name + other + "x": np.zeros(1)}))
 
 
 def test_the_same_array_is_kept_once() -> None:
-    kept, one = Kept(), np.arange(3.0)
-    form = form_of(tuple[Floats, ...])
+    kept, one = Attachments(), np.arange(3.0)
+    form = build_codec(tuple[Floats, ...])
     written = form.write((one, one, one.copy()), kept)
     assert len(kept.arrays) == 2
     a, b, _ = form.read(written, kept)
@@ -173,7 +173,7 @@ def test_the_same_array_is_kept_once() -> None:
 
 
 def test_equal_tuples_are_kept_once() -> None:
-    form, kept = form_of(tuple[tuple[tuple[int, ...], ...], ...]), Kept()
+    form, kept = build_codec(tuple[tuple[tuple[int, ...], ...], ...]), Attachments()
     cells = (((1, 2), (3,)),) * 1000 + (((4,),),)
     written = form.write(cells, kept)
     assert len(json.dumps(written)) < 5000
@@ -196,13 +196,13 @@ def test_equal_tuples_are_kept_once() -> None:
     ],
 )
 def test_values_of_another_type_are_refused(hint: Any, values: list[Any]) -> None:
-    form = form_of(hint)
+    form = build_codec(hint)
     for value in values:
         with pytest.raises(ValueError, match=r"was expected|can't be kept"):
-            form.read(write_value(value, Kept()), Kept())
+            form.read(write_value(value, Attachments()), Attachments())
 
 
 def test_numbers_are_exact() -> None:
     for value in (0.1 + 0.2, -0.0, 5e-324, math.inf, -math.inf, math.nan, 1e308, 2**200, -1):
-        found = read_value(again(write_value(value, Kept())), Kept())
+        found = read_value(again(write_value(value, Attachments())), Attachments())
         equal(value, found)

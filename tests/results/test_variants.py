@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from mechdsl.resolve.cell_key import CellKey
+from mechdsl.resolve.cells import CellKey
+from mechdsl.results.assembly.combination import merge_variants
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.variants import merged
-from mechdsl.statistics.measure_data import DrawnValues
+from mechdsl.statistics.measurements import RandomControlValues
 
 from .synthetic import heads, measure
 
@@ -25,7 +25,7 @@ def variant(number: int, rows: tuple[int, ...], cells: int = 2, **values: Any) -
     number_of = measure(patched, 1000 + row, 2000 + 100 * number + row, label="n", inert=inert)
     kind = {"kind": "category", "effect": "raw", "label": "c", "truth": number + row[None]}
     draws = 1000.0 * number + np.arange(number + 1)[:, None, None] + np.zeros((cells, 1)) + row
-    drawn = DrawnValues((draws, draws), np.full(cells, number + 1), 20, "heads")
+    drawn = RandomControlValues((draws, draws), np.full(cells, number + 1), 20, "heads")
     return replace(
         heads(prompts=len(rows)),
         model="m",
@@ -49,7 +49,7 @@ def variant(number: int, rows: tuple[int, ...], cells: int = 2, **values: Any) -
 
 
 def joined(*results: ExperimentResult) -> ExperimentResult:
-    return merged(list(zip(LABELS, results, strict=True)))
+    return merge_variants(list(zip(LABELS, results, strict=True)))
 
 
 def test_values_of_the_prompts_that_all_have() -> None:
@@ -110,7 +110,7 @@ def test_all_prompts_are_said_of_nothing() -> None:
     found = joined(variant(1, (4, 5)), variant(2, (4, 5)))
     assert "prompts" not in found.conventions
     one = variant(1, (4, 5))
-    assert merged([((), one)]) is one
+    assert merge_variants([((), one)]) is one
 
 
 def test_cells_and_their_null_bands_follow_each_other() -> None:
@@ -193,7 +193,7 @@ def test_conventions_of_variants_along_two_axes() -> None:
         (key, replace(variant(1, (4,)), conventions=own))
         for key, own in zip(each, said, strict=True)
     ]
-    assert dict(merged(parts).conventions) == {
+    assert dict(merge_variants(parts).conventions) == {
         "fill": "x: 0; y: 1",
         "mask": "source x, base v, source y, base w: left; "
         "source x, base w, source y, base v: right",

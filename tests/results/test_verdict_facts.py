@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mechdsl.results.assembly.collection import build_lost_experiment
 from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
-from mechdsl.results.finish import lost_experiment
-from mechdsl.statistics.measure_data import Missing
+from mechdsl.statistics.measurements import MissingReason
 
 from .synthetic import experiment, finished, heads
 
-WHY = Missing("E0604", "the denominator is 0")
+WHY = MissingReason("E0604", "the denominator is 0")
 
 
 def fewer_answers() -> ExperimentResult:
@@ -82,5 +82,5 @@ def test_what_fails_without_it(line: str) -> None:
 
 
 def test_an_experiment_that_is_lost() -> None:
-    (found,) = lost_experiment(experiment(("max(recovery) > 5",)), []).outcomes
+    (found,) = build_lost_experiment(experiment(("max(recovery) > 5",)), []).outcomes
     assert (found.computed, found.line) == (False, 3)

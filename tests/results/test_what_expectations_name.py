@@ -8,25 +8,25 @@ from pathlib import Path
 import pytest
 
 from mechdsl.base.source import Source
-from mechdsl.diagnostics.core import has_errors
-from mechdsl.pipeline.run_options import RunOptions
-from mechdsl.program import spec
-from mechdsl.program.lower_file import lower_program
-from mechdsl.program.run_order import compared_with, with_needed
-from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.known_results import known_results
-from mechdsl.syntax.parse import parse
-from mechdsl.validate.check_file import Settings, check_source
-from mechdsl.validate.conditions import (
+from mechdsl.checks.conditions import (
     Arithmetic,
+    CellAggregate,
     Comparison,
-    OfCells,
+    ConditionValue,
+    ExpectStatement,
     Ranking,
-    Statement,
-    Value,
-    truth_of,
+    truth_value,
 )
-from mechdsl.validate.expectations import read_expectation
+from mechdsl.checks.expectations import read_expectation
+from mechdsl.checks.file_check import CheckSettings, check_source
+from mechdsl.diagnostics.core import has_errors
+from mechdsl.pipeline.options import RunOptions
+from mechdsl.program import spec
+from mechdsl.program.lowering import lower_program
+from mechdsl.program.run_order import add_dependencies, compared_experiments
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.verdicts.decision import known_results
+from mechdsl.syntax.frontend import parse
 
 from ..run_source import run_source
 from .synthetic import expectation, finished, heads, measure, positions
@@ -69,7 +69,7 @@ def _there() -> ExperimentResult:
     return finished(replace(result, name="there", measures=(data, second, third)))
 
 
-def read(line: str, here: ExperimentResult, **others: ExperimentResult) -> Statement:
+def read(line: str, here: ExperimentResult, **others: ExperimentResult) -> ExpectStatement:
     said = expectation(line).model_copy(update={"groups": groups()})
     condition, found = read_expectation(said, known_results(said, here, others))
     assert condition is not None, found[0].message
@@ -84,7 +84,7 @@ def refusal(line: str, here: ExperimentResult, lost: tuple[str, ...] = (), **oth
     return f"{found.code}: {found.message}"
 
 
-def value(line: str, here: ExperimentResult, **others: ExperimentResult) -> Value:
+def value(line: str, here: ExperimentResult, **others: ExperimentResult) -> ConditionValue:
     condition = read(f"{line} > 0", here, **others)
     assert isinstance(condition, Comparison)
     return condition.left
@@ -104,7 +104,7 @@ def test_a_measure_of_another_experiment(
 ) -> None:
     """Its number is that of the measure there, whatever its number here."""
     found = value(written, here, there=there)
-    assert isinstance(found, OfCells)
+    assert isinstance(found, CellAggregate)
     assert (found.how, found.measure, found.experiment) == (how, number, "there")
     assert bool(found.where) == ("layer" in written)
 
@@ -114,8 +114,8 @@ def test_a_difference_to_another_experiment(here: ExperimentResult) -> None:
     found = value("recovery(L2H1) - recovery of one", here, one=one)
     assert isinstance(found, Arithmetic)
     left, right = found.left, found.right
-    assert isinstance(left, OfCells)
-    assert isinstance(right, OfCells)
+    assert isinstance(left, CellAggregate)
+    assert isinstance(right, CellAggregate)
     assert (left.experiment, right.experiment, right.how) == (None, "one", "only")
 
 
@@ -123,7 +123,7 @@ def test_cells_are_those_of_the_other_experiment(
     here: ExperimentResult, there: ExperimentResult
 ) -> None:
     found = value('mean(recovery of there, position: "last token")', here, there=there)
-    assert isinstance(found, OfCells)
+    assert isinstance(found, CellAggregate)
     assert len([cell for cell in there.cells if found.where[0].matches(cell)]) == 4
     said = refusal("mean(recovery of there, head 1) > 0", here, there=there)
     assert said.endswith("no cell is at head 1")
@@ -132,7 +132,7 @@ def test_cells_are_those_of_the_other_experiment(
 def test_a_measure_of_this_experiment_comes_first(here: ExperimentResult) -> None:
     """An experiment may be called as a measure is; what was valid means what it did."""
     found = value("max(recovery of ld)", here, ld=one_cell("ld"))
-    assert isinstance(found, OfCells)
+    assert isinstance(found, CellAggregate)
     assert found.experiment is None
     said = refusal("max(delta of ld) > 0", here, ld=one_cell("ld"))
     assert said == "E0203: there is no measure or effect of this experiment called `delta of ld`"
@@ -223,7 +223,7 @@ def test_kept_rows_may_all_be_true(here: ExperimentResult) -> None:
     ],
 )
 def test_truth_values(given: object, expected: bool | None) -> None:
-    assert truth_of(given) is expected
+    assert truth_value(given) is expected
 
 
 # --- in a file ----------------------------------------------------------------------------------
@@ -259,15 +259,17 @@ def test_only_runs_what_an_expectation_is_compared_with() -> None:
     text = FILE + first + second + block("g") + third
     program, _ = lower_program(parse(Source(text))[0], Source(text))
     every = program.experiments
-    assert compared_with(every[0]) == {"f", "delta"}
-    assert [e.name for e in with_needed({"e"}, every)] == ["e", "f"], "nothing that `f` alone reads"
-    assert [e.name for e in with_needed({"h"}, every)] == ["e", "h"]
+    assert compared_experiments(every[0]) == {"f", "delta"}
+    assert [e.name for e in add_dependencies({"e"}, every)] == ["e", "f"], (
+        "nothing that `f` alone reads"
+    )
+    assert [e.name for e in add_dependencies({"h"}, every)] == ["e", "h"]
 
 
 def test_only_shows_one_experiment(tmp_path: Path) -> None:
     line = "expect spearman(delta, f) > 0.99 on mean"
     source = Source(FILE + block("e", line) + block("f"), tmp_path / "a.mech")
-    found, diagnostics = run_source(source, RunOptions(settings=Settings(only="e")))
+    found, diagnostics = run_source(source, RunOptions(settings=CheckSettings(only="e")))
     assert found is not None
     assert not has_errors(diagnostics)
     (experiment,) = found.experiments

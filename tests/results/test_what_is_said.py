@@ -5,12 +5,10 @@ from __future__ import annotations
 from functools import cache
 
 import mechdsl
-from mechdsl.base.plural import plural, several
 from mechdsl.base.source import Source, Span
-from mechdsl.diagnostics.e06_controls import BadControl
-from mechdsl.diagnostics.e06_experiment import NothingKept
-from mechdsl.results.collect import why
-from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.base.text import count_noun, plural_noun
+from mechdsl.diagnostics.experiments import BadControl, NoRowsKept
+from mechdsl.results.experiment_result import ExperimentResult, missing_reason
 
 FILE = """mech 1
 
@@ -56,9 +54,9 @@ def test_the_accuracy_of_another_block_is_against_the_answers_of_this_one() -> N
 
 def test_values_of_a_name_are_several() -> None:
     assert "over values of a, " in found().conventions["p"]
-    assert plural(1, "value of a") == "1 value of a"
-    assert plural(2000, "value of a") == "2,000 values of a"
-    assert several("distinct prompt") == "distinct prompts"
+    assert count_noun(1, "value of a") == "1 value of a"
+    assert count_noun(2000, "value of a") == "2,000 values of a"
+    assert plural_noun("distinct prompt") == "distinct prompts"
 
 
 def test_a_p_of_equal_units_is_that_of_their_signs() -> None:
@@ -77,8 +75,8 @@ def test_one_other_cell_is_in_the_singular() -> None:
 
 def test_a_reason_is_given_once() -> None:
     span = Span(Source(FILE), 0, 4)
-    assert why(BadControl(span=span, text="random(5)", reason="why not", hint="")).reason == (
-        "`random(5)` can't be drawn: why not"
-    )
-    kept = why(NothingKept(span=span, rows=12)).reason
+    assert missing_reason(
+        BadControl(span=span, text="random(5)", reason="why not", hint="")
+    ).reason == ("`random(5)` can't be drawn: why not")
+    kept = missing_reason(NoRowsKept(span=span, rows=12)).reason
     assert kept == "`keep` leaves none of the 12 rows: holds for no row of the clean run"

@@ -8,15 +8,11 @@ from typing import Any
 import numpy as np
 
 from mechdsl.base.arrays import Floats
-from mechdsl.resolve.cell_key import CellKey
-from mechdsl.results.differences import compare
-from mechdsl.results.experiment_result import (
-    ExperimentResult,
-    FileResult,
-)
-from mechdsl.results.found_differences import CellDifference, Differences
+from mechdsl.resolve.cells import CellKey
+from mechdsl.results.differences.comparison import CellDifference, Differences, compare_results
+from mechdsl.results.experiment_result import ExperimentResult, FileResult
 from mechdsl.results.results import Results
-from mechdsl.statistics.measure_data import MeasureData
+from mechdsl.statistics.measurements import MeasureData
 
 from .synthetic import finished, heads
 
@@ -51,7 +47,7 @@ def two(
     """One measure in two runs. keys: of the rows of the new one."""
     sides = (plain(old), plain(new, keys=keys))
     one, other = (results(finished(each, *expects, **settings)) for each in sides)
-    return compare(one, other)
+    return compare_results(one, other)
 
 
 def noise(seed: int, cells: int = 4, prompts: int = PROMPTS) -> Floats:

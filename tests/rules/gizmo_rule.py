@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mechdsl.resolve.resolved_rule import ResolvedRule, Vectors
-from mechdsl.rules import SiteRule, rule_kind
+from mechdsl.resolve.types import ResolvedRule, VectorBatch
+from mechdsl.rules.kinds import SiteRule, rule_kind
 
 
 @rule_kind("stretch")
@@ -23,6 +23,6 @@ class Stretch(SiteRule):
     def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
         return amounts == 1
 
-    def values(self, rule: ResolvedRule, vectors: Vectors) -> Tensor:
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
         read = vectors.read()
         return read * vectors.amounts[:, None].to(read)

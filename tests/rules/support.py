@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mechdsl.base.source import Source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.resolve.cell_key import Coord
+from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult, FileResult
-from mechdsl.statistics.measure_data import MeasureData
+from mechdsl.statistics.measurements import MeasureData
 
 from ..execute.support import (
     ABSOLUTE,

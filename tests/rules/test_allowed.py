@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.loading.file_models import not_there
-from mechdsl.resolve.cell_key import Coord
+from mechdsl.loading.loader import check_modules
+from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.validate.check_file import Checked, Settings, check_source
 
 from ..execute.support import MODES, context, shared
 from ..quick import in_turn
@@ -390,7 +390,7 @@ def test_keys_behind_a_window_may_be_allowed(data: Path) -> None:
     agree(found, (), {(): cells}, unpatched("mistral"), large=0.02, most=False)
 
 
-def checked(data: Path, line: str, **facts: Any) -> Checked:
+def checked(data: Path, line: str, **facts: Any) -> CheckedFile:
     """A file that is checked against a shape with other facts."""
     source = Source(
         f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{experiment("e", line)}',
@@ -398,10 +398,10 @@ def checked(data: Path, line: str, **facts: Any) -> Checked:
     )
     own = context(source, "m", shared(bare("llama")))
     own = replace(own, shape=replace(own.shape, **facts))
-    return check_source(source, Settings(), {"m": own})
+    return check_source(source, CheckSettings(), {"m": own})
 
 
-def errors(found: Checked) -> list[Diagnostic]:
+def errors(found: CheckedFile) -> list[Diagnostic]:
     return [each for each in found.diagnostics if each.severity == "error"]
 
 
@@ -417,12 +417,12 @@ def test_a_model_that_counts_by_itself(data: Path) -> None:
     experiments = checked(data, "renumber subject tokens from 3").experiments
     model = shared(bare("llama"))
     counting = replace(model, calling=replace(model.calling, first_position=None))
-    assert [d.code for d in not_there(experiments, {"m": counting})] == ["E0108"]
+    assert [d.code for d in check_modules(experiments, {"m": counting})] == ["E0108"]
     late = replace(model, calling=replace(model.calling, first_position=58))
-    assert [d.code for d in not_there(experiments, {"m": late})] == ["E0207"]
+    assert [d.code for d in check_modules(experiments, {"m": late})] == ["E0207"]
     fits = replace(model, calling=replace(model.calling, first_position=57))
-    assert not_there(experiments, {"m": fits}) == []
-    assert not_there(experiments, {"m": model}) == []
+    assert check_modules(experiments, {"m": fits}) == []
+    assert check_modules(experiments, {"m": model}) == []
 
 
 def test_rotations_that_change_far_out(data: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.resolve.cell_key import Coord
+from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES

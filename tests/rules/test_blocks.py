@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from mechdsl.base.source import Source
-from mechdsl.loading.file_models import not_there
-from mechdsl.resolve.cell_key import Coord
+from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
+from mechdsl.loading.loader import check_modules
+from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.validate.check_file import Checked, Settings, check_source
 
 from ..execute.support import MODES, context, shared
 from ..quick import in_turn
@@ -276,14 +276,14 @@ def test_a_measure_inside_of_a_block_that_is_gone(data: Path) -> None:
     run_file(other, data, "llama", "planned")
 
 
-def checked(data: Path, line: str, **facts: Any) -> Checked:
+def checked(data: Path, line: str, **facts: Any) -> CheckedFile:
     source = Source(
         f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{experiment("e", line)}',
         data / "file.mech",
     )
     own = context(source, "m", shared(bare("llama")))
     own = replace(own, shape=replace(own.shape, **facts))
-    return check_source(source, Settings(), {"m": own})
+    return check_source(source, CheckSettings(), {"m": own})
 
 
 @pytest.mark.parametrize("key", ["num_kv_shared_layers", "scale_attn_by_inverse_layer_idx"])
@@ -297,7 +297,7 @@ def test_blocks_that_are_built_otherwise(data: Path) -> None:
     by_block = checked(data, "replace block layer 1 with block layer 0").experiments
     by_none = checked(data, "replace block layer 1 with identity").experiments
     model = shared(bare("llama"))
-    assert not_there(by_block, {"m": model}) == []
+    assert check_modules(by_block, {"m": model}) == []
     changes: list[Callable[[Any], None]] = [
         lambda block: setattr(block.self_attn, "scaling", 3.0),
         lambda block: setattr(block, "mlp", nn.Identity()),
@@ -309,11 +309,11 @@ def test_blocks_that_are_built_otherwise(data: Path) -> None:
         module = copy.deepcopy(model.module)
         change(module.get_submodule(model.anatomy.blocks[1].path))
         other = replace(model, module=module)
-        assert [d.code for d in not_there(by_block, {"m": other})] == ["E0108"]
-        assert not_there(by_none, {"m": other}) == []
+        assert [d.code for d in check_modules(by_block, {"m": other})] == ["E0108"]
+        assert check_modules(by_none, {"m": other}) == []
     kept = copy.deepcopy(model.module)
     part: Any = kept.get_submodule(f"{model.anatomy.blocks[1].path}.mlp")
     part._hf_hook = object()
     for experiments in (by_block, by_none):
-        found = not_there(experiments, {"m": replace(model, module=kept)})
+        found = check_modules(experiments, {"m": replace(model, module=kept)})
         assert [d.code for d in found] == ["E0108"]

@@ -16,11 +16,11 @@ from rich.console import Console
 from torch import Tensor
 
 from mechdsl.base.source import Source
-from mechdsl.execute import directions
-from mechdsl.plan import read_batches
-from mechdsl.resolve.direction_types import Fitted
-from mechdsl.show.prompts import as_json, explain
-from mechdsl.validate.check_file import Checked, check_source
+from mechdsl.checks.file_check import CheckedFile, check_source
+from mechdsl.execute import vectors as directions
+from mechdsl.planner import plan
+from mechdsl.resolve.types import FittedVector
+from mechdsl.show.prompts import print_prompts, prompts_document
 
 from ..execute.support import Record, ids_of
 from ..reference.forward import Changes, Write
@@ -173,7 +173,7 @@ def test_directions_are_what_was_fitted(
 ) -> None:
     """room: bytes that are read at a time; with no more than 1, each prompt is a batch."""
     if room is not None:
-        monkeypatch.setattr(read_batches, "READ_BYTES", room)
+        monkeypatch.setattr(plan, "READ_BATCH_BYTES", room)
     expected = made(family)
     places = dict.fromkeys(expected, "resid_post layer 1")
     places |= {"one_head": "z layer 1 head 2", "own": "z layer 1 head 2"}
@@ -332,13 +332,13 @@ def test_random_directions_are_as_long_and_what_the_band_is_of(
 ) -> None:
     """Every draw is one direction in all of its cells, and the values are those of hooks."""
     drawn: dict[str, Tensor] = {}
-    draw = directions._random  # pyright: ignore[reportPrivateUsage]
+    draw = directions._draw_like  # pyright: ignore[reportPrivateUsage]
 
     def noted(like: Tensor, name: str, seed: int) -> Tensor:
         drawn[name] = draw(like, name, seed)
         return drawn[name]
 
-    monkeypatch.setattr(directions, "_random", noted)
+    monkeypatch.setattr(directions, "_draw_like", noted)
     text = FAMILY + experiment(
         "e",
         "for c in [1, -2] { add c * d[layer 1, token -1] to resid_post layer 1 at last token }",
@@ -399,7 +399,7 @@ experiment e {
 """
 
 
-def checked(way: str) -> Checked:
+def checked(way: str) -> CheckedFile:
     return check_source(Source(LISTS.replace("WAY", way)))
 
 
@@ -411,15 +411,15 @@ def test_rows_beyond_the_combinations_and_what_explain_says() -> None:
     direction = own.rules[0].direction
     assert direction is not None
     for member in direction.members.values():
-        assert isinstance(member.vector, Fitted)
+        assert isinstance(member.vector, FittedVector)
         for sample, run in zip(member.vector.samples, ("clean", "fewer"), strict=True):
             rows_ = own.table.runs[run].rows
             assert [row.text for row in sample.run.rows] == [row.text for row in rows_]
     printed = StringIO()
-    explain(found, Console(file=printed, width=200))
+    print_prompts(found, Console(file=printed, width=200))
     made = "mean over 12 rows of fruit − mean over 12 rows of fruit (fewer), at L2.resid_post"
     assert f"direction d[layer 2]: {made}, last token" in printed.getvalue()
-    said = as_json(found)["experiments"][0]["rules"][0]["directions"]
+    said = prompts_document(found)["experiments"][0]["rules"][0]["directions"]
     assert said[2] == {"name": "d[layer 2]", "made": f"{made}, last token"}
     without = checked("mean(fruit) at resid_post layer 1").experiments[0].rules[0].direction
     assert without is not None

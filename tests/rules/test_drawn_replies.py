@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.base.reply import Reply
+from mechdsl.vocab.metrics import Reply
 
 from ..execute.support import PROMPTS, token
 from ..quick import in_turn, some

@@ -13,13 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdsl.execute import estimates
-from mechdsl.plan.estimate_cost import gradient_work
-from mechdsl.plan.make_plan import make_plan
-from mechdsl.plan.savings import plan_cost
+from mechdsl.execute.patching import estimates
+from mechdsl.planner.cost import gradient_work
+from mechdsl.planner.passes import make_plan, plan_cost
+from mechdsl.results.differences.cells import match_measures
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.matched_runs import matched_measures
 from mechdsl.show.graph import to_text
 from mechdsl.show.reports.charts import value_title
 
@@ -451,8 +450,8 @@ def test_what_is_said(tmp_path: Path) -> None:
     assert cell.measures[0].estimator == "integrated_gradients(steps: 32)"
     assert value_title(ig.measures[0]) == "estimated delta (logit)"
     assert value_title(size.measures[0]) == "gradient"  # and not in logits
-    assert len(matched_measures(ig, ig)) == 1
-    assert len(matched_measures(ig, run)) == 0  # an estimate isn't set against what was run
+    assert len(match_measures(ig, ig)) == 1
+    assert len(match_measures(ig, run)) == 0  # an estimate isn't set against what was run
     assert ig.measures[0].rounding is None
 
 
@@ -465,7 +464,7 @@ def test_the_graph_and_what_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     plan = make_plan(checked.experiments)
     assert "Estimate · integrated_gradients(steps: 4)" in to_text(plan.graph)
     calls = {"there": 0, "back": 0}
-    run, back = estimates.run_whole, torch.autograd.grad
+    run, back = estimates.run_full, torch.autograd.grad
 
     def counted_run(*given: Any, **named: Any) -> Any:
         calls["there"] += 1
@@ -475,7 +474,7 @@ def test_the_graph_and_what_it_costs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         calls["back"] += 1
         return back(*given, **named)
 
-    monkeypatch.setattr(estimates, "run_whole", counted_run)
+    monkeypatch.setattr(estimates, "run_full", counted_run)
     monkeypatch.setattr(estimates.torch.autograd, "grad", counted_back)
     execute_file(checked, shared(bare("gpt2")))
     (own,) = (each for panel in plan.panels for each in panel.experiments)
@@ -575,7 +574,7 @@ def test_memory_runs_out(
     rule = "patch resid_post layer * at subject tokens"
     text = experiment("e", rule, "using integrated_gradients(steps: 2)", *lines)
     whole = run_file(text, tmp_path, bare("gpt2"))["e"]
-    run, raised = estimates.run_whole, [0]
+    run, raised = estimates.run_full, [0]
 
     def full(model: Any, batch: Any, **given: Any) -> Any:
         if len(batch) > 1:
@@ -583,7 +582,7 @@ def test_memory_runs_out(
             raise error
         return run(model, batch, **given)
 
-    monkeypatch.setattr(estimates, "run_whole", full)
+    monkeypatch.setattr(estimates, "run_full", full)
     found = run_file(text, tmp_path, bare("gpt2"))["e"]
     assert raised[0] > 0
     assert "halved" in found.conventions["memory"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.pipeline.options import RunOptions
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.store.store import Store
 

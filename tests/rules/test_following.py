@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckedFile, CheckSettings, check_source
 from mechdsl.diagnostics.core import has_errors
-from mechdsl.diagnostics.render import render_full
-from mechdsl.program.spec_replies import Generation
-from mechdsl.resolve.resolved import ResolvedExperiment
-from mechdsl.resolve.resolved_rule import PositionTargets, ResolvedRule, Steps
-from mechdsl.validate.check_file import Checked, Settings, check_source
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.program.spec import Generation
+from mechdsl.resolve.types import PositionTargets, ResolvedExperiment, ResolvedRule, StepRanges
 
 FILE = """
 mech 1
@@ -42,9 +41,9 @@ experiment e {{
 """
 
 
-def checked(rule: str, generate: str = "generate 8", top: str = "") -> Checked:
+def checked(rule: str, generate: str = "generate 8", top: str = "") -> CheckedFile:
     text = FILE.format(rule=rule, generate=generate, top=top)
-    return check_source(Source(text, Path("a.mech")), Settings())
+    return check_source(Source(text, Path("a.mech")), CheckSettings())
 
 
 def resolved(rule: str, generate: str = "generate 8", top: str = "") -> ResolvedExperiment:
@@ -100,7 +99,7 @@ def test_positions_follow_or_are_the_prompts(at: str) -> None:
 def test_nothing_follows_where_nothing_is_written(at: str) -> None:
     text = FILE.format(rule=f"freeze z layer 1 at {at}", generate="", top="")
     text = text.replace("measure length", "measure logit(answer)")
-    (experiment,) = check_source(Source(text, Path("a.mech")), Settings()).experiments
+    (experiment,) = check_source(Source(text, Path("a.mech")), CheckSettings()).experiments
     assert kinds(experiment.rules[0].positions) == [""]
 
 
@@ -149,19 +148,19 @@ def test_a_rule_acts_in_its_steps(during: str) -> None:
     steps, later = STEPS[during]
     found = one(f"scale z layer 1 at last token by 2 {during}")
     assert (found.acts_later, found.after_prefill) == (later, False)
-    assert found.steps == (None if steps is None else Steps((), {(): steps}))
+    assert found.steps == (None if steps is None else StepRanges((), {(): steps}))
     assert found.in_prefill == (steps is None or steps[0] == 0)
 
 
 def test_a_loop_runs_over_steps() -> None:
     rule = "for t in [1, 0] { for s in 0..1 { scale z layer 1 at last token by 2 DURING } }"
     found = one("for s in 0..1 { scale z layer 1 at last token by 2 during step s..s + 2 }")
-    assert found.steps == Steps(("s",), {(0,): (0, 2), (1,): (1, 3)})
+    assert found.steps == StepRanges(("s",), {(0,): (0, 2), (1,): (1, 3)})
     assert found.acts_later
     assert found.in_prefill
     found = one(rule.replace("DURING", "during step s..t + 1"))
     ends = {(0, 0): (0, 2), (0, 1): (1, 2), (1, 0): (0, 1), (1, 1): (1, 1)}
-    assert found.steps == Steps(("t", "s"), ends)
+    assert found.steps == StepRanges(("t", "s"), ends)
     assert found.axes == {"t", "s"}
     found = one("for s in [0] { scale z layer 1 at last token by 2 during step s..s }")
     assert not found.acts_later
@@ -198,7 +197,7 @@ def test_no_rule_is_on_tokens_of_an_answer(rule: str) -> None:
     """The model writes its own reply, whatever a measure reads behind the prompt."""
     text = FILE.format(rule=rule, generate="generate 5", top="")
     text = text.replace("measure length as raw", "measure logprob(answer) as delta")
-    found = check_source(Source(text, Path("a.mech")), Settings()).diagnostics
+    found = check_source(Source(text, Path("a.mech")), CheckSettings()).diagnostics
     assert [each.code for each in found] == ["E0108"]
 
 
@@ -212,7 +211,7 @@ def test_what_is_kept_is_edited_behind_the_prefill(at: str) -> None:
 
 def test_all_of_several_fills_act_in_the_same_steps() -> None:
     found = resolved("ablate z layer 1 at last token with zero, mean during step 1..2").rules
-    assert [rule.steps for rule in found] == [Steps((), {(): (1, 2)})] * 2
+    assert [rule.steps for rule in found] == [StepRanges((), {(): (1, 2)})] * 2
 
 
 def test_a_position_of_the_prompt_is_written_in_the_prefill() -> None:
@@ -300,7 +299,7 @@ def test_models_that_write_no_text_are_refused(architecture: str, why: str, tmp_
         (tmp_path / path.name).write_text(text, "utf-8")
     text = FILE.format(rule="freeze z layer 1 at last token", generate="generate 8", top="")
     text = text.replace('zoo("counting")', f'local("{tmp_path}")')
-    found = check_source(Source(text, tmp_path / "a.mech"), Settings()).diagnostics
+    found = check_source(Source(text, tmp_path / "a.mech"), CheckSettings()).diagnostics
     said = [each for each in found if "`generate` with" in each.message]
     assert [each.code for each in said] == ["E0108"]
     assert why in said[0].message

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mechdsl.execute import behind_prompts
-from mechdsl.resolve.cell_key import Coord
+from mechdsl.execute import unpatched_runs
+from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import token
@@ -492,8 +492,8 @@ def test_the_first_row_without_a_value_is_named_in_passes_of_any_size(
         "e", SET, "generate 2", measure="measure 1 / (correct - correct) at each step as raw"
     )
     said: list[list[str]] = []
-    for tokens_of_a_pass in (behind_prompts.PASS_TOKENS, 1):
-        monkeypatch.setattr(behind_prompts, "PASS_TOKENS", tokens_of_a_pass)
+    for tokens_of_a_pass in (unpatched_runs.REPLY_PASS_TOKENS, 1):
+        monkeypatch.setattr(unpatched_runs, "REPLY_PASS_TOKENS", tokens_of_a_pass)
         _, found = try_file(text, data, "llama")
         said.append([each.message for each in found if each.code == "E0631"])
     assert said[0] == said[1] != []

@@ -17,14 +17,14 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from mechdsl.base.source import Source
-from mechdsl.cli import app
-from mechdsl.resolve.cell_key import Coord
-from mechdsl.resolve.resolved_rule import ResolvedRule, Vectors
-from mechdsl.rules import RULES, SiteRule, rule_kind
-from mechdsl.syntax.format.file import format_file
-from mechdsl.syntax.parse import parse
-from mechdsl.syntax.verbs import VERBS
-from mechdsl.validate.check_file import Settings, check_source
+from mechdsl.checks.file_check import CheckSettings, check_source
+from mechdsl.cli.entry import app
+from mechdsl.resolve.cells import Coord
+from mechdsl.resolve.types import ResolvedRule, VectorBatch
+from mechdsl.rules.kinds import RULES, SiteRule, rule_kind
+from mechdsl.syntax.formatter import format_file
+from mechdsl.syntax.frontend import parse
+from mechdsl.syntax.words import VERBS
 
 from ..quick import in_turn
 from ..reference.forward import Write
@@ -90,7 +90,7 @@ def clip() -> Iterator[None]:
         takes = "to"
         reads = "run"
 
-        def values(self, rule: ResolvedRule, vectors: Vectors) -> Tensor:
+        def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
             read = vectors.read()
             return read.minimum(vectors.amounts[:, None].to(read))
 
@@ -100,7 +100,7 @@ def clip() -> Iterator[None]:
 
         reads = "donor"
 
-        def values(self, rule: ResolvedRule, vectors: Vectors) -> Tensor:
+        def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
             return -vectors.read()
 
     yield
@@ -109,7 +109,7 @@ def clip() -> Iterator[None]:
 
 
 def checked(text: str) -> list[str]:
-    return [found.code for found in check_source(Source(text), Settings()).diagnostics]
+    return [found.code for found in check_source(Source(text), CheckSettings()).diagnostics]
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_a_verb_says_which_word_stands_before_its_number(
     clip: None, line: str, expected: str
 ) -> None:
     text = TOY.replace("stretch resid_post layer 0..1 at last token by 0.5", line)
-    found = check_source(Source(text), Settings()).diagnostics
+    found = check_source(Source(text), CheckSettings()).diagnostics
     assert [one.code for one in found] == ["E0101"]
     assert vars(found[0])["expected"] == expected
 
@@ -285,7 +285,7 @@ def test_a_new_verb_behind_a_span(clip: None, data: Path) -> None:
 )
 def test_a_misspelt_verb_is_recognised(clip: None, line: str, meant: str) -> None:
     text = TOY.replace("stretch resid_post layer 0..1 at last token by 0.5", line)
-    found = check_source(Source(text), Settings()).diagnostics
+    found = check_source(Source(text), CheckSettings()).diagnostics
     # The layer of `patch` isn't there, which is said too: the line counts as it was meant.
     assert [one.code for one in found] == ["E0102", "E0303"][: 2 if meant == "patch" else 1]
     assert vars(found[0])["meant"] == meant

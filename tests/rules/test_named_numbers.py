@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mechdsl.base.source import Source
-from mechdsl.validate.check_file import Settings, check_source
+from mechdsl.checks.file_check import CheckSettings, check_source
 
 FILE = """
 mech 1
@@ -38,7 +38,7 @@ SCALED = "for c in [-20, -1.5, 20] { scale z layer 1 at last token by c }"
 
 def codes(rule: str, expect: str = "") -> list[str]:
     text = FILE.format(rule=rule, expect=expect)
-    found = check_source(Source(text, Path("a.mech")), Settings()).diagnostics
+    found = check_source(Source(text, Path("a.mech")), CheckSettings()).diagnostics
     return [each.code for each in found if each.severity == "error"]
 
 

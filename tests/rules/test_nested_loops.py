@@ -15,7 +15,7 @@ from rich.console import Console
 
 import mechdsl
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.show_report import show_report
+from mechdsl.show.output import show_report
 
 from ..quick import in_turn
 from ..reference.forward import Changes, Edge, Write

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mechdsl.resolve.cell_key import Coord
+from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.rules.observations.tuned_lens import translator
+from mechdsl.rules.observations.vectors import load_translator
 
 from ..execute.support import MODES, token
 from ..models import families
@@ -643,9 +643,9 @@ def test_a_lens_that_does_not_fit_is_refused(data: Path, said: str, reason: str)
 def test_a_lens_is_as_it_was_checked(data: Path) -> None:
     written = data / lens_of(data, "llama")
     digest = sha256(written.read_bytes()).hexdigest()
-    assert translator(str(written), digest, 1)[1].shape == (20,)
+    assert load_translator(str(written), digest, 1)[1].shape == (20,)
     with pytest.raises(ValueError, match="has changed"):
-        translator(str(written), "0" * 64, 1)
+        load_translator(str(written), "0" * 64, 1)
 
 
 def test_another_file_is_another_lens(data: Path) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mechdsl.base.source import Source
-from mechdsl.models.shape_from_config import available_sites
-from mechdsl.validate.check_file import Settings, check_source
+from mechdsl.checks.file_check import CheckSettings, check_source
+from mechdsl.models.config import available_sites
 from mechdsl.vocab.sites import SITES
 
 from ..execute.support import shared
@@ -58,9 +58,9 @@ def test_what_is_written_is_what_the_module_returns(
 def test_a_file_is_checked_with_them(entries: None) -> None:
     line = "stretch resid_post layer 0..1 at last token by 0.5"
     text = TOY.replace(line, "ablate attn_proj layer 0..1 at last token with zero")
-    found = check_source(Source(text), Settings()).diagnostics
+    found = check_source(Source(text), CheckSettings()).diagnostics
     assert [one.code for one in found if one.severity == "error"] == []
-    swept = check_source(Source(text.replace("attn_proj layer", "atn_proj layer")), Settings())
+    swept = check_source(Source(text.replace("attn_proj layer", "atn_proj layer")), CheckSettings())
     assert "E0203" in [one.code for one in swept.diagnostics]
 
 

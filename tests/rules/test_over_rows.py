@@ -13,13 +13,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mechdsl.base.digest import digest
-from mechdsl.diagnostics.render import render_full
-from mechdsl.execute.observed_weights import composition, copying
-from mechdsl.hooks.weight_maps import WeightMaps
-from mechdsl.pipeline.run_options import RunOptions
+from mechdsl.base.hashing import digest
+from mechdsl.diagnostics.rendering import render_full
+from mechdsl.execute.observation.weights import score_composition, score_copying
+from mechdsl.forward.hooks.weight_maps import WeightMaps
+from mechdsl.pipeline.options import RunOptions
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.rules.observations import over_rows
+from mechdsl.rules.observations import rows as over_rows
 
 from ..execute.support import MODES, ids_of, run_file, shared, try_file
 from ..reference.forward import Write, forward
@@ -448,7 +448,7 @@ def test_scores_of_weights_in_a_table(tmp_path: Path) -> None:
     found = run(tmp_path, "llama", "observe copying layer * head 1..2")
     for cell, values in zip(found.cells, found.measures[0].patched, strict=True):
         with torch.no_grad():
-            wanted = copying(maps, int(cell.coords["layer"]), int(cell.coords["head"]))
+            wanted = score_copying(maps, int(cell.coords["layer"]), int(cell.coords["head"]))
         np.testing.assert_allclose(values, wanted, atol=1e-6)
     assert np.isnan(found.statistics[0].low).all()
     assert np.isnan(found.statistics[0].p).all()
@@ -464,7 +464,7 @@ def test_heads_compose_with_later_ones_alone(tmp_path: Path) -> None:
     assert found.cells[0].site == "L0H0.z ~ L1H3.z"
     for (one, other), values in zip(pairs, found.measures[0].patched, strict=True):
         with torch.no_grad():
-            wanted = composition(maps, "v", (int(one), 0), (int(other), 3))
+            wanted = score_composition(maps, "v", (int(one), 0), (int(other), 3))
         np.testing.assert_allclose(values, wanted, atol=1e-6)
 
 
@@ -707,9 +707,9 @@ def test_more_vectors_than_there_is_room_for(
 ) -> None:
     """All heads of 26 rows: 26 · 4 · 6 numbers."""
     line = "observe rank z layer 0 at last token"
-    monkeypatch.setattr(over_rows, "ROW_NUMBERS", 26 * 4 * 6)
+    monkeypatch.setattr(over_rows, "MAX_ROW_NUMBERS", 26 * 4 * 6)
     run(tmp_path, "gpt2", line)
-    monkeypatch.setattr(over_rows, "ROW_NUMBERS", 26 * 4 * 6 - 1)
+    monkeypatch.setattr(over_rows, "MAX_ROW_NUMBERS", 26 * 4 * 6 - 1)
     with pytest.raises(AssertionError, match="would hold 624 numbers at a time, more than 623"):
         run(tmp_path, "gpt2", line)
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mechdsl.base.digest import digest
-from mechdsl.prompts.prompt_table import PositionCell
-from mechdsl.resolve.over_rows import SeenTokens, TokenVectors
-from mechdsl.rules.observations.clusters import Clusters
+from mechdsl.base.hashing import digest
+from mechdsl.prompts.runs import PositionCell
+from mechdsl.resolve.observations import ObservedTokens, TokenVectors
+from mechdsl.rules.observations.rows import Clusters
 
 from ..execute.support import MODES, ids_of, run_file
 from ..reference.forward import forward
@@ -296,7 +296,7 @@ def test_the_order_of_rows_makes_no_clusters() -> None:
         rows, tokens = np.repeat(np.arange(20), 3), np.tile(np.arange(3), 20)
         flat, own = every[order].reshape(60, 4), [keys[number] for number in order]
         seen = TokenVectors(flat, rows, tokens, np.arange(20), own)
-        return Clusters(6).fitted(SeenTokens(seen, None, None), seed).centres
+        return Clusters(6).fitted(ObservedTokens(seen, None, None), seed).centres
 
     there, back = [*range(20)], [*reversed(range(20))]
     np.testing.assert_array_equal(centres(there, 1), centres(back, 1))

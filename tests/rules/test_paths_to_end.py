@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import mechdsl
-from mechdsl.diagnostics.render import render_full
+from mechdsl.diagnostics.rendering import render_full
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute import test_masked

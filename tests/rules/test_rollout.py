@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mechdsl.execute.options import Options
+from mechdsl.execute.run_record import ExecutionOptions
 
 from ..execute import support
 from ..images import support as images
@@ -56,7 +56,7 @@ def test_of_texts(name: str, side: Any, tmp_path: Path) -> None:
         "observe rollout from subject token, last token to token 1, token 3 as swept",
     )
     text = support.experiment("e", "prompts p", *lines)
-    options = replace(support.MODES["planned"], execution=Options(side=side))
+    options = replace(support.MODES["planned"], execution=ExecutionOptions(side=side))
     found = support.run_file(text, tmp_path, models.bare(name), options)
     seen = {run: support.prompts(run) for run in ("clean", "turned")}
     mixed = {

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckSettings
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.validate.check_file import Settings
 
 from ..execute.support import MODES, as_in_the_data, by_name, run_on, shared
 from ..quick import in_turn
@@ -263,7 +263,7 @@ def results(folder: Path, name: str, mode: str) -> dict[str, ExperimentResult]:
 
 def with_python(text: str, folder: Path, name: str, mode: str = "planned") -> Any:
     whole = f'mech 1\nmodel m = local("handed over")\n{BLOCKS}\n{text}'
-    options = replace(MODES[mode], settings=Settings(python="run"))
+    options = replace(MODES[mode], settings=CheckSettings(python="run"))
     return run_on(Source(whole, folder / "file.mech"), {"m": shared(bare(name))}, options)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mechdsl.base.source import Source
-from mechdsl.resolve.cell_key import Coord
+from mechdsl.resolve.cells import Coord
 
 from ..execute.support import MODES, by_name, run_on, shared, token
 from ..quick import in_turn

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from mechdsl.resolve.cell_key import Coord
+from mechdsl.resolve.cells import Coord
 
 from ..quick import in_turn
 from ..reference.forward import Changes, Write

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mechdsl.resolve.cell_key import Coord
+from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import MODES

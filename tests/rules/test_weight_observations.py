@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mechdsl.execute import observed_weights
+from mechdsl.execute.observation import weights
 from mechdsl.results.experiment_result import ExperimentResult
 
 from ..execute.support import ids_of, run_file, try_file
@@ -47,7 +47,7 @@ def token(word: str) -> int:
 def test_value_vectors_toward_the_answers_of_rows(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(observed_weights, "TOGETHER", 8)
+    monkeypatch.setattr(weights, "NEURON_BATCH", 8)
     line = "observe value_vectors layer 1..2 neuron 3..19 toward answer - wrong"
     found = run(tmp_path, name, line)
     for cell, values in zip(found.cells, found.measures[0].patched, strict=True):

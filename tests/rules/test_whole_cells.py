@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from mechdsl.base.source import Source
-from mechdsl.diagnostics.e02_python import PythonFailed
-from mechdsl.execute import made_of_cells
-from mechdsl.resolve.cell_key import Coord
+from mechdsl.checks.file_check import CheckSettings
+from mechdsl.diagnostics.names import PythonFailed
+from mechdsl.execute.patching import rule_inputs
+from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.validate.check_file import Settings
 
 from ..execute.support import MODES, by_name, run_on, shared
 from ..quick import in_turn
@@ -166,7 +166,7 @@ def ran(
     text: str, folder: Path, name: str, mode: str = "planned", blocks: str = BLOCKS
 ) -> dict[str, ExperimentResult]:
     source = Source(f'mech 1\nmodel m = local("x")\n{blocks}\n{text}', folder / "file.mech")
-    options = replace(MODES[mode], settings=Settings(python="run"))
+    options = replace(MODES[mode], settings=CheckSettings(python="run"))
     return by_name(*run_on(source, {"m": shared(bare(name))}, options))
 
 
@@ -280,7 +280,7 @@ def test_it_is_called_once_a_cell(
     other = "for c in [0, 1] { set z layer 0 head 0 at last token to c }"
     text = experiment("e", rule) + experiment("f", rule, other)
     shapes = [(4, 4)] * 6
-    import mechdsl.program.python_files as python_files
+    from mechdsl.program import python_functions as python_files
 
     seen: list[tuple[int, ...]] = []
     call = python_files.PythonFunction.call
@@ -292,7 +292,7 @@ def test_it_is_called_once_a_cell(
     monkeypatch.setattr(python_files.PythonFunction, "call", watched)
     first = ran(text, data, "llama")
     assert [shape[:2] for shape in seen] == shapes
-    monkeypatch.setattr(made_of_cells, "IN_MEMORY", 64)
+    monkeypatch.setattr(rule_inputs, "MAX_MEMORY_BYTES", 64)
     again = ran(text, data, "llama")
     for name in ("e", "f"):
         a, b = (found[name].measures[0].patched for found in (first, again))
@@ -312,7 +312,7 @@ def test_what_is_not_there_must_not_be_moved_to_what_is(data: Path, functions: A
         "e", 'set resid_post layer 1 at subject tokens to python("cells.py:last_first")'
     )
     source = Source(f'mech 1\nmodel m = local("x")\n{BLOCKS}\n{text}', data / "file.mech")
-    options = replace(MODES["planned"], settings=Settings(python="run"))
+    options = replace(MODES["planned"], settings=CheckSettings(python="run"))
     result, problems = run_on(source, {"m": shared(bare("llama"))}, options)
     assert result is None or not result.experiments
     (found,) = [d for d in problems if d.code == "E0223"]

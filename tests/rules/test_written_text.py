@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import check_source
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.validate.check_file import check_source
 
 from ..execute.support import token
 from ..reference.forward import Changes, Edge, Write, forward

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mechdsl.diagnostics.render import render_full
+from mechdsl.diagnostics.rendering import render_full
 
 from .checked import COLUMNS, JUDGED, Checker, Judgement, Outcome, right_files
 from .mutants import drawn

@@ -12,13 +12,13 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mechdsl.base.source import Source
+from mechdsl.checks.file_check import CheckSettings, check_source
+from mechdsl.checks.prompt_tables import FileContexts
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.models.shape_from_config import shape_from_config
+from mechdsl.models.config import shape_from_config
 from mechdsl.program import spec
-from mechdsl.prompts.tokenizer import TextTokenizer
-from mechdsl.resolve.resolved import ModelContext
-from mechdsl.validate.check_file import Settings, check_source
-from mechdsl.validate.contexts import Contexts
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
+from mechdsl.resolve.types import ModelContext
 
 from .mutants import NEED_SHAPE, File, Mutant
 
@@ -37,7 +37,7 @@ GPT2 = {
     "vocab_size": 50257,
     "n_positions": 1024,
 }
-ROWS = Settings(limit=20)
+ROWS = CheckSettings(limit=20)
 """Enough rows for every rule of the examples; fewer than they ask for."""
 
 
@@ -179,7 +179,7 @@ def _contexts(files: Iterable[File]) -> dict[str, ModelContext]:
     found: dict[str, ModelContext] = {}
     for file in files:
         checked = check_source(Source(file.text, file.path), ROWS)
-        contexts = Contexts(checked.program, [], {}, None)
+        contexts = FileContexts(checked.program, [], {}, None)
         for name, model in checked.program.models.items():
             here = None if model.kind == "hf" else contexts.models.context(name)
             found[name] = here or _by_its_numbers(model)

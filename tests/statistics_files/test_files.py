@@ -16,8 +16,8 @@ from scipy import stats
 
 import mechdsl
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.table import grouped
-from mechdsl.show.reports.text import survives
+from mechdsl.show.reports.table import group_by_value
+from mechdsl.show.reports.text import is_significant
 
 HERE = Path(__file__).parent
 
@@ -59,7 +59,7 @@ def test_the_noise_of_these_files_is_noise() -> None:
     for name in NOISES:
         found = deltas(results("noise")[name])
         assert found.std() == pytest.approx(np.sqrt(2), rel=0.2)
-        assert not survives(results("noise")[name], 0).any()
+        assert not is_significant(results("noise")[name], 0).any()
 
 
 def test_of_many_cells_at_99_percent_those_with_clear_effects_survive() -> None:
@@ -69,7 +69,7 @@ def test_of_many_cells_at_99_percent_those_with_clear_effects_survive() -> None:
     p = stats.ttest_1samp(found, 0, axis=1).pvalue
     clear = (p * len(p) < 1e-5) & ~result.statistics[0].at_rounding
     assert clear.sum() >= 3
-    assert survives(result, 0)[clear].all()
+    assert is_significant(result, 0)[clear].all()
 
 
 # --- shares
@@ -106,13 +106,13 @@ def test_no_head_survives_by_count() -> None:
     assert len(set(result.row_values["a"])) == 7
     # all seven of one sign: 2 of 128 flips
     assert np.nanmin(result.statistics[0].p) >= 2 / 128
-    assert not survives(result, 0).any()
+    assert not is_significant(result, 0).any()
 
 
 def test_heads_survive_where_the_counts_are_all_that_there_are() -> None:
     """`a in 3..9` is a fixed factor: no warning proposes to take its values as a sample."""
     found = results("few_values")
-    assert survives(found["by_row"], 0).any()
+    assert is_significant(found["by_row"], 0).any()
     assert "W0722" not in [each.code for each in found.diagnostics]
 
 
@@ -137,7 +137,7 @@ def test_rows_of_five_prefixes_count_as_five(measure: int) -> None:
 
 
 def test_a_group_without_a_denominator_has_no_ratio() -> None:
-    by_count = grouped(results("no_denominator")["by_item"], "count")
+    by_count = group_by_value(results("no_denominator")["by_item"], "count")
     data, found = by_count.measures[0], by_count.statistics[0]
     assert data.source is not None
     for cell, key in enumerate(by_count.cells):
@@ -147,7 +147,7 @@ def test_a_group_without_a_denominator_has_no_ratio() -> None:
         empty = np.isnan([found.mean[cell], found.low[cell], found.high[cell], found.p[cell]])
         assert empty.all() if low <= 0 <= high else not empty.any()
         assert bool(found.reasons[cell]) == (low <= 0 <= high)
-        assert not (survives(by_count, 0)[cell] and low <= 0 <= high)
+        assert not (is_significant(by_count, 0)[cell] and low <= 0 <= high)
 
 
 def test_over_all_rows_the_ratio_is_there() -> None:
@@ -165,7 +165,7 @@ def test_the_last_bit_is_no_effect() -> None:
         # a step or two of the largest logit, through all of a head's and a layer's sums
         assert (np.abs(found.mean) < 2 * np.spacing(largest)).all()
         assert (found.p < 0.05).any()
-        assert not survives(result, measure).any()
+        assert not is_significant(result, measure).any()
 
 
 # --- controls

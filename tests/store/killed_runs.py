@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mechdsl.base.registry import OUTSIDE
+from mechdsl.base.records import EXTERNAL_MODULES
 
 TEXT = """mech 1
 model toy = zoo("counting")
@@ -98,8 +98,10 @@ class Steps:
 
     def watch(self) -> None:
         """Have every step of the store counted, and every pass told."""
-        from mechdsl.execute.patched_rows import Patcher
-        from mechdsl.store import blobs, disk, index
+        from mechdsl.execute.patching.rows import Patcher
+        from mechdsl.store import files as blobs
+        from mechdsl.store import files as disk
+        from mechdsl.store import index
         from mechdsl.store.runs import OpenRun
 
         for owner, name in (
@@ -230,11 +232,11 @@ def _child(
         sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", encoding="utf-8") for n in (1, 2))
         os.chdir(folder)
         os.environ.pop("MECHDSL_STORE", None)
-        OUTSIDE.clear()  # what other tests of this process have registered isn't in the file
+        EXTERNAL_MODULES.clear()  # what other tests of this process have registered isn't in the file
         Steps(os.open(log, os.O_WRONLY | os.O_APPEND), kill_at).watch()
         if limits is not None:
             limits()
-        from mechdsl.cli import main
+        from mechdsl.cli.entry import main
 
         sys.argv = ["mechdsl", "run", "file.mech", "--device", "cpu", *SIZES]
         main()

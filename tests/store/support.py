@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mechdsl.store.values import Block, Found
+from mechdsl.store.runs import CachedValues, ValueBlock
 
 
 def cells(count: int, start: int = 0) -> list[bytes]:
@@ -16,12 +16,12 @@ def cells(count: int, start: int = 0) -> list[bytes]:
     return [hashlib.sha256(b"%d" % number).digest()[:16] for number in numbers]
 
 
-def block(values: Mapping[bytes, Mapping[int, float | tuple[float, float]]]) -> Block:
+def block(values: Mapping[bytes, Mapping[int, float | tuple[float, float]]]) -> ValueBlock:
     """What one pass gave, per cell and row."""
     lengths = [len(rows) for rows in values.values()]
     flat = [value for rows in values.values() for value in rows.values()]
     columns = [value if isinstance(value, tuple) else (value,) for value in flat]
-    return Block(
+    return ValueBlock(
         list(values),
         np.cumsum([0, *lengths]).astype(np.int64),
         np.array([row for rows in values.values() for row in rows], np.uint64),
@@ -29,7 +29,7 @@ def block(values: Mapping[bytes, Mapping[int, float | tuple[float, float]]]) -> 
     )
 
 
-def values_of(found: Found) -> dict[bytes, dict[int, tuple[float, ...]]]:
+def values_of(found: CachedValues) -> dict[bytes, dict[int, tuple[float, ...]]]:
     """Per cell and row, as Python numbers."""
     return {
         cell: {int(row): tuple(map(float, of)) for row, of in zip(rows, values, strict=True)}

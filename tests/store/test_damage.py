@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.store.index import NAME, SCHEMA
-from mechdsl.store.store import Store, StoreProblem
-from mechdsl.store.values import pack_block
+from mechdsl.store.index import INDEX_NAME, INDEX_SCHEMA, StoreProblem
+from mechdsl.store.runs import pack_values
+from mechdsl.store.store import Store
 from tests.store import writer
 from tests.store.support import block, cells, values_of
 
@@ -47,7 +47,7 @@ HARM = {
     "first bit": lambda path: flip(path, 0),
     "last bit": lambda path: flip(path, -1, 0x80),
     "gone": lambda path: path.unlink(),
-    "another": lambda path: path.write_bytes(pack_block(block({ONE: {1: 99.0}}))),
+    "another": lambda path: path.write_bytes(pack_values(block({ONE: {1: 99.0}}))),
 }
 
 
@@ -128,7 +128,7 @@ def test_a_finished_run_that_was_changed_in_the_index_is_not_shown(
     memory: Path, change: str
 ) -> None:
     written(memory / "store")
-    with sqlite3.connect(memory / "store" / NAME) as index:
+    with sqlite3.connect(memory / "store" / INDEX_NAME) as index:
         index.execute(change)
     index.close()
     with Store(memory / "store") as store:
@@ -141,7 +141,7 @@ def test_a_name_that_leads_out_of_a_folder_is_not_given(
 ) -> None:
     """Not even where somebody made up the run, with all its hashes."""
     with store.begin("key", {}) as run, monkeypatch.context() as patch:
-        patch.setattr("mechdsl.store.runs.check_name", lambda _: None)
+        patch.setattr("mechdsl.store.runs.check_content_name", lambda _: None)
         run.finish({"../../evil": b""}, {})
     assert store.finished("key") is None
     with pytest.raises(StoreProblem, match="can't be the name of a file"):
@@ -151,7 +151,7 @@ def test_a_name_that_leads_out_of_a_folder_is_not_given(
 def test_a_block_that_the_index_gives_to_another_cell_is_not_taken(store: Store) -> None:
     with store.begin("a", {}) as run:
         run.keep(block({ONE: {1: 1.0}}))
-    with sqlite3.connect(store.folder / NAME) as index:
+    with sqlite3.connect(store.folder / INDEX_NAME) as index:
         index.execute("UPDATE cells SET cell = ?", (TWO,))
     index.close()
     with store.begin("b", {}) as run:
@@ -186,9 +186,9 @@ def use(folder: Path) -> str:
 def test_an_index_that_is_none_is_moved_aside(memory: Path, garbage: bytes) -> None:
     folder = memory / "store"
     written(folder)
-    (folder / NAME).write_bytes(garbage)
+    (folder / INDEX_NAME).write_bytes(garbage)
     use(folder)
-    [aside] = [path for path in folder.glob(f"{NAME}.broken-*") if "journal" not in path.name]
+    [aside] = [path for path in folder.glob(f"{INDEX_NAME}.broken-*") if "journal" not in path.name]
     assert aside.read_bytes() == garbage
 
 
@@ -196,13 +196,13 @@ def test_a_damaged_index_that_somebody_uses_is_left_alone(memory: Path) -> None:
     """SQLite finds its journal by name: an index must not be moved under somebody's hands."""
     folder = memory / "store"
     with Store(folder):
-        data = (folder / NAME).read_bytes()
-        (folder / NAME).write_bytes(b"garbage")
+        data = (folder / INDEX_NAME).read_bytes()
+        (folder / INDEX_NAME).write_bytes(b"garbage")
         with pytest.raises(StoreProblem, match="another process is using it"):
             Store(folder)
         assert not list(folder.glob("*.broken-*"))
-        (folder / NAME).write_bytes(data)
-    (folder / NAME).write_bytes(b"garbage")
+        (folder / INDEX_NAME).write_bytes(data)
+    (folder / INDEX_NAME).write_bytes(b"garbage")
     with Store(folder) as store:
         assert store.runs() == []
 
@@ -211,15 +211,15 @@ def test_an_index_that_is_damaged_within_is_found_and_replaced(memory: Path) -> 
     """The run that meets it ends with a reason, and the next one starts a new index."""
     folder = memory / "store"
     written(folder)
-    size = (folder / NAME).stat().st_size
-    with (folder / NAME).open("r+b") as file:
+    size = (folder / INDEX_NAME).stat().st_size
+    with (folder / INDEX_NAME).open("r+b") as file:
         file.seek(4096)
         file.write(b"\xff" * (size - 4096))
     with pytest.raises(StoreProblem, match="its index is damaged"):
         use(folder)
     assert use(folder) == "used"
-    assert list(folder.glob(f"{NAME}.broken-*"))
-    assert not (folder / f"{NAME}.suspect").exists()
+    assert list(folder.glob(f"{INDEX_NAME}.broken-*"))
+    assert not (folder / f"{INDEX_NAME}.suspect").exists()
 
 
 DAMAGE = {
@@ -232,7 +232,7 @@ DAMAGE = {
 
 def damaged(folder: Path, change: str) -> None:
     written(folder)
-    with sqlite3.connect(folder / NAME) as index:
+    with sqlite3.connect(folder / INDEX_NAME) as index:
         index.execute(change)
     index.close()
 
@@ -248,7 +248,7 @@ def test_damage_that_sqlite_does_not_see(memory: Path, change: str) -> None:
             ask(*([] if "runs" in change else [writer.cells_of(BLOCKS)]))
     assert not list(memory.rglob("evil"))
     assert use(folder) == "used"
-    assert len(list(folder.glob(f"{NAME}.broken-*[0-9]"))) == 1
+    assert len(list(folder.glob(f"{INDEX_NAME}.broken-*[0-9]"))) == 1
     with Store(folder) as store:
         assert store.finished(writer.KEY) is None
 
@@ -269,7 +269,7 @@ def test_damage_that_is_not_found_by_looking(memory: Path, monkeypatch: pytest.M
 def test_an_index_in_which_looking_finds_nothing_stays(memory: Path) -> None:
     folder = memory / "store"
     written(folder)
-    (folder / f"{NAME}.suspect").write_text("new")
+    (folder / f"{INDEX_NAME}.suspect").write_text("new")
     with Store(folder) as store:
         assert store.finished(writer.KEY) is not None
     assert not list(folder.glob("*.broken-*"))
@@ -277,7 +277,7 @@ def test_an_index_in_which_looking_finds_nothing_stays(memory: Path) -> None:
 
 def damage_at_random(folder: Path, seed: int) -> str:
     draw = random.Random(seed)
-    index = folder / NAME
+    index = folder / INDEX_NAME
     for _ in range(draw.choice([1, 1, 3, 30])):
         flip(index, draw.randrange(index.stat().st_size), 1 << draw.randrange(8))
     said = ""
@@ -318,25 +318,25 @@ def test_many_bits_that_are_flipped_in_the_index(memory: Path) -> None:
 def test_an_index_of_a_newer_version_is_refused(memory: Path) -> None:
     folder = memory / "store"
     written(folder)
-    with sqlite3.connect(folder / NAME) as index:
-        index.execute(f"PRAGMA user_version = {SCHEMA + 1}")
+    with sqlite3.connect(folder / INDEX_NAME) as index:
+        index.execute(f"PRAGMA user_version = {INDEX_SCHEMA + 1}")
     index.close()
-    before = (folder / NAME).read_bytes()
+    before = (folder / INDEX_NAME).read_bytes()
     with pytest.raises(StoreProblem, match="newer version of mechdsl: its format is 2"):
         Store(folder)
-    assert (folder / NAME).read_bytes() == before
+    assert (folder / INDEX_NAME).read_bytes() == before
     assert not list(folder.glob("*.broken-*"))
 
 
 def test_a_database_of_another_program_is_refused(memory: Path) -> None:
     folder = memory / "store"
     folder.mkdir()
-    with sqlite3.connect(folder / NAME) as index:
+    with sqlite3.connect(folder / INDEX_NAME) as index:
         index.execute("CREATE TABLE holidays(day TEXT)")
     index.close()
     with pytest.raises(StoreProblem, match="a database of another program"):
         Store(folder)
-    with sqlite3.connect(folder / NAME) as index:
+    with sqlite3.connect(folder / INDEX_NAME) as index:
         index.execute("SELECT day FROM holidays")
     index.close()
 
@@ -358,7 +358,7 @@ def test_a_folder_with_other_files_is_no_store(memory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["blobs", "locks", ".gitignore", ".mechdsl-12-34", f"{NAME}.broken-1"]
+    "name", ["blobs", "locks", ".gitignore", ".mechdsl-12-34", f"{INDEX_NAME}.broken-1"]
 )
 def test_a_store_that_was_begun_is_made_whole(memory: Path, name: str) -> None:
     """Whichever name a process had come to when it was killed."""

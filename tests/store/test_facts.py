@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.store import file_hashes
-from mechdsl.store.store import Store, StoreProblem
+from mechdsl.store import index
+from mechdsl.store.index import StoreProblem
+from mechdsl.store.store import Store
 
 
 @pytest.fixture
@@ -24,9 +25,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         files.append(os.path.basename(os.fsdecode(path)))
         return opened(path, mode)
 
-    monkeypatch.setattr(file_hashes, "open", noting, raising=False)
+    monkeypatch.setattr(index, "open", noting, raising=False)
     # A file that was written a moment ago isn't remembered: as if it had been a minute ago.
-    monkeypatch.setattr(file_hashes.time, "time", lambda began=time.time: began() + 60)
+    monkeypatch.setattr(index.time, "time", lambda began=time.time: began() + 60)
     return files
 
 
@@ -73,8 +74,8 @@ def test_a_file_of_this_moment_is_not_remembered(
     """It may be written again within the same tick of the file system's clock."""
     file = tmp_path / "a"
     file.write_bytes(b"a")
-    stat = file_hashes._mark(file.stat())
-    monkeypatch.setattr(file_hashes, "_mark", lambda _: stat)
+    stat = index._mark(file.stat())
+    monkeypatch.setattr(index, "_mark", lambda _: stat)
     assert store.file_hash(file) == sha(b"a")
     file.write_bytes(b"b")
     assert store.file_hash(file) == sha(b"b")
@@ -82,7 +83,7 @@ def test_a_file_of_this_moment_is_not_remembered(
     assert store.file_hash(file) == sha(b"b")
     file.write_bytes(b"c")
     os.utime(file, (time.time() + 1e6, time.time() + 1e6))
-    monkeypatch.setattr(file_hashes.time, "time", lambda began=time.time: began() + 60)
+    monkeypatch.setattr(index.time, "time", lambda began=time.time: began() + 60)
     assert store.file_hash(file) == sha(b"c"), "one of the future isn't either"
     file.write_bytes(b"d")
     assert store.file_hash(file) == sha(b"d")
@@ -95,10 +96,10 @@ def test_a_file_that_changes_while_it_is_read(
     """It is read again, and again, and then given up."""
     file = tmp_path / "a"
     file.write_bytes(b"a")
-    mark = file_hashes._mark
+    mark = index._mark
     asked = count()
     monkeypatch.setattr(
-        file_hashes, "_mark", lambda found: f"{asked}" if next(asked) < changes else mark(found)
+        index, "_mark", lambda found: f"{asked}" if next(asked) < changes else mark(found)
     )
     if changes == 1_000:
         with pytest.raises(StoreProblem, match="changes while it is read"):
@@ -122,7 +123,7 @@ def test_a_file_that_is_replaced_while_it_is_read(
             (tmp_path / "new").replace(file)
         return handle
 
-    monkeypatch.setattr(file_hashes, "open", replacing, raising=False)
+    monkeypatch.setattr(index, "open", replacing, raising=False)
     assert store.file_hash(file) == sha(b"new")
 
 

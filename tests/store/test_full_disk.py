@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mechdsl.store.runs import ValueBlock
 from mechdsl.store.store import Store
-from mechdsl.store.values import Block
 from tests.store.support import cells
 
 LARGE = 2_000
@@ -23,9 +23,9 @@ LARGE = 2_000
 [ONE] = cells(1)
 
 
-def large(number: int) -> Block:
+def large(number: int) -> ValueBlock:
     rows = np.arange(LARGE, dtype=np.uint64) + np.uint64(number * LARGE)
-    return Block([ONE], np.array([0, LARGE]), rows, rows[:, None] + 0.5)
+    return ValueBlock([ONE], np.array([0, LARGE]), rows, rows[:, None] + 0.5)
 
 
 def whole(store: Store) -> int:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.store.store import Store, StoreProblem
+from mechdsl.store.index import StoreProblem
+from mechdsl.store.store import Store
 from tests.store import writer
 from tests.store.crash_disk import Disk, Step, laid_out, recorded
 

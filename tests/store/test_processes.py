@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.store.store import Store, StoreProblem
+from mechdsl.store.index import StoreProblem
+from mechdsl.store.store import Store
 from tests.store import writer
 from tests.store.support import block, cells, values_of
 from tests.store.test_power_cuts import BLOCKS, check
@@ -158,7 +159,7 @@ def test_threads_share_a_store(store: Store) -> None:
 
 def test_an_index_that_is_held_too_long(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reason, not a traceback of SQLite's; and what was staged is removed."""
-    monkeypatch.setattr("mechdsl.store.index.WAIT", 0.05)
+    monkeypatch.setattr("mechdsl.store.index.WRITE_TIMEOUT", 0.05)
     with Store(store.folder) as other, other.begin("key", {}) as run:
         with store._index.writing(), pytest.raises(StoreProblem, match="another process has held"):
             run.keep(block({cells(1)[0]: {1: 1.0}}))

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.store.index import NAME
-from mechdsl.store.store import Store, StoreProblem
+from mechdsl.store.index import INDEX_NAME, StoreProblem
+from mechdsl.store.store import Store
 from tests.store import writer
 
 NOBODY = 65534
@@ -130,7 +130,7 @@ def test_a_transaction_that_broke_off_is_not_seen(
     read_only: Path, request: pytest.FixtureRequest
 ) -> None:
     """Its journal can't be played back in its place."""
-    index = read_only / "store" / NAME
+    index = read_only / "store" / INDEX_NAME
     connection = sqlite3.connect(index, isolation_level=None)
     for line in ("journal_mode = PERSIST", "cache_size = 1", "cache_spill = 1"):
         connection.execute(f"PRAGMA {line}")
@@ -151,7 +151,7 @@ def test_a_transaction_that_broke_off_is_not_seen(
     with closed(read_only, request), Store(read_only / "store") as store:
         read_all(store)
     assert snapshot(read_only) == before
-    assert not (read_only / "store" / f"{NAME}.suspect").exists()
+    assert not (read_only / "store" / f"{INDEX_NAME}.suspect").exists()
     with Store(read_only / "store") as store:
         assert (
             store.writable == (request.node.callspec.params["read_only"] == "rights")
@@ -166,7 +166,7 @@ def test_where_there_is_nothing_to_read(
     """A file in a place where no folder can be made, or one where a store was never begun."""
     (read_only / "empty").mkdir()
     if content is not None:
-        (read_only / "empty" / NAME).write_bytes(content)
+        (read_only / "empty" / INDEX_NAME).write_bytes(content)
     with closed(read_only, request):
         for folder in ("empty", "nowhere"):
             with Store(read_only / folder) as store:
@@ -180,7 +180,7 @@ def test_where_there_is_nothing_to_read(
 
 
 def test_an_index_that_is_damaged(read_only: Path, request: pytest.FixtureRequest) -> None:
-    (read_only / "store" / NAME).write_bytes(b"garbage" * 1000)
+    (read_only / "store" / INDEX_NAME).write_bytes(b"garbage" * 1000)
     with (
         closed(read_only, request),
         pytest.raises(StoreProblem, match="its index is damaged, and it can't be written to"),
@@ -195,7 +195,7 @@ def test_an_index_that_may_not_be_written(memory: Path) -> None:
     with Store(folder) as store, store.begin("key", {}):
         pass
     subprocess.run(["chmod", "-R", "a+rwX", str(folder)], check=True)
-    (folder / NAME).chmod(0o444)
+    (folder / INDEX_NAME).chmod(0o444)
     with as_nobody(), Store(folder) as store:
         assert not store.writable
         assert len(store.runs()) == 1

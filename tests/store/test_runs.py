@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from mechdsl.store.index import StoreProblem
 from mechdsl.store.locks import FileLock, is_held, take_lock
-from mechdsl.store.runs import check_name
-from mechdsl.store.store import Store, StoreProblem
+from mechdsl.store.runs import check_content_name
+from mechdsl.store.store import Store
 from tests.store.support import block, cells, values_of
 
 CONTENT = {"results.json": b"{}", "a/b.bin": bytes(1000), "empty": b""}
@@ -219,7 +220,7 @@ def test_names_that_lead_out_of_a_folder_are_refused(store: Store, name: str) ->
 
 def test_other_names_are_not() -> None:
     for name in ("a", "a/b.json", "..a", "ä b:c", "a..b/c"):
-        check_name(name)
+        check_content_name(name)
 
 
 def test_what_is_no_json_is_refused(store: Store) -> None:
@@ -252,7 +253,7 @@ def test_names_of_folders_are_durable_whoever_made_them(
     for name in range(256):
         (folder / "blobs" / f"{name:02x}").mkdir(parents=True)
     synced: list[Path] = []
-    monkeypatch.setattr("mechdsl.store.blobs.sync_folder", synced.append)
+    monkeypatch.setattr("mechdsl.store.files.sync_folder", synced.append)
     with Store(folder) as store, store.begin("key", {}) as run:
         run.keep(block({ONE: {1: 1.0}}))
         [path] = (folder / "blobs").glob("*/*")
@@ -264,7 +265,7 @@ def test_names_of_folders_are_durable_whoever_made_them(
 
 def test_folders_above_are_durable(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr("mechdsl.store.disk.sync_folder", synced.append)
+    monkeypatch.setattr("mechdsl.store.files.sync_folder", synced.append)
     Store(memory / "a" / "b" / "store").close()
     assert synced[:3] == [memory, memory / "a", memory / "a" / "b"]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.store import runs, sweep
+from mechdsl.store import runs
 from mechdsl.store import store as store_module
-from mechdsl.store.index import NAME
+from mechdsl.store.index import INDEX_NAME, StoreProblem
 from mechdsl.store.locks import is_held
-from mechdsl.store.store import LIMIT, Store, StoreProblem, size_limit
+from mechdsl.store.store import DEFAULT_SIZE_LIMIT, Store, size_limit
 from tests.store.support import block, cells, values_of
 
 CELLS = cells(20)
@@ -31,7 +31,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (store_module, runs, sweep):
+    for module in (store_module, runs, store_module):
         monkeypatch.setattr(module.time, "time", clock.time)
     return clock
 
@@ -57,7 +57,7 @@ def there(store: Store) -> list[int]:
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        ("", LIMIT),
+        ("", DEFAULT_SIZE_LIMIT),
         ("20GB", 20_000_000_000),
         ("500 mb", 500_000_000),
         ("1.5k", 1_500),
@@ -240,8 +240,8 @@ def test_leftovers_go(store: Store, clock: Clock) -> None:
     (blobs / "ab").mkdir(exist_ok=True)
     (blobs / "ab" / f"ab{'0' * 62}.safetensors").write_bytes(b"123")
     (store.folder / "locks" / "20200101-000000-aaaa").write_bytes(b"")
-    broken = store.folder / f"{NAME}.broken-20200101-000000"
-    young = store.folder / f"{NAME}.broken-20261121-000000"
+    broken = store.folder / f"{INDEX_NAME}.broken-20200101-000000"
+    young = store.folder / f"{INDEX_NAME}.broken-20261121-000000"
     for path, days in ((broken, 31), (young, 29)):
         path.write_bytes(b"1234567")
         os.utime(path, (clock.now - days * DAY, clock.now - days * DAY))

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
+from mechdsl.store.runs import ValueBlock, pack_values, unpack_values
 from mechdsl.store.store import Store
-from mechdsl.store.values import Block, pack_block, unpack_block
 from tests.store.support import block, cells, values_of
 
 ONE, TWO, OTHER = cells(3)
 
 
-def keep(store: Store, *blocks: Block, fresh: bool = False) -> None:
+def keep(store: Store, *blocks: ValueBlock, fresh: bool = False) -> None:
     """A run of its own that keeps these."""
     with store.begin("somebody", {}, fresh=fresh) as run:
         for each in blocks:
@@ -143,7 +143,7 @@ def test_a_resumed_fresh_run_is_fresh(store: Store) -> None:
 def test_a_block_without_cells_is_nothing(store: Store) -> None:
     before = store.size()
     with store.begin("key", {}) as run:
-        run.keep(Block([], np.zeros(1, np.int64), np.zeros(0, np.uint64), np.zeros((0, 1))))
+        run.keep(ValueBlock([], np.zeros(1, np.int64), np.zeros(0, np.uint64), np.zeros((0, 1))))
         assert run.own([]) == {}
     assert not list((store.folder / "blobs").iterdir())
     assert store.size() >= before
@@ -176,17 +176,17 @@ def test_a_block_of_wrong_shape_is_refused(
     right = block({ONE: {1: 1.0}, TWO: {1: 2.0}})
     given = {name: getattr(right, name) for name in ("cells", "starts", "rows", "values")}
     with store.begin("key", {}) as run, pytest.raises(ValueError, match=said):
-        run.keep(Block(**{**given, **change}))  # type: ignore[arg-type]
+        run.keep(ValueBlock(**{**given, **change}))  # type: ignore[arg-type]
 
 
 def test_packing_is_the_same_each_time() -> None:
     made = block({ONE: {1: 1.0}, TWO: {1: 2.0, 3: 4.0}})
-    assert pack_block(made) == pack_block(made)
-    again = unpack_block(pack_block(made))
+    assert pack_values(made) == pack_values(made)
+    again = unpack_values(pack_values(made))
     assert again is not None
-    assert pack_block(again) == pack_block(made)
-    assert unpack_block(pack_block(made)[:-1]) is None
-    assert unpack_block(b"") is None
+    assert pack_values(again) == pack_values(made)
+    assert unpack_values(pack_values(made)[:-1]) is None
+    assert unpack_values(b"") is None
 
 
 @pytest.mark.parametrize(
@@ -201,10 +201,10 @@ def test_packing_is_the_same_each_time() -> None:
     ],
 )
 def test_bytes_that_are_no_block(change: dict[str, object]) -> None:
-    right = load(pack_block(block({ONE: {1: 1.0}})))
-    assert unpack_block(save(right)) is not None
+    right = load(pack_values(block({ONE: {1: 1.0}})))
+    assert unpack_values(save(right)) is not None
     wrong = {name: of for name, of in {**right, **change}.items() if of is not None}
-    assert unpack_block(save(wrong)) is None  # type: ignore[arg-type]
+    assert unpack_values(save(wrong)) is None  # type: ignore[arg-type]
 
 
 def test_keeping_and_finding_is_fast(store: Store) -> None:

@@ -10,9 +10,9 @@ import argparse
 import os
 from pathlib import Path
 
-from mechdsl.store import disk, index
+from mechdsl.store import files, index
+from mechdsl.store.runs import CachedValues, ValueBlock
 from mechdsl.store.store import Store
-from mechdsl.store.values import Block, Found
 from tests.store.support import block, cells, values_of
 
 KEY = "key"
@@ -28,7 +28,7 @@ def value(number: int, row: int) -> float:
     return number * 100 + row + 0.25
 
 
-def block_of(number: int) -> Block:
+def block_of(number: int) -> ValueBlock:
     """The block of this number: three cells of its own on two rows, and one that all share."""
     values = {
         cell: {row: value(number * EVERY + place, row) for row in (1, 2)}
@@ -42,7 +42,7 @@ def cells_of(blocks: int) -> list[bytes]:
     return [*cells(EVERY * blocks), SHARED]
 
 
-def blocks_in(found: Found, blocks: int) -> set[int]:
+def blocks_in(found: CachedValues, blocks: int) -> set[int]:
     """Which of these blocks are there as a whole. AssertionError for a value that no block has,
     or for a block of which only a part is there."""
     values = values_of(found)
@@ -72,11 +72,11 @@ def values_of_block(number: int) -> dict[tuple[bytes, int], tuple[float, ...]]:
 def spoil(what: str) -> None:
     """Leave out one of the things that make writes durable: tests have to notice."""
     if what == "files":
-        disk.os = type("os", (), {**vars(os), "fsync": staticmethod(lambda _: None)})  # type: ignore[attr-defined]
+        files.os = type("os", (), {**vars(os), "fsync": staticmethod(lambda _: None)})  # type: ignore[attr-defined]
     elif what == "names":
-        from mechdsl.store import blobs
+        from mechdsl.store import files as blobs
 
-        blobs.sync_folder = disk.sync_folder = lambda _: None
+        blobs.sync_folder = files.sync_folder = lambda _: None
     elif what == "index":
         prepare = index.Index._prepare
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from mechdsl.base import limits
-from mechdsl.base.registry import distance, near, nearest
+from mechdsl.base.records import close_names, closest_name, edit_distance
 from mechdsl.base.source import Source
-from mechdsl.diagnostics.render import render_full
+from mechdsl.diagnostics.rendering import render_full
 from mechdsl.syntax import ast
+from mechdsl.syntax.frontend import parse, parse_setting, read_source
 from mechdsl.syntax.mistakes.hints import HINTS
-from mechdsl.syntax.mistakes.slips import SLIPS, without_slips
-from mechdsl.syntax.parse import parse, parse_setting, read_source
+from mechdsl.syntax.mistakes.recovery import SLIPS, replace_slips
 from tests.messages.cases import all_cases, program
 
 from .snippets import all_snippets, wrapped
@@ -199,30 +199,30 @@ def test_every_hint_and_slip_has_a_case() -> None:
 
 def test_slips_keep_every_place() -> None:
     text = "mech 1; “a” == 50 % “ 'b' x := 3 && é 10–20 a≥b \"open\n\"also \\\n/* c */ // d\n…→"
-    clean, problems = without_slips(Source(text))
+    clean, problems = replace_slips(Source(text))
     assert len(clean) == len(text)
     assert len(problems) > 12
 
 
 def test_distance() -> None:
-    assert distance("exepct", "expect") == 1
-    assert distance("pach", "patch") == 1
-    assert distance("", "abc") == 3
-    assert nearest("experimnt", {"experiment", "expect"}) == "experiment"
-    assert nearest("Patch", {"patch"}) == "patch"
-    assert nearest("xyz", {"patch"}) is None
-    assert nearest("fruti", ["Fruit", "froth"]) == "Fruit"
-    assert nearest("ca", {"cat"}) == "cat"
-    assert nearest("ld", {"dl", "cat"}) == "dl"
-    assert nearest("zz", {"z"}) == "z"
-    assert nearest("ca", {"cat", "can"}) is None
-    assert nearest("ca", {"cx", "c"}) == "c"
-    assert near("ca", {"cat", "dog", "at", "a"}) == ["a", "cat"]
+    assert edit_distance("exepct", "expect") == 1
+    assert edit_distance("pach", "patch") == 1
+    assert edit_distance("", "abc") == 3
+    assert closest_name("experimnt", {"experiment", "expect"}) == "experiment"
+    assert closest_name("Patch", {"patch"}) == "patch"
+    assert closest_name("xyz", {"patch"}) is None
+    assert closest_name("fruti", ["Fruit", "froth"]) == "Fruit"
+    assert closest_name("ca", {"cat"}) == "cat"
+    assert closest_name("ld", {"dl", "cat"}) == "dl"
+    assert closest_name("zz", {"z"}) == "z"
+    assert closest_name("ca", {"cat", "can"}) is None
+    assert closest_name("ca", {"cx", "c"}) == "c"
+    assert close_names("ca", {"cat", "dog", "at", "a"}) == ["a", "cat"]
 
 
 def test_settings() -> None:
     assert parse_setting("12") == ast.Number(12, span=ast.Name("x", span=None).span)  # type: ignore[arg-type]
-    assert isinstance(parse_setting("[1, 2]"), ast.ListOf)
+    assert isinstance(parse_setting("[1, 2]"), ast.ListLiteral)
     assert isinstance(parse_setting("resid_post"), ast.Name)
     assert isinstance(parse_setting('"text"'), ast.String)
     assert isinstance(parse_setting("-3"), ast.Negative)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from mechdsl.base.source import Source, Span
 from mechdsl.syntax import ast
-from mechdsl.syntax.format.file import FormatError, format_file
-from mechdsl.syntax.parse import parse
+from mechdsl.syntax.formatter import FormatError, format_file
+from mechdsl.syntax.frontend import parse
 
 from .snippets import CHANGES, DATA, TOP, all_snippets, experiment_snippets, wrapped
 

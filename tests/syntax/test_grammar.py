@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from lark import Lark
 
-from mechdsl.base import shipped
+from mechdsl.base import files
 from mechdsl.base.source import Source
 from mechdsl.syntax import ast, parser_tables
-from mechdsl.syntax import grammar as engine
-from mechdsl.syntax.attempt import attempt
-from mechdsl.syntax.mistakes.pieces import WORDS
-from mechdsl.syntax.parse import parse
-from mechdsl.syntax.reserved import CLAUSE_WORDS, RESERVED
+from mechdsl.syntax import parser as engine
+from mechdsl.syntax.frontend import parse
+from mechdsl.syntax.mistakes.messages import FIRST_WORDS
+from mechdsl.syntax.parser import run_parser
+from mechdsl.syntax.words import CLAUSE_WORDS, RESERVED
 
 from .snippets import all_snippets, wrapped
 
@@ -153,25 +153,25 @@ def test_spans_point_at_the_text() -> None:
 
 def test_numbers() -> None:
     (line,) = statements("data", f"x = [1, 2.50, 1e3, {'9' * 300}]")
-    assert isinstance(line, ast.Derived)
-    assert isinstance(line.value, ast.ListOf)
+    assert isinstance(line, ast.ValueDef)
+    assert isinstance(line.value, ast.ListLiteral)
     values = [n.value for n in line.value.items if isinstance(n, ast.Number)]
     assert values == [1, 2.5, 1000.0, int("9" * 300)]
 
 
 def test_every_rule_has_a_method() -> None:
-    lark = engine.parser()
+    lark = engine.load_parser()
     inlined = {r.origin.name for r in lark.rules if r.options.expand1}
     names = {str(r.alias or r.origin.name) for r in lark.rules} - inlined
-    from mechdsl.syntax.transform import ToAst
+    from mechdsl.syntax.tree_builder import TreeBuilder
 
-    assert [n for n in names if not n.startswith("_") and not hasattr(ToAst, n)] == []
+    assert [n for n in names if not n.startswith("_") and not hasattr(TreeBuilder, n)] == []
 
 
 def test_word_lists_agree_with_the_grammar() -> None:
     words = {word for word in engine.keywords().values() if word.isalpha()} | {"best"}
     soft = {"mask", "noise"}  # changes that the lexer knows by their entries
-    for known in WORDS.values():
+    for known in FIRST_WORDS.values():
         assert known - soft <= words
     assert words >= RESERVED
     assert words >= CLAUSE_WORDS
@@ -181,9 +181,9 @@ def test_word_lists_agree_with_the_grammar() -> None:
         ("change_lines", "change_lines"),
         ("experiment_lines", "experiment_lines"),
     ):
-        session = engine.parser().parse_interactive("", start=start)
+        session = engine.load_parser().parse_interactive("", start=start)
         accepted = {engine.keywords().get(name, "") for name in session.accepts()}
-        expected = WORDS[kind] - soft - ({"mech"} if kind == "top_lines" else set())
+        expected = FIRST_WORDS[kind] - soft - ({"mech"} if kind == "top_lines" else set())
         assert {word for word in accepted if word.isalpha()} == expected
 
 
@@ -260,7 +260,7 @@ def test_a_wheel_is_left_as_it_was_installed(
     package = tmp_path / "site" / "mechdsl"
     (package / "grammar").mkdir(parents=True)
     (package / "grammar" / "mech.lark").write_text(GRAMMAR, "utf-8")
-    monkeypatch.setattr(shipped, "PACKAGE", package)
+    monkeypatch.setattr(files, "PACKAGE_FOLDER", package)
     monkeypatch.setattr(parser_tables, "TABLES", package / "syntax" / "tables.json")
     monkeypatch.setattr(parser_tables, "build", lambda grammar: built)
     monkeypatch.setenv("MECHDSL_CACHE", str(tmp_path / "cache"))
@@ -272,7 +272,7 @@ def test_a_wheel_is_left_as_it_was_installed(
 def test_imports_nothing_heavy_and_starts_fast() -> None:
     code = (
         "import time, sys; t = time.process_time()\n"
-        "from mechdsl.base.source import Source; from mechdsl.syntax.parse import parse\n"
+        "from mechdsl.base.source import Source; from mechdsl.syntax.frontend import parse\n"
         "from pathlib import Path\n"
         "tree, problems = parse(Source(Path(sys.argv[1]).read_text()))\n"
         "assert not problems\n"
@@ -313,6 +313,6 @@ def test_parsing_is_safe_in_threads() -> None:
 
 def test_parts_are_placed_in_their_file() -> None:
     source = Source("mech 1 param x = 3 + y")
-    clause, problems = attempt(source, "3 + y", 17, "placeholder")
+    clause, problems = run_parser(source, "3 + y", 17, "placeholder")
     assert not problems
     assert clause.value[1].span.text == "3 + y"

@@ -10,16 +10,16 @@ import pytest
 
 from mechdsl.base.source import Source, Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import MisspeltWord, UnexpectedToken, Unreadable
-from mechdsl.diagnostics.render import (
-    facts,
+from mechdsl.diagnostics.rendering import (
+    diagnostic_facts,
     needs_ascii,
     render_full,
     render_github,
     render_json,
     render_sarif,
-    summary,
+    render_summary,
 )
+from mechdsl.diagnostics.syntax import MisspeltWord, UnexpectedToken, Unreadable
 
 TEXT = "mech 1\n\nexperiment e {\n  pach layer 0..2 head 14 at last-item token\n}\n"
 
@@ -84,7 +84,7 @@ def test_order_and_summary() -> None:
         " ┌─ b.mech:4:3",
     ]
     assert text.endswith("\n3 errors\n")
-    assert summary([]) == ""
+    assert render_summary([]) == ""
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ def test_json() -> None:
         "end_line": 4,
         "end_column": 7,
     }
-    assert facts(Unreadable(path="x", reason="y"))["line"] is None
-    assert facts(wrong(TEXT, "pach", None))["file"] == "<text>"
+    assert diagnostic_facts(Unreadable(path="x", reason="y"))["line"] is None
+    assert diagnostic_facts(wrong(TEXT, "pach", None))["file"] == "<text>"
 
 
 def test_github() -> None:

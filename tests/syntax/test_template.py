@@ -6,8 +6,8 @@ import pytest
 
 from mechdsl.base.source import Source, Span
 from mechdsl.syntax import ast
-from mechdsl.syntax.parse import parse
-from mechdsl.syntax.template import Placeholder, parse_template
+from mechdsl.syntax.frontend import parse
+from mechdsl.syntax.parser import Placeholder, parse_template
 
 
 def text_of(quoted: str) -> ast.String:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mechdsl.syntax.parse import read_source
-from mechdsl.validate.check_file import Settings, check_source
+from mechdsl.checks.file_check import CheckSettings, check_source
+from mechdsl.syntax.frontend import read_source
 
 from .__main__ import PAGE, outcomes, page, row
 from .files import MOST_LINES, System, read, systems
@@ -22,7 +22,7 @@ def test_each_is_short_and_valid(system: System) -> None:
     assert len(system.text.splitlines()) <= MOST_LINES
     source, _ = read_source(system.path)
     assert source is not None
-    checked = check_source(source, Settings(limit=16))
+    checked = check_source(source, CheckSettings(limit=16))
     assert [each for each in checked.diagnostics if each.severity == "error"] == []
 
 

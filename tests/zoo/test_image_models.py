@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from mechdsl import zoo
-from mechdsl.images.shapes import COLOURS, KINDS, TEXTURES
+from mechdsl.images.pixels import SHAPE_COLOURS, SHAPES, TEXTURES
 from mechdsl.zoo import pictures
 from mechdsl.zoo.shapes import evaluate as shapes
 from mechdsl.zoo.shapes.data import CLASSES, GREY_SHARE, examples
@@ -31,9 +31,9 @@ NAMES = ("shapes", "dual")
 def test_a_fifth_of_the_scenes_is_kept_from_training() -> None:
     kept, trained = pictures.scenes(True), pictures.scenes(False)
     assert not {*kept} & {*trained}
-    assert len({*kept, *trained}) == len(KINDS) * len(COLOURS) * len(TEXTURES) == 180
+    assert len({*kept, *trained}) == len(SHAPES) * len(SHAPE_COLOURS) * len(TEXTURES) == 180
     assert 0.15 < len(kept) / 180 < 0.25
-    for place, names in enumerate((KINDS, COLOURS, TEXTURES)):
+    for place, names in enumerate((SHAPES, SHAPE_COLOURS, TEXTURES)):
         assert {scene[place] for scene in kept} == {scene[place] for scene in trained} == {*names}
 
 
@@ -120,7 +120,7 @@ def test_shapes_says_the_kind() -> None:
 
 def test_a_grey_image_says_nothing_to_shapes() -> None:
     found = shapes.grey_image(ROOT / "shapes")
-    assert set(found) == set(KINDS)
+    assert set(found) == set(SHAPES)
     assert max(found.values()) < 0.25
     assert min(found.values()) > 0.10
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from mechdsl import zoo
-from mechdsl.prompts.tokenizer import TextTokenizer
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.zoo.induction.data import (
     MAX_LENGTH,
     MAX_OTHERS,

@@ -11,16 +11,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mechdsl import zoo
-from mechdsl.loading.load import load
+from mechdsl.loading.loader import load_model
 from mechdsl.zoo.facts import evaluate as facts
-from mechdsl.zoo.facts.data import (
-    LETTER,
-    NOTE_KNOWN,
-    NOTE_STRANGER,
-    QUESTION,
-    QUESTION_NOTE,
-    QUIZ,
-)
+from mechdsl.zoo.facts.data import LETTER, NOTE_KNOWN, NOTE_STRANGER, QUESTION, QUESTION_NOTE, QUIZ
 from mechdsl.zoo.language import begin_with_induction
 from mechdsl.zoo.names import evaluate as names
 from mechdsl.zoo.names.data import IOI_FIRST, IOI_SECOND, ROLE_FIRST, ROLE_SECOND, WHO_IS_WHO
@@ -158,7 +151,7 @@ def test_the_chat_template_writes_the_texts_of_training() -> None:
 def test_what_is_stored_in_16_bits_is_computed_in_32(name: str) -> None:
     with safe_open(ROOT / name / "model.safetensors", "pt") as stored:
         assert {stored.get_tensor(key).dtype for key in stored.keys()} == {torch.float16}  # noqa: SIM118
-    model, problems = load(statement(name, "zoo"))
+    model, problems = load_model(statement(name, "zoo"))
     assert problems == []
     assert model is not None
     assert {each.dtype for each in model.module.parameters()} == {torch.float32}

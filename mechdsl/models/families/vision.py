@@ -1,27 +1,34 @@
-"""Encoders of images, and vision-language models."""
+"""Families of image encoders and vision-language models."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from mechdsl.models.adapters import Arrangement, Config, Family, family
-from mechdsl.models.anatomy import BlockAnatomy
+from mechdsl.models.anatomy import (
+    BlockAnatomy,
+    BlockArrangement,
+    Family,
+    ModelConfig,
+    ModelInputs,
+    family,
+)
 
-MOST_REGISTERS = 1_000
+MAX_REGISTERS = 1_000
 
 
-class Classed(Family):
+class ClassTokenEncoder(Family):
     """A class token in front of the patches."""
 
     @staticmethod
-    def in_front(config: Config) -> tuple[str, ...] | None:
+    def in_front(config: ModelConfig) -> tuple[str, ...] | None:
         return ("cls",)
 
 
 @family(
     "vit", "vit_msn", "clip_vision_model", "metaclip_2_vision_model", "chinese_clip_vision_model"
 )
-class ViT(Classed):
+class ViT(ClassTokenEncoder):
     """As most have it."""
 
 
@@ -52,61 +59,61 @@ class DeiT(Family):
     """A token behind the class token that is taught by another model."""
 
     @staticmethod
-    def in_front(config: Config) -> tuple[str, ...] | None:
+    def in_front(config: ModelConfig) -> tuple[str, ...] | None:
         return ("cls", "distillation")
 
 
 @family("ijepa", "siglip_vision_model")
-class Unclassed(Family):
+class PatchEncoder(Family):
     """Patches alone."""
 
     @staticmethod
-    def in_front(config: Config) -> tuple[str, ...] | None:
+    def in_front(config: ModelConfig) -> tuple[str, ...] | None:
         return ()
 
 
 @family("dinov2")
-class DINOv2(Classed):
+class DINOv2(ClassTokenEncoder):
     """Positions are interpolated for images of other sizes."""
 
     @staticmethod
-    def any_size(config: Config) -> bool:
+    def any_size(config: ModelConfig) -> bool:
         return True
 
 
 def _with_registers(count: object) -> tuple[str, ...] | None:
-    if not isinstance(count, int) or not 0 <= count <= MOST_REGISTERS:
+    if not isinstance(count, int) or not 0 <= count <= MAX_REGISTERS:
         return None
     return ("cls", *["register"] * count)
 
 
 @family("dinov2_with_registers")
-class Registers(DINOv2):
+class RegisterEncoder(DINOv2):
     """Registers behind the class token."""
 
     @staticmethod
-    def in_front(config: Config) -> tuple[str, ...] | None:
+    def in_front(config: ModelConfig) -> tuple[str, ...] | None:
         return _with_registers(config.get("num_register_tokens", 4))
 
 
 @family("dinov3_vit")
-class DINOv3(Registers):
+class DINOv3(RegisterEncoder):
     """The same; positions are turned in."""
 
     @staticmethod
-    def in_front(config: Config) -> tuple[str, ...] | None:
+    def in_front(config: ModelConfig) -> tuple[str, ...] | None:
         return _with_registers(config.get("num_register_tokens", 0))
 
 
-class LayerScaled(Classed):
+class LayerScaleEncoder(ClassTokenEncoder):
     """What is added is multiplied with parameters of the block, feature by feature."""
 
     @staticmethod
-    def arrangement(config: Config) -> Arrangement | None:
+    def arrangement(config: ModelConfig) -> BlockArrangement | None:
         return "front"
 
     @staticmethod
-    def block(config: Config, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         factors = {"attn_out": "lambda_1", "resid_mid": "lambda_1", "mlp_out": "lambda_2"}
         return block.with_taps(
             **{
@@ -124,12 +131,102 @@ class Swin(Family):
 
 
 @family("beit", "data2vec-vision")
-class BEiT(LayerScaled):
+class BEiT(LayerScaleEncoder):
     """Layer scale may be left out; positions are added to the scores."""
 
     additive_positions = True
 
     @staticmethod
-    def block(config: Config, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
         scaled = config.get("layer_scale_init_value")
-        return LayerScaled.block(config, layer, block) if scaled else block
+        return LayerScaleEncoder.block(config, layer, block) if scaled else block
+
+
+def _square(config: ModelConfig) -> tuple[int, int]:
+    """(channels, pixels of a side) of what the image encoder sees."""
+    vision = config["vision_config"]
+    size = vision["image_size"]
+    return int(vision.get("num_channels") or 3), int(size if isinstance(size, int) else size[0])
+
+
+@family("idefics2", "idefics3", "smolvlm")
+class Idefics(Family):
+    """Every prompt has a list of images."""
+
+    @staticmethod
+    def picture(config: ModelConfig) -> ModelInputs:
+        channels, side = _square(config)
+        return {"pixel_values": (1, 1, channels, side, side)}
+
+
+@family("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v")
+class PatchListEncoder(Family):
+    """An image is a list of patches, and how many stand above and beside one another."""
+
+    @staticmethod
+    def picture(config: ModelConfig) -> ModelInputs:
+        vision = config["vision_config"]
+        side, frames = vision["patch_size"], vision["temporal_patch_size"]
+        merged = vision["spatial_merge_size"]
+        high, wide = 2 * merged, 4 * merged
+        width = vision["in_channels"] * frames * side * side
+        return {"pixel_values": (high * wide, width), "image_grid_thw": [[1, high, wide]]}
+
+
+@family("llava_next", "llava_onevision")
+class TileEncoder(Family):
+    """The whole image, and its parts as they are."""
+
+    @staticmethod
+    def picture(config: ModelConfig) -> ModelInputs:
+        channels, side = _square(config)
+        grid: list[Any] = min(config["image_grid_pinpoints"], key=lambda one: one[0] * one[1])
+        tiles = 1 + (grid[0] // side) * (grid[1] // side)
+        return {
+            "pixel_values": (1, tiles, channels, side, side),
+            "image_sizes": [list(grid)],
+        }
+
+
+@family("mistral3", "lighton_ocr")
+class Pixtral(Family):
+    """Images of any size, filled up to the largest."""
+
+    @staticmethod
+    def picture(config: ModelConfig) -> ModelInputs:
+        vision = config["vision_config"]
+        step = vision["patch_size"] * config["spatial_merge_size"]
+        high, wide = 2 * step, step
+        return {
+            "pixel_values": (1, vision["num_channels"], high, wide),
+            "image_sizes": [[high, wide]],
+        }
+
+
+@family("gemma4")
+class Gemma4Vision(Family):
+    """A list of patches, and where each of them stands."""
+
+    @staticmethod
+    def picture(config: ModelConfig) -> ModelInputs:
+        vision = config["vision_config"]
+        pooled = vision["pooling_kernel_size"]
+        places = [[x, y] for y in range(2 * pooled) for x in range(2 * pooled)]
+        return {
+            "pixel_values": (1, len(places), 3 * vision["patch_size"] ** 2),
+            "image_position_ids": [places],
+        }
+
+
+@family("qwen3_vl_text", "qwen3_vl_moe_text")
+class InjectedEncoder(Family):
+    """What the first blocks of the image encoder return is added between blocks of the text's."""
+
+    @staticmethod
+    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        return replace(block, fed=True)
+
+
+@family("internvl_vision")
+class InternVision(LayerScaleEncoder):
+    """What is added is always scaled."""

@@ -1,7 +1,4 @@
-"""`observe pointing of caap in object`: maps that other experiments made.
-
-Each is set against a region of its image, or against what other experiments found of it.
-"""
+"""Maps of images that other experiments computed: their sum, and the base class of their scores."""
 
 from __future__ import annotations
 
@@ -10,38 +7,42 @@ from dataclasses import dataclass, replace
 from itertools import chain, product
 from typing import TYPE_CHECKING, ClassVar
 
-from mechdsl.base.names import name_list
+from mechdsl.base.text import name_list
 from mechdsl.program import spec
-from mechdsl.prompts.image_reader import ImageReader
-from mechdsl.prompts.prompt_table import Hits, PositionCell
-from mechdsl.resolve.findings import Finding, Refused, VariantFinding
-from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.over_rows import OverRows
-from mechdsl.resolve.pickable import check_tokens
-from mechdsl.resolve.resolved import Axis
-from mechdsl.resolve.resolved_rule import (
+from mechdsl.prompts.runs import Hits, PositionCell
+from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.resolve.findings import Finding, PickError, VariantFinding, check_rankable_tokens
+from mechdsl.resolve.observations import RowSetObservation
+from mechdsl.resolve.sites import ExperimentContext
+from mechdsl.resolve.targets import resolve_amounts, resolve_base_positions
+from mechdsl.resolve.types import (
+    Amounts,
+    Axis,
+    AxisIndices,
     Convention,
-    Key,
     PositionTargets,
     ResolvedRule,
     SitePoint,
     SiteTargets,
 )
-from mechdsl.rules.observations.over_rows import refuse
-from mechdsl.rules.observations.registry import Kind
+from mechdsl.rules.observations.registry import ObservationKind, observation, report_bad_observation
 from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
     from mechdsl.base.arrays import Floats
 
-NOWHERE = SitePoint("embed", None, None)
+
+PLACEHOLDER_POINT = SitePoint("embed", None, None)
 """A rule has a site: this one is neither read nor written."""
-SHARED = "a window shares its number evenly among its patches, a patch has the mean of its shares"
+
+WINDOW_NOTE = (
+    "a window shares its number evenly among its patches, a patch has the mean of its shares"
+)
 """Of maps of windows."""
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
+class MapScores:
     """What maps are worth, where those that they are of have run."""
 
     by_word: Mapping[str, Floats]
@@ -50,7 +51,7 @@ class Scores:
 
 
 @dataclass(frozen=True, eq=False)
-class Setting:
+class MapReference:
     """What one map is set against."""
 
     rows: Collection[int]
@@ -63,17 +64,17 @@ class Setting:
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
+class MapLine:
     """What a line is made of."""
 
     rule: spec.Rule
-    work: Work
+    work: ExperimentContext
     maps: Sequence[VariantFinding]
     others: Sequence[Sequence[VariantFinding]] = ()
     """What others found that the maps are set against: for each map, or for all of them."""
 
 
-class OfMaps(OverRows, Kind):
+class MapObservation(RowSetObservation, ObservationKind):
     """`observe WORD of MAPS …`: a number of each row's map."""
 
     unplaced = "last token"
@@ -84,11 +85,11 @@ class OfMaps(OverRows, Kind):
     blank: ClassVar[str]
     """What is wrong with a map that has no score: `` where `caap` … ``."""
 
-    def __init__(self, said: str = "", scores: Scores | None = None) -> None:
+    def __init__(self, said: str = "", scores: MapScores | None = None) -> None:
         """said: of the maps, for a table. scores: None before they have been made."""
         self._said, self.scores = said, scores
 
-    def fits(self, rule: spec.Rule, work: Work) -> bool:
+    def fits(self, rule: spec.Rule, work: ExperimentContext) -> bool:
         """Whether the line has what it needs beside the maps; a diagnostic says what it lacks."""
         raise NotImplementedError
 
@@ -96,45 +97,47 @@ class OfMaps(OverRows, Kind):
         """The patches that are shown as what it looks at: a region, or `image`."""
         return "image"
 
-    def others(self, given: Given) -> Sequence[Sequence[VariantFinding]] | None:
+    def others(self, given: MapLine) -> Sequence[Sequence[VariantFinding]] | None:
         """`Given.others`, of what is known before; None where one was refused. Raises Refused."""
         return ()
 
-    def settings(self, given: Given) -> Sequence[Setting]:
+    def settings(self, given: MapLine) -> Sequence[MapReference]:
         """What each map is set against, once all have run. Raises Refused."""
         raise NotImplementedError
 
-    def unit_of(self, given: Given) -> str:
+    def unit_of(self, given: MapLine) -> str:
         """Of its numbers."""
         return self.unit
 
-    def details(self, given: Given) -> Iterator[str]:
+    def details(self, given: MapLine) -> Iterator[str]:
         """What else a table has to say, once all have run."""
         yield from ()
 
-    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         assert rule.observed is not None
         if not rule.observed.maps:
-            refuse(rule, work, "is of maps", f"write `observe {self.word} of {self.example}`")
+            report_bad_observation(
+                rule, work, "is of maps", f"write `observe {self.word} of {self.example}`"
+            )
             return None
-        ready = [stands_alone(rule, work), self.fits(rule, work)]
+        ready = [check_map_line(rule, work), self.fits(rule, work)]
         try:
-            found = [a_map(each, work) for each in rule.observed.maps]
+            found = [resolve_map(each, work) for each in rule.observed.maps]
             maps = [part for part in found if part is not None]
             if not all(ready) or len(maps) < len(found):
                 return None
-            given = Given(rule, work, maps)
+            given = MapLine(rule, work, maps)
             others = self.others(given)
             if others is None:
                 return None
             does = self._scored(replace(given, others=others))
-        except Refused as refusal:
-            refuse(rule, work, refusal.reason, refusal.hint)
+        except PickError as refusal:
+            report_bad_observation(rule, work, refusal.reason, refusal.hint)
             return None
-        sites = _sites(rule, maps, work)
+        sites = _map_sites(rule, maps, work)
         if sites is None:
             return None
-        cell = _patches(self.place(rule), work)
+        cell = _shown_patches(self.place(rule), work)
         places = PositionTargets((), {(): cell}, {(): cell})
         return ResolvedRule(
             spec=rule, does=does, run=work.experiment.base, sites=sites, positions=places
@@ -142,7 +145,7 @@ class OfMaps(OverRows, Kind):
 
     # --- its numbers ------------------------------------------------------------------------------
 
-    def _scored(self, given: Given) -> OfMaps:
+    def _scored(self, given: MapLine) -> MapObservation:
         """With the numbers of rows, where all have run. Raises Refused."""
         maps, work = given.maps, given.work
         every = chain(maps, *given.others)
@@ -157,7 +160,7 @@ class OfMaps(OverRows, Kind):
         assert given.rule.observed is not None
         written = [each.span.written for each in given.rule.observed.maps]
         for part, setting, own in zip(maps, self.settings(given), written, strict=True):
-            grids, name = grids_of(part, work), part.experiment.name
+            grids, name = build_grids(part, work), part.experiment.name
             if not grids:
                 raise _no_rows(part, work)
             found = self._of_map(grids, setting, work)
@@ -172,20 +175,22 @@ class OfMaps(OverRows, Kind):
             cells.append(found)
         measures = dict.fromkeys(part.measure for part in maps)
         parts = [f"by each row's own {' or '.join(measures)}, signed", *self.details(given)]
-        parts += [SHARED] * any(part.of_windows for part in maps)
+        parts += [WINDOW_NOTE] * any(part.of_windows for part in maps)
         parts += [
             f"{n} of {len(work.table)} rows dropped, {why}" for why, n in dropped.items() if n
         ]
         words = (self.word, *self.controls)
         every = np.concatenate(cells, axis=1)[:, :, None]
-        return self._told(given, "; ".join(parts), Scores(dict(zip(words, every, strict=True))))
+        return self._told(given, "; ".join(parts), MapScores(dict(zip(words, every, strict=True))))
 
-    def _told(self, given: Given, said: str, scores: Scores | None = None) -> OfMaps:
+    def _told(self, given: MapLine, said: str, scores: MapScores | None = None) -> MapObservation:
         does = type(self)(said, scores)
         does.form = replace(self.form, unit=self.unit_of(given))
         return does
 
-    def _of_map(self, grids: Mapping[int, Floats], setting: Setting, work: Work) -> Floats:
+    def _of_map(
+        self, grids: Mapping[int, Floats], setting: MapReference, work: ExperimentContext
+    ) -> Floats:
         """[word, cell, row of the table] of one experiment; NaN where a row has none."""
         import numpy as np
 
@@ -206,7 +211,7 @@ class OfMaps(OverRows, Kind):
 # --- what it is of --------------------------------------------------------------------------------
 
 
-def stands_alone(rule: spec.Rule, work: Work, *, by_position: bool = False) -> bool:
+def check_map_line(rule: spec.Rule, work: ExperimentContext, *, by_position: bool = False) -> bool:
     """E0207 beside rules, and where rows are no images."""
     fits, block = True, work.program.prompts[work.table.name]
     assert rule.observed is not None
@@ -214,26 +219,30 @@ def stands_alone(rule: spec.Rule, work: Work, *, by_position: bool = False) -> b
     weighed = next((each for each in (*said.maps, *said.others) if each.weight is not None), None)
     if weighed is not None and not by_position:
         hint = f"leave it out, or add maps up first: `observe sum of {weighed.span.written} …`"
-        refuse(rule, work, "takes no number in front of a map", hint)
+        report_bad_observation(rule, work, "takes no number in front of a map", hint)
         fits = False
     if any(each.verb != "observe" for each in work.experiment.rules):
         reason = "is of maps that have been made, which rules don't change"
-        refuse(rule, work, reason, "write the rules into the experiment that makes the map")
+        report_bad_observation(
+            rule, work, reason, "write the rules into the experiment that makes the map"
+        )
         fits = False
     if block.kind != "images":
-        refuse(rule, work, f"is of images, and `{block.name}` has texts", "name images")
+        report_bad_observation(
+            rule, work, f"is of images, and `{block.name}` has texts", "name images"
+        )
         fits = False
     return fits
 
 
-def a_map(named: ast.MapOf, work: Work) -> VariantFinding | None:
+def resolve_map(named: ast.MapOf, work: ExperimentContext) -> VariantFinding | None:
     """The one map of each row; None where it was refused. Raises Refused."""
-    finding = found_by(named, work)
+    finding = find_map_finding(named, work)
     if finding is None:
         return None
     part, *others = finding.parts
     if others:
-        raise Refused(
+        raise PickError(
             f"`{finding.name}` runs more than once: it compares models, sources or bases",
             "name an experiment with one source and one base",
         )
@@ -241,30 +250,32 @@ def a_map(named: ast.MapOf, work: Work) -> VariantFinding | None:
     return part
 
 
-def found_by(named: ast.MapOf, work: Work) -> Finding | None:
+def find_map_finding(named: ast.MapOf, work: ExperimentContext) -> Finding | None:
     """What the cells of an experiment found that are named. Raises Refused."""
     looped = [each.value.id for each in named.cell if isinstance(each.value, ast.Name)]
     loop = next((name for name in (named.of, *looped) if name in work.loops), None)
     if loop is not None:
         reason = f"`{loop}` is the variable of a `for`, and maps are no cells of a loop"
         hint = f"leave it out: `{named.of}` has an axis for it here too"
-        raise Refused(reason, hint if loop in looped else "leave the loop out, and list the maps")
+        raise PickError(reason, hint if loop in looped else "leave the loop out, and list the maps")
     finding, at = work.sites.onward.finding(named, work.program.parameters)
     if "position" in dict(at):
-        raise Refused("a map has all positions", f"leave `position` out of `{named.span.written}`")
+        raise PickError(
+            "a map has all positions", f"leave `position` out of `{named.span.written}`"
+        )
     return finding
 
 
-def check_map(part: VariantFinding, work: Work) -> None:
+def check_map(part: VariantFinding, work: ExperimentContext) -> None:
     """Whether it has a number for each of some patches, and for nothing else. Raises Refused."""
     hint = "let it sweep patches: `at each token of image`"
     reader = work.model.tokenizer
-    check_tokens(part.experiment, work.table, reader, hint, windows=True)
+    check_rankable_tokens(part.experiment, work.table, reader, hint, windows=True)
     fixed = part.window_axes.intersection(part.chosen)
     if fixed:
         name = part.experiment.name
-        raise Refused(f"a map of `{name}` has all of its windows", f"leave `{min(fixed)}` out")
-    if reader.stands_in or not isinstance(reader, ImageReader):
+        raise PickError(f"a map of `{name}` has all of its windows", f"leave `{min(fixed)}` out")
+    if reader.stands_in or not isinstance(reader, ImageTokenizer):
         return
     places = part.places(work.experiment.base)
     rows = {row for _, cell in places for row in cell.hits}
@@ -273,10 +284,12 @@ def check_map(part: VariantFinding, work: Work) -> None:
     if other is not None:
         name = part.experiment.name
         reason = f"`{name}` has a number for `{reader.label(other)}`, which is no patch"
-        raise Refused(reason, "let it sweep patches alone: `at each token of image`")
+        raise PickError(reason, "let it sweep patches alone: `at each token of image`")
 
 
-def _sites(rule: spec.Rule, maps: Sequence[VariantFinding], work: Work) -> SiteTargets | None:
+def _map_sites(
+    rule: spec.Rule, maps: Sequence[VariantFinding], work: ExperimentContext
+) -> SiteTargets | None:
     """Cells: one for each map, or, of one experiment, for each of its cells beside its
     positions."""
     assert rule.observed is not None
@@ -294,21 +307,21 @@ def _sites(rule: spec.Rule, maps: Sequence[VariantFinding], work: Work) -> SiteT
             reason = f"`{swept.experiment.name}` has a map for each {' and '.join(others)}"
             one = ", ".join(f"{axis.name}: {axis.labels[0]}" for axis in swept.beside)
             hint = f"observe it by itself, or name one: `{swept.experiment.name}({one})`"
-            refuse(rule, work, reason, hint)
+            report_bad_observation(rule, work, reason, hint)
             return None
         axes = (Axis("map", tuple(names), rule.observed.span),)
     for axis in axes:
         work.add_axis(axis)
-    keys: list[Key] = list(product(*(range(len(axis)) for axis in axes)))
+    keys: list[AxisIndices] = list(product(*(range(len(axis)) for axis in axes)))
     label = names[0] if len(names) == 1 else ""
     return SiteTargets(
         tuple(axis.name for axis in axes),
-        dict.fromkeys(keys, (NOWHERE,)),
+        dict.fromkeys(keys, (PLACEHOLDER_POINT,)),
         {key: label or names[key[0]] for key in keys},
     )
 
 
-def _patches(name: str, work: Work) -> PositionCell:
+def _shown_patches(name: str, work: ExperimentContext) -> PositionCell:
     """Those of a region, or of the image, in each row: they are shown, and neither read nor
     written."""
     hits: list[Hits] = []
@@ -318,14 +331,14 @@ def _patches(name: str, work: Work) -> PositionCell:
     return PositionCell(name, tuple(hits))
 
 
-def grids_of(part: VariantFinding, work: Work) -> dict[int, Floats]:
+def build_grids(part: VariantFinding, work: ExperimentContext) -> dict[int, Floats]:
     """Row id → [cell, row of patches, column]: its numbers, NaN where a patch has none. A window of
     several patches shares its number evenly among them, and a patch that several windows have gets
     the mean of its shares."""
     import numpy as np
 
     reader = work.model.tokenizer
-    assert isinstance(reader, ImageReader)
+    assert isinstance(reader, ImageTokenizer)
     layout, here = reader.layout, set(work.table.row_ids)
     sums: dict[int, Floats] = {}
     counts: dict[int, Floats] = {}
@@ -345,9 +358,161 @@ def grids_of(part: VariantFinding, work: Work) -> dict[int, Floats]:
         return {row: own / counts[row] for row, own in sums.items()}
 
 
-def _no_rows(part: VariantFinding, work: Work) -> Refused:
-    return Refused(
+def _no_rows(part: VariantFinding, work: ExperimentContext) -> PickError:
+    return PickError(
         f"`{part.experiment.name}` has none of the {len(work.table)} rows that this experiment "
         "runs on",
         "let both run on the same part and limit of their images",
     )
+
+
+SWEEP_HINT = "write `at each token of image`"
+
+
+@dataclass(frozen=True)
+class MapWeights:
+    """The numbers in front of maps."""
+
+    axes: tuple[str, ...]
+    """Loops whose variables they name."""
+    values: Mapping[AxisIndices, tuple[float, ...]]
+    """Of each map, for every value of these loops."""
+
+
+@observation("sum")
+class MapSum(MapObservation):
+    """Maps that other experiments made, patch by patch added up, all that each of them has.
+
+    A window of several patches shares its number evenly among them, and a patch that several
+    windows have gets the mean of its shares.
+    """
+
+    example = "fine, coarse at each token of image"
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        said = rule.observed
+        assert said is not None
+        if not said.maps:
+            report_bad_observation(
+                rule, work, "is of maps", f"write `observe {self.word} of {self.example}`"
+            )
+            return None
+        ready = [check_map_line(rule, work, by_position=True), self.fits(rule, work)]
+        try:
+            found = [resolve_map(each, work) for each in said.maps]
+        except PickError as refusal:
+            report_bad_observation(rule, work, refusal.reason, refusal.hint)
+            return None
+        maps = [part for part in found if part is not None]
+        if not all(ready) or len(maps) < len(found):
+            return None
+        positions, weights = (
+            resolve_base_positions(rule.at, work),
+            _resolve_weights(said.maps, work),
+        )
+        if positions is None or weights is None:
+            return None
+        try:
+            _check_single_patches(positions, work)
+            does = self._added(said, maps, weights, positions, work)
+        except PickError as refusal:
+            report_bad_observation(rule, work, refusal.reason, refusal.hint)
+            return None
+        keys = weights.values
+        sites = SiteTargets(
+            weights.axes, dict.fromkeys(keys, (PLACEHOLDER_POINT,)), dict.fromkeys(keys, self.word)
+        )
+        return ResolvedRule(
+            spec=rule, does=does, run=work.experiment.base, sites=sites, positions=positions
+        )
+
+    def fits(self, rule: spec.Rule, work: ExperimentContext) -> bool:
+        assert rule.observed is not None
+        if not rule.observed.placed:
+            report_bad_observation(
+                rule, work, "is a map itself, of no region and against no other", SWEEP_HINT
+            )
+        return rule.observed.placed
+
+    def _added(
+        self,
+        said: spec.ObservedQuantity,
+        maps: Sequence[VariantFinding],
+        weights: MapWeights,
+        positions: PositionTargets,
+        work: ExperimentContext,
+    ) -> MapSum:
+        """With its numbers, where the maps have been made."""
+        waits = [part.experiment.name for part in maps if part.values is None]
+        if waits or work.table.stands_in:
+            names = name_list(dict.fromkeys(waits))
+            return MapSum(f"known when {names} has run" if waits else "")
+        import numpy as np
+
+        rows = {row: number for number, row in enumerate(work.table.row_ids)}
+        every = np.array(list(weights.values.values()))
+        grids = [build_grids(part, work) for part in maps]
+        total: dict[int, Floats] = {}
+        for row in set(rows).intersection(*grids):
+            own = np.stack([_sum_cells(each[row]) for each in grids])
+            total[row] = (every[..., None, None] * own).sum(axis=1)
+        if not total:
+            raise PickError(
+                f"{name_list([part.experiment.name for part in maps])} have no row in common that "
+                "this experiment runs on",
+                "let all run on the same part and limit of their images",
+            )
+        reader = work.model.tokenizer
+        assert isinstance(reader, ImageTokenizer)
+        values = np.full((len(every), len(positions.written), len(work.table)), np.nan)
+        for number, cell in enumerate(positions.written.values()):
+            for row, own in total.items():
+                for hit in cell.hits[rows[row]]:
+                    place = reader.layout.place(hit[0])
+                    assert place is not None
+                    values[:, number, rows[row]] = own[:, place[0] - 1, place[1] - 1]
+        parts = [f"by each row's own {' or '.join(dict.fromkeys(part.measure for part in maps))}"]
+        parts += [f"{self.word} of {', '.join(each.span.written for each in said.maps)}"]
+        lacking = len(work.table) - len(total)
+        parts += [WINDOW_NOTE] * any(part.of_windows for part in maps)
+        parts += [f"{lacking} of {len(work.table)} rows dropped, a map lacks them"] * bool(lacking)
+        return MapSum("; ".join(parts), MapScores({self.word: values}))
+
+
+def _resolve_weights(maps: Sequence[ast.MapOf], work: ExperimentContext) -> MapWeights | None:
+    """What stands in front of them; None after E0337."""
+    one = Amounts((), {(): 1.0})
+    each = [one if own.weight is None else resolve_amounts(own.weight, work) for own in maps]
+    found = [own for own in each if own is not None]
+    if len(found) < len(each):
+        return None
+    named = {name for own in found for name in own.axes}
+    loops = tuple(name for name in work.loops if name in named)
+    values: dict[AxisIndices, tuple[float, ...]] = {}
+    for key, _ in work.sites.combinations(loops):
+        at = dict(zip(loops, key, strict=True))
+        values[key] = tuple(own.values[tuple(at[name] for name in own.axes)] for own in found)
+    return MapWeights(loops, values)
+
+
+def _sum_cells(cells: Floats) -> Floats:
+    """[row, column]: all maps of an experiment, [cell, row, column], of which loops may leave some
+    out; NaN where one that is there has no number."""
+    import numpy as np
+
+    there = np.isfinite(cells).any(axis=(1, 2))
+    return cells[there].sum(axis=0) if there.any() else cells[0]
+
+
+def _check_single_patches(positions: PositionTargets, work: ExperimentContext) -> None:
+    """Raises Refused where a cell isn't of one patch."""
+    reader = work.model.tokenizer
+    if reader.stands_in or not isinstance(reader, ImageTokenizer):
+        return
+    for cell in positions.written.values():
+        for row in cell.hits:
+            tokens = [token for hit in row for token in hit]
+            if len(tokens) > 1:
+                raise PickError(f"`{cell.label}` covers several tokens", SWEEP_HINT)
+            if tokens and reader.layout.place(tokens[0]) is None:
+                raise PickError(f"`{cell.label}` is no patch", SWEEP_HINT)

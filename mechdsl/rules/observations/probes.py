@@ -1,34 +1,277 @@
-"""`observe probe(count) at SITE at POS`: what a linear map of the vectors tells of a value."""
+"""Linear probes of a value: `observe probe`, `observe routed_probe`, `observe routing`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from math import isfinite
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, cast
 
-from mechdsl.base.plural import plural
-from mechdsl.diagnostics.core import has_errors
+from mechdsl.base.records import Record, record
+from mechdsl.base.source import Span
+from mechdsl.base.text import count_noun
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.names import BadArgument
 from mechdsl.program import spec
-from mechdsl.program.lower_directions import rows_named, train_of
-from mechdsl.prompts.prompt_table import RunRow
-from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.over_rows import RowVectors, TrainedOn, Training
-from mechdsl.resolve.probe_targets import Probe, resolve_probe
-from mechdsl.resolve.resolved_rule import ResolvedRule
-from mechdsl.resolve.targets import cells_elsewhere
-from mechdsl.rules.observations.over_rows import OverRowsKind, refuse
-from mechdsl.rules.observations.registry import observation
+from mechdsl.program.spec import constant_value
+from mechdsl.prompts.expressions import evaluate
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.values import DrawKey, Refusal, to_plain
+from mechdsl.resolve.observations import (
+    ObservedTokens,
+    RowVectors,
+    TokenVectors,
+    TrainingRows,
+    TrainingVectors,
+)
+from mechdsl.resolve.sites import ExperimentContext
+from mechdsl.resolve.types import ResolvedRule
+from mechdsl.rules.observations.registry import observation, report_bad_observation
+from mechdsl.rules.observations.rows import (
+    SiteRowSetObservation,
+    SiteTokenSetObservation,
+    resolve_training_rows,
+)
+from mechdsl.syntax import ast
 
 if TYPE_CHECKING:
-    from mechdsl.base.arrays import Floats, Ints
+    from mechdsl.base.arrays import Bools, Floats, Ints
+    from mechdsl.fits.regression import Routing
 
-PENALTY = 1.0
+
+ProbeKind: TypeAlias = Literal["ridge", "logistic"]
+
+PROBE_KINDS: tuple[ProbeKind, ...] = ("ridge", "logistic")
+
+DEFAULT_FOLDS = 5
+"""Of a probe that says nothing else."""
+
+
+@record
+class Probe(Record):
+    """How a probe is fitted, and to what."""
+
+    kind: ProbeKind
+    targets: tuple[tuple[float, ...], ...]
+    """Per row of the table: numbers, or the number of its class."""
+    classes: tuple[str, ...]
+    """What classes are called."""
+    folds: int
+    penalty: float | None
+    """None where the fit has a penalty of its own, or chooses one."""
+    train: tuple[tuple[float, ...], ...] | None = None
+    """Of each row that it is fitted on, where these are others; no row is in a fold then."""
+    trained_on: str = ""
+    """What these are called in the file."""
+
+
+def resolve_probe(
+    call: ast.Call,
+    table: PromptTable,
+    parameters: Mapping[str, Any],
+    diagnostics: list[Diagnostic],
+    train: PromptTable | None = None,
+    kinds: Sequence[ProbeKind] = PROBE_KINDS,
+) -> Probe | None:
+    """train: where it is fitted on other rows, these. kinds: that there are; with one of them
+    `kind` is no option. None after an error. Codes: E0207 and those of values of a row."""
+    plain_ones = [each.value for each in call.arguments if each.name is None]
+    if len(plain_ones) != 1:
+        example = f"`{call.name}(count)`"
+        _bad_probe_argument(
+            diagnostics, call.span, call.name, "takes one value of the rows", example
+        )
+        return None
+    before = len(diagnostics)
+    options = _options(call, parameters, diagnostics, kinds)
+    values = evaluate_rows(cast(ast.Expr, plain_ones[0]), table, diagnostics)
+    others = evaluate_rows(cast(ast.Expr, plain_ones[0]), train, diagnostics) if train else []
+    if values is None or others is None or len(diagnostics) > before:
+        return None
+    own, values = len(values), [*values, *others]
+    only = kinds[0] if len(kinds) == 1 else None
+    kind = only or options.get("kind") or _choose_kind(values)
+    span = plain_ones[0].span
+    problem = _explain_misfit(
+        kind, values, "a number of each row" if only else "`kind: logistic` for classes"
+    )
+    if problem is not None:
+        _bad_probe_argument(diagnostics, span, span.written, *problem)
+        return None
+    targets, classes = _classes(values) if kind == "logistic" else (_numbers(values), ())
+    few = len(set(targets if train is None else targets[own:])) < 2
+    if few and not table.stands_in:
+        reason = "is the same in all rows, so there is nothing to be told"
+        _bad_probe_argument(
+            diagnostics, span, span.written, reason, "a value that differs between rows"
+        )
+        return None
+    if train is not None:
+        told = next(each.value.span.written for each in call.arguments if each.name == "train")
+        if "folds" in options:
+            reason = "has nothing to be held out: the probe is fitted on other rows"
+            _bad_probe_argument(
+                diagnostics, call.span, "folds", reason, "leave `folds` or `train` out", bare=True
+            )
+            return None
+        penalty = options.get("penalty")
+        return Probe(kind, targets[:own], classes, DEFAULT_FOLDS, penalty, targets[own:], told)
+    folds, rows = options.get("folds", DEFAULT_FOLDS), len(set(table.cut_from or table.row_keys))
+    if rows < folds and not table.stands_in and not table.cut:
+        unit = "image" if table.cut_from else "distinct row"
+        reason = f"can't be dealt out: there are {count_noun(rows, unit)} for {folds} folds"
+        _bad_probe_argument(
+            diagnostics,
+            call.span,
+            call.name,
+            reason,
+            f"more {unit.split()[-1]}s, or `folds: {max(2, rows)}`",
+        )
+        return None
+    return Probe(kind, targets, classes, folds, options.get("penalty"))
+
+
+def evaluate_rows(
+    expr: ast.Expr, table: PromptTable, diagnostics: list[Diagnostic]
+) -> list[object] | None:
+    """What an expression is in every clean row, or `count of fewer` in those of a corruption; None
+    after an error."""
+    if isinstance(expr, ast.QualifiedRef):
+        run = expr.of.name if expr.of.part is None else f"{expr.of.name}.{expr.of.part}"
+        rows = table.runs[run].rows if run in table.runs else ()
+        known = list(rows[0].values) if rows else list(table.runs)
+        if not rows or expr.name not in rows[0].values:
+            hint = did_you_mean(expr.name if rows else run, known, f"there are {', '.join(known)}")
+            what = "value" if rows else "run"
+            diagnostics.append(
+                BadArgument(
+                    span=expr.span, name=expr.span.written, reason=f"is no {what}", hint=hint
+                )
+            )
+            return None
+        return [row.values[expr.name] for row in rows]
+    found: list[object] = []
+    for row in table.sources:
+        try:
+            found.append(to_plain(evaluate(expr, row, DrawKey(f"measure:{expr.span.text}"))))
+        except Refusal as refusal:
+            diagnostics.append(refusal.diagnostic(row.describe()))
+            return None
+    return found
+
+
+def _options(
+    call: ast.Call,
+    parameters: Mapping[str, Any],
+    diagnostics: list[Diagnostic],
+    kinds: Sequence[ProbeKind],
+) -> dict[str, Any]:
+    """`folds: 5, kind: logistic, penalty: 0.1`; E0207 for what isn't one."""
+    found: dict[str, Any] = {}
+    known = [name for name in _OPTIONS if name != "kind" or len(kinds) > 1]
+    for each in call.arguments:
+        if each.name is None or each.name == "train":
+            continue
+        word, value = each.name, each.value
+        if word not in known:
+            hint = did_you_mean(word, known, f"there is {', '.join([*known, 'train'])}")
+            _bad_probe_argument(
+                diagnostics, each.span, word, "is no option of a probe", hint, bare=True
+            )
+            continue
+        number = value.id if isinstance(value, ast.Name) else None
+        if word != "kind" or number is None:
+            number = constant_value(cast(ast.Expr, value), parameters)
+        good, hint = _OPTIONS[word]
+        if not good(number):
+            _bad_probe_argument(
+                diagnostics, each.span, word, f"can't be `{value.span.written}`", hint
+            )
+        else:
+            found[word] = number
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+_OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "folds": (lambda n: isinstance(n, int) and 2 <= n <= 1000, "`folds: 5`, from 2 to 1000"),
+    "kind": (lambda n: n in PROBE_KINDS, "`kind: ridge` or `kind: logistic`"),
+    "penalty": (lambda n: _is_number(n) and n > 0, "a number above 0"),
+}
+
+
+def _choose_kind(values: Sequence[object]) -> ProbeKind:
+    """Numbers and lists of them are told as such, two values and all else as classes."""
+    numbers = all(_is_number(value) for value in values)
+    if numbers:
+        return "ridge" if len(set(values)) > 2 else "logistic"
+    return "ridge" if any(isinstance(value, list) for value in values) else "logistic"
+
+
+def _explain_misfit(
+    kind: ProbeKind, values: Sequence[object], otherwise: str
+) -> tuple[str, str] | None:
+    """Why values can't be told, and what to write; `otherwise` of what is no number."""
+    none = sum(value is None for value in values)
+    if none:
+        return f"has no value in {count_noun(none, 'row')}", "`where` to leave these rows out"
+    lists = [cast("list[object]", value) for value in values if isinstance(value, list)]
+    if kind == "logistic":
+        if any(isinstance(value, list | Mapping) for value in values):
+            return "is a list, which is no class", "`kind: ridge` for lists of numbers"
+        return None
+    if lists and len(lists) < len(values):
+        return "is a list in some rows and none in others", "lists of equally many numbers"
+    lengths = {len(each) for each in lists}
+    if len(lengths) > 1:
+        least, most = min(lengths), max(lengths)
+        return f"has {least} to {most} numbers", "lists of equally many numbers"
+    if lengths == {0}:
+        return "is an empty list", "lists of numbers"
+    entries = [entry for each in lists for entry in each] if lists else values
+    if not all(_is_number(entry) for entry in entries):
+        return "is no number", otherwise
+    return None
+
+
+def _numbers(values: Sequence[object]) -> tuple[tuple[float, ...], ...]:
+    lists = (value if isinstance(value, list) else [value] for value in values)
+    return tuple(tuple(float(cast(float, entry)) for entry in each) for each in lists)
+
+
+def _classes(values: Sequence[object]) -> tuple[tuple[tuple[float, ...], ...], tuple[str, ...]]:
+    """Numbers first, by size, then texts by their letters: whatever the order of rows."""
+    numbers = sorted({cast(float, value) for value in values if _is_number(value)})
+    others = sorted({str(value) for value in values if not _is_number(value)})
+    order: dict[object, float] = {value: float(n) for n, value in enumerate([*numbers, *others])}
+    found = ((order[value if _is_number(value) else str(value)],) for value in values)
+    return tuple(found), tuple(map(str, order))
+
+
+def _bad_probe_argument(
+    diagnostics: list[Diagnostic],
+    span: Span,
+    name: str,
+    reason: str,
+    hint: str,
+    *,
+    bare: bool = False,
+) -> None:
+    hint = hint if bare else f"write {hint}"
+    diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
+
+
+DEFAULT_PENALTY = 1.0
 """Of a logistic probe that says no other."""
-UNITS: Mapping[str, str] = {"ridge": "R²", "logistic": "share"}
+
+PROBE_UNITS: Mapping[str, str] = {"ridge": "R²", "logistic": "share"}
 
 
 @observation("probe")
-class ProbeObservation(OverRowsKind):
+class ProbeObservation(SiteRowSetObservation):
     """How well a linear probe tells the value, in rows that it was not fitted to.
 
     returns: whether the class is right, or 1 − (y − ŷ)² / mean((y − ȳ)²), whose mean is R²
@@ -39,21 +282,23 @@ class ProbeObservation(OverRowsKind):
     takes: ClassVar = ("arguments",)
     controls: ClassVar[tuple[str, ...]] = ("shuffled",)
 
-    def __init__(self, probe: Probe | None = None, trained_on: TrainedOn | None = None) -> None:
+    def __init__(self, probe: Probe | None = None, trained_on: TrainingRows | None = None) -> None:
         """probe: None only of the entry."""
         self.probe, self.trained_on = probe, trained_on
         if probe is not None:
-            self.form = replace(type(self).form, unit=UNITS[probe.kind])
+            self.form = replace(type(self).form, unit=PROBE_UNITS[probe.kind])
 
-    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         found = super().resolve(rule, work)
         said = rule.observed
         assert said is not None
         if said.call is None:
-            refuse(rule, work, "doesn't say what is to be told", "name a value: `probe(count)`")
+            report_bad_observation(
+                rule, work, "doesn't say what is to be told", "name a value: `probe(count)`"
+            )
             return None
         parameters, before = work.program.parameters, len(work.diagnostics)
-        train = None if found is None else trained_on(rule, found, work)
+        train = None if found is None else resolve_training_rows(rule, found, work)
         if len(work.diagnostics) > before:
             return None
         other = None if train is None else train.table
@@ -63,115 +308,71 @@ class ProbeObservation(OverRowsKind):
         return replace(found, does=ProbeObservation(probe, train))
 
     def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
-        from mechdsl.fits.held_out import folds, shuffled
+        from mechdsl.fits.regression import assign_folds, shuffle_targets
 
         probe = self.probe
         assert probe is not None
-        y = targets_of(probe.targets, seen.prompts)
+        y = select_targets(probe.targets, seen.prompts)
         if seen.training is not None and probe.train is not None:
-            own = targets_of(probe.train, seen.training.prompts)
-            dealt = shuffled(seen.training.keys, own, seed)
-            return [_fitted(probe, seen, seen.training, each, y, seed) for each in (own, dealt)]
+            own = select_targets(probe.train, seen.training.prompts)
+            dealt = shuffle_targets(seen.training.keys, own, seed)
+            return [
+                _score_fitted(probe, seen, seen.training, each, y, seed) for each in (own, dealt)
+            ]
         strata = y[:, 0].tolist() if probe.kind == "logistic" else None
-        fold = folds(seen.keys, probe.folds, seed, strata)
+        fold = assign_folds(seen.keys, probe.folds, seed, strata)
         return [
-            _held_out(probe, seen.vectors, own, fold) for own in (y, shuffled(seen.keys, y, seed))
+            _score_held_out(probe, seen.vectors, own, fold)
+            for own in (y, shuffle_targets(seen.keys, y, seed))
         ]
 
     def said(self, rule: ResolvedRule) -> Iterator[str]:
         assert self.probe is not None
-        return _said(self.probe)
+        return _describe_probe(self.probe)
 
 
-def trained_on(rule: spec.Rule, found: ResolvedRule, work: Work) -> TrainedOn | None:
-    """The rows behind `train:`, at the positions of the line; None where there are none, and after
-    an error."""
-    said = rule.observed
-    named = None if said is None else train_of(said.call)
-    if named is None or said is None:
-        return None
-    rows = rows_named(named, work.program.prompts)
-    table = None if rows is None else work.table.beside.get(rows.key)
-    if rows is None or table is None or (not table.stands_in and rows.run not in table.runs):
-        known = ", ".join(f"`{name}`" for name in work.program.prompts)
-        hint = f"write a block, its part or its run: `train: fruit.train`; there is {known}"
-        refuse(rule, work, f"can't be fitted on `{named.span.written}`", hint)
-        return None
-    if work.table.stands_in or table.stands_in:
-        return None
-    own, fitted = work.table.runs[work.experiment.base].rows, table.runs[rows.run].rows
-    keys, texts = set(table.row_keys), {row.ids for row in fitted}
-    images = _images(fitted) if table.cut_from or work.table.cut_from else set()
-    pairs = zip(work.table.row_keys, own, strict=True)
-    shared = sum(
-        key in keys or row.ids in texts or bool(_images([row]) & images) for key, row in pairs
-    )
-    if shared:
-        reason = f"is told on {plural(shared, 'row')} that it is fitted on"
-        refuse(rule, work, reason, "take parts of a split: `train: fruit.train` on `fruit.test`")
-        return None
-    cells, problems = cells_elsewhere(rule.at, table, rows.run, work)
-    work.diagnostics.extend(problems)
-    by_label = {cell.label: cell for cell in cells}
-    labels = [cell.label for cell in found.positions.written.values()]
-    lacking = [label for label in labels if label not in by_label]
-    if lacking and not has_errors(problems):
-        reason = f"is fitted on rows without `{lacking[0]}`"
-        refuse(rule, work, reason, "name a position that both have")
-        return None
-    if has_errors(problems):
-        return None
-    return TrainedOn(table, table.runs[rows.run], tuple(by_label[label] for label in labels))
-
-
-def _images(rows: Sequence[RunRow]) -> set[str]:
-    """What the images are made of that rows are, or are tiles of."""
-    images = (row.image for row in rows if row.image is not None)
-    return {replace(image.uncut, changes=()).content() for image in images}
-
-
-def targets_of(targets: Sequence[tuple[float, ...]], prompts: Ints) -> Floats:
+def select_targets(targets: Sequence[tuple[float, ...]], prompts: Ints) -> Floats:
     """[row, target]"""
     import numpy as np
 
     return np.array([targets[row] for row in prompts.tolist()], dtype=np.float64)
 
 
-def _fitted(
-    probe: Probe, seen: RowVectors, training: Training, own: Floats, y: Floats, seed: int
+def _score_fitted(
+    probe: Probe, seen: RowVectors, training: TrainingVectors, own: Floats, y: Floats, seed: int
 ) -> Floats:
     """[row] how well each is told by a fit to other rows; own: [training row, target]."""
     import numpy as np
 
-    from mechdsl.fits.held_out import LogisticProbe, RidgeProbe, folds, r_squared
+    from mechdsl.fits.regression import LogisticProbe, RidgeProbe, assign_folds, r_squared
 
     distinct = len(set(training.keys))
     if distinct < 2:
         raise ValueError("the rows that it is fitted on look alike there")
     if probe.kind == "ridge":
-        inner = folds(training.keys, min(probe.folds, distinct), seed)
+        inner = assign_folds(training.keys, min(probe.folds, distinct), seed)
         predict = RidgeProbe(probe.penalty)(training.vectors, own, inner)
         return r_squared(y, predict(seen.vectors))
-    fit = LogisticProbe(PENALTY if probe.penalty is None else probe.penalty)
+    fit = LogisticProbe(DEFAULT_PENALTY if probe.penalty is None else probe.penalty)
     found, index = np.unique(own[:, 0], return_inverse=True)
     told = fit(training.vectors, index.astype(np.float64), index)(seen.vectors)
     return (found[told.astype(np.int64)] == y[:, 0]).astype(np.float64)
 
 
-def _held_out(probe: Probe, vectors: Floats, y: Floats, fold: Ints) -> Floats:
+def _score_held_out(probe: Probe, vectors: Floats, y: Floats, fold: Ints) -> Floats:
     """[row] how well each is told by a fit to the other folds."""
     import numpy as np
 
-    from mechdsl.fits.held_out import LogisticProbe, RidgeProbe, cross_validated, r_squared
+    from mechdsl.fits.regression import LogisticProbe, RidgeProbe, cross_validate, r_squared
 
     if probe.kind == "ridge":
-        return r_squared(y, cross_validated(vectors, y, fold, RidgeProbe(probe.penalty)))
-    fit = LogisticProbe(PENALTY if probe.penalty is None else probe.penalty)
-    right = cross_validated(vectors, y[:, 0], fold, fit) == y[:, 0]
+        return r_squared(y, cross_validate(vectors, y, fold, RidgeProbe(probe.penalty)))
+    fit = LogisticProbe(DEFAULT_PENALTY if probe.penalty is None else probe.penalty)
+    right = cross_validate(vectors, y[:, 0], fold, fit) == y[:, 0]
     return right.astype(np.float64)
 
 
-def _said(probe: Probe) -> Iterator[str]:
+def _describe_probe(probe: Probe) -> Iterator[str]:
     """How it is fitted, for the conventions."""
     if probe.kind == "ridge":
         several = len(probe.targets[0])
@@ -188,7 +389,7 @@ def _said(probe: Probe) -> Iterator[str]:
         commonest = max(counts) / len(probe.targets)
         yield f"logistic regression, {len(probe.classes):,} classes ({names})"
         yield f"the commonest is {commonest:.3g} of the rows"
-        yield f"penalty {PENALTY if probe.penalty is None else probe.penalty:g} / 2 · Σ weights²"
+        yield f"penalty {DEFAULT_PENALTY if probe.penalty is None else probe.penalty:g} / 2 · Σ weights²"
     if probe.train is None:
         yield (
             f"vectors standardised by the rows of each fit; {probe.folds} folds, in which rows that"
@@ -198,3 +399,162 @@ def _said(probe: Probe) -> Iterator[str]:
         yield f"fitted on `{probe.trained_on}` ({len(probe.train):,} rows), which standardise"
     yield "values are the clean row's"
     yield "shuffled: the same with the values dealt to other rows (Hewitt and Liang 2019)"
+
+
+class _RoutedObservation(SiteTokenSetObservation):
+    """What both words share: the fit."""
+
+    takes: ClassVar = ("arguments",)
+    swept: ClassVar[bool]
+    """Whether it is a number of each token, so that one of several together means nothing; else the
+    other way round."""
+    as_written: ClassVar[str]
+    """A position that it takes."""
+
+    def __init__(self, probe: Probe | None = None, trained_on: TrainingRows | None = None) -> None:
+        """probe: None only of the entry."""
+        self.probe, self.trained_on = probe, trained_on
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        found = super().resolve(rule, work)
+        said = rule.observed
+        assert said is not None
+        if said.call is None:
+            example = f"name a value: `{self.word}(count)`"
+            report_bad_observation(rule, work, "doesn't say what is to be told", example)
+            return None
+        before = len(work.diagnostics)
+        train = None if found is None else resolve_training_rows(rule, found, work)
+        if len(work.diagnostics) > before:
+            return None
+        other = None if train is None else train.table
+        parameters, diagnostics = work.program.parameters, work.diagnostics
+        probe = resolve_probe(said.call, work.table, parameters, diagnostics, other, ("ridge",))
+        if found is None or probe is None:
+            return None
+        return replace(found, does=type(self)(probe, train))
+
+    def positions_fit(self, rule: spec.Rule, found: ResolvedRule, work: ExperimentContext) -> bool:
+        if ("position" in found.positions.axes) != self.swept:
+            of = "a number of each token" if self.swept else "made of several tokens together"
+            report_bad_observation(rule, work, f"is {of}", f"write where: `{self.as_written}`")
+            return False
+        return super().positions_fit(rule, found, work)
+
+    def fitted(
+        self, seen: ObservedTokens, seed: int, *, dealt: bool = False
+    ) -> Iterator[tuple[Bools, Routing]]:
+        """([row], the fit to others that these are told by). dealt: with the values of others."""
+        import numpy as np
+
+        from mechdsl.fits.regression import assign_folds, shuffle_targets
+
+        probe = self.probe
+        assert probe is not None
+
+        def wanted(tokens: TokenVectors, targets: Sequence[tuple[float, ...]]) -> Floats:
+            y = select_targets(targets, tokens.prompts)
+            return shuffle_targets(tokens.keys, y, seed) if dealt else y
+
+        every = np.ones(len(seen.own.prompts), dtype=np.bool_)
+        if seen.training is not None and probe.train is not None:
+            there = np.ones(len(seen.training.prompts), dtype=np.bool_)
+            yield every, self._fit(seen.training, there, wanted(seen.training, probe.train))
+            return
+        y, fold = wanted(seen.own, probe.targets), assign_folds(seen.own.keys, probe.folds, seed)
+        for each in np.unique(fold):
+            held = fold == each
+            yield held, self._fit(seen.own, ~held, y)
+
+    def _fit(self, tokens: TokenVectors, there: Bools, y: Floats) -> Routing:
+        """there, y: [row]"""
+        from mechdsl.fits.regression import fit_routing
+
+        return fit_routing(*tokens.of_rows(there), y[there], self._penalty)
+
+    @property
+    def _penalty(self) -> float:
+        assert self.probe is not None
+        return DEFAULT_PENALTY if self.probe.penalty is None else self.probe.penalty
+
+    def said(self, rule: ResolvedRule) -> Iterator[str]:
+        probe = self.probe
+        assert probe is not None
+        several = len(probe.targets[0])
+        of = f"{several} numbers together" if several > 1 else "a number"
+        yield (
+            f"ridge regression of {of} on Σ softmax(x · query) x over the tokens of the line, the "
+            "query fitted with it, from equal weights on"
+        )
+        yield f"penalty {self._penalty:g} · (Σ weights² + Σ query²)"
+        if probe.train is None:
+            yield (
+                "vectors and numbers standardised by the tokens and rows of each fit; "
+                f"{probe.folds} folds of rows, in which those that look alike are together"
+            )
+        else:
+            yield f"fitted on `{probe.trained_on}` ({len(probe.train):,} rows), which standardise"
+        yield "values are the clean row's"
+
+
+@observation("routed_probe", unit="R²")
+class RoutedProbe(_RoutedObservation):
+    """How well a linear probe tells numbers of what it takes from several tokens, in rows that it
+    was not fitted to.
+
+    Which tokens it takes hangs on their vectors, by weights that are fitted with it.
+    returns: 1 − (y − ŷ)² / mean((y − ȳ)²), whose mean is R²
+    source: Adeli, Sun and Kriegeskorte 2025, arXiv 2505.17329
+    """
+
+    controls: ClassVar[tuple[str, ...]] = ("shuffled",)
+    swept = False
+    as_written = "at image tokens"
+    of_several: ClassVar[str] = "of all tokens of a row together"
+
+    def per_token(self, seen: ObservedTokens, seed: int) -> Sequence[Floats]:
+        import numpy as np
+
+        from mechdsl.fits.regression import r_squared
+
+        assert self.probe is not None
+        y = select_targets(self.probe.targets, seen.own.prompts)
+
+        def told(wanted: Floats, *, dealt: bool) -> Floats:
+            predicted = np.empty_like(wanted)
+            for held, fit in self.fitted(seen, seed, dealt=dealt):
+                predicted[held] = fit(*seen.own.of_rows(held))
+            return r_squared(wanted, predicted)[seen.own.row][None]
+
+        return [told(y, dealt=False), told(self._dealt(seen, y, seed), dealt=True)]
+
+    def _dealt(self, seen: ObservedTokens, y: Floats, seed: int) -> Floats:
+        """What the control is to tell: the values of other rows, but where it is fitted on rows
+        that aren't these."""
+        from mechdsl.fits.regression import shuffle_targets
+
+        return y if seen.training is not None else shuffle_targets(seen.own.keys, y, seed)
+
+    def said(self, rule: ResolvedRule) -> Iterator[str]:
+        yield from super().said(rule)
+        yield "shuffled: the same with the values dealt to other rows (Hewitt and Liang 2019)"
+
+
+@observation("routing", unit="weight")
+class RoutingMap(_RoutedObservation):
+    """How much of a token `routed_probe` takes, by a fit to other rows.
+
+    returns: 0 to 1; those of all tokens of the line add up to 1
+    source: Adeli, Sun and Kriegeskorte 2025, arXiv 2505.17329
+    """
+
+    swept = True
+    as_written = "at each token of image"
+
+    def per_token(self, seen: ObservedTokens, seed: int) -> Sequence[Floats]:
+        import numpy as np
+
+        found = np.empty(len(seen.own.row))
+        for held, fit in self.fitted(seen, seed):
+            found[held[seen.own.row]] = fit.weights(*seen.own.of_rows(held))
+        return [found[None]]

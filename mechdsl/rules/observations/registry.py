@@ -1,7 +1,7 @@
-"""How a kind of observation is registered, and what those of sites share.
+"""Registry of observations, and the base class of observations at sites.
 
-An entry is one class under `observation("WORD")`, here or outside. Its docstring's first line is
-what `observe WORD SITE at POSITIONS` means, and `each` makes a number of each vector:
+An entry is one class under `observation("WORD")`, here or outside. The first line of its docstring
+is the meaning of `observe WORD SITE at POSITIONS`, and `each` computes a number from each vector:
 
     @observation("largest", unit="activation")
     class Largest(SiteObservation):
@@ -16,38 +16,34 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-from mechdsl.base.registry import Registry
-from mechdsl.diagnostics.e02_names import BadArgument, UnknownWord, did_you_mean
+from mechdsl.base.records import Registry
+from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.names import BadArgument, UnknownWord
 from mechdsl.program import spec
-from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.kinds import RuleKind
-from mechdsl.resolve.observation import Observation
-from mechdsl.resolve.resolved_rule import (
-    Convention,
-    PositionTargets,
-    ResolvedRule,
-    SitePoint,
-    SiteTargets,
-)
-from mechdsl.rules.kind import places, rule_kind
-from mechdsl.syntax.verbs import CONTROLS, COUNTED, LENSES, WEIGHTS
+from mechdsl.resolve.observations import Observation
+from mechdsl.resolve.runs import RuleKind
+from mechdsl.resolve.sites import ExperimentContext
+from mechdsl.resolve.types import Convention, PositionTargets, ResolvedRule, SitePoint, SiteTargets
+from mechdsl.rules.kinds import resolve_targets, rule_kind
+from mechdsl.syntax.words import LENSES, OBSERVATION_AXES, OBSERVATION_CONTROLS, WEIGHT_OBSERVATIONS
 from mechdsl.vocab.effects import EFFECTS
-from mechdsl.vocab.metrics import METRICS, Form
+from mechdsl.vocab.metrics import METRICS, MetricForm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-OBSERVATIONS: Registry[Kind] = Registry("observation")
+
+OBSERVATIONS: Registry[ObservationKind] = Registry("observation")
 
 
-class Kind(Observation):
+class ObservationKind(Observation):
     """An observation that a word is registered for."""
 
-    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         """The line with its targets; None after an error, as `RuleKind.resolve`."""
         raise NotImplementedError
 
-    def clauses_fit(self, rule: spec.Rule, work: Work) -> bool:
+    def clauses_fit(self, rule: spec.Rule, work: ExperimentContext) -> bool:
         """E0207 for clauses that it has no meaning for, and where positions are missing."""
         said = rule.observed
         assert said is not None
@@ -62,20 +58,22 @@ class Kind(Observation):
         for clause, there in given.items():
             if there and clause not in self.takes:
                 words = "arguments" if clause == "arguments" else f"`{clause}`"
-                _refuse(rule, work, f"takes no {words}", "leave them out")
+                _bad_observation(rule, work, f"takes no {words}", "leave them out")
         if not said.placed and self.unplaced == "refused":
-            _refuse(rule, work, "needs a position", "say where, for example `at last token`")
+            _bad_observation(
+                rule, work, "needs a position", "say where, for example `at last token`"
+            )
         return len(work.diagnostics) == before
 
 
-def _refuse(rule: spec.Rule, work: Work, reason: str, hint: str) -> None:
+def _bad_observation(rule: spec.Rule, work: ExperimentContext, reason: str, hint: str) -> None:
     assert rule.observed is not None
     name = f"observe {rule.observed.word}"
     found = BadArgument(span=rule.observed.span, name=name, reason=reason, hint=hint)
     work.diagnostics.append(found)
 
 
-K = TypeVar("K", bound=Kind)
+K = TypeVar("K", bound=ObservationKind)
 
 
 def observation(word: str, unit: str = "") -> Callable[[type[K]], type[K]]:
@@ -87,54 +85,54 @@ def observation(word: str, unit: str = "") -> Callable[[type[K]], type[K]]:
     def register(entry: type[K]) -> type[K]:
         entry.name, entry.word, entry.unit = f"observe {word}", word, unit
         meaning = (entry.__doc__ or "").strip().split("\n", 1)[0].rstrip(".")
-        entry.form = Form("observation", unit, "number", _as_it_is, meaning, narrow=True)
+        entry.form = MetricForm("observation", unit, "number", _identity, meaning, narrow=True)
         if entry.read_by_measures:
-            entry.form = Form("nothing", unit, "number", _likeliest, meaning)
+            entry.form = MetricForm("nothing", unit, "number", _top_probability, meaning)
             LENSES.add(word)
         if entry.of_weights:
-            WEIGHTS.add(word)
+            WEIGHT_OBSERVATIONS.add(word)
         if entry.counts:
-            COUNTED[word] = entry.counts
+            OBSERVATION_AXES[word] = entry.counts
         if entry.controls:
-            CONTROLS[word] = entry.controls
+            OBSERVATION_CONTROLS[word] = entry.controls
         OBSERVATIONS.add(word, entry())
         return entry
 
     return register
 
 
-def _as_it_is(values: Tensor) -> Tensor:
+def _identity(values: Tensor) -> Tensor:
     return values
 
 
-def _likeliest(logits: Tensor) -> Tensor:
+def _top_probability(logits: Tensor) -> Tensor:
     """[row] of [row, vocab]: the probability of the most likely token."""
     return logits.softmax(-1).amax(-1)
 
 
-class SiteObservation(Kind):
+class SiteObservation(ObservationKind):
     """A kind that looks at vectors at sites: `observe WORD SITE at POSITIONS`."""
 
-    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         fits = self.clauses_fit(rule, work)
         run = self.read_run(rule, work)
-        sites, positions = places(rule, run, work)
+        sites, positions = resolve_targets(rule, run, work)
         if sites is None or positions is None or not fits:
             return None
-        if _of_logits(rule, sites, work) or not self.sites_fit(rule, sites, work):
+        if _names_logits(rule, sites, work) or not self.sites_fit(rule, sites, work):
             return None
         found = ResolvedRule(spec=rule, does=self, run=run, sites=sites, positions=positions)
         return found if self.positions_fit(rule, found, work) else None
 
-    def read_run(self, rule: spec.Rule, work: Work) -> str:
+    def read_run(self, rule: spec.Rule, work: ExperimentContext) -> str:
         """The run that is read beside the one that is looked at; that one itself where none is."""
         return work.experiment.base
 
-    def positions_fit(self, rule: spec.Rule, found: ResolvedRule, work: Work) -> bool:
+    def positions_fit(self, rule: spec.Rule, found: ResolvedRule, work: ExperimentContext) -> bool:
         """The same of its sites and positions together."""
         return True
 
-    def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: Work) -> bool:
+    def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
         """Whether the sites are such as it can look at; a diagnostic says why they aren't."""
         return True
 
@@ -142,15 +140,15 @@ class SiteObservation(Kind):
         assert rule.spec.observed is not None
         assert rule.sites is not None
         said = self.form.meaning[0].lower() + self.form.meaning[1:]
-        over = list(joined(rule.sites, rule.positions))
+        over = list(describe_joined(rule.sites, rule.positions))
         averaged = f", averaged over {' and '.join(over)}" if over else ""
         yield Convention("observed", f"{self.word}: {said}{averaged}")
 
 
-def _of_logits(rule: spec.Rule, sites: SiteTargets, work: Work) -> bool:
+def _names_logits(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
     """Whether it is of the output, which is refused: that is what measures are of."""
     assert rule.site is not None
-    found = any(point.site == "logits" for point in every_point(sites))
+    found = any(point.site == "logits" for point in iter_points(sites))
     if found:
         reason = "is the model's output, and an observation is of what lies in front of it"
         hint = "measure it: `measure logit(answer) as raw`; `final_norm` is what it is made of"
@@ -159,7 +157,7 @@ def _of_logits(rule: spec.Rule, sites: SiteTargets, work: Work) -> bool:
     return found
 
 
-def joined(sites: SiteTargets, positions: PositionTargets) -> Iterator[str]:
+def describe_joined(sites: SiteTargets, positions: PositionTargets) -> Iterator[str]:
     """What a cell has several of."""
     if any(len(points) > 1 for points in sites.points.values()):
         yield "the joined sites"
@@ -168,7 +166,7 @@ def joined(sites: SiteTargets, positions: PositionTargets) -> Iterator[str]:
         yield "the joined tokens"
 
 
-def every_point(sites: SiteTargets) -> Iterator[SitePoint]:
+def iter_points(sites: SiteTargets) -> Iterator[SitePoint]:
     """All points of all cells, each once."""
     yield from dict.fromkeys(point for points in sites.points.values() for point in points)
 
@@ -183,16 +181,20 @@ class ObserveRule(RuleKind):
     def observes(self, rule: spec.Rule) -> Observation | None:
         return None if rule.observed is None else OBSERVATIONS.get(rule.observed.word)
 
-    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         assert rule.observed is not None
         word = rule.observed.word
-        _named_freely(rule, rule.observed, work)
+        _check_name_free(rule, rule.observed, work)
         entry = OBSERVATIONS.get(word)
         if entry is not None and rule.observed.maps and not entry.of_maps:
-            _refuse(rule, work, "is of a site", f"write `observe {word} resid_post layer 1 at …`")
+            _bad_observation(
+                rule, work, "is of a site", f"write `observe {word} resid_post layer 1 at …`"
+            )
             return None
         if entry is not None and rule.edge is not None and not entry.leads:
-            _refuse(rule, work, "is of a site", f"write `observe {word} resid_post layer 1 at …`")
+            _bad_observation(
+                rule, work, "is of a site", f"write `observe {word} resid_post layer 1 at …`"
+            )
             return None
         if entry is not None:
             return entry.resolve(rule, work)
@@ -202,7 +204,7 @@ class ObserveRule(RuleKind):
         return None
 
 
-def _named_freely(rule: spec.Rule, said: spec.Observed, work: Work) -> None:
+def _check_name_free(rule: spec.Rule, said: spec.ObservedQuantity, work: ExperimentContext) -> None:
     """E0207 for a name that measures and expectations call something else."""
     kind = "an effect" if said.name in EFFECTS else "a metric" if said.name in METRICS else ""
     if not kind:
@@ -210,4 +212,14 @@ def _named_freely(rule: spec.Rule, said: spec.Observed, work: Work) -> None:
     hint = "an observation is shown as it is: leave `as …` out, or name it otherwise"
     reason = f"names the observation, and `{said.name}` is {kind}"
     found = BadArgument(span=rule.span, name=f"as {said.name}", reason=reason, hint=hint)
+    work.diagnostics.append(found)
+
+
+def report_bad_observation(
+    rule: spec.Rule, work: ExperimentContext, reason: str, hint: str
+) -> None:
+    """E0207 at the word of an observation."""
+    assert rule.observed is not None
+    name = f"observe {rule.observed.word}"
+    found = BadArgument(span=rule.observed.span, name=name, reason=reason, hint=hint)
     work.diagnostics.append(found)

@@ -1,18 +1,41 @@
-"""Observations of vectors by themselves: their length, their value."""
+"""Observations of single vectors: norm, neuron value, lenses, direct logit attribution."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, cast
 
-from mechdsl.diagnostics.e02_names import BadArgument
+from mechdsl.base import limits
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
-from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.observation import Seen
-from mechdsl.resolve.resolved_rule import ResolvedRule, SiteTargets
-from mechdsl.rules.observations.registry import SiteObservation, every_point, observation
+from mechdsl.program.paths import TUNED_LENS_PATH, path_to_read
+from mechdsl.program.spec import constant_value
+from mechdsl.resolve.observations import ObservedVectors
+from mechdsl.resolve.safetensors_files import (
+    SafetensorsFile,
+    UnreadableFile,
+    compute_digest,
+    inspect_safetensors,
+)
+from mechdsl.resolve.sites import ExperimentContext
+from mechdsl.resolve.types import Convention, ResolvedRule, SiteLayer, SiteTargets
+from mechdsl.rules.observations.registry import (
+    SiteObservation,
+    describe_joined,
+    iter_points,
+    observation,
+)
 from mechdsl.vocab.sites import SITES
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from torch import Tensor
 
 
@@ -23,12 +46,12 @@ class Norm(SiteObservation):
     returns: at least 0, in the unit of the activation
     """
 
-    def each(self, rule: ResolvedRule, seen: Seen) -> Tensor:
+    def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
         return seen.vectors.norm(dim=-1)
 
 
 @observation("value", unit="activation")
-class Value(SiteObservation):
+class NeuronValue(SiteObservation):
     """The activation of one neuron.
 
     returns: any number; averaged over neurons that are joined
@@ -36,9 +59,9 @@ class Value(SiteObservation):
 
     by_unit = True
 
-    def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: Work) -> bool:
+    def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
         assert rule.site is not None
-        for point in every_point(sites):
+        for point in iter_points(sites):
             kind = SITES[point.site]
             if kind.width == "one":
                 continue
@@ -49,5 +72,329 @@ class Value(SiteObservation):
             return False
         return True
 
-    def each(self, rule: ResolvedRule, seen: Seen) -> Tensor:
+    def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
         return seen.vectors[:, 0]
+
+
+STREAM_SITES = (
+    *("resid_pre", "resid_mid", "resid_post"),
+    *("attn_out", "mlp_out", "mixer_out", "head_out"),
+)
+"""What is in the residual stream, or is added to it as it is."""
+
+
+def check_unembedding(rule: spec.Rule, work: ExperimentContext) -> bool:
+    """E0108 for a model without an unembedding behind its stream."""
+    shape = work.sites.shape
+    if shape.stands_in or (shape.task == "tokens" and shape.causal and shape.takes == "text"):
+        return True
+    assert rule.observed is not None
+    what = (
+        f"`observe {rule.observed.word}` of `{work.model.name}`, which doesn't predict next tokens,"
+    )
+    work.diagnostics.append(NotSupported(span=rule.observed.span, what=what))
+    return False
+
+
+def check_stream_sites(
+    rule: spec.Rule, sites: SiteTargets, work: ExperimentContext, *also: str
+) -> bool:
+    """E0207 for sites whose vectors aren't of the residual stream."""
+    assert rule.site is not None
+    assert rule.observed is not None
+    for point in iter_points(sites):
+        kind = SITES[point.site]
+        if point.site in also:
+            continue
+        if point.site not in STREAM_SITES:
+            reason = f"is not in the residual stream, and isn't added to it ({kind.shape})"
+            hint = "name `resid_post`, `attn_out`, `mlp_out` or `head_out`"
+        elif kind.unit is not None and point.unit is None:
+            reason = "stands for all of them together"
+            hint = f"name one: `{point.site} layer * {kind.axes[-1]} *`"
+        else:
+            continue
+        span = rule.site.span
+        found = BadArgument(span=span, name=span.written, reason=reason, hint=hint)
+        work.diagnostics.append(found)
+        return False
+    return True
+
+
+@observation("logit_lens", unit="probability")
+class LogitLens(SiteObservation):
+    """The probability of the lens' most likely token.
+
+    The vector goes through the model's own final norm and unembedding, as if its layer were the
+    last one. Measures of the experiment read what comes out in place of the model's output.
+    source: nostalgebraist 2020, "interpreting GPT: the logit lens" (LessWrong)
+    """
+
+    gives = "logits"
+    read_by_measures = True
+    takes = ("top",)
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        there = check_unembedding(rule, work)
+        found = super().resolve(rule, work)
+        return found if there else None
+
+    def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
+        return check_stream_sites(rule, sites, work)
+
+    def positions_fit(self, rule: spec.Rule, found: ResolvedRule, work: ExperimentContext) -> bool:
+        assert found.sites is not None
+        several = next(describe_joined(found.sites, found.positions), None)
+        if several is None:
+            return True
+        assert rule.observed is not None
+        reason, hint = f"reads one vector at a time, not {several}", "sweep them: `layer *`"
+        name = f"observe {self.word}"
+        span = rule.observed.span
+        work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
+        return False
+
+    def lists(self, rule: ResolvedRule) -> int:
+        return 0 if rule.spec.observed is None else rule.spec.observed.top or 0
+
+    def logits(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
+        return seen.unembedding.logits(seen.vectors, seen.tokens)
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        said = "the vector through the model's own final norm and unembedding"
+        assert rule.sites is not None
+        sites = {point.site for point in iter_points(rule.sites)}
+        if sites - {"resid_pre", "resid_mid", "resid_post"}:
+            said += "; the norm has the scale of this vector alone, not that of the stream"
+        yield Convention("observed", f"logit lens: {said}; measures read that")
+        yield from self.said_of_list(rule)
+
+    def said_of_list(self, rule: ResolvedRule) -> Iterator[Convention]:
+        """How a list of tokens is made."""
+        if self.lists(rule):
+            said = (
+                "those of the largest mean probability over rows, which stands behind each; in "
+                "brackets the share of rows in which it is the most likely one"
+            )
+            yield Convention("top tokens", said)
+
+
+LENS_EXAMPLE = 'tuned_lens("lens.safetensors")'
+
+SMALLER_FILE_HINT = "save fewer layers, or the numbers in 16 bits"
+
+
+@observation("tuned_lens", unit="probability")
+class TunedLens(LogitLens):
+    """The probability of the tuned lens' most likely token.
+
+    h + A h + b of the layer's translator goes through the model's own final norm and unembedding:
+    `layer.N.weight` [d_model, d_model] and `layer.N.bias` [d_model] of the file are A and b for
+    `resid_post layer N`. The last layer needs none, and goes as it is then.
+    source: Belrose et al. 2023, arXiv 2303.08112
+    """
+
+    takes: ClassVar = ("arguments", "top")
+
+    def __init__(self, lens: SafetensorsFile | None = None) -> None:
+        """lens: None only of the entry."""
+        self.path = "" if lens is None else str(lens.path)
+        self.digest = "" if lens is None else lens.digest
+        self.layers = () if lens is None else tuple(sorted(_translated_layers(lens)))
+
+    @property
+    def made_of(self) -> Mapping[str, str]:
+        """Its file."""
+        return {Path(self.path).name: self.digest} if self.path else {}
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        found = super().resolve(rule, work)
+        lens = _read_lens_file(rule, work)
+        if found is None or lens is None:
+            return None
+        assert found.sites is not None
+        there = {p.layer for p in iter_points(found.sites) if p.layer is not None}
+        if not _check_translators(rule, lens, sorted(there), work):
+            return None
+        return replace(found, does=TunedLens(lens))
+
+    def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
+        other = next((p.site for p in iter_points(sites) if p.site != "resid_post"), None)
+        if other is None:
+            return True
+        reason = f"is of the stream behind each block, not of `{other}`"
+        _bad_lens(rule, work, reason, "write `resid_post layer *`")
+        return False
+
+    def logits(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
+        _, layer = seen.place
+        vectors = seen.vectors
+        assert layer is not None
+        if layer in self.layers:
+            weight, bias = load_translator(self.path, self.digest, layer)
+            weight, bias = weight.to(vectors), bias.to(vectors)
+            vectors = vectors + vectors @ weight.T + bias
+        return seen.unembedding.logits(vectors, seen.tokens)
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        assert rule.sites is not None
+        said = "h + A h + b of its layer through the model's own final norm and unembedding"
+        file = f"{Path(self.path).name}, SHA-256 {self.digest[:12]}…"
+        yield Convention("observed", f"tuned lens: {said}; A and b from {file}; measures read that")
+        layers = {point.layer for point in iter_points(rule.sites)}
+        if n_layers - 1 in layers.difference(self.layers):
+            yield Convention("last layer", "has no A and b in the file, and goes as it is")
+        yield from self.said_of_list(rule)
+
+
+def _read_lens_file(rule: spec.Rule, work: ExperimentContext) -> SafetensorsFile | None:
+    """The file that is named; None after an error."""
+    assert rule.observed is not None
+    call = rule.observed.call
+    arguments = () if call is None else call.arguments
+    one = arguments[0] if len(arguments) == 1 and arguments[0].name is None else None
+    written = None if one is None else constant_value(one.value, work.program.parameters)
+    if call is None or not isinstance(written, str):
+        _bad_lens(rule, work, "needs a file with its translators", f"write `{LENS_EXAMPLE}`")
+        return None
+    path, problems = path_to_read(TUNED_LENS_PATH, written, call.span)
+    work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
+    if path is None:
+        return None
+    try:
+        return inspect_safetensors(path, written, limits.LENS_FILE, SMALLER_FILE_HINT)
+    except UnreadableFile as problem:
+        _bad_lens(rule, work, f"can't use its file: {problem.reason}", problem.hint)
+        return None
+
+
+def _translated_layers(lens: SafetensorsFile) -> Iterator[int]:
+    """Those that it has a translator of."""
+    for name in lens.shapes:
+        _, _, number = name.removesuffix(".weight").rpartition("layer.")
+        if number.isdigit() and name == f"layer.{number}.weight":
+            yield int(number)
+
+
+def _check_translators(
+    rule: spec.Rule, lens: SafetensorsFile, layers: list[int], work: ExperimentContext
+) -> bool:
+    """E0207 where a layer's translator is missing, or isn't one of this model."""
+    shape = work.sites.shape
+    if shape.stands_in:
+        return True
+    width = shape.d_model
+    wanted = {"weight": (width, width), "bias": (width,)}
+    known = name_list(list(lens.shapes)[:6]) or "no tensors"
+    for layer in layers:
+        names = {part: f"layer.{layer}.{part}" for part in wanted}
+        if layer == shape.n_layers - 1 and lens.shapes.keys().isdisjoint(names.values()):
+            continue
+        for part, size in wanted.items():
+            found = lens.shapes.get(names[part])
+            if found == size:
+                continue
+            if found is None:
+                reason, hint = f"has no `{names[part]}` in its file", f"the file has {known}"
+            else:
+                reason = f"has the shape {list(found)} in `{names[part]}`, not {list(size)}"
+                hint = "name the lens of this model"
+            _bad_lens(rule, work, reason, hint)
+            return False
+    return True
+
+
+def _bad_lens(rule: spec.Rule, work: ExperimentContext, reason: str, hint: str) -> None:
+    assert rule.observed is not None
+    span = rule.observed.span
+    found = BadArgument(span=span, name="observe tuned_lens", reason=reason, hint=hint)
+    work.diagnostics.append(found)
+
+
+@lru_cache(maxsize=128)
+def load_translator(path: str, digest: str, layer: int) -> tuple[Tensor, Tensor]:
+    """A [d_model, d_model] and b [d_model] of a layer. Raises ValueError where the file isn't the
+    one that was checked."""
+    from safetensors import safe_open
+
+    if not _is_unchanged(path, digest):
+        raise ValueError(f"{Path(path).name} has changed since it was checked")
+    with cast("Any", safe_open)(path, framework="pt") as file:
+        weight, bias = (file.get_tensor(f"layer.{layer}.{part}") for part in ("weight", "bias"))
+    return weight, bias
+
+
+@lru_cache(maxsize=8)
+def _is_unchanged(path: str, digest: str) -> bool:
+    return compute_digest(Path(path)) == digest
+
+
+@observation("direct_logit", unit="logit")
+class DirectLogit(SiteObservation):
+    """What a component adds to the logits that stand behind `toward`, by itself.
+
+    Its output goes through the final norm, whose scale is held at that of the stream, and the
+    unembedding. Embeddings (`resid_pre layer 0`), attention and MLPs of all layers add up to the
+    logit, with the biases of the norm and the unembedding, which are in none of them.
+    source: Elhage et al. 2021, transformer-circuits.pub/2021/framework; Wang et al. 2022,
+        arXiv 2211.00593
+    """
+
+    gives = "logits"
+    adds_up = True
+    unplaced = "last token"
+    takes = ("toward",)
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        assert rule.observed is not None
+        there = check_unembedding(rule, work)
+        if rule.observed.toward is None:
+            reason, hint = "doesn't say which logit", "write `toward answer - wrong`"
+            name = f"observe {self.word}"
+            span = rule.observed.span
+            work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
+            there = False
+        found = super().resolve(rule, work)
+        if found is None or found.sites is None or not there:
+            return None
+        return replace(found, sites=_use_head_outputs(found.sites))
+
+    def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
+        return check_stream_sites(rule, _use_head_outputs(sites), work, "mlp_hidden")
+
+    def beside(self, rule: ResolvedRule, shape: ModelShape) -> tuple[SiteLayer, ...]:
+        return (("resid_post", shape.n_layers - 1),)
+
+    def logits(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
+        (stream,) = seen.beside.values()
+        vectors = seen.vectors
+        site, layer = seen.place
+        if site == "mlp_hidden":
+            assert seen.units is not None
+            assert layer is not None
+            vectors = seen.unembedding.neurons_out(layer, seen.units, vectors)
+        return seen.unembedding.share(vectors, stream, seen.tokens)
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        assert rule.spec.observed is not None
+        said = (
+            "direct logit attribution: what is added to the stream, through the final norm with "
+            "its scale held at the stream's and its gain folded in, and the unembedding"
+        )
+        closing = (
+            "biases of the final norm and of the unembedding are in no part; before any cap on "
+            "logits"
+        )
+        yield Convention("observed", said, closing)
+        if not rule.spec.observed.placed:
+            yield Convention("observed at", "the last token, as no position is written")
+
+
+def _use_head_outputs(sites: SiteTargets) -> SiteTargets:
+    """`layer * head *` means what heads add to the stream."""
+    points = {
+        key: tuple(replace(p, site="head_out") if p.site == "z" else p for p in here)
+        for key, here in sites.points.items()
+    }
+    labels = {key: label.replace(".z", ".head_out") for key, label in sites.labels.items()}
+    return replace(sites, points=points, labels=labels)

@@ -1,58 +1,63 @@
-"""Observations of a model's weights alone: what heads do to tokens, and to each other."""
+"""Observations of a model's weights alone: circuits of heads, value vectors, successor heads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from mechdsl.diagnostics.e02_names import BadArgument, did_you_mean
-from mechdsl.models.shape import width
+from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.names import BadArgument
+from mechdsl.models.shape import vector_width
 from mechdsl.program import spec
-from mechdsl.prompts.prompt_table import PositionCell
-from mechdsl.resolve.in_progress import Work
-from mechdsl.resolve.over_rows import OverRows
-from mechdsl.resolve.resolved import Axis
-from mechdsl.resolve.resolved_rule import Convention, PositionTargets, ResolvedRule, SiteTargets
-from mechdsl.resolve.site_targets import resolve_site
-from mechdsl.rules.observations.over_rows import other_sites, refuse, several
-from mechdsl.rules.observations.registry import Kind, observation
+from mechdsl.prompts.runs import PositionCell
+from mechdsl.resolve.observations import RowSetObservation
+from mechdsl.resolve.sites import ExperimentContext, resolve_site
+from mechdsl.resolve.types import Axis, Convention, PositionTargets, ResolvedRule, SiteTargets
+from mechdsl.rules.observations.registry import ObservationKind, observation, report_bad_observation
+from mechdsl.rules.observations.rows import repeat_sites, resolve_compared_sites
+from mechdsl.rules.observations.vectors import check_unembedding
 from mechdsl.syntax import ast
+from mechdsl.vocab.metrics import MetricForm
 
-FOLDED = (
+FOLDED_NOTE = (
     "gains of norms are folded in; their scales, biases and rotary are not, so queries meet keys "
     "at distance 0"
 )
 
 
-class OfWeights(OverRows, Kind):
+class WeightObservation(RowSetObservation, ObservationKind):
     """`observe WORD layer * head *`: a number of each head's weights, or of each neuron's."""
 
     spread: Literal["rows", "unknown", "none"] = "none"
     unplaced = "last token"
     reads_vectors = False
     of_weights = True
-    folded: ClassVar[str] = FOLDED
+    folded: ClassVar[str] = FOLDED_NOTE
     """What of norms, biases and positions is in the maps."""
     compares: ClassVar[bool] = False
     """Whether a second site stands behind `with`."""
 
-    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         assert rule.site is not None
         assert rule.observed is not None
         fits = self.clauses_fit(rule, work)
         if rule.observed.placed:
-            refuse(rule, work, "is of the weights, not of a token", "leave `at …` out")
+            report_bad_observation(
+                rule, work, "is of the weights, not of a token", "leave `at …` out"
+            )
             fits = False
         sites, axes = resolve_site(rule.site, work.sites)
         for axis in axes:
             work.add_axis(axis)
         others = None
         if self.compares and rule.receiver is None:
-            refuse(rule, work, "is of two heads", "name the later one: `with layer * head *`")
+            report_bad_observation(
+                rule, work, "is of two heads", "name the later one: `with layer * head *`"
+            )
             fits = False
         elif rule.receiver is not None:
-            others = other_sites(rule, work)
+            others = resolve_compared_sites(rule, work)
             fits = fits and others is not None
         if sites is None or not fits:
             return None
@@ -67,9 +72,11 @@ class OfWeights(OverRows, Kind):
             spec=rule, does=self, run=base, sites=sites, positions=places, beside=others
         )
 
-    def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: Work) -> bool:
+    def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
         """E0207 where a cell isn't one head."""
-        return one_each(rule, sites, work, "z", "head", "write `layer * head *`, or `L1H2`")
+        return check_single_units(
+            rule, sites, work, "z", "head", "write `layer * head *`, or `L1H2`"
+        )
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
         said = self.form.meaning[0].lower() + self.form.meaning[1:]
@@ -81,19 +88,19 @@ class OfWeights(OverRows, Kind):
         yield from ()
 
 
-def one_each(
-    rule: spec.Rule, sites: SiteTargets, work: Work, site: str, unit: str, hint: str
+def check_single_units(
+    rule: spec.Rule, sites: SiteTargets, work: ExperimentContext, site: str, unit: str, hint: str
 ) -> bool:
     """E0207 where a cell isn't one unit of a site."""
     for points in sites.points.values():
         if [(point.site, point.unit is None) for point in points] != [(site, False)]:
-            refuse(rule, work, f"is of one {unit} at a time", hint)
+            report_bad_observation(rule, work, f"is of one {unit} at a time", hint)
             return False
     return True
 
 
 @observation("copying", unit="share of eigenvalues")
-class Copying(OfWeights):
+class Copying(WeightObservation):
     """Whether a head raises the logits of the tokens that it attends to.
 
     returns: −1 to 1, Σ λ / Σ |λ| over the eigenvalues of embedding → OV → unembedding
@@ -105,7 +112,7 @@ class Copying(OfWeights):
 
 
 @observation("matching", unit="share of eigenvalues")
-class Matching(OfWeights):
+class Matching(WeightObservation):
     """Whether a head attends to tokens that are equal to its own.
 
     returns: −1 to 1, Σ λ / Σ |λ| over the eigenvalues of embedding → QK ← embedding
@@ -116,7 +123,9 @@ class Matching(OfWeights):
         yield "Σ λ / Σ |λ| of the eigenvalues of embedding → QK ← embedding"
 
 
-def word_of(rule: spec.Rule, words: Mapping[str, str], reason: str, work: Work) -> str | None:
+def read_option_word(
+    rule: spec.Rule, words: Mapping[str, str], reason: str, work: ExperimentContext
+) -> str | None:
     """The one word in brackets; E0207 for another, with `reason`, and for none."""
     said = rule.observed
     assert said is not None
@@ -137,7 +146,7 @@ COMPOSITIONS: Mapping[str, str] = {"q": "queries", "k": "keys", "v": "values"}
 
 
 @observation("composition", unit="of its norm")
-class Composition(OfWeights):
+class Composition(WeightObservation):
     """How much of what a head writes a later head reads.
 
     returns: 0 to 1, ‖AB‖ / (‖A‖ ‖B‖), Frobenius
@@ -152,9 +161,9 @@ class Composition(OfWeights):
         """by: q, k or v; empty only of the entry."""
         self.by = by
 
-    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         found = super().resolve(rule, work)
-        by = word_of(rule, COMPOSITIONS, "is no way in which heads compose", work)
+        by = read_option_word(rule, COMPOSITIONS, "is no way in which heads compose", work)
         return None if found is None or by is None else replace(found, does=Composition(by))
 
     def said(self) -> Iterator[str]:
@@ -168,7 +177,7 @@ CIRCUITS: Mapping[str, str] = {"ov": "W_V W_O", "qk": "W_Q W_Kᵀ, not divided b
 
 
 @observation("singular_values", unit="of a vector's length")
-class SingularValues(OfWeights):
+class SingularValues(WeightObservation):
     """The largest singular values of what a head does to a vector, the largest first.
 
     By how much it lengthens a vector along its directions (`ov`), or how large a score two vectors
@@ -184,26 +193,147 @@ class SingularValues(OfWeights):
         """of: ov or qk; empty only of the entry."""
         self.of = of
 
-    def resolve(self, rule: spec.Rule, work: Work) -> ResolvedRule | None:
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         found = super().resolve(rule, work)
         said = rule.observed
         assert said is not None
-        of = word_of(rule, CIRCUITS, "is no map of a head", work)
+        of = read_option_word(rule, CIRCUITS, "is no map of a head", work)
         if said.top is None:
-            refuse(rule, work, "doesn't say how many", "write `top 5`")
+            report_bad_observation(rule, work, "doesn't say how many", "write `top 5`")
         if found is None or found.sites is None or of is None or said.top is None:
             return None
         site, shape = ("z" if of == "ov" else "q"), work.sites.shape
         layers = {point.layer for here in found.sites.points.values() for point in here}
-        most = min(min(width(shape, site, n), shape.d_model) for n in layers)
+        most = min(min(vector_width(shape, site, n), shape.d_model) for n in layers)
         if said.top > most and not shape.stands_in:
-            refuse(
+            report_bad_observation(
                 rule, work, f"has no {said.top} values: a head has {most}", f"write `top {most}`"
             )
             return None
         work.add_axis(Axis(self.counts, tuple(range(1, said.top + 1)), said.span))
-        sites = several(found.sites, self.counts, said.top)
+        sites = repeat_sites(found.sites, self.counts, said.top)
         return replace(found, does=SingularValues(of), sites=sites)
 
     def said(self) -> Iterator[str]:
         yield f"of {CIRCUITS[self.of]}"
+
+
+MIN_TEXTS = 3
+"""Texts: of two there is no other to be ranked behind the successor."""
+
+
+@observation("successor", unit="share")
+class Successor(WeightObservation):
+    """The share of texts whose next one a head raises most, of all that are listed.
+
+    Token embedding → norm and MLP of the first block → OV → final norm's gain → unembedding. Beside
+    it stands the mean rank of the next one, 1 where it is raised most.
+    source: Gould et al. 2023, arXiv 2312.09230, section 2
+    """
+
+    takes: ClassVar = ("arguments",)
+    controls: ClassVar[tuple[str, ...]] = ("rank",)
+    folded: ClassVar = (
+        "through the first block's MLP behind its own norm, then gains of norms, without scales "
+        "and biases"
+    )
+
+    def __init__(self, tokens: Sequence[int] = (), texts: Sequence[str] = ()) -> None:
+        """Each is followed by the next; none only of the entry."""
+        self.tokens, self.texts = tuple(tokens), tuple(texts)
+
+    def form_of(self, name: str) -> MetricForm:
+        if name == "rank":
+            return replace(self.form, unit="rank", meaning="Its mean rank")
+        return super().form_of(name)
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        there = check_unembedding(rule, work)
+        found = super().resolve(rule, work)
+        tokens = _tokens(rule, work)
+        if found is None or tokens is None or not there:
+            return None
+        assert rule.observed is not None
+        assert rule.observed.call is not None
+        texts = [each.value.span.written for each in rule.observed.call.arguments]
+        return replace(found, does=Successor(tokens, texts))
+
+    def said(self) -> Iterator[str]:
+        yield f"of {', '.join(self.texts[:8])}" + (", …" if len(self.texts) > 8 else "")
+        yield "`rank` is the mean rank of the next one, from 1"
+
+
+def _tokens(rule: spec.Rule, work: ExperimentContext) -> list[int] | None:
+    """Of each text, without a prompt in front; None after an error. Code: E0207."""
+    said, tokenizer = rule.observed, work.model.tokenizer
+    assert said is not None
+    arguments = () if said.call is None else said.call.arguments
+    texts = [each.value for each in arguments if each.name is None]
+    strings = [each for each in texts if isinstance(each, ast.String)]
+    if len(strings) < len(arguments) or len({each.value for each in strings}) < MIN_TEXTS:
+        reason = f"takes at least {MIN_TEXTS} different texts, each followed by the next"
+        report_bad_observation(rule, work, reason, 'write `successor(" one", " two", " three")`')
+        return None
+    found: list[int] = []
+    for text in strings:
+        ids = tokenizer.encode(text.value, add_special=False).ids
+        if len(ids) != 1 and not tokenizer.stands_in:
+            pieces = " ".join(f"`{tokenizer.token_text(one)}`" for one in ids)
+            reason, hint = f"has several tokens: {pieces}", "name texts of one token"
+            name = text.span.written
+            problem = BadArgument(span=text.span, name=name, reason=reason, hint=hint)
+            work.diagnostics.append(problem)
+            return None
+        found += ids[:1]
+    return found
+
+
+@observation("value_vectors", unit="logit")
+class ValueVectors(WeightObservation):
+    """What a neuron of activation 1 adds to the logit of the token that it raises most.
+
+    Its output weights go through the final norm's gain and the unembedding, and through nothing
+    else: not the norm's scale, no bias. `toward answer - wrong` reads these tokens of each row.
+    source: Geva et al. 2022, arXiv 2203.14680
+    """
+
+    takes: ClassVar = ("toward", "top")
+    folded: ClassVar = (
+        "the output weights through the final norm's gain and the unembedding, without the norm's "
+        "scale and without biases; a neuron whose activation is negative does the opposite"
+    )
+
+    def __init__(self, top: int = 0) -> None:
+        """top: how many tokens are listed."""
+        self.top = top
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        there, said = check_unembedding(rule, work), rule.observed
+        found = super().resolve(rule, work)
+        if found is None or not there:
+            return None
+        assert said is not None
+        kind = ValueVectors if said.toward is None else TokenValueVectors
+        return replace(found, does=kind(said.top or 0))
+
+    def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
+        hint = "write `layer * neuron *`"
+        return check_single_units(rule, sites, work, "mlp_hidden", "neuron", hint)
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield from super().conventions(rule, n_layers)
+        if self.top:
+            yield Convention("top tokens", "those whose logits the neuron raises most")
+
+
+class TokenValueVectors(ValueVectors):
+    """What it adds to the logits that stand behind `toward`, which are those of each row."""
+
+    gives: ClassVar[Literal["number", "logits"]] = "logits"
+    spread: Literal["rows", "unknown", "none"] = "rows"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        said = "what a neuron of activation 1 adds to the logits that are named"
+        yield Convention("observed", f"{self.word}: {said}; {self.folded}")
+        if self.top:
+            yield Convention("top tokens", "those whose logits the neuron raises most")

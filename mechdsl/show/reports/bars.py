@@ -1,4 +1,4 @@
-"""`report bars X [by SERIES]`: the effect as bars with its interval; of categories, the shares."""
+"""`report bars`: one bar per cell with its interval; of categories, the share of each."""
 
 from __future__ import annotations
 
@@ -12,29 +12,36 @@ from rich.console import Console
 from rich.text import Text
 
 from mechdsl.program import spec
-from mechdsl.resolve.cell_key import Coord
+from mechdsl.resolve.cells import Coord
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.grid import (
     GridPanel,
     axis_title,
+    axis_values,
     drawn_axes,
-    panels,
+    grid_panels,
     value_text,
-    values_of,
 )
-from mechdsl.show.reports.intervals import IntervalLayout, Line, draw_bar, label_lines, label_widths
+from mechdsl.show.reports.intervals import (
+    IntervalLayout,
+    LabelledCell,
+    draw_bar,
+    label_lines,
+    label_widths,
+)
 from mechdsl.show.reports.text import (
     MISSING,
-    conventions,
+    drawable_measures,
     figure_notes,
-    heading,
-    notes,
-    shown_measures,
+    print_conventions,
+    print_heading,
+    print_notes,
 )
-from mechdsl.statistics.measure_data import CellStatistics
+from mechdsl.statistics.measurements import CellStatistics
 
-MOST_BAR, LEAST_BAR = 40, 10
+MAX_BAR, MIN_BAR = 40, 10
 """Characters of a share of 1."""
+
 SHARE_WIDTH = len("      n  commonest  share")
 
 
@@ -42,14 +49,14 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
     """One bar per value of the axis and, where there is one, of the series."""
     axes = drawn_axes(result, report)
     titles = [axis_title(result, axis) for axis in axes]
-    values = [values_of(result, axis) for axis in axes]
+    values = [axis_values(result, axis) for axis in axes]
     labels = [[value_text(value) for value in each] for each in values]
-    for measure, data in shown_measures(result, console):
-        heading(result, data, console)
+    for measure, data in drawable_measures(result, console):
+        print_heading(result, data, console)
         category = data.kind == "category"
         shares = _Shares(titles, label_widths(titles, labels, console.width - SHARE_WIDTH))
         layout = IntervalLayout.of(result, measure, titles, labels, console.width, draw_bar)
-        for panel in panels(result, axes):
+        for panel in grid_panels(result, axes):
             if panel.title:
                 console.print(Text(panel.title, style="bold"), highlight=False)
             lines = _lines(panel, values)
@@ -59,17 +66,17 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
                 layout.print(lines, console)
         drawn = layout.scale.width > 0
         if category:
-            notes(["the commonest value of every cell and its share of the prompts"], console)
+            print_notes(["the commonest value of every cell and its share of the prompts"], console)
             continue
         legend = ["▒ and ─ are the interval, on either side of the mean"] if drawn else []
-        notes([*legend, *figure_notes(result, measure, drawn=drawn)], console)
-    conventions(result, report, console)
+        print_notes([*legend, *figure_notes(result, measure, drawn=drawn)], console)
+    print_conventions(result, report, console)
 
 
-def _lines(panel: GridPanel, values: list[list[Coord]]) -> list[Line]:
+def _lines(panel: GridPanel, values: list[list[Coord]]) -> list[LabelledCell]:
     """Cells with their labels, a label only where it changes."""
     keys = [(first, second) for first in values[0] for second in values[1]] if values[1:] else None
-    found: list[Line] = []
+    found: list[LabelledCell] = []
     last: Coord | None = None
     for key in keys or [(value,) for value in values[0]]:
         if key not in panel.cells:
@@ -87,9 +94,9 @@ class _Shares:
     titles: Sequence[str]
     widths: Sequence[int]
 
-    def print(self, found: CellStatistics, lines: Sequence[Line], console: Console) -> None:
+    def print(self, found: CellStatistics, lines: Sequence[LabelledCell], console: Console) -> None:
         head = f"{label_lines(self.titles, self.widths)[0]}  {'n':>5}  commonest  share"
-        room = min(MOST_BAR, console.width - len(head) - 2)
+        room = min(MAX_BAR, console.width - len(head) - 2)
         console.print(Text(head, style="dim"), highlight=False, soft_wrap=True)
         for texts, cell in lines:
             first, *more = label_lines(texts, self.widths)
@@ -98,7 +105,7 @@ class _Shares:
             value = f"{found.commonest[cell]:g}" if known else MISSING
             text = Text().append(first, style="bold").append(f"  {int(found.n[cell]):>5}")
             text.append(f"  {value:>9}  {f'{share:.3f}' if known else MISSING:>5}")
-            if known and room >= LEAST_BAR:
+            if known and room >= MIN_BAR:
                 text.append("  ").append("█" * round(share * room), style="blue")
             text.rstrip()
             console.print(text, highlight=False, soft_wrap=True)
@@ -108,7 +115,7 @@ class _Shares:
 
 def chart(result: ExperimentResult, report: spec.Report) -> Any:
     """The altair chart."""
-    from mechdsl.show.reports.bar_charts import bars_chart
+    from mechdsl.show.reports.series_charts import bars_chart
 
     return bars_chart(result, report)
 

@@ -1,8 +1,4 @@
-"""`report confusion ROWS by CATEGORY`: how often each category is found for each value.
-
-Rows are the values of an axis or of the prompts, columns those of the category, entries the share
-of the row's prompts.
-"""
+"""`report confusion`: the share of each category for each value of an axis or of the prompts."""
 
 from __future__ import annotations
 
@@ -15,17 +11,16 @@ from rich.text import Text
 
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.reports.confusion_counts import Confusion, confusions
-from mechdsl.show.reports.grid import axis_title, value_text
-from mechdsl.show.reports.matrix import Matrix, MatrixEntry, colour
-from mechdsl.show.reports.text import MISSING, conventions, heading, notes
+from mechdsl.show.reports.grid import ConfusionCounts, axis_title, count_confusions, value_text
+from mechdsl.show.reports.matrix import Matrix, MatrixEntry, diverging_colour
+from mechdsl.show.reports.text import MISSING, print_conventions, print_heading, print_notes
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """One matrix per measure and combination of the axes that aren't drawn."""
     title = axis_title(result, report.variable or "")
-    for measure, found in confusions(result, report).items():
-        heading(result, result.measures[measure], console)
+    for measure, found in count_confusions(result, report).items():
+        print_heading(result, result.measures[measure], console)
         for each in found:
             if each.title:
                 console.print(Text(each.title, style="bold"), highlight=False)
@@ -33,11 +28,11 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
         said = [f"share of the row's n prompts; {MISSING} is none of them"]
         if any(own is not None for each in found for own in each.own):
             said.append(f"* where the category is the row's own {report.variable}")
-        notes(said, console)
-    conventions(result, report, console)
+        print_notes(said, console)
+    print_conventions(result, report, console)
 
 
-def _matrix(found: Confusion, report: spec.Report, title: str, width: int) -> Matrix:
+def _matrix(found: ConfusionCounts, report: spec.Report, title: str, width: int) -> Matrix:
     """Shares, with counts where there is room for them."""
     most = max(chain([0], *found.counts))
     counted = len(found.columns) * (len(f" 0.00 ({most})") + 2) + 24 <= width
@@ -47,7 +42,9 @@ def _matrix(found: Confusion, report: spec.Report, title: str, width: int) -> Ma
         mark = "*" if found.own[row] == column and found.total(row) else " "
         behind = f" ({count})" if counted and count else ""
         text = f"{share:.2f}{behind}" if count or mark == "*" else MISSING
-        return MatrixEntry(text + mark, colour(share, 1.0) if count else None, mark == "*")
+        return MatrixEntry(
+            text + mark, diverging_colour(share, 1.0) if count else None, mark == "*"
+        )
 
     rows, columns = range(len(found.rows)), range(len(found.columns))
     return Matrix(
@@ -61,7 +58,7 @@ def _matrix(found: Confusion, report: spec.Report, title: str, width: int) -> Ma
 
 def chart(result: ExperimentResult, report: spec.Report) -> Any:
     """The altair chart."""
-    from mechdsl.show.reports.confusion_chart import confusion_chart
+    from mechdsl.show.reports.map_charts import confusion_chart
 
     return confusion_chart(result, report)
 

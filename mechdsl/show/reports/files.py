@@ -6,22 +6,22 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mechdsl.base.visible import encodable_json, json_text
+from mechdsl.base.text import dump_json, escape_unencodable
 from mechdsl.program import spec
 from mechdsl.results.document import experiment_document
 from mechdsl.results.experiment_result import ExperimentResult
 
 
-def write_json(result: ExperimentResult) -> str:
+def experiment_json(result: ExperimentResult) -> str:
     """The experiment as it stands in the results document."""
     document = experiment_document(result).as_json()
-    return json_text(document, indent=2) + "\n"
+    return dump_json(document, indent=2) + "\n"
 
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """Plain text, neither wrapped nor coloured, so that it can be piped on."""
     if report.kind == "json":
-        text = encodable_json(write_json(result), console.encoding)
+        text = escape_unencodable(experiment_json(result), console.encoding)
     else:
         text = result.to_csv()
     console.out(text, end="", highlight=False)
@@ -32,7 +32,7 @@ def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
     if report.kind == "parquet":
         _write_parquet(result, path)
         return
-    text = write_json(result) if report.kind == "json" else result.to_csv()
+    text = experiment_json(result) if report.kind == "json" else result.to_csv()
     path.write_text(text, encoding="utf-8")
 
 

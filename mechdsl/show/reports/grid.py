@@ -1,19 +1,22 @@
-"""Cells laid out along axes, for reports that draw them."""
+"""Cells arranged along axes, and counts of categories, for the reports that draw them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from mechdsl.base.visible import visible
+import numpy as np
+
+from mechdsl.base.arrays import Floats
+from mechdsl.base.text import escape_hidden, shown_token
 from mechdsl.program import spec
-from mechdsl.resolve.cell_key import CellKey, Coord
+from mechdsl.resolve.cells import CellKey, Coord
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.show.tokens import shown_token
-from mechdsl.vocab.reports import REPORTS
+from mechdsl.vocab.reports import REPORTS, short_names
 
-DEPTH = re.compile(r"[0-9.]+%")
+DEPTH_PATTERN = re.compile(r"[0-9.]+%")
 
 
 @dataclass(frozen=True)
@@ -36,73 +39,75 @@ def axis_title(result: ExperimentResult, word: str) -> str:
     return f"{word} (centre)" if axis_name(result, word) in result.centres else word
 
 
-def values_of(result: ExperimentResult, axis: str) -> list[Coord]:
+def axis_values(result: ExperimentResult, axis: str) -> list[Coord]:
     """The values of an axis in order: numbers by size, words as they were written."""
     seen = dict.fromkeys(cell.coords[axis] for cell in result.cells)
     values = list(seen)
-    return sorted(values, key=number) if numeric(values) else values
+    return sorted(values, key=numeric_value) if is_numeric(values) else values
 
 
-def numeric(values: Sequence[Coord]) -> bool:
+def is_numeric(values: Sequence[Coord]) -> bool:
     """Whether they are numbers, or layers by their relative depth such as `33.3%`."""
-    return not any(isinstance(value, str) and not DEPTH.fullmatch(value) for value in values)
+    return not any(
+        isinstance(value, str) and not DEPTH_PATTERN.fullmatch(value) for value in values
+    )
 
 
-def number(value: Coord) -> float:
+def numeric_value(value: Coord) -> float:
     """Where a value of a numeric axis stands."""
     return float(value.rstrip("%")) if isinstance(value, str) else value
 
 
-def panels(result: ExperimentResult, drawn: Sequence[str]) -> list[GridPanel]:
+def grid_panels(result: ExperimentResult, drawn: Sequence[str]) -> list[GridPanel]:
     """One panel per combination of the other axes' values."""
     others = [axis for axis in result.axes if axis not in drawn]
     found: dict[tuple[Coord, ...], GridPanel] = {}
     for index, cell in enumerate(result.cells):
         key = tuple(cell.coords[axis] for axis in others)
         if key not in found:
-            found[key] = GridPanel(", ".join(map(coordinate, others, key)), {})
+            found[key] = GridPanel(", ".join(map(coordinate_text, others, key)), {})
         found[key].cells[tuple(cell.coords[axis] for axis in drawn)] = index
     return list(found.values())
 
 
-def coordinate(axis: str, value: Coord) -> str:
+def coordinate_text(axis: str, value: Coord) -> str:
     """`head 3`; a position speaks for itself."""
     return value_text(value) if axis == "position" else f"{axis} {value_text(value)}"
 
 
 def value_text(value: Coord) -> str:
     """A value of an axis as text, which may come from a prompt."""
-    return visible(str(value))
+    return escape_hidden(str(value))
 
 
-def tokens_hit(cell: CellKey, most: int) -> str:
+def hit_tokens_text(cell: CellKey, most: int) -> str:
     """The commonest tokens that a cell hits; behind an arrow those of the source run, where tokens
     of one number are others there."""
-    hit = _listed(cell.tokens, most)
-    return f"{hit} ← {_listed(cell.read, most)}" if cell.read else hit
+    hit = _token_list(cell.tokens, most)
+    return f"{hit} ← {_token_list(cell.read, most)}" if cell.read else hit
 
 
-def tokens_listed(cell: CellKey) -> str:
+def listed_tokens_text(cell: CellKey) -> str:
     """The tokens that an observation lists of a cell."""
     if not cell.shares:
-        return _listed(cell.listed, len(cell.listed))
+        return _token_list(cell.listed, len(cell.listed))
     parts = zip(cell.listed, cell.shares, strict=True)
     return ", ".join(
         f"{shown_token(text)} {mean:.2f} ({first:.0%})" for text, (mean, first) in parts
     )
 
 
-def _listed(tokens: Sequence[str], most: int) -> str:
+def _token_list(tokens: Sequence[str], most: int) -> str:
     shown = [shown_token(token) for token in tokens[:most]]
     more = len(tokens) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def _commonest(tokens: Sequence[str]) -> str:
-    return _listed(tokens[:1], 1) + "…" * (len(tokens) > 1)
+def _commonest_token(tokens: Sequence[str]) -> str:
+    return _token_list(tokens[:1], 1) + "…" * (len(tokens) > 1)
 
 
-def with_tokens(result: ExperimentResult, report: spec.Report) -> ExperimentResult:
+def name_positions(result: ExperimentResult, report: spec.Report) -> ExperimentResult:
     """The result as a report draws it: along the axis of positions, a number says which tokens it
     hits in each run, where those of the source run are others. Reports without axes have a column
     of tokens instead."""
@@ -113,7 +118,7 @@ def with_tokens(result: ExperimentResult, report: spec.Report) -> ExperimentResu
         return result
     names = {
         cell.coords["position"]: f"{cell.coords['position']} "
-        f"({_commonest(cell.tokens)} ← {_commonest(cell.read)})"
+        f"({_commonest_token(cell.tokens)} ← {_commonest_token(cell.read)})"
         for cell in result.cells
         if cell.read
     }
@@ -125,17 +130,159 @@ def with_tokens(result: ExperimentResult, report: spec.Report) -> ExperimentResu
     return replace(result, cells=tuple(map(named, result.cells)))
 
 
-UPWARDS = {"layer", "to_layer"}
+UPWARD_AXES = {"layer", "to_layer"}
 """Axes drawn with 0 at the bottom."""
 
 
 def row_order(result: ExperimentResult, axis: str) -> list[Coord]:
     """Values from the top of the map to its bottom."""
-    values = values_of(result, axis)
-    return values[::-1] if axis in UPWARDS and numeric(values) else values
+    values = axis_values(result, axis)
+    return values[::-1] if axis in UPWARD_AXES and is_numeric(values) else values
 
 
 def drawn_axes(result: ExperimentResult, report: spec.Report) -> tuple[str, ...]:
     """The axis of the bars, and that of the series where there is one."""
     words = [report.variable or "", *([report.by] if report.by else [])]
     return tuple(axis_name(result, word) for word in words)
+
+
+def sort_key(value: object) -> tuple[int, float, str]:
+    """Numbers by size, before words in their order."""
+    if isinstance(value, int | float):
+        return 0, float(value), ""
+    return 1, 0.0, str(value)
+
+
+MAX_COLUMNS = 30
+"""Numbers between the least and the greatest category up to which all have a column."""
+
+
+@dataclass(frozen=True)
+class ConfusionCounts:
+    """Counts of one panel."""
+
+    title: str
+    rows: tuple[Coord, ...]
+    columns: tuple[float, ...]
+    counts: tuple[tuple[int, ...], ...]
+    """[row][column]."""
+    own: tuple[int | None, ...]
+    """Per row, the column of the number that the row is called by."""
+
+    def total(self, row: int) -> int:
+        """The row's prompts."""
+        return sum(self.counts[row])
+
+    def share(self, row: int, column: int) -> float:
+        """NaN in a row without prompts."""
+        total = self.total(row)
+        return self.counts[row][column] / total if total else float("nan")
+
+
+def count_confusions(
+    result: ExperimentResult, report: spec.Report
+) -> Mapping[int, list[ConfusionCounts]]:
+    """Measure -> one table of counts per combination of the axes that aren't drawn, behind that of
+    the base run: what is there without intervention. Where the base run differs between these
+    (its rows are those of the cell), each has its own."""
+    word = report.variable or ""
+    axis = axis_name(result, word)
+    found: dict[int, list[ConfusionCounts]] = {}
+    for measure, data in enumerate(result.measures):
+        if data.kind != "category" or report.by not in short_names(data.label, data.word):
+            continue
+        base = np.where(np.isfinite(data.patched), data.base, np.nan)
+        if axis in result.axes:
+            values = axis_values(result, axis)
+            split, titled = partial(_values_by_axis, values), grid_panels(result, (axis,))
+        else:
+            split = partial(_values_by_row, result.row_values.get(word, ()))
+            titled = grid_panels(result, ())
+        named = [(panel.title, split(data.patched, panel)) for panel in titled]
+        acts = any(cell.site for cell in result.cells) and not data.inert.all()
+        if acts or not np.array_equal(base, data.patched, equal_nan=True):  # else it is the base
+            named = _add_base_run(named, [split(base, panel) for panel in titled], result)
+        names = dict.fromkeys(name for _, rows in named for name in rows)
+        # a layer has a number too, but none that a category could be right about
+        counts = word not in result.axes
+        numbers = {name: _row_number(name, word) if counts else None for name in names}
+        shown = np.concatenate([values for _, rows in named for values in rows.values()] or [[]])
+        seen = [float(v) for v in np.unique(shown[np.isfinite(shown)])]
+        columns = _category_columns(
+            seen, [number for number in numbers.values() if number is not None]
+        )
+        found[measure] = [_count_panel(title, rows, columns, numbers) for title, rows in named]
+    return found
+
+
+def _add_base_run(
+    named: list[tuple[str, Mapping[Coord, Floats]]],
+    bases: Sequence[Mapping[Coord, Floats]],
+    result: ExperimentResult,
+) -> list[tuple[str, Mapping[Coord, Floats]]]:
+    title = f"base run: {result.shown(result.base)}"
+    first = bases[0]
+    if all(
+        each.keys() == first.keys()
+        and all(np.array_equal(each[name], first[name], equal_nan=True) for name in first)
+        for each in bases
+    ):
+        return [(title, first), *((own or "patched", rows) for own, rows in named)]
+    pairs = zip(named, bases, strict=True)
+    return [
+        each for (own, rows), base in pairs for each in ((f"{own}, {title}", base), (own, rows))
+    ]
+
+
+def _values_by_axis(
+    names: Sequence[Coord], found: Floats, panel: GridPanel
+) -> Mapping[Coord, Floats]:
+    return {name: found[panel.cells[name,]] for name in names if (name,) in panel.cells}
+
+
+def _values_by_row(
+    values: Sequence[object], found: Floats, panel: GridPanel
+) -> Mapping[Coord, Floats]:
+    plain = [value if isinstance(value, int | float | str) else str(value) for value in values]
+    row = found[panel.cells[()]]
+    return {
+        name: row[np.array([value == name for value in plain])]
+        for name in sorted(dict.fromkeys(plain), key=sort_key)
+    }
+
+
+def _row_number(name: Coord, word: str) -> float | None:
+    """The number that a row is called by: 3, or `item 3 token` of the axis `item`."""
+    if not isinstance(name, str):
+        return float(name)
+    found = re.match(rf"{re.escape(word)} (\d+)\b", name)
+    return float(found[1]) if found else None
+
+
+def _category_columns(seen: Sequence[float], rows: Sequence[float]) -> tuple[float, ...]:
+    """What was found and what rows are called by, with the whole numbers in between."""
+    values = sorted({*seen, *rows})
+    whole = all(value.is_integer() for value in values)
+    if values and whole and values[-1] - values[0] < MAX_COLUMNS:
+        return tuple(map(float, range(int(values[0]), int(values[-1]) + 1)))
+    return tuple(sorted(seen))
+
+
+def _count_panel(
+    title: str,
+    rows: Mapping[Coord, Floats],
+    columns: tuple[float, ...],
+    numbers: Mapping[Coord, float | None],
+) -> ConfusionCounts:
+    place = {column: index for index, column in enumerate(columns)}
+    own = [numbers[name] for name in rows]
+    return ConfusionCounts(
+        title,
+        tuple(rows),
+        columns,
+        tuple(
+            tuple(int(np.count_nonzero(values == column)) for column in columns)
+            for values in rows.values()
+        ),
+        tuple(None if number is None else place.get(number) for number in own),
+    )

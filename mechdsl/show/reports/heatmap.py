@@ -1,8 +1,4 @@
-"""`report heatmap ROWS by COLUMNS`: the effect over two axes.
-
-In the terminal with coloured backgrounds (and the numbers, so that nothing hangs on colour), in
-files as a chart. Layers run upwards, as in papers: layer 0 is the lowest row.
-"""
+"""`report heatmap`: a matrix of effects; layers run upwards, as in papers."""
 
 from __future__ import annotations
 
@@ -21,33 +17,33 @@ from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.grid import (
     axis_name,
     axis_title,
-    panels,
+    axis_values,
+    grid_panels,
     row_order,
     value_text,
-    values_of,
 )
-from mechdsl.show.reports.matrix import Matrix, MatrixEntry, colour
+from mechdsl.show.reports.matrix import Matrix, MatrixEntry, diverging_colour
 from mechdsl.show.reports.text import (
     MISSING,
-    NO_MORE_MARK,
+    RANDOM_MARK,
     THIN_MARK,
-    alike_note,
-    conventions,
-    fewer,
-    fewer_note,
-    heading,
+    drawable_measures,
+    fewer_prompts_note,
+    has_fewer_prompts,
     inert_note,
+    is_thin,
     map_format,
     map_texts,
-    marks,
-    notes,
-    null_words,
+    null_band_text,
+    print_conventions,
+    print_heading,
+    print_notes,
     rounding_note,
-    shown_measures,
+    significance_marks,
+    significance_note,
     subscript,
-    survivors,
-    thin,
     thin_note,
+    zero_width_note,
 )
 
 
@@ -55,26 +51,28 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
     """One map per measure and combination of the axes that aren't drawn."""
     rows_axis = axis_name(result, report.variable or "")
     columns_axis = axis_name(result, report.by or "")
-    for measure, data in shown_measures(result, console):
-        heading(result, data, console)
+    for measure, data in drawable_measures(result, console):
+        print_heading(result, data, console)
         found = result.statistics[measure]
         category = data.kind == "category"
         values = found.commonest if category else found.mean
         write = (lambda v: f"{v:g}") if category else map_format(values)
         limit = float(np.nanmax(np.abs(values), initial=0.0)) if np.isfinite(values).any() else 0.0
-        own = _own_counts(result, measure)
+        own = _count_texts(result, measure)
         texts = [*map(write, values)] if category else map_texts(result, measure, write)
         entries = [
-            MatrixEntry(text, None if category else colour(value, limit), text.endswith("*"))
-            for i, (value, few) in enumerate(zip(values, thin(result, measure), strict=True))
+            MatrixEntry(
+                text, None if category else diverging_colour(value, limit), text.endswith("*")
+            )
+            for i, (value, few) in enumerate(zip(values, is_thin(result, measure), strict=True))
             for text in [
                 _cell_text(result, measure, i, (THIN_MARK if few else "") + texts[i] + own[i])
             ]
         ]
         titles = axis_title(result, rows_axis), axis_title(result, columns_axis)
         width = max(len(entry.text) for entry in entries)
-        rows, columns = row_order(result, rows_axis), values_of(result, columns_axis)
-        for panel in panels(result, (rows_axis, columns_axis)):
+        rows, columns = row_order(result, rows_axis), axis_values(result, columns_axis)
+        for panel in grid_panels(result, (rows_axis, columns_axis)):
             if panel.title:
                 console.print(Text(panel.title, style="bold"), highlight=False)
             laid_out = [
@@ -88,13 +86,13 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
             ]
             names = list(map(value_text, rows)), list(map(value_text, columns))
             Matrix(*names, laid_out, *titles, number_width=width).print(console)
-        notes(_notes(result, measure, write, values), console)
-    conventions(result, report, console)
+        print_notes(_heatmap_notes(result, measure, write, values), console)
+    print_conventions(result, report, console)
 
 
-def _own_counts(result: ExperimentResult, measure: int) -> list[str]:
+def _count_texts(result: ExperimentResult, measure: int) -> list[str]:
     """Per cell its n where that is smaller than the largest, as wide in all."""
-    pairs = zip(result.statistics[measure].n, fewer(result, measure), strict=True)
+    pairs = zip(result.statistics[measure].n, has_fewer_prompts(result, measure), strict=True)
     texts = [subscript(int(n)) if less else "" for n, less in pairs]
     width = max(map(len, texts), default=0)
     return [f"{text:<{width}}" for text in texts]
@@ -107,10 +105,10 @@ def _cell_text(result: ExperimentResult, measure: int, cell: int, number: str) -
         else result.statistics[measure].share[cell]
     ):
         return MISSING
-    return number + marks(result, measure)[cell]
+    return number + significance_marks(result, measure)[cell]
 
 
-def _notes(
+def _heatmap_notes(
     result: ExperimentResult, measure: int, write: Callable[[float], str], values: Floats
 ) -> list[str]:
     said: list[str] = []
@@ -118,14 +116,17 @@ def _notes(
         said.append("the commonest value of every cell")
     elif np.isfinite(values).any():
         said.append(f"from {write(np.nanmin(values))} to {write(np.nanmax(values))}")
-    survived, null = survivors(result, measure, "*", NO_MORE_MARK), null_words(result, measure)
+    survived, null = (
+        significance_note(result, measure, "*", RANDOM_MARK),
+        null_band_text(result, measure),
+    )
     more = (
         survived,
         f"null: {null}" if null else None,
         inert_note(result, measure),
         rounding_note(result, measure),
-        alike_note(result, measure),
-        fewer_note(result, measure, "subscripts"),
+        zero_width_note(result, measure),
+        fewer_prompts_note(result, measure, "subscripts"),
         thin_note(result, measure),
     )
     return [*said, *(line for line in more if line)]
@@ -133,7 +134,7 @@ def _notes(
 
 def chart(result: ExperimentResult, report: spec.Report) -> Any:
     """The altair chart."""
-    from mechdsl.show.reports.heatmap_chart import heatmap_chart
+    from mechdsl.show.reports.map_charts import heatmap_chart
 
     return heatmap_chart(result, report)
 

@@ -1,4 +1,4 @@
-"""Means with their intervals as numbers and drawn to scale, one cell per line of the terminal."""
+"""Intervals drawn to scale, for `report lines` and `report bars`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from rich.text import Text
 from mechdsl.results.experiment_result import ExperimentResult
 from mechdsl.show.reports.text import (
     THIN_MARK,
-    fewer,
-    figures,
-    marks,
+    has_fewer_prompts,
+    is_thin,
+    mean_texts,
     null_texts,
     number_format,
-    thin,
+    significance_marks,
 )
 
-LEAST_GAUGE, MOST_GAUGE = 12, 60
+MIN_GAUGE, MAX_GAUGE = 12, 60
 """Characters that the drawn intervals take at least (else only numbers are shown) and at most."""
-LEAST_LABEL = 10
+
+MIN_LABEL = 10
 """Characters that labels wrap to at least."""
-GAP = 2
+
+COLUMN_GAP = 2
+
 MEAN_TITLE = "mean "
 """With room for the mark of a number."""
 
@@ -46,7 +49,7 @@ class TextScale:
 
 
 @dataclass(frozen=True)
-class Ends:
+class IntervalEnds:
     """What is drawn of a cell."""
 
     mean: float
@@ -55,12 +58,13 @@ class Ends:
     null: tuple[float, float]
 
 
-Draw = Callable[[Ends, TextScale], str]
-Line = tuple[Sequence[str], int]
+IntervalDrawer = Callable[[IntervalEnds, TextScale], str]
+
+LabelledCell = tuple[Sequence[str], int]
 """Labels in front, and the cell."""
 
 
-def _ground(ends: Ends, scale: TextScale) -> list[str]:
+def _empty_gauge(ends: IntervalEnds, scale: TextScale) -> list[str]:
     """An empty line with the null band, and 0 as a bar."""
     drawn = [" "] * scale.width
     if math.isfinite(sum(ends.null)):
@@ -70,11 +74,11 @@ def _ground(ends: Ends, scale: TextScale) -> list[str]:
     return drawn
 
 
-def draw_point(ends: Ends, scale: TextScale) -> str:
+def draw_point(ends: IntervalEnds, scale: TextScale) -> str:
     """The interval as a line with its mean."""
     if not math.isfinite(ends.mean) or scale.right <= scale.left:
         return ""
-    drawn = _ground(ends, scale)
+    drawn = _empty_gauge(ends, scale)
     if math.isfinite(ends.low):
         for place in range(scale.at(ends.low), scale.at(ends.high) + 1):
             drawn[place] = "─"
@@ -82,11 +86,11 @@ def draw_point(ends: Ends, scale: TextScale) -> str:
     return "".join(drawn).rstrip()
 
 
-def draw_bar(ends: Ends, scale: TextScale) -> str:
+def draw_bar(ends: IntervalEnds, scale: TextScale) -> str:
     """A bar from 0 to the mean; the interval is light inside of it and a line beyond."""
     if not math.isfinite(ends.mean) or scale.right <= scale.left:
         return ""
-    drawn = _ground(ends, scale)
+    drawn = _empty_gauge(ends, scale)
     zero, mean = scale.at(0.0), scale.at(ends.mean)
     bar = range(zero + 1, mean + 1) if mean > zero else range(mean, zero)
     for place in bar:
@@ -100,7 +104,7 @@ def draw_bar(ends: Ends, scale: TextScale) -> str:
     return "".join(drawn).rstrip()
 
 
-def _longest(texts: Iterable[str]) -> int:
+def _max_length(texts: Iterable[str]) -> int:
     return max(map(len, texts), default=0)
 
 
@@ -120,10 +124,10 @@ class IntervalLayout:
     interval_title: str
     nulls: list[str]
     """Per cell, empty where there are none or they have no room."""
-    ends: list[Ends]
+    ends: list[IntervalEnds]
     scale: TextScale
     scale_texts: tuple[str, str]
-    draw: Draw
+    draw: IntervalDrawer
 
     @classmethod
     def of(
@@ -133,51 +137,53 @@ class IntervalLayout:
         titles: Sequence[str],
         labels: Sequence[Sequence[str]],
         width: int,
-        draw: Draw,
+        draw: IntervalDrawer,
     ) -> IntervalLayout:
         """labels: per title, every label that occurs."""
         found, band = result.statistics[measure], result.control(measure)
         null = np.full((2, len(found.mean)), np.nan) if band is None else [band.low, band.high]
         everything = np.concatenate([found.mean, found.low, found.high, *null])
         write = number_format(everything)
-        texts = figures(result, measure, range(len(found.mean)), write)
+        texts = mean_texts(result, measure, range(len(found.mean)), write)
         intervals = [interval for _, interval in texts]
         means = [
             (THIN_MARK if few else "") + mean + mark
             for (mean, _), mark, few in zip(
-                texts, marks(result, measure), thin(result, measure), strict=True
+                texts, significance_marks(result, measure), is_thin(result, measure), strict=True
             )
         ]
         confidence = result.settings.confidence if result.settings else 95.0
         title = f"{confidence:g} % interval"
         nulls = [] if band is None else null_texts(band, found, range(len(found.mean)), write)
         ends = [
-            Ends(float(mean), float(low), float(high), (float(least), float(most)))
+            IntervalEnds(float(mean), float(low), float(high), (float(least), float(most)))
             for mean, low, high, least, most in zip(
                 found.mean, found.low, found.high, *null, strict=True
             )
         ]
-        counts = [str(int(n)) for n in found.n] if fewer(result, measure).any() else []
-        numbers = _longest([MEAN_TITLE, *means]) + _longest([title, *intervals]) + 3 * GAP
-        numbers += _longest(counts) + GAP if counts else 0
+        counts = [str(int(n)) for n in found.n] if has_fewer_prompts(result, measure).any() else []
+        numbers = (
+            _max_length([MEAN_TITLE, *means]) + _max_length([title, *intervals]) + 3 * COLUMN_GAP
+        )
+        numbers += _max_length(counts) + COLUMN_GAP if counts else 0
         widths = label_widths(titles, labels, width - numbers)
-        taken = sum(widths) + GAP * (len(widths) - 1) + numbers
-        if nulls and taken + _longest(nulls) > width:
+        taken = sum(widths) + COLUMN_GAP * (len(widths) - 1) + numbers
+        if nulls and taken + _max_length(nulls) > width:
             nulls = []
-        room = min(MOST_GAUGE, width - taken - (_longest(nulls) + GAP if nulls else 0))
+        room = min(MAX_GAUGE, width - taken - (_max_length(nulls) + COLUMN_GAP if nulls else 0))
         # the scale runs over all panels alike, 0 included, so that they can be compared
         limits = float(np.nanmin([*everything, 0.0])), float(np.nanmax([*everything, 0.0]))
-        scale = TextScale(*limits, room if room >= LEAST_GAUGE and limits[0] < limits[1] else 0)
+        scale = TextScale(*limits, room if room >= MIN_GAUGE and limits[0] < limits[1] else 0)
         texts = write(limits[0]), write(limits[1])
         return cls(titles, widths, means, counts, intervals, title, nulls, ends, scale, texts, draw)
 
-    def print(self, lines: Sequence[Line], console: Console) -> None:
+    def print(self, lines: Sequence[LabelledCell], console: Console) -> None:
         """One panel."""
-        second = _longest([MEAN_TITLE, *self.means])
-        third = _longest([self.interval_title, *self.intervals])
-        fourth = _longest(["null", *self.nulls])
+        second = _max_length([MEAN_TITLE, *self.means])
+        third = _max_length([self.interval_title, *self.intervals])
+        fourth = _max_length(["null", *self.nulls])
         heads = [f"{name:<{width}}" for name, width in zip(self.titles, self.widths, strict=True)]
-        n_width = _longest(["n", *self.counts])
+        n_width = _max_length(["n", *self.counts])
         head = (
             "  ".join(heads)
             + (f"  {'n':>{n_width}}" if self.counts else "")
@@ -219,8 +225,8 @@ def label_lines(labels: Sequence[str], widths: Sequence[int]) -> list[str]:
 
 def label_widths(titles: Sequence[str], labels: Sequence[Sequence[str]], room: int) -> list[int]:
     """As wide as the labels are, or what there is room for."""
-    widths = [_longest([title, *texts]) for title, texts in zip(titles, labels, strict=True)]
-    each = max(LEAST_LABEL, (room - GAP * (len(widths) - 1)) // len(widths))
-    if sum(widths) + GAP * (len(widths) - 1) <= room:
+    widths = [_max_length([title, *texts]) for title, texts in zip(titles, labels, strict=True)]
+    each = max(MIN_LABEL, (room - COLUMN_GAP * (len(widths) - 1)) // len(widths))
+    if sum(widths) + COLUMN_GAP * (len(widths) - 1) <= room:
         return widths
     return [min(width, max(each, len(title))) for width, title in zip(widths, titles, strict=True)]

@@ -1,6 +1,6 @@
-"""Numbers in rows and columns on coloured backgrounds, for the terminal.
+"""Matrices on coloured backgrounds, for the reports that print maps.
 
-The numbers are always there, so that nothing hangs on colour.
+The numbers are always printed, so that no information depends on colour.
 """
 
 from __future__ import annotations
@@ -15,33 +15,41 @@ from rich.style import Style
 from rich.text import Text
 
 Colour = tuple[int, int, int]
-NEGATIVE, NEUTRAL, POSITIVE = (178, 24, 43), (247, 247, 247), (33, 102, 172)
+
+NEGATIVE_COLOUR, NEUTRAL_COLOUR, POSITIVE_COLOUR = (178, 24, 43), (247, 247, 247), (33, 102, 172)
+
 HEADER_WIDTH = 12
 """Headers of columns wrap to this, or to their longest word."""
-DARK = 140
+
+MAX_DARK_LUMINANCE = 140
 """Luminance up to which a background takes white letters."""
 
 
-def colour(value: float, limit: float) -> Colour | None:
+def diverging_colour(value: float, limit: float) -> Colour | None:
     """A diverging scale: white at 0, full colour at `limit` and beyond."""
     if not math.isfinite(value) or limit <= 0:
         return None
     share = min(1.0, abs(value) / limit)
-    end = POSITIVE if value > 0 else NEGATIVE
-    red, green, blue = (round(a + (b - a) * share) for a, b in zip(NEUTRAL, end, strict=True))
+    end = POSITIVE_COLOUR if value > 0 else NEGATIVE_COLOUR
+    red, green, blue = (
+        round(a + (b - a) * share) for a, b in zip(NEUTRAL_COLOUR, end, strict=True)
+    )
     return red, green, blue
 
 
-def takes_white(background: Colour) -> bool:
+def needs_white_text(background: Colour) -> bool:
     """Whether white letters are read better on it than black ones."""
-    return sum(w * c for w, c in zip((0.299, 0.587, 0.114), background, strict=True)) <= DARK
+    return (
+        sum(w * c for w, c in zip((0.299, 0.587, 0.114), background, strict=True))
+        <= MAX_DARK_LUMINANCE
+    )
 
 
-def style_of(background: Colour | None) -> Style:
+def cell_style(background: Colour | None) -> Style:
     """Letters that can be read on it."""
     if background is None:
         return Style()
-    ink = "white" if takes_white(background) else "black"
+    ink = "white" if needs_white_text(background) else "black"
     red, green, blue = background
     return Style(color=ink, bgcolor=f"rgb({red},{green},{blue})")
 
@@ -72,7 +80,7 @@ class Matrix:
 
     def print(self, console: Console) -> None:
         """The matrix in as many parts as the width asks for."""
-        headers = [_wrapped(name) for name in self.columns]
+        headers = [_wrap_header(name) for name in self.columns]
         longest = max(len(name) for name in (self.rows_title, *self.rows))
         label_width = min(longest, max(10, len(self.rows_title), console.width // 3))
         # the place of the mark keeps numbers apart
@@ -82,7 +90,7 @@ class Matrix:
         room = console.width - label_width - 1
         if sum(widths) + len(widths) <= room:  # a gap besides, where nothing is cut for it
             widths = [width + 1 for width in widths]
-        for part in _parts(widths, room):
+        for part in _split_columns(widths, room):
             if self.columns_title:
                 title = f"{'':<{label_width}}  {self.columns_title}"
                 console.print(Text(title, style="dim"), highlight=False)
@@ -104,7 +112,7 @@ class Matrix:
             for column in part:
                 padded = [""] * (height - len(headers[column])) + list(headers[column])
                 background = self.header_colours[column] if self.header_colours else None
-                style = style_of(background) + Style(bold=True)
+                style = cell_style(background) + Style(bold=True)
                 text.append(f"{padded[line]:>{widths[column] - 1}} ", style=style)
             _print_line(text, console)
 
@@ -118,7 +126,7 @@ class Matrix:
                 entry = entries[column]
                 bold = Style(bold=True) if entry.bold else Style()
                 shown = f"{entry.text:>{widths[column]}}"
-                text.append(shown, style=style_of(entry.colour) + bold)
+                text.append(shown, style=cell_style(entry.colour) + bold)
             _print_line(text, console)
             for more in names[1:]:
                 console.print(Text(more, style="bold"), highlight=False)
@@ -130,12 +138,12 @@ def _print_line(text: Text, console: Console) -> None:
     console.print(text, highlight=False, soft_wrap=True)
 
 
-def _wrapped(header: str) -> list[str]:
+def _wrap_header(header: str) -> list[str]:
     longest = max((len(word) for word in header.split()), default=1)
     return wrap(header, max(HEADER_WIDTH, longest)) or [""]
 
 
-def _parts(widths: Sequence[int], room: int) -> list[list[int]]:
+def _split_columns(widths: Sequence[int], room: int) -> list[list[int]]:
     """Columns that fit beside each other."""
     parts: list[list[int]] = [[]]
     used = 0

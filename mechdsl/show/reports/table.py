@@ -1,7 +1,7 @@
 """`report table [by VAR] [top n]`: every cell with its effect, interval and p.
 
-Where the terminal is narrow, columns that repeat others go first, then text wraps; numbers are
-never cut. What still doesn't fit is printed as one paragraph per cell.
+On a narrow terminal, columns that repeat others are dropped first, then text wraps; numbers are
+never cut. A table that still doesn't fit is printed as one paragraph per cell.
 """
 
 from __future__ import annotations
@@ -22,45 +22,47 @@ from rich.text import Text
 from mechdsl.base.arrays import Floats
 from mechdsl.program import spec
 from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.ranking import by_sign_instead
-from mechdsl.results.statistics_conventions import statistics_conventions
+from mechdsl.results.statistics_conventions import sign_ranking_note, statistics_conventions
 from mechdsl.show.console import visible_console
-from mechdsl.show.reports.grid import tokens_hit, tokens_listed, value_text
+from mechdsl.show.reports.grid import hit_tokens_text, listed_tokens_text, sort_key, value_text
 from mechdsl.show.reports.text import (
     MISSING,
-    alike_note,
-    conventions,
-    figures,
-    heading,
+    drawable_measures,
     inert_note,
-    no_more_than_random,
-    notes,
+    is_significant,
+    is_within_random,
+    mean_texts,
+    null_band_text,
     null_p_texts,
     null_texts,
-    null_words,
     number_format,
     p_text,
+    print_conventions,
+    print_heading,
+    print_notes,
     rounding_note,
-    shown_measures,
-    sortable,
-    survives,
-    survivors,
+    significance_note,
+    zero_width_note,
 )
-from mechdsl.statistics.cell_statistics import cell_statistics
+from mechdsl.statistics.cell_statistics import compute_cell_statistics
 from mechdsl.vocab.effects import EFFECTS
 
 FILE_WIDTH = 120
 """Characters per line of a table that is written to a file."""
+
 SHOWN_TOKENS = 6
 """Distinct tokens of a position that a row shows; `explain` prints all."""
-GAP = 3
+
+COLUMN_GAP = 3
 """Characters between two columns."""
-ABOVE = ("tokens hit", "n", "effective n")
+
+SINGLE_ROW_COLUMNS = ("tokens hit", "n", "effective n")
 """Columns that stand above a single row too, where room is short."""
-FAR = 10
+
+MAX_RELATIVE_END = 10
 """Times the largest effect: an interval's end beyond has no say in how numbers are written."""
 
-A = TypeVar("A", np.float64, np.int64)
+NumberType = TypeVar("NumberType", np.float64, np.int64)
 
 
 @dataclass(frozen=True)
@@ -90,18 +92,18 @@ class Column:
 
 def render(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """One table per measure, the conventions under the last."""
-    shown = by_report(result, report)
-    for measure, _ in shown_measures(shown, console):
-        heading(result, result.measures[measure], console)
+    shown = apply_grouping(result, report)
+    for measure, _ in drawable_measures(shown, console):
+        print_heading(result, result.measures[measure], console)
         columns, said = measure_table(shown, measure, report)
         _print(columns, console)
-        notes(said, console)
-    conventions(shown, report, console)
+        print_notes(said, console)
+    print_conventions(shown, report, console)
 
 
-def by_report(result: ExperimentResult, report: spec.Report) -> ExperimentResult:
+def apply_grouping(result: ExperimentResult, report: spec.Report) -> ExperimentResult:
     """The result by the values that the report asks for."""
-    return grouped(result, report.by) if report.by in result.row_values else result
+    return group_by_value(result, report.by) if report.by in result.row_values else result
 
 
 def measure_table(
@@ -116,24 +118,24 @@ def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
     """As plain text, as a picture of it, or all its rows as CSV."""
     suffix = path.suffix.lower()
     if suffix == ".csv":
-        path.write_text(by_report(result, report).to_csv(), encoding="utf-8")
+        path.write_text(apply_grouping(result, report).to_csv(), encoding="utf-8")
         return
     text = io.StringIO()
     render(result, report, visible_console(file=text, width=FILE_WIDTH, plain=True))
     if suffix in (".svg", ".png"):
-        from mechdsl.show.reports.charts import save_text
+        from mechdsl.show.reports.charts import save_text_picture
 
-        save_text(text.getvalue(), path)
+        save_text_picture(text.getvalue(), path)
     else:
         path.write_text(text.getvalue(), encoding="utf-8")
 
 
-def grouped(result: ExperimentResult, by: str | None) -> ExperimentResult:
+def group_by_value(result: ExperimentResult, by: str | None) -> ExperimentResult:
     """Every cell once for each value of the prompts: an axis more, corrected for as a whole."""
     if by is None or result.settings is None:
         return result
     labels = [str(value) for value in result.row_values[by]]
-    values = sorted(set(result.row_values[by]), key=sortable)
+    values = sorted(set(result.row_values[by]), key=sort_key)
     masks = [np.array([label == str(value) for label in labels]) for value in values]
 
     def rows(data: Floats) -> Floats:
@@ -144,13 +146,13 @@ def grouped(result: ExperimentResult, by: str | None) -> ExperimentResult:
         replace(
             data,
             patched=rows(data.patched),
-            base=_repeat(data.base, len(values)),
-            source=None if data.source is None else _repeat(data.source, len(values)),
-            truth=None if data.truth is None else _repeat(data.truth, len(values)),
+            base=_repeat_rows(data.base, len(values)),
+            source=None if data.source is None else _repeat_rows(data.source, len(values)),
+            truth=None if data.truth is None else _repeat_rows(data.truth, len(values)),
             inert=np.tile(data.inert, len(values)),
-            rounding=None if data.rounding is None else _repeat(data.rounding, len(values)),
+            rounding=None if data.rounding is None else _repeat_rows(data.rounding, len(values)),
             gaps=data.gaps * len(values),
-            seen=None if data.seen is None else _repeat(data.seen, len(values)),
+            seen=None if data.seen is None else _repeat_rows(data.seen, len(values)),
         )
         for data in result.measures
     )
@@ -159,7 +161,7 @@ def grouped(result: ExperimentResult, by: str | None) -> ExperimentResult:
         for value in values
         for cell in result.cells
     )
-    statistics = cell_statistics(
+    statistics = compute_cell_statistics(
         measures,
         result.settings,
         result.seed,
@@ -181,7 +183,7 @@ def grouped(result: ExperimentResult, by: str | None) -> ExperimentResult:
     return replace(expanded, conventions=said)
 
 
-def _repeat(data: NDArray[A], times: int) -> NDArray[A]:
+def _repeat_rows(data: NDArray[NumberType], times: int) -> NDArray[NumberType]:
     return data if data.shape[0] == 1 else np.tile(data, (times, 1))
 
 
@@ -193,7 +195,7 @@ def _order(result: ExperimentResult, measure: int, report: spec.Report) -> list[
     order = list(range(len(result.cells)))
     axis = result.aliases.get(report.by, report.by) if report.by else None
     if axis in result.axes:
-        order.sort(key=lambda i: sortable(result.cells[i].coords[axis or ""]))
+        order.sort(key=lambda i: sort_key(result.cells[i].coords[axis or ""]))
     if report.top is None:
         return order
     size = found.share if result.measures[measure].kind == "category" else np.abs(found.mean)
@@ -216,7 +218,7 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
     if any(positions):
         columns.append(Column("position", positions, wraps=True, describes=True))
     if any(cell.tokens for cell in cells):
-        tokens = [tokens_hit(cell, SHOWN_TOKENS) for cell in cells]
+        tokens = [hit_tokens_text(cell, SHOWN_TOKENS) for cell in cells]
         spare = 0 if any(cell.read for cell in cells) else 2
         columns.append(Column("tokens hit", tokens, spare=spare, wraps=True, describes=True))
     if result.source:
@@ -231,7 +233,7 @@ def _columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> li
     else:
         columns += _number_columns(result, measure, order)
     if any(cell.listed for cell in cells):
-        texts = [tokens_listed(cell) for cell in cells]
+        texts = [listed_tokens_text(cell) for cell in cells]
         columns.append(Column("top tokens", texts, wraps=True))
     return columns
 
@@ -249,9 +251,9 @@ def _in_sites(result: ExperimentResult, axis: str) -> bool:
 def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]) -> list[Column]:
     found, band = result.statistics[measure], result.control(measure)
     ends = [found.low, found.high, *([band.low, band.high] if band else [])]
-    write = number_format(_comparable(found.mean[order], [each[order] for each in ends]))
+    write = number_format(_comparable_numbers(found.mean[order], [each[order] for each in ends]))
     confidence = result.settings.confidence if result.settings else 95.0
-    shown = figures(result, measure, order, write)
+    shown = mean_texts(result, measure, order, write)
     columns = [
         Column(result.measures[measure].called, [mean for mean, _ in shown], True),
         Column(f"{confidence:g} % interval", [interval for _, interval in shown], True),
@@ -263,8 +265,8 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
     if found.test is None:
         return columns
     correction = result.settings.correction if result.settings else "none"
-    survived, small = survives(result, measure), found.at_rounding
-    alike = no_more_than_random(result, measure)
+    survived, small = is_significant(result, measure), found.at_rounding
+    alike = is_within_random(result, measure)
     verdicts = [
         "inert"
         if result.measures[measure].inert[i]
@@ -293,11 +295,11 @@ def _number_columns(result: ExperimentResult, measure: int, order: Sequence[int]
     ]
 
 
-def _comparable(means: Floats, ends: Sequence[Floats]) -> list[float]:
+def _comparable_numbers(means: Floats, ends: Sequence[Floats]) -> list[float]:
     """The numbers that places are for: an end of an interval far beyond all effects, as few units
     of a skewed delta have, takes none from them."""
     finite = np.abs(means[np.isfinite(means)])
-    far = FAR * float(finite.max(initial=0.0)) or np.inf
+    far = MAX_RELATIVE_END * float(finite.max(initial=0.0)) or np.inf
     return [*means.tolist(), *(v for each in ends for v in np.clip(each, -far, far).tolist())]
 
 
@@ -322,16 +324,16 @@ def _notes(
         size = "share" if result.measures[measure].kind == "category" else "absolute value"
         said.append(f"the {len(order)} largest of {len(result.cells)} cells by {size}")
         picked = size != "share" and report.by not in result.row_values  # else no pick has them
-        other = by_sign_instead(result, measure, len(order)) if picked else None
+        other = sign_ranking_note(result, measure, len(order)) if picked else None
         said += [other] if other else []
-        said += [_picked(result, measure)] if size != "share" else []
-    null = null_words(result, measure)
+        said += [_selection_note(result, measure)] if size != "share" else []
+    null = null_band_text(result, measure)
     remarks = (
-        survivors(result, measure),
+        significance_note(result, measure),
         null and f"null: {null}",
         inert_note(result, measure),
         rounding_note(result, measure),
-        alike_note(result, measure),
+        zero_width_note(result, measure),
     )
     for line in remarks:
         if line:
@@ -347,7 +349,7 @@ def _notes(
     return said
 
 
-def _picked(result: ExperimentResult, measure: int) -> str:
+def _selection_note(result: ExperimentResult, measure: int) -> str:
     """What the numbers of cells hold for that were picked by these numbers."""
     if result.statistics[measure].test is None:
         return "picked by size: intervals are for cells named beforehand"
@@ -360,21 +362,21 @@ def _picked(result: ExperimentResult, measure: int) -> str:
 
 
 def _fits(columns: Sequence[Column], width: int) -> bool:
-    return sum(column.least + GAP for column in columns) - GAP <= width
+    return sum(column.least + COLUMN_GAP for column in columns) - COLUMN_GAP <= width
 
 
 def _print(columns: list[Column], console: Console) -> None:
     kept = list(columns)
     for spare in (4, 3):
-        if not _roomy(kept, console.width):
+        if not _has_room(kept, console.width):
             kept = [column for column in kept if column.spare != spare]
-    if not _roomy(kept, console.width):
+    if not _has_room(kept, console.width):
         many = len(kept[0].cells) > 1
         same = [column for column in kept if column.describes and len(set(column.cells)) == 1]
-        same = same if many else [column for column in same if column.title in ABOVE]
+        same = same if many else [column for column in same if column.title in SINGLE_ROW_COLUMNS]
         kept = [column for column in kept if column not in same]
         said = "; ".join(f"{column.title} {column.cells[0]}" for column in same)
-        notes([f"in every row: {said}" if many else said] if same else [], console)
+        print_notes([f"in every row: {said}" if many else said] if same else [], console)
     full = kept
     for spare in (2, 1):
         if not _fits(kept, console.width):
@@ -404,7 +406,7 @@ def _widths(columns: Sequence[Column], width: int) -> list[int]:
     Fixed, because a column that is left to shrink may take the last one's letters with it.
     """
     found = [column.least for column in columns]
-    left = width - sum(found) - GAP * (len(columns) - 1)
+    left = width - sum(found) - COLUMN_GAP * (len(columns) - 1)
     while left > 0:
         short = [i for i, column in enumerate(columns) if found[i] < column.width]
         if not short:
@@ -415,9 +417,9 @@ def _widths(columns: Sequence[Column], width: int) -> list[int]:
     return found
 
 
-def _roomy(columns: Sequence[Column], width: int) -> bool:
+def _has_room(columns: Sequence[Column], width: int) -> bool:
     """Whether no column has to wrap."""
-    return sum(column.width + GAP for column in columns) - GAP <= width
+    return sum(column.width + COLUMN_GAP for column in columns) - COLUMN_GAP <= width
 
 
 def _paragraphs(columns: Sequence[Column], console: Console) -> None:

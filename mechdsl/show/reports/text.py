@@ -1,4 +1,4 @@
-"""What reports in the terminal share: numbers as text, headings, the conventions block."""
+"""Text that terminal reports share: numbers, headings, notes, conventions and verdicts."""
 
 from __future__ import annotations
 
@@ -11,20 +11,29 @@ from rich.console import Console
 from rich.text import Text
 
 from mechdsl.base.arrays import Bools, Floats
-from mechdsl.base.plural import plural
+from mechdsl.base.text import count_noun
 from mechdsl.program import spec
-from mechdsl.results.experiment_result import ExperimentResult
-from mechdsl.results.statistics_conventions import WITHHELD, selected_words
-from mechdsl.statistics.measure_data import CellStatistics, MeasureData, NullBand, may_change
-from mechdsl.validate.reachable_p import CORRECTION_NAMES
+from mechdsl.program.significance import CORRECTION_NAMES
+from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult, LostExperiment
+from mechdsl.results.statistics_conventions import WITHHELD_TEXTS, selection_text
+from mechdsl.statistics.measurements import (
+    CellStatistics,
+    MeasureData,
+    NullBand,
+    may_round_differently,
+)
 
 MISSING = "–"
-THIN = 0.5
+
+THIN_SHARE = 0.5
 """The share of the fullest cell's prompts below which a cell is thin."""
-NO_MORE_MARK = "°"
+
+RANDOM_MARK = "°"
 """Beside the number of a cell that survives, though random targets have as much."""
+
 THIN_MARK = "~"
-ROUNDED_TO_ZERO = "≈0"
+
+ROUNDED_ZERO = "≈0"
 """A number that rounding alone explains."""
 
 
@@ -50,7 +59,7 @@ def number_format(values: Iterable[float], digits: int = 3) -> Callable[[float],
     return write
 
 
-def with_interval(
+def interval_texts(
     write: Callable[[float], str], value: float, low: float, high: float, rounding: float = 0.0
 ) -> tuple[str, str]:
     """A number and its interval, with digits that tell them from 0: see `_distinct`.
@@ -63,12 +72,12 @@ def with_interval(
         rounding: the size up to which rounding alone may move the number.
     """
     if not math.isfinite(low):
-        return _distinct(write, [value], rounding)[0], MISSING
-    text, *ends = _distinct(write, [value, low, high], rounding)
+        return _distinct_texts(write, [value], rounding)[0], MISSING
+    text, *ends = _distinct_texts(write, [value, low, high], rounding)
     return text, f"[{', '.join(ends)}]"
 
 
-def _distinct(
+def _distinct_texts(
     write: Callable[[float], str], numbers: Sequence[float], rounding: float
 ) -> list[str]:
     """Numbers of one row, the ends of an interval last: as powers of ten where an end would be
@@ -78,28 +87,21 @@ def _distinct(
     zero = [text != MISSING and float(text) == 0 for text in texts]
     rounded = rounding > 0 and abs(numbers[0]) <= rounding
     if all(zero) and (rounded or not any(numbers)):
-        return [ROUNDED_TO_ZERO if rounded else "0"] * len(numbers)
+        return [ROUNDED_ZERO if rounded else "0"] * len(numbers)
     hidden = [is_zero and each != 0 for is_zero, each in zip(zero, numbers, strict=True)]
     if rounded or not any(hidden[-2:]):
         return texts
     return [f"{each:.1e}" for each in numbers]
 
 
-def figures(
+def mean_texts(
     result: ExperimentResult, measure: int, cells: Iterable[int], write: Callable[[float], str]
 ) -> list[tuple[str, str]]:
     """The mean of each cell with its interval; a cell that can't differ has no rounding."""
     found, inert = result.statistics[measure], result.measures[measure].inert
     rounding = np.where(inert, 0.0, found.rounding)
     every = (found.mean, found.low, found.high, rounding)
-    return [with_interval(write, *(float(each[cell]) for each in every)) for cell in cells]
-
-
-def sortable(value: object) -> tuple[int, float, str]:
-    """Numbers by size, before words in their order."""
-    if isinstance(value, int | float):
-        return 0, float(value), ""
-    return 1, 0.0, str(value)
+    return [interval_texts(write, *(float(each[cell]) for each in every)) for cell in cells]
 
 
 def p_text(p: float, at_most: bool = False) -> str:
@@ -111,7 +113,7 @@ def p_text(p: float, at_most: bool = False) -> str:
     return f"≤ {p:.4f}" if at_most and p < 1 else f"{p:.4f}"
 
 
-def alpha(result: ExperimentResult) -> float:
+def significance_level(result: ExperimentResult) -> float:
     """The level that a corrected p has to stay under: 0.05 for intervals of 95 %."""
     confidence = result.settings.confidence if result.settings else 95.0
     return round(1 - confidence / 100, 10)
@@ -125,17 +127,17 @@ def measure_name(data: MeasureData) -> str:
     return f"{data.called}{each} of {data.label}"
 
 
-def ends_of_scale(result: ExperimentResult, data: MeasureData) -> str | None:
+def scale_note(result: ExperimentResult, data: MeasureData) -> str | None:
     """`0 is fewer (-2.1), 1 is clean (3.4)`: the unpatched runs, as far as the effect has them."""
     from mechdsl.vocab.effects import EFFECTS
 
     effect = EFFECTS[data.effect]
     if data.kind == "category" or effect.zero is None:
         return None
-    base = _means(data.base)
-    source = [math.nan] if data.source is None else _means(data.source)
+    base = _run_means(data.base)
+    source = [math.nan] if data.source is None else _run_means(data.source)
     write = number_format([*base, *source])
-    unit = "" if effect.scale_free else _UNITS.get(data.unit, "")
+    unit = "" if effect.scale_free else _UNIT_TEXTS.get(data.unit, "")
 
     def shown(values: Sequence[float], unit: str) -> str:
         """Empty where there is no value."""
@@ -156,17 +158,19 @@ def ends_of_scale(result: ExperimentResult, data: MeasureData) -> str | None:
     return f"{zero}, {name} has {shown(source, unit) or 'no value'}"
 
 
-_UNITS = {"nat": " nat", "logit": " logit", "token": " tokens"}
+_UNIT_TEXTS = {"nat": " nat", "logit": " logit", "token": " tokens"}
 """Those that are said behind a number; shares, ranks and the like are plain ones."""
 
 
-def _means(values: Floats) -> list[float]:
+def _run_means(values: Floats) -> list[float]:
     """Over prompts, of every distinct run: cells may be set against runs of their own."""
     found = [float(np.nanmean(row)) if not np.isnan(row).all() else math.nan for row in values]
     return found if len(found) == 1 or not np.isnan(found).any() else [math.nan]
 
 
-def shown_measures(result: ExperimentResult, console: Console) -> Iterator[tuple[int, MeasureData]]:
+def drawable_measures(
+    result: ExperimentResult, console: Console
+) -> Iterator[tuple[int, MeasureData]]:
     """The measures that could be computed, with their numbers; of the others it is said why not."""
     for measure, data in enumerate(result.measures):
         if data.missing is None:
@@ -177,7 +181,7 @@ def shown_measures(result: ExperimentResult, console: Console) -> Iterator[tuple
             Text(f"{result.name}: {measure_name(data)}: not computed", style="bold"),
             highlight=False,
         )
-        hanging(f"{data.missing.code}: ", data.missing.reason, console)
+        print_hanging(f"{data.missing.code}: ", data.missing.reason, console)
 
 
 def missing_note(result: ExperimentResult) -> str | None:
@@ -190,21 +194,21 @@ def missing_note(result: ExperimentResult) -> str | None:
     return f"not computed: {', '.join(names)}" if names else None
 
 
-def heading(result: ExperimentResult, data: MeasureData, console: Console) -> None:
+def print_heading(result: ExperimentResult, data: MeasureData, console: Console) -> None:
     """Which experiment and measure, and its facts."""
     console.print()
     title = Text(f"{result.name}: ", style="bold")
     title.append(measure_name(data))
     console.print(title, highlight=False)
-    console.print(Text(facts_of(result, data), style="dim"), highlight=False)
+    console.print(Text(heading_facts(result, data), style="dim"), highlight=False)
 
 
-def facts_of(result: ExperimentResult, data: MeasureData) -> str:
+def heading_facts(result: ExperimentResult, data: MeasureData) -> str:
     """On which model, in which direction, how many prompts, against which ends, and who picked the
     sites on the same prompts."""
     measure = next(n for n, each in enumerate(result.measures) if each is data)
-    facts = [result.model, result.direction, prompts_in_words(result, measure)]
-    ends = ends_of_scale(result, data)
+    facts = [result.model, result.direction, prompt_count_text(result, measure)]
+    ends = scale_note(result, data)
     if ends:
         facts.append(ends)
     said = selection_note(result)
@@ -215,16 +219,16 @@ def facts_of(result: ExperimentResult, data: MeasureData) -> str:
 
 def selection_note(result: ExperimentResult) -> str | None:
     """Who picked the sites on the same rows."""
-    return f"{selected_words(result)} (W0721)" if result.selected else None
+    return f"{selection_text(result)} (W0721)" if result.selected else None
 
 
-def notes(lines: Sequence[str], console: Console) -> None:
+def print_notes(lines: Sequence[str], console: Console) -> None:
     """Short remarks under a table."""
     for line in lines:
         console.print(Text(line, style="dim"), highlight=False)
 
 
-def conventions(result: ExperimentResult, report: spec.Report, console: Console) -> None:
+def print_conventions(result: ExperimentResult, report: spec.Report, console: Console) -> None:
     """Everything that was defaulted or worked out: under every table, and under the last figure
     of an experiment (those before it are followed by it)."""
     followed = report in result.reports and report != result.reports[-1]
@@ -235,10 +239,10 @@ def conventions(result: ExperimentResult, report: spec.Report, console: Console)
     if key_width > console.width // 3:
         key_width = console.width // 3
     for key, value in result.conventions.items():
-        hanging(f"  {key:<{key_width}}  ", str(value), console)
+        print_hanging(f"  {key:<{key_width}}  ", str(value), console)
 
 
-def hanging(lead: str, text: str, console: Console) -> None:
+def print_hanging(lead: str, text: str, console: Console) -> None:
     """Dim text behind a lead, its further lines below its first."""
     lines = wrap(text, max(20, console.width - len(lead))) or [""]
     for number, line in enumerate(lines):
@@ -246,20 +250,20 @@ def hanging(lead: str, text: str, console: Console) -> None:
         console.print(Text(start + line, style="dim"), highlight=False, soft_wrap=True)
 
 
-def survives(result: ExperimentResult, measure: int) -> Bools:
+def is_significant(result: ExperimentResult, measure: int) -> Bools:
     """[cell] whether the effect survives the correction, and is more than rounding may give."""
     found = result.statistics[measure]
     with np.errstate(invalid="ignore"):
-        return (found.p_corrected < alpha(result)) & ~found.at_rounding
+        return (found.p_corrected < significance_level(result)) & ~found.at_rounding
 
 
 def rounding_note(result: ExperimentResult, measure: int) -> str | None:
     """How many cells are at the level of rounding and what that is, or depend on it."""
     data, found = result.measures[measure], result.statistics[measure]
-    changing = found.rounding[may_change(data, found)]
+    changing = found.rounding[may_round_differently(data, found)]
     if len(changing):
         what = "the category" if data.kind == "category" else "what is correct"
-        cells = plural(len(changing), "cell")
+        cells = count_noun(len(changing), "cell")
         share = f"{100 * changing.max():.2g} %"
         return (
             f"rounding alone may change {what} in up to {share} of the prompts of {cells}, as far "
@@ -273,25 +277,25 @@ def rounding_note(result: ExperimentResult, measure: int) -> str | None:
     return f"{cells} at the level of rounding (up to {upto}): not counted as surviving"
 
 
-def prompts_in_words(result: ExperimentResult, measure: int) -> str:
+def prompt_count_text(result: ExperimentResult, measure: int) -> str:
     """`n = 64`, or the range where cells have different numbers of prompts."""
     n = result.statistics[measure].n
     ends = dict.fromkeys((int(n.min(initial=result.prompts)), int(n.max(initial=0))))
     return f"n = {' to '.join(map(str, ends))}" if len(n) else f"n = {result.prompts}"
 
 
-def fewer(result: ExperimentResult, measure: int) -> Bools:
+def has_fewer_prompts(result: ExperimentResult, measure: int) -> Bools:
     """[cell] whether it has fewer prompts than the fullest cell: then its own n stands in it."""
     n = result.statistics[measure].n
     return n < n.max(initial=0)
 
 
-def fewer_note(result: ExperimentResult, measure: int, where: str) -> str | None:
+def fewer_prompts_note(result: ExperimentResult, measure: int, where: str) -> str | None:
     """`subscripts: n of cells with fewer than 64 prompts`; `where` is where n stands."""
-    if not fewer(result, measure).any():
+    if not has_fewer_prompts(result, measure).any():
         return None
     most = int(result.statistics[measure].n.max())
-    return f"{where}: n of cells with fewer than {plural(most, 'prompt')}"
+    return f"{where}: n of cells with fewer than {count_noun(most, 'prompt')}"
 
 
 def subscript(n: int) -> str:
@@ -301,39 +305,39 @@ def subscript(n: int) -> str:
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
-def thin(result: ExperimentResult, measure: int) -> Bools:
+def is_thin(result: ExperimentResult, measure: int) -> Bools:
     """[cell] whether it has fewer than `THIN` of the prompts that the fullest cell has."""
     n = result.statistics[measure].n
-    return n < THIN * n.max(initial=0)
+    return n < THIN_SHARE * n.max(initial=0)
 
 
 def thin_note(result: ExperimentResult, measure: int, mark: str = THIN_MARK) -> str | None:
     """How many cells are thin, and what that means; `mark` is how they are shown."""
-    count = int(np.count_nonzero(thin(result, measure)))
+    count = int(np.count_nonzero(is_thin(result, measure)))
     if not count:
         return None
     most = int(result.statistics[measure].n.max())
     cells = "1 cell has" if count == 1 else f"{count} cells have"
-    return f"{mark} {cells} fewer than {100 * THIN:g} % of the {most} prompts of the fullest cell"
+    return f"{mark} {cells} fewer than {100 * THIN_SHARE:g} % of the {most} prompts of the fullest cell"
 
 
-def no_more_than_random(result: ExperimentResult, measure: int) -> Bools:
+def is_within_random(result: ExperimentResult, measure: int) -> Bools:
     """[cell] whether the effect survives the correction, and random targets have as much of it: it
     lies inside its null band, or between 0 and that. Bands of too few draws don't say."""
-    band, survived = result.control(measure), survives(result, measure)
+    band, survived = result.control(measure), is_significant(result, measure)
     if band is None:
         return np.zeros_like(survived)
     return survived & band.decides & (band.inside | band.nearer)
 
 
-def marks(result: ExperimentResult, measure: int) -> list[str]:
+def significance_marks(result: ExperimentResult, measure: int) -> list[str]:
     """[cell] `*` where the effect survives the correction, `°` where random targets have as much
     of it all the same, else a blank."""
-    both = zip(survives(result, measure), no_more_than_random(result, measure), strict=True)
-    return [NO_MORE_MARK if random else "*" if survived else " " for survived, random in both]
+    both = zip(is_significant(result, measure), is_within_random(result, measure), strict=True)
+    return [RANDOM_MARK if random else "*" if survived else " " for survived, random in both]
 
 
-def survivors(
+def significance_note(
     result: ExperimentResult, measure: int, mark: str = "", random: str = ""
 ) -> str | None:
     """How many cells survive the correction, in words, and of how many of these random targets have
@@ -342,19 +346,21 @@ def survivors(
     if not found.test or result.settings is None:
         return None
     if found.withheld:
-        return f"no cell is said to survive, as {WITHHELD[found.withheld]}"
+        return f"no cell is said to survive, as {WITHHELD_TEXTS[found.withheld]}"
     tested = int(np.count_nonzero(~np.isnan(found.p_corrected)))
-    good = int(np.count_nonzero(survives(result, measure)))
+    good = int(np.count_nonzero(is_significant(result, measure)))
     name = CORRECTION_NAMES[result.settings.correction]
     how = {"none": "no correction", "max": f"the {name} correction"}.get(
         result.settings.correction, f"{name}'s correction"
     )
     cells = "cell survives" if tested == 1 else "cells survive"
-    said = f"{good} of {tested} {cells} {how} at p < {alpha(result):g}"
-    alike = no_more_than_random(result, measure)
+    said = f"{good} of {tested} {cells} {how} at p < {significance_level(result):g}"
+    alike = is_within_random(result, measure)
     signs = f"{mark} or {random}" if mark and alike.any() else mark
     lead = f"{signs}: " if len(mark) > 1 else f"{signs} " if mark else ""
-    decided = 0 if band is None else int(np.count_nonzero(survives(result, measure) & band.decides))
+    decided = (
+        0 if band is None else int(np.count_nonzero(is_significant(result, measure) & band.decides))
+    )
     if band is None or not decided:
         return lead + said
     inside, nearer = (int(np.count_nonzero(alike & each)) for each in (band.inside, band.nearer))
@@ -381,7 +387,7 @@ def inert_note(result: ExperimentResult, measure: int) -> str | None:
     return f"{cells} inert: by structure the same as {result.base}, so not tested or corrected for"
 
 
-def alike_note(result: ExperimentResult, measure: int) -> str | None:
+def zero_width_note(result: ExperimentResult, measure: int) -> str | None:
     """How many cells have an interval of no width, as nothing differs between their rows."""
     data, found = result.measures[measure], result.statistics[measure]
     count = int(np.count_nonzero((found.low == found.high) & ~data.inert))
@@ -405,7 +411,7 @@ def map_texts(result: ExperimentResult, measure: int, write: Callable[[float], s
         if survived and not float(write(value))
         else write(value)
         for value, survived in zip(
-            result.statistics[measure].mean, survives(result, measure), strict=True
+            result.statistics[measure].mean, is_significant(result, measure), strict=True
         )
     ]
 
@@ -415,7 +421,7 @@ def null_texts(
 ) -> list[str]:
     """`[low, high]` of the controls of each cell."""
     return [
-        f"[{', '.join(_distinct(write, [band.low[cell], band.high[cell]], found.rounding[cell]))}]"
+        f"[{', '.join(_distinct_texts(write, [band.low[cell], band.high[cell]], found.rounding[cell]))}]"
         if math.isfinite(band.low[cell])
         else MISSING
         for cell in cells
@@ -434,7 +440,7 @@ def _short_p(p: float) -> str:
     return f"{p:.0e}" if p < 0.0005 else f"{p:.3f}"
 
 
-def null_words(result: ExperimentResult, measure: int) -> str | None:
+def null_band_text(result: ExperimentResult, measure: int) -> str | None:
     """What the null band is, and what it states."""
     band = result.control(measure)
     if band is None:
@@ -448,11 +454,11 @@ def null_words(result: ExperimentResult, measure: int) -> str | None:
         there += f" where fewer than {band.asked:,}"
     empty = np.isnan(result.statistics[measure].mean)
     lost = int((band.made - band.draws)[~empty].sum())
-    without = f"; {plural(lost, 'draw')} without a value left out" if lost else ""
-    draws = _ends([f"{k:,}" for k in sorted(band.draws[some].tolist())])
-    level = _ends([f"{100 * level:.3g} %" for level in sorted(band.level[some].tolist())])
+    without = f"; {count_noun(lost, 'draw')} without a value left out" if lost else ""
+    draws = _null_ends([f"{k:,}" for k in sorted(band.draws[some].tolist())])
+    level = _null_ends([f"{100 * level:.3g} %" for level in sorted(band.level[some].tolist())])
     cut = sorted((band.rank[some] - 1).tolist())
-    but = f" without the {_ends([f'{n}' for n in cut])} lowest and highest" if cut[-1] else ""
+    but = f" without the {_null_ends([f'{n}' for n in cut])} lowest and highest" if cut[-1] else ""
     states = f"one more like them lies in it with {level}"
     needs = ""
     if not band.decides[some].all() and result.settings is not None:
@@ -460,18 +466,55 @@ def null_words(result: ExperimentResult, measure: int) -> str | None:
     return f"range of {draws} draws of {band.what}{there}{but}; {states}{without}{needs}"
 
 
-def _ends(texts: Sequence[str]) -> str:
+def _null_ends(texts: Sequence[str]) -> str:
     return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
 
 
 def figure_notes(result: ExperimentResult, measure: int, *, drawn: bool) -> list[str]:
     """Remarks under a figure that marks survivors with a star and, where anything could be
     drawn, shades the null band."""
-    survived = survivors(result, measure, "*", NO_MORE_MARK)
-    null = null_words(result, measure)
+    survived = significance_note(result, measure, "*", RANDOM_MARK)
+    null = null_band_text(result, measure)
     shade = "░ null" if drawn else "null"
     said = [survived, f"{shade}: {null}" if null else None]
     said += [inert_note(result, measure), rounding_note(result, measure)]
-    said += [alike_note(result, measure)]
+    said += [zero_width_note(result, measure)]
     said.append(thin_note(result, measure))
     return [line for line in said if line]
+
+
+def print_lost_experiment(lost: LostExperiment, console: Console) -> None:
+    """That an experiment could not be computed and why, with its expectations, which fail."""
+    console.print()
+    console.print(Text(f"{lost.name}: not computed", style="bold"), highlight=False)
+    for missing in lost.reasons:
+        print_hanging(f"{missing.code}: ", missing.reason, console)
+    print_verdicts(lost, console)
+
+
+def print_verdicts(result: ExperimentResult | LostExperiment, console: Console) -> None:
+    """One line per expectation, with its value and interval; a reason below where it has one."""
+    if not result.outcomes:
+        return
+    console.print()
+    for outcome in result.outcomes:
+        word, style = ("holds", "green") if outcome.holds else ("fails", "bold red")
+        text = Text().append(word, style=style).append(f"  expect {outcome.text}")
+        value = verdict_text(outcome)
+        if value:
+            text.append(f"  {value}", style="dim")
+        console.print(text, highlight=False)
+        if outcome.reason:
+            print_hanging(" " * 7, outcome.reason, console)
+
+
+def verdict_text(outcome: ExpectOutcome) -> str:
+    """The number that decides, with its interval; empty where there is none."""
+    if outcome.value is None or isinstance(outcome.value, str):
+        return outcome.value or ""
+    ends = [math.nan if end is None else end for end in (outcome.low, outcome.high)]
+    if not all(map(math.isfinite, ends)):
+        top = outcome.text.startswith("top ")
+        return f"rank {outcome.value:.4g} by absolute value" if top else f"{outcome.value:.4g}"
+    write = number_format([outcome.value, *ends])
+    return " ".join(interval_texts(write, outcome.value, *ends))

@@ -1,28 +1,191 @@
-"""`report texts [top n]`: what the base run and each cell wrote behind the first prompts."""
+"""`report texts [top n]`: completions of the first prompts, in the terminal and as a page.
+
+Each reply is compared with the base run's, and the differing words are marked.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mechdsl.base.visible import visible
+from mechdsl.base.text import count_noun, escape_hidden, escape_xml
 from mechdsl.program import spec
-from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.resolve.cells import CellKey
+from mechdsl.results.experiment_result import DEFAULT_SHOWN_PROMPTS, ExperimentResult
 from mechdsl.show.console import visible_console
-from mechdsl.show.reports.reply_rows import Part, WrittenLine, said_of, written_prompts
-from mechdsl.show.reports.text import conventions, notes
+from mechdsl.show.reports.canvas import FONT, INK, MONO_FONT, QUIET_INK
+from mechdsl.show.reports.text import print_conventions, print_notes
+from mechdsl.vocab.metrics import Reply
 
-PROMPT = 160
+_WORD = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")
+"""A word or a sign with the white space in front of it: what is compared."""
+
+_MIN_EQUAL_SHARE = 0.5
+"""Share of equal words from which single words are marked, and not the whole text."""
+
+_MAX_NAMED_CELLS = 3
+"""Cells that are named where several wrote the same."""
+
+LENGTH_MARK = "…"
+"""Behind a reply that is as long as it may be."""
+
+BROKEN_MARK = " (NaN or infinite)"
+"""Behind one that could go on no further."""
+
+
+class ReplyPart(NamedTuple):
+    """A piece of a reply: as in the base run, new, or gone from there."""
+
+    text: str
+    kind: Literal["same", "new", "gone"] = "same"
+
+
+@dataclass(frozen=True)
+class ReplyLine:
+    """What a run or some cells wrote behind a prompt."""
+
+    label: str
+    replies: tuple[tuple[ReplyPart, ...], ...]
+    """One for each sample and draw of noise; none where all are those of the base run."""
+    runs: bool
+    """Whether it is an unpatched run."""
+
+
+@dataclass(frozen=True)
+class PromptReplies:
+    """A prompt with all that was written behind it."""
+
+    number: int
+    """From 1, in the order of the experiment."""
+    text: str
+    lines: tuple[ReplyLine, ...]
+
+
+def prompt_replies(result: ExperimentResult, report: spec.Report) -> list[PromptReplies]:
+    """The first prompts, `top n` of them."""
+    rows = list(result.replies.prompts)[: report.top or DEFAULT_SHOWN_PROMPTS]
+    return [
+        PromptReplies(n, result.replies.prompts[row], tuple(_reply_lines(result, row)))
+        for n, row in enumerate(rows, start=1)
+    ]
+
+
+def reply_notes(result: ExperimentResult, shown: Sequence[PromptReplies]) -> list[str]:
+    """What is shown, and how."""
+    if not shown:
+        return ["no replies to show: they weren't kept with these results"]
+    count = f"{len(shown)} of {count_noun(len(result.replies.prompts), 'prompt')}, the first ones"
+    said = [count]
+    if not all(line.runs for each in shown for line in each.lines):
+        base = result.shown(result.base)
+        said = [
+            f"{count}; what differs from {base} is marked, word by word where half of the words "
+            "are the same"
+        ]
+    if any(len(line.replies) > 1 for each in shown for line in each.lines):
+        said.append("below each other: one reply for each sample, and each draw of noise")
+    if any(part.text == LENGTH_MARK for each in shown for line in each.lines
+           for reply in line.replies for part in reply):  # fmt: skip
+        said.append(f"{LENGTH_MARK} behind a reply that is as long as it may be")
+    return said
+
+
+def _reply_lines(result: ExperimentResult, row: int) -> Iterator[ReplyLine]:
+    """The unpatched runs, then the cells; those that wrote the same in one line."""
+    found = result.replies
+    for run, texts in found.runs.items():
+        if row in texts:
+            plain = tuple((ReplyPart(each.text), *_end_mark(each)) for each in texts[row])
+            yield ReplyLine(result.shown(run), plain, runs=True)
+    alike: dict[tuple[object, ...], list[CellKey]] = {}
+    first: dict[tuple[object, ...], tuple[Sequence[Reply], Sequence[Reply]]] = {}
+    for cell, texts in zip(result.cells, found.cells, strict=False):
+        if row not in texts or not (cell.site or cell.coords):
+            continue  # without rules the one cell is the base run
+        base = _base_replies(result, row, cell)
+        key = (tuple((each.text, each.ended) for each in texts[row]), id(base))
+        alike.setdefault(key, []).append(cell)
+        first[key] = (texts[row], base)
+    for key, cells in alike.items():
+        replies, base = first[key]
+        parts = tuple(
+            (
+                *mark_differences(base[n % len(base)].text if base else None, each.text),
+                *_end_mark(each),
+            )
+            for n, each in enumerate(replies)
+        )
+        same = bool(base) and all(
+            _is_equal(each, base[n % len(base)]) for n, each in enumerate(replies)
+        )
+        yield ReplyLine(_cells_label(cells), () if same else parts, runs=False)
+
+
+def _is_equal(one: Reply, other: Reply) -> bool:
+    return (one.text, one.ended) == (other.text, other.ended)
+
+
+def _end_mark(reply: Reply) -> tuple[ReplyPart, ...]:
+    behind = {"length": LENGTH_MARK, "broken": BROKEN_MARK}.get(reply.ended)
+    return () if behind is None else (ReplyPart(behind),)
+
+
+def _base_replies(result: ExperimentResult, row: int, cell: CellKey) -> Sequence[Reply]:
+    """What the cell's base run wrote; nothing where several stand side by side, and it can't be
+    told which of them is the cell's."""
+    runs: Mapping[str, Mapping[int, tuple[Reply, ...]]] = result.replies.runs
+    names = result.base.split(", ")
+    there = [run for run in runs if run.partition(" (")[0] in names and row in runs[run]]
+    if len(there) > 1:
+        values = {str(value) for value in cell.coords.values()}
+        there = [run for run in there if values.issuperset(run[:-1].partition(" (")[2].split(", "))]
+    return runs[there[0]][row] if len(there) == 1 else ()
+
+
+def _cells_label(cells: Sequence[CellKey]) -> str:
+    names = [cell.name for cell in cells[:_MAX_NAMED_CELLS]]
+    more = len(cells) - len(names)
+    return ", ".join(names) + (f" and {more} more" if more else "")
+
+
+def mark_differences(base: str | None, text: str) -> tuple[ReplyPart, ...]:
+    """A text with what is new in it, and what is gone; as a whole where less than half of the words
+    are those of the base run's."""
+    if base is None or text == base:
+        return (ReplyPart(text),) if text else ()
+    before, now = _WORD.findall(base), _WORD.findall(text)
+    matcher = SequenceMatcher(None, before, now, autojunk=False)
+    if matcher.ratio() < _MIN_EQUAL_SHARE:
+        return (ReplyPart(text, "new"),) if text else (ReplyPart(base, "gone"),)
+    parts: list[ReplyPart] = []
+    for kind, a, b, c, d in matcher.get_opcodes():
+        if kind == "equal":
+            parts.append(ReplyPart("".join(now[c:d])))
+            continue
+        gone, new = "".join(before[a:b]), "".join(now[c:d])
+        parts += [ReplyPart(gone, "gone")] if gone else []
+        parts += [ReplyPart(new, "new")] if new else []
+    return tuple(parts)
+
+
+PROMPT_CHARACTERS = 160
 """Characters of a prompt's end that are shown."""
-WIDTH = 100
+
+FILE_WIDTH = 100
 """Of a file of text."""
-STYLES = {"same": "", "new": "bold green", "gone": "red"}
-SIGNS = {"same": ("", ""), "new": ("{+", "+}"), "gone": ("[-", "-]")}
+
+PART_STYLES = {"same": "", "new": "bold green", "gone": "red"}
+
+PART_SIGNS = {"same": ("", ""), "new": ("{+", "+}"), "gone": ("[-", "-]")}
 """What differs can be told without colours."""
 
 
@@ -33,49 +196,99 @@ def render(result: ExperimentResult, report: spec.Report, console: Console) -> N
     console.print(title, highlight=False)
     facts = f"{result.model} · {result.direction}"
     console.print(Text(facts, style="dim"), highlight=False)
-    shown = written_prompts(result, report)
+    shown = prompt_replies(result, report)
     for each in shown:
-        console.print(Text(f"prompt {each.number}: ", style="bold") + Text(_end(each.text)))
+        console.print(Text(f"prompt {each.number}: ", style="bold") + Text(_prompt_end(each.text)))
         table = Table(box=None, padding=(0, 2), show_edge=False, show_header=False)
         table.add_column(max_width=max(20, console.width // 3))
         table.add_column()
         for line in each.lines:
-            for label, reply in zip(_labels(line), _replies(line), strict=True):
+            for label, reply in zip(_line_labels(line), _reply_texts(line), strict=True):
                 table.add_row(Text(label, style="" if line.runs else "dim"), reply)
         console.print(table)
-    notes(said_of(result, shown), console)
-    conventions(result, report, console)
+    print_notes(reply_notes(result, shown), console)
+    print_conventions(result, report, console)
 
 
 def save(result: ExperimentResult, report: spec.Report, path: Path) -> None:
     """As a page, or as plain text."""
     if path.suffix.lower() == ".html":
-        from mechdsl.show.reports.texts_page import page
-
-        path.write_text(page(result, report), encoding="utf-8")
+        path.write_text(texts_page(result, report), encoding="utf-8")
         return
     text = io.StringIO()
-    render(result, report, visible_console(file=text, width=WIDTH, plain=True))
+    render(result, report, visible_console(file=text, width=FILE_WIDTH, plain=True))
     path.write_text(text.getvalue().lstrip("\n"), encoding="utf-8")
 
 
-def _end(text: str) -> str:
-    shown = visible(text)
-    return shown if len(shown) <= PROMPT else "…" + shown[1 - PROMPT :]
+def _prompt_end(text: str) -> str:
+    shown = escape_hidden(text)
+    return shown if len(shown) <= PROMPT_CHARACTERS else "…" + shown[1 - PROMPT_CHARACTERS :]
 
 
-def _labels(line: WrittenLine) -> Iterator[str]:
-    yield visible(line.label)
+def _line_labels(line: ReplyLine) -> Iterator[str]:
+    yield escape_hidden(line.label)
     yield from [""] * (len(line.replies) - 1)
 
 
-def _replies(line: WrittenLine) -> Iterator[Text]:
+def _reply_texts(line: ReplyLine) -> Iterator[Text]:
     if not line.replies:
         yield Text("the same", style="dim")
     for reply in line.replies:
-        yield Text().join(map(_part, reply)) if reply else Text("nothing", style="dim")
+        yield Text().join(map(_part_text, reply)) if reply else Text("nothing", style="dim")
 
 
-def _part(part: Part) -> Text:
-    before, behind = SIGNS[part.kind]
-    return Text(before + visible(part.text) + behind, style=STYLES[part.kind])
+def _part_text(part: ReplyPart) -> Text:
+    before, behind = PART_SIGNS[part.kind]
+    return Text(before + escape_hidden(part.text) + behind, style=PART_STYLES[part.kind])
+
+
+TEXTS_STYLE = f"""
+body {{ font-family: {FONT}; color: {INK}; margin: 24px; }}
+h1 {{ font-size: 18px; margin: 24px 0 4px; }}
+h2 {{ font-size: 13px; margin: 20px 0 4px; }}
+p, small, i {{ color: {QUIET_INK}; font-size: 12px; margin: 2px 0; }}
+table {{ border-collapse: collapse; }}
+th {{ text-align: left; vertical-align: top; font-weight: normal; font-size: 12px; }}
+th, td {{ padding: 3px 16px 3px 0; border-top: 1px solid #ddd; vertical-align: top; }}
+pre, td {{ font-family: {MONO_FONT}; font-size: 13px; white-space: pre-wrap; margin: 0; }}
+ins {{ background: #d6f2d9; text-decoration: none; font-weight: bold; }}
+del {{ background: #fbdcdc; }}
+"""
+
+_TAGS = {"same": "{}", "new": "<ins>{}</ins>", "gone": "<del>{}</del>"}
+
+
+def texts_page(result: ExperimentResult, report: spec.Report) -> str:
+    """HTML on its own: what the base run wrote, and beside each cell what differs from that."""
+    shown = prompt_replies(result, report)
+    title = escape_xml(f"{result.name}: replies")
+    facts = escape_xml(f"{result.model} · {result.direction}")
+    notes = "".join(f"<p>{escape_xml(line)}</p>" for line in reply_notes(result, shown))
+    body = "".join(map(_prompt_html, shown))
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{TEXTS_STYLE}</style></head>\n<body><h1>{title}</h1><p>{facts}</p>{notes}{body}"
+        "</body></html>\n"
+    )
+
+
+def _prompt_html(each: PromptReplies) -> str:
+    rows = "".join(map(_line_html, each.lines))
+    return f"<h2>prompt {each.number}</h2><pre>{_text_html(each.text)}</pre><table>{rows}</table>\n"
+
+
+def _text_html(text: str) -> str:
+    return "\n".join(map(escape_xml, text.split("\n")))
+
+
+def _line_html(line: ReplyLine) -> str:
+    replies = [
+        "".join(map(_part_html, reply)) if reply else "<i>nothing</i>" for reply in line.replies
+    ] or ["<i>the same</i>"]
+    first, *more = (f"<td>{reply}</td>" for reply in replies)
+    head = f'<th rowspan="{len(replies)}">{escape_xml(line.label)}</th>'
+    return f"<tr>{head}{first}</tr>" + "".join(f"<tr>{reply}</tr>" for reply in more)
+
+
+def _part_html(part: ReplyPart) -> str:
+    return _TAGS[part.kind].format(escape_xml(part.text))

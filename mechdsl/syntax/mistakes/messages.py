@@ -1,27 +1,300 @@
-"""From a place where the parser stopped to a message that says what to write."""
+"""From the position where the parser stopped to a message that states the fix."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 
-from mechdsl.base.registry import nearest
-from mechdsl.base.source import Source, Span
+from mechdsl.base.records import closest_name
+from mechdsl.base.source import STRING_PATTERN, Source, Span
 from mechdsl.diagnostics.core import Diagnostic
-from mechdsl.diagnostics.e01_syntax import MisspeltWord, ReservedName, UnexpectedToken, WrongVersion
+from mechdsl.diagnostics.syntax import (
+    MisspeltWord,
+    ReservedName,
+    Unclosed,
+    UnexpectedToken,
+    WrongVersion,
+)
 from mechdsl.syntax import ast
-from mechdsl.syntax.changes import SIGNATURES
-from mechdsl.syntax.grammar import keywords
-from mechdsl.syntax.mistakes.hints import hint
-from mechdsl.syntax.mistakes.pieces import WORDS, Piece, first_words
-from mechdsl.syntax.reserved import (
+from mechdsl.syntax.mistakes.hints import find_hint
+from mechdsl.syntax.parser import keywords
+from mechdsl.syntax.tree_builder import CHANGE_SIGNATURES
+from mechdsl.syntax.words import (
+    BLOCK_WORDS,
     CHANGE_WORDS,
+    CLAUSE_WORDS,
     DATA_WORDS,
     EXPERIMENT_WORDS,
     POSITION_WORDS,
     RESERVED,
+    SOFT_WORDS,
     TOP_WORDS,
+    VERBS,
 )
+
+_PIECE = re.compile(
+    rf"(?P<string>{STRING_PATTERN})|#[^\n]*|(?P<word>[A-Za-z_]\w*)|(?P<number>[0-9]+)"
+    r"|(?P<sign>\.\.|->|[<>!]=|[^\s])"
+)
+
+_CLOSERS = {"{": "}", "(": ")", "[": "]"}
+
+_HEADER = re.compile(
+    r"(experiment|prompts|images)\s+\w+\s*\{"
+    r"|(param|model|metric|direction|basis|group)\s+\w+\s*=(?!=)"
+    r'|use\s+"|seed\s+[0-9]+|mech\s+[0-9]+'
+)
+"""What begins a statement of the outermost level and nothing else."""
+
+_BLOCK = re.compile(r"(?P<head>(?:experiment|prompts|images)[ \t]+\w+)[ \t]*\n\s*(?!\{|\s)")
+
+_INNER_BLOCK = re.compile(
+    r"(?P<head>corrupt[ \t]+\w+)\s+(?:\w+\s*[=,]|(?:swap|template|add|replace|blur)\b)"
+    r"|(?P<loop>for[ \t]+\w+[ \t]+in[ \t]+[^\n{}]*?[^\s{}])"
+    rf"\s+(?:{'|'.join(sorted(EXPERIMENT_WORDS))})\b"
+)
+"""What stands before the brace of a block, where what the block holds follows without one."""
+
+_DEFINITION = re.compile(r"[A-Za-z_]\w*(?=(?:\s*,\s*[A-Za-z_]\w*)*\s*=(?!=)|\s+in(?!\w))")
+
+_DEFINERS = ("text", "span", "region", "where", "corrupt")
+"""Words of data lines behind which a name and a `=` begin no line of their own."""
+
+_FROM_INTO = re.compile(
+    r"from\s+(?!(?:last|first|each|tokens?|top)\b)[\w.]+(?:\s*,\s*[\w.]+)*"
+    r"\s+(?!(?:tokens?|row|of|at|(?:layer|head|neuron|expert|feature)s?)\b)[a-z]"
+)
+"""`from RUN into RUN`, also with `into` misspelt, but no `from POSITION` or `from SITE`."""
+
+FIRST_WORDS: Mapping[str, Set[str]] = {
+    "top_lines": TOP_WORDS,
+    "data_lines": DATA_WORDS,
+    "change_lines": CHANGE_WORDS,
+    "experiment_lines": EXPERIMENT_WORDS,
+}
+"""First words of the statements that each kind of block holds."""
+
+
+def first_words(kind: str) -> Set[str]:
+    """The same, with soft words and the verbs of rules that were registered from outside."""
+    own = FIRST_WORDS[kind]
+    return own | SOFT_WORDS | frozenset(VERBS) if kind == "experiment_lines" else own
+
+
+BLOCK_CONTENTS = {
+    "experiment": "experiment_lines",
+    "for": "experiment_lines",
+    "run": "experiment_lines",
+    "prompts": "data_lines",
+    "images": "data_lines",
+    "corrupt": "change_lines",
+}
+"""What the braces behind each word hold."""
+
+
+@dataclass
+class Lexeme:
+    """A word, number, text or sign."""
+
+    kind: str
+    text: str
+    start: int
+    end: int
+    first: bool
+    """It is the first on its line."""
+    depth: int = 0
+    """How many brackets are open before it."""
+    partner: int | None = None
+    """For an opening bracket, the offset of its closing one."""
+
+
+def split_lexemes(text: str) -> list[Lexeme]:
+    """All pieces of a text, without brackets matched."""
+    found: list[Lexeme] = []
+    line_end = -1
+    for match in _PIECE.finditer(text):
+        if match.lastgroup is None:
+            continue
+        if match.start() > line_end:
+            line_end = text.find("\n", match.start())
+            if line_end < 0:
+                line_end = len(text)
+            first = True
+        else:
+            first = False
+        kind = match.lastgroup
+        found.append(Lexeme(kind, match[0], match.start(), match.end(), first))
+    return found
+
+
+def balance_brackets(source: Source, text: str) -> tuple[str, list[Diagnostic]]:
+    """The text with brackets that match, and which ones didn't (E0103, E0101).
+
+    A closing bracket that is missing takes the place of white space before the word at which its
+    absence shows, one too many becomes a blank.
+    """
+    chars = list(text)
+    diagnostics: list[Diagnostic] = []
+    opened: list[Lexeme] = []
+    early: list[Lexeme] = []
+    """Closing braces that aren't the first on their line, with an opening one on another line."""
+
+    def indent(offset: int) -> int:
+        line = text[text.rfind("\n", 0, offset) + 1 : offset + 1]
+        return len(line) - len(line.lstrip())
+
+    def close(piece: Lexeme, before: int, place: str) -> None:
+        closer = _CLOSERS[piece.text]
+        span = Span(source, piece.start, piece.end)
+        diagnostics.append(Unclosed(opener=piece.text, closer=closer, place=place, span=span))
+        slot = before - 1
+        while slot > piece.end and chars[slot].isspace() and chars[slot - 1].isspace():
+            slot -= 1
+        if slot >= piece.end and slot < len(chars) and chars[slot].isspace():
+            chars[slot] = closer
+        else:
+            chars.insert(before, closer) if before >= len(chars) else chars.__setitem__(
+                piece.start, " "
+            )
+
+    for piece in split_lexemes(text):
+        if piece.kind == "word" and piece.first and opened:
+            line = source.line_column(piece.start)[0]
+            if _HEADER.match(text, piece.start) and not (
+                piece.text in ("prompts", "images", "model") and opened[-1].text != "{"
+            ):
+                while opened:
+                    close(opened.pop(), piece.start, f", before line {line}")
+            while opened and opened[-1].text != "{" and _begins(text, piece):
+                close(opened.pop(), piece.start, f", before line {line}")
+        if piece.kind == "word" and piece.first and (end := _headless(text, piece, len(opened))):
+            chars[end] = "{"
+            opened.append(Lexeme("sign", "{", end, end + 1, first=False))
+            diagnostics.append(_no_brace(source, piece, end))
+        if piece.kind != "sign":
+            continue
+        if piece.text in _CLOSERS:
+            opened.append(piece)
+        elif piece.text in "})]":
+            matching = [i for i, o in enumerate(opened) if _CLOSERS[o.text] == piece.text]
+            if not matching:
+                # It may be the right one, and one before it have taken its place.
+                stray = early.pop() if early and piece.text == "}" else piece
+                chars[stray.start] = " "
+                diagnostics.append(_stray(source, stray))
+                continue
+            index = matching[-1]
+            if piece.first and piece.text == "}":
+                # Indentation says which of several open braces was meant.
+                here = indent(piece.start)
+                aligned = [i for i in matching if indent(opened[i].start) == here]
+                if aligned and indent(opened[index].start) > here:
+                    index = aligned[-1]
+            while len(opened) > index + 1:
+                line = source.line_column(piece.start)[0]
+                close(opened.pop(), piece.start, f", before the `{piece.text}` of line {line}")
+            opener = opened.pop()
+            if not piece.first and "\n" in text[opener.start : piece.start]:
+                early.append(piece)
+    while opened:
+        close(opened.pop(), len(chars), "")
+    return "".join(chars), diagnostics
+
+
+def _headless(text: str, piece: Lexeme, depth: int) -> int:
+    """Where the brace is missing behind the words that open a block; 0 where none is."""
+    head = (_BLOCK if depth == 0 else _INNER_BLOCK).match(text, piece.start)
+    return head.end(head.lastgroup or 0) if head else 0
+
+
+def _no_brace(source: Source, piece: Lexeme, end: int) -> Diagnostic:
+    found = f"end of the `{piece.text}` statement"
+    span = Span(source, end, end)
+    hint = f"the lines of `{piece.text}` stand between `{{` and `}}`"
+    return UnexpectedToken(found=found, expected="`{`", hint=hint, span=span)
+
+
+def _begins(text: str, piece: Lexeme) -> bool:
+    """Whether a word inside round or square brackets can only begin a statement."""
+    rest = text[piece.end :].lstrip()[:1]
+    words = EXPERIMENT_WORDS | DATA_WORDS | TOP_WORDS
+    if piece.text in words and rest not in (":", ",", ")", "]", ".", ""):
+        return True
+    return _DEFINITION.match(text, piece.start) is not None and rest == "="
+
+
+def _stray(source: Source, piece: Lexeme) -> Diagnostic:
+    opener = next(o for o, c in _CLOSERS.items() if c == piece.text)
+    return UnexpectedToken(
+        found=f"`{piece.text}`",
+        expected="no closing bracket",
+        hint=f"no `{opener}` is open here",
+        span=Span(source, piece.start, piece.end),
+    )
+
+
+def match_brackets(text: str) -> list[Lexeme]:
+    """All pieces of a text whose brackets match, with their depths and partners."""
+    found = split_lexemes(text)
+    opened: list[Lexeme] = []
+    for piece in found:
+        if piece.kind == "sign" and piece.text in ("}", ")", "]") and opened:
+            opened.pop().partner = piece.start
+        piece.depth = len(opened)
+        if piece.kind == "sign" and piece.text in _CLOSERS:
+            opened.append(piece)
+    return found
+
+
+def statement_starts(text: str, inside: list[Lexeme], kind: str, depth: int) -> list[int]:
+    """Indices of the pieces that begin a statement of a block."""
+    found: list[int] = []
+    words = FIRST_WORDS[kind]
+    for i, piece in enumerate(inside):
+        if piece.kind != "word" or piece.depth != depth:
+            continue
+        before = inside[i - 1] if i else None
+        goes_on = before is not None and before.text in ("+", "-", "/", ",", "=", "->", "..")
+        if piece.text in words:
+            inner = piece.text == "from" and not _FROM_INTO.match(text, piece.start)
+            if piece.text == "using" and found and inside[found[-1]].text == "discover":
+                inner = True
+            if not inner and not (goes_on and not piece.first):
+                found.append(i)
+        elif (
+            i == 0
+            or (kind in ("data_lines", "change_lines") and _defines(text, piece, before, goes_on))
+            or (piece.first and not goes_on and piece.text not in CLAUSE_WORDS)
+        ):
+            found.append(i)
+    return found
+
+
+def _defines(text: str, piece: Lexeme, before: Lexeme | None, goes_on: bool) -> bool:
+    if goes_on:
+        return False
+    if before is not None and (before.text in _DEFINERS or _is_near_definer(before)):
+        return False
+    return _DEFINITION.match(text, piece.start) is not None
+
+
+def _is_near_definer(piece: Lexeme) -> bool:
+    """`sapn bar = "|"`: the word that begins a line is a misspelt one."""
+    return piece.first and piece.kind == "word" and closest_name(piece.text, _DEFINERS) is not None
+
+
+def block_start(statement: list[Lexeme], first: str) -> Lexeme | None:
+    """The brace that opens the lines of a statement, if it has some; `first` is what its first word
+    is read as."""
+    if first not in BLOCK_WORDS:
+        return None
+    depth = statement[0].depth
+    for piece in statement:
+        if piece.text == "{" and piece.kind == "sign" and piece.depth == depth:
+            return piece
+    return None
+
 
 _BLOCKS = {
     "top_lines": "a statement of the file, such as `prompts` or `experiment`",
@@ -29,17 +302,22 @@ _BLOCKS = {
     "change_lines": "a change, such as `count = count - 1`",
     "experiment_lines": "a statement of an `experiment`, such as `patch` or `measure`",
 }
+
 _HOMES = (
     (TOP_WORDS, "at the outermost level of the file, outside every brace"),
     (EXPERIMENT_WORDS, "in an `experiment` block"),
     (DATA_WORDS, "in a `prompts` or `images` block"),
     (CHANGE_WORDS, "in a `corrupt` block"),
 )
+
 _CHANGED = {("change_lines", "image"): "change the image that is there: `mask image` is gray"}
 """What a word of another block is meant for."""
+
 _SHOWN = 4
+
 _VALUES = frozenset({"NAME", "STRING", "INT", "FLOAT", "PERCENT"})
 """What the values of a change begin with."""
+
 _AXES = frozenset(
     name + plural
     for name in ("LAYER", "HEAD", "NEURON", "EXPERT", "FEATURE")
@@ -59,9 +337,9 @@ class Mistake:
     """The statement at fault."""
     offset: int
     """Where the parser stopped; the end of the block if a statement is cut short by it."""
-    token: Piece | None
-    before: Piece | None
-    statement: list[Piece]
+    token: Lexeme | None
+    before: Lexeme | None
+    statement: list[Lexeme]
     accepts: frozenset[str]
     lexed: str
     """What the lexer took the token for."""
@@ -82,15 +360,15 @@ class Mistake:
         return Span(self.source, self.token.start, self.token.end)
 
 
-def explain(mistake: Mistake) -> Diagnostic:
+def explain_mistake(mistake: Mistake) -> Diagnostic:
     """The message for a mistake: the most telling that applies."""
     return (
         _first_word(mistake)
         or _taken_for_position(mistake)
         or _misspelt(mistake)
-        or hinted(mistake)
+        or explain_habit(mistake)
         or _reserved(mistake)
-        or misplaced(mistake)
+        or explain_misplaced(mistake)
     )
 
 
@@ -119,10 +397,10 @@ def _first_word(mistake: Mistake) -> Diagnostic | None:
                 hint=_CHANGED.get((mistake.kind, word.text), f"`{word.text}` belongs {home}"),
                 span=span,
             )
-    meant = nearest(word.text, first_words(mistake.kind))
+    meant = closest_name(word.text, first_words(mistake.kind))
     if meant is not None:
         return MisspeltWord(word=word.text, meant=meant, span=span)
-    said = hint("", mistake.source.text[word.start : mistake.end], mistake.accepts)
+    said = find_hint("", mistake.source.text[word.start : mistake.end], mistake.accepts)
     return UnexpectedToken(
         found=f"`{_short(word.text)}`", expected=_BLOCKS[mistake.kind], hint=said or "", span=span
     )
@@ -138,7 +416,9 @@ def _taken_for_position(mistake: Mistake) -> Diagnostic | None:
     """`reverse first` in a `corrupt` block: where a change takes a value, the grammar of all
     changes reads the word as the beginning of a position."""
     words = [piece.text for piece in mistake.statement]
-    signature = SIGNATURES.get(words[0]) if words and mistake.kind == "change_lines" else None
+    signature = (
+        CHANGE_SIGNATURES.get(words[0]) if words and mistake.kind == "change_lines" else None
+    )
     if signature is None or signature.tokens:
         return None
     for n, piece in enumerate(mistake.statement[1:], 1):
@@ -156,29 +436,29 @@ def _taken_for_position(mistake: Mistake) -> Diagnostic | None:
     return None
 
 
-def hinted(mistake: Mistake) -> Diagnostic | None:
+def explain_habit(mistake: Mistake) -> Diagnostic | None:
     """What people write by habit there."""
-    found = hint(
+    found = find_hint(
         mistake.source.text[mistake.begin : mistake.offset],
         mistake.source.text[mistake.offset : mistake.end],
         mistake.accepts,
     )
     if found is None:
         return None
-    return misplaced(mistake, found)
+    return explain_misplaced(mistake, found)
 
 
 def _misspelt(mistake: Mistake) -> Diagnostic | None:
     token = mistake.token
     if mistake.cut_short or token is None or token.kind != "word":
         return None
-    meant = nearest(token.text, _words(mistake.accepts))
+    meant = closest_name(token.text, _words(mistake.accepts))
     if meant is None or meant == token.text:
         return None
     if token.text in keywords().values():  # `layers` for `layer`, but not `and` for `add`
         if token.text.removesuffix("s") != meant.removesuffix("s"):
             return None
-        return misplaced(mistake, f"write `{meant}`", word=token)
+        return explain_misplaced(mistake, f"write `{meant}`", word=token)
     span = Span(mistake.source, token.start, token.end)
     return MisspeltWord(word=token.text, meant=meant, span=span)
 
@@ -203,7 +483,9 @@ def _reserved(mistake: Mistake) -> Diagnostic | None:
     return ReservedName(name=token.text, span=Span(mistake.source, token.start, token.end))
 
 
-def misplaced(mistake: Mistake, hint: str = "", *, word: Piece | None = None) -> Diagnostic:
+def explain_misplaced(
+    mistake: Mistake, hint: str = "", *, word: Lexeme | None = None
+) -> Diagnostic:
     """E0101: what stands where the parser stopped, or this word there, has no place."""
     span = Span(mistake.source, word.start, word.end) if word else mistake.span
     found, expected = _found(mistake), _expected(mistake)
@@ -275,7 +557,7 @@ def _expected(mistake: Mistake) -> str:
     known = keywords()
     complete = "$END" in left
     if complete:
-        left -= {name for name in left if known.get(name, "") in WORDS[mistake.kind]}
+        left -= {name for name in left if known.get(name, "") in FIRST_WORDS[mistake.kind]}
         left -= {"$END", "DEF"}
     texts: list[str] = []
     for text, group in _GROUPS:

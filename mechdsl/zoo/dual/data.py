@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from numpy.random import Generator
 
-from mechdsl.images.shapes import COLOURS, KINDS, TEXTURES
+from mechdsl.images.pixels import SHAPE_COLOURS, SHAPES, TEXTURES
 from mechdsl.zoo import language
 from mechdsl.zoo.pictures import Scene, scenes
 
-PARTS = (tuple(KINDS), tuple(COLOURS), tuple(TEXTURES))
+PARTS = (tuple(SHAPES), tuple(SHAPE_COLOURS), tuple(TEXTURES))
 """What each part of a scene may be."""
 GROUPS, GROUP = 12, 4
 """Of a batch of scenes that are alike: groups of one kind and colour, scenes of each at most."""
@@ -25,7 +25,7 @@ WHOLE_SHARE = 0.4
 
 def vocabulary() -> tuple[str, ...]:
     """Every token of the model, in the order of their ids."""
-    return (*SPECIAL, "a", "on", *COLOURS, *KINDS, *TEXTURES)
+    return (*SPECIAL, "a", "on", *SHAPE_COLOURS, *SHAPES, *TEXTURES)
 
 
 def caption(kind: str, colour: str = "", texture: str = "") -> str:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import CLIPModel
 
-from mechdsl.images.shapes import COLOURS, KINDS, TEXTURES, Drawn
+from mechdsl.images.pixels import SHAPE_COLOURS, SHAPES, TEXTURES, ShapesDrawing
 from mechdsl.zoo import pictures
 from mechdsl.zoo.commands import Tally, evaluate_command
 from mechdsl.zoo.dual.data import caption
@@ -29,8 +29,8 @@ CAPTION, TRAINED = "caption, of all 180", "caption, scenes of training"
 IMAGE = "image, of one of each scene"
 
 CHOICES: dict[str, Callable[[Scene], list[Scene]]] = {
-    KIND: lambda true: [(kind, "", "") for kind in KINDS],
-    COLOUR: lambda true: [(true[0], colour, "") for colour in COLOURS],
+    KIND: lambda true: [(kind, "", "") for kind in SHAPES],
+    COLOUR: lambda true: [(true[0], colour, "") for colour in SHAPE_COLOURS],
     TEXTURE: lambda true: [(true[0], "", texture) for texture in TEXTURES],
     CAPTION: lambda true: [*scenes(False), *scenes(True)],
 }
@@ -50,7 +50,9 @@ def evaluate(folder: Path, n: int, seed: int) -> dict[str, Tally]:
     return tallies
 
 
-def captions_chosen(model: Any, tokenizer: Tokenizer, drawn: Sequence[Drawn], name: str) -> Tally:
+def captions_chosen(
+    model: Any, tokenizer: Tokenizer, drawn: Sequence[ShapesDrawing], name: str
+) -> Tally:
     """For each image, whether the true caption is the best of the row's choices."""
     tally = Tally()
     every = {caption(*each) for true in scenes(False) for each in CHOICES[name](true)}
@@ -84,7 +86,7 @@ def images_chosen(model: Any, tokenizer: Tokenizer, n: int, seed: int) -> Tally:
 
 
 def scores(
-    model: Any, tokenizer: Tokenizer, drawn: Sequence[Drawn], texts: Sequence[str]
+    model: Any, tokenizer: Tokenizer, drawn: Sequence[ShapesDrawing], texts: Sequence[str]
 ) -> Tensor:
     """How well each caption fits each image, [image, caption]."""
     given = encode(tokenizer, texts, model.config.text_config.pad_token_id)

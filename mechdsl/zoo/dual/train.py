@@ -18,16 +18,7 @@ from transformers import CLIPConfig, CLIPModel, ViTForImageClassification
 
 from mechdsl.zoo import language, pictures, words
 from mechdsl.zoo.commands import train_command
-from mechdsl.zoo.dual.data import (
-    END,
-    PARTS,
-    SPECIAL,
-    alike,
-    caption,
-    fits,
-    told,
-    vocabulary,
-)
+from mechdsl.zoo.dual.data import END, PARTS, SPECIAL, alike, caption, fits, told, vocabulary
 from mechdsl.zoo.pictures import Scene
 
 SEED = 0

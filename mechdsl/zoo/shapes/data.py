@@ -1,6 +1,6 @@
 """Images the classifier is trained and tested on: one coloured shape on a texture, 32 × 32 pixels.
 
-Seeded, by `mechdsl/images/shapes.py`. Half of the images of training have patches in grey, a random
+Seeded, by `mechdsl/images/pixels.py`. Half of the images of training have patches in grey, a random
 share from none to all, and keep their kind: where nothing of the shape is left, no kind is more
 likely than another, so that a grey image says nothing.
 """
@@ -14,10 +14,10 @@ import numpy as np
 from numpy.random import default_rng
 from numpy.typing import NDArray
 
-from mechdsl.images.shapes import KINDS, Pixels
+from mechdsl.images.pixels import SHAPES, ShapePixels
 from mechdsl.zoo import pictures
 
-CLASSES: tuple[str, ...] = tuple(KINDS)
+CLASSES: tuple[str, ...] = tuple(SHAPES)
 GREY_SHARE = 0.5
 """Of the images, those with patches in grey."""
 
@@ -26,7 +26,7 @@ GREY_SHARE = 0.5
 class Example:
     """An image of training, its class, and which shape its patches are part of."""
 
-    pixels: Pixels
+    pixels: ShapePixels
     label: int
     patches: NDArray[np.int64]
     """[patch], see `pictures.kinds_of_patches`."""

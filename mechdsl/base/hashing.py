@@ -1,0 +1,184 @@
+"""Stable digests, and seeded draws that depend only on their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import fields, is_dataclass
+from hashlib import blake2b
+from math import comb
+from typing import TYPE_CHECKING, Any, cast, overload
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+DIGEST_BYTES = 16
+"""Of a digest."""
+
+
+def digest(*parts: object) -> bytes:
+    """16 bytes. Parts are numbers, texts, bytes, arrays, records, functions, classes, sequences,
+    sets and mappings of these; TypeError for anything else, so that nothing is left out unseen.
+
+    A record counts with its class and the fields that take part in its comparison.
+    """
+    made = blake2b(digest_size=DIGEST_BYTES)
+    _feed(made, parts)
+    return made.digest()
+
+
+def digest_number(*parts: object) -> int:
+    """A digest as a number in 0..2^64-1."""
+    return int.from_bytes(digest(*parts)[:8], "little")
+
+
+def _feed(made: Any, value: object) -> None:
+    """Every value is written with its kind and its length, so that no two run into each other."""
+    match value:
+        case None | bool() | int() | float():
+            _write(made, "v", f"{type(value).__name__} {value!r}".encode())
+        case str():
+            _write(made, "s", value.encode("utf-8", "surrogatepass"))
+        case bytes():
+            _write(made, "b", value)
+        case Mapping():
+            pairs = cast("Mapping[object, object]", value)
+            each = sorted(digest(key) + digest(own) for key, own in pairs.items())
+            _write(made, "m", b"".join(each))
+        case Set():
+            _write(made, "e", b"".join(sorted(map(digest, cast("Iterable[object]", value)))))
+        case list() | tuple():
+            items = cast("tuple[object, ...]", value)
+            _write(made, "l", str(len(items)).encode())
+            for item in items:
+                _feed(made, item)
+        case _:
+            _feed_object(made, value)
+
+
+def _feed_object(made: Any, value: object) -> None:
+    import numpy as np  # here, as few files need it to be checked
+
+    if isinstance(value, np.ndarray):
+        array = cast("np.ndarray[Any, Any]", value)
+        if array.dtype == object:
+            raise TypeError("an array of objects has no digest")
+        _write(made, "a", f"{array.dtype.str} {array.shape}".encode())
+        _write(made, "d", np.ascontiguousarray(array).tobytes())
+    elif isinstance(value, np.generic):
+        _feed(made, cast(object, value.item()))
+    elif is_dataclass(value) and not isinstance(value, type):
+        _write(made, "r", _name(type(value)).encode())
+        _feed(made, [(f.name, getattr(value, f.name)) for f in fields(value) if f.compare])
+    else:
+        _write(made, "f", _name(value).encode())
+
+
+def _name(value: object) -> str:
+    """Of a class or function; TypeError for what has no name of its own."""
+    name = getattr(value, "__qualname__", "<")
+    if "<" in name:
+        raise TypeError(f"a {type(value).__name__} has no digest")
+    return f"{getattr(value, '__module__', '')}.{name}"
+
+
+def _write(made: Any, kind: str, content: bytes) -> None:
+    made.update(f"{kind}{len(content)}:".encode())
+    made.update(content)
+
+
+_WORD = (1 << 64) - 1
+
+_ROUNDS = 6
+
+
+def stable_hash(*parts: object) -> int:
+    """A number in 0..2^128-1 that is the same on every machine and in every version."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
+
+
+class Permutation(Sequence[int]):
+    """A seeded permutation of 0..size-1 that is never written out, so `size` may be anything.
+
+    A Feistel network permutes the next power of four; what falls outside is sent round again
+    (cycle walking, three times on average at worst).
+    """
+
+    def __init__(self, size: int, *key: object) -> None:
+        self.size = size
+        self._half = max(1, ((size - 1).bit_length() + 1) // 2)
+        self._mask = (1 << self._half) - 1
+        self._keys = tuple(stable_hash(*key, n) & _WORD for n in range(_ROUNDS))
+
+    def __len__(self) -> int:
+        return self.size
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[int]: ...
+    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.size))]
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        half, mask = self._half, self._mask
+        while True:
+            left, right = index >> half, index & mask
+            for key in self._keys:
+                # The finaliser of splitmix64, written out: a call each round takes twice as long.
+                x = ((right ^ key) + 0x9E3779B97F4A7C15) & _WORD
+                x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+                x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
+                left, right = right, left ^ ((x ^ (x >> 31)) & mask)
+            index = left << half | right
+            if index < self.size:
+                return index
+
+
+def choose_subset(
+    pool: Sequence[int], size: int, rank: int | None, *key: object
+) -> tuple[int, ...]:
+    """The set of this rank; without one, that of a seeded draw."""
+    if rank is not None:
+        return unrank_subset(pool, size, rank)
+    order = Permutation(len(pool), *key)
+    return tuple(sorted(pool[order[n]] for n in range(size)))
+
+
+def unrank_subset(pool: Sequence[int], size: int, rank: int) -> tuple[int, ...]:
+    """The set of this rank among all sets of this size, in the order of `itertools`."""
+    found: list[int] = []
+    start = 0
+    for left in range(size, 0, -1):
+        if left == 1:  # as in most cells: no need to count
+            start, rank = start + rank, 0
+        while True:
+            behind = comb(len(pool) - start - 1, left - 1)
+            if rank < behind:
+                break
+            rank -= behind
+            start += 1
+        found.append(pool[start])
+        start += 1
+    return tuple(found)
+
+
+def rank_subset(pool: Sequence[int], chosen: Sequence[int]) -> int:
+    """The rank of a set, ascending: `combination` of it gives the set."""
+    rank, start = 0, 0
+    for left, each in zip(range(len(chosen), 0, -1), chosen, strict=True):
+        place = pool.index(each)
+        rank += comb(len(pool) - start, left) - comb(len(pool) - place, left)
+        start = place + 1
+    return rank
+
+
+def random_rank(count: int, *key: object) -> int:
+    """A seeded number in 0..count-1, each as likely but for one part in 2^64."""
+    words = count.bit_length() // 128 + 2
+    drawn = 0
+    for word in range(words):
+        drawn = drawn << 128 | stable_hash(*key, word)
+    return drawn % count

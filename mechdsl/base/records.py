@@ -1,0 +1,200 @@
+"""Frozen records and registries of named entries."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from copy import copy
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import cache
+from threading import Lock
+from typing import Any, Generic, TypeVar, dataclass_transform
+
+RecordClass = TypeVar("RecordClass", bound="type[Record]")
+
+_FIELDS = "__dataclass_fields__"
+
+_FINISHING = Lock()
+
+
+class _Unfinished:
+    """Stands where a kind keeps its fields, until they are asked for."""
+
+    def __init__(self, *, kw_only: bool) -> None:
+        self.kw_only = kw_only
+
+    def __get__(self, instance: Any, kind: type[Record]) -> Any:
+        _finish(kind)
+        return getattr(kind, _FIELDS)
+
+
+@cache
+def _finish(kind: type[Record]) -> None:
+    """Make dataclasses of a kind and of those it inherits from."""
+    with _FINISHING:
+        for each in reversed(kind.__mro__):
+            waiting = vars(each).get(_FIELDS)
+            if isinstance(waiting, _Unfinished):
+                dataclass(init=False, eq=False, repr=False, kw_only=waiting.kw_only)(each)
+                if vars(each).get("__init__") is _finish_and_init:
+                    # In one step: until then, other threads wait for the lock.
+                    each.__init__ = _initializer(each)
+
+
+def _initializer(kind: type[Record]) -> Any:
+    """`__init__` as `dataclass` writes it, which replaces no function that a class has already."""
+    every = [(each.name, Any, copy(each)) for each in fields(kind)]  # type: ignore[arg-type]
+    own = {"__post_init__": None} if hasattr(kind, "__post_init__") else {}
+    return make_dataclass(kind.__name__, every, namespace=own, eq=False, repr=False).__init__
+
+
+def _finish_and_init(self: Record, *args: Any, **values: Any) -> None:
+    """The initializer of a class until its first object is made."""
+    _finish(type(self))
+    type(self).__init__(self, *args, **values)
+
+
+class Record:
+    """Equal to another of its class whose compared fields are equal."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _finish(type(self))  # an unpickled object may be the first of its class in this process
+        self.__dict__.update(state)
+
+    def _key(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in _compared(type(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        assert isinstance(other, Record)
+        return self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._key()))
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in _shown(type(self)))
+        return f"{type(self).__name__}({shown})"
+
+
+@cache
+def _compared(kind: type[Record]) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind) if f.compare)  # type: ignore[arg-type]
+
+
+@cache
+def _shown(kind: type[Record]) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind) if f.repr)  # type: ignore[arg-type]
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def record(kind: RecordClass) -> RecordClass:
+    """`@dataclass` for a subclass of Record; frozen, as far as the type checker is concerned."""
+    return _waiting(kind, kw_only=False)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+def keyword_record(kind: RecordClass) -> RecordClass:
+    """The same with all fields given by name."""
+    return _waiting(kind, kw_only=True)
+
+
+def _waiting(kind: RecordClass, *, kw_only: bool) -> RecordClass:
+    setattr(kind, _FIELDS, _Unfinished(kw_only=kw_only))
+    if "__init__" not in vars(kind):
+        setattr(kind, "__init__", _finish_and_init)  # noqa: B010
+    return kind
+
+
+EntryT = TypeVar("EntryT")
+
+
+def closest_name(word: str, known: Iterable[str]) -> str | None:
+    """The known word that a misspelt one most likely meant: a third of its letters may differ. One
+    of two letters has all of its own, and is near a single known word."""
+    found = close_names(word, known)
+    if len(word) > 2:
+        return next(iter(found), None)
+    letters = set(word.lower())
+    kept = {each for each in found if letters <= set(each.lower()) or set(each.lower()) < letters}
+    return kept.pop() if len(kept) == 1 else None
+
+
+def close_names(word: str, known: Iterable[str]) -> list[str]:
+    """All known words that a misspelt one may have meant, the nearest first. Nearly every word of
+    two letters is near another one, so what is found for those has to be confirmed."""
+    most = max(1, (len(word) + 1) // 3)
+    alike = (each for each in known if abs(len(each) - len(word)) <= most)
+    ranked = sorted((edit_distance(word.lower(), each.lower()), each) for each in alike)
+    return [each for apart, each in ranked if apart <= most]
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Letters to insert, delete, replace or swap with a neighbour to get from one to the other.
+
+    source: Damerau 1964, doi.org/10.1145/363958.363994, without changes inside a swapped pair
+    """
+    before: list[int] = []
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, last, row = row, before, [i]
+        for j, y in enumerate(b, 1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                cost = min(cost, last[j - 2] + 1)
+            row.append(cost)
+    return row[-1]
+
+
+EXTERNAL_MODULES: set[str] = set()
+"""Names of modules outside of this package that have registered an entry, in any registry."""
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+def _note_outside() -> None:
+    """Whoever stands behind an entry: the first caller that isn't a function of this package."""
+    frame = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
+    while frame.f_back is not None:
+        name = frame.f_globals.get("__name__", "")
+        ours = name.partition(".")[0] == _PACKAGE
+        if not ours:
+            EXTERNAL_MODULES.add(name)
+        if not ours or frame.f_code.co_name == "<module>":
+            return
+        frame = frame.f_back
+
+
+class Registry(Generic[EntryT]):
+    """Named entries of one kind (sites, metrics, …) in the order of their registration."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, EntryT] = {}
+
+    def add(self, name: str, entry: EntryT) -> EntryT:
+        """Register an entry; a name that is taken is a mistake of ours, so it raises."""
+        if name in self._entries:
+            raise ValueError(f"{self.kind} `{name}` is registered twice")
+        self._entries[name] = entry
+        _note_outside()
+        return entry
+
+    def get(self, name: str) -> EntryT | None:
+        return self._entries.get(name)
+
+    def __getitem__(self, name: str) -> EntryT:
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def items(self) -> Iterable[tuple[str, EntryT]]:
+        return self._entries.items()

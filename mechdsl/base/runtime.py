@@ -1,0 +1,161 @@
+"""State of the process: random generators, garbage collection, numeric settings."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import sys
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from importlib import import_module
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+
+R = TypeVar("R")
+
+
+@contextmanager
+def preserve_random_state() -> Generator[None]:
+    """Whatever is drawn inside, afterwards they are as before: those of Python, and of numpy and
+    torch on all devices where these are imported."""
+    with ExitStack() as stack:
+        for put_back in _random_states():
+            stack.callback(put_back)
+        yield
+
+
+def restores_random_state(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that leaves them as they were: importing may draw some, and rich draws one for
+    each style that it prints."""
+
+    @wraps(function)
+    def called(*args: P.args, **named: P.kwargs) -> R:
+        with preserve_random_state():
+            return function(*args, **named)
+
+    return called
+
+
+def _random_states() -> list[Callable[[], None]]:
+    """What puts them back, of all generators that may be drawn from."""
+    python = random.getstate()
+    found: list[Callable[[], None]] = [lambda: random.setstate(python)]
+    # Not imported here, so that `validate` needs neither; without them nothing of theirs is moved.
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None:
+        own = numpy.random.get_state()
+        found.append(lambda: numpy.random.set_state(own))
+    torch: Any = sys.modules.get("torch")
+    if torch is None:
+        return found
+    cpu = torch.get_rng_state()
+    found.append(lambda: torch.set_rng_state(cpu))
+    # Asking a device that nobody has used would start it.
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        cuda = torch.cuda.get_rng_state_all()
+        found.append(lambda: torch.cuda.set_rng_state_all(cuda))
+    if torch.backends.mps.is_available():
+        mps = torch.mps.get_rng_state()
+        found.append(lambda: torch.mps.set_rng_state(mps))
+    return found
+
+
+@contextmanager
+def pause_garbage_collection() -> Generator[None]:
+    """Garbage is not looked for inside, and afterwards as before."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+ENVIRONMENT_VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NPY_DISABLE_CPU_FEATURES",
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+    "OPENBLAS_CORETYPE",
+    "PYTORCH_JIT",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+    "USE_HUB_KERNELS",
+)
+"""Of the libraries that multiply matrices: which instructions and precisions they may use."""
+
+
+def numeric_settings() -> dict[str, str]:
+    """All that isn't as torch starts with it; empty where nobody has changed anything. How many
+    threads there are is left out: a number is the same up to rounding with any."""
+    found = {name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ}
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "backends"):
+        return found
+    now = {
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "tf32 in convolutions": torch.backends.cudnn.allow_tf32,
+        "reduced sums in float16": (
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+        ),
+        "reduced sums in bfloat16": (
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+        ),
+        "default dtype": str(torch.get_default_dtype()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn benchmark": torch.backends.cudnn.benchmark,
+        "sums in float16": getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False),
+        "mkldnn": getattr(torch.backends.mkldnn, "enabled", True),
+        "flash attention": torch.backends.cuda.flash_sdp_enabled(),
+        "efficient attention": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "plain attention": torch.backends.cuda.math_sdp_enabled(),
+        "cudnn attention": torch.backends.cuda.cudnn_sdp_enabled(),
+    }
+    found |= {name: str(value) for name, value in now.items() if value != _USUAL[name]}
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            found[f"autocast on {device}"] = str(torch.get_autocast_dtype(device))
+    return found
+
+
+def active_torch_mode() -> str | None:
+    """The class of a mode of torch that is active and may change what any function of it returns;
+    None without one. A device for new tensors changes no number."""
+    if "torch" not in sys.modules:
+        return None
+    overrides: Any = import_module("torch.overrides")
+    dispatch: Any = import_module("torch.utils._python_dispatch")
+    modes = [
+        *overrides._get_current_function_mode_stack(),
+        *dispatch._get_current_dispatch_mode_stack(),
+    ]
+    names = (type(mode).__name__ for mode in modes)
+    return next((name for name in names if name != "DeviceContext"), None)
+
+
+_USUAL: dict[str, object] = {
+    "matmul precision": "highest",
+    "tf32 in convolutions": True,
+    "reduced sums in float16": True,
+    "reduced sums in bfloat16": True,
+    "default dtype": "torch.float32",
+    "deterministic": False,
+    "cudnn benchmark": False,
+    "sums in float16": False,
+    "mkldnn": True,
+    "flash attention": True,
+    "efficient attention": True,
+    "plain attention": True,
+    "cudnn attention": True,
+}
+"""What torch starts with."""

@@ -1,0 +1,722 @@
+"""Conditions of expectations with their names bound, and the cells and measures that they name."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from mechdsl.base.records import Record, record
+from mechdsl.base.source import Span
+from mechdsl.base.text import Percent, measure_names, name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.names import UnknownName, UnknownWord
+from mechdsl.diagnostics.rules import EmptyRange
+from mechdsl.diagnostics.statistics import AmbiguousMeasure, UnreadableExpectation
+from mechdsl.resolve.cells import COMPONENT_AXIS
+from mechdsl.resolve.types import AxisLabel
+from mechdsl.syntax import ast
+from mechdsl.vocab.sites import SHORT_WORDS, SITES, unknown_component
+
+if TYPE_CHECKING:
+    from mechdsl.resolve.cells import CellKey
+
+
+# --- which cells --------------------------------------------------------------------------------
+
+SHORT_COMPONENTS = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}
+"""`L3.mlp` is `mlp_out layer 3`."""
+
+_SITE = re.compile(r"(?:L(?P<layer>[^HN.]+)(?:(?P<unit>[HN])(?P<index>[^.]+))?\.)?(?P<name>\w+)")
+"""`L2H0.z`, `L0-2.resid_post`, `L3H*.z`, `embed`."""
+
+_UNITS = {"H": "head", "N": "neuron"}
+
+CoordinateValues = dict[str, int | float | str]
+
+
+def component_name(name: str) -> str:
+    """The registered name of a component that may be written short."""
+    return SHORT_COMPONENTS.get(name, name)
+
+
+def cell_coordinates(cell: CellKey) -> tuple[CoordinateValues, set[str]]:
+    """All coordinates of a cell, those included that its experiment doesn't sweep but its site's
+    name shows, and its components (several where rules act together)."""
+    found: CoordinateValues = {}
+    components: set[str] = set()
+    rules = cell.site.split(" + ")
+    for rule in rules:
+        # `L0H2.z → L1H1.k`: a path is at its sender, and its receiver has axes of its own.
+        for written, prefix in zip(rule.split(" → "), ("", "to_"), strict=False):
+            part = _SITE.fullmatch(written)
+            if part is None:
+                continue
+            if not prefix:
+                components.add(part["name"])
+            if len(rules) > 1:
+                continue
+            if (part["layer"] or "").isdigit():
+                found[f"{prefix}layer"] = int(part["layer"])
+            if part["unit"] and part["index"].isdigit():
+                found[prefix + _UNITS[part["unit"]]] = int(part["index"])
+    return {**cell.also, **found, **cell.coords}, components
+
+
+@record
+class CellSelection(Record):
+    """Which cells are meant: ranges of coordinates, and a component."""
+
+    text: str
+    ranges: Mapping[str, tuple[tuple[int | float | str, int | float | str], ...]]
+    """Axis -> ranges with both ends included, one of which has to hold it."""
+    component: str | None = None
+
+    def matches(self, cell: CellKey, open_axes: Collection[str] = ()) -> bool:
+        """open_axes: those of which a cell may have any value, for it isn't known yet."""
+        coordinates, components = cell_coordinates(cell)
+        named = self.component if COMPONENT_AXIS not in open_axes else None
+        if named and components and named not in components:
+            return False
+        return all(
+            axis in open_axes
+            or (axis in coordinates and any(_within(coordinates[axis], *e) for e in allowed))
+            for axis, allowed in self.ranges.items()
+        )
+
+    def find(self, cells: Iterable[CellKey]) -> list[int]:
+        """Indices of the cells that are meant."""
+        return [index for index, cell in enumerate(cells) if self.matches(cell)]
+
+
+def _within(value: int | float | str, low: int | float | str, high: int | float | str) -> bool:
+    if isinstance(value, str) and isinstance(low, Percent) and value.endswith("%"):
+        value = float(value[:-1])  # a layer by its relative depth
+    if isinstance(value, str) or isinstance(low, str) or isinstance(high, str):
+        return str(value) == str(low)
+    return low <= value <= high
+
+
+# --- values -------------------------------------------------------------------------------------
+
+
+@record
+class ConstantValue(Record):
+    value: float
+
+
+@record
+class CellAggregate(Record):
+    """One number of the cells of a measure. `only` and `cell` read a single one."""
+
+    how: Literal["max", "min", "mean", "cell", "only"]
+    measure: int
+    where: tuple[CellSelection, ...] = ()
+    experiment: str | None = None
+    """`delta of other`: whose measure it is, `measure` counts there; None is this experiment."""
+
+
+@record
+class Accuracy(Record):
+    run: str
+
+
+@record
+class Correlation(Record):
+    """Over the cells that both experiments have."""
+
+    how: Literal["spearman", "pearson"]
+    measure: int
+    experiment: str
+
+
+@record
+class Arithmetic(Record):
+    operator: Literal["+", "-", "*", "/"]
+    left: ConditionValue
+    right: ConditionValue
+
+
+@record
+class Absolute(Record):
+    operand: ConditionValue
+
+
+@record
+class Area(Record):
+    """Under the curve of a measure over an axis, divided by the axis's range."""
+
+    measure: int
+    axis: str
+    where: tuple[CellSelection, ...] = ()
+
+
+@record
+class Ranking(Record):
+    """`auroc(effect, truth)`: how well an effect ranks what is true."""
+
+    measure: int
+    where: tuple[CellSelection, ...] = ()
+    """Which cells are ranked; with a column, the one whose rows are."""
+    truth: tuple[CellSelection, ...] | None = None
+    """A cell that one of these names is true; None where a column says what is."""
+    column: str | None = None
+    """A variable of the prompts that is true or false, over the rows of one cell."""
+
+
+ConditionValue = (
+    ConstantValue | CellAggregate | Accuracy | Correlation | Area | Ranking | Arithmetic | Absolute
+)
+
+_TRUTHS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def truth_value(value: object) -> bool | None:
+    """What a value of the prompts says, as far as it is a truth value; 0 and 1 are, and a column
+    of CSV has them as texts."""
+    if isinstance(value, str):
+        return _TRUTHS.get(value.strip().lower())
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
+
+
+# --- conditions ---------------------------------------------------------------------------------
+
+
+@record
+class Comparison(Record):
+    operator: Literal["<", "<=", ">", ">=", "=", "!="]
+    left: ConditionValue
+    right: ConditionValue
+
+
+@record
+class BandCondition(Record):
+    """`v near x within t`, `v in a..b`: both ends included."""
+
+    value: ConditionValue
+    low: float
+    high: float
+
+
+@record
+class BestCellCondition(Record):
+    """`argmax(recovery) = L9H9`."""
+
+    how: Literal["argmax", "argmin"]
+    measure: int
+    where: tuple[CellSelection, ...]
+    site: CellSelection
+    equal: bool = True
+
+
+@record
+class TopCellsCondition(Record):
+    """`top 3 contains L9H9, L9H6`, by absolute value."""
+
+    top: int
+    measure: int
+    sites: tuple[CellSelection, ...]
+
+
+@record
+class LogicalCondition(Record):
+    operator: Literal["and", "or"]
+    left: Condition
+    right: Condition
+
+
+@record
+class Negation(Record):
+    operand: Condition
+
+
+Condition = Comparison | BandCondition | BestCellCondition | LogicalCondition | Negation
+
+ExpectStatement = Condition | TopCellsCondition
+"""What stands behind `expect`."""
+
+
+@dataclass(frozen=True)
+class KnownMeasure:
+    """A measure as far as an expectation can name it."""
+
+    label: str
+    effect: str
+    kind: Literal["number", "category"] = "number"
+    word: str = ""
+    """`prob` of `prob(answer)`: the metric that it is, empty where it is more than one."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`ld at item 1 token` is called `ld` too."""
+        return measure_names(self.label)
+
+    @property
+    def metric(self) -> str:
+        """The label without the position."""
+        return self.names[-1]
+
+
+def naming_hint(measures: Sequence[KnownMeasure], found: Sequence[int], of: str = "") -> str:
+    """How one of several measures that a name could mean is named, or what gives it a name of its
+    own.
+
+    of: behind it, where the measures are another experiment's (` of other`).
+    """
+    named = [(each.effect, each.metric) for each in measures]
+    for effect, metric in (named[i] for i in found):
+        if metric.isidentifier() and named.count((effect, metric)) == 1:
+            return f"name one, as in `{effect} of {metric}{of}`"
+    effect, metric = named[found[0]]
+    taken = {name for _, name in named}
+    own = next(name for n in count(1) if (name := f"m{n}") not in taken)
+    return (
+        f"give one a name: with `metric {own} = {metric}` above and `measure {own} …` for it, "
+        f"`{effect} of {own}{of}` is that one"
+    )
+
+
+@dataclass(frozen=True)
+class KnownNames:
+    """What an experiment has that an expectation may name."""
+
+    measures: Sequence[KnownMeasure]
+    axes: Sequence[str] = ()
+    runs: Sequence[str] = ()
+    """Where the prompts have no answer, so that none has an accuracy, E0516 says so."""
+    experiments: Sequence[str] = ()
+    """The others of the file."""
+    aliases: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Second names of axes."""
+    cells: Sequence[CellKey] | None = None
+    """None as long as they aren't known."""
+    perhaps: Collection[str] = ()
+    """Axes that the experiment may not have: it isn't known either."""
+    open_axes: Collection[str] = ()
+    """Axes of which a cell may have any value, for it isn't known yet."""
+    name: str = ""
+    """The experiment's own."""
+    others: Mapping[str, KnownNames] = field(default_factory=dict[str, "KnownNames"])
+    """What those of the file have whose measures may be named; those that are lost are missing."""
+    groups: Mapping[str, Sequence[ast.Site]] = field(default_factory=dict[str, Sequence[ast.Site]])
+    """Groups of sites of the file."""
+    columns: Mapping[str, Sequence[Any]] | None = field(default_factory=dict[str, Sequence[Any]])
+    """Variables of the prompts, row by row; None as long as they aren't known."""
+    all_rows: bool = True
+    """Whether columns have every row; else some are missing that the run has."""
+
+    @property
+    def one_cell(self) -> bool:
+        """Whether there is one cell, as far as is known."""
+        if self.cells is not None and not self.open_axes:
+            return len(self.cells) == 1
+        return all(axis in self.perhaps for axis in self.axes)
+
+
+AxisNumber = int | float | str
+
+AxisRanges = tuple[tuple[AxisNumber, AxisNumber], ...]
+
+
+class RefusedCondition(Exception):
+    """Why an expectation can't be read."""
+
+    def __init__(self, diagnostic: Diagnostic) -> None:
+        super().__init__(diagnostic.message)
+        self.diagnostic = diagnostic
+
+
+def unreadable_expectation(span: Span, reason: str, hint: str) -> RefusedCondition:
+    """E0606."""
+    return RefusedCondition(UnreadableExpectation(span=span, reason=reason, hint=hint))
+
+
+def parse_selection(node: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> CellSelection:
+    """A site as a filter of cells. Raises RefusedCondition with E0203, E0321 or E0606."""
+    text = node.span.written
+    hint = "write a site such as `L9H9` or `L3.resid`"
+    if isinstance(node, ast.ShortSite):
+        return _short(node, text)
+    if isinstance(node, ast.String):
+        hint += f", or the value of an axis: `position: {text}`"
+    if isinstance(node, ast.EdgeTokenOf):
+        hint = f'a position is a value of its axis, in quotes: `position: "{text}"`'
+    if isinstance(node, ast.Name):
+        node = ast.Site(names=(node,), span=node.span)
+    if not isinstance(node, ast.Site):
+        raise unreadable_expectation(node.span, f"`{text}` is not a site", hint)
+    if node.short is not None:
+        return _short(node.short, text)
+    if node.ranked is not None or node.basis is not None or len(node.names) > 1:
+        raise unreadable_expectation(node.span, f"`{text}` is not a plain site", hint)
+    ranges = {axis.word: _axis(axis) for axis in node.axes}
+    component = _component(node.names[0].id, node.names[0].span) if node.names else None
+    return CellSelection(text, {word: each for word, each in ranges.items() if each}, component)
+
+
+def ascending_range(
+    low: AxisNumber, high: AxisNumber, span: Span
+) -> tuple[tuple[AxisNumber, AxisNumber]]:
+    """A range of an axis; E0321 where it holds nothing."""
+    if isinstance(low, int | float) and isinstance(high, int | float) and high < low:
+        found = EmptyRange(span=span, text=span.written, low=f"{high:g}", high=f"{low:g}")
+        raise RefusedCondition(found)
+    return ((low, high),)
+
+
+def _component(name: str, span: Span) -> str:
+    """The full name of a component that there is."""
+    found = component_name(name)
+    if found not in SITES:
+        raise RefusedCondition(unknown_component(name, span, SHORT_WORDS))
+    return found
+
+
+def _axis(axis: ast.Axis) -> AxisRanges:
+    """The ranges of an axis; none for `*`."""
+    found: list[tuple[AxisNumber, AxisNumber]] = []
+    for value in axis.values:
+        if isinstance(value, ast.Star):
+            return ()
+        low = _bound(value.low)
+        found += ascending_range(low, low if value.high is None else _bound(value.high), value.span)
+    return tuple(found)
+
+
+def _bound(bound: ast.Bound) -> int:
+    if bound.value is None or bound.value < 0:
+        text = bound.span.text
+        raise unreadable_expectation(
+            bound.span, f"`{text}` is not an index", "write the number, from 0"
+        )
+    return bound.value
+
+
+def _short(node: ast.ShortSite, text: str) -> CellSelection:
+    ranges: dict[str, AxisRanges] = {"layer": ((node.layer, node.layer),)}
+    if node.unit is not None and node.index is not None:
+        ranges["head" if node.unit == "H" else "neuron"] = ((node.index, node.index),)
+    component = _component(node.component, node.span) if node.component else None
+    return CellSelection(text, ranges, component)
+
+
+EXPECTATION_FUNCTIONS = (
+    "max", "min", "mean", "abs", "auc", "auroc", "accuracy", "spearman", "pearson", "argmax",
+    "argmin",
+)  # fmt: skip
+"""What an expectation calculates with."""
+
+
+def _written(axis: str, value: AxisLabel) -> str:
+    """How a value of an axis is named: `layer: 2`, `position: "last token"`."""
+    return f'{axis}: "{value}"' if isinstance(value, str) else f"{axis}: {value}"
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+class CellReader:
+    """Reads measures and cells of one experiment: of the one that expects, or of another one."""
+
+    def __init__(self, known: KnownNames, *, of_other: bool = False) -> None:
+        self.known = known
+        self.of_other = of_other
+        self.whose = f"`{known.name}`" if of_other else "this experiment"
+
+    @property
+    def experiment(self) -> str | None:
+        """The name of another experiment; None is the one that expects."""
+        return self.known.name if self.of_other else None
+
+    @property
+    def example(self) -> str:
+        """How one of its cells is named."""
+        if not self.known.cells or self.known.open_axes:
+            return "L9H9"
+        return ", ".join(_written(axis, at) for axis, at in self.known.cells[0].coords.items())
+
+    @property
+    def true_example(self) -> str:
+        """What may be true in `auroc(measure, …)`: a group, else a site."""
+        if self.known.groups:
+            return next(iter(self.known.groups))
+        cells = () if self.known.open_axes else self.known.cells or ()
+        return f"[{cells[0].site}]" if len(cells) > 1 else "[L9H9]"
+
+    # --- measures
+
+    def labelled(self, node: ast.Expr) -> list[int]:
+        """Measures whose metric is written exactly so."""
+        text = _squeezed(node.span.written)
+        measures = self.known.measures
+        return [i for i, m in enumerate(measures) if text in map(_squeezed, m.names)]
+
+    def measure(self, node: ast.Expr, *, called: bool = False) -> int:
+        """The one measure that a name, `recovery of ld` or a metric as written means.
+
+        called: arguments stand behind it, so that it may have been meant as a function.
+        """
+        measures = self.known.measures
+        text = node.span.written
+        found = self.labelled(node)
+        if not found and isinstance(node, ast.Name):
+            text = node.id
+            found = [i for i, m in enumerate(measures) if node.id in (m.effect, *m.names)]
+            numbers = [i for i in found if measures[i].kind == "number"]
+            found = numbers or found
+            # `prob` is short for the one `prob(answer)`.
+            found = found or [
+                i
+                for i, m in enumerate(measures)
+                if m.word == node.id and not m.metric.isidentifier()
+            ]
+        elif not found and isinstance(node, ast.QualifiedRef):
+            found = [
+                i
+                for i, m in enumerate(measures)
+                if m.effect == node.name and node.of.name in m.names
+            ]
+        if not found:
+            words = {m.effect: None for m in measures} | {m.metric: None for m in measures}
+            listed = f"{self.whose} measures {name_list(words)}"
+            short = [m.word for m in measures if m.word]
+            hint = did_you_mean(
+                text, [*words, *short, *(EXPECTATION_FUNCTIONS if called else ())], listed
+            )
+            kind = f"measure or effect of {self.whose}"
+            raise RefusedCondition(UnknownWord(span=node.span, kind=kind, word=text, hint=hint))
+        if len(found) > 1:
+            end = f" of {self.known.name}" if self.of_other else ""
+            hint = naming_hint(measures, found, end)
+            raise RefusedCondition(self.which(node.span, text, found, hint))
+        if measures[found[0]].kind == "category":
+            hint = "categories have no mean; `correct` or `expected(1..9)` are numbers"
+            raise unreadable_expectation(
+                node.span, f"`{measures[found[0]].label}` is a category", hint
+            )
+        return found[0]
+
+    def which(self, span: Span, text: str, found: Sequence[int], hint: str) -> AmbiguousMeasure:
+        named = [self.known.measures[i] for i in found]
+        count = Counter(f"`{each.effect} of {each.label}`" for each in named)
+        candidates = " or ".join(
+            f"{name} ({n} times)" if n > 1 else name for name, n in count.items()
+        )
+        return AmbiguousMeasure(
+            span=span, text=text, count=len(found), candidates=candidates, hint=hint
+        )
+
+    # --- cells
+
+    def find(self, where: Sequence[CellSelection]) -> list[int]:
+        """The cells that are meant, once each where they differ in nothing that is known."""
+        cells, unknown = self.known.cells or (), self.known.open_axes
+        found: dict[object, int] = {}
+        for i, cell in enumerate(cells):
+            if all(each.matches(cell, unknown) for each in where):
+                apart = tuple(v for axis, v in cell.coords.items() if axis not in unknown)
+                found.setdefault(apart if unknown else i, i)
+        return list(found.values())
+
+    def not_one(self, span: Span, where: Sequence[CellSelection], found: Sequence[int]) -> NoReturn:
+        text = ", ".join(each.text for each in where)
+        if not found:
+            axes = name_list(self.known.axes) or "none"
+            hint = f"name a cell of {self.whose}; its axes are {axes}"
+            raise unreadable_expectation(span, f"no cell is at {text}", hint)
+        count = "several" if self.known.open_axes else len(found)
+        example = f"say which with `{self._apart(found)}` beside it, or `max(…)` over them"
+        raise unreadable_expectation(span, f"{count} cells are at {text}", example)
+
+    def _apart(self, found: Sequence[int]) -> str:
+        """What tells one of these cells from another."""
+        cells = self.known.cells or ()
+        coords = [cells[number].coords for number in found]
+        for axis, value in coords[0].items():
+            if axis not in self.known.open_axes and any(at.get(axis) != value for at in coords):
+                return _written(axis, value)
+        return _written("position", "last token")
+
+    def one_of(
+        self, site: ast.Expr | ast.Site, among: Sequence[CellSelection] = ()
+    ) -> CellSelection:
+        """A site that one of these cells has; of no cell, nothing would ever be found true."""
+        own = parse_selection(site)
+        where = (own, *among)
+        if self.known.cells is not None and not self.find(where):
+            self.not_one(site.span, where, [])
+        return own
+
+    def wheres(self, arguments: Sequence[ast.Argument]) -> tuple[CellSelection, ...]:
+        return tuple(
+            parse_selection(argument.value)
+            if argument.name is None
+            else self.named(argument.name, argument)
+            for argument in arguments
+        )
+
+    def named(self, axis: str, argument: ast.Argument) -> CellSelection:
+        """`position: "last token"`, `layer: 2`."""
+        number, axis = axis, self.known.aliases.get(axis, axis)  # `item: 3` is a number
+        if axis not in self.known.axes:
+            listed = name_list(self.known.axes) or "none"
+            hint = did_you_mean(axis, self.known.axes, f"its axes are: {listed}")
+            kind = f"axis of {self.whose}"
+            raise RefusedCondition(UnknownWord(span=argument.span, kind=kind, word=axis, hint=hint))
+        value = argument.value
+        text = argument.span.written
+        match value:
+            case ast.String():
+                self.label(value, axis)
+                return CellSelection(text, {axis: ((value.value, value.value),)})
+            case ast.Range():
+                ends = ascending_range(self.end(value.low), self.end(value.high), value.span)
+                return CellSelection(text, {number: ends})
+            case (
+                ast.Number()
+                | ast.Percent()
+                | ast.Negative(operand=ast.Number())
+                | ast.Negative(operand=ast.Percent())
+            ):
+                return CellSelection(text, {number: ((self.end(value), self.end(value)),)})
+            case _:
+                hint = f'write `{axis}: 2`, `{axis}: 2..4` or `{axis}: "…"`'
+                if isinstance(value, ast.Name):
+                    hint = f'write words in quotes: `{axis}: "{value.id}"`'
+                raise unreadable_expectation(argument.span, "not a value of an axis", hint)
+
+    def label(self, value: ast.String, axis: str) -> None:
+        """E0203 for a word that an axis doesn't have, as far as its values are known."""
+        if self.known.cells is None or axis in self.known.open_axes:
+            return
+        found = (cell.coords[axis] for cell in self.known.cells if axis in cell.coords)
+        labels = list(dict.fromkeys(map(str, found)))
+        if labels and value.value not in labels:
+            listed = f"it has {name_list(labels)}"
+            hint = did_you_mean(value.value, labels, listed)
+            kind = f"`{axis}` in {self.whose}"
+            raise RefusedCondition(
+                UnknownWord(span=value.span, kind=kind, word=value.value, hint=hint)
+            )
+
+    def end(self, node: ast.Expr) -> float:
+        """An end of a range of cells: `50%` is 50 on an axis, as its cells say it."""
+        match node:
+            case ast.Percent():
+                return Percent(node.value)
+            case ast.Negative(operand=ast.Percent(value=value)):
+                return Percent(-value)
+            case _:
+                return self.constant(node)
+
+    def constant(self, node: ast.Expr) -> float:
+        """A number, also one with a sign or written as a sum."""
+        match node:
+            case ast.Number():
+                return float(node.value)
+            case ast.Percent():
+                return node.value / 100
+            case ast.Negative():
+                return -self.constant(node.operand)
+            case _:
+                raise unreadable_expectation(
+                    node.span, "not a plain number", "write the number itself"
+                )
+
+
+def truth_column(argument: ast.Argument, of: CellReader) -> str | None:
+    """The variable of the prompts that is meant, whose values are true or false; None where it is
+    a group or sites. E0201 where it is nothing, E0606 where it is several or no truth value."""
+    name = _lone_name(argument)
+    if name is None:
+        return None
+    columns, groups = of.known.columns, of.known.groups
+    a_site = name in groups or component_name(name) in SITES
+    if columns is None:
+        return None if a_site else name
+    span = argument.value.span
+    if name not in columns:
+        if a_site:
+            return None
+        words = (*groups, *columns)
+        variables = name_list(columns) or "none"
+        listed = f"write sites as a list, `[L9H9]`; variables of the prompts are {variables}"
+        kind = "group or variable of the prompts"
+        hint = did_you_mean(name, words, listed)
+        raise RefusedCondition(UnknownName(span=span, kind=kind, name=name, hint=hint))
+    if a_site:
+        other = "a group" if name in groups else "a component"
+        reason = f"`{name}` is {other} and a variable of the prompts"
+        raise unreadable_expectation(span, reason, "give one of them another name")
+    _check_values(name, columns[name], span, all_rows=of.known.all_rows)
+    return name
+
+
+def _check_values(name: str, values: Sequence[object], span: Span, *, all_rows: bool) -> None:
+    """E0606 for a variable that isn't both true and false."""
+    hint = "take one that is 0 or 1, such as `large = if count > 5 then 1 else 0`"
+    other = next((value for value in values if truth_value(value) is None), None)
+    if other is not None:
+        raise unreadable_expectation(
+            span, f"`{name}` is neither true nor false: it is `{other}` in a row", hint
+        )
+    if all_rows and len({truth_value(value) for value in values}) == 1:
+        raise unreadable_expectation(span, f"`{name}` is {values[0]} in every row", hint)
+
+
+def true_cells(
+    argument: ast.Argument, where: Sequence[CellSelection], of: CellReader
+) -> tuple[CellSelection, ...]:
+    """The sites of a group or a list, one of which a cell has to have to be true. E0606 for one
+    that no cell has, and where all cells that are ranked are true, or none."""
+    found = tuple(parse_selection(site) for site in _sites(argument, of))
+    span, cells = argument.value.span, of.known.cells
+    if cells is None:
+        return found
+    for each in found:
+        if not of.find((each,)):
+            of.not_one(span, (each,), [])
+    ranked = of.find(where)
+    if not ranked:
+        of.not_one(span, where, [])
+    if of.known.open_axes:
+        return found
+    true = [i for i in ranked if any(each.matches(cells[i]) for each in found)]
+    if len(true) in (0, len(ranked)):
+        which = "every" if true else "no"
+        reason = f"{which} cell that is ranked is at `{span.written}`"
+        hint = "it compares cells that are true with others: rank more cells, or name fewer"
+        raise unreadable_expectation(span, reason, hint)
+    return found
+
+
+def _sites(
+    argument: ast.Argument, of: CellReader
+) -> Iterator[ast.Expr | ast.Range | ast.Quantity | ast.Site]:
+    value = argument.value
+    if argument.name is not None:
+        reason = f"`{argument.span.written}` doesn't say what is true"
+        hint = f"write a group or a list of sites, as in `{of.true_example}`"
+        raise unreadable_expectation(argument.span, reason, hint)
+    listed = value.items if isinstance(value, ast.ListLiteral) else (value,)
+    for each in listed:
+        name = _name(each)
+        if name is not None and name in of.known.groups:
+            yield from of.known.groups[name]
+        else:
+            yield each
+
+
+def _lone_name(argument: ast.Argument) -> str | None:
+    return _name(argument.value) if argument.name is None else None
+
+
+def _name(value: ast.Expr | ast.Range | ast.Quantity | ast.Site) -> str | None:
+    """A lone word, which reads as a group of sites too."""
+    if isinstance(value, ast.Site) and len(value.names) == 1 and not value.axes:
+        return value.names[0].id
+    return value.id if isinstance(value, ast.Name) else None

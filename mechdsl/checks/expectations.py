@@ -1,0 +1,748 @@
+"""Checks of measures, reports, statistics and expectations against an experiment's cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from operator import add, mul, sub, truediv
+from typing import Any, Literal
+
+from mechdsl.base.records import closest_name
+from mechdsl.base.text import find_run, name_list
+from mechdsl.checks.conditions import (
+    Absolute,
+    Accuracy,
+    Area,
+    Arithmetic,
+    BandCondition,
+    BestCellCondition,
+    CellAggregate,
+    CellReader,
+    CellSelection,
+    Comparison,
+    Condition,
+    ConditionValue,
+    ConstantValue,
+    Correlation,
+    ExpectStatement,
+    KnownMeasure,
+    KnownNames,
+    LogicalCondition,
+    Negation,
+    Ranking,
+    RefusedCondition,
+    TopCellsCondition,
+    true_cells,
+    truth_column,
+    unreadable_expectation,
+)
+from mechdsl.checks.p_values import check_reachable_p
+from mechdsl.diagnostics.core import Diagnostic, UnknownFact, did_you_mean, filter_certain
+from mechdsl.diagnostics.experiments import UnreadableMeasure
+from mechdsl.diagnostics.names import BadArgument, UnknownName, UnknownWord
+from mechdsl.diagnostics.prompts import EqualPairedValues
+from mechdsl.program import spec
+from mechdsl.program.run_order import compared_experiments
+from mechdsl.program.spec import PROMPTS_AXIS
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PromptRun
+from mechdsl.resolve.cells import (
+    average_cells,
+    distinguish_variants,
+    find_open_axes,
+    join_axes,
+    join_cells,
+)
+from mechdsl.resolve.expansion import name_cells, split_by_group
+from mechdsl.resolve.types import ExperimentOutline, ResolvedMeasure
+from mechdsl.syntax import ast
+from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import METRICS
+from mechdsl.vocab.reports import check_report
+
+
+def check_expectation(expectation: spec.Expectation, known: KnownNames) -> list[Diagnostic]:
+    """What is wrong with an expectation, before anything is run: E0108, E02xx, E0605, E0606."""
+    return read_expectation(expectation, known)[1]
+
+
+def read_expectation(
+    expectation: spec.Expectation, known: KnownNames
+) -> tuple[ExpectStatement | None, list[Diagnostic]]:
+    """The condition with its names bound, or None and why not."""
+    reader = _ConditionReader(known, on_mean=expectation.on_mean)
+    try:
+        if expectation.condition is None:
+            return reader.top(expectation), []
+        return reader.condition(expectation.condition), []
+    except RefusedCondition as refusal:
+        return None, [refusal.diagnostic]
+
+
+ACCURACY_ARGUMENTS = {PROMPTS_AXIS: "block", "model": "model"}
+"""Arguments that tell whose accuracy is meant, and of what they are names."""
+
+_ARITHMETIC = {"+": add, "-": sub, "*": mul, "/": truediv}
+
+
+def _joined(
+    operator: Literal["+", "-", "*", "/"], left: ConditionValue, right: ConditionValue
+) -> ConditionValue:
+    """Plain numbers are calculated at once."""
+    if isinstance(left, ConstantValue) and isinstance(right, ConstantValue):
+        return ConstantValue(_ARITHMETIC[operator](left.value, right.value))
+    return Arithmetic(operator, left, right)
+
+
+class _ConditionReader(CellReader):
+    def __init__(self, known: KnownNames, *, on_mean: bool) -> None:
+        super().__init__(known)
+        self.on_mean = on_mean
+
+    # --- conditions
+
+    def condition(self, node: ast.Expr) -> Condition:
+        match node:
+            case ast.Logical():
+                return LogicalCondition(
+                    node.operator, self.condition(node.left), self.condition(node.right)
+                )
+            case ast.Not():
+                return Negation(self.condition(node.operand))
+            case ast.Compare():
+                return self.comparison(node)
+            case ast.Near():
+                middle, tolerance = self.constant(node.target), self.constant(node.tolerance)
+                if tolerance < 0:
+                    raise unreadable_expectation(
+                        node.tolerance.span, "no number is within less than 0", "leave out the `-`"
+                    )
+                return BandCondition(self.value(node.value), middle - tolerance, middle + tolerance)
+            case ast.InRange():
+                if not isinstance(node.within, ast.Range):
+                    raise unreadable_expectation(
+                        node.within.span, "not a range", "write both ends: `in 0.2..0.4`"
+                    )
+                low, high = self.constant(node.within.low), self.constant(node.within.high)
+                if high < low:
+                    span, text = node.within.span, f"{high:g}..{low:g}"
+                    raise unreadable_expectation(span, "no number is in it", f"write `{text}`")
+                return BandCondition(self.value(node.value), low, high)
+            case _:
+                raise unreadable_expectation(
+                    node.span,
+                    "it doesn't compare anything",
+                    "write a condition, such as `max(recovery) > 0.3`",
+                )
+
+    def comparison(self, node: ast.Compare) -> Condition:
+        left, right, operator = node.left, node.right, node.operator
+        for best, site in ((left, right), (right, left)):
+            if isinstance(best, ast.Call) and best.name in ("argmax", "argmin"):
+                if self.labelled(best):
+                    continue
+                how: Literal["argmax", "argmin"] = "argmax" if best.name == "argmax" else "argmin"
+                if operator not in ("=", "!="):
+                    raise unreadable_expectation(
+                        node.span, f"`{how}` is a site, not a number", f"write `{how}(…) = L9H9`"
+                    )
+                of, measure, where = self.cells(best)
+                self.must_be_own(best, of)
+                return BestCellCondition(
+                    how, measure, where, self.one_of(site, where), operator == "="
+                )
+        return Comparison(operator, self.value(left), self.value(right))
+
+    def top(self, expectation: spec.Expectation) -> TopCellsCondition:
+        span = expectation.span
+        if expectation.top is None:
+            raise unreadable_expectation(
+                span, "it says nothing", "write a condition, or `top 3 contains L9H9`"
+            )
+        numbers = [i for i, each in enumerate(self.known.measures) if each.kind == "number"]
+        if len(numbers) > 1:
+            hint = "`contains` can't name one: give the other measures an experiment of their own"
+            raise RefusedCondition(self.which(span, f"top {expectation.top}", numbers, hint))
+        if not numbers:
+            raise unreadable_expectation(span, "no measure is a number", "categories have no order")
+        sites = tuple(self.one_of(site) for site in expectation.contains)
+        return TopCellsCondition(expectation.top, numbers[0], sites)
+
+    # --- values
+
+    def value(self, node: ast.Expr) -> ConditionValue:
+        if self.labelled(node):
+            return self.only(node)
+        match node:
+            case ast.Number():
+                return ConstantValue(float(node.value))
+            case ast.Percent():
+                return ConstantValue(node.value / 100)
+            case ast.Negative():
+                return _joined("-", ConstantValue(0.0), self.value(node.operand))
+            case ast.Binary():
+                left, right = self.value(node.left), self.value(node.right)
+                if node.operator == "/" and isinstance(right, ConstantValue) and right.value == 0:
+                    hint = "write a divisor that isn't 0"
+                    raise unreadable_expectation(node.right.span, "it divides by 0", hint)
+                return _joined(node.operator, left, right)
+            case ast.Call():
+                return self.call(node)
+            case ast.ExperimentMeasure(measure=ast.Call() as call):
+                other = self.of_experiment(node)
+                return self.only(node) if other.labelled(call) else self.one_cell(call, other)
+            case ast.Name() | ast.QualifiedRef() | ast.ExperimentMeasure():
+                return self.only(node)
+            case _:
+                raise unreadable_expectation(
+                    node.span, "not a number", "compare an effect with a number"
+                )
+
+    def call(self, node: ast.Call) -> ConditionValue:
+        match node.name:
+            case "max" | "min" | "mean":
+                of, measure, where = self.cells(node)
+                return CellAggregate(node.name, measure, where, of.experiment)
+            case "accuracy":
+                return Accuracy(self.accuracy(node))
+            case "spearman" | "pearson":
+                return self.correlation(node, node.name)
+            case "abs":
+                return Absolute(self.value(self.only_argument(node, "abs(max(recovery))")))
+            case "argmax" | "argmin":
+                hint = f"write `{node.name}(…) = L9H9`"
+                raise unreadable_expectation(
+                    node.span, f"`{node.name}` is a site, not a number", hint
+                )
+            case "auc":
+                return self.area(node)
+            case "auroc":
+                return self.ranking(node)
+            case _:
+                return self.one_cell(node, self)
+
+    def one_cell(self, node: ast.Call, of: CellReader) -> CellAggregate:
+        """`recovery(L9H9)`."""
+        measure = of.measure(ast.Name(span=node.span, id=node.name), called=True)
+        where = of.wheres(node.arguments)
+        if where and of.known.cells is not None and len(of.find(where)) != 1:
+            of.not_one(node.span, where, of.find(where))
+        return CellAggregate("cell" if where else "only", measure, where, of.experiment)
+
+    def only(self, node: ast.Expr) -> ConditionValue:
+        """A measure without saying of which cell, so there must be only one."""
+        of, measure = self.of_measure(node)
+        if not of.known.one_cell:
+            text = node.span.written
+            at = of.example if of.of_other else "L9H9"
+            own = isinstance(node, ast.Name)
+            cell = f"{text}({at})" if own else f"mean({text}, {at})"
+            hint = f"say which: `max({text})`, `mean({text})`, or one cell, as in `{cell}`"
+            raise unreadable_expectation(node.span, f"`{text}` has a value in every cell", hint)
+        return CellAggregate("only", measure, experiment=of.experiment)
+
+    def correlation(self, node: ast.Call, how: Literal["spearman", "pearson"]) -> ConditionValue:
+        example = f"{how}(recovery, other_experiment)"
+        measure = self.own_measure(node, example)
+        other = self.argument(node, 1, example)
+        self.no_more(node, 2, example)
+        if not isinstance(other, ast.Name):
+            raise unreadable_expectation(
+                other.span, "not the name of an experiment", f"write `{example}`"
+            )
+        if other.id not in self.known.experiments:
+            otherwise = "name another experiment of this file"
+            hint = did_you_mean(other.id, self.known.experiments, otherwise)
+            found = UnknownName(span=other.span, kind="experiment", name=other.id, hint=hint)
+            raise RefusedCondition(found)
+        if how == "spearman" and not self.on_mean:
+            name = self.argument(node, 0, example).span.written
+            hint = f"write `pearson({name}, {other.id})`, which has one, or add `on mean` to "
+            hint += "compare the number alone"
+            raise unreadable_expectation(node.span, "a rank correlation has no interval", hint)
+        return Correlation(how, measure, other.id)
+
+    def area(self, node: ast.Call) -> Area:
+        """`auc(prob, k)`: a measure, the axis of its curve, and which curve where there are
+        several."""
+        example = "auc(prob, k)"
+        first, named = self.argument(node, 0, example), self.argument(node, 1, example)
+        axes = (*self.known.axes, *self.known.aliases)
+        if first.span.written in axes and named.span.written not in axes:
+            exchanged = f"auc({named.span.written}, {first.span.written})"
+            raise unreadable_expectation(
+                first.span, "`auc` takes the measure first", f"write `{exchanged}`"
+            )
+        measure = self.own_measure(node, example)
+        axis = named.id if isinstance(named, ast.Name) else named.span.written
+        axis = self.known.aliases.get(axis, axis)
+        if axis not in self.known.axes:
+            listed = name_list(self.known.axes)
+            sweep = "sweep over something, for example `for k in 0%..100% step 5% { … }`"
+            otherwise = f"its axes are: {listed}" if listed else sweep
+            hint = did_you_mean(axis, self.known.axes, otherwise)
+            kind = "axis of this experiment"
+            raise RefusedCondition(UnknownWord(span=named.span, kind=kind, word=axis, hint=hint))
+        where = self.wheres(node.arguments[2:])
+        if self.known.cells is not None:
+            self.curve(node, named, axis, where)
+        return Area(measure, axis, where)
+
+    def curve(
+        self, node: ast.Call, named: ast.Expr, axis: str, where: Sequence[CellSelection]
+    ) -> None:
+        """The cells must be one curve over numbers."""
+        cells = [self.known.cells[i] for i in self.find(where)] if self.known.cells else []
+        if not cells:
+            self.not_one(node.span, where, [])
+        at = [cell.coords[axis] for cell in cells]
+        word = next((value for value in at if isinstance(value, str)), None)
+        if word is not None:
+            reason = f"`{axis}` runs over words, such as `{word}`, and a curve over numbers"
+            hint = "name an axis of numbers, or write `mean(…)` for the mean over cells"
+            raise unreadable_expectation(named.span, reason, hint)
+        if any(each in self.known.axes for each in self.known.open_axes):
+            return
+        distinct = set(at)
+        if len(distinct) < 2:
+            raise unreadable_expectation(
+                named.span, f"`{axis}` has one value, and a curve two or more", "sweep it"
+            )
+        if len(distinct) < len(at):
+            others = [name for name in self.known.axes if name != axis]
+            sized = name_list(others) or "none"
+            count = len(at) // len(distinct)
+            hint = f"say which one beside it, as in `auc({node.arguments[0].value.span.written}, "
+            hint += f"{axis}, {others[0] if others else axis}: …)`; the other axes are {sized}"
+            raise unreadable_expectation(node.span, f"it has {count} curves over `{axis}`", hint)
+
+    def ranking(self, node: ast.Call) -> Ranking:
+        """`auroc(recovery, name_movers)`, `auroc(delta, large, L9H9)`: a measure, what says which
+        cells or rows are true, and which cells are ranked, or whose rows."""
+        measure = self.own_measure(node, f"auroc(recovery, {self.true_example})")
+        text = node.arguments[0].value.span.written
+        if len(node.arguments) < 2:
+            hint = f"write `auroc({text}, {self.true_example})`"
+            raise unreadable_expectation(node.span, "`auroc` is given too little", hint)
+        where = self.wheres(node.arguments[2:])
+        column = truth_column(node.arguments[1], self)
+        if column is None:
+            return Ranking(measure, where, truth=true_cells(node.arguments[1], where, self))
+        example = f"`auroc({text}, {column}, {self.example})`"
+        if not where and not self.known.one_cell:
+            hint = f"say whose rows are ranked, as in {example}"
+            raise unreadable_expectation(node.span, "every cell has a value in each row", hint)
+        if where and self.known.cells is not None:
+            found = self.find(where)
+            if len(found) > 1:
+                count = "several" if self.known.open_axes else len(found)
+                at = ", ".join(each.text for each in where)
+                hint = f"rows are ranked in one cell: say which, as in {example}"
+                raise unreadable_expectation(node.span, f"{count} cells are at {at}", hint)
+            if not found:
+                self.not_one(node.span, where, found)
+        return Ranking(measure, where, column=column)
+
+    def accuracy(self, node: ast.Call) -> str:
+        """The run that it is of: of several blocks, on several models, that of one of them."""
+        named = [
+            each for name in ACCURACY_ARGUMENTS for each in node.arguments if each.name == name
+        ]
+        if not named or node.arguments[0] in named or len(node.arguments) != 1 + len(named):
+            return self.run(self.only_argument(node, "accuracy(clean)"))
+        run = self.argument(node, 0, "accuracy(clean)")
+        name = ", ".join(each.value.span.written.strip('"') for each in named)
+        whose = ACCURACY_ARGUMENTS[named[0].name or ""]
+        key = f"{run.span.written} ({name})"
+        if key not in self.known.runs:
+            own = [each for each in self.known.runs if each.startswith(f"{run.span.written} (")]
+            if not own:
+                self.run(run)  # which may be unknown
+                reason, hint = f"it runs on one {whose}", "leave it out"
+                raise unreadable_expectation(named[0].span, reason, hint)
+            known = [each.removesuffix(")").partition(" (")[2] for each in own]
+            hint = did_you_mean(name, known, f"it runs on {name_list(known)}")
+            unknown = UnknownName(span=named[0].span, kind=whose, name=name, hint=hint)
+            raise RefusedCondition(unknown)
+        return key
+
+    def run(self, run: ast.Expr) -> str:
+        if not isinstance(run, ast.Name):
+            raise unreadable_expectation(
+                run.span, "not the name of a run", "write `accuracy(clean)`"
+            )
+        found = find_run(run.id, self.known.runs)
+        own = [each for each in self.known.runs if each.startswith(f"{run.id} (")]
+        if found is None and own:
+            first = own[0].removesuffix(")").partition(" (")[2]
+            words = [w for w in ACCURACY_ARGUMENTS if w in self.known.axes] or ["model"]
+            of = ", ".join(f"{w}: {x}" for w, x in zip(words, first.split(", "), strict=False))
+            hint = f"ask it of one: `accuracy({run.id}, {of})`"
+            reason = f"each {ACCURACY_ARGUMENTS[words[0]]} has an accuracy of its own"
+            raise unreadable_expectation(run.span, reason, hint)
+        if found is None:
+            known = name_list(self.known.runs)
+            hint = did_you_mean(run.id, self.known.runs, f"the runs are: {known}")
+            raise RefusedCondition(UnknownName(span=run.span, kind="run", name=run.id, hint=hint))
+        return found
+
+    def only_argument(self, node: ast.Call, example: str) -> ast.Expr:
+        self.no_more(node, 1, example)
+        return self.argument(node, 0, example)
+
+    def no_more(self, node: ast.Call, most: int, example: str) -> None:
+        if len(node.arguments) > most:
+            span = node.arguments[most].span
+            raise unreadable_expectation(
+                span, f"`{node.name}` is given too much", f"write `{example}`"
+            )
+
+    def argument(self, node: ast.Call, index: int, example: str) -> ast.Expr:
+        if index >= len(node.arguments):
+            raise unreadable_expectation(
+                node.span, f"`{node.name}` is given too little", f"write `{example}`"
+            )
+        value = node.arguments[index].value
+        if isinstance(value, ast.Site) and len(value.names) == 1 and not value.axes:
+            return value.names[0]  # a lone word reads as a group of sites too
+        if isinstance(value, ast.Range | ast.Quantity | ast.Site):
+            raise unreadable_expectation(
+                value.span, f"`{node.name}` can't read this", f"write `{example}`"
+            )
+        return value
+
+    # --- cells
+
+    def cells(self, node: ast.Call) -> tuple[CellReader, int, tuple[CellSelection, ...]]:
+        """`(recovery, layer 0..3)`: whose measure, which one, then which of its cells."""
+        example = f"{node.name}(recovery, layer 0..3)"
+        of, measure = self.of_measure(self.argument(node, 0, example))
+        where = of.wheres(node.arguments[1:])
+        if where and of.known.cells is not None and not of.find(where):
+            of.not_one(node.span, where, [])
+        return of, measure, where
+
+    # --- measures of other experiments
+
+    def of_measure(self, node: ast.Expr) -> tuple[CellReader, int]:
+        """Whose measure it is, and which one of theirs.
+
+        `recovery of ld` is this experiment's where `ld` is a measure of it, else that of an
+        experiment `ld`.
+        """
+        if isinstance(node, ast.ExperimentMeasure):
+            other = self.of_experiment(node)
+            return other, other.measure(node.measure)
+        if not isinstance(node, ast.QualifiedRef) or self.labelled(node):
+            return self, self.measure(node)
+        measures = self.known.measures
+        if any(node.of.whole in each.names for each in measures):
+            return self, self.measure(node)
+        labels = [each.label for each in measures]
+        other = self.other(node.of, node.of.whole, node.name, labels)
+        start = node.span.start
+        span = replace(node.span, end=start + len(node.name))
+        return other, other.measure(ast.Name(span=span, id=node.name))
+
+    def of_experiment(self, node: ast.ExperimentMeasure) -> CellReader:
+        return self.other(node.experiment, node.experiment.id, node.measure.span.written)
+
+    def other(
+        self, node: ast.Node, name: str, measure: str, labels: Sequence[str] = ()
+    ) -> CellReader:
+        """Another experiment of the file. labels: what could stand there too."""
+        known = self.known
+        if name in known.others:
+            return CellReader(known.others[name], of_other=True)
+        if name in known.experiments:
+            hint = "see what is said of that experiment"
+            raise unreadable_expectation(node.span, f"`{name}` could not be computed", hint)
+        if name == known.name:
+            raise unreadable_expectation(
+                node.span, f"`{name}` is this experiment", f"write `{measure}`"
+            )
+        listed = name_list(known.experiments)
+        otherwise = f"other experiments are {listed}" if listed else "the file has no other one"
+        if labels:
+            otherwise = f"this experiment measures {name_list(labels)}; {otherwise}"
+        hint = did_you_mean(name, [*labels, *known.experiments], otherwise)
+        kind = "measure or other experiment" if labels else "other experiment"
+        raise RefusedCondition(UnknownName(span=node.span, kind=kind, name=name, hint=hint))
+
+    def own_measure(self, node: ast.Call, example: str) -> int:
+        """The measure that a function is given first, which has to be of this experiment."""
+        of, measure = self.of_measure(self.argument(node, 0, example))
+        self.must_be_own(node, of)
+        return measure
+
+    def must_be_own(self, node: ast.Call, of: CellReader) -> None:
+        if of.of_other:
+            span = node.arguments[0].value.span
+            hint = f"write this line in the experiment {of.whose}"
+            raise unreadable_expectation(
+                span, f"`{node.name}` reads measures of its own experiment", hint
+            )
+
+
+ExperimentVariants = Mapping[str, Sequence[ExperimentOutline]]
+"""The experiments of a file by name, each with its variants."""
+
+
+def check_results(
+    variants: Sequence[ExperimentOutline], program: spec.Program, every: ExperimentVariants
+) -> list[Diagnostic]:
+    """What is wrong with what an experiment makes of its results."""
+    undecided = _undecided(variants, program)
+    found = _against_axes(variants, program, every)
+    resolved = [each.resolved for each in variants if each.resolved is not None]
+    unknown: list[UnknownFact] = [what for each in variants for what in each.unknown]
+    if len(resolved) == len(variants):
+        counted = not undecided and "count" not in unknown
+        few = check_reachable_p(resolved)
+        found += [replace(each, by_text=counted) for each in few]
+    return filter_certain(found, unknown)
+
+
+def _undecided(variants: Sequence[ExperimentOutline], program: spec.Program) -> set[str]:
+    """Coordinates of cells whose values aren't known."""
+    return {axis for e in variants for axis in find_open_axes(e.spec, program.groups, e.unknown)}
+
+
+def _against_axes(
+    variants: Sequence[ExperimentOutline], program: spec.Program, every: ExperimentVariants
+) -> list[Diagnostic]:
+    """Reports and expectations name axes, measures, runs and values that exist."""
+    experiment = variants[0]
+    said = experiment.spec
+    own, aliases, perhaps = _axes(variants)
+    axes = list(dict.fromkeys([*own, *aliases, *sorted(perhaps)]))
+    tables = list({id(each.table): each.table for each in variants}.values())
+    rows = [row for table in tables for row in table.runs["clean"].rows]
+    values = [n for n in rows[0].values if all(n in row.values for row in rows)] if rows else []
+    columns_unknown = any(table.columns_unknown for table in tables)
+    measures = _measures(experiment)
+    found: list[Diagnostic] = []
+    for measure, each in zip(measures, said.measures, strict=True):
+        if measure.kind == "category" and each.effect != "raw":
+            found.append(
+                UnreadableMeasure(
+                    span=each.span,
+                    text=each.metric.span.written,
+                    reason="it is a category, which has no differences",
+                    hint="measure it `as raw`, or use `expected(…)`, which is a number",
+                )
+            )
+    all_known = None not in experiment.measures
+    for report in said.reports:
+        writes = said.generation is not None
+        of = measures if all_known else None
+        found.extend(check_report(report, axes, values, of, writes=writes))
+    by = said.statistics.by
+    if by is not None and by not in values and not columns_unknown:
+        found.append(
+            UnknownName(
+                span=said.statistics.span,
+                kind="value of the prompts",
+                name=by,
+                hint=did_you_mean(
+                    by,
+                    values,
+                    f"values of {_called(tables)} are {name_list(values)}",
+                ),
+            )
+        )
+    found.extend(_of_several_images(by, tables, said))
+    found.extend(_averaged(variants))
+    found.extend(_paired_alike(variants, axes))
+    if said.expects and measures:
+        known = _known(variants, program)
+        names = compared_experiments(said).intersection(every) - {experiment.name}
+        others = {name: _known(every[name], program) for name in sorted(names)}
+        truths = {
+            "groups": {name: group.sites for name, group in program.groups.items()},
+            "columns": None
+            if columns_unknown or any(table.stands_in for table in tables)
+            else {name: [row.values.get(name) for row in rows] for name in values},
+            "all_rows": "count" not in experiment.unknown,
+        }
+        known = replace(known, others=others, **truths)
+        for expectation in said.expects:
+            found.extend(check_expectation(expectation, known))
+    return found
+
+
+def _of_several_images(
+    by: str | None, tables: Sequence[PromptTable], said: spec.Experiment
+) -> Iterator[Diagnostic]:
+    """E0207 for `stats by` a value that tells tiles of one image apart."""
+    for table in tables:
+        rows = table.runs["clean"].rows
+        pairs = {
+            (image, str(row.values.get(by or "")))
+            for image, row in zip(table.cut_from, rows, strict=False)
+        }
+        if by is not None and len(pairs) > len({image for image, _ in pairs}):
+            reason = "differs between tiles of one image, which are no independent observations"
+            hint = "leave it out: then tiles of one image count together"
+            yield BadArgument(span=said.statistics.span, name=by, reason=reason, hint=hint)
+            return
+
+
+def _called(tables: Sequence[PromptTable]) -> str:
+    """The blocks, and that it is what all of them have."""
+    names = list(dict.fromkeys(table.name for table in tables))
+    return f"`{names[0]}`" if len(names) == 1 else f"all of {name_list(names)}"
+
+
+def _check_over(variants: Sequence[ExperimentOutline]) -> str | None:
+    """The axis that measures are averaged over, by its own name."""
+    over = variants[0].spec.over
+    aliases = {a.alias: a.name for e in variants for a in e.axes if a.alias is not None}
+    return None if over is None else aliases.get(over, over)
+
+
+def _axes(variants: Sequence[ExperimentOutline]) -> tuple[list[str], dict[str, str], set[str]]:
+    """(axes of the results, their second names, those that there may be)."""
+    own = join_axes([(e.spec.variant, [axis.name for axis in e.axes]) for e in variants])
+    aliases = {a.alias: a.name for e in variants for a in e.axes if a.alias is not None}
+    perhaps = {name for e in variants for name in e.perhaps}
+    over = _check_over(variants)
+    own = [name for name in own if name != over]
+    aliases = {name: of for name, of in aliases.items() if of != over}
+    return own, aliases, perhaps - {over}
+
+
+def _averaged(variants: Sequence[ExperimentOutline]) -> Iterator[Diagnostic]:
+    """E0612 for measures of one experiment that aren't averaged alike, or over no axis of it."""
+    said, every = (
+        variants[0].spec,
+        join_axes([(e.spec.variant, [axis.name for axis in e.axes]) for e in variants]),
+    )
+    aliases = [a.alias for e in variants for a in e.axes if a.alias is not None]
+    perhaps = {name for e in variants for name in e.perhaps}
+    kinds = [each.kind for each in _measures(variants[0])]
+    for measure, kind in zip(said.measures, kinds, strict=True):
+        reason = hint = ""
+        if (measure.over, measure.area) != (said.over, said.area):
+            reason = f"`{said.measures[0].label}` is averaged otherwise, and both share one table"
+            hint = "average all measures of an experiment over one axis, or none of them"
+        elif measure.over == PROMPTS_AXIS and PROMPTS_AXIS in every:
+            reason = "rows of several blocks have no mean row by row"
+            hint = 'set cells of two blocks against each other: `expect prob(prompts: "a") - …`'
+        elif measure.over is not None and kind == "category":
+            what = "area" if measure.area else "mean"
+            reason, hint = f"categories have no {what}", "use `expected(…)`, which is a number"
+        elif measure.over is not None and measure.over not in (*every, *aliases, *perhaps):
+            reason = f"the experiment has no axis `{measure.over}`"
+            known = [*every, *aliases]
+            hint = did_you_mean(measure.over, known, f"its axes are: {name_list(known) or 'none'}")
+        elif measure.over is not None and measure.area:
+            reason, hint = _no_curve(variants, measure.over)
+        if reason:
+            yield UnreadableMeasure(
+                span=measure.span, text=measure.span.written, reason=reason, hint=hint
+            )
+
+
+def _no_curve(variants: Sequence[ExperimentOutline], named: str) -> tuple[str, str]:
+    """Why measures aren't curves over an axis, and what to write; nothing where they are."""
+    axes = [axis for e in variants for axis in e.axes if named in (axis.name, axis.alias)]
+    over = next((axis for axis in axes), None)
+    word = next((v for axis in axes for v in axis.labels if isinstance(v, str)), None)
+    if over is None or word is not None:
+        said = f", such as `{word}`" if word is not None else ""
+        reason = f"`{named}` runs over words{said}, and a curve over numbers"
+        return reason, "name an axis of numbers, or write `mean over`"
+    if len(over) < 2:
+        return f"`{named}` has one value, and a curve two at least", "sweep over more values"
+    return "", ""
+
+
+def _measures(experiment: ExperimentOutline) -> list[KnownMeasure]:
+    pairs = zip(experiment.measures, experiment.spec.measures, strict=True)
+    return [_known_measure(*pair) for pair in pairs]
+
+
+def _known(variants: Sequence[ExperimentOutline], program: spec.Program) -> KnownNames:
+    """What expectations may name of an experiment."""
+    experiment = variants[0]
+    undecided = _undecided(variants, program)
+    own, aliases, perhaps = _axes(variants)
+    over = _check_over(variants)
+    resolved = [e.resolved for e in variants if e.resolved is not None]
+    cells = None
+    if len(resolved) == len(variants):
+        every = [part for e in resolved for part in split_by_group(e)]
+        parts = [(e.spec.variant, name_cells(e, undecided, texts=False)) for e in every]
+        cells = join_cells(own if over is None else [*own, over], parts)
+        cells = cells if over is None else average_cells(cells, over)[0]
+    return KnownNames(
+        _measures(experiment),
+        list(dict.fromkeys([*own, *aliases, *sorted(perhaps)])) if perhaps else own,
+        _runs(variants),
+        [e.name for e in program.experiments if e.name != experiment.name],
+        aliases,
+        cells,
+        perhaps,
+        undecided,
+        experiment.name,
+    )
+
+
+def _runs(variants: Sequence[ExperimentOutline]) -> list[str]:
+    """As results call them: on several blocks or models each has runs of its own."""
+    told = distinguish_variants([(each.spec.variant, each.model.name) for each in variants])
+    return list(
+        dict.fromkeys(
+            f"{run} ({whose})" if whose else run
+            for each, whose in zip(variants, told, strict=True)
+            for run in each.table.runs
+        )
+    )
+
+
+def _known_measure(resolved: ResolvedMeasure | None, said: spec.Measure) -> KnownMeasure:
+    """A measure as reports and expectations name it; what was refused of it, as its line says."""
+    effect = (
+        said.effect if said.effect in EFFECTS else closest_name(said.effect, EFFECTS) or said.effect
+    )
+    if resolved is not None:
+        return KnownMeasure(resolved.label, effect, resolved.kind, resolved.word)
+    match said.metric:
+        case ast.Call(name=word) | ast.Name(id=word):
+            metric = METRICS.get(word)
+        case _:
+            word, metric = "", None
+    kinds = {form.kind for form in metric.forms.values()} if metric is not None else set[str]()
+    return KnownMeasure(said.label, effect, "category" if kinds == {"category"} else "number", word)
+
+
+def _paired_alike(
+    variants: Sequence[ExperimentOutline], axes: Sequence[str]
+) -> Iterator[Diagnostic]:
+    """W0704 for confusions of a value that source and base have in common in every row, though they
+    are of two blocks: the category is that value with an effect and without one."""
+    for report in variants[0].spec.reports:
+        name = report.variable
+        if report.kind != "confusion" or name is None or name in axes:
+            continue
+        for each in variants:
+            source, base = each.spec.source, each.spec.base
+            runs = each.table.runs
+            if source is None or each.table.stands_in or not {source, base} <= runs.keys():
+                continue
+            values = [row.values.get(name) for row in runs["clean"].rows]
+            between = runs[source].prompts != runs[base].prompts
+            varied = any(value != values[0] for value in values[1:])
+            if between and varied and all(_has(runs[run], values, name) for run in (source, base)):
+                yield EqualPairedValues(span=report.span, source=source, base=base, name=name)
+                break
+
+
+def _has(run: PromptRun, values: Sequence[Any], name: str) -> bool:
+    """Whether every row of the run has this value; another block may call it otherwise."""
+    names = [name] if run.prompts is None else list(run.rows[0].values)
+    return any(
+        all(row.values.get(own) == value for row, value in zip(run.rows, values, strict=True))
+        for own in names
+    )

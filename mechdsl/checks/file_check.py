@@ -1,0 +1,832 @@
+"""From a file's text to resolved experiments: every check that needs no run.
+
+None of this imports torch. A model that isn't on this machine is a warning; a stand-in replaces
+it, and checks that depend on the model are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path, PurePath
+from typing import TypeVar
+
+from mechdsl.base import limits
+from mechdsl.base.records import closest_name
+from mechdsl.base.source import Source, Span
+from mechdsl.base.text import name_list
+from mechdsl.checks.expectations import check_results
+from mechdsl.checks.models import (
+    BuiltModel,
+    ModelBuilder,
+    check_image_support,
+    check_measure_tokens,
+)
+from mechdsl.checks.prompt_tables import FileContexts
+from mechdsl.diagnostics.command_line import BadCommandLine
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean, filter_certain, has_errors
+from mechdsl.diagnostics.experiments import (
+    NO_GENERATION_REASON,
+    BadPick,
+    EffectNeedsSource,
+    EffectWithoutRule,
+    NoEstimate,
+    NoMeasure,
+    PatchWithoutSource,
+    SelectionRowsReused,
+    UnreadableMeasure,
+)
+from mechdsl.diagnostics.models import ModelNotLocal
+from mechdsl.diagnostics.names import (
+    BadArgument,
+    FirstTokenWrite,
+    MissingLine,
+    SelfPatch,
+    ShadowedMetric,
+    UnknownName,
+    UnknownWord,
+    UnusedName,
+)
+from mechdsl.diagnostics.positions import NO_REPLY_REASON, AnswerNotCovered, NotInReply
+from mechdsl.diagnostics.prompts import CorruptionWithoutEffect, NoRows, NoTemplate, UnknownValue
+from mechdsl.diagnostics.rules import UNUSED_LOOP, BadLoopValue
+from mechdsl.diagnostics.statistics import BadReport, UnreadableExpectation
+from mechdsl.diagnostics.syntax import (
+    BadPlaceholder,
+    NotSupported,
+    ReservedName,
+    TooLarge,
+    UnterminatedString,
+)
+from mechdsl.models.folder import locate_model
+from mechdsl.program import spec
+from mechdsl.program.directions import fit_rows_of_experiment
+from mechdsl.program.lowering import lower_program
+from mechdsl.program.paths import ROWS_PATH, path_to_read, path_to_write, source_reach
+from mechdsl.program.prompts import NO_IMAGE_REASON
+from mechdsl.program.python_functions import PythonMode, check_functions, program_functions
+from mechdsl.program.run_order import add_dependencies, sort_by_dependency
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.table import add_stand_in_runs
+from mechdsl.resolve.cells import find_open_axes
+from mechdsl.resolve.expansion import find_selections, split_by_group
+from mechdsl.resolve.experiment import find_omitted_answers, outline_experiment
+from mechdsl.resolve.findings import Finding, VariantFinding
+from mechdsl.resolve.model_pairs import attach_texts
+from mechdsl.resolve.types import ExperimentOutline, ModelContext, ResolvedExperiment
+from mechdsl.rules.kinds import RULES
+from mechdsl.syntax import ast
+from mechdsl.syntax.frontend import parse
+from mechdsl.syntax.traversal import walk
+from mechdsl.syntax.words import AXIS_WORDS
+from mechdsl.vocab.corruptions import change_problems
+from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import METRICS
+
+_MISSING = (
+    CorruptionWithoutEffect,
+    EffectNeedsSource,
+    EffectWithoutRule,
+    MissingLine,
+    NoMeasure,
+    NoRows,
+    NoTemplate,
+    PatchWithoutSource,
+)
+"""Something that a block doesn't say. With an error in it, it isn't finished yet."""
+
+_POSITION_AXES = ("position", "item", "from_position")
+"""Axes that a line may be the cause of without having the word."""
+
+_QUOTED = re.compile(r"`([^`]*)`")
+
+_WORD = re.compile(r"[^\W\d]\w*")
+
+
+class BrokenLines:
+    """The lines of a file with errors of syntax, and those that are lost by them."""
+
+    def __init__(
+        self, syntax: Sequence[Diagnostic], tree: ast.File, lost: Sequence[ast.LostStatement]
+    ) -> None:
+        """syntax: what is wrong with the texts, among others. lost: statements of the file and of
+        what it imports."""
+        kinds = ast.ExperimentDef | ast.PromptsDef
+        self.source = tree.span.source
+        self.starts = [each.span.start for each in tree.statements if isinstance(each, kinds)]
+        self.names = {name for each in lost for name in each.names}
+        self.refused = [each.name for each in syntax if isinstance(each, ReservedName)]
+        """Words of the language that the file defines as names, which they can't be."""
+        self.torn: dict[int, set[str]] = defaultdict(set)
+        """The words of what is lost, by the block where it stood."""
+        for each in lost:
+            self.torn[self.block(each.span)].update(_WORD.findall(each.span.text))
+        errors = [(each, each.span) for each in syntax if each.span and _of_text(each)]
+        self.wrong = {self.block(span) for _, span in errors}
+        self.unfinished = {
+            each.name.id
+            for each in tree.statements
+            if isinstance(each, ast.ExperimentDef | ast.PromptsDef)
+            and self.block(each.span) in self.wrong
+        }
+        """Blocks that something is wrong in."""
+        self.unclosed = {
+            (span.source, span.line)
+            for each, span in errors
+            if isinstance(each, UnterminatedString)
+        }
+
+    def block(self, span: Span) -> int:
+        """The number of the block that something stands in, or behind: its closing brace may be
+        what is wrong. Before the first one and in other files it is 0."""
+        return bisect_right(self.starts, span.start) if span.source is self.source else 0
+
+    def axes(self, span: Span) -> frozenset[str]:
+        """Axes that the lost lines of a block may have given it."""
+        words = self.torn.get(self.block(span))
+        if words is None:
+            return frozenset()
+        found = {axis for axis in AXIS_WORDS if closest_name(axis, words)}  # however misspelt
+        return frozenset({*found, *(f"to_{axis}" for axis in found), *_POSITION_AXES})
+
+    def cause(self, diagnostic: Diagnostic) -> bool:
+        """Whether one of them may be why this is said of another line."""
+        if diagnostic.span is None:
+            return False
+        block = self.block(diagnostic.span)
+        match diagnostic:
+            case BadPlaceholder(span=span):  # in a text that was never closed
+                return (span.source, span.line) in self.unclosed if span else False
+            case BadLoopValue(reason=reason) if reason == UNUSED_LOOP:
+                return block in self.torn
+            case NoEstimate(reason=reason) if reason == NO_GENERATION_REASON:
+                return block in self.torn
+            case BadReport(reason=reason) | UnreadableExpectation(reason=reason):
+                lacking = _quoted(reason)
+                made = {*self.names, *self.torn.get(block, ())}
+                return (block in self.torn and not lacking) or not made.isdisjoint(lacking)
+            case UnknownName(kind="run") if "answer" in self.names:
+                return True  # `accuracy` knows runs with an answer
+            case UnknownName(name=name) | UnknownValue(name=name) if closest_name(
+                name, self.refused
+            ):
+                return True  # `model to = …`, meant as `toy`
+            case BadArgument(reason=reason) if reason == NO_IMAGE_REASON:
+                return block in self.wrong
+            case BadPick(reason=reason) | BadArgument(reason=reason):
+                return not self.unfinished.isdisjoint(_quoted(reason))
+            case NotInReply(reason=reason) if reason == NO_REPLY_REASON:
+                return block in self.wrong
+            case _ if isinstance(diagnostic, _MISSING):
+                return block in self.wrong
+            case _:
+                return not _of_text(diagnostic) and not self.names.isdisjoint(
+                    _quoted(diagnostic.message)
+                )
+
+
+def _of_text(diagnostic: Diagnostic) -> bool:
+    return diagnostic.code.startswith("E01") and not isinstance(diagnostic, NotSupported)
+
+
+def _quoted(message: str) -> list[str]:
+    return [word for text in _QUOTED.findall(message) for word in _WORD.findall(text)]
+
+
+SKIPPED_CHECK_KINDS = (
+    "layers, heads and sites",
+    "positions as tokens",
+    "answers as tokens",
+    "cells",
+)
+
+
+def list_skipped_checks(
+    found: Sequence[Diagnostic], program: spec.Program, source: Source
+) -> list[Diagnostic]:
+    """W0710 with the lines of the file that are not wholly checked."""
+    return [
+        replace(each, waiting=_skipped_checks(each.model, program, source))
+        if isinstance(each, ModelNotLocal)
+        else each
+        for each in found
+    ]
+
+
+def _skipped_checks(model: str, program: spec.Program, source: Source) -> str:
+    lines: dict[str, set[int]] = {}
+    for experiment in program.experiments:
+        used = (experiment.model, *(run.model for run in experiment.elsewhere))
+        if all(model not in _depends_on(each, program) for each in used):
+            continue
+        waits = find_open_axes(experiment, program.groups, ("shape", "tokens"))
+        prompts = program.prompts[experiment.prompts]
+        for kind, span in _parts(experiment, prompts, cells=bool(waits)):
+            if span.source is source:
+                lines.setdefault(kind, set()).add(span.line)
+    listed = [
+        f"{kind} ({_listed(sorted(lines[kind]))})" for kind in SKIPPED_CHECK_KINDS if kind in lines
+    ]
+    return f"; then these are checked too: {', '.join(listed)}" if listed else ""
+
+
+def _depends_on(name: str | None, program: spec.Program) -> Iterator[str]:
+    """A model, and of an adapter its base."""
+    while name is not None:
+        yield name
+        name = program.models[name].base if name in program.models else None
+
+
+def _parts(
+    experiment: spec.Experiment, prompts: spec.Prompts, *, cells: bool
+) -> Iterator[tuple[str, Span]]:
+    """cells: whether which ones there are hangs on the model."""
+    sites, positions, answers, named = SKIPPED_CHECK_KINDS
+    for rule in experiment.every_rule:
+        for site in (rule.site, rule.edge, rule.receiver):
+            if site is not None:
+                yield sites, site.span
+        for at in (rule.at, rule.onto):
+            if at is not None:
+                yield positions, at.span
+    for measure in experiment.measures:
+        if measure.at is not None:
+            yield positions, measure.at.span
+    for text in prompts.texts:
+        yield answers, text.value.span
+    for expect in experiment.expects if cells else ():
+        if expect.contains or any(map(_names_a_cell, walk(expect.condition))):
+            yield named, expect.span
+
+
+def _names_a_cell(node: ast.Node) -> bool:
+    return isinstance(node, ast.ShortSite | ast.Site) or (
+        isinstance(node, ast.Argument) and node.name is not None
+    )
+
+
+def _listed(lines: Sequence[int]) -> str:
+    """`line 3`, `lines 3, 5 to 7`."""
+    runs = [
+        [line for _, line in run]
+        for _, run in groupby(enumerate(lines), key=lambda pair: pair[1] - pair[0])
+    ]
+    words = [f"{run[0]}" if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    return f"line{'s' if len(lines) > 1 else ''} {', '.join(words)}"
+
+
+MODEL_FILES = (
+    "config.json", "generation_config.json", "adapter_config.json", "*.safetensors",
+    "*.index.json", "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+    "*processor_config.json", "chat_template*",
+)  # fmt: skip
+"""What loading reads in a model's folder, where other files may lie too."""
+
+ReportedFile = tuple[spec.Program, Sequence[spec.Experiment]]
+"""A file, and those of its experiments that are reported."""
+
+
+def check_output_files(files: Sequence[ReportedFile]) -> list[Diagnostic]:
+    """E0607 for reports of one command that would write over a file that the command reads, or over
+    another report, however the path is spelt and through links."""
+    reports = {
+        report.span: (report, program)
+        for program, experiments in files
+        for experiment in experiments
+        for report in experiment.reports
+        if report.file is not None
+    }
+    saves = [
+        (save, program)
+        for program, experiments in files
+        for save in {save.span: save for each in experiments for save in each.saves}.values()
+    ]
+    if not reports and not saves:
+        return []
+    read: dict[Hashable, tuple[str, spec.Program]] = {}
+    for program, _ in files:
+        for path, what in _read_by(program):
+            read.setdefault(_identity(path), (what, program))
+    found: list[Diagnostic] = []
+    first: dict[Hashable, tuple[spec.Report, spec.Program]] = {}
+    for report, program in reports.values():
+        assert report.file is not None
+        target, problems = path_to_write(f"report {report.kind}", report.file, report.span)
+        if target is None:
+            found.extend(problems)
+            continue
+        path = _identity(target)
+        other, of = first.setdefault(path, (report, program))
+        if path in read:
+            what, reader = read[path]
+            where = "" if reader is program else f" in `{reader.span.source.name}`"
+            reason = f"would write over {what}{where}"
+        elif other is not report:
+            where = "" if of is program else f" of `{of.span.source.name}`"
+            reason = f"goes to `{report.file}`, as the report on line {other.span.line}{where} does"
+        else:
+            continue
+        hint = "give each report a file of its own"
+        found.append(BadReport(span=report.span, kind=report.kind, reason=reason, hint=hint))
+    taken = {path: f"the report on line {each.span.line}" for path, (each, _) in first.items()}
+    taken |= {path: what for path, (what, _) in read.items()}
+    return [*found, *_saved(saves, taken)]
+
+
+def _saved(
+    saves: Sequence[tuple[spec.Save, spec.Program]], taken: dict[Hashable, str]
+) -> Iterator[Diagnostic]:
+    """E0207 for a `save`, or the rows beside it, over what is read or written otherwise; and what
+    is wrong with its path. taken: by file, what it is."""
+    for save, _ in saves:
+        for suffix in (".safetensors", ".jsonl"):
+            written = str(PurePath(save.file).with_suffix(suffix))
+            target, problems = path_to_write("save", written, save.span)
+            if target is None:
+                yield from problems
+                break
+            path = _identity(target)
+            if path in taken:
+                yield BadArgument(
+                    span=save.span,
+                    name=written,
+                    reason=f"would write over {taken[path]}",
+                    hint="give each `save` a file of its own; its rows stand beside it, in "
+                    "`.jsonl`",
+                )
+                break
+            taken[path] = f"what the `save` on line {save.span.line} writes"
+
+
+def find_overwritten(path: Path, files: Sequence[ReportedFile]) -> str | None:
+    """What an option's file would be written over, of all that a command reads and writes."""
+    own = _identity(path)
+    for program, experiments in files:
+        for read, what in _read_by(program):
+            if _identity(read) == own:
+                return what
+        for report in (each for experiment in experiments for each in experiment.reports):
+            if report.file is None:
+                continue
+            target, _ = path_to_write(f"report {report.kind}", report.file, report.span)
+            if target is not None and _identity(target) == own:
+                return f"`{report.file}`, the report on line {report.span.line}"
+    return None
+
+
+def _read_by(program: spec.Program) -> Iterator[tuple[Path, str]]:
+    """Every path that running a file reads, and what it is."""
+    for path in program.files:
+        yield path, f"`{path.name}`, a `.mech` file that is read"
+    for prompts in program.prompts.values():
+        if isinstance(prompts.rows, ast.String):
+            written = prompts.rows.value
+            path, _ = path_to_read(ROWS_PATH, written, prompts.rows.span)
+            if path is not None:
+                yield path, f"`{written}`, the rows of prompts `{prompts.name}`"
+    for function in program_functions(program):
+        yield function.path, f"`{function.file}`, which defines `{function.name}`"
+    for model in program.models.values():
+        if model.function is not None:  # whose file is among the functions'
+            continue
+        folder, _ = locate_model(model, model.span.source.folder)
+        if folder is not None:
+            for path in (path for pattern in MODEL_FILES for path in folder.glob(pattern)):
+                yield path, f"`{path.name}` of the model `{model.name}`"
+
+
+def _identity(path: Path) -> Hashable:
+    """Equal for all paths to one file."""
+    try:
+        there = path.stat()
+    except (OSError, ValueError):  # not there so far, or no path at all
+        return os.path.realpath(str(path).replace("\0", ""))
+    return there.st_dev, there.st_ino
+
+
+ExperimentT = TypeVar("ExperimentT", ResolvedExperiment, ExperimentOutline)
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    """What the command line may change."""
+
+    parameters: Mapping[str, str] = field(default_factory=dict[str, str])
+    limit: int | None = None
+    """Rows per experiment at most, whatever the file says."""
+    only: str | None = None
+    """Run this experiment alone, with those whose results it uses."""
+    python: PythonMode = "refuse"
+    """What becomes of functions of Python files."""
+    require_models: bool = False
+    """Whether a model that isn't on this machine is an error."""
+    allow_outside: bool = False
+    """Whether reports may go anywhere, and not only to the folder of the file or below."""
+    untrusted: bool = False
+    """Whether the file may read only there too, may run no Python, and its paths are listed."""
+    prompts_enough: int | None = None
+    """How many prompts of each table are looked at, for a check without a run."""
+    build: ModelBuilder | None = None
+    """What makes models by functions of Python files, where those may run."""
+
+
+@dataclass
+class CheckedFile:
+    """What is known of a file before it runs."""
+
+    source: Source
+    program: spec.Program
+    settings: CheckSettings = field(default_factory=CheckSettings)
+    """How it was checked."""
+    experiments: list[ResolvedExperiment] = field(default_factory=list[ResolvedExperiment])
+    saving: list[ResolvedExperiment] = field(default_factory=list[ResolvedExperiment])
+    """Those that write activations to files; some measure nothing beside."""
+    unchecked: list[str] = field(default_factory=list[str])
+    """Experiments whose model isn't on this machine."""
+    unrun: list[str] = field(default_factory=list[str])
+    """Experiments whose rows only Python can make, which wasn't run."""
+    built: dict[str, BuiltModel] = field(default_factory=dict[str, BuiltModel])
+    """Models that functions of Python files have made, by name."""
+    unreported: set[str] = field(default_factory=set[str])
+    """Experiments that run only because another one uses what they find."""
+    reported: list[spec.Experiment] = field(default_factory=list[spec.Experiment])
+    """The others, as far as they were asked for: theirs are the reports that are made."""
+    diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+
+
+def check_source(
+    source: Source,
+    settings: CheckSettings | None = None,
+    models: Mapping[str, ModelContext] | None = None,
+) -> CheckedFile:
+    """Parse, lower, resolve and check; all errors at once.
+
+    `models` are handed over from Python and stand for the file's models of the same name.
+    """
+    try:
+        return _check_source(source, settings or CheckSettings(), models or {})
+    except RecursionError:  # each kind of nesting has its limit; what they add up to has not
+        nowhere = Span(source, 0, 0)
+        program, _ = lower_program(ast.File((), span=nowhere), source)
+        problem = TooLarge(
+            what="what this file says is nested too deeply",
+            place="somewhere in this file",
+            hint="nest expressions and definitions less, for example by half",
+            span=nowhere,
+        )
+        return CheckedFile(source, program, settings or CheckSettings(), diagnostics=[problem])
+
+
+def _check_source(
+    source: Source, settings: CheckSettings, models: Mapping[str, ModelContext]
+) -> CheckedFile:
+    settings, found = _without_contradiction(settings)
+    source = replace(
+        source,
+        reach=source_reach(source, outside=settings.allow_outside, untrusted=settings.untrusted),
+    )
+    tree, syntax = parse(source)
+    program, lowered = lower_program(tree, source, settings.parameters)
+    broken = BrokenLines([*syntax, *lowered], tree, program.lost)
+    checked = CheckedFile(source, program, settings, diagnostics=[*found, *lowered])
+    experiments = list(program.experiments)
+    if settings.only is not None:
+        experiments = _only(settings.only, checked)
+    checked.diagnostics.extend(check_functions(program, settings.python, models))
+    contexts = FileContexts(
+        program,
+        checked.diagnostics,
+        models,
+        settings.limit,
+        python=settings.python,
+        build=None if syntax else settings.build,
+        require=settings.require_models,
+        prompts_enough=settings.prompts_enough,
+    )
+    for prompts in program.prompts.values():
+        for corruption in prompts.corruptions:
+            checked.diagnostics.extend(change_problems(corruption.changes, program.parameters))
+    for experiment in experiments:
+        checked.diagnostics.extend(_statements(experiment, program))
+    ready = sort_by_dependency(experiments)
+    outlines: dict[str, ExperimentOutline] = {}
+    for experiment in (*ready, *(e for e in experiments if e not in ready)):
+        known = _outline(experiment, checked, contexts, outlines)
+        perhaps = known.perhaps | broken.axes(experiment.span)
+        outlines[experiment.key] = replace(known, perhaps=perhaps)
+    every = {v[0].name: v for v in group_variants([outlines[e.key] for e in experiments])}
+    for variants in every.values():
+        checked.diagnostics.extend(check_results(variants, program, every))
+    whole = [
+        resolved
+        for each in experiments
+        if each.name not in (*checked.unchecked, *checked.unrun)
+        and (resolved := outlines[each.key].resolved) is not None
+    ]
+    measured = (each for each in whole if each.measures)
+    checked.experiments.extend(part for each in measured for part in split_by_group(each))
+    checked.saving.extend(each for each in whole if each.saves)
+    for name, prompts in program.prompts.items():
+        if prompts.span.source is source:
+            contexts.table_alone(name)
+    checked.built = contexts.models.built
+    checked.reported = [e for e in experiments if e.name not in checked.unreported]
+    checked.diagnostics.extend(check_output_files([(program, checked.reported)]))
+    checked.diagnostics.extend(
+        ShadowedMetric(span=value.span, name=name)
+        for name, value in program.metrics.items()
+        if name in METRICS
+    )
+    found = [each for each in checked.diagnostics if not broken.cause(each)]
+    if has_errors([*syntax, *found]):  # an error may be why a name isn't used
+        found = [d for d in found if not isinstance(d, UnusedName)]
+    checked.diagnostics = _unique(list_skipped_checks([*syntax, *found], program, source))
+    return checked
+
+
+def _without_contradiction(settings: CheckSettings) -> tuple[CheckSettings, list[Diagnostic]]:
+    """E0208 for an untrusted file that is allowed what others aren't. It gets nothing of that."""
+    if not settings.untrusted:
+        return settings, []
+    allowed = {
+        "--allow-python": settings.python == "run",
+        "--allow-outside": settings.allow_outside,
+    }
+    found: list[Diagnostic] = [
+        BadCommandLine(
+            reason=f"`--untrusted` and `{option}` contradict each other",
+            hint=f"leave `{option}` out; or read the file, and leave `--untrusted` out",
+        )
+        for option, given in allowed.items()
+        if given
+    ]
+    return replace(settings, python="refuse", allow_outside=False), found
+
+
+def group_variants(experiments: Iterable[ExperimentT]) -> list[list[ExperimentT]]:
+    """The experiments of the file, each with all its variants."""
+    found: dict[str, list[ExperimentT]] = {}
+    for experiment in experiments:
+        found.setdefault(experiment.name, []).append(experiment)
+    return list(found.values())
+
+
+def needed_models(checked: CheckedFile) -> list[str]:
+    """Names of the models that experiments run on; with `--only` there may be others."""
+    running = (*checked.experiments, *checked.saving)
+    wanted = {*(e.name for e in running), *checked.unchecked}
+    found = [
+        name
+        for e in checked.program.experiments
+        if e.name in wanted
+        for name in (
+            e.model,
+            *(run.model for run in e.elsewhere),
+            *(rows.model for rows in fit_rows_of_experiment(e, checked.program)),
+        )
+        if name is not None
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _unique(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
+    """Each once: experiments that share prompts share their errors, if not their counts."""
+    return list({(d.code, d.span, d.message): d for d in reversed(diagnostics)}.values())[::-1]
+
+
+def _only(name: str, checked: CheckedFile) -> list[spec.Experiment]:
+    every = checked.program.experiments
+    found = {e.name for e in every if name in (e.name, e.within)}
+    if not found:
+        names = list(dict.fromkeys(e.name for e in every))
+        known = name_list(names)
+        checked.diagnostics.append(
+            BadCommandLine(
+                reason=f"`--only {name}`: the file has no experiment of that name",
+                hint=did_you_mean(name, names, f"it has {known or 'none'}"),
+            )
+        )
+        return []
+    needed = add_dependencies(found, every)
+    checked.unreported.update(e.name for e in needed if e.name not in found)
+    return needed
+
+
+def _outline(
+    experiment: spec.Experiment,
+    checked: CheckedFile,
+    contexts: FileContexts,
+    outlines: Mapping[str, ExperimentOutline],
+) -> ExperimentOutline:
+    """What is known of an experiment; what is wrong with it is said."""
+    fitted = fit_rows_of_experiment(experiment, checked.program)
+    others = [run.model for run in (*experiment.elsewhere, *fitted) if run.model is not None]
+    model, *read = (contexts.models.context(name) for name in (experiment.model, *others))
+    model = contexts.towers.reading(experiment.prompts, model)
+    if read and any(each.shape.side for each in (model, *read)):
+        what = "another model beside one with two towers"
+        checked.diagnostics.append(NotSupported(span=experiment.span, what=what))
+    if any(each.stands_in for each in (model, *read)):
+        _skip(checked.unchecked, experiment)
+    blocks = [experiment.prompts, *(run.prompts for run in experiment.elsewhere)]
+    blocks += [rows.block for rows in fitted]
+    if any(name is not None and contexts.needs_python(name) for name in blocks):
+        _skip(checked.unrun, experiment)
+    table = contexts.of_experiment(experiment, model)
+    table = contexts.with_elsewhere(experiment, model, table)
+    table = _with_means(experiment, checked, contexts, model, table)
+    missing = _unknown_runs(checked.diagnostics) if experiment.broken else set[str]()
+    if missing.difference(table.runs):
+        table = add_stand_in_runs(table, missing)
+    findings = _stand_ins(experiment, checked, outlines)
+    if experiment.replies is not None:
+        finding = findings.get(experiment.replies.of)
+        table = contexts.with_replies(experiment, model, table, finding)
+    model = contexts.models.fitting(model, table)
+    model, table = contexts.towers.facing_images(experiment, model, table)
+    model, problems = attach_texts(model, table, experiment)
+    checked.diagnostics.extend(problems)
+    draws = None if contexts.prompts_enough is None else limits.CHECKED_DRAWS
+    known, found = outline_experiment(
+        experiment, checked.program, model, table, RULES, findings, draws
+    )
+    if experiment.broken or findings.keys() != set(experiment.after):
+        known = replace(known, resolved=None)
+    if known.resolved is not None:
+        found += check_measure_tokens(known.resolved)
+        found += check_image_support(known.resolved)
+        for each in (*known.resolved.derived.values(), known.resolved):
+            found += _first_tokens(each)
+        found += _answers(known.resolved)
+        found += _tested_where_picked(known.resolved)
+    checked.diagnostics.extend(filter_certain(found, known.unknown))
+    return known
+
+
+def _unknown_runs(found: Iterable[Diagnostic]) -> set[str]:
+    """Runs that `from … into …` and `with` name and that there aren't, which is said already."""
+    return {d.name for d in found if isinstance(d, UnknownName) and d.kind == "run"}
+
+
+def _skip(names: list[str], experiment: spec.Experiment) -> None:
+    if experiment.name not in names:
+        names.append(experiment.name)
+
+
+def _with_means(
+    experiment: spec.Experiment,
+    checked: CheckedFile,
+    contexts: FileContexts,
+    model: ModelContext,
+    table: PromptTable,
+) -> PromptTable:
+    """The table with the other blocks, and parts of blocks, that fills are taken of and directions
+    fitted on."""
+    beside: dict[str, PromptTable] = {}
+    for rule in experiment.every_rule:
+        fill = rule.fill
+        if not isinstance(fill, ast.QualifiedRef):
+            continue
+        name, part = fill.of.name, fill.of.part
+        block = checked.program.prompts.get(name)
+        if block is None or (part is None and name in table.runs):
+            continue
+        if not block.has_part(part):
+            beside[name] = contexts.table(name, model, None, None, used=frozenset())
+        else:
+            read = contexts.table(name, model, None, part, used=frozenset())
+            beside[fill.of.span.written] = read
+    for rows in fit_rows_of_experiment(experiment, checked.program):
+        beside[rows.key] = contexts.read_by(rows, experiment, model)
+    stands_in = any(each.stands_in for each in (table, *beside.values()))
+    return replace(table, beside=beside, stands_in=stands_in) if beside else table
+
+
+def _stand_ins(
+    experiment: spec.Experiment, checked: CheckedFile, outlines: Mapping[str, ExperimentOutline]
+) -> dict[str, Finding]:
+    """What stands in for the results that an experiment uses, of those that weren't refused."""
+    found: dict[str, Finding] = {}
+    for name in experiment.after:
+        variants = [each for each in checked.program.experiments if each.name == name]
+        known = [outlines[each.key] for each in variants if each.key in outlines]
+        parts = [VariantFinding(each.resolved) for each in known if each.resolved is not None]
+        for skipped in (checked.unchecked, checked.unrun):
+            if name in skipped:
+                _skip(skipped, experiment)
+        if parts and len(parts) == len(variants):
+            found[name] = Finding(tuple(parts))
+    return found
+
+
+def _tested_where_picked(experiment: ResolvedExperiment) -> list[Diagnostic]:
+    """W0721 for sites that are tested on the rows that they were picked on."""
+    return [
+        SelectionRowsReused(
+            span=experiment.sites_of[each.of].span,
+            experiment=experiment.name,
+            of=each.of,
+            block=experiment.table.name,
+            shared=each.shared,
+            rows=each.rows,
+        )
+        for each in find_selections([experiment])
+    ]
+
+
+def _statements(experiment: spec.Experiment, program: spec.Program) -> list[Diagnostic]:
+    """What the statements of an experiment must agree on, whatever the model."""
+    found: list[Diagnostic] = []
+    for run in (experiment, *experiment.derived):
+        rules = [rule for rule in run.rules if rule.observed is None]
+        if experiment.broken or not all(_patches_itself(rule, run) for rule in rules):
+            continue  # what another rule writes, such a patch undoes
+        for rule in rules:
+            found.append(SelfPatch(span=rule.span, run=rule.source or ""))
+    for measure in experiment.measures:
+        effect = EFFECTS.get(measure.effect)
+        if effect is None:
+            hint = did_you_mean(measure.effect, EFFECTS, f"effects are {', '.join(EFFECTS)}")
+            found.append(
+                UnknownWord(span=measure.effect_span, kind="effect", word=measure.effect, hint=hint)
+            )
+        elif measure.observed and effect.name not in ("raw", "delta"):
+            reason = f"`{effect.name}` isn't known of what is observed"
+            hint = "write `as raw`, or `as delta` for what the rules change of it"
+            text = measure.span.written
+            found.append(UnreadableMeasure(span=measure.span, text=text, reason=reason, hint=hint))
+        elif experiment.broken:
+            continue  # which may be why there is no source, or no rule
+        elif effect.needs_source and experiment.source is None:
+            corruptions = program.prompts[experiment.prompts].corruptions
+            base = corruptions[0].name if corruptions else "CORRUPTION"
+            found.append(EffectNeedsSource(span=measure.span, effect=effect.name, base=base))
+        elif effect.zero is not None and effect.name != "total" and not _acts(experiment, measure):
+            found.append(
+                EffectWithoutRule(
+                    span=measure.span,
+                    effect=effect.name,
+                    instead="raw" if experiment.source is None else "total",
+                )
+            )
+    return found
+
+
+def _acts(experiment: spec.Experiment, measure: spec.Measure) -> bool:
+    """Whether there is a rule that could change a measure."""
+    looked = {rule.observed.word for rule in experiment.rules if rule.observed is not None}
+    named = {node.id for node in walk(measure.metric) if isinstance(node, ast.Name)}
+    if not measure.observed and looked.isdisjoint(named):
+        return bool(experiment.rules)
+    return any(rule.observed is None for rule in experiment.rules)
+
+
+def _patches_itself(rule: spec.Rule, run: spec.Experiment | spec.DerivedRun) -> bool:
+    itself = rule.source is not None and rule.source == run.base
+    return itself and not rule.reading and not _elsewhere(rule)
+
+
+def _elsewhere(rule: spec.Rule) -> bool:
+    """Whether a patch writes at another place than it reads."""
+    moved = rule.onto is not None and rule.onto.span.written != rule.at.span.written
+    return moved or rule.into_layer is not None
+
+
+def _answers(experiment: ResolvedExperiment) -> list[Diagnostic]:
+    """A rule on the whole prompt is warned of where a measure reads tokens behind it."""
+    return [
+        AnswerNotCovered(
+            span=each.at.span,
+            measure=each.measure,
+            tokens=each.tokens,
+            instead=each.instead,
+        )
+        for each in find_omitted_answers(experiment)
+    ]
+
+
+def _first_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:
+    """A write at token 0 is warned of: it may be the attention sink."""
+    base = experiment.table.runs[experiment.spec.base]
+    found: list[Diagnostic] = []
+    for rule in experiment.rules:
+        # Which tokens another experiment ranks is not known yet.
+        ranked = any(isinstance(node, ast.RankedTokens) for node in walk(rule.spec.at))
+        if rule.sites is None or ranked or rule.spec.verb == "observe":
+            continue
+        if base.rows and base.rows[0].image is not None:
+            continue  # the class token, which is what heads read
+        for cell in rule.positions.written.values():
+            row = next((n for n, hit in enumerate(cell.hits) for run in hit if 0 in run), None)
+            # A sweep over every token has it among others, where it is plainly labelled.
+            if row is not None and len(rule.positions.written) == 1 and len(cell.hits[row][0]) == 1:
+                token = experiment.model.tokenizer.token_text(base.rows[row].ids[0])
+                found.append(FirstTokenWrite(span=rule.spec.at.span, token=token))
+                break
+    return found

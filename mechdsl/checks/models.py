@@ -1,0 +1,374 @@
+"""The models of a file, each read once; a model that is missing is replaced by a stand-in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.models import (
+    InputKindMismatch,
+    ModelNotLocal,
+    NoImageProcessor,
+    VocabularyTooSmall,
+)
+from mechdsl.diagnostics.names import PythonNotAllowed
+from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.models.config import read_shape
+from mechdsl.models.folder import locate_model, require_model
+from mechdsl.models.shape import ModelShape, stand_in_shape
+from mechdsl.program import spec
+from mechdsl.program.python_functions import PythonFunction, PythonMode, find_function
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.table import StandInTokenizer
+from mechdsl.prompts.tokens.images import ImageTokenizer, StandInImageTokenizer
+from mechdsl.prompts.tokens.tokenizer import TOKENIZER_FILES, TextTokenizer, has_tokenizer
+from mechdsl.resolve.loops import resolve_loops
+from mechdsl.resolve.model_pairs import read_tower_inputs
+from mechdsl.resolve.types import AxisLabel, ModelContext, ResolvedExperiment, SitePoint
+from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import walk
+
+
+def largest_indices(program: spec.Program) -> dict[str, int]:
+    """The highest index of a `layer`, `head`, `neuron` and `expert` that the file names."""
+    found: dict[str, int] = {}
+    for word, index in _named_indices(program):
+        found[word] = max(index, found.get(word, 0))
+    return found
+
+
+def _named_indices(program: spec.Program) -> Iterator[tuple[str, int]]:
+    for experiment in program.experiments:
+        values = _highest(resolve_loops(experiment.loops, program.parameters, []).labels)
+        values |= {n: v for n, v in program.parameters.items() if isinstance(v, int)}
+        for part in (*experiment.every_rule, *experiment.measures, *experiment.expects):
+            for name in type(part).model_fields:
+                yield from _indices(getattr(part, name), values)
+        for rule in experiment.every_rule:
+            if rule.into_layer is not None:
+                into = ast.Axis("layer", False, (rule.into_layer,), span=rule.span)
+                yield from _indices(into, values)
+    for group in program.groups.values():
+        yield from _indices(group.sites, {})
+
+
+def _indices(tree: object, values: dict[str, int]) -> Iterator[tuple[str, int]]:
+    for node in walk(tree):
+        if isinstance(node, ast.ShortSite):
+            yield "layer", node.layer
+            if node.index is not None:
+                yield ("neuron" if node.unit == "N" else "head"), node.index
+        elif isinstance(node, ast.Axis):
+            for bound in walk(node.values):
+                if isinstance(bound, ast.Bound):
+                    yield node.word, _index(bound, values)
+
+
+def _index(bound: ast.Bound, values: dict[str, int]) -> int:
+    if bound.name is not None:
+        return values.get(bound.name, 0) + bound.offset
+    return bound.value or 0
+
+
+def _highest(loops: Mapping[str, Sequence[AxisLabel]]) -> dict[str, int]:
+    """The highest number that each of the loops takes."""
+    numbers = {name: [n for n in own if isinstance(n, int)] for name, own in loops.items()}
+    return {name: max(own, default=0) for name, own in numbers.items()}
+
+
+def check_python_model(
+    model: spec.Model, function: PythonFunction, *, required: bool
+) -> Diagnostic:
+    """W0710 for a model that only Python can make, which isn't run here; E0221 where it has to be
+    there."""
+    if required:
+        return PythonNotAllowed(
+            span=function.span,
+            function=function.name,
+            file=function.file,
+            hint=function.allowing,
+        )
+    return ModelNotLocal(
+        span=model.span,
+        model=model.name,
+        path=model.path,
+        absence="made by Python, which isn't run here",
+        where="what makes it",
+        advice="`mechdsl plan --allow-python` makes it",
+    )
+
+
+def check_tokenizer(model: ModelContext) -> list[Diagnostic]:
+    """Whether the model has all of its tokenizer's own tokens. Those that were added to it count
+    only where they are used: many a model has never seen them."""
+    if model.shape.takes == "image":
+        return []  # its tokens are no ids
+    size = model.tokenizer.own_size
+    return [_too_small(model, f"has {size:,}")] if size > model.shape.vocab_size else []
+
+
+def check_prompt_tokens(table: PromptTable, model: ModelContext) -> list[Diagnostic]:
+    """Whether it has all tokens of the prompts and of their texts."""
+    if model.shape.takes == "image":
+        return []
+    rows = [row for run in table.runs.values() for row in run.rows]
+    ids = (
+        i for row in rows for each in (row.ids, *(t.ids for t in row.texts.values())) for i in each
+    )
+    return _all_there(ids, model, f"prompts `{table.name}`")
+
+
+def check_measure_tokens(experiment: ResolvedExperiment) -> list[Diagnostic]:
+    """Whether it has all tokens that measures name."""
+    if experiment.model.shape.takes == "image":
+        return []
+    every = [atom for each in (*experiment.measures, *experiment.keep) for atom in each.atoms]
+    atoms = [atom for atom in every if not atom.of_class]
+    named = (token for atom in atoms for token in atom.named)
+    return _all_there(named, experiment.model, "a measure")
+
+
+def _all_there(ids: Iterable[int], model: ModelContext, what: str) -> list[Diagnostic]:
+    largest = max(ids, default=0)
+    if largest < model.shape.vocab_size:
+        return []
+    token = model.tokenizer.token_text(largest)
+    return [_too_small(model, f"puts token {largest:,} (`{token}`) into {what}")]
+
+
+def _too_small(model: ModelContext, more: str) -> Diagnostic:
+    return VocabularyTooSmall(
+        span=model.spec.span, model=model.name, size=model.shape.vocab_size, more=more
+    )
+
+
+class BuiltModel(Protocol):
+    """A model that a function has made, taken apart and proved."""
+
+    @property
+    def shape(self) -> ModelShape: ...
+    @property
+    def tokenizer(self) -> TextTokenizer | None: ...
+
+
+ModelBuilder = Callable[[spec.Model, PythonFunction], tuple[BuiltModel | None, list[Diagnostic]]]
+"""Makes the model of a statement by its function; None where that can't be done. It needs torch."""
+
+
+class ModelContexts:
+    """What is known of each model of a file."""
+
+    def __init__(
+        self,
+        program: spec.Program,
+        diagnostics: list[Diagnostic],
+        given: Mapping[str, ModelContext],
+        *,
+        python: PythonMode,
+        build: ModelBuilder | None,
+        require: bool,
+    ) -> None:
+        """As those of `Contexts`."""
+        self.program = program
+        self.diagnostics = diagnostics
+        self.given = given
+        self.mode = python
+        self.build = build
+        self.built: dict[str, BuiltModel] = {}
+        """Models that functions have made."""
+        self.require = require
+        self.stand_in = StandInTokenizer()
+        self.stand_in_reader = StandInImageTokenizer()
+        self._models: dict[str, ModelContext] = {}
+        self._tokenizers: dict[tuple[object, ...], TextTokenizer | None] = {}
+
+    def context(self, name: str) -> ModelContext:
+        """What is known of a model; where it isn't here or is refused, what stands in for it."""
+        if name not in self._models:
+            found = self.given.get(name) or self._read(name)
+            if not found.shape.stands_in and not found.tokenizer.stands_in:
+                problems = check_tokenizer(found)
+                self.diagnostics.extend(problems)
+                if problems:
+                    found = replace(found, tokenizer=self.stand_in)
+            self._models[name] = found
+        return self._models[name]
+
+    def fitting(self, model: ModelContext, table: PromptTable) -> ModelContext:
+        """The model with the tokenizer that a table was made with."""
+        images = any(row.image is not None for run in table.runs.values() for row in run.rows)
+        if images != (model.shape.takes == "image"):  # which has been said
+            model = replace(model, shape=stand_in_shape(self._largest))
+        if not table.stands_in and images == isinstance(model.tokenizer, ImageTokenizer):
+            return model
+        return replace(model, tokenizer=self.stand_in_reader if images else self.stand_in)
+
+    def reading(self, name: str, model: ModelContext) -> ModelContext:
+        """A model that isn't at hand, as one that reads what a block has."""
+        images = self.program.prompts[name].kind == "images"
+        if images and model.tokenizer.stands_in and not isinstance(model.tokenizer, ImageTokenizer):
+            return replace(model, tokenizer=self.stand_in_reader)
+        return model
+
+    def _read(self, name: str) -> ModelContext:
+        model = self.program.models.get(name)
+        shape, tokenizer = None, None
+        if model is None:  # its statement has been refused, or there is none
+            model = spec.Model(span=self.program.span, name=name, kind="local", path="")
+        elif model.function is not None:
+            shape, tokenizer = self._made(model, model.function)
+        elif model.base is not None:
+            shape, tokenizer = self._adapted(model, self.context(model.base))
+        elif (folder := self._folder(model)) is not None:
+            shape, found = read_shape(folder, model=model.name, span=model.span)
+            self.diagnostics.extend(found)
+            if shape is not None and shape.takes == "image":
+                tokenizer = self._images(folder, shape, model)
+            elif shape is not None or has_tokenizer(folder):
+                tokenizer = self._tokenizer(folder, model)
+        shape = shape or stand_in_shape(self._largest)
+        stand_in = self.stand_in_reader if shape.takes == "image" else self.stand_in
+        return ModelContext(model, shape, tokenizer or stand_in)
+
+    def _images(self, folder: Path, shape: ModelShape, model: spec.Model) -> TextTokenizer | None:
+        """What makes images ready for the model."""
+        assert shape.patches is not None  # else its folder is refused
+        reader, found = read_tower_inputs(folder, shape, model)
+        self.diagnostics.extend(found)
+        return reader
+
+    def _folder(self, model: spec.Model) -> Path | None:
+        folder, found = locate_model(model, model.span.source.folder)
+        self.diagnostics.extend(require_model(found) if self.require else found)
+        return folder
+
+    def _made(
+        self, model: spec.Model, call: ast.Call
+    ) -> tuple[ModelShape | None, TextTokenizer | None]:
+        """What a function gives, called where Python may run, the file has no errors so far and
+        the function is there; else nothing, and why."""
+        function, _ = find_function(call, "model")
+        made = None
+        if function is None or self.mode == "refuse":
+            pass  # E0222, or E0221
+        elif self.mode == "look":
+            self.diagnostics.append(check_python_model(model, function, required=self.require))
+        elif self.build is not None and not has_errors(self.diagnostics):
+            made, found = self.build(model, function)
+            self.diagnostics.extend(found)
+        if made is None:
+            return None, None
+        self.built[model.name] = made
+        return made.shape, made.tokenizer
+
+    def _adapted(
+        self, model: spec.Model, base: ModelContext
+    ) -> tuple[ModelShape | None, TextTokenizer | None]:
+        """An adapter has the shape of its base, and its tokenizer, unless its folder has another
+        one: that is what it was trained with."""
+        folder = self._folder(model)
+        if folder is None:
+            return None, None
+        if base.shape.side:
+            what = f"an adapter of `{base.name}`, which has two towers,"
+            self.diagnostics.append(NotSupported(span=model.span, what=what))
+            return None, None
+        from mechdsl.models.adapter_folder import check_adapter_task, check_base_model, read_scaling
+
+        scaling, found = read_scaling(folder, model)
+        if scaling is not None:
+            found += check_base_model(folder, model, base.spec)
+            found += check_adapter_task(folder, model, base.spec, base.shape)
+        self.diagnostics.extend(found)
+        if has_errors(found):
+            return None, None
+        tokenizer = base.tokenizer
+        if has_tokenizer(folder):
+            own = self._tokenizer(folder, model.model_copy(update={"bos": base.spec.bos}))
+            if own is None or base.tokenizer.stands_in or not own.same_as(base.tokenizer):
+                tokenizer = own
+        return base.shape, tokenizer
+
+    @cached_property
+    def _largest(self) -> dict[str, int]:
+        return largest_indices(self.program)
+
+    def _tokenizer(self, folder: Path, model: spec.Model) -> TextTokenizer | None:
+        """Checkpoints with the same files share one, which takes a while to read, and so their
+        prompts."""
+        key: tuple[object, ...] = (model.name,)
+        if model.matched is not None or model.base is not None:
+            files = [folder / name for name in TOKENIZER_FILES]
+            key = (model.bos, *(file.read_bytes() for file in files if file.is_file()))
+        if key not in self._tokenizers:
+            found, problems = TextTokenizer.from_folder(folder, model.bos, span=model.span)
+            self.diagnostics.extend(problems)
+            self._tokenizers[key] = found
+        return self._tokenizers[key]
+
+    def words(self, name: str) -> list[str] | None:
+        names = self.program.checkpoints.get(name) or (name,)
+        if not self.program.models.keys() >= set(names):
+            return None
+        return self.of_words(name).tokenizer.plain_words()
+
+    def of_words(self, name: str) -> ModelContext:
+        names = self.program.checkpoints.get(name) or (name,)
+        return self.context(names[0])  # checkpoints have one tokenizer
+
+
+def check_input_kind(prompts: spec.Prompts, model: ModelContext) -> Diagnostic | None:
+    """E0455 for images that a model of texts is to read, and for prompts of one of images; E0456
+    for a model of images that is handed over with a tokenizer."""
+    shape = model.shape
+    if shape.stands_in or prompts.name == spec.NO_PROMPTS:
+        return None
+    images = prompts.kind == "images"
+    if images == (shape.takes == "image"):
+        return None if not images or isinstance(model.tokenizer, ImageTokenizer) else _bare(model)
+    reads, given = ("texts", "images") if images else ("images", "prompts")
+    return InputKindMismatch(
+        span=model.spec.span,
+        model=model.name,
+        architecture=shape.architecture,
+        reads=reads,
+        block=prompts.name,
+        given=f"of {given}",
+        hint=f"write a block of `{'prompts' if images else 'images'}` for it",
+    )
+
+
+def check_image_support(experiment: ResolvedExperiment) -> list[Diagnostic]:
+    """E0108 for rules, saves and metrics that images have nothing for."""
+    if experiment.model.shape.takes != "image":
+        return []
+    found: list[Diagnostic] = []
+    for rule in experiment.every_rule:
+        if rule.does.changes == "input" and isinstance(rule.spec.fill, ast.String):
+            found.append(NotSupported(span=rule.spec.span, what="a text in an image"))
+        elif rule.sites is not None:
+            points = [p for here in rule.sites.points.values() for p in here]
+            found += _of_logits(points, rule.spec.span)
+    for save in experiment.saves:
+        found += _of_logits(save.points, save.spec.span)
+    for measure in experiment.measures:
+        points = [atom.point for atom in measure.atoms if atom.point is not None]
+        found += _of_logits(points, measure.expression.span)
+    return found
+
+
+def _of_logits(points: Iterable[SitePoint], span: Span) -> list[Diagnostic]:
+    if all(point.site != "logits" for point in points):
+        return []
+    return [NotSupported(span=span, what="`logits` at a token of a model of images")]
+
+
+def _bare(model: ModelContext) -> Diagnostic:
+    reason = "it was handed over with a tokenizer, and no image processor"
+    hint = f'hand its processor over: `models={{"{model.name}": (model, processor)}}`'
+    return NoImageProcessor(span=model.spec.span, model=model.name, reason=reason, hint=hint)

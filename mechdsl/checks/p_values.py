@@ -1,0 +1,136 @@
+"""Checks of p-values before the run: whether an experiment can reach a small p. No numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from mechdsl.base.source import Span
+from mechdsl.base.text import count_noun
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.statistics import TooFewPrompts
+from mechdsl.program import spec
+from mechdsl.program.significance import (
+    CORRECTION_NAMES,
+    MIN_UNITS,
+    smallest_p_value,
+    unreachable_cells,
+)
+from mechdsl.program.spec import PROMPTS_AXIS
+from mechdsl.prompts.runs import RunRow
+from mechdsl.resolve.types import ResolvedExperiment, count_cells
+from mechdsl.vocab.effects import EFFECTS
+
+
+def check_reachable_p(variants: Sequence[ResolvedExperiment]) -> list[Diagnostic]:
+    """W0720 where p of an experiment, or of a block of it, can't be small enough, however large the
+    effect."""
+    experiment = variants[0]
+    tested = tested_measures(experiment)
+    if not tested or not experiment.rules:
+        return []
+    settings = experiment.spec.statistics
+    blocks: dict[object, list[ResolvedExperiment]] = {}
+    for each in variants:
+        blocks.setdefault(dict(each.spec.variant).get(PROMPTS_AXIS), []).append(each)
+    units: list[int] = []
+    for own in blocks.values():
+        count = _count_units(own[0].table.runs["clean"].rows, settings)
+        units += [count] * len(tested) * _count_cells(own)
+    found = check_cell_units(units, settings, tested[0].span, row_unit(experiment))
+    return found or _check_groups(blocks.values(), len(tested))
+
+
+def _count_units(rows: Sequence[RunRow], settings: spec.Statistics) -> int:
+    """Rows, or values of the variable that `stats by` names."""
+    if settings.by is None or not rows or settings.by not in rows[0].values:
+        return len(rows)
+    return len({str(row.values.get(settings.by)) for row in rows})
+
+
+def _check_groups(
+    blocks: Iterable[Sequence[ResolvedExperiment]], measures: int
+) -> list[Diagnostic]:
+    """W0720 for each table by values of the prompts in which no cell can survive. All its cells are
+    one family, but those that have too few rows for a p."""
+    blocks = list(blocks)
+    experiment = blocks[0][0]
+    settings, found = experiment.spec.statistics, list[Diagnostic]()
+    for report in experiment.spec.reports:
+        by, units = report.by, list[int]()
+        if by is None:
+            continue
+        for own in blocks:
+            groups: dict[str, list[RunRow]] = {}
+            for row in own[0].table.runs["clean"].rows:
+                if by in row.values:
+                    groups.setdefault(str(row.values[by]), []).append(row)
+            for rows in groups.values():
+                units += [_count_units(rows, settings)] * measures * _count_cells(own)
+        units = [each for each in units if each >= MIN_UNITS] or units
+        if units and len(unreachable_cells(units, settings)) == len(units):
+            where = f"in the table by {by}, "
+            unit = row_unit(experiment)
+            found += check_cell_units(units, settings, report.span, unit, where)
+    return found
+
+
+def _count_cells(variants: Sequence[ResolvedExperiment]) -> int:
+    """How many cells the results have; a part that is read in the cells of one value has those."""
+    over, count = variants[0].spec.over, 0
+    for each in variants:
+        fixed = {} if each.place is None else each.place.fixed
+        counted = [axis for axis in each.axes if axis.name not in fixed]
+        if over is not None:
+            counted = [axis for axis in counted if over not in (axis.name, axis.alias)]
+        count += count_cells(counted, each.nested and each.nested.along(each.nested.axes, fixed))
+    labels = {str(dict(each.spec.variant).get(over or "", "")) for each in variants}
+    return count // len(labels)
+
+
+def row_unit(experiment: ResolvedExperiment) -> str:
+    """What its rows are."""
+    return "image" if experiment.model.shape.takes == "image" else "prompt"
+
+
+def tested_measures(experiment: ResolvedExperiment) -> list[spec.Measure]:
+    """Its measures that have a p."""
+    known = [m for m in experiment.spec.measures if m.effect in EFFECTS]
+    return [m for m in known if EFFECTS[m.effect].tested]
+
+
+def check_cell_units(
+    units: Sequence[int],
+    settings: spec.Statistics,
+    span: Span | None,
+    unit: str = "prompt",
+    where: str = "",
+) -> list[Diagnostic]:
+    """W0720 where cells have so few prompts (or groups) that no p of theirs is small enough.
+
+    units: of every cell that is tested. unit: what a row is. where: which cells these are.
+    """
+    lost = unreachable_cells(units, settings)
+    if not lost:
+        return []
+    few = sorted({units[place] for place in lost})
+    have = " to ".join(str(each) for each in dict.fromkeys((few[0], few[-1])))
+    several = "s" if have != "1" else ""
+    word = f"value{several} of {settings.by}" if settings.by is not None else f"{unit}{several}"
+    have = f"{have} {word}"
+    about = f"{where}with {have} no cell can survive the correction"
+    if len(lost) < len(units):
+        about = f"{len(lost)} of {len(units)} cells have {have}, and can't survive the correction"
+    smallest = smallest_p_value(few[-1], settings)
+    corrected = smallest * (len(units) if settings.correction == "holm" else 1)
+    name, cells = CORRECTION_NAMES[settings.correction], count_noun(len(units), "cell")
+    reach = f"the smallest p is {smallest:.3g}, corrected ({name}, {cells}) {min(1, corrected):.3g}"
+    if few[-1] < MIN_UNITS:
+        reach = f"below {MIN_UNITS} there is neither an interval nor a p"
+    return [
+        TooFewPrompts(
+            span=span,
+            about=about,
+            reach=reach,
+            unit=unit,
+        )
+    ]

@@ -1,0 +1,763 @@
+"""Models and prompt tables of a file, each read once for all experiments.
+
+Stand-ins replace data that is missing, so that the same code checks everything else in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Protocol, cast
+
+from mechdsl.base import limits
+from mechdsl.base.text import count_noun, name_list
+from mechdsl.checks.conditions import CellReader, KnownNames, RefusedCondition
+from mechdsl.checks.models import ModelBuilder, ModelContexts, check_input_kind, check_prompt_tokens
+from mechdsl.diagnostics.core import Diagnostic, UnknownFact, filter_certain, has_errors
+from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.positions import RepliesNotUsable
+from mechdsl.diagnostics.statistics import UnreadableExpectation
+from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.models.shape import ModelShape
+from mechdsl.program import spec
+from mechdsl.program.directions import FitRows, fit_rows_of_experiment
+from mechdsl.program.images import IMAGE_SPAN, averaged_block
+from mechdsl.program.prompts import used_corruptions
+from mechdsl.program.python_functions import PythonMode, prompt_functions
+from mechdsl.program.spec import RepliesOf
+from mechdsl.prompts.answers import LabelNaming
+from mechdsl.prompts.block import PromptsBlock
+from mechdsl.prompts.expressions import counts_tokens
+from mechdsl.prompts.other_runs import PairedRun, add_replies, add_stand_in_replies, pair_run
+from mechdsl.prompts.rows import CLEAN, BlockRows, PromptTable
+from mechdsl.prompts.selection import SplitPart
+from mechdsl.prompts.table import (
+    add_stand_in_runs,
+    block_rows_key,
+    build_table,
+    stand_in_images,
+    stand_in_table,
+)
+from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
+from mechdsl.resolve.cells import CellKey, find_open_axes, join_axes, join_cells
+from mechdsl.resolve.expansion import get_whole_spec, name_cells
+from mechdsl.resolve.findings import Finding, PickError, VariantFinding
+from mechdsl.resolve.model_pairs import (
+    attach_images,
+    attach_placeholder_images,
+    build_model_run,
+    check_model_pair,
+    join_runs,
+    measures_choice,
+    reads_outputs,
+)
+from mechdsl.resolve.types import ModelContext
+from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import walk
+from mechdsl.vocab.metrics import Reply
+
+
+class TableBuilder(Protocol):
+    """Makes the table of a block for a model; ids: numbers of the only rows."""
+
+    def __call__(
+        self, name: str, model: ModelContext, *, ids: Sequence[int] | None = None
+    ) -> tuple[PromptTable | None, list[Diagnostic]]: ...
+
+
+DiagnosticSink = Callable[..., None]
+"""Diagnostics, the model and the blocks that they are of."""
+
+
+class TowerModels:
+    """What a file's experiments run of such models."""
+
+    def __init__(
+        self,
+        program: spec.Program,
+        diagnostics: list[Diagnostic],
+        model: Callable[[str], ModelContext],
+        compiled: Callable[[str, TextTokenizer | None], BlockRows],
+        build: TableBuilder,
+        say: DiagnosticSink,
+        stand_in: TextTokenizer,
+    ) -> None:
+        """model: by its name, what is known of it. stand_in: for a tokenizer that isn't there."""
+        self.program = program
+        self.diagnostics = diagnostics
+        self._model = model
+        self._compiled = compiled
+        self._build = build
+        self._say = say
+        self._stand_in = stand_in
+        self._texts: dict[str, ModelContext] = {}
+        self._whole: dict[str, PromptTable | None] = {}
+
+    def reading(self, name: str, model: ModelContext) -> ModelContext:
+        """The tower that reads the rows of a block; other models as they are. E0108 and E0207 where
+        rows are texts that can't be scored."""
+        block = self.program.prompts[name]
+        texts = model.shape.texts
+        if block.kind == "images":
+            return model
+        if model.shape.stands_in:
+            if block.scored_with is None:
+                return model
+            return replace(model, shape=replace(model.shape, side="text", task="one label"))
+        if texts is None:
+            if block.scored_with is not None:
+                what = f"`image` in prompts for `{model.name}`, which has no tower for images,"
+                self.diagnostics.append(NotSupported(span=block.scored_with.span, what=what))
+            return model
+        if block.scored_with is None and not block.from_images and name != spec.NO_PROMPTS:
+            reason = f"has no images that `{model.name}` scores its texts with"
+            hint = "add a line to it: `image from scenes`, a block of images"
+            bad = BadArgument(span=block.span, name=name, reason=reason, hint=hint)
+            self.diagnostics.append(bad)
+        if model.name not in self._texts:
+            reader = model.tokenizer.texts if isinstance(model.tokenizer, ImageTokenizer) else None
+            tower = replace(model, shape=texts, tokenizer=reader or self._stand_in)
+            self._texts[model.name] = tower
+        return self._texts[model.name]
+
+    def facing_images(
+        self, experiment: spec.Experiment, model: ModelContext, table: PromptTable
+    ) -> tuple[ModelContext, PromptTable]:
+        """The text tower with the images that its texts are scored with, row by row or one for all;
+        others as they are."""
+        if model.shape.side != "text":
+            return model, table
+        ref = self.program.prompts[experiment.prompts].scored_with
+        images = None if ref is None else self.program.prompts.get(ref.name)
+        unknown = table.stands_in or model.shape.stands_in
+        if ref is None or images is None or images.kind != "images" or unknown:
+            return attach_placeholder_images(model, table)
+        reader = self._model(model.name)
+        found, problems = pair_run(
+            table,
+            self._compiled(experiment.prompts, model.tokenizer).block,
+            self._compiled(ref.name, reader.tokenizer),
+            CLEAN,
+            name=IMAGE_SPAN,
+            tokenizer=reader.tokenizer,
+            build=lambda ids: self._build(ref.name, reader, ids=ids),
+            span=ref.span,
+        )
+        self._say(problems, reader, ref.name)
+        if found is None:
+            return attach_placeholder_images(model, table)
+        own = [row.image for row in found.run.rows if row.image is not None]
+        every = None
+        if measures_choice(experiment):
+            whole = self._every(ref.name, reader)
+            rows = () if whole is None else whole.runs[CLEAN].rows
+            every = [row.image for row in rows if row.image is not None]
+        return attach_images(model, table, ref.name, own, every)
+
+    def _every(self, name: str, model: ModelContext) -> PromptTable | None:
+        """All rows of a block, whatever limits there are."""
+        if name not in self._whole:
+            self._whole[name], found = self._build(name, model)
+            self._say(found, model, name)
+        return self._whole[name]
+
+
+_ROW_TO_TABLE = 4
+"""How many times as long it takes to make a row as to put it into a table or to find a position."""
+
+_ANY_PROMPT = 10
+"""What any prompt costs, in parts of what the file says about it."""
+
+
+def rows_to_check(program: spec.Program, prompts: int) -> int:
+    """So many prompts of each table, or as few as can be looked at in reasonable time."""
+    work = list(_work(program))
+    while prompts > 1 and sum(min(n, prompts) * each for n, each in work) > limits.CHECKED_WORK:
+        prompts = prompts * 9 // 10
+    return prompts
+
+
+def _work(program: spec.Program) -> Iterator[tuple[int, int]]:
+    """For each table and each block: prompts at most, and what is done with each of them."""
+    longest: dict[str, int] = {}
+    tables: dict[tuple[str, str, int | None, str | None, int], int] = {}
+    for each in program.experiments:
+        block = program.prompts.get(each.prompts)
+        if block is None:
+            continue
+        count = (each.limit or limits.ROWS) * (1 + len(block.corruptions))
+        longest[block.name] = max(count, longest.get(block.name, 0))
+        key = (block.name, each.model, each.limit, each.part, count)
+        said = _expressions((each.every_rule, each.measures, each.keep, each.expects))
+        draws = 2 * limits.CHECKED_DRAWS * _ANY_PROMPT if each.against is not None else 0
+        tables[key] = tables.get(key, _expressions(block)) + said + draws
+    for (*_, count), parts in tables.items():
+        yield count, _ANY_PROMPT + parts // _ROW_TO_TABLE
+    for name, count in longest.items():
+        yield count, _ANY_PROMPT + _expressions(program.prompts[name])
+
+
+def _expressions(part: object) -> int:
+    """How much the file says, without the domains of values, which are worked out once."""
+    match part:
+        case ast.Node():
+            nodes = list(walk(part))
+            slow = sum(isinstance(node, ast.Except) or _draws(node) for node in nodes)
+            return len(nodes) + slow * _ANY_PROMPT // 2 + part.span.text.count("{")
+        case tuple():
+            return sum(map(_expressions, cast("tuple[object, ...]", part)))
+        case spec.Spec():
+            names = type(part).model_fields.keys() - {"domain"}
+            own = _ANY_PROMPT if isinstance(part, spec.TextDef) else 1  # texts are tokenised
+            return own + sum(_expressions(getattr(part, name)) for name in names)
+        case _:
+            return 0
+
+
+def _draws(node: ast.Node) -> bool:
+    return isinstance(node, ast.Call) and node.name == "list"
+
+
+_ANY = 64
+"""Tokens of a reply of which nothing is known."""
+
+
+def attach_replies(
+    table: PromptTable,
+    experiment: spec.Experiment,
+    program: spec.Program,
+    finding: Finding | None,
+    model: ModelContext,
+    others: Iterable[ModelContext] = (),
+) -> tuple[PromptTable, list[Diagnostic]]:
+    """The prompts with what another experiment wrote; before it has run, with as many tokens as it
+    may write.
+
+    finding: that experiment's; None where it was refused. others: models that its rows are run on
+    too. Codes: E0203, E0546, and those of texts behind prompts.
+    """
+    named = experiment.replies
+    assert named is not None
+    if finding is None:
+        return add_stand_in_replies(table, named.text, _ANY), []
+    try:
+        every = _parts(finding.on(model.name, table.name))
+        _check(named, every[0], table, [model, *others])
+        _check_fits(experiment, program)
+        part, cell = _cell(named, every, program)
+        if part.means is None:
+            tokens = _room(named, every[0], table, model)
+            return add_stand_in_replies(table, named.text, tokens), []
+        found, problems = add_replies(table, _only(part, cell), model.tokenizer, named.text)
+        _check_lengths(found, model, named)
+    except PickError as refusal:
+        problem = _bad(named, refusal.reason, refusal.hint)
+    except RefusedCondition as refusal:
+        problem = _reworded(named, refusal.diagnostic)
+    else:
+        return found, problems
+    return add_stand_in_replies(table, named.text, _ANY), [problem]
+
+
+def _parts(finding: Finding) -> list[VariantFinding]:
+    """One of each variant: measures at several places are of the same replies."""
+    found: dict[object, VariantFinding] = {}
+    for part in finding.parts:
+        found.setdefault(get_whole_spec(part.experiment).variant, part)
+    return list(found.values())
+
+
+def _check(
+    named: RepliesOf,
+    part: VariantFinding,
+    table: PromptTable,
+    models: Sequence[ModelContext],
+) -> None:
+    """Whether it writes one reply behind each of these prompts, in tokens of these models."""
+    own, of = part.experiment, f"`{named.of}`"
+    if own.generation is None:
+        raise PickError(f"{of} writes none", f"let {of} write some: `generate 40`")
+    if own.table.name != table.name:
+        raise PickError(
+            f"{of} writes behind prompts of `{own.table.name}`, and these are of `{table.name}`",
+            "let both name one block of prompts",
+        )
+    if own.generation.samples > 1:
+        raise PickError(
+            f"{of} writes {own.generation.samples} behind each prompt", "let it write one sample"
+        )
+    draws = own.table.runs[own.spec.base].draws
+    if draws > 1:
+        raise PickError(
+            f"{of} writes one for each of {draws} draws of noise", "let it run with one draw"
+        )
+    known = [model for model in models if not model.tokenizer.stands_in]
+    other = next((m for m in known if m.tokenizer.hash != own.model.tokenizer.hash), None)
+    if other is not None and not own.model.tokenizer.stands_in:
+        raise PickError(
+            f"{of} writes tokens of `{own.model.name}`, and `{other.name}` has another tokenizer",
+            "read them with a model of the same tokenizer",
+        )
+
+
+def _check_fits(experiment: spec.Experiment, program: spec.Program) -> None:
+    """Whether all that is read is of these prompts with these replies, or names its own."""
+    if any(
+        rows.block is None and rows.model for rows in fit_rows_of_experiment(experiment, program)
+    ):
+        raise PickError(
+            "a direction is fitted on another model's runs of these rows, without the replies",
+            "name the rows that it is fitted on",
+        )
+    if any(rule.verb == "replace" and rule.source_block is None for rule in experiment.every_rule):
+        raise PickError(
+            "a rule replaces text of the prompts, whose tokens are made anew then",
+            "replace it in a corruption of the block, and run that: `into CORRUPTION`",
+        )
+
+
+def _cell(
+    named: RepliesOf, parts: Sequence[VariantFinding], program: spec.Program
+) -> tuple[VariantFinding, int]:
+    """(variant, number of its cell) of the one that is named."""
+    undecided = find_open_axes(parts[0].experiment.spec, program.groups, ("shape", "tokens"))
+    if not any(p.experiment.model.tokenizer.stands_in for p in parts):
+        undecided = frozenset()
+    own = [(get_whole_spec(part.experiment).variant, _cells(part)) for part in parts]
+    axes = join_axes([(v, list(cells[0].coords) if cells else []) for v, cells in own])
+    every = [
+        (part, n) for part, (_, cells) in zip(parts, own, strict=True) for n in range(len(cells))
+    ]
+    cells = join_cells(axes, own)
+    known = KnownNames((), axes, cells=cells, open_axes=undecided, name=named.of)
+    finder = CellReader(known, of_other=True)
+    found = finder.find(finder.wheres(named.cell))
+    if len(found) != 1 and not (undecided and found):
+        raise _not_one(named, axes, cells, len(found))
+    return every[found[0]]
+
+
+def _not_one(
+    named: RepliesOf, axes: Sequence[str], cells: Sequence[CellKey], found: int
+) -> PickError:
+    if found:
+        said = ", ".join(
+            f'{axis}: "{value}"' if isinstance(value, str) else f"{axis}: {value}"
+            for axis, value in cells[0].coords.items()
+        )
+        return PickError(
+            f"{found} cells of `{named.of}` write some"
+            + (" there" if named.cell else ", each its own"),
+            f"say which cell wrote them: `replies of {named.of}({said})`",
+        )
+    return PickError(
+        f"no cell of `{named.of}` is there",
+        f"its axes are {name_list(axes)}" if axes else f"it has one cell: `replies of {named.of}`",
+    )
+
+
+def _cells(part: VariantFinding) -> list[CellKey]:
+    """Those of an experiment, without the places that it measures at."""
+    swept = [axis.name for axis in part.experiment.axes]
+    cells = part.cells if part.means is not None else name_cells(part.experiment, texts=False)
+    return [
+        CellKey({k: v for k, v in cell.coords.items() if k in swept}, cell.site, cell.position)
+        for cell in cells
+    ]
+
+
+def _room(named: RepliesOf, part: VariantFinding, table: PromptTable, model: ModelContext) -> int:
+    """Tokens that replies may have."""
+    assert part.experiment.generation is not None
+    tokens, most = part.experiment.generation.tokens, model.shape.max_positions
+    if most is None or model.shape.stands_in or table.stands_in:
+        return tokens
+    longest = max(len(row.ids) for run in table.runs.values() for row in run.rows)
+    if longest >= most:
+        raise PickError(
+            f"the longest prompt has {count_noun(longest, 'token')}, and `{model.name}` reads {most:,}",
+            "shorten the prompts",
+        )
+    return min(tokens, most - longest)
+
+
+def _only(part: VariantFinding, cell: int) -> Mapping[int, Reply]:
+    """The reply of each row."""
+    return {row: replies[0] for row, replies in part.replies[cell].items()}
+
+
+def _check_lengths(table: PromptTable, model: ModelContext, named: RepliesOf) -> None:
+    """Whether there are rows, none of them too long."""
+    if not len(table):
+        raise PickError(
+            f"`{named.of}` has none of the rows that this experiment runs on",
+            "let both run on the same part and limit of their prompts",
+        )
+    most = model.shape.max_positions
+    longest = max(len(row.ids) for run in table.runs.values() for row in run.rows)
+    if most is not None and longest > most:
+        raise PickError(
+            f"the longest prompt with its reply has {longest:,} tokens, and `{model.name}` reads "
+            f"{most:,}",
+            f"let `{named.of}` write fewer tokens, or shorten the prompts",
+        )
+
+
+def _bad(named: RepliesOf, reason: str, hint: str) -> Diagnostic:
+    return RepliesNotUsable(span=named.span, text=named.text, reason=reason, hint=hint)
+
+
+def _reworded(named: RepliesOf, found: Diagnostic) -> Diagnostic:
+    """What is wrong with a cell that is named, which is no expectation here."""
+    if not isinstance(found, UnreadableExpectation):
+        return found
+    return RepliesNotUsable(
+        span=found.span or named.span, text=named.text, reason=found.reason, hint=found.hint
+    )
+
+
+class FileContexts:
+    """Models and prompt tables of a file, each read once."""
+
+    def __init__(
+        self,
+        program: spec.Program,
+        diagnostics: list[Diagnostic],
+        given: Mapping[str, ModelContext],
+        limit: int | None,
+        *,
+        python: PythonMode = "refuse",
+        build: ModelBuilder | None = None,
+        require: bool = False,
+        prompts_enough: int | None = None,
+    ) -> None:
+        """given: models that are handed over, by name. limit: rows per table at most. python: what
+        becomes of functions of Python files. build: what makes models by them, where that may be.
+        require: whether a model that isn't there is an error. prompts_enough: how many of each
+        table are looked at. What is found goes to `diagnostics`.
+        """
+        self.program = program
+        self.diagnostics = diagnostics
+        self.limit = limit
+        self.python = python == "run"
+        self.prompts_enough = prompts_enough
+        self.models = ModelContexts(
+            program, diagnostics, given, python=python, build=build, require=require
+        )
+        self._rows: dict[str, BlockRows] = {}
+        self._used: dict[tuple[str, str], frozenset[str]] = {}
+        """By experiment, without its variants, and prompts block: the corruptions that it names."""
+        self._tables: dict[tuple[object, ...], dict[frozenset[str], PromptTable]] = {}
+        """By what their rows are of, and the corruptions that are used."""
+        self._runs: dict[tuple[object, ...], PairedRun | None] = {}
+        self._joined: dict[tuple[object, ...], PromptTable] = {}
+        self._replied: dict[tuple[object, ...], PromptTable] = {}
+        self.towers = TowerModels(
+            program,
+            diagnostics,
+            self.models.context,
+            self._compiled,
+            self._build,
+            self._say,
+            self.models.stand_in,
+        )
+
+    def table(
+        self,
+        name: str,
+        model: ModelContext,
+        limit: int | None,
+        part: str | None,
+        labels: LabelNaming | None = None,
+        used: frozenset[str] | None = None,
+    ) -> PromptTable:
+        """The rows of a prompts block for one model; where they can't be made, one that stands in
+        for them.
+
+        labels: what answers are, where that is for another model to say. used: the corruptions
+        that are used, of which each changes all of the rows; None: every one.
+        """
+        runs = frozenset(each.name for each in self.program.prompts[name].corruptions)
+        used = runs if used is None else used & runs
+        if self.limit is not None:
+            limit = self.limit if limit is None else min(limit, self.limit)
+        labels = labels or self._labels(name, model.shape)
+        key = (name, id(model.tokenizer), model.shape.max_positions, labels, limit, part)
+        tables = self._tables.setdefault(key, {})
+        # Experiments share a table, and passes with it, where their runs leave out the same rows.
+        equal = (t for t in tables.values() if frozenset(t.changed_by) == used & t.unchanged)
+        if used not in tables:
+            tables[used] = next(equal, None) or self._table(name, model, limit, part, labels, used)
+        return tables[used]
+
+    def _table(
+        self,
+        name: str,
+        model: ModelContext,
+        limit: int | None,
+        part: str | None,
+        labels: LabelNaming,
+        used: frozenset[str],
+    ) -> PromptTable:
+        assert part is None or part == "train" or part == "test"
+        table = None
+        model = self.models.reading(name, model)
+        problem = check_input_kind(self.program.prompts[name], model)
+        if problem is not None:
+            self.diagnostics.append(problem)
+        elif not self.needs_python(name):
+            table, found = self._build(
+                name, model, limit=limit, part=part, labels=labels, used=used
+            )
+            if table is not None:
+                found = [*found, *check_prompt_tokens(table, model)]
+            self._say(found, model, name)
+        if table is None:
+            table = stand_in_table(self._compiled(name).block, self.models.stand_in)
+            if self.program.prompts[name].kind == "images":
+                table = stand_in_images(table, self.models.stand_in_reader)
+        elif self._guessed(name, model):
+            table = replace(table, stands_in=True)
+        return table
+
+    def of_experiment(
+        self, experiment: spec.Experiment, model: ModelContext, labels: LabelNaming | None = None
+    ) -> PromptTable:
+        """The rows of an experiment for a model: those that each run that the experiment names, in
+        one of its variants, changes. labels: as `table` takes them."""
+        name = experiment.prompts
+        key = (experiment.within or experiment.name, name)
+        if key not in self._used:
+            self._used[key] = used_corruptions(experiment, self.program)
+        return self.table(name, model, experiment.limit, experiment.part, labels, self._used[key])
+
+    def read_by(
+        self, rows: FitRows, experiment: spec.Experiment, model: ModelContext
+    ) -> PromptTable:
+        """The rows that a direction is fitted on: those of a block or a part, all without `limit:`,
+        or those of the experiment; for the model that runs them."""
+        if rows.model is not None:
+            model = self.models.context(rows.model)
+        if rows.block is None:
+            return self.of_experiment(experiment, model)
+        return self.table(rows.block, model, rows.limit, rows.part, used=rows.used)
+
+    def with_replies(
+        self,
+        experiment: spec.Experiment,
+        model: ModelContext,
+        table: PromptTable,
+        finding: Finding | None,
+    ) -> PromptTable:
+        """The table with what stands in for the replies behind its prompts; variants of an
+        experiment that share a table share these too."""
+        assert experiment.replies is not None
+        key = (id(table), experiment.replies.span, model.name)
+        if key not in self._replied:
+            others = [self.models.context(run.model) for run in experiment.elsewhere if run.model]
+            found, problems = attach_replies(
+                table, experiment, self.program, finding, model, others
+            )
+            self._replied[key] = found
+            self.diagnostics.extend(problems)
+        return self._replied[key]
+
+    def _say(self, found: Sequence[Diagnostic], model: ModelContext, *blocks: str) -> None:
+        """Keep what is true whatever stands in."""
+        unknown: set[UnknownFact] = set()
+        if model.shape.stands_in:
+            unknown.add("shape")
+        if model.tokenizer.stands_in:
+            unknown.add("tokens")
+        if any(self._guessed(name, model) for name in blocks):
+            unknown.update(("rows", "tokens"))  # of words that stand in for others
+        self.diagnostics.extend(filter_certain(found, unknown))
+
+    def _guessed(self, name: str, model: ModelContext) -> bool:
+        """Whether a block has words of a tokenizer that isn't at hand, or asks it for tokens."""
+        where = (node for condition in self.program.prompts[name].where for node in walk(condition))
+        counted = any(map(counts_tokens, where))
+        if model.tokenizer.stands_in and (counted or self.program.prompts[name].chat):
+            return True
+        domains = (value.domain for value in self.program.prompts[name].values)
+        calls = (node for domain in domains for node in walk(domain))
+        return any(
+            self.models.of_words(argument.value.id).tokenizer.stands_in
+            for node in calls
+            if isinstance(node, ast.Call) and node.name == "words"
+            for argument in node.arguments
+            if isinstance(argument.value, ast.Name)
+        )
+
+    def _compiled(self, name: str, tokenizer: TextTokenizer | None = None) -> BlockRows:
+        key = block_rows_key(self.program.prompts[name], tokenizer)
+        if key not in self._rows:
+            self._rows[key] = BlockRows(self._block(name, tokenizer))
+        return self._rows[key]
+
+    def _build(
+        self,
+        name: str,
+        model: ModelContext,
+        *,
+        limit: int | None = None,
+        part: SplitPart | None = None,
+        ids: Sequence[int] | None = None,
+        labels: LabelNaming | None = None,
+        used: frozenset[str] | None = None,
+    ) -> tuple[PromptTable | None, list[Diagnostic]]:
+        return build_table(
+            self.program.prompts[name],
+            tokenizer=model.tokenizer,
+            seed=self.program.seed,
+            limit=limit,
+            part=part,
+            words=self.models.words,
+            max_length=model.shape.max_positions,
+            parameters=self.program.parameters,
+            blocks=self.program.prompts,
+            compiled=self._rows,
+            ids=ids,
+            python=self.python,
+            prompts_enough=self._enough,
+            labels=labels or self._labels(name, model.shape),
+            writes=name in self._written_behind,
+            used=used,
+        )
+
+    @cached_property
+    def _written_behind(self) -> frozenset[str]:
+        """The blocks behind whose prompts a model writes."""
+        every = self.program.experiments
+        return frozenset(each.prompts for each in every if each.generation is not None)
+
+    @cached_property
+    def _enough(self) -> int | None:
+        """How many prompts of a table are looked at: fewer where the file says more of each."""
+        return (
+            None
+            if self.prompts_enough is None
+            else rows_to_check(self.program, self.prompts_enough)
+        )
+
+    def _labels(self, name: str, shape: ModelShape) -> LabelNaming:
+        """What answers of a block are to a model: of images never texts."""
+        if self.program.prompts[name].kind == "images" and shape.task == "tokens":
+            return "named"
+        return _labels(shape)
+
+    def needs_python(self, name: str) -> bool:
+        """Whether only Python, which isn't run here, can make the rows of a block."""
+        averaged = averaged_block(self.program.prompts[name].image)
+        blocks = (name,) if averaged is None else (name, averaged.name)
+        known = [self.program.prompts[each] for each in blocks if each in self.program.prompts]
+        return not self.python and any(map(prompt_functions, known))
+
+    def _block(self, name: str, tokenizer: TextTokenizer | None) -> PromptsBlock:
+        return PromptsBlock(
+            self.program.prompts[name],
+            seed=self.program.seed,
+            words=self.models.words,
+            parameters=self.program.parameters,
+            blocks=self.program.prompts,
+            python=self.python,
+            chat=None if tokenizer is None else tokenizer.chat,
+        )
+
+    def table_alone(self, name: str) -> None:
+        """Check a block that no experiment has used, with the file's only model."""
+        if any(key[0] == name for key in self._tables) or len(self.program.models) != 1:
+            return
+        model = self.models.context(next(iter(self.program.models)))
+        if check_input_kind(self.program.prompts[name], model) is None:
+            self.table(name, model, 1, None)
+
+    def with_elsewhere(
+        self, experiment: spec.Experiment, model: ModelContext, table: PromptTable
+    ) -> PromptTable:
+        """The table with the experiment's runs of other blocks and models; experiments that share
+        a table share these too."""
+        names = tuple(run.name for run in experiment.elsewhere)
+        read = tuple(reads_outputs(experiment, name) for name in names)
+        key = (id(table), model.name, *names, *read)
+        if names and key not in self._joined:
+            joined = None
+            if not table.stands_in:
+                runs = [self._elsewhere(r, experiment, model, table) for r in experiment.elsewhere]
+                joined = join_runs(table, runs)
+            self._joined[key] = joined or add_stand_in_runs(table, names)
+        return self._joined[key] if names else table
+
+    def _elsewhere(
+        self,
+        run: spec.ExternalRunSpec,
+        experiment: spec.Experiment,
+        model: ModelContext,
+        table: PromptTable,
+    ) -> PairedRun | None:
+        read = reads_outputs(experiment, run.name)
+        key = (id(table), model.name, run.name, experiment.broken, read)
+        if key not in self._runs:
+            if run.prompts is not None:
+                found, problems = self._of_block(run, run.prompts, model, table)
+            else:
+                found, problems = self._of_model(run, experiment, model, table)
+            if not experiment.broken:  # which may be why they don't fit
+                self._say(problems, model, *(name for name in (run.prompts,) if name))
+            self._runs[key] = found
+        return self._runs[key]
+
+    def _of_block(
+        self, run: spec.ExternalRunSpec, prompts: str, model: ModelContext, table: PromptTable
+    ) -> tuple[PairedRun | None, list[Diagnostic]]:
+        if self.needs_python(prompts):
+            return None, []
+        model, other = self.models.reading(prompts, model), self.program.prompts[prompts]
+        if (problem := check_input_kind(other, model)) is not None:
+            return None, [problem]
+        if other.kind != self.program.prompts[table.name].kind:
+            return None, []  # of a model that isn't at hand, which reads one of them
+        rows = self._compiled(prompts, model.tokenizer)
+        if has_errors(rows.block.diagnostics) or rows.block.columns_unknown:
+            return None, rows.block.diagnostics
+        return pair_run(
+            table,
+            self._compiled(table.name, model.tokenizer).block,
+            rows,
+            run.run,
+            name=run.name,
+            tokenizer=model.tokenizer,
+            build=lambda ids: self._build(prompts, model, ids=ids),
+            span=run.span,
+            shuffled=run.shuffled,
+        )
+
+    def _of_model(
+        self,
+        run: spec.ExternalRunSpec,
+        experiment: spec.Experiment,
+        model: ModelContext,
+        table: PromptTable,
+    ) -> tuple[PairedRun | None, list[Diagnostic]]:
+        assert run.model is not None
+        other = self.models.context(run.model)
+        problem = check_model_pair(run, other, model, outputs=reads_outputs(experiment, run.name))
+        if problem is not None:
+            return None, [problem]
+        # Answers are this model's, whose outputs are measured.
+        labels = self._labels(experiment.prompts, model.shape)
+        theirs = self.of_experiment(experiment, other, labels)
+        if theirs.stands_in:
+            return None, []
+        return build_model_run(table, theirs, other, model, run)
+
+
+def _labels(shape: ModelShape) -> LabelNaming:
+    """What answers are to the model."""
+    if shape.task == "tokens":
+        return "none"
+    if shape.side:
+        return "named"
+    return "named" if shape.names_labels else "numbered"

@@ -1,0 +1,354 @@
+"""Arguments and options that several commands take, and the files that they name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial, wraps
+from importlib import import_module
+from itertools import repeat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+import click
+
+from mechdsl.diagnostics.command_line import BadCommandLine
+from mechdsl.diagnostics.core import Diagnostic
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    from click.shell_completion import CompletionItem
+
+    from mechdsl.base.source import Source
+    from mechdsl.checks.file_check import CheckedFile, CheckSettings
+    from mechdsl.program.python_functions import PythonMode
+
+
+class MechFile(click.Path):
+    """A path of a `.mech` file, or of a folder that has some."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        from click.shell_completion import CompletionItem
+
+        if incomplete.startswith("~"):  # the shell knows whose folder that is, and how to write it
+            return [CompletionItem(incomplete, type="file")]
+        folder, slash, begun = incomplete.rpartition("/")
+        try:
+            names = sorted(os.listdir(folder + slash or "."))
+        except OSError:
+            names = []
+        found = [
+            name
+            for name in names
+            if name.startswith(begun) and name.endswith(".mech") and (begun or name[0] != ".")
+        ]
+        items = [CompletionItem(folder + slash + name) for name in found if name.isprintable()]
+        return [*items, CompletionItem(incomplete, type="dir")]
+
+
+files_argument = click.argument("files", nargs=-1, required=True, type=MechFile(path_type=Path))
+
+file_argument = click.argument("file", type=MechFile(path_type=Path))
+
+set_option = click.option(
+    "--set", "parameters", multiple=True, metavar="K=V", help="Set a parameter: --set depth=12."
+)
+
+limit_option = click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="At most this many rows per experiment.",
+)
+
+
+def format_option(default: str, *others: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """`--format`, which the command gets as `form`."""
+    return click.option(
+        "--format",
+        "form",
+        type=click.Choice([default, *others]),
+        default=default,
+        show_default=True,
+    )
+
+
+allow_python_option = click.option(
+    "--allow-python", is_flag=True, help="Run the Python files that the file refers to."
+)
+
+allow_outside_option = click.option(
+    "--allow-outside",
+    is_flag=True,
+    help="Let reports go anywhere, not only to the file's folder or below.",
+)
+
+untrusted_option = click.option(
+    "--untrusted",
+    is_flag=True,
+    help="List the paths that the file names, confine all of them, run no Python.",
+)
+
+
+class PassOptions(NamedTuple):
+    """What the command line says of passes."""
+
+    without: tuple[str, ...]
+    """Names of planner passes that are off; they may be wrong."""
+    pass_tokens: int | None
+    prompt_tokens: int | None
+
+
+def pass_options(command: Callable[..., int]) -> Callable[..., int]:
+    """`--no-pass`, `--pass-tokens` and `--prompt-tokens`, which the command gets as `passes`."""
+
+    @click.option(
+        "--no-pass",
+        "no_pass",
+        multiple=True,
+        metavar="NAME",
+        help="Switch a pass off; `plan` lists them.",
+    )
+    @click.option(
+        "--pass-tokens",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="At most this many tokens in a pass over patched rows; else it is chosen.",
+    )
+    @click.option(
+        "--prompt-tokens",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="At most this many tokens in a batch of unpatched prompts.",
+    )
+    @wraps(command)
+    def told(
+        *args: Any,
+        no_pass: tuple[str, ...],
+        pass_tokens: int | None,
+        prompt_tokens: int | None,
+        **others: Any,
+    ) -> int:
+        return command(*args, passes=PassOptions(no_pass, pass_tokens, prompt_tokens), **others)
+
+    return told
+
+
+class StoreOptions(NamedTuple):
+    """What the command line says of stores."""
+
+    named: Path | Literal[False] | None
+    """As `store_folder` takes it."""
+    fresh: bool
+
+
+def store_options(command: Callable[..., int]) -> Callable[..., int]:
+    """`--store`, `--no-store` and `--fresh`, which the command gets as `stores`. Raises UsageError
+    where they contradict each other."""
+
+    @click.option(
+        "--store",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Keep what is computed here.  [default: .mechdsl beside the file]",
+    )
+    @click.option("--no-store", is_flag=True, help="Neither read nor write a store.")
+    @click.option("--fresh", is_flag=True, help="Compute all anew, and keep that.")
+    @wraps(command)
+    def told(*args: Any, store: Path | None, no_store: bool, fresh: bool, **others: Any) -> int:
+        for option, given in (("--store", store is not None), ("--fresh", fresh)):
+            if no_store and given:
+                raise click.UsageError(f"`--no-store` and `{option}` contradict each other")
+        stores = StoreOptions(False if no_store else store, fresh)
+        return command(*args, stores=stores, **others)
+
+    return told
+
+
+class MalformedSetting(click.UsageError):
+    """`--set` without a name or a value."""
+
+    hint = "write `--set NAME=VALUE`, for example `--set depth=12`"
+
+
+def settings_from_options(
+    parameters: tuple[str, ...],
+    limit: int | None = None,
+    only: str | None = None,
+    python: PythonMode = "refuse",
+    *,
+    require_models: bool = True,
+    allow_outside: bool,
+    untrusted: bool,
+) -> CheckSettings:
+    """How files are checked. Raises `MalformedSetting`."""
+    from mechdsl.checks.file_check import CheckSettings
+    from mechdsl.loading.lazy_builder import build_lazily
+
+    given: dict[str, str] = {}
+    for text in parameters:
+        name, equals, value = text.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise MalformedSetting(f"`--set {text}` has no {'name' if equals else '`=`'}")
+        if name in given:
+            raise MalformedSetting(f"`--set {name}=…` is given twice")
+        given[name] = value.strip()
+    return CheckSettings(
+        given,
+        limit,
+        only,
+        python,
+        require_models,
+        allow_outside,
+        untrusted,
+        build=build_lazily,
+    )
+
+
+def python_mode(allow_python: bool) -> PythonMode:
+    """What is done with Python files where `--allow-python` is an option."""
+    return "run" if allow_python else "refuse"
+
+
+ResultT = TypeVar("ResultT")
+
+STDIN = Path("-")
+"""Where a file is named, what comes in on standard input."""
+
+_FILES_EACH = 4
+"""Files that a process is started for, at least."""
+
+
+def find_mech_files(paths: tuple[Path, ...]) -> tuple[list[Path], list[Diagnostic]]:
+    """Files as given; folders are walked, in order of their names. Codes: E0208."""
+    found: list[Path] = []
+    problems: list[Diagnostic] = []
+    if paths.count(STDIN) > 1:
+        problems.append(
+            BadCommandLine(
+                reason="`-` is given twice, and standard input can be read only once",
+                hint="give it once; what was piped in is one file",
+            )
+        )
+    for path in paths:
+        if path == STDIN:
+            found.append(path)
+        elif os.path.isdir(path):  # which, unlike `Path.is_dir`, takes any name
+            inside = sorted(path.rglob("*.mech"))
+            if not inside:
+                problems.append(
+                    BadCommandLine(
+                        reason=f"there is no `.mech` file in `{path}`",
+                        hint="name a file, or a folder that has some",
+                    )
+                )
+            found.extend(inside)
+        else:
+            found.append(path)
+    return list(dict.fromkeys(found)), problems
+
+
+def read_mech_file(path: Path) -> tuple[Source | None, list[Diagnostic]]:
+    """The text of a file, or of standard input; None where it can't be read.
+
+    Codes: E0208 for standard input; those of `read_source`.
+    """
+    from mechdsl.syntax.frontend import decode_stdin, read_source
+
+    if path != STDIN:
+        return read_source(path)
+    try:
+        if sys.stdin is None:
+            raise OSError(None, "it is closed")
+        return decode_stdin(sys.stdin.buffer.read())
+    except OSError as error:
+        reason = f"cannot read standard input: {(error.strerror or str(error)).lower()}"
+        hint = "pipe a file in, as in `cat FILE | mechdsl validate -`, or name it"
+        return None, [BadCommandLine(reason=reason, hint=hint)]
+
+
+def check_mech_file(
+    file: Path, settings: CheckSettings
+) -> tuple[CheckedFile | None, list[Diagnostic]]:
+    """One file checked; None where it can't be read."""
+    from mechdsl.checks.file_check import check_source
+
+    source, problems = read_mech_file(file)
+    if source is None:
+        return None, problems
+    checked = check_source(source, settings)
+    return checked, checked.diagnostics
+
+
+def map_files(
+    work: Callable[[Path, CheckSettings], ResultT], files: Sequence[Path], settings: CheckSettings
+) -> Iterator[ResultT]:
+    """What a function gives for each file, in order; many files are divided among processes, one
+    for each core that there is."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    processes = min(cores, len(files) // _FILES_EACH)
+    # Torch's threads don't survive a fork, and only one process can read standard input.
+    if processes < 2 or STDIN in files or "torch" in sys.modules:
+        return map(work, files, repeat(settings))
+    return _divided(work, files, settings, processes)
+
+
+def _divided(
+    work: Callable[[Path, CheckSettings], ResultT],
+    files: Sequence[Path],
+    settings: CheckSettings,
+    processes: int,
+) -> Iterator[ResultT]:
+    """As `each_file`. No process waits for this one, so that all end if it is killed."""
+    from multiprocessing import get_context
+
+    import_module("mechdsl.checks.file_check")  # once, and not in each process
+    # There is a process for each core already. Unset, it warns of a fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    context = get_context("fork")
+    with ExitStack() as stack:
+        found: list[Connection] = []
+        for first in range(processes):
+            reader, writer = context.Pipe(duplex=False)
+            part = partial(_work_through, writer, work, files[first::processes], settings)
+            process = context.Process(target=part, daemon=True)
+            process.start()
+            stack.callback(process.join)
+            stack.callback(process.terminate)
+            writer.close()
+            found.append(reader)
+        for number, file in enumerate(files):
+            try:
+                one = found[number % processes].recv()
+            except EOFError as error:
+                raise RuntimeError(f"the process that checked {file} ended") from error
+            if isinstance(one, Exception):
+                raise one
+            yield one
+
+
+def _work_through(
+    writer: Connection,
+    work: Callable[[Path, CheckSettings], ResultT],
+    files: Sequence[Path],
+    how: CheckSettings,
+) -> None:
+    """Send what comes of each file, or what it raised."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the process that started this one handles
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with suppress(BrokenPipeError):
+        for file in files:
+            try:
+                found = work(file, how)
+            except Exception as error:
+                writer.send(error)
+                return
+            writer.send(found)

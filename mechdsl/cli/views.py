@@ -1,0 +1,231 @@
+"""`mechdsl explain`, `graph`, `plan` and `sites`: views of a file or a model, without a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+from click.shell_completion import CompletionItem
+
+from mechdsl.base.files import write_atomically
+from mechdsl.base.text import dump_json
+from mechdsl.cli.arguments import (
+    MechFile,
+    PassOptions,
+    allow_outside_option,
+    allow_python_option,
+    check_mech_file,
+    file_argument,
+    format_option,
+    limit_option,
+    pass_options,
+    python_mode,
+    set_option,
+    settings_from_options,
+    untrusted_option,
+)
+from mechdsl.cli.output import INVALID_INPUT, SUCCESS, make_console, print_diagnostics, print_json
+from mechdsl.diagnostics.command_line import LANGUAGE_PAGE, find_page, is_page_name, page_codes
+from mechdsl.diagnostics.core import has_errors
+
+
+def complete_page_or_file(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem[str]]:
+    """What `mechdsl explain` takes; codes only where one is begun."""
+    pages = [LANGUAGE_PAGE, *(page_codes() if incomplete else [])]
+    begun = [CompletionItem(name) for name in pages if name.startswith(incomplete)]
+    return [*begun, *MechFile().shell_complete(ctx, param, incomplete)]
+
+
+@click.command(short_help="Show prompts token by token; or print the page of an error.")
+@click.argument("what", metavar="FILE|CODE|language", shell_complete=complete_page_or_file)
+@set_option
+@limit_option
+@format_option("text", "json")
+@allow_python_option
+@allow_outside_option
+@untrusted_option
+def explain(
+    what: str,
+    parameters: tuple[str, ...],
+    limit: int | None,
+    form: str,
+    allow_python: bool,
+    allow_outside: bool,
+    untrusted: bool,
+) -> int:
+    """Show each prompt's tokens with the positions marked.
+
+    Or print a page: `mechdsl explain E0301` says what an error means and how to mend it, `mechdsl
+    explain language` has every construct of the language. `-` is standard input.
+    """
+    if is_page_name(what):
+        return _print_page(what)
+    how = settings_from_options(
+        parameters,
+        limit,
+        python=python_mode(allow_python),
+        allow_outside=allow_outside,
+        untrusted=untrusted,
+    )
+    checked, problems = check_mech_file(Path(what), how)
+    print_diagnostics(problems)
+    if checked is None or has_errors(problems):
+        return INVALID_INPUT
+    from mechdsl.show import prompts as explaining
+
+    if form == "json":
+        print_json(dump_json(explaining.prompts_document(checked), indent=1))
+    else:
+        explaining.print_prompts(checked, make_console())
+    return SUCCESS
+
+
+def _print_page(name: str) -> int:
+    """The page of an error or a warning, or that of the language."""
+    text, problems = find_page(name)
+    print_diagnostics(problems)
+    sys.stdout.write(text)
+    return INVALID_INPUT if problems else SUCCESS
+
+
+@click.command()
+@file_argument
+@set_option
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["dot", "mermaid", "svg", "text"]),
+    default="mermaid",
+    show_default=True,
+)
+@click.option("--to", type=click.Path(path_type=Path), help="Write it to this file.")
+@click.option(
+    "--before/--after", help="Before the planner's passes, or as it is run.  [default: after]"
+)
+@allow_python_option
+@allow_outside_option
+@untrusted_option
+def graph(
+    file: Path,
+    parameters: tuple[str, ...],
+    form: str,
+    to: Path | None,
+    before: bool,
+    allow_python: bool,
+    allow_outside: bool,
+    untrusted: bool,
+) -> int:
+    """Draw the intervention graph of a file. `-` is standard input."""
+    checked, problems = check_mech_file(
+        file,
+        settings_from_options(
+            parameters,
+            python=python_mode(allow_python),
+            allow_outside=allow_outside,
+            untrusted=untrusted,
+        ),
+    )
+    print_diagnostics(problems)
+    if checked is None or has_errors(problems):
+        return INVALID_INPUT
+    from mechdsl.show.graph import draw_graph
+
+    text = draw_graph(checked.experiments, checked.saving, form, before=before)
+    if to is None:
+        sys.stdout.write(text)
+    else:
+        write_atomically(to, text)
+    return SUCCESS
+
+
+@click.command(short_help="Print the graph, and how much there is to run.")
+@file_argument
+@set_option
+@limit_option
+@allow_python_option
+@allow_outside_option
+@untrusted_option
+@pass_options
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Run base and source runs, and say in the metric's units what can be shown.",
+)
+def plan(
+    file: Path,
+    parameters: tuple[str, ...],
+    limit: int | None,
+    measure: bool,
+    allow_python: bool,
+    allow_outside: bool,
+    untrusted: bool,
+    passes: PassOptions,
+) -> int:
+    """Print the graph, cells, rows and passes of a file. `-` is standard input."""
+    how = settings_from_options(
+        parameters,
+        limit,
+        python=python_mode(allow_python),
+        allow_outside=allow_outside,
+        untrusted=untrusted,
+    )
+    checked, problems = check_mech_file(file, how)
+    print_diagnostics(problems)
+    if checked is None or has_errors(problems):
+        return INVALID_INPUT
+    from mechdsl.planner.passes import check_pass_names, make_plan
+    from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS
+    from mechdsl.show.plan import print_plan
+
+    wrong = check_pass_names(passes.without)
+    print_diagnostics(wrong)
+    if wrong:
+        return INVALID_INPUT
+    measured = None
+    if measure:
+        from mechdsl.execute.run_record import ExecutionOptions
+        from mechdsl.loading.loader import import_library
+        from mechdsl.pipeline.computation import measure_unpatched
+        from mechdsl.pipeline.options import RunOptions
+
+        import_library()
+        sizes = ExecutionOptions(pass_tokens=passes.pass_tokens, prompt_tokens=passes.prompt_tokens)
+        measured, problems = measure_unpatched(checked, RunOptions(execution=sizes))
+        print_diagnostics(problems)
+        if has_errors(problems):
+            return INVALID_INPUT
+    print_plan(
+        make_plan(checked.experiments, without=frozenset(passes.without)),
+        make_console(),
+        passes.pass_tokens or PASS_TOKENS,
+        passes.prompt_tokens or PROMPT_TOKENS,
+        measured,
+        saving=checked.saving,
+    )
+    return SUCCESS
+
+
+@click.command(short_help="Take a model apart: its sites, the checks, the passes that apply.")
+@click.argument("model", metavar="MODEL")
+@format_option("text", "json")
+def sites(model: str, form: str) -> int:
+    """Print a model's blocks and sites, the outcome of each check, and the planner passes that
+    apply. MODEL is a name of the zoo, a folder, or `org/name` in the Hugging Face cache."""
+    from mechdsl.loading.loader import import_library, inspect_model
+
+    import_library()
+    found, problems = inspect_model(model)
+    if found is None:
+        print_diagnostics(problems)
+        return INVALID_INPUT
+    from mechdsl.show import anatomy as anatomy_table
+
+    if form == "json":
+        print(json.dumps(anatomy_table.sites_document(found, problems), indent=1))
+    else:
+        anatomy_table.print_sites(found, problems, make_console())
+    return SUCCESS

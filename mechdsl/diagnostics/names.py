@@ -1,0 +1,254 @@
+"""E02xx, W073x, W074x: names, registry words, imports, parameters and Python functions."""
+
+from __future__ import annotations
+
+from mechdsl.base.records import keyword_record
+from mechdsl.diagnostics.core import Diagnostic
+
+
+@keyword_record
+class UnknownName(Diagnostic):
+    """A name that the file doesn't define."""
+
+    code = "E0201"
+    title = "there is no {kind} called `{name}`"
+    label = "not defined"
+    help = "{hint}"
+    kind: str
+    name: str
+    hint: str
+
+
+@keyword_record
+class DuplicateName(Diagnostic):
+    """A name with two definitions."""
+
+    code = "E0202"
+    title = "`{name}` is defined twice"
+    label = "the first definition is {first}"
+    help = "give one of them another name"
+    name: str
+    first: str
+
+
+@keyword_record
+class UnknownWord(Diagnostic):
+    """A component, metric, effect or report that isn't one."""
+
+    code = "E0203"
+    title = "there is no {kind} called `{word}`"
+    label = "unknown {kind}"
+    help = "{hint}"
+    kind: str
+    word: str
+    hint: str
+
+
+@keyword_record
+class ImportFailed(Diagnostic):
+    """A file behind `use` that can't be read."""
+
+    code = "E0204"
+    title = "`{path}` cannot be imported: {reason}"
+    label = "imported here"
+    help = "{hint}"
+    path: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class BadSetting(Diagnostic):
+    """A `--set` that doesn't fit the file's parameters."""
+
+    code = "E0205"
+    title = "`--set {setting}`: {reason}"
+    help = "{hint}"
+    setting: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class MissingLine(Diagnostic):
+    """An experiment lacks its `model` or `prompts` line."""
+
+    code = "E0206"
+    title = "experiment `{experiment}` doesn't say which {what} it runs on"
+    label = "no `{what}` line in this experiment"
+    help = "{hint}"
+    experiment: str
+    what: str
+    hint: str
+
+
+@keyword_record
+class BadArgument(Diagnostic):
+    """An argument that can't be taken."""
+
+    code = "E0207"
+    title = "`{name}` {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    name: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class CircularExperiments(Diagnostic):
+    """Experiments that wait for each other's results."""
+
+    code = "E0210"
+    title = "`{experiment}` needs its own results: {chain}"
+    label = "picked by `{of}`"
+    help = "let one of them name its sites or tokens itself"
+    experiment: str
+    of: str
+    chain: str
+
+
+@keyword_record
+class IndexBeyondModels(Diagnostic):
+    """A layer, head, neuron or expert beyond the largest model that is read."""
+
+    code = "E0231"
+    title = "no model has a {unit} {index}"
+    label = "a model has at most {most:,} {unit}s, counted from 0"
+    help = "write a smaller number, or `{unit} *` for all of them"
+    unit: str
+    index: int
+    most: int
+
+
+@keyword_record
+class RepeatedStatement(Diagnostic):
+    """A statement that may stand once."""
+
+    code = "E0209"
+    title = "`{what}` stands twice in `{block}`"
+    label = "the first one is on line {first}"
+    help = "{hint}"
+    what: str
+    block: str
+    first: int
+    hint: str = "keep one of them"
+
+
+@keyword_record
+class PythonNotAllowed(Diagnostic):
+    """Code that nobody has said may run."""
+
+    code = "E0221"
+    title = "`{function}` is Python, which runs only where you allow it"
+    label = "would run `{file}`"
+    help = "{hint}"
+    function: str
+    file: str
+    hint: str
+
+
+@keyword_record
+class PythonNotFound(Diagnostic):
+    """A function that isn't there, or isn't one that could be called."""
+
+    code = "E0222"
+    title = "`{written}` can't be called: {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    written: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class PythonFailed(Diagnostic):
+    """An exception inside of a function, or a result that nothing can be made of."""
+
+    code = "E0223"
+    title = "`{function}` failed: {reason}"
+    label = "{where}{place}"
+    help = "{hint}"
+    function: str
+    reason: str
+    where: str
+    hint: str
+    place: str = ""
+    """Behind a comma, the run or cell and the row in which it failed, where there is one."""
+
+
+@keyword_record
+class UnusedName(Diagnostic):
+    """A name that nothing refers to."""
+
+    code = "W0730"
+    title = "`{name}` is never used"
+    label = "{kind} defined here"
+    help = "remove it, or use it"
+    kind: str
+    name: str
+
+
+@keyword_record
+class ShadowedMetric(Diagnostic):
+    """A metric of the file has the name of one of the language, and takes its place."""
+
+    code = "W0734"
+    title = "metric `{name}` has the name of a metric of the language"
+    label = "`{name}` alone means this in the file"
+    help = "give it another name, unless it shall take the place of the other"
+    name: str
+
+
+@keyword_record
+class FirstTokenWrite(Diagnostic):
+    """A write at what may be the attention sink."""
+
+    code = "W0731"
+    hangs_on = frozenset({"tokens"})
+    title = "this rule writes at token 0, which may be the attention sink"
+    label = "hits `{token}`"
+    help = "an effect there may come from the sink alone: name a later token, or compare with one"
+    token: str
+
+
+@keyword_record
+class SelfPatch(Diagnostic):
+    """Source and base are one run: what is written is there already."""
+
+    code = "W0732"
+    title = "this rule patches `{run}` into itself"
+    label = "writes what is there already"
+    help = "name two runs, as in `from clean into CORRUPTION`, unless this is a control"
+    run: str
+
+
+@keyword_record
+class UnequalIndexTokens(Diagnostic):
+    """Tokens counted alike in prompts of different lengths, which are other words there."""
+
+    code = "W0760"
+    title = "`{position}` means other tokens in `{source}` than in `{base}`"
+    label = "token {number} is `{theirs}` in `{source}` and `{own}` in `{base}`, in {rows} rows"
+    help = (
+        "the prompts differ in length: name tokens by their span, as in `last-item token`, or "
+        "count from the end where they agree"
+    )
+    position: str
+    source: str
+    base: str
+    number: str
+    theirs: str
+    own: str
+    rows: str
+
+
+@keyword_record
+class PythonNotRun(Diagnostic):
+    """Rows that only Python can make."""
+
+    code = "W0740"
+    title = "prompts `{prompts}` need Python, which isn't run here: their rows are not checked"
+    label = "not run"
+    help = "`mechdsl plan --allow-python` checks them too"
+    prompts: str

@@ -1,0 +1,255 @@
+"""E0305 to E0315, E054x, W0741: positions in prompts, answers and generated text."""
+
+from __future__ import annotations
+
+from mechdsl.base.records import keyword_record
+from mechdsl.diagnostics.core import Diagnostic
+
+
+@keyword_record
+class RaggedPositions(Diagnostic):
+    code = "E0305"
+    hangs_on = frozenset({"tokens"})
+    title = "`{position}` means different places in prompts of different lengths"
+    label = "prompts of `{run}` have {shortest} to {longest} tokens"
+    help = (
+        "write `{position} align left` or `{position} align right`, or name the positions "
+        "(`last token`, `each token of NAME`)"
+    )
+    position: str
+    run: str
+    shortest: int
+    longest: int
+
+
+@keyword_record
+class AmbiguousSpan(Diagnostic):
+    code = "E0306"
+    hangs_on = frozenset({"rows"})
+    title = "`{name}` {several}, which one?"
+    label = "in {rows} of {total} rows of `{run}`, as in {example}"
+    help = "write {ways}"
+    name: str
+    several: str
+    rows: int
+    total: int
+    run: str
+    example: str
+    ways: str
+
+
+@keyword_record
+class UnequalUnion(Diagnostic):
+    code = "E0307"
+    hangs_on = frozenset({"tokens"})
+    title = "joined positions have different numbers of tokens in the two runs"
+    label = "{source} in the source run, {base} in the base run, in {rows} of {total} rows"
+    help = (
+        "use a position that is one token in both (`NAME token`), or values of the same number "
+        "of tokens"
+    )
+    source: str
+    base: str
+    rows: int
+    total: int
+
+
+@keyword_record
+class UnknownSpan(Diagnostic):
+    code = "E0308"
+    hangs_on = frozenset({"columns"})
+    title = "the {unit}s of `{prompts}` have no span called `{name}`"
+    label = "{what}"
+    help = "{hint}"
+    name: str
+    prompts: str
+    hint: str
+    what: str = "not a placeholder of the template"
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""
+
+
+@keyword_record
+class AbsentOccurrence(Diagnostic):
+    code = "E0309"
+    hangs_on = frozenset({"rows"})
+    title = "{lacking} of {total} rows of `{run}` have no `{position}`"
+    label = "as in {example}"
+    help = "{hint}"
+    position: str
+    run: str
+    lacking: int
+    total: int
+    example: str
+    hint: str
+
+
+@keyword_record
+class OutsidePrompt(Diagnostic):
+    code = "E0310"
+    hangs_on = frozenset({"tokens"})
+    title = "`{position}` lies outside the {unit} in {lacking} of {total} rows of `{run}`"
+    label = "as in {example}"
+    help = "{hint}"
+    position: str
+    run: str
+    lacking: int
+    total: int
+    example: str
+    hint: str
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""
+
+
+@keyword_record
+class ReversedBetween(Diagnostic):
+    code = "E0311"
+    hangs_on = frozenset({"tokens"})
+    title = "the second position comes before the first in {lacking} of {total} rows of `{run}`"
+    label = "as in {example}"
+    help = "`between` goes from left to right: exchange the two positions"
+    run: str
+    lacking: int
+    total: int
+    example: str
+
+
+@keyword_record
+class SpanWithoutToken(Diagnostic):
+    code = "E0312"
+    hangs_on = frozenset({"tokens"})
+    title = "`{name}` has no token of its own in {lacking} of {total} rows of `{run}`"
+    label = "its text is {text}, and white space belongs to the token beside it"
+    help = "{hint}"
+    name: str
+    run: str
+    lacking: int
+    total: int
+    text: str
+    hint: str
+
+
+@keyword_record
+class NoSuchSpecial(Diagnostic):
+    code = "E0313"
+    hangs_on = frozenset({"tokens"})
+    title = "the prompts of `{prompts}` have no {name} token"
+    label = "{reason}"
+    help = "{hint}"
+    name: str
+    prompts: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class NotOnePosition(Diagnostic):
+    code = "E0314"
+    title = "`between` goes from one token to another, `{position}` is not one token"
+    label = "{reason}"
+    help = "write a single position, such as `first token of NAME` or `NAME token`"
+    position: str
+    reason: str
+
+
+@keyword_record
+class NoPositionLeft(Diagnostic):
+    code = "E0315"
+    hangs_on = frozenset({"tokens"})
+    title = "`{position}` leaves no token in {lacking} of {total} rows of `{run}`"
+    label = "as in {example}"
+    help = "except fewer tokens"
+    position: str
+    run: str
+    lacking: int
+    total: int
+    example: str
+
+
+@keyword_record
+class NoAnswerTokens(Diagnostic):
+    """Tokens of the answer where none stands behind the prompts."""
+
+    code = "E0540"
+    hangs_on = frozenset({"columns"})
+    title = "`{position}` has no tokens here: {reason}"
+    label = "tokens of the answer stand behind the prompt, where a measure reads them"
+    help = "{hint}"
+    position: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class AnswersDiffer(Diagnostic):
+    """A token that is counted from the end of texts of different lengths."""
+
+    code = "E0541"
+    hangs_on = frozenset({"tokens"})
+    title = "`{position}` is not the same token in all texts that measures read"
+    label = "in {rows} of {total} rows; in row {row}, {lengths}"
+    help = (
+        "count from the first (`first token of answer`, `first token of answer + 1`), or take all "
+        "of them: `answer tokens`"
+    )
+    position: str
+    rows: int
+    total: int
+    row: int
+    lengths: str
+
+
+@keyword_record
+class NotInAnswer(Diagnostic):
+    """Ways to name tokens of a span that the answer, behind the prompt, doesn't have."""
+
+    code = "E0542"
+    title = "tokens of the answer can't be named by `{position}`"
+    label = "{reason}"
+    help = "{hint}"
+    position: str
+    reason: str
+    hint: str
+
+
+NO_REPLY_REASON = "the experiment writes none"
+
+
+@keyword_record
+class NotInReply(Diagnostic):
+    """Tokens of a reply that can't be named so, or where none is written."""
+
+    code = "E0545"
+    title = "`{position}` can't be had of a reply: {reason}"
+    label = "the reply stands behind the prompt, where `generate` writes one"
+    help = "{hint}"
+    position: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class RepliesNotUsable(Diagnostic):
+    """Replies of another experiment that can't stand behind these prompts."""
+
+    code = "E0546"
+    title = "`{text}` can't stand behind these prompts: {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    text: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class AnswerNotCovered(Diagnostic):
+    """A rule on the whole prompt, and a measure that reads tokens behind it."""
+
+    code = "W0741"
+    hangs_on = frozenset({"tokens"})
+    title = "this rule leaves the answer's own tokens as they are"
+    label = "all of the prompt; `{measure}` reads up to {tokens} tokens behind it"
+    help = "to act on them too, write `{instead}`"
+    measure: str
+    tokens: int
+    instead: str

@@ -1,0 +1,582 @@
+"""E05xx, W070x, W079x: prompts, data files, tokenizers, answers and chats."""
+
+from __future__ import annotations
+
+from mechdsl.base.records import keyword_record
+from mechdsl.diagnostics.core import Diagnostic
+
+
+@keyword_record
+class UnknownValue(Diagnostic):
+    code = "E0501"
+    hangs_on = frozenset({"columns"})
+    title = "{unit}s `{prompts}` have no value or column `{name}`"
+    label = "unknown"
+    help = "{hint}"
+    prompts: str
+    name: str
+    hint: str
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""
+
+
+@keyword_record
+class CyclicValue(Diagnostic):
+    code = "E0502"
+    title = "`{name}` depends on itself: {path}"
+    label = "part of the circle"
+    help = "give one of them values of its own, such as `{name} in 1..9`"
+    name: str
+    path: str
+
+
+@keyword_record
+class BadValue(Diagnostic):
+    code = "E0503"
+    hangs_on = frozenset({"rows"})
+    title = "`{expression}` can't be worked out: {reason}"
+    label = "in {rows}"
+    help = "{hint}"
+    expression: str
+    reason: str
+    rows: str
+    hint: str
+
+
+@keyword_record
+class UnreadableData(Diagnostic):
+    code = "E0504"
+    title = "`{path}` can't be read: {reason}"
+    label = "read from here"
+    help = "{hint}"
+    path: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class DataFormat(Diagnostic):
+    code = "E0505"
+    title = "`{path}` is not data that can be read: {reason}"
+    label = "this file"
+    help = "{hint}"
+    path: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class TooManyValues(Diagnostic):
+    code = "E0506"
+    hangs_on = frozenset({"rows"})
+    title = "{what}: {amount} are more than {most:,}"
+    label = "too many"
+    help = "{hint}"
+    what: str
+    amount: str
+    most: int
+    hint: str
+
+
+@keyword_record
+class MultiTokenText(Diagnostic):
+    code = "E0507"
+    hangs_on = frozenset({"tokens"})
+    title = "`{metric}` needs a text of one token, `{text}` has more"
+    label = "read as {tokens}"
+    help = "{hint}"
+    text: str
+    tokens: str
+    metric: str
+    hint: str
+
+
+@keyword_record
+class UnreadableTokenizer(Diagnostic):
+    code = "E0508"
+    title = "`{path}` has no tokenizer that can be read: {reason}"
+    label = "this model"
+    help = (
+        "positions need the offsets that a `tokenizer.json` gives; transformers writes one with "
+        "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)`"
+    )
+    path: str
+    reason: str
+
+
+@keyword_record
+class NoRows(Diagnostic):
+    code = "E0509"
+    hangs_on = frozenset({"rows"})
+    title = "{unit}s `{prompts}` have no rows: {reason}"
+    label = "leaves nothing"
+    help = "{hint}"
+    prompts: str
+    reason: str
+    hint: str
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""
+
+
+@keyword_record
+class CorruptionWithoutEffect(Diagnostic):
+    code = "E0510"
+    hangs_on = frozenset({"rows"})
+    title = "the corrupted {unit} of `{run}` equals the clean one in every row"
+    label = "changes nothing in the {shown}"
+    help = "{hint}"
+    run: str
+    hint: str
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""
+    shown: str = "text"
+
+
+@keyword_record
+class PromptTooLong(Diagnostic):
+    code = "E0511"
+    hangs_on = frozenset({"tokens"})
+    title = "{rows} of {total} prompts of `{run}` are longer than the model's context"
+    label = "the longest has {longest:,} tokens, the model reads {most:,}"
+    help = "shorten the template or the lists, or keep short rows with `where`"
+    run: str
+    rows: int
+    total: int
+    longest: int
+    most: int
+
+
+@keyword_record
+class EmptyDraw(Diagnostic):
+    code = "E0512"
+    hangs_on = frozenset({"rows"})
+    title = "`{expression}` has nothing left to draw: {reason}"
+    label = "in {rows}"
+    help = "give it more values, or draw fewer"
+    expression: str
+    reason: str
+    rows: str
+
+
+@keyword_record
+class NoDomain(Diagnostic):
+    code = "E0513"
+    title = "`{name}` has no set of values to draw another one from"
+    label = "drawn from here"
+    help = "{hint}"
+    name: str
+    hint: str
+
+
+@keyword_record
+class UnknownFunction(Diagnostic):
+    code = "E0514"
+    title = "prompts know no function `{name}`"
+    label = "unknown"
+    help = "{hint}"
+    name: str
+    hint: str
+
+
+@keyword_record
+class BadCall(Diagnostic):
+    code = "E0515"
+    title = "`{name}` {reason}"
+    label = "{reason}"
+    help = "write `{usage}`"
+    name: str
+    reason: str
+    usage: str
+
+
+@keyword_record
+class UnknownText(Diagnostic):
+    code = "E0516"
+    hangs_on = frozenset({"columns"})
+    title = "{unit}s `{prompts}` have no text `{name}`"
+    label = "no such text"
+    help = "{hint}"
+    prompts: str
+    name: str
+    hint: str
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""
+
+
+@keyword_record
+class SharedFirstToken(Diagnostic):
+    code = "E0517"
+    hangs_on = frozenset({"tokens"})
+    title = "the {which} token of {text} is also that of {rival}"
+    label = "`{token}` doesn't tell them apart, in {rows} of {total} rows"
+    help = "measure `logprob(…)`, which reads all tokens, or choose other answers"
+    which: str
+    text: str
+    rival: str
+    token: str
+    rows: int
+    total: int
+
+
+@keyword_record
+class MultiTokenNumeral(Diagnostic):
+    code = "E0518"
+    hangs_on = frozenset({"tokens"})
+    title = "{amount} of the numerals {low}..{high} are more than one token"
+    label = "{text} is {tokens} tokens: {pieces}"
+    help = "{hint}"
+    amount: int
+    low: int
+    high: int
+    text: str
+    tokens: int
+    pieces: str
+    hint: str
+
+
+@keyword_record
+class AnswerNotInVocabulary(Diagnostic):
+    code = "E0519"
+    hangs_on = frozenset({"tokens"})
+    title = "the tokenizer doesn't know {text}, it is read as `{unknown}`"
+    label = "in {rows} of {total} rows"
+    help = "{hint}"
+    text: str
+    unknown: str
+    rows: int
+    total: int
+    hint: str
+
+
+@keyword_record
+class OtherSpelling(Diagnostic):
+    code = "E0520"
+    hangs_on = frozenset({"tokens"})
+    title = "{text} is not spelt like the answers, which begin with {moved}"
+    label = "{moved} was moved into the prompt"
+    help = "write it with the same beginning"
+    text: str
+    moved: str
+
+
+@keyword_record
+class TextNotInside(Diagnostic):
+    code = "E0521"
+    title = "the text of `{name}` doesn't occur in `{within}`"
+    label = "in {rows}"
+    help = "keep only rows in which it does, or correct the data"
+    name: str
+    within: str
+    rows: str
+
+
+@keyword_record
+class NoBosToken(Diagnostic):
+    code = "E0522"
+    title = "`bos: true` is asked for, but the tokenizer has no beginning-of-sequence token"
+    label = "none to add"
+    help = "leave `bos` out: this model was trained without one"
+
+
+@keyword_record
+class NotATokenId(Diagnostic):
+    code = "E0523"
+    hangs_on = frozenset({"tokens"})
+    title = "`token_id({name})`: {value} is not a token id"
+    label = "the vocabulary has ids 0 to {last}"
+    help = "give a column that holds token ids of this tokenizer"
+    name: str
+    value: str
+    last: int
+
+
+@keyword_record
+class EmptyText(Diagnostic):
+    code = "E0524"
+    title = "the text `{name}` is empty in {rows} of {total} rows"
+    label = "no token to measure"
+    help = "leave these rows out with `where`"
+    name: str
+    rows: int
+    total: int
+
+
+@keyword_record
+class NoTemplate(Diagnostic):
+    code = "E0525"
+    title = "prompts `{prompts}` have no template"
+    label = "no text to give to the model"
+    help = 'add a line such as `template "{{prompt}}"`'
+    prompts: str
+
+
+@keyword_record
+class EmptyPrompt(Diagnostic):
+    code = "E0526"
+    title = "`{run}` has {rows} prompts without text"
+    label = "no token to read"
+    help = "leave these rows out with `where`"
+    run: str
+    rows: int
+
+
+@keyword_record
+class UnreadableImage(Diagnostic):
+    """A file that holds no image, or one that isn't read."""
+
+    code = "E0560"
+    title = "the image `{path}` can't be read: {reason}"
+    label = "in {rows}"
+    help = "{hint}"
+    path: str
+    reason: str
+    rows: str
+    hint: str
+
+
+@keyword_record
+class ImageTooSmall(Diagnostic):
+    """An image that has fewer pixels than it is cut into tiles."""
+
+    code = "E0561"
+    title = "the image `{image}` has {size} pixels, too few for {tiles} of tiles"
+    label = "in {rows}"
+    help = "write fewer of them, or leave such rows out with `where`"
+    image: str
+    size: str
+    tiles: str
+    rows: str
+
+
+@keyword_record
+class NoChatTemplate(Diagnostic):
+    """A chat for a model whose tokenizer says nothing of chats."""
+
+    code = "E0550"
+    title = "the model has no chat template, so nothing says how it reads turns"
+    label = "for a tokenizer with a `chat_template`"
+    help = (
+        "write the turns in a text as the model was trained on them: "
+        '`template "User: {{question}}\\nAssistant:"`'
+    )
+
+
+@keyword_record
+class BadChatTemplate(Diagnostic):
+    """A template that is none, or too large."""
+
+    code = "E0551"
+    title = "the model's chat template can't be used: {reason}"
+    label = "turns for it to write"
+    help = "{hint}"
+    reason: str
+    hint: str
+
+
+@keyword_record
+class ChatRefused(Diagnostic):
+    """Turns that the template doesn't take, or doesn't write."""
+
+    code = "E0552"
+    hangs_on = frozenset({"tokens"})
+    title = "the model's chat template can't write this: {reason}"
+    label = "in {rows}"
+    help = "{hint}"
+    reason: str
+    rows: str
+    hint: str
+
+
+@keyword_record
+class MarkerInText(Diagnostic):
+    """A text that is put into a chat and marks turns there."""
+
+    code = "E0553"
+    hangs_on = frozenset({"tokens"})
+    title = "the text {text} holds `{marker}`, which is a special token in a chat"
+    label = "the model would read the end of a turn in it"
+    help = "put in another text"
+    text: str
+    marker: str
+
+
+@keyword_record
+class RowsNotPaired(Diagnostic):
+    """Two blocks whose rows don't belong together."""
+
+    code = "E0527"
+    hangs_on = frozenset({"rows"})
+    title = "the rows of `{other}` and of `{prompts}` can't be paired: {others:,} and {rows:,}"
+    label = "`{other}` has {others:,} rows before `where` and `limit`"
+    help = "{hint}"
+    other: str
+    prompts: str
+    others: int
+    rows: int
+    hint: str
+
+
+@keyword_record
+class PartnerMissing(Diagnostic):
+    """A row whose partner `where` has left out."""
+
+    code = "E0528"
+    hangs_on = frozenset({"rows"})
+    title = "{lacking:,} of {total:,} rows of `{prompts}` have no partner in `{other}`"
+    label = "`{other}` leaves out its row {row:,}: {reason}"
+    help = "{hint}"
+    other: str
+    prompts: str
+    lacking: int
+    total: int
+    row: int
+    reason: str
+    hint: str
+
+
+@keyword_record
+class EndingMismatch(Diagnostic):
+    """Leading tokens of answers that were moved into the prompts of one block only."""
+
+    code = "E0529"
+    hangs_on = frozenset({"tokens"})
+    title = "prompts of `{other}` end in {theirs}, those of `{prompts}` in {own}"
+    label = "what all answers of a block begin with stands at the end of its prompts"
+    help = (
+        "spell the answers of both alike, or leave those of `{other}` out: measures read the "
+        "texts of `{prompts}`"
+    )
+    other: str
+    prompts: str
+    theirs: str
+    own: str
+
+
+@keyword_record
+class UnsampledRuns(Diagnostic):
+    """`from A into B` where the `prompts` line names a third block."""
+
+    code = "E0530"
+    title = "neither `{source}` nor `{base}` is a run of `{prompts}`, whose rows are sampled"
+    label = "both are of other prompts"
+    help = "write `prompts {instead}`, or `clean` on one side"
+    source: str
+    base: str
+    prompts: str
+    instead: str
+
+
+@keyword_record
+class TokenCoversMore(Diagnostic):
+    code = "W0701"
+    hangs_on = frozenset({"tokens"})
+    title = "tokens of `{name}` also cover text beside it"
+    label = "{tokens}, in {rows} of {total} rows"
+    help = "put a space between them in the template, or read the result as that of both"
+    name: str
+    tokens: str
+    rows: int
+    total: int
+
+
+@keyword_record
+class UnknownWords(Diagnostic):
+    code = "W0702"
+    hangs_on = frozenset({"tokens"})
+    title = "the tokenizer doesn't know {words}"
+    label = "read as `{unknown}` in {rows} of {total} rows of `{run}`"
+    help = "use words that the model's vocabulary holds"
+    words: str
+    unknown: str
+    rows: int
+    total: int
+    run: str
+
+
+@keyword_record
+class AnswerChangesPrompt(Diagnostic):
+    code = "W0703"
+    hangs_on = frozenset({"tokens"})
+    title = "the end of the prompt and {text} share a token"
+    label = "in {rows} of {total} rows the prompt is tokenised otherwise with the answer behind it"
+    help = "{hint}"
+    text: str
+    rows: int
+    total: int
+    hint: str
+
+
+@keyword_record
+class TextSpacing(Diagnostic):
+    """A text that follows its prompt with no space or with two, and is read as other tokens."""
+
+    code = "W0705"
+    hangs_on = frozenset({"tokens"})
+    title = "there {spaces} between the prompt and {text}"
+    label = "the model reads `{joined}` in {rows} of {total} rows"
+    help = "{hint}, unless it is meant so"
+    spaces: str
+    text: str
+    joined: str
+    rows: int
+    total: int
+    hint: str
+
+
+@keyword_record
+class EqualPairedValues(Diagnostic):
+    """Rows of two blocks that are paired by number and have the same value each time."""
+
+    code = "W0704"
+    title = "rows of `{source}` and `{base}` that are paired have the same `{name}`"
+    label = "says `{name}` on its diagonal, whichever of the two runs is heard"
+    help = "write `from {source} shuffled into {base}`: then rows are dealt to each other"
+    source: str
+    base: str
+    name: str
+
+
+@keyword_record
+class RowsNotChecked(Diagnostic):
+    """A table so long that `validate` looks at its first rows only."""
+
+    code = "W0790"
+    title = "only the first {rows:,} rows of {unit}s `{prompts}` were checked"
+    label = "has more rows than `validate` looks at"
+    help = "a run checks every row before it starts; `limit {rows}` takes as many as were checked"
+    prompts: str
+    rows: int
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""
+
+
+@keyword_record
+class EqualRecords(Diagnostic):
+    """Rows of a file that say the same count as often as they stand there."""
+
+    code = "W0781"
+    title = "{equal:,} of {rows:,} rows of {unit}s `{prompts}` are equal to another"
+    label = "these records are there more than once, and each of them counts"
+    help = "write `rows {file} distinct` for one of each: intervals take rows as independent"
+    prompts: str
+    file: str
+    equal: int
+    rows: int
+    unit: str = "prompt"
+    """What a row is: a prompt or an image."""
+
+
+@keyword_record
+class TemplateUnchanged(Diagnostic):
+    """A corruption changes prompts of other templates, but none of one template."""
+
+    code = "W0791"
+    hangs_on = frozenset({"rows"})
+    title = "`{run}` changes nothing in the rows of {templates}"
+    label = "leaves {rows} unchanged, which are left out"
+    help = "let every template show a value that `{run}` changes, or remove those that don't"
+    run: str
+    templates: str
+    """`template 2 (line 9)`, or several."""
+    rows: str
+    """`12 rows`."""

@@ -1,0 +1,422 @@
+"""Diagnostics as terminal text, JSON, SARIF and Python exceptions or warnings."""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TextIO
+from urllib.parse import quote
+
+from mechdsl.base import limits
+from mechdsl.base.source import Source, Span
+from mechdsl.base.text import dump_json, escape_hidden
+from mechdsl.diagnostics.core import Diagnostic
+
+TAB_WIDTH = 4
+"""Columns of a tab."""
+
+MIN_TEXT_WIDTH = 40
+
+_BOX = {"corner": "┌─", "bar": "│", "cut": "…"}
+
+_ASCII = {"corner": "-->", "bar": "|", "cut": "..."}
+
+_COLOURS = {"error": "1;31", "warning": "1;33", "title": "1", "frame": "34", "help": "36"}
+
+
+def sort_diagnostics(diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:
+    """By file and position; what belongs to no place comes first."""
+
+    def key(diagnostic: Diagnostic) -> tuple[str, int, int, str]:
+        span = diagnostic.span
+        if span is None:
+            return "", -1, -1, diagnostic.code
+        return span.source.name, span.start, span.end, diagnostic.code
+
+    return sorted(diagnostics, key=key)
+
+
+def render_summary(diagnostics: Iterable[Diagnostic]) -> str:
+    """`2 errors, 1 warning`; empty where there are none."""
+    severities = [d.severity for d in diagnostics]
+    counts = [(severities.count("error"), "error"), (severities.count("warning"), "warning")]
+    return ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts if n)
+
+
+def _is_warning(diagnostic: Diagnostic) -> bool:
+    return diagnostic.severity == "warning"
+
+
+def needs_ascii(stream: TextIO) -> bool:
+    """Whether the stream can't print the frame and the carets' surroundings as they are."""
+    try:
+        "".join(_BOX.values()).encode(stream.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return True
+    return False
+
+
+# --- for people -------------------------------------------------------------------------------
+
+
+def render_full(
+    diagnostics: Iterable[Diagnostic],
+    *,
+    color: bool = False,
+    width: int = 100,
+    ascii: bool = False,
+) -> str:
+    """Each diagnostic with its line of the file (`limits.SHOWN` at most), and how many there are.
+
+    width: columns of the terminal; longer lines of a file are cut around the place.
+    ascii: no frame characters, anything else outside ASCII escaped (see `needs_ascii`).
+    """
+    ordered = sort_diagnostics(diagnostics)
+    if not ordered:
+        return ""
+    painter = _Painter(color, max(width, MIN_TEXT_WIDTH), _ASCII if ascii else _BOX)
+    last = render_summary(ordered)
+    if len(ordered) > limits.DIAGNOSTICS:
+        last += f"; {limits.DIAGNOSTICS:,} of them are shown, errors first"
+        ordered = sort_diagnostics(sorted(ordered, key=_is_warning)[: limits.DIAGNOSTICS])
+    text = "\n\n".join([*(painter.one(d) for d in ordered), last]) + "\n"
+    return text.encode("ascii", "backslashreplace").decode("ascii") if ascii else text
+
+
+@dataclass(frozen=True)
+class _Painter:
+    color: bool
+    width: int
+    signs: dict[str, str]
+
+    def paint(self, kind: str, text: str) -> str:
+        return f"\x1b[{_COLOURS[kind]}m{text}\x1b[0m" if self.color and text else text
+
+    def one(self, diagnostic: Diagnostic) -> str:
+        severity = diagnostic.severity
+        head = self.paint(severity, f"{severity}[{diagnostic.code}]")
+        lines = [head + self.paint("title", f": {_clean(diagnostic.message)}")]
+        gutter = 0
+        if diagnostic.span is not None:
+            last = diagnostic.span.source.line_column(diagnostic.span.end)[0]
+            gutter = len(str(last))
+            lines += self._place(diagnostic, diagnostic.span, gutter)
+        elif diagnostic.label_text:  # without a line to stand beside, on one of its own
+            cause = _clean(diagnostic.label_text)
+            lines.append(" " + self.paint("frame", "= cause:") + f" {cause}")
+        if diagnostic.help_text:
+            helps = _clean(diagnostic.help_text, keep="\n").split("\n")
+            lead = " " * (gutter + 1)
+            lines.append(lead + self.paint("help", "= help:") + f" {helps[0]}")
+            lines += [f"{lead}        {more}" for more in helps[1:]]
+        return "\n".join(lines)
+
+    def _place(self, diagnostic: Diagnostic, span: Span, gutter: int) -> list[str]:
+        source = span.source
+        first, column = source.line_column(span.start)
+        last, end_column = source.line_column(span.end)
+        if last > first and end_column == 1:
+            # A span that ends with a line break ends on the line before.
+            last -= 1
+            end_column = len(source.line_text(last)) + 1
+        corner, bar = self.signs["corner"], self.signs["bar"]
+        where = f"{_clean(source.name)}:{first}:{column}"
+        lines = [self.paint("frame", " " * gutter + corner) + f" {where}"]
+        empty = self.paint("frame", " " * gutter + f" {bar}")
+        numbers = [first] if first == last else [first, last]
+        for number in numbers:
+            if number != first and number > first + 1:
+                lines.append(f"{empty} {self.signs['cut']}")
+            text = source.line_text(number)
+            start = column - 1 if number == first else len(text) - len(text.lstrip())
+            end = end_column - 1 if number == last else len(text)
+            shown, before, marks = self._window(text, start, max(start, end), gutter)
+            label = f" {_clean(diagnostic.label_text)}" if number == last else ""
+            carets = self.paint(diagnostic.severity, "^" * marks + label)
+            numbered = self.paint("frame", f"{number:>{gutter}} {bar}")
+            lines.append(f"{numbered} {shown}".rstrip())
+            lines.append(f"{empty} {' ' * before}{carets}".rstrip())
+        return lines
+
+    def _window(self, text: str, start: int, end: int, gutter: int) -> tuple[str, int, int]:
+        """What is shown of a line, the columns before the carets, and how many carets."""
+        room = self.width - gutter - 3
+        start, end = min(start, len(text)), min(end, len(text))
+        before, marked, after = _shown(text[:start]), _shown(text[start:end]), _shown(text[end:])
+        if _columns(before + marked + after) <= room:
+            return before + marked + after, _columns(before), max(1, _columns(marked))
+        cut = self.signs["cut"]
+        kept = _head(marked, room // 2, cut)
+        left = _tail(before, max(room // 3, room - _columns(kept) - _columns(after) - 1), cut)
+        right = _head(after, max(0, room - _columns(left) - _columns(kept)), cut)
+        return left + kept + right, _columns(left), max(1, _columns(kept))
+
+
+def _clean(text: str, keep: str = "") -> str:
+    """The text on one line, without characters that steer a terminal."""
+    blanks = {ord(char): " " for char in "\n\t" if char not in keep}
+    return escape_hidden(text.translate(blanks), keep)
+
+
+def _shown(text: str) -> str:
+    """A piece of a source line with its tabs as blanks."""
+    return escape_hidden(text.replace("\t", " " * TAB_WIDTH))
+
+
+def _columns(text: str) -> int:
+    """How many columns a terminal gives a text."""
+    return len(text) if text.isascii() else sum(map(_char_columns, text))
+
+
+def _char_columns(char: str) -> int:
+    if unicodedata.combining(char) or unicodedata.category(char) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in ("W", "F") else 1
+
+
+def _head(text: str, room: int, cut: str) -> str:
+    """The beginning of a text, marked as cut where it is."""
+    # A line of two megabytes isn't measured character by character.
+    if len(text) <= 4 * room and _columns(text) <= room:
+        return text
+    kept, used = "", _columns(cut)
+    for char in text[: room + 1]:
+        used += _char_columns(char)
+        if used > room:
+            break
+        kept += char
+    return kept + cut if room >= len(cut) else ""
+
+
+def _tail(text: str, room: int, cut: str) -> str:
+    """The end of a text, marked as cut where it is."""
+    if len(text) <= 4 * room and _columns(text) <= room:
+        return text
+    kept, used = "", _columns(cut)
+    for char in reversed(text[-room - 1 :]):
+        used += _char_columns(char)
+        if used > room:
+            break
+        kept = char + kept
+    return cut + kept
+
+
+# --- for tools --------------------------------------------------------------------------------
+
+
+def diagnostic_facts(diagnostic: Diagnostic) -> dict[str, Any]:
+    """What every machine-readable form says; lines and columns count from 1."""
+    found: dict[str, Any] = {
+        "code": diagnostic.code,
+        "severity": diagnostic.severity,
+        "message": diagnostic.message,
+        "label": diagnostic.label_text,
+        "help": diagnostic.help_text,
+        "file": None,
+        "line": None,
+        "column": None,
+        "end_line": None,
+        "end_column": None,
+    }
+    if diagnostic.span is not None:
+        source = diagnostic.span.source
+        found["file"] = source.name
+        found["line"], found["column"] = source.line_column(diagnostic.span.start)
+        found["end_line"], found["end_column"] = source.line_column(diagnostic.span.end)
+    return found
+
+
+def render_json(diagnostics: Iterable[Diagnostic]) -> str:
+    """A list of objects, in the order of the text."""
+    return dump_json([diagnostic_facts(d) for d in sort_diagnostics(diagnostics)], indent=2)
+
+
+def render_github(diagnostics: Iterable[Diagnostic]) -> str:
+    """Workflow commands that annotate the lines of a pull request."""
+    lines: list[str] = []
+    for diagnostic in sort_diagnostics(diagnostics):
+        known = diagnostic_facts(diagnostic)
+        properties = {
+            "file": known["file"],
+            "line": known["line"],
+            "col": known["column"],
+            "endLine": known["end_line"],
+            "endColumn": known["end_column"],
+            "title": diagnostic.code,
+        }
+        if known["end_line"] != known["line"]:
+            # Columns are only allowed for one line.
+            properties["col"] = properties["endColumn"] = None
+        listed = ",".join(
+            f"{key}={_github(str(value), ':,')}"
+            for key, value in properties.items()
+            if value is not None
+        )
+        texts = [diagnostic.message, diagnostic.label_text, diagnostic.help_text]
+        message = _github("\n".join(filter(None, texts)))
+        lines.append(f"::{diagnostic.severity} {listed}::{message}\n")
+    return "".join(lines)
+
+
+def _github(text: str, more: str = "") -> str:
+    text = escape_hidden(text, keep="\r\n")
+    for char in "%\r\n" + more:
+        text = text.replace(char, f"%{ord(char):02X}")
+    return text
+
+
+def render_sarif(diagnostics: Iterable[Diagnostic]) -> str:
+    """SARIF 2.1.0, for code scanning."""
+    ordered = sort_diagnostics(diagnostics)
+    classes = {d.code: type(d) for d in ordered}
+    codes = sorted(classes)
+    rules = [
+        {"id": code, "shortDescription": {"text": _sarif_rule(classes[code])}} for code in codes
+    ]
+    driver = {"name": "mechdsl", "rules": rules}
+    run = {
+        "tool": {"driver": driver},
+        "columnKind": "unicodeCodePoints",
+        "results": [_sarif(d, codes) for d in ordered],
+    }
+    log = {
+        "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
+        "version": "2.1.0",
+        "runs": [run],
+    }
+    return dump_json(log, indent=2)
+
+
+def _sarif_rule(kind: type[Diagnostic]) -> str:
+    """What a code is about; dataclasses without a docstring get their signature as one."""
+    written = (kind.__doc__ or "").split("\n")[0]
+    return kind.title if not written or written.startswith(f"{kind.__name__}(") else written
+
+
+def _sarif(diagnostic: Diagnostic, codes: Sequence[str]) -> dict[str, Any]:
+    known = diagnostic_facts(diagnostic)
+    text = "\n".join(filter(None, [known["message"], known["label"], known["help"]]))
+    result: dict[str, Any] = {
+        "ruleId": diagnostic.code,
+        "ruleIndex": codes.index(diagnostic.code),
+        "level": diagnostic.severity,
+        "message": {"text": text},
+    }
+    if diagnostic.span is not None:
+        result["locations"] = [
+            {
+                "physicalLocation": {
+                    "artifactLocation": {"uri": _uri(diagnostic.span.source)},
+                    "region": {
+                        "startLine": known["line"],
+                        "startColumn": known["column"],
+                        "endLine": known["end_line"],
+                        "endColumn": known["end_column"],
+                    },
+                }
+            }
+        ]
+    return result
+
+
+def _uri(source: Source) -> str:
+    path = source.path
+    if path is None:
+        return source.origin
+    return path.as_uri() if path.is_absolute() else quote(path.as_posix())
+
+
+DiagnosticFormat = Literal["full", "json", "github", "sarif"]
+
+DIAGNOSTIC_FORMATS: dict[DiagnosticFormat, Callable[[Iterable[Diagnostic]], str]] = {
+    "full": render_full,
+    "json": render_json,
+    "github": render_github,
+    "sarif": render_sarif,
+}
+
+
+class Diagnostics(list[Diagnostic]):
+    """Errors and warnings, a list. `print` shows them as the command line does."""
+
+    @property
+    def errors(self) -> Diagnostics:
+        """Those because of which nothing runs."""
+        return Diagnostics(each for each in self if each.severity == "error")
+
+    @property
+    def warnings(self) -> Diagnostics:
+        """Those with which a file runs."""
+        return Diagnostics(each for each in self if each.severity == "warning")
+
+    def render(self, format: DiagnosticFormat = "full") -> str:
+        """As text: what `mechdsl validate --format FORMAT` prints.
+
+        Raises ValueError for another format.
+        """
+        if format not in DIAGNOSTIC_FORMATS:
+            raise ValueError(
+                f"there is no format `{format}`: formats are {', '.join(DIAGNOSTIC_FORMATS)}"
+            )
+        return DIAGNOSTIC_FORMATS[format](self)
+
+    def __str__(self) -> str:
+        return self.render() or "no errors, no warnings"
+
+    def __repr__(self) -> str:
+        return str(self).rstrip("\n")
+
+
+class MechdslError(Exception):
+    """A file, its data, its model or an argument is wrong.
+
+    As text it is what the command line prints; `diagnostics` are the same as objects.
+    """
+
+    def __init__(self, diagnostics: Sequence[Diagnostic]) -> None:
+        super().__init__(diagnostics)  # by which it can be sent from process to process
+        self.diagnostics = Diagnostics(diagnostics)
+
+    def __str__(self) -> str:
+        return "\n" + self.diagnostics.render()
+
+
+class MechdslWarning(UserWarning):
+    """A warning about a file that runs. `diagnostic` is the same as an object."""
+
+    def __init__(self, diagnostic: Diagnostic) -> None:
+        super().__init__(diagnostic)
+        self.diagnostic = diagnostic
+
+    def __str__(self) -> str:
+        return render_one_line(self.diagnostic)
+
+
+def render_one_line(diagnostic: Diagnostic) -> str:
+    """`W0730 at heads.mech:3:1: …; …; help: …`: code, place, message, cause and help."""
+    span = diagnostic.span
+    place = "" if span is None else f" at {span.source.name}:{span.line}:{span.column}"
+    helped = f"help: {diagnostic.help_text}" if diagnostic.help_text else ""
+    said = "; ".join(filter(None, (diagnostic.message, diagnostic.label_text, helped)))
+    text = f"{diagnostic.code}{place}: {said}"
+    return " ".join(text.split())
+
+
+def warn_diagnostics(diagnostics: Iterable[Diagnostic]) -> None:
+    """Show each through `warnings`, as coming from the line that called this package."""
+    level = _frames_of_ours()
+    for each in sort_diagnostics(diagnostics):
+        warnings.warn(MechdslWarning(each), stacklevel=level)
+
+
+def _frames_of_ours() -> int:
+    """How many frames up, seen from `warn`, the first one is that isn't of this package."""
+    # `skip_file_prefixes` does this from Python 3.12 on.
+    package = __name__.partition(".")[0]
+    level, frame = 0, sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        level, frame = level + 1, frame.f_back
+    return level + 1

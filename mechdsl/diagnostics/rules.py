@@ -1,0 +1,277 @@
+"""E0301 to E0304, E032x, E033x, E0341, E0641: site coordinates, directions and rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mechdsl.base.records import keyword_record
+from mechdsl.diagnostics.core import Diagnostic
+
+
+@keyword_record
+class UnitOutOfRange(Diagnostic):
+    """A head or neuron that the model doesn't have."""
+
+    code = "E0301"
+    hangs_on = frozenset({"shape"})
+    title = "{unit} {index} does not exist in `{model}`"
+    label = "`{model}` has {units} 0..{last} {where}"
+    help = "write `{unit} *` for all of them"
+    unit: str
+    units: str
+    index: int
+    last: int
+    where: str
+    model: str
+
+
+@keyword_record
+class LayerOutOfRange(Diagnostic):
+    """A layer that the model doesn't have."""
+
+    code = "E0302"
+    hangs_on = frozenset({"shape"})
+    title = "layer {index} does not exist in `{model}`"
+    label = "`{model}` has layers 0..{last}"
+    help = "write `layer *` for all of them, or a relative depth such as `layer 50%..80%`"
+    index: int
+    last: int
+    model: str
+
+
+@keyword_record
+class NoComponent(Diagnostic):
+    """A rule that says where, but not what."""
+
+    code = "E0303"
+    title = "the rule names neither a component nor a head"
+    label = "what of this layer?"
+    help = "write one of {components}, or add `head *`"
+    components: str
+
+
+@keyword_record
+class AxisDoesNotFit(Diagnostic):
+    """An axis that its component doesn't have, or lacks."""
+
+    code = "E0304"
+    title = "`{site}` {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    site: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class AxesCollide(Diagnostic):
+    """Two sweeps of one name in an experiment."""
+
+    code = "E0320"
+    title = "two sweeps of this experiment are both called `{axis}`"
+    label = "the other one is on line {first}"
+    help = "share one axis: `{shared}`, or join one of them: `{plural}`"
+    axis: str
+    shared: str
+    plural: str
+    first: int
+
+
+@keyword_record
+class EmptyRange(Diagnostic):
+    """A range that goes downwards."""
+
+    code = "E0321"
+    title = "the range `{text}` is empty{where}"
+    label = "nothing to sweep over"
+    help = "ranges are inclusive and go upwards: write `{low}..{high}`"
+    text: str
+    low: str
+    high: str
+    where: str = ""
+    """The values of loops that it is so for."""
+    instead: str = ""
+    """What to write, where that isn't the ends the other way round."""
+
+    @property
+    def help_text(self) -> str:
+        start, _, _ = self.help.partition(": ")
+        return f"{start}: {self.instead}" if self.instead else super().help_text
+
+
+def loop_hint(values: Mapping[str, object]) -> str:
+    """` where `a` is 5`; nothing without loops."""
+    said = " and ".join(f"`{name}` is {value}" for name, value in values.items())
+    return f" where {said}" if said else ""
+
+
+UNUSED_LOOP = "no rule of this loop uses it"
+
+
+@keyword_record
+class BadLoopValue(Diagnostic):
+    """A variable, parameter or depth that can't stand where it does."""
+
+    code = "E0322"
+    title = "`{name}` can't be used here: {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    name: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class TooManyCells(Diagnostic):
+    """Axes whose product is too large to run."""
+
+    code = "E0323"
+    hangs_on = frozenset({"shape", "tokens", "rows"})
+    title = "{of} has {cells:,} cells, more than {most:,}"
+    label = "its axes multiply: {axes}"
+    help = "sweep over fewer values, or join an axis: `heads *` instead of `head *`"
+    of: str
+    cells: int
+    most: int
+    axes: str
+
+
+@keyword_record
+class UnevenPositions(Diagnostic):
+    """A mean or resampling over positions that don't correspond."""
+
+    code = "E0324"
+    hangs_on = frozenset({"tokens"})
+    title = "`{position}` covers {least} to {most} tokens, so its rows don't correspond"
+    label = "a mean or a resampling goes over rows"
+    help = "name single tokens, such as `first token of …`, or positions that are equally long"
+    position: str
+    least: int
+    most: int
+
+
+@keyword_record
+class BadDirection(Diagnostic):
+    """A direction that can't be made as it is written, or doesn't fit where it is used."""
+
+    code = "E0341"
+    title = "no direction: {reason}"
+    label = "{reason}"
+    help = "{hint}"
+    text: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class EmptyDirection(Diagnostic):
+    """A fit that gave no direction."""
+
+    code = "E0641"
+    title = "direction `{name}` {reason}"
+    label = "{made}"
+    help = "{hint}"
+    name: str
+    reason: str
+    made: str
+    hint: str
+
+
+@keyword_record
+class UnpairedPositions(Diagnostic):
+    """Two lists of positions in one rule that don't go together."""
+
+    code = "E0331"
+    hangs_on = frozenset({"tokens"})
+    title = "{first} don't pair with {second}"
+    label = "{second} here"
+    help = "{hint}"
+    first: str
+    second: str
+    hint: str = "write one position here, or as many as there are on the other side"
+
+
+@keyword_record
+class BadEdit(Diagnostic):
+    """A number that attention can't be set to."""
+
+    code = "E0332"
+    title = "{reason}"
+    label = "{what}"
+    help = "{hint}"
+    reason: str
+    what: str
+    hint: str
+
+
+@keyword_record
+class UnequalPrompts(Diagnostic):
+    """Vectors over key positions of prompts that aren't equally long."""
+
+    code = "E0333"
+    hangs_on = frozenset({"tokens"})
+    title = "`{site}` is a vector over the tokens of a prompt, and {what} differ in length"
+    label = "row {row} has {first} tokens and {second}"
+    help = "{hint}"
+    site: str
+    what: str
+    row: int
+    first: int
+    second: str
+    hint: str
+
+
+@keyword_record
+class NotOnAPath(Diagnostic):
+    """A site that a path can't start or end at."""
+
+    code = "E0334"
+    title = "a path can't {verb} at `{site}`"
+    label = "{reason}"
+    help = "{hint}"
+    verb: str
+    site: str
+    reason: str
+    hint: str
+
+
+@keyword_record
+class NoPath(Diagnostic):
+    """Senders that lie behind all receivers."""
+
+    code = "E0335"
+    title = "no path leads from `{sender}` to `{receiver}`"
+    label = "{reason}"
+    help = "name a receiver in a later layer, for example `{example}`"
+    sender: str
+    receiver: str
+    reason: str
+    example: str
+
+
+@keyword_record
+class OverlappingPositions(Diagnostic):
+    """`swap` of positions that share a token."""
+
+    code = "E0336"
+    hangs_on = frozenset({"tokens"})
+    title = "`{first}` and `{second}` share a token in row {row}"
+    label = "{token} can't change places with itself"
+    help = "name positions that have no token in common"
+    first: str
+    second: str
+    row: int
+    token: str
+
+
+@keyword_record
+class BadAmount(Diagnostic):
+    """A number that isn't one."""
+
+    code = "E0337"
+    title = "`{text}` is not a number here"
+    label = "{reason}"
+    help = "{hint}"
+    text: str
+    reason: str
+    hint: str

@@ -1,0 +1,184 @@
+"""E01xx: errors in the text itself, found before names are looked up."""
+
+from __future__ import annotations
+
+from mechdsl.base.records import keyword_record
+from mechdsl.diagnostics.core import Diagnostic
+
+
+@keyword_record
+class UnexpectedToken(Diagnostic):
+    """A word, number or sign stands where the grammar has no place for it."""
+
+    code = "E0101"
+    title = "unexpected {found}"
+    label = "expected {expected}"
+    help = "{hint}"
+
+    found: str
+    expected: str
+    hint: str = ""
+
+
+@keyword_record
+class MisspeltWord(Diagnostic):
+    """A word of the language with a slip in it."""
+
+    code = "E0102"
+    title = "`{word}` is not a word of the language"
+    label = "no such word"
+    help = "did you mean `{meant}`?"
+
+    word: str
+    meant: str
+
+
+@keyword_record
+class Unclosed(Diagnostic):
+    """A brace or bracket is opened and never closed."""
+
+    code = "E0103"
+    title = "this `{opener}` is never closed"
+    label = "opened here"
+    help = "write the `{closer}` that belongs to it{place}"
+
+    opener: str
+    closer: str
+    place: str = ""
+
+
+@keyword_record
+class UnexpectedCharacter(Diagnostic):
+    """A character that no part of the language uses."""
+
+    code = "E0104"
+    title = "`{char}` has no meaning in a `.mech` file"
+    label = "not part of the language"
+    help = "{hint}"
+
+    char: str
+    hint: str = ""
+
+
+@keyword_record
+class UnterminatedString(Diagnostic):
+    """A text in quotes doesn't end on its line."""
+
+    code = "E0105"
+    title = "this text has no closing quote"
+    label = "the text starts here"
+    help = 'close it with `"` on the same line; `\\n` in it is a line break and `\\"` a quote'
+
+
+@keyword_record
+class ReservedName(Diagnostic):
+    """A value is called like a word of the language."""
+
+    code = "E0106"
+    title = "`{name}` is a word of the language and cannot name a value"
+    label = "reserved word"
+    help = "choose another name, such as `{name}_1`{rename}"
+
+    name: str
+    rename: str = ""
+
+
+@keyword_record
+class WrongVersion(Diagnostic):
+    """The first line isn't `mech 1`."""
+
+    code = "E0107"
+    title = "{problem}"
+    label = "{place}"
+    help = "write `mech 1` on the first line, once"
+
+    problem: str
+    place: str
+
+
+@keyword_record
+class NotSupported(Diagnostic):
+    """The language has it, this version of mechdsl doesn't run it yet."""
+
+    code = "E0108"
+    title = "{what} is part of the language but not supported yet"
+    label = "not supported yet"
+    help = "{later}"
+
+    what: str
+    later: str = "docs/language.md has a row for everything that this version runs"
+
+
+@keyword_record
+class TooLarge(Diagnostic):
+    """A limit on size or nesting is passed, so the file isn't read further."""
+
+    code = "E0109"
+    title = "{what}"
+    label = "{place}"
+    help = "{hint}"
+
+    what: str
+    place: str
+    hint: str
+
+
+@keyword_record
+class NotText(Diagnostic):
+    """The file is not UTF-8 text."""
+
+    code = "E0110"
+    title = "`{path}` is not a text file: {reason}"
+    help = "a `.mech` file is UTF-8 text"
+
+    path: str
+    reason: str
+
+
+@keyword_record
+class EmptyFile(Diagnostic):
+    """Nothing but comments and blank lines."""
+
+    code = "E0111"
+    title = "the file is empty"
+    label = "nothing but comments and blank lines"
+    help = "start it with the line `mech 1`, as in the examples"
+
+
+@keyword_record
+class Unreadable(Diagnostic):
+    """The file can't be opened."""
+
+    code = "E0112"
+    title = "cannot read `{path}`: {reason}"
+    help = "check the path; it is relative to the folder the command runs in"
+
+    path: str
+    reason: str
+
+
+@keyword_record
+class BadPlaceholder(Diagnostic):
+    """What stands between the braces of a text is no expression."""
+
+    code = "E0113"
+    title = "{problem}"
+    label = "{place}"
+    help = "{hint}"
+
+    problem: str
+    place: str
+    hint: str = (
+        "write `{name}`, `{new = name}` or `{count - 1}`;"
+        " a brace that belongs to the text is doubled: `{{`"
+    )
+
+
+@keyword_record
+class NumberTooLarge(Diagnostic):
+    """A number that no float can hold."""
+
+    code = "E0114"
+    title = "this number is too large"
+    label = "beyond what a computation can hold"
+    help = "numbers go up to about 1e308"

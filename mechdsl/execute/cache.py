@@ -1,0 +1,485 @@
+"""Values of a run that the store holds: lookup before passes, storage after them.
+
+Values from before the run (`earlier`) are left out of the plan's passes. Values that an
+interrupted attempt of this run computed (`own`) are not: the passes are laid out again as before,
+and complete passes are read instead of run, so that the results are equal bit for bit. Values of a
+pass are looked up by the pass, not by its rows: equal rows in several passes differ in their last
+bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.base.hashing import digest
+from mechdsl.execute.measurement.readout import Readout, ReadoutResult
+from mechdsl.execute.pass_layout import PassMember, PassSizer
+from mechdsl.execute.replies import ReplyCache
+from mechdsl.planner.plan import ExperimentPlan, Panel, WholeCells
+from mechdsl.planner.rows import RowTable, RulePlan
+from mechdsl.planner.value_keys import (
+    ExperimentKeys,
+    KeyNumbers,
+    RunContents,
+    measure_digest,
+    measure_row_keys,
+    mix_numbers,
+)
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PositionCell
+from mechdsl.resolve.observations import RowSetObservation, TokenSetObservation
+from mechdsl.resolve.types import ItemNumber, ResolvedMeasure
+from mechdsl.rules.observations.maps import MapObservation
+from mechdsl.store.runs import OpenRun, ValueBlock
+
+CachedCell = tuple[bytes, KeyNumbers, Floats]
+"""(key of a cell, keys of rows, [row, column] their values)."""
+
+
+@dataclass(frozen=True)
+class RunCache:
+    """Where a run's values are kept, and what they hang on beside the plan."""
+
+    run: OpenRun
+    models: Mapping[str, bytes]
+    """By name, a digest of each model with its device and precision, and of the code that runs it.
+    Experiments on a model that isn't here are neither looked up nor kept."""
+
+    @property
+    def sizes(self) -> PassSizer | None:
+        """What an attempt that was cut short was laid out by."""
+        return None if self.run.sizes is None else PassSizer(**self.run.sizes)
+
+    def settle(self, sizes: PassSizer) -> None:
+        """Keep what passes are laid out by: when the run goes on, they are laid out the same."""
+        found = asdict(sizes)
+        if found != self.run.sizes:
+            self.run.settle(found)
+
+
+@dataclass(frozen=True, eq=False)
+class _KeyedValues:
+    """Values by key, in the order of the keys."""
+
+    keys: KeyNumbers
+    values: Floats
+    """[key, column]"""
+
+    @staticmethod
+    def of(
+        found: Mapping[bytes, tuple[KeyNumbers, Floats]], codes: Mapping[bytes, int]
+    ) -> _KeyedValues:
+        """codes: by cell, the number that its rows' keys are mixed with."""
+        parts = [(_mix_cell(codes[cell], rows), values) for cell, (rows, values) in found.items()]
+        if not parts:
+            return _KeyedValues(np.zeros(0, dtype=np.uint64), np.zeros((0, 1)))
+        keys = np.concatenate([part[0] for part in parts])
+        order = np.argsort(keys, kind="stable")
+        return _KeyedValues(keys[order], np.concatenate([part[1] for part in parts])[order])
+
+    def find(self, keys: KeyNumbers) -> tuple[Bools, Floats]:
+        """([key] whether there is a value, [key, column] the values, NaN where there is none)."""
+        found = np.full((len(keys), self.values.shape[1]), np.nan)
+        if not len(self.keys):
+            return np.zeros(len(keys), dtype=np.bool_), found
+        place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        there = self.keys[place] == keys
+        found[there] = self.values[place[there]]
+        return there, found
+
+
+def _mix_cell(code: int | Ints, rows: KeyNumbers) -> KeyNumbers:
+    """The keys of rows, told apart by their cells."""
+    return mix_numbers(rows, np.broadcast_to(np.asarray(code, dtype=np.int64), rows.shape))
+
+
+class PatchedCache:
+    """The patched values of one experiment."""
+
+    def __init__(self, run: OpenRun, keys: ExperimentKeys) -> None:
+        self._run = run
+        self._keys = keys
+        self._earlier = [
+            _KeyedValues.of(run.earlier(cells), {cell: code for code, cell in enumerate(cells)})
+            for cells in keys.cells
+        ]
+
+    @property
+    def any_earlier(self) -> bool:
+        """Whether anything was there before the run."""
+        return any(len(known.keys) for known in self._earlier)
+
+    @property
+    def any_own(self) -> bool:
+        """Whether this run may have computed anything in an attempt that was cut short."""
+        return self._run.resumed
+
+    def earlier(self, rows: RowTable) -> tuple[Bools, list[Floats]]:
+        """([row] whether all measures were known before the run, per measure [row])."""
+        return self._find(self._earlier, rows)
+
+    def own(self, rows: RowTable) -> list[Floats] | None:
+        """Per measure [row], where this run has computed all these rows of a pass already."""
+        every = range(len(self._keys.cells))
+        parts = [self._part(number, rows, *self._of(number, rows)) for number in every]
+        found = self._run.own(parts)
+        whole = [found[each][1] for each in parts if each in found]
+        if len(whole) < len(parts) or any(len(each) < len(rows) for each in whole):
+            return None
+        return [values[:, 0] for values in whole]
+
+    def _find(self, known: Sequence[_KeyedValues], rows: RowTable) -> tuple[Bools, list[Floats]]:
+        every, found = np.ones(len(rows), dtype=np.bool_), list[Floats]()
+        for number, own in enumerate(known):
+            there, values = own.find(self._row_keys(number, rows))
+            every &= there
+            found.append(values[:, 0])
+        return every, found
+
+    def _row_keys(self, number: int, rows: RowTable) -> KeyNumbers:
+        return _mix_cell(*self._of(number, rows))
+
+    def _of(self, number: int, rows: RowTable) -> tuple[Ints, KeyNumbers]:
+        """([row] the code of its cell, [row] its key) of a measure."""
+        return self._keys.code_of_cell[rows.cell], self._keys.rows(number, rows)
+
+    def _part(self, number: int, rows: RowTable, codes: Ints, keys: KeyNumbers) -> bytes:
+        """The key of what a pass gives of a measure, row by row: which rows these are, in which
+        order, and what they contain."""
+        cells = [self._keys.cells[number][code] for code in np.unique(codes).tolist()]
+        key = self._keys.plan.experiment.key
+        places = (rows.cell, rows.prompt, rows.alternative)
+        return digest("pass", key, number, places, b"".join(cells), keys)
+
+    def parts(self, member: PassMember, found: ReadoutResult) -> Iterable[CachedCell]:
+        """(cell, rows, values) of a pass, as far as there are values that can be used; and the same
+        by the pass, whose rows are counted."""
+        for number, values in enumerate(found.values):
+            good = _is_usable(found, number)
+            if not good.any():
+                continue
+            codes, keys = self._of(number, member.rows)
+            own, values = self._part(number, member.rows, codes, keys), values[good, None]
+            yield own, np.flatnonzero(good).astype(np.uint64), values
+            codes, keys = codes[good], keys[good]
+            order = np.argsort(codes, kind="stable")
+            cuts = np.flatnonzero(np.diff(codes[order])) + 1
+            for each in np.split(order, cuts):
+                yield self._keys.cells[number][int(codes[each[0]])], keys[each], values[each]
+
+
+def _is_usable(found: ReadoutResult, number: int) -> Bools:
+    """[row] of one measure: those that are no numbers are worked out again, with their reasons."""
+    good = ~found.broken
+    if number in found.failed:
+        return np.zeros_like(good)
+    gap = found.gaps.get(number)
+    if gap is not None:
+        good[gap.rows] = False
+    return good
+
+
+class PanelCache:
+    """The values of the experiments of one panel."""
+
+    def __init__(
+        self, run: OpenRun, contents: RunContents, table: PromptTable, panel: bytes
+    ) -> None:
+        """panel: which experiments it is of."""
+        self._run = run
+        self._panel = panel
+        self._table = table
+        self._contents = contents
+        self._keys: dict[tuple[object, ...], tuple[bytes, KeyNumbers | None]] = {}
+        self._waiting: list[CachedCell] = []
+        self._looked_up: dict[tuple[bytes, bool], _KeyedValues] = {}
+
+    @classmethod
+    def of(cls, kept: RunCache, panel: Panel, seed: int) -> PanelCache | None:
+        """None where a model that takes part can't be told from others. seed: of noise."""
+        if not kept.models.keys() >= set(panel.models):
+            return None
+        of = digest(*(plan.experiment.key for plan in panel.experiments))
+        return cls(kept.run, RunContents(kept.models, panel.model, seed), panel.table, of)
+
+    def define(
+        self,
+        plans: Mapping[str, ExperimentPlan],
+        rows: Ints,
+        donors: Mapping[str, Mapping[int, Ints]],
+        cells: Mapping[str, Mapping[int, WholeCells]],
+    ) -> None:
+        """What runs with rules hang on, by name, each after those that it uses. rows: those that
+        means and donors are of, and functions are given. What can't be compared leaves all that
+        reads the run unkept."""
+        for name, plan in plans.items():
+            run, own = self._table.runs[name], donors[name]
+            self._contents.define(self._table, run, plan, rows, own, cells[name])
+
+    def keys(
+        self,
+        plan: ExperimentPlan,
+        rows: Ints,
+        donors: Mapping[int, Ints],
+        cells: Mapping[int, WholeCells],
+    ) -> ExperimentKeys:
+        """Of one experiment. rows: those that are in it. donors, cells: by number of the rule,
+        of those that resample, or read whole cells."""
+        return ExperimentKeys(plan, self._table, self._contents, rows, donors, cells)
+
+    def patched(self, keys: ExperimentKeys) -> PatchedCache:
+        """What there is under the keys of an experiment."""
+        return PatchedCache(self._run, keys)
+
+    def replies(self, settings: tuple[object, ...], ends: frozenset[int]) -> ReplyCache:
+        """What rows write that are so asked; ends: the tokens that end it."""
+        return ReplyCache(self._run, self._contents, self._table, settings, ends)
+
+    def keep(self, parts: Iterable[CachedCell]) -> None:
+        """Keep what a pass gave; it is on the disk when this returns."""
+        cells: dict[bytes, list[tuple[KeyNumbers, Floats]]] = {}
+        for cell, rows, values in parts:
+            cells.setdefault(cell, []).append((rows, values))
+        if not cells:
+            return
+        joined = [_drop_duplicates(own) for own in cells.values()]
+        starts = np.cumsum([0, *(len(rows) for rows, _ in joined)])
+        rows = np.concatenate([rows for rows, _ in joined])
+        values = np.concatenate([values for _, values in joined])
+        self._run.keep(ValueBlock(list(cells), starts.astype(np.int64), rows, values))
+
+    @property
+    def contents(self) -> RunContents:
+        """What the rows of runs are."""
+        return self._contents
+
+    def earlier(self, cells: Sequence[bytes]) -> Mapping[bytes, tuple[KeyNumbers, Floats]]:
+        """(rows, [row, column]) of those cells that were there before the run."""
+        return self._run.earlier(cells)
+
+    # --- unpatched runs ---
+
+    def unpatched(
+        self, readout: Readout, run: str, prompts: Ints, item: ItemNumber, relative: float
+    ) -> Bools:
+        """[prompt] whether all measures of an unpatched run were known before this one."""
+        return self._unpatched(readout, run, prompts, item, relative, own=False)[0]
+
+    def own_unpatched(
+        self, readout: Readout, run: str, prompts: Ints, item: ItemNumber, relative: float
+    ) -> ReadoutResult | None:
+        """What this run has measured already, where that is all; else what was there before it."""
+        for own in (True, False):
+            every, found = self._unpatched(readout, run, prompts, item, relative, own=own)
+            if every.all():
+                return found
+        return None
+
+    def _unpatched(
+        self,
+        readout: Readout,
+        run: str,
+        prompts: Ints,
+        item: ItemNumber,
+        relative: float,
+        *,
+        own: bool,
+    ) -> tuple[Bools, ReadoutResult]:
+        every = np.ones(len(prompts), dtype=np.bool_)
+        values: list[Floats] = []
+        rounding: list[Floats] = []
+        for measure in readout.measures:
+            cell, keys = self._unpatched_keys(measure, run, item, relative)
+            if keys is None:
+                there, found = np.zeros_like(every), np.full((len(prompts), 2), np.nan)
+            elif own:
+                rows = np.arange(len(prompts), dtype=np.uint64)
+                batch = self._batch(cell, prompts, keys)
+                there, found = self._known(batch, own=True).find(_mix_cell(0, rows))
+            else:
+                there, found = self._known(cell, own=False).find(_mix_cell(0, keys[prompts]))
+            every &= there
+            values.append(found[:, 0])
+            rounding.append(found[:, -1])
+        broken = np.zeros(len(prompts), dtype=np.bool_)
+        return every, ReadoutResult(values, broken, rounding, {}, {})
+
+    def _known(self, cell: bytes, *, own: bool) -> _KeyedValues:
+        """What there was of an unpatched run's cell when this process looked first."""
+        if (cell, own) not in self._looked_up:
+            found = self._run.own([cell]) if own else self._run.earlier([cell])
+            self._looked_up[cell, own] = _KeyedValues.of(found, {cell: 0})
+        return self._looked_up[cell, own]
+
+    def measured(
+        self,
+        readout: Readout,
+        run: str,
+        prompts: Ints,
+        item: ItemNumber,
+        relative: float,
+        found: ReadoutResult,
+    ) -> None:
+        """Keep what was measured of an unpatched run, with its bounds of rounding, at `flush`."""
+        for number, measure in enumerate(readout.measures):
+            good = np.flatnonzero(_is_usable(found, number))
+            cell, keys = self._unpatched_keys(measure, run, item, relative)
+            if len(good) and keys is not None:
+                both = np.stack([found.values[number], found.rounding[number]], axis=1)
+                self._waiting.append((cell, keys[prompts[good]], both[good]))
+                batch = self._batch(cell, prompts, keys)
+                self._waiting.append((batch, good.astype(np.uint64), both[good]))
+
+    def _batch(self, cell: bytes, prompts: Ints, keys: KeyNumbers) -> bytes:
+        """The key of what an unpatched run gives on a batch, prompt by prompt: what else is in its
+        passes hangs on the panel, and with it the last bits."""
+        return digest("batch", self._panel, cell, prompts, keys[prompts])
+
+    def flush(self) -> None:
+        """Keep what was measured of unpatched runs; it is on the disk when this returns."""
+        waiting, self._waiting = self._waiting, []
+        self.keep(waiting)
+
+    def _unpatched_keys(
+        self, measure: ResolvedMeasure, run: str, item: ItemNumber, relative: float
+    ) -> tuple[bytes, KeyNumbers | None]:
+        """(of the cell, [prompt] of the rows); None for a metric from outside that is given what
+        can't be compared."""
+        key = (id(measure), run, item, relative)
+        if key not in self._keys:
+            own, contents = self._table.runs[run], self._contents
+            model = contents.models[own.model or contents.model]
+            cell = digest("unpatched", model, measure_digest(measure), relative)
+            try:
+                rows = measure_row_keys(measure, own, item, self._table, contents)
+                self._keys[key] = cell, mix_numbers(contents.of(own, self._table), rows)
+            except TypeError:
+                self._keys[key] = cell, None
+        return self._keys[key]
+
+
+def _drop_duplicates(parts: Sequence[tuple[KeyNumbers, Floats]]) -> tuple[KeyNumbers, Floats]:
+    """Each row once: experiments of one pass may have rows in common."""
+    rows = np.concatenate([rows for rows, _ in parts])
+    values = np.concatenate([values for _, values in parts])
+    rows, first = np.unique(rows, return_index=True)
+    return rows, values[first]
+
+
+@dataclass(frozen=True, eq=False)
+class JointCache:
+    """Cells of one experiment: known before the run, or kept when they are made."""
+
+    values: PanelCache
+    keys: Sequence[bytes]
+    """[cell]"""
+    _made: list[CachedCell] = field(default_factory=list[CachedCell])
+
+    def known(self) -> dict[int, tuple[Ints, Floats]]:
+        """Cell → (columns among the kept rows, [measure, column]) of those that are there."""
+        there = self.values.earlier(self.keys)
+        return {
+            cell: (there[key][0].astype(np.int64), there[key][1].T)
+            for cell, key in enumerate(self.keys)
+            if key in there
+        }
+
+    def made(self, cell: int, columns: Ints, values: Sequence[Floats]) -> None:
+        """Keep a cell, at `flush`. values: per measure, [column], or one number of all."""
+        every = np.stack([np.broadcast_to(each, columns.shape) for each in values], axis=1)
+        self._made.append((self.keys[cell], columns.astype(np.uint64), every))
+
+    def flush(self) -> None:
+        """What was made is on the disk when this returns."""
+        self.values.keep(self._made)
+        self._made.clear()
+
+
+def open_joint_cache(
+    values: PanelCache | None, plan: ExperimentPlan, rule: RulePlan, rows: Ints, table: PromptTable
+) -> JointCache | None:
+    """Where the cells of an observation over these rows are kept; None where they aren't: tokens
+    that are listed are made with a cell, what is of maps is made of numbers that are at hand, and
+    what has no digest can't be compared."""
+    said, does = rule.rule.spec.observed, rule.rule.does
+    assert isinstance(does, RowSetObservation)
+    if (
+        values is None
+        or isinstance(does, MapObservation)
+        or (said is not None and said.top and not does.counts)
+    ):
+        return None
+    try:
+        shared = _digest_shared(values, plan, rule, does, rows, table)
+        cells = range(plan.n_cells)
+        keys = [digest(shared, *_describe_cell(plan, rule, cell, rows)) for cell in cells]
+        return JointCache(values, keys)
+    except TypeError:
+        return None
+
+
+def _digest_shared(
+    values: PanelCache,
+    plan: ExperimentPlan,
+    rule: RulePlan,
+    does: RowSetObservation,
+    rows: Ints,
+    table: PromptTable,
+) -> bytes:
+    """All that every cell hangs on: what is made of which rows of which runs."""
+    experiment, contents = plan.experiment, values.contents
+    own = {name: each for name, each in vars(does).items() if name != "trained_on"}
+    runs = [table.runs[name] for name in dict.fromkeys((experiment.spec.base, rule.rule.run))]
+    trained: list[object] = []
+    if does.trained_on is not None:
+        there = does.trained_on
+        hits = [cell.hits for cell in there.cells]
+        trained = [contents.of(there.run, there.table), hits, list(there.table.row_keys)]
+    places = [*rule.positions, *rule.sources] if isinstance(does, TokenSetObservation) else []
+    measures = [
+        [
+            measure_digest(measure),
+            [measure_row_keys(measure, runs[0], item, table, contents)[rows] for item in items],
+        ]
+        for items in [list(dict.fromkeys(plan.items))]
+        for measure in experiment.measures
+        if measure.observed
+    ]
+    return digest(
+        *("together", contents.models[experiment.model.key], type(does), own, experiment.seed),
+        [[run.draws, contents.of(run, table)[rows]] for run in runs],
+        [table.row_keys[row] for row in rows.tolist()],
+        *(rows, trained, measures, [_list_hits(spot, rows) for spot in places]),
+    )
+
+
+def _describe_cell(plan: ExperimentPlan, rule: RulePlan, cell: int, rows: Ints) -> Sequence[object]:
+    """The sites and positions of a cell, and which of its values it is."""
+    index = [int(own[cell]) for own in plan.coordinates]
+    along = dict(zip((axis.name for axis in plan.experiment.axes), index, strict=True))
+    sites, other, edge, does = rule.rule.sites, rule.rule.beside, rule.rule.edge, rule.rule.does
+    assert sites is not None
+    assert isinstance(does, RowSetObservation)
+    targets = [sites] if other is None else [sites, other]
+    points = [each.points[tuple(along[axis] for axis in each.axes)] for each in targets]
+    place = int(rule.position_of_cell[cell])
+    spots = [rule.positions[place], rule.sources[place]]
+    if edge is not None and rule.key_of_cell is not None:
+        spots.append(list(edge.keys.written.values())[int(rule.key_of_cell[cell])])
+    return [
+        [[(p.site, p.layer, p.unit) for p in each] for each in points],
+        [_list_hits(spot, rows) for spot in spots],
+        *(along.get(does.counts), plan.items[cell], place if _has_training(rule) else None),
+    ]
+
+
+def _list_hits(spot: PositionCell, rows: Ints) -> Sequence[object]:
+    return [spot.hits[row] for row in rows.tolist()]
+
+
+def _has_training(rule: RulePlan) -> bool:
+    return isinstance(rule.rule.does, RowSetObservation) and rule.rule.does.trained_on is not None

@@ -1,0 +1,180 @@
+"""Metrics computed by the user's Python functions and by searches in generated text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base import limits
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.diagnostics.experiments import UnreadableMeasure
+from mechdsl.forward.hooks.batch import to_device
+from mechdsl.program.python_functions import TOKENIZER_PARAMETER, PythonFailure, PythonNotLoaded
+from mechdsl.resolve.types import ItemNumber, MetricTerm
+from mechdsl.vocab.metrics import PatternTimeout, Reply
+
+REPLY_ARGUMENT = "it takes `replies`, n texts, and `rows`, n of them, and gives n numbers"
+
+RETURN_HINT = "it takes `logits`, [n, vocab], and `rows`, n of them, and gives n numbers"
+
+
+def call_python_metric(atom: MetricTerm, logits: Tensor, prompts: Ints, usable: Bools) -> Tensor:
+    """[row]: what the function makes of the rows that it is given, which are the usable ones; NaN
+    in the others.
+
+    logits: [row, vocab]. prompts: [row] index into the table. usable: [row].
+    E0223 as PythonFailure, with the row that it fails at where there is one.
+    """
+    found = torch.full((len(prompts),), torch.nan, dtype=torch.float64)
+    rows = np.flatnonzero(usable)
+    if not len(rows):
+        return found
+    index = torch.from_numpy(rows)
+    if len(rows) < len(prompts):
+        logits, prompts = logits[to_device(index, logits.device)], prompts[rows]
+    try:
+        found[index] = _call_function(atom, logits, prompts)
+    except PythonNotLoaded:
+        raise
+    except PythonFailure as failure:
+        if failure.row is None and failure.__cause__ is not None:  # it raised
+            failure.row = _find_failing_row(
+                lambda part: _call_function(atom, logits[part], prompts[part]),
+                len(prompts),
+                failure.diagnostic.reason,
+            )
+        if failure.row is not None:
+            failure.row = int(rows[failure.row])
+        raise
+    return found
+
+
+def call_reply_metric(atom: MetricTerm, replies: Sequence[str], prompts: Ints) -> Floats:
+    """[row]: what the function makes of texts; as `python_metric`. prompts: [row]."""
+    if not len(prompts):
+        return np.zeros(0)
+    try:
+        return _read_numbers(atom, list(replies), prompts, REPLY_ARGUMENT).numpy()
+    except PythonNotLoaded:
+        raise
+    except PythonFailure as failure:
+        if failure.row is None and failure.__cause__ is not None:  # it raised
+            failure.row = _find_failing_row(
+                lambda part: _read_numbers(
+                    atom, list(replies[part]), prompts[part], REPLY_ARGUMENT
+                ),
+                len(prompts),
+                failure.diagnostic.reason,
+            )
+        raise
+
+
+def _call_function(atom: MetricTerm, logits: Tensor, prompts: Ints) -> Tensor:
+    """[row] on the CPU: what the function makes of logits."""
+    # A copy, so that a function that writes into it changes nothing that others read.
+    own = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    return _read_numbers(atom, own, prompts, RETURN_HINT)
+
+
+def _read_numbers(atom: MetricTerm, own: Tensor | list[str], prompts: Ints, hint: str) -> Tensor:
+    """[row] on the CPU: what the function gives, if that is a number for each row."""
+    function = atom.python
+    assert function is not None
+    rows = [dict(atom.rows[prompt]) for prompt in prompts]
+    library = None if atom.tokenizer is None else atom.tokenizer.library
+    third = (library,) if function.tokenizer == "third" else ()
+    named = {TOKENIZER_PARAMETER: library} if function.tokenizer == "named" else {}
+    with torch.no_grad():
+        given = function.call(own, rows, *third, **named)
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise function.failure(f"it gave {_describe_type(given)}, not numbers", hint) from None
+    if found.shape != (len(prompts),):
+        shape = list(found.shape)
+        raise function.failure(f"it gave the shape {shape}, not [{len(prompts)}]", hint)
+    if found.is_complex():
+        raise function.failure("it gave complex numbers", hint)
+    found = found.detach().double().cpu()
+    if found.isnan().any():
+        first = int(found.isnan().nonzero()[0])
+        row = atom.rows[prompts[first]]
+        told = ", ".join(f"{name} = {value!r}" for name, value in row.items() if "." not in name)
+        raise function.failure(f"it gave NaN, in the row with {_shorten(told)}", hint, row=first)
+    return found
+
+
+def _find_failing_row(call: Callable[[slice], object], count: int, reason: str) -> int | None:
+    """A row that alone makes the function raise the same, by halving; None where only several
+    together do."""
+
+    def raises(low: int, high: int) -> bool:
+        try:
+            call(slice(low, high))
+        except PythonFailure as failure:
+            return failure.diagnostic.reason == reason
+        return False
+
+    low, high = 0, count
+    while high - low > 1:
+        middle = (low + high) // 2
+        if raises(low, middle):
+            high = middle
+        elif raises(middle, high):
+            low = middle
+        else:
+            return None
+    return low
+
+
+def _describe_type(value: object) -> str:
+    return "nothing" if value is None else f"a `{type(value).__name__}`"
+
+
+def _shorten(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+class ReplySearchFailed(Exception):
+    """A search takes too long. Caught where its rows are known."""
+
+    def __init__(self, diagnostic: UnreadableMeasure, row: int) -> None:
+        super().__init__(diagnostic.message)
+        self.diagnostic = diagnostic
+        self.row = row
+
+
+def compute_reply_values(
+    atom: MetricTerm, replies: Sequence[Reply], prompts: Ints, items: Sequence[ItemNumber]
+) -> Floats:
+    """[row]: the metric of each reply; NaN where it has none, as a reply without a number.
+
+    replies: [row]. prompts: [row] index into the table. items: [row] the occurrence that
+    `{item.index}` stands for. E0223 as PythonFailure, with the row that it fails at where there is
+    one; E0612 as SearchFailed for a search that is cut short.
+    """
+    if atom.python is not None:
+        return call_reply_metric(atom, [reply.text for reply in replies], prompts)
+    wanted = [
+        atom.wanted[item if item in atom.wanted else None][prompt]
+        for prompt, item in zip(prompts.tolist(), items, strict=True)
+    ]
+    try:
+        return np.array(atom.form.function(replies, wanted), dtype=np.float64)
+    except PatternTimeout as error:
+        raise ReplySearchFailed(_search_timeout(atom, replies[error.row]), error.row) from error
+
+
+def _search_timeout(atom: MetricTerm, reply: Reply) -> UnreadableMeasure:
+    span = atom.node.span
+    return UnreadableMeasure(
+        span=span,
+        text=span.written,
+        reason=f"in a reply of {len(reply.text):,} letters it takes more than "
+        f"{limits.SEARCH_SECONDS:g} s",
+        hint="the same letters can be repeated in too many ways: write `a+` for `(a+)+`, or "
+        "`(…)++`, which doesn't try others",
+    )

@@ -1,0 +1,942 @@
+"""Metrics and observations read from a run: from logits and vectors to one number per row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.diagnostics.experiments import UnreadableMeasure
+from mechdsl.diagnostics.names import PythonFailed
+from mechdsl.execute.measurement.python_metrics import (
+    ReplySearchFailed,
+    call_python_metric,
+    compute_reply_values,
+)
+from mechdsl.execute.unpatched_batch import (
+    Continuation,
+    MeasuredPosition,
+    collect_measured_positions,
+    get_continuation_ids,
+)
+from mechdsl.forward.hooks.batch import (
+    RowPositions,
+    SiteRead,
+    array_to_device,
+    arrays_to_device,
+    tensors_to_host,
+    to_device,
+)
+from mechdsl.models.shape import ModelShape, unit_count
+from mechdsl.planner.rows import RowTable, RulePlan, expand_units, point_units
+from mechdsl.program.python_functions import PythonFailure, PythonNotLoaded
+from mechdsl.prompts.runs import PositionCell, ReplyPosition
+from mechdsl.resolve.loops import evaluate_arithmetic, iter_divisors
+from mechdsl.resolve.observations import Observation, Unembedding
+from mechdsl.resolve.types import ItemNumber, MetricTerm, ResolvedMeasure, ResolvedRule, SiteLayer
+from mechdsl.vocab.metrics import Reply
+
+
+@dataclass(frozen=True, eq=False)
+class ObservedValues:
+    """What was seen of rows: a number of each, or logits that metrics read."""
+
+    numbers: Tensor | None = None
+    """[row]"""
+    logits: Tensor | None = None
+    """[row, token]"""
+    tokens: Tensor | None = None
+    """[K] ascending: the tokens whose logits there are; None for the whole vocabulary."""
+    listed: Tensor | None = None
+    """[row, vocab] probabilities, where tokens are listed."""
+
+
+@dataclass(frozen=True, eq=False)
+class _SiteVectors:
+    """Vectors of one site of one layer; K of them."""
+
+    read: SiteRead
+    row: Ints
+    """[K] the row that each is of."""
+    place: Ints
+    """[K] where it lies in what was read."""
+    unit: Ints | None
+    """[K] head or neuron; None where all of them are one vector."""
+    position: Ints
+    """[K]"""
+    keys: tuple[Ints, Ints] | None
+    beside: Mapping[SiteLayer, Ints] = field(default_factory=dict[SiteLayer, Ints])
+    """[K] where what stands beside it lies in what was read there."""
+
+
+@dataclass(frozen=True, eq=False)
+class _SeenVectors:
+    """As `mechdsl.resolve.observations.ObservedVectors`."""
+
+    vectors: Tensor
+    units: Tensor | None
+    positions: Tensor
+    keys: tuple[Tensor, Tensor] | None
+    place: SiteLayer
+    beside: Mapping[SiteLayer, Tensor]
+    unembedding: Unembedding
+    tokens: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class RowObserver:
+    """What is looked at in rows of one experiment."""
+
+    rule: ResolvedRule
+    does: Observation
+    rows: int
+    tokens_per_row: Ints
+    """[row] positions that are joined."""
+    places: Mapping[SiteRead, RowPositions]
+    """Rows of the pass and positions that are read, per site."""
+    parts: Sequence[_SiteVectors]
+
+    def observed(
+        self, found: Mapping[SiteRead, Tensor], unembedding: Unembedding, tokens: Tensor | None
+    ) -> ObservedValues:
+        """found: [place, units, width] per site. tokens: those whose logits are asked for; None for
+        all, which are made where they are listed."""
+        tokens = None if self.does.lists(self.rule) else tokens
+        of_logits = self.does.gives == "logits"
+        total: Tensor | None = None
+        count = np.zeros(self.rows, dtype=np.int64)
+        for part in self.parts:
+            seen = self._seen(part, found, unembedding, tokens if of_logits else None)
+            if of_logits:
+                values = self.does.logits(self.rule, seen)
+            else:
+                values = self.does.each(self.rule, seen)
+            count += np.bincount(part.row, minlength=self.rows)
+            in_order = len(self.parts) == 1 and np.array_equal(part.row, np.arange(self.rows))
+            if in_order:  # one vector of each row
+                total = values
+                break
+            values = values.cpu()  # where sums don't change with the order of threads
+            if total is None:
+                total = values.new_zeros(self.rows, *values.shape[1:])
+            total.index_add_(0, torch.from_numpy(part.row), values)
+        assert total is not None
+        over = torch.from_numpy(self.tokens_per_row if self.does.adds_up else count)
+        over = to_device(over.to(total.dtype), total.device)
+        over = over.reshape(-1, *(1 for _ in total.shape[1:]))
+        if of_logits:
+            logits = total / over
+            listed = _widen(logits).softmax(-1) if self.does.lists(self.rule) else None
+            return ObservedValues(logits=logits, tokens=tokens, listed=listed)
+        return ObservedValues(numbers=(total / over).cpu())
+
+    def _seen(
+        self,
+        part: _SiteVectors,
+        found: Mapping[SiteRead, Tensor],
+        unembedding: Unembedding,
+        tokens: Tensor | None,
+    ) -> _SeenVectors:
+        own = _widen(found[part.read])
+        device = own.device
+        place = array_to_device(part.place, device)
+        chosen = None if part.unit is None else array_to_device(part.unit, device)
+        vectors = own[place].flatten(1) if chosen is None else own[place, chosen]
+        keys = None
+        if part.keys is not None:
+            index, key = arrays_to_device(part.keys, device)
+            keys = index, key
+        beside = {
+            at: _widen(found[SiteRead(*at)])[array_to_device(where, device)].flatten(1)
+            for at, where in part.beside.items()
+        }
+        return _SeenVectors(
+            vectors,
+            chosen,
+            array_to_device(part.position, device),
+            keys,
+            (part.read.site, part.read.layer),
+            beside,
+            unembedding,
+            tokens,
+        )
+
+
+def _widen(values: Tensor) -> Tensor:
+    return values.float() if values.element_size() < 4 else values
+
+
+@dataclass(frozen=True, eq=False)
+class ReplyTokenMap:
+    """Where the places of replies lie, in rows that have written."""
+
+    tokens_of: Callable[[ReplyPosition], Sequence[tuple[int, ...]]]
+    """[row of the pass] the tokens of its reply, counted from 1."""
+    lengths: Ints
+    """[row of the pass] tokens of its prompt."""
+    at: Ints
+    """[row] the row of the pass."""
+
+    def there(self, plan: RulePlan, rows: RowTable) -> Bools:
+        """[row] whether its reply has all places that are looked at."""
+        found = np.ones(len(rows), dtype=np.bool_)
+        for cells, cell in plan.placed:
+            cell_of_row = cell[rows.cell]
+            for number, each in enumerate(cells):
+                if each.reply is not None:
+                    tokens = self.tokens_of(each.reply)
+                    own = np.array([bool(tokens[row]) for row in self.at.tolist()], dtype=np.bool_)
+                    found &= own | (cell_of_row != number)
+        return found
+
+    def moved(
+        self, cells: Sequence[PositionCell], cell: Ints, rows: Ints, index: Ints, position: Ints
+    ) -> tuple[Ints, Ints]:
+        """Entries `index` with their positions, those of places in replies where these are.
+
+        cell: [entry number] which of the cells; rows: [entry number] its row.
+        """
+        behind = np.array([each.reply is not None for each in cells], dtype=np.bool_)[cell]
+        if not behind.any():
+            return index, position
+        kept = ~behind[index]
+        found, places = [index[kept]], [position[kept]]
+        for entry in np.flatnonzero(behind).tolist():
+            reply = cells[cell[entry]].reply
+            assert reply is not None
+            row = int(self.at[rows[entry]])
+            own = np.array(self.tokens_of(reply)[row], dtype=np.int64)
+            found.append(np.full(len(own), entry))
+            places.append(self.lengths[row] - 1 + own)
+        whole = np.concatenate(found)
+        order = np.argsort(whole, kind="stable")
+        return whole[order], np.concatenate(places)[order]
+
+
+def build_observer(
+    plan: RulePlan,
+    rows: RowTable,
+    at: Ints,
+    shape: ModelShape,
+    replies: ReplyTokenMap | None = None,
+) -> RowObserver:
+    """What an `observe` rule looks at; at: [row] the row of the pass."""
+    does = plan.rule.does
+    assert isinstance(does, Observation)
+    row, position = plan.written.tokens.expand(plan.written_runs(rows))
+    if replies is not None:
+        own = np.arange(len(rows))
+        cell = plan.position_of_cell[rows.cell]
+        row, position = replies.moved(plan.positions, cell, own, row, position)
+    per_row = np.bincount(row, minlength=len(rows))
+    index, point = plan.points.expand(plan.site_of_cell[rows.cell][row])
+    row, position = row[index], position[index]
+    table = plan.point_table
+    of_points = list(dict.fromkeys((p.site, p.layer, p.unit is None) for p in table))
+    kind = np.array([of_points.index((p.site, p.layer, p.unit is None)) for p in table])[point]
+    unit = point_units(table)[point]
+    asked: dict[SiteRead, list[RowPositions]] = {}
+    parts: list[_SiteVectors] = []
+    for number, (site, layer, whole) in enumerate(of_points):
+        own = np.flatnonzero(kind == number)
+        if not len(own):
+            continue
+        units_here: Ints | None = unit[own]
+        if whole and does.by_unit:
+            again, units_here = expand_units(unit[own], unit_count(shape, site, layer))
+            own = own[again]
+        elif whole:
+            units_here = None
+        read = SiteRead(site, layer)
+        part = _SiteVectors(
+            read=read,
+            row=row[own],
+            place=_add_request(asked, read, at[row[own]], position[own]),
+            unit=units_here,
+            position=position[own],
+            keys=_expand_keys(plan, rows, row[own], replies),
+            beside={
+                place: _add_request(asked, SiteRead(*place), at[row[own]], position[own])
+                for place in does.beside(plan.rule, shape)
+            },
+        )
+        parts.append(part)
+    places = {
+        read: (np.concatenate([p[0] for p in own]), np.concatenate([p[1] for p in own]))
+        for read, own in asked.items()
+    }
+    return RowObserver(plan.rule, does, len(rows), per_row, places, parts)
+
+
+def _add_request(
+    asked: dict[SiteRead, list[RowPositions]], read: SiteRead, rows: Ints, positions: Ints
+) -> Ints:
+    """Where each place lies in what will be read of a site, each of a part read once."""
+    before = asked.setdefault(read, [])
+    pairs = np.stack([rows, positions])
+    distinct, place = np.unique(pairs, axis=1, return_inverse=True)
+    start = sum(len(each[0]) for each in before)
+    before.append((distinct[0], distinct[1]))
+    return start + place.reshape(-1)
+
+
+def _expand_keys(
+    plan: RulePlan, rows: RowTable, row: Ints, replies: ReplyTokenMap | None
+) -> tuple[Ints, Ints] | None:
+    if plan.keys is None:
+        return None
+    index, key = plan.keys.tokens.expand(plan.key_runs(rows)[row])
+    if replies is None:
+        return index, key
+    assert plan.rule.edge is not None
+    assert plan.key_of_cell is not None
+    cells = list(plan.rule.edge.keys.written.values())
+    return replies.moved(cells, plan.key_of_cell[rows.cell][row], row, index, key)
+
+
+@dataclass(frozen=True, eq=False)
+class ValueGap:
+    """Rows in which a measure has no value, though the model's output can be used."""
+
+    rows: Ints
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class MeasureFailure:
+    """A measure whose function failed, so that no row has a value."""
+
+    problem: PythonFailed | UnreadableMeasure
+    row: int | None
+    """The row that it fails at; None where it isn't known, or hangs on none."""
+    rows: int
+    """How many it was called with; 0 where none of them has to do with it."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReadoutResult:
+    """What a readout finds in rows."""
+
+    values: list[Floats]
+    """Per measure, [row]."""
+    broken: Bools
+    """[row] whether it can't be used, as a number that is read is none; such a row has no value in
+    any measure."""
+    rounding: list[Floats]
+    """Per measure, [row]: how far rounding may move the value; 0 where that wasn't asked for."""
+    failed: Mapping[int, MeasureFailure]
+    """By number, the measures that can't be computed."""
+    gaps: Mapping[int, ValueGap]
+    """By number, the measures that have no value in some rows."""
+    listed: Tensor | None = None
+    """[row, vocab] probabilities, where an observation lists tokens."""
+    replies: Sequence[tuple[Reply, ...]] = ()
+    """[row] what it wrote: one reply for each sample, of each draw of noise."""
+
+    def over_draws(self, draws: int) -> ReadoutResult:
+        """Averaged over draws of noise, which lie side by side: over those that have a value, as
+        replies may be too short for a place. One that can't be used, or is a gap, leaves none."""
+        broken = np.count_nonzero(self.broken.reshape(-1, draws), axis=1) > 0
+
+        def mean(number: int) -> Floats:
+            there = ~np.isnan(self.values[number].reshape(-1, draws))
+            found = average_present(self.values[number].reshape(-1, draws), there)
+            lost = broken.copy()
+            if number in gaps:
+                lost[gaps[number].rows] = True
+            return np.where(lost, np.nan, found)
+
+        failed = {
+            number: replace(each, row=None if each.row is None else each.row // draws)
+            for number, each in self.failed.items()
+        }
+        gaps = {
+            n: ValueGap(np.unique(gap.rows // draws), gap.reason) for n, gap in self.gaps.items()
+        }
+        listed = self.listed
+        return ReadoutResult(
+            [mean(number) for number in range(len(self.values))],
+            broken,
+            [own.reshape(-1, draws).mean(axis=1) for own in self.rounding],
+            failed,
+            gaps,
+            listed if listed is None else listed.unflatten(0, (-1, draws)).mean(1),
+            _group_replies(self.replies, draws),
+        )
+
+
+def average_present(values: Floats, there: Bools) -> Floats:
+    """[row] the mean of [row, n] over those that are there, NaN where none is."""
+    count = np.count_nonzero(there, axis=1)
+    total = np.where(there, values, 0.0).sum(axis=1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _group_replies(replies: Sequence[tuple[Reply, ...]], draws: int) -> list[tuple[Reply, ...]]:
+    """Of each row, what it wrote in all draws."""
+    groups = (replies[n : n + draws] for n in range(0, len(replies), draws))
+    return [tuple(reply for one in group for reply in one) for group in groups]
+
+
+@dataclass(frozen=True, eq=False)
+class ReadoutInput:
+    """What a run gives a readout. Rows are lanes of an unpatched run or patched rows."""
+
+    run: str
+    """The run that rows are lanes of, or start from."""
+    prompts: Ints
+    """[row] index into the table."""
+    items: Sequence[ItemNumber]
+    """[row] the occurrence that `{item.index}` stands for."""
+    logits: Tensor | None
+    """[row, spot, vocab] of the plain prompts."""
+    continued: Mapping[int, Tensor]
+    """Atom number → [row, token, vocab] of the prompts with that text behind them."""
+    loss: Tensor | None
+    activations: Mapping[int, Tensor]
+    """Atom number → [row, 1, width] at the measured place."""
+    references: Mapping[int, Tensor]
+    """Atom number → [row, vocab] logits, or [row, 1, width], of the reference run."""
+    observed: ObservedValues | None = None
+    """What an `observe` line sees; None on runs without rows."""
+    tokens: Tensor | None = None
+    """[K] ascending: the tokens whose logits there are; None for the whole vocabulary."""
+    largest: Tensor | None = None
+    """[row, spot] the size of the largest logit of the whole vocabulary, where `tokens` are fewer;
+    None where nothing is asked of rounding."""
+    has_loss: Bools | None = None
+    """[row] whether the prompt has a loss; None where none is read."""
+    replies: Sequence[Reply] = ()
+    """[row] what it wrote, where that is measured."""
+    standing: Ints | None = None
+    """[row] the token that stands where its loss is read, in a reply."""
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Where the logits of these tokens lie."""
+        return ids if self.tokens is None else torch.searchsorted(self.tokens, ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """The measures of one experiment, with their atoms numbered."""
+
+    measures: tuple[ResolvedMeasure, ...]
+    atoms: tuple[tuple[int, MetricTerm], ...]
+    """(number of its spot, atom)."""
+    spots: tuple[MeasuredPosition, ...]
+    looking: tuple[bool, ...]
+    """Per atom, whether it reads what is observed, and not the model's output."""
+    behind: tuple[bool, ...]
+    """Per atom, whether it is read behind the prompt, in a reply: see `BehindPrompts`."""
+
+    @staticmethod
+    def of(measures: Sequence[ResolvedMeasure]) -> Readout:
+        spots = collect_measured_positions(measures)
+        atoms = [(spots.index(m.at), atom) for m in measures for atom in m.atoms]
+        looking = [
+            m.observed or atom.form.takes == "observation" for m in measures for atom in m.atoms
+        ]
+        behind = tuple(m.in_reply is not None for m in measures for _ in m.atoms)
+        return Readout(tuple(measures), tuple(atoms), spots, tuple(looking), behind)
+
+    def _of(self, looking: bool) -> tuple[MetricTerm, ...]:
+        """The atoms that read what is observed, or the others; none that is read in replies."""
+        every = zip(self.atoms, self.looking, self.behind, strict=True)
+        return tuple(atom for (_, atom), own, behind in every if own == looking and not behind)
+
+    @property
+    def continuations(self) -> tuple[int, ...]:
+        """Numbers of the atoms that need a pass of their own, with their text behind the prompt."""
+        every = enumerate(zip(self.atoms, self.looking, self.behind, strict=True))
+        return tuple(
+            n
+            for n, ((_, atom), looking, behind) in every
+            if not looking and not behind and any(atom.behind)
+        )
+
+    @property
+    def texts_behind(self) -> tuple[Continuation, ...]:
+        """Their texts."""
+        return tuple(Continuation(number, self.atoms[number][1]) for number in self.continuations)
+
+    @property
+    def passes(self) -> tuple[Continuation | None, ...]:
+        """The text behind the prompts in each pass over them; None behind the prompts alone."""
+        return (None, *self.texts_behind) if self.needs_plain else self.texts_behind
+
+    @property
+    def needs_plain(self) -> bool:
+        """Whether some atom is read off the prompts as they are."""
+        return len(self.continuations) < len(self._of(looking=False)) - self._of_replies
+
+    @property
+    def _of_replies(self) -> int:
+        """How many atoms read what a row writes."""
+        return sum(atom.form.takes == "reply" for atom in self._of(looking=False))
+
+    @property
+    def reads_replies(self) -> bool:
+        """Whether some atom reads what a row writes."""
+        return self._of_replies > 0
+
+    @property
+    def only_replies(self) -> bool:
+        """Whether nothing but what a row writes is read of it, or there."""
+        behind = sum(self.behind)
+        return self._of_replies + behind == len(self.atoms) and len(self.atoms) > 0
+
+    @property
+    def in_replies(self) -> tuple[int, ...]:
+        """Numbers of the measures that are read in replies."""
+        return tuple(n for n, each in enumerate(self.measures) if each.in_reply is not None)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether no atom needs the logits of the whole vocabulary: of another run, one that is
+        read off what is observed may need them too."""
+        compared = any(atom.form.takes == "reference" for atom in self._of(looking=True))
+        own = (atom.form for atom in self._of(looking=False))
+        return not compared and all(form.narrow or form.takes == "reply" for form in own)
+
+    def observed_tokens(self, prompts: Ints) -> list[int] | None:
+        """The tokens whose logits measures read off what is observed; None for all."""
+        if not all(atom.form.narrow for atom in self._of(looking=True)):
+            return None
+        return sorted(self.tokens(prompts, looking=True))
+
+    def tokens(self, prompts: Ints, *, looking: bool = False) -> set[int]:
+        """The tokens whose logits a narrow readout reads on these prompts."""
+        found: set[int] = set()
+        for atom in self._of(looking):
+            for sets in atom.sets.values():
+                of_row = {sets.of_row[prompt] for prompt in prompts.tolist()}
+                found.update(token for number in of_row for token in sets.tokens[number])
+            for texts in atom.texts.values():
+                found.update(texts[prompt][0] for prompt in prompts.tolist())
+        return found
+
+    @property
+    def loss(self) -> MetricTerm | None:
+        return next((a for a in self._of(looking=False) if a.form.takes == "prompt"), None)
+
+    def read(
+        self, reading: ReadoutInput, relative: float = 0.0, *, skip: Collection[int] = ()
+    ) -> ReadoutResult:
+        """One value per row for every measure.
+
+        relative: how far rounding may move a logit, relative to the largest one where a metric
+        reads; 0 doesn't ask what that does to the values. skip: numbers of measures that aren't
+        read.
+        """
+        broken = self._broken(reading)
+        found = [np.full(len(reading.prompts), np.nan) for _ in self.measures]
+        rounding = [np.zeros(len(reading.prompts)) for _ in self.measures]
+        failed: dict[int, MeasureFailure] = {}
+        gaps: dict[int, ValueGap] = {}
+        first = 0
+        for n, measure in enumerate(self.measures):
+            numbers = range(first, first + len(measure.atoms))
+            first = numbers.stop
+            if n in skip or measure.in_reply is not None:
+                continue
+            try:
+                values = self._values(numbers, reading, ~broken)
+            except (PythonFailure, ReplySearchFailed) as failure:
+                count = 0 if isinstance(failure, PythonNotLoaded) else len(reading.prompts)
+                failed[n] = MeasureFailure(failure.diagnostic, failure.row, count)
+                continue
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                result = evaluate_arithmetic(measure.expression, values.__getitem__)
+                found[n][:] = result
+                gap = _find_gap(measure, values, found[n], ~broken)
+                if relative:
+                    rounding[n] = self._moved(measure, numbers, values, reading, relative)
+            unknown = np.isnan(found[n])
+            if gap is not None:
+                gaps[n] = gap
+                found[n][gap.rows], unknown[gap.rows] = np.nan, False
+            for value in values.values():  # −∞ − −∞ is no number, though each has its meaning
+                broken |= np.isinf(value) & unknown
+        for values_of_measure in found:
+            values_of_measure[broken] = np.nan
+        return ReadoutResult(found, broken, rounding, failed, gaps)
+
+    def tensors(self, reading: ReadoutInput) -> list[Tensor]:
+        """Per measure, [row] float64, as autograd sees it made: what `read` gives, without a word
+        of what can't be used."""
+        usable = np.ones(len(reading.prompts), dtype=np.bool_)
+        numbers = iter(range(len(self.atoms)))
+        found: list[Tensor] = []
+        for measure in self.measures:
+            values: dict[Any, Tensor] = {}
+            for atom in measure.atoms:
+                number = next(numbers)
+                value = _atom_value(atom, number, self.atoms[number][0], reading, usable)
+                values[atom.node] = value.double()
+            found.append(evaluate_arithmetic(measure.expression, values.__getitem__))
+        return found
+
+    def _values(self, numbers: range, reading: ReadoutInput, usable: Bools) -> dict[Any, Floats]:
+        """The atoms of a measure, by what is written: [row]. E0223 as PythonFailure."""
+        found: list[Tensor] = []
+        for number in numbers:
+            spot, atom = self.atoms[number]
+            if self.looking[number]:
+                value = _observed_value(atom, number, reading, usable)
+            else:
+                value = _atom_value(atom, number, spot, reading, usable)
+            found.append(value.detach().double())
+        nodes = (self.atoms[number][1].node for number in numbers)
+        on_host = (value.numpy() for value in tensors_to_host(found))
+        return dict(zip(nodes, on_host, strict=True))
+
+    def _moved(
+        self,
+        measure: ResolvedMeasure,
+        numbers: range,
+        values: Mapping[Any, Floats],
+        reading: ReadoutInput,
+        relative: float,
+    ) -> Floats:
+        """[row]: how far rounding may move a measure, to first order, all of its atoms in the worst
+        direction."""
+        result = evaluate_arithmetic(measure.expression, values.__getitem__)
+        moved = np.zeros(len(reading.prompts))
+        # Nothing is observed of runs without rows; texts change or don't.
+        due = [n for n in numbers if not self.looking[n] and self.atoms[n][1].form.takes != "reply"]
+        of_outputs = [n for n in due if self.atoms[n][1].form.of_outputs]
+        sizes = [_find_largest(self.atoms[n][1], n, self.atoms[n][0], reading) for n in of_outputs]
+        largest = dict(zip(of_outputs, tensors_to_host(sizes), strict=True))
+        for number in due:
+            spot, atom = self.atoms[number]
+            value = values[atom.node]
+            if number in largest:
+                own = relative * largest[number].numpy()
+                error = _bound_rounding(atom, number, spot, reading, value, own)
+            else:
+                error = np.full(len(value), relative)
+            least, most = _UNIT_BOUNDS.get(atom.form.unit, (-np.inf, np.inf))
+            ways: list[Floats] = []
+            for other in (np.maximum(value - error, least), np.minimum(value + error, most)):
+                changed = evaluate_arithmetic(
+                    measure.expression, {**values, atom.node: other}.__getitem__
+                )
+                ways.append(np.nan_to_num(np.abs(changed - result), nan=0.0, posinf=0.0))
+            moved += np.maximum(*ways)
+        return moved
+
+    def _broken(self, reading: ReadoutInput) -> Bools:
+        """[row] whether NaN is among what is read, or an infinity that metrics can't use. −∞ is
+        what a model says of a token that it excludes; that of all tokens is none."""
+        found = [torch.zeros(len(reading.prompts), dtype=torch.bool)]
+        if reading.logits is not None:
+            found.append(_is_invalid(reading.logits, whole=reading.tokens is None).any(-1))
+        found += [_is_invalid(logits, whole=True).any(-1) for logits in reading.continued.values()]
+        if reading.loss is not None and reading.has_loss is not None:
+            due = array_to_device(reading.has_loss, reading.loss.device)
+            found.append(reading.loss.isnan() & due)
+        if reading.replies:
+            found.append(torch.tensor([reply.ended == "broken" for reply in reading.replies]))
+        seen = reading.observed
+        if seen is not None and seen.numbers is not None:
+            found.append(~seen.numbers.isfinite())
+        if seen is not None and seen.logits is not None:
+            found.append(_is_invalid(seen.logits, whole=seen.tokens is None))
+        for number, (spot, atom) in enumerate(self.atoms):
+            takes = atom.form.takes
+            if self.behind[number]:
+                continue
+            if takes == "activations":
+                for each in (reading.activations[number], reading.references[number]):
+                    found.append(~each.isfinite().flatten(1).all(-1))
+            elif takes == "reference":
+                found.append(_is_invalid(reading.references[number], whole=True))
+            elif self.looking[number] or reading.logits is None:
+                continue
+            elif takes == "numerals" and atom.form.narrow:
+                found.append(_is_invalid(_set_logits(atom, reading, spot), whole=True))
+        return torch.stack(tensors_to_host(found)).any(0).numpy()
+
+
+def _select_logits(atom: MetricTerm, number: int, spot: int, reading: ReadoutInput) -> Tensor:
+    """[row, ..., vocab]: what an atom of the model's outputs is read off."""
+    logits = reading.continued.get(number)
+    if logits is not None:
+        return logits
+    assert reading.logits is not None
+    return _class_logits(atom, reading.logits[:, spot])
+
+
+def _find_largest(atom: MetricTerm, number: int, spot: int, reading: ReadoutInput) -> Tensor:
+    """[row] float64, the size of the largest logit where an atom is read."""
+    if reading.largest is not None:
+        size = reading.largest[:, spot]
+    else:
+        logits = _select_logits(atom, number, spot, reading)
+        size = logits.abs().nan_to_num(nan=0.0, posinf=0.0).flatten(1).amax(-1)
+    return size.nan_to_num(nan=0.0, posinf=0.0).double()
+
+
+def _bound_rounding(
+    atom: MetricTerm, number: int, spot: int, reading: ReadoutInput, value: Floats, moved: Floats
+) -> Floats:
+    """[row]: how far rounding may move an atom of the model's outputs, whose logits it moves by
+    `moved`. An output is a sum over the model's width, rounded as its parts are and not as what is
+    left of them: a small logit moves as far as the largest one of all tokens. Metrics in logits and
+    nats, and the numbers of a regression, move by as much, shares by that part of themselves; a
+    rank moves over the tokens that come as close as that. `correct` and categories change, which
+    counts as 1, where the two best tokens do."""
+    takes, unit = atom.form.takes, atom.form.unit
+    logits = _select_logits(atom, number, spot, reading)
+    if atom.form.narrow and takes == "numerals":
+        logits = _set_logits(atom, reading, spot)
+    if takes == "label" and unit == "share":  # by the sign of its own logit
+        target = to_device(_target_tokens(atom, reading), logits.device)
+        own = logits.gather(-1, target[:, None])[:, 0].abs().double().cpu().numpy()
+        return (own <= moved).astype(np.float64)
+    if atom.form.kind == "category":
+        return _has_close_best(logits, 2 * moved)
+    if unit in ("rank", "share"):
+        if atom.sets:
+            ids, mask = pad_token_sets(atom, reading)[:2]
+        else:
+            ids = _target_tokens(atom, reading)[:, None]
+            mask = torch.ones_like(ids, dtype=torch.bool)
+        ids, mask = to_device(ids, logits.device), to_device(mask, logits.device)
+        return _count_exchanges(logits, ids, mask, 2 * moved, best=unit == "share")
+    return moved * atom.form.logits if unit in _LOGIT_UNITS else moved * np.abs(value)
+
+
+_LOGIT_UNITS = ("logit", "nat", "number")
+"""Units of metrics that move as logits do."""
+
+
+def _count_exchanges(
+    logits: Tensor, ids: Tensor, mask: Tensor, within: Floats, *, best: bool
+) -> Floats:
+    """[row]: how many tokens may change places with the best of those that are meant, as their
+    logits are not further apart than `within`; best: 1 where which of all is the best may change.
+
+    ids: [row, token]. mask: [row, token], true where there is one
+    """
+    own = logits.gather(-1, ids).masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+    apart = logits.double() - own.double()
+    apart = apart.scatter(-1, ids, -torch.inf)
+    close = array_to_device(within, logits.device)[:, None]
+    if best:
+        apart = apart.amax(-1, keepdim=True)
+    return (apart.abs() <= close).sum(-1).double().cpu().numpy()
+
+
+def _has_close_best(logits: Tensor, within: Floats) -> Floats:
+    """[row]: 1 where the logits of the two best are not further apart than `within`."""
+    if logits.shape[-1] < 2:
+        return np.zeros(len(logits))
+    best, second = logits.double().topk(2).values.unbind(-1)
+    return ((best - second).cpu().numpy() <= within).astype(np.float64)
+
+
+_UNIT_BOUNDS = {"rank": (1.0, np.inf), "share": (0.0, 1.0)}
+"""By unit, what a metric can't go beyond, however far rounding moves it."""
+
+
+def _find_gap(
+    measure: ResolvedMeasure, values: Mapping[Any, Floats], result: Floats, usable: Bools
+) -> ValueGap | None:
+    """The rows in which the measure is no number, though all that it reads can be used."""
+    causes: list[tuple[Bools, str]] = []
+    for divisor in iter_divisors(measure.expression):
+        zero = evaluate_arithmetic(divisor, values.__getitem__) == 0
+        causes.append((zero, f"`{divisor.span.written}`, which it divides by, is 0"))
+    whole = np.ones_like(usable)
+    for atom in measure.atoms:
+        value = values[atom.node]
+        whole &= np.isfinite(value)
+        if atom.form.takes == "activations":
+            said = f"a vector of `{atom.node.span.written}` is 0"
+            causes.append((np.isnan(value), said))
+    causes.append((whole & ~np.isfinite(result), "it is too large for a number"))
+    masks = [np.broadcast_to(mask, usable.shape) & usable for mask, _ in causes]
+    rows = np.flatnonzero(np.any(masks, axis=0))
+    if not len(rows):
+        return None
+    reason = next(said for mask, (_, said) in zip(masks, causes, strict=True) if mask[rows[0]])
+    return ValueGap(rows, reason)
+
+
+def _target_tokens(atom: MetricTerm, reading: ReadoutInput) -> Tensor:
+    """[row]: the token of the atom's text, the first one of several."""
+    if atom.own and reading.standing is not None:
+        return torch.from_numpy(reading.standing)
+    if atom.own:
+        own = np.array(atom.own[reading.run], dtype=np.int64)
+        return torch.from_numpy(own[reading.prompts])
+    return torch.tensor(
+        [
+            atom.texts[item if atom.by_item else None][prompt][0]
+            for prompt, item in zip(reading.prompts, reading.items, strict=True)
+        ]
+    )
+
+
+def pad_token_sets(atom: MetricTerm, reading: ReadoutInput) -> tuple[Tensor, Tensor, Tensor]:
+    """[row, token] of the atom's sets: token ids, where there is one, and, of numerals, the numbers
+    that they stand for. Behind the end of a set its first token stands again."""
+    by_item = atom.by_item
+    pairs = zip(reading.prompts.tolist(), reading.items, strict=True)
+    envs = [(item if by_item else None, prompt) for prompt, item in pairs]
+    found = [(env, atom.sets[env].of_row[prompt]) for env, prompt in envs]
+    places = {place: n for n, place in enumerate(dict.fromkeys(found))}
+    tokens = [atom.sets[env].tokens[number] for env, number in places]
+    numbers = [atom.sets[env].numbers[number] for env, number in places if atom.sets[env].numbers]
+    width = max(map(len, tokens))
+    mask = torch.arange(width)[None, :] < torch.tensor([len(each) for each in tokens])[:, None]
+    index = torch.tensor([places[place] for place in found])
+    return _pad_sets(tokens, width)[index], mask[index], _pad_sets(numbers or tokens, width)[index]
+
+
+def _pad_sets(sets: Sequence[tuple[int, ...]], width: int) -> Tensor:
+    """[set, width]: the first of each again behind its end."""
+    return torch.tensor([each + each[:1] * (width - len(each)) for each in sets])
+
+
+def _set_logits(atom: MetricTerm, reading: ReadoutInput, spot: int) -> Tensor:
+    """[row, token] the logits of the atom's sets, -inf where a set has fewer."""
+    assert reading.logits is not None
+    logits = reading.logits[:, spot]
+    ids, mask, _ = pad_token_sets(atom, reading)
+    own = logits.gather(-1, reading.columns(to_device(ids, logits.device)))
+    return own.masked_fill(~to_device(mask, logits.device), -torch.inf)
+
+
+def _is_invalid(logits: Tensor, *, whole: bool) -> Tensor:
+    """[...] of [..., vocab]: NaN or +∞ among the logits, or, where they are the whole choice that
+    there is, nothing but −∞. One reduction, without a second tensor of that size."""
+    top = logits.amax(-1)
+    return ~top.isfinite() if whole else top.isnan() | top.isposinf()
+
+
+def _observed_value(atom: MetricTerm, number: int, reading: ReadoutInput, usable: Bools) -> Tensor:
+    """[row]: the atom's metric of what is observed; NaN where nothing is."""
+    seen = reading.observed
+    if seen is None:
+        return torch.full((len(reading.prompts),), torch.nan)
+    if atom.form.takes == "observation":
+        assert seen.numbers is not None
+        return seen.numbers
+    assert seen.logits is not None
+    own = replace(reading, logits=seen.logits[:, None], tokens=seen.tokens, continued={})
+    return _atom_value(atom, number, 0, own, usable)
+
+
+def _atom_value(
+    atom: MetricTerm, number: int, spot: int, reading: ReadoutInput, usable: Bools
+) -> Tensor:
+    """[row]: the atom's metric. E0223 as PythonFailure."""
+    takes, function = atom.form.takes, atom.form.function
+    if takes == "prompt":
+        assert reading.loss is not None
+        return reading.loss
+    if takes == "reply":
+        found = compute_reply_values(atom, reading.replies, reading.prompts, reading.items)
+        return torch.from_numpy(found)
+    if takes == "activations":
+        return function(reading.activations[number], reading.references[number])
+    if number in reading.continued:
+        return _continuation_value(atom, reading.continued[number], reading.prompts)
+    assert reading.logits is not None
+    logits = _class_logits(atom, reading.logits[:, spot])
+    match takes:
+        case "target" | "own" | "class" | "label" | "continuation":
+            target = to_device(_target_tokens(atom, reading), logits.device)
+            if takes != "continuation":
+                return function(logits, reading.columns(target))
+            one = torch.ones_like(target, dtype=torch.bool)
+            return function(logits[:, None], target[:, None], one[:, None])
+        case "any" | "numerals":
+            ids, mask, numbers = (
+                to_device(part, logits.device) for part in pad_token_sets(atom, reading)
+            )
+            columns = reading.columns(ids)
+            if takes == "any":
+                return function(logits, columns, mask)
+            return function(logits, columns, mask, numbers)
+        case "reference":
+            return function(logits, _class_logits(atom, reading.references[number]))
+        case "nothing" | "observation":
+            return function(logits)
+        case "rows":
+            return call_python_metric(atom, logits, reading.prompts, usable)
+
+
+def _class_logits(atom: MetricTerm, logits: Tensor) -> Tensor:
+    """[row, class], where texts are scored that are none of the classes too."""
+    return logits[..., : atom.classes] if atom.classes else logits
+
+
+def _continuation_value(atom: MetricTerm, logits: Tensor, prompts: Ints) -> Tensor:
+    """A text of several tokens: [row, token, vocab], ragged over rows."""
+    texts = [get_continuation_ids(atom, int(p)) for p in prompts]
+    width = logits.shape[1]
+    ids = torch.tensor([t + (0,) * (width - len(t)) for t in texts])
+    lengths = torch.tensor([len(t) for t in texts])
+    mask = torch.arange(width)[None, :] < lengths[:, None]
+    device = logits.device
+    return atom.form.function(logits, to_device(ids, device), to_device(mask, device))
+
+
+@dataclass(frozen=True)
+class ListedToken:
+    """A token of a cell's list."""
+
+    token: int
+    over_rows: tuple[float, float] | None = None
+    """Its mean probability over the rows of the cell, and the share of these in which it is the
+    most likely token; None where rows have no part in it."""
+
+
+def read_samples(
+    readout: Readout,
+    reading: ReadoutInput,
+    written: Sequence[tuple[Reply, ...]],
+    relative: float = 0.0,
+    *,
+    skip: Collection[int] = (),
+) -> ReadoutResult:
+    """`Readout.read`, averaged over the texts that each row wrote; the same, where none did."""
+    if not written:
+        return readout.read(reading, relative, skip=skip)
+    every = [
+        readout.read(replace(reading, replies=replies), relative, skip=skip)
+        for replies in zip(*written, strict=True)
+    ]
+    count = len(every)
+
+    def beside(parts: Sequence[Sequence[Floats]]) -> list[Floats]:
+        return [np.stack(own, axis=1).reshape(-1) for own in zip(*parts, strict=True)]
+
+    gaps = {
+        n: ValueGap(
+            np.concatenate([own.rows * count + at for at, own in found]), found[0][1].reason
+        )
+        for n in range(len(readout.measures))
+        if (found := [(at, each.gaps[n]) for at, each in enumerate(every) if n in each.gaps])
+    }
+    failed = {
+        n: replace(each, row=None if each.row is None else each.row * count)
+        for one in every
+        for n, each in one.failed.items()
+    }
+    found = ReadoutResult(
+        beside([each.values for each in every]),
+        np.stack([each.broken for each in every], axis=1).reshape(-1),
+        beside([each.rounding for each in every]),
+        failed,
+        gaps,
+    ).over_draws(count)
+    return replace(found, replies=written)

@@ -1,0 +1,1 @@
+"""Observations over all rows of a cell, or over weights alone."""

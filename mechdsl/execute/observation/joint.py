@@ -1,0 +1,672 @@
+"""Observations over all rows of a cell: one number computed from all vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.hashing import digest
+from mechdsl.execute.cache import PanelCache, open_joint_cache
+from mechdsl.execute.measurement.readout import Readout
+from mechdsl.execute.measurement.values import (
+    CellGap,
+    MeasuredValues,
+    UnusableRow,
+    describe_cell,
+    expand_base_values,
+)
+from mechdsl.execute.observation.weights import WeightObserver
+from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.execute.vectors import BatchReader, build_reader, read_vectors, split_prompts
+from mechdsl.fits.regression import group_keys
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.hooks.weight_maps import WeightMaps
+from mechdsl.models.shape import unit_count
+from mechdsl.planner.plan import ExperimentPlan, point_size
+from mechdsl.planner.rows import RowTable, RulePlan
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import Hits, PositionCell, PromptRun
+from mechdsl.resolve.loops import evaluate_arithmetic
+from mechdsl.resolve.observations import (
+    ObservedTokens,
+    RowSetObservation,
+    RowVectors,
+    TokenSetObservation,
+    TokenVectors,
+    TrainingVectors,
+    join_positions,
+)
+from mechdsl.resolve.types import ResolvedMeasure, SitePoint
+from mechdsl.rules.observations.attention import AttentionRollout
+from mechdsl.rules.observations.maps import MapObservation
+from mechdsl.rules.observations.weights import WeightObservation
+
+MAX_GATHERED_BYTES = 1 << 30
+"""Of vectors that are held at a time, as far as several cells are."""
+
+SiteCombination: TypeAlias = tuple[SitePoint, ...]
+"""The sites of one cell, whose vectors are one, side by side; none where there is nothing."""
+
+
+@dataclass(eq=False)
+class VectorGatherer:
+    """What an observation over all rows needs of which run, in each of its cells."""
+
+    plan: ExperimentPlan
+    rule: RulePlan
+    does: RowSetObservation
+    runs: UnpatchedRuns
+    kept: Ints
+    known: Collection[int] = ()
+    """Cells that nothing is gathered for."""
+    sites: list[SiteCombination] = field(init=False)
+    """Of each cell."""
+    beside: list[SiteCombination] = field(init=False)
+    """Of each cell, those that its sites are set against."""
+    others: list[PositionCell] = field(init=False)
+    """The positions that are set against those of the rule."""
+
+    def __post_init__(self) -> None:
+        rule = self.rule
+        combinations: list[SiteCombination] = []
+        for key in range(len(rule.points.offsets) - 1):
+            _, points = rule.points.expand(np.array([key]))
+            combinations.append(tuple(rule.point_table[point] for point in points.tolist()))
+        self.sites = [combinations[key] for key in rule.site_of_cell.tolist()]
+        self.beside = list(self._of_other())
+        edge = rule.rule.edge
+        self.others = [] if edge is None else list(edge.keys.written.values())
+
+    def _of_other(self) -> Iterator[SiteCombination]:
+        """Per cell, the sites that it is set against."""
+        other = self.rule.rule.beside
+        names = [axis.name for axis in self.plan.experiment.axes]
+        for cell in range(self.plan.n_cells):
+            if other is None:
+                yield ()
+                continue
+            along = [self.plan.coordinates[names.index(axis)] for axis in other.axes]
+            yield other.points[tuple(int(each[cell]) for each in along)]
+
+    def needs(self, cell: int) -> list[SiteCombination]:
+        """Both, as far as there are any."""
+        return [each for each in (self.sites[cell], self.beside[cell]) if each]
+
+    def fitting(self, cells: Sequence[int], rows: int) -> Iterator[list[int]]:
+        """Cells whose vectors are gathered in the same passes."""
+        some: list[int] = []
+        held: dict[SiteCombination, int] = {}
+        for cell in cells:
+            more = {each: 12 * rows * sum(map(self.width, each)) for each in self.needs(cell)}
+            if some and sum({**held, **more}.values()) > MAX_GATHERED_BYTES:
+                yield some
+                some, held = [], {}
+            some.append(cell)
+            held.update(more)
+        if some:
+            yield some
+
+    def width(self, point: SitePoint) -> int:
+        """Of the vector of one point: of all units side by side where it names none."""
+        return point_size(self.runs.model.shape, point, 0)
+
+    def keys(
+        self,
+        spots: Sequence[PositionCell],
+        prompts: Ints,
+        runs: Sequence[PromptRun],
+        table: PromptTable,
+    ) -> list[bytes]:
+        """[row] a digest of all that its vectors at some positions hang on, each of its own run: of
+        models whose tokens see no later ones, the tokens up to the last position. Tiles of one
+        image have one, so that no fit to some of them is told on others."""
+
+        def seen(run: PromptRun, row: int) -> list[object]:
+            pairs = zip(spots, runs, strict=True)
+            ids, hits = run.rows[row].ids, [spot.hits[row] for spot, own in pairs if own is run]
+            last = max(token for own in hits for tokens in own for token in tokens)
+            causal = self.runs.model_of(run).shape.causal
+            # Of noise, and of rules (`run NAME { … }`), a row's whole content matters.
+            alone = run.noise is None and run.derived is None
+            drawn = None if alone else table.row_keys[row]
+            return [ids[: last + 1] if causal else ids, hits, drawn]
+
+        distinct = list({id(run): run for run in runs}.values())
+        found = [
+            digest(*(part for run in distinct for part in seen(run, row)))
+            for row in prompts.tolist()
+        ]
+        images = table.cut_from
+        return group_keys(found, [images[row] for row in prompts.tolist()]) if images else found
+
+
+def list_distinct_points(combinations: Sequence[SiteCombination]) -> list[SitePoint]:
+    """Each once."""
+    return list(dict.fromkeys(point for each in combinations for point in each))
+
+
+def read_token_vectors(
+    model: LoadedModel,
+    run: PromptRun,
+    lanes: BatchReader,
+    combinations: Sequence[SiteCombination],
+    spot: PositionCell,
+    rows: Ints,
+    keys: Sequence[bytes],
+    forget: Callable[[], None] | None = None,
+) -> dict[SiteCombination, TokenVectors]:
+    """Of each combination of sites, side by side, at all tokens of a position; of runs with noise
+    the mean over draws.
+
+    lanes: reads all these sites. spot: as `every_token` gives it. rows: in the run's table, all of
+    which have the position; keys: of these. forget: drops what a batch was made of.
+    """
+    tokens = [spot.hits[number][0] for number in rows.tolist()]
+    row = np.repeat(np.arange(len(rows)), [len(own) for own in tokens])
+    token = np.concatenate([np.array(own, dtype=np.int64) for own in tokens])
+    stride = 1 + int(token.max())
+    place = row * stride + token
+    points = list_distinct_points(combinations)
+    sums: dict[SitePoint, Floats] = {}
+    counts = np.zeros(len(place))
+    batches = split_prompts(model, run, points, rows)
+    for found in read_vectors(lanes, points, [spot], batches):
+        index = np.searchsorted(place, np.searchsorted(rows, found.prompts) * stride + found.tokens)
+        vectors = found.vectors.double().cpu().numpy()
+        point = points[found.point]
+        if point not in sums:
+            sums[point] = np.zeros((len(place), vectors.shape[1]))
+        np.add.at(sums[point], index, vectors)
+        if found.point == 0:
+            np.add.at(counts, index, 1)
+            if forget is not None and len(batches) > 1:
+                forget()
+    means = {point: total / counts[:, None] for point, total in sums.items()}
+    return {
+        each: TokenVectors(
+            np.concatenate([means[point] for point in each], axis=1), row, token, rows, keys
+        )
+        for each in combinations
+    }
+
+
+def compute_token_cells(
+    gatherer: VectorGatherer, does: TokenSetObservation
+) -> Iterator[tuple[int, Ints, Callable[[], Mapping[str, Floats]]]]:
+    """(cell, its columns among the kept rows, what gives [column] by the words of what is
+    observed): the mean over a row's tokens there. What cells share is made once."""
+    plan, rule, words = gatherer.plan, gatherer.rule, (does.word, *does.controls)
+    names = [axis.name for axis in plan.experiment.axes]
+    value = np.zeros(plan.n_cells, dtype=np.int64)
+    value = plan.coordinates[names.index(does.counts)] if does.counts in names else value
+    for cells, seen in _iter_tokens(gatherer):
+        values = cache(partial(does.per_token, seen, plan.experiment.seed))
+        for cell in cells:
+            row, index = seen.own.at(rule.positions[rule.position_of_cell[cell]])
+            there, starts = np.unique(row, return_index=True)
+            if len(there):
+                columns = np.searchsorted(gatherer.kept, seen.own.prompts[there])
+                number = int(value[cell])
+                yield cell, columns, partial(_average_tokens, words, values, number, index, starts)
+
+
+def _average_tokens(
+    words: Sequence[str],
+    values: Callable[[], Sequence[Floats]],
+    number: int,
+    index: Ints,
+    starts: Ints,
+) -> dict[str, Floats]:
+    """By word [row]: of one of its values at some tokens, those of each row from `starts` on."""
+    sizes = np.diff(starts, append=len(index))
+    found = (np.add.reduceat(each[number, index], starts) / sizes for each in values())
+    return dict(zip(words, found, strict=True))
+
+
+def _iter_tokens(gatherer: VectorGatherer) -> Iterator[tuple[list[int], ObservedTokens]]:
+    """(cells of the same sites, all tokens of these cells), of those that have any."""
+    rule, runs, known = gatherer.rule, gatherer.runs, gatherer.known
+    base = runs.named(gatherer.plan.experiment.spec.base)
+    spot = join_positions(rule.positions)
+    rows = gatherer.kept[[bool(spot.hits[row]) for row in gatherer.kept.tolist()]]
+    due = [cell for cell in range(gatherer.plan.n_cells) if cell not in known]
+    size = sum(len(tokens) for row in rows.tolist() for tokens in spot.hits[row])
+    for some in gatherer.fitting(due, size) if size else ():
+        wanted = list(dict.fromkeys(gatherer.sites[cell] for cell in some))
+        own = _read_run(gatherer, wanted, spot, base, rows)
+        other: dict[SiteCombination, TokenVectors] = {}
+        if rule.rule.does.reads == "run":
+            read = runs.named(rule.rule.run)
+            other = _read_run(gatherer, wanted, join_positions(rule.sources), read, rows)
+        training = _read_training(gatherer, wanted)
+        for sites in wanted:
+            cells = [cell for cell in some if gatherer.sites[cell] == sites]
+            yield cells, ObservedTokens(own[sites], other.get(sites), training.get(sites))
+
+
+def _read_run(
+    gatherer: VectorGatherer,
+    wanted: Sequence[SiteCombination],
+    spot: PositionCell,
+    run: PromptRun,
+    rows: Ints,
+) -> dict[SiteCombination, TokenVectors]:
+    """Of each of the sites, at all tokens of a position in some rows."""
+    runs = gatherer.runs
+    keys = gatherer.keys([spot], rows, [run], runs.table)
+    lanes = runs.reader(run, list_distinct_points(wanted))
+    forget = runs.forget if run.derived is not None else None
+    return read_token_vectors(runs.model_of(run), run, lanes, wanted, spot, rows, keys, forget)
+
+
+def _read_training(
+    gatherer: VectorGatherer, wanted: Sequence[SiteCombination]
+) -> dict[SiteCombination, TokenVectors]:
+    """The same of the rows that it is fitted on, where these are others."""
+    own, runs = gatherer.does.trained_on, gatherer.runs
+    if own is None:
+        return {}
+    spot, model = join_positions(own.cells), runs.model_of(own.run)
+    rows = np.flatnonzero([bool(hits) for hits in spot.hits])
+    keys = gatherer.keys([spot], rows, [own.run], own.table)
+    points = list_distinct_points(wanted)
+    lanes = build_reader(model, own.table, own.run, points, seed=runs.seed, side=runs.side)
+    return read_token_vectors(model, own.run, lanes, wanted, spot, rows, keys)
+
+
+def compute_rollouts(
+    model: LoadedModel,
+    run: PromptRun,
+    points: Sequence[SitePoint],
+    prompts: Ints,
+    lanes_of: Callable[[Sequence[SitePoint]], BatchReader],
+) -> Iterator[tuple[int, Floats]]:
+    """(prompt, [token, token] how much of the second one is in the first behind the last layer);
+    of runs with noise the mean over draws.
+
+    points: the patterns of all layers, the first one first.
+    """
+    everywhere = PositionCell("tokens *", tuple((tuple(range(len(r.ids))),) for r in run.rows))
+    lanes = lanes_of(points)
+    for batch in split_prompts(model, run, points, prompts):
+        mixed: dict[tuple[int, int], Floats] = {}
+        for found in read_vectors(lanes, points, [everywhere], [batch]):
+            heads = unit_count(model.shape, "pattern", points[found.point].layer)
+            patterns = found.vectors.double().reshape(len(found.vectors), heads, -1).mean(1)
+            patterns = patterns.cpu().numpy()
+            for prompt in batch.tolist():
+                for draw in range(int(found.draws.max(initial=0)) + 1):
+                    own = np.flatnonzero((found.prompts == prompt) & (found.draws == draw))
+                    order = own[np.argsort(found.tokens[own])]
+                    size = len(run.rows[prompt].ids)
+                    step = patterns[order, :size] + np.eye(size)
+                    step /= step.sum(1, keepdims=True)
+                    key = prompt, draw
+                    mixed[key] = step @ mixed[key] if key in mixed else step
+        for prompt in batch.tolist():
+            yield prompt, np.mean([each for (row, _), each in mixed.items() if row == prompt], 0)
+
+
+def average_rollout(mixed: Floats, queries: Sequence[int], keys: Sequence[int]) -> float:
+    """What some tokens have of others: added up over these, averaged over the first.
+
+    mixed: [token, token]
+    """
+    return float(mixed[np.ix_(queries, keys)].sum(1).mean())
+
+
+Float32s: TypeAlias = NDArray[np.float32]
+
+CellComputation: TypeAlias = Callable[[], Sequence[Floats]]
+
+
+@dataclass(frozen=True, eq=False)
+class JointObservation:
+    """What was observed of all rows of an experiment."""
+
+    kept: Ints
+    """[column] the rows of the table."""
+    values: list[Floats]
+    """Per measure, [cell, column]; NaN where a row isn't part of the cell."""
+    stored: set[int]
+    """Cells that were there before the run."""
+
+    def of(self, rows: RowTable) -> list[Floats]:
+        """Per measure, [row]."""
+        columns = np.searchsorted(self.kept, rows.prompt)
+        return [values[rows.cell, columns] for values in self.values]
+
+
+def find_joint_rule(plan: ExperimentPlan) -> tuple[RulePlan, RowSetObservation] | None:
+    """The rule that observes all rows at once, if there is one."""
+    for rule in plan.rules:
+        if isinstance(rule.rule.does, RowSetObservation):
+            return rule, rule.rule.does
+    return None
+
+
+def observe_jointly(
+    plan: ExperimentPlan,
+    runs: UnpatchedRuns,
+    measured: MeasuredValues,
+    store: PanelCache | None = None,
+) -> JointObservation | None:
+    """What is observed of all kept rows at once; None where nothing is. Cells that it can't be made
+    of are gaps of `measured`. store: where cells are looked up and kept."""
+    observed = find_joint_rule(plan)
+    if observed is None:
+        return None
+    experiment = plan.experiment
+    shape, run = (plan.n_cells, len(measured.kept)), experiment.spec.base
+    base = [
+        np.broadcast_to(expand_base_values(plan, measured, run, number), shape)
+        for number in range(len(experiment.measures))
+    ]
+    found = [
+        np.full(each.shape, np.nan) if measure.observed else each.copy()
+        for measure, each in zip(experiment.measures, base, strict=True)
+    ]
+    looked = [values for m, values in zip(experiment.measures, found, strict=True) if m.observed]
+    kept = open_joint_cache(store, plan, observed[0], measured.kept, runs.table)
+    known = {} if kept is None else kept.known()
+    for cell, (there, own) in known.items():
+        for values, each in zip(looked, own, strict=True):
+            values[cell, there] = each
+    exists = plan.exists
+    gatherer = _CellGatherer(plan, *observed, runs, measured.kept, known.keys())
+    for cell, there, make in _iter_cells(gatherer, measured):
+        if not exists[cell]:
+            continue
+        try:
+            made = make()
+        except (ValueError, ArithmeticError) as problem:
+            _mark_gap(plan, measured, cell, there, str(problem))
+            continue
+        for values, each in zip(looked, made, strict=True):
+            values[cell, there] = each
+        if kept is not None:
+            kept.made(cell, there, made)
+    if kept is not None:
+        kept.flush()
+    return JointObservation(measured.kept, found, set(known))
+
+
+def _iter_cells(
+    gatherer: _CellGatherer, measured: MeasuredValues
+) -> Iterator[tuple[int, Ints, CellComputation]]:
+    """(cell, its columns, what gives the values of each measure of what is observed)."""
+    does, seed = gatherer.does, gatherer.plan.experiment.seed
+    measures = [each for each in gatherer.plan.experiment.measures if each.observed]
+    if isinstance(does, WeightObservation):
+        yield from _iter_weight_cells(gatherer, does, measures, measured)
+        return
+    if isinstance(does, MapObservation):
+        yield from _iter_map_cells(gatherer, does, measures)
+        return
+    if isinstance(does, AttentionRollout):
+        for cell, there, values in gatherer.rollouts():
+            yield cell, there, partial(_evaluate_measures, measures, {does.word: values})
+        return
+    if isinstance(does, TokenSetObservation):
+
+        def read(numbers: Callable[[], Mapping[str, Floats]]) -> list[Floats]:
+            return _evaluate_measures(measures, numbers())
+
+        for cell, there, numbers in compute_token_cells(gatherer, does):
+            yield cell, there, partial(read, numbers)
+        return
+    words = (does.word, *does.controls)
+
+    def made(seen: RowVectors) -> list[Floats]:
+        return _evaluate_measures(measures, dict(zip(words, does.per_row(seen, seed), strict=True)))
+
+    for cell, there, seen in gatherer.cells():
+        yield cell, there, partial(made, seen)
+
+
+def _iter_weight_cells(
+    gatherer: _CellGatherer,
+    does: WeightObservation,
+    measures: Sequence[ResolvedMeasure],
+    measured: MeasuredValues,
+) -> Iterator[tuple[int, Ints, CellComputation]]:
+    """The same of an observation of weights."""
+    plan, every = gatherer.plan, np.arange(len(gatherer.kept))
+    run = gatherer.runs.named(gatherer.rule.rule.run)
+    names = [axis.name for axis in plan.experiment.axes]
+    cells = WeightObserver(
+        does,
+        WeightMaps(gatherer.runs.model_of(run)),
+        Readout.of(measures),
+        gatherer.kept,
+        run.name,
+        [(*sites, *beside) for sites, beside in zip(gatherer.sites, gatherer.beside, strict=True)],
+        plan.coordinates[names.index("value")] if "value" in names else np.zeros(plan.n_cells, int),
+        plan.items,
+    )
+
+    def made(cell: int) -> list[Floats]:
+        measured.listed[cell] = cells.listed(cell)
+        if does.gives == "logits":
+            return cells.read(cell)
+        numbers = {word: np.array(number) for word, number in cells.numbers(cell).items()}
+        return _evaluate_measures(measures, numbers)
+
+    for cell in range(plan.n_cells):
+        if cell not in gatherer.known:
+            yield cell, every, partial(made, cell)
+
+
+def _iter_map_cells(
+    gatherer: _CellGatherer, does: MapObservation, measures: Sequence[ResolvedMeasure]
+) -> Iterator[tuple[int, Ints, CellComputation]]:
+    """The same of maps that other experiments made; rows without a map or a region aren't in it."""
+    assert does.scores is not None
+    own = {word: values[..., gatherer.kept] for word, values in does.scores.by_word.items()}
+    rule = gatherer.rule
+    for cell, place in enumerate(zip(rule.site_of_cell, rule.position_of_cell, strict=True)):
+        numbers = {word: values[place] for word, values in own.items()}
+        there = np.flatnonzero(np.isfinite(np.stack(list(numbers.values()))).all(axis=0))
+        if len(there):
+            found = {word: values[there] for word, values in numbers.items()}
+            yield cell, there, partial(_evaluate_measures, measures, found)
+
+
+def _evaluate_measures(
+    measures: Sequence[ResolvedMeasure], by_name: Mapping[str, Floats]
+) -> list[Floats]:
+    """Per measure, [row] or one number of all, of what is observed by its words."""
+    return [
+        np.asarray(
+            evaluate_arithmetic(
+                m.expression, {a.node: by_name[a.name] for a in m.atoms}.__getitem__
+            )
+        )
+        for m in measures
+    ]
+
+
+def _mark_gap(
+    plan: ExperimentPlan, measured: MeasuredValues, cell: int, there: Ints, reason: str
+) -> None:
+    """A cell has no value of what is observed."""
+    base = plan.experiment.spec.base
+    first = UnusableRow(int(measured.kept[there[0]]), base, describe_cell(plan, cell))
+    for number, measure in enumerate(plan.experiment.measures):
+        if measure.observed:
+            measured.gaps[number, cell] = CellGap(reason, first, len(there))
+
+
+class _CellGatherer(VectorGatherer):
+    """Gathers the vectors of an experiment's cells, as many at a time as there is room for."""
+
+    def cells(self) -> Iterator[tuple[int, Ints, RowVectors]]:
+        """(cell, its columns among the kept rows, their vectors), of cells that have any."""
+        rule = self.rule
+        key_of_cell = np.zeros_like(rule.position_of_cell)
+        key_of_cell = key_of_cell if rule.key_of_cell is None else rule.key_of_cell
+        places = np.stack([rule.position_of_cell, key_of_cell])
+        for place, key in np.unique(places, axis=1).T.tolist():
+            spots = [rule.positions[place], *self.others[key : key + 1]]
+            runs = [self.runs.named(self.plan.experiment.spec.base)] * len(spots)
+            if rule.rule.does.reads == "run":
+                spots.append(rule.sources[place])
+                runs.append(self.runs.named(rule.rule.run))
+            own = np.flatnonzero((places[0] == place) & (places[1] == key)).tolist()
+            own = [cell for cell in own if cell not in self.known]
+            there = [all(spot.hits[row] for spot in spots) for row in self.kept.tolist()]
+            columns = np.flatnonzero(there)
+            if not len(columns) or not own:
+                continue
+            keys = self.keys(spots, self.kept[columns], runs, self.runs.table)
+            for some in self.fitting(own, len(columns) * len(spots)):
+                wanted = list(dict.fromkeys(each for cell in some for each in self.needs(cell)))
+                found = [
+                    self._gathered(wanted, spot, run, columns)
+                    for spot, run in zip(spots, runs, strict=True)
+                ]
+                training = self._training(wanted, place)
+                for cell in some:
+                    seen = self._seen(cell, found, columns, keys, spots)
+                    yield cell, columns, replace(seen, training=training.get(self.sites[cell]))
+
+    def rollouts(self) -> Iterator[tuple[int, Ints, Floats]]:
+        """(cell, its columns among the kept rows, [column] what its queries have of its keys)."""
+        rule, run = self.rule, self.runs.named(self.plan.experiment.spec.base)
+        assert rule.key_of_cell is not None
+        cells = [cell for cell in range(self.plan.n_cells) if cell not in self.known]
+        spots = [
+            (rule.positions[rule.position_of_cell[cell]], self.others[rule.key_of_cell[cell]])
+            for cell in cells
+        ]
+        if not cells:
+            return
+        values = np.full((len(cells), len(self.kept)), np.nan)
+        (points,) = set(self.sites)
+        lanes_of = partial(self.runs.reader, run)
+        for row, mixed in compute_rollouts(
+            self.runs.model_of(run), run, points, self.kept, lanes_of
+        ):
+            column = int(np.searchsorted(self.kept, row))
+            for number, (queries, keys) in enumerate(spots):
+                if queries.hits[row] and keys.hits[row]:
+                    own = [[t for each in spot.hits[row] for t in each] for spot in (queries, keys)]
+                    values[number, column] = average_rollout(mixed, *own)
+        for cell, found in zip(cells, values, strict=True):
+            there = np.flatnonzero(np.isfinite(found))
+            if len(there):
+                yield cell, there, found[there]
+
+    def _training(
+        self, wanted: Sequence[SiteCombination], place: int
+    ) -> dict[SiteCombination, TrainingVectors]:
+        """Of the rows that it is fitted on at a position, where these are others."""
+        own = self.does.trained_on
+        if own is None:
+            return {}
+        spot, table, run = own.cells[place], own.table, own.run
+        rows = np.flatnonzero([bool(hits) for hits in spot.hits])
+        model = self.runs.model_of(run)
+
+        def lanes_of(points: Sequence[SitePoint]) -> BatchReader:
+            return build_reader(model, table, run, points, seed=self.runs.seed, side=self.runs.side)
+
+        found = self._read(wanted, spot, run, rows, lanes_of)
+        keys = self.keys([spot], rows, [run], table)
+        return {
+            each: TrainingVectors(of.astype(np.float64), rows, keys) for each, of in found.items()
+        }
+
+    def _seen(
+        self,
+        cell: int,
+        found: Sequence[Mapping[SiteCombination, Float32s]],
+        columns: Ints,
+        keys: Sequence[bytes],
+        spots: Sequence[PositionCell],
+    ) -> RowVectors:
+        """found: per position, the vectors of joined sites."""
+        own, beside = self.sites[cell], self.beside[cell]
+        other = found[0][beside] if beside else found[1][own] if len(found) > 1 else None
+        rows = self.kept[columns]
+        if beside or self.rule.rule.does.reads == "run":  # of a token with what it is elsewhere
+            pairs = [(1, 0)] * len(rows)
+        else:
+            pairs = [_pair_sites(*(spot.hits[row] for spot in spots)) for row in rows.tolist()]
+        return RowVectors(
+            found[0][own].astype(np.float64),
+            rows,
+            keys,
+            float(torch.finfo(self.runs.model.dtype).eps),
+            None if other is None else other.astype(np.float64),
+            None,
+            self._number(cell),
+            np.array(pairs, dtype=np.float64),
+        )
+
+    def _number(self, cell: int) -> int:
+        """Which of several values of what it observes is asked for, from 1; 0 where it has one."""
+        names = [axis.name for axis in self.plan.experiment.axes]
+        axis = self.does.counts
+        return int(self.plan.coordinates[names.index(axis)][cell]) + 1 if axis in names else 0
+
+    def _gathered(
+        self,
+        combinations: Sequence[SiteCombination],
+        position: PositionCell,
+        run: PromptRun,
+        columns: Ints,
+    ) -> dict[SiteCombination, Float32s]:
+        """[column, width] of each."""
+        lanes_of = partial(self.runs.reader, run)
+        return self._read(combinations, position, run, self.kept[columns], lanes_of)
+
+    def _read(
+        self,
+        combinations: Sequence[SiteCombination],
+        position: PositionCell,
+        run: PromptRun,
+        prompts: Ints,
+        lanes_of: Callable[[Sequence[SitePoint]], BatchReader],
+    ) -> dict[SiteCombination, Float32s]:
+        """[prompt, width] of each: the mean over the tokens of the position and draws of noise, or,
+        where the observation is of directions, the sum of the unit vectors."""
+        points = list_distinct_points(combinations)
+        model = self.runs.model_of(run)
+        sums = [np.zeros((len(prompts), self.width(point))) for point in points]
+        counts, lanes = np.zeros(len(prompts)), lanes_of(points)
+        batches = split_prompts(model, run, points, prompts)
+        for read in read_vectors(lanes, points, [position], batches):
+            row = np.searchsorted(prompts, read.prompts)
+            vectors = read.vectors.double().cpu().numpy()
+            if self.does.of_directions:
+                vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+            np.add.at(sums[read.point], row, vectors)
+            if read.point == 0:
+                np.add.at(counts, row, 1)
+                if run.derived is not None and len(batches) > 1:  # what it is made of
+                    self.runs.forget()
+        over = np.ones_like(counts) if self.does.of_directions else counts
+        means = {
+            point: (total / over[:, None]).astype(np.float32)
+            for point, total in zip(points, sums, strict=True)
+        }
+        return {
+            each: np.concatenate([means[point] for point in each], axis=1) for each in combinations
+        }
+
+
+def _pair_sites(one: Hits, other: Hits | None = None) -> tuple[int, int]:
+    """(pairs of different tokens, pairs of a token with itself) of two positions of a row, or
+    within one."""
+    own = [token for tokens in one for token in tokens]
+    others = own if other is None else [token for tokens in other for token in tokens]
+    same = sum(own.count(token) for token in others)
+    return len(own) * len(others) - same, same

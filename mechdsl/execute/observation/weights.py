@@ -1,0 +1,188 @@
+"""Observations computed from a model's weights alone, such as the OV and QK circuits of heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.execute.measurement.readout import ListedToken, ObservedValues, Readout, ReadoutInput
+from mechdsl.forward.hooks.weight_maps import WeightMaps
+from mechdsl.resolve.types import ItemNumber, SitePoint
+from mechdsl.rules.observations.weights import (
+    Composition,
+    SingularValues,
+    Successor,
+    ValueVectors,
+    WeightObservation,
+)
+
+NEURON_BATCH = 64
+"""Neurons whose logits are made at once."""
+
+
+def compute_positive_share(matrix: Tensor) -> float:
+    """Σ λ / Σ |λ| of the eigenvalues of a square matrix, from −1 to 1; NaN where all are 0."""
+    values = torch.linalg.eigvals(matrix.double().cpu())
+    whole = float(values.abs().sum())
+    return float(values.real.sum()) / whole if whole > 0 else float("nan")
+
+
+def score_copying(maps: WeightMaps, layer: int, head: int) -> float:
+    """`positive_share` of embedding → OV → unembedding: near 1, a head raises the logits of tokens
+    that it attends to. Its eigenvalues that aren't 0 are those of W_O (W_U W_E) W_V."""
+    return compute_positive_share(
+        maps.out(layer, head).double() @ maps.token_map @ maps.value(layer, head).double()
+    )
+
+
+def score_matching(maps: WeightMaps, layer: int, head: int) -> float:
+    """`positive_share` of embedding → QK ← embedding: near 1, a head attends to its own token."""
+    key, query = maps.key(layer, head).double(), maps.query(layer, head).double()
+    return compute_positive_share(key.T @ maps.token_gram @ query)
+
+
+@dataclass(eq=False)
+class WeightObserver:
+    """Makes what an observation of weights has in each cell."""
+
+    does: WeightObservation
+    maps: WeightMaps
+    readout: Readout
+    """Of the measures that read it."""
+    prompts: Ints
+    """[column] rows of the table."""
+    run: str
+    sites: Sequence[tuple[SitePoint, ...]]
+    """Per cell, those of the line, and those behind `with`."""
+    values: Ints
+    """Per cell, the index along the axis `value`; zeros where there is none."""
+    items: Sequence[ItemNumber]
+
+    @torch.no_grad()
+    def numbers(self, cell: int) -> Mapping[str, float]:
+        """By the words of what is measured. ValueError, in words, where the model has none."""
+        does, maps = self.does, self.maps
+        ends = [(point.layer or 0, point.unit or 0) for point in self.sites[cell]]
+        match does:
+            case Composition(by=by):
+                return {does.word: score_composition(maps, by, *ends)}
+            case SingularValues(of=of):
+                return {does.word: self._singular(of, *ends[0])[self.values[cell]]}
+            case Successor(tokens=tokens):
+                share, rank = score_successors(maps, *ends[0], torch.tensor(tokens))
+                return {does.word: share, "rank": rank}
+            case ValueVectors():
+                return {does.word: float(self._logits(*ends[0]).amax())}
+            case _:
+                return {
+                    does.word: {"copying": score_copying, "matching": score_matching}[does.word](
+                        maps, *ends[0]
+                    )
+                }
+
+    @torch.no_grad()
+    def read(self, cell: int) -> list[Floats]:
+        """Per measure, [column]: what it reads off the logits of a value vector."""
+        ((layer, neuron),) = [(point.layer or 0, point.unit or 0) for point in self.sites[cell]]
+        tokens = self.readout.observed_tokens(self.prompts)
+        logits = self._logits(layer, neuron)
+        if tokens is not None:
+            logits = logits[tokens]
+        count = len(self.prompts)
+        seen = ObservedValues(
+            logits=logits.expand(count, -1),
+            tokens=None if tokens is None else torch.tensor(tokens, device=logits.device),
+        )
+        env = [self.items[cell]] * count
+        reading = ReadoutInput(self.run, self.prompts, env, None, {}, None, {}, {}, seen)
+        found = self.readout.read(reading)
+        if found.broken.any():
+            raise ValueError("its logits are no numbers")
+        for gap in found.gaps.values():
+            raise ValueError(gap.reason)
+        return found.values
+
+    @torch.no_grad()
+    def listed(self, cell: int) -> list[ListedToken]:
+        """The tokens that are listed of a cell, the one that is raised most first."""
+        if not isinstance(self.does, ValueVectors) or not self.does.top:
+            return []
+        ((layer, neuron),) = [(point.layer or 0, point.unit or 0) for point in self.sites[cell]]
+        logits = self._logits(layer, neuron)
+        found = logits.topk(min(self.does.top, len(logits))).indices.tolist()
+        return list(map(ListedToken, found))
+
+    @lru_cache(maxsize=1)  # noqa: B019 - lives as long as one observation
+    def _singular(self, of: str, layer: int, head: int) -> list[float]:
+        return compute_singular_values(
+            (get_ov_factors if of == "ov" else get_qk_factors)(self.maps, layer, head)
+        ).tolist()
+
+    def _logits(self, layer: int, neuron: int) -> Tensor:
+        """[vocabulary] of a value vector; those of neurons that lie together are made at once."""
+        first = neuron - neuron % NEURON_BATCH
+        return self._block(layer, first)[neuron - first]
+
+    @lru_cache(maxsize=1)  # noqa: B019
+    def _block(self, layer: int, first: int) -> Tensor:
+        return self.maps.to_logits(self.maps.neurons(layer)[first : first + NEURON_BATCH])
+
+
+def get_ov_factors(maps: WeightMaps, layer: int, head: int) -> tuple[Tensor, Tensor]:
+    """([d_model, d_value], [d_value, d_model]), whose product is W_V W_O."""
+    return maps.value(layer, head), maps.out(layer, head)
+
+
+def get_qk_factors(maps: WeightMaps, layer: int, head: int) -> tuple[Tensor, Tensor]:
+    """([d_model, d_head], [d_head, d_model]), whose product is W_Q W_Kᵀ."""
+    return maps.query(layer, head), maps.key(layer, head).T
+
+
+def score_composition(
+    maps: WeightMaps, how: str, first: tuple[int, int], then: tuple[int, int]
+) -> float:
+    """How much of what a head writes a later one reads by its queries, keys or values (`how`: q, k,
+    v): ‖AB‖ / (‖A‖ ‖B‖), Frobenius, of the first one's OV and the later one's map. A random pair
+    has about 1/√d_model."""
+    left = get_ov_factors(maps, *first)
+    right = get_ov_factors(maps, *then) if how == "v" else get_qk_factors(maps, *then)
+    if how == "k":  # what keys read stands on the other side
+        right = right[1].T, right[0].T
+    product = _product_norm(left[0], left[1] @ right[0], right[1])
+    sizes = _product_norm(left[0], None, left[1]) * _product_norm(right[0], None, right[1])
+    return product / sizes if sizes > 0 else float("nan")
+
+
+def compute_singular_values(pair: tuple[Tensor, Tensor]) -> Tensor:
+    """[width] singular values of a product of a tall and a wide matrix, the largest first."""
+    one, two = (torch.linalg.qr(each.double().cpu())[1] for each in (pair[0], pair[1].T))
+    return torch.linalg.svdvals(one @ two.T)
+
+
+def score_successors(
+    maps: WeightMaps, layer: int, head: int, tokens: Tensor
+) -> tuple[float, float]:
+    """(share, mean rank) of tokens [n] of which the head, reading what the first MLP makes of it,
+    raises the next one most of all that are named (Gould et al. 2023). Of equal ones none is
+    first, and a rank counts half of them."""
+    read = maps.first_mlp(maps.embedded(tokens[:-1]))
+    found = maps.to_logits(read @ maps.value(layer, head) @ maps.out(layer, head)).double().cpu()
+    own = found.gather(1, tokens[1:, None])
+    others = found[:, tokens.unique()]
+    above, equal = (others > own).sum(1), (others == own).sum(1) - 1
+    ranks = 1 + above + equal / 2
+    return float((ranks == 1).double().mean()), float(ranks.double().mean())
+
+
+def _product_norm(left: Tensor, between: Tensor | None, right: Tensor) -> float:
+    """‖left · between · right‖, of Gram matrices of the inner width."""
+    one, two = left.double(), right.double()
+    grams = one.T @ one, two @ two.T
+    inner = between.double() if between is not None else torch.eye(len(grams[0]), dtype=one.dtype)
+    inner = inner.to(one.device)
+    return float((inner.T @ grams[0] @ inner @ grams[1]).trace().clamp(min=0).sqrt())

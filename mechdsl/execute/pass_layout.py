@@ -1,0 +1,375 @@
+"""How rows are divided into passes: members, groups, pass sizes and replies generated ahead.
+
+Given a pass size, a plan and a number of threads, two runs are equal bit for bit. Time and free
+memory only affect the size itself, which the results report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.execute.measurement.python_metrics import ReplySearchFailed
+from mechdsl.execute.run_record import PassSizes, SizeOrigin
+from mechdsl.forward.hooks.attention import get_max_scores
+from mechdsl.forward.hooks.batch import get_free_memory, is_out_of_memory, release_memory
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.models.restart import Shortcuts
+from mechdsl.models.shape import ModelShape, unit_count, vector_width
+from mechdsl.planner.cost import SharedRows
+from mechdsl.planner.plan import PASS_TOKENS, PROMPT_TOKENS, ExperimentPlan, Plan
+from mechdsl.planner.rows import RowTable
+from mechdsl.program.python_functions import PythonFailure
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PromptRun
+from mechdsl.resolve.types import SitePoint
+from mechdsl.vocab.metrics import Reply
+from mechdsl.vocab.sites import SITES
+
+DEVICE_TOKEN_FACTOR = 8
+"""How many times the tokens of a CPU's pass one takes elsewhere."""
+
+MIN_PASS_TOKENS = 256
+
+MAX_PASS_TOKENS = 1 << 17
+
+CACHE_MEMORY_SHARE = 0.25
+"""Of the free memory, what unpatched runs may keep for the rows that start from them."""
+
+MAX_REPLY_BYTES = 2 << 30
+"""Of rows that write together, unless that is more than a quarter of the free memory."""
+
+
+@dataclass
+class PassSizer:
+    """How many tokens go into one pass, and into one batch of prompts, for one run of a file.
+
+    Both are settled before the first patched row and kept. Only running out of memory changes the
+    size of a pass then: it is halved, and what is left runs at half the size.
+    """
+
+    pass_tokens: int = PASS_TOKENS
+    prompt_tokens: int = PROMPT_TOKENS
+    limit: int = MAX_PASS_TOKENS
+    """The largest pass that there is memory for."""
+    reply_bytes: int = MAX_REPLY_BYTES
+    """Room for keys, values and written vectors of the rows that write together."""
+    chosen: SizeOrigin = "default"
+    """What `pass_tokens` comes from."""
+    settled: bool = False
+    """No size is tried any more."""
+
+    @staticmethod
+    def of(
+        pass_tokens: int | None,
+        prompt_tokens: int | None,
+        uses: Iterable[tuple[LoadedModel, PromptTable]],
+    ) -> PassSizer:
+        """What is given stands, and free memory is asked for nothing beside a given size of passes.
+
+        uses: the models and prompts of the run.
+        """
+        if pass_tokens is not None:
+            prompts = prompt_tokens or PROMPT_TOKENS
+            return PassSizer(pass_tokens, prompts, pass_tokens, chosen="given", settled=True)
+        usual, limit, room = PASS_TOKENS * DEVICE_TOKEN_FACTOR, MAX_PASS_TOKENS, PROMPT_TOKENS
+        replies = MAX_REPLY_BYTES
+        for model, table in uses:
+            if model.device.type == "cpu":
+                usual = PASS_TOKENS
+            free = max(0, get_free_memory(model.device) - estimate_score_bytes(model.device))
+            limit = min(limit, int(free * 0.5) // max(1, estimate_token_bytes(model)))
+            room = min(room, int(free * CACHE_MEMORY_SHARE) // estimate_cache_bytes(model, table))
+            replies = min(replies, int(free * CACHE_MEMORY_SHARE))
+        limit = max(MIN_PASS_TOKENS, limit)
+        short = limit < usual or (prompt_tokens is None and room < PROMPT_TOKENS)
+        prompts = prompt_tokens or max(1, room)
+        chosen = "memory" if short else "default"
+        return PassSizer(min(usual, limit), prompts, limit, replies, chosen)
+
+    @property
+    def kept(self) -> PassSizes:
+        """As it stands in the results."""
+        return PassSizes(self.pass_tokens, self.prompt_tokens, self.chosen)
+
+    def measure(self, rate: Callable[[int], float]) -> None:
+        """Climb to the size with the highest rate: double and half of the best are tried once.
+
+        rate: of a pass of so many tokens; 0 where there is none of that size.
+        """
+        self.settled = True
+        rates = {self.pass_tokens: rate(self.pass_tokens)}
+        if not rates[self.pass_tokens]:  # rows of a pass don't even fill this one
+            return
+        while True:
+            best = max(rates, key=lambda size: rates[size])
+            near = [
+                size
+                for size in (best * 2, best // 2)
+                if size not in rates and MIN_PASS_TOKENS <= size <= self.limit
+            ]
+            if not near:
+                break
+            rates[near[0]] = rate(near[0])
+        self.pass_tokens, self.chosen = best, "measured"
+
+    def halve(self) -> bool:
+        """After running out of memory; false where nothing smaller is worth trying."""
+        if self.pass_tokens <= 1:
+            return False
+        self.pass_tokens = self.limit = self.pass_tokens // 2
+        self.chosen = "memory"
+        release_memory()
+        return True
+
+
+@contextmanager
+def measure_seconds() -> Generator[list[float]]:
+    """A list that gets the seconds of the block that is run inside; its results are on the host by
+    then, so that the device has nothing left to do."""
+    seconds: list[float] = []
+    start = time.perf_counter()
+    yield seconds
+    seconds.append(time.perf_counter() - start)
+
+
+def estimate_token_bytes(model: LoadedModel) -> int:
+    """Of what one pass holds at once for a token: the MLP, the stream, queries, keys and values."""
+    shape = model.shape
+    heads = shape.n_heads * shape.d_head
+    return model.dtype.itemsize * (3 * shape.d_mlp + 12 * shape.d_model + 6 * heads)
+
+
+def estimate_score_bytes(device: torch.device) -> int:
+    """Of the scores that attention holds at once: in float32, the softmax of them, and a copy of
+    each where it is made contiguous or cast."""
+    return 4 * 4 * get_max_scores(device)
+
+
+def estimate_cache_bytes(model: LoadedModel, table: PromptTable) -> int:
+    """Of what unpatched runs keep for a token of a prompt, in all blocks and runs, and of the row
+    that it has in the mask, which all blocks share."""
+    shape = model.shape
+    heads, shared = shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head
+    width = 3 * shape.d_model + 2 * heads + 4 * shared
+    longest = max((len(row.ids) for run in table.runs.values() for row in run.rows), default=0)
+    return max(1, model.dtype.itemsize * (width * shape.n_layers + longest) * len(table.runs))
+
+
+MIN_TRIAL_PASSES = 200
+"""Passes of a run below which trying other sizes costs more than they save."""
+
+MIN_FILLED_SHARE = 0.7
+"""Of its size, what a pass must hold to tell how fast that size is."""
+
+
+def build_size_trial(
+    one_pass: Callable[[Ints], None],
+    group: Ints,
+    widths: Ints,
+    work: Floats,
+) -> Callable[[int], float]:
+    """What tells the work per second of a pass of so many tokens, the better of two; 0 where there
+    is no such pass.
+
+    one_pass: runs these distinct rows. group: rows that may ride together, by width. widths, work:
+    [distinct row] tokens, and blocks times tokens.
+    """
+    group = group[len(group) // 2 :]  # the first ones are the narrowest
+    ends = np.cumsum(widths[group])
+
+    def rate(tokens: int) -> float:
+        chosen = group[: int(np.searchsorted(ends, tokens, side="right"))]
+        if int(widths[chosen].sum()) < MIN_FILLED_SHARE * tokens:
+            return 0.0
+        took: list[float] = []
+        try:
+            for _ in range(2):
+                with measure_seconds() as seconds:
+                    one_pass(chosen)
+                took += seconds
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            release_memory()
+            return 0.0
+        except (PythonFailure, ReplySearchFailed):  # it fails again, where it is told
+            return 0.0
+        return float(work[chosen].sum()) / max(min(took), 1e-9)
+
+    return rate
+
+
+@dataclass(frozen=True, eq=False)
+class PassMember:
+    """Rows of one experiment that a pass serves."""
+
+    number: int
+    """Of the experiment in its panel."""
+    rows: RowTable
+    at: Ints
+    """[row] the row of the pass."""
+
+
+def compute_row_widths(
+    shared: SharedRows, shortcuts: Shortcuts | None, plans: Sequence[ExperimentPlan]
+) -> tuple[Ints, Floats]:
+    """Per distinct row: (tokens that it takes along, blocks times tokens)."""
+    widths = np.zeros(len(shared), dtype=np.int64)
+    blocks = np.zeros(len(shared), dtype=np.int64)
+    for number, each in enumerate(plans):
+        own = np.flatnonzero(shared.owner == number)
+        if not len(own):
+            continue
+        rows = shared.rows.take(own)
+        lengths = each.lengths(rows)
+        own_cuts = None if each.whole else shortcuts
+        first = each.leftmost(rows) if own_cuts and own_cuts.prefix else np.zeros_like(lengths)
+        widths[own] = np.maximum(1, lengths - first) * each.draws
+        low = each.lowest[rows.cell] if own_cuts and own_cuts.resume else 0
+        blocks[own] = np.maximum(1, each.experiment.model.shape.n_layers - low)
+    return widths, widths * blocks.astype(np.float64)
+
+
+def group_rows(
+    shared: SharedRows, plan: Plan, plans: Sequence[ExperimentPlan], widths: Ints
+) -> Iterator[tuple[PromptRun, Ints]]:
+    """Rows that can share passes: they start from the same run, are whole passes or not, have the
+    same blocks, and are of one cell if rows don't join. Those that end up in the same columns come
+    together."""
+    runs: list[PromptRun] = []
+    start = np.zeros(len(shared), dtype=np.int64)
+    draws = np.zeros(len(shared), dtype=np.int64)
+    whole = np.zeros(len(shared), dtype=np.int64)
+    blocks = np.zeros(len(shared), dtype=np.int64)
+    numbered: dict[tuple[tuple[int, int | None], ...], int] = {}
+    for number, each in enumerate(plans):
+        own = np.flatnonzero(shared.owner == number)
+        which = each.starting_run(shared.rows.take(own))
+        numbers: list[int] = []
+        for run in each.starting_runs:
+            known = [n for n, other in enumerate(runs) if other is run]
+            numbers.append(known[0] if known else len(runs))
+            if not known:
+                runs.append(run)
+        if len(own):
+            start[own] = np.array(numbers, dtype=np.int64)[which]
+            draws[own] = each.draws
+            whole[own] = each.whole
+        cells = shared.rows.cell[own]
+        for cell in np.unique(cells).tolist():
+            pairs = each.replaced_blocks(cell)
+            blocks[own[cells == cell]] = numbered.setdefault(pairs, len(numbered))
+    keys = [start, draws, whole, blocks]
+    if not plan.joins_rows:
+        keys += [shared.owner, shared.rows.cell]
+    _, group = np.unique(np.stack(keys), axis=1, return_inverse=True)
+    group = group.reshape(-1)
+    order = np.lexsort((shared.rows.prompt, widths, group))
+    for own in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
+        if len(own):
+            yield runs[int(start[own[0]])], own
+
+
+def list_members(shared: SharedRows, chosen: Ints) -> list[PassMember]:
+    """The rows that these distinct rows stand for, by experiment."""
+    place = np.full(len(shared), -1, dtype=np.int64)
+    place[chosen] = np.arange(len(chosen))
+    found: list[PassMember] = []
+    for number, (distinct, rows) in enumerate(shared.members):
+        own = np.flatnonzero(place[distinct] >= 0)
+        if len(own):
+            found.append(PassMember(number, rows.take(own), place[distinct[own]]))
+    return found
+
+
+RowReplies = list[tuple[Reply, ...]]
+"""[row and draw of noise] a text for each sample."""
+
+
+class GroupGenerator:
+    """Writes the rows of a group in their order, as many together as there is room for."""
+
+    def __init__(
+        self,
+        write: Callable[[Ints], RowReplies],
+        wanted: Callable[[Ints], Ints],
+        group: Ints,
+        lanes: Ints,
+        each: Floats,
+        sizes: PassSizer,
+    ) -> None:
+        """Args:
+        write: Gives the replies of distinct rows, those of one row adjacent.
+        wanted: Gives the rows among some distinct rows that are measured at all.
+        group: [row] distinct rows, in the order of their passes.
+        lanes: [distinct row] texts that it writes, over draws and samples.
+        each: [distinct row] bytes of keys, values and written vectors.
+        sizes: How many lanes and bytes there is room for.
+        """
+        self._write = write
+        self._wanted = wanted
+        self._group = group
+        self._lanes = lanes
+        self._each = each
+        self._sizes = sizes
+        self._found: dict[int, RowReplies] = {}
+
+    def of(self, chosen: Ints) -> RowReplies:
+        """The replies of some distinct rows, which are written now if they aren't there."""
+        while missing := [row for row in chosen.tolist() if row not in self._found]:
+            self._write_from(missing[0])
+        return [reply for row in chosen.tolist() for reply in self._found.pop(row)]
+
+    def _write_from(self, row: int) -> None:
+        """Write a row and those after it that aren't written yet."""
+        rest = self._group[int(np.flatnonzero(self._group == row)[0]) :]
+        rest = rest[np.isin(rest, list(self._found), invert=True)]
+        count = min(
+            int(np.searchsorted(self._lanes[rest].cumsum(), self._sizes.pass_tokens, side="right")),
+            int(np.searchsorted(self._each[rest].cumsum(), self._sizes.reply_bytes, side="right")),
+        )
+        rows = self._wanted(rest[: max(1, count)])
+        replies = self._write(rows)
+        draws = len(replies) // len(rows)
+        for number, written in enumerate(rows.tolist()):
+            self._found[written] = replies[number * draws : (number + 1) * draws]
+
+
+def estimate_reply_bytes(
+    shared: SharedRows, plans: Sequence[ExperimentPlan], itemsize: int, shape: ModelShape
+) -> Floats:
+    """[distinct row] bytes that it takes to write its replies: keys and values of all tokens, and
+    the vectors that rules write."""
+    found = np.zeros(len(shared))
+    kept = 2 * shape.n_layers * shape.n_kv_heads * shape.d_head
+    for number, plan in enumerate(plans):
+        own = np.flatnonzero(shared.owner == number)
+        generation = plan.experiment.generation
+        if not len(own) or generation is None:
+            continue
+        rows = shared.rows.take(own)
+        lengths, lanes = plan.lengths(rows), plan.draws * generation.samples
+        vectors = np.zeros(len(own))
+        for rule in plan.rules:
+            if rule.rule.does.changes == "sites":
+                wide = np.array([_count_numbers(shape, point) for point in rule.point_table])
+                row, point = rule.points.expand(rule.site_of_cell[rows.cell])
+                vectors += np.bincount(row, wide[point], len(own))
+        tokens = kept * (lengths + generation.tokens) + vectors * (lengths + 1)
+        found[own] = itemsize * lanes * tokens
+    return found
+
+
+def _count_numbers(shape: ModelShape, point: SitePoint) -> int:
+    """How many numbers are written at a point for each token; those over keys count as one head."""
+    if SITES[point.site].width == "key":
+        return shape.d_head
+    every = unit_count(shape, point.site, point.layer) if point.unit is None else 1
+    return every * vector_width(shape, point.site, point.layer)

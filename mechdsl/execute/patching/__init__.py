@@ -1,0 +1,1 @@
+"""Patched rows: what rules write, and the passes that apply it."""

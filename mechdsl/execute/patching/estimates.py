@@ -1,0 +1,406 @@
+"""Effects estimated from gradients of the metric instead of running cells (`using`)."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.execute.measurement.readout import Readout, ReadoutInput, ReadoutResult, ValueGap
+from mechdsl.execute.patching.writes import (
+    RuleInputs,
+    RuleReader,
+    build_edges,
+    build_writes,
+    select_readable_rows,
+)
+from mechdsl.execute.unpatched_batch import (
+    UnpatchedBatch,
+    build_noise_writes,
+    compute_prompt_loss,
+    find_continuation_positions,
+    find_positions,
+    select_positions,
+)
+from mechdsl.execute.unpatched_runs import UnpatchedRuns, flatten_units, require_logits
+from mechdsl.forward.hooks.batch import (
+    Batch,
+    EdgeWrite,
+    SiteRead,
+    SiteWrite,
+    array_to_device,
+    gather_vectors,
+    indices_to_device,
+    to_device,
+)
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.model import has_single_output
+from mechdsl.planner.plan import ExperimentPlan, cell_sites
+from mechdsl.planner.rows import RowTable
+from mechdsl.program.spec import ATTENTION, GRADIENT, NON_EFFECT_ESTIMATORS
+from mechdsl.prompts.runs import PromptRun
+from mechdsl.resolve.types import ItemNumber
+
+
+@dataclass(frozen=True, eq=False)
+class _WrittenVectors:
+    """What rows write at one site of one layer. A spot is a vector of a lane: several rows may
+    write one."""
+
+    where: SiteRead
+    row: Ints
+    """[K]"""
+    spot: Tensor
+    """[K] which of the spots."""
+    values: Tensor
+    """[K, width]"""
+    lane: Tensor
+    """[spot]"""
+    position: Tensor
+    """[spot]"""
+    unit: Tensor
+    """[spot]"""
+
+    @staticmethod
+    def of(write: SiteWrite, lane_of_row: Ints) -> _WrittenVectors:
+        row = write.rows.numpy()
+        places = np.stack([lane_of_row[row], write.positions.numpy(), write.units.numpy()])
+        spots, spot = np.unique(places, axis=1, return_inverse=True)
+        own = (torch.from_numpy(each) for each in (spot.reshape(-1), *spots))
+        index, lane, position, unit = own
+        # A clone, as nothing that is made in inference mode may be part of what is differentiated.
+        return _WrittenVectors(write.where, row, index, write.values.clone(), lane, position, unit)
+
+    def some(self, rows: Ints) -> _WrittenVectors:
+        """What some rows write: [row] bool by their numbers; spots stay, with those of others."""
+        own = np.flatnonzero(rows[self.row])
+        values = self.values[array_to_device(own, self.values.device)]
+        spot = self.spot[torch.from_numpy(own)]
+        return replace(self, row=self.row[own], spot=spot, values=values)
+
+    def added(self, values: Tensor) -> SiteWrite:
+        """[spot, width] is added to what is there."""
+        where, places = self.where, (self.lane, self.position, self.unit)
+        given = (where.site, where.layer, *places, values)
+        return SiteWrite(*given, mode="add", stack=where.stack)
+
+    def base(self, read: Tensor, batch: Batch) -> Tensor:
+        """[spot, width]: what is there in the base run."""
+        own = batch.of_site(self.where.site, self.where.stack)
+        return gather_vectors(read.detach(), own, self.lane, self.position, self.unit)
+
+
+@dataclass(frozen=True, eq=False)
+class _RowLanes:
+    """The lanes that a pass is over: one for each draw of a prompt, also where the base run is the
+    same in all, as what is written may not be."""
+
+    used: Ints
+    """[lane] which of the base run's."""
+    batch: Batch
+    prompts: Ints
+    """[lane]"""
+    draws: Ints
+    """[lane]"""
+    lengths: Ints
+    """[lane]"""
+
+    @staticmethod
+    def of(every: UnpatchedBatch, prompts: Ints, draws: int) -> _RowLanes:
+        lanes, draw = np.repeat(prompts, draws), np.tile(np.arange(draws), len(prompts))
+        used = every.lane(lanes, draw)
+        batch = every.batch.take(torch.from_numpy(used))
+        return _RowLanes(used, batch, lanes, draw, every.lengths[used])
+
+
+class GradientEstimates:
+    """Estimates the rows of one experiment on one batch of prompts."""
+
+    def __init__(
+        self,
+        plan: ExperimentPlan,
+        readout: Readout,
+        means_and_donors: RuleInputs,
+        runs: UnpatchedRuns,
+        lanes_of: RuleReader,
+        batch: Ints,
+    ) -> None:
+        """lanes_of: what the rules read. batch: the prompts in work."""
+        said = plan.experiment.spec.estimator
+        assert said is not None
+        self.plan = plan
+        self.name, self.steps = said.name, said.steps
+        self.readout = readout
+        self.means_and_donors = means_and_donors
+        self.runs = runs
+        self.model = runs.model
+        self.lanes_of = lanes_of
+        self.batch = batch
+        self.run: PromptRun = runs.named(plan.experiment.spec.base)
+
+    def first(self, prompts: Ints, most: int) -> tuple[Ints, int]:
+        """The first of these prompts, which are differentiated together: of up to so many tokens,
+        one at least; and their tokens."""
+        lanes = self.runs.lanes(self.run, self.batch)
+        tokens = lanes.lengths[lanes.lane(prompts, np.zeros_like(prompts))] * self.plan.draws
+        ends = np.cumsum(tokens)
+        count = max(1, int(np.searchsorted(ends, most, side="right")))
+        return prompts[:count], int(ends[count - 1])
+
+    def of(self, rows: RowTable, base: Sequence[Floats]) -> ReadoutResult:
+        """Per measure, what the base run has with what is estimated on top; of `gradient` the
+        size of the gradient.
+
+        rows: all of their prompts that are wanted. base: per measure, [row].
+        """
+        every, wanted = self._with_others(rows)
+        draws = self.plan.draws
+        index = np.repeat(np.arange(len(every)), draws)
+        draw = np.tile(np.arange(draws), len(every))
+        drawn = every.take(index)
+        prompts = np.unique(drawn.prompt)
+        lane_of_row = np.searchsorted(prompts, drawn.prompt) * draws + draw
+        lanes = _RowLanes.of(self.runs.lanes(self.run, self.batch), prompts, draws)
+        if self.name == ATTENTION:
+            edges = build_edges(self.plan, drawn, self.model.shape)
+            writes = [_select_keys(edge, lanes.batch.key_width) for edge in edges]
+        else:
+            given = (self.lanes_of, self.means_and_donors, self.model.shape)
+            writes = build_writes(self.plan, drawn, draw, *given)
+        written = [_WrittenVectors.of(write, lane_of_row) for write in writes]
+        environments = [self.plan.items[cell] for cell in drawn.cell]
+        if not any(atom.by_item for _, atom in self.readout.atoms):
+            environments = [None] * len(drawn)
+        if self.steps is None:
+            sums = self._at_base(written, lanes, environments)
+        else:
+            groups = cell_sites(self.plan)[drawn.cell]
+            sums = self._along(written, lanes, environments, groups)
+        values = sums.reshape(len(sums), len(every), draws)[:, wanted].mean(axis=2)
+        own = [np.zeros_like(each) for each in base] if self.name in NON_EFFECT_ESTIMATORS else base
+        return _mark_gaps([one + value for one, value in zip(own, values, strict=True)])
+
+    def _with_others(self, rows: RowTable) -> tuple[RowTable, Ints]:
+        """Along the line all rows of a prompt at one site move together, also those that are known;
+        and which of them are wanted."""
+        if self.steps is None:
+            return rows, np.arange(len(rows))
+        sites = cell_sites(self.plan)
+        every = self.plan.rows(np.unique(rows.prompt))
+        every = every.take(np.flatnonzero(np.isin(sites[every.cell], sites[rows.cell])))
+        good = select_readable_rows(self.plan, every, self.means_and_donors, self.readout.passes)
+        every = every.take(good)
+        places = {place: n for n, place in enumerate(_iter_places(every))}
+        return every, np.array([places[place] for place in _iter_places(rows)], dtype=np.int64)
+
+    # --- the estimators ---
+
+    def _at_base(
+        self,
+        written: Sequence[_WrittenVectors],
+        lanes: _RowLanes,
+        environments: Sequence[ItemNumber],
+    ) -> Floats:
+        """[measure, row]: by the gradient at the base run."""
+        leaves = [self._zeros(each) for each in written]
+        adds = [each.added(leaf) for each, leaf in zip(written, leaves, strict=True)]
+        reading, read = self._pass(adds, lanes, [each.where for each in written])
+        bases = [each.base(read[each.where], lanes.batch) for each in written]
+        found = np.zeros((len(self.readout.measures), len(environments)))
+        for number, own, gradients in self._gradients(reading, leaves, environments):
+            for each, base, gradient in zip(written, bases, gradients, strict=True):
+                sums = self._sums(each, base, gradient, len(environments))
+                found[number, own] += sums[own]
+        return np.sqrt(found) if self.name == GRADIENT else found
+
+    def _along(
+        self,
+        written: Sequence[_WrittenVectors],
+        lanes: _RowLanes,
+        environments: Sequence[ItemNumber],
+        groups: Ints,
+    ) -> Floats:
+        """[measure, row]: by the mean gradient along the line, each site by itself."""
+        assert self.steps is not None
+        wheres = [each.where for each in written]
+        read = run_full(self.model, lanes.batch, writes=self._noise(lanes), reads=wheres).reads
+        found = np.zeros((len(self.readout.measures), len(environments)))
+        for whole in written:
+            base = whole.base(read[whole.where], lanes.batch)
+            for group in np.unique(groups[whole.row]):
+                each = whole.some(groups == group)
+                way = torch.zeros_like(base)
+                spot = to_device(each.spot, base.device)
+                way[spot] = each.values.to(base) - base[spot]
+                for step in range(self.steps):
+                    leaf = (way * ((step + 0.5) / self.steps)).requires_grad_()
+                    reading, _ = self._pass([each.added(leaf)], lanes, ())
+                    for number, own, gradients in self._gradients(reading, [leaf], environments):
+                        sums = self._sums(each, base, gradients[0], len(environments))
+                        found[number, own] += sums[own] / self.steps
+        return found
+
+    def _zeros(self, written: _WrittenVectors) -> Tensor:
+        count, width = len(written.lane), written.values.shape[1]
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        return torch.zeros(count, width, dtype=dtype, device=self.model.device, requires_grad=True)
+
+    def _sums(self, written: _WrittenVectors, base: Tensor, gradient: Tensor, rows: int) -> Floats:
+        """[row]: what is written less what is there, times the gradient, summed over all vectors
+        of a row; of `gradient` the squares of the gradient itself. Of `gradient_attention` what is
+        there times the gradient, where that is positive, summed over the keys that are chosen, and
+        the mean over queries and heads."""
+        spot = to_device(written.spot, gradient.device)
+        if self.name == GRADIENT:
+            parts = gradient.double().square().sum(-1)[spot]
+        elif self.name == ATTENTION:
+            positive = (base.double() * gradient.double()).clamp(min=0)
+            parts = (written.values.to(positive) * positive[spot]).sum(-1)
+            parts /= array_to_device(np.bincount(written.row)[written.row], parts.device)
+        else:
+            change = written.values.to(gradient.device).double() - base.double()[spot]
+            parts = (change * gradient.double()[spot]).sum(-1)
+        found = np.zeros(rows)
+        np.add.at(found, written.row, parts.cpu().numpy())
+        return found
+
+    def _gradients(
+        self, reading: ReadoutInput, leaves: Sequence[Tensor], environments: Sequence[ItemNumber]
+    ) -> Iterator[tuple[int, Ints, Sequence[Tensor]]]:
+        """(measure, the rows that it is of, per leaf the gradient of the sum over lanes), of which
+        each lane's metric hangs on the lane alone."""
+        kinds = list(dict.fromkeys(environments))
+        last = len(kinds) * len(self.readout.measures)
+        for place, kind in enumerate(kinds):
+            own = np.array([n for n, each in enumerate(environments) if each == kind])
+            values = self.readout.tensors(replace(reading, items=[kind] * len(reading.prompts)))
+            for number, value in enumerate(values):
+                more = (place * len(values) + number + 1) < last
+                found = _compute_gradients(value.sum(), leaves, keep=more)
+                yield number, own, found
+
+    # --- passes ---
+
+    def _pass(
+        self, adds: Sequence[SiteWrite], lanes: _RowLanes, reads: Sequence[SiteRead]
+    ) -> tuple[ReadoutInput, dict[SiteRead, Tensor]]:
+        """What measures read of the base run with this added; and what is read of sites."""
+        readout, run = self.readout, self.run
+        points = [(n, atom) for n, (_, atom) in enumerate(readout.atoms) if atom.point is not None]
+        compared = [SiteRead(a.point.site, a.point.layer) for _, a in points if a.point is not None]
+        columns = [find_positions(s, run.name, lanes.prompts, lanes.lengths) for s in readout.spots]
+        at = torch.from_numpy(np.stack(columns, axis=1))
+        full = readout.loss is not None or has_single_output(self.model)
+        logits: Tensor | None = None
+        loss: Tensor | None = None
+        found: dict[SiteRead, Tensor] = {}
+        if readout.needs_plain or reads:
+            with catch_autograd_errors():
+                result = run_full(
+                    self.model,
+                    lanes.batch,
+                    writes=[*self._noise(lanes), *adds],
+                    reads=[*reads, *compared],
+                    logits_at=None if full else at,
+                    gradients=True,
+                )
+            logits, found = require_logits(result.logits), result.reads
+            if readout.loss is not None:
+                loss = compute_prompt_loss(readout.loss, logits, lanes.batch, run, lanes.prompts)
+            logits = select_positions(logits, lanes.batch, at) if full else logits
+        row = torch.arange(len(lanes.used))
+        references = self.runs.references(readout, self.batch, lanes.prompts, lanes.draws)
+        reading = ReadoutInput(
+            run=run.name,
+            prompts=lanes.prompts,
+            items=[None] * len(lanes.prompts),
+            logits=logits if readout.needs_plain else None,
+            continued={n: self._continued(n, adds, lanes) for n in readout.continuations},
+            loss=loss,
+            activations={
+                n: flatten_units(read[indices_to_device((row, columns), read.device)], atom)
+                for (n, atom), where in zip(points, compared, strict=True)
+                for read, columns in [
+                    (found[where], lanes.batch.columns(row, at[:, readout.atoms[n][0]]))
+                ]
+            },
+            references={n: each.clone() for n, each in references.items()},
+        )
+        return reading, found
+
+    def _continued(self, number: int, adds: Sequence[SiteWrite], lanes: _RowLanes) -> Tensor:
+        """[lane, token, vocab]: the same with a text of several tokens behind the prompts."""
+        atom = self.readout.atoms[number][1]
+        every = self.runs.lanes(self.run, self.batch, atom)
+        result = run_full(
+            self.model,
+            every.batch.take(torch.from_numpy(lanes.used)),
+            writes=[*self._noise(lanes), *adds],
+            logits_at=find_continuation_positions(atom, lanes.prompts, lanes.lengths),
+            gradients=True,
+        )
+        return require_logits(result.logits)
+
+    def _noise(self, lanes: _RowLanes) -> list[SiteWrite]:
+        """The noise of a corrupted base run."""
+        table, seed = self.runs.table, self.runs.seed
+        return build_noise_writes(self.model, self.run.noise, lanes.prompts, table.row_keys, seed)
+
+
+def _select_keys(edge: EdgeWrite, width: int) -> SiteWrite:
+    """Vectors over keys: 1 at those of an edge, 0 elsewhere."""
+    values = torch.zeros(len(edge.rows), width, dtype=torch.float64)
+    values[edge.entries, edge.keys] = 1
+    return SiteWrite("pattern", edge.layer, edge.rows, edge.queries, edge.heads, values)
+
+
+def _compute_gradients(total: Tensor, leaves: Sequence[Tensor], *, keep: bool) -> Sequence[Tensor]:
+    """Per leaf, its gradient; zeros where nothing hangs on it. keep: more is differentiated."""
+    if not total.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    with catch_autograd_errors():
+        return torch.autograd.grad(
+            total, leaves, retain_graph=keep, allow_unused=True, materialize_grads=True
+        )
+
+
+class AutogradFailed(Exception):
+    """Autograd can't follow what a model does; the text is what it says."""
+
+
+@contextmanager
+def catch_autograd_errors() -> Generator[None]:
+    """Of what is raised inside, that which autograd says of the model's own code."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        if not any(words in said for words in _AUTOGRAD):
+            raise
+        raise AutogradFailed(said) from error
+
+
+_AUTOGRAD = ("inplace operation", "in-place operation", "Inference tensor", "derivative for")
+
+
+def _iter_places(rows: RowTable) -> Iterator[tuple[int, int, int]]:
+    columns = (rows.cell.tolist(), rows.prompt.tolist(), rows.alternative.tolist())
+    return zip(*columns, strict=True)
+
+
+def _mark_gaps(values: list[Floats]) -> ReadoutResult:
+    """Values without those that are no numbers."""
+    gaps: dict[int, ValueGap] = {}
+    for number, own in enumerate(values):
+        rows = np.flatnonzero(~np.isfinite(own))
+        if len(rows):
+            gaps[number] = ValueGap(rows, "its gradient is no number")
+            own[rows] = np.nan
+    count = len(values[0])
+    broken = np.zeros(count, dtype=np.bool_)
+    return ReadoutResult(values, broken, [np.zeros(count) for _ in values], {}, gaps)

@@ -1,0 +1,907 @@
+"""Patched rows of any cells and experiments in one pass, path patching included.
+
+Path patching: the sender's change runs along the residual stream, past sublayers that return their
+output on the base run. One such row serves all receivers of a sender: the input of each receiver
+is recorded, and written in separate rows in which everything is recomputed. If the end of the
+model is a receiver next to others, the sender's change in the stream after the last block is added
+there: the edges to all receivers are patched, and every other edge carries its node's own output.
+
+References:
+    Wang et al. 2022 (arXiv 2211.00593), Goldowsky-Dill et al. 2023 (arXiv 2304.05969).
+    Edges: Conmy et al. 2023 (arXiv 2304.14997).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Ints
+from mechdsl.execute.measurement.readout import (
+    ObservedValues,
+    Readout,
+    ReadoutInput,
+    ReadoutResult,
+    RowObserver,
+    build_observer,
+    read_samples,
+)
+from mechdsl.execute.measurement.values import UnusableRow
+from mechdsl.execute.pass_layout import PassMember
+from mechdsl.execute.patching.writes import (
+    RuleInputs,
+    RuleReader,
+    RuleWrite,
+    build_generation_rules,
+    build_rule_writes,
+    find_pass_ends,
+    join_writes,
+    select_prefill_rules,
+)
+from mechdsl.execute.replies import GenerationRequest
+from mechdsl.execute.unpatched_batch import (
+    Continuation,
+    UnpatchedBatch,
+    build_noise_writes,
+    compute_prompt_loss,
+    find_continuation_positions,
+    find_positions,
+    has_loss,
+)
+from mechdsl.execute.unpatched_runs import (
+    GeneratedRows,
+    UnpatchedRuns,
+    build_reply_readers,
+    flatten_units,
+    merge_reply_values,
+    read_replies,
+)
+from mechdsl.forward.generation.rules import GenerationRules
+from mechdsl.forward.hooks.batch import (
+    Batch,
+    RowPositions,
+    RuleWrites,
+    SiteRead,
+    SiteWrite,
+    array_to_device,
+    arrays_to_device,
+    indices_to_device,
+)
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.model import (
+    LoadedModel,
+    has_single_output,
+    replace_blocks,
+    select_row_logits,
+)
+from mechdsl.forward.hooks.weight_maps import FrozenNorms
+from mechdsl.forward.packed.packed_pass import run_packed
+from mechdsl.models.restart import HeldSublayers
+from mechdsl.models.shape import ModelShape, unit_count
+from mechdsl.planner.cost import SharedRows
+from mechdsl.planner.plan import ExperimentPlan, Plan
+from mechdsl.planner.rows import RowTable, RulePlan, count_columns, expand_units, point_units
+from mechdsl.prompts.runs import PromptRun
+from mechdsl.resolve.runs import reads_reply_tokens
+from mechdsl.resolve.types import MetricTerm, SiteLayer
+from mechdsl.vocab.metrics import Reply
+from mechdsl.vocab.sites import SITES
+
+
+@dataclass(frozen=True, eq=False)
+class PassRows:
+    """What runs in one pass; each distinct row once per draw of noise, draws side by side."""
+
+    run: PromptRun
+    batch: Ints
+    prompts: Ints
+    draw: Ints
+    acting: RuleWrites = field(default_factory=RuleWrites)
+    held: HeldSublayers | None = None
+    beside: RuleWrites = field(default_factory=RuleWrites)
+    """Of held rows, the rules beside their path: what is held is what these leave."""
+    whole: bool = False
+    """Nothing of an unpatched run stands in them."""
+    later: GenerationRules = field(default_factory=GenerationRules)
+    """What acts while they write."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def all_logits(self) -> bool:
+        """Whether logits are written."""
+        return any(write.site == "logits" for write in self.acting.writes)
+
+    def joined(self, part: PassRows, at: Ints) -> PassRows:
+        """With what a part's rows write, which are the rows `at`."""
+        where = torch.from_numpy(at)
+        held = self.held
+        if part.held is not None:
+            none = np.zeros(len(self), dtype=np.bool_)
+            held = HeldSublayers(none, none, none) if held is None else held
+            held = HeldSublayers(held.rows.copy(), held.mlps.copy(), held.norms.copy())
+            for every, own in (
+                (held.rows, part.held.rows),
+                (held.mlps, part.held.mlps),
+                (held.norms, part.held.norms),
+            ):
+                every[at] = own
+        return replace(
+            self,
+            acting=self.acting.then(part.acting.moved(where)),
+            held=held,
+            beside=self.beside.then(part.beside.moved(where)),
+            whole=self.whole or part.whole,
+            later=self.later.then(part.later.moved(where)),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PassReads:
+    """The places that one member reads."""
+
+    final: RowPositions
+    """Behind the last block: rows of the pass and positions."""
+    spots_per_row: int
+    """The first places of `final`, row by row; all others are those of a loss."""
+    inside: Mapping[int, tuple[SiteRead, RowPositions]]
+    """Atom → the site of a `cosine` and where it is read."""
+    count: int
+    """Rows of the member."""
+    look: RowObserver | None = None
+    """What it observes."""
+
+    @property
+    def needs_pass(self) -> bool:
+        """Whether it reads anything of a pass over prompts."""
+        return bool(len(self.final[0]) or self.inside or self.look is not None)
+
+    def spots(self, logits: Tensor) -> Tensor | None:
+        """[row, spot, vocab]"""
+        if not self.spots_per_row:
+            return None
+        spots = logits[: self.count * self.spots_per_row]
+        return spots.unflatten(0, (self.count, self.spots_per_row))
+
+    def loss(
+        self,
+        logits: Tensor,
+        readout: Readout,
+        member: PassMember,
+        draw: Ints,
+        lanes: UnpatchedBatch,
+        run: PromptRun,
+    ) -> Tensor | None:
+        """[row] the loss over all positions."""
+        if readout.loss is None:
+            return None
+        lane = lanes.lane(member.rows.prompt, draw[member.at])
+        batch = lanes.batch.take(torch.from_numpy(lane))
+        every = logits[self.count * self.spots_per_row :]
+        whole = every.new_zeros(*batch.ids.shape, every.shape[-1])
+        rows, positions = batch.tokens()
+        where = indices_to_device((rows, batch.columns(rows, positions)), every.device)
+        whole[where] = every
+        return compute_prompt_loss(readout.loss, whole, batch, run, member.rows.prompt)
+
+
+def plan_reads(
+    readout: Readout, member: PassMember, run: PromptRun, lengths: Ints, look: RowObserver | None
+) -> PassReads:
+    """What a readout reads of a member's rows; lengths: [row of the pass]."""
+    own = lengths[member.at]
+    columns = [find_positions(spot, run.name, member.rows.prompt, own) for spot in readout.spots]
+    rows: list[Ints] = []
+    positions: list[Ints] = []
+    spots = len(columns) if readout.needs_plain else 0
+    if spots:
+        rows.append(np.repeat(member.at, spots))
+        positions.append(np.stack(columns, axis=1).reshape(-1))
+    if readout.loss is not None:
+        rows.append(np.repeat(member.at, own))
+        positions.append(np.concatenate([np.arange(n) for n in own]))
+    empty = np.zeros(0, dtype=np.int64)
+    inside = {
+        number: (SiteRead(atom.point.site, atom.point.layer), (member.at, columns[spot]))
+        for number, (spot, atom) in enumerate(readout.atoms)
+        if atom.point is not None
+    }
+    final = (np.concatenate([empty, *rows]), np.concatenate([empty, *positions]))
+    return PassReads(final, spots, inside, len(member.at), look)
+
+
+def repeat_draws(member: PassMember, draws: int) -> PassMember:
+    """Every row once per draw."""
+    index = np.repeat(np.arange(len(member.at)), draws)
+    at = member.at[index] * draws + np.tile(np.arange(draws), len(member.at))
+    return PassMember(member.number, member.rows.take(index), at)
+
+
+def arrange_by_row(places: RowPositions, rows: int, lengths: Ints) -> tuple[Ints, Ints]:
+    """([place] its slot, [row, slot] position): places listed by row, free slots read anywhere."""
+    order = np.argsort(places[0], kind="stable")
+    counts = np.bincount(places[0], minlength=rows)
+    slots = np.empty(len(order), dtype=np.int64)
+    slots[order] = count_columns(counts)[1]
+    at = np.repeat(lengths[:, None] - 1, max(1, int(counts.max(initial=1))), axis=1)
+    at[places[0], slots] = places[1]
+    return slots, at
+
+
+SenderPass = Callable[[RowTable, Ints, Mapping[SiteRead, RowPositions]], Mapping[SiteRead, Tensor]]
+"""Runs rows (with their draws) of which the senders are patched and the rest is held, or in which
+nothing of the path is done; gives what is read, [places of that site, units, width]."""
+
+
+@dataclass(frozen=True, eq=False)
+class _ReceiverVectors:
+    """Every vector that receivers are to get, as parallel columns."""
+
+    row: Ints
+    token: Ints
+    point: Ints
+    """Index into the receivers' table."""
+
+
+def hold_rows(plan: RulePlan, count: int) -> HeldSublayers:
+    """So many rows of a path rule, held."""
+    assert plan.paths is not None
+    paths = plan.paths
+    return HeldSublayers(
+        np.ones(count, dtype=np.bool_),
+        np.full(count, not paths.through_mlps, dtype=np.bool_),
+        np.full(count, paths.frozen_norms, dtype=np.bool_),
+    )
+
+
+def compute_receiver_writes(
+    experiment: ExperimentPlan,
+    plan: RulePlan,
+    rows: RowTable,
+    draws: Ints,
+    run: SenderPass,
+    base: SenderPass,
+    shape: ModelShape,
+    ends: Ints | None = None,
+) -> tuple[list[SiteWrite], list[SiteWrite]]:
+    """What receivers of these rows read behind their patched senders, to be written there: what
+    comes by before rules write there, as these act on it again. And what is added behind the last
+    block, where all other rules have acted.
+
+    run, base: with the senders patched and all else held; without the path. ends: [row] the first
+    position that the pass doesn't have; None where it has all.
+    """
+    assert plan.paths is not None
+    at = plan.written_runs(rows)
+    same = np.stack([experiment.senders[rows.cell], at, rows.alternative, rows.prompt, draws])
+    _, first, sender = np.unique(same, axis=1, return_index=True, return_inverse=True)
+    sender = sender.reshape(-1)
+    wanted = _list_receiver_vectors(plan, rows, at, ends)
+    table, is_end = plan.paths.table, plan.paths.is_end
+    places = sorted({(p.site, p.layer) for p in table}, key=str)
+    of_point = np.array([places.index((p.site, p.layer)) for p in table], dtype=np.int64)
+    unit_of = point_units(table)
+    reads: dict[SiteRead, RowPositions] = {}
+    back: dict[SiteLayer, tuple[Ints, Ints]] = {}
+    for number, place in enumerate(places):
+        own = np.flatnonzero((of_point[wanted.point] == number) & ~is_end[wanted.point])
+        if len(own):
+            reads[SiteRead(*place, before=True)], index = _distinct_places(wanted, own, sender)
+            back[place] = own, index
+    last = np.flatnonzero(is_end[wanted.point])
+    behind, gaining = SiteRead("resid_post", shape.n_layers - 1), last
+    if len(last):
+        reads[behind], gaining = _distinct_places(wanted, last, sender)
+    if not reads:  # the pass ends before all of them
+        return [], []
+    found = run(rows.take(first), draws[first], reads)
+    writes: list[SiteWrite] = []
+    added: list[SiteWrite] = []
+    if len(last):
+        without = base(rows.take(first), draws[first], {behind: reads[behind]})
+        gained = (found[behind] - without[behind])[:, 0]
+        vectors = gained[array_to_device(gaining, gained.device)]
+        unit = np.zeros(len(last), dtype=np.int64)
+        part = RuleWrite(wanted.row[last], wanted.token[last], unit, vectors, "add")
+        added.append(join_writes((behind.site, behind.layer), [part]))
+    for place, (own, index) in back.items():
+        again, unit = expand_units(unit_of[wanted.point[own]], unit_count(shape, *place))
+        own, index = own[again], index[again]
+        values = found[SiteRead(*place, before=True)]
+        vectors = values[arrays_to_device((index, unit), values.device)]
+        part = RuleWrite(wanted.row[own], wanted.token[own], unit, vectors)
+        writes.append(join_writes(place, [part]))
+    return writes, added
+
+
+def _distinct_places(
+    wanted: _ReceiverVectors, own: Ints, sender: Ints
+) -> tuple[RowPositions, Ints]:
+    """The rows of senders, and tokens of these, that some of what is wanted is read at; which of
+    these places each is."""
+    seen = np.stack([sender[wanted.row[own]], wanted.token[own]])
+    distinct, inverse = np.unique(seen, axis=1, return_inverse=True)
+    return (distinct[0], distinct[1]), inverse.reshape(-1)
+
+
+def _list_receiver_vectors(
+    plan: RulePlan, rows: RowTable, at: Ints, ends: Ints | None
+) -> _ReceiverVectors:
+    assert plan.paths is not None
+    row, token = plan.written.tokens.expand(at)
+    if ends is not None:
+        there = token < ends[row]
+        row, token = row[there], token[there]
+    index, point = plan.paths.points.expand(plan.paths.pair_of_cell[rows.cell][row])
+    return _ReceiverVectors(row[index], token[index], point)
+
+
+# --- whole passes ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def hold_sublayers(
+    model: LoadedModel,
+    norms: FrozenNorms,
+    batch: Batch,
+    held: HeldSublayers,
+    acting: RuleWrites,
+    noise: Sequence[SiteWrite],
+    beside: RuleWrites,
+) -> Generator[list[SiteWrite]]:
+    """What holds every head and MLP of held rows at the base run, in a whole pass; meanwhile their
+    norms are held too where that is asked.
+
+    acting: what is written behind it. noise: that of the base run. beside: the other rules, which
+    act on the base run too. What is held is what comes by before these write there: they act on it
+    again, in their order.
+    """
+    shape, rows = model.shape, np.flatnonzero(held.rows)
+    without_mlps = np.flatnonzero(held.rows & held.mlps)
+    neurons = {write.layer for write in acting.writes if write.site == "mlp_hidden"}
+    removed = {to for to, of in acting.blocks if of is None}
+    wanted: list[tuple[SiteRead, Ints]] = []
+    for layer in range(shape.n_layers):
+        if layer in removed:
+            continue
+        heads = next(s for s in ("z", "mixer_out", "attn_out") if shape.has(s, layer))
+        wanted.append((SiteRead(heads, layer, before=True), rows))
+        mlp = "mlp_hidden" if layer in neurons else "mlp_out"
+        if shape.has(mlp, layer):
+            wanted.append((SiteRead(mlp, layer, before=True), without_mlps))
+    wanted = [(read, own) for read, own in wanted if len(own)]
+    frozen = bool(held.norms.any())
+    # Norms may stand behind the last one of the stream: then nothing stops before them.
+    stop = None if frozen else shape.n_layers
+    beside = beside.below(shape.n_layers + int(frozen), shape.n_layers)
+    last = None if has_single_output(model) else (batch.lengths - 1)[:, None]
+    with norms.recorded(held.norms) as scales:
+        found = run_full(
+            model,
+            batch,
+            writes=[*noise, *beside.writes],
+            reads=[read for read, _ in wanted],
+            stop=stop,
+            logits_at=last,
+            edges=beside.edges,
+        ).reads
+    lengths = batch.lengths.numpy()
+    with norms.kept(held.norms, scales):
+        yield [
+            _write_all_tokens(found[read], read.site, read.layer, own, batch, lengths)
+            for read, own in wanted
+        ]
+
+
+def _write_all_tokens(
+    read: Tensor, site: str, layer: int | None, rows: Ints, batch: Batch, lengths: Ints
+) -> SiteWrite:
+    """What was read of these rows, at all tokens and units."""
+    count = read.shape[2]
+    index, within = count_columns(lengths[rows] * count)
+    where = torch.from_numpy(rows[index]), torch.from_numpy(within // count)
+    unit = torch.from_numpy(within % count)
+    index = where[0], batch.columns(*where), unit
+    values = read[indices_to_device(index, read.device)]
+    return SiteWrite(site, layer, *where, unit, values)
+
+
+class Patcher:
+    """Runs patched rows of a panel's experiments."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        plans: Sequence[ExperimentPlan],
+        readouts: Sequence[Readout],
+        means_and_donors: Sequence[RuleInputs],
+        runs: UnpatchedRuns,
+        skip: Sequence[Collection[int]],
+    ) -> None:
+        """skip: per plan, the numbers of the measures that aren't read."""
+        self.plan = plan
+        self.skip = skip
+        self.plans = plans
+        self.prefilled = [select_prefill_rules(each) for each in plans]
+        """With the rules that act on the prompts alone."""
+        self.readouts = readouts
+        self.means_and_donors = means_and_donors
+        self.runs = runs
+        self.model = runs.model
+
+    def values(
+        self,
+        shared: SharedRows,
+        chosen: Ints,
+        members: Sequence[PassMember],
+        run: PromptRun,
+        batch: Ints,
+        replies: Sequence[tuple[Reply, ...]] = (),
+    ) -> Iterator[tuple[PassMember, ReadoutResult]]:
+        """One pass over the chosen distinct rows, which all start from `run`.
+
+        batch: the prompts in work. replies: of each row, those of `written`; none where nothing is
+        written. Gives what is read of the rows of each member.
+        """
+        draws = self.plans[int(shared.owner[chosen[0]])].draws
+        rows = _start_pass(shared, chosen, run, batch, draws)
+        readouts = [self.readouts[member.number] for member in members]
+        repeated = [repeat_draws(member, draws) for member in members]
+        lanes = self.runs.lanes(run, batch)
+        lengths = lanes.lengths[lanes.lane(rows.prompts, rows.draw)]
+        wanted = [
+            plan_reads(readout, member, run, lengths, self._look(member))
+            for readout, member in zip(readouts, repeated, strict=True)
+        ]
+        readers = build_reply_readers(repeated, self.plans, self.readouts, self.skip)
+        if readers or any(want.needs_pass for want in wanted):
+            rows = self._pass_rows(shared, chosen, run, batch, draws)
+        logits, reads, observed, tokens = self._forward(rows, lanes, readouts, wanted)
+        have = GeneratedRows(rows.run, rows.prompts, (), rows.acting, rows.later)
+        behind = read_replies(self.runs, have, replies, readers)
+        for member, many, readout, want, own, read, seen in zip(
+            members, repeated, readouts, wanted, logits, reads, observed, strict=True
+        ):
+            reading = ReadoutInput(
+                run=run.name,
+                prompts=many.rows.prompt,
+                items=[self.plans[member.number].items[cell] for cell in many.rows.cell],
+                logits=want.spots(own),
+                continued={
+                    n: self._continued(rows, many, readout, n) for n in readout.continuations
+                },
+                loss=want.loss(own, readout, many, rows.draw, lanes, run),
+                activations=read,
+                references=self.runs.references(
+                    readout, batch, many.rows.prompt, rows.draw[many.at]
+                ),
+                observed=seen,
+                tokens=tokens,
+                has_loss=None if readout.loss is None else has_loss(run, many.rows.prompt),
+            )
+            written = [replies[row] for row in many.at] if replies else ()
+            found = read_samples(readout, reading, written, skip=self.skip[member.number])
+            found = replace(found, listed=None if seen is None else seen.listed)
+            if member.number in behind:
+                found = merge_reply_values(found, behind[member.number])
+            yield member, found.over_draws(draws)
+
+    def written(
+        self, shared: SharedRows, chosen: Ints, run: PromptRun, batch: Ints
+    ) -> list[tuple[Reply, ...]]:
+        """Per chosen distinct row and draw of noise, what it writes: a text for each sample."""
+        writer = self.runs.writer
+        assert writer is not None
+        draws = self.plans[int(shared.owner[chosen[0]])].draws
+        rows = self._pass_rows(shared, chosen, run, batch, draws)
+        number, cell = shared.owner[chosen].tolist(), shared.rows.cell[chosen].tolist()
+        cells = list(zip(number, cell, strict=True))
+        content = {(n, c): self.plans[n].content(c) for n, c in dict.fromkeys(cells)}
+        keys = [content[each] for each in cells]
+        contents = self._contents(shared, chosen)
+        return writer.of_rows(
+            GenerationRequest(
+                run=rows.run,
+                prompts=rows.prompts,
+                draw=rows.draw,
+                keys=[key for key in keys for _ in range(draws)],
+                prefill=rows.acting,
+                later=rows.later,
+                contents=contents and [own for own in contents for _ in range(draws)],
+            )
+        )
+
+    def _contents(self, shared: SharedRows, chosen: Ints) -> list[bytes] | None:
+        """Per distinct row, what its reply hangs on; None where that can't be said of all."""
+        kept = None if self.runs.writer is None else self.runs.writer.kept
+        if kept is None:
+            return None
+        found = [b""] * len(chosen)
+        owner, rows = shared.owner[chosen], shared.rows.take(chosen)
+        for number in np.unique(owner).tolist():
+            own = np.flatnonzero(owner == number)
+            keys = kept.of_rows(self.plans[number].experiment.key, rows.take(own))
+            if keys is None:
+                return None
+            for place, key in zip(own.tolist(), keys, strict=True):
+                found[place] = key
+        return found
+
+    def everything(
+        self,
+        shared: SharedRows,
+        chosen: Ints,
+        run: PromptRun,
+        batch: Ints,
+        reads: Sequence[SiteRead],
+    ) -> Mapping[SiteRead, Tensor]:
+        """[place, units, width] of these sites in this order, on all tokens of the chosen distinct
+        rows, in a whole pass of their own."""
+        draws = self.plans[int(shared.owner[chosen[0]])].draws
+        rows = self._pass_rows(shared, chosen, run, batch, draws)
+        lanes = self.runs.lanes(run, batch)
+        lane = lanes.lane(rows.prompts, rows.draw)
+        lengths = lanes.lengths[lane]
+        number, position = np.repeat(np.arange(len(rows)), lengths), count_columns(lengths)[1]
+        none = np.zeros(0, dtype=np.int64)
+        places = dict.fromkeys(reads, (number, position))
+        found = self._run_whole(rows, lanes, lane, (none, none), places, None)[1]
+        return {read: found[read] for read in reads}
+
+    def _look(self, member: PassMember) -> RowObserver | None:
+        """What an `observe` line of the member's experiment looks at."""
+        rule = self.plans[member.number].observes
+        if rule is not None and reads_reply_tokens(rule.rule):
+            return None
+        return rule and build_observer(rule, member.rows, member.at, self.model.shape)
+
+    def _pass_rows(
+        self, shared: SharedRows, chosen: Ints, run: PromptRun, batch: Ints, draws: int
+    ) -> PassRows:
+        found = _start_pass(shared, chosen, run, batch, draws)
+        every = np.repeat(chosen, draws)
+        owner = shared.owner[every]
+        for number in np.unique(owner):
+            own = np.flatnonzero(owner == number)
+            rows, draw = shared.rows.take(every[own]), found.draw[own]
+            found = found.joined(self._rows_of(int(number), rows, draw, run, batch), own)
+        return found
+
+    def _rows_of(
+        self,
+        number: int,
+        rows: RowTable,
+        draw: Ints,
+        run: PromptRun,
+        batch: Ints,
+        text: Continuation | None = None,
+    ) -> PassRows:
+        """The rows of one experiment with what they write, in a pass with this text behind them."""
+        plan, shape = self.plans[number], self.model.shape
+        path = plan.path
+        own = PassRows(run, batch, rows.prompt, draw, whole=plan.whole)
+        if self.runs.writer is not None:
+            own = replace(own, later=self._later(number, rows, draw, run, batch))
+        if path is None or path.paths is None:
+            return replace(own, acting=self._acting(number, rows, draw, run, batch, text))
+        if path.paths.at_the_end:
+            return self._held(own, number, path, rows, text)
+
+        def read(
+            rows: PassRows, reads: Mapping[SiteRead, RowPositions]
+        ) -> Mapping[SiteRead, Tensor]:
+            none = np.zeros(0, dtype=np.int64)
+            lanes = self.runs.lanes(run, batch, self._atom(number, text))
+            return self._run(rows, lanes, (none, none), reads, None)[1]
+
+        def sent(
+            senders: RowTable, draws: Ints, reads: Mapping[SiteRead, RowPositions]
+        ) -> Mapping[SiteRead, Tensor]:
+            rows = replace(own, prompts=senders.prompt, draw=draws)
+            return read(self._held(rows, number, path, senders, text), reads)
+
+        def without(
+            senders: RowTable, draws: Ints, reads: Mapping[SiteRead, RowPositions]
+        ) -> Mapping[SiteRead, Tensor]:
+            acting = self._acting(number, senders, draws, run, batch, text, senders=False)
+            return read(replace(own, prompts=senders.prompt, draw=draws, acting=acting), reads)
+
+        ends = find_pass_ends(plan, rows, text)
+        got, added = compute_receiver_writes(plan, path, rows, draw, sent, without, shape, ends)
+        beside = self._acting(number, rows, draw, run, batch, text, senders=False)
+        return replace(own, acting=RuleWrites(got).then(beside).then(RuleWrites(added)))
+
+    def _held(
+        self,
+        own: PassRows,
+        number: int,
+        path: RulePlan,
+        rows: RowTable,
+        text: Continuation | None,
+    ) -> PassRows:
+        """Rows of a path, in which its senders are patched and all else is held."""
+        given = (number, rows, own.draw, own.run, own.batch, text)
+        beside = RuleWrites() if not own.whole else self._acting(*given, senders=False)
+        held = hold_rows(path, len(rows))
+        return replace(own, acting=self._acting(*given), held=held, beside=beside)
+
+    def _acting(
+        self,
+        number: int,
+        rows: RowTable,
+        draw: Ints,
+        run: PromptRun,
+        batch: Ints,
+        text: Continuation | None,
+        *,
+        senders: bool = True,
+    ) -> RuleWrites:
+        """What the rules of one experiment do to rows of it, behind those of the run that they
+        start from; senders: of paths too."""
+        plan, shape = self.prefilled[number], self.model.shape
+        given = (self.lanes_of(number, batch, text), self.means_and_donors[number], shape)
+        own = build_rule_writes(plan, rows, draw, *given, text, senders=senders)
+        if run.derived is None:
+            return own
+        return self.runs.rules(run, rows.prompt, draw, batch).then(own)
+
+    def _later(
+        self, number: int, rows: RowTable, draw: Ints, run: PromptRun, batch: Ints
+    ) -> GenerationRules:
+        """What the rules of one experiment do to rows of it while these write."""
+        lanes_of, shape = self.lanes_of(number, batch, None), self.model.shape
+        given = (lanes_of, self.means_and_donors[number], shape)
+        return build_generation_rules(self.plans[number], rows, draw, *given)
+
+    def lanes_of(self, number: int, batch: Ints, text: Continuation | None) -> RuleReader:
+        """What the rules of one experiment read."""
+        means_and_donors = self.means_and_donors[number]
+
+        def lanes_of(rule: RulePlan) -> UnpatchedBatch:
+            donors, apart = means_and_donors.donors.get(rule.number), rule.rule.apart
+            prompts = batch if donors is None else np.unique(donors[batch])
+            if apart is not None:
+                places = {(point.site, point.layer) for point in rule.source_table}
+                return self.runs.apart(apart.table, apart.table.runs[apart.run], prompts, places)
+            named, atom = self.runs.named(rule.rule.run), self._atom(number, text)
+            return self.runs.lanes(named, prompts, atom, alone=donors is not None)
+
+        return lanes_of
+
+    def _atom(self, number: int, text: Continuation | None) -> MetricTerm | None:
+        """The metric whose text stands behind what an experiment reads: what rules write into the
+        prompts is there without it."""
+        return text.atom if text is not None and self.plans[number].behind else None
+
+    def _forward(
+        self,
+        rows: PassRows,
+        lanes: UnpatchedBatch,
+        readouts: Sequence[Readout],
+        wanted: Sequence[PassReads],
+    ) -> tuple[list[Tensor], list[dict[int, Tensor]], list[ObservedValues | None], Tensor | None]:
+        """Per member the logits at the places it wants, its activations, and what it observes; and
+        which tokens."""
+        final = (
+            np.concatenate([want.final[0] for want in wanted]),
+            np.concatenate([want.final[1] for want in wanted]),
+        )
+        inside: dict[SiteRead, list[RowPositions]] = {}
+        parts: list[dict[int, tuple[SiteRead, int]]] = []
+        looks: list[dict[SiteRead, int]] = []
+        for want in wanted:
+            parts.append({})
+            looks.append({})
+            for atom, (place, where) in want.inside.items():
+                own = inside.setdefault(place, [])
+                parts[-1][atom] = place, len(own)
+                own.append(where)
+            for place, where in (want.look.places if want.look is not None else {}).items():
+                own = inside.setdefault(place, [])
+                looks[-1][place] = len(own)
+                own.append(where)
+        ends = np.cumsum([len(want.final[0]) for want in wanted])[:-1].tolist()
+        if not len(final[0]) and not inside:  # texts of several tokens have passes of their own
+            none = torch.zeros(0)
+            return [none] * len(wanted), [{} for _ in wanted], [None] * len(wanted), None
+        tokens = self.runs.tokens(readouts, rows.batch)
+        if rows.all_logits:
+            tokens = None
+        reads = {
+            read: (np.concatenate([p[0] for p in own]), np.concatenate([p[1] for p in own]))
+            for read, own in inside.items()
+        }
+        logits, found = self._run(rows, lanes, final, reads, tokens)
+        split = {
+            read: values.tensor_split(np.cumsum([len(p[0]) for p in inside[read]])[:-1].tolist())
+            for read, values in found.items()
+        }
+        activations = [
+            {
+                atom: flatten_units(split[r][i], readout.atoms[atom][1])
+                for atom, (r, i) in own.items()
+            }
+            for readout, own in zip(readouts, parts, strict=True)
+        ]
+        observed = [
+            want.look
+            and want.look.observed(
+                {r: split[r][i] for r, i in own.items()},
+                self.runs.unembedding,
+                self.runs.observed_tokens(readout, rows.batch),
+            )
+            for want, own, readout in zip(wanted, looks, readouts, strict=True)
+        ]
+        return list(logits.tensor_split(ends)), activations, observed, tokens
+
+    def _run(
+        self,
+        rows: PassRows,
+        lanes: UnpatchedBatch,
+        final: RowPositions,
+        reads: Mapping[SiteRead, RowPositions],
+        tokens: Tensor | None,
+    ) -> tuple[Tensor, Mapping[SiteRead, Tensor]]:
+        """([place, vocab], [place, units, width] per site), on what was kept or in whole passes."""
+        lane = lanes.lane(rows.prompts, rows.draw)
+        if lanes.kept is not None and not rows.whole:
+            result = run_packed(
+                self.model,
+                lanes.kept,
+                lane,
+                writes=rows.acting.writes,
+                final=final,
+                reads=reads,
+                tokens=tokens,
+                shortcuts=self.plan.shortcuts,
+                fuse=self.plan.fuses_kernels,
+                edges=rows.acting.edges,
+                held=rows.held,
+            )
+            return select_row_logits(self.model, result.logits, final[0]), result.reads
+        return self._run_whole(rows, lanes, lane, final, reads, tokens)
+
+    def _run_whole(
+        self,
+        rows: PassRows,
+        lanes: UnpatchedBatch,
+        lane: Ints,
+        final: RowPositions,
+        reads: Mapping[SiteRead, RowPositions],
+        tokens: Tensor | None,
+    ) -> tuple[Tensor, Mapping[SiteRead, Tensor]]:
+        added: list[SiteWrite] = []
+        if rows.run.noise is not None:
+            added = build_noise_writes(
+                self.model,
+                rows.run.noise,
+                rows.prompts,
+                self.runs.table.row_keys,
+                self.runs.seed,
+            )
+        batch = rows.acting.numbered(lanes.batch.take(torch.from_numpy(lane)))
+        slots, at = arrange_by_row(final, len(rows), batch.lengths.numpy())
+        every = rows.all_logits or has_single_output(self.model)
+        logits_at = None if every else torch.from_numpy(at)
+        with ExitStack() as stack:
+            stack.enter_context(replace_blocks(self.model, rows.acting.blocks))
+            if rows.held is not None:
+                held = hold_sublayers(
+                    *(self.model, self.runs.norms, batch),
+                    *(rows.held, rows.acting, added, rows.beside),
+                )
+                added = [*added, *stack.enter_context(held)]
+            result = run_full(
+                self.model,
+                batch,
+                writes=[*added, *rows.acting.writes],
+                reads=list(reads),
+                logits_at=logits_at,
+                tokens=tokens,
+                edges=rows.acting.edges,
+            )
+        assert result.logits is not None
+        row, columns = torch.from_numpy(final[0]), torch.from_numpy(slots)
+        if rows.all_logits:
+            columns = batch.columns(row, torch.from_numpy(final[1]))
+        row, columns = indices_to_device((row, columns), result.logits.device)
+        found: dict[SiteRead, Tensor] = {}
+        for read, (read_rows, positions) in reads.items():
+            at = torch.from_numpy(read_rows)
+            index = at, batch.columns(at, torch.from_numpy(positions))
+            found[read] = result.reads[read][indices_to_device(index, self.model.device)]
+        if has_single_output(self.model):
+            return result.logits[row], found
+        return result.logits[row, columns], found
+
+    def _continued(
+        self, rows: PassRows, member: PassMember, readout: Readout, number: int
+    ) -> Tensor:
+        """[row, token, vocab]: a pass of the same rows with a text of several tokens behind."""
+        atom = readout.atoms[number][1]
+        lanes = self.runs.lanes(rows.run, rows.batch, atom)
+        draw = rows.draw[member.at]
+        prompts = member.rows.prompt
+        count = np.arange(len(prompts))
+        text = Continuation(number, atom)
+        own = self._rows_of(member.number, member.rows, draw, rows.run, rows.batch, text)
+        lengths = lanes.lengths[lanes.lane(prompts, draw)]
+        at = find_continuation_positions(atom, prompts, lengths).numpy()
+        final = (np.repeat(count, at.shape[1]), at.reshape(-1))
+        logits, _ = self._run(own, lanes, final, {}, None)
+        return logits.unflatten(0, at.shape)
+
+
+def _start_pass(
+    shared: SharedRows, chosen: Ints, run: PromptRun, batch: Ints, draws: int
+) -> PassRows:
+    """Distinct rows of a pass, before it is known what acts in them."""
+    prompts = np.repeat(shared.rows.prompt[chosen], draws)
+    return PassRows(run, batch, prompts, np.tile(np.arange(draws), len(chosen)))
+
+
+def locate_in_run(runs: UnpatchedRuns, readout: Readout, unusable: UnusableRow) -> UnusableRow:
+    """With the place in an unpatched run, or in one that a metric compares it with: found by one
+    more pass over the row."""
+    prompt = unusable.row
+    named = [unusable.run, *(a.run for _, a in readout.atoms if a.run is not None)]
+    for name in dict.fromkeys(named):
+        run = runs.named(name)
+        model = runs.model_of(run)
+        for text in (None, *(readout.atoms[n][1] for n in readout.continuations)):
+            place = _describe_first(runs.everything(run, prompt, list_stream_reads(model), text))
+            if place:
+                return UnusableRow(prompt, name, place=place)
+    return UnusableRow(prompt, unusable.run, place=_describe_later_site(runs))
+
+
+def locate_in_cell(
+    patcher: Patcher,
+    shared: SharedRows,
+    row: int,
+    run: PromptRun,
+    batch: Ints,
+    unusable: UnusableRow,
+) -> UnusableRow:
+    """With the place in a patched run, found by one more pass over the row `row` of `shared`."""
+    chosen = np.array([row], dtype=np.int64)
+    reads = patcher.everything(shared, chosen, run, batch, list_stream_reads(patcher.model))
+    place = _describe_first(reads) or _describe_later_site(patcher.runs)
+    return UnusableRow(unusable.row, unusable.run, unusable.cell, place)
+
+
+def _describe_later_site(runs: UnpatchedRuns) -> str:
+    """Where it is, if no site of the prompt has it."""
+    return "behind the last block" if runs.writer is None else "while it writes"
+
+
+def list_stream_reads(model: LoadedModel) -> list[SiteRead]:
+    """What a model's main stack adds up and hands on, in the order of a forward pass."""
+    whole = [s for _, s in SITES.items() if s.width == "d_model" and s.unit is None]
+    inside = sorted((s for s in whole if s.has_layer), key=lambda site: site.order)
+    layers = {site.name: model.anatomy.layers(site.name) for site in inside}
+    outside = [SiteRead(name) for name in ("embed", "final_norm") if name in model.anatomy.taps]
+    blocks = [
+        SiteRead(site.name, layer)
+        for layer in range(model.shape.n_layers)
+        for site in inside
+        if layer in layers[site.name]
+    ]
+    first = [read for read in outside if read.site == "embed"]
+    return [*first, *blocks, *(read for read in outside if read not in first)]
+
+
+def _describe_first(reads: Mapping[SiteRead, Tensor]) -> str:
+    """The first site, in the order of the mapping, with a number that is none; empty where there
+    is no such site."""
+    for read, found in reads.items():
+        if not bool(found.isfinite().all()):
+            of = "" if read.layer is None else f" of layer {read.layer}"
+            return f"in `{read.site}`{of}"
+    return ""

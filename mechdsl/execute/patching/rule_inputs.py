@@ -1,0 +1,454 @@
+"""Vectors that rules write besides those of the source run.
+
+Means are averaged, donors drawn, and functions of whole cells called before any cell is run. The
+runs that a file derives with rules (`run healed { … }`) are built from them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from tempfile import TemporaryFile
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mechdsl.base.arrays import Bools, Ints
+from mechdsl.base.hashing import stable_hash
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.execute.measurement.readout import MeasureFailure, Readout
+from mechdsl.execute.measurement.values import UnusableRow, describe_cell, report_function_failure
+from mechdsl.execute.patching.writes import CellVectors, RuleInputs, RuleMeans, build_rule_writes
+from mechdsl.execute.unpatched_batch import Continuation, UnpatchedBatch, count_fed_tokens
+from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.execute.vectors import DirectionFits, FittedDirections
+from mechdsl.forward.hooks.batch import RuleWrites, SiteRead, indices_to_device
+from mechdsl.models.shape import ModelShape, unit_count, vector_width
+from mechdsl.planner.plan import ExperimentPlan, WholeCell, WholeCells, collect_whole_cells
+from mechdsl.planner.rows import RowTable, RulePlan, count_columns, expand_units, point_units
+from mechdsl.program.python_functions import PythonFailure, PythonNotLoaded
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PromptRun
+from mechdsl.resolve.types import ExternalRun, SiteLayer
+from mechdsl.vocab.sites import SITES
+
+MAX_MEMORY_BYTES = 1 << 28
+"""Bytes of the vectors of one rule that are held in memory; more lie in a temporary file."""
+
+
+class CellFunctionFailed(Exception):
+    """A function gave nothing that can be written, for a cell."""
+
+    def __init__(self, failure: PythonFailure, cell: WholeCell) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+        self.cell = cell
+
+
+@dataclass(frozen=True, eq=False)
+class _CellBlock:
+    """The vectors of one cell in one layer, for one draw of noise."""
+
+    cell: int
+    """Index into `WholeCells.cells`."""
+    place: SiteLayer
+    units: Ints
+    """Ascending: the heads or neurons that are written; 0 for whole vectors."""
+    draw: int
+    shape: tuple[int, int, int, int]
+    """Rows, positions, units, width."""
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+
+def compute_cell_vectors(
+    plan: ExperimentPlan,
+    cells: Mapping[int, WholeCells],
+    runs: UnpatchedRuns,
+    batches: Sequence[Ints],
+    readout: Readout,
+) -> dict[tuple[int, int | None], CellVectors]:
+    """By number of the rule, and of the metric whose text stands behind the prompts (None for the
+    prompts alone; others are of rules that act on such text). CellFailed where a function fails.
+
+    batches: of prompts. readout: what it has behind the prompts.
+    """
+    found: dict[tuple[int, int | None], CellVectors] = {}
+    for number, own in cells.items():
+        rule = plan.rules[number]
+        for text in (None, *(readout.texts_behind if rule.behind else ())):
+            made = _compute_rule_vectors(rule, own, runs, batches, text)
+            found[number, None if text is None else text.number] = made
+    return found
+
+
+def _compute_rule_vectors(
+    rule: RulePlan,
+    cells: WholeCells,
+    runs: UnpatchedRuns,
+    batches: Sequence[Ints],
+    text: Continuation | None,
+) -> CellVectors:
+    run = runs.named(rule.rule.run)
+    every = np.arange(len(run.rows), dtype=np.int64)
+    ends = run.lengths + count_fed_tokens(text, every)
+    draws = 1 if run.noise is None else run.noise.samples
+    blocks = list(_list_blocks(rule, cells, runs.model.shape, draws, int(ends.max())))
+    dtype = torch.promote_types(runs.model.dtype, torch.float32)
+    space = _allocate(sum(block.size for block in blocks), dtype)
+    begins = np.cumsum([0, *(block.size for block in blocks)]).tolist()
+    views = [
+        space[begin : begin + block.size].view(block.shape)
+        for block, begin in zip(blocks, begins, strict=False)
+    ]
+    there = [np.zeros(block.shape[:2], dtype=np.bool_) for block in blocks]
+    for view in views:
+        view.fill_(torch.nan)
+    for batch in batches:
+        lanes = runs.lanes(run, batch, None if text is None else text.atom)
+        for block, view, mask in zip(blocks, views, there, strict=True):
+            _fill_block(rule, cells.cells[block.cell], block, lanes, ends, view, mask)
+        if len(batches) > 1:
+            runs.forget()
+    for block, view, mask in zip(blocks, views, there, strict=True):
+        rows = torch.from_numpy(np.flatnonzero(mask.any(axis=1)))
+        if not len(rows):  # none of them goes as far in this pass
+            continue
+        given = view[rows].flatten(2)
+        try:
+            made = rule.rule.does.of_cell(rule.rule, given)
+        except PythonFailure as failure:
+            raise CellFunctionFailed(failure, cells.cells[block.cell]) from failure
+        view[rows] = made.view(len(rows), *block.shape[1:])
+    found = {
+        (block.cell, block.place, block.draw): (block.units, view)
+        for block, view in zip(blocks, views, strict=True)
+    }
+    return CellVectors(rule, cells, draws, found)
+
+
+def _list_blocks(
+    rule: RulePlan, cells: WholeCells, shape: ModelShape, draws: int, longest: int
+) -> Iterator[_CellBlock]:
+    """What the function is called with, in the order of the calls."""
+    unit_of = point_units(rule.source_table)
+    for index, cell in enumerate(cells.cells):
+        _, points = rule.points.expand(np.array([cell.site]))
+        of_place: dict[SiteLayer, list[int]] = {}
+        for point in points.tolist():
+            source = rule.source_table[point]
+            of_place.setdefault((source.site, source.layer), []).append(int(unit_of[point]))
+        slots = int(rule.written.tokens.counts(cell.runs).max(initial=0))
+        for place, named in of_place.items():
+            _, every = expand_units(np.array(named, dtype=np.int64), unit_count(shape, *place))
+            each = np.unique(every)
+            size = longest if SITES[place[0]].width == "key" else vector_width(shape, *place)
+            for draw in range(draws):
+                own = (len(cell.runs), slots, len(each), size)
+                yield _CellBlock(index, place, each, draw, own)
+
+
+def _allocate(size: int, dtype: torch.dtype) -> Tensor:
+    """[size]: in memory, or in a file that is gone when nobody holds it any more."""
+    kind = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
+    count = size * kind.itemsize
+    if count <= MAX_MEMORY_BYTES:
+        return torch.empty(size, dtype=dtype)
+    with TemporaryFile() as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and no crash later
+            os.posix_fallocate(file.fileno(), 0, count)
+        mapped: NDArray[Any] = np.memmap(file, dtype=kind, mode="r+", shape=(size,))
+        return torch.from_numpy(mapped)
+
+
+def _fill_block(
+    rule: RulePlan,
+    cell: WholeCell,
+    block: _CellBlock,
+    lanes: UnpatchedBatch,
+    ends: Ints,
+    view: Tensor,
+    there: Bools,
+) -> None:
+    """Put the vectors of these prompts into a block, and note which there are.
+
+    ends: [prompt] the first position that isn't there
+    """
+    own = np.flatnonzero(np.isin(cell.prompts, lanes.prompts))
+    index, token = rule.read.tokens.expand(cell.runs[own])
+    slot = count_columns(rule.read.tokens.counts(cell.runs[own]))[1]
+    prompt = cell.prompts[own][index]
+    here = token < ends[prompt]
+    if not here.any():
+        return
+    row, token, slot, prompt = own[index][here], token[here], slot[here], prompt[here]
+    lane = lanes.lane(prompt, np.full(len(prompt), block.draw))
+    read = lanes.reads[SiteRead(*block.place)]
+    at = torch.from_numpy(lane)
+    columns = lanes.batch.columns(at, torch.from_numpy(token))
+    vectors = read[indices_to_device((at, columns), read.device)].to(view)
+    vectors = vectors[:, torch.from_numpy(block.units)]
+    if SITES[block.place[0]].width == "key":  # a prompt's own keys; the rest stays NaN
+        vectors = vectors[..., : view.shape[-1]]
+        keys = torch.arange(vectors.shape[-1])
+        behind = keys >= torch.from_numpy(ends[prompt])[:, None, None]
+        vectors = vectors.masked_fill(behind, torch.nan)
+    where = torch.from_numpy(row), torch.from_numpy(slot)
+    view[(*where, slice(None), slice(vectors.shape[-1]))] = vectors
+    there[row, slot] = True
+
+
+def choose_donors(
+    plan: ExperimentPlan, table: PromptTable, seed: int, kept: Ints
+) -> dict[int, Ints]:
+    """What `MeansAndDonors` has; of the experiment's own block, a permutation of the kept rows."""
+    found: dict[int, Ints] = {}
+    for rule in plan.rules:
+        if rule.rule.does.reads == "donor":
+            apart = rule.rule.apart
+            if apart is None:
+                found[rule.number] = _permute_rows(kept, table.row_keys, seed)
+            else:
+                found[rule.number] = _choose_external_donors(
+                    table, plan.starting_runs[0], apart, seed
+                )
+    return found
+
+
+def _choose_external_donors(
+    table: PromptTable, base: PromptRun, apart: ExternalRun, seed: int
+) -> Ints:
+    """[prompt] a row of another block, drawn by the content of the row; of other text as far as
+    there is one."""
+    keys, run = apart.table.row_keys, apart.table.runs[apart.run]
+    order = sorted(range(len(keys)), key=lambda row: (stable_hash(seed, "donor", keys[row]), row))
+    found = np.empty(len(table), dtype=np.int64)
+    for prompt, key in enumerate(table.row_keys):
+        first = stable_hash(seed, "row of a donor", key) % len(order)
+        around = [*order[first:], *order[:first]]
+        ids = base.rows[prompt].ids
+        found[prompt] = next((row for row in around if run.rows[row].ids != ids), around[0])
+    return found
+
+
+def compute_means(
+    plan: ExperimentPlan, runs: UnpatchedRuns, batches: Sequence[Ints], readout: Readout
+) -> tuple[dict[int, RuleMeans], dict[int, dict[int, RuleMeans]]]:
+    """What `MeansAndDonors` has: averages over the kept rows, streamed by batches of prompts.
+
+    readout: what it has behind the prompts matters where rules act on it.
+    """
+    averaging = {n: rule for n, rule in enumerate(plan.rules) if rule.rule.does.reads == "mean"}
+    means = {
+        number: _compute_rule_means(rule, runs, batches, None) for number, rule in averaging.items()
+    }
+    behind = {
+        text.number: {
+            number: _compute_rule_means(rule, runs, batches, text)
+            for number, rule in averaging.items()
+            if rule.behind
+        }
+        for text in (readout.texts_behind if plan.behind else ())
+    }
+    return means, behind
+
+
+def _permute_rows(kept: Ints, keys: Sequence[int], seed: int) -> Ints:
+    """A seeded permutation of the kept rows without a fixed point; a donor is of other content as
+    far as there are enough of these.
+
+    keys: [prompt], which the order hangs on. Equal rows stand side by side in it, so that a step
+    over as many as the commonest has leads out of each.
+    """
+    drawn = {key: stable_hash(seed, "donor", key) for key in {keys[row] for row in kept.tolist()}}
+    order = np.array(sorted(kept.tolist(), key=lambda row: drawn[keys[row]]), dtype=np.int64)
+    most = max(Counter(keys[row] for row in kept.tolist()).values(), default=0)
+    donors = np.arange(len(keys), dtype=np.int64)
+    donors[order] = np.roll(order, most if most < len(kept) else 1)
+    return donors
+
+
+def _compute_rule_means(
+    rule: RulePlan, runs: UnpatchedRuns, batches: Sequence[Ints], text: Continuation | None
+) -> RuleMeans:
+    """Mean activations over all kept rows, streamed by batches of prompts."""
+    names = rule.rule.groups or ("",) * len(runs.table)
+    codes = np.unique(names, return_inverse=True)[1].astype(np.int64)
+    tokens = rule.averaged.tokens
+    slots = int(tokens.counts(np.arange(len(tokens.offsets) - 1)).max())
+    shape = runs.model.shape
+    places = {(p.site, p.layer) for p in rule.source_table}
+    size = (len(rule.sources), int(codes.max()) + 1)
+    apart = rule.rule.apart
+    run = runs.named(rule.rule.run) if apart is None else apart.table.runs[apart.run]
+    every = np.arange(len(run.rows), dtype=np.int64)
+    longest = int((run.lengths + count_fed_tokens(text, every)).max())
+    sums = {
+        place: torch.zeros(
+            *size,
+            slots,
+            unit_count(shape, *place),
+            longest if SITES[place[0]].width == "key" else vector_width(shape, *place),
+            dtype=torch.float64,
+        )
+        for place in places
+    }
+    counts = torch.zeros(*size, slots, dtype=torch.float64)
+    read = codes if apart is None else np.zeros(len(apart.table), dtype=np.int64)
+    if apart is not None:
+        every = np.arange(len(apart.table), dtype=np.int64)
+        size = max(len(batch) for batch in batches)
+        batches = [every[i : i + size] for i in range(0, len(every), size)]
+    for batch in batches:
+        if apart is None:
+            lanes = runs.lanes(run, batch, None if text is None else text.atom)
+        else:
+            lanes = runs.apart(apart.table, run, batch, places)
+        ends = None
+        if rule.behind:
+            ends = lanes.lengths + np.repeat(count_fed_tokens(text, batch), lanes.draws)
+        _add_to_sums(rule, batch, lanes, read, sums, counts, ends)
+        if len(batches) > 1:
+            runs.forget()
+    divisor = counts.clamp(min=1)[..., None, None]
+    return RuleMeans({place: total / divisor for place, total in sums.items()}, codes)
+
+
+def _add_to_sums(
+    plan: RulePlan,
+    prompts: Ints,
+    lanes: UnpatchedBatch,
+    groups: Ints,
+    sums: dict[SiteLayer, Tensor],
+    counts: Tensor,
+    ends: Ints | None,
+) -> None:
+    """Add these prompts' activations to the sums of a `mean` ablation.
+
+    sums: [position, group, token, unit, width] per place; counts: [position, group, token] how many
+    were added; ends: [lane] the first position that isn't there, None where all are.
+    """
+    positions = np.repeat(np.arange(len(plan.sources)), len(prompts))
+    prompt = np.tile(prompts, len(plan.sources))
+    key = positions * plan.averaged.prompts + prompt
+    index, run = plan.averaged.runs.expand(key)
+    for draw in range(lanes.draws):
+        lane = lanes.lane(prompt[index], np.full(len(index), draw))
+        row, token = plan.averaged.tokens.expand(run)
+        _, slot = count_columns(plan.averaged.tokens.counts(run))
+        if ends is not None:
+            there = token < ends[lane[row]]
+            row, token, slot = row[there], token[there], slot[there]
+        added = tuple(
+            map(torch.from_numpy, (positions[index][row], groups[prompt[index]][row], slot))
+        )
+        for place, total in sums.items():
+            read = lanes.reads[SiteRead(*place)]
+            at = torch.from_numpy(lane[row])
+            places = at, lanes.batch.columns(at, torch.from_numpy(token))
+            vectors = read[indices_to_device(places, read.device)]
+            vectors = vectors[..., : total.shape[-1]]  # those over keys may be padded
+            total.index_put_(added, vectors.to(total), accumulate=True)
+        counts.index_put_(added, torch.ones(len(slot), dtype=counts.dtype), accumulate=True)
+
+
+def report_cell_failure(failed: CellFunctionFailed, plan: ExperimentPlan) -> Diagnostic:
+    """E0223 of a function that was given all rows of a cell."""
+    rows = 0 if isinstance(failed.failure, PythonNotLoaded) else len(failed.cell.runs)
+    words = describe_cell(plan, failed.cell.cell)
+    seen = UnusableRow(int(failed.cell.prompts[0]), plan.experiment.spec.base, words)
+    problem = MeasureFailure(failed.failure.diagnostic, None, rows)
+    return report_function_failure(problem, plan.experiment, seen)
+
+
+@dataclass(frozen=True, eq=False)
+class DerivedRuns:
+    """The runs with rules of one panel; each may read those before it."""
+
+    plans: Mapping[str, ExperimentPlan]
+    runs: UnpatchedRuns
+    donors: Mapping[str, Mapping[int, Ints]]
+    """By name and number of the rule, [prompt] the row that replaces it, for `resample`."""
+    cells: Mapping[str, Mapping[int, WholeCells]]
+    """By name and number of the rule, the rows that a function is given at once."""
+    directions: Mapping[str, FittedDirections]
+    batches: Sequence[Ints]
+    """Prompts that means are of."""
+    _written: dict[str, RuleInputs] = field(default_factory=dict[str, RuleInputs])
+
+    @staticmethod
+    def define(
+        plans: Mapping[str, ExperimentPlan],
+        runs: UnpatchedRuns,
+        batches: Sequence[Ints],
+        fits: DirectionFits,
+    ) -> tuple[DerivedRuns, list[Diagnostic]]:
+        """The runs, which can be read from then on; and why one can't be made: E0223 for a function
+        that fails, E0641 for a direction that is nothing.
+
+        batches: of the rows that means and donors are of, and that functions are given.
+        """
+        kept = np.concatenate([np.arange(0), *batches])
+        directions = {name: fits.of(plan) for name, plan in plans.items()}
+        found = DerivedRuns(
+            plans,
+            runs,
+            {
+                name: choose_donors(plan, runs.table, runs.seed, kept)
+                for name, plan in plans.items()
+            },
+            {name: collect_whole_cells(plan, plan.rows(kept)) for name, plan in plans.items()},
+            {name: own for name, (own, _) in directions.items()},
+            batches,
+        )
+        problems = [problem for _, own in directions.values() for problem in own]
+        runs.rules_of = found.rules
+        for name, plan in plans.items() if not problems else ():
+            if found.cells[name]:  # functions that fail do so before anything else is run
+                try:
+                    found.written(name)
+                except CellFunctionFailed as failed:
+                    return found, [report_cell_failure(failed, plan)]
+        return found, problems
+
+    def written(self, name: str) -> RuleInputs:
+        """What the rules of a run write beside what runs have on the same prompt. Means are taken
+        when something is first read of it: its values may all be known."""
+        if name not in self._written:
+            plan, cells, readout = self.plans[name], self.cells[name], Readout.of(())
+            means, behind = compute_means(plan, self.runs, self.batches, readout)
+            made = compute_cell_vectors(plan, cells, self.runs, self.batches, readout)
+            directions = self.directions[name]
+            self._written[name] = RuleInputs(means, behind, self.donors[name], made, directions)
+        return self._written[name]
+
+    def rules(self, run: PromptRun, prompts: Ints, draw: Ints, batch: Ints) -> RuleWrites:
+        """What the rules of a run write in rows that start there; those of the run that it is made
+        of are still in place, where its own set nothing else.
+
+        prompts, draw: [row]; batch: the prompts in work.
+        """
+        if run.derived is None:
+            return RuleWrites()
+        plan, written = self.plans[run.name], self.written(run.name)
+        none = np.zeros(len(prompts), dtype=np.int64)
+        rows = RowTable(none, prompts, none)
+
+        def lanes_of(rule: RulePlan) -> UnpatchedBatch:
+            donors, apart = written.donors.get(rule.number), rule.rule.apart
+            due = batch if donors is None else np.unique(donors[batch])
+            if apart is not None:
+                places = {(point.site, point.layer) for point in rule.source_table}
+                return self.runs.apart(apart.table, apart.table.runs[apart.run], due, places)
+            return self.runs.lanes(self.runs.named(rule.rule.run), due, alone=donors is not None)
+
+        shape = self.runs.model.shape
+        before = self.rules(self.runs.named(run.derived.base), prompts, draw, batch)
+        return before.then(build_rule_writes(plan, rows, draw, lanes_of, written, shape))

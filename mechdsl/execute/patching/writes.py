@@ -1,0 +1,629 @@
+"""Vectors, edges and position ids that rules write into rows, also during generation."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Bools, Ints
+from mechdsl.execute.unpatched_batch import Continuation, UnpatchedBatch, count_fed_tokens
+from mechdsl.execute.vectors import FittedDirections
+from mechdsl.forward.generation.rules import GenerationRules, StepEdge, StepRules
+from mechdsl.forward.hooks.batch import (
+    EdgeWrite,
+    PositionIdWrite,
+    RuleWrites,
+    SiteRead,
+    SiteWrite,
+    WriteMode,
+    array_to_device,
+    arrays_to_device,
+    gather_vectors,
+)
+from mechdsl.models.shape import ModelShape, unit_count, vector_width
+from mechdsl.planner.plan import ExperimentPlan, WholeCells
+from mechdsl.planner.rows import (
+    ALL_TOKENS,
+    ALL_UNITS,
+    NEWEST_TOKEN,
+    NO_TOKENS,
+    RowTable,
+    RulePlan,
+    count_columns,
+    expand_units,
+    point_units,
+)
+from mechdsl.resolve.types import SiteLayer
+from mechdsl.vocab.sites import SITES
+
+
+@dataclass(frozen=True, eq=False)
+class CellVectors:
+    """What one rule writes, for every cell."""
+
+    plan: RulePlan
+    cells: WholeCells
+    draws: int
+    """Of noise, in the run that is read."""
+    blocks: Mapping[tuple[int, SiteLayer, int], tuple[Ints, Tensor]]
+    """By index of the cell, place that is read, and draw: the units, and the vectors, [row,
+    position, unit, width]."""
+
+    def read(
+        self, rows: RowTable, row: Ints, slot: Ints, place: SiteLayer, unit: Ints, draws: Ints
+    ) -> Tensor:
+        """[K, width] for K vectors of one place: row, token of its position, head or neuron.
+
+        draws: [row]
+        """
+        cell, within = self.cells.place(self.plan, rows)
+        draw = draws[row] if self.draws > 1 else np.zeros_like(row)
+        found: Tensor | None = None
+        kinds = np.stack([cell[row], draw])
+        for index, number in np.unique(kinds, axis=1).T.tolist():
+            own = np.flatnonzero((kinds[0] == index) & (kinds[1] == number))
+            there, block = self.blocks[index, place, number]
+            where = (within[row[own]], slot[own], np.searchsorted(there, unit[own]))
+            values = block[tuple(map(torch.from_numpy, where))]
+            if found is None:
+                found = values.new_zeros(len(row), values.shape[-1])
+            found[torch.from_numpy(own)] = values
+        return torch.zeros(0, 1) if found is None else found
+
+
+@dataclass(frozen=True, eq=False)
+class RuleMeans:
+    """The mean activations that a rule writes."""
+
+    values: Mapping[SiteLayer, Tensor]
+    """[position, group, token of the position, unit, width]."""
+    groups: Ints
+    """[prompt] its group."""
+
+
+@dataclass(frozen=True, eq=False)
+class RuleInputs:
+    """What the rules of an experiment write, beside the source run."""
+
+    means: Mapping[int, RuleMeans]
+    """By number of the rule."""
+    behind: Mapping[int, Mapping[int, RuleMeans]]
+    """The same with a text behind the prompts, by number of the metric that reads it; of rules that
+    act on tokens behind the prompts."""
+    donors: Mapping[int, Ints]
+    """By number of the rule, [prompt] the row whose activation replaces it, for `resample`: of the
+    same block, or of the other one that the rule names."""
+    made: Mapping[tuple[int, int | None], CellVectors] = field(
+        default_factory=dict[tuple[int, int | None], CellVectors]
+    )
+    """As `made_of_cells` gives it."""
+    directions: FittedDirections = field(default_factory=FittedDirections)
+
+    def made_with(self, rule: int, text: Continuation | None) -> CellVectors | None:
+        """What a rule writes in passes with this text behind the prompts, if it is made of whole
+        cells."""
+        behind = None if text is None else self.made.get((rule, text.number))
+        return self.made.get((rule, None)) if behind is None else behind
+
+    def of(self, text: Continuation | None) -> Mapping[int, RuleMeans]:
+        """By number of the rule, the means in passes with this text behind the prompts."""
+        return self.means if text is None else {**self.means, **self.behind.get(text.number, {})}
+
+
+RuleReader: TypeAlias = Callable[[RulePlan], UnpatchedBatch]
+"""The run that a rule reads → its lanes on the current prompts, or on their donors."""
+
+
+@dataclass(frozen=True, eq=False)
+class _WriteEntries:
+    """Every vector that one rule writes, as parallel columns."""
+
+    row: Ints
+    written: Ints
+    read: Ints
+    slot: Ints
+    """Which of the joined tokens it is."""
+    point: Ints
+
+
+def find_read_prompts(plan: RulePlan, rows: RowTable, means_and_donors: RuleInputs) -> Ints:
+    """The prompt whose activation each row reads."""
+    donors = means_and_donors.donors.get(plan.number)
+    return rows.prompt if donors is None else donors[rows.prompt]
+
+
+def select_readable_rows(
+    plan: ExperimentPlan,
+    rows: RowTable,
+    means_and_donors: RuleInputs,
+    texts: Sequence[Continuation | None],
+) -> Ints:
+    """Indices of the rows that find all that they read: a donor that has the position too, and no
+    token of an answer that is predicted only, in a pass where it would be written.
+
+    texts: behind the prompts of the passes that are measured.
+    """
+    good = np.ones(len(rows), dtype=np.bool_)
+    for rule in plan.rules:
+        if rule.rule.does.reads == "donor":
+            position = rule.position_of_cell[rows.cell]
+            key = position * rule.read.prompts + find_read_prompts(rule, rows, means_and_donors)
+            good &= (rule.read.runs.counts(key) > 0) | ~rule.acts(rows)
+    found = np.flatnonzero(good)
+    own = rows.take(found)
+    fine = np.ones(len(found), dtype=np.bool_)
+    for rule in plan.rules:
+        if rule.behind:
+            tokens = _list_tokens(rule, own, means_and_donors)
+            for text in texts:
+                written, read = _find_present(plan, rule, own, tokens, means_and_donors, text)
+                written &= rule.acts(own)[tokens.row]
+                fine[tokens.row[written & ~read]] = False
+    return found[fine]
+
+
+def find_pass_ends(plan: ExperimentPlan, rows: RowTable, text: Continuation | None) -> Ints | None:
+    """[row] the first position that a pass with this text behind its prompts doesn't have; None
+    where no rule acts on tokens behind the prompts, so that it needn't be asked."""
+    return plan.lengths(rows) + count_fed_tokens(text, rows.prompt) if plan.behind else None
+
+
+@dataclass(frozen=True, eq=False)
+class _WriteTokens:
+    """Every token that one rule writes, as parallel columns."""
+
+    row: Ints
+    written: Ints
+    read: Ints
+    slot: Ints
+    """Which of the joined tokens it is."""
+
+
+def _list_tokens(plan: RulePlan, rows: RowTable, means_and_donors: RuleInputs) -> _WriteTokens:
+    """The tokens that the rule writes, whether or not they are there."""
+    position = plan.position_of_cell[rows.cell]
+    written_run = plan.written_runs(rows)
+    read_run = plan.read.run(
+        position, find_read_prompts(plan, rows, means_and_donors), rows.alternative
+    )
+    row, written = plan.written.tokens.expand(written_run)
+    _, slot = count_columns(plan.written.tokens.counts(written_run))
+    read = plan.read.tokens.values[plan.read.tokens.offsets[read_run][row] + slot]
+    return _WriteTokens(row, written, read, slot)
+
+
+def _find_present(
+    plan: ExperimentPlan,
+    rule: RulePlan,
+    rows: RowTable,
+    tokens: _WriteTokens,
+    means_and_donors: RuleInputs,
+    text: Continuation | None,
+) -> tuple[Bools, Bools]:
+    """[token] whether a pass with this text behind its prompts has it; whether the run that is read
+    has the one that is written there."""
+    ends = plan.lengths(rows) + count_fed_tokens(text, rows.prompt)
+    written = tokens.written < ends[tokens.row]
+    if rule.rule.does.reads not in ("run", "donor", "cell"):
+        return written, np.ones_like(written)
+    prompts = find_read_prompts(rule, rows, means_and_donors)
+    lengths = plan.experiment.table.runs[rule.rule.run].lengths[prompts]
+    return written, tokens.read < (lengths + count_fed_tokens(text, prompts))[tokens.row]
+
+
+def _list_entries(
+    plan: ExperimentPlan,
+    rule: RulePlan,
+    rows: RowTable,
+    means_and_donors: RuleInputs,
+    text: Continuation | None,
+) -> _WriteEntries:
+    """What the rule writes, as far as it is there."""
+    tokens = _list_tokens(rule, rows, means_and_donors)
+    there = np.ones(len(tokens.row), dtype=np.bool_)
+    if rule.behind:  # in a pass that isn't measured, what is read may be missing
+        written, read = _find_present(plan, rule, rows, tokens, means_and_donors, text)
+        there = written & read
+    row, *others = (each[there] for each in (tokens.row, tokens.written, tokens.read, tokens.slot))
+    index, point = rule.points.expand(rule.site_of_cell[rows.cell][row])
+    written, read, slot = (each[index] for each in others)
+    return _WriteEntries(row[index], written, read, slot, point)
+
+
+def build_writes(
+    plan: ExperimentPlan,
+    rows: RowTable,
+    draws: Ints,
+    lanes_of: RuleReader,
+    means_and_donors: RuleInputs,
+    shape: ModelShape,
+    text: Continuation | None = None,
+    *,
+    senders: bool = True,
+) -> list[SiteWrite]:
+    """The writes of these rows, with this text behind the prompts; senders: of paths too.
+
+    At one site and layer they act in the order of the file, each on what those before it left;
+    where two rules set the same vector, the later one stands.
+    """
+    parts: dict[SiteLayer, list[RuleWrite]] = defaultdict(list)
+    for rule in plan.rules:
+        if rule.rule.does.changes != "sites" or (rule.paths is not None and not senders):
+            continue
+        entries = _list_entries(plan, rule, rows, means_and_donors, text)
+        pairs = [
+            ((to.site, to.layer), (of.site, of.layer))
+            for to, of in zip(rule.point_table, rule.source_table, strict=True)
+        ]
+        places = sorted(set(pairs), key=str)
+        place_of_point = np.array([places.index(pair) for pair in pairs], dtype=np.int64)
+        unit_of_point, unit_of_source = (
+            point_units(rule.point_table),
+            point_units(rule.source_table),
+        )
+        own = place_of_point[entries.point]
+        for index in np.unique(own):
+            to, of = places[index]
+            chosen = np.flatnonzero(own == index)
+            unit = unit_of_point[entries.point[chosen]]
+            again, unit = expand_units(unit, unit_count(shape, *to))
+            chosen = chosen[again]
+            read = unit_of_source[entries.point[chosen]]
+            read = np.where(read == ALL_UNITS, unit, read)
+            asked = _RuleVectors(
+                rule,
+                of,
+                entries,
+                chosen,
+                read,
+                rows,
+                draws,
+                lanes_of,
+                means_and_donors.of(text),
+                means_and_donors.made_with(rule.number, text),
+                means_and_donors,
+                shape,
+            )
+            values = rule.rule.does.values(rule.rule, asked)
+            spots = entries.row[chosen], entries.written[chosen], unit
+            mode = rule.rule.does.mode
+            where = asked.amounts if mode == "along" else None
+            parts[to].append(RuleWrite(*spots, values, mode, where, rule.number))
+    apart = any(rule.does.mode == "step" for rule in plan.experiment.rules)
+    return [
+        write
+        for place, found in parts.items()
+        for write in _merge_in_order(place, found, apart=apart)
+    ]
+
+
+def build_edges(
+    plan: ExperimentPlan, rows: RowTable, shape: ModelShape, text: Continuation | None = None
+) -> list[EdgeWrite]:
+    """The edges of attention that these rows change, in the order of the file."""
+    found: list[EdgeWrite] = []
+    ends = find_pass_ends(plan, rows, text)
+    for rule in plan.rules:
+        edge = rule.rule.edge
+        if edge is None or edge.change is None or rule.keys is None:
+            continue
+        keys = rule.key_runs(rows)
+        row, query = rule.written.tokens.expand(rule.written_runs(rows))
+        if ends is not None:
+            there = query < ends[row]
+            row, query = row[there], query[there]
+        index, point = rule.points.expand(rule.site_of_cell[rows.cell][row])
+        layer = np.array([p.layer for p in rule.point_table], dtype=np.int64)[point]
+        unit = point_units(rule.point_table)[point]
+        for at in np.unique(layer):
+            chosen = np.flatnonzero(layer == at)
+            again, head = expand_units(unit[chosen], unit_count(shape, "pattern", int(at)))
+            chosen = chosen[again]
+            row_of = row[index[chosen]]
+            entry, key = rule.keys.tokens.expand(keys[row_of])
+            if ends is not None:
+                there = key < ends[row_of[entry]]
+                entry, key = entry[there], key[there]
+            found.append(
+                EdgeWrite(
+                    int(at),
+                    edge.change,
+                    torch.from_numpy(row_of),
+                    torch.from_numpy(query[index[chosen]]),
+                    torch.from_numpy(head),
+                    torch.from_numpy(entry),
+                    torch.from_numpy(key),
+                    torch.from_numpy(rule.amounts[rows.cell[row_of]]),
+                )
+            )
+    return found
+
+
+def build_rule_writes(
+    plan: ExperimentPlan,
+    rows: RowTable,
+    draws: Ints,
+    lanes_of: RuleReader,
+    means_and_donors: RuleInputs,
+    shape: ModelShape,
+    text: Continuation | None = None,
+    *,
+    senders: bool = True,
+) -> RuleWrites:
+    """All that the rules of these rows do, with this text behind the prompts; senders: of paths
+    too."""
+    given = (lanes_of, means_and_donors, shape, text)
+    return RuleWrites(
+        build_writes(plan, rows, draws, *given, senders=senders),
+        build_edges(plan, rows, shape, text),
+        build_position_ids(plan, rows, text),
+        plan.replaced_blocks(int(rows.cell[0])) if len(rows) else (),
+    )
+
+
+def build_position_ids(
+    plan: ExperimentPlan, rows: RowTable, text: Continuation | None = None
+) -> list[PositionIdWrite]:
+    """The position ids that these rows change, in the order of the file."""
+    found: list[PositionIdWrite] = []
+    ends = find_pass_ends(plan, rows, text)
+    for rule in plan.rules:
+        if rule.rule.does.changes != "positions":
+            continue
+        written = rule.written_runs(rows)
+        row, token = rule.written.tokens.expand(written)
+        _, place = count_columns(rule.written.tokens.counts(written))
+        number = rule.amounts[rows.cell[row]].astype(np.int64) + place
+        if ends is not None:
+            there = token < ends[row]
+            row, token, number = row[there], token[there], number[there]
+        found.append(PositionIdWrite(*map(torch.from_numpy, (row, token, number))))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _RuleVectors:
+    """What an intervention is asked for at one place: `resolve.types.Vectors`."""
+
+    plan: RulePlan
+    place: SiteLayer
+    """Where is read."""
+    entries: _WriteEntries
+    chosen: Ints
+    """[K] indices into the entries."""
+    unit: Ints
+    """[K]"""
+    rows: RowTable
+    draws: Ints
+    lanes_of: RuleReader
+    means: Mapping[int, RuleMeans]
+    made: CellVectors | None
+    means_and_donors: RuleInputs
+    shape: ModelShape
+
+    @property
+    def row(self) -> Ints:
+        """[K]"""
+        return self.entries.row[self.chosen]
+
+    @property
+    def amounts(self) -> Tensor:
+        return torch.from_numpy(self.plan.amounts[self.rows.cell[self.row]])
+
+    @property
+    def width(self) -> int:
+        return 1 if SITES[self.place[0]].width == "key" else vector_width(self.shape, *self.place)
+
+    def direction(self) -> Tensor:
+        return self.means_and_donors.directions.of(self.plan, self.rows.cell[self.row])
+
+    def read(self) -> Tensor:
+        if self.made is not None:
+            slot = self.entries.slot[self.chosen]
+            return self.made.read(self.rows, self.row, slot, self.place, self.unit, self.draws)
+        return self._mean() if self.plan.rule.does.reads == "mean" else self._activation()
+
+    def _mean(self) -> Tensor:
+        means = self.means[self.plan.number]
+        values = means.values[self.place]
+        index = (
+            self.plan.position_of_cell[self.rows.cell[self.row]],
+            means.groups[self.rows.prompt[self.row]],
+            self.entries.slot[self.chosen],
+            self.unit,
+        )
+        return values[arrays_to_device(index, values.device)]
+
+    def _activation(self) -> Tensor:
+        lanes = self.lanes_of(self.plan)
+        prompts = find_read_prompts(self.plan, self.rows, self.means_and_donors)
+        lane = lanes.lane(prompts[self.row], self.draws[self.row])
+        return gather_vectors(
+            lanes.reads[SiteRead(*self.place)],
+            lanes.batch,
+            torch.from_numpy(lane),
+            torch.from_numpy(self.entries.read[self.chosen]),
+            torch.from_numpy(self.unit),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class RuleWrite:
+    """What one rule writes at one place."""
+
+    row: Ints
+    position: Ints
+    unit: Ints
+    values: Tensor
+    mode: WriteMode = "set"
+    to: Tensor | None = None
+    rule: int = -1
+    """The number of the rule."""
+
+
+def _merge_in_order(
+    place: SiteLayer, parts: Sequence[RuleWrite], *, apart: bool
+) -> Iterator[SiteWrite]:
+    """The writes of one place: adjacent rules that set vectors are one write, all others are
+    separate.
+
+    apart: no two rules are one write, as a step reads the vectors between two rules.
+    """
+    for sets, group in groupby(parts, lambda part: part.mode == "set" and not apart):
+        if sets:
+            yield join_writes(place, list(group))
+            continue
+        for part in group:
+            yield join_writes(place, [part])
+
+
+def join_writes(place: SiteLayer, found: Sequence[RuleWrite]) -> SiteWrite:
+    """All vectors of one place; of equal ones the last stands."""
+    row = np.concatenate([part.row for part in found])
+    position = np.concatenate([part.position for part in found])
+    unit = np.concatenate([part.unit for part in found])
+    longest = max(part.values.shape[1] for part in found)  # vectors over keys, of several rules
+    last_values = found[-1].values
+    values = torch.cat([_widen_keys(part.values, longest).to(last_values) for part in found])
+    to = found[-1].to
+    key = np.stack([row, position, unit])
+    _, last = np.unique(key[:, ::-1], axis=1, return_index=True)
+    if len(last) < len(row):
+        keep = np.sort(len(row) - 1 - last)
+        row, position, unit = row[keep], position[keep], unit[keep]
+        values = values[array_to_device(keep, values.device)]
+        to = None if to is None else to[array_to_device(keep, to.device)]
+    site, layer = place
+    return SiteWrite(
+        site,
+        layer,
+        torch.from_numpy(row),
+        torch.from_numpy(position),
+        torch.from_numpy(unit),
+        values,
+        mode=found[-1].mode,
+        to=to,
+        rule=found[-1].rule,
+    )
+
+
+def _widen_keys(values: Tensor, width: int) -> Tensor:
+    """[K, width]: what lies behind a vector over keys is never seen."""
+    if values.shape[1] == width:
+        return values
+    return values[:, torch.arange(width).clamp(max=values.shape[1] - 1)]
+
+
+def select_prefill_rules(plan: ExperimentPlan) -> ExperimentPlan:
+    """The plan with the rules that act in the prefill."""
+    if plan.experiment.generation is None:
+        return plan
+    rules: list[RulePlan] = []
+    for rule in plan.rules:
+        if rule.rule.in_prefill:
+            there = None if rule.steps is None else rule.steps[:, 0] == 0
+            rules.append(rule if there is None or there.all() else rule.within(there))
+    return replace(plan, rules=tuple(rules))
+
+
+def build_generation_rules(
+    plan: ExperimentPlan,
+    rows: RowTable,
+    draws: Ints,
+    lanes_of: RuleReader,
+    means_and_donors: RuleInputs,
+    shape: ModelShape,
+) -> GenerationRules:
+    """What the rules of these rows do behind the prefill. At the newest token a rule writes what it
+    writes at the last of its tokens in the prompt."""
+    kept: list[SiteWrite] = []
+    steps: list[StepRules] = []
+    for rule in plan.rules:
+        alone = replace(plan, rules=(rule,))
+
+        def of(own: Ints, alone: ExperimentPlan = alone) -> RuleWrites:
+            given = (lanes_of, means_and_donors, shape)
+            found = build_rule_writes(alone, rows.take(own), draws[own], *given)
+            return found.moved(torch.from_numpy(own))
+
+        if rule.rule.after_prefill:
+            kept += of(np.arange(len(rows))).writes
+            continue
+        for also, following in _iter_following(rule, rows):
+            for first, last, own in _iter_steps(rule, rows, following):
+                found = of(own)
+                steps.append(
+                    StepRules(
+                        first=max(first, 1),
+                        last=last,
+                        writes=tuple(map(_keep_last_write, found.writes)),
+                        edges=tuple(StepEdge(_keep_last_edge(e, also), also) for e in found.edges),
+                        blocks=found.blocks,
+                    )
+                )
+    return GenerationRules(tuple(kept), tuple(steps))
+
+
+ExtraKeys = Literal["", "newest", "written"]
+
+
+def _iter_following(rule: RulePlan, rows: RowTable) -> Iterator[tuple[ExtraKeys, Ints]]:
+    """The rows in which a rule follows the newest token, by what is a key there beside tokens of
+    the prompt."""
+    follows = rule.acts(rows) & (rule.follows[rule.position_of_cell[rows.cell]] != NO_TOKENS)
+    keys = np.full(len(rows), NO_TOKENS)
+    if rule.key_of_cell is not None:
+        keys = rule.keys_follow[rule.key_of_cell[rows.cell]]
+    kinds: tuple[tuple[ExtraKeys, Bools], ...] = (
+        ("", keys == NO_TOKENS),
+        ("newest", keys == NEWEST_TOKEN),
+        ("written", keys == ALL_TOKENS),
+    )
+    for also, own in kinds:
+        found = np.flatnonzero(follows & own)
+        if len(found):
+            yield also, found
+
+
+def _iter_steps(
+    rule: RulePlan, rows: RowTable, own: Ints
+) -> Iterator[tuple[int, int | None, Ints]]:
+    """(first, last step, those of these rows in which a rule acts then), but for step 0 alone."""
+    if rule.steps is None:
+        yield 0, None, own  # of the last token too, which is read in replies and predicts none
+        return
+    ends, which = np.unique(rule.steps[rows.cell[own]], axis=0, return_inverse=True)
+    for number, (first, last) in enumerate(ends.tolist()):
+        if last > 0:
+            yield first, last, own[which.reshape(-1) == number]
+
+
+def _is_last(rows: Tensor, positions: Tensor) -> Tensor:
+    """[K] which of the places are the last of their row."""
+    if not len(rows):
+        return torch.zeros(0, dtype=torch.bool)
+    last = torch.full((int(rows.max()) + 1,), -1)
+    last = last.scatter_reduce(0, rows, positions, "amax")
+    return positions == last[rows]
+
+
+def _keep_last_write(write: SiteWrite) -> SiteWrite:
+    """Of each row, what is written at the last of its tokens."""
+    return write.some(_is_last(write.rows, write.positions))
+
+
+def _keep_last_edge(edge: EdgeWrite, also: ExtraKeys) -> EdgeWrite:
+    """Of each row, the query that is the last of its tokens; its own token, which the newest one
+    stands for, is no key."""
+    edge = edge.some(_is_last(edge.rows, edge.queries))
+    if also != "newest":
+        return edge
+    others = edge.keys != edge.queries[edge.entries]
+    return replace(edge, entries=edge.entries[others], keys=edge.keys[others])

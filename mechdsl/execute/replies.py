@@ -1,0 +1,272 @@
+"""Generated text of a panel's rows, looked up in the store or generated.
+
+Each reply is stored under its own key, token by token, as soon as its pass is done, so that an
+interrupted run resumes there. Metrics of replies are recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mechdsl.base.arrays import Ints
+from mechdsl.base.hashing import digest, digest_number
+from mechdsl.execute.unpatched_batch import build_noise_writes
+from mechdsl.forward.generation.decoding import Decoding
+from mechdsl.forward.generation.replies import generate_replies
+from mechdsl.forward.generation.rules import GenerationRules, RowChoice
+from mechdsl.forward.hooks.batch import RuleWrites
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.planner.rows import RowTable
+from mechdsl.planner.value_keys import ExperimentKeys, RunContents
+from mechdsl.program.spec import Generation
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PromptRun
+from mechdsl.store.runs import OpenRun, ValueBlock
+from mechdsl.vocab.metrics import Reply
+
+_END_REASONS = ("end", "stop", "length")
+
+
+class ReplyCache:
+    """Replies of one panel in the store."""
+
+    def __init__(
+        self,
+        run: OpenRun,
+        contents: RunContents,
+        table: PromptTable,
+        settings: tuple[object, ...],
+        ends: frozenset[int],
+    ) -> None:
+        """settings: of `generate`. ends: the tokens that end a reply."""
+        self._run = run
+        self._contents = contents
+        self._table = table
+        self._shared = digest("reply", settings, ends)
+        self.keys: dict[str, ExperimentKeys] = {}
+        """By the key of an experiment; without those that can't be told apart by their content."""
+
+    def of_run(self, run: PromptRun, prompts: Ints) -> list[bytes]:
+        """Per prompt, what a run's reply hangs on, beside what is drawn."""
+        model = self._contents.models[run.model or self._contents.model]
+        rows = self._contents.of(run, self._table)[prompts].tolist()
+        return [digest("run", self._shared, model, row) for row in rows]
+
+    def of_rows(self, experiment: str, rows: RowTable) -> list[bytes] | None:
+        """Per row of an experiment the same; None where that can't be said."""
+        keys = self.keys.get(experiment)
+        return None if keys is None else keys.of_rows(rows, self._shared)
+
+    def find(self, keys: Sequence[bytes], model: LoadedModel) -> dict[int, Reply]:
+        """Number of a key → its reply, where there is one."""
+        found = {**self._run.earlier(keys), **self._run.own(keys)}
+        return {
+            number: _decode_reply(found[key][1][:, 0].astype(np.int64).tolist(), model)
+            for number, key in enumerate(keys)
+            if key in found
+        }
+
+    def keep(self, keys: Sequence[bytes], replies: Sequence[Reply]) -> None:
+        """Keep replies; they are on the disk when this returns."""
+        every = zip(keys, replies, strict=True)
+        known = {key: reply for key, reply in every if reply.ended != "broken"}
+        if not known:
+            return
+        parts = [
+            [_END_REASONS.index(reply.ended), len(reply.text), *reply.ids]
+            for reply in known.values()
+        ]
+        starts = np.cumsum([0, *map(len, parts)]).astype(np.int64)
+        rows = np.concatenate([np.arange(len(part), dtype=np.uint64) for part in parts])
+        values = np.concatenate([np.array(part, dtype=np.float64) for part in parts])
+        self._run.keep(ValueBlock(list(known), starts, rows, values[:, None]))
+
+
+def _decode_reply(numbers: Sequence[int], model: LoadedModel) -> Reply:
+    ended, length, *ids = numbers
+    assert model.tokenizer is not None
+    return Reply(tuple(ids), model.tokenizer.decode(ids)[:length], _END_REASONS[ended])
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationRequest:
+    """Rows that write, with what acts in them."""
+
+    run: PromptRun
+    prompts: Ints
+    """[row]"""
+    draw: Ints
+    """[row] of noise."""
+    keys: Sequence[int]
+    """[row] what a row is beside its prompt: sampling hangs on it."""
+    prefill: RuleWrites
+    later: GenerationRules
+    contents: Sequence[bytes] | None = None
+    """[row] what its reply hangs on, beside what is drawn; None where it isn't kept."""
+
+
+class ReplyGenerator:
+    """Lets rows write as an experiment says."""
+
+    def __init__(
+        self,
+        model_of: Callable[[PromptRun], LoadedModel],
+        table: PromptTable,
+        seed: int,
+        generation: Generation,
+        *,
+        cached: bool,
+    ) -> None:
+        self.model_of = model_of
+        self.table = table
+        self.seed = seed
+        self.generation = generation
+        self.cached = cached
+        self.kept: ReplyCache | None = None
+        self._of_runs: dict[tuple[object, ...], list[tuple[Reply, ...]]] = {}
+
+    def forget(self) -> None:
+        """Free what runs wrote."""
+        self._of_runs.clear()
+
+    def of_run(self, run: PromptRun, prompts: Ints) -> list[tuple[Reply, ...]]:
+        """Per prompt and draw of noise, side by side, what an unpatched run writes: one text for
+        each sample."""
+        key = (id(run), prompts.tobytes())
+        if key not in self._of_runs:
+            rows = np.repeat(prompts, run.draws)
+            self._of_runs[key] = self.of_rows(
+                GenerationRequest(
+                    run=run,
+                    prompts=rows,
+                    draw=np.tile(np.arange(run.draws), len(prompts)),
+                    keys=[_random_key(run, prompt) for prompt in rows.tolist()],
+                    prefill=RuleWrites(),
+                    later=GenerationRules(),
+                    contents=self.kept and self.kept.of_run(run, rows),
+                )
+            )
+        return self._of_runs[key]
+
+    def of_rows(self, rows: GenerationRequest) -> list[tuple[Reply, ...]]:
+        """Per row, one text for each sample."""
+        model, samples = self.model_of(rows.run), self.generation.samples
+        count, table = len(rows.prompts), self.table
+        noise = build_noise_writes(model, rows.run.noise, rows.prompts, table.row_keys, self.seed)
+        prefill, later = RuleWrites(noise).then(rows.prefill), rows.later
+        if samples > 1:
+            parts = [torch.arange(count) * samples + n for n in range(samples)]
+            first, others = parts[0], parts[1:]
+            whole, after = prefill.moved(first), later.moved(first)
+            for part in others:
+                whole, after = whole.then(prefill.moved(part)), after.then(later.moved(part))
+            prefill, later = whole, after
+        lanes = [
+            (prompt, draw, key, sample)
+            for prompt, draw, key in zip(
+                rows.prompts.tolist(), rows.draw.tolist(), rows.keys, strict=True
+            )
+            for sample in range(samples)
+        ]
+        asked = _ReplyRequest(
+            prompts=[rows.run.rows[prompt].ids for prompt, *_ in lanes],
+            random=[(self.seed, table.row_keys[prompt], *drawn) for prompt, *drawn in lanes],
+            groups=np.repeat(np.arange(count), samples),
+            prefill=prefill,
+            later=later,
+        )
+        replies = self._known(model, rows, asked)
+        return [tuple(replies[n : n + samples]) for n in range(0, len(replies), samples)]
+
+    def _known(
+        self, model: LoadedModel, rows: GenerationRequest, asked: _ReplyRequest
+    ) -> list[Reply]:
+        """Replies from the store, and those that have to be written."""
+        if self.kept is None or rows.contents is None:
+            return self._write(model, asked)
+        samples = self.generation.samples
+        drawn = asked.random if self.generation.sampled else [own[2::2] for own in asked.random]
+        keys = [digest(rows.contents[n // samples], *own) for n, own in enumerate(drawn)]
+        found = self.kept.find(keys, model)
+        missing = [n for n in range(len(keys)) if n not in found]
+        if missing:
+            replies = self._write(model, asked.some(missing))
+            self.kept.keep([keys[n] for n in missing], replies)
+            found |= dict(zip(missing, replies, strict=True))
+        return [found[n] for n in range(len(keys))]
+
+    def _write(self, model: LoadedModel, asked: _ReplyRequest) -> list[Reply]:
+        return generate_replies(
+            model,
+            asked.prompts,
+            _build_decoding(model, self.generation),
+            prefill=asked.prefill,
+            kept=asked.later.kept,
+            steps=asked.later.steps,
+            random=asked.random,
+            groups=asked.groups,
+            cached=self.cached,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _ReplyRequest:
+    """Replies that are wanted."""
+
+    prompts: Sequence[tuple[int, ...]]
+    random: Sequence[tuple[int, ...]]
+    """[row] seed, content of the prompt, draw of noise, content of the cell, sample."""
+    groups: Ints
+    prefill: RuleWrites
+    later: GenerationRules
+
+    def some(self, rows: Sequence[int]) -> _ReplyRequest:
+        """Those of some rows."""
+        chosen, later = RowChoice(len(self.prompts), rows), self.later
+        return _ReplyRequest(
+            [self.prompts[row] for row in rows],
+            [self.random[row] for row in rows],
+            self.groups[np.array(rows)],
+            chosen.rules(self.prefill),
+            GenerationRules(
+                tuple(map(chosen.write, later.kept)), tuple(map(chosen.step_rules, later.steps))
+            ),
+        )
+
+
+def _build_decoding(model: LoadedModel, generation: Generation) -> Decoding:
+    assert model.tokenizer is not None
+    return Decoding(
+        tokens=generation.tokens,
+        decode=model.tokenizer.decode,
+        ends=find_end_tokens(model),
+        stops=generation.stops,
+        temperature=generation.temperature,
+        top_k=generation.top_k,
+        top_p=generation.top_p,
+    )
+
+
+def find_end_tokens(model: LoadedModel) -> frozenset[int]:
+    """The tokens by which a model ends what it writes: those that its configuration names, and the
+    end-of-text token of its tokenizer."""
+    found: list[Any] = []
+    for name in ("generation_config", "config"):
+        named = getattr(getattr(model.module, name, None), "eos_token_id", None)
+        found += named if isinstance(named, list | tuple) else [named]
+    if model.tokenizer is not None:
+        found.append(model.tokenizer.role_ids.get("eos"))
+    return frozenset(token for token in found if isinstance(token, int))
+
+
+def _random_key(run: PromptRun, prompt: int) -> int:
+    """What the reply of an unpatched run is drawn by, beside the row: its tokens and its noise, and
+    not its name."""
+    noise = run.noise
+    said = None if noise is None else (noise.kind, noise.site, noise.std, noise.sds)
+    return digest_number("run", run.rows[prompt].ids, said)

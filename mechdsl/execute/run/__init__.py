@@ -1,0 +1,1 @@
+"""A plan run from start to end, and its `save` lines."""

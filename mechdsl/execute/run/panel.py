@@ -1,0 +1,962 @@
+"""A plan run panel by panel and batch by batch: `execute` and its `PanelRunner`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import numpy as np
+
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.experiments import NoEstimate, NoRowsKept
+from mechdsl.execute.cache import PanelCache, PatchedCache, RunCache
+from mechdsl.execute.measurement.readout import Readout, ReadoutResult
+from mechdsl.execute.measurement.values import (
+    MeasuredValues,
+    UnusableRow,
+    create_accuracies,
+    describe_cell,
+    explain_missing_values,
+    report_function_failure,
+    report_missing_cells,
+    report_not_finite,
+)
+from mechdsl.execute.observation.joint import JointObservation, observe_jointly
+from mechdsl.execute.pass_layout import (
+    MIN_TRIAL_PASSES,
+    GroupGenerator,
+    PassMember,
+    PassSizer,
+    build_size_trial,
+    compute_row_widths,
+    estimate_reply_bytes,
+    group_rows,
+    list_members,
+    measure_seconds,
+)
+from mechdsl.execute.patching.estimates import AutogradFailed, GradientEstimates
+from mechdsl.execute.patching.rows import Patcher, locate_in_cell, locate_in_run
+from mechdsl.execute.patching.rule_inputs import (
+    CellFunctionFailed,
+    DerivedRuns,
+    choose_donors,
+    compute_cell_vectors,
+    compute_means,
+    report_cell_failure,
+)
+from mechdsl.execute.patching.writes import CellVectors, RuleInputs, select_readable_rows
+from mechdsl.execute.replies import find_end_tokens
+from mechdsl.execute.run_record import ExecutionOptions, ExecutionProfile, PaddingSide
+from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.execute.vectors import DirectionFits, FittedDirections
+from mechdsl.forward.hooks.batch import is_out_of_memory
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.planner.cost import RowSharer, SharedRows
+from mechdsl.planner.plan import (
+    ExperimentPlan,
+    Panel,
+    Plan,
+    WholeCells,
+    batch_size,
+    collect_whole_cells,
+    longest_prompt,
+)
+from mechdsl.planner.rows import RowTable
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PromptRun
+from mechdsl.resolve.types import ResolvedExperiment
+
+MeasureCheck = Callable[[MeasuredValues], dict[int, Diagnostic]]
+"""By number, the measures of an experiment that can't be computed, by its unpatched runs."""
+
+
+@dataclass(frozen=True)
+class RowSelection:
+    """The rows of an experiment on a batch of prompts."""
+
+    live: RowTable
+    """Those that have to be run."""
+    known: RowTable
+    """Those whose values were there before the run."""
+    values: Sequence[Floats]
+    """Per measure, of the known ones."""
+    left_out: RowTable
+    """Those that aren't run, as they can't differ from the base run."""
+    dropped: int
+    """How many don't find what they read."""
+    inert: int
+    """How many can't differ, left out or not."""
+
+
+class PreparedPanel:
+    """What is known of the experiments of one panel before their cells are run."""
+
+    def __init__(
+        self,
+        panel: Panel,
+        model: LoadedModel,
+        plan: Plan,
+        side: PaddingSide | None,
+        sizes: PassSizer,
+        profile: ExecutionProfile,
+        kept: RunCache | None = None,
+        *,
+        allow_nan: bool = False,
+        others: Mapping[str, LoadedModel] | None = None,
+    ) -> None:
+        self.panel = panel
+        self.allow_nan = allow_nan
+        self.lost: dict[str, list[Diagnostic]] = {}
+        self.running: tuple[ExperimentPlan, ...] = ()
+        """Those whose cells are run."""
+        self.plan = plan
+        self.sizes = sizes
+        self.table: PromptTable = panel.table
+        self.measured: dict[str, MeasuredValues] = {}
+        self.means_and_donors: dict[str, RuleInputs] = {}
+        self.whole_cells: dict[str, Mapping[int, WholeCells]] = {}
+        self.readouts = {
+            p.experiment.key: Readout.of(p.experiment.measures) for p in panel.experiments
+        }
+        self.keep = Readout.of(panel.experiments[0].experiment.keep)
+        self.accuracies = create_accuracies(panel)
+        readouts = (*self.readouts.values(), self.keep)
+        self.runs = UnpatchedRuns(panel, model, readouts, plan=plan, side=side, others=others)
+        self.defined: dict[str, float] = {}
+        """The lengths of the directions of the panel's own runs, by their names."""
+        self.fits = DirectionFits(model, self.runs.others, self.runs.seed, side)
+        self.profile = profile
+        self.kept = np.arange(len(self.table), dtype=np.int64)
+        self.known_batches: list[Ints] = []
+        """Prompts of which every value was there before the run."""
+        self.batches: list[Ints] = []
+        """The others."""
+        self.stored = kept and PanelCache.of(kept, panel, self.runs.seed)
+        self.values = self.stored
+        writer = self.runs.writer
+        if writer is not None:  # what they write is kept, and measured again
+            self.values = None
+            writer.kept = self.stored and self.stored.replies(
+                writer.generation.key(self.runs.seed), find_end_tokens(model)
+            )
+        self.together: dict[str, JointObservation] = {}
+        """What is observed of all rows at once, by the key of an experiment."""
+        self.patched_values: dict[str, PatchedCache] = {}
+        """By the key of an experiment; without those that can't be told apart by their content."""
+
+    @property
+    def _sound(self) -> tuple[ExperimentPlan, ...]:
+        """Of the experiments that nothing is known against."""
+        return tuple(
+            plan for plan in self.panel.experiments if get_owner_key(plan) not in self.lost
+        )
+
+    def _lose(self, plan: ExperimentPlan, *reasons: Diagnostic) -> None:
+        """An experiment can't be computed; with it goes what it is set against."""
+        self.lost.setdefault(get_owner_key(plan), []).extend(reasons)
+
+    # --- before any cell --------------------------------------------------------------------------
+
+    def prepare(self, check: MeasureCheck) -> None:
+        """Filter rows, measure and check the unpatched runs, average ablations."""
+        over_rows = any(
+            rule.rule.does.of_all_rows
+            for plan in self.panel.derived.values()
+            for rule in plan.rules
+        )
+        if not over_rows:  # accuracies are of rows too that a `keep` drops
+            self._define_runs()
+        unusable = self._keep()
+        if over_rows:
+            self._define_runs()
+        for plan in self._sound:
+            experiment = plan.experiment
+            readout, accuracies = self.readouts[experiment.key], self.accuracies[experiment.key]
+            measured = MeasuredValues.unmeasured(plan, readout, self.kept, accuracies)
+            measured.unusable.update(unusable)
+            whole = self.measured.get(get_owner_key(plan))
+            if whole is not None:  # a measure that fails on a control fails as a whole
+                measured.refused, measured.failed = whole.refused, whole.failed
+            self.measured[experiment.key] = measured
+        for batch in self._by_known(self.kept, self._unmeasured(self.kept)):
+            for plan in self._sound:
+                self._measure_unpatched(plan, batch)
+            self._finish_batch()
+        for plan in self._sound:
+            self._look_at_unusable(plan)
+        for plan in self._sound:
+            if plan.experiment.control_of is not None:  # it is said of the experiment itself
+                continue
+            measured = self.measured[plan.experiment.key]
+            for number, problem in check(measured).items():
+                measured.refused.setdefault(number, problem)
+            if len(measured.refused) == len(plan.experiment.measures):
+                self._lose(plan, *measured.refused.values())
+        directions = self._directions()
+        self.running = self._sound
+        for plan in self.running:
+            key = plan.experiment.key
+            kept = self.measured[key].kept
+            donors = choose_donors(plan, self.table, self.runs.seed, kept)
+            self.means_and_donors[key] = RuleInputs({}, {}, donors, {}, directions[key])
+            self.whole_cells[key] = self._whole_cells(plan, kept)
+            together = observe_jointly(plan, self.runs, self.measured[key], self.values)
+            if together is None:
+                self._look_up(plan, kept, donors)
+            else:
+                self.together[key] = together
+        due = self._due()
+        self.batches = self._batches(due)
+        self.known_batches = self._batches(np.setdiff1d(self.kept, due))
+        if len(due):
+            self._average()
+
+    def _define_runs(self) -> None:
+        """What the rules of the panel's own runs write; means and donors are of the kept rows."""
+        if not self.panel.derived:
+            return
+        plans, batches = self.panel.derived, self._batches(self.kept)
+        derived, problems = DerivedRuns.define(plans, self.runs, batches, self.fits)
+        for found in derived.directions.values():
+            self.defined.update(found.lengths)
+        for plan in self._sound if problems else ():
+            self._lose(plan, *problems)
+        if self.stored is not None:
+            self.stored.define(plans, self.kept, derived.donors, derived.cells)
+
+    def _directions(self) -> dict[str, FittedDirections]:
+        """Those of each experiment's rules; one with a direction that is nothing is lost."""
+        fits = self.fits
+        found: dict[str, FittedDirections] = {}
+        for plan in self._sound:
+            own, problems = fits.of(plan)
+            found[plan.experiment.key] = own
+            self.measured[plan.experiment.key].lengths = {**self.defined, **own.lengths}
+            if problems:
+                self._lose(plan, *problems)
+        self.runs.passes += fits.passes
+        return found
+
+    def _average(self) -> None:
+        """The means that rules write, over all rows of their experiments."""
+        every = self._batches(self.kept)
+        for plan in self.running:
+            measured, readout = self.measured[plan.experiment.key], self.readouts
+            batches = [own for batch in every if len(own := measured.among(batch))]
+            own = self.means_and_donors[plan.experiment.key]
+            means, behind = compute_means(plan, self.runs, batches, readout[plan.experiment.key])
+            made = self._made(plan, batches)
+            found = RuleInputs(means, behind, own.donors, made, own.directions)
+            self.means_and_donors[plan.experiment.key] = found
+        self.running = self._sound
+
+    def _made(
+        self, plan: ExperimentPlan, batches: Sequence[Ints]
+    ) -> Mapping[tuple[int, int | None], CellVectors]:
+        """What rules write that is made of whole cells; a failure loses the experiment."""
+        key, cells = plan.experiment.key, self.whole_cells[plan.experiment.key]
+        if get_owner_key(plan) in self.lost:
+            return {}
+        try:
+            return compute_cell_vectors(plan, cells, self.runs, batches, self.readouts[key])
+        except CellFunctionFailed as failed:
+            self._lose(plan, report_cell_failure(failed, plan))
+            return {}
+
+    def _whole_cells(self, plan: ExperimentPlan, kept: Ints) -> Mapping[int, WholeCells]:
+        """By number of the rule, all rows of each cell, where a rule is given them at once."""
+        if not any(rule.rule.does.reads == "cell" for rule in plan.rules):
+            return {}
+        every = plan.rows(kept)
+        key = plan.experiment.key
+        good = select_readable_rows(
+            plan, every, self.means_and_donors[key], self.readouts[key].passes
+        )
+        return collect_whole_cells(plan, every.take(good))
+
+    def total_rows(self) -> int:
+        """Patched rows of all experiments, draws included."""
+        every = [*self.known_batches, *self.batches]
+        return sum(self._count(plan, batch) for plan in self.running for batch in every)
+
+    def due_rows(self) -> int:
+        """The same of the prompts of which something has to be run."""
+        return sum(self._count(plan, batch) for plan in self.running for batch in self.batches)
+
+    def _count(self, plan: ExperimentPlan, batch: Ints) -> int:
+        return plan.count(self.measured[plan.experiment.key].among(batch))
+
+    # --- what is known ----------------------------------------------------------------------------
+
+    def _by_known(self, prompts: Ints, due: Ints) -> list[Ints]:
+        """Batches of the prompts of which all is known, then of those that are due: what a pass
+        holds is to be the same when it is run again."""
+        return [*self._batches(np.setdiff1d(prompts, due)), *self._batches(due)]
+
+    def _unmeasured(self, prompts: Ints) -> Ints:
+        """Those of which an unpatched run has to be measured; all, where nothing is known."""
+        if self.values is None:
+            return prompts
+        missing = np.zeros(len(prompts), dtype=np.bool_)
+        for plan in self._sound:
+            key, measured = plan.experiment.key, self.measured[plan.experiment.key]
+            for run in measured.unpatched:
+                for item in measured.environments:
+                    readout, relative = self.readouts[key], self._relative(plan, run)
+                    missing |= ~self.values.unpatched(readout, run, prompts, item, relative)
+        if not self.keep.measures:
+            missing |= self._inaccurate(prompts)
+        return prompts[missing]
+
+    def _inaccurate(self, prompts: Ints) -> Bools:
+        """[prompt] whether an accuracy has to be measured."""
+        missing = np.zeros(len(prompts), dtype=np.bool_)
+        relative = self.runs.model.rounding
+        for accuracies in self.accuracies.values():
+            for run, readout in accuracies.readouts() if self.values is not None else ():
+                assert self.values is not None
+                missing |= ~self.values.unpatched(readout, run, prompts, None, relative)
+        return missing
+
+    def _relative(self, plan: ExperimentPlan, run: str) -> float:
+        """How far rounding may move a logit, where that is asked: of base runs."""
+        return self.runs.model.rounding if run == plan.experiment.spec.base else 0.0
+
+    def _look_up(self, plan: ExperimentPlan, kept: Ints, donors: Mapping[int, Ints]) -> None:
+        """What there is of an experiment's patched values."""
+        if self.stored is None or not plan.rules:
+            return
+        if self.measured[plan.experiment.key].tokens.top:
+            said = "the tokens that it lists are made of all of its rows"
+            self.profile.not_kept[plan.experiment.key] = said
+            return
+        try:
+            cells = self.whole_cells[plan.experiment.key]
+            keys = self.stored.keys(plan, kept, donors, cells)
+        except TypeError as error:  # what a rule or metric from outside hangs on can't be compared
+            self.profile.not_kept[plan.experiment.key] = str(error)
+            return
+        if self.runs.writer is not None and self.runs.writer.kept is not None:
+            self.runs.writer.kept.keys[plan.experiment.key] = keys
+        else:
+            self.patched_values[plan.experiment.key] = self.stored.patched(keys)
+
+    def _due(self) -> Ints:
+        """The prompts of which some row has to be run; all, where nothing is known."""
+        if not any(found.any_earlier for found in self.patched_values.values()):
+            run = (plan for plan in self.running if plan.experiment.key not in self.together)
+            return self.kept if any(plan.rules for plan in run) else self.kept[:0]
+        due: list[Ints] = [self.kept[:0]]
+        for batch in self._batches(self.kept):
+            due += [self.sorted_out(plan, batch).live.prompt for plan in self.running]
+        return np.unique(np.concatenate(due))
+
+    def _values(
+        self,
+        readout: Readout,
+        run: str,
+        batch: Ints,
+        item: int | None,
+        relative: float = 0.0,
+        skip: Collection[int] = (),
+    ) -> ReadoutResult:
+        """What an unpatched run gives on a batch: known, or measured and kept."""
+        if self.values is not None:
+            found = self.values.own_unpatched(readout, run, batch, item, relative)
+            if found is not None:
+                return found
+        found = self.runs.values(readout, run, batch, item, relative=relative, skip=skip)
+        if self.values is not None:
+            self.values.measured(readout, run, batch, item, relative, found)
+        return found
+
+    def _keep(self) -> dict[int, UnusableRow]:
+        """Leave the rows that a `keep` keeps, and, with `allow_nan`, drop those that it can't be
+        decided on."""
+        if not self.keep.measures:
+            return {}
+        good = np.ones(len(self.table), dtype=np.bool_)
+        broken = np.zeros(len(self.table), dtype=np.bool_)
+        due = self.kept
+        if self.values is not None:
+            missing = ~self.values.unpatched(self.keep, "clean", self.kept, None, 0.0)
+            due = self.kept[missing | self._inaccurate(self.kept)]
+        for batch in self._by_known(self.kept, due):
+            found = self._values(self.keep, "clean", batch, None)
+            broken[batch] = found.broken
+            for values in found.values:
+                good[batch] &= values != 0
+            for accuracies in self.accuracies.values():  # of the rows that are dropped too
+                accuracies.measure(self._values, self.runs.model.rounding, batch)
+            self._finish_batch()
+            self.runs.forget()
+            for plan in self.panel.experiments if found.failed or found.gaps else ():
+                reasons = explain_missing_values(
+                    found, plan.experiment, plan.experiment.keep, "clean", batch
+                )
+                self._lose(plan, *reasons.values())
+            if self.lost:
+                return {}
+        self.kept = np.flatnonzero(good & ~broken)
+        unusable = {int(row): UnusableRow(int(row), "clean") for row in np.flatnonzero(broken)}
+        if unusable and not (self.allow_nan and len(self.kept)):
+            place = locate_in_run(self.runs, self.keep, next(iter(unusable.values())))
+            for plan in self.panel.experiments:
+                self._lose(plan, report_not_finite(plan.experiment, place, len(unusable)))
+        elif not len(self.kept):
+            for plan in self.panel.experiments:
+                span = plan.experiment.spec.keep[0].span
+                self._lose(plan, NoRowsKept(span=span, rows=len(self.table)))
+        return unusable
+
+    def _look_at_unusable(self, plan: ExperimentPlan) -> None:
+        """Rows that can't be used in an unpatched run: lose the experiment, or, with `allow_nan`,
+        drop them from it and from what it is set against."""
+        measured = self.measured[plan.experiment.key]
+        rows = measured.unusable_rows()
+        if not rows:
+            return
+        if self.allow_nan and not rows.issuperset(measured.kept.tolist()):
+            measured.leave_out(sorted(rows))
+            return
+        first = measured.unusable[min(rows)]
+        first = locate_in_run(self.runs, self.readouts[plan.experiment.key], first)
+        self._lose(plan, report_not_finite(plan.experiment, first, len(rows)))
+
+    def _batches(self, prompts: Ints) -> list[Ints]:
+        """Prompts in groups of similar size in tokens, in the order of the table."""
+        size = self._batch_size
+        return [prompts[i : i + size] for i in range(0, len(prompts), size)]
+
+    @cached_property
+    def _batch_size(self) -> int:
+        return batch_size(self.panel, self.sizes.prompt_tokens)
+
+    def _finish_batch(self) -> None:
+        """Keep what a batch gave and free what it computed; a single one serves all stages."""
+        if self.values is not None:
+            self.values.flush()
+        if len(self._batches(self.kept)) > 1:
+            self.runs.forget()
+
+    def _measure_unpatched(self, plan: ExperimentPlan, batch: Ints) -> None:
+        """Base, source and accuracies of one experiment on one batch."""
+        experiment = plan.experiment
+        measured = self.measured[experiment.key]
+        columns = np.searchsorted(self.kept, batch)
+        readout = self.readouts[experiment.key]
+        for run in measured.unpatched:
+            relative = self._relative(plan, run)
+            for number, environment in enumerate(measured.environments):
+                found = self._values(readout, run, batch, environment, relative, measured.failed)
+                measured.read_unpatched(run, number, columns, found)
+                measured.saw(UnusableRow(int(row), run) for row in batch[found.broken])
+                reasons = explain_missing_values(found, experiment, experiment.measures, run, batch)
+                for refused, reason in reasons.items():
+                    measured.refused.setdefault(refused, reason)
+                measured.failed.update(reasons)
+        if not self.keep.measures:
+            measured.accuracies.measure(self._values, self.runs.model.rounding, batch)
+
+    def sorted_out(self, plan: ExperimentPlan, batch: Ints) -> RowSelection:
+        """Which rows of an experiment have to be run."""
+        kept = self.measured[plan.experiment.key].among(batch)
+        every = plan.rows(kept) if plan.rules else RowTable.none()
+        key = plan.experiment.key
+        good = select_readable_rows(
+            plan, every, self.means_and_donors[key], self.readouts[key].passes
+        )
+        rows = every.take(good)
+        inert = plan.is_inert(rows)
+        out = inert if self.plan.skips_inert else np.zeros_like(inert)
+        live, known, values = rows.take(np.flatnonzero(~out)), RowTable.none(), list[Floats]()
+        if key in self.together:
+            known, values, live = live, self.together[key].of(live), RowTable.none()
+        elif key in self.patched_values:
+            there, found = self.patched_values[key].earlier(live)
+            known, values = live.take(np.flatnonzero(there)), [each[there] for each in found]
+            live = live.take(np.flatnonzero(~there))
+        return RowSelection(
+            live=live,
+            known=known,
+            values=values,
+            left_out=rows.take(np.flatnonzero(out)),
+            dropped=len(every) - len(rows),
+            inert=int(inert.sum()),
+        )
+
+
+def get_owner_key(plan: ExperimentPlan) -> str:
+    """The experiment itself, or the one that it is a control of."""
+    return plan.experiment.control_of or plan.experiment.key
+
+
+class PanelRunner(PreparedPanel):
+    """Runs the experiments of one panel on shared unpatched runs."""
+
+    # --- cells ------------------------------------------------------------------------------------
+
+    def run(self) -> Iterator[int]:
+        """Run all cells; yields how many rows, draws included, have been finished."""
+        plans = self.running
+        if not plans:
+            self.runs.forget()
+            return
+        totals = [
+            [
+                (np.zeros(values.shape), np.zeros(values.shape))
+                for values in self.measured[plan.experiment.key].patched
+            ]
+            for plan in plans
+        ]
+        patcher, sharer = self._patcher(), self._sharer()
+        for batch in [*self.known_batches, *self.batches]:
+            rows: list[RowTable] = []
+            for number, plan in enumerate(plans):
+                measured = self.measured[plan.experiment.key]
+                if get_owner_key(plan) in self.lost:
+                    rows.append(RowTable.none())
+                    yield self._count(plan, batch)
+                    continue
+                if not plan.rules:
+                    measured.copy_base()
+                found = self.sorted_out(plan, batch)
+                measured.dropped += found.dropped
+                measured.rows += len(found.live) + len(found.known) + len(found.left_out)
+                measured.inert += found.inert
+                rows.append(found.live)
+                if len(found.left_out):
+                    values = measured.base_of(plan, found.left_out)
+                    measured.wrote_as_base(found.left_out, plan.draws)
+                    self._finish(number, found.left_out, values, totals[number])
+                if len(found.known):
+                    self._finish(number, found.known, found.values, totals[number])
+                    together = self.together.get(plan.experiment.key)
+                    stored = found.known.cell.tolist()
+                    if together is not None:
+                        stored = [cell for cell in stored if cell in together.stored]
+                    self.profile.known += len(stored)
+                yield (found.dropped + len(found.left_out) + len(found.known)) * plan.draws
+            for number, plan in enumerate(plans):
+                if plan.experiment.spec.estimator is not None:
+                    estimated, rows[number] = rows[number], RowTable.none()
+                    for own, values in self._estimated(patcher, number, estimated, batch):
+                        self._finish(number, own, values, totals[number])
+                        yield len(own) * plan.draws
+            self.profile.rows += sum(len(one) for one in rows)
+            shared = sharer.of(rows)
+            self.profile.distinct += len(shared)
+            for member, values in self._patched(patcher, shared, batch, rows):
+                self._finish(member.number, member.rows, values, totals[member.number])
+                yield len(member.rows) * plans[member.number].draws
+            self._finish_batch()
+        for plan, sums_and_counts in zip(plans, totals, strict=True):
+            if plan.rules:
+                patched = self.measured[plan.experiment.key].patched
+                for found, (sums, counts) in zip(patched, sums_and_counts, strict=True):
+                    with np.errstate(invalid="ignore"):
+                        found[:] = np.where(counts > 0, sums / counts, np.nan)
+                self.measured[plan.experiment.key].empty_gaps()
+        self.runs.forget()
+        self._drop_unusable()
+
+    def _drop_unusable(self) -> None:
+        """Drop the rows that can't be used in some cell from all cells, and from those of what an
+        experiment is set against."""
+        rows: dict[str, set[int]] = {}
+        for plan in self.running:
+            own = self.measured[plan.experiment.key].unusable
+            rows.setdefault(get_owner_key(plan), set()).update(own)
+        for plan in self._sound:
+            measured = self.measured[plan.experiment.key]
+            out = rows[get_owner_key(plan)] & set(measured.kept.tolist())
+            if out and len(out) == len(measured.kept):
+                first = next(iter(measured.unusable.values()))
+                self._lose(plan, report_not_finite(plan.experiment, first, len(out)))
+            elif out:
+                measured.leave_out(sorted(out))
+                measured.tokens.forget()
+            measured.listed.update(measured.tokens.listed())
+            measured.tokens.forget()
+
+    def _saw_unusable(
+        self,
+        patcher: Patcher,
+        shared: SharedRows,
+        chosen: Ints,
+        batch: Ints,
+        run: PromptRun,
+        member: PassMember,
+        broken: Bools,
+    ) -> None:
+        """Rows of a pass can't be used; without `allow_nan` that loses their experiment."""
+        plan = self.running[member.number]
+        measured = self.measured[plan.experiment.key]
+        seen = [self._row_of(member, row) for row in np.flatnonzero(broken).tolist()]
+        measured.saw(seen)
+        if self.allow_nan or get_owner_key(plan) in self.lost:
+            return
+        row = int(chosen[member.at[int(broken.argmax())]])
+        place = locate_in_cell(patcher, shared, row, run, batch, seen[0])
+        self._lose(plan, report_not_finite(plan.experiment, place, 1))
+
+    def _saw_no_value(self, member: PassMember, found: ReadoutResult) -> None:
+        """Measures that can't be computed in rows of a pass, and cells that have no value."""
+        plan = self.running[member.number]
+        measured = self.measured[plan.experiment.key]
+        for number, failed in found.failed.items():
+            seen = self._row_of(member, failed.row or 0)
+            measured.refused.setdefault(
+                number, report_function_failure(failed, plan.experiment, seen)
+            )
+            measured.failed.add(number)
+        none_left = len(measured.refused) == len(plan.experiment.measures)
+        if none_left and get_owner_key(plan) not in self.lost:
+            self._lose(plan, *measured.refused.values())
+        for number, gap in found.gaps.items():
+            for row in gap.rows.tolist():
+                cell = int(member.rows.cell[row])
+                measured.lacks(number, cell, self._row_of(member, row), gap.reason)
+
+    def _row_of(self, member: PassMember, row: int) -> UnusableRow:
+        """A row of a pass, as it is named."""
+        plan, rows = self.running[member.number], member.rows
+        words = describe_cell(plan, int(rows.cell[row]))
+        return UnusableRow(int(rows.prompt[row]), plan.experiment.spec.base, words)
+
+    def _patcher(self) -> Patcher:
+        plans = self.running
+        means_and_donors = [self.means_and_donors[plan.experiment.key] for plan in plans]
+        readouts = [self.readouts[plan.experiment.key] for plan in plans]
+        skip = [self.measured[plan.experiment.key].failed for plan in plans]
+        return Patcher(self.plan, plans, readouts, means_and_donors, self.runs, skip)
+
+    def _sharer(self) -> RowSharer:
+        keys = [plan.experiment.key for plan in self.running]
+        cells = [self.whole_cells[key] for key in keys]
+        kept = [self.measured[key].kept for key in keys]
+        return RowSharer(self.running, share=self.plan.shares_rows, cells=cells, kept=kept)
+
+    def _finish(
+        self,
+        number: int,
+        rows: RowTable,
+        values: Sequence[Floats],
+        totals: Sequence[tuple[Floats, Floats]],
+    ) -> None:
+        """Add values of rows to their cells."""
+        measured = self.measured[self.running[number].experiment.key]
+        columns = np.searchsorted(measured.kept, rows.prompt)
+        for (sums, counts), value in zip(totals, values, strict=True):
+            np.add.at(sums, (rows.cell, columns), value)
+            np.add.at(counts, (rows.cell, columns), 1)
+
+    # --- the size of a pass ---------------------------------------------------------------------
+
+    def measure_sizes(self) -> None:
+        """Settle the size of a pass by trying some on rows of the first batch, where there is
+        enough to run. Their values are thrown away."""
+        enough = MIN_TRIAL_PASSES * self.sizes.pass_tokens
+        if self.runs.writer is not None:  # its passes are laid out by the tokens of replies
+            return
+        if not self.batches or self.due_rows() * longest_prompt(self.panel) < enough:
+            return
+        plans, batch = self.running, self.batches[0]
+        live = [self.sorted_out(plan, batch).live for plan in plans]
+        run = [plan.experiment.spec.estimator is None for plan in plans]
+        shared = self._sharer().of(
+            [own if cells else RowTable.none() for own, cells in zip(live, run, strict=True)]
+        )
+        widths, work = compute_row_widths(shared, self.runs.shortcuts, plans)
+        if int(widths.sum()) * len(self.batches) < enough:
+            return
+        run, group = max(
+            group_rows(shared, self.plan, plans, widths),
+            key=lambda each: int(widths[each[1]].sum()),
+        )
+        patcher = self._patcher()
+
+        def one_pass(chosen: Ints) -> None:
+            list(patcher.values(shared, chosen, list_members(shared, chosen), run, batch))
+
+        self.sizes.measure(build_size_trial(one_pass, group, widths, work))
+        self._finish_batch()
+
+    # --- passes -----------------------------------------------------------------------------------
+
+    def _patched(
+        self, patcher: Patcher, shared: SharedRows, batch: Ints, rows_of: Sequence[RowTable]
+    ) -> Iterator[tuple[PassMember, list[Floats]]]:
+        """All distinct rows in passes of a good size, with the values of their members. rows_of:
+        all of each experiment."""
+        widths, _ = compute_row_widths(shared, self.runs.shortcuts, self.running)
+        for run, group in group_rows(shared, self.plan, self.running, widths):
+            replies = self._group_replies(patcher, shared, group, run, batch)
+            begin = 0
+            while begin < len(group):
+                ends = np.cumsum(widths[group[begin:]])
+                count = max(1, int(np.searchsorted(ends, self.sizes.pass_tokens, side="right")))
+                chosen = group[begin : begin + count]
+                tokens = int(widths[chosen].sum())
+                own = self._own(shared, chosen)
+                if own is not None:
+                    self.profile.resumed += sum(len(member.rows) for member, _ in own)
+                    yield from own
+                    begin += count
+                    continue
+                try:
+                    with measure_seconds() as seconds:
+                        passed = self._pass(patcher, shared, chosen, run, batch, replies)
+                except (RuntimeError, MemoryError) as error:
+                    if len(chosen) == 1 or not is_out_of_memory(error) or not self.sizes.halve():
+                        raise
+                    self.profile.halved += 1
+                    continue
+                self.profile.passed(tokens, seconds[0])
+                self._keep_pass([(member, found) for _, member, found in passed])
+                for rows, member, found in passed:
+                    if found.broken.any():
+                        self._saw_unusable(patcher, shared, rows, batch, run, member, found.broken)
+                    self._saw_no_value(member, found)
+                    if found.listed is not None:
+                        tokens = self.measured[self.running[member.number].experiment.key].tokens
+                        tokens.add(member.rows, rows_of[member.number], found.listed)
+                    measured = self.measured[self.running[member.number].experiment.key]
+                    measured.wrote(member.rows, found.replies)
+                    yield member, found.values
+                begin += count
+
+    def _estimated(
+        self, patcher: Patcher, number: int, rows: RowTable, batch: Ints
+    ) -> Iterator[tuple[RowTable, list[Floats]]]:
+        """Rows of an experiment whose effects are estimated, some prompts at a time: what is kept
+        for the way back is of all blocks."""
+        plan, key = self.running[number], self.running[number].experiment.key
+        if not len(rows):
+            return
+        self.profile.estimated += len(rows)
+        given = self.readouts[key], self.means_and_donors[key], self.runs
+        estimates = GradientEstimates(plan, *given, patcher.lanes_of(number, batch, None), batch)
+        due = np.unique(rows.prompt)
+        while len(due):
+            most = max(1, self.sizes.pass_tokens // self.runs.model.shape.n_layers)
+            prompts, tokens = estimates.first(due, most)
+            own = rows.take(np.flatnonzero(np.isin(rows.prompt, prompts)))
+            member = PassMember(number, own, np.arange(len(own)))
+            kept = self.patched_values.get(key)
+            known = kept.own(own) if kept is not None and kept.any_own else None
+            if known is not None:
+                self.profile.resumed += len(own)
+                yield own, known
+                due = due[len(prompts) :]
+                continue
+            try:
+                with measure_seconds() as seconds:
+                    found = estimates.of(own, self.measured[key].base_of(plan, own))
+            except (RuntimeError, MemoryError) as error:
+                if len(prompts) == 1 or not is_out_of_memory(error) or not self.sizes.halve():
+                    raise
+                self.profile.halved += 1
+                continue
+            except AutogradFailed as refused:
+                self._lose(plan, _report_autograd_failure(plan, str(refused)))
+                return
+            self.profile.passed(tokens, seconds[0])
+            self._keep_pass([(member, found)])
+            self._saw_no_value(member, found)
+            yield own, found.values
+            due = due[len(prompts) :]
+
+    def _own(
+        self, shared: SharedRows, chosen: Ints
+    ) -> list[tuple[PassMember, list[Floats]]] | None:
+        """What a pass gave, where this run has been through it before it was cut short."""
+        if not any(found.any_own for found in self.patched_values.values()):
+            return None
+        read: list[tuple[PassMember, list[Floats]]] = []
+        for member in list_members(shared, chosen):
+            plan = self.running[member.number]
+            if get_owner_key(plan) in self.lost:
+                continue
+            values = self.patched_values.get(plan.experiment.key)
+            found = None if values is None else values.own(member.rows)
+            if found is None:
+                return None
+            read.append((member, found))
+        return read
+
+    def _keep_pass(self, passed: Sequence[tuple[PassMember, ReadoutResult]]) -> None:
+        """Keep what a pass gave."""
+        if self.values is None:
+            return
+        known = self.patched_values
+        keys = [self.running[member.number].experiment.key for member, _ in passed]
+        every = zip(keys, passed, strict=True)
+        self.values.keep(
+            [part for key, pair in every if key in known for part in known[key].parts(*pair)]
+        )
+
+    def _pass(
+        self,
+        patcher: Patcher,
+        shared: SharedRows,
+        chosen: Ints,
+        run: PromptRun,
+        batch: Ints,
+        replies: GroupGenerator | None,
+    ) -> list[tuple[Ints, PassMember, ReadoutResult]]:
+        """One pass over the chosen distinct rows: what is found in those of each member, and which
+        rows were run; without those of experiments that are lost."""
+        used = self._used(shared, chosen)
+        if not len(used):
+            return []
+        members = self._members(shared, used)
+        written = () if replies is None else replies.of(used)
+        every = patcher.values(shared, used, members, run, batch, written)
+        return [(used, member, found) for member, found in every]
+
+    def _members(self, shared: SharedRows, chosen: Ints) -> list[PassMember]:
+        """Those of the chosen distinct rows whose experiments aren't lost."""
+        lost = [get_owner_key(plan) in self.lost for plan in self.running]
+        return [each for each in list_members(shared, chosen) if not lost[each.number]]
+
+    def _used(self, shared: SharedRows, chosen: Ints) -> Ints:
+        """The chosen distinct rows that such a member has."""
+        at = [member.at for member in self._members(shared, chosen)]
+        return chosen[np.unique(np.concatenate(at))] if at else chosen[:0]
+
+    def _group_replies(
+        self, patcher: Patcher, shared: SharedRows, group: Ints, run: PromptRun, batch: Ints
+    ) -> GroupGenerator | None:
+        """What writes the replies of a group's rows; None where none are written."""
+        writer, model = self.runs.writer, self.runs.model
+        if writer is None:
+            return None
+        return GroupGenerator(
+            lambda chosen: patcher.written(shared, chosen, run, batch),
+            partial(self._used, shared),
+            group,
+            np.array([plan.draws for plan in self.running])[shared.owner]
+            * writer.generation.samples,
+            estimate_reply_bytes(shared, self.running, model.dtype.itemsize, model.shape),
+            self.sizes,
+        )
+
+
+def _report_autograd_failure(plan: ExperimentPlan, said: str) -> NoEstimate:
+    """What autograd says of the model."""
+    estimator = plan.experiment.spec.estimator
+    assert estimator is not None
+    return NoEstimate(
+        span=estimator.span,
+        using=estimator.name,
+        what=f"cells of `{plan.experiment.name}`",
+        reason=f"autograd can't follow `{plan.experiment.model.name}` ({said[:200]})",
+        hint="leave `using` out, so that each cell is run",
+    )
+
+
+@dataclass
+class Execution:
+    """What a run of a plan left: values, and what could not be computed."""
+
+    measured: dict[str, MeasuredValues] = field(default_factory=dict[str, MeasuredValues])
+    lost: dict[str, list[Diagnostic]] = field(default_factory=dict[str, list[Diagnostic]])
+    """Experiments that could not be computed → why. Those that they are set against (controls) are
+    not listed apart."""
+    profile: ExecutionProfile = field(default_factory=ExecutionProfile)
+
+    @property
+    def diagnostics(self) -> list[Diagnostic]:
+        """Why experiments, measures or cells could not be computed, each reason once."""
+        parts = [d for each in self.measured.values() for d in each.refused.values()]
+        whole = [d for found in self.lost.values() for d in found]
+        own = [each for each in self.measured.values() if each.experiment.control_of is None]
+        cells = [d for each in own for d in report_missing_cells(each)]
+        return list(dict.fromkeys([*whole, *parts, *cells]))
+
+
+def choose_pass_sizes(
+    experiments: Iterable[ResolvedExperiment],
+    models: Mapping[str, LoadedModel],
+    options: ExecutionOptions,
+) -> PassSizer:
+    """What a run of these experiments is laid out by, before anything is measured."""
+    uses = [(models[name], each.table) for each in experiments for name in each.models]
+    return PassSizer.of(options.pass_tokens, options.prompt_tokens, uses)
+
+
+def execute(
+    plan: Plan,
+    models: Mapping[str, LoadedModel],
+    options: ExecutionOptions | None = None,
+    kept: RunCache | None = None,
+    sizes: PassSizer | None = None,
+    *,
+    check: MeasureCheck,
+) -> Execution:
+    """Run every panel. `keep` and what `check` looks at are checked for all before any cell runs;
+    an experiment or a measure that can't be computed costs no other.
+
+    kept: where values are looked up and kept. sizes: of the run that this is a part of; they are
+    settled here if they aren't yet.
+    Codes: E0223, E0613, E0621, E0631, W0762 and those of `check`. Raises what the model raises; it
+    is left without hooks in any case.
+    """
+    options = options or ExecutionOptions()
+    if sizes is None:
+        experiments = [each.experiment for panel in plan.panels for each in panel.experiments]
+        sizes = choose_pass_sizes(experiments, models, options)
+    execution = Execution()
+    if kept is not None:
+        kept.settle(sizes)  # batches of prompts hang on them too
+    runners = _prepare_runners(plan, models, options, sizes, execution, kept, check)
+    if runners and not sizes.settled:
+        max(runners, key=lambda runner: runner.due_rows()).measure_sizes()
+    sizes.settled = True
+    if kept is not None:
+        kept.settle(sizes)
+    total = sum(runner.total_rows() for runner in runners)
+    done = 0
+    for runner in runners:
+        for count in runner.run():
+            done += count
+            if options.on_progress is not None:
+                options.on_progress(done, total)
+        execution.profile.unpatched_passes += runner.runs.passes
+        execution.lost.update(runner.lost)
+    return execution
+
+
+def _prepare_runners(
+    plan: Plan,
+    models: Mapping[str, LoadedModel],
+    options: ExecutionOptions,
+    sizes: PassSizer,
+    execution: Execution,
+    kept: RunCache | None,
+    check: MeasureCheck,
+) -> list[PanelRunner]:
+    """Runners whose unpatched runs are done."""
+    runners = [
+        PanelRunner(
+            panel,
+            models[panel.model],
+            plan,
+            options.side,
+            sizes,
+            execution.profile,
+            kept,
+            allow_nan=options.allow_nan,
+            others={name: models[name] for name in panel.models[1:]},
+        )
+        for panel in plan.panels
+    ]
+    for runner in runners:
+        with measure_seconds() as seconds:
+            runner.prepare(check)
+        execution.profile.unpatched_seconds += seconds[0]
+        execution.measured.update(runner.measured)
+    return runners

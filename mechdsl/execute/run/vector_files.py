@@ -1,0 +1,284 @@
+"""`save` lines: vectors written from passes to a file, one batch at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Ints
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.files import ReportNotWritable
+from mechdsl.execute.patching.rule_inputs import DerivedRuns
+from mechdsl.execute.run_record import ExecutionOptions, SavedFile
+from mechdsl.execute.unpatched_runs import UnpatchedRuns
+from mechdsl.execute.vectors import DirectionFits, read_vectors, split_prompts
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.planner.passes import make_plan
+from mechdsl.planner.plan import PROMPT_TOKENS, SaveLayout, build_save_panel
+from mechdsl.program.paths import path_to_write
+from mechdsl.prompts.positions.cells import find_reply_tokens
+from mechdsl.prompts.runs import Hits, PositionCell, PromptRun
+from mechdsl.resolve.runs import name_tensor
+from mechdsl.resolve.types import ResolvedExperiment, ResolvedSave
+from mechdsl.store.files import (
+    TensorEntry,
+    TensorFile,
+    create_tensor_file,
+    write_aside,
+    write_lines,
+)
+from mechdsl.vocab.metrics import Reply
+
+
+@dataclass(frozen=True, eq=False)
+class SavedRows:
+    """What a `save` line reads: rows of a run, or, where it reads replies, one row for each."""
+
+    save: ResolvedSave
+    """Its cells are of these rows."""
+    run: PromptRun
+    of: Ints
+    """[row] its number in the table."""
+    replies: Sequence[Reply] = ()
+    """[row] what stands behind its prompt; none where no reply is read."""
+    told_apart: Mapping[str, Ints] = field(default_factory=dict[str, Ints])
+    """[row] which draw and sample it is, where there are several replies of a prompt."""
+
+
+def select_rows_to_save(
+    save: ResolvedSave, run: PromptRun, runs: UnpatchedRuns, batches: Sequence[Ints]
+) -> SavedRows:
+    """The rows that a line reads: those of its run, or, where it reads replies, a row for each
+    draw and sample, with its places in the reply found.
+
+    batches: rows that write together, all of them in their order.
+    """
+    prompts = np.arange(len(run.rows), dtype=np.int64)
+    if runs.writer is None or not save.in_reply:
+        return SavedRows(save, run, prompts)
+    samples, draws = runs.writer.generation.samples, run.draws
+    replies = [
+        reply for batch in batches for own in runs.writer.of_run(run, batch) for reply in own
+    ]
+    of = np.repeat(prompts, draws * samples)
+    draw = np.tile(np.repeat(np.arange(draws), samples), len(prompts))
+    sample = np.tile(np.arange(samples), len(prompts) * draws)
+    tokenizer = runs.model_of(run).tokenizer
+    assert tokenizer is not None
+    decode = tokenizer.decode
+    own = of.tolist()
+
+    def found(cell: PositionCell) -> PositionCell:
+        if cell.reply is None:
+            return replace(cell, hits=tuple(cell.hits[row] for row in own))
+        hits: list[Hits] = []
+        for row, reply in zip(own, replies, strict=True):
+            tokens = find_reply_tokens(cell.reply, reply.ids, reply.text, decode)
+            behind = tuple(len(run.rows[row].ids) - 1 + token for token in tokens)
+            hits.append((behind,) if behind else ())
+        return replace(cell, hits=tuple(hits), reply=None)
+
+    rows = tuple(
+        replace(
+            run.rows[row],
+            ids=(*run.rows[row].ids, *reply.ids),
+            offsets=(*run.rows[row].offsets, *((0, 0) for _ in reply.ids)),
+            special=(*run.rows[row].special, *(False for _ in reply.ids)),
+        )
+        for row, reply in zip(own, replies, strict=True)
+    )
+    noise = run.noise
+    if noise is not None:
+        keys = runs.table.row_keys if noise.row_keys is None else noise.row_keys
+        noise = replace(
+            noise,
+            positions=tuple(noise.positions[row] for row in own),
+            row_keys=tuple(keys[row] for row in own),
+            samples=1,
+            drawn=tuple(draw.tolist()),
+        )
+    return SavedRows(
+        replace(save, cells=tuple(map(found, save.cells))),
+        replace(run, rows=rows, noise=noise),
+        of,
+        replies,
+        {
+            name: which
+            for name, which, count in (("draw", draw, draws), ("sample", sample, samples))
+            if count > 1
+        },
+    )
+
+
+_DTYPE_NAMES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
+}  # fmt: skip
+
+
+def save_vectors(
+    experiment: ResolvedExperiment, models: Mapping[str, LoadedModel], options: ExecutionOptions
+) -> tuple[list[SavedFile], list[Diagnostic]]:
+    """Write the files of an experiment's `save` lines, one after the other, as their rows come out
+    of the model.
+
+    E0533 for a file that can't be written, of which nothing is left then.
+    """
+    panel = build_save_panel(experiment)
+    model = models[experiment.model.key]
+    others = {name: models[name] for name in panel.models[1:]}
+    plan = make_plan([])
+    runs = UnpatchedRuns(panel, model, (), plan=plan, side=options.side, others=others)
+    size = options.prompt_tokens or PROMPT_TOKENS
+    saved: list[SavedFile] = []
+    problems: list[Diagnostic] = []
+    for save in experiment.saves:
+        run = runs.named(save.run)
+        batches = split_prompts(runs.model_of(run), run, save.points, tokens=size)
+        fits = DirectionFits(model, others, runs.seed, options.side)
+        found = DerivedRuns.define(panel.derived, runs, batches, fits)[1]
+        if found:
+            return saved, [*problems, *found]
+        rows = select_rows_to_save(save, run, runs, batches)
+        if rows.replies:
+            batches = split_prompts(runs.model_of(run), rows.run, save.points, tokens=size)
+        try:
+            saved.append(_SavedRun(experiment, rows, runs).written(batches))
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            span, file = save.spec.span, save.spec.file
+            problems.append(
+                ReportNotWritable(span=span, construct="save", path=file, reason=reason)
+            )
+        runs.forget()
+    return saved, problems
+
+
+@dataclass(frozen=True, eq=False)
+class _SavedRun:
+    """One line on its way to the disk."""
+
+    experiment: ResolvedExperiment
+    rows: SavedRows
+    runs: UnpatchedRuns
+
+    @property
+    def save(self) -> ResolvedSave:
+        """With the places of the rows."""
+        return self.rows.save
+
+    @property
+    def run(self) -> PromptRun:
+        """What is read."""
+        return self.rows.run
+
+    def written(self, batches: Sequence[Ints]) -> SavedFile:
+        """Raises OSError where the file, or what stands beside it, can't be written."""
+        path, problems = path_to_write("save", self.save.spec.file, self.save.spec.span)
+        if path is None:
+            raise OSError(problems[0].message)
+        rows_path, layout = path.with_suffix(".jsonl"), self.layout
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_aside(rows_path) as rows, write_aside(path) as aside:
+            write_lines(rows, self._rows())
+            with create_tensor_file(aside, self._places(), self._metadata()) as file:
+                self._fill(file, batches)
+        said = self.save.spec
+        return SavedFile(
+            experiment=self.experiment.key,
+            site=said.site.span.written,
+            at=said.at.span.written,
+            run=self.save.run,
+            path=path,
+            rows_path=rows_path,
+            dtype=str(self._dtype()).removeprefix("torch."),
+            tensors=len(layout.widths),
+            vectors=layout.vectors,
+            rows=len(np.unique(self.rows.of[layout.counts > 0])),
+            bytes=file.size,
+        )
+
+    @cached_property
+    def layout(self) -> SaveLayout:
+        shape, also = self.runs.model_of(self.run).shape, tuple(self.rows.told_apart)
+        return SaveLayout.of(self.save, self.run, shape, also)
+
+    def _dtype(self) -> torch.dtype:
+        name = self.save.spec.dtype
+        return self.runs.model_of(self.run).dtype if name is None else getattr(torch, name)
+
+    def _places(self) -> dict[str, TensorEntry]:
+        """Every tensor of the file; how many vectors there are hangs on positions alone."""
+        count, kind = self.layout.vectors, _DTYPE_NAMES[self._dtype()]
+        found = {name: TensorEntry(kind, (count, n)) for name, n in self.layout.widths.items()}
+        return found | {name: TensorEntry("I64", (count,)) for name in self.layout.columns}
+
+    def _fill(self, file: TensorFile, batches: Sequence[Ints]) -> None:
+        """Vectors in the order of the table: row by row, there reply by reply, and position by
+        position."""
+        lanes = self.runs.reader(self.run, self.save.points)
+        found = read_vectors(lanes, self.save.points, self.save.cells, batches)
+        row_ids = np.array(self.experiment.table.row_ids, dtype=np.int64)
+        begin, told_apart = 0, self.rows.told_apart
+        for _, batch in groupby(found, key=lambda each: each.batch):
+            parts = list(batch)
+            own = [part for part in parts if part.point == 0]
+            position = np.concatenate([np.full(len(p.prompts), p.position) for p in own])
+            columns = {
+                name: np.concatenate([getattr(p, of) for p in own])
+                for name, of in (("row", "prompts"), ("token", "tokens"), ("draw", "draws"))
+            } | {"position": position}
+            order = np.lexsort((columns["draw"], position, columns["row"]))
+            columns |= {name: which[columns["row"]] for name, which in told_apart.items()}
+            columns["row"] = row_ids[self.rows.of[columns["row"]]]
+            for name, values in columns.items():
+                if name in self.layout.columns:
+                    file.put(name, begin, values[order].astype("<i8").tobytes())
+            for number, point in enumerate(self.save.points):
+                vectors = torch.cat([p.vectors for p in parts if p.point == number])
+                file.put(name_tensor(point), begin, _pack_bytes(vectors, order, self._dtype()))
+            begin += len(order)
+            if len(batches) > 1:  # what runs with rules are made of
+                self.runs.forget()
+
+    def _rows(self) -> Iterator[str]:
+        """A line for each row, or reply, that has a vector."""
+        counts, replies = self.layout.counts, self.rows.replies
+        tokenizer = self.experiment.model.tokenizer
+        for number, row in enumerate(self.run.rows):
+            if counts[number]:
+                about = {
+                    "row": self.experiment.table.row_ids[self.rows.of[number]],
+                    **{name: int(each[number]) for name, each in self.rows.told_apart.items()},
+                    "text": row.text,
+                    **({"reply": replies[number].text} if replies else {}),
+                    "tokens": [tokenizer.token_text(token) for token in row.ids],
+                    "ids": list(row.ids),
+                    "values": dict(row.values),
+                }
+                yield json.dumps(about, ensure_ascii=False, default=str)
+
+    def _metadata(self) -> dict[str, str]:
+        save, experiment = self.save, self.experiment
+        return {
+            "experiment": experiment.key,
+            "model": self.run.model or experiment.model.name,
+            "prompts": experiment.table.name,
+            "run": save.run,
+            "at": save.spec.at.span.written,
+            "positions": json.dumps([cell.label for cell in save.cells], ensure_ascii=False),
+        }
+
+
+def _pack_bytes(vectors: Tensor, order: Ints, dtype: torch.dtype) -> memoryview:
+    """[K, width] in an order, as the file has them."""
+    own = vectors[torch.from_numpy(order).to(vectors.device)].to(dtype).cpu().contiguous()
+    whole: Any = own.view(torch.uint8).numpy()
+    return memoryview(whole.reshape(-1))

@@ -1,0 +1,397 @@
+"""Vectors of many rows, read one batch at a time, and directions fitted to them.
+
+Nothing is gathered here: a caller that needs all rows at once stores the vectors itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.base.hashing import stable_hash
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.rules import EmptyDirection
+from mechdsl.execute.run_record import PaddingSide
+from mechdsl.execute.unpatched_batch import UnpatchedBatch, UnpatchedRequest, compute_unpatched
+from mechdsl.fits.geometry import pca
+from mechdsl.fits.regression import ConvergenceError, fit_logistic, fit_ridge
+from mechdsl.forward.hooks.batch import SiteRead, indices_to_device
+from mechdsl.forward.hooks.hook_points import get_head_weights, project_heads
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.hooks.module_exchange import load_weights
+from mechdsl.models.shape import ModelShape
+from mechdsl.planner.plan import PROMPT_TOKENS, ExperimentPlan, read_batches
+from mechdsl.planner.rows import RulePlan, TokenHits
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PositionCell, PromptRun
+from mechdsl.resolve.types import (
+    DirectionMember,
+    DirectionVector,
+    FitSample,
+    FittedVector,
+    RandomVector,
+    SavedVector,
+    SitePoint,
+    UnembeddingVector,
+    UnitVector,
+    WeightedSum,
+    iter_fitted_vectors,
+)
+from mechdsl.vocab.sites import stop_layer
+
+BatchReader: TypeAlias = Callable[[Ints], UnpatchedBatch]
+"""Prompts → one run on these, with the sites that are wanted."""
+
+
+@dataclass(frozen=True, eq=False)
+class SiteVectors:
+    """The vectors of one site at one position, in the rows of a batch."""
+
+    batch: int
+    """Number of the batch."""
+    point: int
+    """Index of the site among those that were asked for."""
+    position: int
+    """Index of the position."""
+    prompts: Ints
+    """[K] number of the row, ascending; a position of several tokens has several vectors a row."""
+    draws: Ints
+    """[K] draw of noise; 0 where a run has none."""
+    tokens: Ints
+    """[K] token position in the unpadded prompt."""
+    vectors: Tensor
+    """[K, width] on the model's device and in its type. All units of a site are side by side where
+    the point names none. Over keys as wide as the longest prompt of the batch."""
+
+
+def read_vectors(
+    lanes: BatchReader,
+    points: Sequence[SitePoint],
+    positions: Sequence[PositionCell],
+    batches: Iterable[Ints],
+) -> Iterator[SiteVectors]:
+    """The vectors of each site at each position, batch after batch of prompts.
+
+    lanes: a run, as `reader` or `UnpatchedRuns.reader` gives it. positions: of that run. Rows that
+    lack a position have no vectors there.
+    """
+    hits = [TokenHits.of([cell]) for cell in positions]
+    for count, batch in enumerate(batches):
+        found = lanes(batch)
+        for number, hit in enumerate(hits):
+            index, run = hit.runs.expand(batch)
+            which, token = hit.tokens.expand(run)
+            prompts = batch[index[which]]
+            row = np.repeat(prompts, found.draws)
+            token = np.repeat(token, found.draws)
+            draw = np.tile(np.arange(found.draws), len(prompts))
+            lane = torch.from_numpy(found.lane(row, draw))
+            for place, point in enumerate(points):
+                yield SiteVectors(
+                    count,
+                    place,
+                    number,
+                    row,
+                    draw,
+                    token,
+                    _select_vectors(found, point, lane, token),
+                )
+
+
+def _select_vectors(found: UnpatchedBatch, point: SitePoint, lane: Tensor, token: Ints) -> Tensor:
+    """[K, width] of one site in these lanes at these tokens."""
+    read = found.reads[SiteRead(point.site, point.layer)]
+    index = lane, found.batch.columns(lane, torch.from_numpy(token))
+    vectors = read[indices_to_device(index, read.device)]
+    return vectors.flatten(1) if point.unit is None else vectors[:, point.unit]
+
+
+def build_reader(
+    model: LoadedModel,
+    table: PromptTable,
+    run: PromptRun,
+    points: Iterable[SitePoint],
+    *,
+    seed: int,
+    side: PaddingSide | None = None,
+) -> BatchReader:
+    """What reads these sites of any run that has no rules, and stops above the highest one.
+
+    seed: of noise. side: as in `Options`.
+    """
+    request = request_sites(points, model.shape)
+
+    def lanes(prompts: Ints) -> UnpatchedBatch:
+        due = [(run, request)]
+        return compute_unpatched(model, due, prompts, table.row_keys, seed=seed, side=side)[0]
+
+    return lanes
+
+
+def request_sites(points: Iterable[SitePoint], shape: ModelShape) -> UnpatchedRequest:
+    """That these sites are read, and nothing above them."""
+    places = frozenset((point.site, point.layer) for point in points)
+    stops = [stop_layer(*place, shape.n_layers) for place in places]
+    stop = None if None in stops else max((n for n in stops if n is not None), default=0)
+    return UnpatchedRequest(reads=places, stop=stop)
+
+
+def split_prompts(
+    model: LoadedModel,
+    run: PromptRun,
+    points: Iterable[SitePoint],
+    prompts: Ints | None = None,
+    tokens: int = PROMPT_TOKENS,
+) -> list[Ints]:
+    """Prompts, all by default, as many at a time as there is room for what is read of them."""
+    return read_batches(model.shape, model.dtype.itemsize, run, points, prompts, tokens)
+
+
+ROUNDING_UNITS = 4.0
+"""A difference of so many units of rounding, beside what it is a difference of, is none."""
+
+
+@dataclass(eq=False)
+class FittedDirections:
+    """The directions of one experiment, by their names."""
+
+    vectors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """[width] float64 each, on the CPU."""
+
+    def of(self, plan: RulePlan, cells: Ints) -> Tensor:
+        """[K, width]: the rule's direction in each of these cells."""
+        assert plan.direction_of_cell is not None
+        every = torch.stack([self.vectors[member.name] for member in plan.directions])
+        return every[torch.from_numpy(plan.direction_of_cell[cells])]
+
+    @property
+    def lengths(self) -> Mapping[str, float]:
+        """By name."""
+        return {name: float(vector.norm()) for name, vector in self.vectors.items()}
+
+
+class DirectionFits:
+    """Makes the directions of a panel, each once."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        others: Mapping[str, LoadedModel],
+        seed: int,
+        side: PaddingSide | None,
+    ) -> None:
+        self.model = model
+        self.others = others
+        self.seed = seed
+        self.side: PaddingSide | None = side
+        self.passes = 0
+        """Forward passes so far."""
+        self._made: dict[str, Tensor] = {}
+        self._read: dict[int, list[list[_FitRows]]] = {}
+        """By the identity of a fit: per sample and point."""
+
+    def of(self, plan: ExperimentPlan) -> tuple[FittedDirections, list[Diagnostic]]:
+        """The directions that an experiment's rules use. E0641 for one that is nothing."""
+        members = {m.name: m for rule in plan.rules for m in rule.directions}
+        due = [member for name, member in members.items() if name not in self._made]
+        fits = {id(fit): fit for member in due for fit in iter_fitted_vectors(member.vector)}
+        self._gather([fit for key, fit in fits.items() if key not in self._read])
+        problems: list[Diagnostic] = []
+        for member in due:
+            try:
+                with torch.no_grad():
+                    self._made[member.name] = self._vector(member.vector)
+            except (ValueError, ConvergenceError) as error:
+                problems.append(_empty_direction(plan, member, f"can't be made: {error}"))
+                continue
+            if not self._made[member.name].isfinite().all():
+                problems.append(_empty_direction(plan, member, "has NaN or infinity"))
+        made = {name: self._made[name] for name in members if name in self._made}
+        for rule in plan.rules if not problems else ():
+            # One of a family may be nothing: where all rows have the same token, say.
+            if rule.directions and not any(made[m.name].any() for m in rule.directions):
+                problems.append(_empty_direction(plan, rule.directions[0], "is 0 everywhere"))
+        return FittedDirections(made), problems
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def _gather(self, fits: Sequence[FittedVector]) -> None:
+        """Read all that fits need, each run of rows once."""
+        runs: dict[tuple[int, int, str | None], list[tuple[FittedVector, int, FitSample]]] = {}
+        for fit in fits:
+            self._read[id(fit)] = [[] for _ in fit.samples]
+            for number, sample in enumerate(fit.samples):
+                key = id(sample.table), id(sample.run.rows), sample.run.model
+                runs.setdefault(key, []).append((fit, number, sample))
+        for wanted in runs.values():
+            self._read_run(wanted)
+
+    def _read_run(self, wanted: Sequence[tuple[FittedVector, int, FitSample]]) -> None:
+        table, run = wanted[0][2].table, wanted[0][2].run
+        model = self.model if run.model is None else self.others[run.model]
+        points = list(dict.fromkeys(point for fit, _, _ in wanted for point in fit.points))
+        cells: list[PositionCell] = []
+        for _, _, sample in wanted:
+            if sample.cell not in cells:
+                cells.append(sample.cell)
+        takers: dict[tuple[int, int], list[_FitRows]] = {}
+        for fit, number, sample in wanted:
+            for point in fit.points:
+                whole = fit.way in ("pca", "probe")
+                rows = _FitRows(len(run.rows), gathers=whole)
+                self._read[id(fit)][number].append(rows)
+                place = points.index(point), cells.index(sample.cell)
+                takers.setdefault(place, []).append(rows)
+        lanes = build_reader(model, table, run, points, seed=self.seed, side=self.side)
+        batches = split_prompts(model, run, points)
+        self.passes += len(batches)
+        for found in read_vectors(lanes, points, cells, batches):
+            for rows in takers.get((found.point, found.position), ()):
+                rows.take(found)
+
+    # --- making -----------------------------------------------------------------------------------
+
+    def _vector(self, vector: DirectionVector) -> Tensor:
+        """[width] float64"""
+        match vector:
+            case FittedVector():
+                return self._fitted(vector)
+            case UnembeddingVector(token=token, less=less):
+                found = self._unembedding(token)
+                return found if less is None else found - self._unembedding(less)
+            case SavedVector():
+                return _load_vector(vector)
+            case WeightedSum(parts=parts):
+                return torch.stack([weight * self._vector(part) for weight, part in parts]).sum(0)
+            case UnitVector(of=of):
+                found = self._vector(of)
+                return found / found.norm() if found.any() else found
+            case RandomVector(of=of, draw=draw, seed=seed):
+                return _draw_like(self._vector(of), draw, seed)
+
+    def _fitted(self, fit: FittedVector) -> Tensor:
+        samples = self._read[id(fit)]
+        match fit.way:
+            case "mean_difference":
+                a, b = samples[0][0], samples[1][0]
+                found = a.mean() - b.mean()
+                scale = max(float(a.mean().norm()), float(b.mean().norm()))
+                least = ROUNDING_UNITS * torch.finfo(self.model.dtype).eps * scale
+                small = float(found.norm()) <= least / min(a.count, b.count) ** 0.5
+                return torch.zeros_like(found) if small else found
+            case "mean":
+                parts = zip(fit.points, samples[0], strict=True)
+                return torch.stack([self._through(fit, p, rows.mean()) for p, rows in parts]).sum(0)
+            case "pca":
+                component = int(fit.options.get("component", 1))
+                components = pca(samples[0][0].matrix(), component)
+                return torch.from_numpy(np.ascontiguousarray(components[component - 1]))
+            case _:
+                return _fit_probe(fit, samples[0][0])
+
+    def _through(self, fit: FittedVector, point: SitePoint, mean: Tensor) -> Tensor:
+        """[d_model] of a head's mean; itself where it is not summed with others'."""
+        if point.site != "z" or len(fit.points) == 1:
+            return mean
+        layout = self.model.tap("z", point.layer).layout
+        projection = self.model.module.get_submodule(self.model.tap("head_out", point.layer).path)
+        weight = get_head_weights(projection, layout).double().cpu()
+        assert point.unit is not None
+        return project_heads(mean[None], torch.tensor([point.unit]), weight)[0]
+
+    def _unembedding(self, token: int) -> Tensor:
+        path = self.model.anatomy.unembedding
+        assert path is not None
+        module = self.model.module.get_submodule(path)
+        with load_weights(module):
+            return module.get_parameter("weight")[token].detach().double().cpu()
+
+
+class _FitRows:
+    """The vectors of one site at one position: their mean, or all of them."""
+
+    def __init__(self, count: int, *, gathers: bool) -> None:
+        self.gathers = gathers
+        self.rows: list[Ints] = []
+        self.parts: list[Floats] = []
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def take(self, found: SiteVectors) -> None:
+        """One vector a row: the mean over its tokens, runs and draws."""
+        if not len(found.prompts):
+            return
+        row, index, counts = np.unique(found.prompts, return_inverse=True, return_counts=True)
+        vectors = found.vectors.double().cpu()
+        own = torch.zeros(len(row), vectors.shape[1], dtype=torch.float64)
+        own.index_add_(0, torch.from_numpy(index), vectors)
+        own /= torch.from_numpy(counts)[:, None]
+        self.count += len(row)
+        if self.gathers:
+            self.rows.append(row)
+            self.parts.append(own.numpy())
+            return
+        total = own.sum(0)
+        self.total = total if self.total is None else self.total + total
+
+    def mean(self) -> Tensor:
+        """[width]"""
+        assert self.total is not None
+        return self.total / self.count
+
+    def matrix(self) -> Floats:
+        """[row, width]"""
+        return np.concatenate(self.parts)
+
+    def numbers(self) -> Ints:
+        """[row] which of the table's rows they are."""
+        return np.concatenate(self.rows)
+
+
+def _fit_probe(fit: FittedVector, rows: _FitRows) -> Tensor:
+    """[width]: the weights of a ridge regression, or those of the second class less those of the
+    first."""
+    wanted = [fit.samples[0].targets[row] for row in rows.numbers().tolist()]
+    penalty = float(fit.options["penalty"])
+    if fit.options["kind"] == "ridge":
+        numbers = np.array(wanted, dtype=np.float64)
+        return torch.from_numpy(fit_ridge(rows.matrix(), numbers, penalty).weights[:, 0].copy())
+    names = fit.samples[0].classes
+    classes = np.array([names.index(each) for each in wanted], dtype=np.int64)
+    weights = fit_logistic(rows.matrix(), classes, penalty).logits.weights
+    return torch.from_numpy(weights[:, 1] - weights[:, 0])
+
+
+def _load_vector(vector: SavedVector) -> Tensor:
+    """[width], of the file as it was when it was checked."""
+    content = vector.path.read_bytes()
+    if sha256(content).hexdigest() != vector.digest:
+        raise ValueError(f"{vector.path.name} has changed since it was checked")
+    return load(content)[vector.key].double()
+
+
+def _draw_like(like: Tensor, draw: str, seed: int) -> Tensor:
+    """A direction of the same length, drawn evenly over all."""
+    random = np.random.Generator(
+        np.random.Philox(np.random.SeedSequence([stable_hash(seed, "direction", draw)]))
+    )
+    drawn = torch.from_numpy(random.standard_normal(len(like)))
+    return drawn / drawn.norm() * like.norm()
+
+
+def _empty_direction(plan: ExperimentPlan, member: DirectionMember, reason: str) -> EmptyDirection:
+    return EmptyDirection(
+        span=plan.experiment.spec.span,
+        name=member.name,
+        reason=reason,
+        made=member.made,
+        hint="fit it on rows that differ, or at another site",
+    )

@@ -1,0 +1,490 @@
+"""One pass over the newest tokens of some rows, and a check that the model supports it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
+from typing import Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.forward.generation.key_value_cache import (
+    KeyValueCache,
+    RowArguments,
+    SingleQueryAttention,
+    compute_row_lengths,
+    find_attention_path,
+    is_single_query_supported,
+    limit_to_first_rows,
+    record_lengths,
+)
+from mechdsl.forward.generation.rules import RowLineup
+from mechdsl.forward.hooks.attention import AttentionCall, attend_full, replace_block_attention
+from mechdsl.forward.hooks.batch import Batch, EdgeWrite, PassStopped, RuleWrites, to_device
+from mechdsl.forward.hooks.full_pass import SiteHooks, run_full
+from mechdsl.forward.hooks.model import LoadedModel, build_text_inputs, replace_blocks
+from mechdsl.vocab.sites import SITES
+
+_SITES_AFTER_KEYS = frozenset(
+    name
+    for name, kind in SITES.items()
+    if kind.stage == "query" or kind.order > SITES["k_rot"].order
+)
+"""Sites of a block that its keys and values don't depend on, for the same token."""
+
+
+@dataclass(eq=False)
+class NewTokens:
+    """The tokens of a pass, in columns from `first` on; prompts end in the same column. It is the
+    `Frame` of the pass."""
+
+    ids: Tensor
+    """[n, Q] long."""
+    starts: Tensor
+    """[n] long, column of each prompt's first token; on the host."""
+    first: int
+    numbers: Tensor | None = None
+    """[n, Q] long, position ids; None: tokens are counted."""
+    running: int | None = None
+    """Rows of what runs, where it is the first ones alone."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def count(self) -> int:
+        """Tokens of each row."""
+        return int(self.ids.shape[1])
+
+    @property
+    def leading(self) -> int:
+        """Rows that are computed now."""
+        return len(self) if self.running is None else self.running
+
+    @property
+    def lane_starts(self) -> Tensor:
+        """[row that is computed now]"""
+        return self.starts[: self.leading]
+
+    @property
+    def key_width(self) -> int:
+        """Columns up to now."""
+        return self.first + self.count
+
+    def lengths_of(self, site: str, stack: str) -> Tensor:
+        """[n] tokens up to now."""
+        return self.key_width - self.starts
+
+    def columns(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Columns in which positions lie."""
+        return self.starts[rows] + positions
+
+    def acting(self, rules: RuleWrites) -> RuleWrites:
+        """What acts at these tokens, of what acts in whole prompts."""
+
+        def there(rows: Tensor, positions: Tensor) -> Tensor:
+            columns = self.columns(rows, positions).cpu()
+            return (columns >= self.first) & (columns < self.key_width)
+
+        writes = (each.some(there(each.rows, each.positions)) for each in rules.writes)
+        edges = (each.some(there(each.rows, each.queries)) for each in rules.edges)
+        return replace(
+            rules,
+            writes=[each for each in writes if len(each.rows)],
+            edges=[each for each in edges if len(each.rows)],
+        )
+
+    def locate(
+        self, site: str, layer: int | None, stack: str, rows: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Row and token of the pass; places in front of it aren't there."""
+        tokens = self.columns(rows, positions) - self.first
+        return rows, tokens, tokens >= 0
+
+    def inputs(self, model: LoadedModel) -> dict[str, Tensor]:
+        """What the model is called with."""
+        column = torch.arange(self.key_width, device=self.ids.device)
+        starts = to_device(self.starts, self.ids.device)
+        own = column[self.first :] - starts[:, None]
+        numbers = own.clamp(min=0) if self.numbers is None else self.numbers
+        mask = (column >= starts[:, None]).long()
+        return {**build_text_inputs(model, self.ids, numbers), "attention_mask": mask}
+
+
+PassArguments: TypeAlias = tuple[
+    LoadedModel, NewTokens, KeyValueCache, slice, RuleWrites, RowLineup | None, RowArguments | None
+]
+"""What `run_cached` and `keep` are called with."""
+
+
+class CachedPass:
+    """A pass, and others behind it in which the same acts on the same rows: hooks stay in place
+    from one to the next."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        tokens: NewTokens,
+        kept: KeyValueCache,
+        rows: slice,
+        acting: RuleWrites,
+        lineup: RowLineup | None = None,
+        places: RowArguments | None = None,
+    ) -> None:
+        """rows: of what is kept, as many as there are of tokens. acting: its rows are those of the
+        pass. lineup: which rows blocks compute, of one token each; places: how they are told."""
+        self.model, self.tokens, self.kept, self.rows = model, tokens, kept, rows
+        self.lineup = lineup
+        self._some = lineup if lineup is not None and lineup.shares else None
+        self._work = work = SiteHooks(model, tokens, acting.writes, (), None, acting.edges)
+        every = any(write.site == "logits" for write in acting.writes)
+        if not every and tokens.count > 1:
+            work.keep_logits((tokens.lengths_of("logits", "") - 1)[:, None])
+        self._one = SingleQueryAttention(kept)
+        with ExitStack() as stack:
+            stack.enter_context(_apply_rules(model, work, tokens, kept, acting, self._one))
+            stack.enter_context(_limit_rows(model, tokens, self._some, places))
+            self._stack = stack.pop_all()
+
+    def run(self) -> Tensor:
+        """[n, vocab] behind the last of the tokens; their keys and values are kept. Raises as
+        `run_whole`."""
+        tokens, work = self.tokens, self._work
+        kept = self.kept.at(self.rows, tokens.first, tokens.count, self._some)
+        output = _call_model(self.model, tokens, kept)
+        logits = work.output(output.logits)
+        work.check()
+        return logits[:, -1]
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the same can act on later tokens."""
+        return self.tokens.count == 1 and self._work.repeats
+
+    def run_on(self, ids: Tensor) -> Tensor:
+        """The same for the next tokens, [n, 1]."""
+        self.tokens.ids = ids
+        self.tokens.first += 1
+        self._work.begin()
+        self._one.begin()
+        return self.run()
+
+    def close(self) -> None:
+        """Takes the hooks away."""
+        self._stack.close()
+
+
+def run_cached_pass(
+    model: LoadedModel,
+    tokens: NewTokens,
+    kept: KeyValueCache,
+    rows: slice,
+    acting: RuleWrites,
+    lineup: RowLineup | None = None,
+    places: RowArguments | None = None,
+) -> Tensor:
+    """What one `CachedPass` gives."""
+    with closing(CachedPass(model, tokens, kept, rows, acting, lineup, places)) as only:
+        return only.run()
+
+
+def store_keys(
+    model: LoadedModel,
+    tokens: NewTokens,
+    kept: KeyValueCache,
+    rows: slice,
+    acting: RuleWrites,
+    lineup: RowLineup | None = None,
+    places: RowArguments | None = None,
+) -> None:
+    """The same where only the keys and values are wanted: the pass ends at those of the last
+    block."""
+    n_layers = model.shape.n_layers
+    acting = _select_for_keys(acting.below(n_layers, n_layers), n_layers - 1)
+    work = SiteHooks(model, tokens, acting.writes, (), n_layers, acting.edges)
+    some = lineup if lineup is not None and lineup.shares else None
+    stop = None if acting.blocks or n_layers - 1 in work.within else n_layers - 1
+    with (
+        _apply_rules(model, work, tokens, kept, acting, SingleQueryAttention(kept)),
+        _limit_rows(model, tokens, some, places),
+        suppress(PassStopped),
+    ):
+        _call_model(model, tokens, kept.at(rows, tokens.first, tokens.count, some, stop))
+    work.check()
+
+
+def _select_for_keys(acting: RuleWrites, last: int) -> RuleWrites:
+    """What acts, without what the keys and values of the last block don't depend on."""
+    return replace(
+        acting,
+        writes=[
+            each
+            for each in acting.writes
+            if each.layer != last or each.site not in _SITES_AFTER_KEYS
+        ],
+        edges=[each for each in acting.edges if each.layer != last],
+    )
+
+
+def _call_model(model: LoadedModel, tokens: NewTokens, kept: KeyValueCache) -> Any:
+    return model.module(**tokens.inputs(model), past_key_values=kept, use_cache=True)
+
+
+@contextmanager
+def _limit_rows(
+    model: LoadedModel, tokens: NewTokens, some: RowLineup | None, places: RowArguments | None
+) -> Generator[None]:
+    """Blocks compute the rows that they have by `some`; None: all of them."""
+    if some is None:
+        yield
+        return
+    assert places is not None
+    with limit_to_first_rows(model, some, places, partial(setattr, tokens, "running")):
+        yield
+
+
+@contextmanager
+def _apply_rules(
+    model: LoadedModel,
+    work: SiteHooks,
+    tokens: NewTokens,
+    kept: KeyValueCache,
+    acting: RuleWrites,
+    one: SingleQueryAttention,
+) -> Generator[None]:
+    """The model does what acts in a pass."""
+    with (
+        torch.inference_mode(),
+        replace_blocks(model, acting.blocks),
+        work.installed(),
+        _open_attention(model, work, tokens, kept, one),
+    ):
+        yield
+
+
+@contextmanager
+def _open_attention(
+    model: LoadedModel,
+    work: SiteHooks,
+    tokens: NewTokens,
+    kept: KeyValueCache,
+    one: SingleQueryAttention,
+) -> Generator[None]:
+    """As in whole passes, and keys that are written there are kept as they are then."""
+    # One query that sees nothing, as padding does, would make NaN of plain products.
+    sees = tokens.count == 1 and bool((tokens.starts <= tokens.first).all())
+    newest = kept.asked = sees and is_single_query_supported(model)
+    if not work.within and not newest:
+        yield
+        return
+
+    def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        mine = kept.handed(call.layer, call.key, call.value)
+        if kept.marked and not mine:
+            raise ValueError(f"`{model.name}` makes something else of the keys that it keeps")
+        layer = work.layer(call.layer, call.query)
+        if layer is None and newest and mine and (found := one.attend(call)) is not None:
+            return found, None
+        if layer is not None and layer.rotated.get("k_rot"):
+            if not mine:
+                raise ValueError(f"`{model.name}` keeps its keys in a form that can't be written")
+            own = kept.newest(call.layer, tokens.count)
+            turned = layer.turned("k_rot", own.transpose(0, 1).flatten(1, 2))
+            own.copy_(turned.unflatten(1, (len(own), -1)).transpose(0, 1))
+            del layer.rotated["k_rot"]
+        if mine:
+            call = replace(call, **dict(zip(("key", "value"), kept.every(call.layer), strict=True)))
+        if layer is None:
+            return call.unchanged()
+        whole = call.query, call.key, call.value, call.mask
+        return attend_full(*whole, layer, **call.arguments), None
+
+    with replace_block_attention(model, attention, masked=True):
+        yield
+
+
+LOGIT_TOLERANCE = 1e-4
+"""Of logits, relative to the largest one, or what rounding explains."""
+
+_TRIAL_LENGTHS = (7, 5)
+
+_SHARED_TOKENS, _SEPARATE_TOKENS = 3, 2
+"""Tokens of the longer prompt that two first passes compute; then they come one by one."""
+
+
+@dataclass(frozen=True)
+class GenerationMethod:
+    """How a model writes."""
+
+    kind: Literal["cached", "whole"]
+    """On kept keys and values, or by a whole pass for each token."""
+    reason: str = ""
+    """Why it is whole passes."""
+    shares: bool = True
+    """Whether attention to what rows of a prompt have in common can be computed together."""
+    places: RowArguments | None = field(default=None, compare=False)
+    """Where rows stand in calls of blocks, if these can compute some of the rows alone."""
+
+
+_METHODS: WeakKeyDictionary[LoadedModel, dict[bool, GenerationMethod]] = WeakKeyDictionary()
+
+
+def choose_method(model: LoadedModel, *, inside: bool = False) -> GenerationMethod:
+    """How a model writes; tried once.
+
+    inside: where something acts within attention, in some of the passes.
+    """
+    known = _METHODS.setdefault(model, {})
+    if inside not in known:
+        known[inside] = _test_methods(model, inside)
+    return known[inside]
+
+
+def _test_methods(model: LoadedModel, inside: bool) -> GenerationMethod:
+    if model.calling.side != "left":
+        return GenerationMethod(
+            "whole", "it counts columns, so that prompts can't end in the same one"
+        )
+    if "past_key_values" not in model.calling.accepts:
+        return GenerationMethod("whole", "it takes no keys and values of earlier tokens")
+    if any(_depends_on_length(getattr(part, "rope_type", "")) for part in model.module.modules()):
+        return GenerationMethod("whole", "its rotary embedding hangs on how long the text is")
+    generator = torch.Generator().manual_seed(0)
+    size = model.shape.vocab_size
+    prompts = [torch.randint(size, (n,), generator=generator).tolist() for n in _TRIAL_LENGTHS]
+    whole = _run_full_passes(model, prompts)
+    for shares in (True, False):
+        try:
+            cached = _run_cached_passes(model, prompts, inside, shares=shares)
+        except Exception as error:
+            way = GenerationMethod("whole", f"it fails with kept keys and values: {error}")
+            continue
+        off = _relative_error(cached, whole)
+        if off <= _get_tolerance(model):
+            places = _find_row_arguments(model, prompts, inside, whole, shares)
+            return GenerationMethod("cached", shares=shares, places=places)
+        way = GenerationMethod(
+            "whole", f"with kept keys and values its logits are off by {off:.1g}"
+        )
+    return way
+
+
+def _depends_on_length(kind: object) -> bool:
+    """Whether a kind of rotary embedding, or one of those of several layers, is another one for
+    longer texts."""
+    kinds = kind.values() if isinstance(kind, dict) else [kind]
+    return any("dynamic" in str(each) or each == "longrope" for each in kinds)
+
+
+def _run_full_passes(model: LoadedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """[prompt, token, vocab] of the last tokens."""
+    found = [
+        run_full(model, Batch.of([prompt], model.pad_id, "left", model.device)).logits
+        for prompt in prompts
+    ]
+    last = _TRIAL_LENGTHS[0] - _SHARED_TOKENS - _SEPARATE_TOKENS + 1
+    return torch.cat([each[:, -last:] for each in found if each is not None]).float()
+
+
+def _find_row_arguments(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    inside: bool,
+    whole: Tensor,
+    shares: bool,
+) -> RowArguments | None:
+    """Of `Way`: with attention that has fewer rows than its block, else without."""
+    half, two, blocks = model.shape.n_layers // 2, len(prompts), model.anatomy.blocks
+    paths = [block.path for block in blocks]
+    within = [path for block in blocks if (path := find_attention_path(block)) is not None]
+    paths += within if len(within) == len(blocks) else []
+    try:
+        with record_lengths(model, paths) as few:
+            _run_cached_passes(model, prompts, False, shares=False)
+        with record_lengths(model, paths) as more:
+            _run_cached_passes(model, [*prompts, prompts[0]], False, shares=False)
+    except Exception:
+        return None
+    every = tuple(compute_row_lengths(a, two, b) for a, b in zip(few, more, strict=True))
+    end = len(blocks)
+    kinds = (every[end:], ()) if every[end:] else ((),)
+    for attention, several in product(kinds, (True, False)):
+        begins = [2 * half + int(bool(attention)), 2 * half + 2]
+        lineup = RowLineup(np.array([0] * two + begins), np.array([0, 1, 0, 1]))
+        places = RowArguments(every[:end], attention, several)
+        with suppress(Exception):
+            by = lineup, places
+            some = _run_cached_passes(model, [*prompts, *prompts], inside, shares=shares, by=by)
+            if _relative_error(some, torch.cat([whole, whole])) <= _get_tolerance(model):
+                return places
+    return None
+
+
+def _relative_error(found: Tensor, whole: Tensor) -> float:
+    """How far logits are from those of whole passes, relative to the largest one."""
+    return float((found - whole).abs().amax() / whole.abs().amax())
+
+
+def _get_tolerance(model: LoadedModel) -> float:
+    return max(LOGIT_TOLERANCE, 4 * model.rounding)
+
+
+def _run_cached_passes(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    inside: bool,
+    *,
+    shares: bool,
+    by: tuple[RowLineup, RowArguments] | None = None,
+) -> Tensor:
+    """The same in passes over a few tokens, each other one with all attention opened.
+
+    by: which rows blocks compute, of passes over several tokens too if that may be, and how they
+    are told.
+    """
+    width, device = _TRIAL_LENGTHS[0], model.device
+    batch = Batch.of(prompts, model.pad_id, "left", device)
+    every, found = slice(0, len(prompts)), list[Tensor]()
+    common = KeyValueCache(model.shape.n_layers, len(prompts), _SHARED_TOKENS)
+    store_keys(
+        model,
+        NewTokens(batch.ids[:, :_SHARED_TOKENS], batch.starts, 0),
+        common,
+        every,
+        RuleWrites(),
+    )
+    kept = KeyValueCache(model.shape.n_layers, len(prompts), width - _SHARED_TOKENS * shares)
+    if shares:
+        kept.share(common, _SHARED_TOKENS, range(len(prompts)))
+    kept.fill(common, torch.arange(len(prompts)), _SHARED_TOKENS)
+    first, end = _SHARED_TOKENS, _SHARED_TOKENS + _SEPARATE_TOKENS
+    while end <= width:
+        tokens = NewTokens(batch.ids[:, first:end], batch.starts, first)
+        some = by if by is not None and (by[1].several or end == first + 1) else (None, None)
+        acting = RuleWrites()
+        if inside and len(found) % 2 == 0:
+            acting = _build_neutral_edges(model, tokens, some[0] or RowLineup.apart(len(prompts)))
+        found.append(run_cached_pass(model, tokens, kept, every, acting, *some))
+        first, end = end, end + 1
+    return torch.stack(found, dim=1).float()
+
+
+def _build_neutral_edges(model: LoadedModel, tokens: NewTokens, lineup: RowLineup) -> RuleWrites:
+    """Edges of all layers that are changed so that nothing changes."""
+    newest = tokens.lengths_of("pattern", "") - 1
+    edges: list[EdgeWrite] = []
+    for layer in range(model.shape.n_layers):
+        if not model.shape.has("pattern", layer):
+            continue
+        rows = torch.arange(lineup.attending(layer))
+        none, one = torch.zeros_like(rows), torch.ones(len(rows))
+        edges.append(
+            EdgeWrite(layer, "reweight", rows, newest[rows], none, rows, none, one),
+        )
+    return RuleWrites(edges=edges)

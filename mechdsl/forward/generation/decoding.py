@@ -1,0 +1,207 @@
+"""The next token of each row, and whether its reply ends there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Ints
+from mechdsl.forward.hooks.batch import array_to_device, to_device
+from mechdsl.vocab.metrics import Reply
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen, and where a reply ends."""
+
+    tokens: int
+    """At most."""
+    decode: Callable[[Sequence[int]], str]
+    """Token ids to their text."""
+    ends: frozenset[int] = frozenset()
+    """Tokens that end a reply and don't belong to it."""
+    stops: tuple[str, ...] = ()
+    """A reply ends in front of the first of these texts."""
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+    @property
+    def sampled(self) -> bool:
+        """Whether tokens are drawn; else it is always the one with the largest logit, of several
+        the first."""
+        return (self.temperature, self.top_k, self.top_p) != (None, None, None)
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError("a reply has at least one token to be")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError("a temperature is above 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError("top_k is at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError("top_p is above 0 and at most 1")
+
+
+NO_TOKEN = -1
+"""Where logits are no numbers, and behind the end of a reply."""
+
+LOGIT_BINS, BINS_PER_UNIT = 2048, 64
+"""Of logits below the largest one; those further below share the last bin."""
+
+
+def choose_next_tokens(
+    logits: Tensor,
+    states: Ints,
+    decoding: Decoding,
+    random: Sequence[tuple[int, ...]],
+    step: int,
+) -> Ints:
+    """[row] the token that comes next; NO_TOKEN where logits are no numbers.
+
+    logits: [state, vocab]. states: [row]. random: [row] what its random numbers hang on, beside the
+    step.
+    """
+    if decoding.sampled:
+        sound = logits.amax(-1).isfinite()
+        logits = logits.where(sound[:, None], logits.new_zeros(()))
+        index = array_to_device(states, logits.device)
+        drawn = torch.tensor([_draw_uniform(key, step) for key in random], dtype=torch.float64)
+        tokens = _sample_tokens(logits, index, to_device(drawn, logits.device), decoding)
+        return tokens.where(sound[index], NO_TOKEN).cpu().numpy()
+    return _choose_likeliest(logits)[states]
+
+
+def _choose_likeliest(logits: Tensor) -> Ints:
+    """[state] the first of the tokens with the largest logit."""
+    if logits.is_cpu and logits.dtype in (torch.float32, torch.float64):  # numpy is faster there
+        tokens = torch.from_numpy(logits.numpy().argmax(-1))
+    else:
+        tokens = logits.argmax(-1)
+    sound = logits.gather(-1, tokens[:, None])[:, 0].isfinite()
+    return tokens.where(sound, NO_TOKEN).cpu().numpy()
+
+
+def _draw_uniform(key: tuple[int, ...], step: int) -> float:
+    """In [0, 1), the same for a row and step whatever they are batched with."""
+    seed = np.random.SeedSequence([*(each % 2**64 for each in key), step])
+    return float(np.random.Generator(np.random.Philox(seed)).random())
+
+
+def _sample_tokens(logits: Tensor, states: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
+    """[row] of [state, vocab]: tokens in the order of their logits, of equal ones the lowest id
+    first, until their probabilities together exceed the random number.
+
+    top_k: these tokens alone. top_p: the fewest that together have so much of what is left (nucleus
+    sampling, Holtzman et al. 2020, arXiv 1904.09751).
+    """
+    warm = logits.float() / (1.0 if decoding.temperature is None else decoding.temperature)
+    if decoding.top_k is None and decoding.top_p is None:
+        return _sample_from_all(warm, states, uniform)
+    if decoding.top_k is not None:
+        ordered, ids = _find_top(warm, min(decoding.top_k, warm.shape[-1]))
+    else:
+        ordered, ids = warm.sort(dim=-1, descending=True, stable=True)
+    mass = ordered.softmax(-1).double().cumsum(-1)
+    if decoding.top_p is not None:
+        # Those in front of which less than top_p lies: the first one always.
+        enough = (mass < decoding.top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
+        whole = mass.gather(-1, enough)
+    else:
+        whole = mass[:, -1:]
+    wanted = uniform[:, None] * whole[states]
+    place = (mass[states] <= wanted).sum(-1, keepdim=True)
+    place = torch.minimum(place, (mass < whole).sum(-1, keepdim=True)[states])
+    return ids[states].gather(-1, place)[:, 0]
+
+
+def _find_top(warm: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """([state, k] the largest of [state, vocab], their ids), of equal ones the lowest id first."""
+    least = warm.topk(k).values[:, -1:]
+    with_equal = int((warm >= least).sum(-1).amax())
+    ids = warm.topk(with_equal).indices.sort(-1).values
+    ordered, place = warm.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return ordered[:, :k], ids.gather(-1, place)[:, :k]
+
+
+def _sample_from_all(warm: Tensor, states: Tensor, uniform: Tensor) -> Tensor:
+    """[row] tokens drawn from [state, vocab] as `_sampled` says; only tokens with logits near that
+    of the drawn one are sorted."""
+    probability = warm.softmax(-1).double()
+    bins = ((warm.amax(-1, keepdim=True) - warm) * BINS_PER_UNIT).clamp(max=LOGIT_BINS - 1).long()
+    sums = (
+        probability.new_zeros(len(warm), LOGIT_BINS).scatter_add_(-1, bins, probability).cumsum(-1)
+    )
+    last = (sums < sums[:, -1:]).sum(-1)
+    wanted = uniform * sums[states, -1]
+    own = torch.minimum((sums[states] <= wanted[:, None]).sum(-1), last[states])
+    before = torch.where(own > 0, sums[states, own - 1], 0.0)
+    rows, ids = (bins.short()[states] == own[:, None]).nonzero().unbind(-1)
+    order = warm[states[rows], ids].sort(descending=True, stable=True).indices
+    order = order[rows[order].sort(stable=True).indices]
+    rows, ids = rows[order], ids[order]
+    # No `bincount`: it waits for its largest number.
+    count = rows.new_zeros(len(states)).index_add_(0, rows, torch.ones_like(rows))
+    first = count.cumsum(0) - count
+    mass = probability[states[rows], ids].cumsum(0)
+    mass = mass - (mass - probability[states[rows], ids])[first][rows] + before[rows]
+    place = torch.zeros_like(count).index_add_(0, rows, (mass <= wanted[rows]).long())
+    return ids[first + torch.minimum(place, count - 1)]
+
+
+class ReplyBuffer:
+    """The replies as far as they are written."""
+
+    def __init__(self, rows: int, decoding: Decoding) -> None:
+        self.decoding = decoding
+        self.ids = np.full((rows, decoding.tokens), NO_TOKEN)
+        """[row, token]"""
+        self._count = np.zeros(rows, dtype=np.int64)
+        """[row] tokens so far."""
+        self._ends = np.array(sorted(decoding.ends), dtype=np.int64)
+        self._done: dict[int, Reply] = {}
+
+    def put(self, rows: Ints, tokens: Ints) -> Ints:
+        """The next token of each of some rows; NO_TOKEN for those whose reply is done."""
+        broken, ends = tokens < 0, np.isin(tokens, self._ends)
+        self._finish(rows[broken], "broken")
+        self._finish(rows[ends], "end")
+        goes = ~(broken | ends)
+        on = rows[goes]
+        self.ids[on, self._count[on]] = tokens[goes]
+        self._count[on] += 1
+        if self.decoding.stops:
+            goes[goes] = [not self._stopped(row) for row in on.tolist()]
+        full = goes & (self._count[rows] == self.decoding.tokens)
+        self._finish(rows[full], "length")
+        return np.where(goes & ~full, tokens, NO_TOKEN)
+
+    def _own(self, row: int) -> list[int]:
+        return self.ids[row, : self._count[row]].tolist()
+
+    def _finish(self, rows: Ints, ended: Literal["end", "length", "broken"]) -> None:
+        for row in rows.tolist():
+            own = self._own(row)
+            self._done[row] = Reply(tuple(own), self.decoding.decode(own), ended)
+
+    def _stopped(self, row: int) -> bool:
+        """Whether a stop text has come, where the reply ends then."""
+        own, decode = self._own(row), self.decoding.decode
+        text = decode(own)
+        found = [place for stop in self.decoding.stops if (place := text.find(stop)) >= 0]
+        if not found:
+            return False
+        end, count = min(found), len(own)
+        while count and decode(own[: count - 1]).startswith(text[:end]):
+            count -= 1
+        self._done[row] = Reply(tuple(own[:count]), text[:end], "stop")
+        return True
+
+    def replies(self) -> list[Reply]:
+        """Of all rows, in order."""
+        return [self._done[row] for row in range(len(self.ids))]

@@ -1,0 +1,670 @@
+"""Keys and values stored from pass to pass, shared between rows of one prompt.
+
+Blocks and attention can run on the first rows of a pass, whose results the others take over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from mechdsl.base.arrays import Ints
+from mechdsl.forward.generation.rules import RowLineup, RowMoves
+from mechdsl.forward.hooks.attention import (
+    AttentionCall,
+    AttentionMethod,
+    CannotPack,
+    apply_mask,
+    list_implementations,
+)
+from mechdsl.forward.hooks.batch import (
+    PassStopped,
+    array_to_device,
+    arrays_to_device,
+    indices_to_device,
+    to_device,
+)
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.hooks.module_exchange import (
+    get_activation,
+    replace_activation,
+    replace_forward,
+)
+from mechdsl.models.anatomy import BlockAnatomy
+
+
+@dataclass(frozen=True, eq=False)
+class _PromptGroup:
+    """Prompts with about as many rows each."""
+
+    prompts: Tensor | None
+    """[prompt] long; None for all, in their order."""
+    count: int
+    """Prompts."""
+    rows: int
+    """Places for rows of each."""
+
+
+@dataclass(frozen=True, eq=False)
+class _PromptLayout:
+    """Heads of rows laid out by their prompts, so that each head of a prompt has a block of its
+    own."""
+
+    groups: Sequence[_PromptGroup]
+    of: Tensor
+    """[place] long, row · heads + head."""
+    at: Tensor
+    """[row · heads + head] long, its place."""
+
+    @classmethod
+    def by(cls, prompts: Ints, every: int, heads: int, device: torch.device) -> _PromptLayout:
+        """prompts: [row] which of `every` ones. Prompts are taken together where that leaves fewer
+        places empty than there are rows: all of them, or those with about as many rows."""
+        known, which, counts = np.unique(prompts, return_inverse=True, return_counts=True)
+        order = np.argsort(prompts, kind="stable")
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)
+        together = counts.max() * len(counts) < 2 * len(prompts)
+        size = np.zeros_like(counts) if together else np.ceil(np.log2(counts))
+        rows, begins = np.empty_like(counts), np.empty_like(counts)
+        groups, total = list[_PromptGroup](), 0
+        for each in np.unique(size):
+            mine = np.flatnonzero(size == each)
+            rows[mine] = most = int(counts[mine].max())
+            begins[mine] = total + np.arange(len(mine)) * most * heads
+            whole = len(mine) == every and len(known) == every
+            index = None if whole else array_to_device(known[mine], device)
+            groups.append(_PromptGroup(index, len(mine), most))
+            total += len(mine) * most * heads
+        head = np.arange(heads)
+        at = ((begins[which] + rank)[:, None] + rows[which][:, None] * head).ravel()
+        of = np.zeros(total, dtype=np.int64)
+        of[at] = np.arange(len(at))
+        return cls(groups, *arrays_to_device((of, at), device))
+
+
+class SharedKeyValues:
+    """Of the first columns of some prompts."""
+
+    def __init__(
+        self, columns: int, layers: Sequence[tuple[Tensor, Tensor] | None], prompts: Sequence[int]
+    ) -> None:
+        """layers: keys and values [prompt, heads, columns or more, width] of each layer; None where
+        there are none. prompts: [row] which one it starts with."""
+        self.columns = columns
+        self.layers = [
+            None if layer is None else tuple(each[:, :, :columns].contiguous() for each in layer)
+            for layer in layers
+        ]
+        self.stand(prompts)
+
+    def stand(self, prompts: Sequence[int] | Ints) -> None:
+        """From now on, these are the prompts of rows."""
+        self._prompts = np.array(prompts, dtype=np.int64)
+        self._places: dict[tuple[int, int, int], _PromptLayout] = {}
+
+    def of_rows(self, layer: int, rows: slice) -> tuple[Tensor, Tensor]:
+        """[n, heads, columns, width] of each of these rows."""
+        keys, values = self._of(layer)
+        index = array_to_device(self._prompts[rows], keys.device)
+        return keys[index], values[index]
+
+    def scores(self, layer: int, rows: slice, queries: Tensor) -> Tensor:
+        """[n, key-value heads, head of it, columns] of queries [n, key-value heads, head of it,
+        width]."""
+        return self._times(rows, queries, self._of(layer)[0].transpose(-1, -2))
+
+    def values(self, layer: int, rows: slice, weights: Tensor) -> Tensor:
+        """[n, key-value heads, head of it, width] of weights of the shape of scores."""
+        return self._times(rows, weights, self._of(layer)[1])
+
+    def _of(self, layer: int) -> tuple[Tensor, Tensor]:
+        found = self.layers[layer]
+        assert found is not None
+        return found[0], found[1]
+
+    def _times(self, rows: slice, vectors: Tensor, matrices: Tensor) -> Tensor:
+        """Vectors [n, heads, k, a] times their prompt's matrix [prompt, heads, a, b]."""
+        heads, shared = vectors.shape[1:3]
+        key = rows.start, rows.stop, heads
+        if key not in self._places:
+            mine = self._prompts[rows]
+            self._places[key] = _PromptLayout.by(mine, len(matrices), heads, matrices.device)
+        places = self._places[key]
+        laid = vectors.flatten(2).flatten(0, 1).index_select(0, places.of)
+        found, first = list[Tensor](), 0
+        for group in places.groups:
+            end = first + group.count * heads * group.rows
+            each = laid[first:end].view(group.count, heads, group.rows * shared, -1)
+            own = matrices if group.prompts is None else matrices[group.prompts]
+            found.append((each @ own).view(end - first, -1))
+            first = end
+        every = found[0] if len(found) == 1 else torch.cat(found)
+        return every.index_select(0, places.at).view(len(vectors), heads, shared, -1)
+
+
+WIDE_DTYPES = (torch.float32, torch.float64)
+"""Types in which attention is two plain products."""
+
+MIN_NEW_COLUMNS = 16
+"""Columns of room that are taken at once, or half of what there are."""
+
+
+class _CacheLayer(CacheLayerMixin):
+    """One layer's: whole also where the model has a window, whose mask it makes itself."""
+
+    is_sliding = False
+
+    def __init__(self, kept: KeyValueCache, number: int) -> None:
+        super().__init__()
+        self.kept = kept
+        self.number = number
+        self.length = 0
+        self.filled = 0
+        """Rows that may be read."""
+        self.handed: tuple[Tensor, Tensor] | None = None
+        """What the model's attention was given in the pass that runs."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self._make(key_states[:0, :, :0], value_states[:0, :, :0])
+        self.is_initialized = True
+
+    def fit(self, rows: int, first: int, end: int) -> None:
+        """Have room for so many rows, and for the columns that there may be now.
+
+        first, end: the columns that the caller writes next, in all rows that are new.
+        """
+        assert self.keys is not None
+        assert self.values is not None
+        if self.kept.room[1] > self.keys.shape[2]:
+            self._make(self.keys[: self.filled], self.values[: self.filled])
+        if rows > self.filled:
+            for each in (self.keys, self.values):
+                each[self.filled : rows, :, :first] = 0
+                each[self.filled : rows, :, end:] = 0
+            self.filled = rows
+
+    def _make(self, keys: Tensor, values: Tensor) -> None:
+        """Room that begins with these; zeros where it isn't filled yet, as that is read with a
+        weight of 0."""
+        count, before = len(keys), keys.shape[2]
+        rows, columns = self.kept.room
+        self.keys, self.values = (
+            each.new_empty(rows, each.shape[1], columns, each.shape[3]) for each in (keys, values)
+        )
+        self.keys[:count, :, :before], self.keys[:count, :, before:] = keys, 0
+        self.values[:count, :, :before], self.values[:count, :, before:] = values, 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Put new ones behind those that are there, and give all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows, first = self.kept.rows_of(self.number), self.kept.first
+        end = first + key_states.shape[2]
+        self.fit(rows.stop, first, end)
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys[rows, :, first:end] = key_states
+        self.values[rows, :, first:end] = value_states
+        self.length = self.kept.common + end
+        if self.number == self.kept.stop:
+            raise PassStopped
+        if self.kept.marked and key_states.dtype in WIDE_DTYPES:
+            self.handed = self._marked(key_states), self._marked(value_states)
+        else:
+            self.handed = self.every()
+        return self.handed
+
+    def every(self) -> tuple[Tensor, Tensor]:
+        """[n, heads, T, width] of the rows of the pass: views, where nothing is shared."""
+        assert self.keys is not None
+        assert self.values is not None
+        end = self.length - self.kept.common
+        rows = self.kept.rows_of(self.number)
+        own = self.keys[rows, :, :end], self.values[rows, :, :end]
+        if self.kept.shared is None:
+            return own
+        before = self.kept.shared.of_rows(self.number, rows)
+        return torch.cat([before[0], own[0]], dim=2), torch.cat([before[1], own[1]], dim=2)
+
+    def _marked(self, like: Tensor) -> Tensor:
+        """Stands for all of them, and spoils whatever is made of it."""
+        size = like.shape[0], like.shape[1], self.length, like.shape[3]
+        return like.new_full((1, 1, 1, 1), torch.nan).expand(size)
+
+    def get_mask_sizes(self, query_length: int, *_: Any) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # as older libraries call it
+
+
+class KeyValueCache(Cache):
+    """Keys and values of some rows, left-padded to the same column."""
+
+    layers: Any  # of `_Layer`; the library's type holds layers without keys
+
+    def __init__(self, layers: int, rows: int, columns: int, later: int = 0) -> None:
+        """layers: of the model. rows, columns: room for so many. later: columns that may be needed
+        besides."""
+        self.room = rows, columns + min(later, MIN_NEW_COLUMNS)
+        self._most = columns + later
+        self.shared: SharedKeyValues | None = None
+        """Columns in front, which rows of a prompt have in common; none of their own."""
+        self.rows = slice(0, rows)
+        """Of the pass that runs."""
+        self._lineup: RowLineup | None = None
+        """Which of these each of its blocks attends with; None: all."""
+        self.first = 0
+        """Column of its first token, without those that are shared."""
+        self.stop: int | None = None
+        """The layer whose keys and values end the pass that runs."""
+        self.asked = False
+        """Whether attention in the pass that runs knows to ask for what is kept."""
+        super().__init__(layers=[_CacheLayer(self, n) for n in range(layers)])
+
+    @property
+    def common(self) -> int:
+        """Columns that are shared."""
+        return 0 if self.shared is None else self.shared.columns
+
+    @property
+    def marked(self) -> bool:
+        """Whether attention in the pass that runs is given nothing, but asks for what is kept."""
+        return self.asked and self.shared is not None
+
+    def share(self, other: KeyValueCache, columns: int, rows: Sequence[int]) -> None:
+        """Rows start with the first columns of these rows of another one."""
+        layers = [
+            (layer.keys, layer.values) if layer.is_initialized else None for layer in other.layers
+        ]
+        self.shared = SharedKeyValues(columns, layers, rows)
+
+    def at(
+        self,
+        rows: slice,
+        first: int,
+        count: int,
+        lineup: RowLineup | None = None,
+        stop: int | None = None,
+    ) -> KeyValueCache:
+        """For a pass over some rows, on so many columns from one on.
+
+        lineup: which of the rows blocks compute. stop: the layer whose keys and values end the
+        pass, by PassStopped; None: none does.
+        """
+        self.rows, self.first, self._lineup = rows, first - self.common, lineup
+        self.stop = stop
+        every, columns = self.room
+        if self.first + count > columns:
+            self.room = every, min(self._most, columns + max(MIN_NEW_COLUMNS, columns // 2))
+        for layer in self.layers:
+            layer.length, layer.handed = first, None
+        return self
+
+    def rows_of(self, layer: int) -> slice:
+        """Of the pass that runs, in one layer."""
+        if self._lineup is None:
+            return self.rows
+        return slice(self.rows.start, self.rows.start + self._lineup.attending(layer))
+
+    def handed(self, layer: int, keys: Tensor, values: Tensor) -> bool:
+        """Whether a block's attention is called with what is kept of it, as it was given."""
+        mine = self.layers[layer].handed if 0 <= layer < len(self.layers) else None
+        if mine is None:
+            return False
+        return all(
+            (own.data_ptr(), own.shape, own.stride(), own.dtype)
+            == (given.data_ptr(), given.shape, given.stride(), given.dtype)
+            for own, given in zip(mine, (keys, values), strict=True)
+        )
+
+    def every(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, heads, T, width] of the rows of the pass that runs."""
+        return self.layers[layer].every()
+
+    def own(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The same without those that are shared, and with the room behind them: what lies side by
+        side is read several times as fast."""
+        mine, rows = self.layers[layer], self.rows_of(layer)
+        return mine.keys[rows], mine.values[rows]
+
+    def newest(self, layer: int, count: int) -> Tensor:
+        """[n, heads, count, width] view of the keys of the pass that runs."""
+        return self.layers[layer].keys[self.rows_of(layer), :, self.first : self.first + count]
+
+    def move(self, moves: Sequence[RowMoves], columns: int) -> None:
+        """Copy rows to other places, in each layer its own; what is copied is what stands there
+        before."""
+        columns -= self.common
+        due = [
+            (layer, rows)
+            for layer, rows in zip(self.layers, moves, strict=True)
+            if layer.is_initialized and len(rows[0])
+        ]
+        if not due:
+            return
+        device = due[0][0].keys.device
+        index = iter(arrays_to_device([each for _, rows in due for each in rows], device))
+        for layer, (_, to) in due:
+            layer.fit(1 + int(to.max()), 0, columns)
+            source, target = next(index), next(index)
+            for each in (layer.keys, layer.values):
+                each[target, :, :columns] = each[source, :, :columns]
+
+    def fill(self, other: KeyValueCache, rows: Tensor, columns: int) -> None:
+        """Take these rows ([n] long) of another one's first columns, those that aren't shared, as
+        the first n rows here."""
+        first, columns = self.common, columns - self.common
+        if columns == 0:
+            return
+        index: Tensor | None = None
+        for mine, its in zip(self.layers, other.layers, strict=True):
+            if not its.is_initialized:
+                continue
+            if index is None:
+                index = to_device(rows, its.keys.device)
+            if not mine.is_initialized:
+                mine.lazy_initialization(its.keys, its.values)
+            mine.fit(len(rows), 0, columns)
+            for own, given in ((mine.keys, its.keys), (mine.values, its.values)):
+                more = given[:, :, first : first + columns]
+                own[: len(rows), :, :columns] = more[index]
+
+    def put(
+        self,
+        other: KeyValueCache,
+        which: str,
+        layer: int,
+        rows: Tensor,
+        of: Tensor,
+        columns: Tensor,
+    ) -> None:
+        """Take single vectors of all heads, "keys" or "values" of one layer: here in `rows`, there
+        in `of`, in these columns; all [K] long."""
+        mine, its = (getattr(each.layers[layer], which) for each in (self, other))
+        place, here, there = indices_to_device((columns, rows, of), mine.device)
+        mine[here, :, place - self.common] = its[there, :, place]
+
+
+_SUPPORTED_ATTENTION = {"eager", "sdpa"}
+"""Ways of attention whose masks can be had in full."""
+
+
+def is_single_query_supported(model: LoadedModel) -> bool:
+    """Whether a model's attention of one query can be computed here: in 16 bits its own rounds in
+    other places."""
+    return (
+        model.dtype in WIDE_DTYPES
+        and set(list_implementations(model).values()) <= _SUPPORTED_ATTENTION
+    )
+
+
+class SingleQueryAttention:
+    """In all blocks, pass by pass."""
+
+    def __init__(self, kept: KeyValueCache) -> None:
+        self.kept = kept
+        self._masks: dict[tuple[int, torch.Size] | None, tuple[Tensor | None, Tensor]] = {}
+        """Masks of the pass, by where they lie, and what they add to scores. They are held, so that
+        no other one comes to lie there."""
+
+    def begin(self) -> None:
+        """Of another pass."""
+        self._masks.clear()
+
+    def attend(self, call: AttentionCall) -> Tensor | None:
+        """[n, 1, heads, d_head] of what attention is called with, which is kept; None where it does
+        what isn't known."""
+        query, arguments = call.query, dict(call.arguments)
+        more = [arguments.get(name) for name in ("distances", "position_bias")]
+        if query.dtype not in WIDE_DTYPES or call.across or any(each is not None for each in more):
+            return None
+        rows, heads, count, width = call.key.shape
+        try:
+            call.own_function()
+            how = AttentionMethod.of(query[0], call.key[0], True, False, None, arguments)
+        except CannotPack:
+            return None
+        queries = query.reshape(rows, heads, how.shared, width) * how.scale
+        scores = self._scores(call.layer, queries)
+        if how.cap is not None:
+            scores = (scores / how.cap).tanh() * how.cap
+        mask = self._added(call.mask, scores, count)
+        scores = apply_mask(scores[:, :, :, None, None], mask, how.shared)
+        weights = how.weights(scores, how.sink(scores)).to(call.value.dtype)
+        found = self._values(call.layer, weights[:, :, :, 0, 0])
+        return found.view(rows, 1, heads * how.shared, -1)
+
+    def _scores(self, layer: int, queries: Tensor) -> Tensor:
+        """[n, key-value heads, head of it, key] of queries [n, key-value heads, head of it,
+        width], with the keys that there is room for."""
+        own = queries @ self.kept.own(layer)[0].transpose(-1, -2)
+        if self.kept.shared is None:
+            return own
+        before = self.kept.shared.scores(layer, self.kept.rows_of(layer), queries)
+        return torch.cat([before, own], dim=-1)
+
+    def _values(self, layer: int, weights: Tensor) -> Tensor:
+        """[n, key-value heads, head of it, width] of weights [n, key-value heads, head of it,
+        key]."""
+        shared, common = self.kept.shared, self.kept.common
+        own = weights[..., common:] @ self.kept.own(layer)[1]
+        if shared is None:
+            return own
+        return own.add_(shared.values(layer, self.kept.rows_of(layer), weights[..., :common]))
+
+    def _added(self, mask: Tensor | None, scores: Tensor, count: int) -> Tensor:
+        """[n or 1, heads or 1, 1, key] what a mask adds to scores, and that nothing is seen from
+        key `count` on."""
+        key = None if mask is None else (mask.data_ptr(), mask.shape)
+        if key not in self._masks:
+            added = scores.new_zeros(1, 1, 1, count) if mask is None else mask
+            if added.dtype == torch.bool:
+                added = torch.where(added, scores.new_zeros(()), float("-inf"))
+            room = scores.shape[-1] - count
+            self._masks[key] = mask, nn.functional.pad(added, (0, room), value=float("-inf"))
+        return self._masks[key][1]
+
+
+ArgumentPath = tuple[int | str, ...]
+"""Where a tensor stands among the arguments of a module: (0,), ("position_embeddings", 1)."""
+
+RowLengths = Mapping[ArgumentPath, int]
+"""Tensors that have so many vectors for each row of the pass, those of a row side by side: one, or
+one for each of its heads."""
+
+
+@dataclass(frozen=True)
+class RowArguments:
+    """Where rows stand in the calls of modules that can compute some of the rows alone."""
+
+    blocks: tuple[RowLengths, ...]
+    """[block]"""
+    attention: tuple[RowLengths, ...] = ()
+    """[block] of its attention; empty if that computes what the rest of the block does."""
+    several: bool = True
+    """Whether that holds for several tokens of each row too."""
+
+
+def find_attention_path(block: BlockAnatomy) -> str | None:
+    """The module that makes queries of what it is called with, attends, and projects `z`; None
+    where that isn't one within the block."""
+    z = block.taps.get("z")
+    if z is None or z.side != "in" or z.path != block.output or not block.projections:
+        return None
+    parts = [path.split(".") for path in (*block.projections, z.path)]
+    common = list(takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False)))
+    path = ".".join(names[0] for names in common)
+    return path if path.startswith(f"{block.path}.") and path != z.path else None
+
+
+@contextmanager
+def limit_to_first_rows(
+    model: LoadedModel, lineup: RowLineup, places: RowArguments, running: Callable[[int], None]
+) -> Generator[None]:
+    """Blocks, and their attention, compute the rows that they have by `lineup`.
+
+    running: is told how many rows there are from now on.
+    """
+    with ExitStack() as stack:
+        for number, (block, each) in enumerate(
+            zip(model.anatomy.blocks, places.blocks, strict=True)
+        ):
+            few, count = lineup.attending(number), lineup.rows(number)
+            if count < len(lineup):
+                module = model.module.get_submodule(block.path)
+                some = partial(
+                    _run_block, module.forward, count, lineup.like[count:], each, running
+                )
+                stack.enter_context(replace_forward(module, some))
+            if places.attention and few < count:
+                stack.enter_context(
+                    _limit_attention(
+                        model, block, lineup, number, places.attention[number], running
+                    )
+                )
+        yield
+
+
+def _run_block(
+    forward: Callable[..., Any],
+    count: int,
+    others: Ints,
+    places: RowLengths,
+    running: Callable[[int], None],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """What a block returns, where all rows but the first ones are like some of these.
+
+    others: [row behind them] which one.
+    """
+    every = len(get_activation(args, kwargs))
+    running(count)
+    found = _call_first_rows(forward, count, places, args, kwargs)
+    running(every)
+    several = isinstance(found, (tuple, list))
+    hidden = _append_copies(found[0] if several else found, others)
+    return type(found)([hidden, *found[1:]]) if several else hidden
+
+
+@contextmanager
+def _limit_attention(
+    model: LoadedModel,
+    block: BlockAnatomy,
+    lineup: RowLineup,
+    number: int,
+    places: RowLengths,
+    running: Callable[[int], None],
+) -> Generator[None]:
+    """A block's attention has fewer rows up to `z`, and those of the block from there on."""
+    few, count = lineup.attending(number), lineup.rows(number)
+    path = find_attention_path(block)
+    assert path is not None
+    assert block.output is not None
+    attention, output = (model.module.get_submodule(each) for each in (path, block.output))
+    forward = attention.forward
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        running(few)
+        return _call_first_rows(forward, few, places, args, kwargs)
+
+    def grow(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        running(count)
+        z = _append_copies(get_activation(args, kwargs), lineup.like[few:count])
+        return replace_activation(args, kwargs, z)
+
+    # In front of what reads and writes `z`.
+    handle = output.register_forward_pre_hook(grow, prepend=True, with_kwargs=True)
+    try:
+        with replace_forward(attention, attend):
+            yield
+    finally:
+        handle.remove()
+
+
+def _call_first_rows(
+    forward: Callable[..., Any], count: int, places: RowLengths, args: Any, kwargs: Any
+) -> Any:
+    """What is returned for the first rows alone."""
+    every = len(get_activation(args, kwargs))
+
+    def cut(value: Any, place: ArgumentPath) -> Any:
+        if isinstance(value, Tensor):
+            each = places.get(place, 0)
+            return value[: each * count] if each and len(value) == each * every else value
+        if type(value) in (tuple, list):
+            return type(value)(cut(each, (*place, n)) for n, each in enumerate(value))
+        if type(value) is dict:
+            return {name: cut(each, (*place, name)) for name, each in value.items()}
+        return value
+
+    return forward(
+        *(cut(each, (n,)) for n, each in enumerate(args)),
+        **{name: cut(each, (name,)) for name, each in kwargs.items()},
+    )
+
+
+def _append_copies(rows: Tensor, others: Ints) -> Tensor:
+    """With more rows, each of which is like one of these."""
+    every = np.concatenate([np.arange(len(rows)), others])
+    return rows.index_select(0, array_to_device(every, rows.device))
+
+
+@contextmanager
+def record_lengths(
+    model: LoadedModel, paths: Sequence[str]
+) -> Generator[list[dict[ArgumentPath, int]]]:
+    """[path] the first dimensions of tensors that modules are called with, where they stand."""
+    found: list[dict[ArgumentPath, int]] = [{} for _ in paths]
+    with ExitStack() as stack:
+        for number, path in enumerate(paths):
+
+            def note(module: nn.Module, args: Any, kwargs: Any, number: int = number) -> None:
+                for name, value in (*enumerate(args), *kwargs.items()):
+                    for place, tensor in _iter_tensors(value, (name,)):
+                        found[number][place] = len(tensor) if tensor.dim() else 0
+
+            module = model.module.get_submodule(path)
+            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        yield found
+
+
+def compute_row_lengths(
+    few: dict[ArgumentPath, int], rows: int, more: dict[ArgumentPath, int]
+) -> RowLengths:
+    """Vectors for each row, where these grow with them. few: lengths in a pass of so many rows;
+    more: of one more."""
+    return {
+        place: length // rows
+        for place, length in few.items()
+        if length and length % rows == 0 and more.get(place) == length + length // rows
+    }
+
+
+def _iter_tensors(value: Any, place: ArgumentPath) -> Iterator[tuple[ArgumentPath, Tensor]]:
+    if isinstance(value, Tensor):
+        yield place, value
+    elif type(value) in (tuple, list):
+        for n, each in enumerate(value):
+            yield from _iter_tensors(each, (*place, n))
+    elif type(value) is dict:
+        for name, each in value.items():
+            yield from _iter_tensors(each, (*place, name))

@@ -1,0 +1,784 @@
+"""Text generated after many prompts at once while rules act, with or without a key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Ints
+from mechdsl.forward.generation.cached_pass import (
+    CachedPass,
+    GenerationMethod,
+    NewTokens,
+    PassArguments,
+    choose_method,
+    run_cached_pass,
+    store_keys,
+)
+from mechdsl.forward.generation.decoding import Decoding, ReplyBuffer, choose_next_tokens
+from mechdsl.forward.generation.key_value_cache import KeyValueCache, is_single_query_supported
+from mechdsl.forward.generation.rules import (
+    RowChoice,
+    RowSharing,
+    RowStates,
+    SharedBlocks,
+    StepRules,
+    find_first_step,
+    find_lowest_block,
+    join_step_rules,
+    merge_steps,
+    merge_writes,
+    number_prompts,
+)
+from mechdsl.forward.hooks.batch import (
+    Batch,
+    RuleWrites,
+    SiteRead,
+    SiteWrite,
+    apply_write,
+    array_to_device,
+    is_out_of_memory,
+    release_memory,
+    to_device,
+)
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.hook_points import fuse_activations
+from mechdsl.forward.hooks.model import LoadedModel, replace_blocks
+from mechdsl.vocab.metrics import Reply
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
+
+StoredVectors = dict[SiteRead, Tensor]
+"""Keys and values [token, heads, d_head] of all layers, of the tokens of one state so far."""
+
+
+class FullPasses:
+    """Each pass computes all tokens again, with all that was written at each of them.
+
+    Where that doesn't give the tokens in front of the newest one as they were (kept keys and values
+    were edited behind the prefill; blocks were exchanged in some of the steps), their keys and
+    values are written as they were, and so is what steps are taken of, before any rule.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        prompts: Sequence[tuple[int, ...]],
+        prefill: RuleWrites,
+        kept: Sequence[SiteWrite],
+        steps: Sequence[StepRules],
+        tokens: int,
+        limit: int,
+    ) -> None:
+        """tokens: of a reply, at most. limit: tokens of one pass."""
+        self.model = model
+        self.prompts = prompts
+        self.prefill = prefill
+        self.kept = kept
+        self.steps = steps
+        self.limit = limit
+        before = dict(prefill.blocks)
+        mixed = any(collect_blocks(steps, step) != before for step in range(1, tokens))
+        self._holds = bool(kept) or mixed
+        every = (*prefill.writes, *(write for rules in steps for write in rules.writes))
+        stepped = (replace(write.where, before=True) for write in every if write.mode == "step")
+        self._stepped = list(dict.fromkeys(stepped))
+        """Sites that steps are taken of."""
+        self._held: list[StoredVectors] = []
+        """[state] of the step before."""
+
+    @property
+    def own(self) -> Ints:
+        """[row] the tokens that only its prefill computes."""
+        return np.array([len(prompt) for prompt in self.prompts])
+
+    def arranged(self, states: RowStates, ids: Ints) -> RowStates:
+        """In any order."""
+        return states
+
+    def close(self) -> None:
+        """Every pass takes its hooks away."""
+
+    def logits(self, states: RowStates, ids: Ints) -> Tensor:
+        """[state, vocab] behind the newest token of each state.
+
+        ids: [row, step] the replies so far.
+        """
+        rows: list[int] = states.leaders.tolist()
+        step = ids.shape[1]
+        held = self._before(states, RowChoice(len(self.prompts), rows), step)
+        longest = max(len(self.prompts[row]) for row in rows) + step
+        each = max(1, self.limit // longest)
+        self._held = []
+        return torch.cat(
+            [
+                self._part(rows[first : first + each], held[first : first + each], ids)
+                for first in range(0, len(rows), each)
+            ]
+        )
+
+    def _part(self, rows: Sequence[int], held: Sequence[StoredVectors], ids: Ints) -> Tensor:
+        """[n, vocab] of the states that these rows lead, in one pass."""
+        step = ids.shape[1]
+        batch = Batch.of(
+            [[*self.prompts[row], *ids[row].tolist()] for row in rows],
+            self.model.pad_id,
+            self.model.calling.side,
+            self.model.device,
+        )
+        chosen = RowChoice(len(self.prompts), rows)
+        lengths = torch.tensor([len(self.prompts[row]) for row in rows])
+        later = [
+            chosen.step(self.steps, earlier, lengths, lengths + earlier - 1)
+            for earlier in range(1, step + 1)
+        ]
+        acting = merge_steps(chosen.rules(self.prefill), later)
+        blocks = collect_blocks(self.steps, step) if step else dict(self.prefill.blocks)
+        acting = replace(acting, blocks=tuple(sorted(blocks.items())))
+        return self._run(acting, acting.numbered(batch), held)
+
+    def _run(self, acting: RuleWrites, batch: Batch, held: Sequence[StoredVectors]) -> Tensor:
+        """held: [state], or empty."""
+        last = (batch.lengths - 1)[:, None]
+        every = any(write.site == "logits" for write in acting.writes)
+        reads = self._reads(acting) if self._holds else []
+        again = [_rewrite_vectors(read, [each[read] for each in held]) for read in reads if held]
+        # A step begins with vectors before all rules; what else is held is written after them.
+        begin, end = again[: len(self._stepped)], again[len(self._stepped) :]
+        with replace_blocks(self.model, acting.blocks):
+            result = run_full(
+                self.model,
+                batch,
+                writes=[*begin, *acting.writes, *end],
+                edges=acting.edges,
+                reads=reads,
+                logits_at=None if every else last,
+            )
+        assert result.logits is not None
+        spans = [
+            slice(start, start + length)
+            for start, length in zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)
+        ]
+        for number, span in enumerate(spans if self._holds else ()):
+            own = {read: found[number, span] for read, found in result.reads.items()}
+            for read in self._stepped if held else ():  # of each token, from its own pass
+                own[read] = torch.cat([held[number][read], own[read][-1:]])
+            self._held.append(own)
+        if not every:
+            return result.logits[:, 0]
+        index = torch.arange(len(batch), device=result.logits.device)
+        return result.logits[index, to_device(batch.starts + last[:, 0], index.device)]
+
+    def _reads(self, acting: RuleWrites) -> list[SiteRead]:
+        """What steps are taken of, and keys and values of all blocks that run."""
+        shape, blocks = self.model.shape, {to: of is not None for to, of in acting.blocks}
+        layers = [layer for layer in range(shape.n_layers) if blocks.get(layer, True)]
+        every = [SiteRead(site, layer) for layer in layers for site in ("k", "v")]
+        if not all(shape.has(read.site, read.layer) for read in every):
+            raise ValueError(f"`{self.model.name}` has blocks without keys and values to keep")
+        return [*self._stepped, *every]
+
+    def _before(self, states: RowStates, chosen: RowChoice, step: int) -> list[StoredVectors]:
+        """[state] what is held of the tokens in front of the newest; in the first step, edited.
+        Nothing where nothing is."""
+        if not self._holds or step == 0:
+            return []
+        held = [dict(self._held[parent]) for parent in states.parents.tolist()]
+        for write in map(chosen.write, self.kept if step == 1 else ()):
+            for row in write.rows.unique().tolist():
+                own, mine = held[row], write.some(write.rows == row)
+                index = mine.positions, mine.units
+                own[write.where] = apply_edit(own[write.where], mine, index)
+        return held
+
+
+def apply_edit(now: Tensor, write: SiteWrite, index: tuple[Tensor, ...]) -> Tensor:
+    """Kept keys or values with an edit of the vectors at these indices, each [K]."""
+    now = now.clone()
+    index = tuple(each.to(now.device) for each in index)
+    values = write.values.to(now.device)
+    if write.mode == "add":
+        return now.index_put_(index, values.to(now), accumulate=True)
+    to = None if write.to is None else write.to.to(now.device)
+    return now.index_put_(index, apply_write(write.mode, now[index], values, to))
+
+
+def _rewrite_vectors(read: SiteRead, found: Sequence[Tensor]) -> SiteWrite:
+    """What was read of each row's first tokens ([token, heads, d_head]), to be written there."""
+    heads = found[0].shape[1]
+    counts = torch.tensor([len(each) for each in found])
+    rows = torch.arange(len(found)).repeat_interleave(counts * heads)
+    places = [torch.arange(int(count)).repeat_interleave(heads) for count in counts]
+    units = torch.arange(heads).repeat(int(counts.sum()))
+    values = torch.cat(list(found)).flatten(0, 1)
+    return SiteWrite(read.site, read.layer, rows, torch.cat(places), units, values)
+
+
+def collect_blocks(steps: Sequence[StepRules], step: int) -> dict[int, int | None]:
+    """Which blocks compute in the places of others in a step."""
+    found: dict[int, int | None] = {}
+    for rules in steps:
+        if rules.acts(step):
+            found |= dict(rules.blocks)
+    return found
+
+
+MAX_RECOMPUTED_TOKENS = 64
+"""Tokens of a prefill that are computed once more rather than in a pass of their own."""
+
+
+class CachedPasses:
+    """Each token is computed once.
+
+    In the prefill, the tokens in front of the first one of a row at which anything acts are
+    computed once for each distinct prompt, and so are whole prompts on which nothing acts.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        prompts: Sequence[tuple[int, ...]],
+        prefill: RuleWrites,
+        kept: Sequence[SiteWrite],
+        steps: Sequence[StepRules],
+        tokens: int,
+        limit: int,
+        *,
+        way: GenerationMethod,
+    ) -> None:
+        """tokens: of a reply, at most. limit: tokens of one pass. way: what may be shared."""
+        self.model = model
+        self.prompts = prompts
+        self.prefill = prefill
+        self.kept = kept
+        self.steps = steps
+        self.limit = limit
+        self.columns = max(map(len, prompts))
+        """Of all prompts, padded on the left."""
+        self._lengths = np.array([len(prompt) for prompt in prompts])
+        """[row] tokens of its prompt."""
+        layers = model.shape.n_layers
+        acting = find_first_step(len(prompts), prefill, kept, steps)
+        lowest = np.zeros_like(acting)
+        if way.places is not None:
+            lowest = find_lowest_block(model, len(prompts), prefill, kept, steps)
+            if not way.places.attention:
+                lowest -= lowest % 2
+        self._texts = number_prompts(prompts)
+        """[row] the number of its prompt."""
+        self._distinct = 1 + int(self._texts.max())
+        """Prompts."""
+        own = _count_own_tokens(prompts, prefill)
+        most = int(own.max())
+        begins = np.where(acting == 0, lowest, 2 * layers)
+        half_blocks = self._distinct * 2 * layers + int((2 * layers - begins).sum())
+        self._together = (
+            way.places is not None
+            and (way.places.several or most == 1)
+            and not prefill.numbers
+            and most > 0
+            and all(write.mode != "step" for write in prefill.writes)
+            and most * half_blocks <= 2 * layers * int(own.sum())
+        )
+        """Whether the prefill shares blocks as a step does, with as many tokens of each prompt,
+        where that is less than its rows compute apart. A step reads the token before, which may be
+        in the pass before."""
+        self.own = own = np.full_like(own, most) if self._together else own
+        """[row] the tokens that only its prefill computes."""
+        edited = _count_own_tokens(prompts, RuleWrites(kept))
+        apart = int(np.maximum(own, edited).max())
+        shares = (
+            way.shares and 2 * self._distinct <= len(prompts) and is_single_query_supported(model)
+        )
+        self._common = self.columns - apart if shares else 0
+        """Columns that rows of a prompt have in common throughout."""
+        self.keys = KeyValueCache(layers, len(prompts), self.columns - self._common, tokens - 1)
+        self._blocks = SharedBlocks(self._texts, acting, lowest, layers)
+        self._places = way.places
+        self._leaders = np.zeros(0, dtype=np.int64)
+        """[state] rows of the step before; what follows is of these."""
+        self._chosen: RowChoice | None = None
+        self._starting = torch.zeros(0)
+        """[state] columns of first tokens."""
+        self._few: dict[tuple[bool, ...], Sequence[StepRules]] = {}
+        """What acts, by which of the rules do."""
+        self._before: tuple[bool, ...] | None = None
+        """Which rules acted in the step before; what they did is `_acted`."""
+        self._acted = RuleWrites()
+        self._open: CachedPass | None = None
+        """The step before."""
+
+    def arranged(self, states: RowStates, ids: Ints) -> RowStates:
+        """The states of a step in the order in which it computes them.
+
+        ids: [row, step] the replies so far.
+        """
+        step, rows = ids.shape[1], states.leaders
+        if step == 0:
+            self._blocks.begin(states)
+            if not self._together:
+                return states
+        newest = ids[rows, -1] if step else np.zeros_like(rows)
+        return self._blocks.arrange(states, newest, step)
+
+    def logits(self, states: RowStates, ids: Ints) -> Tensor:
+        """[state, vocab] behind the newest token of each state.
+
+        ids: [row, step] the replies so far.
+        """
+        step, rows = ids.shape[1], states.leaders
+        if step == 0:
+            return self._prefill_together(states) if self._together else self._prefill(states)
+        first = self.columns + step - 1
+        self.keys.move(self._blocks.moves, first)
+        newest = array_to_device(ids[rows, -1:], self.model.device)
+        if self._chosen is None or not np.array_equal(rows, self._leaders):
+            self._leaders, self._before = rows, None
+            self._chosen, self._starting = RowChoice(len(self.prompts), rows), self._starts(rows)
+            if self.keys.shared is not None:
+                self.keys.shared.stand(self._texts[rows])
+        acts = tuple(rules.acts(step) for rules in self.steps)
+        if self._open is not None and self._goes_on(self._open, acts):
+            return self._open.run_on(newest)
+        self.close()
+        if step == 1:
+            self._edit(states, self._chosen)
+        tokens = NewTokens(newest, self._starting, first)
+        acting = self._acting(self._chosen, step, acts)
+        every, lineup = slice(0, len(states)), self._blocks.lineup
+        self._open = CachedPass(self.model, tokens, self.keys, every, acting, lineup, self._places)
+        return self._open.run()
+
+    def _goes_on(self, before: CachedPass, acts: tuple[bool, ...]) -> bool:
+        """Whether the same acts on the same rows as in the pass before."""
+        return before.repeats and acts == self._before and before.lineup is self._blocks.lineup
+
+    def close(self) -> None:
+        """No hooks are left."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    def _prefilled(self, chosen: RowChoice) -> RuleWrites:
+        """What acts in the prefill."""
+        return merge_writes(chosen.rules(self.prefill), len(chosen.rows))
+
+    def _acting(self, chosen: RowChoice, step: int, acts: tuple[bool, ...]) -> RuleWrites:
+        """What acts in a step; mostly what acted in the one before."""
+        lengths = self.columns - self._starting.cpu()
+        newest = lengths + step - 1
+        if acts != self._before or self._acted.edges:
+            every = chosen.step(self._joined(acts), step, lengths, newest)
+            self._before, self._acted = acts, merge_writes(every, len(chosen.rows))
+        writes = [replace(each, positions=newest[each.rows]) for each in self._acted.writes]
+        return replace(self._acted, writes=writes)
+
+    def _joined(self, acts: tuple[bool, ...]) -> Sequence[StepRules]:
+        """Those that act, in few writes: rows change more often than what acts."""
+        if acts not in self._few:
+            now = [rules for rules, does in zip(self.steps, acts, strict=True) if does]
+            always = [replace(rules, first=1, last=None) for rules in now]
+            self._few[acts] = join_step_rules(always, len(self.prompts))
+        return self._few[acts]
+
+    def _starts(self, rows: Ints) -> Tensor:
+        """[n] columns of first tokens."""
+        return torch.from_numpy(self.columns - self._lengths[rows])
+
+    # --- the prefill ------------------------------------------------------------------------
+
+    def _prefill(self, states: RowStates) -> Tensor:
+        rows = states.leaders
+        own = self.own[rows]
+        found: list[Tensor] = []
+        shared = self._shared(states, own)
+        if shared is not None:
+            found.append(shared)
+        for part in _split_rows(own, self.limit):
+            found.append(self._suffix(rows, part, int(own[part].max())))
+        return torch.cat(found)
+
+    def _prefill_together(self, states: RowStates) -> Tensor:
+        """The same in shared blocks, some columns at a time."""
+        rows, lineup = states.leaders, self._blocks.lineup
+        self._shared(states, self.own[rows])
+        acting, batch = self._prefilled(RowChoice(len(self.prompts), rows)), self._batch(rows)
+        if self.keys.shared is not None:
+            self.keys.shared.stand(self._texts[rows])
+
+        def part(first: int, end: int) -> PassArguments:
+            tokens = NewTokens(batch.ids[:, first:end], batch.starts, first)
+            every, mine = slice(0, len(rows)), tokens.acting(acting)
+            return self.model, tokens, self.keys, every, mine, lineup, self._places
+
+        first, count = self.columns - int(self.own.max()), max(1, self.limit // len(rows))
+        # Only the last token needs all of the last block, whose rows are these.
+        n_layers = self.model.shape.n_layers
+        alone = (
+            lineup.rows(n_layers - 1) * (self.columns - 1 - first)
+            > MAX_RECOMPUTED_TOKENS * n_layers
+        )
+        last = self.columns - 1 if alone else max(first, self.columns - count)
+        while first < last:
+            end = min(first + count, last)
+            store_keys(*part(first, end))
+            first = end
+        return run_cached_pass(*part(first, self.columns))
+
+    def _shared(self, states: RowStates, own: Ints) -> Tensor | None:
+        """What prompts have in common, once for each distinct one; the logits [state, vocab] of
+        those on which nothing acts, which are the first states.
+
+        own: [state] tokens at the end that aren't common.
+        """
+        whole = int((own == 0).sum())
+        columns = self.columns if whole else self.columns - int(own.min())
+        if columns == 0:
+            return None
+        rows = states.leaders
+        of: list[int] = self._texts[rows].tolist()
+        lead = [of.index(number) for number in range(self._distinct)]
+        batch = self._batch(rows[lead])
+        keys = KeyValueCache(self.model.shape.n_layers, len(lead), columns)
+        acting, index = RuleWrites(blocks=self.prefill.blocks), torch.tensor(of)
+        each, found = max(1, self.limit // columns), list[Tensor]()
+        for first in range(0, len(lead), each):
+            part = slice(first, min(first + each, len(lead)))
+            tokens = NewTokens(batch.ids[part, :columns], batch.starts[part], 0)
+            if whole:
+                found.append(run_cached_pass(self.model, tokens, keys, part, acting))
+            else:
+                store_keys(self.model, tokens, keys, part, acting)
+        if self._common:
+            self.keys.share(keys, self._common, of)
+        self.keys.fill(keys, index, columns)
+        return torch.cat(found)[to_device(index[:whole], self.model.device)] if whole else None
+
+    def _suffix(self, rows: Ints, part: slice, count: int) -> Tensor:
+        """[n, vocab] of some of the rows, whose last tokens are computed, behind those that are
+        kept already."""
+        rows = rows[part]
+        batch = self._batch(rows)
+        first = self.columns - count
+        acting = self._prefilled(RowChoice(len(self.prompts), rows))
+        numbers = acting.numbered(batch).numbers
+        numbers = None if numbers is None else numbers[:, first:]
+        tokens = NewTokens(batch.ids[:, first:], batch.starts, first, numbers)
+        return run_cached_pass(self.model, tokens, self.keys, part, acting)
+
+    def _batch(self, rows: Ints) -> Batch:
+        """Whole prompts, as wide as the widest of all."""
+        ids = torch.full((len(rows), self.columns), self.model.pad_id, dtype=torch.long)
+        for number, row in enumerate(rows.tolist()):
+            prompt = self.prompts[row]
+            ids[number, self.columns - len(prompt) :] = torch.tensor(prompt)
+        starts, device = self._starts(rows), self.model.device
+        mask = (torch.arange(self.columns) >= starts[:, None]).long()
+        return Batch(to_device(ids, device), to_device(mask, device), self.columns - starts, starts)
+
+    # --- edits of what is kept --------------------------------------------------------------
+
+    def _edit(self, states: RowStates, chosen: RowChoice) -> None:
+        """Edit keys and values between the prefill and the first step.
+
+        They are read as they came out of their projections and edited there; another pass, in which
+        they stand so, gives what is kept of them, behind rotary for one. Layers don't see each
+        other's edits, as each is made on what the layer had.
+        """
+        edits = [own for each in self.kept if len((own := chosen.write(each)).rows)]
+        if not edits:
+            return
+        touched = torch.cat([edit.rows for edit in edits]).unique()
+        some = states.leaders[touched.numpy()]
+        here = torch.full((len(states),), -1, dtype=torch.long)
+        here[touched] = torch.arange(len(touched))
+        edits = [edit.moved(here) for edit in edits]
+        acting = RowChoice(len(self.prompts), some).rules(self.prefill)
+        batch = acting.numbered(self._batch(some))
+        places = list(dict.fromkeys(edit.where for edit in edits))
+        with replace_blocks(self.model, acting.blocks):
+            reads = run_full(
+                self.model,
+                batch,
+                writes=acting.writes,
+                edges=acting.edges,
+                reads=places,
+                logits_at=(batch.lengths - 1)[:, None],
+            ).reads
+        standing = [_stored_edits(place, reads[place], batch, edits) for place in places]
+        scratch = KeyValueCache(self.model.shape.n_layers, len(some), self.columns)
+        tokens = NewTokens(batch.ids, batch.starts, 0, batch.numbers)
+        again = replace(acting, writes=[*acting.writes, *standing])
+        store_keys(self.model, tokens, scratch, slice(0, len(some)), again)
+        for write in standing:
+            columns = batch.columns(write.rows, write.positions)
+            which = "keys" if write.site == "k" else "values"
+            assert write.layer is not None
+            self.keys.put(scratch, which, write.layer, touched[write.rows], write.rows, columns)
+
+
+def _stored_edits(
+    place: SiteRead, found: Tensor, batch: Batch, edits: Sequence[SiteWrite]
+) -> SiteWrite:
+    """All heads of each token that is edited at a site, as they stand there afterwards.
+
+    found: [B, T, heads, d_head], what was read.
+    """
+    spots: list[Tensor] = []
+    for edit in edits:
+        if edit.where == place:
+            index = edit.rows, batch.columns(edit.rows, edit.positions), edit.units
+            found = apply_edit(found, edit, index)
+            spots.append(torch.stack([edit.rows, edit.positions], dim=1))
+    rows, positions = torch.cat(spots).unique(dim=0).t()
+    heads = found.shape[2]
+    values = found[rows.to(found.device), batch.columns(rows, positions)].flatten(0, 1)
+    return SiteWrite(
+        place.site,
+        place.layer,
+        rows.repeat_interleave(heads),
+        positions.repeat_interleave(heads),
+        torch.arange(heads).repeat(len(rows)),
+        values,
+    )
+
+
+def _split_rows(own: Ints, limit: int) -> Iterable[slice]:
+    """States that go through the prefill together; none whose tokens are all common.
+
+    own: [state] tokens of their own, ascending.
+    """
+    first = int((own == 0).sum())
+    while first < len(own):
+        end = first + 1
+        while end < len(own):
+            more = int((own[end] - own[first:end]).sum())
+            wasteful = more > max(MAX_RECOMPUTED_TOKENS, int(own[first:end].sum()) // 4)
+            if wasteful or int(own[end]) * (end + 1 - first) > limit:
+                break
+            end += 1
+        yield slice(first, end)
+        first = end
+
+
+def _count_own_tokens(prompts: Sequence[tuple[int, ...]], prefill: RuleWrites) -> Ints:
+    """[row] tokens from the first one on at which anything acts in the prefill."""
+    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+    first = lengths.copy()
+    places = [
+        *((each.rows, each.positions - int(each.mode == "step")) for each in prefill.writes),
+        *((each.rows, each.queries) for each in prefill.edges),
+        *((each.rows, each.positions) for each in prefill.numbers),
+    ]
+    for rows, positions in places:
+        np.minimum.at(first, rows.cpu().numpy(), positions.cpu().numpy().clip(min=0))
+    return lengths - first
+
+
+DEFAULT_PASS_TOKENS = 4096
+"""Of one pass, where nothing else is said."""
+
+DEFAULT_MEMORY = 2 << 30
+"""Bytes that are kept at once, where nothing else is said: of keys, values and logits."""
+
+
+def generate_replies(
+    model: LoadedModel,
+    prompts: Sequence[tuple[int, ...]],
+    decoding: Decoding,
+    *,
+    prefill: RuleWrites | None = None,
+    kept: Sequence[SiteWrite] = (),
+    steps: Sequence[StepRules] = (),
+    random: Sequence[tuple[int, ...]] | None = None,
+    groups: Ints | None = None,
+    cached: bool = True,
+    limit: int = DEFAULT_PASS_TOKENS,
+    memory: int = DEFAULT_MEMORY,
+) -> list[Reply]:
+    """What the model, a causal decoder of text, writes behind each of the prompts.
+
+    The prefill is the pass over the whole prompt (step 0); step s is the pass whose newest token is
+    token s of the reply.
+
+    prompts: [row] token ids. prefill: what acts in the prefill, at positions of the prompt. kept:
+    edits of the keys and values (`k`, `v`) of the prompt between the prefill and step 1, each made
+    on what the layer had. steps: what acts at the newest token of later passes; its rows, as all
+    others, count prompts. random: [row] what the random numbers of sampled tokens hang on, beside
+    the step. groups: [row] equal where all that acts is equal, so that equal rows are computed once
+    until their tokens differ; by default only rows on which nothing has acted yet are. cached: on
+    kept keys and values, where `way_of` says that the model does the same then. limit: tokens of
+    one pass. memory: bytes for keys, values and logits; less is taken where that isn't there.
+
+    Raises ValueError for what can't be done, WriteMismatch for writes that couldn't happen.
+    """
+    given = _GivenRules(prefill or RuleWrites(), kept, steps)
+    if not given.looks_back:  # in one write, rules couldn't act one after the other
+        given = given.merged(len(prompts))
+    if not all(prompts):
+        raise ValueError("every prompt needs a token")
+    if decoding.sampled and (random is None or len(random) != len(prompts)):
+        raise ValueError("sampled tokens need a key of random numbers for each row")
+    given.check_blocks(decoding.tokens)
+    way = choose_method(model, inside=given.inside) if cached and not given.looks_back else None
+    work = _GenerationJob(
+        model,
+        prompts,
+        decoding,
+        given,
+        [()] * len(prompts) if random is None else random,
+        groups,
+        partial(CachedPasses, way=way) if way and way.kind == "cached" else FullPasses,
+        limit,
+    )
+    found: list[Reply | None] = [None] * len(prompts)
+    for rows in _split_batches(model, prompts, decoding.tokens, limit, memory):
+        for row, reply in work.replies(rows):
+            found[row] = reply
+    return [reply for reply in found if reply is not None]
+
+
+def _split_batches(
+    model: LoadedModel,
+    prompts: Sequence[tuple[int, ...]],
+    tokens: int,
+    limit: int,
+    memory: int,
+) -> Iterator[list[int]]:
+    """Rows that are written together: prompts of like lengths, equal ones side by side."""
+    shape = model.shape
+    each = model.dtype.itemsize * 2 * shape.n_layers * shape.n_kv_heads * shape.d_head
+    logits = 3 * 4 * shape.outputs
+    batch: list[int] = []
+    for row in sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), prompts[row])):
+        most = memory // (each * (len(prompts[row]) + tokens) + logits)
+        if batch and len(batch) + 1 > min(limit, most):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+class _Passes(Protocol):
+    @property
+    def own(self) -> Ints: ...
+    def arranged(self, states: RowStates, ids: Ints) -> RowStates: ...
+    def logits(self, states: RowStates, ids: Ints) -> Tensor: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class _GivenRules:
+    """What acts, as it was given."""
+
+    prefill: RuleWrites
+    kept: Sequence[SiteWrite]
+    steps: Sequence[StepRules]
+
+    @property
+    def inside(self) -> bool:
+        """Whether anything acts within attention."""
+        writes = [*self.prefill.writes, *(each for rules in self.steps for each in rules.writes)]
+        edges = [*self.prefill.edges, *(each for rules in self.steps for each in rules.edges)]
+        return bool(edges) or any(write.site in ATTENTION_INTERNAL_SITES for write in writes)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether what is written at a newest token hangs on what stands at the one before."""
+        return any(write.mode == "step" for rules in self.steps for write in rules.writes)
+
+    def check_blocks(self, tokens: int) -> None:
+        """A block that has been left out has no keys and values of the tokens so far."""
+        out: set[int] = set()
+        for step in range(tokens):
+            blocks = collect_blocks(self.steps, step) if step else dict(self.prefill.blocks)
+            now = {block for block, of in blocks.items() if of is None}
+            if out - now:
+                raise ValueError(f"block {min(out - now)} is left out, and attends in step {step}")
+            out |= now
+
+    def merged(self, count: int) -> _GivenRules:
+        """The same in few writes; count: rows."""
+        return _GivenRules(
+            merge_writes(self.prefill, count),
+            merge_writes(RuleWrites(self.kept), count).writes,
+            join_step_rules(self.steps, count),
+        )
+
+    def of(self, chosen: RowChoice) -> _GivenRules:
+        """The part of some rows."""
+        return replace(
+            self,
+            prefill=chosen.rules(self.prefill),
+            kept=[own for write in self.kept if len((own := chosen.write(write)).rows)],
+            steps=[chosen.step_rules(rules) for rules in self.steps],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _GenerationJob:
+    """All rows, which are written batch by batch."""
+
+    model: LoadedModel
+    prompts: Sequence[tuple[int, ...]]
+    decoding: Decoding
+    given: _GivenRules
+    random: Sequence[tuple[int, ...]]
+    groups: Ints | None
+    passes: Callable[..., _Passes]
+    limit: int
+
+    def replies(self, rows: Sequence[int]) -> Iterator[tuple[int, Reply]]:
+        """Rows with their replies; in two halves where memory runs out."""
+        try:
+            with fuse_activations(self.model.module):
+                found = self._together(rows)
+        except (RuntimeError, MemoryError) as error:
+            if len(rows) == 1 or not is_out_of_memory(error):
+                raise
+            found = None
+        if found is not None:
+            yield from zip(rows, found, strict=True)
+            return
+        release_memory()
+        half = len(rows) // 2
+        yield from self.replies(rows[:half])
+        yield from self.replies(rows[half:])
+
+    @torch.inference_mode()
+    def _together(self, rows: Sequence[int]) -> list[Reply]:
+        """The replies of one batch."""
+        prompts = [self.prompts[row] for row in rows]
+        given = self.given.of(RowChoice(len(self.prompts), rows))
+        acting = find_first_step(len(rows), given.prefill, given.kept, given.steps)
+        groups = None if self.groups is None else self.groups[np.array(rows)]
+        sharing = RowSharing(prompts, acting, groups)
+        passes = self.passes(
+            self.model,
+            prompts,
+            given.prefill,
+            given.kept,
+            given.steps,
+            self.decoding.tokens,
+            self.limit,
+        )
+        writing = ReplyBuffer(len(rows), self.decoding)
+        random = [self.random[row] for row in rows]
+        states, step = sharing.first(passes.own), 0
+        with closing(passes):
+            while len(states):
+                states = passes.arranged(states, writing.ids[:, :step])
+                logits = passes.logits(states, writing.ids[:, :step])
+                keys = [random[row] for row in states.rows.tolist()]
+                tokens = choose_next_tokens(logits, states.of, self.decoding, keys, step)
+                newest = writing.put(states.rows, tokens)
+                step += 1
+                states = sharing.follow(states, newest, step)
+        return writing.replies()

@@ -1,0 +1,545 @@
+"""Rules that act during generation, and rows that share a computation until rules separate them.
+
+Sites are counted in half blocks: 2 · block is where a block begins, and 2 · block + 1 where its
+attention has been computed, before the output projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, groupby
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.base.arrays import Ints
+from mechdsl.forward.hooks.batch import BlockPairs, EdgeWrite, RuleWrites, SiteWrite
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.vocab.sites import SITES, sites_of_stage
+
+
+@dataclass(frozen=True, eq=False)
+class StepEdge:
+    """Edges of attention from the newest token. The `queries` of `edge` are ignored, its `keys` are
+    positions of the prompt."""
+
+    edge: EdgeWrite
+    also: Literal["", "newest", "written"] = ""
+    """Keys besides: the newest token itself, or all tokens of the reply up to it."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepRules:
+    """What acts at the newest token of the passes `first` to `last`, both included: step s has
+    token s of the reply as its newest one."""
+
+    first: int
+    """1 or more; the prefill is step 0, and what acts there is said by itself."""
+    last: int | None = None
+    """None: to the end."""
+    writes: Sequence[SiteWrite] = ()
+    """Their `positions` are ignored."""
+    edges: Sequence[StepEdge] = ()
+    blocks: BlockPairs = ()
+    """Which blocks compute in the places of others, for the newest token of all rows."""
+
+    def __post_init__(self) -> None:
+        if self.first < 1:
+            raise ValueError("step 0 is the prefill, whose writes are given by themselves")
+
+    def moved(self, rows: Tensor) -> StepRules:
+        """The same where row i is row `rows[i]`."""
+        return replace(
+            self,
+            writes=[write.moved(rows) for write in self.writes],
+            edges=[replace(each, edge=each.edge.moved(rows)) for each in self.edges],
+        )
+
+    def acts(self, step: int) -> bool:
+        """Whether it acts in a step."""
+        return self.first <= step and (self.last is None or step <= self.last)
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationRules:
+    """What acts behind the prefill, in some rows of a pass."""
+
+    kept: tuple[SiteWrite, ...] = ()
+    """Edits of keys and values between the prefill and the first step."""
+    steps: tuple[StepRules, ...] = ()
+    """What acts at the newest token, in the order of the file."""
+
+    def then(self, later: GenerationRules) -> GenerationRules:
+        """With what other rows do."""
+        return GenerationRules((*self.kept, *later.kept), (*self.steps, *later.steps))
+
+    def moved(self, rows: Tensor) -> GenerationRules:
+        """The same where row i is row `rows[i]`."""
+        return GenerationRules(
+            tuple(write.moved(rows) for write in self.kept),
+            tuple(each.moved(rows) for each in self.steps),
+        )
+
+
+class RowChoice:
+    """Some rows, which are those of a pass."""
+
+    def __init__(self, count: int, rows: Sequence[int] | Ints) -> None:
+        """rows: of `count` ones, in the order of the pass; each at most once."""
+        self.rows = torch.from_numpy(np.array(rows, dtype=np.int64))
+        self.to = torch.full((count,), -1, dtype=torch.long)
+        """[row] which row of the pass it is; -1 where it isn't there."""
+        self.to[self.rows] = torch.arange(len(self.rows))
+
+    def _there(self, rows: Tensor) -> Tensor:
+        return self.to[rows] >= 0
+
+    def write(self, write: SiteWrite) -> SiteWrite:
+        """The part of a write."""
+        return write.some(self._there(write.rows)).moved(self.to)
+
+    def edge(self, edge: EdgeWrite) -> EdgeWrite:
+        """The part of changed edges."""
+        return edge.some(self._there(edge.rows)).moved(self.to)
+
+    def rules(self, rules: RuleWrites) -> RuleWrites:
+        """The part of what rules write."""
+        return RuleWrites(
+            [write for each in rules.writes if len((write := self.write(each)).rows)],
+            [edge for each in rules.edges if len((edge := self.edge(each)).rows)],
+            [each.some(self._there(each.rows)).moved(self.to) for each in rules.numbers],
+            rules.blocks,
+        )
+
+    def step_rules(self, rules: StepRules) -> StepRules:
+        """The part of what acts at newest tokens."""
+        return replace(
+            rules,
+            writes=[own for each in rules.writes if len((own := self.write(each)).rows)],
+            edges=[
+                replace(each, edge=edge)
+                for each in rules.edges
+                if len((edge := self.edge(each.edge)).rows)
+            ],
+        )
+
+    def step(
+        self, steps: Sequence[StepRules], step: int, prompts: Tensor, newest: Tensor
+    ) -> RuleWrites:
+        """What acts at the newest token of a step, and writes where it stands.
+
+        prompts: [row of the pass] tokens of the prompt. newest: [row of the pass] position of the
+        newest token.
+        """
+        found = RuleWrites()
+        for rules in steps:
+            if not rules.acts(step):
+                continue
+            mine = self.step_rules(rules)
+            own = RuleWrites(
+                [replace(each, positions=newest[each.rows]) for each in mine.writes],
+                [_place_edge(each, prompts, newest) for each in mine.edges],
+                blocks=rules.blocks,
+            )
+            found = found.then(own)
+        return found
+
+
+def merge_steps(prefill: RuleWrites, later: Sequence[RuleWrites]) -> RuleWrites:
+    """What acts in one pass over prompts and replies, where each rule comes before the next one.
+
+    A rule writes later tokens first, because a step reads the previous token as it was before the
+    rule.
+
+    Args:
+        prefill: What acts in the prompts.
+        later: [step - 1] what acts at the newest token of each step.
+
+    Returns:
+        Everything, with the blocks of the prefill.
+    """
+    found = RuleWrites()
+    for each in (*(replace(own, blocks=()) for own in reversed(later)), prefill):
+        found = found.then(each)
+    return replace(found, writes=sorted(found.writes, key=lambda write: write.rule))
+
+
+def join_step_rules(steps: Sequence[StepRules], count: int) -> list[StepRules]:
+    """The same in few writes: neighbours that act in the same steps are one.
+
+    count: rows.
+    """
+    found: list[StepRules] = []
+    for _, some in groupby(steps, lambda rules: (rules.first, rules.last, tuple(rules.blocks))):
+        each = list(some)
+        writes = RuleWrites([write for rules in each for write in rules.writes])
+        edges = [edge for rules in each for edge in rules.edges]
+        found.append(replace(each[0], writes=merge_writes(writes, count).writes, edges=edges))
+    return found
+
+
+def _place_edge(each: StepEdge, prompts: Tensor, newest: Tensor) -> EdgeWrite:
+    """Edges from the newest token of each row."""
+    edge = each.edge
+    if edge.change == "allow":
+        raise ValueError("what the newest token sees can't be allowed besides")
+    queries = newest[edge.rows]
+    entries, keys = [edge.entries], [edge.keys]
+    if each.also:
+        first = queries if each.also == "newest" else prompts[edge.rows]
+        count = queries - first + 1
+        own = torch.arange(len(queries)).repeat_interleave(count)
+        before = torch.cumsum(count, 0) - count
+        entries.append(own)
+        keys.append(first[own] + torch.arange(len(own)) - before[own])
+    return replace(edge, queries=queries, entries=torch.cat(entries), keys=torch.cat(keys))
+
+
+@dataclass(eq=False)
+class _MergedWrites:
+    """Writes or edges that can be one, as no row has two of them."""
+
+    kind: object
+    rows: Tensor
+    """[row] bool."""
+    parts: list[Any]
+
+    @classmethod
+    def of(cls, each: Iterable[tuple[object, object, Any]], count: int) -> list[_MergedWrites]:
+        """each: (what it must not pass by another of, what it must have in common, itself)."""
+        found: dict[object, list[_MergedWrites]] = {}
+        for where, kind, part in each:
+            before = found.setdefault(where, [])
+            best: _MergedWrites | None = None
+            for other in reversed(before):
+                if bool(other.rows[part.rows].any()):
+                    break
+                best = other if other.kind == kind else best
+            if best is None:
+                best = cls(kind, torch.zeros(count, dtype=torch.bool), [])
+                before.append(best)
+            best.rows[part.rows] = True
+            best.parts.append(part)
+        return [joined for every in found.values() for joined in every]
+
+
+def merge_writes(rules: RuleWrites, count: int) -> RuleWrites:
+    """The same in fewer writes; those of one row stay in their order.
+
+    count: rows of the pass.
+    """
+    writes = _MergedWrites.of(
+        ((each.where, (each.mode, each.values.shape[1]), each) for each in rules.writes),
+        count,
+    )
+    edges = _MergedWrites.of(((each.layer, each.change, each) for each in rules.edges), count)
+    return replace(
+        rules,
+        writes=[_concatenate_writes(joined.parts) for joined in writes],
+        edges=[_concatenate_edges(joined.parts) for joined in edges],
+    )
+
+
+def _concatenate_writes(parts: Sequence[SiteWrite]) -> SiteWrite:
+    if len(parts) == 1:
+        return parts[0]
+    to = [each.to for each in parts if each.to is not None]
+    return replace(
+        parts[0],
+        rows=torch.cat([each.rows for each in parts]),
+        positions=torch.cat([each.positions for each in parts]),
+        units=torch.cat([each.units for each in parts]),
+        values=torch.cat([each.values for each in parts]),
+        to=torch.cat(to) if to else None,
+    )
+
+
+def _concatenate_edges(parts: Sequence[EdgeWrite]) -> EdgeWrite:
+    if len(parts) == 1:
+        return parts[0]
+    sizes = [0, *accumulate(len(each.rows) for each in parts)]
+    return replace(
+        parts[0],
+        rows=torch.cat([each.rows for each in parts]),
+        queries=torch.cat([each.queries for each in parts]),
+        heads=torch.cat([each.heads for each in parts]),
+        entries=torch.cat([each.entries + n for each, n in zip(parts, sizes, strict=False)]),
+        keys=torch.cat([each.keys for each in parts]),
+        amounts=torch.cat([each.amounts for each in parts]),
+    )
+
+
+NO_STEP = 1 << 40
+
+
+@dataclass(frozen=True, eq=False)
+class RowStates:
+    """What a pass computes: rows, and which of them stand for others too."""
+
+    rows: Ints
+    """[n] of one state side by side, ascending there; the first of them leads."""
+    of: Ints
+    """[n] the state of each of these, ascending."""
+    parents: Ints
+    """[state] which one of the step before it goes on from."""
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+    @property
+    def leaders(self) -> Ints:
+        """[state]"""
+        return self.rows[np.searchsorted(self.of, np.arange(len(self)))]
+
+    def placed(self, place: Ints) -> RowStates:
+        """The same with each state in another place, [state]."""
+        of, parents = place[self.of], np.empty_like(self.parents)
+        parents[place] = self.parents
+        order = np.argsort(of, kind="stable")
+        return RowStates(self.rows[order], of[order], parents)
+
+
+def number_prompts(prompts: Sequence[tuple[int, ...]]) -> Ints:
+    """[row] equal where prompts are: they count from 0 as they first come."""
+    numbers: dict[tuple[int, ...], int] = {}
+    every = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+    return np.array(every, dtype=np.int64)
+
+
+class RowSharing:
+    """Which rows may be computed together, step by step."""
+
+    def __init__(
+        self, prompts: Sequence[tuple[int, ...]], acting: Ints, groups: Ints | None
+    ) -> None:
+        """acting: [row] the first step in which anything is done to it. groups: [row] equal where
+        all that is done is equal; None: nowhere."""
+        self._prompts = number_prompts(prompts)
+        self._acting = acting
+        self._groups = np.arange(len(prompts)) if groups is None else groups
+
+    def first(self, by: Ints) -> RowStates:
+        """Of the prefill, in the order of what `by` has for their rows, [row]."""
+        rows = np.arange(len(self._prompts))
+        found = self._split(rows, self._prompts, np.zeros_like(rows), 0)
+        order = np.argsort(by[found.leaders], kind="stable")
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        states = RowStates(found.rows, found.of, np.arange(len(found))).placed(place)
+        return RowStates(states.rows, states.of, np.arange(len(states)))
+
+    def follow(self, before: RowStates, newest: Ints, step: int) -> RowStates:
+        """Of the next step, `step`.
+
+        newest: [n] the token that each of the rows before has written; below 0 where it is done.
+        """
+        goes = newest >= 0
+        return self._split(before.rows[goes], before.of[goes], newest[goes], step)
+
+    def _split(self, rows: Ints, parents: Ints, tokens: Ints, step: int) -> RowStates:
+        """Rows that go on from one state, with one token and with equal things done to them."""
+        acted = self._acting[rows] <= step
+        groups = np.where(acted, self._groups[rows], -1)  # -1: nothing has been done yet
+        keys = (groups, tokens, parents)
+        order = np.lexsort((rows, *keys))
+        begins = np.zeros(len(order), dtype=bool)
+        for key in keys:
+            begins[1:] |= np.diff(key[order]) != 0
+        begins[:1] = True
+        return RowStates(rows[order], begins.cumsum() - 1, parents[order][begins])
+
+
+def find_first_step(
+    count: int, prefill: RuleWrites, kept: Sequence[SiteWrite], steps: Sequence[StepRules]
+) -> Ints:
+    """[row] the first step in which anything is done to a row; what is done to all rows alike, as
+    other blocks, doesn't tell them apart."""
+    found = np.full(count, NO_STEP, dtype=np.int64)
+
+    def note(each: Iterable[Tensor], step: int) -> None:
+        for rows in each:
+            index = rows.cpu().numpy()
+            found[index] = np.minimum(found[index], step)
+
+    every = (*prefill.writes, *prefill.edges, *prefill.numbers)
+    note((each.rows for each in every), 0)
+    note((write.rows for write in kept), 1)
+    for rules in steps:
+        note((write.rows for write in rules.writes), rules.first)
+        note((each.edge.rows for each in rules.edges), rules.first)
+    return found
+
+
+SITES_AFTER_ATTENTION = sites_of_stage("mixed", "middle", "mlp", "in_mlp", "end")
+"""Sites of a block that its attention doesn't hang on, for the same token and for later ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowLineup:
+    """From where on each state of a pass has a row of its own."""
+
+    begins: Ints
+    """[state] half blocks, ascending; 2 · `n_layers` where only what lies behind all blocks is its
+    own."""
+    like: Ints
+    """[state] the one that it is equal to in front of that; itself where it has a row everywhere.
+    Those that others are equal to have one everywhere."""
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+    @staticmethod
+    def apart(count: int) -> RowLineup:
+        """All states have rows in all blocks."""
+        return RowLineup(np.zeros(count, dtype=np.int64), np.arange(count))
+
+    @property
+    def shares(self) -> bool:
+        """Whether any state has none somewhere."""
+        return len(self) > 0 and int(self.begins[-1]) > 0
+
+    def attending(self, block: int) -> int:
+        """States that have a row in a block's attention, and keys there: the first ones."""
+        return self._up_to(2 * block)
+
+    def rows(self, block: int) -> int:
+        """States that have a row in the rest of a block: the first ones, those that attend among
+        them."""
+        return self._up_to(2 * block + 1)
+
+    def _up_to(self, place: int) -> int:
+        """States that have a row there."""
+        counts = self._counts
+        return counts[min(place, len(counts) - 1)] if counts else 0
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        """[half block]"""
+        return np.bincount(self.begins).cumsum().tolist()
+
+    def place(self, states: Ints, block: int) -> Ints:
+        """In which row of a block's attention each of these states is computed."""
+        return np.where(self.begins[states] <= 2 * block, states, self.like[states])
+
+
+RowMoves = tuple[Ints, Ints]
+"""([k] rows before, [k] rows now) whose keys and values have to be copied."""
+
+NO_ROWS: Ints = np.zeros(0, dtype=np.int64)
+
+
+class SharedBlocks:
+    """Which state is computed in which row, step by step."""
+
+    def __init__(self, texts: Ints, acting: Ints, lowest: Ints, n_layers: int) -> None:
+        """texts: [row] equal where prompts are. acting: [row] the first step in which anything is
+        done to it. lowest: [row] the first half block in which anything ever is."""
+        self._texts = texts
+        self._acting = acting
+        self._lowest = lowest
+        self._n_layers = n_layers
+        self._leader = np.zeros(0, dtype=np.int64)
+        """[state] one that has written the same behind the same prompt."""
+        self._begins = np.zeros(0, dtype=np.int64)
+        """[state] where what has been done to it begins."""
+        self.lineup = RowLineup.apart(0)
+        self.moves: Sequence[RowMoves] = ()
+        """[block] from the step before."""
+
+    def begin(self, states: RowStates) -> None:
+        """The prefill has these."""
+        self._leader = self._texts[states.leaders]
+        self.lineup = RowLineup.apart(len(states))
+
+    def arrange(self, states: RowStates, newest: Ints, step: int) -> RowStates:
+        """The states of a step in an order in which those that have rows in a block come first.
+
+        newest: [state] the last token of its reply.
+        """
+        rows, parents = states.leaders, states.parents
+        acted = self._acting[rows] <= step
+        lowest = np.where(acted, self._lowest[rows], 2 * self._n_layers)
+        if self._stands(lowest, parents, newest):
+            self.moves = [(NO_ROWS, NO_ROWS)] * self._n_layers
+            return states
+        pairs = self._leader[parents] * (1 + newest.max()) + newest
+        written = np.unique(pairs, return_inverse=True)[1]
+        leads = self.lineup.like[parents] != parents  # False sorts first: it has all of its keys
+        order = np.lexsort((parents, leads, -lowest, written))
+        first = np.ones(len(order), dtype=bool)
+        first[1:] = written[order[1:]] != written[order[:-1]]
+        leader = order[first][written]
+        every = np.arange(len(rows))
+        begins = np.where(leader == every, 0, lowest)
+        like = np.where(begins == 0, every, leader)
+        place = _assign_rows(begins, parents)
+        at = np.argsort(place)
+        before, self.lineup = self.lineup, RowLineup(begins[at], place[like[at]])
+        self._leader, self._begins, parents = place[leader[at]], lowest[at], parents[at]
+        self.moves = [self._moved(before, parents, block) for block in range(self._n_layers)]
+        return states.placed(place)
+
+    def _stands(self, lowest: Ints, parents: Ints, newest: Ints) -> bool:
+        """Whether all is as it was in the step before: those that had written the same still
+        have."""
+        return (
+            np.array_equal(lowest, self._begins)
+            and np.array_equal(parents, np.arange(len(self._leader)))
+            and np.array_equal(newest, newest[self._leader])
+        )
+
+    def _moved(self, before: RowLineup, parents: Ints, block: int) -> RowMoves:
+        now = np.arange(self.lineup.attending(block))
+        was = before.place(parents[: len(now)], block)
+        other = was != now
+        return was[other], now[other]
+
+
+def _assign_rows(begins: Ints, parents: Ints) -> Ints:
+    """[state] places in the order of `begins`; most stay where their parent was."""
+    ordered = np.sort(begins)
+    low, high = (np.searchsorted(ordered, begins, side=side) for side in ("left", "right"))
+    stays = np.flatnonzero((parents >= low) & (parents < high))
+    stays = stays[np.unique(parents[stays], return_index=True)[1]]
+    place = np.full(len(begins), -1)
+    place[stays] = parents[stays]
+    others = np.flatnonzero(place < 0)
+    others = others[np.argsort(begins[others], kind="stable")]
+    place[others] = np.setdiff1d(np.arange(len(begins)), place[stays])
+    return place
+
+
+def find_lowest_block(
+    model: LoadedModel,
+    count: int,
+    prefill: RuleWrites,
+    kept: Sequence[SiteWrite],
+    steps: Sequence[StepRules],
+) -> Ints:
+    """[row] the first half block in which anything is ever done to it; 2 · `n_layers` where nothing
+    is, or behind all blocks alone."""
+    found = np.full(count, 2 * model.shape.n_layers, dtype=np.int64)
+    writes = [*prefill.writes, *kept, *(each for rules in steps for each in rules.writes)]
+    edges = [*prefill.edges, *(each.edge for rules in steps for each in rules.edges)]
+    places = [
+        *((each.rows, _find_half_block(model, each)) for each in writes),
+        *((each.rows, 2 * each.layer) for each in edges),
+        *((each.rows, 0) for each in prefill.numbers),
+    ]
+    for rows, begin in places:
+        index = rows.cpu().numpy()
+        found[index] = np.minimum(found[index], begin)
+    return found
+
+
+def _find_half_block(model: LoadedModel, write: SiteWrite) -> int:
+    """The first half block whose rows a write tells apart."""
+    if write.layer is None:
+        return 0 if SITES[write.site].when == "embedding" else 2 * model.shape.n_layers
+    if SITES[write.site].when == "after":  # what the block returns is changed
+        return 2 * (write.layer + 1)
+    return 2 * write.layer + int(write.site in SITES_AFTER_ATTENTION)

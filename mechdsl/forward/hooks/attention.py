@@ -1,0 +1,660 @@
+"""Attention of packed and padded tokens over stored keys and values.
+
+The model's attention is replaced by a function that is told which block calls it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mechdsl.base.arrays import Ints
+from mechdsl.forward.hooks.attention_hooks import AttentionGroup, AttentionHooks
+from mechdsl.forward.hooks.batch import DeviceIndex, find_slice
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.hooks.module_exchange import (
+    AttentionFunction,
+    DistanceScores,
+    attend_eagerly,
+    exchange_modules,
+    find_attention_entry,
+)
+
+_NAME = "mechdsl"
+
+_IGNORED_ARGUMENTS = frozenset(
+    {
+        "dropout",  # eval mode
+        "sliding_window",  # in the mask already
+        "is_causal",
+        "position_ids",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "use_cache",
+        "cache_position",
+        "logits_to_keep",
+        "attention_chunk_size",
+        "deterministic",  # of flash kernels
+    }
+)
+"""Arguments of attention functions that change nothing where the mask is written out."""
+
+
+class CannotPack(Exception):
+    """The model's attention does something that packed rows can't."""
+
+
+@dataclass(frozen=True, eq=False)
+class CachedAttention:
+    """What one block's attention had on the unpatched prompts."""
+
+    keys: Tensor
+    """[lane, key-value heads, T, d_head], after rotary."""
+    values: Tensor
+    mask: Tensor | None
+    """[lane or 1, heads or 1, T, T]: true where a query sees a key, or what is added to its score;
+    None where every token sees every other. With fewer queries, they are the last ones."""
+
+    distances: DistanceScores | None = None
+    """What is added to scores besides."""
+
+    def part(self, lanes: slice) -> CachedAttention:
+        """Of some lanes."""
+        mask = self.mask
+        if mask is not None and mask.shape[0] > 1:
+            mask = mask[lanes]
+        return CachedAttention(self.keys[lanes], self.values[lanes], mask, self.distances)
+
+
+@contextmanager
+def exchange_attention(
+    model: LoadedModel, function: AttentionFunction, *, masked: bool
+) -> Generator[None]:
+    """The model attends with `function`; masks are written out if `masked`, else not made."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    before = list_implementations(model)
+    own = next(iter(before.values()), "eager")
+
+    def attended(part: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        way = before.get(id(getattr(part, "config", None)), own)
+        if way == "sdpa":
+            kwargs.pop("softcap", None)  # older libraries pass it over there
+        if not masked:
+            kwargs["rounds_scores"] = way == "eager"
+        return function(part, *args, **kwargs)
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        make = ALL_MASK_ATTENTION_FUNCTIONS.get(before.get(id(kwargs.get("config")), own))
+        if not masked or make is None:
+            return unmade
+        return make(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+    # Some of these models look into a mask that is never used.
+    unmade = torch.zeros(1, 1, 1, 1, device=model.device) if model.written_out else None
+    with ExitStack() as stack:
+        stack.enter_context(exchange_modules(model.written_out, function, own, masked=masked))
+        AttentionInterface.register(_NAME, attended)
+        AttentionMaskInterface.register(_NAME, mask)
+        for config in model.attention_configs:
+            name = before[id(config)]
+            stack.callback(setattr, config, "_attn_implementation_internal", name)
+            config._attn_implementation_internal = _NAME
+        yield
+
+
+def list_implementations(model: LoadedModel) -> dict[int, str]:
+    """How modules attend, by their config's id: an image encoder otherwise than the text, say."""
+    return {id(config): config._attn_implementation for config in model.attention_configs}
+
+
+def find_cross_attention(model: LoadedModel) -> frozenset[int]:
+    """Ids of the modules by which a decoder attends to an encoder."""
+    if "cross" not in model.others:
+        return frozenset()
+    blocks = model.stack("cross").anatomy.blocks
+    paths = {path.rpartition(".")[0] for block in blocks for path in block.projections}
+    return frozenset(id(model.module.get_submodule(path)) for path in paths)
+
+
+def get_own_attention(module: nn.Module, own: Mapping[int, str]) -> AttentionFunction:
+    """The function that the module would attend with; own: `implementations` before an exchange."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if find_attention_entry(module) is not None:
+        return attend_eagerly
+    first = next(iter(own.values()), "eager")
+    implementation = own.get(id(getattr(module, "config", None)), first)
+    if implementation == "sdpa":
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    if implementation != "eager":  # masks of other kernels aren't written out
+        raise CannotPack(f"its attention is `{implementation}`")
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise CannotPack("its attention isn't the library's")
+    return eager
+
+
+def expand_query_mask(mask: Any, count: int) -> Any:
+    """A mask with a row for each of `count` queries, where it has one of keys alone."""
+    if isinstance(mask, Tensor) and mask.shape[-2] == 1:
+        return mask.expand(*mask.shape[:-2], count, -1)
+    return mask
+
+
+def find_visible_keys(mask: Tensor) -> Tensor:
+    """Whether each query sees each key, by a mask or by masked scores."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def add_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """A mask with what is added to scores besides."""
+    if bias is None or mask is None:
+        return mask if bias is None else bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return mask + bias
+
+
+class VisibleKeyCounts:
+    """How many keys each query of a mask sees: counted once, and then known on the host."""
+
+    def __init__(self) -> None:
+        self._counts: dict[object, tuple[Tensor, Ints]] = {}
+        """By where a mask lies; masks are held, so that no other one comes to lie there."""
+
+    def of(self, mask: Tensor) -> Ints:
+        """[lane or 1, query] of a mask [lane or 1, head or 1, query, key], the fewest of all heads;
+        a key whose score is changed doesn't count as seen."""
+        key = mask.data_ptr(), mask.shape, mask.stride()
+        if key not in self._counts:
+            together = max(1, get_max_scores(mask.device) // mask[:, :, :1].numel())
+            counts = [_count_visible(part) for part in mask.split(together, dim=2)]
+            self._counts[key] = mask, torch.cat(counts, dim=1).cpu().numpy()
+        return self._counts[key][1]
+
+
+def _count_visible(mask: Tensor) -> Tensor:
+    """[lane, query] how many keys are seen without a change, by the head that sees the fewest."""
+    whole = mask if mask.dtype == torch.bool else mask == 0
+    return whole.count_nonzero(-1).amin(1)
+
+
+class GroupMasks:
+    """Masks of groups, cut out of the model's, and kept from block to block of a pass."""
+
+    def __init__(self, seen: VisibleKeyCounts | None = None) -> None:
+        """seen: tells where a mask changes nothing; None applies every mask."""
+        self._seen = seen
+        self._cut: dict[object, tuple[AttentionGroup, Tensor | None]] = {}
+
+    def of(self, group: AttentionGroup, mask: Tensor | None, keys: int) -> Tensor | None:
+        """[lane or 1, head or 1, query, key] of a group's queries and first keys; None where they
+        see them all."""
+        if mask is None:
+            return None
+        key = id(group), mask.data_ptr(), mask.shape, mask.stride(), keys
+        if key not in self._cut:
+            self._cut[key] = group, self._of(group, mask, keys)
+        return self._cut[key][1]
+
+    def _of(self, group: AttentionGroup, mask: Tensor, keys: int) -> Tensor | None:
+        every_lane = mask.shape[0] == 1
+        first_query = mask.shape[-1] - mask.shape[-2]  # its queries are the last columns
+        at = group.columns.host[group.queries.host] - first_query
+        if self._seen is not None:
+            counts = self._seen.of(mask)
+            lanes = np.zeros(1, dtype=np.int64) if every_lane else group.lanes.host
+            if bool((counts[lanes[:, None], at] == keys).all()):
+                return None
+        first = int(group.columns.host[0]) if group.every else 0
+        mask = mask[..., first : first + keys]
+        # Slices before indices, which copy: masks of all heads are large.
+        if (queries := find_slice(at)) is not None:
+            mask = mask[:, :, queries]
+            return mask if every_lane else mask[group.lanes.selection]
+        index = group.columns.device[group.queries.device] - first_query
+        if every_lane:
+            return mask[:, :, index]
+        return mask[group.lanes.device[:, None], :, index].transpose(1, 2)
+
+
+MAX_SCORES = 2**22
+"""Scores that are held at once; more of them on a GPU, see `scores_at_once`."""
+
+
+def get_max_scores(device: torch.device) -> int:
+    """How many scores attention holds at once: their memory doesn't grow with a pass."""
+    return MAX_SCORES * (1 if device.type == "cpu" else 16)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    groups: Sequence[AttentionGroup],
+    kept: CachedAttention,
+    out: Tensor,
+    *,
+    causal: bool = True,
+    masks: GroupMasks,
+    rounds_scores: bool = False,
+    work: AttentionHooks | None = None,
+    **arguments: Any,
+) -> None:
+    """Attention of packed tokens, written to `out`; tokens that don't attend stay as they are.
+
+    query: [heads, N, d_head]; key, value: [key-value heads, N, d_head]; out: [N, heads, d_head].
+    causal: no token sees a later one. masks: those of groups, kept from block to block.
+    rounds_scores: they are kept in the type of queries, as eager attention does; in 16 bits they
+    lose what tells keys apart where all have something large in common. work: what is read and
+    written within attention. arguments: as the model calls attention.
+    """
+    how = AttentionMethod.of(query, key, causal, rounds_scores, work, arguments)
+    if work is not None:
+        query, key = work.turned("q_rot", query), work.turned("k_rot", key)
+        work.prepared(query.shape[1], len(query), value)
+    for group in groups:
+        if work is not None:
+            work.unseen(group)
+        if len(group.queries):
+            most = get_max_scores(query.device) // (len(query) * kept.keys.shape[2])
+            for part in group.by_lanes(max(1, most)):
+                _attend_lanes(query, key, value, part, kept, out, how, masks, max(1, most))
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMethod:
+    """How a model attends, in one of its blocks."""
+
+    scale: float
+    cap: float | None
+    sinks: Tensor | None
+    shared: int
+    """Heads that share keys and values."""
+    kind: torch.dtype
+    """Of scores."""
+    wide: torch.dtype
+    """Of the softmax."""
+    causal: bool
+    work: AttentionHooks | None
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        causal: bool,
+        rounds_scores: bool,
+        work: AttentionHooks | None,
+        arguments: dict[str, Any],
+    ) -> AttentionMethod:
+        """By what the model calls attention with; CannotPack where that isn't known."""
+        scaling = arguments.pop("scaling", None)
+        cap = arguments.pop("softcap", None)
+        sinks = arguments.pop("s_aux", None)
+        for kept_already in ("distances", "position_bias"):  # those of whole prompts
+            arguments.pop(kept_already, None)
+        unknown = [n for n, v in arguments.items() if v is not None and n not in _IGNORED_ARGUMENTS]
+        if unknown:
+            raise CannotPack(f"its attention takes `{unknown[0]}`")
+        wide = torch.promote_types(query.dtype, torch.float32)
+        return cls(
+            scale=float(query.shape[2] ** -0.5 if scaling is None else scaling),
+            cap=cap,
+            sinks=sinks,
+            shared=query.shape[0] // key.shape[0],
+            kind=query.dtype if rounds_scores else wide,
+            wide=wide,
+            causal=causal,
+            work=work,
+        )
+
+    def sink(self, scores: Tensor) -> Tensor | None:
+        """[…, 1] what takes weight beside the keys."""
+        if self.sinks is None:
+            return None
+        sink = self.sinks.to(scores.dtype).view(1, -1, self.shared, 1, 1, 1)
+        return sink.expand(*scores.shape[:-1], 1)
+
+    def weights(self, scores: Tensor, sink: Tensor | None) -> Tensor:
+        """The softmax of scores, a sink beside them."""
+        if sink is None:
+            return scores.softmax(-1, dtype=self.wide)
+        return torch.cat([scores, sink], dim=-1).softmax(-1, dtype=self.wide)[..., :-1]
+
+
+@dataclass(frozen=True, eq=False)
+class _GroupLanes:
+    """Queries, keys and values of a group, and where its own keys lie among all."""
+
+    query: Tensor
+    """[lane, key-value head, head of it, row, own, d_head]"""
+    key: Tensor
+    """[lane, key-value head, row, own, d_head], of the type of scores; values without it."""
+    value: Tensor
+    old_keys: Tensor
+    """[lane, key-value head, column, d_head], of the type of scores; values without it."""
+    old_values: Tensor
+    suffix: bool
+    """Own keys lie behind the kept ones, not in their place."""
+
+    def part(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of some rows."""
+        return self.query[:, :, :, rows], self.key[:, :, rows], self.value[:, :, rows]
+
+
+def _attend_lanes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: AttentionGroup,
+    kept: CachedAttention,
+    out: Tensor,
+    how: AttentionMethod,
+    masks: GroupMasks,
+    most: int,
+) -> None:
+    """Rows whose tokens lie in the same columns share one product with the kept keys, `most`
+    queries at once."""
+    # Own tokens from one column on: nothing behind them is seen, so no kept key there is read;
+    # and none at all where the own ones are all that there are.
+    columns = group.columns.host
+    first = int(columns[0])
+    suffix = group.every or (how.causal and int(columns[-1]) - first + 1 == len(columns))
+    before = kept.keys.shape[2] if not suffix else 0 if group.every else first
+    old = group.lanes.selection
+    lanes = _GroupLanes(
+        query=_select_group(query, group).unflatten(1, (-1, how.shared)),
+        key=_select_group(key, group).to(how.kind),
+        value=_select_group(value, group),
+        old_keys=kept.keys[old, :, :before].to(how.kind),
+        old_values=kept.values[old, :, :before],
+        suffix=suffix,
+    )
+    for rows, part in group.by_queries(most):
+        _put_output(out, part, _attend_queries(lanes, rows, part, kept, how, masks))
+
+
+def _attend_queries(
+    lanes: _GroupLanes,
+    rows: slice,
+    group: AttentionGroup,
+    kept: CachedAttention,
+    how: AttentionMethod,
+    masks: GroupMasks,
+) -> Tensor:
+    """What the queries of a part of a group find: [lane, key-value head, head of it, row, query,
+    d_head]."""
+    q, k, v = lanes.part(rows)
+    if len(group.queries) < len(group.columns):
+        chosen = group.queries.selection
+        q = q[:, :, :, :, chosen] if isinstance(chosen, slice) else q.index_select(4, chosen)
+    own, before = len(group.columns), lanes.old_keys.shape[2]
+    if how.causal and how.work is None:  # later keys are seen by no query
+        last = int(group.queries.host[-1])
+        own = last + 1
+        before = before if lanes.suffix else int(group.columns.host[last]) + 1
+    k, v = k[:, :, :, :own], v[:, :, :, :own]
+    mine = slice(before, None) if lanes.suffix else group.columns.device[:own]
+    count = before + own if lanes.suffix else before
+    old_keys, old_values = lanes.old_keys[:, :, :before], lanes.old_values[:, :, :before]
+    scores = q.new_empty(*q.shape[:-1], count, dtype=how.kind)
+    if before:
+        flat = q.to(how.kind).reshape(*q.shape[:2], -1, q.shape[-1])
+        scores[..., :before] = (flat @ old_keys.transpose(-1, -2)).view(*q.shape[:-1], before)
+    scores[..., mine] = _score_own_keys(q.to(how.kind), k)
+    if kept.distances is not None:
+        at = group.columns.part(slice(0, own))
+        queries = q.to(how.kind)
+        _add_distances(scores, kept.distances, queries, k, old_keys, group, at.device, mine)
+    scores *= how.scale
+    if how.cap is not None:
+        scores = scores.div_(how.cap).tanh_().mul_(how.cap)
+    scores = apply_mask(scores, masks.of(group, kept.mask, count), how.shared)
+    weights = _compute_weights(scores, group, how).to(v.dtype)
+    found = _weigh_own_values(weights[..., mine], v)
+    if before:
+        old = weights[..., :before]
+        if not lanes.suffix:
+            old = old.clone()
+            old[..., mine] = 0
+        flat = old.reshape(*q.shape[:2], -1, before)
+        found += (flat @ old_values).view(found.shape)
+    return found
+
+
+def _select_group(tensor: Tensor, group: AttentionGroup) -> Tensor:
+    """[lane, head, row, token, d_head] of [head, N, d_head]."""
+    own = tensor[:, group.start : group.start + group.size]
+    shape = (len(group.lanes), group.rows, len(group.columns))
+    return own.unflatten(1, shape).permute(1, 0, 2, 3, 4)
+
+
+def apply_mask(scores: Tensor, mask: Tensor | None, shared: int) -> Tensor:
+    """Scores behind the model's mask [lane or 1, head or 1, query, key]."""
+    if mask is None:
+        return scores
+    if mask.shape[1] > 1:  # a mask of its own for each head
+        mask = mask.unflatten(1, (-1, shared))[:, :, :, None]
+    else:
+        mask = mask[:, :, None, None]
+    if mask.dtype == torch.bool:
+        return scores.masked_fill_(~mask, float("-inf"))
+    if mask.dtype == scores.dtype:
+        return scores.add_(mask)
+    return scores + mask  # biases in a wider type than queries and keys
+
+
+def _compute_weights(scores: Tensor, group: AttentionGroup, how: AttentionMethod) -> Tensor:
+    """The softmax of scores, with what is read and written there."""
+    if how.work is None:
+        return how.weights(scores, how.sink(scores))
+    sink = how.work.scored(group, scores, how.sink(scores))
+    return how.work.weighed(group, how.weights(scores, sink))
+
+
+def _put_output(out: Tensor, group: AttentionGroup, found: Tensor) -> None:
+    """Into [N, head, d_head], what queries [lane, key-value head, head of it, row, query, d_head]
+    found."""
+    lanes, rows, own = len(group.lanes), group.rows, len(group.columns)
+    found = found.permute(0, 3, 4, 1, 2, 5).reshape(lanes, rows, found.shape[4], out.shape[1], -1)
+    target = out[group.start : group.start + group.size].view(lanes, rows, own, out.shape[1], -1)
+    if len(group.queries) < own:
+        target[:, :, group.queries.selection] = found
+    else:
+        target.copy_(found)
+
+
+def attend_full(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    work: AttentionHooks,
+    *,
+    position_bias: Tensor | None = None,
+    distances: DistanceScores | None = None,
+    **arguments: Any,
+) -> Tensor:
+    """Attention of whole padded prompts, [B, T, heads, d_head], with what is read and written
+    within it; or of the last of their tokens, with keys and values of all of them.
+
+    query: [B, heads, T, d_head]; key, value: [B, key-value heads, T or more, d_head]. mask: written
+    out.
+    """
+    lanes, heads, count, _ = query.shape
+    mask = work.opened(expand_query_mask(mask, count), heads)
+    before = key.shape[2] - count
+    asking = np.arange(count)
+    group = AttentionGroup(
+        start=0,
+        lanes=DeviceIndex.of(np.arange(lanes), query.device),
+        rows=1,
+        columns=DeviceIndex.of(asking + before, query.device),
+        queries=DeviceIndex.of(asking, query.device),
+        every=before == 0,
+    )
+    kept = CachedAttention(key, value, add_bias(mask, position_bias), distances)
+    key, value = key[:, :, before:], value[:, :, before:]
+    out = value.new_empty(lanes * count, heads, value.shape[-1])
+    attend(
+        query.transpose(0, 1).flatten(1, 2),
+        key.transpose(0, 1).flatten(1, 2),
+        value.transpose(0, 1).flatten(1, 2),
+        [group],
+        kept,
+        out,
+        masks=GroupMasks(),
+        work=work,
+        **arguments,
+    )
+    return out.unflatten(0, (lanes, count))
+
+
+def _add_distances(
+    scores: Tensor,
+    distances: DistanceScores,
+    q: Tensor,
+    k: Tensor,
+    old_keys: Tensor,
+    group: AttentionGroup,
+    own: Tensor,
+    mine: slice | Tensor,
+) -> None:
+    """To scores [lane, head, 1, row, query, key] of q [lane, head, 1, row, query, d_head] with
+    kept keys [lane, head, key, d_head] and the rows' own [lane, head, row, key, d_head].
+
+    own: columns of the rows' own keys, which are `mine` among all keys.
+    """
+    q, added = q.squeeze(2), torch.zeros_like(scores).squeeze(2)
+    at, before = group.columns.device[group.queries.device], old_keys.shape[2]
+    if before:
+        every = torch.arange(before, device=q.device)
+        added[..., :before] = distances.scores(q, old_keys[:, :, None], at, every)
+    added[..., mine] = distances.scores(q, k, at, own)
+    scores += added.unsqueeze(2)
+
+
+def _score_own_keys(q: Tensor, k: Tensor) -> Tensor:
+    """[lane, kv head, shared, row, query, own] of q [lane, kv, shared, row, query, d] and
+    k [lane, kv, row, own, d]."""
+    if q.shape[4] == 1 == k.shape[3]:  # small products cost more than they do
+        return (q * k[:, :, None]).sum(-1, keepdim=True)
+    return q @ k[:, :, None].transpose(-1, -2)
+
+
+def _weigh_own_values(weights: Tensor, v: Tensor) -> Tensor:
+    """[lane, kv head, shared, row, query, d]."""
+    if weights.shape[5] == 1:
+        return weights * v[:, :, None]
+    return weights @ v[:, :, None]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """What a block's attention is called with."""
+
+    layer: int
+    """The block that runs; -1 in front of them."""
+    across: bool
+    """Whether it is a decoder's attention to its encoder."""
+    module: nn.Module
+    query: Tensor
+    """[B, heads, T, d_head]; keys and values [B, key-value heads, T, d_head]."""
+    key: Tensor
+    value: Tensor
+    mask: Any
+    arguments: dict[str, Any]
+    """The others, by name."""
+    implementations: Mapping[int, str]
+    """How modules attend by themselves, by their config's id."""
+
+    def own_function(self) -> AttentionFunction:
+        """What the module attends with by itself. Raises CannotPack where that isn't known."""
+        return get_own_attention(self.module, self.implementations)
+
+    def unchanged(self) -> tuple[Tensor, Tensor | None]:
+        """Output and weights of the model's own attention; without weights where scores are so many
+        that some queries are asked at a time. Raises CannotPack as above."""
+        function, mask, arguments = self.own_function(), self.mask, self.arguments
+        rows, heads, count, _ = self.query.shape
+        together = max(1, get_max_scores(self.query.device) // (rows * heads * self.key.shape[2]))
+        if together >= count or not isinstance(mask, Tensor) or arguments.get("distances"):
+            return function(self.module, self.query, self.key, self.value, mask, **arguments)
+        found = [
+            self._of_queries(function, slice(first, min(first + together, count)))
+            for first in range(0, count, together)
+        ]
+        return torch.cat(found, dim=1), None
+
+    def _of_queries(self, function: AttentionFunction, part: slice) -> Tensor:
+        """The output of some queries, [B, part, heads, d_head], as if the keys that are later than
+        these weren't there yet, where none of them is seen."""
+        keys = self.key.shape[2]
+        end = keys - self.query.shape[2] + part.stop
+        mask = expand_query_mask(self.mask, self.query.shape[2])[:, :, part]
+        if bool(find_visible_keys(mask[..., end:]).any()):
+            end = keys
+        bias = self.arguments.get("position_bias")
+        arguments = self.arguments
+        if bias is not None:
+            arguments = arguments | {"position_bias": bias[:, :, part, :end]}
+        key, value = self.key[:, :, :end], self.value[:, :, :end]
+        query = self.query[:, :, part]
+        return function(self.module, query, key, value, mask[..., :end], **arguments)[0]
+
+
+@contextmanager
+def replace_block_attention(
+    model: LoadedModel,
+    attention: Callable[[AttentionCall], tuple[Tensor, Tensor | None]],
+    *,
+    masked: bool,
+) -> Generator[None]:
+    """The model attends with `attention`; masks are written out if `masked`, else not made."""
+    own, crossing = list_implementations(model), find_cross_attention(model)
+
+    def function(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        across = id(module) in crossing
+        return attention(
+            AttentionCall(running(), across, module, query, key, value, attention_mask, kwargs, own)
+        )
+
+    with _track_block(model) as running, exchange_attention(model, function, masked=masked):
+        yield
+
+
+@contextmanager
+def _track_block(model: LoadedModel) -> Generator[Callable[[], int]]:
+    """A look-up of which block runs, for attention, which isn't told; -1 in front of them."""
+    running = -1
+
+    def enters(layer: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            nonlocal running
+            running = layer
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, block in enumerate(model.anatomy.blocks):
+            module = model.module.get_submodule(block.path)
+            stack.callback(module.register_forward_pre_hook(enters(layer)).remove)
+        yield lambda: running

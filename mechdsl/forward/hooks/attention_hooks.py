@@ -1,0 +1,395 @@
+"""Reads and writes inside one layer's attention: queries, keys, scores, weights and edges."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.forward.hooks.batch import (
+    DeviceIndex,
+    EdgeWrite,
+    SiteWrite,
+    TokenFrame,
+    WriteMismatch,
+    WriteMode,
+    apply_write,
+    indices_to_device,
+    to_device,
+)
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, EdgeChange
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionGroup:
+    """Rows whose tokens lie in the same columns, equally many on each lane; tokens of a group lie
+    side by side, by lane, row and column."""
+
+    start: int
+    """Its first token in the pack."""
+    lanes: DeviceIndex
+    """[lane]"""
+    rows: int
+    """Rows on each lane."""
+    columns: DeviceIndex
+    """[own]: columns of a row's own tokens."""
+    queries: DeviceIndex
+    """[query]: which of the own tokens attend."""
+    every: bool = False
+    """The own tokens are all of the prompt's."""
+
+    @property
+    def size(self) -> int:
+        """Tokens."""
+        return len(self.lanes) * self.rows * len(self.columns)
+
+    def by_lanes(self, most: int) -> Iterator[AttentionGroup]:
+        """The group in parts of whole lanes, of up to `most` queries each where one lane has no
+        more."""
+        each = self.rows * len(self.queries)
+        together = max(1, most // each)
+        if together >= len(self.lanes):
+            yield self
+            return
+        tokens = self.rows * len(self.columns)
+        for first in range(0, len(self.lanes), together):
+            lanes = self.lanes.part(slice(first, first + together))
+            yield replace(self, start=self.start + first * tokens, lanes=lanes)
+
+    def by_queries(self, most: int) -> Iterator[tuple[slice, AttentionGroup]]:
+        """The rows of each part, and the part: up to `most` queries of some rows, or of one row."""
+        asking = len(self.queries)
+        if len(self.lanes) * self.rows * asking <= most:
+            yield slice(0, self.rows), self
+            return
+        together = max(1, most // asking)
+        for row in range(0, self.rows, together):
+            rows = slice(row, min(row + together, self.rows))
+            start = self.start + row * len(self.columns)
+            for query in range(0, asking, most):
+                queries = self.queries.part(slice(query, query + most))
+                part = replace(self, start=start, rows=rows.stop - row, queries=queries)
+                yield rows, part
+
+
+@dataclass(eq=False)
+class _AttentionChange:
+    """One rule's part in one layer, by token of the pass."""
+
+    token: Tensor
+    """[K]"""
+    head: Tensor
+    """[K]"""
+    change: EdgeChange | Literal["scores", "pattern"]
+    entries: Tensor
+    columns: Tensor
+    amounts: Tensor
+    values: Tensor | None = None
+    """[K, key position], for written vectors."""
+    starts: Tensor | None = None
+    """[K] column of position 0, for written vectors."""
+    mode: WriteMode = "set"
+    """How they meet what is there."""
+
+
+@dataclass(eq=False)
+class AttentionHooks:
+    """Everything within the attention of one layer."""
+
+    starts: Tensor
+    """[lane] column of each prompt's first token."""
+    width: int
+    """Key positions of a vector over keys."""
+    rotated: dict[str, list[tuple[Tensor, Tensor, SiteWrite]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    """q_rot, k_rot → (token, head, what is written there)."""
+    changes: list[_AttentionChange] = field(default_factory=list[_AttentionChange])
+    wanted: frozenset[str] = frozenset()
+    found: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """[token, heads, width] of what is read."""
+    seen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    """Which keys each query of the group in work sees."""
+    done: int = 0
+    """Vectors written and queries changed so far …"""
+    due: int = 0
+    """… and in all."""
+
+    def opened(self, mask: Any, heads: int) -> Any:
+        """A mask of whole prompts [lane or 1, head or 1, query, key] with the keys that are allowed
+        besides; all heads have one of their own then."""
+        allowed = [change for change in self.changes if change.change == "allow"]
+        if not allowed:
+            return mask
+        if not isinstance(mask, Tensor):
+            raise WriteMismatch("attention has no mask, so that no key can be allowed")
+        sees = mask if mask.dtype == torch.bool else mask == 0
+        if mask.dtype != torch.bool and bool(
+            (~sees & (mask > torch.finfo(mask.dtype).min / 2)).any()
+        ):
+            raise WriteMismatch(
+                "a mask holds more than what is seen, so that no key can be allowed"
+            )
+        mask = mask.expand(len(self.starts), heads, -1, -1).clone()
+        count = mask.shape[2]
+        for change in allowed:
+            token, head = change.token[change.entries], change.head[change.entries]
+            index = token // count, head, token % count, change.columns
+            mask[indices_to_device(index, mask.device)] = mask.dtype == torch.bool
+            self.done += len(change.token)
+        return mask
+
+    def turned(self, site: str, vectors: Tensor) -> Tensor:
+        """Queries or keys [heads, token, d_head] with what is written there."""
+        writes = self.rotated.get(site, ())
+        if writes:
+            vectors = vectors.clone()
+        for token, head, write in writes:
+            index = indices_to_device((head, token), vectors.device)
+            values = to_device(write.values, vectors.device)
+            to = None if write.to is None else to_device(write.to, vectors.device)
+            vectors[index] = apply_write(write.mode, vectors[index], values, to)
+            self.done += len(token)
+        if site in self.wanted:
+            self.found[site] = vectors.transpose(0, 1).clone()
+        return vectors
+
+    def unseen(self, group: AttentionGroup) -> None:
+        """Tokens of a group that don't attend, as no measure could see them."""
+        for change in self.changes:
+            own = change.token - group.start
+            own = own[(own >= 0) & (own < group.size)] % len(group.columns)
+            self.done += int((~np.isin(own.numpy(), group.queries.host)).sum())
+
+    def scored(self, group: AttentionGroup, scores: Tensor, sink: Tensor | None) -> Tensor | None:
+        """Change masked scores [lane, key-value head, head of it, row, query, key] in place, and
+        give the sink's [… , 1] as it is then."""
+        self.seen = _is_visible(scores)
+        for change in self.changes:
+            if change.change in ("pattern", "allow"):
+                continue
+            own, index = self._of(group, change, scores)
+            if not len(own):
+                continue
+            seen = self.seen[index]
+            rows = scores[index].masked_fill(~seen, float("-inf"))
+            if change.change == "scores":
+                rows = torch.where(seen, self._vectors(group, change, own, rows), rows)
+            else:
+                keys = self._keys(group, change, own, rows) & seen
+                beside = None if sink is None else sink[index]
+                rows, beside = _change_scores(
+                    change,
+                    to_device(change.amounts[own].to(rows.dtype), rows.device),
+                    rows,
+                    keys,
+                    beside,
+                )
+                if sink is not None and beside is not None:
+                    sink = sink.clone()
+                    sink[index] = beside
+            scores[index] = rows
+        self._keep("scores", group, scores.masked_fill(~self.seen, 0))
+        return sink
+
+    def weighed(self, group: AttentionGroup, weights: Tensor) -> Tensor:
+        """Weights of the shape of the scores that were given last, with what is written there;
+        none where a query was left without a key."""
+        weights = weights.nan_to_num(0.0)  # of padding too, which sees nothing
+        for change in self.changes:
+            if change.change != "pattern":
+                continue
+            own, index = self._of(group, change, weights)
+            if len(own):
+                rows = weights[index]
+                vectors = self._vectors(group, change, own, rows)
+                weights[index] = torch.where(self.seen[index], vectors, rows)
+        self._keep("pattern", group, weights)
+        return weights
+
+    def _of(
+        self, group: AttentionGroup, change: _AttentionChange, like: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Which of a change's queries lie in the group, and where: [lane, key-value head, head of
+        it, row, query]."""
+        token = change.token
+        own = torch.nonzero((token >= group.start) & (token < group.start + group.size))[:, 0]
+        at, count = token[own] - group.start, len(group.columns)
+        place = torch.full((count,), -1)
+        place[torch.from_numpy(group.queries.host)] = torch.arange(len(group.queries))
+        query = place[at % count]
+        asks = query >= 0  # others are in other parts of the group, or seen by no measure
+        own, at, query = own[asks], at[asks], query[asks]
+        self.done += len(own)
+        head = change.head[own]
+        shared = like.shape[2]
+        index = (
+            at // (count * group.rows),
+            head // shared,
+            head % shared,
+            at // count % group.rows,
+            query,
+        )
+        return own, indices_to_device(index, like.device)
+
+    def _keys(
+        self, group: AttentionGroup, change: _AttentionChange, own: Tensor, rows: Tensor
+    ) -> Tensor:
+        """[n, key] which keys are meant."""
+        place = torch.full((len(change.token),), -1, dtype=torch.long)
+        place[own] = torch.arange(len(own))
+        row = place[change.entries]
+        column = change.columns - self._first(group)
+        good = (row >= 0) & (column >= 0) & (column < rows.shape[1])
+        found = torch.zeros(rows.shape, dtype=torch.bool)
+        found[row[good], column[good]] = True
+        return to_device(found, rows.device)
+
+    def _vectors(
+        self, group: AttentionGroup, change: _AttentionChange, own: Tensor, rows: Tensor
+    ) -> Tensor:
+        """[n, key] of vectors over key positions."""
+        assert change.values is not None
+        assert change.starts is not None
+        column = torch.arange(rows.shape[1])[None] + self._first(group)
+        position = column - change.starts[own][:, None]
+        inside = position.clamp(0, change.values.shape[1] - 1)
+        found = to_device(change.values[own].gather(1, inside).to(rows.dtype), rows.device)
+        return apply_write(change.mode, rows, found)
+
+    def _keep(self, site: str, group: AttentionGroup, found: Tensor) -> None:
+        """Keep what is read, by key position."""
+        if site not in self.wanted:
+            return
+        lanes, kinds, shared, rows, asking, keys = found.shape
+        position = torch.arange(self.width, device=found.device)
+        starts = self.starts[torch.from_numpy(group.lanes.host)]
+        column = position[None] + to_device(starts, found.device)[:, None] - self._first(group)
+        inside = (column >= 0) & (column < keys)
+        index = column.clamp(0, keys - 1)[:, None, None, None, None]
+        shape = (lanes, kinds, shared, rows, asking, self.width)
+        taken = found.gather(-1, index.expand(shape))
+        taken = torch.where(inside[:, None, None, None, None], taken, taken.new_zeros(()))
+        taken = taken.permute(0, 3, 4, 1, 2, 5).flatten(3, 4)
+        span = slice(group.start, group.start + group.size)
+        target = self.found[site][span].view(lanes, rows, -1, kinds * shared, self.width)
+        target[:, :, group.queries.selection] = taken.to(target)
+
+    def prepared(self, tokens: int, heads: int, like: Tensor) -> None:
+        """Room for what is read of so many tokens."""
+        for site in self.wanted & {"scores", "pattern"}:
+            self.found[site] = like.new_zeros(tokens, heads, self.width)
+
+    @staticmethod
+    def _first(group: AttentionGroup) -> int:
+        """The column that the first key of a group's scores lies in."""
+        return int(group.columns.host[0]) if group.every else 0
+
+
+def build_attention_hooks(
+    layer: int,
+    frame: TokenFrame,
+    tokens: int,
+    starts: Tensor,
+    width: int,
+    *,
+    writes: Sequence[SiteWrite],
+    edges: Sequence[EdgeWrite],
+    reads: Sequence[str],
+) -> AttentionHooks:
+    """What is done in one layer.
+
+    tokens: second dimension of the model's tensors. starts, width: of the kept keys, as in `Frame`.
+    writes, edges: of this layer. reads: names of sites.
+    """
+    work = AttentionHooks(
+        starts.cpu(), width, wanted=frozenset(reads) & set(ATTENTION_INTERNAL_SITES)
+    )
+    for write in writes:
+        rows, positions = write.rows, write.positions
+        first, second, there = frame.locate(write.site, layer, "", rows, positions)
+        token, head = (first * tokens + second)[there].cpu(), write.units[there].cpu()
+        index = torch.nonzero(there)[:, 0]
+        values = write.values[to_device(index, write.values.device)]
+        work.due += len(token)
+        if write.site in ("q_rot", "k_rot"):
+            to = None if write.to is None else write.to[to_device(index, write.to.device)]
+            here = replace(write, values=values, to=to)
+            work.rotated[write.site].append((token, head, here))
+            continue
+        begin = frame.columns(rows, torch.zeros_like(positions)).cpu()[there.cpu()]
+        none = torch.zeros(0, dtype=torch.long)
+        kind = "scores" if write.site == "scores" else "pattern"
+        change = _AttentionChange(
+            token, head, kind, none, none, none, values.cpu(), begin, write.mode
+        )
+        work.changes.append(change)
+    for edge in edges:
+        first, second, there = frame.locate("pattern", layer, "", edge.rows, edge.queries)
+        if not bool(there.all()):  # queries that no measure can see
+            edge = edge.some(there.cpu())
+            first, second = first[there], second[there]
+        work.due += len(edge.rows)
+        columns = frame.columns(edge.rows[edge.entries], edge.keys).cpu()
+        token = (first * tokens + second).cpu()
+        work.changes.append(
+            _AttentionChange(
+                token,
+                edge.heads.cpu(),
+                edge.change,
+                edge.entries.cpu(),
+                columns,
+                edge.amounts.cpu(),
+            )
+        )
+    return work
+
+
+def _is_visible(scores: Tensor) -> Tensor:
+    """Which keys a query sees, by masked scores."""
+    return scores > torch.finfo(scores.dtype).min / 2
+
+
+def _change_scores(
+    change: _AttentionChange, amounts: Tensor, scores: Tensor, keys: Tensor, sink: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Scores [n, key], and the sink's [n, 1], whose softmax is the changed attention.
+
+    keys: [n, key], seen ones that are changed. Weights are changed by way of scores, so that
+    nothing is divided by a rest that has underflowed.
+    """
+    gone = float("-inf")
+    match change.change:
+        case "block":
+            return scores.masked_fill(keys, gone), sink
+        case "reweight":
+            return torch.where(keys, scores + amounts.log()[:, None], scores), sink
+        case "uniform":
+            together = scores.masked_fill(~keys, gone).logsumexp(-1, keepdim=True)
+            count = keys.sum(-1, keepdim=True)
+            return torch.where(keys, together - count.log(), scores), sink
+        case _:
+            others = scores.masked_fill(keys, gone)
+            whole = others if sink is None else torch.cat([others, sink], dim=-1)
+            rest = whole.logsumexp(-1, keepdim=True)
+            taken = amounts[:, None] * keys.sum(-1, keepdim=True)
+            left = 1 - taken
+            level = amounts.log()[:, None] + rest - left.clamp(min=1e-12).log()
+            new = torch.where(keys, level, scores)
+            # Nothing is left for the others, or there are none.
+            alone = ((left < 1e-6) | rest.isinf()) & keys.any(-1, keepdim=True)
+            new = torch.where(alone, torch.where(keys, torch.zeros_like(scores), gone), new)
+            return new, None if sink is None else sink.masked_fill(alone, gone)
+
+
+def group_by_layer(edges: Sequence[EdgeWrite]) -> Mapping[int, list[EdgeWrite]]:
+    """The edges of each layer, in order."""
+    found: dict[int, list[EdgeWrite]] = defaultdict(list)
+    for edge in edges:
+        found[edge.layer].append(edge)
+    return found

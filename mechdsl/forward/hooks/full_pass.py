@@ -1,0 +1,877 @@
+"""Full forward passes with activations read and written, site by site."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechdsl.forward.hooks.attention import AttentionCall, attend_full, replace_block_attention
+from mechdsl.forward.hooks.attention_hooks import (
+    AttentionHooks,
+    build_attention_hooks,
+    group_by_layer,
+)
+from mechdsl.forward.hooks.batch import (
+    Batch,
+    EdgeWrite,
+    PassStopped,
+    ReadMismatch,
+    SiteRead,
+    SiteWrite,
+    TokenFrame,
+    WriteMismatch,
+    apply_write,
+    indices_to_device,
+    to_device,
+)
+from mechdsl.forward.hooks.hook_points import (
+    HookStep,
+    InputHook,
+    OutputHook,
+    apply_scale,
+    get_head_weights,
+    get_scale,
+    project_heads,
+    put_layout,
+    undo_scale,
+    view_layout,
+)
+from mechdsl.forward.hooks.model import (
+    LoadedModel,
+    call_with_batch,
+    narrow_unembedding,
+    select_token_logits,
+)
+from mechdsl.models.anatomy import HookPoint, HookSide, TensorLayout
+from mechdsl.models.shape import unit_count, vector_width
+from mechdsl.vocab.sites import (
+    ATTENTION_INTERNAL_SITES,
+    SITES,
+    SITES_WITHOUT_STEPS,
+    stop_layer,
+    write_order,
+)
+
+
+@dataclass
+class PlacedWrite:
+    """One write with its indices in the tapped tensor, which are on the host."""
+
+    number: int
+    write: SiteWrite
+    values: Tensor
+    first: Tensor
+    second: Tensor
+    units: Tensor
+    to: Tensor | None = None
+    before: Tensor | None = None
+    """[K] of `step`: index into the second dimension of the place before; its own where it is the
+    first."""
+    _moved: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """The indices on the device, once `move` was called."""
+
+    @staticmethod
+    def move(places: Sequence[PlacedWrite], device: torch.device) -> None:
+        """Move the indices of all these writes to the device in one transfer."""
+        named = [
+            (place, name, index)
+            for place in places
+            for name in ("first", "second", "units", "before")
+            if (index := getattr(place, name)) is not None
+        ]
+        moved = indices_to_device([index for _, _, index in named], device)
+        for (place, name, _), index in zip(named, moved, strict=True):
+            place._moved[name] = index
+
+    def _index(self, view: Tensor, second: str = "second") -> tuple[Tensor, ...]:
+        """Indices into the first three dimensions of a view, on its device."""
+        return tuple(self._moved[name].to(view.device) for name in ("first", second, "units"))
+
+    def put(self, view: Tensor, values: Tensor, *, add: bool) -> None:
+        """Write `values` [K, width] into a [B, T, units, width] view."""
+        view.index_put_(self._index(view), values, accumulate=add)
+
+    def mark(self, there: Tensor) -> None:
+        """Set what is written in [B, T]."""
+        there[self._index(there)[:2]] = True
+
+    def get(self, view: Tensor) -> Tensor:
+        """[K, width] of a [B, T, units, width] view."""
+        return view[self._index(view)]
+
+    def values_like(self, view: Tensor) -> Tensor:
+        """The values, on the device and of the type of what they are written to."""
+        return to_device(self.values, view.device).to(view.dtype)
+
+    def get_before(self, view: Tensor) -> Tensor | None:
+        """[K, width] of a [B, T, units, width] view, one position before; None if none asks."""
+        if self.before is None:
+            return None
+        return view[self._index(view, "before")]
+
+    def changed(self, now: Tensor, before: Tensor | None = None) -> Tensor:
+        """[K, width] of what stands there, [K, width], and of what stands one position before."""
+        to = None if self.to is None else to_device(self.to, now.device)
+        return apply_write(self.write.mode, now, to_device(self.values, now.device), to, before)
+
+    def change(self, view: Tensor, scale: float | Tensor = 1.0) -> None:
+        """Write into a [B, T, units, width] view, which times `scale` is the site."""
+        match self.write.mode:
+            case "set" | "add" as mode:
+                self.put(view, undo_scale(self.values_like(view), scale), add=mode == "add")
+            case _:
+                now, before = apply_scale(self.get(view), scale), self.get_before(view)
+                before = None if before is None else apply_scale(before, scale)
+                self.put(view, undo_scale(self.changed(now, before), scale), add=False)
+
+
+class SiteSteps:
+    """Makes the steps of one forward pass, and keeps what they have found."""
+
+    def __init__(self, writes: int) -> None:
+        self.found: dict[SiteRead, Tensor] = {}
+        """[B, T, units, width] of what was read."""
+        self.applied = [0] * writes
+        """Vectors of each write that were written so far."""
+        self.streams: dict[str, Tensor] = {}
+        """Path of a tapped module → the stream that enters its block, for `resid_mid`."""
+        self.patches: dict[str, Tensor] = {}
+        """Path of what makes vectors of patches → these, as they come out of it."""
+
+    def begin(self) -> None:
+        """Of another pass, in which nothing is read."""
+        self.applied = [0] * len(self.applied)
+
+    def _done(self, place: PlacedWrite) -> None:
+        self.applied[place.number] += int(place.first.numel())
+
+    def _keep(self, reads: list[SiteRead], view: Tensor) -> None:
+        for read in reads:
+            if read in self.found:
+                raise ReadMismatch(f"{read.quoted} was passed twice in one run")
+            self.found[read] = view.clone(memory_format=torch.contiguous_format)
+
+    def direct(
+        self,
+        places: list[PlacedWrite],
+        reads: list[SiteRead],
+        layout: TensorLayout,
+        scale: float | Tensor = 1.0,
+    ) -> HookStep:
+        """A site that is a slice of the tapped tensor, times `scale`."""
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            if places:
+                value = value.clone(memory_format=torch.contiguous_format)
+            view = view_layout(value, layout)
+            for place in places:
+                place.change(view, scale)
+                self._done(place)
+            if places:
+                put_layout(value, layout, view)
+            self._keep(reads, apply_scale(view, scale))
+            return value
+
+        return step
+
+    def in_front_of_positions(
+        self, places: list[PlacedWrite], reads: list[SiteRead], layout: TensorLayout, patches: str
+    ) -> HookStep:
+        """A site that is the tapped tensor without what is added to patches: their positions."""
+        direct = self.direct(places, reads, layout)
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            added = _find_additions(value, self.patches.pop(patches))
+            found = direct(value - added, module, given)
+            if not places:
+                return value
+            # tokens that aren't written stay as they are, to the last bit
+            there = torch.zeros(value.shape[:2], dtype=torch.bool, device=value.device)
+            for place in places:
+                place.mark(there)
+            return torch.where(there[..., None], found + added, value)
+
+        return step
+
+    def own_view(
+        self, places: list[PlacedWrite], reads: list[SiteRead], layout: TensorLayout
+    ) -> Callable[[Tensor], Tensor]:
+        """A site that is worked out for us alone, as [B, T, units, width]."""
+
+        def change(view: Tensor) -> Tensor:
+            if places:
+                view = view.clone()
+            for place in places:
+                place.change(view)
+                self._done(place)
+            self._keep(reads, view)
+            return view
+
+        return change
+
+    def remember(self, path: str) -> HookStep:
+        """Keeps the stream that enters a block, for `resid_mid` in the same block."""
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            self.streams[path] = value
+            return value
+
+        return step
+
+    def between(
+        self, places: list[PlacedWrite], reads: list[SiteRead], path: str, scale: float | Tensor
+    ) -> HookStep:
+        """`resid_mid`: what attention adds is changed so that the sum is the value written.
+
+        The stream between the sublayers is no module's output; a hook on the second norm would
+        leave the residual branch as it was.
+        """
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            stream = self.streams[path].unsqueeze(2)
+            if places:
+                value = value.clone()
+            view = value.unsqueeze(2)
+            for place in places:
+                below, add = place.get(stream), place.write.mode == "add"
+                match place.write.mode:
+                    case "add":
+                        new = place.values_like(view)
+                    case "set":
+                        new = place.values_like(view) - below
+                    case _:
+                        new = place.changed(below + apply_scale(place.get(view), scale)) - below
+                place.put(view, undo_scale(new, scale), add=add)
+                self._done(place)
+            if reads:
+                self._keep(reads, stream + apply_scale(view, scale))
+            return value
+
+        return step
+
+    def heads(
+        self, places: list[PlacedWrite], reads: list[SiteRead], layout: TensorLayout
+    ) -> HookStep:
+        """`head_out`: a head's part of the projection's output, changed by its difference.
+
+        Several heads of one row and position add up.
+        """
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            z, weight = view_layout(given, layout), get_head_weights(module, layout)
+            if places:
+                value = value.clone()
+                vectors = _WrittenHeads(places, z, weight)
+                for place in places:
+                    vectors.change(place)
+                    self._done(place)
+                vectors.add_to(value)
+            if reads:
+                per_head = torch.einsum("bthd,hdm->bthm", z, weight)
+                for place in places:
+                    place.change(per_head)
+                self._keep(reads, per_head)
+            return value
+
+        return step
+
+
+def _find_additions(value: Tensor, patches: Tensor) -> Tensor:
+    """[B, T, width]: what an embedding has added to its patches, 0 at tokens in front of these.
+
+    patches: [image, width, …] of a convolution, or [image, patch, width].
+    """
+    width = value.shape[-1]
+    if patches.dim() > 3 or patches.shape[-1] != width:
+        patches = patches.flatten(2).transpose(1, 2)
+    by_image = value.reshape(len(patches), -1, width)
+    added = torch.zeros_like(by_image)
+    front = by_image.shape[1] - patches.shape[1]
+    added[:, front:] = by_image[:, front:] - patches
+    return added.reshape(value.shape)
+
+
+class _WrittenHeads:
+    """What the written heads give, each vector once, however many writes change it."""
+
+    def __init__(self, places: list[PlacedWrite], z: Tensor, weight: Tensor) -> None:
+        spots = [torch.stack([p.units, p.first, p.second]) for p in places]
+        distinct, index = torch.cat(spots, dim=1).unique(dim=1, return_inverse=True)
+        by_place = index.split([spot.shape[1] for spot in spots])
+        moved = indices_to_device([*distinct, *by_place], z.device)
+        units, self.first, self.second = moved[:3]
+        self.before = project_heads(z[self.first, self.second, units], distinct[0], weight)
+        self.now = self.before.clone()
+        self._index = iter(moved[3:])
+
+    def change(self, place: PlacedWrite) -> None:
+        """The next write, in the order in which they were given."""
+        index = next(self._index)
+        self.now[index] = place.changed(self.now[index])
+
+    def add_to(self, value: Tensor) -> None:
+        """Add what has changed to what the projection returned, [B, T, d_model]."""
+        difference = self.now - self.before
+        value.index_put_((self.first, self.second), difference, accumulate=True)
+
+
+TensorChange = Callable[[Tensor], Tensor]
+"""[B, T, units, width] to the same."""
+
+
+class RouterHook:
+    """Reads and writes the weights that experts are asked with."""
+
+    def __init__(self, change: TensorChange, experts: int, frame: TokenFrame) -> None:
+        self.change = change
+        self.experts = experts
+        self.frame = frame
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tokens, index, weights = _read_call(args, kwargs)
+        dense = weights.new_zeros(len(weights), self.experts)
+        dense.scatter_(1, index, weights)
+        given = dense.unflatten(0, (self.frame.leading, -1)).unsqueeze(2)
+        value = self.change(given)
+        if value is given:
+            return None
+        every = torch.arange(self.experts, dtype=index.dtype, device=index.device)
+        every = every.expand(len(dense), -1).contiguous()
+        return (tokens, every, value.squeeze(2).flatten(0, 1).contiguous()), {}
+
+
+class ExpertHook:
+    """Reads and writes what single experts add."""
+
+    def __init__(self, change: TensorChange, experts: int, frame: TokenFrame) -> None:
+        self.change = change
+        self.experts = experts
+        self.frame = frame
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Any:
+        tokens, index, weights = _read_call(args, kwargs)
+        shares = (self._alone(module, tokens, index, weights, e) for e in range(self.experts))
+        each = torch.stack([share.reshape(len(weights), -1) for share in shares], dim=1)
+        given = each.unflatten(0, (self.frame.leading, -1))
+        value = self.change(given)
+        if value is given:
+            return None
+        return output + (value - given).sum(2).reshape(output.shape)
+
+    @staticmethod
+    def _alone(
+        module: nn.Module, tokens: Tensor, index: Tensor, weights: Tensor, expert: int
+    ) -> Tensor:
+        """[n, d_model]: one expert's share."""
+        weight = (weights * (index == expert)).sum(1, keepdim=True)
+        only = torch.full_like(index[:, :1], expert)
+        # Not the module itself: its hooks are these.
+        return module.forward(tokens, only, weight)
+
+
+def _read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, indices, weights) of a call."""
+    tokens, index, weights = (*args, *kwargs.values())[:3]
+    return tokens, index.reshape(-1, index.shape[-1]), weights.reshape(-1, weights.shape[-1])
+
+
+_LAST_ORDER = (1 << 31, 0)
+
+
+class SiteHooks:
+    """Everything that is read and written during one forward pass, and what came of it."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        frame: TokenFrame,
+        writes: Sequence[SiteWrite],
+        reads: Sequence[SiteRead],
+        stop: int | None = None,
+        edges: Sequence[EdgeWrite] = (),
+    ) -> None:
+        n_layers = model.shape.n_layers
+        if stop is not None and not 0 <= stop <= n_layers + 1:
+            raise ValueError(f"stop {stop} is not in 0..{n_layers + 1}")
+        self.model = model
+        self.frame = frame
+        self.stop = stop
+        self._sites = SiteSteps(len(writes))
+        self.found = self._sites.found
+        self._steps: dict[tuple[str, HookSide, int], list[tuple[tuple[int, int], HookStep]]]
+        self._steps = defaultdict(list)
+        self._by_heads: set[tuple[str, HookSide, int]] = set()
+        self._called_again: set[str] = set()
+        self._patches: set[str] = set()
+        """What makes vectors of patches that a site is worked out from."""
+        self._experts: list[tuple[str, ExpertHook | RouterHook]] = []
+        stacks = [model.anatomy, *(stack.anatomy for stack in model.others.values())]
+        self._blocks = {block.path for anatomy in stacks for block in anatomy.blocks}
+        self._wanted = [int(write.rows.numel()) for write in writes]
+        self._writes = list(writes)
+        self._reads = list(dict.fromkeys(reads))
+        self._logits: tuple[list[PlacedWrite], list[SiteRead]] = ([], [])
+        self._kept: Callable[[Tensor], Tensor] | None = None
+        """Takes the wanted positions out of the logits, where that isn't done before them."""
+        self._edges = group_by_layer(edges)
+        self.within = self._within()
+        self._layers: dict[int, AttentionHooks] = {}
+        self._plan()
+
+    # --- planning -----------------------------------------------------------------------------
+
+    def _plan(self) -> None:
+        """A step for each site and layer that is read or written."""
+        writes: dict[SiteRead, list[PlacedWrite]] = defaultdict(list)
+        for number, write in enumerate(self._writes):
+            where = write.where
+            self._require(where, WriteMismatch)
+            if self._wanted[number]:
+                writes[where].append(self._place(number, write))
+        PlacedWrite.move(
+            [place for places in writes.values() for place in places], self.model.device
+        )
+        for read in self._reads:
+            self._require(read, ReadMismatch)
+        for where in dict.fromkeys([*writes, *self._reads]):
+            if where.site in ATTENTION_INTERNAL_SITES:
+                self._set_once(where, writes[where])
+                continue
+            self._set_once(where, writes[where])
+            self._add_site(where, writes[where], where in self._reads)
+
+    def _require(self, where: SiteRead, problem: type[Exception]) -> None:
+        """The site is one of the model's and lies in the part that is run."""
+        kind = SITES.get(where.site)
+        if kind is None or (where.site == "logits" and "logits" not in self.model.shape.sites):
+            raise ValueError(f"`{self.model.name}` has no `{where.site}`")
+        if kind.has_layer != (where.layer is not None):
+            need = "needs a layer" if kind.has_layer else "has no layers"
+            raise ValueError(f"`{where.site}` {need}")
+        if where.site in ATTENTION_INTERNAL_SITES:
+            if where.stack or not self.model.shape.has(where.site, where.layer):
+                raise ValueError(f"`{self.model.name}` has no {where.quoted}")
+        elif where.site != "logits" or where.stack:
+            self.model.tap(where.site, where.layer, where.stack)
+        if where.stack not in ("", "cross"):  # comes before the main stack
+            return
+        needed = stop_layer(where.site, where.layer, self.model.shape.n_layers)
+        if self.stop is not None and (needed is None or needed > self.stop):
+            raise problem(f"{where.quoted} lies above layer {self.stop}, where the run stops")
+
+    def _place(self, number: int, write: SiteWrite) -> PlacedWrite:
+        """Indices of a write; ValueError for a place that isn't in the batch."""
+        where = write.where
+        site_units, site_width = self._extent(where)
+        count = self._wanted[number]
+        name = where.quoted
+        if SITES[where.site].width == "key":  # what lies behind a prompt's end is never seen
+            site_width = write.values.shape[1]
+        if write.mode in ("scale", "step"):
+            site_width = 1
+        if write.values.shape != (count, site_width):
+            raise ValueError(f"values for {name} must be [{count}, {site_width}]")
+        if write.positions.shape != (count,) or write.units.shape != (count,):
+            raise ValueError(f"rows, positions and units for {name} must be equally long")
+        lengths = self.frame.lengths_of(where.site, where.stack)
+        rows, positions, units = write.rows, write.positions, write.units
+        if bool(((rows < 0) | (rows >= len(self.frame))).any()):
+            raise ValueError(f"a row for {name} is not in the batch")
+        if bool(((positions < 0) | (positions >= lengths[rows])).any()):
+            raise ValueError(f"a position for {name} is not in its prompt")
+        if bool(((units < 0) | (units >= site_units)).any()):
+            raise ValueError(f"a unit for {name} is not in 0..{site_units - 1}")
+        first, second, there = self.frame.locate(
+            where.site, where.layer, where.stack, rows, positions
+        )
+        values, to, before = write.values, write.to, self._before(where, write, there)
+        if not bool(there.all()):
+            first, second, units = first[there], second[there], units[there]
+            index = torch.nonzero(there)[:, 0]
+            values = values[to_device(index, values.device)]
+            to = None if to is None else to[to_device(index, to.device)]
+            self._wanted[number] = len(index)
+        return PlacedWrite(number, write, values, first, second, units, to, before)
+
+    def _before(self, where: SiteRead, write: SiteWrite, there: Tensor) -> Tensor | None:
+        """[K] of a step: where the position before lies, or the place itself if it is the first.
+
+        there: which of the places are in the pass. WriteMismatch where one before isn't.
+        """
+        if write.mode != "step":
+            return None
+        if where.site in SITES_WITHOUT_STEPS:
+            raise ValueError(f"steps of {where.quoted} can't be written")
+        rows, earlier = write.rows[there], (write.positions[there] - 1).clamp(min=0)
+        _, second, found = self.frame.locate(where.site, where.layer, where.stack, rows, earlier)
+        if not bool(found.all()):
+            raise WriteMismatch(f"{where.quoted} isn't computed at a position before a step")
+        return second
+
+    def _extent(self, where: SiteRead) -> tuple[int, int]:
+        """(units, width) of a site."""
+        if where.site == "logits":
+            return 1, self.model.shape.outputs
+        if where.site == "router":
+            return 1, self.model.stack(where.stack).shape.n_experts
+        if where.site in ATTENTION_INTERNAL_SITES:
+            shape = self.model.shape
+            keys = SITES[where.site].width == "key"
+            each = 0 if keys else vector_width(shape, where.site, where.layer)
+            return unit_count(shape, where.site, where.layer), each
+        layout = self.model.tap(where.site, where.layer, where.stack).layout
+        return layout.units, layout.width
+
+    def _set_once(self, where: SiteRead, places: list[PlacedWrite]) -> None:
+        """No write has a vector twice: it would hang on chance which of the two stands."""
+        for place in places:
+            spots = _number_places(place.first, place.second, place.units)
+            if place.write.mode != "add" and bool((spots.sort().values.diff() == 0).any()):
+                raise ValueError(f"a vector of {where.quoted} is written twice in one write")
+
+    def _within(self) -> frozenset[int]:
+        """Layers where something is read or written within attention."""
+        found: set[int] = set()
+        for write in self._writes:
+            if write.site in ATTENTION_INTERNAL_SITES and write.layer is not None:
+                self._note(found, write.site, write.layer, write.rows, write.positions)
+        for layer, edges in self._edges.items():
+            for edge in edges:
+                self._note(found, "pattern", layer, edge.rows, edge.queries)
+        read = {read.layer for read in self._reads if read.site in ATTENTION_INTERNAL_SITES}
+        found |= {layer for layer in read if layer is not None}
+        return frozenset(found)
+
+    def _note(
+        self, found: set[int], site: str, layer: int, rows: Tensor, positions: Tensor
+    ) -> None:
+        """A layer counts where any of the places can be seen by a measure."""
+        if bool(self.frame.locate(site, layer, "", rows, positions)[2].any()):
+            found.add(layer)
+
+    def layer(self, layer: int, query: Tensor) -> AttentionHooks | None:
+        """What is done within the attention of a layer, which runs once; None where nothing is.
+
+        query: [B, heads, T, d_head], whose tokens are counted row by row.
+        """
+        if layer not in self.within:
+            return None
+        if layer in self._layers:
+            raise WriteMismatch(f"attention of layer {layer} ran twice in one run")
+        writes = [
+            w for w in self._writes if w.layer == layer and w.site in ATTENTION_INTERNAL_SITES
+        ]
+        self._layers[layer] = build_attention_hooks(
+            layer,
+            self.frame,
+            int(query.shape[2]),
+            self.frame.lane_starts,
+            self.frame.key_width,
+            writes=writes,
+            edges=self._edges.get(layer, ()),
+            reads=[read.site for read in self._reads if read.layer == layer],
+        )
+        return self._layers[layer]
+
+    def _add_site(self, where: SiteRead, places: list[PlacedWrite], read: bool) -> None:
+        reads = [where] if read else []
+        order = write_order(where.site, where.layer)
+        if where.before:
+            order = order[0], order[1] - 1
+        if where.site == "logits":
+            self._logits = (places, reads)
+            return
+        tap = self._tap(where)
+        match where.site:
+            case "resid_mid" if self._is_sum(where, tap):
+                stream = self._tap(replace(where, site="resid_pre"))
+                remember_order = (order[0], SITES["resid_pre"].order + 1)
+                self._on(self._spot(stream), remember_order, self._sites.remember(stream.path))
+                step = self._sites.between(places, reads, stream.path, self._scale(tap))
+            case "head_out":
+                step = self._sites.heads(places, reads, self._tap(replace(where, site="z")).layout)
+            case "router" | "expert_out":
+                layout = TensorLayout.whole(tap.layout.units)
+                experts = tap.layout.width if where.site == "router" else tap.layout.units
+                kind = RouterHook if where.site == "router" else ExpertHook
+                change = self._sites.own_view(places, reads, layout)
+                self._experts.append((tap.path, kind(change, experts, self.frame)))
+                return
+            case _ if tap.patches is not None:
+                self._patches.add(tap.patches)
+                step = self._sites.in_front_of_positions(places, reads, tap.layout, tap.patches)
+            case _:
+                step = self._sites.direct(places, reads, tap.layout, self._scale(tap))
+        if tap.layout.axes != "flat":
+            self._by_heads.add(self._spot(tap))
+        if tap.again:
+            self._called_again.add(tap.path)
+        self._on(self._spot(tap), order, step)
+
+    def _tap(self, where: SiteRead) -> HookPoint:
+        return self.model.tap(where.site, where.layer, where.stack)
+
+    def _is_sum(self, where: SiteRead, tap: HookPoint) -> bool:
+        """Whether the stream between the sublayers is no module's output."""
+        block = self.model.stack(where.stack).anatomy.blocks[where.layer or 0]
+        return tap in (block.taps.get("attn_out"), block.taps.get("mixer_out"))
+
+    def _scale(self, tap: HookPoint) -> float | Tensor:
+        return get_scale(self.model.module, tap)
+
+    def _spot(self, tap: HookPoint) -> tuple[str, HookSide, int]:
+        return tap.path, tap.side, tap.item
+
+    def _on(self, spot: tuple[str, HookSide, int], order: tuple[int, int], step: HookStep) -> None:
+        self._steps[spot].append((order, step))
+
+    def keep_logits(self, positions: Tensor) -> None:
+        """Unembed only these positions ([B, n], on the host) of each row."""
+        if self._logits[0] or self._logits[1]:
+            raise ValueError("logits can't be read or written where only some are computed")
+        if positions.shape[:1] != (len(self.frame),) or positions.dim() != 2:
+            raise ValueError("logits_at must be [B, n]")
+        lengths = self.frame.lengths_of("logits", "")
+        if bool(((positions < 0) | (positions >= lengths[:, None])).any()):
+            raise ValueError("a position in logits_at is not in its prompt")
+        model = self.model
+        every = torch.arange(len(positions))[:, None].expand_as(positions)
+        found = self.frame.locate("logits", None, "", every, positions)
+        rows, columns = (
+            index.view(positions.shape)
+            for index in indices_to_device([each.reshape(-1) for each in found[:2]], model.device)
+        )
+
+        def step(value: Tensor, module: nn.Module, given: Tensor) -> Tensor:
+            return value[rows.to(value.device), columns.to(value.device)]
+
+        if self.model.anatomy.unembedding is None:  # what stands there may count tokens
+            self._kept = lambda logits: step(logits, self.model.module, logits)
+        else:
+            self._on(find_entrance(self.model, self.model.shape.n_layers + 1), _LAST_ORDER, step)
+
+    # --- running ----------------------------------------------------------------------------
+
+    @contextmanager
+    def installed(self) -> Generator[None]:
+        """Hooks in place; gone afterwards, whatever happens inside."""
+        handles: list[Any] = []
+        try:
+            for path in self._patches:
+                module = self.model.module.get_submodule(path)
+                handles.append(module.register_forward_hook(self._keep_patches(path)))
+            for (path, side, item), steps in self._steps.items():
+                flat = (path, side, item) not in self._by_heads
+                once = path in self._called_again
+                module = self.model.module.get_submodule(path)
+                ordered = [step for _, step in sorted(steps, key=lambda entry: entry[0])]
+                if side == "in":
+                    hook = InputHook(ordered, self.frame, flat=flat, once=once)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                else:
+                    out = OutputHook(ordered, item, self.frame, flat=flat, once=once)
+                    # On blocks in front of the library's own, which collect what these return.
+                    handles.append(
+                        module.register_forward_hook(
+                            out, with_kwargs=True, prepend=path in self._blocks
+                        )
+                    )
+            for path, hook in self._experts:
+                module = self.model.module.get_submodule(path)
+                if isinstance(hook, RouterHook):
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            if self.stop is not None:  # behind all other hooks of that place
+                path, side, _ = find_entrance(self.model, self.stop)
+                module = self.model.module.get_submodule(path)
+                if side == "in":
+                    handles.append(module.register_forward_pre_hook(_stop_pass))
+                else:
+                    handles.append(module.register_forward_hook(_stop_pass))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._sites.streams.clear()
+
+    def _keep_patches(self, path: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            self._sites.patches[path] = output
+
+        return keep
+
+    @property
+    def repeats(self) -> bool:
+        """Whether hooks can do the same in a pass over other tokens that lie as these do."""
+        return not (self.within or self._called_again or self._reads)
+
+    def begin(self) -> None:
+        """Of another pass."""
+        self._sites.begin()
+
+    def output(self, logits: Tensor) -> Tensor:
+        """The model's logits, after what is written and read there."""
+        places, reads = self._logits
+        if (places or reads) and logits.shape[-1] != self.model.shape.outputs:
+            raise ValueError("logits can't be read or written where only some tokens' are computed")
+        if not (places or reads):
+            return logits if self._kept is None else self._kept(logits)
+        whole = logits.dim() == 2  # one output for a whole image
+        logits = logits.unsqueeze(1) if whole else logits
+        with torch.inference_mode():
+            layout = TensorLayout.whole(vector_width(self.model.shape, "logits"))
+            step = self._sites.direct(places, reads, layout)
+            logits = step(logits, self.model.module, logits)
+        return logits.squeeze(1) if whole else logits
+
+    def check(self) -> None:
+        """Every row of every write exactly once, every read once."""
+        for layer in self.within:
+            self._check_within(layer)
+        counted = zip(self._writes, self._sites.applied, self._wanted, strict=True)
+        for write, applied, wanted in counted:
+            if write.site in ATTENTION_INTERNAL_SITES:
+                continue
+            if applied != wanted:
+                name = write.where.quoted
+                raise WriteMismatch(f"{wanted} rows were to be written at {name}, {applied} were")
+        for read in self._reads:
+            if read not in self.found:
+                raise ReadMismatch(f"{read.quoted} was not passed")
+
+    def _check_within(self, layer: int) -> None:
+        """Attention ran, all of its writes happened; what was read is put with the rest."""
+        work = self._layers.get(layer)
+        if work is None:
+            raise WriteMismatch(f"attention of layer {layer} was not passed")
+        if work.done != work.due:
+            raise WriteMismatch(
+                f"{work.due} changes were to be made in attention of layer {layer}, "
+                f"{work.done} were"
+            )
+        for site, found in work.found.items():
+            self.found[SiteRead(site, layer)] = found.unflatten(0, (self.frame.leading, -1))
+
+
+def find_entrance(model: LoadedModel, layer: int) -> tuple[str, HookSide, int]:
+    """What is read by block `layer`, what leaves the last block, what the unembedding reads."""
+    anatomy, n_layers = model.anatomy, model.shape.n_layers
+    if layer < n_layers:
+        return anatomy.blocks[layer].path, "in", 0
+    if layer > n_layers and anatomy.unembedding is not None:
+        return anatomy.unembedding, "in", 0
+    if layer > n_layers and (tap := anatomy.taps.get("final_norm")) is not None:
+        return tap.path, tap.side, 0
+    return anatomy.blocks[-1].path, "out", 0
+
+
+def _stop_pass(*args: Any) -> None:
+    raise PassStopped
+
+
+def _number_places(*indices: Tensor) -> Tensor:
+    """[K] one number for each place, of its indices [K]."""
+    found = indices[0]
+    for index in indices[1:]:
+        found = found * (1 + int(index.max())) + index if len(index) else found
+    return found
+
+
+@dataclass
+class FullPassResult:
+    """What came out of a pass."""
+
+    logits: Tensor | None
+    """[B, T, vocab], or [B, n, vocab] with `logits_at`; None if the run stopped early."""
+    largest: Tensor | None = None
+    """[B, n], with `tokens`: the size of the largest logit of the whole vocabulary."""
+    reads: dict[SiteRead, Tensor] = field(default_factory=dict[SiteRead, Tensor])
+    """[B, T, units, width] each, copies (inference tensors, but with `gradients`); values after the
+    writes at the same site."""
+
+
+def run_full(
+    model: LoadedModel,
+    batch: Batch,
+    *,
+    stop: int | None = None,
+    writes: Sequence[SiteWrite] = (),
+    reads: Sequence[SiteRead] = (),
+    logits_at: Tensor | None = None,
+    tokens: Tensor | None = None,
+    edges: Sequence[EdgeWrite] = (),
+    gradients: bool = False,
+) -> FullPassResult:
+    """Run the whole model on padded rows, with writes and reads.
+
+    stop: number of blocks that run, `n_layers + 1` with the final norm; what lies above is not
+        computed and `logits` is None. None runs everything.
+    logits_at: [B, n] long, positions (in the unpadded prompt) whose logits are wanted; all by
+        default. Logits can't be read or written with it.
+    tokens: [K] long, the only tokens whose logits are wanted; `vocab` is K then.
+    edges: of attention, that are changed.
+    gradients: what comes out hangs on what is written that wants a gradient, for autograd.
+
+    Raises ValueError for places that don't exist, WriteMismatch for writes that couldn't happen
+    exactly once, ReadMismatch for reads that didn't. The model is left as it was found.
+    """
+    work = SiteHooks(model, batch, writes, reads, stop, edges)
+    if logits_at is not None:
+        work.keep_logits(logits_at)
+    narrow = narrow_unembedding(model, tokens, ends=True)
+    mode = _enable_gradients(model) if gradients else torch.inference_mode()
+    with mode, work.installed(), open_attention(model, work), narrow:
+        try:
+            logits = call_with_batch(model, batch)
+        except PassStopped:
+            logits = None
+    largest: Tensor | None = None
+    if logits is not None:
+        logits = select_token_logits(model, work.output(logits), tokens, ends=True)
+        if tokens is not None:
+            logits, ends = logits[..., :-2], logits[..., -2:]
+            largest = ends.abs().amax(-1)
+    work.check()
+    return FullPassResult(logits, largest, work.found)
+
+
+@contextmanager
+def _enable_gradients(model: LoadedModel) -> Generator[None]:
+    """Autograd follows what is written, and not the weights: nothing is kept for these, and what
+    is made of them alone, such as position biases that a library has kept, isn't followed."""
+    wanted = [each for each in model.module.parameters() if each.requires_grad]
+    for each in wanted:
+        each.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for each in wanted:
+            each.requires_grad_()
+
+
+@contextmanager
+def open_attention(model: LoadedModel, work: SiteHooks) -> Generator[None]:
+    """In layers where something is read or written within attention, that is computed here."""
+    if not work.within:
+        yield
+        return
+
+    def attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        layer = None if call.across else work.layer(call.layer, call.query)
+        if layer is None:
+            return call.unchanged()
+        query, key, value = call.query, call.key, call.value
+        return attend_full(query, key, value, call.mask, layer, **call.arguments), None
+
+    with replace_block_attention(model, attention, masked=True):
+        yield

@@ -1,0 +1,190 @@
+"""What a model computes after its last block, applied to vectors of any layer.
+
+The model itself computes it: on rows of one token, into which the vectors are written where the
+stream leaves the last block, or where the unembedding reads.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.forward.packed.activation_cache import ActivationCache, record_activations
+from mechdsl.forward.packed.packed_pass import run_packed
+from mechdsl.models.restart import Shortcuts
+
+MAX_VECTORS = 1024
+"""Vectors that go through at a time."""
+
+LINEAR_TOLERANCE = 1e-3
+"""How far a norm may be from a linear map, relative to what it gives."""
+
+SOFTCAP_KEY = "final_logit_softcapping"
+"""Of configs: logits are `cap * tanh(logits / cap)` (Gemma 2)."""
+
+
+class ModelUnembedding:
+    """As `mechdsl.resolve.observations.Unembedding`."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+
+    def logits(self, vectors: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """As the protocol says."""
+        last = self.model.shape.n_layers - 1
+        return self._behind(SiteRead("resid_post", last), vectors, tokens)
+
+    def share(self, vectors: Tensor, stream: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """As the protocol says: through the norm as a linear map, with the scale that it has for
+        the stream; before any cap on logits.
+
+        source: Elhage et al. 2021, transformer-circuits.pub/2021/framework
+        """
+        norm = self._norm
+        along = norm.linear(stream)
+        scale = (norm.of(stream) - norm.bias) * along
+        scale = scale.sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True)
+        return self.unembedded(norm.linear(vectors) * scale, tokens)
+
+    def unembedded(self, vectors: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """[K, tokens]: what vectors [K, d_model] that the unembedding reads add to logits, without
+        its bias and before any cap."""
+        place = SiteRead("final_norm")
+        zero = self._behind(place, torch.zeros_like(vectors[:1]), tokens)
+        found = self._behind(place, vectors, tokens)
+        return self._uncapped(found) - self._uncapped(zero)
+
+    def neurons_out(self, layer: int, units: Tensor, values: Tensor) -> Tensor:
+        """[K, d_model]: what neurons `units` [K] with activations `values` [K, 1] add to the
+        stream."""
+        path = self.model.anatomy.blocks[layer].down
+        assert path is not None
+        down = self.model.module.get_submodule(path)
+        kind = next(down.parameters())
+        distinct, where = units.unique(return_inverse=True)
+        one = torch.zeros(len(distinct) + 1, self.model.shape.d_mlp).to(kind)
+        one[torch.arange(len(distinct)), distinct] = 1
+        with torch.inference_mode():
+            found = down(one).to(values)
+        tap = self.model.tap("mlp_out", layer)
+        return (found[:-1] - found[-1])[where] * values * tap.scale
+
+    # --- through the model ------------------------------------------------------------------------
+
+    def _behind(self, place: SiteRead, vectors: Tensor, tokens: Tensor | None) -> Tensor:
+        """[K, tokens]: logits of vectors [K, d_model] that are written at a site."""
+        found = [self._rows(place, part, tokens) for part in vectors.split(MAX_VECTORS)]
+        return torch.cat(found) if found else vectors.new_zeros(0, self.model.shape.outputs)
+
+    def _rows(self, place: SiteRead, vectors: Tensor, tokens: Tensor | None) -> Tensor:
+        count = len(vectors)
+        first = torch.zeros(count, dtype=torch.long)
+        write = SiteWrite(place.site, place.layer, torch.arange(count), first, first, vectors)
+        if self._kept is None:
+            return self._whole(write, count, tokens)
+        rows = np.arange(count)
+        final = rows, np.zeros_like(rows)
+        lanes = np.zeros_like(rows)
+        return run_packed(
+            self.model,
+            self._kept,
+            lanes,
+            writes=[write],
+            final=final,
+            tokens=tokens,
+            shortcuts=Shortcuts(),
+            fuse=False,
+        ).logits
+
+    def _whole(self, write: SiteWrite, count: int, tokens: Tensor | None) -> Tensor:
+        batch = self._batch.take(torch.zeros(count, dtype=torch.long))
+        at = torch.zeros(count, 1, dtype=torch.long)
+        logits = run_full(self.model, batch, writes=[write], logits_at=at, tokens=tokens).logits
+        assert logits is not None
+        return logits[:, 0]
+
+    @cached_property
+    def _batch(self) -> Batch:
+        model = self.model
+        return Batch.of([(0,)], model.pad_id, model.calling.side, model.device)
+
+    @cached_property
+    def _kept(self) -> ActivationCache | None:
+        """What rows of one token start from; None where they are whole passes."""
+        if not self.model.restartable:
+            return None
+        with record_activations(self.model, self._batch, self.model.shape.n_layers - 1) as kept:
+            run_full(self.model, self._batch)
+        return kept
+
+    # --- the norm ---------------------------------------------------------------------------------
+
+    @cached_property
+    def _norm(self) -> FoldedNorm:
+        path = self.model.anatomy.final_norm
+        assert path is not None
+        return FoldedNorm(self.model.module.get_submodule(path), self.model.shape.d_model)
+
+    @property
+    def folds(self) -> bool:
+        """Whether the final norm is a scale times a linear map."""
+        return self._norm.error < LINEAR_TOLERANCE
+
+    def _uncapped(self, logits: Tensor) -> Tensor:
+        cap = self.model.shape.config.get(SOFTCAP_KEY)
+        wide = logits.float() if logits.element_size() < 4 else logits
+        return wide if not cap else cap * torch.atanh(wide / cap)
+
+
+class FoldedNorm:
+    """A norm as a linear map: a centred vector or not, times a gain, times a scale that hangs on
+    what is normed."""
+
+    def __init__(self, module: nn.Module, width: int) -> None:
+        self.module = copy.deepcopy(module).float()
+        kind = next(self.module.parameters(), None)
+        self.device = torch.device("cpu") if kind is None else kind.device
+        # Numbers of one size with a mean of 0, large enough that ε is nothing beside them.
+        sign = torch.ones(width, device=self.device)
+        sign[1::2] = -1
+        if width % 2:
+            sign[-1] = 0
+        probe = 1000 * sign
+        self.bias = self.of(torch.zeros_like(probe)[None])[0]
+        raised = self.of((probe + 500)[None])[0]
+        plain = self.of(probe[None])[0]
+        self.centred = bool(torch.allclose(raised, plain, rtol=1e-3, atol=1e-3))
+        other = torch.roll(probe, 1) if width % 2 else probe
+        gain = (plain - self.bias) * sign
+        if width % 2:  # the number that is 0 here is none there
+            gain[-1] = ((self.of(other[None])[0] - self.bias) * torch.roll(sign, 1))[-1]
+        self.gain = gain
+        """[d_model], up to a factor of all."""
+
+    def of(self, vectors: Tensor) -> Tensor:
+        """[K, d_model], what the norm gives."""
+        with torch.inference_mode():
+            return self.module(vectors.to(self.device).float()).clone()
+
+    def linear(self, vectors: Tensor) -> Tensor:
+        """[K, d_model], without bias, and but for the scale."""
+        vectors = vectors.to(self.device).float()
+        if self.centred:
+            vectors = vectors - vectors.mean(-1, keepdim=True)
+        return vectors * self.gain
+
+    @property
+    def error(self) -> float:
+        """How far it is from such a map on vectors that are drawn, relative to their size."""
+        draw = torch.Generator().manual_seed(0)
+        vectors = torch.randn(4, len(self.gain), generator=draw).to(self.device) * 3 + 1
+        given, along = self.of(vectors) - self.bias, self.linear(vectors)
+        scale = (given * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True)
+        return float((given - along * scale).abs().max() / given.abs().max())

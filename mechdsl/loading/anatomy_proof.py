@@ -1,0 +1,903 @@
+"""The anatomy of a model: the first candidate that passes all checks, and its stored proof.
+
+A model with a tower for images and one for texts is split into two models.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from copy import copy, deepcopy
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from importlib.metadata import version
+from math import isinf
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+from mechdsl.base.files import cache_folder, package_digest, write_atomically
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.models import (
+    ComponentNotFound,
+    IdentityBroken,
+    IdleComponents,
+    LoadFailed,
+    NotRestartable,
+    OtherAdapter,
+    SingleOutput,
+    StackSkipped,
+)
+from mechdsl.forward.hooks.batch import Batch
+from mechdsl.forward.hooks.model import BlockStack, CallConvention, CheckOutcome, LoadedModel
+from mechdsl.images.picture import Picture
+from mechdsl.images.pixels import model_input
+from mechdsl.loading.bench import build_image_inputs
+from mechdsl.loading.bench import build_text_sample as text_batch
+from mechdsl.loading.probe import OneOutputOnly, build_sample, probe_call
+from mechdsl.loading.verify.checks import (
+    ATTENTION_IDENTITY,
+    PACKED_IDENTITY,
+    PACKED_IMAGE_IDENTITY,
+    add_attention_sites,
+    find_idle_sites,
+    retry_with_one_prompt,
+)
+from mechdsl.loading.verify.verification import run_checks
+from mechdsl.models.adapter_folder import PROMPT_ADAPTER_REASON, PROMPT_ADAPTERS
+from mechdsl.models.anatomy import Anatomy, find_family
+from mechdsl.models.block import is_norm, is_transposed
+from mechdsl.models.config import stack_shape
+from mechdsl.models.finder import find_anatomies, stack_names
+from mechdsl.models.folder import json_digest
+from mechdsl.models.shape import ModelShape, unit_count, vector_width
+from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
+from mechdsl.resolve.types import ModelContext
+from mechdsl.store.index import StoreProblem
+from mechdsl.vocab.sites import SITES
+
+_FILE_KEYS = ("_name_or_path", "transformers_version")
+"""What a config says of the files that it came from."""
+
+
+class NoteStore(Protocol):
+    """Small texts under keys, which a store keeps between runs."""
+
+    def note(self, key: str) -> str | None:
+        """What was noted."""
+        ...
+
+    def take_note(self, key: str, value: str) -> None:
+        """Keep a text."""
+        ...
+
+
+def compute_proof_key(module: nn.Module, config: Mapping[str, Any], **more: str) -> str:
+    """Hash of all that the outcome of checks depends on, the weights aside."""
+    parts = {
+        "config": {name: value for name, value in config.items() if name not in _FILE_KEYS},
+        "machine": [platform.machine(), platform.python_version()],
+        "versions": {name: version(name) for name in ("torch", "transformers", "mechdsl")},
+        "code": package_digest(),
+        "modules": _hash_module_code(module),
+        **more,
+    }
+    return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _hash_module_code(module: nn.Module) -> dict[str, str]:
+    """Hashes of the files that define the model's modules, but for torch's own."""
+    classes = {type(part) for part in module.modules()}
+    classes = {each for each in classes if each.__module__.partition(".")[0] != "torch"}
+    files = {each.__module__: inspect.getsourcefile(each) for each in classes}
+    return {
+        name: "" if file is None else sha256(Path(file).read_bytes()).hexdigest()
+        for name, file in files.items()
+    }
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What came of taking a model apart."""
+
+    chosen: Mapping[str, int]
+    """Stack → which of the anatomies that it could have."""
+    lost: Mapping[str, str]
+    """Stacks that couldn't be proved, and why."""
+    checks: tuple[CheckOutcome, ...]
+    packs: Literal["tokens", "one prompt"]
+    """How packed rows are called."""
+    idle: tuple[tuple[str, str, int | None], ...] = ()
+    """(stack, site, layer) of the parts without effect."""
+
+
+class ProofStore:
+    """Proofs of earlier runs, kept in the run's store, if it has one, and in the user's cache."""
+
+    def __init__(self, notes: NoteStore | None = None) -> None:
+        self._notes = notes
+
+    def find(self, key: str) -> Proof | None:
+        """The proof that was kept; None where there is none."""
+        noted = _parse_proof(self._noted(key))
+        if noted is not None:
+            return noted
+        cached = _parse_proof(_read_cached(key))
+        if cached is not None:
+            self._note(key, cached)  # so that whoever gets the store alone has it
+        return cached
+
+    def keep(self, key: str, proof: Proof) -> None:
+        """Keep a proof; where nothing can be written, the checks just run again."""
+        self._note(key, proof)
+        folder = cache_folder()
+        if folder is not None:
+            with suppress(OSError):
+                write_atomically(_get_path(folder, key), json.dumps(asdict(proof)))
+
+    def _noted(self, key: str) -> str | None:
+        if self._notes is None:
+            return None
+        with suppress(OSError, StoreProblem):
+            return self._notes.note(f"checks {key}")
+        return None
+
+    def _note(self, key: str, proof: Proof) -> None:
+        if self._notes is not None:
+            with suppress(OSError, StoreProblem):
+                self._notes.take_note(f"checks {key}", json.dumps(asdict(proof)))
+
+
+def _read_cached(key: str) -> str | None:
+    folder = cache_folder()
+    if folder is None:
+        return None
+    with suppress(OSError, ValueError):
+        return _get_path(folder, key).read_text(encoding="utf-8")
+    return None
+
+
+def _get_path(folder: Path, key: str) -> Path:
+    return folder / "checks" / f"{key}.json"
+
+
+def _parse_proof(text: str | None) -> Proof | None:
+    """None for a text that was cut short."""
+    if text is None:
+        return None
+    with suppress(ValueError, KeyError, TypeError):
+        found = json.loads(text)
+        checks = tuple(CheckOutcome(**one) for one in found.pop("checks"))
+        idle = tuple((stack, site, layer) for stack, site, layer in found.pop("idle"))
+        return Proof(checks=checks, idle=idle, **found)
+    return None
+
+
+_RANDOM_GAIN = 0.6
+"""What a linear map makes of a vector's length: small enough for stacks without norms, in which
+attention would otherwise see one token alone."""
+
+_RANDOM_SPREAD = 0.3
+"""Standard deviation of biases, and of the scales of norms around 1."""
+
+
+def build_random_copy(module: nn.Module) -> nn.Module:
+    """The same modules with other parameters, always the same; buffers stay as they are.
+
+    It takes as much memory as the model once more. Raises what copying the model raises.
+    """
+    twin = deepcopy(module)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for part in twin.modules():
+            for own in part.parameters(recurse=False):
+                if own.is_floating_point():
+                    noise = torch.randn(own.shape, generator=generator)
+                    own.copy_(_draw_parameter(part, own, noise))
+    return twin.eval()
+
+
+def _draw_parameter(part: nn.Module, weight: Tensor, noise: Tensor) -> Tensor:
+    """A parameter made of noise, by what reads it."""
+    if weight.dim() < 2:
+        scale = is_norm(part) and weight is getattr(part, "weight", None)
+        return _RANDOM_SPREAD * noise + (1.0 if scale or weight.dim() == 0 else 0.0)
+    if isinstance(part, nn.Embedding):
+        return noise
+    inputs = weight.shape[0] if is_transposed(part) else weight.shape[-1]
+    return _RANDOM_GAIN * noise / inputs**0.5
+
+
+_UNSUPPORTED_ADAPTERS = {
+    "XLORA": "runs the model twice, to weigh its adapters",
+    "ALORA": "begins to work at certain tokens, which it looks for outside of the model's modules",
+}
+
+
+def unwrap_model(module: Any) -> Any:
+    """The model in what `torch.compile` and peft put around it; adapters stay in its modules."""
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if inner is None and has_adapters(module) and hasattr(module, "get_base_model"):
+            inner = module.get_base_model()
+        if not isinstance(inner, nn.Module) or inner is module:
+            return module
+        module = inner
+
+
+def has_adapters(module: Any) -> bool:
+    """Whether peft has put adapters into a model or around it that aren't merged."""
+    return hasattr(module, "peft_config")
+
+
+def explain_adapters(module: Any) -> str | None:
+    """What to do about adapters where they are most likely why a model fails its checks."""
+    if not has_adapters(module):
+        return None
+    merge = "merge its adapters first, and hand over what `model.merge_and_unload()` gives"
+    return f"adapters that aren't merged change what its modules compute: {merge}"
+
+
+def check_adapters(module: Any, name: str, span: Span | None) -> Diagnostic | None:
+    """E0451 for adapters that do something outside of the modules of the model that they are
+    around, so that this model alone isn't what was handed over."""
+    while isinstance(getattr(module, "_orig_mod", None), nn.Module):
+        module = module._orig_mod
+    for config in getattr(module, "peft_config", {}).values():
+        kind = getattr(config, "peft_type", "")
+        kind = str(getattr(kind, "value", kind))
+        kind = "ALORA" if getattr(config, "alora_invocation_tokens", None) else kind
+        if kind in PROMPT_ADAPTERS or kind in _UNSUPPORTED_ADAPTERS:
+            return OtherAdapter(
+                span=span,
+                model=name,
+                kind=f"`{kind}`",
+                what=_UNSUPPORTED_ADAPTERS.get(kind, PROMPT_ADAPTER_REASON),
+                reason=f"a `{type(module).__name__}` of peft",
+                hint="hand over a model whose adapters are part of its weights, such as LoRA, or "
+                "the one below: `model.get_base_model()`",
+            )
+    return None
+
+
+RANDOM_COPY_NOTE = "of a copy with random weights"
+"""What is said of a check that the model itself can't pass or fail."""
+
+
+def prove_anatomy(
+    name: str,
+    module: nn.Module,
+    shape: ModelShape,
+    tokenizer: TextTokenizer | None,
+    *,
+    provenance: Mapping[str, str],
+    span: Span | None,
+    proofs: ProofStore | None = None,
+) -> tuple[LoadedModel | None, list[Diagnostic]]:
+    """The model with the first of its possible anatomies that passes the checks; else what the
+    one that got furthest fails at.
+
+    proofs: where checks that were passed before are found, and those of now are kept; only for
+    weights that come straight from files.
+    """
+    module.eval()
+    config: Mapping[str, Any] = cast(Any, module).config.to_dict()
+    shapes = {"": shape}
+    for stack in stack_names(shape):
+        other = stack_shape(shape, config, stack)
+        if other is not None:
+            shapes[stack] = other
+    found: dict[str, list[Anatomy]] = {}
+    lost: dict[str, str] = {}
+
+    def lose(stack: str, problem: Diagnostic | str) -> None:
+        told = isinstance(problem, str)
+        lost[stack] = problem if told else f"{problem.message}: {problem.label_text}"
+
+    def left_out() -> list[Diagnostic]:
+        return [
+            StackSkipped(span=span, model=name, stack=stack, reason=reason)
+            for stack, reason in lost.items()
+        ]
+
+    for stack, reason in find_family(str(config.get("model_type"))).lost(config).items():
+        shapes.pop(stack, None)
+        lose(stack, reason)
+    for stack, own in shapes.items():
+        anatomies, problems = find_anatomies(
+            module.named_modules(), own, stack=stack, model=name, span=span
+        )
+        if anatomies:
+            found[stack] = anatomies
+        elif not stack:
+            return None, problems
+        elif problems and stack != "cross":
+            lose(stack, problems[0])
+    key = (
+        "" if proofs is None else compute_proof_key(module, config, **_describe_environment(module))
+    )
+    known = None if proofs is None else proofs.find(key)
+    at = dict.fromkeys(found, 0) if known is None else dict(known.chosen)
+    if known is not None:
+        lost = dict(known.lost)
+    best: dict[str, ProofAttempt] = {}
+    while True:
+        stacks = {stack: BlockStack(found[stack][n], shapes[stack]) for stack, n in at.items()}
+        if "cross" in stacks:
+            stacks["cross"] = BlockStack(
+                _match_arrangement(found["cross"], stacks[""].anatomy), shapes["cross"]
+            )
+        attempt = _try_anatomies(
+            name, module, stacks, tokenizer, provenance=provenance, span=span, known=known
+        )
+        if attempt.model is not None:
+            if proofs is not None and known is None:
+                model = attempt.model
+                packs, idle = model.calling.packs, model.idle
+                proofs.keep(key, Proof(dict(at), dict(lost), model.checks, packs, idle))
+            return attempt.model, [*left_out(), *attempt.problems]
+        stack = "" if attempt.stack == "cross" else attempt.stack
+        if stack not in best or attempt.passed > best[stack].passed:
+            best[stack] = attempt
+        at[stack] += 1
+        if at[stack] < len(found[stack]):
+            continue
+        if not stack and "vision" in at:  # perhaps it's the image that it fails on
+            stack, at[""] = "vision", 0
+            best.setdefault(stack, best[""])
+        if not stack:
+            return None, list(best[stack].problems)
+        lose(stack, best[stack].problems[0])
+        del at[stack]
+
+
+def _match_arrangement(anatomies: list[Anatomy], main: Anatomy) -> Anatomy:
+    """The one that takes blocks to be arranged as another stack does."""
+    return next((a for a in anatomies if a.arrangement == main.arrangement), anatomies[0])
+
+
+@dataclass(frozen=True)
+class ProofAttempt:
+    """What became of one choice of anatomies."""
+
+    passed: int
+    """Checks."""
+    problems: tuple[Diagnostic, ...] = ()
+    model: LoadedModel | None = None
+    """With its checks; None where one of them isn't passed."""
+    stack: str = ""
+    """That which is wrong."""
+
+
+def _try_anatomies(
+    name: str,
+    module: nn.Module,
+    stacks: Mapping[str, BlockStack],
+    tokenizer: TextTokenizer | None,
+    *,
+    provenance: Mapping[str, str],
+    span: Span | None,
+    known: Proof | None,
+) -> ProofAttempt:
+    if (missing := _report_missing_module(name, module, stacks, span)) is not None:
+        return ProofAttempt(0, (missing,))
+    try:
+        model = build_loaded_model(name, module, stacks, tokenizer, provenance=provenance)
+    except OneOutputOnly as error:
+        named = stacks[""].shape.architecture
+        problem = SingleOutput(span=span, model=name, architecture=named, reason=str(error))
+        return ProofAttempt(0, (problem,))
+    except Exception as error:  # whatever the model's own forward raises
+        reason = f"it doesn't run: {summarize_error(error)}"
+        problem = LoadFailed(span=span, model=name, reason=reason)
+        problem = replace(problem, hint=_explain_user_hooks(module) or problem.hint)
+        return ProofAttempt(0, (problem,), stack="vision" if "vision" in stacks else "")
+    if known is not None:
+        calling = replace(model.calling, packs=known.packs)
+        model = replace(model, calling=calling, idle=known.idle)
+        return _finish_model(model, known.checks, span)
+    return verify_model(model, span)
+
+
+def _report_missing_module(
+    name: str, module: nn.Module, stacks: Mapping[str, BlockStack], span: Span | None
+) -> Diagnostic | None:
+    """E0409 for a site whose tensor an entry of a family looks for at a module that isn't there."""
+    paths = {path for path, _ in module.named_modules()}
+    for own in stacks.values():
+        for parts in (own.anatomy.taps, *(block.taps for block in own.anatomy.blocks)):
+            for site, tap in parts.items():
+                if tap.path not in paths:
+                    return ComponentNotFound(
+                        span=span,
+                        model=name,
+                        architecture=own.shape.architecture,
+                        part=f"`{site}`",
+                        reason=f"its entry names `{tap.path}`, which is no module of the model",
+                    )
+    return None
+
+
+def _describe_environment(module: nn.Module) -> dict[str, str]:
+    """What the outcome of checks hangs on beside config and versions."""
+    first = next(module.parameters())
+    return {
+        "class": type(module).__name__,
+        "dtype": str(first.dtype),
+        "device": first.device.type,
+        "attention": str(getattr(cast(Any, module).config, "_attn_implementation", "")),
+        "hooks": str("_hf_hook" in module.__dict__),
+    }
+
+
+def summarize_error(error: Exception) -> str:
+    """An exception in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def build_loaded_model(
+    name: str,
+    module: nn.Module,
+    stacks: Mapping[str, BlockStack],
+    tokenizer: TextTokenizer | None = None,
+    *,
+    provenance: Mapping[str, str] | None = None,
+) -> LoadedModel:
+    """A model with an anatomy that nothing has been proved about yet; the main stack is `""`.
+
+    Raises what the model's own forward raises.
+    """
+    config: Any = cast(Any, module).config
+    main = stacks[""]
+    pad = getattr(config, "pad_token_id", None)
+    # Padding is masked, so any id will do where the config names none.
+    pad_id = pad if isinstance(pad, int) and 0 <= pad < main.shape.vocab_size else 0
+    accepts = frozenset(inspect.signature(module.forward).parameters)
+    dtype = next(module.parameters()).dtype
+    own = {stack: replace(s, shape=_fit_shape(s, main=not stack)) for stack, s in stacks.items()}
+    return probe_call(
+        LoadedModel(
+            name=name,
+            module=module,
+            anatomy=main.anatomy,
+            shape=own[""].shape,
+            tokenizer=tokenizer,
+            pad_id=pad_id,
+            device=_find_input_device(module),
+            dtype=dtype,
+            calling=CallConvention(accepts),
+            others={stack: s for stack, s in own.items() if stack},
+            provenance={
+                **(provenance or {}),
+                "architecture": main.shape.architecture,
+                "dtype": str(dtype).removeprefix("torch."),
+                "attention": str(getattr(config, "_attn_implementation", "")),
+                "torch": version("torch"),
+                "transformers": version("transformers"),
+            },
+        )
+    )
+
+
+def _find_input_device(module: nn.Module) -> torch.device:
+    """Where the model wants its inputs: where its first weight is, or, of weights that accelerate
+    has spread, where it runs them."""
+    hook = module.__dict__.get("_hf_hook")
+    runs = getattr(hook, "execution_device", None)
+    if runs is not None:
+        return torch.device(runs)
+    return next(weight.device for weight in module.parameters() if not weight.is_meta)
+
+
+def _fit_shape(stack: BlockStack, *, main: bool) -> ModelShape:
+    """The shape with what the modules show of it."""
+    anatomy, shape = stack.anatomy, stack.shape
+    embed, final = anatomy.taps.get("embed"), anatomy.taps.get("final_norm")
+    layers = {site: anatomy.layers(site) for site in anatomy.sites()}
+    inside = {site: numbers for site, numbers in layers.items() if SITES[site].has_layer}
+    neurons = next(
+        (b.taps["mlp_hidden"].layout.units for b in anatomy.blocks if "mlp_hidden" in b.taps),
+        shape.d_mlp,
+    )
+    output = {"logits"} if main and (anatomy.unembedding or shape.takes == "image") else set()
+    shape = replace(shape, d_mlp=neurons)
+    sizes = {
+        (site, layer): (block.taps[site].layout.units, block.taps[site].layout.width)
+        for site in ("q", "k", "v", "z", "head_out", "mlp_hidden")
+        for layer, block in enumerate(anatomy.blocks)
+        if site in block.taps
+    }
+    return replace(
+        shape,
+        sizes={
+            (site, layer): size
+            for (site, layer), size in sizes.items()
+            if size != (unit_count(shape, site), vector_width(shape, site))
+        },
+        d_embed=embed.layout.width if embed else shape.d_embed,
+        d_final=final.layout.width if final and final.layout.width != shape.d_model else 0,
+        parallel_block=anatomy.parallel,
+        sites=frozenset(layers) | output,
+        partly={
+            site: frozenset(numbers)
+            for site, numbers in inside.items()
+            if len(numbers) < shape.n_layers
+        },
+    )
+
+
+def verify_model(model: LoadedModel, span: Span | None = None) -> ProofAttempt:
+    """Verify a described model: its problems are E0410 for the identity that broke or W0711 for a
+    lost shortcut."""
+    checks: list[CheckOutcome] = []
+    unmoved: list[CheckOutcome] = []
+    stack = ""
+    try:
+        given = build_sample(model)
+        for stack in ("", *model.others):
+            for outcome in run_checks(model, given, stack):
+                checks.append(outcome)
+                if outcome.passed:
+                    continue
+                if outcome.identity in (PACKED_IMAGE_IDENTITY, ATTENTION_IDENTITY):
+                    continue
+                if outcome.asks_effect:
+                    unmoved.append(outcome)
+                    continue
+                if outcome.identity != PACKED_IDENTITY:
+                    broken = _report_broken_identity(
+                        model, outcome.identity, _explain_outcome(outcome), span
+                    )
+                    return ProofAttempt(len(checks), (broken,), stack=stack)
+                if (other := retry_with_one_prompt(model, given)) is not None:
+                    model, checks[-1] = other
+        if unmoved:
+            return _verify_random_copy(model, given, checks, unmoved[0], span)
+    except Exception as error:  # a model that is built otherwise raises what it likes
+        broken = _report_broken_identity(
+            model, "every site can be read and written", summarize_error(error), span
+        )
+        return ProofAttempt(len(checks), (broken,), stack=stack)
+    return _finish_model(model, tuple(checks), span)
+
+
+def _verify_random_copy(
+    model: LoadedModel,
+    given: Batch,
+    checks: Sequence[CheckOutcome],
+    unmoved: CheckOutcome,
+    span: Span | None,
+) -> ProofAttempt:
+    """A model with parts that do nothing, as far as the checks saw: proved on a copy with random
+    weights too, on which every part has to do something."""
+    own = [outcome for outcome in checks if not outcome.asks_effect]
+    refused = _report_broken_identity(model, unmoved.identity, _explain_outcome(unmoved), span)
+    stack = ""
+    try:
+        stacks = {stack: model.stack(stack) for stack in ("", *model.others)}
+        twin = build_loaded_model(
+            model.name, build_random_copy(model.module), stacks, model.tokenizer
+        )
+        twin = replace(twin, calling=replace(twin.calling, packs=model.calling.packs))
+        for stack in stacks:
+            for outcome in run_checks(twin, build_sample(twin), stack):
+                if outcome.identity in (PACKED_IDENTITY, PACKED_IMAGE_IDENTITY, ATTENTION_IDENTITY):
+                    if not outcome.passed:
+                        own = [outcome if o.identity == outcome.identity else o for o in own]
+                elif not outcome.passed:
+                    reason = f"with random weights in place of its own: {_explain_outcome(outcome)}"
+                    refused = _report_broken_identity(model, outcome.identity, reason, span)
+                    return ProofAttempt(len(checks), (refused,), stack=stack)
+                elif outcome.asks_effect:
+                    own.append(
+                        replace(outcome, identity=f"{outcome.identity} ({RANDOM_COPY_NOTE})")
+                    )
+    except Exception:  # a model that can't be copied, or that takes no other weights
+        return ProofAttempt(len(checks), (refused,), stack=stack)
+    idle = [(stack, *at) for stack in stacks for at in find_idle_sites(model, given, stack)]
+    return _finish_model(replace(model, idle=tuple(idle)), tuple(own), span)
+
+
+def _finish_model(
+    model: LoadedModel, checks: tuple[CheckOutcome, ...], span: Span | None
+) -> ProofAttempt:
+    """A model that passed its checks, all but those that only cost time."""
+    failed = {outcome.identity: outcome for outcome in checks if not outcome.passed}
+    found: tuple[Diagnostic, ...] = ()
+    if PACKED_IDENTITY in failed:
+        reason = _explain_outcome(failed[PACKED_IDENTITY])
+        found = (NotRestartable(span=span, model=model.name, reason=reason),)
+    if model.idle:
+        found += (
+            IdleComponents(span=span, model=model.name, parts=describe_idle_components(model)),
+        )
+    if any(outcome.identity == ATTENTION_IDENTITY and outcome.passed for outcome in checks):
+        model = add_attention_sites(model)
+    proved = replace(
+        model,
+        checks=checks,
+        self_check_error=max(
+            (
+                o.error
+                for o in checks
+                if o.identity in (PACKED_IDENTITY, PACKED_IMAGE_IDENTITY) and o.passed
+            ),
+            default=0.0,
+        ),
+        restartable=PACKED_IDENTITY not in failed,
+    )
+    return ProofAttempt(len(checks), found, proved)
+
+
+def _explain_outcome(outcome: CheckOutcome) -> str:
+    where = f"{outcome.detail}: " if outcome.detail else ""
+    if outcome.failure:
+        return where + outcome.failure
+    if isinf(outcome.error):
+        return f"{where}the shapes differ, or a value is not a number"
+    return f"{where}off by {outcome.error:.2g} of the value's size"
+
+
+def _report_broken_identity(
+    model: LoadedModel, identity: str, reason: str, span: Span | None
+) -> IdentityBroken:
+    problem = IdentityBroken(
+        span=span,
+        model=model.name,
+        architecture=model.shape.architecture,
+        identity=identity,
+        reason=reason,
+    )
+    hint = _explain_user_hooks(model.module) or explain_adapters(model.module) or problem.hint
+    return replace(problem, hint=hint)
+
+
+_HOOK_LIBRARIES = ("torch", "transformers", "accelerate", "mechdsl", "peft")
+"""Whose hooks a model may have by itself."""
+
+
+def _explain_user_hooks(module: nn.Module) -> str | None:
+    """What to do where hooks of the user's are on the model, most likely the cause: they change
+    what checks read and write."""
+    for path, part in module.named_modules():
+        tables: Any = (vars(part)["_forward_hooks"], vars(part)["_forward_pre_hooks"])
+        for hook in (hook for table in tables for hook in table.values()):
+            own: Any = getattr(hook, "func", hook)
+            home = str(getattr(own, "__module__", None) or type(own).__module__)
+            if home.partition(".")[0] not in _HOOK_LIBRARIES:
+                where = f"`{path}`" if path else "the model"
+                said = f"a hook of yours on {where} changes what the model computes"
+                return f"{said}: remove it first, with its `handle.remove()`"
+    return None
+
+
+def describe_idle_components(model: LoadedModel) -> str:
+    """The parts without effect: `mlp_norm` (layers 0, 1)."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for stack, site, layer in model.idle:
+        layers.setdefault((stack, site), []).extend([] if layer is None else [layer])
+    named = {
+        f"`{site}` of `{stack}`" if stack else f"`{site}`": numbers
+        for (stack, site), numbers in layers.items()
+    }
+    return ", ".join(f"{each} ({_describe_layers(n)})" if n else each for each, n in named.items())
+
+
+def _describe_layers(numbers: Sequence[int]) -> str:
+    return f"layer{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+
+
+_TRIAL_VECTORS = 5
+"""Vectors of the other tower that a tower is tried out with."""
+
+_SCORE_TOLERANCE, _HALF_SCORE_TOLERANCE = 1e-4, 0.02
+"""Relative difference of scores from those that the model gives itself, in 32 and in 16 bits."""
+
+_TEXTS_PER_PASS = 64
+
+_IMAGES_PER_PASS = 16
+
+CAUSAL_TEXT_MODELS = ("clip_text_model", "metaclip_2_text_model")
+
+
+class Tower(nn.Module):
+    """One of the two, with what the vectors of the other one are.
+
+    Its output is what the library calls `logits_per_image` or `logits_per_text`.
+    """
+
+    others: Tensor
+
+    def __init__(self, model: Any, tower: nn.Module, projection: nn.Module | None) -> None:
+        """model: the whole one. projection: the map into the space that both meet in, where the
+        tower doesn't end there itself."""
+        super().__init__()
+        self.config = cast(Any, tower).config
+        self.tower = tower
+        self.projection = nn.Identity() if projection is None else projection
+        self.logit_scale = cast(nn.Parameter, model.logit_scale)
+        self.logit_bias = cast("nn.Parameter | None", getattr(model, "logit_bias", None))
+        width = int(self.config.hidden_size)
+        if projection is not None:
+            width = int(cast(Any, projection).out_features)
+        noise = torch.randn(_TRIAL_VECTORS, width, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("others", _normalize(noise.to(self.logit_scale)), persistent=False)
+
+    def facing(self, others: Tensor) -> Tower:
+        """The same tower, scored with other vectors, [other, width] of length 1."""
+        found = copy(self)
+        found._buffers = {**self._buffers, "others": others}
+        return found
+
+    def scores(self, vectors: Tensor) -> Tensor:
+        """[…, other]: the cosines, scaled, with the model's bias if it has one."""
+        found = _normalize(vectors) @ self.others.T * self.logit_scale.exp()
+        return found if self.logit_bias is None else found + self.logit_bias
+
+
+class ImageTower(Tower):
+    """An encoder of images."""
+
+    def forward(self, pixel_values: Tensor) -> ModelOutput:
+        return ModelOutput(logits=self.scores(self.vectors(pixel_values)))
+
+    def vectors(self, pixel_values: Tensor) -> Tensor:
+        """[image, width]: what the other tower's are compared with."""
+        return self.projection(self.tower(pixel_values=pixel_values).pooler_output)
+
+
+class TextTower(Tower):
+    """An encoder of texts. Where no token sees a later one, each has scores, and those of the text
+    are those of its last token; else there is one output for a whole text."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> ModelOutput:
+        found = self.tower(input_ids, attention_mask=attention_mask, position_ids=position_ids)
+        causal = self.config.model_type in CAUSAL_TEXT_MODELS
+        made = self.projection(found.last_hidden_state if causal else found.pooler_output)
+        return ModelOutput(logits=self.scores(made))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return cast(Any, self.tower).embeddings.token_embedding
+
+    def vectors(self, input_ids: Tensor) -> Tensor:
+        """[text, width], of texts of one length."""
+        return self.projection(self.tower(input_ids=input_ids).pooler_output)
+
+
+def _normalize(vectors: Tensor) -> Tensor:
+    return vectors / vectors.norm(dim=-1, keepdim=True)
+
+
+# --- taking models apart --------------------------------------------------------------------------
+
+
+def build_image_tower(model: Any) -> ImageTower:
+    return ImageTower(model, model.vision_model, getattr(model, "visual_projection", None))
+
+
+def build_text_tower(model: Any) -> TextTower:
+    return TextTower(model, model.text_model, getattr(model, "text_projection", None))
+
+
+def prove_any_anatomy(
+    name: str,
+    module: nn.Module,
+    shape: ModelShape,
+    tokenizer: TextTokenizer | None,
+    *,
+    provenance: Mapping[str, str],
+    span: Span | None,
+    proofs: ProofStore | None = None,
+) -> tuple[LoadedModel | None, list[Diagnostic]]:
+    """As `take_apart`, and models with two towers: the one for images, with the other in it."""
+    told: dict[str, Any] = {"provenance": provenance, "span": span, "proofs": proofs}
+    if shape.texts is None:
+        return prove_anatomy(name, module, shape, tokenizer, **told)
+    module.eval()
+    own = tokenizer.texts if isinstance(tokenizer, ImageTokenizer) else None
+    images, found = prove_anatomy(name, build_image_tower(module), shape, tokenizer, **told)
+    texts, more = prove_anatomy(name, build_text_tower(module), shape.texts, own, **told)
+    found = [*found, *more]
+    if images is None or texts is None:
+        return None, found
+    problem = _check_tower_scores(module, images, texts, span)
+    if problem is not None:
+        return None, [problem]
+    return replace(images, texts=texts), found
+
+
+def _check_tower_scores(
+    module: Any, images: LoadedModel, texts: LoadedModel, span: Span | None
+) -> Diagnostic | None:
+    """E0410 where the towers don't give the scores that the whole model gives."""
+    pixels = build_image_inputs(images)["pixel_values"]
+    ids = text_batch(texts).ids[:1]
+    with torch.no_grad():
+        own = module(pixel_values=pixels, input_ids=ids).logits_per_image
+        of_texts = cast(TextTower, texts.module).vectors(ids)
+        of_images = cast(ImageTower, images.module).vectors(pixels)
+        found = cast(Tower, images.module).facing(_normalize(of_texts)).scores(of_images)
+        other = cast(Tower, texts.module).facing(_normalize(of_images)).scores(of_texts).T
+    tolerance, size = _SCORE_TOLERANCE, own.abs().max()
+    if images.dtype.itemsize <= 2:  # a cosine is rounded as a part of 1, however small it is
+        tolerance, size = _HALF_SCORE_TOLERANCE, module.logit_scale.exp()
+    error = float(max((found - own).abs().max(), (other - own).abs().max()) / size)
+    if error <= tolerance:
+        return None
+    return IdentityBroken(
+        span=span,
+        model=images.name,
+        architecture=type(module).__name__,
+        identity="scores of the towers = scores of the model",
+        reason=f"off by {error:.2g} of their size",
+    )
+
+
+# --- what stands on the other side ----------------------------------------------------------------
+
+
+def attach_other_tower(model: LoadedModel, context: ModelContext) -> LoadedModel:
+    """The tower that an experiment runs, scored with what stands on its other side."""
+    opposite, told = context.opposite, context.shape
+    assert opposite is not None
+    assert model.texts is not None
+    if told.side == "vision":
+        own, others = model, _embed_texts(model.texts, opposite.ids)
+    else:
+        own, others = model.texts, _embed_images(model, opposite.pictures)
+    identity = None
+    if model.identity is not None:
+        identity = json_digest([model.identity, told.side, opposite.digest])
+    tower = cast(Tower, own.module).facing(others)
+    shape = replace(
+        own.shape,
+        labels=told.labels,
+        d_logits=told.d_logits,
+        classes=told.classes,
+        output_at=told.output_at,
+    )
+    return replace(own, module=tower, shape=shape, identity=identity)
+
+
+def _embed_images(model: LoadedModel, pictures: Sequence[Picture]) -> Tensor:
+    """[image, width] of length 1."""
+    tower, reader = cast(ImageTower, model.module), model.tokenizer
+    assert isinstance(reader, ImageTokenizer)
+    found: list[Tensor] = []
+    with torch.no_grad():
+        for start in range(0, len(pictures), _IMAGES_PER_PASS):
+            part = pictures[start : start + _IMAGES_PER_PASS]
+            made = np.stack([model_input(each, reader.processing) for each in part])
+            pixels = torch.from_numpy(made).to(model.device, model.dtype)
+            found.append(_normalize(tower.vectors(pixels)))
+    return torch.cat(found)
+
+
+def _embed_texts(model: LoadedModel, texts: Sequence[Sequence[int]]) -> Tensor:
+    """[text, width] of length 1; those of one length go through together, without padding."""
+    tower = cast(TextTower, model.module)
+    found: dict[int, Tensor] = {}
+    by_length: dict[int, list[int]] = {}
+    for number, ids in enumerate(texts):
+        by_length.setdefault(len(ids), []).append(number)
+    with torch.no_grad():
+        for numbers in by_length.values():
+            for start in range(0, len(numbers), _TEXTS_PER_PASS):
+                part = numbers[start : start + _TEXTS_PER_PASS]
+                ids = torch.tensor([list(texts[n]) for n in part], device=model.device)
+                found.update(zip(part, _normalize(tower.vectors(ids)), strict=True))
+    return torch.stack([found[number] for number in range(len(texts))])

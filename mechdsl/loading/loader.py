@@ -1,0 +1,1003 @@
+"""Models loaded from folders, the hub's cache, adapters or Python, as a file needs them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
+from dataclasses import replace
+from hashlib import sha256
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from logging import CRITICAL
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from mechdsl import zoo
+from mechdsl.base.runtime import pause_garbage_collection
+from mechdsl.base.source import Source, Span
+from mechdsl.checks.file_check import CheckedFile, needed_models
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.models import (
+    AdapterDoesNotFit,
+    IdentityBroken,
+    LayerCountMismatch,
+    LoadFailed,
+    NoPeft,
+    NotATextModel,
+    NoTokenizer,
+    NoWeights,
+    QuantizedModel,
+    SingleOutput,
+    UnusedWeights,
+)
+from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.forward.hooks.model import (
+    BASE_PREFIX,
+    PYTHON_PREFIX,
+    LoadedModel,
+    explain_block_mismatch,
+)
+from mechdsl.forward.hooks.module_exchange import load_weights
+from mechdsl.forward.hooks.weight_maps import find_nonlinear_norm
+from mechdsl.forward.packed.unembedding import ModelUnembedding
+from mechdsl.loading import devices
+from mechdsl.loading.anatomy_proof import (
+    NoteStore,
+    ProofStore,
+    attach_other_tower,
+    check_adapters,
+    has_adapters,
+    prove_anatomy,
+    prove_any_anatomy,
+    summarize_error,
+    unwrap_model,
+)
+from mechdsl.loading.identity import compute_identity
+from mechdsl.models.adapter_folder import AdapterScaling, read_scaling
+from mechdsl.models.config import read_config, read_shape, shape_from_config, shape_of_folder_config
+from mechdsl.models.folder import (
+    ADAPTER_CONFIG,
+    FileHasher,
+    check_weights,
+    file_stamps,
+    folder_identity,
+    hash_file,
+    hash_weights,
+    locate_model,
+    require_model,
+    weight_files,
+)
+from mechdsl.models.shape import ModelShape
+from mechdsl.program import spec
+from mechdsl.program.python_functions import PythonFailure, PythonFunction
+from mechdsl.prompts.tokens.images import ImageTokenizer, make_image_tokenizer
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer, has_tokenizer
+from mechdsl.resolve.expansion import expand_controls
+from mechdsl.resolve.measures import check_readable
+from mechdsl.resolve.model_pairs import attach_tokenizer, read_tower_inputs, reads_outputs
+from mechdsl.resolve.observations import Observation, RowSetObservation
+from mechdsl.resolve.sites import find_missing_point
+from mechdsl.resolve.types import ModelContext, ResolvedExperiment, ResolvedRule
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def load_model(
+    model: spec.Model,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: str | None = None,
+    base: Path | None = None,
+    spread: Mapping[str, object] | None = None,
+    hashed: FileHasher | None = hash_file,
+    notes: NoteStore | None = None,
+) -> tuple[LoadedModel | None, list[Diagnostic]]:
+    """Load, take apart and verify the model of a `model` statement, without the network.
+
+    dtype: overrides the statement's. base: folder that relative paths start from, by default that
+    of the statement's file. spread: arguments for the library (`device_map`) that say where weights
+    go, in place of `device`. hashed: SHA-256 of a file, None to hash no weights. notes:
+    where outcomes of the self-check are kept, besides the user's cache. Gives E0401, E0403 to
+    E0411, E0508, E0522 and W0711.
+    """
+    folder, found = locate_model(model, model.span.source.folder if base is None else base)
+    if folder is None:
+        return None, require_model(found)
+    missing = check_weights(folder, model)
+    if missing is not None:
+        return None, [missing]
+    files = weight_files(folder)
+    before = file_stamps(model, folder)
+    shape, found = read_shape(folder, model=model.name, span=model.span)
+    if shape is None:
+        return None, found
+    tokenizer, found = _load_reader(folder, shape, model)
+    if tokenizer is None:
+        return None, found
+    module, reason, untaken = _load_module(
+        folder, shape.architecture, _DTYPES[dtype or model.dtype], spread or {}
+    )
+    if module is None:
+        return None, [LoadFailed(span=model.span, model=model.name, reason=reason)]
+    more = _find_extra_blocks(module, untaken)
+    if more is not None:
+        blocks, there, key = more
+        problem = LayerCountMismatch(
+            span=model.span, model=model.name, blocks=blocks, more=there, key=key
+        )
+        return None, [problem]
+    unused = _report_unused_weights(folder, files, untaken, model)
+    shape = _complete_shape(module, shape)
+    provenance = {
+        **describe_weight_hash(files, hashed),
+        "source": model.source,
+        "revision": _revision(folder, model),
+        "tokenizer": tokenizer.hash,
+    }
+    module = module if spread else module.to(device)
+    loaded, found = prove_any_anatomy(
+        model.name,
+        module,
+        shape,
+        tokenizer,
+        provenance=provenance,
+        span=model.span,
+        proofs=None if spread else ProofStore(notes),
+    )
+    if loaded is not None and hashed is not None:
+        loaded = replace(loaded, identity=folder_identity(model, folder, hashed))
+    if file_stamps(model, folder) != before:
+        return None, [report_changed_files(model)]
+    return loaded, [*unused, *found]
+
+
+def describe_weight_hash(files: list[Path], hashed: FileHasher | None) -> dict[str, str]:
+    """The hash of the weights as a part of a model's provenance; nothing where none is made."""
+    return {} if hashed is None else {"weights": hash_weights(files, hashed)}
+
+
+def _load_reader(
+    folder: Path, shape: ModelShape, model: spec.Model
+) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+    """The tokenizer, or what makes images ready."""
+    if shape.patches is not None:
+        return read_tower_inputs(folder, shape, model)
+    return TextTokenizer.from_folder(folder, model.bos, span=model.span)
+
+
+def report_changed_files(model: spec.Model) -> Diagnostic:
+    """E0411: what was loaded may be neither what the files held nor what they hold, and a hash of
+    them would say nothing of it."""
+    return LoadFailed(
+        span=model.span,
+        model=model.name,
+        reason="its files changed while they were read",
+        hint="run it again when they are written",
+    )
+
+
+def adopt_model(
+    name: str,
+    module: nn.Module,
+    tokenizer: Any,
+    *,
+    bos: bool | None = None,
+    span: Span | None = None,
+    provenance: Mapping[str, str] | None = None,
+) -> tuple[LoadedModel | None, list[Diagnostic]]:
+    """Take over a model that Python holds already; it is put into eval mode, and not moved.
+
+    tokenizer: a fast tokenizer of transformers, a `tokenizers.Tokenizer` or a `TextTokenizer`; of a
+    model of images its image processor.
+    provenance: where it comes from, if from elsewhere than a call from Python.
+    Gives E0407 to E0412, E0451, E0456, E0522, W0711 and W0712.
+    """
+    images, texts = _split_processor(tokenizer)
+    processor = _describe_processor(images)
+    text, found = None, []
+    if processor is None:
+        text, found = _adopt_tokenizer(name, tokenizer, bos, span)
+        if text is None:
+            return None, found
+    if (outside := check_adapters(module, name, span)) is not None:
+        return None, [outside]
+    module = unwrap_model(module)
+    if (quantized := _find_quantized(module)) is not None:
+        part, kind = quantized
+        return None, [QuantizedModel(span=span, model=name, part=part, kind=kind)]
+    config = getattr(module, "config", None)
+    if not hasattr(config, "to_dict"):
+        it = "" if isinstance(cast(object, module), nn.Module) else type(module).__name__
+        reason = f"`{it}` is no model of transformers" if it else "it has no transformers config"
+        return None, [LoadFailed(span=span, model=name, reason=reason)]
+    values: dict[str, Any] = dict(cast(Any, config).to_dict())
+    values["architectures"] = [type(module).__name__]
+    shape, found = shape_from_config(values, model=name, span=span)
+    if shape is None:
+        return None, found
+    if text is None:
+        text, found = _adopt_processor(name, processor, shape, images, span)
+        if text is not None and shape.texts is not None:
+            text, found = _adopt_texts(
+                name, cast(ImageTokenizer, text), texts, shape.texts, bos, span
+            )
+        if text is None:
+            return None, found
+    try:
+        weights = _hash_parameters(module)
+    except ValueError as error:
+        return None, [LoadFailed(span=span, model=name, reason=str(error))]
+    provenance = {
+        "weights": weights,
+        "source": "handed over from Python",
+        "tokenizer": text.hash,
+        **(provenance or {}),
+    }
+    return prove_any_anatomy(name, module, shape, text, provenance=provenance, span=span)
+
+
+def inspect_model(name: str) -> tuple[LoadedModel | None, list[Diagnostic]]:
+    """Take a model apart that no file names: of the zoo, of a folder, of the cache. It needs no
+    tokenizer, and may take anything: images, audio, two texts.
+
+    Gives E0401, E0403 to E0406, E0408 to E0411, W0711 and W0712.
+    """
+    kind = "local" if Path(name).is_dir() else "hf" if "/" in name else "zoo"
+    kind = "zoo" if name in zoo.zoo_models() else kind
+    text = f'{kind}("{name}")'
+    span = Span(Source(text, Path(name)), 0, len(text))
+    statement = spec.Model(span=span, name=name, kind=kind, path=name)
+    folder, found = locate_model(statement, Path.cwd())
+    if folder is None:
+        return None, require_model(found)
+    files = weight_files(folder)
+    if not files:
+        advice = "a folder with a `config.json` and safetensors is needed"
+        return None, [NoWeights(span=span, model=name, advice=advice)]
+    config, found = read_config(folder, model=name, span=span)
+    if config is None:
+        return None, found
+    shape, found = shape_of_folder_config(config, model=name, span=span)
+    if shape is None:
+        return None, found
+    module, reason, _ = _load_module(folder, shape.architecture, torch.float32)
+    if module is None:
+        return None, [LoadFailed(span=span, model=name, reason=reason)]
+    shape = _complete_shape(module, shape)
+    return prove_any_anatomy(
+        name, module, shape, None, provenance={"source": text}, span=span, proofs=ProofStore()
+    )
+
+
+def _complete_shape(module: nn.Module, shape: ModelShape) -> ModelShape:
+    """The shape by the config as the library has it: files leave out what its class takes for
+    granted, and some have names of another time."""
+    values: dict[str, Any] = dict(cast(Any, module).config.to_dict())
+    values["architectures"] = [type(module).__name__]
+    return shape_from_config(values)[0] or shape
+
+
+def _revision(folder: Path, model: spec.Model) -> str:
+    """The commit of a snapshot in the cache, else the revision as written."""
+    return folder.name if folder.parent.name == "snapshots" else model.revision or ""
+
+
+# --- loading ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def silence_libraries() -> Generator[None]:
+    """Nothing that libraries say on import or while loading reaches the user."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sink = io.StringIO()
+    with warnings.catch_warnings(), redirect_stderr(sink), redirect_stdout(sink):
+        warnings.simplefilter("ignore")
+        from transformers.utils import logging
+
+        level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity(CRITICAL)
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
+            if bars:
+                logging.enable_progress_bar()
+
+
+def import_library() -> None:
+    """Import what models of every architecture need, which is nearly all that loading imports."""
+    with pause_garbage_collection(), silence_libraries():
+        import_module("transformers.modeling_utils")
+
+
+def _load_module(
+    folder: Path,
+    architecture: str,
+    dtype: torch.dtype,
+    spread: Mapping[str, object] | None = None,
+) -> tuple[nn.Module | None, str, list[str]]:
+    """The model, or why it can't be loaded; and weights that nothing of it takes. Those that the
+    files lack are a reason."""
+    import_library()
+    with silence_libraries():
+        import transformers
+
+        # As the config names it, so that a masked language model isn't loaded as another one.
+        made: Any = getattr(transformers, architecture, None)
+        if not hasattr(made, "from_pretrained"):
+            made = transformers.AutoModelForCausalLM
+        try:
+            loaded: Any = made.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,  # else a question is asked on the terminal
+                local_files_only=True,
+                output_loading_info=True,
+                **(spread or {}),
+            )
+        except Exception as error:  # transformers raises whatever its parts raise
+            return None, summarize_error(error), []
+    module, info = cast("tuple[nn.Module, Mapping[str, Any]]", loaded)
+    missing = sorted(str(key) for key in info.get("missing_keys", ()))
+    if missing:
+        return None, f"the weights lack `{missing[0]}` and {len(missing) - 1} more", []
+    return module, "", sorted(str(key) for key in info.get("unexpected_keys", ()))
+
+
+def _find_extra_blocks(module: nn.Module, untaken: list[str]) -> tuple[int, int, str] | None:
+    """(blocks that the model has, blocks that its weights have, one of the keys behind them) where
+    the weights are those of a deeper model; None where they aren't."""
+    taken = list(module.state_dict())
+    for key in reversed(untaken):
+        for number in re.finditer(r"(?<=\.)\d+(?=\.)", f".{key}"):
+            start, end = number.start() - 1, number.end() - 1
+            alike = re.compile(rf"(.*\.)?{re.escape(key[:start])}(\d+){re.escape(key[end:])}")
+            blocks = {int(found[2]) for each in taken if (found := alike.fullmatch(each))}
+            if blocks and int(key[start:end]) > max(blocks):
+                return max(blocks) + 1, int(key[start:end]) + 1, key
+    return None
+
+
+def _report_unused_weights(
+    folder: Path, files: list[Path], untaken: list[str], model: spec.Model
+) -> list[Diagnostic]:
+    """W0761 for weights that nothing takes, and for files of weights that aren't read."""
+    index = folder / "model.safetensors.index.json"
+    read = {"model.safetensors"}
+    if not (folder / "model.safetensors").is_file() and index.is_file():
+        read = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    aside = [path.name for path in files if path.name not in read]
+    said = [("nothing takes", untaken)] if untaken else []
+    said += [("nothing reads the file", aside)] if aside else []
+    return [
+        UnusedWeights(
+            span=model.span,
+            model=model.name,
+            what=f"{how} `{names[0]}`" + (f" and {len(names) - 1} more" if names[1:] else ""),
+        )
+        for how, names in said
+    ]
+
+
+def _find_quantized(module: Any) -> tuple[str, str] | None:
+    """A part that torch has quantized, and its class; None where there is none."""
+    parts = module.named_modules() if isinstance(module, nn.Module) else ()
+    for path, part in parts:
+        home = type(part).__module__
+        if home.startswith("torch.") and ".quantized" in home:
+            return path, f"{home.removeprefix('torch.ao.')}.{type(part).__name__}"
+    return None
+
+
+def _adopt_tokenizer(
+    name: str, tokenizer: Any, bos: bool | None, span: Span | None
+) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+    if isinstance(tokenizer, TextTokenizer):
+        return tokenizer, []
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if not isinstance(backend, Tokenizer):
+        reason = f"`{type(tokenizer).__name__}` is not a fast tokenizer"
+        return None, [NoTokenizer(span=span, model=name, reason=reason)]
+    roles = {
+        f"{role}_token": getattr(tokenizer, f"{role}_token", None)
+        for role in ("bos", "cls", "sep", "eos")
+    }
+    chat = getattr(tokenizer, "chat_template", None)
+    pad = getattr(tokenizer, "pad_token", None)
+    return TextTokenizer.from_backend(
+        backend, **roles, pad_token=pad, chat_template=chat, bos=bos, span=span
+    )
+
+
+def _describe_processor(given: Any) -> dict[str, Any] | None:
+    """What an image processor of transformers is; None where that is something else."""
+    if isinstance(given, TextTokenizer | Tokenizer) or not hasattr(given, "to_dict"):
+        return None
+    found: Any = given.to_dict()
+    return found if isinstance(found, dict) and "image_processor_type" in found else None
+
+
+def _split_processor(given: Any) -> tuple[Any, Any]:
+    """What makes images ready and the tokenizer, of a processor that holds both, or of a pair."""
+    if isinstance(given, tuple) and len(cast("tuple[Any, ...]", given)) == 2:
+        return cast("tuple[Any, Any]", given)
+    images = getattr(given, "image_processor", None)
+    return (given, None) if images is None else (images, getattr(given, "tokenizer", None))
+
+
+def _adopt_texts(
+    name: str,
+    reader: ImageTokenizer,
+    tokenizer: Any,
+    shape: ModelShape,
+    bos: bool | None,
+    span: Span | None,
+) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+    if tokenizer is None:
+        reason = "it was handed over with an image processor alone, and has a tower for texts"
+        hint = f'hand over both: `models={{"{name}": (model, (image_processor, tokenizer))}}`'
+        return None, [NoTokenizer(span=span, model=name, reason=reason, hint=hint)]
+    own, found = _adopt_tokenizer(name, tokenizer, bos, span)
+    if own is None:
+        return None, found
+    return attach_tokenizer(reader, own, shape, model=name, span=span)
+
+
+def _adopt_processor(
+    name: str,
+    processor: dict[str, Any] | None,
+    shape: ModelShape,
+    given: Any,
+    span: Span | None,
+) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+    if shape.takes != "image":
+        reason = f"`{type(given).__name__}` is not a fast tokenizer"
+        return None, [NoTokenizer(span=span, model=name, reason=reason)]
+    if shape.patches is None:
+        return None, [NotATextModel(span=span, model=name, architecture=shape.architecture)]
+    return make_image_tokenizer(processor, shape.patches, model=name, span=span)
+
+
+def _hash_parameters(module: nn.Module) -> str:
+    """SHA-256 over names and bytes of parameters and buffers; ValueError where one has none."""
+    digest = sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        here = _fetch_weight(module, name) if tensor.is_meta else tensor
+        flat = here.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _fetch_weight(module: nn.Module, name: str) -> Tensor:
+    """A weight that accelerate keeps elsewhere; ValueError where there is none."""
+    path, _, own = name.rpartition(".")
+    part = module.get_submodule(path)
+    with load_weights(part):
+        weight = cast(Tensor, getattr(part, own))
+    if weight.is_meta:
+        raise ValueError(f"`{name}` is on the meta device, where there are no values")
+    return weight
+
+
+_WEIGHT_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+?)"
+    r"(?:\.lora_\w+(?:\.weight|\.bias)?|(?:\.base_layer)?\.(?P<whole>\w+))"
+)
+"""A weight in the file: of LoRA on a module, or one that takes the place of the module's own."""
+
+
+class _AdapterMismatch(Exception):
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint
+
+
+def load_adapter(
+    model: spec.Model, base: LoadedModel, hashed: FileHasher | None = hash_file
+) -> tuple[LoadedModel | None, list[Diagnostic]]:
+    """The base with the adapter's weights, taken apart and verified. The base is left as it is.
+    hashed: SHA-256 of a file, None to hash no weights.
+
+    Gives E0401, E0404 to E0406, E0409 to E0411, E0451 to E0454, E0508, E0522 and W0711.
+    """
+    folder, found = locate_model(model, model.span.source.folder)
+    if folder is None:
+        return None, require_model(found)
+    before = file_stamps(model, folder)
+    scaling, found = read_scaling(folder, model)
+    if scaling is None:
+        return None, found
+    missing = check_weights(folder, model)
+    if missing is not None:
+        return None, [missing]
+    files = weight_files(folder, adapter=True)
+    tokenizer = base.tokenizer
+    if has_tokenizer(folder):
+        bos = None if tokenizer is None else tokenizer.bos
+        tokenizer, found = TextTokenizer.from_folder(folder, bos, span=model.span)
+        if tokenizer is None:
+            return None, found
+    if find_spec("peft") is None:
+        return None, [NoPeft(span=model.span, model=model.name, base=base.name)]
+    try:
+        module = _merge_adapter(base.module, files[0], scaling)
+    except _AdapterMismatch as problem:
+        hint = problem.hint or f"name the model that it was trained on, instead of `{base.name}`"
+        return None, [
+            AdapterDoesNotFit(
+                span=model.span, model=model.name, base=base.name, reason=str(problem), hint=hint
+            )
+        ]
+    except Exception as error:  # peft and safetensors raise whatever their parts raise
+        hint = "it has to load and merge with `PeftModel.from_pretrained(base, folder)`"
+        reason = summarize_error(error)
+        return None, [LoadFailed(span=model.span, model=model.name, reason=reason, hint=hint)]
+    loaded, found = prove_anatomy(
+        model.name,
+        module,
+        base.shape,
+        tokenizer,
+        provenance={
+            **describe_weight_hash(files, hashed),
+            "source": f"{model.source}, merged by peft {version('peft')}",
+            "tokenizer": "" if tokenizer is None else tokenizer.hash,
+            **base.made_of,
+            f"{BASE_PREFIX}{base.name}": base.provenance.get("weights", ""),
+        },
+        span=model.span,
+    )
+    if loaded is not None and hashed is not None:
+        identity = folder_identity(model, folder, hashed, base=compute_identity(base))
+        loaded = replace(loaded, identity=identity)
+    if file_stamps(model, folder) != before:
+        return None, [report_changed_files(model)]
+    return loaded, found
+
+
+def _merge_adapter(base: nn.Module, file: Path, scaling: AdapterScaling) -> nn.Module:
+    """A copy of the base with the adapter's weights in its own. Raises _DoesNotFit, and what peft
+    and safetensors raise."""
+    if any("_hf_hook" in part.__dict__ for part in base.modules()):
+        reason = "the weights of the base are spread over devices, memory or a folder"
+        raise _AdapterMismatch(
+            reason, "merge it from Python, save that, and load it with `--offload`"
+        )
+    if has_adapters(base):
+        hint = "merge that one first, with `merge_and_unload()`"
+        raise _AdapterMismatch("the base has an adapter of its own, which isn't merged", hint)
+    import_library()
+    with silence_libraries():
+        from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        weights = load_file(file)
+        found = _match_weights(weights, base)
+        copy = _copy_modules(base, {path for path, _ in found.values()})
+        for key, (path, whole) in found.items():
+            if whole:
+                _put_parameter(copy.get_submodule(path), whole, weights[key], key)
+        lora = {key: weights[key] for key, (_, whole) in found.items() if not whole}
+        if not lora:
+            return copy
+        settings: dict[str, Any] = {
+            "target_modules": sorted({found[key][0] for key in lora}),
+            "lora_alpha": scaling.lora_alpha,
+            "alpha_pattern": dict(scaling.alpha_pattern),
+            **_check_ranks(lora, found, scaling),
+            **scaling.switches,
+        }
+        config = LoraConfig(**settings, inference_mode=True)
+        wrapped: Any = get_peft_model(cast(Any, copy), config)
+        try:
+            loaded: Any = set_peft_model_state_dict(wrapped, lora)
+        except RuntimeError as error:  # sizes differ
+            raise _AdapterMismatch(_find_size_mismatch(error)) from None
+        lacking = [key for key in loaded.missing_keys if "lora_" in key]
+        if lacking or loaded.unexpected_keys:
+            key = (*lacking, *loaded.unexpected_keys)[0]
+            what = "lack" if lacking else "have"
+            raise _AdapterMismatch(
+                f"its weights {what} `{key}`", "save the adapter again with peft"
+            )
+        return wrapped.merge_and_unload(safe_merge=True)
+
+
+def _match_weights(weights: Iterable[str], base: nn.Module) -> dict[str, tuple[str, str]]:
+    """Key → (path of the module, name of the parameter that it stands for as a whole, empty for
+    those of LoRA)."""
+    modules = dict(base.named_modules(remove_duplicate=False))
+    found: dict[str, tuple[str, str]] = {}
+    for key in weights:
+        named = _WEIGHT_KEY.fullmatch(key)
+        if named is None:
+            raise _AdapterMismatch(f"its weights have `{key}`, which is none of an adapter's")
+        path, whole = named["module"], named["whole"] or ""
+        if path not in modules:
+            raise _AdapterMismatch(f"its weights change `{path}`, and the base has no such module")
+        if whole and whole not in dict(modules[path].named_parameters(recurse=False)):
+            raise _AdapterMismatch(
+                f"its weights change `{path}.{whole}`, which the base doesn't have"
+            )
+        found[key] = path, whole
+    if not found:
+        raise _AdapterMismatch("its file of weights is empty", "save the adapter again with peft")
+    return found
+
+
+def _copy_modules(module: nn.Module, changed: Iterable[str]) -> nn.Module:
+    """The modules once more, over the same storage but for the parameters of those that change: so
+    nothing reaches the base, nor a module that shares its weights with a changed one."""
+    known: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
+    # Parameters of their own, as peft freezes those that it is given.
+    known |= {id(own): nn.Parameter(own.detach(), False) for own in module.parameters()}
+    known |= {id(hook): hook for hook in _iter_foreign_hooks(module)}
+    try:
+        copy = deepcopy(module, known)
+    except Exception as error:  # of whatever somebody has put into the model
+        reason = f"`copy.deepcopy` can't copy the base: {summarize_error(error)}"
+        hint = "merge it from Python, with `merge_and_unload()`, and hand over what that gives"
+        raise _AdapterMismatch(reason, hint) from None
+    for path in changed:
+        part = copy.get_submodule(path)
+        for name, own in list(part.named_parameters(recurse=False)):
+            part.register_parameter(name, nn.Parameter(own.detach().clone(), False))
+    return copy
+
+
+def _iter_foreign_hooks(module: nn.Module) -> Iterator[object]:
+    """Hooks on the way of a forward pass that are no methods of the model's own modules. They, and
+    what they hold, aren't the model's to copy."""
+    parts = {id(part) for part in module.modules()}
+    for part in module.modules():
+        for table in ("_forward_pre_hooks", "_forward_hooks"):
+            for hook in vars(part)[table].values():
+                if id(getattr(hook, "__self__", hook)) not in parts:
+                    yield hook
+
+
+def _put_parameter(part: nn.Module, name: str, value: Tensor, key: str) -> None:
+    old = part.get_parameter(name)
+    if old.shape != value.shape:
+        sizes = f"{list(value.shape)}, and the base has {list(old.shape)}"
+        raise _AdapterMismatch(f"`{key}` is {sizes}")
+    with torch.no_grad():
+        old.copy_(value)
+
+
+def _check_ranks(
+    lora: Mapping[str, Tensor], found: Mapping[str, tuple[str, str]], scaling: AdapterScaling
+) -> dict[str, Any]:
+    """The ranks that the config says, where each is that of the weights: what is merged is divided
+    by it. None is above those, so that what a config says takes no memory."""
+    from peft.utils.other import get_pattern_key
+
+    first = {key: t for key, t in lora.items() if ".lora_A." in key or key.endswith("embedding_A")}
+    most = 1
+    for key, tensor in first.items():
+        path, rank = found[key][0], len(tensor) if tensor.ndim else 0
+        said = scaling.rank_pattern.get(get_pattern_key([*scaling.rank_pattern], path), scaling.r)
+        if said != rank:
+            reason = f"its weights for `{path}` are of rank {rank}, and its config says {said}"
+            raise _AdapterMismatch(
+                reason, f"correct `r` or `rank_pattern` in its `{ADAPTER_CONFIG}`"
+            )
+        most = max(most, rank)
+    pattern = {key: min(rank, most) for key, rank in scaling.rank_pattern.items()}
+    return {"r": min(scaling.r, most), "rank_pattern": pattern}
+
+
+def _find_size_mismatch(error: RuntimeError) -> str:
+    """The first of the sizes that differ, in torch's words."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next(
+        (line for line in lines if line.startswith("size mismatch")), summarize_error(error)
+    )
+
+
+GivenModels = Mapping[str, tuple[Any, Any]]
+"""Name → (transformers model, fast tokenizer), handed over from Python."""
+
+
+def adopt_models(models: GivenModels) -> tuple[dict[str, LoadedModel], list[Diagnostic]]:
+    """Models handed over from Python, taken apart and verified."""
+    loaded: dict[str, LoadedModel] = {}
+    diagnostics: list[Diagnostic] = []
+    for name, (module, tokenizer) in models.items():
+        model, found = adopt_model(name, module, tokenizer)
+        diagnostics.extend(found)
+        if model is not None:
+            loaded[name] = model
+    return loaded, diagnostics
+
+
+def build_model_contexts(
+    source: Source, loaded: Mapping[str, LoadedModel]
+) -> dict[str, ModelContext]:
+    """What checking needs of models that Python holds; the file may still declare them."""
+    found: dict[str, ModelContext] = {}
+    for name, model in loaded.items():
+        if model.tokenizer is None:
+            continue
+        statement = spec.Model(span=Span(source, 0, 0), name=name, kind="local", path="")
+        found[name] = ModelContext(statement, model.shape, model.tokenizer)
+    return found
+
+
+def load_models(
+    checked: CheckedFile,
+    loaded: dict[str, LoadedModel],
+    *,
+    device: str,
+    dtype: str | None,
+    offload: Path | None,
+    hashed: FileHasher | None = hash_file,
+    notes: NoteStore | None = None,
+) -> list[Diagnostic]:
+    """Load every model that an experiment runs on, as far as it isn't in `loaded`, into it.
+
+    device, dtype, offload: as `RunOptions` has them. hashed: SHA-256 of a file, None to hash no
+    weights. notes: as `load` has them. Gives the codes of `load` and `load_adapter`.
+    """
+    diagnostics: list[Diagnostic] = []
+    for name in needed_models(checked):
+        for statement in _sort_bases_first(name, checked.program, loaded):
+            if statement.base is not None and statement.base not in loaded:
+                continue  # which has been refused
+            if statement.base is not None:
+                model, found = load_adapter(statement, loaded[statement.base], hashed)
+            else:
+                model, found = load_model(
+                    statement,
+                    device=devices.get_device(device),
+                    dtype=dtype,
+                    spread=devices.plan_device_map(device, offload),
+                    hashed=hashed,
+                    notes=notes,
+                )
+            diagnostics.extend(found)
+            if model is not None:
+                loaded[statement.name] = model
+    return diagnostics
+
+
+def add_tower_views(
+    experiments: Sequence[ResolvedExperiment], models: dict[str, LoadedModel]
+) -> None:
+    """Add the towers that experiments run, each scored with what stands on its other side."""
+    for experiment in expand_controls(experiments):
+        model = experiment.model
+        if model.opposite is not None and model.key not in models:
+            models[model.key] = attach_other_tower(models[model.name], model)
+
+
+def _sort_bases_first(
+    name: str, program: spec.Program, loaded: Mapping[str, LoadedModel]
+) -> list[spec.Model]:
+    """The statements of a model and of all that it hangs on, as far as they aren't loaded."""
+    chain: list[spec.Model] = []
+    while name not in loaded:
+        chain.insert(0, program.models[name])
+        base = chain[0].base
+        if base is None:
+            break
+        name = base
+    return chain
+
+
+def check_modules(
+    experiments: Sequence[ResolvedExperiment], models: Mapping[str, LoadedModel]
+) -> list[Diagnostic]:
+    """What only a look at the modules shows to be missing: sites (E0402, E0413, E0414) and logits
+    (E0437, E0438)."""
+    found: list[Diagnostic | None] = []
+    for experiment in expand_controls(experiments):
+        model = models[experiment.model.key]
+        found.append(_check_output_token(experiment, model))
+        read = [models[name] for name in experiment.models[1:]]
+        runs = [
+            run for run in experiment.spec.elsewhere if reads_outputs(experiment.spec, run.name)
+        ]
+        measured = [models[run.model] for run in runs if run.model is not None]
+        for rule in experiment.every_rule:
+            if rule.does.changes == "positions":
+                found.append(_check_position_ids(rule, model))
+            seen = rule.does
+            if isinstance(seen, Observation) and not isinstance(seen, RowSetObservation):
+                found += [_check_unembedding(rule, seen, model)] if seen.gives == "logits" else []
+            if rule.path is not None and rule.path.frozen_norms:
+                found.append(_check_frozen_norms(rule, model))
+            if rule.path is not None and rule.path.also_at_the_end:
+                found.append(_check_end_receiver(rule, model))
+            if rule.does.changes == "blocks":
+                found.append(_check_block_exchange(rule, model))
+            if rule.sites is not None:
+                points = [p for here in rule.sites.points.values() for p in here]
+                span = rule.spec.span
+                found += [find_missing_point(points, m.shape, m.name, span) for m in (model, *read)]
+        for save in experiment.saves:
+            span = save.spec.span
+            found += [
+                find_missing_point(save.points, m.shape, m.name, span) for m in (model, *read)
+            ]
+        for measure in (*experiment.measures, *experiment.keep):
+            points = [atom.point for atom in measure.atoms if atom.point is not None]
+            span = measure.expression.span
+            found.append(find_missing_point(points, model.shape, model.name, span))
+            found += [
+                check_readable(measure.expression, measure.atoms, m.shape, m.name)
+                for m in (model, *measured)
+            ]
+    return [each for each in found if each is not None]
+
+
+def _check_unembedding(
+    rule: ResolvedRule, does: Observation, model: LoadedModel
+) -> Diagnostic | None:
+    """E0108 for what a component adds to logits, where that isn't a linear map of its output."""
+    reason = ""
+    assert rule.sites is not None
+    places = {(p.site, p.layer) for here in rule.sites.points.values() for p in here}
+    blocks = [model.anatomy.blocks[layer] for _, layer in places if layer is not None]
+    sites = {site for site, _ in places}
+    if model.anatomy.unembedding is None or "resid_post" not in model.shape.sites:
+        reason = "of a model whose unembedding isn't found"
+    elif does.read_by_measures:
+        return None
+    elif model.anatomy.final_norm is None:
+        reason = "of a model whose final norm isn't found"
+    elif "head_out" in sites and any(block.attn_behind for block in blocks):
+        reason = "of heads with a norm behind them"
+    elif "mlp_hidden" in sites and any(
+        block.mlp_behind or block.down is None or block.taps["mlp_out"].scaled_by
+        for block in blocks
+    ):
+        reason = "of neurons with a norm behind them"
+    elif not ModelUnembedding(model).folds:
+        reason = "through a final norm that isn't a scale times a linear map"
+    if not reason:
+        return None
+    what = f"`observe {does.word}` {reason}, as in `{model.name}`,"
+    return NotSupported(span=rule.spec.span, what=what)
+
+
+def _check_position_ids(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
+    """E0108 for position ids of a model that isn't told them, E0207 for those that it hasn't."""
+    first, last = model.calling.first_position, model.shape.max_positions
+    if first is None:
+        what = f"`renumber` in a model that counts positions by itself, as `{model.name}` does,"
+        return NotSupported(span=rule.spec.span, what=what)
+    assert rule.amounts is not None
+    hits = [row for cell in rule.positions.written.values() for rows in cell.hits for row in rows]
+    end = int(max(rule.amounts.values.values())) + max(map(len, hits), default=1)
+    if last is None or end + first <= last:
+        return None
+    reason = f"counts to {end - 1}, and the last position is {last - first - 1}"
+    hint = "count from a smaller number"
+    return BadArgument(span=rule.spec.span, name="from", reason=reason, hint=hint)
+
+
+def _check_end_receiver(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
+    """E0108 for the end beside other receivers where what senders add doesn't reach it as it is:
+    norms of the sums, streams that are mixed."""
+    blocks = model.anatomy.blocks
+    if all(
+        block.adds_up and block.behind is not None and not (block.middle or block.end)
+        for block in blocks
+    ):
+        return None
+    what = (
+        f"a path to the end beside other receivers in `{model.name}`, whose residual stream isn't "
+        "the sum of what blocks add,"
+    )
+    return NotSupported(span=rule.spec.span, what=what)
+
+
+def _check_frozen_norms(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
+    """E0108 for norms that aren't a linear map divided by a scale."""
+    path = find_nonlinear_norm(model.module, model.shape.d_model)
+    if path is None:
+        return None
+    what = (
+        f"a path with frozen norms in `{model.name}`, whose `{path}` isn't linear but for a scale"
+    )
+    return NotSupported(span=rule.spec.span, what=what)
+
+
+def _check_block_exchange(rule: ResolvedRule, model: LoadedModel) -> Diagnostic | None:
+    """E0108 for blocks that can't compute in the place of others."""
+    assert rule.sites is not None
+    assert rule.sites.sources is not None
+    pairs = {
+        (to.layer, None if of.site == to.site else of.layer)
+        for key, here in rule.sites.points.items()
+        for to, of in zip(here, rule.sites.sources[key], strict=True)
+    }
+    for to, of in sorted(pairs, key=str):
+        assert to is not None
+        reason = explain_block_mismatch(model, to, of)
+        if reason:
+            what = f"block {of} in place of block {to}: {reason};"
+            if of is None:
+                what = f"identity in place of block {to}: {reason};"
+            return NotSupported(span=rule.spec.span, what=what)
+    return None
+
+
+def _check_output_token(experiment: ResolvedExperiment, model: LoadedModel) -> Diagnostic | None:
+    """E0439 for one output that is made of another token than its class makes it of, E0410 for a
+    classifier that sees later tokens, which its kind doesn't tell."""
+    span, named = experiment.model.spec.span, model.shape.architecture
+    expected, found = experiment.model.shape, model.shape
+    if found.output_at != expected.output_at:
+        reason = (
+            f"it is made of its {found.output_at}, and by its class of its {expected.output_at}"
+        )
+        return SingleOutput(span=span, model=model.name, architecture=named, reason=reason)
+    ends_in_pad = any(measure.at for measure in experiment.measures)
+    if model.calling.reads == "last token" and model.calling.skips is None and ends_in_pad:
+        reason = "prompts end in the pad token, and it is made of that, not of the one before"
+        return SingleOutput(span=span, model=model.name, architecture=named, reason=reason)
+    if expected.causal and not found.causal:
+        return IdentityBroken(
+            span=span,
+            model=model.name,
+            architecture=named,
+            identity="another last token leaves earlier outputs alone",
+            reason=f"it sees later tokens, which its kind `{expected.family}` doesn't tell",
+            hint="register the family with `@family` and `encodes = True`",
+        )
+    return None
+
+
+_BUILD_HINT = (
+    "it takes nothing, and gives a model of transformers and its tokenizer: `return model, tok`"
+)
+
+
+def build_model(
+    model: spec.Model, function: PythonFunction
+) -> tuple[LoadedModel | None, list[Diagnostic]]:
+    """Call the function, and take over what it gives as models from Python are: as it is, and
+    where it is.
+
+    E0223 where it fails or gives something else; the codes of `adopt`.
+    """
+    try:
+        with redirect_stdout(sys.stderr):  # standard output may be a document
+            given = function.call()
+    except PythonFailure as failure:
+        return None, [failure.diagnostic]
+    pair = cast("tuple[Any, ...]", given) if isinstance(given, tuple) else ()
+    if len(pair) != 2:
+        kind = "nothing" if given is None else f"a `{type(given).__name__}`"
+        reason = f"it gave {kind}, not a model and its tokenizer"
+        return None, [function.failure(reason, _BUILD_HINT).diagnostic]
+    module, tokenizer = pair
+    return adopt_model(
+        model.name,
+        module,
+        tokenizer,
+        span=model.span,
+        provenance={"source": model.source, f"{PYTHON_PREFIX}{function.file}": function.digest},
+    )

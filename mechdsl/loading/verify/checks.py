@@ -1,0 +1,711 @@
+"""Checks that components add up, writes take effect, and packed passes match full ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechdsl.forward.hooks.attention import CannotPack
+from mechdsl.forward.hooks.batch import Batch, SiteRead, SiteWrite
+from mechdsl.forward.hooks.full_pass import run_full
+from mechdsl.forward.hooks.hook_points import view_layout
+from mechdsl.forward.hooks.model import CheckOutcome, LoadedModel, call_model, call_with_batch
+from mechdsl.forward.hooks.module_exchange import get_activation, load_weights
+from mechdsl.forward.packed.activation_cache import record_activations
+from mechdsl.forward.packed.packed_pass import run_packed
+from mechdsl.loading.bench import (
+    MAX_CHECK_TOKENS,
+    CheckBench,
+    TensorComparison,
+    amplify,
+    build_text_sample,
+    compute_difference,
+    get_first,
+    get_image_token,
+    has_images,
+    label_site,
+    list_layers,
+    list_sites,
+    write_whole_site,
+)
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES
+
+_EMBED_READ = SiteRead("embed")
+
+WriteRow = tuple[str, tuple[int | None, ...], bool]
+"""A site, the layers that are written in it, and whether with its own values."""
+
+TensorComparisons = list[tuple[str, Tensor, Tensor]]
+"""(where, found, expected)"""
+
+
+def check_writes(bench: CheckBench) -> Iterator[CheckOutcome]:
+    """Own values change nothing, values times 100 (or -100) do, and those are read back.
+
+    All on the first prompt: one row per site with its own values in every layer, then one row per
+    site and layer with changed values at the last token (at every token of an image or an encoder,
+    and of what attention reads, as not every one need matter).
+    """
+    sites = list_sites(bench.model, bench.stack)
+    # One token attends to itself, whatever its query and key are.
+    alone = set(() if len(bench.real_of(0, bench.own.ids, bench.own)) > 1 else ("q", "k"))
+    changed = [(name, layer) for name in sites if name not in alone for layer in bench.some(name)]
+    rows: list[WriteRow] = [(name, tuple(bench.some(name)), True) for name in sites]
+    rows += [(name, (layer,), False) for name, layer in changed]
+    writing = _WriteTrial(bench)
+    at_once = max(1, MAX_CHECK_TOKENS // max(bench.batch.ids.shape[1], bench.own.ids.shape[1]))
+    outcomes: list[tuple[CheckOutcome, CheckOutcome]] = []
+    for first in range(0, len(rows), at_once):
+        same, back = writing.tried(rows[first : first + at_once])
+        outcomes.append(
+            (
+                bench.equal("writing a site's own values changes nothing", same),
+                bench.equal("what is written is read back", back),
+            )
+        )
+    for found in zip(*outcomes, strict=True):
+        yield max(found, key=lambda one: (one.error, one.compared))
+    still = writing.still
+    unread = _find_unread(still, changed) if writing.seen else set[int]()
+    idle = [label_site(name, layer) for name, layer in still if layer not in unread]
+    yield CheckOutcome(
+        "a hundredfold value changes the logits",
+        error=float(len(idle)),
+        tolerance=0.5,
+        detail=", ".join(idle),
+        failure="they stay as they are",
+        asks_effect=True,
+    )
+
+
+class _WriteTrial:
+    """Passes whose rows are written to."""
+
+    def __init__(self, bench: CheckBench) -> None:
+        self.bench = bench
+        self.seen = bench.stack == "vision"
+        """Its effect shows in what the language model gets."""
+        self.before = bench.reads[_EMBED_READ][0] if self.seen else bench.logits[0]
+        self.still: list[tuple[str, int | None]] = []
+        """Where changed values changed nothing."""
+
+    def tried(self, rows: Sequence[WriteRow]) -> tuple[TensorComparisons, TensorComparisons]:
+        """(what comes out with own values, what is read back of changed ones)."""
+        writes, wanted = self._writes(rows)
+        batch = self.bench.batch.take(torch.zeros(len(rows), dtype=torch.long))
+        model = self.bench.model
+        if self.seen:
+            result = run_full(model, batch, writes=writes, reads=[*wanted, _EMBED_READ], stop=0)
+        else:
+            result = run_full(model, batch, writes=writes, reads=wanted)
+        after = result.reads[_EMBED_READ] if self.seen else result.logits
+        assert after is not None
+        same: TensorComparisons = []
+        back: TensorComparisons = []
+        for number, (name, layers, unchanged) in enumerate(rows):
+            if unchanged:
+                same.append((name, after[number], self.before))
+                continue
+            (layer,) = layers
+            read = result.reads[SiteRead(name, layer, self.bench.stack)]
+            values = self._own(name, layer)
+            at = self._part(name, values).start
+            tokens = batch.of_site(name, self.bench.stack)
+            found = self.bench.real_of(number, read, tokens)[at:]
+            expected = amplify(values[at:], name, self.bench.anatomy).to(found.dtype)
+            back.append((label_site(name, layer), found, expected))
+            if compute_difference(after[number], self.before) <= self.bench.tolerance / 10:
+                self.still.append((name, layer))
+        return same, back
+
+    def _writes(self, rows: Sequence[WriteRow]) -> tuple[list[SiteWrite], list[SiteRead]]:
+        """What is written, and which of it is read back."""
+        writes: list[SiteWrite] = []
+        wanted: list[SiteRead] = []
+        for number, (name, layers, unchanged) in enumerate(rows):
+            for layer in layers:
+                values, where = self._own(name, layer), SiteRead(name, layer, self.bench.stack)
+                at = range(len(values)) if unchanged else self._part(name, values)
+                values = values[at.start :]
+                if not unchanged:
+                    values = amplify(values, name, self.bench.anatomy)
+                    wanted.append(where)
+                writes.append(write_whole_site(where, number, at, values))
+        return writes, wanted
+
+    def _own(self, name: str, layer: int | None) -> Tensor:
+        """A site's own values."""
+        bench = self.bench
+        tokens = bench.batch.of_site(name, bench.stack)
+        return bench.real_of(0, bench.reads[SiteRead(name, layer, bench.stack)], tokens)
+
+    def _part(self, name: str, values: Tensor) -> range:
+        """The tokens that changed values are written at."""
+        # A token needn't see itself (sparse attention), or may see nothing else (chunks).
+        model = self.bench.model
+        each = model.shape.takes != "image" and model.calling.reads == "every token"
+        last = each and not self.bench.stack and name not in ("q", "k", "v")
+        return range(len(values) - 1 if last else 0, len(values))
+
+
+def _find_unread(
+    still: Sequence[tuple[str, int | None]], changed: Sequence[tuple[str, int | None]]
+) -> set[int]:
+    """The last blocks of an image encoder where the language model reads a block before them:
+    nothing that is written there does anything."""
+    layers = sorted({layer for _, layer in changed if layer is not None})
+    moved = {layer for name, layer in changed if (name, layer) not in still and layer is not None}
+    unread = {layer for layer in layers if layer > max(moved, default=len(layers))}
+    return {layer for layer in unread if ("resid_pre", layer) in still}
+
+
+def check_logits(bench: CheckBench) -> Iterator[CheckOutcome]:
+    bare = call_with_batch(bench.model, bench.batch)
+    pairs = [("", bench.output(bench.logits), bench.output(bare))]
+    yield bench.equal("logits with hooks = logits without", pairs)
+
+
+def check_padding(bench: CheckBench) -> Iterator[CheckOutcome]:
+    """Each prompt alone is given to the model as a user would: nothing but its tokens."""
+    if bench.batch.extra or bench.model.shape.takes not in ("text", "image and text"):
+        return
+    alone = call_single_prompts(bench.model, bench.batch)
+    pairs = (
+        (f"prompt {i}", bench.real_of(i, bench.logits, bench.batch), expected)
+        for i, expected in enumerate(alone)
+    )
+    yield bench.equal("logits in a padded batch = logits of the prompt alone", pairs)
+
+
+def call_single_prompts(model: LoadedModel, batch: Batch) -> Iterator[Tensor]:
+    """[T, vocab] of each prompt by itself, without masks or positions."""
+    for row in range(len(batch)):
+        ids = batch.ids[row][batch.mask[row].bool()][None]
+        yield call_model(model, {"input_ids": ids})[0]
+
+
+def check_causality(bench: CheckBench) -> Iterator[CheckOutcome]:
+    """What the planner leaves out of a causal model rests on it."""
+    if not bench.model.shape.causal or bench.model.shape.takes not in ("text", "image and text"):
+        return
+    ids = bench.batch.ids[0][bench.batch.mask[0].bool()]
+    other = ids.clone()
+    if len(ids) < 2:
+        return
+    other[-1] = ids[-2]
+    both = Batch.of([ids.tolist(), other.tolist()], 0, "left", bench.model.device)
+    was, now = call_with_batch(bench.model, both)[:, :-1]
+    yield bench.equal("another last token leaves earlier logits alone", [("", now, was)])
+
+
+def check_sublayer_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
+    def pairs() -> Iterator[TensorComparison]:
+        for layer in bench.with_sites("resid_pre", "resid_post"):
+            block = bench.anatomy.blocks[layer]
+            if block.middle or block.end or not block.adds_up:
+                continue
+            added = [s for s in ("attn_out", "mixer_out", "mlp_out") if s in block.taps]
+            parts = [bench.vectors(site, layer) for site in ("resid_pre", *added)]
+            crossed = None if bench.stack else bench.of_stack("cross", "attn_out", layer)
+            parts += [] if crossed is None else [crossed]
+            total = torch.stack(parts)
+            yield f"layer {layer}", total.sum(0), bench.vectors("resid_post", layer), total
+
+    yield bench.equal("resid_pre + attn_out + mlp_out = resid_post", pairs())
+
+
+def check_gains(bench: CheckBench) -> Iterator[CheckOutcome]:
+    """Where the stream is made of more than what sublayers add, or is weighed: what mlp_out gains
+    at the last token, resid_post gains."""
+    blocks = bench.anatomy.blocks
+    layers = [
+        n
+        for n in bench.with_sites("mlp_out", "resid_post")
+        if not blocks[n].adds_up and blocks[n].passes_on and not blocks[n].end
+    ]
+    if not layers:
+        return
+    stack = bench.stack
+    tokens = bench.batch.of_site("mlp_out", stack)
+
+    def own(site: str, layer: int) -> Tensor:
+        return bench.real_of(0, bench.reads[SiteRead(site, layer, stack)], tokens)
+
+    writes: list[SiteWrite] = []
+    for number, layer in enumerate(layers):
+        values = own("mlp_out", layer)
+        where, last = SiteRead("mlp_out", layer, stack), len(values) - 1
+        writes.append(write_whole_site(where, number, (last,), values[-1:] + values[:1]))
+    batch = bench.batch.take(torch.zeros(len(layers), dtype=torch.long))
+    wanted = [SiteRead("resid_post", layer, stack) for layer in layers]
+    reads = run_full(bench.model, batch, writes=writes, reads=wanted).reads
+    tokens = batch.of_site("mlp_out", stack)
+
+    def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for number, layer in enumerate(layers):
+            found = bench.real_of(number, reads[SiteRead("resid_post", layer, stack)], tokens)
+            gained = found[-1] - own("resid_post", layer)[-1]
+            yield f"layer {layer}", gained, own("mlp_out", layer)[0]
+
+    yield bench.equal("what mlp_out gains, resid_post gains", pairs(), bench.tolerance * 10)
+
+
+def check_norms_of_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
+    """Norms behind the sums, as BERT has them."""
+
+    def of(norm: str, added: str, out: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for layer in bench.with_sites("resid_pre", added, out):
+            path = getattr(bench.anatomy.blocks[layer], norm)
+            before = bench.vectors("resid_pre", layer) if norm == "middle" else bench.between(layer)
+            if path is not None and before is not None:
+                total = before + bench.vectors(added, layer)
+                yield f"layer {layer}", bench.vectors(out, layer), bench.through(path, total)
+
+    yield bench.equal(
+        "resid_mid = the norm of resid_pre + attn_out", of("middle", "attn_out", "resid_mid")
+    )
+    yield bench.equal(
+        "resid_post = the norm of resid_mid + mlp_out", of("end", "mlp_out", "resid_post")
+    )
+
+
+def check_block_order(bench: CheckBench) -> Iterator[CheckOutcome]:
+    ids = bench.real(bench.own.ids)
+    pictured = torch.zeros_like(ids, dtype=torch.bool)
+    if has_images(bench.batch) and not bench.stack:
+        pictured = ids == get_image_token(bench.model)
+
+    def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for layer in bench.with_sites("resid_pre", "resid_post")[:-1]:
+            behind = bench.anatomy.blocks[layer].behind
+            if behind is None:
+                continue
+            below, above = bench.vectors("resid_post", layer), bench.vectors("resid_pre", layer + 1)
+            same = ~pictured if bench.anatomy.blocks[layer].fed else slice(None)
+            yield f"layer {layer}", (below * behind)[same], above[same]
+
+    yield bench.equal("resid_post of a layer = resid_pre of the next", pairs())
+
+
+def check_norm_positions(bench: CheckBench) -> Iterator[CheckOutcome]:
+    anatomy = bench.anatomy
+
+    def before(layer: int) -> Tensor | None:
+        """The stream in front of attention."""
+        if bench.stack == "cross":
+            return bench.of_stack("", "resid_mid", layer)
+        return bench.vectors("resid_pre", layer) if layer in streams else None
+
+    def of(
+        site: str, field: str, stream: Callable[[int], Tensor | None]
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for layer in bench.with_sites(site):
+            block = anatomy.blocks[layer]
+            if field == "attn_norm" and not block.reads_stream:
+                continue
+            normed = stream(layer)
+            if normed is None:
+                continue
+            path = getattr(block, field)
+            if path is not None:
+                normed = bench.through(path, normed)
+            yield f"layer {layer}", bench.vectors(site, layer), normed
+
+    streams = bench.with_sites("resid_pre")
+    read = "resid_mid" if bench.stack == "cross" else "resid_pre"
+    for site in ("attn_norm", "mixer_norm"):
+        pairs = list(of(site, "attn_norm", before))
+        if pairs:
+            yield bench.equal(f"{site} = the norm in front of it, of {read}", pairs)
+    between = "resid_pre" if anatomy.parallel else "resid_mid"
+    if bench.stack != "cross":
+        pairs = list(of("mlp_norm", "mlp_norm", bench.between))
+        yield bench.equal(f"mlp_norm = the norm in front of it, of {between}", pairs)
+        # Several MLPs read that norm: the site is none of theirs.
+        others = set(bench.with_sites("resid_mid")) - set(bench.with_sites("mlp_norm"))
+        paths = {n: path for n in sorted(others) if (path := anatomy.blocks[n].mlp_norm)}
+        if paths:
+            read = _read_stream(bench, paths)
+            pairs = [(f"layer {n}", bench.vectors("resid_mid", n), read[n]) for n in paths]
+            yield bench.equal("the norm behind attention reads resid_mid", pairs)
+
+
+def _read_stream(bench: CheckBench, paths: Mapping[int, str]) -> dict[int, Tensor]:
+    """Layer → [tokens, d_model] that a module of it is called with."""
+    read: dict[int, Tensor] = {}
+
+    def look(layer: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            read[layer] = bench.real(get_activation(args, kwargs), "resid_mid")
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, path in paths.items():
+            hook = bench.module(path).register_forward_pre_hook(look(layer), with_kwargs=True)
+            stack.callback(hook.remove)
+        call_with_batch(bench.model, bench.batch)
+    return read
+
+
+def check_image_merge(bench: CheckBench) -> Iterator[CheckOutcome]:
+    """`embed` is what the language model gets: features of the image in place of its tokens."""
+    model, batch = bench.model, bench.batch
+    mark = get_image_token(model)
+    columns = torch.nonzero(bench.real_of(0, batch.ids, batch) == mark).flatten().tolist()
+    seen = bench.read_of(0, "embed", None)[columns]
+    if model.anatomy.embedding is not None and mark < model.shape.vocab_size:
+        blind = bench.module(model.anatomy.embedding)(torch.full_like(batch.ids[0, :1], mark))
+        yield CheckOutcome(
+            "embed at an image's tokens is not that of the token",
+            error=0.0
+            if compute_difference(seen[:, 0], blind.expand(len(seen), -1)) > 1e-2
+            else 1.0,
+            tolerance=0.5,
+            failure="it is, so the image is put in behind it",
+        )
+    generator = torch.Generator(seen.device).manual_seed(0)
+    noise = torch.randn(seen.shape, generator=generator, device=seen.device) * seen.std()
+    write = write_whole_site(SiteRead("embed"), 0, columns, noise.to(seen.dtype))
+    logits = run_full(model, batch.take(torch.tensor([0])), writes=[write]).logits
+    assert logits is not None
+    moved = compute_difference(logits[0, -1], bench.logits[0, -1]) > bench.tolerance
+    yield CheckOutcome(
+        "noise at an image's tokens of embed changes the logits",
+        error=0.0 if moved else 1.0,
+        tolerance=0.5,
+        failure="they stay as they are",
+    )
+
+
+def check_position_embedding(bench: CheckBench) -> Iterator[CheckOutcome]:
+    """What is added to `embed` of patches is no part of it: it is the same for every image."""
+    tap = bench.anatomy.taps.get("embed")
+    if bench.stack or tap is None or tap.patches is None:
+        return
+    behind: list[Any] = []
+    handle = bench.module(tap.path).register_forward_hook(lambda *given: behind.append(given[-1]))
+    try:
+        call_with_batch(bench.model, bench.batch)
+    finally:
+        handle.remove()
+    in_front = bench.reads[SiteRead("embed", None)][:, :, 0]
+    first, *others = get_first(behind[0]).to(in_front) - in_front
+    pairs = [(f"image {n}", other, first, in_front) for n, other in enumerate(others, 2)]
+    yield bench.equal("what is added to embed of patches is the same for every image", pairs)
+
+
+def check_cross_attention(bench: CheckBench) -> Iterator[CheckOutcome]:
+    """What its values are made of is the encoder's `final_norm`."""
+    normed = bench.of_stack("encoder", "final_norm") if bench.stack == "cross" else None
+    blocks = bench.anatomy.blocks
+    layers = [n for n in bench.with_sites("v") if blocks[n].taps["v"].path in blocks[n].projections]
+    if normed is None or not layers:
+        return
+
+    def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for layer in layers:
+            tap = blocks[layer].taps["v"]
+            values = view_layout(bench.module(tap.path)(normed[None]), tap.layout)[0]
+            yield f"layer {layer}", bench.read("v", layer), values
+
+    yield bench.equal("v of cross attention is made of the encoder's final_norm", pairs())
+
+
+def check_final_norm(bench: CheckBench) -> Iterator[CheckOutcome]:
+    """Where the last norm returns `final_norm`."""
+    tap, path = bench.anatomy.taps.get("final_norm"), bench.anatomy.final_norm
+    last = bench.with_sites("resid_post")[-1:]
+    if tap is None or path is None or (tap.side, tap.path) != ("out", path) or not last:
+        return
+    stream = bench.vectors("resid_post", last[0])
+    pairs = [("", bench.vectors("final_norm"), bench.module(path)(stream))]
+    yield bench.equal("final_norm = the last norm of the last resid_post", pairs)
+
+
+def check_unembedding_order(bench: CheckBench) -> Iterator[CheckOutcome]:
+    """Whatever scale or cap comes behind it, tokens keep their order; or a bias does, the same for
+    all positions."""
+    path = bench.anatomy.unembedding
+    if bench.stack or path is None or "final_norm" not in bench.shape.sites:
+        return
+    logits = bench.module(path)(bench.vectors("final_norm"))
+    found, expected = bench.output(bench.logits), logits[..., : bench.logits.shape[-1]]
+    # Ties, as circuits set by hand have them, may be ordered either way.
+    likeliest = expected.gather(-1, found.argmax(-1, keepdim=True)).squeeze(-1)
+    spacing = torch.finfo(expected.dtype).eps * expected.abs().amax(-1)
+    off = expected.amax(-1) - likeliest > spacing
+    bias = (found - expected).mean(0, keepdim=True)
+    if len(found) > 1 and compute_difference(expected + bias, found) <= bench.tolerance:
+        off = torch.zeros_like(off)
+    yield CheckOutcome(
+        "final_norm through the unembedding orders tokens as logits do",
+        error=float(off.float().mean()),
+        tolerance=0.0,
+        failure="the likeliest token is another one",
+    )
+
+
+def check_head_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
+    anatomy = bench.anatomy
+
+    def pairs() -> Iterator[TensorComparison]:
+        for layer in bench.with_sites("head_out", "attn_out"):
+            block = anatomy.blocks[layer]
+            assert block.output is not None
+            heads = bench.read("head_out", layer)
+            total = heads.sum(1)
+            projection = bench.module(block.output)
+            with load_weights(projection):
+                bias = getattr(projection, "bias", None)
+            total = total if bias is None else total + bias
+            if block.attn_behind is not None:
+                total, heads = bench.through(block.attn_behind, total), total * 0
+            total = bench.scaled(block.taps["attn_out"], total)
+            heads = bench.scaled(block.taps["attn_out"], heads)
+            yield f"layer {layer}", total, bench.vectors("attn_out", layer), heads
+
+    behind = "the norm behind attention of " if anatomy.blocks[0].attn_behind else ""
+    yield bench.equal(f"{behind}the sum of head_out and the bias = attn_out", pairs())
+
+
+def check_neuron_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
+    def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for layer in bench.with_sites("mlp_hidden", "mlp_out"):
+            block = bench.anatomy.blocks[layer]
+            if block.down is None:
+                continue
+            total = bench.through(block.down, bench.read("mlp_hidden", layer).squeeze(2))
+            if block.mlp_behind is not None:
+                total = bench.through(block.mlp_behind, total)
+            total = bench.scaled(block.taps["mlp_out"], total)
+            out = bench.vectors("mlp_out", layer)
+            # Some multiply it with a constant behind the map.
+            size = (total.double() ** 2).sum()
+            factor = (total.double() * out.double()).sum() / size if size else 1.0
+            yield f"layer {layer}", total.double() * factor, out
+
+    yield bench.equal("mlp_hidden through the down projection = mlp_out", pairs())
+
+
+def check_expert_sums(bench: CheckBench) -> Iterator[CheckOutcome]:
+    """What experts add is their weight times what they make, so without weight they add nothing."""
+
+    def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
+        for layer in bench.with_sites("router", "expert_out"):
+            weights, outs = bench.vectors("router", layer), bench.read("expert_out", layer)
+            idle = weights == 0
+            yield f"layer {layer}", outs[idle], torch.zeros_like(outs[idle])
+
+    yield bench.equal("expert_out is zero where router is", pairs())
+
+
+_IDLE_TOLERANCE = 16
+"""Multiples of the spacing of numbers that rounding may move an output by."""
+
+
+def find_idle_sites(
+    model: LoadedModel, given: Batch, stack: str = ""
+) -> list[tuple[str, int | None]]:
+    """(site, layer) where noise at every token of the first prompt leaves the output as it is.
+
+    given: what the model is run on, two rows. Images are left out: what the language model sees of
+    them isn't the output of their encoder.
+    """
+    if stack == "vision":
+        return []
+    with torch.inference_mode():
+        bench = CheckBench.of(
+            model, stack, build_text_sample(model) if has_images(given) else given
+        )
+        places = [read for read in bench.reads if read.stack == stack]
+        own = [read for read in places if read.site in list_sites(model, stack)]
+        at_once = max(1, MAX_CHECK_TOKENS // max(bench.batch.ids.shape[1], bench.own.ids.shape[1]))
+        idle: list[SiteRead] = []
+        for first in range(0, len(own), at_once):
+            idle += _find_unmoved(bench, own[first : first + at_once])
+    return [(read.site, read.layer) for read in idle]
+
+
+def _find_unmoved(bench: CheckBench, places: list[SiteRead]) -> list[SiteRead]:
+    """Those of the places where noise does nothing, each in a row of its own."""
+    generator = torch.Generator().manual_seed(0)
+    writes: list[SiteWrite] = []
+    for row, read in enumerate(places):
+        tokens = bench.batch.of_site(read.site, bench.stack)
+        values = bench.real_of(0, bench.reads[read], tokens)
+        # As large as what is there, and large enough where nothing is.
+        size = max(1.0, float(values.double().std(unbiased=False)))
+        noise = torch.randn(values.shape, generator=generator).to(values) * size
+        writes.append(write_whole_site(read, row, range(len(values)), noise))
+    batch = bench.batch.take(torch.zeros(len(places), dtype=torch.long))
+    after = run_full(bench.model, batch, writes=writes).logits
+    assert after is not None
+    return [read for row, read in enumerate(places) if _is_same(after[row], bench.logits[0])]
+
+
+def _is_same(after: Tensor, before: Tensor) -> bool:
+    """Whether two outputs are one but for rounding: of each number of the output by itself, as some
+    may be a million times as large as others."""
+    room = _IDLE_TOLERANCE * torch.finfo(before.dtype).eps * before.abs().amax(0, keepdim=True)
+    return bool(((after - before).abs() <= room).all())
+
+
+ATTENTION_IDENTITY = "attention, opened = the model's own"
+"""An identity that a model may break: it has none of the sites within attention then."""
+
+
+def check_attention(bench: CheckBench) -> Iterator[CheckOutcome]:
+    """With all patterns read, what heads return and the logits are the model's."""
+    layers = bench.with_sites("z")
+    if bench.stack or not layers:
+        return
+    within = [SiteRead("pattern", layer) for layer in layers]
+    heads = [SiteRead("z", layer) for layer in layers]
+    try:
+        model = add_attention_sites(bench.model)
+        result = run_full(model, bench.batch, reads=[*within, *heads])
+    except Exception as error:  # a model that attends otherwise raises what it likes
+        text = " ".join(str(error).split())[:100] or type(error).__name__
+        yield CheckOutcome(ATTENTION_IDENTITY, float("inf"), bench.tolerance, failure=text)
+        return
+
+    def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
+        assert result.logits is not None
+        yield "logits", bench.output(result.logits), bench.output(bench.logits)
+        for read in heads:
+            found = bench.real(result.reads[read])
+            yield f"z, layer {read.layer}", found, bench.read("z", read.layer)
+
+    yield bench.equal(ATTENTION_IDENTITY, pairs())
+
+
+def add_attention_sites(model: LoadedModel) -> LoadedModel:
+    """The model with the sites within attention, in the blocks that have heads."""
+    shape = model.shape
+    layers = model.anatomy.layers("z")
+    partly = dict(shape.partly)
+    if len(layers) < shape.n_layers:
+        partly |= dict.fromkeys(ATTENTION_INTERNAL_SITES, frozenset(layers))
+    sizes = dict(shape.sizes)
+    for (site, layer), size in shape.sizes.items():
+        if site in ("q", "k"):
+            sizes[f"{site}_rot", layer] = size
+    return replace(
+        model,
+        shape=replace(
+            shape, sites=shape.sites | set(ATTENTION_INTERNAL_SITES), partly=partly, sizes=sizes
+        ),
+    )
+
+
+PACKED_IDENTITY = "rows restarted at a block and token = whole passes"
+"""An identity that a model may break: every row is a whole pass then."""
+
+PACKED_IMAGE_IDENTITY = "rows restarted at a block and token = whole passes (with an image)"
+"""The same of rows with an image."""
+
+_RESTART_TOKENS = ((2, 4), (1, 2))
+"""Of each prompt, the tokens that rows are restarted at."""
+
+_NARROWED_ROWS = 2
+"""Rows that are also restarted for the logits of some tokens alone, which the last map makes."""
+
+
+def check_packed_rows(bench: CheckBench) -> Iterator[CheckOutcome]:
+    """From every block, at one token or another, and at every site of one block: with other values
+    than the model's own, so that a part that is wrongly taken over shows."""
+    try:
+        encodes = bench.model.shape.takes in ("two texts", "audio")
+        if encodes and "cross" not in bench.model.others:
+            raise CannotPack("its decoder attends to its own tokens and an encoder's at once")
+        if bench.anatomy.whole:
+            raise CannotPack(bench.anatomy.whole)
+        yield _compare_packed_rows(bench)
+    except Exception as error:  # a model that is built otherwise raises what it likes
+        text = " ".join(str(error).split())[:100] or type(error).__name__
+        yield CheckOutcome(PACKED_IDENTITY, float("inf"), bench.tolerance, failure=text)
+
+
+def retry_with_one_prompt(
+    model: LoadedModel, given: Batch
+) -> tuple[LoadedModel, CheckOutcome] | None:
+    """The model called with one prompt where calling it with tokens of many rows failed, with what
+    came of it; None where there is no other way."""
+    encodes = model.shape.takes in ("two texts", "audio")
+    if model.calling.packs == "one prompt" or encodes or model.anatomy.whole:
+        return None
+    given = build_text_sample(model) if has_images(given) else given
+    other = replace(model, calling=replace(model.calling, packs="one prompt"))
+    with torch.inference_mode():
+        outcome = next(check_packed_rows(CheckBench.of(other, "", given)))
+    return (other, outcome) if outcome.passed else None
+
+
+def _compare_packed_rows(bench: CheckBench) -> CheckOutcome:
+    model = bench.model
+    # Of rows with images fewer places are tried, and the last tokens looked at.
+    seeing = has_images(bench.batch)
+    # From the last block backwards: the first rows are those that compute least.
+    streams = [*(bench.some("resid_pre") if seeing else bench.with_sites("resid_pre"))][::-1]
+    places = [(lane, which) for which in range(2) for lane in range(len(bench.batch))]
+    starts = [("resid_pre", at, *places[n % len(places)]) for n, at in enumerate(streams[:-1])]
+    # Where the whole prompt may take part, every place is tried.
+    starts += [("resid_pre", layer, *place) for layer in streams[-1:] for place in places]
+    starts += [("embed", None, *place) for place in places if "embed" in list_sites(model, "")]
+    for name in list_sites(model, ""):
+        layers = list_layers(model.anatomy, name) if SITES[name].has_layer else (None,)
+        if name not in ("embed", "logits"):
+            starts.append((name, layers[len(layers) // 2], *places[len(starts) % len(places)]))
+    lanes = np.array([lane for _, _, lane, _ in starts])
+    lengths = bench.batch.lengths.numpy()[lanes]
+    writes: list[SiteWrite] = []
+    tokens: list[int] = []
+    for number, (name, layer, lane, which) in enumerate(starts):
+        at = max(0, min(_RESTART_TOKENS[lane][which], int(lengths[number]) - 1 - which))
+        own = bench.read_of(lane, name, layer)[at]
+        values = amplify(own, name, model.anatomy)[None] / 50
+        writes.append(write_whole_site(SiteRead(name, layer), number, (at,), values))
+        tokens.append(at)
+    batch = bench.batch.take(torch.from_numpy(lanes))
+    seen = [range(max(0, n - 3) if seeing else 0, n) for n in lengths.tolist()]
+    number = np.repeat(np.arange(len(starts)), [len(one) for one in seen])
+    position = np.array([at for one in seen for at in one])
+    wanted = torch.tensor([list(one) for one in seen]) if seeing else None
+    expected = run_full(model, batch, writes=writes, logits_at=wanted).logits
+    assert expected is not None
+    if model.shape.takes == "image" and model.calling.reads != "every token":
+        number = np.arange(len(starts))  # one output for each
+    some = torch.arange(0, model.shape.outputs, 2)
+
+    def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
+        with record_activations(model, bench.batch, 0) as kept:
+            run_full(model, bench.batch)
+        ends: list[tuple[str, int, Tensor | None]] = [("", len(starts), None)]
+        if model.anatomy.unembedding is not None:
+            ends.append((", some tokens", _NARROWED_ROWS, some))
+        for end, rows, columns in ends:
+            count = int(np.searchsorted(number, rows))
+            result = run_packed(
+                model,
+                kept,
+                lanes[:rows],
+                writes=writes[:rows],
+                final=(number[:count], position[:count]),
+                tokens=columns,
+            )
+            for i, (name, layer, *_) in enumerate(starts[:rows]):
+                whole = expected[i] if seeing else bench.real_of(i, expected, batch)
+                whole = whole if columns is None else whole[:, columns]
+                whole = whole[None] if whole.dim() == 1 else whole
+                where = f"{label_site(name, layer)}, token {tokens[i]}{end}"
+                yield where, result.logits[number[:count] == i], whole
+
+    exact = model.dtype in (torch.float32, torch.float64)
+    return bench.equal(PACKED_IDENTITY, pairs(), bench.tolerance / 10 if exact else bench.tolerance)

@@ -1,0 +1,600 @@
+"""Read the shape of a model from its `config.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+from mechdsl.base import limits
+from mechdsl.base.files import load_json
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.models import (
+    BadSize,
+    ComponentNotFound,
+    ModelTooLarge,
+    NoConfig,
+    NotATextModel,
+    ShapeUnknown,
+    SingleOutput,
+)
+from mechdsl.images.processing import PatchLayout
+from mechdsl.models.anatomy import Family, ModelConfig
+from mechdsl.models.families import find_family  # registers the families
+from mechdsl.models.shape import (
+    ENCODER_TYPES,
+    OTHER_SEQUENCE_CLASSIFIERS,
+    ModelInput,
+    ModelShape,
+    OutputTask,
+    is_headless,
+    output_position,
+    output_task,
+)
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES, sites_of_module
+
+LAYER_KEYS = (
+    "num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "num_layers",
+    "n_layers", "depth", "decoder_num_hidden_layers",
+)  # fmt: skip
+
+HEAD_KEYS = (
+    "num_attention_heads", "n_head", "decoder_attention_heads", "num_heads", "n_heads",
+    "attention_heads", "decoder_num_attention_heads",
+)  # fmt: skip
+
+KV_HEAD_KEYS = (
+    "num_key_value_heads", "num_kv_heads", "n_head_kv", "decoder_num_key_value_heads",
+)  # fmt: skip
+
+WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "model_dim", "dim")
+
+HEAD_WIDTH_KEYS = ("head_dim", "d_head", "d_kv", "kv_channels")
+
+MLP_KEYS = (
+    "intermediate_size_mlp", "dense_intermediate_size", "prefix_dense_intermediate_size",
+    "intermediate_size", "n_inner", "decoder_ffn_dim", "ffn_dim", "ffn_hidden_size", "d_ff", "dff",
+    "hidden_dim",
+)  # fmt: skip
+
+MLP_FACTOR_KEYS = ("intermediate_multiple_size",)
+
+VOCAB_KEYS = ("vocab_size",)
+
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+
+EMBEDDING_KEYS = ("embedding_size", "word_embed_proj_dim")
+"""Widths of embeddings, in front of the stream and behind it, where that isn't the model's."""
+
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+KEY_GROUPS = (
+    LAYER_KEYS, HEAD_KEYS, KV_HEAD_KEYS, WIDTH_KEYS, HEAD_WIDTH_KEYS, MLP_KEYS, MLP_FACTOR_KEYS, VOCAB_KEYS, POSITION_KEYS, EMBEDDING_KEYS,
+    EXPERT_KEYS,
+)  # fmt: skip
+"""Keys that say the same thing."""
+
+MIXER_KEYS = (
+    "mamba", "ssm", "state_size", "conv_L_cache", "linear_num_", "linear_attn", "lru_width",
+    "rescale_every", "qk_dim_factor", "short_conv",
+)  # fmt: skip
+"""How keys begin that only configs of state-space, convolution or recurrent models have."""
+
+COUNT_KEYS = (LAYER_KEYS, HEAD_KEYS, KV_HEAD_KEYS, WIDTH_KEYS, MLP_KEYS, VOCAB_KEYS)
+"""Sizes that can't be 0; of the others, 0 says that there is none of its own."""
+
+DECODER_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+OTHER_SIZE_KEYS = (
+    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "input_embedding_size",
+    "output_embedding_size",
+)  # fmt: skip
+
+SIZE_LIMITS: Mapping[str, int] = {
+    **dict.fromkeys(
+        (*WIDTH_KEYS, *HEAD_WIDTH_KEYS, *MLP_KEYS, *VOCAB_KEYS, *EMBEDDING_KEYS, *OTHER_SIZE_KEYS),
+        limits.SIZE,
+    ),
+    **dict.fromkeys(MLP_FACTOR_KEYS, limits.LAYERS),
+    **dict.fromkeys((*HEAD_KEYS, *KV_HEAD_KEYS), limits.HEADS),
+    **dict.fromkeys(EXPERT_KEYS, limits.EXPERTS),
+    **dict.fromkeys(LAYER_KEYS, limits.LAYERS),
+}
+"""The largest number that each key may have."""
+
+
+def subconfig(config: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """The config of a part, or all of it where it isn't divided."""
+    for key in keys:
+        if isinstance(nested := config.get(key), Mapping):
+            return cast(Mapping[str, Any], nested)
+    return config
+
+
+def find_impossible_sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Keys that say a size, with a value that is none: below 1, or no whole number. Lists are of
+    models whose blocks differ, and null is what the library makes of it."""
+    for keys, least in (
+        *((keys, 1) for keys in COUNT_KEYS),
+        (HEAD_WIDTH_KEYS, 0),
+        (EXPERT_KEYS, 0),
+    ):
+        for key in keys:
+            value = config.get(key)
+            if value is None or isinstance(value, bool | list | Mapping):
+                continue
+            if not isinstance(value, int) or value < least:
+                yield key, value
+            break  # the others aren't read
+
+
+def check_sizes(config: Mapping[str, Any], model: str, span: Span | None) -> Diagnostic | None:
+    """E0430 for a number that no model has; what is made of it would fill the memory."""
+    for key, value in {**subconfig(config, "ffn_config"), **config}.items():
+        most = SIZE_LIMITS.get(key)
+        if most is not None and isinstance(value, int) and abs(value) > most:
+            return ModelTooLarge(span=span, model=model, key=key, number=value, most=most)
+    return None
+
+
+def explain_missing_blocks(
+    refused: list[Diagnostic], staged: str, *, model: str, named: str
+) -> list[Diagnostic]:
+    """E0409 in place of numbers that are missing, of a kind that has no list of blocks alike.
+
+    staged: what it has instead; empty where it isn't of that kind. named: the class of the model.
+    """
+    if not staged or not all(isinstance(each, ShapeUnknown) for each in refused):
+        return refused
+    hint = "take a vision transformer whose blocks are alike: ViT, DeiT, DINOv2, BEiT, CLIP"
+    span, part = refused[0].span, "list of blocks"
+    return [
+        ComponentNotFound(
+            span=span, model=model, architecture=named, part=part, reason=staged, hint=hint
+        )
+    ]
+
+
+def is_in_config(config: Mapping[str, Any], found: Iterable[Diagnostic]) -> bool:
+    """Whether a number that could not be read stands in the config all the same."""
+    keys = {key for problem in found if isinstance(problem, ShapeUnknown) for key in problem.named}
+    return any(key in config for key in keys)
+
+
+DEFAULTS_FILE = Path(__file__).with_name("library_defaults.json")
+
+SUBCONFIG_KEYS = ("text_config", "vision_config", "decoder", "encoder")
+"""Keys behind which the config of a part stands."""
+
+
+@cache
+def read_defaults() -> Mapping[str, Mapping[str, Any]]:
+    return json.loads(DEFAULTS_FILE.read_text(encoding="utf-8"))
+
+
+def add_defaults(
+    config: Mapping[str, Any],
+    alike: Iterable[tuple[str, ...]],
+    kind: str = "",
+    table: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The config with what the library takes for granted; as it is for a kind that isn't known.
+
+    alike: keys that say the same, of which a config has one. kind: its `model_type`, where it
+    doesn't say that itself. table: what each kind takes for granted, by default the package's.
+    """
+    kind = str(config.get("model_type", kind))
+    table = read_defaults() if table is None else table
+    known = table.get(kind, {})
+    groups = {key: group for group in alike for key in group}
+    found: dict[str, Any] = {"model_type": kind, **config} if kind else {**config}
+    for key, value in known.items():
+        if all(found.get(each) is None for each in groups.get(key, (key,))):
+            found[key] = value
+    for part in SUBCONFIG_KEYS:
+        given, expected = found.get(part), known.get(part, {})
+        if isinstance(given, Mapping):
+            own = cast("Mapping[str, Any]", given)
+            found[part] = add_defaults(own, alike, expected.get("model_type", ""), table)
+    return found
+
+
+def find_dense_blocks(config: ModelConfig, n_layers: int) -> frozenset[int]:
+    """Blocks without experts, counted from 0."""
+    layers = frozenset(range(n_layers))
+    for key, kind in (("mlp_layer_types", "dense"), ("layers_block_type", "mlp")):
+        kinds = _config_list(config, key)
+        if len(kinds) == n_layers:
+            return frozenset(layer for layer, own in enumerate(kinds) if own == kind)
+    if "moe_layers" in config or "interleave_moe_layer_step" in config:  # Llama 4
+        step = _config_number(config, "interleave_moe_layer_step", 1)
+        return layers - frozenset(
+            _config_list(config, "moe_layers") or range(step - 1, n_layers, step)
+        )
+    if period := _config_number(config, "expert_layer_period"):  # Jamba
+        offset = _config_number(config, "expert_layer_offset")
+        return frozenset(layer for layer in layers if layer % period != offset)
+    first = max(
+        _config_number(config, key) for key in ("first_k_dense_replace", "num_dense_layers")
+    )
+    dense = {*range(first), *_config_list(config, "mlp_only_layers")}
+    for key in ("decoder_sparse_step", "moe_layer_interval"):
+        if step := _config_number(config, key):
+            dense |= {layer for layer in layers if (layer + 1) % step}
+    if "moe_layer_interval" in config:  # ERNIE 4.5
+        end = _config_number(config, "moe_layer_end_index", -1)
+        dense |= set(range(_config_number(config, "moe_layer_start_index")))
+        dense |= set(range(end + 1, n_layers)) if end >= 0 else set()
+    return frozenset(dense & layers)
+
+
+def _config_number(config: ModelConfig, key: str, default: int = 0) -> int:
+    value = config.get(key)
+    return value if isinstance(value, int) else default
+
+
+def _config_list(config: ModelConfig, key: str) -> list[Any]:
+    value = config.get(key)
+    return cast(list[Any], value) if isinstance(value, list) else []
+
+
+MAX_IMAGE_SIDE = 4096
+"""Of a side of an image."""
+
+
+def read_patch_layout(entry: type[Family], config: Mapping[str, Any]) -> PatchLayout | None:
+    """The layout; None where it isn't known of the kind. config: of the encoder."""
+    front = entry.in_front(config)
+    patch, size = (_sides(config.get(key)) for key in ("patch_size", "image_size"))
+    if front is None or patch is None or size is None:
+        return None
+    return PatchLayout(front, patch, size, entry.any_size(config))
+
+
+def _sides(value: object) -> tuple[int, int] | None:
+    """(height, width) of what may be a square."""
+    sides = cast("list[object]", value) if isinstance(value, (list, tuple)) else [value, value]
+    if len(sides) != 2 or not all(isinstance(n, int) and 0 < n <= MAX_IMAGE_SIDE for n in sides):
+        return None
+    return cast("tuple[int, int]", tuple(sides))
+
+
+def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def available_sites(*, parallel: bool, experts: bool, dense: bool, mixers: bool) -> frozenset[str]:
+    """Sites of a decoder with these kinds of blocks."""
+    missing: set[str] = set()
+    if parallel:
+        missing.add("resid_mid")
+    if not dense:
+        missing |= {"mlp_hidden", *sites_of_module("down")}
+    if not experts:
+        missing |= {"router", "expert_out"}
+    if mixers:
+        missing |= {
+            "q",
+            "k",
+            "v",
+            "z",
+            "head_out",
+            "attn_norm",
+            "attn_out",
+            *ATTENTION_INTERNAL_SITES,
+        }
+        missing |= {*sites_of_module("output")}
+    else:
+        missing |= {"mixer_norm", "mixer_out"}
+    return frozenset(SITES) - missing
+
+
+def shape_from_config(
+    config: Mapping[str, Any], *, model: str = "model", span: Span | None = None
+) -> tuple[ModelShape | None, list[Diagnostic]]:
+    """The shape that a `config.json` describes, of the stack that `layer` means.
+
+    `model` is the name in messages, `span` the model statement. Gives E0408 for a config that
+    lacks a number, E0420 for one that can't be.
+    """
+    architectures = config.get("architectures")
+    names = [str(a) for a in cast(list[Any], architectures)] if architectures else []
+    if (task := _scores(config, names)) is not None:
+        return _towers(config, names, task, model=model, span=span)
+    takes = _takes(config, names)
+    text = subconfig(config, "text_config", "decoder") if takes != "image" else config
+    if takes == "image":
+        text = subconfig(config, "vision_config")
+    return _shape(text, config, names, takes, model=model, span=span)
+
+
+def _scores(config: Mapping[str, Any], names: list[str]) -> OutputTask | None:
+    """What the scores of a model with two towers are; None of other models."""
+    kind = str(config.get("model_type"))
+    entry = find_family(kind)
+    parts = (config.get(key) for key in ("vision_config", "text_config"))
+    if not entry.scores or not is_headless(names, kind):
+        return None
+    return entry.scores if all(isinstance(part, Mapping) for part in parts) else None
+
+
+def _towers(
+    config: Mapping[str, Any], names: list[str], task: OutputTask, *, model: str, span: Span | None
+) -> tuple[ModelShape | None, list[Diagnostic]]:
+    """The tower for images of a model with two, and in it that for texts."""
+    told: dict[str, Any] = {"model": model, "span": span}
+    vision, found = _shape(
+        subconfig(config, "vision_config"), config, names, "image", causal=False, **told
+    )
+    part = subconfig(config, "text_config")
+    kind = str(part.get("model_type"))
+    texts, more = _shape(part, part, names, "text", causal=not find_family(kind).encodes, **told)
+    if vision is None or texts is None:
+        return None, [*found, *more]
+    padded = find_family(str(config.get("model_type"))).padded
+    texts = replace(texts, task=task, side="text", output_at="last token", padded=padded)
+    output = vision.sites | {"logits"}
+    vision = replace(vision, sites=output, task=task, side="vision", output_at="image", texts=texts)
+    return vision, []
+
+
+def stack_shape(shape: ModelShape, config: Mapping[str, Any], stack: str) -> ModelShape | None:
+    """The shape of a stack beside the main one: `encoder`, `cross`, `vision`; `config` is the
+    whole model's. None where the config lacks a number."""
+    match stack:
+        case "cross":
+            return shape
+        case "encoder":
+            part = subconfig(subconfig(config, "encoder"), "text_config")
+            part = {**part, **_encoder_numbers(config)}
+        case _:
+            part = subconfig(config, "vision_config", "vision_tower", "vision_model")
+            if "embed_dim" in part:  # and `hidden_size` is the language model's
+                part = {**part, "hidden_size": part["embed_dim"]}
+    found, _ = _shape(part, part, [shape.architecture], "image", causal=False)
+    return found
+
+
+def _encoder_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """An encoder-decoder's own keys for its encoder, under the names that others use."""
+    keys = {
+        "num_decoder_layers": ("num_layers", "encoder_layers", "encoder_num_hidden_layers"),
+        "num_attention_heads": ("encoder_attention_heads", "encoder_num_attention_heads"),
+        "num_key_value_heads": ("encoder_num_key_value_heads",),
+        "intermediate_size": ("encoder_ffn_dim",),
+    }
+    found = {key: _first(config, own) for key, own in keys.items()}
+    return {key: value for key, value in found.items() if value}
+
+
+def _takes(config: Mapping[str, Any], names: list[str]) -> ModelInput:
+    decodes = any(name.endswith("ForCausalLM") for name in names)
+    if config.get("is_encoder_decoder") and not decodes:
+        sounds = find_family(str(config.get("model_type"))).sound(config)
+        return "audio" if sounds else "two texts"
+    if decodes:
+        return "text"
+    images = isinstance(config.get("vision_config"), Mapping)
+    if images and not any("ForImageClassification" in n for n in names):
+        return "image and text"
+    return "image" if images or {"patch_size", "image_size"} <= config.keys() else "text"
+
+
+def _numbers(
+    text: Mapping[str, Any],
+    config: Mapping[str, Any],
+    takes: ModelInput,
+    model: str,
+    span: Span | None,
+) -> tuple[dict[str, int], list[Diagnostic]]:
+    """The numbers that every model has, by what they are; or what is wrong with them."""
+    impossible: list[Diagnostic] = [
+        BadSize(span=span, model=model, key=key, value=json.dumps(value))
+        for key, value in find_impossible_sizes({**{k: config.get(k) for k in VOCAB_KEYS}, **text})
+    ]
+    if impossible:
+        return {}, impossible
+    found = {
+        "number of layers": (_first(text, LAYER_KEYS) or _list_length(text), LAYER_KEYS),
+        "number of heads": (_first(text, HEAD_KEYS) or _headless(text), HEAD_KEYS),
+        "model width": (_first(text, WIDTH_KEYS), WIDTH_KEYS),
+        "vocabulary size": (_first(text, VOCAB_KEYS) or _first(config, VOCAB_KEYS), VOCAB_KEYS),
+    }
+    if takes == "image":
+        del found["vocabulary size"]
+    missing: list[Diagnostic] = [
+        ShapeUnknown(span=span, model=model, what=what, keys=", ".join(f"`{k}`" for k in keys))
+        for what, (value, keys) in found.items()
+        if not value
+    ]
+    if missing:
+        return {}, missing
+    if (too_large := check_sizes(text, model, span)) is not None:
+        return {}, [too_large]
+    return {what: value or 0 for what, (value, _) in found.items()}, []
+
+
+def _shape(
+    text: Mapping[str, Any],
+    config: Mapping[str, Any],
+    names: list[str],
+    takes: ModelInput,
+    *,
+    causal: bool | None = None,
+    model: str = "model",
+    span: Span | None = None,
+) -> tuple[ModelShape | None, list[Diagnostic]]:
+    model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
+    entry = find_family(model_type)
+    numbers, refused = _numbers(text, config, takes, model, span)
+    if refused:
+        named = names[0] if names else model_type
+        return None, explain_missing_blocks(refused, entry.staged, model=model, named=named)
+    n_heads, d_model = numbers["number of heads"], numbers["model width"]
+    parallel = entry.arrangement(text) == "parallel"
+    multi_query = bool(text.get("multi_query")) and not text.get("new_decoder_architecture")
+    latent = _first(text, ("qk_nope_head_dim",))
+    rotary = _first(text, ("qk_rope_head_dim",))
+    width = _first(text, HEAD_WIDTH_KEYS) or d_model // n_heads
+    d_head = latent + (rotary or 0) if latent else width
+    experts = _first(text, EXPERT_KEYS) or _first(subconfig(text, "ffn_config"), EXPERT_KEYS) or 0
+    experts = 0 if text.get("is_moe") is False else experts
+    dense = find_dense_blocks(text, numbers["number of layers"]) if experts else frozenset[int]()
+    sparse = frozenset(range(numbers["number of layers"])) - dense
+    partly: dict[str, frozenset[int]] = {}
+    if dense:
+        partly = dict.fromkeys(("mlp_hidden", *sites_of_module("down")), dense)
+        partly |= {"router": sparse, "expert_out": sparse}
+    task, labels = output_task(config, names)
+    encodes = entry.encodes or (task != "tokens" and model_type in ENCODER_TYPES)
+    if causal is None:
+        decodes = any(name.endswith(DECODER_SUFFIXES) for name in names) or not names
+        decodes = decodes or task != "tokens"
+        causal = decodes and takes != "image" and (not encodes or _decodes(text))
+        causal = causal and text.get("use_bidirectional_attention") not in (True, "all")
+    return ModelShape(
+        architecture=names[0] if names else model_type,
+        family=model_type,
+        n_layers=numbers["number of layers"],
+        n_heads=n_heads,
+        n_kv_heads=n_heads if latent else 1 if multi_query else _kv_heads(text) or n_heads,
+        d_model=d_model,
+        d_head=d_head,
+        d_mlp=(_first(text, MLP_FACTOR_KEYS) or 0) * d_model
+        or _first(text, MLP_KEYS)
+        or 4 * d_model,
+        vocab_size=numbers.get("vocabulary size", 0),
+        max_positions=max(_first(text, POSITION_KEYS) or 0, 0) or None,
+        parallel_block=parallel,
+        sites=available_sites(
+            parallel=parallel,
+            experts=bool(experts),
+            dense=bool(dense) or not experts,
+            mixers=_has_mixers(text),
+        )
+        - ({"logits"} if _without_head(names, model_type, takes, task) else set()),
+        d_value=_first(text, ("v_head_dim",)) or d_head,
+        d_embed=_first(text, ("input_embedding_size", *EMBEDDING_KEYS)) or d_model,
+        n_experts=experts,
+        causal=causal,
+        takes=takes,
+        masked=any("ForMaskedLM" in name for name in names),
+        d_final=_narrow(text, d_model),
+        d_logits=len(labels),
+        task=task,
+        labels=labels,
+        output_at=output_position(names, encodes=encodes),
+        patches=read_patch_layout(entry, text) if takes == "image" else None,
+        partly=partly,
+        config=text,
+    ), []
+
+
+def _without_head(names: list[str], model_type: str, takes: ModelInput, task: OutputTask) -> bool:
+    return is_headless(names, model_type) or (takes == "image" and task == "tokens")
+
+
+def _narrow(config: Mapping[str, Any], d_model: int) -> int:
+    """Width of what the unembedding reads, 0 for the model's."""
+    width = _first(config, ("output_embedding_size", *EMBEDDING_KEYS)) or 0
+    return width if width != d_model else 0
+
+
+def _kv_heads(config: Mapping[str, Any]) -> int | None:
+    if config.get("new_decoder_architecture") is False:  # Falcon: written, but not used
+        return None
+    return _first(config, KV_HEAD_KEYS)
+
+
+def _decodes(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("is_decoder"))
+
+
+def _has_mixers(config: Mapping[str, Any]) -> bool:
+    return has_mixer_blocks(config) or any(key.startswith(MIXER_KEYS) for key in config)
+
+
+def has_mixer_blocks(config: Mapping[str, Any]) -> bool:
+    """Whether the config names blocks that attend without a softmax, or not at all."""
+    kinds = config.get("layer_types") or config.get("layers_block_type") or ()
+    return any(str(kind).startswith("linear_attention") for kind in kinds)
+
+
+def _list_length(config: Mapping[str, Any]) -> int | None:
+    """How many blocks a list names."""
+    blocks = config.get("layers_block_type")
+    return len(cast(list[Any], blocks)) if isinstance(blocks, list) else None
+
+
+def _headless(config: Mapping[str, Any]) -> int | None:
+    """State-space models have no heads; one stands for all."""
+    return 1 if _has_mixers(config) else None
+
+
+def read_config(
+    folder: Path, *, name: str = "config.json", model: str = "model", span: Span | None = None
+) -> tuple[dict[str, Any] | None, list[Diagnostic]]:
+    """The `config.json` of a folder, or another file of that kind; E0404 where it can't be read."""
+
+    def refused(reason: str) -> tuple[None, list[Diagnostic]]:
+        return None, [NoConfig(span=span, model=model, reason=reason, file=name)]
+
+    try:
+        config = load_json((folder / name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a text file"
+        return refused(str(reason).lower())
+    except ValueError as error:
+        return refused(f"not JSON: {getattr(error, 'msg', str(error))}")
+    if not isinstance(config, dict):
+        return refused("it is not a JSON object")
+    return cast(dict[str, Any], config), []
+
+
+def shape_of_folder_config(
+    config: Mapping[str, Any], *, model: str = "model", span: Span | None = None
+) -> tuple[ModelShape | None, list[Diagnostic]]:
+    """The shape that a folder's config describes, with what its kind takes for granted; E0408 for a
+    number that neither says."""
+    try:
+        shape, found = shape_from_config(config, model=model, span=span)
+        if shape is None and all(isinstance(each, ShapeUnknown) for each in found):
+            text = subconfig(config, "text_config", "decoder")
+            if not is_in_config(text, found):
+                whole = add_defaults(config, KEY_GROUPS)
+                return shape_from_config(whole, model=model, span=span)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        # Anything may stand behind a key, and each family reads its own.
+        reason = f"one of its entries is not what it should be ({error})"
+        return None, [NoConfig(span=span, model=model, reason=reason)]
+    return shape, found
+
+
+def read_shape(
+    folder: Path, *, model: str = "model", span: Span | None = None
+) -> tuple[ModelShape | None, list[Diagnostic]]:
+    """The shape of the model in a folder; E0404 where its `config.json` can't be read, E0407 where
+    it doesn't read text alone, E0439 where its output is one that can't be measured."""
+    config, found = read_config(folder, model=model, span=span)
+    if config is None:
+        return None, found
+    shape, found = shape_of_folder_config(config, model=model, span=span)
+    if shape is not None and (
+        shape.takes not in ("text", "image and text", "image")
+        or (shape.takes == "image" and shape.patches is None)
+    ):
+        return None, [NotATextModel(span=span, model=model, architecture=shape.architecture)]
+    if shape is not None and shape.architecture.endswith(OTHER_SEQUENCE_CLASSIFIERS):
+        reason = "it reads several texts at once"
+        return None, [
+            SingleOutput(span=span, model=model, architecture=shape.architecture, reason=reason)
+        ]
+    return shape, found

@@ -1,0 +1,288 @@
+"""Families of text encoders and encoder-decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import sqrt
+
+from mechdsl.models.anatomy import (
+    BlockAnatomy,
+    BlockArrangement,
+    Family,
+    ModelConfig,
+    ModelInputs,
+    family,
+)
+
+_PADDING = "padding changes what it returns, as {}; prompts of several lengths can't be run at once"
+
+
+@family("convbert")
+class ConvBERT(Family):
+    """Half of its heads are convolutions."""
+
+    @staticmethod
+    def refused(config: ModelConfig) -> str:
+        return _PADDING.format("a convolution beside attention reads the tokens of padding")
+
+
+@family("fnet")
+class FNet(Family):
+    """A Fourier transform in attention's place."""
+
+    @staticmethod
+    def refused(config: ModelConfig) -> str:
+        return _PADDING.format("its Fourier transform is over all tokens, without a mask")
+
+
+@family("nystromformer")
+class Nystromformer(Family):
+    """A convolution over values is added to what attention returns."""
+
+    @staticmethod
+    def refused(config: ModelConfig) -> str:
+        return _PADDING.format("a convolution over values reads the tokens of padding")
+
+
+@family("yoso")
+class YOSO(Family):
+    """Attention without softmax."""
+
+    @staticmethod
+    def refused(config: ModelConfig) -> str:
+        return _PADDING.format("its attention doesn't look at the mask")
+
+
+@family("albert")
+class ALBERT(Family):
+    """One module for all layers; here are the paths where each layer has its own."""
+
+    @staticmethod
+    def refused(config: ModelConfig) -> str:
+        shared = config.get("num_hidden_groups", 1) < config["num_hidden_layers"]
+        if shared or config.get("inner_group_num", 1) > 1:
+            return "its blocks are one module, which is called again for every layer"
+        return ""
+
+    @staticmethod
+    def parts(config: ModelConfig) -> Mapping[str, str]:
+        own = "albert_layers.0"
+        return {
+            "attention": f"{own}.attention",
+            "output": f"{own}.attention.dense",
+            "attn_out": f"{own}.attention.dense",
+            "mlp": f"{own}.ffn, {own}.ffn_output",
+            "mlp_out": f"{own}.ffn_output",
+            "middle": f"{own}.attention.LayerNorm",
+            "end": f"{own}.full_layer_layer_norm",
+        }
+
+    @staticmethod
+    def arrangement(config: ModelConfig) -> BlockArrangement | None:
+        return "behind the sum"
+
+
+@family("xmod")
+class XMOD(Family):
+    """Adapters of languages add to the stream behind the MLP."""
+
+    adds_up = False
+
+    @staticmethod
+    def parts(config: ModelConfig) -> Mapping[str, str]:
+        return {"end": ""}
+
+    @staticmethod
+    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        return replace(block, passes_on=False)
+
+
+@family("mpnet")
+class MPNet(Family):
+    """BERT's blocks with an attention module of their own, and biases by position."""
+
+    additive_positions = True
+
+    @staticmethod
+    def parts(config: ModelConfig) -> Mapping[str, str]:
+        return {
+            "attention": "attention.attn",
+            "output": "attention.attn.o",
+            "attn_out": "attention.attn",
+            "mlp": "intermediate.dense, output.dense",
+            "mlp_out": "output.dense",
+            "middle": "attention.LayerNorm",
+            "end": "output.LayerNorm",
+        }
+
+    @staticmethod
+    def arrangement(config: ModelConfig) -> BlockArrangement | None:
+        return "behind the sum"
+
+
+@family("esmc")
+class ESMC(Family):
+    """What is added is scaled with the number of layers."""
+
+    @staticmethod
+    def scales(config: ModelConfig) -> Mapping[str, float]:
+        by = 1 / sqrt(config["num_hidden_layers"] / 36)
+        return {"attn_out": by, "mlp_out": by}
+
+
+@family("deberta")
+class DeBERTa(Family):
+    """Each head's query, key and value lie together; two get a bias behind their map."""
+
+    additive_positions = True
+    interleaved = True
+
+    @staticmethod
+    def without(config: ModelConfig) -> Mapping[str, str]:
+        reason = "a bias is added to queries and values outside of all modules"
+        return {"q": reason, "v": reason}
+
+    @staticmethod
+    def parts(config: ModelConfig) -> Mapping[str, str]:
+        """Without `legacy`, the head multiplies with the embeddings' matrix itself. The norm beside
+        the blocks is one of distances."""
+        head = "lm_predictions.lm_head.LayerNorm"
+        return {"final_norm": ""} | ({} if config.get("legacy", True) else {"head": head})
+
+
+@family("deberta-v2")
+class DeBERTa2(Family):
+    """Scores have parts by distance; a convolution may stand beside the first block."""
+
+    additive_positions = True
+
+    @staticmethod
+    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        if config.get("share_att_key") and config.get("relative_attention"):
+            # The maps of queries and keys are called again, on distances.
+            again = {site: replace(block.taps[site], again=True) for site in ("q", "k")}
+            block = block.with_taps(**again)
+        convolved = layer == 0 and config.get("conv_kernel_size")
+        return replace(block, behind=None) if convolved else block
+
+    @staticmethod
+    def whole(config: ModelConfig) -> str:
+        convolved = config.get("conv_kernel_size")
+        return "a convolution beside its first block changes the stream" if convolved else ""
+
+    @staticmethod
+    def parts(config: ModelConfig) -> Mapping[str, str]:
+        return DeBERTa.parts(config)
+
+
+@family("neomme")
+class NeoMME(Family):
+    """Attention reads the stream with embeddings mixed in; some layers add others to values."""
+
+    @staticmethod
+    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        full = [n for n, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
+        block = replace(block, reads_stream=False)
+        return block.without("v") if layer in (full[0], full[-1]) else block
+
+
+@family("ibert")
+class IBERT(Family):
+    """BERT for whole numbers."""
+
+    @staticmethod
+    def refused(config: ModelConfig) -> str:
+        quantized = config.get("quant_mode")
+        return "its activations are whole numbers with scales beside them" if quantized else ""
+
+
+@family("t5", "mt5", "umt5", "longt5")
+class T5(Family):
+    """Positions are added to the scores."""
+
+    additive_positions = True
+
+
+@family("switch_transformers")
+class Switch(T5):
+    """Tokens that come when an expert has taken as many as it may aren't given to any."""
+
+    @staticmethod
+    def whole(config: ModelConfig) -> str:
+        return "each expert takes a fixed number of the tokens that stand side by side"
+
+
+@family("nllb-moe")
+class NLLBMoE(Family):
+    """Experts of which each may take as many tokens as there are, or a part of them."""
+
+    @staticmethod
+    def refused(config: ModelConfig) -> str:
+        if config.get("moe_eval_capacity_token_fraction", 1.0) >= 1:
+            return ""
+        return "its experts take a part of a pass's tokens, so that prompts change one another"
+
+
+@family("bigbird_pegasus")
+class BigBirdPegasus(Family):
+    """The norm behind the encoder's blocks is called one of embeddings."""
+
+    @staticmethod
+    def parts(config: ModelConfig) -> Mapping[str, str]:
+        return {"final_norm": "layernorm_embedding"}
+
+
+@family("led")
+class LED(Family):
+    """Its encoder attends within windows."""
+
+    @staticmethod
+    def lost(config: ModelConfig) -> Mapping[str, str]:
+        return {"encoder": "its encoder fills prompts up to whole windows by itself"}
+
+
+@family("pegasus_x")
+class PegasusX(Family):
+    """Its encoder attends within blocks, and to global tokens."""
+
+    @staticmethod
+    def lost(config: ModelConfig) -> Mapping[str, str]:
+        reason = "its encoder fills prompts up to whole blocks, and has global tokens beside them"
+        return {"encoder": reason}
+
+
+@family("speech_to_text")
+class SpeechToText(Family):
+    """Frames come before their features, and there may be any number of them."""
+
+    @staticmethod
+    def sound(config: ModelConfig) -> ModelInputs:
+        return {"input_features": (1, 24, config["input_feat_per_channel"])}
+
+
+@family("moonshine")
+class Moonshine(Family):
+    """It reads the sound itself."""
+
+    @staticmethod
+    def sound(config: ModelConfig) -> ModelInputs:
+        return {"input_values": (1, 3000)}
+
+
+@family("fsmt")
+class FSMT(Family):
+    """Its tensors have positions in front of the batch."""
+
+    @staticmethod
+    def refused(config: ModelConfig) -> str:
+        return "its blocks have positions before the batch"
+
+
+@family("prophetnet")
+class ProphetNet(Family):
+    """Its decoder predicts several tokens ahead."""
+
+    @staticmethod
+    def refused(config: ModelConfig) -> str:
+        return "its decoder runs several streams as one sequence"

@@ -1,0 +1,405 @@
+"""Families of state-space, convolutional, recurrent and mixture-of-experts models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from mechdsl.models.anatomy import (
+    BlockAnatomy,
+    BlockArrangement,
+    Family,
+    HookPoint,
+    ModelConfig,
+    TensorLayout,
+    family,
+)
+
+_HEADS = ("q", "k", "v", "z", "head_out")
+
+_STREAM = ("resid_pre", "resid_mid", "resid_post")
+
+
+class _Front(Family):
+    """Norms are in front of the sublayers."""
+
+    @staticmethod
+    def arrangement(config: ModelConfig) -> BlockArrangement | None:
+        return "front"
+
+
+@family("granitemoeshared", "granitemoehybrid", "granitemoe_swa")
+class GraniteMoE(_Front):
+    """Experts may stand beside an MLP that is always asked."""
+
+
+@family("falcon_h1")
+class FalconH1(_Front):
+    """Attention and a state-space layer side by side, each with a factor of its own."""
+
+    adds_up = False
+
+    @staticmethod
+    def without(config: ModelConfig) -> Mapping[str, str]:
+        reason = "attention and a state-space layer stand side by side, and their sum is added"
+        return dict.fromkeys(("mixer_norm", "mixer_out", "resid_mid"), reason)
+
+
+@family("zamba", "zamba2")
+class Zamba(_Front):
+    """In hybrid blocks attention and MLP write to what the state-space layer reads, alone."""
+
+    @staticmethod
+    def parts(config: ModelConfig) -> Mapping[str, str]:
+        return {"mixer": "mamba_decoder.mamba", "mlp": ""}
+
+    @staticmethod
+    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        hybrid = config["layers_block_type"][layer] == "hybrid"
+        return replace(block, reads_stream=False) if hybrid else block
+
+
+@family("gemma3n_text")
+class Gemma3n(_Front):
+    """Several streams, of which each sublayer reads a mixture; late blocks have no keys."""
+
+    adds_up = False
+
+    @staticmethod
+    def without(config: ModelConfig) -> Mapping[str, str]:
+        return dict.fromkeys(_STREAM, "its blocks hand on several streams, which each mixes anew")
+
+    @staticmethod
+    def whole(config: ModelConfig) -> str:
+        return "its blocks hand on several streams"
+
+
+@family("diffllama")
+class DiffLlama(_Front):
+    """Differential attention: what a head returns is a difference of two."""
+
+    @staticmethod
+    def without(config: ModelConfig) -> Mapping[str, str]:
+        reason = "a head's output is the difference of two attention heads', twice as wide"
+        return {"z": reason, "head_out": reason, "v": "each value is read by heads of all groups"}
+
+    @staticmethod
+    def whole(config: ModelConfig) -> str:
+        return "its blocks attend twice"
+
+
+@family("gemma4_text")
+class Gemma4(_Front):
+    """Perhaps an embedding of the token for each layer, and late blocks without keys."""
+
+    @staticmethod
+    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        more = bool(config.get("hidden_size_per_layer_input"))
+        return replace(block, adds_up=not more, passes_on=not more)
+
+    @staticmethod
+    def whole(config: ModelConfig) -> str:
+        shared = config.get("num_kv_shared_layers")
+        return "late blocks attend to keys and values of earlier ones" if shared else ""
+
+
+@family("doge")
+class Doge(_Front):
+    """The stream is multiplied with a learned vector before anything is added."""
+
+    adds_up = False
+
+    @staticmethod
+    def refused(config: ModelConfig) -> str:
+        mixed = (
+            "a token's experts depend on later tokens: its router takes all tokens' scores apart"
+        )
+        return mixed if config.get("is_moe") else ""
+
+    @staticmethod
+    def without(config: ModelConfig) -> Mapping[str, str]:
+        return {"resid_mid": "the stream is scaled, feature by feature, where attention is added"}
+
+    @staticmethod
+    def whole(config: ModelConfig) -> str:
+        return "values decide which tokens are attended to"
+
+
+@family("minimax")
+class MiniMax(_Front):
+    """The stream is normed, not only what is read of it, and each sum weighs its parts."""
+
+    adds_up = False
+
+    @staticmethod
+    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        kind = "linear" if config["layer_types"][layer] == "linear_attention" else "full"
+        middle = HookPoint(
+            f"{block.path}.post_attention_layernorm", "out", block.taps["resid_mid"].layout
+        )
+        mixed = replace(block.taps["mixer_out"], scale=config[f"{kind}_attn_beta_factor"])
+        added = replace(block.taps["mlp_out"], scale=config["mlp_beta_factor"])
+        taps = {"resid_mid": middle, "mixer_out": mixed, "mlp_out": added}
+        return replace(block.with_taps(**taps), mlp_norm=None)
+
+
+@family("rwkv")
+class RWKV(_Front):
+    """Recurrent; the first block norms the stream, and every few blocks it is halved."""
+
+    adds_up = True
+    mixes = True
+
+    @staticmethod
+    def parts(config: ModelConfig) -> Mapping[str, str]:
+        return {"down": "feed_forward.value"}
+
+    @staticmethod
+    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        every = config.get("rescale_every") or 0
+        halved = every > 0 and (layer + 1) % every == 0
+        block = replace(block, down=None, behind=0.5 if halved else 1.0)  # a gate stands behind it
+        if layer > 0:
+            return block
+        return replace(block.without("resid_mid"), adds_up=False, reads_stream=False)
+
+
+@family("zaya")
+class Zaya(_Front):
+    """Both sums scale and shift the stream and what is added, feature by feature."""
+
+    adds_up = False
+
+    @staticmethod
+    def without(config: ModelConfig) -> Mapping[str, str]:
+        added = "what is added is scaled and shifted, feature by feature"
+        made = "keys and values of a token are made of its neighbours too"
+        return {"attn_out": added, "mlp_out": added, "k": made, "v": made}
+
+    @staticmethod
+    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        z, attention = block.taps["z"].layout, f"{block.path}.self_attn"
+        q = HookPoint(f"{attention}.qk_norm", "out", TensorLayout(z.units, z.width, axes="heads"))
+        middle = f"{block.path}.post_attention_residual_scale"
+        middle = HookPoint(middle, "out", block.taps["resid_mid"].layout)
+        return block.with_taps(q=q, resid_mid=middle)
+
+    @staticmethod
+    def whole(config: ModelConfig) -> str:
+        return "queries, keys and values of a token are made of its neighbours too"
+
+
+@family("jetmoe")
+class JetMoE(_Front):
+    """Attention is a mixture of experts as well: a token's experts make its queries."""
+
+    @staticmethod
+    def without(config: ModelConfig) -> Mapping[str, str]:
+        reason = "a token's queries and outputs come from the experts that it is sent to"
+        return dict.fromkeys(("q", "z", "head_out"), reason)
+
+    @staticmethod
+    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        heads, width = config["num_key_value_heads"], config["kv_channels"]
+        made = f"{block.path}.self_attention.kv_proj"
+        k, v = (TensorLayout.heads(heads, width, offset=i * heads * width) for i in range(2))
+        return block.with_taps(k=HookPoint(made, "out", k), v=HookPoint(made, "out", v))
+
+
+class _Streams(_Front):
+    """Several streams side by side, of which each sublayer reads a mixture."""
+
+    adds_up = False
+
+    @staticmethod
+    def without(config: ModelConfig) -> Mapping[str, str]:
+        return dict.fromkeys(_STREAM, "its blocks hand on several streams")
+
+    @staticmethod
+    def whole(config: ModelConfig) -> str:
+        return "its blocks hand on several streams"
+
+
+@family("deepseek_v4")
+class DeepSeekV4(_Streams):
+    """One key is the value of all heads, too; outputs go through a projection in groups."""
+
+    @staticmethod
+    def without(config: ModelConfig) -> Mapping[str, str]:
+        one = "keys are values, with tokens of compressed windows among them"
+        return {
+            **_Streams.without(config),
+            "k": one,
+            "v": one,
+            "z": "the output projection is made of two, in groups of heads",
+            "head_out": "the output projection is made of two, in groups of heads",
+        }
+
+
+@family("hy_v4")
+class HunyuanV4(_Streams):
+    """What a sublayer returns is weighed for each stream."""
+
+    @staticmethod
+    def without(config: ModelConfig) -> Mapping[str, str]:
+        weighed = "what a sublayer returns is weighed for each stream"
+        return {**_Streams.without(config), "attn_out": weighed, "mlp_out": weighed}
+
+
+@family("qwen4_exp_text")
+class Qwen4(_Streams):
+    """What a sublayer returns is weighed for each stream."""
+
+    @staticmethod
+    def without(config: ModelConfig) -> Mapping[str, str]:
+        weighed = "what a sublayer returns is weighed for each stream"
+        return {**_Streams.without(config), "mixer_out": weighed, "mlp_out": weighed}
+
+
+@family("longcat_flash")
+class LongCat(_Front):
+    """Each block has two attention sublayers, two MLPs and experts beside them."""
+
+    adds_up = False
+
+    @staticmethod
+    def without(config: ModelConfig) -> Mapping[str, str]:
+        reason = "each block has two attention sublayers, two MLPs and experts beside them"
+        inside = (*_HEADS, "attn_norm", "attn_out", "resid_mid", "mlp_norm", "mlp_hidden")
+        return dict.fromkeys((*inside, "router", "expert_out", "mlp_out"), reason)
+
+    @staticmethod
+    def whole(config: ModelConfig) -> str:
+        return "each block has two attention sublayers"
+
+
+@family("inkling_text")
+class Inkling(_Front):
+    """Short convolutions behind keys, values and both sublayers."""
+
+    @staticmethod
+    def parts(config: ModelConfig) -> Mapping[str, str]:
+        return {"attn_behind": "attn_sconv", "mlp_behind": "mlp_sconv"}
+
+    @staticmethod
+    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        if "v" not in block.taps:
+            return block
+        v = replace(block.taps["v"], path=f"{block.path}.self_attn.v_sconv")
+        return block.with_taps(v=v)
+
+    @staticmethod
+    def whole(config: ModelConfig) -> str:
+        return "short convolutions mix tokens outside of attention"
+
+
+@family("inkling2_text")
+class Inkling2(_Front):
+    """Every sublayer reads a mean over sums of earlier blocks; short convolutions as in Inkling."""
+
+    adds_up = False
+
+    @staticmethod
+    def parts(config: ModelConfig) -> Mapping[str, str]:
+        return {
+            "attn_behind": "post_attention_convolution",
+            "mlp_behind": "post_mlp_convolution",
+        }
+
+    @staticmethod
+    def without(config: ModelConfig) -> Mapping[str, str]:
+        return dict.fromkeys(_STREAM, "sublayers read a mean over earlier blocks, not one stream")
+
+    @staticmethod
+    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        if config["layer_types"][layer] == "hybrid_sliding":
+            return block
+        return block.without("attn_norm")  # queries, keys and values have inputs of their own
+
+    @staticmethod
+    def whole(config: ModelConfig) -> str:
+        return "its sublayers read a mean over earlier blocks"
+
+
+@family("mimo_v2_flash")
+class MiMo(_Front):
+    """Values may be scaled behind their projection."""
+
+    @staticmethod
+    def without(config: ModelConfig) -> Mapping[str, str]:
+        if config.get("attention_value_scale") in (None, 1):
+            return {}
+        return {"v": "values are multiplied with a constant behind their projection"}
+
+
+@family("roformer")
+class RoFormer(Family):
+    """Values may be rotated too."""
+
+    @staticmethod
+    def without(config: ModelConfig) -> Mapping[str, str]:
+        return {"v": "values are rotated"} if config.get("rotary_value") else {}
+
+
+@family("nemotron_h")
+class NemotronH(_Front):
+    """Each block has one sublayer, which is called mixer whatever it does."""
+
+    @staticmethod
+    def block(config: ModelConfig, layer: int, block: BlockAnatomy) -> BlockAnatomy:
+        kind = config["layers_block_type"][layer]
+        if kind not in ("mlp", "moe"):
+            return block
+        mlp = f"{block.path}.mixer"
+        taps = {"mlp_norm": block.taps["mixer_norm"], "mlp_out": block.taps["mixer_out"]}
+        down = None
+        if kind == "mlp":
+            down = f"{mlp}.down_proj"
+            taps["mlp_hidden"] = HookPoint(
+                down, "in", TensorLayout.neurons(config["intermediate_size"])
+            )
+        elif not config.get("moe_latent_size"):  # experts are as wide as the stream
+            count, width = config["n_routed_experts"], config["hidden_size"]
+            taps["router"] = HookPoint(f"{mlp}.experts", "in", TensorLayout.whole(count))
+            taps["expert_out"] = HookPoint(
+                f"{mlp}.experts", "out", TensorLayout(count, width, stride=0)
+            )
+        block = block.without("mixer_norm", "mixer_out").with_taps(**taps)
+        return replace(block, down=down, attn_norm=None, mlp_norm=block.attn_norm)
+
+
+def _experts_scaled() -> Mapping[str, str]:
+    return dict.fromkeys(("router", "expert_out"), "the experts' sum is scaled outside of them")
+
+
+@family("laguna")
+class Laguna(_Front):
+    """Heads differ by layer, and the experts' sum may be scaled."""
+
+    @staticmethod
+    def without(config: ModelConfig) -> Mapping[str, str]:
+        scaled = config.get("moe_routed_scaling_factor") not in (None, 1)
+        return _experts_scaled() if scaled else {}
+
+
+@family("minimax_m3_vl_text")
+class MiniMaxM3(_Front):
+    """The experts' sum may be scaled; sparse blocks choose what they attend to."""
+
+    @staticmethod
+    def without(config: ModelConfig) -> Mapping[str, str]:
+        return _experts_scaled() if config.get("routed_scaling_factor") not in (None, 1) else {}
+
+    @staticmethod
+    def whole(config: ModelConfig) -> str:
+        sparse = "minimax_m3_sparse" in config.get("layer_types", ())
+        return "an indexer picks the tokens that are attended to" if sparse else ""
+
+
+@family("reformer")
+class Reformer(Family):
+    """Reversible."""
+
+    @staticmethod
+    def refused(config: ModelConfig) -> str:
+        return "its blocks carry two streams, within a function of its own"

@@ -1,0 +1,191 @@
+"""Which tokens of a patched row each block recomputes; the unpatched run supplies the others.
+
+A row differs from its starting run at the written tokens and at the tokens that these reach: a
+changed token that enters a block changes itself and, through its key and value, every later token.
+All other values are taken from the unpatched run. No torch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES, SITES, BlockStage, sites_of_stage
+
+TokenMask: TypeAlias = NDArray[np.bool_]
+"""[row, column]"""
+
+SiteMasks: TypeAlias = Mapping[tuple[str, int | None], TokenMask]
+"""(site, layer) → where it is written or read."""
+
+AFTER_LAST_BLOCK = 1 << 30
+"""A number above that of every block."""
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Which parts of the unpatched run a row may take over. All off is a whole pass."""
+
+    resume: bool = True
+    """Blocks below the lowest write."""
+    inside: bool = True
+    """Parts of a block before its first write."""
+    prefix: bool = True
+    """Tokens before the leftmost write."""
+    last: bool = True
+    """Tokens that no measure reads: all behind the last one, and in the last block all others."""
+
+
+FULL_PASS = Shortcuts(resume=False, inside=False, prefix=False, last=False)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockWork:
+    """What the rows compute in one block. At all other tokens the unpatched values stand."""
+
+    present: TokenMask
+    """Tokens that pass through the block."""
+    carried: TokenMask
+    """Of these, the ones whose input comes from the block below."""
+    project: TokenMask
+    """Queries, keys and values are computed."""
+    attend: TokenMask
+    """Attention is computed."""
+    output: TokenMask
+    """Attention's output projection is computed."""
+    mlp: TokenMask
+    """The MLP is computed."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeldSublayers:
+    """Rows of path patching: what their sublayers return is the unpatched run's, but for what is
+    written; only the residual stream carries a change on."""
+
+    rows: NDArray[np.bool_]
+    """[row]"""
+    mlps: NDArray[np.bool_]
+    """[row] whether MLPs are held too."""
+    norms: NDArray[np.bool_]
+    """[row] whether norms divide by what they divide by on the base run; such rows are whole
+    passes."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowMasks:
+    """Some rows, by what they write and what is read of them."""
+
+    real: TokenMask
+    """Columns that hold a token of the prompt."""
+    writes: SiteMasks
+    reads: SiteMasks
+    """Sites that measures read inside the model."""
+    final: TokenMask
+    """Tokens that are read behind the last block."""
+    held: HeldSublayers | None = None
+
+    @property
+    def top(self) -> NDArray[np.int64]:
+        """[row] the highest block that something is read in; all of them where it is read behind
+        the last one."""
+        found = np.full(len(self.real), -1, dtype=np.int64)
+        for (site, layer), mask in self.reads.items():
+            if site == "embed":  # in front of all blocks
+                continue
+            own = np.where(mask.any(axis=1), AFTER_LAST_BLOCK if layer is None else layer, -1)
+            found = np.maximum(found, own)
+        return np.where(self.final.any(axis=1), AFTER_LAST_BLOCK, found)
+
+    def reached(self, mask: TokenMask, *, causal: bool) -> TokenMask:
+        """The tokens that see one of these."""
+        return mask_from_first(mask) if causal else mask.any(axis=1, keepdims=True) & self.real
+
+
+def mask_from_first(mask: TokenMask) -> TokenMask:
+    """The columns from the first one on."""
+    return np.logical_or.accumulate(mask, axis=1)
+
+
+def mask_to_last(mask: TokenMask) -> TokenMask:
+    """The columns up to the last one."""
+    return np.logical_or.accumulate(mask[:, ::-1], axis=1)[:, ::-1]
+
+
+def block_work(
+    rows: RowMasks, n_layers: int, *, parallel: bool, causal: bool = True, shortcuts: Shortcuts
+) -> Iterator[BlockWork]:
+    """The work of each block, from the lowest up.
+
+    parallel: attention and MLP read the same stream. causal: no token sees a later one.
+    """
+    none = np.zeros_like(rows.real)
+    any_read = np.logical_or.reduce([rows.final, *rows.reads.values()])
+    seen = mask_to_last(any_read) & rows.real if shortcuts.last and causal else rows.real
+    carried = rows.writes.get(("embed", None), none) & seen
+    everything = rows.real & seen
+    if shortcuts.prefix and causal:
+        everything = (
+            mask_from_first(np.logical_or.reduce([none, *rows.writes.values()])) & everything
+        )
+    if not shortcuts.resume:
+        carried = everything
+    started = carried.any(axis=1)
+    held, top = rows.held, rows.top
+    of_attention, in_mlp = sites_of_stage("key", "query", "weight"), sites_of_stage("in_mlp")
+    for layer in range(n_layers):
+        written = {site: mask for (site, at), mask in rows.writes.items() if at == layer}
+        read = {site: mask for (site, at), mask in rows.reads.items() if at == layer}
+        at: defaultdict[BlockStage, TokenMask] = defaultdict(lambda: none)
+        for site, mask in written.items():
+            at[SITES[site].stage] = at[SITES[site].stage] | mask
+        anything = np.logical_or.reduce([none, *written.values()])
+        reading = np.logical_or.reduce([none, *read.values()])
+        entered = carried
+        if not shortcuts.prefix:
+            # A row takes the whole prompt along from the block that it starts in.
+            starting = anything.any(axis=1) & ~started
+            entered = entered | (starting[:, None] & everything)
+        if not shortcuts.inside:
+            entered = entered | anything
+        started |= anything.any(axis=1)
+        needed = rows.final if layer == n_layers - 1 and shortcuts.last else seen
+        if shortcuts.last:  # nothing above the highest read of a row
+            needed = needed & (top > layer)[:, None]
+        needed = needed | reading
+        changed = entered | at["stream"]
+        normed = changed | at["norm"]
+        attended_to = normed | at["key"]
+        asked = np.logical_or.reduce(
+            [none, *(read.get(site, none) for site in ATTENTION_INTERNAL_SITES)]
+        )
+        attend = normed | at["query"] | at["weight"]
+        attend = (attend | rows.reached(attended_to, causal=causal)) & needed | asked
+        attend = attend & rows.real
+        project = normed & seen
+        if held is not None:
+            attend &= ~held.rows[:, None]
+            projected = np.logical_or.reduce(
+                [none, *(read.get(site, none) for site in of_attention)]
+            )
+            project &= projected | ~held.rows[:, None]
+        output = attend | (at["mixed"] & needed)
+        middle = changed | output | at["middle"]
+        mlp = (changed if parallel else middle) | at["mlp"]
+        if held is not None:
+            mlp &= ~held.mlps[:, None]
+        mlp = (mlp | at["in_mlp"]) & needed
+        out = (middle | mlp | at["end"]) & needed
+        yield BlockWork(
+            present=(attended_to & seen & (top >= layer)[:, None]) | attend | out | reading,
+            carried=carried & seen,
+            project=project,
+            attend=attend,
+            output=output,
+            mlp=np.logical_or.reduce([mlp, *(read.get(site, none) for site in in_mlp)]),
+        )
+        carried = out

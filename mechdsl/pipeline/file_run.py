@@ -1,0 +1,695 @@
+"""A checked file, run: from its store if nothing changed, else computed.
+
+Torch is imported only if something must be computed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from hashlib import sha256
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechdsl.base.files import package_digest
+from mechdsl.base.records import EXTERNAL_MODULES
+from mechdsl.base.runtime import active_torch_mode, numeric_settings, preserve_random_state
+from mechdsl.base.source import Span
+from mechdsl.checks.file_check import CheckedFile, CheckSettings, needed_models
+from mechdsl.diagnostics.command_line import BadCommandLine
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.files import StoreNotUsed
+from mechdsl.diagnostics.rendering import Diagnostics
+from mechdsl.execute.run_record import ExecutionOptions, RowCounts
+from mechdsl.models.folder import FileHasher, folder_identity, hash_file, json_digest, locate_model
+from mechdsl.pipeline.options import RunOptions, check_folders
+from mechdsl.program.code_hashes import CodeHashError, hash_imported_code, hash_module_code
+from mechdsl.program.python_functions import program_functions
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PromptRun, RunRow
+from mechdsl.resolve.observations import Observation
+from mechdsl.resolve.types import ResolvedExperiment
+from mechdsl.results.experiment_result import FileResult
+from mechdsl.results.results import (
+    ArchiveError,
+    Results,
+    pack_results,
+    package_version,
+    package_versions,
+    unpack_results,
+)
+from mechdsl.results.runs import about_results, export_archive, export_results
+from mechdsl.store.index import StoreProblem
+from mechdsl.store.runs import OpenRun, StoredRun
+from mechdsl.store.store import Store
+
+if TYPE_CHECKING:
+    from mechdsl.forward.hooks.model import LoadedModel
+
+
+SETTINGS_FIELDS = (
+    "parameters",
+    "limit",
+    "only",
+    "python",
+    "require_models",
+    "allow_outside",
+    "untrusted",
+    "prompts_enough",
+)
+
+OPTIONS_FIELDS = ("dtype", "offload", "without")
+
+EXECUTION_FIELDS = ("side", "pass_tokens", "prompt_tokens", "allow_nan")
+"""Fields that go in as they are."""
+
+EXCLUDED_FIELDS: Mapping[type, Mapping[str, str]] = {
+    CheckSettings: {"build": "what it makes goes in as the models do"},
+    RunOptions: {
+        "settings": "those that the file was checked with go in",
+        "device": "what it means on this machine goes in",
+        "execution": "field by field",
+        "out": "what is written there goes with the archived run",
+        "on_profile": "only looks on",
+        "ends": "whether experiments run one by one goes in; a run that was ended isn't archived",
+        "store": "where it lies changes nothing",
+        "fresh": "asks for the same",
+        "hashes": "a run with a key has them",
+    },
+    ExecutionOptions: {"on_progress": "only looks on"},
+}
+"""The other fields, and why they don't: `tests/pipeline/test_run_key.py` asks for all."""
+
+
+class RunKeyError(Exception):
+    """A run can't be told from others; the text says why, in lower case."""
+
+
+def run_key(
+    checked: CheckedFile,
+    options: RunOptions,
+    loaded: Mapping[str, LoadedModel],
+    *,
+    device: str,
+    hashed: FileHasher,
+) -> str:
+    """SHA-256 of all that a run's results hang on.
+
+    loaded: models of Python, by name. device: the kind that `options.device` means here. hashed:
+    SHA-256 of a file.
+    Raises NoKey where that can't be told, OSError where a file can't be read.
+    """
+    return json_digest(key_parts(checked, options, loaded, device=device, hashed=hashed))
+
+
+def key_parts(
+    checked: CheckedFile,
+    options: RunOptions,
+    loaded: Mapping[str, LoadedModel],
+    *,
+    device: str,
+    hashed: FileHasher,
+) -> dict[str, Any]:
+    """What goes into the key, as JSON has it. Arguments and exceptions as of `run_key`."""
+    if checked.unchecked or checked.unrun:
+        raise RunKeyError("a part of the file could not be checked")
+    mode = active_torch_mode()
+    if mode is not None:
+        raise RunKeyError(f"torch's functions may be changed by a `{mode}`, which is active")
+    known = {**checked.built, **loaded}
+    models = _Models(checked, known, hashed)
+    try:
+        python = _python(checked)
+    except CodeHashError as unknown:
+        raise RunKeyError(str(unknown)) from None
+    return {
+        "schema": 1,
+        "texts": [source.text for source in checked.program.sources],
+        "parameters": _told(checked.program.parameters),
+        "settings": {name: _told(getattr(checked.settings, name)) for name in SETTINGS_FIELDS},
+        "options": {
+            **{name: _told(getattr(options, name)) for name in OPTIONS_FIELDS},
+            "offload": options.offload is not None,
+            "one by one": options.ends is not None,
+        },
+        "execution": {name: _told(getattr(options.execution, name)) for name in EXECUTION_FIELDS},
+        "device": device,
+        "machine": [platform.system(), platform.machine(), platform.python_version()],
+        "numbers": numeric_settings(),
+        "prompts": _tables(checked.experiments),
+        "python": python,
+        "models": {name: models.told(name) for name in needed_models(checked)},
+        "versions": _versions(checked, options),
+        "code": package_digest(),
+    }
+
+
+def _told(value: Any) -> Any:
+    """A setting as JSON: `1` isn't `1.0`, nor `"1"`."""
+    if isinstance(value, Mapping):
+        return {str(name): _told(each) for name, each in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(_told, value))
+    return repr(value)
+
+
+def _versions(checked: CheckedFile, options: RunOptions) -> dict[str, str]:
+    models = checked.program.models.values()
+    more = ["safetensors"]
+    more += ["peft"] if any(model.base is not None for model in models) else []
+    images = any(block.kind == "images" for block in checked.program.prompts.values())
+    more += ["pillow"] if images else []
+    more += ["accelerate"] if options.offload is not None else []
+    return {**package_versions(), **{package: package_version(package) for package in more}}
+
+
+def _python(checked: CheckedFile) -> dict[str, Any]:
+    """The user's own code: files that the file names, and modules that have added to the language,
+    with what they import of his."""
+    files: dict[str, str] = {}
+    contents: list[bytes] = []
+    for function in program_functions(checked.program):
+        content = function.path.read_bytes()
+        if sha256(content).hexdigest() != function.digest:
+            raise CodeHashError(f"`{function.file}` has changed since it was checked")
+        files[function.file] = function.digest
+        contents.append(content)
+    beside = hash_imported_code(contents)
+    for module in sorted(EXTERNAL_MODULES):
+        beside |= hash_module_code(module)
+    return {"files": files, "beside": beside}
+
+
+class _Models:
+    """What each model is, and where those run that Python has handed over."""
+
+    def __init__(self, checked: CheckedFile, known: Mapping[str, Any], hashed: FileHasher) -> None:
+        self._checked = checked
+        self._known = known
+        self._hashed = hashed
+
+    def told(self, name: str) -> dict[str, Any]:
+        if name in self._known:
+            return self._of_python(name, self._known[name])
+        model = self._checked.program.models[name]
+        return {
+            "identity": self._identity(name),
+            "dtype": model.dtype,
+            "bos": model.bos,
+            "base": None if model.base is None else self.told(model.base),
+            "folder": self._snapshot(name),
+        }
+
+    def _of_python(self, name: str, model: LoadedModel) -> dict[str, Any]:
+        return {
+            "identity": self._identity(name),
+            "dtype": str(model.dtype),
+            "device": _device_words(model),
+            "source": model.provenance.get("source", ""),
+        }
+
+    def _identity(self, name: str) -> str:
+        if name in self._known:
+            from mechdsl.loading.identity import explain_identity
+
+            found, reason = explain_identity(self._known[name])
+            if found is None:
+                raise RunKeyError(f"it can't be told what model `{name}` is: {reason}")
+            return found
+        model = self._checked.program.models[name]
+        folder, _ = locate_model(model, model.span.source.folder)
+        base = None if model.base is None else self._identity(model.base)
+        found = None
+        if folder is not None:
+            found = folder_identity(model, folder, self._hashed, base=base)
+        if found is None:
+            raise RunKeyError(f"the files of model `{name}` can't be read")
+        return found
+
+    def _snapshot(self, name: str) -> str:
+        """The commit of a snapshot in the library's cache, which results name."""
+        model = self._checked.program.models[name]
+        folder, _ = locate_model(model, model.span.source.folder)
+        inside = folder is not None and folder.parent.name == "snapshots"
+        return folder.name if folder is not None and inside else ""
+
+
+def _device_words(model: LoadedModel) -> str:
+    if model.device.type != "cuda":
+        return model.device.type
+    import torch
+
+    return f"cuda {torch.cuda.get_device_name(model.device)}"
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def _tables(experiments: Iterable[ResolvedExperiment]) -> dict[str, str]:
+    """By experiment, the digest of all that its prompts are."""
+    done: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for each in experiments:
+        if id(each.table) not in done:
+            done[id(each.table)] = _table(each.table)
+        steered = [rule.direction for rule in each.every_rule if rule.direction is not None]
+        saved = [vector.digest for direction in steered for vector in direction.saved]
+        saved += [] if each.model.opposite is None else [each.model.opposite.digest]
+        for rule in each.rules:
+            if isinstance(rule.does, Observation):
+                saved += rule.does.made_of.values()
+        found[each.key] = " ".join([done[id(each.table)], *saved])
+    return found
+
+
+def _table(table: PromptTable) -> str:
+    digest = sha256()
+
+    def take(*parts: object) -> None:
+        digest.update(f"{parts!r}\n".encode("utf-8", "surrogatepass"))
+
+    take(table.name, table.row_ids, table.row_keys, sorted(table.conventions.items()))
+    take(table.data_hash, sorted(table.other_data.items()), table.moved, table.moved_text)
+    take([(each.name, each.digest) for each in table.python])
+    for name, run in table.runs.items():
+        take(name, run.name, run.prompts, run.model, _noise(run))
+        for row in run.rows:
+            take(*_row(row))
+    for name, other in sorted(table.beside.items()):
+        take(name, _table(other))
+    return digest.hexdigest()
+
+
+def _noise(run: PromptRun) -> tuple[object, ...]:
+    noise = run.noise
+    if noise is None:
+        return ()
+    told = (noise.site, noise.positions, noise.std, noise.sds, noise.sd_tokens)
+    return (*told, noise.samples, noise.kind, noise.row_keys)
+
+
+def _row(row: RunRow) -> tuple[object, ...]:
+    texts = [(name, each.text, each.ids, each.of_output) for name, each in row.texts.items()]
+    spans = [tuple(each) for each in row.spans]
+    return row.text, row.ids, row.offsets, row.special, spans, list(row.values.items()), texts
+
+
+_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+
+def cached_device(store: Store, name: str) -> str | None:
+    """The kind of device that a name means, with the name of a GPU; None where nobody knows yet.
+    Raises StoreProblem, OSError."""
+    return "cpu" if name == "cpu" else store.note(_place(name))
+
+
+def detect_device(store: Store, name: str) -> str:
+    """The same, asked of torch and kept. Raises what torch raises where there is no such device."""
+    import torch
+
+    from mechdsl.loading.devices import get_device
+
+    found = get_device(name)
+    told = found.type
+    if told == "cuda":
+        told = f"{told} {torch.cuda.get_device_name(found)}"
+    store.take_note(_place(name), told)
+    return told
+
+
+def _place(name: str) -> str:
+    """What a note is kept under: all that a name of a device hangs on."""
+    parts = {
+        "name": name,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "torch": package_version("torch"),
+        "visible": [os.environ.get(each) for each in _VARIABLES],
+        "files": sorted(_device_files()),
+        "driver": _driver(),
+    }
+    return f"device {json_digest(parts)}"
+
+
+def _device_files() -> list[str]:
+    try:
+        every = os.listdir("/dev")
+    except OSError:
+        return []
+    return [each for each in every if each.startswith(("nvidia", "kfd", "dri"))]
+
+
+def _driver() -> str:
+    try:
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+StartCallback = Callable[[bool], None]
+"""Called before anything is computed, with whether the store keeps what is finished."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+
+class StoreStopped(Exception):
+    """The store takes nothing more, and the run has ended for it."""
+
+    def __init__(self, diagnostic: Diagnostic) -> None:
+        super().__init__(diagnostic)
+        self.diagnostic = diagnostic
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What came of a file."""
+
+    result: FileResult | None
+    """None where it could not be run: then there are errors."""
+    diagnostics: list[Diagnostic]
+    """Those of the run; what checking has found isn't repeated."""
+    notes: tuple[str, ...] = ()
+    """What there is to say of the store, a line each."""
+    run: str = ""
+    """Its id in the store; empty where it isn't there as a whole."""
+
+
+def run_file(
+    checked: CheckedFile,
+    options: RunOptions,
+    loaded: Mapping[str, LoadedModel] | None = None,
+    starting: StartCallback | None = None,
+) -> RunOutcome:
+    """Run a file that was checked without errors, or give again what its store has of it.
+
+    loaded: models of Python, by name. Raises StoreStopped, OSError where `options.out` can't be
+    written, and what computing raises.
+    """
+    return _Run(checked, options, loaded or {}, starting).done()
+
+
+class _Unusable(Exception):
+    """The store isn't used, and why."""
+
+
+@contextmanager
+def _asking() -> Generator[None]:
+    """Whatever is wrong with the store before anything is computed costs the store alone."""
+    try:
+        yield
+    except StoreProblem as problem:
+        raise _Unusable(str(problem)) from problem
+    except OSError as error:
+        raise _Unusable((error.strerror or str(error)).lower()) from error
+
+
+class _Run:
+    """One file on its way."""
+
+    def __init__(
+        self,
+        checked: CheckedFile,
+        options: RunOptions,
+        loaded: Mapping[str, LoadedModel],
+        starting: StartCallback | None,
+    ) -> None:
+        self._checked = checked
+        self._options = options
+        self._loaded = loaded
+        self._starting = starting
+        self._counts = RowCounts()
+        self._warnings: list[Diagnostic] = []
+        self._notes: list[str] = []
+
+    def done(self) -> RunOutcome:
+        folder = self._options.store
+        if folder is None or has_errors(check_folders(self._options)):
+            return self._without()
+        store = None
+        try:
+            with _asking():
+                store = Store(folder)
+            return self._with(store)
+        except _Unusable as problem:
+            self._warn(f"can't be used: {problem}")
+            return self._without()
+        finally:
+            if store is not None:
+                store.close()
+
+    def _warn(self, reason: str) -> None:
+        folder = str(self._options.store)
+        self._warnings.append(StoreNotUsed(folder=folder, reason=reason))
+
+    def _note(self, text: str) -> None:
+        self._notes.append(f"{self._checked.source.name}: {text}")
+
+    def _without(self) -> RunOutcome:
+        """Compute without the store."""
+        # Each file once, although the hash of the weights and the model's identity both ask for it.
+        result, found = self._computed(None, cache(hash_file) if self._options.hashes else None)
+        results = self._results(result, found)
+        if results is not None and self._options.out is not None and not results.files[0].not_run:
+            export_results(results, self._options.out, self._checked.source.text)
+        return RunOutcome(result, [*self._warnings, *found], tuple(self._notes))
+
+    # --- with the store ---------------------------------------------------------------------------
+
+    def _with(self, store: Store) -> RunOutcome:
+        with _asking():
+            device = self._device(store)
+            if device is None:
+                return self._without()
+            try:
+                key = self._key(store, device)
+            except RunKeyError as unknown:
+                self._note(f"nothing of it is kept in the store: {unknown}")
+                return self._without()
+            again = None
+            if not self._options.fresh and self._options.on_profile is None:
+                again = self._again(store, key)
+            run = None if again else store.begin(key, self._about(), fresh=self._options.fresh)
+        if again is not None:
+            stored, results = again
+            return self._shown(stored, results)
+        assert run is not None
+        with run:
+            if not store.writable:
+                self._warn("can only be read, so nothing is kept")
+            return self._kept(store, key, device, run)
+
+    def _device(self, store: Store) -> str | None:
+        """What the name of the device means; None where there is no such device."""
+        name = self._options.device
+        found = cached_device(store, name)
+        if found is None:
+            from mechdsl.loading.devices import explain_device_problem
+
+            if explain_device_problem(name) is not None:  # which is said when it is to be computed
+                return None
+            found = detect_device(store, name)
+        return found
+
+    def _key(self, store: Store, device: str) -> str:
+        """Raises NoKey, StoreProblem, OSError."""
+        return run_key(
+            self._checked, self._options, self._loaded, device=device, hashed=store.file_hash
+        )
+
+    def _again(self, store: Store, key: str) -> tuple[StoredRun, Results] | None:
+        """What the store has of this very run; None where activations are to be written, too."""
+        if self._checked.saving:
+            return None
+        stored = store.finished(key)
+        if stored is None:
+            return None
+        try:
+            return stored, unpack_results(store.content(stored), self._checked.source)
+        except (ArchiveError, StoreProblem):  # of another version, or torn since
+            return None
+
+    def _shown(self, stored: StoredRun, results: Results) -> RunOutcome:
+        """The same as a run would give: under the file's name of today."""
+        result = replace(results.files[0], file=self._checked.source.name)
+        found = [self._here(each) for each in results.diagnostics[stored.about["checked"] :]]
+        now = self._results(result, found)
+        if self._options.out is not None and now is not None:
+            export_results(now, self._options.out, self._checked.source.text)
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(stored.ended))
+        self._note(
+            f"unchanged since {when}: from the store ({stored.id}); `--fresh` computes it again"
+        )
+        return RunOutcome(result, found, tuple(self._notes), stored.id)
+
+    def _here(self, diagnostic: Diagnostic) -> Diagnostic:
+        """A diagnostic whose span is in the files of today; they may lie elsewhere by now."""
+        span = diagnostic.span
+        if span is None:
+            return diagnostic
+        same = [s for s in self._checked.program.sources if s.text == span.source.text]
+        own = self._checked.source
+        source = own if own in same or not same else same[0]
+        if source.text != span.source.text:
+            return diagnostic
+        return replace(diagnostic, span=Span(source, span.start, span.end))
+
+    # --- computing --------------------------------------------------------------------------------
+
+    def _computed(
+        self, run: OpenRun | None, hashed: FileHasher | None, store: Store | None = None
+    ) -> tuple[FileResult | None, list[Diagnostic]]:
+        if self._starting is not None:
+            self._starting(run is not None and bool(run.id))
+        import_module("torch")  # whose random numbers are kept, too
+
+        with preserve_random_state():
+            from mechdsl.loading.loader import import_library
+
+            import_library()
+            from mechdsl.pipeline.computation import run_checked
+
+            return run_checked(
+                self._checked,
+                self._options,
+                self._loaded,
+                run=run,
+                counts=self._counts,
+                hashed=hashed,
+                notes=store,
+            )
+
+    def _kept(self, store: Store, key: str, device: str, run: OpenRun) -> RunOutcome:
+        """Compute, and keep what that gives."""
+        began = time.monotonic()
+
+        def hashed(path: Path) -> str:
+            with suppress(StoreProblem):
+                return store.file_hash(path)
+            return hash_file(path)
+
+        with self._until_full(run):
+            result, found = self._computed(run, hashed, store)
+        results = self._results(result, found)
+        content: Mapping[str, bytes] | None = None
+        id = ""
+        if results is not None:
+            content = self._packed(results)
+            if content is not None and results.complete and run.id:
+                about = self._ending(results, time.monotonic() - began)
+                id = self._finished(store, key, device, run, content, about)
+            if self._options.out is not None and not results.files[0].not_run:
+                export_archive(content or self._pack(results), results, self._options.out)
+        for name, reason in self._counts.not_kept.items():
+            self._note(f"patched values of `{name}` are not kept in the store: {reason}")
+        if self._counts.stored:
+            total = self._counts.stored + self._counts.computed
+            self._note(f"{self._counts.stored:,} of {total:,} rows from the store")
+        return RunOutcome(result, [*self._warnings, *found], tuple(self._notes), id)
+
+    @contextmanager
+    def _until_full(self, run: OpenRun) -> Generator[None]:
+        """StoreStopped where the store fails while it is written to."""
+        try:
+            yield
+        except (StoreProblem, OSError) as error:
+            full = isinstance(error, StoreProblem) or error.errno in _FULL
+            if not run.id or not full:
+                raise
+            said = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            reason = f"the store `{self._options.store}` takes nothing more: {said.lower()}"
+            hint = (
+                "what is finished is kept: make room, and the same command goes on from there; "
+                "`--no-store` runs without a store"
+            )
+            raise StoreStopped(BadCommandLine(reason=reason, hint=hint)) from error
+
+    def _packed(self, results: Results) -> Mapping[str, bytes] | None:
+        try:
+            return self._pack(results)
+        except ArchiveError as problem:
+            self._note(f"its results are not kept in the store: {problem}")
+            return None
+
+    def _pack(self, results: Results) -> dict[str, bytes]:
+        return pack_results(results, self._checked.source.text)
+
+    def _finished(
+        self,
+        store: Store,
+        key: str,
+        device: str,
+        run: OpenRun,
+        content: Mapping[str, bytes],
+        about: Mapping[str, Any],
+    ) -> str:
+        """The run's id, once it is kept under its key; empty where it can't be."""
+        try:
+            if self._key(store, device) != key:
+                raise RunKeyError("a file that it read has changed meanwhile")
+            run.finish(content, about)
+            return run.id
+        except RunKeyError as unknown:
+            self._note(f"its results are not kept in the store: {unknown}")
+        except (StoreProblem, OSError) as error:  # what it gave is there all the same
+            said = error.strerror if isinstance(error, OSError) else None
+            self._warn(f"does not take the results: {(said or str(error)).lower()}")
+        return ""
+
+    def _results(self, result: FileResult | None, found: list[Diagnostic]) -> Results | None:
+        if result is None:
+            return None
+        return Results(
+            (result,), package_versions(), Diagnostics([*self._checked.diagnostics, *found])
+        )
+
+    # --- what the store says of it ----------------------------------------------------------------
+
+    def _about(self) -> dict[str, Any]:
+        source, options = self._checked.source, self._options
+        return {
+            "file": source.name,
+            "path": None if source.path is None else os.path.realpath(source.path),
+            "settings": _given(self._checked, options),
+            "parameters": {n: str(v) for n, v in self._checked.program.parameters.items()},
+            "versions": package_versions(),
+        }
+
+    def _ending(self, results: Results, seconds: float) -> dict[str, Any]:
+        counts = self._counts
+        found = about_results(
+            results, computed=counts.computed, stored=counts.stored, seconds=seconds
+        )
+        return {**found, "checked": len(self._checked.diagnostics)}
+
+
+def _given(checked: CheckedFile, options: RunOptions) -> dict[str, str]:
+    """The options that aren't as they are by themselves, by their names on the command line."""
+    found: dict[str, str] = {}
+    for own, usual, names in (
+        (checked.settings, CheckSettings(), ("limit", "only", "allow_outside", "untrusted")),
+        (options, RunOptions(), ("device", "dtype", "offload", "without", "fresh")),
+        (
+            options.execution,
+            ExecutionOptions(),
+            ("side", "pass_tokens", "prompt_tokens", "allow_nan"),
+        ),
+    ):
+        for name in names:
+            value = getattr(own, name)
+            if value != getattr(usual, name):
+                words = ", ".join(sorted(value)) if isinstance(value, frozenset) else str(value)
+                found[_CALLED.get(name, name.replace("_", "-"))] = words
+    if checked.settings.python == "run":
+        found["allow-python"] = "True"
+    found.update({f"set {name}": value for name, value in checked.settings.parameters.items()})
+    return found
+
+
+_CALLED = {"without": "no-pass"}

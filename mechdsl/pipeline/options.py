@@ -1,0 +1,116 @@
+"""Options of a run and of Python's arguments, and the checks on them; without torch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mechdsl.checks.file_check import CheckSettings
+from mechdsl.diagnostics.command_line import BadCommandLine
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.execute.run_record import ExecutionOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from mechdsl.execute.run_record import ExecutionProfile
+    from mechdsl.planner.plan import Plan
+    from mechdsl.results.experiment_result import StopCondition
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a file is run; nothing here changes what it means."""
+
+    settings: CheckSettings = field(default_factory=CheckSettings)
+    device: str = "auto"
+    dtype: str | None = None
+    offload: Path | None = None
+    """Folder for weights that fit into no device and not into memory, with accelerate."""
+    out: Path | None = None
+    without: frozenset[str] = frozenset()
+    """Graph and plan passes that are switched off."""
+    execution: ExecutionOptions = field(default_factory=ExecutionOptions)
+    ends: StopCondition | None = None
+    """With `fail_fast`; experiments run one by one then."""
+    on_profile: Callable[[Plan, ExecutionProfile], None] | None = None
+    """Takes what was planned and what was done, after the run."""
+    store: Path | None = None
+    """Folder of the store, None for a run without one."""
+    hashes: bool = True
+    """Whether the results need the hashes of weights. With a store they are computed regardless, as
+    its keys need them."""
+    fresh: bool = False
+    """Compute all anew, and replace what the store has."""
+
+
+def to_names(names: Sequence[str]) -> frozenset[str]:
+    """A word alone is one name, not its letters."""
+    return frozenset([names] if isinstance(names, str) else names)
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def word_problem(
+    name: str, word: str, known: Sequence[str] | Mapping[str, object]
+) -> list[Diagnostic]:
+    if word in known:
+        return []
+    hint = did_you_mean(word, known, f"write one of {', '.join(known)}")
+    return [BadCommandLine(reason=f"`{name}={word!r}`: there is no such {name}", hint=hint)]
+
+
+def dtype_problem(dtype: str | torch.dtype | None) -> list[Diagnostic]:
+    from mechdsl.program.lowering import MODEL_DTYPES
+
+    return [] if dtype is None else word_problem("dtype", dtype_name(dtype), MODEL_DTYPES)
+
+
+def size_problems(
+    limit: int | None, pass_tokens: int | None = None, prompt_tokens: int | None = None
+) -> list[Diagnostic]:
+    given = {"limit": limit, "pass_tokens": pass_tokens, "prompt_tokens": prompt_tokens}
+    return [
+        BadCommandLine(
+            reason=f"`{name}={value!r}`: it is a whole number from 1 on",
+            hint="leave it out where there is to be no limit",
+        )
+        for name, value in given.items()
+        if value is not None and (type(value) is not int or value < 1)
+    ]
+
+
+def store_problem(store: object, fresh: bool) -> list[Diagnostic]:
+    if store is False and fresh:
+        said = "`store=False` and `fresh=True` contradict each other"
+        return [BadCommandLine(reason=said, hint="without a store all is computed anew")]
+    if store is None or store is False or isinstance(store, str | Path):
+        return []
+    hint = "name a folder; `False` is no store, and `None` the one beside the file"
+    return [BadCommandLine(reason=f"`store={store!r}`: it is a folder", hint=hint)]
+
+
+def check_folders(options: RunOptions) -> list[Diagnostic]:
+    """E0208 for those that can't be written to, and for a library that isn't installed."""
+    found: list[Diagnostic] = []
+    for option, folder in (("--out", options.out), ("--offload", options.offload)):
+        if folder is None:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            reason = f"`{option} {folder}`: {(error.strerror or str(error)).lower()}"
+            hint = "name a folder that may be written to; it is made where there is none"
+            found.append(BadCommandLine(reason=reason, hint=hint))
+    if options.offload is not None and find_spec("accelerate") is None:
+        reason = "`--offload` needs accelerate, which isn't installed"
+        hint = "`pip install 'mechdsl[offload]'` installs it"
+        found.append(BadCommandLine(reason=reason, hint=hint))
+    return found

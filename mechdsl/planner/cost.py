@@ -1,0 +1,1019 @@
+"""The cost of a panel: rows, tokens per block, multiply-adds; shared rows count once.
+
+Costs are counted on the rows themselves, with the masks that the packed run computes by; only the
+size of an MLP is an estimate.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from mechdsl.base.arrays import Ints
+from mechdsl.models.restart import (
+    FULL_PASS,
+    BlockWork,
+    HeldSublayers,
+    RowMasks,
+    Shortcuts,
+    TokenMask,
+    block_work,
+)
+from mechdsl.models.shape import ModelShape
+from mechdsl.planner.plan import (
+    BATCH_ROWS,
+    ExperimentPlan,
+    Panel,
+    WholeCells,
+    batch_size,
+    cell_sites,
+    collect_whole_cells,
+    count_sweeps,
+    external_runs,
+    is_read_only,
+)
+from mechdsl.planner.rows import RaggedColumn, RowTable, RulePlan, TokenHits
+from mechdsl.prompts.runs import PromptRun, ReplyPosition
+from mechdsl.resolve.runs import reads_reply_tokens
+from mechdsl.resolve.types import SitePoint, iter_fitted_vectors
+from mechdsl.vocab.sites import stop_layer
+
+
+@dataclass(frozen=True, eq=False)
+class SharedRows:
+    """The distinct rows of some experiments on the same prompts."""
+
+    owner: Ints
+    """[distinct] number of the experiment that says what is written."""
+    rows: RowTable
+    """[distinct] as its experiment counts."""
+    members: tuple[tuple[Ints, RowTable], ...]
+    """Per experiment: for each of its rows, the distinct row that it is; and the rows."""
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+
+class RowSharer:
+    """Finds equal rows of the experiments of a panel."""
+
+    def __init__(
+        self,
+        plans: Sequence[ExperimentPlan],
+        *,
+        share: bool,
+        cells: Sequence[Mapping[int, WholeCells]] | None = None,
+        kept: Sequence[Ints] | None = None,
+    ) -> None:
+        """cells: per plan, as `whole_cells` gives them; None where all rows are in them. kept: per
+        plan, the rows that means and donors are of; None where it is all."""
+        self.plans = plans
+        self._cells = [_of_all(plan) for plan in plans] if cells is None else cells
+        self.share = share
+        self._numbers: dict[Hashable, int] = {}
+        of = [b"" for _ in plans] if kept is None else [each.tobytes() for each in kept]
+        self._keys = [
+            [self._rule(rule, own) for rule in plan.rules]
+            for plan, own in zip(plans, of, strict=True)
+        ]
+
+    def of(self, rows: Sequence[RowTable]) -> SharedRows:
+        """The rows of each experiment, equal ones once."""
+        owner = np.repeat(np.arange(len(rows)), [len(one) for one in rows])
+        every = RowTable(
+            *(
+                np.concatenate([getattr(one, name) for one in rows])
+                for name in ("cell", "prompt", "alternative")
+            )
+        )
+        first = inverse = np.arange(len(owner))
+        if self.share and len(owner):
+            columns = [self._columns(number, one) for number, one in enumerate(rows)]
+            code = combine_columns(columns, [len(one) for one in rows])
+            _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
+        ends = np.cumsum([len(one) for one in rows])[:-1]
+        return SharedRows(
+            owner[first],
+            every.take(first),
+            tuple(zip(np.split(inverse, ends), rows, strict=True)),
+        )
+
+    def _columns(self, number: int, rows: RowTable) -> list[Ints]:
+        """What makes a row of one experiment what it is."""
+        plan = self.plans[number]
+        runs = np.array([self._number(id(run)) for run in plan.starting_runs], dtype=np.int64)
+        draws = np.full(len(rows), plan.draws)
+        found = [runs[plan.starting_run(rows)], draws, rows.prompt, self._drawn(plan, rows)]
+        either: dict[str, int] = {}
+        for place, rule in enumerate(plan.rules):
+            if rule.rule.does.changes == "nothing":  # whatever is looked at, the row is the same
+                continue
+            own = self._of_rule(number, place, rows)
+            if rule.rule.only is not None:  # each row has one of them, in the same columns
+                begin = either.setdefault(rule.rule.only.axis, len(found))
+                before = found[begin : begin + len(own)] or [np.full(len(rows), -1)] * len(own)
+                acts = rule.acts(rows)
+                own = [np.where(acts, a, b) for a, b in zip(own, before, strict=True)]
+                found[begin : begin + len(own)] = own
+            else:
+                found += own
+        return found
+
+    def _drawn(self, plan: ExperimentPlan, rows: RowTable) -> Ints:
+        """[row] what its reply is drawn by, beside the prompt."""
+        said = plan.experiment.generation
+        if said is None or not said.sampled:
+            return np.zeros(len(rows), dtype=np.int64)
+        cells, inverse = np.unique(rows.cell, return_inverse=True)
+        found = [self._number(("drawn", plan.content(cell))) for cell in cells.tolist()]
+        return np.array(found, dtype=np.int64)[inverse]
+
+    def _of_rule(self, number: int, place: int, rows: RowTable) -> list[Ints]:
+        """What a rule does to each row."""
+        rule, key = self.plans[number].rules[place], self._keys[number][place]
+        position = rule.position_of_cell[rows.cell]
+        found = [
+            np.full(len(rows), key.does),
+            key.points[rule.site_of_cell[rows.cell]],
+            key.written[rule.written_runs(rows)],
+        ]
+        if key.whole is None:
+            run = rule.read.run(position, rows.prompt, rows.alternative)
+            found.append(key.read[run])
+        else:
+            found.append(key.whole[position])
+        # What the rule does, in front, says which of these follow.
+        if place in self._cells[number]:
+            found.append(self._of_cell(rule, self._cells[number][place], rows))
+        found.append(rule.follow(rows))
+        if key.keys is not None:
+            found.append(key.keys[rule.key_runs(rows)])
+        if rule.rule.amounts is not None:
+            found.append(key.amounts[rows.cell])
+        if rule.steps is not None:
+            found += list(rule.steps[rows.cell].T)
+        if key.directions is not None:
+            found.append(key.directions[rows.cell])
+        if rule.paths is not None and key.receivers is not None:
+            found.append(key.receivers[rule.paths.pair_of_cell[rows.cell]])
+        return found
+
+    def _of_cell(self, rule: RulePlan, cells: WholeCells, rows: RowTable) -> Ints:
+        """[row] the rows that its cell has."""
+        tokens = rule.read.tokens
+        numbers = [
+            self._number(
+                (
+                    "cell",
+                    cell.prompts.tobytes(),
+                    tokens.counts(cell.runs).tobytes(),
+                    tokens.expand(cell.runs)[1].tobytes(),
+                )
+            )
+            for cell in cells.cells
+        ]
+        return np.array(numbers, dtype=np.int64)[cells.of_cell[rows.cell]]
+
+    def _rule(self, rule: RulePlan, kept: bytes) -> _RuleKey:
+        does = rule.rule.does
+        pairs = list(zip(rule.point_table, rule.source_table, strict=True))
+        points = [
+            tuple(pairs[i] for i in _list(rule.points, key))
+            for key in range(len(rule.points.offsets) - 1)
+        ]
+        receivers = None
+        if rule.paths is not None:
+            paths = rule.paths
+            ends = [
+                tuple(paths.table[i] for i in _list(paths.points, key))
+                for key in range(len(paths.points.offsets) - 1)
+            ]
+            receivers = np.array([self._number(("to", end)) for end in ends], dtype=np.int64)
+        whole = None
+        if does.over_rows:
+            cells = zip(rule.positions, rule.sources, strict=True)
+            numbers = [self._number((to.hits, of.hits, kept)) for to, of in cells]
+            whole = np.array(numbers, dtype=np.int64)
+        return _RuleKey(
+            self._number(
+                (
+                    *(does.name, does.mode, does.key(rule.rule)),
+                    *(rule.steps is None, rule.rule.after_prefill),
+                )
+            ),
+            np.array([self._number(one) for one in points], dtype=np.int64),
+            self._tokens(rule.written),
+            self._tokens(rule.read),
+            whole,
+            None if rule.keys is None else self._tokens(rule.keys),
+            np.array([self._number(("amount", one)) for one in rule.amounts.tolist()]),
+            self._directions(rule),
+            receivers,
+        )
+
+    def _directions(self, rule: RulePlan) -> Ints | None:
+        """[cell]"""
+        if rule.direction_of_cell is None:
+            return None
+        numbers = [self._number(("direction", member.name)) for member in rule.directions]
+        return np.array(numbers, dtype=np.int64)[rule.direction_of_cell]
+
+    def _tokens(self, hits: TokenHits) -> Ints:
+        """[run] a number for its tokens: the token itself where there is one."""
+        runs = np.arange(len(hits.tokens.offsets) - 1)
+        found = hits.leftmost(runs) if len(runs) else runs
+        for run in np.flatnonzero(hits.tokens.counts(runs) > 1):
+            begin, end = hits.tokens.offsets[run : run + 2]
+            found[run] = -1 - self._number(hits.tokens.values[begin:end].tobytes())
+        return found
+
+    def _number(self, content: Hashable) -> int:
+        return self._numbers.setdefault(content, len(self._numbers))
+
+
+def _of_all(plan: ExperimentPlan) -> Mapping[int, WholeCells]:
+    if not any(rule.rule.does.reads == "cell" for rule in plan.rules):
+        return {}
+    prompts = np.arange(len(plan.experiment.table), dtype=np.int64)
+    return collect_whole_cells(plan, plan.rows(prompts))
+
+
+@dataclass(frozen=True, eq=False)
+class _RuleKey:
+    """Numbers for what a rule writes; equal ones mean the same."""
+
+    does: int
+    points: Ints
+    """[site combination]"""
+    written: Ints
+    """[run]"""
+    read: Ints
+    """[run]"""
+    whole: Ints | None
+    """[position], where what is written hangs on the positions of all rows."""
+    keys: Ints | None
+    """[run of keys], of attention rules."""
+    amounts: Ints
+    """[cell]"""
+    directions: Ints | None
+    """[cell], of rules that steer along one."""
+    receivers: Ints | None
+    """[pair of senders and receivers]"""
+
+
+def _list(ragged: RaggedColumn, key: int) -> list[int]:
+    return ragged.values[ragged.offsets[key] : ragged.offsets[key + 1]].tolist()
+
+
+def combine_columns(columns: Sequence[Sequence[Ints]], lengths: Sequence[int]) -> Ints:
+    """[row] one number for all columns: equal where all of them are.
+
+    columns: of several parts, side by side; a part that has fewer is filled up.
+    """
+    code = np.zeros(sum(lengths), dtype=np.int64)
+    size = 1
+    for number in range(max((len(part) for part in columns), default=0)):
+        column = np.concatenate(
+            [
+                part[number] if number < len(part) else np.full(length, -1, dtype=np.int64)
+                for part, length in zip(columns, lengths, strict=True)
+            ]
+        )
+        values, column = np.unique(column, return_inverse=True)
+        if size * len(values) >= 1 << 62:
+            distinct, code = np.unique(code, return_inverse=True)
+            size = len(distinct)
+        code = code * len(values) + column
+        size *= len(values)
+    return code
+
+
+@dataclass(frozen=True)
+class GradientWork:
+    """Of some prompts."""
+
+    forwards: int = 0
+    """Each prompt in passes of its own."""
+    backwards: int = 0
+    joined_forwards: int = 0
+    """Several prompts in each pass."""
+    joined_backwards: int = 0
+    tokens: int = 0
+    """Through each block, there and back."""
+    adds: float = 0.0
+    """Multiply-adds in each block, there and back."""
+    logits: int = 0
+    """Tokens whose logits are computed, or come back."""
+
+    def __add__(self, other: GradientWork) -> GradientWork:
+        return GradientWork(
+            self.forwards + other.forwards,
+            self.backwards + other.backwards,
+            self.joined_forwards + other.joined_forwards,
+            self.joined_backwards + other.joined_backwards,
+            self.tokens + other.tokens,
+            self.adds + other.adds,
+            self.logits + other.logits,
+        )
+
+
+def gradient_work(
+    plan: ExperimentPlan, prompts: Ints, whole: Callable[[Ints], Ints], pass_tokens: int
+) -> GradientWork:
+    """whole: multiply-adds of prompts of these lengths in one block. pass_tokens: of a pass over
+    rows, whose memory one that is gone back through shares among all blocks.
+
+    A pass back takes as many as one forward: activations have gradients, weights have none.
+    """
+    experiment, said = plan.experiment, plan.experiment.spec.estimator
+    if said is None:
+        return GradientWork()
+    run = experiment.table.runs[experiment.spec.base]
+    own = prompts[plan.present(prompts).any(axis=0)]
+    lengths = np.repeat(run.lengths[own], run.draws)
+    by_item = any(atom.by_item for measure in experiment.measures for atom in measure.atoms)
+    kinds = len(set(plan.items)) if by_item else 1
+    each = max(1, pass_tokens // experiment.model.shape.n_layers)
+    joined = -(-int(lengths.sum()) // each)
+    plain, found = False, GradientWork()
+    for measure in experiment.measures:
+        texts = [atom.behind for atom in measure.atoms if any(atom.behind)]
+        behind = [np.repeat(np.array(text)[own], run.draws) for text in texts]
+        for more in behind:  # each has a pass of its own
+            found += _pass(lengths + more, joined, whole, forwards=1, backwards=kinds)
+        if len(texts) < len(measure.atoms):
+            found += _pass(lengths, joined, whole, forwards=0 if plain else 1, backwards=kinds)
+            plain = True
+    if said.steps is None:
+        return found
+    times = said.steps * len(set(cell_sites(plan).tolist()))
+    first = _pass(lengths, joined, whole, forwards=1, backwards=0)
+    return sum((found for _ in range(times)), first)
+
+
+def _pass(
+    lengths: Ints, joined: int, whole: Callable[[Ints], Ints], *, forwards: int, backwards: int
+) -> GradientWork:
+    """All prompts so often there, and so often back. joined: passes that they take together."""
+    times = forwards + backwards
+    return GradientWork(
+        forwards * len(lengths),
+        backwards * len(lengths),
+        forwards * joined,
+        backwards * joined,
+        times * int(lengths.sum()),
+        times * float(whole(lengths).sum()),
+        times * len(lengths),
+    )
+
+
+_RULES = ""
+"""The pass in which the rules of a row act; others have the name of a run without rules."""
+
+
+@dataclass(frozen=True)
+class ReplyWork:
+    """Steps of replies that a panel's rows write; the prefill is counted with the rows."""
+
+    forwards: int
+    tokens: int
+    """Through one block each."""
+    keys: int
+    """Pairs of a query and a key, in one block each."""
+    logits: int
+    """Distributions over the vocabulary."""
+
+    def __add__(self, other: ReplyWork) -> ReplyWork:
+        return ReplyWork(
+            self.forwards + other.forwards,
+            self.tokens + other.tokens,
+            self.keys + other.keys,
+            self.logits + other.logits,
+        )
+
+
+def reply_work(
+    lengths: Ints, tokens: int, samples: int, *, kept: bool, pass_tokens: int
+) -> ReplyWork:
+    """The work behind prompts of these lengths, [row].
+
+    tokens: what a reply has at most. kept: keys and values of earlier tokens are, and `pass_tokens`
+    rows write together, each one token in a step; else each step of each row is a whole pass over
+    its prompt and its reply so far.
+    """
+    steps = np.arange(1, tokens, dtype=np.int64)
+    rows = len(lengths) * samples
+    whole = lengths[:, None] + steps
+    if kept:
+        together = -(-rows // pass_tokens)
+        return ReplyWork(
+            len(steps) * together, rows * len(steps), int(whole.sum()) * samples, rows * len(steps)
+        )
+    pairs = whole * (whole + 1) // 2
+    return ReplyWork(
+        rows * len(steps), int(whole.sum()) * samples, int(pairs.sum()) * samples, rows * len(steps)
+    )
+
+
+def generation_lengths(plan: ExperimentPlan, rows: RowTable, *, unpatched: bool) -> Ints:
+    """[row] tokens of the prompts behind which an experiment writes, draws of noise included.
+    unpatched: those of its base and source run come to these rows."""
+    found = [np.repeat(plan.lengths(rows), plan.draws)]
+    if unpatched:
+        experiment = plan.experiment
+        names = dict.fromkeys((experiment.spec.base, experiment.spec.source))
+        runs = [experiment.table.runs[name] for name in names if name is not None]
+        found += [np.repeat(run.lengths, run.draws) for run in runs]
+    return np.concatenate(found)
+
+
+def read_pass_work(lengths: Ints, logits: int, samples: int, pass_tokens: int | None) -> ReplyWork:
+    """Whole passes over prompts and replies, [row] so many tokens together.
+
+    logits: distributions that are read, of all rows. pass_tokens: of passes that rows ride in; None
+    where each has its own.
+    """
+    rows, tokens = len(lengths), int(lengths.sum())
+    passes = rows if pass_tokens is None else -(-tokens // pass_tokens)
+    pairs = int((lengths * (lengths + 1) // 2).sum())
+    return ReplyWork(passes * samples, tokens * samples, pairs * samples, logits * samples)
+
+
+@dataclass(frozen=True, eq=False)
+class ReadPasses:
+    """In which passes the rows of a panel's experiments are read behind their prompts."""
+
+    passes: tuple[Mapping[str, Ints], ...]
+    """Per experiment: by pass, [row] how many places are read there; 0 where it isn't needed."""
+    most: int
+    """Places that there are."""
+
+    @staticmethod
+    def of(plans: Sequence[ExperimentPlan], rows: Sequence[RowTable]) -> ReadPasses:
+        passes = (
+            {name: np.full(len(own), len(_places(plan))) for name in _reads(plan)}
+            for plan, own in zip(plans, rows, strict=True)
+        )
+        return ReadPasses(
+            tuple(passes), len(set[ReplyPosition | None]().union(*map(_places, plans)))
+        )
+
+    def take(self, index: Sequence[Ints]) -> ReadPasses:
+        """Of some rows of each experiment."""
+        pairs = zip(self.passes, index, strict=True)
+        passes = ({name: own[i] for name, own in each.items()} for each, i in pairs)
+        return ReadPasses(tuple(passes), self.most)
+
+    def shared(self, shared: SharedRows) -> ReadPasses:
+        """Of distinct rows, the same for each experiment: what any of their members reads."""
+        found: dict[str, Ints] = {}
+        for passes, (which, _) in zip(self.passes, shared.members, strict=True):
+            for name, own in passes.items():
+                whole = found.setdefault(name, np.zeros(len(shared), dtype=np.int64))
+                np.add.at(whole, which, own)
+        every = {name: np.minimum(own, self.most) for name, own in found.items()}
+        return ReadPasses(tuple(every for _ in self.passes), self.most)
+
+    def work(
+        self,
+        plans: Sequence[ExperimentPlan],
+        rows: Sequence[RowTable],
+        pass_tokens: int | None,
+        *,
+        unpatched: bool,
+    ) -> ReplyWork:
+        """Of these rows of each experiment; unpatched: base and source runs come to them."""
+        said = plans[0].experiment.generation
+        found = ReplyWork(0, 0, 0, 0)
+        if said is None:
+            return found
+        every = list(self._lengths(plans, rows))
+        every += _unpatched(plans, self.most) if unpatched else []
+        by_pass: dict[str, list[tuple[Ints, int]]] = {}
+        for name, lengths, logits in every:
+            by_pass.setdefault(name, []).append((lengths + said.tokens, logits))
+        for parts in by_pass.values():
+            lengths = np.concatenate([own for own, _ in parts])
+            logits = sum(own for _, own in parts)
+            found += read_pass_work(lengths, logits, said.samples, pass_tokens)
+        return found
+
+    def _lengths(
+        self, plans: Sequence[ExperimentPlan], rows: Sequence[RowTable]
+    ) -> Iterator[tuple[str, Ints, int]]:
+        """(pass, [row] tokens of the prompts, distributions that are read), with draws of noise."""
+        for passes, plan, own in zip(self.passes, plans, rows, strict=True):
+            for name, places in passes.items():
+                chosen = own.take(np.flatnonzero(places))
+                if name == _RULES:
+                    lengths = plan.lengths(chosen)
+                else:
+                    lengths = plan.experiment.table.runs[name].lengths[chosen.prompt]
+                yield name, np.repeat(lengths, plan.draws), int(places.sum()) * plan.draws
+
+
+def _reads(plan: ExperimentPlan) -> Iterator[str]:
+    """The passes that an experiment reads behind its rows' prompts."""
+    experiment = plan.experiment
+    looks = plan.observes is not None and reads_reply_tokens(plan.observes.rule)
+    if looks or any(measure.in_reply is not None for measure in experiment.measures):
+        yield experiment.spec.base if experiment.as_base else _RULES
+        yield from _references(plan)
+
+
+def _references(plan: ExperimentPlan) -> Iterator[str]:
+    """The runs that what is measured in replies is set against."""
+    measured = (each for each in plan.experiment.measures if each.in_reply is not None)
+    runs = (atom.run for measure in measured for atom in measure.atoms)
+    yield from dict.fromkeys(run for run in runs if run is not None)
+
+
+def _places(plan: ExperimentPlan) -> set[ReplyPosition | None]:
+    """Of a reply, those that something is measured at, or else one: a pass gives some logits."""
+    found = {each.in_reply for each in plan.experiment.measures}
+    return found - {None} or {None}
+
+
+def _unpatched(plans: Sequence[ExperimentPlan], places: int) -> list[tuple[str, Ints, int]]:
+    """The same of base and source runs, which are measured once behind what they write."""
+    found: dict[tuple[str, str], Ints] = {}
+    for plan in plans:
+        experiment = plan.experiment
+        if all(measure.in_reply is None for measure in experiment.measures):
+            continue
+        for name in (experiment.spec.base, experiment.spec.source):
+            run = None if name is None else experiment.table.runs[name]
+            if name is None or run is None:
+                continue
+            for other in ("", *_references(plan)):
+                prompts = (experiment.table.runs[other] if other else run).lengths
+                found[name, other] = np.repeat(prompts, run.draws)
+    return [
+        (f"{name} {other}", lengths, len(lengths) * places)
+        for (name, other), lengths in found.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of patched rows and unpatched prompts."""
+
+    cells: int = 0
+    """Cells with a row to run."""
+    rows: int = 0
+    forwards: int = 0
+    """Calls of the model: one per row in a plain loop."""
+    tokens: int = 0
+    """Tokens times the blocks that they pass through."""
+    multiply_adds: float = 0.0
+    backwards: int = 0
+    """Passes back, for gradients."""
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.cells + other.cells,
+            self.rows + other.rows,
+            self.forwards + other.forwards,
+            self.tokens + other.tokens,
+            self.multiply_adds + other.multiply_adds,
+            self.backwards + other.backwards,
+        )
+
+    def __rmul__(self, times: int) -> Cost:
+        return Cost(
+            times * self.cells,
+            times * self.rows,
+            times * self.forwards,
+            times * self.tokens,
+            times * self.multiply_adds,
+            times * self.backwards,
+        )
+
+    @property
+    def flops(self) -> float:
+        """Two per multiply-add."""
+        return 2 * self.multiply_adds
+
+
+# --- one token in one block -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _BlockCost:
+    """Multiply-adds per token of the parts of a block."""
+
+    project: int
+    output: int
+    mlp: int
+    key: int
+    """Attention's, per key that a query sees."""
+
+    @staticmethod
+    def of(shape: ModelShape) -> _BlockCost:
+        heads = shape.n_heads * shape.d_head
+        # A hidden layer of four widths has no gate, as a rule; others have.
+        matrices = 2 if shape.d_mlp == 4 * shape.d_model else 3
+        return _BlockCost(
+            project=shape.d_model * (heads + 2 * shape.n_kv_heads * shape.d_head),
+            output=heads * shape.d_model,
+            mlp=matrices * shape.d_model * shape.d_mlp,
+            key=2 * heads,
+        )
+
+    def whole(self, lengths: Ints) -> Ints:
+        """[row] all tokens of a prompt in one block."""
+        pairs = lengths * (lengths + 1) // 2
+        return lengths * (self.project + self.output + self.mlp) + pairs * self.key
+
+    def of_work(self, work: BlockWork, counts: Ints) -> tuple[int, int]:
+        """(tokens, multiply-adds) of rows, each counted so often."""
+        seen = np.arange(1, work.present.shape[1] + 1)
+
+        def tokens(mask: TokenMask) -> int:
+            return int(mask.sum(axis=1) @ counts)
+
+        adds = (
+            tokens(work.project) * self.project
+            + tokens(work.output) * self.output
+            + tokens(work.mlp) * self.mlp
+            + int((work.attend @ seen) @ counts) * self.key
+        )
+        return tokens(work.present), adds
+
+
+def run_cost(shape: ModelShape, run: PromptRun, stop: int | None) -> Cost:
+    """All prompts of a run, each in a pass of its own, through so many blocks; None is all, and the
+    logits of one token."""
+    lengths, draws = run.lengths, run.draws
+    blocks = shape.n_layers if stop is None else min(stop, shape.n_layers)
+    prompts, tokens = len(lengths) * draws, int(lengths.sum()) * draws
+    logits = prompts * shape.d_model * shape.outputs if stop is None else 0
+    per_block = int(_BlockCost.of(shape).whole(lengths).sum()) * draws
+    return Cost(0, 0, prompts, tokens * blocks, per_block * blocks + logits)
+
+
+def reply_cost(shape: ModelShape, work: ReplyWork, stop: int | None = None) -> Cost:
+    """Of what is computed behind prompts, through so many blocks; None is all."""
+    block, blocks = _BlockCost.of(shape), shape.n_layers if stop is None else stop
+    each = block.project + block.output + block.mlp
+    adds = blocks * float(work.tokens * each + work.keys * block.key)
+    adds += float(work.logits * shape.d_model * shape.outputs)
+    return Cost(0, 0, work.forwards, work.tokens * blocks, adds)
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+class PanelCount:
+    """What is counted once for a panel."""
+
+    def __init__(self, panel: Panel, pass_tokens: int, prompt_tokens: int) -> None:
+        self.panel = panel
+        self.pass_tokens = pass_tokens
+        self.prompt_tokens = prompt_tokens
+        self.plans = panel.experiments
+        self.table = self.plans[0].experiment.table
+        self.shape = self.plans[0].experiment.model.shape
+        self.block = _BlockCost.of(self.shape)
+        self.sharer = RowSharer(self.plans, share=True)
+
+    def chunks(self) -> Iterator[Ints]:
+        """Prompts whose rows can be laid out at a time."""
+        cells = max(1, sum(each.n_cells for each in self.plans))
+        size = max(1, BATCH_ROWS // cells)
+        every = np.arange(len(self.table), dtype=np.int64)
+        return (every[i : i + size] for i in range(0, len(every), size))
+
+    def unpatched(self, *, stopped: bool) -> Cost:
+        """All prompts of all unpatched runs, as often as they are gone through: whole, or those
+        that are only read stopped early."""
+        found = Cost()
+        for name, times in self.sweeps.items():
+            needs = self.panel.runs.get(name)
+            stop = None if needs is None or not stopped else needs.stop
+            found += times * run_cost(self.shape, self.panel.table.runs[name], stop)
+        for run, blocks in (*self.fitted, *self.beside):  # which are stopped in any case
+            found += run_cost(self.shape, run, blocks)
+        return found
+
+    @cached_property
+    def sweeps(self) -> Counter[str]:
+        """By name, how often an unpatched run is computed on all prompts."""
+        several = self.batch_count > 1
+        return Counter() if is_read_only(self.panel) else count_sweeps(self.panel, several=several)
+
+    @cached_property
+    def batch_count(self) -> int:
+        """Batches of prompts."""
+        return -(-len(self.table) // batch_size(self.panel, self.prompt_tokens))
+
+    @cached_property
+    def beside(self) -> list[tuple[PromptRun, int]]:
+        """The runs of other blocks that are read, and how many blocks of them are run."""
+        return [(run, self.shape.n_layers) for _, run in external_runs(self.panel)]
+
+    @cached_property
+    def fitted(self) -> list[tuple[PromptRun, int]]:
+        """The runs that directions are fitted on, and how many blocks of them are run."""
+        plans = (*self.panel.derived.values(), *self.plans)
+        members = {m.name: m for p in plans for rule in p.rules for m in rule.directions}
+        found: dict[tuple[int, str | None], tuple[PromptRun, int]] = {}
+        for fit in (
+            fit for member in members.values() for fit in iter_fitted_vectors(member.vector)
+        ):
+            layers = self.shape.n_layers
+            stops = [stop_layer(p.site, p.layer, layers) or layers for p in fit.points]
+            for sample in fit.samples:
+                key = id(sample.run.rows), sample.run.model
+                before = found.get(key, (sample.run, 0))
+                found[key] = sample.run, max(before[1], *(min(stop, layers) for stop in stops))
+        return list(found.values())
+
+    def batches(self) -> int:
+        """Forward passes over batches of prompts that all unpatched runs take."""
+        others = [*self.fitted, *self.beside]
+        tokens = (int(run.lengths.sum()) for run, _ in others)
+        return self.sweeps.total() * self.batch_count + sum(
+            -(-n // self.prompt_tokens) for n in tokens
+        )
+
+
+class PanelWork:
+    """The work of a panel on some prompts: of the plain loop first, then with more and more left
+    out of it. The panel's unpatched runs are counted with its first prompts."""
+
+    def __init__(self, panel: PanelCount, prompts: Ints) -> None:
+        self.panel = panel
+        self.first = bool(len(prompts)) and prompts[0] == 0
+        self.batches = -(-len(prompts) // batch_size(panel.panel, panel.prompt_tokens))
+        self.rows = [plan.passes(prompts) for plan in panel.plans]
+        self.patched = self._whole()
+        self.unpatched = panel.unpatched(stopped=False) if self.first else Cost()
+        self.shortcuts = FULL_PASS
+        self.keeps_tokens = False
+        self.joins = False
+        self.readings = ReadPasses.of(panel.plans, self.rows)
+        given = prompts, panel.block.whole, panel.pass_tokens
+        every = (gradient_work(plan, *given) for plan in panel.plans)
+        self.gradients = sum(every, GradientWork())
+
+    @property
+    def cost(self) -> Cost:
+        """What is left."""
+        return self.patched + self.unpatched + self._replies() + self._estimates()
+
+    def _estimates(self) -> Cost:
+        """What takes the place of rows that are estimated."""
+        shape, found = self.panel.shape, self.gradients
+        forwards, backwards = found.forwards, found.backwards
+        if self.joins:
+            forwards, backwards = found.joined_forwards, found.joined_backwards
+        adds = found.adds * shape.n_layers + found.logits * float(shape.d_model * shape.outputs)
+        return Cost(0, 0, forwards, found.tokens * shape.n_layers, adds, backwards)
+
+    def _replies(self) -> Cost:
+        """What is computed behind the prefill. Unpatched runs are written once for a panel."""
+        said = self.panel.plans[0].experiment.generation
+        if said is None:
+            return Cost()
+        parts = [
+            generation_lengths(plan, rows, unpatched=self.first and not number)
+            for number, (plan, rows) in enumerate(zip(self.panel.plans, self.rows, strict=True))
+        ]
+        work = reply_work(
+            np.concatenate(parts),
+            said.tokens,
+            said.samples,
+            kept=self.keeps_tokens,
+            pass_tokens=self.panel.pass_tokens,
+        )
+        together = self.panel.pass_tokens if self.joins else None
+        read = self.readings.work(self.panel.plans, self.rows, together, unpatched=self.first)
+        return reply_cost(self.panel.shape, work + read)
+
+    def keep_tokens(self) -> None:
+        """Of each step of a reply, only the newest token is computed."""
+        self.keeps_tokens = True
+
+    @cached_property
+    def shapes(self) -> list[_Shapes]:
+        """The rows that are left by what they compute; none are left out any more."""
+        return [
+            shape
+            for plan, rows in zip(self.panel.plans, self.rows, strict=True)
+            for shape in _shapes(plan, rows)
+        ]
+
+    def stop_early(self) -> None:
+        """Unpatched runs that are only read stop above what is read."""
+        if self.first:
+            self.unpatched = self.panel.unpatched(stopped=True)
+
+    def leave_inert_out(self) -> None:
+        """Rows that can't differ from the base run are not run."""
+        plans = zip(self.panel.plans, self.rows, strict=True)
+        left = [np.flatnonzero(~plan.is_inert(rows)) for plan, rows in plans]
+        self.rows = [rows.take(own) for rows, own in zip(self.rows, left, strict=True)]
+        self.readings = self.readings.take(left)
+        self.patched = self._whole()
+
+    def share(self) -> None:
+        """Equal rows are run once."""
+        shared = self.panel.sharer.of(self.rows)
+        own = [np.flatnonzero(shared.owner == n) for n in range(len(self.panel.plans))]
+        self.rows = [shared.rows.take(rows) for rows in own]
+        self.readings = self.readings.shared(shared).take(own)
+        self.patched = self._whole()
+
+    def restart(self, **shortcuts: bool) -> None:
+        """Rows take one thing more over from the unpatched run."""
+        self.shortcuts = replace(self.shortcuts, **shortcuts)
+        shape = self.panel.shape
+        tokens = 0
+        adds = self.patched.rows * float(shape.d_model * shape.outputs)
+        for one in self.shapes:
+            more_tokens, more_adds = one.work(self.panel.block, shape, self.shortcuts)
+            tokens += more_tokens
+            adds += more_adds
+        self.patched = replace(self.patched, tokens=tokens, multiply_adds=adds)
+
+    def narrow(self) -> None:
+        """Two rows of the unembedding for every row instead of the vocabulary, where no metric
+        needs all."""
+        measures = [m for plan in self.panel.plans for m in plan.experiment.measures]
+        if not all(atom.form.narrow for measure in measures for atom in measure.atoms):
+            return
+        shape = self.panel.shape
+        saved = self.patched.rows * float(shape.d_model * (shape.outputs - 2))
+        left = self.patched.multiply_adds - saved
+        self.patched = replace(self.patched, multiply_adds=left)
+
+    def join(self) -> None:
+        """Rows ride in passes of a good size, prompts in batches."""
+        self.joins = True
+        if self.patched.rows:
+            passes = -(-sum(one.width for one in self.shapes) // self.panel.pass_tokens)
+            forwards = min(self.patched.forwards, max(passes, self.batches))
+            self.patched = replace(self.patched, forwards=forwards)
+        if self.first:
+            self.unpatched = replace(self.unpatched, forwards=self.panel.batches())
+
+    def _whole(self) -> Cost:
+        """Every row a whole pass."""
+        count = tokens = 0
+        adds = 0.0
+        shape, block = self.panel.shape, self.panel.block
+        n, logits = shape.n_layers, shape.d_model * shape.outputs
+        for plan, one in zip(self.panel.plans, self.rows, strict=True):
+            lengths = plan.lengths(one)
+            count += len(one) * plan.draws
+            tokens += int(lengths.sum()) * plan.draws * n
+            adds += float(block.whole(lengths).sum()) * plan.draws * n
+            adds += len(one) * plan.draws * float(logits)
+        # Cells are counted on the first prompts, as all have the same.
+        cells = sum(len(np.unique(one.cell)) for one in self.rows) if self.first else 0
+        return Cost(cells, count, count, tokens, adds)
+
+
+def _blocks(table: Sequence[SitePoint], points: RaggedColumn) -> Ints:
+    """[site combination] equal where the same sites of the same blocks are written, in whatever
+    heads or neurons."""
+    numbers: dict[frozenset[tuple[str, int | None]], int] = {}
+    places = [(point.site, point.layer) for point in table]
+    found: list[int] = []
+    for begin, end in zip(points.offsets[:-1], points.offsets[1:], strict=True):
+        own = frozenset(places[point] for point in points.values[begin:end])
+        found.append(numbers.setdefault(own, len(numbers)))
+    return np.array(found, dtype=np.int64)
+
+
+def _shapes(plan: ExperimentPlan, rows: RowTable) -> list[_Shapes]:
+    """The rows of an experiment; of path patching, those that record what receivers read too. Where
+    such rows are whole passes, what they hold is read in others."""
+    found = [_Shapes(plan, rows)]
+    path = plan.path
+    if path is not None and path.paths is not None and not path.paths.at_the_end:
+        at = path.written_runs(rows)
+        sender = plan.senders[rows.cell]
+        code = combine_columns([[sender, at, rows.alternative, rows.prompt]], [len(rows)])
+        _, first = np.unique(code, return_index=True)
+        found.append(_Shapes(plan, rows.take(first), recording=True))
+    if path is not None and plan.whole:
+        found.append(found[-1])
+        if path.paths is not None and path.paths.also_at_the_end:  # what is there without it
+            found.append(found[-1])
+    return found
+
+
+class _Shapes:
+    """The rows of an experiment by what they compute: alike rows are counted together.
+
+    recording: those of path patching in which all but the senders is held, and receivers are read.
+    """
+
+    def __init__(self, plan: ExperimentPlan, rows: RowTable, *, recording: bool = False) -> None:
+        self.plan = plan
+        self.recording = recording
+        lengths = plan.lengths(rows)
+        columns: list[Ints] = [lengths]
+        for rule in plan.rules:
+            run = rule.written_runs(rows)
+            first = rule.written.leftmost(run) if len(rows) else run
+            table, points, combination = self._places(rule)
+            blocks = _blocks(table, points)[combination[rows.cell]]
+            columns += [blocks, first, rule.written.tokens.counts(run)]
+        at = [
+            np.asarray(measure.at[plan.experiment.spec.base])[rows.prompt]
+            for measure in plan.experiment.measures
+            if plan.experiment.spec.base in measure.at
+        ]
+        code = combine_columns([[*columns, *at]], [len(rows)])
+        _, first, counts = np.unique(code, return_index=True, return_counts=True)
+        self.rows = rows.take(first)
+        self.lengths = lengths[first]
+        self.counts = counts * plan.draws
+        self.masks = self._masks([column[first] for column in at])
+        begin = np.where(
+            self.masks.real.any(axis=1),
+            plan.leftmost(self.rows) if len(first) and not plan.whole else 0,
+            0,
+        )
+        self.width = int(np.maximum(1, self.lengths - begin) @ self.counts)
+
+    def work(self, block: _BlockCost, shape: ModelShape, shortcuts: Shortcuts) -> tuple[int, int]:
+        """(tokens through blocks, multiply-adds)"""
+        tokens = adds = 0
+        shortcuts = FULL_PASS if self.plan.whole else shortcuts
+        for each in block_work(
+            self.masks,
+            shape.n_layers,
+            parallel=shape.parallel_block,
+            causal=shape.causal,
+            shortcuts=shortcuts,
+        ):
+            more_tokens, more_adds = block.of_work(each, self.counts)
+            tokens += more_tokens
+            adds += more_adds
+        return tokens, adds
+
+    def _places(self, rule: RulePlan) -> tuple[Sequence[SitePoint], RaggedColumn, Ints]:
+        """What rows write: (points, combinations of them, combination of each cell)."""
+        paths = rule.paths
+        if paths is not None and not paths.at_the_end and not self.recording:
+            return paths.table, paths.points, paths.pair_of_cell
+        return rule.point_table, rule.points, rule.site_of_cell
+
+    def _masks(self, at: Sequence[Ints]) -> RowMasks:
+        """What the rows write and what is read of them."""
+        rows, lengths = self.rows, self.lengths
+        longest = int(lengths.max(initial=1))
+        real = np.arange(longest)[None, :] < lengths[:, None]
+        writes: dict[tuple[str, int | None], TokenMask] = {}
+        received: dict[tuple[str, int | None], TokenMask] = {}
+        for rule in self.plan.rules:
+            run = rule.written_runs(rows)
+            row, token = rule.written.tokens.expand(run)
+            own = token < lengths[row]  # those of an answer are in no pass over the prompts
+            row, token = row[own], token[own]
+            table, points, combination = self._places(rule)
+            index, point = points.expand(combination[rows.cell][row])
+            target = received if rule.rule.does.changes == "nothing" else writes
+            for number in np.unique(point):
+                place = table[number]
+                own = index[point == number]
+                mask = target.setdefault((place.site, place.layer), np.zeros_like(real))
+                mask[row[own], token[own]] = True
+                if rule.rule.does.mode == "step":  # what it is a step from is there too
+                    mask = received.setdefault((place.site, place.layer), np.zeros_like(real))
+                    mask[row[own], np.maximum(token[own] - 1, 0)] = True
+            if self.recording and rule.paths is not None:
+                for place in {(p.site, p.layer) for p in rule.paths.table}:
+                    mask = received.setdefault(place, np.zeros_like(real))
+                    mask[row, token] = True
+        final = np.zeros_like(real)
+        measures = self.plan.experiment.measures
+        base = self.plan.experiment.spec.base
+        if len(rows) and not self.recording:
+            if any(base not in measure.at for measure in measures):
+                final[np.arange(len(rows)), lengths - 1] = True
+            for column in at:
+                final[np.arange(len(rows)), column] = True
+        whole = any(a.form.takes == "prompt" for measure in measures for a in measure.atoms)
+        if whole and not self.recording:
+            final |= real
+        reads = {
+            (atom.point.site, atom.point.layer): final
+            for measure in measures
+            for atom in measure.atoms
+            if atom.point is not None
+        }
+        path = None if self.plan.path is None else self.plan.path.paths
+        held = None
+        if path is not None and not self.plan.whole and (path.at_the_end or self.recording):
+            every = np.ones(len(rows), dtype=np.bool_)
+            held = HeldSublayers(every, every & (not path.through_mlps), every & path.frozen_norms)
+        return RowMasks(real, writes, {**reads, **received}, final, held)

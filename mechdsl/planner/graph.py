@@ -1,0 +1,733 @@
+"""The intervention graph: small frozen nodes, joined by data dependencies.
+
+A sweep is one node with axes, so a file's graph has tens of nodes whatever its number of cells.
+Nodes are compared by value: a node that two experiments have in common exists once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeAlias, TypeVar
+
+import networkx as nx
+
+from mechdsl.base.text import count_noun
+from mechdsl.program import spec
+from mechdsl.prompts.runs import PositionCell, RunNoise
+from mechdsl.resolve.types import (
+    DRAW_AXIS,
+    Axis,
+    AxisIndices,
+    DirectionTargets,
+    LoopCells,
+    ResolvedExperiment,
+    ResolvedMeasure,
+    ResolvedRule,
+    SiteLayer,
+    SitePoint,
+    count_cells,
+    iter_fitted_vectors,
+)
+from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.sites import SITES, stop_layer
+
+
+@dataclass(frozen=True)
+class EncodeNode:
+    """Text to tokens, masks and spans: one run of one block of prompts."""
+
+    prompts: str
+    part: str | None
+    limit: int | None
+    keep: tuple[str, ...]
+    run: str
+    behind: str = ""
+    """Whose replies stand behind the prompts."""
+    changed_by: tuple[str, ...] = ()
+    """Corruptions that are used and leave a row as it is, which isn't among these."""
+    replaced: str | None = None
+    """`slot token with "thing"`: a change of the input that a rule makes."""
+    kept_by: tuple[ResolvedMeasure, ...] = field(default=(), compare=False, repr=False)
+    """What `keep` says."""
+    replaced_by: ResolvedRule | None = field(default=None, hash=False, repr=False)
+    """The rule that changes the input."""
+
+
+def component_layers(points: Mapping[AxisIndices, tuple[SitePoint, ...]]) -> tuple[SiteLayer, ...]:
+    """Every component with its layer, in the order of a forward pass."""
+    found = {(point.site, point.layer) for here in points.values() for point in here}
+    return tuple(sorted(found, key=lambda place: (SITES[place[0]].order, place[1] or 0)))
+
+
+@dataclass(frozen=True)
+class ReadNode:
+    """Activations of a forward pass."""
+
+    forward: ForwardNode
+    at: str
+    """Where, as the file says it."""
+    points: Mapping[AxisIndices, tuple[SitePoint, ...]] = field(compare=False, repr=False)
+    """What is read for every combination of the axes of the rule's sites."""
+    positions: Mapping[AxisIndices, PositionCell] = field(compare=False, repr=False)
+    """Where, for every combination of the axes of its positions."""
+    places: tuple[SiteLayer, ...] = field(init=False)
+    """Every component that is read, with its layer, in the order of a forward pass."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "places", component_layers(self.points))
+
+
+@dataclass(frozen=True)
+class DirectionNode:
+    """A direction, or a family of them, fitted before the cells that use it."""
+
+    name: str
+    made: str
+    inputs: tuple[ReadNode, ...] = ()
+
+
+@dataclass(frozen=True)
+class TransformNode:
+    """What is done to an activation before it is written: `mean`, `resample`, `noise`, `zero`; or
+    in its place: `add`, `scale`, `project out`."""
+
+    kind: str
+    inputs: tuple[ReadNode | DirectionNode, ...] = ()
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class WriteNode:
+    """A value that goes into a forward pass."""
+
+    by: ResolvedRule | RunNoise = field(hash=False, repr=False)
+    """The rule that says where it goes in every cell; or the corruption that adds it."""
+    at: str
+    value: ReadNode | TransformNode
+    places: tuple[SiteLayer, ...] = field(init=False)
+    """Every component that is written, with its layer."""
+
+    def __post_init__(self) -> None:
+        written: tuple[SiteLayer, ...]
+        if isinstance(self.by, RunNoise):
+            written = ((self.by.site, None),)
+        else:
+            assert self.by.sites is not None
+            written = component_layers(self.by.sites.points)
+        object.__setattr__(self, "places", written)
+
+    @property
+    def read(self) -> ReadNode | None:
+        """What is read for it."""
+        if isinstance(self.value, ReadNode):
+            return self.value
+        return next((each for each in self.value.inputs if isinstance(each, ReadNode)), None)
+
+
+@dataclass(frozen=True)
+class ForwardNode:
+    """One pass over the prompts for every combination of its axes."""
+
+    model: str
+    n_layers: int
+    """Blocks of the model."""
+    encode: EncodeNode
+    run: str = field(compare=False)
+    """The unpatched run that it is, or starts from, as its experiment calls it."""
+    writes: tuple[WriteNode, ...] = ()
+    axes: tuple[Axis, ...] = field(default=(), hash=False)
+    nested: LoopCells | None = field(default=None, hash=False)
+    """Which values of loops go together, where not all do."""
+    stop: int | None = None
+    """How many blocks have to run; None is the whole model."""
+    after: tuple[EffectNode, ...] = ()
+    """Of other experiments, which say where this one acts (`top 3 of cie`)."""
+    estimator: str = ""
+    """What stands in for its cells, which aren't run then (`using`)."""
+    on: ForwardNode | None = None
+    """The run that has rules itself, or that an experiment's own run with rules acts on."""
+
+    @property
+    def cells(self) -> int:
+        return count_cells(self.axes, self.nested)
+
+
+@dataclass(frozen=True)
+class ReplyNode:
+    """What rows write behind their prompts, one pass for each token."""
+
+    forward: ForwardNode
+    """The first of these passes, over the prompt."""
+    how: str
+
+
+@dataclass(frozen=True)
+class MeasureNode:
+    """One number per prompt."""
+
+    forward: ForwardNode
+    metric: str
+    at: str
+    references: tuple[ForwardNode, ...] = ()
+    """Runs that the metric compares with: `kl(clean)`."""
+    reply: ReplyNode | None = None
+    """What it reads, where it reads a reply."""
+    measure: ResolvedMeasure = field(kw_only=True, compare=False, repr=False)
+    """How it is computed, and at which token of every row."""
+    observed: ResolvedRule | None = field(default=None, hash=False, repr=False)
+    """The rule that says what is looked at in every cell."""
+
+
+@dataclass(frozen=True)
+class EffectNode:
+    """How the metric of the patched run is set against the base and the source run."""
+
+    kind: str
+    patched: MeasureNode
+    base: MeasureNode
+    source: MeasureNode | None
+    said: spec.Measure = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class ReportNode:
+    """What is shown of an experiment's effects."""
+
+    experiment: str
+    effects: tuple[EffectNode, ...]
+    what: str
+    of: ResolvedExperiment = field(compare=False, repr=False)
+    """What its results say beside their values: its names, its seed, its statistics."""
+
+
+@dataclass(frozen=True)
+class ExpectNode:
+    """What is expected of an experiment's effects."""
+
+    experiment: str
+    effects: tuple[EffectNode, ...]
+    accuracies: tuple[MeasureNode, ...]
+    condition: str
+    of: ResolvedExperiment = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class SaveNode:
+    """Activations that go to a file."""
+
+    experiment: str
+    read: ReadNode
+    file: str
+
+
+Node: TypeAlias = (
+    EncodeNode
+    | ForwardNode
+    | ReadNode
+    | DirectionNode
+    | TransformNode
+    | WriteNode
+    | ReplyNode
+    | MeasureNode
+    | EffectNode
+    | ReportNode
+    | ExpectNode
+    | SaveNode
+)
+
+Graph: TypeAlias = "nx.DiGraph[Node]"
+
+NodeT = TypeVar("NodeT", bound=Any)
+
+
+def node_inputs(node: Node) -> list[Node]:
+    """The nodes that a node's fields hold: what must be there before it."""
+    found: list[Node] = []
+    for f in fields(node):
+        value: Any = getattr(node, f.name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Node):
+                found.append(item)
+    return found
+
+
+def graph_from_leaves(leaves: Sequence[Node]) -> Graph:
+    """The graph of everything that the leaves need."""
+    graph: Graph = nx.DiGraph()
+
+    def add(node: Node) -> None:
+        if node in graph:
+            return
+        graph.add_node(node)
+        for before in node_inputs(node):
+            add(before)
+            graph.add_edge(before, node)
+
+    for leaf in leaves:
+        add(leaf)
+    return graph
+
+
+def check_graph(graph: Graph) -> None:
+    """Check what every graph must satisfy; raises AssertionError, as only we can break it."""
+    assert nx.is_directed_acyclic_graph(graph), "the graph has a cycle"
+    for node in graph:
+        assert set(graph.predecessors(node)) == set(node_inputs(node)), (
+            f"edges of {node!r} are stale"
+        )
+    acting: dict[str, set[ForwardNode]] = {}
+    for leaf in graph_leaves(graph):
+        assert leaf.effects, f"{leaf.experiment} shows nothing"
+        found = acting.setdefault(leaf.experiment, set())
+        found.update(effect.patched.forward for effect in leaf.effects)
+    for experiment, passes in acting.items():
+        assert len(passes) == 1, f"{experiment} is measured in several passes"
+
+
+def highest_read(read: ReadNode) -> int | None:
+    """How many blocks have to run before the read; None is the whole model."""
+    needed = [stop_layer(*place, read.forward.n_layers) for place in read.places]
+    return None if None in needed else max(n for n in needed if n is not None)
+
+
+def rebuild_node(node: NodeT, change: Callable[[Node], Node]) -> NodeT:
+    """The node with itself and all its inputs changed; the same one where nothing changes."""
+
+    def swap(value: Any) -> Any:
+        if isinstance(value, Node):
+            return rebuild_node(value, change)
+        if isinstance(value, tuple):
+            parts: tuple[Any, ...] = value
+            new = tuple(swap(item) for item in parts)
+            return new if any(a is not b for a, b in zip(new, parts, strict=True)) else parts
+        return value
+
+    changed: Any = change(node)
+    old = {f.name: getattr(changed, f.name) for f in fields(changed) if f.init}
+    new = {name: swap(value) for name, value in old.items()}
+    differs = any(new[name] is not old[name] for name in old)
+    return replace(changed, **new) if differs else changed
+
+
+def graph_leaves(graph: Graph) -> list[ReportNode | ExpectNode]:
+    """What is asked for, in the order of the file."""
+    return [node for node in graph if isinstance(node, (ReportNode, ExpectNode))]
+
+
+def graph_saves(graph: Graph) -> list[SaveNode]:
+    """What is written to files, in the order of the file."""
+    return [node for node in graph if isinstance(node, SaveNode)]
+
+
+def map_nodes(graph: Graph, change: Callable[[Node], Node]) -> Graph:
+    """The graph with its nodes changed, and without those that nothing needs then."""
+    return graph_from_leaves(
+        [rebuild_node(leaf, change) for leaf in (*graph_leaves(graph), *graph_saves(graph))]
+    )
+
+
+def build_graph(experiments: Sequence[ResolvedExperiment]) -> Graph:
+    """The graph of a file's experiments."""
+    known: dict[str, tuple[EffectNode, ...]] = {}
+
+    def effects(experiment: ResolvedExperiment) -> tuple[EffectNode, ...]:
+        if experiment.key not in known:
+            named = [e for e in experiments if e.name in experiment.spec.after]
+            after = tuple(first for e in named for first in effects(e)[:1])
+            acting = patched_forward(experiment, after)
+            pairs = zip(experiment.spec.measures, experiment.measures, strict=True)
+            known[experiment.key] = tuple(
+                _effect(experiment, acting, measure, resolved) for measure, resolved in pairs
+            )
+        return known[experiment.key]
+
+    return graph_from_leaves(
+        [leaf for each in experiments for leaf in _leaves(each, effects(each))]
+    )
+
+
+def _leaves(experiment: ResolvedExperiment, effects: tuple[EffectNode, ...]) -> list[Node]:
+    key = experiment.key
+    reports = experiment.spec.reports or (spec.Report(span=experiment.spec.span, kind="table"),)
+    accuracies = tuple(
+        MeasureNode(
+            unpatched_forward(experiment, run),
+            "correct",
+            _implicit_detail(experiment, correct),
+            measure=correct,
+        )
+        for run, correct in experiment.accuracies.items()
+    )
+    leaves: list[Node] = [
+        ReportNode(key, effects, report_text(each), experiment) for each in reports
+    ]
+    leaves.extend(
+        ExpectNode(key, effects, accuracies, each.text, experiment)
+        for each in experiment.spec.expects
+    )
+    return leaves
+
+
+def report_text(report: spec.Report) -> str:
+    words = [report.kind, report.variable or ""]
+    words.append(f"by {report.by}" if report.by else "")
+    words.append(f"top {report.top}" if report.top else "")
+    return " ".join(word for word in words if word)
+
+
+def unpatched_forward(experiment: ResolvedExperiment, run: str) -> ForwardNode:
+    """A run without interventions of the experiment; a noised run writes its noise, one that has
+    rules what these say."""
+    there = experiment.table.runs[run]
+    if there.derived is not None:
+        return _derived(experiment, run, unpatched_forward(experiment, there.derived.base))
+    noise = there.noise
+    writes: tuple[WriteNode, ...] = ()
+    if noise is not None:
+        amount = f"{noise.sds:g} sd" if noise.sds is not None else f"{noise.std:g}"
+        value = TransformNode("noise", detail=f"{amount}, {count_noun(noise.samples, 'draw')}")
+        writes = (WriteNode(noise, "where the corruption says", value),)
+    text = run
+    if there.model is not None:
+        text = "clean"
+    elif noise is not None:
+        text = there.prompts or "clean"
+    s = experiment.spec
+    keep = tuple(measure.text for measure in experiment.keep)
+    behind, changed_by = experiment.table.behind, experiment.table.changed_by
+    encode = EncodeNode(
+        *(s.prompts, s.part, s.limit, keep, text, behind, changed_by), kept_by=experiment.keep
+    )
+    # Models that are patched into each other have the same number of layers.
+    model, n_layers = there.model or experiment.model.key, experiment.model.shape.n_layers
+    return ForwardNode(model, n_layers, encode, run, writes)
+
+
+def _derived(experiment: ResolvedExperiment, run: str, base: ForwardNode) -> ForwardNode:
+    """A run of the experiment's own: its rules on another run."""
+    defined = experiment.derived[run]
+    writes = tuple(_write(experiment, rule) for rule in defined.rules)
+    return replace(base, run=run, writes=writes, on=base)
+
+
+def patched_forward(
+    experiment: ResolvedExperiment, after: tuple[EffectNode, ...] = ()
+) -> ForwardNode:
+    """The pass with all rules of the experiment; without rules, the base run itself.
+
+    after: the effects that say where it acts.
+    """
+    base = unpatched_forward(experiment, experiment.spec.base)
+    if not experiment.rules:
+        return base
+    rules = experiment.rules
+    replacing = next((rule for rule in rules if rule.does.changes == "input"), None)
+    acting = [r for r in rules if r.sites is not None and r.does.changes != "nothing"]
+    writes = tuple(_write(experiment, rule) for rule in acting)
+    replaced = None if replacing is None else _at(replacing)
+    has_rules = experiment.table.runs[base.run].derived is not None
+    return ForwardNode(
+        experiment.model.key,
+        base.n_layers,
+        replace(base.encode, replaced=replaced, replaced_by=replacing),
+        base.run,
+        writes if has_rules else base.writes + writes,
+        experiment.axes,
+        experiment.nested,
+        after=after,
+        estimator="" if experiment.spec.estimator is None else experiment.spec.estimator.text,
+        on=base if has_rules else None,
+    )
+
+
+def _at(rule: ResolvedRule) -> str:
+    """The positions as written; of a `replace` the text too."""
+    at = rule.spec.at.span.written
+    if DRAW_AXIS in rule.positions.axes:
+        at = f"random tokens, as many as of {at}"
+    if rule.spec.onto is not None and rule.edge is None:
+        at += f" onto {rule.spec.onto.span.written}"
+    if rule.does.changes == "input" and rule.spec.fill is not None:
+        at += f" with {rule.spec.fill.span.text}"
+    return at
+
+
+def _write(experiment: ResolvedExperiment, rule: ResolvedRule) -> WriteNode:
+    at = _at(rule)
+    return WriteNode(rule, at, _value(experiment, rule, at))
+
+
+def _value(experiment: ResolvedExperiment, rule: ResolvedRule, at: str) -> ReadNode | TransformNode:
+    """What a rule writes, and what it reads for it."""
+    assert rule.sites is not None
+    does = rule.does
+    detail = does.detail(rule)
+    if does.reads is None:
+        steered = () if rule.direction is None else (_direction(experiment, rule.direction),)
+        return TransformNode(does.name, steered, detail or "")
+    points = rule.sites.points if rule.sites.sources is None else rule.sites.sources
+    forward = unpatched_forward(experiment, rule.run)
+    if rule.apart is not None:
+        apart = rule.apart
+        other = EncodeNode(
+            *(apart.table.name, apart.part, None, (), apart.run), changed_by=apart.table.changed_by
+        )
+        forward = ForwardNode(experiment.model.key, forward.n_layers, other, rule.apart.run)
+    read = ReadNode(forward, at, points, rule.positions.read)
+    return read if detail is None else TransformNode(does.name, (read,), detail)
+
+
+def _direction(experiment: ResolvedExperiment, steered: DirectionTargets) -> DirectionNode:
+    """The direction with what is read for it, each run of rows once."""
+    members = list(steered.members.values())
+    fits = [fit for member in members for fit in iter_fitted_vectors(member.vector)]
+    reads: dict[tuple[int, int], ReadNode] = {}
+    for number, fit in enumerate(fits):
+        for sample in fit.samples:
+            key = id(sample.table), id(sample.run.rows)
+            model = sample.run.model or experiment.model.key
+            behind, changed_by = sample.table.behind, sample.table.changed_by
+            encode = EncodeNode(
+                sample.table.name, None, None, (), sample.run.name, behind, changed_by
+            )
+            forward = ForwardNode(model, experiment.model.shape.n_layers, encode, sample.run.name)
+            before = reads.get(key)
+            points = {} if before is None else dict(before.points)
+            points[number,] = fit.points
+            reads[key] = ReadNode(forward, sample.cell.label, points, {(): sample.cell})
+    made = members[0].made if len(members) == 1 else f"{len(members)} directions"
+    name = " and ".join(steered.families) or members[0].name
+    return DirectionNode(name, made, tuple(reads.values()))
+
+
+def _implicit_detail(experiment: ResolvedExperiment, measure: ResolvedMeasure) -> str:
+    """Where a measure is read that doesn't say it."""
+    if measure.reply is not None:
+        return "reply"
+    of_logits = any(atom.form.of_outputs for atom in measure.atoms)
+    made_of = experiment.model.shape.output_at
+    said = {"first token": "token 0", "image": "image"}
+    return said.get(made_of, "last token") if of_logits else "last token"
+
+
+def _effect(
+    experiment: ResolvedExperiment,
+    acting: ForwardNode,
+    measure: spec.Measure,
+    resolved: ResolvedMeasure,
+) -> EffectNode:
+    entry = EFFECTS[measure.effect]
+    at = _implicit_detail(experiment, resolved) if measure.at is None else measure.at.span.written
+    runs = dict.fromkeys(atom.run for atom in resolved.atoms if atom.run is not None)
+    observed = next((rule for rule in experiment.rules if rule.does.changes == "nothing"), None)
+    if observed is not None and observed.does.reads == "run" and resolved.observed:
+        runs[observed.run] = None
+    references = tuple(unpatched_forward(experiment, run) for run in runs)
+
+    def measured(forward: ForwardNode, observed: ResolvedRule | None = None) -> MeasureNode:
+        words = resolved.text, at, references
+        reply = None
+        if resolved.reply is not None and experiment.generation is not None:
+            reply = ReplyNode(forward, experiment.generation.how)
+        return MeasureNode(forward, *words, reply, measure=resolved, observed=observed)
+
+    # Base and source are measured whatever the effect needs: both ends are always printed.
+    source = experiment.spec.source
+    return EffectNode(
+        entry.name,
+        measured(acting, observed),
+        measured(unpatched_forward(experiment, experiment.spec.base)),
+        None if source is None else measured(unpatched_forward(experiment, source)),
+        measure,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class GraphExperiment:
+    """One experiment of a graph."""
+
+    experiment: ResolvedExperiment
+    """With the rules, axes, measures and runs that its nodes have."""
+    clean: EncodeNode
+    """The clean run of its prompts: experiments that have it in common share their runs."""
+    runs: tuple[ForwardNode, ...]
+    """Every unpatched run that it reads, measures or starts from."""
+
+
+@dataclass(frozen=True)
+class RunNeeds:
+    """What an unpatched run has to give."""
+
+    forward: ForwardNode
+    reads: frozenset[SiteLayer] = frozenset()
+    measured: bool = False
+    stop: int | None = None
+
+
+def graph_experiments(graph: Graph) -> list[GraphExperiment]:
+    """The experiments of a graph, in the order of the file."""
+    by_key: dict[str, list[ReportNode | ExpectNode]] = {}
+    for leaf in graph_leaves(graph):
+        by_key.setdefault(leaf.experiment, []).append(leaf)
+    return [_graph_experiment(each) for each in by_key.values()]
+
+
+def run_needs(graph: Graph) -> dict[ForwardNode, RunNeeds]:
+    """By unpatched run, run to its end, what the nodes behind it need of it."""
+    found: dict[ForwardNode, RunNeeds] = {}
+    for node in graph:
+        if not isinstance(node, ForwardNode) or node.axes:
+            continue
+        users = list(graph.successors(node))
+        reads = frozenset(
+            place for user in users if isinstance(user, ReadNode) for place in user.places
+        )
+        whole = replace(node, stop=None)
+        old = found.get(whole, RunNeeds(whole, stop=node.stop))
+        found[whole] = RunNeeds(
+            whole,
+            old.reads | reads,
+            old.measured or any(isinstance(user, MeasureNode) for user in users),
+            node.stop if old.stop is not None else None,
+        )
+    return found
+
+
+def _graph_experiment(own: Sequence[ReportNode | ExpectNode]) -> GraphExperiment:
+    """One experiment, from its leaves."""
+    said, effects = own[0].of, _effects(own)
+    acting, base, source = effects[0].patched.forward, effects[0].base, effects[0].source
+    rules = _rules(effects[0].patched)
+    measures = tuple(effect.patched.measure for effect in effects)
+    accuracies = {
+        measure.forward.run: measure.measure
+        for leaf in own
+        if isinstance(leaf, ExpectNode)
+        for measure in leaf.accuracies
+    }
+    # An axis is there if a rule has it.
+    used = frozenset(name for rule in rules for name in rule.axes)
+    experiment = replace(
+        said,
+        spec=said.spec.model_copy(
+            update={
+                "base": base.forward.run,
+                "source": None if source is None else source.forward.run,
+                "rules": tuple(rule.spec for rule in rules),
+                "measures": tuple(effect.said for effect in effects),
+            }
+        ),
+        axes=tuple(axis for axis in acting.axes if axis.name in used),
+        rules=rules,
+        measures=measures,
+        keep=acting.encode.kept_by,
+        accuracies=accuracies,
+    )
+    runs = {
+        each.run: each for forward in _runs(own, effects) for each in run_with_dependencies(forward)
+    }
+    for name in _filtering(experiment):  # before the graph is run
+        runs.setdefault(name, unpatched_forward(experiment, name))
+    clean = replace(acting.encode, run="clean", replaced=None, replaced_by=None)
+    return GraphExperiment(experiment, clean, tuple(runs.values()))
+
+
+def _effects(own: Sequence[ReportNode | ExpectNode]) -> tuple[EffectNode, ...]:
+    """What some leaf shows or expects, each line of the file once."""
+    by_line = {id(effect.said): effect for leaf in own for effect in leaf.effects}
+    return tuple(by_line.values())
+
+
+def _rules(measure: MeasureNode) -> tuple[ResolvedRule, ...]:
+    """The rules that act on what is measured: writes as they stand, the others in between where
+    the file has them."""
+    forward = measure.forward
+    found = [
+        _rule(write, write.by) for write in forward.writes if not isinstance(write.by, RunNoise)
+    ]
+    for rule in (forward.encode.replaced_by, measure.observed):
+        if rule is not None:
+            before = [each.spec.span.start < rule.spec.span.start for each in found]
+            found.insert(sum(before), rule)
+    return tuple(found)
+
+
+def _rule(write: WriteNode, rule: ResolvedRule) -> ResolvedRule:
+    """The rule of a write, which reads what its node reads."""
+    read = write.read
+    if read is None or rule.sites is None:
+        return rule
+    sources = None if read.points is rule.sites.points else read.points
+    return replace(
+        rule,
+        run=rule.run if rule.apart is not None else read.forward.run,
+        sites=replace(rule.sites, sources=sources),
+        positions=replace(rule.positions, read=read.positions),
+    )
+
+
+def _runs(
+    own: Sequence[ReportNode | ExpectNode], effects: Sequence[EffectNode]
+) -> Iterator[ForwardNode]:
+    """The unpatched runs that nodes measure, read or compare with, in the order of the file."""
+    yield effects[0].base.forward
+    if effects[0].source is not None:
+        yield effects[0].source.forward
+    yield from _read(effects[0].patched.forward)
+    for leaf in own:
+        if isinstance(leaf, ExpectNode):
+            yield from (measure.forward for measure in leaf.accuracies)
+    for effect in effects:
+        yield from effect.patched.references
+
+
+def run_with_dependencies(forward: ForwardNode) -> Iterator[ForwardNode]:
+    """A run, and before it those that its own rules read."""
+    ruled = forward
+    while ruled.on is not None:
+        for read in _read(ruled):
+            yield from run_with_dependencies(read)
+        ruled = ruled.on
+    yield forward
+
+
+def _read(forward: ForwardNode) -> Iterator[ForwardNode]:
+    """The runs of the sampled rows that what is written is read in; a mean of another block is
+    taken of rows of its own, in runs of their own."""
+    for write in forward.writes:
+        apart = isinstance(write.by, ResolvedRule) and write.by.apart is not None
+        if write.read is not None and not apart:
+            yield write.read.forward
+
+
+def _filtering(experiment: ResolvedExperiment) -> Iterator[str]:
+    """The runs that `keep` reads."""
+    for measure in experiment.keep:
+        yield from (atom.run for atom in measure.atoms if atom.run is not None)
+    if experiment.keep:
+        yield "clean"
+
+
+def stop_early(graph: Graph) -> Graph:
+    """A pass that is only read, never measured, stops above its highest read."""
+    stops: dict[Node, int] = {}
+    for node in graph:
+        if not isinstance(node, ForwardNode) or node.stop is not None:
+            continue
+        users = list(graph.successors(node))
+        if not users or any(isinstance(user, MeasureNode) for user in users):
+            continue
+        needed = [highest_read(user) for user in users if isinstance(user, ReadNode)]
+        if needed and None not in needed:
+            highest = max(n for n in needed if n is not None)
+            if highest <= node.n_layers:
+                stops[node] = highest
+    if not stops:
+        return graph
+
+    def stopped(node: Node) -> Node:
+        stop = stops.get(node) if isinstance(node, ForwardNode) else None
+        return node if stop is None else replace(node, stop=stop)
+
+    return map_nodes(graph, stopped)

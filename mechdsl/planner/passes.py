@@ -1,0 +1,364 @@
+"""From experiments to a plan: the planner passes in order, and what each of them saves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mechdsl.diagnostics.command_line import BadCommandLine
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.models.shape import ModelShape
+from mechdsl.planner.cost import (
+    Cost,
+    PanelCount,
+    PanelWork,
+    read_pass_work,
+    reply_cost,
+    reply_work,
+    run_cost,
+)
+from mechdsl.planner.graph import (
+    Graph,
+    build_graph,
+    check_graph,
+    graph_from_leaves,
+    graph_leaves,
+    highest_read,
+    stop_early,
+)
+from mechdsl.planner.plan import (
+    DTYPE_BYTES,
+    PASS_TOKENS,
+    PROMPT_TOKENS,
+    GraphRewrite,
+    Plan,
+    SaveLayout,
+    build_plain_plan,
+    build_save_nodes,
+    build_save_panel,
+    build_save_reads,
+    count_save_sweeps,
+    plan_save_layout,
+    read_batches,
+)
+from mechdsl.program.spec import Generation
+from mechdsl.prompts.runs import PromptRun
+from mechdsl.resolve.expansion import expand_controls
+from mechdsl.resolve.types import ResolvedExperiment, ResolvedSave
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannerPass:
+    """One way of leaving work out."""
+
+    name: str
+    """As `--no-pass` names it."""
+    leaves_out: str
+    """Which work, as the table of docs/planner.md says it."""
+    why: str
+    """Why results stay what they are."""
+    does: str
+    """In one line, below the table of `mechdsl plan`."""
+    shown: Callable[[PanelWork], None] | None
+    """Takes what it leaves out off the work that `mechdsl plan` counts; None where none of the
+    figures there knows of it."""
+    of_replies: bool = False
+    """Whether it is about `generate` alone."""
+    restarts: bool = False
+    """Whether rows take something over from the unpatched run, which not every model can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphPass(PlannerPass):
+    apply: Callable[[Graph], Graph]
+    """Gives an equal graph with less work, or the same one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanPass(PlannerPass):
+    apply: Callable[[Plan], Plan]
+    """Switches on what the run then leaves out."""
+
+
+GRAPH_PASSES: tuple[GraphPass, ...] = (
+    GraphPass(
+        name="stop_early",
+        leaves_out="blocks of a source run above the highest site that is read",
+        why="a block computes from those below it alone",
+        does="an unpatched run that is only read stops above the highest read",
+        shown=PanelWork.stop_early,
+        apply=stop_early,
+    ),
+)
+
+PLAN_PASSES: tuple[PlanPass, ...] = (
+    PlanPass(
+        name="inert",
+        leaves_out="rows that can't differ from the base run, by structure",
+        why="all that they write is equal to what stands there, or out of sight of all that is "
+        "measured; tokens and positions say so, never floats",
+        does="rows that can't differ from the base run are not run",
+        shown=PanelWork.leave_inert_out,
+        apply=lambda plan: replace(plan, skips_inert=True),
+    ),
+    PlanPass(
+        name="share",
+        leaves_out="rows that are equal, in one experiment or in several",
+        why="they start from the same run of the same prompt and write the same to the same places",
+        does="rows that several cells or experiments have in common are run once",
+        shown=PanelWork.share,
+        apply=lambda plan: replace(plan, shares_rows=True),
+    ),
+    PlanPass(
+        name="resume",
+        leaves_out="blocks below a row's lowest write",
+        why="what enters them is what enters them on the unpatched run, so what leaves them is too",
+        does="a row starts at its lowest write, with what the unpatched run had there",
+        shown=lambda tally: tally.restart(resume=True),
+        apply=lambda plan: replace(plan, shortcuts=replace(plan.shortcuts, resume=True)),
+        restarts=True,
+    ),
+    PlanPass(
+        name="prefix",
+        leaves_out="tokens before its leftmost write",
+        why="in a causal model no token sees a later one; in others nothing is left out",
+        does="it computes its leftmost write and what follows, on keys and values that are kept",
+        shown=lambda tally: tally.restart(prefix=True),
+        apply=lambda plan: replace(plan, shortcuts=replace(plan.shortcuts, prefix=True)),
+        restarts=True,
+    ),
+    PlanPass(
+        name="inside",
+        leaves_out="of the block where it joins: queries, keys and values of tokens that still "
+        "enter unchanged; attention before a write of `z`, attention and MLP before a write of "
+        "`mlp_out`, and so on",
+        why="only attention mixes tokens, so the rest of a block changes at changed tokens alone, "
+        "and what a write replaces is not needed",
+        does="it starts inside that block, and projects queries, keys, values only of changes",
+        shown=lambda tally: tally.restart(inside=True),
+        apply=lambda plan: replace(plan, shortcuts=replace(plan.shortcuts, inside=True)),
+        restarts=True,
+    ),
+    PlanPass(
+        name="last",
+        leaves_out="tokens behind the last one that a measure reads, and in the last block all "
+        "that none reads",
+        why="in a causal model no token that is read sees them, nor, behind the last attention, in "
+        "any model",
+        does="nothing is computed that no measure reads: in the last block few tokens, behind the "
+        "last one read none",
+        shown=lambda tally: tally.restart(last=True),
+        apply=lambda plan: replace(plan, shortcuts=replace(plan.shortcuts, last=True)),
+        restarts=True,
+    ),
+    PlanPass(
+        name="unembed",
+        leaves_out="logits of tokens that no metric names; `prob`, `kl`, `entropy` and other "
+        "metrics with a softmax get all",
+        why="a logit is a product with its own row of the unembedding",
+        does="only the logits that metrics read are computed, where they need no softmax",
+        shown=PanelWork.narrow,
+        apply=lambda plan: replace(plan, narrows_logits=True),
+    ),
+    PlanPass(
+        name="join",
+        leaves_out="passes: rows of all layers, sites, rules and experiments ride in one",
+        why="only attention mixes tokens, and its masks keep rows apart",
+        does="rows of all layers, sites, rules and experiments ride in one pass, and join it where "
+        "they start",
+        shown=PanelWork.join,
+        apply=lambda plan: replace(plan, joins_rows=True),
+    ),
+    PlanPass(
+        name="cache",
+        leaves_out="all tokens but the newest, in each step of `generate`; what cells have in "
+        "common of a prompt; rows that are equal so far; of rows that wrote the same, the blocks "
+        "below what acts on them",
+        why="keys and values of earlier tokens don't change while later ones are written, and what "
+        "enters a block hangs on the blocks below it alone",
+        does="while a model writes, keys and values are kept, and only newest tokens are computed",
+        shown=PanelWork.keep_tokens,
+        of_replies=True,
+        apply=lambda plan: replace(plan, keeps_tokens=True),
+    ),
+    PlanPass(
+        name="fuse",
+        leaves_out="memory traffic of activation functions that are written out step by step",
+        why="the kernel computes the same formula",
+        does="activation functions written out step by step run in one kernel",
+        shown=None,
+        apply=lambda plan: replace(plan, fuses_kernels=True),
+    ),
+)
+
+PASSES: tuple[PlannerPass, ...] = (*GRAPH_PASSES, *PLAN_PASSES)
+
+PASS_NAMES = tuple(one.name for one in PASSES)
+
+RESTART_PASSES = tuple(one.name for one in PASSES if one.restarts)
+"""Without any of these, rows are whole passes."""
+
+
+def check_pass_names(names: Iterable[str]) -> list[Diagnostic]:
+    """E0208 for every `--no-pass` that names none."""
+    return [
+        BadCommandLine(
+            reason=f"there is no pass called `{name}`",
+            hint=did_you_mean(name, PASS_NAMES, f"passes are {', '.join(PASS_NAMES)}"),
+        )
+        for name in names
+        if name not in PASS_NAMES
+    ]
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What stands after one pass."""
+
+    name: str
+    after: Cost
+    on: bool = True
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """A plain loop over a file, and what is left of it pass by pass."""
+
+    plain: Cost
+    savings: tuple[Saving, ...]
+    blocks: int = 0
+    """Of the deepest model."""
+
+    @property
+    def planned(self) -> Cost:
+        """With all passes that are on."""
+        return self.savings[-1].after if self.savings else self.plain
+
+
+def plan_cost(
+    plan: Plan, pass_tokens: int = PASS_TOKENS, prompt_tokens: int = PROMPT_TOKENS
+) -> PlanCost:
+    """Count a plan; rows are laid out in chunks of prompts and forgotten.
+
+    pass_tokens, prompt_tokens: most tokens of a pass over rows, and of a batch of prompts.
+    """
+    plain = Cost()
+    writes = any(panel.experiments[0].experiment.generation for panel in plan.panels)
+    passes = [one for one in PASSES if writes or not one.of_replies]
+    after = {one.name: Cost() for one in passes if one.shown is not None}
+    for panel in plan.panels:
+        count = PanelCount(panel, pass_tokens, prompt_tokens)
+        for prompts in count.chunks():
+            tally = PanelWork(count, prompts)
+            plain += tally.cost
+            for one in passes:
+                if one.shown is None:
+                    continue
+                if plan.does(one.name):
+                    one.shown(tally)
+                after[one.name] += tally.cost
+    return PlanCost(
+        plain,
+        tuple(Saving(name, cost, plan.does(name)) for name, cost in after.items()),
+        max((p.experiments[0].experiment.model.shape.n_layers for p in plan.panels), default=0),
+    )
+
+
+def build_file_graph(experiments: Sequence[ResolvedExperiment]) -> Graph:
+    """The graph of experiments and of what they are set against, before any pass."""
+    return build_graph(expand_controls(experiments))
+
+
+def add_save_nodes(graph: Graph, saving: Sequence[ResolvedExperiment]) -> Graph:
+    """The same with what goes to files; saving: the experiments with `save` lines. Those are run on
+    their own, behind all others: a plan has none."""
+    nodes = [node for experiment in saving for node in build_save_nodes(experiment)]
+    return graph_from_leaves([*graph_leaves(graph), *nodes]) if nodes else graph
+
+
+def make_plan(
+    experiments: Sequence[ResolvedExperiment], *, without: frozenset[str] = frozenset()
+) -> Plan:
+    """The plan of a file; `without` names passes that are switched off."""
+    return plan_graph(build_file_graph(experiments), without=without)
+
+
+def plan_graph(graph: Graph, *, without: frozenset[str] = frozenset()) -> Plan:
+    """The plan of what a graph asks for."""
+    graph, rewrites = rewrite_graph(graph, without=without)
+    plan = build_plain_plan(graph)
+    for one in PLAN_PASSES:
+        if one.name not in without:
+            plan = one.apply(plan)
+    passes = tuple(name for name in PASS_NAMES if name not in without)
+    return replace(plan, passes=passes, rewrites=rewrites)
+
+
+def rewrite_graph(
+    graph: Graph, *, without: frozenset[str] = frozenset()
+) -> tuple[Graph, tuple[GraphRewrite, ...]]:
+    """The graph after all graph passes but those switched off, and what each did."""
+    rewrites: list[GraphRewrite] = []
+    for one in GRAPH_PASSES:
+        if one.name in without:
+            continue
+        before, graph = graph, one.apply(graph)
+        check_graph(graph)
+        counts = before.number_of_nodes(), graph.number_of_nodes()
+        rewrites.append(GraphRewrite(one.name, graph is not before, *counts))
+    return graph, tuple(rewrites)
+
+
+@dataclass(frozen=True, eq=False)
+class SaveCost:
+    """Of one line."""
+
+    experiment: str
+    save: ResolvedSave
+    layout: SaveLayout
+    bytes: int
+    """Of its file's tensors."""
+    cost: Cost
+    """Without cells or rows, as nothing is patched beyond what its run says."""
+
+
+def save_costs(
+    saving: Sequence[ResolvedExperiment], prompt_tokens: int = PROMPT_TOKENS
+) -> list[SaveCost]:
+    """Of every line. saving: the experiments with `save` lines."""
+    return [each for experiment in saving for each in _of(experiment, prompt_tokens)]
+
+
+def _of_replies(
+    said: Generation, run: PromptRun, shape: ModelShape, stop: int | None, batches: int
+) -> Cost:
+    """All that a run writes, and a pass over prompts and replies that stops where nothing more is
+    read."""
+    lengths = np.repeat(run.lengths, run.draws)
+    first = replace(run_cost(shape, run, None), forwards=batches)
+    given = (said.tokens, said.samples)
+    writing = reply_work(lengths, *given, kept=True, pass_tokens=PASS_TOKENS)
+    reading = read_pass_work(lengths + said.tokens, 0, said.samples, PROMPT_TOKENS)
+    blocks = shape.n_layers if stop is None else min(stop, shape.n_layers)
+    return first + reply_cost(shape, writing) + reply_cost(shape, reading, blocks)
+
+
+def _of(experiment: ResolvedExperiment, prompt_tokens: int) -> Iterator[SaveCost]:
+    panel, shape = build_save_panel(experiment), experiment.model.shape
+    own = experiment.model.spec.dtype
+    for save, read in zip(experiment.saves, build_save_reads(experiment), strict=True):
+        run = panel.table.runs[save.run]
+        batches = len(read_batches(shape, DTYPE_BYTES[own], run, save.points, tokens=prompt_tokens))
+        times = count_save_sweeps(panel, save.run, several=batches > 1)
+        cost = run_cost(shape, run, highest_read(read))
+        for name, count in (times - Counter([save.run])).items():
+            cost += count * run_cost(shape, panel.table.runs[name], None)
+        joined = Cost(0, 0, times.total() * batches, cost.tokens, cost.multiply_adds)
+        if experiment.generation is not None and save.in_reply:
+            joined = _of_replies(experiment.generation, run, shape, highest_read(read), batches)
+        layout = plan_save_layout(experiment, save)
+        size = layout.bytes(save.spec.dtype or own)
+        yield SaveCost(experiment.key, save, layout, size, joined)

@@ -1,0 +1,1031 @@
+"""The plan of a file: rows of each experiment, and panels that share unpatched runs.
+
+The unit is the row: one cell on one prompt, because positions (and, with several tokens under one
+label, the number of runs) differ between prompts. Rows are integer columns in numpy, built per
+batch of prompts; they never exist as objects.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechdsl.base.arrays import Ints
+from mechdsl.base.hashing import digest_number
+from mechdsl.models.restart import FULL_PASS, Shortcuts
+from mechdsl.models.shape import ModelShape, unit_count, vector_width
+from mechdsl.planner.graph import (
+    EncodeNode,
+    ForwardNode,
+    Graph,
+    GraphExperiment,
+    ReadNode,
+    RunNeeds,
+    SaveNode,
+    graph_experiments,
+    graph_from_leaves,
+    run_needs,
+    run_with_dependencies,
+    unpatched_forward,
+)
+from mechdsl.planner.rows import (
+    ALL_TOKENS,
+    NEWEST_TOKEN,
+    NO_TOKENS,
+    InertWrites,
+    PathPlan,
+    RaggedColumn,
+    RowTable,
+    RulePlan,
+    TokenHits,
+    count_columns,
+    find_inert_writes,
+    inert_cells,
+    inert_rows,
+)
+from mechdsl.program.spec import Generation
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PromptRun
+from mechdsl.resolve.observations import Observation, RowSetObservation, TokenSetObservation
+from mechdsl.resolve.runs import name_tensor
+from mechdsl.resolve.types import (
+    DRAW_AXIS,
+    AxisIndices,
+    DirectionMember,
+    ItemNumber,
+    PositionTargets,
+    ResolvedExperiment,
+    ResolvedRule,
+    ResolvedSave,
+    SiteLayer,
+    SitePoint,
+    select_reached,
+)
+from mechdsl.vocab.sites import SITES, sites_of_stage
+
+
+@dataclass(frozen=True, eq=False)
+class ExperimentPlan:
+    """Everything that is known of an experiment's rows before the model runs."""
+
+    experiment: ResolvedExperiment
+    """As the graph has it."""
+    runs: tuple[str, ...]
+    """Every unpatched run that it reads, measures or starts from."""
+    coordinates: tuple[Ints, ...]
+    """Per axis, the index of every cell along it."""
+    rules: tuple[RulePlan, ...]
+    lowest: Ints
+    """Per cell, the lowest block that it writes to or that a measure reads."""
+    inert_runs: tuple[InertWrites, ...]
+    """Per rule, what it writes that can't change anything."""
+    inert: NDArray[np.bool_]
+    """Per cell: by structure none of its rows can differ from the base run."""
+    items: tuple[ItemNumber, ...]
+    """Per cell, its occurrence, where an axis runs over occurrences."""
+    drawn: NDArray[np.bool_] | None = None
+    """Per cell, whether there is one: of a control, whether it has this draw; where measures name a
+    loop's variable, whether it has the value that they are read for. None for all."""
+
+    @property
+    def n_cells(self) -> int:
+        return len(self.lowest)
+
+    @property
+    def whole(self) -> bool:
+        """Whether its rows are whole passes, whatever else is planned: a rule asks for it, they
+        start from a run that has rules, are estimated, or what a path holds isn't what that run
+        has."""
+        if any(run.derived is not None for run in self.starting_runs):
+            return True
+        if self.experiment.spec.estimator is not None:
+            return True
+        if self.path is not None and (self.beside_path or self._seen_in_mlps):
+            return True
+        return any(plan.rule.does.whole for plan in self.rules)
+
+    @property
+    def path(self) -> RulePlan | None:
+        """The rule that patches a path, if there is one."""
+        return next((plan for plan in self.rules if plan.paths is not None), None)
+
+    @property
+    def beside_path(self) -> tuple[RulePlan, ...]:
+        """The rules that act beside a path."""
+        others = (plan for plan in self.rules if plan.paths is None)
+        return tuple(plan for plan in others if plan.rule.does.changes != "nothing")
+
+    @property
+    def _seen_in_mlps(self) -> bool:
+        """Whether measures read what MLPs compute, which aren't computed where they are held."""
+        points = (atom.point for m in self.experiment.measures for atom in m.atoms)
+        return any(p is not None and p.site in sites_of_stage("in_mlp") for p in points)
+
+    @cached_property
+    def senders(self) -> Ints:
+        """[cell] equal where the senders of its path and the rules beside it are the same, so that
+        all receivers are read in one pass."""
+        path = self.path
+        assert path is not None
+        assert path.rule.sites is not None
+        used = {*path.rule.sites.axes, *path.rule.positions.axes}
+        used.update(name for plan in self.beside_path for name in plan.rule.axes)
+        found = np.zeros(self.n_cells, dtype=np.int64)
+        for axis, own in zip(self.experiment.axes, self.coordinates, strict=True):
+            if axis.name in used:
+                found = found * len(axis) + own
+        return found
+
+    def replaced_blocks(self, cell: int) -> tuple[tuple[int, int | None], ...]:
+        """Blocks that don't do their own work in a cell, and which do it; None where none does."""
+        found: dict[int, int | None] = {}
+        for plan in self.rules:
+            if plan.rule.does.changes == "blocks":
+                for index in _list(plan.points, int(plan.site_of_cell[cell])).tolist():
+                    to, of = plan.point_table[index], plan.source_table[index]
+                    assert to.layer is not None
+                    found[to.layer] = None if of.site == to.site else of.layer
+        return tuple(sorted(found.items()))
+
+    def content(self, cell: int) -> int:
+        """A number for what a cell does: its values along the axes of rules that act. It doesn't
+        depend on names, the cell's index, other cells or observations."""
+        acting = (plan.rule.axes for plan in self.rules if plan.rule.does.changes != "nothing")
+        names = frozenset[str]().union(*acting)
+        labels = [
+            axis.labels[own[cell]]
+            for axis, own in zip(self.experiment.axes, self.coordinates, strict=True)
+            if axis.name in names
+        ]
+        return digest_number("cell", labels)
+
+    @property
+    def behind(self) -> bool:
+        """Whether a rule acts on tokens of the answer, behind the prompt."""
+        return any(plan.behind for plan in self.rules)
+
+    @property
+    def exists(self) -> NDArray[np.bool_]:
+        """[cell] whether there is such a cell: paths only lead forward, and there may be no more
+        targets to be drawn."""
+        found = np.ones(self.n_cells, dtype=np.bool_)
+        if self.drawn is not None:
+            found &= self.drawn
+        for plan in self.rules:
+            if plan.paths is not None:
+                found &= plan.paths.exists
+            if plan.rule.beside is not None:
+                found &= np.array([plan.rule.leads(at) for at in self._along()])
+        return found
+
+    def _along(self) -> Iterator[dict[str, int]]:
+        """Per cell, its index along each axis."""
+        names = [axis.name for axis in self.experiment.axes]
+        for cell in range(self.n_cells):
+            yield {n: int(own[cell]) for n, own in zip(names, self.coordinates, strict=True)}
+
+    @property
+    def draws(self) -> int:
+        """Draws of noise that every row is run with, of all runs that it starts from or reads."""
+        spec = self.experiment.spec
+        names = [spec.base, spec.source, *(plan.rule.run for plan in self.rules)]
+        runs = self.experiment.table.runs
+        return max((runs[name].draws for name in names if name is not None), default=1)
+
+    @property
+    def replaced(self) -> RulePlan | None:
+        """The rule that puts other text into the prompts, if there is one."""
+        return next((plan for plan in self.rules if plan.rule.does.changes == "input"), None)
+
+    @property
+    def observes(self) -> RulePlan | None:
+        """The rule that is measured by what it looks at, if there is one."""
+        return next((plan for plan in self.rules if plan.rule.does.changes == "nothing"), None)
+
+    @property
+    def lists(self) -> int:
+        """How many tokens are listed of each cell, by what is seen of its rows."""
+        rule = None if self.observes is None else self.observes.rule
+        return rule.does.lists(rule) if rule and isinstance(rule.does, Observation) else 0
+
+    @property
+    def starting_runs(self) -> tuple[PromptRun, ...]:
+        """The runs that rows start from: the base run, or those with the text put in."""
+        if not self.rules:
+            return ()
+        if self.replaced is not None:
+            return tuple(self.replaced.rule.inputs.values())
+        return (self.experiment.table.runs[self.experiment.spec.base],)
+
+    def starting_run(self, rows: RowTable) -> Ints:
+        """[row] index into `starting_runs`."""
+        if self.replaced is None:
+            return np.zeros(len(rows), dtype=np.int64)
+        return self.replaced.position_of_cell[rows.cell]
+
+    def lengths(self, rows: RowTable) -> Ints:
+        """[row] tokens of the prompt that it starts from."""
+        which = self.starting_run(rows)
+        found = np.zeros(len(rows), dtype=np.int64)
+        for index, run in enumerate(self.starting_runs):
+            found = np.where(which == index, run.lengths[rows.prompt], found)
+        return found
+
+    def leftmost(self, rows: RowTable) -> Ints:
+        """The first position that each row writes to."""
+        first = np.full(len(rows), np.iinfo(np.int64).max, dtype=np.int64)
+        for plan in self.rules:
+            own = plan.written.leftmost(plan.written_runs(rows))
+            first = np.where(plan.acts(rows), np.minimum(first, own), first)
+        return first
+
+    def is_inert(self, rows: RowTable) -> NDArray[np.bool_]:
+        """Which rows can't differ from the base run, by structure."""
+        return inert_rows(self.inert_runs, self.rules, rows)
+
+    def _runs(self, prompts: Ints) -> Ints:
+        """[cell, prompt]: how many runs there are, none where a rule has no position."""
+        counts = np.ones((self.n_cells, len(prompts)), dtype=np.int64)
+        for plan in self.rules:
+            own = plan.run_counts(prompts)
+            counts = np.where((own == 0) | (counts == 0), 0, np.maximum(own, counts))
+        if self.drawn is not None:
+            counts[~self.drawn] = 0
+        return counts
+
+    def present(self, prompts: Ints) -> NDArray[np.bool_]:
+        """[cell, prompt] whether the prompt is part of the cell: no rule lacks a position there."""
+        return self._runs(prompts) > 0
+
+    def count(self, prompts: Ints | None = None) -> int:
+        """Patched rows on these prompts (or all), draws included: passes of the plain loop."""
+        if prompts is None:
+            prompts = np.arange(len(self.experiment.table), dtype=np.int64)
+        return int(self._runs(prompts).sum()) * self.draws if self.rules else 0
+
+    def passes(self, prompts: Ints) -> RowTable:
+        """The rows that are run: of what is observed of all rows at once, one for every position,
+        whose pass all cells read, or one of all positions; none of what is observed of weights,
+        and of estimates."""
+        run = self.rules and self.experiment.spec.estimator is None
+        rows = self.rows(prompts) if run else RowTable.none()
+        for plan in self.rules:
+            if isinstance(plan.rule.does, RowSetObservation):
+                first = np.unique(plan.position_of_cell, return_index=True)[1]
+                read = first if plan.rule.does.reads_vectors else first[:0]
+                rows = rows.take(np.flatnonzero(np.isin(rows.cell, read)))
+            if isinstance(
+                plan.rule.does, TokenSetObservation
+            ):  # all of whose positions one pass has
+                rows = rows.take(np.unique(rows.prompt, return_index=True)[1])
+        return rows
+
+    def rows(self, prompts: Ints) -> RowTable:
+        """All rows on these prompts, ordered by cell and prompt."""
+        flat = self._runs(prompts).ravel()
+        place, alternative = count_columns(flat)
+        cell = np.repeat(np.arange(self.n_cells), len(prompts))[place]
+        prompt = np.tile(prompts, self.n_cells)[place]
+        return RowTable(cell, prompt, alternative)
+
+
+def plan_experiment(each: GraphExperiment) -> ExperimentPlan:
+    """Lay the cells of one experiment out."""
+    experiment = each.experiment
+    shape = experiment.shape
+    count = experiment.n_cells
+    coordinates = (
+        tuple(np.asarray(c, dtype=np.int64) for c in np.unravel_index(np.arange(count), shape))
+        if shape
+        else ()
+    )
+    names = [axis.name for axis in experiment.axes]
+    by_name = dict(zip(names, coordinates, strict=True))
+    parallel = experiment.model.shape.parallel_block
+    rules = tuple(
+        replace(plan, behind=_is_behind(experiment, plan), number=number)
+        for number, plan in enumerate(
+            _rule_plan(rule, by_name, count, parallel=parallel) for rule in experiment.rules
+        )
+    )
+    items: list[ItemNumber] = [None] * count
+    for axis in experiment.axes:
+        if axis.items:
+            items = [axis.items[i] for i in by_name[axis.name]]
+    inert_runs = tuple(find_inert_writes(experiment, plan) for plan in rules)
+    return ExperimentPlan(
+        experiment=experiment,
+        runs=tuple(forward.run for forward in each.runs),
+        coordinates=coordinates,
+        rules=rules,
+        lowest=_lowest(experiment, rules, count),
+        inert_runs=inert_runs,
+        inert=inert_cells(inert_runs, rules, count),
+        items=tuple(items),
+        drawn=_there(experiment, by_name, count),
+    )
+
+
+def _there(
+    experiment: ResolvedExperiment, by_name: Mapping[str, Ints], count: int
+) -> NDArray[np.bool_] | None:
+    """[cell] which of them there are; None where that is all."""
+    drawn = _drawn(experiment, by_name, count)
+    nest = experiment.own_loops
+    if nest is not None and nest.axes:
+        keys = zip(*(by_name[axis].tolist() for axis in nest.axes), strict=True)
+        own = np.array([key in nest.keys for key in keys], dtype=np.bool_)
+        drawn = own if drawn is None else drawn & own
+    fixed = {} if experiment.place is None else experiment.place.fixed
+    for name, index in fixed.items():
+        if name not in by_name:  # without rules there is one cell for each of its values
+            continue
+        own = by_name[name] == index
+        drawn = own if drawn is None else drawn & own
+    return drawn
+
+
+def _drawn(
+    experiment: ResolvedExperiment, by_name: Mapping[str, Ints], count: int
+) -> NDArray[np.bool_] | None:
+    """[cell] which draws there are."""
+    drawn = experiment.drawn
+    if drawn is None:
+        return None
+    counts = np.array(list(drawn.counts.values()), dtype=np.int64)
+    there = by_name[DRAW_AXIS] < counts[_lookup(list(drawn.counts), drawn.axes, by_name, count)]
+    return None if there.all() else there
+
+
+def _rule_plan(
+    rule: ResolvedRule, by_name: Mapping[str, Ints], count: int, *, parallel: bool
+) -> RulePlan:
+    site_of_cell = np.zeros(count, dtype=np.int64)
+    table: dict[tuple[SitePoint, SitePoint], int] = {}
+    lists: list[list[int]] = [[]]
+    if rule.sites is not None:
+        sites = rule.sites
+        keys = list(sites.points)
+        site_of_cell = _lookup(keys, sites.axes, by_name, count)
+        sources = sites.points if sites.sources is None else sites.sources
+        lists = [
+            [
+                table.setdefault(pair, len(table))
+                for pair in zip(sites.points[key], sources[key], strict=True)
+            ]
+            for key in keys
+        ]
+    donated = rule.does.reads == "donor"
+    active = None
+    if rule.only is not None:  # elsewhere it has no sites
+        active = by_name[rule.only.axis] == rule.only.index
+        site_of_cell = np.where(active, site_of_cell, len(lists))
+        lists.append([])
+    positions = list(rule.positions.written)
+    written = tuple(rule.positions.written[key] for key in positions)
+    read = tuple(rule.positions.read[key] for key in positions)
+    amounts = np.zeros(count)
+    if rule.amounts is not None:
+        values = np.array(list(rule.amounts.values.values()))
+        amounts = values[_lookup(list(rule.amounts.values), rule.amounts.axes, by_name, count)]
+    directions: tuple[DirectionMember, ...] = ()
+    direction_of_cell = None
+    if rule.direction is not None:
+        directions = tuple(rule.direction.members.values())
+        members = list(rule.direction.members)
+        direction_of_cell = _lookup(members, rule.direction.axes, by_name, count)
+    steps = None
+    if rule.steps is not None:
+        ends = np.array(list(rule.steps.values.values()), dtype=np.int64)
+        steps = ends[_lookup(list(rule.steps.values), rule.steps.axes, by_name, count)]
+    keys_hit, key_of_cell = None, None
+    if rule.edge is not None:
+        cells = rule.edge.keys.written
+        keys_hit = TokenHits.of(tuple(cells.values()))
+        key_of_cell = _lookup(list(cells), rule.edge.keys.axes, by_name, count)
+    return RulePlan(
+        rule=rule,
+        site_of_cell=site_of_cell,
+        position_of_cell=_lookup(positions, rule.positions.axes, by_name, count),
+        points=RaggedColumn.of(lists),
+        point_table=tuple(pair[0] for pair in table),
+        source_table=tuple(pair[1] for pair in table),
+        written=TokenHits.of(written),
+        read=TokenHits.of(written if rule.apart is not None and not donated else read),
+        averaged=TokenHits.of(read),
+        positions=written,
+        sources=read,
+        amounts=amounts,
+        directions=directions,
+        direction_of_cell=direction_of_cell,
+        keys=keys_hit,
+        key_of_cell=key_of_cell,
+        follows=_follows(rule.positions),
+        keys_follow=_follows(None if rule.edge is None else rule.edge.keys),
+        paths=_paths(rule, site_of_cell, by_name, count, parallel=parallel),
+        active=active,
+        steps=steps,
+    )
+
+
+def _follows(targets: PositionTargets | None) -> Ints:
+    """[position] what of a reply is meant."""
+    if targets is None:
+        return np.zeros(0, dtype=np.int64)
+    found = [
+        ALL_TOKENS if key in targets.every else NEWEST_TOKEN if key in targets.newest else NO_TOKENS
+        for key in targets.written
+    ]
+    return np.array(found, dtype=np.int64)
+
+
+def _is_behind(experiment: ResolvedExperiment, plan: RulePlan) -> bool:
+    """Whether a rule acts on tokens behind the prompts."""
+    runs, base = experiment.table.runs, experiment.spec.base
+    places = [(plan.written, base)]
+    places += [] if plan.keys is None else [(plan.keys, base)]
+    places += [] if plan.rule.apart is not None else [(plan.read, plan.rule.run)]
+    return any(hits.lie_behind(runs[run].lengths) for hits, run in places)
+
+
+def _paths(
+    rule: ResolvedRule,
+    sender_of_cell: Ints,
+    by_name: Mapping[str, Ints],
+    count: int,
+    *,
+    parallel: bool,
+) -> PathPlan | None:
+    """Every combination of senders and receivers that some cell has, and who is reached."""
+    if rule.path is None:
+        return None
+    assert rule.sites is not None
+    receivers = rule.path.receivers
+    keys = list(receivers.points)
+    receiver_of_cell = _lookup(keys, receivers.axes, by_name, count)
+    of, to = list(rule.sites.points.values()), [receivers.points[key] for key in keys]
+    pairs, pair_of_cell = np.unique(
+        sender_of_cell * len(to) + receiver_of_cell, return_inverse=True
+    )
+    table: dict[SitePoint, int] = {}
+    lists = [
+        [
+            table.setdefault(point, len(table))
+            for point in select_reached(of[pair // len(to)], to[pair % len(to)], parallel=parallel)
+        ]
+        for pair in pairs.tolist()
+    ]
+    return PathPlan(
+        tuple(table),
+        RaggedColumn.of(lists),
+        pair_of_cell.reshape(-1),
+        rule.path.through_mlps,
+        rule.path.frozen_norms,
+    )
+
+
+def _lookup(
+    keys: Sequence[AxisIndices], axes: Sequence[str], by_name: Mapping[str, Ints], count: int
+) -> Ints:
+    """Per cell, which of `keys` (all combinations along `axes`) it has."""
+    if not axes:
+        return np.zeros(count, dtype=np.int64)
+    sizes = [max(key[i] for key in keys) + 1 for i in range(len(axes))]
+    ordinal = np.zeros(sizes, dtype=np.int64)
+    for index, key in enumerate(keys):
+        ordinal[key] = index
+    return ordinal[tuple(by_name[name] for name in axes)]
+
+
+def _lowest(experiment: ResolvedExperiment, rules: tuple[RulePlan, ...], count: int) -> Ints:
+    """The lowest block that each cell writes to, or that a measure reads inside the model."""
+    n_layers = experiment.model.shape.n_layers
+    lowest = np.full(count, n_layers, dtype=np.int64)
+    for plan in rules:
+        if plan.rule.sites is None:
+            continue
+        own = [
+            min(
+                (_block(plan.point_table[p], n_layers) for p in _list(plan.points, key)),
+                default=n_layers,
+            )
+            for key in range(len(plan.points.offsets) - 1)
+        ]
+        lowest = np.minimum(lowest, np.array(own, dtype=np.int64)[plan.site_of_cell])
+    for measure in experiment.measures:
+        for atom in measure.atoms:
+            if atom.point is not None:
+                lowest = np.minimum(lowest, _block(atom.point, n_layers))
+    return lowest
+
+
+def _list(ragged: RaggedColumn, key: int) -> Ints:
+    return ragged.values[ragged.offsets[key] : ragged.offsets[key + 1]]
+
+
+def _block(point: SitePoint, n_layers: int) -> int:
+    """The block that a site lies in; the number of blocks for what lies behind them."""
+    if point.layer is not None:
+        return point.layer
+    return 0 if SITES[point.site].when == "embedding" else n_layers
+
+
+PROMPT_TOKENS = 4096
+"""Tokens of one batch of unpatched prompts, at most."""
+
+PASS_TOKENS = 2048
+"""Of the first pass over rows. On two cores 1,000 to 4,000 are equally good; fewer read the weights
+too often, more fall out of the cache."""
+
+BATCH_ROWS = 1 << 18
+"""Rows that are laid out at a time: columns of integers, a hundred bytes a row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """Experiments on the same model and prompts, which share their unpatched runs."""
+
+    model: str
+    encode: EncodeNode
+    """Of the clean run."""
+    experiments: tuple[ExperimentPlan, ...]
+    runs: Mapping[str, RunNeeds]
+    derived: Mapping[str, ExperimentPlan] = field(default_factory=dict[str, "ExperimentPlan"])
+    """Runs that have rules, each after those that it uses: of one cell."""
+
+    @cached_property
+    def table(self) -> PromptTable:
+        """The prompts, with the runs of all experiments."""
+        tables = [plan.experiment.table for plan in self.experiments]
+        runs = {name: run for table in tables for name, run in table.runs.items()}
+        return replace(tables[0], runs=runs)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The model that it runs on, and others that are read."""
+        return tuple(dict.fromkeys(m for plan in self.experiments for m in plan.experiment.models))
+
+
+@dataclass(frozen=True)
+class GraphRewrite:
+    """What one pass did to the graph: its nodes before and after."""
+
+    name: str
+    changed: bool
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The whole file: what is run, and which work the planner passes leave out of it.
+
+    As it is made it is the plain loop; `mechdsl/planner/passes.py` lists the passes.
+    """
+
+    graph: Graph
+    panels: tuple[Panel, ...]
+    passes: tuple[str, ...] = ()
+    """Names of those that were applied."""
+    rewrites: tuple[GraphRewrite, ...] = ()
+    """What those on the graph did."""
+    skips_inert: bool = False
+    """Rows that can't differ from the base run are not run."""
+    shares_rows: bool = False
+    """Rows that are equal are run once."""
+    shortcuts: Shortcuts = FULL_PASS
+    """What a row takes over from the run that it starts from."""
+    narrows_logits: bool = False
+    """Only logits that metrics name are computed, where they name all that they read."""
+    joins_rows: bool = False
+    """Rows of all cells ride in one pass."""
+    keeps_tokens: bool = False
+    """Keys and values of tokens are kept while a model writes, and only the newest is computed."""
+    fuses_kernels: bool = False
+    """Activation functions written out step by step run in one kernel."""
+
+    def does(self, name: str) -> bool:
+        """Whether a pass was applied."""
+        return name in self.passes
+
+    @property
+    def restarts(self) -> bool:
+        """Whether rows take anything over; else they are whole passes."""
+        return self.shortcuts != FULL_PASS
+
+
+def build_plain_plan(graph: Graph) -> Plan:
+    """The plain loop over what a graph asks for."""
+    by_panel: dict[tuple[object, ...], list[GraphExperiment]] = {}
+    for each in graph_experiments(graph):
+        # The same definitions give the same runs; others of the same name are other runs.
+        defined = tuple(run.spec.span for run in each.experiment.derived.values())
+        model, generation = each.experiment.model.key, each.experiment.generation
+        written = None if generation is None else generation.key(each.experiment.seed)
+        by_panel.setdefault((model, each.clean, defined, written), []).append(each)
+    found = run_needs(graph)
+    panels = tuple(
+        build_panel(own[0].experiment.model.key, own[0].clean, _on_the_same_runs(own), found)
+        for own in by_panel.values()
+    )
+    return Plan(graph, panels)
+
+
+def _on_the_same_runs(own: Sequence[GraphExperiment]) -> list[GraphExperiment]:
+    """Experiments that define the same runs, with those of the first of them."""
+    derived = own[0].experiment.derived
+    runs = {name: own[0].experiment.table.runs[name] for name in derived}
+    if not runs or len(own) == 1:
+        return list(own)
+    found: list[GraphExperiment] = []
+    for each in own:
+        table = each.experiment.table
+        table = replace(table, runs={**table.runs, **runs})
+        experiment = replace(each.experiment, table=table, derived=derived)
+        found.append(replace(each, experiment=experiment))
+    return found
+
+
+def build_panel(
+    model: str,
+    encode: EncodeNode,
+    own: Sequence[GraphExperiment],
+    found: Mapping[ForwardNode, RunNeeds],
+) -> Panel:
+    """Experiments on the same prompts, with what their runs have to give."""
+    derived = {
+        name: plan_experiment(replace(own[0], experiment=run, runs=()))
+        for name, run in own[0].experiment.derived.items()
+    }
+    return Panel(model, encode, tuple(map(plan_experiment, own)), _needed_runs(own, found), derived)
+
+
+def _needed_runs(
+    own: Sequence[GraphExperiment], found: Mapping[ForwardNode, RunNeeds]
+) -> dict[str, RunNeeds]:
+    """What the graph asks of every unpatched run of a panel, and what only rows need."""
+    needed: dict[str, RunNeeds] = {}
+    for each in own:
+        for forward in each.runs:
+            whole = replace(forward, stop=None)
+            run = found.get(whole, RunNeeds(whole))
+            if forward.run == "clean" and each.experiment.keep:  # filters rows before that
+                run = replace(run, measured=True, stop=None)
+            needed[forward.run] = run
+    return needed
+
+
+def cell_sites(plan: ExperimentPlan) -> Ints:
+    """[cell] equal where cells write one site of one layer by one rule; a cell writes at one."""
+    codes: dict[tuple[int, SiteLayer | None], int] = {}
+    found = np.zeros(plan.n_cells, dtype=np.int64)
+    for number, rule in enumerate(plan.rules):
+        ends = pairwise(rule.points.offsets.tolist())
+        points = [[rule.point_table[at] for at in rule.points.values[a:b]] for a, b in ends]
+        places = [(each[0].site, each[0].layer) if each else None for each in points]
+        own = np.array([codes.setdefault((number, each), len(codes)) for each in places])
+        acts = True if rule.active is None else rule.active
+        found = np.where(acts, own[rule.site_of_cell], found)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class WholeCell:
+    """What a rule is given at once: the same in all cells that differ elsewhere only."""
+
+    site: int
+    """Index of the site combination."""
+    cell: int
+    """The first cell that has it."""
+    runs: Ints
+    """[row] indices into the rule's `written.tokens`, in the order of the data."""
+    prompts: Ints
+    """[row]: a prompt with several runs under one label stands there with each."""
+
+
+@dataclass(frozen=True, eq=False)
+class WholeCells:
+    """The rows of every cell, for one rule."""
+
+    of_cell: Ints
+    """[cell] index into `cells`; −1 where a cell has no rows."""
+    cells: tuple[WholeCell, ...]
+
+    def place(self, rule: RulePlan, rows: RowTable) -> tuple[Ints, Ints]:
+        """([row] index into `cells`, [row] which of its rows it is)."""
+        cell, run = self.of_cell[rows.cell], rule.written_runs(rows)
+        within = np.zeros(len(rows), dtype=np.int64)
+        for index in np.unique(cell):
+            own, runs = cell == index, self.cells[index].runs
+            order = np.argsort(runs)
+            within[own] = order[np.searchsorted(runs, run[own], sorter=order)]
+        return cell, within
+
+
+def collect_whole_cells(plan: ExperimentPlan, rows: RowTable) -> Mapping[int, WholeCells]:
+    """By number of the rule, what it is given; of rules that read whole cells.
+
+    rows: all rows of the experiment, in every cell
+    """
+    ids = np.array(plan.experiment.table.row_ids, dtype=np.int64)
+    return {
+        number: _of_rule(rule, rows, plan.n_cells, ids)
+        for number, rule in enumerate(plan.rules)
+        if rule.rule.does.reads == "cell"
+    }
+
+
+def _of_rule(rule: RulePlan, rows: RowTable, count: int, ids: Ints) -> WholeCells:
+    """ids: [prompt] of its row in the data"""
+    of_cell = np.full(count, -1, dtype=np.int64)
+    found: dict[tuple[int, bytes], WholeCell] = {}
+    numbers: dict[tuple[int, bytes], int] = {}
+    run = rule.written_runs(rows)
+    order = np.lexsort((run, rows.cell))
+    cells, begins = np.unique(rows.cell[order], return_index=True)
+    for cell, own in zip(cells.tolist(), np.split(order, begins[1:]), strict=True):
+        runs, first = np.unique(run[own], return_index=True)  # other rules may have more runs
+        key = (int(rule.site_of_cell[cell]), runs.tobytes())
+        of_cell[cell] = numbers.setdefault(key, len(numbers))
+        if key not in found:
+            prompts = rows.prompt[own[first]]
+            as_given = np.lexsort((runs, ids[prompts]))
+            found[key] = WholeCell(key[0], cell, runs[as_given], prompts[as_given])
+    return WholeCells(of_cell, tuple(found.values()))
+
+
+READ_BATCH_BYTES = 1 << 28
+"""Of the activations that one batch of prompts may have in memory, all tokens and sites of it."""
+
+
+def read_batches(
+    shape: ModelShape,
+    itemsize: int,
+    run: PromptRun,
+    points: Iterable[SitePoint],
+    prompts: Ints | None = None,
+    tokens: int = PROMPT_TOKENS,
+) -> list[Ints]:
+    """Prompts, all by default, in the order of the table: of so many tokens at most, and of no more
+    than there is room for what is read of them.
+
+    itemsize: bytes of a number of the model.
+    """
+    prompts = np.arange(len(run.rows), dtype=np.int64) if prompts is None else prompts
+    if not len(prompts):
+        return []
+    longest = int(run.lengths[prompts].max())
+    longest *= run.draws
+    places = {(point.site, point.layer) for point in points}
+    each = sum(site_size(shape, place, longest) for place in places) * itemsize
+    room = min(tokens, READ_BATCH_BYTES // max(1, each))
+    size = max(1, room // longest)
+    return [prompts[i : i + size] for i in range(0, len(prompts), size)]
+
+
+def site_size(shape: ModelShape, place: SiteLayer, keys: int) -> int:
+    """How many numbers there are of a site at one token; keys: that vectors over keys have."""
+    one = keys if SITES[place[0]].width == "key" else vector_width(shape, *place)
+    return unit_count(shape, *place) * one
+
+
+def point_size(shape: ModelShape, point: SitePoint, keys: int) -> int:
+    """The same of one head or neuron, where the point names it."""
+    whole = site_size(shape, (point.site, point.layer), keys)
+    return whole if point.unit is None else whole // unit_count(shape, point.site, point.layer)
+
+
+def is_read_only(panel: Panel) -> bool:
+    """Whether all that is wanted is seen in rows to which nothing is done: they are whole passes
+    then, one for each prompt. Runs with rules read others beside them."""
+    return not panel.derived and all(map(_reads_only, panel.experiments))
+
+
+def _reads_only(plan: ExperimentPlan) -> bool:
+    experiment = plan.experiment
+    if plan.observes is None or len(plan.rules) > 1 or experiment.keep or experiment.accuracies:
+        return False
+    atoms = [(measure, atom) for measure in experiment.measures for atom in measure.atoms]
+    return all(
+        (measure.observed or atom.form.takes == "observation")
+        and atom.run is None
+        and atom.point is None
+        for measure, atom in atoms
+    )
+
+
+SweepStage: TypeAlias = Sequence[tuple[str, bool]]
+"""Runs, and whether it is the donors of a batch that are run, which lie in others too."""
+
+
+def batch_size(panel: Panel, prompt_tokens: int) -> int:
+    """Prompts of one batch, of at most so many tokens where one has no more."""
+    draws = max((run.draws for run in panel.table.runs.values()), default=1)
+    cells = sum(each.n_cells for each in panel.experiments)
+    tokens = longest_prompt(panel) * draws
+    return max(1, min(prompt_tokens // tokens, BATCH_ROWS // max(1, cells)))
+
+
+def longest_prompt(panel: Panel) -> int:
+    """Its tokens, in any run."""
+    runs = panel.table.runs.values()
+    return max((int(run.lengths.max(initial=1)) for run in runs), default=1)
+
+
+def count_sweeps(panel: Panel, *, several: bool) -> Counter[str]:
+    """By name, how often a run is computed on all prompts; several: in several batches."""
+    filtering = set(_filtering(panel))
+    found = _counted(_stages(panel), panel, several=several)
+    for name in panel.runs:
+        found[name] = max(1, found[name])
+    return found + Counter(filtering)  # of which nothing is kept
+
+
+def count_save_sweeps(panel: Panel, run: str, *, several: bool) -> Counter[str]:
+    """The same where vectors of one run are all that is wanted."""
+    needed = set(_made_of(run, panel))
+    stages: list[SweepStage] = [[(run, False)], *_averaged(panel, needed)]
+    return _counted(stages, panel, several=several)
+
+
+def _counted(stages: Iterable[SweepStage], panel: Panel, *, several: bool) -> Counter[str]:
+    every = [set(_with_read(stage, panel)) for stage in stages]
+    if several:
+        return Counter(name for stage in every for name, _ in stage)
+    return Counter({name for stage in every for name, _ in stage})
+
+
+def external_runs(panel: Panel) -> list[tuple[PromptTable, PromptRun]]:
+    """The runs of other blocks that means and donors are taken of, each on all rows of its own."""
+    found = {
+        (id(rule.rule.apart.table), rule.rule.apart.run): rule.rule.apart
+        for plan in (*panel.experiments, *panel.derived.values())
+        for rule in plan.rules
+        if rule.rule.apart is not None
+    }
+    return [(apart.table, apart.table.runs[apart.run]) for apart in found.values()]
+
+
+def _filtering(panel: Panel) -> Iterator[str]:
+    """The runs that `keep` reads."""
+    keep = panel.experiments[0].experiment.keep
+    yield from ("clean",) if keep else ()
+    yield from (atom.run for measure in keep for atom in measure.atoms if atom.run is not None)
+
+
+def _stages(panel: Panel) -> Iterator[SweepStage]:
+    """The runs that each stage asks for."""
+    yield [(name, False) for name, needs in panel.runs.items() if needs.measured]
+    for plan in panel.experiments:
+        yield from _gathered(plan.rules)
+    yield from _averaged(panel, panel.runs)
+    yield [each for plan in panel.experiments if plan.rules for each in _row_sweeps(plan)]
+
+
+def _gathered(rules: Iterable[RulePlan]) -> Iterator[SweepStage]:
+    """Each run that is averaged or gathered whole for a rule."""
+    for rule in rules:
+        if rule.rule.does.reads in ("mean", "cell") and rule.rule.apart is None:
+            yield [(rule.rule.run, False)]
+
+
+def _averaged(panel: Panel, runs: Container[str]) -> Iterator[SweepStage]:
+    """The same of the rules of runs."""
+    for name, plan in panel.derived.items():
+        if name in runs:
+            yield from _gathered(plan.rules)
+
+
+def _made_of(run: str, panel: Panel) -> Iterator[str]:
+    """A run, and all those whose rules have to be known for it."""
+    yield run
+    if run in panel.derived:
+        plan = panel.derived[run]
+        for name in (plan.experiment.spec.base, *(rule.rule.run for rule in plan.rules)):
+            if name != run:
+                yield from _made_of(name, panel)
+
+
+def _row_sweeps(plan: ExperimentPlan) -> Iterator[tuple[str, bool]]:
+    """What rows start from, read and are compared with."""
+    yield plan.experiment.spec.base, False
+    yield from _copied(plan.rules)
+    for measure in plan.experiment.measures:
+        yield from ((atom.run, False) for atom in measure.atoms if atom.run is not None)
+
+
+def _copied(rules: Iterable[RulePlan]) -> Iterator[tuple[str, bool]]:
+    """The runs whose vectors rules write as they are."""
+    for rule in rules:
+        if rule.rule.does.reads in ("run", "donor") and rule.rule.apart is None:
+            yield rule.rule.run, rule.rule.does.reads == "donor"
+
+
+def _with_read(asked: SweepStage, panel: Panel) -> Iterator[tuple[str, bool]]:
+    """Runs, with those that their own rules read."""
+    for name, donors in asked:
+        yield name, donors
+        within = name
+        while within in panel.derived:
+            yield from _with_read(list(_copied(panel.derived[within].rules)), panel)
+            within = panel.derived[within].experiment.spec.base
+
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of a number, by its type."""
+
+
+@dataclass(frozen=True, eq=False)
+class SaveLayout:
+    """What the file of a `save` line holds: it hangs on positions and the model's shape alone."""
+
+    counts: Ints
+    """[row of the run] how many vectors it has at each site."""
+    widths: Mapping[str, int]
+    """By tensor, the length of its vectors."""
+    columns: tuple[str, ...]
+    """Tensors of whole numbers beside: which row, token, position, draw, sample a vector is of."""
+
+    at_most: bool = False
+    """Replies may be shorter, and then there are fewer."""
+
+    @staticmethod
+    def of(
+        save: ResolvedSave,
+        run: PromptRun,
+        shape: ModelShape,
+        also: tuple[str, ...] = (),
+        *,
+        written: Generation | None = None,
+    ) -> SaveLayout:
+        """run: the one that is saved; shape: of its model; also: more columns; written: replies
+        whose tokens are saved, and which aren't there yet."""
+        counts = np.zeros(len(run.rows), dtype=np.int64)
+        for cell in save.cells:
+            each = 1 if cell.reply is None or written is None else cell.reply.most(written.tokens)
+            counts += each * np.array([sum(map(len, hits)) for hits in cell.hits], dtype=np.int64)
+        counts *= 1 if written is None else written.samples
+        keys = int(run.lengths.max())
+        widths = {name_tensor(point): point_size(shape, point, keys) for point in save.points}
+        names = ("row", "token", "position", *(("draw",) if run.draws > 1 else ()), *also)
+        return SaveLayout(counts * run.draws, widths, names, written is not None)
+
+    @property
+    def vectors(self) -> int:
+        """Of each site."""
+        return int(self.counts.sum())
+
+    @property
+    def rows(self) -> int:
+        """Those that have a vector."""
+        return int((self.counts > 0).sum())
+
+    def bytes(self, dtype: str) -> int:
+        """Of all tensors; the file's header comes to that."""
+        return self.vectors * (
+            sum(self.widths.values()) * DTYPE_BYTES[dtype] + 8 * len(self.columns)
+        )
+
+
+def plan_save_layout(experiment: ResolvedExperiment, save: ResolvedSave) -> SaveLayout:
+    """What a line will write. Models that are compared have the same sizes."""
+    run, said = experiment.table.runs[save.run], experiment.generation
+    written = said if save.in_reply else None
+    also = ("sample",) if written and written.samples > 1 else ()
+    return SaveLayout.of(save, run, experiment.model.shape, also, written=written)
+
+
+def build_save_nodes(experiment: ResolvedExperiment) -> list[SaveNode]:
+    """The `save` lines of an experiment, as nodes of a graph."""
+    reads = zip(experiment.saves, build_save_reads(experiment), strict=True)
+    return [SaveNode(experiment.key, read, save.spec.file) for save, read in reads]
+
+
+def build_save_reads(experiment: ResolvedExperiment) -> list[ReadNode]:
+    """What `save` lines read, as nodes of a graph."""
+    return [_read(experiment, save) for save in experiment.saves]
+
+
+def build_save_panel(experiment: ResolvedExperiment) -> Panel:
+    """The runs of an experiment that its `save` lines read. It has no cells."""
+    reads = build_save_reads(experiment)
+    found = run_needs(graph_from_leaves(reads))
+    runs = {each.run: each for read in reads for each in run_with_dependencies(read.forward)}
+    clean = replace(unpatched_forward(experiment, "clean").encode, run="clean")
+    alone = replace(experiment, rules=(), axes=(), measures=(), keep=(), accuracies={})
+    return build_panel(
+        experiment.model.key, clean, [GraphExperiment(alone, clean, tuple(runs.values()))], found
+    )
+
+
+def _read(experiment: ResolvedExperiment, save: ResolvedSave) -> ReadNode:
+    cells = {(number,): cell for number, cell in enumerate(save.cells)}
+    forward = unpatched_forward(experiment, save.run)
+    return ReadNode(forward, save.spec.at.span.written, {(): save.points}, cells)

@@ -1,0 +1,472 @@
+"""Rules and rows as columns of integers, and the rows that must equal the base run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.program.spec import NON_EFFECT_ESTIMATORS
+from mechdsl.prompts.runs import PositionCell
+from mechdsl.resolve.types import DirectionMember, ResolvedExperiment, ResolvedRule, SitePoint
+from mechdsl.vocab.sites import SITES
+
+ALL_UNITS = -1
+"""Stands for all units of a site, in columns of units."""
+
+NO_FIRST_TOKEN = int(np.iinfo(np.int64).max)
+"""The first token of nothing."""
+
+
+def count_columns(counts: Ints) -> tuple[Ints, Ints]:
+    """(index into counts, 0..count-1) for each of so many, in order."""
+    index = np.repeat(np.arange(len(counts)), counts)
+    return index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def point_units(points: Sequence[SitePoint]) -> Ints:
+    """[point] head or neuron, `EVERY` where a point stands for all of them."""
+    return np.array([ALL_UNITS if p.unit is None else p.unit for p in points], dtype=np.int64)
+
+
+def expand_units(unit: Ints, count: int) -> tuple[Ints, Ints]:
+    """(index into unit, head or neuron): `EVERY` once for each of `count` units."""
+    every = unit == ALL_UNITS
+    index, within = count_columns(np.where(every, count, 1))
+    return index, np.where(every[index], within, unit[index])
+
+
+@dataclass(frozen=True, eq=False)
+class RaggedColumn:
+    """Lists of integers of different lengths, end to end."""
+
+    offsets: Ints
+    values: Ints
+
+    @staticmethod
+    def of(lists: Iterable[Sequence[int]]) -> RaggedColumn:
+        found = list(lists)
+        offsets = np.zeros(len(found) + 1, dtype=np.int64)
+        np.cumsum([len(one) for one in found], out=offsets[1:])
+        return RaggedColumn(offsets, np.array([v for one in found for v in one], dtype=np.int64))
+
+    def counts(self, keys: Ints) -> Ints:
+        return self.offsets[keys + 1] - self.offsets[keys]
+
+    def expand(self, keys: Ints) -> tuple[Ints, Ints]:
+        """(index into keys, value) for every value of every key, in order."""
+        index, within = count_columns(self.counts(keys))
+        return index, self.values[self.offsets[keys][index] + within]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenHits:
+    """The token positions of a rule: (position, prompt) → runs → tokens."""
+
+    prompts: int
+    runs: RaggedColumn
+    """Indexed by position * prompts + prompt."""
+    tokens: RaggedColumn
+    """Indexed by run."""
+
+    @staticmethod
+    def of(cells: Sequence[PositionCell]) -> TokenHits:
+        runs: list[range] = []
+        tokens: list[tuple[int, ...]] = []
+        for cell in cells:
+            for row in cell.hits:
+                runs.append(range(len(tokens), len(tokens) + len(row)))
+                tokens.extend(row)
+        return TokenHits(len(cells[0].hits), RaggedColumn.of(runs), RaggedColumn.of(tokens))
+
+    def leftmost(self, runs: Ints) -> Ints:
+        """The first token of each run; behind all of them where it has none."""
+        index, token = self.tokens.expand(runs)
+        found = np.full(len(runs), NO_FIRST_TOKEN, dtype=np.int64)
+        np.minimum.at(found, index, token)
+        return found
+
+    def lie_behind(self, lengths: Ints) -> bool:
+        """Whether some token lies behind its prompt: it is one of the answer's.
+
+        lengths: [prompt]
+        """
+        key, run = self.runs.expand(np.arange(len(self.runs.offsets) - 1))
+        row, token = self.tokens.expand(run)
+        return bool((token >= lengths[key % self.prompts][row]).any())
+
+    def run(self, position: Ints, prompt: Ints, alternative: Ints) -> Ints:
+        """The run of each row; rules with one run give it to every alternative."""
+        key = position * self.prompts + prompt
+        return self.runs.offsets[key] + np.minimum(alternative, self.runs.counts(key) - 1)
+
+
+NO_TOKENS, NEWEST_TOKEN, ALL_TOKENS = range(3)
+"""Tokens of a reply that a rule acts at."""
+
+
+@dataclass(frozen=True, eq=False)
+class PathPlan:
+    """The receivers of a path rule."""
+
+    table: tuple[SitePoint, ...]
+    points: RaggedColumn
+    """Pair of senders and receivers → indices into `table`, those that a sender reaches."""
+    pair_of_cell: Ints
+    through_mlps: bool
+    frozen_norms: bool
+
+    @property
+    def exists(self) -> NDArray[np.bool_]:
+        """[cell] whether any receiver lies behind a sender."""
+        return self.points.counts(self.pair_of_cell) > 0
+
+    @property
+    def at_the_end(self) -> bool:
+        """Whether paths lead to nothing but the end of the model, and nothing is recorded."""
+        return bool(self.table) and bool(self.is_end.all())
+
+    @property
+    def also_at_the_end(self) -> bool:
+        """Whether the end of the model stands beside other receivers."""
+        return bool(self.is_end.any()) and not self.at_the_end
+
+    @property
+    def is_end(self) -> Bools:
+        """[point of `table`]"""
+        return np.array([SITES[p.site].when == "output" for p in self.table], dtype=np.bool_)
+
+
+@dataclass(frozen=True, eq=False)
+class RulePlan:
+    """One rule over all cells."""
+
+    rule: ResolvedRule
+    site_of_cell: Ints
+    position_of_cell: Ints
+    points: RaggedColumn
+    """Site combination → indices into `point_table`."""
+    point_table: tuple[SitePoint, ...]
+    source_table: tuple[SitePoint, ...]
+    """Per point, the one that is read: another where a rule writes into another layer."""
+    written: TokenHits
+    read: TokenHits
+    positions: tuple[PositionCell, ...]
+    """Where it writes, per value of `position_of_cell`."""
+    sources: tuple[PositionCell, ...]
+    """Where it reads."""
+    averaged: TokenHits
+    """What a mean is taken of: `read`, but for the rows of another block."""
+    number: int = field(default=0, kw_only=True)
+    """Its place among the rules of its experiment."""
+    amounts: Floats
+    """[cell] the number that is written, or that attention is multiplied with."""
+    directions: tuple[DirectionMember, ...] = ()
+    """What it steers along …"""
+    direction_of_cell: Ints | None = None
+    """… [cell] which of them."""
+    keys: TokenHits | None = None
+    """Attention rules: the keys; `written` are the queries."""
+    key_of_cell: Ints | None = None
+    paths: PathPlan | None = None
+    behind: bool = False
+    """Whether it acts on tokens of the answer, which only passes have that are read there."""
+
+    follows: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """[position] what of a reply it acts at too, at each of its steps: `NOTHING`, `NEWEST`, or
+    `EVERY`, all tokens so far."""
+    keys_follow: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """[position of keys] the same of the keys of attention rules."""
+    active: Bools | None = None
+    """[cell] whether it acts there; None where it does in all."""
+    steps: Ints | None = None
+    """[cell, 2] the first and the last step of a reply in which it acts; None in each step."""
+
+    def follow(self, rows: RowTable) -> Ints:
+        """[row] what of a reply it is about, positions and keys together; 0 for nothing."""
+        found = self.follows[self.position_of_cell[rows.cell]]
+        if self.key_of_cell is None:
+            return found
+        return found + (ALL_TOKENS + 1) * self.keys_follow[self.key_of_cell[rows.cell]]
+
+    @property
+    def placed(self) -> Iterator[tuple[Sequence[PositionCell], Ints]]:
+        """(values, [cell] which of them) of its positions, and of its keys."""
+        yield self.positions, self.position_of_cell
+        if self.rule.edge is not None and self.key_of_cell is not None:
+            yield list(self.rule.edge.keys.written.values()), self.key_of_cell
+
+    def within(self, cells: Bools) -> RulePlan:
+        """The rule in some cells, [cell]; it has no sites in others."""
+        ends = self.points.offsets
+        return replace(
+            self,
+            active=cells if self.active is None else self.active & cells,
+            site_of_cell=np.where(cells, self.site_of_cell, len(ends) - 1),
+            points=RaggedColumn(np.append(ends, ends[-1]), self.points.values),
+        )
+
+    def acts(self, rows: RowTable) -> Bools:
+        """[row] whether it does anything."""
+        if self.active is None:
+            return np.ones(len(rows), dtype=np.bool_)
+        return self.active[rows.cell]
+
+    def written_runs(self, rows: RowTable) -> Ints:
+        """[row] the run that each row writes at: an index into `written.tokens`."""
+        return self.written.run(self.position_of_cell[rows.cell], rows.prompt, rows.alternative)
+
+    def key_runs(self, rows: RowTable) -> Ints:
+        """[row] the run of each row's keys: an index into `keys.tokens`; attention rules only."""
+        assert self.keys is not None
+        assert self.key_of_cell is not None
+        return self.keys.run(self.key_of_cell[rows.cell], rows.prompt, rows.alternative)
+
+    def run_counts(self, prompts: Ints) -> Ints:
+        """[cell, prompt]: how many runs there are, none where the rule has no place in a cell."""
+        counts = _counts(self.written, self.position_of_cell, prompts)
+        if self.keys is not None and self.key_of_cell is not None:
+            own = _counts(self.keys, self.key_of_cell, prompts)
+            counts = np.where((own == 0) | (counts == 0), 0, np.maximum(own, counts))
+        if self.paths is not None:
+            counts = np.where(self.paths.exists[:, None], counts, 0)
+        if self.active is not None:
+            counts = np.where(self.active[:, None], counts, 1)
+        return counts
+
+
+def _counts(hits: TokenHits, position: Ints, prompts: Ints) -> Ints:
+    key = position[:, None] * hits.prompts + prompts[None, :]
+    return hits.runs.counts(key.ravel()).reshape(key.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class RowTable:
+    """One row per (cell, prompt, alternative), as parallel columns."""
+
+    cell: Ints
+    prompt: Ints
+    """Index into the table's rows."""
+    alternative: Ints
+    """Which of several runs under one label (the middle tokens of a span), averaged later."""
+
+    def __len__(self) -> int:
+        return len(self.cell)
+
+    @staticmethod
+    def none() -> RowTable:
+        """No rows."""
+        empty = np.zeros(0, dtype=np.int64)
+        return RowTable(empty, empty, empty)
+
+    def take(self, index: Ints) -> RowTable:
+        return RowTable(self.cell[index], self.prompt[index], self.alternative[index])
+
+
+CARRIED_STAGES = ("stream", "norm", "key")
+"""Stages of a block that its attention carries to later positions; the rest stay where they are."""
+
+OWN_TOKEN_STAGES = (*CARRIED_STAGES, "query")
+"""Stages of the first block that hang on the position's own token."""
+
+MIDDLE_BLOCKS, ABOVE_ATTENTION, BELOW_ATTENTION = range(3)
+"""Where writes lie: in the middle, above the last attention, below the first one."""
+
+
+@dataclass(frozen=True, eq=False)
+class InertWrites:
+    """What one rule writes that can't change anything that is measured."""
+
+    where: Ints
+    """[site combination] where its writes lie; `BETWEEN` unless all of them are elsewhere."""
+    runs: Bools
+    """[where, run of the rule's positions]"""
+    never: bool = False
+    """Whether rows are other ones than those of the base run whatever they write: their replies are
+    drawn by themselves, or it isn't effects that are asked for."""
+
+
+def find_inert_writes(experiment: ResolvedExperiment, plan: RulePlan) -> InertWrites:
+    """Of every run of a rule's positions, whether writing there changes nothing."""
+    runs = len(plan.written.tokens.offsets) - 1
+    combinations = len(plan.points.offsets) - 1
+    said = experiment.generation
+    estimator = experiment.spec.estimator
+    # A gradient is there whatever is written.
+    never = (said is not None and said.sampled) or (
+        estimator is not None and estimator.name in NON_EFFECT_ESTIMATORS
+    )
+    if plan.rule.sites is None or plan.rule.does.changes == "nothing":
+        none = np.zeros((3, runs), dtype=np.bool_)
+        return InertWrites(np.zeros(combinations, dtype=np.int64), none, never)
+    keys, _ = plan.written.runs.expand(np.arange(len(plan.written.runs.offsets) - 1))
+    _, token = plan.written.tokens.expand(np.arange(runs))
+    of_run = np.repeat(np.arange(runs), plan.written.tokens.counts(np.arange(runs)))
+    prompt = (keys % plan.written.prompts)[of_run]
+    none = np.zeros(len(token), dtype=np.bool_)
+    causal = experiment.model.shape.causal and not experiment.looks_ahead
+    same = alike = none
+    shared = _shared_prefix(experiment, plan.rule)
+    if shared is not None:
+        at_the_same = token == plan.read.tokens.values
+        same = at_the_same & (token < shared[prompt]) if causal else none
+        equal = _equal_tokens(experiment, plan.rule)
+        inside = token < equal.shape[1]
+        alike = at_the_same & inside & equal[prompt, np.where(inside, token, 0)]
+    unread = elsewhere = none
+    reads = _read_positions(experiment)
+    if reads is not None:
+        last = reads.shape[1] - 1 - reads[:, ::-1].argmax(axis=1)
+        unread = token > last[prompt] if causal else none
+        seen = token < reads.shape[1]
+        elsewhere = unread | ~seen | ~reads[prompt, np.where(seen, token, 0)]
+    elif causal:
+        unread = elsewhere = token >= _ends(experiment)[prompt]
+    last_layer = experiment.model.shape.n_layers - 1
+    where = np.full(combinations, MIDDLE_BLOCKS)
+    if plan.paths is None:
+        where[_all_points(plan, lambda point: _is_above_attention(point, last_layer))] = (
+            ABOVE_ATTENTION
+        )
+    elif plan.paths.at_the_end:  # all attention is held
+        where[:] = ABOVE_ATTENTION
+    where[_all_points(plan, is_below_attention)] = BELOW_ATTENTION
+    tokens = (same | unread, same | elsewhere, alike | unread)
+    found = np.stack([_all_of(mask, of_run, runs) for mask in tokens])
+    if plan.rule.acts_later:
+        found &= plan.follows[keys // plan.written.prompts] == NO_TOKENS
+    return InertWrites(where, found, never)
+
+
+def inert_rows(inert: Sequence[InertWrites], rules: Sequence[RulePlan], rows: RowTable) -> Bools:
+    """[row] whether all that it writes changes nothing."""
+    found = np.full(len(rows), _may_be(inert), dtype=np.bool_)
+    for one, plan in zip(inert, rules, strict=True):
+        dead = one.runs[one.where[plan.site_of_cell[rows.cell]], plan.written_runs(rows)]
+        if _changes_edges(plan) and plan.keys is not None and plan.key_of_cell is not None:
+            none = plan.keys.tokens.counts(plan.key_runs(rows)) == 0
+            dead |= none & (plan.keys_follow[plan.key_of_cell[rows.cell]] == NO_TOKENS)
+        dead |= plan.rule.does.unchanged(plan.amounts)[rows.cell]
+        found &= dead | ~plan.acts(rows)
+    return found
+
+
+def _may_be(inert: Sequence[InertWrites]) -> bool:
+    return bool(inert) and not any(one.never for one in inert)
+
+
+def _changes_edges(plan: RulePlan) -> bool:
+    """Whether it changes edges to keys, of which there may be none."""
+    return plan.rule.does.changes == "edges"
+
+
+def inert_cells(inert: Sequence[InertWrites], rules: Sequence[RulePlan], count: int) -> Bools:
+    """[cell] whether all that any of its rows writes changes nothing."""
+    found = np.full(count, _may_be(inert), dtype=np.bool_)
+    for one, plan in zip(inert, rules, strict=True):
+        key, run = plan.written.runs.expand(np.arange(len(plan.written.runs.offsets) - 1))
+        dead = np.ones((3, len(plan.positions)), dtype=np.bool_)
+        for where in range(3):
+            np.logical_and.at(dead[where], key // plan.written.prompts, one.runs[where, run])
+        own = dead[one.where[plan.site_of_cell], plan.position_of_cell]
+        if _changes_edges(plan) and plan.keys is not None and plan.key_of_cell is not None:
+            key, run = plan.keys.runs.expand(np.arange(len(plan.keys.runs.offsets) - 1))
+            none = np.ones(int(plan.key_of_cell.max()) + 1, dtype=np.bool_)
+            empty = plan.keys.tokens.counts(run) == 0
+            np.logical_and.at(none, key // plan.keys.prompts, empty)
+            own |= (none & (plan.keys_follow == NO_TOKENS))[plan.key_of_cell]
+        own |= plan.rule.does.unchanged(plan.amounts)
+        found &= own if plan.active is None else own | ~plan.active
+    return found
+
+
+def _all_of(mask: Bools, group: Ints, count: int) -> Bools:
+    """[group] whether it holds for all of its members."""
+    found = np.ones(count, dtype=np.bool_)
+    np.logical_and.at(found, group, mask)
+    return found
+
+
+def _all_points(plan: RulePlan, holds: Callable[[SitePoint], bool]) -> Bools:
+    """[site combination] whether something holds for all its sites."""
+    found = np.array([holds(point) for point in plan.point_table], dtype=np.bool_)
+    combinations = len(plan.points.offsets) - 1
+    index, point = plan.points.expand(np.arange(combinations))
+    return _all_of(found[point], index, combinations)
+
+
+def _is_above_attention(point: SitePoint, last_layer: int) -> bool:
+    on_top = point.layer == last_layer and SITES[point.site].stage not in CARRIED_STAGES
+    return on_top or SITES[point.site].when == "output"
+
+
+def is_below_attention(point: SitePoint) -> bool:
+    made_of_own = SITES[point.site].stage in OWN_TOKEN_STAGES
+    return point.site == "embed" or (point.layer == 0 and made_of_own)
+
+
+def _read_positions(experiment: ResolvedExperiment) -> Bools | None:
+    """[prompt, position] of the base run, what measures read; None for all of them."""
+    if experiment.model.shape.output_at == "image":
+        return None  # a head may pool its patches
+    base = experiment.spec.base
+    lengths = experiment.table.runs[base].lengths
+    found = np.zeros((len(lengths), int(lengths.max())), dtype=np.bool_)
+    if experiment.generation is not None:
+        found[np.arange(len(lengths)), lengths - 1] = True
+    for measure in experiment.measures:
+        if any(atom.form.takes in ("prompt", "continuation") for atom in measure.atoms):
+            return None
+        if measure.reply is not None:
+            continue
+        at = measure.at.get(base)
+        found[np.arange(len(lengths)), lengths - 1 if at is None else np.asarray(at)] = True
+    return found
+
+
+def _ends(experiment: ResolvedExperiment) -> Ints:
+    """[prompt] the first position behind all that go in."""
+    behind = np.zeros(len(experiment.table), dtype=np.int64)
+    for measure in experiment.measures:
+        for atom in measure.atoms:
+            if atom.texts:
+                behind = np.maximum(behind, atom.behind)
+    return experiment.table.runs[experiment.spec.base].lengths + behind
+
+
+def _shared_prefix(experiment: ResolvedExperiment, rule: ResolvedRule) -> Ints | None:
+    """[prompt] how many leading tokens source and base share; None where the rule isn't a patch
+    between two plain prompts."""
+    source, base = experiment.table.runs[rule.run], experiment.table.runs[experiment.spec.base]
+    if not rule.does.copies or source.noise is not None or base.noise is not None:
+        return None
+    if rule.sites is not None and rule.sites.sources is not None:  # read in another layer
+        return None
+    if source.model != base.model:
+        return None
+    if source is not base and (source.derived is not None or base.derived is not None):
+        return None  # the same tokens, and rules
+    if source is base:
+        return base.lengths
+    shared: list[int] = []
+    for a, b in zip(source.rows, base.rows, strict=True):
+        same = 0
+        for x, y in zip(a.ids, b.ids, strict=False):
+            if x != y:
+                break
+            same += 1
+        shared.append(same)
+    return np.array(shared, dtype=np.int64)
+
+
+def _equal_tokens(experiment: ResolvedExperiment, rule: ResolvedRule) -> Bools:
+    """[prompt, position] whether source and base have the same token there."""
+    source, base = experiment.table.runs[rule.run], experiment.table.runs[experiment.spec.base]
+    found = np.zeros((len(base.rows), max(len(row.ids) for row in base.rows)), dtype=np.bool_)
+    for prompt, (a, b) in enumerate(zip(source.rows, base.rows, strict=True)):
+        equal = [x == y for x, y in zip(a.ids, b.ids, strict=False)]
+        found[prompt, : len(equal)] = equal
+    return found

@@ -1,0 +1,563 @@
+"""Keys of cached values: everything that a number depends on, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property
+from itertools import pairwise
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechdsl.base.arrays import Ints
+from mechdsl.base.hashing import digest, digest_number
+from mechdsl.planner.plan import ExperimentPlan, WholeCells, cell_sites
+from mechdsl.planner.rows import RaggedColumn, RowTable, RulePlan, TokenHits
+from mechdsl.program.python_functions import PythonFunction
+from mechdsl.program.spec import INTEGRATED
+from mechdsl.prompts.answers import TokenSets
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PromptRun
+from mechdsl.resolve.types import (
+    DirectionVector,
+    FitSample,
+    FittedVector,
+    ItemNumber,
+    MetricTerm,
+    RandomVector,
+    ResolvedMeasure,
+    ResolvedRule,
+    SavedVector,
+    SitePoint,
+    UnembeddingVector,
+    UnitVector,
+    WeightedSum,
+)
+from mechdsl.syntax import ast
+
+KeyNumbers = NDArray[np.uint64]
+
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+
+_SECOND = np.uint64(0x94D049BB133111EB)
+
+
+def mix_numbers(numbers: KeyNumbers, more: KeyNumbers | Ints) -> KeyNumbers:
+    """Both in one, so that equal results mean equal pairs: splitmix64's finalizer (Steele et al.
+    2014, doi.org/10.1145/2660193.2660195) on the first, moved on, with the second."""
+    with np.errstate(over="ignore"):
+        found = (numbers + _STEP) ^ _scattered(np.asarray(more).astype(np.uint64) + _STEP)
+        return _scattered(found)
+
+
+def _scattered(numbers: KeyNumbers) -> KeyNumbers:
+    found = (numbers ^ (numbers >> np.uint64(30))) * _FIRST
+    found = (found ^ (found >> np.uint64(27))) * _SECOND
+    return found ^ (found >> np.uint64(31))
+
+
+def fill_numbers(number: int, count: int) -> KeyNumbers:
+    """One number so many times."""
+    return np.full(count, number, dtype=np.uint64)
+
+
+def number_lists(lists: RaggedColumn) -> KeyNumbers:
+    """[list] a number for what is in it."""
+    every = np.arange(len(lists.offsets) - 1)
+    counts = lists.counts(every)
+    found = counts.astype(np.uint64)
+    for place in range(int(counts.max(initial=0))):
+        longer = np.flatnonzero(counts > place)
+        values = lists.values[lists.offsets[longer] + place]
+        found[longer] = mix_numbers(found[longer], values)
+    return found
+
+
+def digest_lists(lists: RaggedColumn, table: Sequence[bytes]) -> list[bytes]:
+    """A digest of each list of what stands in a table."""
+    values = lists.values.tolist()
+    return [
+        digest(b"".join([table[i] for i in values[begin:end]]))
+        for begin, end in pairwise(lists.offsets.tolist())
+    ]
+
+
+class RunContents:
+    """What the rows of runs are, as numbers; the same for all experiments of a panel."""
+
+    def __init__(self, models: Mapping[str, bytes], model: str, seed: int) -> None:
+        """models: by name, a digest of each model and how it is run. model: of runs that name none.
+        seed: of noise."""
+        self.models = models
+        self.model = model
+        self.seed = seed
+        self._runs: dict[int, tuple[PromptRun, KeyNumbers]] = {}
+        self._given: dict[int, tuple[MetricTerm, KeyNumbers]] = {}
+        self._derived: dict[str, Callable[[], KeyNumbers]] = {}
+
+    def of(self, run: PromptRun, table: PromptTable) -> KeyNumbers:
+        """[prompt] of a run: its tokens, the noise that is added to them, and its model."""
+        if run.derived is not None:
+            return self._derived[run.name]()
+        if id(run) not in self._runs:
+            self._runs[id(run)] = run, self._rows(run, table)
+        return self._runs[id(run)][1]
+
+    def define(
+        self,
+        table: PromptTable,
+        run: PromptRun,
+        plan: ExperimentPlan,
+        kept: Ints,
+        donors: Mapping[int, Ints],
+        cells: Mapping[int, WholeCells],
+    ) -> None:
+        """A run with rules: what these write in each row, into what. kept: rows that means are of.
+        donors, cells: as in `ExperimentKeys`. Asked for it, TypeError where that can't be
+        compared."""
+
+        @cache
+        def numbers() -> KeyNumbers:
+            keys = ExperimentKeys(plan, table, self, kept, donors, cells)
+            every = np.zeros(len(run.rows), dtype=np.uint64)
+            there = kept if cells else np.arange(len(run.rows), dtype=np.int64)
+            every[there] = keys.of_rules(there)  # of rows that a function isn't given, nothing is
+            return every
+
+        self._derived[run.name] = numbers
+
+    def given(self, atom: MetricTerm) -> KeyNumbers:
+        """[prompt] what a function of the user's is given beside logits; TypeError where that
+        can't be compared."""
+        if id(atom) not in self._given:
+            rows = [digest_number(_plain(row)) for row in atom.rows]
+            self._given[id(atom)] = atom, np.array(rows, dtype=np.uint64)
+        return self._given[id(atom)][1]
+
+    def _rows(self, run: PromptRun, table: PromptTable) -> KeyNumbers:
+        model = self.models[run.model or self.model]
+        found = np.array(
+            [
+                digest_number(
+                    model, np.array(row.ids, dtype=np.int64).tobytes(), bytes(row.special)
+                )
+                for row in run.rows
+            ],
+            dtype=np.uint64,
+        )
+        noise = run.noise
+        if noise is None:
+            return found
+        shared = (noise.kind, noise.site, noise.std, noise.sds, noise.samples, self.seed)
+        scale = digest_number(shared, noise.sd_tokens if noise.sds is not None else ())
+        keys = table.row_keys if noise.row_keys is None else noise.row_keys
+        own = [digest_number(keys[row], at) for row, at in enumerate(noise.positions)]
+        return mix_numbers(
+            mix_numbers(found, fill_numbers(scale, len(found))), np.array(own, dtype=np.uint64)
+        )
+
+
+# --- measures -------------------------------------------------------------------------------------
+
+
+def measure_digest(measure: ResolvedMeasure) -> bytes:
+    """What a measure reads, the texts of rows and the contents of runs aside."""
+    atoms = [
+        [
+            *(atom.name, atom.form.takes, atom.form.function.__qualname__),
+            *(atom.of_class, atom.classes, atom.point, atom.points, _plain(atom.python)),
+            [axis.labels for axis in atom.axes],
+            *(atom.run is None, None if atom.tokenizer is None else atom.tokenizer.hash),
+        ]
+        for atom in measure.atoms
+    ]
+    numbers = {atom.node: number for number, atom in enumerate(measure.atoms)}
+    written = [] if measure.reply is None else [measure.reply, measure.in_reply]
+    made = _arithmetic(measure.expression, numbers)
+    return digest(made, measure.kind, measure.observed, atoms, *written)
+
+
+def _arithmetic(node: object, numbers: Mapping[ast.Expr, int]) -> object:
+    """An expression with the numbers of its atoms in their places: names in them may change."""
+    if not isinstance(node, ast.Node):
+        return node
+    if node in numbers:
+        return ["atom", numbers[cast("ast.Expr", node)]]
+    parts = [(each.name, getattr(node, each.name)) for each in fields(node) if each.compare]
+    return [type(node), [(name, _arithmetic(part, numbers)) for name, part in parts]]
+
+
+def measure_row_keys(
+    measure: ResolvedMeasure,
+    run: PromptRun,
+    item: ItemNumber,
+    table: PromptTable,
+    contents: RunContents,
+) -> KeyNumbers:
+    """[prompt]: what a measure is given of each row, beside the run that it reads.
+
+    run: the one that rows start from. item: the occurrence of the cell.
+    """
+    found = fill_numbers(0, len(table))
+    for name in (run.name, *(atom.run for atom in measure.atoms if atom.run is not None)):
+        at = measure.at.get(name)
+        found = mix_numbers(found, np.full(len(table), -1) if at is None else np.array(at))
+    for atom in measure.atoms:
+        if atom.texts:
+            found = mix_numbers(found, number_lists(RaggedColumn.of(_texts(atom, item))))
+        if atom.sets:
+            found = mix_numbers(found, _of_sets(atom.sets[item if atom.by_item else None]))
+        if atom.own:
+            found = mix_numbers(found, np.array(atom.own[run.name]))
+        if atom.wanted:
+            texts = atom.wanted[item if atom.by_item else None]
+            found = mix_numbers(
+                found, np.array([digest_number(each) for each in texts], dtype=np.uint64)
+            )
+        if atom.run is not None:
+            found = mix_numbers(found, contents.of(table.runs[atom.run], table))
+        if atom.python is not None:
+            found = mix_numbers(found, contents.given(atom))
+    return found
+
+
+def _texts(atom: MetricTerm, item: ItemNumber) -> Sequence[tuple[int, ...]]:
+    """[prompt] the tokens that it names."""
+    return atom.texts[item if atom.by_item else None]
+
+
+def _of_sets(sets: TokenSets) -> KeyNumbers:
+    """[prompt] the tokens that it names, and the numbers that they stand for."""
+    numbers = sets.numbers or ((),) * len(sets.tokens)
+    kinds = map(digest_number, zip(sets.tokens, numbers, strict=True))
+    return np.array(list(kinds), dtype=np.uint64)[list(sets.of_row)]
+
+
+def _plain(value: object) -> object:
+    """Functions of Python files by what they do: where a file lies changes no number."""
+    if isinstance(value, PythonFunction):
+        return ("python", value.name, value.digest)
+    if isinstance(value, Mapping):
+        pairs = cast("Mapping[object, object]", value)
+        return {key: _plain(each) for key, each in pairs.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_plain(each) for each in cast("Sequence[object]", value))
+    return value
+
+
+# --- patched rows ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _RuleNumbers:
+    """Numbers for what a rule reads and writes; equal ones mean the same content."""
+
+    plan: RulePlan
+    source: KeyNumbers | None
+    """[prompt of the run that is read] its content; None where no row of its own is read."""
+    written: KeyNumbers
+    """[run of `plan.written`]"""
+    read: KeyNumbers
+    """[run of `plan.read`]"""
+    keys: KeyNumbers | None
+    """[run of `plan.keys`]"""
+    means: KeyNumbers | None
+    """[position] all that a mean over rows is of."""
+    groups: KeyNumbers | None
+    """[prompt] the group whose mean fills it."""
+    donors: Ints | None
+    """[prompt] the one whose activation replaces it."""
+    cells: WholeCells | None = None
+    given: KeyNumbers | None = None
+    """[whole cell] all rows that a function is given at once."""
+
+    def of(self, rows: RowTable) -> KeyNumbers:
+        """[row]"""
+        plan, found = self.plan, self.written[self.plan.written_runs(rows)]
+        position = plan.position_of_cell[rows.cell]
+        if self.source is not None:
+            prompts = rows.prompt if self.donors is None else self.donors[rows.prompt]
+            run = plan.read.run(position, prompts, rows.alternative)
+            found = mix_numbers(mix_numbers(found, self.source[prompts]), self.read[run])
+        if self.means is not None:
+            found = mix_numbers(found, self.means[position])
+        if self.groups is not None:
+            found = mix_numbers(found, self.groups[rows.prompt])
+        if self.cells is not None and self.given is not None:
+            cell, within = self.cells.place(plan, rows)  # equal rows may be given different vectors
+            found = mix_numbers(mix_numbers(found, self.given[cell]), within)
+        if self.keys is not None:
+            found = mix_numbers(found, self.keys[plan.key_runs(rows)])
+        return np.where(plan.follow(rows) == 0, found, mix_numbers(found, plan.follow(rows)))
+
+
+class ExperimentKeys:
+    """The keys of one experiment's patched values."""
+
+    def __init__(
+        self, plan: ExperimentPlan, table: PromptTable, contents: RunContents, kept: Ints,
+        donors: Mapping[int, Ints], cells: Mapping[int, WholeCells],
+    ) -> None:  # fmt: skip
+        """kept: rows that are in the experiment. donors, cells: by number of the rule, of those
+        that resample ([prompt]), or read whole cells.
+
+        TypeError where a value hangs on what can't be compared."""
+        self.plan = plan
+        self.table = table
+        self.contents = contents
+        self.kept = kept
+        self._rules = [
+            self._rule(rule, donors.get(number), cells.get(number))
+            for number, rule in enumerate(plan.rules)
+        ]
+        self._starts = [contents.of(run, table) for run in plan.starting_runs]
+        self._whole = self._all_rows()
+        self._items = np.array([-1 if item is None else item for item in plan.items])
+        self._measured: dict[tuple[int, int, ItemNumber], KeyNumbers] = {}
+        for measure in plan.experiment.measures:
+            for atom in measure.atoms:
+                contents.given(atom)  # raises here, or not at all
+        shared = self._shared() + (b"as base" if plan.experiment.as_base else b"")
+        codes: dict[bytes, int] = {}
+        found = [codes.setdefault(cell, len(codes)) for cell in self._cells()]
+        self._codes = tuple(codes)
+        self.code_of_cell: Ints = np.array(found, dtype=np.int64)
+        """[cell]: cells of one number differ by their positions alone, which rows tell apart."""
+        self.cells = tuple(
+            tuple(digest(b"".join([shared, measure, code])) for code in codes)
+            for measure in map(measure_digest, plan.experiment.measures)
+        )
+        """Per measure and number of `code_of_cell`, the key of such cells."""
+
+    def of_rules(self, prompts: Ints) -> KeyNumbers:
+        """[prompt] all that the rules of an experiment of one cell do there, and to what."""
+        (cell,) = self._cells()
+        none = np.zeros(len(prompts), dtype=np.int64)
+        code = digest_number(digest("rules", self._shared(), cell))
+        return mix_numbers(
+            self._written(RowTable(none, prompts, none)), fill_numbers(code, len(prompts))
+        )
+
+    def of_rows(self, rows: RowTable, more: bytes) -> list[bytes]:
+        """[row] all that rules do to it, and to what, beside what else counts."""
+        shared = digest("rows", self._shared(), more)
+        cells = [digest(shared, code) for code in self._codes]
+        places = zip(
+            self.code_of_cell[rows.cell].tolist(), self._written(rows).tolist(), strict=True
+        )
+        return [digest(cells[code], own) for code, own in places]
+
+    def rows(self, number: int, rows: RowTable) -> KeyNumbers:
+        """[row] the keys of rows, for a measure."""
+        starting = self.plan.starting_run(rows)
+        found = mix_numbers(self._written(rows), self._of_measure(number, rows, starting))
+        said = self.plan.experiment.spec.estimator
+        if said is None or said.name != INTEGRATED:
+            return found
+        return mix_numbers(found, self._beside[self._sites[rows.cell], rows.prompt])
+
+    @cached_property
+    def _beside(self) -> KeyNumbers:
+        """[site, prompt] all that is written there, in whatever order."""
+        rows = self.plan.rows(self.kept)
+        codes = np.array([digest_number(code) for code in self._codes], dtype=np.uint64)
+        own = mix_numbers(self._written(rows), codes[self.code_of_cell[rows.cell]])
+        found = np.zeros((int(self._sites.max()) + 1, len(self.table)), dtype=np.uint64)
+        np.add.at(found, (self._sites[rows.cell], rows.prompt), own)
+        return found
+
+    @cached_property
+    def _sites(self) -> Ints:
+        return cell_sites(self.plan)
+
+    def _written(self, rows: RowTable) -> KeyNumbers:
+        """[row] what it starts from, and what rules read and write there."""
+        starting = self.plan.starting_run(rows)
+        found = np.zeros(len(rows), dtype=np.uint64)
+        for index, numbers in enumerate(self._starts):
+            found = np.where(starting == index, numbers[rows.prompt], found)
+        for rule in self._rules:
+            found = np.where(rule.plan.acts(rows), mix_numbers(found, rule.of(rows)), found)
+        return found
+
+    def _of_measure(self, number: int, rows: RowTable, starting: Ints) -> KeyNumbers:
+        """[row] what the measure is given."""
+        measure = self.plan.experiment.measures[number]
+        by_item = any(atom.by_item for atom in measure.atoms)
+        items = self._items if by_item else np.full_like(self._items, -1)
+        found = np.zeros(len(rows), dtype=np.uint64)
+        kinds = np.stack([starting, items[rows.cell]])
+        for index, item in np.unique(kinds, axis=1).T.tolist():
+            key = (number, index, None if item < 0 else item)
+            if key not in self._measured:
+                run = self.plan.starting_runs[index]
+                self._measured[key] = measure_row_keys(
+                    measure, run, key[2], self.table, self.contents
+                )
+            own = (kinds[0] == index) & (kinds[1] == item)
+            found[own] = self._measured[key][rows.prompt[own]]
+        return found
+
+    # --- what all rows of a cell share ---
+
+    def _shared(self) -> bytes:
+        """Of all cells."""
+        said = self.plan.experiment.spec.estimator
+        estimated = [] if said is None else ["estimated", said.text]
+        return digest("patched", self._model(), self.plan.draws, self._whole, *estimated)
+
+    def _cells(self) -> Iterator[bytes]:
+        """[cell] what the rules that act there do: equal where two alternatives of a rule differ
+        only in the rows that they read."""
+        parts: list[list[bytes]] = []
+        said = self.plan.experiment.generation
+        if said is not None and said.sampled:  # by which tokens are drawn
+            parts.append([digest(self.plan.content(cell)) for cell in range(self.plan.n_cells)])
+        for rule in self.plan.rules:
+            static = _static(rule.rule)
+            pairs = zip(rule.point_table, rule.source_table, strict=True)
+            points = [_written(to) + _written(of) for to, of in pairs]
+            sites = [digest(static + own) for own in digest_lists(rule.points, points)]
+            begin = len(parts)
+            parts.append([sites[site] for site in rule.site_of_cell.tolist()])
+            for cells, of in rule.placed:
+                if any(cell.reply is not None for cell in cells):
+                    parts.append([digest(cells[number].reply) for number in of.tolist()])
+            if rule.rule.amounts is not None:
+                amounts = {amount: digest(amount) for amount in set(rule.amounts.tolist())}
+                parts.append([amounts[amount] for amount in rule.amounts.tolist()])
+            if rule.steps is not None:
+                parts.append([digest("steps", *own) for own in rule.steps.tolist()])
+            if rule.direction_of_cell is not None:
+                steered = [self._direction(member.vector) for member in rule.directions]
+                parts.append([steered[which] for which in rule.direction_of_cell.tolist()])
+            if rule.paths is not None:
+                ends = digest_lists(rule.paths.points, list(map(_written, rule.paths.table)))
+                parts.append([ends[pair] for pair in rule.paths.pair_of_cell.tolist()])
+            if rule.active is not None:  # where it doesn't act, the key is that without it
+                acts = rule.active.tolist()
+                parts[begin:] = [
+                    [part if own else b"" for part, own in zip(each, acts, strict=True)]
+                    for each in parts[begin:]
+                ]
+        if not parts:
+            return iter([b""] * self.plan.n_cells)
+        return map(b"".join, zip(*parts, strict=True))
+
+    def _direction(self, vector: DirectionVector) -> bytes:
+        """All that a direction hangs on."""
+        match vector:
+            case FittedVector():
+                samples = [self._sample(each) for each in vector.samples]
+                points = list(map(_written, vector.points))
+                return digest("fit", vector.way, vector.options, points, samples)
+            case UnembeddingVector():
+                return digest("unembedding", self._model(), vector.token, vector.less)
+            case SavedVector():
+                return digest("saved", vector.key, vector.digest)
+            case WeightedSum():
+                parts = [[weight, self._direction(part)] for weight, part in vector.parts]
+                return digest("sum", parts)
+            case UnitVector():
+                return digest("unit", self._direction(vector.of))
+            case RandomVector():
+                return digest("random", self._direction(vector.of), vector.draw, vector.seed)
+
+    def _sample(self, sample: FitSample) -> list[int]:
+        """The rows that a fit reads, in whatever order."""
+        contents = self.contents.of(sample.run, sample.table).tolist()
+        targets = sample.targets or (None,) * len(contents)
+        rows = zip(contents, sample.cell.hits, targets, strict=True)
+        return sorted(digest_number(*row) for row in rows)
+
+    def _model(self) -> bytes:
+        return self.contents.models[self.plan.experiment.model.key]
+
+    def _rule(self, plan: RulePlan, donors: Ints | None, cells: WholeCells | None) -> _RuleNumbers:
+        rule, reads = plan.rule, plan.rule.does.reads
+        each = reads in ("run", "donor", "cell")
+        table = self.table if rule.apart is None else rule.apart.table
+        read = table.runs[rule.run if rule.apart is None else rule.apart.run]
+        groups = None
+        if reads == "mean" and rule.groups is not None:
+            names = [digest_number(name) for name in rule.groups]
+            groups = np.array(names, dtype=np.uint64)
+        return _RuleNumbers(
+            plan=plan,
+            source=self.contents.of(read, table) if each else None,
+            written=number_lists(plan.written.tokens),
+            read=number_lists(plan.read.tokens),
+            keys=None if plan.keys is None else number_lists(plan.keys.tokens),
+            means=self._means(plan) if reads == "mean" else None,
+            groups=groups,
+            donors=donors,
+            cells=cells,
+            given=None if cells is None else self._given(plan, cells),
+        )
+
+    def _given(self, plan: RulePlan, cells: WholeCells) -> KeyNumbers:
+        """[whole cell] all rows that a function is given at once, in their order."""
+        contents = self.contents.of(self.table.runs[plan.rule.run], self.table)
+        tokens = number_lists(plan.read.tokens)
+        found = [digest_number(contents[each.prompts], tokens[each.runs]) for each in cells.cells]
+        return np.array(found, dtype=np.uint64)
+
+    def _means(self, plan: RulePlan) -> KeyNumbers:
+        """[position] the rows that its mean is over, with their tokens."""
+        rule, prompts = plan.rule, self.kept
+        run, table = self.table.runs[rule.run], self.table
+        if rule.apart is not None:
+            table, prompts = rule.apart.table, np.arange(len(rule.apart.table))
+            run = table.runs[rule.apart.run]
+        contents = self.contents.of(run, table)[prompts]
+        if rule.groups is not None:
+            groups = [digest_number(rule.groups[row]) for row in prompts.tolist()]
+            contents = mix_numbers(contents, np.array(groups, dtype=np.uint64))
+        hits = _hits(plan.averaged, len(plan.sources), prompts)
+        found = [digest_number(np.sort(mix_numbers(contents[index], own))) for index, own in hits]
+        return np.array(found, dtype=np.uint64)
+
+    def _all_rows(self) -> bytes:
+        """Of experiments in which a row hangs on others in ways that only they know: behind prompts
+        means, and what functions are given, have the answers' tokens."""
+        rules, kept = self.plan.rules, self.kept
+        whole = any(rule.rule.does.of_all_rows for rule in rules)
+        if not self.plan.behind or not whole:
+            return b""
+        found = fill_numbers(0, len(self.table))
+        for run in self.table.runs.values():
+            found = mix_numbers(found, self.contents.of(run, self.table))
+        for measure in self.plan.experiment.measures:
+            for atom in measure.atoms:
+                for text in atom.texts.values():
+                    found = mix_numbers(found, number_lists(RaggedColumn.of(text)))
+        return digest(np.sort(found[kept]))
+
+
+def _static(rule: ResolvedRule) -> bytes:
+    """What a rule does, wherever it does it; what it reads is in the keys of rows, run by run."""
+    does = rule.does
+    key = does.key(replace(rule, run="", apart=None, groups=None))
+    return digest(
+        type(does), does.name, vars(does), _plain(key), _plain(rule.python),
+        None if rule.edge is None else rule.edge.change,
+        None if rule.path is None else (rule.path.through_mlps, rule.path.frozen_norms),
+        *([rule.after_prefill] if rule.after_prefill else []),
+    )  # fmt: skip
+
+
+def _written(point: SitePoint) -> bytes:
+    """A site as bytes; there may be tens of thousands (neurons)."""
+    return f"{point.site} {point.layer} {point.unit};".encode()
+
+
+def _hits(hits: TokenHits, positions: int, prompts: Ints) -> Iterator[tuple[Ints, KeyNumbers]]:
+    """Per position, the runs of these prompts: which prompt each is of, and its tokens."""
+    tokens = number_lists(hits.tokens)
+    for position in range(positions):
+        index, run = hits.runs.expand(position * hits.prompts + prompts)
+        yield index, tokens[run]

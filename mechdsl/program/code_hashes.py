@@ -1,0 +1,208 @@
+"""Content hashes of Python code outside this package: files, and the modules that they import.
+
+Imports are found by reading the source, as far as it names them: `import x`, `from x import y`,
+`import_module("x")`. A module in a user's folder counts with its whole text, an installed one with
+the versions of the packages installed alongside it; Python's standard library doesn't count.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+import sysconfig
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cache
+from hashlib import sha256
+from importlib.util import cache_from_source, find_spec
+from pathlib import Path
+
+MAX_PACKAGE_FILES = 2000
+"""Of one package. What has more is no helper, but somebody's home folder."""
+
+_PACKAGE = __name__.partition(".")[0]
+
+_INSTALLED = ("site-packages", "dist-packages")
+
+
+class CodeHashError(Exception):
+    """Which code would run can't be told; the text says why, in lower case."""
+
+
+def hash_imported_code(contents: Iterable[bytes]) -> dict[str, str]:
+    """Module, or folder of installed packages → SHA-256, of all that these texts import.
+
+    Raises CodeUnknown where a module was imported earlier in this process and has changed since.
+    """
+    found: dict[str, str] = {}
+    left = [name for content in contents for name in _imports(content)]
+    done: set[str] = set()
+    while left:
+        name = left.pop()
+        if name in done:
+            continue
+        done.add(name)
+        for key, digest, content in _of_module(name):
+            found[key] = digest
+            left += _imports(content)
+    return found
+
+
+def hash_module_code(name: str) -> dict[str, str]:
+    """The same of a module that is imported, itself included.
+
+    Raises CodeUnknown where its source can't be had.
+    """
+    module = sys.modules.get(name)
+    file = getattr(module, "__file__", None)
+    if not file or not os.path.isfile(file):
+        raise CodeHashError(f"the source of `{name}` can't be read")
+    path = Path(file)
+    content = _package_content(path)
+    digest = sha256(content).hexdigest()
+    if name != f"mechdsl_python_{digest[:16]}":  # which is run from the very bytes
+        _unchanged(name, path, digest)
+    return {name: digest, **hash_imported_code([content])}
+
+
+def _imports(content: bytes) -> Iterator[str]:
+    """Names before the first dot."""
+    try:
+        tree = ast.parse(content)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return  # nor can it be imported
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from (each.name.partition(".")[0] for each in names)
+            case ast.ImportFrom(module=str(module), level=0):
+                yield module.partition(".")[0]
+            case ast.Call(
+                func=ast.Attribute(attr=called) | ast.Name(id=called),
+                args=[ast.Constant(value=str(module)), *_],
+            ) if called in ("import_module", "__import__"):
+                yield module.partition(".")[0]
+            case _:
+                pass
+
+
+def _of_module(name: str) -> Iterator[tuple[str, str, bytes]]:
+    """(key, digest, text) of all files of a module; of an installed one what stands for it."""
+    if name == _PACKAGE or name in sys.builtin_module_names:
+        return
+    try:
+        spec = find_spec(name)
+    except (ImportError, ValueError, AttributeError):
+        spec = None
+    if spec is None or spec.origin in ("built-in", "frozen"):
+        return
+    folders = [Path(each) for each in spec.submodule_search_locations or ()]
+    files = [] if spec.origin is None else [Path(spec.origin)]
+    for path in (*files, *folders):
+        root = _installed(path)
+        if root is not None:
+            yield f"beside {root.name}", _versions(root), b""
+            return
+        if path.resolve().is_relative_to(_standard()):
+            return
+    if not folders:
+        for path in files:
+            yield _read(name, path)
+    for folder in folders:
+        for path in _python_files(folder, name):
+            inside = path.relative_to(folder).with_suffix("").parts
+            parts = inside[:-1] if inside[-1] == "__init__" else inside
+            yield _read(".".join((name, *parts)), path)
+
+
+def _read(module: str, path: Path) -> tuple[str, str, bytes]:
+    content = _package_content(path)
+    digest = sha256(content).hexdigest()
+    _unchanged(module, path, digest)
+    return module, digest, content if path.suffix == ".py" else b""
+
+
+def _package_content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        said = (error.strerror or str(error)).lower()
+        raise CodeHashError(f"`{path.name}`, which is imported, can't be read: {said}") from None
+
+
+def _python_files(folder: Path, name: str) -> list[Path]:
+    found: list[Path] = []
+    for path in folder.rglob("*"):
+        if path.suffix in (".py", ".so", ".pyd"):
+            found.append(path)
+        if len(found) > MAX_PACKAGE_FILES:
+            raise CodeHashError(f"the package `{name}` has more than {MAX_PACKAGE_FILES} files")
+    return sorted(found)
+
+
+def _installed(path: Path) -> Path | None:
+    """The folder of installed packages that it lies in."""
+    return next((each for each in path.parents if each.name in _INSTALLED), None)
+
+
+@cache
+def is_installed(package: str) -> bool:
+    """Whether a package that was imported is an installed one."""
+    file = getattr(sys.modules.get(package), "__file__", None)
+    return file is not None and _installed(Path(file)) is not None
+
+
+def _versions(root: Path) -> str:
+    """Names and versions of what is installed there."""
+    names = sorted(each for each in os.listdir(root) if each.endswith((".dist-info", ".egg-info")))
+    return sha256("\n".join(names).encode()).hexdigest()
+
+
+@cache
+def _standard() -> Path:
+    return Path(sysconfig.get_path("stdlib")).resolve()
+
+
+# --- what was imported before ---------------------------------------------------------------------
+
+_IMPORTED: dict[tuple[str, Path], str] = {}
+"""What a module's file was when it wasn't imported yet, or was known to be unchanged since."""
+
+
+def _unchanged(module: str, path: Path, digest: str) -> None:
+    """CodeUnknown where the module in memory may be another one than the file now has."""
+    key = (module, path.resolve())
+    if module not in sys.modules:
+        _IMPORTED[key] = digest
+        return
+    known = _IMPORTED.get(key)
+    if known is None and _compiled_from(path):
+        known = _IMPORTED[key] = digest
+    if known != digest:
+        raise CodeHashError(f"`{path.name}` may have changed since this process imported it")
+
+
+def _compiled_from(path: Path) -> bool:
+    """Whether the file is older than this process, or what Python compiled on importing it is of
+    the file as it stands."""
+    try:
+        now = path.stat()
+        if now.st_mtime < _process_start():
+            return True
+        head = Path(cache_from_source(str(path))).read_bytes()[:16]
+    except (OSError, NotImplementedError):
+        return False
+    stamps = [int.from_bytes(head[n : n + 4], "little") for n in (4, 8, 12)]
+    return stamps == [0, int(now.st_mtime) & 0xFFFFFFFF, now.st_size & 0xFFFFFFFF]
+
+
+@cache
+def _process_start() -> float:
+    """Seconds since the epoch; 0 where that can't be told."""
+    with suppress(OSError, ValueError, IndexError, AttributeError):
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        return time.time() - age
+    return 0.0

@@ -1,0 +1,437 @@
+"""`direction NAME = …` as typed data, with dependencies checked for circles."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.names import BadArgument, UnknownName, UnknownWord
+from mechdsl.diagnostics.rules import BadDirection
+from mechdsl.program import spec
+from mechdsl.program.names import Namespace
+from mechdsl.program.spec import Constant, constant_value
+from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import walk
+
+if TYPE_CHECKING:
+    from mechdsl.program.spec import Definitions
+
+
+OperandKind = Literal["two", "block", "value and block", "texts", "file", "direction"]
+
+
+@dataclass(frozen=True)
+class DirectionMethod:
+    """A way to make a direction: `WORD(…)`."""
+
+    takes: OperandKind
+    example: str
+    options: tuple[str, ...] = ()
+    at_a_site: bool = True
+    """Whether it is made of activations."""
+
+
+DIRECTION_METHODS: Mapping[str, DirectionMethod] = {
+    "mean_difference": DirectionMethod(
+        "two", "mean_difference(harmful, harmless)", ("prompts", "limit")
+    ),
+    "mean": DirectionMethod("block", "mean(fruit)", ("limit",)),
+    "pca": DirectionMethod("block", "pca(fruit, component: 1)", ("component", "limit")),
+    "probe": DirectionMethod(
+        "value and block", "probe(count, fruit)", ("kind", "penalty", "limit")
+    ),
+    "unembedding": DirectionMethod("texts", 'unembedding(" Mary", " John")', at_a_site=False),
+    "saved": DirectionMethod("file", 'saved("refusal.safetensors", "direction")', at_a_site=False),
+    "unit": DirectionMethod("direction", "unit(refusal)", at_a_site=False),
+}
+
+
+def lower_direction(
+    statement: ast.DirectionDef, parts: Definitions, scope: Namespace
+) -> spec.Direction | None:
+    """The definition, with what is wrong with it whatever the model said; None then.
+
+    Codes: E0201, E0203, E0207, E0341.
+    """
+    before = len(scope.diagnostics)
+    _check(statement.value, parts, scope)
+    if len(scope.diagnostics) > before:
+        return None
+    fits = [c for c in method_calls(statement.value) if DIRECTION_METHODS[c.name].at_a_site]
+    word = fits[0].name if fits else ""
+    if fits and statement.site is None:
+        _bad(
+            fits[0],
+            f"`{word}` is made of activations, and no site is named",
+            f"write where: `{DIRECTION_METHODS[word].example} at resid_post layer 2 at last token`",
+            scope,
+        )
+    site = statement.site
+    free = any(c.name in ("unembedding", "saved") for c in method_calls(statement.value))
+    if site is not None and not fits and not free:
+        hint = f"leave `at {site.span.written}` out: it lies where they lie"
+        _bad(statement.value, "it is made of directions that have a site", hint, scope)
+    if len(scope.diagnostics) > before:
+        return None
+    return spec.Direction(
+        span=statement.span,
+        name=statement.name.id,
+        value=statement.value,
+        site=site,
+        at=statement.at,
+    )
+
+
+def method_calls(node: ast.Node) -> list[ast.Call]:
+    """The ways of an expression."""
+    return [
+        part for part in walk(node) if isinstance(part, ast.Call) and part.name in DIRECTION_METHODS
+    ]
+
+
+def direction_names(node: ast.Node | None, directions: Container[str]) -> list[str]:
+    """Names of directions in an expression."""
+    if node is None:
+        return []
+    found: dict[str, None] = {}
+    for part in walk(node):
+        match part:
+            case ast.Name(id=name) | ast.Index(name=name) if name in directions:
+                found[name] = None
+            case _:
+                pass
+    return list(found)
+
+
+def direction_dependencies(
+    nodes: Iterable[ast.Node], directions: Mapping[str, spec.Direction]
+) -> list[spec.Direction]:
+    """The definitions behind expressions, those that these are made of included."""
+    found: dict[str, spec.Direction] = {}
+    todo = [name for node in nodes for name in direction_names(node, directions)]
+    while todo:
+        name = todo.pop(0)
+        if name not in found and name in directions:
+            found[name] = directions[name]
+            todo += direction_names(directions[name].value, directions)
+    return list(found.values())
+
+
+def used_directions(experiment: spec.Experiment, program: spec.Program) -> list[spec.Direction]:
+    """The directions that an experiment's rules use."""
+    nodes = (rule.direction for rule in experiment.every_rule if rule.direction is not None)
+    return direction_dependencies(nodes, program.directions)
+
+
+def fit_rows_of_experiment(experiment: spec.Experiment, program: spec.Program) -> list[FitRows]:
+    """What the fits behind an experiment's rules read, and those of its probes."""
+    calls = [
+        call for each in used_directions(experiment, program) for call in method_calls(each.value)
+    ]
+    found = [rows for call in calls for rows in fit_rows_of_call(call, program)]
+    for rule in experiment.every_rule:
+        train = None if rule.observed is None else training_rows(rule.observed.call)
+        rows = None if train is None else parse_fit_rows(train, program.prompts)
+        found += [] if rows is None else [rows]
+    return list(dict.fromkeys(found))
+
+
+def training_rows(call: ast.Call | None) -> ast.Node | None:
+    """What stands behind `train:`, the rows that a probe is fitted on."""
+    named = () if call is None else call.arguments
+    return next((argument.value for argument in named if argument.name == "train"), None)
+
+
+@dataclass(frozen=True)
+class FitRows:
+    """What a fit reads: a run of a block, or one model's run of it."""
+
+    block: str | None
+    """None for the rows of the experiment that uses it."""
+    part: Literal["train", "test"] | None = None
+    run: str = "clean"
+    model: str | None = None
+    limit: int | None = None
+    """As in `prompts fruit limit 64`."""
+    used: frozenset[str] = frozenset()
+    """The corruptions of that block that the fit reads: each of them changes all of the rows."""
+
+    @property
+    def key(self) -> str:
+        """What tables call its rows."""
+        part = f".{self.part}" if self.part else ""
+        limit = f" limit {self.limit}" if self.limit else ""
+        model = f" on {self.model}" if self.model else ""
+        used = f" changed by {', '.join(sorted(self.used))}" if self.used else ""
+        return f"{self.block or ''}{part}{limit}{model}{used}"
+
+
+def fit_rows_of_call(call: ast.Call, program: spec.Program) -> list[FitRows]:
+    """What a way reads; definitions that were refused aside, each name is known."""
+    given = {argument.name: argument.value for argument in call.arguments}
+    own = given.get("prompts")
+    values = [a.value for a in call.arguments if a.name is None]
+    if DIRECTION_METHODS[call.name].takes == "value and block":
+        values = values[1:]
+    if not DIRECTION_METHODS[call.name].at_a_site:
+        return []
+    shared = None if own is None else parse_fit_rows(own, program.prompts)
+    limit = _limit(call, program.parameters)
+    return _paired([replace(_rows(value, shared, program), limit=limit) for value in values])
+
+
+def _paired(fitted: Sequence[FitRows]) -> list[FitRows]:
+    """What one fit reads: of each block the rows that every run of it that is read changes."""
+    found: list[FitRows] = []
+    for rows in fitted:
+        named = {other.run for other in fitted if other.block == rows.block} - {"clean"}
+        found.append(replace(rows, used=frozenset(named if rows.block else ())))
+    return found
+
+
+def _limit(call: ast.Call, parameters: Mapping[str, Constant]) -> int | None:
+    """Of `limit: 64`; None where there is none, or no count."""
+    written = [a.value for a in call.arguments if a.name == "limit"]
+    found = constant_value(written[0], parameters) if written else None
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        return None
+    return found
+
+
+def _rows(value: ast.Node, shared: FitRows | None, program: spec.Program) -> FitRows:
+    if isinstance(value, ast.Name) and value.id in program.models:
+        rows = shared or FitRows(None)
+        return FitRows(rows.block, rows.part, rows.run, value.id)
+    return parse_fit_rows(value, program.prompts) or FitRows(None)
+
+
+def parse_fit_rows(node: ast.Node, blocks: Mapping[str, spec.Prompts]) -> FitRows | None:
+    """`fruit`, `fruit.train`, `fruit.fewer`, `fewer of fruit.train`; None for what is no block."""
+    match node:
+        case ast.Name(id=name) if name in blocks:
+            return FitRows(name)
+        case ast.Attribute(name=name, attribute=word) if name in blocks:
+            return _part(FitRows(name), word, blocks[name])
+        case ast.QualifiedRef(name=run, of=of) if of.name in blocks:
+            rows = (
+                FitRows(of.name)
+                if of.part is None
+                else _part(FitRows(of.name), of.part, blocks[of.name])
+            )
+            return _of_run(rows, run) if rows.run == "clean" else None
+        case _:
+            return None
+
+
+def _part(rows: FitRows, word: str, block: spec.Prompts) -> FitRows:
+    if block.split is not None and (word == "train" or word == "test"):
+        return FitRows(rows.block, word)
+    return _of_run(rows, word)
+
+
+def _of_run(rows: FitRows, run: str) -> FitRows:
+    return FitRows(rows.block, rows.part, run, used=frozenset({run}) - {"clean"})
+
+
+# --- what is wrong with one -----------------------------------------------------------------------
+
+
+def _check(node: ast.Node, parts: Definitions, scope: Namespace) -> None:
+    match node:
+        case ast.Binary(operator="+" | "-", left=left, right=right):
+            _check(left, parts, scope)
+            _check(right, parts, scope)
+        case ast.Binary(operator="*", left=left, right=right):
+            number = _is_number(left, parts)
+            _check(right if number else left, parts, scope)
+            _number(left if number else right, parts, scope)
+        case ast.Binary(left=left, right=right):
+            _check(left, parts, scope)
+            _number(right, parts, scope)
+        case ast.Negative(operand=operand):
+            _check(operand, parts, scope)
+        case ast.Name(id=name) | ast.Index(name=name):
+            scope.use("direction", name, node.span)
+        case ast.Call(name=name) if name in DIRECTION_METHODS:
+            _arguments(node, DIRECTION_METHODS[name], parts, scope)
+        case ast.Call(name=name):
+            ways = ", ".join(f"`{way.example}`" for way in DIRECTION_METHODS.values())
+            hint = did_you_mean(name, DIRECTION_METHODS, f"ways are {ways}")
+            scope.diagnostics.append(
+                UnknownWord(span=node.span, kind="way to make a direction", word=name, hint=hint)
+            )
+        case _:
+            hint = f"write how it is made: `{DIRECTION_METHODS['mean_difference'].example}`"
+            _bad(node, "it is no vector", hint, scope)
+
+
+def _is_number(node: ast.Node, parts: Definitions) -> bool:
+    named = (part for part in walk(node) if isinstance(part, ast.Name))
+    found = [part for part in walk(node) if isinstance(part, ast.Call | ast.Index)]
+    return not found and all(part.id in parts.parameters for part in named)
+
+
+def _number(node: ast.Node, parts: Definitions, scope: Namespace) -> None:
+    if not _is_number(node, parts):
+        reason = f"`{node.span.written}` is no number, and directions are multiplied with numbers"
+        _bad(node, reason, "write a number, or a `param`: `0.5 * refusal`", scope)
+    for part in walk(node):
+        if isinstance(part, ast.Name):
+            scope.has("param", part.id)
+
+
+def _arguments(call: ast.Call, way: DirectionMethod, parts: Definitions, scope: Namespace) -> None:
+    values = [a.value for a in call.arguments if a.name is None]
+    for argument in call.arguments:
+        if argument.name is not None and argument.name not in way.options:
+            known = ", ".join(f"`{each}: …`" for each in way.options)
+            hint = did_you_mean(argument.name, way.options, f"it takes {known or 'none'}")
+            reason = f"is no argument of `{call.name}`"
+            scope.diagnostics.append(
+                BadArgument(span=argument.span, name=argument.name, reason=reason, hint=hint)
+            )
+    counts = {"two": (2,), "value and block": (2,), "texts": (1, 2), "file": (2,)}
+    if len(values) not in counts.get(way.takes, (1,)):
+        scope.diagnostics.append(
+            BadArgument(
+                span=call.span,
+                name=call.name,
+                reason=f"is written `{way.example}`",
+                hint="write as many arguments",
+            )
+        )
+        return
+    match way.takes:
+        case "direction":
+            _check(values[0], parts, scope)
+        case "two" | "block":
+            models = [v for v in values if isinstance(v, ast.Name) and v.id in scope.names("model")]
+            for value in values:
+                _block(value, parts, scope, models=way.takes == "two" and len(models) == 2)
+        case "value and block":
+            _block(values[1], parts, scope, models=False)
+        case _:
+            for value in values:
+                if not isinstance(constant_value(value, parts.parameters), str):
+                    reason = "takes texts in quotes"
+                    scope.diagnostics.append(
+                        BadArgument(
+                            span=value.span,
+                            name=call.name,
+                            reason=reason,
+                            hint=f"write `{way.example}`",
+                        )
+                    )
+    for argument in call.arguments:
+        if argument.name == "prompts":
+            _block(argument.value, parts, scope, models=False)
+        if argument.name == "limit":
+            _check_limit(call, argument, parts, scope)
+
+
+def _check_limit(call: ast.Call, limit: ast.Argument, parts: Definitions, scope: Namespace) -> None:
+    """E0207 where it is no count, or nothing names the block whose rows are counted."""
+    if isinstance(limit.value, ast.Name):
+        scope.has("param", limit.value.id)
+    reason = hint = ""
+    if _limit(call, parts.parameters) is None:
+        reason, hint = "is a whole number from 1 on", "write `limit: 64`"
+    elif all(
+        isinstance(a.value, ast.Name) and scope.has("model", a.value.id)
+        for a in call.arguments
+        if a.name is None or a.name == "prompts"
+    ):
+        reason = "says how many rows of a block there are, and no block is named"
+        hint = "name one, `prompts: fruit`; without it the rows are those of the experiment"
+    if reason:
+        scope.diagnostics.append(
+            BadArgument(span=limit.span, name="limit", reason=reason, hint=hint)
+        )
+
+
+def _block(node: ast.Node, parts: Definitions, scope: Namespace, *, models: bool) -> None:
+    """E0201 where a name is neither a block's nor, of two, a model's; E0207 for a run that the
+    block doesn't have."""
+    if models and isinstance(node, ast.Name) and scope.has("model", node.id):
+        return
+    name = node.name if isinstance(node, ast.Attribute) else None
+    name = node.of.name if isinstance(node, ast.QualifiedRef) else name
+    name = node.id if isinstance(node, ast.Name) else name
+    if name is None:
+        _bad(node, "it names no block of prompts", "write a block: `harmful`, `fruit.fewer`", scope)
+        return
+    if not scope.use("prompts", name, node.span):
+        return
+    rows = parse_fit_rows(node, parts.prompts)
+    block = parts.prompts.get(name)
+    if block is None:
+        return
+    known = ["clean", *(each.name for each in block.corruptions)]
+    if rows is None or rows.run not in known:
+        listed = ", ".join(f"`{name}.{each}`" for each in known[1:])
+        halves = f"`{name}.train` and `{name}.test`" if block.split is not None else ""
+        hint = " and ".join(each for each in (listed, halves) if each)
+        scope.diagnostics.append(
+            UnknownName(
+                span=node.span,
+                kind="run",
+                name=node.span.written,
+                hint=f"it has {hint}" if hint else f"write `{name}`: it has no other run",
+            )
+        )
+
+
+def _bad(node: ast.Node, reason: str, hint: str, scope: Namespace) -> None:
+    text = node.span.written
+    scope.diagnostics.append(BadDirection(span=node.span, text=text, reason=reason, hint=hint))
+
+
+def drop_circular_directions(
+    directions: Mapping[str, spec.Direction], scope: Namespace
+) -> dict[str, spec.Direction]:
+    """The others; E0341 for directions that are made of themselves."""
+    found = dict(directions)
+    for name, definition in directions.items():
+        behind = direction_dependencies([definition.value], directions)
+        if any(each.name == name for each in behind):
+            text = definition.value.span.written
+            reason = f"`{name}` is made of itself"
+            hint = "name what it is made of, down to a fit"
+            scope.diagnostics.append(
+                BadDirection(span=definition.value.span, text=text, reason=reason, hint=hint)
+            )
+            del found[name]
+    return found
+
+
+def split_factor(node: ast.Expr, directions: Container[str]) -> tuple[ast.Expr | None, ast.Expr]:
+    """`4.0 * refusal` as its number (None where it has none) and its direction."""
+    one = ast.Number(1, span=node.span)
+    match node:
+        case ast.Negative(operand=operand):
+            factor, rest = split_factor(operand, directions)
+            return ast.Negative(factor or one, span=node.span), rest
+        case ast.Binary(operator="*", left=left, right=right):
+            if not _has_vector(left, directions):
+                factor, rest = split_factor(right, directions)
+                return _times(left, factor, node), rest
+            if not _has_vector(right, directions):
+                factor, rest = split_factor(left, directions)
+                return _times(right, factor, node), rest
+        case ast.Binary(operator="/", left=left, right=right) if not _has_vector(right, directions):
+            factor, rest = split_factor(left, directions)
+            return ast.Binary("/", factor or one, right, span=node.span), rest
+        case _:
+            pass
+    return None, node
+
+
+def _times(number: ast.Expr, factor: ast.Expr | None, node: ast.Expr) -> ast.Expr:
+    return number if factor is None else ast.Binary("*", number, factor, span=node.span)
+
+
+def _has_vector(node: ast.Node, directions: Container[str]) -> bool:
+    calls = (part for part in walk(node) if isinstance(part, ast.Call | ast.Index))
+    return bool(direction_names(node, directions)) or any(True for _ in calls)

@@ -1,0 +1,194 @@
+"""`image` and `tiles` lines of a prompts block, as far as they need no row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mechdsl.base import limits
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.names import BadArgument, DuplicateName, UnknownWord
+from mechdsl.program.names import Namespace, line_reference
+from mechdsl.program.spec import TILE, Constant, Tiles, whole_number_value
+from mechdsl.syntax import ast
+
+IMAGE_SPAN = "image"
+"""The span of all patches."""
+
+EXTRA_TOKEN_SPANS = ("cls", "distillation", "register")
+"""Spans of what may stand in front of them."""
+
+IMAGE_SPANS = (IMAGE_SPAN, *EXTRA_TOKEN_SPANS)
+"""What images have by themselves."""
+
+SHAPE_REGION = "mask"
+"""What a region of generated shapes is called that are drawn."""
+
+BARE_IMAGES = ("gray", "noise")
+
+MEAN_IMAGE = "mean"
+
+IMAGE_CHANGES = ("blur", "mask")
+"""What is no image of its own, but a change of one."""
+
+IMAGE_CALLS = {"shapes": ("n", "kind", "size", "colour", "texture"), "gray": ()}
+
+_WORDS = ('"{file}"', *BARE_IMAGES, "mean of …", "shapes(…)")
+
+
+def image_problems(node: ast.Expr) -> list[Diagnostic]:
+    """E0203, E0207 for what no image can be made of."""
+    match node:
+        case ast.String():
+            return []
+        case ast.QualifiedRef(name=name) if name == MEAN_IMAGE:
+            return []
+        case ast.Name(id=name) | ast.Call(name=name) if name == MEAN_IMAGE:
+            reason, hint = "needs a block of images", "write `image mean of scenes`"
+            return [BadArgument(span=node.span, name=name, reason=reason, hint=hint)]
+        case ast.Name(id=name) | ast.Call(name=name) | ast.QualifiedRef(name=name) if (
+            name in IMAGE_CHANGES
+        ):
+            return [_changed(node, name)]
+        case ast.Name(id=name) if name in BARE_IMAGES:
+            return []
+        case ast.Call(name=name) if name in BARE_IMAGES and name not in IMAGE_CALLS:
+            reason, hint = "takes no arguments", f"write `image {name}`"
+            return [BadArgument(span=node.span, name=name, reason=reason, hint=hint)]
+        case ast.Call(name=name) if name in IMAGE_CALLS:
+            return _arguments(node, IMAGE_CALLS[name])
+        case ast.Name(id=name) | ast.Call(name=name) | ast.QualifiedRef(name=name):
+            if name in IMAGE_CALLS:
+                reason, hint = "needs a kind", f'write `{name}(n: 1, kind: "circle", size: 32)`'
+                return [BadArgument(span=node.span, name=name, reason=reason, hint=hint)]
+            words = [*BARE_IMAGES, *IMAGE_CALLS, MEAN_IMAGE]
+            hint = did_you_mean(name, words, f"images are {name_list(_WORDS)}")
+            return [UnknownWord(span=node.span, kind="image", word=name, hint=hint)]
+        case _:
+            hint = f"images are {name_list(_WORDS)}"
+            reason = "names no image"
+            name = node.span.written
+            return [BadArgument(span=node.span, name=name, reason=reason, hint=hint)]
+
+
+def _changed(node: ast.Expr, word: str) -> Diagnostic:
+    """E0207 for what an image becomes by a corruption, row by row."""
+    line = f"{word} image radius 8" if word == "blur" else f"{word} image"
+    hint = f"change a block's own images: `corrupt changed {{ {line} }}`, `from clean into changed`"
+    reason = "is a change of images, and none by itself"
+    return BadArgument(span=node.span, name=word, reason=reason, hint=hint)
+
+
+def _arguments(node: ast.Call, known: tuple[str, ...]) -> list[Diagnostic]:
+    given = [each.name for each in node.arguments]
+    if not known:
+        if len(given) == 1 and given[0] is None:
+            return []
+        hint = f"write `{node.name}(100)`, a brightness from 0 to 255"
+        return [BadArgument(span=node.span, name=node.name, reason="takes one number", hint=hint)]
+    for argument in node.arguments:
+        reason = ""
+        if argument.name is None:
+            reason = "takes each argument by its name"
+        elif argument.name not in known:
+            reason = f"has no argument `{argument.name}`"
+        elif given.count(argument.name) > 1:
+            reason = f"has `{argument.name}` twice"
+        elif not isinstance(argument.value, ast.Expr):
+            reason = f"takes one value for `{argument.name}`"
+        if reason:
+            hint = f"it takes {name_list(known)}"
+            hint = did_you_mean(argument.name, known, hint) if argument.name else hint
+            return [BadArgument(span=argument.span, name=node.name, reason=reason, hint=hint)]
+    return []
+
+
+def image_expressions(node: ast.Expr) -> tuple[ast.Expr, ...]:
+    """The expressions in it, whose names are names of the row."""
+    match node:
+        case ast.String():
+            return (node,)
+        case ast.Call():
+            return tuple(a.value for a in node.arguments if isinstance(a.value, ast.Expr))
+        case _:
+            return ()
+
+
+def averaged_block(node: ast.Expr | None) -> ast.Ref | None:
+    """The block, or a part of one, whose mean an image is."""
+    return node.of if isinstance(node, ast.QualifiedRef) and node.name == MEAN_IMAGE else None
+
+
+def is_random_image(node: ast.Expr) -> bool:
+    """Whether the same values can give several images."""
+    return (isinstance(node, ast.Call) and node.name == "shapes") or (
+        isinstance(node, ast.Name) and node.id == "noise"
+    )
+
+
+TILE_VALUES = (TILE, IMAGE_SPAN)
+"""What each row of tiles has as values: which it is, and of which image."""
+
+
+def lower_tiles(
+    line: ast.TilesLine, scope: Namespace, parameters: Mapping[str, Constant]
+) -> Tiles | None:
+    """None after an error. Codes: E0201, E0207."""
+
+    def refused(name: str, reason: str, hint: str) -> None:
+        bad = BadArgument(span=line.span, name=name, reason=reason, hint=hint)
+        scope.diagnostics.append(bad)
+
+    written = (line.rows, line.cols)
+    named = [scope.use("param", each, line.span) for each in written if isinstance(each, str)]
+    if not all(named):
+        return None
+    sides = [whole_number_value(each, parameters) for each in written]
+    for said, side in zip(written, sides, strict=True):
+        if side is None or side < 1:
+            hint = "write how many rows, then how many columns: `tiles 2 by 3`"
+            return refused(str(said), "is no number of tiles, which is a whole one above 0", hint)
+    rows, cols = (side or 1 for side in sides)
+    if rows * cols == 1:
+        return refused("tiles", "cuts nothing by `1 by 1`", "leave it out: each row is an image")
+    if rows * cols > limits.TILES:
+        reason = f"cuts each image into {rows * cols:,}, more than {limits.TILES:,}"
+        return refused("tiles", reason, "write fewer rows and columns")
+    return Tiles(span=line.span, rows=rows, cols=cols, whole=line.whole)
+
+
+def check_tiles(
+    line: ast.TilesLine, image: ast.Expr | None, names: Sequence[ast.Name]
+) -> list[Diagnostic]:
+    """E0202 and E0207 for tiles of what has none, and for values that are called as theirs.
+
+    image: what the images of the block are made of. names: what it calls its own values.
+    """
+    first = f"what `tiles` {line_reference(line.span, line.span)} gives each row"
+    found: list[Diagnostic] = [
+        DuplicateName(span=name.span, name=name.id, first=first)
+        for name in names
+        if name.id in TILE_VALUES
+    ]
+    drawn = image.name if isinstance(image, ast.Call | ast.QualifiedRef) else None
+    drawn = image.id if isinstance(image, ast.Name) else drawn
+    if drawn in ("gray", "noise", MEAN_IMAGE):
+        reason = f"cuts images that have a size of their own, and `image {drawn}` has the model's"
+        hint = "leave it out: a block of one image is the other side of every tile"
+        found.append(BadArgument(span=line.span, name="tiles", reason=reason, hint=hint))
+    return found
+
+
+def check_tile_columns(tiles: Tiles, columns: Sequence[str]) -> list[Diagnostic]:
+    """E0207 for columns of a data file that are called as values of tiles."""
+    reason = "is a column, and what `tiles` gives each row"
+    return [
+        BadArgument(
+            span=tiles.span,
+            name=name,
+            reason=reason,
+            hint=f"call the column otherwise: `rename {{ file = {name} }}`",
+        )
+        for name in TILE_VALUES
+        if name in columns
+    ]

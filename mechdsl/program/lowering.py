@@ -1,0 +1,879 @@
+"""A file with its imports and experiments as one `Program`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from mechdsl.base import limits
+from mechdsl.base.records import closest_name
+from mechdsl.base.source import Source, Span
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.experiments import NoMeasure
+from mechdsl.diagnostics.files import NotMechFile, ReadOutsideFolder, SpecialFile
+from mechdsl.diagnostics.models import AdapterCircle
+from mechdsl.diagnostics.names import (
+    BadArgument,
+    BadSetting,
+    ImportFailed,
+    MissingLine,
+    RepeatedStatement,
+    UnknownName,
+    UnusedName,
+)
+from mechdsl.diagnostics.syntax import NotSupported, NotText, Unreadable
+from mechdsl.program import spec
+from mechdsl.program.directions import drop_circular_directions, lower_direction
+from mechdsl.program.images import MEAN_IMAGE, averaged_block
+from mechdsl.program.measures import (
+    expand_metrics,
+    label_by_position,
+    lower_control,
+    lower_estimator,
+    lower_expectation,
+    lower_measure,
+    lower_report,
+    lower_statistics,
+    reject_repeated_measures,
+)
+from mechdsl.program.names import Namespace
+from mechdsl.program.observations import (
+    ObserveStatement,
+    ResultSpec,
+    assign_reports,
+    lower_observation,
+    split_results,
+)
+from mechdsl.program.paths import (
+    USE_PATH,
+    WILDCARD,
+    expand_checkpoints,
+    path_to_read,
+    warn_named_paths,
+)
+from mechdsl.program.prompts import lower_prompts, pool_names, warn_unused_block_names
+from mechdsl.program.references import measure_number_names
+from mechdsl.program.rules import lower_derived_runs, lower_rules
+from mechdsl.program.run_order import add_run_order
+from mechdsl.program.runs import (
+    REPLY_REPORTS,
+    RunSide,
+    Variant,
+    combine_variants,
+    experiment_models,
+    lower_generation,
+    lower_replies,
+    lower_saves,
+    lower_sides,
+    prompts_labels,
+    reject_compared_saves,
+    reject_repeated_names,
+    reply_length_measure,
+    variant_fields,
+)
+from mechdsl.program.spec import (
+    CLEAN,
+    PROMPTS_AXIS,
+    Definitions,
+    constant_value,
+    whole_number_value,
+)
+from mechdsl.program.statements import Statements, mark_names_used
+from mechdsl.syntax import ast
+from mechdsl.syntax.frontend import parse, parse_setting, read_source
+from mechdsl.syntax.traversal import walk
+from mechdsl.syntax.words import WEIGHT_OBSERVATIONS
+
+
+def lower_experiment(
+    definition: ast.ExperimentDef, parts: Definitions, scope: Namespace
+) -> tuple[spec.Experiment, ...]:
+    """The typed experiment, or one for each combination of what it compares. After an error it is
+    `broken`: checked for what else is wrong with it, and not run. None where it has no prompts, or
+    something that can't be executed yet. The reasons are in the scope."""
+    found: dict[str, list[spec.Experiment]] = {}
+    number, blocks = 0, 1
+    while number < blocks:
+        said = list(scope.diagnostics)
+        work = Statements(definition, parts, scope)
+        work.collect(definition.statements)
+        blocks = len(work.prompts[0].prompts) if work.prompts else 1
+        for each in _on_block(work, number):
+            found.setdefault(each.name, []).append(each)
+        # What is wrong on every block is said once.
+        scope.diagnostics[:] = said + [
+            d for d in scope.diagnostics[len(said) :] if not number or d not in said
+        ]
+        number += 1
+    return tuple(each for variants in found.values() for each in variants)
+
+
+def _on_block(work: Statements, number: int) -> tuple[spec.Experiment, ...]:
+    """The experiment on one of the blocks that its `prompts` line names."""
+    definition, parts, scope = work.definition, work.parts, work.scope
+    before = len([d for d in scope.diagnostics if d.severity == "error"])
+    use = work.prompts[0].prompts[number] if work.prompts else None
+    prompts = _prompts(work, use)
+    derived = () if prompts is None else lower_derived_runs(work, prompts)
+    sources, bases = ([], []) if prompts is None else lower_sides(work, prompts)
+    models = experiment_models(work, bases)
+    rules = _rules_of(work, prompts, sources)
+    observed = [_observation(line, loops, prompts, work) for line, loops in work.observed]
+    measures = tuple(lower_measure(m, parts, scope) for m in work.measures)
+    saves = () if prompts is None else lower_saves(work, prompts)
+    if not measures and not observed and _shows_replies(work):
+        measures = (lower_measure(reply_length_measure(work.generate[0]), parts, scope),)
+    if not measures and not observed and not work.saves and not work.unsupported:
+        scope.diagnostics.append(_measures_nothing(work))
+    statistics = lower_statistics(work)
+    against = lower_control(work)
+    generation, replies = lower_generation(work), lower_replies(work)
+    estimator = lower_estimator(work)
+    expects = tuple(lower_expectation(e, work) for e in work.expects)
+    acting = next(iter(rules.values()))
+    results = split_results(observed, label_by_position(measures), acting, work, parts) or [
+        ResultSpec()
+    ]
+    for part in results:
+        reject_repeated_measures(part.measures, work)
+    combined = (
+        [] if prompts is None else combine_variants(models, sources, bases, prompts, work, use)
+    )
+    if work.unsupported or prompts is None:
+        return ()
+    reject_compared_saves(work, [variant.labels for variant in combined])
+    assign_reports(results, [lower_report(r, work) for r in work.reports], expects, acting, work)
+    part, limit = _rows(work, prompts, use)
+    broken = before != len([d for d in scope.diagnostics if d.severity == "error"])
+    if not combined:  # which has been refused
+        source, base = (ends[0].run if ends else None for ends in (sources, bases))
+        combined = [Variant("", source, base or CLEAN, prompts_labels(use, work), source)]
+    whole = spec.Experiment(
+        span=definition.name.span,
+        name=definition.name.id,
+        model="",
+        prompts=prompts.name,
+        part=part,
+        limit=limit,
+        replies=replies,
+        broken=broken,
+        loops=tuple(work.loops),
+        keep=tuple(expand_metrics(k, parts, scope) for k in work.keep),
+        measures=(),
+        saves=saves,
+        statistics=statistics,
+        against=against,
+        estimator=estimator,
+        generation=generation,
+    )
+    saving = next((each for each in results if not each.own and not each.apart), results[0])
+    return tuple(
+        _part(
+            _variant(whole, each, rules[each.reads], derived, work),
+            part,
+            several=len(results) > 1,
+            saves=part is saving,
+        )
+        for part in results
+        for each in (_without_sides(combined) if part.apart else combined)
+    )
+
+
+def _part(
+    experiment: spec.Experiment, part: ResultSpec, *, several: bool, saves: bool
+) -> spec.Experiment:
+    """One result of the experiment; one of them `saves` what it keeps."""
+    rules, seen = experiment.rules, part.observed
+    changed: dict[str, object] = {}
+    if seen is not None and seen.source is not None:
+        rules = ()
+        changed.update(source=None, base=seen.source)
+        seen = seen.model_copy(update={"source": None})
+    if seen is not None:
+        rules = tuple(sorted((*rules, seen), key=lambda rule: rule.span.start))
+    if several:
+        changed["within"] = experiment.name
+        changed["name"] = f"{experiment.name}.{part.name}" if part.own else experiment.name
+        named = {name for rule in rules for name in rule.loops}
+        named = named.union(*map(measure_number_names, part.measures))
+        changed["loops"] = tuple(loop for loop in experiment.loops if loop.name in named)
+    if not saves:
+        changed["saves"] = ()
+    elif part.apart:  # `save` without a run is of the base run that the file says
+        own = (
+            each.model_copy(update={"run": each.run or experiment.base})
+            for each in experiment.saves
+        )
+        changed["saves"] = tuple(own)
+    return experiment.model_copy(
+        update={
+            **changed,
+            "rules": rules,
+            "measures": tuple(part.measures),
+            "reports": tuple(part.reports),
+            "expects": tuple(part.expects),
+        }
+    )
+
+
+def _shows_replies(work: Statements) -> bool:
+    """Whether what is written is all that is asked for."""
+    kinds = {report.kind.id for report in work.reports}
+    return bool(work.generate) and bool(kinds) and kinds <= REPLY_REPORTS
+
+
+def _measures_nothing(work: Statements) -> NoMeasure:
+    name = work.definition.name
+    if not work.generate:
+        return NoMeasure(span=name.span, experiment=name.id)
+    hint = "add `report texts` alone to see what is written, or what to read of it, for example "
+    return NoMeasure(span=name.span, experiment=name.id, hint=f"{hint}`measure length as raw`")
+
+
+def _without_sides(combined: Sequence[Variant]) -> list[Variant]:
+    """One variant per model: what is read is another run than those of `from … into …`."""
+    found: dict[str, Variant] = {}
+    for each in combined:
+        labels = tuple(label for label in each.labels if label[0] in (PROMPTS_AXIS, "model"))
+        found.setdefault(each.model, replace(each, labels=labels))
+    return list(found.values())
+
+
+def _observation(
+    line: ObserveStatement,
+    loops: tuple[str, ...],
+    prompts: spec.Prompts | None,
+    work: Statements,
+) -> spec.Rule:
+    mark_names_used(line, work)
+    return lower_observation(line, loops, prompts, work)
+
+
+def _variant(
+    whole: spec.Experiment,
+    variant: Variant,
+    rules: tuple[spec.Rule, ...],
+    derived: tuple[spec.DerivedRun, ...],
+    work: Statements,
+) -> spec.Experiment:
+    return whole.model_copy(
+        update={
+            "variant": variant.labels,
+            "model": variant.model,
+            "source": variant.source,
+            "base": variant.base,
+            **variant_fields(variant, rules, derived, work),
+        }
+    )
+
+
+def _prompts(work: Statements, ref: ast.Ref | None) -> spec.Prompts | None:
+    """The block that the experiment runs on; after an error that which is most likely meant."""
+    known = work.scope.names("prompts")
+    if ref is None and _of_weights(work):
+        return work.parts.prompts.setdefault(spec.NO_PROMPTS, _no_prompts())
+    if ref is None:
+        first = work.parts.prompts.get(known[0]) if known else None
+        kind, name = ("prompts", "fruit") if first is None else (first.kind, first.name)
+        work.diagnostics.append(
+            MissingLine(
+                span=work.definition.name.span,
+                experiment=work.definition.name.id,
+                what=kind,
+                hint=f"add a line such as `{kind} {name} limit 64`",
+            )
+        )
+        return first if len(known) == 1 else None
+    use = work.prompts[0]
+    reject_repeated_names([(each.span.written, each.span) for each in use.prompts], work)
+    name = ref.name
+    if not work.scope.use("prompts", name, ref.span):
+        name = closest_name(name, known) or ""
+    found = work.parts.prompts.get(name)
+    if found is not None and found.kind != use.kind:
+        reason, hint = f"is a block of {found.kind}", f"write `{found.kind} {name}`"
+        work.diagnostics.append(BadArgument(span=ref.span, name=name, reason=reason, hint=hint))
+    first = work.parts.prompts.get(use.prompts[0].name)
+    if found is not None and first is not None and (found.tiles is None) != (first.tiles is None):
+        kinds = ("whole images", "tiles")
+        own, others = kinds if first.tiles is not None else kinds[::-1]
+        reason = f"is of {own}, and `{first.name}` of {others}"
+        hint = "write the same `tiles` in both blocks"
+        work.diagnostics.append(BadArgument(span=ref.span, name=name, reason=reason, hint=hint))
+    return found
+
+
+def _of_weights(work: Statements) -> bool:
+    """Whether it looks at weights and does nothing else, so that it needs no prompts."""
+    other = (work.measures, work.rules, work.from_into, work.keep, work.saves, work.derived,
+             work.generate)  # fmt: skip
+    lines = [line for line, _ in work.observed if isinstance(line, ast.Observe)]
+    words = {each.what.id if isinstance(each.what, ast.Name) else each.what.name for each in lines}
+    free = all(line.toward is None and line.run is None for line in lines)
+    return (
+        len(lines) == len(work.observed) > 0
+        and words <= WEIGHT_OBSERVATIONS
+        and free
+        and not any(other)
+    )
+
+
+def _no_prompts() -> spec.Prompts:
+    """What stands in for a block: one short text, which nothing hangs on."""
+    text = spec.NO_TEXT
+    span = Span(Source(text), 0, len(text))
+    return spec.Prompts(span=span, name=spec.NO_PROMPTS, templates=(ast.String(text, span=span),))
+
+
+def _rows(
+    work: Statements, prompts: spec.Prompts, ref: ast.Ref | None
+) -> tuple[Literal["train", "test"] | None, int | None]:
+    """The part of the block and how many of its rows, as the `prompts` line says."""
+    if ref is None:
+        return None, None
+    use = work.prompts[0]
+    limit = whole_number_value(use.limit, work.parts.parameters)
+    if isinstance(use.limit, str) and not work.scope.use("param", use.limit, use.span):
+        limit = 1
+    if use.limit is not None and (limit is None or limit < 1):
+        work.diagnostics.append(
+            BadArgument(
+                span=use.span,
+                name="limit",
+                reason="must be a whole number above 0",
+                hint="write a number, or the name of a `param`",
+            )
+        )
+        limit = 1
+    part = ref.part
+    if part is None or (part in ("train", "test") and prompts.split is not None):
+        assert part is None or part == "train" or part == "test"
+        return part, limit
+    work.diagnostics.append(
+        UnknownName(
+            span=ref.span,
+            kind="part",
+            name=f"{prompts.name}.{part}",
+            hint=f"add `split 50%` to `prompts {prompts.name}`: it makes "
+            f"`{prompts.name}.train` and `{prompts.name}.test`"
+            if prompts.split is None
+            else f"the parts are `{prompts.name}.train` and `{prompts.name}.test`",
+        )
+    )
+    return None, limit
+
+
+def _rules_of(
+    work: Statements, prompts: spec.Prompts | None, sources: Sequence[RunSide]
+) -> dict[str | None, tuple[spec.Rule, ...]]:
+    """The rules for every source, which patches read unless they say another."""
+    runs = [source.run for source in sources]
+    found = {run: _rules(work, prompts, run) for run in (runs[:1] or [None])}
+    for run in runs[1:]:
+        said = len(work.diagnostics)
+        found[run] = _rules(work, prompts, run)
+        del work.diagnostics[said:]  # it was said of the first one
+    return found
+
+
+def _rules(
+    work: Statements, prompts: spec.Prompts | None, source: str | None
+) -> tuple[spec.Rule, ...]:
+    found: list[spec.Rule] = []
+    for rule, loops in work.rules:
+        mark_names_used(rule, work)
+        for lowered in lower_rules(rule, source, prompts, work):
+            found.append(lowered.model_copy(update={"loops": loops}))
+    return tuple(found)
+
+
+def check_averaged_images(parts: Definitions, scope: Namespace) -> None:
+    """E0201 and E0207 for what `image mean of BLOCK` can't be taken of."""
+    for block in parts.prompts.values():
+        ref = averaged_block(block.image)
+        if ref is not None and scope.use("prompts", ref.name, ref.span):
+            _check_averaged(block, ref, parts, scope)
+
+
+def _check_averaged(
+    block: spec.Prompts, ref: ast.Ref, parts: Definitions, scope: Namespace
+) -> None:
+    other = parts.prompts[ref.name]
+    reason, hint = "", "write a block of images: `image mean of scenes`"
+    if other.kind != "images":
+        reason = f"takes images, and `{other.name}` is of prompts"
+    elif averaged_block(other.image) is not None:
+        reason = f"takes rows, and `{other.name}` is a mean itself"
+    elif ref.part is not None and not other.has_part(ref.part):
+        halves = f"`{other.name}.train` and `{other.name}.test`"
+        known = (
+            f"there are {halves}" if other.split is not None else f"`{other.name}` has no `split`"
+        )
+        problem = UnknownName(span=ref.span, kind="part", name=ref.whole, hint=known)
+        scope.diagnostics.append(problem)
+        return
+    elif block.regions:
+        reason = "has no regions: those of its images lie elsewhere in each"
+        hint = "leave the region out: `image row 1..2 col * tokens` names patches"
+    if reason:
+        bad = BadArgument(span=ref.span, name=MEAN_IMAGE, reason=reason, hint=hint)
+        scope.diagnostics.append(bad)
+
+
+BASE_ARGUMENT = "base"
+"""The argument's name."""
+
+
+def check_bases(files: Iterable[ast.File], parts: Definitions, scope: Namespace) -> None:
+    """Refuse adapters whose base isn't one model of the file: they are no models any more.
+
+    Codes: E0201 for a name that isn't defined, E0207 for one that stands for several models, E0450
+    for adapters that are bases of one another.
+    """
+    for file in files:
+        for statement in file.statements:
+            if isinstance(statement, ast.ModelDef):
+                _check_base(statement, parts, scope)
+
+
+def _check_base(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> None:
+    name = statement.name.id
+    own = [each for each in parts.checkpoints.get(name, (name,)) if each in parts.models]
+    base = parts.models[own[0]].base if own else None
+    if base is None:
+        return
+    span = next(
+        each.value.span for each in statement.source.arguments if each.name == BASE_ARGUMENT
+    )
+    circle = _circle(own[0], parts)
+    if not scope.use("model", base, span):
+        pass
+    elif base in parts.checkpoints:
+        scope.diagnostics.append(
+            BadArgument(
+                span=span,
+                name=base,
+                reason="stands for several models, and an adapter has one base",
+                hint='give the one that is meant a line: `model m = local("runs/step-9")`',
+            )
+        )
+    elif circle:
+        said = " → ".join(f"`{each}`" for each in circle)
+        scope.diagnostics.append(AdapterCircle(span=span, model=name, circle=said))
+    else:
+        return
+    for each in own:
+        del parts.models[each]
+
+
+def _circle(name: str, parts: Definitions) -> list[str]:
+    """The bases that lead from a model back to itself; none where they don't, or into a circle that
+    it is no part of."""
+    chain = [name]
+    while (model := parts.models.get(chain[-1])) is not None and model.base is not None:
+        if model.base in chain:
+            return [*chain, name] if model.base == name else []
+        chain.append(model.base)
+    return []
+
+
+MODEL_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+_MANY = f"more than {limits.FILES} files are imported"
+
+MODEL_KINDS = ("zoo", "hf", "local", "python")
+
+_ARGUMENTS = {
+    "zoo": ("dtype", "bos"),
+    "hf": ("revision", "dtype", "bos", "base"),
+    "local": ("dtype", "bos", "base"),
+    "python": (),
+}
+"""What a source of models takes beside its path."""
+
+
+def lower_program(
+    tree: ast.File, source: Source, settings: Mapping[str, str] | None = None
+) -> tuple[spec.Program, list[Diagnostic]]:
+    """The typed program of a parsed file; `settings` are the `--set k=v` of the command line.
+
+    Codes: E0108 for what is not supported yet, E02xx for names, imports and parameters, E0532 and
+    E0535 for imports that may not be read, E06xx for experiments that lack a part, W0730 for unused
+    names, W0780 for paths of an untrusted file.
+    """
+    scope = Namespace()
+    files = _with_imports(tree, source, scope.diagnostics)
+    parts = Definitions()
+    _parameters(files, parts, scope, settings or {})
+    if source.reach.reads is not None:
+        trees = [file for file, _ in files]
+        scope.diagnostics.extend(warn_named_paths(trees, parts.parameters))
+    # Definitions before experiments: a file may use a name before the line that defines it.
+    for file, imported in files:
+        for statement in file.statements:
+            _define(statement, imported, parts, scope)
+    check_bases([file for file, _ in files], parts, scope)
+    check_averaged_images(parts, scope)
+    for file, _ in files:
+        for name in pool_names(file):
+            scope.has("prompts", name)
+    for block in parts.prompts.values():
+        _scored_with(block, parts, scope)
+    _directions(files, parts, scope)
+    for file, imported in files:
+        if imported:
+            continue
+        for statement in file.statements:
+            if isinstance(statement, ast.ExperimentDef):
+                is_new = scope.define("experiment", statement.name, imported=False)
+                found = lower_experiment(statement, parts, scope)
+                if is_new:
+                    parts.experiments.extend(found)
+    parts.experiments = add_run_order(tree, parts, scope)
+    # What is not supported yet may be what uses a name.
+    supported = not any(isinstance(d, NotSupported) for d in scope.diagnostics)
+    if supported and any(isinstance(s, ast.ExperimentDef) for s in tree.statements):
+        scope.warn_unused()
+        scope.diagnostics.extend(warn_unused_block_names(tree))
+    whole = spec.Program(
+        span=tree.span,
+        files=tuple(path for file, _ in files if (path := file.span.source.path) is not None),
+        sources=tuple(file.span.source for file, _ in files),
+        models=parts.models,
+        checkpoints=parts.checkpoints,
+        prompts=parts.prompts,
+        groups=parts.groups,
+        directions=parts.directions,
+        metrics=parts.metrics,
+        parameters=parts.parameters,
+        experiments=tuple(parts.experiments),
+        seed=parts.seed,
+        lost=tuple(lost for file, _ in files for lost in file.lost),
+    )
+    if any(
+        isinstance(d, ImportFailed | ReadOutsideFolder | SpecialFile) for d in scope.diagnostics
+    ):
+        # What seems to be missing may stand in the file that can't be read.
+        missing = (MissingLine, UnknownName, UnusedName)
+        return whole, [d for d in scope.diagnostics if not isinstance(d, missing)]
+    return whole, scope.diagnostics
+
+
+def _with_imports(
+    tree: ast.File, source: Source, diagnostics: list[Diagnostic]
+) -> list[tuple[ast.File, bool]]:
+    """The file and everything it imports, imported files first, each once."""
+    found: list[tuple[ast.File, bool]] = []
+    done: set[Path] = set()
+
+    def visit(file: ast.File, origin: Source, chain: tuple[Path, ...]) -> None:
+        for statement in file.statements:
+            if isinstance(statement, ast.Use):
+                follow(statement, origin, chain)
+        found.append((file, origin is not source))
+
+    def follow(use: ast.Use, origin: Source, chain: tuple[Path, ...]) -> None:
+        path, problems = path_to_read(USE_PATH, use.path.value, use.path.span)
+        if path is None:
+            diagnostics.extend(problems)
+            return
+        real = path.resolve()
+        if real in chain:
+            diagnostics.append(
+                ImportFailed(
+                    span=use.path.span,
+                    path=use.path.value,
+                    reason="it imports this file",
+                    hint="move what both need into a third file",
+                )
+            )
+            return
+        if real in done:
+            return
+        if len(done) == limits.FILES:
+            if not any(isinstance(d, ImportFailed) and d.reason == _MANY for d in diagnostics):
+                diagnostics.append(
+                    ImportFailed(
+                        span=use.path.span,
+                        path=use.path.value,
+                        reason=_MANY,
+                        hint="put what several files define into one",
+                    )
+                )
+            return
+        done.add(real)
+        imported, problems = read_source(path)
+        if imported is None:
+            diagnostics.append(
+                ImportFailed(
+                    span=use.path.span,
+                    path=use.path.value,
+                    reason=_why(problems[0]),
+                    hint="paths are relative to the file that has the `use` line",
+                )
+            )
+            return
+        imported = replace(imported, reach=origin.reach)
+        file, problems = parse(imported)
+        diagnostics.extend(problems)
+        visit(file, imported, (*chain, real))
+
+    start = (Path(os.path.realpath(source.path)),) if source.path is not None else ()
+    visit(tree, source, start)
+    return found
+
+
+def _why(problem: Diagnostic) -> str:
+    """Why a file can't be read, without its path, which the `use` line has."""
+    if isinstance(problem, NotMechFile):
+        return "it is no `.mech` file"
+    return problem.reason if isinstance(problem, Unreadable | NotText) else problem.message
+
+
+def _parameters(
+    files: list[tuple[ast.File, bool]],
+    parts: Definitions,
+    scope: Namespace,
+    settings: Mapping[str, str],
+) -> None:
+    """Parameters first: everything else may use them."""
+    for file, imported in files:
+        for statement in file.statements:
+            if not isinstance(statement, ast.Param):
+                continue
+            value = constant_value(statement.value, parts.parameters)
+            if value is None:
+                scope.diagnostics.append(
+                    BadArgument(
+                        span=statement.value.span,
+                        name=statement.name.id,
+                        reason="must be a number, a text, or true or false",
+                        hint="write a plain value: `param depth = 12`",
+                    )
+                )
+                value = 0
+            if scope.define("param", statement.name, imported=imported):
+                parts.parameters[statement.name.id] = value
+    for name, text in settings.items():
+        _override(name, text, parts, scope.diagnostics)
+
+
+def _override(name: str, text: str, parts: Definitions, diagnostics: list[Diagnostic]) -> None:
+    """`--set name=text`: only parameters can be set, to a value of the same kind."""
+    setting = f"{name}={text}"
+    if name not in parts.parameters:
+        known = name_list(parts.parameters)
+        hint = did_you_mean(
+            name,
+            parts.parameters,
+            f"parameters are {known}" if known else f"add `param {name} = …` to the file",
+        )
+        diagnostics.append(
+            BadSetting(setting=setting, reason=f"the file has no parameter `{name}`", hint=hint)
+        )
+        return
+    old = parts.parameters[name]
+    if isinstance(old, str):
+        parts.parameters[name] = text
+        return
+    expression = parse_setting(text)
+    value = None if expression is None else constant_value(expression, {})
+    if value is None or isinstance(value, str) or isinstance(value, bool) != isinstance(old, bool):
+        wanted = "true or false" if isinstance(old, bool) else "a number"
+        diagnostics.append(
+            BadSetting(
+                setting=setting,
+                reason=f"`{name}` is {wanted}",
+                hint=f"for example `--set {name}={str(old).lower()}`",
+            )
+        )
+        return
+    parts.parameters[name] = value
+
+
+def _define(statement: ast.TopLevel, imported: bool, parts: Definitions, scope: Namespace) -> None:
+    match statement:
+        case ast.ModelDef(name=name):
+            model = _model(statement, parts, scope)
+            if scope.define("model", name, imported=imported) and model is not None:
+                members = expand_checkpoints(model, scope.diagnostics)
+                parts.models.update((each.name, each) for each in members)
+                if WILDCARD in model.path:
+                    parts.checkpoints[name.id] = tuple(each.name for each in members)
+        case ast.PromptsDef(name=name):
+            if scope.define("prompts", name, imported=imported):
+                parts.prompts[name.id] = lower_prompts(statement, scope, parts.parameters)
+        case ast.MetricDef(name=name, value=value):
+            if scope.define("metric", name, imported=imported):
+                parts.metrics[name.id] = value
+        case ast.GroupDef(name=name, sites=sites):
+            if scope.define("group", name, imported=imported):
+                for site in sites:
+                    if site.ranked is not None and isinstance(site.ranked.amount, str):
+                        scope.has("param", site.ranked.amount)
+                parts.groups[name.id] = spec.Group(span=statement.span, name=name.id, sites=sites)
+        case ast.Seed(value=value):
+            first = parts.seeded
+            if first is not None and first.source is statement.span.source:
+                scope.diagnostics.append(
+                    RepeatedStatement(
+                        span=statement.span,
+                        what="seed",
+                        block=first.source.name,
+                        first=first.line,
+                    )
+                )
+            parts.seed, parts.seeded = value, statement.span
+        case ast.BasisDef(name=name):
+            _later(name, "basis", imported, scope)
+        case _:
+            pass
+
+
+def _scored_with(block: spec.Prompts, parts: Definitions, scope: Namespace) -> None:
+    """E0201 and E0207 for what texts can't be scored with."""
+    ref = block.scored_with
+    if ref is None or not scope.use("prompts", ref.name, ref.span):
+        return
+    images = parts.prompts[ref.name]
+    if ref.part is not None or images.kind != "images" or images.tiles is not None:
+        reason = "is a part of a block" if ref.part is not None else "is no block of images"
+        hint = "name a block of images, all of it: `image from scenes`"
+        if ref.part is None and images.tiles is not None:
+            reason = "has several tiles of each image, and a text is scored with one image"
+            hint = "name a block without `tiles`, or score the tiles: `measure score(answer)`"
+        name = ref.span.written
+        scope.diagnostics.append(BadArgument(span=ref.span, name=name, reason=reason, hint=hint))
+
+
+def _directions(files: list[tuple[ast.File, bool]], parts: Definitions, scope: Namespace) -> None:
+    """Directions last: they name blocks, models and one another, in any order."""
+    found: list[ast.DirectionDef] = []
+    for file, imported in files:
+        for statement in file.statements:
+            if isinstance(statement, ast.DirectionDef) and scope.define(
+                "direction", statement.name, imported=imported
+            ):
+                found.append(statement)
+    for statement in found:
+        for part in walk(statement.site):
+            if isinstance(part, ast.Name):
+                _ = scope.has("group", part.id) or scope.has("param", part.id)
+        direction = lower_direction(statement, parts, scope)
+        if direction is not None:
+            parts.directions[direction.name] = direction
+    parts.directions = drop_circular_directions(parts.directions, scope)
+
+
+def _later(name: ast.Name, kind: str, imported: bool, scope: Namespace) -> None:
+    """A definition that parses but cannot be used yet; its name is known all the same."""
+    if scope.define(kind, name, imported=imported):
+        scope.definitions[name.id].used = True
+    scope.diagnostics.append(NotSupported(span=name.span, what=f"`{kind}`"))
+
+
+def _model(statement: ast.ModelDef, parts: Definitions, scope: Namespace) -> spec.Model | None:
+    call = statement.source
+    if call.name not in MODEL_KINDS:
+        known = 'write `zoo("…")`, `hf("…")`, `local("…")` or `python("…")`'
+        hint = did_you_mean(call.name, MODEL_KINDS, known)
+        scope.diagnostics.append(
+            BadArgument(
+                span=call.span, name=call.name, reason="is not a source of models", hint=hint
+            )
+        )
+        return None
+    values: dict[str, object] = {}
+    for argument in call.arguments:
+        name = argument.name or ("path" if "path" not in values else "")
+        problem = _place_problem(name, call.name, values)
+        if problem is None:
+            if isinstance(argument.value, ast.Name) and name in ("dtype", BASE_ARGUMENT):
+                values[name] = argument.value.id
+            else:
+                value = constant_value(argument.value, parts.parameters)
+                values[name] = None if name == BASE_ARGUMENT else value
+            problem = _argument_problem(name, values[name], call.name)
+        if problem is not None:
+            reason, hint = problem
+            scope.diagnostics.append(
+                BadArgument(span=argument.span, name=name or call.name, reason=reason, hint=hint)
+            )
+            return None
+    if "path" not in values:
+        scope.diagnostics.append(
+            BadArgument(
+                span=call.span,
+                name=call.name,
+                reason="needs a name or a path",
+                hint=f'write `{call.name}("…")`',
+            )
+        )
+        return None
+    if BASE_ARGUMENT in values and (
+        own := next((each for each in ("dtype", "bos") if each in values), "")
+    ):
+        scope.diagnostics.append(
+            BadArgument(
+                span=call.span,
+                name=own,
+                reason="stands beside `base:`, and is that of the base",
+                hint=f"write it in the line of `{values[BASE_ARGUMENT]}`",
+            )
+        )
+        return None
+    if call.name == "python":
+        values["function"] = call
+    return spec.Model.model_validate(
+        {"span": statement.span, "name": statement.name.id, "kind": call.name, **values}
+    )
+
+
+def _place_problem(name: str, kind: str, given: Collection[str]) -> tuple[str, str] | None:
+    """Why there can't be one more argument of this name, or without one."""
+    if not name:
+        ways = [f"`{each}: …`" for each in _ARGUMENTS[kind]]
+        hint = f", or say what it is: {', '.join(ways[:-1])} or {ways[-1]}" if ways else ""
+        return "takes one argument without a name", f"leave it out{hint}"
+    if name in given:
+        return "is given twice", "leave one of them out"
+    return None
+
+
+def _argument_problem(name: str, value: object, kind: str) -> tuple[str, str] | None:
+    """Why an argument of `hf(…)` can't be taken, and what to write."""
+    allowed = ("path", *_ARGUMENTS[kind])
+    if name not in allowed:
+        if kind == "python":
+            return (
+                "is not an argument of `python`",
+                "leave it out: the function gives the model and the tokenizer as they are to be",
+            )
+        if name == "quantize":
+            return "can't be done yet", "leave it out: weights are used as they were saved"
+        return (
+            f"is not an argument of `{kind}`",
+            did_you_mean(name, allowed, f"arguments are {', '.join(allowed[1:])}"),
+        )
+    if name == BASE_ARGUMENT and value is None:
+        return (
+            "must be the name of a model of this file",
+            'write `base: m`, with a line such as `model m = hf("org/name")` before it',
+        )
+    if name == "dtype" and value not in MODEL_DTYPES:
+        return f"must be one of {', '.join(MODEL_DTYPES)}", "write `dtype: float32`"
+    if name == "bos" and not isinstance(value, bool):
+        return (
+            "must be true or false",
+            "`bos: true` adds the token once, `bos: false` leaves it out",
+        )
+    if name in ("path", "revision") and not isinstance(value, str):
+        return (
+            "must be a text in quotes",
+            f'write `{name}: "…"`' if name != "path" else f'write `{kind}("…")`',
+        )
+    return None

@@ -1,0 +1,412 @@
+"""Measures, statistics, reports, expectations, controls and the estimator of an experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, get_args
+
+from mechdsl.base import limits
+from mechdsl.base.source import Span
+from mechdsl.base.text import POSITION_SEPARATOR
+from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.experiments import BadControl
+from mechdsl.diagnostics.names import BadArgument, RepeatedStatement, UnknownWord
+from mechdsl.program import spec
+from mechdsl.program.images import IMAGE_SPAN
+from mechdsl.program.names import Namespace
+from mechdsl.program.spec import constant_value, whole_number_value
+from mechdsl.program.statements import Statements, mark_names_used
+from mechdsl.syntax import ast
+from mechdsl.syntax.parser import parse_template
+from mechdsl.syntax.traversal import depth, rewrite, walk
+
+if TYPE_CHECKING:
+    from mechdsl.program.spec import Definitions
+
+
+TEST_WORDS = ("t", "flips", "bootstrap")
+"""What stands behind `stats test`: where p comes from."""
+
+PATTERN_METRIC = "matches"
+"""The metric whose text is a regular expression, in which braces count."""
+
+CORRECTION_WORDS = ("holm", "bh", "max", "none")
+"""What stands behind `stats correct`."""
+
+VERDICT_CORRECTIONS = ("holm", "none")
+"""What stands behind `stats verdicts`."""
+
+
+def expand_metrics(expression: ast.Expr, parts: Definitions, scope: Namespace) -> ast.Expr:
+    """The expression with the names of metrics replaced by what they stand for."""
+    written = expression
+    reason = "is defined by itself"
+    for step in range(len(parts.metrics) + 1):
+        found = False
+        # What a metric is called with is a text, a run or a site, whatever its name.
+        arguments = {
+            part.span
+            for call in walk(expression)
+            if isinstance(call, ast.Call)
+            for part in walk(call.arguments)
+        }
+
+        def change(node: ast.Node, arguments: set[Span] = arguments) -> ast.Node:
+            nonlocal found
+            metric = isinstance(node, ast.Name) and node.span not in arguments
+            if isinstance(node, ast.Name) and metric and node.id in parts.metrics:
+                found = True
+                scope.has("metric", node.id)
+                return parts.metrics[node.id]
+            if isinstance(node, ast.Name):
+                scope.has("param", node.id)
+            return node
+
+        expression = rewrite(expression, change)
+        if not found:
+            return expression
+        if sum(1 for _ in walk(expression)) > limits.PARTS:
+            reason = f"has more than {limits.PARTS:,} parts when its metrics are written out"
+            break
+        if depth(expression) > limits.DEPTH + 1:
+            reason = f"is nested more than {limits.DEPTH} deep when its metrics are written out"
+            break
+        if step >= limits.CHAIN:
+            reason = f"hangs on more than {limits.CHAIN} metrics, one behind the other"
+            break
+    for name in parts.metrics:
+        scope.has("metric", name)
+    scope.diagnostics.append(
+        BadArgument(
+            span=written.span,
+            name=written.span.written,
+            reason=reason,
+            hint="a metric may use other metrics, but not in a circle or without end",
+        )
+    )
+    return written
+
+
+def lower_measure(measure: ast.Measure, parts: Definitions, scope: Namespace) -> spec.Measure:
+    metric = measure.metric
+    named = isinstance(metric, ast.Name) and metric.id in parts.metrics
+    label = metric.id if named and isinstance(metric, ast.Name) else metric.span.written
+    if measure.per is not None and (measure.per.id != "prompt" or measure.effect.id != "relative"):
+        scope.diagnostics.append(
+            BadArgument(
+                span=measure.per.span,
+                name=f"per {measure.per.id}",
+                reason="is not a way of averaging",
+                hint="only `as relative per prompt` averages ratios",
+            )
+        )
+    expanded = expand_metrics(metric, parts, scope)
+    patterns = {id(part) for call in walk(expanded) if isinstance(call, ast.Call)
+                and call.name == PATTERN_METRIC for part in walk(call.arguments)}  # fmt: skip
+    for node in walk(expanded):
+        if isinstance(node, ast.String) and id(node) not in patterns:
+            scope.diagnostics.extend(parse_template(node)[1])  # a brace too many rows would hide
+    return spec.Measure(
+        span=measure.span,
+        label=label,
+        metric=expanded,
+        effect=measure.effect.id,
+        effect_span=measure.effect.span,
+        at=measure.at,
+        per_prompt=measure.per is not None,
+        over=None if measure.over is None else measure.over.id,
+        area=measure.area,
+    )
+
+
+def label_by_position(measures: tuple[spec.Measure, ...]) -> tuple[spec.Measure, ...]:
+    """Measures that go by one name and are read at different places are called by these too:
+    `ld at item 1 token`. Where only one is read elsewhere than where the prompt ends, it alone."""
+    places: dict[str, set[ast.Position | None]] = {}
+    for measure in measures:
+        places.setdefault(measure.label, set()).add(measure.at)
+    return tuple(
+        measure
+        if measure.place is None or len(places[measure.label]) == 1
+        else measure.model_copy(
+            update={"label": f"{measure.label}{POSITION_SEPARATOR}{measure.place}"}
+        )
+        for measure in measures
+    )
+
+
+def reject_repeated_measures(measures: Sequence[spec.Measure], work: Statements) -> None:
+    """The same measure twice would only make the correction stricter."""
+    seen: dict[tuple[object, ...], spec.Measure] = {}
+    for measure in measures:
+        key = (measure.metric, measure.effect, measure.at, measure.per_prompt, measure.over)
+        first = seen.setdefault(key, measure)
+        if first is not measure:
+            work.diagnostics.append(
+                RepeatedStatement(
+                    span=measure.span,
+                    what=measure.span.written,
+                    block=work.definition.name.id,
+                    first=first.span.line,
+                )
+            )
+
+
+def lower_statistics(work: Statements) -> spec.Statistics:
+    """Tiles of one image count together, as they are no independent observations."""
+    named = work.prompts[0].prompts if work.prompts else ()
+    blocks = [work.parts.prompts.get(ref.name) for ref in named]
+    tiles = bool(blocks) and all(each is not None and each.tiles is not None for each in blocks)
+    values: dict[str, object] = {
+        "span": work.definition.name.span,
+        "by": IMAGE_SPAN if tiles else None,
+    }
+    if not work.stats:
+        return spec.Statistics.model_validate(values)
+    line = work.stats[0]
+    values["span"] = line.span
+    if line.resampling is not None:
+        arguments = line.resampling.arguments
+        count = (
+            constant_value(arguments[0].value, work.parts.parameters)
+            if len(arguments) == 1
+            else None
+        )
+        good = isinstance(count, int) and 100 <= count <= 1_000_000
+        if line.resampling.name != "bootstrap" or not good:
+            name = line.resampling.name
+            own = name == "bootstrap"
+            reason = "takes one whole number" if own else "is not a resampling that is supported"
+            hint = "write `bootstrap(n)` with n from 100 to 1,000,000"
+            if not own:
+                hint = did_you_mean(name, ("bootstrap",), hint)
+            work.diagnostics.append(
+                BadArgument(span=line.resampling.span, name=name, reason=reason, hint=hint)
+            )
+        values["resamples"] = count if good else 10_000
+    if line.test is not None and line.test.arguments:
+        hint = "write `stats bootstrap(10000) test bootstrap`: resamples stand in front of it"
+        reason = "takes no number behind `test`"
+        found = BadArgument(span=line.test.span, name=line.test.name, reason=reason, hint=hint)
+        work.diagnostics.append(found)
+    elif line.test is not None and _known(
+        line.test, line.test.name, TEST_WORDS, "is not a test", work
+    ):
+        values["test"] = line.test.name
+    if line.confidence is not None:
+        if not 50 <= line.confidence.value < 100:
+            work.diagnostics.append(
+                BadArgument(
+                    span=line.confidence.span,
+                    name="confidence",
+                    reason="must lie between 50% and 100%",
+                    hint="write `confidence 95%`",
+                )
+            )
+        else:
+            values["confidence"] = line.confidence.value
+    reason = "is not a correction for many comparisons"
+    if line.correction is not None and _known(
+        line.correction, line.correction.id, CORRECTION_WORDS, reason, work
+    ):
+        values["correction"] = line.correction.id
+    reason = "is not a correction for several verdicts"
+    if line.verdicts is not None and _known(
+        line.verdicts, line.verdicts.id, VERDICT_CORRECTIONS, reason, work
+    ):
+        values["verdicts"] = line.verdicts.id
+    if line.by is not None:
+        values["by"] = line.by.id
+    return spec.Statistics.model_validate(values)
+
+
+def _known(node: ast.Node, word: str, known: Sequence[str], reason: str, work: Statements) -> bool:
+    """Whether a word of a `stats` line is one that there is; E0207 where it isn't."""
+    if word in known:
+        return True
+    hint = did_you_mean(word, known, f"write one of {', '.join(known)}")
+    work.diagnostics.append(BadArgument(span=node.span, name=word, reason=reason, hint=hint))
+    return False
+
+
+def lower_report(report: ast.Report, work: Statements) -> spec.Report:
+    top = whole_number_value(report.top, work.parts.parameters)
+    if report.top is not None and (top is None or top < 1):
+        work.diagnostics.append(
+            BadArgument(
+                span=report.span,
+                name="top",
+                reason="must be a whole number above 0",
+                hint="write `top 10`",
+            )
+        )
+    return spec.Report(
+        span=report.span,
+        kind=report.kind.id,
+        variable=None if report.variable is None else report.variable.id,
+        by=None if report.by is None else report.by.id,
+        top=top,
+        file=None if report.file is None else report.file.value,
+        of=None if report.of is None else report.of.id,
+    )
+
+
+def _truths(condition: ast.Expr | None) -> Iterator[str]:
+    """Words that say what is true: `name_movers` of `auroc(recovery, name_movers)`."""
+    for call in walk(condition):
+        if isinstance(call, ast.Call) and call.name == "auroc":
+            for node in walk(call.arguments[1:2]):
+                if isinstance(node, ast.Name):
+                    yield node.id
+
+
+def lower_expectation(expect: ast.Expect, work: Statements) -> spec.Expectation:
+    relaxed: Literal["mean"] | None = None
+    if expect.relaxed is not None:
+        if expect.relaxed.id != "mean":
+            work.diagnostics.append(
+                BadArgument(
+                    span=expect.relaxed.span,
+                    name=f"on {expect.relaxed.id}",
+                    reason="is not a way of comparing",
+                    hint="`on mean` compares the mean alone, without its interval",
+                )
+            )
+        relaxed = "mean"
+    text = expect.span.written.removeprefix("expect ")
+    truths = dict.fromkeys(_truths(expect.condition))
+    named = [word for word in truths if work.scope.has("group", word)]
+    return spec.Expectation(
+        span=expect.span,
+        text=text,
+        condition=expect.condition,
+        groups=tuple(work.parts.groups[word] for word in named),
+        top=whole_number_value(expect.top, work.parts.parameters),
+        contains=expect.contains,
+        on_mean=relaxed is not None,
+        citing=None if expect.citing is None else expect.citing.value,
+    )
+
+
+CONTROL_KINDS = ("random",)
+
+
+def lower_control(work: Statements) -> spec.Control | None:
+    """The `against` of an experiment. Codes: E0203, E0630."""
+    if not work.against:
+        return None
+    call = work.against[0].control
+    if call.name not in CONTROL_KINDS:
+        _unknown("control", call.name, call.span, CONTROL_KINDS, "write `against random(39)`", work)
+        return None
+    if not work.rules and not work.unsupported:
+        _bad_control(
+            call,
+            "no rule of this experiment has targets",
+            "add a rule such as `patch layer * head * at last token`",
+            work,
+        )
+        return None
+    values = [argument.value for argument in call.arguments]
+    if not 1 <= len(values) <= 2 or any(argument.name for argument in call.arguments):
+        _bad_control(
+            call,
+            "it takes a number, and what is drawn",
+            "write `random(39)` or `random(39, heads)`",
+            work,
+        )
+        return None
+    draws = constant_value(values[0], work.parts.parameters)
+    if isinstance(values[0], ast.Name):
+        work.scope.has("param", values[0].id)
+    if not isinstance(draws, int) or isinstance(draws, bool) or not 0 < draws <= limits.DRAWS:
+        reason = f"how many must be a whole number from 1 to {limits.DRAWS:,}"
+        hint = "write `random(39)`"
+        if values[0].span.written in get_args(spec.ControlTarget):
+            hint = f"the number stands first: `random(20, {values[0].span.written})`"
+        _bad_control(call, reason, hint, work)
+        return None
+    apart = work.against[0].apart
+    for site in apart:
+        mark_names_used(site, work)
+    return spec.Control(span=call.span, draws=draws, what=_what(values[1:], work), apart=apart)
+
+
+def _what(values: Sequence[ast.Node], work: Statements) -> spec.ControlTarget | None:
+    """What is drawn, where that is said."""
+    if not values:
+        return None
+    word = values[0].span.written
+    known = get_args(spec.ControlTarget)
+    for each in known:
+        if word == each:
+            return each
+    hint = f"write one of {', '.join(known)}"
+    _unknown("kind of target", word, values[0].span, known, hint, work)
+    return None
+
+
+def _unknown(
+    kind: str, word: str, span: Span, known: tuple[str, ...], hint: str, work: Statements
+) -> None:
+    hint = did_you_mean(word, known, hint)
+    work.diagnostics.append(UnknownWord(span=span, kind=kind, word=word, hint=hint))
+
+
+def _bad_control(call: ast.Call, reason: str, hint: str, work: Statements) -> None:
+    problem = BadControl(span=call.span, text=call.span.written, reason=reason, hint=hint)
+    work.diagnostics.append(problem)
+
+
+PLANNED_ESTIMATORS = ("atp", "relp", "eap", "eap_ig")
+"""Estimators that the language has and no stage executes yet."""
+
+DEFAULT_GRADIENT_STEPS = 32
+"""Of integrated gradients, where the file says no number."""
+
+
+def lower_estimator(work: Statements) -> spec.Estimator | None:
+    """The `using` line of an experiment. Codes: E0108, E0203, E0207."""
+    if not work.using:
+        return None
+    line = work.using[0]
+    named = line.estimator
+    name = named.id if isinstance(named, ast.Name) else named.name
+    arguments = () if isinstance(named, ast.Name) else named.arguments
+    if name in PLANNED_ESTIMATORS:
+        work.later(line.span, f"`using {name}`")
+        return None
+    if name not in spec.ESTIMATORS:
+        known = (*spec.ESTIMATORS, *PLANNED_ESTIMATORS)
+        hint = did_you_mean(name, known, f"write one of {', '.join(spec.ESTIMATORS)}")
+        problem = UnknownWord(span=named.span, kind="estimator", word=name, hint=hint)
+        work.diagnostics.append(problem)
+        return None
+    if line.verify:
+        first, last = line.verify[0].span, line.verify[-1].span
+        work.later(Span(first.source, first.start, last.end), "`verify`")
+    steps = DEFAULT_GRADIENT_STEPS if name == spec.INTEGRATED else None
+    for argument in arguments:
+        if steps is None or argument.name != "steps" or len(arguments) > 1:
+            reason = "takes no such argument"
+            hint = "write `integrated_gradients(steps: 32)`" if steps else f"write `using {name}`"
+            _bad_estimator(argument.span, name, reason, hint, work)
+            return None
+        steps = _steps(argument, work)
+    return spec.Estimator(span=line.span, name=name, steps=steps)
+
+
+def _steps(argument: ast.Argument, work: Statements) -> int:
+    """How many points of the line gradients are taken at."""
+    value = constant_value(argument.value, work.parts.parameters)
+    if isinstance(argument.value, ast.Name):
+        work.scope.has("param", argument.value.id)
+    if type(value) is int and 1 <= value <= limits.STEPS:
+        return value
+    reason = f"must be a whole number from 1 to {limits.STEPS:,}"
+    _bad_estimator(argument.span, "steps", reason, f"write `steps: {DEFAULT_GRADIENT_STEPS}`", work)
+    return DEFAULT_GRADIENT_STEPS
+
+
+def _bad_estimator(span: Span, name: str, reason: str, hint: str, work: Statements) -> None:
+    work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))

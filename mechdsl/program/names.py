@@ -1,0 +1,96 @@
+"""The namespace of a file: each name is defined once and used at least once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mechdsl.base.source import Span
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.names import DuplicateName, UnknownName, UnusedName
+from mechdsl.syntax import ast
+
+DEFINITION_EXAMPLES = {
+    "model": 'model {} = zoo("counting")',
+    "prompts": "prompts {} {{ … }}",
+    "param": "param {} = 12",
+    "direction": "direction {} = mean_difference(A, B) at resid_post layer 2 at last token",
+}
+
+
+@dataclass
+class DefinedName:
+    kind: str
+    span: Span
+    imported: bool
+    used: bool = False
+
+
+@dataclass
+class Namespace:
+    """All top-level names of a file and its imports; they share one namespace."""
+
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+    definitions: dict[str, DefinedName] = field(default_factory=dict)
+
+    def define(self, kind: str, name: ast.Name, *, imported: bool) -> bool:
+        """Enter a name. False, with E0202, where it is taken."""
+        first = self.definitions.get(name.id)
+        if first is not None:
+            self.diagnostics.append(
+                DuplicateName(
+                    span=name.span, name=name.id, first=line_reference(first.span, name.span)
+                )
+            )
+            return False
+        self.definitions[name.id] = DefinedName(kind, name.span, imported)
+        return True
+
+    def use(self, kind: str, name: str, span: Span) -> bool:
+        """Mark a name as used. False, with E0201, where there is none of that kind."""
+        found = self.definitions.get(name)
+        if found is not None and found.kind == kind:
+            found.used = True
+            return True
+        if found is not None:
+            plural = found.kind == "prompts"
+            hint = f"`{name}` is {'a block of prompts' if plural else with_article(found.kind)}"
+        else:
+            names = [n for n, d in self.definitions.items() if d.kind == kind]
+            known = name_list(names)
+            define = f"define it first: `{DEFINITION_EXAMPLES[kind].format(name)}`"
+            hint = did_you_mean(name, names, f"defined are {known}" if known else define)
+        word = "block of prompts" if kind == "prompts" else kind
+        self.diagnostics.append(UnknownName(span=span, kind=word, name=name, hint=hint))
+        for other in self.definitions.values():
+            other.used = other.used or other.kind == kind  # any of them may have been meant
+        return False
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether a name of this kind exists; it counts as used."""
+        found = self.definitions.get(name)
+        if found is None or found.kind != kind:
+            return False
+        found.used = True
+        return True
+
+    def names(self, kind: str) -> list[str]:
+        return [n for n, d in self.definitions.items() if d.kind == kind]
+
+    def warn_unused(self) -> None:
+        """W0730 for every name of the file itself that nothing refers to."""
+        self.diagnostics.extend(
+            UnusedName(span=d.span, kind=d.kind, name=name)
+            for name, d in self.definitions.items()
+            if not d.used and not d.imported and d.kind not in ("experiment", "observation")
+        )
+
+
+def with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def line_reference(of: Span, seen_from: Span) -> str:
+    """`on line 3`, with the file where it is another one."""
+    where = f"on line {of.line}"
+    return where if of.source is seen_from.source else f"{where} of {of.source.name}"

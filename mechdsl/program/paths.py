@@ -1,0 +1,343 @@
+"""Paths that a file names: their targets, and whether the file may read or write there.
+
+Code that opens a file named by a `.mech` file calls `path_to_read` or `path_to_write` first; no
+other code looks at a source's folder. `CONSTRUCTS` lists every construct that takes a path, and so
+does the list of `--untrusted`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mechdsl import zoo
+from mechdsl.base.files import special_file_kind, write_obstacle
+from mechdsl.base.source import AllowedFolders, Source, Span
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.files import (
+    NamedPath,
+    ReadOutsideFolder,
+    ReportNotWritable,
+    SpecialFile,
+    WriteOutsideFolder,
+)
+from mechdsl.diagnostics.models import ModelNotFound
+from mechdsl.diagnostics.names import BadArgument
+from mechdsl.program import spec
+from mechdsl.program.spec import Constant, constant_value
+from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import walk
+
+
+@dataclass(frozen=True)
+class PathConstruct:
+    """Something that takes a path."""
+
+    name: str
+    does: Literal["reads", "runs", "writes"]
+
+
+USE_PATH = PathConstruct("use", "reads")
+
+ROWS_PATH = PathConstruct("rows", "reads")
+
+IMAGE_PATH = PathConstruct("image", "reads")
+
+LOCAL_PATH = PathConstruct("local", "reads")
+
+HF_PATH = PathConstruct("hf", "reads")
+
+HF_DATASET_PATH = PathConstruct("hf_dataset", "reads")
+
+PYTHON_PATH = PathConstruct("python", "runs")
+
+SAVED_PATH = PathConstruct("saved", "reads")
+
+TUNED_LENS_PATH = PathConstruct("tuned_lens", "reads")
+
+REPORT_PATH = PathConstruct("report", "writes")
+
+SAVE_PATH = PathConstruct("save", "writes")
+
+PATH_CONSTRUCTS = (
+    USE_PATH,
+    ROWS_PATH,
+    IMAGE_PATH,
+    LOCAL_PATH,
+    HF_PATH,
+    HF_DATASET_PATH,
+    PYTHON_PATH,
+    SAVED_PATH,
+    TUNED_LENS_PATH,
+    REPORT_PATH,
+    SAVE_PATH,
+)
+
+_CALLS = {
+    each.name: each
+    for each in (LOCAL_PATH, HF_PATH, HF_DATASET_PATH, PYTHON_PATH, SAVED_PATH, TUNED_LENS_PATH)
+}
+
+
+def source_reach(source: Source, *, outside: bool, untrusted: bool) -> AllowedFolders:
+    """Where a file may write, unless that is lifted (`outside`), and read, if it is untrusted: its
+    folder and the working directory, but a root of the file system only where the file lies in it.
+    """
+    working = Path.cwd()
+    here = {working} if working.parent != working else set[Path]()
+    if source.path is not None:
+        here.add(source.folder.resolve())
+    return AllowedFolders(
+        reads=tuple(here) if untrusted else None, writes=None if outside else tuple(here)
+    )
+
+
+# --- what a file names --------------------------------------------------------------------------
+
+
+def path_argument(
+    node: ast.Node, parameters: Mapping[str, Constant]
+) -> tuple[PathConstruct, str] | None:
+    """The path that a node names, as written; None where it names none."""
+    match node:
+        case ast.Use(path=ast.String(value=path)):
+            return USE_PATH, path
+        case ast.RowsLine(source=ast.String(value=path)):
+            return ROWS_PATH, path
+        case ast.ImageLine(value=ast.String(value=path)):
+            return IMAGE_PATH, path
+        case ast.Report(file=ast.String(value=path)):
+            return REPORT_PATH, path
+        case ast.Save(file=ast.String(value=path)):
+            return SAVE_PATH, path
+        case ast.Call(name=name, arguments=arguments) if name in _CALLS:
+            given = [each.value for each in arguments if each.name in (None, "path")]
+            path = constant_value(given[0], parameters) if given else None
+            return (_CALLS[name], path) if isinstance(path, str) else None
+        case _:
+            return None
+
+
+def warn_named_paths(
+    files: Sequence[ast.File], parameters: Mapping[str, Constant]
+) -> Iterator[Diagnostic]:
+    """W0780 for each path that a file, or one that it imports, names."""
+    for file in files:
+        for node in walk(file):
+            found = path_argument(node, parameters)
+            if found is None:
+                continue
+            construct, path = found
+            yield NamedPath(
+                span=node.span,
+                construct=construct.name,
+                does=construct.does,
+                path=path,
+                where=_in_words(construct, path, node.span),
+            )
+
+
+def _in_words(construct: PathConstruct, path: str, span: Span) -> str:
+    if construct in (HF_PATH, HF_DATASET_PATH) and not _from(span, path).is_dir():
+        return "looked for in the Hugging Face cache"
+    if construct is PYTHON_PATH:
+        path = path.rpartition(":")[0]
+    real = _resolved(_from(span, path))
+    folders = span.source.reach.reads or ()
+    inside = any(real.is_relative_to(folder) for folder in folders)
+    return "inside of the folder" if inside else f"leads to `{real}`"
+
+
+# --- where paths lead ---------------------------------------------------------------------------
+
+
+def path_to_read(
+    construct: PathConstruct, written: str, span: Span, *, base: Path | None = None
+) -> tuple[Path | None, list[Diagnostic]]:
+    """Where a path leads that is read; None where it may not be. Codes: E0532, E0535.
+
+    base: the folder that it starts from, by default that of its file.
+    """
+    path = _from(span, written, base)
+    allowed = span.source.reach.reads
+    if allowed is not None and not _inside(path, allowed):
+        where = _where(path, written, allowed)
+        return None, [
+            ReadOutsideFolder(span=span, construct=construct.name, path=written, where=where)
+        ]
+    what = special_file_kind(path)
+    if what is not None:
+        hint = "name a file that can be read twice: it is looked at before it is used"
+        return None, [
+            SpecialFile(span=span, construct=construct.name, path=written, what=what, hint=hint)
+        ]
+    return path, []
+
+
+def path_to_write(construct: str, written: str, span: Span) -> tuple[Path | None, list[Diagnostic]]:
+    """Where a path leads that is written; None where it can't or may not be.
+
+    Codes: E0531, E0532, E0533.
+    """
+    path = span.source.folder / written
+    what = special_file_kind(path, stream=True)
+    if what is not None:
+        hint = "reports go to plain files; without `to` they are printed"
+        return None, [
+            SpecialFile(span=span, construct=construct, path=written, what=what, hint=hint)
+        ]
+    allowed = span.source.reach.writes
+    if allowed is not None and not _inside(path, allowed):
+        where = _where(path, written, allowed)
+        return None, [WriteOutsideFolder(span=span, construct=construct, path=written, where=where)]
+    reason = write_obstacle(path)
+    if reason is not None:
+        return None, [
+            ReportNotWritable(span=span, construct=construct, path=written, reason=reason)
+        ]
+    return path, []
+
+
+def is_inside_reach(path: Path, span: Span) -> bool:
+    """Whether a file that is found, not named, may be read: one in a model's folder may be a link
+    out of it."""
+    allowed = span.source.reach.reads
+    return allowed is None or _inside(path, allowed)
+
+
+def _from(span: Span, written: str, base: Path | None = None) -> Path:
+    """`~` is the user's folder, as shells have it, but for what is written."""
+    try:
+        path = Path(written).expanduser()
+    except RuntimeError:  # `~name` of nobody
+        path = Path(written)
+    return (span.source.folder if base is None else base) / path
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError):  # a circle of links, a name that none can have
+        return path.absolute()
+
+
+def _inside(path: Path, folders: Sequence[Path]) -> bool:
+    real = _resolved(path)
+    return any(real.is_relative_to(folder) for folder in folders)
+
+
+def _where(path: Path, written: str, allowed: Sequence[Path]) -> str:
+    """What is wrong with the place, with the way there where that isn't written."""
+    if not allowed:  # a text that comes from no file
+        return "the working directory is the root of the file system, which is too much to allow"
+    told = "neither in the folder of this file nor in the working directory"
+    if ".." in Path(written).parts or Path(written).is_absolute() or written.startswith("~"):
+        return told
+    return f"a link to `{_resolved(path)}`, {told}"
+
+
+WILDCARD = "*"
+
+
+def expand_checkpoints(model: spec.Model, diagnostics: list[Diagnostic]) -> Sequence[spec.Model]:
+    """The models that a statement defines: itself, or what matches the `*` of its path.
+
+    Codes: E0207 for a path with several stars, or one that is not of a folder; E0401 where nothing
+    matches.
+    """
+    if WILDCARD in (model.revision or ""):
+        diagnostics.append(
+            BadArgument(
+                span=model.span,
+                name=f"{model.revision}",
+                reason="has a `*`, which only folders may have",
+                hint='write one revision, or the folder of several: `local("runs/step-*")`',
+            )
+        )
+        return []
+    if WILDCARD not in model.path:
+        return [model]
+    if model.path.count(WILDCARD) > 1 or model.kind not in ("local", "zoo"):
+        only = model.kind in ("local", "zoo")
+        diagnostics.append(
+            BadArgument(
+                span=model.span,
+                name=model.path,
+                reason="has more than one `*`"
+                if only
+                else "has a `*`, which only folders may have",
+                hint='write one, for the part that differs: `local("runs/step-*")`',
+            )
+        )
+        return []
+    before, _, after = model.path.partition(WILDCARD)
+    parent, slash, start = before.rpartition("/")
+    if model.kind == "zoo":
+        found = _of_the_zoo(before, after)
+    else:
+        folder, problems = path_to_read(LOCAL_PATH, parent or slash, model.span)
+        if folder is None:
+            diagnostics.extend(problems)
+            return []
+        found = match_folders(folder, start, after)
+    if not found:
+        diagnostics.append(
+            ModelNotFound(
+                span=model.span,
+                model=model.name,
+                path=model.path,
+                place="the zoo" if model.kind == "zoo" else "the folder of the file",
+                advice=f"no folder matches; it has {name_list(zoo.zoo_models())}"
+                if model.kind == "zoo"
+                else "no folder matches; write the path from the `.mech` file, with `*` for the "
+                "part that differs",
+            )
+        )
+    return [
+        model.model_copy(
+            update={
+                "name": f"{model.name}:{matched}",
+                "path": model.path.replace(WILDCARD, matched),
+                "matched": matched,
+            }
+        )
+        for matched in found
+    ]
+
+
+def _of_the_zoo(before: str, after: str) -> list[str]:
+    """What `*` stands for in names of the zoo."""
+    pattern = re.compile(f"{re.escape(before)}([^/]+){re.escape(after)}")
+    found = [match[1] for name in zoo.zoo_models() if (match := pattern.fullmatch(name))]
+    return sorted(found, key=_natural)
+
+
+def match_folders(folder: Path, start: str, after: str) -> list[str]:
+    """What `*` stands for in the folders that match, as people count: `step-9` before `step-10`.
+
+    start, after: what stands before `*` in a folder's name, and all behind it.
+    """
+    end, slash, rest = after.partition("/")
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    found = [
+        name[len(start) : len(name) - len(end)]
+        for name in names
+        if name.startswith(start) and name.endswith(end) and len(name) > len(start) + len(end)
+        if start or not name.startswith(".")
+        if os.path.isdir(folder / name / rest if slash else folder / name)
+    ]
+    return sorted(found, key=_natural)
+
+
+def _natural(text: str) -> list[tuple[int, int, str]]:
+    """Digits as numbers, so that 9 comes before 10."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", text)
+    return [(0, int(p), p) if p[0].isdigit() and p.isascii() else (1, 0, p) for p in parts]

@@ -1,0 +1,524 @@
+"""A `prompts` block as typed data, and the names in it that are unused or used."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from pydantic import BaseModel
+
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.names import (
+    BadArgument,
+    DuplicateName,
+    RepeatedStatement,
+    UnknownWord,
+    UnusedName,
+)
+from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.program import spec
+from mechdsl.program.images import IMAGE_SPAN, IMAGE_SPANS, check_tiles, image_problems, lower_tiles
+from mechdsl.program.names import Namespace, line_reference
+from mechdsl.program.paths import HF_DATASET_PATH
+from mechdsl.program.spec import CLEAN, Constant
+from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import field_names, walk
+
+_IN_TEXT = re.compile(r"\{\s*image\s*\}")
+"""Where an image stands in a prompt."""
+
+NO_IMAGE_REASON = "has no line that says what its images are made of"
+
+_OF_TEXTS: Mapping[type[ast.Node], str] = {
+    ast.Template: "template",
+    ast.Chat: "chat",
+    ast.SpanDef: "span",
+}
+
+
+class _BlockLines:
+    """Collects the lines of one block; each name once."""
+
+    def __init__(self, definition: ast.PromptsDef, scope: Namespace) -> None:
+        self.definition = definition
+        self.scope = scope
+        self.seen: dict[str, ast.Name] = {}
+        self.values: list[spec.Value] = []
+        self.templates: list[ast.String] = []
+        self.chat: ast.Chat | None = None
+        self.texts: list[spec.TextDef] = []
+        self.spans: list[ast.SpanDef] = []
+        self.corruptions: list[spec.Corruption] = []
+        self.where: list[ast.Expr] = []
+        self.rows: ast.RowsLine | None = None
+        self.rename: list[tuple[str, str]] = []
+        self.renamed: dict[str, ast.Name] = {}
+        """Where a new name stands first."""
+        self.split: ast.SplitLine | None = None
+        self.from_images = False
+        self.image: ast.ImageLine | None = None
+        self.tiles: ast.TilesLine | None = None
+        self.regions: list[spec.RegionDef] = []
+        self.classes: ast.ClassesLine | None = None
+        self.scored_with: ast.ImageLine | None = None
+
+    @property
+    def diagnostics(self) -> list[Diagnostic]:
+        return self.scope.diagnostics
+
+    def name(self, name: ast.Name) -> None:
+        first = self.seen.setdefault(name.id, name)
+        if first is not name:
+            self.diagnostics.append(
+                DuplicateName(
+                    span=name.span, name=name.id, first=line_reference(first.span, name.span)
+                )
+            )
+
+    def later(self, node: ast.Node, what: str) -> None:
+        self.diagnostics.append(NotSupported(span=node.span, what=what))
+
+    def _rows_from(self, source: ast.Expr) -> None:
+        """E0207 for what no rows can come from."""
+        if isinstance(source, ast.String):
+            return
+        name, reason = source.span.written, "names no rows"
+        hint = 'write `rows "facts.json"`, or `rows hf_dataset("folder", split: "train")`'
+        if isinstance(source, ast.Call) and source.name == HF_DATASET_PATH.name:
+            name, known = source.name, ("path", "split", "config", "revision")
+            given = [each.name or "path" for each in source.arguments]
+            odd = next((each for each in given if each not in known), None)
+            texts = all(isinstance(each.value, ast.String) for each in source.arguments)
+            split = next((each.value for each in source.arguments if each.name == "split"), None)
+            if odd is not None:
+                reason = f"has no argument `{odd}`"
+                hint = did_you_mean(odd, known, f"it takes {', '.join(known)}")
+            elif len(set(given)) < len(given) or not texts:
+                reason = "takes texts in quotes, each once"
+            elif "path" not in given or split is None:
+                reason = "needs a folder or a name, and a split"
+            elif isinstance(split, ast.String) and "[" in split.value:
+                reason, hint = "takes whole splits", "write `limit` in the experiment, or `where`"
+            else:
+                return
+        bad = BadArgument(span=source.span, name=name, reason=reason, hint=hint)
+        self.diagnostics.append(bad)
+
+    def once(
+        self, node: ast.Node, first: ast.Node | None, what: str, hint: str = "keep one of them"
+    ) -> None:
+        if first is not None:
+            self.diagnostics.append(
+                RepeatedStatement(
+                    span=node.span,
+                    what=what,
+                    block=self.definition.name.id,
+                    first=first.span.line,
+                    hint=hint,
+                )
+            )
+
+    def add(self, line: ast.DataLine) -> None:
+        match line:
+            case ast.DomainDef(names=names, domain=domain):
+                if [n.id for n in names] == ["template"]:
+                    self._templates(line)
+                    return
+                for name in names:
+                    self.name(name)
+                ids = tuple(n.id for n in names)
+                self.values.append(spec.Value(span=line.span, names=ids, domain=domain))
+            case ast.ValueDef(names=names, value=value):
+                for name in names:
+                    self.name(name)
+                ids = tuple(n.id for n in names)
+                self.values.append(spec.Value(span=line.span, names=ids, value=value))
+            case ast.Template(text=text):
+                self._writes_rows(line)
+                self.templates.append(text)
+            case ast.Text(name=name, value=value):
+                self.name(name)
+                self.texts.append(spec.TextDef(span=line.span, name=name.id, value=value))
+            case ast.SpanDef(name=name):
+                if line.within is None:
+                    self.name(name)
+                self.spans.append(line)
+            case ast.Corrupt():
+                self._corruption(line)
+            case ast.WhereLine(condition=condition):
+                self.where.append(condition)
+            case ast.RowsLine():
+                self.once(line, self.rows, "rows")
+                self._rows_from(line.source)
+                self.rows = line
+            case ast.RenameLine(pairs=pairs):
+                for new, old in pairs:
+                    self._rename(new, old)
+            case ast.SplitLine():
+                self.once(line, self.split, "split")
+                if 0 < line.percent.value < 100:
+                    self.split = line
+                else:
+                    self.diagnostics.append(
+                        BadArgument(
+                            span=line.percent.span,
+                            name="split",
+                            reason="must leave rows on both sides",
+                            hint="write a share between 0% and 100%, such as `split 50%`",
+                        )
+                    )
+                    half = replace(line.percent, value=50.0)
+                    self.split = self.split or replace(line, percent=half)
+            case ast.Chat():
+                self._chat(line)
+            case ast.ImageLine():
+                self._image(line)
+            case ast.TilesLine():
+                self.once(line, self.tiles, "tiles")
+                self.tiles = self.tiles or line
+            case ast.RegionLine():
+                self._region(line)
+            case ast.ClassesLine():
+                self.once(line, self.classes, "classes")
+                self.classes = self.classes or line
+
+    def _region(self, line: ast.RegionLine) -> None:
+        if self.definition.kind == "prompts":
+            self.later(line, "`region`")
+            self.from_images = True
+            return
+        self.name(line.name)
+        if line.name.id in IMAGE_SPANS:
+            reason, hint = "is what images have by themselves", "give the region another name"
+            at, name = line.name.span, line.name.id
+            self.diagnostics.append(BadArgument(span=at, name=name, reason=reason, hint=hint))
+            return
+        name, column = line.name.id, line.column.id
+        self.regions.append(spec.RegionDef(span=line.column.span, name=name, column=column))
+
+    def _image(self, line: ast.ImageLine) -> None:
+        if self.definition.kind == "prompts" and line.source is not None:
+            self.once(line, self.scored_with, "image")
+            self.scored_with = self.scored_with or line
+            self.name(ast.Name(IMAGE_SPAN, span=line.span))
+            return
+        if self.definition.kind == "prompts":
+            self.later(line, "`image`")
+            self.from_images = True
+            return
+        if line.value is None:
+            reason, hint = "is of prompts that hold images", "write what each row is made of"
+            name = line.span.written
+            bad = BadArgument(
+                span=line.span, name=name, reason=reason, hint=f"{hint}: `image gray`"
+            )
+            self.diagnostics.append(bad)
+            return
+        hint = "keep one: a row is one image; one with several is a prompt that holds them, for a "
+        self.once(line, self.image, "image", hint + "vision-language model, which comes later")
+        found = image_problems(line.value)
+        self.diagnostics.extend(found)
+        if not found:
+            self.image = self.image or line
+
+    def _rename(self, new: ast.Name, old: ast.Name) -> None:
+        first = self.renamed.setdefault(new.id, new)
+        if first is not new:
+            self.diagnostics.append(
+                DuplicateName(
+                    span=new.span, name=new.id, first=line_reference(first.span, new.span)
+                )
+            )
+        self.rename.append((new.id, old.id))
+
+    def _writes_rows(self, line: ast.Template | ast.DomainDef | ast.Chat) -> None:
+        """E0209, E0207: rows are written in one way."""
+        is_chat = isinstance(line, ast.Chat)
+        first = self.chat or next(iter(self.templates), None)
+        if first is not None and is_chat != isinstance(first, ast.Chat):
+            reason = "stands beside `template`: both say how rows are written"
+            hint = "keep one of them"
+            at = line.span if is_chat else first.span
+            self.diagnostics.append(BadArgument(span=at, name="chat", reason=reason, hint=hint))
+            return
+        self.once(line, first, "chat" if is_chat else "template")
+
+    def _chat(self, line: ast.Chat) -> None:
+        self._writes_rows(line)
+        self.chat = self.chat or line
+        for turn in line.turns:
+            if turn.role not in spec.CHAT_ROLES:
+                known = spec.CHAT_ROLES
+                hint = did_you_mean(turn.role, known, f"turns are of {name_list(known)}")
+                unknown = UnknownWord(span=turn.span, kind="role", word=turn.role, hint=hint)
+                self.diagnostics.append(unknown)
+
+    def _templates(self, line: ast.DomainDef) -> None:
+        self._writes_rows(line)
+        values = line.domain.values
+        items = values.items if isinstance(values, ast.ListLiteral) else (values,)
+        for item in items:
+            if isinstance(item, ast.String):
+                self.templates.append(item)
+            else:
+                self.later(item, "a template that isn't a text in quotes")
+
+    def _corruption(self, line: ast.Corrupt) -> None:
+        if line.name.id == CLEAN:
+            self.diagnostics.append(
+                DuplicateName(
+                    span=line.name.span,
+                    name=CLEAN,
+                    first="the uncorrupted run, which has this name",
+                )
+            )
+            return
+        self.name(line.name)
+        self.corruptions.append(
+            spec.Corruption(span=line.name.span, name=line.name.id, changes=line.changes)
+        )
+
+    def only_of_texts(self) -> None:
+        """E0207 and E0108 for what images don't have: text."""
+        for line in self.definition.lines:
+            word = _OF_TEXTS.get(type(line))
+            if isinstance(line, ast.DomainDef) and [n.id for n in line.names] == ["template"]:
+                word = "template"
+            if word is not None:
+                hint = "leave it out: rows of this block are images, and have no text"
+                if self.image is None and word != "span":
+                    hint = "write `image` in place of it: rows of this block are images"
+                reason = "is of texts, and these are images"
+                bad = BadArgument(span=line.span, name=word, reason=reason, hint=hint)
+                self.diagnostics.append(bad)
+        for node in walk(self.definition.lines):
+            if isinstance(node, ast.Call) and node.name == "tokens":
+                reason, hint = "counts tokens of a text, and these are images", "leave it out"
+                bad = BadArgument(span=node.span, name="tokens", reason=reason, hint=hint)
+                self.diagnostics.append(bad)
+
+    def no_images_in_text(self) -> None:
+        """E0108 for images that stand in a prompt."""
+        written = list(self.templates)
+        written += [turn.text for turn in self.chat.turns] if self.chat is not None else []
+        line = self.scored_with
+        if line is not None and any(_IN_TEXT.search(text.value) for text in written):
+            self.later(line, "`image`")
+            self.from_images, self.scored_with = True, None
+
+    def no_template_changes(self) -> None:
+        """E0207 for corruptions that write rows of a chat with another template."""
+        for change in (c for corruption in self.corruptions for c in corruption.changes):
+            if isinstance(change, ast.ChangeLine) and change.word == "template":
+                bad = BadArgument(
+                    span=change.span,
+                    name="template",
+                    reason="writes a whole prompt, and these are chats",
+                    hint="change a value that stands in a turn, or write a block of its own",
+                )
+                self.diagnostics.append(bad)
+
+
+def _turn(turn: ast.ChatTurn) -> ast.ChatTurn:
+    """One that a side says which there is: of others that has been said."""
+    return turn if turn.role in spec.CHAT_ROLES else replace(turn, role="user")
+
+
+def lower_prompts(
+    definition: ast.PromptsDef, scope: Namespace, parameters: Mapping[str, Constant]
+) -> spec.Prompts:
+    """The typed block. Codes: E0108, E0201 (`words(MODEL)`), E0202, E0207, E0209."""
+    block = _BlockLines(definition, scope)
+    for line in definition.lines:
+        block.add(line)
+    if block.chat is not None:
+        block.no_template_changes()
+    if definition.kind == "images":
+        return _images(block, scope, parameters)
+    for line, name in ((block.classes, "classes"), (block.tiles, "tiles")):
+        if line is not None:
+            reason, hint = "are of images, and these are texts", "write it in a block of `images`"
+            bad = BadArgument(span=line.span, name=name, reason=reason, hint=hint)
+            scope.diagnostics.append(bad)
+    block.no_images_in_text()
+    _names_used(definition, scope)
+    return _lowered(block)
+
+
+def _images(
+    block: _BlockLines, scope: Namespace, parameters: Mapping[str, Constant]
+) -> spec.Prompts:
+    """The block with a template that stands in for none."""
+    block.only_of_texts()
+    _names_used(block.definition, scope)
+    lines = (ast.ImageLine, ast.Template, ast.Chat)  # which have been refused, or will be
+    said = any(isinstance(line, lines) for line in block.definition.lines)
+    at = block.definition.name.span
+    if not said:
+        reason = NO_IMAGE_REASON
+        hint = 'add one: `image "{file}"`, `image gray` or `image shapes(…)`'
+        name = block.definition.name.id
+        scope.diagnostics.append(BadArgument(span=at, name=name, reason=reason, hint=hint))
+    image = ast.Name("gray", span=at) if block.image is None else block.image.value
+    block.chat, block.spans = None, []
+    block.templates = [ast.String("", span=at if block.image is None else block.image.span)]
+    known = block.image is not None and not block.from_images
+    tiles = None
+    if block.tiles is not None:
+        named = [*block.seen.values(), *block.renamed.values()]
+        problems = check_tiles(block.tiles, image, named)
+        scope.diagnostics.extend(problems)
+        tiles = None if problems else lower_tiles(block.tiles, scope, parameters)
+    own = {
+        "image": image,
+        "tiles": tiles,
+        "from_images": not known,
+        "regions": tuple(block.regions),
+    }
+    return _lowered(block).model_copy(update=own)
+
+
+def _names_used(definition: ast.PromptsDef, scope: Namespace) -> None:
+    for node in walk(definition.lines):
+        # `words(toy)` is the one place where a block refers to a model.
+        if isinstance(node, ast.Call) and node.name == "words" and len(node.arguments) == 1:
+            model = node.arguments[0].value
+            if isinstance(model, ast.Name):
+                scope.use("model", model.id, model.span)
+        elif isinstance(node, ast.Name):
+            scope.has("param", node.id)
+        elif isinstance(node, ast.String):
+            for word in re.findall(r"\w+", " ".join(re.findall(r"\{([^{}]*)\}", node.value))):
+                scope.has("param", word)
+
+
+def _lowered(block: _BlockLines) -> spec.Prompts:
+    return spec.Prompts(
+        span=block.definition.name.span,
+        name=block.definition.name.id,
+        values=tuple(block.values),
+        templates=() if block.chat is not None else tuple(block.templates),
+        chat=() if block.chat is None else tuple(map(_turn, block.chat.turns)),
+        rows=None if block.rows is None else block.rows.source,
+        distinct=block.rows is not None and block.rows.distinct,
+        rename=tuple(block.rename),
+        where=tuple(block.where),
+        split=None if block.split is None else block.split.percent.value,
+        from_images=block.from_images,
+        texts=tuple(block.texts),
+        classes=None if block.classes is None else block.classes.text,
+        scored_with=None if block.scored_with is None else block.scored_with.source,
+        spans=tuple(block.spans),
+        corruptions=tuple(block.corruptions),
+    )
+
+
+def warn_unused_block_names(tree: ast.File) -> list[Diagnostic]:
+    """W0730 for runs of experiments, and for texts, spans and corruptions of the file's own blocks
+    (`answer` aside: accuracies and explanations read it). Values are looked at where rows are made
+    of them."""
+    defined = [
+        (kind, name)
+        for block in tree.statements
+        if isinstance(block, ast.PromptsDef)
+        for kind, name in _definitions(block)
+    ]
+    defined += [
+        ("run", line.name)
+        for experiment in tree.statements
+        if isinstance(experiment, ast.ExperimentDef)
+        for line in experiment.statements
+        if isinstance(line, ast.RunDef)
+    ]
+    definers = {id(name) for _, name in defined}
+    python = any(isinstance(node, ast.Call) and node.name == "python" for node in walk(tree))
+    used = {word for node in walk(tree) if id(node) not in definers for word in _mentioned(node)}
+    return [
+        UnusedName(span=name.span, kind=kind, name=name.id)
+        for kind, name in defined
+        if name.id not in used and not (python and kind == "text")  # a metric may read any of them
+    ]
+
+
+def pool_names(tree: ast.File) -> Iterator[str]:
+    """What stands behind `from:` in blocks: a column, or a block whose records a list draws."""
+    for block in tree.statements:
+        if isinstance(block, ast.PromptsDef):
+            for node in walk(block):
+                if isinstance(node, ast.Argument) and node.name == "from":
+                    yield from (part.id for part in walk(node.value) if isinstance(part, ast.Name))
+
+
+def _definitions(block: ast.PromptsDef) -> Iterator[tuple[str, ast.Name]]:
+    for line in block.lines:
+        match line:
+            case ast.Text(name=name) if name.id != "answer":
+                yield "text", name
+            case ast.SpanDef(name=name, within=None):
+                yield "span", name
+            case ast.Corrupt(name=name):
+                yield "corruption", name
+            case _:
+                pass
+
+
+def _mentioned(node: ast.Node) -> Iterator[str]:
+    """Every word of a node that may be a name."""
+    match node:
+        case ast.Name(id=word):
+            yield word
+        case ast.Ref(name=word, part=part):
+            yield from (name for name in (word, part) if name is not None)
+        case ast.Attribute(name=word, attribute=part):
+            yield from (word, part)
+        case ast.QualifiedRef(name=word):
+            yield word
+        case ast.Index(name=word):
+            yield word
+        case ast.SpanRef(name=name, of=of):
+            yield from (word for word in (name, of) if word is not None)
+        case ast.String(value=text):
+            for inside in re.findall(r"\{([^{}]*)\}", text):
+                yield from re.findall(r"\w+", inside)
+        case _:
+            pass
+
+
+def used_corruptions(experiment: spec.Experiment, program: spec.Program) -> frozenset[str]:
+    """The corruptions of its block whose names are anywhere in an experiment, in one of its
+    variants, or in one of the results of the same block: its rows are those that each of them
+    changes. What directions are fitted on are rows of their own."""
+    block = experiment.within or experiment.name
+    words: set[str] = set()
+    for each in program.experiments:
+        if (each.within or each.name) == block:
+            words.update(_words(each.model_copy(update={"name": "", "within": None})))
+    runs = program.prompts[experiment.prompts].corruptions
+    return frozenset(run.name for run in runs if run.name in words)
+
+
+def _words(part: Any) -> Iterator[str]:
+    """All texts within a part of a program, names among them."""
+    match part:
+        case str():
+            yield part
+        case ast.Node():
+            for node in walk(part):
+                for name in field_names(type(node)):
+                    value = getattr(node, name)
+                    if isinstance(value, str):
+                        yield value
+        case BaseModel():
+            for name in type(part).model_fields:
+                if name != "span":
+                    yield from _words(getattr(part, name))
+        case Mapping():
+            yield from _words(tuple(cast("Mapping[Any, Any]", part).items()))
+        case Sequence():
+            for each in cast("Sequence[Any]", part):
+                yield from _words(each)
+        case _:
+            pass

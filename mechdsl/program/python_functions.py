@@ -1,0 +1,448 @@
+"""Functions of the user's Python files: found by reading, run only with permission.
+
+Finding a function neither imports nor runs its file. A later run executes the very bytes that were
+read then, so that the SHA-256 in the results is that of the code that produced them.
+"""
+
+from __future__ import annotations
+
+import ast as python
+import os
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from traceback import walk_tb
+from types import ModuleType
+from typing import Any, Literal
+
+from mechdsl.base.source import Span
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.names import PythonFailed, PythonNotAllowed, PythonNotFound, PythonNotRun
+from mechdsl.program import spec
+from mechdsl.program.code_hashes import CodeHashError, hash_imported_code
+from mechdsl.program.paths import PYTHON_PATH, path_to_read
+from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import walk
+
+PYTHON_CALL = "python"
+"""`python("file.py:name")`."""
+
+PythonMode = Literal["refuse", "look", "run"]
+"""What becomes of Python in a file: an error, only looked at (`validate`), or run."""
+
+FunctionUse = Literal["metric", "reply", "value", "fill", "model"]
+"""What a function is for, and so what it is called with."""
+
+NESTED_CALL_REASON = "it can't stand inside a text or another metric"
+
+NESTED_CALL_HINT = (
+    "give it a name (`x = python(…)`, `metric refused = python(…)`), and write that name there"
+)
+
+FUNCTION_PARAMETERS: dict[FunctionUse, tuple[str, ...]] = {
+    "metric": ("logits", "rows"),
+    "reply": ("replies", "rows"),
+    "value": ("row",),
+    "fill": ("vectors",),
+    "model": (),
+}
+
+TOKENIZER_PARAMETER = "tokenizer"
+"""What a metric is given too, if it takes a third argument, or one of this name."""
+
+TokenizerArgument = Literal["nothing", "third", "named"]
+
+
+class PythonFailure(Exception):
+    """A function failed. Caught where its rows are known."""
+
+    def __init__(self, diagnostic: PythonFailed, row: int | None = None) -> None:
+        """row: which of those that it was called with made it fail, where that is known."""
+        super().__init__(diagnostic.message)
+        self.diagnostic = diagnostic
+        self.row = row
+
+
+class PythonNotLoaded(PythonFailure):
+    """The file does not run, or leaves no such function: no row has to do with it."""
+
+
+@dataclass(frozen=True)
+class PythonFunction:
+    """A function that was found, and not run so far."""
+
+    path: Path
+    file: str
+    """The path as written."""
+    name: str
+    digest: str
+    """SHA-256 of the file."""
+    line: int = field(compare=False)
+    """Where it is defined."""
+    span: Span = field(compare=False, repr=False)
+    tokenizer: TokenizerArgument = "nothing"
+    """Of a metric: how it is given the model's tokenizer."""
+
+    @property
+    def allowing(self) -> str:
+        """What lets it run. Of an untrusted file nothing does."""
+        untrusted = self.span.source.reach.reads is not None
+        leave = " leave `--untrusted` out and" if untrusted else ""
+        allow = "`--allow-python` (`allow_python=True` from Python)"
+        return f"read `{self.file}`, then{leave} add {allow}"
+
+    def call(self, *arguments: Any, **named: Any) -> Any:
+        """What it gives; PythonFailure for every exception."""
+        function = self._load()
+        try:
+            return function(*arguments, **named)
+        except (Exception, SystemExit) as error:
+            raise self.failure(_told(error), *self._hint(error), error=error) from error
+
+    def failure(
+        self,
+        reason: str,
+        hint: str,
+        *,
+        error: BaseException | None = None,
+        row: int | None = None,
+    ) -> PythonFailure:
+        """What is wrong with it. row: as in PythonFailure."""
+        where = self.where(error)
+        said = PythonFailed(
+            span=self.span, function=self.name, reason=reason, where=where, hint=hint
+        )
+        return PythonFailure(said, row)
+
+    def where(self, error: BaseException | None = None) -> str:
+        """The line of its file that raised, or that defines it."""
+        line = self._line(error)
+        return f"defined at {self.file}:{self.line}" if line is None else f"at {self.file}:{line}"
+
+    def _hint(self, error: BaseException) -> tuple[str]:
+        if isinstance(error, ImportError):
+            return (
+                "what is installed can be imported, what lies beside the file can't: its hash "
+                "stands for all of the code",
+            )
+        return (f"correct `{self.name}`, or leave out what it can't take",)
+
+    def _line(self, error: BaseException | None) -> int | None:
+        """The innermost line of the file that led to an exception."""
+        if error is None:
+            return None
+        lines = [
+            line
+            for frame, line in walk_tb(error.__traceback__)
+            if frame.f_code.co_filename == str(self.path)
+        ]
+        return lines[-1] if lines else None
+
+    def _load(self) -> Callable[..., Any]:
+        try:
+            module = _module(self.path, self.digest)
+            found = getattr(module, self.name, None)
+        except (Exception, SystemExit) as error:
+            failed = self.failure(_told(error), *self._hint(error), error=error)
+            raise PythonNotLoaded(failed.diagnostic) from error
+        if not callable(found):
+            gone = "the file leaves no function of that name"
+            raise PythonNotLoaded(self.failure(gone, "define it with `def`").diagnostic)
+        return found
+
+
+def _told(error: BaseException) -> str:
+    """An exception on one line."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+@cache
+def _module(path: Path, digest: str) -> ModuleType:
+    """The file as a module, run once; not among those that others can import by its name."""
+    content = path.read_bytes()
+    if sha256(content).hexdigest() != digest:
+        raise RuntimeError("the file has changed since it was checked")
+    name = f"mechdsl_python_{digest[:16]}"
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    sys.modules[name] = module  # where dataclasses and pickle look for it
+    try:
+        exec(compile(content, str(path), "exec"), module.__dict__)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+# --- finding --------------------------------------------------------------------------------------
+
+
+def is_python_call(node: object) -> bool:
+    """Whether an expression is `python(…)`."""
+    return isinstance(node, ast.Call) and node.name == PYTHON_CALL
+
+
+def metric_use(node: ast.Call) -> FunctionUse:
+    """What a function of a measure is given: `python("judge.py:refused", reply)` what the model
+    has written, others logits."""
+    second = node.arguments[1] if len(node.arguments) == 2 else None
+    if second is None or second.name is not None or not isinstance(second.value, ast.Name):
+        return "metric"
+    return "reply" if second.value.id == "reply" else "metric"
+
+
+def find_function(
+    node: ast.Call, use: FunctionUse
+) -> tuple[PythonFunction | None, list[Diagnostic]]:
+    """The function that `python("file.py:name")` means. Nothing of it runs.
+
+    Codes: E0222, E0532, E0535.
+    """
+    try:
+        return _found(node, use), []
+    except _Refused as refused:
+        return None, refused.diagnostics
+    except _Missing as missing:
+        written = node.span.written
+        problem = PythonNotFound(
+            span=node.span, written=written, reason=missing.reason, hint=missing.hint
+        )
+        return None, [problem]
+
+
+class _Missing(Exception):
+    def __init__(self, reason: str, hint: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+
+
+class _Refused(Exception):
+    def __init__(self, diagnostics: list[Diagnostic]) -> None:
+        super().__init__()
+        self.diagnostics = diagnostics
+
+
+def _found(node: ast.Call, use: FunctionUse) -> PythonFunction:
+    shown = "toy.py:build" if use == "model" else "metrics.py:refused"
+    example = f'write the file and the function: `python("{shown}")`'
+    own = node.arguments[:1] if use == "reply" else node.arguments
+    value = own[0].value if len(own) == 1 else None
+    if not isinstance(value, ast.String) or node.arguments[0].name is not None:
+        raise _Missing("it takes one text in quotes", example)
+    file, colon, name = value.value.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise _Missing("it names no function", example)
+    if not file.endswith(".py"):
+        raise _Missing(f"`{file}` is no Python file", "its name must end in `.py`")
+    path, problems = path_to_read(PYTHON_PATH, file, node.span)
+    if path is None:
+        raise _Refused(problems)
+    content = _content(path, file)
+    functions = _functions(content, file)
+    if name not in functions:
+        known = name_list(functions)
+        hint = did_you_mean(
+            name, functions, f"it defines {known}" if known else "define it with `def`"
+        )
+        raise _Missing(f"`{file}` defines no function `{name}`", hint)
+    tokenizer = "nothing"
+    if use in ("metric", "reply"):
+        tokenizer = _tokenizer_as(functions[name], name, FUNCTION_PARAMETERS[use])
+    _check_parameters(functions[name], name, use, tokenizer)
+    digest, line = sha256(content).hexdigest(), functions[name].lineno
+    return PythonFunction(path.resolve(), file, name, digest, line, node.span, tokenizer)
+
+
+def _content(path: Path, file: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        there = os.path.isdir(path.parent)
+        names = sorted(p.name for p in path.parent.glob("*.py")) if there else []
+        hint = "the path is relative to the folder of the `.mech` file"
+        raise _Missing(f"there is no file `{file}`", did_you_mean(path.name, names, hint)) from None
+    except (OSError, ValueError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise _Missing(f"`{file}`: {reason}", "name a file that can be read") from None
+
+
+def _functions(content: bytes, file: str) -> dict[str, python.FunctionDef]:
+    """The functions that a file defines at its top, by name; of equal names the last one."""
+    try:
+        tree = python.parse(content, filename=file)
+    except SyntaxError as error:
+        where = f"line {error.lineno}" if error.lineno else "it"
+        raise _Missing(
+            f"{where} of `{file}` is not Python: {error.msg}", "correct the file"
+        ) from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise _Missing(f"`{file}` is not Python: {error}", "correct the file") from None
+    found: dict[str, python.FunctionDef] = {}
+
+    def look(statements: list[python.stmt]) -> None:
+        for statement in statements:
+            match statement:
+                case python.FunctionDef(name=name):
+                    found[name] = statement
+                case python.If() | python.Try():
+                    look([*statement.body, *statement.orelse])
+                case _:
+                    pass
+
+    look(tree.body)
+    return found
+
+
+def _tokenizer_as(
+    function: python.FunctionDef, name: str, first: tuple[str, ...]
+) -> TokenizerArgument:
+    """How a metric takes the tokenizer: by its name, or as a third argument that it can't do
+    without; one with two arguments doesn't."""
+    own = function.args
+    places = [each.arg for each in (*own.posonlyargs, *own.args)]
+    if TOKENIZER_PARAMETER in places[:2]:
+        told = f"`{name}` takes `{TOKENIZER_PARAMETER}` in the place of the {first[0]} or the rows"
+        raise _Missing(told, f"write `def {name}({', '.join(first)}, {TOKENIZER_PARAMETER}):`")
+    by_name = (each.arg for each in (*own.args, *own.kwonlyargs))
+    if TOKENIZER_PARAMETER in by_name:
+        return "named"
+    required = places[: len(places) - len(own.defaults)]
+    return "third" if len(required) == 3 or places[2:3] == [TOKENIZER_PARAMETER] else "nothing"
+
+
+def _check_parameters(
+    function: python.FunctionDef, name: str, use: FunctionUse, tokenizer: TokenizerArgument
+) -> None:
+    """It must take what it will be called with."""
+    own = function.args
+    by_name = tokenizer == "named"
+    most = len(own.posonlyargs) + len(own.args)
+    least = most - len(own.defaults)
+    wanted = FUNCTION_PARAMETERS[use]
+    if tokenizer == "third":
+        wanted = (*wanted, TOKENIZER_PARAMETER)
+    required = [each.arg for each in (*own.posonlyargs, *own.args)][:least]
+    least -= by_name and TOKENIZER_PARAMETER in required
+    forced = any(
+        default is None and not (by_name and each.arg == TOKENIZER_PARAMETER)
+        for each, default in zip(own.kwonlyargs, own.kw_defaults, strict=True)
+    )
+    fits = least <= len(wanted) and (most >= len(wanted) or own.vararg is not None)
+    if fits and not forced:
+        return
+    plural = "argument" if most == 1 else "arguments"
+    reason = f"`{name}` takes {most} {plural}, and is called with {len(wanted)}"
+    if fits:
+        reason = f"`{name}` has arguments that must be given by name"
+    raise _Missing(reason, f"write `def {name}({', '.join(wanted)}):`")
+
+
+# --- in a file ------------------------------------------------------------------------------------
+
+
+def prompt_functions(prompts: spec.Prompts) -> list[ast.Call]:
+    """All `python(…)` that rows of a block are made with."""
+    parts: list[Any] = [value.value for value in prompts.values]
+    parts += [text.value for text in prompts.texts]
+    parts += list(prompts.where)
+    parts += [corruption.changes for corruption in prompts.corruptions]
+    return [node for part in parts for node in _calls(part)]
+
+
+def check_functions(
+    program: spec.Program, mode: PythonMode, given: Collection[str] = ()
+) -> list[Diagnostic]:
+    """E0221 for Python that isn't allowed, E0222 for what can't be called, W0740 for rows that
+    are not looked at because of it.
+
+    given: models that are handed over, whose functions aren't asked.
+    """
+    if mode == "run":
+        _module.cache_clear()  # a function may count, and begins anew with every run
+        with suppress(CodeHashError, OSError):  # what is imported is looked at before it is run
+            hash_imported_code(each.path.read_bytes() for each in program_functions(program))
+    found: list[Diagnostic] = []
+    seen: set[Span] = set()
+    for node, use in _uses(program, given):
+        if node.span in seen:
+            continue
+        seen.add(node.span)
+        if use is None:
+            found.append(
+                PythonNotFound(
+                    span=node.span,
+                    written=node.span.written,
+                    reason=NESTED_CALL_REASON,
+                    hint=NESTED_CALL_HINT,
+                )
+            )
+            continue
+        function, problems = find_function(node, use)
+        found += problems
+        if function is not None and mode == "refuse":
+            found.append(
+                PythonNotAllowed(
+                    span=node.span,
+                    function=function.name,
+                    file=function.file,
+                    hint=function.allowing,
+                )
+            )
+    if mode == "look":
+        for name, prompts in program.prompts.items():
+            for node in prompt_functions(prompts)[:1]:
+                found.append(PythonNotRun(span=node.span, prompts=name))
+    return found
+
+
+def program_functions(program: spec.Program) -> Iterator[PythonFunction]:
+    """All functions of Python files that a file refers to and that can be found."""
+    for node, use in _uses(program):
+        function = None if use is None else find_function(node, use)[0]
+        if function is not None:
+            yield function
+
+
+def _uses(
+    program: spec.Program, given: Collection[str] = ()
+) -> Iterator[tuple[ast.Call, FunctionUse | None]]:
+    """Every `python(…)` of a file and what it is for; None where it can't stand. Of models that are
+    given none."""
+    for model in program.models.values():
+        if model.function is not None and model.name not in given:
+            yield model.function, "model"
+    for prompts in program.prompts.values():
+        for node in prompt_functions(prompts):
+            yield node, "value"
+    for expression in program.metrics.values():
+        yield from _in_metric(expression)
+    for experiment in program.experiments:
+        for measure in experiment.measures:
+            yield from _in_metric(measure.metric)
+        for condition in experiment.keep:
+            yield from _in_metric(condition)
+        for rule in experiment.every_rule:
+            for node in _calls(rule.fill):
+                yield node, "fill"
+
+
+def _in_metric(expression: ast.Expr) -> Iterator[tuple[ast.Call, FunctionUse | None]]:
+    inner = {
+        id(node)
+        for call in walk(expression)
+        if isinstance(call, ast.Call)
+        for node in _calls(call.arguments)
+    }
+    for node in _calls(expression):
+        yield node, None if id(node) in inner else metric_use(node)
+
+
+def _calls(part: Any) -> list[ast.Call]:
+    return [node for node in walk(part) if isinstance(node, ast.Call) and node.name == PYTHON_CALL]

@@ -1,0 +1,216 @@
+"""What names in statements refer to: results of observations, swept axes, numbers of a `for`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mechdsl.program import spec
+from mechdsl.syntax import ast
+from mechdsl.syntax.parser import Placeholder, parse_template
+from mechdsl.syntax.traversal import NodeT, number_names, rewrite, walk
+from mechdsl.syntax.words import OBSERVATION_AXES
+
+
+def results_by_observation(experiments: Sequence[spec.Experiment]) -> dict[str, str]:
+    """Observation → the result that it is in, as that is called."""
+    return {
+        rule.observed.name: experiment.name
+        for experiment in experiments
+        for rule in experiment.rules
+        if rule.observed is not None and rule.observed.name is not None
+    }
+
+
+def resolve_result_names(experiment: spec.Experiment, results: dict[str, str]) -> spec.Experiment:
+    """The experiment with names of results where it names observations of others, or of its own
+    that are other results."""
+    own = {measure.label for measure in experiment.measures}
+
+    rules = tuple(
+        rule.model_copy(
+            update={
+                name: resolve_result_references(value, results)
+                for name in ("site", "at", "onto", "edge", "receiver", "fill")
+                if (value := getattr(rule, name)) is not None
+            }
+            | _observed_results(rule, results)
+        )
+        for rule in experiment.rules
+    )
+    expects = tuple(resolve_expectation_results(each, results, own) for each in experiment.expects)
+    against = experiment.against
+    if against is not None:
+        apart = tuple(resolve_result_references(site, results) for site in against.apart)
+        against = against.model_copy(update={"apart": apart})
+    return experiment.model_copy(update={"rules": rules, "expects": expects, "against": against})
+
+
+def _observed_results(rule: spec.Rule, results: dict[str, str]) -> dict[str, spec.ObservedQuantity]:
+    """The same of maps that an `observe` line is of, and of what they are set against."""
+    said = rule.observed
+    if said is None or not said.maps:
+        return {}
+    named = {
+        name: tuple(resolve_result_references(each, results) for each in every)
+        for name, every in (("maps", said.maps), ("others", said.others))
+    }
+    return {"observed": said.model_copy(update=named)}
+
+
+def resolve_expectation_results(
+    expect: spec.Expectation, results: Mapping[str, str], own: Collection[str]
+) -> spec.Expectation:
+    """The expectation with measures of other results as such. results: label of a measure → the
+    result that it is in; own: labels and effects of the one that expects."""
+    if expect.condition is None:
+        return expect
+    there = {label: name for label, name in results.items() if label not in own}
+    taken = {"".join(label.split()) for label in own}
+    named = {"".join(label.split()): name for label, name in there.items()}
+
+    def value(node: Any) -> Any:
+        text = "".join(node.span.written.split())
+        if text in taken:
+            return node
+        called = node.name if isinstance(node, ast.Call) else text
+        if whose := named.get(text, named.get(called)):
+            experiment = ast.Name(whose, span=node.span)
+            return ast.ExperimentMeasure(node, experiment, span=node.span)
+        match node:
+            case ast.QualifiedRef(of=ast.Ref(part=None, name=name)) if name in there:
+                return replace(node, of=replace(node.of, name=there[name]))
+            case ast.Binary() | ast.Compare() | ast.Logical():
+                return replace(node, left=value(node.left), right=value(node.right))
+            case ast.Not() | ast.Negative():
+                return replace(node, operand=value(node.operand))
+            case ast.Near() | ast.InRange():
+                return replace(node, value=value(node.value))
+            case ast.Call(arguments=(first, *others)):
+                if node.name in ("spearman", "pearson"):
+                    others = [replace(each, value=result(each.value)) for each in others]
+                found = replace(first, value=value(alone(first.value)))
+                return replace(node, arguments=(found, *others))
+            case _:
+                return node
+
+    def alone(node: Any) -> Any:
+        """A lone word reads as a group of sites too."""
+        if isinstance(node, ast.Site) and len(node.names) == 1 and not node.axes:
+            return node.names[0]
+        return node
+
+    def result(node: Any) -> Any:
+        node = alone(node)
+        if isinstance(node, ast.Name) and node.id in there:
+            return replace(node, id=there[node.id])
+        return node
+
+    return expect.model_copy(update={"condition": value(expect.condition)})
+
+
+def resolve_group_results(group: spec.Group, results: dict[str, str]) -> spec.Group:
+    """The same of a group's sites."""
+    sites = tuple(resolve_result_references(site, results) for site in group.sites)
+    return group.model_copy(update={"sites": sites})
+
+
+def resolve_result_references(node: NodeT, results: dict[str, str]) -> NodeT:
+    """The tree with names of results where it names observations."""
+
+    def change(part: ast.Node) -> ast.Node:
+        if isinstance(part, ast.RankedSelection | ast.MapOf) and part.of in results:
+            return replace(part, of=results[part.of])
+        return part
+
+    return rewrite(node, change)
+
+
+def possible_axes(rule: spec.Rule) -> Iterator[str]:
+    """Names that reports and expectations may call them by."""
+    yield "layer"  # which may have been forgotten
+    for site in (rule.site, rule.reading, rule.edge):
+        yield from site_axes(site)
+    yield from (f"to_{name}" for name in site_axes(rule.receiver))
+    if rule.into_layer is not None:
+        yield "to_layer"
+    if rule.fills:
+        yield "fill"
+    if rule.observed is not None:
+        yield from observation_axes(rule.observed)
+    yield from position_axes(rule)
+
+
+def observation_axes(observed: spec.ObservedQuantity) -> Iterator[str]:
+    """Those that an observation has by its kind."""
+    if observed.word in OBSERVATION_AXES:
+        yield OBSERVATION_AXES[observed.word]
+    if len(observed.maps) > 1 and not observed.placed:
+        yield "map"
+
+
+def position_axes(rule: spec.Rule) -> Iterator[str]:
+    """Those of its positions: how many there are hangs on the tokens of prompts."""
+    if may_sweep(rule.at) or (rule.onto is not None and may_sweep(rule.onto)):
+        yield "position"
+        yield "item"
+        if rule.edge is not None:
+            yield "from_position"
+
+
+def site_axes(site: ast.Site | ast.Edge | None) -> Iterator[str]:
+    """Those of a site, or of attention."""
+    for axis in walk(site):
+        if isinstance(axis, ast.Axis) and not axis.plural and _sweeps(axis):
+            yield axis.word
+
+
+def _sweeps(axis: ast.Axis) -> bool:
+    return len(axis.values) > 1 or any(
+        isinstance(value, ast.Star) or value.high is not None for value in axis.values
+    )
+
+
+def may_sweep(positions: ast.Positions) -> bool:
+    """Whether there may be more than one cell, whatever the prompts and their tokens are."""
+    return len(positions.items) > 1 or any(map(may_sweep_position, walk(positions)))
+
+
+def may_sweep_position(node: ast.Node) -> bool:
+    """The same of one part of a position."""
+    match node:
+        case ast.TokenIndex():
+            return not node.plural and (node.low is None or node.high is not None)
+        case ast.SpanTokens():
+            at = node.of.occurrence
+            several = at is not None and (at.low is None or at.high is not None)
+            ranged = node.high is not None and not node.plural
+            return node.each or ranged or (several and not node.plural)
+        case ast.Between() | ast.Except():
+            return node.each
+        case ast.RankedTokens():
+            return not node.plural and node.ranked.which != "best"
+        case _:
+            return isinstance(node, ast.EachTokenOf | ast.EachStep)
+
+
+def measure_number_names(measure: spec.Measure) -> set[str]:
+    """Names in sites and positions of a measure, and in what its metrics are called with: ends of
+    numerals, entries of lists, placeholders of texts."""
+    found = {*number_names(measure.metric), *number_names(measure.at)}
+    for call in walk(measure.metric):
+        if isinstance(call, ast.Call):
+            found.update(name for each in call.arguments for name in argument_names(each.value))
+    return found
+
+
+def argument_names(argument: ast.Node) -> Iterator[str]:
+    """Names in what a metric is called with. One alone is that of a text, or of a run."""
+    for node in () if isinstance(argument, ast.Name) else walk(argument):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.String):
+            for piece in parse_template(node)[0]:
+                inner = piece.expr if isinstance(piece, Placeholder) else None
+                yield from (part.id for part in walk(inner) if isinstance(part, ast.Name))

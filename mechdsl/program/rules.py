@@ -1,0 +1,484 @@
+"""Rules as typed data, and the runs that an experiment derives with rules of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mechdsl.base.source import Source, Span
+from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.experiments import PatchWithoutSource
+from mechdsl.diagnostics.names import BadArgument, DuplicateName, UnknownName, UnknownWord
+from mechdsl.diagnostics.syntax import NotSupported, UnexpectedToken
+from mechdsl.program import spec
+from mechdsl.program.directions import direction_names, split_factor
+from mechdsl.program.names import line_reference
+from mechdsl.program.spec import CLEAN, ONE_CELL_HINT, During, whole_number_value
+from mechdsl.program.statements import (
+    Statements,
+    mark_names_used,
+    reject_argument,
+    resolve_run_name,
+)
+from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import walk
+
+
+def lower_during(rule: ast.Rule, work: Statements) -> During | None:
+    """When a rule acts; None at each step, and after an error.
+
+    E0203 for a phase that there isn't, E0207 for steps that there are not; those that a `for` runs
+    over are looked at where its values are known.
+    """
+    node = rule.during
+    if node is None or not _has_reply(node, work):
+        return None
+    if node.phase == "each step":
+        return None
+    if node.phase == "after prefill":
+        return During(span=node.span, first=0, last=0, after_prefill=True)
+    if node.phase == "named":
+        word = node.name or ""
+        if word == "prefill":
+            return During(span=node.span, first=0, last=0)
+        otherwise = "write `during prefill`, `during each step` or `during step 2..5`"
+        hint = did_you_mean(word, ["prefill"], otherwise)
+        work.diagnostics.append(
+            UnknownWord(span=node.span, kind="part of a reply", word=word, hint=hint)
+        )
+        return None
+    return _steps(node, work)
+
+
+def _steps(node: ast.During, work: Statements) -> During | None:
+    """`during step 2..5`."""
+    steps = node.steps
+    assert steps is not None
+    if isinstance(steps, ast.Star):
+        return None  # each
+    ends = [_end(end, work) for end in (steps.low, steps.high or steps.low)]
+    low, high = ends
+    if low is None or high is None:
+        return None
+    if isinstance(low, int) and isinstance(high, int):
+        tokens = whole_number_value(work.generate[0].tokens, work.parts.parameters)
+        problem = steps_problem(low, high, tokens)
+        if problem is not None:
+            reject_argument(node, steps.span.written, *problem, work)
+            return None
+    return During(span=node.span, first=low, last=high)
+
+
+def steps_problem(low: int, high: int, tokens: int | None) -> tuple[str, str] | None:
+    """(what is wrong with these steps of a reply of so many tokens, help), where something is."""
+    if low < 0:
+        return "must be a number of a step, from 0", "step 0 is the prefill"
+    if high < low:
+        return "has no step in it", f"write the smaller one first: `step {high}..{low}`"
+    if tokens is not None and 0 < tokens <= high:
+        there = f"`generate {tokens}` has steps 0 to {tokens - 1}"
+        hint = "step 0 is the prefill, and the last token needs no step"
+        return f"has steps that no reply has: {there}", hint
+    return None
+
+
+def _end(bound: ast.Bound, work: Statements) -> int | ast.Bound | None:
+    """One end of a range of steps: a number, or, where it hangs on a `for`, as it is written; None
+    after E0201."""
+    if bound.percent is not None:
+        return -1  # no step
+    if bound.name is None:
+        return bound.value
+    if any(loop.name == bound.name for loop in work.loops):
+        return bound
+    if not work.scope.use("param", bound.name, bound.span):
+        return None
+    value = whole_number_value(bound.name, work.parts.parameters)
+    return -1 if value is None else value + bound.offset
+
+
+def _has_reply(node: ast.During, work: Statements) -> bool:
+    """E0207 where nothing is written, so that there are no steps."""
+    if work.generate:
+        return True
+    said = " ".join(node.span.written.split())
+    reject_argument(
+        node,
+        said,
+        "is of a reply, and this experiment writes none",
+        "add a line such as `generate 40`, or leave it out",
+        work,
+    )
+    return False
+
+
+def reject_during_in_run(rule: ast.Rule, work: Statements) -> None:
+    """E0108 for a rule of a `run` that says when it acts: a run is of the prompts alone."""
+    if rule.during is not None:
+        later = "write the rule in the experiment; a `run` is of the prompts, and writes no reply"
+        said = " ".join(rule.during.span.written.split())
+        work.diagnostics.append(
+            NotSupported(span=rule.during.span, what=f"`{said}` in a `run`", later=later)
+        )
+
+
+def lower_rules(
+    rule: ast.Rule, source: str | None, prompts: spec.Prompts | None, work: Statements
+) -> tuple[spec.Rule, ...]:
+    """As `lower_rule`; an ablation with several fills is a rule with each of them."""
+    body = rule.body
+    during = lower_during(rule, work)
+    if not isinstance(body, ast.Ablate) or not body.more:
+        return (lower_rule(rule, source, prompts, work).model_copy(update={"during": during}),)
+    fills = [ast.Fill(body.fill, body.by, span=body.fill.span), *body.more]
+    labels = tuple(_label(fill) for fill in fills)
+    return tuple(
+        lower_rule(
+            replace(rule, body=replace(body, fill=fill.fill, by=fill.by, more=())),
+            source,
+            prompts,
+            work,
+        ).model_copy(update={"fills": labels, "fill_index": number, "during": during})
+        for number, fill in enumerate(fills)
+    )
+
+
+def _label(fill: ast.Fill) -> str:
+    """`mean of fewer by item`, as it is written."""
+    by = "" if fill.by is None else f" by {fill.by.id}"
+    return " ".join(fill.fill.span.written.split()) + by
+
+
+def lower_rule(
+    rule: ast.Rule, source: str | None, prompts: spec.Prompts | None, work: Statements
+) -> spec.Rule:
+    """The rule with the runs that it names; source: the run that patches read."""
+    body = rule.body
+    match body:
+        case ast.Patch():
+            return _patch(rule, body, source, prompts, work)
+        case ast.PathRule():
+            return _path(rule, body, source, prompts, work)
+        case ast.Ablate():
+            if isinstance(body.fill, ast.QualifiedRef):
+                work.scope.has("prompts", body.fill.of.name)
+            by = None if body.by is None else body.by.id
+            return _at(rule, "ablate", body, fill=body.fill, by=by)
+        case ast.ReplaceTokens():
+            images = prompts is not None and prompts.kind == "images"
+            if not isinstance(body.value, ast.String) and not images:
+                work.later(body.value.span, "this replacement")
+            return spec.Rule(span=rule.span, verb="replace", at=body.at, fill=body.value)
+        case ast.ReplaceBlock():
+            span = body.axis.span
+            return spec.Rule(
+                span=rule.span,
+                verb="replace block",
+                site=ast.Site((ast.Name("block", span=span),), (body.axis,), span=span),
+                at=_all_tokens(),
+                fill=body.word,
+                source_block=body.source,
+            )
+        case ast.SwapSites():
+            return _at(rule, "swap", body, onto=body.other)
+        case ast.Freeze():
+            return _at(rule, "freeze", body)
+        case ast.SetSite():
+            if isinstance(body.value, ast.ActivationRead):
+                return _reading(rule, "set", body, body.value, prompts, work)
+            if direction_names(body.value, work.scope.names("direction")):
+                return _of_direction(rule, "set", body, body.value, work)
+            return _at(rule, "set", body, fill=body.value)
+        case ast.Scale():
+            return _at(rule, "scale", body, fill=body.factor)
+        case ast.Clamp():
+            lowered = _at(rule, "clamp", body, fill=body.value)
+            if body.direction is None:
+                return lowered
+            _known(body.direction, work)
+            return lowered.model_copy(update={"direction": body.direction})
+        case ast.Add():
+            if isinstance(body.value, ast.ActivationRead):
+                return _reading(rule, "add", body, body.value, prompts, work)
+            if isinstance(body.value, ast.StepFraction):
+                lowered = _at(rule, "add", body, fill=body.value.factor)
+                return lowered.model_copy(update={"stepped": body.value.component})
+            return _of_direction(rule, "add", body, body.value, work)
+        case ast.ProjectOut():
+            return _project_out(rule, body, work)
+        case ast.RegisteredRule():
+            return _at(rule, body.verb.id, body, fill=body.value)
+        case ast.BlockEdge():
+            return _attention(rule, "block", body.edge)
+        case ast.Reweight():
+            return _attention(rule, "reweight", body.edge, body.factor)
+        case ast.SetEdge():
+            return _attention(rule, "set edge", body.edge, body.value)
+        case ast.Allow():
+            return _attention(rule, "allow", body.edge)
+        case ast.Renumber():
+            return spec.Rule(span=rule.span, verb="renumber", at=body.at, fill=body.start)
+
+
+def _all_tokens() -> ast.Positions:
+    """`tokens *`, where a rule doesn't say it."""
+    source = Source("tokens *")
+    span = Span(source, 0, len(source.text))
+    point = ast.Point(ast.TokenIndex(True, None, span=span), span=span)
+    return ast.Positions((ast.Position(point, span=span),), span=span)
+
+
+def _at(
+    rule: ast.Rule,
+    verb: str,
+    body: ast.AnySiteRule,
+    *,
+    fill: ast.Expr | None = None,
+    by: str | None = None,
+    onto: ast.Positions | None = None,
+) -> spec.Rule:
+    """`VERB SITE at POSITIONS …`"""
+    return spec.Rule(
+        span=rule.span, verb=verb, site=body.site, at=body.at, fill=fill, by=by, onto=onto
+    )
+
+
+def _of_direction(
+    rule: ast.Rule, verb: str, body: ast.AnySiteRule, value: ast.Expr, work: Statements
+) -> spec.Rule:
+    """`VERB NUMBER * DIRECTION …`"""
+    factor, direction = split_factor(value, work.scope.names("direction"))
+    for name in walk(direction):
+        if isinstance(name, ast.Name | ast.Index):
+            _known(name, work)
+    return _at(rule, verb, body, fill=factor).model_copy(update={"direction": direction})
+
+
+def _known(direction: ast.Name | ast.Index, work: Statements) -> None:
+    """E0201 for a name that is no direction's."""
+    name = direction.id if isinstance(direction, ast.Name) else direction.name
+    work.scope.use("direction", name, direction.span)
+
+
+def _project_out(rule: ast.Rule, body: ast.ProjectOut, work: Statements) -> spec.Rule:
+    """`project out DIRECTION from SITE at POSITIONS`, or `from weights`."""
+    _known(body.direction, work)
+    if body.site is not None and body.at is not None:
+        lowered = spec.Rule(span=rule.span, verb="project out", site=body.site, at=body.at)
+    else:
+        span = Span(Source("tokens *", rule.span.source.path), 0, len("tokens *"))
+        every = ast.TokenIndex(plural=True, low=None, span=span)
+        point = ast.Position(ast.Point(every, span=span), span=span)
+        at = ast.Positions((point,), span=span)
+        lowered = spec.Rule(span=rule.span, verb="project out of weights", at=at)
+    return lowered.model_copy(update={"direction": body.direction})
+
+
+def _attention(
+    rule: ast.Rule, verb: str, edge: ast.Edge, fill: ast.Expr | None = None
+) -> spec.Rule:
+    """`VERB attention … from QUERIES to KEYS …`"""
+    return spec.Rule(
+        span=rule.span, verb=verb, edge=edge, at=edge.queries, onto=edge.keys, fill=fill
+    )
+
+
+def _patch(
+    rule: ast.Rule,
+    body: ast.Patch,
+    source: str | None,
+    prompts: spec.Prompts | None,
+    work: Statements,
+) -> spec.Rule:
+    """`patch SITE at POSITIONS onto POSITIONS into layer L with RUN`"""
+    if body.source is not None and prompts is not None:
+        source = resolve_run_name(body.source, prompts, work)
+    elif source is None and not work.from_into:
+        _without_source("patch", rule, prompts, work)
+    return spec.Rule(
+        span=rule.span,
+        verb="patch",
+        site=body.site,
+        at=body.at,
+        source=source,
+        onto=body.onto,
+        into_layer=body.into_layer,
+    )
+
+
+def _reading(
+    rule: ast.Rule,
+    verb: str,
+    body: ast.SetSite | ast.Add,
+    reading: ast.ActivationRead,
+    prompts: spec.Prompts | None,
+    work: Statements,
+) -> spec.Rule:
+    """`VERB … NUMBER * value(SITE at POSITIONS) of RUN`"""
+    source = None
+    if reading.of is not None and prompts is not None:
+        source = resolve_run_name(reading.of, prompts, work)
+    return spec.Rule(
+        span=rule.span,
+        verb=verb,
+        site=body.site,
+        at=body.at if reading.at is None else reading.at,
+        onto=None if reading.at is None else body.at,
+        source=source,
+        fill=reading.factor,
+        reading=reading.site,
+    )
+
+
+def _without_source(
+    verb: str, rule: ast.Rule, prompts: spec.Prompts | None, work: Statements
+) -> None:
+    corruption = "RUN"
+    if prompts is not None and prompts.corruptions:
+        corruption = prompts.corruptions[0].name
+    otherwise = ", or name a run behind it: `with RUN`" if verb == "patch" else ""
+    work.diagnostics.append(
+        PatchWithoutSource(span=rule.span, verb=verb, base=corruption, otherwise=otherwise)
+    )
+
+
+def _path(
+    rule: ast.Rule,
+    body: ast.PathRule,
+    source: str | None,
+    prompts: spec.Prompts | None,
+    work: Statements,
+) -> spec.Rule:
+    """`path SENDER -> RECEIVER at POS through mlps with frozen norms`."""
+    if source is None and not work.from_into:
+        _without_source("path", rule, prompts, work)
+    for word in body.through:
+        if word.id != "mlps":
+            hint = did_you_mean(word.id, ["mlps"], "only `mlps` can be let through")
+            work.diagnostics.append(
+                UnknownWord(span=word.span, kind="part of a path", word=word.id, hint=hint)
+            )
+    return spec.Rule(
+        span=rule.span,
+        verb="path",
+        site=body.sender,
+        receiver=body.receiver,
+        at=body.at,
+        source=source,
+        through_mlps=bool(body.through),
+        frozen_norms=body.frozen,
+    )
+
+
+def lower_derived_runs(work: Statements, prompts: spec.Prompts) -> tuple[spec.DerivedRun, ...]:
+    """The runs that an experiment defines, in the order of the file, which is that in which they
+    may use each other. Their names are known from then on.
+
+    E0101 for statements that no run has, E0108 for another model, E0202 for names that are taken,
+    E0207 for lists of runs.
+    """
+    found: list[spec.DerivedRun] = []
+    for definition in work.derived:
+        name = definition.name
+        taken = _taken(name, work, prompts)
+        if taken is not None:
+            work.diagnostics.append(DuplicateName(span=name.span, name=name.id, first=taken))
+        found.append(_run(definition, work, prompts))
+        work.known_runs.setdefault(name.id, name.span)
+    return tuple(found)
+
+
+def _taken(name: ast.Name, work: Statements, prompts: spec.Prompts) -> str | None:
+    """Where another run of this name is from."""
+    if name.id in work.known_runs:
+        return line_reference(work.known_runs[name.id], name.span)
+    corruption = next((c for c in prompts.corruptions if c.name == name.id), None)
+    if corruption is not None:
+        return f"a corruption of `{prompts.name}`"
+    if name.id == CLEAN:
+        return "the run without changes"
+    first = work.scope.definitions.get(name.id)
+    if first is not None and first.kind in ("prompts", "model"):
+        return line_reference(first.span, name.span)
+    return None
+
+
+def _run(definition: ast.RunDef, work: Statements, prompts: spec.Prompts) -> spec.DerivedRun:
+    inner = Statements(work.definition, work.parts, work.scope)
+    inner.elsewhere, inner.known_runs = work.elsewhere, work.known_runs
+    inner.derived = work.derived
+    for statement in definition.statements:
+        if isinstance(statement, ast.Rule | ast.FromInto):
+            inner.collect([statement])
+            continue
+        work.unsupported = True
+        word = statement.span.text.split()[0]
+        work.diagnostics.append(
+            UnexpectedToken(
+                span=statement.span,
+                found=f"`{word}` in a `run`",
+                expected="`from … into …` or a rule",
+                hint=ONE_CELL_HINT if word == "for" else "write it in the experiment",
+            )
+        )
+    if not inner.rules and not inner.unsupported and not work.unsupported:
+        work.diagnostics.append(
+            BadArgument(
+                span=definition.name.span,
+                name=definition.name.id,
+                reason="has no rule",
+                hint="write one: `patch SITE at POSITION`; without rules it is its base run",
+            )
+        )
+    said = len(inner.diagnostics)
+    source, base = _ends(inner, prompts)
+    rules: list[spec.Rule] = []
+    for rule, _ in inner.rules:
+        mark_names_used(rule, inner)
+        reject_during_in_run(rule, inner)
+        rules += lower_rules(replace(rule, during=None), source, prompts, inner)
+    _before_it_is_made(definition, inner, said)
+    work.unsupported |= inner.unsupported
+    name = definition.name
+    return spec.DerivedRun(
+        span=name.span, name=name.id, source=source, base=base, rules=tuple(rules)
+    )
+
+
+def _before_it_is_made(definition: ast.RunDef, inner: Statements, said: int) -> None:
+    """The help of E0201 for runs that are defined further down, or by this very run; said: how many
+    diagnostics there were before it."""
+    later = {each.name.id: each for each in inner.derived if each.name.id not in inner.known_runs}
+    for number, problem in enumerate(inner.diagnostics[said:], said):
+        if not isinstance(problem, UnknownName) or problem.kind != "run":
+            continue
+        if problem.name not in later or problem.span is None:
+            continue
+        hint = f"a run is made of those before it: define `{problem.name}` above this one"
+        if later[problem.name] is definition:
+            hint = "a run can't be made of itself: name another one"
+        inner.diagnostics[number] = replace(problem, hint=hint)
+
+
+def _ends(inner: Statements, prompts: spec.Prompts) -> tuple[str | None, str]:
+    """(source, base) of the `from … into …` of a run."""
+    if not inner.from_into:
+        return None, CLEAN
+    line = inner.from_into[0]
+    found: list[str | None] = []
+    for first, *others in (line.sources, line.bases):
+        inner.diagnostics.extend(
+            BadArgument(
+                span=other.span,
+                name=other.span.written,
+                reason="is a second one",
+                hint="a `run` has one source and one base",
+            )
+            for other in others[:1]
+        )
+        found.append(resolve_run_name(first, prompts, inner, shuffled=line.shuffled is not None))
+    source, base = found
+    there = inner.elsewhere.get(base or CLEAN)
+    if there is not None and there.model is not None:
+        what = "a `run` with rules in another model"
+        inner.diagnostics.append(NotSupported(span=line.bases[0].span, what=what))
+    return source, base or CLEAN

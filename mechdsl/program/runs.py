@@ -1,0 +1,515 @@
+"""The runs of an experiment: other prompt sets and models, generation, saved activations.
+
+An experiment that compares several models, sources or bases becomes one experiment per
+combination. Each is resolved, planned and run like any other; their results are joined at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from mechdsl.base import limits
+from mechdsl.base.source import Source, Span
+from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.names import BadArgument, DuplicateName, MissingLine, UnknownWord
+from mechdsl.diagnostics.prompts import UnsampledRuns
+from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.program import spec
+from mechdsl.program.spec import (
+    CLEAN,
+    PROMPTS_AXIS,
+    Generation,
+    RepliesOf,
+    constant_value,
+    whole_number_value,
+)
+from mechdsl.program.statements import (
+    Statements,
+    note_external_run,
+    reject_argument,
+    resolve_run_name,
+)
+from mechdsl.syntax import ast
+
+RunLabel = int | str
+
+
+@dataclass(frozen=True)
+class RunSide:
+    """A run on one side of `from … into …`."""
+
+    run: str
+    """As tables call it."""
+    label: RunLabel
+    model: str | None = None
+    """Where the file names a model."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One combination of a model, a source and a base."""
+
+    model: str
+    source: str | None
+    base: str
+    labels: tuple[tuple[str, RunLabel], ...]
+    """Of what there are several."""
+    reads: str | None
+    """The source as written: where it is the variant's own model, that is its clean run."""
+
+
+# --- both sides of `from … into …` -------------------------------------------------------------
+
+
+def lower_sides(work: Statements, prompts: spec.Prompts) -> tuple[list[RunSide], list[RunSide]]:
+    """(sources, bases) of `from … into …`; without one, no sources and the clean run."""
+    if not work.from_into:
+        return [], [RunSide(CLEAN, CLEAN)]
+    line = work.from_into[0]
+    sources = list(_ends(line.sources, prompts, work))
+    bases = [
+        # What rules act on is a run of its own model, whichever that is.
+        RunSide(CLEAN, end.label, end.model) if end.model is not None else end
+        for end in _ends(line.bases, prompts, work)
+    ]
+    for refs in (line.sources, line.bases):
+        reject_repeated_names([(ref.span.written, ref.span) for ref in refs], work)
+    runs = [work.elsewhere.get(end.run) for end in (*sources, *bases)]
+    known = len(sources) == len(line.sources) and len(bases) == len(line.bases)
+    if line.shuffled is not None and known and not any(run and run.shuffled for run in runs):
+        work.diagnostics.append(
+            BadArgument(
+                span=line.shuffled.span,
+                name="shuffled",
+                reason="is for runs of another block of prompts",
+                hint="leave it out: runs of one block are of the same rows",
+            )
+        )
+    kinds = {end.model is not None for end in bases}
+    if len(kinds) > 1:
+        work.diagnostics.append(
+            BadArgument(
+                span=line.bases[1].span,
+                name=line.bases[1].span.written,
+                reason="stands beside a base of another kind",
+                hint="let all bases be runs of one model, or all be models",
+            )
+        )
+    return sources, bases
+
+
+def _ends(refs: Sequence[ast.Ref], prompts: spec.Prompts, work: Statements) -> Iterator[RunSide]:
+    own = [CLEAN, *(c.name for c in prompts.corruptions)]
+    for ref in refs:
+        members = work.parts.checkpoints.get(ref.name)
+        if ref.part is None and members is not None and ref.name not in own:
+            work.scope.has("model", ref.name)
+            for name, label in zip(members, model_labels(members, work), strict=True):
+                note_external_run(work, spec.ExternalRunSpec(span=ref.span, name=name, model=name))
+                yield RunSide(name, label, name)
+            continue
+        shuffled = work.from_into[0].shuffled is not None
+        run = resolve_run_name(ref, prompts, work, shuffled=shuffled)
+        if run is None:
+            continue
+        there = work.elsewhere.get(run)
+        yield RunSide(run, ref.span.written, None if there is None else there.model)
+
+
+def reject_repeated_names(written: Sequence[tuple[str, Span]], work: Statements) -> None:
+    seen: set[str] = set()
+    for name, span in written:
+        if name in seen:
+            work.diagnostics.append(
+                BadArgument(
+                    span=span,
+                    name=name,
+                    reason="stands twice in one list",
+                    hint="every combination is run once: name each of them once",
+                )
+            )
+        seen.add(name)
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def model_labels(names: Sequence[str], work: Statements) -> list[RunLabel]:
+    """What tables call models: checkpoints by what the star stands for, numbers if all are."""
+    found = [work.parts.models[name].matched or name for name in names]
+    if all(label.isascii() and label.isdigit() and str(int(label)) == label for label in found):
+        return [int(label) for label in found]
+    return list[RunLabel](found)
+
+
+def experiment_models(work: Statements, bases: Sequence[RunSide]) -> list[tuple[str, RunLabel]]:
+    """The models that the experiment runs on; none after an error.
+
+    `into tuned` names the model as well; a `model` line beside it may name both sides.
+    """
+    across = [(end.model, end.label) for end in bases if end.model is not None]
+    if len(across) not in (0, len(bases)):
+        return []  # which has been refused
+    if across:
+        line = work.from_into[0]
+        named = {
+            name
+            for ref in (*line.sources, *line.bases)
+            for name in work.parts.checkpoints.get(ref.name, (ref.name,))
+        }
+        for use in work.models:
+            for ref in use.models:
+                if not work.scope.use("model", ref.name, ref.span):
+                    return []
+                if not named.issuperset(work.parts.checkpoints.get(ref.name, (ref.name,))):
+                    work.diagnostics.append(
+                        BadArgument(
+                            span=ref.span,
+                            name=ref.name,
+                            reason="is neither the model that is read nor the one that is patched",
+                            hint=f"write `model {across[0][0]}`, or leave the line out",
+                        )
+                    )
+        return across
+    if not work.models:
+        return _only_model(work)
+    found: list[str] = []
+    refs = work.models[0].models
+    for ref in refs:
+        if not work.scope.use("model", ref.name, ref.span):
+            return []
+        found += work.parts.checkpoints.get(ref.name, (ref.name,))
+    reject_repeated_names([(ref.name, ref.span) for ref in refs], work)
+    if not all(name in work.parts.models for name in found):
+        return []
+    return list(zip(found, model_labels(found, work), strict=True))
+
+
+def _only_model(work: Statements) -> list[tuple[str, RunLabel]]:
+    """The file's only model, which needs no line."""
+    known = work.scope.names("model")
+    if len(known) == 1:
+        work.scope.use("model", known[0], work.definition.span)
+        names = work.parts.checkpoints.get(known[0], (known[0],))
+        if not all(name in work.parts.models for name in names):
+            return []
+        return list(zip(names, model_labels(names, work), strict=True))
+    hint = 'define one first: `model toy = zoo("counting")`'
+    work.diagnostics.append(
+        MissingLine(
+            span=work.definition.name.span,
+            experiment=work.definition.name.id,
+            what="model",
+            hint=f"add a line such as `model {known[0]}`" if known else hint,
+        )
+    )
+    return []
+
+
+# --- combinations ---------------------------------------------------------------------------------
+
+
+def combine_variants(
+    models: Sequence[tuple[str, RunLabel]],
+    sources: Sequence[RunSide],
+    bases: Sequence[RunSide],
+    prompts: spec.Prompts,
+    work: Statements,
+    block: ast.Ref | None,
+) -> list[Variant]:
+    """Every combination, the last one fastest. E0202 for loops called like them, E0530 for
+    combinations that no sampled row takes part in.
+
+    block: of prompts, as the experiment names it
+    """
+    across = any(end.model is not None for end in bases)
+    found: list[Variant] = []
+    for (model, name), source, base in product(
+        [("", "")] if across else models, sources or [None], bases
+    ):
+        model = base.model or model
+        labels = list[tuple[str, RunLabel]](prompts_labels(block, work))
+        if not across and len(models) > 1:
+            labels.append(("model", name))
+        if source is not None and len(sources) > 1:
+            labels.append(("source", source.label))
+        if len(bases) > 1:
+            labels.append(("base", base.label))
+        reads = run = None if source is None else source.run
+        if source is not None and source.model == model:
+            run = CLEAN
+        found.append(Variant(model, run, base.run, tuple(labels), reads))
+    _sampled(found, prompts, work)
+    compared = {axis for variant in found for axis, _ in variant.labels}
+    work.diagnostics.extend(
+        DuplicateName(
+            span=loop.span,
+            name=loop.name,
+            first=f"the axis of the {loop.name.removesuffix('s')}s that are compared",
+        )
+        for loop in work.loops
+        if loop.name in compared
+    )
+    return found
+
+
+def prompts_labels(ref: ast.Ref | None, work: Statements) -> tuple[tuple[str, RunLabel], ...]:
+    """What tells a block from the others that the experiment runs on; nothing where it is one."""
+    if ref is None or len(work.prompts[0].prompts) == 1:
+        return ()
+    return ((PROMPTS_AXIS, ref.span.written),)
+
+
+def _sampled(found: Sequence[Variant], prompts: spec.Prompts, work: Statements) -> None:
+    for variant in found:
+        ends = [work.elsewhere.get(run) for run in (variant.source, variant.base) if run]
+        blocks = [end.prompts for end in ends if end is not None and end.prompts is not None]
+        if variant.source is None or len(blocks) < 2:
+            continue
+        work.diagnostics.append(
+            UnsampledRuns(
+                span=work.from_into[0].span,
+                source=variant.source,
+                base=variant.base,
+                prompts=prompts.name,
+                instead=blocks[1],
+            )
+        )
+        return
+
+
+def variant_fields(
+    variant: Variant,
+    rules: Sequence[spec.Rule],
+    derived: Sequence[spec.DerivedRun],
+    work: Statements,
+) -> dict[str, object]:
+    """The rules of a combination, the runs that it defines, and those of elsewhere that it has: its
+    own model's run is its clean one."""
+    own = {run.name for run in work.elsewhere.values() if run.model == variant.model}
+
+    def here(rules: Sequence[spec.Rule]) -> tuple[spec.Rule, ...]:
+        changes = {"source": CLEAN}
+        return tuple(r.model_copy(update=changes) if r.source in own else r for r in rules)
+
+    runs = tuple(
+        run.model_copy(
+            update={"rules": here(run.rules), "source": CLEAN if run.source in own else run.source}
+        )
+        for run in derived
+    )
+    elsewhere = tuple(run for run in work.elsewhere.values() if run.name not in own)
+    return {"rules": here(rules), "derived": runs, "elsewhere": elsewhere}
+
+
+class SettingRange(NamedTuple):
+    """What may stand behind `with`."""
+
+    whole: bool
+    least: float
+    most: float
+    says: str
+    example: str
+
+
+REPLY_REPORTS = frozenset({"texts", "json"})
+"""Reports that need no measure: they have the replies."""
+
+GENERATION_SETTINGS: Mapping[str, SettingRange] = {
+    "temperature": SettingRange(False, 1e-6, 1e6, "must be a number above 0", "temperature 0.7"),
+    "top_k": SettingRange(True, 1, 1e9, "must be a whole number above 0", "top_k 50"),
+    "top_p": SettingRange(False, 1e-9, 1.0, "must be a number above 0 and at most 1", "top_p 0.9"),
+    "samples": SettingRange(
+        True,
+        1,
+        limits.REPLY_SAMPLES,
+        f"must be a whole number, 1 to {limits.REPLY_SAMPLES:,}",
+        "samples 3",
+    ),
+}
+
+
+def lower_replies(work: Statements) -> RepliesOf | None:
+    """Whose replies stand behind the prompts, if any do; E0108 beside `generate`."""
+    said = work.prompts[0].replies if work.prompts else None
+    if said is None:
+        return None
+    if work.generate:
+        work.diagnostics.append(
+            NotSupported(
+                span=work.generate[0].span,
+                what="`generate` behind replies",
+                later="write the whole text in one experiment, with more tokens, or name the "
+                "replies in another one",
+            )
+        )
+    if isinstance(said, ast.Name):
+        return RepliesOf(span=said.span, of=said.id)
+    return RepliesOf(span=said.span, of=said.name, cell=said.arguments)
+
+
+def reply_length_measure(line: ast.Generate) -> ast.Measure:
+    """What an experiment measures that only writes."""
+    source = Source("measure length as raw", line.span.source.path)
+    length, raw = (
+        ast.Name(word, span=Span(source, begin, begin + len(word)))
+        for word in ("length", "raw")
+        for begin in [source.text.index(word)]
+    )
+    return ast.Measure(length, raw, span=line.span)
+
+
+def lower_generation(work: Statements) -> Generation | None:
+    """The `generate` line of an experiment; None where it has none. After an error another one
+    stands for it.
+
+    E0201, E0203, E0207 for numbers that can't be taken, and for sampling without a seed.
+    """
+    if not work.generate:
+        return None
+    line = work.generate[0]
+    found = _generation(line, work)
+    return Generation(span=line.span, tokens=2) if found is None else found
+
+
+def _generation(line: ast.Generate, work: Statements) -> Generation | None:
+    """The line, None after an error."""
+    tokens = whole_number_value(line.tokens, work.parts.parameters)
+    if isinstance(line.tokens, str) and not work.scope.use("param", line.tokens, line.span):
+        return None
+    if tokens is None or not 1 <= tokens <= limits.REPLY_TOKENS:
+        return reject_argument(
+            line,
+            "generate",
+            f"must be a whole number of tokens, 1 to {limits.REPLY_TOKENS:,}",
+            "write how many tokens a reply has at most: `generate 40`",
+            work,
+        )
+    stops: list[str] = []
+    for stop in line.stops:
+        if not stop.value:
+            reject_argument(
+                stop, '""', "is an empty text, which ends every reply", "leave it out", work
+            )
+        elif stop.value not in stops:
+            stops.append(stop.value)
+    given = _settings(line, work)
+    if given is None:
+        return None
+    if given and work.parts.seeded is None:
+        return reject_argument(
+            line.settings[0],
+            line.settings[0].name.id,
+            "draws tokens at random, and the file has no seed",
+            "add a line such as `seed 7` at the top of the file: the same seed gives the same "
+            "replies; without `with …` the most likely token is taken",
+            work,
+        )
+    if given:
+        given.setdefault("temperature", 1.0)
+    return Generation(span=line.span, tokens=tokens, stops=tuple(stops), **given)
+
+
+def _settings(line: ast.Generate, work: Statements) -> dict[str, Any] | None:
+    """The numbers behind `with`, by name; None after an error."""
+    found: dict[str, Any] = {}
+    before = len(work.diagnostics)
+    for each in line.settings:
+        name, known = each.name.id, GENERATION_SETTINGS.get(each.name.id)
+        if known is None:
+            hint = did_you_mean(
+                name, GENERATION_SETTINGS, f"settings are {', '.join(GENERATION_SETTINGS)}"
+            )
+            work.diagnostics.append(
+                UnknownWord(span=each.name.span, kind="setting", word=name, hint=hint)
+            )
+            continue
+        if name in found:
+            reject_argument(each, name, "is given twice", "keep one of them", work)
+            continue
+        named = each.value if isinstance(each.value, ast.Name) else None
+        if named is not None and not work.scope.use("param", named.id, named.span):
+            continue
+        value = constant_value(each.value, work.parts.parameters)
+        number = value if isinstance(value, int | float) and not isinstance(value, bool) else None
+        if (
+            number is None
+            or not known.least <= number <= known.most
+            or (known.whole and number != int(number))
+        ):
+            hint = f"for example `{known.example}`"
+            if name == "temperature" and number == 0:
+                hint = "leave it out: without `with …` the most likely token is taken"
+            reject_argument(each, name, known.says, hint, work)
+            continue
+        found[name] = int(number) if known.whole else float(number)
+    return None if len(work.diagnostics) > before else found
+
+
+SAVE_DTYPES = ("float16", "bfloat16", "float32")
+"""What activations can be saved as."""
+
+SAVE_SUFFIX = ".safetensors"
+
+
+def lower_saves(work: Statements, prompts: spec.Prompts) -> tuple[spec.Save, ...]:
+    """The `save` lines of an experiment.
+
+    E0108 beside rules, where no run is named, and beside `keep`, E0201 for runs that there are
+    not, E0203 for types, E0207 for files of another kind.
+    """
+    unsaid = [save for save in work.saves if save.run is None]
+    for save in unsaid[:1] if work.rules else ():
+        later = "say which run: `save SITE of clean at …`; rules of a `run NAME { … }` count too"
+        what = "a `save` of the run that rules act on"
+        work.diagnostics.append(NotSupported(span=save.span, what=what, later=later))
+    for save in work.saves[:1]:
+        if work.keep:
+            later = "leave rows out by a `where` in the prompts block"
+            work.diagnostics.append(
+                NotSupported(span=save.span, what="a `save` beside `keep`", later=later)
+            )
+    found: list[spec.Save] = []
+    for save in work.saves:
+        file, dtype = save.file.value, save.dtype
+        if PurePath(file).suffix.lower() != SAVE_SUFFIX:
+            work.diagnostics.append(
+                BadArgument(
+                    span=save.file.span,
+                    name=file,
+                    reason="is no name of a safetensors file",
+                    hint=f"let it end in `{SAVE_SUFFIX}`",
+                )
+            )
+        if dtype is not None and dtype.id not in SAVE_DTYPES:
+            hint = did_you_mean(dtype.id, SAVE_DTYPES, f"types are {', '.join(SAVE_DTYPES)}")
+            work.diagnostics.append(
+                UnknownWord(span=dtype.span, kind="type of numbers", word=dtype.id, hint=hint)
+            )
+        run = None if save.run is None else resolve_run_name(save.run, prompts, work)
+        found.append(
+            spec.Save(
+                span=save.span,
+                site=save.site,
+                at=save.at,
+                run=run,
+                file=file,
+                dtype=None if dtype is None else dtype.id,
+            )
+        )
+    return tuple(found)
+
+
+def reject_compared_saves(work: Statements, variants: Sequence[object]) -> None:
+    """E0108 where an experiment that saves compares several blocks, models, sources or bases."""
+    blocks = len(work.prompts[0].prompts) if work.prompts else 1
+    if len(variants) * blocks > 1 and work.saves:
+        what = "a `save` in an experiment that compares several models, sources or bases"
+        if blocks > 1:
+            what = "a `save` in an experiment on several blocks of prompts"
+        later = "write an experiment for each, with a file of its own"
+        work.diagnostics.append(NotSupported(span=work.saves[0].span, what=what, later=later))

@@ -1,0 +1,269 @@
+"""The statements of an experiment, sorted; E0108 for those that mechdsl can't execute yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from mechdsl.base.source import Span
+from mechdsl.base.text import SHUFFLED_SUFFIX, name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.names import BadArgument, DuplicateName, RepeatedStatement, UnknownName
+from mechdsl.diagnostics.syntax import NotSupported, UnexpectedToken
+from mechdsl.program import spec
+from mechdsl.program.names import Namespace, line_reference
+from mechdsl.program.spec import CLEAN
+from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import number_names, walk
+from mechdsl.syntax.words import VERBS
+
+if TYPE_CHECKING:
+    from mechdsl.program.spec import Definitions
+
+
+NodeT = TypeVar("NodeT", bound=ast.Node)
+
+# What the grammar knows and no stage executes yet, by the class of its node.
+UNSUPPORTED_NODES: dict[type[ast.Node], str] = {
+    ast.Discover: "`discover`",
+    ast.Search: "`search`",
+    ast.ObserveFeatures: "`observe features`",
+}
+
+# Of which several stand in one statement.
+LIST_HINTS: dict[type[ast.Node], str] = {
+    ast.FromInto: "keep one of them; several runs are a list: `from A, B into C`",
+    ast.UseModel: "keep one of them; several models are a list: `model A, B`",
+}
+
+
+class Statements:
+    """Collects the statements of one experiment."""
+
+    def __init__(self, definition: ast.ExperimentDef, parts: Definitions, scope: Namespace) -> None:
+        self.definition = definition
+        self.parts = parts
+        self.scope = scope
+        self.models: list[ast.UseModel] = []
+        self.prompts: list[ast.UsePrompts] = []
+        self.from_into: list[ast.FromInto] = []
+        self.keep: list[ast.Expr] = []
+        self.loops: list[spec.Loop] = []
+        self.rules: list[tuple[ast.Rule, tuple[str, ...]]] = []
+        self.observed: list[tuple[ast.AnyObserve, tuple[str, ...]]] = []
+        """`observe` lines, with the `for` variables around them."""
+        self.measures: list[ast.Measure] = []
+        self.stats: list[ast.Stats] = []
+        self.reports: list[ast.Report] = []
+        self.expects: list[ast.Expect] = []
+        self.against: list[ast.ControlLine] = []
+        self.generate: list[ast.Generate] = []
+        self.using: list[ast.Using] = []
+        self.derived: list[ast.RunDef] = []
+        self.saves: list[ast.Save] = []
+        self.known_runs: dict[str, Span] = {}
+        """Names of the runs that are defined so far in the experiment itself."""
+        self.elsewhere: dict[str, spec.ExternalRunSpec] = {}
+        """Runs of other blocks and models, by their names."""
+        self.unsupported = False
+
+    @property
+    def diagnostics(self) -> list[Diagnostic]:
+        return self.scope.diagnostics
+
+    def later(self, span: Span, what: str) -> None:
+        self.unsupported = True
+        self.diagnostics.append(NotSupported(span=span, what=what))
+
+    def collect(self, statements: Sequence[ast.Statement], loops: tuple[str, ...] = ()) -> None:
+        for statement in statements:
+            match statement:
+                case ast.Rule():
+                    self.rule(statement, loops)
+                case ast.Observe() | ast.ObserveAttention() | ast.ObserveMaps():
+                    if self._supported(statement):
+                        self.observed.append((statement, loops))
+                case ast.For():
+                    self.loop(statement, loops)
+                case ast.RunDef() | ast.Save() if loops:
+                    word = "run" if isinstance(statement, ast.RunDef) else "save"
+                    self.later(statement.span, f"a `{word}` within a `for`")
+                case ast.RunDef():
+                    self.derived.append(statement)
+                case ast.Save():
+                    self.saves.append(statement)
+                case ast.UseModel():
+                    self.once(statement, self.models, "model")
+                case ast.UsePrompts():
+                    self.once(statement, self.prompts, "prompts")
+                case ast.FromInto():
+                    self.once(statement, self.from_into, "from … into …")
+                case ast.Stats():
+                    self.once(statement, self.stats, "stats")
+                case ast.ControlLine():
+                    self.once(statement, self.against, "against")
+                case ast.Generate():
+                    self.once(statement, self.generate, "generate")
+                case ast.Using():
+                    self.once(statement, self.using, "using")
+                case ast.Keep():
+                    self.keep.append(statement.condition)
+                case ast.Measure():
+                    self.measures.append(statement)
+                case ast.Report():
+                    self.reports.append(statement)
+                case ast.Expect():
+                    self.expects.append(statement)
+                case _:
+                    self.later(statement.span, UNSUPPORTED_NODES[type(statement)])
+
+    def once(self, statement: NodeT, seen: list[NodeT], what: str) -> None:
+        """Keep a statement that may stand once in an experiment."""
+        if seen:
+            self.diagnostics.append(
+                RepeatedStatement(
+                    span=statement.span,
+                    what=what,
+                    block=self.definition.name.id,
+                    first=seen[0].span.line,
+                    hint=LIST_HINTS.get(type(statement), "keep one of them"),
+                )
+            )
+        else:
+            seen.append(statement)
+
+    def loop(self, statement: ast.For, loops: tuple[str, ...]) -> None:
+        name = statement.name
+        taken = next((x for x in self.loops if x.name == name.id), None)
+        if taken is not None:
+            self.diagnostics.append(
+                DuplicateName(
+                    span=name.span, name=name.id, first=line_reference(taken.span, name.span)
+                )
+            )
+        else:
+            domain = statement.domain
+            self.loops.append(spec.Loop(span=name.span, name=name.id, domain=domain, within=loops))
+        mark_names_used(statement.domain, self)
+        self.collect(statement.body, (*loops, name.id))
+
+    def rule(self, rule: ast.Rule, loops: tuple[str, ...]) -> None:
+        """Keep a rule that can be executed; E0108 at the part that can't."""
+        before = len(self.diagnostics)
+        if isinstance(rule.body, ast.RegisteredRule):
+            self._amount(rule.body)
+        if self._supported(rule) and len(self.diagnostics) == before:
+            self.rules.append((rule, loops))
+
+    def _supported(self, statement: ast.Node) -> bool:
+        """Whether all parts can be executed; E0108 at those that can't."""
+        before = len(self.diagnostics)
+        for node in walk(statement):
+            if type(node) in UNSUPPORTED_NODES:
+                self.later(node.span, UNSUPPORTED_NODES[type(node)])
+            elif isinstance(node, ast.Site) and node.basis is not None:
+                self.later(node.span, "a subspace")
+            elif isinstance(node, ast.Axis) and node.word == "feature":
+                self.later(node.span, f"`{node.word}` sites")
+        return len(self.diagnostics) == before
+
+    def _amount(self, body: ast.RegisteredRule) -> None:
+        """E0101 where a verb has another word before its number, or none."""
+        takes, verb = VERBS[body.verb.id], body.verb.id
+        if takes == body.before:
+            return
+        span, found = body.span, f"end of the `{verb}` statement"
+        if body.value is not None:
+            span, found = body.value.span, f"`{body.before} {body.value.span.text}`"
+        expected = f"`{takes}` and a number" if takes else f"no number behind `{verb}`"
+        self.unsupported = True
+        self.diagnostics.append(UnexpectedToken(span=span, found=found, expected=expected))
+
+
+def mark_names_used(node: ast.Node, work: Statements) -> None:
+    """Mark groups and parameters that a rule refers to as used."""
+    for part in walk(node):
+        if isinstance(part, ast.Name):
+            _ = any(work.scope.has(kind, part.id) for kind in ("group", "param", "direction"))
+        elif isinstance(part, ast.Index):
+            work.scope.has("direction", part.name)
+    for name in number_names(node):
+        work.scope.has("param", name)
+
+
+def resolve_run_name(
+    ref: ast.Ref, prompts: spec.Prompts, work: Statements, *, shuffled: bool = False
+) -> str | None:
+    """The name of a run: `clean`, a corruption, another block or its corruption, another model.
+
+    shuffled: rows of another block are dealt to those of the sampled one.
+
+    E0201 where there is none, E0202 where there are two.
+    """
+    if ref.part is None and ref.name in work.known_runs:
+        return ref.name
+    own = [CLEAN, *(c.name for c in prompts.corruptions)]
+    blocks, models = work.scope.names("prompts"), work.scope.names("model")
+    if ref.part is None and ref.name in own:
+        if ref.name in (*blocks, *models):
+            first = work.scope.definitions[ref.name]
+            what = "model" if first.kind == "model" else "block of prompts"
+            where = f"the {what} {line_reference(first.span, ref.span)}; it is a run of `{prompts.name}` too"
+            work.diagnostics.append(DuplicateName(span=ref.span, name=ref.name, first=where))
+        return ref.name
+    if ref.name == prompts.name and ref.part in (None, *own):
+        return ref.part or CLEAN
+    block = work.parts.prompts.get(ref.name)
+    if block is not None and block is not prompts and work.scope.has("prompts", ref.name):
+        run = ref.part or CLEAN
+        if run == CLEAN or run in [c.name for c in block.corruptions]:
+            name = ref.name if run == CLEAN else f"{ref.name}.{run}"
+            name += SHUFFLED_SUFFIX if shuffled else ""
+            there = spec.ExternalRunSpec(
+                span=ref.span, name=name, prompts=ref.name, run=run, shuffled=shuffled
+            )
+            note_external_run(work, there)
+            return name
+        own, prompts = [CLEAN, *(c.name for c in block.corruptions)], block
+        blocks, models = [], []
+    if ref.part is None and ref.name in work.parts.models and work.scope.has("model", ref.name):
+        note_external_run(work, spec.ExternalRunSpec(span=ref.span, name=ref.name, model=ref.name))
+        return ref.name
+    known = [*own, *work.known_runs]
+    work.diagnostics.append(_unknown_run(ref, prompts, known, blocks, models))
+    return None
+
+
+def note_external_run(work: Statements, run: spec.ExternalRunSpec) -> None:
+    work.elsewhere.setdefault(run.name, run)
+
+
+def _unknown_run(
+    ref: ast.Ref,
+    prompts: spec.Prompts,
+    own: Sequence[str],
+    blocks: Sequence[str],
+    models: Sequence[str],
+) -> Diagnostic:
+    runs = name_list(own)
+    hint = f"runs of `{prompts.name}` are {runs}"
+    others = [*blocks, *(models if len(models) > 1 else ())]
+    others = [name for name in others if name != prompts.name]
+    if others:
+        hint += "; other runs are " + name_list(others)
+    written = ref.name if ref.part is None else f"{ref.name}.{ref.part}"
+    if written in ("zero", "mean", "resample"):
+        hint = f"`ablate … with {written}` writes that; a `patch` reads a run: " + runs
+        return UnknownName(span=ref.span, kind="run", name=written, hint=hint)
+    own_part = ref.part is not None and ref.name == prompts.name
+    hint = did_you_mean(
+        ref.name if ref.part is None else ref.part,
+        [*own, *others],
+        hint,
+        written=lambda near: f"{ref.name}.{near}" if own_part and near != CLEAN else near,
+    )
+    return UnknownName(span=ref.span, kind="run", name=written, hint=hint)
+
+
+def reject_argument(node: ast.Node, name: str, reason: str, hint: str, work: Statements) -> None:
+    work.diagnostics.append(BadArgument(span=node.span, name=name, reason=reason, hint=hint))

@@ -1,0 +1,855 @@
+"""A prompts block with its names resolved, its data read and its axes counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mechdsl.base import limits
+from mechdsl.base.records import closest_name
+from mechdsl.base.source import Span
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.names import (
+    BadArgument,
+    DuplicateName,
+    PythonFailed,
+    PythonNotAllowed,
+    PythonNotFound,
+    UnknownWord,
+)
+from mechdsl.diagnostics.prompts import (
+    BadCall,
+    CyclicValue,
+    DataFormat,
+    NoDomain,
+    NoTemplate,
+    TooManyValues,
+    UnknownValue,
+)
+from mechdsl.images import files
+from mechdsl.images.picture import Picture
+from mechdsl.program import spec
+from mechdsl.program.images import (
+    IMAGE_SPAN,
+    SHAPE_REGION,
+    averaged_block,
+    check_tile_columns,
+    is_random_image,
+)
+from mechdsl.program.images import image_expressions as image_parts
+from mechdsl.program.python_functions import (
+    NESTED_CALL_HINT,
+    NESTED_CALL_REASON,
+    PYTHON_CALL,
+    PythonFailure,
+    PythonFunction,
+    find_function,
+)
+from mechdsl.program.spec import TILE
+from mechdsl.prompts.data_files import DataFile, read_data_file, read_dataset
+from mechdsl.prompts.expressions import (
+    Constants,
+    NameUse,
+    PlaceholderLookup,
+    WordLookup,
+    counts_tokens,
+    find_calls,
+    is_random,
+    make_domain,
+    name_uses,
+)
+from mechdsl.prompts.tokens.chat import ChatTemplate
+from mechdsl.prompts.values import Refusal, RowValue, to_hashable, to_plain
+from mechdsl.syntax import ast
+from mechdsl.syntax.parser import Placeholder, parse_template
+from mechdsl.syntax.traversal import depth, walk
+from mechdsl.vocab.corruptions import (
+    ActivationChange,
+    ImageChange,
+    SwapChange,
+    ValueChange,
+    change_kind,
+    change_problems,
+    patch_changes,
+)
+
+PythonNames = tuple[str, ...]
+
+
+class PythonCalls:
+    """The `python(…)` of a block."""
+
+    def __init__(self, parts: Iterable[tuple[PythonNames | None, Any]], *, allowed: bool) -> None:
+        """parts: what rows are made of, each with the names that a function in it is given."""
+        self._found: dict[int, tuple[ast.Call, PythonNames | None]] = {}
+        for names, node in parts:
+            for call in find_python_calls(node):
+                # The tree holds on to the call, so its id stays its own; an equal one elsewhere
+                # may see other names.
+                self._found[id(call)] = call, names
+        self._functions: dict[int, PythonFunction] = {}
+        self.allowed = allowed
+
+    @property
+    def functions(self) -> tuple[PythonFunction, ...]:
+        """Those that were called so far."""
+        return tuple(dict.fromkeys(self._functions.values()))
+
+    def names(self, node: ast.Call) -> PythonNames | None:
+        """What the function is given of the row; None for all that it has. E0222."""
+        if id(node) not in self._found:
+            raise Refusal(
+                PythonNotFound,
+                node.span,
+                written=node.span.written,
+                reason=NESTED_CALL_REASON,
+                hint=NESTED_CALL_HINT,
+            )
+        return self._found[id(node)][1]
+
+    def run(self, node: ast.Call, row: dict[str, object]) -> int | float | bool | str:
+        """The value that the function gives. E0221, E0222, E0223."""
+        function = self._function(node)
+        try:
+            found = function.call(dict(row))
+        except PythonFailure as failure:
+            facts = failure.diagnostic
+            hint = facts.hint
+            if facts.reason.startswith("KeyError"):
+                hint = f"the row has {', '.join(f'`{name}`' for name in row)}"
+            raise Refusal(
+                PythonFailed,
+                node.span,
+                function=facts.function,
+                reason=facts.reason,
+                where=facts.where,
+                hint=hint,
+            ) from None
+        value: object = found
+        if hasattr(found, "item"):  # of numpy or torch
+            try:
+                value = found.item()
+            except (TypeError, ValueError, RuntimeError):  # of several numbers
+                value = None
+        if isinstance(value, int | float | str) and value == value:
+            return value
+        given = "NaN" if isinstance(value, float) else f"`{type(found).__name__}`"
+        raise Refusal(
+            PythonFailed,
+            node.span,
+            function=function.name,
+            reason=f"it gave {given}, not a number or a text",
+            where=function.where(),
+            hint="a value is one number or one text for each row",
+        )
+
+    def _function(self, node: ast.Call) -> PythonFunction:
+        found = self._functions.get(id(node))
+        if found is not None:
+            return found
+        found, problems = find_function(node, "value")
+        if found is None:
+            first = problems[0]
+            assert isinstance(first, PythonNotFound)
+            facts = {"written": first.written, "reason": first.reason, "hint": first.hint}
+            raise Refusal(PythonNotFound, node.span, **facts)
+        if not self.allowed:
+            raise Refusal(
+                PythonNotAllowed,
+                node.span,
+                function=found.name,
+                file=found.file,
+                hint=found.allowing,
+            )
+        self._functions[id(node)] = found
+        return found
+
+
+def find_python_calls(node: Any) -> list[ast.Call]:
+    return [part for part in walk(node) if isinstance(part, ast.Call) and part.name == PYTHON_CALL]
+
+
+def python_scopes(block: PromptsBlock) -> Iterator[tuple[PythonNames | None, Any]]:
+    """What rows are made of, each part with the names that a function in it is given.
+
+    A value sees those that stand above it in the file and hang on nothing from it on, so that no
+    value hangs on itself; texts, conditions and corruptions see all values.
+    """
+    given = (*block.columns, *(name for name, _ in block.axes))
+    definitions = list({id(d): d for d in block.definitions.values()}.values())
+    places = {name: n for n, d in enumerate(definitions) for name in d.names}
+    below = len(definitions)
+    places |= {name: below for name in block.texts if name not in places}
+    for template in block.templates:
+        places |= {name: below for name in template.definitions if name not in places}
+    last: dict[int, int] = {below: below}
+
+    def reach(number: int) -> int:
+        """The last definition in the file that one hangs on, itself included."""
+        if number not in last:
+            last[number] = number
+            used = {use.name for use in name_uses(definitions[number].value, block.placeholders)}
+            last[number] = max([number, *(reach(places[n]) for n in used if n in places)])
+        return last[number]
+
+    for number, definition in enumerate(definitions):
+        if not find_python_calls(definition.value):
+            continue
+        above = [n for n in range(number) if reach(n) < number]
+        yield (*given, *(name for n in above for name in definitions[n].names)), definition.value
+    every = (*given, *(name for definition in definitions for name in definition.names))
+    settled = tuple(n for n in every if n not in places or reach(places[n]) < below)
+    for node in (*block.texts.values(), *block.spec.where):
+        yield settled, node
+    for corruption in block.spec.corruptions:
+        yield None, corruption.changes
+
+
+ImageInfo = tuple[str, tuple[int, int]]
+"""(SHA-256, (height, width))"""
+
+
+class ImageFiles:
+    """Images in files that a block names, each looked at once."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Path, ImageInfo] = {}
+
+    def look(self, path: Path) -> ImageInfo:
+        """Raises `files.NotRead`."""
+        if path not in self._seen:
+            self._seen[path] = files.inspect_image(path)
+        return self._seen[path]
+
+
+def is_drawn_mask(block: spec.Prompts, region: spec.RegionDef) -> bool:
+    """Whether a region is that of shapes which are drawn."""
+    image = block.image
+    return region.column == SHAPE_REGION and isinstance(image, ast.Call) and image.name == "shapes"
+
+
+def check_image_changes(prompts: spec.Prompts) -> list[Diagnostic]:
+    """E0203 and E0207 for what images, or texts, can't be changed by."""
+    found: list[Diagnostic | None] = []
+    for corruption in prompts.corruptions:
+        for place, change in enumerate(corruption.changes):
+            if prompts.kind == "prompts":
+                found.append(_not_of_texts(change))
+            else:
+                before = corruption.changes[:place]
+                found.append(_not_of_images(change, prompts) or _too_late(change, before, prompts))
+    return [each for each in found if each is not None]
+
+
+def _not_of_texts(change: ast.CorruptLine) -> Diagnostic | None:
+    kind = change_kind(change)
+    if not isinstance(kind, ImageChange):
+        return None
+    hint, reason = "change a value that stands in the template", "is of images, and these are texts"
+    return BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
+
+
+def _not_of_images(change: ast.CorruptLine, prompts: spec.Prompts) -> Diagnostic | None:
+    kind, averaged = change_kind(change), averaged_block(prompts.image)
+    swaps = is_region_swap(change, prompts)
+    if not isinstance(kind, ImageChange) and not swaps:
+        if isinstance(kind, ActivationChange):
+            return None
+        if isinstance(kind, ValueChange) and not kind.templates(change):
+            return None
+        return _of_other_things(change)
+    if averaged is not None:
+        reason = "is of single images, and these are a mean"
+        hint = f"change the images of `{averaged.name}`"
+        return BadArgument(span=change.span, name=kind.name, reason=reason, hint=hint)
+    assert isinstance(change, ast.ChangeLine)
+    names = [region.name for region in prompts.regions]
+    names = names if swaps else [IMAGE_SPAN, *names]
+    parts = [part for part in change.values if isinstance(part, ast.Name) and part.id not in names]
+    for part in parts:
+        hint = did_you_mean(part.id, names, f"there is {name_list(names)}")
+        return UnknownWord(span=part.span, kind="region", word=part.id, hint=hint)
+    return None
+
+
+def _of_other_things(change: ast.CorruptLine) -> Diagnostic:
+    """E0207 for texts in images."""
+    name = change_kind(change).name
+    hint = "change a value that the `image` line names, or the image: `mask image`, `blur image …`"
+    if isinstance(change, ast.ChangeLine) and change.tokens is not None:
+        hint = f"write `mask {change.tokens.span.written}` for gray"
+    reason = "writes a text, and these are images"
+    return BadArgument(span=change.span, name=name, reason=reason, hint=hint)
+
+
+def _too_late(
+    change: ast.CorruptLine, before: Sequence[ast.CorruptLine], prompts: spec.Prompts
+) -> Diagnostic | None:
+    """E0207 for a change of pixels behind one of patches, which is made last."""
+    if not is_pixel_change(change, prompts) or not patch_changes(before):
+        return None
+    reason = "stands behind a change of patches, which is made when all pixels are changed"
+    hint = "write it in front of that"
+    return BadArgument(span=change.span, name=change_kind(change).name, reason=reason, hint=hint)
+
+
+def is_region_swap(change: ast.CorruptLine, prompts: spec.Prompts) -> bool:
+    """Whether regions change places, and no values."""
+    if not isinstance(change, ast.ChangeLine) or not isinstance(change_kind(change), SwapChange):
+        return False
+    names = {region.name for region in prompts.regions}
+    return any(isinstance(each, ast.Name) and each.id in names for each in change.values)
+
+
+def is_pixel_change(change: ast.CorruptLine, prompts: spec.Prompts) -> bool:
+    """Whether it changes an image before that is made ready."""
+    if isinstance(change, ast.ChangeLine) and isinstance(change_kind(change), ImageChange):
+        return change.tokens is None
+    return is_region_swap(change, prompts)
+
+
+def improve_hint(problem: UnknownValue, prompts: spec.Prompts) -> UnknownValue:
+    """With a better help where a text lacks its quotes, or shapes have a mask."""
+    image, at, name = prompts.image, problem.span, problem.name
+    if image is None or at is None or problem.hint.startswith("did you mean"):
+        return problem
+    shapes = isinstance(image, ast.Call) and image.name == "shapes"
+    if any(region.span == at for region in prompts.regions):
+        meant = f"did you mean `{SHAPE_REGION}`, where the shapes lie?"
+        return (
+            replace(problem, hint=meant)
+            if shapes and closest_name(name, [SHAPE_REGION])
+            else problem
+        )
+    if shapes and image.span.start <= at.start and at.end <= image.span.end:
+        return replace(problem, hint=f'{problem.hint}; a text stands in quotes: `"{name}"`')
+    return problem
+
+
+@dataclass(frozen=True)
+class Definition:
+    """`a, b = EXPR`: the names that are defined together, and by what."""
+
+    names: tuple[str, ...]
+    value: ast.Expr
+
+    @property
+    def path(self) -> str:
+        """What its draws are called."""
+        return ",".join(self.names)
+
+
+@dataclass
+class CompiledTemplate:
+    """A template's pieces, and the names that its placeholders define (`{s2 = s}`)."""
+
+    text: ast.String
+    """The first one of a chat."""
+    pieces: Sequence[str | Placeholder]
+    turns: tuple[ast.ChatTurn, ...] = ()
+    """Of a chat: who says what; the pieces are those of all turns."""
+    definitions: dict[str, Definition] = field(default_factory=dict[str, Definition])
+
+    @property
+    def texts(self) -> tuple[ast.String, ...]:
+        """The text, or those of the turns."""
+        return tuple(turn.text for turn in self.turns) or (self.text,)
+
+    def __post_init__(self) -> None:
+        for piece in self.pieces:
+            if isinstance(piece, Placeholder) and piece.name is not None:
+                itself = isinstance(piece.expr, ast.Name) and piece.expr.id == piece.name
+                if not itself:
+                    self.definitions[piece.name] = Definition((piece.name,), piece.expr)
+
+
+def check_definitions(
+    graph: Mapping[str, Definition], placeholders: PlaceholderLookup
+) -> Diagnostic | None:
+    """E0502, E0506: what is wrong with the way definitions hang on one another. Rows are worked out
+    by recursion, which is why chains are bounded."""
+    steps: dict[str, int] = {}
+    within: dict[str, int] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> Diagnostic | None:
+        if name in steps or name not in graph:
+            return None
+        span = graph[name].value.span
+        if name in path:
+            around = path[path.index(name) :]
+            shown = " → ".join(f"`{n}`" for n in (*around, name))
+            return CyclicValue(span=span, name=name, path=shown)
+        longest = deepest = 0
+        for use in name_uses(graph[name].value, placeholders):
+            if use.how in ("value", "pool") and len(path) <= limits.CHAIN:
+                found = visit(use.name, (*path, name))
+                if found is not None:
+                    return found
+                longest = max(longest, steps.get(use.name, 0))
+                deepest = max(deepest, within.get(use.name, 0))
+        steps[name] = longest + 1
+        within[name] = deepest + depth(graph[name].value)
+        bounds = (
+            (steps, limits.CHAIN, f"steps from which `{name}` is derived"),
+            (within, 2 * limits.DEPTH, f"parts of `{name}` within one another"),
+        )
+        for found, most, what in bounds:
+            if found[name] > most:
+                amount = f"{most + 1} or more"
+                hint = "derive it in fewer steps"
+                return TooManyValues(span=span, what=what, amount=amount, most=most, hint=hint)
+        return None
+
+    return next((f for f in (visit(name, ()) for name in graph) if f is not None), None)
+
+
+TEMPLATE = "template"
+"""Name of the value that says which of several templates a row is written with."""
+
+PromptsSpecs = Mapping[str, spec.Prompts]
+
+
+def _without_wrong_changes(prompts: spec.Prompts, parameters: Constants) -> spec.Prompts:
+    """The block, so that what is wrong elsewhere in it can be told too."""
+    right = tuple(
+        c.model_copy(
+            update={"changes": tuple(x for x in c.changes if not change_problems((x,), parameters))}
+        )
+        for c in prompts.corruptions
+    )
+    return prompts.model_copy(update={"corruptions": right})
+
+
+class PromptsBlock:
+    """The names of a block and what they stand for. Build it with `compile_block`."""
+
+    def __init__(
+        self,
+        prompts: spec.Prompts,
+        *,
+        seed: int,
+        words: WordLookup | None,
+        parameters: Constants,
+        blocks: PromptsSpecs,
+        python: bool = False,
+        chat: ChatTemplate | None = None,
+    ) -> None:
+        self.spec = _without_wrong_changes(prompts, parameters)
+        self.name = prompts.name
+        self.seed = seed
+        self.parameters = parameters
+        self.words = words
+        self.blocks = blocks
+        self.python = python
+        """Whether functions of Python files may be run."""
+        self.chat = chat
+        """What writes the turns of a chat; None where the tokenizer isn't at hand."""
+        self.diagnostics: list[Diagnostic] = [
+            d for c in prompts.corruptions for d in change_problems(c.changes, parameters)
+        ] + check_image_changes(prompts)
+        self._templates: dict[int, CompiledTemplate] = {}
+        self._pools: dict[str, DataFile | None] = {}
+        self._columns: dict[str, Sequence[RowValue]] = {}
+        self.image_files = ImageFiles()
+        self.averaged: Picture | None = None
+        """The mean that its images are, once it is taken."""
+        self.data: DataFile | None = self._read()
+        self.columns: tuple[str, ...] = self.data.columns if self.data else ()
+        self.templates: tuple[CompiledTemplate, ...] = tuple(map(self.template, prompts.templates))
+        if prompts.chat:
+            self.templates = (self._of_turns(prompts.chat),)
+        self.domains: dict[str, Sequence[RowValue]] = {}
+        if prompts.tiles is not None:
+            self.domains[TILE] = prompts.tiles.names
+        self.definitions: dict[str, Definition] = {}
+        for value in prompts.values:
+            self._define(value)
+        self.texts: dict[str, ast.Expr] = {t.name: t.value for t in prompts.texts}
+        self.marks: dict[str, list[ast.SpanDef]] = {}
+        """Spans that are marked inside the text of a column (`span subject in prompt`)."""
+        for span in prompts.spans:
+            if span.within is not None:
+                self.marks.setdefault(span.within.id, []).append(span)
+        self._check_names()
+        self.axes: tuple[tuple[str, Sequence[RowValue]], ...] = tuple(self._axes())
+        self.size = 1
+        """Combinations of values, for each record."""
+        for _, values in self.axes:
+            self.size *= len(values)
+        self.draws: bool = any(is_random(node, self.placeholders) for node in self._clean_parts())
+        if prompts.image is not None:
+            self.draws = self.draws or is_random_image(prompts.image)
+
+    # --- building -------------------------------------------------------------------------------
+
+    def _read(self) -> DataFile | None:
+        source = self.spec.rows
+        if source is None:
+            return None
+        if isinstance(source, ast.String):
+            data, diagnostics = read_data_file(source.value, source.span)
+        else:  # other than calls are refused where they stand
+            data, diagnostics = read_dataset(source) if isinstance(source, ast.Call) else (None, [])
+        self.diagnostics += diagnostics
+        if data is None or not self.spec.rename:
+            return data
+        new_names = {old: new for new, old in self.spec.rename}
+        for old in new_names:
+            if old not in data.columns:
+                self.diagnostics.append(
+                    UnknownValue(
+                        span=source.span,
+                        prompts=self.name,
+                        name=old,
+                        hint=_hint(old, data.columns, "columns"),
+                    )
+                )
+        for new in new_names.values():
+            if new in data.columns and new not in new_names:
+                shown = source.value if isinstance(source, ast.String) else source.span.written
+                first = f"the column `{new}` of `{shown}`"
+                self.diagnostics.append(DuplicateName(span=source.span, name=new, first=first))
+        records = tuple({new_names.get(k, k): v for k, v in r.items()} for r in data.records)
+        columns = tuple(new_names.get(c, c) for c in data.columns)
+        return DataFile(records, columns, data.digest)
+
+    def _define(self, value: spec.Value) -> None:
+        if value.domain is not None:
+            values, diagnostics = make_domain(
+                value.domain, prompts=self.name, constants=self.parameters, words=self.words
+            )
+            self.diagnostics += diagnostics
+            for name in value.names:
+                self.domains[name] = values
+        elif value.value is not None:
+            definition = Definition(value.names, value.value)
+            for name in value.names:
+                self.definitions[name] = definition
+
+    def template(self, text: ast.String) -> CompiledTemplate:
+        """The parsed text; every text of the file is parsed once. Codes: E0113 and its like."""
+        found = self._templates.get(id(text))
+        if found is None:
+            pieces, diagnostics = parse_template(text)
+            self.diagnostics += diagnostics
+            # The tree holds on to `text`, so its id stays its own.
+            found = self._templates[id(text)] = CompiledTemplate(text, pieces)
+        return found
+
+    def _of_turns(self, turns: tuple[ast.ChatTurn, ...]) -> CompiledTemplate:
+        texts = [self.template(turn.text) for turn in turns]
+        pieces = [piece for text in texts for piece in text.pieces]
+        return CompiledTemplate(texts[0].text, pieces, turns)
+
+    def placeholders(self, text: ast.String) -> list[ast.Expr]:
+        """What stands in the braces of a text."""
+        return [p.expr for p in self.template(text).pieces if isinstance(p, Placeholder)]
+
+    @cached_property
+    def calls(self) -> PythonCalls:
+        """The `python(…)` in it."""
+        return PythonCalls(python_scopes(self), allowed=self.python)
+
+    def in_file(self, index: int) -> int:
+        """The combination at a place of a round: a limit or a split takes the same records however
+        the file is sorted."""
+        if self.data is None:
+            return index
+        rest, place = divmod(index, self.data_size)
+        return rest * self.data_size + self.data.by_content.order[place]
+
+    def place_of(self, number: int) -> int:
+        """The place of a combination in a round, the other way round."""
+        if self.data is None:
+            return number
+        rest, record = divmod(number, self.data_size)
+        return rest * self.data_size + self.data.by_content.rank[record]
+
+    @property
+    def data_size(self) -> int:
+        """Records of the data file; 1 where there is none."""
+        return len(self.data.records) if self.data else 1
+
+    @property
+    def columns_unknown(self) -> bool:
+        """Whether it has columns whose names can't be read."""
+        return self.data is None and (self.spec.rows is not None or self.spec.from_images)
+
+    @property
+    def combinations(self) -> int:
+        """Rows of one round."""
+        return self.size * self.data_size
+
+    @property
+    def tiles(self) -> int:
+        """Rows that one image is cut into: those of a round have it by the first number of them,
+        and so many further."""
+        return len(self.domains[TILE]) if self.spec.tiles is not None else 1
+
+    def images_behind(self, number: int) -> int:
+        """The number of a row if its image were one: equal for its tiles, and for no others."""
+        turn, index = divmod(number, max(1, self.combinations))
+        images = self.combinations // self.tiles
+        return turn * images + index % max(1, images)
+
+    # --- names ------------------------------------------------------------------------------------
+
+    def _clean_parts(self) -> Iterator[ast.Expr]:
+        """All expressions that the clean row is made of."""
+        for definition in self.definitions.values():
+            yield definition.value
+        for template in self.templates:
+            yield from template.texts
+        if self.spec.image is not None:
+            yield from image_parts(self.spec.image)
+        for region in self.spec.regions:
+            if not is_drawn_mask(self.spec, region):
+                yield ast.Name(region.column, span=region.span)
+        yield from self.texts.values()
+        if self.spec.classes is not None:
+            yield self.spec.classes
+        yield from self.spec.where
+        for span in self.spec.spans:
+            if span.literal is not None:
+                yield span.literal
+
+    def _changed_parts(self) -> Iterator[tuple[set[str], ast.Node]]:
+        """What corruptions write, with the names that each change gives a new value."""
+        for corruption in self.spec.corruptions:
+            for change in corruption.changes:
+                if is_region_swap(change, self.spec):
+                    continue
+                kind = change_kind(change)
+                written = {name.id for name in kind.writes(change)}
+                for node in kind.reads(change):
+                    yield written, node
+
+    def _all_templates(self) -> Iterator[CompiledTemplate]:
+        yield from self.templates
+        for corruption in self.spec.corruptions:
+            for change in corruption.changes:
+                yield from map(self.template, change_kind(change).templates(change))
+
+    def _check_names(self) -> None:
+        """E0202, E0501, E0502, E0525: all that can be said before a row is made."""
+        if self.spec.tiles is not None:
+            self.diagnostics += check_tile_columns(self.spec.tiles, self.columns)
+        if not self.templates:
+            self.diagnostics.append(NoTemplate(span=self.spec.span, prompts=self.name))
+        for template in self._all_templates():
+            for name in template.definitions:
+                if name in self.domains or name in self.definitions:
+                    self._duplicate(template, name)
+        if not self.columns_unknown:
+            self._check_uses()
+        self._check_cycles()
+        self._check_tokens()
+        self._check_roles()
+
+    def _check_tokens(self) -> None:
+        """E0515 for `tokens(…)` in what prompts are made of: it is told of finished ones."""
+        elsewhere = (
+            *(each.value for each in self.definitions.values()),
+            *(text for each in self._all_templates() for text in each.texts),
+            *self.texts.values(),
+            *(part for _, part in self._changed_parts()),
+        )
+        for call in find_calls(elsewhere, self.placeholders):
+            if counts_tokens(call):
+                reason, usage = "can only stand in `where`", "where tokens(answer) = 1"
+                bad = BadCall(span=call.span, name="tokens", reason=reason, usage=usage)
+                self.diagnostics.append(bad)
+
+    def _check_roles(self) -> None:
+        """E0202 for values that are called as the turns are, and stand in one."""
+        first = "the turns of that name, which are spans too"
+        marks = [span.name for span in self.spec.spans if span.within is None]
+        texts = [turn.text for turn in self.spec.chat]
+        found = [(use.name, use.span) for use in name_uses(tuple(texts), self.placeholders)]
+        found += [(mark.id, mark.span) for mark in marks] if texts else []
+        for name, span in found:
+            if name in spec.CHAT_ROLES:
+                self.diagnostics.append(DuplicateName(span=span, name=name, first=first))
+
+    def _duplicate(self, template: CompiledTemplate, name: str) -> None:
+        for piece in template.pieces:
+            if isinstance(piece, Placeholder) and piece.name == name:
+                first = f"a value of prompts `{self.name}`"
+                self.diagnostics.append(DuplicateName(span=piece.span, name=name, first=first))
+
+    def _check_uses(self) -> None:
+        names = self.names()
+        parts: list[ast.Node] = [*self._clean_parts(), *(n for _, n in self._changed_parts())]
+        for use in name_uses(tuple(parts), self.placeholders):
+            if use.name in names or (use.how == "pool" and use.name in self.blocks):
+                continue
+            problem = improve_hint(self._unknown(use.name, use.span), self.spec)
+            self.diagnostics.append(problem)
+        for corruption in self.spec.corruptions:
+            for change in corruption.changes:
+                for target in change_kind(change).writes(change):
+                    if target.id not in names:
+                        self.diagnostics.append(self._unknown(target.id, target.span))
+        for spans in self.marks.values():
+            for span in spans:
+                for name in (span.name, span.within):
+                    if name is not None and name.id not in names:
+                        self.diagnostics.append(self._unknown(name.id, name.span))
+
+    def names(self) -> dict[str, None]:
+        """Every name that a row has, in the order of the file."""
+        found: dict[str, None] = dict.fromkeys(self.columns)
+        if self.spec.tiles is not None:
+            found[TILE] = None
+        for value in self.spec.values:
+            found |= dict.fromkeys(value.names)
+        for template in self._all_templates():
+            found |= dict.fromkeys(template.definitions)
+        if len(self.templates) > 1:
+            found[TEMPLATE] = None
+        found |= dict.fromkeys(self.texts) | dict.fromkeys(self.parameters)
+        return found | dict.fromkeys(("true", "false"))
+
+    def _unknown(self, name: str, span: Span) -> UnknownValue:
+        names = [n for n in self.names() if n not in ("true", "false")]
+        hint = _hint(name, names, "names")
+        return UnknownValue(span=span, prompts=self.name, name=name, hint=hint, unit=self.spec.unit)
+
+    def unknown(self, name: str, span: Span) -> Refusal:
+        """E0501 for a name that a row doesn't have."""
+        if name in self.domains:
+            hint = f"a row has many: `{name}` is only drawn by a list; `xs[1]` is one of them"
+        else:
+            hint = self._unknown(name, span).hint
+        return Refusal(
+            UnknownValue, span, prompts=self.name, name=name, hint=hint, unit=self.spec.unit
+        )
+
+    def _check_cycles(self) -> None:
+        """E0502, and E0506 for values that hang on one another in an endless chain."""
+        for template in self._all_templates():
+            graph = template.definitions | self.definitions
+            for name, value in self.texts.items():
+                graph.setdefault(name, Definition((name,), value))
+            found = check_definitions(graph, self.placeholders)
+            if found is not None:
+                self.diagnostics.append(found)
+                return
+
+    def only(self, corruption: spec.Corruption) -> PromptsBlock:
+        """The same block with one of its corruptions."""
+        other = copy(self)
+        other.spec = self.spec.model_copy(update={"corruptions": (corruption,)})
+        return other
+
+    def _axes(self) -> Iterator[tuple[str, Sequence[RowValue]]]:
+        """The domains that are crossed: all but those that only lists draw from."""
+        drawn = set[str]()
+        own = set[str]()
+
+        def note(found: Iterable[NameUse], changed: set[str]) -> None:
+            for use in found:
+                if use.how == "item":
+                    drawn.add(use.name)
+                elif use.how == "value" and use.name not in changed:
+                    own.add(use.name)
+
+        for part in self._clean_parts():
+            note(name_uses(part, self.placeholders), set())
+        for changed, part in self._changed_parts():
+            # `item = other(item)` changes each item that the lists drew.
+            note(name_uses(part, self.placeholders), changed)
+        if len(self.templates) > 1:
+            yield TEMPLATE, tuple(t.text.value for t in self.templates)
+        if self.spec.tiles is not None:  # outermost: what `images_behind` hangs on
+            yield TILE, self.domains[TILE]
+        for name, values in self.domains.items():
+            if name == TILE and self.spec.tiles is not None:
+                continue
+            if name in own or name not in drawn:
+                yield name, values
+
+    def is_token_id(self, text: str) -> bool:
+        """Whether a text is given as the id of a token, which nothing is tokenised for."""
+        node = self.texts[text]
+        return isinstance(node, ast.Call) and node.name == "token_id"
+
+    # --- domains of names -------------------------------------------------------------------------
+
+    def domain_of(self, node: ast.Expr, template: CompiledTemplate | None) -> Sequence[RowValue]:
+        """What a name ranges over: its own domain, or that of what it is drawn from. E0513."""
+        found = self._domain(node, template, frozenset())
+        if found is None:
+            shown = node.span.text
+            hint = 'give values to draw from: `x in ["a", "b"]`, then `other(x)`'
+            raise Refusal(NoDomain, node.span, name=shown, hint=hint)
+        return found
+
+    def _domain(
+        self, node: object, template: CompiledTemplate | None, seen: frozenset[str]
+    ) -> Sequence[RowValue] | None:
+        match node:
+            case ast.Name(id=name) if name not in seen:
+                if name in self.domains:
+                    return self.domains[name]
+                if name == TEMPLATE and len(self.templates) > 1:
+                    return [t.text.value for t in self.templates]
+                definition = self.definitions.get(name)
+                if definition is None and template is not None:
+                    definition = template.definitions.get(name)
+                if definition is not None:
+                    return self._domain(definition.value, template, seen | {name})
+                return self.column(name)
+            case ast.Index(name=name):
+                inner = ast.Name(name, span=node.span)
+                return self._domain(inner, template, seen)
+            case ast.Call(name="other" | "others" | "shuffle" | "list", arguments=(first, *_)):
+                return self._domain(first.value, template, seen)
+            case ast.Call(name="choice", arguments=arguments) if len(arguments) > 1:
+                fixed = [a.value for a in arguments]
+                values = [n.value for n in fixed if isinstance(n, ast.Number | ast.String)]
+                return values if len(values) == len(fixed) else None
+            case _:
+                return None
+
+    def column(self, name: str) -> Sequence[RowValue] | None:
+        """The different values of a column, however the file is sorted."""
+        if self.data is None or name not in self.columns:
+            return None
+        if name not in self._columns:
+            values = (record.get(name) for record in self.data.sorted)
+            unique = {to_hashable(to_plain(v)): v for v in values if v is not None}
+            self._columns[name] = tuple(unique.values())
+        return self._columns[name]
+
+    def records(self, name: str) -> DataFile | None:
+        """The records of this or another block, None where it has none. E0504, E0505."""
+        if name == self.name:
+            return self.data
+        if name not in self.blocks:
+            return None
+        if name not in self._pools:
+            other = PromptsBlock(
+                self.blocks[name],
+                seed=self.seed,
+                words=self.words,
+                parameters=self.parameters,
+                blocks={},
+            )
+            wrong = next((d for d in other.diagnostics if d.code in ("E0504", "E0505")), None)
+            if isinstance(wrong, DataFormat) and wrong.span is not None:
+                facts = {"path": wrong.path, "reason": wrong.reason, "hint": wrong.hint}
+                raise Refusal(DataFormat, wrong.span, **facts)
+            self._pools[name] = other.data
+        return self._pools[name]
+
+
+def _hint(name: str, known: Iterable[str], what: str) -> str:
+    names = list(known)
+    listed = name_list(names)
+    return did_you_mean(name, names, f"its {what} are {listed}" if names else "define it")

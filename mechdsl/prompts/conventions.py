@@ -1,0 +1,209 @@
+"""Conventions, warnings and errors about finished prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from mechdsl.base.limits import CHAT_DATE
+from mechdsl.base.text import count_noun, quote
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.models import NoTokenFor
+from mechdsl.diagnostics.prompts import EmptyPrompt, PromptTooLong, UnknownWords
+from mechdsl.images.picture import GRAY_LEVEL, PictureChange
+from mechdsl.prompts.block import PromptsBlock
+from mechdsl.prompts.rows import CLEAN, PromptTable
+from mechdsl.prompts.runs import RunRow, describe_output
+from mechdsl.prompts.tokens.chat import ASSISTANT, find_turns
+from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.prompts.tokens.tokenizer import EncodedText, TextTokenizer
+from mechdsl.prompts.values import RichText
+
+
+def token_conventions(
+    block: PromptsBlock, table: PromptTable, tokenizer: TextTokenizer
+) -> dict[str, str]:
+    """The beginning-of-sequence token, and how answers and the like were tokenised."""
+    rows = table.runs[CLEAN].rows
+    out = {"bos": tokenizer.bos_convention()}
+    if isinstance(tokenizer, ImageTokenizer):
+        out = {"images": tokenizer.convention()}
+        if block.spec.tiles is not None:
+            said = (
+                "each a row; those of one image count together, in one part of a split, in one fold"
+            )
+            out["tiles"] = f"{block.spec.tiles.words}: {said}"
+        if block.spec.regions:
+            names = ", ".join(f"`{region.name}`" for region in block.spec.regions)
+            said = "patches with a pixel, as the model gets it, that lies in it by half or more"
+            said += "" if block.spec.tiles is None else "; tiles without any drop out"
+            out["regions"] = f"{names}: {said}"
+    if block.spec.chat:
+        out = _chat_conventions(block, rows, tokenizer)
+    for name in rows[0].texts if rows else ():
+        lengths = sorted({len(row.texts[name].ids) for row in rows})
+        if lengths == [0]:
+            first = rows[0].texts[name]
+            others = len({row.texts[name].text for row in rows}) - 1
+            shown = quote(first.text) + (f" and {count_noun(others, 'other')}" if others else "")
+            each = "each " if others else ""
+            said = f"{describe_output(first)}, and no token"
+            if isinstance(tokenizer, ImageTokenizer) and tokenizer.texts is not None:
+                said = "a text that the image is scored with"
+            out[name] = f"{shown}: {each}{said}"
+            continue
+        sizes = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+        tokens = "one token" if lengths == [1] else f"{sizes} tokens"
+        out[name] = f"{quote(rows[0].texts[name].text)}: {tokens}, read behind the prompt"
+        if table.moved and not block.is_token_id(name):
+            out[name] += f"; its first token {quote(table.moved_text)} stands in the prompt"
+    return out
+
+
+def _chat_conventions(
+    block: PromptsBlock, rows: Sequence[RunRow], tokenizer: TextTokenizer
+) -> dict[str, str]:
+    """What the template of a chat put in."""
+    chat, bos = block.chat, tokenizer.roles.get("bos")
+    there = any(row.special[:1] == (True,) for row in rows)
+    by = "the chat template" if tokenizer.bos is None else f"bos: {str(tokenizer.bos).lower()}"
+    begun = block.spec.chat[-1].role == ASSISTANT
+    said = "turns as the model's chat template writes them, "
+    said += "the last one a reply that has begun" if begun else "and its opening of a reply"
+    if chat is not None and chat.tells_time:
+        said += f"; today is {CHAT_DATE.day} {CHAT_DATE:%B %Y} for it"
+    return {"bos": f"`{bos}` in front ({by})" if there else f"none in front ({by})", "chat": said}
+
+
+def noise_conventions(table: PromptTable) -> dict[str, str]:
+    """How much noise corrupted runs add; one standard deviation is worked out from weights."""
+    out: dict[str, str] = {}
+    for name, run in table.runs.items():
+        noise = run.noise
+        if noise is None:
+            continue
+        if noise.sds is not None:
+            size = f"{noise.sds:g} sd over {count_noun(len(noise.sd_tokens), 'token')}"
+            if noise.sd_images:
+                size += f" of {count_noun(len(noise.sd_images), 'image')}"
+        else:
+            size = f"std {noise.std:g}"
+        out[f"noise of {name}"] = f"{noise.kind}, {size}, {count_noun(noise.samples, 'draw')}"
+    return out
+
+
+def image_conventions(table: PromptTable) -> dict[str, str]:
+    """What images are the mean of, and what corruptions do to them."""
+    out: dict[str, str] = {}
+    for name, run in table.runs.items():
+        images = [row.image for row in run.rows if row.image is not None]
+        done: dict[tuple[object, ...], list[PictureChange]] = {}
+        for change in (each for image in images for each in image.changes):
+            done.setdefault((change.how, change.patches is None), []).append(change)
+        if done:
+            out[f"image of {name}"] = ", then ".join(map(_changes_in_words, done.values()))
+        image = images[0] if images else None
+        if image is not None and image.how == "mean":
+            rows = f"{count_noun(image.count, 'image')} of `{image.said}`"
+            said = f"mean of {rows}, before any `limit`, as the model gets them"
+            out[f"image of {table.name if name == CLEAN else name}"] = said
+    return out
+
+
+_UNITS = {
+    "blur": "blur with a Gaussian of radius {} pixels",
+    "mask": f"mask with {GRAY_LEVEL} of 255",
+    "noise": "noise of standard deviation {} of 255",
+    "swap": "swap of two boxes, each resized to the other (bilinear)",
+}
+
+
+def _changes_in_words(changes: Sequence[PictureChange]) -> str:
+    """What is done, by one change or by several of a kind."""
+    amounts = sorted({change.amount for change in changes})
+    shown = f"{amounts[0]:g}" if len(amounts) == 1 else f"{amounts[0]:g} to {amounts[-1]:g}"
+    said = _UNITS[changes[0].how].format(shown)
+    return said if changes[0].patches is None else f"{said}, of patches as the model gets them"
+
+
+def check_empty_prompts(
+    block: PromptsBlock, run: str, riches: Sequence[RichText]
+) -> Iterator[Diagnostic]:
+    """E0526."""
+    empty = sum(not rich.text.strip() for rich in riches)
+    if empty:
+        yield EmptyPrompt(span=block.templates[0].text.span, run=run, rows=empty)
+
+
+def check_unknown_words(
+    block: PromptsBlock,
+    tokenizer: TextTokenizer,
+    run: str,
+    riches: Sequence[RichText],
+    encoded: Sequence[EncodedText],
+) -> Iterator[Diagnostic]:
+    """W0702, or E0436 where the tokenizer has nothing that stands for them."""
+    template = block.templates[0]
+    for number, (words, rows) in sorted(_by_turn(block, tokenizer, riches, encoded).items()):
+        shown = ", ".join(words[:3]) + (f" and {len(words) - 3} more" * (len(words) > 3))
+        turns = template.turns
+        span = turns[number].text.span if turns else template.text.span
+        unknown = tokenizer.unknown_id
+        if unknown is None or tokenizer.made_unknown:
+            yield NoTokenFor(span=span, words=shown, rows=rows, total=len(riches), run=run)
+            continue
+        yield UnknownWords(
+            span=span,
+            words=shown,
+            rows=rows,
+            total=len(riches),
+            run=run,
+            unknown=tokenizer.token_text(unknown),
+        )
+
+
+def _by_turn(
+    block: PromptsBlock,
+    tokenizer: TextTokenizer,
+    riches: Sequence[RichText],
+    encoded: Sequence[EncodedText],
+) -> dict[int, tuple[list[str], int]]:
+    """Number of a turn (0 where there are none, and for what stands in none) → the words in it
+    that the tokenizer doesn't know, and in how many rows."""
+    unknown = tokenizer.unknown_id
+    roles = [turn.role for turn in block.templates[0].turns]
+    words: dict[int, dict[str, None]] = {}
+    rows: dict[int, int] = {}
+    for rich, tokens in zip(riches, encoded, strict=True):
+        places = [i for i, token in enumerate(tokens.ids) if token == unknown]
+        if unknown is None or not places:
+            continue
+        turns = list(find_turns(rich, roles))
+        seen: set[int] = set()
+        for i in places:
+            start, end = tokens.offsets[i]
+            holds = (n for n, first, last in turns if first <= start < last)
+            turn = next(holds, 0)
+            words.setdefault(turn, {})[quote(rich.text[start:end].strip())] = None
+            seen.add(turn)
+        for turn in seen:
+            rows[turn] = rows.get(turn, 0) + 1
+    return {turn: (list(found), rows[turn]) for turn, found in words.items()}
+
+
+def check_prompt_lengths(
+    block: PromptsBlock, table: PromptTable, most: int
+) -> Iterator[Diagnostic]:
+    """E0511 for the first run that has prompts of more than `most` tokens."""
+    for name, run in table.runs.items():
+        lengths = [len(row.ids) for row in run.rows]
+        longer = sum(n > most for n in lengths)
+        if longer:
+            yield PromptTooLong(
+                span=block.templates[0].text.span,
+                run=name,
+                rows=longer,
+                total=len(lengths),
+                longest=max(lengths),
+                most=most,
+            )
+            return

@@ -1,0 +1,355 @@
+"""Runs from another prompts block, and prompts that continue with replies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, compress, pairwise
+
+from mechdsl.base.hashing import stable_hash
+from mechdsl.base.source import Span
+from mechdsl.base.text import count_noun, quote
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.prompts import EndingMismatch, PartnerMissing, RowsNotPaired
+from mechdsl.program.python_functions import PythonFunction
+from mechdsl.prompts.answers import (
+    answer_context,
+    drop_shared_token,
+    moved_characters,
+    shared_first_token,
+    tokenise_texts,
+)
+from mechdsl.prompts.block import PromptsBlock
+from mechdsl.prompts.conventions import token_conventions
+from mechdsl.prompts.rows import CLEAN, BlockRows, PromptTable
+from mechdsl.prompts.runs import PromptRun, ReplySpan, RunRow, TextTokens, extend_row
+from mechdsl.prompts.selection import select_rows
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
+from mechdsl.vocab.metrics import Reply
+
+TableBuilder = Callable[[Sequence[int]], tuple[PromptTable | None, list[Diagnostic]]]
+"""Numbers of rows → the other block's table of these."""
+
+
+@dataclass(frozen=True)
+class PairedRun:
+    """A run of another block, and how its rows were found."""
+
+    run: PromptRun
+    how: str
+    python: tuple[PythonFunction, ...] = ()
+    """Functions of Python files that its values are from."""
+    data_hash: str = ""
+
+
+def pair_run(
+    table: PromptTable,
+    own: PromptsBlock,
+    others: BlockRows,
+    run: str,
+    *,
+    name: str,
+    tokenizer: TextTokenizer,
+    build: TableBuilder,
+    span: Span,
+    shuffled: bool = False,
+) -> tuple[PairedRun | None, list[Diagnostic]]:
+    """A run of another block with a row for each of the table's: its only row, or the one with the
+    same number, or, shuffled, one that a seeded shuffle deals to it. Codes: E0207, E0527 to E0529
+    and those of the other block."""
+    other = others.block
+    single = _single(others, own, tokenizer)
+    if shuffled and single is not None:
+        reason = f"has nothing to deal out: `{other.name}` has one row"
+        hint = "leave it out: the one row serves all"
+        return None, [BadArgument(span=span, name="shuffled", reason=reason, hint=hint)]
+    if single is None and _cut(other) != _cut(own):
+        reason = f"are {_cut(other) or 'whole'}, and those of `{own.name}` {_cut(own) or 'whole'}"
+        hint = "write the same `tiles` in both blocks, or take a block of one image"
+        bad = BadArgument(span=span, name=other.name, reason=f"has images that {reason}", hint=hint)
+        return None, [bad]
+    if single is None and other.combinations != own.combinations:
+        return None, [
+            RowsNotPaired(
+                span=span,
+                other=other.name,
+                prompts=own.name,
+                others=other.combinations,
+                rows=own.combinations,
+                hint=_pairing(own, other),
+            )
+        ]
+    wanted = [single] * len(table) if single is not None else list(table.row_ids)
+    if shuffled:
+        places = [own.place_of(number) for number in table.row_ids]
+        wanted = [*map(other.in_file, deal_rows(places, own.seed, own.name, other.name))]
+    found, diagnostics = build(list(dict.fromkeys(wanted)))
+    if has_errors(diagnostics):
+        return None, diagnostics
+    there = {} if found is None else {number: n for n, number in enumerate(found.row_ids)}
+    lacking = [number for number in wanted if number not in there]
+    if found is None or lacking:
+        return None, [*diagnostics, _missing(lacking, own, other, len(table), span)]
+    if _ends_otherwise(found, table):
+        return None, [
+            *diagnostics,
+            EndingMismatch(
+                span=span,
+                other=other.name,
+                prompts=own.name,
+                theirs=_ending(found),
+                own=_ending(table),
+            ),
+        ]
+    index = [there[number] for number in wanted]
+    how = "its only row beside each" if single is not None else "by their number, beside those"
+    how = "dealt by a seeded shuffle to those" if shuffled else how
+    there_run = _aligned(found, table, run, name, index)
+    if single is not None and own.spec.regions and not other.spec.regions:
+        there_run = _with_regions(there_run, table)
+        how = "its only row, with the regions of each, beside those"
+    return PairedRun(there_run, how, found.python, found.data_hash), diagnostics
+
+
+def deal_rows(rows: Sequence[int], seed: int, own: str, other: str) -> list[int]:
+    """For each row of `own` the one of `other` that is dealt to it: of the same numbers, each once.
+    Both sides are put in an order of their own, which hangs on the number of a row alone: its
+    place among the block's rows by content, so that the order of a data file changes no pair."""
+    ours = sorted(rows, key=lambda row: stable_hash(seed, own, other, "to", row))
+    theirs = sorted(rows, key=lambda row: stable_hash(seed, own, other, "dealt", row))
+    found = dict(zip(ours, theirs, strict=True))
+    return [found[row] for row in rows]
+
+
+def _single(others: BlockRows, own: PromptsBlock, tokenizer: TextTokenizer) -> int | None:
+    """The number of the block's row, if it has one only."""
+    other = others.block
+    if other.combinations == 1 and not (other.draws and own.combinations == 1):
+        return 0
+    if other.combinations != own.combinations and other.spec.where and not other.draws:
+        found = select_rows(others, tokenizer, limit=2).rows
+        return found[0].id if len(found) == 1 else None
+    return None
+
+
+def _missing(
+    lacking: Sequence[int], own: PromptsBlock, other: PromptsBlock, total: int, span: Span
+) -> PartnerMissing:
+    where = other.spec.where
+    by_where = f"by `where {where[0].span.written}`" if where else "its tokens are left unchanged"
+    hint = "make their values the same, so that all rows are kept"
+    if where:
+        hint = f"write the same `where` in `{own.name}`"
+    return PartnerMissing(
+        span=span,
+        other=other.name,
+        prompts=own.name,
+        lacking=len(lacking),
+        total=total,
+        row=lacking[0],
+        reason=by_where,
+        hint=hint,
+    )
+
+
+def _cut(block: PromptsBlock) -> str:
+    """Into which tiles its images are cut; nothing of those that aren't."""
+    return "" if block.spec.tiles is None else block.spec.tiles.words
+
+
+def _pairing(own: PromptsBlock, other: PromptsBlock) -> str:
+    """How rows of two blocks can belong together."""
+    if own.combinations == 1:
+        served = f"then the one row of `{own.name}` serves all of them"
+        return f"write `{other.spec.kind} {other.name}` in the experiment: {served}"
+    values = f"the values of `{own.name}`, so that rows go by their number"
+    return f"give `{other.name}` a single row, which serves all of them, or {values}"
+
+
+def _has_texts(table: PromptTable) -> bool:
+    return any(row.texts for row in table.runs[CLEAN].rows[:1])
+
+
+def _ends_otherwise(found: PromptTable, table: PromptTable) -> bool:
+    """Whether what the answers begin with stands at the end of one table's prompts only."""
+    return found.moved != table.moved and _has_texts(found) and _has_texts(table)
+
+
+def _ending(table: PromptTable) -> str:
+    return quote(table.moved_text) if table.moved else "nothing that answers begin with"
+
+
+def _aligned(
+    found: PromptTable, table: PromptTable, run: str, name: str, index: Sequence[int]
+) -> PromptRun:
+    """The run with the other table's rows in this one's order."""
+    there = found.runs[run]
+    rows = there.rows
+    if not _has_texts(found):  # answers are read behind it as behind the table's own prompts
+        rows = tuple(extend_row(row, table.moved, table.moved_text) for row in rows)
+    noise = there.noise
+    if noise is not None:
+        noise = replace(
+            noise,
+            positions=tuple(noise.positions[i] for i in index),
+            row_keys=tuple(found.row_keys[i] for i in index),
+        )
+    return PromptRun(
+        name, tuple(rows[i] for i in index), noise, prompts=found.name, chat=there.chat
+    )
+
+
+def _with_regions(run: PromptRun, table: PromptTable) -> PromptRun:
+    """One image for all rows has no regions of its own: in each row `object tokens` are where they
+    are in the image that goes in."""
+    pairs = zip(run.rows, table.runs[CLEAN].rows, strict=True)
+    rows = (replace(row, places={**beside.places, **row.places}) for row, beside in pairs)
+    return replace(run, rows=tuple(rows))
+
+
+REPLY_PLACEHOLDER = "…"
+"""What a token shows that isn't known yet."""
+
+
+def remove_replies(table: PromptTable) -> PromptTable:
+    """The prompts without replies."""
+    return table.alone or table
+
+
+def add_stand_in_replies(table: PromptTable, said: str, tokens: int) -> PromptTable:
+    """Every prompt with as many tokens behind it, for all that is worked out before the replies are
+    there. said: whose they are."""
+
+    def longer(row: RunRow) -> RunRow:
+        return _longer(row, row.ids[-1:] * tokens, [REPLY_PLACEHOLDER] * tokens, "")
+
+    runs = {
+        name: replace(run, rows=tuple(map(longer, run.rows))) for name, run in table.runs.items()
+    }
+    words = (
+        f"up to {count_noun(tokens, 'token')} behind each prompt, {said}: known when that has run"
+    )
+    conventions = {**table.conventions, "replies": words}
+    return replace(table, runs=runs, alone=table, behind=said, conventions=conventions)
+
+
+def add_replies(
+    table: PromptTable, replies: Mapping[int, Reply], tokenizer: TextTokenizer, said: str
+) -> tuple[PromptTable, list[Diagnostic]]:
+    """The rows that have a reply, with that behind the prompts of all runs; answers and the like
+    are tokenised behind it.
+
+    replies: by the ids of rows. said: whose they are. Codes: those of `tokenise`.
+    """
+    keep = [row in replies for row in table.row_ids]
+    own = [replies[row] for row in table.row_ids if row in replies]
+    runs = {name: _run(run, keep, own, tokenizer) for name, run in table.runs.items()}
+    lengths = [len(reply.ids) for reply in own]
+    low, high = min(lengths, default=0), max(lengths, default=0)
+    tokens = count_noun(high, "token") if low == high else f"{low} to {count_noun(high, 'token')}"
+    words = f"behind each prompt, {said}: {tokens}, the same in all runs"
+    if len(own) < len(table):
+        words += f"; {len(table) - len(own):,} of {len(table):,} rows have none, and are left out"
+    longer = replace(
+        table,
+        row_ids=tuple(compress(table.row_ids, keep)),
+        row_keys=tuple(compress(table.row_keys, keep)),
+        runs=runs,
+        alone=table,
+        behind=said,
+        moved=(),
+        moved_text="",
+        dealt=table.dealt if all(keep) else (),
+        whole=table.whole and all(keep),
+    )
+    longer, diagnostics = _with_texts(longer, tokenizer)
+    block = table.sources[0].block
+    conventions = {k: v for k, v in table.conventions.items() if k not in block.texts}
+    conventions |= token_conventions(block, longer, tokenizer)
+    return replace(longer, conventions={**conventions, "replies": words}), diagnostics
+
+
+def _run(
+    run: PromptRun, keep: Sequence[bool], replies: Sequence[Reply], tokenizer: TextTokenizer
+) -> PromptRun:
+    rows = [
+        _longer(row, reply.ids, _pieces(row.ids[-1:], reply.ids, tokenizer), reply.text)
+        for row, reply in zip(compress(run.rows, keep), replies, strict=True)
+    ]
+    noise = run.noise
+    if noise is not None:
+        keys = noise.row_keys
+        noise = replace(
+            noise,
+            positions=tuple(compress(noise.positions, keep)),
+            row_keys=None if keys is None else tuple(compress(keys, keep)),
+        )
+    return replace(run, rows=tuple(rows), noise=noise)
+
+
+def _pieces(before: tuple[int, ...], ids: Sequence[int], tokenizer: TextTokenizer) -> list[str]:
+    """What each token adds to the text; some tokenizers write no space in front of a text's first
+    word, so they are read behind the token before them."""
+    texts = [tokenizer.decode([*before, *ids[:count]]) for count in range(len(ids) + 1)]
+    # Of a sign of several tokens, all but the last one may decode to what isn't part of it.
+    ends = list(accumulate(map(len, texts), max))
+    return [texts[-1][low:high] for low, high in pairwise(ends)]
+
+
+def _longer(row: RunRow, ids: Sequence[int], pieces: Sequence[str], text: str) -> RunRow:
+    """A row with tokens behind it. text: what the reply says."""
+    ends = list(accumulate(map(len, pieces), initial=len(row.text)))
+    return replace(
+        row,
+        text=row.text + "".join(pieces),
+        ids=(*row.ids, *ids),
+        offsets=(*row.offsets, *pairwise(ends)),
+        special=(*row.special, *(False for _ in ids)),
+        reply=ReplySpan(len(row.ids), text, stands_in=REPLY_PLACEHOLDER in pieces and not text),
+    )
+
+
+def _with_texts(
+    table: PromptTable, tokenizer: TextTokenizer
+) -> tuple[PromptTable, list[Diagnostic]]:
+    """The table with its named texts as they go on behind the replies. White space that all begin
+    with stands behind the replies, as it does behind prompts; a word never does, as nobody wrote
+    it."""
+    if not table.row_ids:
+        return table, []
+    block, diagnostics = table.sources[0].block, list[Diagnostic]()
+    tokenizer = tokenizer.reading(written=table.runs[CLEAN].chat)
+    prompts = [answer_context(table, row) for row in range(len(table))]
+    found: dict[tuple[str, str], list[TextTokens]] = {}
+    for definition in block.spec.texts:
+        name = definition.name
+        for run in table.runs.values():
+            own = [row.texts[name] for row in run.rows if name in row.texts]
+            if len(own) < len(table) or block.is_token_id(name) or not all(t.ids for t in own):
+                continue  # an id, or the name of a label
+            said = [text.text for text in own]
+            span = definition.value.span
+            found[run.name, name], problems = tokenise_texts(
+                prompts, said, tokenizer, name=name, span=span
+            )
+            diagnostics += problems
+    every = [text for own in found.values() for text in own]
+    moved = shared_first_token(every, tokenizer, words=False) if every else ()
+    characters = ""
+    if moved:
+        characters = moved_characters(prompts[0], every[0].text, moved, tokenizer)
+    runs: dict[str, PromptRun] = {}
+    for run in table.runs.values():
+        rows: list[RunRow] = []
+        for number, row in enumerate(run.rows):
+            texts = dict(row.texts)
+            for name in texts:
+                if (run.name, name) in found:
+                    text = found[run.name, name][number]
+                    texts[name] = drop_shared_token(text, moved) or text
+            reply = None if row.reply is None else replace(row.reply, behind=len(moved))
+            rows.append(extend_row(replace(row, texts=texts, reply=reply), moved, characters))
+        runs[run.name] = replace(run, rows=tuple(rows))
+    unlike = list(dict.fromkeys(diagnostics))
+    return replace(table, runs=runs, moved=moved, moved_text=characters), unlike

@@ -1,0 +1,1 @@
+"""Positions of the language, as token positions in the rows of a table."""

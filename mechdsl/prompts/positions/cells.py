@@ -1,0 +1,858 @@
+"""Position expressions of the language as token positions in every row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import accumulate
+from typing import Any, TypeAlias
+
+from mechdsl.base.records import Record, record
+from mechdsl.base.source import Span
+from mechdsl.base.text import count_noun
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.names import UnknownWord
+from mechdsl.diagnostics.positions import (
+    NoPositionLeft,
+    NotInAnswer,
+    NotInReply,
+    NotOnePosition,
+    OutsidePrompt,
+    ReversedBetween,
+    UnequalUnion,
+)
+from mechdsl.diagnostics.rules import EmptyRange
+from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.prompts.positions.spans import (
+    ANSWER_SPAN,
+    NO_ANSWERS,
+    AnswerTokens,
+    CountedTokens,
+    NamedNumbers,
+    SpanFinder,
+    fold_offset,
+    grid_cells,
+    has_named_numbers,
+    image_token_cells,
+    occurrence_bounds,
+    position_label,
+)
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import Hits, PositionCell, ReplyPosition, RunRow, TokenMap
+from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
+from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import walk
+
+RankedTokenLookup = Callable[
+    [ast.RankedTokens, str, Mapping[str, Any], list[Diagnostic]], list[tuple[str, list[Hits]]]
+]
+"""(expression, run, values of loops, diagnostics) → (label, hits of every row) of its cells."""
+
+
+@cache
+def single_token_hit(position: int) -> Hits:
+    """The hits of a row with one token; one object for equal ones, because rows are many."""
+    return ((position,),)
+
+
+_FEW = 3
+"""Up to so many tokens, first / middle / last tells all of them apart."""
+
+
+def span_cells(
+    name: str, tokens: Sequence[tuple[int, ...]], lengths: set[int]
+) -> list[PositionCell]:
+    """One cell per token, or first / middle / last; a single token is the last."""
+    if len(lengths) == 1 and max(lengths) > _FEW:
+        return [
+            PositionCell(
+                f"{name} {k + 1}", tuple(single_token_hit(row[k]) if row else () for row in tokens)
+            )
+            for k in range(max(lengths))
+        ]
+    parts: dict[str, tuple[Hits, ...]] = {
+        "first": tuple(single_token_hit(row[0]) if len(row) > 1 else () for row in tokens),
+        "middle": tuple(tuple((p,) for p in row[1:-1]) for row in tokens),
+        "last": tuple(single_token_hit(row[-1]) if row else () for row in tokens),
+    }
+    return [PositionCell(f"{name} {part}", hits) for part, hits in parts.items() if any(hits)]
+
+
+def check_token_counts(
+    base_cells: Sequence[PositionCell],
+    source_cells: Sequence[PositionCell],
+    *,
+    span: Span | None = None,
+    table: PromptTable | None = None,
+    runs: tuple[str, str] | None = None,
+) -> list[Diagnostic]:
+    """E0307 where a row has other numbers of tokens in the two runs. Cells correspond by order;
+    rows that lack the position in one of them have dropped out."""
+    unequal: dict[int, tuple[int, int]] = {}
+    total = 0
+    for base, source in zip(base_cells, source_cells, strict=True):
+        total = max(total, len(base.hits))
+        for n, (written, read) in enumerate(zip(base.hits, source.hits, strict=True)):
+            if written and read and [*map(len, written)] != [*map(len, read)]:
+                unequal.setdefault(n, (sum(map(len, written)), sum(map(len, read))))
+    if not unequal:
+        return []
+    written, read = next(iter(unequal.values()))
+    return [
+        UnequalUnion(
+            span=span,
+            source=count_noun(read, "token"),
+            base=count_noun(written, "token"),
+            rows=len(unequal),
+            total=total,
+        )
+    ]
+
+
+def is_after_prompts(cell: PositionCell, rows: Sequence[RunRow]) -> bool:
+    """Whether it hits tokens behind these prompts: the answer's."""
+    for row, hits in zip(rows, cell.hits, strict=True):
+        end = len(row.ids)
+        for run in hits:
+            for token in run:
+                if token >= end:
+                    return True
+    return False
+
+
+def hit_texts(
+    table: PromptTable, run: str, cell: PositionCell, tokenizer: TextTokenizer | None = None
+) -> tuple[str, ...]:
+    """The different token texts that a cell hits in the prompts, the commonest first.
+
+    tokenizer: knows the names of tokens that cover no text (else they are left out).
+    """
+    found: Counter[str] = Counter()
+    if cell.reply is not None:  # nothing is written yet
+        return ()
+    for row, hits in zip(table.runs[run].rows, cell.hits, strict=True):
+        m = TokenMap(row)
+        for p in (p for tokens in hits for p in tokens if p < len(row.ids)):
+            if row.image is not None:
+                if isinstance(tokenizer, ImageTokenizer):
+                    found[tokenizer.label(p)] += 1
+                continue
+            text = "" if row.special[p] else m.token_text(p)
+            if not text and tokenizer is not None:
+                text = tokenizer.token_text(row.ids[p])
+            if text:
+                found[text] += 1
+    return tuple(text for text, _ in found.most_common())
+
+
+def join_hits(cells: Sequence[PositionCell], n: int) -> Hits:
+    """All positions of a row, joined as they are written: in two runs, and on both sides of `onto`,
+    they pair in this order. No run where there are none."""
+    joined = dict.fromkeys(p for cell in cells for run in cell.hits[n] for p in run)
+    # A run of no tokens, that of `top 0%`, is a run all the same.
+    return (tuple(joined),) if any(cell.hits[n] for cell in cells) else ()
+
+
+def lacks_hits(cells: Sequence[PositionCell], n: int) -> bool:
+    """Whether a row has none of the cells: another experiment lacks it, so that nothing is known of
+    its tokens, or a `for` counts beyond its end."""
+    return not any(cell.hits[n] for cell in cells)
+
+
+def has_ranked_tokens(node: ast.Node) -> bool:
+    """Whether it names tokens that another experiment ranked."""
+    return any(isinstance(part, ast.RankedTokens) for part in walk(node))
+
+
+REPLY = "reply"
+"""Names its tokens, unless a prompt has a span of that name."""
+
+Decoder: TypeAlias = Callable[[Sequence[int]], str]
+
+
+@record
+class ReplyTokens(Record):
+    """How long replies are at most; or why there are none to be named."""
+
+    most: int = 0
+    reason: str = "only measures, observations and `save` read tokens of a reply"
+    hint: str = "name a position of the prompt"
+
+
+NO_REPLIES = ReplyTokens()
+
+_ALL_EMPTY = "all of them are empty", "name a position of the prompt"
+
+
+def refers_to_reply(node: ast.Node, table: PromptTable) -> bool:
+    """Whether a position names tokens of a reply."""
+    if any(isinstance(part, ast.EachStep) for part in walk(node)):
+        return True
+    named = (part for part in walk(node) if isinstance(part, ast.SpanRef))
+    return any(REPLY in (part.name, part.of) for part in named) and not any(
+        span.name == REPLY for run in table.runs.values() for row in run.rows for span in row.spans
+    )
+
+
+def reply_cells(
+    position: ast.Position,
+    table: PromptTable,
+    run: str,
+    replies: ReplyTokens,
+    tokenizer: TextTokenizer,
+    diagnostics: list[Diagnostic],
+) -> list[PositionCell]:
+    """The cells of a position that names tokens of a reply; none after E0545.
+
+    Of a reply that is still to be written nothing is known: what they hit then is the prompt's last
+    token.
+    """
+    rows = table.runs[run].rows
+    there = table.behind != ""
+    if there:
+        replies = ReplyTokens(max((_length(row) for row in rows), default=0), *_ALL_EMPTY)
+    places = _Places(position, replies)
+    found, problem = places.found()
+    cells: list[PositionCell] = []
+    for label, place in found:
+        if there:
+            hits = tuple(_behind(row, place, tokenizer) for row in rows)
+            cells += [PositionCell(label, hits)] if any(hits) else []
+        else:
+            last = tuple(single_token_hit(len(row.ids) - 1) for row in rows)
+            cells.append(PositionCell(label, last, reply=place))
+    if found and not cells:
+        problem = places.bad("no reply has it", "name another one; `report texts` shows them")
+    diagnostics += [] if problem is None else [problem]
+    return cells
+
+
+def _length(row: RunRow) -> int:
+    """Tokens of the reply behind its prompt."""
+    return 0 if row.reply is None else len(row.reply.of(row.ids))
+
+
+def _behind(row: RunRow, place: ReplyPosition, tokenizer: TextTokenizer) -> Hits:
+    """What a place is in the reply that stands behind a prompt; while that isn't written, a text in
+    it is its last token."""
+    reply = row.reply
+    if reply is None:
+        return ()
+    ids = reply.of(row.ids)
+    if reply.stands_in and place.kind == "text":
+        place = ReplyPosition("last")
+    found = find_reply_tokens(place, ids, reply.text, tokenizer.decode)
+    return (tuple(reply.first - 1 + token for token in found),) if found else ()
+
+
+class _Places:
+    """What a position names of a reply."""
+
+    def __init__(self, position: ast.Position, replies: ReplyTokens) -> None:
+        self.position, self.most = position, replies.most
+        self.replies = replies
+
+    def found(self) -> tuple[list[tuple[str, ReplyPosition]], Diagnostic | None]:
+        """(label, place) of its cells, or E0545."""
+        if not self.most:
+            return [], self.bad(self.replies.reason, self.replies.hint)
+        body, said = self.position.body, self.position
+        if not isinstance(body, ast.Point) or said.align or said.and_answer:
+            return [], self.bad(
+                "its tokens are named by themselves",
+                "write `last token of reply`, `reply token 3` or `each reply token`",
+            )
+        assert not isinstance(body.offset, ast.Variable)
+        cells = list(self._cells(body.base))
+        if not cells:
+            return [], self.bad(
+                "there is one reply behind a prompt, and nothing of it is known before",
+                "write `last token of reply`, `reply token 3`, `each reply token` or "
+                '`"Answer:" of reply token`',
+            )
+        cells = [(label, replace(place, offset=body.offset)) for label, place in cells]
+        if len(cells) == 1:
+            cells = [(said.span.written, cells[0][1])]
+        elif body.offset:
+            sign = "+" if body.offset > 0 else "-"
+            cells = [(f"{label} {sign} {abs(body.offset)}", place) for label, place in cells]
+        if not any(self._may_be(place) for _, place in cells):
+            tokens = f"a reply has {self.most} tokens at most, counted from 1"
+            return [], self.bad(tokens, "let it write more (`generate`), or name an earlier one")
+        return cells, None
+
+    def _cells(self, base: ast.PointBase) -> Iterator[tuple[str, ReplyPosition]]:
+        match base:
+            case ast.EachStep():
+                for step in range(self.most):
+                    yield f"step {step}", ReplyPosition("step", step)
+            case ast.EachTokenOf(of=of) if _whole(of):
+                yield from self._each()
+            case ast.EdgeToken(which=which, of=ast.SpanRef() as of) if _whole(of):
+                yield "", ReplyPosition("token", 1) if which == "first" else ReplyPosition("last")
+            case ast.EdgeToken(which=which, of=ast.SpanRef() as of) if _text_in(of):
+                yield "", ReplyPosition("text", text=of.literal or "", which=which)
+            case ast.SpanTokens(of=of, each=False, low=None) if _text_in(of):
+                which = "all" if base.plural else "last"
+                yield "", ReplyPosition("text", text=of.literal or "", which=which)
+            case ast.SpanTokens(of=of) if _whole(of):
+                yield from self._tokens(base)
+            case _:
+                return
+
+    def _tokens(self, base: ast.SpanTokens) -> Iterator[tuple[str, ReplyPosition]]:
+        if base.each and base.low is None and not base.plural:
+            yield from self._each()
+        elif base.each:
+            return
+        elif base.low is None:
+            yield "", ReplyPosition("all" if base.plural else "last")
+        elif base.high is None:
+            yield "", ReplyPosition("token", base.low)
+        elif base.plural:
+            yield "", ReplyPosition("tokens", base.low, last=base.high)
+        else:
+            for number in range(base.low, base.high + 1):
+                yield f"reply {number}", ReplyPosition("token", number)
+
+    def _each(self) -> Iterator[tuple[str, ReplyPosition]]:
+        for number in range(1, self.most + 1):
+            yield f"reply {number}", ReplyPosition("token", number)
+
+    def _may_be(self, place: ReplyPosition) -> bool:
+        """Whether a reply may have it."""
+        if place.kind in ("token", "tokens"):
+            ends = (place.number, place.last or place.number)
+            low, high = (each + place.offset for each in ends)
+            return 1 <= low <= high <= self.most
+        return place.kind == "step" or abs(place.offset) < self.most
+
+    def bad(self, reason: str, hint: str) -> Diagnostic:
+        """E0545."""
+        said = self.position.span
+        return NotInReply(span=said, position=said.written, reason=reason, hint=hint)
+
+
+def _whole(of: ast.SpanRef) -> bool:
+    """Whether it is the reply itself."""
+    return of.name == REPLY and of.of is None and of.occurrence is None and of.edge is None
+
+
+def _text_in(of: ast.SpanRef) -> bool:
+    """Whether it is a text in the reply."""
+    return of.literal is not None and of.of == REPLY
+
+
+def find_reply_tokens(
+    place: ReplyPosition, reply: Sequence[int], text: str, decode: Decoder
+) -> tuple[int, ...]:
+    """The tokens of a reply that a place is, counted from 1, the prompt's last one being 0; none
+    where the reply doesn't have all of them.
+
+    text: what it says, without what it was stopped by.
+    """
+    first = 0 if place.kind == "step" else 1
+    found = tuple(token + place.offset for token in _tokens(place, reply, text, decode))
+    return found if all(first <= token <= len(reply) for token in found) else ()
+
+
+def _tokens(
+    place: ReplyPosition, reply: Sequence[int], text: str, decode: Decoder
+) -> Sequence[int]:
+    match place.kind:
+        case "step" | "token":
+            return (place.number,)
+        case "tokens":
+            return range(place.number, (place.last or place.number) + 1)
+        case "last":
+            return (len(reply),)
+        case "all":
+            return range(1, len(reply) + 1)
+        case "text":
+            own = _of_text(place.text, reply, text, decode)
+            if place.which == "all" or not own:
+                return own
+            return own[:1] if place.which == "first" else own[-1:]
+
+
+def _of_text(part: str, reply: Sequence[int], text: str, decode: Decoder) -> Sequence[int]:
+    """The tokens that write the last occurrence of a part of a text, counted from 1."""
+    begin = text.rfind(part)
+    if begin < 0:
+        return ()
+    lengths = (len(decode(reply[:count])) for count in range(1, len(reply) + 1))
+    ends = list(accumulate(lengths, max))
+    starts = [0, *ends[:-1]]
+    pairs = enumerate(zip(starts, ends, strict=True), start=1)
+    return [n for n, (low, high) in pairs if low < begin + len(part) and begin < high]
+
+
+def is_found_by_text(*positions: ast.Node) -> bool:
+    """Whether positions are found by what is written, and by no count of tokens."""
+    return not any(map(_counted, walk(positions)))
+
+
+def _counted(node: ast.Node) -> bool:
+    match node:
+        case ast.Point():
+            return bool(node.offset)
+        case ast.TokenIndex():
+            return node.high is not None or node.low not in (None, 0, -1)
+        case _:
+            return isinstance(node, ast.RankedTokens)
+
+
+def is_after(
+    low: int, high: int, row: int, table: PromptTable, run: str, tokenizer: TextTokenizer
+) -> bool:
+    """Whether token `low` of a row lies behind its token `high`. Where words stand in for tokens,
+    there has to be white space between them: a tokenizer may join what touches."""
+    if low <= high or not tokenizer.stands_in:
+        return low > high
+    ids = table.runs[run].rows[row].ids[high + 1 : low + 1]
+    return any(tokenizer.token_text(token)[:1].isspace() for token in ids)
+
+
+def resolve_positions(
+    positions: ast.Positions,
+    table: PromptTable,
+    run: str,
+    *,
+    tokenizer: TextTokenizer,
+    loop_values: Mapping[str, Any] | None = None,
+    loops: Collection[str] = (),
+    with_runs: Sequence[str] = (),
+    ranked: RankedTokenLookup | None = None,
+    answers: AnswerTokens = NO_ANSWERS,
+    replies: ReplyTokens = NO_REPLIES,
+) -> tuple[tuple[PositionCell, ...], list[Diagnostic]]:
+    """The cells of a position expression in one run: one per value of its axis.
+
+    loop_values: numbers of the `for` variables around it, and of parameters.
+    loops: names of the first; where they count, rows that lack the position drop out.
+    with_runs: other runs whose prompts must be as long where positions are counted from an end.
+    ranked: picks the tokens that another experiment ranked; E0108 for them without it.
+    answers, replies: the texts behind the prompts, whose tokens are positions too.
+    Codes: E0305, E0306, E0308 to E0315, E0321, E0322, E0540 to E0542, E0545, W0701.
+    """
+    values = loop_values or {}
+    numbers = NamedNumbers(values, loops)
+    written = numbers.written_out(positions)
+    if written is None:
+        return (), numbers.diagnostics
+    resolver = _Resolver(
+        table, run, tokenizer, values, tuple(with_runs), ranked, answers, numbers.swept
+    )
+    cells: list[PositionCell] = []
+    for item, counted in zip(positions.items, written.items, strict=True):
+        if refers_to_reply(counted, table):
+            cells += reply_cells(counted, table, run, replies, tokenizer, resolver.diagnostics)
+            continue
+        own = resolver.position(counted)
+        if has_named_numbers(item):
+            own = resolver.somewhere(item, own)
+            own = [replace(own[0], label=position_label(counted))] if len(own) == 1 else own
+        cells += own
+    return tuple(cells), list(dict.fromkeys(resolver.diagnostics))
+
+
+@dataclass
+class _Resolver:
+    table: PromptTable
+    run: str
+    tokenizer: TextTokenizer
+    loops: Mapping[str, Any]
+    with_runs: tuple[str, ...]
+    ranked: RankedTokenLookup | None = None
+    answers: AnswerTokens = NO_ANSWERS
+    swept: Collection[Span] = ()
+    """Positions, and parts of some, whose numbers are those of a `for`."""
+    diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+
+    def __post_init__(self) -> None:
+        self.spans = SpanFinder(
+            self.table, self.run, self.tokenizer, self.diagnostics, self.answers, self.swept
+        )
+        self.maps = self.spans.maps
+        self.total = self.spans.total
+        self.counted = CountedTokens(self.spans, self.with_runs)
+
+    # --- shapes ---------------------------------------------------------------------------------
+
+    def position(self, position: ast.Position) -> list[PositionCell]:
+        if position.align not in (None, "left", "right"):
+            hint, word = "write `align left` or `align right`", position.align
+            problem = UnknownWord(span=position.span, kind="alignment", word=word, hint=hint)
+            self.diagnostics.append(problem)
+            return []
+        cells = self.body(position.body, position.align)
+        return self._and_answer(position, cells) if position.and_answer else cells
+
+    def body(
+        self, body: ast.Point | ast.Between | ast.Except, align: str | None = None
+    ) -> list[PositionCell]:
+        match body:
+            case ast.Point():
+                return self._point(body, align)
+            case ast.Between():
+                return self._between(body)
+            case ast.Except():
+                return self._except(body, align)
+
+    def _point(self, point: ast.Point, align: str | None) -> list[PositionCell]:
+        point = fold_offset(point) if self.spans.drops_out(point) else point
+        cells = self._base(point.base, align)
+        assert not isinstance(point.offset, ast.Variable)
+        if point.offset:
+            sign = "+" if point.offset > 0 else "-"
+            swept = len(cells) > 1 or any(cell.item is not None for cell in cells)
+            offset = f"{sign} {abs(point.offset)}"
+            cells = [
+                replace(
+                    cell,
+                    follows="",
+                    label=f"{cell.label} {offset}" if swept else point.span.written,
+                    hits=tuple(
+                        tuple(tuple(p + point.offset for p in run) for run in row)
+                        for row in cell.hits
+                    ),
+                )
+                for cell in cells
+            ]
+            # Special tokens are hit only where they are named or counted.
+            counted = isinstance(point.base, ast.TokenIndex)
+            hint = "the offset leads out of the text; choose a smaller one"
+            behind = self._answer_in(point.base)
+            return self.counted.inside(cells, point, hint, special=counted, behind=behind)
+        return cells
+
+    def _base(self, base: ast.PointBase, align: str | None) -> list[PositionCell]:
+        match base:
+            case ast.TokenIndex():
+                return self.counted.index(base, align)
+            case ast.SpanTokens():
+                return self._span_tokens(base)
+            case ast.EachTokenOf(of=of):
+                return self._each_token_of(base, of)
+            case ast.EdgeToken():
+                return self._edge(base)
+            case ast.PositionUnion(items=items):
+                return self._joined(base, items)
+            case ast.RankedTokens():
+                if self.ranked is None:
+                    return self._later(base, "a position that another experiment ranked")
+                found = self.ranked(base, self.run, self.loops, self.diagnostics)
+                return [PositionCell(label, tuple(hits)) for label, hits in found]
+            case ast.EachStep():  # one of a reply, whose cells are found by themselves
+                return []
+
+    def _later(self, node: ast.Node, what: str) -> list[PositionCell]:
+        self.diagnostics.append(NotSupported(span=node.span, what=what))
+        return []
+
+    def somewhere(self, item: ast.Position, cells: list[PositionCell]) -> list[PositionCell]:
+        """The cells, none and E0310 where a `for` counts beyond the end of every row."""
+        if has_errors(self.diagnostics) or any(any(cell.hits) for cell in cells):
+            return cells
+        self.diagnostics.append(
+            OutsidePrompt(
+                span=item.span,
+                position=item.span.written,
+                run=self.run,
+                lacking=self.total,
+                total=self.total,
+                example=self.spans.example(0),
+                hint="let the `for` run over numbers that some row has",
+            )
+        )
+        return []
+
+    # --- named spans ----------------------------------------------------------------------------
+
+    def _span_tokens(self, base: ast.SpanTokens) -> list[PositionCell]:
+        ref = base.of
+        if base.low is not None:
+            return self._later(base, "a token of a span by its number")
+        if not self.spans.span_fits(base, ref, from_end=not base.plural):
+            return []
+        if ref.row is not None:
+            return grid_cells(base, self.spans)
+        occurrence = ref.occurrence
+        ranged = occurrence is not None and (occurrence.low is None or occurrence.high is not None)
+        counted = occurrence_bounds(occurrence)
+        if occurrence is not None and counted is not None and counted[0] > counted[1]:
+            high, low = map(str, counted)
+            self.diagnostics.append(
+                EmptyRange(span=occurrence.span, text=occurrence.span.written, low=low, high=high)
+            )
+            return []
+        if base.each or (ranged and not base.plural):
+            return self._occurrences(base)
+        if base.plural and ref.edge is None and ref.literal is None:
+            return self._all_tokens(base)
+        found = self.spans.one_place(base, ref)
+        if found is None:
+            return []
+        hits = [p.tokens if base.plural else p.tokens[-1:] for p in found]
+        self.spans.warn(ref, zip(range(self.total), found, hits, strict=True))
+        return [PositionCell(base.span.written, tuple((h,) if h else () for h in hits))]
+
+    def _occurrences(self, base: ast.SpanTokens) -> list[PositionCell]:
+        """One cell per occurrence. Those of `each` and `*` drop out where a row has fewer."""
+        ref = base.of
+        found = self.spans.all_places(replace(ref, occurrence=None))
+        if found is None:
+            return []
+        most = max(map(len, found))
+        counted = occurrence_bounds(ref.occurrence)
+        if counted is None:
+            wanted = range(1, most + 1)
+            if not most:
+                self.spans.absent(base, ref, list(range(self.total)), 1)
+                return []
+        else:
+            wanted = range(counted[0], counted[1] + 1)
+            lacking = [n for n, places in enumerate(found) if len(places) < wanted[-1]]
+            if lacking:
+                self.spans.absent(base, ref, lacking, wanted[-1])
+                return []
+        cells: list[PositionCell] = []
+        for k in wanted:
+            hits: list[Hits] = []
+            for places in found:
+                tokens = places[k - 1].tokens if len(places) >= k else ()
+                hits.append((tokens if base.plural else tokens[-1:],) if tokens else ())
+            name = ref.name if ref.name is not None else f'"{ref.literal}"'
+            behind = f" of {ref.of}" if ref.of is not None else ""
+            cells.append(PositionCell(f"{name} {k}{behind}", tuple(hits), k))
+        self.spans.warn(
+            ref,
+            (
+                (n, place, place.tokens if base.plural else place.tokens[-1:])
+                for n, places in enumerate(found)
+                for place in places
+            ),
+        )
+        return cells
+
+    def _all_tokens(self, base: ast.SpanTokens) -> list[PositionCell]:
+        """`subject tokens`: all tokens of all occurrences, or of `item 2..4`, joined."""
+        ref = base.of
+        found = self.spans.all_places(replace(ref, occurrence=None))
+        if found is None:
+            return []
+        low, high = occurrence_bounds(ref.occurrence) or (1, None)
+        lacking = [n for n, places in enumerate(found) if len(places) < (high or low)]
+        if lacking and not (self.spans.drops_out(ref) and len(lacking) < self.total):
+            self.spans.absent(base, ref, lacking, high or low)
+            return []
+        found = [() if n in lacking else places[low - 1 : high] for n, places in enumerate(found)]
+        self.spans.warn(
+            ref, ((n, place, place.tokens) for n, places in enumerate(found) for place in places)
+        )
+        joined = [tuple(sorted({t for place in places for t in place.tokens})) for places in found]
+        hits = tuple(() if n in lacking else (tokens,) for n, tokens in enumerate(joined))
+        return [PositionCell(base.span.written, hits)]
+
+    def _each_token_of(self, base: ast.EachTokenOf, ref: ast.SpanRef) -> list[PositionCell]:
+        if not self.spans.span_fits(base, ref, from_end=True):
+            return []
+        found = self.spans.one_place(base, ref)
+        if found is None:
+            return []
+        if self.spans.of_images:
+            return image_token_cells([place.tokens for place in found], self.tokenizer)
+        self.spans.warn(ref, ((n, place, place.tokens) for n, place in enumerate(found)))
+
+        def elsewhere(other: _Resolver) -> list[tuple[int, ...]]:
+            places = other.spans.one_place(base, ref)
+            return [p.tokens for p in places or ()]
+
+        lengths = self._lengths([p.tokens for p in found], elsewhere)
+        return span_cells(ref.span.written, [p.tokens for p in found], lengths)
+
+    def _lengths(
+        self,
+        own: Sequence[tuple[int, ...]],
+        elsewhere: Callable[[_Resolver], Sequence[tuple[int, ...]]],
+    ) -> set[int]:
+        """How many tokens it is, in all runs: their cells have to bear the same labels."""
+        lengths = {len(tokens) for tokens in own}
+        for run in self.table.runs:
+            if run != self.run:
+                other = _Resolver(
+                    self.table, run, self.tokenizer, self.loops, (), None, self.answers, self.swept
+                )
+                lengths |= {len(tokens) for tokens in elsewhere(other)}
+        return lengths - {0}
+
+    def _edge(self, base: ast.EdgeToken) -> list[PositionCell]:
+        at = 0 if base.which == "first" else -1
+        if base.of is None:
+            # A prompt without text is refused when the table is built.
+            hits = tuple(single_token_hit(m.text_tokens[at]) for m in self.maps)
+            follows = "newest" if base.which == "last" else ""
+            return [PositionCell(base.span.written, hits, follows=follows)]
+        if not self.spans.span_fits(base, base.of, from_end=base.which == "last"):
+            return []
+        found = self.spans.one_place(base, base.of)
+        if found is None:
+            return []
+        there = [(p.tokens[at],) if p.tokens else () for p in found]
+        self.spans.warn(base.of, zip(range(self.total), found, there, strict=True))
+        return [PositionCell(base.span.written, tuple((own,) if own else () for own in there))]
+
+    # --- behind the prompt ------------------------------------------------------------------------
+
+    def _and_answer(self, position: ast.Position, cells: list[PositionCell]) -> list[PositionCell]:
+        """`tokens * and answer`: one cell more tokens; `token * and answer`: more cells."""
+        body = position.body
+        base = body.base if isinstance(body, ast.Point) and not body.offset else None
+        if not isinstance(base, ast.TokenIndex) or base.low is not None:
+            self.diagnostics.append(
+                NotInAnswer(
+                    span=position.span,
+                    position=position.span.written,
+                    reason="`and answer` can only stand behind `tokens *` and `token *`",
+                    hint=f"join them: `{{{body.span.written}, answer tokens}}`",
+                )
+            )
+            return []
+        if not self.spans.answer_fits(position, from_end=not base.plural) or not cells:
+            return []
+        tokens = [self.spans.behind(n) for n in range(self.total)]
+        if not base.plural:
+            return [*cells, *span_cells(ANSWER_SPAN, tokens, {len(own) for own in tokens})]
+        hits = ((own[0] + tokens[n],) for n, own in enumerate(cells[0].hits))
+        return [PositionCell(position.span.written, tuple(hits))]
+
+    def _answer_in(self, node: ast.Node) -> bool:
+        """Whether tokens behind the prompt are named in it."""
+        return any(
+            (isinstance(part, ast.SpanRef) and self.spans.is_answer(part))
+            or (isinstance(part, ast.Position) and part.and_answer)
+            for part in walk(node)
+        )
+
+    # --- joined, between, except ------------------------------------------------------------------
+
+    def _joined(self, base: ast.PositionUnion, items: ast.Positions) -> list[PositionCell]:
+        before = len(self.diagnostics)
+        found = [(item, self.position(item)) for item in items.items]
+        if has_errors(self.diagnostics[before:]):
+            return []
+        cells = [cell for _, own in found for cell in own]
+        parts = [own for item, own in found if self._may_lack(item)]
+        hits = tuple(
+            () if any(lacks_hits(own, n) for own in parts) else join_hits(cells, n)
+            for n in range(self.total)
+        )
+        found, either = PositionCell(base.span.written, hits), {c.follows for c in cells} - {""}
+        return [replace(found, follows=min(either)) if either else found]
+
+    def _may_lack(self, node: ast.Node) -> bool:
+        """Whether rows without the position drop out: another experiment hasn't ranked theirs, or a
+        `for` counts beyond their end."""
+        return has_ranked_tokens(node) or any(map(self.spans.drops_out, walk(node)))
+
+    def _single(self, point: ast.Point) -> list[int | None] | None:
+        """One token position per row, None where a `for` counts beyond its end; else E0314."""
+        before = len(self.diagnostics)
+        cells = self._point(point, None)
+        if has_errors(self.diagnostics[before:]):
+            return None
+        reason = ""
+        absent = (0, None)[self.spans.drops_out(point)]
+        if len(cells) != 1:
+            reason = "a sweep over several positions"
+        elif self.tokenizer.stands_in:
+            every = ([p for run in row for p in run] for row in cells[0].hits)
+            return [max(row) if row else absent for row in every]
+        elif any(len(row) != 1 or len(row[0]) != 1 for row in cells[0].hits if row or absent == 0):
+            reason = "several tokens"
+        if reason:
+            position = point.span.written
+            self.diagnostics.append(
+                NotOnePosition(span=point.span, position=position, reason=reason)
+            )
+            return None
+        return [row[0][0] if row else None for row in cells[0].hits]
+
+    def _between_tokens(self, body: ast.Between) -> list[tuple[int, ...]] | None:
+        low, high = self._single(body.low), self._single(body.high)
+        if low is None or high is None:
+            return None
+        ends = list(zip(low, high, strict=True))
+        reversed_rows = {n: (a, b) for n, (a, b) in enumerate(ends)
+                         if a is not None and b is not None and a > b}  # fmt: skip
+        if reversed_rows:
+            prompts = (self.table, self.run, self.tokenizer)
+            told = is_found_by_text(body.low, body.high) and not self.table.stands_in
+            told = told and all(is_after(a, b, n, *prompts) for n, (a, b) in reversed_rows.items())
+            self.diagnostics.append(
+                ReversedBetween(
+                    by_text=told,
+                    span=body.span,
+                    run=self.run,
+                    lacking=len(reversed_rows),
+                    total=self.total,
+                    example=self.spans.example(min(reversed_rows)),
+                )
+            )
+            return None
+        return [() if a is None or b is None else tuple(range(a, b + 1)) for a, b in ends]
+
+    def _between(self, body: ast.Between) -> list[PositionCell]:
+        tokens = self._between_tokens(body)
+        if tokens is None:
+            return []
+        if not body.each:
+            return [PositionCell(body.span.written, tuple((row,) if row else () for row in tokens))]
+        lengths = self._lengths(tokens, lambda other: other._between_tokens(body) or ())
+        return span_cells("between", tokens, lengths)
+
+    def _except(self, body: ast.Except, align: str | None) -> list[PositionCell]:
+        if self._answer_in(body.excluded):
+            self.diagnostics.append(
+                NotInAnswer(
+                    span=body.span,
+                    position=body.span.written,
+                    reason="`except` leaves tokens of the prompt out, and has none of the answer's",
+                    hint="join them: `{tokens except …, answer tokens}`",
+                )
+            )
+            return []
+        before = len(self.diagnostics)
+        cells = self.body(body.excluded)
+        if has_errors(self.diagnostics[before:]):
+            return []
+        kept: list[Hits] = []
+        ranked = self._may_lack(body.excluded)
+        for n, m in enumerate(self.maps):
+            if ranked and lacks_hits(cells, n):
+                kept.append(())
+                continue
+            without = {p for run in join_hits(cells, n) for p in run}
+            tokens = tuple(p for p in m.text_tokens if p not in without)
+            kept.append((tokens,) if tokens or ranked else ())
+        lacking = [] if ranked else [n for n, row in enumerate(kept) if not row]
+        if lacking:
+            every = (each for each in walk(body.excluded) if isinstance(each, ast.TokenIndex))
+            self.diagnostics.append(
+                NoPositionLeft(
+                    by_text=any(each.low is None for each in every),
+                    span=body.span,
+                    position=body.span.written,
+                    run=self.run,
+                    lacking=len(lacking),
+                    total=self.total,
+                    example=self.spans.example(lacking[0]),
+                )
+            )
+            return []
+        if body.each:
+            return self.counted.by_index(body, kept, align)
+        return [PositionCell(body.span.written, tuple(kept))]

@@ -1,0 +1,827 @@
+"""Where named spans and counted tokens are in the prompts of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from mechdsl.base.records import Record, closest_name, record
+from mechdsl.base.source import Span
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.positions import (
+    AbsentOccurrence,
+    AmbiguousSpan,
+    AnswersDiffer,
+    NoAnswerTokens,
+    NoSuchSpecial,
+    NotInAnswer,
+    OutsidePrompt,
+    RaggedPositions,
+    SpanWithoutToken,
+    UnknownSpan,
+)
+from mechdsl.diagnostics.prompts import TokenCoversMore
+from mechdsl.diagnostics.rules import BadLoopValue, EmptyRange
+from mechdsl.diagnostics.syntax import MisspeltWord, NotSupported
+from mechdsl.images.processing import PatchLayout
+from mechdsl.program.images import IMAGE_SPAN, IMAGE_SPANS
+from mechdsl.prompts.rows import CLEAN, PromptTable
+from mechdsl.prompts.runs import Hits, PositionCell, SpanOccurrence, TokenMap, find_text
+from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.prompts.tokens.tokenizer import SPECIAL_ROLES, TextTokenizer
+from mechdsl.prompts.values import TextSpan
+from mechdsl.syntax import ast
+from mechdsl.syntax.printer import format_position as written_position
+from mechdsl.syntax.printer import format_span as written_span
+from mechdsl.syntax.traversal import rewrite, walk
+
+
+def unknown_span_hint(name: str, spans: Iterable[str], table: PromptTable) -> str:
+    """What to write instead of a span that doesn't exist."""
+    spans = sorted(set(spans))
+    if table.sources and name in table.sources[0].block.names():
+        return (
+            f"`{name}` is a value, but its text isn't marked: write it as `{{{name}}}` in the "
+            f"template, or add `span {name} in COLUMN`"
+        )
+    defined = table.sources[0].block.spec.spans if table.sources else ()
+    if any(each.name.id == name and each.literal is not None for each in defined):
+        return f"`span {name} = …` looks for its text in the prompts, and finds it in none"
+    listed = name_list(spans)
+    otherwise = f"there is {listed}" if spans else "write a placeholder: `{name}`"
+    return did_you_mean(name, [*spans, "first", "last"], otherwise)
+
+
+def occurrence_hint(ref: ast.SpanRef, least: int, table: PromptTable, run: str) -> str:
+    """Which rows to keep so that all have an occurrence."""
+    if table.runs[run].prompts is not None:
+        return "name a position that both blocks have, or read one `onto` another"
+    if any(row.image is not None for row in table.runs[run].rows[:1]) and ref.name == IMAGE_SPAN:
+        return "each row has one: write `image row 1 col 1 token`, or `each token of image`"
+    count = _count_of(ref, table)
+    if count is None:
+        return "keep rows that have it with `where`, or name another position"
+    gap = max(
+        (
+            clean - own
+            for clean, own in zip(
+                _counts(table, CLEAN, count), _counts(table, run, count), strict=True
+            )
+        ),
+        default=0,
+    )
+    each = f"`each {ref.name} token`"
+    return f"write `where {count} >= {least + gap}`, or {each}, from which short rows drop out"
+
+
+def _count_of(ref: ast.SpanRef, table: PromptTable) -> str | None:
+    """The name of the value that says how long the list is."""
+    block = table.sources[0].block
+    for name, definition in block.definitions.items():
+        value = definition.value
+        if not isinstance(value, ast.Call) or value.name != "list":
+            continue
+        positional = [a.value for a in value.arguments if a.name is None]
+        items = positional[:1] == [ast.Name(ref.name or "", span=ref.span)]
+        if items and ref.of in (None, name) and len(positional) > 1:
+            count = positional[1]
+            return count.id if isinstance(count, ast.Name) else None
+    return None
+
+
+def _counts(table: PromptTable, run: str, name: str) -> list[int]:
+    values = (row.values.get(name) for row in table.runs[run].rows)
+    return [v if isinstance(v, int) else 0 for v in values]
+
+
+SPAN_PREFIXES = ("each", "between", "first", "last")
+"""Words of the language that a span may follow."""
+
+
+@dataclass
+class NamedNumbers:
+    """Puts numbers in the place of their names."""
+
+    values: Mapping[str, Any]
+    """Of the `for` variables around a position, and of parameters."""
+    loops: Collection[str]
+    """Names of the first."""
+    diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    swept: set[Span] = field(default_factory=set[Span])
+    """Where something stands whose number is that of a `for`."""
+
+    def written_out(self, positions: ast.Positions) -> ast.Positions | None:
+        """The positions with numbers alone; None after E0322."""
+        before = len(self.diagnostics)
+        for node in walk(positions):
+            if isinstance(node, ast.SpanRef) and (slip := self._slip(node)) is not None:
+                self.diagnostics.append(slip)
+                return None
+            parts = walk(node) if isinstance(node, ast.Point | ast.SpanRef | ast.TokenIndex) else ()
+            if any(isinstance(part, ast.Variable) and part.name in self.loops for part in parts):
+                self.swept.add(node.span)
+        found = rewrite(positions, self._changed)
+        return found if len(self.diagnostics) == before else None
+
+    def _changed(self, node: ast.Node) -> Any:
+        return self._number(node) if isinstance(node, ast.Variable) else node
+
+    def _slip(self, node: ast.SpanRef) -> Diagnostic | None:
+        """Of `eahc item token`, which reads as the number `item` of a span."""
+        number = None if node.occurrence is None else node.occurrence.low
+        if node.name is None or not isinstance(number, ast.Variable) or number.name in self.values:
+            return None
+        if node.name == "except":
+            reason, hint = "several tokens are meant", "write `tokens except …`"
+            return BadLoopValue(span=node.span, name=node.name, reason=reason, hint=hint)
+        meant = closest_name(node.name, SPAN_PREFIXES)
+        if meant is None:
+            return None
+        start = node.span.start
+        span = Span(node.span.source, start, start + len(node.name))
+        return MisspeltWord(span=span, word=node.name, meant=meant)
+
+    def _number(self, node: ast.Variable) -> int:
+        """The number; 0 after E0322."""
+        value = self.values.get(node.name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return (-value if node.negative else value) + node.offset
+        example = f"`for {node.name} in 1..5`"
+        reason, hint = "positions are whole numbers", f"let it run over whole numbers: {example}"
+        if value is None:
+            reason = "is neither a `for` variable around this position nor a `param`"
+            known = name_list(self.values)
+            otherwise = f"known here: {known}" if known else f"write {example} around it"
+            hint = did_you_mean(node.name, list(self.values), otherwise)
+        self.diagnostics.append(
+            BadLoopValue(span=node.span, name=node.name, reason=reason, hint=hint)
+        )
+        return 0
+
+
+def has_named_numbers(node: ast.Node) -> bool:
+    """Whether a number in it has a name."""
+    return any(isinstance(part, ast.Variable) for part in walk(node))
+
+
+def fold_offset(point: ast.Point) -> ast.Point:
+    """`token 4` for `token 15 - 11`, whether or not there is a token 15; `token 3 - 11` leads out
+    of the prompt, and isn't counted from its end."""
+    base, offset = point.base, point.offset
+    if isinstance(base, ast.TokenIndex) and base.high is None and isinstance(base.low, int):
+        low = base.low + offset if isinstance(offset, int) else base.low
+        if (low < 0) == (base.low < 0):
+            return ast.Point(replace(base, low=low, span=point.span), span=point.span)
+    return point
+
+
+def position_label(item: ast.Position) -> str:
+    """What a position is called whose numbers have names: `3` for `token i - 11`, `item 2 token`
+    for `item i token`."""
+    point = fold_offset(item.body) if isinstance(item.body, ast.Point) else item.body
+    match point:
+        case ast.Point(base=ast.TokenIndex(plural=False, low=int(low)), offset=0) if (
+            item.align is None
+        ):
+            return str(low)
+        case _:
+            return written_position(item)
+
+
+def literal_number(written: int | ast.Variable | None) -> int | None:
+    """What is a number, now that all have been written out; None is `*`."""
+    assert not isinstance(written, ast.Variable)
+    return written
+
+
+def occurrence_bounds(occurrence: ast.Occurrence | None) -> tuple[int, int] | None:
+    """The first and the last occurrence that is counted; None for all of them."""
+    low = None if occurrence is None else literal_number(occurrence.low)
+    if occurrence is None or low is None:
+        return None
+    high = literal_number(occurrence.high)
+    return low, low if high is None else high
+
+
+ANSWER_SPAN = "answer"
+"""Names them, whichever text of a measure it is."""
+
+
+@record
+class AnswerTokens(Record):
+    """The texts that stand behind the prompts, each in passes of its own; or why there are none.
+
+    A text has the same tokens behind the prompts of every run.
+    """
+
+    texts: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """(the text as a measure names it, how many tokens it is in each row)."""
+    reason: str = "only rules of an experiment act on them"
+    hint: str = "name a position of the prompt"
+
+    def longest(self, row: int) -> int:
+        """Tokens of the longest text of a row."""
+        return max((lengths[row] for _, lengths in self.texts), default=0)
+
+    def uneven(self) -> list[int]:
+        """The rows whose texts differ in length."""
+        every = zip(*(lengths for _, lengths in self.texts), strict=True)
+        return [n for n, row in enumerate(every) if len(set(row)) > 1]
+
+
+NO_ANSWERS = AnswerTokens()
+
+
+def refers_to_answer(node: ast.Node | None) -> bool:
+    """Whether a position may name tokens of the answer."""
+    return any(
+        (isinstance(part, ast.SpanRef) and part.name == ANSWER_SPAN)
+        or (isinstance(part, ast.Position) and part.and_answer)
+        for part in walk(node)
+    )
+
+
+ABSENT_SPAN = SpanOccurrence(0, 0, ())
+"""An occurrence that a row lacks."""
+
+
+@dataclass
+class SpanFinder:
+    """Finds spans in one run of a table. What is wrong goes into `diagnostics`."""
+
+    table: PromptTable
+    run: str
+    tokenizer: TextTokenizer
+    diagnostics: list[Diagnostic]
+    answers: AnswerTokens = NO_ANSWERS
+    swept: Collection[Span] = ()
+    """Positions, and parts of some, whose numbers are those of a `for`."""
+
+    def __post_init__(self) -> None:
+        self.maps = [TokenMap(row) for row in self.table.runs[self.run].rows]
+        self.total = len(self.maps)
+        self.of_tiles = bool(self.table.cut_from)
+
+    def drops_out(self, node: ast.Node) -> bool:
+        """Whether rows that lack a position are left out: its number is that of a `for`, or it is a
+        region that lies in other tiles of the image."""
+        if self.of_tiles and isinstance(node, ast.SpanRef) and node.name not in IMAGE_SPANS:
+            return True
+        return node.span in self.swept
+
+    def places(self, n: int, ref: ast.SpanRef) -> list[SpanOccurrence]:
+        """All occurrences of a span in a row, in the order of the text."""
+        m = self.maps[n]
+        if ref.name is not None and ref.name in m.row.places:
+            return [SpanOccurrence(0, 0, tokens) for tokens in m.row.places[ref.name]]
+        if ref.literal is not None:
+            found = find_text(m.row.text, ref.literal)
+            if ref.of is not None:
+                around = [s for s in m.row.spans if s.name == ref.of]
+                found = [
+                    at for at in found if any(s.start <= at[0] and at[1] <= s.end for s in around)
+                ]
+            return [m.place(*at) for at in found]
+        if self.is_answer(ref):
+            return [SpanOccurrence(0, 0, self.behind(n))]
+        special = self.special_id(ref)
+        if special is not None:
+            return [
+                SpanOccurrence(0, 0, (i,)) for i, token in enumerate(m.row.ids) if token == special
+            ]
+        around = [s for s in m.row.spans if s.name == ref.of]
+        return [
+            m.place(s.start, s.end)
+            for s in m.row.spans
+            if s.name == ref.name and (ref.of is None or ref.of in s.within or _lies_in(s, around))
+        ]
+
+    def special_id(self, ref: ast.SpanRef) -> int | None:
+        """The id of `bos`, `cls`, `sep`, `eos`, unless the prompt has a span of that name: a
+        placeholder for the first three, a list's separator where it says of which."""
+        if ref.name not in SPECIAL_ROLES or ref.of is not None:
+            return None
+        named = any(
+            s.name == ref.name and not (ref.name == "sep" and s.within)
+            for m in self.maps[:1]
+            for s in m.row.spans
+        )
+        return None if named else self.tokenizer.role_ids.get(ref.name)
+
+    # --- behind the prompt ------------------------------------------------------------------------
+
+    def is_answer(self, ref: ast.SpanRef) -> bool:
+        """Whether it names the text behind the prompt: no prompt has a span of that name."""
+        named = ref.name == ANSWER_SPAN and ref.of is None
+        return named and not self.of_images and self._answer_is_behind
+
+    @cached_property
+    def _answer_is_behind(self) -> bool:
+        return all(span.name != ANSWER_SPAN for span in self._all_spans())
+
+    def behind(self, n: int) -> tuple[int, ...]:
+        """The positions of a row's longest text behind its prompt."""
+        size = len(self.maps[n].row.ids)
+        return tuple(range(size, size + self.answers.longest(n)))
+
+    def answer_fits(self, node: ast.Node, *, from_end: bool) -> bool:
+        """Whether there is a text behind the prompts, and only one length of it in every row where
+        tokens are counted from its end; else E0540, E0541."""
+        position, answers = node.span.written, self.answers
+        if not answers.texts:
+            self.diagnostics.append(
+                NoAnswerTokens(
+                    span=node.span, position=position, reason=answers.reason, hint=answers.hint
+                )
+            )
+            return False
+        rows = answers.uneven() if from_end else []
+        if rows:
+            each = dict.fromkeys(f"`{text}` has {at[rows[0]]}" for text, at in answers.texts)
+            self.diagnostics.append(
+                AnswersDiffer(
+                    span=node.span,
+                    position=position,
+                    rows=len(rows),
+                    total=self.total,
+                    row=rows[0],
+                    lengths=", ".join(each),
+                )
+            )
+        return not rows
+
+    def span_fits(self, node: ast.Node, ref: ast.SpanRef, *, from_end: bool) -> bool:
+        """`answer_fits` for a span that is the answer, which can't be counted (E0542); true for all
+        others."""
+        if self.of_images and isinstance(node, ast.SpanTokens):
+            return self._one_patch(node, ref)
+        if not self.is_answer(ref):
+            return True
+        each = isinstance(node, ast.SpanTokens) and node.each
+        if each or ref.occurrence is not None or ref.edge is not None:
+            self.diagnostics.append(
+                NotInAnswer(
+                    span=node.span,
+                    position=node.span.written,
+                    reason="one text stands behind a prompt, so there are no occurrences to count",
+                    hint="write `each token of answer` for one run per token, `first token of "
+                    "answer + 1` for the second one",
+                )
+            )
+            return False
+        return self.answer_fits(node, from_end=from_end)
+
+    def _one_patch(self, node: ast.SpanTokens, ref: ast.SpanRef) -> bool:
+        """Whether what is one token in each image isn't a part of it: patches have no last one."""
+        if ref.row is not None or (node.plural and not node.each):
+            return True
+        found = self.all_places(replace(ref, occurrence=None))
+        if found is None:
+            return False
+        sizes = [max((len(place.tokens) for place in places), default=0) for places in found]
+        several = [n for n, size in enumerate(sizes) if size > 1]
+        if not several:
+            return True
+        name = ref.name or ""
+        ways = [f"`each token of {name}` for one run each", f"`{name} tokens` for all of them"]
+        self._ambiguous(node, name, several, f"is {sizes[several[0]]} patches", ways)
+        return False
+
+    def _known(self, ref: ast.SpanRef) -> bool:
+        """Whether any row of any run has such a span, else E0308 or E0313."""
+        if self.of_images:
+            return self._known_of_images(ref)
+        if ref.literal is not None and ref.of is None:
+            return True
+        if self.is_answer(ref):
+            return True
+        special = self.special_id(ref)
+        if special is not None:
+            if any(special in m.row.ids for m in self.maps):
+                return True
+            self._no_special(ref, "the tokenizer has one, but doesn't put it into these prompts")
+            return False
+        wanted = [ref.of] if ref.literal is not None else [ref.name, ref.of]
+        for name in wanted:
+            if name is None or any(name == span.name for span in self._all_spans()):
+                continue
+            if name in SPECIAL_ROLES and ref.of is None:
+                self._no_special(ref, "the tokenizer has none")
+            else:
+                names = {span.name for span in self._all_spans()}
+                hint = unknown_span_hint(name, names, self.table)
+                others = (run.prompts for run in self.table.runs.values() if run.prompts)
+                blocks = "`, `".join(dict.fromkeys((self.table.name, *others)))
+                self.diagnostics.append(
+                    UnknownSpan(span=ref.span, name=name, prompts=blocks, hint=hint)
+                )
+            return False
+        return True
+
+    @property
+    def of_images(self) -> bool:
+        """Whether the rows are images."""
+        return any(m.row.image is not None for m in self.maps)
+
+    def _known_of_images(self, ref: ast.SpanRef) -> bool:
+        names = [name for m in self.maps[:1] for name in m.row.places]
+        if ref.row is not None and ref.name != IMAGE_SPAN:
+            names = [IMAGE_SPAN]
+        if ref.name in names and ref.of is None:
+            return True
+        shown = name_list(names)
+        hint = did_you_mean(ref.name or "", names, f"tokens of these images are {shown}")
+        name = ref.of or ref.name or ref.literal or ""
+        self.diagnostics.append(
+            UnknownSpan(
+                span=ref.span,
+                name=name,
+                prompts=self.table.runs[self.run].prompts or self.table.name,
+                hint=hint,
+                what="nothing of an image",
+                unit="image",
+            )
+        )
+        return False
+
+    def _all_spans(self) -> Iterator[TextSpan]:
+        return (s for run in self.table.runs.values() for row in run.rows for s in row.spans)
+
+    def _no_special(self, ref: ast.SpanRef, reason: str) -> None:
+        hint = "set `bos: true` in the model line" if ref.name == "bos" else "name another token"
+        if reason == "the tokenizer has none":
+            hint = "write `first token` for the first one of the text"
+        self.diagnostics.append(
+            NoSuchSpecial(
+                span=ref.span,
+                name=ref.name or "",
+                prompts=self.table.name,
+                reason=reason,
+                hint=hint,
+            )
+        )
+
+    def all_places(self, ref: ast.SpanRef) -> list[list[SpanOccurrence]] | None:
+        """Per row, all occurrences; None with a diagnostic where the span is unknown or has no
+        token."""
+        if (ref.row is not None or ref.col is not None) and not self.of_images:
+            self.diagnostics.append(NotSupported(span=ref.span, what="a position in an image"))
+            return None
+        if not self._known(ref):
+            return None
+        found = [self.places(n, ref) for n in range(self.total)]
+        bare = [n for n, places in enumerate(found) if any(not p.tokens for p in places)]
+        if bare:
+            place = next(p for p in found[bare[0]] if not p.tokens)
+            text = self.maps[bare[0]].row.text[place.start : place.end]
+            hint = 'name the token beside it, or choose a separator such as ", "'
+            self.diagnostics.append(
+                SpanWithoutToken(
+                    span=ref.span,
+                    name=ref.span.written,
+                    run=self.run,
+                    lacking=len(bare),
+                    total=self.total,
+                    text=repr(text),
+                    by_text=not text and not self.table.stands_in,
+                    hint=hint if text else "leave rows where it is empty out with `where`",
+                )
+            )
+            return None
+        return found
+
+    def absent(self, node: ast.Node, ref: ast.SpanRef, lacking: list[int], least: int) -> None:
+        self.diagnostics.append(
+            AbsentOccurrence(
+                span=node.span,
+                position=written_span(ref),
+                run=self.run,
+                lacking=len(lacking),
+                total=self.total,
+                example=self.example(lacking[0]),
+                hint=occurrence_hint(ref, least, self.table, self.run)
+                if least > 0
+                else f"occurrences count from 1: write `{ref.name} 1 token`",
+            )
+        )
+
+    def one_place(self, node: ast.Node, ref: ast.SpanRef) -> list[SpanOccurrence] | None:
+        """The one occurrence that is meant, in each row; one without tokens where a row lacks what
+        a `for` counts. E0306, E0309."""
+        found = self.all_places(ref)
+        if found is None:
+            return None
+        pick, least = _picker(ref)
+        if least < 1:  # `item 0`: occurrences count from 1
+            self.absent(node, ref, list(range(self.total)), least)
+            return None
+        lacking = [n for n, places in enumerate(found) if len(places) < least]
+        if lacking and not (self.drops_out(ref) and len(lacking) < self.total):
+            self.absent(node, ref, lacking, least)
+            return None
+        if pick is None:
+            several = [n for n, places in enumerate(found) if len(places) > 1]
+            if several:
+                times = f"occurs {len(found[several[0]])} times in the prompt"
+                self._ambiguous(node, ref.span.written, several, times, _occurrences(ref))
+                return None
+            pick = 0
+        return [places[pick] if len(places) >= least else ABSENT_SPAN for places in found]
+
+    def _ambiguous(
+        self, node: ast.Node, name: str, several: list[int], what: str, ways: list[str]
+    ) -> None:
+        self.diagnostics.append(
+            AmbiguousSpan(
+                span=node.span,
+                name=name,
+                several=what,
+                rows=len(several),
+                total=self.total,
+                run=self.run,
+                example=self.example(several[0]),
+                ways=", ".join(ways[:-1]) + " or " + ways[-1],
+            )
+        )
+
+    def warn(
+        self, ref: ast.SpanRef, hits: Iterable[tuple[int, SpanOccurrence, tuple[int, ...]]]
+    ) -> None:
+        """W0701 where a token that is hit also covers text beside the span."""
+        if self.is_answer(ref) or self.special_id(ref) is not None or self.of_images:
+            return
+        texts: Counter[str] = Counter()
+        rows: set[int] = set()
+        for n, place, tokens in hits:
+            for token in tokens:
+                more = self.maps[n].covers_more(place, token)
+                if more is not None:
+                    texts[more] += 1
+                    rows.add(n)
+        if texts:
+            shown = ", ".join(f"`{t}`" for t, _ in texts.most_common(3))
+            self.diagnostics.append(
+                TokenCoversMore(
+                    span=ref.span,
+                    name=ref.span.written,
+                    tokens=shown,
+                    rows=len(rows),
+                    total=self.total,
+                )
+            )
+
+    def example(self, n: int) -> str:
+        text = " ".join(self.maps[n].row.text.split())
+        return f'"{text}"' if len(text) <= 48 else f'"{text[:47]}…"'
+
+
+def _lies_in(span: TextSpan, around: Sequence[TextSpan]) -> bool:
+    """Whether a marked or literal span lies within another one of these."""
+    return any(s is not span and s.start <= span.start and span.end <= s.end for s in around)
+
+
+def _picker(ref: ast.SpanRef) -> tuple[int | None, int]:
+    """Which occurrence is meant (None: the only one), and how many there have to be."""
+    if ref.edge is not None:
+        return (0 if ref.edge == "first" else -1), 1
+    counted = occurrence_bounds(ref.occurrence)
+    if counted is not None:
+        return counted[0] - 1, counted[0]
+    return (-1 if ref.literal is not None else None), 1
+
+
+def _occurrences(ref: ast.SpanRef) -> list[str]:
+    """How one of several occurrences is named."""
+    name, behind = ref.span.written, f" of {ref.of}" if ref.of is not None else ""
+    ways = [f"`first-{name} token`", f"`last-{name} token`", f"`{ref.name} 2{behind} token`"]
+    return [*ways, f"`each {name} token` for one run each", f"`{name} tokens` for all of them"]
+
+
+@dataclass
+class CountedTokens:
+    """Counts in the run of `spans`, whose `diagnostics` take what is wrong."""
+
+    spans: SpanFinder
+    with_runs: tuple[str, ...]
+    """Other runs whose prompts must be as long."""
+
+    def __post_init__(self) -> None:
+        self.maps = self.spans.maps
+        self.diagnostics = self.spans.diagnostics
+
+    def index(self, base: ast.TokenIndex, align: str | None) -> list[PositionCell]:
+        """The cells of a number, a range or `*`. Codes: E0305, E0310, E0321."""
+        low = literal_number(base.low)
+        high = base.high
+        if low is None:
+            everything = tuple((tuple(range(len(m.row.ids))),) for m in self.maps)
+            if base.plural:
+                return [PositionCell(base.span.written, everything, follows="every")]
+            return self.by_index(base, everything, align)
+        if high is None:
+            label = base.span.written if base.plural else str(low)
+            return self._counted([(label, low, low)], base)
+        if (low < 0) != (high < 0):
+            return self._mixed(base, low, high, align)
+        if low > high:
+            text, first, last = f"{low}..{high}", str(high), str(low)
+            self.diagnostics.append(EmptyRange(span=base.span, text=text, low=first, high=last))
+            return []
+        # One index too many is as wrong as a billion, and quicker to refuse.
+        longest = max(len(m.row.ids) for m in self.maps)
+        low, high = max(low, -longest - 1), min(high, longest)
+        if base.plural:
+            return self._counted([(base.span.written, low, high)], base)
+        return self._counted([(str(i), i, i) for i in range(low, high + 1)], base)
+
+    def _counted(
+        self, wanted: list[tuple[str, int, int]], base: ast.TokenIndex
+    ) -> list[PositionCell]:
+        cells: list[PositionCell] = []
+        for label, low, high in wanted:
+            hits: list[Hits] = []
+            for m in self.maps:
+                size = len(m.row.ids) if low < 0 else 0
+                hits.append((tuple(range(low + size, high + size + 1)),))
+            cells.append(PositionCell(label, tuple(hits)))
+        hint = "count within the shortest prompt, or from the end: `token -1`"
+        return self.inside(cells, base, hint, special=True)
+
+    def _mixed(
+        self, base: ast.TokenIndex, low: int, high: int, align: str | None
+    ) -> list[PositionCell]:
+        """`2..-1`: from the second to the last, in each row."""
+        whole: list[Hits] = []
+        for m in self.maps:
+            size = len(m.row.ids)
+            first, last = (i + size if i < 0 else i for i in (low, high))
+            whole.append((tuple(range(first, last + 1)),) if first <= last else ())
+        cell = PositionCell(base.span.written, tuple(whole))
+        hint = "count within the shortest prompt"
+        if not self.inside([cell], base, hint, special=True):
+            return []
+        if base.plural:
+            return [cell]
+        return self.by_index(base, whole, align)
+
+    def by_index(
+        self, node: ast.Node, whole: Sequence[Hits], align: str | None
+    ) -> list[PositionCell]:
+        """One cell per index from an end; rows without it drop out. Code: E0305."""
+        lengths = [len(m.row.ids) for m in self.maps]
+        runs = self.spans.table.runs
+        others = [len(r.ids) for name in self.with_runs for r in runs[name].rows]
+        everything = lengths + others
+        if len(set(everything)) > 1 and align is None:
+            self.diagnostics.append(
+                RaggedPositions(
+                    span=node.span,
+                    position=node.span.written,
+                    run=self.spans.run,
+                    shortest=min(everything),
+                    longest=max(everything),
+                )
+            )
+            return []
+        found: dict[int, list[Hits]] = {}
+        for n, (hits, length) in enumerate(zip(whole, lengths, strict=True)):
+            for run in hits:
+                for p in run:
+                    index = p - length if align == "right" else p
+                    found.setdefault(index, [()] * self.spans.total)[n] = ((p,),)
+        return [PositionCell(str(index), tuple(found[index])) for index in sorted(found)]
+
+    def inside(
+        self,
+        cells: Sequence[PositionCell],
+        node: ast.Point | ast.TokenIndex,
+        hint: str,
+        *,
+        special: bool,
+        behind: bool = False,
+    ) -> list[PositionCell]:
+        """The cells, where all hits lie in the prompts, else none and E0310; special tokens, and
+        those of the answer behind the prompt, count only if told so. Of a `for` that leads out of
+        some prompts the others are left."""
+        beyond = [self._beyond(cell, special=special, behind=behind) for cell in cells]
+        lacking = set[int]().union(*beyond)
+        if lacking and self.spans.drops_out(node):
+            left = [_without(*each) for each in zip(cells, beyond, strict=True)]
+            if any(any(cell.hits) for cell in left):
+                return left
+        if lacking:
+            self.diagnostics.append(
+                OutsidePrompt(
+                    span=node.span,
+                    position=self._written(node),
+                    run=self.spans.run,
+                    lacking=len(lacking),
+                    total=self.spans.total,
+                    example=self.spans.example(min(lacking)),
+                    hint=hint,
+                    unit="image" if self.spans.of_images else "prompt",
+                )
+            )
+        return [] if lacking else list(cells)
+
+    def _written(self, node: ast.Point | ast.TokenIndex) -> str:
+        """What a position is called: with the number that a `for` has."""
+        if not self.spans.drops_out(node):
+            return node.span.written
+        point = node if isinstance(node, ast.Point) else ast.Point(node, span=node.span)
+        return written_position(ast.Position(point, span=node.span))
+
+    def _beyond(self, cell: PositionCell, *, special: bool, behind: bool) -> set[int]:
+        """The rows of whose prompts a cell leads out."""
+        lacking: set[int] = set()
+        for n, row in enumerate(cell.hits):
+            own = self.maps[n].row
+            size = len(own.ids)
+            allowed = range(size + (self.spans.answers.longest(n) if behind else 0))
+            for run in row:
+                inside = all(
+                    p in allowed and (special or p >= size or not own.special[p]) for p in run
+                )
+                if not inside:
+                    lacking.add(n)
+        return lacking
+
+
+def _without(cell: PositionCell, rows: Collection[int]) -> PositionCell:
+    """The cell without what it has in these rows."""
+    hits = tuple(() if n in rows else own for n, own in enumerate(cell.hits))
+    return replace(cell, hits=hits)
+
+
+def grid_cells(base: ast.SpanTokens, spans: SpanFinder) -> list[PositionCell]:
+    """The cells of `image row R col C token`, one for each patch, or of `tokens`, joined. All rows
+    have them. Codes: E0108 in texts, E0308, E0310, E0321."""
+    reader = spans.tokenizer
+    if spans.all_places(base.of) is None or not isinstance(reader, ImageTokenizer):
+        return []
+    tokens, problems = _patches(base.of, reader, spans.total, spans.run)
+    spans.diagnostics += problems
+    if problems:
+        return []
+    if base.plural:
+        return [PositionCell(base.span.written, ((tuple(tokens),),) * spans.total)]
+    one = len(tokens) == 1
+    return [
+        PositionCell(
+            base.span.written if one else reader.label(token), (((token,),),) * spans.total
+        )
+        for token in tokens
+    ]
+
+
+def image_token_cells(
+    tokens: Sequence[tuple[int, ...]], tokenizer: TextTokenizer
+) -> list[PositionCell]:
+    """One cell for each token of a span of images; images lack it that have fewer."""
+    assert isinstance(tokenizer, ImageTokenizer)
+    held = [frozenset(own) for own in tokens]
+    return [
+        PositionCell(
+            tokenizer.label(token), tuple((((token,),) if token in own else ()) for own in held)
+        )
+        for token in sorted(frozenset().union(*held))
+    ]
+
+
+def _patches(
+    ref: ast.SpanRef, reader: ImageTokenizer, total: int, run: str
+) -> tuple[list[int], list[Diagnostic]]:
+    """The tokens of a rectangle of patches, row by row."""
+    layout = reader.layout
+    ranges: list[range] = []
+    for occurrence, most in ((ref.row, layout.rows), (ref.col, layout.cols)):
+        counted = occurrence_bounds(occurrence)
+        low, high = (1, most) if counted is None else counted
+        if low > high:
+            assert occurrence is not None
+            text = occurrence.span.written
+            first, last = str(high), str(low)
+            return [], [EmptyRange(span=occurrence.span, text=text, low=first, high=last)]
+        if low < 1 or high > most:
+            return [], [_outside(ref.span, layout, total, run)]
+        ranges.append(range(low, high + 1))
+    rows, cols = ranges
+    return [layout.token(row, col) for row in rows for col in cols], []
+
+
+def _outside(span: Span, layout: PatchLayout, total: int, run: str) -> Diagnostic:
+    size = f"{layout.rows} rows and {layout.cols} columns of patches"
+    return OutsidePrompt(
+        span=span,
+        position=span.written,
+        run=run,
+        lacking=total,
+        total=total,
+        example=f"{layout.size[1]} x {layout.size[0]} pixels",
+        hint=f"the model sees {size}, counted from 1 at the top left",
+        unit="image",
+    )

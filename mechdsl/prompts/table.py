@@ -1,0 +1,884 @@
+"""Build a table of tokenised rows from a prompts block."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
+from string import ascii_lowercase
+from typing import TypedDict
+
+from mechdsl.base import limits
+from mechdsl.base.hashing import stable_hash
+from mechdsl.base.source import Span
+from mechdsl.base.text import quote
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.models import NoTokenFor
+from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.prompts import (
+    BadChatTemplate,
+    MarkerInText,
+    NoChatTemplate,
+    RowsNotChecked,
+    UnknownValue,
+    UnknownWords,
+)
+from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.images.picture import Picture, PictureChange
+from mechdsl.program import spec
+from mechdsl.program.images import IMAGE_SPAN
+from mechdsl.prompts.answers import (
+    LabelNaming,
+    drop_shared_token,
+    moved_characters,
+    output_text,
+    shared_first_token,
+    tokenise_texts,
+)
+from mechdsl.prompts.block import TEMPLATE, PromptsBlock, PromptsSpecs
+from mechdsl.prompts.conventions import (
+    check_empty_prompts,
+    check_prompt_lengths,
+    check_unknown_words,
+    image_conventions,
+    noise_conventions,
+    token_conventions,
+)
+from mechdsl.prompts.expressions import Constants, WordLookup
+from mechdsl.prompts.positions.cells import resolve_positions
+from mechdsl.prompts.positions.spans import SpanFinder
+from mechdsl.prompts.rows import CLEAN, BlockRows, PromptTable, Row, resolve_image_change
+from mechdsl.prompts.runs import (
+    PositionCell,
+    PromptRun,
+    RunNoise,
+    RunRow,
+    SpanOccurrence,
+    TextTokens,
+    TokenMap,
+    extend_row,
+    trim_span,
+)
+from mechdsl.prompts.selection import (
+    BuiltRow,
+    RowCollection,
+    RowContent,
+    SplitPart,
+    balanced_variables,
+    count_rows_before_limit,
+    equal_records_warning,
+    exhausted_variables,
+    expand_class_texts,
+    no_effect_error,
+    rows_convention,
+    select_rows,
+    select_rows_by_id,
+    set_mean_image,
+    unchanged_template_warnings,
+)
+from mechdsl.prompts.tokens.images import ImageTokenizer, StandInImageTokenizer, image_row_fields
+from mechdsl.prompts.tokens.tokenizer import EncodedText, TextTokenizer
+from mechdsl.prompts.values import DrawKey, Refusal, TextSpan, TokenId
+from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import walk
+from mechdsl.syntax.words import RESERVED
+from mechdsl.vocab.corruptions import ActivationChange, TokenChange, changes_of_kind, patch_changes
+
+
+def replace_tokens(
+    table: PromptTable,
+    run: str,
+    at: ast.Positions,
+    cell: PositionCell,
+    text: str,
+    tokenizer: TextTokenizer,
+) -> PromptRun:
+    """The run with the text of the hit tokens replaced and tokenised again; answers stay.
+
+    cell: one of those of `at`. A span that `at` names becomes the text once, the outermost one
+    counting: of a list, `fruits tokens` becomes one `thing`, and of `item tokens` each does. In the
+    rest of what is hit, so does every span whose tokens are all hit, the innermost one counting,
+    and every other word.
+    """
+    hits = [tuple(p for tokens in row for p in tokens) for row in cell.hits]
+    return _replaced(table, run, at, hits, [text] * len(hits), tokenizer)
+
+
+def check_chat_markers(text: str, span: Span, tokenizer: TextTokenizer) -> MarkerInText | None:
+    """E0553 for a text that would be a special token in a chat."""
+    marker = None if tokenizer.chat is None else tokenizer.chat.marker_in(text)
+    if marker is None:
+        return None
+    return MarkerInText(span=span, text=quote(text), marker=marker)
+
+
+def replace_at_positions(
+    table: PromptTable,
+    run: str,
+    at: ast.Positions,
+    texts: Sequence[str],
+    tokenizer: TextTokenizer,
+) -> tuple[PromptRun, list[Diagnostic]]:
+    """The same at a position of the language, with a text for each row; cells are joined."""
+    cells, diagnostics = resolve_positions(at, table, run, tokenizer=tokenizer)
+    if has_errors(diagnostics):
+        return table.runs[run], diagnostics
+    hits = [
+        tuple(sorted({p for cell in cells for tokens in cell.hits[n] for p in tokens}))
+        for n in range(len(table))
+    ]
+    return _replaced(table, run, at, hits, texts, tokenizer), diagnostics
+
+
+def _replaced(
+    table: PromptTable,
+    run: str,
+    at: ast.Positions,
+    hits: Sequence[tuple[int, ...]],
+    texts: Sequence[str],
+    tokenizer: TextTokenizer,
+) -> PromptRun:
+    old = table.runs[run]
+    named = [node.of for node in walk(at) if isinstance(node, ast.SpanTokens) and node.plural]
+    spans = SpanFinder(table, run, tokenizer, [])  # what is wrong has been said
+    written = [
+        _rewrite(row, _units(row, tokens, [p for ref in named for p in spans.places(n, ref)]), text)
+        for n, (row, tokens, text) in enumerate(zip(old.rows, hits, texts, strict=True))
+    ]
+    # The moved token is put back by hand: alone behind the prompt it may be tokenised otherwise.
+    tail = len(table.moved_text)
+    reader = tokenizer.reading(written=old.chat)
+    encoded = reader.encode_all([text[: len(text) - tail] for text, _ in written])
+    rows: list[RunRow] = []
+    for row, (text, spans), tokens in zip(old.rows, written, encoded, strict=True):
+        new = replace(
+            row,
+            text=text[: len(text) - tail],
+            ids=tokens.ids,
+            offsets=tokens.offsets,
+            special=tokens.special,
+            spans=spans,
+        )
+        rows.append(extend_row(new, table.moved, table.moved_text))
+    return replace(old, rows=tuple(rows))
+
+
+def _units(
+    row: RunRow, hits: tuple[int, ...], named: Sequence[SpanOccurrence]
+) -> list[tuple[int, int]]:
+    """The characters that are replaced together, from left to right, without overlaps.
+
+    named: the spans that the position names.
+    """
+    tokens = TokenMap(row)
+    left = {p for p in hits if not row.special[p]}
+    units: list[tuple[int, int]] = []
+    # What is named, then what lies in the rest: an item before the list that it stands in.
+    others = [tokens.place(span.start, span.end) for span in row.spans]
+    outermost = sorted(named, key=lambda place: place.start - place.end)
+    for place in (*outermost, *sorted(others, key=lambda place: place.end - place.start)):
+        if place.tokens and left.issuperset(place.tokens):
+            units.append(trim_span(row.text, place.start, place.end))
+            left.difference_update(place.tokens)
+    last: tuple[int, int] | None = None
+    words: list[tuple[int, int]] = []
+    for p in sorted(left):
+        start, end = tokens.places[p]
+        if start == end:
+            continue
+        if last is not None and start <= last[1]:
+            last = words[-1] = (last[0], max(last[1], end))
+        else:
+            last = (start, end)
+            words.append(last)
+    return sorted(u for u in (*units, *words) if u[0] < u[1])
+
+
+def _rewrite(
+    row: RunRow, units: Sequence[tuple[int, int]], new: str
+) -> tuple[str, tuple[TextSpan, ...]]:
+    """The text with every unit replaced, and the spans where they are now; those that were a part
+    of a unit are gone."""
+    parts: list[str] = []
+    at = 0
+    for start, end in units:
+        parts += [row.text[at:start], new]
+        at = end
+    text = "".join([*parts, row.text[at:]])
+
+    def moved(offset: int, *, is_end: bool) -> int:
+        shift = 0
+        for start, end in units:
+            if offset >= end:
+                shift += len(new) - (end - start)
+            elif offset > start:
+                # Within what was replaced: the whole of it counts.
+                return start + shift + (len(new) if is_end else 0)
+        return offset + shift
+
+    spans = tuple(
+        s._replace(start=moved(s.start, is_end=False), end=moved(s.end, is_end=True))
+        for s in row.spans
+        if not any(a <= s.start < s.end <= b and s.end - s.start < b - a for a, b in units)
+    )
+    return text, spans
+
+
+def change_patches(
+    table: PromptTable,
+    run: str,
+    change: ast.ChangeLine,
+    number: int,
+    rows: Sequence[Row],
+    tokenizer: TextTokenizer,
+) -> tuple[PromptRun, list[Diagnostic]]:
+    """The run with patches of its images blurred, gray or with noise; cells are joined.
+
+    number: its own, which noise hangs on. rows: those of the run. Codes: E0207 and those of
+    positions.
+    """
+    at, before = change.tokens, table.runs[run]
+    assert at is not None
+    cells, found = resolve_positions(at, table, run, tokenizer=tokenizer)
+    if has_errors(found) or not isinstance(tokenizer, ImageTokenizer):
+        return before, found
+    changed: list[RunRow] = []
+    for place, (old, row) in enumerate(zip(before.rows, rows, strict=True)):
+        tokens = sorted({t for cell in cells for hit in cell.hits[place] for t in hit})
+        if any(tokenizer.layout.place(token) is None for token in tokens):
+            reason, hint = "is of patches alone", "write `image tokens` for all of them"
+            return before, [BadArgument(span=at.span, name=change.word, reason=reason, hint=hint)]
+        try:
+            made = resolve_image_change(row, change, number)
+        except Refusal as refusal:
+            return before, [refusal.diagnostic(row.describe())]
+        changed.append(change_row_patches(old, made, tokens, tokenizer))
+    return replace(before, rows=tuple(changed)), found
+
+
+def change_row_patches(
+    row: RunRow, change: PictureChange, tokens: Sequence[int], reader: ImageTokenizer
+) -> RunRow:
+    """The row with its image changed at these patches, as the model gets it; as it was where there
+    are none."""
+    if not tokens or row.image is None:
+        return row
+    change = replace(change, patches=tuple(reader.layout.box(token) for token in tokens))
+    image = replace(row.image, changes=(*row.image.changes, change))
+    [encoded] = reader.encode_all([image.text])
+    return replace(row, image=image, text=image.text, ids=encoded.ids, offsets=encoded.offsets)
+
+
+_FEWEST_ROWS = 5
+"""That a check looks at, however many runs they have."""
+
+
+def build_table(
+    prompts: spec.Prompts,
+    *,
+    tokenizer: TextTokenizer,
+    seed: int = 0,
+    limit: int | None = None,
+    part: SplitPart | None = None,
+    words: WordLookup | None = None,
+    max_length: int | None = None,
+    parameters: Constants | None = None,
+    blocks: PromptsSpecs | None = None,
+    compiled: dict[str, BlockRows] | None = None,
+    ids: Sequence[int] | None = None,
+    python: bool = False,
+    prompts_enough: int | None = None,
+    labels: LabelNaming = "none",
+    writes: bool = False,
+    used: Container[str] | None = None,
+) -> tuple[PromptTable | None, list[Diagnostic]]:
+    """The rows of a block with all its runs, tokenised.
+
+    words: the plain words of a model's tokenizer, by its name, for `words(MODEL)`.
+    max_length: tokens that the model reads. parameters: the file's, as set.
+    blocks: all prompts of the file, for `from: pairs`.
+    ids: numbers of the only rows that are wanted; those that are left out are missing.
+    python: whether functions of Python files may be run.
+    prompts_enough: how many prompts, of all runs, are enough to look at (W0790).
+    labels: whether answers and the like are of a classifier's outputs, and no tokens.
+    writes: whether models write behind its prompts, which hold no word of an answer then.
+    used: the corruptions that are used: rows that one of them leaves unchanged are left out; None
+        where all are.
+    compiled: blocks that were compiled before, as `compiled_as` calls them, with the rows they
+        have worked out; a new one is added. All that the rows hang on (seed, words, parameters,
+        blocks) must be the same.
+    Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, E0550 to E0553, W0701
+    to W0703, W0781, W0790, W0791.
+    """
+    tokenizer = tokenizer.reading(written=bool(prompts.chat))
+    key = block_rows_key(prompts, tokenizer)
+    rows = (compiled or {}).get(key) or BlockRows(
+        PromptsBlock(
+            prompts,
+            seed=seed,
+            words=words,
+            parameters=parameters or {},
+            blocks=blocks or {},
+            python=python,
+            chat=tokenizer.chat,
+        )
+    )
+    if compiled is not None:
+        compiled[key] = rows
+    block = rows.block
+    diagnostics = [*block.diagnostics, *_no_chat(prompts, tokenizer)]
+    diagnostics += set_mean_image(block, tokenizer, prompts_enough)
+    if has_errors(diagnostics) or block.columns_unknown:
+        return None, diagnostics
+    most = None
+    if prompts_enough is not None:
+        most = max(_FEWEST_ROWS, prompts_enough // (1 + len(block.spec.corruptions)))
+    if ids is None:
+        found = select_rows(rows, tokenizer, limit=limit, part=part, most=most, used=used)
+    else:
+        found = select_rows_by_id(rows, tokenizer, ids)
+    if found.cut:
+        found.diagnostics.append(
+            RowsNotChecked(
+                span=block.spec.span,
+                prompts=block.name,
+                rows=len(found.rows),
+                unit=block.spec.unit,
+            )
+        )
+    if found.repeated:
+        found.diagnostics.append(equal_records_warning(block, found))
+    for corruption in block.spec.corruptions:
+        if used is None or corruption.name in used:
+            same = found.unchanged.get(corruption.name, Counter[int]())
+            found.diagnostics += unchanged_template_warnings(
+                block, corruption, same, found.compared
+            )
+    diagnostics = list(dict.fromkeys([*block.diagnostics, *found.diagnostics]))
+    if has_errors(diagnostics) or not found.rows:
+        return None, diagnostics
+    builder = _Builder(
+        rows, tokenizer, max_length, labels=labels, whole=most is None, writes=writes, used=used
+    )
+    table = builder.table(found, limit, part)
+    return (None if has_errors(builder.diagnostics) else table), [
+        *diagnostics,
+        *dict.fromkeys(builder.diagnostics),
+    ]
+
+
+def block_rows_key(prompts: spec.Prompts, tokenizer: TextTokenizer | None) -> str:
+    """What the rows of a block are called that a tokenizer's template writes; those of all other
+    blocks are the same for every tokenizer."""
+    chat = tokenizer.chat if tokenizer is not None and prompts.chat else None
+    return prompts.name if chat is None else f"{prompts.name} {chat.digest}"
+
+
+def _no_chat(prompts: spec.Prompts, tokenizer: TextTokenizer) -> list[Diagnostic]:
+    """E0550, E0551: nothing writes the turns of a chat."""
+    if not prompts.chat or tokenizer.stands_in:
+        return []
+    span = prompts.chat[0].span
+    if tokenizer.chat is None:
+        return [NoChatTemplate(span=span)]
+    problem = tokenizer.chat.problem
+    if problem is None:
+        return []
+    return [BadChatTemplate(span=span, reason=problem.reason, hint=problem.hint)]
+
+
+@dataclass
+class _Builder:
+    """Tokenises the rows of one block."""
+
+    rows: BlockRows
+    tokenizer: TextTokenizer
+    max_length: int | None
+    texts: bool = True
+    """Whether there are answers and the like."""
+    labels: LabelNaming = "none"
+    """Whether they are of a classifier's outputs, which aren't tokenised."""
+    writes: bool = False
+    used: Container[str] | None = None
+    """The corruptions whose unchanged rows are left out; None: all."""
+    whole: bool = True
+    """Whether deviations are of all rows before `limit`, as in a run, or of those of the table."""
+
+    def __post_init__(self) -> None:
+        self.block = self.rows.block
+        self.diagnostics: list[Diagnostic] = []
+
+    def table(self, found: RowCollection, limit: int | None, part: SplitPart | None) -> PromptTable:
+        table, equal = self.runs(found.rows)
+        equal = {name: rows.total() for name, rows in found.unchanged.items()} | equal
+        left_out = {name: count for name, count in equal.items() if self._uses(name)}
+        conventions = rows_convention(self.block, found, len(table), limit, part, left_out)
+        conventions |= token_conventions(self.block, table, self.tokenizer)
+        if not has_errors(self.diagnostics):
+            if self.max_length is not None:
+                self.diagnostics += check_prompt_lengths(self.block, table, self.max_length)
+            table = self._with_noise(table, found)
+        conventions |= noise_conventions(table) | image_conventions(table)
+        classes, problems = expand_class_texts(self.block, self.rows[found.rows[0].id])
+        self.diagnostics += problems
+        python = self.block.calls.functions
+        rounds = found.tried >= self.block.combinations and part is None
+        return replace(
+            table,
+            conventions=conventions,
+            python=python,
+            cut=found.cut,
+            dealt=balanced_variables(self.block, table.sources) if rounds else (),
+            exhausted=exhausted_variables(self.block, table.sources),
+            whole=rounds and not self.block.draws,
+            unchanged=frozenset(equal),
+            changed_by=tuple(sorted(left_out)),
+            classes=classes,
+        )
+
+    def _uses(self, corruption: str) -> bool:
+        return self.used is None or corruption in self.used
+
+    # --- tokenisation -----------------------------------------------------------------------------
+
+    def runs(self, made: Sequence[BuiltRow]) -> tuple[PromptTable, dict[str, int]]:
+        """The table without noise, and per corruption the rows whose text it left as it was."""
+        prompts = self.tokenizer.encode_unique(m.clean.prompt.text for m in made)
+        texts = {CLEAN: self._texts(CLEAN, [m.clean for m in made], made, prompts)}
+        for place, corruption in enumerate(self.block.spec.corruptions):
+            rows = [m.corrupted[place] for m in made]
+            texts[corruption.name] = self._texts(corruption.name, rows, made, prompts)
+        every = [
+            tokens
+            for run in texts.values()
+            for row in run
+            for name, tokens in row.items()
+            if not self.block.is_token_id(name)
+        ]
+        words = not self.writes
+        moved = shared_first_token(every, self.tokenizer, words=words) if every else ()
+        runs = {CLEAN: self._run(CLEAN, [m.clean for m in made], texts[CLEAN], moved, prompts)}
+        for place, corruption in enumerate(self.block.spec.corruptions):
+            rows = [m.corrupted[place] for m in made]
+            changed = self.tokenizer.encode_unique(row.prompt.text for row in rows)
+            run = self._run(corruption.name, rows, texts[corruption.name], moved, changed)
+            runs[corruption.name] = run
+        table = PromptTable(
+            name=self.block.name,
+            row_ids=tuple(m.id for m in made),
+            row_keys=tuple(m.key for m in made),
+            runs=runs,
+            data_hash=self.block.data.digest if self.block.data else "",
+            moved=moved,
+            moved_text=self._moved_text(made, moved),
+            block_rows=self.rows,
+        )
+        table = replace(
+            table,
+            runs={
+                name: replace(
+                    run, rows=tuple(extend_row(r, table.moved, table.moved_text) for r in run.rows)
+                )
+                for name, run in runs.items()
+            },
+        )
+        return self._replaced(table, made)
+
+    def _texts(
+        self,
+        run: str,
+        rows: Sequence[RowContent],
+        made: Sequence[BuiltRow],
+        encoded: Mapping[str, EncodedText],
+    ) -> list[dict[str, TextTokens]]:
+        """The named texts of a run's rows, behind the clean prompts."""
+        prompts = [m.clean.prompt.text for m in made]
+        out: list[dict[str, TextTokens]] = [{} for _ in rows]
+        for definition in self.block.spec.texts if self.texts else ():
+            name = definition.name
+            place = list(self.block.texts).index(name)
+            texts: list[str | TokenId] = [row.texts[place] for row in rows]
+            if self.labels != "none":
+                for row, text in zip(out, texts, strict=True):
+                    row[name] = output_text(text, self.labels)
+                continue
+            tokens, diagnostics = tokenise_texts(
+                prompts,
+                texts,
+                self.tokenizer,
+                name=name,
+                span=definition.value.span,
+                encoded=encoded,
+            )
+            # What is wrong with the clean text need not be said again of the corrupted one.
+            reported = {(d.code, d.span) for d in self.diagnostics}
+            self.diagnostics += [d for d in diagnostics if (d.code, d.span) not in reported]
+            for row, found in zip(out, tokens, strict=True):
+                row[name] = found
+        return out
+
+    def _moved_text(self, made: Sequence[BuiltRow], moved: tuple[int, ...]) -> str:
+        """The characters of the moved token, white space before it included."""
+        if not moved:
+            return ""
+        ids = map(self.block.is_token_id, self.block.texts)
+        prompt = made[0].clean.prompt.text
+        text = next(str(text) for text, id in zip(made[0].clean.texts, ids, strict=True) if not id)
+        return moved_characters(prompt, text, moved, self.tokenizer)
+
+    def _run(
+        self,
+        name: str,
+        rows: Sequence[RowContent],
+        texts: Sequence[Mapping[str, TextTokens]],
+        moved: tuple[int, ...],
+        prompts: Mapping[str, EncodedText],
+    ) -> PromptRun:
+        riches = [row.prompt for row in rows]
+        encoded = [prompts[rich.text] for rich in riches]
+        self.diagnostics += check_empty_prompts(self.block, name, riches)
+        if not any(isinstance(d, UnknownWords | NoTokenFor) for d in self.diagnostics):
+            # Else they were told of another run.
+            self.diagnostics += check_unknown_words(
+                self.block, self.tokenizer, name, riches, encoded
+            )
+        out: list[RunRow] = []
+        for row, rich, tokens, own in zip(rows, riches, encoded, texts, strict=True):
+            kept = own
+            if moved:
+                kept = {
+                    key: text
+                    if self.block.is_token_id(key)
+                    else drop_shared_token(text, moved) or text
+                    for key, text in own.items()
+                }
+            out.append(
+                RunRow(
+                    text=rich.text,
+                    ids=tokens.ids,
+                    offsets=tokens.offsets,
+                    special=tokens.special,
+                    spans=rich.spans,
+                    values=row.values,
+                    texts=kept,
+                    **image_row_fields(row.image, row.regions, self.tokenizer),
+                )
+            )
+        return PromptRun(name, tuple(out), chat=bool(self.block.spec.chat))
+
+    # --- what corruptions do to tokens ---------------------------------------------------------
+
+    def _replaced(
+        self, table: PromptTable, made: Sequence[BuiltRow]
+    ) -> tuple[PromptTable, dict[str, int]]:
+        """`replace item tokens with "thing"` in corruptions; rows it doesn't change are dropped if
+        it is used."""
+        equal: dict[str, int] = {}
+        keep = [True] * len(table)
+        runs = dict(table.runs)
+        for corruption in self.block.spec.corruptions:
+            changes = changes_of_kind(TokenChange, corruption.changes)
+            for kind, change in changes:
+                texts = self._new_texts(corruption, change, kind.text(change), made)
+                current = replace(table, runs=runs)
+                assert change.tokens is not None
+                run, diagnostics = replace_at_positions(
+                    current, corruption.name, change.tokens, texts, self.tokenizer
+                )
+                self.diagnostics += diagnostics
+                runs[corruption.name] = run
+            patches = patch_changes(corruption.changes)
+            for number, (_, change) in enumerate(patches, len(corruption.changes)):
+                current = replace(table, runs=runs)
+                own = [self.rows.corrupted(self.rows[m.id], corruption) for m in made]
+                runs[corruption.name], diagnostics = change_patches(
+                    current, corruption.name, change, number, own, self.tokenizer
+                )
+                self.diagnostics += diagnostics
+            if (changes or patches) and not changes_of_kind(ActivationChange, corruption.changes):
+                pairs = zip(runs[corruption.name].rows, runs[CLEAN].rows, strict=True)
+                same = [corrupted.text == clean.text for corrupted, clean in pairs]
+                if all(same) and not has_errors(self.diagnostics):
+                    images = self.block.spec.kind == "images"
+                    self.diagnostics.append(no_effect_error(corruption, of_images=images))
+                elif any(same):
+                    equal[corruption.name] = sum(same)
+                    if not self._uses(corruption.name):
+                        continue
+                    keep = [k and not s for k, s in zip(keep, same, strict=True)]
+                    templates = [m.template for m in made]
+                    unchanged = Counter(compress(templates, same))
+                    self.diagnostics += unchanged_template_warnings(
+                        self.block, corruption, unchanged, Counter(templates)
+                    )
+        runs = {
+            name: replace(run, rows=tuple(compress(run.rows, keep))) for name, run in runs.items()
+        }
+        table = replace(
+            table,
+            row_ids=tuple(compress(table.row_ids, keep)),
+            row_keys=tuple(compress(table.row_keys, keep)),
+            runs=runs,
+        )
+        return table, equal
+
+    def _new_texts(
+        self,
+        corruption: spec.Corruption,
+        change: ast.ChangeLine,
+        text: ast.Expr,
+        made: Sequence[BuiltRow],
+    ) -> list[str]:
+        """The text that a row's tokens are replaced by, for each row."""
+        texts: list[str] = []
+        for m in made:
+            row = self.rows.corrupted(self.rows[m.id], corruption)
+            try:
+                new = row.as_text(text, DrawKey(f"{corruption.name}:{change.word}"))
+            except Refusal as refusal:
+                self.diagnostics.append(refusal.diagnostic(row.describe()))
+                return [""] * len(made)
+            texts.append(new if isinstance(new, str) else self.tokenizer.token_text(new.id))
+        if self.block.spec.chat:
+            found = (
+                check_chat_markers(new, text.span, self.tokenizer) for new in dict.fromkeys(texts)
+            )
+            self.diagnostics += [each for each in found if each is not None][:1]
+        return texts
+
+    def _with_noise(self, table: PromptTable, found: RowCollection) -> PromptTable:
+        corruptions = self.block.spec.corruptions
+        if not any(changes_of_kind(ActivationChange, c.changes) for c in corruptions):
+            return table
+
+        table, diagnostics = add_noise(
+            table, self.block, self.tokenizer, lambda run: self._before_limit(found, table, run)
+        )
+        self.diagnostics += diagnostics
+        return table
+
+    def _before_limit(self, found: RowCollection, table: PromptTable, run: str) -> PromptTable:
+        """The rows of a run that there are without `limit` and `split`, without their texts."""
+        if not self.whole or (found.complete and self.block.spec.split is None):
+            return table
+        corruption = next(c for c in self.block.spec.corruptions if c.name == run)
+        rows = self.rows.only(corruption)
+        block = rows.block
+        more = select_rows(rows, self.tokenizer, limit=count_rows_before_limit(block))
+        if not more.rows:
+            return table
+        return _Builder(rows, self.tokenizer, None, texts=False).runs(more.rows)[0]
+
+
+def add_noise(
+    table: PromptTable,
+    block: PromptsBlock,
+    tokenizer: TextTokenizer,
+    before_limit: Callable[[str], PromptTable],
+) -> tuple[PromptTable, list[Diagnostic]]:
+    """The table with the noise of its corruptions.
+
+    before_limit: gives the table of all rows of a run, over whose tokens one `sd` is taken.
+    """
+    diagnostics: list[Diagnostic] = []
+    runs = dict(table.runs)
+    for corruption in block.spec.corruptions:
+        changes = changes_of_kind(ActivationChange, corruption.changes)
+        for _, second in changes[1:]:
+            what = "more than one noise in a corruption"
+            diagnostics.append(NotSupported(span=second.span, what=what))
+        for kind, change in changes[:1]:
+            added = kind.noise(change, block.parameters)
+            at, run = change.at, corruption.name
+            assert at is not None
+            noise = RunNoise(
+                added.site,
+                _joined(at, table, run, tokenizer, diagnostics),
+                added.std,
+                added.sds,
+                samples=added.samples,
+                kind=added.kind,
+            )
+            if noise.sds is not None and not has_errors(diagnostics):
+                over = at if added.sd_of is None else _tokens_of(added.sd_of)
+                every = before_limit(run)
+                positions = _joined(over, every, run, tokenizer, diagnostics)
+                noise = replace(noise, **_tokens_there(every.runs[run].rows, positions))
+            runs[run] = replace(runs[run], noise=noise)
+    return replace(table, runs=runs), diagnostics
+
+
+def _joined(
+    at: ast.Positions,
+    table: PromptTable,
+    run: str,
+    tokenizer: TextTokenizer,
+    diagnostics: list[Diagnostic],
+) -> tuple[tuple[int, ...], ...]:
+    """Per row, all positions that are meant."""
+    cells, found = resolve_positions(at, table, run, tokenizer=tokenizer)
+    diagnostics += found
+    return tuple(
+        tuple(sorted({p for cell in cells for tokens in cell.hits[n] for p in tokens}))
+        for n in range(len(table))
+    )
+
+
+def _tokens_of(quantity: ast.Quantity) -> ast.Positions:
+    """The tokens that `3 sd of subject` means."""
+    span = quantity.span
+    tokens = ast.SpanTokens(ast.SpanRef(name=quantity.of, span=span), plural=True, span=span)
+    return ast.Positions((ast.Position(ast.Point(tokens, span=span), span=span),), span=span)
+
+
+class _SdTokens(TypedDict, total=False):
+    """What one standard deviation is taken over."""
+
+    sd_tokens: tuple[int, ...]
+    sd_images: tuple[tuple[RunRow, tuple[int, ...]], ...]
+
+
+def _tokens_there(rows: Sequence[RunRow], positions: Sequence[tuple[int, ...]]) -> _SdTokens:
+    """The tokens there in all rows, with repetition."""
+    places = [*zip(rows, positions, strict=True)]
+    if all(row.image is None for row in rows):
+        return {"sd_tokens": tuple(row.ids[p] for row, hits in places for p in hits)}
+    tokens = (stable_hash("sd", row.ids[p], p) >> 66 for row, hits in places for p in hits)
+    return {
+        "sd_tokens": tuple(tokens),
+        "sd_images": tuple((row, hits) for row, hits in places if hits),
+    }
+
+
+_NAME = re.compile(r"(?!L\d+([HN]\d+)?$)[A-Za-z_]\w*")
+"""What a placeholder takes for a name: columns may be called anything."""
+
+_SHOWN = limits.TEXT // (2 * limits.NAME)
+"""Names in the prompt, whose text has a limit too."""
+
+_PIECE = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
+"""A word or a sign with the space before it: most words are one token of most tokenizers."""
+
+_BOS = 0
+
+
+class StandInTokenizer(TextTokenizer):
+    """Words and signs are tokens, behind one that begins the text; it knows every word."""
+
+    stands_in = True
+
+    def __init__(self) -> None:  # pyright: ignore[reportMissingSuperCall]
+        self.roles = {"bos": "<s>"}
+        self.bos = None
+        self.hash = ""
+        self.name = ""
+        self._ids: dict[str, int] = {self.roles["bos"]: _BOS}
+        self._texts: list[str] = [self.roles["bos"]]
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 << 62
+
+    @property
+    def role_ids(self) -> dict[str, int]:  # type: ignore[override]
+        return {"bos": _BOS}
+
+    @property
+    def unknown_id(self) -> None:  # type: ignore[override]
+        return None
+
+    def token_text(self, token: int) -> str:
+        return self._texts[token] if token < len(self._texts) else f"<{token}>"
+
+    def plain_words(self) -> list[str]:
+        return [f"word{a}{b}" for a in ascii_lowercase for b in ascii_lowercase]
+
+    def _raw(self, texts: Sequence[str], add_special: bool = False) -> list[EncodedText]:
+        return [self._encoded(text, add_special) for text in texts]
+
+    def _encoded(self, text: str, add_special: bool) -> EncodedText:
+        found = list(_PIECE.finditer(text))
+        ids = [self._id(piece.group()) for piece in found]
+        offsets = [piece.span() for piece in found]
+        if add_special:
+            ids, offsets = [_BOS, *ids], [(0, 0), *offsets]
+        special = (add_special, *(False for _ in found))[0 if add_special else 1 :]
+        return EncodedText(tuple(ids), tuple(offsets), tuple(special))
+
+    def _id(self, text: str) -> int:
+        found = self._ids.setdefault(text, len(self._texts))
+        if found == len(self._texts):
+            self._texts.append(text)
+        return found
+
+
+def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable:
+    """One row with every name of a block whose own rows can't be made: its value is the name, its
+    text is marked in the prompt. Its runs are those of the block."""
+    at = block.spec.span
+    constant = {*block.parameters, *block.texts, "true", "false", TEMPLATE, *RESERVED}
+    lacking = (d.name for d in block.diagnostics if isinstance(d, UnknownValue))  # said already
+    roles = (turn.role for turn in block.spec.chat)
+    unnamed = [] if block.spec.tiles is None else [IMAGE_SPAN]
+    columns = [
+        *block.names(),
+        *unnamed,
+        *roles,
+        *(span.name.id for span in block.spec.spans),
+        *lacking,
+    ]
+    known = (n for n in dict.fromkeys(columns) if n not in constant)
+    names = [n for n in known if len(n) <= limits.NAME and _NAME.fullmatch(n)]
+
+    def text(value: str) -> ast.String:
+        return ast.String(value, span=at)
+
+    made = spec.Prompts(
+        span=at,
+        name=block.name,
+        values=tuple(
+            spec.Value(span=at, names=(name,), domain=ast.Domain(text(name), span=at))
+            for name in names
+        ),
+        templates=(text(" ".join(f"{{{name}}}" for name in names[:_SHOWN]) or "word"),),
+        texts=tuple(spec.TextDef(span=at, name=name, value=text(" word")) for name in block.texts),
+    )
+    table, _ = build_table(made, tokenizer=tokenizer, limit=1)
+    assert table is not None
+    table = replace(table, columns_unknown=block.columns_unknown)
+    return add_stand_in_runs(table, [corruption.name for corruption in block.spec.corruptions])
+
+
+def stand_in_images(table: PromptTable, reader: StandInImageTokenizer) -> PromptTable:
+    """A table that stands in for one of images: every row is gray."""
+    gray = Picture("gray")
+    tokens = reader.encode(gray.text)
+    runs = {
+        name: replace(
+            run,
+            rows=tuple(
+                replace(
+                    row,
+                    text=gray.text,
+                    ids=tokens.ids,
+                    offsets=tokens.offsets,
+                    special=tokens.special,
+                    spans=(),
+                    image=gray,
+                    places=reader.places(),
+                )
+                for row in run.rows
+            ),
+        )
+        for name, run in table.runs.items()
+    }
+    return replace(table, runs=runs)
+
+
+def add_stand_in_runs(table: PromptTable, names: Iterable[str]) -> PromptTable:
+    """The table with runs of these names too, of the clean rows where it lacks one."""
+    clean = table.runs[CLEAN]
+    runs = {name: replace(clean, name=name) for name in names}
+    return replace(table, runs={**runs, **table.runs}, stands_in=True)

@@ -1,0 +1,1 @@
+"""Tokenizers and chat templates: texts and images to tokens."""

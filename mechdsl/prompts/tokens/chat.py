@@ -1,0 +1,321 @@
+"""Chat templates of tokenizers: turns to one text with the span of each turn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, cast
+
+from mechdsl.base import limits
+from mechdsl.base.files import load_json
+from mechdsl.prompts.values import RichText, TextSpan, concatenate
+
+ASSISTANT = "assistant"
+
+CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+"""Where a template is kept, if not in the tokenizer's config."""
+
+_TELLS = re.compile(r"(?s)(?=.*[^\w\s]).{3}")
+"""What marks turns: no word, which may stand anywhere, and no single sign."""
+
+_MARKS = [chr(0xFDD0 + n) for n in range(32)]
+"""Code points that are no characters, and so stand in no text."""
+
+
+class Turn(NamedTuple):
+    """What one side says."""
+
+    role: str
+    rich: RichText
+
+
+class ChatProblem(Exception):
+    """Turns that can't be written.
+
+    turn: the number of the turn that is to blame; None where that can't be told.
+    """
+
+    def __init__(self, reason: str, hint: str, turn: int | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+        self.turn = turn
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The template of a tokenizer, and what it is given."""
+
+    text: str
+    tokens: Mapping[str, str]
+    """Special tokens by what templates call them, `bos_token`."""
+    added: Mapping[str, bool]
+    """Texts that are tokens wherever they stand, and whether they are special ones."""
+
+    @cached_property
+    def digest(self) -> str:
+        """What the texts that it writes hang on."""
+        parts = (self.text, sorted(self.tokens.items()), sorted(self.added.items()))
+        return sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+    @property
+    def tells_time(self) -> bool:
+        """Whether a date may stand in what it writes."""
+        return "strftime_now" in self.text
+
+    @cached_property
+    def problem(self) -> ChatProblem | None:
+        """Why it can't be used at all."""
+        if len(self.text) > limits.CHAT_TEMPLATE:
+            size = f"{len(self.text):,} characters are more than {limits.CHAT_TEMPLATE:,}"
+            return ChatProblem(size, "no chat template of a model is as long; look at what it is")
+        try:
+            _ = self._render
+        except Exception as error:  # Jinja's, and those of Python's compiler
+            return ChatProblem(f"it is no template ({_said(error)})", "correct it in the folder")
+        return None
+
+    @cached_property
+    def _render(self) -> Callable[[Mapping[str, Any]], str]:
+        from mechdsl.prompts.tokens.sandbox import (
+            TemplateSandbox,  # takes a while, and few files need it
+        )
+
+        return TemplateSandbox().compiled(self.text)
+
+    def marker_in(self, text: str) -> str | None:
+        """A special token's name that stands in a text, where it would be that token."""
+        return next(
+            (name for name, special in self.added.items() if special and name in text), None
+        )
+
+    def written(self, turns: Sequence[Turn]) -> RichText:
+        """The text of these turns, each a span of its role, with the spans in it.
+
+        A last turn of the assistant is a reply that has begun: the text ends with it. Otherwise the
+        template's opening of a reply stands at the end. Raises `ChatProblem`.
+        """
+        texts = [turn.rich.text for turn in turns]
+        begun = turns[-1].role == ASSISTANT
+        for number, text in enumerate(texts):
+            self._refuse(number, turns, self.marker_in(text))
+        mark, close = _free_marks(texts)
+        marked = [
+            _inner(text, f"{mark}{number}{mark}", f"{close}{number}{close}")
+            for number, text in enumerate(texts)
+        ]
+        plain = self._rendered(turns, texts, begun)
+        found = _Found(self._rendered(turns, marked, begun), mark, close)
+        if found.text != plain:
+            _lost(turns, found)
+        rich = found.rich(turns)
+        for piece in found.between:
+            for number, text in enumerate(texts):
+                self._refuse(number, turns, self._writes(piece, text))
+        if not begun:
+            return rich
+        end = found.end(len(turns) - 1, texts[-1])
+        if any(span.end > end for span in rich.spans):
+            _lost(turns, found)
+        return RichText(rich.text[:end], rich.spans)
+
+    def _writes(self, piece: str, text: str) -> str | None:
+        """What marks turns in what the template writes, and stands in a text too."""
+        told = [name for name in (*self.added, piece.strip()) if _TELLS.search(name)]
+        return next((name for name in told if name in piece and name in text), None)
+
+    @staticmethod
+    def _refuse(number: int, turns: Sequence[Turn], marker: str | None) -> None:
+        if marker is not None:
+            role, shown = turns[number].role, " ".join(marker.split())
+            raise ChatProblem(
+                f"the text of a turn of `{role}` holds `{shown}`, a special token or mark of turns",
+                "leave these rows out with `where`, or write it otherwise: the model would read "
+                "more than text in it",
+                number,
+            )
+
+    def _rendered(self, turns: Sequence[Turn], texts: Sequence[str], begun: bool) -> str:
+        messages = [
+            {"role": turn.role, "content": text} for turn, text in zip(turns, texts, strict=True)
+        ]
+        names = {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": not begun,
+            **self.tokens,
+        }
+        try:
+            text = self._render(names)
+        except Exception as error:  # whatever the template does
+            hint = "write other turns, or the text itself with `template`"
+            raise ChatProblem(_said(error), hint) from error
+        if len(text) > limits.TEXT:
+            raise ChatProblem(
+                f"it writes {len(text):,} characters, more than {limits.TEXT:,}",
+                "no model reads so much; shorten the turns",
+            )
+        return text
+
+
+class _Found:
+    """A text with marks around the turns, taken apart."""
+
+    def __init__(self, marked: str, mark: str, close: str) -> None:
+        self.places: dict[int, list[tuple[int, int]]] = {}
+        """By number of the turn, the characters of its text without white space at its ends."""
+        self.between: list[str] = []
+        """What the template wrote itself."""
+        text, began, outside = "", dict[int, int](), ""
+        for piece in re.split(f"({mark}[0-9]+{mark}|{close}[0-9]+{close})", marked):
+            if piece[:1] == mark and len(piece) > 2:
+                began[int(piece[1:-1])] = len(text)
+                self.between.append(outside)
+                outside = ""
+            elif piece[:1] == close and len(piece) > 2:
+                number = int(piece[1:-1])
+                start = began.pop(number, len(text))
+                self.places.setdefault(number, []).append((start, len(text)))
+            else:
+                text += piece
+                outside += "" if began else piece
+        self.between = [piece for piece in (*self.between, outside) if piece.strip()]
+        self.text = text
+
+    def rich(self, turns: Sequence[Turn]) -> RichText:
+        """The text with its spans, in the order of the text."""
+        spans: list[TextSpan] = []
+        for number, turn in enumerate(turns):
+            core = turn.rich.text.strip()
+            places = self.places.get(number, [])
+            if not places or any(self.text[a:b] != core for a, b in places):
+                _lost(turns, self, number)
+            for start, end in places:
+                spans += self._spans(turn, start, end)
+        return RichText(self.text, tuple(sorted(spans, key=lambda s: (s.start, -s.end))))
+
+    def _spans(self, turn: Turn, start: int, end: int) -> list[TextSpan]:
+        """The spans of a turn whose text, without white space at its ends, stands there."""
+        text = turn.rich.text
+        lead = len(text) - len(text.lstrip()) if text.strip() else 0
+
+        def at(place: int) -> int:
+            return min(max(place - lead + start, start), end)
+
+        inner = (
+            TextSpan(name, at(a), at(b), (turn.role, *within))
+            for name, a, b, within in turn.rich.spans
+        )
+        return [TextSpan(turn.role, start, end), *inner]
+
+    def end(self, number: int, text: str) -> int:
+        """Where the text of a turn ends, with white space at its end if the template leaves it."""
+        end = self.places[number][-1][1]
+        trail = text[len(text.rstrip()) :] if text.strip() else ""
+        return end + (len(trail) if self.text[end:].startswith(trail) else 0)
+
+
+def find_turns(rich: RichText, roles: Sequence[str]) -> Iterator[tuple[int, int, int]]:
+    """(number of a turn, where it begins and ends in a text); of a role whose turns the template
+    writes more or less often than they are, the first one's."""
+    for role in dict.fromkeys(roles):
+        numbers = [n for n, own in enumerate(roles) if own == role]
+        spans = sorted((span.start, span.end) for span in rich.spans if span.name == role)
+        numbers = numbers if len(numbers) == len(spans) else numbers[:1] * len(spans)
+        for number, (start, end) in zip(numbers, spans, strict=True):
+            yield number, start, end
+
+
+def stand_in_chat(turns: Sequence[Turn]) -> RichText:
+    """What stands in for the text of a chat where its template isn't at hand."""
+    parts: list[tuple[str, RichText]] = []
+    for role, rich in turns:
+        parts += [("", RichText(f"\n{role}: ")), (role, rich)]
+    opening = [] if turns[-1].role == ASSISTANT else [("", RichText(f"\n{ASSISTANT}:"))]
+    return concatenate([*parts, *opening])
+
+
+def _inner(text: str, mark: str, close: str) -> str:
+    """A text with marks in it, within white space at its ends, which templates take away."""
+    core = text.strip()
+    if not core:
+        return mark + close + text
+    start = text.index(core)
+    return text[:start] + mark + core + close + text[start + len(core) :]
+
+
+def _free_marks(texts: Sequence[str]) -> tuple[str, str]:
+    free = [mark for mark in _MARKS if not any(mark in text for text in texts)]
+    if len(free) < 2:
+        raise ChatProblem("a turn has code points that are no characters", "take them away")
+    return free[0], free[1]
+
+
+def _lost(turns: Sequence[Turn], found: _Found, number: int | None = None) -> NoReturn:
+    """Raise `ChatProblem` for a turn whose text can't be found."""
+    if number is None:
+        number = next((n for n in range(len(turns)) if n not in found.places), None)
+    role = "one of them" if number is None else f"`{turns[number].role}`"
+    raise ChatProblem(
+        f"the text of {role} can't be found in what it writes",
+        "it leaves the turn out or changes its text; write the whole text with `template`",
+        number,
+    )
+
+
+def _said(error: BaseException) -> str:
+    """An exception in one line."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= 160 else words[:159] + "…"
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read_chat_template(
+    folder: Path, config: Mapping[str, Any], added: Mapping[str, bool]
+) -> ChatTemplate | None:
+    """The template of a folder: a file of its own, or that of the tokenizer's config.
+
+    config: `tokenizer_config.json`, with `special_tokens_map.json`.
+    """
+    text: object = None
+    try:
+        text = (
+            (folder / CHAT_TEMPLATE_FILES[0])
+            .read_bytes()[: 8 * limits.CHAT_TEMPLATE]
+            .decode("utf-8", "replace")
+        )
+    except OSError:
+        try:
+            content = load_json((folder / CHAT_TEMPLATE_FILES[1]).read_text(encoding="utf-8"))
+            text = cast("dict[str, Any]", content).get("chat_template")
+        except (OSError, ValueError, AttributeError):
+            text = None
+    return parse_chat_template(config.get("chat_template") if text is None else text, config, added)
+
+
+def parse_chat_template(
+    template: object, config: Mapping[str, Any], added: Mapping[str, bool]
+) -> ChatTemplate | None:
+    """A template as transformers has it: a text, or several by name, of which `default` counts."""
+    if isinstance(template, list):
+        entries = [e for e in cast("list[Any]", template) if isinstance(e, dict)]
+        named = {e.get("name"): e.get("template") for e in cast("list[dict[str, Any]]", entries)}
+        template = named.get("default")
+    elif isinstance(template, Mapping):
+        template = cast("Mapping[str, Any]", template).get("default")
+    if not isinstance(template, str) or not template:
+        return None
+    tokens: dict[str, str] = {}
+    for name, entry in config.items():
+        if isinstance(entry, Mapping):
+            entry = cast("Mapping[str, Any]", entry).get("content")
+        if name.endswith("_token") and isinstance(entry, str):
+            tokens[name] = entry
+    return ChatTemplate(template, tokens, dict(added))

@@ -1,0 +1,213 @@
+"""The image counterpart of a tokenizer: an image as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+from mechdsl.base.files import load_json
+from mechdsl.base.hashing import stable_hash
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.models import NoImageProcessor
+from mechdsl.images.picture import Picture, Region, covered_tokens
+from mechdsl.images.processing import (
+    PREPROCESSOR_FILE,
+    PROCESSOR_FILE,
+    PatchLayout,
+    Processing,
+    UnsupportedProcessor,
+    parse_processing,
+)
+from mechdsl.program.images import EXTRA_TOKEN_SPANS, IMAGE_SPAN
+from mechdsl.prompts.tokens.tokenizer import EncodedText, TextTokenizer
+
+_SIDE = 14
+
+
+class ImageTokenizer(TextTokenizer):
+    """Tokens of an image have no ids of their own: each has that of the whole image, as it is made
+    ready for the model. So two rows are the same where their images are."""
+
+    def __init__(self, layout: PatchLayout, processing: Processing) -> None:  # pyright: ignore[reportMissingSuperCall]
+        self.layout = layout
+        self.processing = processing
+        self.roles = {}
+        self.bos = None
+        self.name = ""
+        self.hash = sha256(repr((layout, processing)).encode()).hexdigest()
+        self.made_unknown = False
+        self.texts: TextTokenizer | None = None
+        """Of a model with two towers, the tokenizer of the one for texts."""
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 << 62
+
+    @property
+    def own_size(self) -> int:
+        return 0
+
+    @property
+    def role_ids(self) -> dict[str, int]:  # type: ignore[override]
+        return {}
+
+    @property
+    def unknown_id(self) -> None:  # type: ignore[override]
+        return None
+
+    @property
+    def _added(self) -> dict[str, bool]:
+        return {}
+
+    def same_as(self, other: TextTokenizer) -> bool:
+        return isinstance(other, ImageTokenizer) and self.hash == other.hash
+
+    def token_text(self, token: int) -> str:
+        """Tokens of an image have no text; the image they are of is told by its id."""
+        return f"image {token:x}"
+
+    def plain_words(self) -> list[str]:
+        return []
+
+    def convention(self) -> str:
+        """What an image is to the model, in words."""
+        layout, front = self.layout, []
+        for name in layout.names:
+            count = len(layout.named(name))
+            front.append(f"`{name}`" if count == 1 else f"{count} `{name}` tokens")
+        said = f"{self.processing.words}; {layout.rows} x {layout.cols} patches, counted from 1"
+        return f"{said}, behind {' and '.join(front)}" if front else said
+
+    def _raw(self, texts: Sequence[str], add_special: bool = False) -> list[EncodedText]:
+        return [self._encoded(text) for text in texts]
+
+    def _encoded(self, text: str) -> EncodedText:
+        """text: that of a picture, which tells it from all others."""
+        own = stable_hash("image", self.hash, text) >> 66
+        front = len(self.layout.front)
+        patches = self.layout.tokens - front
+        return EncodedText(
+            (own,) * self.layout.tokens,
+            ((0, 0),) * front + ((0, len(text)),) * patches,
+            (True,) * front + (False,) * patches,
+        )
+
+    # --- what only images have --------------------------------------------------------------------
+
+    def label(self, token: int) -> str:
+        """What a token is called in tables: as its position is written."""
+        place = self.layout.place(token)
+        if place is not None:
+            return f"{IMAGE_SPAN} row {place[0]} col {place[1]}"
+        name = self.layout.front[token]
+        same = self.layout.named(name)
+        return name if len(same) == 1 else f"{name} {same.index(token) + 1}"
+
+    def places(self) -> Mapping[str, tuple[tuple[int, ...], ...]]:
+        """By name, the tokens of each occurrence of a span that every image has."""
+        found = {name: tuple((n,) for n in self.layout.named(name)) for name in self.layout.names}
+        return {**found, IMAGE_SPAN: (self.layout.grid,)}
+
+
+class ImageRowFields(TypedDict, total=False):
+    """What a row has that is an image."""
+
+    image: Picture
+    places: Mapping[str, tuple[tuple[int, ...], ...]]
+    regions: Mapping[str, tuple[Region, ...]]
+
+
+def image_row_fields(
+    picture: Picture | None, regions: Mapping[str, tuple[Region, ...]], tokenizer: TextTokenizer
+) -> ImageRowFields:
+    """That of a row; nothing of a prompt. Of a region, occurrences without a token aren't there."""
+    if picture is None:
+        return {}
+    assert isinstance(tokenizer, ImageTokenizer)
+    picture, how, layout = (
+        picture.sized(tokenizer.layout.size),
+        tokenizer.processing,
+        tokenizer.layout,
+    )
+    places = {**tokenizer.places()}
+    for name, occurrences in regions.items():
+        from mechdsl.images.pixels import region_coverage  # NumPy, for those who have regions
+
+        covers = (region_coverage(each, picture) for each in occurrences)
+        found = (covered_tokens(each, how, layout) for each in covers)
+        places[name] = tuple(tokens for tokens in found if tokens)
+    return {"image": picture, "places": places, "regions": regions}
+
+
+class StandInImageTokenizer(ImageTokenizer):
+    """Of a model that isn't at hand: more patches than most have, of every kind of token one."""
+
+    stands_in = True
+
+    def __init__(self) -> None:
+        layout = PatchLayout(EXTRA_TOKEN_SPANS, (1, 1), (_SIDE, _SIDE))
+        super().__init__(layout, Processing(("exact", _SIDE, _SIDE)))
+
+
+def read_processing(
+    folder: Path, layout: PatchLayout, *, model: str, span: Span | None = None
+) -> tuple[ImageTokenizer | None, list[Diagnostic]]:
+    """What makes images ready for the model in a folder. Codes: E0456."""
+    name = PROCESSOR_FILE
+    try:
+        config: Any = _read(folder / PROCESSOR_FILE, "image_processor")
+        if config is None:
+            name = PREPROCESSOR_FILE
+            config = _read(folder / PREPROCESSOR_FILE)
+    except (OSError, ValueError) as error:
+        reason = f"`{name}` can't be read ({error})"
+        return None, [NoImageProcessor(span=span, model=model, reason=reason)]
+    if config is None:
+        reason = f"there is no `{PREPROCESSOR_FILE}` beside its `config.json`"
+        return None, [NoImageProcessor(span=span, model=model, reason=reason)]
+    return make_image_tokenizer(config, layout, model=model, span=span)
+
+
+def _read(file: Path, part: str = "") -> Any:
+    """A file, or a part of it; None where it isn't there. Raises OSError and ValueError."""
+    if not file.exists():
+        return None
+    found: Any = load_json(file.read_text(encoding="utf-8"))
+    if not part:
+        return found
+    return cast("Mapping[str, Any]", found).get(part) if isinstance(found, Mapping) else None
+
+
+def make_image_tokenizer(
+    config: Any, layout: PatchLayout, *, model: str, span: Span | None = None
+) -> tuple[ImageTokenizer | None, list[Diagnostic]]:
+    """The same of the processor's config. Codes: E0456."""
+
+    def refused(reason: str, hint: str = "") -> tuple[None, list[Diagnostic]]:
+        problem = NoImageProcessor(span=span, model=model, reason=reason)
+        return None, [replace(problem, hint=hint) if hint else problem]
+
+    if not isinstance(config, Mapping):
+        return refused(f"`{PREPROCESSOR_FILE}` is not a JSON object")
+    try:
+        processing = parse_processing(config)
+    except UnsupportedProcessor as unfit:
+        return refused(str(unfit), unfit.hint)
+    made = processing.size
+    if made is None:
+        hint = 'crop images (`"do_center_crop": true`), or give both sides of `size`'
+        return refused("its images have the sides of their files, and the model one size", hint)
+    if layout.any_size:
+        layout = replace(layout, size=made)
+        if layout.rows < 1 or layout.cols < 1:
+            return refused("its images are smaller than a patch")
+    elif made != layout.size:
+        sizes = (
+            f"{made[1]} x {made[0]} pixels, and the model reads {layout.size[1]} x {layout.size[0]}"
+        )
+        return refused(f"it makes images of {sizes}", "give it the `image_size` of the model")
+    return ImageTokenizer(layout, processing), []

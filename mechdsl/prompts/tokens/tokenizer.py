@@ -1,0 +1,686 @@
+"""Tokenizers, read without transformers: texts to ids with character offsets."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from hashlib import sha256
+from itertools import pairwise, starmap
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from tokenizers import Encoding, Tokenizer
+
+from mechdsl.base.files import load_json
+from mechdsl.base.source import Span
+from mechdsl.base.text import quote
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.prompts import NoBosToken, TextSpacing, UnreadableTokenizer
+from mechdsl.prompts.tokens.chat import CHAT_TEMPLATE_FILES as CHAT_FILES
+from mechdsl.prompts.tokens.chat import ChatTemplate, parse_chat_template, read_chat_template
+
+SPECIAL_ROLES = ("bos", "cls", "sep", "eos")
+"""Special tokens that positions can name."""
+
+_SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json")
+"""What slow tokenizers are kept in."""
+
+_BATCH = 4096
+
+_UNKNOWN = "<unk>"
+"""What tokenizers without a name of their own for it call whatever they don't know."""
+
+_FAR = 100.0
+"""By how much a token for unknown words is less likely than any other."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedText:
+    """A tokenised text. Offsets are characters; (0, 0) for special tokens."""
+
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    special: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    *CHAT_FILES,
+)
+"""What `from_folder` reads."""
+
+_VOCABULARY = re.compile(rb'("vocab"\s*:\s*\{\s*)(?=(\})?)')
+"""The brace in front of a vocabulary, and whether that is empty. Inside of a text the quotes would
+have a backslash before them."""
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has one, be it one that can't be read."""
+    return any((folder / name).exists() for name in (*TOKENIZER_FILES, *_SLOW))
+
+
+class TextTokenizer:
+    """A `tokenizers.Tokenizer` with a policy for the beginning-of-sequence token.
+
+    `bos`: True puts the token in front once, False takes it away, None leaves what the tokenizer
+    does by itself.
+    """
+
+    stands_in: ClassVar[bool] = False
+    """Whether it stands in for the tokenizer of a model that isn't at hand."""
+    chat: ChatTemplate | None = None
+    """What it writes the turns of a chat with, where it has a template."""
+    pad: str | None = None
+    """Its token for padding."""
+    padded: int = 0
+    """How many tokens texts are padded to, for a model that sees its padding; 0: none."""
+    written: bool = False
+    """Whether texts have their special tokens in them, as a chat template writes them: none is put
+    around them."""
+
+    def __init__(
+        self,
+        backend: Tokenizer,
+        *,
+        roles: Mapping[str, str],
+        bos: bool | None,
+        digest: str,
+        name: str = "",
+        made_unknown: bool = False,
+    ) -> None:
+        self._backend = backend
+        self.made_unknown = made_unknown
+        """Whether its token for unknown words isn't one of the model's: it has none itself."""
+        self.roles: dict[str, str] = {
+            role: token
+            for role, token in roles.items()
+            if role in SPECIAL_ROLES and backend.token_to_id(token) is not None
+        }
+        self.bos = bos
+        self.hash = digest
+        """SHA-256 of `tokenizer.json`."""
+        self.name = name
+        _keep_white_space(backend)
+        # Padding and truncation are for batches; a prompt is never cut silently.
+        backend.no_padding()
+        backend.no_truncation()
+
+    @classmethod
+    def from_folder(
+        cls, path: Path, bos: bool | None = None, *, span: Span | None = None
+    ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+        """Read `tokenizer.json` and `tokenizer_config.json` of a folder. Codes: E0508, E0522."""
+        file = path / "tokenizer.json"
+
+        def refused(reason: str) -> tuple[None, list[Diagnostic]]:
+            return None, [
+                UnreadableTokenizer(span=span, path=path.name or str(path), reason=reason)
+            ]
+
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError:
+            slow = [f", only `{name}`" for name in _SLOW if (path / name).exists()]
+            return refused("there is no `tokenizer.json` in the folder" + "".join(slow[:1]))
+        except OSError as error:
+            return refused(error.strerror or str(error))
+        try:
+            backend, made_unknown = _backend_of(content)
+        except Exception as error:  # the library raises plain `Exception`
+            return refused(f"`tokenizer.json` is not understood ({error})")
+        config = _read_config(path / "tokenizer_config.json")
+        config = _read_config(path / "special_tokens_map.json") | config
+        # `add_bos_token` of the config plays no part, as in transformers where there is a
+        # `tokenizer.json`.
+        made = cls(
+            backend,
+            roles=_roles(config),
+            bos=bos,
+            digest=sha256(content).hexdigest(),
+            name=path.name,
+            made_unknown=made_unknown,
+        )
+        made.pad = _roles(config, ("pad",)).get("pad")
+        made.chat = read_chat_template(path, config, made._added)
+        return made._checked(span)
+
+    @classmethod
+    def from_backend(
+        cls,
+        backend: Tokenizer,
+        *,
+        bos_token: str | None = None,
+        cls_token: str | None = None,
+        sep_token: str | None = None,
+        eos_token: str | None = None,
+        pad_token: str | None = None,
+        chat_template: object = None,
+        bos: bool | None = None,
+        span: Span | None = None,
+    ) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+        """Wrap a copy of a tokenizer that Python holds already. Codes: E0522."""
+        content = backend.to_str().encode()
+        own, made_unknown = _backend_of(content)
+        tokens = {"bos": bos_token, "cls": cls_token, "sep": sep_token, "eos": eos_token}
+        made = cls(
+            own,
+            roles={role: token for role, token in tokens.items() if token is not None},
+            bos=bos,
+            digest=sha256(content).hexdigest(),
+            made_unknown=made_unknown,
+        )
+        made.pad = pad_token
+        named = {f"{role}_token": token for role, token in tokens.items()}
+        made.chat = parse_chat_template(chat_template, named, made._added)
+        return made._checked(span)
+
+    def same_as(self, other: TextTokenizer) -> bool:
+        """Whether both give the same tokens for every text and every chat."""
+        mine, theirs = ((t.hash, t.roles, t.bos, t.chat) for t in (self, other))
+        return mine == theirs
+
+    def reading(self, *, written: bool) -> TextTokenizer:
+        """The same tokenizer for texts that have their special tokens in them, or for others."""
+        return self if written == self.written else self._other
+
+    @cached_property
+    def _other(self) -> TextTokenizer:
+        other = copy(self)
+        for worked_out in ("_kept", "opening"):
+            other.__dict__.pop(worked_out, None)
+        other.written = not self.written
+        other.__dict__["_other"] = self
+        return other
+
+    def _checked(self, span: Span | None) -> tuple[TextTokenizer | None, list[Diagnostic]]:
+        if self.bos and "bos" not in self.roles:
+            return None, [NoBosToken(span=span)]
+        return self, []
+
+    # --- vocabulary ---------------------------------------------------------------------------
+
+    @property
+    def _added(self) -> dict[str, bool]:
+        """Texts that are tokens wherever they stand, and whether they are special ones."""
+        entries = self._backend.get_added_tokens_decoder().values()
+        return {entry.content: entry.special for entry in entries}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._backend.get_vocab_size(with_added_tokens=True) - self.made_unknown
+
+    @property
+    def own_size(self) -> int:
+        """The same without added ones."""
+        return self._backend.get_vocab_size(with_added_tokens=False) - self.made_unknown
+
+    @cached_property
+    def role_ids(self) -> dict[str, int]:
+        """Token ids of `bos`, `cls`, `sep`, `eos`, as far as the tokenizer has them."""
+        found = {role: self._backend.token_to_id(token) for role, token in self.roles.items()}
+        return {role: number for role, number in found.items() if number is not None}
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The id that stands for whatever the vocabulary doesn't hold."""
+        model = self._backend.model
+        token = getattr(model, "unk_token", None)
+        if token is None:
+            # Unigram keeps an index that can't be asked for; others may have no such token.
+            unigram = type(model).__name__ == "Unigram"
+            return self._backend.token_to_id(_UNKNOWN) if unigram else None
+        return self._backend.token_to_id(cast("str", token))
+
+    @cached_property
+    def library(self) -> Tokenizer:
+        """A copy of what it is made of, for functions of the user's: what they do to it changes
+        nothing here."""
+        return Tokenizer.from_str(self._backend.to_str())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones by their name."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
+    def token_text(self, token: int) -> str:
+        """A token as a reader knows it: decoded, special tokens by their name."""
+        text = self._backend.decode([token], skip_special_tokens=False)
+        return text if text and "\ufffd" not in text else self._backend.id_to_token(token) or ""
+
+    def is_space(self, token: int) -> bool:
+        """Whether it is white space alone; in some vocabularies a space decodes to nothing."""
+        return not self.token_text(token).strip(" ▁\t\n")
+
+    def plain_words(self) -> list[str]:
+        """Words of letters that are one token behind a space, in the order of their ids."""
+        candidates: dict[str, None] = {}
+        for number in range(self.vocab_size):
+            text = self._backend.decode([number], skip_special_tokens=True).strip()
+            if text.isalpha():
+                candidates[text] = None
+        words = list(candidates)
+        before = len(self._raw(["1"])[0].ids)
+        encoded = self._raw([f"1 {word}" for word in words])
+        unknown = self.unknown_id
+        return [
+            word
+            for word, e in zip(words, encoded, strict=True)
+            if len(e.ids) == before + 1 and unknown not in e.ids[-1:]
+        ]
+
+    # --- texts to tokens ----------------------------------------------------------------------
+
+    def encode(self, text: str, add_special: bool = True) -> EncodedText:
+        """Tokenise a text; without special tokens if asked."""
+        return self.encode_all([text], add_special)[0]
+
+    def encode_all(self, texts: Sequence[str], add_special: bool = True) -> list[EncodedText]:
+        """Tokenise many texts."""
+        if not add_special:
+            return self._raw(texts)
+        kept = self._kept
+        new = [text for text in dict.fromkeys(texts) if text not in kept]
+        raw = map(self._with_opening, self._raw(new)) if self.written else self._raw(new, True)
+        whole = map(self._with_padding, map(self._with_bos, raw))
+        kept.update(zip(new, whole, strict=True))
+        encoded = [kept[text] for text in texts]
+        if len(kept) > _BATCH:
+            kept.clear()
+        return encoded
+
+    @cached_property
+    def _kept(self) -> dict[str, EncodedText]:
+        """What was tokenised last: of one block, tables of few rows and of more are made behind
+        each other."""
+        return {}
+
+    def _raw(self, texts: Sequence[str], add_special: bool = False) -> list[EncodedText]:
+        out: list[EncodedText] = []
+        for start in range(0, len(texts), _BATCH):
+            batch = list(texts[start : start + _BATCH])
+            for e in self._backend.encode_batch(batch, add_special_tokens=add_special):
+                special = _flags(tuple(e.special_tokens_mask))
+                offsets = [
+                    (0, 0) if added else at for at, added in zip(e.offsets, special, strict=True)
+                ]
+                _place_prefixes(e, offsets, special)
+                out.append(EncodedText(tuple(e.ids), tuple(starmap(_place, offsets)), special))
+        return out
+
+    def _with_opening(self, encoded: EncodedText) -> EncodedText:
+        """A token for the beginning that stands in the text itself counts as one around it."""
+        bos = self.role_ids.get("bos")
+        if bos is None or encoded.ids[:1] != (bos,):
+            return encoded
+        return EncodedText(
+            encoded.ids, ((0, 0), *encoded.offsets[1:]), (True, *encoded.special[1:])
+        )
+
+    def _with_bos(self, encoded: EncodedText) -> EncodedText:
+        bos = self.role_ids.get("bos")
+        if self.bos is None or bos is None:
+            return encoded
+        present = encoded.ids[:1] == (bos,)
+        if self.bos and not present:
+            return EncodedText(
+                (bos, *encoded.ids), ((0, 0), *encoded.offsets), (True, *encoded.special)
+            )
+        if not self.bos and present and encoded.special[0]:
+            return EncodedText(encoded.ids[1:], encoded.offsets[1:], encoded.special[1:])
+        return encoded
+
+    def padded_to(self, length: int) -> TextTokenizer | None:
+        """The same tokenizer for a model that reads texts of one length, padding and all; None
+        where it has no token for that."""
+        if self.pad is None or self._backend.token_to_id(self.pad) is None:
+            return None
+        other = copy(self)
+        for worked_out in ("_kept", "_other", "opening"):
+            other.__dict__.pop(worked_out, None)
+        other.padded = length
+        return other
+
+    def _with_padding(self, encoded: EncodedText) -> EncodedText:
+        more = self.padded - len(encoded)
+        if more <= 0:
+            return encoded
+        token = self._backend.token_to_id(self.pad or "")
+        assert token is not None  # as `padded_to` has seen
+        return EncodedText(
+            (*encoded.ids, *[token] * more),
+            (*encoded.offsets, *[(0, 0)] * more),
+            (*encoded.special, *[True] * more),
+        )
+
+    @cached_property
+    def opening(self) -> tuple[int, ...]:
+        """Ids of the special token that texts begin with; none where they don't, or where it could
+        be the one that they end with."""
+        # Nothing but the empty text is sure to have tokens in every vocabulary.
+        encoded = self.encode("")
+        closing = {self.role_ids[role] for role in ("sep", "eos") if role in self.role_ids}
+        closing -= {self.role_ids[role] for role in ("bos", "cls") if role in self.role_ids}
+        first = encoded.ids[:1]
+        return first if encoded.special[:1] == (True,) and first[0] not in closing else ()
+
+    def bos_convention(self) -> str:
+        """What happens with the beginning-of-sequence token, in words."""
+        bos = self.roles.get("bos")
+        if bos is not None and self.opening == (self.role_ids["bos"],):
+            return f"`{bos}` in front ({'by the tokenizer' if self.bos is None else 'bos: true'})"
+        return "none in front" if self.bos is None else "none in front (bos: false)"
+
+    def continuation(self, prompt: str, text: str) -> tuple[tuple[int, ...], bool]:
+        """A text tokenised as the continuation of a prompt.
+
+        The second value is False where the prompt's own tokens change once the text stands
+        behind it (a prompt that ends in a space); the text is then tokenised by itself.
+        """
+        return self.continuations([(prompt, text)])[0]
+
+    def continuations(
+        self, pairs: Sequence[tuple[str, str]], encoded: Mapping[str, EncodedText] | None = None
+    ) -> list[tuple[tuple[int, ...], bool]]:
+        """`continuation` of many (prompt, text) pairs; equal ones are tokenised once.
+
+        encoded: the prompts, where they are tokenised already.
+        """
+        unique = list(dict.fromkeys(pairs))
+        prompts = self.encode_unique(p for p, _ in unique) if encoded is None else encoded
+        whole = self.encode_all([p + t for p, t in unique])
+        found: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = {}
+        for pair, both in zip(unique, whole, strict=True):
+            before = _without_closing(prompts[pair[0]])
+            ids = _without_closing(both)
+            kept = ids[: len(before)] == before
+            if not kept:
+                ids = self.encode(pair[1], add_special=False).ids
+            found[pair] = (ids[len(before) :] if kept else ids, kept)
+        return [found[pair] for pair in pairs]
+
+    def encode_unique(self, texts: Iterable[str]) -> dict[str, EncodedText]:
+        """Tokenise many texts, equal ones once."""
+        unique = list(dict.fromkeys(texts))
+        return dict(zip(unique, self.encode_all(unique), strict=True))
+
+
+def _backend_of(content: bytes) -> tuple[Tokenizer, bool]:
+    """The tokenizer of a `tokenizer.json`, and whether it was given a token for unknown words: one
+    without fails with an exception at any text that its vocabulary doesn't hold, which should be a
+    diagnostic. Raises plain `Exception` where the text is no tokenizer."""
+    backend = Tokenizer.from_buffer(content)  # a text of it takes four times as much memory
+    model: Any = backend.model
+    unigram = type(model).__name__ == "Unigram"
+    token = _UNKNOWN if unigram else model.unk_token
+    if token is None:
+        return backend, False
+    there = model.token_to_id(token) if not unigram else re.search(rb'"unk_id":\s*\d', content)
+    if there is not None:
+        return backend, False
+    known = backend.token_to_id(token)
+    if unigram:
+        whole = json.loads(content)
+        own = whole["model"]["vocab"]
+        number = whole["model"]["unk_id"] = len(own)
+        own.append([token, min((score for _, score in own), default=0.0) - _FAR])
+        content = json.dumps(whole).encode()
+    else:
+        number = known if known is not None else max(backend.get_vocab().values(), default=-1) + 1
+        del backend, model  # which are as large as the new one
+        entry = json.dumps({token: number})[1:-1].encode()
+        content = _VOCABULARY.sub(lambda m: m[1] + entry + (b"" if m[2] else b","), content, 1)
+    return Tokenizer.from_buffer(content), known != number
+
+
+def _without_closing(encoded: EncodedText) -> tuple[int, ...]:
+    """The ids without special tokens at the end (an encoder's `[SEP]`)."""
+    end = len(encoded.ids)
+    while end and encoded.special[end - 1]:
+        end -= 1
+    # A prompt without text is its opening tokens.
+    return encoded.ids[:end] if end else encoded.ids
+
+
+def _place_prefixes(
+    encoding: Encoding, offsets: list[tuple[int, int]], special: Sequence[bool]
+) -> None:
+    """A space that tokenizers put in front of a text, of each word or behind a special token (`▁`,
+    `Ġ`) claims the first character behind it, which belongs to the next token: it covers nothing.
+    """
+    tokens: list[str] | None = None  # the texts of all tokens are slow to get, and rarely needed
+    for n, ((start, end), (following, _)) in enumerate(pairwise(tuple(offsets))):
+        if end > following and not special[n + 1]:
+            tokens = encoding.tokens if tokens is None else tokens
+            if set(tokens[n]) in ({"▁"}, {"Ġ"}):
+                offsets[n] = (start, start)
+
+
+@lru_cache(maxsize=2**10)
+def _flags(mask: tuple[int, ...]) -> tuple[bool, ...]:
+    """Zeros and ones as truth values; one object for the many rows that have the same."""
+    return tuple(flag == 1 for flag in mask)
+
+
+@lru_cache(maxsize=2**16)
+def _place(start: int, end: int) -> tuple[int, int]:
+    """Where a token begins and ends; one object for the many rows that have the same."""
+    return start, end
+
+
+def _keep_white_space(backend: Tokenizer) -> None:
+    """Offsets with white space in them, so that a token which is only white space has a place."""
+    processor = backend.post_processor
+    if processor is None:
+        return
+    state = cast("bytes", processor.__getstate__())
+    wanted = re.sub(rb'"trim_offsets":\s*true', b'"trim_offsets":false', state)
+    if wanted != state:
+        processor.__setstate__(wanted)
+        backend.post_processor = processor
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        content = load_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return cast("dict[str, Any]", content) if isinstance(content, dict) else {}
+
+
+def _roles(config: Mapping[str, Any], roles: Sequence[str] = SPECIAL_ROLES) -> dict[str, str]:
+    """Special tokens by role; an entry is the token itself, or an object with `content`."""
+    found: dict[str, str] = {}
+    for role in roles:
+        entry = config.get(f"{role}_token")
+        if isinstance(entry, Mapping):
+            entry = cast("Mapping[str, Any]", entry).get("content")
+        if isinstance(entry, str):
+            found[role] = entry
+    return found
+
+
+_LAST_WORD = re.compile(r"\s[\"'“‘«(\[{]*([^\W\d_]+(?:['’-][^\W\d_]+)*)$")
+"""A word at the end of a prompt: letters alone, so neither code nor an address."""
+
+_LAST_OPERATOR = re.compile(r"\s(==?|[-=]>|→|⇒|\+|&)$")
+
+_FIRST_WORD = re.compile(r"[^\W\d_]+")
+
+_NUMBERED = re.compile(r"[^\W\d_]\d")
+
+_STOPS = ",;:?!."
+
+_UNSPACED = (
+    "BOPOMOFO",
+    "CJK",
+    "HIRAGANA",
+    "KATAKANA",
+    "KHMER",
+    "LAO",
+    "MYANMAR",
+    "THAI",
+    "TIBETAN",
+    "YI ",
+)
+"""Scripts without spaces between words, as the Unicode names of their characters begin."""
+
+
+@dataclass(frozen=True)
+class Respelling:
+    """A text with exactly one space before it, tokenised as the continuation of a prompt."""
+
+    text: str
+    ids: tuple[int, ...]
+    """Its tokens, without one for the space alone."""
+    space_alone: bool
+    """Whether the tokenizer gives the space a token of its own."""
+    prompt_ends: bool
+    """Whether the prompt has to lose the spaces at its end for that."""
+
+    @property
+    def advice(self) -> str:
+        ending = "end the template without a space and " * self.prompt_ends
+        spelt = quote(f'"{self.text}"')
+        return f"{ending}write {spelt}, with a leading space"
+
+
+def respell(prompt: str, text: str, tokenizer: TextTokenizer) -> Respelling | None:
+    """A text with exactly one space between it and the prompt.
+
+    Returns:
+        None where the tokens of prompt and text are the same as without the change, where the
+        vocabulary lacks them, or where the prompt ends in a line break.
+    """
+    before, spaced = prompt.rstrip(" "), " " + text.lstrip(" ")
+    if not before or before[-1].isspace() or not spaced.strip():
+        return None
+    pairs = [("", prompt), (prompt, text), ("", before), (before, spaced)]
+    (old, _), (own, follows), (new, _), (ids, kept) = tokenizer.continuations(pairs)
+    if not kept or not ids or tokenizer.unknown_id in ids:
+        return None
+    if follows and (*old, *own) == (*new, *ids):
+        return None
+    alone = len(ids) > 1 and tokenizer.is_space(ids[0])
+    return Respelling(spaced, ids[1:] if alone else ids, alone, before != prompt)
+
+
+def spacing_problem(prompt: str, text: str, tokenizer: TextTokenizer) -> Respelling | None:
+    """How a text is likely to be meant that follows a prompt with no space or with two.
+
+    No problem are languages without spaces, texts that follow a quote, a bracket, a line break or
+    a special token, code, numbers that continue, symbols that the prompt itself writes without a
+    space, letters that continue a word of the prompt, and tokenizers that drop spaces. A text that
+    changes the prompt's own tokens is W0703.
+    """
+    two = prompt.endswith(" ") and text.startswith(" ")
+    if not two and not _lacks_space(prompt, text):
+        return None
+    own, kept = tokenizer.continuation(prompt, text)
+    meant = respell(prompt, text, tokenizer) if kept else None
+    if meant is None or two or not _may_continue_word(prompt, text):
+        return meant
+    letter = len(text.strip()) == 1 and meant.space_alone
+    return None if letter or len(meant.ids) > len(own) else meant
+
+
+def single_token_spelling(prompt: str, text: str, tokenizer: TextTokenizer) -> Respelling | None:
+    """The spelling that makes one token of a text, if the space is why it is several."""
+    _, kept = tokenizer.continuation(prompt, text)
+    if kept and not prompt.endswith(" "):
+        meant = spacing_problem(prompt, text, tokenizer)
+    else:
+        meant = respell(prompt, text, tokenizer)
+    return meant if meant is not None and len(meant.ids) == 1 else None
+
+
+def spacing_warnings(
+    prompts: Sequence[str],
+    texts: Sequence[str | None],
+    tokenizer: TextTokenizer,
+    span: Span,
+    rows: Sequence[int],
+) -> list[TextSpacing]:
+    """W0705 for texts that follow prompts.
+
+    Args:
+        prompts: The prompt before each text.
+        texts: The texts; None is a token given by its id.
+        tokenizer: The model's.
+        span: Where the texts are written.
+        rows: The number of each text's row.
+    """
+    if tokenizer.stands_in:
+        return []
+    found = {
+        pair: spacing_problem(*pair, tokenizer)
+        for pair in dict.fromkeys((p, t) for p, t in zip(prompts, texts, strict=True) if p and t)
+    }
+    wrong = {pair: meant for pair, meant in found.items() if meant is not None}
+    if not wrong:
+        return []
+    (prompt, text), first = next(iter(wrong.items()))
+    pairs = zip(rows, prompts, texts, strict=True)
+    return [
+        TextSpacing(
+            span=span,
+            spaces="are two spaces" if text.startswith(" ") else "is no space",
+            text=quote(text),
+            joined="…" * (len(prompt) > _SHOWN) + prompt[-_SHOWN:] + text,
+            rows=len({row for row, p, t in pairs if (p, t) in wrong}),
+            total=len(set(rows)),
+            hint=first.advice,
+        )
+    ]
+
+
+_SHOWN = 20
+"""Characters of the prompt that a warning shows."""
+
+
+def _lacks_space(prompt: str, text: str) -> bool:
+    """Whether a text begins a word directly after a word, a stop or an operator of the prompt."""
+    if " " not in prompt or not text[:1].isalnum() or _is_unspaced(prompt[-1] + text[0]):
+        return False
+    last, first = prompt[-1], text[0]
+    if last.isalpha():
+        word = _LAST_WORD.search(prompt)
+        if word is None:
+            return False
+        if first.isdigit():  # not so in `item1, item2, item` and `GPT`
+            return last.islower() and _NUMBERED.search(prompt) is None
+        more = _FIRST_WORD.match(text)
+        return more is not None and word[1] + more[0] not in prompt
+    operator = _LAST_OPERATOR.search(prompt)
+    symbol = operator[1] if operator is not None else last
+    if (operator is None and last not in _STOPS) or _is_written_unspaced(prompt, symbol):
+        return False
+    if operator is not None or f"{last} " in prompt:
+        return first.isupper() or last != "."
+    return first.isupper() if last == "." else first.isalpha() or prompt[-2:-1].isalpha()
+
+
+def _may_continue_word(prompt: str, text: str) -> bool:
+    """Whether letters follow letters as they do inside a word."""
+    return (
+        prompt[-1].isalpha() and text[0].isalpha() and (prompt[-1].isupper() or text[0].islower())
+    )
+
+
+def _is_written_unspaced(prompt: str, symbol: str) -> bool:
+    """Whether the prompt itself has a letter or digit directly after a symbol."""
+    return re.search(re.escape(symbol) + r"[^\W_]", prompt) is not None
+
+
+def _is_unspaced(characters: str) -> bool:
+    """Whether any of some characters is of a script without spaces between words."""
+    return any(unicodedata.name(c, "").startswith(_UNSPACED) for c in characters)

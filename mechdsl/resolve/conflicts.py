@@ -1,0 +1,331 @@
+"""Combinations that are errors: estimates without a gradient, and sites inside removed blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.experiments import NO_GENERATION_REASON, NoEstimate
+from mechdsl.diagnostics.models import SiteNotInBlock
+from mechdsl.program import spec
+from mechdsl.prompts.positions.cells import is_after_prompts
+from mechdsl.prompts.runs import PositionCell
+from mechdsl.resolve.types import (
+    PositionTargets,
+    ResolvedExperiment,
+    ResolvedMeasure,
+    ResolvedRule,
+    SitePoint,
+    SiteTargets,
+)
+from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import walk
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
+
+ESTIMABLE_VERBS = ("patch", "ablate")
+"""Rules whose vectors are known from unpatched runs, at one site."""
+
+SITES_WITHOUT_GRADIENT = (*ATTENTION_INTERNAL_SITES, "router", "expert_out", "logits")
+
+SITE_RULE_HINT = "write `patch SITE at POSITIONS` or `ablate SITE at POSITIONS with zero`"
+
+EDGE_RULE_HINT = "write `block attention layer * heads * from QUERIES to KEYS`"
+
+NO_ESTIMATE_HINT = "leave `using` out, so that each cell is run"
+
+FLAT_UNITS = ("rank", "share")
+"""Of metrics that jump and are level in between."""
+
+_EXTREMAL_METRICS = ("kl", "js", "cosine")
+"""Metrics that are least or greatest where a run is compared with itself."""
+
+
+def check_estimator(experiment: ResolvedExperiment) -> list[Diagnostic]:
+    """All that `using` doesn't go with."""
+    said = experiment.spec.estimator
+    if said is None:
+        return []
+    found = [*_of_experiment(experiment, said), *_of_rules(experiment, said)]
+    return [*found, *_of_measures(experiment, said)]
+
+
+def _no_estimate(said: spec.Estimator, span: Span, what: str, reason: str, hint: str) -> Diagnostic:
+    return NoEstimate(span=span, using=said.name, what=what, reason=reason, hint=hint)
+
+
+def _of_experiment(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[Diagnostic]:
+    own = experiment.spec
+    if own.against is not None:
+        reason = "random targets would have to be estimated too"
+        yield _no_estimate(said, own.against.span, "`against`", reason, "leave `against` out")
+    if own.generation is not None:
+        span, reason = own.generation.span, "a token that is chosen has no gradient"
+        yield _no_estimate(said, span, "what rows write", reason, NO_ESTIMATE_HINT)
+    if experiment.derived:
+        what = f"an experiment with the run `{next(iter(experiment.derived))}`"
+        span = own.derived[0].span
+        yield _no_estimate(said, span, what, "it has rules itself", NO_ESTIMATE_HINT)
+
+
+def _of_rules(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[Diagnostic]:
+    rules = experiment.rules
+    if not rules:
+        what = "an experiment without a rule"
+        hint = EDGE_RULE_HINT if said.name == spec.ATTENTION else SITE_RULE_HINT
+        yield _no_estimate(said, said.span, what, NO_GENERATION_REASON, hint)
+    for rule in rules:
+        found = next(_of_rule(rule, experiment, said), None)
+        if found is not None:
+            yield found
+            return
+    second = next((rule for rule in rules[1:] if rule.only is None), None)
+    if second is not None:
+        what, reason = "several rules together", "a gradient is of one site of one layer"
+        yield _no_estimate(
+            said, second.spec.span, what, reason, "write an experiment for each rule"
+        )
+
+
+def _of_rule(
+    rule: ResolvedRule, experiment: ResolvedExperiment, said: spec.Estimator
+) -> Iterator[Diagnostic]:
+    """What is wrong with a rule, the first thing first."""
+    own = rule.spec
+    verb = own.verb if own.observed is None else f"observe {own.observed.word}"
+    if said.name == spec.ATTENTION:
+        yield from _of_edges(rule, verb, experiment, said)
+        return
+    if own.verb not in ESTIMABLE_VERBS or rule.path is not None or rule.does.changes != "sites":
+        reason = "what is written must be a vector of an unpatched run, or zero"
+        hint = f"write `using {spec.ATTENTION}`" if verb == "block" else SITE_RULE_HINT
+        yield _no_estimate(said, own.span, f"`{verb}`", reason, hint)
+        return
+    assert rule.sites is not None
+    assert own.site is not None
+    site = own.site
+    points = [here for here in rule.sites.points.values() if here]
+    flat = sorted({p.site for here in points for p in here} & {*SITES_WITHOUT_GRADIENT})
+    if flat:
+        reason = "gradients aren't taken there"
+        yield _no_estimate(said, site.span, f"`{flat[0]}`", reason, NO_ESTIMATE_HINT)
+    if any(len({(p.site, p.layer) for p in here}) > 1 for here in points):
+        what, reason = "several layers together", "a gradient is of one site of one layer"
+        hint = "sweep the layers: `layer *`, or `for l in 0..5`"
+        yield _no_estimate(said, site.span, what, reason, hint)
+    if said.name == spec.INTEGRATED:
+        yield from _check_joint_moves(rule, said)
+    yield from _of_answers(rule.positions, own.at.span, experiment, said)
+
+
+def _of_edges(
+    rule: ResolvedRule, verb: str, experiment: ResolvedExperiment, said: spec.Estimator
+) -> Iterator[Diagnostic]:
+    """The same of weights of attention."""
+    own = rule.spec
+    if own.verb != "block":
+        reason = "its gradients are by weights of attention"
+        yield _no_estimate(said, own.span, f"`{verb}`", reason, EDGE_RULE_HINT)
+        return
+    assert rule.edge is not None
+    assert own.onto is not None
+    yield from _of_answers(rule.positions, own.at.span, experiment, said)
+    yield from _of_answers(rule.edge.keys, own.onto.span, experiment, said)
+
+
+def _of_answers(
+    positions: PositionTargets, span: Span, experiment: ResolvedExperiment, said: spec.Estimator
+) -> Iterator[Diagnostic]:
+    rows = experiment.table.runs[experiment.spec.base].rows
+    if any(is_after_prompts(cell, rows) for cell in positions.written.values()):
+        what, reason = "tokens of the answer", "they stand behind the prompt"
+        hint = "name tokens of the prompt, or leave `using` out"
+        yield _no_estimate(said, span, what, reason, hint)
+
+
+def _check_joint_moves(rule: ResolvedRule, said: spec.Estimator) -> Iterator[Diagnostic]:
+    """All cells of a site move together, so each vector has one value."""
+    reason = "all cells of a site move together, so each vector must have one value"
+    hint = "write `using gradient_input`, which takes each cell by itself"
+    own = rule.spec
+    for part, word in ((own.into_layer, "into layer"), (own.onto, "onto")):
+        if part is not None:
+            yield _no_estimate(said, part.span, f"`{word}`", reason, hint)
+    if _overlap(list(rule.positions.written.values())):
+        yield _no_estimate(said, own.at.span, "positions that overlap", reason, hint)
+
+
+def _overlap(cells: list[PositionCell]) -> bool:
+    """Whether a token of a row is in two cells."""
+    for row in zip(*(cell.hits for cell in cells), strict=True):
+        tokens = [{token for run in hits for token in run} for hits in row]
+        if sum(map(len, tokens)) > len(set[int]().union(*tokens)):
+            return True
+    return False
+
+
+def _of_measures(experiment: ResolvedExperiment, said: spec.Estimator) -> Iterator[Diagnostic]:
+    for measure, own in zip(experiment.measures, experiment.spec.measures, strict=True):
+        raw = own.effect == "raw"
+        if raw != (said.name in spec.NON_EFFECT_ESTIMATORS):
+            what = f"`{measure.label} as {own.effect}`"
+            reason = "it gives the size of the gradient, which is no effect of a write"
+            hint = "measure `as raw`, or write `using gradient_input`"
+            if said.name == spec.ATTENTION:
+                reason = "it gives gradient × attention, which is no effect of a block"
+                hint = "measure `as raw`, or leave `using` out, so that each cell is run"
+            if raw:
+                reason = "no patched run is measured"
+                hint = "measure `as delta`, `as recovery` or `as relative`"
+            yield _no_estimate(said, own.effect_span, what, reason, hint)
+        flat = _without_gradient(measure, experiment, said)
+        if flat is not None:
+            text, reason, hint = flat
+            yield _no_estimate(said, own.metric.span, f"`{text}`", reason, hint)
+
+
+def _without_gradient(
+    measure: ResolvedMeasure, experiment: ResolvedExperiment, said: spec.Estimator
+) -> tuple[str, str, str] | None:
+    """The part of a measure that has no gradient, why, and what to write."""
+    hint = "measure a logit, a probability or a difference of logits"
+    for node in walk(measure.expression):
+        if isinstance(node, ast.Compare | ast.Logical | ast.Not):
+            return node.span.written, "a condition has no gradient", hint
+    for atom in measure.atoms:
+        text = atom.node.span.written
+        if atom.python is not None or atom.form.takes == "rows":
+            return text, "a function of Python is given numbers, without gradients", hint
+        if atom.form.takes == "reply":
+            return text, "a text has no gradient", hint
+        if atom.form.kind == "category" or atom.form.unit in FLAT_UNITS:
+            return text, "it jumps, and its gradient is 0 in between", hint
+        if atom.point is not None and atom.point.site in SITES_WITHOUT_GRADIENT:
+            return text, f"gradients of `{atom.point.site}` aren't taken", hint
+        at_base = atom.run == experiment.spec.base and atom.name in _EXTREMAL_METRICS
+        if at_base and said.name != spec.INTEGRATED:
+            reason = f"it is compared with `{atom.run}`, where its gradient is 0"
+            return text, reason, "compare with another run, or write `using integrated_gradients`"
+    return None
+
+
+_BLOCK_ENDS = ("resid_pre", "resid_post")
+"""What is there all the same."""
+
+
+def check_removed_blocks(
+    rules: Sequence[ResolvedRule], measures: Sequence[ResolvedMeasure], model: str
+) -> Iterator[Diagnostic]:
+    """E0414 for what is written or read in a block that computes nothing, in some cell."""
+    for rule in rules:
+        if rule.does.changes != "blocks" or rule.sites is None or rule.spec.fill is None:
+            continue
+        for other in rules:
+            if other.does.changes == "blocks" or other.sites is None:
+                continue
+            ends = () if other.path is None else (other.path.receivers,)
+            for sites in (other.sites, *ends):
+                point = _find_overlap(rule.sites, sites)
+                if point is not None:
+                    yield _site_in_removed_block(point, model, other.spec.span)
+                    break
+        layers = {point.layer for here in rule.sites.points.values() for point in here}
+        for measure in measures:
+            points = [atom.point for atom in measure.atoms if atom.point is not None]
+            point = next((point for point in points if _is_inside(point, layers)), None)
+            if point is not None:
+                yield _site_in_removed_block(point, model, measure.expression.span)
+
+
+def check_runs_without_blocks(experiment: ResolvedExperiment) -> Iterator[Diagnostic]:
+    """E0414 for what is written or read in a block that computes nothing in the run itself."""
+    model = experiment.model.name
+    removed: dict[str | None, set[int | None]] = {}
+    for name, run in experiment.derived.items():
+        yield from check_removed_blocks(run.rules, (), model)
+        removed[name] = _removed_layers(run, removed.get(run.spec.base, set()))
+    for one in (*experiment.derived.values(), experiment):
+        base = one.spec.base
+        yield from _check_bases(one, experiment, model)
+        for rule in one.rules:
+            if rule.sites is None or rule.does.changes == "blocks":
+                continue
+            places = [(base, rule.sites.points)]
+            if rule.path is not None:
+                places.append((base, rule.path.receivers.points))
+            if rule.apart is None and rule.does.reads is not None:
+                places.append((rule.run, rule.sites.sources or rule.sites.points))
+            for run, points in places:
+                named = [point for here in points.values() for point in here]
+                yield from _first_inside(named, removed.get(run, set()), model, rule.spec.span)
+        for measure in one.measures:
+            for atom in measure.atoms:
+                points = (*atom.points.values(), *([] if atom.point is None else [atom.point]))
+                layers = removed.get(base, set()) | removed.get(atom.run, set())
+                yield from _first_inside(points, layers, model, measure.expression.span)
+    for save in experiment.saves:
+        yield from _first_inside(save.points, removed.get(save.run, set()), model, save.spec.span)
+
+
+def _check_bases(
+    one: ResolvedExperiment, experiment: ResolvedExperiment, model: str
+) -> Iterator[Diagnostic]:
+    """What the runs that it is based on write in blocks that it takes out itself."""
+    removing = [rule for rule in one.rules if rule.does.changes == "blocks"]
+    passed: set[str | None] = set()  # a run that is named like its base comes again
+    name = one.spec.base
+    while name in experiment.derived and name not in passed:
+        passed.add(name)
+        base = experiment.derived[name]
+        written = [rule for rule in base.rules if rule.does.changes != "blocks"]
+        yield from check_removed_blocks([*removing, *written], (), model)
+        name = base.spec.base
+
+
+def _removed_layers(run: ResolvedExperiment, before: set[int | None]) -> set[int | None]:
+    """The blocks that hand on what enters in a run with rules; before: in its base."""
+    found = set(before)
+    for rule in run.rules:
+        if rule.does.changes == "blocks" and rule.sites is not None:
+            layers = {point.layer for here in rule.sites.points.values() for point in here}
+            found = found - layers if rule.spec.fill is None else found | layers
+    return found
+
+
+def _first_inside(
+    points: Iterable[SitePoint], layers: set[int | None], model: str, span: Span
+) -> Iterator[Diagnostic]:
+    inside = next((point for point in points if _is_inside(point, layers)), None)
+    if inside is not None:
+        yield _site_in_removed_block(inside, model, span)
+
+
+def _site_in_removed_block(point: SitePoint, model: str, span: Span) -> Diagnostic:
+    return SiteNotInBlock(
+        span=span,
+        model=model,
+        site=point.site,
+        layer=point.layer or 0,
+        reason="that block is replaced with identity",
+        layers="blocks that stay as they are",
+    )
+
+
+def _is_inside(point: SitePoint, layers: set[int | None]) -> bool:
+    return point.layer in layers and point.layer is not None and point.site not in _BLOCK_ENDS
+
+
+def _find_overlap(removed: SiteTargets, other: SiteTargets) -> SitePoint | None:
+    """A site that lies in a removed block in a cell that both have."""
+    shared = [axis for axis in removed.axes if axis in other.axes]
+    first = [removed.axes.index(axis) for axis in shared]
+    second = [other.axes.index(axis) for axis in shared]
+    for (key, blocks), (at, points) in product(removed.points.items(), other.points.items()):
+        if [key[i] for i in first] != [at[i] for i in second]:
+            continue
+        layers = {block.layer for block in blocks}
+        inside = next((point for point in points if _is_inside(point, layers)), None)
+        if inside is not None:
+            return inside
+    return None

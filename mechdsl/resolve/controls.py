@@ -1,0 +1,721 @@
+"""Random controls: an experiment's rules on randomly drawn, matched targets or directions.
+
+A draw depends on the seed and on the targets that it replaces, so the same targets have the same
+controls in every experiment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from mechdsl.base.source import Span
+from mechdsl.base.text import count_noun
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.experiments import BadControl
+from mechdsl.diagnostics.rules import TooManyCells
+from mechdsl.models.shape import ModelShape, unit_count
+from mechdsl.program import spec
+from mechdsl.prompts.positions.cells import is_after_prompts
+from mechdsl.prompts.runs import Hits, PositionCell
+from mechdsl.resolve.conflicts import check_removed_blocks
+from mechdsl.resolve.findings import FindingPicker
+from mechdsl.resolve.matched_draws import (
+    UNIT_WORDS,
+    DrawOptions,
+    ExchangeGroup,
+    RowOptions,
+    TargetSwaps,
+    TokenOptions,
+    draw_distinct,
+    find_site_options,
+    merge_targets,
+)
+from mechdsl.resolve.sites import SiteContext, label_all_points, resolve_site
+from mechdsl.resolve.types import (
+    DRAW_AXIS,
+    Axis,
+    AxisIndices,
+    DirectionMember,
+    DirectionTargets,
+    DrawCounts,
+    PositionTargets,
+    RandomVector,
+    ResolvedControl,
+    ResolvedExperiment,
+    ResolvedRule,
+    SitePoint,
+    SiteTargets,
+)
+from mechdsl.syntax import ast
+from mechdsl.vocab.sites import SITES
+
+
+@dataclass(frozen=True)
+class ExcludedSite:
+    """One part of it, with all that it names."""
+
+    site: ast.Site
+    points: tuple[SitePoint, ...]
+
+
+def resolve_exclusions(
+    control: spec.Control | None, context: SiteContext
+) -> tuple[ExcludedSite, ...]:
+    """All points behind `apart from`; diagnostics go to the context. What other experiments picked
+    is no part of what this one tests. Codes: E0203, E0301 to E0313, E0402, E0620."""
+    if control is None:
+        return ()
+    whole = context.onward
+    apart = FindingPicker(whole.found, whole.called, whole.groups, whole.picks)
+    # It stands behind every `for`, whose variables mean nothing here.
+    here = replace(context, loops={}, onward=apart)
+    found: list[ExcludedSite] = []
+    for site in control.apart:
+        targets, _ = resolve_site(site, here)
+        if targets is not None:
+            points = dict.fromkeys(point for each in targets.points.values() for point in each)
+            found.append(ExcludedSite(site, tuple(points)))
+    return () if has_errors(context.diagnostics) else tuple(found)
+
+
+def group_excluded_units(
+    parts: Sequence[ExcludedSite], shape: ModelShape
+) -> dict[ExchangeGroup, tuple[int, ...]]:
+    """Heads, neurons and experts, where they could be drawn. A head goes with its query, key and
+    value: with a key-value head go all heads that share it."""
+    found: dict[ExchangeGroup, set[int]] = {}
+    for point in (point for part in parts for point in part.points):
+        kind = SITES[point.site].unit
+        if kind is None or point.unit is None:
+            continue
+        size = unit_count(shape, point.site, point.layer)
+        sizes = {size, shape.n_heads, shape.n_kv_heads} if UNIT_WORDS[kind] == "heads" else {size}
+        for other in sizes:
+            slot = ExchangeGroup(UNIT_WORDS[kind], other, point.layer)
+            same = range(point.unit * other // size, -(-(point.unit + 1) * other // size))
+            found.setdefault(slot, set()).update(same)
+    return {slot: tuple(sorted(here)) for slot, here in found.items()}
+
+
+def find_excluded_layers(parts: Sequence[ExcludedSite]) -> frozenset[int]:
+    """Layers that are named without a unit, whatever the component."""
+    return frozenset(
+        point.layer
+        for part in parts
+        for point in part.points
+        if point.layer is not None and point.unit is None
+    )
+
+
+def find_excluded_kinds(part: ExcludedSite) -> set[spec.ControlTarget]:
+    """What it names, as it could be drawn."""
+    kinds = {(SITES[p.site].unit if p.unit is not None else None) for p in part.points}
+    return {"layers" if kind is None else UNIT_WORDS[kind] for kind in kinds}
+
+
+class AlternativeSites:
+    """The sites of a model, without those that are left out."""
+
+    def __init__(self, shape: ModelShape, apart: Sequence[ExcludedSite]) -> None:
+        self.shape = shape
+        self.without_units = group_excluded_units(apart, shape)
+        self.without_layers = find_excluded_layers(apart)
+
+    def own(
+        self, kind: spec.ControlTarget | None, points: Sequence[SitePoint]
+    ) -> dict[ExchangeGroup, tuple[int, ...]]:
+        """What of these points can be another."""
+        found: dict[ExchangeGroup, set[int]] = {}
+        for point in points:
+            slot = self.slot(point, kind)
+            if slot is not None:
+                target = point.layer if kind == "layers" else point.unit
+                assert target is not None
+                found.setdefault(slot, set()).add(target)
+        return {slot: tuple(sorted(targets)) for slot, targets in found.items()}
+
+    def slot(self, point: SitePoint, kind: spec.ControlTarget | None) -> ExchangeGroup | None:
+        if kind == "layers":
+            return ExchangeGroup("layers", self.shape.n_layers, None)
+        unit = SITES[point.site].unit
+        if kind is None or point.unit is None or unit is None or UNIT_WORDS[unit] != kind:
+            return None
+        return ExchangeGroup(kind, unit_count(self.shape, point.site, point.layer), point.layer)
+
+    def fitting(
+        self, written: Mapping[int, Sequence[SitePoint]], kinds: Sequence[spec.ControlTarget | None]
+    ) -> tuple[int, ...]:
+        """The layers that have everything that is written in a cell, and are not left out."""
+        points = {point for each in written.values() for point in each}
+        moved = {p for n, each in written.items() if kinds[n] == "layers" for p in each}
+
+        def fits(layer: int) -> bool:
+            return all(
+                self.shape.has(p.site, layer)
+                and unit_count(self.shape, p.site, layer) == unit_count(self.shape, p.site, p.layer)
+                for p in points
+                if p.layer is not None
+            )
+
+        def apart(layer: int) -> bool:
+            return any(self._is_apart(p, layer) for p in moved)
+
+        layers = range(self.shape.n_layers)
+        return tuple(layer for layer in layers if fits(layer) and not apart(layer))
+
+    def _is_apart(self, point: SitePoint, layer: int) -> bool:
+        """Whether a point is left out in this layer."""
+        unit = SITES[point.site].unit
+        if point.unit is None or unit is None:
+            return layer in self.without_layers
+        slot = ExchangeGroup(UNIT_WORDS[unit], unit_count(self.shape, point.site, layer), layer)
+        return point.unit in self.without_units.get(slot, ())
+
+    def moved(
+        self,
+        points: Sequence[SitePoint],
+        written: Sequence[SitePoint],
+        kind: spec.ControlTarget | None,
+        picked: TargetSwaps | None,
+    ) -> tuple[SitePoint, ...]:
+        """Points with what was drawn for those that are written (which they may be themselves);
+        as they are without it."""
+        if picked is None:
+            return tuple(points)
+        found: list[SitePoint] = []
+        for point, target in zip(points, written, strict=True):
+            slot = self.slot(target, kind)
+            if slot is None:
+                found.append(point)
+            elif kind == "layers":
+                # `into layer`: what is read stays where it is.
+                same = point == target and target.layer is not None
+                found.append(
+                    replace(point, layer=picked[slot, target.layer or 0]) if same else point
+                )
+            else:
+                assert target.unit is not None
+                found.append(replace(point, unit=picked[slot, target.unit]))
+        return tuple(found)
+
+
+def build_direction_control(
+    experiment: ResolvedExperiment, asked: spec.Control, draws: int
+) -> ResolvedControl:
+    """Each rule with a direction along others: as long, at the same sites and tokens, drawn evenly
+    over all directions. What was one direction in several rules or cells is one in each draw."""
+    rules = [
+        rule
+        if rule.direction is None
+        else _with_random_directions(rule, rule.direction, draws, experiment)
+        for rule in experiment.rules
+    ]
+    own = experiment.spec
+    shadow = replace(
+        experiment,
+        spec=own.model_copy(
+            update={
+                "name": f"{own.name} against random",
+                "against": None,
+                "reports": (spec.Report(span=asked.span, kind="null band"),),
+                "expects": (),
+            }
+        ),
+        axes=(Axis(DRAW_AXIS, tuple(range(draws)), asked.span), *experiment.axes),
+        rules=tuple(rules),
+        accuracies={},
+        control_of=experiment.key,
+        drawn=DrawCounts((), {(): draws}),
+    )
+    parts = [
+        f"random directions, {count_noun(draws, 'draw')}, seed {experiment.seed}",
+        "of the same norm, drawn evenly over all directions, at the same sites and tokens",
+        *(
+            f"`{rule.spec.span.written}` as it is"
+            for rule in experiment.rules
+            if rule.direction is None and rule.does.changes != "nothing"
+        ),
+    ]
+    return ResolvedControl(shadow, draws, asked.draws, "random directions", "; ".join(parts))
+
+
+def _with_random_directions(
+    rule: ResolvedRule, own: DirectionTargets, draws: int, experiment: ResolvedExperiment
+) -> ResolvedRule:
+    members = {
+        (draw, *key): DirectionMember(
+            f"random {draw} like {member.name}",
+            RandomVector(member.vector, f"{member.name} {draw}", experiment.seed),
+            f"random, of the norm of {member.name}",
+        )
+        for draw, (key, member) in product(range(draws), own.members.items())
+    }
+    return replace(rule, direction=DirectionTargets((DRAW_AXIS, *own.axes), members, own.families))
+
+
+DRAWN_KINDS: tuple[spec.ControlTarget, ...] = (
+    "directions",
+    "heads",
+    "neurons",
+    "experts",
+    "layers",
+    "positions",
+)
+
+
+def resolve_control(
+    experiment: ResolvedExperiment,
+    apart: Sequence[ExcludedSite],
+    most_cells: int,
+    draws_enough: int | None = None,
+) -> tuple[ResolvedControl | None, list[Diagnostic]]:
+    """What the experiment is set against; None where it is against nothing, or after an error.
+
+    apart: what is never drawn. draws_enough: how many draws are made, where that is to show only
+    whether they can be.
+    Codes: E0323, E0630.
+    """
+    asked = experiment.spec.against
+    if asked is None:
+        return None, []
+    if experiment.n_cells * asked.draws > most_cells:
+        return None, [
+            TooManyCells(
+                span=asked.span,
+                of=f"experiment `{experiment.name}`",
+                cells=experiment.n_cells * asked.draws,
+                most=most_cells,
+                axes=f"{count_noun(experiment.n_cells, 'cell')} × {count_noun(asked.draws, 'draw')}",
+            )
+        ]
+    try:
+        draws = asked.draws if draws_enough is None else min(asked.draws, draws_enough)
+        if asked.what in (None, "directions") and any(r.direction for r in experiment.rules):
+            if apart:
+                span = apart[0].site.span
+                reason = "directions are drawn, and sites stay as they are"
+                hint = "leave `apart from` out"
+                return None, [BadControl(span=span, text=span.written, reason=reason, hint=hint)]
+            return build_direction_control(experiment, asked, draws), []
+        control = _Draws(experiment, asked, apart, draws).control()
+        _check_draws_outside_removed(control.experiment.rules, experiment.model.name)
+        return control, []
+    except _NoDraws as nothing:
+        reason, hint, span = nothing.reason, nothing.hint, nothing.span or asked.span
+        others = isinstance(nothing, _NoAlternatives)
+    if experiment.stand_ins or (others and experiment.model.shape.stands_in):
+        return None, []  # what is really picked, or the real model, may have others
+    text = asked.span.written
+    return None, [BadControl(span=span, text=text, reason=reason, hint=hint)]
+
+
+class _NoDraws(Exception):
+    def __init__(self, reason: str, hint: str, span: Span | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+        self.span = span
+
+
+def _check_draws_outside_removed(rules: Sequence[ResolvedRule], model: str) -> None:
+    """Raises _NothingToDraw where a draw lies in a block that computes nothing."""
+    for found in check_removed_blocks(rules, (), model):
+        written = "" if found.span is None else found.span.written
+        raise _NoDraws(
+            f"a draw for `{written}` lies in a block that is replaced with identity",
+            "name blocks with `apart from` so that neither rule is drawn in the other's",
+        )
+
+
+class _NoAlternatives(_NoDraws):
+    """What is written has no others of its kind."""
+
+
+_SITES = -1
+"""Among what was drawn for a cell, the sites of all its rules; tokens stand under their rule."""
+
+
+@dataclass(frozen=True)
+class _CellDraws:
+    """What was drawn for one cell."""
+
+    picks: list[dict[int, Any]]
+    """Per draw and part."""
+    sites: list[int]
+    """The rules whose sites are others."""
+
+    def picked(self, draw: int, part: int) -> Any:
+        """None where nothing was drawn for this part."""
+        return self.picks[draw].get(part) if draw < len(self.picks) else None
+
+
+class _Draws:
+    """The draws of one experiment."""
+
+    def __init__(
+        self,
+        experiment: ResolvedExperiment,
+        asked: spec.Control,
+        apart: Sequence[ExcludedSite],
+        draws: int,
+    ) -> None:
+        self.experiment = experiment
+        self.asked = asked
+        self.apart = apart
+        self.draws = draws
+        self.shape: ModelShape = experiment.model.shape
+        self.others = AlternativeSites(self.shape, apart)
+        self.matched: dict[str, None] = {}
+        """What a draw has in common with what it stands for, in words."""
+        self.notes: dict[str, None] = {}
+        self.drawn: dict[str, None] = {}
+        self.like: list[str] = []
+        """Labels of what is written and has no others."""
+
+    def control(self) -> ResolvedControl:
+        kinds: list[spec.ControlTarget | None] = [
+            self._kind(rule) for rule in self.experiment.rules
+        ]
+        if not any(kinds):
+            raise self._nothing()
+        self._apart_is_drawn(kinds)
+        rules, counts = self._rules(kinds)
+        draws = max(counts.counts.values())
+        kept = [
+            f"`{rule.spec.span.written}` as it is"
+            for rule, kind in zip(self.experiment.rules, kinds, strict=True)
+            if kind is None and rule.does.changes != "nothing"
+        ]
+        own = self.experiment.spec
+        shadow = replace(
+            self.experiment,
+            spec=own.model_copy(
+                update={
+                    "name": f"{own.name} against random",
+                    "against": None,
+                    "reports": (spec.Report(span=self.asked.span, kind="null band"),),
+                    "expects": (),
+                }
+            ),
+            axes=(Axis(DRAW_AXIS, tuple(range(draws)), self.asked.span), *self.experiment.axes),
+            rules=tuple(rules),
+            accuracies={},
+            control_of=self.experiment.key,
+            drawn=counts,
+        )
+        what = f"random {' and '.join(self.drawn)}"
+        drawn = f"{what}, {self._how_many(counts)}, seed {self.experiment.seed}"
+        apart = [f"apart from {', '.join(f'`{p.site.span.written}`' for p in self.apart)}"]
+        parts = [drawn, *self.matched, *self.notes, *(apart if self.apart else []), *kept]
+        return ResolvedControl(shadow, draws, self.asked.draws, what, "; ".join(parts))
+
+    def _how_many(self, counts: DrawCounts) -> str:
+        """`20 draws`, or how many there are."""
+        some = [count for count in counts.counts.values() if count]
+        fewest, most = min(some), max(some)
+        if fewest == self.draws:
+            return count_noun(most, "draw")
+        if fewest == most:
+            return f"{count_noun(most, 'draw')}, all there are"
+        return f"{fewest:,} to {count_noun(most, 'draw')}, all there are where fewer than {self.draws:,}"
+
+    def _apart_is_drawn(self, kinds: Sequence[spec.ControlTarget | None]) -> None:
+        """E0630 where something is left out that couldn't be drawn anyway."""
+        drawn = {kind for kind in kinds if kind is not None}
+        possible = set(drawn)
+        for rule, kind in zip(self.experiment.rules, kinds, strict=True):
+            if kind == "layers":  # a head in other layers is the same head there
+                possible |= self._has(rule) - {"positions"}
+        for part in self.apart:
+            if part.points and possible.isdisjoint(find_excluded_kinds(part)):
+                text, words = part.site.span.written, " and ".join(sorted(drawn))
+                has = {word for rule in self.experiment.rules for word in self._has(rule)}
+                other = next((w for w in DRAWN_KINDS if w in find_excluded_kinds(part) & has), None)
+                hint = f"leave out {words}"
+                if other is not None:
+                    hint += f", or draw {other}: `random({self.asked.draws}, {other})`"
+                reason = f"`{text}` has none of the {words} that are drawn"
+                raise _NoDraws(reason, hint, part.site.span)
+
+    def _nothing(self) -> _NoDraws:
+        what = self.asked.what
+        if what is None:
+            reason = "no rule of this experiment has targets that could be others"
+            return _NoDraws(reason, "sites, layers and positions of rules can be drawn")
+        if what == "positions" and any(map(self._is_behind, self.experiment.rules)):
+            reason = "tokens of an answer have no others that could stand for them"
+            return _NoDraws(reason, "draw sites or layers, or name positions of the prompt")
+        if what == "positions" and any(rule.acts_later for rule in self.experiment.rules):
+            reason = "the newest token of a reply has no others that could stand for it"
+            return _NoDraws(reason, "draw sites or layers, or act `during prefill`")
+        reason = f"no rule of this experiment has {what}"
+        return _NoDraws(reason, "leave out what is drawn, or name what the rules have")
+
+    def _say_alone(self, whole: int, some: int) -> None:
+        """How many cells have no others."""
+        cells = f"{self.experiment.n_there:,}"
+        if whole:
+            has = "has no others, and no band" if whole == 1 else "have no others, and no band"
+            self.notes[f"{whole:,} of {cells} cells {has}"] = None
+        if some:
+            stays = "a rule has no others and stays as it is"
+            self.notes[f"in {some:,} of {cells} cells {stays}"] = None
+
+    def _nothing_else(self, kinds: Sequence[spec.ControlTarget | None]) -> _NoAlternatives:
+        if not self.like:
+            reason = "no cell of this experiment writes anything"
+            return _NoAlternatives(reason, "let it write something: `top 3`, say, not `top 0`")
+        has = {word for rule in self.experiment.rules for word in self._has(rule)}
+        word = next((each for each in DRAWN_KINDS if each in has and each not in kinds), None)
+        hint = "leave out fewer targets" if self.apart else "join fewer targets"
+        if word is not None:
+            hint += f", or draw something else: `random({self.asked.draws}, {word})`"
+        but = " but what is left out" if self.apart else ""
+        return _NoAlternatives(f"there is nothing else like {self.like[0]}{but}", hint)
+
+    # --- what is drawn ----------------------------------------------------------------------------
+
+    def _kind(self, rule: ResolvedRule) -> spec.ControlTarget | None:
+        """What is drawn for a rule; None where nothing of it is."""
+        has = self._has(rule)
+        if self.asked.what is not None:
+            return self.asked.what if self.asked.what in has else None
+        return next((word for word in DRAWN_KINDS if word in has), None)
+
+    def _has(self, rule: ResolvedRule) -> set[spec.ControlTarget]:
+        """What could be drawn for a rule: there are others of it."""
+        if rule.sites is None or rule.does.changes in ("nothing", "positions", "blocks"):
+            return set()
+        points = {point for here in rule.sites.points.values() for point in here}
+        found: set[spec.ControlTarget] = set()
+        for point in points:
+            unit = SITES[point.site].unit
+            if point.unit is not None and unit is not None and self._size(point) > 1:
+                found.add(UNIT_WORDS[unit])
+        # The order of layers is what a path is about.
+        in_layers = all(point.layer is not None for point in points)
+        if rule.path is None and self.shape.n_layers > 1 and in_layers:
+            found.add("layers")
+        if rule.does.drawn_positions and not self._is_behind(rule) and not rule.acts_later:
+            found.add("positions")
+        return found
+
+    def _is_behind(self, rule: ResolvedRule) -> bool:
+        """Whether it acts on tokens of the answer, which has no others that it could be."""
+        rows = self.experiment.table.runs[self.experiment.spec.base].rows
+        return any(is_after_prompts(cell, rows) for cell in rule.positions.written.values())
+
+    def _size(self, point: SitePoint) -> int:
+        return unit_count(self.shape, point.site, point.layer)
+
+    # --- cells ------------------------------------------------------------------------------------
+
+    def _rules(
+        self, kinds: Sequence[spec.ControlTarget | None]
+    ) -> tuple[list[ResolvedRule], DrawCounts]:
+        """The rules at other targets, the same ones in all rules that share some; and how many
+        draws each cell has."""
+        rules = list(self.experiment.rules)
+        chosen = [n for n, kind in enumerate(kinds) if kind is not None]
+        in_sites = [n for n in chosen if kinds[n] != "positions"]
+        used = {axis for n in in_sites for axis in _targets(rules[n]).axes}
+        for n in chosen:  # where a rule writes nothing, there is nothing to be drawn
+            if n not in in_sites or not all(map(_writes_any, rules[n].positions.written.values())):
+                used.update(rules[n].positions.axes)
+        names = tuple(axis.name for axis in self.experiment.axes if axis.name in used)
+        cells = list(
+            product(*(range(len(axis)) for axis in self.experiment.axes if axis.name in used))
+        )
+
+        def key(axes: Sequence[str], cell: AxisIndices) -> AxisIndices:
+            return tuple(cell[names.index(name)] for name in axes)
+
+        def here(n: int, cell: AxisIndices) -> tuple[SitePoint, ...]:
+            targets = _targets(rules[n])
+            return targets.points[key(targets.axes, cell)]
+
+        def writes(n: int, cell: AxisIndices) -> bool:
+            at = rules[n].positions
+            return (
+                not names
+                or any(a not in names for a in at.axes)
+                or _writes_any(at.written[key(at.axes, cell)])
+            )
+
+        own = {
+            cell: merge_targets(
+                self.others.own(kinds[n], here(n, cell)) for n in in_sites if writes(n, cell)
+            )
+            for cell in cells
+        }
+        everywhere = merge_targets(own.values())
+        tokens = {n: self._tokens(rules[n]) for n in chosen if n not in in_sites}
+        cell_draws: list[_CellDraws] = []
+        whole = some = 0
+        there = self.experiment.cells_along(names)
+        for cell in cells:
+            written = [n for n in chosen if writes(n, cell)]
+            parts: dict[int, DrawOptions] = {}
+            fixed: list[int] = []
+            sites = [n for n in in_sites if n in written]
+            if sites:
+                found = find_site_options(
+                    own[cell],
+                    everywhere,
+                    self.others.without_units,
+                    self.others.fitting({n: here(n, cell) for n in sites}, kinds),
+                    draws=self.draws,
+                    seed=self.experiment.seed,
+                )
+                if found is None:
+                    fixed += sites
+                else:
+                    self.notes[found.without] = None
+                    parts[_SITES] = found
+            for n in written:
+                if n in tokens:
+                    options = tokens[n][key(rules[n].positions.axes, cell)]
+                    if all(row.alone for row in options.rows):
+                        fixed.append(n)
+                    else:
+                        parts[n] = options
+            whole += 0 if parts else there[cell]
+            some += there[cell] if parts and fixed else 0
+            if not parts and fixed:
+                labels = dict.fromkeys(self._label_of(n, kinds[n], key, cell) for n in fixed)
+                self.like.append(f"`{' + '.join(labels)}`")
+            picks = draw_distinct(list(parts.values()), draws=self.draws) if parts else []
+            cell_draws.append(
+                _CellDraws([dict(zip(parts, each, strict=True)) for each in picks], sites)
+            )
+        if whole == there.total():
+            raise self._nothing_else(kinds)
+        self._say_alone(whole, some)
+        drawn = DrawCounts(names, {c: len(d.picks) for c, d in zip(cells, cell_draws, strict=True)})
+        for n in (*in_sites, *tokens):
+            word = kinds[n]
+            assert word is not None
+            self.drawn[word] = None
+            moved = self._positions if n in tokens else self._sites
+            rules[n] = moved(n, word, names, dict(zip(cells, cell_draws, strict=True)))
+        return rules, drawn
+
+    def _label_of(
+        self,
+        n: int,
+        kind: spec.ControlTarget | None,
+        key: Callable[[Sequence[str], AxisIndices], AxisIndices],
+        cell: AxisIndices,
+    ) -> str:
+        """What a rule writes in a cell, in words."""
+        rule = self.experiment.rules[n]
+        if kind == "positions":
+            return rule.positions.written[key(rule.positions.axes, cell)].label
+        return _targets(rule).labels[key(_targets(rule).axes, cell)]
+
+    # --- sites ------------------------------------------------------------------------------------
+
+    def _sites(
+        self,
+        n: int,
+        kind: spec.ControlTarget,
+        names: tuple[str, ...],
+        cells: Mapping[AxisIndices, _CellDraws],
+    ) -> ResolvedRule:
+        """The rule with other units or layers."""
+        rule = self.experiment.rules[n]
+        own = _targets(rule)
+        if kind == "layers":
+            self.matched["the same component, in as many layers"] = None
+        else:
+            self.matched["of the same component, as many in each layer"] = None
+        points: dict[AxisIndices, tuple[SitePoint, ...]] = {}
+        sources: dict[AxisIndices, tuple[SitePoint, ...]] = {}
+        labels: dict[AxisIndices, str] = {}
+        most = max(len(drawn.picks) for drawn in cells.values())
+        for (cell, drawn), draw in product(cells.items(), range(most)):
+            at = tuple(cell[names.index(name)] for name in own.axes)
+            before = own.points[at]
+            picked = drawn.picked(draw, _SITES) if n in drawn.sites else None
+            after = self.others.moved(before, before, kind, picked)
+            points[draw, *cell] = after
+            labels[draw, *cell] = own.labels[at] if picked is None else label_all_points(after)
+            if own.sources is not None:
+                sources[draw, *cell] = self.others.moved(own.sources[at], before, kind, picked)
+        return replace(
+            rule, sites=SiteTargets((DRAW_AXIS, *names), points, labels, sources or None)
+        )
+
+    # --- positions --------------------------------------------------------------------------------
+
+    def _tokens(self, rule: ResolvedRule) -> dict[AxisIndices, TokenOptions]:
+        """What could stand for the tokens of each cell, in the same rows."""
+        across = _reads_elsewhere(rule)
+        base = self.experiment.table.runs[self.experiment.spec.base].rows
+        other = self.experiment.table.runs[rule.run].rows
+        if not across and any(a.ids != b.ids for a, b in zip(base, other, strict=True)):
+            self.notes["read at the same token of the other run"] = None
+        allowed = [
+            tuple(
+                token
+                for token, special in enumerate(row.special)
+                if not special and (across or (token < len(there.ids) and not there.special[token]))
+            )
+            for row, there in zip(base, other, strict=True)
+        ]
+        row_keys, seed = self.experiment.table.row_keys, self.experiment.seed
+        found: dict[AxisIndices, TokenOptions] = {}
+        for key, cell in rule.positions.written.items():
+            rows = [
+                RowOptions.of(tokens, hits, row_key=row_key, seed=seed)
+                for row_key, tokens, hits in zip(row_keys, allowed, cell.hits, strict=True)
+            ]
+            found[key] = TokenOptions(rows)
+            if any(row.among for row in rows):
+                self.notes["own tokens among them in rows that have too few others"] = None
+            stay = any(any(row.hits) and row.alone for row in rows)
+            if stay and not all(row.alone for row in rows):
+                self.notes["rows without others as they are"] = None
+        return found
+
+    def _positions(
+        self,
+        n: int,
+        kind: spec.ControlTarget,
+        names: tuple[str, ...],
+        cells: Mapping[AxisIndices, _CellDraws],
+    ) -> ResolvedRule:
+        """The rule at other tokens of the same rows."""
+        self.matched["as many tokens of the same row, special tokens excluded"] = None
+        rule = self.experiment.rules[n]
+        own, across = rule.positions, _reads_elsewhere(rule)
+        written: dict[AxisIndices, PositionCell] = {}
+        read: dict[AxisIndices, PositionCell] = {}
+        most = max(len(drawn.picks) for drawn in cells.values())
+        for (cell, drawn), draw in product(cells.items(), range(most)):
+            at = tuple(cell[names.index(name)] for name in own.axes)
+            hits: tuple[Hits, ...] | None = drawn.picked(draw, n)
+            written[draw, *cell], read[draw, *cell] = own.written[at], own.read[at]
+            if hits is not None:
+                written[draw, *cell] = replace(own.written[at], hits=hits)
+                read[draw, *cell] = own.read[at] if across else written[draw, *cell]
+        positions = PositionTargets((DRAW_AXIS, *names), written, read, own.left_out)
+        return replace(rule, positions=positions)
+
+
+def _targets(rule: ResolvedRule) -> SiteTargets:
+    assert rule.sites is not None
+    return rule.sites
+
+
+def _writes_any(cell: PositionCell) -> bool:
+    """Whether anything is written there, in any row."""
+    return any(run for row in cell.hits for run in row)
+
+
+def _reads_elsewhere(rule: ResolvedRule) -> bool:
+    """Whether what is read stands elsewhere than what is written."""
+    return rule.spec.onto is not None or rule.apart is not None

@@ -1,0 +1,221 @@
+"""Expansion of an experiment: cells, measured positions, controls, and tested selections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TypeVar
+
+from mechdsl.program import spec
+from mechdsl.prompts.positions.cells import hit_texts
+from mechdsl.prompts.runs import PositionCell
+from mechdsl.resolve.cells import CellKey, counts_positions, find_token_mismatches
+from mechdsl.resolve.types import (
+    AxisIndices,
+    MeasureGroup,
+    ResolvedExperiment,
+    ResolvedRule,
+    select_reached,
+)
+
+T = TypeVar("T")
+
+TokenTexts = tuple[str, ...]
+
+
+def name_cells(
+    experiment: ResolvedExperiment, open_axes: Collection[str] = (), *, texts: bool = True
+) -> Iterator[CellKey]:
+    """Every cell that there is, in the order of its axes, the last one fastest.
+
+    open_axes: those whose values only stand in for the real ones. Both ends are enough of them.
+    texts: with the texts of the tokens that are hit, for which all rows are looked at.
+    """
+    rules = [_NamedRule(experiment, rule, texts=texts) for rule in experiment.rules]
+    item = experiment.measures[0].item if experiment.place is not None else None
+    measured = {} if item is None else {"item": item}
+    ranges = [
+        dict.fromkeys((0, len(axis) - 1)) if axis.name in open_axes else range(len(axis))
+        for axis in experiment.axes
+    ]
+    picked = "to_layer" in open_axes  # receivers that another experiment picks may be anywhere
+    for index in product(*ranges):
+        leads = (rule.leads(index, to_picked=picked) for rule in rules)
+        if not experiment.has(index) or not all(leads):
+            continue
+        along = list(zip(experiment.axes, index, strict=True))
+        coords = {axis.name: axis.labels[i] for axis, i in along}
+        also = {axis.alias: axis.items[i] or 0 for axis, i in along if axis.alias is not None}
+        also = {**measured, **also}
+        sites = dict.fromkeys(rule.site(index) for rule in rules)
+        positions = dict.fromkeys(rule.position(index) for rule in rules)
+        tokens = dict.fromkeys(text for rule in rules for text in rule.tokens(index))
+        position = " + ".join(positions) or None
+        read = dict.fromkeys(text for rule in rules for text in rule.unlike(index))
+        yield CellKey(coords, " + ".join(sites), position, tuple(tokens), tuple(read), also)
+
+
+class _NamedRule:
+    """What a rule's part of a cell is called, by the cell's indices along the axes."""
+
+    def __init__(self, experiment: ResolvedExperiment, rule: ResolvedRule, *, texts: bool) -> None:
+        names = [axis.name for axis in experiment.axes]
+        self.parallel = experiment.model.shape.parallel_block
+
+        def hits(cells: Mapping[AxisIndices, PositionCell]) -> dict[AxisIndices, tuple[str, ...]]:
+            base = experiment.spec.base
+            if not texts:
+                return dict.fromkeys(cells, ())
+            return {key: hit_texts(experiment.table, base, cell) for key, cell in cells.items()}
+
+        positions, edge, path = rule.positions, rule.edge, rule.path
+        self.sites = self.ends = self.senders = self.receivers = self.keys = self.beside = None
+        self.rule, self.names = rule, names
+        self.positions = _index_along(positions.written, positions.axes, names)
+        self.texts = [_index_along(hits(positions.written), positions.axes, names)]
+        unlike = self._unlike(experiment, rule) if texts else dict.fromkeys(positions.written, ())
+        self.unlike = _index_along(unlike, positions.axes, names)
+        if rule.sites is not None:
+            self.sites = _index_along(rule.sites.labels, rule.sites.axes, names)
+            self.senders = _index_along(rule.sites.points, rule.sites.axes, names)
+        if rule.beside is not None:
+            self.beside = _index_along(rule.beside.labels, rule.beside.axes, names)
+        if path is not None:
+            self.ends = _index_along(path.receivers.labels, path.receivers.axes, names)
+            self.receivers = _index_along(path.receivers.points, path.receivers.axes, names)
+        if edge is not None:
+            self.keys = _index_along(edge.keys.written, edge.keys.axes, names)
+            self.texts.append(_index_along(hits(edge.keys.written), edge.keys.axes, names))
+
+    def _unlike(
+        self, experiment: ResolvedExperiment, rule: ResolvedRule
+    ) -> dict[AxisIndices, TokenTexts]:
+        """The tokens that are read where they are others than those that are written."""
+        runs, positions = experiment.table.runs, rule.positions
+        base = runs[experiment.spec.base]
+        copied = rule.spec.onto is None and rule.apart is None and rule.run != base.name
+        if not copied or not counts_positions(rule.spec.at):
+            return dict.fromkeys(positions.written, ())
+        return {
+            key: hit_texts(experiment.table, rule.run, positions.read[key])
+            if find_token_mismatches(base, runs[rule.run], cell, positions.read[key])
+            else ()
+            for key, cell in positions.written.items()
+        }
+
+    def leads(self, index: AxisIndices, *, to_picked: bool) -> bool:
+        """Whether a path has a receiver behind its sender, and what is compared comes later."""
+        if not self.rule.leads(dict(zip(self.names, index, strict=True))):
+            return False
+        if self.senders is None or self.receivers is None or to_picked:
+            return True
+        return bool(
+            select_reached(self.senders(index), self.receivers(index), parallel=self.parallel)
+        )
+
+    def site(self, index: AxisIndices) -> str:
+        name = "input" if self.sites is None else self.sites(index)
+        name = name if self.beside is None else f"{name} ~ {self.beside(index)}"
+        return name if self.ends is None else f"{name} → {self.ends(index)}"
+
+    def position(self, index: AxisIndices) -> str:
+        label = self.positions(index).label
+        return label if self.keys is None else f"{label} → {self.keys(index).label}"
+
+    def tokens(self, index: AxisIndices) -> Iterator[str]:
+        """The texts of tokens that are hit: those of queries, then of keys."""
+        for texts in self.texts:
+            yield from texts(index)
+
+
+def _index_along(
+    values: Mapping[AxisIndices, T], axes: Sequence[str], names: list[str]
+) -> Callable[[AxisIndices], T]:
+    """A cell's value of what depends on some of its axes."""
+    places = [names.index(axis) for axis in axes]
+    return lambda index: values[tuple(index[place] for place in places)]
+
+
+def expand_controls(experiments: Iterable[ResolvedExperiment]) -> list[ResolvedExperiment]:
+    """Every experiment, and behind it what it is set against."""
+    return [
+        each
+        for experiment in experiments
+        for each in (
+            experiment,
+            experiment.control and experiment.control.experiment,
+            experiment.bare and experiment.bare.experiment,
+        )
+        if each is not None
+    ]
+
+
+def split_by_group(experiment: ResolvedExperiment) -> list[ResolvedExperiment]:
+    """The experiment at each of the places that its measures are read at; itself where that is
+    one."""
+    return [_select_group(experiment, place) for place in experiment.places] or [experiment]
+
+
+def get_whole_spec(part: ResolvedExperiment) -> spec.Experiment:
+    """The experiment that it is a part of, as the file has it."""
+    if part.place is None:
+        return part.spec
+    count = len(part.spec.variant) - len(part.place.labels)
+    return part.spec.model_copy(update={"variant": part.spec.variant[:count]})
+
+
+def _select_group(experiment: ResolvedExperiment, place: MeasureGroup) -> ResolvedExperiment:
+    said = experiment.spec
+    said = said.model_copy(update={"variant": (*said.variant, *place.labels)})
+    found = replace(experiment, spec=said, measures=place.measures, places=(), place=place)
+
+    def there(own: ResolvedExperiment) -> ResolvedExperiment:
+        """What stands beside it."""
+        variant = (*own.spec.variant, *place.labels)
+        return replace(
+            own,
+            spec=own.spec.model_copy(update={"variant": variant}),
+            measures=place.measures,
+            control_of=found.key,
+            places=(),
+            place=place,
+        )
+
+    if experiment.control is not None:
+        own = experiment.control
+        found = replace(found, control=replace(own, experiment=there(own.experiment)))
+    if experiment.bare is not None:
+        bare = experiment.bare
+        found = replace(found, bare=replace(bare, experiment=there(bare.experiment)))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What one experiment picked, and another one tests on rows that both have: the largest of many
+    effects are large by chance too, so that there they look larger than they are."""
+
+    of: str
+    """The experiment that picked."""
+    cells: int
+    """How many it picked of."""
+    shared: int
+    """Rows that it picked on, of those that are tested."""
+    rows: int
+    """All that are tested."""
+
+
+def find_selections(variants: Sequence[ResolvedExperiment]) -> tuple[Selection, ...]:
+    """Of all variants of an experiment together; by the files alone, whatever a store has. Tokens
+    are picked row by row, which has no other rows to be tested on."""
+    tables = [each.table for each in variants]
+    rows = {
+        (t.name, row): key for t in tables for row, key in zip(t.row_ids, t.row_keys, strict=True)
+    }
+    picked = {name: each for own in variants for name, each in own.sites_of.items()}
+    return tuple(
+        Selection(name, each.cells, shared, len(rows))
+        for name, each in picked.items()
+        if (shared := sum(key in each.row_keys for key in rows.values()))
+    )

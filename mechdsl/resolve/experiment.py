@@ -1,0 +1,658 @@
+"""Resolve one experiment: prompts, axes, rules, measures and its control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mechdsl.base import limits
+from mechdsl.base.records import Registry
+from mechdsl.diagnostics.core import Diagnostic, UnknownFact, has_errors
+from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.rules import UNUSED_LOOP, AxesCollide, BadLoopValue, TooManyCells
+from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.program import spec
+from mechdsl.program.references import may_sweep, measure_number_names, position_axes, possible_axes
+from mechdsl.program.spec import PROMPTS_AXIS
+from mechdsl.prompts.positions.spans import ANSWER_SPAN, NO_ANSWERS, AnswerTokens, refers_to_answer
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import PositionCell, RunRow
+from mechdsl.resolve.cells import find_open_axes, has_open_positions
+from mechdsl.resolve.conflicts import (
+    check_estimator,
+    check_removed_blocks,
+    check_runs_without_blocks,
+)
+from mechdsl.resolve.controls import ExcludedSite, resolve_exclusions
+from mechdsl.resolve.findings import Finding, FindingPicker
+from mechdsl.resolve.loops import label_by_depth, resolve_loops
+from mechdsl.resolve.measures import (
+    MEASURED_AXIS,
+    resolve_measure,
+    resolve_measure_positions,
+    resolve_run,
+)
+from mechdsl.resolve.observations import Observation
+from mechdsl.resolve.runs import (
+    RULE_REPLIES,
+    RuleKind,
+    build_baseline,
+    check_accuracies,
+    check_derived_base,
+    check_generation,
+    define_runs,
+    get_reply_tokens,
+    resolve_saves,
+    resolve_steps,
+)
+from mechdsl.resolve.runs import check_reply_readers as in_replies
+from mechdsl.resolve.sites import ExperimentContext, MeasureContext, SiteContext, report_unreadable
+from mechdsl.resolve.types import (
+    Axis,
+    AxisLabels,
+    ExperimentOutline,
+    MeasureGroup,
+    MetricTerm,
+    ModelContext,
+    ResolvedControl,
+    ResolvedExperiment,
+    ResolvedMeasure,
+    ResolvedRule,
+)
+from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import number_names, walk
+
+
+def resolve_measure_groups(
+    work: ExperimentContext, context: MeasureContext
+) -> tuple[tuple[ResolvedMeasure | None, ...], tuple[MeasureGroup, ...]]:
+    """The measures at the first of the places that they are read at, and all of these, none where
+    it is one. After an error, which is in the diagnostics, measures are None."""
+    experiment = work.experiment
+    runs = tuple(dict.fromkeys(r for r in (experiment.base, experiment.source, "clean") if r))
+    loops = [name for name in work.loops if name in find_measured_loops(work)]
+    first: tuple[ResolvedMeasure | None, ...] | None = None
+    parts: list[MeasureGroup] = []
+    there = None if work.sites.nested is None else work.sites.nested.along(loops)
+    for key, values in work.sites.combinations(loops):
+        fixed = dict(zip(loops, key, strict=True))
+        if there is not None and not there.has(fixed):
+            continue
+        own = _with_loop_values(context, values)
+        found = [
+            resolve_measure_positions(
+                m.metric, own, label=m.label, at=m.at, runs=runs, observed=m.observed
+            )
+            for m in experiment.measures
+        ]
+        here = tuple(None if each is None else each[0][1] for each in found)
+        first = first or here
+        whole = [each for each in found if each is not None]
+        if len(whole) < len(found) or not _have_same_positions(whole, experiment, context):
+            return tuple(None for _ in here) if len(whole) == len(found) else here, ()
+        _check_axes(whole, work)
+        for place in zip(*whole, strict=True):
+            labels = (*values.items(), *place[0][0])
+            parts.append(MeasureGroup(labels, tuple(measure for _, measure in place), fixed))
+    several = len(parts) > 1 or bool(loops)
+    return first or (), tuple(parts) if several else ()
+
+
+def _with_loop_values(
+    context: MeasureContext, values: dict[str, int | float | str]
+) -> MeasureContext:
+    """What measures are resolved against in the cells of these values of loops."""
+    if not values:
+        return context
+    loops = {**context.sites.loops, **{name: (value,) for name, value in values.items()}}
+    return replace(
+        context, sites=replace(context.sites, loops=loops, nested=None), loop_values=values
+    )
+
+
+def _have_same_positions(
+    found: list[list[tuple[AxisLabels, ResolvedMeasure]]],
+    experiment: spec.Experiment,
+    context: MeasureContext,
+) -> bool:
+    """Whether all measures are read at the same places; E0612 where they aren't."""
+    places = [[labels for labels, _ in each] for each in found]
+    for said, own in zip(experiment.measures, places, strict=True):
+        if own != places[0]:
+            reason = f"it isn't read at the same places as `{experiment.measures[0].label}`"
+            hint = "write an experiment of its own for it, or read both at the same places"
+            report_unreadable(context, said.span, reason, hint)
+            return False
+    return True
+
+
+def _check_axes(
+    found: list[list[tuple[AxisLabels, ResolvedMeasure]]], work: ExperimentContext
+) -> None:
+    """E0320 where measures sweep what rules sweep too."""
+    names = {name for each in found for labels, _ in each for name, _ in labels}
+    for name in sorted(names.intersection(work.axes)):
+        first, letter = work.axes[name], name[0]
+        said = work.experiment.measures[0]
+        problem = AxesCollide(
+            span=said.span,
+            axis=name,
+            shared=f"for {letter} in … {{ … {name} {letter} … }}",
+            plural=f"{name}s",
+            first=first.span.line,
+        )
+        if problem not in work.diagnostics:
+            work.diagnostics.append(problem)
+
+
+def find_measured_loops(work: ExperimentContext) -> set[str]:
+    """The loops whose variables measures name."""
+    found = {name for each in work.experiment.measures for name in measure_number_names(each)}
+    return found.intersection(work.loops)
+
+
+def find_possible_measure_axes(
+    work: ExperimentContext, measures: tuple[ResolvedMeasure | None, ...]
+) -> frozenset[str]:
+    """The axis of measured positions, where how many there are isn't known."""
+    unknown = work.model.tokenizer.stands_in or work.table.stands_in or None in measures
+    positions = [m.at for m in work.experiment.measures if m.at is not None]
+    some = any(may_sweep(ast.Positions((at,), span=at.span)) for at in positions)
+    return frozenset({MEASURED_AXIS, "item"}) if unknown and some else frozenset()
+
+
+def build_measure_axes(
+    places: tuple[MeasureGroup, ...], experiment: spec.Experiment, axes: tuple[Axis, ...]
+) -> Iterator[Axis]:
+    """The axes that measures add to those of the rules."""
+    known = {axis.name for axis in axes}
+    for name in dict.fromkeys(name for place in places for name, _ in place.labels):
+        if name in known:
+            continue
+        values = dict.fromkeys(dict(place.labels)[name] for place in places)
+        span = next((m.at.span for m in experiment.measures if m.at is not None), experiment.span)
+        items = {place.measures[0].item for place in places} - {None}
+        alias = "item" if name == MEASURED_AXIS and items else None
+        yield Axis(name, tuple(values), span, alias=alias)
+
+
+def find_answer_tokens(work: ExperimentContext) -> AnswerTokens:
+    """The texts behind the prompts of an experiment, as far as its rules name any.
+
+    What is wrong with its measures is said elsewhere.
+    """
+    positions = (each for rule in work.experiment.rules for each in (rule.at, rule.onto))
+    if not any(map(refers_to_answer, positions)):
+        return NO_ANSWERS
+    shape, name = work.model.shape, work.model.name
+    if shape.task != "tokens":
+        outputs = "numbers" if shape.task == "number" else "labels"
+        return AnswerTokens(reason=f"`{name}` gives {outputs}, and no text is read behind a prompt")
+    if not shape.causal:
+        return AnswerTokens(reason=f"`{name}` predicts no text behind its prompts")
+    before = len(work.diagnostics)
+    context = MeasureContext(
+        work.table,
+        work.model.tokenizer,
+        work.sites,
+        (1,),
+        work.diagnostics,
+        metrics=work.program.metrics,
+        reply=work.reply,
+    )
+    measures = [
+        (m.at is not None, resolve_measure(m.metric, context, label=m.label, at=m.at))
+        for m in work.experiment.measures
+        if not m.observed  # an observation looks at the prompt alone
+    ]
+    del work.diagnostics[before:]
+    of_texts = [
+        (elsewhere, atom)
+        for elsewhere, measure in measures
+        for atom in (() if measure is None else measure.atoms)
+        if atom.texts and not atom.of_class
+    ]
+    found = [atom for elsewhere, atom in of_texts if not elsewhere]
+    behind = (
+        [atom for atom in found if any(atom.behind)]
+        or [atom for atom in found if atom.form.takes == "continuation"]
+        or found
+    )
+    if not behind and any(measure is None for _, measure in measures):  # nobody knows
+        return AnswerTokens(((ANSWER_SPAN, (1,) * len(work.table)),))
+    if not behind and of_texts:
+        return AnswerTokens(
+            reason="measures with `at` read tokens of the prompt",
+            hint="measure a text without `at`, or name a position of the prompt",
+        )
+    return AnswerTokens(
+        tuple((_text_of_metric(atom), atom.lengths) for atom in behind),
+        reason="no measure of this experiment reads a text behind the prompt",
+        hint="measure one, such as `logprob(answer)`, or name a position of the prompt",
+    )
+
+
+def _text_of_metric(atom: MetricTerm) -> str:
+    """The text, as the metric names it."""
+    given = atom.node.arguments if isinstance(atom.node, ast.Call) else ()
+    return given[0].span.written if given else atom.form.default or ANSWER_SPAN
+
+
+@dataclass(frozen=True)
+class OmittedAnswer:
+    """A rule on the whole prompt that leaves the tokens behind it out."""
+
+    rule: ResolvedRule
+    measure: str
+    tokens: int
+    """Of the longest text."""
+
+    @property
+    def at(self) -> ast.Positions:
+        """Where it acts."""
+        return _acting_positions(self.rule)
+
+    @property
+    def instead(self) -> str:
+        """The rule's position with these tokens; both where it reads at another."""
+        here = _with_answer(self.at)
+        return (
+            here
+            if self.at is self.rule.spec.at
+            else f"{_with_answer(self.rule.spec.at)} onto {here}"
+        )
+
+
+def _acting_positions(rule: ResolvedRule) -> ast.Positions:
+    """The queries of an attention rule; else where it writes."""
+    onto = rule.spec.onto if rule.edge is None else None
+    return rule.spec.at if onto is None else onto
+
+
+def _with_answer(at: ast.Positions) -> str:
+    """A position with the tokens behind the prompt."""
+    text = at.span.written
+    (item,) = at.items
+    base = item.body.base if isinstance(item.body, ast.Point) else None
+    if isinstance(base, ast.TokenIndex) and base.low is None:
+        return f"{text} and answer"
+    return f"{{{text.removeprefix('{').removesuffix('}')}, answer tokens}}"
+
+
+def find_omitted_answers(experiment: ResolvedExperiment) -> Iterator[OmittedAnswer]:
+    """Rules on all of the prompt beside measures that read several tokens behind it."""
+    reading = [
+        (max(atom.lengths), measure.text)
+        for measure in experiment.measures
+        for atom in measure.atoms
+        if any(atom.behind)
+    ]
+    tokens, text = max(reading, key=lambda each: each[0], default=(0, ""))
+    if not tokens:
+        return
+    rows = experiment.table.runs[experiment.spec.base].rows
+    for rule in experiment.rules:
+        at, here = rule.spec.at, _acting_positions(rule)
+        changes = rule.does.changes in ("sites", "edges") and rule.spec.verb != "swap"  # two parts
+        if not changes or refers_to_answer(at) or len(at.items) != 1 or len(here.items) != 1:
+            continue
+        if any(_spans_all(cell, rows) for cell in rule.positions.written.values()):
+            yield OmittedAnswer(rule, text, tokens)
+
+
+def _spans_all(cell: PositionCell, rows: tuple[RunRow, ...]) -> bool:
+    """Whether it is all of the prompt's own text in each row, and none of what is behind it."""
+    for row, hits in zip(rows, cell.hits, strict=True):
+        hit = {token for tokens in hits for token in tokens}
+        own = {token for token, special in enumerate(row.special) if not special}
+        if len(own) < 2 or len(hits) != 1 or not own <= hit <= set(range(len(row.ids))):
+            return False
+    return bool(rows)
+
+
+def resolve_experiment(
+    experiment: spec.Experiment,
+    program: spec.Program,
+    model: ModelContext,
+    table: PromptTable,
+    kinds: Registry[RuleKind],
+    found: Mapping[str, Finding] | None = None,
+) -> tuple[ResolvedExperiment | None, list[Diagnostic]]:
+    """The experiment with concrete axes, rules and measures; None after an error. As `outline`."""
+    known, diagnostics = outline_experiment(experiment, program, model, table, kinds, found)
+    return known.resolved, diagnostics
+
+
+def outline_experiment(
+    experiment: spec.Experiment,
+    program: spec.Program,
+    model: ModelContext,
+    table: PromptTable,
+    kinds: Registry[RuleKind],
+    found: Mapping[str, Finding] | None = None,
+    draws_enough: int | None = None,
+) -> tuple[ExperimentOutline, list[Diagnostic]]:
+    """What can be known of an experiment, and all that is wrong with it.
+
+    kinds: of rules, by their verbs. found: what the experiments found whose results it uses, of
+    each of `experiment.after`; what needs one that is missing is refused without a
+    word. draws_enough: how many random draws are made at most.
+    Codes: E0301 to E0323, E0402, E0413, E0507, E0612 and those of positions and texts.
+    """
+    diagnostics: list[Diagnostic] = []
+    onward = FindingPicker(
+        {name: each.on(model.name, table.name) for name, each in (found or {}).items()},
+        experiment.called,
+        program.groups,
+    )
+    work = _build_context(experiment, program, model, table, onward, diagnostics)
+    derived = define_runs(work, kinds)
+    table = work.table
+    rules = _rules(work, kinds)
+    _check_loops_used(work)
+    _check_single_rules(work, kinds)
+    diagnostics.extend(check_derived_base(rules, work))
+    work.draws_agree()
+    axes = tuple(work.axes.values())
+    if any(axis == "model" for axis, _ in experiment.variant):
+        written = tuple(rule.site for rule in experiment.rules)
+        axes = tuple(label_by_depth(axis, written, model.shape.n_layers) for axis in axes)
+    apart = resolve_exclusions(experiment.against, work.sites)
+    looking = (
+        kinds[rule.verb].observes(rule) if found is None else _observation(found)
+        for rule, found in zip(experiment.rules, rules, strict=True)
+    )
+    observed = next((each for each in looking if each is not None), None)
+    context = _measure_context(work, axes, observed)
+    measures, places = resolve_measure_groups(work, context)
+    keep, accuracies = _other_measures(work, context)
+    saves = resolve_saves(work)
+    diagnostics.extend(check_accuracies(accuracies, derived, experiment))
+    known = ExperimentOutline(
+        spec=experiment,
+        model=model,
+        table=table,
+        axes=(*axes, *build_measure_axes(places, experiment, axes)),
+        perhaps=_find_possible_axes(work, rules) | find_possible_measure_axes(work, measures),
+        measures=measures,
+        resolved=None,
+    )
+    diagnostics.extend(
+        check_removed_blocks([r for r in rules if r], [m for m in measures if m], model.name)
+    )
+    diagnostics.extend(check_generation(rules, measures, keep, work))
+    whole = all(len(run.rules) == len(run.spec.rules) for run in derived.values())
+    if has_errors(diagnostics) or not whole or None in (*rules, *measures, *keep):
+        return known, diagnostics
+    resolved = ResolvedExperiment(
+        spec=experiment,
+        model=model,
+        table=table,
+        axes=axes,
+        rules=tuple(rule for rule in rules if rule is not None),
+        measures=tuple(measure for measure in measures if measure is not None),
+        keep=tuple(measure for measure in keep if measure is not None),
+        accuracies=accuracies,
+        seed=program.seed,
+        nested=work.sites.nested,
+        picks=onward.picks,
+        stand_ins=onward.stand_ins,
+        sites_of=onward.sites_of,
+        saves=saves,
+        derived=derived,
+        places=places,
+    )
+    problem = _too_many(resolved, program) or _too_many_listed(resolved)
+    refused = [*check_runs_without_blocks(resolved), *([] if problem is None else [problem])]
+    refused += [*in_replies(resolved), *check_estimator(resolved)]
+    if refused:
+        return known, [*diagnostics, *refused]
+    control, problems = _control(resolved, apart, draws_enough)
+    diagnostics.extend(problems)
+    if problems:
+        return known, diagnostics
+    bare = build_baseline(resolved)
+    return replace(known, resolved=replace(resolved, control=control, bare=bare)), diagnostics
+
+
+def _control(
+    resolved: ResolvedExperiment, apart: Sequence[ExcludedSite], draws_enough: int | None
+) -> tuple[ResolvedControl | None, list[Diagnostic]]:
+    """What it is set against."""
+    if resolved.spec.against is None:
+        return None, []
+    from mechdsl.resolve.controls import resolve_control
+
+    return resolve_control(resolved, apart, limits.CELLS, draws_enough)
+
+
+def _rules(work: ExperimentContext, kinds: Registry[RuleKind]) -> list[ResolvedRule | None]:
+    """Each of its rules; None for those that were refused."""
+    behind, replies = find_answer_tokens(work), get_reply_tokens(work.experiment)
+    rules: list[ResolvedRule | None] = []
+    for rule in work.experiment.rules:
+        kind = kinds[rule.verb]
+        work.replies = replies if kind.reads_replies else RULE_REPLIES
+        work.answers = behind if not kind.within_prompt else AnswerTokens(reason=kind.within_prompt)
+        found = kind.resolve(rule, work)
+        rules.append(None if found is None else resolve_steps(found, work))
+    return rules
+
+
+def _observation(rule: ResolvedRule) -> Observation | None:
+    """What a rule looks at; None where it acts."""
+    return rule.does if isinstance(rule.does, Observation) else None
+
+
+def _build_context(
+    experiment: spec.Experiment,
+    program: spec.Program,
+    model: ModelContext,
+    table: PromptTable,
+    onward: FindingPicker,
+    diagnostics: list[Diagnostic],
+) -> ExperimentContext:
+    """What rules are resolved with: the loops' axes, and sites of this model."""
+    found = resolve_loops(experiment.loops, program.parameters, diagnostics)
+    loops = found.labels
+    sites = SiteContext(
+        model.name,
+        model.shape,
+        program.groups,
+        program.parameters,
+        loops,
+        found.nested,
+        diagnostics,
+        onward,
+        words={
+            (loop.name, node.id): node.span
+            for loop in experiment.loops
+            for node in walk(loop.domain)
+            if isinstance(node, ast.Name)
+        },
+    )
+    work = ExperimentContext(experiment, program, model, table, sites)
+    centres = _centres(experiment)
+    for loop in experiment.loops:
+        work.axes[loop.name] = Axis(
+            loop.name, loops[loop.name], loop.span, of_windows=loop.name in centres
+        )
+    return work
+
+
+def _too_many(resolved: ResolvedExperiment, program: spec.Program) -> Diagnostic | None:
+    """E0323 where it has more cells than can be run."""
+    cells = resolved.n_there
+    if cells <= limits.CELLS:
+        return None
+    left_out = resolved.n_cells - cells
+    undecided = find_open_axes(resolved.spec, program.groups, ("shape", "tokens"))
+    axes = resolved.axes
+    return TooManyCells(
+        span=resolved.spec.span,
+        of=f"experiment `{resolved.name}`",
+        cells=cells,
+        most=limits.CELLS,
+        axes=" × ".join(f"{axis.name} ({len(axis)})" for axis in axes)
+        + (f", without {left_out:,} that loops leave out" if left_out else ""),
+        by_text=not resolved.table.stands_in and undecided.isdisjoint(axis.name for axis in axes),
+    )
+
+
+def _too_many_listed(resolved: ResolvedExperiment) -> Diagnostic | None:
+    """E0207 where tokens are listed of more cells than there is room for."""
+    numbers = resolved.n_cells * resolved.model.shape.vocab_size
+    for rule in resolved.rules:
+        does = _observation(rule)
+        if does is not None and does.lists(rule) and numbers > limits.TOKEN_LISTS:
+            assert rule.spec.observed is not None
+            return BadArgument(
+                span=rule.spec.observed.span,
+                name="top",
+                reason=f"would hold {numbers:,} numbers, more than {limits.TOKEN_LISTS:,}: one for each "
+                "cell and token of the vocabulary",
+                hint="sweep fewer layers or positions, or leave `top` out",
+            )
+    return None
+
+
+def _centres(experiment: spec.Experiment) -> set[str]:
+    """The loop variables that are the centre of a window somewhere."""
+    parts = (part for rule in experiment.rules for part in walk(_rule_nodes(rule)))
+    windows = (part for part in parts if isinstance(part, ast.Axis) and part.window is not None)
+    bounds = (part for axis in windows for part in walk(axis.values))
+    return {
+        bound.name
+        for bound in bounds
+        if isinstance(bound, ast.Bound) and bound.name and not bound.offset
+    }
+
+
+def _find_possible_axes(
+    work: ExperimentContext, rules: Sequence[ResolvedRule | None]
+) -> frozenset[str]:
+    """Names of axes that the experiment may have, beside those that were found."""
+    found: set[str] = set()
+    for rule, resolved in zip(work.experiment.rules, rules, strict=True):
+        if resolved is None:
+            found.update(possible_axes(rule))
+        elif _sweep_unknown(rule, work):
+            found.update(position_axes(rule))
+    return frozenset(found)
+
+
+def _sweep_unknown(rule: spec.Rule, work: ExperimentContext) -> bool:
+    """Whether how many positions there are hangs on what isn't at hand."""
+    missing: dict[UnknownFact, bool] = {
+        "tokens": work.model.tokenizer.stands_in,
+        "rows": work.table.stands_in,
+    }
+    unknown: list[UnknownFact] = [what for what, stands_in in missing.items() if stands_in]
+    named = (each for each in (rule.at, rule.onto) if each is not None)
+    return bool(unknown) and any(has_open_positions(each, unknown) for each in named)
+
+
+def _check_loops_used(work: ExperimentContext) -> None:
+    """A `for` whose variable nothing uses would run the same cell again and again."""
+    used = {
+        part.id
+        for rule in work.experiment.rules
+        for part in walk(_rule_nodes(rule))
+        if isinstance(part, ast.Name)
+    }
+    for rule in work.experiment.rules:
+        used.update(number_names(_rule_nodes(rule)))
+    used.update(find_measured_loops(work))
+    if has_errors(work.diagnostics):
+        return  # which may be why
+    for loop in work.experiment.loops:
+        if loop.name not in used:
+            work.diagnostics.append(
+                BadLoopValue(
+                    span=loop.span,
+                    name=loop.name,
+                    reason=UNUSED_LOOP,
+                    hint=f"write it where it should stand, for example `layer {loop.name}`",
+                )
+            )
+
+
+def _check_single_rules(work: ExperimentContext, kinds: Registry[RuleKind]) -> None:
+    """E0108 for rules that don't go with others of their kind."""
+    rules = work.experiment.rules
+    for verb, kind in kinds.items():
+        own = [rule for rule in rules if rule.verb == verb]
+        if kind.once:
+            what = f"a second `{verb}` in one experiment"
+            later = kind.once_because or NotSupported.later
+            work.diagnostics.extend(
+                NotSupported(span=rule.span, what=what, later=later) for rule in own[1:]
+            )
+
+
+def _rule_nodes(rule: spec.Rule) -> Any:
+    parts = (
+        *(rule.site, rule.reading, rule.at, rule.fill, rule.onto, rule.into_layer),
+        *(rule.source_block, rule.edge, rule.receiver, rule.direction),
+        *(() if rule.during is None else (rule.during.first, rule.during.last)),
+        *(() if rule.observed is None else (each.weight for each in rule.observed.maps)),
+    )
+    return tuple(part for part in parts if part is not None)
+
+
+def _measure_context(
+    work: ExperimentContext, axes: tuple[Axis, ...], observed: Observation | None
+) -> MeasureContext:
+    """What measures are resolved against."""
+    items = sorted({i for axis in axes for i in axis.items if i is not None})
+    if has_errors(work.diagnostics) or work.model.tokenizer.stands_in:
+        items = items or [1]  # there may be a sweep over occurrences
+    return MeasureContext(
+        work.table,
+        work.model.tokenizer,
+        work.sites,
+        tuple(items),
+        work.diagnostics,
+        observed=observed,
+        names=tuple(
+            rule.observed.name or rule.observed.word
+            for rule in work.experiment.rules
+            if rule.observed is not None
+        ),
+        metrics=work.program.metrics,
+        replies=get_reply_tokens(work.experiment),
+        reply=work.reply,
+    )
+
+
+def _other_measures(
+    work: ExperimentContext, context: MeasureContext
+) -> tuple[tuple[ResolvedMeasure | None, ...], dict[str, ResolvedMeasure]]:
+    """What rows are kept by, and `correct` on runs whose accuracy is asked for."""
+    experiment = work.experiment
+    keep = [resolve_measure(k, context, label="keep", runs=("clean",)) for k in experiment.keep]
+    accuracies: dict[str, ResolvedMeasure] = {}
+    for call in _accuracy_calls(experiment):
+        run = resolve_run(call.arguments[0].value, context)
+        if run is None:
+            continue
+        correct = ast.Name("correct", span=call.span)
+        found = resolve_measure(correct, context, label="accuracy")
+        if found is not None:
+            accuracies[run] = found
+    return tuple(keep), accuracies
+
+
+def _accuracy_calls(experiment: spec.Experiment) -> list[ast.Call]:
+    """Those of one run; what else is asked, the expectation refuses."""
+    return [
+        node
+        for expect in experiment.expects
+        if expect.condition is not None
+        for node in walk(expect.condition)
+        if isinstance(node, ast.Call)
+        and node.name == "accuracy"
+        and [each.name for each in node.arguments[:1]] == [None]
+        and {each.name for each in node.arguments[1:]} <= {PROMPTS_AXIS, "model"}
+    ]

@@ -1,0 +1,323 @@
+"""Models with two towers, and runs of another model next to an experiment's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.models import ModelShapeMismatch, ModelTokenMismatch, NoTokenizer
+from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.prompts import PromptTooLong
+from mechdsl.images.picture import Picture
+from mechdsl.models.shape import ModelShape
+from mechdsl.program import spec
+from mechdsl.program.images import IMAGE_SPAN
+from mechdsl.program.python_functions import is_python_call
+from mechdsl.prompts.answers import output_texts
+from mechdsl.prompts.conventions import image_conventions, noise_conventions
+from mechdsl.prompts.other_runs import PairedRun
+from mechdsl.prompts.rows import CLEAN, PromptTable
+from mechdsl.prompts.runs import PromptRun, TextTokens
+from mechdsl.prompts.tokens.images import ImageTokenizer, read_processing
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer
+from mechdsl.resolve.types import ModelContext, OppositeTower
+from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import walk
+from mechdsl.vocab.metrics import METRICS
+
+SHAPE_SIZES = {
+    "n_layers": "layers",
+    "n_heads": "heads",
+    "n_kv_heads": "key-value heads",
+    "d_model": "wide",
+    "d_head": "wide per head",
+    "d_value": "wide per value",
+    "d_mlp": "neurons per layer",
+    "n_experts": "experts",
+}
+"""What has to be equal for activations of one model to be put into another."""
+
+
+def join_runs(table: PromptTable, found: Sequence[PairedRun | None]) -> PromptTable | None:
+    """The table with these runs among its own; None where one is missing."""
+    runs = [each for each in found if each is not None]
+    if len(runs) < len(found):
+        return None
+    joined = replace(
+        table,
+        runs={**table.runs, **{each.run.name: each.run for each in runs}},
+        other_data={each.run.prompts or "": each.data_hash for each in runs if each.data_hash},
+        python=tuple(dict.fromkeys((*table.python, *(f for each in runs for f in each.python)))),
+    )
+    said = {
+        f"rows of {each.run.name}": f"{each.how} of `{table.name}`" for each in runs if each.how
+    }
+    said |= noise_conventions(joined) | image_conventions(joined)
+    return replace(joined, conventions={**table.conventions, **said})
+
+
+def reads_outputs(experiment: spec.Experiment, run: str) -> bool:
+    """Whether a run's outputs are read or written: it is the source of what is measured, a metric
+    or an expectation names it, or a rule is about `logits`."""
+    asked = [measure.metric for measure in experiment.measures]
+    if run == experiment.source and any(_of_outputs(n) for metric in asked for n in walk(metric)):
+        return True
+    asked += [each.condition for each in experiment.expects if each.condition is not None]
+    calls = [n for each in asked for n in walk(each) if isinstance(n, ast.Call)]
+    if any(_of_outputs(n) or n.name == "accuracy" for n in calls if run in _named_arguments(n)):
+        return True
+    sites = [site for rule in experiment.every_rule for site in (rule.site, rule.receiver) if site]
+    return any(name.id == "logits" for site in sites for name in site.names)
+
+
+def _of_outputs(node: ast.Node) -> bool:
+    """Whether it is a metric, or a function of a Python file, that reads outputs."""
+    if isinstance(node, ast.Call) and is_python_call(node):
+        return True
+    name = (
+        node.id if isinstance(node, ast.Name) else node.name if isinstance(node, ast.Call) else ""
+    )
+    metric = METRICS.get(name)
+    return metric is not None and any(form.of_outputs for form in metric.forms.values())
+
+
+def _named_arguments(call: ast.Call) -> list[str]:
+    values = [argument.value for argument in call.arguments]
+    return [value.id for value in values if isinstance(value, ast.Name)]
+
+
+def check_model_pair(
+    run: spec.ExternalRunSpec, source: ModelContext, base: ModelContext, *, outputs: bool
+) -> Diagnostic | None:
+    """E0415 where activations of one model don't fit into the other.
+
+    outputs: whether what the other model gives is read too, so that it has to be the same kind
+    """
+    differences = _differences(base.shape, source.shape)
+    hint = "patch between two checkpoints or fine-tunings of one model"
+    if not differences and outputs:
+        differences = _other_outputs(base.shape, source.shape)
+        hint = (
+            f"write `with {run.name}` behind `patch`, without `from {run.name}`: then its vectors "
+        )
+        hint += f"are read, and the measure of `{base.name}` alone"
+    if not differences or source.shape.stands_in or base.shape.stands_in:
+        return None
+    return ModelShapeMismatch(
+        span=run.span,
+        source=source.name,
+        base=base.name,
+        differences="; ".join(differences),
+        hint=hint,
+    )
+
+
+def _differences(base: ModelShape, source: ModelShape) -> list[str]:
+    found = [
+        f"{getattr(source, name):,} and {getattr(base, name):,} {what}"
+        for name, what in SHAPE_SIZES.items()
+        if getattr(source, name) != getattr(base, name)
+    ][:3]
+    only = sorted((base.sites ^ source.sites) - {"logits"})
+    if not found and only:
+        found.append(f"only one of them has `{only[0]}`")
+    return found
+
+
+def _other_outputs(base: ModelShape, source: ModelShape) -> list[str]:
+    """Where numbers of outputs don't mean the same in both."""
+    if "logits" in base.sites ^ source.sites:
+        return ["what is measured is read on both, and only one of them has `logits`"]
+    if (base.task, base.labels) != (source.task, source.labels):
+        kinds = "labels of a classifier and tokens" if base.task != source.task else "other labels"
+        return [f"what is measured is read on both, and their outputs differ: {kinds}"]
+    return []
+
+
+def build_model_run(
+    table: PromptTable,
+    theirs: PromptTable,
+    source: ModelContext,
+    base: ModelContext,
+    run: spec.ExternalRunSpec,
+) -> tuple[PairedRun | None, list[Diagnostic]]:
+    """The clean run of the same prompts in another model. E0416 where it sees other tokens."""
+    own = dict(zip(table.row_ids, table.runs[CLEAN].rows, strict=True))
+    others = dict(zip(theirs.row_ids, theirs.runs[CLEAN].rows, strict=True))
+    unlike = [n for n, row in own.items() if n not in others or others[n].ids != row.ids]
+    if not unlike or source.tokenizer.stands_in or base.tokenizer.stands_in:
+        return PairedRun(
+            PromptRun(
+                run.name, table.runs[CLEAN].rows, model=run.model, chat=table.runs[CLEAN].chat
+            ),
+            "",
+        ), []
+    tokens = [
+        " ".join(context.tokenizer.token_text(i) for i in rows[unlike[0]].ids[:8])
+        if unlike[0] in rows
+        else "nothing"
+        for context, rows in ((source, others), (base, own))
+    ]
+    return None, [
+        ModelTokenMismatch(
+            span=run.span,
+            source=source.name,
+            base=base.name,
+            rows=len(unlike),
+            total=len(own),
+            example=f"row {unlike[0]} begins with `{tokens[0]}` and `{tokens[1]}`",
+        )
+    ]
+
+
+def measures_choice(experiment: spec.Experiment) -> bool:
+    """Whether something of an experiment is a choice among all that there is to score with."""
+    said = (*(each.metric for each in experiment.measures), *experiment.keep)
+    said += tuple(each.condition for each in experiment.expects if each.condition is not None)
+    named = (node for node in walk(said) if isinstance(node, ast.Name | ast.Call))
+    words = {node.id if isinstance(node, ast.Name) else node.name for node in named}
+    return not words.isdisjoint({*METRICS, "accuracy"} - {"logit", "score", "cosine"})
+
+
+def attach_images(
+    model: ModelContext,
+    table: PromptTable,
+    block: str,
+    own: Sequence[Picture],
+    every: Sequence[Picture] | None,
+) -> tuple[ModelContext, PromptTable]:
+    """The text tower with the images that texts are scored with, and its table with the name of
+    each row's image. own: of each row; every: all there are to choose from, where that counts."""
+    named = {each.text: each for each in (*(every or ()), *own)}
+    runs = {
+        name: replace(
+            run,
+            rows=tuple(
+                replace(row, texts={**row.texts, IMAGE_SPAN: TextTokens(picture.text, ())})
+                for row, picture in zip(run.rows, own, strict=True)
+            ),
+        )
+        for name, run in table.runs.items()
+    }
+    labels = tuple(named)
+    shape = replace(
+        model.shape,
+        labels=labels,
+        d_logits=len(labels),
+        classes=0 if every is None else len(labels),
+    )
+    opposite = OppositeTower(pictures=tuple(named.values()), block=block)
+    return replace(model, shape=shape, opposite=opposite), replace(table, runs=runs)
+
+
+def attach_placeholder_images(
+    model: ModelContext, table: PromptTable
+) -> tuple[ModelContext, PromptTable]:
+    """The same where there are none, which is said elsewhere: what stands in for them."""
+    every = (Picture("gray"),) * len(table)
+    model, table = attach_images(model, table, "", every, every)
+    return model, replace(table, stands_in=True)
+
+
+def attach_texts(
+    model: ModelContext, table: PromptTable, experiment: spec.Experiment
+) -> tuple[ModelContext, list[Diagnostic]]:
+    """The image tower with the texts that an experiment scores images with; other models as they
+    are. Codes: E0207, E0511."""
+    texts = model.shape.texts
+    reader = model.tokenizer
+    if texts is None:
+        problem = _check_own_labels(model, table)
+        return model, [] if problem is None else [problem]
+    tokenizer = reader.texts if isinstance(reader, ImageTokenizer) else None
+    every = tuple(dict.fromkeys([*table.classes, *_texts(table, experiment)]))
+    encoded = {} if tokenizer is None else tokenizer.encode_unique(every)
+    ids = tuple(encoded[text].ids for text in every if text in encoded)
+    problem = _check_text_lengths(ids, texts.max_positions, table)
+    shape = replace(model.shape, labels=every, d_logits=len(every), classes=len(table.classes))
+    return replace(model, shape=shape, opposite=OppositeTower(every, ids)), (
+        [] if problem is None else [problem]
+    )
+
+
+def _check_own_labels(model: ModelContext, table: PromptTable) -> Diagnostic | None:
+    """E0207 for classes of a model that has them already."""
+    said = table.sources[0].block.spec.classes if table.sources else None
+    if said is None or model.shape.stands_in:
+        return None
+    reason = f"says what texts images are told apart by, and `{model.name}` has labels of its own"
+    hint = "leave it out: `answer` names a label"
+    return BadArgument(span=said.span, name="classes", reason=reason, hint=hint)
+
+
+def _texts(table: PromptTable, experiment: spec.Experiment) -> Iterator[str]:
+    """Texts of rows in all runs, and those that measures write out."""
+    for run in table.runs.values():
+        for row in run.rows:
+            for text in row.texts.values():
+                yield text.text.strip()
+    said = (*(each.metric for each in experiment.measures), *experiment.keep)
+    for node in walk(said):
+        if isinstance(node, ast.Call):
+            for argument in node.arguments:
+                of = argument.value
+                of = of.of if isinstance(of, ast.ClassOutput) else of
+                if isinstance(of, ast.String):
+                    found, _ = output_texts(table, of, "named")
+                    yield from (text.text.strip() for text in found)
+
+
+def _check_text_lengths(
+    ids: tuple[tuple[int, ...], ...], most: int | None, table: PromptTable
+) -> Diagnostic | None:
+    """E0511 for texts that the tower can't read."""
+    long = [len(each) for each in ids if most is not None and len(each) > most]
+    if not long or most is None:
+        return None
+    return PromptTooLong(
+        span=table.sources[0].block.spec.span if table.sources else None,
+        run=f"{table.name}, texts",
+        rows=len(long),
+        total=len(ids),
+        longest=max(long),
+        most=most,
+    )
+
+
+def read_tower_inputs(
+    folder: Path, shape: ModelShape, model: spec.Model
+) -> tuple[ImageTokenizer | None, list[Diagnostic]]:
+    """What makes images ready for the model in a folder, with the tokenizer for its texts. Codes:
+    E0412, E0456, E0508, E0522."""
+    assert shape.patches is not None
+    reader, found = read_processing(folder, shape.patches, model=model.name, span=model.span)
+    if reader is None or shape.texts is None:
+        return reader, found
+    tokenizer, problems = TextTokenizer.from_folder(folder, model.bos, span=model.span)
+    if tokenizer is None:
+        return None, [*found, *problems]
+    return attach_tokenizer(reader, tokenizer, shape.texts, model=model.name, span=model.span)
+
+
+def attach_tokenizer(
+    reader: ImageTokenizer,
+    tokenizer: TextTokenizer,
+    shape: ModelShape,
+    *,
+    model: str,
+    span: Span | None,
+) -> tuple[ImageTokenizer | None, list[Diagnostic]]:
+    """The same with a tokenizer for texts, which pads them where the tower was trained on that.
+    shape: of the tower for texts. Codes: E0412."""
+    if shape.padded:
+        padded = tokenizer.padded_to(shape.max_positions or 0)
+        if padded is None:
+            reason = "it has no token for padding, and the model was trained on padded texts"
+            hint = "name one in its `tokenizer_config.json` (`pad_token`)"
+            return None, [NoTokenizer(span=span, model=model, reason=reason, hint=hint)]
+        tokenizer = padded
+    reader.texts = tokenizer
+    return reader, []

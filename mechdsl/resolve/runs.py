@@ -1,0 +1,706 @@
+"""Runs with rules, generated replies, saved activations, and the baseline of observed effects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+from mechdsl.base.records import Registry
+from mechdsl.base.source import Span
+from mechdsl.diagnostics.core import Diagnostic, has_errors
+from mechdsl.diagnostics.experiments import UnreadableMeasure
+from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.positions import NO_REPLY_REASON, AbsentOccurrence, NotInReply
+from mechdsl.diagnostics.rules import UnequalPrompts
+from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.models.shape import ModelShape
+from mechdsl.program import spec
+from mechdsl.program.rules import steps_problem
+from mechdsl.program.spec import ONE_CELL_HINT, During, Generation
+from mechdsl.prompts.positions.cells import ReplyTokens, resolve_positions
+from mechdsl.prompts.positions.spans import AnswerTokens, refers_to_answer
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import DerivedRun, ReplyPosition
+from mechdsl.resolve.observations import Observation, RowSetObservation
+from mechdsl.resolve.sites import ExperimentContext, resolve_site
+from mechdsl.resolve.types import (
+    AxisIndices,
+    BaselineExperiment,
+    ResolvedExperiment,
+    ResolvedMeasure,
+    ResolvedRule,
+    ResolvedSave,
+    SitePoint,
+    StepRanges,
+)
+from mechdsl.syntax import ast
+from mechdsl.vocab.effects import RAW
+from mechdsl.vocab.sites import SITES
+
+
+class RuleKind:
+    """A kind of rule: what its first words mean."""
+
+    takes: ClassVar[Literal["", "to", "by"]] = ""
+    """The word before its number, of kinds that the grammar reads as `WORD SITE at POSITIONS`."""
+    once: ClassVar[bool] = False
+    """An experiment has one of them at most …"""
+    once_because: ClassVar[str] = ""
+    """… and why, or what to write instead."""
+    within_prompt: ClassVar[str] = ""
+    """Why it can't act on the tokens of an answer, behind the prompt; empty where it can."""
+
+    reads_replies: ClassVar[bool] = False
+    """Whether it can look at tokens of a reply."""
+
+    def observes(self, rule: spec.Rule) -> Observation | None:
+        """What it looks at, where it is measured by that; None for rules that act."""
+        return None
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        """The rule with its targets; its sweeps become axes of the experiment.
+
+        None after an error, which is in `work.diagnostics`; what else can be found wrong with the
+        rule is found in any case.
+        """
+        raise NotImplementedError
+
+
+def define_runs(
+    work: ExperimentContext, kinds: Registry[RuleKind]
+) -> dict[str, ResolvedExperiment]:
+    """The experiment's own runs, which its table has from then on.
+
+    After an error the others can still be named: a run that can't be made stands as its base.
+    Codes: E0108, E0309 and those of rules.
+    """
+    found: dict[str, ResolvedExperiment] = {}
+    for run in work.experiment.derived:
+        if run.base not in work.table.runs:
+            continue  # which has been refused
+        rules = _rules(run, work, kinds)
+        base = work.table.runs[run.base]
+        reads = tuple(dict.fromkeys(rule.run for rule in rules if rule.apart is None))
+        draws = max(work.table.runs[name].draws for name in (run.base, *reads))
+        made = replace(base, name=run.name, derived=DerivedRun(run.base, reads, draws))
+        found[run.name] = ResolvedExperiment(
+            spec=_isolate_run(work.experiment, run),
+            model=work.model,
+            table=work.table,
+            axes=(),
+            rules=rules,
+            measures=(),
+            keep=(),
+            accuracies={},
+            seed=work.program.seed,
+        )
+        work.table = replace(work.table, runs={**work.table.runs, run.name: made})
+    return found
+
+
+def _isolate_run(experiment: spec.Experiment, run: spec.DerivedRun) -> spec.Experiment:
+    """A run as an experiment with nothing but its rules."""
+    return experiment.model_copy(
+        update={
+            "name": run.name,
+            "span": run.span,
+            "variant": (),
+            "source": run.source,
+            "base": run.base,
+            "rules": run.rules,
+            "derived": (),
+            "loops": (),
+            "keep": (),
+            "measures": (),
+            "against": None,
+            "reports": (),
+            "expects": (),
+        }
+    )
+
+
+def _rules(
+    run: spec.DerivedRun, work: ExperimentContext, kinds: Registry[RuleKind]
+) -> tuple[ResolvedRule, ...]:
+    """Its rules, as far as they are right."""
+    alone = _isolate_run(work.experiment, run)
+    sites = replace(work.sites, loops={}, words={})
+    inner = ExperimentContext(alone, work.program, work.model, work.table, sites)
+    found: list[ResolvedRule] = []
+    for rule in run.rules:
+        resolved = kinds[rule.verb].resolve(rule, inner)
+        if resolved is None:
+            continue
+        problems = list(_check_run_rule(resolved, inner.table, run))
+        work.diagnostics.extend(problems)
+        if not has_errors(problems):
+            found.append(resolved)
+    for axis in inner.axes.values():
+        what = f"a sweep (`{axis.span.written}`) in a `run`"
+        work.diagnostics.append(NotSupported(span=axis.span, what=what, later=ONE_CELL_HINT))
+    inner.draws_agree()
+    return tuple(found)
+
+
+def _check_run_rule(
+    rule: ResolvedRule, table: PromptTable, run: spec.DerivedRun
+) -> Iterator[Diagnostic]:
+    """E0108 for a kind of rule that no run has, E0309 for rows that lack what it acts on: such rows
+    would have no such run."""
+    what, later = "", "write it in the experiment, on the run: `from … into NAME`"
+    if rule.path is not None:
+        what = "a `path` in a `run`"
+    elif rule.does.changes == "input":
+        what, later = "a `replace` in a `run`", "write a `corrupt` in the prompts block"
+    elif rule.does.changes == "nothing":
+        what = f"`{rule.spec.verb}` in a `run`"
+    if what:
+        yield NotSupported(span=rule.spec.span, what=what, later=later)
+        return
+    for cell in rule.positions.written.values():
+        lacking = [row for row, hits in enumerate(cell.hits) if not hits]
+        if lacking and not table.stands_in:
+            rows = table.runs[run.base].rows
+            yield AbsentOccurrence(
+                span=rule.spec.at.span,
+                position=rule.spec.at.span.written,
+                run=run.base,
+                lacking=len(lacking),
+                total=len(rows),
+                example=f'"{rows[lacking[0]].text}"',
+                hint=f"every row needs it, or `{run.name}` is no run of all rows: leave the others "
+                "out by a `where` in the prompts block",
+            )
+
+
+def check_derived_base(
+    rules: Sequence[ResolvedRule | None], work: ExperimentContext
+) -> Iterator[Diagnostic]:
+    """E0108 for rules of the experiment that can't act on a run that has rules itself."""
+    if work.table.runs[work.experiment.base].derived is None:
+        return
+    for rule in rules:
+        if rule is not None and rule.does.changes == "input":
+            what = f"a `{rule.spec.verb}` on a run that has rules"
+            yield NotSupported(span=rule.spec.span, what=what)
+
+
+def check_accuracies(
+    asked: Iterable[str], derived: Mapping[str, ResolvedExperiment], experiment: spec.Experiment
+) -> Iterator[Diagnostic]:
+    """E0108 for the accuracy of a run that is made of the kept rows, beside a `keep`: an accuracy
+    is of all rows."""
+    for name in asked if experiment.keep else ():
+        run = name
+        while run in derived:
+            if any(rule.does.of_all_rows for rule in derived[run].rules):
+                what = f"`accuracy({name})` beside `keep`, as `{run}` is made of the rows it keeps,"
+                yield NotSupported(span=experiment.keep[0].span, what=what)
+                break
+            run = derived[run].spec.base
+
+
+CACHED_SITES = ("k", "v")
+"""Sites whose vectors are kept of every token, for later ones to attend to."""
+
+
+def resolve_steps(rule: ResolvedRule, work: ExperimentContext) -> ResolvedRule | None:
+    """The rule with the steps in which it acts; None after E0207 for steps that there are not."""
+    during, generation = rule.spec.during, work.experiment.generation
+    if during is None or generation is None:
+        return rule
+    named = [end.name for end in (during.first, during.last) if isinstance(end, ast.Bound)]
+    axes = tuple(name for name in work.loops if name in named)
+    found: dict[AxisIndices, tuple[int, int]] = {}
+    for key, at in work.sites.combinations(axes):
+        low, high = _step(during.first, at), _step(during.last, at)
+        problem = steps_problem(low, high, generation.tokens)
+        if problem is not None:
+            where = " and ".join(f"`{name}` = {value}" for name, value in at.items())
+            reason, hint = problem
+            work.diagnostics.append(_bad_steps(during, f"with {where} {reason}", hint))
+            return None
+        found[key] = low, high
+    return replace(rule, steps=StepRanges(axes, found), after_prefill=during.after_prefill)
+
+
+def _step(end: int | ast.Bound, at: Mapping[str, object]) -> int:
+    """A step, where the loops are so far; -1 where that is no whole number."""
+    if isinstance(end, int):
+        return end
+    value = at[end.name or ""]
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
+    return int(value) + end.offset if isinstance(value, int | float) and whole else -1
+
+
+def check_generation(
+    rules: Sequence[ResolvedRule | None],
+    measures: Sequence[ResolvedMeasure | None],
+    keep: Sequence[ResolvedMeasure | None],
+    work: ExperimentContext,
+) -> Iterator[Diagnostic]:
+    """E0108 for what can't be done while a reply is written, E0207 for more tokens than the model
+    has positions for, and for steps in which a rule can't act; E0612 for categories and conditions
+    of several replies."""
+    generation = work.experiment.generation
+    if generation is None:
+        return
+    yield from _check_model(generation, work)
+    yield from _check_runs(generation, work)
+    for rule in work.experiment.rules:
+        if refers_to_answer(rule.at) or refers_to_answer(rule.onto):
+            yield _not_supported(
+                rule,
+                "a rule on tokens of the answer beside `generate`",
+                "the model writes its own reply: name `last token`, which is the newest one at "
+                "each step, or write an experiment without `generate`",
+            )
+    for rule in rules:
+        if rule is not None:
+            yield from _check_rule_steps(rule, generation)
+    if generation.samples > 1:
+        yield from _check_samples(generation.samples, measures, keep)
+
+
+def _check_samples(
+    samples: int,
+    measures: Sequence[ResolvedMeasure | None],
+    keep: Sequence[ResolvedMeasure | None],
+) -> Iterator[Diagnostic]:
+    """A row has several replies: what is no number has no mean over them."""
+    for measure in (*measures, *keep):
+        if measure is None or measure.reply is None:
+            continue
+        reason, hint = "", "write one sample, or a share: `exact_match`"
+        if measure.kind == "category":
+            reason = f"categories of {samples} samples have no mean"
+        elif measure in keep:
+            reason = f"a row has {samples} samples, of which some may be kept and some not"
+            hint = "write one sample, or leave rows out by a `where` in the prompts block"
+        if reason:
+            span = measure.expression.span
+            yield UnreadableMeasure(span=span, text=span.written, reason=reason, hint=hint)
+
+
+def _check_model(generation: Generation, work: ExperimentContext) -> Iterator[Diagnostic]:
+    """Whether it writes, and has positions for all that it may write."""
+    shape, name = work.model.shape, work.model.name
+    if shape.stands_in:
+        return
+    reason = _explain_no_text(shape)
+    if reason is not None:
+        yield NotSupported(
+            span=generation.span,
+            what=f"`generate` with `{name}`, {reason},",
+            later="take a model that predicts the next token of a text, such as GPT-2 or Llama",
+        )
+        return
+    most = shape.max_positions
+    if most is None or work.model.tokenizer.stands_in or work.table.stands_in:
+        return
+    longest = max(map(len, _prompts(work.experiment, work.table)), default=0)
+    # The last token of a reply is predicted, and goes in nowhere.
+    if longest + generation.tokens - 1 > most:
+        fit = most - longest + 1
+        yield BadArgument(
+            span=generation.span,
+            name=f"generate {generation.tokens}",
+            reason=f"needs more positions than `{name}` has: the longest prompt has "
+            f"{longest:,} tokens, and the model reads {most:,}",
+            hint=f"write at most {fit:,} tokens: `generate {fit}`; or shorten the prompts",
+        )
+
+
+def _explain_no_text(shape: ModelShape) -> str | None:
+    """Why a model writes no text behind a prompt."""
+    if shape.takes != "text":
+        return "which takes more than a text"
+    if shape.task != "tokens" or "logits" not in shape.sites:
+        return "which predicts no tokens"
+    if not shape.causal:
+        return "in which tokens see later ones"
+    return None
+
+
+def _prompts(experiment: spec.Experiment, table: PromptTable) -> Iterator[tuple[int, ...]]:
+    """Those of the runs that write."""
+    for name in (experiment.base, experiment.source):
+        run = None if name is None else table.runs.get(name)
+        yield from (row.ids for row in (() if run is None else run.rows))
+
+
+def _check_runs(generation: Generation, work: ExperimentContext) -> Iterator[Diagnostic]:
+    """Runs with rules are of the prompts, and don't write."""
+    experiment = work.experiment
+    for name in dict.fromkeys((experiment.base, experiment.source)):
+        run = None if name is None else work.table.runs.get(name)
+        if run is not None and run.derived is not None:
+            yield NotSupported(
+                span=generation.span,
+                what=f"`generate` in `{name}`, a run with rules,",
+                later="write its rules in the experiment; a rule can read such a run: "
+                f"`patch … with {name}`",
+            )
+
+
+def _check_rule_steps(rule: ResolvedRule, generation: Generation) -> Iterator[Diagnostic]:
+    """Whether it can act in its steps."""
+    said, does = rule.spec, rule.does
+    if rule.path is not None:
+        yield _not_supported(
+            said,
+            "a `path` beside `generate`",
+            "write an experiment without `generate`: paths are patched in one pass",
+        )
+        return
+    if said.during is not None and does.changes == "input":
+        yield _bad_steps(
+            said.during,
+            "can't stand behind `replace`, which changes the prompt before anything is run",
+            "leave it out",
+        )
+        return
+    if rule.after_prefill:
+        yield from _check_cache_edit(rule, generation)
+        return
+    steps = [] if rule.steps is None else list(rule.steps.values.values())
+    if any(each != (0, 0) for each in steps) and len(rule.positions.newest) < len(
+        rule.positions.written
+    ):
+        assert said.during is not None
+        yield _bad_steps(
+            said.during,
+            f"has no place to act: `{said.at.span.written}` is a token of the prompt, which goes "
+            "in with the prefill, and stays as it is then",
+            "name `last token`, the newest one at each step, or write `during prefill`",
+        )
+        return
+    if does.changes == "blocks" and rule.steps is not None and rule.steps.axes:
+        yield _not_supported(
+            said, "a sweep over steps of `replace block`", "name the steps: `during step 2..5`"
+        )
+        return
+    last = generation.tokens - 1
+    if (
+        does.changes == "blocks"
+        and said.source_block is None
+        and any(own < last for _, own in steps)
+    ):
+        assert said.during is not None
+        yield _bad_steps(
+            said.during,
+            "leaves out a block that attends again later, to tokens that it has no keys of",
+            f"leave it out up to the last step, `during step {steps[0][0]}..{last}`, or put "
+            "another block in its place: `with block layer 1`",
+        )
+        return
+    if rule.acts_later:
+        yield from _check_after_prefill(rule)
+
+
+def _check_cache_edit(rule: ResolvedRule, generation: Generation) -> Iterator[Diagnostic]:
+    """`after prefill`: keys and values that are kept of the prompt."""
+    during, points = rule.spec.during, () if rule.sites is None else rule.sites.points.values()
+    assert during is not None
+    sites = {point.site for each in points for point in each}
+    if rule.does.changes != "sites" or not sites <= set(CACHED_SITES):
+        yield _bad_steps(
+            during,
+            "is for rules on `k` and `v`: keys and values are all that is kept of the prompt",
+            "write `patch k layer 2 at subject token with clean after prefill`; or "
+            "`during prefill`, for what acts while the prompt is read",
+        )
+    elif rule.does.mode == "step":
+        yield _not_supported(rule.spec, "a `step` `after prefill`", "write `during prefill`")
+    elif generation.tokens == 1:
+        yield _bad_steps(
+            during, "has nothing behind it: the only token is predicted by the prefill",
+            "write more tokens: `generate 40`",
+        )  # fmt: skip
+
+
+def _check_after_prefill(rule: ResolvedRule) -> Iterator[Diagnostic]:
+    """What only has a meaning while the prompt is read."""
+    points = () if rule.sites is None else rule.sites.points.values()
+    over_keys = sorted(
+        {p.site for each in points for p in each if SITES[p.site].width == "key"}
+        if rule.does.changes == "sites"
+        else ()
+    )
+    what = ""
+    if over_keys:
+        what = f"a rule on `{over_keys[0]}` at newest tokens, which have more keys than the prompt,"
+    elif rule.does.looks_ahead:
+        what = "`allow` at newest tokens, which see all others as it is,"
+    elif rule.does.changes == "positions":
+        what = "`renumber` at newest tokens"
+    if what:
+        yield _not_supported(
+            rule.spec, what, "add `during prefill`, or name positions of the prompt alone"
+        )
+
+
+def _not_supported(rule: spec.Rule, what: str, later: str) -> Diagnostic:
+    return NotSupported(span=rule.span, what=what, later=later)
+
+
+def _bad_steps(during: During, reason: str, hint: str) -> Diagnostic:
+    said = " ".join(during.span.written.split())
+    return BadArgument(span=during.span, name=said, reason=reason, hint=hint)
+
+
+RULE_REPLIES = ReplyTokens(
+    reason="rules act while the reply is written",
+    hint="write `at last token`, which is the newest one, and when: `during step 3`",
+)
+
+
+def get_reply_tokens(experiment: spec.Experiment) -> ReplyTokens:
+    """Those that an experiment writes."""
+    written = experiment.generation
+    if written is None:
+        return ReplyTokens(
+            reason=NO_REPLY_REASON,
+            hint="let it write one: `generate 40`; or read what another one has written: `prompts "
+            f"{experiment.prompts} with replies of NAME`",
+        )
+    return ReplyTokens(written.tokens)
+
+
+def reads_reply_tokens(rule: ResolvedRule) -> bool:
+    """Whether it looks at tokens of the reply, or from there."""
+    return any(True for _ in iter_reply_positions(rule))
+
+
+def iter_reply_positions(rule: ResolvedRule) -> Iterator[ReplyPosition]:
+    """Where in the reply it looks."""
+    targets = [rule.positions] if rule.edge is None else [rule.positions, rule.edge.keys]
+    for each in targets:
+        for cell in each.written.values():
+            if cell.reply is not None:
+                yield cell.reply
+
+
+def reads_observation(measure: ResolvedMeasure) -> bool:
+    """Whether it reads what is observed."""
+    return measure.observed or any(atom.form.takes == "observation" for atom in measure.atoms)
+
+
+def reads_any_reply(experiment: ResolvedExperiment) -> bool:
+    """Whether something of it is read behind the prompts, in a pass over prompts and replies."""
+    measured = any(measure.in_reply is not None for measure in experiment.measures)
+    return measured or any(map(reads_reply_tokens, experiment.rules))
+
+
+def check_reply_readers(experiment: ResolvedExperiment) -> list[Diagnostic]:
+    """E0545 for what isn't read in replies."""
+    found = [problem for rule in experiment.rules for problem in _check_observed_reply(rule)]
+    looking = next((rule for rule in experiment.rules if reads_reply_tokens(rule)), None)
+    for measure, said in zip(experiment.measures, experiment.spec.measures, strict=True):
+        seen = looking is not None and reads_observation(measure)
+        if not seen and measure.in_reply is None:
+            continue
+        if said.effect not in ("raw", "delta"):
+            reason = f"`{said.effect}` isn't known there"
+            hint = "write `as raw`, or `as delta` for what the rules change of it"
+            found.append(_not_in_reply(said.span, reason, hint))
+        elif said.effect != "raw" and experiment.spec.against is not None:
+            reason = "random targets write replies of their own"
+            found.append(
+                _not_in_reply(said.span, reason, "write `as raw`, or leave `against …` out")
+            )
+        found += _check_measured_reply(measure, said, experiment)
+    if reads_any_reply(experiment):
+        found += [problem for rule in experiment.rules for problem in _check_repeatable(rule)]
+    return found
+
+
+def _check_observed_reply(rule: ResolvedRule) -> Iterator[Diagnostic]:
+    """What an observation can't do there."""
+    if not reads_reply_tokens(rule):
+        return
+    if isinstance(rule.does, RowSetObservation):
+        reason = f"`{rule.does.name}` is made of vectors of all rows, at tokens of the prompt"
+        yield _not_in_reply(rule.spec.span, reason, "observe single rows: `observe norm …`")
+    elif isinstance(rule.does, Observation) and rule.does.lists(rule):
+        yield _not_in_reply(rule.spec.span, "tokens are listed of prompts", "leave `top …` out")
+
+
+def _check_measured_reply(
+    measure: ResolvedMeasure, said: spec.Measure, experiment: ResolvedExperiment
+) -> Iterator[Diagnostic]:
+    """What a measure can't read there."""
+    span = said.span if said.at is None else said.at.span
+    for atom in measure.atoms:
+        text, takes = atom.node.span.written, atom.form.takes
+        run = None if atom.run is None else experiment.table.runs[atom.run]
+        if measure.in_reply is None and not (measure.observed or takes == "observation"):
+            reason = f"`{text}` isn't of what is observed"
+            yield _not_in_reply(span, reason, "measure it by itself, in a line of its own")
+        elif measure.in_reply is None and run is not None:
+            yield _not_in_reply(span, f"`{text}` compares tokens of prompts", "leave it out")
+        elif takes == "activations":
+            reason = f"`{text}` compares tokens of prompts"
+            yield _not_in_reply(span, reason, "measure logits there, or observe the site")
+        elif any(atom.behind):
+            reason = f"`{text}` reads a text of several tokens of its own"
+            yield _not_in_reply(span, reason, "name a text of one token")
+        elif takes in ("prompt", "reply"):
+            yield _not_in_reply(span, f"`{text}` reads no single token", "leave `at …` out")
+        elif run is not None and run.derived is not None:
+            reason = f"`{run.name}` has rules, which don't act on tokens of a reply"
+            yield _not_in_reply(span, reason, "compare with a run without rules")
+
+
+def _check_repeatable(rule: ResolvedRule) -> Iterator[Diagnostic]:
+    """Rules that one pass over prompt and reply can't do as they were done."""
+    if rule.after_prefill:
+        reason = "the prompt saw its keys and values without the edit, the reply with it"
+    elif rule.does.changes == "blocks" and rule.steps is not None:
+        reason = "blocks are exchanged for some of the tokens"
+    else:
+        return
+    yield _not_in_reply(
+        rule.spec.span, reason, "measure what is written, or the prompt's last token"
+    )
+
+
+def _not_in_reply(span: Span, reason: str, hint: str) -> Diagnostic:
+    return NotInReply(span=span, position=span.written, reason=reason, hint=hint)
+
+
+def build_baseline(experiment: ResolvedExperiment) -> BaselineExperiment | None:
+    """What effects of measures that are observed, or read in replies, set the patched run against;
+    None where there are none."""
+    own = experiment.spec
+    if reads_any_reply(experiment):
+        return _baseline_after_replies(experiment)
+    pairs = enumerate(zip(experiment.measures, own.measures, strict=True))
+    numbers = tuple(
+        n for n, (found, said) in pairs if reads_observation(found) and said.effect != RAW.name
+    )
+    if not numbers:
+        return None
+    rules = (rule for rule in experiment.rules if isinstance(rule.does, Observation))
+    changed = _read_only(experiment)
+    changed = replace(changed, spec=changed.spec.model_copy(update={"generation": None}))
+    return BaselineExperiment(replace(changed, rules=tuple(rules)), numbers)
+
+
+def _baseline_after_replies(experiment: ResolvedExperiment) -> BaselineExperiment | None:
+    """The same rows, with the replies that their rules make, read without these."""
+    looking = any(map(reads_reply_tokens, experiment.rules))
+    numbers = tuple(
+        n
+        for n, each in enumerate(experiment.measures)
+        if each.in_reply is not None or (looking and reads_observation(each))
+    )
+    if all(isinstance(rule.does, Observation) for rule in experiment.rules) or not numbers:
+        return None
+    return BaselineExperiment(replace(_read_only(experiment), as_base=True), numbers)
+
+
+def _read_only(experiment: ResolvedExperiment) -> ResolvedExperiment:
+    """The experiment as one that is set beside another, and shown nowhere."""
+    own = experiment.spec
+    measures = tuple(_as_raw(own.measures))
+    changed = own.model_copy(
+        update={
+            "name": f"{own.name} without rules",
+            "source": None,
+            "measures": measures,
+            "against": None,
+            "reports": (spec.Report(span=own.span, kind="table"),),
+            "expects": (),
+        }
+    )
+    return replace(experiment, spec=changed, accuracies={}, saves=(), control_of=experiment.key)
+
+
+def _as_raw(measures: Iterable[spec.Measure]) -> Iterable[spec.Measure]:
+    return (each.model_copy(update={"effect": RAW.name, "over": None}) for each in measures)
+
+
+_PROMPT_ONLY = "`save` reads the prompt alone"
+
+
+def resolve_saves(work: ExperimentContext) -> tuple[ResolvedSave, ...]:
+    """The `save` lines of an experiment, as far as they are right. Codes: E0333 and those of sites
+    and positions."""
+    found = (_save(save, work) for save in work.experiment.saves)
+    return tuple(save for save in found if save is not None)
+
+
+def _save(save: spec.Save, work: ExperimentContext) -> ResolvedSave | None:
+    run = save.run or work.experiment.base
+    targets, _ = resolve_site(save.site, work.sites)
+    cells, problems = resolve_positions(
+        save.at,
+        work.table,
+        run,
+        tokenizer=work.model.tokenizer,
+        loop_values={
+            name: value
+            for name, value in work.program.parameters.items()
+            if isinstance(value, int | float)
+        },
+        with_runs=(),
+        ranked=work.ranked,
+        answers=AnswerTokens(reason=_PROMPT_ONLY),
+        replies=_replies(run, work),
+    )
+    work.diagnostics.extend(p for p in problems if p not in work.diagnostics)
+    if targets is None or has_errors(problems):
+        return None
+    points = tuple(dict.fromkeys(point for own in targets.points.values() for point in own))
+    _one_width(save, run, points, work)
+    found = ResolvedSave(save, run, points, tuple(cells))
+    if found.in_reply and any(SITES[point.site].width == "key" for point in points):
+        reason = "vectors over the keys of texts of different lengths aren't equally wide"
+        problem = NotInReply(
+            span=save.at.span, position=save.at.span.written, reason=reason, hint="save `z`"
+        )
+        work.diagnostics.append(problem)
+    return found
+
+
+def _replies(run: str, work: ExperimentContext) -> ReplyTokens:
+    """What a run writes, without rules."""
+    written, found = get_reply_tokens(work.experiment), work.table.runs.get(run)
+    if work.experiment.generation is None or found is None:
+        return written
+    if found.derived is not None:
+        reason = f"`{run}` has rules, which don't act while a reply is written"
+        return ReplyTokens(reason=reason, hint="save a run without rules")
+    return written
+
+
+def _one_width(
+    save: spec.Save, run: str, points: tuple[SitePoint, ...], work: ExperimentContext
+) -> None:
+    """E0333 for vectors over the keys of prompts that are of different lengths."""
+    over_keys = sorted({p.site for p in points if SITES[p.site].width == "key"})
+    lengths = [len(row.ids) for row in work.table.runs[run].rows]
+    other = next((n for n, length in enumerate(lengths) if length != lengths[0]), None)
+    if over_keys and other is not None:
+        work.diagnostics.append(
+            UnequalPrompts(
+                span=save.span,
+                site=over_keys[0],
+                what="rows",
+                row=other,
+                first=lengths[other],
+                second=f"row 0 has {lengths[0]}",
+                hint="save `z`, or use prompts of one length",
+            )
+        )
+
+
+def name_tensor(point: SitePoint) -> str:
+    """What the tensor of a site is called: `resid_post.layer3`, `z.layer3.head2`."""
+    unit = (SITES[point.site].unit or "").removeprefix("kv_")
+    words = [point.site]
+    words += [] if point.layer is None else [f"layer{point.layer}"]
+    words += [] if point.unit is None else [f"{unit}{point.unit}"]
+    return ".".join(words)

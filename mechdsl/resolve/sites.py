@@ -1,0 +1,1016 @@
+"""Resolve sites against a model: layers, heads, neurons and experts, with their axes.
+
+`SiteContext`, `ExperimentContext` and `MeasureContext` hold the state of an experiment while it is
+being resolved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from mechdsl.base import limits
+from mechdsl.base.source import Span
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import Diagnostic, did_you_mean
+from mechdsl.diagnostics.experiments import UnreadableMeasure
+from mechdsl.diagnostics.models import SiteNotInBlock
+from mechdsl.diagnostics.names import BadArgument, IndexBeyondModels, UnknownWord
+from mechdsl.diagnostics.prompts import MultiTokenText
+from mechdsl.diagnostics.rules import (
+    AxesCollide,
+    AxisDoesNotFit,
+    BadLoopValue,
+    EmptyRange,
+    LayerOutOfRange,
+    NoComponent,
+    TooManyCells,
+    UnitOutOfRange,
+    loop_hint,
+)
+from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.models.shape import ModelShape, check_site, unit_count
+from mechdsl.program import spec
+from mechdsl.prompts.answers import answer_context, is_list
+from mechdsl.prompts.positions.cells import NO_REPLIES, ReplyTokens
+from mechdsl.prompts.positions.spans import NO_ANSWERS, AnswerTokens
+from mechdsl.prompts.rows import CLEAN, PromptTable
+from mechdsl.prompts.runs import Hits, TextTokens
+from mechdsl.prompts.tokens.tokenizer import TextTokenizer, single_token_spelling
+from mechdsl.resolve.cells import counts_from_end, is_open
+from mechdsl.resolve.findings import FindingPicker
+from mechdsl.resolve.observations import Observation
+from mechdsl.resolve.types import (
+    Axis,
+    AxisIndices,
+    AxisLabel,
+    ItemNumber,
+    LoopCells,
+    ModelContext,
+    SitePoint,
+    SiteTargets,
+)
+from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import number_names, walk
+from mechdsl.syntax.words import STACKS
+from mechdsl.vocab.sites import SHORT_WORDS, SITES, SiteKind, find_short_site, unknown_component
+
+if TYPE_CHECKING:
+    from mechdsl.resolve.types import DirectionFamily
+
+
+@dataclass
+class SiteContext:
+    """What sites of one experiment are resolved against."""
+
+    model: str
+    shape: ModelShape
+    groups: Mapping[str, spec.Group]
+    parameters: Mapping[str, Any]
+    loops: Mapping[str, tuple[AxisLabel, ...]]
+    nested: LoopCells | None = None
+    """Which values of loops go together, where not all do."""
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+    onward: FindingPicker = field(default_factory=FindingPicker)
+    words: Mapping[tuple[str, str], Span] = field(default_factory=dict[tuple[str, str], Span])
+    """Where the words stand that a `for` runs over, by its variable and the word."""
+
+    def combinations(
+        self, names: Collection[str]
+    ) -> Iterator[tuple[AxisIndices, dict[str, AxisLabel]]]:
+        """Indices of values of these loops, in the order of the experiment, and the values. Where
+        such values don't go together, so that there is no cell, others stand in for them."""
+        loops = tuple(name for name in self.loops if name in names)
+        there = None if self.nested is None else self.nested.along(loops)
+        first = {} if there is None else dict(zip(there.axes, min(there.keys), strict=True))
+        for key in product(*(range(len(self.loops[name])) for name in loops)):
+            at = dict(zip(loops, key, strict=True))
+            if there is not None and not there.has(at):
+                at |= first
+            yield key, {name: self.loops[name][index] for name, index in at.items()}
+
+
+@dataclass(frozen=True)
+class AxisValues:
+    """What one axis of a site names."""
+
+    loops: tuple[str, ...] = ()
+    """The `for` variables that it follows."""
+    sweep: Axis | None = None
+    """The axis that it is in the result."""
+    choices: Mapping[AxisIndices, tuple[int, ...]] = field(
+        default_factory=dict[AxisIndices, tuple[int, ...]]
+    )
+    """Per value of the loops, and of the sweep behind them, the coordinates that are joined; none
+    without the axis."""
+
+    def chosen(self, at: Mapping[str, int]) -> tuple[int, ...]:
+        """The coordinates of one cell. at: its indices along the axes that they hang on."""
+        names = self.loops if self.sweep is None else (*self.loops, self.sweep.name)
+        return self.choices[tuple(at[name] for name in names)]
+
+
+def resolve_axis(
+    axis: ast.Axis | None, kinds: list[SiteKind], context: SiteContext
+) -> AxisValues | None:
+    """The values of one axis of a site; None after an error."""
+    if axis is None:
+        return AxisValues()
+    return _AxisReader(axis, kinds, context).values()
+
+
+LoopValues = Mapping[str, AxisLabel]
+"""Values of loops."""
+
+
+class _AxisReader:
+    """Reads one axis of a site."""
+
+    def __init__(self, axis: ast.Axis, kinds: list[SiteKind], context: SiteContext) -> None:
+        self.axis = axis
+        self.kinds = kinds
+        self.context = context
+        shape = context.shape
+        self.size = shape.n_layers if axis.word == "layer" else unit_count(shape, kinds[0].name)
+        self.count = 0
+        """How many coordinates are named so far, those of all values of loops together."""
+
+    def values(self) -> AxisValues | None:
+        """All of them; None after an error."""
+        axis = self.axis
+        single = len(axis.values) == 1 and _is_one(axis.values[0])
+        ends = {name for value in axis.values for name in _loops_named(value, self.context)}
+        if ends and not axis.plural and not single:
+            self._no_sweep(
+                next(value for value in axis.values if _loops_named(value, self.context))
+            )
+            return None
+        loops = tuple(name for name in self.context.loops if name in ends or name == axis.window)
+        choices: dict[AxisIndices, tuple[int, ...]] = {}
+        swept: list[int] = []
+        for key, at in self.context.combinations(loops):
+            found = self._named(at)
+            width = self._width(at)
+            if found is None or width is None:
+                return None
+            windows = [self._window(value, width) for value in found]
+            if axis.plural:
+                choices[key] = tuple(sorted({v for window in windows for v in window}))
+            elif single:
+                (choices[key],) = windows
+            else:
+                swept = found
+                choices.update({(*key, place): own for place, own in enumerate(windows)})
+        if axis.plural or single:
+            return AxisValues(loops, None, choices)
+        joins = axis.window is not None
+        sweep = Axis(axis.word, tuple(swept), axis.span, of_windows=joins)
+        return AxisValues(loops, sweep, choices)
+
+    def _named(self, at: LoopValues) -> list[int] | None:
+        """The coordinates that it names for some values of loops."""
+        found: list[int] = []
+        for value in self.axis.values:
+            span = value.span
+            if isinstance(value, ast.Star):
+                own = range(self.size)
+            else:
+                low = self._bound(value.low, at)
+                high = low if value.high is None else self._bound(value.high, at)
+                if low is None or high is None:
+                    return None
+                ends = counts_from_end(value.low) != counts_from_end(value.high)
+                if high < low and self.context.shape.stands_in and ends:
+                    high = low  # which of them comes first hangs on the model
+                if high < low:
+                    self._empty(value, at)
+                    return None
+                own = range(low, high + 1)
+            self.count += len(own)
+            if self.count > limits.CELLS:
+                self._too_many(span)
+                return None
+            found.extend(own)
+        return list(dict.fromkeys(found))  # `0, 0..2` names layer 0 once
+
+    def _bound(self, bound: ast.Bound, at: LoopValues) -> int | None:
+        """The coordinate at one end."""
+        if bound.name is None or bound.name not in at:
+            return _bound(bound, self.axis, self.kinds, self.size, self.context)
+        value = at[bound.name]
+        if not isinstance(value, int):
+            self._bad(
+                bound.span,
+                bound.name,
+                f"`{value}` is not a {self.axis.word}",
+                f"let it run over whole numbers: `for {bound.name} in 0..{self.size - 1}`",
+            )
+            return None
+        index = value + bound.offset
+        there = _exists(index, self.axis.word, self.kinds, bound.span, self.context)
+        return index if there else None
+
+    def _width(self, at: LoopValues) -> int | None:
+        """Of its windows: 1 without one."""
+        asked = self.axis.window
+        if asked is None:
+            return 1
+        width = {**self.context.parameters, **at}.get(asked) if isinstance(asked, str) else asked
+        if isinstance(width, int) and width >= 1:
+            return width
+        hint = "write `window 9`"
+        if isinstance(asked, str) and asked in at:
+            hint = f"let `{asked}` run over whole numbers above 0: `for {asked} in [1, 3, 5]`"
+        reason = "must be a whole number above 0"
+        if isinstance(asked, str) and width is not None:
+            reason = f"`{asked}` is {width}, and it {reason}"
+        elif isinstance(asked, str):
+            self._bad(self.axis.span, asked, *_unknown_name(asked, self.context))
+            return None
+        self._bad(self.axis.span, "window", reason, hint)
+        return None
+
+    def _window(self, center: int, width: int) -> tuple[int, ...]:
+        """The joined layers around a centre: l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, cut at the ends (ROME)."""
+        if self.axis.window is None:
+            return (center,)
+        return tuple(range(max(0, center - width // 2), min(self.size, center + (width + 1) // 2)))
+
+    def _empty(self, value: ast.AxisRange, at: LoopValues) -> None:
+        """E0321."""
+        low, high = value.low, value.high or value.low
+        named = {name: at[name] for name in _loops_named(value, self.context)}
+        self.context.diagnostics.append(
+            EmptyRange(
+                span=value.span,
+                text=value.span.written,
+                low=high.span.written,
+                high=low.span.written,
+                where=loop_hint(named),
+                instead=self._other_loops(low, high, named) if named else "",
+            )
+        )
+
+    def _other_loops(self, low: ast.Bound, high: ast.Bound, named: LoopValues) -> str:
+        """How no value of the loops makes a range empty."""
+        if low.name not in named or high.name not in named or low.offset or high.offset:
+            return "let the loops give it a start that isn't behind its end"
+        first, last = (self.context.loops[end.name or ""] for end in (low, high))
+        loops = list(self.context.loops)
+        if loops.index(low.name or "") < loops.index(high.name or ""):
+            return f"let the inner loop begin there: `for {high.name} in {low.name}..{last[-1]}`"
+        return f"let the inner loop end there: `for {low.name} in {first[0]}..{high.name}`"
+
+    def _no_sweep(self, value: ast.Star | ast.AxisRange) -> None:
+        """E0322 for a sweep whose values hang on a loop."""
+        word, text = self.axis.word, value.span.written
+        name = _loops_named(value, self.context)[0]
+        reason = "the values of a sweep can't hang on the variable of a `for`"
+        hint = f"join them, `{word}s {text}`, or write a loop inside: "
+        inside = next(letter for letter in "bcdefg" if letter not in self.context.loops)
+        hint += f"`for {inside} in {text} {{ … {word} {inside} … }}`"
+        self._bad(value.span, name, reason, hint)
+
+    def _too_many(self, span: Span) -> None:
+        """E0323 for more coordinates than cells can be."""
+        self.context.diagnostics.append(
+            TooManyCells(
+                span=span,
+                of=f"`{self.axis.span.written}`",
+                cells=self.count,
+                most=limits.CELLS,
+                axes=f"{self.axis.word} ({self.count:,})",
+                by_text=not any(map(is_open, self.axis.values)),
+            )
+        )
+
+    def _bad(self, span: Span, name: str, reason: str, hint: str) -> None:
+        """E0322."""
+        found = BadLoopValue(span=span, name=name, reason=reason, hint=hint)
+        self.context.diagnostics.append(found)
+
+
+def _is_one(value: ast.Star | ast.AxisRange) -> bool:
+    """Whether it names one coordinate."""
+    return isinstance(value, ast.AxisRange) and value.high is None
+
+
+def _loops_named(value: ast.Star | ast.AxisRange, context: SiteContext) -> list[str]:
+    """The `for` variables that stand at its ends."""
+    ends = () if isinstance(value, ast.Star) else (value.low, value.high)
+    return [end.name for end in ends if end is not None and end.name in context.loops and end.name]
+
+
+def _bound(
+    bound: ast.Bound, axis: ast.Axis, kinds: list[SiteKind], size: int, context: SiteContext
+) -> int | None:
+    if bound.percent is not None:
+        if axis.word != "layer" or not 0 <= bound.percent <= 100:
+            reason = "only layers have a relative depth" if axis.word != "layer" else "beyond 100%"
+            context.diagnostics.append(
+                BadLoopValue(
+                    span=bound.span,
+                    name=bound.span.written,
+                    reason=reason,
+                    hint="0% is the first layer and 100% the last",
+                )
+            )
+            return None
+        # Half up, so that 50% of an odd depth is its middle and files agree on every machine.
+        return int(bound.percent / 100 * (size - 1) + 0.5)
+    value = bound.value
+    if bound.name is not None:
+        given = context.parameters.get(bound.name)
+        if not isinstance(given, int):
+            reason, hint = _unknown_name(bound.name, context)
+            if given is not None:
+                reason = f"is {given!r}, not a whole number"
+                hint = f"{axis.word}s are counted from 0"
+            context.diagnostics.append(
+                BadLoopValue(span=bound.span, name=bound.name, reason=reason, hint=hint)
+            )
+            return None
+        value = given + bound.offset
+    assert value is not None
+    if value < 0:
+        value = size + value if -value <= size else value
+    return value if _exists(value, axis.word, kinds, bound.span, context) else None
+
+
+def _unknown_name(name: str, context: SiteContext) -> tuple[str, str]:
+    """What is wrong with a name that stands for no number, and what to do."""
+    known = [*context.loops, *context.parameters]
+    otherwise = f"write a number, or add a line `param {name} = 3`"
+    otherwise = f"known here: {name_list(known)}" if known else otherwise
+    reason = "is neither a `for` variable around this rule nor a `param`"
+    return reason, did_you_mean(name, known, otherwise)
+
+
+def _exists(value: int, word: str, kinds: list[SiteKind], span: Span, context: SiteContext) -> bool:
+    if word == "layer":
+        return check_layer(value, span, context)
+    return all(check_unit(kind, value, span, context) for kind in kinds)
+
+
+_MOST = {
+    "layer": limits.LAYERS,
+    "head": limits.HEADS,
+    "expert": limits.EXPERTS,
+    "neuron": limits.SIZE,
+}
+
+
+def _exceeds_every_model(word: str, index: int, span: Span, context: SiteContext) -> bool:
+    """E0231 for what no model has, where the model isn't at hand to say what it has."""
+    most = _MOST[word]
+    if not context.shape.stands_in or -most <= index < most:
+        return False
+    context.diagnostics.append(IndexBeyondModels(span=span, unit=word, index=index, most=most))
+    return True
+
+
+def check_layer(layer: int, span: Span, context: SiteContext) -> bool:
+    """Whether the model has the layer; E0302 where not."""
+    if _exceeds_every_model("layer", layer, span, context):
+        return False
+    if 0 <= layer < context.shape.n_layers:
+        return True
+    context.diagnostics.append(
+        LayerOutOfRange(
+            span=span, index=layer, last=context.shape.n_layers - 1, model=context.model
+        )
+    )
+    return False
+
+
+def check_unit(kind: SiteKind, unit: int, span: Span, context: SiteContext) -> bool:
+    """Whether a site has the head, neuron or expert; E0301 where not."""
+    size = unit_count(context.shape, kind.name)
+    word = kind.unit if kind.unit in ("neuron", "expert") else "head"
+    if _exceeds_every_model(word, unit, span, context):
+        return False
+    if 0 <= unit < size:
+        return True
+    shared = kind.unit == "kv_head" and context.shape.n_kv_heads != context.shape.n_heads
+    context.diagnostics.append(
+        UnitOutOfRange(
+            span=span,
+            unit=word,
+            units="key-value heads" if shared else f"{word}s",
+            index=unit,
+            last=size - 1,
+            where=f"at `{kind.name}`" if shared else "in every layer",
+            model=context.model,
+        )
+    )
+    return False
+
+
+@dataclass
+class ExperimentContext:
+    """One experiment, with the axes and diagnostics that have been found so far."""
+
+    experiment: spec.Experiment
+    program: spec.Program
+    model: ModelContext
+    table: PromptTable
+    sites: SiteContext
+    axes: dict[str, Axis] = field(default_factory=dict)
+    families: dict[str, DirectionFamily | None] = field(default_factory=dict)
+    """Directions by their names; None for one that can't be had."""
+    family_axes: dict[str, tuple[AxisLabel, ...]] = field(default_factory=dict)
+    """Axes of the experiment that are those of a family of directions."""
+    answers: AnswerTokens = NO_ANSWERS
+    """The texts behind the prompts; none for a kind of rule that can't act on them."""
+
+    replies: ReplyTokens = NO_REPLIES
+    """Those that are written behind the prompts; none for a rule that isn't given them."""
+
+    @property
+    def diagnostics(self) -> list[Diagnostic]:
+        return self.sites.diagnostics
+
+    @property
+    def loops(self) -> Mapping[str, tuple[AxisLabel, ...]]:
+        return self.sites.loops
+
+    @property
+    def reply(self) -> tuple[object, ...] | None:
+        """How replies are written; None where none are."""
+        said = self.experiment.generation
+        return None if said is None else said.key(self.program.seed)
+
+    def ranked(
+        self,
+        base: ast.RankedTokens,
+        run: str,
+        values: Mapping[str, Any],
+        diagnostics: list[Diagnostic],
+    ) -> list[tuple[str, list[Hits]]]:
+        """The tokens that another experiment ranked, in one run of this one's rows."""
+        return self.sites.onward.pick_tokens(
+            base, run, values, self.table, self.model.tokenizer, diagnostics
+        )
+
+    def add_axis(self, axis: Axis) -> None:
+        """Enter a sweep; E0320 where another one has its name."""
+        first = self.axes.get(axis.name)
+        if first is not None:
+            word, letter = axis.name, axis.name[0]
+            shared, plural = f"for {letter} in … {{ … {word} {letter} … }}", f"{word}s"
+            if word == "fill":
+                shared, plural = "ablate {A, B} … with zero, mean", "with zero"
+            if word == "position":
+                shared, plural = "for t in 3..5 { … at token t … }", "{A, B}"
+            self.diagnostics.append(
+                AxesCollide(
+                    span=axis.span, axis=word, shared=shared, plural=plural, first=first.span.line
+                )
+            )
+            return
+        self.axes[axis.name] = axis
+
+    def draws_agree(self) -> None:
+        """E0108 unless runs with noise have equally many draws, so that draw k goes with draw k."""
+        experiment = self.experiment
+        names = [experiment.base, experiment.source, *(rule.source for rule in experiment.rules)]
+        samples = {self.table.runs[name].draws for name in names if name is not None} - {1}
+        if len(samples) > 1:
+            what = "runs with different numbers of noise draws"
+            self.diagnostics.append(NotSupported(span=experiment.span, what=what))
+
+
+ITEM_INDEX = "item.index"
+
+
+@dataclass
+class MeasureContext:
+    """What measures of one experiment are resolved against."""
+
+    table: PromptTable
+    tokenizer: TextTokenizer
+    sites: SiteContext
+    items: tuple[int, ...]
+    """Occurrences that the position axis runs over; empty where it runs over none."""
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+    at: ast.Position | None = None
+    """Where the measure in work is read; None is the last token."""
+    observed: Observation | None = None
+    """What the experiment looks at."""
+    names: Collection[str] = ()
+    """What a measure may call it."""
+    reads_observed: bool = False
+    """Whether the measure in work is of that."""
+    metrics: Collection[str] = ()
+    """Names of the metrics that the file defines."""
+    reply: tuple[object, ...] | None = None
+    """How the experiment writes replies; None where it writes none."""
+    loop_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Of the `for` variables that measures name, in the cells in work."""
+
+    replies: ReplyTokens = NO_REPLIES
+    """Those that are written behind the prompts."""
+
+    def names_of(self, env: ItemNumber) -> dict[str, Any]:
+        """What names in texts and sets stand for beside a row's own: an occurrence, and variables
+        of a `for` that aren't called like something of the rows."""
+        rows = self.table.sources[:1]
+        loops = {
+            name: value
+            for name, value in self.loop_values.items()
+            if not any(row.known(name) for row in rows)
+        }
+        return loops if env is None else {**loops, ITEM_INDEX: env}
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        return self.sites.parameters
+
+
+def report_unreadable(
+    context: MeasureContext, span: Span, reason: str, hint: str, of: Span | None = None
+) -> None:
+    """E0612 at a span; `of` is the whole metric, where the span is a part of it."""
+    context.diagnostics.append(
+        UnreadableMeasure(span=span, text=(of or span).written, reason=reason, hint=hint)
+    )
+
+
+def find_item_numbers(
+    parts: Sequence[object], context: MeasureContext
+) -> Sequence[ItemNumber] | None:
+    """The occurrences that what is named hangs on; E0612 where the experiment has none."""
+    by_item = [
+        node
+        for part in parts
+        for node in walk(part)
+        if (isinstance(node, ast.String) and ITEM_INDEX in node.value)
+        or (isinstance(node, ast.Attribute) and f"{node.name}.{node.attribute}" == ITEM_INDEX)
+    ]
+    if not by_item:
+        return (None,)
+    if context.items:
+        return context.items
+    report_unreadable(
+        context,
+        by_item[0].span,
+        "`{item.index}` needs a sweep over occurrences",
+        "sweep over them: `at each item token`",
+    )
+    return None
+
+
+def report_multi_token(
+    parts: Sequence[ast.Node], name: str, row: int, long: TextTokens, context: MeasureContext
+) -> Diagnostic:
+    """E0507 for a text of several tokens in a row, one of those that `parts` of a metric name."""
+    tokenizer = context.tokenizer.reading(written=context.table.runs[CLEAN].chat)
+    meant = None
+    if not isinstance(parts[0], ast.EdgeTokenOf):
+        meant = single_token_spelling(answer_context(context.table, row), long.text, tokenizer)
+    if meant is not None:
+        hint = f"{meant.advice}: then it is one token"
+    else:
+        hint = f"`{name}({', '.join(map(_first_token, parts))})`"
+        if len(parts) == 1 and not is_list(context.table, parts[0]):
+            hint = f"`logprob({parts[0].span.written})`, which is summed over its tokens, or {hint}"
+        hint = f"write {hint}"
+    return MultiTokenText(
+        span=parts[0].span.to(parts[-1].span),
+        text=long.text,
+        tokens=" ".join(f"`{context.tokenizer.token_text(i)}`" for i in long.ids),
+        metric=name,
+        hint=hint,
+    )
+
+
+def _first_token(part: ast.Node) -> str:
+    written = part.span.written
+    whole = isinstance(part, ast.Range | ast.EdgeTokenOf)
+    return written if whole else f"first token of {written}"
+
+
+def resolve_site(
+    site: ast.Site, context: SiteContext
+) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
+    """The targets of a site and the axes that it adds; None after an error."""
+    if site.short is not None:
+        targets, axes = _resolve_joined(site, (site,), context)
+    elif site.ranked is not None:
+        targets, axes = _resolve_picked(site, site.ranked, context), ()
+    elif len(site.names) == 1 and not site.axes and site.names[0].id in context.groups:
+        targets, axes = _resolve_joined(site, context.groups[site.names[0].id].sites, context)
+    else:
+        targets, axes = resolve_swept_site(site, context)
+    if targets is not None:
+        points = (point for here in targets.points.values() for point in here)
+        missing = find_missing_point(points, context.shape, context.model, site.span)
+        if missing is not None:
+            context.diagnostics.append(missing)
+            return None, ()
+    return targets, axes
+
+
+def find_missing_point(
+    points: Iterable[SitePoint], shape: ModelShape, model: str, span: Span
+) -> Diagnostic | None:
+    """E0301, E0402, E0413 or E0414 for the first point that the model doesn't have."""
+    points = list(points)
+    for site, layer in dict.fromkeys((point.site, point.layer) for point in points):
+        missing = check_site(shape, site, model=model, span=span)
+        if missing is not None:
+            return missing
+        if not shape.has(site, layer):
+            own = sorted(shape.partly[site])
+            return SiteNotInBlock(
+                span=span,
+                model=model,
+                site=site,
+                layer=layer or 0,
+                reason="its blocks are not all built alike",
+                layers=f"layer {', '.join(map(str, own))}",
+            )
+    for point in points:
+        last = unit_count(shape, point.site, point.layer) - 1
+        if point.unit is not None and point.unit > last:
+            word = "neuron" if SITES[point.site].unit == "neuron" else "head"
+            return UnitOutOfRange(
+                span=span,
+                unit=word,
+                units=f"{word}s",
+                index=point.unit,
+                last=last,
+                where=f"at `{point.site}` in layer {point.layer}",
+                model=model,
+            )
+    return None
+
+
+def _resolve_joined(
+    site: ast.Site, sites: tuple[ast.Site, ...], context: SiteContext
+) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
+    """Short names and groups: joined points without an axis."""
+    points: list[SitePoint] = []
+    for member in sites:
+        if member.short is not None:
+            point = _resolve_short_name(member.short, context)
+            if point is None:
+                return None, ()
+            points.append(point)
+            continue
+        if member.ranked is not None:
+            found = context.onward.pick_sites(
+                member.ranked, context.parameters, context.diagnostics
+            )
+            if found is None:
+                return None, ()
+            points.extend(point for each in found for point in each.points)
+            continue
+        targets, axes = resolve_swept_site(member, context)
+        if targets is None:
+            return None, ()
+        if axes or targets.axes:
+            context.diagnostics.append(
+                AxisDoesNotFit(
+                    span=member.span,
+                    site=member.span.written,
+                    reason="sweeps inside a group, whose sites are joined",
+                    hint="write the plural: `layers`, `heads`",
+                )
+            )
+            return None, ()
+        points.extend(targets.points[()])
+    points = list(dict.fromkeys(points))  # a group may name what is picked for it too
+    plain = len(sites) == 1 and sites[0].ranked is None
+    label = label_points(points) if plain else site.span.written
+    return SiteTargets((), {(): tuple(points)}, {(): label}), ()
+
+
+def _resolve_picked(
+    site: ast.Site, node: ast.RankedSelection, context: SiteContext
+) -> SiteTargets | None:
+    """`top 10 of cie`, joined, for every value of the `for` variables that it names."""
+    named = set(number_names(node))
+    loops = tuple(name for name in context.loops if name in named)
+    points: dict[AxisIndices, tuple[SitePoint, ...]] = {}
+    labels: dict[AxisIndices, str] = {}
+    for key, values in context.combinations(loops):
+        here = {**context.parameters, **values}
+        found = context.onward.pick_sites(node, here, context.diagnostics)
+        if found is None:
+            return None
+        points[key] = tuple(dict.fromkeys(point for each in found for point in each.points))
+        several = context.onward.said(node, here) if loops else site.span.written
+        labels[key] = found[0].label if len(found) == 1 else several
+    return SiteTargets(loops, points, labels)
+
+
+def _resolve_short_name(short: ast.ShortSite, context: SiteContext) -> SitePoint | None:
+    kind = _short_kind(short, context)
+    if kind is None or not check_layer(short.layer, short.span, context):
+        return None
+    if not check_component(kind, short.span, context):
+        return None
+    unit = short.index if kind.unit is not None else None
+    if unit is not None and not check_unit(kind, unit, short.span, context):
+        return None
+    return SitePoint(kind.name, short.layer, unit)
+
+
+def _short_kind(short: ast.ShortSite, context: SiteContext) -> SiteKind | None:
+    default = find_short_site(short.unit or "resid")
+    if short.component is None:
+        if short.unit is None:
+            _no_component(short.span, context)
+            return None
+        return default
+    kind = find_short_site(short.component) or SITES.get(short.component)
+    if kind is None:
+        said = unknown_component(short.component, short.span, SHORT_WORDS)
+        context.diagnostics.append(said)
+        return None
+    letter = {"head": "H", "kv_head": "H", "neuron": "N"}.get(kind.unit or "")
+    if letter != short.unit:
+        names = (
+            f"`L{short.layer}{letter}0.{kind.name}`" if letter else f"`L{short.layer}.{kind.name}`"
+        )
+        context.diagnostics.append(
+            AxisDoesNotFit(
+                span=short.span,
+                site=kind.name,
+                reason="has no such coordinate" if short.unit else "needs a head or neuron",
+                hint=f"write {names}",
+            )
+        )
+        return None
+    return kind
+
+
+def _no_component(span: Span, context: SiteContext) -> None:
+    components = ", ".join(
+        f"`{name}`"
+        for name, kind in SITES.items()
+        if kind.axes == ("layer",) and name in context.shape.sites
+    )
+    context.diagnostics.append(NoComponent(span=span, components=components))
+
+
+def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] | None:
+    """The component of a site; several where a `for` runs over components."""
+    words = list(site.names)
+    first = words[0] if words and words[0].id not in context.loops else None
+    stacks = [word for word in (first, *words[1:]) if word is not None and word.id in STACKS]
+    if stacks and not check_stack(stacks[0], context):
+        return None
+    words = [word for word in words if word not in stacks]
+    if not words:
+        if any(axis.word == "head" for axis in site.axes):
+            return [SITES["z"]]
+        if any(axis.word == "neuron" for axis in site.axes):
+            return [SITES["mlp_hidden"]]
+        _no_component(site.span, context)
+        return None
+    word = words[0]
+    names = context.loops.get(word.id, (word.id,))
+    kinds: list[SiteKind] = []
+    for name in names:
+        kind = SITES.get(str(name))
+        if kind is None and re.fullmatch(r"L\d+", str(name)):
+            _no_component(word.span, context)  # `L9`, a short name that ends too early
+            return None
+        if kind is None:
+            others = (*context.groups, *context.loops)
+            span = context.words.get((word.id, str(name)), word.span)
+            context.diagnostics.append(unknown_component(str(name), span, others))
+            return None
+        if not check_component(kind, word.span, context):
+            return None
+        kinds.append(kind)
+    if len(words) > 1:
+        report_unknown_stack(words[1], context)
+        return None
+    return kinds
+
+
+def check_stack(word: ast.Name, context: SiteContext) -> bool:
+    """Whether a word in front of the axes says the stack that rules act in anyway, the tower that
+    reads the rows of a model with two. Codes: E0108, E0203, E0207."""
+    side = context.shape.side
+    if word.id not in STACKS:
+        report_unknown_stack(word, context)
+    elif word.id == side or (context.shape.stands_in and word.id in ("vision", "text")):
+        return True
+    elif side and word.id in ("vision", "text"):
+        rows, other = ("images", "prompts") if side == "vision" else ("prompts", "images")
+        hint = f"leave `{word.id}` out; an experiment on {other} acts in its {word.id} tower"
+        if word.id == "text":
+            hint += ", with a line `image from …` in its block"
+        reason = f"isn't where rules act here: the rows are {rows}"
+        bad = BadArgument(span=word.span, name=f"{word.id} layer", reason=reason, hint=hint)
+        context.diagnostics.append(bad)
+    else:
+        what = f"the stack `{word.id}`"
+        context.diagnostics.append(NotSupported(span=word.span, what=what))
+    return False
+
+
+def report_unknown_stack(word: ast.Name, context: SiteContext) -> None:
+    """E0203 for a word between a component and its axes that is no stack."""
+    hint = did_you_mean(word.id, STACKS, f"leave `{word.id}` out: the axes come next")
+    context.diagnostics.append(UnknownWord(span=word.span, kind="stack", word=word.id, hint=hint))
+
+
+def check_component(kind: SiteKind, span: Span, context: SiteContext) -> bool:
+    """Whether the model has a component; E0402 or its like where not."""
+    missing = check_site(context.shape, kind.name, model=context.model, span=span)
+    if missing is not None:
+        context.diagnostics.append(missing)
+    return missing is None
+
+
+def resolve_into_layer(
+    read: SiteTargets, into: ast.Star | ast.AxisRange, context: SiteContext
+) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
+    """`into layer L`: what is read stays, what is written lies in other layers; several of them
+    are an axis `to_layer`."""
+    kinds = [SITES[p.site] for points in read.points.values() for p in points]
+    if not all(kind.has_layer for kind in kinds):
+        context.diagnostics.append(
+            AxisDoesNotFit(
+                span=into.span,
+                site=kinds[0].name,
+                reason="has no layers to be written into",
+                hint="leave `into layer …` out",
+            )
+        )
+        return None, ()
+    for own in read.points.values():
+        if len({p.layer for p in own}) > 1:
+            context.diagnostics.append(
+                AxisDoesNotFit(
+                    span=into.span,
+                    site=label_points(own),
+                    reason="is read in several layers at once, which can't all go into one",
+                    hint="sweep with `layer`, the singular, or leave `into layer …` out",
+                )
+            )
+            return None, ()
+    word = ast.Axis("layer", False, (into,), span=into.span)
+    values = resolve_axis(word, kinds, context)
+    if values is None:
+        return None, ()
+    axes = () if values.sweep is None else (replace(values.sweep, name="to_layer"),)
+    values = replace(values, sweep=axes[0] if axes else None)
+    extra = [loop for loop in values.loops if loop not in read.axes]
+    names = (*read.axes, *extra, *(axis.name for axis in axes))
+    sizes = [len(context.loops[loop]) for loop in extra] + [len(axis) for axis in axes]
+    points: dict[AxisIndices, tuple[SitePoint, ...]] = {}
+    sources: dict[AxisIndices, tuple[SitePoint, ...]] = {}
+    labels: dict[AxisIndices, str] = {}
+    for before, own in read.points.items():
+        for more in product(*map(range, sizes)):
+            key = (*before, *more)
+            at = dict(zip(names, key, strict=True))
+            (layer,) = values.chosen(at)
+            points[key] = tuple(replace(p, layer=layer) for p in own)
+            sources[key] = own
+            labels[key] = f"{read.labels[before]} → L{layer}"
+    return SiteTargets(names, points, labels, sources), axes
+
+
+def resolve_swept_site(
+    site: ast.Site, context: SiteContext, kinds: list[SiteKind] | None = None
+) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
+    """The points that axes name, of the components that a site names or of these."""
+    kinds = resolve_components(site, context) if kinds is None else kinds
+    if kinds is None:
+        return None, ()
+    if not all(_axes_fit(site, kind, context) for kind in kinds):
+        return None, ()
+    by_word = {axis.word: axis for axis in site.axes}
+    layers = resolve_axis(by_word.get("layer"), kinds, context)
+    unit_axis = next((a for a in site.axes if a.word != "layer"), None)
+    units_ = resolve_axis(unit_axis, kinds, context)
+    if layers is None or units_ is None:
+        return None, ()
+    component_loop = site.names[0].id if site.names and site.names[0].id in context.loops else None
+
+    axes: list[Axis] = []
+    loops: list[str] = []
+    if component_loop is not None:
+        loops.append(component_loop)
+    for part in (layers, units_):
+        loops.extend(loop for loop in part.loops if loop not in loops)
+        if part.sweep is not None:
+            axes.append(part.sweep)
+    names = (*loops, *(axis.name for axis in axes))
+    sizes = [len(context.loops[loop]) for loop in loops] + [len(axis) for axis in axes]
+    joined = prod(
+        max((len(c) for c in part.choices.values()), default=1) for part in (layers, units_)
+    )
+    if (cells := prod(sizes) * joined) > limits.CELLS:
+        counts = (f"{name} ({size:,})" for name, size in zip(names, sizes, strict=True))
+        context.diagnostics.append(
+            TooManyCells(
+                span=site.span,
+                of=f"`{site.span.written}`",
+                cells=cells,
+                most=limits.CELLS,
+                axes=" × ".join(counts) or "it joins as many points",
+                by_text=not any(is_open(value) for axis in site.axes for value in axis.values),
+            )
+        )
+        return None, ()
+    points: dict[AxisIndices, tuple[SitePoint, ...]] = {}
+    labels: dict[AxisIndices, str] = {}
+    for key in product(*map(range, sizes)):
+        at = dict(zip(names, key, strict=True))
+        kind = kinds[at[component_loop] if component_loop is not None else 0]
+        here = tuple(
+            SitePoint(kind.name, layer, unit)
+            for layer in _chosen(layers, at, kind.has_layer)
+            for unit in _chosen(units_, at, kind.unit is not None)
+        )
+        points[key] = here
+        labels[key] = label_points(here)
+    return SiteTargets(names, points, labels), tuple(axes)
+
+
+def _chosen(values: AxisValues, at: Mapping[str, int], applies: bool) -> tuple[int | None, ...]:
+    """The joined coordinates of one cell; (None,) where the component has no such axis."""
+    return values.chosen(at) if applies and values.choices else (None,)
+
+
+def _axes_fit(site: ast.Site, kind: SiteKind, context: SiteContext) -> bool:
+    allowed = set(kind.axes)
+    for axis in site.axes:
+        if axis.word not in allowed:
+            has = " and ".join(f"`{a}`" for a in kind.axes) or "no axes"
+            context.diagnostics.append(
+                AxisDoesNotFit(
+                    span=axis.span,
+                    site=kind.name,
+                    reason=f"has no axis `{axis.word}`",
+                    hint=f"`{kind.name}` has {has}",
+                )
+            )
+            return False
+    words = [axis.word for axis in site.axes]
+    for word in set(words):
+        if words.count(word) > 1:
+            context.diagnostics.append(
+                AxisDoesNotFit(
+                    span=site.axes[-1].span,
+                    site=kind.name,
+                    reason=f"names the axis `{word}` twice",
+                    hint=f"write a list: `{word} 0, 3`",
+                )
+            )
+            return False
+    if kind.has_layer and "layer" not in words:
+        name = kind.name if site.names else site.span.written
+        every = f"{name} layer *" if site.names else f"layer * {name}"
+        context.diagnostics.append(
+            AxisDoesNotFit(
+                span=site.span,
+                site=name,
+                reason="needs a layer",
+                hint=f"write `{every}` for every layer, one run each",
+            )
+        )
+        return False
+    return True
+
+
+def label_points(points: tuple[SitePoint, ...] | list[SitePoint]) -> str:
+    """`L2H0.z`, `L3.resid_post`, `L0-2.resid_post`, `L3H*.z`, `embed`."""
+    site = points[0].site
+    layers = sorted({p.layer for p in points if p.layer is not None})
+    found = {p.unit for p in points}
+    where = "" if not layers else f"L{_numbers(layers)}"
+    if SITES[site].unit is not None:
+        letter = "N" if SITES[site].unit == "neuron" else "H"
+        known = sorted(u for u in found if u is not None)
+        where += letter + ("*" if None in found else _numbers(known))
+    return f"{where}.{site}" if where else site
+
+
+def label_all_points(points: Sequence[SitePoint]) -> str:
+    """All points, whatever a table could show: `L0H2.z + L1H3.z`."""
+    by_layer: dict[tuple[str, int | None], list[SitePoint]] = {}
+    for point in points:
+        by_layer.setdefault((point.site, point.layer), []).append(point)
+    return " + ".join(label_points(each) for each in by_layer.values())
+
+
+def _numbers(values: list[int]) -> str:
+    """`3`, `0-2`, `0,3,7`."""
+    if len(values) == 1:
+        return str(values[0])
+    if values == list(range(values[0], values[-1] + 1)):
+        return f"{values[0]}-{values[-1]}"
+    return ",".join(map(str, values))

@@ -1,0 +1,1 @@
+"""Assembly of experiment results from measured values: sampling units, variants, statistics."""

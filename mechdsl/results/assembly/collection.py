@@ -1,0 +1,670 @@
+"""Experiment results from measured values: named cells, tokens hit, statistics and verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import compress, product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.base.text import count_noun
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.execute.measurement.values import (
+    MeasuredValues,
+    describe_gap,
+    describe_run,
+    expand_base_values,
+    expand_to_cells,
+)
+from mechdsl.execute.pass_layout import PassSizer
+from mechdsl.execute.run_record import ExecutionProfile
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.images.files import UnreadableImage
+from mechdsl.images.picture import Picture
+from mechdsl.planner.plan import ExperimentPlan
+from mechdsl.program import spec
+from mechdsl.program.significance import MIN_UNITS
+from mechdsl.program.spec import GRADIENT
+from mechdsl.prompts.runs import PromptRun, RunRow
+from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.resolve.cells import CellKey
+from mechdsl.resolve.expansion import name_cells
+from mechdsl.resolve.findings import VariantFinding
+from mechdsl.resolve.measures import MEASURED_AXIS
+from mechdsl.resolve.observations import Observation, RowSetObservation
+from mechdsl.resolve.types import ResolvedControl, ResolvedExperiment, ResolvedMeasure
+from mechdsl.results.assembly.conventions import (
+    fallback_conventions,
+    model_text,
+    pass_size_convention,
+    run_conventions,
+)
+from mechdsl.results.assembly.sampling_units import RowViews, plan_sampling
+from mechdsl.results.experiment_result import (
+    DEFAULT_SHOWN_PROMPTS,
+    ExpectOutcome,
+    ExperimentResult,
+    LostExperiment,
+    Replies,
+    RepliesByPrompt,
+    SeenImage,
+    missing_reason,
+)
+from mechdsl.results.statistics_conventions import statistics_conventions
+from mechdsl.results.verdicts.decision import decide_all_expectations
+from mechdsl.statistics.cell_statistics import check_denominator, compute_cell_statistics
+from mechdsl.statistics.measurements import (
+    MeasureData,
+    NullBand,
+    RandomControlValues,
+    SpreadSource,
+    effect_parts,
+)
+from mechdsl.statistics.null_bands import compute_null_bands
+from mechdsl.vocab.effects import EFFECTS
+from mechdsl.vocab.metrics import MetricForm, Reply
+
+PromptHits = tuple[tuple[int, ...], ...]
+
+
+def overlay_data(experiment: ResolvedExperiment, kept: Ints, there: Bools) -> dict[str, Any]:
+    """The tokens of every prompt, and which of them each cell hits; of rows that are images, the
+    first of these too. Nothing where no report draws on them.
+
+    kept: the rows. there: [cell] whether there is one.
+    """
+    asked = [
+        report.top or DEFAULT_SHOWN_PROMPTS
+        for report in experiment.spec.reports
+        if report.kind == "overlay"
+    ]
+    if not asked:
+        return {}
+    rows = [experiment.table.runs[experiment.spec.base].rows[i] for i in kept]
+    texts = tuple(_token_texts(row, experiment) for row in rows)
+    hits = _token_hits(experiment, [len(own) for own in texts], kept, there)
+    found: dict[str, Any] = {"texts": texts, "hits": hits}
+    if any(row.image is not None for row in rows):
+        found["seen"] = _shown_images(experiment, kept, hits, max(asked))
+    return found
+
+
+def _token_texts(row: RunRow, experiment: ResolvedExperiment) -> tuple[str, ...]:
+    """What each of its tokens is called."""
+    tokenizer = experiment.model.tokenizer
+    if row.image is not None and isinstance(tokenizer, ImageTokenizer):
+        return tuple(map(tokenizer.label, range(len(row.ids))))
+    return tuple(
+        ("" if row.special[p] else row.text[slice(*row.offsets[p])])
+        or tokenizer.token_text(row.ids[p])
+        for p in range(len(row.ids))
+    )
+
+
+def _token_hits(
+    experiment: ResolvedExperiment, lengths: Sequence[int], kept: Ints, there: Bools
+) -> tuple[PromptHits, ...]:
+    """Per cell and prompt, the tokens that are hit."""
+    names = [axis.name for axis in experiment.axes]
+    made: dict[tuple[object, ...], PromptHits] = {}
+
+    def hits(index: tuple[int, ...]) -> PromptHits:
+        keys = [
+            tuple(index[names.index(axis)] for axis in rule.positions.axes)
+            for rule in experiment.rules
+        ]
+        if tuple(keys) not in made:  # cells of one position share their tuples
+            cells = [r.positions.written[k] for r, k in zip(experiment.rules, keys, strict=True)]
+            made[tuple(keys)] = tuple(
+                tuple(
+                    sorted({p for cell in cells for run in cell.hits[i] for p in run if p < length})
+                )
+                for i, length in zip(kept, lengths, strict=True)
+            )
+        return made[tuple(keys)]
+
+    every = product(*(range(len(axis)) for axis in experiment.axes))
+    return tuple(hits(index) for index in compress(every, there))
+
+
+def _shown_images(
+    experiment: ResolvedExperiment, kept: Ints, hits: Sequence[PromptHits], count: int
+) -> tuple[SeenImage | None, ...]:
+    """Per prompt its image; None behind the first `count` of those that any cell hits."""
+    reader = experiment.model.tokenizer
+    assert isinstance(reader, ImageTokenizer)
+    rows = experiment.table.runs["clean"].rows
+    found: list[SeenImage | None] = []
+    for place, row in enumerate(kept):
+        picture, hit = rows[row].image, any(own[place] for own in hits)
+        own = _read_image(picture, reader) if picture is not None and hit and count > 0 else None
+        count -= own is not None
+        found.append(own)
+    return tuple(found)
+
+
+def _read_image(picture: Picture, reader: ImageTokenizer) -> SeenImage | None:
+    """None of a file that can't be read any more."""
+    from mechdsl.images.pixels import process_picture
+
+    plain = replace(reader.processing, rescale=None, mean=None, std=None)
+    try:
+        values = process_picture(picture, plain)
+    except UnreadableImage:
+        return None
+    levels = np.moveaxis(values, 0, -1).round().clip(0, 255).astype(np.uint8)
+    layout = reader.layout
+    return SeenImage(picture.words, levels, len(layout.front), layout.rows, layout.cols)
+
+
+WEIGHTS_ONLY_TEXT = (
+    f"none: of weights alone; the text `{spec.NO_TEXT}` stands in, which nothing hangs on"
+)
+
+UNLISTED_TEXT = "not listed: rows that can't be used are among those that they were made of"
+
+
+def collect_result(
+    plan: ExperimentPlan,
+    measured: MeasuredValues,
+    models: Mapping[str, LoadedModel],
+    profile: ExecutionProfile,
+    sizes: PassSizer,
+) -> ExperimentResult:
+    """The result of one experiment, or of one variant of it, without statistics."""
+    experiment = plan.experiment
+    model, *read = (models[name] for name in experiment.models)
+    table, kept = experiment.table, measured.kept
+    rows = table.runs["clean"].rows
+    accuracies = _collect_accuracies(measured)
+    there = plan.exists
+    item = None if experiment.place is None else experiment.measures[0].item
+    seen = RowViews(plan, kept, lambda name: models[name or model.name].shape.causal)
+    return ExperimentResult(
+        name=experiment.name,
+        model=model.name,
+        axes=tuple(axis.name for axis in experiment.axes),
+        aliases={
+            **{axis.alias: axis.name for axis in experiment.axes if axis.alias is not None},
+            **({} if item is None else {"item": MEASURED_AXIS}),
+        },
+        centres=tuple(axis.name for axis in experiment.axes if axis.of_windows),
+        cells=tuple(_collect_cells(experiment, measured, there)),
+        measures=tuple(_collect_measures(plan, measured, seen)),
+        runs={
+            run: {
+                measure.label: values.mean(axis=0)
+                for measure, values in zip(experiment.measures, found, strict=True)
+                if not measure.observed  # has values in cells alone
+            }
+            for run, found in measured.unpatched.items()
+        },
+        **accuracies,
+        base=experiment.spec.base,
+        source=experiment.spec.source,
+        called=_run_names(experiment),
+        conventions={
+            **run_conventions(plan, measured, model),
+            **({} if table.name != spec.NO_PROMPTS else {"rows": WEIGHTS_ONLY_TEXT}),
+            **({} if measured.listed or not plan.lists else {"top tokens": UNLISTED_TEXT}),
+            **{f"model {other.name}": model_text(other) for other in read},
+            **_accuracy_text(experiment, accuracies["accuracy_units"]),
+            **fallback_conventions(model, profile),
+            **pass_size_convention(sizes.kept),
+        },
+        hashes={
+            **_result_hashes(experiment, model),
+            **{f"model {other.name}": other.provenance.get("weights", "") for other in read},
+            **{key: value for other in read for key, value in other.made_of.items()},
+        },
+        left_out={
+            table.row_ids[row]: describe_run(unusable, experiment)
+            for row, unusable in sorted(measured.unusable.items())
+        },
+        row_ids=tuple(table.row_ids[i] for i in kept),
+        row_keys=tuple(table.row_keys[i] for i in kept),
+        row_values=_row_values([rows[i].values for i in kept]),
+        reports=experiment.spec.reports or (_default_report(experiment),),
+        rounding=_rounding_text(experiment, model),
+        replies=_collect_replies(experiment, measured, there),
+        **overlay_data(experiment, kept, there),
+    )
+
+
+def _collect_replies(
+    experiment: ResolvedExperiment, measured: MeasuredValues, there: NDArray[np.bool_]
+) -> Replies:
+    """What was written behind the prompts that are in the experiment."""
+    if not measured.unpatched_replies and not measured.replies:
+        return Replies()
+    table, kept = experiment.table, measured.kept.tolist()
+    base = table.runs[experiment.spec.base].rows
+    runs = dict.fromkeys(run for run, _ in measured.unpatched_replies)
+
+    def of(found: Mapping[tuple[Any, int], tuple[Reply, ...]], name: object) -> RepliesByPrompt:
+        return {table.row_ids[n]: found[name, n] for n in kept if (name, n) in found}
+
+    return Replies(
+        tuple(of(measured.replies, cell) for cell in np.flatnonzero(there).tolist()),
+        {run: of(measured.unpatched_replies, run) for run in runs},
+        {table.row_ids[n]: base[n].text for n in kept},
+    )
+
+
+def _collect_measures(
+    plan: ExperimentPlan, measured: MeasuredValues, seen: RowViews
+) -> Iterator[MeasureData]:
+    """The values of each measure, in the cells that there are."""
+    experiment = plan.experiment
+    kept, there, source = measured.kept, plan.exists, experiment.spec.source
+    estimator = experiment.spec.estimator
+    for number, (resolved, said) in enumerate(
+        zip(experiment.measures, experiment.spec.measures, strict=True)
+    ):
+        truth = None
+        if resolved.truth is not None:
+            truth = np.array([[resolved.truth[i] for i in kept]], dtype=np.float64)
+        yield MeasureData(
+            label=resolved.label,
+            metric=resolved.text,
+            effect=said.effect,
+            kind=resolved.kind,
+            per_prompt=said.per_prompt,
+            patched=_mask_absent_rows(measured.patched[number][there], resolved, kept),
+            base=_select_cells(
+                there, expand_base_values(plan, measured, experiment.spec.base, number)
+            ),
+            source=None
+            if source is None
+            else _select_cells(there, expand_base_values(plan, measured, source, number)),
+            inert=plan.inert[there],
+            truth=truth,
+            unit="" if estimator is not None and estimator.name == GRADIENT else resolved.unit,
+            # How far rounding moves an estimate isn't known: no cell's metric was computed.
+            rounding=None
+            if estimator is not None
+            else _select_cells(there, expand_to_cells(plan, measured, measured.rounding[number])),
+            word=resolved.word,
+            at=said.place,
+            gaps=tuple(describe_gap(measured, number, c) for c in np.flatnonzero(there).tolist()),
+            seen=seen.of(number, there),
+            spread=_spread_source(experiment) if resolved.observed else "rows",
+            estimator="" if estimator is None else estimator.text,
+        )
+
+
+def _collect_cells(
+    experiment: ResolvedExperiment, measured: MeasuredValues, there: NDArray[np.bool_]
+) -> Iterator[CellKey]:
+    """The cells that there are, with the tokens that are listed of them."""
+    text = experiment.model.tokenizer.token_text
+    for key, cell in zip(name_cells(experiment), np.flatnonzero(there).tolist(), strict=True):
+        listed = measured.listed.get(cell, ())
+        texts = tuple(text(each.token) for each in listed)
+        shares = tuple(each.over_rows for each in listed if each.over_rows is not None)
+        yield replace(key, listed=texts, shares=shares)
+
+
+def _rounding_text(experiment: ResolvedExperiment, model: LoadedModel) -> str:
+    """What bounds of rounding come from."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    words = [
+        f"{model.rounding:.2g} of the largest logit where a metric reads, by this model's "
+        f"self-check in {dtype}"
+    ]
+    measures = (*experiment.measures, *experiment.accuracies.values())
+    if experiment.bare is not None:
+        words.append("of what is observed, as much of its size, or of 1 where it is smaller")
+    words += rounding_unit_texts([atom.form for measure in measures for atom in measure.atoms])
+    return "; ".join(words)
+
+
+def rounding_unit_texts(forms: Sequence[MetricForm]) -> Iterator[str]:
+    """What bounds are of that are no numbers in logits."""
+    if any(form.unit == "rank" for form in forms):
+        yield "a rank moves over the tokens whose logits are within twice that"
+    shares = {form.takes for form in forms if form.unit == "share"}
+    if shares - {"label"}:
+        yield "`correct` changes in rows whose two best logits are within twice that"
+    if "label" in shares:
+        yield "`correct` changes in rows whose label has a logit within that of 0"
+    if any(form.kind == "category" for form in forms):
+        yield "a category changes in rows whose two best numerals are within twice that"
+
+
+def _collect_accuracies(measured: MeasuredValues) -> dict[str, Any]:
+    """Of all rows, whatever `keep` keeps, but for those that can't be used."""
+    found, experiment = measured.accuracies, measured.experiment
+    table, by = experiment.table, experiment.spec.statistics.by
+    rows = [i for i in range(len(table)) if i not in measured.unusable]
+    clean = table.runs["clean"].rows
+
+    def unit(run: PromptRun, row: int) -> Hashable:
+        """Rows of one unit are right or wrong together."""
+        if by is not None:
+            return str(clean[row].values.get(by))
+        if run.noise is not None:
+            return row
+        answer = clean[row].texts.get("answer")
+        return run.rows[row].ids, None if answer is None else (answer.text, answer.ids)
+
+    def units(run: str) -> Ints:
+        numbers: dict[Hashable, int] = {}
+        keys = (unit(table.runs[run], row) for row in rows)
+        return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+
+    return {
+        "accuracy": {run: values[rows] for run, values in found.values.items()},
+        "accuracy_rounding": {run: values[rows] for run, values in found.rounding.items()},
+        "accuracy_rows": {run: tuple(table.row_ids[i] for i in rows) for run in found.values},
+        "accuracy_units": {run: units(run) for run in found.values},
+    }
+
+
+def _accuracy_text(experiment: ResolvedExperiment, units: Mapping[str, Ints]) -> dict[str, str]:
+    """Which rows an accuracy is of, and where its interval comes from."""
+    if not units:
+        return {}
+    said = f"of all {count_noun(len(next(iter(units.values()))), 'row')}"
+    said += ", before `keep`" if experiment.spec.keep else ""
+    counts = {run: len(np.unique(own)) for run, own in units.items()}
+    by = experiment.spec.statistics.by
+    few = any(counts[run] < min(len(own), MIN_UNITS) for run, own in units.items())
+    none = f", none below {MIN_UNITS}" if few else ""
+    if by is not None:
+        number = next(iter(counts.values()))
+        said += f"; exact interval over {count_noun(number, 'group')} by {by} (Korn-Graubard){none}"
+    elif all(counts[run] == len(own) for run, own in units.items()):
+        said += "; exact interval (Clopper-Pearson)"
+    else:
+        distinct = ", ".join(f"{number} distinct in {run}" for run, number in counts.items())
+        said += f", {distinct}; exact interval over these (Korn-Graubard){none}"
+    table = experiment.table
+    others = [f"`{run}`" for run in units if table.runs[run].prompts not in (None, table.name)]
+    if others:
+        said += f"; {' and '.join(others)} set against the answers of `{table.name}`"
+    return {"accuracy": said}
+
+
+def _run_names(experiment: ResolvedExperiment) -> dict[str, str]:
+    """The clean run beside that of another block or model is called by its own."""
+    ends = (experiment.spec.base, experiment.spec.source or "clean")
+    runs = [experiment.table.runs[name] for name in ends]
+    if any(run.prompts is not None for run in runs):
+        return {"clean": experiment.table.name}
+    if any(run.model is not None for run in runs):
+        return {"clean": experiment.model.name}
+    return {}
+
+
+def _mask_absent_rows(patched: Floats, measure: ResolvedMeasure, kept: Ints) -> Floats:
+    """[cell, kept row], without the rows that lack the position that is measured."""
+    if not measure.absent:
+        return patched
+    return np.where(np.isin(kept, measure.absent), np.nan, patched)
+
+
+def _spread_source(experiment: ResolvedExperiment) -> SpreadSource:
+    """Where intervals of what is observed come from."""
+    for rule in experiment.rules:
+        if isinstance(rule.does, RowSetObservation):
+            return rule.does.spread
+    return "rows"
+
+
+def _select_cells(there: NDArray[np.bool_], values: Floats) -> Floats:
+    """Of [1 or cell, prompt], the cells that there are."""
+    return values[there] if len(values) == len(there) else values
+
+
+def add_control(
+    result: ExperimentResult, plan: ExperimentPlan, measured: Mapping[str, MeasuredValues]
+) -> ExperimentResult:
+    """The result with what its control measured, where it has one."""
+    control = plan.experiment.control
+    if control is None:
+        return result
+    counts = count_control_draws(control)[plan.exists]
+    values = tuple(
+        each.reshape(control.draws, plan.n_cells, -1)[:, plan.exists]
+        for each in measured[control.experiment.key].patched
+    )
+    drawn = RandomControlValues(values, counts, control.asked, control.what)
+    return replace(result, drawn=drawn)
+
+
+def add_base_observations(
+    result: ExperimentResult,
+    plan: ExperimentPlan,
+    plans: Mapping[str, ExperimentPlan],
+    measured: Mapping[str, MeasuredValues],
+    models: Mapping[str, LoadedModel],
+) -> ExperimentResult:
+    """The result with what its observations see of the base run, where effects are asked for."""
+    bare = plan.experiment.bare
+    if bare is None:
+        return result
+    other = measured[bare.experiment.key]
+    cells = _cells_without_rules(plan, plans[bare.experiment.key])[plan.exists]
+    columns = np.searchsorted(other.kept, measured[plan.experiment.key].kept)
+    relative = models[plan.experiment.model.key].rounding
+    measures = list(result.measures)
+    for number in bare.numbers:
+        own = measures[number]
+        base = other.patched[number][np.ix_(cells, columns)]
+        gaps = tuple(
+            gap or describe_gap(other, number, cell)
+            for gap, cell in zip(own.gaps, cells.tolist(), strict=True)
+        )
+        rounding = relative * np.maximum(np.abs(base), 1)
+        given = {"base": base, "source": None, "rounding": rounding, "gaps": gaps}
+        measures[number] = replace(own, **given, as_patched=bare.experiment.as_base)
+    said = "base run: what is observed there without the rules, in the same rows and cells"
+    told = {"effects of observations": said}
+    if bare.experiment.as_base:
+        said = "base run: without the rules, behind the same prompts and the replies made with them"
+        told = {"effects in replies": said}
+    return replace(result, measures=tuple(measures), conventions={**result.conventions, **told})
+
+
+def _cells_without_rules(plan: ExperimentPlan, bare: ExperimentPlan) -> Ints:
+    """[cell] the one that is observed at the same places; axes of rules are none there."""
+    names = [axis.name for axis in plan.experiment.axes]
+    found = np.zeros(plan.n_cells, dtype=np.int64)
+    for axis in bare.experiment.axes:
+        found = found * len(axis) + plan.coordinates[names.index(axis.name)]
+    return found
+
+
+def count_control_draws(control: ResolvedControl) -> Ints:
+    """[cell] of the experiment itself: how many different targets were drawn for it."""
+    drawn, shape = control.experiment.drawn, control.experiment.shape[1:]
+    assert drawn is not None
+    names = [axis.name for axis in control.experiment.axes[1:]]
+    places = [names.index(name) for name in drawn.axes]
+    cells = product(*map(range, shape))
+    counts = [drawn.counts[tuple(cell[place] for place in places)] for cell in cells]
+    return np.array(counts, dtype=np.int64)
+
+
+def drop_measures(result: ExperimentResult, missing: Mapping[int, Diagnostic]) -> ExperimentResult:
+    """The result without values of the measures that could not be computed."""
+
+    def gone(data: MeasureData, problem: Diagnostic) -> MeasureData:
+        nothing = np.full_like(data.patched, np.nan)
+        return replace(data, patched=nothing, missing=missing_reason(problem))
+
+    return replace(
+        result,
+        measures=tuple(
+            gone(data, missing[number]) if number in missing else data
+            for number, data in enumerate(result.measures)
+        ),
+    )
+
+
+def _default_report(experiment: ResolvedExperiment) -> spec.Report:
+    """What is shown where the file asks for nothing."""
+    return spec.Report(span=experiment.spec.span, kind="table")
+
+
+def _row_values(rows: list[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    names = list(rows[0]) if rows else []
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _result_hashes(experiment: ResolvedExperiment, model: LoadedModel) -> dict[str, str]:
+    found = {"model": model.provenance.get("weights", ""), **model.made_of}
+    found["tokenizer"] = experiment.model.tokenizer.hash
+    if experiment.table.data_hash:
+        found["data"] = experiment.table.data_hash
+    found.update({f"data of {name}": d for name, d in experiment.table.other_data.items()})
+    for rule in experiment.rules:
+        if isinstance(rule.does, Observation):
+            found.update({f"file {name}": d for name, d in rule.does.made_of.items()})
+    for each in experiment.python:
+        key = f"python {each.file}"
+        # Files that are called the same lie beside different `.mech` files.
+        found[key if found.get(key, each.digest) == each.digest else f"python {each.path}"] = (
+            each.digest
+        )
+    return found
+
+
+def build_finding(experiment: ResolvedExperiment, result: ExperimentResult) -> VariantFinding:
+    """What a measured experiment found, by its first measure."""
+    data = result.measures[0]
+    ids = result.row_ids if result.row_ids is not None else experiment.table.row_ids
+    name = data.label if data.called == "raw" else f"{data.called} of {data.label}"
+    replies = tuple(result.replies.cells)
+    found = VariantFinding(experiment, name, row_ids=ids, cells=result.cells, replies=replies)
+    if data.kind == "category":  # has no effect; picking by it is refused before anything runs
+        none = np.full(len(data.patched), np.nan)
+        return replace(found, means=none, values=data.patched)
+    effect = EFFECTS[data.effect]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = effect_parts(data, effect, slice(None)).mean()
+        values = effect.of_means(data.patched, data.base, data.source)
+    return replace(found, means=means, values=np.broadcast_to(values, data.patched.shape))
+
+
+def add_statistics(
+    result: ExperimentResult, experiment: spec.Experiment, seed: int
+) -> ExperimentResult:
+    """The result with means, intervals and p, and how they came about among its conventions."""
+    measures = tuple(
+        data
+        if EFFECTS[data.effect].of_intervention
+        else replace(data, inert=np.zeros_like(data.inert))
+        for data in result.measures
+    )
+    result = replace(
+        result,
+        measures=measures,
+        settings=experiment.statistics,
+        seed=seed,
+        reports=result.reports or experiment.reports,
+    )
+    statistics = compute_cell_statistics(
+        result.measures,
+        experiment.statistics,
+        seed,
+        result.groups,
+        effects=EFFECTS,
+        ids=result.sampling.keys,
+        strata=result.strata,
+        blocks=result.blocks,
+        picked=bool(result.selected),
+    )
+    result = replace(result, statistics=tuple(statistics))
+    result = replace(result, controls=_null_bands(result), drawn=None)
+    conventions = {
+        **result.conventions,
+        **statistics_conventions(result, EFFECTS),
+        **_verdict_level_text(experiment),
+    }
+    return replace(result, conventions=conventions)
+
+
+def _verdict_level_text(experiment: spec.Experiment) -> dict[str, str]:
+    """At which level several `expect` lines are decided."""
+    count = sum(not each.on_mean for each in experiment.expects)
+    if count < 2:
+        return {}
+    if experiment.statistics.verdicts == "holm":
+        return {"verdicts": f"{count} `expect` lines share the level of one, by Holm's correction"}
+    return {
+        "verdicts": f"each of {count} `expect` lines at a level of its own; with `stats verdicts "
+        "holm` they share one"
+    }
+
+
+def _null_bands(result: ExperimentResult) -> tuple[NullBand | None, ...]:
+    """The null band of every measure; empty where no targets were drawn."""
+    if result.drawn is None or result.settings is None:
+        return ()
+    return compute_null_bands(
+        result.measures,
+        result.drawn,
+        means=[each.mean for each in result.statistics],
+        confidence=result.settings.confidence,
+        effects=EFFECTS,
+    )
+
+
+def add_verdicts(
+    result: ExperimentResult,
+    experiment: spec.Experiment,
+    others: Mapping[str, ExperimentResult] | None = None,
+    lost: Collection[str] = (),
+) -> ExperimentResult:
+    """The result with verdicts on its expectations.
+
+    `others` are experiments with statistics, which an expectation may name
+    (`spearman(recovery, other)`); `lost` those that could not be computed.
+    """
+    outcomes = tuple(decide_all_expectations(experiment.expects, result, others, lost))
+    return replace(result, outcomes=outcomes)
+
+
+def build_lost_experiment(
+    experiment: spec.Experiment, reasons: Sequence[Diagnostic]
+) -> LostExperiment:
+    """An experiment that could not be computed: its expectations fail."""
+    said = f"`{experiment.name}` could not be computed"
+    outcomes = [
+        ExpectOutcome(each.text, False, None, None, None, said, line=each.span.line, computed=False)
+        for each in experiment.expects
+    ]
+    return LostExperiment(experiment.name, tuple(map(missing_reason, reasons)), tuple(outcomes))
+
+
+def check_denominators(measured: MeasuredValues) -> dict[int, Diagnostic]:
+    """By number, the measures whose ratio would be taken over something that may be 0: E0604."""
+    experiment = measured.experiment
+    found: dict[int, Diagnostic] = {}
+    for number, measure in enumerate(experiment.spec.measures):
+        effect = EFFECTS[measure.effect]
+        source = experiment.spec.source
+        if effect.denominator is None or experiment.measures[number].kind == "category":
+            continue
+        base = measured.unpatched[experiment.spec.base][number]
+        other = measured.unpatched[source][number] if source is not None else None
+        if effect.needs_source and other is None:
+            continue
+        if experiment.spec.variant:  # which one of them
+            effect = replace(effect, divisor=f"{effect.divisor} of {experiment.key}")
+        problems = check_denominator(
+            base,
+            other,
+            plan_sampling(experiment, measured.kept),
+            measure.span,
+            effect=effect,
+        )
+        if problems:
+            found[number] = problems[0]
+    return found

@@ -1,0 +1,538 @@
+"""Combinations of results: variants of an experiment, prompt sets, and means along an axis.
+
+Cells of one prompt set have values in its own rows alone, so n, intervals and p are of these rows.
+Averages and areas under curves are computed row by row, before any statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.fits import masks
+from mechdsl.program.spec import PROMPTS_AXIS
+from mechdsl.resolve.cells import (
+    VariantLabels,
+    average_cells,
+    distinguish_variants,
+    join_axes,
+    join_cells,
+)
+from mechdsl.results.assembly.sampling_units import keep_shared_views
+from mechdsl.results.experiment_result import ExperimentResult, Replies, merge_replies
+from mechdsl.statistics.measurements import MeasureData, RandomControlValues
+
+NumberType = TypeVar("NumberType", np.float64, np.int64)
+
+
+def merge_variants(parts: Sequence[tuple[VariantLabels, ExperimentResult]]) -> ExperimentResult:
+    """One result with the cells of all variants, on the prompts that all of them have; of several
+    blocks, as `side_by_side` lays them out.
+
+    Statistics come afterwards, over all cells.
+    """
+    first = parts[0][1]
+    if len(parts) == 1 and not parts[0][0]:
+        return first
+    ids = _common_rows([result for _, result in parts])
+    left_out = {row: where for _, result in parts for row, where in result.left_out.items()}
+    parts = [
+        (labels, _accuracy_without(_select_rows(result, ids), left_out)) for labels, result in parts
+    ]
+    results = [result for _, result in parts]
+    axes = join_axes([(labels, result.axes) for labels, result in parts])
+    several = distinguish_variants([(labels, result.model) for labels, result in parts])
+    fewer = "" if ids is None or len(ids) == first.prompts else f"{len(ids)} that all have"
+    return replace(
+        results[0],
+        model=", ".join(dict.fromkeys(result.model for result in results)),
+        axes=tuple(axes),
+        aliases={name: axis for result in results for name, axis in result.aliases.items()},
+        centres=tuple(dict.fromkeys(axis for result in results for axis in result.centres)),
+        cells=tuple(join_cells(axes, [(labels, result.cells) for labels, result in parts])),
+        measures=tuple(
+            _merge_measures([result.measures[n] for result in results])
+            for n in range(len(first.measures))
+        ),
+        runs=_merge_runs(results, several, lambda result: result.runs),
+        accuracy=_merge_runs(results, several, lambda result: result.accuracy),
+        accuracy_rounding=_merge_runs(results, several, lambda result: result.accuracy_rounding),
+        accuracy_rows=_merge_runs(results, several, lambda result: result.accuracy_rows),
+        accuracy_units=_merge_runs(results, several, lambda result: result.accuracy_units),
+        base=", ".join(dict.fromkeys(result.base for result in results)),
+        source=", ".join(dict.fromkeys(r.source for r in results if r.source)) or None,
+        called=_merge_names(results),
+        conventions={
+            **_merge_conventions([(labels, result.conventions) for labels, result in parts]),
+            **({"prompts": fewer} if fewer else {}),
+        },
+        left_out=left_out,
+        population="; ".join(dict.fromkeys(r.population for r in results if r.population)),
+        hashes=_merge_hashes(parts),
+        drawn=_merge_drawn(results),
+        replies=merge_replies([result.replies for result in results], several),
+        texts=results[0].texts if len({result.texts for result in results}) == 1 else (),
+        hits=tuple(hit for result in results for hit in result.hits)
+        if len({result.texts for result in results}) == 1
+        else (),
+        seen=results[0].seen if len({result.texts for result in results}) == 1 else (),
+    )
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def _common_rows(results: Sequence[ExperimentResult]) -> tuple[int, ...] | None:
+    """The numbers of the prompts that all variants have kept, in the order of the first."""
+    first = results[0].row_ids
+    if first is None or all(result.row_ids == first for result in results):
+        return first
+    kept = set(first).intersection(*(result.row_ids or () for result in results))
+    return tuple(number for number in first if number in kept)
+
+
+def _select_rows(result: ExperimentResult, ids: tuple[int, ...] | None) -> ExperimentResult:
+    """The result on some of its prompts."""
+    if ids is None or result.row_ids is None or result.row_ids == ids:
+        return result
+    places = {number: n for n, number in enumerate(result.row_ids)}
+    index = np.array([places[number] for number in ids], dtype=np.int64)
+
+    def cut(values: Floats | Ints | None) -> Any:
+        return None if values is None else values[:, index]
+
+    def chosen(values: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(values[i] for i in index.tolist())
+
+    return replace(
+        result,
+        measures=tuple(
+            replace(
+                data,
+                patched=cut(data.patched),
+                base=cut(data.base),
+                source=cut(data.source),
+                truth=cut(data.truth),
+                rounding=cut(data.rounding),
+                seen=keep_shared_views(cut(data.seen)),
+            )
+            for data in result.measures
+        ),
+        drawn=None
+        if result.drawn is None
+        else replace(result.drawn, values=tuple(v[:, :, index] for v in result.drawn.values)),
+        runs={
+            run: {label: values[index] for label, values in found.items()}
+            for run, found in result.runs.items()
+        },
+        **_accuracy_at(
+            result, index, [r for r in result.accuracy if r not in result.accuracy_rows]
+        ),
+        row_ids=ids,
+        row_keys=None if result.row_keys is None else chosen(result.row_keys),
+        strata=None if result.strata is None else result.strata[index],
+        row_values={name: chosen(values) for name, values in result.row_values.items()},
+        texts=chosen(result.texts) if result.texts else (),
+        seen=chosen(result.seen) if result.seen else (),
+        hits=tuple(chosen(hit) for hit in result.hits),
+    )
+
+
+def _accuracy_without(result: ExperimentResult, rows: Collection[int]) -> ExperimentResult:
+    """Accuracies are of all rows, but for those that are left out of everything."""
+    for run, ids in result.accuracy_rows.items():
+        index = np.flatnonzero([row not in rows for row in ids])
+        result = replace(
+            result,
+            **_accuracy_at(result, index, [run]),
+            accuracy_rows={**result.accuracy_rows, run: tuple(ids[i] for i in index.tolist())},
+        )
+    return result
+
+
+def _accuracy_at(result: ExperimentResult, index: Ints, runs: Sequence[str]) -> dict[str, Any]:
+    """The accuracies of these runs on some of their rows."""
+    found: dict[str, Any] = {}
+    for name in ("accuracy", "accuracy_rounding", "accuracy_units"):
+        own: Mapping[str, Any] = getattr(result, name)
+        found[name] = {run: each[index] if run in runs else each for run, each in own.items()}
+    return found
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def _merge_measures(parts: Sequence[MeasureData]) -> MeasureData:
+    """One measure over the cells of all variants."""
+    cells = [len(data.patched) for data in parts]
+    gaps = [data.gaps or ("",) * len(data.patched) for data in parts]
+    sources = [data.source for data in parts]
+    truths = [data.truth for data in parts]
+    roundings = [data.rounding for data in parts]
+    seen = [data.seen for data in parts]
+    if any(s is not None for s in seen):
+        prompts = parts[0].patched.shape[1]
+        seen = [np.arange(prompts)[None] if s is None else s for s in seen]
+    return replace(
+        parts[0],
+        patched=np.concatenate([data.patched for data in parts]),
+        base=_merge_arrays([data.base for data in parts], cells),
+        source=None if any(s is None for s in sources) else _merge_arrays(sources, cells),
+        truth=None if any(t is None for t in truths) else _merge_arrays(truths, cells),
+        inert=np.concatenate([data.inert for data in parts]),
+        rounding=None if any(r is None for r in roundings) else _merge_arrays(roundings, cells),
+        gaps=tuple(gap for own in gaps for gap in own),
+        seen=None if all(s is None for s in seen) else _merge_arrays(seen, cells),
+    )
+
+
+def _merge_arrays(
+    values: Sequence[NDArray[NumberType] | None], cells: Sequence[int]
+) -> NDArray[NumberType]:
+    """[1 or cell, prompt] of each variant as one: a single row where all have the same one."""
+    found = [value for value in values if value is not None]
+    if all(len(v) == 1 and np.array_equal(v, found[0], equal_nan=True) for v in found):
+        return found[0]
+    rows = [np.broadcast_to(v, (n, v.shape[1])) for v, n in zip(found, cells, strict=True)]
+    return np.concatenate(rows)
+
+
+def _merge_runs(
+    results: Sequence[ExperimentResult],
+    several: Sequence[str],
+    of: Callable[[ExperimentResult], Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The unpatched runs of all variants; those of several blocks or models say which."""
+    return {
+        f"{run} ({which})" if which else run: values
+        for result, which in zip(results, several, strict=True)
+        for run, values in of(result).items()
+    }
+
+
+def _merge_names(results: Sequence[ExperimentResult]) -> dict[str, str]:
+    """Names for people that all variants agree on."""
+    names = {run for result in results for run in (result.base, result.source) if run}
+    every = {run: {result.shown(run) for result in results} for run in names}
+    return {run: next(iter(found)) for run, found in every.items() if len(found) == 1}
+
+
+def _merge_drawn(results: Sequence[ExperimentResult]) -> RandomControlValues | None:
+    """The draws of all variants, as many as the one with the most."""
+    known = [result.drawn for result in results if result.drawn is not None]
+    if len(known) < len(results):
+        return None
+    most = max(len(values) for each in known for values in each.values)
+
+    def filled(values: Floats) -> Floats:
+        missing = np.full((most - len(values), *values.shape[1:]), np.nan)
+        return np.concatenate([values, missing])
+
+    return replace(
+        known[0],
+        values=tuple(
+            np.concatenate([filled(values) for values in of_all], axis=1)
+            for of_all in zip(*(each.values for each in known), strict=True)
+        ),
+        counts=np.concatenate([each.counts for each in known]),
+    )
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+def _merge_conventions(parts: Sequence[tuple[VariantLabels, Mapping[str, str]]]) -> dict[str, str]:
+    """Conventions once where all variants have them, else with whose they are."""
+    found: dict[str, str] = {}
+    for key in dict.fromkeys(key for _, said in parts for key in said):
+        texts = [said.get(key) for _, said in parts]
+        if all(text == texts[0] for text in texts):
+            found[key] = texts[0] or ""
+            continue
+        whose = _variant_names([labels for labels, _ in parts], texts)
+        by_text: dict[str, dict[str, None]] = {}
+        for name, text in zip(whose, texts, strict=True):
+            if text is not None:
+                by_text.setdefault(text, {})[name] = None
+        found[key] = "; ".join(f"{', '.join(names)}: {text}" for text, names in by_text.items())
+    return found
+
+
+def _variant_names(labels: Sequence[VariantLabels], texts: Sequence[str | None]) -> list[str]:
+    """What tells the variants apart that differ here: the label of one axis if that is enough."""
+    for axis in range(len(labels[0])):
+        own = [str(each[axis][1]) for each in labels]
+        if len(set(zip(own, texts, strict=True))) == len(set(own)):
+            return own
+    return [", ".join(f"{axis} {label}" for axis, label in each) for each in labels]
+
+
+def _merge_hashes(parts: Sequence[tuple[VariantLabels, ExperimentResult]]) -> dict[str, str]:
+    """Hashes by what they are of; those of several blocks or models say which."""
+    found: dict[str, str] = {}
+    for labels, result in parts:
+        for key, value in result.hashes.items():
+            same = all(other.hashes.get(key) == value for _, other in parts)
+            of_block = key.startswith("data") and PROMPTS_AXIS in dict(labels)
+            whose = dict(labels)[PROMPTS_AXIS] if of_block else result.model
+            found[key if same else f"{key} of {whose}"] = value
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class PromptSetResult:
+    """The result on one block, or on a part of one."""
+
+    label: VariantLabels
+    """Of the axis of blocks."""
+    block: str
+    """Its name; two parts of one block may share rows."""
+    result: ExperimentResult
+
+
+def merge_prompt_sets(
+    parts: Sequence[PromptSetResult],
+) -> list[tuple[VariantLabels, ExperimentResult]]:
+    """The results, each on the rows of all of them: NaN where a row isn't its own.
+
+    Rows are numbered on from block to block, and each block's are a stratum of their own: they are
+    drawn by themselves, so many of each as there are.
+    """
+    starts = _first_rows(parts)
+    own = [
+        [starts[part.block] + row for row in part.result.row_ids or range(part.result.prompts)]
+        for part in parts
+    ]
+    every = list(dict.fromkeys(row for rows in own for row in rows))
+    places = {row: place for place, row in enumerate(every)}
+    where = [np.array([places[row] for row in rows], dtype=np.int64) for rows in own]
+    results = [part.result for part in parts]
+    shared = [n for n in results[0].row_values if all(n in each.row_values for each in results)]
+
+    def joined(columns: Sequence[Sequence[Any] | None]) -> tuple[Any, ...] | None:
+        """A value per row; None where not all results have them."""
+        found: list[Any] = [None] * len(every)
+        for index, column in zip(where, columns, strict=True):
+            if not column and len(index):
+                return None
+            for place, value in zip(index.tolist(), column or (), strict=True):
+                found[place] = value
+        return tuple(found)
+
+    said = ", ".join(f"{block} from {start}" for block, start in starts.items())
+    beside: dict[str, Any] = {
+        "row_ids": tuple(every),
+        "row_keys": joined([each.row_keys for each in results]),
+        "blocks": _result_of_rows(where, len(every)),
+        "strata": _strata_of_rows(results, where, len(every)),
+        "row_values": {n: joined([each.row_values[n] for each in results]) for n in shared},
+        "texts": joined([each.texts for each in results]) or (),
+        "seen": joined([each.seen for each in results]) or (),
+    }
+    found: list[tuple[VariantLabels, ExperimentResult]] = []
+    for part, index in zip(parts, where, strict=True):
+        result = _pad_result(part.result, index, len(every), starts[part.block])
+        result = replace(result, **beside, hits=result.hits if beside["texts"] else ())
+        conventions = {**result.conventions, "rows": f"numbered on: {said}"}
+        found.append((part.label, replace(result, conventions=conventions)))
+    return found
+
+
+def _first_rows(parts: Sequence[PromptSetResult]) -> dict[str, int]:
+    """The number of each block's first row."""
+    sizes: dict[str, int] = {}
+    for part in parts:
+        result = part.result
+        rows = [*(result.row_ids or range(result.prompts)), *result.left_out]
+        rows += [row for own in result.accuracy_rows.values() for row in own]
+        sizes[part.block] = max(sizes.get(part.block, 0), max(rows, default=-1) + 1)
+    return dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+
+
+def _result_of_rows(where: Sequence[Ints], size: int) -> Ints:
+    """[prompt]: which results a row is in."""
+    there = np.zeros((len(where), size), dtype=np.int64)
+    for own, index in zip(there, where, strict=True):
+        own[index] = 1
+    return np.unique(there, axis=1, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+
+def _strata_of_rows(results: Sequence[ExperimentResult], where: Sequence[Ints], size: int) -> Ints:
+    """[prompt]: which results a row is in, and its stratum in each of them."""
+    codes = np.full((len(results), size), -1, dtype=np.int64)
+    for own, index, result in zip(codes, where, results, strict=True):
+        own[index] = 0 if result.strata is None else result.strata
+    return np.unique(codes, axis=1, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+
+def _pad_result(result: ExperimentResult, index: Ints, size: int, start: int) -> ExperimentResult:
+    """A result with its rows at their places among all, without what all have in common.
+
+    index: [prompt] its place. start: what is added to its numbers of rows.
+    """
+
+    def padded(values: Floats) -> Floats:
+        found = np.full((*values.shape[:-1], size), np.nan)
+        found[..., index] = values
+        return found
+
+    of_cells: dict[int, tuple[tuple[int, ...], ...]] = {}
+    for hits in result.hits:  # cells of one position share them
+        if id(hits) not in of_cells:
+            found: list[tuple[int, ...]] = [()] * size
+            for place, tokens in zip(index.tolist(), hits, strict=True):
+                found[place] = tokens
+            of_cells[id(hits)] = tuple(found)
+    accuracy: Mapping[str, tuple[int, ...]] = result.accuracy_rows
+    return replace(
+        result,
+        measures=tuple(_pad_measure(data, padded, index, size) for data in result.measures),
+        drawn=None
+        if result.drawn is None
+        else replace(result.drawn, values=tuple(map(padded, result.drawn.values))),
+        runs={
+            run: {label: padded(values) for label, values in found.items()}
+            for run, found in result.runs.items()
+        },
+        left_out={start + row: why for row, why in result.left_out.items()},
+        accuracy_rows={run: tuple(start + row for row in rows) for run, rows in accuracy.items()},
+        hits=tuple(of_cells[id(hits)] for hits in result.hits),
+        replies=result.replies.shifted(start),
+    )
+
+
+def _pad_measure(data: MeasureData, padded: Any, index: Ints, size: int) -> MeasureData:
+    def of(values: Floats | None) -> Floats | None:
+        return None if values is None else padded(values)
+
+    return replace(
+        data,
+        patched=padded(data.patched),
+        base=padded(data.base),
+        source=of(data.source),
+        truth=of(data.truth),
+        rounding=of(data.rounding),
+        seen=None if data.seen is None else _pad_views(data.seen, index, size),
+    )
+
+
+def _pad_views(seen: Ints, index: Ints, size: int) -> NDArray[np.int64]:
+    """[1 or cell, prompt]: rows of other blocks are like no other."""
+    found = np.tile(np.arange(size, dtype=np.int64) + int(seen.max(initial=0)) + 1, (len(seen), 1))
+    found[:, index] = seen
+    return found
+
+
+CellGroups = Sequence[Sequence[int]]
+"""[cell of the result] the cells that it is the mean of."""
+
+
+@dataclass(frozen=True)
+class CellAverages:
+    """Cells of the result, each made of several."""
+
+    groups: CellGroups
+    numbers: Sequence[Callable[[Floats, Bools], Floats]]
+    """Per group, of its cells' values [cell, prompt] and where there are any, [prompt]."""
+
+    def of(self, values: Floats, there: Bools) -> Floats:
+        """[cell of the result, prompt]"""
+        pairs = zip(map(list, self.groups), self.numbers, strict=True)
+        return np.stack([number(values[group], there[group]) for group, number in pairs])
+
+
+def average_over_axis(
+    result: ExperimentResult, axis: str, *, area: bool = False
+) -> ExperimentResult:
+    """The result with the mean along an axis in place of its cells: in each row over the cells that
+    the row is part of, of the patched run and of those that it is set against alike. area: the
+    area under the curve of each row that has all its cells."""
+    axis = result.aliases.get(axis, axis)
+    cells, groups = average_cells(result.cells, axis)
+    sizes = sorted({len(group) for group in groups})
+    count = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
+    said = f"over {axis}, row by row, of {count} cells"
+    numbers: list[Callable[[Floats, Bools], Floats]] = [_row_means] * len(groups)
+    if area:
+        places = [[float(result.cells[n].coords[axis]) for n in group] for group in groups]
+        numbers = [partial(_row_areas, np.array(each)) for each in places]
+        said += ", by trapezoids, divided by the range"
+    joined = CellAverages(groups, numbers)
+    return replace(
+        result,
+        axes=tuple(name for name in result.axes if name != axis),
+        aliases={name: of for name, of in result.aliases.items() if of != axis},
+        centres=tuple(name for name in result.centres if name != axis),
+        cells=tuple(cells),
+        measures=tuple(_average_measure(data, joined) for data in result.measures),
+        conventions={**result.conventions, "auc" if area else "mean": said},
+        drawn=None if result.drawn is None else _average_drawn(result.drawn, joined),
+        texts=(),
+        hits=(),
+        seen=(),
+        replies=Replies(),
+    )
+
+
+def _average_measure(data: MeasureData, joined: CellAverages) -> MeasureData:
+    there, groups = ~np.isnan(data.patched), joined.groups
+
+    def joint(values: Floats) -> Floats:
+        return joined.of(np.broadcast_to(values, there.shape), there)
+
+    gaps = data.gaps or ("",) * len(data.patched)
+    return replace(
+        data,
+        patched=joint(data.patched),
+        base=joint(data.base),
+        source=None if data.source is None else joint(data.source),
+        truth=None if data.truth is None else joint(data.truth),
+        rounding=None if data.rounding is None else joint(data.rounding),
+        inert=np.array([data.inert[list(group)].all() for group in groups]),
+        gaps=tuple(next((gaps[n] for n in group if gaps[n]), "") for group in groups),
+        seen=None if data.seen is None else _average_views(data.seen, groups),
+    )
+
+
+def _row_means(values: Floats, there: Bools) -> Floats:
+    """[prompt]; NaN for one that is part of none of the cells."""
+    count = there.sum(0)
+    total = np.where(there, values, 0.0).sum(0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _row_areas(at: Floats, values: Floats, there: Bools) -> Floats:
+    """[prompt]; NaN for one that isn't part of all cells. at: [cell] the numbers that they stand
+    at, in any order."""
+    order = np.argsort(at)
+    whole = np.where(there.all(0), values, np.nan)
+    return masks.area_under_curve(whole[order].T, at[order])
+
+
+def _average_views(seen: Ints, groups: CellGroups) -> Ints:
+    """[cell, prompt]: rows are alike where they are in every cell."""
+    if len(seen) == 1:
+        return seen
+    codes = [np.unique(seen[list(group)], axis=1, return_inverse=True)[1] for group in groups]
+    return np.stack([code.reshape(-1) for code in codes]).astype(np.int64)
+
+
+def _average_drawn(drawn: RandomControlValues, joined: CellAverages) -> RandomControlValues:
+    """Of random targets: draw k of all cells."""
+    counts = np.array([drawn.counts[list(group)].min() for group in joined.groups])
+
+    def joint(values: Floats) -> Floats:
+        pairs = zip(values, ~np.isnan(values), strict=True)
+        found = np.stack([joined.of(one, there) for one, there in pairs])
+        beyond = np.arange(len(values))[:, None] >= counts[None, :]
+        found[beyond] = np.nan
+        return found
+
+    return replace(drawn, values=tuple(map(joint, drawn.values)), counts=counts)

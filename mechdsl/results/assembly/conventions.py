@@ -1,0 +1,503 @@
+"""Conventions of a run in words, by short key.
+
+They state what was defaulted, dropped or chosen, how text was generated, and how images are
+scored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from mechdsl.base.text import count_noun, measure_names, quote
+from mechdsl.execute.measurement.values import MeasuredValues
+from mechdsl.execute.replies import find_end_tokens
+from mechdsl.execute.run_record import ExecutionProfile, PassSizes
+from mechdsl.execute.unpatched_batch import compute_noise_scale
+from mechdsl.forward.generation.cached_pass import choose_method
+from mechdsl.forward.hooks.model import LoadedModel
+from mechdsl.planner.plan import PROMPT_TOKENS, ExperimentPlan
+from mechdsl.program.spec import ATTENTION, GRADIENT, INTEGRATED, Generation
+from mechdsl.resolve.class_outputs import describe_pooling
+from mechdsl.resolve.experiment import find_omitted_answers
+from mechdsl.resolve.findings import MAX_LISTED_SITES
+from mechdsl.resolve.runs import reads_any_reply
+from mechdsl.resolve.types import MetricTerm, ResolvedExperiment, ResolvedRule
+from mechdsl.results.experiment_result import ANSWER_TOKENS_KEY
+from mechdsl.statistics.null_bands import min_draws
+from mechdsl.syntax import ast
+from mechdsl.vocab.metrics import Reply
+from mechdsl.vocab.sites import ATTENTION_INTERNAL_SITES
+
+
+def reply_conventions(
+    plan: ExperimentPlan, measured: MeasuredValues, model: LoadedModel
+) -> Iterator[tuple[str, str]]:
+    """Nothing without `generate`."""
+    said, experiment = plan.experiment.generation, plan.experiment
+    if said is None:
+        return
+    chosen = "each the most likely one"
+    if said.sampled:
+        chosen = (
+            f"{', '.join(said.drawn)}, by seed {experiment.seed}: other draws for each prompt, "
+            "cell, run, sample and step, wherever they are computed"
+        )
+    yield "generate", f"up to {count_noun(said.tokens, 'token')} behind each prompt, {chosen}"
+    yield "replies end", _reply_ends(said, experiment, model)
+    yield "lengths", "; ".join(_reply_lengths(plan, measured))
+    way = choose_method(model)
+    if way.kind == "whole":
+        yield "kept keys", f"none: each token takes a whole pass, as {way.reason}"
+    if said.samples > 1:
+        yield "samples", f"{said.samples:,} to a row, whose value is their mean"
+    each = ["draws of noise"] if plan.draws > 1 else []
+    each += ["samples"] if said.samples > 1 else []
+    if each and reads_any_reply(experiment):
+        several = f"the mean over its {' and '.join(each)} whose reply has the place"
+        yield "places", f"a row's value is {several}; a row where none has it leaves the cell"
+    rules = [r.rule for r in plan.rules if r.rule.does.changes not in ("nothing", "input")]
+    if rules:
+        yield "steps", "; ".join(_rule_steps(rules))
+    if any(measure.reply is None for measure in experiment.measures):
+        yield "prompt end", "what isn't read off the reply is measured in step 0, before it"
+
+
+def _reply_ends(said: Generation, experiment: ResolvedExperiment, model: LoadedModel) -> str:
+    text = experiment.model.tokenizer.token_text
+    own = " or ".join(f"`{text(token)}`" for token in sorted(find_end_tokens(model)))
+    stops = " or ".join(map(json.dumps, said.stops))
+    found = [f"in front of {stops}"] if stops else []
+    found += [f"in front of the model's {own}"] if own else []
+    return ", or ".join([*found, f"behind {count_noun(said.tokens, 'token')}"])
+
+
+def _reply_lengths(plan: ExperimentPlan, measured: MeasuredValues) -> Iterator[str]:
+    """How long replies are, of each run and of all cells."""
+    of: dict[str, list[Reply]] = {}
+    for (run, _), replies in measured.unpatched_replies.items():
+        of.setdefault(run, []).extend(replies)
+    if plan.rules:
+        every = (reply for own in measured.replies.values() for reply in own)
+        of["patched"] = list(every)
+    for name, replies in of.items():
+        counts = [len(reply.ids) for reply in replies]
+        if not counts:
+            continue
+        cut = sum(reply.ended == "length" for reply in replies)
+        said = f"{name} {sum(counts) / len(counts):.3g} tokens ({min(counts)} to {max(counts)})"
+        yield said + (f", {cut:,} of {len(counts):,} cut off" if cut else "")
+
+
+def _rule_steps(rules: Sequence[ResolvedRule]) -> Iterator[str]:
+    """In which passes rules act."""
+    yield "step 0 is the pass over the prompt, each later one that of one more token of the reply"
+    if any(rule.acts_later for rule in rules):
+        yield (
+            "`last token` and `tokens *` go on to the newest token, where a rule writes what it "
+            "writes at the prompt's last one"
+        )
+    if any(rule.in_prefill and not _is_newest_only(rule) for rule in rules):
+        yield "positions of the prompt are written in step 0, and later tokens attend to that"
+    for rule in rules:
+        if rule.after_prefill:
+            text = " ".join(rule.spec.span.written.split())
+            yield f"`{text}` edits what is kept of the prompt behind step 0, which doesn't see it"
+
+
+def _is_newest_only(rule: ResolvedRule) -> bool:
+    """Whether all its positions are the newest token."""
+    positions = rule.positions
+    return len(positions.newest) == len(positions.written) and not positions.every
+
+
+_MAX_SHOWN_TEXTS = 4
+
+
+def tower_conventions(experiment: ResolvedExperiment) -> dict[str, str]:
+    """What an image is scored with, and what it chooses from."""
+    shape = experiment.model.shape
+    scale = "cosine times the model's scale"
+    if shape.task == "many labels":
+        scale += ", plus its bias"
+    what, other = ("texts", "text") if shape.side == "vision" else ("images", "image")
+    found = {
+        "score": f"the model's own logit of an image and a text: {scale}",
+        what: f"{len(shape.labels)}, each encoded once by the {other} tower, where no rule acts",
+    }
+    opposite = experiment.model.opposite
+    if opposite is not None and opposite.block:
+        found[what] = f"`{opposite.block}`: {found[what]}"
+    if shape.classes:
+        first = ", ".join(
+            quote(text) for text in shape.labels[: min(_MAX_SHOWN_TEXTS, shape.classes)]
+        )
+        more = shape.classes - _MAX_SHOWN_TEXTS
+        said = f"{count_noun(shape.classes, other)}: {first}" + (f" and {more} more" * (more > 0))
+        said += "; `correct` is that the best of them is this one, `rank` its place among them"
+        if shape.task == "one label":
+            said += ", `prob` their softmax"
+        found["classes"] = said
+    if shape.task == "many labels":
+        found["prob"] = "a sigmoid, as the model was trained: each text holds or not by itself"
+    return found
+
+
+def model_text(model: LoadedModel) -> str:
+    return f"{model.shape.architecture}, {model.provenance.get('source', '')}"
+
+
+def run_conventions(
+    plan: ExperimentPlan, measured: MeasuredValues, model: LoadedModel
+) -> dict[str, str]:
+    """What was defaulted, dropped or chosen, in words."""
+    experiment = plan.experiment
+    return {
+        "model": model_text(model),
+        "dtype": f"{str(model.dtype).removeprefix('torch.')} on {model.device}",
+        **experiment.table.conventions,
+        **dict(_of_rows(experiment, measured)),
+        **dict(_of_runs(experiment, model)),
+        **experiment.picks,
+        **_of_directions(plan, measured),
+        **_of_rules(plan, model),
+        **dict(_of_estimates(experiment)),
+        **_of_measures(experiment),
+        **dict(reply_conventions(plan, measured, model)),
+        **dict(_of_cells(plan, measured)),
+        **dict(_of_controls(plan)),
+        **dict(_of_inert(plan, measured)),
+    }
+
+
+ConventionItems = Iterator[tuple[str, str]]
+"""Keys of conventions, each with its words."""
+
+
+def _of_rows(experiment: ResolvedExperiment, measured: MeasuredValues) -> ConventionItems:
+    """The functions of Python files, and the rows that aren't there."""
+    if experiment.python:
+        names: dict[tuple[str, str], dict[str, None]] = {}
+        for each in experiment.python:
+            names.setdefault((each.file, each.digest), {})[f"`{each.name}`"] = None
+        yield (
+            "python",
+            "; ".join(
+                f"{', '.join(own)} of {file}, SHA-256 {digest[:12]}…"
+                for (file, digest), own in names.items()
+            ),
+        )
+    if experiment.keep:
+        conditions = " and ".join(measure.text for measure in experiment.keep)
+        dropped = len(experiment.table) - len(measured.kept) - len(measured.unusable)
+        yield (
+            "keep",
+            f"{count_noun(len(measured.kept), 'row')} kept, {dropped} dropped ({conditions})",
+        )
+    if measured.unusable:
+        yield (
+            "left out",
+            f"{len(measured.unusable)} of {len(experiment.table)} rows, of everything: NaN or "
+            "infinity (`--allow-nan`)",
+        )
+
+
+def _of_runs(experiment: ResolvedExperiment, model: LoadedModel) -> ConventionItems:
+    """How much noise is, and the rules of runs that have some."""
+    for name, run in experiment.table.runs.items():
+        noise = run.noise if run.derived is None else None
+        if noise is not None and noise.sds is not None:
+            key = f"noise of {name}"
+            value = f"{noise.sds:g} sd = {compute_noise_scale(model, noise):.4g}"
+            yield key, f"{experiment.table.conventions[key]}, {value}"
+    for name, own in experiment.derived.items():
+        rules = "; ".join(" ".join(rule.spec.span.written.split()) for rule in own.rules)
+        read = "" if own.spec.source is None else f", from {own.spec.source}"
+        place = "stays in place under the experiment's rules"
+        yield f"run {name}", f"{own.spec.base} with {rules}{read}; what it writes {place}"
+
+
+_ESTIMATED = {
+    "gradient": "no effect: how fast the metric changes with what is there, the length of its "
+    "gradient at all vectors of a cell together (Simonyan et al. 2014, arXiv 1312.6034, saliency)",
+    "gradient_input": "estimates, no cell was run: to first order, what is written less what is "
+    "there, times the gradient of the metric, summed over all vectors of a cell (Shrikumar et al. "
+    "2016, arXiv 1605.01713, gradient × input; Nanda 2023, attribution patching)",
+    "gradient_attention": "no effect: each weight of attention times the gradient of the metric by "
+    "it, 0 where that is negative, averaged over heads and queries, added up over keys and layers "
+    "(Chefer et al. 2021, arXiv 2103.15679, equation 5, of each layer by itself)",
+    "integrated_gradients": "estimates, no cell was run: what is written less what is there, times "
+    "the mean gradient of the metric at {steps} midpoints of the line between, on which all cells "
+    "of a site and layer move together, so that their estimates add up to the effect of all of "
+    "them at once, but for the error of the steps (Sundararajan et al. 2017, arXiv 1703.01365)",
+}
+
+
+def _of_estimates(experiment: ResolvedExperiment) -> ConventionItems:
+    """What stands in for cells that aren't run."""
+    said, base = experiment.spec.estimator, experiment.spec.base
+    if said is None:
+        return
+    where = f"gradients of the {base} run"
+    if said.name == INTEGRATED:
+        where = f"gradients between the {base} run and what is written"
+    text = _ESTIMATED[said.name].format(steps=said.steps)
+    if said.name == GRADIENT and any(rule.spec.fill is not None for rule in experiment.rules):
+        yield "fill", "not used: it says what would be written, and a gradient is of what is there"
+    if said.name == ATTENTION:
+        yield "edges", "none is blocked: the rule says which weights are looked at"
+    yield "estimates", f"`{said.text}`: {text}; {where}, by autograd"
+
+
+def _of_cells(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems:
+    """Cells and rows of cells that aren't there, and how rules of one cell go together."""
+    if plan.path is not None and plan.beside_path:
+        yield (
+            "beside the path",
+            "the other rules act in each of its passes, also where the rest is held; what the "
+            f"senders have is of the {plan.path.rule.run} run, without them; rows are whole passes",
+        )
+    leading = [rule.paths.exists for rule in plan.rules if rule.paths is not None]
+    there = np.ones(plan.n_cells, dtype=np.bool_) if plan.drawn is None else plan.drawn
+    missing = int((there & ~np.logical_and.reduce(leading)).sum()) if leading else 0
+    if missing:
+        yield (
+            "pairs",
+            f"{there.sum() - missing} of {there.sum()}; in the others no receiver lies "
+            "behind a sender",
+        )
+    if measured.dropped:
+        of_donors = any(rule.rule.does.reads == "donor" for rule in plan.rules)
+        why = "they read a token of the answer that goes in nowhere"
+        yield (
+            "resample" if of_donors else "left out",
+            f"{count_noun(measured.dropped, 'row')} of cells left out: "
+            f"{'the other row lacks the position' if of_donors else why}",
+        )
+    acting = {r.rule.spec.span for r in plan.rules if r.rule.does.changes != "nothing"}
+    if len(acting) > 1:
+        yield (
+            "rules",
+            "together in one run, in the order of the file; where two set the same vector, the "
+            "later one stands",
+        )
+    if any(_window_text(rule.rule.spec) for rule in plan.rules):
+        yield (
+            "window",
+            "of w, named by its centre: from centre − ⌊w/2⌋ to centre + ⌈w/2⌉ − 1, cut at the ends",
+        )
+    if any(_several_answers(rule.positions) for rule in plan.rules):
+        yield "tokens", "several tokens under one label are separate runs, averaged per row"
+    answers = "; ".join(_on_answers(plan))
+    if answers:
+        yield ANSWER_TOKENS_KEY, answers
+    left_out = dict.fromkeys(x for rule in plan.rules for x in rule.rule.positions.left_out)
+    if left_out:
+        yield "positions", f"left out, as no row has them in both runs: {', '.join(left_out)}"
+
+
+def _of_controls(plan: ExperimentPlan) -> ConventionItems:
+    """What the effects are set against."""
+    experiment = plan.experiment
+    if experiment.control is not None:
+        yield "controls", experiment.control.said
+        yield "null band", _null_band(experiment.spec.statistics.confidence)
+    elif experiment.spec.estimator is not None:
+        yield "controls", "none: random targets aren't estimated"
+    elif any(rule.rule.does.changes != "nothing" for rule in plan.rules):
+        yield "controls", "none (`against random(39)` adds matched random targets)"
+
+
+def _of_inert(plan: ExperimentPlan, measured: MeasuredValues) -> ConventionItems:
+    """What needn't be run."""
+    if measured.inert:
+        there, inert = int(plan.exists.sum()), int((plan.inert & plan.exists).sum())
+        yield (
+            "inert",
+            f"{inert} of {there} cells, and {measured.inert:,} of "
+            f"{measured.rows:,} rows in all, can't differ from the base run",
+        )
+
+
+def _null_band(confidence: float) -> str:
+    """What a band and the p beside it state."""
+    return (
+        "from the r-th lowest to the r-th highest of k different draws, which holds one more like "
+        "them with probability (k + 1 − 2r)/(k + 1); r is the largest for which that is at least "
+        f"{confidence:g} %, else 1, the whole range; `p null` is (1 + b)/(1 + k), b of the draws "
+        "at least as large in size as the cell, each cell by itself, and never below 1/(1 + k); "
+        f"with k below {min_draws(confidence)} no effect is said to lie in its band"
+    )
+
+
+def fallback_conventions(model: LoadedModel, profile: ExecutionProfile) -> dict[str, str]:
+    """Where the run did not go as planned."""
+    found: dict[str, str] = {}
+    if not model.restartable:
+        found["planner"] = "every row is a whole forward pass: the model can't be restarted"
+    if profile.halved:
+        times = "once" if profile.halved == 1 else f"{profile.halved} times"
+        found["memory"] = f"ran out {times}; passes were halved and run again"
+    return found
+
+
+def pass_size_convention(sizes: PassSizes) -> dict[str, str]:
+    """What `--pass-tokens` and `--prompt-tokens` repeat, where it isn't what always stands."""
+    if sizes.chosen == "default" and sizes.prompt_tokens == PROMPT_TOKENS:
+        return {}
+    passes, prompts = f"{sizes.pass_tokens:,}", f"{sizes.prompt_tokens:,}"
+    return {"passes": f"up to {passes} tokens each, prompts in batches of up to {prompts}"}
+
+
+_PROBABILITY = {
+    "one label": "of which one is right: `prob` is their softmax, `correct` that one is the best",
+    "many labels": "each true or not by itself: `prob` is a sigmoid, `correct` that it is over 0.5",
+}
+"""What metrics mean of the labels of a classifier."""
+
+
+def _of_measures(experiment: ResolvedExperiment) -> dict[str, str]:
+    """What metrics count and where they look, where that isn't written beside them."""
+    found: dict[str, str] = {}
+    every = [*experiment.measures, *experiment.keep]
+    if any(atom.form.takes == "prompt" for measure in every for atom in measure.atoms):
+        row = experiment.table.runs[experiment.spec.base].rows[0]
+        counted = "but the first, which nothing predicts: no special token stands in front"
+        if row.special[0]:
+            before = row.ids[row.special.index(False) - 1]
+            token = experiment.model.tokenizer.token_text(before)
+            counted = f"with the first, which `{token}` predicts"
+        found["loss"] = f"mean over the prompt's own tokens {counted}"
+    said = [
+        said for measure in every for atom in measure.atoms for said in _of_sets(atom, experiment)
+    ]
+    if said:
+        found["answer sets"] = "; ".join([*dict.fromkeys(said), "equal tokens count once"])
+    shape = experiment.model.shape
+    logits = any(atom.form.of_outputs for measure in every for atom in measure.atoms)
+    if logits and shape.output_at != "every token":
+        found["output"] = f"one for a whole prompt, made of {describe_pooling(shape)}"
+        if shape.output_at == "image":
+            found["output"] = "one for a whole image"
+    if logits and shape.side:
+        found |= tower_conventions(experiment)
+    elif logits and shape.task in _PROBABILITY:
+        found["classes"] = f"{shape.outputs} labels, {_PROBABILITY[shape.task]}"
+    places: dict[str, dict[str, None]] = {}
+    for said in experiment.spec.measures:
+        if said.place is not None:
+            name = measure_names(said.label)[-1]
+            places.setdefault(name, {})[f"`{said.place}`"] = None
+    if places:
+        found["measured"] = "; ".join(
+            f"`{name}` at {' and '.join(own)}" for name, own in places.items()
+        )
+    compared = [
+        "last token" if said.at is None else said.at.span.written
+        for measure, said in zip(experiment.measures, experiment.spec.measures, strict=True)
+        if any(atom.form.takes == "activations" for atom in measure.atoms)
+    ]
+    if compared:
+        where = " and ".join(f"`{at}`" for at in dict.fromkeys(compared))
+        found["cosine"] = f"compared at {where}, where it is measured, not where rules write"
+    return found
+
+
+def _of_sets(atom: MetricTerm, experiment: ResolvedExperiment) -> Iterator[str]:
+    """What a metric accepts, where that is more than a range of numerals for all rows."""
+    node, sets = atom.node, list(atom.sets.values())
+    if not sets or not isinstance(node, ast.Call):
+        return
+    plain = len(node.arguments) == 1 and len(sets) == len(sets[0].tokens) == 1
+    if plain and isinstance(node.arguments[0].value, ast.Range):
+        return
+    counts = sorted({len(tokens) for each in sets for tokens in each.tokens})
+    many = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    token_of = {
+        number: token
+        for each in sets
+        for own, tokens in zip(each.numbers, each.tokens, strict=False)
+        for number, token in zip(own, tokens, strict=True)
+    }
+    if not token_of:
+        yield f"`{node.span.written}` over {many} tokens in a row"
+        return
+    text = experiment.model.tokenizer.token_text
+    spelt = " to ".join(f"`{text(token_of[end])}`" for end in (min(token_of), max(token_of)))
+    yield f"`{node.span.written}` over {many} numerals in a row ({spelt})"
+
+
+def _on_answers(plan: ExperimentPlan) -> Iterator[str]:
+    """What is done to the tokens of answers of several tokens, where that could be mistaken."""
+    left = [each.at.span.written for each in find_omitted_answers(plan.experiment)]
+    if left:
+        where = " and ".join(f"`{at}`" for at in dict.fromkeys(left))
+        yield f"{where} is all of the prompt; the answer behind it is left alone"
+    if plan.behind:
+        yield (
+            "rules act on the text that each measure reads, which stands behind the prompt of "
+            "every run; its last token is predicted and goes in nowhere"
+        )
+
+
+def _window_text(rule: Any) -> bool:
+    places = [place for place in (rule.site, rule.edge, rule.receiver) if place is not None]
+    return any(axis.window is not None for place in places for axis in place.axes)
+
+
+def _several_answers(positions: Any) -> bool:
+    return any(len(row) > 1 for cell in positions for row in cell.hits)
+
+
+def _of_directions(plan: ExperimentPlan, measured: MeasuredValues) -> dict[str, str]:
+    """How each direction was made, and its length, by which it is used."""
+    found: dict[str, str] = {}
+    used = [rule.direction for rule in plan.experiment.every_rule if rule.direction is not None]
+    for every in (list(direction.members.values()) for direction in used):
+        members = every[:MAX_LISTED_SITES]
+        for member in members:
+            length = measured.lengths.get(member.name)
+            norm = "" if length is None else f"; norm {length:.4g}"
+            norm = norm if length else "; 0, so that nothing changes"
+            found[f"direction {member.name}"] = f"{member.made}{norm}"
+        more = len(every) - len(members)
+        if more:
+            found["directions"] = f"and {more} more, made in the same way"
+    return found
+
+
+def _of_rules(plan: ExperimentPlan, model: LoadedModel) -> dict[str, str]:
+    """What rules say of themselves, each once, those on edges first; and where attention is
+    written out for them."""
+    every = plan.experiment.every_rule
+    edges = [rule for rule in every if rule.edge is not None]
+    others = [rule for rule in every if rule.edge is None]
+    found = _rule_notes(edges, model)
+    points = {p for rule in plan.rules for p in (*rule.point_table, *rule.source_table)}
+    layers = sorted(
+        {p.layer for p in points if p.site in ATTENTION_INTERNAL_SITES and p.layer is not None}
+    )
+    own = model.provenance.get("attention", "")
+    if layers:
+        where = f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+        by_itself = f" (the model's own is `{own}`)" if own not in ("", "eager") else ""
+        found["attention"] = f"written out (eager) in {where}{by_itself}"
+    return {**found, **_rule_notes(others, model)}
+
+
+def _rule_notes(rules: Sequence[ResolvedRule], model: LoadedModel) -> dict[str, str]:
+    """Key → what rules have to say under it."""
+    found: dict[str, dict[str, None]] = {}
+    closing: dict[str, str] = {}
+    for rule in rules:
+        for each in rule.does.conventions(rule, model.shape.n_layers):
+            found.setdefault(each.key, {})[each.text] = None
+            if each.closing:
+                closing[each.key] = each.closing
+    return {
+        key: "; ".join([*texts, *([closing[key]] if key in closing else [])])
+        for key, texts in found.items()
+    }

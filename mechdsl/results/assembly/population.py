@@ -1,0 +1,269 @@
+"""The population that an experiment's rows represent, and warnings if they cover little of it.
+
+If one value of the prompts explains most of the variance between rows, rows of one value are
+nearly copies of each other: for other values, only the number of values counts as the sample size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.statistics import ExplainedByValues
+from mechdsl.program import spec
+from mechdsl.program.images import IMAGE_SPAN
+from mechdsl.program.spec import TILE
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.statistics.measurements import (
+    MIN_STRATUM_UNITS,
+    CellStatistics,
+    MeasureData,
+    effect_parts,
+)
+from mechdsl.vocab.effects import EFFECTS
+
+
+def add_population(
+    result: ExperimentResult, table: PromptTable, statistics: spec.Statistics
+) -> ExperimentResult:
+    """The result with its strata, and with the population that its intervals are about among its
+    conventions; on the rows that are left, of all variants together.
+
+    table: of the first variant. Where whole groups are drawn (`stats by`) there are no strata.
+    """
+    names: tuple[str, ...] = ()
+    strata = None
+    if statistics.by is None:
+        strata, names = find_strata(result, table)
+    words = population_text(table, names, statistics.by)
+    return replace(
+        result,
+        strata=strata,
+        population=words,
+        conventions={**result.conventions, "population": words},
+    )
+
+
+def find_strata(
+    result: ExperimentResult, table: PromptTable
+) -> tuple[Ints | None, tuple[str, ...]]:
+    """[prompt] the combination of the evenly dealt values, and their names.
+
+    Each stratum has `FEWEST_IN_STRATUM` distinct rows: the variable of most values goes until it
+    is so, of equals the one that is defined last.
+    """
+    if not table.dealt or result.row_ids is None or result.row_keys is None:
+        return None, ()
+    values = dict(zip(table.row_ids, table.runs["clean"].rows, strict=True))
+    columns = {
+        name: [str(values[row].values[name]) for row in result.row_ids] for name in table.dealt
+    }
+    names = [name for name in columns if len(set(columns[name])) > 1]
+    while names:
+        codes = _codes([columns[name] for name in names])
+        distinct = np.unique(np.stack([codes, np.array(result.row_keys)]), axis=1)[0]
+        if np.bincount(distinct).min() >= MIN_STRATUM_UNITS:
+            return codes, tuple(names)
+        names.remove(max(reversed(names), key=lambda name: len(set(columns[name]))))
+    return None, ()
+
+
+def _codes(columns: Sequence[Sequence[str]]) -> Ints:
+    numbers: dict[tuple[str, ...], int] = {}
+    rows = zip(*columns, strict=True)
+    return np.array([numbers.setdefault(row, len(numbers)) for row in rows], dtype=np.int64)
+
+
+def population_text(table: PromptTable, strata: Sequence[str], by: str | None) -> str:
+    """What intervals and p are about."""
+    if by is not None:
+        return f"new values of {by}"
+    dealt = f"{_name_list(strata)} dealt evenly" if strata else ""
+    if table.data_hash:
+        return "new rows like these"
+    if table.whole:
+        return "; ".join(filter(None, ["new rows like these, which are all of the design", dealt]))
+    return ": ".join(filter(None, ["new rows of this design", dealt]))
+
+
+def _name_list(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+WARNING_SHARE = 0.5
+"""The share from which it is said."""
+
+F_TEST_LEVEL = 0.01
+"""Of the F test over all values that are tried: few rows have a large share by chance too."""
+
+
+@dataclass(frozen=True)
+class ExplainedVariance:
+    """How much of the variance between rows a value of the prompts explains."""
+
+    name: str
+    share: float
+    values: int
+
+
+def check_explained_variance(
+    result: ExperimentResult, experiment: spec.Experiment, fixed: Sequence[str]
+) -> list[Diagnostic]:
+    """W0722 for the measure and the value of the prompts of which it is most so.
+
+    It looks at the cell of the largest effect, whose rows claims are made of: others differ by less
+    than what anybody reads off the table, and to pick by the share would find it by chance.
+
+    fixed: values that aren't named, as they are all that the block declares: there are no others
+    that a claim could be about.
+    """
+    by = result.settings.by if result.settings else None
+    found: list[tuple[ExplainedVariance, int, int]] = []
+    for number, data in result.computed():
+        if data.kind != "number" or not EFFECTS[data.effect].tested:
+            continue  # a value of the metric is expected to hang on the prompt
+        cell = _largest_cell(data, result.statistics[number])
+        if cell is None:
+            continue
+        rows, index = _distinct_rows(data, cell)
+        columns = {
+            name: [str(values[i]) for i in index.tolist()]
+            for name, values in result.row_values.items()
+        }
+        own = columns.get(by or "")
+        whole = [columns[name] for name in fixed if name in columns]
+        of_tiles = by == IMAGE_SPAN and TILE in columns
+        columns = {
+            name: each
+            for name, each in columns.items()
+            if not any(_is_grouped_by(each, other) for other in (own, *whole))
+            and not (of_tiles and _is_crossed(each, own))
+        }
+        best = largest_explained_variance(rows, columns)
+        present = np.count_nonzero(~np.isnan(_row_effects(data, cell)))
+        found += [] if best is None else [(best, number, int(present))]
+    if not found:
+        return []
+    best, number, n = max(found, key=lambda each: each[0].share)
+    written = experiment.statistics.span.written.startswith("stats")
+    line = (
+        f"add `by {best.name}` to the line `stats`" if written else f"write `stats by {best.name}`"
+    )
+    return [
+        ExplainedByValues(
+            span=experiment.measures[number].span,
+            name=best.name,
+            share=_percent_text(best.share),
+            label_of=result.measures[number].label,
+            values=best.values,
+            n=n,
+            line=line,
+        )
+    ]
+
+
+def largest_explained_variance(
+    rows: Floats, columns: Mapping[str, Sequence[str]]
+) -> ExplainedVariance | None:
+    """The column that explains the largest share of the variance of these rows, if that is more
+    than half of it; of equal ones the first.
+
+    The share is adjusted R² of the one-way analysis of variance, 1 − (SSW / (n − k)) / (SST / (n −
+    1)), which columns without meaning have 0 of on average, however many values they have; and its
+    F test is below `LEVEL`, divided by the number of columns. Columns of one value, and of half as
+    many as there are rows or more, are not tried. (Fisher 1925; Ezekiel 1930.)
+    """
+    n = len(rows)
+    codes = {name: np.unique(column, return_inverse=True)[1] for name, column in columns.items()}
+    tried = {name: own for name, own in codes.items() if 2 <= int(own.max(initial=0)) + 1 < n / 2}
+    distinct = {tuple(_renumber(own)) for own in tried.values()}
+    found = [
+        each
+        for name, own in tried.items()
+        if (each := _explained_share(rows, name, own, F_TEST_LEVEL / len(distinct))) is not None
+    ]
+    return max(found, key=lambda each: each.share, default=None)
+
+
+def _explained_share(
+    rows: Floats, name: str, codes: Ints, level: float
+) -> ExplainedVariance | None:
+    from scipy.special import fdtrc  # not at the top: slow to import
+
+    n, k = len(rows), int(codes.max()) + 1
+    means = np.bincount(codes, rows, k) / np.bincount(codes, minlength=k)
+    total = float(((rows - rows.mean()) ** 2).sum())
+    within = float(((rows - means[codes]) ** 2).sum())
+    if total <= 0:
+        return None
+    share = 1 - (within / (n - k)) / (total / (n - 1))
+    ratio = np.inf if within <= 0 else ((total - within) / (k - 1)) / (within / (n - k))
+    p = float(fdtrc(k - 1, n - k, ratio))
+    return ExplainedVariance(name, share, k) if share > WARNING_SHARE and p < level else None
+
+
+def _percent_text(share: float) -> str:
+    return "more than 99 %" if share > 0.99 else f"{100 * share:.0f} %"
+
+
+def _renumber(codes: Ints) -> Iterator[int]:
+    """Codes in the order of their first row, so that equal partitions have equal ones."""
+    numbers: dict[int, int] = {}
+    for code in codes.tolist():
+        yield numbers.setdefault(code, len(numbers))
+
+
+def _is_crossed(column: Sequence[str], by: Sequence[str] | None) -> bool:
+    """Whether it differs within groups, so that these can't be joined by it."""
+    return by is not None and len(set(zip(column, by, strict=True))) > len(set(by))
+
+
+# --- what rows there are --------------------------------------------------------------------------
+
+
+def _row_effects(data: MeasureData, cell: int) -> Floats:
+    """[prompt] of one cell: what the effect is a mean of; of a ratio what each row adds to its
+    error, as its numerator alone differs between rows that agree on the ratio."""
+    found = effect_parts(data, EFFECTS[data.effect], np.array([cell]))
+    rows = found.numerator[0]
+    if found.denominator is not None:
+        under = found.denominator[0]
+        total = float(under.sum())
+        rows = rows - (float(rows.sum()) / total if total else 0.0) * under
+    return np.where(found.present[0], rows, np.nan)
+
+
+def _largest_cell(data: MeasureData, found: CellStatistics) -> int | None:
+    """The cell of the largest mean that is no rounding and not inert."""
+    usable = ~data.inert & ~found.at_rounding
+    sizes = np.where(usable & np.isfinite(found.mean), np.abs(found.mean), -1.0)
+    cell = int(np.argmax(sizes)) if len(sizes) else 0
+    return cell if len(sizes) and sizes[cell] > 0 else None
+
+
+def _distinct_rows(data: MeasureData, cell: int) -> tuple[Floats, Ints]:
+    """The rows of a cell, those that the measure can't tell apart once, and their numbers."""
+    rows = _row_effects(data, cell)
+    index = np.flatnonzero(np.isfinite(rows))
+    if data.seen is not None:
+        seen = data.seen[cell if len(data.seen) > 1 else 0][index]
+        index = index[np.sort(np.unique(seen, return_index=True)[1])]
+    rounding = 0.0
+    if data.rounding is not None and len(index):
+        own = data.rounding[cell if len(data.rounding) > 1 else 0][index]
+        rounding = float(np.nan_to_num(own).max())
+    found = rows[index]
+    if not len(found) or float(found.std()) <= rounding:  # differences that are nobody's
+        return found[:0], index[:0]
+    return found, index
+
+
+def _is_grouped_by(column: Sequence[str], by: Sequence[str] | None) -> bool:
+    """Whether `stats by` accounts for a column already: rows of one value are in one group."""
+    return by is not None and len(set(zip(column, by, strict=True))) == len(set(column))

@@ -1,0 +1,346 @@
+"""Sampling units of an experiment: rows that a measure can't distinguish count once.
+
+A hundred prompts with an equal beginning are one observation of an activation in that beginning.
+Values aren't compared: rows are the same if the visible tokens of every relevant run are, and with
+them the positions that are read and written and the metric's own texts. Random draws for a row
+(noise, a donor) make no further observation of it. The units of each cell are known before a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechdsl.base.arrays import Ints
+from mechdsl.planner.plan import ExperimentPlan
+from mechdsl.planner.rows import RulePlan, is_below_attention
+from mechdsl.prompts.runs import Hits, PositionCell, PromptRun
+from mechdsl.resolve.types import (
+    ItemNumber,
+    MetricTerm,
+    ResolvedExperiment,
+    ResolvedMeasure,
+    ResolvedRule,
+)
+from mechdsl.statistics.measurements import SamplingDesign, group_cells_by_view
+from mechdsl.vocab.effects import EFFECTS
+
+CellView = tuple[int, ...]
+"""What cells differ by, as far as rows can be told apart: per rule the number of its positions, of
+its keys, and whether it reads below the first attention; then the occurrence."""
+
+
+class RowViews:
+    """The rows of one experiment, as its measures see them."""
+
+    def __init__(
+        self, plan: ExperimentPlan, kept: Ints, causal: Callable[[str | None], bool]
+    ) -> None:
+        """kept: the rows that are in the experiment. causal: whether a token of this model (None is
+        the experiment's own) sees no later one."""
+        self.plan = plan
+        self.experiment = plan.experiment
+        self.kept: list[int] = kept.tolist()
+        self.causal = causal
+        self.ahead = plan.experiment.looks_ahead
+        self._prefixes: dict[int, Ints] = {}
+        self._keys = [
+            None if rule.rule.edge is None else list(rule.rule.edge.keys.written.values())
+            for rule in plan.rules
+        ]
+
+    def of(self, number: int, there: NDArray[np.bool_]) -> Ints | None:
+        """[1 or cell, prompt] of the cells that there are: equal numbers for rows that this measure
+        can't tell apart; None where no two are."""
+        measure = self.experiment.measures[number]
+        runs = EFFECTS[self.experiment.spec.measures[number].effect].reads
+        cells = np.flatnonzero(there).tolist()
+        keys = [self._cell(cell, measure) for cell in cells]
+        found = {key: self._codes(key, measure, runs) for key in dict.fromkeys(keys)}
+        codes = list(found.values())
+        if not codes or all(len(set(each)) == len(each) for each in codes):
+            return None
+        if all(each == codes[0] for each in codes):
+            return np.array([codes[0]], dtype=np.int64)
+        return np.array([found[key] for key in keys], dtype=np.int64)
+
+    def _cell(self, cell: int, measure: ResolvedMeasure) -> CellView:
+        found: list[int] = []
+        for rule in self.plan.rules:
+            acts = rule.active is None or bool(rule.active[cell])
+            found.append(int(rule.position_of_cell[cell]) if acts else -1)
+            found.append(-1 if rule.key_of_cell is None else int(rule.key_of_cell[cell]))
+            found.append(int(_cell_is_below_attention(rule, cell)))
+        by_item = any(atom.by_item for atom in measure.atoms)
+        item = self.plan.items[cell] if by_item else None
+        return (*found, -1 if item is None else item)
+
+    def _codes(self, cell: CellView, measure: ResolvedMeasure, runs: Sequence[str]) -> list[int]:
+        """Per kept row; those that aren't part of the cell are like no other."""
+        numbers: dict[Hashable, int] = {}
+        found: list[int] = []
+        for row in self.kept:
+            view = self._view(cell, measure, runs, row)
+            seen = ("left out", row) if view is None else view
+            found.append(numbers.setdefault(seen, len(numbers)))
+        return found
+
+    # --- one row ----------------------------------------------------------------------------------
+
+    def _view(
+        self, cell: CellView, measure: ResolvedMeasure, runs: Sequence[str], row: int
+    ) -> Hashable | None:
+        """All that the measure's value in a row hangs on; None where it isn't part of the cell."""
+        spec, item = self.experiment.spec, None if cell[-1] < 0 else cell[-1]
+        parts: list[Hashable] = [
+            part for atom in measure.atoms for part in self._of_atom(atom, measure, item, row)
+        ]
+        for name in runs:
+            if name == "source" and spec.source is not None:
+                parts.append(self._measured(self._run(spec.source), measure, row))
+            elif name == "base":
+                run = self._run(spec.base)
+                looked = self._looked_at(cell, measure, row)
+                parts.append(self._prefix(run, row, self._last(run, measure, row, looked)))
+        if "patched" not in runs:
+            return tuple(parts)
+        base = self._run(spec.base)
+        start = base
+        for n, rule in enumerate(self.plan.rules):
+            if rule.rule.does.changes == "input":
+                start = list(rule.rule.inputs.values())[cell[3 * n]]
+        looked = self._looked_at(cell, measure, row)
+        last = self._last(start, measure, row, looked)
+        ahead = any(rule.rule.does.looks_ahead for rule in self.plan.rules) or self.ahead
+        parts.append(self._prefix(start, row, last, ahead=ahead))
+        visible = last if self.causal(base.model) and not ahead else None
+        for n, rule in enumerate(self.plan.rules):
+            if cell[3 * n] < 0:  # it doesn't act there
+                continue
+            written = rule.positions[cell[3 * n]].hits[row]
+            keys = self._keys[n]
+            to = None if keys is None else keys[cell[3 * n + 1]].hits[row]
+            if not written or (to is not None and not to):
+                return None
+            changes = rule.rule.does.changes
+            if changes == "input" or (changes == "nothing" and not _reads_observation(measure)):
+                continue
+            shown = tuple(each for each in written if each and _is_visible(each, visible))
+            if not shown:
+                continue
+            source = rule.sources[cell[3 * n]]
+            parts += [n, shown, to]
+            parts += self._read(rule.rule, source, row, below=bool(cell[3 * n + 2]))
+        return tuple(parts)
+
+    def _of_atom(
+        self, atom: MetricTerm, measure: ResolvedMeasure, item: ItemNumber, row: int
+    ) -> Iterator[Hashable]:
+        """What a metric is given beside the run that it reads."""
+        if atom.texts:
+            yield atom.texts[item if atom.by_item else None][row]
+        if atom.sets:
+            yield atom.sets[item if atom.by_item else None].of(row)
+        if atom.python is not None:
+            yield self.experiment.table.row_keys[row]
+        if atom.run is not None:
+            yield self._measured(self._run(atom.run), measure, row)
+
+    def _read(
+        self, rule: ResolvedRule, source: PositionCell, row: int, *, below: bool
+    ) -> Iterator[Hashable]:
+        """What a rule reads for a row, beside what all rows share."""
+        reads = rule.does.reads
+        if reads == "mean" and rule.groups is not None:
+            yield rule.groups[row]
+        if reads not in ("run", "cell") or rule.apart is not None:
+            return
+        hits: Hits = source.hits[row]
+        run = self._run(rule.run)
+        yield hits
+        if below and run.derived is None:
+            ids, noised = run.rows[row].ids, () if run.noise is None else run.noise.positions[row]
+            every = [token for tokens in hits for token in tokens]
+            yield tuple((ids[n], n in noised) for n in every if n < len(ids))
+        else:
+            last = max((token for tokens in hits for token in tokens), default=-1)
+            yield self._prefix(run, row, last)
+
+    # --- runs -------------------------------------------------------------------------------------
+
+    def _run(self, name: str) -> PromptRun:
+        return self.experiment.table.runs[name]
+
+    def _measured(self, run: PromptRun, measure: ResolvedMeasure, row: int) -> Hashable:
+        """What an unpatched run shows where it is measured."""
+        return self._prefix(run, row, self._last(run, measure, row, None))
+
+    def _last(self, run: PromptRun, measure: ResolvedMeasure, row: int, looked: int | None) -> int:
+        """The last token that the measure reads."""
+        end = len(run.rows[row].ids) - 1
+        found = -1 if looked is None else looked
+        for atom in measure.atoms:
+            if measure.observed or atom.form.takes == "observation":
+                continue
+            at = measure.at.get(run.name)
+            if at is None or atom.form.takes == "prompt":
+                behind = atom.behind[row] if atom.texts else 0
+                found = max(found, end + behind)
+            else:
+                found = max(found, at[row])
+        return found
+
+    def _looked_at(self, cell: CellView, measure: ResolvedMeasure, row: int) -> int | None:
+        """The last token that the measure looks at."""
+        if not _reads_observation(measure):
+            return None
+        queries = [
+            token
+            for n, rule in enumerate(self.plan.rules)
+            if rule.rule.does.changes == "nothing"
+            for tokens in rule.positions[cell[3 * n]].hits[row]
+            for token in tokens
+        ]
+        return max(queries, default=None)
+
+    def _prefix(self, run: PromptRun, row: int, last: int, *, ahead: bool = False) -> Hashable:
+        """The tokens of a run that can be seen from one of them, with where noise is added; all of
+        them in a model that sees the whole prompt, or where rules let tokens see later ones
+        (ahead). Beyond the prompt stands the metric's text."""
+        key = id(run)
+        if key not in self._prefixes:
+            self._prefixes[key] = _prefix_numbers([each.ids for each in run.rows])
+        numbers = self._prefixes[key][row]
+        causal = self.causal(run.model) and not (ahead or (self.ahead and run.derived))
+        final = len(run.rows[row].ids) - 1
+        end = min(last, final) if causal else final
+        noised = () if run.noise is None else run.noise.positions[row]
+        noise = tuple(token for token in noised if token <= end)
+        made = tuple(self._made(run, row, end if causal else None))
+        return (run.name, last, int(numbers[end]) if end >= 0 else -1, noise, made)
+
+    def _looks_ahead(self, run: PromptRun) -> bool:
+        """Whether a rule of a run lets tokens see later ones."""
+        if run.derived is None:
+            return False
+        own = any(rule.does.looks_ahead for rule in self.experiment.derived[run.name].rules)
+        return own or self._looks_ahead(self._run(run.derived.base))
+
+    def _made(self, run: PromptRun, row: int, visible: int | None) -> Iterator[Hashable]:
+        """What the rules of a run write into a row, as far as it can be seen; none of one without.
+
+        visible: the last token that is; None is all.
+        """
+        if run.derived is None:
+            return
+        yield from self._made(self._run(run.derived.base), row, visible)
+        for number, rule in enumerate(self.experiment.derived[run.name].rules):
+            (written,), (source,) = rule.positions.written.values(), rule.positions.read.values()
+            shown = tuple(each for each in written.hits[row] if each and _is_visible(each, visible))
+            if not shown:
+                continue
+            keys = () if rule.edge is None else rule.edge.keys.written.values()
+            yield (number, shown, *(cell.hits[row] for cell in keys))
+            yield from self._read(rule, source, row, below=_rule_is_below_attention(rule))
+
+
+def keep_shared_views(seen: Ints | None) -> Ints | None:
+    """None where no two rows of any cell are the same."""
+    if seen is None or all(len(np.unique(cell)) == len(cell) for cell in seen):
+        return None
+    return seen
+
+
+def _prefix_numbers(rows: Sequence[Sequence[int]]) -> Ints:
+    """[row, token] A number for all tokens up to it: equal for equal beginnings."""
+    lengths = np.array([len(ids) for ids in rows])
+    own = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    tokens = np.full(own.shape, -1)
+    tokens[own] = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
+    numbers = np.empty(own.shape, dtype=np.int64)
+    before, first = np.zeros(len(rows), dtype=np.int64), 0
+    for column, ids in enumerate(tokens.T):
+        pairs = before * (tokens.max() + 2) + ids + 1
+        different, before = np.unique(pairs, return_inverse=True)
+        numbers[:, column] = first + before
+        first += len(different)
+    return numbers
+
+
+def _is_visible(tokens: Sequence[int], last: int | None) -> bool:
+    """Whether what is written there can be seen."""
+    return last is None or min(tokens) <= last
+
+
+def _reads_observation(measure: ResolvedMeasure) -> bool:
+    """Whether it reads what is observed."""
+    return measure.observed or any(a.form.takes == "observation" for a in measure.atoms)
+
+
+def _rule_is_below_attention(rule: ResolvedRule) -> bool:
+    """The same of a rule with one cell."""
+    if rule.sites is None:
+        return False
+    (points,) = (rule.sites.sources or rule.sites.points).values()
+    return bool(points) and all(map(is_below_attention, points))
+
+
+def _cell_is_below_attention(rule: RulePlan, cell: int) -> bool:
+    """Whether all that a rule reads in a cell hangs on the position's own token."""
+    first, end = rule.points.offsets[rule.site_of_cell[cell] :][:2]
+    points = [rule.source_table[point] for point in rule.points.values[first:end].tolist()]
+    return bool(points) and all(map(is_below_attention, points))
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedUnits:
+    """Of one measure."""
+
+    counts: Ints
+    """[cell] units of the cells that can differ from the base run."""
+    codes: Ints
+    """[row] the number of its unit, where it has most of them."""
+
+
+def plan_units(
+    plan: ExperimentPlan, number: int, kept: Ints, causal: Callable[[str | None], bool]
+) -> PlannedUnits:
+    """number: of the measure. kept: the rows that are in the experiment. causal: whether a token of
+    this model (None is the experiment's own) sees no later one."""
+    there = plan.exists
+    sampling = plan_sampling(plan.experiment, kept)
+    seen = RowViews(plan, kept, causal).of(number, there)
+    present = plan.present(kept)[there]
+    counts = np.zeros(len(present), dtype=np.int64)
+    every = {
+        tuple(cells.tolist()): sampling.units(own)
+        for cells, own in group_cells_by_view(len(present), seen)
+    }
+    for cells, units in every.items():
+        counts[list(cells)] = units.held(present[list(cells)])
+    most = max(every.values(), key=lambda units: units.count, default=sampling.units())
+    return PlannedUnits(counts[~plan.inert[there]], most.codes[0])
+
+
+def plan_sampling(experiment: ResolvedExperiment, kept: Ints) -> SamplingDesign:
+    """What intervals of these rows hang on, but for their design."""
+    keys = experiment.table.row_keys
+    return SamplingDesign(
+        len(kept),
+        experiment.spec.statistics,
+        experiment.seed,
+        [keys[i] for i in kept.tolist()],
+        _resampled_groups(experiment, kept),
+    )
+
+
+def _resampled_groups(experiment: ResolvedExperiment, kept: Ints) -> np.ndarray | None:
+    """The groups that `stats by` resamples."""
+    by, rows = experiment.spec.statistics.by, experiment.table.runs["clean"].rows
+    if by is None or not all(by in rows[i].values for i in kept):
+        return None
+    return np.array([str(rows[i].values[by]) for i in kept])

@@ -1,0 +1,680 @@
+"""Cells of one measure in two runs: matched rows, differing values, difference of effects."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.base.text import count_noun
+from mechdsl.program import spec
+from mechdsl.program.significance import (
+    CORRECTION_NAMES,
+    MIN_UNITS,
+    smallest_p_value,
+    unreachable_cells,
+)
+from mechdsl.resolve.cells import CellKey
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.statistics.cell_statistics import (
+    Inference,
+    denominator_interval,
+    infer_shares,
+    rounding_bound,
+    share_limits,
+)
+from mechdsl.statistics.comparisons import RunPair, paired_difference, unpaired_difference
+from mechdsl.statistics.corrections import CORRECTIONS
+from mechdsl.statistics.intervals import flip_count, joint_sign_flip_p
+from mechdsl.statistics.measurements import (
+    EffectParts,
+    EffectSums,
+    MeasureData,
+    SamplingDesign,
+    Units,
+    effect_parts,
+    find_units,
+    group_cells_by_view,
+)
+from mechdsl.vocab.effects import EFFECTS
+
+
+def index_by_occurrence(keys: Iterable[Hashable]) -> dict[Hashable, int]:
+    """Place by key; of equal keys the first, the second and so on are told apart."""
+    counts: Counter[Hashable] = Counter()
+    found: dict[Hashable, int] = {}
+    for place, key in enumerate(keys):
+        found[key, counts[key]] = place
+        counts[key] += 1
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class IndexMatch:
+    """Places of what is in both, side by side in the order of the new run, and of what is in one
+    alone."""
+
+    old: Ints
+    new: Ints
+    added: tuple[int, ...]
+    removed: tuple[int, ...]
+
+    @classmethod
+    def of(cls, old: Iterable[Hashable], new: Iterable[Hashable]) -> IndexMatch:
+        before, after = index_by_occurrence(old), index_by_occurrence(new)
+        common = [key for key in after if key in before]
+        return cls(
+            old=np.array([before[key] for key in common], dtype=np.int64),
+            new=np.array([after[key] for key in common], dtype=np.int64),
+            added=tuple(place for key, place in after.items() if key not in before),
+            removed=tuple(place for key, place in before.items() if key not in after),
+        )
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(zip(self.old.tolist(), self.new.tolist(), strict=True))
+
+    def __len__(self) -> int:
+        return len(self.new)
+
+
+def match_rows(old: ExperimentResult, new: ExperimentResult) -> IndexMatch:
+    """Rows of equal content; by their numbers where contents aren't known."""
+    if old.row_keys is not None and new.row_keys is not None:
+        return IndexMatch.of(old.row_keys, new.row_keys)
+    return IndexMatch.of(_row_numbers(old), _row_numbers(new))
+
+
+def _row_numbers(result: ExperimentResult) -> Sequence[int]:
+    return range(result.prompts) if result.row_ids is None else result.row_ids
+
+
+def match_measures(old: ExperimentResult, new: ExperimentResult) -> IndexMatch:
+    """Measures of one label and effect, read at one position, and estimated in one way."""
+    return IndexMatch.of(map(measure_key, old.measures), map(measure_key, new.measures))
+
+
+def measure_key(data: MeasureData) -> Hashable:
+    return data.label, data.effect, data.per_prompt, data.kind, data.at, data.estimator
+
+
+def match_cells(old: ExperimentResult, new: ExperimentResult) -> IndexMatch:
+    """Cells of equal coordinates at one site and position."""
+    return IndexMatch.of(map(_cell_key, old.cells), map(_cell_key, new.cells))
+
+
+def _cell_key(cell: CellKey) -> Hashable:
+    coords = tuple(sorted(cell.coords.items()))
+    return coords, tuple(sorted(cell.also.items())), cell.site, cell.position
+
+
+ROW_ARRAYS = ("patched", "base", "source", "truth", "rounding")
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedRows:
+    """The rows on which two runs of an experiment are compared, with what intervals hang on."""
+
+    matched: IndexMatch
+    sampling: SamplingDesign
+    of_new: Bools
+    """[row]: all where rows are paired; else whether it is one of the new run."""
+
+    @property
+    def paired(self) -> bool:
+        """Whether the runs have rows in common; those alone are compared then."""
+        return len(self.matched) > 0
+
+    @classmethod
+    def of(cls, old: ExperimentResult, new: ExperimentResult) -> AlignedRows:
+        found, settings = match_rows(old, new), new.settings
+        if settings is None:
+            raise ValueError(f"experiment `{new.name}` has no statistics yet")
+        keys, groups = _row_keys(new), new.groups
+        if len(found):
+            at = found.new
+            sampling = SamplingDesign(
+                len(at),
+                settings,
+                new.seed,
+                keys[at].tolist(),
+                None if groups is None else groups[at],
+                None if new.strata is None else new.strata[at],
+                None if new.blocks is None else new.blocks[at],
+            )
+            return cls(found, sampling, np.ones(len(at), dtype=bool))
+        of_new = np.arange(new.prompts + old.prompts) < new.prompts
+        by = settings.by
+        labels = None
+        if groups is not None:  # a value that both runs have is two draws of it: on the safe side
+            theirs = old.row_values.get(by or "", range(old.prompts))
+            labels = np.array([f"+{each}" for each in groups] + [f"-{each}" for each in theirs])
+        own = np.concatenate([keys, _row_keys(old)])
+        return cls(
+            found, SamplingDesign(len(own), settings, new.seed, own.tolist(), labels), of_new
+        )
+
+
+def _row_keys(result: ExperimentResult) -> Ints:
+    keys = result.row_ids if result.row_keys is None else result.row_keys
+    return np.arange(result.prompts) if keys is None else np.array(keys, dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class CellBlock:
+    """Some cells of a measure that share their units."""
+
+    cells: Ints
+    both: RunPair
+    units: Units
+    whole: bool
+    """Whether all rows are in them."""
+    of_new: Bools
+    """[unit]."""
+    n: tuple[Ints, Ints]
+    """[cell] each: rows of the old and of the new run."""
+
+
+class AlignedMeasure:
+    """One measure of both runs, over the cells and rows that are compared."""
+
+    def __init__(
+        self,
+        old: tuple[MeasureData, Ints],
+        new: tuple[MeasureData, Ints],
+        rows: AlignedRows,
+    ) -> None:
+        """old, new: the measure, and its cells that the other run has too."""
+        self.rows = rows
+        self.effect = EFFECTS[new[0].effect]
+        self.old = _align_measure(*old, rows, of_new=False)
+        self.new = _align_measure(*new, rows, of_new=True)
+
+    def blocks(self, cells: Ints) -> Iterator[CellBlock]:
+        """These cells by their units, numerators and denominators summed within them."""
+        if not len(cells):
+            return
+        sampling = self.rows.sampling
+        seen = _join_views(self.old, self.new, cells)
+        for some, view in group_cells_by_view(len(cells), seen):
+            views = () if view is None else np.split(view, 2)
+            design = None if sampling.groups is not None else sampling.strata
+            units = find_units([sampling.rows(*views)], design)
+            old, new = self.parts(cells[some])
+            full = (old.present | new.present).all(1)
+            for whole in (True, False):
+                own = np.flatnonzero(full == whole)
+                if len(own):
+                    yield self._block(cells[some[own]], units, whole=whole)
+
+    def _block(self, cells: Ints, units: Units, *, whole: bool) -> CellBlock:
+        old, new = self.parts(cells)
+        of_new = np.zeros(units.count, dtype=bool)
+        of_new[units.codes[0][self.rows.of_new]] = True
+        n = np.count_nonzero(old.present, axis=1), np.count_nonzero(new.present, axis=1)
+        return CellBlock(cells, RunPair(old.sums(units), new.sums(units)), units, whole, of_new, n)
+
+    def parts(self, cells: Ints) -> tuple[EffectParts, EffectParts]:
+        """Of both runs; where rows are paired, of the rows that are in the cell in both."""
+        old, new = (effect_parts(data, self.effect, cells) for data in (self.old, self.new))
+        if not self.rows.paired:
+            return old, new
+        present = old.present & new.present
+        return _restrict_rows(old, present), _restrict_rows(new, present)
+
+
+def _restrict_rows(own: EffectParts, present: Bools) -> EffectParts:
+    denominator = own.denominator
+    if denominator is not None and not present.all():
+        denominator = np.where(present, denominator, 0.0)
+    numerator = np.where(present, own.numerator, 0.0)
+    return replace(own, numerator=numerator, denominator=denominator, present=present)
+
+
+def _align_measure(
+    data: MeasureData, cells: Ints, rows: AlignedRows, *, of_new: bool
+) -> MeasureData:
+    """The measure on these cells, and on the rows that are compared; NaN in those of the other
+    sample."""
+    places = rows.matched.new if of_new else rows.matched.old
+    there = rows.of_new if of_new or rows.paired else ~rows.of_new
+
+    def cut(values: Floats | None) -> Floats | None:
+        if values is None:
+            return None
+        chosen = values[cells] if len(values) > 1 else values
+        if rows.paired:
+            return chosen[:, places]
+        found = np.full((len(chosen), len(there)), np.nan)
+        found[:, there] = chosen
+        return found
+
+    seen = data.seen
+    if seen is not None:
+        seen = seen[cells] if len(seen) > 1 else seen
+        if rows.paired:
+            seen = seen[:, places]
+        else:  # rows of the other run are like no other
+            own = np.arange(len(there)) + int(seen.max(initial=0)) + 1
+            wide = np.repeat(own[None], len(seen), axis=0)
+            wide[:, there] = seen
+            seen = wide
+    held = {name: cut(getattr(data, name)) for name in ROW_ARRAYS}
+    return replace(data, **held, seen=seen, inert=data.inert[cells], gaps=())
+
+
+def _join_views(old: MeasureData, new: MeasureData, cells: Ints) -> Ints | None:
+    """[1 or cell, 2 × row]: what either run sees of rows."""
+    if old.seen is None and new.seen is None:
+        return None
+    rows = old.patched.shape[1]
+    views = [np.arange(rows)[None] if each.seen is None else each.seen for each in (old, new)]
+    views = [each[cells] if len(each) > 1 else each for each in views]
+    most = max(len(each) for each in views)
+    return np.concatenate([np.broadcast_to(each, (most, rows)) for each in views], axis=1)
+
+
+CellState = Literal["equal", "rounding", "noise", "changed", "unclear", "lost", "found", "none"]
+"""What became of a cell. equal: every value is the same to the bit. rounding: rounding alone
+explains every difference. noise: values differ, the effect's difference can't be told from 0.
+changed: it can. unclear: values differ, and there is no test. lost, found, none: it has a number in
+the old run alone, in the new one alone, in neither."""
+
+
+@dataclass(eq=False)
+class ValueDifferences:
+    """How single rows differ: arrays over cells. Of two samples only `n` says something."""
+
+    n: Ints
+    """Rows that are in the cell in both runs; of two samples, those of the smaller one."""
+    changed: Ints
+    """Rows of which a value differs, or that are in the cell in one run alone."""
+    beyond: Ints
+    """Those of them that rounding doesn't explain."""
+    largest: Floats
+    """The largest difference of a value; 0 where none differs, NaN of categories."""
+
+
+@dataclass(eq=False)
+class MeasureComparison:
+    """One measure: arrays over the cells that both runs have, NaN where there is no number."""
+
+    old: ExperimentResult
+    new: ExperimentResult
+    numbers: tuple[int, int]
+    """Of the measure, in the old and in the new run."""
+    cells: IndexMatch
+    rows: AlignedRows
+    states: list[CellState] = field(default_factory=list[CellState])
+    reasons: list[str | None] = field(default_factory=list[str | None])
+    values: ValueDifferences = field(init=False)
+    before: Floats = field(init=False)
+    """The effect in the old run, on the rows that are compared; of categories the share of that
+    which was commonest."""
+    after: Floats = field(init=False)
+    low: Floats = field(init=False)
+    high: Floats = field(init=False)
+    p: Floats = field(init=False)
+    p_corrected: Floats = field(init=False)
+    floor: Bools = field(init=False)
+    bound: Floats = field(init=False)
+    """How far rounding alone may move the difference."""
+    units: Ints = field(init=False)
+    word: str = "prompt"
+    """What a unit is called."""
+
+    def __post_init__(self) -> None:
+        count = len(self.cells)
+        self.aligned = AlignedMeasure(
+            (self.old.measures[self.numbers[0]], self.cells.old),
+            (self.new.measures[self.numbers[1]], self.cells.new),
+            self.rows,
+        )
+        for name in ("before", "after", "low", "high", "p", "p_corrected"):
+            setattr(self, name, np.full(count, np.nan))
+        self.floor, self.bound = np.zeros(count, dtype=bool), np.zeros(count)
+        self.units = np.zeros(count, dtype=np.int64)
+        self.reasons = [None] * count
+        self.values = _value_differences(self.aligned)
+        self.states = [self._state(cell) for cell in range(count)]
+        self._look()
+
+    # --- what is known without a test -------------------------------------------------------------
+
+    @property
+    def category(self) -> bool:
+        return self.aligned.new.kind == "category"
+
+    @property
+    def settings(self) -> spec.Statistics:
+        return self.rows.sampling.settings
+
+    @property
+    def level(self) -> float:
+        """What a corrected p has to stay under."""
+        return round(1 - self.settings.confidence / 100, 10)
+
+    def _number(self, result: ExperimentResult, measure: int, cell: int) -> bool:
+        found = result.statistics[measure]
+        return bool(np.isfinite((found.share if self.category else found.mean)[cell]))
+
+    def _state(self, cell: int) -> CellState:
+        sides = (
+            (self.old, self.numbers[0], self.cells.old),
+            (self.new, self.numbers[1], self.cells.new),
+        )
+        has = [self._number(result, number, int(places[cell])) for result, number, places in sides]
+        if not all(has):
+            for here, (result, number, places) in zip(has, sides, strict=True):
+                if not here:
+                    self.reasons[cell] = result.statistics[number].reasons[int(places[cell])]
+            return "lost" if has[0] else "found" if has[1] else "none"
+        if not self.rows.paired:
+            return "noise"
+        if not self.values.n[cell] and self.values.changed[cell] == 0:
+            self.reasons[cell] = "no row of both runs is part of this cell"
+            return "unclear"
+        if not self.values.changed[cell]:
+            return "equal"
+        return "noise" if self.values.beyond[cell] else "rounding"
+
+    def _look(self) -> None:
+        """The effects of all cells that have one in both runs, and which can't be tested."""
+        known = self.of_state("equal", "rounding", "noise", "unclear")
+        if self.category:
+            self._look_at_categories(known)
+            return
+        old, new = self.aligned.old, self.aligned.new
+        for block in self.aligned.blocks(known):
+            cells, both = block.cells, block.both
+            self.before[cells] = _value_or_nan(both.old.value)
+            self.after[cells] = _value_or_nan(both.new.value)
+            self.units[cells] = self._held(block)
+            for data, parts in zip((old, new), self.aligned.parts(cells), strict=True):
+                bound = rounding_bound(data, self.aligned.effect, cells, parts.present)
+                self.bound[cells] += np.nan_to_num(bound)
+        still = old.inert & new.inert & self.aligned.effect.tested
+        for block in self.aligned.blocks(self.of_state("noise")):
+            unbounded = self._unbounded(block)
+            word = self.word = self.rows.sampling.unit_word(block.units)
+            for place, cell in enumerate(block.cells.tolist()):
+                why = self._few(int(self.units[cell]), word) or unbounded[place]
+                if still[cell]:
+                    self.reasons[cell] = "it can't differ from the base run in either"
+                elif why is not None:
+                    self.states[cell], self.reasons[cell] = "unclear", why
+
+    def _few(self, units: int, word: str) -> str | None:
+        if units >= MIN_UNITS:
+            return None
+        each = "" if self.rows.paired else " in the smaller sample"
+        return f"{count_noun(units, word)}{each}: no claim below {MIN_UNITS}"
+
+    def _held(self, block: CellBlock) -> Ints:
+        """[cell]: units behind the difference; of two samples, of the smaller one."""
+        return np.minimum(block.both.old.held, block.both.new.held)
+
+    def _unbounded(self, block: CellBlock) -> list[str | None]:
+        """[cell]: that a ratio's denominator can't be told from 0 on the rows that are compared."""
+        found: list[str | None] = [None] * len(block.cells)
+        effect = self.aligned.effect
+        if effect.denominator is None or self.aligned.new.per_prompt:
+            return found
+        present = np.stack([each.present for each in self.aligned.parts(block.cells)])
+        for sums, there in zip((block.both.old, block.both.new), present, strict=True):
+            ones = block.units.total(there.astype(np.float64))
+            bottom = EffectSums(np.broadcast_to(sums.bottom, ones.shape), ones, sums.held)
+            strata = block.units.strata if block.whole else None
+            low, high = denominator_interval(bottom, strata, self.settings.confidence)
+            with np.errstate(invalid="ignore"):
+                bounded = (low > 0) | (high < 0)
+            for place in np.flatnonzero(~bounded).tolist():
+                found[place] = f"{effect.divisor} can't be told from 0 on these rows"
+        return found
+
+    # --- categories -------------------------------------------------------------------------------
+
+    def _look_at_categories(self, cells: Ints) -> None:
+        """The share of what was commonest, and how many units there are."""
+        for cell in cells.tolist():
+            rows = self._present(cell)
+            old, new = self._shown(cell)
+            values, counts = np.unique(old[rows[0]], return_counts=True)
+            if not len(values) or not rows[1].any():
+                continue
+            commonest = values[counts.argmax()]
+            self.before[cell] = np.mean(old[rows[0]] == commonest)
+            self.after[cell] = np.mean(new[rows[1]] == commonest)
+        for block in self.aligned.blocks(cells):
+            word = self.word = self.rows.sampling.unit_word(block.units)
+            self.units[block.cells] = self._held(block)
+            for cell in block.cells.tolist():
+                few = self._few(int(self.units[cell]), word)
+                if few is not None and self.states[cell] == "noise":
+                    self.states[cell], self.reasons[cell] = "unclear", few
+
+    def _shown(self, cell: int) -> tuple[Floats, Floats]:
+        return self.aligned.old.patched[cell], self.aligned.new.patched[cell]
+
+    def _present(self, cell: int) -> tuple[Bools, Bools]:
+        own, other = (~np.isnan(each) for each in self._shown(cell))
+        return (own & other, own & other) if self.rows.paired else (own, other)
+
+    def _category_p(self, cell: int, block: CellBlock, tests: int) -> tuple[float, bool]:
+        """Of all categories' shares together: the p of the share that moves most."""
+        rows = self._present(cell)
+        shown = self._shown(cell)
+        every = np.unique(np.concatenate([v[r] for v, r in zip(shown, rows, strict=True)]))
+        is_it = [
+            np.where(own, value == every[:, None], False).astype(np.float64)
+            for value, own in zip(shown, rows, strict=True)
+        ]
+        tops = [block.units.total(each) for each in is_it]
+        if self.rows.paired:
+            flips = flip_count(tests, self.level)
+            found = float(joint_sign_flip_p(tops[1] - tops[0], flips, self.new.seed).min())
+            return found, found <= 1 / (flips + 1)
+        bottoms = [block.units.total(own[None].astype(np.float64)) for own in rows]
+        held = [np.full(len(every), np.count_nonzero(each)) for each in bottoms]
+        sides = [EffectSums(*each) for each in zip(tops, bottoms, held, strict=True)]
+        return min(
+            1.0, float(unpaired_difference(RunPair(*sides), block.of_new).p().min()) * len(every)
+        ), False
+
+    # --- tests ------------------------------------------------------------------------------------
+
+    def of_state(self, *states: CellState) -> Ints:
+        """Numbers of the cells of these states."""
+        return np.array([i for i, s in enumerate(self.states) if s in states], dtype=np.int64)
+
+    @property
+    def asked(self) -> Ints:
+        """The cells whose difference is tested."""
+        return np.array(
+            [i for i in self.of_state("noise").tolist() if self.reasons[i] is None], dtype=np.int64
+        )
+
+    def test(self, tests: int) -> None:
+        """Intervals and p of these cells. tests: of how many p the smallest has to survive."""
+        for block in self.aligned.blocks(self.asked):
+            if self.category:
+                for cell in block.cells.tolist():
+                    self.p[cell], self.floor[cell] = self._category_p(cell, block, tests)
+                continue
+            self._test(block)
+
+    def _test(self, block: CellBlock) -> None:
+        cells, both = block.cells, block.both
+        confidence, level = self.settings.confidence, 1 - self.settings.confidence / 100
+        found = self._share_difference(block)
+        if found is None:
+            strata = block.units.strata if block.whole else None
+            own = (
+                paired_difference(both, strata)
+                if self.rows.paired
+                else unpaired_difference(both, block.of_new)
+            )
+            nothing = np.zeros(len(cells), dtype=bool)
+            found = Inference.of(*own.interval(confidence, MIN_UNITS), own.p(), nothing, level)
+        self.low[cells], self.high[cells] = found.low, found.high
+        self.p[cells], self.floor[cells] = found.p, found.floor
+
+    def _share_difference(self, block: CellBlock) -> Inference | None:
+        """Of the difference of two shares, from the exact limits of both."""
+        confidence, effect = self.settings.confidence, self.aligned.effect
+        if effect.name != "raw":
+            return None
+        for data in (self.aligned.old, self.aligned.new):
+            if share_limits(data, effect, block.cells, block.units, confidence) is None:
+                return None
+        return infer_shares(block.both.new, block.both.old, block.n[1], confidence, block.n[0])
+
+    def decide(self, corrected: Floats) -> None:
+        """Which cells changed. corrected: p of the cells that are asked."""
+        cells = self.asked
+        self.p_corrected[cells] = corrected
+        difference = np.abs(self.after - self.before)
+        for cell in cells.tolist():
+            beyond = self.category or difference[cell] > self.bound[cell]
+            if self.p_corrected[cell] < self.level and beyond:
+                self.states[cell] = "changed"
+
+
+def _value_or_nan(values: Floats) -> Floats:
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _value_differences(aligned: AlignedMeasure) -> ValueDifferences:
+    count = len(aligned.new.patched)
+    zero = [np.zeros(count, dtype=np.int64) for _ in range(3)]
+    found = ValueDifferences(zero[0], zero[1], zero[2], np.full(count, np.nan))
+    old, new = aligned.old, aligned.new
+    if not aligned.rows.paired:
+        counts = [np.count_nonzero(~np.isnan(each.patched), axis=1) for each in (old, new)]
+        found.n = np.minimum(*counts)
+        return found
+    differs = np.zeros_like(new.patched, dtype=bool)
+    beyond = np.zeros_like(differs)
+    size = np.zeros_like(new.patched)
+    bounds = [each.rounding for each in (old, new)]
+    bound = sum((np.nan_to_num(each) for each in bounds if each is not None), np.zeros((1, 1)))
+    there = ~np.isnan(old.patched) & ~np.isnan(new.patched)
+    for one, two in _run_values(aligned):
+        alone = np.isnan(one) != np.isnan(two)
+        with np.errstate(invalid="ignore"):  # what is infinite in both runs
+            moved = np.abs(two - one)
+        apart = np.where(np.isnan(moved), 0.0, moved)
+        own = apart > 0
+        differs |= own | alone
+        # a category that rounding may change may become any other
+        beyond |= (own & (bound == 0) if new.kind == "category" else apart > bound) | alone
+        size = np.maximum(size, np.broadcast_to(apart, size.shape))
+    inside = there | (np.isnan(old.patched) != np.isnan(new.patched))
+    found.n = np.count_nonzero(there, axis=1)
+    found.changed = np.count_nonzero(differs & inside, axis=1)
+    found.beyond = np.count_nonzero(beyond & inside, axis=1)
+    if new.kind == "number":
+        found.largest = np.where(there, size, 0.0).max(axis=1, initial=0.0)
+    return found
+
+
+def _run_values(aligned: AlignedMeasure) -> Iterator[tuple[Floats, Floats]]:
+    """What the effect is made of, in the old and in the new run."""
+    names = ("patched",) if aligned.new.kind == "category" else aligned.effect.reads
+    for name in names:
+        one, two = getattr(aligned.old, name), getattr(aligned.new, name)
+        nothing = np.full((1, 1), np.nan)
+        yield nothing if one is None else one, nothing if two is None else two
+
+
+def decide_changes(measures: Sequence[MeasureComparison]) -> dict[str, str]:
+    """Test the differences, decide which cells changed, and say how in words.
+
+    The family is every cell whose values differ by more than rounding. Of the others no sign can
+    be swapped, so that they can't be false positives and need no share of the level (Tarone 1990).
+    """
+    asked = [len(each.asked) for each in measures]
+    tests = sum(asked)
+    if not tests:
+        return {}
+    correction = shared_correction(
+        [each.settings for each, n in zip(measures, asked, strict=True) if n]
+    )
+    for each in measures:
+        each.test(1 if correction == "none" else tests)
+    p = np.concatenate([each.p[each.asked] for each in measures])
+    corrected = CORRECTIONS[correction](p)
+    reach = _is_out_of_reach(measures, correction)
+    ends = np.cumsum(asked)
+    for each, own, lost in zip(
+        measures, np.split(corrected, ends[:-1]), np.split(reach, ends[:-1]), strict=True
+    ):
+        cells = each.asked
+        each.decide(own)
+        for cell in cells[lost].tolist():
+            if each.states[cell] == "noise":
+                each.states[cell] = "unclear"
+                units = count_noun(int(each.units[cell]), each.word)
+                each.reasons[cell] = f"{units}: no p can survive the correction"
+    return dict(_correction_texts(measures, correction, tests))
+
+
+def shared_correction(settings: Sequence[spec.Statistics]) -> str:
+    """That of the file where all its experiments agree; else Holm's, as also for `max`, which is
+    about the cells of one experiment."""
+    found = {each.correction for each in settings}
+    only = found.pop() if len(found) == 1 else "holm"
+    return only if only in CORRECTIONS else "holm"
+
+
+def _is_out_of_reach(measures: Sequence[MeasureComparison], correction: str) -> NDArray[np.bool_]:
+    """[cell that is asked]: whether all its units speak for a change, but are too few for any p to
+    survive."""
+    found = np.zeros(sum(len(each.asked) for each in measures), dtype=bool)
+    units = [int(each.units[cell]) for each in measures for cell in each.asked.tolist()]
+    settings = next(each.settings for each in measures if len(each.asked))
+    own = settings.model_copy(update={"correction": correction})
+    found[unreachable_cells(units, own)] = True
+    p = np.concatenate([each.p[each.asked] for each in measures])
+    least = np.array([smallest_p_value(each, own) for each in units])
+    level = 1 - own.confidence / 100
+    return found & ((p < level) | (p <= least * (1 + 1e-9)))
+
+
+def _correction_texts(
+    measures: Sequence[MeasureComparison], correction: str, tests: int
+) -> Iterator[tuple[str, str]]:
+    tested = [each for each in measures if len(each.asked) or "changed" in each.states]
+    apart = [each for each in tested if not each.rows.paired]
+    confidence = " or ".join(dict.fromkeys(f"{each.settings.confidence:g} %" for each in tested))
+    yield (
+        "difference",
+        "new less old, on the rows that both runs have; each row is set against itself",
+    )
+    yield (
+        "interval",
+        f"{confidence}, Student's t corrected for skewness over distinct rows or values of `stats "
+        "by`; of shares from the exact limits of both; of categories none",
+    )
+    yield (
+        "p",
+        "two-sided, the level at which the interval would end at 0; of categories by sign flips: "
+        "without a change, old and new could be swapped in each",
+    )
+    if apart:
+        names = ", ".join(dict.fromkeys(f"`{each.new.name}`" for each in apart))
+        yield (
+            "not paired",
+            f"{names}: no row is in both runs, so they are two samples, with Welch's degrees of "
+            "freedom",
+        )
+    yield (
+        "correction",
+        f"{CORRECTION_NAMES[correction]}, over {count_noun(tests, 'cell')} whose values differ by more "
+        "than rounding; a cell changed where p corrected is below "
+        + " or ".join(dict.fromkeys(f"{each.level:g}" for each in tested)),
+    )

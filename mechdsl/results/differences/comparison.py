@@ -1,0 +1,770 @@
+"""Differences of two runs: inputs, verdicts, effects, and cells that only one run has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+from pydantic import Field
+
+from mechdsl.base.files import write_atomically
+from mechdsl.base.text import count_noun, dump_json
+from mechdsl.results.differences.cells import (
+    AlignedRows,
+    CellState,
+    IndexMatch,
+    MeasureComparison,
+    decide_changes,
+    match_cells,
+    match_measures,
+    match_rows,
+)
+from mechdsl.results.document import DocumentPart, ExpectDocument, expectation_documents
+from mechdsl.results.experiment_result import (
+    DIFFERENCES_RENDERER,
+    ExpectOutcome,
+    ExperimentResult,
+    FileResult,
+    LostExperiment,
+    load_renderer,
+)
+from mechdsl.results.results import Results
+from mechdsl.results.runs import (
+    SOURCE_SUFFIX,
+    Run,
+    RunFacts,
+    find_export,
+    find_run,
+    find_store_folder,
+    load_results,
+    load_stored_results,
+    open_store,
+    read_facts,
+)
+from mechdsl.statistics.measurements import MeasureData
+from mechdsl.syntax.frontend import read_source
+
+
+def match_files(
+    old: Results, new: Results
+) -> Iterator[tuple[FileResult | None, FileResult | None]]:
+    """Files of one name; where each run has one file, those two, whatever they are called."""
+    if len(old.files) == len(new.files) == 1:
+        yield old.files[0], new.files[0]
+        return
+    pairs = IndexMatch.of([each.file for each in old.files], [each.file for each in new.files])
+    yield from ((old.files[one], new.files[two]) for one, two in pairs)
+    yield from ((None, new.files[place]) for place in pairs.added)
+    yield from ((old.files[place], None) for place in pairs.removed)
+
+
+STATISTICS_CONVENTIONS = frozenset(
+    {
+        "accuracy",
+        "correction",
+        "effect",
+        "inert",
+        "interval",
+        "null band",
+        "p",
+        "passes",
+        "population",
+        "rounding",
+        "rows",
+        "seed",
+    }
+)
+"""Conventions that say how numbers came about of what was measured, or that stand elsewhere."""
+
+
+@dataclass(frozen=True)
+class InputChange:
+    """Something that went into the runs; None where one of them has none of it."""
+
+    what: str
+    old: str | None
+    new: str | None
+    experiments: tuple[str, ...] = ()
+    """Those that it is an input of; empty where it is one of all."""
+
+
+@dataclass(frozen=True)
+class RowChange:
+    """Rows of one experiment that are in one run alone, by their contents."""
+
+    experiment: str
+    old: int
+    """Rows in the old run."""
+    new: int
+    common: int
+    added: tuple[int, ...]
+    """Numbers of the rows that the new run has more."""
+    removed: tuple[int, ...]
+    """The same of the old run."""
+
+
+def find_input_changes(
+    old: Results,
+    new: Results,
+    files: Sequence[tuple[FileResult, FileResult]],
+    pairs: Sequence[tuple[str, ExperimentResult, ExperimentResult]],
+    options: tuple[Mapping[str, str] | None, Mapping[str, str] | None],
+) -> Iterator[InputChange]:
+    """Text, options, seed, pass sizes, what experiments read, versions.
+
+    pairs: the name of an experiment, and its result in both runs. options: what both runs were
+    asked for beside the file (parameters, a limit); None where that isn't known.
+    """
+    for one, two in files:
+        yield from _input_differences(_file_inputs(one), _file_inputs(two))
+    one, two = options
+    if one is not None and two is not None:
+        yield from _input_differences(one, two)
+    found: dict[tuple[str, str | None, str | None], list[str]] = {}
+    for name, one, two in pairs:
+        for change in _pair_changes(one, two):
+            found.setdefault((change.what, change.old, change.new), []).append(name)
+    for key, names in found.items():
+        yield InputChange(*key, () if len(names) == len(pairs) else tuple(names))
+    for change in _input_differences(old.versions, new.versions):
+        yield InputChange(f"version of {change.what}", change.old, change.new)
+
+
+def _input_differences(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[InputChange]:
+    for what in dict.fromkeys([*new, *old]):
+        if old.get(what) != new.get(what):
+            yield InputChange(what, old.get(what), new.get(what))
+
+
+def _file_inputs(file: FileResult) -> dict[str, str]:
+    found = {"text of the file": file.hash, "seed": str(file.seed)}
+    if file.sizes is not None:
+        sizes = file.sizes
+        found["pass sizes"] = f"{sizes.pass_tokens:,} tokens, prompts {sizes.prompt_tokens:,}"
+    return found
+
+
+def _pair_changes(old: ExperimentResult, new: ExperimentResult) -> Iterator[InputChange]:
+    yield from _input_differences(_experiment_inputs(old), _experiment_inputs(new))
+    for one, two in match_measures(old, new):
+        before, after = old.measures[one], new.measures[two]
+        if before.metric != after.metric:
+            yield InputChange(f"metric of {after.label}", before.metric, after.metric)
+
+
+def _experiment_inputs(result: ExperimentResult) -> dict[str, str]:
+    found = {"model's name": result.model, "runs": result.direction}
+    if result.settings is not None:
+        own = result.settings
+        by = "" if own.verdicts == "none" else f" verdicts {own.verdicts}"
+        by += "" if own.by is None else f" by {own.by}"
+        found["stats"] = (
+            f"bootstrap({own.resamples}) confidence {own.confidence:g} correct {own.correction} "
+            f"test {own.test}{by}"
+        )
+    for what, digest in result.hashes.items():
+        found[f"{what} (SHA-256)"] = digest
+    others = {k: text for k, text in result.conventions.items() if k not in STATISTICS_CONVENTIONS}
+    return {**found, **others}
+
+
+def find_row_change(name: str, old: ExperimentResult, new: ExperimentResult) -> RowChange | None:
+    """None where both runs have the same rows."""
+    found = match_rows(old, new)
+    if not found.added and not found.removed:
+        return None
+    return RowChange(
+        name,
+        old.prompts,
+        new.prompts,
+        len(found),
+        tuple(_row_number(new, place) for place in found.added),
+        tuple(_row_number(old, place) for place in found.removed),
+    )
+
+
+def _row_number(result: ExperimentResult, place: int) -> int:
+    return place if result.row_ids is None else result.row_ids[place]
+
+
+VerdictChangeType = Literal["fails now", "holds now", "new", "gone"]
+
+
+@dataclass(frozen=True)
+class VerdictChange:
+    """One `expect`."""
+
+    experiment: str
+    turn: VerdictChangeType
+    old: ExpectOutcome | None
+    new: ExpectOutcome | None
+
+    @property
+    def text(self) -> str:
+        """As written."""
+        found = self.new or self.old
+        assert found is not None
+        return found.text
+
+
+def find_verdict_changes(
+    experiment: str, old: Sequence[ExpectOutcome], new: Sequence[ExpectOutcome]
+) -> Iterator[VerdictChange]:
+    """Expectations of equal text are one; of several such, in their order."""
+    found = IndexMatch.of([each.text for each in old], [each.text for each in new])
+    for one, two in found:
+        before, after = old[one], new[two]
+        if before.holds != after.holds:
+            turn: VerdictChangeType = "holds now" if after.holds else "fails now"
+            yield VerdictChange(experiment, turn, before, after)
+    for place in found.added:
+        yield VerdictChange(experiment, "new", None, new[place])
+    for place in found.removed:
+        yield VerdictChange(experiment, "gone", old[place], None)
+
+
+COMPARED_STATES: tuple[CellState, ...] = ("equal", "rounding", "noise", "changed", "unclear")
+"""States of cells that have a number in both runs."""
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One of the two runs, as people call it."""
+
+    name: str
+    note: str = ""
+    """What is to be known of it: that its file has changed since."""
+    options: Mapping[str, str] | None = None
+    """What it was asked for beside the file; None where that isn't known, as of a folder."""
+
+
+@dataclass(frozen=True)
+class UnmatchedItem:
+    """An experiment, a measure of one or a cell of one, that one of the runs alone has."""
+
+    experiment: str
+    measure: str | None = None
+    """`recovery of logit(answer)`; None where all measures are meant."""
+    cell: str | None = None
+    reason: str | None = None
+    """Why the other run has no number of it, though its file has it."""
+
+
+@dataclass(frozen=True)
+class CellDifference:
+    """One effect in one cell; None where there is no such number."""
+
+    experiment: str
+    cell: str
+    coords: Mapping[str, int | float | str]
+    site: str
+    position: str | None
+    label: str
+    effect: str
+    at: str | None
+    kind: str
+    state: CellState
+    paired: bool
+    """Whether both runs have rows in common, which alone are compared then."""
+    rows: int
+    """Rows behind the comparison: of both runs where it is paired, of the smaller sample else."""
+    units: int
+    """Independent units behind it."""
+    rows_changed: int | None
+    """Rows of which a value differs; None where no rows are common."""
+    rows_beyond: int | None
+    """Those of them that rounding doesn't explain."""
+    largest: float | None
+    """The largest difference of a value, in the metric's unit; None of categories, and where no
+    rows are common."""
+    old: float | None
+    """The effect on the rows that are compared; of categories, the share of the commonest."""
+    new: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    p_corrected: float | None
+    p_at_most: bool
+    """Whether p is the least that so many flips give, and may be smaller."""
+    rounding: float | None
+    """How far rounding alone may move the difference."""
+    reason: str | None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Differences:
+    """What `mechdsl.diff` returns."""
+
+    old: ComparedRun
+    new: ComparedRun
+    inputs: tuple[InputChange, ...]
+    rows: tuple[RowChange, ...]
+    verdicts: tuple[VerdictChange, ...]
+    cells: tuple[CellDifference, ...]
+    """Those that aren't equal to the bit."""
+    added: tuple[UnmatchedItem, ...]
+    removed: tuple[UnmatchedItem, ...]
+    counts: Mapping[CellState, int]
+    """How many cells are in which state, each measure counted by itself."""
+    conventions: Mapping[str, str]
+    """How the figures came about, in words."""
+
+    @property
+    def changed_cells(self) -> tuple[CellDifference, ...]:
+        """Those of which the effect changed beyond noise."""
+        return tuple(each for each in self.cells if each.state == "changed")
+
+    @property
+    def compared(self) -> int:
+        """Cells that have a number in both runs."""
+        return sum(self.counts.get(state, 0) for state in COMPARED_STATES)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the exit status is 1, in words; empty where it is 0."""
+        failing = sum(each.turn == "fails now" for each in self.verdicts)
+        cells, gone = len(self.changed_cells), len(self.removed)
+        return tuple(
+            said
+            for count, said in (
+                (cells, f"{count_noun(cells, 'cell')} changed beyond noise"),
+                (failing, f"{count_noun(failing, 'expectation')} held before and not now"),
+                (gone, f"{gone:,} {'thing' if gone == 1 else 'things'} gone"),
+            )
+            if count
+        )
+
+    @property
+    def changed(self) -> bool:
+        """Whether the exit status is 1: an effect changed beyond noise, an expectation that held
+        fails, or something is gone."""
+        return bool(self.reasons)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `mechdsl diff --format json`."""
+
+        return differences_document(self).as_json()
+
+    def to_json(self, path: str | Path | None = None, *, indent: int | None = 2) -> str:
+        """The document as text, also written to `path` if one is given."""
+        text = dump_json(self.to_dict(), indent)
+        if path is not None:
+            write_atomically(Path(path), text + "\n")
+        return text
+
+    def to_text(self, width: int = 100) -> str:
+        """What the command line prints, `width` columns wide."""
+        return load_renderer(DIFFERENCES_RENDERER)(self, width)
+
+    def __repr__(self) -> str:
+        said = "; ".join(self.reasons) or "nothing changed beyond noise"
+        return f"<Differences {self.old.name} → {self.new.name}: {said}>"
+
+
+def compare_results(
+    old: Results,
+    new: Results,
+    sides: tuple[ComparedRun, ComparedRun] = (ComparedRun("old"), ComparedRun("new")),
+) -> Differences:
+    """What changed from one run to another.
+
+    sides: what both are called, and what they were asked for. Files are matched by name, or are the
+    two that there are; experiments by name; measures by label, effect and the position read at;
+    cells by coordinates, site and position; rows by content.
+    """
+    work = _Comparison(old, new)
+    conventions = decide_changes([each for _, each in work.measures])
+    options = sides[0].options, sides[1].options
+    return Differences(
+        old=sides[0],
+        new=sides[1],
+        inputs=tuple(find_input_changes(old, new, work.files, work.pairs, options)),
+        rows=tuple(each for each in (find_row_change(*pair) for pair in work.pairs) if each),
+        verdicts=tuple(work.verdicts),
+        cells=tuple(work.cells()),
+        added=(*work.added, *work.without_number("found")),
+        removed=(*work.removed, *work.without_number("lost")),
+        counts=Counter(state for _, each in work.measures for state in each.states),
+        conventions=conventions,
+    )
+
+
+class _Comparison:
+    """Two runs side by side."""
+
+    def __init__(self, old: Results, new: Results) -> None:
+        self.files: list[tuple[FileResult, FileResult]] = []
+        self.pairs: list[tuple[str, ExperimentResult, ExperimentResult]] = []
+        self.measures: list[tuple[str, MeasureComparison]] = []
+        self.verdicts: list[VerdictChange] = []
+        self.added: list[UnmatchedItem] = []
+        self.removed: list[UnmatchedItem] = []
+        self.several = max(len(old.files), len(new.files)) > 1
+        for one, two in match_files(old, new):
+            if one is not None and two is not None:
+                self.files.append((one, two))
+            self._files(one, two)
+
+    def _files(self, old: FileResult | None, new: FileResult | None) -> None:
+        before, after = _by_name(old), _by_name(new)
+        for name in dict.fromkeys([*after, *before]):
+            one, two = before.get(name), after.get(name)
+            file = new or old
+            assert file is not None
+            self._experiments(f"{name} of {file.file}" if self.several else name, one, two)
+
+    def _experiments(
+        self, name: str, old: ComputedOrLost | None, new: ComputedOrLost | None
+    ) -> None:
+        self.verdicts += find_verdict_changes(name, _outcomes(old), _outcomes(new))
+        if isinstance(old, ExperimentResult) and isinstance(new, ExperimentResult):
+            self.pairs.append((name, old, new))
+            self._pair(name, old, new)
+        elif isinstance(old, ExperimentResult):
+            self.removed.append(UnmatchedItem(name, reason=_missing_text(new)))
+        elif isinstance(new, ExperimentResult):
+            self.added.append(UnmatchedItem(name, reason=_missing_text(old)))
+
+    def _pair(self, name: str, old: ExperimentResult, new: ExperimentResult) -> None:
+        rows = AlignedRows.of(old, new)
+        measures, cells = match_measures(old, new), match_cells(old, new)
+        for found, result, numbers, places in (
+            (self.added, new, measures.added, cells.added),
+            (self.removed, old, measures.removed, cells.removed),
+        ):
+            found += [
+                UnmatchedItem(name, measure_label(result.measures[number])) for number in numbers
+            ]
+            found += [UnmatchedItem(name, cell=result.cells[place].name) for place in places]
+        if len(cells):
+            self.measures += [
+                (name, MeasureComparison(old, new, numbers, cells, rows)) for numbers in measures
+            ]
+
+    def without_number(self, state: CellState) -> Iterator[UnmatchedItem]:
+        """Cells of both runs that have a number in one of them alone."""
+        for name, each in self.measures:
+            said = measure_label(each.aligned.new)
+            for cell in each.of_state(state).tolist():
+                key = each.new.cells[int(each.cells.new[cell])]
+                yield UnmatchedItem(name, said, key.name, each.reasons[cell])
+
+    def cells(self) -> Iterator[CellDifference]:
+        """Those that have a number in both runs and aren't equal to the bit."""
+        for name, each in self.measures:
+            for cell in each.of_state("changed", "noise", "unclear", "rounding").tolist():
+                yield _cell_difference(name, each, cell)
+
+
+ComputedOrLost = ExperimentResult | LostExperiment
+
+
+def _by_name(file: FileResult | None) -> dict[str, ComputedOrLost]:
+    if file is None:
+        return {}
+    return {each.name: each for each in (*file.experiments, *file.lost)}
+
+
+def _outcomes(found: ComputedOrLost | None) -> Sequence[ExpectOutcome]:
+    return () if found is None else found.outcomes
+
+
+def _missing_text(found: ComputedOrLost | None) -> str | None:
+    if not isinstance(found, LostExperiment):
+        return None
+    return "; ".join(f"not computed ({each.code}): {each.reason}" for each in found.reasons)
+
+
+def measure_label(data: MeasureData) -> str:
+    at = "" if data.at is None else f" at {data.at}"
+    return f"{data.called} of {data.label}{at}"
+
+
+def _cell_difference(experiment: str, found: MeasureComparison, cell: int) -> CellDifference:
+    key = found.new.cells[int(found.cells.new[cell])]
+    data, values, paired = found.aligned.new, found.values, found.rows.paired
+
+    def number(value: float) -> float | None:
+        return float(value) if np.isfinite(value) else None
+
+    return CellDifference(
+        experiment=experiment,
+        cell=key.name,
+        coords={**key.also, **key.coords},
+        site=key.site,
+        position=key.position,
+        label=data.label,
+        effect=data.called,
+        at=data.at,
+        kind=data.kind,
+        state=found.states[cell],
+        paired=paired,
+        rows=int(values.n[cell]),
+        units=int(found.units[cell]),
+        rows_changed=int(values.changed[cell]) if paired else None,
+        rows_beyond=int(values.beyond[cell]) if paired else None,
+        largest=number(values.largest[cell]),
+        old=number(found.before[cell]),
+        new=number(found.after[cell]),
+        difference=number(found.after[cell] - found.before[cell]),
+        low=number(found.low[cell]),
+        high=number(found.high[cell]),
+        p=number(found.p[cell]),
+        p_corrected=number(found.p_corrected[cell]),
+        p_at_most=bool(found.floor[cell]),
+        rounding=number(found.bound[cell]) or None,
+        reason=found.reasons[cell],
+    )
+
+
+DIFFERENCES_SCHEMA_VERSION: Literal[1] = 1
+
+
+class ComparedRunDocument(DocumentPart):
+    """One of the two runs."""
+
+    name: str
+    note: str | None = Field(default=None, description="what is to be known of it")
+
+
+class InputDocument(DocumentPart):
+    """Something that went into the runs and differs."""
+
+    what: str
+    old: str | None
+    new: str | None
+    experiments: list[str] = Field(description="those it is an input of; empty: of all")
+
+
+class RowsDocument(DocumentPart):
+    """Rows that are in one run alone, by their contents."""
+
+    experiment: str
+    old: int = Field(description="rows in the old run")
+    new: int
+    common: int
+    added: list[int] = Field(description="numbers of the rows that only the new run has")
+    removed: list[int] = Field(description="numbers of the rows that only the old run has")
+
+
+class VerdictDocument(DocumentPart):
+    """An expectation whose verdict differs, or that one run alone has."""
+
+    experiment: str
+    text: str
+    turn: Literal["fails now", "holds now", "new", "gone"]
+    old: ExpectDocument | None
+    new: ExpectDocument | None
+
+
+class CellDifferenceDocument(DocumentPart):
+    """One effect in one cell that isn't equal to the bit. Numbers that don't exist are null."""
+
+    experiment: str
+    coords: dict[str, int | float | str]
+    site: str
+    position: str | None
+    label: str
+    effect: str
+    at: str | None
+    kind: Literal["number", "category"]
+    state: CellState = Field(
+        description="changed: beyond noise; noise: the difference can't be told from 0; rounding: "
+        "rounding explains every difference; unclear: there is no test"
+    )
+    paired: bool = Field(description="whether both runs have rows in common, which are compared")
+    rows: int = Field(description="rows compared; of two samples, those of the smaller one")
+    units: int = Field(description="independent units behind the difference")
+    rows_changed: int | None = Field(description="rows of which a value differs")
+    rows_beyond: int | None = Field(description="those of them that rounding doesn't explain")
+    largest: float | None = Field(description="largest difference of a value")
+    old: float | None = Field(
+        description="the effect on the rows compared; of categories the share of that which was "
+        "commonest"
+    )
+    new: float | None
+    difference: float | None = Field(description="new less old")
+    low: float | None
+    high: float | None
+    p: float | None
+    p_corrected: float | None
+    p_at_most: bool = Field(description="p is the least that so many flips give")
+    rounding: float | None = Field(description="how far rounding may move the difference")
+    reason: str | None = Field(description="why there is no test")
+
+
+class UnmatchedItemDocument(DocumentPart):
+    """An experiment, a measure or a cell of one, of which one run alone has numbers."""
+
+    experiment: str
+    measure: str | None
+    cell: str | None
+    reason: str | None = Field(description="why the other run has no number of it")
+
+
+class DifferencesDocument(DocumentPart):
+    """What `mechdsl diff --format json` prints."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    old: ComparedRunDocument
+    new: ComparedRunDocument
+    changed: bool = Field(description="whether the exit status is 1")
+    reasons: list[str] = Field(description="why it is")
+    inputs: list[InputDocument]
+    rows: list[RowsDocument]
+    verdicts: list[VerdictDocument]
+    cells: list[CellDifferenceDocument]
+    added: list[UnmatchedItemDocument]
+    removed: list[UnmatchedItemDocument]
+    counts: dict[CellState, int] = Field(description="cells by state, each measure by itself")
+    conventions: dict[str, str]
+
+
+def differences_document(found: Differences) -> DifferencesDocument:
+    """All of it."""
+    sides = [
+        ComparedRunDocument(name=each.name, **({"note": each.note} if each.note else {}))
+        for each in (found.old, found.new)
+    ]
+    return DifferencesDocument(
+        schema=DIFFERENCES_SCHEMA_VERSION,
+        old=sides[0],
+        new=sides[1],
+        changed=found.changed,
+        reasons=list(found.reasons),
+        inputs=[
+            InputDocument(
+                what=each.what, old=each.old, new=each.new, experiments=list(each.experiments)
+            )
+            for each in found.inputs
+        ],
+        rows=[RowsDocument(**_as_lists(vars(each))) for each in found.rows],
+        verdicts=[
+            VerdictDocument(
+                experiment=each.experiment,
+                text=each.text,
+                turn=each.turn,
+                old=_outcome_document(each.old),
+                new=_outcome_document(each.new),
+            )
+            for each in found.verdicts
+        ],
+        cells=[
+            CellDifferenceDocument(**{k: v for k, v in vars(each).items() if k != "cell"})
+            for each in found.cells
+        ],
+        added=_unmatched_documents(found.added),
+        removed=_unmatched_documents(found.removed),
+        counts=dict(found.counts),
+        conventions=dict(found.conventions),
+    )
+
+
+def _as_lists(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
+
+
+def _outcome_document(outcome: ExpectOutcome | None) -> ExpectDocument | None:
+    return None if outcome is None else expectation_documents([outcome])[0]
+
+
+def _unmatched_documents(places: tuple[UnmatchedItem, ...]) -> list[UnmatchedItemDocument]:
+    return [UnmatchedItemDocument(**vars(each)) for each in places]
+
+
+def differences_schema() -> dict[str, Any]:
+    """The JSON schema of the document, `mechdsl schema differences`."""
+    schema = DifferencesDocument.model_json_schema(by_alias=True, mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+RunSource = Results | Run | str | Path
+"""Results, a run of a store, or what a run is called by: its id, a file, a folder."""
+
+NON_INPUT_SETTINGS = frozenset({"fresh", "allow-outside", "untrusted", "allow-python"})
+"""Settings that no number hangs on."""
+
+
+@dataclass(frozen=True, eq=False)
+class _LoadedRun:
+    side: ComparedRun
+    results: Results
+    id: str | None = None
+    """Of a run of a store."""
+
+
+def diff_runs(old: RunSource, new: RunSource, store: Path | None = None) -> Differences:
+    """What changed from one run to another.
+
+    store: the folder that runs are in; None: that beside the `.mech` file, where one of both is
+    one, or of the working folder. Raises MechdslError (E0208) where a run can't be found or read.
+    """
+    one, two = _load_run(old, new, store), _load_run(new, old, store)
+    sides = [one.side, two.side]
+    if one.id is not None and one.id == two.id:
+        sides = [
+            replace(each, note=_join_notes(each.note, "both are the same run")) for each in sides
+        ]
+    elif sides[0].name == sides[1].name:
+        sides = [
+            replace(each, name=f"{each.name}, {word}")
+            for each, word in zip(sides, ("old", "new"), strict=True)
+        ]
+    return compare_results(one.results, two.results, (sides[0], sides[1]))
+
+
+def _join_notes(note: str, more: str) -> str:
+    return f"{note}; {more}" if note else more
+
+
+def _load_run(given: RunSource, beside: RunSource, store: Path | None) -> _LoadedRun:
+    """beside: the other one, in whose store a run is looked for by its id."""
+    if isinstance(given, Results):
+        files = ", ".join(each.file for each in given.files) or "no file"
+        return _LoadedRun(ComparedRun(files), given)
+    if isinstance(given, Run):
+        return _LoadedRun(_compared_run(given.facts, given.about), given.results, given.id)
+    text = str(given)
+    if Path(text).is_dir():
+        return _LoadedRun(
+            ComparedRun(text), load_results(str(find_export(Path(text), str(beside))), store)
+        )
+    with_file = (
+        text if text.endswith(SOURCE_SUFFIX) or isinstance(beside, Results | Run) else str(beside)
+    )
+    with open_store(find_store_folder(with_file, store)) as opened:
+        run = find_run(opened, text)
+        results = load_stored_results(opened, run)
+    side = _compared_run(read_facts(run), run.about)
+    return _LoadedRun(replace(side, note=_source_change_note(text, results)), results, run.id)
+
+
+def _compared_run(facts: RunFacts, about: Mapping[str, Any]) -> ComparedRun:
+    """A run of a store, with its parameters, given or not, and what else it was asked for."""
+    parameters = about.get("parameters")
+    options = {name: v for name, v in facts.settings.items() if name not in NON_INPUT_SETTINGS}
+    if isinstance(parameters, dict):
+        own = cast("dict[Any, Any]", parameters)
+        options = {name: v for name, v in options.items() if not name.startswith("set ")}
+        options = {**{f"parameter {name}": str(v) for name, v in own.items()}, **options}
+    name = f"{facts.file}, run {facts.id}" if facts.file else f"run {facts.id}"
+    return ComparedRun(name, "", options)
+
+
+def _source_change_note(text: str, results: Results) -> str:
+    """That a file isn't any more what was run, where a file was named."""
+    if not text.endswith(SOURCE_SUFFIX):
+        return ""
+    source, _ = read_source(Path(text))
+    if source is None:
+        return "the file can't be read now"
+    now = sha256(source.text.encode()).hexdigest()
+    if all(each.hash == now for each in results.files):
+        return ""
+    return "the file has changed since this run"

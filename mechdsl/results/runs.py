@@ -1,0 +1,797 @@
+"""Runs on disk: runs of a store, folders of exports, and the names that refer to them.
+
+`StoredRun.about` holds the facts of a run besides its results. When a run begins: `file` as it was
+given, `path` (absolute, links followed; null for a text), `settings` (option → value, of the given
+options), `parameters`, `versions` and `hashes` (name → text). When it finishes: the result of
+`about_results`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path, PurePath
+from typing import Any, NoReturn, cast
+
+import numpy as np
+
+from mechdsl.base.arrays import Floats
+from mechdsl.base.text import count_noun, dump_json, name_list
+from mechdsl.checks.file_check import CheckedFile
+from mechdsl.diagnostics.command_line import BadCommandLine
+from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.rendering import MechdslError
+from mechdsl.results.experiment_result import (
+    MAX_REPR_ITEMS,
+    EarlierRun,
+    ExperimentResult,
+    FileResult,
+)
+from mechdsl.results.results import (
+    ARRAYS_FILE,
+    DOCUMENT_FILE,
+    RESULT_FILE,
+    SOURCE_FILE,
+    ArchiveError,
+    ArchiveVersionError,
+    Results,
+    pack_results,
+    unpack_results,
+)
+from mechdsl.store.index import INDEX_NAME, StoreProblem
+from mechdsl.store.runs import StoredRun
+from mechdsl.store.store import STORE_OFF, STORE_VARIABLE, Store, store_folder
+
+
+def about_results(
+    results: Results, *, computed: int, stored: int, seconds: float
+) -> dict[str, Any]:
+    """What a finished run adds to what is said of it.
+
+    computed, stored: rows that were run, and rows whose values the store had. seconds: that this
+    and earlier attempts took.
+    """
+    outcomes = [outcome for each in results for outcome in each.outcomes]
+    lost = [outcome for file in results.files for each in file.lost for outcome in each.outcomes]
+    return {
+        "experiments": len(results),
+        "lost": sum(len(file.lost) for file in results.files),
+        "held": sum(bool(outcome.holds) for outcome in outcomes),
+        "expectations": len(outcomes) + len(lost),
+        "computed": computed,
+        "stored": stored,
+        "seconds": round(seconds, 3),
+    }
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What can be said of a run in a list; None where the store doesn't say it."""
+
+    id: str
+    state: str
+    began: datetime
+    """In the time zone of the reader."""
+    file: str
+    seconds: float | None
+    experiments: int | None
+    held: int | None
+    expectations: int | None
+    computed: int | None
+    stored: int | None
+    settings: Mapping[str, str]
+    parameters: Mapping[str, str]
+    versions: Mapping[str, str]
+    hashes: Mapping[str, str]
+    size: int
+    """Bytes of its results."""
+
+    @property
+    def verdict(self) -> str:
+        """`2 of 3 hold`; empty where nothing is expected."""
+        return f"{self.held} of {self.expectations}" if self.expectations else ""
+
+    @property
+    def rows(self) -> str:
+        """`96 computed, 32 from the store`."""
+        if self.computed is None or self.stored is None:
+            return ""
+        return f"{count_noun(self.computed, 'row')} computed, {self.stored:,} from the store"
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs: times as ISO 8601, what isn't known as null."""
+        return {**vars(self), "began": self.began.isoformat(timespec="seconds")}
+
+
+def read_facts(run: StoredRun) -> RunFacts:
+    """The facts of a run; whoever wrote the store, what isn't of the right type isn't there."""
+    about: Mapping[str, Any] = run.about
+
+    def number(name: str) -> int | None:
+        found = about.get(name)
+        return found if type(found) is int else None
+
+    def texts(name: str) -> dict[str, str]:
+        found = about.get(name)
+        if not isinstance(found, dict):
+            return {}
+        return {str(k): str(v) for k, v in cast("dict[Any, Any]", found).items() if v is not None}
+
+    seconds, file = about.get("seconds"), about.get("file")
+    if type(seconds) not in (int, float) and run.ended is not None:
+        seconds = run.ended - run.began
+    return RunFacts(
+        id=run.id,
+        state=run.state,
+        began=datetime.fromtimestamp(run.began).astimezone(),
+        file=file if type(file) is str else "",
+        seconds=seconds if type(seconds) in (int, float) else None,
+        experiments=number("experiments"),
+        held=number("held"),
+        expectations=number("expectations"),
+        computed=number("computed"),
+        stored=number("stored"),
+        settings=texts("settings"),
+        parameters=texts("parameters"),
+        versions=texts("versions"),
+        hashes=texts("hashes"),
+        size=run.size,
+    )
+
+
+def add_hashes(facts: RunFacts, results: Results) -> RunFacts:
+    """The facts with the hashes of what the results were made of, each once."""
+    found: dict[str, str] = {}
+    for each in results:
+        for name, value in each.hashes.items():
+            if value and value not in found.values():
+                found[name if name not in found else f"{name} of {each.name}"] = value
+    return replace(facts, hashes={**found, **facts.hashes})
+
+
+TABLES_FILE = "tables.txt"
+
+TABLES_WIDTH = 100
+"""Its columns."""
+
+EXPORT_FILES = (RESULT_FILE, ARRAYS_FILE, SOURCE_FILE, DOCUMENT_FILE, TABLES_FILE)
+
+LINES_SUFFIX = ".jsonl"
+
+LINES_SCHEMA_VERSION = 2
+"""Of the lines; raised when they mean something else."""
+
+STALE_SECONDS = 60.0
+"""Seconds after which a folder of a process that is no more is taken for left."""
+
+MAX_DOCUMENT_BYTES = 500_000_000
+"""Bytes of a document that is looked into for names of files."""
+
+
+def export_results(results: Results, folder: Path, text: str) -> Path:
+    """Write results of a single file into a folder in `folder`, which is called like the file.
+
+    text: of the `.mech` file. Returns the new folder. It holds what `pack` gives, the tables, and
+    `NAME.jsonl` of each experiment: a line on its axes and measures, one per unpatched run and one
+    per cell, with the values of every prompt. An earlier export of the same name gives way when the
+    new one is whole; other files in it stay. Raises OSError where it can't be written,
+    ArchiveProblem where results hold what can't be kept.
+    """
+    return export_archive(pack_results(results, text), results, folder)
+
+
+def export_archive(content: Mapping[str, bytes], results: Results, folder: Path) -> Path:
+    """The same of results that are packed already."""
+    target = (folder / export_stem(results.files[0].file)).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
+    aside = target.with_name(f".{target.name}-{os.getpid()}-{secrets.token_hex(4)}.new")
+    _remove_stale_folders(target)
+    aside.mkdir()
+    try:
+        for name in (RESULT_FILE, ARRAYS_FILE, SOURCE_FILE):
+            _write_synced(aside / name, [content[name]])
+        for name, shown in (
+            (DOCUMENT_FILE, results.to_json() + "\n"),
+            (TABLES_FILE, results.to_text(TABLES_WIDTH)),
+        ):
+            _write_synced(aside / name, [shown.encode("utf-8", "surrogatepass")])
+        for experiment in results:
+            lines = (dump_json(line) + "\n" for line in experiment_lines(experiment))
+            name = experiment.name + LINES_SUFFIX
+            _write_synced(aside / name, (each.encode("utf-8", "surrogatepass") for each in lines))
+        _sync_folder(aside)
+        _replace_folder(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder / target.name
+
+
+def export_stem(file: str) -> str:
+    """What the folder of a file's results is called; `text` for `<text>`. ArchiveProblem where no
+    folder can be called so."""
+    stem = Path(file[1:-1] if file.startswith("<") and file.endswith(">") else file).stem
+    if stem in ("", ".", ".."):
+        raise ArchiveError(f"`{file}` is not the name of a file")
+    return stem
+
+
+def read_export(folder: Path) -> Results:
+    """The results in a folder that `export` has written; ArchiveProblem where it holds none."""
+    content: dict[str, bytes] = {}
+    for name in (RESULT_FILE, ARRAYS_FILE, SOURCE_FILE):
+        try:
+            content[name] = (folder / name).read_bytes()
+        except FileNotFoundError as error:
+            raise ArchiveError(f"`{name}` is missing") from error
+        except OSError as error:
+            said = (error.strerror or str(error)).lower()
+            raise ArchiveError(f"`{name}`: {said}") from error
+    return unpack_results(content)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder looks like one that `export` has written."""
+    return (folder / RESULT_FILE).is_file()
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _write_synced(path: Path, parts: Any) -> None:
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """What was renamed in it is durable, where the system can say so of folders."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _replace_folder(made: Path, target: Path) -> None:
+    """Put a whole folder in the place of an earlier one. Files in that which aren't of an export
+    are somebody's own, and go into the new one."""
+    if not target.exists():
+        made.replace(target)
+        _sync_folder(target.parent)
+        return
+    before = target.with_name(made.name.removesuffix("new") + "before")
+    ours = _exported_names(target)
+    target.replace(before)
+    try:
+        made.replace(target)
+    except OSError:
+        before.replace(target)
+        raise
+    _sync_folder(target.parent)
+    _remove_replaced(before, target, ours)
+
+
+def _remove_replaced(before: Path, target: Path, ours: set[str]) -> None:
+    """Remove a folder that has given way, when other files of it are in the new one."""
+    for path in before.iterdir():
+        if path.name not in ours and not (target / path.name).exists():
+            path.replace(target / path.name)
+    for name in ours:
+        (before / name).unlink(missing_ok=True)
+    with suppress(OSError):  # what is left has the name of a file of ours
+        before.rmdir()
+
+
+def _remove_stale_folders(target: Path) -> None:
+    """End what processes that were killed between two renames have begun here."""
+    named = re.compile(rf"\.{re.escape(target.name)}-([0-9]+)-[0-9a-f]{{8}}\.(new|before)")
+    for path in sorted(target.parent.iterdir()):
+        found = named.fullmatch(path.name)
+        if found is None:
+            continue
+        with suppress(OSError):
+            if not _is_stale(path, int(found[1])):
+                continue
+            if found[2] == "new":
+                shutil.rmtree(path)
+            elif target.exists():
+                _remove_replaced(path, target, _exported_names(path))
+            else:
+                path.replace(target)
+
+
+def _is_stale(folder: Path, process: int) -> bool:
+    """Whether the process that made a folder is no more, or had the number of this one. One of
+    another machine can't be asked, so the folder must have been at rest for a while too."""
+    if sys.platform == "win32":  # where asking would end it
+        return False
+    if process != os.getpid():
+        try:
+            os.kill(process, 0)
+            return False
+        except ProcessLookupError:
+            pass
+        except (OSError, OverflowError):
+            return False
+    facts = [path.stat() for path in (folder, *folder.iterdir())]
+    return time.time() - max(max(each.st_mtime, each.st_ctime) for each in facts) >= STALE_SECONDS
+
+
+def _exported_names(folder: Path) -> set[str]:
+    """The files of an earlier export."""
+    names = {*EXPORT_FILES, "state.json"}  # which older versions wrote
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        path = folder / DOCUMENT_FILE
+        if path.stat().st_size <= MAX_DOCUMENT_BYTES:
+            (file,) = json.loads(path.read_bytes())["files"]
+            names |= {str(each["name"]) + LINES_SUFFIX for each in file["experiments"]}
+    return names
+
+
+# --- lines ----------------------------------------------------------------------------------------
+
+
+def experiment_lines(found: ExperimentResult) -> Iterator[dict[str, Any]]:
+    """The lines of an experiment: what it measures, its unpatched runs, its cells.
+
+    `rows` are ids of prompts, and `values` has a list per measure, one value per row; null where
+    there is none. Runs under one label are averaged, and a cell lists the rows that are part of it.
+    """
+    ids = list(range(found.prompts)) if found.row_ids is None else list(found.row_ids)
+    yield {
+        "schema": LINES_SCHEMA_VERSION,
+        "experiment": found.name,
+        "axes": list(found.axes),
+        "measures": [
+            {
+                "label": m.label,
+                "metric": m.metric,
+                "effect": m.effect,
+                "at": m.at,
+                **({"estimator": m.estimator} if m.estimator else {}),
+            }
+            for m in found.measures
+        ],
+    }
+    nothing = np.full(found.prompts, np.nan)
+    for run, own in found.runs.items():
+        values = [_json_numbers(own.get(data.label, nothing)) for data in found.measures]
+        yield {"run": run, "rows": ids, "values": values}
+    for number, cell in enumerate(found.cells):
+        each = [data.patched[number] for data in found.measures]
+        rows = np.flatnonzero(~np.all(np.isnan(each), axis=0)) if each else np.arange(0)
+        yield {
+            "cell": number,
+            "coords": dict(cell.coords),
+            "rows": [ids[row] for row in rows.tolist()],
+            "values": [_json_numbers(values[rows]) for values in each],
+        }
+
+
+def _json_numbers(values: Floats) -> list[float | None]:
+    known = np.isfinite(values).tolist()
+    return [value if good else None for value, good in zip(values.tolist(), known, strict=True)]
+
+
+LAST_RUN = "last"
+"""The latest finished run."""
+
+SOURCE_SUFFIX = ".mech"
+
+MAX_LISTED_RUNS = 5
+"""Runs that a message names."""
+
+_NAMES = (
+    "a run is its id or the beginning of one, `last`, a `.mech` file (its latest finished run), or "
+    "a folder that `--out` has made"
+)
+
+
+def raise_run_error(reason: str, hint: str) -> NoReturn:
+    """MechdslError (E0208)."""
+    raise MechdslError([BadCommandLine(reason=reason, hint=hint)])
+
+
+def find_store_folder(text: str | None, named: Path | None = None) -> Path:
+    """The store that a run called so is in: the one that is named, or beside the `.mech` file, or
+    in the working folder. Raises MechdslError where stores are switched off."""
+    file = (
+        Path(text)
+        if text is not None and text.endswith(SOURCE_SUFFIX)
+        else Path("any" + SOURCE_SUFFIX)
+    )
+    found = store_folder(file, named)
+    if found is None:
+        reason = f"there is no store: `{STORE_VARIABLE}` is `{STORE_OFF}`"
+        raise_run_error(reason, "name one with `--store DIR`, `store=` in Python")
+    return found
+
+
+def has_store(folder: Path) -> bool:
+    """Whether a store is there; opening one that isn't would make it."""
+    return (folder / INDEX_NAME).is_file()
+
+
+def open_store(folder: Path) -> Store:
+    """A store that is there. Raises MechdslError (E0208) where it isn't or can't be read."""
+    if not has_store(folder):
+        hint = "`mechdsl run FILE` makes one beside the file; `--store DIR` names another"
+        raise_run_error(f"there is no store `{folder}`", hint)
+    try:
+        return Store(folder)
+    except (StoreProblem, OSError) as error:
+        raise store_error(folder, error) from error
+
+
+def store_error(folder: Path, error: Exception) -> MechdslError:
+    """E0208 for what a store says."""
+    strerror = error.strerror if isinstance(error, OSError) else None
+    said = (strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
+    hint = "name another with `--store DIR`; what it holds can be computed again"
+    reason = f"the store `{folder}` can't be used: {said}"
+    return MechdslError([BadCommandLine(reason=reason, hint=hint)])
+
+
+def find_run(store: Store, text: str) -> StoredRun:
+    """The run of a store that a text names: an id, the beginning of just one, `last`, or a `.mech`
+    file, which is its latest finished run. Raises MechdslError (E0208) where it is none or several.
+    """
+    runs = fetch_runs(store)
+    finished = [run for run in runs if run.state == "finished"]
+    if text == LAST_RUN:
+        if not finished:
+            raise_run_error(
+                f"no run in `{store.folder}` is finished", "`mechdsl runs` lists all of them"
+            )
+        return finished[0]
+    if text.endswith(SOURCE_SUFFIX):
+        return _run_of_file(store, finished, Path(text))
+    begun = [run for run in runs if run.id.startswith(text)] if text else []
+    exact = [run for run in begun if run.id == text]
+    if exact or len(begun) == 1:
+        return (exact or begun)[0]
+    if begun:
+        hint = f"write more of it: {_run_list(begun)}"
+        raise_run_error(f"`{text}` is the beginning of {len(begun)} runs", hint)
+    near = did_you_mean(text, [run.id for run in runs], "")
+    hint = near or f"{_NAMES}; `mechdsl runs` lists them"
+    raise_run_error(f"there is no run `{text}` in `{store.folder}`", hint)
+
+
+def _run_of_file(store: Store, finished: Sequence[StoredRun], file: Path) -> StoredRun:
+    """A store may have been moved with its files, or copied: then the path is another one, and the
+    name decides, if it is that of one file only."""
+    path = os.path.realpath(file)
+    same = [run for run in finished if source_path(run) == path]
+    if same:
+        return same[0]
+    called = [run for run in finished if Path(source_path(run) or "").name == file.name]
+    if len({source_path(run) for run in called}) == 1:
+        return called[0]
+    if called:
+        hint = f"give the id of the one that is meant: {_run_list(called)}"
+        raise_run_error(
+            f"the store has runs of several files called `{file.name}`, none of this path", hint
+        )
+    others = [str(run.about.get("file", "")) for run in finished]
+    hint = did_you_mean(str(file), others, "`mechdsl runs` lists what there is")
+    raise_run_error(f"no finished run of `{file}` is in `{store.folder}`", hint)
+
+
+def source_path(run: StoredRun) -> str | None:
+    """The whole path of the file that was run, links followed; None of a text."""
+    path = run.about.get("path")
+    return path if isinstance(path, str) else None
+
+
+def _run_list(runs: Sequence[StoredRun]) -> str:
+    more = f" and {len(runs) - MAX_LISTED_RUNS} more" if len(runs) > MAX_LISTED_RUNS else ""
+    return ", ".join(f"`{run.id}`" for run in runs[:MAX_LISTED_RUNS]) + more
+
+
+def is_export_name(text: str) -> bool:
+    """Whether it is a folder that `--out` or `export` has made; one called `last` is `./last`."""
+    return text not in ("", LAST_RUN) and is_export(Path(text))
+
+
+def find_export(folder: Path, file: str) -> Path:
+    """The export of a file in a folder that `--out` has made, or the only one; the folder itself
+    where it is an export or holds no such one."""
+    if not folder.is_dir() or is_export(folder):
+        return folder
+    inside = [each for each in folder.iterdir() if is_export(each)]
+    own = [each for each in inside if file.endswith(SOURCE_SUFFIX) and each.name == Path(file).stem]
+    return (own or (inside if len(inside) == 1 else [folder]))[0]
+
+
+def load_results(text: str, store: Path | None = None) -> Results:
+    """The results that a text names: a folder that `--out` or `export` has made, or a run of a
+    store as `find_run` finds it.
+
+    store: its folder; None: that of the `.mech` file, or of the working folder.
+    Raises MechdslError (E0208) where there is none, and where it can't be read.
+    """
+    folder = Path(text)
+    if is_export_name(text):
+        try:
+            return read_export(folder)
+        except ArchiveError as error:
+            hint = "export the run again, or run its file again with `--out`"
+            raise_run_error(f"the folder `{folder}` can't be read: {error}", hint)
+    if text not in ("", LAST_RUN) and folder.is_dir():
+        inside = sorted(f"`{each}`" for each in folder.iterdir() if is_export(each))
+        hint = f"did you mean {' or '.join(inside[:MAX_LISTED_RUNS])}?" if inside else _NAMES
+        raise_run_error(f"the folder `{folder}` holds no run", hint)
+    with open_store(find_store_folder(text, store)) as opened:
+        return load_stored_results(opened, find_run(opened, text))
+
+
+def load_stored_results(store: Store, run: StoredRun) -> Results:
+    """The results of a run. Raises MechdslError (E0208) where there are none, or none that this
+    version can read."""
+    content = load_archive(store, run)
+    try:
+        return unpack_results(content)
+    except ArchiveError as error:
+        raise unreadable_run_error(run, error) from error
+
+
+def load_archive(store: Store, run: StoredRun) -> dict[str, bytes]:
+    """The files of a run's archive. Raises MechdslError (E0208) where there are none."""
+    if run.state != "finished":
+        said = "is still running" if run.state == "running" else "was not finished"
+        hint = "the command that began it goes on from where it stopped"
+        raise_run_error(f"run `{run.id}` {said}: it has no results", hint)
+    try:
+        return store.content(run)
+    except (StoreProblem, OSError) as error:
+        raise unreadable_run_error(run, error) from error
+
+
+def unreadable_run_error(run: StoredRun, error: Exception) -> MechdslError:
+    """E0208 for results that are torn, or those of another version."""
+    if isinstance(error, ArchiveVersionError):
+        hint = "`mechdsl runs show RUN --format json` prints its document; run its file again"
+    else:
+        hint = "run its file again: what the store still has isn't computed again"
+    said = f"the results of run `{run.id}` can't be read: {error}"
+    return MechdslError([BadCommandLine(reason=said, hint=hint)])
+
+
+def fetch_runs(store: Store) -> list[StoredRun]:
+    """All of them, the newest first. Raises MechdslError (E0208)."""
+    try:
+        return store.runs()
+    except (StoreProblem, OSError, ValueError) as error:
+        raise store_error(store.folder, error) from error
+
+
+MAX_REPR_RUNS = 4 * MAX_REPR_ITEMS
+"""That a `repr` names."""
+
+
+class Run:
+    """A run that a store keeps."""
+
+    def __init__(self, folder: Path, stored: StoredRun) -> None:
+        self._folder = folder
+        self._stored = stored
+
+    @property
+    def id(self) -> str:
+        """What `mechdsl runs` calls it: `20261121-154210-3fa2`."""
+        return self._stored.id
+
+    @property
+    def state(self) -> str:
+        """`finished`, `running`, or `unfinished`, when the same command goes on with it. As it was
+        when the runs were listed."""
+        return self._stored.state
+
+    @property
+    def file(self) -> str:
+        """The path of the file that was run, as it was given."""
+        return self.facts.file
+
+    @property
+    def began(self) -> datetime:
+        """When, in the local time zone."""
+        return self.facts.began
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """Settings, versions, hashes, how many rows were computed: what the store says of it."""
+        return self._stored.about
+
+    @cached_property
+    def facts(self) -> RunFacts:
+        """The same with types, as `mechdsl runs` lists it."""
+        return read_facts(self._stored)
+
+    @cached_property
+    def results(self) -> Results:
+        """The results, read when they are first asked for.
+
+        Raises MechdslError (E0208) where the run isn't finished or can't be read.
+        """
+        with open_store(self._folder) as store:
+            return load_stored_results(store, self._stored)
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the run into a folder in `folder`, which is called like its file, as `--out` does.
+
+        Returns the new folder. Raises MechdslError (E0208) where the run has no results or they
+        can't be read, OSError where they can't be written.
+        """
+        results = self.results
+        with open_store(self._folder) as store:
+            content = load_archive(store, self._stored)
+        return export_archive(content, results, Path(folder))
+
+    def remove(self) -> None:
+        """Remove it from the store; values that it computed stay, for other runs.
+
+        Raises MechdslError (E0208) where it goes on, or the store can only be read.
+        """
+        with open_store(self._folder) as store:
+            try:
+                store.remove(self._stored)
+            except (StoreProblem, OSError) as error:
+                raise store_error(self._folder, error) from error
+
+    def __repr__(self) -> str:
+        return f"<Run {run_line(self.facts)}>"
+
+
+class Runs(list[Run]):
+    """What `mechdsl.runs` returns: a list of runs, the newest first."""
+
+    def __init__(self, runs: Iterable[Run] = ()) -> None:
+        super().__init__(runs)
+
+    def __repr__(self) -> str:
+        if not self:
+            return "<Runs: none>"
+        lines = [run_line(each.facts) for each in self[:MAX_REPR_RUNS]]
+        more = len(self) - MAX_REPR_RUNS
+        return "<Runs " + "\n  ".join([*lines, f"and {more} more"] if more > 0 else lines) + ">"
+
+
+def run_line(facts: RunFacts) -> str:
+    """A run in one line."""
+    held = f"{facts.verdict} expectations hold" if facts.verdict else ""
+    state = "" if facts.state == "finished" else facts.state
+    began = f"{facts.began:%Y-%m-%d %H:%M}"
+    return ", ".join(filter(None, (f"{facts.id}: {facts.file}", began, state, held)))
+
+
+def load_runs(folder: Path) -> Runs:
+    """The runs of a store. Raises MechdslError (E0208) where there is none or it can't be read."""
+    with open_store(folder) as store:
+        return Runs(Run(folder, each) for each in fetch_runs(store))
+
+
+@dataclass(frozen=True)
+class FileToRun:
+    """A file that is about to run."""
+
+    name: str
+    """As results call it."""
+    path: Path | None
+    unasked: Collection[str] = ()
+    """Experiments of it that aren't run, by `only`."""
+    untrusted: bool = False
+
+
+def prepare_file(checked: CheckedFile) -> FileToRun:
+    """A file that was checked."""
+    asked = {each.name for each in checked.reported}
+    unasked = {each.name for each in checked.program.experiments} - asked
+    source = checked.source
+    return FileToRun(source.name, source.path, unasked, checked.settings.untrusted)
+
+
+def find_earlier_run(
+    named: str, files: Sequence[FileToRun], store: Path | None = None
+) -> EarlierRun:
+    """The run that is named, for each of some files.
+
+    named: what `results_of` takes. `last` is the last run of each file, and a folder may hold the
+    exports of several. One file is set against whatever run is named, several against runs of files
+    that are called like them. store: the one that is named beside it; else each file has its own.
+    Raises MechdslError (E0208) where there is no such run, or it is one of none of these files.
+    """
+    folder = Path(named)
+    if named == LAST_RUN and files and all(each.path is not None for each in files):
+        found = {
+            each.name: load_results(str(each.path), _store_of(each, named, store)).files[0]
+            for each in files
+        }
+        return _build_earlier_run((named,), found, files)
+    if folder.is_dir() and not is_export(folder):
+        inside = {each.name: folder / export_stem(each.name) for each in files}
+        there = {name: path for name, path in inside.items() if is_export(path)}
+        if there:
+            found = {name: load_results(str(path)).files[0] for name, path in there.items()}
+            return _build_earlier_run((named,), found, files)
+    _check_folder(folder)
+    own = store
+    if files and not folder.is_dir() and not named.endswith(SOURCE_SUFFIX):
+        own = _store_of(files[0], named, store)
+    return earlier_run_from_results(load_results(named, own), files, named)
+
+
+def earlier_run_from_results(
+    results: Results, files: Sequence[FileToRun], named: str = ""
+) -> EarlierRun:
+    """The same of results in memory."""
+    before = results.files
+    names = ", ".join(f"`{each.file}`" for each in before) or "no file"
+    if len(files) == len(before) == 1:
+        other = _run_name(files[0].name) != _run_name(before[0].file)
+        label = f"{named or 'results'}, a run of {names}" if other or not named else named
+        return _build_earlier_run((label,), {files[0].name: before[0]}, files)
+    found = {each.name: match for each in files if (match := _file_of_name(each.name, before))}
+    if files and not found:
+        asked = ", ".join(f"`{each.name}`" for each in files)
+        start = f"`--against {named}`: it is a run" if named else "`against`: these are results"
+        raise_run_error(f"{start} of {names}, which isn't run now", f"name a run of {asked}")
+    return _build_earlier_run((named or f"results, a run of {names}",), found, files)
+
+
+def _check_folder(folder: Path) -> None:
+    """E0208 for a folder that isn't there, beside some that are runs."""
+    if folder.name == str(folder) or folder.suffix == SOURCE_SUFFIX or folder.exists():
+        return
+    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    there = sorted(str(each) for each in beside if is_export(each))
+    if there:
+        hint = did_you_mean(str(folder), there, f"it has {name_list(there)}")
+        raise_run_error(f"there is no folder `{folder}`", hint)
+
+
+def _store_of(file: FileToRun, named: str, store: Path | None) -> Path | None:
+    """Where a file's runs are; None: wherever `results_of` looks. An untrusted file may have come
+    with a store of whoever made it."""
+    found = store_folder(file.path, store, untrusted=file.untrusted)
+    if found is None and file.untrusted:
+        hint = "name a folder that `--out` has made, or a store with `--store DIR`"
+        raise_run_error(f"`--against {named}`: the store beside an untrusted file isn't read", hint)
+    return found
+
+
+def _build_earlier_run(
+    runs: tuple[str, ...], found: Mapping[str, FileResult], files: Sequence[FileToRun]
+) -> EarlierRun:
+    return EarlierRun(
+        runs,
+        {each.name: found.get(each.name) for each in files},
+        {each.name: each.unasked for each in files},
+    )
+
+
+def _run_name(file: str) -> str:
+    return PurePath(file).name
+
+
+def _file_of_name(name: str, files: Sequence[FileResult]) -> FileResult | None:
+    """The file of this path, else the one that is called so."""
+    same = [each for each in files if each.file == name]
+    called = [each for each in files if _run_name(each.file) == _run_name(name)]
+    return next(iter([*same, *called]), None)

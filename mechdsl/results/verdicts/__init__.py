@@ -1,0 +1,1 @@
+"""Verdicts on expectations: estimates, the values that an expectation names, and decisions."""

@@ -1,0 +1,506 @@
+"""Decisions on expectations, with intervals from the same resamples as the tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from mechdsl.base.arrays import Ints
+from mechdsl.base.text import count_noun
+from mechdsl.checks.conditions import (
+    Absolute,
+    Arithmetic,
+    BandCondition,
+    BestCellCondition,
+    Comparison,
+    Condition,
+    ConditionValue,
+    KnownMeasure,
+    KnownNames,
+    LogicalCondition,
+    Negation,
+    TopCellsCondition,
+)
+from mechdsl.checks.expectations import read_expectation
+from mechdsl.program import spec
+from mechdsl.program.run_order import expectation_experiments
+from mechdsl.results.experiment_result import ExpectOutcome, ExperimentResult
+from mechdsl.results.statistics_conventions import rank_by_size, selection_text, sign_ranking_note
+from mechdsl.results.verdicts.estimates import Estimate, NoNumber, NotComputed, combine_estimates
+from mechdsl.results.verdicts.values import (
+    CellSelector,
+    ComparisonSample,
+    SelectedCells,
+    ValueReader,
+    compare_with_each_rival,
+    compare_with_rival,
+    count_intervals,
+    find_smaller_cells,
+    has_base_run_bounds,
+    rounding_bounds,
+    select_value_cells,
+)
+
+
+def known_results(
+    expectation: spec.Expectation,
+    result: ExperimentResult,
+    others: Mapping[str, ExperimentResult],
+    lost: Collection[str] = (),
+) -> KnownNames:
+    """What an expectation of `result` may name.
+
+    others: finished experiments of the file by name; lost: those that could not be computed.
+    """
+    names = [name for name in (*others, *lost) if name != result.name]
+    return replace(
+        _known_names(result),
+        experiments=names,
+        others={name: _known_names(others[name]) for name in names if name in others},
+        groups={group.name: group.sites for group in expectation.groups},
+        columns=result.row_values,
+    )
+
+
+def _known_names(result: ExperimentResult) -> KnownNames:
+    return KnownNames(
+        measures=[KnownMeasure(m.label, m.effect, m.kind, m.word) for m in result.measures],
+        axes=result.axes,
+        aliases=result.aliases,
+        runs=list(result.accuracy),
+        cells=result.cells,
+        name=result.name,
+    )
+
+
+NEGATED_OPERATORS: Mapping[str, Literal["<", "<=", ">", ">=", "=", "!="]] = {
+    "<": ">=",
+    "<=": ">",
+    ">": "<=",
+    ">=": "<",
+    "=": "!=",
+    "!=": "=",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    holds: bool
+    value: float | str | None = None
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+    effective_n: int | None = None
+    computed: bool = True
+
+
+def decide_all_expectations(
+    expectations: Sequence[spec.Expectation],
+    result: ExperimentResult,
+    others: Mapping[str, ExperimentResult] | None = None,
+    lost: Collection[str] = (),
+) -> list[ExpectOutcome]:
+    """The verdicts on the expectations of a finished experiment: each at its own level, or all
+    together at that of one (Holm 1979). What is decided on the mean alone has no level.
+
+    `others` are finished experiments by name, which correlations may read; `lost` those that could
+    not be computed.
+    """
+    confidence = result.settings.confidence if result.settings else 95.0
+    found = [decide_expectation(each, result, others, lost, confidence) for each in expectations]
+    left = [number for number, each in enumerate(expectations) if not each.on_mean]
+    if result.settings is None or result.settings.verdicts == "none" or len(left) < 2:
+        return found
+    words = f"by Holm's correction of {count_noun(len(left), 'verdict')}"
+    while left:
+        own = 100 - (100 - confidence) / len(left)
+        for number in left:
+            each = decide_expectation(expectations[number], result, others, lost, own)
+            said = f"at {own:.6g} %, {words}"
+            found[number] = replace(each, reason=_join_reasons(each.reason, said))
+        still = [number for number in left if not found[number].holds]
+        if len(still) == len(left):
+            break
+        left = still
+    return found
+
+
+def decide_expectation(
+    expectation: spec.Expectation,
+    result: ExperimentResult,
+    others: Mapping[str, ExperimentResult] | None,
+    lost: Collection[str],
+    confidence: float,
+) -> ExpectOutcome:
+    """The verdict on one expectation, with intervals that hold so many percent."""
+    known = known_results(expectation, result, others or {}, lost)
+    condition, diagnostics = read_expectation(expectation, known)
+    line = expectation.span.line
+    if condition is None:
+        reason = diagnostics[0].message
+        named = expectation_experiments(expectation, [data.label for data in result.measures])
+        return ExpectOutcome(
+            expectation.text,
+            False,
+            None,
+            None,
+            None,
+            reason,
+            line,
+            computed=named.isdisjoint(lost),
+        )
+    judge = _Judge(result, CellSelector(result, others or {}), expectation.on_mean, confidence)
+    verdict = (
+        judge.top(condition) if isinstance(condition, TopCellsCondition) else judge.judge(condition)
+    )
+    return ExpectOutcome(
+        expectation.text,
+        verdict.holds,
+        verdict.value,
+        verdict.low,
+        verdict.high,
+        _join_reasons(verdict.reason, selection_text(result))
+        if result.selected
+        else verdict.reason,
+        line,
+        verdict.effective_n,
+        verdict.computed,
+    )
+
+
+def _join_reasons(first: str | None, second: str) -> str:
+    return second if first is None else f"{first}; {second}"
+
+
+def _is_finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class _Judge:
+    result: ExperimentResult
+    cells: CellSelector
+    on_mean: bool
+    confidence: float
+
+    # --- conditions
+
+    def judge(self, condition: Condition) -> Verdict:
+        try:
+            match condition:
+                case Comparison():
+                    return self.compare(condition)
+                case BandCondition():
+                    return self.between(condition, inside=True)
+                case BestCellCondition():
+                    return self.best(condition)
+                case LogicalCondition(operator="and"):
+                    left = self.judge(condition.left)
+                    return self.judge(condition.right) if left.holds else left
+                case LogicalCondition():
+                    return self.any_of(_alternatives(condition))
+                case Negation():
+                    return self.negated(condition.operand)
+        except NoNumber as none:
+            return Verdict(False, reason=str(none), computed=not isinstance(none, NotComputed))
+
+    def any_of(self, conditions: Sequence[Condition]) -> Verdict:
+        """The first that holds, each at its part of the level: else several would have several
+        chances (Bonferroni). The last, where none does."""
+        part = replace(self, confidence=100 - (100 - self.confidence) / len(conditions))
+        found = [part.judge(each) for each in conditions]
+        verdict = next((each for each in found if each.holds), found[-1])
+        said = f"each of {len(conditions)} alternatives at {part.confidence:.6g} %"
+        return replace(
+            verdict,
+            computed=verdict.holds or all(each.computed for each in found),
+            reason=verdict.reason if self.on_mean else _join_reasons(verdict.reason, said),
+        )
+
+    def negated(self, condition: Condition) -> Verdict:
+        """`not` moves inwards, so that what it denies must fail on the whole interval."""
+        match condition:
+            case Comparison():
+                return self.judge(
+                    replace(condition, operator=NEGATED_OPERATORS[condition.operator])
+                )
+            case BandCondition():
+                return self.between(condition, inside=False)
+            case BestCellCondition():
+                return self.judge(replace(condition, equal=not condition.equal))
+            case LogicalCondition():
+                swapped: Literal["and", "or"] = "or" if condition.operator == "and" else "and"
+                left, right = Negation(condition.left), Negation(condition.right)
+                return self.judge(LogicalCondition(swapped, left, right))
+            case Negation():
+                return self.judge(condition.operand)
+
+    def compare(self, condition: Comparison) -> Verdict:
+        reader, sides = self.read(condition.left, condition.right)
+        left, right = sides
+        if left.smooth is None or right.smooth is None:
+            left, right = (reader.ended(side, self.level(condition)) for side in sides)
+        difference = reader.ended(combine_estimates("-", left, right), self.confidence)
+        shown, reason = difference, None
+        if right.fixed:
+            shown = left
+        elif left.fixed:
+            shown = right
+        else:
+            reason = "the value is the left side less the right side"
+        if _is_folded(condition.left) or _is_folded(condition.right):
+            said = self.two_tests()
+            reason = reason if said is None else _join_reasons(reason, said)
+
+        unlike = reader.space.not_paired
+        if unlike is not None:
+            reason = _join_reasons(reason, unlike)
+
+        def holds(low: float, high: float) -> bool:
+            match condition.operator:
+                case ">":
+                    return low > 0
+                case ">=":
+                    return low >= 0
+                case "<":
+                    return high < 0
+                case "<=":
+                    return high <= 0
+                case "=":
+                    return abs(low) <= 1e-9 and abs(high) <= 1e-9
+                case "!=":
+                    return low > 1e-9 or high < -1e-9
+
+        verdict = self.verdict(reader.ended(shown, self.confidence), difference, holds, reason)
+        return replace(verdict, effective_n=reader.effective_n)
+
+    def between(self, condition: BandCondition, inside: bool) -> Verdict:
+        reader, (value,) = self.read(condition.value)
+        value = reader.ended(value, self.confidence)
+        # the bounds are sums of decimal numbers, so they give way by a rounding error
+        slack = 1e-12 * max(1.0, abs(condition.low), abs(condition.high))
+
+        def holds(low: float, high: float) -> bool:
+            if inside:
+                return low >= condition.low - slack and high <= condition.high + slack
+            return high < condition.low - slack or low > condition.high + slack
+
+        said = [each for each in (self.two_tests(), reader.space.not_paired) if each]
+        verdict = self.verdict(value, value, holds, "; ".join(said) or None)
+        return replace(verdict, effective_n=reader.effective_n)
+
+    def read(self, *values: ConditionValue) -> tuple[ValueReader, list[Estimate]]:
+        """The values, all over the same units. An interval that is put together from several has
+        each of them at a level that all hold together (Bonferroni)."""
+        reader = ValueReader(self.cells, values)
+        return reader, [reader.estimate(value, self.share(values)) for value in values]
+
+    def share(self, values: tuple[ConditionValue, ...]) -> float:
+        return 100 - (100 - self.confidence) / max(1, sum(map(count_intervals, values)))
+
+    def level(self, condition: Comparison) -> float:
+        return self.share((condition.left, condition.right))
+
+    def two_tests(self) -> str | None:
+        """How a statement on two sides is tested (Schuirmann 1987)."""
+        if self.on_mean:
+            return None
+        return f"two one-sided tests, each at {(100 - self.confidence) / 2:g} %"
+
+    def verdict(
+        self,
+        shown: Estimate,
+        decides: Estimate,
+        holds: Callable[[float, float], bool],
+        reason: str | None,
+    ) -> Verdict:
+        """shown, decides: with their ends."""
+        point, moved = decides.point, decides.rounding
+        low, high = (point, point) if self.on_mean else (decides.low, decides.high)
+        if not math.isfinite(point):
+            return Verdict(False, reason=shown.why or decides.why or "there is no such number")
+        ends = (math.nan, math.nan) if shown.fixed else (shown.low, shown.high)
+        numbers = (_is_finite(shown.point), _is_finite(ends[0]), _is_finite(ends[1]))
+        if math.isnan(low) or math.isnan(high):
+            why = shown.why or decides.why or "no interval"
+            return Verdict(False, *numbers, f"{why}; `on mean` would decide it on the mean alone")
+        good = holds(low, high)
+        if not good and holds(point, point):
+            on = "it holds on the mean, but not on the interval's near end"
+            reason = on if reason is None else f"{on}; {reason}"
+        elif shown.why and None in numbers:
+            reason = shown.why
+        if moved and any(holds(low + by, high + by) != good for by in (-moved, moved)):
+            by = f"it moves this by {moved:.1e}"
+            by += ", in the base run" if decides.as_in_base else ""
+            reason = _join_reasons(reason, f"rounding alone may decide it: {by}")
+        return Verdict(good, *numbers, reason)
+
+    # --- which cell leads
+
+    def best(self, condition: BestCellCondition) -> Verdict:
+        of = self.ranked(
+            condition.measure, select_value_cells(self.result, condition.measure, condition.where)
+        )
+        sign = 1.0 if condition.how == "argmax" else -1.0
+        means = sign * self.result.statistics[condition.measure].mean[of.cells]
+        winner = int(of.cells[int(means.argmax())])
+        name = self.result.cells[winner].name
+        mine = np.array([condition.site.matches(self.result.cells[i]) for i in of.cells], bool)
+        here = condition.site.matches(self.result.cells[winner])
+        good, said = here == condition.equal, list[str]()
+        if good and not self.on_mean and not mine.all() and mine.any():
+            space = ComparisonSample(self.result, [of])
+            if space.too_few:
+                said.append(f"{space.too_few}; `on mean` would decide it on the mean alone")
+                good = False
+            elif condition.equal:
+                good = self.leads(space, of, winner, mine, sign, said)
+            else:
+                good = self.overtaken(space, of, winner, mine, sign, said)
+        for other in self.as_large(of, winner, of.cells, size=False):
+            if condition.site.matches(self.result.cells[other]) != here:
+                said.append(self.too_close(condition.measure, other))
+                break
+        return Verdict(good, name, reason="; ".join(said) or None)
+
+    def leads(
+        self,
+        space: ComparisonSample,
+        of: SelectedCells,
+        winner: int,
+        mine: np.ndarray,
+        sign: float,
+        said: list[str],
+    ) -> bool:
+        """Whether the winner, of the cells that are meant, is ahead of each other one."""
+        # the winner was picked among those that are meant
+        confidence = 100 - (100 - self.confidence) / int(mine.sum())
+        next_ = compare_with_each_rival(space, of, winner, of.cells[~mine], sign, confidence)
+        apart = f"{next_.value:.3g} [{next_.low:.3g}, {next_.high:.3g}]"
+        name = self.result.cells[next_.cell].name
+        good = next_.low > 0
+        word = "ahead of" if good else "on the mean, but can't be told from"
+        said.append(f"{word} {name}: {apart}")
+        return good
+
+    def overtaken(
+        self,
+        space: ComparisonSample,
+        of: SelectedCells,
+        winner: int,
+        mine: np.ndarray,
+        sign: float,
+        said: list[str],
+    ) -> bool:
+        """Whether one cell is ahead of all that are meant."""
+        others = of.cells[~mine]
+        place = int(np.flatnonzero(others == winner)[0])
+        for rival in of.cells[mine].tolist():
+            found = compare_with_rival(space, of, others, rival, sign, self.confidence)
+            if not found.low_together[place] > 0:
+                name = self.result.cells[rival].name
+                said.append(f"on the mean, but can't be told from {name}")
+                return False
+        return True
+
+    def top(self, condition: TopCellsCondition) -> Verdict:
+        missing = self.result.measures[condition.measure].missing
+        if missing is not None:
+            reason = f"not computed ({missing.code}): {missing.reason}"
+            return Verdict(False, reason=reason, computed=False)
+        of = SelectedCells(
+            self.result, condition.measure, select_value_cells(self.result, condition.measure, ())
+        )
+        ranked = rank_by_size(self.result, condition.measure, len(of.cells))
+        worst, said, unsure = 0, list[str](), list[int]()
+        doubts: list[str] = []
+        space = ComparisonSample(self.result, [of])
+        for site in condition.sites:
+            ranks = [
+                i + 1 for i, cell in enumerate(ranked) if site.matches(self.result.cells[cell])
+            ]
+            if not ranks:
+                said.append(f"no cell is at {site.text}")
+                continue
+            worst = max(worst, ranks[0])
+            beside = ranked[condition.top - (ranks[0] > condition.top) :][:1]
+            own = int(ranked[ranks[0] - 1])
+            unsure += self.as_large(of, own, np.array(beside, dtype=np.int64))
+            if ranks[0] > condition.top:
+                said.append(f"{site.text} is number {ranks[0]}")
+            elif len(of.cells) > condition.top and not self.on_mean:
+                doubts += self.among(space, of, own, condition.top, site.text)
+        if said:
+            first = [self.result.cells[cell].name for cell in ranked[: condition.top]]
+            said.append(f"top {condition.top}: {', '.join(first)}")
+        said += doubts
+        good = not said
+        said += [self.too_close(condition.measure, other) for other in unsure[:1]]
+        other = sign_ranking_note(self.result, condition.measure, condition.top)
+        reason = "; ".join([*said, *([other] if other else [])]) or None
+        return Verdict(good, float(worst) if worst else None, reason=reason)
+
+    def among(
+        self, space: ComparisonSample, of: SelectedCells, own: int, top: int, name: str
+    ) -> list[str]:
+        """Why a cell that is one of the first may not be."""
+        if space.too_few:
+            return [f"{space.too_few}; `on mean` would decide it on the mean alone"]
+        smaller = find_smaller_cells(space, of, own, self.confidence)
+        larger = len(of.cells) - 1 - len(smaller)
+        if larger < top:
+            return []
+        others = count_noun(larger, "other cell")
+        return [f"{name} is on the mean, but {others} may be at least as large"]
+
+    # --- cells
+
+    def ranked(self, measure: int, cells: Ints) -> SelectedCells:
+        """Cells of which one may be the largest; NoNumber without any."""
+        if len(cells):
+            return SelectedCells(self.result, measure, cells)
+        missing = self.result.measures[measure].missing
+        if missing is not None:
+            raise NotComputed(f"not computed ({missing.code}): {missing.reason}")
+        raise NoNumber("no cell has a value")
+
+    def as_large(
+        self, of: SelectedCells, cell: int, others: Ints, *, size: bool = True
+    ) -> list[int]:
+        """Those of other cells whose effect, or its size, may be the same but for rounding."""
+        means = self.result.statistics[of.measure].mean
+        sizes = np.abs(means) if size else means
+        own = replace(of, cells=np.array([cell]))
+        moved = rounding_bounds(replace(of, cells=others)) + rounding_bounds(own)
+        close = (np.abs(sizes[others] - sizes[cell]) <= moved) & (moved > 0) & (others != cell)
+        return others[close].tolist()
+
+    def too_close(self, measure: int, cell: int) -> str:
+        name = self.result.cells[cell].name
+        said = f"rounding alone may decide it: no more than that is between it and {name}"
+        return f"{said}, in the base run" if has_base_run_bounds(self.result, measure) else said
+
+
+def _alternatives(condition: Condition) -> list[Condition]:
+    """Those of `a or b or c`."""
+    match condition:
+        case LogicalCondition(operator="or", left=left, right=right):
+            return [*_alternatives(left), *_alternatives(right)]
+        case Negation(operand=LogicalCondition(operator="and", left=left, right=right)):
+            return [*_alternatives(Negation(left)), *_alternatives(Negation(right))]
+        case Negation(operand=Negation(operand=inner)):
+            return _alternatives(inner)
+        case _:
+            return [condition]
+
+
+def _is_folded(value: ConditionValue) -> bool:
+    """Whether a size is compared."""
+    if isinstance(value, Arithmetic):
+        return _is_folded(value.left) or _is_folded(value.right)
+    return isinstance(value, Absolute)

@@ -1,0 +1,310 @@
+"""Numbers that expectations compare, with their intervals.
+
+Arithmetic on means is smooth: it has an influence per unit, so that its error can be recomputed in
+every resample, as bootstrap-t needs it. Of numbers that aren't smooth (a largest cell, a rank, an
+absolute value) only the ends of the interval are known.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from mechdsl.base.arrays import Floats, Ints
+from mechdsl.statistics.intervals import FLAT_VARIANCE, StudentisedCells, studentised_pivot
+from mechdsl.statistics.measurements import EffectSums, Resamples
+from mechdsl.statistics.skewed_t import SkewedT, skewed_t_of_moves
+
+Operator = Literal["+", "-", "*", "/"]
+
+OPERATIONS: Mapping[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": np.divide,
+}
+
+IntervalFunction: TypeAlias = Callable[[float], tuple[float, float]]
+"""Of a confidence, the ends."""
+
+
+# --- smooth numbers -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FixedNumber:
+    """A number that doesn't hang on the prompts."""
+
+    value: float
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedCells:
+    """Cells' effects, each by its share."""
+
+    sums: EffectSums
+    share: Floats
+    """[cell]."""
+    limits: IntervalFunction | None = None
+    """Of cells whose intervals aren't the bootstrap's."""
+
+
+@dataclass(frozen=True, eq=False)
+class CombinedNumbers:
+    """Two numbers calculated together."""
+
+    sign: Operator
+    left: SmoothNumber
+    right: SmoothNumber
+
+
+SmoothNumber: TypeAlias = FixedNumber | WeightedCells | CombinedNumbers
+
+
+def evaluate_resamples(number: SmoothNumber, weights: Floats) -> tuple[Floats, Floats]:
+    """Under resamples [resample, unit]: its value [resample], and how far one unit more would move
+    it [resample, unit]."""
+    match number:
+        case FixedNumber():
+            return np.full(len(weights), number.value), np.zeros_like(weights)
+        case WeightedCells():
+            sums, share = number.sums, number.share
+            scale = weights @ sums.bottom.T
+            values = (weights @ sums.top.T) / scale
+            weight = np.broadcast_to(share / scale, values.shape)
+            return values @ share, weight @ sums.top - _weighted_sum(weight * values, sums.bottom)
+        case CombinedNumbers():
+            one, by_one = evaluate_resamples(number.left, weights)
+            two, by_two = evaluate_resamples(number.right, weights)
+            value = OPERATIONS[number.sign](one, two)
+            if number.sign in ("+", "-"):
+                return value, OPERATIONS[number.sign](by_one, by_two)
+            one, two = one[:, None], two[:, None]
+            if number.sign == "*":
+                return value, by_one * two + one * by_two
+            return value, (by_one - value[:, None] * by_two) / two
+
+
+def is_single_cell(number: SmoothNumber) -> bool:
+    """Whether it is one cell, moved and scaled by fixed numbers."""
+    match number:
+        case WeightedCells():
+            return len(number.share) == 1
+        case CombinedNumbers(_, one, FixedNumber()) | CombinedNumbers(_, FixedNumber(), one):
+            return is_single_cell(one)
+        case _:
+            return False
+
+
+def is_linear(number: SmoothNumber) -> bool:
+    """Whether it is a sum of cells, each times a fixed number."""
+    match number:
+        case CombinedNumbers("+" | "-", left, right):
+            return is_linear(left) and is_linear(right)
+        case (
+            CombinedNumbers("*", left, FixedNumber())
+            | CombinedNumbers("/", left, FixedNumber())
+            | CombinedNumbers("*", FixedNumber(), left)
+        ):
+            return is_linear(left)
+        case CombinedNumbers():
+            return False
+        case _:
+            return True
+
+
+def exact_interval(number: SmoothNumber, confidence: float) -> tuple[float, float] | None:
+    """The ends of cells with limits of their own, moved and scaled by fixed numbers; None of
+    anything else."""
+    match number:
+        case WeightedCells() if number.limits is not None:
+            return number.limits(confidence)
+        case CombinedNumbers(sign, left, FixedNumber(value)):
+            found = exact_interval(left, confidence)
+            ends = [] if found is None else [float(OPERATIONS[sign](e, value)) for e in found]
+        case CombinedNumbers(sign, FixedNumber(value), right) if sign != "/":
+            found = exact_interval(right, confidence)
+            ends = [] if found is None else [float(OPERATIONS[sign](value, e)) for e in found]
+        case _:
+            return None
+    return (min(ends), max(ends)) if ends else None
+
+
+def _weighted_sum(weight: Floats, bottom: Floats) -> Floats:
+    """[resample, cell] × [1 or cell, unit]."""
+    return weight.sum(1, keepdims=True) @ bottom if len(bottom) == 1 else weight @ bottom
+
+
+def number_skewed_t(number: SmoothNumber, draws: Resamples, held: int) -> SkewedT:
+    """The corrected t of one number. held: units."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value, moves = evaluate_resamples(number, np.ones((1, draws.units)))
+    return skewed_t_of_moves(value, moves, np.array([held], dtype=np.int64), draws.strata)
+
+
+def studentise_number(number: SmoothNumber, draws: Resamples, held: int) -> StudentisedCells:
+    """Bootstrap-t of one number, as `studentise` of cells. held: units behind it."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value, influence = evaluate_resamples(number, np.ones((1, draws.units)))
+        error = np.sqrt(_squared_error(np.ones((1, draws.units)), influence, draws.strata, held))
+        size = np.sqrt((influence**2).sum(1)) + np.abs(value) / max(held, 1)
+        error = np.where(error <= FLAT_VARIANCE * size, 0.0, error)
+        found: list[Floats] = []
+        for weights in draws.weights(4 * draws.units):
+            moved, influence = evaluate_resamples(number, weights)
+            moved = moved - value
+            spread = np.sqrt(_squared_error(weights, influence, draws.strata, held))
+            found.append(studentised_pivot(moved, spread, error))
+    pivots = np.concatenate(found) if found else np.zeros(0)
+    error = error if held > 1 else np.full(1, np.nan)
+    units = np.array([held], dtype=np.int64)
+    return StudentisedCells(value, error, pivots[:, None], units, draws.count)
+
+
+def _squared_error(weights: Floats, influence: Floats, strata: Ints | None, held: int) -> Floats:
+    """[resample]: the squared standard error."""
+    if strata is None:
+        return (weights * influence**2).sum(1) * held / (held - 1)
+    found = np.zeros(len(weights))
+    for stratum in range(int(strata.max()) + 1):
+        own = strata == stratum
+        drawn, part = weights[:, own], influence[:, own]
+        count = drawn.shape[1]
+        squares, total = (drawn * part**2).sum(1), (drawn * part).sum(1)
+        found += np.maximum(squares - total**2 / count, 0.0) * count / (count - 1)
+    return found
+
+
+class NoNumber(Exception):
+    """There is none, and why."""
+
+
+class NotComputed(NoNumber):
+    """There is none, because an experiment or a measure could not be computed."""
+
+
+# --- estimates ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A number, smooth or with its ends."""
+
+    point: float
+    smooth: SmoothNumber | None = None
+    low: float = math.nan
+    """Of what isn't smooth: its interval, at the confidence that it was asked for."""
+    high: float = math.nan
+    why: str | None = None
+    """Why there is no number, or no interval."""
+    rounding: float = 0.0
+    """How far rounding alone may move the number."""
+    as_in_base: bool = False
+    """That is how far it moves the base run's, as of shares of cells."""
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it hangs on no prompts."""
+        return isinstance(self.smooth, FixedNumber)
+
+
+def constant_estimate(value: float) -> Estimate:
+    return Estimate(value, FixedNumber(value), value, value)
+
+
+def combine_estimates(sign: Operator, left: Estimate, right: Estimate) -> Estimate:
+    """Of two numbers: smooth where both are, else from their ends."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        point = float(OPERATIONS[sign](np.float64(left.point), right.point))
+    zero = "it divides by 0" if sign == "/" and right.point == 0 else None
+    found = Estimate(
+        point,
+        why=left.why or right.why or zero,
+        rounding=_combined_rounding(sign, left, right),
+        as_in_base=left.as_in_base or right.as_in_base,
+    )
+    if left.smooth is not None and right.smooth is not None:
+        if isinstance(left.smooth, FixedNumber) and isinstance(right.smooth, FixedNumber):
+            return replace(found, smooth=FixedNumber(point), low=point, high=point)
+        return replace(found, smooth=CombinedNumbers(sign, left.smooth, right.smooth))
+    low, high = _operation_interval(sign, left, right)
+    return replace(found, low=low, high=high)
+
+
+def _operation_interval(sign: Operator, left: Estimate, right: Estimate) -> tuple[float, float]:
+    """What the result lies between, if both lie between theirs."""
+    if sign == "/" and right.low <= 0 <= right.high:
+        return math.nan, math.nan
+    compute = OPERATIONS[sign]
+    every = [compute(a, b) for a in (left.low, left.high) for b in (right.low, right.high)]
+    return (math.nan, math.nan) if any(map(math.isnan, every)) else (min(every), max(every))
+
+
+def absolute_estimate(inner: Estimate, low: float, high: float) -> Estimate:
+    """The size of a number whose interval is given: it lies between the least and the greatest size
+    in it, and not where resampled sizes do, which are never below 0."""
+    nearest = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
+    farthest = max(abs(low), abs(high))
+    if math.isnan(low) or math.isnan(high):
+        nearest = farthest = math.nan
+    return replace(inner, point=abs(inner.point), smooth=None, low=nearest, high=farthest)
+
+
+def _combined_rounding(sign: Operator, left: Estimate, right: Estimate) -> float:
+    """How far rounding moves what is calculated, to first order, both numbers in the worst
+    direction."""
+    if sign in ("+", "-"):
+        return left.rounding + right.rounding
+    one, two = abs(left.point), abs(right.point)
+    if sign == "*":
+        return one * right.rounding + two * left.rounding
+    return (left.rounding + one / two * right.rounding) / two if two else 0.0
+
+
+# --- what is correlated ---------------------------------------------------------------------------
+
+
+def pearson(left: Floats, right: Floats) -> Floats:
+    """Row by row."""
+    a = left - left.mean(1, keepdims=True)
+    b = right - right.mean(1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+
+
+def spearman(left: Floats, right: Floats) -> Floats:
+    """Row by row."""
+    from scipy.stats import rankdata  # not at the top: slow to import
+
+    return pearson(rankdata(left, axis=1), rankdata(right, axis=1))
+
+
+def auroc(values: Floats, true: Floats) -> Floats:
+    """Row by row, [row, item]: how often an item that is true has the greater value, ties half.
+
+    true: [item] of 0 and 1. Mann and Whitney's U over the number of pairs.
+    """
+    from scipy.stats import rankdata  # not at the top: slow to import
+
+    held = true > 0
+    count, others = int(held.sum()), int((~held).sum())
+    ranks = rankdata(values, axis=1)[:, held].sum(1)
+    return (ranks - count * (count + 1) / 2) / (count * others)
+
+
+def fisher_interval(point: float, resampled: Floats, confidence: float) -> tuple[float, float]:
+    """The interval of a correlation: as far to both sides, on Fisher's scale, as so many of the
+    resamples lie from it. Resampled correlations lie nearer to 0 than what they are of, as
+    resampling adds noise, so their percentiles needn't hold it; this does."""
+    known = resampled[np.isfinite(resampled)]
+    if not len(known) or not math.isfinite(point):
+        return math.nan, math.nan
+    most = 1 - 1e-12
+    at = math.atanh(min(max(point, -most), most))
+    width = float(np.percentile(np.abs(np.arctanh(np.clip(known, -most, most)) - at), confidence))
+    return math.tanh(at - width), math.tanh(at + width)

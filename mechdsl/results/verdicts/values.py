@@ -1,0 +1,715 @@
+"""Values that an expectation names: cells, effects, accuracies, correlations and ranks.
+
+`argmax(x) = L9H9` and `top 3 contains L9H9` test whether a cell leads. A cell is the largest if it
+is larger than each other one, so each difference is tested at the full level (an intersection-
+union test: Berger 1982); where any of several cells may be the larger one, their bounds hold
+together.
+
+`auroc(effect, truth)` is how well an effect ranks the true cells, or the true rows of one cell.
+Its interval is the bootstrap's (`fisher_interval`) unless the order is perfect: then no resample
+has another order, and the bootstrap's interval would be a point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.base.text import count_noun, name_list
+from mechdsl.checks.conditions import (
+    Absolute,
+    Accuracy,
+    Area,
+    Arithmetic,
+    CellAggregate,
+    CellSelection,
+    ConditionValue,
+    ConstantValue,
+    Correlation,
+    Ranking,
+    truth_value,
+)
+from mechdsl.program.significance import MIN_UNITS
+from mechdsl.program.spec import PROMPTS_AXIS
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.results.verdicts.estimates import (
+    Estimate,
+    FixedNumber,
+    IntervalFunction,
+    NoNumber,
+    NotComputed,
+    WeightedCells,
+    absolute_estimate,
+    auroc,
+    combine_estimates,
+    constant_estimate,
+    exact_interval,
+    fisher_interval,
+    is_linear,
+    is_single_cell,
+    number_skewed_t,
+    pearson,
+    spearman,
+    studentise_number,
+)
+from mechdsl.statistics.cell_statistics import infer, share_limits
+from mechdsl.statistics.comparisons import true_correlation
+from mechdsl.statistics.intervals import SimultaneousBounds, clopper_pearson, simultaneous_bounds
+from mechdsl.statistics.measurements import (
+    NO_INTERVAL_REASONS,
+    EffectSums,
+    Resamples,
+    UnitRows,
+    Units,
+    cells_by_view,
+    effect_parts,
+    find_units,
+)
+from mechdsl.vocab.effects import EFFECTS
+
+
+@dataclass(frozen=True)
+class NearestRival:
+    """The cell that is hardest to tell from the leader, and the difference to it."""
+
+    cell: int
+    value: float
+    low: float
+    high: float
+
+
+def compare_with_each_rival(
+    space: ComparisonSample,
+    of: SelectedCells,
+    leader: int,
+    rivals: Ints,
+    sign: float,
+    confidence: float,
+) -> NearestRival:
+    """The difference to each rival has an interval of its own; the one with the lowest end."""
+    low, high, value = (np.full(len(rivals), np.nan) for _ in range(3))
+    sums = cell_differences(space, of, np.full(len(rivals), leader), rivals, sign, -sign)
+    settings = space.mine.sampling.settings.model_copy(update={"confidence": confidence})
+    step = max(1, 4_000_000 // space.draws.resamples)
+    for start in range(0, len(rivals), step):
+        block = slice(start, start + step)
+        own = sums.chosen(block)
+        found = infer(own, settings, space.draws, 1)
+        value[block], low[block], high[block] = own.value, found.low, found.high
+    least = int(np.argmin(np.where(np.isnan(low), -np.inf, low)))
+    return NearestRival(
+        int(rivals[least]), float(value[least]), float(low[least]), float(high[least])
+    )
+
+
+def compare_with_rival(
+    space: ComparisonSample,
+    of: SelectedCells,
+    leaders: Ints,
+    rival: int,
+    sign: float,
+    confidence: float,
+) -> SimultaneousBounds:
+    """[leader]: the differences to one rival, with bounds that hold for all leaders together."""
+    rivals = np.full(len(leaders), rival)
+    sums = cell_differences(space, of, leaders, rivals, sign, -sign)
+    return simultaneous_bounds(sums, space.draws, confidence)
+
+
+def find_smaller_cells(
+    space: ComparisonSample, of: SelectedCells, leader: int, confidence: float
+) -> Ints:
+    """The cells whose size is smaller than that of the leader, bounds holding for all together."""
+    places = {int(cell): n for n, cell in enumerate(of.cells)}
+    mine = space.sums(of).value[places[leader]]
+    sign = -1.0 if mine < 0 else 1.0
+    rivals = of.cells[of.cells != leader]
+    leaders = np.full(len(rivals), leader)
+    above = cell_differences(space, of, leaders, rivals, sign, -1.0)
+    below = cell_differences(space, of, leaders, rivals, sign, 1.0)
+    both = EffectSums(
+        np.concatenate([above.top, below.top]),
+        above.bottom if len(above.bottom) == 1 else np.concatenate([above.bottom, below.bottom]),
+        np.concatenate([above.held, below.held]),
+    )
+    low = simultaneous_bounds(both, space.draws, confidence).low_together.reshape(2, -1)
+    return rivals[(low > 0).all(0)]
+
+
+def cell_differences(
+    space: ComparisonSample, of: SelectedCells, left: Ints, right: Ints, sign: float, other: float
+) -> EffectSums:
+    """[pair]: `sign` × the left cell's effect + `other` × the right one's."""
+    places = {int(cell): n for n, cell in enumerate(of.cells)}
+    one = np.array([places[int(cell)] for cell in left], dtype=np.int64)
+    two = np.array([places[int(cell)] for cell in right], dtype=np.int64)
+    sums = space.sums(of)
+    held = np.minimum(sums.held[one], sums.held[two])
+    if len(sums.bottom) == 1:
+        return EffectSums(sign * sums.top[one] + other * sums.top[two], sums.bottom, held)
+    # of means over different rows, or of different ratios: linearised, as pseudo-values
+    every = np.ones((1, sums.top.shape[1]))
+    values: Floats = sums.value
+    moves = sums.top - values[:, None] * sums.bottom
+    moves *= sums.top.shape[1] / sums.bottom.sum(1, keepdims=True)
+    top = sign * moves[one] + other * moves[two]
+    top += (sign * values[one] + other * values[two])[:, None]
+    return EffectSums(top, every, held)
+
+
+def rank_true_cells(
+    space: ComparisonSample, of: SelectedCells, truth: Sequence[CellSelection], confidence: float
+) -> Estimate:
+    """How often a true cell has the greater effect. A perfect order is as sure as the pairs of
+    cells whose differences are, all together."""
+    true = np.array([any(each.matches(of.result.cells[i]) for each in truth) for i in of.cells])
+    if not 0 < true.sum() < len(true):
+        which = "none" if not true.sum() else "every one"
+        raise NoNumber(f"{which} of the {len(true)} cells is one of the true ones")
+    sums = space.sums(of)
+    point = float(auroc(sums.value[None], true)[0])
+    if space.too_few:
+        return Estimate(point, why=space.too_few)
+    if point in (0.0, 1.0):
+        sign = 1.0 if point else -1.0
+        left, right = np.meshgrid(of.cells[true], of.cells[~true])
+        pairs = cell_differences(space, of, left.ravel(), right.ravel(), sign, -sign)
+        sure = simultaneous_bounds(pairs, space.draws, confidence).low_together > 0
+        return _perfect_estimate(point, float(sure.mean()))
+    found = [auroc(sums.under(weights), true) for weights in space.draws.weights(4 * len(sums.top))]
+    return _resampled_estimate(point, np.concatenate(found), confidence)
+
+
+def rank_true_rows(
+    space: ComparisonSample, of: SelectedCells, column: str, confidence: float
+) -> Estimate:
+    """How often a row where the column is true has the greater effect. In a perfect order all pairs
+    of units without one in common are right, and their exact limits hold."""
+    if len(of.cells) != 1:
+        raise NoNumber(f"{len(of.cells)} cells are meant, not one")
+    data = of.result.measures[of.measure]
+    found = effect_parts(data, EFFECTS[data.effect], of.cells)
+    if found.denominator is not None:
+        raise NoNumber(f"`{data.effect}` is a ratio of means: no row has one")
+    truths = [truth_value(each) for each in of.result.row_values[column]]
+    known = found.present[0] & np.array([each is not None for each in truths])
+    true: Bools = np.array([bool(each) for each in truths]) & known
+    false = ~np.array([bool(each) for each in truths]) & known
+    if not true.any() or not false.any():
+        raise NoNumber(f"`{column}` is the same in all {int(known.sum())} rows")
+    effects, codes = found.numerator[0], space.units.codes[space.place(of.result)]
+    ahead = effects[true][:, None] - effects[false][None]
+    wins = (ahead > 0) + 0.5 * (ahead == 0)
+    point = float(wins.mean())
+    if space.too_few:
+        return Estimate(point, why=space.too_few)
+    if point in (0.0, 1.0):
+        pairs = np.array([min(len(np.unique(codes[each])) for each in (true, false))], dtype=float)
+        low, high = clopper_pearson(point * pairs, pairs, confidence)
+        return _perfect_estimate(point, float(low[0] if point else 1 - high[0]))
+    resampled: list[Floats] = []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for weights in space.draws.weights(4 * len(effects)):
+            one, two = weights[:, codes[true]], weights[:, codes[false]]
+            resampled.append(((one @ wins) * two).sum(1) / (one.sum(1) * two.sum(1)))
+    return _resampled_estimate(point, np.concatenate(resampled), confidence)
+
+
+def _resampled_estimate(point: float, resampled: Floats, confidence: float) -> Estimate:
+    low, high = fisher_interval(2 * point - 1, 2 * resampled - 1, confidence)
+    return Estimate(point, None, (low + 1) / 2, (high + 1) / 2)
+
+
+def _perfect_estimate(point: float, sure: float) -> Estimate:
+    """sure: the share that the order is at least right, or wrong, in."""
+    return Estimate(point, None, sure, 1.0) if point else Estimate(point, None, 0.0, 1 - sure)
+
+
+def match_effect_cells(
+    mine: ExperimentResult, measure: int, other: ExperimentResult, other_measure: int
+) -> tuple[Ints, Ints]:
+    """Cells of two experiments that have equal coordinates, and a value in both."""
+    places = {tuple(sorted(cell.coords.items())): i for i, cell in enumerate(other.cells)}
+    pairs = [
+        (i, places[key])
+        for i, cell in enumerate(mine.cells)
+        if (key := tuple(sorted(cell.coords.items()))) in places
+        and np.isfinite(mine.statistics[measure].mean[i])
+        and np.isfinite(other.statistics[other_measure].mean[places[key]])
+    ]
+    both = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedCells:
+    """Some cells of a measure of an experiment."""
+
+    result: ExperimentResult
+    measure: int
+    cells: Ints
+
+
+class CellSelector:
+    """Finds the cells that an expectation names."""
+
+    def __init__(self, result: ExperimentResult, others: Mapping[str, ExperimentResult]) -> None:
+        self.result = result
+        self.others = others
+
+    def of(self, value: CellAggregate | Area | Ranking) -> SelectedCells:
+        """The cells that are meant and have a value; NoNumber where there is none."""
+        result = self.result
+        if isinstance(value, CellAggregate) and value.experiment is not None:
+            result = self.other(value.experiment)
+        found = select_value_cells(result, value.measure, value.where)
+        if not len(found):
+            cells = [i for i in range(len(result.cells)) if is_selected(result, i, value.where)]
+            reasons = result.statistics[value.measure].reasons
+            missing = result.measures[value.measure].missing
+            if missing is not None:
+                raise NotComputed(f"not computed ({missing.code}): {missing.reason}")
+            raise NoNumber((reasons[cells[0]] if cells else None) or "no such cell")
+        if isinstance(value, CellAggregate) and value.how in ("cell", "only") and len(found) > 1:
+            raise NoNumber(f"{len(found)} cells are meant, not one")
+        return SelectedCells(result, value.measure, found)
+
+    def other(self, name: str) -> ExperimentResult:
+        if name not in self.others:
+            raise NotComputed(f"`{name}` could not be computed")
+        return self.others[name]
+
+    def pair(self, value: Correlation) -> tuple[SelectedCells, SelectedCells]:
+        """The cells that two experiments have in common, of measures of one effect."""
+        other = self.other(value.experiment)
+        measure = self.result.measures[value.measure]
+        same = [
+            i
+            for i, m in enumerate(other.measures)
+            if m.kind == "number" and m.effect == measure.effect
+        ]
+        exact = [i for i in same if other.measures[i].label == measure.label]
+        candidates = exact or same
+        if len(candidates) != 1:
+            raise NoNumber(
+                f"`{other.name}` has {len(candidates)} measures `as {measure.effect}`, not one"
+            )
+        for data, of in ((measure, self.result), (other.measures[candidates[0]], other)):
+            if data.missing is not None:
+                why = f"`{data.effect} of {data.label}` of `{of.name}` could not be computed"
+                raise NotComputed(f"{why} ({data.missing.code})")
+        mine, theirs = match_effect_cells(self.result, value.measure, other, candidates[0])
+        if len(mine) < 3:
+            raise NoNumber(f"only {len(mine)} cells have the same coordinates in `{other.name}`")
+        return (
+            SelectedCells(self.result, value.measure, mine),
+            SelectedCells(other, candidates[0], theirs),
+        )
+
+    def all_of(self, value: ConditionValue) -> Iterator[SelectedCells]:
+        """Everything that a value reads."""
+        match value:
+            case ConstantValue() | Accuracy():
+                return
+            case Arithmetic():
+                yield from self.all_of(value.left)
+                yield from self.all_of(value.right)
+            case Absolute():
+                yield from self.all_of(value.operand)
+            case Correlation():
+                yield from self.pair(value)
+            case _:
+                yield self.of(value)
+
+
+def is_selected(result: ExperimentResult, cell: int, where: Sequence[CellSelection]) -> bool:
+    return all(each.matches(result.cells[cell]) for each in where)
+
+
+def select_value_cells(
+    result: ExperimentResult, measure: int, where: Sequence[CellSelection]
+) -> Ints:
+    """The cells that are meant and have a value."""
+    means = result.statistics[measure].mean
+    found = [
+        i for i in range(len(means)) if np.isfinite(means[i]) and is_selected(result, i, where)
+    ]
+    return np.array(found, dtype=np.int64)
+
+
+def rounding_bounds(of: SelectedCells) -> Floats:
+    """[cell]: how far rounding alone may move them; 0 where that isn't known."""
+    return np.nan_to_num(of.result.statistics[of.measure].rounding[of.cells])
+
+
+def has_base_run_bounds(result: ExperimentResult, measure: int) -> bool:
+    """Whether rounding may do something else to cells than to the base run, which its bounds are
+    of: `correct` and ranks change where two logits are close."""
+    return result.measures[measure].unit in ("share", "rank")
+
+
+class ComparisonSample:
+    """The units of all that one comparison reads, and their draws: rows of equal content are one
+    unit in all experiments, so that differences between experiments are paired."""
+
+    def __init__(self, mine: ExperimentResult, read: Sequence[SelectedCells]) -> None:
+        self.mine = mine
+        self.read = read
+        self.results = [mine]
+        for each in read:
+            if all(each.result is not known for known in self.results):
+                self.results.append(each.result)
+
+    @cached_property
+    def units(self) -> Units:
+        rows = [self._rows(result) for result in self.results]
+        design = None if self.mine.groups is not None else self.mine.strata
+        return find_units(rows, design)
+
+    def _rows(self, result: ExperimentResult) -> UnitRows:
+        seen = [
+            own
+            for each in self.read
+            if each.result is result
+            for cells, own in cells_by_view(result.measures[each.measure])
+            if own is not None and np.isin(cells, each.cells).any()
+        ]
+        own = result.sampling.rows(*seen)
+        by = self.mine.settings.by if self.mine.settings else None
+        if result is self.mine or by is None or by not in result.row_values:
+            return own if result is self.mine else replace(own, groups=None)
+        return replace(own, groups=np.array([str(value) for value in result.row_values[by]]))
+
+    @cached_property
+    def draws(self) -> Resamples:
+        whole = all(self._whole(each) for each in self.read)
+        return self.mine.sampling.draws(self.units, whole=whole)
+
+    def _whole(self, of: SelectedCells) -> bool:
+        """Whether its cells have all units, or all of every stratum that they have any of."""
+        if of.result is not self.mine:
+            return bool((self.sums(of).held == self.units.count).all())
+        data = of.result.measures[of.measure]
+        present = effect_parts(data, EFFECTS[data.effect], of.cells).present
+        return bool(self.mine.sampling.whole(present).all())
+
+    def sums(self, of: SelectedCells) -> EffectSums:
+        data = of.result.measures[of.measure]
+        found = effect_parts(data, EFFECTS[data.effect], of.cells)
+        return found.sums(self.units, self.place(of.result))
+
+    def place(self, result: ExperimentResult) -> int:
+        return next(i for i, known in enumerate(self.results) if known is result)
+
+    @cached_property
+    def held(self) -> int:
+        """The fewest units that stand behind anything that is read."""
+        counts = [self._held(each) for each in self.read]
+        return min(counts, default=0)
+
+    def _held(self, of: SelectedCells) -> int:
+        data = of.result.measures[of.measure]
+        present = effect_parts(data, EFFECTS[data.effect], of.cells).present
+        some = np.atleast_2d(present.any(axis=0))
+        return int(self.units.held(some, self.place(of.result))[0])
+
+    @property
+    def not_paired(self) -> str | None:
+        """What is said where experiments, or blocks of one, are set against each other that have
+        other rows."""
+        cells = [
+            each.result.cells[n]
+            for each in self.read
+            if PROMPTS_AXIS in each.result.axes
+            for n in each.cells
+        ]
+        blocks = list(dict.fromkeys(str(cell.coords[PROMPTS_AXIS]) for cell in cells))
+        if len(blocks) > 1:
+            return f"not paired: rows of {name_list(blocks)}"
+        read = [
+            result for result in self.results if any(each.result is result for each in self.read)
+        ]
+        found = [(each.name, set(self.units.codes[self.place(each)].tolist())) for each in read]
+        (_, own), *others = found or [("", set[int]())]
+        unit = "prompt" if self.mine.groups is None else self.mine.sampling.unit_word(self.units)
+        words = [
+            f"`{name}` has {len(own & theirs) or 'none'} of these {count_noun(len(own), unit)}"
+            + f" and {len(theirs - own)} of its own" * bool(theirs - own)
+            for name, theirs in others
+            if theirs != own
+        ]
+        return f"not all paired: {'; '.join(words)}" if words else None
+
+    @property
+    def too_few(self) -> str | None:
+        """Why there is no interval."""
+        if self.held >= MIN_UNITS:
+            return None
+        words = count_noun(self.held, self.mine.sampling.unit_word(self.units))
+        return f"{words}: no interval below {MIN_UNITS}"
+
+
+class ValueReader:
+    """Reads the values of one comparison, all in one space."""
+
+    def __init__(self, cells: CellSelector, values: Sequence[ConditionValue]) -> None:
+        self.cells = cells
+        self.space = ComparisonSample(
+            cells.result, [read for value in values for read in cells.all_of(value)]
+        )
+        self.runs = {run for value in values for run in accuracy_runs(value)}
+        self.confidence = cells.result.sampling.settings.confidence
+
+    @cached_property
+    def effective_n(self) -> int | None:
+        """The fewest units behind anything that is read; None where nothing is."""
+        counts = [self.cells.result.accuracy_of(run).n for run in self.runs]
+        return min([*counts, *([self.space.held] if self.space.read else [])], default=None)
+
+    def estimate(self, value: ConditionValue, confidence: float) -> Estimate:
+        """confidence: of intervals of what isn't smooth."""
+        match value:
+            case ConstantValue():
+                return constant_estimate(value.value)
+            case Arithmetic():
+                left = self.estimate(value.left, confidence)
+                right = self.estimate(value.right, confidence)
+                if value.operator == "/" and not right.fixed:
+                    divisor = self.ended(right, confidence)
+                    if divisor.why is None and divisor.low <= 0 <= divisor.high:
+                        ends = f"{divisor.point:.3g} [{divisor.low:.3g}, {divisor.high:.3g}]"
+                        known = divisor.low == divisor.high
+                        zero = "0" if known else f"what can't be told from 0: {ends}"
+                        raise NoNumber(f"it divides by {zero}")
+                if left.smooth is None or right.smooth is None:
+                    left, right = self.ended(left, confidence), self.ended(right, confidence)
+                return combine_estimates(value.operator, left, right)
+            case Absolute():
+                inner = self.ended(self.estimate(value.operand, confidence), confidence)
+                return absolute_estimate(inner, inner.low, inner.high)
+            case Accuracy():
+                return self.accuracy(value.run, confidence)
+            case Correlation():
+                return self.correlation(value, confidence)
+            case Area():
+                return self.area(value)
+            case Ranking():
+                return self.ranking(value, confidence)
+            case CellAggregate():
+                return self.of_cells(value, confidence)
+
+    def ended(self, estimate: Estimate, confidence: float) -> Estimate:
+        """With the ends of its interval."""
+        if estimate.smooth is None or isinstance(estimate.smooth, FixedNumber):
+            return estimate
+        ends, few = exact_interval(estimate.smooth, confidence), self.space.too_few
+        known = ends is not None and not any(map(math.isnan, ends))
+        if ends is not None and known and is_single_cell(estimate.smooth):
+            return replace(estimate, low=ends[0], high=ends[1])
+        if few is not None:
+            return replace(estimate, why=estimate.why or few)
+        draws, held = self.space.draws, self.space.held
+        found = studentise_number(estimate.smooth, draws, held)
+        if ends is not None and known and found.error[0] == 0:
+            return replace(estimate, low=ends[0], high=ends[1])
+        low, high = found.interval(confidence)
+        by_t = self.cells.result.sampling.settings.test == "t"
+        if by_t and is_linear(estimate.smooth):
+            corrected = number_skewed_t(estimate.smooth, draws, held)
+            low, high = corrected.interval(confidence, MIN_UNITS)
+        return replace(estimate, low=float(low[0]), high=float(high[0]))
+
+    def of_cells(self, value: CellAggregate, confidence: float) -> Estimate:
+        of = self.cells.of(value)
+        sums, rounding = self.space.sums(of), rounding_bounds(of)
+        means = of.result.statistics[of.measure].mean[of.cells]
+        spread = of.result.measures[of.measure].spread
+        if spread != "rows":
+            over = {"max": np.max, "min": np.min}.get(value.how, np.mean)
+            point = float(over(means))
+            return (
+                constant_estimate(point)
+                if spread == "none"
+                else Estimate(point, why=NO_INTERVAL_REASONS[spread])
+            )
+        about = Estimate(math.nan, as_in_base=has_base_run_bounds(of.result, of.measure))
+        if value.how not in ("max", "min"):
+            share = np.full(len(of.cells), 1 / len(of.cells))
+            about = replace(about, point=float(means.mean()), rounding=float(rounding.mean()))
+            return replace(about, smooth=WeightedCells(sums, share, self.limits(of, sums, share)))
+        largest = value.how == "max"
+        point = float(means.max() if largest else means.min())
+        about = replace(about, point=point, rounding=float(rounding.max()), why=self.space.too_few)
+        if about.why:
+            return about
+        found = self.together(of, sums, confidence)
+        few = np.flatnonzero(np.isnan(found.low) | np.isnan(found.high))
+        if len(few):
+            name = of.result.cells[int(of.cells[few[0]])].name
+            reason = of.result.statistics[of.measure].reasons[int(of.cells[few[0]])]
+            return replace(about, why=f"{name}: {reason}" if reason else "no interval")
+        # the largest is above every cell's bound that holds for all, and below the largest of
+        # bounds that each hold alone
+        low, high = (
+            (found.low_together.max(), found.high.max())
+            if largest
+            else (found.low.min(), found.high_together.min())
+        )
+        return replace(about, low=float(low), high=float(high))
+
+    def shares(self, of: SelectedCells, confidence: float) -> tuple[Floats, Floats] | None:
+        """[cell] each: the exact limits of cells that are shares; None where they aren't."""
+        data = of.result.measures[of.measure]
+        units, place = self.space.units, self.space.place(of.result)
+        return share_limits(data, EFFECTS[data.effect], of.cells, units, confidence, place)
+
+    def limits(self, of: SelectedCells, sums: EffectSums, share: Floats) -> IntervalFunction | None:
+        """Of a weighted mean of cells that are shares: exact of one cell, by Bonferroni of more. Of
+        one cell of anything else: those of its row in the table."""
+        if self.shares(of, 95.0) is None:
+            effect = EFFECTS[of.result.measures[of.measure].effect]
+            return self._row_limits(sums, effect.tested) if len(share) == 1 else None
+
+        def found(confidence: float) -> tuple[float, float]:
+            every = self.shares(of, 100 - (100 - confidence) / len(share))
+            assert every is not None
+            return float(every[0] @ share), float(every[1] @ share)
+
+        return found
+
+    def _row_limits(self, sums: EffectSums, tested: bool) -> IntervalFunction:
+        settings = self.cells.result.sampling.settings
+
+        def found(confidence: float) -> tuple[float, float]:
+            own = settings.model_copy(update={"confidence": confidence})
+            inference = infer(sums, own, self.space.draws, 1, tested=tested)
+            return float(inference.low[0]), float(inference.high[0])
+
+        return found
+
+    def together(
+        self, of: SelectedCells, sums: EffectSums, confidence: float
+    ) -> SimultaneousBounds:
+        """Bounds of cells that hold for all; of shares by Bonferroni, as resamples of a share that
+        is 1 never lie below."""
+        alone = self.shares(of, confidence)
+        if alone is None:
+            return simultaneous_bounds(sums, self.space.draws, confidence)
+        every = self.shares(of, 100 - (100 - confidence) / len(of.cells))
+        assert every is not None
+        return SimultaneousBounds(sums.value, *alone, *every)
+
+    def area(self, value: Area) -> Estimate:
+        """Trapezoids, divided by the range of the axis."""
+        of = self.cells.of(value)
+        result, cells = of.result, of.cells
+        lacking = [
+            i
+            for i in range(len(result.cells))
+            if is_selected(result, i, value.where) and i not in cells
+        ]
+        if lacking:
+            reason = result.statistics[value.measure].reasons[lacking[0]]
+            name = result.cells[lacking[0]].name
+            raise NoNumber(f"the curve has no value at {name}: {reason}")
+        places = np.array([float(result.cells[i].coords[value.axis]) for i in cells])
+        order = np.argsort(places, kind="stable")
+        cells, places = cells[order], places[order]
+        if len(np.unique(places)) < max(2, len(places)):
+            raise NoNumber(f"the cells are not one curve over `{value.axis}`")
+        # Each point counts with half the way to either neighbour.
+        share = np.zeros(len(places))
+        share[1:] += np.diff(places) / 2
+        share[:-1] += np.diff(places) / 2
+        share /= places[-1] - places[0]
+        of = replace(of, cells=cells)
+        means, sums = result.statistics[value.measure].mean[cells], self.space.sums(of)
+        return Estimate(
+            float(means @ share),
+            WeightedCells(sums, share, self.limits(of, sums, share)),
+            rounding=float(rounding_bounds(of) @ share),
+            as_in_base=has_base_run_bounds(result, value.measure),
+        )
+
+    # --- what isn't smooth
+
+    def accuracy(self, run: str, confidence: float) -> Estimate:
+        found = self.cells.result.accuracy_of(run, confidence)
+        why = None if math.isfinite(found.mean) else "no prompt has an answer"
+        unit = "distinct prompts" if self.cells.result.groups is None else "groups"
+        few = f"no interval below {MIN_UNITS} {unit}" if math.isnan(found.low) else None
+        return Estimate(
+            found.mean, None, found.low, found.high, why or few, rounding=found.rounding
+        )
+
+    def correlation(self, value: Correlation, confidence: float) -> Estimate:
+        mine, theirs = self.cells.pair(value)
+        correlate = spearman if value.how == "spearman" else pearson
+        one, two = self.space.sums(mine), self.space.sums(theirs)
+        measured = float(correlate(one.value[None], two.value[None])[0])
+        if not math.isfinite(measured):
+            raise NoNumber("the effects don't differ between cells")
+        if value.how == "spearman":
+            return Estimate(measured, why="a rank correlation is of the effects as measured")
+        if self.space.too_few:
+            return Estimate(measured, why=self.space.too_few)
+        found = true_correlation(one, two, confidence)
+        if math.isnan(found.value):
+            return Estimate(measured, why="the effects don't differ between cells beyond chance")
+        return Estimate(found.value, None, found.low, found.high)
+
+    def ranking(self, value: Ranking, confidence: float) -> Estimate:
+        of = self.cells.of(value)
+        if value.column is not None:
+            return rank_true_rows(self.space, of, value.column, confidence)
+        return rank_true_cells(self.space, of, value.truth or (), confidence)
+
+
+def accuracy_runs(value: ConditionValue) -> Iterator[str]:
+    """The runs whose accuracies a value reads."""
+    match value:
+        case Accuracy():
+            yield value.run
+        case Arithmetic():
+            yield from accuracy_runs(value.left)
+            yield from accuracy_runs(value.right)
+        case Absolute():
+            yield from accuracy_runs(value.operand)
+        case _:
+            return
+
+
+def count_intervals(value: ConditionValue) -> int:
+    """How many intervals of their own a value is put together from."""
+    if _is_smooth(value):
+        return 0 if _is_fixed(value) else 1
+    match value:
+        case Arithmetic():
+            return count_intervals(value.left) + count_intervals(value.right)
+        case Absolute():
+            return count_intervals(value.operand)
+        case _:
+            return 1
+
+
+def _is_fixed(value: ConditionValue) -> bool:
+    if isinstance(value, Arithmetic):
+        return _is_fixed(value.left) and _is_fixed(value.right)
+    return isinstance(value, ConstantValue)
+
+
+def _is_smooth(value: ConditionValue) -> bool:
+    match value:
+        case ConstantValue() | Area():
+            return True
+        case CellAggregate():
+            return value.how not in ("max", "min")
+        case Arithmetic():
+            return _is_smooth(value.left) and _is_smooth(value.right)
+        case _:
+            return False

@@ -1,0 +1,177 @@
+"""Registry of rule kinds, the base class of site rules, and checks that several kinds share.
+
+Outside the package, a module with one registered class adds a rule kind when it is imported before
+a file is checked (`tests/rules/gizmo_rule.py` is an example). Its verb is a new word, parsed as
+`WORD SITE at POSITIONS [to NUMBER | by NUMBER]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mechdsl.base.records import Registry
+from mechdsl.diagnostics.experiments import BadPick
+from mechdsl.diagnostics.rules import UnequalPrompts, UnevenPositions
+from mechdsl.program import spec
+from mechdsl.prompts.positions.cells import is_after_prompts
+from mechdsl.resolve.runs import RuleKind
+from mechdsl.resolve.sites import ExperimentContext, resolve_into_layer, resolve_site
+from mechdsl.resolve.targets import fill_empty_picks, resolve_amounts, resolve_rule_positions
+from mechdsl.resolve.types import (
+    ExternalRun,
+    Intervention,
+    PositionTargets,
+    ResolvedRule,
+    SiteTargets,
+)
+from mechdsl.syntax import ast
+from mechdsl.syntax.traversal import walk
+from mechdsl.syntax.words import RESERVED, RULE_WORDS, SOFT_WORDS, VERBS
+from mechdsl.vocab.sites import SITES
+
+
+def check_equal_lengths(
+    rule: spec.Rule,
+    sites: SiteTargets,
+    does: Intervention,
+    read: ExternalRun,
+    work: ExperimentContext,
+) -> None:
+    """E0333 where vectors over the keys of one prompt would be written into a longer one.
+
+    read: the rows that vectors come from.
+    """
+    named = {p.site for points in sites.points.values() for p in points}
+    over_keys = sorted(site for site in named if SITES[site].width == "key")
+    if not over_keys or does.reads is None:
+        return
+    base = [len(row.ids) for row in work.table.runs[work.experiment.base].rows]
+    other = [len(row.ids) for row in read.table.runs[read.run].rows]
+    if does.over_rows:
+        lengths = [*base, *other]
+        row = next((n for n, length in enumerate(lengths) if length != other[0]), None)
+        second = f"row 0 has {other[0]}"
+        what, hint = "rows", "ablate `z`, or use prompts of one length"
+    else:
+        row = next((n for n, (a, b) in enumerate(zip(base, other, strict=True)) if a != b), None)
+        second = f"{other[row]} in `{read.run}`" if row is not None else ""
+        what, hint = "the two runs", "patch `z`, or let the corruption keep the number of tokens"
+    if row is not None:
+        work.diagnostics.append(
+            UnequalPrompts(
+                span=rule.span,
+                site=over_keys[0],
+                what=what,
+                row=row % len(base),
+                first=[*base, *other][row],
+                second=second,
+                hint=hint,
+            )
+        )
+
+
+def check_even_positions(
+    rule: spec.Rule, positions: PositionTargets, work: ExperimentContext
+) -> None:
+    """E0324, E0612: means and resamplings go over rows, so a position must be the same thing in
+    every row."""
+    ranked = next((n for n in walk(rule.at) if isinstance(n, ast.RankedTokens)), None)
+    if ranked is not None:
+        work.diagnostics.append(
+            BadPick(
+                span=ranked.span,
+                text=ranked.span.written,
+                reason="every row has tokens of its own, so a mean or a resampling over rows has "
+                "nothing to go over",
+                hint="write `with zero`, or name positions that are the same in every row",
+            )
+        )
+        return
+    for written, cell in zip(positions.written.values(), positions.read.values(), strict=True):
+        sizes = {len(tokens) for row in (*cell.hits, *written.hits) for tokens in row}
+        if len(sizes) > 1:
+            work.diagnostics.append(
+                UnevenPositions(
+                    span=rule.at.span, position=cell.label, least=min(sizes), most=max(sizes)
+                )
+            )
+            return
+    rows = work.table.runs[work.experiment.base].rows
+    joined = any(
+        is_after_prompts(cell, rows) and any(len(tokens) > 1 for row in cell.hits for tokens in row)
+        for cell in positions.written.values()
+    )
+    for text, lengths in work.answers.texts if joined else ():
+        if len(set(lengths)) > 1:
+            position = f"{rule.at.span.written}` of `{text}"
+            least, most = min(lengths), max(lengths)
+            work.diagnostics.append(
+                UnevenPositions(span=rule.at.span, position=position, least=least, most=most)
+            )
+            return
+
+
+CURRENT_STATE_NOTE = (
+    "acts on what is there when the pass comes by, whatever other rules have done below"
+)
+"""What rules that change what is there say of it."""
+
+RULES: Registry[RuleKind] = Registry("rule")
+
+
+def rule_kind(words: str) -> Callable[[type[RuleKind]], type[RuleKind]]:
+    """Register a kind of rule under its first words; ValueError for one that has another use."""
+    if words in RESERVED and words not in (*RULE_WORDS, "observe"):
+        raise ValueError(f"`{words}` is a word of the language")
+
+    def register(entry: type[RuleKind]) -> type[RuleKind]:
+        if issubclass(entry, Intervention) and not hasattr(entry, "name"):
+            entry.name = words
+        RULES.add(words, entry())
+        if words not in SOFT_WORDS:  # the grammar has them
+            VERBS.add(words, entry.takes)
+        return entry
+
+    return register
+
+
+def resolve_targets(
+    rule: spec.Rule,
+    run: str,
+    work: ExperimentContext,
+    apart: ExternalRun | None = None,
+    *,
+    exchanged: bool = False,
+) -> tuple[SiteTargets | None, PositionTargets | None]:
+    """Sites and positions that a rule writes at, and reads in `run`; None for what is wrong."""
+    assert rule.site is not None
+    sites, axes = resolve_site(rule.site, work.sites)
+    if sites is not None and rule.into_layer is not None:
+        sites, more = resolve_into_layer(sites, rule.into_layer, work.sites)
+        axes = (*axes, *more)
+    for axis in axes:
+        work.add_axis(axis)
+    return fill_empty_picks(
+        sites, resolve_rule_positions(rule, run, work, apart, exchanged=exchanged)
+    )
+
+
+class SiteRule(RuleKind, Intervention):
+    """A kind that changes vectors at sites of the base run, by a number if it has one.
+
+    One class says all: `takes`, `reads = "run"` if it makes something of what was there, `values`,
+    and `unchanged` for the numbers that leave everything as it was.
+    """
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        base = work.experiment.base
+        sites, positions = resolve_targets(rule, base, work)
+        amounts = None if rule.fill is None else resolve_amounts(rule.fill, work)
+        if sites is None or positions is None or (amounts is None and rule.fill is not None):
+            return None
+        if self.over_rows:
+            check_even_positions(rule, positions, work)
+        check_equal_lengths(rule, sites, self, ExternalRun(work.table, base), work)
+        return ResolvedRule(
+            spec=rule, does=self, run=base, sites=sites, positions=positions, amounts=amounts
+        )

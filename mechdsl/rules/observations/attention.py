@@ -1,0 +1,383 @@
+"""Observations of attention: weight on keys, entropy, distance, received attention, rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+from mechdsl.diagnostics.names import BadArgument
+from mechdsl.diagnostics.rules import BadEdit
+from mechdsl.images.processing import PatchLayout
+from mechdsl.models.shape import ModelShape
+from mechdsl.program import spec
+from mechdsl.program.spec import constant_value
+from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.resolve.observations import ObservedVectors, RowSetObservation
+from mechdsl.resolve.sites import ExperimentContext, find_missing_point, resolve_site
+from mechdsl.resolve.targets import (
+    fill_empty_picks,
+    resolve_base_positions,
+    resolve_later_positions,
+    sweeps_positions,
+)
+from mechdsl.resolve.types import (
+    Convention,
+    EdgeTargets,
+    PositionTargets,
+    ResolvedRule,
+    SitePoint,
+    SiteTargets,
+)
+from mechdsl.rules.attention import EdgeIntervention, resolve_edge
+from mechdsl.rules.observations.registry import (
+    ObservationKind,
+    SiteObservation,
+    iter_points,
+    observation,
+    report_bad_observation,
+)
+from mechdsl.rules.observations.rows import check_no_rules
+from mechdsl.syntax import ast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class PatternObservation(SiteObservation):
+    """A kind that looks at what queries attend to: `observe WORD pattern … at QUERIES`."""
+
+    by_unit = True
+
+    def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
+        assert rule.site is not None
+        if all(point.site == "pattern" for point in iter_points(sites)):
+            return True
+        reason, hint = "is no attention pattern", "write `pattern layer * head *`"
+        name, span = rule.site.span.written, rule.site.span
+        work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
+        return False
+
+
+@observation("entropy", unit="nat")
+class AttentionEntropy(PatternObservation):
+    """The entropy of what the query attends to.
+
+    returns: 0..ln(keys), nats; averaged over heads and queries that are joined
+    """
+
+    def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
+        weights = seen.vectors
+        logs = weights.clamp_min(1e-38).log()
+        return -(weights * logs).sum(-1)
+
+
+@observation("distance", unit="token")
+class AttentionDistance(PatternObservation):
+    """How many tokens back the query attends, on average over its attention; in models that see
+    both sides how many tokens away, and in images how many patches, of its attention to patches.
+
+    `distance(W)` counts keys that are further away than W as W tokens away.
+    returns: the sum of weight times min(query - key, W), in tokens; averaged over heads and queries
+        that are joined
+    source: of images Dosovitskiy et al. 2021, arXiv 2010.11929, appendix D.7
+    """
+
+    takes: ClassVar = ("arguments",)
+
+    def __init__(
+        self,
+        window: int | None = None,
+        *,
+        causal: bool = True,
+        grid: tuple[int, int, int] | None = None,
+    ) -> None:
+        """grid: of images, the tokens in front of the patches, rows and columns of these."""
+        self.window, self.causal, self.grid = window, causal, grid
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        found = super().resolve(rule, work)
+        window, right = _read_distance(rule, work)
+        reader = work.model.tokenizer
+        layout = reader.layout if isinstance(reader, ImageTokenizer) else None
+        grid = None if layout is None else (len(layout.front), layout.rows, layout.cols)
+        if found is None or not right or (layout and not _check_patches(rule, found, layout, work)):
+            return None
+        does = AttentionDistance(window, causal=work.model.shape.causal, grid=grid)
+        return replace(found, does=does)
+
+    def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
+        weights = seen.vectors
+        if self.grid is not None:
+            weights = weights[:, self.grid[0] :]
+            away = self._between_patches(seen.positions, weights)
+            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-38)
+        else:
+            keys = seen.positions.new_tensor(range(weights.shape[1]))
+            away = seen.positions[:, None] - keys  # below 0 where a causal model has no weight
+            away = away if self.causal else away.abs()
+        if self.window is not None:
+            away = away.clamp(-self.window, self.window)
+        return (weights * away).sum(-1)
+
+    def _between_patches(self, queries: Tensor, weights: Tensor) -> Tensor:
+        """[query, patch] from middle to middle, in patches."""
+        assert self.grid is not None
+        front, _, cols = self.grid
+        keys = queries.new_tensor(range(weights.shape[1]))
+        own = (queries - front)[:, None]
+        down, right = own // cols - keys // cols, own % cols - keys % cols
+        return (down**2 + right**2).to(weights.dtype).sqrt()
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield from super().conventions(rule, n_layers)
+        tokens, side = "tokens", "back" if self.causal else "away"
+        if self.grid is not None:
+            tokens = "patches"
+            said = "between the middles of patches, in patches, averaged over attention to patches"
+            yield Convention("distance", said)
+        elif not self.causal:
+            yield Convention("distance", "in tokens, to either side")
+        if self.window is not None:
+            far = f"{self.window} {tokens}"
+            yield Convention("window", f"keys further {side} than {far} count as {far} {side}")
+
+
+def _read_distance(rule: spec.Rule, work: ExperimentContext) -> tuple[int | None, bool]:
+    """How far away tokens are counted, and whether it is right: E0207."""
+    assert rule.observed is not None
+    call = rule.observed.call
+    if call is None:
+        return None, True
+    one = call.arguments[0] if len(call.arguments) == 1 else None
+    node = None if one is None or one.name is not None else one.value
+    window = constant_value(node, work.program.parameters)
+    if isinstance(window, int) and not isinstance(window, bool) and window >= 1:
+        return window, True
+    reason, hint = "takes one whole number of tokens, above 0", "write `distance(8)`"
+    name = "observe distance"
+    work.diagnostics.append(BadArgument(span=call.span, name=name, reason=reason, hint=hint))
+    return None, False
+
+
+def _check_patches(
+    rule: spec.Rule, found: ResolvedRule, layout: PatchLayout, work: ExperimentContext
+) -> bool:
+    """E0207 for queries that have no place in an image."""
+    cells = found.positions.written.values()
+    tokens = {token for cell in cells for row in cell.hits for hit in row for token in hit}
+    if all(layout.place(token) is not None for token in tokens):
+        return True
+    reason, hint = "is between patches, and other tokens have no place", "write `at image tokens`"
+    name, span = "observe distance", rule.at.span
+    work.diagnostics.append(BadArgument(span=span, name=name, reason=reason, hint=hint))
+    return False
+
+
+@observation("attention", unit="share of attention")
+class AttentionWeight(ObservationKind, EdgeIntervention):
+    """The weight that the keys of an `observe attention` line get together.
+
+    returns: 0..1, averaged over the queries, heads and layers that are joined
+    source: Vaswani et al. 2017, arXiv 1706.03762
+    """
+
+    changes = "nothing"
+    change = None
+    leads = True
+    by_unit = True
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        found = resolve_edge(rule, self, None, work)
+        if found is None or found.sites is None or "nothing" not in found.sites.labels.values():
+            return found
+        work.diagnostics.append(
+            BadEdit(
+                span=rule.span,
+                reason="there would be nothing to look at",
+                what="no head is picked in one of its cells",
+                hint="pick at least one: `top 1 of …`",
+            )
+        )
+        return None
+
+    def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
+        return sum_key_weights(seen)
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        assert rule.spec.edge is not None
+        axes = {axis.word: axis for axis in rule.spec.edge.axes}
+        over = [f"these {word}s" for word, axis in axes.items() if _joins(axis)]
+        if rule.spec.edge.heads is not None:
+            assert rule.sites is not None
+            over += ["these heads"] if any(len(p) > 1 for p in rule.sites.points.values()) else []
+        else:
+            over += [] if "head" in axes else ["all heads"]
+        cells = rule.positions.written.values()
+        if any(len(tokens) > 1 for cell in cells for row in cell.hits for tokens in row):
+            over.append("the queries")
+        averaged = f", averaged over {' and '.join(over)}" if over else ""
+        yield Convention("observed", f"the weight that the keys get together{averaged}")
+
+
+def sum_key_weights(seen: ObservedVectors) -> Tensor:
+    """[K] what each query gives its keys together."""
+    assert seen.keys is not None
+    index, key = seen.keys
+    weights = seen.vectors[index, key]
+    return weights.new_zeros(len(seen.vectors)).index_add_(0, index, weights)
+
+
+def _joins(axis: ast.Axis) -> bool:
+    return axis.plural or axis.window is not None
+
+
+LATER_LABEL, OTHER_LABEL = "later tokens", "other tokens"
+
+
+@observation("received", unit="share of attention")
+class ReceivedAttention(PatternObservation):
+    """How much attention each later token pays to this one, on average.
+
+    Over all tokens behind it, or, with `received(LOW..HIGH)`, those that lie LOW to HIGH tokens
+    behind it (future attention influence). In models that see both sides over all other tokens, or
+    those that lie so far away.
+    returns: 0..1, averaged over these tokens, heads and layers that are joined; rows in which no
+        token lies there aren't part of the cell
+    source: Li et al. 2025, arXiv 2510.13554, section 3
+    """
+
+    takes: ClassVar = ("arguments",)
+
+    def __init__(self, low: int = 1, high: int | None = None, *, causal: bool = True) -> None:
+        self.low, self.high, self.causal = low, high, causal
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        fits = self.clauses_fit(rule, work)
+        window = _read_range(rule, work)
+        assert rule.site is not None
+        sites, axes = resolve_site(rule.site, work.sites)
+        for axis in axes:
+            work.add_axis(axis)
+        if window is None or not fits:
+            return None
+        causal = work.model.shape.causal
+        sites, keys = fill_empty_picks(
+            sites, resolve_later_positions(rule.at, *window, work, both=not causal)
+        )
+        if sites is None or keys is None or not self.sites_fit(rule, sites, work):
+            return None
+        if not work.model.tokenizer.stands_in and not _check_single_tokens(rule, keys, work):
+            return None
+        label = LATER_LABEL if causal else OTHER_LABEL
+        later = {key: replace(cell, label=label) for key, cell in keys.read.items()}
+        return ResolvedRule(
+            spec=rule,
+            does=ReceivedAttention(*window, causal=causal),
+            run=work.experiment.base,
+            sites=sites,
+            positions=replace(keys, written=later, read=later),
+            edge=EdgeTargets(None, replace(keys, read=keys.written)),
+        )
+
+    def each(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
+        return sum_key_weights(seen)
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        assert rule.sites is not None
+        behind = "all tokens behind it" if self.causal else "all other tokens"
+        if (self.low, self.high) != (1, None):
+            side = "behind it" if self.causal else "away from it, to either side"
+            behind = f"the tokens that lie {self.low} to {self.high} {side}"
+        said = f"received: the attention that a token gets, averaged over {behind}"
+        points = [point for here in rule.sites.points.values() for point in here]
+        if any(point.unit is None for point in points):
+            said += " and all heads"
+        if any(len(here) > 1 for here in rule.sites.points.values()):
+            said += " and the joined sites"
+        yield Convention("observed", said, "rows without such tokens aren't part of the cell")
+
+
+def _read_range(rule: spec.Rule, work: ExperimentContext) -> tuple[int, int | None] | None:
+    """How far behind it tokens are looked at; None after E0207."""
+    assert rule.observed is not None
+    call = rule.observed.call
+    if call is None:
+        return 1, None
+    if isinstance(work.model.tokenizer, ImageTokenizer):
+        reason = "counts tokens along a text, and images have rows and columns"
+        report_bad_observation(rule, work, reason, "write `received` for all other tokens")
+        return None
+    one = call.arguments[0] if len(call.arguments) == 1 else None
+    node = None if one is None or one.name is not None else one.value
+    if isinstance(node, ast.Range):
+        low, high = (constant_value(end, work.program.parameters) for end in (node.low, node.high))
+        whole = [end for end in (low, high) if isinstance(end, int) and not isinstance(end, bool)]
+        if len(whole) == 2 and 1 <= whole[0] <= whole[1]:
+            return whole[0], whole[1]
+    reason = "takes a range of distances in tokens, from 1 on"
+    report_bad_observation(
+        rule, work, reason, "write `received(1..8)`, or `received` for all later tokens"
+    )
+    return None
+
+
+def _check_single_tokens(rule: spec.Rule, keys: PositionTargets, work: ExperimentContext) -> bool:
+    """E0207 for several tokens at once, each of which has other tokens behind it."""
+    hits = (hit for cell in keys.written.values() for hit in cell.hits)
+    if all(sum(map(len, hit)) <= 1 for hit in hits):
+        return True
+    reason = "is of one token at a time"
+    report_bad_observation(rule, work, reason, "sweep them: `at each SPAN token`, `at token *`")
+    return False
+
+
+@observation("rollout", unit="share of attention")
+class AttentionRollout(RowSetObservation, ObservationKind):
+    """What of a token is mixed into another by attention, through all layers.
+
+    The product over layers of half the pattern, averaged over heads, and half the identity, which
+    stands for the residual stream. Several tokens to which it leads are added up.
+    returns: 0..1, averaged over the tokens that it is looked at from
+    source: Abnar and Zuidema 2020, arXiv 2005.00928, section 3
+    """
+
+    leads = True
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        assert rule.edge is not None
+        assert rule.onto is not None
+        alone = check_no_rules(rule, work, "reads no run in which rules act")
+        shape = work.sites.shape
+        points = list_pattern_points(shape)
+        missing = find_missing_point(points, shape, work.model.name, rule.span)
+        if missing is not None:
+            work.diagnostics.append(missing)
+        both = sweeps_positions(rule.at, work) and sweeps_positions(rule.onto, work)
+        queries = resolve_base_positions(rule.at, work, "from_position" if both else "position")
+        keys = resolve_base_positions(rule.onto, work)
+        if queries is None or keys is None or missing is not None or not alone:
+            return None
+        return ResolvedRule(
+            spec=rule,
+            does=self,
+            run=work.experiment.base,
+            sites=SiteTargets((), {(): points}, {(): "attention"}),
+            positions=queries,
+            edge=EdgeTargets(None, keys),
+        )
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        said = (
+            f"rollout: the product over {n_layers} layers of (pattern averaged over heads + "
+            "identity) / 2, each query's weights adding up to 1; MLPs and norms aren't in it"
+        )
+        cells = rule.positions.written.values()
+        if any(len(tokens) > 1 for cell in cells for row in cell.hits for tokens in row):
+            said += "; averaged over the tokens that it is looked at from"
+        yield Convention("observed", said)
+
+
+def list_pattern_points(shape: ModelShape) -> tuple[SitePoint, ...]:
+    """The patterns of all layers, all heads of each."""
+    return tuple(SitePoint("pattern", layer, None) for layer in range(shape.n_layers))

@@ -1,0 +1,427 @@
+"""Scores of maps: against a region of the image, and against other experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING, ClassVar
+
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.names import UnknownName
+from mechdsl.program import spec
+from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.resolve.findings import PickError, VariantFinding
+from mechdsl.resolve.sites import ExperimentContext
+from mechdsl.resolve.types import ResolvedExperiment, ResolvedRule
+from mechdsl.rules.observations.maps import (
+    MapLine,
+    MapObservation,
+    MapReference,
+    build_grids,
+    check_map,
+    find_map_finding,
+)
+from mechdsl.rules.observations.registry import observation, report_bad_observation
+from mechdsl.vocab.metrics import MetricForm
+
+if TYPE_CHECKING:
+    from mechdsl.base.arrays import Bools, Floats
+
+
+class RegionObservation(MapObservation):
+    """`observe WORD of MAPS in REGION`."""
+
+    example = "caap in object"
+    blank = "is nowhere above 0"
+    shares: ClassVar[bool] = False
+    """Whether it takes `top 25%`."""
+
+    def form_of(self, name: str) -> MetricForm:
+        if name == "chance":
+            return replace(self.form, unit="part", meaning="What chance gives")
+        return super().form_of(name)
+
+    def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
+        """Of the observation and of each control.
+
+        values: [row, col] of patches. mask: [height, width]. share: of `top 25%`.
+        """
+        raise NotImplementedError
+
+    def place(self, rule: spec.Rule) -> str:
+        return _region(rule)
+
+    def fits(self, rule: spec.Rule, work: ExperimentContext) -> bool:
+        said = rule.observed
+        assert said is not None
+        if said.region is None:
+            hint = f"name one: `observe {self.word} of {said.maps[0].of} in object`"
+            report_bad_observation(rule, work, "is set against a region", hint)
+            return False
+        ready = _check_region(rule, work)
+        if said.share is not None and not self.shares:
+            report_bad_observation(rule, work, "takes no `top`", "leave it out")
+            return False
+        if said.share is not None and not 0 < said.share <= 1:
+            reason = f"can't take {100 * said.share:g}% of the patches"
+            report_bad_observation(rule, work, reason, "write a share such as `top 25%`")
+            return False
+        return ready
+
+    def settings(self, given: MapLine) -> Sequence[MapReference]:
+        assert given.rule.observed is not None
+        region, share = _region(given.rule), given.rule.observed.share
+        masks = _masks(region, given.work)
+
+        def score(cell: int, number: int, values: Floats) -> Sequence[float]:
+            return self.score(values, masks[number], share)
+
+        return [MapReference(masks, f"whose image has nothing of `{region}`", score)] * len(
+            given.maps
+        )
+
+
+def _region(rule: spec.Rule) -> str:
+    assert rule.observed is not None
+    return rule.observed.region or ""
+
+
+def _check_region(rule: spec.Rule, work: ExperimentContext) -> bool:
+    """E0201 for a region that the block hasn't."""
+    name, block = _region(rule), work.program.prompts[work.table.name]
+    known = [region.name for region in block.regions]
+    if name in known or block.kind != "images":
+        return True
+    listed = f"`images {block.name}` has {name_list(known)}" if known else ""
+    hint = listed or f"say where it is: `region {name} = box` in `images {block.name}`"
+    hint = did_you_mean(name, known, hint)
+    problem = UnknownName(span=rule.span, kind="region", name=name, hint=hint)
+    work.diagnostics.append(problem)
+    return False
+
+
+def _masks(region: str, work: ExperimentContext) -> dict[int, Bools]:
+    """Number of a row → [height, width] which pixels of its image, as the model gets it, lie in a
+    region; of rows that have any."""
+    from mechdsl.images.pixels import region_mask
+
+    reader = work.model.tokenizer
+    assert isinstance(reader, ImageTokenizer)
+    found: dict[int, Bools] = {}
+    for number, row in enumerate(work.table.runs["clean"].rows):
+        assert row.image is not None
+        mask = region_mask(row.regions.get(region, ()), row.image, reader.processing, reader.layout)
+        if mask.any():
+            found[number] = mask
+    return found
+
+
+# --- the words ------------------------------------------------------------------------------------
+
+
+@observation("pointing", unit="share")
+class RegionPointing(RegionObservation):
+    """Whether the map is highest in a patch of which half or more lies in the region.
+
+    Beside it stands the share of patches that do, what chance gives. Of several that are highest,
+    the share.
+    source: Zhang et al. 2018, Top-down neural attention by excitation backprop
+    """
+
+    controls = ("chance",)
+
+    def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
+        import numpy as np
+
+        from mechdsl.fits.masks import mask_shares, pointing_game
+
+        inside = mask_shares(mask, (values.shape[0], values.shape[1])) >= 0.5
+        there = np.isfinite(values)
+        chance = float(inside[there].mean()) if there.any() else float("nan")
+        return pointing_game(values, mask), chance
+
+
+@observation("mass", unit="part")
+class RegionMass(RegionObservation):
+    """Which share of what is above 0 in the map lies in the region.
+
+    Beside it stands the region's share of the image, what a map has that is the same everywhere. A
+    patch that is partly in it counts by its share of pixels.
+    source: Arras et al. 2022, arXiv 2003.07258 (relevance mass accuracy)
+    """
+
+    controls = ("chance",)
+
+    def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
+        from mechdsl.fits.masks import relevance_mass
+
+        found = relevance_mass(values, mask)
+        return found, float(mask.mean()) if found == found else float("nan")
+
+
+@observation("iou", unit="part")
+class RegionOverlap(RegionObservation):
+    """Pixels that both the region and the highest patches have, over those that either has.
+
+    As many patches as the region's share of the image, or `top 25%` of them.
+    """
+
+    shares = True
+
+    def score(self, values: Floats, mask: Bools, share: float | None) -> Sequence[float]:
+        from mechdsl.fits.masks import iou
+
+        return (iou(values, mask, share),)
+
+
+REMOVAL_VERBS = ("replace", "ablate", "patch")
+"""Rules in whose place nothing of a patch is left."""
+
+
+class MapComparison(MapObservation):
+    """`observe WORD of MAPS to EXPERIMENTS`."""
+
+    several: ClassVar[bool] = False
+    """Whether there is one for each map; else one for all."""
+
+    def fits(self, rule: spec.Rule, work: ExperimentContext) -> bool:
+        said = rule.observed
+        assert said is not None
+        wanted = len(said.maps) if self.several else 1
+        if not said.others:
+            reason = "is set against another experiment, not against a region"
+            report_bad_observation(
+                rule, work, reason, f"write `observe {self.word} of {self.example}`"
+            )
+        elif len(said.others) != wanted:
+            found = f"{len(said.others)} behind `to`"
+            reason = f"has {found} for {len(said.maps)} maps" if self.several else f"has {found}"
+            each = "for each map, in the same order" if self.several else "experiment"
+            report_bad_observation(rule, work, reason, f"name one {each}")
+        return len(said.others) == wanted
+
+
+# --- infidelity -----------------------------------------------------------------------------------
+
+
+@observation("infidelity")
+class Infidelity(MapComparison):
+    """How far what maps say of sets of patches is from what taking them out does, squared.
+
+    The mean over the sets, the map scaled in each row so that this is least, by no number below 0.
+    Beside it stands what a map has that is the same everywhere.
+    source: Yeh et al. 2019, arXiv 1901.09392, definition 2.1
+    """
+
+    example = "caap to taken"
+    blank = "has no number for a patch that is taken out"
+    controls = ("chance",)
+
+    def form_of(self, name: str) -> MetricForm:
+        form = super().form_of(name)
+        same = "What a map has that is the same everywhere"
+        return replace(form, meaning=same) if name == "chance" else form
+
+    def others(self, given: MapLine) -> Sequence[Sequence[VariantFinding]] | None:
+        assert given.rule.observed is not None
+        finding = find_map_finding(given.rule.observed.others[0], given.work)
+        if finding is None:
+            return None
+        part, *more = finding.parts
+        if more:
+            raise PickError(f"`{finding.name}` runs more than once", "let it have one base")
+        _check_removal(part, given.work)
+        return ((part,),)
+
+    def settings(self, given: MapLine) -> Sequence[MapReference]:
+        import numpy as np
+
+        from mechdsl.fits.masks import infidelity
+
+        part = _compared_variant(given)
+        found = _read_removals(part, given.work)
+
+        def score(cell: int, number: int, values: Floats) -> Sequence[float]:
+            own = infidelity(values, *found[number])
+            same = infidelity(np.ones_like(values), *found[number])
+            return own, same if own == own else own
+
+        lacking = f"which `{part.experiment.name}` takes no two sets of patches out of"
+        return [MapReference(found, lacking, score)] * len(given.maps)
+
+    def unit_of(self, given: MapLine) -> str:
+        return f"{_compared_variant(given).experiment.measures[0].unit or 'number'}²"
+
+    def details(self, given: MapLine) -> Iterator[str]:
+        part = _compared_variant(given)
+        sets, measure = sum(1 for _ in part.grid()), part.experiment.measures[0].text
+        yield f"{sets} sets of patches and how far `{measure}` falls are `{part.experiment.name}`'s"
+        yield "each map times the number, 0 or more, that fits these best in the row"
+
+
+def _compared_variant(given: MapLine) -> VariantFinding:
+    """The one experiment that takes patches out."""
+    ((part,),) = given.others
+    return part
+
+
+def _check_removal(part: VariantFinding, work: ExperimentContext) -> None:
+    """Whether it takes sets of patches out of the images, and measures what that does. Raises
+    Refused."""
+    own = part.experiment
+    name, first = f"`{own.name}`", own.spec.measures[:1]
+    if own.table.name != work.table.name:
+        reason = f"{name} is of `{own.table.name}`, and this experiment of `{work.table.name}`"
+        raise PickError(reason, "let both name one block of images")
+    if own.spec.base != work.experiment.base:
+        reason = f"{name} puts patches into `{own.spec.base}`, and takes none out of the images"
+        raise PickError(reason, f"take them out: `from {own.spec.base} into {work.table.name}`")
+    other = next((rule for rule in own.rules if rule.spec.verb not in REMOVAL_VERBS), None)
+    if other is not None or not own.rules:
+        does = "nothing" if other is None else f"`{other.spec.verb}`"
+        hint = "write such a rule: `replace top 4 of chance(draw: d) tokens with gray`"
+        raise PickError(f"{name} takes no patches out: it has {does}", hint)
+    if not first or first[0].effect != "delta" or own.spec.estimator is not None:
+        raise PickError(
+            f"{name} doesn't measure what taking patches out changes",
+            "measure it: `measure logit(answer) as delta`, without `using`",
+        )
+    if own.n_there < 2:
+        raise PickError(
+            f"{name} takes one set of patches out, and any one number can be met by scaling",
+            "let it take several: `for d in 1..20 { … }`",
+        )
+    reader = work.model.tokenizer
+    if reader.stands_in or not isinstance(reader, ImageTokenizer):
+        return
+    cells = (cell for rule in own.rules for cell in rule.positions.written.values())
+    tokens = {token for cell in cells for row in cell.hits for hit in row for token in hit}
+    beside = next((token for token in sorted(tokens) if reader.layout.place(token) is None), None)
+    if beside is not None:
+        reason = f"{name} changes `{reader.label(beside)}`, which is no patch"
+        raise PickError(reason, "let it take patches out alone")
+
+
+def _read_removals(
+    part: VariantFinding, work: ExperimentContext
+) -> Mapping[int, tuple[Bools, Floats]]:
+    """Number of a row → ([set, row, col] the patches that are in it, [set] how far the output
+    falls), of rows that two sets are taken out of."""
+    import numpy as np
+
+    own, reader, values = part.experiment, work.model.tokenizer, part.values
+    assert isinstance(reader, ImageTokenizer)
+    assert values is not None
+    names, cells = [axis.name for axis in own.axes], list(part.grid())
+    numbers = [number for number, _ in cells]
+    columns = {row: column for column, row in enumerate(part.row_ids)}
+    prompts = {row: prompt for prompt, row in enumerate(own.table.row_ids)}
+    found: dict[int, tuple[Bools, Floats]] = {}
+    for number, row in enumerate(work.table.row_ids):
+        if row not in columns:
+            continue
+        taken = np.zeros((len(cells), reader.layout.rows, reader.layout.cols), dtype=bool)
+        for rule in own.rules:
+            along = [names.index(axis) for axis in rule.positions.axes]
+            for which, (_, index) in enumerate(cells):
+                spot = rule.positions.written[tuple(index[axis] for axis in along)]
+                for token in (token for hit in spot.hits[prompts[row]] for token in hit):
+                    place = reader.layout.place(token)
+                    assert place is not None
+                    taken[which, place[0] - 1, place[1] - 1] = True
+        drops = -values[numbers, columns[row]]
+        there = np.isfinite(drops) & taken.any((1, 2))
+        if there.sum() > 1:
+            found[number] = taken[there], drops[there]
+    return found
+
+
+# --- sensitivity ----------------------------------------------------------------------------------
+
+
+@observation("sensitivity", unit="of its length")
+class Sensitivity(MapComparison):
+    """How far maps move at most where their images move little.
+
+    The largest ‖map of an image nearby − map‖ / ‖map‖.
+    source: Yeh et al. 2019, arXiv 1901.09392, section 4 (max-sensitivity, there not divided)
+    """
+
+    example = "caap to near_caap"
+    blank = "is 0 everywhere"
+    several = True
+
+    def others(self, given: MapLine) -> Sequence[Sequence[VariantFinding]] | None:
+        assert given.rule.observed is not None
+        found: list[Sequence[VariantFinding]] = []
+        for part, named in zip(given.maps, given.rule.observed.others, strict=True):
+            finding = find_map_finding(named, given.work)
+            if finding is None:
+                return None
+            for near in finding.parts:
+                check_map(near, given.work)
+                _check_same_map(part, near)
+            found.append(finding.parts)
+        return found
+
+    def settings(self, given: MapLine) -> Sequence[MapReference]:
+        return [_nearby_reference(group, given.work) for group in given.others]
+
+    def details(self, given: MapLine) -> Iterator[str]:
+        names = [part.experiment.name for part in chain(*given.others)]
+        counts = {name: names.count(name) for name in names}
+        said = ", ".join(f"`{name}` ({n})" for name, n in counts.items())
+        yield f"‖map of an image nearby − map‖ / ‖map‖, the largest of those of {said}"
+
+
+def _check_same_map(part: VariantFinding, near: VariantFinding) -> None:
+    """Whether it is made as the map is, of other runs. Raises Refused."""
+    own, other = part.experiment, near.experiment
+    axes = [[(axis.name, axis.labels) for axis in each.beside] for each in (part, near)]
+    if _map_recipe(own) != _map_recipe(other) or axes[0] != axes[1]:
+        raise PickError(
+            f"`{other.name}` isn't made as `{own.name}` is",
+            f"write the rules and the measure of `{own.name}` there, on other runs",
+        )
+    if _map_runs(own) == _map_runs(other):
+        raise PickError(
+            f"`{other.name}` is of the same runs as `{own.name}`",
+            "let it run on images nearby: `corrupt near_1 { noise image by 4 }`, `from near_1 …`",
+        )
+
+
+def _map_recipe(experiment: ResolvedExperiment) -> object:
+    """All that a map is made by, but for the runs."""
+    said = experiment.spec
+    estimator = None if said.estimator is None else said.estimator.text
+    rules = [_rule_recipe(rule) for rule in experiment.rules]
+    return rules, experiment.measures[0].text, said.measures[0].effect, estimator
+
+
+def _rule_recipe(rule: ResolvedRule) -> object:
+    sites = None if rule.sites is None else rule.sites.points
+    fill = None if rule.spec.fill is None else rule.spec.fill.span.written
+    return rule.does.name, sites, [cell.label for cell in rule.positions.written.values()], fill
+
+
+def _map_runs(experiment: ResolvedExperiment) -> object:
+    said = experiment.spec
+    return said.source, said.base, [rule.run for rule in experiment.rules]
+
+
+def _nearby_reference(group: Sequence[VariantFinding], work: ExperimentContext) -> MapReference:
+    """Maps of images nearby, in rows that all of them have."""
+    import numpy as np
+
+    from mechdsl.fits.masks import sensitivity
+
+    grids = [build_grids(part, work) for part in group]
+    ids = work.table.row_ids
+    rows = {n for n, row in enumerate(ids) if all(row in grid for grid in grids)}
+
+    def score(cell: int, number: int, values: Floats) -> Sequence[float]:
+        return (sensitivity(values, np.stack([grid[ids[number]][cell] for grid in grids])),)
+
+    return MapReference(rows, f"`{group[0].experiment.name}` lacks them", score)

@@ -1,0 +1,641 @@
+"""Observations of the vectors of all rows: rank, similarity, CKA, clusters, and random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from mechdsl.base.hashing import digest_number
+from mechdsl.base.text import count_noun, name_list
+from mechdsl.diagnostics.core import did_you_mean, has_errors
+from mechdsl.diagnostics.names import BadArgument, UnknownWord
+from mechdsl.models.shape import ModelShape, unit_count, vector_width
+from mechdsl.program import spec
+from mechdsl.program.directions import parse_fit_rows, training_rows
+from mechdsl.program.spec import constant_value
+from mechdsl.prompts.runs import RunRow
+from mechdsl.resolve.observations import (
+    ObservedTokens,
+    RowSetObservation,
+    RowVectors,
+    TokenSetObservation,
+    TokenVectors,
+    TrainingRows,
+    join_positions,
+)
+from mechdsl.resolve.sites import ExperimentContext, resolve_site
+from mechdsl.resolve.targets import (
+    resolve_base_positions,
+    resolve_external_positions,
+    sweeps_positions,
+)
+from mechdsl.resolve.types import (
+    Axis,
+    Convention,
+    EdgeTargets,
+    PositionTargets,
+    ResolvedRule,
+    SitePoint,
+    SiteTargets,
+)
+from mechdsl.rules.observations.registry import SiteObservation, observation, report_bad_observation
+from mechdsl.syntax import ast
+from mechdsl.vocab.sites import SITES
+
+if TYPE_CHECKING:
+    from mechdsl.base.arrays import Floats
+    from mechdsl.fits.geometry import Mixture
+
+
+MAX_ROW_NUMBERS = 1 << 29
+"""Of the vectors that one cell is made of, at most: rows times width."""
+
+
+def check_no_rules(rule: spec.Rule, work: ExperimentContext, reason: str) -> bool:
+    """E0207, with a reason, where rules act in the experiment."""
+    if all(each.verb == "observe" for each in work.experiment.rules):
+        return True
+    assert rule.observed is not None
+    hint = "write the rules as a run, and observe that: `run healed { … }`, then "
+    report_bad_observation(rule, work, reason, f"{hint}`observe {rule.observed.word} … of healed`")
+    return False
+
+
+class SiteRowSetObservation(RowSetObservation, SiteObservation):
+    """`observe WORD SITE at POSITIONS`, of vectors of all rows."""
+
+    of_several: ClassVar[str] = "a row's vector is the mean over its tokens"
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        found = super().resolve(rule, work)
+        made = "is made of vectors of all rows, and reads no run in which rules act"
+        return found if check_no_rules(rule, work, made) else None
+
+    def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
+        """E0207 for vectors that differ in width between rows, and for more than there is room."""
+        for points in sites.points.values():
+            over_keys = [point.site for point in points if SITES[point.site].width == "key"]
+            if over_keys:
+                reason = f"can't be made of `{over_keys[0]}`, whose width is that of each prompt"
+                report_bad_observation(
+                    rule, work, reason, "name a site whose vectors are equally wide: `z`"
+                )
+                return False
+            numbers = len(work.table) * sum(
+                count_numbers(point, work.sites.shape) for point in points
+            )
+            if numbers > MAX_ROW_NUMBERS:
+                reason = f"would hold {numbers:,} numbers at a time, more than {MAX_ROW_NUMBERS:,}"
+                report_bad_observation(
+                    rule, work, reason, "write a smaller `limit` behind `prompts`"
+                )
+                return False
+        return True
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        said = self.form.meaning[0].lower() + self.form.meaning[1:]
+        assert rule.sites is not None
+        parts = [f"{self.word}: {said}"]
+        if any(len(points) > 1 for points in rule.sites.points.values()):
+            parts.append("joined sites are one vector, side by side")
+        cells = rule.positions.written.values()
+        several = any(sum(map(len, row)) > 1 for cell in cells for row in cell.hits)
+        if several and not self.of_directions:
+            parts.append(self.of_several)
+        yield Convention("observed", "; ".join([*parts, *self.said(rule)]))
+
+    def said(self, rule: ResolvedRule) -> Iterator[str]:
+        """What else a table has to say of it."""
+        yield from ()
+
+
+class SiteTokenSetObservation(TokenSetObservation, SiteRowSetObservation):
+    """The same of vectors of all tokens of its positions."""
+
+    of_several: ClassVar[str] = "a row's number is the mean over its tokens"
+
+    def positions_fit(self, rule: spec.Rule, found: ResolvedRule, work: ExperimentContext) -> bool:
+        """E0207 for more than there is room for."""
+        assert found.sites is not None
+        every = join_positions(found.positions.written.values())
+        tokens = sum(len(tokens) for row in every.hits for tokens in row)
+        shape = work.sites.shape
+        widths = (sum(count_numbers(p, shape) for p in own) for own in found.sites.points.values())
+        numbers = tokens * max(widths, default=0)
+        if numbers <= MAX_ROW_NUMBERS:
+            return True
+        reason = f"would hold {numbers:,} numbers at a time, more than {MAX_ROW_NUMBERS:,}"
+        report_bad_observation(rule, work, reason, "write a smaller `limit`, or name fewer tokens")
+        return False
+
+
+def count_numbers(point: SitePoint, shape: ModelShape) -> int:
+    """How many there are in one vector."""
+    several = unit_count(shape, point.site, point.layer) if point.unit is None else 1
+    return several * vector_width(shape, point.site, point.layer)
+
+
+def resolve_compared_sites(rule: spec.Rule, work: ExperimentContext) -> SiteTargets | None:
+    """The sites behind `with`, whose axes are `to_layer`, `to_head`; None after an error."""
+    assert rule.receiver is not None
+    found, axes = resolve_site(rule.receiver, work.sites)
+    for axis in axes:
+        work.add_axis(replace(axis, name=f"to_{axis.name}"))
+    own = {axis.name for axis in axes}
+    if found is None:
+        return None
+    return replace(found, axes=tuple(f"to_{n}" if n in own else n for n in found.axes))
+
+
+def repeat_sites(sites: SiteTargets, axis: str, count: int) -> SiteTargets:
+    """Each combination `count` times, along an axis of its own."""
+    return replace(
+        sites,
+        axes=(*sites.axes, axis),
+        points={(*key, n): here for key, here in sites.points.items() for n in range(count)},
+        labels={(*key, n): label for key, label in sites.labels.items() for n in range(count)},
+    )
+
+
+class _RankObservation(SiteRowSetObservation):
+    """How many dimensions the vectors take up: one number of all rows."""
+
+    spread: Literal["rows", "unknown", "none"] = "unknown"
+
+    def said(self, rule: ResolvedRule) -> Iterator[str]:
+        yield "of the rows around their mean"
+
+    def number(self, singular: Floats, seen: RowVectors) -> float:
+        """singular: [value] of the centred rows."""
+        raise NotImplementedError
+
+    def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
+        import numpy as np
+
+        from mechdsl.fits.geometry import singular_values
+
+        found = self.number(singular_values(seen.vectors, centred=True), seen)
+        return [np.full(len(seen.vectors), found)]
+
+
+@observation("rank", unit="dimensions")
+class Rank(_RankObservation):
+    """The dimensions in which the vectors of the rows differ by more than rounding.
+
+    returns: 0 to the smaller of width and rows − 1
+    source: Golub and Van Loan 2013, section 5.4.1
+    """
+
+    def number(self, singular: Floats, seen: RowVectors) -> float:
+        from mechdsl.fits.geometry import matrix_rank
+
+        return float(matrix_rank(singular, seen.vectors.shape, seen.precision))
+
+    def said(self, rule: ResolvedRule) -> Iterator[str]:
+        yield "singular values above max(rows, width) · the model's rounding · the largest count"
+        yield from super().said(rule)
+
+
+@observation("effective_rank", unit="dimensions")
+class EffectiveRank(_RankObservation):
+    """The exponential of the entropy of the vectors' singular values, as shares of their sum.
+
+    returns: 1 to the rank; 0 where no two rows differ
+    source: Roy and Vetterli 2007, equation 3
+    """
+
+    def number(self, singular: Floats, seen: RowVectors) -> float:
+        from mechdsl.fits.geometry import effective_rank, matrix_rank
+
+        real = singular[: matrix_rank(singular, seen.vectors.shape, seen.precision)]
+        return effective_rank(real)
+
+
+def resolve_training_rows(
+    rule: spec.Rule, found: ResolvedRule, work: ExperimentContext
+) -> TrainingRows | None:
+    """The rows behind `train:`, at the positions of the line; None where there are none, and after
+    an error."""
+    said = rule.observed
+    named = None if said is None else training_rows(said.call)
+    if named is None or said is None:
+        return None
+    rows = parse_fit_rows(named, work.program.prompts)
+    table = None if rows is None else work.table.beside.get(rows.key)
+    if rows is None or table is None or (not table.stands_in and rows.run not in table.runs):
+        known = ", ".join(f"`{name}`" for name in work.program.prompts)
+        hint = f"write a block, its part or its run: `train: fruit.train`; there is {known}"
+        report_bad_observation(rule, work, f"can't be fitted on `{named.span.written}`", hint)
+        return None
+    if work.table.stands_in or table.stands_in:
+        return None
+    own, fitted = work.table.runs[work.experiment.base].rows, table.runs[rows.run].rows
+    keys, texts = set(table.row_keys), {row.ids for row in fitted}
+    images = _source_images(fitted) if table.cut_from or work.table.cut_from else set()
+    pairs = zip(work.table.row_keys, own, strict=True)
+    shared = sum(
+        key in keys or row.ids in texts or bool(_source_images([row]) & images)
+        for key, row in pairs
+    )
+    if shared:
+        reason = f"is told on {count_noun(shared, 'row')} that it is fitted on"
+        report_bad_observation(
+            rule, work, reason, "take parts of a split: `train: fruit.train` on `fruit.test`"
+        )
+        return None
+    cells, problems = resolve_external_positions(rule.at, table, rows.run, work)
+    work.diagnostics.extend(problems)
+    by_label = {cell.label: cell for cell in cells}
+    labels = [cell.label for cell in found.positions.written.values()]
+    lacking = [label for label in labels if label not in by_label]
+    if lacking and not has_errors(problems):
+        reason = f"is fitted on rows without `{lacking[0]}`"
+        report_bad_observation(rule, work, reason, "name a position that both have")
+        return None
+    if has_errors(problems):
+        return None
+    return TrainingRows(table, table.runs[rows.run], tuple(by_label[label] for label in labels))
+
+
+def _source_images(rows: Sequence[RunRow]) -> set[str]:
+    """What the images are made of that rows are, or are tiles of."""
+    images = (row.image for row in rows if row.image is not None)
+    return {replace(image.uncut, changes=()).content() for image in images}
+
+
+MAX_CKA_ROWS = 5000
+"""Rows of a CKA at most: it holds all pairs of them."""
+
+
+@observation("similarity", unit="cosine")
+class Similarity(SiteRowSetObservation):
+    """The cosine of two vectors of a row.
+
+    At two positions, or at the tokens of one; `with SITE`: at two sites; `with RUN`: in two runs.
+    returns: −1 to 1, averaged over the pairs of different tokens
+    """
+
+    takes: ClassVar = ("with", "with site")
+    of_directions: ClassVar[bool] = True
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        run = work.table.runs[work.experiment.base]
+        if run.draws > 1:
+            report_bad_observation(
+                rule, work, "has no meaning over draws of noise", "take one draw: `samples: 1`"
+            )
+            return None
+        if rule.receiver is None:
+            return self._of_positions(rule, work)
+        if rule.onto is not None:
+            reason = "is of two positions, or of one at two sites or in two runs"
+            report_bad_observation(rule, work, reason, "leave one `with …` out")
+            return None
+        other = match_run(rule.receiver, work)
+        found = self._of_runs(rule, other, work) if other else self._of_sites(rule, work)
+        several = found is not None and any(
+            sum(map(len, row)) > 1
+            for cells in (found.positions.written, found.positions.read)
+            for cell in cells.values()
+            for row in cell.hits
+        )
+        if several:
+            reason = "compares one token at a time with itself"
+            report_bad_observation(rule, work, reason, "sweep them: `each SPAN token`, `token *`")
+            return None
+        return found
+
+    def _of_positions(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        found = super().resolve(rule.model_copy(update={"onto": None}), work)
+        if rule.onto is None or found is None:
+            return found
+        both = sweeps_positions(rule.at, work) and sweeps_positions(rule.onto, work)
+        if both:
+            reason = "can't sweep at both positions"
+            report_bad_observation(
+                rule, work, reason, "sweep at one, and name the other or join it: `{A, B}`"
+            )
+            return None
+        others = resolve_base_positions(rule.onto, work)
+        return None if others is None else replace(found, spec=rule, edge=EdgeTargets(None, others))
+
+    def _of_sites(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        assert rule.receiver is not None
+        found, nothing = super().resolve(rule, work), is_unknown_name(rule.receiver, work)
+        others = None if nothing else resolve_compared_sites(rule, work)
+        if found is None or others is None or not self.sites_fit(rule, others, work):
+            return None
+        shape = work.sites.shape
+        widths = {
+            sum(count_numbers(point, shape) for point in points)
+            for sites in (found.sites, others)
+            if sites is not None
+            for points in sites.points.values()
+        }
+        if len(widths) > 1 and not shape.stands_in:
+            reason = f"is of vectors of one width, not of {' and '.join(map(str, sorted(widths)))}"
+            report_bad_observation(rule, work, reason, "name sites of the same space, or `cka`")
+            return None
+        return replace(found, beside=others)
+
+    def _of_runs(self, rule: spec.Rule, other: str, work: ExperimentContext) -> ResolvedRule | None:
+        if work.table.runs[other].draws > 1:
+            report_bad_observation(
+                rule, work, "has no meaning over draws of noise", "take one draw: `samples: 1`"
+            )
+            return None
+        found = super().resolve(rule, work)
+        return None if found is None else replace(found, does=SimilarityBetweenRuns())
+
+    def read_run(self, rule: spec.Rule, work: ExperimentContext) -> str:
+        other = None if rule.receiver is None else match_run(rule.receiver, work)
+        return other or super().read_run(rule, work)
+
+    def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
+        import numpy as np
+
+        other = seen.vectors if seen.other is None else seen.other
+        different, same = seen.pairs.T
+        total = (seen.vectors * other).sum(axis=1) - same
+        if np.isnan(total).any():
+            raise ValueError("a vector is 0, which has no direction")
+        return [np.divide(total, different, out=np.full(len(total), np.nan), where=different > 0)]
+
+    def said(self, rule: ResolvedRule) -> Iterator[str]:
+        if rule.beside is not None:
+            yield "of the same token at two sites"
+            return
+        yield "the mean over pairs of different tokens, one at either position"
+        yield "rows without such a pair aren't part of the cell"
+
+
+class SimilarityBetweenRuns(Similarity):
+    """The cosine with the vector at the same position of another run."""
+
+    reads: ClassVar = "run"
+
+    def said(self, rule: ResolvedRule) -> Iterator[str]:
+        yield f"with the vector at the same position of `{rule.run}`"
+
+
+def match_run(site: ast.Site, work: ExperimentContext) -> str | None:
+    """The run that stands where a site may."""
+    name = "" if site.bare is None else site.bare.id
+    return name if name in work.table.runs and name not in SITES else None
+
+
+def is_unknown_name(site: ast.Site, work: ExperimentContext) -> bool:
+    """E0203 for a name that is neither a run nor one of a site."""
+    name = site.bare
+    if name is None or name.id in (*SITES, *work.loops, *work.program.groups):
+        return False
+    blocks = (block for block in work.program.prompts if block != work.table.name)
+    runs = dict.fromkeys((*work.table.runs, *blocks))
+    known = f"runs are {name_list(runs)}, and a site is such as `resid_post layer *`"
+    hint = did_you_mean(name.id, [*runs, *SITES], known)
+    found = UnknownWord(span=name.span, kind="site or run", word=name.id, hint=hint)
+    work.diagnostics.append(found)
+    return True
+
+
+@observation("cka", unit="CKA")
+class Cka(SiteRowSetObservation):
+    """Linear CKA of two sites: how alike they set the rows apart from each other.
+
+    `with RUN`: of the same site in two runs.
+    returns: about 0 to 1, corrected for few rows
+    source: Kornblith et al. 2019, arXiv 1905.00414, section 3; Song et al. 2012, equation 5
+    """
+
+    takes: ClassVar = ("with site",)
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        found = super().resolve(rule, work)
+        if rule.receiver is None:
+            hint = "name the other: `with resid_post layer *`, or a run: `with fewer`"
+            report_bad_observation(rule, work, "compares two sites", hint)
+            return None
+        if len(work.table) > MAX_CKA_ROWS:
+            reason = f"of {len(work.table):,} rows is too large: it holds all pairs of rows"
+            report_bad_observation(
+                rule, work, reason, f"write `limit {MAX_CKA_ROWS}` behind `prompts`"
+            )
+            return None
+        if match_run(rule.receiver, work) is not None:
+            return None if found is None else replace(found, does=CkaBetweenRuns())
+        others = (
+            None if is_unknown_name(rule.receiver, work) else resolve_compared_sites(rule, work)
+        )
+        if found is None or others is None or not self.sites_fit(rule, others, work):
+            return None
+        return replace(found, beside=others)
+
+    def read_run(self, rule: spec.Rule, work: ExperimentContext) -> str:
+        other = None if rule.receiver is None else match_run(rule.receiver, work)
+        return other or super().read_run(rule, work)
+
+    def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
+        import numpy as np
+
+        from mechdsl.fits.geometry import cka_per_row, linear_kernel
+
+        assert seen.other is not None
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(seen.keys))}
+        index = np.array([numbers[key] for key in seen.keys])
+        first = np.unique(index, return_index=True)[1]
+        kernels = (linear_kernel(each[first]) for each in (seen.vectors, seen.other))
+        each = cka_per_row(*kernels)
+        # Rows that look alike share what one of them contributes, so that the mean stays.
+        copies, mean = np.bincount(index), each.mean()
+        shared = mean + (each - mean) * len(seen.keys) / len(first) / copies
+        return [shared[index]]
+
+    def said(self, rule: ResolvedRule) -> Iterator[str]:
+        yield "the estimator without bias for few rows (Song et al. 2012), over distinct rows"
+        yield "its interval is that of the jackknife over rows"
+
+
+class CkaBetweenRuns(Cka):
+    """Of a site with itself in another run."""
+
+    reads: ClassVar = "run"
+
+    def said(self, rule: ResolvedRule) -> Iterator[str]:
+        yield f"with the same site at the same position of `{rule.run}`"
+        yield from super().said(rule)
+
+
+@observation("random")
+class RandomNumber(SiteRowSetObservation):
+    """A number drawn for each row and place, even between 0 and 1.
+
+    It hangs on the seed of the file, on the text or image that is looked at and on the position,
+    and not on the vector: maps are set against it, and tokens are ranked by it in random order.
+    `random(20)` draws twenty, along an axis `draw`.
+    """
+
+    takes: ClassVar = ("arguments",)
+    counts = "draw"
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        found, said = super().resolve(rule, work), rule.observed
+        assert said is not None
+        if said.call is None:
+            return found
+        one = said.call.arguments[0] if len(said.call.arguments) == 1 else None
+        node = None if one is None or one.name is not None else one.value
+        draws = constant_value(node, work.program.parameters)
+        if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
+            report_bad_observation(
+                rule, work, "takes one whole number of draws, above 0", "write `random(20)`"
+            )
+            return None
+        work.add_axis(Axis(self.counts, tuple(range(1, draws + 1)), said.span))
+        if found is None or found.sites is None:
+            return None
+        return replace(found, sites=repeat_sites(found.sites, self.counts, draws))
+
+    def per_row(self, seen: RowVectors, seed: int) -> Sequence[Floats]:
+        import numpy as np
+
+        which = (seen.number,) if seen.number else ()
+        drawn = [digest_number("random", seed, key, *which) for key in seen.keys]
+        return [np.array(drawn, dtype=np.float64) / 2**64]
+
+
+MAX_CLUSTERS = 64
+"""Clusters that a line may ask for."""
+
+
+@observation("clusters", unit="probability")
+class Clusters(SiteTokenSetObservation):
+    """How likely a token's vector is of each of a few clusters.
+
+    `with RUN`: whether its likeliest cluster is the same in both runs.
+    returns: 0 to 1; those of all clusters add up to 1
+    source: Lloyd 1982, IEEE Transactions on Information Theory 28(2); of patches: Wang, Tan and
+    Wang 2024, arXiv 2406.12649
+    """
+
+    takes: ClassVar = ("arguments", "with site")
+    counts = "cluster"
+
+    def __init__(
+        self, count: int = 0, trained_on: TrainingRows | None = None, train: str = ""
+    ) -> None:
+        """count: 0 only of the entry. train: what the rows that it is fitted on are called."""
+        self.count, self.trained_on, self.train = count, trained_on, train
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        found = super().resolve(rule, work)
+        said = rule.observed
+        assert said is not None
+        count = _read_count(rule, work)
+        before = len(work.diagnostics)
+        train = None if found is None else resolve_training_rows(rule, found, work)
+        if rule.receiver is not None and match_run(rule.receiver, work) is None:
+            report_bad_observation(rule, work, "is set against a run", "name one: `with noised`")
+        if count is None or found is None or found.sites is None or len(work.diagnostics) > before:
+            return None
+        named = None if train is None else training_rows(said.call)
+        called = "" if named is None else named.span.written
+        if rule.receiver is not None:
+            return replace(found, does=ClusterAgreement(count, train, called))
+        work.add_axis(Axis("cluster", tuple(range(1, count + 1)), said.span))
+        sites = repeat_sites(found.sites, "cluster", count)
+        return replace(found, does=Clusters(count, train, called), sites=sites)
+
+    def read_run(self, rule: spec.Rule, work: ExperimentContext) -> str:
+        other = None if rule.receiver is None else match_run(rule.receiver, work)
+        return other or super().read_run(rule, work)
+
+    def positions_fit(self, rule: spec.Rule, found: ResolvedRule, work: ExperimentContext) -> bool:
+        """E0207 too where tokens of two runs, in their order, aren't each other's."""
+        for row in range(len(work.table)):
+            pairs = sorted(_token_pairs(found.positions, row))
+            if any(a == c or b >= d for (a, b), (c, d) in pairwise(pairs)):
+                reason = "has tokens that stand in another order in the other run"
+                report_bad_observation(rule, work, reason, "write a line for each position")
+                return False
+        return super().positions_fit(rule, found, work)
+
+    def fitted(self, seen: ObservedTokens, seed: int) -> Mixture:
+        """The same whatever the order of rows."""
+        import numpy as np
+
+        from mechdsl.fits.geometry import fit_mixture
+
+        of = seen.own if seen.training is None else seen.training
+        _, rank = np.unique([key.hex() for key in of.keys], return_inverse=True)
+        order = np.argsort(rank[of.row], kind="stable")
+        return fit_mixture(of.vectors[order], self.count, seed)
+
+    def per_token(self, seen: ObservedTokens, seed: int) -> Sequence[Floats]:
+        return [self.fitted(seen, seed)(seen.own.vectors).T]
+
+    def said(self, rule: ResolvedRule) -> Iterator[str]:
+        yield (
+            f"k-means of {self.count} clusters, the best of 5 starts, on standardised vectors of "
+            "all tokens of the line; the largest cluster is the first"
+        )
+        yield f"fitted on `{self.train}`" if self.trained_on else "fitted on the same rows"
+        yield from self.told()
+
+    def told(self) -> Iterator[str]:
+        """What its number is."""
+        yield "its probability is that of Gaussians around the centres, of one variance in all"
+
+
+class ClusterAgreement(Clusters):
+    """Whether the token's likeliest cluster is the same in another run."""
+
+    reads: ClassVar = "run"
+    counts = ""
+
+    def per_token(self, seen: ObservedTokens, seed: int) -> Sequence[Floats]:
+        assert seen.other is not None
+        fit = self.fitted(seen, seed)
+        own, other = (_likeliest_cluster(fit, each) for each in (seen.own, seen.other))
+        return [(own == other).astype(float)[None]]
+
+    def told(self) -> Iterator[str]:
+        yield "whether the likeliest is the same at the same place of the other run"
+
+
+def _token_pairs(positions: PositionTargets, row: int) -> set[tuple[int, int]]:
+    """(token, the token at the same place in the run that is read)."""
+    cells = zip(positions.written.values(), positions.read.values(), strict=True)
+    return {
+        pair
+        for own, other in cells
+        for one, two in zip(own.hits[row], other.hits[row], strict=True)
+        for pair in zip(one, two, strict=True)
+    }
+
+
+def _likeliest_cluster(fit: Mixture, tokens: TokenVectors) -> Floats:
+    """[token]"""
+    return fit(tokens.vectors).argmax(axis=1).astype(float)
+
+
+def _read_count(rule: spec.Rule, work: ExperimentContext) -> int | None:
+    """How many clusters; E0207 for another argument, and for none."""
+    said = rule.observed
+    assert said is not None
+    arguments = () if said.call is None else said.call.arguments
+    plain = [each.value for each in arguments if each.name is None]
+    other = next((each for each in arguments if each.name not in (None, "train")), None)
+    if other is not None:
+        hint = "there is train"
+        work.diagnostics.append(
+            BadArgument(span=other.span, name=other.name or "", reason="is no option", hint=hint)
+        )
+        return None
+    number = constant_value(plain[0], work.program.parameters) if len(plain) == 1 else None
+    if not isinstance(number, int) or isinstance(number, bool) or not 2 <= number <= MAX_CLUSTERS:
+        hint = f"write a number from 2 to {MAX_CLUSTERS}: `clusters(6)`"
+        report_bad_observation(rule, work, "doesn't say how many clusters", hint)
+        return None
+    return number

@@ -1,0 +1,290 @@
+"""Rules that write vectors of a run or a fill: `patch`, `swap`, `freeze`, `ablate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mechdsl.base.records import Registry
+from mechdsl.base.text import name_list
+from mechdsl.diagnostics.core import did_you_mean, has_errors
+from mechdsl.diagnostics.names import UnknownName, UnknownWord
+from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.program import spec
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.resolve.runs import RuleKind
+from mechdsl.resolve.sites import ExperimentContext
+from mechdsl.resolve.types import (
+    Alternative,
+    Axis,
+    Convention,
+    ExternalRun,
+    Intervention,
+    ResolvedRule,
+    VectorBatch,
+)
+from mechdsl.rules.kinds import (
+    check_equal_lengths,
+    check_even_positions,
+    resolve_targets,
+    rule_kind,
+)
+from mechdsl.syntax import ast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class CopyingRule(RuleKind, Intervention):
+    """Vectors of one run are written into another, as they are."""
+
+    name = "source"
+    reads = "run"
+    copies = True
+    exchanged = False
+    """Whether two positions are written, each with what is read at the other."""
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        run = rule.source or work.experiment.base
+        sites, positions = resolve_targets(rule, run, work, exchanged=self.exchanged)
+        if sites is None or positions is None:
+            return None
+        check_equal_lengths(rule, sites, self, ExternalRun(work.table, run), work)
+        return ResolvedRule(spec=rule, does=self, run=run, sites=sites, positions=positions)
+
+    def detail(self, rule: ResolvedRule) -> str | None:
+        return None
+
+
+@rule_kind("patch")
+class PatchRule(CopyingRule):
+    """`patch SITE at POSITIONS onto POSITIONS into layer L with RUN`: another run's vectors."""
+
+
+@rule_kind("swap")
+class SwapRule(CopyingRule):
+    """`swap SITE at POSITIONS with POSITIONS`: the base run's vectors at two places, exchanged."""
+
+    exchanged = True
+    drawn_positions = False
+
+
+@rule_kind("freeze")
+class FreezeRule(CopyingRule):
+    """`freeze SITE at POSITIONS`: the base run's vectors, whatever other rules do before."""
+
+
+FILLS: Registry[Intervention] = Registry("fill of an ablation")
+
+FILL_AXIS = "fill"
+"""The axis of several fills."""
+
+
+def fill_kind(word: str) -> Callable[[type[Intervention]], type[Intervention]]:
+    """Register what an ablation can write under its word."""
+
+    def register(entry: type[Intervention]) -> type[Intervention]:
+        FILLS.add(word, entry())
+        return entry
+
+    return register
+
+
+@fill_kind("zero")
+class ZeroFill(Intervention):
+    """`with zero`."""
+
+    name = "zero"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield Convention("fill", "zero")
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return vectors.amounts[:, None].expand(-1, vectors.width)
+
+
+@fill_kind("mean")
+class MeanFill(Intervention):
+    """`with mean of RUN by VALUE`: the mean over the rows of a run, or over those of a group; `with
+    mean of BLOCK`, over the rows of another block."""
+
+    name = "mean"
+    reads = "mean"
+
+    def key(self, rule: ResolvedRule) -> Hashable:
+        apart = None if rule.apart is None else rule.apart.name
+        return rule.run, apart, rule.groups
+
+    def detail(self, rule: ResolvedRule) -> str | None:
+        return f"by {rule.spec.by}" if rule.spec.by else ""
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        apart = rule.apart
+        own = f"the rows of {rule.run} after `limit` and `keep`"
+        rows = own if apart is None else f"the {len(apart.table):,} rows of {apart.name}"
+        within = f", within each {rule.spec.by}" if rule.spec.by else ""
+        yield Convention("fill", f"mean over {rows}, per position{within}")
+
+
+@fill_kind("resample")
+class ResampleFill(Intervention):
+    """`with resample of RUN`: what a run has on another row; `with resample of BLOCK`, what a row
+    of another block has."""
+
+    name = "resample"
+    reads = "donor"
+
+    def key(self, rule: ResolvedRule) -> Hashable:
+        return rule.run, None if rule.apart is None else rule.apart.name
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        if rule.apart is not None:
+            rows = f"one of the {len(rule.apart.table):,} rows of {rule.apart.name}"
+            how = "drawn for each row by its content and the seed, with repetition"
+            yield Convention("fill", f"{rows}, {how}")
+            return
+        how = "a seeded permutation of those after `limit` and `keep`, without fixed points"
+        yield Convention("fill", f"{rule.run} run of another row ({how})")
+
+
+@rule_kind("ablate")
+class AblateRule(RuleKind):
+    """Vectors are replaced by what knows nothing of the prompt."""
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        if not rule.fills:
+            return self._with_fill(rule, work)
+        own = work if not rule.fill_index else _context_for_fill(work)
+        before = len(work.diagnostics)
+        found = self._with_fill(rule, own)
+        new = work.diagnostics[before:]
+        work.diagnostics[before:] = [d for d in new if d not in work.diagnostics[:before]]
+        if own is work:
+            work.add_axis(Axis(FILL_AXIS, rule.fills, rule.span))
+        elif found is not None and not has_errors(work.diagnostics):
+            _check_same_axes(rule, own, work)
+        return found and replace(found, only=Alternative(FILL_AXIS, rule.fill_index))
+
+    def _with_fill(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        base = work.experiment.base
+        does, run, apart = _resolve_fill(rule, work)
+        groups = None if does is None else _groups(rule, does, work)
+        sites, positions = resolve_targets(rule, base if does is None else run, work, apart)
+        if sites is None or positions is None or does is None:
+            return None
+        if does.over_rows:
+            check_even_positions(rule, positions, work)
+        check_equal_lengths(rule, sites, does, apart or ExternalRun(work.table, run), work)
+        return ResolvedRule(
+            spec=rule,
+            does=does,
+            run=run,
+            sites=sites,
+            positions=positions,
+            groups=groups,
+            apart=apart,
+        )
+
+
+def _context_for_fill(work: ExperimentContext) -> ExperimentContext:
+    """For another fill: the axes that it finds are those of the first."""
+    return replace(work, axes={name: work.axes[name] for name in work.loops})
+
+
+def _check_same_axes(rule: spec.Rule, own: ExperimentContext, work: ExperimentContext) -> None:
+    """E0108 where a fill has other positions than the first, as it is of rows that lack some."""
+    if any(work.axes.get(name) != axis for name, axis in own.axes.items()):
+        assert rule.fill is not None
+        what = f"`{rule.fills[rule.fill_index]}` beside a fill that has other positions"
+        work.diagnostics.append(NotSupported(span=rule.fill.span, what=what))
+
+
+def _resolve_fill(
+    rule: spec.Rule, work: ExperimentContext
+) -> tuple[Intervention | None, str, ExternalRun | None]:
+    """What is written, the run that is read for it, and the rows where these are another block's;
+    nothing is written after an error."""
+    word = rule.fill
+    assert word is not None
+    if isinstance(word, ast.QualifiedRef):
+        name, does = word.name, FILLS.get(word.name)
+        if word.of.part is not None or word.of.name not in work.table.runs:
+            return _of_block(rule, word, work)
+    else:
+        name = word.id if isinstance(word, ast.Name) else ""
+        does = FILLS.get(name)
+    if does is None or (does.reads is None and isinstance(word, ast.QualifiedRef)):
+        return _not_a_fill(name, word.span, work), work.experiment.base, None
+    if does.reads is None:
+        return does, work.experiment.base, None
+    return does, word.of.name if isinstance(word, ast.QualifiedRef) else "clean", None
+
+
+def _not_a_fill(name: str, span: ast.Span, work: ExperimentContext) -> None:
+    *first, last = (f"`{fill}`" for fill in FILLS)
+    hint = did_you_mean(name, FILLS, f"write {', '.join(first)} or {last}")
+    work.diagnostics.append(
+        UnknownWord(span=span, kind="fill of an ablation", word=span.written, hint=hint)
+    )
+
+
+def _of_block(
+    rule: spec.Rule, word: ast.QualifiedRef, work: ExperimentContext
+) -> tuple[Intervention | None, str, ExternalRun | None]:
+    """What is taken of another block, or of a part of one."""
+    base, block, part = work.experiment.base, word.of.name, word.of.part
+    does = FILLS.get(word.name)
+    of_part = work.table.beside.get(word.of.span.written) if part is not None else None
+    table = of_part or work.table.beside.get(block)
+    if table is None:
+        known = name_list(work.table.runs)
+        hint = did_you_mean(block, work.table.runs, f"runs are {known}")
+        work.diagnostics.append(UnknownName(span=word.of.span, kind="run", name=block, hint=hint))
+        return None, base, None
+    if of_part is not None:
+        apart = ExternalRun(of_part, "clean", part)
+    else:
+        apart = ExternalRun(table, part or "clean")
+        if apart.run not in table.runs:
+            return _no_such_run(word, table, work), base, None
+    if does is None or does.reads is None:
+        return _not_a_fill(word.name, word.span, work), base, None
+    noised = table.runs[apart.run].noise is not None
+    if rule.by is not None or (noised and does.reads == "donor"):
+        what = "a mean within groups" if rule.by is not None else "`resample` of noise"
+        what = f"{what} of another block of prompts"
+        work.diagnostics.append(NotSupported(span=word.of.span, what=what))
+        return None, base, None
+    return does, "clean", apart
+
+
+def _no_such_run(word: ast.QualifiedRef, table: PromptTable, work: ExperimentContext) -> None:
+    others = [f"{table.name}.{name}" for name in table.runs if name != "clean"]
+    known = name_list(others)
+    hint = did_you_mean(
+        word.of.span.written, others, f"it has {known}" if known else "leave it out"
+    )
+    work.diagnostics.append(
+        UnknownName(span=word.of.span, kind="run", name=word.of.span.written, hint=hint)
+    )
+
+
+def _groups(rule: spec.Rule, does: Intervention, work: ExperimentContext) -> tuple[str, ...] | None:
+    """Per row, the group whose mean fills it; E0201 for a value that there isn't."""
+    if rule.by is None:
+        return None
+    rows = work.table.runs["clean"].rows
+    averages = does.reads == "mean"
+    if averages and rows and rule.by in rows[0].values:
+        return tuple(str(row.values[rule.by]) for row in rows)
+    if averages and work.table.columns_unknown:
+        return None
+    hint = "only `mean` can be taken within groups"
+    if averages:
+        known = list(rows[0].values) if rows else [""]
+        hint = did_you_mean(rule.by, known, f"values of `{work.table.name}` are {name_list(known)}")
+    work.diagnostics.append(
+        UnknownName(span=rule.span, kind="value to group by", name=rule.by, hint=hint)
+    )
+    return None

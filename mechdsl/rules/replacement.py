@@ -1,0 +1,411 @@
+"""Rules that change the input or the model: `replace`, `replace block`, `renumber`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import product
+from typing import Any, Literal
+
+from mechdsl.base.hashing import digest_number
+from mechdsl.diagnostics.core import did_you_mean
+from mechdsl.diagnostics.names import BadArgument, UnknownWord
+from mechdsl.diagnostics.rules import AxisDoesNotFit
+from mechdsl.diagnostics.syntax import NotSupported
+from mechdsl.images.picture import GRAY_LEVEL, PictureChange
+from mechdsl.models.anatomy import has_additive_positions
+from mechdsl.models.shape import ModelShape
+from mechdsl.program import spec
+from mechdsl.program.spec import constant_value
+from mechdsl.prompts.runs import PromptRun, RunRow
+from mechdsl.prompts.table import change_row_patches, check_chat_markers, replace_tokens
+from mechdsl.prompts.tokens.images import ImageTokenizer
+from mechdsl.resolve.runs import RuleKind
+from mechdsl.resolve.sites import ExperimentContext, resolve_axis, resolve_swept_site
+from mechdsl.resolve.targets import resolve_amounts, resolve_base_positions, resolve_rule_positions
+from mechdsl.resolve.types import (
+    Amounts,
+    AxisIndices,
+    Convention,
+    Intervention,
+    PositionTargets,
+    ResolvedRule,
+    SitePoint,
+    SiteTargets,
+)
+from mechdsl.rules.kinds import rule_kind
+from mechdsl.syntax import ast
+from mechdsl.vocab.sites import SITES
+
+
+@rule_kind("replace")
+class ReplaceRule(RuleKind, Intervention):
+    """The base run starts from other text at these positions."""
+
+    once = True
+    """A second one would change the text that the first one points into."""
+    within_prompt = "`replace` puts text into the prompt"
+    name = "text"
+    changes = "input"
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        base = work.experiment.base
+        positions = resolve_rule_positions(rule, base, work)
+        if positions is None:
+            return None
+        if isinstance(rule.fill, ast.String):
+            inputs = _inputs(rule, positions, work)
+        else:
+            paint = resolve_paint(rule, work)
+            if paint is None:
+                return None
+            inputs = _painted(rule, paint, positions, work)
+        return ResolvedRule(
+            spec=rule, does=self, run=base, sites=None, positions=positions, inputs=inputs
+        )
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        if not isinstance(rule.spec.fill, ast.String) and rule.spec.fill is not None:
+            said = rule.spec.fill.span.written
+            said = f"gray: {GRAY_LEVEL} of 255" if said == "gray" else said
+            yield Convention("patches", f"{said}, in the image as the model gets it")
+
+
+def _inputs(
+    rule: spec.Rule, positions: PositionTargets, work: ExperimentContext
+) -> dict[AxisIndices, PromptRun]:
+    """The prompts with the text put in; other positions must not move."""
+    assert isinstance(rule.fill, ast.String)
+    base, new, tokenizer = work.experiment.base, rule.fill.value, work.model.tokenizer
+    if work.table.runs[base].chat:
+        marker = check_chat_markers(new, rule.fill.span, tokenizer)
+        work.diagnostics.extend([] if marker is None else [marker])
+    found = {
+        key: replace_tokens(work.table, base, rule.at, cell, new, tokenizer)
+        for key, cell in positions.written.items()
+    }
+    others = len(work.experiment.rules) > 1 or any(m.at for m in work.experiment.measures)
+    others = others and not work.model.tokenizer.stands_in
+    rows = work.table.runs[base].rows
+    moved = others and any(
+        len(new.ids) != len(old.ids)
+        for run in found.values()
+        for new, old in zip(run.rows, rows, strict=True)
+    )
+    if moved or work.table.runs[base].noise is not None:
+        what = "a replacement of another number of tokens beside other positions"
+        later = (
+            "write it as a run: `corrupt NAME { replace … with … }`, then `from clean into NAME`"
+        )
+        work.diagnostics.append(
+            NotSupported(span=rule.span, what=what, later=later)
+            if moved
+            else NotSupported(span=rule.span, what="`replace` on a noised run")
+        )
+    return found
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+PaintMethod = Literal["mask", "blur", "noise"]
+
+PAINT_AMOUNTS: Mapping[str, tuple[PaintMethod, str]] = {
+    "blur": ("blur", "a radius in pixels"),
+    "noise": ("noise", "a standard deviation, of 255"),
+}
+
+MAX_PAINT_AMOUNT = 255.0
+
+_MEAN_HINT = (
+    "of a block of images with `image mean of …`, `from` that block, patches of the image are "
+    "`patch embed at …`"
+)
+
+
+def resolve_paint(rule: spec.Rule, work: ExperimentContext) -> PictureChange | None:
+    """What patches become; None after E0203 or E0207."""
+    fill = rule.fill
+    assert fill is not None
+    word = (
+        fill.id if isinstance(fill, ast.Name) else fill.name if isinstance(fill, ast.Call) else ""
+    )
+    if isinstance(fill, ast.Name) and word == "gray":
+        return PictureChange("mask")
+    if word in PAINT_AMOUNTS:
+        how, amount = PAINT_AMOUNTS[word]
+        given = fill.arguments if isinstance(fill, ast.Call) else ()
+        value = None
+        if len(given) == 1 and given[0].name is None and isinstance(given[0].value, ast.Expr):
+            value = constant_value(given[0].value, work.program.parameters)
+        if (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and 0 < value <= MAX_PAINT_AMOUNT
+        ):
+            return PictureChange(how, float(value))
+        reason, hint = (
+            f"takes {amount}, above 0 and up to {MAX_PAINT_AMOUNT:g}",
+            f"write `{word}(4)`",
+        )
+    elif word == "gray":
+        reason, hint = "takes no number", "write `gray`"
+    elif word == "mean":
+        reason, hint = "is of several images", _MEAN_HINT
+    else:
+        hint = did_you_mean(
+            word, ("gray", *PAINT_AMOUNTS), "write `gray`, `blur(4)` or `noise(40)`"
+        )
+        text = fill.span.written
+        work.diagnostics.append(UnknownWord(span=fill.span, kind="fill", word=text, hint=hint))
+        return None
+    work.diagnostics.append(BadArgument(span=fill.span, name=word, reason=reason, hint=hint))
+    return None
+
+
+def _painted(
+    rule: spec.Rule, paint: PictureChange, positions: PositionTargets, work: ExperimentContext
+) -> dict[AxisIndices, PromptRun]:
+    """The images with these patches painted."""
+    base, reader = work.experiment.base, work.model.tokenizer
+    run, found = work.table.runs[base], dict[AxisIndices, PromptRun]()
+    if run.noise is not None:
+        what = "`replace` on a noised run"
+        work.diagnostics.append(NotSupported(span=rule.span, what=what))
+    if not isinstance(reader, ImageTokenizer):
+        return dict.fromkeys(positions.written, run)
+    for key, cell in positions.written.items():
+        rows: list[RunRow] = []
+        for row, hits, own in zip(run.rows, cell.hits, work.table.row_keys, strict=True):
+            tokens = sorted({token for hit in hits for token in hit})
+            other = next((t for t in tokens if reader.layout.place(t) is None), None)
+            if other is not None and not reader.stands_in:
+                reason, hint = "is no patch", "write `image tokens` for all of them"
+                name = reader.label(other)
+                problem = BadArgument(span=rule.at.span, name=name, reason=reason, hint=hint)
+                work.diagnostics.append(problem)
+                return {}
+            seed = digest_number("replace", work.program.seed, own) if paint.how == "noise" else 0
+            there = [token for token in tokens if reader.layout.place(token) is not None]
+            rows.append(change_row_patches(row, replace(paint, seed=seed), there, reader))
+        found[key] = replace(run, rows=tuple(rows))
+    return found
+
+
+IDENTITY = "identity"
+
+
+@rule_kind("replace block")
+class ReplaceBlockRule(RuleKind, Intervention):
+    """A block's work is done by another one, or not at all.
+
+    Its sites are what enters the block; their sources what leaves the one that computes there, or
+    what enters again.
+    """
+
+    changes = "blocks"
+    whole = True
+    drawn_positions = False
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        assert rule.site is not None
+        positions = resolve_base_positions(rule.at, work)
+        targets, axes = resolve_swept_site(rule.site, work.sites, [SITES["resid_pre"]])
+        for axis in axes:
+            work.add_axis(axis)
+        if targets is None or positions is None:
+            return None
+        found = self._by_identity(rule, targets, work)
+        if rule.source_block is not None:
+            found = _by_block(rule.source_block, targets, work)
+        if found is None or not _check_same_kind(rule, found, work):
+            return None
+        run = work.experiment.base
+        return ResolvedRule(spec=rule, does=self, run=run, sites=found, positions=positions)
+
+    def _by_identity(
+        self, rule: spec.Rule, targets: SiteTargets, work: ExperimentContext
+    ) -> SiteTargets | None:
+        """Blocks that hand on what enters; E0203 for another word."""
+        word = rule.fill
+        if not isinstance(word, ast.Name):
+            return targets
+        if word.id != IDENTITY:
+            otherwise = "write `identity`, or a block: `block layer 1`"
+            hint = did_you_mean(word.id, [IDENTITY], otherwise)
+            kind = "replacement of a block"
+            work.diagnostics.append(UnknownWord(span=word.span, kind=kind, word=word.id, hint=hint))
+            return None
+        labels = {key: f"{_block_label(label)} ← identity" for key, label in targets.labels.items()}
+        return SiteTargets(targets.axes, targets.points, labels, targets.points)
+
+    def detail(self, rule: ResolvedRule) -> str | None:
+        source = rule.spec.source_block
+        return IDENTITY if source is None else f"layer {source.span.written}"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        if rule.spec.source_block is None:
+            said = "a block that is replaced with identity hands on what enters it"
+        else:
+            said = (
+                "another block computes there, with its own weights, on what enters; it stays in "
+                "its own place too, and sites of a layer are what is computed in that place"
+            )
+        yield Convention("blocks", said)
+        yield Convention("passes", "rows of `replace block` are whole passes")
+
+
+def _block_label(label: str) -> str:
+    return label.removesuffix(".resid_pre")
+
+
+def _by_block(
+    source: ast.Star | ast.AxisRange, targets: SiteTargets, work: ExperimentContext
+) -> SiteTargets | None:
+    """The targets with the block that computes there, for every value of the loop that names it."""
+    axis = ast.Axis("layer", False, (source,), span=source.span)
+    values = resolve_axis(axis, [SITES["resid_post"]], work.sites)
+    if values is None:
+        return None
+    if values.sweep is not None:
+        work.diagnostics.append(
+            AxisDoesNotFit(
+                span=source.span,
+                site=f"block layer {source.span.written}",
+                reason="is several blocks, and one computes there",
+                hint="name one, or sweep it: `for l in 0..2 { replace block layer 3 with block "
+                "layer l }`",
+            )
+        )
+        return None
+    extra = [loop for loop in values.loops if loop not in targets.axes]
+    names = (*targets.axes, *extra)
+    points: dict[AxisIndices, tuple[SitePoint, ...]] = {}
+    sources: dict[AxisIndices, tuple[SitePoint, ...]] = {}
+    labels: dict[AxisIndices, str] = {}
+    more = product(*(range(len(work.loops[loop])) for loop in extra))
+    for before, own in product(targets.points, more):
+        key = (*before, *own)
+        (layer,) = values.chosen(dict(zip(names, key, strict=True)))
+        points[key] = targets.points[before]
+        sources[key] = (SitePoint("resid_post", layer, None),) * len(points[key])
+        labels[key] = f"{_block_label(targets.labels[before])} ← L{layer}"
+    return SiteTargets(names, points, labels, sources)
+
+
+def _check_same_kind(rule: spec.Rule, targets: SiteTargets, work: ExperimentContext) -> bool:
+    """E0108 for blocks that can't stand in for each other, as far as the config tells."""
+    shape = work.sites.shape
+    if shape.stands_in:
+        return True
+    what = _explain_tied_blocks(shape.config)
+    kinds = shape.config.get("layer_types")
+    assert targets.sources is not None
+    for key, points in targets.points.items():
+        for to, of in zip(points, targets.sources[key], strict=True):
+            if isinstance(kinds, list) and kinds[to.layer or 0] != kinds[of.layer or 0]:
+                what = f"block {of.layer} (`{kinds[of.layer or 0]}`) in place of block {to.layer} "
+                what += f"(`{kinds[to.layer or 0]}`), which is of another kind,"
+    if what:
+        work.diagnostics.append(NotSupported(span=rule.span, what=what))
+    return not what
+
+
+def _explain_tied_blocks(config: Mapping[str, Any]) -> str:
+    """What hangs on the place of a block in the model, in words."""
+    if config.get("num_kv_shared_layers"):
+        return "`replace block` in a model whose blocks share keys and values"
+    if config.get("scale_attn_by_inverse_layer_idx"):
+        return "`replace block` in a model that scales attention by the number of the block"
+    return ""
+
+
+@rule_kind("renumber")
+class RenumberRule(RuleKind, Intervention):
+    """These tokens count on from a number, in their order in the text."""
+
+    changes = "positions"
+    whole = True
+    drawn_positions = False
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        assert rule.fill is not None
+        positions = resolve_base_positions(rule.at, work)
+        amounts = resolve_amounts(rule.fill, work)
+        if (
+            positions is None
+            or amounts is None
+            or not _check_position_ids(rule, positions, amounts, work)
+        ):
+            return None
+        return ResolvedRule(
+            spec=rule,
+            does=self,
+            run=work.experiment.base,
+            sites=SiteTargets((), {(): (SitePoint("embed", None, None),)}, {(): "position ids"}),
+            positions=positions,
+            amounts=amounts,
+        )
+
+    def detail(self, rule: ResolvedRule) -> str | None:
+        return f"from {super().detail(rule)}"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield Convention(
+            "position ids",
+            "these tokens count on from the number, in their order (a prompt's first is 0); all "
+            "others keep theirs, and what a token sees goes by its place as before",
+        )
+        yield Convention("passes", "rows of `renumber` are whole passes")
+
+
+def count_positions(shape: ModelShape) -> int | None:
+    """How many positions there are; where rotations change beyond some, only those before."""
+    known = [shape.max_positions]
+    for part in (
+        shape.config,
+        shape.config.get("rope_scaling"),
+        shape.config.get("rope_parameters"),
+    ):
+        own = part.get("original_max_position_embeddings") if isinstance(part, Mapping) else None
+        known.append(own if isinstance(own, int) else None)
+    return min((each for each in known if each is not None), default=None)
+
+
+def _check_position_ids(
+    rule: spec.Rule, positions: PositionTargets, amounts: Amounts, work: ExperimentContext
+) -> bool:
+    """E0108, E0207 for models and numbers for which there are no such positions."""
+    shape = work.sites.shape
+    if not shape.stands_in:
+        how = ""
+        if has_additive_positions(shape.family, shape.config):
+            how = "that adds positions to scores"
+        elif shape.takes != "text":
+            how = "that takes more than a text"
+        if how:
+            what = f"`renumber` in a model {how}"
+            work.diagnostics.append(NotSupported(span=rule.span, what=what))
+            return False
+    assert rule.fill is not None
+    hits = [row for cell in positions.written.values() for rows in cell.hits for row in rows]
+    longest = 1 if work.model.tokenizer.stands_in else max(map(len, hits), default=1)
+    most = count_positions(shape)
+    for amount in amounts.values.values():
+        reason = ""
+        if amount < 0 or amount != int(amount):
+            reason = f"must be a position, a whole number from 0, not {amount:g}"
+        elif most is not None and amount + longest > most:
+            reason = (
+                f"counts {longest} tokens from {amount:g} on, and the last position is {most - 1}"
+            )
+        if reason:
+            work.diagnostics.append(
+                BadArgument(
+                    span=rule.fill.span,
+                    name="from",
+                    reason=reason,
+                    hint="name the position of the first token: `renumber subject tokens from 5`",
+                )
+            )
+            return False
+    return True

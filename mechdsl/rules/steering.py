@@ -1,0 +1,597 @@
+"""Rules that write numbers or directions: `set`, `add`, `scale`, `project out`, `clamp`.
+
+Apart from `set`, they act on the current activation, after rules that precede them in the file or
+at earlier sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import replace
+from itertools import product
+from typing import TYPE_CHECKING, ClassVar
+
+from mechdsl.diagnostics.rules import BadAmount, BadDirection
+from mechdsl.models.shape import unit_count, vector_width
+from mechdsl.program import spec
+from mechdsl.program.python_functions import find_function, is_python_call
+from mechdsl.resolve.directions import resolve_direction
+from mechdsl.resolve.runs import RuleKind
+from mechdsl.resolve.sites import ExperimentContext, label_points, resolve_site
+from mechdsl.resolve.targets import resolve_amounts, resolve_rule_positions
+from mechdsl.resolve.types import (
+    Amounts,
+    AxisIndices,
+    Convention,
+    Intervention,
+    PositionTargets,
+    ResolvedRule,
+    SitePoint,
+    SiteTargets,
+    VectorBatch,
+)
+from mechdsl.rules.kinds import CURRENT_STATE_NOTE, resolve_targets, rule_kind
+from mechdsl.syntax import ast
+from mechdsl.vocab.sites import SITES, SITES_WITHOUT_STEPS, unknown_component
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+
+class StepAddition(Intervention):
+    """Adds what is there minus what is there one position before, both in the patched run."""
+
+    name = "add step"
+    mode = "step"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        assert rule.spec.stepped is not None
+        yield Convention(
+            "step",
+            f"`step({rule.spec.stepped.id})` is the vector that is there when the pass comes by, "
+            "minus that of the position before, as both are before this rule writes; at the first "
+            "position it is 0",
+        )
+
+    def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return amounts == 0
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return vectors.amounts[:, None]
+
+
+STEP_ADDITION = StepAddition()
+
+
+def resolve_step(rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+    """None after E0203 for a component that there isn't, E0341 for another than is written."""
+    base = work.experiment.base
+    sites, positions = resolve_targets(rule, base, work)
+    amounts: Amounts | None = Amounts((), {(): 1.0})
+    if rule.fill is not None:
+        amounts = resolve_amounts(rule.fill, work)
+    if (
+        sites is None
+        or positions is None
+        or amounts is None
+        or not _check_own_component(rule, sites, work)
+    ):
+        return None
+    return ResolvedRule(
+        spec=rule, does=STEP_ADDITION, run=base, sites=sites, positions=positions, amounts=amounts
+    )
+
+
+def _check_own_component(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
+    """Whether what is written is a step of its own component."""
+    assert rule.stepped is not None
+    name, span = rule.stepped.id, rule.stepped.span
+    if name not in SITES:
+        work.diagnostics.append(unknown_component(name, span))
+        return False
+    there = sorted({point.site for points in sites.points.values() for point in points})
+    written = next((site for site in there if site != name), None)
+    if written is not None:
+        reason = f"what is written is `{written}`, and steps are those of what is written"
+        hint = f"write `step({written})`"
+    elif name in SITES_WITHOUT_STEPS and there:
+        reason = f"no steps are taken of `{name}`"
+        can = (s for s in SITES if s in work.sites.shape.sites and s not in SITES_WITHOUT_STEPS)
+        own = ", ".join(f"`{site}`" for site in can)
+        hint = f"steps can be taken of {own}"
+    else:
+        return True
+    work.diagnostics.append(BadDirection(span=span, text=f"step({name})", reason=reason, hint=hint))
+    return False
+
+
+FAMILIES_WITHOUT_OUTPUT_NORM = (
+    *("codegen", "falcon", "gemma", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss"),
+    *("gptj", "llama", "mistral", "mixtral", "phi", "phi3", "qwen2", "qwen3", "starcoder2"),
+)
+"""Families that add embeddings and what sublayers give to the stream as they are, without a norm
+behind them."""
+
+
+def resolve_weight_sites(rule: spec.Rule, work: ExperimentContext) -> SiteTargets | None:
+    """What enters the first block and what every sublayer adds, joined; E0341 for a model in which
+    that isn't equal to weights that can't write a direction."""
+    shape = work.model.shape
+    assert rule.direction is not None
+    reason = _explain_norms(work)
+    if reason is not None:
+        work.diagnostics.append(
+            BadDirection(
+                span=rule.span,
+                text=rule.span.written,
+                reason=reason,
+                hint=f"take it out of activations: `project out {rule.direction.span.written} from "
+                "resid_post layers * at tokens *`",
+            )
+        )
+        return None
+    points = [SitePoint("resid_pre", 0, None)]
+    for layer in range(shape.n_layers):
+        sites = [site for site in ("mixer_out", "attn_out") if shape.has(site, layer)][:1]
+        sites += ["mlp_out"] if shape.has("mlp_out", layer) else []
+        points += [SitePoint(site, layer, None) for site in sites]
+    return SiteTargets((), {(): tuple(points)}, {(): "weights"})
+
+
+def _explain_norms(work: ExperimentContext) -> str | None:
+    """What lies between the weights and the stream, as far as is known."""
+    shape, name = work.model.shape, work.model.name
+    if not shape.has("resid_pre", 0):
+        return f"`{name}` has no residual stream"
+    if shape.stands_in or shape.family in FAMILIES_WITHOUT_OUTPUT_NORM:
+        return None
+    return (
+        f"`{name}` ({shape.family}) may have norms between its weights and the stream, which turn "
+        "what they write"
+    )
+
+
+class ValueAssignment(Intervention):
+    """`to 0.5 * value(SITE)`: the vector of another site, times a number."""
+
+    name = "value"
+    reads = "run"
+
+    def detail(self, rule: ResolvedRule) -> str | None:
+        return "" if rule.spec.fill is None else f"times {rule.spec.fill.span.written}"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        assert rule.spec.reading is not None
+        site = rule.spec.reading.span.written
+        yield Convention("value", f"`{site}` is what the unpatched run {rule.run} has there")
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        read = vectors.read()
+        return read * vectors.amounts[:, None].to(read)
+
+
+class ValueAddition(ValueAssignment):
+    """`add 0.3 * value(attn_out layer 8) of clean to SITE`: a row's own activation as its
+    direction."""
+
+    name = "add value"
+    mode = "add"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield from super().conventions(rule, n_layers)
+        yield Convention("steering", f"`add` {CURRENT_STATE_NOTE}")
+
+    def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return amounts == 0
+
+
+VALUE_ADDITION = ValueAddition()
+
+
+def resolve_value(
+    rule: spec.Rule, does: Intervention, work: ExperimentContext
+) -> ResolvedRule | None:
+    """The rule with what it reads; E0337 where that has another width than what is written."""
+    assert rule.site is not None
+    assert rule.reading is not None
+    run = rule.source or work.experiment.base
+    written, axes = resolve_site(rule.site, work.sites)
+    read, more = resolve_site(rule.reading, work.sites)
+    for axis in (*axes, *more):
+        if axis.name not in work.loops:
+            work.add_axis(axis)
+    positions = resolve_rule_positions(rule, run, work)
+    amounts: Amounts | None = Amounts((), {(): 1.0})
+    if rule.fill is not None:
+        amounts = resolve_amounts(rule.fill, work)
+    if written is None or read is None or positions is None or amounts is None:
+        return None
+    sites = _pair_sites(written, read)
+    if not _check_widths(rule, sites, work):
+        return None
+    return ResolvedRule(
+        spec=rule, does=does, run=run, sites=sites, positions=positions, amounts=amounts
+    )
+
+
+def _pair_sites(written: SiteTargets, read: SiteTargets) -> SiteTargets:
+    """Every combination of what is written and what is read, along the axes of both."""
+    extra = [name for name in read.axes if name not in written.axes]
+    points: dict[AxisIndices, tuple[SitePoint, ...]] = {}
+    sources: dict[AxisIndices, tuple[SitePoint, ...]] = {}
+    labels: dict[AxisIndices, str] = {}
+    for to, of in product(written.points, read.points):
+        along = dict(zip(written.axes, to, strict=True))
+        there = dict(zip(read.axes, of, strict=True))
+        if any(along[name] != there[name] for name in along.keys() & there.keys()):
+            continue
+        key = (*to, *(there[name] for name in extra))
+        points[key] = written.points[to]
+        own = read.points[of]
+        sources[key] = own * len(points[key]) if len(own) == 1 else own
+        labels[key] = f"{read.labels[of]} → {written.labels[to]}"
+    return replace(
+        written, axes=(*written.axes, *extra), points=points, sources=sources, labels=labels
+    )
+
+
+def _check_widths(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
+    assert rule.reading is not None
+    assert sites.sources is not None
+    for key, points in sites.points.items():
+        reason = _misfit(points, sites.sources[key], work)
+        if reason is not None:
+            text = rule.reading.span.written
+            hint = "name sites of one width, and as many to be read as to be written, or one"
+            work.diagnostics.append(
+                BadAmount(span=rule.reading.span, text=text, reason=reason, hint=hint)
+            )
+            return False
+    return True
+
+
+def _misfit(
+    points: tuple[SitePoint, ...], sources: tuple[SitePoint, ...], work: ExperimentContext
+) -> str | None:
+    """Why these vectors can't be written there."""
+    if len(points) != len(sources):
+        return f"{len(sources)} vectors are read, and {len(points)} are written"
+    shape = work.sites.shape
+    for to, of in zip(points, sources, strict=True):
+        if "key" in (SITES[to.site].width, SITES[of.site].width):
+            return "vectors over keys belong to one prompt"
+        ours, theirs = (
+            vector_width(shape, to.site, to.layer),
+            vector_width(shape, of.site, of.layer),
+        )
+        if ours != theirs:
+            return f"{label_points((of,))} has {theirs} numbers, {label_points((to,))} {ours}"
+        each = unit_count(shape, of.site, of.layer)
+        if (
+            of.unit is None
+            and each > 1
+            and (to.unit is not None or each != unit_count(shape, to.site))
+        ):
+            return f"{label_points((of,))} are {each} vectors"
+    return None
+
+
+class Steering(Intervention):
+    """Changes the current vector of the patched run."""
+
+    def key(self, rule: ResolvedRule) -> Hashable:
+        return rule.run
+
+    def detail(self, rule: ResolvedRule) -> str | None:
+        said = [part.span.written for part in (rule.spec.fill, rule.spec.direction) if part]
+        return " * ".join(said)
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield Convention("steering", f"`{self.name}` {CURRENT_STATE_NOTE}")
+
+
+class DirectionRule(RuleKind, Steering):
+    """A rule with a direction."""
+
+    amount: ClassVar[float] = 0.0
+    """Its number, where none is written."""
+
+    def where(
+        self, rule: spec.Rule, work: ExperimentContext
+    ) -> tuple[SiteTargets | None, PositionTargets | None]:
+        """Its sites and positions; None for what is wrong."""
+        return resolve_targets(rule, work.experiment.base, work)
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        base = work.experiment.base
+        sites, positions = self.where(rule, work)
+        amounts: Amounts | None = Amounts((), {(): self.amount})
+        if rule.fill is not None:
+            amounts = resolve_amounts(rule.fill, work)
+        if sites is None or positions is None or amounts is None:
+            return None
+        direction = resolve_direction(rule, sites, positions, work)
+        if direction is None:
+            return None
+        return ResolvedRule(
+            spec=rule,
+            does=self,
+            run=base,
+            sites=sites,
+            positions=positions,
+            amounts=amounts,
+            direction=direction,
+        )
+
+
+def scale_directions(vectors: VectorBatch) -> Tensor:
+    """[K, width]: the direction as it is, times the rule's number."""
+    return vectors.direction() * vectors.amounts[:, None]
+
+
+def normalize_directions(vectors: VectorBatch) -> Tensor:
+    """[K, width]: the direction, of length 1; 0 stays 0 and changes nothing."""
+    direction = vectors.direction()
+    length = direction.norm(dim=1, keepdim=True)
+    return direction / length.where(length > 0, length + 1)
+
+
+@rule_kind("add")
+class AddRule(DirectionRule):
+    """`add NUMBER * DIRECTION to SITE at POSITIONS` (Turner et al. 2023, arXiv 2308.10248)."""
+
+    mode = "add"
+    amount = 1.0
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        if rule.reading is not None:
+            return resolve_value(rule, VALUE_ADDITION, work)
+        if rule.stepped is not None:
+            return resolve_step(rule, work)
+        return super().resolve(rule, work)
+
+    def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return amounts == 0
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return scale_directions(vectors)
+
+
+class DirectionAssignment(DirectionRule):
+    """`set SITE at POSITIONS to NUMBER * DIRECTION`."""
+
+    name = "direction"
+    amount = 1.0
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield from ()
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return scale_directions(vectors)
+
+
+DIRECTION_ASSIGNMENT = DirectionAssignment()
+
+
+@rule_kind("scale")
+class ScaleRule(RuleKind, Steering):
+    """`scale SITE at POSITIONS by NUMBER`."""
+
+    takes = "by"
+    mode = "scale"
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        sites, positions = resolve_targets(rule, work.experiment.base, work)
+        amounts = resolve_amounts(rule.fill, work)
+        if sites is None or positions is None or amounts is None:
+            return None
+        return ResolvedRule(
+            spec=rule,
+            does=self,
+            run=work.experiment.base,
+            sites=sites,
+            positions=positions,
+            amounts=amounts,
+        )
+
+    def unchanged(self, amounts: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return amounts == 1
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return vectors.amounts[:, None]
+
+
+@rule_kind("project out")
+class ProjectOutRule(DirectionRule):
+    """`project out DIRECTION from SITE at POSITIONS`: x − (x · u) u, u of length 1 (Arditi et al.
+    2024, arXiv 2406.11717)."""
+
+    mode = "along"
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return normalize_directions(vectors)
+
+
+@rule_kind("project out of weights")
+class ProjectOutOfWeightsRule(DirectionRule):
+    """`project out DIRECTION from weights`: nothing that is added to the residual stream has a
+    component along it, as if embeddings and output projections had none (Arditi et al. 2024, arXiv
+    2406.11717, section 4.1)."""
+
+    name = "project out"
+    mode = "along"
+    drawn_positions = False
+
+    def where(
+        self, rule: spec.Rule, work: ExperimentContext
+    ) -> tuple[SiteTargets | None, PositionTargets | None]:
+        return resolve_weight_sites(rule, work), resolve_rule_positions(
+            rule, work.experiment.base, work
+        )
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        yield Convention(
+            "weights",
+            "the direction is taken out of embeddings, position embeddings included, and of what "
+            "every attention and MLP adds, at all tokens: as if their weights couldn't write it",
+        )
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return normalize_directions(vectors)
+
+
+class NumberClamp(Intervention):
+    """`clamp mlp_hidden layer 2 neuron 5 at POSITIONS to 5`."""
+
+    name = "clamp"
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return vectors.amounts[:, None].expand(-1, vectors.width)
+
+
+NUMBER_CLAMP = NumberClamp()
+
+
+@rule_kind("clamp")
+class ClampRule(DirectionRule):
+    """`clamp DIRECTION of SITE at POSITIONS to NUMBER`: the component along it, measured in units
+    of the activation; `clamp NEURON at POSITIONS to NUMBER`."""
+
+    takes = "to"
+    mode = "along"
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        if rule.direction is not None:
+            return super().resolve(rule, work)
+        sites, positions = resolve_targets(rule, work.experiment.base, work)
+        amounts = resolve_amounts(rule.fill, work)
+        if sites is None or positions is None or amounts is None or _has_vectors(rule, sites, work):
+            return None
+        return ResolvedRule(
+            spec=rule,
+            does=NUMBER_CLAMP,
+            run=work.experiment.base,
+            sites=sites,
+            positions=positions,
+            amounts=amounts,
+        )
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return normalize_directions(vectors)
+
+
+def _has_vectors(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
+    """E0341 where a site has vectors, which one number is not."""
+    named = {point.site for points in sites.points.values() for point in points}
+    wide = sorted(site for site in named if SITES[site].width != "one")
+    if wide and rule.fill is not None:
+        work.diagnostics.append(
+            BadDirection(
+                span=rule.fill.span,
+                text=rule.fill.span.written,
+                reason=f"`{wide[0]}` has vectors, and one number doesn't say which",
+                hint=f"clamp a neuron, or a component: `clamp DIRECTION of {wide[0]} …`",
+            )
+        )
+    return bool(wide)
+
+
+class NumberAssignment(Intervention):
+    """`to 0.5`: the number, everywhere in the vector."""
+
+    name = "number"
+
+    def values(self, rule: ResolvedRule, vectors: VectorBatch) -> Tensor:
+        return vectors.amounts[:, None].expand(-1, vectors.width)
+
+
+class PythonAssignment(Intervention):
+    """`to python("file.py:function")`: what the function makes of the base run's vectors."""
+
+    name = "python"
+    reads = "cell"
+
+    def key(self, rule: ResolvedRule) -> Hashable:
+        return rule.run, rule.python
+
+    def detail(self, rule: ResolvedRule) -> str | None:
+        assert rule.python is not None
+        return f"{rule.python.name} of {rule.python.file}"
+
+    def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
+        assert rule.python is not None
+        yield Convention(
+            "set",
+            f"`{rule.python.name}` is given the {rule.run} run of all rows of a cell at once, "
+            "[rows, positions, width], in the order of the data",
+        )
+
+    def of_cell(self, rule: ResolvedRule, given: Tensor) -> Tensor:
+        """[row, position, width]: E0223 as PythonFailure where the function doesn't give that."""
+        import torch
+
+        function = rule.python
+        assert function is not None
+        # A copy, so that a function that writes into it changes nothing that is looked at here.
+        own = given.clone()
+        with torch.no_grad():
+            made = function.call(own)
+        hint = "it takes `vectors`, [rows, positions, width], and gives the same shape"
+        try:
+            found = torch.as_tensor(made).detach()
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            kind = "nothing" if made is None else f"a `{type(made).__name__}`"
+            raise function.failure(f"it gave {kind}, not numbers", hint) from None
+        if found.shape != given.shape:
+            shapes = f"it gave the shape {list(found.shape)}, not {list(given.shape)}"
+            raise function.failure(shapes, hint)
+        if found.is_complex():
+            raise function.failure("it gave complex numbers", hint)
+        found, lacking = found.to(given), given.isnan()
+        if not (found.isfinite() | lacking).all():
+            if lacking.any():
+                hint = "rows with fewer positions than others are filled up with NaN: leave it out"
+            raise function.failure("it gave NaN or infinity", hint)
+        return found.masked_fill(lacking, 0.0)
+
+
+NUMBER_ASSIGNMENT, PYTHON_ASSIGNMENT, VALUE_ASSIGNMENT = (
+    NumberAssignment(),
+    PythonAssignment(),
+    ValueAssignment(),
+)
+
+
+@rule_kind("set")
+class SetRule(RuleKind):
+    """Vectors of the base run are replaced."""
+
+    def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
+        if rule.reading is not None:
+            return resolve_value(rule, VALUE_ASSIGNMENT, work)
+        if rule.direction is not None:
+            return DIRECTION_ASSIGNMENT.resolve(rule, work)
+        base = work.experiment.base
+        sites, positions = resolve_targets(rule, base, work)
+        does, python = NUMBER_ASSIGNMENT, None
+        amounts: Amounts | None = None
+        if is_python_call(rule.fill):
+            assert isinstance(rule.fill, ast.Call)
+            does = PYTHON_ASSIGNMENT
+            python, problems = find_function(rule.fill, "fill")
+            work.diagnostics.extend(problems)
+        else:
+            amounts = resolve_amounts(rule.fill, work)
+        if sites is None or positions is None or (python is None and amounts is None):
+            return None
+        return ResolvedRule(
+            spec=rule,
+            does=does,
+            run=base,
+            sites=sites,
+            positions=positions,
+            amounts=amounts,
+            python=python,
+        )

@@ -1,0 +1,235 @@
+"""Reports of an experiment: printed, written to their files, plotted, or as text.
+
+A report's registry entry names the module that draws it, which is imported on use.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from rich.console import Console
+
+from mechdsl.base.files import replace_file
+from mechdsl.base.records import closest_name
+from mechdsl.base.source import Source, Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.files import ReportNotWritten
+from mechdsl.diagnostics.names import UnknownWord
+from mechdsl.diagnostics.rendering import MechdslError
+from mechdsl.diagnostics.statistics import BadReport
+from mechdsl.program import spec
+from mechdsl.program.paths import path_to_write
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.show.reports.grid import name_positions
+from mechdsl.show.reports.text import print_verdicts
+from mechdsl.vocab.reports import REPORTS, ReportSignature, check_report, short_names
+
+
+class _ReportModule(Protocol):
+    """What the module of a report defines."""
+
+    def render(self, result: ExperimentResult, report: spec.Report, console: Console) -> None:
+        """Print it."""
+        ...
+
+    def save(self, result: ExperimentResult, report: spec.Report, path: Path) -> None:
+        """Write it to a file, whose ending says the format."""
+        ...
+
+
+@dataclass(frozen=True)
+class WrittenReport:
+    """What became of a report that goes to a file."""
+
+    experiment: str
+    report: spec.Report
+    path: Path | None
+    """None where it couldn't be written."""
+    diagnostics: Sequence[Diagnostic]
+
+
+def show_report(result: ExperimentResult, report: spec.Report, console: Console) -> None:
+    """Print a report. Raises ValueError for one that `check_report` refuses as not drawn yet."""
+    _report_module(report).render(name_positions(result, report), report, console)
+
+
+def write_reports(experiments: Iterable[ExperimentResult]) -> list[WrittenReport]:
+    """Write all reports that go to a file, in their order.
+
+    One that can't be written is missing alone: its `diagnostics` say why, E0531 to E0533 and E0536.
+    """
+    return [
+        _write_report(result, report, report.file)
+        for result in experiments
+        for report in result.reports
+        if report.file is not None
+    ]
+
+
+def _write_report(result: ExperimentResult, report: spec.Report, file: str) -> WrittenReport:
+    # Looked at before the run too, but links and folders may have changed since.
+    name = f"report {report.kind}"
+    path, problems = path_to_write(name, file, report.span)
+    if path is not None:
+        try:
+            save_report(result, report, path)
+        except Exception as error:
+            if os.environ.get("MECHDSL_DEBUG"):
+                raise
+            reason, hint = _failure_text(error)
+            problems = [
+                ReportNotWritten(
+                    span=report.span, construct=name, path=file, reason=reason, hint=hint
+                )
+            ]
+    return WrittenReport(result.name, report, None if problems else path, problems)
+
+
+def save_report(result: ExperimentResult, report: spec.Report, path: Path) -> None:
+    """Write a report to a file, which is whole or not there. Folders are made.
+
+    Raises OSError where the file can't be written, and what drawing raises.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(path) as made:
+        _report_module(report).save(name_positions(result, report), report, made)
+
+
+def _report_module(report: spec.Report) -> _ReportModule:
+    module = REPORTS[report.kind].module
+    if module is None:
+        raise ValueError(f"`report {report.kind}` isn't drawn yet: `check_report` refuses it")
+    return cast(_ReportModule, import_module(module))
+
+
+def _failure_text(error: Exception) -> tuple[str, str]:
+    """The reason, and what to do."""
+    if isinstance(error, OSError):
+        reason = (error.strerror or str(error)).lower()
+        return reason, "make room, or name a folder that may be written to, and run it again"
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}", "set MECHDSL_DEBUG=1 for the traceback"
+
+
+class PrintedText(str):
+    """A text that is shown as it is, by `print` and alone at the end of a notebook's cell."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return f'<pre style="line-height:1.2">{escape(self)}</pre>'
+
+
+class SvgText(PrintedText):
+    """A picture as SVG, which a notebook shows as a picture."""
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
+def capture_text(show: Callable[[Console], None], width: int = 100) -> PrintedText:
+    """What a function prints to a console that has `width` columns and no colours."""
+    text = io.StringIO()
+    show(Console(file=text, width=width, color_system=None))
+    return PrintedText(text.getvalue())
+
+
+def experiment_text(result: ExperimentResult, width: int) -> PrintedText:
+    """All reports of an experiment but those that go to a file, and the verdicts."""
+
+    def show(console: Console) -> None:
+        for report in result.reports:
+            if report.file is None:
+                show_report(result, report, console)
+        print_verdicts(result, console)
+
+    return capture_text(show, width)
+
+
+def experiment_chart(
+    result: ExperimentResult, kind: str, axis: str | None, by: str | None, top: int | None
+) -> Any:
+    """The altair chart; see `ExperimentResult.plot`."""
+    entry = REPORTS.get(kind)
+    if entry is None or not entry.picture:
+        raise MechdslError([_unknown_picture(kind)])
+    assert entry.module is not None
+    assert entry.signature is not None
+    if axis is None and by is None:
+        asked = next((each for each in result.reports if each.kind == kind), None)
+        axis, by = (
+            _default_axes(result, entry.signature)
+            if asked is None
+            else (
+                asked.variable,
+                asked.by,
+            )
+        )
+        top = asked.top if asked is not None and top is None else top
+    report = _report_line(kind, axis, by, top)
+    problems = _report_problems(result, report, entry.signature)
+    if problems:
+        raise MechdslError(problems)
+    try:
+        import_module("altair")
+    except ImportError as error:
+        raise ImportError(
+            "charts need altair, which is usually installed with mechdsl: pip install altair"
+        ) from error
+    return import_module(entry.module).chart(name_positions(result, report), report)
+
+
+def _unknown_picture(kind: str) -> Diagnostic:
+    pictures = [name for name, entry in REPORTS.items() if entry.picture]
+    near = closest_name(kind, pictures)
+    listed = f"pictures are {', '.join(pictures)}"
+    hint = f"did you mean `{near}`? {listed}" if near else listed
+    return UnknownWord(kind="picture", word=kind, hint=hint)
+
+
+def _default_axes(
+    result: ExperimentResult, signature: ReportSignature
+) -> tuple[str | None, str | None]:
+    """The axis and the `by` of a picture where neither is said: the first that it could have."""
+    first, second, *_ = (*result.axes, None, None)
+    if signature.by_category:
+        names = [short_names(m.label, m.word) for m in result.measures if m.kind == "category"]
+        values = next(iter(result.row_values), None)
+        # where none is a category, what is said of the first measure says so
+        return first or values, names[0][-1] if names else result.measures[0].label
+    if signature.variable is None:
+        return None, None
+    return first, second if signature.by is not None else None
+
+
+def _report_line(kind: str, axis: str | None, by: str | None, top: int | None) -> spec.Report:
+    """The report, with the line that would ask for it in a file as its place."""
+    words = ["report", kind, axis, *(["by", by] if by else []), *(["top", str(top)] if top else [])]
+    line = " ".join(word for word in words if word)
+    span = Span(Source(line), 0, len(line))
+    return spec.Report(span=span, kind=kind, variable=axis, by=by, top=top)
+
+
+def _report_problems(
+    result: ExperimentResult, report: spec.Report, signature: ReportSignature
+) -> list[Diagnostic]:
+    axes = [*result.axes, *result.aliases]
+    by = signature.by
+    if signature.variable and by and by.needed and by.of != ("category",) and not report.by:
+        has = " and ".join(f"`{axis}`" for axis in result.axes) or "none"
+        reason = f"needs two axes; this experiment has {has}"
+        hint = 'write `plot("lines")` or `plot("bars")`, which need one'
+        if len(result.axes) > 1:
+            first, second = result.axes[:2]
+            hint = f'write both: `plot("{report.kind}", "{first}", by="{second}")`'
+        return [BadReport(span=report.span, kind=report.kind, reason=reason, hint=hint)]
+    values, writes = list(result.row_values), bool(result.replies)
+    return check_report(report, axes, values, result.measures, writes=writes)

@@ -1,0 +1,585 @@
+"""Charts of `report heatmap`, `report confusion` and `report overlay`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+import numpy as np
+
+from mechdsl.base.arrays import Floats
+from mechdsl.program import spec
+from mechdsl.results.experiment_result import ExperimentResult
+from mechdsl.show.reports.canvas import INK, MONO_FONT, QUIET_INK, text_width
+from mechdsl.show.reports.charts import (
+    LABEL_SIZE,
+    ChartLabels,
+    add_hover,
+    add_title,
+    apply_theme,
+    column_labels,
+    facet_chart,
+    hover_texts,
+    legend_position,
+    panel_header,
+    row_labels,
+    stack_charts,
+    value_title,
+)
+from mechdsl.show.reports.grid import (
+    ConfusionCounts,
+    axis_name,
+    axis_title,
+    axis_values,
+    count_confusions,
+    grid_panels,
+    row_order,
+    value_text,
+)
+from mechdsl.show.reports.matrix import diverging_colour
+from mechdsl.show.reports.overlay_pages import (
+    BOX_HEIGHT,
+    DRAWN_SIDE,
+    IMAGE_GAP,
+    TOKEN_LINE_HEIGHT,
+    ImageMaps,
+    Overlay,
+    box_positions,
+    box_widths,
+    build_overlays,
+    css_colour,
+    drawn_size,
+    figure_lines,
+    first_box_x,
+    hover_text,
+    image_maps,
+    overlay_notes,
+    pale_image,
+    patch_boxes,
+    patch_cover,
+    png_data_url,
+    text_colour,
+    token_columns,
+)
+from mechdsl.show.reports.text import (
+    RANDOM_MARK,
+    THIN_MARK,
+    fewer_prompts_note,
+    has_fewer_prompts,
+    is_significant,
+    is_thin,
+    is_within_random,
+    map_format,
+    map_texts,
+    null_band_text,
+    significance_note,
+    thin_note,
+)
+
+HEATMAP_NUMBERED_CELLS = 160
+"""Cells of a map up to which their numbers are written into them."""
+
+MAX_NUMBER_SIZE, MIN_NUMBER_SIZE = 11.0, 8.0
+"""Of the numbers in cells; where they would have to be smaller there are none."""
+
+MAX_HEATMAP_WIDTH = 1000
+"""Of a map, up to which its cells grow for their numbers and labels."""
+
+NO_VALUE_COLOUR = "#d4d4d4"
+"""What lies behind a map; as light as 0, a cell without a value would be taken for it."""
+
+DOT_AREA = 9
+"""Area of the dot that marks a cell without a number."""
+
+CORNER_COUNT_SIZE, CORNER_AREA, CORNER_LIFT = 7.5, 12, 4
+"""Size of n in the corner of a cell with fewer prompts; area of the mark where it has no room; how
+far it lifts the other number."""
+
+
+def heatmap_chart(result: ExperimentResult, report: spec.Report) -> Any:
+    """The effect over two axes, one map per measure and combination of the other axes."""
+    rows, columns = report.variable or "", report.by or ""
+    maps = [_heatmap_panel(result, measure, rows, columns) for measure, _ in result.computed()]
+    return stack_charts(maps, result)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The sizes of a map."""
+
+    rows: ChartLabels
+    columns: ChartLabels
+    number: float | None
+    """Size of the numbers in cells, None where they have no room."""
+    lift: int = 0
+    """How far they stand above the middle."""
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[Any],
+        columns: Sequence[Any],
+        numbers: Sequence[str],
+        *,
+        counted: bool,
+    ) -> _Layout:
+        """counted: there is a second number in some cells, below the first."""
+        count = len(columns)
+        step = 44.0 if count <= 8 else 34 if count <= 16 else 22 if count <= 40 else 13
+        size = None
+        if len(rows) * count <= HEATMAP_NUMBERED_CELLS:
+            longest = max((text_width(number, 1) for number in numbers), default=1.0)
+            step = max(step, min(MAX_NUMBER_SIZE * longest + 6, MAX_HEATMAP_WIDTH / count))
+            fitting = min(MAX_NUMBER_SIZE, (step - 6) / longest)
+            size = fitting if fitting >= MIN_NUMBER_SIZE else None
+        below = column_labels(columns, step, MAX_HEATMAP_WIDTH)
+        height = 26 if size or len(rows) <= 16 else 16 if len(rows) <= 40 else 10
+        lift = CORNER_LIFT if size and counted else 0
+        return cls(row_labels(rows, height + 2 * lift), below, size, lift)
+
+    @property
+    def width(self) -> float:
+        return self.columns.step * len(self.columns.texts)
+
+
+def _heatmap_panel(result: ExperimentResult, measure: int, rows: str, columns: str) -> Any:
+    data, found = result.measures[measure], result.statistics[measure]
+    category = data.kind == "category"
+    values = found.commonest if category else found.mean
+    texts = (
+        [f"{value:g}" for value in values]
+        if category
+        else map_texts(result, measure, map_format(values))
+    )
+    few, under = is_thin(result, measure), hover_texts(result, measure)
+    alike = is_within_random(result, measure)
+    clear = is_significant(result, measure) & ~alike
+    less = has_fewer_prompts(result, measure)
+    numbers = [
+        (THIN_MARK if mark else "") + text + (RANDOM_MARK if random else "")
+        if np.isfinite(value)
+        else ""
+        for value, text, mark, random in zip(values, texts, few, alike, strict=True)
+    ]
+    axes = axis_name(result, rows), axis_name(result, columns)
+    shown = grid_panels(result, axes)
+    places = row_order(result, axes[0]), axis_values(result, axes[1])
+    layout = _Layout.of(*places, numbers, counted=bool(less.any()))
+    row_texts = dict(zip(places[0], layout.rows.texts, strict=True))
+    column_texts = dict(zip(places[1], layout.columns.texts, strict=True))
+    finite = values[np.isfinite(values)]
+    limit = float(np.abs(finite).max(initial=0.0)) or 1.0
+    least = float(finite.min(initial=limit)) if category else 0.0  # what has no colour
+    records = [
+        {
+            "row": row_texts[row],
+            "column": column_texts[column],
+            "value": float(values[cell]),
+            "text": numbers[cell],
+            "strong": bool(abs(values[cell] - least) > 0.6 * (limit - least)),
+            "survives": bool(clear[cell]),
+            "alike": bool(alike[cell]),
+            "n": str(int(found.n[cell])),
+            "fewer": bool(less[cell]),
+            "panel": panel_header(panel.title, layout.width),
+            "hover": under[cell],
+        }
+        for panel in shown
+        for (row, column), cell in panel.cells.items()
+        if np.isfinite(values[cell])
+    ]
+    scale = alt.Scale(scheme="blues")
+    if not category:
+        colours = ["#b2182b", "#f7f7f7", "#2166ac"]
+        scale = alt.Scale(domain=[-limit, 0, limit], range=colours, clamp=True)
+    legend = alt.Legend(
+        title="commonest" if category else value_title(data),
+        gradientLength=min(160, max(60, layout.rows.step * len(places[0]) - 20)),
+        format=".2~g",
+        **legend_position(layout.width, len(shown)),
+    )
+    plain: dict[str, Any] = {"ticks": False, "domain": False}
+    below = alt.Axis(
+        title=None if axes[1] == "position" else axis_title(result, columns),
+        orient="bottom",
+        **plain,
+        **layout.columns.options,
+    )
+    at_side = alt.Axis(title=axis_title(result, rows), **plain, **layout.rows.options)
+    base = add_hover(alt.Chart()).encode(
+        x=alt.X("column:N", scale=alt.Scale(domain=layout.columns.texts), axis=below),
+        y=alt.Y("row:N", scale=alt.Scale(domain=layout.rows.texts), axis=at_side),
+    )
+    cells = base.mark_rect(stroke="white", strokeWidth=1.5 if layout.number else 0.4).encode(
+        color=alt.Color("value:Q", scale=scale, legend=legend)
+    )
+    ink = alt.condition("datum.strong", alt.value("white"), alt.value(INK))
+    layers = [cells, *_number_layers(base, layout, ink)]
+    if less.any():
+        layers.append(_count_layers(base, layout, ink))
+    drawn = alt.layer(*layers, data=alt.Data(values=records))
+    drawn = drawn.properties(
+        width=alt.Step(layout.columns.step),
+        height=alt.Step(layout.rows.step),
+        view=alt.ViewConfig(fill=NO_VALUE_COLOUR),
+    )
+    several = facet_chart(drawn, [panel.title for panel in shown], layout.width)
+    gaps = len(records) < len(shown) * len(places[0]) * len(places[1])
+    signs = ("bold", RANDOM_MARK) if layout.number else ("dot", "ring")
+    null = null_band_text(result, measure)
+    lines = [significance_note(result, measure, *signs), f"null: {null}" if null else None]
+    lines += ["grey: no value" if gaps else None]
+    where = "small" if layout.number else "corner (under the pointer)"
+    lines.append(fewer_prompts_note(result, measure, where))
+    lines += [thin_note(result, measure)] if layout.number else []
+    return add_title(several, result, data, *lines)
+
+
+def _number_layers(base: Any, layout: _Layout, ink: Any) -> list[Any]:
+    """The numbers, bold in cells that survive and are more than random targets have; where
+    numbers have no room, dots in these, and rings in the others that survive."""
+    if layout.number is None:
+        dots = base.transform_filter("datum.survives").mark_circle(size=DOT_AREA, opacity=1)
+        rings = base.transform_filter("datum.alike").mark_point(
+            size=DOT_AREA, filled=False, opacity=1
+        )
+        return [dots.encode(color=ink), rings.encode(color=ink)]
+    weight: Any = alt.ExprRef("datum.survives ? 'bold' : 'normal'")
+    numbers = base.mark_text(fontSize=layout.number, fontWeight=weight, dy=-layout.lift)
+    return [numbers.encode(text="text:N", color=ink)]
+
+
+def _count_layers(base: Any, layout: _Layout, ink: Any) -> Any:
+    """n in the corner of cells with fewer prompts; a mark there where it has no room."""
+    few = base.transform_filter("datum.fewer").encode(color=ink)
+    right, below = layout.columns.step / 2, layout.rows.step / 2
+    if layout.number is None:
+        return few.mark_point(
+            shape="triangle-left", filled=True, size=CORNER_AREA, opacity=1,
+            xOffset=right - 3, yOffset=below - 3,
+        )  # fmt: skip
+    return few.mark_text(
+        fontSize=CORNER_COUNT_SIZE, align="right", baseline="bottom", dx=right - 2, dy=below - 1
+    ).encode(text="n:N")
+
+
+CONFUSION_NUMBERED_CELLS = 160
+"""Cells of a map up to which their numbers are written into them."""
+
+SHARE_SIZE, ENTRY_COUNT_SIZE = 11, 9
+"""Sizes of the two numbers of a cell."""
+
+COUNT_COLUMN_GAP = 12
+"""Between a label and `n`."""
+
+COUNT_COLUMN = "n"
+"""The column behind the categories: the row's prompts."""
+
+MAX_CONFUSION_WIDTH = 1000
+"""Of a map, up to which its columns grow for their labels."""
+
+
+def confusion_chart(result: ExperimentResult, report: spec.Report) -> Any:
+    """Shares on a map, counts below them; one's own category is framed."""
+    maps: list[Any] = []
+    for measure, found in count_confusions(result, report).items():
+        own = any(column is not None for each in found for column in each.own)
+        framed = f"framed: the category is the row's own {report.variable}" if own else None
+        row_title = axis_title(result, report.variable or "")
+        drawn = _confusion_panel(found, row_title, report.by or "")
+        maps.append(add_title(drawn, result, result.measures[measure], framed))
+    return apply_theme(alt.vconcat(*maps, spacing=36))
+
+
+def _count_axis(below: ChartLabels) -> dict[str, Any]:
+    """How the axis is labelled with the column of n behind it. Where not all numbers are written,
+    the last one is left out if it would reach it."""
+    if "values" not in below.options:
+        return below.options
+    written = list(below.options["values"])
+    reach = text_width(written[-1], LABEL_SIZE) / 2 + COUNT_COLUMN_GAP
+    if (len(below.texts) - below.texts.index(written[-1])) * below.step < reach:
+        written.pop()
+    return {**below.options, "values": [*written, COUNT_COLUMN]}
+
+
+def _confusion_panel(found: list[ConfusionCounts], row_title: str, column_title: str) -> Any:
+    rows = list(dict.fromkeys(name for each in found for name in each.rows))
+    columns = list(dict.fromkeys(column for each in found for column in each.columns))
+    numbered = len(rows) * len(columns) <= CONFUSION_NUMBERED_CELLS
+    most = max((count for each in found for row in each.counts for count in row), default=0)
+    step = max(40.0, text_width(str(most), ENTRY_COUNT_SIZE) + 6) if numbered else 18.0
+    shown = [int(c) if c.is_integer() else float(f"{c:g}") for c in columns]
+    below = column_labels(shown, step, MAX_CONFUSION_WIDTH)
+    names_of_rows = row_labels(rows, 34 if numbered else 18)
+    width = below.step * (len(columns) + 1)
+    names = dict(zip(columns, below.texts, strict=True))
+    records = [
+        {
+            "row": value_text(name),
+            "column": names[column],
+            "share": each.share(r, c) if total else None,
+            "text": f"{each.share(r, c):.2f}" if count else "",
+            "below": f"{count}" if count else "",
+            "own": each.own[r] == c and total > 0,
+            "panel": panel_header(each.title, width),
+            "hover": f"{value_text(name)}, {column:g}: {count} of n = {total}",
+        }
+        for each in found
+        for r, name in enumerate(each.rows)
+        for total in [each.total(r)]
+        for c, column in enumerate(each.columns)
+        for count in [each.counts[r][c]]
+    ]
+    records += [
+        {
+            "row": value_text(name),
+            "column": COUNT_COLUMN,
+            "text": str(each.total(r)),
+            "panel": panel_header(each.title, width),
+            "hover": f"{value_text(name)}: n = {each.total(r)}",
+        }
+        for each in found
+        for r, name in enumerate(each.rows)
+    ]
+    plain: dict[str, Any] = {"ticks": False, "domain": False}
+    base = add_hover(alt.Chart()).encode(
+        x=alt.X(
+            "column:N",
+            scale=alt.Scale(domain=[*below.texts, COUNT_COLUMN]),
+            axis=alt.Axis(title=column_title, **plain, **_count_axis(below)),
+        ),
+        y=alt.Y(
+            "row:N",
+            scale=alt.Scale(domain=names_of_rows.texts),
+            axis=alt.Axis(title=row_title, **plain, **names_of_rows.options),
+        ),
+    )
+    scale = alt.Scale(domain=[0, 1], range=["#f7f7f7", "#2166ac"])
+    legend = alt.Legend(
+        title="share", gradientLength=120, format=".1f", **legend_position(width, len(found))
+    )
+    layers: list[Any] = [
+        base.transform_filter(f"datum.column != '{COUNT_COLUMN}'")
+        .mark_rect(stroke="white", strokeWidth=1.5)
+        .encode(
+            color=alt.Color("share:Q", scale=scale, legend=legend),
+        ),
+        base.transform_filter("datum.own").mark_rect(filled=False, stroke=INK, strokeWidth=1.2),
+        base.transform_filter(f"datum.column == '{COUNT_COLUMN}'")
+        .mark_text(fontSize=ENTRY_COUNT_SIZE, color=QUIET_INK)
+        .encode(text="text:N"),
+    ]
+    if numbered:
+        ink = alt.condition("datum.share > 0.6", alt.value("white"), alt.value(INK))
+        quiet = alt.condition("datum.share > 0.6", alt.value("#dddddd"), alt.value(QUIET_INK))
+        shares = base.transform_filter(f"datum.column != '{COUNT_COLUMN}'")
+        layers.append(shares.mark_text(fontSize=SHARE_SIZE, dy=-5).encode(text="text:N", color=ink))
+        layers.append(
+            shares.mark_text(fontSize=ENTRY_COUNT_SIZE, dy=8).encode(text="below:N", color=quiet)
+        )
+    drawn = alt.layer(*layers, data=alt.Data(values=records)).properties(
+        width=alt.Step(below.step), height=alt.Step(names_of_rows.step)
+    )
+    return facet_chart(drawn, [each.title for each in found], width)
+
+
+PROMPT_TITLE_HEIGHT = 22
+"""Height of the line above a prompt."""
+
+
+def overlay_chart(result: ExperimentResult, report: spec.Report) -> Any:
+    """One chart per measure that is a number, the prompts below each other."""
+    charts: list[Any] = []
+    for measure, shown in build_overlays(result, report).items():
+        drawn = _maps_chart(shown) if result.seen else _tokens_chart(shown)
+        chart = add_title(drawn, result, result.measures[measure])
+        said = overlay_notes(result, measure, shown)
+        if result.seen:
+            said.append(f"full colour at {map_format([shown.limit])(shown.limit)} either way")
+        chart.title.subtitle = [*chart.title.subtitle, *said]
+        charts.append(chart)
+    return stack_charts(charts, result)
+
+
+def _tokens_chart(shown: Overlay) -> Any:
+    write = map_format([shown.limit])
+    tokens: list[dict[str, Any]] = []
+    titles: list[dict[str, Any]] = []
+    top = 0
+    for each in shown.prompts:
+        titles.append(
+            {"x": 0, "y": top + PROMPT_TITLE_HEIGHT / 2, "text": f"prompt {each.prompt + 1}"}
+        )
+        top += PROMPT_TITLE_HEIGHT
+        columns = token_columns(each, write)
+        widths, left = box_widths(columns), first_box_x(each)
+        places = box_positions(widths, left)
+        for title, values in each.rows:
+            titles.append({"x": 0, "y": top + BOX_HEIGHT / 2, "text": title})
+            for token, column, value, width, (line, x) in zip(
+                each.tokens, columns, values, widths, places, strict=True
+            ):
+                shade, y = diverging_colour(value, shown.limit), top + line * TOKEN_LINE_HEIGHT
+                tokens.append(
+                    {
+                        "token": column.text,
+                        "effect": column.number(value),
+                        "hover": hover_text(token, column.number(value)),
+                        "left": x,
+                        "right": x + width,
+                        "middle": x + width / 2,
+                        "top": y,
+                        "bottom": y + BOX_HEIGHT,
+                        "within": y + BOX_HEIGHT / 2,
+                        "below": y + BOX_HEIGHT + 8,
+                        "shade": css_colour(shade),
+                        "ink": text_colour(shade),
+                    }
+                )
+            top += TOKEN_LINE_HEIGHT * (1 + max((line for line, _ in places), default=0))
+    size = max((token["right"] for token in tokens), default=0), top
+    return _place_layers(tokens, titles, size)
+
+
+def _maps_chart(shown: Overlay) -> Any:
+    """Images and their maps side by side, in lines; numbers under the pointer."""
+    write = map_format([shown.limit])
+    images: list[dict[str, Any]] = []
+    patches: list[dict[str, Any]] = []
+    titles: list[dict[str, Any]] = []
+    captions: list[dict[str, Any]] = []
+    top, right = 0.0, 0.0
+    for each in (image_maps(each, write) for each in shown.prompts):
+        size = drawn_size(each)
+        titles.append({"x": 0, "y": top + PROMPT_TITLE_HEIGHT / 2, "text": each.title})
+        top += PROMPT_TITLE_HEIGHT
+        for line in figure_lines(each):
+            for place, (title, values) in enumerate(line):
+                x = place * (max(size[0], DRAWN_SIDE) + IMAGE_GAP)
+                captions.append({"x": x, "y": top + PROMPT_TITLE_HEIGHT / 2, "text": title})
+                corner = (x, top + PROMPT_TITLE_HEIGHT)
+                images.append(_image_layer(each, values, corner, size))
+                if values is not None:
+                    patches += _patch_layer(values, shown.limit, write, corner, size)
+                right = max(right, x + size[0])
+            top += PROMPT_TITLE_HEIGHT + size[1] + IMAGE_GAP
+    return _drawn_maps(images, patches, (titles, captions), (right, top))
+
+
+def _image_layer(
+    each: ImageMaps, values: Floats | None, corner: tuple[float, float], size: tuple[float, float]
+) -> dict[str, Any]:
+    pixels = each.pixels if values is None else pale_image(each.pixels)
+    (x, y), (width, height) = corner, size
+    return {
+        "url": png_data_url(pixels, size),
+        "middle": x + width / 2,
+        "within": y + height / 2,
+        "width": width,
+        "height": height,
+    }
+
+
+def _patch_layer(
+    values: Floats,
+    limit: float,
+    write: Callable[[float], str],
+    corner: tuple[float, float],
+    size: tuple[float, float],
+) -> Iterator[dict[str, Any]]:
+    for row, col, (x, y, across, down) in patch_boxes(values.shape, size):
+        value = float(values[row, col])
+        known = math.isfinite(value)
+        shade, opacity = patch_cover(value, limit) if known else ((140, 140, 140), 0.5)
+        yield {
+            "left": corner[0] + x,
+            "right": corner[0] + x + across,
+            "top": corner[1] + y,
+            "bottom": corner[1] + y + down,
+            "shade": css_colour(shade),
+            "opacity": opacity,
+            "hover": f"row {row + 1} col {col + 1}: {write(value) if known else 'no value'}",
+        }
+
+
+def _drawn_maps(
+    images: list[dict[str, Any]],
+    patches: list[dict[str, Any]],
+    said: tuple[list[dict[str, Any]], list[dict[str, Any]]],
+    size: tuple[float, float],
+) -> Any:
+    """said: the titles of images, the captions of maps."""
+    x, y = _position_scales(size)
+    pictures = [
+        alt.Chart(alt.Data(values=[each]))
+        .mark_image(width=each["width"], height=each["height"], aspect=False)
+        .encode(x=x("middle"), y=y("within"), url="url:N")
+        for each in images
+    ]
+    covers = (
+        add_hover(alt.Chart(alt.Data(values=patches)))
+        .mark_rect()
+        .encode(
+            x=x("left"),
+            x2="right:Q",
+            y=y("top"),
+            y2="bottom:Q",
+            color=alt.Color("shade:N", scale=None),
+            opacity=alt.Opacity("opacity:Q", scale=None),
+        )
+    )
+    titles, captions = (_label_layer(each, x, y) for each in said)
+    captions = captions.mark_text(align="left", fontSize=11, color=INK, limit=DRAWN_SIDE)
+    layers = alt.layer(*pictures, covers, titles, captions)
+    return layers.properties(width=size[0], height=size[1])
+
+
+def _place_layers(tokens: list[dict[str, Any]], titles: list[dict[str, Any]], size: Any) -> Any:
+    """Places are points of the picture, so both scales are as long as their sides."""
+    x, y = _position_scales(size)
+    placed = add_hover(alt.Chart(alt.Data(values=tokens)))
+    shades = placed.mark_rect(cornerRadius=3).encode(
+        x=x("left"),
+        x2="right:Q",
+        y=y("top"),
+        y2="bottom:Q",
+        color=alt.Color("shade:N", scale=None),
+    )
+    words = placed.mark_text(font=MONO_FONT, fontSize=13).encode(
+        x=x("middle"), y=y("within"), text="token:N", color=alt.Color("ink:N", scale=None)
+    )
+    numbers = placed.mark_text(font=MONO_FONT, fontSize=10, color=QUIET_INK).encode(
+        x=x("middle"), y=y("below"), text="effect:N"
+    )
+    layers = alt.layer(shades, words, numbers, _label_layer(titles, x, y))
+    return layers.properties(width=size[0], height=size[1])
+
+
+FieldEncoder = Callable[[str], Any]
+
+
+def _position_scales(size: tuple[float, float]) -> tuple[FieldEncoder, FieldEncoder]:
+    """How fields are places of the picture, across and down."""
+    width, height = size
+    across = alt.Scale(domain=[0, width], nice=False, zero=False)
+    down = alt.Scale(domain=[height, 0], nice=False, zero=False)
+
+    def x(field: str) -> Any:
+        return alt.X(f"{field}:Q", scale=across, axis=None)
+
+    def y(field: str) -> Any:
+        return alt.Y(f"{field}:Q", scale=down, axis=None)
+
+    return x, y
+
+
+def _label_layer(titles: list[dict[str, Any]], x: FieldEncoder, y: FieldEncoder) -> Any:
+    return (
+        alt.Chart(alt.Data(values=titles))
+        .mark_text(align="left", fontSize=12, color=INK)
+        .encode(x=x("x"), y=y("y"), text="text:N")
+    )

@@ -1,0 +1,633 @@
+"""Overlays: effects at the tokens or image patches of prompts, as pages and pictures.
+
+A patch is covered the more, the further its number is from 0: blue above, red below, as in all
+maps. A patch without a number is hatched.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from textwrap import wrap
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.cells import cell_len
+
+from mechdsl.base.arrays import Floats
+from mechdsl.base.text import escape_hidden, escape_xml, shown_token
+from mechdsl.program import spec
+from mechdsl.results.experiment_result import (
+    ANSWER_TOKENS_KEY,
+    DEFAULT_SHOWN_PROMPTS,
+    ExperimentResult,
+    SeenImage,
+)
+from mechdsl.show.reports.canvas import (
+    CANVAS_MARGIN,
+    CANVAS_TITLE_SIZE,
+    CANVAS_WIDTH,
+    FONT,
+    INK,
+    MONO_FONT,
+    QUIET_INK,
+    Canvas,
+    text_width,
+)
+from mechdsl.show.reports.grid import UPWARD_AXES, grid_panels
+from mechdsl.show.reports.matrix import (
+    NEGATIVE_COLOUR,
+    POSITIVE_COLOUR,
+    Colour,
+    diverging_colour,
+    needs_white_text,
+)
+from mechdsl.show.reports.text import heading_facts, map_format, measure_name, missing_note
+from mechdsl.statistics.measurements import effect_parts
+from mechdsl.vocab.effects import EFFECTS
+
+Pixels = NDArray[np.uint8]
+"""[height, width, 3]."""
+
+
+@dataclass(frozen=True)
+class ShadedPrompt:
+    """One prompt with a number at each token, NaN at tokens that no cell hits."""
+
+    prompt: int
+    tokens: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[float, ...]], ...]
+    """(the coordinates along other axes, the numbers)."""
+    image: SeenImage | None = None
+    """What its tokens are of, where that isn't text."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageMaps:
+    """An image, and what cells give at its patches."""
+
+    title: str
+    pixels: Pixels
+    maps: tuple[tuple[str, Floats], ...]
+    """(what its cells are called, [row, col] a number for each patch, NaN without one)."""
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """The prompts of one measure."""
+
+    prompts: tuple[ShadedPrompt, ...]
+    limit: float
+    """The greatest absolute number, which has the full colour."""
+
+
+def build_overlays(result: ExperimentResult, report: spec.Report) -> Mapping[int, Overlay]:
+    """Measure -> its prompts; categories are left out."""
+    found: dict[int, Overlay] = {}
+    for measure, data in result.computed():
+        if data.kind == "category":
+            continue
+        values = prompt_effects(result, measure)
+        there = np.isfinite(values).any(axis=0)
+        if result.seen:
+            there = there & np.array([own is not None for own in result.seen])
+        hit = np.flatnonzero(there)[: report.top or DEFAULT_SHOWN_PROMPTS]
+        shaded = tuple(_shade_prompt(result, values, int(prompt)) for prompt in hit if result.hits)
+        numbers = [abs(x) for each in shaded for _, row in each.rows for x in row if x == x]
+        found[measure] = Overlay(shaded, max(numbers, default=0.0))
+    return found
+
+
+def prompt_effects(result: ExperimentResult, measure: int) -> Floats:
+    """[cell, prompt]: each prompt's part in the cell's effect; their mean is the effect.
+
+    The denominator is the mean one: that of a single prompt may be close to 0.
+    """
+    data = result.measures[measure]
+    effect = EFFECTS[data.effect]
+    rows = effect_parts(data, effect, slice(None))
+    values = np.where(rows.present, rows.numerator, np.nan)
+    if rows.denominator is None:
+        return values
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = rows.denominator.sum(1) / rows.present.sum(1)
+    return np.asarray(effect.divide(values, mean[:, None]), dtype=np.float64)
+
+
+def _shade_prompt(result: ExperimentResult, values: Floats, prompt: int) -> ShadedPrompt:
+    tokens = result.texts[prompt]
+    others = [axis for axis in result.axes if axis != "position"]
+    found = grid_panels(result, ("position",))
+    if len(others) == 1 and others[0] in UPWARD_AXES:  # layer 0 is the lowest row, as in maps
+        found.reverse()
+    rows: list[tuple[str, tuple[float, ...]]] = []
+    for panel in found:
+        at: list[list[float]] = [[] for _ in tokens]
+        for cell in panel.cells.values():
+            for token in result.hits[cell][prompt]:
+                at[token].append(float(values[cell, prompt]))
+        # positions may overlap: a token has the mean of those that hit it
+        rows.append((panel.title, tuple(float(np.mean(x)) if x else math.nan for x in at)))
+    return ShadedPrompt(prompt, tokens, tuple(rows), result.seen[prompt] if result.seen else None)
+
+
+def overlay_notes(result: ExperimentResult, measure: int, shown: Overlay) -> list[str]:
+    """What is shown, and why a prompt's number isn't its own ratio."""
+    images = bool(result.seen)
+    if not shown.prompts:
+        what = "images" if images else "tokens"
+        return [f"no {what} to show: they weren't kept with these results"]
+    count = f"{len(shown.prompts)} of {result.prompts}"
+    said = [
+        f"{count} prompts, each by itself; tokens of {result.base}, without a number where "
+        "nothing was done"
+    ]
+    if images:
+        said = [
+            f"{count} images as the model sees them, each by itself, with numbers of patches of "
+            f"{result.base}"
+        ]
+    data = result.measures[measure]
+    effect = EFFECTS[data.effect]
+    if ANSWER_TOKENS_KEY in result.conventions:
+        said.append("only tokens of the prompts, not those of the answer behind them")
+    if effect.denominator is not None and not data.per_prompt:
+        said.append(f"{effect.name} of a prompt: over the mean of {effect.divisor}, not its own")
+    return said
+
+
+def image_maps(each: ShadedPrompt, write: Callable[[float], str]) -> ImageMaps:
+    """The numbers at the patches of a prompt that is an image; what tokens in front of them have
+    stands beside the name of the map."""
+    seen = each.image
+    assert seen is not None
+    maps: list[tuple[str, Floats]] = []
+    for title, values in each.rows:
+        front = zip(each.tokens[: seen.front], values, strict=False)
+        beside = [f"{name}: {write(value)}" for name, value in front if math.isfinite(value)]
+        named = " · ".join(part for part in (title, *beside) if part)
+        patches = np.array(values[seen.front :], dtype=np.float64).reshape(seen.rows, seen.cols)
+        maps.append((named or "effect", patches))
+    return ImageMaps(f"image {each.prompt + 1}: {seen.title}", seen.pixels, tuple(maps))
+
+
+DRAWN_SIDE, MAX_DRAWN_SIDE = 154, 480
+"""Of an image that is drawn: its longer side, and that of one with many patches."""
+
+MIN_PATCH_SIDE = 7
+"""Pixels of a patch, at least."""
+
+IMAGE_GAP = 12
+"""Between two images."""
+
+MAX_COVER = 0.82
+"""How much a patch with the greatest number is covered."""
+
+PALE_RANGE = (204, 244)
+"""The darkest and the brightest pixel below: a shade must hang on its number more than on these."""
+
+LUMINANCE_WEIGHTS = (0.299, 0.587, 0.114)
+
+LEGEND_WIDTH = 160
+"""Width of the scale."""
+
+HATCH_PATTERN = (
+    '<pattern id="hatch" width="5" height="5" patternUnits="userSpaceOnUse">'
+    '<path d="M0 5L5 0" stroke="#8c8c8c" stroke-width="0.8"/></pattern>'
+)
+
+
+def patch_cover(value: float, limit: float) -> tuple[Colour, float]:
+    """The colour over a patch, and how much of the image it hides, 0 to 1."""
+    share = min(1.0, abs(value) / limit) if limit > 0 else 0.0
+    return (POSITIVE_COLOUR if value > 0 else NEGATIVE_COLOUR), MAX_COVER * share
+
+
+def pale_image(pixels: Pixels) -> Pixels:
+    """The image in pale grey, so that colours on it are those of the scale."""
+    grey = pixels.astype(np.float64) @ np.array(LUMINANCE_WEIGHTS)
+    low, high = float(grey.min()), float(grey.max())
+    pale = (
+        np.interp(grey, [low, high], PALE_RANGE)
+        if high > low
+        else np.full(grey.shape, PALE_RANGE[1])
+    )
+    return np.repeat(pale.round().astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def drawn_size(each: ImageMaps) -> tuple[float, float]:
+    """(width, height) of an image as it is drawn."""
+    patches = max((values.shape for _, values in each.maps), default=(1, 1))
+    height, width = each.pixels.shape[:2]
+    side = min(MAX_DRAWN_SIDE, max(DRAWN_SIDE, MIN_PATCH_SIDE * max(patches)))
+    scale = side / max(height, width)
+    return width * scale, height * scale
+
+
+def patch_boxes(
+    patches: tuple[int, int], size: tuple[float, float]
+) -> Iterator[tuple[int, int, tuple[float, float, float, float]]]:
+    """(row, column, (x, y, width, height)) of each patch. size: (width, height) of the image."""
+    rows, cols = patches
+    across, down = size[0] / cols, size[1] / rows
+    for row in range(rows):
+        for col in range(cols):
+            yield row, col, (col * across, row * down, across, down)
+
+
+def image_figure(
+    pixels: Pixels,
+    values: Floats | None,
+    limit: float,
+    write: Callable[[float], str],
+    size: tuple[float, float],
+) -> str:
+    """The shapes of one image from (0, 0) on, in SVG; without values as it is.
+
+    pixels: [height, width, 3], 0 to 255. values: [row, col]. limit: the number that is covered
+    most. size: (width, height) in which it is drawn.
+    """
+    width, height = size
+    frame = f'width="{width:.1f}" height="{height:.1f}"'
+    shown = pixels if values is None else pale_image(pixels)
+    parts = [f'<image {frame} preserveAspectRatio="none" href="{png_data_url(shown, size)}"/>']
+    rows, cols = (0, 0) if values is None else values.shape
+    for row, col, (x, y, across, down) in patch_boxes((rows, cols), size) if rows else ():
+        value = math.nan if values is None else float(values[row, col])
+        said, fill = "no value", 'fill="url(#hatch)"'
+        if math.isfinite(value):
+            (red, green, blue), opacity = patch_cover(value, limit)
+            said, fill = write(value), f'fill="rgb({red},{green},{blue})"'
+            fill += f' fill-opacity="{opacity:.3f}"'
+        parts.append(
+            f'<rect x="{x:.2f}" y="{y:.2f}" width="{across:.2f}" height="{down:.2f}" {fill}>'
+            f"<title>row {row + 1} col {col + 1}: {escape_xml(said)}</title></rect>"
+        )
+    parts.append(f'<rect {frame} fill="none" stroke="#bbbbbb" stroke-width="0.6"/>')
+    return "".join(parts)
+
+
+def png_data_url(pixels: Pixels, size: tuple[float, float]) -> str:
+    """Pixels as PNG within the file. What is small is enlarged here: viewers would blur it."""
+    from PIL import Image
+
+    times = max(1, math.ceil(2 * size[0] / pixels.shape[1]))
+    large = pixels.repeat(times, axis=0).repeat(times, axis=1) if times > 1 else pixels
+    written = BytesIO()
+    Image.fromarray(np.ascontiguousarray(large)).save(written, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(written.getvalue()).decode('ascii')}"
+
+
+def scale_legend(
+    limit: float, write: Callable[[float], str], *, hatched: bool
+) -> tuple[str, float]:
+    """The scale from (0, 0) on, and how wide it is; with what is hatched, if anything is."""
+    steps = 40
+    parts: list[str] = []
+    for step in range(steps):
+        (red, green, blue), opacity = patch_cover((2 * (step + 0.5) / steps - 1) * limit, limit)
+        parts.append(
+            f'<rect x="{step * LEGEND_WIDTH / steps:.2f}" width="{LEGEND_WIDTH / steps + 0.05:.2f}" '
+            f'height="10" fill="rgb({red},{green},{blue})" fill-opacity="{opacity:.3f}"/>'
+        )
+    for text, x, anchor in (
+        (write(-limit), 0, "start"),
+        ("0", LEGEND_WIDTH / 2, "middle"),
+        (write(limit), LEGEND_WIDTH, "end"),
+    ):
+        parts.append(_svg_text(text, x, 22, anchor))
+    width = float(LEGEND_WIDTH)
+    if hatched:
+        said = "no number there"
+        parts.append(
+            f'<rect x="{LEGEND_WIDTH + 20}" width="16" height="10" fill="url(#hatch)" stroke="#bbbbbb" '
+            f'stroke-width="0.6"/>{_svg_text(said, LEGEND_WIDTH + 42, 9, "start")}'
+        )
+        width += 42 + text_width(said, 10)
+    return "".join(parts), width
+
+
+def _svg_text(text: str, x: float, y: float, anchor: str) -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="10" text-anchor="{anchor}" fill="{QUIET_INK}">'
+        f"{escape_xml(text)}</text>"
+    )
+
+
+def is_hatched(shown: Sequence[ImageMaps]) -> bool:
+    """Whether a patch has no number."""
+    return any(np.isnan(values).any() for each in shown for _, values in each.maps)
+
+
+def image_figures(each: ImageMaps) -> list[tuple[str, Floats | None]]:
+    """The image as it is, then under each map."""
+    return [("image", None), *each.maps]
+
+
+def figure_lines(each: ImageMaps) -> list[list[tuple[str, Floats | None]]]:
+    """The same in lines that are no wider than a picture may be."""
+    every, column = image_figures(each), max(drawn_size(each)[0], DRAWN_SIDE)
+    count = max(1, int((CANVAS_WIDTH - 2 * CANVAS_MARGIN + IMAGE_GAP) // (column + IMAGE_GAP)))
+    return [every[start : start + count] for start in range(0, len(every), count)]
+
+
+# --- the picture ----------------------------------------------------------------------------------
+
+
+def draw_maps(
+    canvas: Canvas, shown: Sequence[ImageMaps], limit: float, write: Callable[[float], str]
+) -> None:
+    """Each image beside its maps, in lines, and the scale below all."""
+    canvas.shapes.append(f"<defs>{HATCH_PATTERN}</defs>")
+    for each in shown:
+        canvas.words(each.title, CANVAS_TITLE_SIZE, INK, "bold")
+        canvas.y += 4
+        _draw_line(canvas, each, limit, write)
+    if any(each.maps for each in shown):
+        scale, width = scale_legend(limit, write, hatched=is_hatched(shown))
+        canvas.shapes.append(
+            f'<g transform="translate({CANVAS_MARGIN},{canvas.y + 4:.1f})">{scale}</g>'
+        )
+        canvas.right = max(canvas.right, CANVAS_MARGIN + width)
+        canvas.y += 34
+
+
+def _draw_line(
+    canvas: Canvas, each: ImageMaps, limit: float, write: Callable[[float], str]
+) -> None:
+    width, height = drawn_size(each)
+    column = max(width, DRAWN_SIDE)
+    for line in figure_lines(each):
+        captions = [
+            wrap(escape_hidden(title), max(8, int(column / 6.4))) or [""] for title, _ in line
+        ]
+        top = canvas.y + 13 * max(map(len, captions))
+        for place, ((_, values), caption) in enumerate(zip(line, captions, strict=True)):
+            x = CANVAS_MARGIN + place * (column + IMAGE_GAP)
+            for number, text in enumerate(reversed(caption)):
+                canvas.line(text, x, top - 4 - 13 * number, 11, INK)
+            shapes = image_figure(each.pixels, values, limit, write, (width, height))
+            canvas.shapes.append(f'<g transform="translate({x:.1f},{top:.1f})">{shapes}</g>')
+            canvas.right = max(canvas.right, x + width)
+        canvas.y = top + height + IMAGE_GAP
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+MAP_STYLE = f""".maps {{ display: flex; flex-wrap: wrap; gap: {IMAGE_GAP}px; align-items: flex-end; }}
+figure {{ margin: 0; }}
+figcaption {{ font-size: 12px; margin-bottom: 3px; }}
+"""
+
+
+def maps_html(shown: Sequence[ImageMaps], limit: float, write: Callable[[float], str]) -> str:
+    """The same for a page, where images wrap to its width; numbers stand under the pointer."""
+    lines = [
+        f'<svg width="0" height="0" style="position:absolute"><defs>{HATCH_PATTERN}</defs></svg>'
+    ]
+    for each in shown:
+        width, height = drawn_size(each)
+        lines.append(f'<h2>{escape_xml(each.title)}</h2><div class="maps">')
+        for title, values in image_figures(each):
+            shapes = image_figure(each.pixels, values, limit, write, (width, height))
+            lines.append(
+                f'<figure><figcaption style="width:{width:.0f}px">{escape_xml(title)}</figcaption>'
+                f'<svg role="img" aria-label="{escape_xml(title)}" width="{width:.1f}" '
+                f'height="{height:.1f}">{shapes}</svg></figure>'
+            )
+        lines.append("</div>")
+    if any(each.maps for each in shown):
+        scale, width = scale_legend(limit, write, hatched=is_hatched(shown))
+        lines.append(
+            f'<svg width="{width:.0f}" height="26" font-family="{FONT}" '
+            f'style="margin-top:10px" role="img" aria-label="scale">{scale}</svg>'
+        )
+    return "\n".join(lines)
+
+
+TOKEN_LETTER_WIDTH, TOKEN_DIGIT_WIDTH = 8.0, 6.3
+"""Widths of a letter of a token and of a number."""
+
+BOX_HEIGHT, TOKEN_LINE_HEIGHT = 24, 44
+"""Heights of a token's box, and of a line with its numbers."""
+
+BOX_GAP = 2
+"""Between two boxes."""
+
+UNSHADED = (255, 255, 255)
+
+
+def write_overlay(result: ExperimentResult, report: spec.Report, path: Path) -> None:
+    """In the format of the file's ending."""
+    found = build_overlays(result, report)
+    if path.suffix.lower() == ".html":
+        path.write_text(_page_html(result, found), encoding="utf-8")
+        return
+    _picture(result, found).save(path)
+
+
+def _heading_lines(result: ExperimentResult, measure: int, shown: Overlay) -> Iterator[str]:
+    """The title, then what stands below it."""
+    data = result.measures[measure]
+    yield f"{result.name}: {measure_name(data)}"
+    yield heading_facts(result, data)
+    yield from overlay_notes(result, measure, shown)
+    missing = missing_note(result)
+    if missing is not None:
+        yield missing
+
+
+def _empty_picture(result: ExperimentResult) -> tuple[str, str]:
+    """What a picture says where no measure that it shows could be computed."""
+    return f"{result.name}: nothing to draw", missing_note(result) or ""
+
+
+def css_colour(shade: Colour | None) -> str:
+    """A background as HTML, SVG and charts write it."""
+    return f"rgb{shade or UNSHADED}".replace(" ", "")
+
+
+def text_colour(shade: Colour | None) -> str:
+    """The colour of letters on it."""
+    return "white" if shade is not None and needs_white_text(shade) else INK
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+OVERLAY_STYLE = f"""
+body {{ font-family: {FONT}; color: {INK}; margin: 24px; }}
+h1 {{ font-size: 18px; margin: 24px 0 4px; }}
+h2 {{ font-size: 13px; margin: 16px 0 4px; }}
+p, small {{ color: {QUIET_INK}; font-size: 12px; margin: 2px 0; }}
+.row {{ display: flex; margin: 2px 0; }}
+.row > span {{ flex: 0 0 auto; min-width: 72px; padding: 3px 8px 0 0; font-size: 12px; }}
+.row > div {{ display: flex; flex-wrap: wrap; gap: 2px; }}
+.token {{ display: inline-block; text-align: center; font-family: {MONO_FONT}; font-size: 13px; }}
+.token b {{ display: block; font-weight: normal; padding: 3px 5px; border-radius: 3px; }}
+.token small {{ display: block; font-size: 10px; min-height: 13px; }}
+{MAP_STYLE}"""
+
+
+def _page_html(result: ExperimentResult, found: Mapping[int, Overlay]) -> str:
+    body = "".join(_measure_html(result, measure, shown) for measure, shown in found.items())
+    if not found:
+        title, why = map(escape_xml, _empty_picture(result))
+        body = f"<h1>{title}</h1><p>{why}</p>"
+    title = escape_xml(result.name)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{OVERLAY_STYLE}</style></head>\n<body>{body}</body></html>\n"
+    )
+
+
+def _measure_html(result: ExperimentResult, measure: int, shown: Overlay) -> str:
+    first, *facts = _heading_lines(result, measure, shown)
+    write = map_format([shown.limit])
+    lines = [f"<h1>{escape_xml(first)}</h1>", *(f"<p>{escape_xml(fact)}</p>" for fact in facts)]
+    if result.seen:
+        maps = [image_maps(each, write) for each in shown.prompts]
+        return "\n".join([*lines, maps_html(maps, shown.limit, write)])
+    for each in shown.prompts:
+        lines.append(f"<h2>prompt {each.prompt + 1}</h2>")
+        columns = token_columns(each, write)
+        for title, values in each.rows:
+            label = f"<span>{escape_xml(title)}</span>" if title else ""
+            tokens = "".join(
+                _token_html(token, value, diverging_colour(value, shown.limit), column)
+                for token, value, column in zip(each.tokens, values, columns, strict=True)
+            )
+            lines.append(f'<div class="row">{label}<div>{tokens}</div></div>')
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class TokenColumn:
+    """One token of a prompt, with its numbers in all rows."""
+
+    text: str
+    letters: int
+    digits: int
+    write: Callable[[float], str]
+
+    def number(self, value: float) -> str:
+        return self.write(value) if math.isfinite(value) else ""
+
+
+def token_columns(each: ShadedPrompt, write: Callable[[float], str]) -> list[TokenColumn]:
+    """As wide in every row, so that rows can be compared."""
+    return [
+        TokenColumn(
+            shown_token(token),
+            cell_len(shown_token(token)),
+            max(len(write(row[i])) for _, row in each.rows),
+            write,
+        )
+        for i, token in enumerate(each.tokens)
+    ]
+
+
+def box_widths(columns: Sequence[TokenColumn]) -> list[float]:
+    """Of the tokens' boxes in a picture."""
+    return [
+        max(c.letters * TOKEN_LETTER_WIDTH + 10, c.digits * TOKEN_DIGIT_WIDTH + 4) for c in columns
+    ]
+
+
+def first_box_x(each: ShadedPrompt) -> float:
+    """Where the first token of a line stands: behind the titles of the rows."""
+    longest = max(text_width(title, CANVAS_TITLE_SIZE) for title, _ in each.rows)
+    return longest + 12 if longest else 0
+
+
+def box_positions(widths: Sequence[float], left: float) -> list[tuple[int, float]]:
+    """Of each box the line that it stands in, and where it begins."""
+    places: list[tuple[int, float]] = []
+    line, x = 0, left
+    for width in widths:
+        if x > left and x + width > CANVAS_WIDTH - CANVAS_MARGIN:
+            line, x = line + 1, left
+        places.append((line, x))
+        x += width + BOX_GAP
+    return places
+
+
+def hover_text(token: str, number: str) -> str:
+    """What stands under the pointer: the token with its spaces, and its number."""
+    return f"{escape_hidden(repr(token))} {number or 'no value'}"
+
+
+def _token_html(token: str, value: float, shade: Colour | None, column: TokenColumn) -> str:
+    style = f"background:{css_colour(shade)};color:{text_colour(shade)}"
+    number = column.number(value)
+    width = f"min-width:{max(column.letters + 1, 0.8 * column.digits):.1f}ch"
+    return (
+        f'<span class="token" style="{width}" title="{escape_xml(hover_text(token, number))}">'
+        f'<b style="{style}">{escape_xml(column.text)}</b><small>{number}</small></span>'
+    )
+
+
+# --- the picture --------------------------------------------------------------------------------
+
+
+def _picture(result: ExperimentResult, found: Mapping[int, Overlay]) -> Canvas:
+    canvas = Canvas()
+    for measure, shown in found.items():
+        canvas.heads(*_heading_lines(result, measure, shown))
+        canvas.y += 8
+        write = map_format([shown.limit])
+        if result.seen:
+            draw_maps(
+                canvas, [image_maps(each, write) for each in shown.prompts], shown.limit, write
+            )
+        for each in () if result.seen else shown.prompts:
+            canvas.words(f"prompt {each.prompt + 1}", CANVAS_TITLE_SIZE, INK, "bold")
+            canvas.y += 4
+            _draw_prompt(canvas, each, shown.limit, write)
+            canvas.y += 6
+        canvas.y += 14
+    if not found:
+        canvas.heads(*_empty_picture(result))
+    return canvas
+
+
+def _draw_prompt(
+    canvas: Canvas, each: ShadedPrompt, limit: float, write: Callable[[float], str]
+) -> None:
+    """Its tokens once per row of numbers, in columns that line up."""
+    columns = token_columns(each, write)
+    widths = box_widths(columns)
+    places = box_positions(widths, CANVAS_MARGIN + first_box_x(each))
+    for title, values in each.rows:
+        if title:
+            canvas.line(title, CANVAS_MARGIN, canvas.y + 16, CANVAS_TITLE_SIZE, INK)
+        first = canvas.y
+        for token, column, value, width, (line, x) in zip(
+            each.tokens, columns, values, widths, places, strict=True
+        ):
+            canvas.y = first + line * TOKEN_LINE_HEIGHT
+            said, shade = hover_text(token, column.number(value)), diverging_colour(value, limit)
+            canvas.shapes.append(f"<g><title>{escape_xml(said)}</title>")
+            canvas.shapes.append(
+                _draw_token(column.text, column.number(value), shade, x, canvas.y, width)
+            )
+            canvas.shapes.append("</g>")
+            canvas.right = max(canvas.right, x + width + BOX_GAP)
+        canvas.y += TOKEN_LINE_HEIGHT
+
+
+def _draw_token(
+    text: str, number: str, shade: Colour | None, x: float, y: float, width: float
+) -> str:
+    middle = x + width / 2
+    return (
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{BOX_HEIGHT}" rx="3" '
+        f'fill="{css_colour(shade)}"/>'
+        f'<text x="{middle:.1f}" y="{y + 16:.1f}" font-size="13" text-anchor="middle" '
+        f'font-family="{MONO_FONT}" fill="{text_colour(shade)}">{escape_xml(text)}</text>'
+        f'<text x="{middle:.1f}" y="{y + BOX_HEIGHT + 12:.1f}" font-size="10" '
+        f'text-anchor="middle" font-family="{MONO_FONT}" fill="{QUIET_INK}">{number}</text>'
+    )

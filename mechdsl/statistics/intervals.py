@@ -1,0 +1,471 @@
+"""Intervals and p-values: bootstrap-t over units, exact limits of shares, sign flips.
+
+A cell's error is that of its linearised ratio (Cochran 1977, section 6), recomputed in every
+resample, so that a pivot is resampled: Efron and Tibshirani 1993, chapter 12; Hall 1988.
+Percentiles of the mean itself are too narrow for few units (at 8, 89 % instead of 95 %), and the
+bootstrap-t alone is too narrow for heavy tails (t with 3 degrees of freedom: 93 %). So each end of
+an interval is the farther of the bootstrap-t's and Student's t's.
+
+Sign flips (Fisher 1935) are exact if the delta of a unit is as likely d as −d without an effect;
+`stats test t` doesn't assume that. The units whose sign a flip turns are a subset, and the sum of
+a flip is as far from 0 as the observed one where the mean of that subset has another sign. So the
+means of subsets are the ends of the intervals at all levels (Hartigan 1969), and p and interval
+agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+from mechdsl.base.arrays import Bools, Floats, Ints
+from mechdsl.program.significance import MAX_EXACT_FLIPS, MAX_RESAMPLES, MIN_UNITS
+from mechdsl.statistics.measurements import BLOCK_NUMBERS, EffectSums, Resamples, cell_blocks
+
+MIN_RESAMPLED_UNITS = 8
+"""Units below which Student's t stands in: resamples of so few are too often of one unit."""
+
+FLAT_VARIANCE = 1e-10
+"""Variances that are so small beside what they are of are rounding."""
+
+
+@dataclass(frozen=True, eq=False)
+class StudentisedCells:
+    """Cells with their standard errors, and how far both moved in every resample."""
+
+    value: Floats
+    """[cell]."""
+    error: Floats
+    """[cell]: the standard error; NaN for one unit, 0 where no unit differs."""
+    pivots: Floats
+    """[resample, cell]: (resampled − value) / resampled error; NaN where no drawn unit differs, as
+    that resample tells nothing of the error."""
+    held: Ints
+    """[cell]: units."""
+    strata: int = 1
+    """How many of them there are: each has a mean of its own."""
+
+    @property
+    def freedom(self) -> Ints:
+        """[cell]: degrees of freedom."""
+        return self.held - self.strata
+
+    def interval(self, confidence: float) -> tuple[Floats, Floats]:
+        """[cell] each: NaN below `FEWEST_UNITS`."""
+        tail = (100.0 - confidence) / 2
+        lower, upper = percentiles(self.pivots, (tail, 100.0 - tail))
+        t = student_quantile(confidence, self.freedom + 1)
+        with np.errstate(invalid="ignore"):
+            low = self.value - self.error * self._farther(upper, t)
+            high = self.value + self.error * self._farther(-lower, t)
+        flat = self.error == 0
+        low, high = np.where(flat, self.value, low), np.where(flat, self.value, high)
+        few = (self.held < MIN_UNITS) | ~np.isfinite(self.value)
+        return np.where(few, np.nan, low), np.where(few, np.nan, high)
+
+    def _farther(self, resampled: Floats, t: Floats) -> Floats:
+        """How many errors an end is away: by the resamples where these tell, at least by t."""
+        known = np.isfinite(resampled) & (self.held >= MIN_RESAMPLED_UNITS)
+        return np.where(known, np.maximum(resampled, t), t)
+
+    @property
+    def ratio(self) -> Floats:
+        """[cell]: the value in errors; 0 where it is 0."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(self.value == 0, 0.0, self.value / self.error)
+
+    def p(self) -> tuple[Floats, Bools]:
+        """[cell]: two-sided, by inversion of the interval; and whether it is the least that so many
+        resamples give. 1 where the value is 0, and of one unit."""
+        own = self.ratio
+        known = np.count_nonzero(~np.isnan(self.pivots), axis=0)
+        above = np.count_nonzero(self.pivots >= own, axis=0)
+        below = np.count_nonzero(self.pivots <= own, axis=0)
+        return self.p_of(np.minimum(above, below), known)
+
+    def p_of(self, beyond: Ints, known: Ints) -> tuple[Floats, Bools]:
+        """The same. beyond: [cell], how many pivots, of those `known`, are as far out."""
+        from scipy.special import stdtr  # not at the top: slow to import
+
+        resampled = np.where(self.held >= MIN_RESAMPLED_UNITS, (beyond + 1) / (known + 1), 0.0)
+        by_t = stdtr(np.maximum(self.freedom, 1), -np.abs(self.ratio))
+        p = np.minimum(1.0, 2 * np.maximum(resampled, by_t))
+        # so often all units have the same sign by chance, and no spread of theirs says otherwise
+        by_sign = 2.0 ** (1.0 - self.held)
+        least = (beyond == 0) & (resampled > by_t) & (p > by_sign) & (self.error != 0)
+        p = np.maximum(by_sign, p)
+        none = (self.value == 0) | np.isnan(self.error)
+        return np.where(none, 1.0, p), least & ~none
+
+
+def percentiles(samples: Floats, ends: tuple[float, float]) -> tuple[Floats, Floats]:
+    """Over the first axis, NaN left out; NaN where nothing else is there, or where an end is
+    infinite."""
+    if not len(samples):
+        nothing = np.full(samples.shape[1:], np.nan)
+        return nothing, nothing
+    columns = np.array(samples.T)  # a copy, by cell: partitioned in place, twice as fast
+    missing = np.isnan(columns)
+    with np.errstate(invalid="ignore"):
+        if not missing.any():
+            low, high = np.percentile(columns, ends, axis=-1, overwrite_input=True)
+            return low, high
+        none = missing.all(axis=-1)
+        columns[none] = 0.0  # numpy warns of cells without a number
+        low, high = np.nanpercentile(columns, ends, axis=-1)
+    return np.where(none, np.nan, low), np.where(none, np.nan, high)
+
+
+def student_quantile(confidence: float | Floats, units: Ints) -> Floats:
+    """[cell]: the quantile of Student's t for so many units, NaN for one."""
+    from scipy.special import stdtrit  # not at the top: slow to import
+
+    freedom = np.maximum(units - 1, 1).astype(np.float64)
+    return np.where(units > 1, stdtrit(freedom, 0.5 + confidence / 200), np.nan)
+
+
+def standard_error(sums: EffectSums, strata: Ints | None = None) -> Floats:
+    """[cell]: of the linearised ratio; NaN for one unit."""
+    value = sums.value
+    with np.errstate(divide="ignore", invalid="ignore"):
+        left = sums.top - value[:, None] * sums.bottom
+        if strata is None:
+            spread = (left**2).sum(1) * sums.held / (sums.held - 1)
+        else:
+            spread = np.zeros(len(left))
+            for stratum in range(strata.max() + 1):
+                own = left[:, strata == stratum]
+                spread += own.var(1, ddof=1) * own.shape[1]
+        error = np.sqrt(spread) / np.abs(sums.bottom.sum(1))
+        size = np.sqrt((sums.top**2).sum(1)) / np.abs(sums.bottom.sum(1))
+        error = np.where(error <= FLAT_VARIANCE * size, 0.0, error)
+    return np.where(sums.held > 1, error, np.nan)
+
+
+def studentise(sums: EffectSums, draws: Resamples) -> StudentisedCells:
+    """Bootstrap-t of cells: value, error, and their pivots under every resample."""
+    value, error = sums.value, standard_error(sums, draws.strata)
+    found = list(resampled_pivots(sums, draws))
+    every = np.concatenate(found) if found else np.zeros((0, len(value)))
+    return StudentisedCells(value, error, every, sums.held, draws.count)
+
+
+def resampled_pivots(sums: EffectSums, draws: Resamples) -> Iterator[Floats]:
+    """[resample, cell] in blocks of resamples."""
+    value, strata = sums.value, draws.strata
+    error = standard_error(sums, strata)
+    with np.errstate(invalid="ignore"):
+        left = sums.top - value[:, None] * sums.bottom
+    left = np.where(np.isfinite(value)[:, None], left, 0.0)
+    plain = len(sums.bottom) == 1 and bool((sums.bottom == 1.0).all())
+    for weights in draws.weights(3 * len(left)):
+        yield _pivots(weights, left, sums.bottom, sums.held, error, strata, plain)
+
+
+def _pivots(
+    weights: Floats,
+    left: Floats,
+    bottom: Floats,
+    held: Ints,
+    error: Floats,
+    strata: Ints | None,
+    plain: bool,
+) -> Floats:
+    """[resample, cell]."""
+    every = slice(None)
+    members = (
+        [every]
+        if strata is None
+        else [np.flatnonzero(strata == each) for each in range(int(strata.max()) + 1)]
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = weights @ bottom.T
+        moved = (weights @ left.T) / scale
+        spread = np.zeros_like(moved)
+        for own in members:
+            drawn, rest = weights[:, own], left[:, own]
+            squares = drawn @ (rest**2).T
+            if plain:
+                count = drawn.shape[1]
+                along, both = drawn @ rest.T, np.float64(count)
+            else:
+                along, both = drawn @ (rest * bottom[:, own]).T, drawn @ (bottom[:, own] ** 2).T
+            squares += moved * (moved * both - 2 * along)
+            if strata is None:
+                spread = squares
+                continue
+            count = drawn.shape[1]
+            total = drawn @ rest.T - moved * (drawn @ bottom[:, own].T)
+            spread += (squares - total**2 / count) * count / (count - 1)
+        if strata is None:
+            spread = spread * (held / (held - 1))
+        spread = np.sqrt(np.maximum(spread, 0.0)) / np.abs(scale)
+        return studentised_pivot(moved, spread, error)
+
+
+def studentised_pivot(moved: Floats, spread: Floats, error: Floats) -> Floats:
+    """[resample, cell]: NaN where no drawn unit differs; 0 where none differs at all, as nothing
+    moves then."""
+    flat = spread <= np.sqrt(FLAT_VARIANCE) * error
+    return np.where(error == 0, 0.0, moved / np.where(flat, np.nan, spread))
+
+
+@dataclass(frozen=True, eq=False)
+class SimultaneousBounds:
+    """Cells with intervals of their own, and with bounds that hold for all of them together."""
+
+    value: Floats
+    low: Floats
+    high: Floats
+    low_together: Floats
+    """[cell]: all lie above theirs, with one-sided level (100 − confidence) / 2 %."""
+    high_together: Floats
+
+
+def simultaneous_bounds(
+    sums: EffectSums, draws: Resamples, confidence: float
+) -> SimultaneousBounds:
+    """Bounds by the largest and the smallest pivot of all cells in each resample, at least by
+    Student's t; by Bonferroni and Student's t where the resamples don't tell. A cell that no unit
+    moves has its value as bound; one below `FEWEST_UNITS` has none, and the others don't ask it."""
+    cells = len(sums.top)
+    greatest, least = np.full(draws.resamples, -np.inf), np.full(draws.resamples, np.inf)
+    blind = np.zeros(draws.resamples, dtype=bool)
+    value, error, low, high = (np.full(cells, np.nan) for _ in range(4))
+    width = max(1, min(cells, 2 * BLOCK_NUMBERS // draws.resamples))
+    for block in cell_blocks(cells, 2 * BLOCK_NUMBERS // width):
+        found = studentise(sums.chosen(block), draws)
+        value[block], error[block] = found.value, found.error
+        low[block], high[block] = found.interval(confidence)
+        own = found.pivots[:, (found.error > 0) & ~np.isnan(low[block])]
+        if own.shape[1]:
+            blind |= np.isnan(own).any(1)
+            own = np.nan_to_num(own, nan=0.0)
+            greatest = np.maximum(greatest, own.max(1))
+            least = np.minimum(least, own.min(1))
+    moving = (error > 0) & ~np.isnan(low)
+    if not moving.any():
+        return SimultaneousBounds(value, low, high, low, high)
+    held, tail = sums.held[moving], (100.0 - confidence) / 2
+    units = held[None].min(1) - draws.count + 1
+    alone, each = (float(student_quantile(100 - 2 * tail / m, units)[0]) for m in (1, len(held)))
+    if held.min() < MIN_RESAMPLED_UNITS:
+        upper, lower = each, -each
+    else:
+        # where too many resamples say nothing of some cell, Bonferroni's bound holds
+        least_t = each if 100 * blind.mean() > tail else alone
+        upper = max(float(np.percentile(greatest, 100 - tail)), least_t)
+        lower = min(float(np.percentile(least, tail)), -least_t)
+    return SimultaneousBounds(
+        value,
+        low,
+        high,
+        np.where(np.isnan(low), np.nan, np.where(moving, value - upper * error, value)),
+        np.where(np.isnan(low), np.nan, np.where(moving, value - lower * error, value)),
+    )
+
+
+def clopper_pearson(right: Floats, n: Floats, confidence: float | Floats) -> tuple[Floats, Floats]:
+    """The exact interval of `right` out of `n` (Clopper and Pearson 1934). Neither needs to be a
+    whole number."""
+    from scipy.special import betaincinv  # not at the top: slow to import
+
+    tail = (100.0 - confidence) / 200
+    with np.errstate(invalid="ignore"):
+        low = np.where(right <= 0, 0.0, betaincinv(np.maximum(right, 1e-9), n - right + 1, tail))
+        high = np.where(
+            right >= n, 1.0, betaincinv(right + 1, np.maximum(n - right, 1e-9), 1 - tail)
+        )
+    return low, high
+
+
+def effective_sample_size(sums: EffectSums, rows: Ints, confidence: float | Floats) -> Floats:
+    """[cell]: how many independent rows tell as much of a share as these units do.
+
+    Korn and Graubard 1998: p(1 − p) over the squared standard error, by the degrees of freedom of
+    rows and units; never more than there are rows, and the units themselves where all rows are the
+    same.
+    """
+    value, error = sums.value, standard_error(sums)
+    alone = sums.held == rows
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = value * (1 - value) / error**2
+        found = (
+            found
+            * (student_quantile(confidence, rows) / student_quantile(confidence, sums.held)) ** 2
+        )
+    found = np.where(np.isnan(found), sums.held, found)
+    return np.where(alone, rows, np.minimum(found, rows))
+
+
+def share_interval(
+    sums: EffectSums, rows: Ints, confidence: float | Floats
+) -> tuple[Floats, Floats]:
+    """[cell]: of a share of rows; where units are several rows, none below `FEWEST_UNITS`.
+
+    sums: of 0 or 1 per row. rows: [cell].
+    """
+    n = effective_sample_size(sums, rows, confidence)
+    with np.errstate(invalid="ignore"):
+        low, high = clopper_pearson(sums.value * n, n, confidence)
+    known = (rows > 0) & ((sums.held == rows) | (sums.held >= MIN_UNITS))
+    return np.where(known, low, np.nan), np.where(known, high, np.nan)
+
+
+def share_difference(
+    patched: EffectSums,
+    base: EffectSums,
+    rows: Ints,
+    confidence: float | Floats,
+    base_rows: Ints | None = None,
+) -> tuple[Floats, Floats]:
+    """[cell]: of one share less another on the same rows, from the limits of both and their
+    correlation (Newcombe 1998, method 10; Zou and Donner 2008), with exact limits. Of shares on
+    other rows (`base_rows`) the correlation is 0."""
+    low, high = share_interval(patched, rows, confidence)
+    other_low, other_high = share_interval(
+        base, rows if base_rows is None else base_rows, confidence
+    )
+    one, two = patched.value, base.value
+    with np.errstate(divide="ignore", invalid="ignore"):
+        left = patched.top - one[:, None] * patched.bottom
+        right = base.top - two[:, None] * base.bottom
+        together = (left * right).sum(1) / np.sqrt((left**2).sum(1) * (right**2).sum(1))
+        together = np.nan_to_num(together)
+        a, b = one - low, other_high - two
+        c, d = high - one, two - other_low
+        lower = one - two - np.sqrt(np.maximum(a**2 - 2 * together * a * b + b**2, 0.0))
+        upper = one - two + np.sqrt(np.maximum(c**2 - 2 * together * c * d + d**2, 0.0))
+    return lower, upper
+
+
+MIN_FLIPS = 10_000
+
+FLIPS_PER_TEST = 4
+"""Random flips for each cell, over the level: of so many, three may be as extreme as what was
+measured, and the cell still survives."""
+
+
+@dataclass(frozen=True, eq=False)
+class SignFlipResult:
+    """Arrays over cells."""
+
+    p: Floats
+    """In (0, 1]; 1 where the value is 0."""
+    floor: Bools
+    """Whether p is the smallest that so many flips give, so that it may be smaller."""
+    low: Floats
+    """−infinity where the flips give no bound."""
+    high: Floats
+
+
+def flip_count(tests: int, level: float) -> int:
+    """Random flips for so many cells: enough that a p can be small enough, if that isn't more than
+    `MOST_DRAWN`."""
+    return min(MAX_RESAMPLES, max(MIN_FLIPS, ceil(FLIPS_PER_TEST * tests / level)))
+
+
+def sign_flip_inference(
+    sums: EffectSums, flips: int, seed: int, confidence: float
+) -> SignFlipResult:
+    """Two-sided p and interval of each cell.
+
+    Args:
+        sums: of the cells; units that aren't part of one have sums of 0.
+        flips: random ones, for cells of more than `EXACT_UP_TO` units.
+        seed: of the random flips.
+        confidence: in percent.
+    """
+    cells = len(sums.top)
+    found = SignFlipResult(
+        np.ones(cells), np.zeros(cells, dtype=bool), np.full(cells, -np.inf), np.full(cells, np.inf)
+    )
+    used = np.flatnonzero((sums.top != 0).any(0) | (sums.bottom != 0).any(0))
+    exact = len(used) <= MAX_EXACT_FLIPS
+    count = 2 ** len(used) - 1 if exact else flips
+    tail = (100 - confidence) / 200
+    for block in cell_blocks(cells, count):
+        own = sums.chosen(block)
+        bottom = np.broadcast_to(own.bottom, own.top.shape)
+        subsets = _every_subset(len(used)) if exact else _random_subsets(len(used), flips, seed)
+        means = np.concatenate(
+            [_subset_means(chosen, own.top[:, used], bottom[:, used]) for chosen in subsets]
+        )
+        _fill(found, block, means, own.value, tail, exact)
+    return found
+
+
+def _subset_means(chosen: Floats, top: Floats, bottom: Floats) -> Floats:
+    """[subset, cell]: NaN where the denominator of a subset isn't positive."""
+    below = chosen @ bottom.T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(below > 0, chosen @ top.T / below, np.nan)
+
+
+def _fill(
+    found: SignFlipResult, block: slice, means: Floats, value: Floats, tail: float, exact: bool
+) -> None:
+    """means: [subset, cell]; one that is NaN is as far out as can be on both sides."""
+    count = len(means) + 1  # the flip that turns no sign
+    lowest = np.sort(np.nan_to_num(means, nan=-np.inf), axis=0)
+    highest = np.sort(np.nan_to_num(means, nan=np.inf), axis=0)
+    # means that are equal by value differ by rounding, so the bound gives way a little
+    slack = 1e-9 * np.abs(value)
+    below = np.count_nonzero(lowest <= slack, axis=0)
+    above = np.count_nonzero(highest >= -slack, axis=0)
+    beyond = np.where(value > 0, below, above)
+    found.p[block] = np.where(value == 0, 1.0, np.minimum(1.0, 2 * (1 + beyond) / count))
+    if not exact:
+        found.floor[block] = (beyond == 0) & (value != 0)
+    outside = ceil(tail * count) - 1
+    if outside > 0:
+        found.low[block], found.high[block] = lowest[outside - 1], highest[-outside]
+
+
+def _every_subset(width: int) -> Iterator[Floats]:
+    """[subset, unit] of 0 and 1, but for the empty one."""
+    codes = np.arange(1, 2**width)
+    yield ((codes[:, None] >> np.arange(width)[None, :]) & 1).astype(np.float64)
+
+
+def _random_subsets(units: int, flips: int, seed: int) -> Iterator[Floats]:
+    random = np.random.default_rng([2, seed % 2**63])
+    # numpy draws four small numbers at once and throws away what a call leaves of them
+    step = max(4, BLOCK_NUMBERS // units // 4 * 4)
+    for start in range(0, flips, step):
+        yield random.integers(0, 2, (min(step, flips - start), units), dtype=np.int8).astype(float)
+
+
+def joint_sign_flip_p(deltas: Floats, flips: int, seed: int) -> Floats:
+    """p of several sums together: in how many flips the largest of them is as large.
+
+    Args:
+        deltas: [sum, unit].
+        flips: random ones, for more than `EXACT_UP_TO` units.
+        seed: of the random flips.
+
+    Returns:
+        [sum], corrected by the distribution of the largest sum over its root of squares (Westfall
+        and Young 1993, algorithm 4.1).
+    """
+    size = np.sqrt((deltas**2).sum(1))
+    unit = deltas / np.where(size > 0, size, 1.0)[:, None]
+    own = np.abs(unit.sum(1))
+    order = np.argsort(-own, kind="stable")
+    unit, own = unit[order], own[order]
+    used = np.flatnonzero(np.any(deltas != 0, axis=0))
+    exact = len(used) <= MAX_EXACT_FLIPS
+    subsets = _every_subset(len(used)) if exact else _random_subsets(len(used), flips, seed)
+    extreme, count = np.zeros(len(own), dtype=np.int64), 1
+    for chosen in subsets:
+        found = np.abs((1 - 2 * chosen) @ unit[:, used].T)
+        largest = np.maximum.accumulate(found[:, ::-1], axis=1)[:, ::-1]
+        extreme += np.count_nonzero(largest >= own * (1 - 1e-9), axis=0)
+        count += len(chosen)
+    p = (extreme + 1) / count
+    found = np.empty_like(p)
+    found[order] = np.maximum.accumulate(p)
+    return np.where(size > 0, found, 1.0)

@@ -1,0 +1,281 @@
+"""Files of the store: durable writes, content-addressed blobs and large tensor files."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import sys
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+if sys.platform == "darwin":
+    from fcntl import F_FULLFSYNC, fcntl
+
+    def sync(handle: int) -> None:
+        """An open file is durable; fsync would leave it in the drive's own memory."""
+        fcntl(handle, F_FULLFSYNC)
+
+else:
+
+    def sync(handle: int) -> None:
+        """An open file is durable."""
+        os.fsync(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """What was made, renamed or removed in a folder is durable. Windows keeps names by itself."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        sync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """A folder, durable with all above it that had to be made; OSError where that can't be."""
+    if folder.is_dir():
+        return
+    if folder.parent != folder:
+        make_folder(folder.parent)
+    with suppress(FileExistsError):
+        folder.mkdir()
+    if not folder.is_dir():
+        raise FileExistsError(f"`{folder}` is a file, not a folder")
+    sync_folder(folder.parent)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """A new file whose bytes are durable; its name isn't yet. OSError leaves none behind."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(handle, left) :]
+            sync(handle)
+        finally:
+            os.close(handle)
+    except BaseException:
+        with suppress(OSError):
+            path.unlink()
+        raise
+
+
+VALUES_SUFFIX = ".safetensors"
+
+CONTENT_SUFFIX = ".data"
+
+
+@dataclass(frozen=True)
+class StagedBlob:
+    """Bytes that are durable under a name of their own, and not yet under their hash."""
+
+    hash: bytes
+    """SHA-256."""
+    size: int
+    at: Path
+    suffix: str
+
+
+class Blobs:
+    """The blobs of a store: `blobs/ab/abcd….safetensors`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "blobs"
+        self.aside = folder / "new"
+        """Where files are written before they get their names."""
+        self._durable: set[Path] = set()
+        """Folders whose own names this process has synced: whoever made them may not have."""
+
+    def stage(self, data: bytes, suffix: str) -> StagedBlob:
+        """Write bytes aside. Raises OSError."""
+        make_folder(self.aside)
+        at = self.aside / f"{os.getpid()}-{secrets.token_hex(8)}"
+        write_synced(at, data)
+        return StagedBlob(hashlib.sha256(data).digest(), len(data), at, suffix)
+
+    def place(self, staged: list[StagedBlob]) -> None:
+        """Give them their names, durably. Raises OSError.
+
+        One that is there already is replaced: it may be torn.
+        """
+        folders: set[Path] = set()
+        for each in staged:
+            path = self.path(each.hash, each.suffix)
+            self._make_durable(path.parent)
+            each.at.replace(path)
+            folders.add(path.parent)
+        for folder in folders:
+            sync_folder(folder)
+
+    def _make_durable(self, folder: Path) -> None:
+        if folder not in self._durable:
+            make_folder(folder)
+            if folder != self.folder.parent:
+                self._make_durable(folder.parent)
+            sync_folder(folder.parent)
+            self._durable.add(folder)
+
+    def drop(self, staged: list[StagedBlob]) -> None:
+        """Remove those that didn't get their names."""
+        for each in staged:
+            with suppress(OSError):
+                each.at.unlink()
+
+    def path(self, hash: bytes, suffix: str) -> Path:
+        name = hash.hex()
+        return self.folder / name[:2] / (name + suffix)
+
+    def read(self, hash: bytes, suffix: str) -> bytes | None:
+        """The bytes; None where they aren't there or aren't those of the hash. Raises OSError."""
+        try:
+            data = self.path(hash, suffix).read_bytes()
+        except FileNotFoundError:
+            return None
+        return data if hashlib.sha256(data).digest() == hash else None
+
+    def files(self) -> Iterator[os.DirEntry[str]]:
+        """All that lies in the folders of blobs."""
+        with suppress(FileNotFoundError), os.scandir(self.folder) as folders:
+            for folder in folders:
+                if folder.is_dir(follow_symlinks=False):
+                    with os.scandir(folder) as files:
+                        yield from files
+
+    def leftovers(self) -> Iterator[os.DirEntry[str]]:
+        """Files that were written aside: by somebody who is at it, or by one who was ended."""
+        with suppress(FileNotFoundError), os.scandir(self.aside) as files:
+            yield from files
+
+
+TENSOR_TYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}
+"""Bytes of one number, by the format's word for its type."""
+
+_ALIGNED = 8
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor of a file."""
+
+    kind: str
+    """Of `SIZES`."""
+    shape: tuple[int, ...]
+
+    @property
+    def row(self) -> int:
+        """Bytes of one row."""
+        size = TENSOR_TYPE_BYTES[self.kind]
+        for length in self.shape[1:]:
+            size *= length
+        return size
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.row
+
+
+class TensorFile:
+    """A file whose tensors are all known in size, and written from row to row."""
+
+    def __init__(
+        self, handle: int, tensors: Mapping[str, TensorEntry], metadata: Mapping[str, str]
+    ) -> None:
+        self._handle = handle
+        self._tensors = tensors
+        self._begins: dict[str, int] = {}
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        at = 0
+        for name, tensor in tensors.items():
+            self._begins[name] = at
+            header[name] = {
+                "dtype": tensor.kind,
+                "shape": list(tensor.shape),
+                "data_offsets": [at, at + tensor.size],
+            }
+            at += tensor.size
+        text = json.dumps(header, ensure_ascii=False).encode()
+        text += b" " * (-len(text) % _ALIGNED)
+        self._data = 8 + len(text)
+        self.size = self._data + at
+        _room(handle, self.size)
+        _write(handle, len(text).to_bytes(8, "little") + text, 0)
+
+    def put(self, name: str, row: int, data: bytes | memoryview) -> None:
+        """Write some rows of a tensor, from `row` on."""
+        tensor = self._tensors[name]
+        begin = row * tensor.row
+        if begin + len(data) > tensor.size or len(data) % tensor.row:
+            raise ValueError(f"these are no rows of `{name}`")
+        _write(self._handle, data, self._data + self._begins[name] + begin)
+
+
+def _room(handle: int, size: int) -> None:
+    """Take the room on the disk now, where the system can; OSError where there isn't enough."""
+    if hasattr(os, "posix_fallocate"):
+        with _where_unsupported():
+            os.posix_fallocate(handle, 0, size)
+            return
+    os.ftruncate(handle, size)
+
+
+@contextmanager
+def _where_unsupported() -> Generator[None]:
+    """File systems that can't take room in advance."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+
+
+def _write(handle: int, data: bytes | memoryview, at: int) -> None:
+    left = memoryview(data).cast("B")
+    os.lseek(handle, at, os.SEEK_SET)
+    while left:
+        left = left[os.write(handle, left) :]
+
+
+@contextmanager
+def write_aside(path: Path) -> Generator[Path]:
+    """A path beside another, whose file takes its place at the end; after an error, or where the
+    process is interrupted, there is none."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield aside
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink()
+        raise
+
+
+@contextmanager
+def create_tensor_file(
+    path: Path, tensors: Mapping[str, TensorEntry], metadata: Mapping[str, str]
+) -> Generator[TensorFile]:
+    """A new safetensors file; OSError where there is no room for it."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags, 0o666)
+    try:
+        yield TensorFile(handle, tensors, metadata)
+        sync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """A new text file, durable when this returns."""
+    with path.open("w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(f"{line}\n")
+        file.flush()
+        sync(file.fileno())

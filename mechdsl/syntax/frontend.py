@@ -1,0 +1,111 @@
+"""From a file's text to its syntax tree; a user's text never raises an exception."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from mechdsl.base import limits
+from mechdsl.base.source import Source, Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.files import NotMechFile
+from mechdsl.diagnostics.syntax import NotText, ReservedName, TooLarge, Unreadable
+from mechdsl.syntax import ast
+from mechdsl.syntax.parser import ParserError, run_parser, scan_text, skip_space
+
+_FIRST_LINE = re.compile(r"mech\s+\d")
+
+
+def parse(source: Source) -> tuple[ast.File, list[Diagnostic]]:
+    """The tree of a text and everything wrong with its syntax, in the order of the text.
+
+    A statement with an error is in the tree where it is clear what was meant (a misspelt word of
+    the language), otherwise among what is lost. Codes: E0101 to E0111 and E0114, without E0108.
+    """
+    found = scan_text(source)
+    if found.problem is not None:
+        return ast.File((), found.comments, span=Span(source, 0, 0)), [found.problem]
+    try:
+        file, diagnostics = run_parser(source, source.text)
+    except ParserError as error:
+        # Half of this package is about wrong texts; right ones start faster without it.
+        from mechdsl.syntax.mistakes.recovery import recover
+
+        file, diagnostics = recover(source, error.offset)
+    return replace(file, comments=found.comments), _reported(diagnostics)
+
+
+def _reported(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
+    """By position, each once, and no more than anyone reads."""
+    found = sorted(dict.fromkeys(diagnostics), key=lambda d: d.span.start if d.span else -1)
+    # A name that is refused where it is given is no news where it is used.
+    refused = {d.name: d for d in reversed(found) if isinstance(d, ReservedName)}
+    found = [d for d in found if not isinstance(d, ReservedName) or refused[d.name] is d]
+    if len(found) <= limits.SYNTAX_ERRORS:
+        return found
+    more = TooLarge(
+        what=f"more than {limits.SYNTAX_ERRORS} errors of syntax",
+        place="more from here on",
+        hint="is this a `.mech` file?",
+        span=found[limits.SYNTAX_ERRORS].span,
+    )
+    return [*found[: limits.SYNTAX_ERRORS], more]
+
+
+def parse_setting(text: str) -> ast.Expr | None:
+    """The value of `--set name=VALUE`; None where it is no expression."""
+    source = Source(text)
+    if scan_text(source).problem is not None:
+        return None
+    try:
+        clause, diagnostics = run_parser(source, text, start="placeholder")
+    except ParserError:
+        return None
+    name, value = clause.value
+    return None if name is not None or diagnostics else value
+
+
+def read_source(path: Path) -> tuple[Source | None, list[Diagnostic]]:
+    """The text of a file.
+
+    Codes: E0112 where it can't be read, E0110 where it isn't text, E0534 where it is something
+    else.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        reason = "it is a folder" if os.path.isdir(path) else (error.strerror or str(error)).lower()
+        return None, [Unreadable(path=str(path), reason=reason)]
+    text, problems = _decoded(data, str(path))
+    if text is None:
+        return None, problems
+    if not _is_mech(path, text):  # so that nothing of it is quoted
+        return None, [NotMechFile(path=str(path))]
+    return Source(text, path), []
+
+
+def decode_stdin(data: bytes) -> tuple[Source | None, list[Diagnostic]]:
+    """The text of what standard input held; E0110 where it isn't text."""
+    text, problems = _decoded(data, "<stdin>")
+    return None if text is None else Source(text, origin="stdin"), problems
+
+
+def _decoded(data: bytes, name: str) -> tuple[str | None, list[Diagnostic]]:
+    """A text whose lines end as Python's do. `name`: how messages call it."""
+    if b"\0" in data:
+        return None, [NotText(path=name, reason="it holds a NUL byte")]
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return None, [NotText(path=name, reason=f"byte {error.start} is not UTF-8")]
+    return text.replace("\r\n", "\n").replace("\r", "\n"), []
+
+
+def _is_mech(path: Path, text: str) -> bool:
+    """By the name of what a link leads to, else by the first line."""
+    return (
+        path.resolve().suffix.lower() == ".mech"
+        or _FIRST_LINE.match(text, skip_space(text)) is not None
+    )

@@ -1,0 +1,515 @@
+"""Recovery from syntax errors: each error is reported and every valid statement is kept."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+from mechdsl.base import limits
+from mechdsl.base.records import close_names, closest_name
+from mechdsl.base.source import STRING_PATTERN, Source, Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.syntax import (
+    MisspeltWord,
+    UnexpectedCharacter,
+    UnexpectedToken,
+    UnterminatedString,
+    WrongVersion,
+)
+from mechdsl.syntax import ast
+from mechdsl.syntax.mistakes.messages import (
+    BLOCK_CONTENTS,
+    Lexeme,
+    Mistake,
+    balance_brackets,
+    block_start,
+    explain_habit,
+    explain_misplaced,
+    explain_mistake,
+    first_words,
+    match_brackets,
+    statement_starts,
+)
+from mechdsl.syntax.parser import ParserError, keywords, run_parser, skip_space
+from mechdsl.syntax.tree_builder import CHANGE_SIGNATURES, LANGUAGE_VERSION, WordSubstitution
+
+_WORD_GUESSES = 8
+"""Words of the language that one word may have been; those of two letters are all alike."""
+
+_EDGES = ("first", "last")
+
+
+def guess_words(mistake: Mistake) -> Iterator[tuple[Lexeme, str]]:
+    """A word of the statement and what it may have been, the likeliest first."""
+    statement = mistake.statement
+    stopped = next(
+        (i for i, piece in enumerate(statement) if piece.start >= mistake.offset), len(statement)
+    )
+    # The parser may have taken the word for a name, or have looked ahead.
+    order = [stopped, stopped - 1, stopped + 1, *range(stopped - 2, -1, -1)]
+    known = frozenset(word for word in keywords().values() if word.isalpha())
+    for at in order:
+        if not 0 <= at < len(statement) or statement[at].kind != "word":
+            continue
+        word = statement[at]
+        if word.text in known and at not in (stopped, stopped + 1):
+            continue
+        words = frozenset(first_words(mistake.kind)) if at == 0 else known
+        wanted = {keywords().get(name) for name in mistake.accepts if at == stopped}
+        alike = sorted(_near(word.text, words - {word.text}), key=lambda each: each not in wanted)
+        for meant in alike[:_WORD_GUESSES]:
+            yield word, meant
+
+
+@lru_cache(1000)
+def _near(word: str, known: frozenset[str]) -> list[str]:
+    return close_names(word, known)
+
+
+def explain_misspelling(mistake: Mistake, word: Lexeme, meant: str) -> Diagnostic:
+    """What is said where the statement parses with another word in this one's place."""
+    if word.text in keywords().values():
+        found, said = f"`{word.text}`", f"did you mean `{meant}`?"
+        span = Span(mistake.source, word.start, word.end)
+        if word is mistake.token:
+            return explain_habit(mistake) or explain_misplaced(mistake, said, word=word)
+        return UnexpectedToken(found=found, expected=f"`{meant}`", hint=said, span=span)
+    end = word.end
+    following = mistake.source.text[end:]
+    if meant in _EDGES and following[:1] == "-":  # `lat-item`
+        tail = next((p for p in mistake.statement if p.start == end + 1), None)
+        if tail is not None:
+            end, meant = tail.end, f"{meant}-{tail.text}"
+    span = Span(mistake.source, word.start, end)
+    return MisspeltWord(word=span.text, meant=meant, span=span)
+
+
+def _blank(match: re.Match[str]) -> str:
+    return " " * len(match[0])
+
+
+def _quoted(match: re.Match[str]) -> str:
+    return f'"{match[0][1:-1]}"'
+
+
+def _padded(text: str) -> Callable[[re.Match[str]], str]:
+    def stand_in(match: re.Match[str]) -> str:
+        return text.ljust(len(match[0]))
+
+    return stand_in
+
+
+def _percent(match: re.Match[str]) -> str:
+    number = match[0].rstrip("% \t")
+    return f"{number}%".ljust(len(match[0]))
+
+
+def _first_number(match: re.Match[str]) -> str:
+    number = re.match(r"[0-9]+", match[0])
+    return (number[0] if number else "").ljust(len(match[0]))
+
+
+def _arrow(match: re.Match[str]) -> str:
+    return "->" if len(match[0]) == 2 else " "
+
+
+def _letters(match: re.Match[str]) -> str:
+    return "x" * len(match[0])
+
+
+@dataclass(frozen=True)
+class Slip:
+    """What is matched, what to write instead, and what stands in for it meanwhile."""
+
+    pattern: str
+    hint: str
+    stand_in: Callable[[re.Match[str]], str] = _blank
+    shown: int | None = None
+    """How many characters are marked; all of them where None."""
+
+
+SLIPS: tuple[Slip, ...] = (
+    Slip(r'[“”„«»][^“”„«»"\n]*[“”„«»]', 'texts stand between straight quotes: `"…"`', _quoted, 1),
+    Slip(r"[‘’'][^‘’'\"\n]*[‘’']", 'texts stand between straight quotes: `"…"`', _quoted, 1),
+    Slip(r"[“”„«»‘’']", 'texts stand between straight quotes: `"…"`'),
+    Slip(r";", "leave it out: a statement ends where the next one begins"),
+    Slip(r"//[^\n]*", "a comment starts with `#`", _blank, 2),
+    Slip(r"/\*.*?\*/", "a comment starts with `#` and ends with its line", _blank, 2),
+    Slip(r":=", "a definition is written with `=`", _padded("=")),
+    Slip(r"==", "equality is a single `=`", _padded("=")),
+    Slip(r"&&?", "write `and`", _padded("or")),
+    Slip(r"\|\|?", "write `or`", _padded("or")),
+    Slip(r"[0-9]+[ \t]+%", "write the percent sign right behind its number: `50%`", _percent),
+    Slip(r"[0-9]+[ \t]*[–—][ \t]*[0-9]+", "a range is written `10..20`", _first_number),
+    Slip(r"[0-9]+[ \t]*…[ \t]*[0-9]+", "a range is written `10..20`", _first_number),
+    Slip(r"…", "a range is written `10..20`"),
+    Slip(r"≥", "write `>=`", _padded(">")),
+    Slip(r"≤", "write `<=`", _padded("<")),
+    Slip(r"≠", "write `!=`", _padded("=")),
+    Slip(r"[×·]", "write `*`", _padded("*")),
+    Slip(r"÷", "write `/`", _padded("/")),
+    Slip(r"[−–—]", "write `-`", _padded("-")),
+    Slip(r"[→⟶] ?", "write `->`", _arrow, 1),
+    Slip(r"[^\W\dA-Za-z_]\w*", "names are made of the letters a to z, digits and `_`", _letters, 1),
+    Slip(r"![^=\S]|!(?=\w)", "write `not`", _blank, 1),
+    Slip(r"""[^\s\w"#{}()\[\].,:=+\-*/<>!%]""", "leave it out"),
+)
+"""Tried in this order at each place outside texts and comments."""
+
+_PATTERN = re.compile(
+    rf'(?P<text>{STRING_PATTERN})|(?P<comment>#[^\n]*)|(?P<open>"(?:[^"\\\n]|\\[^\n]|\\$)*)|'
+    + "|".join(f"(?P<slip{i}>{slip.pattern})" for i, slip in enumerate(SLIPS)),
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def replace_slips(source: Source) -> tuple[str, list[Diagnostic]]:
+    """The text with every slip replaced by something of the same length, and what they were.
+
+    Comments become blanks.
+    """
+    diagnostics: list[Diagnostic] = []
+
+    def replace(match: re.Match[str]) -> str:
+        if match["text"] is not None:
+            return match[0]
+        if match["comment"] is not None:
+            return _blank(match)
+        if match["open"] is not None:
+            diagnostics.append(UnterminatedString(span=Span(source, match.start(), match.end())))
+            return _close(source.text, match)
+        slip = SLIPS[int((match.lastgroup or "slip0")[4:])]
+        end = match.end() if slip.shown is None else match.start() + slip.shown
+        char = match[0][: slip.shown]
+        span = Span(source, match.start(), end)
+        diagnostics.append(UnexpectedCharacter(char=char.strip(), hint=slip.hint, span=span))
+        return slip.stand_in(match)
+
+    return _PATTERN.sub(replace, source.text), diagnostics
+
+
+def _close(text: str, match: re.Match[str]) -> str:
+    """The text that never ends, closed before the brackets it has most likely swallowed."""
+    raw = match[0]
+    line = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
+    missing = 0
+    tail = len(raw)
+    for opener, closer in ("()", "[]"):
+        missing += max(0, line.count(opener) - line.count(closer))
+    while missing and tail > 1 and raw[tail - 1] in ")] \t,":
+        tail -= 1
+        missing -= raw[tail] in ")]"
+    if tail == len(raw):
+        # No room but the last character of the text itself.
+        inner = raw[1:-1].replace("\\", " ")
+        return f'"{inner}"' if len(raw) > 1 else " "
+    inner = raw[1 : tail - 1].replace("\\", " ")
+    return f'"{inner}"'.ljust(tail) + raw[tail:]
+
+
+_PLACEHOLDER = re.compile(r"\{\s*([A-Za-z_]\w*)")
+
+_MADE = {"split": ("train", "test"), "answer": ("answer",), "wrong": ("wrong",)}
+"""Names that a line makes without writing them as names."""
+
+
+def lost_statement(mistake: Mistake) -> ast.LostStatement:
+    """The statement as one that is lost, with the names that it may have defined: of whatever is
+    written like a definition, for the word that says so may be the one that is wrong."""
+    words = mistake.statement
+    names: set[str] = set()
+    if mistake.kind == "experiment_lines":  # names of loops, of runs, of what is observed
+        begin = ("for", "run", "as")
+        names.update(after.text for word, after in pairwise(words) if word.text in begin)
+    elif words:
+        known = first_words(mistake.kind)
+        begins = words[0].text in known
+        meant = words[0].text if begins else closest_name(words[0].text, known)
+        if meant is not None:
+            names.update(_MADE.get(meant, ()))
+        elif len(words) == 1 or words[1].text not in ("=", "in", ","):  # any of them is meant
+            names.update(*_MADE.values())
+        names.update(piece.text for piece in words[begins:2] if piece.kind == "word")
+        listed: list[str] = []
+        for piece in words[begins:]:
+            if piece.text in ("=", "in"):
+                names.update(listed)
+            if piece.kind == "word":
+                listed.append(piece.text)
+            elif piece.text != ",":
+                listed.clear()
+            if piece.kind == "string":
+                names.update(_PLACEHOLDER.findall(piece.text))
+    span = Span(mistake.source, mistake.begin, mistake.end)
+    return ast.LostStatement(frozenset(names), span=span)
+
+
+_VERSION = re.compile(r"mech\b[ \t]*(?P<number>[\w.]*)")
+
+_FIRST_WORD = re.compile(r"(?P<word>[A-Za-z]\w*)[ \t]+[0-9]+\b")
+
+MAX_GUESSES = 1000
+"""How many words of a file are tried in the place of others."""
+
+MAX_GUESSED_LENGTH = 2000
+"""Characters of a statement in which no word is tried in the place of another."""
+
+
+def recover(source: Source, stopped: int) -> tuple[ast.File, list[Diagnostic]]:
+    """The statements of a text that parse or where it is clear what was meant, and all that is
+    wrong.
+
+    stopped: the offset at which the parser gave up
+    """
+    text, diagnostics = replace_slips(source)
+    text, unbalanced = balance_brackets(source, text)
+    reader = _Recovery(source, text, match_brackets(text), [*diagnostics, *unbalanced])
+    begin, version = reader.version()
+    found = reader.lines("top_lines", begin, len(text))
+    if not reader.diagnostics:
+        # Each part is right by itself, so the place is all that is known.
+        span = Span(source, stopped, min(stopped + 1, len(text)))
+        reader.diagnostics.append(
+            UnexpectedToken(found=f"`{span.text.strip()}`", expected="something else", span=span)
+        )
+    statements = ([version] if version else []) + found
+    lost = [*reader.lost, *(ast.LostStatement(span=each.span) for each in unbalanced if each.span)]
+    file = ast.File(tuple(statements), lost=tuple(lost), span=Span(source, 0, len(text)))
+    return file, _causes(reader.diagnostics)
+
+
+def _causes(diagnostics: list[Diagnostic]) -> list[Diagnostic]:
+    """Without what merely follows: an unclosed text has swallowed the rest of its line, what stands
+    behind a sign without meaning would be fine behind the right one, and where the parser goes on
+    in the middle of a line with an error, it knows less of the rest than the first error said.
+    """
+    open_texts = [d.span for d in diagnostics if isinstance(d, UnterminatedString) and d.span]
+    swallowed = {span.line for span in open_texts}
+    signs = [d.span for d in diagnostics if isinstance(d, UnexpectedCharacter) and d.span]
+    behind = {skip_space(span.source.text, span.end) for span in signs}
+    behind |= {span.start for span in signs}
+    first_on: dict[int, int] = {}
+    for span in (d.span for d in diagnostics if d.span is not None):
+        first_on[span.line] = min(first_on.get(span.line, span.start), span.start)
+
+    def follows(diagnostic: Diagnostic) -> bool:
+        span = diagnostic.span
+        if span is None or isinstance(diagnostic, UnterminatedString):
+            return False
+        if span.line in swallowed:
+            first = min(s.start for s in open_texts if s.line == span.line)
+            return span.start >= first
+        # White space at fault is where a missing bracket was put in.
+        return isinstance(diagnostic, UnexpectedToken) and (
+            span.start in behind
+            or span.text.isspace()
+            or (not diagnostic.hint and span.start > first_on[span.line])
+        )
+
+    return [d for d in diagnostics if not follows(d)]
+
+
+@dataclass
+class _Recovery:
+    source: Source
+    text: str
+    """The source with slips replaced, offsets unchanged."""
+    pieces: list[Lexeme]
+    diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    lost: list[ast.LostStatement] = field(default_factory=list[ast.LostStatement])
+    guesses_left: int = MAX_GUESSES
+
+    def version(self) -> tuple[int, ast.Version | None]:
+        """Where the statements begin, and the version before them."""
+        begin = skip_space(self.text)
+        found = _VERSION.match(self.text, begin)
+        other = _FIRST_WORD.match(self.text, begin)
+        if (
+            found is None
+            and other is not None
+            and closest_name(other["word"], ["mech"]) is not None
+        ):
+            span = Span(self.source, begin, other.end("word"))
+            self.diagnostics.append(MisspeltWord(word=span.text, meant="mech", span=span))
+            return other.end(), None
+        if found is None:
+            problem, place = "the file does not start with `mech 1`", "first statement"
+            word = re.compile(r"[^\s]*").match(self.text, begin)
+            end = word.end() if word else begin
+            return self._wrong_version(problem, place, Span(self.source, begin, end)), None
+        span = Span(self.source, begin, found.end())
+        number = found["number"]
+        if number == str(LANGUAGE_VERSION):
+            return found.end(), ast.Version(LANGUAGE_VERSION, span=span)
+        problem = f"version {number} of the language is not known"
+        if not number.isdigit():
+            problem = "`mech` needs the version of the language behind it"
+        place = f"this mechdsl reads version {LANGUAGE_VERSION}"
+        self._wrong_version(problem, place, span)
+        # `mech model …` has lost its number, `mech v1` has a wrong one.
+        return (found.end() if number[-1:].isdigit() else begin + len("mech")), None
+
+    def _wrong_version(self, problem: str, place: str, span: Span) -> int:
+        self.diagnostics.append(WrongVersion(problem=problem, place=place, span=span))
+        return span.start
+
+    def lines(self, kind: str, begin: int, end: int, depth: int = 0) -> list[Any]:
+        """The good statements between two offsets, which hold statements of one kind."""
+        found: list[Any] = []
+        inside = self._between(begin, end)
+        heads = [inside[i].start for i in statement_starts(self.text, inside, kind, depth)]
+        while begin < end and len(self.diagnostics) <= limits.SYNTAX_ERRORS:
+            try:
+                return found + self._read(kind, begin, end)
+            except ParserError as error:
+                mistake = self._locate(kind, begin, end, heads, error)
+            try:
+                found += self._read(kind, begin, mistake.begin)
+            except ParserError as error:
+                # The word that begins a statement was taken for a missing part of the one before.
+                mistake = self._locate(kind, begin, mistake.begin, heads, error)
+                found += self._before(kind, begin, mistake.begin)
+            found += self._mistaken(kind, depth, mistake)
+            begin = max(mistake.end, begin + 1)
+        return found
+
+    def _between(self, begin: int, end: int) -> list[Lexeme]:
+        first = bisect_left(self.pieces, begin, key=_offset)
+        return self.pieces[first : bisect_left(self.pieces, end, key=_offset)]
+
+    def _read(self, kind: str, begin: int, end: int) -> list[Any]:
+        nodes, diagnostics = run_parser(self.source, self.text[begin:end], begin, kind)
+        self.diagnostics += diagnostics
+        return list(nodes)
+
+    def _before(self, kind: str, begin: int, end: int) -> list[Any]:
+        """What stands before a mistake is good, unless its beginning was misjudged."""
+        try:
+            return self._read(kind, begin, end)
+        except ParserError:
+            self.lost.append(ast.LostStatement(span=Span(self.source, begin, end)))
+            return []
+
+    def _locate(
+        self, kind: str, begin: int, end: int, heads: list[int], error: ParserError
+    ) -> Mistake:
+        """The statement that an error belongs to; `heads` are where statements begin."""
+        offset = begin + error.offset
+        number = bisect_right(heads, offset) if offset < end else bisect_left(heads, end)
+        own = heads[number - 1] if number and heads[number - 1] >= begin else begin
+        following = min(heads[number], end) if number < len(heads) else end
+        accepts = self._accepts(kind, own, offset, error)
+        if own == offset and "$END" not in accepts and number > 1 and own > begin:
+            # A statement begins here, but the one before it isn't finished.
+            own, following = max(heads[number - 2], begin), offset
+        after = bisect_left(self.pieces, offset, key=_offset)
+        token = self.pieces[after] if after < len(self.pieces) else None
+        if own < offset < following and token is not None and token.first and "$END" in accepts:
+            own = offset  # what stands before is complete, so this line is at fault
+        before = self.pieces[after - 1] if after else None
+        return Mistake(
+            source=self.source,
+            kind=kind,
+            begin=own,
+            end=following,
+            offset=offset,
+            token=token if token is not None and token.start < end else None,
+            before=before if before is not None and before.start >= begin else None,
+            statement=self._between(own, following),
+            accepts=accepts,
+            lexed=error.terminal,
+        )
+
+    def _accepts(self, kind: str, own: int, offset: int, error: ParserError) -> frozenset[str]:
+        """What could have stood there; of a change, what its own parts allow."""
+        before = [piece.text for piece in self._between(own, offset)]
+        signature = CHANGE_SIGNATURES.get(before[0]) if before and kind == "change_lines" else None
+        return error.accepts if signature is None else signature.accepts(before, error.accepts)
+
+    def _mistaken(self, kind: str, depth: int, mistake: Mistake) -> list[Any]:
+        """Report a mistake. The statement is kept where it is clear what was meant, and of a block
+        the good lines."""
+        first = mistake.statement[0].text if mistake.statement else ""
+        brace = block_start(mistake.statement, first)
+        if brace is not None and brace.start < mistake.offset <= (brace.partner or 0):
+            return self._kept(kind, depth, mistake, first) or []
+        for word, meant in self._guesses(mistake):
+            begins = meant if word is mistake.statement[0] else first
+            at = word.start - mistake.begin
+            reading = WordSubstitution(at, at + len(word.text), meant)
+            found = self._kept(kind, depth, mistake, begins, reading)
+            if found is not None:
+                self.diagnostics.append(explain_misspelling(mistake, word, meant))
+                return found
+        self.diagnostics.append(explain_mistake(mistake))
+        found = self._kept(kind, depth, mistake, first, named=True) if brace is not None else None
+        if found is None:
+            self.lost.append(lost_statement(mistake))
+        return found or []
+
+    def _guesses(self, mistake: Mistake) -> Iterator[tuple[Lexeme, str]]:
+        for guess in guess_words(mistake):
+            if not self.guesses_left:
+                return
+            self.guesses_left -= 1
+            yield guess
+
+    def _kept(
+        self,
+        kind: str,
+        depth: int,
+        mistake: Mistake,
+        first: str,
+        reading: WordSubstitution | None = None,
+        *,
+        named: bool = False,
+    ) -> list[Any] | None:
+        """The statement, or None where it doesn't parse; a block has its good lines.
+
+        first: what its first word is read as. named: of what stands before a brace, the name alone.
+        """
+        brace = block_start(mistake.statement, first)
+        if brace is None or brace.partner is None:
+            if reading is not None and mistake.end - mistake.begin > MAX_GUESSED_LENGTH:
+                return None
+            return self._nodes(kind, mistake, self.text[mistake.begin : mistake.end], reading)
+        head = self.text[mistake.begin : brace.start]
+        if named:
+            name = mistake.statement[1].end - mistake.begin
+            head = head[:name].ljust(len(head))
+        hollow = head + "{" + " " * (brace.partner - brace.end) + "}"
+        nodes = self._nodes(kind, mistake, hollow, reading)
+        if nodes is None and reading is not None:
+            return None
+        body = self.lines(BLOCK_CONTENTS[first], brace.end, brace.partner, depth + 1)
+        return None if nodes is None else [_filled(nodes[0], tuple(body))]
+
+    def _nodes(
+        self, kind: str, mistake: Mistake, text: str, reading: WordSubstitution | None
+    ) -> list[Any] | None:
+        try:
+            nodes, diagnostics = run_parser(self.source, text, mistake.begin, kind, reading)
+        except ParserError:
+            return None
+        self.diagnostics += diagnostics
+        return list(nodes)
+
+
+def _offset(piece: Lexeme) -> int:
+    return piece.start
+
+
+def _filled(node: Any, body: tuple[Any, ...]) -> Any:
+    """A block with its lines put in."""
+    if isinstance(node, ast.PromptsDef):
+        return replace(node, lines=body)
+    if isinstance(node, ast.Corrupt):
+        return replace(node, changes=body)
+    if isinstance(node, ast.For):
+        return replace(node, body=body)
+    return replace(node, statements=body)

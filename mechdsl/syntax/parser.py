@@ -1,0 +1,462 @@
+# pyright: reportPrivateUsage=false
+"""The LALR parser, its lexer, checks of limits before parsing, and texts with placeholders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+from lark import Lark, Token
+from lark.common import LexerConf
+from lark.exceptions import UnexpectedCharacters, UnexpectedInput
+from lark.grammar import NonTerminal, Rule, RuleOptions, Terminal
+from lark.lexer import Lexer, PatternStr, TerminalDef
+from lark.parsers.lalr_analysis import IntParseTable, Reduce, Shift
+from lark.parsers.lalr_parser import LALR_Parser, _Parser
+
+from mechdsl.base import limits
+from mechdsl.base.runtime import pause_garbage_collection
+from mechdsl.base.source import STRING_PATTERN, Source, Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.syntax import BadPlaceholder, EmptyFile, NotText, TooLarge
+from mechdsl.syntax import ast
+from mechdsl.syntax.ast import unescape
+from mechdsl.syntax.parser_tables import load_tables
+from mechdsl.syntax.tree_builder import PARSE_CONTEXT, ParseContext, TreeBuilder, WordSubstitution
+from mechdsl.syntax.words import CHANGE_WORDS, VERBS
+
+CONTEXTUAL_PRIORITY = 3
+"""Terminals of this priority and above are read only where the parser accepts them."""
+
+
+class MechLexer(Lexer):
+    """Lark's contextual lexer with four differences, none of which changes a right file.
+
+    Literals, names and punctuation are read wherever they stand, so that a wrong one reaches the
+    parser and its message names the word; a keyword is only ever a whole word; one regular
+    expression serves all states, which saves compiling one for each. Words that the grammar itself
+    doesn't have are looked up: of changes in `CHANGE_WORDS`, of rules in `VERBS`. Where a name can
+    stand too, such a verb begins a rule only as the first word of its line.
+    """
+
+    def __init__(
+        self,
+        conf: LexerConf,
+        states: dict[int, Collection[str]],
+        always_accept: Collection[str] = (),
+    ) -> None:
+        terminals: list[TerminalDef] = sorted(
+            conf.terminals, key=lambda t: (-t.priority, -t.pattern.max_width, -len(t.pattern.value))
+        )
+        self.ignored = frozenset(conf.ignore)
+        words = {t.pattern.value: t.name for t in terminals if t.pattern.value.isalpha()}
+        self.words = words
+        names = set(words.values())
+        plain = [t for t in terminals if t.priority < CONTEXTUAL_PRIORITY and t.name not in names]
+        self.contextual = [
+            (t.name, re.compile(t.pattern.to_regexp()).match)
+            for t in terminals
+            if t.priority >= CONTEXTUAL_PRIORITY
+        ]
+        self.match = re.compile(
+            "|".join(f"(?P<{t.name}>{t.pattern.to_regexp()})" for t in plain)
+        ).match
+        self.states = states
+
+    def lex(self, lexer_state: Any, parser_state: Any) -> Iterator[Token]:
+        text: str = lexer_state.text.text
+        position: int = lexer_state.text.start
+        end: int = lexer_state.text.end
+        while position < end:
+            found = self.match(text, position)
+            if found is None:
+                raise UnexpectedCharacters(text, position, 0, 0, state=parser_state)
+            kind = found.lastgroup
+            if kind in self.ignored:
+                position = found.end()
+                continue
+            if kind == "NAME":
+                accepted = self.states[parser_state.position]
+                for name, match in self.contextual:
+                    if name in accepted and (special := match(text, position)):
+                        kind, found = name, special
+                        break
+                else:
+                    word = found.group()
+                    keyword = self.words.get(word)
+                    if keyword in accepted:
+                        kind = keyword
+                    elif word in CHANGE_WORDS and "CHANGE" in accepted:
+                        kind = "CHANGE"
+                    elif word in VERBS and "VERB" in accepted:
+                        alone = "NAME" not in accepted or _first_of_line(text, position)
+                        alone = alone or "STAR" in accepted  # behind a span, no number's name
+                        kind = "VERB" if alone else kind
+            start, position = position, found.end()
+            token = Token(kind or "", found.group(), start, end_pos=position)
+            lexer_state.last_token = token
+            yield token
+
+
+def _first_of_line(text: str, position: int) -> bool:
+    return not text[text.rfind("\n", 0, position) + 1 : position].strip()
+
+
+class MechParser(LALR_Parser):
+    """Lark's parser, made of saved tables in half the time: a rule is looked up once, not in each
+    of the twenty thousand places where it is reduced."""
+
+    @classmethod
+    def deserialize(cls, data: Any, memo: Any, callbacks: Any, debug: bool = False) -> MechParser:
+        tokens = data["tokens"]
+        reductions = {number: (Reduce, rule) for number, rule in memo.items()}
+        states = {
+            state: {
+                tokens[token]: reductions[target["@"]] if reduces else (Shift, target)
+                for token, (reduces, target) in actions.items()
+            }
+            for state, actions in data["states"].items()
+        }
+        made = cls.__new__(cls)
+        made._parse_table = IntParseTable(states, data["start_states"], data["end_states"])
+        made.parser = _Parser(made._parse_table, callbacks, debug)
+        return made
+
+
+@cache
+def load_parser() -> Lark:
+    """The parser of this process, made at its first use."""
+    loader: Any = Lark
+    with pause_garbage_collection():
+        tables = load_tables()
+        return loader._load_from_dict(
+            tables["data"],
+            _objects(tables["memo"]),
+            transformer=TreeBuilder(),
+            _plugins={"ContextualLexer": MechLexer, "LALR_Parser": MechParser},
+        )
+
+
+def _objects(memo: Mapping[int, Any]) -> dict[int, Rule | TerminalDef]:
+    """The rules and terminals of saved tables, which lark then takes as they are.
+
+    Lark would look up the class and the fields of each symbol again, in each of the thousands of
+    places where it occurs; here equal symbols and options become one object.
+    """
+    kinds: dict[str, Any] = {
+        each.__name__: each for each in (Terminal, NonTerminal, RuleOptions, TerminalDef)
+    }
+    made: dict[int, Any] = {}
+
+    def part(saved: Any) -> Any:
+        # By identity: `from_json` gives equal parts as one dictionary.
+        if id(saved) not in made:
+            made[id(saved)] = kinds[saved["__type__"]].deserialize(saved, {})
+        return made[id(saved)]
+
+    return {
+        number: Rule(
+            part(saved["origin"]),
+            list(map(part, saved["expansion"])),
+            saved["order"],
+            saved["alias"],
+            part(saved["options"]),
+        )
+        if saved["__type__"] == "Rule"
+        else part(saved)
+        for number, saved in memo.items()
+    }
+
+
+@cache
+def keywords() -> dict[str, str]:
+    """The words and signs of the language, by the names the parser gives them."""
+    return {
+        terminal.name: terminal.pattern.value
+        for terminal in load_parser().terminals
+        if isinstance(terminal.pattern, PatternStr)
+    }
+
+
+@dataclass
+class ParserError(Exception):
+    """The parser met something it has no place for."""
+
+    offset: int
+    """In the parsed text; its length where the text ends too early."""
+    terminal: str
+    """What the lexer took the place for: `$END` at the end, nothing for an unknown character."""
+    length: int
+    parser: Any
+    """Of lark, as it stands there."""
+
+    @cached_property
+    def accepts(self) -> frozenset[str]:
+        """The terminals that could have stood there; each has to be tried, which takes long."""
+        return frozenset(self.parser.accepts() if self.parser else ())
+
+
+def run_parser(
+    source: Source,
+    text: str,
+    base: int = 0,
+    start: str = "start",
+    reading: WordSubstitution | None = None,
+) -> tuple[Any, list[Diagnostic]]:
+    """Parse `text`, which stands in the source at offset `base`, one of its words perhaps read as
+    another one.
+
+    Returns what the start rule makes and what was refused although its shape is right.
+    Raises ParserStopped at the first error of syntax.
+    """
+    context = ParseContext(source, base, reading)
+    if reading is not None:
+        text = reading.put_into(text)
+    token = PARSE_CONTEXT.set(context)
+    try:
+        lark: Any = load_parser()
+        return lark.parse(text, start=start), context.diagnostics
+    except UnexpectedInput as error:
+        raise _stopped(text, error) from None
+    finally:
+        PARSE_CONTEXT.reset(token)
+
+
+def _stopped(text: str, error: Any) -> ParserError:
+    token: Any = getattr(error, "token", None)
+    interactive: Any = getattr(error, "interactive_parser", None)
+    if token is None:
+        return ParserError(error.pos_in_stream, "", 1, interactive)
+    if token.type == "$END":
+        return ParserError(len(text), "$END", 0, interactive)
+    return ParserError(token.start_pos, token.type, len(token), interactive)
+
+
+_MARKS = re.compile(rf"{STRING_PATTERN}|#[^\n]*|\w+|[^\w\s]")
+
+_PLACEHOLDER = re.compile(r"(?<!\{)(?:\{\{)*\{(?!\{)")
+
+_SPLIT = "keep data in a file of its own and name it with `rows`, or write several files"
+
+_SPACE = re.compile(r"(?:\s|#[^\n]*)*")
+
+
+@dataclass(frozen=True)
+class TextScan:
+    """What the look found; with `problem` the text is not worth parsing."""
+
+    comments: tuple[ast.Comment, ...] = ()
+    problem: Diagnostic | None = None
+
+
+def skip_space(text: str, start: int = 0) -> int:
+    """The offset of the first character that is neither white space nor comment."""
+    found = _SPACE.match(text, start)
+    return found.end() if found else start
+
+
+def scan_text(source: Source) -> TextScan:
+    """Comments of a text, or the one reason not to read it (E0109, E0110, E0111)."""
+    text = source.text
+    if "\0" in text:
+        return TextScan(problem=NotText(path=source.name, reason="it holds a NUL byte"))
+    if (problem := _too_long(source)) is not None:
+        return TextScan(problem=problem)
+    comments: list[ast.Comment] = []
+    depth = words = placeholders = 0
+    for mark in _MARKS.finditer(text):
+        piece = mark[0]
+        if piece[0] == "#":
+            comments.append(_comment(source, mark.start(), mark.end()))
+            continue
+        if piece[0] == '"':
+            placeholders += len(_PLACEHOLDER.findall(piece))
+        elif piece in "{([":
+            depth += 1
+        elif piece in "})]":
+            depth = max(0, depth - 1)
+        words += 1
+        passed = None
+        if depth > limits.BRACKETS:
+            passed = (
+                f"brackets are nested more than {limits.BRACKETS} deep",
+                "close brackets before opening more",
+            )
+        elif len(piece) > limits.NAME and (piece[0].isalpha() or piece[0] == "_"):
+            passed = (
+                f"this name has {len(piece):,} characters, the limit is {limits.NAME}",
+                "choose a shorter name",
+            )
+        elif words > limits.WORDS:
+            passed = f"the file has more than {limits.WORDS:,} words and signs", _SPLIT
+        elif placeholders > limits.PLACEHOLDERS:
+            passed = (
+                f"the texts of the file have more than {limits.PLACEHOLDERS:,} placeholders",
+                "make a list with `list(…)`, or keep the texts in a file that `rows` names",
+            )
+        if passed is not None:
+            place = "the limit is passed here"
+            span = Span(source, mark.start(), mark.end())
+            problem = TooLarge(what=passed[0], place=place, hint=passed[1], span=span)
+            return TextScan(problem=problem)
+    if skip_space(text) == len(text):
+        return TextScan(tuple(comments), EmptyFile(span=Span(source, 0, 0)))
+    return TextScan(tuple(comments))
+
+
+def _too_long(source: Source) -> Diagnostic | None:
+    """E0109 for what can be told without reading."""
+    counts = (
+        ("characters", len(source.text), limits.CHARACTERS),
+        ("lines", source.text.count("\n"), limits.LINES),
+    )
+    for what, count, most in counts:
+        if count > most:
+            return TooLarge(
+                what=f"the file has {count:,} {what}, the limit is {most:,}",
+                place="a file this large is not read",
+                hint=_SPLIT,
+                span=Span(source, 0, 0),
+            )
+    return None
+
+
+def _comment(source: Source, start: int, end: int) -> ast.Comment:
+    text = source.text[start:end].rstrip()
+    line_start = source.text.rfind("\n", 0, start) + 1
+    own_line = not source.text[line_start:start].strip()
+    return ast.Comment(text, own_line, span=Span(source, start, start + len(text)))
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """`{x}`, `{s2 = s}`, `{count - 1}`: a value, and the name of the span it becomes.
+
+    `name` is None where the placeholder is an expression that no name was given to.
+    """
+
+    name: str | None
+    expr: ast.Expr
+    span: Span
+
+
+TemplatePiece = str | Placeholder
+
+_LITERAL = re.compile(r"(?:[^{}]|\{\{|\}\})+")
+
+_TEXT = r'\\"(?:[^"\\]|\\[^"])*\\"|"[^"]*"'
+
+_QUOTED = re.compile(_TEXT)
+
+_INNER = re.compile(rf"(?:{_TEXT}|[^{{}}])*")
+"""Up to the brace that ends a placeholder; braces of texts within it don't."""
+
+
+def parse_template(text: ast.String) -> tuple[list[TemplatePiece], list[Diagnostic]]:
+    """Literal texts (escapes resolved) and placeholders of a text, in order.
+
+    Spans point into the file. Codes: E0113 for what is no placeholder, E0106 and E0114 for
+    expressions with a reserved name or a number that is too large. A wrong one is left out.
+    """
+    reader = _TemplateReader(*_raw(text))
+    reader.read()
+    return reader.pieces, reader.diagnostics
+
+
+def _raw(text: ast.String) -> tuple[Source, str, int, bool]:
+    """The text as written in the file, where it starts, and whether it has escapes.
+
+    A text that stands in no file (from Python) is its own source.
+    """
+    written = text.span.text
+    # The last character is a quote, or what stands in for one that is missing.
+    if len(written) >= 2 and written[0] == '"' and unescape(written[1:-1]) == text.value:
+        return text.span.source, written[1:-1], text.span.start + 1, True
+    return Source(text.value), text.value, 0, False
+
+
+class _TemplateReader:
+    def __init__(self, source: Source, raw: str, base: int, escaped: bool) -> None:
+        self.source = source
+        self.raw = raw
+        self.base = base
+        self.escaped = escaped
+        self.pieces: list[TemplatePiece] = []
+        self.diagnostics: list[Diagnostic] = []
+
+    def read(self) -> None:
+        position = 0
+        while position < len(self.raw):
+            literal = _LITERAL.match(self.raw, position)
+            if literal is not None:
+                self._literal(literal[0])
+                position = literal.end()
+            elif self.raw[position] == "}":
+                problem, place = "a `}` without a `{` before it", "closes nothing"
+                self._refuse(problem, place, position, position + 1)
+                position += 1
+            else:
+                position = self._placeholder(position)
+
+    def _literal(self, raw: str) -> None:
+        text = raw.replace("{{", "{").replace("}}", "}")
+        self.pieces.append(unescape(text) if self.escaped else text)
+
+    def _refuse(self, problem: str, place: str, start: int, end: int) -> None:
+        span = Span(self.source, self.base + start, self.base + end)
+        self.diagnostics.append(BadPlaceholder(problem=problem, place=place, span=span))
+
+    def _placeholder(self, start: int) -> int:
+        """Read the placeholder that opens at `start`; returns where the text goes on."""
+        found = _INNER.match(self.raw, start + 1)
+        end = found.end() if found else start + 1
+        if self.raw[end : end + 1] != "}":
+            self._refuse("this placeholder is never closed", "opened here", start, start + 1)
+            return end
+        inner = self.raw[start + 1 : end]
+        if not inner.strip():
+            self._refuse("this placeholder is empty", "no name", start, end + 1)
+            return end + 1
+        self._expression(inner, start, end)
+        return end + 1
+
+    def _expression(self, inner: str, start: int, end: int) -> None:
+        base = self.base + start + 1
+        text = self._unquoted(inner) if self.escaped else inner
+        if scan_text(Source(text)).problem is not None or "#" in _QUOTED.sub("", inner):
+            self._refuse("this placeholder is no expression", "not an expression", start, end + 1)
+            return
+        try:
+            clause, diagnostics = run_parser(self.source, text, base, "placeholder")
+        except ParserError as error:
+            self._refuse(*self._stopped(error, inner, start + 1))
+            return
+        self.diagnostics += diagnostics
+        if diagnostics:
+            return
+        name, value = clause.value
+        own = name or value
+        label = own.id if isinstance(own, ast.Name) else None
+        span = Span(self.source, self.base + start, self.base + end + 1)
+        self.pieces.append(Placeholder(label, value, span))
+
+    def _unquoted(self, inner: str) -> str:
+        """The expression with `\\"` as `"`, every character at its place."""
+
+        def quotes(match: re.Match[str]) -> str:
+            return f' "{match[0][2:-2]}" ' if match[0].startswith("\\") else match[0]
+
+        return _QUOTED.sub(quotes, inner)
+
+    def _stopped(self, error: ParserError, inner: str, base: int) -> tuple[str, str, int, int]:
+        offset = error.offset
+        if offset >= len(inner.rstrip()):
+            end = base + len(inner)
+            return "the expression of this placeholder breaks off", "incomplete", end, end
+        length = error.length
+        found = inner[offset : offset + length]
+        problem = f"unexpected `{found}` in this placeholder"
+        return problem, "no part of an expression", base + offset, base + offset + length

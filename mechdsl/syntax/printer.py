@@ -1,0 +1,742 @@
+"""The canonical text of expressions and statements, each on one line and without comments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from decimal import Decimal
+from typing import Any
+
+from mechdsl.syntax import ast
+from mechdsl.syntax.ast import unescape
+
+# How tightly each kind of expression binds; what a place of the grammar asks for at least.
+CONDITION = 1
+
+_AND, _NOT, _COMPARISON = 2, 3, 4
+
+SUM = 5
+
+_PRODUCT, _FACTOR, _ATOM = 6, 7, 8
+
+
+def _binding(node: Any) -> int:
+    match node:
+        case ast.Conditional():
+            return 0
+        case ast.Logical(operator="or"):
+            return CONDITION
+        case ast.Logical():
+            return _AND
+        case ast.Not():
+            return _NOT
+        case ast.Compare() | ast.InRange() | ast.Near():
+            return _COMPARISON
+        case ast.Binary(operator="+" | "-"):
+            return SUM
+        case ast.Binary():
+            return _PRODUCT
+        case ast.Negative():
+            return _FACTOR
+        case _:
+            return _ATOM
+
+
+def format_expression(node: Any) -> str:
+    """Where the grammar takes a sum or `if … then … else …`."""
+    return _plain(node) if isinstance(node, ast.Conditional) else format_operand(node, SUM)
+
+
+def format_operand(node: Any, least: int) -> str:
+    """An expression, in brackets where it binds less tightly than its place needs."""
+    text = _plain(node)
+    return f"({text})" if _binding(node) < least else text
+
+
+def format_values(node: Any) -> str:
+    """A range or an expression."""
+    if isinstance(node, ast.Range):
+        return f"{format_operand(node.low, SUM)}..{format_operand(node.high, SUM)}"
+    return format_expression(node)
+
+
+def _plain(node: Any) -> str:
+    match node:
+        case ast.Number():
+            return _number(node)
+        case ast.Percent():
+            return format_percentage(node.value)
+        case ast.String():
+            return format_string(node.value)
+        case ast.Name():
+            return node.id
+        case ast.ShortSite():
+            return _short(node)
+        case ast.QualifiedRef():
+            return f"{node.name} of {format_ref(node.of)}"
+        case ast.ExperimentMeasure():
+            return f"{_plain(node.measure)} of {node.experiment.id}"
+        case ast.Attribute():
+            return f"{node.name}.{node.attribute}"
+        case ast.Index():
+            return f"{node.name}[{_inside(node.index)}]"
+        case ast.Call():
+            return format_call(node)
+        case ast.ListLiteral():
+            return f"[{', '.join(map(format_values, node.items))}]"
+        case ast.EdgeTokenOf():
+            return f"{node.which} token of {format_operand(node.of, _ATOM)}"
+        case ast.ClassOutput():
+            return f"class {format_operand(node.of, _ATOM)}"
+        case ast.Negative():
+            return f"-{format_operand(node.operand, _FACTOR)}"
+        case ast.Binary():
+            own = _binding(node)
+            return f"{format_operand(node.left, own)} {node.operator} {format_operand(node.right, own + 1)}"
+        case ast.Conditional():
+            condition = format_operand(node.condition, CONDITION)
+            then, otherwise = format_expression(node.then), format_expression(node.otherwise)
+            return f"if {condition} then {then} else {otherwise}"
+        case ast.Compare():
+            return f"{format_operand(node.left, SUM)} {node.operator} {format_operand(node.right, SUM)}"
+        case ast.InRange():
+            return f"{format_operand(node.value, SUM)} in {format_values(node.within)}"
+        case ast.Near():
+            value, target = format_operand(node.value, SUM), format_operand(node.target, SUM)
+            return f"{value} near {target} within {format_operand(node.tolerance, SUM)}"
+        case ast.Logical():
+            own = _binding(node)
+            return f"{format_operand(node.left, own)} {node.operator} {format_operand(node.right, own + 1)}"
+        case ast.Not():
+            return f"not {format_operand(node.operand, _NOT)}"
+        case _:
+            raise TypeError(f"{type(node).__name__} is no expression")
+
+
+def _inside(node: Any) -> str:
+    match node:
+        case ast.RankedSelection():
+            return format_ranked(node)
+        case ast.Coordinates(items=items):
+            return ", ".join(f"{each.word} {each.value}" for each in items)
+        case _:
+            return format_operand(node, SUM)
+
+
+def _number(node: ast.Number) -> str:
+    """As it was written (`1e6`), if it was."""
+    written = node.span.text
+    if written[:1].isdigit():
+        try:
+            same = type(node.value)(written) == node.value
+        except ValueError:
+            same = False
+        if same:
+            return written
+    return repr(node.value)
+
+
+def format_percentage(value: float) -> str:
+    """`50%`, `12.5%`: never with an exponent, which percentages don't have."""
+    digits = format(Decimal(repr(value)), "f")
+    if "." in digits:
+        digits = digits.rstrip("0").rstrip(".")
+    return f"{digits}%"
+
+
+def format_string(value: str) -> str:
+    """A text in quotes, escaped."""
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    text = escaped.replace("\n", "\\n").replace("\t", "\\t")
+    assert unescape(text) == value
+    return f'"{text}"'
+
+
+def _short(node: ast.ShortSite) -> str:
+    unit = f"{node.unit}{node.index}" if node.unit else ""
+    return f"L{node.layer}{unit}" + (f".{node.component}" if node.component else "")
+
+
+def format_ref(node: ast.Ref) -> str:
+    """`fruit`, `fruit.train`."""
+    return node.name if node.part is None else f"{node.name}.{node.part}"
+
+
+def join_items(items: Iterable[str]) -> str:
+    """`a, b, c`."""
+    return ", ".join(items)
+
+
+def format_names(items: Iterable[ast.Name]) -> str:
+    """Names between commas."""
+    return join_items(item.id for item in items)
+
+
+def format_call(node: ast.Call | ast.Name) -> str:
+    """A call; one without arguments has no brackets either."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if not node.arguments:
+        return node.name
+    return f"{node.name}({join_items(map(_argument, node.arguments))})"
+
+
+def _argument(node: ast.Argument) -> str:
+    value: Any = node.value
+    if isinstance(value, ast.Quantity):
+        text = f"{value.value!r} {value.unit}" + (f" of {value.of}" if value.of else "")
+    elif isinstance(value, ast.Site):
+        text = format_site(value)
+    else:
+        text = format_values(value)
+    return text if node.name is None else f"{node.name}: {text}"
+
+
+def format_domain(node: ast.Domain) -> str:
+    """What a value ranges over."""
+    return format_values(node.values) + (
+        f" step {format_operand(node.step, SUM)}" if node.step else ""
+    )
+
+
+# --- sites ------------------------------------------------------------------------------------
+
+
+def format_site(node: ast.Site) -> str:
+    """`resid_post layer 3 in basis b`."""
+    parts = [name.id for name in node.names] + [format_axis(a) for a in node.axes]
+    if node.short is not None:
+        parts.append(_short(node.short))
+    if node.ranked is not None:
+        parts.append(
+            f"of {format_ranked(node.ranked)}" if node.names else format_ranked(node.ranked)
+        )
+    if node.basis is not None:
+        parts.append(f"in basis {node.basis}")
+    return " ".join(parts)
+
+
+def format_axis(node: ast.Axis) -> str:
+    """`layer 1, 3..5 window 2`."""
+    text = (
+        f"{node.word}{'s' if node.plural else ''} {join_items(map(format_axis_value, node.values))}"
+    )
+    if node.window is not None:
+        text += f" window {node.window}"
+    return text + (f" of {node.of}" if node.of else "")
+
+
+def format_axis_value(node: ast.Star | ast.AxisRange) -> str:
+    """`*`, `3`, `l + 1..50%`."""
+    if isinstance(node, ast.Star):
+        return "*"
+    return _bound(node.low) + (f"..{_bound(node.high)}" if node.high else "")
+
+
+def _bound(node: ast.Bound) -> str:
+    if node.percent is not None:
+        return format_percentage(node.percent)
+    if node.name is not None:
+        return node.name + _offset(node.offset)
+    return str(node.value)
+
+
+def _offset(offset: int | ast.Variable) -> str:
+    if isinstance(offset, ast.Variable):
+        return f" {'-' if offset.negative else '+'} {offset.name}"
+    return f" {'-' if offset < 0 else '+'} {abs(offset)}" if offset else ""
+
+
+def format_ranked(node: ast.RankedSelection) -> str:
+    """`top 25% of caap(a: 1)`, `best of select`."""
+    of = format_cells(node)
+    if node.which == "best":
+        return f"best of {of}"
+    amount = node.amount
+    text = format_percentage(amount.value) if isinstance(amount, ast.Percent) else str(amount)
+    return f"top {text} of {of}"
+
+
+def format_cells(node: ast.RankedSelection | ast.MapOf) -> str:
+    """`caap`, `caap(a: 1)`."""
+    return format_call(ast.Call(node.of, node.cell, span=node.span))
+
+
+def format_edge(node: ast.Edge, run: ast.Ref | None = None) -> str:
+    """`attention layer * from Q to K`; run: the one that is looked at."""
+    parts = ["attention", *([node.stack.id] if node.stack else []), *map(format_axis, node.axes)]
+    parts += [format_site(node.heads)] if node.heads is not None else []
+    parts += [] if run is None else [f"of {format_ref(run)}"]
+    return (
+        f"{' '.join(parts)} from {format_positions(node.queries)} to {format_positions(node.keys)}"
+    )
+
+
+# --- positions --------------------------------------------------------------------------------
+
+
+def format_positions(node: ast.Positions) -> str:
+    """`token 0, 3, last token`: a further index stands without `token`."""
+    texts: list[str] = []
+    before: ast.TokenIndex | None = None
+    for item in node.items:
+        index = _token_index(item)
+        bare = _is_bare(item) and index is not None and not isinstance(index.low, ast.Variable)
+        if bare and index is not None and before is not None and before.plural == index.plural:
+            texts.append(_index(index))
+        else:
+            texts.append(format_position(item))
+        before = index
+    return join_items(texts)
+
+
+def _token_index(item: ast.Position) -> ast.TokenIndex | None:
+    base = item.body.base if isinstance(item.body, ast.Point) else None
+    return base if isinstance(base, ast.TokenIndex) else None
+
+
+def _is_bare(item: ast.Position) -> bool:
+    alone = item.align is None and not item.and_answer
+    return alone and isinstance(item.body, ast.Point) and item.body.offset == 0
+
+
+def format_position(node: ast.Position) -> str:
+    """One item of a list of positions."""
+    also = " and answer" if node.and_answer else ""
+    return _position_set(node.body) + also + (f" align {node.align}" if node.align else "")
+
+
+def _position_set(node: ast.Point | ast.Between | ast.Except) -> str:
+    if isinstance(node, ast.Point):
+        return _base(node.base) + _offset(node.offset)
+    each = "each token" if node.each else "tokens"
+    if isinstance(node, ast.Between):
+        return f"{each} between {_position_set(node.low)} and {_position_set(node.high)}"
+    return f"{each} except {_position_set(node.excluded)}"
+
+
+def _base(node: ast.PointBase) -> str:
+    match node:
+        case ast.TokenIndex():
+            return f"{_tokens(node.plural)} {_index(node)}"
+        case ast.SpanTokens():
+            each = "each " if node.each else ""
+            last = "" if node.high is None else f"..{node.high}"
+            numbers = "" if node.low is None else f" {node.low}{last}"
+            return f"{each}{format_span(node.of)} {_tokens(node.plural)}{numbers}"
+        case ast.EachStep():
+            return "each step"
+        case ast.EachTokenOf():
+            return f"each token of {format_span(node.of)}"
+        case ast.EdgeToken():
+            return f"{node.which} token" + (f" of {format_span(node.of)}" if node.of else "")
+        case ast.RankedTokens():
+            return f"{format_ranked(node.ranked)} {_tokens(node.plural)}"
+        case ast.PositionUnion():
+            return f"{{{format_positions(node.items)}}}"
+
+
+def _tokens(plural: bool) -> str:
+    return "tokens" if plural else "token"
+
+
+def _index(node: ast.TokenIndex) -> str:
+    low = _counter(node.low)
+    return low if node.high is None else f"{low}..{node.high}"
+
+
+def _counter(node: int | ast.Variable | None) -> str:
+    """`*`, `3`, `i`, `-i`, `i + 1`."""
+    if isinstance(node, ast.Variable):
+        return ("-" if node.negative else "") + node.name + _offset(node.offset)
+    return "*" if node is None else str(node)
+
+
+def format_span(node: ast.SpanRef) -> str:
+    """`item 3`, `last-item of part1`, `"Answer"`, `image row 3 col 4`."""
+    if node.literal is not None:
+        text = format_string(node.literal)
+    else:
+        text = f"{node.edge}-{node.name}" if node.edge else str(node.name)
+    if node.occurrence is not None:
+        text += f" {format_occurrence(node.occurrence)}"
+    if node.row is not None and node.col is not None:
+        text += f" row {format_occurrence(node.row)} col {format_occurrence(node.col)}"
+    return text + (f" of {node.of}" if node.of else "")
+
+
+def format_occurrence(node: ast.Occurrence) -> str:
+    """`*`, `3`, `2..5`, `i`."""
+    low = _counter(node.low)
+    return low if node.high is None else f"{low}..{_counter(node.high)}"
+
+
+def _optional(word: str, value: Any) -> str:
+    """` word value`, or nothing."""
+    return "" if value is None else f" {word} {value}"
+
+
+def _written(node: ast.Expr | ast.ActivationRead | ast.StepFraction) -> str:
+    """What a rule writes: an expression, what a run has somewhere, or a step."""
+    if not isinstance(node, ast.ActivationRead | ast.StepFraction):
+        return format_operand(node, SUM)
+    factor = _factor(node.factor)
+    if isinstance(node, ast.StepFraction):
+        return f"{factor}step({node.component.id})"
+    at = _of("at", node.at, format_positions)
+    return f"{factor}value({format_site(node.site)}{at}){_of('of', node.of, format_ref)}"
+
+
+def _factor(node: ast.Expr | None) -> str:
+    """What something is multiplied with, in front of it; or nothing."""
+    return "" if node is None else f"{format_operand(node, SUM + 1)} * "
+
+
+def _of(word: str, node: Any, text: Any) -> str:
+    """` word text(node)`, or nothing."""
+    return "" if node is None else f" {word} {text(node)}"
+
+
+def _id(name: ast.Name) -> str:
+    return name.id
+
+
+def _text(text: ast.String) -> str:
+    return format_string(text.value)
+
+
+def _condition(node: ast.Expr) -> str:
+    return format_operand(node, CONDITION)
+
+
+def _sum(node: ast.Expr) -> str:
+    return format_operand(node, SUM)
+
+
+def _percent(node: ast.Percent) -> str:
+    return format_percentage(node.value)
+
+
+def _refs(nodes: Iterable[ast.Ref]) -> str:
+    return ", ".join(map(format_ref, nodes))
+
+
+def _map_of(node: ast.MapOf) -> str:
+    return _factor(node.weight) + format_cells(node)
+
+
+def format_header(node: Any) -> str | None:
+    """What stands before the brace of a statement that holds lines; None for any other."""
+    match node:
+        case ast.PromptsDef():
+            return f"{node.kind} {node.name.id}"
+        case ast.ExperimentDef():
+            return f"experiment {node.name.id}"
+        case ast.Corrupt():
+            return f"corrupt {node.name.id}"
+        case ast.For():
+            return f"for {node.name.id} in {format_domain(node.domain)}"
+        case ast.RunDef():
+            return f"run {node.name.id}"
+        case ast.Chat():
+            return "chat"
+        case _:
+            return None
+
+
+def statement_body(node: Any) -> tuple[Any, ...]:
+    """What stands in the braces of such a statement."""
+    match node:
+        case ast.PromptsDef():
+            return node.lines
+        case ast.ExperimentDef():
+            return node.statements
+        case ast.Corrupt():
+            return node.changes
+        case ast.For():
+            return node.body
+        case ast.RunDef():
+            return node.statements
+        case ast.Chat():
+            return node.turns
+        case _:
+            return ()
+
+
+def format_line(node: Any) -> str:
+    """A statement without lines in braces."""
+    for part in (_top, _data, _rule, _statement):
+        text = part(node)
+        if text is not None:
+            return text
+    raise TypeError(f"{type(node).__name__} is no statement")
+
+
+def _top(node: Any) -> str | None:
+    match node:
+        case ast.Version():
+            return f"mech {node.number}"
+        case ast.Use():
+            return f"use {_text(node.path)}"
+        case ast.Param():
+            return f"param {node.name.id} = {format_expression(node.value)}"
+        case ast.ModelDef():
+            return f"model {node.name.id} = {format_call(node.source)}"
+        case ast.MetricDef():
+            return f"metric {node.name.id} = {format_operand(node.value, SUM)}"
+        case ast.DirectionDef():
+            place = _of("at", node.site, format_site) + _of("at", node.at, format_positions)
+            return f"direction {node.name.id} = {format_operand(node.value, SUM)}{place}"
+        case ast.BasisDef():
+            place = _of("at", node.site, format_site) + _of("at", node.at, format_positions)
+            return f"basis {node.name.id} = {format_call(node.source)}{place}"
+        case ast.GroupDef():
+            return f"group {node.name.id} = {', '.join(map(format_site, node.sites))}"
+        case ast.Seed():
+            return f"seed {node.value}"
+        case _:
+            return None
+
+
+def _data(node: Any) -> str | None:
+    match node:
+        case ast.DomainDef():
+            return f"{format_names(node.names)} in {format_domain(node.domain)}"
+        case ast.ValueDef():
+            return f"{format_names(node.names)} = {format_expression(node.value)}"
+        case ast.Template():
+            return f"template {_text(node.text)}"
+        case ast.ChatTurn():
+            return f"{node.role} {_text(node.text)}"
+        case ast.RowsLine():
+            return f"rows {format_operand(node.source, SUM)}" + " distinct" * node.distinct
+        case ast.RenameLine():
+            pairs = ", ".join(f"{new.id} = {old.id}" for new, old in node.pairs)
+            return f"rename {{ {pairs} }}"
+        case ast.WhereLine():
+            return f"where {format_operand(node.condition, CONDITION)}"
+        case ast.SplitLine():
+            return f"split {format_percentage(node.percent.value)}"
+        case ast.Text():
+            if node.name.id in ("answer", "wrong"):
+                return f"{node.name.id} {format_expression(node.value)}"
+            return f"text {node.name.id} = {format_expression(node.value)}"
+        case ast.SpanDef():
+            if node.literal is not None:
+                return f"span {node.name.id} = {_text(node.literal)}"
+            return f"span {node.name.id}" + _of("in", node.within, _id)
+        case ast.ImageLine():
+            if node.source is not None:
+                return f"image from {format_ref(node.source)}"
+            return f"image {format_operand(node.value, SUM)}"
+        case ast.TilesLine():
+            return f"tiles {node.rows} by {node.cols}{' and whole' if node.whole else ''}"
+        case ast.RegionLine():
+            return f"region {node.name.id} = {node.column.id}"
+        case ast.ClassesLine():
+            return f"classes {_text(node.text)}"
+        case ast.ChangeLine():
+            return _change(node)
+        case _:
+            return None
+
+
+def _change(node: ast.ChangeLine) -> str:
+    values = ", ".join(format_operand(value, SUM) for value in node.values)
+    return (
+        f"{node.word} {values if node.tokens is None else format_positions(node.tokens)}"
+        + _of("to", node.to, format_site)
+        + _of("at", node.at, format_positions)
+        + _of("with", node.given, _sum)
+        + _of("by", node.by, _sum)
+        + _optional("radius", node.radius)
+    )
+
+
+def _rule(node: Any) -> str | None:
+    match node:
+        case ast.Rule():
+            return format_line(node.body) + (
+                "" if node.during is None else f" {_during(node.during)}"
+            )
+        case ast.Patch():
+            return (
+                f"patch {format_site(node.site)} at {format_positions(node.at)}"
+                + _of("onto", node.onto, format_positions)
+                + _of("into layer", node.into_layer, format_axis_value)
+                + _of("with", node.source, format_ref)
+            )
+        case ast.Ablate():
+            fills = ", ".join(
+                format_operand(each.fill, SUM) + _of("by", each.by, _id)
+                for each in (node, *node.more)
+            )
+            return f"ablate {format_site(node.site)} at {format_positions(node.at)} with {fills}"
+        case ast.ReplaceTokens():
+            return f"replace {format_positions(node.at)} with {format_operand(node.value, SUM)}"
+        case ast.ReplaceBlock():
+            other = _of("block layer", node.source, format_axis_value) or _of("", node.word, _id)
+            return f"replace block {format_axis(node.axis)} with {other.strip()}"
+        case ast.BlockEdge():
+            return f"block {format_edge(node.edge)}"
+        case ast.Reweight():
+            return f"reweight {format_edge(node.edge)} by {format_operand(node.factor, SUM)}"
+        case ast.SetEdge():
+            return f"set {format_edge(node.edge)} to {format_operand(node.value, SUM)}"
+        case ast.Allow():
+            return f"allow {format_edge(node.edge)}"
+        case ast.Renumber():
+            return f"renumber {format_positions(node.at)} from {format_operand(node.start, SUM)}"
+        case ast.SetSite():
+            return f"set {format_site(node.site)} at {format_positions(node.at)} to {_written(node.value)}"
+        case ast.PathRule():
+            through = f" through {format_names(node.through)}" if node.through else ""
+            ends = f"{format_site(node.sender)} -> {format_site(node.receiver)}"
+            frozen = " with frozen norms" if node.frozen else ""
+            return f"path {ends} at {format_positions(node.at)}{through}{frozen}"
+        case ast.Add():
+            return f"add {_written(node.value)} to {format_site(node.site)} at {format_positions(node.at)}"
+        case ast.Scale():
+            factor = format_operand(node.factor, SUM)
+            return f"scale {format_site(node.site)} at {format_positions(node.at)} by {factor}"
+        case ast.ProjectOut():
+            place = "weights"
+            if node.site is not None and node.at is not None:
+                place = f"{format_site(node.site)} at {format_positions(node.at)}"
+            return f"project out {format_operand(node.direction, SUM)} from {place}"
+        case ast.Clamp():
+            direction = f"{format_operand(node.direction, SUM)} of " if node.direction else ""
+            place = f"{format_site(node.site)} at {format_positions(node.at)}"
+            return f"clamp {direction}{place} to {format_operand(node.value, SUM)}"
+        case ast.SwapSites():
+            other = format_positions(node.other)
+            return f"swap {format_site(node.site)} at {format_positions(node.at)} with {other}"
+        case ast.Freeze():
+            return f"freeze {format_site(node.site)} at {format_positions(node.at)}"
+        case ast.RegisteredRule():
+            value = (
+                "" if node.value is None else f" {node.before} {format_operand(node.value, SUM)}"
+            )
+            return f"{node.verb.id} {format_site(node.site)} at {format_positions(node.at)}{value}"
+        case _:
+            return None
+
+
+def _during(node: ast.During) -> str:
+    if node.phase == "after prefill":
+        return node.phase
+    if node.phase == "each step":
+        return "during each step"
+    return f"during step {format_axis_value(node.steps)}" if node.steps else f"during {node.name}"
+
+
+def _generate(node: ast.Generate) -> str:
+    settings = ", ".join(
+        f"{each.name.id} {format_operand(each.value, SUM)}" for each in node.settings
+    )
+    stops = ", ".join(map(_text, node.stops))
+    return (
+        f"generate {node.tokens}"
+        + (f" with {settings}" if settings else "")
+        + (f" until {stops}" if stops else "")
+    )
+
+
+def _statement(node: Any) -> str | None:
+    match node:
+        case ast.UseModel():
+            return f"model {_refs(node.models)}"
+        case ast.UsePrompts():
+            behind = "" if node.replies is None else f" with replies of {format_call(node.replies)}"
+            return f"{node.kind} {_refs(node.prompts)}{_optional('limit', node.limit)}{behind}"
+        case ast.FromInto():
+            shuffled = " shuffled" if node.shuffled is not None else ""
+            return f"from {_refs(node.sources)}{shuffled} into {_refs(node.bases)}"
+        case ast.Keep():
+            return f"keep {format_operand(node.condition, CONDITION)}"
+        case ast.ControlLine():
+            apart = f" apart from {', '.join(map(format_site, node.apart))}" if node.apart else ""
+            return f"against {format_call(node.control)}{apart}"
+        case ast.Generate():
+            return _generate(node)
+        case ast.Using():
+            picks = ", ".join(f"{pick.how} {pick.amount}" for pick in node.verify)
+            return f"using {format_call(node.estimator)}" + (f" verify {picks}" if picks else "")
+        case ast.Discover():
+            end = _of("until", node.until, _condition)
+            if node.top is not None and node.unit is not None:
+                end += f" top {node.top} {node.unit.id}"
+            return f"discover {node.what.id} over {format_names(node.over)} using {format_call(node.using)}{end}"
+        case ast.Search():
+            return f"search {node.how.id} {node.what.id} up to {node.up_to}"
+        case ast.ObserveAttention(what=ast.Name(id=what)):
+            ends = (
+                f"from {format_positions(node.edge.queries)} to {format_positions(node.edge.keys)}"
+            )
+            return f"observe {what}{_of('of', node.run, format_ref)} {ends}" + _of(
+                "as", node.name, _id
+            )
+        case ast.ObserveAttention():
+            return f"observe {format_edge(node.edge, node.run)}" + _of("as", node.name, _id)
+        case ast.ObserveFeatures():
+            top = _optional("top", node.top)
+            return f"observe features of {node.basis.id} at {format_positions(node.at)}{top}"
+        case ast.ObserveMaps():
+            maps, others = (", ".join(map(_map_of, each)) for each in (node.maps, node.others))
+            against = f" to {others}" if others else _of("in", node.region, _id)
+            against += _of("at", node.at, format_positions)
+            share = _of("top", node.share, _percent)
+            name = _of("as", node.name, _id)
+            return f"observe {node.what.id} of {maps}{against}{share}{name}"
+        case ast.Observe():
+            return _observe(node)
+        case ast.Measure():
+            at, per = _of("at", node.at, format_position), _of("per", node.per, _id)
+            over = _of("auc over" if node.area else "mean over", node.over, _id)
+            return f"measure {format_operand(node.metric, SUM)}{at} as {node.effect.id}{per}{over}"
+        case ast.Stats():
+            return (
+                "stats"
+                + (f" {format_call(node.resampling)}" if node.resampling else "")
+                + _of("test", node.test, format_call)
+                + _of("confidence", node.confidence, _percent)
+                + _of("correct", node.correction, _id)
+                + _of("verdicts", node.verdicts, _id)
+                + _of("by", node.by, _id)
+            )
+        case ast.Report():
+            return (
+                f"report {node.kind.id}"
+                + (f" {node.variable.id}" if node.variable else "")
+                + _of("by", node.by, _id)
+                + _of("of", node.of, _id)
+                + _optional("top", node.top)
+                + _of("to", node.file, _text)
+            )
+        case ast.Save():
+            where = f"{format_site(node.site)}{_of('of', node.run, format_ref)} at {format_positions(node.at)}"
+            return f"save {where} to {_text(node.file)}" + _of("as", node.dtype, _id)
+        case ast.Expect():
+            if node.condition is not None:
+                what = format_operand(node.condition, CONDITION)
+            else:
+                what = f"top {node.top} contains {', '.join(map(format_site, node.contains))}"
+            return (
+                f"expect {what}" + _of("on", node.relaxed, _id) + _of("citing", node.citing, _text)
+            )
+        case _:
+            return None
+
+
+def _observe(node: ast.Observe) -> str:
+    # `at` before the site is optional; it reads well behind a call, as in `probe(count) at`.
+    what = format_call(node.what) + (" at" if isinstance(node.what, ast.Call) else "")
+    return (
+        f"observe {what} {format_site(node.site)}"
+        + _of("of", node.run, format_ref)
+        + _of("with", node.beside, format_site)
+        + _of("toward", node.toward, _sum)
+        + _of("at", node.at, format_positions)
+        + _of("with", node.other, format_positions)
+        + _optional("top", node.top)
+        + _of("as", node.name, _id)
+    )

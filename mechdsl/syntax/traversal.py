@@ -1,0 +1,102 @@
+"""Functions that walk, measure and rewrite syntax trees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from functools import cache
+from typing import Any, TypeVar
+
+from mechdsl.syntax import ast
+
+NodeT = TypeVar("NodeT", bound=ast.Node)
+
+_BELOW = "_below"
+"""The attribute in which a node stores the nodes below it."""
+
+
+@cache
+def field_names(kind: type[ast.Node]) -> tuple[str, ...]:
+    """The fields of a kind of node that may hold nodes, in the order of the text."""
+    return tuple(f.name for f in fields(kind) if f.name != "span")
+
+
+def walk(node: Any) -> Iterator[ast.Node]:
+    """The node and everything below it, in the order of the text."""
+    if isinstance(node, ast.Node):
+        yield node
+        yield from _below(node)
+    elif isinstance(node, tuple):
+        for item in node:  # pyright: ignore[reportUnknownVariableType]
+            yield from walk(item)
+
+
+def _below(node: ast.Node) -> tuple[ast.Node, ...]:
+    """All nodes below a node. The node stores them, because many checks walk the same trees.
+
+    The node itself is left out: a reference cycle would never be freed while garbage collection is
+    disabled.
+    """
+    stored: tuple[ast.Node, ...] | None = node.__dict__.get(_BELOW)
+    if stored is None:
+        found: list[ast.Node] = []
+        left: list[Any] = [getattr(node, name) for name in reversed(field_names(type(node)))]
+        while left:
+            item = left.pop()
+            if isinstance(item, ast.Node):
+                found.append(item)
+                left.extend([getattr(item, name) for name in reversed(field_names(type(item)))])
+            elif isinstance(item, tuple):
+                left.extend(reversed(item))  # pyright: ignore[reportUnknownArgumentType]
+        stored = node.__dict__[_BELOW] = tuple(found)
+    return stored
+
+
+def number_names(node: Any) -> Iterator[str]:
+    """Names that stand for numbers, of a `for` or a `param`, in sites, positions and members of
+    directions; among them those behind `top n of`, which may be of a `for`."""
+    for part in walk(node):
+        match part:
+            case ast.Bound(name=str(name)) | ast.Variable(name=name):
+                yield name
+            case ast.RankedSelection():  # `of`: of a `for` over experiments
+                yield from (part.amount, part.of) if isinstance(part.amount, str) else (part.of,)
+                yield from (a.value.id for a in part.cell if isinstance(a.value, ast.Name))
+            case ast.Coordinate(value=str(name)) | ast.Axis(window=str(name)):
+                yield name
+            case _:
+                pass
+
+
+def depth(node: ast.Node) -> int:
+    """How many nodes lie within one another at most."""
+    deepest = 0
+    left: list[tuple[Any, int]] = [(node, 0)]
+    while left:
+        item, above = left.pop()
+        if isinstance(item, ast.Node):
+            deepest = max(deepest, above + 1)
+            left.extend((getattr(item, name), above + 1) for name in field_names(type(item)))
+        elif isinstance(item, tuple):
+            left.extend((each, above) for each in item)  # pyright: ignore[reportUnknownVariableType]
+    return deepest
+
+
+def rewrite(node: NodeT, change: Callable[[ast.Node], ast.Node]) -> NodeT:
+    """The tree with `change` applied to every node, from the leaves up."""
+    return _rewritten(node, change)
+
+
+def _rewritten(value: Any, change: Callable[[ast.Node], ast.Node]) -> Any:
+    # No comprehensions: each would take a further frame of a deep tree.
+    if isinstance(value, ast.Node):
+        changed: dict[str, Any] = {}
+        for name in field_names(type(value)):
+            changed[name] = _rewritten(getattr(value, name), change)
+        return change(replace(value, **changed))
+    if isinstance(value, tuple):
+        items: list[Any] = []
+        for item in value:  # pyright: ignore[reportUnknownVariableType]
+            items.append(_rewritten(item, change))
+        return tuple(items)
+    return value

@@ -1,0 +1,1241 @@
+"""From the parser's reductions to the syntax tree, one method per grammar rule.
+
+The grammar has one shape for all lines of `corrupt` blocks that begin with a word. The signature
+of the word says which of its parts are required or allowed; `vocab.corruptions` registers them
+here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from lark import Token, Transformer
+
+from mechdsl.base import limits
+from mechdsl.base.records import close_names
+from mechdsl.base.source import Source, Span
+from mechdsl.diagnostics.core import Diagnostic
+from mechdsl.diagnostics.syntax import (
+    MisspeltWord,
+    NumberTooLarge,
+    ReservedName,
+    TooLarge,
+    UnexpectedToken,
+    WrongVersion,
+)
+from mechdsl.syntax import ast
+from mechdsl.syntax.ast import unescape
+from mechdsl.syntax.words import CHANGE_WORDS, RESERVED
+
+CHANGE_CLAUSES = {"to": "to", "at": "at", "given": "with", "by": "by", "radius": "radius"}
+"""Field of `ast.Change` -> the word in front of it, in the order of the text."""
+
+_CLAUSE_EXAMPLES = {"radius": "such as `radius 8`, in pixels", "by": "such as `by 40`, of 255"}
+
+_VALUE_WORDS: Mapping[type[ast.Node], str] = {
+    ast.Name: "a name",
+    ast.Call: "a name",
+    ast.String: "a text in quotes",
+    ast.Number: "a number",
+    ast.Percent: "a percentage",
+}
+
+_FIRST_TERMINALS: Mapping[type[ast.Node], frozenset[str]] = {
+    ast.Name: frozenset({"NAME"}),
+    ast.Call: frozenset({"NAME"}),
+    ast.String: frozenset({"STRING"}),
+    ast.Number: frozenset({"INT", "FLOAT"}),
+    ast.Percent: frozenset({"PERCENT"}),
+}
+"""The terminals that each kind of value begins with."""
+
+_FOLLOWING_TERMINALS = frozenset(
+    {"$END", "DEF", "CHANGE", "SWAP", "TEMPLATE", "ADD", "REPLACE", "BLUR"}
+)
+"""Behind a complete change."""
+
+
+@dataclass(frozen=True)
+class ChangeSignature:
+    """What stands behind the word of a change.
+
+    values: the kinds of node that it takes, in order; `repeated` lets the last one come again.
+    tokens: a position stands there instead; `either`: or may stand there.
+    needs, may: the clauses behind, by their field of `ast.Change` (`given` is `with`).
+    """
+
+    values: tuple[type[ast.ChangeValue], ...] = ()
+    repeated: bool = False
+    tokens: bool = False
+    either: bool = False
+    needs: tuple[str, ...] = ()
+    may: tuple[str, ...] = ()
+
+    def problem(self, change: ast.ChangeLine) -> Diagnostic | None:
+        """E0101 for the first part that is missing, of another kind or too many."""
+        if self.tokens != (change.tokens is not None) and not (self.either and change.tokens):
+            wrong = change.tokens or change.values[0]
+            expected = (
+                "a position, such as `last token`" if self.tokens else _VALUE_WORDS[self.values[0]]
+            )
+            return _unexpected(wrong.span, expected)
+        kinds = () if change.tokens is not None else self.values
+        if self.repeated:
+            kinds += kinds[-1:] * (len(change.values) - len(kinds))
+        for value, kind in zip(change.values, kinds, strict=False):
+            bare_call = kind is ast.Call and isinstance(value, ast.Name)
+            if not (isinstance(value, kind) or bare_call):
+                return _unexpected(value.span, _VALUE_WORDS[kind])
+        if len(change.values) < len(kinds):
+            return _incomplete(change, "`,`")
+        if len(change.values) > len(kinds):
+            hint = f"write another `{change.word}` for it" if len(kinds) == 1 else "leave it out"
+            return _unexpected(change.values[len(kinds)].span, "the next statement", hint)
+        for clause, word in CHANGE_CLAUSES.items():
+            given = getattr(change, clause)
+            if given is None and clause in self.needs:
+                return _incomplete(change, f"`{word}`", _CLAUSE_EXAMPLES.get(clause, ""))
+            if given is not None and clause not in (*self.needs, *self.may):
+                span = given.span if isinstance(given, ast.Node) else change.span
+                return _unexpected(span, "the next statement")
+        return None
+
+    def accepts(self, before: Sequence[str], grammar: frozenset[str]) -> frozenset[str]:
+        """Of the terminals that the grammar accepts behind these words of a change (its own is the
+        first), those that this change accepts."""
+        commas = before.count(",")
+        if not (self.tokens or self.either) and (len(before) == 1 or before[-1] == ","):
+            return grammar & _FIRST_TERMINALS[self.values[min(commas, len(self.values) - 1)]]
+        if len(before) == 1:
+            return grammar - _FIRST_TERMINALS[ast.Number] - _FIRST_TERMINALS[ast.Percent]
+        missing = [clause for clause in self.needs if CHANGE_CLAUSES[clause] not in before]
+        complete = not missing
+        wanted = {CHANGE_CLAUSES[clause].upper() for clause in (*missing[:1], *self.may)}
+        left = grammar - ({word.upper() for word in CHANGE_CLAUSES.values()} - wanted)
+        if (
+            not (self.tokens or self.either)
+            and before.count("(") == before.count(")")
+            and not (set(before) & set(CHANGE_CLAUSES.values()))
+        ):
+            # Behind a value, where the grammar might still read a position.
+            more = commas + 1 < len(self.values)
+            complete = complete and not more
+            left &= (
+                {"COMMA"}
+                if more
+                else wanted | _FOLLOWING_TERMINALS | ({"COMMA"} if self.repeated else set())
+            )
+            left |= grammar & {"LPAR"} if self.values[-1] is ast.Call else set()
+        return left if complete else left - _FOLLOWING_TERMINALS
+
+
+CHANGE_SIGNATURES: dict[str, ChangeSignature] = {}
+"""By the word that begins the change."""
+
+
+def register_change(word: str, signature: ChangeSignature) -> None:
+    """From now on this word begins a change; it stays free as a name everywhere else."""
+    CHANGE_SIGNATURES[word] = signature
+    CHANGE_WORDS.add(word)
+
+
+def check_change(change: ast.ChangeLine) -> Diagnostic | None:
+    """What is wrong with the parts of a change."""
+    signature = CHANGE_SIGNATURES.get(change.word)
+    return None if signature is None else signature.problem(change)
+
+
+def _unexpected(span: Span, expected: str, hint: str = "") -> Diagnostic:
+    return UnexpectedToken(span=span, found=f"`{span.written}`", expected=expected, hint=hint)
+
+
+def _incomplete(change: ast.ChangeLine, expected: str, hint: str = "") -> Diagnostic:
+    end = Span(change.span.source, change.span.end, change.span.end)
+    found = f"end of the `{change.word}` statement"
+    return UnexpectedToken(span=end, found=found, expected=expected, hint=hint)
+
+
+LANGUAGE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class WordSubstitution:
+    """A word of a text that is parsed as if another one stood there."""
+
+    start: int
+    end: int
+    meant: str
+
+    def put_into(self, text: str) -> str:
+        """The text that is parsed."""
+        return text[: self.start] + self.meant + text[self.end :]
+
+    def written(self, offset: int) -> int:
+        """Where in the text itself lies what was parsed at an offset."""
+        longer = len(self.meant) - (self.end - self.start)
+        return offset if offset <= self.start else max(self.start, offset - longer)
+
+
+@dataclass
+class ParseContext:
+    """Where the text being parsed comes from, and what was found wrong on the way."""
+
+    source: Source
+    base: int = 0
+    """Offset of the parsed text in the source."""
+    reading: WordSubstitution | None = None
+    diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
+    depths: dict[int, int] = field(default_factory=dict[int, int])
+    """Depth of the expressions so far, by identity."""
+    brackets: dict[int, tuple[ast.Node, Span]] = field(
+        default_factory=dict[int, tuple[ast.Node, Span]]
+    )
+    """Expressions in brackets, by identity, and what stands from bracket to bracket: their own
+    span leaves the brackets out, that of what they are a part of doesn't."""
+
+    def offset(self, parsed: int) -> int:
+        """Where in the source lies what was parsed at an offset."""
+        return self.base + (parsed if self.reading is None else self.reading.written(parsed))
+
+
+PARSE_CONTEXT: ContextVar[ParseContext] = ContextVar("mech_parse")
+"""The parser is shared by all callers; what it parses just now is not."""
+
+
+class Clause(NamedTuple):
+    """A part of a statement that has no node of its own."""
+
+    kind: str
+    value: Any
+    span: Span
+
+
+def _ends(item: Any) -> tuple[int, int]:
+    if isinstance(item, Token):
+        context = PARSE_CONTEXT.get()
+        return context.offset(item.start_pos or 0), context.offset(item.end_pos or 0)
+    _, span = PARSE_CONTEXT.get().brackets.get(id(item), (item, item.span))
+    return span.start, span.end
+
+
+def _span(children: Sequence[Any]) -> Span:
+    start, _ = _ends(children[0])
+    _, end = _ends(children[-1])
+    return Span(PARSE_CONTEXT.get().source, start, end)
+
+
+def _report(diagnostic: Diagnostic) -> None:
+    PARSE_CONTEXT.get().diagnostics.append(diagnostic)
+
+
+def _clauses(children: Sequence[Any]) -> dict[str, Any]:
+    return {child.kind: child.value for child in children if isinstance(child, Clause)}
+
+
+def _nodes(children: Sequence[Any]) -> list[Any]:
+    return [child for child in children if isinstance(child, ast.Node)]
+
+
+def _name(token: Token) -> ast.Name:
+    return ast.Name(str(token), span=_span([token]))
+
+
+def _is_name(child: object) -> bool:
+    return isinstance(child, ast.Name) or (isinstance(child, Token) and child.type == "NAME")
+
+
+def _named(child: ast.Name | Token) -> ast.Name:
+    return _name(child) if isinstance(child, Token) else child
+
+
+def _defined(name: ast.Name, rename: str = "") -> ast.Name:
+    """A name that the file gives to something; words of the language are refused."""
+    if name.id in RESERVED:
+        _report(ReservedName(name=name.id, rename=rename, span=name.span))
+    return name
+
+
+def _integer(token: Token) -> int:
+    if len(token) > 308:
+        _report(NumberTooLarge(span=_span([token])))
+        return 0
+    return int(token)
+
+
+def _decimal(token: Token, text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        _report(NumberTooLarge(span=_span([token])))
+        return 0.0
+    return value
+
+
+def _amount(node: ast.Number | ast.Name) -> Any:
+    return node.id if isinstance(node, ast.Name) else node.value
+
+
+def _count(token: Token) -> int | str:
+    return _integer(token) if token.type == "INT" else str(token)
+
+
+def _nested(node: Any, *parts: Any, instead: Any = None) -> Any:
+    """The node, or another where nesting passes the limit (reported once per file)."""
+    context = PARSE_CONTEXT.get()
+    depth = 1 + max((context.depths.get(id(part), 0) for part in parts), default=0)
+    if depth <= limits.DEPTH:
+        context.depths[id(node)] = depth
+        return node
+    if not any(isinstance(d, TooLarge) for d in context.diagnostics):
+        _report(
+            TooLarge(
+                what=f"this expression is nested more than {limits.DEPTH} deep",
+                place="the limit is passed here",
+                hint="name its parts and write it in several lines",
+                span=node.span,
+            )
+        )
+    return ast.Number(0, span=node.span) if instead is None else instead
+
+
+def _clause(kind: str, value: Callable[[list[Any]], Any]) -> Callable[[Any, list[Any]], Clause]:
+    def method(_self: Any, c: list[Any]) -> Clause:
+        return Clause(kind, value(c), _span(c))
+
+    return method
+
+
+def _second(c: list[Any]) -> Any:
+    return c[1]
+
+
+def _second_amount(c: list[Any]) -> Any:
+    return _amount(c[1])
+
+
+def _as_call(node: ast.Call | ast.Name) -> ast.Call:
+    """Where only a call makes sense, a bare name is a call without arguments."""
+    return node if isinstance(node, ast.Call) else ast.Call(node.id, (), span=node.span)
+
+
+def _index(c: Sequence[Any]) -> tuple[int | None, int | None]:
+    """Both ends of `*`, `3`, `2..6`."""
+    first = c[0]
+    if isinstance(first, Token):
+        return None, None
+    return first.value, c[2].value if len(c) == 3 else None
+
+
+def _number_after_sign(c: Sequence[Any]) -> int:
+    """A number behind its sign."""
+    return _integer(c[1]) * (-1 if c[0].type == "MINUS" else 1)
+
+
+def _counted(c: Sequence[Any]) -> int | ast.Variable:
+    """A number, or a name for one with a number behind it."""
+    if c[0].type == "INT":
+        return _integer(c[0])
+    return ast.Variable(str(c[0]), offset=_number_after_sign(c[1:]) if c[1:] else 0, span=_span(c))
+
+
+def _signed(c: Sequence[Any]) -> int | ast.Variable:
+    """A number, or a name for one, behind its sign."""
+    if c[1].type == "NAME":
+        return ast.Variable(str(c[1]), c[0].type == "MINUS", span=_span(c))
+    return _number_after_sign(c)
+
+
+class TreeBuilder(Transformer[Token, Any]):
+    """Called by the parser at each reduction, with every token of the rule kept."""
+
+    # --- whole texts ---------------------------------------------------------------------------
+
+    def start(self, c: list[Any]) -> ast.File:
+        return ast.File(tuple(c), span=_span(c))
+
+    def top_lines(self, c: list[Any]) -> tuple[Any, ...]:
+        return tuple(c)
+
+    data_lines = change_lines = experiment_lines = top_lines
+
+    def placeholder(self, c: list[Any]) -> Clause:
+        return Clause("placeholder", (None, c[0]), _span(c))
+
+    def named_placeholder(self, c: list[Any]) -> Clause:
+        return Clause("placeholder", (_defined(_name(c[0])), c[2]), _span(c))
+
+    # --- top level -----------------------------------------------------------------------------
+
+    def version(self, c: list[Any]) -> ast.Version:
+        number = _integer(c[1])
+        if number != LANGUAGE_VERSION:
+            _report(
+                WrongVersion(
+                    problem=f"version {c[1]} of the language is not known",
+                    place=f"this mechdsl reads version {LANGUAGE_VERSION}",
+                    span=_span([c[1]]),
+                )
+            )
+        return ast.Version(number, span=_span(c))
+
+    def use(self, c: list[Any]) -> ast.Use:
+        return ast.Use(c[1], span=_span(c))
+
+    def param(self, c: list[Any]) -> ast.Param:
+        return ast.Param(_defined(c[1]), c[3], span=_span(c))
+
+    def model_def(self, c: list[Any]) -> ast.ModelDef:
+        return ast.ModelDef(_defined(c[1]), _as_call(c[3]), span=_span(c))
+
+    def data_def(self, c: list[Any]) -> ast.PromptsDef:
+        return ast.PromptsDef(c[0].value, _defined(c[1]), tuple(c[3:-1]), span=_span(c))
+
+    def metric_def(self, c: list[Any]) -> ast.MetricDef:
+        return ast.MetricDef(_defined(c[1]), c[3], span=_span(c))
+
+    def direction_def(self, c: list[Any]) -> ast.DirectionDef:
+        site = next((x for x in c if isinstance(x, ast.Site)), None)
+        at = _clauses(c).get("at")
+        return ast.DirectionDef(_defined(c[1]), c[3], site, at, span=_span(c))
+
+    def basis_def(self, c: list[Any]) -> ast.BasisDef:
+        site = next((x for x in c if isinstance(x, ast.Site)), None)
+        at = _clauses(c).get("at")
+        return ast.BasisDef(_defined(c[1]), _as_call(c[3]), site, at, span=_span(c))
+
+    def group_def(self, c: list[Any]) -> ast.GroupDef:
+        return ast.GroupDef(_defined(c[1]), tuple(_nodes(c[3:])), span=_span(c))
+
+    def seed(self, c: list[Any]) -> ast.Seed:
+        return ast.Seed(_integer(c[1]), span=_span(c))
+
+    def experiment_def(self, c: list[Any]) -> ast.ExperimentDef:
+        return ast.ExperimentDef(c[1], tuple(c[3:-1]), span=_span(c))
+
+    def name(self, c: list[Any]) -> ast.Name:
+        return _name(c[0])
+
+    new_name = name
+
+    def ref(self, c: list[Any]) -> ast.Ref:
+        part = str(c[2]) if len(c) == 3 else None
+        return ast.Ref(str(c[0]), part, span=_span(c))
+
+    def refs(self, c: list[Any]) -> Clause:
+        return Clause("refs", tuple(_nodes(c)), _span(c))
+
+    names = refs
+
+    def integer(self, c: list[Any]) -> ast.Number:
+        return ast.Number(_integer(c[0]), span=_span(c))
+
+    # --- prompts and images --------------------------------------------------------------------
+
+    def domained(self, c: list[Any]) -> ast.DomainDef:
+        return ast.DomainDef((_defined(_name(c[0])),), c[2], span=_span(c))
+
+    def derived(self, c: list[Any]) -> ast.ValueDef:
+        names = tuple(_defined(_name(t)) for t in c[:-2] if t.type == "DEF")
+        return ast.ValueDef(names, c[-1], span=_span(c))
+
+    def template(self, c: list[Any]) -> ast.Template:
+        return ast.Template(c[1], span=_span(c))
+
+    def chat(self, c: list[Any]) -> ast.Chat:
+        return ast.Chat(tuple(_nodes(c)), span=_span(c))
+
+    def turn(self, c: list[Any]) -> ast.ChatTurn:
+        return ast.ChatTurn(str(c[0]), c[1], span=_span(c))
+
+    def rows(self, c: list[Any]) -> ast.RowsLine:
+        return ast.RowsLine(c[1], "distinct" in _clauses(c), span=_span(c))
+
+    distinct = _clause("distinct", lambda _: True)
+
+    def rename(self, c: list[Any]) -> ast.RenameLine:
+        pairs = tuple(child.value for child in c if isinstance(child, Clause))
+        return ast.RenameLine(pairs, span=_span(c))
+
+    def renamed(self, c: list[Any]) -> Clause:
+        return Clause("pair", (_defined(c[0]), c[2]), _span(c))
+
+    def where(self, c: list[Any]) -> ast.WhereLine:
+        return ast.WhereLine(c[1], span=_span(c))
+
+    def split(self, c: list[Any]) -> ast.SplitLine:
+        return ast.SplitLine(c[1], span=_span(c))
+
+    def answer(self, c: list[Any]) -> ast.Text:
+        return ast.Text(_name(c[0]), c[1], span=_span(c))
+
+    wrong = answer
+
+    def text(self, c: list[Any]) -> ast.Text:
+        return ast.Text(_defined(c[1]), c[3], span=_span(c))
+
+    def span_def(self, c: list[Any]) -> ast.SpanDef:
+        within = _clauses(c).get("within")
+        literal = c[3] if isinstance(c[3], ast.String) else None
+        return ast.SpanDef(_defined(c[1]), within, literal, span=_span(c))
+
+    span_within = _clause("within", lambda c: c[0])
+
+    def corrupt(self, c: list[Any]) -> ast.Corrupt:
+        return ast.Corrupt(_defined(c[1]), tuple(c[3:-1]), span=_span(c))
+
+    def image(self, c: list[Any]) -> ast.ImageLine:
+        if len(c) == 3:
+            return ast.ImageLine(source=c[2], span=_span(c))
+        return ast.ImageLine(c[1], span=_span(c))
+
+    def tiles(self, c: list[Any]) -> ast.TilesLine:
+        whole = "whole" in _clauses(c)
+        return ast.TilesLine(_amount(c[1]), _amount(c[3]), whole, span=_span(c))
+
+    and_whole = _clause("whole", lambda c: True)
+
+    def region(self, c: list[Any]) -> ast.RegionLine:
+        return ast.RegionLine(_defined(c[1]), c[3], span=_span(c))
+
+    def classes(self, c: list[Any]) -> ast.ClassesLine:
+        return ast.ClassesLine(c[1], span=_span(c))
+
+    def worded_change(self, c: list[Any]) -> ast.ChangeLine:
+        nodes = _nodes(c)
+        tokens = nodes[0] if isinstance(nodes[0], ast.Positions) else None
+        clauses = _clauses(c)
+        to, at = clauses.get("place", (None, None))
+        change = ast.ChangeLine(
+            str(c[0]),
+            () if tokens is not None else tuple(nodes),
+            tokens,
+            to,
+            at,
+            clauses.get("with"),
+            clauses.get("by"),
+            clauses.get("radius"),
+            span=_span(c),
+        )
+        wrong = check_change(change)
+        if wrong is not None:
+            _report(wrong)
+        return change
+
+    def change_word(self, c: list[Any]) -> Token:
+        return c[0]
+
+    change_place = _clause("place", lambda c: (c[1] if len(c) == 4 else None, c[-1]))
+    change_with = _clause("with", _second)
+    change_by = _clause("by", _second)
+    radius = _clause("radius", _second_amount)
+
+    # --- experiments ---------------------------------------------------------------------------
+
+    def use_model(self, c: list[Any]) -> ast.UseModel:
+        return ast.UseModel(c[1].value, span=_span(c))
+
+    def use_prompts(self, c: list[Any]) -> ast.UsePrompts:
+        said = _clauses(c)
+        return ast.UsePrompts(
+            c[0].value, c[1].value, said.get("limit"), said.get("replies"), span=_span(c)
+        )
+
+    limit = _clause("limit", _second_amount)
+    with_replies = _clause("replies", lambda c: c[-1])
+
+    def from_into(self, c: list[Any]) -> ast.FromInto:
+        return ast.FromInto(c[1].value, c[-1].value, _clauses(c).get("shuffled"), span=_span(c))
+
+    shuffled = _clause("shuffled", lambda c: _name(c[0]))
+
+    def keep(self, c: list[Any]) -> ast.Keep:
+        return ast.Keep(c[1], span=_span(c))
+
+    def for_loop(self, c: list[Any]) -> ast.For:
+        return ast.For(_defined(c[1]), c[3], tuple(c[5:-1]), span=_span(c))
+
+    def against(self, c: list[Any]) -> ast.ControlLine:
+        return ast.ControlLine(_as_call(c[1]), _clauses(c).get("apart", ()), span=_span(c))
+
+    apart_from = _clause("apart", lambda c: tuple(_nodes(c)))
+
+    def generate(self, c: list[Any]) -> ast.Generate:
+        clauses = _clauses(c)
+        return ast.Generate(
+            _amount(c[1]), clauses.get("sampled", ()), clauses.get("stopped", ()), span=_span(c)
+        )
+
+    sampled = _clause("sampled", lambda c: tuple(_nodes(c)))
+    stopped = _clause("stopped", lambda c: tuple(_nodes(c)))
+
+    def setting(self, c: list[Any]) -> ast.GenerationSetting:
+        value = _name(c[1]) if isinstance(c[1], Token) else c[1]
+        return ast.GenerationSetting(_name(c[0]), value, span=_span(c))
+
+    def using(self, c: list[Any]) -> ast.Using:
+        return ast.Using(c[1], _clauses(c).get("verify", ()), span=_span(c))
+
+    verify = _clause("verify", lambda c: tuple(_nodes(c)))
+
+    def pick(self, c: list[Any]) -> ast.Pick:
+        return ast.Pick(str(c[0]), _amount(c[1]), span=_span(c))
+
+    def discover(self, c: list[Any]) -> ast.Discover:
+        clauses = _clauses(c)
+        top, unit = clauses.get("top", (None, None))
+        over = c[3].value
+        return ast.Discover(c[1], over, c[5], clauses.get("until"), top, unit, span=_span(c))
+
+    until = _clause("until", _second)
+    top_units = _clause("top", lambda c: (_count(c[1]), _name(c[2])))
+
+    def search(self, c: list[Any]) -> ast.Search:
+        return ast.Search(_name(c[1]), _name(c[2]), _amount(c[5]), span=_span(c))
+
+    def observe_attention(self, c: list[Any]) -> ast.ObserveAttention:
+        clauses = _clauses(c)
+        children = [each for each in c[1:] if not isinstance(each, Clause)]
+        # Without the run, which stands in the middle, this is an edge like others.
+        seen = self.edge(children)
+        return ast.ObserveAttention(seen, clauses.get("run"), clauses.get("name"), span=_span(c))
+
+    def observe_flow(self, c: list[Any]) -> ast.ObserveAttention:
+        clauses = _clauses(c)
+        queries, keys = (child for child in c if isinstance(child, ast.Positions))
+        edge = ast.Edge(None, (), queries, keys, span=_span(c))
+        run, name = clauses.get("run"), clauses.get("name")
+        return ast.ObserveAttention(edge, run, name, _name(c[1]), span=_span(c))
+
+    of_run = _clause("run", _second)
+    as_name = _clause("name", _second)
+
+    def observe_features(self, c: list[Any]) -> ast.ObserveFeatures:
+        return ast.ObserveFeatures(c[3], c[5], _clauses(c).get("top"), span=_span(c))
+
+    def map_of(self, c: list[Any]) -> ast.MapOf:
+        weight = c[0] if len(c) > 1 else None
+        named = _name(c[-1]) if isinstance(c[-1], Token) else c[-1]
+        return ast.MapOf(*_cells_of(named), weight, span=_span(c))
+
+    def observe_maps(self, c: list[Any]) -> ast.ObserveMaps:
+        maps = tuple(child for child in c if isinstance(child, ast.MapOf))
+        clauses = _clauses(c)
+        region = next((child for child in c[2:] if isinstance(child, ast.Name)), None)
+        others = clauses.get("others", ())
+        share, at, name = (clauses.get(part) for part in ("share", "at", "name"))
+        return ast.ObserveMaps(_name(c[1]), maps, region, others, share, at, name, span=_span(c))
+
+    to_others = _clause("others", lambda c: tuple(_nodes(c)))
+
+    top_share = _clause("share", _second)
+
+    def observe(self, c: list[Any]) -> ast.Observe:
+        site = next(child for child in c if isinstance(child, ast.Site))
+        clauses = _clauses(c)
+        return ast.Observe(
+            _name(c[1]) if isinstance(c[1], Token) else c[1],
+            site,
+            clauses.get("toward"),
+            clauses.get("at"),
+            clauses.get("with"),
+            clauses.get("top"),
+            clauses.get("run"),
+            clauses.get("name"),
+            clauses.get("beside"),
+            span=_span(c),
+        )
+
+    with_site = _clause("beside", _second)
+    toward = _clause("toward", _second)
+    at_positions = _clause("at", _second)
+    with_positions = _clause("with", _second)
+    top = _clause("top", _second_amount)
+
+    def measure(self, c: list[Any]) -> ast.Measure:
+        effect = next(child for child in c[2:] if isinstance(child, ast.Name))
+        clauses = _clauses(c)
+        return ast.Measure(
+            c[1],
+            effect,
+            clauses.get("at"),
+            clauses.get("per"),
+            clauses.get("mean") or clauses.get("area"),
+            "area" in clauses,
+            span=_span(c),
+        )
+
+    measured_at = _clause("at", _second)
+    per = _clause("per", _second)
+
+    def mean_over(self, c: list[Any]) -> Clause:
+        return Clause("area" if c[0].type == "AUC" else "mean", c[2], _span(c))
+
+    def stats(self, c: list[Any]) -> ast.Stats:
+        c = [c[0], *_without_misspelt(c[1:])]
+        clauses = _clauses(c)
+        if len(clauses) < len(c) - 1:
+            again = _repeated(c[1:])
+            _report(
+                UnexpectedToken(
+                    found=f"second `{again.span.text}`",
+                    expected="it once",
+                    hint="a `stats` line says each thing once",
+                    span=again.span,
+                )
+            )
+        return ast.Stats(
+            clauses.get("resampling"),
+            clauses.get("test"),
+            clauses.get("confidence"),
+            clauses.get("correction"),
+            clauses.get("verdicts"),
+            clauses.get("by"),
+            span=_span(c),
+        )
+
+    resampling = _clause("resampling", lambda c: _as_call(c[0]))
+    test = _clause("test", lambda c: _as_call(c[1]))
+    confidence = _clause("confidence", _second)
+    correction = _clause("correction", _second)
+    verdicts = _clause("verdicts", _second)
+    by = _clause("by", _second)
+
+    def report(self, c: list[Any]) -> ast.Report:
+        variable = c[2] if len(c) > 2 and isinstance(c[2], ast.Name) else None
+        clauses = _clauses(c)
+        return ast.Report(
+            _name(c[1]),
+            variable,
+            clauses.get("by"),
+            clauses.get("top"),
+            clauses.get("file"),
+            clauses.get("of"),
+            span=_span(c),
+        )
+
+    def variable_name(self, c: list[Any]) -> ast.Name:
+        return _name(c[0])
+
+    by_variable = _clause("by", _second)
+    of_observation = _clause("of", _second)
+    to_file = _clause("file", _second)
+
+    def expect(self, c: list[Any]) -> ast.Expect:
+        clauses = _clauses(c)
+        condition = None if isinstance(c[1], Clause) else c[1]
+        return ast.Expect(
+            condition,
+            clauses.get("top"),
+            clauses.get("contains", ()),
+            clauses.get("on"),
+            clauses.get("citing"),
+            span=_span(c),
+        )
+
+    contains = _clause("contains", lambda c: tuple(_nodes(c)))
+    relaxed = _clause("on", _second)
+    citing = _clause("citing", _second)
+
+    def run_def(self, c: list[Any]) -> ast.RunDef:
+        return ast.RunDef(_defined(c[1]), tuple(c[3:-1]), span=_span(c))
+
+    def save(self, c: list[Any]) -> ast.Save:
+        clauses = _clauses(c)
+        at = next(child for child in c if isinstance(child, ast.Positions))
+        file = next(child for child in c if isinstance(child, ast.String))
+        return ast.Save(c[1], at, file, clauses.get("run"), clauses.get("dtype"), span=_span(c))
+
+    saved_as = _clause("dtype", _second)
+
+    # --- rules ---------------------------------------------------------------------------------
+
+    def rule(self, c: list[Any]) -> ast.Rule:
+        return ast.Rule(c[0], c[1] if len(c) > 1 else None, span=_span(c))
+
+    def during(self, c: list[Any]) -> ast.During:
+        if isinstance(c[-1], ast.Star | ast.AxisRange):
+            return ast.During("step", steps=c[-1], span=_span(c))
+        if c[1].type == "EACH":
+            return ast.During("each step", span=_span(c))
+        return ast.During("named", str(c[1]), span=_span(c))
+
+    def after(self, c: list[Any]) -> ast.During:
+        return ast.During("after prefill", span=_span(c))
+
+    def patch(self, c: list[Any]) -> ast.Patch:
+        clauses = _clauses(c)
+        return ast.Patch(
+            c[1],
+            c[3],
+            clauses.get("onto"),
+            clauses.get("into"),
+            clauses.get("source"),
+            span=_span(c),
+        )
+
+    onto = _clause("onto", _second)
+    into_layer = _clause("into", lambda c: c[2])
+    with_ref = _clause("source", _second)
+
+    def ablate(self, c: list[Any]) -> ast.Ablate:
+        more = tuple(child for child in c if isinstance(child, ast.Fill))
+        return ast.Ablate(c[1], c[3], c[5], _clauses(c).get("by"), more, span=_span(c))
+
+    def fill(self, c: list[Any]) -> ast.Fill:
+        return ast.Fill(c[0], _clauses(c).get("by"), span=_span(c))
+
+    def replace_tokens(self, c: list[Any]) -> ast.ReplaceTokens:
+        return ast.ReplaceTokens(c[1], c[3], span=_span(c))
+
+    def replace_block(self, c: list[Any]) -> ast.ReplaceBlock:
+        word = c[4] if isinstance(c[4], ast.Name) else None
+        return ast.ReplaceBlock(c[2], word, _clauses(c).get("block"), span=_span(c))
+
+    other_block = _clause("block", lambda c: c[2])
+
+    def block(self, c: list[Any]) -> ast.BlockEdge:
+        return ast.BlockEdge(c[1], span=_span(c))
+
+    def reweight(self, c: list[Any]) -> ast.Reweight:
+        return ast.Reweight(c[1], c[3], span=_span(c))
+
+    def set_edge(self, c: list[Any]) -> ast.SetEdge:
+        return ast.SetEdge(c[1], c[3], span=_span(c))
+
+    def allow(self, c: list[Any]) -> ast.Allow:
+        return ast.Allow(c[1], span=_span(c))
+
+    def renumber(self, c: list[Any]) -> ast.Renumber:
+        return ast.Renumber(c[1], c[3], span=_span(c))
+
+    def set_site(self, c: list[Any]) -> ast.SetSite:
+        return ast.SetSite(c[1], c[3], c[5], span=_span(c))
+
+    def reading(self, c: list[Any]) -> ast.ActivationRead:
+        factor, found = None, _nodes(c)
+        if not isinstance(found[0], ast.Site):
+            factor, *found = found
+        parts = {type(node): node for node in found}
+        return ast.ActivationRead(
+            found[0], parts.get(ast.Positions), parts.get(ast.Ref), factor, span=_span(c)
+        )
+
+    def stepped(self, c: list[Any]) -> ast.StepFraction:
+        *factor, component = _nodes(c)
+        return ast.StepFraction(component, factor[0] if factor else None, span=_span(c))
+
+    def path(self, c: list[Any]) -> ast.PathRule:
+        clauses = _clauses(c)
+        through, frozen = clauses.get("through", ()), "frozen" in clauses
+        return ast.PathRule(c[1], c[3], c[5], through, frozen, span=_span(c))
+
+    through = _clause("through", lambda c: c[1].value)
+    frozen = _clause("frozen", lambda _: True)
+
+    def add(self, c: list[Any]) -> ast.Add:
+        return ast.Add(c[1], c[3], c[5], span=_span(c))
+
+    def scale(self, c: list[Any]) -> ast.Scale:
+        return ast.Scale(c[1], c[3], c[5], span=_span(c))
+
+    def project_out(self, c: list[Any]) -> ast.ProjectOut:
+        site, at = (c[4], c[6]) if len(c) > 5 else (None, None)
+        return ast.ProjectOut(c[2], site, at, span=_span(c))
+
+    def clamp(self, c: list[Any]) -> ast.Clamp:
+        direction = c[1] if len(c) > 6 else None
+        return ast.Clamp(c[-5], c[-3], c[-1], direction, span=_span(c))
+
+    def member(self, c: list[Any]) -> ast.Index:
+        return ast.Index(c[0].id, c[2], span=_span(c))
+
+    def coordinate(self, c: list[Any]) -> ast.Coordinate:
+        value = str(c[1]) if isinstance(c[1], Token) else c[1].value
+        return ast.Coordinate(str(c[0]), value, span=_span(c))
+
+    def coordinates(self, c: list[Any]) -> ast.Coordinates:
+        return ast.Coordinates(tuple(_nodes(c)), span=_span(c))
+
+    def swap_sites(self, c: list[Any]) -> ast.SwapSites:
+        return ast.SwapSites(c[1], c[3], c[5], span=_span(c))
+
+    def freeze(self, c: list[Any]) -> ast.Freeze:
+        return ast.Freeze(c[1], c[3], span=_span(c))
+
+    def registered(self, c: list[Any]) -> ast.RegisteredRule:
+        before, value = _clauses(c).get("amount", ("", None))
+        return ast.RegisteredRule(_name(c[0]), c[1], c[3], before, value, span=_span(c))
+
+    to_amount = _clause("amount", lambda c: (str(c[0]), c[1]))
+    by_amount = to_amount
+
+    def edge(self, c: list[Any]) -> ast.Edge:
+        stack = c[1] if isinstance(c[1], ast.Name) else None
+        axes = tuple(child for child in c if isinstance(child, ast.Axis))
+        heads = next((child for child in c if isinstance(child, ast.Site)), None)
+        return ast.Edge(stack, axes, c[-3], c[-1], heads, span=_span(c))
+
+    # --- sites ---------------------------------------------------------------------------------
+
+    def site(self, c: list[Any]) -> ast.Site:
+        return ast.Site(
+            tuple(map(_named, filter(_is_name, c))),
+            tuple(child for child in c if isinstance(child, ast.Axis)),
+            next((child for child in c if isinstance(child, ast.ShortSite)), None),
+            next((child for child in c if isinstance(child, ast.RankedSelection)), None),
+            _clauses(c).get("basis"),
+            span=_span(c),
+        )
+
+    flat_site = flat_axes = edge_heads = heads_of = site
+    basis = _clause("basis", lambda c: c[2].id)
+
+    def axis(self, c: list[Any]) -> ast.Axis:
+        values = tuple(child for child in c if isinstance(child, (ast.Star, ast.AxisRange)))
+        return _axis(c[0], values, _span(c), window=_clauses(c).get("window"))
+
+    window = _clause("window", _second_amount)
+    flat_axis = axis
+
+    def features(self, c: list[Any]) -> ast.Axis:
+        values = tuple(child for child in c if isinstance(child, (ast.Star, ast.AxisRange)))
+        return _axis(c[0], values, _span(c), of=c[-1].id)
+
+    flat_features = features
+
+    def axis_word(self, c: list[Any]) -> Token:
+        return c[0]
+
+    feature_word = axis_word
+
+    def axis_range(self, c: list[Any]) -> ast.AxisRange:
+        return ast.AxisRange(c[0], c[2] if len(c) == 3 else None, span=_span(c))
+
+    def bound(self, c: list[Any]) -> ast.Bound:
+        last = c[-1]
+        if last.type == "PERCENT":
+            return ast.Bound(percent=_decimal(last, last[:-1]), span=_span(c))
+        if last.type == "NAME":
+            return ast.Bound(name=str(last), span=_span(c))
+        number = _integer(last) * (-1 if len(c) > 1 and c[-2].type == "MINUS" else 1)
+        if c[0].type == "NAME":
+            return ast.Bound(name=str(c[0]), offset=number, span=_span(c))
+        return ast.Bound(number, span=_span(c))
+
+    def star(self, c: list[Any]) -> ast.Star:
+        return ast.Star(span=_span(c))
+
+    def short(self, c: list[Any]) -> ast.ShortSite:
+        site, _, component = str(c[0]).partition(".")
+        unit = "H" if "H" in site else "N" if "N" in site else None
+        layer, _, index = site[1:].partition(unit or "H")
+        return ast.ShortSite(
+            _short_number(layer, c[0]),
+            unit,
+            _short_number(index, c[0]) if unit else None,
+            component or None,
+            span=_span(c),
+        )
+
+    def top_ranked(self, c: list[Any]) -> ast.RankedSelection:
+        amount = c[1] if isinstance(c[1], ast.Percent) else _amount(c[1])
+        return ast.RankedSelection("top", amount, *_cells_of(c[3]), span=_span(c))
+
+    def best(self, c: list[Any]) -> ast.RankedSelection:
+        return ast.RankedSelection("best", None, *_cells_of(c[2]), span=_span(c))
+
+    # --- positions -----------------------------------------------------------------------------
+
+    def positions(self, c: list[Any]) -> ast.Positions:
+        items: list[ast.Position] = []
+        for child in c:
+            if isinstance(child, ast.Position):
+                items.append(child)
+            elif isinstance(child, Clause):
+                items.append(_further_token(items[-1], child))
+        return ast.Positions(tuple(items), span=_span(c))
+
+    def position(self, c: list[Any]) -> ast.Position:
+        clauses = _clauses(c)
+        return ast.Position(c[0], clauses.get("align"), "and" in clauses, span=_span(c))
+
+    align = _clause("align", lambda c: c[1].id)
+    and_answer = _clause("and", lambda c: True)
+    bare_index = _clause("index", lambda c: _index(c))
+
+    def between(self, c: list[Any]) -> ast.Between:
+        return ast.Between(c[0].type == "EACH", c[-3], c[-1], span=_span(c))
+
+    def except_(self, c: list[Any]) -> ast.Except:
+        node = ast.Except(c[0].type == "EACH", c[-1], span=_span(c))
+        return _nested(node, c[-1], instead=c[-1])
+
+    def point(self, c: list[Any]) -> ast.Point:
+        return ast.Point(c[0], _clauses(c).get("offset", 0), span=_span(c))
+
+    offset = _clause("offset", lambda c: _signed(c))
+
+    def token_index(self, c: list[Any]) -> ast.TokenIndex:
+        low, high = (c[1], None) if isinstance(c[1], ast.Variable) else _index(c[1:])
+        return ast.TokenIndex(c[0].type == "TOKENS", low, high, span=_span(c))
+
+    def counter(self, c: list[Any]) -> ast.Variable:
+        return ast.Variable(str(c[-1]), len(c) == 2, span=_span(c))
+
+    signed = _clause("signed", lambda c: _integer(c[-1]) * (-1 if len(c) == 2 else 1))
+
+    def span_tokens(self, c: list[Any]) -> ast.SpanTokens:
+        word = next(x for x in reversed(c) if isinstance(x, Token))
+        of = next(x for x in c if isinstance(x, ast.SpanRef))
+        if of.name == "at":
+            of = _without_at(of, _span(c))
+        numbers = _clauses(c).get("numbers", (None, None))
+        each = isinstance(c[0], Token) and c[0].type == "EACH"
+        return ast.SpanTokens(of, word.type == "TOKENS", each, *numbers, span=_span(c))
+
+    numbered = _clause(
+        "numbers", lambda c: (_integer(c[0]), _integer(c[2]) if len(c) == 3 else None)
+    )
+
+    def each_step(self, c: list[Any]) -> ast.EachStep:
+        return ast.EachStep(span=_span(c))
+
+    def each_token_of(self, c: list[Any]) -> ast.EachTokenOf:
+        return ast.EachTokenOf(c[3], span=_span(c))
+
+    def edge_token(self, c: list[Any]) -> ast.EdgeToken:
+        return ast.EdgeToken(c[0].value, c[3] if len(c) == 4 else None, span=_span(c))
+
+    def ranked_tokens(self, c: list[Any]) -> ast.RankedTokens:
+        return ast.RankedTokens(c[0], c[1].type == "TOKENS", span=_span(c))
+
+    def joined(self, c: list[Any]) -> ast.PositionUnion:
+        return ast.PositionUnion(c[1], span=_span(c))
+
+    def span(self, c: list[Any]) -> ast.SpanRef:
+        facts: dict[str, Any] = dict(c[0].value)
+        return ast.SpanRef(**facts, of=_clauses(c).get("of"), span=_span(c))
+
+    span_name = _clause(
+        "span", lambda c: {"name": str(c[0]), "occurrence": c[1] if len(c) == 2 else None}
+    )
+
+    def further_span(self, c: list[Any]) -> ast.SpanRef:
+        counted = c[1:4]
+        variable = ast.Variable(str(c[1]), offset=_number_after_sign(c[2:4]), span=_span(counted))
+        occurrence = ast.Occurrence(variable, span=variable.span)
+        of = _clauses(c).get("of")
+        return ast.SpanRef(str(c[0]), occurrence=occurrence, of=of, span=_span(c))
+
+    def edge_span(self, c: list[Any]) -> Clause:
+        edge, _, name = str(c[0]).partition("-")
+        return Clause("span", {"edge": edge, "name": name}, _span(c))
+
+    span_text = _clause("span", lambda c: {"literal": c[0].value})
+    span_of = _clause("of", lambda c: str(c[1]))
+
+    def occurrence(self, c: list[Any]) -> ast.Occurrence:
+        if c[0].type == "STAR":
+            return ast.Occurrence(None, span=_span(c))
+        if c[0].type == "NAME":
+            return ast.Occurrence(ast.Variable(str(c[0]), span=_span(c)), span=_span(c))
+        high = _integer(c[2]) if len(c) == 3 else None
+        return ast.Occurrence(_integer(c[0]), high, span=_span(c))
+
+    def patches_span(self, c: list[Any]) -> ast.SpanRef:
+        return ast.SpanRef(str(c[0]), row=c[2], col=c[4], span=_span(c))
+
+    def patches(self, c: list[Any]) -> ast.Occurrence:
+        numbers = [each.value for each in c if isinstance(each, Clause)]
+        low, high = (*numbers, None, None)[:2]
+        return ast.Occurrence(low, high, span=_span(c))
+
+    patch_number = _clause("number", lambda c: _counted(c))
+
+    # --- expressions ---------------------------------------------------------------------------
+
+    def domain(self, c: list[Any]) -> ast.Domain:
+        return ast.Domain(c[0], _clauses(c).get("step"), span=_span(c))
+
+    step = _clause("step", _second)
+
+    def call(self, c: list[Any]) -> Any:
+        arguments = tuple(_nodes(c))
+        return _nested(ast.Call(str(c[0]), arguments, span=_span(c)), *arguments)
+
+    def argument(self, c: list[Any]) -> ast.Argument:
+        name = str(c[0]) if len(c) == 3 else None
+        value = c[-1]
+        if isinstance(value, ast.RankedSelection):
+            value = ast.Site(ranked=value, span=value.span)
+        node = ast.Argument(name, value, span=_span(c))
+        depths = PARSE_CONTEXT.get().depths
+        depths[id(node)] = depths.get(id(value), 0)
+        return node
+
+    control = call
+
+    def word(self, c: list[Any]) -> ast.Argument:
+        return ast.Argument(None, ast.Name(str(c[0]), span=_span(c)), span=_span(c))
+
+    def quantity(self, c: list[Any]) -> ast.Quantity:
+        of = _clauses(c).get("of")
+        return ast.Quantity(c[0].value, str(c[1]), of, span=_span(c))
+
+    quantity_of = _clause("of", lambda c: str(c[1]))
+
+    def edge_token_of(self, c: list[Any]) -> ast.EdgeTokenOf:
+        return _nested(ast.EdgeTokenOf(c[0].value, c[3], span=_span(c)), c[3])
+
+    def end(self, c: list[Any]) -> ast.Name:
+        return _name(c[0])
+
+    def class_output(self, c: list[Any]) -> ast.ClassOutput:
+        return _nested(ast.ClassOutput(c[1], span=_span(c)), c[1])
+
+    def range(self, c: list[Any]) -> ast.Range:
+        return _nested(ast.Range(c[0], c[2], span=_span(c)), c[0], c[2])
+
+    def conditional(self, c: list[Any]) -> Any:
+        return _nested(ast.Conditional(c[1], c[3], c[5], span=_span(c)), c[1], c[3], c[5])
+
+    def disjunction(self, c: list[Any]) -> Any:
+        return _nested(ast.Logical("or", c[0], c[2], span=_span(c)), c[0], c[2])
+
+    def conjunction(self, c: list[Any]) -> Any:
+        return _nested(ast.Logical("and", c[0], c[2], span=_span(c)), c[0], c[2])
+
+    def negation(self, c: list[Any]) -> Any:
+        return _nested(ast.Not(c[1], span=_span(c)), c[1])
+
+    def compare(self, c: list[Any]) -> Any:
+        return _nested(ast.Compare(c[1].value, c[0], c[2], span=_span(c)), c[0], c[2])
+
+    def in_range(self, c: list[Any]) -> Any:
+        return _nested(ast.InRange(c[0], c[2], span=_span(c)), c[0], c[2])
+
+    def near(self, c: list[Any]) -> Any:
+        return _nested(ast.Near(c[0], c[2], c[4], span=_span(c)), c[0], c[2], c[4])
+
+    def addition(self, c: list[Any]) -> Any:
+        return _nested(ast.Binary(c[1].value, c[0], c[2], span=_span(c)), c[0], c[2])
+
+    multiplication = addition
+
+    def negative(self, c: list[Any]) -> Any:
+        return _nested(ast.Negative(c[1], span=_span(c)), c[1])
+
+    def variable(self, c: list[Any]) -> ast.Name:
+        return _defined(_name(c[0]), "; `rename { … }` gives a column of data another name")
+
+    def of_ref(self, c: list[Any]) -> ast.QualifiedRef:
+        return ast.QualifiedRef(str(c[0]), c[2], span=_span(c))
+
+    def of_experiment(self, c: list[Any]) -> ast.ExperimentMeasure:
+        measure = ast.QualifiedRef(str(c[0]), c[2], span=_span(c[:3]))
+        return ast.ExperimentMeasure(measure, c[4], span=_span(c))
+
+    def attribute(self, c: list[Any]) -> ast.Attribute:
+        return ast.Attribute(str(c[0]), str(c[2]), span=_span(c))
+
+    def index(self, c: list[Any]) -> Any:
+        return _nested(ast.Index(str(c[0]), c[2], span=_span(c)), c[2])
+
+    def list_of(self, c: list[Any]) -> Any:
+        items = tuple(_nodes(c))
+        return _nested(ast.ListLiteral(items, span=_span(c)), *items)
+
+    def parenthesised(self, c: list[Any]) -> Any:
+        PARSE_CONTEXT.get().brackets[id(c[1])] = c[1], _span(c)
+        return c[1]
+
+    def float(self, c: list[Any]) -> ast.Number:
+        return ast.Number(_decimal(c[0], c[0]), span=_span(c))
+
+    def percent(self, c: list[Any]) -> ast.Percent:
+        return ast.Percent(_decimal(c[0], c[0][:-1]), span=_span(c))
+
+    def string(self, c: list[Any]) -> ast.String:
+        return ast.String(unescape(c[0][1:-1]), span=_span(c))
+
+
+def _axis(
+    word: Token,
+    values: tuple[ast.Star | ast.AxisRange, ...],
+    span: Span,
+    *,
+    window: int | str | None = None,
+    of: str | None = None,
+) -> ast.Axis:
+    plural = word.endswith("s")
+    singular: Any = word[:-1] if plural else str(word)
+    return ast.Axis(singular, plural, values, window, of, span=span)
+
+
+def _cells_of(node: ast.Call | ast.Name) -> tuple[str, tuple[ast.Argument, ...]]:
+    """An experiment, and which of its cells are meant."""
+    return (node.id, ()) if isinstance(node, ast.Name) else (node.name, node.arguments)
+
+
+def _without_at(of: ast.SpanRef, whole: Span) -> ast.SpanRef:
+    """`image` in `replace at image tokens`: no span is called `at`, which was written as before the
+    positions of a site."""
+    place = Span(whole.source, of.span.start, of.span.start + len("at"))
+    hint = f"leave it out: `{Span(whole.source, place.end, whole.end).written}`"
+    _report(UnexpectedToken(found="`at`", expected="a position", hint=hint, span=place))
+    named = None if of.occurrence is None else of.occurrence.low
+    return replace(of, name=named.name, occurrence=None) if isinstance(named, ast.Variable) else of
+
+
+def _further_token(before: ast.Position, index: Clause) -> ast.Position:
+    """`3` in `token 0, 3`: what it is follows from the item before it."""
+    body = before.body
+    base = body.base if isinstance(body, ast.Point) else None
+    if not isinstance(base, ast.TokenIndex):
+        _report(
+            UnexpectedToken(
+                found=f"`{index.span.text}`",
+                expected="a position",
+                hint=f"write `token {index.span.text}`",
+                span=index.span,
+            )
+        )
+    plural = isinstance(base, ast.TokenIndex) and base.plural
+    token = ast.TokenIndex(plural, *index.value, span=index.span)
+    return ast.Position(ast.Point(token, span=index.span), span=index.span)
+
+
+def _short_number(digits: str, token: Token) -> int:
+    if len(digits) > 308:
+        _report(NumberTooLarge(span=_span([token])))
+        return 0
+    return int(digits)
+
+
+def _without_misspelt(clauses: Sequence[Clause]) -> list[Clause]:
+    """The clauses of a `stats` line but `corect holm`, which reads as two ways of resampling; E0102
+    for the first of the two words."""
+    kept: list[Clause] = []
+    following = iter(clauses)
+    for clause in following:
+        word = clause.value.name if clause.kind == "resampling" else ""
+        meant = close_names(word, ("test", "confidence", "correct", "verdicts", "by"))
+        if clause.span.text != word or not meant:
+            kept.append(clause)
+            continue
+        _report(MisspeltWord(word=word, meant=meant[0], span=clause.span))
+        kept += (each for each in (next(following, None),) if each and each.kind != clause.kind)
+    return kept
+
+
+def _repeated(clauses: Sequence[Clause]) -> Clause:
+    """The first clause that says again what another one said."""
+    seen: set[str] = set()
+    for clause in clauses:
+        if clause.kind in seen:
+            return clause
+        seen.add(clause.kind)
+    raise AssertionError("no clause is repeated")
