@@ -27,7 +27,7 @@ from benchmarks.data import SWEEPS, make, named
 from benchmarks.tools.mechdsl import Mechdsl
 from benchmarks.work import Work
 from mechdsl.execute.cache import PanelCache, RunCache
-from mechdsl.execute.run.panel import Execution, PanelRunner, PreparedPanel, execute
+from mechdsl.execute.run.panel import Execution, PanelRunner, execute
 from mechdsl.pipeline.computation import open_value_cache
 from mechdsl.pipeline.options import RunOptions
 from mechdsl.planner.passes import make_plan
@@ -38,8 +38,7 @@ from mechdsl.store.store import Store
 SHARE, SECONDS = 0.02, 0.05
 """What it may cost."""
 CALLS = (
-    (PreparedPanel, ("_unmeasured", "_look_up", "_due")),
-    (PanelRunner, ("_own", "_keep_pass")),
+    (PanelRunner, ("_unmeasured", "_look_up", "_due", "_own", "_keep_pass")),
     (PanelCache, ("of", "own_unpatched", "measured", "flush")),
     (RunCache, ("settle",)),
     (Store, ("__init__", "begin", "close")),

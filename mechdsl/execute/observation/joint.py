@@ -146,6 +146,161 @@ class VectorGatherer:
         images = table.cut_from
         return group_keys(found, [images[row] for row in prompts.tolist()]) if images else found
 
+    def cells(self) -> Iterator[tuple[int, Ints, RowVectors]]:
+        """(cell, its columns among the kept rows, their vectors), of cells that have any."""
+        rule = self.rule
+        key_of_cell = np.zeros_like(rule.position_of_cell)
+        key_of_cell = key_of_cell if rule.key_of_cell is None else rule.key_of_cell
+        places = np.stack([rule.position_of_cell, key_of_cell])
+        for place, key in np.unique(places, axis=1).T.tolist():
+            spots = [rule.positions[place], *self.others[key : key + 1]]
+            runs = [self.runs.named(self.plan.experiment.spec.base)] * len(spots)
+            if rule.rule.does.reads == "run":
+                spots.append(rule.sources[place])
+                runs.append(self.runs.named(rule.rule.run))
+            own = np.flatnonzero((places[0] == place) & (places[1] == key)).tolist()
+            own = [cell for cell in own if cell not in self.known]
+            there = [all(spot.hits[row] for spot in spots) for row in self.kept.tolist()]
+            columns = np.flatnonzero(there)
+            if not len(columns) or not own:
+                continue
+            keys = self.keys(spots, self.kept[columns], runs, self.runs.table)
+            for some in self.fitting(own, len(columns) * len(spots)):
+                wanted = list(dict.fromkeys(each for cell in some for each in self.needs(cell)))
+                found = [
+                    self._gathered(wanted, spot, run, columns)
+                    for spot, run in zip(spots, runs, strict=True)
+                ]
+                training = self._training(wanted, place)
+                for cell in some:
+                    seen = self._seen(cell, found, columns, keys, spots)
+                    yield cell, columns, replace(seen, training=training.get(self.sites[cell]))
+
+    def rollouts(self) -> Iterator[tuple[int, Ints, Floats]]:
+        """(cell, its columns among the kept rows, [column] what its queries have of its keys)."""
+        rule, run = self.rule, self.runs.named(self.plan.experiment.spec.base)
+        assert rule.key_of_cell is not None
+        cells = [cell for cell in range(self.plan.n_cells) if cell not in self.known]
+        spots = [
+            (rule.positions[rule.position_of_cell[cell]], self.others[rule.key_of_cell[cell]])
+            for cell in cells
+        ]
+        if not cells:
+            return
+        values = np.full((len(cells), len(self.kept)), np.nan)
+        (points,) = set(self.sites)
+        lanes_of = partial(self.runs.reader, run)
+        for row, mixed in compute_rollouts(
+            self.runs.model_of(run), run, points, self.kept, lanes_of
+        ):
+            column = int(np.searchsorted(self.kept, row))
+            for number, (queries, keys) in enumerate(spots):
+                if queries.hits[row] and keys.hits[row]:
+                    own = [[t for each in spot.hits[row] for t in each] for spot in (queries, keys)]
+                    values[number, column] = average_rollout(mixed, *own)
+        for cell, found in zip(cells, values, strict=True):
+            there = np.flatnonzero(np.isfinite(found))
+            if len(there):
+                yield cell, there, found[there]
+
+    def _training(
+        self, wanted: Sequence[SiteCombination], place: int
+    ) -> dict[SiteCombination, TrainingVectors]:
+        """Of the rows that it is fitted on at a position, where these are others."""
+        own = self.does.trained_on
+        if own is None:
+            return {}
+        spot, table, run = own.cells[place], own.table, own.run
+        rows = np.flatnonzero([bool(hits) for hits in spot.hits])
+        model = self.runs.model_of(run)
+
+        def lanes_of(points: Sequence[SitePoint]) -> BatchReader:
+            return build_reader(model, table, run, points, seed=self.runs.seed, side=self.runs.side)
+
+        found = self._read(wanted, spot, run, rows, lanes_of)
+        keys = self.keys([spot], rows, [run], table)
+        return {
+            each: TrainingVectors(of.astype(np.float64), rows, keys) for each, of in found.items()
+        }
+
+    def _seen(
+        self,
+        cell: int,
+        found: Sequence[Mapping[SiteCombination, Float32s]],
+        columns: Ints,
+        keys: Sequence[bytes],
+        spots: Sequence[PositionCell],
+    ) -> RowVectors:
+        """found: per position, the vectors of joined sites."""
+        own, beside = self.sites[cell], self.beside[cell]
+        other = found[0][beside] if beside else found[1][own] if len(found) > 1 else None
+        rows = self.kept[columns]
+        if beside or self.rule.rule.does.reads == "run":  # of a token with what it is elsewhere
+            pairs = [(1, 0)] * len(rows)
+        else:
+            pairs = [_pair_sites(*(spot.hits[row] for spot in spots)) for row in rows.tolist()]
+        return RowVectors(
+            found[0][own].astype(np.float64),
+            rows,
+            keys,
+            float(torch.finfo(self.runs.model.dtype).eps),
+            None if other is None else other.astype(np.float64),
+            None,
+            self._number(cell),
+            np.array(pairs, dtype=np.float64),
+        )
+
+    def _number(self, cell: int) -> int:
+        """Which of several values of what it observes is asked for, from 1; 0 where it has one."""
+        names = [axis.name for axis in self.plan.experiment.axes]
+        axis = self.does.counts
+        return int(self.plan.coordinates[names.index(axis)][cell]) + 1 if axis in names else 0
+
+    def _gathered(
+        self,
+        combinations: Sequence[SiteCombination],
+        position: PositionCell,
+        run: PromptRun,
+        columns: Ints,
+    ) -> dict[SiteCombination, Float32s]:
+        """[column, width] of each."""
+        lanes_of = partial(self.runs.reader, run)
+        return self._read(combinations, position, run, self.kept[columns], lanes_of)
+
+    def _read(
+        self,
+        combinations: Sequence[SiteCombination],
+        position: PositionCell,
+        run: PromptRun,
+        prompts: Ints,
+        lanes_of: Callable[[Sequence[SitePoint]], BatchReader],
+    ) -> dict[SiteCombination, Float32s]:
+        """[prompt, width] of each: the mean over the tokens of the position and draws of noise, or,
+        where the observation is of directions, the sum of the unit vectors."""
+        points = list_distinct_points(combinations)
+        model = self.runs.model_of(run)
+        sums = [np.zeros((len(prompts), self.width(point))) for point in points]
+        counts, lanes = np.zeros(len(prompts)), lanes_of(points)
+        batches = split_prompts(model, run, points, prompts)
+        for read in read_vectors(lanes, points, [position], batches):
+            row = np.searchsorted(prompts, read.prompts)
+            vectors = read.vectors.double().cpu().numpy()
+            if self.does.of_directions:
+                vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+            np.add.at(sums[read.point], row, vectors)
+            if read.point == 0:
+                np.add.at(counts, row, 1)
+                if run.derived is not None and len(batches) > 1:  # what it is made of
+                    self.runs.forget()
+        over = np.ones_like(counts) if self.does.of_directions else counts
+        means = {
+            point: (total / over[:, None]).astype(np.float32)
+            for point, total in zip(points, sums, strict=True)
+        }
+        return {
+            each: np.concatenate([means[point] for point in each], axis=1) for each in combinations
+        }
+
 
 def list_distinct_points(combinations: Sequence[SiteCombination]) -> list[SitePoint]:
     """Each once."""
@@ -380,7 +535,7 @@ def observe_jointly(
         for values, each in zip(looked, own, strict=True):
             values[cell, there] = each
     exists = plan.exists
-    gatherer = _CellGatherer(plan, *observed, runs, measured.kept, known.keys())
+    gatherer = VectorGatherer(plan, *observed, runs, measured.kept, known.keys())
     for cell, there, make in _iter_cells(gatherer, measured):
         if not exists[cell]:
             continue
@@ -399,7 +554,7 @@ def observe_jointly(
 
 
 def _iter_cells(
-    gatherer: _CellGatherer, measured: MeasuredValues
+    gatherer: VectorGatherer, measured: MeasuredValues
 ) -> Iterator[tuple[int, Ints, CellComputation]]:
     """(cell, its columns, what gives the values of each measure of what is observed)."""
     does, seed = gatherer.does, gatherer.plan.experiment.seed
@@ -432,7 +587,7 @@ def _iter_cells(
 
 
 def _iter_weight_cells(
-    gatherer: _CellGatherer,
+    gatherer: VectorGatherer,
     does: WeightObservation,
     measures: Sequence[ResolvedMeasure],
     measured: MeasuredValues,
@@ -465,7 +620,7 @@ def _iter_weight_cells(
 
 
 def _iter_map_cells(
-    gatherer: _CellGatherer, does: MapObservation, measures: Sequence[ResolvedMeasure]
+    gatherer: VectorGatherer, does: MapObservation, measures: Sequence[ResolvedMeasure]
 ) -> Iterator[tuple[int, Ints, CellComputation]]:
     """The same of maps that other experiments made; rows without a map or a region aren't in it."""
     assert does.scores is not None
@@ -502,165 +657,6 @@ def _mark_gap(
     for number, measure in enumerate(plan.experiment.measures):
         if measure.observed:
             measured.gaps[number, cell] = CellGap(reason, first, len(there))
-
-
-class _CellGatherer(VectorGatherer):
-    """Gathers the vectors of an experiment's cells, as many at a time as there is room for."""
-
-    def cells(self) -> Iterator[tuple[int, Ints, RowVectors]]:
-        """(cell, its columns among the kept rows, their vectors), of cells that have any."""
-        rule = self.rule
-        key_of_cell = np.zeros_like(rule.position_of_cell)
-        key_of_cell = key_of_cell if rule.key_of_cell is None else rule.key_of_cell
-        places = np.stack([rule.position_of_cell, key_of_cell])
-        for place, key in np.unique(places, axis=1).T.tolist():
-            spots = [rule.positions[place], *self.others[key : key + 1]]
-            runs = [self.runs.named(self.plan.experiment.spec.base)] * len(spots)
-            if rule.rule.does.reads == "run":
-                spots.append(rule.sources[place])
-                runs.append(self.runs.named(rule.rule.run))
-            own = np.flatnonzero((places[0] == place) & (places[1] == key)).tolist()
-            own = [cell for cell in own if cell not in self.known]
-            there = [all(spot.hits[row] for spot in spots) for row in self.kept.tolist()]
-            columns = np.flatnonzero(there)
-            if not len(columns) or not own:
-                continue
-            keys = self.keys(spots, self.kept[columns], runs, self.runs.table)
-            for some in self.fitting(own, len(columns) * len(spots)):
-                wanted = list(dict.fromkeys(each for cell in some for each in self.needs(cell)))
-                found = [
-                    self._gathered(wanted, spot, run, columns)
-                    for spot, run in zip(spots, runs, strict=True)
-                ]
-                training = self._training(wanted, place)
-                for cell in some:
-                    seen = self._seen(cell, found, columns, keys, spots)
-                    yield cell, columns, replace(seen, training=training.get(self.sites[cell]))
-
-    def rollouts(self) -> Iterator[tuple[int, Ints, Floats]]:
-        """(cell, its columns among the kept rows, [column] what its queries have of its keys)."""
-        rule, run = self.rule, self.runs.named(self.plan.experiment.spec.base)
-        assert rule.key_of_cell is not None
-        cells = [cell for cell in range(self.plan.n_cells) if cell not in self.known]
-        spots = [
-            (rule.positions[rule.position_of_cell[cell]], self.others[rule.key_of_cell[cell]])
-            for cell in cells
-        ]
-        if not cells:
-            return
-        values = np.full((len(cells), len(self.kept)), np.nan)
-        (points,) = set(self.sites)
-        lanes_of = partial(self.runs.reader, run)
-        for row, mixed in compute_rollouts(
-            self.runs.model_of(run), run, points, self.kept, lanes_of
-        ):
-            column = int(np.searchsorted(self.kept, row))
-            for number, (queries, keys) in enumerate(spots):
-                if queries.hits[row] and keys.hits[row]:
-                    own = [[t for each in spot.hits[row] for t in each] for spot in (queries, keys)]
-                    values[number, column] = average_rollout(mixed, *own)
-        for cell, found in zip(cells, values, strict=True):
-            there = np.flatnonzero(np.isfinite(found))
-            if len(there):
-                yield cell, there, found[there]
-
-    def _training(
-        self, wanted: Sequence[SiteCombination], place: int
-    ) -> dict[SiteCombination, TrainingVectors]:
-        """Of the rows that it is fitted on at a position, where these are others."""
-        own = self.does.trained_on
-        if own is None:
-            return {}
-        spot, table, run = own.cells[place], own.table, own.run
-        rows = np.flatnonzero([bool(hits) for hits in spot.hits])
-        model = self.runs.model_of(run)
-
-        def lanes_of(points: Sequence[SitePoint]) -> BatchReader:
-            return build_reader(model, table, run, points, seed=self.runs.seed, side=self.runs.side)
-
-        found = self._read(wanted, spot, run, rows, lanes_of)
-        keys = self.keys([spot], rows, [run], table)
-        return {
-            each: TrainingVectors(of.astype(np.float64), rows, keys) for each, of in found.items()
-        }
-
-    def _seen(
-        self,
-        cell: int,
-        found: Sequence[Mapping[SiteCombination, Float32s]],
-        columns: Ints,
-        keys: Sequence[bytes],
-        spots: Sequence[PositionCell],
-    ) -> RowVectors:
-        """found: per position, the vectors of joined sites."""
-        own, beside = self.sites[cell], self.beside[cell]
-        other = found[0][beside] if beside else found[1][own] if len(found) > 1 else None
-        rows = self.kept[columns]
-        if beside or self.rule.rule.does.reads == "run":  # of a token with what it is elsewhere
-            pairs = [(1, 0)] * len(rows)
-        else:
-            pairs = [_pair_sites(*(spot.hits[row] for spot in spots)) for row in rows.tolist()]
-        return RowVectors(
-            found[0][own].astype(np.float64),
-            rows,
-            keys,
-            float(torch.finfo(self.runs.model.dtype).eps),
-            None if other is None else other.astype(np.float64),
-            None,
-            self._number(cell),
-            np.array(pairs, dtype=np.float64),
-        )
-
-    def _number(self, cell: int) -> int:
-        """Which of several values of what it observes is asked for, from 1; 0 where it has one."""
-        names = [axis.name for axis in self.plan.experiment.axes]
-        axis = self.does.counts
-        return int(self.plan.coordinates[names.index(axis)][cell]) + 1 if axis in names else 0
-
-    def _gathered(
-        self,
-        combinations: Sequence[SiteCombination],
-        position: PositionCell,
-        run: PromptRun,
-        columns: Ints,
-    ) -> dict[SiteCombination, Float32s]:
-        """[column, width] of each."""
-        lanes_of = partial(self.runs.reader, run)
-        return self._read(combinations, position, run, self.kept[columns], lanes_of)
-
-    def _read(
-        self,
-        combinations: Sequence[SiteCombination],
-        position: PositionCell,
-        run: PromptRun,
-        prompts: Ints,
-        lanes_of: Callable[[Sequence[SitePoint]], BatchReader],
-    ) -> dict[SiteCombination, Float32s]:
-        """[prompt, width] of each: the mean over the tokens of the position and draws of noise, or,
-        where the observation is of directions, the sum of the unit vectors."""
-        points = list_distinct_points(combinations)
-        model = self.runs.model_of(run)
-        sums = [np.zeros((len(prompts), self.width(point))) for point in points]
-        counts, lanes = np.zeros(len(prompts)), lanes_of(points)
-        batches = split_prompts(model, run, points, prompts)
-        for read in read_vectors(lanes, points, [position], batches):
-            row = np.searchsorted(prompts, read.prompts)
-            vectors = read.vectors.double().cpu().numpy()
-            if self.does.of_directions:
-                vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-            np.add.at(sums[read.point], row, vectors)
-            if read.point == 0:
-                np.add.at(counts, row, 1)
-                if run.derived is not None and len(batches) > 1:  # what it is made of
-                    self.runs.forget()
-        over = np.ones_like(counts) if self.does.of_directions else counts
-        means = {
-            point: (total / over[:, None]).astype(np.float32)
-            for point, total in zip(points, sums, strict=True)
-        }
-        return {
-            each: np.concatenate([means[point] for point in each], axis=1) for each in combinations
-        }
 
 
 def _pair_sites(one: Hits, other: Hits | None = None) -> tuple[int, int]:

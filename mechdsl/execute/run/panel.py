@@ -90,8 +90,13 @@ class RowSelection:
     """How many can't differ, left out or not."""
 
 
-class PreparedPanel:
-    """What is known of the experiments of one panel before their cells are run."""
+def get_owner_key(plan: ExperimentPlan) -> str:
+    """The experiment itself, or the one that it is a control of."""
+    return plan.experiment.control_of or plan.experiment.key
+
+
+class PanelRunner:
+    """Runs the experiments of one panel on shared unpatched runs."""
 
     def __init__(
         self,
@@ -486,15 +491,6 @@ class PreparedPanel:
             dropped=len(every) - len(rows),
             inert=int(inert.sum()),
         )
-
-
-def get_owner_key(plan: ExperimentPlan) -> str:
-    """The experiment itself, or the one that it is a control of."""
-    return plan.experiment.control_of or plan.experiment.key
-
-
-class PanelRunner(PreparedPanel):
-    """Runs the experiments of one panel on shared unpatched runs."""
 
     # --- cells ------------------------------------------------------------------------------------
 
