@@ -377,7 +377,8 @@ def _room(named: RepliesOf, part: VariantFinding, table: PromptTable, model: Mod
     longest = max(len(row.ids) for run in table.runs.values() for row in run.rows)
     if longest >= most:
         raise PickError(
-            f"the longest prompt has {count_noun(longest, 'token')}, and `{model.name}` reads {most:,}",
+            f"the longest prompt has {count_noun(longest, 'token')}, "
+            f"and `{model.name}` reads {most:,}",
             "shorten the prompts",
         )
     return min(tokens, most - longest)

@@ -373,7 +373,8 @@ def _describe_constant(value: object) -> str:
         case tuple():
             return f"({', '.join(map(_describe_constant, cast('tuple[object, ...]', value)))})"
         case frozenset():
-            return f"{{{', '.join(sorted(map(_describe_constant, cast('frozenset[object]', value))))}}}"
+            parts = sorted(map(_describe_constant, cast("frozenset[object]", value)))
+            return f"{{{', '.join(parts)}}}"
         case _:
             return f"{type(value).__name__} {value!r}"
 

@@ -73,9 +73,18 @@ EMBEDDING_KEYS = ("embedding_size", "word_embed_proj_dim")
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 KEY_GROUPS = (
-    LAYER_KEYS, HEAD_KEYS, KV_HEAD_KEYS, WIDTH_KEYS, HEAD_WIDTH_KEYS, MLP_KEYS, MLP_FACTOR_KEYS, VOCAB_KEYS, POSITION_KEYS, EMBEDDING_KEYS,
+    LAYER_KEYS,
+    HEAD_KEYS,
+    KV_HEAD_KEYS,
+    WIDTH_KEYS,
+    HEAD_WIDTH_KEYS,
+    MLP_KEYS,
+    MLP_FACTOR_KEYS,
+    VOCAB_KEYS,
+    POSITION_KEYS,
+    EMBEDDING_KEYS,
     EXPERT_KEYS,
-)  # fmt: skip
+)
 """Keys that say the same thing."""
 
 MIXER_KEYS = (

@@ -1,4 +1,4 @@
-"""The statements of an experiment, sorted; E0108 for those that mechdsl can't execute yet."""
+"""The statements of an experiment by type; E0108 for those that mechdsl can't execute yet."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 NodeT = TypeVar("NodeT", bound=ast.Node)
 
-# What the grammar knows and no stage executes yet, by the class of its node.
+# Valid syntax that no stage executes yet, by node class.
 UNSUPPORTED_NODES: dict[type[ast.Node], str] = {
     ast.Discover: "`discover`",
     ast.Search: "`search`",
     ast.ObserveFeatures: "`observe features`",
 }
 
-# Of which several stand in one statement.
+# Lists of which a statement takes one item.
 LIST_HINTS: dict[type[ast.Node], str] = {
     ast.FromInto: "keep one of them; several runs are a list: `from A, B into C`",
     ast.UseModel: "keep one of them; several models are a list: `model A, B`",
@@ -62,9 +62,9 @@ class Statements:
         self.derived: list[ast.RunDef] = []
         self.saves: list[ast.Save] = []
         self.known_runs: dict[str, Span] = {}
-        """Names of the runs that are defined so far in the experiment itself."""
+        """Names of the runs defined so far in the experiment itself."""
         self.elsewhere: dict[str, spec.ExternalRunSpec] = {}
-        """Runs of other blocks and models, by their names."""
+        """Runs of other blocks and models by name."""
         self.unsupported = False
 
     @property
@@ -118,7 +118,7 @@ class Statements:
                     self.later(statement.span, UNSUPPORTED_NODES[type(statement)])
 
     def once(self, statement: NodeT, seen: list[NodeT], what: str) -> None:
-        """Keep a statement that may stand once in an experiment."""
+        """Record a statement that may occur once in an experiment."""
         if seen:
             self.diagnostics.append(
                 RepeatedStatement(
@@ -148,7 +148,7 @@ class Statements:
         self.collect(statement.body, (*loops, name.id))
 
     def rule(self, rule: ast.Rule, loops: tuple[str, ...]) -> None:
-        """Keep a rule that can be executed; E0108 at the part that can't."""
+        """Record a rule that can be executed; E0108 at unsupported parts."""
         before = len(self.diagnostics)
         if isinstance(rule.body, ast.RegisteredRule):
             self._amount(rule.body)
@@ -168,7 +168,7 @@ class Statements:
         return len(self.diagnostics) == before
 
     def _amount(self, body: ast.RegisteredRule) -> None:
-        """E0101 where a verb has another word before its number, or none."""
+        """Report E0101 if a verb has the wrong word, or none, before its number."""
         takes, verb = VERBS[body.verb.id], body.verb.id
         if takes == body.before:
             return
@@ -194,11 +194,13 @@ def mark_names_used(node: ast.Node, work: Statements) -> None:
 def resolve_run_name(
     ref: ast.Ref, prompts: spec.Prompts, work: Statements, *, shuffled: bool = False
 ) -> str | None:
-    """The name of a run: `clean`, a corruption, another block or its corruption, another model.
+    """Resolve the name of a run: `clean`, a corruption, another block or its corruption, or another
+    model.
 
-    shuffled: rows of another block are dealt to those of the sampled one.
+    Codes: E0201 if it doesn't exist, E0202 if it is ambiguous.
 
-    E0201 where there is none, E0202 where there are two.
+    Args:
+        shuffled: Whether rows of another block are randomly assigned to those of the sampled one.
     """
     if ref.part is None and ref.name in work.known_runs:
         return ref.name
@@ -208,7 +210,10 @@ def resolve_run_name(
         if ref.name in (*blocks, *models):
             first = work.scope.definitions[ref.name]
             what = "model" if first.kind == "model" else "block of prompts"
-            where = f"the {what} {line_reference(first.span, ref.span)}; it is a run of `{prompts.name}` too"
+            where = (
+                f"the {what} {line_reference(first.span, ref.span)}; "
+                f"it is a run of `{prompts.name}` too"
+            )
             work.diagnostics.append(DuplicateName(span=ref.span, name=ref.name, first=where))
         return ref.name
     if ref.name == prompts.name and ref.part in (None, *own):

@@ -55,7 +55,7 @@ from mechdsl.vocab.sites import SITES
 
 @dataclass(frozen=True)
 class ExcludedSite:
-    """One part of it, with all that it names."""
+    """One site of `apart from`, with all points that it names."""
 
     site: ast.Site
     points: tuple[SitePoint, ...]
@@ -64,13 +64,16 @@ class ExcludedSite:
 def resolve_exclusions(
     control: spec.Control | None, context: SiteContext
 ) -> tuple[ExcludedSite, ...]:
-    """All points behind `apart from`; diagnostics go to the context. What other experiments picked
-    is no part of what this one tests. Codes: E0203, E0301 to E0313, E0402, E0620."""
+    """Resolve the sites of `apart from`, which are never drawn.
+
+    Picks here don't count as picks that the experiment tests. Errors are added to the diagnostics
+    of the context. Codes: E0203, E0301 to E0313, E0402, E0620.
+    """
     if control is None:
         return ()
     whole = context.onward
     apart = FindingPicker(whole.found, whole.called, whole.groups, whole.picks)
-    # It stands behind every `for`, whose variables mean nothing here.
+    # `apart from` is outside every `for`, so loop variables are undefined here.
     here = replace(context, loops={}, onward=apart)
     found: list[ExcludedSite] = []
     for site in control.apart:
@@ -84,8 +87,11 @@ def resolve_exclusions(
 def group_excluded_units(
     parts: Sequence[ExcludedSite], shape: ModelShape
 ) -> dict[ExchangeGroup, tuple[int, ...]]:
-    """Heads, neurons and experts, where they could be drawn. A head goes with its query, key and
-    value: with a key-value head go all heads that share it."""
+    """Return the excluded heads, neurons and experts of each group from which units are drawn.
+
+    Excluding a head also excludes its query, key and value. Excluding a key-value head excludes all
+    heads that share it.
+    """
     found: dict[ExchangeGroup, set[int]] = {}
     for point in (point for part in parts for point in part.points):
         kind = SITES[point.site].unit
@@ -101,7 +107,7 @@ def group_excluded_units(
 
 
 def find_excluded_layers(parts: Sequence[ExcludedSite]) -> frozenset[int]:
-    """Layers that are named without a unit, whatever the component."""
+    """Return the layers that are excluded without a unit, at any site."""
     return frozenset(
         point.layer
         for part in parts
@@ -111,13 +117,13 @@ def find_excluded_layers(parts: Sequence[ExcludedSite]) -> frozenset[int]:
 
 
 def find_excluded_kinds(part: ExcludedSite) -> set[spec.ControlTarget]:
-    """What it names, as it could be drawn."""
+    """Return the kinds of targets that an excluded site contains."""
     kinds = {(SITES[p.site].unit if p.unit is not None else None) for p in part.points}
     return {"layers" if kind is None else UNIT_WORDS[kind] for kind in kinds}
 
 
 class AlternativeSites:
-    """The sites of a model, without those that are left out."""
+    """The sites of a model from which targets are drawn, without the excluded ones."""
 
     def __init__(self, shape: ModelShape, apart: Sequence[ExcludedSite]) -> None:
         self.shape = shape
@@ -127,7 +133,7 @@ class AlternativeSites:
     def own(
         self, kind: spec.ControlTarget | None, points: Sequence[SitePoint]
     ) -> dict[ExchangeGroup, tuple[int, ...]]:
-        """What of these points can be another."""
+        """Return the units or layers of these points that a draw can replace."""
         found: dict[ExchangeGroup, set[int]] = {}
         for point in points:
             slot = self.slot(point, kind)
@@ -148,7 +154,7 @@ class AlternativeSites:
     def fitting(
         self, written: Mapping[int, Sequence[SitePoint]], kinds: Sequence[spec.ControlTarget | None]
     ) -> tuple[int, ...]:
-        """The layers that have everything that is written in a cell, and are not left out."""
+        """Return the layers that have every written site of a cell and aren't excluded."""
         points = {point for each in written.values() for point in each}
         moved = {p for n, each in written.items() if kinds[n] == "layers" for p in each}
 
@@ -167,7 +173,7 @@ class AlternativeSites:
         return tuple(layer for layer in layers if fits(layer) and not apart(layer))
 
     def _is_apart(self, point: SitePoint, layer: int) -> bool:
-        """Whether a point is left out in this layer."""
+        """Return whether a point is excluded in this layer."""
         unit = SITES[point.site].unit
         if point.unit is None or unit is None:
             return layer in self.without_layers
@@ -181,8 +187,14 @@ class AlternativeSites:
         kind: spec.ControlTarget | None,
         picked: TargetSwaps | None,
     ) -> tuple[SitePoint, ...]:
-        """Points with what was drawn for those that are written (which they may be themselves);
-        as they are without it."""
+        """Replace points by what was drawn for the written points.
+
+        Args:
+            points: The points to replace, which may be the written points.
+            written: The written points.
+            kind: The kind of targets that are drawn.
+            picked: The drawn targets; None leaves the points unchanged.
+        """
         if picked is None:
             return tuple(points)
         found: list[SitePoint] = []
@@ -191,7 +203,7 @@ class AlternativeSites:
             if slot is None:
                 found.append(point)
             elif kind == "layers":
-                # `into layer`: what is read stays where it is.
+                # With `into layer`, the point that is read isn't replaced.
                 same = point == target and target.layer is not None
                 found.append(
                     replace(point, layer=picked[slot, target.layer or 0]) if same else point
@@ -205,8 +217,11 @@ class AlternativeSites:
 def build_direction_control(
     experiment: ResolvedExperiment, asked: spec.Control, draws: int
 ) -> ResolvedControl:
-    """Each rule with a direction along others: as long, at the same sites and tokens, drawn evenly
-    over all directions. What was one direction in several rules or cells is one in each draw."""
+    """Create a control with random directions, at the same sites and tokens.
+
+    The random directions are distributed uniformly over all directions and have the norm of the
+    original one. Rules and cells that share a direction also share it in each draw.
+    """
     rules = [
         rule
         if rule.direction is None
@@ -272,10 +287,17 @@ def resolve_control(
     most_cells: int,
     draws_enough: int | None = None,
 ) -> tuple[ResolvedControl | None, list[Diagnostic]]:
-    """What the experiment is set against; None where it is against nothing, or after an error.
+    """Create the random control of an experiment.
 
-    apart: what is never drawn. draws_enough: how many draws are made, where that is to show only
-    whether they can be.
+    Args:
+        experiment: The experiment.
+        apart: Sites that are never drawn.
+        most_cells: Maximum number of cells.
+        draws_enough: Number of draws to make if the only question is whether there are any.
+
+    Returns:
+        The control, None if the experiment has none or after an error; and the diagnostics.
+
     Codes: E0323, E0630.
     """
     asked = experiment.spec.against
@@ -288,7 +310,9 @@ def resolve_control(
                 of=f"experiment `{experiment.name}`",
                 cells=experiment.n_cells * asked.draws,
                 most=most_cells,
-                axes=f"{count_noun(experiment.n_cells, 'cell')} × {count_noun(asked.draws, 'draw')}",
+                axes=(
+                    f"{count_noun(experiment.n_cells, 'cell')} × {count_noun(asked.draws, 'draw')}"
+                ),
             )
         ]
     try:
@@ -307,7 +331,7 @@ def resolve_control(
         reason, hint, span = nothing.reason, nothing.hint, nothing.span or asked.span
         others = isinstance(nothing, _NoAlternatives)
     if experiment.stand_ins or (others and experiment.model.shape.stands_in):
-        return None, []  # what is really picked, or the real model, may have others
+        return None, []  # the final picks or the real model may have alternatives
     text = asked.span.written
     return None, [BadControl(span=span, text=text, reason=reason, hint=hint)]
 
@@ -321,7 +345,11 @@ class _NoDraws(Exception):
 
 
 def _check_draws_outside_removed(rules: Sequence[ResolvedRule], model: str) -> None:
-    """Raises _NothingToDraw where a draw lies in a block that computes nothing."""
+    """Check that no draw is in a block that computes nothing.
+
+    Raises:
+        _NoDraws: If one is.
+    """
     for found in check_removed_blocks(rules, (), model):
         written = "" if found.span is None else found.span.written
         raise _NoDraws(
@@ -331,29 +359,30 @@ def _check_draws_outside_removed(rules: Sequence[ResolvedRule], model: str) -> N
 
 
 class _NoAlternatives(_NoDraws):
-    """What is written has no others of its kind."""
+    """Error for written targets without any alternatives of their kind."""
 
 
 _SITES = -1
-"""Among what was drawn for a cell, the sites of all its rules; tokens stand under their rule."""
+"""Key for the drawn sites of all rules of a cell. Drawn tokens have the number of their rule as
+key."""
 
 
 @dataclass(frozen=True)
 class _CellDraws:
-    """What was drawn for one cell."""
+    """Draws for one cell."""
 
     picks: list[dict[int, Any]]
-    """Per draw and part."""
+    """For each draw: drawn options by key."""
     sites: list[int]
-    """The rules whose sites are others."""
+    """Rules whose sites are drawn."""
 
     def picked(self, draw: int, part: int) -> Any:
-        """None where nothing was drawn for this part."""
+        """Return the options drawn for a key; None if nothing was drawn for it."""
         return self.picks[draw].get(part) if draw < len(self.picks) else None
 
 
 class _Draws:
-    """The draws of one experiment."""
+    """Draws for all cells of one experiment."""
 
     def __init__(
         self,
@@ -369,11 +398,11 @@ class _Draws:
         self.shape: ModelShape = experiment.model.shape
         self.others = AlternativeSites(self.shape, apart)
         self.matched: dict[str, None] = {}
-        """What a draw has in common with what it stands for, in words."""
+        """Descriptions of the properties that the draws share with the original targets."""
         self.notes: dict[str, None] = {}
         self.drawn: dict[str, None] = {}
         self.like: list[str] = []
-        """Labels of what is written and has no others."""
+        """Labels of written targets without alternatives."""
 
     def control(self) -> ResolvedControl:
         kinds: list[spec.ControlTarget | None] = [
@@ -413,21 +442,28 @@ class _Draws:
         return ResolvedControl(shadow, draws, self.asked.draws, what, "; ".join(parts))
 
     def _how_many(self, counts: DrawCounts) -> str:
-        """`20 draws`, or how many there are."""
+        """Describe the number of draws: `20 draws`, or all that exist."""
         some = [count for count in counts.counts.values() if count]
         fewest, most = min(some), max(some)
         if fewest == self.draws:
             return count_noun(most, "draw")
         if fewest == most:
             return f"{count_noun(most, 'draw')}, all there are"
-        return f"{fewest:,} to {count_noun(most, 'draw')}, all there are where fewer than {self.draws:,}"
+        return (
+            f"{fewest:,} to {count_noun(most, 'draw')}, "
+            f"all there are where fewer than {self.draws:,}"
+        )
 
     def _apart_is_drawn(self, kinds: Sequence[spec.ControlTarget | None]) -> None:
-        """E0630 where something is left out that couldn't be drawn anyway."""
+        """Check that excluded sites could otherwise be drawn.
+
+        Raises:
+            _NoDraws: If one couldn't.
+        """
         drawn = {kind for kind in kinds if kind is not None}
         possible = set(drawn)
         for rule, kind in zip(self.experiment.rules, kinds, strict=True):
-            if kind == "layers":  # a head in other layers is the same head there
+            if kind == "layers":  # a head that moves to another layer keeps its index
                 possible |= self._has(rule) - {"positions"}
         for part in self.apart:
             if part.points and possible.isdisjoint(find_excluded_kinds(part)):
@@ -455,7 +491,7 @@ class _Draws:
         return _NoDraws(reason, "leave out what is drawn, or name what the rules have")
 
     def _say_alone(self, whole: int, some: int) -> None:
-        """How many cells have no others."""
+        """Note how many cells have no alternatives."""
         cells = f"{self.experiment.n_there:,}"
         if whole:
             has = "has no others, and no band" if whole == 1 else "have no others, and no band"
@@ -479,14 +515,14 @@ class _Draws:
     # --- what is drawn ----------------------------------------------------------------------------
 
     def _kind(self, rule: ResolvedRule) -> spec.ControlTarget | None:
-        """What is drawn for a rule; None where nothing of it is."""
+        """Return the kind of targets that is drawn for a rule; None if nothing is."""
         has = self._has(rule)
         if self.asked.what is not None:
             return self.asked.what if self.asked.what in has else None
         return next((word for word in DRAWN_KINDS if word in has), None)
 
     def _has(self, rule: ResolvedRule) -> set[spec.ControlTarget]:
-        """What could be drawn for a rule: there are others of it."""
+        """Return the kinds of targets of a rule that have alternatives."""
         if rule.sites is None or rule.does.changes in ("nothing", "positions", "blocks"):
             return set()
         points = {point for here in rule.sites.points.values() for point in here}
@@ -495,7 +531,7 @@ class _Draws:
             unit = SITES[point.site].unit
             if point.unit is not None and unit is not None and self._size(point) > 1:
                 found.add(UNIT_WORDS[unit])
-        # The order of layers is what a path is about.
+        # A path depends on the order of its layers, so its layers aren't drawn.
         in_layers = all(point.layer is not None for point in points)
         if rule.path is None and self.shape.n_layers > 1 and in_layers:
             found.add("layers")
@@ -504,7 +540,7 @@ class _Draws:
         return found
 
     def _is_behind(self, rule: ResolvedRule) -> bool:
-        """Whether it acts on tokens of the answer, which has no others that it could be."""
+        """Return whether a rule acts on answer tokens, which have no alternatives."""
         rows = self.experiment.table.runs[self.experiment.spec.base].rows
         return any(is_after_prompts(cell, rows) for cell in rule.positions.written.values())
 
@@ -516,13 +552,18 @@ class _Draws:
     def _rules(
         self, kinds: Sequence[spec.ControlTarget | None]
     ) -> tuple[list[ResolvedRule], DrawCounts]:
-        """The rules at other targets, the same ones in all rules that share some; and how many
-        draws each cell has."""
+        """Replace the targets of the rules by draws.
+
+        Rules that share targets also share their replacements.
+
+        Returns:
+            The rules with drawn targets, and the number of draws in each cell.
+        """
         rules = list(self.experiment.rules)
         chosen = [n for n, kind in enumerate(kinds) if kind is not None]
         in_sites = [n for n in chosen if kinds[n] != "positions"]
         used = {axis for n in in_sites for axis in _targets(rules[n]).axes}
-        for n in chosen:  # where a rule writes nothing, there is nothing to be drawn
+        for n in chosen:  # cells in which a rule writes nothing need no draws
             if n not in in_sites or not all(map(_writes_any, rules[n].positions.written.values())):
                 used.update(rules[n].positions.axes)
         names = tuple(axis.name for axis in self.experiment.axes if axis.name in used)
@@ -610,7 +651,7 @@ class _Draws:
         key: Callable[[Sequence[str], AxisIndices], AxisIndices],
         cell: AxisIndices,
     ) -> str:
-        """What a rule writes in a cell, in words."""
+        """Describe what a rule writes in a cell."""
         rule = self.experiment.rules[n]
         if kind == "positions":
             return rule.positions.written[key(rule.positions.axes, cell)].label
@@ -625,7 +666,7 @@ class _Draws:
         names: tuple[str, ...],
         cells: Mapping[AxisIndices, _CellDraws],
     ) -> ResolvedRule:
-        """The rule with other units or layers."""
+        """Replace the units or layers of a rule."""
         rule = self.experiment.rules[n]
         own = _targets(rule)
         if kind == "layers":
@@ -652,7 +693,7 @@ class _Draws:
     # --- positions --------------------------------------------------------------------------------
 
     def _tokens(self, rule: ResolvedRule) -> dict[AxisIndices, TokenOptions]:
-        """What could stand for the tokens of each cell, in the same rows."""
+        """Return the alternatives to the tokens of each cell, in the same rows."""
         across = _reads_elsewhere(rule)
         base = self.experiment.table.runs[self.experiment.spec.base].rows
         other = self.experiment.table.runs[rule.run].rows
@@ -688,7 +729,7 @@ class _Draws:
         names: tuple[str, ...],
         cells: Mapping[AxisIndices, _CellDraws],
     ) -> ResolvedRule:
-        """The rule at other tokens of the same rows."""
+        """Replace the tokens of a rule by others of the same rows."""
         self.matched["as many tokens of the same row, special tokens excluded"] = None
         rule = self.experiment.rules[n]
         own, across = rule.positions, _reads_elsewhere(rule)
@@ -712,10 +753,10 @@ def _targets(rule: ResolvedRule) -> SiteTargets:
 
 
 def _writes_any(cell: PositionCell) -> bool:
-    """Whether anything is written there, in any row."""
+    """Return whether the cell has tokens in any row."""
     return any(run for row in cell.hits for run in row)
 
 
 def _reads_elsewhere(rule: ResolvedRule) -> bool:
-    """Whether what is read stands elsewhere than what is written."""
+    """Return whether a rule reads at other positions, or in other rows, than it writes."""
     return rule.spec.onto is not None or rule.apart is not None

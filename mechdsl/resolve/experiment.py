@@ -67,8 +67,12 @@ from mechdsl.syntax.traversal import number_names, walk
 def resolve_measure_groups(
     work: ExperimentContext, context: MeasureContext
 ) -> tuple[tuple[ResolvedMeasure | None, ...], tuple[MeasureGroup, ...]]:
-    """The measures at the first of the places that they are read at, and all of these, none where
-    it is one. After an error, which is in the diagnostics, measures are None."""
+    """Resolve the measures at each position and loop value at which they are read.
+
+    Returns:
+        The measures of the first group, and all groups; no groups if there is only one. Measures
+        with errors, which are in the diagnostics, are None.
+    """
     experiment = work.experiment
     runs = tuple(dict.fromkeys(r for r in (experiment.base, experiment.source, "clean") if r))
     loops = [name for name in work.loops if name in find_measured_loops(work)]
@@ -102,7 +106,7 @@ def resolve_measure_groups(
 def _with_loop_values(
     context: MeasureContext, values: dict[str, int | float | str]
 ) -> MeasureContext:
-    """What measures are resolved against in the cells of these values of loops."""
+    """Return the context for measures in cells with these loop values."""
     if not values:
         return context
     loops = {**context.sites.loops, **{name: (value,) for name, value in values.items()}}
@@ -116,7 +120,7 @@ def _have_same_positions(
     experiment: spec.Experiment,
     context: MeasureContext,
 ) -> bool:
-    """Whether all measures are read at the same places; E0612 where they aren't."""
+    """Check that all measures are read at the same positions; otherwise report E0612."""
     places = [[labels for labels, _ in each] for each in found]
     for said, own in zip(experiment.measures, places, strict=True):
         if own != places[0]:
@@ -130,7 +134,7 @@ def _have_same_positions(
 def _check_axes(
     found: list[list[tuple[AxisLabels, ResolvedMeasure]]], work: ExperimentContext
 ) -> None:
-    """E0320 where measures sweep what rules sweep too."""
+    """Report E0320 for axes that both measures and rules sweep."""
     names = {name for each in found for labels, _ in each for name, _ in labels}
     for name in sorted(names.intersection(work.axes)):
         first, letter = work.axes[name], name[0]
@@ -147,7 +151,7 @@ def _check_axes(
 
 
 def find_measured_loops(work: ExperimentContext) -> set[str]:
-    """The loops whose variables measures name."""
+    """Return the loops whose variables the measures name."""
     found = {name for each in work.experiment.measures for name in measure_number_names(each)}
     return found.intersection(work.loops)
 
@@ -155,7 +159,7 @@ def find_measured_loops(work: ExperimentContext) -> set[str]:
 def find_possible_measure_axes(
     work: ExperimentContext, measures: tuple[ResolvedMeasure | None, ...]
 ) -> frozenset[str]:
-    """The axis of measured positions, where how many there are isn't known."""
+    """Return the axes of measured positions if the number of positions isn't known."""
     unknown = work.model.tokenizer.stands_in or work.table.stands_in or None in measures
     positions = [m.at for m in work.experiment.measures if m.at is not None]
     some = any(may_sweep(ast.Positions((at,), span=at.span)) for at in positions)
@@ -165,7 +169,7 @@ def find_possible_measure_axes(
 def build_measure_axes(
     places: tuple[MeasureGroup, ...], experiment: spec.Experiment, axes: tuple[Axis, ...]
 ) -> Iterator[Axis]:
-    """The axes that measures add to those of the rules."""
+    """Yield the axes that measures add to those of the rules."""
     known = {axis.name for axis in axes}
     for name in dict.fromkeys(name for place in places for name, _ in place.labels):
         if name in known:
@@ -178,9 +182,9 @@ def build_measure_axes(
 
 
 def find_answer_tokens(work: ExperimentContext) -> AnswerTokens:
-    """The texts behind the prompts of an experiment, as far as its rules name any.
+    """Find the texts after the prompts of an experiment, if its rules refer to any.
 
-    What is wrong with its measures is said elsewhere.
+    Errors in the measures are reported by `resolve_measure_groups`.
     """
     positions = (each for rule in work.experiment.rules for each in (rule.at, rule.onto))
     if not any(map(refers_to_answer, positions)):
@@ -204,7 +208,7 @@ def find_answer_tokens(work: ExperimentContext) -> AnswerTokens:
     measures = [
         (m.at is not None, resolve_measure(m.metric, context, label=m.label, at=m.at))
         for m in work.experiment.measures
-        if not m.observed  # an observation looks at the prompt alone
+        if not m.observed  # an observation sees the prompt alone
     ]
     del work.diagnostics[before:]
     of_texts = [
@@ -219,7 +223,7 @@ def find_answer_tokens(work: ExperimentContext) -> AnswerTokens:
         or [atom for atom in found if atom.form.takes == "continuation"]
         or found
     )
-    if not behind and any(measure is None for _, measure in measures):  # nobody knows
+    if not behind and any(measure is None for _, measure in measures):  # the text is unknown
         return AnswerTokens(((ANSWER_SPAN, (1,) * len(work.table)),))
     if not behind and of_texts:
         return AnswerTokens(
@@ -234,28 +238,29 @@ def find_answer_tokens(work: ExperimentContext) -> AnswerTokens:
 
 
 def _text_of_metric(atom: MetricTerm) -> str:
-    """The text, as the metric names it."""
+    """Return the text as the metric names it."""
     given = atom.node.arguments if isinstance(atom.node, ast.Call) else ()
     return given[0].span.written if given else atom.form.default or ANSWER_SPAN
 
 
 @dataclass(frozen=True)
 class OmittedAnswer:
-    """A rule on the whole prompt that leaves the tokens behind it out."""
+    """A rule on the whole prompt that omits the answer tokens after it."""
 
     rule: ResolvedRule
     measure: str
     tokens: int
-    """Of the longest text."""
+    """Number of tokens of the longest text."""
 
     @property
     def at(self) -> ast.Positions:
-        """Where it acts."""
+        """Positions where the rule acts."""
         return _acting_positions(self.rule)
 
     @property
     def instead(self) -> str:
-        """The rule's position with these tokens; both where it reads at another."""
+        """The rule's positions with the answer tokens added, including the read positions if they
+        differ."""
         here = _with_answer(self.at)
         return (
             here
@@ -265,13 +270,13 @@ class OmittedAnswer:
 
 
 def _acting_positions(rule: ResolvedRule) -> ast.Positions:
-    """The queries of an attention rule; else where it writes."""
+    """Return the queries of an attention rule, or the written positions of other rules."""
     onto = rule.spec.onto if rule.edge is None else None
     return rule.spec.at if onto is None else onto
 
 
 def _with_answer(at: ast.Positions) -> str:
-    """A position with the tokens behind the prompt."""
+    """Format a position with the answer tokens added."""
     text = at.span.written
     (item,) = at.items
     base = item.body.base if isinstance(item.body, ast.Point) else None
@@ -281,7 +286,7 @@ def _with_answer(at: ast.Positions) -> str:
 
 
 def find_omitted_answers(experiment: ResolvedExperiment) -> Iterator[OmittedAnswer]:
-    """Rules on all of the prompt beside measures that read several tokens behind it."""
+    """Yield the rules on the whole prompt if a measure reads several tokens after the prompt."""
     reading = [
         (max(atom.lengths), measure.text)
         for measure in experiment.measures
@@ -294,7 +299,8 @@ def find_omitted_answers(experiment: ResolvedExperiment) -> Iterator[OmittedAnsw
     rows = experiment.table.runs[experiment.spec.base].rows
     for rule in experiment.rules:
         at, here = rule.spec.at, _acting_positions(rule)
-        changes = rule.does.changes in ("sites", "edges") and rule.spec.verb != "swap"  # two parts
+        # a swap has two positions
+        changes = rule.does.changes in ("sites", "edges") and rule.spec.verb != "swap"
         if not changes or refers_to_answer(at) or len(at.items) != 1 or len(here.items) != 1:
             continue
         if any(_spans_all(cell, rows) for cell in rule.positions.written.values()):
@@ -302,7 +308,8 @@ def find_omitted_answers(experiment: ResolvedExperiment) -> Iterator[OmittedAnsw
 
 
 def _spans_all(cell: PositionCell, rows: tuple[RunRow, ...]) -> bool:
-    """Whether it is all of the prompt's own text in each row, and none of what is behind it."""
+    """Return whether the cell covers exactly the prompt's own text in each row, without the
+    answer."""
     for row, hits in zip(rows, cell.hits, strict=True):
         hit = {token for tokens in hits for token in tokens}
         own = {token for token, special in enumerate(row.special) if not special}
@@ -319,7 +326,10 @@ def resolve_experiment(
     kinds: Registry[RuleKind],
     found: Mapping[str, Finding] | None = None,
 ) -> tuple[ResolvedExperiment | None, list[Diagnostic]]:
-    """The experiment with concrete axes, rules and measures; None after an error. As `outline`."""
+    """Resolve the axes, rules and measures of an experiment; None after an error.
+
+    See `outline_experiment` for the arguments.
+    """
     known, diagnostics = outline_experiment(experiment, program, model, table, kinds, found)
     return known.resolved, diagnostics
 
@@ -333,11 +343,18 @@ def outline_experiment(
     found: Mapping[str, Finding] | None = None,
     draws_enough: int | None = None,
 ) -> tuple[ExperimentOutline, list[Diagnostic]]:
-    """What can be known of an experiment, and all that is wrong with it.
+    """Resolve as much of an experiment as possible, and report all its errors.
 
-    kinds: of rules, by their verbs. found: what the experiments found whose results it uses, of
-    each of `experiment.after`; what needs one that is missing is refused without a
-    word. draws_enough: how many random draws are made at most.
+    Args:
+        experiment: The experiment.
+        program: The program of the file.
+        model: The model without its weights.
+        table: The prompts.
+        kinds: Rule kinds by verb.
+        found: Results of the experiments in `experiment.after`. A pick from a missing one is
+            rejected without a diagnostic.
+        draws_enough: Maximum number of random draws to make.
+
     Codes: E0301 to E0323, E0402, E0413, E0507, E0612 and those of positions and texts.
     """
     diagnostics: list[Diagnostic] = []
@@ -419,7 +436,7 @@ def outline_experiment(
 def _control(
     resolved: ResolvedExperiment, apart: Sequence[ExcludedSite], draws_enough: int | None
 ) -> tuple[ResolvedControl | None, list[Diagnostic]]:
-    """What it is set against."""
+    """Resolve the random control of an experiment, if it has one."""
     if resolved.spec.against is None:
         return None, []
     from mechdsl.resolve.controls import resolve_control
@@ -428,7 +445,7 @@ def _control(
 
 
 def _rules(work: ExperimentContext, kinds: Registry[RuleKind]) -> list[ResolvedRule | None]:
-    """Each of its rules; None for those that were refused."""
+    """Resolve each rule; None for rejected ones."""
     behind, replies = find_answer_tokens(work), get_reply_tokens(work.experiment)
     rules: list[ResolvedRule | None] = []
     for rule in work.experiment.rules:
@@ -441,7 +458,7 @@ def _rules(work: ExperimentContext, kinds: Registry[RuleKind]) -> list[ResolvedR
 
 
 def _observation(rule: ResolvedRule) -> Observation | None:
-    """What a rule looks at; None where it acts."""
+    """Return the observation of a rule; None for a rule that acts."""
     return rule.does if isinstance(rule.does, Observation) else None
 
 
@@ -453,7 +470,7 @@ def _build_context(
     onward: FindingPicker,
     diagnostics: list[Diagnostic],
 ) -> ExperimentContext:
-    """What rules are resolved with: the loops' axes, and sites of this model."""
+    """Create the context for the rules, with the axes of the loops and the sites of this model."""
     found = resolve_loops(experiment.loops, program.parameters, diagnostics)
     loops = found.labels
     sites = SiteContext(
@@ -482,7 +499,7 @@ def _build_context(
 
 
 def _too_many(resolved: ResolvedExperiment, program: spec.Program) -> Diagnostic | None:
-    """E0323 where it has more cells than can be run."""
+    """Return E0323 if the experiment has more cells than a run permits."""
     cells = resolved.n_there
     if cells <= limits.CELLS:
         return None
@@ -501,7 +518,7 @@ def _too_many(resolved: ResolvedExperiment, program: spec.Program) -> Diagnostic
 
 
 def _too_many_listed(resolved: ResolvedExperiment) -> Diagnostic | None:
-    """E0207 where tokens are listed of more cells than there is room for."""
+    """Return E0207 if the listed tokens of all cells exceed the limit."""
     numbers = resolved.n_cells * resolved.model.shape.vocab_size
     for rule in resolved.rules:
         does = _observation(rule)
@@ -510,15 +527,15 @@ def _too_many_listed(resolved: ResolvedExperiment) -> Diagnostic | None:
             return BadArgument(
                 span=rule.spec.observed.span,
                 name="top",
-                reason=f"would hold {numbers:,} numbers, more than {limits.TOKEN_LISTS:,}: one for each "
-                "cell and token of the vocabulary",
+                reason=f"would hold {numbers:,} numbers, more than {limits.TOKEN_LISTS:,}: "
+                "one for each cell and token of the vocabulary",
                 hint="sweep fewer layers or positions, or leave `top` out",
             )
     return None
 
 
 def _centres(experiment: spec.Experiment) -> set[str]:
-    """The loop variables that are the centre of a window somewhere."""
+    """Return the loop variables that are the center of a window."""
     parts = (part for rule in experiment.rules for part in walk(_rule_nodes(rule)))
     windows = (part for part in parts if isinstance(part, ast.Axis) and part.window is not None)
     bounds = (part for axis in windows for part in walk(axis.values))
@@ -532,7 +549,7 @@ def _centres(experiment: spec.Experiment) -> set[str]:
 def _find_possible_axes(
     work: ExperimentContext, rules: Sequence[ResolvedRule | None]
 ) -> frozenset[str]:
-    """Names of axes that the experiment may have, beside those that were found."""
+    """Return names of axes that the experiment may have in addition to the resolved ones."""
     found: set[str] = set()
     for rule, resolved in zip(work.experiment.rules, rules, strict=True):
         if resolved is None:
@@ -543,7 +560,7 @@ def _find_possible_axes(
 
 
 def _sweep_unknown(rule: spec.Rule, work: ExperimentContext) -> bool:
-    """Whether how many positions there are hangs on what isn't at hand."""
+    """Return whether the number of positions depends on tokens or rows that aren't available."""
     missing: dict[UnknownFact, bool] = {
         "tokens": work.model.tokenizer.stands_in,
         "rows": work.table.stands_in,
@@ -554,7 +571,7 @@ def _sweep_unknown(rule: spec.Rule, work: ExperimentContext) -> bool:
 
 
 def _check_loops_used(work: ExperimentContext) -> None:
-    """A `for` whose variable nothing uses would run the same cell again and again."""
+    """Report loops whose variable is unused, which would run the same cell repeatedly."""
     used = {
         part.id
         for rule in work.experiment.rules
@@ -565,7 +582,7 @@ def _check_loops_used(work: ExperimentContext) -> None:
         used.update(number_names(_rule_nodes(rule)))
     used.update(find_measured_loops(work))
     if has_errors(work.diagnostics):
-        return  # which may be why
+        return  # an earlier error may be why a variable looks unused
     for loop in work.experiment.loops:
         if loop.name not in used:
             work.diagnostics.append(
@@ -579,7 +596,7 @@ def _check_loops_used(work: ExperimentContext) -> None:
 
 
 def _check_single_rules(work: ExperimentContext, kinds: Registry[RuleKind]) -> None:
-    """E0108 for rules that don't go with others of their kind."""
+    """Report E0108 for repeated rules of a kind that an experiment may have only once."""
     rules = work.experiment.rules
     for verb, kind in kinds.items():
         own = [rule for rule in rules if rule.verb == verb]
@@ -604,10 +621,10 @@ def _rule_nodes(rule: spec.Rule) -> Any:
 def _measure_context(
     work: ExperimentContext, axes: tuple[Axis, ...], observed: Observation | None
 ) -> MeasureContext:
-    """What measures are resolved against."""
+    """Create the context for the measures."""
     items = sorted({i for axis in axes for i in axis.items if i is not None})
     if has_errors(work.diagnostics) or work.model.tokenizer.stands_in:
-        items = items or [1]  # there may be a sweep over occurrences
+        items = items or [1]  # a rejected rule may sweep occurrences
     return MeasureContext(
         work.table,
         work.model.tokenizer,
@@ -629,7 +646,7 @@ def _measure_context(
 def _other_measures(
     work: ExperimentContext, context: MeasureContext
 ) -> tuple[tuple[ResolvedMeasure | None, ...], dict[str, ResolvedMeasure]]:
-    """What rows are kept by, and `correct` on runs whose accuracy is asked for."""
+    """Resolve the `keep` conditions, and `correct` on the runs that an `accuracy` names."""
     experiment = work.experiment
     keep = [resolve_measure(k, context, label="keep", runs=("clean",)) for k in experiment.keep]
     accuracies: dict[str, ResolvedMeasure] = {}
@@ -645,7 +662,7 @@ def _other_measures(
 
 
 def _accuracy_calls(experiment: spec.Experiment) -> list[ast.Call]:
-    """Those of one run; what else is asked, the expectation refuses."""
+    """Return the `accuracy` calls with one run; the expectation reports all others."""
     return [
         node
         for expect in experiment.expects

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 class PickError(Exception):
-    """Why nothing can be picked, and what to write."""
+    """Error for a pick that isn't possible, with a hint on what to write instead."""
 
     def __init__(self, reason: str, hint: str) -> None:
         super().__init__(reason)
@@ -58,37 +58,36 @@ class PickError(Exception):
 
 @dataclass(frozen=True)
 class RankedSite:
-    """What a cell of another experiment writes, with its mean effect."""
+    """Points that a cell of another experiment writes, with the mean effect of the cell."""
 
     label: str
     points: tuple[SitePoint, ...]
     value: float
-    """NaN where it hasn't run."""
+    """NaN if the experiment hasn't run."""
 
 
 @dataclass(frozen=True, eq=False)
 class VariantFinding:
-    """One variant of an experiment (most have one), with what it found once it has run."""
+    """One variant of an experiment (most have only one), with its results once it has run."""
 
     experiment: ResolvedExperiment
     measure: str = ""
-    """`recovery of ld`."""
+    """Description of the first measure: `recovery of ld`."""
     means: Floats | None = None
-    """[cell] of its first measure."""
+    """Mean of the first measure in each cell: [cell]."""
     values: Floats | None = None
-    """[cell, row] of every prompt."""
+    """Value of every prompt in each cell: [cell, row]."""
     row_ids: tuple[int, ...] = ()
-    """Of the rows that it kept."""
+    """Ids of the rows that passed `keep`."""
     cells: tuple[CellKey, ...] = ()
-    """As results have them."""
+    """Keys of the cells in the results."""
     replies: tuple[Mapping[int, tuple[Reply, ...]], ...] = ()
-    """[cell] id of a row → what was written behind it, one for each sample and draw of noise."""
+    """For each cell: row id → completions of the row, one for each sample and noise draw."""
     chosen: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Where some cells are meant alone, axis → the number of its value that they have."""
+    """Axis → index of the selected value, if only some cells are selected."""
 
     def grid(self) -> Iterator[tuple[int, AxisIndices]]:
-        """(number of a cell, its indices along the axes) of those that are meant, in the order of
-        the grid."""
+        """Yield the number of each selected cell and its indices along the axes, in grid order."""
         names = [axis.name for axis in self.experiment.axes]
         there = [(names.index(axis), number) for axis, number in self.chosen.items()]
         for cell, index in enumerate(_cells(self.experiment)):
@@ -96,7 +95,7 @@ class VariantFinding:
                 yield cell, index
 
     def sites(self) -> Iterator[RankedSite]:
-        """Of every cell that has a value, in the order of the grid."""
+        """Yield the sites of every selected cell that has a value, in grid order."""
         experiment = self.experiment
         axes = [axis.name for axis in experiment.axes]
         rules = select_ranked_rules(experiment)
@@ -116,8 +115,11 @@ class VariantFinding:
     def tokens(
         self, table: PromptTable, run: str, tokenizer: TextTokenizer
     ) -> Iterator[tuple[int, dict[int, float]]]:
-        """(row id, token of the run → value) of every row, for its positions that have a value; one
-        with several cells (in several layers, say) counts with the best of them."""
+        """Yield for each row its id and the values of its tokens in the run.
+
+        Only positions with a value count. A position with several cells (in several layers, for
+        example) has the value of the best one.
+        """
         import numpy as np
 
         worth: Floats | None = None
@@ -139,33 +141,40 @@ class VariantFinding:
 
     @property
     def beside(self) -> tuple[Axis, ...]:
-        """Its axes beside those that say where in an image: there is a map for each of their
-        combinations."""
+        """Axes other than those of image positions; each combination of their values has a separate
+        map."""
         where = {"position", *self.chosen, *self.window_axes}
         return tuple(axis for axis in self.experiment.axes if axis.name not in where)
 
     @property
     def of_windows(self) -> bool:
-        """Whether its cells are of windows of patches."""
+        """Whether its cells are windows of patches."""
         return any(map(sweeps_windows, select_ranked_rules(self.experiment)))
 
     @property
     def window_axes(self) -> frozenset[str]:
-        """Along which its windows move."""
+        """Axes along which its windows move."""
         rule = _token_rule(self.experiment) if self.of_windows else None
         return frozenset() if rule is None else frozenset(select_ranked_positions(rule)[0].axes)
 
     def places(self, run: str) -> Iterator[tuple[AxisIndices, PositionCell]]:
-        """The positions that it has numbers of: their index along the axes that they hang on, and
-        where they are in a run; in one that it neither wrote nor read, where it wrote."""
+        """Return the positions that have values: their indices along the axes of the positions, and
+        their tokens in a run.
+
+        For a run that the experiment neither wrote nor read, these are the written positions.
+        """
         rule = _token_rule(self.experiment)
         targets, _ = select_ranked_positions(rule)
         read = run == rule.run and run != self.experiment.spec.base
         yield from (targets.read if read else targets.written).items()
 
     def by_place(self, run: str) -> Iterator[tuple[int, tuple[int, ...], Floats]]:
-        """(row id, tokens of a position in the run, [cell] its values in the cells beside it, in
-        the order of the grid) of every position in every row that has it; of what has run."""
+        """Yield each position of each row that has it. The experiment must have run.
+
+        Yields:
+            The row id, the tokens of the position in the run, and the position's values in all
+            cells that share it, in grid order: [cell].
+        """
         import numpy as np
 
         assert self.values is not None
@@ -190,8 +199,8 @@ class VariantFinding:
     def positions(
         self, table: PromptTable, run: str, tokenizer: TextTokenizer
     ) -> Iterator[tuple[int, int, dict[int, int]]]:
-        """(column of a row, its id, number of a position → its token there) of the rows that have
-        one."""
+        """Yield for each row with positions its column in `values`, its id, and position number →
+        token."""
         own = self.experiment
         by_label = _by_label(own, _token_rule(own), table, run, tokenizer)
         found: dict[int, dict[int, int]] = {row: {} for row in table.row_ids}
@@ -206,11 +215,12 @@ class VariantFinding:
 
     @property
     def _axis(self) -> int:
-        """Which of its axes is that of positions."""
+        """Index of the position axis."""
         return [axis.name for axis in self.experiment.axes].index("position")
 
     def _by_position(self, values: Floats) -> Floats:
-        """[position, cell beside it that is meant, row], NaN where loops leave a cell out."""
+        """Arrange values by position: [position, other selected cell, row]. NaN for cells that
+        loops omit."""
         import numpy as np
 
         whole = np.full((*self.experiment.shape, values.shape[1]), np.nan)
@@ -225,7 +235,7 @@ class VariantFinding:
 
 @dataclass(eq=False)
 class Finding:
-    """What all variants of an experiment found; without values before they have run."""
+    """Results of all variants of an experiment; without values until they have run."""
 
     parts: tuple[VariantFinding, ...]
     _orders: dict[tuple[int, str], dict[int, list[int]]] = field(
@@ -243,12 +253,12 @@ class Finding:
 
     @property
     def shape_stands_in(self) -> bool:
-        """Whether how many sites it has isn't known, for lack of its model."""
+        """Whether the number of its sites is unknown because its model isn't available."""
         return any(part.experiment.model.shape.stands_in for part in self.parts)
 
     @property
     def tokens_stand_in(self) -> bool:
-        """The same of its tokens."""
+        """Whether its tokens are unknown because its tokenizer isn't available."""
         return any(part.experiment.model.tokenizer.stands_in for part in self.parts)
 
     @property
@@ -257,11 +267,11 @@ class Finding:
 
     @cached_property
     def cells(self) -> int:
-        """How many are meant."""
+        """Number of selected cells."""
         return sum(1 for part in self.parts for _ in part.grid())
 
     def on(self, model: str, block: str) -> Finding:
-        """Of a comparison of models, what it found on one of them; of blocks of prompts alike."""
+        """Select the variants with this model and this prompt set, if any variant has them."""
         parts = self.parts
         for own in (
             tuple(part for part in parts if part.experiment.model.name == model),
@@ -272,8 +282,8 @@ class Finding:
 
     @cached_property
     def sites(self) -> list[RankedSite]:
-        """Its sites, the best first. A site with several cells (at several positions, say) counts
-        once, with the best of them."""
+        """Sites, the best first. A site with several cells (at several positions, for example) is
+        listed once, with the value of its best cell."""
         best: dict[tuple[SitePoint, ...], RankedSite] = {}
         for site in (site for part in self.parts for site in part.sites()):
             old = best.get(site.points)
@@ -284,8 +294,8 @@ class Finding:
 
     @cached_property
     def by_size(self) -> Finding:
-        """The same with absolute values in place of signed ones."""
-        import numpy as np  # not at the top: there is none of it before something has run
+        """The same results with absolute values."""
+        import numpy as np  # imported here: checks that run no experiment do without numpy
 
         parts = [
             replace(
@@ -300,7 +310,7 @@ class Finding:
     def tokens(
         self, table: PromptTable, run: str, tokenizer: TextTokenizer
     ) -> dict[int, list[int]]:
-        """Row id → the tokens of a run that it ranked in that row, the best first."""
+        """Return for each row id the ranked tokens of a run, the best first."""
         key = (id(table), run)
         if key not in self._orders:
             best: dict[int, dict[int, float]] = {}
@@ -309,7 +319,7 @@ class Finding:
                     own = best.setdefault(row, {})
                     for token, value in values.items():
                         own[token] = max(value, own.get(token, value))
-            # Sorting is stable: ties stay in the order of the grid.
+            # The sort is stable, so ties stay in grid order.
             self._orders[key] = {
                 row: sorted(own, key=lambda token, own=own: -own[token])
                 for row, own in best.items()
@@ -318,13 +328,14 @@ class Finding:
 
 
 def select_ranked_rules(experiment: ResolvedExperiment) -> tuple[ResolvedRule, ...]:
-    """The rules whose sites and tokens are ranked: what is observed, else all that act."""
+    """Return the rules whose sites and tokens are ranked: the observations, or all rules if there
+    are none."""
     observing = [rule for rule in experiment.rules if rule.does.changes == "nothing"]
     return tuple(observing or experiment.rules)
 
 
 def _cells(experiment: ResolvedExperiment) -> Iterator[AxisIndices]:
-    """Every cell that there is, in the order of the grid: paths only lead forward."""
+    """Yield every existing cell in grid order. Paths exist only from earlier to later sites."""
     names = [axis.name for axis in experiment.axes]
     parallel = experiment.model.shape.parallel_block
     paths = [(rule.sites, rule.path.receivers) for rule in experiment.rules if rule.path]
@@ -339,13 +350,13 @@ def _cells(experiment: ResolvedExperiment) -> Iterator[AxisIndices]:
 
 
 def require_site_targets(rule: ResolvedRule) -> SiteTargets:
-    """The sites of a rule that has some; picks of others are refused first."""
+    """Return the sites of a rule that has sites; picks from other rules are rejected earlier."""
     assert rule.sites is not None
     return rule.sites
 
 
 def _written_points(rule: ResolvedRule, key: AxisIndices) -> tuple[SitePoint, ...]:
-    """What a rule writes in a cell; for one on attention, the heads' outputs."""
+    """Return the points that a rule writes in a cell; the heads' outputs for an attention rule."""
     points = require_site_targets(rule).points[key]
     if rule.edge is None:
         return points
@@ -353,14 +364,15 @@ def _written_points(rule: ResolvedRule, key: AxisIndices) -> tuple[SitePoint, ..
 
 
 def _token_rule(experiment: ResolvedExperiment) -> ResolvedRule:
-    """The rule whose positions are swept."""
+    """Return the rule whose positions are swept."""
     every = select_ranked_rules(experiment)
     swept = (rule for rule in every if "position" in select_ranked_positions(rule)[0].axes)
     return next(swept, None) or next(rule for rule in every if sweeps_windows(rule))
 
 
 def sweeps_windows(rule: ResolvedRule) -> bool:
-    """Whether its positions are rectangles of patches, which loops move over the image."""
+    """Return whether the rule's positions are rectangles of patches that loops move over the
+    image."""
     targets, at = select_ranked_positions(rule)
     bases = [getattr(item.body, "base", None) for item in at.items]
     return bool(targets.axes) and all(
@@ -370,8 +382,10 @@ def sweeps_windows(rule: ResolvedRule) -> bool:
 
 
 def select_ranked_positions(rule: ResolvedRule) -> tuple[PositionTargets, ast.Positions]:
-    """The tokens of a rule that are ranked, with the positions that say which: of edges the keys,
-    unless queries alone are swept."""
+    """Return the ranked tokens of a rule and the position expression that names them.
+
+    For edges these are the keys, unless only the queries are swept.
+    """
     alone = rule.edge is None or "position" in rule.positions.axes
     if rule.edge is None or (alone and "position" not in rule.edge.keys.axes):
         return rule.positions, rule.spec.at
@@ -385,7 +399,7 @@ def _by_label(
     run: str,
     tokenizer: TextTokenizer,
 ) -> dict[str, dict[int, Hits]]:
-    """Label → row id → where the positions of an experiment are in one run."""
+    """Return label → row id → tokens of an experiment's positions in one run."""
     positions, at = select_ranked_positions(rule)
     targets = {own.spec.base: positions.written, rule.run: positions.read}.get(run)
     if targets is not None:
@@ -393,7 +407,8 @@ def _by_label(
             cell.label: dict(zip(own.table.row_ids, cell.hits, strict=True))
             for cell in targets.values()
         }
-    # A run that it neither wrote nor read: the same positions, found in that run's own text.
+    # The experiment neither wrote nor read this run, so its positions are resolved in the run's
+    # text.
     cells, problems = resolve_positions(at, table, run, tokenizer=tokenizer)
     if has_errors(problems):
         raise PickError(
@@ -404,20 +419,25 @@ def _by_label(
 
 
 def observes_weights(experiment: ResolvedExperiment) -> bool:
-    """Whether it observes weights, for which no row matters."""
+    """Return whether the experiment observes weights, which don't depend on any row."""
     return any(rule.does.reads_weights_only for rule in experiment.rules)
 
 
 CellCoordinates: TypeAlias = tuple[tuple[str, AxisLabel], ...]
-"""Axes with one value of each."""
+"""Axes with one value each."""
 
 
 def read_coordinates(
     node: ast.RankedSelection | ast.MapOf, values: Mapping[str, Any]
 ) -> CellCoordinates:
-    """What stands in the brackets. Raises Refused.
+    """Read the coordinates in the parentheses of a pick.
 
-    values: of the `for` variables around it and of each `param`.
+    Args:
+        node: The pick.
+        values: Values of the enclosing `for` variables and of each `param`.
+
+    Raises:
+        PickError: If a coordinate has no axis, an unknown value or a duplicate name.
     """
     found: dict[str, AxisLabel] = {}
     for argument in node.cell:
@@ -444,7 +464,7 @@ def _value(argument: ast.Argument, values: Mapping[str, Any]) -> AxisLabel:
 
 
 def describe_cells(of: str, at: CellCoordinates) -> str:
-    """`caap(a: 1, b: 3)`."""
+    """Format an experiment with coordinates: `caap(a: 1, b: 3)`."""
     said = ", ".join(f"{axis}: {value}" for axis, value in at)
     return f"{of}({said})" if said else of
 
@@ -452,7 +472,11 @@ def describe_cells(of: str, at: CellCoordinates) -> str:
 def select_cells(
     finding: Finding, at: CellCoordinates, groups: Mapping[str, spec.Group]
 ) -> Finding:
-    """What it found in the cells that have these coordinates. Raises Refused."""
+    """Select the results in the cells with these coordinates.
+
+    Raises:
+        PickError: If no cell has them.
+    """
     parts = finding.parts
     for axis, value in at:
         found = [_select_along(part, axis, value, groups) for part in parts]
@@ -470,8 +494,11 @@ def select_cells(
 def _select_along(
     part: VariantFinding, axis: str, value: AxisLabel, groups: Mapping[str, spec.Group]
 ) -> VariantFinding | tuple[AxisLabel, ...]:
-    """Its cells that have this value along an axis; the values that there are, where it has none
-    of them."""
+    """Select the cells of a variant with this value along an axis.
+
+    Returns:
+        The selection, or the existing values if none matches.
+    """
     own = part.experiment
     variant = dict(own.spec.variant)
     if axis in variant:
@@ -483,7 +510,7 @@ def _select_along(
         raise PickError(f"`{own.name}` has no axis `{axis}`", did_you_mean(axis, known, hint))
     labels = own.axes[names.index(axis)].labels
     if own.model.stands_in and axis in find_open_axes(own.spec, groups, ("shape", "tokens")):
-        return part  # which values it has isn't known yet
+        return part  # its values aren't known yet
     number = next((n for n, label in enumerate(labels) if _same(label, value)), None)
     return labels if number is None else replace(part, chosen={**part.chosen, axis: number})
 
@@ -554,9 +581,19 @@ def check_rankable_tokens(
     *,
     windows: bool = False,
 ) -> None:
-    """Whether it has a number for each of some single tokens of these prompts, by its first
-    measure, or for each of some rectangles of patches (windows). Raises Refused. otherwise: what
-    to write where it sweeps no positions."""
+    """Check that each single token of these prompts can be ranked by the experiment's first
+    measure.
+
+    Args:
+        experiment: The experiment to rank by.
+        table: The prompts of the experiment that picks.
+        tokenizer: The tokenizer of the experiment that picks.
+        otherwise: Hint for an experiment that sweeps no positions.
+        windows: Whether rectangles of patches are accepted as well as single tokens.
+
+    Raises:
+        PickError: If some or all tokens have no value.
+    """
     _check_first_measure(experiment)
     name = experiment.name
     if experiment.table.name != table.name:
@@ -608,39 +645,40 @@ def check_rankable_tokens(
 
 
 MAX_LISTED_SITES = 10
-"""Sites of a pick that the conventions list."""
+"""Maximum number of picked sites that a note below a table lists."""
 
 
 @dataclass
 class FindingPicker:
-    """Findings that an experiment may use, and what it picked of them."""
+    """Results that an experiment may pick from, and a record of its picks."""
 
     found: Mapping[str, Finding] = field(default_factory=dict[str, Finding])
     called: Mapping[str, Mapping[str, ast.MapOf]] = field(
         default_factory=dict[str, Mapping[str, ast.MapOf]]
     )
-    """`for` variable that runs over experiments → word → the experiment, or some cells of it."""
+    """`for` variable over experiments → word → the experiment, or a selection of its cells."""
     groups: Mapping[str, spec.Group] = field(default_factory=dict[str, spec.Group])
-    """Of the file."""
+    """Groups of the file."""
     picks: dict[str, str] = field(default_factory=dict[str, str])
-    """As written → what was picked, in words."""
+    """Picks as written → description of the picked sites or tokens."""
     sites_of: dict[str, RankingSource] = field(default_factory=dict[str, RankingSource])
-    """By name, experiments whose sites are used, and those that these picked from."""
+    """Experiments whose sites are used, and those that these experiments picked from, by name."""
     _longest: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
     _runs: dict[tuple[Span, str], tuple[str, Mapping[int, Sequence[int]]]] = field(
         default_factory=dict[tuple[Span, str], tuple[str, Mapping[int, Sequence[int]]]]
     )
-    """Of tokens that are picked: the first run that they were found in, and all there are."""
+    """For each pick of tokens: the first run in which it was resolved, and its ranked tokens
+    there."""
     _some: dict[tuple[str, CellCoordinates], Finding] = field(
         default_factory=dict[tuple[str, CellCoordinates], Finding]
     )
-    """Experiment and coordinates → what it found there."""
+    """Results by experiment and coordinates."""
     _texts: dict[tuple[Span, str], str] = field(default_factory=dict[tuple[Span, str], str])
-    """Of `top k of m`, `m` a `for` over experiments: what stands there for each of them."""
+    """For `top k of m` with a `for` variable `m` over experiments: the text for each experiment."""
     _checked: set[str] = field(default_factory=set[str])
-    """Experiments that rank single tokens."""
+    """Experiments that were checked to rank single tokens."""
     _warned: set[tuple[Span, str]] = field(default_factory=set[tuple[Span, str]])
-    """Places whose tokens were warned of, with what is picked there."""
+    """Picks of tokens with a W0751 warning, each with its source location."""
 
     @property
     def stand_ins(self) -> tuple[str, ...]:
@@ -649,10 +687,17 @@ class FindingPicker:
     def finding(
         self, node: ast.RankedSelection | ast.MapOf, values: Mapping[str, Any]
     ) -> tuple[Finding | None, CellCoordinates]:
-        """What was found in the cells that are meant, and where they are; None of an experiment
-        that was refused. Raises Refused.
+        """Return the results in the selected cells, and the coordinates of these cells.
 
-        values: of the `for` variables around it and of each `param`.
+        Args:
+            node: The pick.
+            values: Values of the enclosing `for` variables and of each `param`.
+
+        Returns:
+            The results, None for a rejected experiment; and the coordinates.
+
+        Raises:
+            PickError: If no cell has these coordinates.
         """
         at, whole = read_coordinates(node, values), self.found.get(node.of)
         if whole is None or not at:
@@ -662,8 +707,11 @@ class FindingPicker:
         return self._some[node.of, at], at
 
     def _named(self, node: ast.RankedSelection, values: Mapping[str, Any]) -> ast.RankedSelection:
-        """The same of the experiment that a `for` variable stands for. Refusals: Refused where that
-        variable means nothing."""
+        """Replace a `for` variable over experiments by the experiment that is its current value.
+
+        Raises:
+            PickError: If the variable has no value or its value is no experiment.
+        """
         words = self.called.get(node.of)
         if words is None:
             return node
@@ -688,20 +736,24 @@ class FindingPicker:
         return named
 
     def _written(self, node: ast.RankedSelection) -> str:
-        """As it is written, with the word in place of a `for` variable over experiments."""
+        """Return the source text, with the word in place of a `for` variable over experiments."""
         return self._texts.get((node.span, format_ranked(node)), node.span.written)
 
     def said(self, node: ast.RankedSelection, values: Mapping[str, Any]) -> str:
-        """As it is written, with what `for` variables stand for."""
+        """Return the source text, with the values of `for` variables."""
         node = self._named(node, values)
         head, _, of = self._written(node).partition(" of ")
         if isinstance(node.amount, str):
             head = f"top {values.get(node.amount, node.amount)}"
-        return f"{head} of {describe_cells(of.partition('(')[0].rstrip(), read_coordinates(node, values))}"
+        cells = describe_cells(of.partition("(")[0].rstrip(), read_coordinates(node, values))
+        return f"{head} of {cells}"
 
     def used_sites(self, node: ast.RankedSelection, finding: Finding) -> None:
-        """Remember the rows and cells that sites were picked by: those of the experiment, and of
-        others that it picked from in turn. A ranking by weights alone has no rows."""
+        """Record the rows and cells that sites were picked by.
+
+        These are the cells of the experiment and of experiments that it picked from in turn. A
+        ranking by weights alone has no rows.
+        """
         parts = [part.experiment for part in finding.parts]
         rows = (each.table.row_keys for each in parts if not observes_weights(each))
         own = RankingSource(node.span, finding.cells, frozenset(chain.from_iterable(rows)))
@@ -714,7 +766,10 @@ class FindingPicker:
     def pick_sites(
         self, node: ast.RankedSelection, values: Mapping[str, Any], diagnostics: list[Diagnostic]
     ) -> list[RankedSite] | None:
-        """The best sites of an experiment; None after E0620, and where that one was refused."""
+        """Return the best sites of an experiment.
+
+        None after E0620, and if the experiment was rejected.
+        """
         try:
             node = self._named(node, values)
             finding, _ = self.finding(node, values)
@@ -746,7 +801,7 @@ class FindingPicker:
             return
         least, most = self._longest.get(key, (len(chosen), -1))
         self._longest[key] = (min(least, len(chosen)), max(most, len(chosen)))
-        if len(chosen) <= most:  # of several values of a loop, the most is listed
+        if len(chosen) <= most:  # of several values of a loop, the longest list is shown
             return
         listed = ", ".join(f"{site.label} ({site.value:.3g})" for site in chosen[:MAX_LISTED_SITES])
         more = (
@@ -774,8 +829,10 @@ class FindingPicker:
         tokenizer: TextTokenizer,
         diagnostics: list[Diagnostic],
     ) -> list[tuple[str, list[Hits]]]:
-        """(label, hits per row) of every cell; none after E0620, and where that experiment was
-        refused."""
+        """Return the label and the tokens per row of every cell.
+
+        Empty after E0620, and if the experiment was rejected.
+        """
         node = base.ranked
         try:
             node = self._named(node, values)
@@ -800,7 +857,7 @@ class FindingPicker:
                 if set(order[: counts[row]]) != set(other[row][: counts[row]])
             ]
             place = (base.span, format_ranked(node))
-            if rows and place not in self._warned:  # once for all numbers of a `for`
+            if rows and place not in self._warned:  # one warning for all values of a `for`
                 self._warned.add(place)
                 many = f"others in {len(rows)} of {len(orders)} rows"
                 _warn_sign(node, "the highest tokens of each row", many, diagnostics, base.span)
@@ -862,8 +919,10 @@ class FindingPicker:
         run: str,
         orders: Mapping[int, Sequence[int]],
     ) -> None:
-        """What is read in one run and written in another must be there in both, whichever tokens
-        turn out to be picked."""
+        """Check that both runs of a rule have the same number of rankable tokens in every row.
+
+        A rule that reads in one run and writes in another needs every picked token in both.
+        """
         place = (base.span, format_ranked(base.ranked))
         first, before = self._runs.setdefault(place, (run, orders))
         for row, order in orders.items():
@@ -892,8 +951,8 @@ class FindingPicker:
             said = f"known when `{finding.name}` has run; its first tokens stand in"
         else:
             said = (
-                f"{_range_text(least, most)} of {_range_text(min(sizes), max(sizes))} tokens in each row, by "
-                f"the row's own {finding.measure}, signed"
+                f"{_range_text(least, most)} of {_range_text(min(sizes), max(sizes))} tokens "
+                f"in each row, by the row's own {finding.measure}, signed"
             )
             axes = finding.parts[0].experiment.axes
             if finding.cells > next(len(a.labels) for a in axes if a.name == "position"):
@@ -909,7 +968,7 @@ class FindingPicker:
 
 
 def _amount(node: ast.RankedSelection, values: Mapping[str, Any]) -> int | Percent:
-    """How many, or what share."""
+    """Evaluate the amount of a pick: a count or a percentage."""
     amount: Any = 1 if node.which == "best" else node.amount
     if isinstance(amount, ast.Percent):
         amount = Percent(amount.value)
@@ -942,11 +1001,17 @@ def _amount(node: ast.RankedSelection, values: Mapping[str, Any]) -> int | Perce
 def _count(
     node: ast.RankedSelection, values: Mapping[str, Any], total: int, there: str | None
 ) -> int:
-    """How many of `total` are meant. `there` says how many there are; None where that isn't known,
-    so that there may be as many."""
+    """Return how many of `total` items a pick selects.
+
+    Args:
+        node: The pick.
+        values: Values of the enclosing `for` variables and of each `param`.
+        total: Number of known items.
+        there: Message format with the number of items; None if that number isn't known yet.
+    """
     amount = _amount(node, values)
     if isinstance(amount, Percent):
-        # Half up; a share is never rounded down to nothing.
+        # Round half up; a nonzero share selects at least one item.
         return max(1, int(amount * total / 100 + 0.5)) if amount else 0
     if amount > total and there is not None:
         raise PickError(
@@ -962,7 +1027,8 @@ def _counts(
     orders: Mapping[int, Sequence[int]],
     name: str,
 ) -> dict[int, int]:
-    """Row id → how many of its ranked tokens are meant. Rows of equal length share one count."""
+    """Return for each row id the number of selected tokens. Rows of equal length share one
+    count."""
     of_size: dict[int, int] = {}
     for row, order in orders.items():
         size = len(order)
@@ -988,7 +1054,7 @@ def _warn_sign(
     diagnostics: list[Diagnostic],
     span: Span | None = None,
 ) -> None:
-    """W0751, once for a place."""
+    """Append W0751, once for each source location."""
     where = span or node.span
     warning = PickBySign(span=where, text=where.written, picked=picked, by_size=by_size, of=node.of)
     if warning not in diagnostics:

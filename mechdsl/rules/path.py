@@ -58,15 +58,16 @@ def find_end_conflict(
     first, last = inner[0], inner[-1]
     if _sublayer(first, parallel=parallel) != _sublayer(last, parallel=parallel):
         return (
-            f"{_describe_point(last)} reads behind {_describe_point(first)}: it would not see what that changes, and "
-            "the end would",
+            f"{_describe_point(last)} reads behind {_describe_point(first)}: "
+            "it would not see what that changes, and the end would",
             "beside the end, name receivers in the attention of one layer, or in one MLP",
         )
     pairs = ((of, to) for of in senders for to in inner)
     late = next((pair for pair in pairs if not precedes(*pair, parallel=parallel)), None)
     if late is not None:
         return (
-            f"{_describe_point(late[0])} isn't before {_describe_point(late[1])}, which may change what it sends",
+            f"{_describe_point(late[0])} isn't before {_describe_point(late[1])}, "
+            "which may change what it sends",
             "beside the end, send from what comes before all other receivers",
         )
     return None

@@ -210,9 +210,10 @@ def print_power(plan: Plan, console: Console, measured: MeasuredByVariant | None
     for title in ("units", "tests", "level", "effect"):
         table.add_column(title, justify="right", no_wrap=True)
     for name, each in found.items():
+        units = _range_text([f"{end.units:,}" for end in each])
         table.add_row(
             name,
-            f"{_range_text([f'{end.units:,}' for end in each])} {_units_text(tested[name][0], measured)}",
+            f"{units} {_units_text(tested[name][0], measured)}",
             f"{each[0].tests:,}",
             f"{each[0].level:.2g}",
             _range_text([_detectable_text(end, tested[name][0].spec.statistics) for end in each]),
@@ -221,8 +222,9 @@ def print_power(plan: Plan, console: Console, measured: MeasuredByVariant | None
     console.print(table)
     console.print(
         f"effect: the smallest mean delta, in standard deviations of the delta from unit to unit, "
-        f"that one test finds in {TARGET_POWER:.0%} of such experiments, were deltas normal; its p has to "
-        f"be below the level, {_level_text([e[0].spec.statistics for e in tested.values()])}",
+        f"that one test finds in {TARGET_POWER:.0%} of such experiments, were deltas normal; "
+        f"its p has to be below the level, "
+        f"{_level_text([e[0].spec.statistics for e in tested.values()])}",
         style="dim",
         highlight=False,
     )
@@ -599,13 +601,14 @@ def _print_estimate(plan: Plan, cost: PlanCost, saves: Cost, console: Console) -
         for each in (cost.plain, cost.planned)
     )
     console.print(
-        f"about {_time_text(planned.total)} on this CPU, {_time_text(plain.total)} as a plain loop, at "
-        f"{2 * rate / 1e9:.0f} GFLOP/s in a large product",
+        f"about {_time_text(planned.total)} on this CPU, {_time_text(plain.total)} "
+        f"as a plain loop, at {2 * rate / 1e9:.0f} GFLOP/s in a large product",
         highlight=False,
     )
     console.print(
         f"of these {_time_text(planned.loading)} to import libraries and load models, "
-        f"{_time_text(planned.prompts)} to make prompts, {_time_text(planned.passes)} to run the model and "
+        f"{_time_text(planned.prompts)} to make prompts, "
+        f"{_time_text(planned.passes)} to run the model and "
         f"{_time_text(planned.statistics)} for statistics",
         highlight=False,
     )

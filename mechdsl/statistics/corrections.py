@@ -233,6 +233,6 @@ def _test_in_words(data: MeasureData, sampling: SamplingDesign) -> str:
     most = max(units, key=lambda each: each.count)
     words = _TESTS[sampling.settings.test]
     return (
-        f"two-sided, over {plural_noun(sampling.unit_word(most))}, by {words}; below the level exactly "
-        "where the interval excludes 0"
+        f"two-sided, over {plural_noun(sampling.unit_word(most))}, by {words}; "
+        "below the level exactly where the interval excludes 0"
     )

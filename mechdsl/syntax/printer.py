@@ -9,7 +9,7 @@ from typing import Any
 from mechdsl.syntax import ast
 from mechdsl.syntax.ast import unescape
 
-# How tightly each kind of expression binds; what a place of the grammar asks for at least.
+# Precedence of each type of expression, and the least one that a grammar position accepts.
 CONDITION = 1
 
 _AND, _NOT, _COMPARISON = 2, 3, 4
@@ -42,18 +42,18 @@ def _binding(node: Any) -> int:
 
 
 def format_expression(node: Any) -> str:
-    """Where the grammar takes a sum or `if … then … else …`."""
+    """Format an expression for a position that takes a sum or `if … then … else …`."""
     return _plain(node) if isinstance(node, ast.Conditional) else format_operand(node, SUM)
 
 
 def format_operand(node: Any, least: int) -> str:
-    """An expression, in brackets where it binds less tightly than its place needs."""
+    """Format an expression, in brackets if its precedence is lower than its position needs."""
     text = _plain(node)
     return f"({text})" if _binding(node) < least else text
 
 
 def format_values(node: Any) -> str:
-    """A range or an expression."""
+    """Format a range or an expression."""
     if isinstance(node, ast.Range):
         return f"{format_operand(node.low, SUM)}..{format_operand(node.high, SUM)}"
     return format_expression(node)
@@ -91,13 +91,15 @@ def _plain(node: Any) -> str:
             return f"-{format_operand(node.operand, _FACTOR)}"
         case ast.Binary():
             own = _binding(node)
-            return f"{format_operand(node.left, own)} {node.operator} {format_operand(node.right, own + 1)}"
+            left, right = format_operand(node.left, own), format_operand(node.right, own + 1)
+            return f"{left} {node.operator} {right}"
         case ast.Conditional():
             condition = format_operand(node.condition, CONDITION)
             then, otherwise = format_expression(node.then), format_expression(node.otherwise)
             return f"if {condition} then {then} else {otherwise}"
         case ast.Compare():
-            return f"{format_operand(node.left, SUM)} {node.operator} {format_operand(node.right, SUM)}"
+            left, right = format_operand(node.left, SUM), format_operand(node.right, SUM)
+            return f"{left} {node.operator} {right}"
         case ast.InRange():
             return f"{format_operand(node.value, SUM)} in {format_values(node.within)}"
         case ast.Near():
@@ -105,7 +107,8 @@ def _plain(node: Any) -> str:
             return f"{value} near {target} within {format_operand(node.tolerance, SUM)}"
         case ast.Logical():
             own = _binding(node)
-            return f"{format_operand(node.left, own)} {node.operator} {format_operand(node.right, own + 1)}"
+            left, right = format_operand(node.left, own), format_operand(node.right, own + 1)
+            return f"{left} {node.operator} {right}"
         case ast.Not():
             return f"not {format_operand(node.operand, _NOT)}"
         case _:
@@ -123,7 +126,7 @@ def _inside(node: Any) -> str:
 
 
 def _number(node: ast.Number) -> str:
-    """As it was written (`1e6`), if it was."""
+    """Format a number as in the source (`1e6`) if it has one."""
     written = node.span.text
     if written[:1].isdigit():
         try:
@@ -136,7 +139,7 @@ def _number(node: ast.Number) -> str:
 
 
 def format_percentage(value: float) -> str:
-    """`50%`, `12.5%`: never with an exponent, which percentages don't have."""
+    """Format a percentage (`50%`, `12.5%`), never with an exponent, which the grammar lacks."""
     digits = format(Decimal(repr(value)), "f")
     if "." in digits:
         digits = digits.rstrip("0").rstrip(".")
@@ -144,7 +147,7 @@ def format_percentage(value: float) -> str:
 
 
 def format_string(value: str) -> str:
-    """A text in quotes, escaped."""
+    """Escape and quote a text."""
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     text = escaped.replace("\n", "\\n").replace("\t", "\\t")
     assert unescape(text) == value
@@ -157,22 +160,22 @@ def _short(node: ast.ShortSite) -> str:
 
 
 def format_ref(node: ast.Ref) -> str:
-    """`fruit`, `fruit.train`."""
+    """Format a reference: `fruit`, `fruit.train`."""
     return node.name if node.part is None else f"{node.name}.{node.part}"
 
 
 def join_items(items: Iterable[str]) -> str:
-    """`a, b, c`."""
+    """Join items with commas: `a, b, c`."""
     return ", ".join(items)
 
 
 def format_names(items: Iterable[ast.Name]) -> str:
-    """Names between commas."""
+    """Format names separated by commas."""
     return join_items(item.id for item in items)
 
 
 def format_call(node: ast.Call | ast.Name) -> str:
-    """A call; one without arguments has no brackets either."""
+    """Format a call, without brackets if it has no arguments."""
     if isinstance(node, ast.Name):
         return node.id
     if not node.arguments:
@@ -192,7 +195,7 @@ def _argument(node: ast.Argument) -> str:
 
 
 def format_domain(node: ast.Domain) -> str:
-    """What a value ranges over."""
+    """Format the domain of a value."""
     return format_values(node.values) + (
         f" step {format_operand(node.step, SUM)}" if node.step else ""
     )
@@ -202,7 +205,7 @@ def format_domain(node: ast.Domain) -> str:
 
 
 def format_site(node: ast.Site) -> str:
-    """`resid_post layer 3 in basis b`."""
+    """Format a site: `resid_post layer 3 in basis b`."""
     parts = [name.id for name in node.names] + [format_axis(a) for a in node.axes]
     if node.short is not None:
         parts.append(_short(node.short))
@@ -216,7 +219,7 @@ def format_site(node: ast.Site) -> str:
 
 
 def format_axis(node: ast.Axis) -> str:
-    """`layer 1, 3..5 window 2`."""
+    """Format an axis: `layer 1, 3..5 window 2`."""
     text = (
         f"{node.word}{'s' if node.plural else ''} {join_items(map(format_axis_value, node.values))}"
     )
@@ -226,7 +229,7 @@ def format_axis(node: ast.Axis) -> str:
 
 
 def format_axis_value(node: ast.Star | ast.AxisRange) -> str:
-    """`*`, `3`, `l + 1..50%`."""
+    """Format a value of an axis: `*`, `3`, `l + 1..50%`."""
     if isinstance(node, ast.Star):
         return "*"
     return _bound(node.low) + (f"..{_bound(node.high)}" if node.high else "")
@@ -247,7 +250,7 @@ def _offset(offset: int | ast.Variable) -> str:
 
 
 def format_ranked(node: ast.RankedSelection) -> str:
-    """`top 25% of caap(a: 1)`, `best of select`."""
+    """Format a ranked selection: `top 25% of caap(a: 1)`, `best of select`."""
     of = format_cells(node)
     if node.which == "best":
         return f"best of {of}"
@@ -257,12 +260,12 @@ def format_ranked(node: ast.RankedSelection) -> str:
 
 
 def format_cells(node: ast.RankedSelection | ast.MapOf) -> str:
-    """`caap`, `caap(a: 1)`."""
+    """Format a selection of an experiment's cells: `caap`, `caap(a: 1)`."""
     return format_call(ast.Call(node.of, node.cell, span=node.span))
 
 
 def format_edge(node: ast.Edge, run: ast.Ref | None = None) -> str:
-    """`attention layer * from Q to K`; run: the one that is looked at."""
+    """Format an edge: `attention layer * from Q to K`. `run`: the observed run."""
     parts = ["attention", *([node.stack.id] if node.stack else []), *map(format_axis, node.axes)]
     parts += [format_site(node.heads)] if node.heads is not None else []
     parts += [] if run is None else [f"of {format_ref(run)}"]
@@ -275,7 +278,7 @@ def format_edge(node: ast.Edge, run: ast.Ref | None = None) -> str:
 
 
 def format_positions(node: ast.Positions) -> str:
-    """`token 0, 3, last token`: a further index stands without `token`."""
+    """Format positions (`token 0, 3, last token`); indices after the first omit `token`."""
     texts: list[str] = []
     before: ast.TokenIndex | None = None
     for item in node.items:
@@ -300,7 +303,7 @@ def _is_bare(item: ast.Position) -> bool:
 
 
 def format_position(node: ast.Position) -> str:
-    """One item of a list of positions."""
+    """Format one item of a list of positions."""
     also = " and answer" if node.and_answer else ""
     return _position_set(node.body) + also + (f" align {node.align}" if node.align else "")
 
@@ -345,14 +348,14 @@ def _index(node: ast.TokenIndex) -> str:
 
 
 def _counter(node: int | ast.Variable | None) -> str:
-    """`*`, `3`, `i`, `-i`, `i + 1`."""
+    """Format a counter: `*`, `3`, `i`, `-i`, `i + 1`."""
     if isinstance(node, ast.Variable):
         return ("-" if node.negative else "") + node.name + _offset(node.offset)
     return "*" if node is None else str(node)
 
 
 def format_span(node: ast.SpanRef) -> str:
-    """`item 3`, `last-item of part1`, `"Answer"`, `image row 3 col 4`."""
+    """Format a span: `item 3`, `last-item of part1`, `"Answer"`, `image row 3 col 4`."""
     if node.literal is not None:
         text = format_string(node.literal)
     else:
@@ -365,18 +368,18 @@ def format_span(node: ast.SpanRef) -> str:
 
 
 def format_occurrence(node: ast.Occurrence) -> str:
-    """`*`, `3`, `2..5`, `i`."""
+    """Format an occurrence: `*`, `3`, `2..5`, `i`."""
     low = _counter(node.low)
     return low if node.high is None else f"{low}..{_counter(node.high)}"
 
 
 def _optional(word: str, value: Any) -> str:
-    """` word value`, or nothing."""
+    """Return ` word value`, or an empty string."""
     return "" if value is None else f" {word} {value}"
 
 
 def _written(node: ast.Expr | ast.ActivationRead | ast.StepFraction) -> str:
-    """What a rule writes: an expression, what a run has somewhere, or a step."""
+    """Format the value of a rule: an expression, a run's activation or a step."""
     if not isinstance(node, ast.ActivationRead | ast.StepFraction):
         return format_operand(node, SUM)
     factor = _factor(node.factor)
@@ -387,12 +390,12 @@ def _written(node: ast.Expr | ast.ActivationRead | ast.StepFraction) -> str:
 
 
 def _factor(node: ast.Expr | None) -> str:
-    """What something is multiplied with, in front of it; or nothing."""
+    """Format the leading factor of a product; empty without one."""
     return "" if node is None else f"{format_operand(node, SUM + 1)} * "
 
 
 def _of(word: str, node: Any, text: Any) -> str:
-    """` word text(node)`, or nothing."""
+    """Return ` word text(node)`, or an empty string."""
     return "" if node is None else f" {word} {text(node)}"
 
 
@@ -425,7 +428,7 @@ def _map_of(node: ast.MapOf) -> str:
 
 
 def format_header(node: Any) -> str | None:
-    """What stands before the brace of a statement that holds lines; None for any other."""
+    """Format the text before the brace of a block statement; None for other statements."""
     match node:
         case ast.PromptsDef():
             return f"{node.kind} {node.name.id}"
@@ -444,7 +447,7 @@ def format_header(node: Any) -> str | None:
 
 
 def statement_body(node: Any) -> tuple[Any, ...]:
-    """What stands in the braces of such a statement."""
+    """Return the lines in the braces of a block statement."""
     match node:
         case ast.PromptsDef():
             return node.lines
@@ -463,7 +466,7 @@ def statement_body(node: Any) -> tuple[Any, ...]:
 
 
 def format_line(node: Any) -> str:
-    """A statement without lines in braces."""
+    """Format a statement without lines in braces."""
     for part in (_top, _data, _rule, _statement):
         text = part(node)
         if text is not None:
@@ -587,14 +590,16 @@ def _rule(node: Any) -> str | None:
         case ast.Renumber():
             return f"renumber {format_positions(node.at)} from {format_operand(node.start, SUM)}"
         case ast.SetSite():
-            return f"set {format_site(node.site)} at {format_positions(node.at)} to {_written(node.value)}"
+            where = f"{format_site(node.site)} at {format_positions(node.at)}"
+            return f"set {where} to {_written(node.value)}"
         case ast.PathRule():
             through = f" through {format_names(node.through)}" if node.through else ""
             ends = f"{format_site(node.sender)} -> {format_site(node.receiver)}"
             frozen = " with frozen norms" if node.frozen else ""
             return f"path {ends} at {format_positions(node.at)}{through}{frozen}"
         case ast.Add():
-            return f"add {_written(node.value)} to {format_site(node.site)} at {format_positions(node.at)}"
+            where = f"{format_site(node.site)} at {format_positions(node.at)}"
+            return f"add {_written(node.value)} to {where}"
         case ast.Scale():
             factor = format_operand(node.factor, SUM)
             return f"scale {format_site(node.site)} at {format_positions(node.at)} by {factor}"
@@ -665,7 +670,8 @@ def _statement(node: Any) -> str | None:
             end = _of("until", node.until, _condition)
             if node.top is not None and node.unit is not None:
                 end += f" top {node.top} {node.unit.id}"
-            return f"discover {node.what.id} over {format_names(node.over)} using {format_call(node.using)}{end}"
+            start = f"discover {node.what.id} over {format_names(node.over)}"
+            return f"{start} using {format_call(node.using)}{end}"
         case ast.Search():
             return f"search {node.how.id} {node.what.id} up to {node.up_to}"
         case ast.ObserveAttention(what=ast.Name(id=what)):
@@ -713,7 +719,8 @@ def _statement(node: Any) -> str | None:
                 + _of("to", node.file, _text)
             )
         case ast.Save():
-            where = f"{format_site(node.site)}{_of('of', node.run, format_ref)} at {format_positions(node.at)}"
+            where = f"{format_site(node.site)}{_of('of', node.run, format_ref)}"
+            where += f" at {format_positions(node.at)}"
             return f"save {where} to {_text(node.file)}" + _of("as", node.dtype, _id)
         case ast.Expect():
             if node.condition is not None:
@@ -728,7 +735,8 @@ def _statement(node: Any) -> str | None:
 
 
 def _observe(node: ast.Observe) -> str:
-    # `at` before the site is optional; it reads well behind a call, as in `probe(count) at`.
+    # `at` before the site is optional; the canonical text has it only after a call
+    # (`probe(count) at`).
     what = format_call(node.what) + (" at" if isinstance(node.what, ast.Call) else "")
     return (
         f"observe {what} {format_site(node.site)}"

@@ -583,16 +583,16 @@ def sampled() -> FittedVector:
 def vector_of(kind: type, change: tuple[str, Change] | None) -> DirectionVector:
     """A vector with a record of this kind, changed in one of its fields."""
     fitted = sampled()
+    first, second = fitted.samples
     made: dict[type, Any] = {
-        FittedVector: replace(fitted, samples=(fitted.samples[0], replace(fitted.samples[1], cell=moved(
-            fitted.samples[1].cell)))),
-        FitSample: fitted.samples[0],
+        FittedVector: replace(fitted, samples=(first, replace(second, cell=moved(second.cell)))),
+        FitSample: first,
         UnembeddingVector: UNEMBEDDED,
         SavedVector: SavedVector(Path("a.safetensors"), "d", "0" * 64),
         WeightedSum: WeightedSum(((1.0, UNEMBEDDED),)),
         UnitVector: UnitVector(UNEMBEDDED),
         RandomVector: RandomVector(UNEMBEDDED, "e 0", 0),
-    }  # fmt: skip
+    }
     found = made[kind]
     if change is not None:
         field, other = change

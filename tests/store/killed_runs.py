@@ -232,7 +232,7 @@ def _child(
         sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w", encoding="utf-8") for n in (1, 2))
         os.chdir(folder)
         os.environ.pop("MECHDSL_STORE", None)
-        EXTERNAL_MODULES.clear()  # what other tests of this process have registered isn't in the file
+        EXTERNAL_MODULES.clear()  # modules that other tests of this process have registered
         Steps(os.open(log, os.O_WRONLY | os.O_APPEND), kill_at).watch()
         if limits is not None:
             limits()

@@ -674,7 +674,7 @@ def _correction_texts(
         )
     yield (
         "correction",
-        f"{CORRECTION_NAMES[correction]}, over {count_noun(tests, 'cell')} whose values differ by more "
-        "than rounding; a cell changed where p corrected is below "
+        f"{CORRECTION_NAMES[correction]}, over {count_noun(tests, 'cell')} whose values differ "
+        "by more than rounding; a cell changed where p corrected is below "
         + " or ".join(dict.fromkeys(f"{each.level:g}" for each in tested)),
     )

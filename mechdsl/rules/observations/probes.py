@@ -389,7 +389,8 @@ def _describe_probe(probe: Probe) -> Iterator[str]:
         commonest = max(counts) / len(probe.targets)
         yield f"logistic regression, {len(probe.classes):,} classes ({names})"
         yield f"the commonest is {commonest:.3g} of the rows"
-        yield f"penalty {DEFAULT_PENALTY if probe.penalty is None else probe.penalty:g} / 2 · Σ weights²"
+        penalty = DEFAULT_PENALTY if probe.penalty is None else probe.penalty
+        yield f"penalty {penalty:g} / 2 · Σ weights²"
     if probe.train is None:
         yield (
             f"vectors standardised by the rows of each fit; {probe.folds} folds, in which rows that"

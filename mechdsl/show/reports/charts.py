@@ -390,8 +390,8 @@ def save_text_picture(text: str, path: Path) -> None:
     width = max((len(line) for line in lines), default=0) * LETTER_WIDTH + 2 * TEXT_MARGIN
     height = len(lines) * LINE_HEIGHT + 2 * TEXT_MARGIN
     rows = "".join(
-        f'<text x="{TEXT_MARGIN}" y="{TEXT_MARGIN + LINE_HEIGHT * (i + 0.75):.1f}" xml:space="preserve" '
-        f'textLength="{len(line) * LETTER_WIDTH:.1f}" lengthAdjust="spacing">'
+        f'<text x="{TEXT_MARGIN}" y="{TEXT_MARGIN + LINE_HEIGHT * (i + 0.75):.1f}" '
+        f'xml:space="preserve" textLength="{len(line) * LETTER_WIDTH:.1f}" lengthAdjust="spacing">'
         f"{escape_xml(line)}</text>"
         for i, line in enumerate(lines)
         if line

@@ -291,8 +291,9 @@ def scale_legend(
     for step in range(steps):
         (red, green, blue), opacity = patch_cover((2 * (step + 0.5) / steps - 1) * limit, limit)
         parts.append(
-            f'<rect x="{step * LEGEND_WIDTH / steps:.2f}" width="{LEGEND_WIDTH / steps + 0.05:.2f}" '
-            f'height="10" fill="rgb({red},{green},{blue})" fill-opacity="{opacity:.3f}"/>'
+            f'<rect x="{step * LEGEND_WIDTH / steps:.2f}" '
+            f'width="{LEGEND_WIDTH / steps + 0.05:.2f}" height="10" '
+            f'fill="rgb({red},{green},{blue})" fill-opacity="{opacity:.3f}"/>'
         )
     for text, x, anchor in (
         (write(-limit), 0, "start"),
@@ -304,8 +305,9 @@ def scale_legend(
     if hatched:
         said = "no number there"
         parts.append(
-            f'<rect x="{LEGEND_WIDTH + 20}" width="16" height="10" fill="url(#hatch)" stroke="#bbbbbb" '
-            f'stroke-width="0.6"/>{_svg_text(said, LEGEND_WIDTH + 42, 9, "start")}'
+            f'<rect x="{LEGEND_WIDTH + 20}" width="16" height="10" fill="url(#hatch)" '
+            f'stroke="#bbbbbb" stroke-width="0.6"/>'
+            f"{_svg_text(said, LEGEND_WIDTH + 42, 9, 'start')}"
         )
         width += 42 + text_width(said, 10)
     return "".join(parts), width
@@ -378,7 +380,8 @@ def _draw_line(
 
 # --- the page -------------------------------------------------------------------------------------
 
-MAP_STYLE = f""".maps {{ display: flex; flex-wrap: wrap; gap: {IMAGE_GAP}px; align-items: flex-end; }}
+MAP_STYLE = f"""\
+.maps {{ display: flex; flex-wrap: wrap; gap: {IMAGE_GAP}px; align-items: flex-end; }}
 figure {{ margin: 0; }}
 figcaption {{ font-size: 12px; margin-bottom: 3px; }}
 """

@@ -318,7 +318,8 @@ def thin_note(result: ExperimentResult, measure: int, mark: str = THIN_MARK) -> 
         return None
     most = int(result.statistics[measure].n.max())
     cells = "1 cell has" if count == 1 else f"{count} cells have"
-    return f"{mark} {cells} fewer than {100 * THIN_SHARE:g} % of the {most} prompts of the fullest cell"
+    share = f"{100 * THIN_SHARE:g} %"
+    return f"{mark} {cells} fewer than {share} of the {most} prompts of the fullest cell"
 
 
 def is_within_random(result: ExperimentResult, measure: int) -> Bools:
@@ -420,12 +421,12 @@ def null_texts(
     band: NullBand, found: CellStatistics, cells: Iterable[int], write: Callable[[float], str]
 ) -> list[str]:
     """`[low, high]` of the controls of each cell."""
-    return [
-        f"[{', '.join(_distinct_texts(write, [band.low[cell], band.high[cell]], found.rounding[cell]))}]"
-        if math.isfinite(band.low[cell])
-        else MISSING
-        for cell in cells
-    ]
+
+    def range_text(cell: int) -> str:
+        ends = _distinct_texts(write, [band.low[cell], band.high[cell]], found.rounding[cell])
+        return f"[{', '.join(ends)}]"
+
+    return [range_text(cell) if math.isfinite(band.low[cell]) else MISSING for cell in cells]
 
 
 def null_p_texts(band: NullBand, cells: Iterable[int]) -> list[str]:
