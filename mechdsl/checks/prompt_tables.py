@@ -1,6 +1,6 @@
 """Models and prompt tables of a file, each read once for all experiments.
 
-Stand-ins replace data that is missing, so that the same code checks everything else in the file.
+Placeholders replace missing data, so that the same code checks everything else in the file.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from mechdsl.program.directions import FitRows, fit_rows_of_experiment
 from mechdsl.program.images import IMAGE_SPAN, averaged_block
 from mechdsl.program.prompts import used_corruptions
 from mechdsl.program.python_functions import PythonMode, prompt_functions
-from mechdsl.program.spec import RepliesOf
+from mechdsl.program.spec import CLEAN, RepliesOf
 from mechdsl.prompts.answers import LabelNaming
 from mechdsl.prompts.block import PromptsBlock
 from mechdsl.prompts.expressions import counts_tokens
 from mechdsl.prompts.other_runs import PairedRun, add_replies, add_stand_in_replies, pair_run
-from mechdsl.prompts.rows import CLEAN, BlockRows, PromptTable
+from mechdsl.prompts.rows import BlockRows, PromptTable
 from mechdsl.prompts.selection import SplitPart
 from mechdsl.prompts.table import (
     add_stand_in_runs,
@@ -60,7 +60,7 @@ from mechdsl.vocab.metrics import Reply
 
 
 class TableBuilder(Protocol):
-    """Makes the table of a block for a model; ids: numbers of the only rows."""
+    """Builds the table of a block for a model; `ids` restricts it to these row numbers."""
 
     def __call__(
         self, name: str, model: ModelContext, *, ids: Sequence[int] | None = None
@@ -68,11 +68,11 @@ class TableBuilder(Protocol):
 
 
 DiagnosticSink = Callable[..., None]
-"""Diagnostics, the model and the blocks that they are of."""
+"""Receives diagnostics with the model and the blocks that they refer to."""
 
 
 class TowerModels:
-    """What a file's experiments run of such models."""
+    """The models with two towers in a file's experiments."""
 
     def __init__(
         self,
@@ -84,7 +84,12 @@ class TowerModels:
         say: DiagnosticSink,
         stand_in: TextTokenizer,
     ) -> None:
-        """model: by its name, what is known of it. stand_in: for a tokenizer that isn't there."""
+        """Store the callbacks.
+
+        Args:
+            model: Returns what is known about a model, by name.
+            stand_in: Placeholder for a missing tokenizer.
+        """
         self.program = program
         self.diagnostics = diagnostics
         self._model = model
@@ -96,8 +101,10 @@ class TowerModels:
         self._whole: dict[str, PromptTable | None] = {}
 
     def reading(self, name: str, model: ModelContext) -> ModelContext:
-        """The tower that reads the rows of a block; other models as they are. E0108 and E0207 where
-        rows are texts that can't be scored."""
+        """Return the tower that reads the rows of a block; other models unchanged.
+
+        Codes: E0108 and E0207 for texts that can't be scored.
+        """
         block = self.program.prompts[name]
         texts = model.shape.texts
         if block.kind == "images":
@@ -125,8 +132,8 @@ class TowerModels:
     def facing_images(
         self, experiment: spec.Experiment, model: ModelContext, table: PromptTable
     ) -> tuple[ModelContext, PromptTable]:
-        """The text tower with the images that its texts are scored with, row by row or one for all;
-        others as they are."""
+        """Add the images that texts are scored with, row by row or one for all, to the table of a
+        text tower; other models and tables are returned unchanged."""
         if model.shape.side != "text":
             return model, table
         ref = self.program.prompts[experiment.prompts].scored_with
@@ -157,7 +164,7 @@ class TowerModels:
         return attach_images(model, table, ref.name, own, every)
 
     def _every(self, name: str, model: ModelContext) -> PromptTable | None:
-        """All rows of a block, whatever limits there are."""
+        """Return all rows of a block, without limits."""
         if name not in self._whole:
             self._whole[name], found = self._build(name, model)
             self._say(found, model, name)
@@ -165,14 +172,14 @@ class TowerModels:
 
 
 _ROW_TO_TABLE = 4
-"""How many times as long it takes to make a row as to put it into a table or to find a position."""
+"""Time to create a row, relative to adding it to a table or finding a position in it."""
 
 _ANY_PROMPT = 10
-"""What any prompt costs, in parts of what the file says about it."""
+"""Fixed cost of a prompt, in units of one expression."""
 
 
 def rows_to_check(program: spec.Program, prompts: int) -> int:
-    """So many prompts of each table, or as few as can be looked at in reasonable time."""
+    """Return how many prompts of each table to check: `prompts`, or fewer to limit the time."""
     work = list(_work(program))
     while prompts > 1 and sum(min(n, prompts) * each for n, each in work) > limits.CHECKED_WORK:
         prompts = prompts * 9 // 10
@@ -180,7 +187,7 @@ def rows_to_check(program: spec.Program, prompts: int) -> int:
 
 
 def _work(program: spec.Program) -> Iterator[tuple[int, int]]:
-    """For each table and each block: prompts at most, and what is done with each of them."""
+    """Yield, per table and per block, the maximum number of prompts and the cost of each."""
     longest: dict[str, int] = {}
     tables: dict[tuple[str, str, int | None, str | None, int], int] = {}
     for each in program.experiments:
@@ -200,7 +207,7 @@ def _work(program: spec.Program) -> Iterator[tuple[int, int]]:
 
 
 def _expressions(part: object) -> int:
-    """How much the file says, without the domains of values, which are worked out once."""
+    """Count a part's expressions, without domains of values, which are evaluated once."""
     match part:
         case ast.Node():
             nodes = list(walk(part))
@@ -210,7 +217,7 @@ def _expressions(part: object) -> int:
             return sum(map(_expressions, cast("tuple[object, ...]", part)))
         case spec.Spec():
             names = type(part).model_fields.keys() - {"domain"}
-            own = _ANY_PROMPT if isinstance(part, spec.TextDef) else 1  # texts are tokenised
+            own = _ANY_PROMPT if isinstance(part, spec.TextDef) else 1  # texts are tokenized
             return own + sum(_expressions(getattr(part, name)) for name in names)
         case _:
             return 0
@@ -221,7 +228,7 @@ def _draws(node: ast.Node) -> bool:
 
 
 _ANY = 64
-"""Tokens of a reply of which nothing is known."""
+"""Number of tokens of an unknown reply."""
 
 
 def attach_replies(
@@ -232,11 +239,14 @@ def attach_replies(
     model: ModelContext,
     others: Iterable[ModelContext] = (),
 ) -> tuple[PromptTable, list[Diagnostic]]:
-    """The prompts with what another experiment wrote; before it has run, with as many tokens as it
-    may write.
+    """Append another experiment's replies to the prompts; before it has run, placeholders of the
+    maximum length.
 
-    finding: that experiment's; None where it was refused. others: models that its rows are run on
-    too. Codes: E0203, E0546, and those of texts behind prompts.
+    Codes: E0203, E0546, and those of texts after prompts.
+
+    Args:
+        finding: Result of that experiment; None if it was rejected.
+        others: Other models that its rows run on.
     """
     named = experiment.replies
     assert named is not None
@@ -262,7 +272,7 @@ def attach_replies(
 
 
 def _parts(finding: Finding) -> list[VariantFinding]:
-    """One of each variant: measures at several places are of the same replies."""
+    """Return one part per variant, because measures at several positions share their replies."""
     found: dict[object, VariantFinding] = {}
     for part in finding.parts:
         found.setdefault(get_whole_spec(part.experiment).variant, part)
@@ -275,7 +285,7 @@ def _check(
     table: PromptTable,
     models: Sequence[ModelContext],
 ) -> None:
-    """Whether it writes one reply behind each of these prompts, in tokens of these models."""
+    """Check that it generates one reply after each of these prompts, in these models' tokens."""
     own, of = part.experiment, f"`{named.of}`"
     if own.generation is None:
         raise PickError(f"{of} writes none", f"let {of} write some: `generate 40`")
@@ -303,7 +313,7 @@ def _check(
 
 
 def _check_fits(experiment: spec.Experiment, program: spec.Program) -> None:
-    """Whether all that is read is of these prompts with these replies, or names its own."""
+    """Check that everything read is of these prompts with these replies, or names its own."""
     if any(
         rows.block is None and rows.model for rows in fit_rows_of_experiment(experiment, program)
     ):
@@ -321,7 +331,7 @@ def _check_fits(experiment: spec.Experiment, program: spec.Program) -> None:
 def _cell(
     named: RepliesOf, parts: Sequence[VariantFinding], program: spec.Program
 ) -> tuple[VariantFinding, int]:
-    """(variant, number of its cell) of the one that is named."""
+    """Return (variant, index of its cell) of the named cell."""
     undecided = find_open_axes(parts[0].experiment.spec, program.groups, ("shape", "tokens"))
     if not any(p.experiment.model.tokenizer.stands_in for p in parts):
         undecided = frozenset()
@@ -359,7 +369,7 @@ def _not_one(
 
 
 def _cells(part: VariantFinding) -> list[CellKey]:
-    """Those of an experiment, without the places that it measures at."""
+    """Return an experiment's cells, without the positions of its measures."""
     swept = [axis.name for axis in part.experiment.axes]
     cells = part.cells if part.means is not None else name_cells(part.experiment, texts=False)
     return [
@@ -369,7 +379,7 @@ def _cells(part: VariantFinding) -> list[CellKey]:
 
 
 def _room(named: RepliesOf, part: VariantFinding, table: PromptTable, model: ModelContext) -> int:
-    """Tokens that replies may have."""
+    """Return the number of tokens available for replies."""
     assert part.experiment.generation is not None
     tokens, most = part.experiment.generation.tokens, model.shape.max_positions
     if most is None or model.shape.stands_in or table.stands_in:
@@ -385,12 +395,12 @@ def _room(named: RepliesOf, part: VariantFinding, table: PromptTable, model: Mod
 
 
 def _only(part: VariantFinding, cell: int) -> Mapping[int, Reply]:
-    """The reply of each row."""
+    """Return the reply of each row."""
     return {row: replies[0] for row, replies in part.replies[cell].items()}
 
 
 def _check_lengths(table: PromptTable, model: ModelContext, named: RepliesOf) -> None:
-    """Whether there are rows, none of them too long."""
+    """Check that there are rows and that none is too long."""
     if not len(table):
         raise PickError(
             f"`{named.of}` has none of the rows that this experiment runs on",
@@ -411,7 +421,7 @@ def _bad(named: RepliesOf, reason: str, hint: str) -> Diagnostic:
 
 
 def _reworded(named: RepliesOf, found: Diagnostic) -> Diagnostic:
-    """What is wrong with a cell that is named, which is no expectation here."""
+    """Reword an error about a named cell, because the context isn't an expectation."""
     if not isinstance(found, UnreadableExpectation):
         return found
     return RepliesNotUsable(
@@ -434,10 +444,15 @@ class FileContexts:
         require: bool = False,
         prompts_enough: int | None = None,
     ) -> None:
-        """given: models that are handed over, by name. limit: rows per table at most. python: what
-        becomes of functions of Python files. build: what makes models by them, where that may be.
-        require: whether a model that isn't there is an error. prompts_enough: how many of each
-        table are looked at. What is found goes to `diagnostics`.
+        """Store the settings; problems are added to `diagnostics`.
+
+        Args:
+            given: Models passed by the caller, by name.
+            limit: Maximum number of rows per table.
+            python: Treatment of functions of Python files.
+            build: Builds models with these functions, if allowed.
+            require: Whether a missing model is an error.
+            prompts_enough: Number of prompts to check per table.
         """
         self.program = program
         self.diagnostics = diagnostics
@@ -449,9 +464,9 @@ class FileContexts:
         )
         self._rows: dict[str, BlockRows] = {}
         self._used: dict[tuple[str, str], frozenset[str]] = {}
-        """By experiment, without its variants, and prompts block: the corruptions that it names."""
+        """(Experiment without variant, prompt block) → the corruptions that it names."""
         self._tables: dict[tuple[object, ...], dict[frozenset[str], PromptTable]] = {}
-        """By what their rows are of, and the corruptions that are used."""
+        """Key of the rows → used corruptions → table."""
         self._runs: dict[tuple[object, ...], PairedRun | None] = {}
         self._joined: dict[tuple[object, ...], PromptTable] = {}
         self._replied: dict[tuple[object, ...], PromptTable] = {}
@@ -474,11 +489,11 @@ class FileContexts:
         labels: LabelNaming | None = None,
         used: frozenset[str] | None = None,
     ) -> PromptTable:
-        """The rows of a prompts block for one model; where they can't be made, one that stands in
-        for them.
+        """Return the rows of a prompt block for one model; a placeholder if they can't be created.
 
-        labels: what answers are, where that is for another model to say. used: the corruptions
-        that are used, of which each changes all of the rows; None: every one.
+        Args:
+            labels: Naming of answers, if a different model defines it.
+            used: Used corruptions, each of which must change every row; None for all.
         """
         runs = frozenset(each.name for each in self.program.prompts[name].corruptions)
         used = runs if used is None else used & runs
@@ -487,7 +502,7 @@ class FileContexts:
         labels = labels or self._labels(name, model.shape)
         key = (name, id(model.tokenizer), model.shape.max_positions, labels, limit, part)
         tables = self._tables.setdefault(key, {})
-        # Experiments share a table, and passes with it, where their runs leave out the same rows.
+        # Experiments whose runs exclude the same rows share a table and its passes.
         equal = (t for t in tables.values() if frozenset(t.changed_by) == used & t.unchanged)
         if used not in tables:
             tables[used] = next(equal, None) or self._table(name, model, limit, part, labels, used)
@@ -526,8 +541,8 @@ class FileContexts:
     def of_experiment(
         self, experiment: spec.Experiment, model: ModelContext, labels: LabelNaming | None = None
     ) -> PromptTable:
-        """The rows of an experiment for a model: those that each run that the experiment names, in
-        one of its variants, changes. labels: as `table` takes them."""
+        """Return the rows of an experiment for a model: those that every run named in any of its
+        variants changes. `labels`: as for `table`."""
         name = experiment.prompts
         key = (experiment.within or experiment.name, name)
         if key not in self._used:
@@ -537,8 +552,8 @@ class FileContexts:
     def read_by(
         self, rows: FitRows, experiment: spec.Experiment, model: ModelContext
     ) -> PromptTable:
-        """The rows that a direction is fitted on: those of a block or a part, all without `limit:`,
-        or those of the experiment; for the model that runs them."""
+        """Return the rows that a direction is fitted on: those of a block or part (all without
+        `limit:`) or of the experiment, for the model that runs them."""
         if rows.model is not None:
             model = self.models.context(rows.model)
         if rows.block is None:
@@ -552,8 +567,8 @@ class FileContexts:
         table: PromptTable,
         finding: Finding | None,
     ) -> PromptTable:
-        """The table with what stands in for the replies behind its prompts; variants of an
-        experiment that share a table share these too."""
+        """Return the table with placeholders for the replies after its prompts, shared by variants
+        of an experiment that share the table."""
         assert experiment.replies is not None
         key = (id(table), experiment.replies.span, model.name)
         if key not in self._replied:
@@ -566,18 +581,18 @@ class FileContexts:
         return self._replied[key]
 
     def _say(self, found: Sequence[Diagnostic], model: ModelContext, *blocks: str) -> None:
-        """Keep what is true whatever stands in."""
+        """Record the diagnostics that hold whatever the placeholders represent."""
         unknown: set[UnknownFact] = set()
         if model.shape.stands_in:
             unknown.add("shape")
         if model.tokenizer.stands_in:
             unknown.add("tokens")
         if any(self._guessed(name, model) for name in blocks):
-            unknown.update(("rows", "tokens"))  # of words that stand in for others
+            unknown.update(("rows", "tokens"))  # placeholder words
         self.diagnostics.extend(filter_certain(found, unknown))
 
     def _guessed(self, name: str, model: ModelContext) -> bool:
-        """Whether a block has words of a tokenizer that isn't at hand, or asks it for tokens."""
+        """Whether a block has words of a missing tokenizer, or asks it for tokens."""
         where = (node for condition in self.program.prompts[name].where for node in walk(condition))
         counted = any(map(counts_tokens, where))
         if model.tokenizer.stands_in and (counted or self.program.prompts[name].chat):
@@ -630,13 +645,14 @@ class FileContexts:
 
     @cached_property
     def _written_behind(self) -> frozenset[str]:
-        """The blocks behind whose prompts a model writes."""
+        """The blocks after whose prompts a model generates text."""
         every = self.program.experiments
         return frozenset(each.prompts for each in every if each.generation is not None)
 
     @cached_property
     def _enough(self) -> int | None:
-        """How many prompts of a table are looked at: fewer where the file says more of each."""
+        """Number of prompts of a table to check; fewer if the file has more expressions per
+        prompt."""
         return (
             None
             if self.prompts_enough is None
@@ -644,13 +660,13 @@ class FileContexts:
         )
 
     def _labels(self, name: str, shape: ModelShape) -> LabelNaming:
-        """What answers of a block are to a model: of images never texts."""
+        """Return the naming of a block's answers for a model; never texts for images."""
         if self.program.prompts[name].kind == "images" and shape.task == "tokens":
             return "named"
         return _labels(shape)
 
     def needs_python(self, name: str) -> bool:
-        """Whether only Python, which isn't run here, can make the rows of a block."""
+        """Whether the rows of a block require Python that isn't run here."""
         averaged = averaged_block(self.program.prompts[name].image)
         blocks = (name,) if averaged is None else (name, averaged.name)
         known = [self.program.prompts[each] for each in blocks if each in self.program.prompts]
@@ -668,7 +684,7 @@ class FileContexts:
         )
 
     def table_alone(self, name: str) -> None:
-        """Check a block that no experiment has used, with the file's only model."""
+        """Check a block that no experiment uses, with the file's only model."""
         if any(key[0] == name for key in self._tables) or len(self.program.models) != 1:
             return
         model = self.models.context(next(iter(self.program.models)))
@@ -678,8 +694,8 @@ class FileContexts:
     def with_elsewhere(
         self, experiment: spec.Experiment, model: ModelContext, table: PromptTable
     ) -> PromptTable:
-        """The table with the experiment's runs of other blocks and models; experiments that share
-        a table share these too."""
+        """Return the table with the experiment's runs of other blocks and models, shared by
+        experiments that share the table."""
         names = tuple(run.name for run in experiment.elsewhere)
         read = tuple(reads_outputs(experiment, name) for name in names)
         key = (id(table), model.name, *names, *read)
@@ -705,7 +721,7 @@ class FileContexts:
                 found, problems = self._of_block(run, run.prompts, model, table)
             else:
                 found, problems = self._of_model(run, experiment, model, table)
-            if not experiment.broken:  # which may be why they don't fit
+            if not experiment.broken:  # the error may be why they don't fit
                 self._say(problems, model, *(name for name in (run.prompts,) if name))
             self._runs[key] = found
         return self._runs[key]
@@ -719,7 +735,7 @@ class FileContexts:
         if (problem := check_input_kind(other, model)) is not None:
             return None, [problem]
         if other.kind != self.program.prompts[table.name].kind:
-            return None, []  # of a model that isn't at hand, which reads one of them
+            return None, []  # the model of one of them is missing
         rows = self._compiled(prompts, model.tokenizer)
         if has_errors(rows.block.diagnostics) or rows.block.columns_unknown:
             return None, rows.block.diagnostics
@@ -747,7 +763,7 @@ class FileContexts:
         problem = check_model_pair(run, other, model, outputs=reads_outputs(experiment, run.name))
         if problem is not None:
             return None, [problem]
-        # Answers are this model's, whose outputs are measured.
+        # Answers are named for this model, whose outputs are measured.
         labels = self._labels(experiment.prompts, model.shape)
         theirs = self.of_experiment(experiment, other, labels)
         if theirs.stands_in:
@@ -756,7 +772,7 @@ class FileContexts:
 
 
 def _labels(shape: ModelShape) -> LabelNaming:
-    """What answers are to the model."""
+    """Return the naming of answers for the model."""
     if shape.task == "tokens":
         return "none"
     if shape.side:

@@ -28,7 +28,8 @@ from mechdsl.images.picture import (
 )
 from mechdsl.images.processing import PatchLayout, Processing, crop_corner
 
-ShapePixels = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
+"""[height, width, 3] in RGB."""
 
 Mask = NDArray[np.bool_]
 
@@ -46,8 +47,8 @@ SHAPES: Mapping[str, Callable[[Grid, Grid, int], Mask]] = {
         (x * x + y * y <= side * side) & (4 * (x * x + y * y) >= side * side)
     ),
 }
-"""Which pixels of a square belong to the shape: x to the right and y down from its middle, in half
-pixels, up to `side`."""
+"""Membership of a square's pixels in a shape: x to the right and y down from the square's centre,
+in half pixels, up to `side`."""
 
 TEXTURES: Mapping[str, Callable[[Grid, Grid, int], Mask]] = {
     "plain": lambda x, y, width: np.zeros(x.shape, np.bool_),
@@ -56,7 +57,7 @@ TEXTURES: Mapping[str, Callable[[Grid, Grid, int], Mask]] = {
     "checks": lambda x, y, width: (x // width + y // width) % 2 == 1,
     "dots": lambda x, y, width: (x % (2 * width) < width) & (y % (2 * width) < width),
 }
-"""Which pixels have the second of a texture's two colours; its elements are `width` pixels wide."""
+"""Pixels with the second of a texture's two colours; its elements are `width` pixels wide."""
 
 SHAPE_COLOURS: Mapping[str, Rgb] = {
     "red": (215, 40, 40),
@@ -68,33 +69,35 @@ SHAPE_COLOURS: Mapping[str, Rgb] = {
 }
 
 MIN_SHAPE_SIDE = 3
-"""Pixels of a shape's side, at least: in fewer the kinds look alike."""
+"""Minimum side of a shape in pixels: smaller shapes look alike."""
 
 COLOUR_SPREAD, TINT, TEXTURE_NOISE = 24, 18, 14
 
 
 @dataclass(frozen=True)
 class ShapesDrawing:
-    """An image with what is in it."""
+    """A generated image and the properties of its shapes."""
 
-    pixels: ShapePixels
+    pixels: Pixels
     """[height, width, 3]"""
     mask: Mask
-    """[height, width], true where the shapes lie."""
+    """[height, width], True inside the shapes."""
     kind: str
     colours: tuple[str, ...]
-    """Of each shape, from left to right within each row."""
+    """The colour of each shape, from left to right within each row."""
     texture: str
 
 
 def draw_shapes(
     kind: str, n: int, size: int, random: Generator, *, colour: str = "", texture: str = ""
 ) -> ShapesDrawing:
-    """`n` shapes of a kind at random places in a square image of `size` pixels, of random colours
-    and sizes, on a random texture in muted colours, and noise over all. Shapes don't touch.
+    """Draw `n` shapes of a kind in a square image of `size` pixels.
 
-    colour, texture: those instead of random ones. Raises ValueError where a name is unknown or the
-    shapes would be smaller than `SMALLEST`.
+    Positions, colours and sizes are random, as is the texture in muted colours; noise covers the
+    image. Shapes don't touch. `colour` and `texture` replace random ones.
+
+    Raises:
+        ValueError: A name is unknown, or shapes would be smaller than `MIN_SHAPE_SIDE`.
     """
     for what, name, names in (
         ("kind", kind, SHAPES),
@@ -125,7 +128,7 @@ def _one_of(names: Mapping[str, object], random: Generator) -> str:
 
 
 def _cells(n: int, size: int, random: Generator) -> list[tuple[int, int, int]]:
-    """Squares of a grid, one for each shape: top, left and side."""
+    """Return the grid square of each shape: top, left and side."""
     across = max(1, math.isqrt(max(n, 1) - 1) + 1)
     cell = size // across
     if n < 0 or cell * 5 // 8 < MIN_SHAPE_SIDE:
@@ -135,13 +138,13 @@ def _cells(n: int, size: int, random: Generator) -> list[tuple[int, int, int]]:
 
 
 def _shape(kind: str, side: int) -> Mask:
-    """Which pixels of its square belong to a shape, [side, side]."""
+    """Return the mask of a shape within its square, [side, side]."""
     y, x = np.indices((side, side)) * 2 + 1 - side
     return SHAPES[kind](x, y, side)
 
 
 def _background(texture: str, size: int, random: Generator) -> Grid:
-    """A texture of two greyish colours, moved by a random amount, [size, size, 3]."""
+    """Return a texture of two greyish colours at a random offset, [size, size, 3]."""
     width = int(random.integers(2, 5))
     y, x = np.indices((size, size)) + random.integers(0, 2 * width, (2, 1, 1))
     grey, apart = int(random.integers(60, 160)), int(random.integers(45, 75))
@@ -150,17 +153,14 @@ def _background(texture: str, size: int, random: Generator) -> Grid:
     return np.where(second[..., None], grey + apart + tints[1], grey + tints[0])
 
 
-Pixels = NDArray[np.uint8]
-"""[height, width, 3] in RGB."""
-
 FloatPixels = NDArray[np.float32]
 
 CACHED_IMAGES = 128
-"""Prepared images that are kept, as the runs of a file read them again and again."""
+"""Number of prepared images in the cache: the runs of a file read them repeatedly."""
 
 
 def render_pixels(picture: Picture) -> Pixels:
-    """The image, with what corruptions do to it before it is made ready. Raises files.NotRead."""
+    """Render an image with the corruptions' changes before preparation. Raises UnreadableImage."""
     if picture.cut is None:
         return _uncut(picture)
     left, top, right, bottom = picture.cut
@@ -169,7 +169,7 @@ def render_pixels(picture: Picture) -> Pixels:
 
 @lru_cache(maxsize=2)
 def _of_tiles(picture: Picture) -> Pixels:
-    """The image of several rows, which follow one another, in two runs."""
+    """Render the image of consecutive tile rows; cached for two runs."""
     return _uncut(picture)
 
 
@@ -191,7 +191,7 @@ def _changed(image: Pixels, picture: Picture, change: PictureChange) -> Pixels:
 
 
 def _altered(image: Pixels, change: PictureChange) -> Pixels:
-    """All of an image, blurred, gray or with noise."""
+    """Return a whole image blurred, gray or with noise."""
     if change.how == "blur":
         return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(change.amount)))
     if change.how == "mask":
@@ -202,7 +202,7 @@ def _altered(image: Pixels, change: PictureChange) -> Pixels:
 
 
 def _swapped(image: Pixels, change: PictureChange) -> Pixels:
-    """Two boxes change places, each resized to the other's size."""
+    """Swap two boxes, each resized to the other's size."""
     assert change.region is not None
     assert change.other is not None
     boxes = [pixel_box(region, image.shape[:2]) for region in (change.region, change.other)]
@@ -216,14 +216,16 @@ def _swapped(image: Pixels, change: PictureChange) -> Pixels:
 
 
 def region_coverage(region: Region, picture: Picture) -> Image.Image:
-    """[height, width] of 0 to 255, how much of each pixel of a picture, or of the tile of one, lies
-    in a region. Raises files.NotRead."""
+    """Return [height, width] from 0 to 255: the share of each pixel of a picture in a region.
+
+    If the picture is a tile, the result covers the tile. Raises `files.UnreadableImage`.
+    """
     found = uncut_coverage(region, picture, picture.size)
     return found if picture.cut is None else found.crop(picture.cut)
 
 
 def uncut_coverage(region: Region, picture: Picture, size: tuple[int, ...]) -> Image.Image:
-    """The same of a picture before it is cut. size: (height, width)."""
+    """Return the coverage of a picture before it is cut. size: (height, width)."""
     height, width = size
     if region.shapes:
         return Image.fromarray(_shapes_drawing(picture).mask.astype(np.uint8) * 255)
@@ -237,8 +239,10 @@ def uncut_coverage(region: Region, picture: Picture, size: tuple[int, ...]) -> I
 def region_mask(
     regions: Sequence[Region], picture: Picture, how: Processing, layout: PatchLayout
 ) -> Bools:
-    """[height, width] which pixels of the prepared image lie in one of some regions, as far as the
-    patches reach. Raises files.NotRead."""
+    """Return [height, width]: whether each pixel of the prepared image is in any of the regions.
+
+    The mask covers the area of the patches. Raises `files.UnreadableImage`.
+    """
     height, width = layout.rows * layout.patch[0], layout.cols * layout.patch[1]
     found = np.zeros((height, width), dtype=np.bool_)
     for region in regions:
@@ -261,7 +265,7 @@ def _rendered(picture: Picture) -> Pixels:
         case "shapes":
             return _shapes_drawing(picture).pixels
         case "mean":
-            raise AssertionError  # it has no pixels before it is made ready
+            raise AssertionError  # a mean exists only after preparation
 
 
 def _shapes_drawing(picture: Picture) -> ShapesDrawing:
@@ -272,19 +276,19 @@ def _shapes_drawing(picture: Picture) -> ShapesDrawing:
 
 @lru_cache(maxsize=CACHED_IMAGES)
 def model_input(picture: Picture, processing: Processing) -> FloatPixels:
-    """[3, height, width] that a model is given. Raises files.NotRead."""
+    """Return the model's input, [3, height, width]. Raises `files.UnreadableImage`."""
     found = process_picture(picture, processing)
     found.setflags(write=False)
     return found
 
 
 def process_picture(picture: Picture, processing: Processing) -> FloatPixels:
-    """[3, height, width] that a processor makes of it. Raises files.NotRead."""
+    """Return the prepared image, [3, height, width]. Raises `files.UnreadableImage`."""
     if picture.how != "mean":
         later = [change for change in picture.changes if change.patches is not None]
         return process_pixels(render_pixels(picture), processing, later)
     total: NDArray[np.float64] | float = 0.0
-    for each in picture.of:  # one after another: there may be thousands
+    for each in picture.of:  # one at a time to limit memory: there may be thousands
         total = total + process_picture(each, processing).astype(np.float64)
     return (np.asarray(total) / len(picture.of)).astype(np.float32)
 
@@ -292,9 +296,9 @@ def process_picture(picture: Picture, processing: Processing) -> FloatPixels:
 def process_pixels(
     image: Pixels, how: Processing, later: Sequence[PictureChange] = ()
 ) -> FloatPixels:
-    """[3, height, width]: as transformers' processor does it, `Processing` says what.
+    """Prepare an image as transformers' processor does, [3, height, width].
 
-    later: changes of patches, made where it has the model's size and isn't normalised yet.
+    later: changes of patches, applied at the model's size before normalisation.
     """
     height, width = how.resized(*image.shape[:2])
     found: NDArray[np.uint8] | FloatPixels
@@ -317,7 +321,7 @@ def process_pixels(
 def _on_patches(
     image: NDArray[np.uint8] | FloatPixels, changes: Sequence[PictureChange], one: float
 ) -> NDArray[np.uint8] | FloatPixels:
-    """one: what 1 of 255 is in the image."""
+    """Apply changes of patches. one: the value in the image that equals 1 of 255."""
     for change in changes:
         levels = np.divide(image, one).round().clip(0, 255).astype(np.uint8)
         altered, image = _altered(levels, change), image.copy()
@@ -334,7 +338,7 @@ def _scaled(image: NDArray[np.uint8] | FloatPixels, by: float | None) -> FloatPi
 
 
 def _resized_floats(image: FloatPixels, height: int, width: int, resample: int) -> FloatPixels:
-    """Each channel by itself: Pillow has no images of three floats."""
+    """Resize each channel separately: Pillow has no images of three floats."""
     if image.shape[:2] == (height, width):
         return image
     parts = [
@@ -349,7 +353,7 @@ def _resized_floats(image: FloatPixels, height: int, width: int, resample: int) 
 def _cropped(
     image: NDArray[np.uint8] | FloatPixels, size: tuple[int, int] | None
 ) -> NDArray[np.uint8] | FloatPixels:
-    """The middle; an image that is smaller stands on black."""
+    """Crop the centre; a smaller image is padded with black."""
     if size is None:
         return image
     height, width = image.shape[:2]

@@ -1,4 +1,4 @@
-"""Identity of a loaded model: a digest of its folder, or of all values and code that it holds."""
+"""Identity of a loaded model: a digest of its folder, or of all its values and code."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from mechdsl.program.code_hashes import CodeHashError, hash_module_code, is_inst
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 
 IDENTIFIED_LIBRARIES = ("torch", "transformers", "huggingface_hub", "peft", "accelerate")
-"""Packages that are identified by their versions, and by their code in memory."""
+"""Packages that are identified by their version and their code in memory."""
 
 _CALL_ATTRIBUTES = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")
-"""Attributes that a call of a module looks up."""
+"""Attributes that are looked up in a call of a module."""
 
 _NATIVE_TYPES = (
     *(BuiltinFunctionType, WrapperDescriptorType, MethodDescriptorType),
@@ -43,7 +43,7 @@ _NATIVE_TYPES = (
 )
 
 _NUMBER_TYPES = (int, float, complex, type(None), torch.dtype, torch.device)
-"""Values of a library's code that are described: texts may be of this process alone."""
+"""Types whose values in library code are described; texts may differ between processes."""
 
 _COMMON_ATTRIBUTES = frozenset({
     *("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__slots__"),
@@ -51,17 +51,17 @@ _COMMON_ATTRIBUTES = frozenset({
     *("__abstractmethods__", "_abc_impl", "__orig_bases__", "__match_args__", "__slotnames__"),
     *("__dataclass_fields__", "__dataclass_params__", "__firstlineno__", "__static_attributes__"),
 })  # fmt: skip
-"""Attributes that the interpreter makes, which no forward pass reads."""
+"""Attributes set by the interpreter, which no forward pass reads."""
 
 ValueDescriber = Callable[[Any, str], Any]
-"""(a value, where it is) → its description as JSON. Raises CodeUnknown."""
+"""(value, its location) → its description as JSON. Raises CodeHashError."""
 
 
 class ReachedCode:
-    """The functions and classes that are reached from those that are added.
+    """Functions and classes reachable from those that are added.
 
-    Of the user's own code, every value that a function reads is described by `tell`, which raises
-    CodeUnknown where it can't. Of a library's code, numbers, functions and classes are described.
+    In the user's own code, every value that a function reads is described by `tell`, which raises
+    CodeHashError if it can't. In library code, numbers, functions and classes are described.
     """
 
     def __init__(self, tell: ValueDescriber) -> None:
@@ -76,8 +76,8 @@ class ReachedCode:
         self._bindings: dict[tuple[str, str], Any] = {}
         self._looked_up: set[tuple[type, bool]] = set()
         self.homes: set[str] = set()
-        """Modules whose source files count too: those of the user's functions, and of the classes
-        of modules from outside the libraries."""
+        """Modules whose source files count too: those of the user's functions, and of module
+        classes outside the libraries."""
 
     def add_module_class(self, kind: type) -> str:
         """Add the class of one of the model's modules, whose packages are followed."""
@@ -87,12 +87,12 @@ class ReachedCode:
         return self.add_class(kind)
 
     def add_class(self, kind: type) -> str:
-        """Add a class whose methods may be called; what it and its bases are called."""
+        """Add a class whose methods may be called; returns labels of the class and its bases."""
         self._classes[kind] = None
         return " ".join(self._label(each, _qualified_name(each)) for each in kind.__mro__)
 
     def add_function(self, function: FunctionType) -> str:
-        """Add a function that is called; what it is called."""
+        """Add a function that is called; returns its label."""
         home = get_globals_module(function)
         if function not in self._functions:
             self._functions[function] = []
@@ -102,8 +102,7 @@ class ReachedCode:
         return self._label(function, f"{home}.{function.__qualname__}")
 
     def _label(self, value: FunctionType | type | ModuleType, name: str) -> str:
-        """A name of its own for each object: functions and classes that a function makes again and
-        again have the same one."""
+        """Return a unique label; repeatedly created functions and classes share a name."""
         if value not in self._labels:
             number = self._counts[name]
             self._counts[name] += 1
@@ -111,7 +110,7 @@ class ReachedCode:
         return self._labels[value]
 
     def digest(self) -> str:
-        """SHA-256 over everything that is reached. Raises CodeUnknown."""
+        """Return the SHA-256 of all reachable code. Raises CodeHashError."""
         before = (0, 0)
         while before != (now := (len(self._names), len(self._classes))):
             before = now
@@ -161,7 +160,7 @@ class ReachedCode:
         self._functions[function] = [self.add_function(function), _code_digest(code), values]
 
     def _look_up(self, kind: type) -> None:
-        """Read the attributes of a class and of its bases that some function names."""
+        """Read the attributes of a class and its bases that some function names."""
         whole = not issubclass(kind, nn.Module)
         for base in kind.__mro__[:-1]:
             if (base, whole) in self._looked_up:
@@ -185,16 +184,16 @@ class ReachedCode:
         *,
         own_reads: bool,
     ) -> None:
-        """Read the attributes of a module that are named beside it.
+        """Read the attributes of a module that occur in the code that names the module.
 
         Args:
             module: The module.
-            names: All names in the code that names the module.
+            names: All names in that code.
             inside: Modules that led to it.
             own_reads: Whether that code is the user's own.
 
         Raises:
-            CodeUnknown: The user's own code reads what can't be described.
+            CodeHashError: The user's own code reads something that can't be described.
         """
         own, held = not is_library(module.__name__), vars(module)
         data, label = self._is_followed(module.__name__), self._label(module, module.__name__)
@@ -214,7 +213,14 @@ class ReachedCode:
     # --- values ---
 
     def _of(self, value: Any, where: str, own: bool, names: Iterable[str] = ()) -> Any:
-        """own: whether it belongs to the user's own code. names: that are named beside it."""
+        """Describe a value.
+
+        Args:
+            value: The value.
+            where: Its location, for messages.
+            own: Whether it belongs to the user's own code.
+            names: Names that occur in the same code.
+        """
         if own:
             _refuse_unseen(value, where)
         match value:
@@ -253,7 +259,7 @@ class ReachedCode:
         inner = getattr(value, "__wrapped__", None)
         if isinstance(inner, FunctionType) and is_library(
             get_globals_module(inner)
-        ):  # as of `lru_cache`
+        ):  # for example from `lru_cache`
             return self.add_function(inner)
         if own or not is_library(kind.__module__) or isinstance(value, torch.Tensor):
             return self._tell(value, where)
@@ -273,8 +279,10 @@ class ReachedCode:
 
 
 def _refuse_unseen(value: object, where: str) -> None:
-    """Raise CodeUnknown for variables of the environment and for compiled code of the user's own,
-    which may change while their names stay."""
+    """Raise CodeHashError for environment variables and the user's compiled code.
+
+    They may change under the same name.
+    """
     if value is os.environ or value is os.getenv:
         raise CodeHashError(f"{where} is the environment, which may change")
     if is_user_compiled(value) or type(value).__module__ == type(torch.ops).__module__:
@@ -282,31 +290,31 @@ def _refuse_unseen(value: object, where: str) -> None:
 
 
 def is_user_compiled(value: object) -> bool:
-    """Whether a function or method is of a compiled module of the user's own."""
+    """Return whether a function or method belongs to a compiled module of the user."""
     home = getattr(getattr(value, "__objclass__", value), "__module__", None) or ""
     return isinstance(value, _NATIVE_TYPES) and home in sys.modules and not is_library(home)
 
 
 def is_stateless(native: object) -> bool:
-    """Whether a native function has no object whose state it reads."""
+    """Return whether a native function reads no object's state."""
     own = getattr(native, "__self__", None)
     return own is None or isinstance(own, type | ModuleType)
 
 
 def get_globals_module(function: FunctionType) -> str:
-    """The module whose globals a function reads: `functools.wraps` doesn't change it."""
+    """Return the module whose globals a function reads, which `functools.wraps` doesn't change."""
     name = str(function.__globals__.get("__name__", ""))
-    return "collections" if name.startswith("namedtuple_") else name  # which has made it
+    return "collections" if name.startswith("namedtuple_") else name  # the creator of these
 
 
 @lru_cache(maxsize=8192)
 def is_library(module: str) -> bool:
-    """Whether a module belongs to Python or to an installed package, and not to the user."""
+    """Return whether a module belongs to Python or an installed package, not to the user."""
     return not _has_source(module) or is_installed(_get_root(module))
 
 
 def _has_source(module: str) -> bool:
-    """Whether a module is identified by its source file, and not by a version alone."""
+    """Return whether a module is identified by its source file, not only by a version."""
     root = _get_root(module)
     return root not in IDENTIFIED_LIBRARIES and (
         root == "__main__" or root not in sys.stdlib_module_names
@@ -314,7 +322,7 @@ def _has_source(module: str) -> bool:
 
 
 def _is_mechdsl_entry(value: object) -> bool:
-    """Whether mechdsl has put it there: an entry among the library's attention functions."""
+    """Return whether mechdsl registered a function among the library's attention functions."""
     return isinstance(value, FunctionType) and _get_root(get_globals_module(value)) == _get_root(
         __name__
     )
@@ -332,7 +340,7 @@ _MISSING = object()
 
 
 def _find_imported(name: str, function: FunctionType) -> object:
-    """A module that a function may import itself, if it has been imported."""
+    """Find a module that a function may import itself, if it has been imported."""
     if is_library(get_globals_module(function)):
         return _MISSING
     package = function.__globals__.get("__package__") or ""
@@ -342,13 +350,13 @@ def _find_imported(name: str, function: FunctionType) -> object:
 
 @lru_cache(maxsize=8192)
 def _list_names(code: CodeType) -> frozenset[str]:
-    """The globals and attributes that code names."""
+    """Return the globals and attributes that code names."""
     inner = (_list_names(value) for value in code.co_consts if isinstance(value, CodeType))
     return frozenset(code.co_names).union(*inner)
 
 
 def _list_texts(code: CodeType) -> frozenset[str]:
-    """Texts in code that may be names of attributes, as of `getattr`."""
+    """Return texts in code that may be names of attributes, as for `getattr`."""
     texts = {each for each in code.co_consts if isinstance(each, str) and each.isidentifier()}
     inner = (_list_texts(value) for value in code.co_consts if isinstance(value, CodeType))
     return frozenset(texts).union(*inner)
@@ -356,7 +364,7 @@ def _list_texts(code: CodeType) -> frozenset[str]:
 
 @lru_cache(maxsize=8192)
 def _code_digest(code: CodeType) -> str:
-    """SHA-256 of what code does; where it is written changes nothing."""
+    """Return the SHA-256 of code's behavior, independent of its location."""
     parts = (
         *(code.co_code, code.co_exceptiontable, code.co_flags, code.co_names, code.co_varnames),
         *(code.co_freevars, code.co_cellvars, code.co_argcount, code.co_kwonlyargcount),
@@ -366,7 +374,7 @@ def _code_digest(code: CodeType) -> str:
 
 
 def _describe_constant(value: object) -> str:
-    """A constant of code, the same in every process."""
+    """Describe a constant of code, equally in every process."""
     match value:
         case CodeType():
             return _code_digest(value)
@@ -380,7 +388,7 @@ def _describe_constant(value: object) -> str:
 
 
 _MODULE_ATTRIBUTES = frozenset({"_parameters", "_buffers", "_modules", "training"})
-"""Attributes of modules that are told otherwise."""
+"""Attributes of modules that are described separately."""
 
 _PLAIN_TYPES = (
     int,
@@ -397,12 +405,12 @@ _PLAIN_TYPES = (
 
 
 def compute_identity(model: LoadedModel) -> str | None:
-    """The digest of a model; None where it can't be told."""
+    """Return the digest of a model; None if it can't be computed."""
     return explain_identity(model)[0]
 
 
 def explain_identity(model: LoadedModel) -> tuple[str | None, str]:
-    """The digest of a model, or why it can't be told, in lower case."""
+    """Return the digest of a model, or the reason why it can't be computed, in lower case."""
     if model.identity is not None:
         return model.identity, ""
     try:
@@ -442,14 +450,14 @@ _HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_
 
 
 class _ModuleDescription:
-    """Describes modules by the values that they hold, and gathers the code that they run."""
+    """Description of modules by their values; collects the code that they run."""
 
     def __init__(self, model: nn.Module) -> None:
         self._parts = set(model.modules())
         self._reached = ReachedCode(self.of)
 
     def code(self) -> list[Any]:
-        """The code of everything that was described so far."""
+        """Return digests of the code reached so far."""
         reached = self._reached.digest()
         files: dict[str, str] = {}
         for home in sorted(self._reached.homes):
@@ -458,7 +466,7 @@ class _ModuleDescription:
         return [reached, files]
 
     def of_part(self, path: str, part: nn.Module) -> list[Any]:
-        """One module, those inside it aside."""
+        """Describe one module without its submodules."""
         held = vars(part)
         where = f"`{path or type(part).__name__}`"
         if "forward" in held:
@@ -484,7 +492,7 @@ class _ModuleDescription:
         ]
 
     def _is_hook_of_library(self, hook: Any) -> bool:
-        """Whether a library has put it there; its code is read as that of any function."""
+        """Return whether a library set the hook; its code is then added like any function's."""
         function = getattr(hook, "__func__", hook)
         if isinstance(function, FunctionType):
             self._reached.add_function(function)
@@ -492,7 +500,7 @@ class _ModuleDescription:
         return type(hook) is not partial and is_library(type(hook).__module__)
 
     def of_attention(self, config: Any) -> list[Any]:
-        """The name of the attention function, and which functions go by it."""
+        """Return the name of the attention function, and the functions of that name."""
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -502,9 +510,9 @@ class _ModuleDescription:
         return [name, *(self.of(each.get(name), f"the attention `{name}`") for each in tables)]
 
     def of(self, value: Any, where: str) -> Any:
-        """Any value as JSON says it. CodeUnknown for what can't be told."""
+        """Describe any value as JSON. Raises CodeHashError if that is impossible."""
         if isinstance(value, Enum):
-            return [_describe_class(type(value)), value.name]
+            return [_qualified_name(type(value)), value.name]
         if isinstance(value, _PLAIN_TYPES):
             return [type(value).__name__, repr(value)]
         if isinstance(value, Tensor):
@@ -517,8 +525,8 @@ class _ModuleDescription:
             raise CodeHashError(f"{where} is a module that isn't among its own")
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             return [self._reached.add_class(type(value)), self._items(value.to_dict(), where)]
-        if _describe_class(type(value)).endswith("GenerationConfig"):
-            return None  # nothing is generated
+        if _qualified_name(type(value)).endswith("GenerationConfig"):
+            return None  # generation isn't used
         if isinstance(value, Mapping):
             return [type(value).__name__, self._items(value, where)]
         if isinstance(value, list | tuple):
@@ -550,12 +558,8 @@ class _ModuleDescription:
         raise CodeHashError(f"{where} is a `{type(value).__name__}`, which can't be told")
 
 
-def _describe_class(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 def _describe_tensor(tensor: Tensor | None, *, content: bool) -> Any:
-    """content: of parameters and kept buffers it is in the hash of the weights."""
+    """Describe a tensor; content: include values, which the weights' hash covers for parameters."""
     if tensor is None:
         return None
     told = [str(tensor.dtype), list(tensor.shape)]

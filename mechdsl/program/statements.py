@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from mechdsl.base.source import Span
 from mechdsl.base.text import SHUFFLED_SUFFIX, name_list
@@ -14,14 +14,12 @@ from mechdsl.program import spec
 from mechdsl.program.names import Namespace, line_reference
 from mechdsl.program.spec import CLEAN
 from mechdsl.syntax import ast
-from mechdsl.syntax.traversal import number_names, walk
+from mechdsl.syntax.traversal import NodeT, number_names, walk
 from mechdsl.syntax.words import VERBS
 
 if TYPE_CHECKING:
     from mechdsl.program.spec import Definitions
 
-
-NodeT = TypeVar("NodeT", bound=ast.Node)
 
 # Valid syntax that no stage executes yet, by node class.
 UNSUPPORTED_NODES: dict[type[ast.Node], str] = {

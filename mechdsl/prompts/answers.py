@@ -23,9 +23,10 @@ from mechdsl.diagnostics.prompts import (
     SharedFirstToken,
     UnknownText,
 )
+from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.expressions import bad_value, evaluate, evaluate_whole_number
-from mechdsl.prompts.rows import CLEAN, PromptTable, Row
-from mechdsl.prompts.runs import TextTokens
+from mechdsl.prompts.rows import PromptTable, Row
+from mechdsl.prompts.runs import ANSWER_SPAN, TextTokens
 from mechdsl.prompts.tokens.tokenizer import EncodedText, TextTokenizer, respell, spacing_warnings
 from mechdsl.prompts.values import DrawKey, Refusal, TokenId, is_whole_number, to_plain
 from mechdsl.syntax import ast
@@ -34,11 +35,8 @@ if TYPE_CHECKING:
     from mechdsl.prompts.values import RowValue
 
 
-ANSWER_TEXT = "answer"
-
 LabelNaming = Literal["none", "named", "numbered"]
-"""The labels of a classifier: with names of their own, or numbered; none where outputs are
-tokens."""
+"""The labels of a classifier: with custom names, or numbered; `none` if outputs are tokens."""
 
 
 def tokenise_texts(
@@ -51,10 +49,19 @@ def tokenise_texts(
     encoded: Mapping[str, EncodedText] | None = None,
     rows: Sequence[Collection[int]] | None = None,
 ) -> tuple[list[TextTokens], list[Diagnostic]]:
-    """A text of every row behind its prompt. Codes: E0519, E0523, E0524, W0703.
+    """Tokenise one text per row as the continuation of its prompt.
 
-    encoded: the prompts, where they are tokenised already.
-    rows: the rows that have each text, where that isn't one text for each row.
+    Args:
+        prompts: The prompt of each text.
+        texts: The texts; a `TokenId` is kept as it is.
+        tokenizer: The tokenizer of the model.
+        name: The name of the texts in messages.
+        span: The source span of the texts.
+        encoded: The encodings of the prompts, if available.
+        rows: The rows that have each text, if that isn't one text per row.
+
+    Returns:
+        The tokens; diagnostics E0519, E0523, E0524, W0703.
     """
     rows = [(n,) for n in range(len(texts))] if rows is None else rows
     pairs = [(p, t) for p, t in zip(prompts, texts, strict=True) if isinstance(t, str)]
@@ -113,7 +120,7 @@ def tokenise_texts(
 
 @dataclass
 class _Rows:
-    """Rows whose texts have the same problem."""
+    """The rows whose texts share a problem."""
 
     rows: set[int] = field(default_factory=set[int])
     texts: Counter[str] = field(default_factory=Counter[str])
@@ -126,7 +133,7 @@ class _Rows:
         self.prompts.setdefault(text, prompt)
 
     def most_common(self) -> tuple[str, str]:
-        """The text that most rows have, after its prompt."""
+        """Return the most frequent text and its prompt."""
         ((text, _),) = self.texts.most_common(1)
         return self.prompts[text], text
 
@@ -134,10 +141,10 @@ class _Rows:
 def shared_first_token(
     found: Sequence[TextTokens], tokenizer: TextTokenizer, *, words: bool = True
 ) -> tuple[int, ...]:
-    """The leading token that all texts share, if it can move into the prompt.
+    """Return the leading token that all texts share, if it can move into the prompt.
 
-    White space alone always moves (the space that some tokenizers put before a digit); a word only
-    if it tells no answers apart, that is where there are several answers, and if `words` may.
+    White space alone always moves (the space that some tokenizers put before a digit). A word moves
+    only if it doesn't distinguish answers, that is, if there are several, and if `words` allows it.
     """
     firsts = {t.ids[:1] for t in found}
     if len(firsts) != 1 or any(len(t.ids) < 2 for t in found):
@@ -149,7 +156,7 @@ def shared_first_token(
 
 
 def drop_shared_token(tokens: TextTokens, moved: tuple[int, ...]) -> TextTokens | None:
-    """The text without the token that stands in the prompt; None where it begins otherwise."""
+    """Return the text without the token that moved to the prompt; None if it begins differently."""
     if not moved:
         return tokens
     return TextTokens(tokens.text, tokens.ids[1:]) if tokens.ids[:1] == moved else None
@@ -158,8 +165,8 @@ def drop_shared_token(tokens: TextTokens, moved: tuple[int, ...]) -> TextTokens 
 def moved_characters(
     prompt: str, text: str, moved: tuple[int, ...], tokenizer: TextTokenizer
 ) -> str:
-    """The characters of the token that is moved from the beginning of a text to the end of its
-    prompt, white space before it included."""
+    """Return the characters of the token that moves from a text to the end of its prompt, including
+    white space before it."""
     before = tokenizer.encode(prompt)
     whole = tokenizer.encode(prompt + text)
     at = len(before) - _closing(before)
@@ -169,7 +176,7 @@ def moved_characters(
 
 
 def _closing(encoded: EncodedText) -> int:
-    """How many special tokens the tokenizer puts behind the text."""
+    """Count the special tokens that the tokenizer adds after the text."""
     closing = 0
     for special in reversed(encoded.special):
         if not special:
@@ -179,8 +186,8 @@ def _closing(encoded: EncodedText) -> int:
 
 
 def answer_context(table: PromptTable, row: int) -> str:
-    """What texts go on behind: the clean prompt, with its reply if it has one, without the token
-    that was moved there."""
+    """Return the text that answers continue: the clean prompt and its reply, if any, without the
+    moved token."""
     text = table.runs[CLEAN].rows[row].text
     return text[: len(text) - len(table.moved_text)]
 
@@ -195,11 +202,12 @@ def text_tokens(
     tokenizer: TextTokenizer,
     extra: Mapping[str, Any] | None = None,
 ) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
-    """What a text in a metric stands for, in every row of the table.
+    """Return the tokens of a text in a metric, in every row of the table.
 
-    `answer`, `wrong`, a text's name, `answer of fewer`, a text in quotes (evaluated on the clean
-    row, where `extra` has `item.index` and the like), `first token of answer`. Tokens follow the
-    clean row's prompt. Codes: E0503, E0516, E0517, E0519, E0520, E0524, W0703, W0705.
+    The expression is `answer`, `wrong`, a text's name, `answer of fewer`, `first token of answer`,
+    or a text in quotes, which is evaluated on the clean row, with `item.index` and other names of
+    `extra`. Tokens follow the clean row's prompt.
+    Codes: E0503, E0516, E0517, E0519, E0520, E0524, W0703, W0705.
     """
     match expr:
         case ast.Name() | ast.QualifiedRef():
@@ -212,8 +220,11 @@ def text_tokens(
 
 
 def output_text(text: str | TokenId, labels: LabelNaming) -> TextTokens:
-    """A text that names an output of a classifier. Where labels have names of their own, only
-    `token_id(…)` is the number of an output, as `1` could be meant for the label `1 star`."""
+    """Return a text that names an output of a classifier.
+
+    If labels have custom names, only `token_id(…)` is the number of an output: `1` could refer to
+    the label `1 star`.
+    """
     if isinstance(text, TokenId):
         return TextTokens(str(text.id), (), of_output=True)
     return TextTokens(text, (), of_output=labels == "numbered" and text.strip().isdecimal())
@@ -222,8 +233,7 @@ def output_text(text: str | TokenId, labels: LabelNaming) -> TextTokens:
 def output_texts(
     table: PromptTable, expr: ast.Expr, labels: LabelNaming
 ) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
-    """What such a text says in every row of an output, whatever tokens it has. Codes: E0503,
-    E0516."""
+    """Return the text of an output in every row, without tokens. Codes: E0503, E0516."""
     if isinstance(expr, ast.Name | ast.QualifiedRef):
         return _named(table, expr)
     texts, problems = _said(table, expr, {})
@@ -233,7 +243,7 @@ def output_texts(
 def plain_texts(
     table: PromptTable, expr: ast.Expr, tokenizer: TextTokenizer, extra: Mapping[str, Any]
 ) -> tuple[list[str], list[Diagnostic]]:
-    """The same without its tokens, as a reply could have it. Codes: E0503, E0516."""
+    """Return a text without tokens in every row, as a reply may contain it. Codes: E0503, E0516."""
     if isinstance(expr, ast.Name | ast.QualifiedRef):
         named, problems = _named(table, expr)
         return [text.text for text in named], problems
@@ -244,7 +254,7 @@ def plain_texts(
 
 
 def split_reference(expr: ast.Name | ast.QualifiedRef) -> tuple[str, str]:
-    """`answer of fewer`: the run, and what is named of it."""
+    """Split `answer of fewer` into the run and the name."""
     if isinstance(expr, ast.Name):
         return CLEAN, expr.id
     of = expr.of
@@ -297,7 +307,7 @@ def _spacing_of_named(
     found: Sequence[TextTokens],
     tokenizer: TextTokenizer,
 ) -> Sequence[Diagnostic]:
-    """W0705 at the line of the prompts that defines a text."""
+    """Return W0705 at the line of the prompts that defines a text."""
     if not found:
         return []
     block, name = table.sources[0].block, split_reference(expr)[1]
@@ -313,7 +323,7 @@ def _spacing(
     span: Span,
     rows: Sequence[int],
 ) -> Sequence[Diagnostic]:
-    """W0705, not of texts that follow generated replies: those end where the model ended them."""
+    """Return W0705, except for texts after generated replies, whose ends the model chose."""
     clean = table.runs[CLEAN]
     if not rows or clean.rows[0].reply is not None:
         return []
@@ -329,7 +339,7 @@ def _spacing(
 def _said(
     table: PromptTable, expr: ast.Expr, extra: Mapping[str, Any]
 ) -> tuple[list[str | TokenId], list[Diagnostic]]:
-    """What a text in quotes, or of another expression, is in every row."""
+    """Evaluate a text in quotes, or another expression, in every row."""
     texts: list[str | TokenId] = []
     for row in table.sources:
         try:
@@ -355,7 +365,7 @@ def tokenise_after_rows(
     span: Span,
     rows: Sequence[int],
 ) -> tuple[tuple[TextTokens, ...], list[Diagnostic]]:
-    """Texts behind the clean prompts of these rows, without the token that was moved there."""
+    """Tokenise texts after the clean prompts of these rows, without the moved token."""
     prompts = [answer_context(table, row) for row in rows]
     of_text = [(row,) for row in rows]
     name = span.text
@@ -389,7 +399,7 @@ def _edge(
 
 
 def edge_token(text: TextTokens, expr: ast.EdgeTokenOf, tokenizer: TextTokenizer) -> TextTokens:
-    """The first or the last token of a text."""
+    """Return the first or the last token of a text."""
     token = text.ids[_edge_of(expr)]
     return TextTokens(tokenizer.token_text(token), (token,))
 
@@ -400,13 +410,13 @@ def check_shared_edge(
     sets: Sequence[Sequence[TextTokens]],
     tokenizer: TextTokenizer,
 ) -> list[Diagnostic]:
-    """E0517 where a text outside a row's set has the same token there as one of the set.
+    """Return E0517 if a text outside a row's set shares that token with a text of the set.
 
     Args:
         table: The rows.
         expr: `first token of …`.
-        sets: The texts of each row for which the token stands.
-        tokenizer: The model's.
+        sets: The texts of each row that the token represents.
+        tokenizer: The tokenizer of the model.
     """
     edge = _edge_of(expr)
     shared = _rivals(table, sets, edge)
@@ -433,8 +443,10 @@ def _edge_of(expr: ast.EdgeTokenOf) -> int:
 def _rivals(
     table: PromptTable, sets: Sequence[Sequence[TextTokens]], edge: int
 ) -> list[tuple[int, TextTokens, str]]:
-    """Rows in which a text outside a set has a token of the set there: the row's other texts, or,
-    where no row has any, the sets of other rows."""
+    """Return rows in which a text outside a set has the edge token of a text of the set.
+
+    The texts outside are the row's other texts or, if no row has any, the sets of other rows.
+    """
     shared: list[tuple[int, TextTokens, str]] = []
     declared = False
     for n, own in enumerate(sets):
@@ -467,18 +479,18 @@ def numeral_tokens(
     digits: int | None = None,
     rows: Sequence[Collection[int]] | None = None,
 ) -> tuple[tuple[int, ...], list[Diagnostic]]:
-    """Token ids of numerals, ascending, spelt as in `answer`.
+    """Return token ids of numerals, ascending, spelt as in `answer`.
 
-    That is with the same text before the digits, and padded to the answers' width where these have
-    leading zeros (`05`), or to as many `digits`. Codes: E0518, E0519, E0520.
+    The text before the digits is the same as in the answers. Numerals are padded to the answers'
+    width if those have leading zeros (`05`), or to `digits`. Codes: E0518, E0519, E0520.
 
-    rows: the rows that name each number, where not all do.
+    rows: the rows that name each number, if not all do.
     """
     span = span or table.sources[0].block.spec.span
     before, width = _spelling(table)
     width = width if digits is None else digits
     texts = [f"{before}{number:0{width}d}" for number in numbers]
-    # One prompt stands for all: the token behind the prompt's last one is what counts.
+    # One prompt represents all: only the token after the prompt's last token matters.
     prompt = answer_context(table, 0)
     rows = [range(len(table))] * len(texts) if rows is None else rows
     found, diagnostics = tokenise_texts(
@@ -516,10 +528,10 @@ def numeral_tokens(
 
 
 def _spelling(table: PromptTable) -> tuple[str, int]:
-    """What stands before the digits of the answers, and how many digits they are padded to."""
+    """Return the text before the digits of the answers, and the width that they are padded to."""
     rows: Sequence[Row] = table.sources
     texts = [
-        row.texts[ANSWER_TEXT].text for row in table.runs[CLEAN].rows if ANSWER_TEXT in row.texts
+        row.texts[ANSWER_SPAN].text for row in table.runs[CLEAN].rows if ANSWER_SPAN in row.texts
     ]
     matches = [re.match(r"(\D*)(\d+)", text) for text in texts]
     found = [m.groups() for m in matches if m is not None]
@@ -533,38 +545,38 @@ def _spelling(table: PromptTable) -> tuple[str, int]:
 
 
 SetEntry: TypeAlias = int | str | TokenId
-"""What a set has in it: a number, which is spelt as the answers are, or a text."""
+"""An entry of a set: a number, which is spelt like the answers, or a text."""
 
 SetExpression: TypeAlias = "ast.Expr | ast.Range"
 
 
 @record
 class AcceptedTokens(Record):
-    """One token, or more, that a set of a row has."""
+    """One or more tokens in the set of a row."""
 
     text: TextTokens
     number: int | None = None
-    """What it stands for, of a numeral."""
+    """The number that a numeral represents."""
 
 
 @record
 class TokenSets(Record):
-    """A set of tokens for each row; sets that are equal are held once."""
+    """A set of tokens for each row; equal sets are stored once."""
 
     tokens: tuple[tuple[int, ...], ...]
-    """Of each set, its tokens, all different."""
+    """Per set, its distinct tokens."""
     of_row: tuple[int, ...]
-    """Per row, the number of its set."""
+    """Per row, the index of its set."""
     numbers: tuple[tuple[int, ...], ...] = ()
-    """Of each set of numerals, the numbers that its tokens stand for."""
+    """Per set of numerals, the numbers that its tokens represent."""
 
     def of(self, row: int) -> tuple[int, ...]:
-        """The tokens of a row."""
+        """Return the tokens of a row."""
         return self.tokens[self.of_row[row]]
 
     @staticmethod
     def made_of(rows: Iterable[Sequence[AcceptedTokens]]) -> TokenSets:
-        """The sets of all rows: of each text its only token."""
+        """Build the sets of all rows from the single tokens of their texts."""
         numbers: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         of_row: list[int] = []
         for row in rows:
@@ -583,8 +595,11 @@ class TokenSets(Record):
 
 
 def is_list(table: PromptTable, part: object) -> bool:
-    """Whether a part of a metric is a list, written out or a value of the rows that is one, or
-    the first tokens of its texts."""
+    """Return whether an argument of a metric is a list.
+
+    It is a list if it is written as one, if a value of the rows is one, or if it names the first
+    tokens of a list's texts.
+    """
     if isinstance(part, ast.EdgeTokenOf):
         return is_list(table, part.of)
     if isinstance(part, ast.ListLiteral):
@@ -604,10 +619,12 @@ def accepted_tokens(
     extra: Mapping[str, Any],
     digits: int | None = None,
 ) -> tuple[list[list[AcceptedTokens]], list[Diagnostic]]:
-    """Per row, any of what several parts of a metric name: texts, lists of texts, numerals.
+    """Return, per row, the tokens accepted by any of several arguments of a metric.
 
-    extra: values of a cell, `item.index`. digits: how wide numerals are; None is as in `answer`.
-    Codes: those of texts, E0503 where a row has none, E0518 for numerals.
+    Arguments are texts, lists of texts, or numerals. Codes: those of texts, E0503 if a row has
+    none, E0518 for numerals.
+
+    extra: values of a cell, `item.index`. digits: the width of numerals; None: as in `answer`.
     """
     found: list[list[AcceptedTokens]] = [[] for _ in range(len(table))]
     diagnostics: list[Diagnostic] = []
@@ -631,10 +648,9 @@ def accepted_texts(
     tokenizer: TextTokenizer,
     extra: Mapping[str, Any],
 ) -> tuple[tuple[tuple[str, ...], ...], list[Diagnostic]]:
-    """Per row, what several parts of a metric say, whatever tokens that has; as `accepted`. Of the
-    texts of rows the white space that was moved into the prompt is left out.
+    """Return, per row, the texts of several arguments of a metric, without tokens.
 
-    Codes: E0503, E0516.
+    White space that moved to the prompt is removed from the texts of rows. Codes: E0503, E0516.
     """
     found: list[list[str]] = [[] for _ in range(len(table))]
     for part in parts:
@@ -721,7 +737,7 @@ def _of_entries(
 
 
 def _entries(table: PromptTable, number: int, row: Row, part: SetExpression) -> list[SetEntry]:
-    """What a row's set has in it. E0503 as Refusal where that is nothing."""
+    """Return the entries of a row's set; raises `Refusal` E0503 if it is empty."""
     if isinstance(part, ast.Range):
         key = DrawKey(f"measure:{part.span.text}")
         low, high = (
@@ -750,7 +766,7 @@ def _listed(table: PromptTable, number: int, row: Row, part: ast.Expr) -> object
 
 
 def _flat(value: object, part: ast.Expr) -> Iterator[SetEntry]:
-    """The entries of a list, and of lists in it."""
+    """Yield the entries of a list and of nested lists."""
     if isinstance(value, TokenId):
         yield value
         return

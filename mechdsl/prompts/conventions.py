@@ -10,8 +10,9 @@ from mechdsl.diagnostics.core import Diagnostic
 from mechdsl.diagnostics.models import NoTokenFor
 from mechdsl.diagnostics.prompts import EmptyPrompt, PromptTooLong, UnknownWords
 from mechdsl.images.picture import GRAY_LEVEL, PictureChange
+from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.block import PromptsBlock
-from mechdsl.prompts.rows import CLEAN, PromptTable
+from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import RunRow, describe_output
 from mechdsl.prompts.tokens.chat import ASSISTANT, find_turns
 from mechdsl.prompts.tokens.images import ImageTokenizer
@@ -22,7 +23,7 @@ from mechdsl.prompts.values import RichText
 def token_conventions(
     block: PromptsBlock, table: PromptTable, tokenizer: TextTokenizer
 ) -> dict[str, str]:
-    """The beginning-of-sequence token, and how answers and the like were tokenised."""
+    """Describe the beginning-of-sequence token and the tokenisation of answers and other texts."""
     rows = table.runs[CLEAN].rows
     out = {"bos": tokenizer.bos_convention()}
     if isinstance(tokenizer, ImageTokenizer):
@@ -62,7 +63,7 @@ def token_conventions(
 def _chat_conventions(
     block: PromptsBlock, rows: Sequence[RunRow], tokenizer: TextTokenizer
 ) -> dict[str, str]:
-    """What the template of a chat put in."""
+    """Describe what the chat template adds."""
     chat, bos = block.chat, tokenizer.roles.get("bos")
     there = any(row.special[:1] == (True,) for row in rows)
     by = "the chat template" if tokenizer.bos is None else f"bos: {str(tokenizer.bos).lower()}"
@@ -75,7 +76,7 @@ def _chat_conventions(
 
 
 def noise_conventions(table: PromptTable) -> dict[str, str]:
-    """How much noise corrupted runs add; one standard deviation is worked out from weights."""
+    """Describe the noise of corrupted runs; one standard deviation is computed from weights."""
     out: dict[str, str] = {}
     for name, run in table.runs.items():
         noise = run.noise
@@ -92,7 +93,7 @@ def noise_conventions(table: PromptTable) -> dict[str, str]:
 
 
 def image_conventions(table: PromptTable) -> dict[str, str]:
-    """What images are the mean of, and what corruptions do to them."""
+    """Describe mean images and the corruptions' changes to images."""
     out: dict[str, str] = {}
     for name, run in table.runs.items():
         images = [row.image for row in run.rows if row.image is not None]
@@ -118,7 +119,7 @@ _UNITS = {
 
 
 def _changes_in_words(changes: Sequence[PictureChange]) -> str:
-    """What is done, by one change or by several of a kind."""
+    """Describe one change, or several of one type."""
     amounts = sorted({change.amount for change in changes})
     shown = f"{amounts[0]:g}" if len(amounts) == 1 else f"{amounts[0]:g} to {amounts[-1]:g}"
     said = _UNITS[changes[0].how].format(shown)
@@ -128,7 +129,7 @@ def _changes_in_words(changes: Sequence[PictureChange]) -> str:
 def check_empty_prompts(
     block: PromptsBlock, run: str, riches: Sequence[RichText]
 ) -> Iterator[Diagnostic]:
-    """E0526."""
+    """Yield E0526 for prompts without text."""
     empty = sum(not rich.text.strip() for rich in riches)
     if empty:
         yield EmptyPrompt(span=block.templates[0].text.span, run=run, rows=empty)
@@ -141,7 +142,7 @@ def check_unknown_words(
     riches: Sequence[RichText],
     encoded: Sequence[EncodedText],
 ) -> Iterator[Diagnostic]:
-    """W0702, or E0436 where the tokenizer has nothing that stands for them."""
+    """Yield W0702, or E0436 if the tokenizer has no token for unknown words."""
     template = block.templates[0]
     for number, (words, rows) in sorted(_by_turn(block, tokenizer, riches, encoded).items()):
         shown = ", ".join(words[:3]) + (f" and {len(words) - 3} more" * (len(words) > 3))
@@ -167,8 +168,10 @@ def _by_turn(
     riches: Sequence[RichText],
     encoded: Sequence[EncodedText],
 ) -> dict[int, tuple[list[str], int]]:
-    """Number of a turn (0 where there are none, and for what stands in none) → the words in it
-    that the tokenizer doesn't know, and in how many rows."""
+    """Return the unknown words by turn number, each turn with its number of affected rows.
+
+    Words outside all turns count for turn 0.
+    """
     unknown = tokenizer.unknown_id
     roles = [turn.role for turn in block.templates[0].turns]
     words: dict[int, dict[str, None]] = {}
@@ -193,7 +196,7 @@ def _by_turn(
 def check_prompt_lengths(
     block: PromptsBlock, table: PromptTable, most: int
 ) -> Iterator[Diagnostic]:
-    """E0511 for the first run that has prompts of more than `most` tokens."""
+    """Yield E0511 for the first run that has prompts of more than `most` tokens."""
     for name, run in table.runs.items():
         lengths = [len(row.ids) for row in run.rows]
         longer = sum(n > most for n in lengths)

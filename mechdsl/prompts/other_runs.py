@@ -13,6 +13,7 @@ from mechdsl.diagnostics.core import Diagnostic, has_errors
 from mechdsl.diagnostics.names import BadArgument
 from mechdsl.diagnostics.prompts import EndingMismatch, PartnerMissing, RowsNotPaired
 from mechdsl.program.python_functions import PythonFunction
+from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.answers import (
     answer_context,
     drop_shared_token,
@@ -22,24 +23,24 @@ from mechdsl.prompts.answers import (
 )
 from mechdsl.prompts.block import PromptsBlock
 from mechdsl.prompts.conventions import token_conventions
-from mechdsl.prompts.rows import CLEAN, BlockRows, PromptTable
+from mechdsl.prompts.rows import BlockRows, PromptTable
 from mechdsl.prompts.runs import PromptRun, ReplySpan, RunRow, TextTokens, extend_row
 from mechdsl.prompts.selection import select_rows
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.vocab.metrics import Reply
 
 TableBuilder = Callable[[Sequence[int]], tuple[PromptTable | None, list[Diagnostic]]]
-"""Numbers of rows → the other block's table of these."""
+"""Row numbers → the other block's table of these rows."""
 
 
 @dataclass(frozen=True)
 class PairedRun:
-    """A run of another block, and how its rows were found."""
+    """A run of another prompts block, and the rule that paired its rows."""
 
     run: PromptRun
     how: str
     python: tuple[PythonFunction, ...] = ()
-    """Functions of Python files that its values are from."""
+    """Functions of Python files that computed its values."""
     data_hash: str = ""
 
 
@@ -55,9 +56,14 @@ def pair_run(
     span: Span,
     shuffled: bool = False,
 ) -> tuple[PairedRun | None, list[Diagnostic]]:
-    """A run of another block with a row for each of the table's: its only row, or the one with the
-    same number, or, shuffled, one that a seeded shuffle deals to it. Codes: E0207, E0527 to E0529
-    and those of the other block."""
+    """Build a run of another block with one row for each row of the table.
+
+    The partner is the other block's only row, the row with the same number or, if `shuffled`, a row
+    assigned by a seeded shuffle.
+
+    Returns:
+        The run, None on an error; diagnostics E0207, E0527 to E0529 and those of the other block.
+    """
     other = others.block
     single = _single(others, own, tokenizer)
     if shuffled and single is not None:
@@ -113,9 +119,11 @@ def pair_run(
 
 
 def deal_rows(rows: Sequence[int], seed: int, own: str, other: str) -> list[int]:
-    """For each row of `own` the one of `other` that is dealt to it: of the same numbers, each once.
-    Both sides are put in an order of their own, which hangs on the number of a row alone: its
-    place among the block's rows by content, so that the order of a data file changes no pair."""
+    """Assign to each row of `own` a row of `other` with the same set of numbers, each used once.
+
+    Both sides are sorted by a hash of the row number alone. A number is the row's rank by content
+    within its block, so the order of a data file changes no pair.
+    """
     ours = sorted(rows, key=lambda row: stable_hash(seed, own, other, "to", row))
     theirs = sorted(rows, key=lambda row: stable_hash(seed, own, other, "dealt", row))
     found = dict(zip(ours, theirs, strict=True))
@@ -123,7 +131,7 @@ def deal_rows(rows: Sequence[int], seed: int, own: str, other: str) -> list[int]
 
 
 def _single(others: BlockRows, own: PromptsBlock, tokenizer: TextTokenizer) -> int | None:
-    """The number of the block's row, if it has one only."""
+    """Return the number of the block's row if it has exactly one."""
     other = others.block
     if other.combinations == 1 and not (other.draws and own.combinations == 1):
         return 0
@@ -154,12 +162,12 @@ def _missing(
 
 
 def _cut(block: PromptsBlock) -> str:
-    """Into which tiles its images are cut; nothing of those that aren't."""
+    """Return the tiles that the block cuts its images into; empty if it doesn't."""
     return "" if block.spec.tiles is None else block.spec.tiles.words
 
 
 def _pairing(own: PromptsBlock, other: PromptsBlock) -> str:
-    """How rows of two blocks can belong together."""
+    """Return a hint on how to pair the rows of two blocks."""
     if own.combinations == 1:
         served = f"then the one row of `{own.name}` serves all of them"
         return f"write `{other.spec.kind} {other.name}` in the experiment: {served}"
@@ -172,7 +180,7 @@ def _has_texts(table: PromptTable) -> bool:
 
 
 def _ends_otherwise(found: PromptTable, table: PromptTable) -> bool:
-    """Whether what the answers begin with stands at the end of one table's prompts only."""
+    """Return whether only one table's prompts end with the token that all answers share."""
     return found.moved != table.moved and _has_texts(found) and _has_texts(table)
 
 
@@ -183,10 +191,10 @@ def _ending(table: PromptTable) -> str:
 def _aligned(
     found: PromptTable, table: PromptTable, run: str, name: str, index: Sequence[int]
 ) -> PromptRun:
-    """The run with the other table's rows in this one's order."""
+    """Return the run with the other table's rows in this table's order."""
     there = found.runs[run]
     rows = there.rows
-    if not _has_texts(found):  # answers are read behind it as behind the table's own prompts
+    if not _has_texts(found):  # answers then continue these rows as they do the table's prompts
         rows = tuple(extend_row(row, table.moved, table.moved_text) for row in rows)
     noise = there.noise
     if noise is not None:
@@ -201,25 +209,32 @@ def _aligned(
 
 
 def _with_regions(run: PromptRun, table: PromptTable) -> PromptRun:
-    """One image for all rows has no regions of its own: in each row `object tokens` are where they
-    are in the image that goes in."""
+    """Give the one image of all rows the table's regions.
+
+    In each row, `object tokens` are then the object's positions in the row's input image.
+    """
     pairs = zip(run.rows, table.runs[CLEAN].rows, strict=True)
     rows = (replace(row, places={**beside.places, **row.places}) for row, beside in pairs)
     return replace(run, rows=tuple(rows))
 
 
 REPLY_PLACEHOLDER = "…"
-"""What a token shows that isn't known yet."""
+"""The text of a token that isn't known yet."""
 
 
 def remove_replies(table: PromptTable) -> PromptTable:
-    """The prompts without replies."""
+    """Return the prompts without replies."""
     return table.alone or table
 
 
 def add_stand_in_replies(table: PromptTable, said: str, tokens: int) -> PromptTable:
-    """Every prompt with as many tokens behind it, for all that is worked out before the replies are
-    there. said: whose they are."""
+    """Append `tokens` placeholder tokens to every prompt, for the checks before replies exist.
+
+    Args:
+        table: The prompts.
+        said: The source of the replies.
+        tokens: The number of tokens per prompt.
+    """
 
     def longer(row: RunRow) -> RunRow:
         return _longer(row, row.ids[-1:] * tokens, [REPLY_PLACEHOLDER] * tokens, "")
@@ -237,10 +252,18 @@ def add_stand_in_replies(table: PromptTable, said: str, tokens: int) -> PromptTa
 def add_replies(
     table: PromptTable, replies: Mapping[int, Reply], tokenizer: TextTokenizer, said: str
 ) -> tuple[PromptTable, list[Diagnostic]]:
-    """The rows that have a reply, with that behind the prompts of all runs; answers and the like
-    are tokenised behind it.
+    """Select the rows that have a reply and append it to the prompts of all runs.
 
-    replies: by the ids of rows. said: whose they are. Codes: those of `tokenise`.
+    Answers and the block's other texts are tokenised again as continuations of the replies.
+
+    Args:
+        table: The prompts.
+        replies: Row id to reply.
+        tokenizer: The tokenizer of the model.
+        said: The source of the replies.
+
+    Returns:
+        The table, and the diagnostics of `tokenise_texts`.
     """
     keep = [row in replies for row in table.row_ids]
     own = [replies[row] for row in table.row_ids if row in replies]
@@ -289,16 +312,18 @@ def _run(
 
 
 def _pieces(before: tuple[int, ...], ids: Sequence[int], tokenizer: TextTokenizer) -> list[str]:
-    """What each token adds to the text; some tokenizers write no space in front of a text's first
-    word, so they are read behind the token before them."""
+    """Return the text that each token adds.
+
+    The token before them is decoded too: some tokenizers omit the space before a text's first word.
+    """
     texts = [tokenizer.decode([*before, *ids[:count]]) for count in range(len(ids) + 1)]
-    # Of a sign of several tokens, all but the last one may decode to what isn't part of it.
+    # All tokens but the last of a multi-token character may decode to text that isn't part of it.
     ends = list(accumulate(map(len, texts), max))
     return [texts[-1][low:high] for low, high in pairwise(ends)]
 
 
 def _longer(row: RunRow, ids: Sequence[int], pieces: Sequence[str], text: str) -> RunRow:
-    """A row with tokens behind it. text: what the reply says."""
+    """Append tokens to a row. text: the text of the reply."""
     ends = list(accumulate(map(len, pieces), initial=len(row.text)))
     return replace(
         row,
@@ -313,9 +338,11 @@ def _longer(row: RunRow, ids: Sequence[int], pieces: Sequence[str], text: str) -
 def _with_texts(
     table: PromptTable, tokenizer: TextTokenizer
 ) -> tuple[PromptTable, list[Diagnostic]]:
-    """The table with its named texts as they go on behind the replies. White space that all begin
-    with stands behind the replies, as it does behind prompts; a word never does, as nobody wrote
-    it."""
+    """Tokenise the table's named texts as continuations of the replies.
+
+    A leading space that all texts share moves to the end of the replies, as it does with prompts. A
+    shared word never moves: the model didn't generate it.
+    """
     if not table.row_ids:
         return table, []
     block, diagnostics = table.sources[0].block, list[Diagnostic]()
@@ -327,7 +354,7 @@ def _with_texts(
         for run in table.runs.values():
             own = [row.texts[name] for row in run.rows if name in row.texts]
             if len(own) < len(table) or block.is_token_id(name) or not all(t.ids for t in own):
-                continue  # an id, or the name of a label
+                continue  # a token id, or the name of a label
             said = [text.text for text in own]
             span = definition.value.span
             found[run.name, name], problems = tokenise_texts(

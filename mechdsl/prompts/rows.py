@@ -1,4 +1,4 @@
-"""Rows of a prompts block before tokenisation, with their images, and the table that holds them."""
+"""Rows of a prompts block before tokenisation, with their images, and the table of rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mechdsl.program import spec
 from mechdsl.program.images import IMAGE_SPAN
 from mechdsl.program.paths import IMAGE_PATH, path_to_read
 from mechdsl.program.python_functions import PythonFunction
-from mechdsl.program.spec import TILE
+from mechdsl.program.spec import CLEAN, TILE
 from mechdsl.prompts.block import (
     TEMPLATE,
     CompiledTemplate,
@@ -75,7 +75,11 @@ _SIDE = 32
 
 
 def row_picture(row: Row, node: ast.Expr) -> Picture:
-    """The image of a row. Refusals: E0207, E0503, E0560 and those of values."""
+    """Return the image of a row.
+
+    Raises:
+        Refusal: E0207, E0503, E0560 and those of values.
+    """
     match node:
         case ast.String():
             return _of_file(row, node)
@@ -98,13 +102,16 @@ def _seed(row: Row) -> int:
 
 
 def image_refusal(span: Span, written: str, reason: str, hint: str) -> Refusal:
-    """E0560 for a path as it is written."""
+    """Return E0560 for a path as written in the file."""
     return Refusal(UnreadableImage, span, path=written, reason=reason, hint=hint)
 
 
 def inspect_row_image(row: Row, written: str, span: Span) -> tuple[Path, str, tuple[int, int]]:
-    """Where an image lies that a row names, SHA-256 of its bytes, (height, width). Refusals: E0560
-    and those of paths."""
+    """Return the path of a row's image file, SHA-256 of its bytes and (height, width).
+
+    Raises:
+        Refusal: E0560 and those of paths.
+    """
     path, problems = path_to_read(IMAGE_PATH, written, span)
     if path is None:
         raise Refusal.of(problems[0])
@@ -166,7 +173,7 @@ def _expr(node: object) -> ast.Expr:
 
 @cache
 def _cannot_draw(kind: str, count: int, size: int, colour: str, texture: str) -> str:
-    """Why such shapes can't be drawn; empty where they can. That hangs on no draw."""
+    """Return the reason that such shapes can't be drawn; empty if they can, for every seed."""
     import numpy as np
 
     from mechdsl.images.pixels import draw_shapes
@@ -196,8 +203,11 @@ def _wrong(node: ast.Call, reason: str, hint: str) -> Refusal:
 
 
 def cut_tile(row: Row, picture: Picture) -> Picture:
-    """The tile of its image that a row is; the image where that isn't cut. Refusals: E0503,
-    E0561."""
+    """Return the tile of the image that the row stands for; the image if it isn't cut into tiles.
+
+    Raises:
+        Refusal: E0503, E0561.
+    """
     tiles = row.block.spec.tiles
     if tiles is None:
         return picture
@@ -219,8 +229,10 @@ def cut_tile(row: Row, picture: Picture) -> Picture:
 
 
 def tile_key(row: Row) -> int:
-    """What draws hang on that each tile has by itself, whatever the order of a data file; of other
-    rows what all draws hang on."""
+    """Return the key of draws that differ between tiles, independent of the data file's order.
+
+    For other rows, this is the key of all draws.
+    """
     return (
         row.draw_key
         if row.block.spec.tiles is None
@@ -229,15 +241,15 @@ def tile_key(row: Row) -> int:
 
 
 def shared_draw_key(row: Row, path: str) -> int:
-    """What a draw hangs on: tiles of an image share it, but for which tile another one is.
+    """Return the key of a draw: the tiles of an image share it, except for draws of another tile.
 
-    path: what is drawn, as its key has it.
+    path: the drawn value, as in the key's path.
     """
     return tile_key(row) if path.split(".")[0] == f"{row.run}:{TILE}" else row.draw_key
 
 
 def source_image_name(row: Row) -> str:
-    """What the image is called that a row is a tile of: no two images have the same."""
+    """Return the unique name of the image that a row is a tile of."""
     picture = row.uncut
     assert picture is not None
     return picture.words if picture.how == "file" else picture.text
@@ -247,8 +259,11 @@ _HINT = "a box is a list of four numbers of pixels: left, top, right, bottom"
 
 
 def row_regions(row: Row, picture: Picture) -> dict[str, tuple[Region, ...]]:
-    """By name, the occurrences of each region; none where the column has no value. Refusals: E0503,
-    E0560 and those of values."""
+    """Return the occurrences of each region by name; none if the column has no value.
+
+    Raises:
+        Refusal: E0503, E0560 and those of values.
+    """
     return {region.name: tuple(_regions(row, region, picture)) for region in row.block.spec.regions}
 
 
@@ -288,8 +303,11 @@ def _mask(row: Row, region: spec.RegionDef, written: str, picture: Picture) -> R
 
 
 def row_image_changes(row: Row, picture: Picture) -> tuple[PictureChange, ...]:
-    """What the corruption does to the image before it is made ready. Refusals: E0207 and those of
-    regions."""
+    """Return the corruption's changes to the image before it is prepared for the model.
+
+    Raises:
+        Refusal: E0207 and those of regions.
+    """
     found: list[PictureChange] = []
     for number, change in enumerate(row.image_changes):
         if is_region_swap(change, row.block.spec):
@@ -302,21 +320,24 @@ def row_image_changes(row: Row, picture: Picture) -> tuple[PictureChange, ...]:
 
 
 def _seen_in(picture: Picture, change: PictureChange) -> bool:
-    """Whether a tile has a pixel that a change may change: a blur behind it takes others along."""
+    """Return whether a change may affect a pixel of the tile: a later blur spreads such pixels."""
     if picture.cut is None or change.region is None:
         return True
-    from mechdsl.images.pixels import region_coverage  # NumPy, for those who have regions
+    from mechdsl.images.pixels import region_coverage  # imports NumPy: needed for regions only
 
     regions = [change.region] if change.other is None else [change.region, change.other]
     return any(region_coverage(each, picture).getbbox() is not None for each in regions)
 
 
 def resolve_image_change(row: Row, change: ast.ChangeLine, number: int) -> PictureChange:
-    """A blur, a mask or noise, the one of a number in its corruption, without where it is.
-    Refusals: E0207."""
+    """Return the blur, mask or noise with this number in its corruption, without its region.
+
+    Raises:
+        Refusal: E0207.
+    """
     kind, block = change_kind(change), row.block
     assert isinstance(kind, ImageChange)
-    # Pixels are drawn for the image that tiles are cut from, patches for each tile.
+    # Pixel noise is seeded per source image, before tiles are cut; patch noise per tile.
     own = row.draw_key if change.tokens is None else tile_key(row)
     seed = stable_hash(block.seed, block.name, own, row.run, number) % (1 << 64)
     return PictureChange(
@@ -325,14 +346,14 @@ def resolve_image_change(row: Row, change: ast.ChangeLine, number: int) -> Pictu
 
 
 def _named(row: Row, part: ast.Node, picture: Picture) -> Sequence[Region | None]:
-    """The occurrences of a region; None is the whole image."""
+    """Return the occurrences of a region; None represents the whole image."""
     assert isinstance(part, ast.Name)
     named = [each for each in row.block.spec.regions if each.name == part.id]
     return _regions(row, named[0], picture) if named else (None,)
 
 
 def _swap(row: Row, change: ast.ChangeLine, picture: Picture) -> list[PictureChange]:
-    """None where the row lacks a region. Refusals: E0503."""
+    """Return the swap of two regions; empty if the row lacks one. Raises `Refusal` E0503."""
     sides: list[Region] = []
     for part in change.values:
         found = _named(row, part, picture)
@@ -351,7 +372,7 @@ def _swap(row: Row, change: ast.ChangeLine, picture: Picture) -> list[PictureCha
 
 
 def _apart(first: Region, second: Region, change: ast.ChangeLine, picture: Picture) -> None:
-    """E0503 for boxes that overlap, or lie outside the image."""
+    """Raise E0503 for boxes that overlap or lie outside the image."""
     size = picture.size if picture.size != (0, 0) else (limits.IMAGE_SIDE, limits.IMAGE_SIDE)
     boxes = [pixel_box(each, size) for each in (first, second)]
     for (left, top, right, bottom), part in zip(boxes, change.values, strict=True):
@@ -379,28 +400,26 @@ def _amount(row: Row, kind: ImageChange, change: ast.ChangeLine) -> float:
     return float(value)
 
 
-_NO_REGIONS: Mapping[str, tuple[Region, ...]] = MappingProxyType({})
-
 IMAGE_PROPERTIES = ("uncut", "image", "regions")
-"""What is worked out anew where something of the row changes."""
+"""Cached properties that a change to the row invalidates."""
 
 
 class ImageRow:
-    """What a row of images has beside its values. Raises `Refusal`."""
+    """The image properties of a row. Raises `Refusal`."""
 
     image_changes: list[ast.ChangeLine]
-    """What the corruption does to the image."""
+    """The corruption's changes to the image."""
 
     @cached_property
     def uncut(self) -> Picture | None:
-        """What its image is made of, of a row of images, before anything is done to it."""
+        """The description of a row's image before any change; None for a row of texts."""
         row = cast("Row", self)
         made_of = row.block.spec.image
         return None if made_of is None else row_picture(row, made_of)
 
     @cached_property
     def image(self) -> Picture | None:
-        """The same with what is done to it, or the tile of it that the row is."""
+        """The image after the changes, or the tile that the row stands for."""
         row, made = cast("Row", self), self.uncut
         if made is None:
             return None
@@ -409,71 +428,71 @@ class ImageRow:
 
     @cached_property
     def regions(self) -> Mapping[str, tuple[Region, ...]]:
-        """Parts of its image, by name."""
-        return _NO_REGIONS if self.image is None else row_regions(cast("Row", self), self.image)
+        """Regions of the image, by name."""
+        return _NOTHING if self.image is None else row_regions(cast("Row", self), self.image)
 
 
 @record
 class PromptTable(Record):
-    """A prompts block made concrete for one tokenizer, seed, limit and part."""
+    """The rows of a prompts block for one tokenizer, seed, limit and split."""
 
     name: str
     row_ids: tuple[int, ...]
-    """Index of each row before `where`, `limit` and `split`: the same row has the same id in every
+    """Index of each row before `where`, `limit` and `split`: a row has the same id in every
     experiment."""
     row_keys: tuple[int, ...]
-    """A hash of each row's content (values, clean text, answers), 0..2^63-1: noise, donors and
-    random positions hang on it, so that they are the same wherever the row stands."""
+    """A hash of each row's content (values, clean text, answers), 0..2^63-1. Noise, donors and
+    random positions depend on it, not on the row's position in the table."""
     runs: Mapping[str, PromptRun]
     conventions: Mapping[str, str] = field(default_factory=dict[str, str])
-    """What was defaulted or dropped, in words, by short key (`bos`, `rows`, `answer`, …)."""
+    """Defaults and dropped rows, described in words, by short key (`bos`, `rows`, `answer`, …)."""
     data_hash: str = ""
-    """SHA-256 of the data file, where there is one."""
+    """SHA-256 of the data file, if there is one."""
     other_data: Mapping[str, str] = field(default_factory=dict[str, str])
-    """The same of other blocks that it has runs of, by their names."""
+    """SHA-256 of the data files of other blocks whose runs it has, by block name."""
     moved: tuple[int, ...] = ()
-    """Leading token that all answers share: it stands at the end of every prompt instead."""
+    """Leading token that all answers share: it moves to the end of every prompt."""
     moved_text: str = ""
     python: tuple[PythonFunction, ...] = ()
-    """Functions of Python files that values are from."""
+    """Functions of Python files that compute values."""
     beside: Mapping[str, PromptTable] = field(default_factory=dict[str, "PromptTable"])
-    """Other blocks, with rows of their own, that means are taken of."""
+    """Other blocks, with separate rows, that means are computed over."""
     block_rows: BlockRows | None = field(default=None, repr=False, compare=False)
-    """Of the block that it is of, by their ids."""
+    """The rows of its block by id."""
     stands_in: bool = False
-    """Its rows stand in for those that can't be made here."""
+    """Its rows are placeholders for rows that can't be built here."""
     columns_unknown: bool = False
-    """The same for want of its data file, which has names of its own."""
+    """Its rows are placeholders because its data file, which defines further names, is missing."""
     cut: bool = False
-    """There are more rows, which a check doesn't look at."""
+    """There are more rows, which a check doesn't read."""
     dealt: tuple[str, ...] = ()
-    """Names of the values that rows have evenly by how they are made."""
+    """Names of the values that are evenly distributed over the rows by construction."""
     exhausted: tuple[str, ...] = ()
-    """Names of the variables that have every value that the block declares."""
+    """Names of the variables for which the rows have every value that the block declares."""
     whole: bool = False
-    """They are all rows that the block can make."""
+    """The rows are all that the block can build."""
     unchanged: frozenset[str] = frozenset()
-    """Corruptions that leave a row as it is: it is left out where they are used."""
+    """Corruptions that leave some row unchanged; such rows are dropped where they are used."""
     changed_by: tuple[str, ...] = ()
-    """Those of these that are used, so that each of them changes all of the rows."""
+    """The corruptions in `unchanged` that are used; each of them changes all rows of the table."""
     behind: str = ""
-    """Whose replies stand behind the prompts, as written: `replies of writes(c: 1)`."""
+    """Source of the replies after the prompts, as written: `replies of writes(c: 1)`."""
     classes: tuple[str, ...] = ()
-    """What its images are told apart by: the texts of a line `classes`."""
+    """Labels that distinguish its images: the texts of a `classes` line."""
     alone: PromptTable | None = field(default=None, repr=False, compare=False)
-    """The same without these."""
+    """The same table without the replies."""
 
     def __len__(self) -> int:
         return len(self.row_ids)
 
     @property
     def sources(self) -> Sequence[Row]:
-        """The clean rows before tokenisation, in which texts of metrics are evaluated."""
+        """The clean rows before tokenisation, in which the texts of metrics are evaluated."""
         return () if self.block_rows is None else self.block_rows.with_ids(self.row_ids)
 
     @property
     def cut_from(self) -> tuple[str, ...]:
-        """Per row that is a tile the image that it is of; nothing of other rows."""
+        """Per row, the image that the row is a tile of; empty if rows aren't tiles."""
         rows = self.runs["clean"].rows
         first = rows[0].image if rows else None
         if first is None or not first.tile:
@@ -484,13 +503,11 @@ class PromptTable(Record):
 RECORD = "record"
 """Name of the axis of a data file's records."""
 
-CLEAN = "clean"
-
 CACHED_ROWS = 2**12
-"""Rows of a block that are kept for the next table, at most."""
+"""Maximum number of a block's rows that are cached for the next table."""
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-"""One for all rows: 200,000 rows would each hold several empty mappings."""
+"""Shared by all rows: 200,000 rows would each hold several empty mappings."""
 
 
 class Row(ImageRow):
@@ -501,7 +518,7 @@ class Row(ImageRow):
         self.id = row_id
         self.run = CLEAN
         self._clean: Row | None = None
-        """The row that this one is a copy of."""
+        """The clean row that this row is a copy of."""
         index = row_id % (block.combinations)
         index, at = divmod(index, block.data_size)
         self.record: DataRecord = block.data.records[at] if block.data else _NOTHING
@@ -513,12 +530,12 @@ class Row(ImageRow):
             self.values[name] = values[at]
         self.template: CompiledTemplate = block.templates[self.places.get(TEMPLATE, 0)]
         self.changed: Mapping[str, RowValue] = _NOTHING
-        """What the corruption has written."""
+        """Values that the corruption assigned."""
         self.item_changes: Mapping[str, tuple[ast.Expr, Row]] = _NOTHING
-        """Changes of names that only lists draw: applied to each item."""
+        """Changes of names that only lists draw from: applied to each item."""
         self.image_changes: list[ast.ChangeLine] = []
         self._tokenizer: TextTokenizer | None = None
-        """While conditions are asked for."""
+        """Set only while conditions are evaluated."""
         self._drawn: dict[str, RowValue] = {}
         self._cache: dict[str, RowValue] = {}
         self._texts: dict[str, str | TokenId] = {}
@@ -532,27 +549,31 @@ class Row(ImageRow):
 
     @property
     def clean(self) -> Row:
-        """The row that this one is a corruption of. One that named itself would never be freed, as
-        garbage is not looked for while files are checked."""
+        """The row that this row is a corruption of, or itself.
+
+        A reference from a row to itself would never be freed: checks turn garbage collection off.
+        """
         return self if self._clean is None else self._clean
 
     def _forget(self) -> None:
-        """Work everything out anew, because something is changed."""
+        """Invalidate all cached values because the row changed."""
         self._cache = {}
         self._texts = {}
         for worked_out in ("prompt", "turns", "plain_values", "key", *IMAGE_PROPERTIES):
             self.__dict__.pop(worked_out, None)
 
     def forget_steps(self) -> None:
-        """Drop the values that its texts are made of; they are worked out again if asked for."""
+        """Drop intermediate values of the texts; they are recomputed on access."""
         self._cache = {}
 
     @cached_property
     def draw_key(self) -> int:
-        """What its draws hang on: its number, or, in a data file, what the record is. Records that
-        are equal have draws of their own."""
+        """Key of the row's draws: its number or, in a data file, the record's content.
+
+        Equal records have independent draws.
+        """
         data = self.block.data
-        number = self.block.images_behind(self.id)  # tiles of an image are drawn together
+        number = self.block.images_behind(self.id)  # tiles of an image share their draws
         if data is None:
             return number
         found, at = data.by_content, self.places[RECORD]
@@ -560,11 +581,11 @@ class Row(ImageRow):
 
     @cached_property
     def key(self) -> int:
-        """Of its values, its text and the texts that metrics refer to: rows of equal content have
-        equal keys, wherever they stand."""
+        """Hash of the values, the text and the texts of metrics: rows of equal content have equal
+        keys, wherever they are in the table."""
         texts = (self.named_text(name) for name in sorted(self.block.texts))
         written = ((t.id if isinstance(t, TokenId) else t) for t in texts)
-        # A chat is the same row whichever model's template writes it.
+        # The key of a chat is independent of the model's chat template.
         said = [part for turn in self.turns for part in (turn.role, turn.rich.text)]
         return content_key(self.plain_values, [*(said or [self.prompt.text]), *written])
 
@@ -592,7 +613,7 @@ class Row(ImageRow):
         definition = self._definition(name)
         if definition is not None:
             if self.clean is not self and self.clean.known(name):
-                self.clean.value(name, span)  # draws first, so that they can be kept
+                self.clean.value(name, span)  # draws first: the corrupted row can reuse the draws
             self._cache |= self._assigned(definition.names, definition.value, definition.path)
             return self._cache[name]
         if name in self.record:
@@ -617,7 +638,7 @@ class Row(ImageRow):
         raise bad_value(span, f"`{name}` has no `{attribute}`", "write the name alone")
 
     def _assigned(self, names: tuple[str, ...], node: ast.Expr, path: str) -> dict[str, RowValue]:
-        """The values that one definition gives to its names."""
+        """Return the values that one definition assigns to its names."""
         key = DrawKey(path)
         if len(names) == 1:
             return {names[0]: evaluate(node, self, key)}
@@ -632,7 +653,7 @@ class Row(ImageRow):
         return dict(zip(names, entries, strict=True))
 
     def text(self, node: ast.String, key: DrawKey) -> RichText:
-        """A text with its placeholders filled in; each one with a name is a span."""
+        """Fill in the placeholders of a text; each named placeholder becomes a span."""
         parts: list[tuple[str, RichText]] = []
         for piece in self.block.template(node).pieces:
             if isinstance(piece, str):
@@ -640,7 +661,7 @@ class Row(ImageRow):
             else:
                 parts.append((piece.name or "", self._placed(piece, key)))
         whole = concatenate(parts)
-        # Texts of texts would grow without end before a tokenizer sees them.
+        # Nested texts can grow exponentially before a tokenizer sees them.
         if len(whole.text) > limits.TEXT:
             raise Refusal(
                 TooManyValues,
@@ -670,8 +691,10 @@ class Row(ImageRow):
         return rich
 
     def _marked(self, name: str, rich: RichText) -> RichText:
-        """A column's text with the spans that lie in it. Where the corruption changed such a span's
-        value, its text changes with it."""
+        """Add the spans marked inside a column's text.
+
+        If the corruption changed such a span's value, its text is replaced too.
+        """
         spans = list(rich.spans)
         text = rich.text
         for mark in self.block.marks[name]:
@@ -688,7 +711,7 @@ class Row(ImageRow):
                 spans.append(TextSpan(mark.name.id, start, start + len(replaced)))
         return RichText(text, tuple(sorted(spans, key=lambda s: (s.start, -s.end))))
 
-    # --- what functions need --------------------------------------------------------------------
+    # --- context of functions -------------------------------------------------------------------
 
     def placeholders(self, node: ast.String) -> Sequence[ast.Expr]:
         return self.block.placeholders(node)
@@ -730,11 +753,11 @@ class Row(ImageRow):
         if rich is None:
             raise bad_value(node.span, "it has no text in this row", "give a text or a number")
         ids, _ = tokenizer.continuation(self.prompt.text, rich.text)
-        # A space of its own goes into the prompt, if all answers begin with it.
+        # A separate leading space moves to the prompt if all answers begin with it.
         return len(ids[1:] if len(ids) > 1 and tokenizer.is_space(ids[0]) else ids)
 
     def _spans_called(self, node: ast.Expr) -> list[TextSpan]:
-        """Where the prompt has what a name stands for."""
+        """Return the prompt's spans with the name of a node."""
         name = node.id if isinstance(node, ast.Name) else None
         return [span for span in self.prompt.spans if span.name == name]
 
@@ -793,8 +816,10 @@ class Row(ImageRow):
     # --- corruption -----------------------------------------------------------------------------
 
     def corrupted(self, corruption: spec.Corruption) -> Row:
-        """The same row with something changed, from top to bottom. What works on tokens or
-        activations is left for later."""
+        """Apply the value changes of a corruption in order.
+
+        Changes of tokens and activations are applied later.
+        """
         row = self._copy()
         row.run = corruption.name
         row.changed, row.item_changes, row.image_changes = _NOTHING, _NOTHING, []
@@ -846,7 +871,7 @@ class Row(ImageRow):
     # --- results --------------------------------------------------------------------------------
 
     def passes(self, conditions: Sequence[ast.Expr], tokenizer: TextTokenizer) -> bool:
-        """Whether all conditions of `where` hold; the tokenizer is that of the model."""
+        """Return whether all conditions of `where` hold; the tokenizer is the model's."""
         self._tokenizer = tokenizer
         try:
             return all(
@@ -858,7 +883,7 @@ class Row(ImageRow):
 
     @cached_property
     def prompt(self) -> RichText:
-        """The prompt with its spans, in the order of the text; of an image, what stands for it."""
+        """The prompt with its spans, in text order; for an image, its text representation."""
         if self.image is not None:
             return RichText(self.image.text)
         rich = self._chat() if self.turns else self.text(self.template.text, DrawKey(TEMPLATE))
@@ -872,12 +897,12 @@ class Row(ImageRow):
 
     @cached_property
     def turns(self) -> tuple[Turn, ...]:
-        """What each side says, of a chat."""
+        """The turns of a chat."""
         turns = enumerate(self.template.turns)
         return tuple(Turn(t.role, self.text(t.text, DrawKey(f"{TEMPLATE}.{n}"))) for n, t in turns)
 
     def _chat(self) -> RichText:
-        """The turns as the tokenizer's template writes them. E0552 as `Refusal`."""
+        """Format the turns with the tokenizer's chat template. Raises `Refusal` E0552."""
         if self.block.chat is None:
             return stand_in_chat(self.turns)
         try:
@@ -888,13 +913,13 @@ class Row(ImageRow):
             raise Refusal(ChatRefused, at, reason=problem.reason, hint=problem.hint) from problem
 
     def named_text(self, name: str) -> str | TokenId:
-        """One of the texts that metrics refer to."""
+        """Return one of the texts that metrics refer to."""
         if name not in self._texts:
             self._texts[name] = self.as_text(self.block.texts[name], DrawKey(name))
         return self._texts[name]
 
     def as_text(self, node: ast.Expr, key: DrawKey) -> str | TokenId:
-        """An expression as a text for a metric."""
+        """Evaluate an expression as a text for a metric."""
         value = evaluate(node, self, key)
         if isinstance(value, TokenId):
             return value
@@ -914,7 +939,7 @@ class Row(ImageRow):
         return {name: to_plain(self.value(name, span)) for name in names}
 
     def describe(self) -> str:
-        """Which row this is, for messages."""
+        """Identify the row, for messages."""
         shown = ", ".join(f"{n} = {render_short(self.values[n])}" for n, _ in self.block.axes[:4])
         if self.block.data is not None:
             return f"record {self.places[RECORD]}" + f", {shown}" * bool(shown)
@@ -922,8 +947,10 @@ class Row(ImageRow):
 
 
 class BlockRows:
-    """The rows of a block by their ids: experiments of a file share them, where they aren't too
-    many. Rows are deterministic: one that isn't kept is worked out again."""
+    """The rows of a block by id, shared by the experiments of a file up to `CACHED_ROWS`.
+
+    Rows are deterministic: a row that isn't cached is rebuilt.
+    """
 
     def __init__(self, block: PromptsBlock) -> None:
         self.block = block
@@ -939,7 +966,7 @@ class BlockRows:
         return row
 
     def corrupted(self, row: Row, corruption: spec.Corruption) -> Row:
-        """What the corruption makes of a row of the block."""
+        """Apply a corruption to a row of the block."""
         key = row.id, corruption.name
         found = self._corrupted.get(key)
         if found is None:
@@ -949,11 +976,11 @@ class BlockRows:
         return found
 
     def with_ids(self, ids: Sequence[int]) -> Sequence[Row]:
-        """Those with these ids."""
+        """Return the rows with these ids."""
         return _SelectedRows(self, ids)
 
     def only(self, corruption: spec.Corruption) -> BlockRows:
-        """The same rows with one of the corruptions."""
+        """Return the same rows with one of the corruptions."""
         other = BlockRows(self.block.only(corruption))
         other._rows, other._corrupted = self._rows, self._corrupted
         return other
@@ -965,13 +992,13 @@ def render_short(value: RowValue) -> str:
 
 
 def _shifted(span: TextSpan, end: int, by: int) -> TextSpan:
-    """A span after the text up to `end` has become longer by `by`."""
+    """Move a span after the text before `end` has grown by `by` characters."""
     start = span.start + by if span.start >= end else span.start
     return TextSpan(span.name, start, span.end + by if span.end >= end else span.end, span.within)
 
 
 class _SelectedRows(Sequence[Row]):
-    """Rows of a block, looked up when they are asked for."""
+    """Rows of a block, looked up on access."""
 
     def __init__(self, rows: BlockRows, ids: Sequence[int]) -> None:
         self._rows, self._ids = rows, ids

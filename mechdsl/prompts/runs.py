@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from mechdsl.base.arrays import Ints
 
 
+ANSWER_SPAN = "answer"
+"""The span that refers to the answer tokens, whichever text of a measure they are."""
+
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -28,51 +31,51 @@ class TextTokens(Record):
     text: str
     ids: tuple[int, ...]
     of_output: bool = False
-    """It is the number of an output of a classifier, and no name of a label."""
+    """The text is the number of a classifier output, not the name of a label."""
 
 
 @record
 class RunNoise(Record):
-    """`add gaussian(std: …) to SITE at POS`: what a corrupted run adds at a site."""
+    """`add gaussian(std: …) to SITE at POS`: the noise that a corrupted run adds at a site."""
 
     site: str
     """Name of the component as written, `embed`."""
     positions: tuple[tuple[int, ...], ...]
     """Per row, the token positions it is added to."""
     std: float | None
-    """In activation units; None where it is `sds` standard deviations, worked out from weights."""
+    """In activation units; None if the noise is `sds` standard deviations of the weights."""
     sds: float | None
     sd_tokens: tuple[int, ...] = ()
-    """Token ids (all rows before `limit`, with repetition) whose embeddings define one sd; of
-    images a number for each image and token."""
+    """Token ids (all rows before `limit`, with repetition) whose embeddings define one standard
+    deviation; for images, one number per image and token."""
     sd_images: tuple[tuple[RunRow, tuple[int, ...]], ...] = field(
         default=(), compare=False, repr=False
     )
-    """These images, with their tokens."""
+    """The images of `sd_tokens`, with their tokens."""
     samples: int = 1
     kind: str = "gaussian"
     """Name in the registry of noises."""
     row_keys: tuple[int, ...] | None = None
-    """Per row, its key in the block that it is of, where that isn't the table's."""
+    """Per row, its key in its own block, if that isn't the table's block."""
     drawn: tuple[int, ...] | None = None
-    """Per row, the one draw that it has, where rows stand for the draws of others."""
+    """Per row, its single draw, if rows represent draws of other rows."""
 
 
 @record
 class ReplySpan(Record):
-    """The reply that stands behind a prompt."""
+    """The reply after a prompt."""
 
     first: int
-    """Its first token, in the model's input."""
+    """Index of its first token in the model's input."""
     text: str
-    """What it says, without what it was stopped by."""
+    """The text, without the stop string."""
     stands_in: bool = False
-    """It isn't written yet."""
+    """The reply is a placeholder: it isn't generated yet."""
     behind: int = 0
-    """Tokens behind it, which the texts of the block share."""
+    """Number of tokens after the reply that all texts of the block begin with."""
 
     def of(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Its tokens, of all of a row."""
+        """Return the reply's tokens, given all tokens of a row."""
         return ids[self.first : len(ids) - self.behind]
 
 
@@ -83,59 +86,61 @@ class RunRow(Record):
     text: str
     ids: tuple[int, ...]
     offsets: tuple[tuple[int, int], ...]
-    """Characters of `text` per token, white space at its ends included as the tokenizer has it;
+    """Characters of `text` per token, including white space at its ends as the tokenizer reports;
     (0, 0) for special tokens."""
     special: tuple[bool, ...]
     """True for tokens that the tokenizer adds around the text."""
     spans: tuple[TextSpan, ...]
     values: Mapping[str, Any]
-    """Plain values: numbers, texts, lists of these."""
+    """Plain values: numbers, texts and lists of them."""
     texts: Mapping[str, TextTokens]
-    """`answer`, `wrong` and the other texts of the block, as this run has them, tokenised as the
-    continuation of the clean row's prompt."""
+    """`answer`, `wrong` and the block's other texts in this run, tokenised as the continuation of
+    the clean row's prompt."""
     reply: ReplySpan | None = None
-    """Where the reply of another experiment stands at its end."""
+    """The reply of another experiment at the end of the row, if there is one."""
     image: Picture | None = None
-    """Of rows that are images: `text` and `ids` tell it from others."""
+    """For rows of images; `text` and `ids` distinguish it from other images."""
     places: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=lambda: _NOTHING)
-    """Spans that have no text, as those of images: by name, the tokens of each occurrence."""
+    """Spans without text, such as those of images: by name, the tokens of each occurrence."""
     regions: Mapping[str, tuple[Region, ...]] = field(default_factory=lambda: _NOTHING)
-    """Parts of its image, by name: those of `places` in pixels."""
+    """Regions of the image by name, in pixels; `places` has their tokens."""
 
 
 @record
 class DerivedRun(Record):
-    """What an experiment's own run (`run healed { … }`) is made of, as far as rows can tell."""
+    """The properties of an experiment's run with rules (`run healed { … }`) that rows depend on."""
 
     base: str
-    """The run that its rules act on."""
+    """The run that its rules modify."""
     reads: tuple[str, ...]
     """Runs that its rules read."""
     draws: int
-    """Draws of noise, of all of these."""
+    """Noise draws per row, over the base and the runs read."""
 
 
 @record
 class PromptRun(Record):
-    """`clean`, a corruption, a run from elsewhere, or one with rules: as many rows as the table, in
-    its order."""
+    """A run with the table's rows in the table's order.
+
+    The run is `clean`, a corruption, a run of another block, or a run with rules.
+    """
 
     name: str
     rows: tuple[RunRow, ...]
     noise: RunNoise | None = None
     prompts: str | None = None
-    """The block that it is of, where that is another one."""
+    """The name of its block, if that isn't the table's."""
     model: str | None = None
-    """The model that it runs on, where that isn't the experiment's."""
+    """The name of its model, if that isn't the experiment's."""
     derived: DerivedRun | None = None
-    """Of a run with rules; its rows and noise are those of its base."""
+    """For a run with rules, whose rows and noise are those of its base."""
     chat: bool = False
-    """Whether its texts are written by a chat template, with their special tokens in them."""
+    """Whether a chat template formats its texts, so that they contain its special tokens."""
 
     @cached_property
     def lengths(self) -> Ints:
         """[row] tokens of each prompt; read only."""
-        import numpy as np  # checking a file does without
+        import numpy as np  # lazy: checking a file doesn't need NumPy
 
         found = np.array([len(row.ids) for row in self.rows], dtype=np.int64)
         found.setflags(write=False)
@@ -143,36 +148,36 @@ class PromptRun(Record):
 
     @property
     def draws(self) -> int:
-        """Draws of noise that every row is run with."""
+        """Noise draws per row."""
         if self.derived is not None:
             return self.derived.draws
         return 1 if self.noise is None else self.noise.samples
 
 
 Hits: TypeAlias = tuple[tuple[int, ...], ...]
-"""The runs of one row: token positions that are joined, each run by itself."""
+"""The token runs of one row: each run is a tuple of joined token positions."""
 
 
 @record
 class ReplyPosition(Record):
-    """Tokens of the reply that is written behind a prompt."""
+    """A position in the reply that is generated after a prompt."""
 
     kind: Literal["token", "tokens", "last", "all", "text", "step"]
-    """`token`: the one of a number. `step`: where the pass of a number predicts, behind so many
-    tokens of the reply."""
+    """`token`: the token with a number. `step`: the position that predicts the reply's token after
+    `number` generated tokens."""
     number: int = 0
-    """Of tokens, from 1; of steps, from 0."""
+    """Counts tokens from 1 and steps from 0."""
     last: int | None = None
-    """Of several tokens, the last one's number."""
+    """The last number of a range of tokens."""
     text: str = ""
-    """The last occurrence of a text …"""
+    """For `text`: the text whose last occurrence is used."""
     which: Literal["first", "last", "all"] = "last"
-    """… which of its tokens."""
+    """For `text`: which of its tokens are used."""
     offset: int = 0
-    """Tokens behind that."""
+    """Number of tokens after that position."""
 
     def most(self, tokens: int) -> int:
-        """How many tokens it is at most, of a reply of so many."""
+        """Return the maximum number of tokens of the position in a reply of `tokens` tokens."""
         if self.single:
             return 1
         if self.kind == "tokens":
@@ -181,7 +186,7 @@ class ReplyPosition(Record):
 
     @property
     def single(self) -> bool:
-        """Whether it is one token."""
+        """Whether the position is one token."""
         return self.kind in ("token", "last", "step") or (
             self.kind == "text" and self.which != "all"
         )
@@ -192,28 +197,28 @@ class PositionCell(Record):
     """One value of the position axis."""
 
     label: str
-    """As the table shows it: `last-item token`, `subject middle`, `item 3`, `-2`."""
+    """The label in tables: `last-item token`, `subject middle`, `item 3`, `-2`."""
     hits: tuple[Hits, ...]
-    """Per row, the separate runs (one, or several that are averaged: the middle tokens of a ragged
-    span); per run, the joined token positions, 0-based in the model's unpadded input, ascending.
-    A row without the position has no runs and drops out of the cell."""
+    """Per row, the separate token runs (one, or several that are averaged: the middle tokens of a
+    ragged span); per run, the joined token positions, ascending, 0-based in the model's unpadded
+    input. A row without the position has no runs and drops out of the cell."""
     item: int | None = None
     """1-based occurrence, for `each item token`."""
     reply: ReplyPosition | None = None
-    """In the reply, which isn't there yet: `hits` are the prompts' last tokens then."""
+    """A position in a reply that isn't generated yet; `hits` are then the final prompt tokens."""
     follows: Literal["", "newest", "every"] = field(default="", compare=False)
-    """While a reply is written: whether it is, at each step, the newest token (`last token`), or
-    all tokens so far (`tokens *`)."""
+    """During generation: `newest` if the cell is the newest token at each step (`last token`),
+    `every` if it is all tokens so far (`tokens *`)."""
 
 
 def describe_output(text: TextTokens) -> str:
-    """What a text without tokens is."""
+    """Describe a text without tokens."""
     return "the number of an output" if text.of_output else "the name of a label"
 
 
 @dataclass(frozen=True)
 class SpanOccurrence:
-    """One occurrence of a span: its characters, and the tokens that overlap it."""
+    """One occurrence of a span: its characters and the tokens that overlap them."""
 
     start: int
     end: int
@@ -221,7 +226,7 @@ class SpanOccurrence:
 
 
 def trim_span(text: str, start: int, end: int) -> tuple[int, int]:
-    """The characters without white space at either end; `start` twice where nothing is left."""
+    """Return the range without white space at either end; (start, start) if nothing is left."""
     while start < end and text[start].isspace():
         start += 1
     while end > start and text[end - 1].isspace():
@@ -230,7 +235,7 @@ def trim_span(text: str, start: int, end: int) -> tuple[int, int]:
 
 
 class TokenMap:
-    """Characters to tokens, for one row."""
+    """The mapping from characters to tokens of one row."""
 
     def __init__(self, row: RunRow) -> None:
         self.row = row
@@ -249,16 +254,16 @@ class TokenMap:
 
     @cached_property
     def text_tokens(self) -> tuple[int, ...]:
-        """The tokens of the prompt's own text, without a space that the tokenizer put in front."""
+        """The tokens of the prompt's text, without a leading space that the tokenizer added."""
         own = [i for i, special in enumerate(self.row.special) if not special]
         at = self.row.offsets
         return tuple(own[next((n for n, i in enumerate(own) if at[i][0] < at[i][1]), 0) :])
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
-        """The tokens that overlap some characters.
+        """Return the tokens that overlap a range of characters.
 
-        A span of nothing but white space (a line break between items) hits the tokens that are
-        nothing but white space.
+        A range of white space only, such as a line break between items, hits the tokens that are
+        white space only.
         """
         low, high = trim_span(self.row.text, start, end)
         if low < high:
@@ -279,13 +284,13 @@ class TokenMap:
         return SpanOccurrence(start, end, self.tokens(start, end))
 
     def covers_more(self, place: SpanOccurrence, token: int) -> str | None:
-        """The token's text, where it also covers text beside the span."""
+        """Return the token's text if it also covers text outside the span, else None."""
         low, high = trim_span(self.row.text, place.start, place.end)
         a, b = self.places[token]
         return self.row.text[a:b] if a < b and (a < low or b > high) else None
 
     def token_text(self, token: int) -> str:
-        """What a token covers, trimmed; white space itself where it is nothing else."""
+        """Return the text that a token covers, trimmed unless it is only white space."""
         a, b = self._trimmed(token)
         if a == b:
             a, b = self.row.offsets[token]
@@ -298,7 +303,7 @@ _SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
 
 
 def find_text(text: str, part: str) -> list[tuple[int, int]]:
-    """Where a text occurs in another, without overlaps; whole words where there are any."""
+    """Return the non-overlapping occurrences of a part in a text; whole words if there are any."""
     if not part.strip():
         return []
     starts = [m.start() for m in re.finditer(f"(?={re.escape(part)})", text)]
@@ -312,7 +317,7 @@ def find_text(text: str, part: str) -> list[tuple[int, int]]:
 
 
 def _goes_on(text: str, at: int) -> bool:
-    """Whether a word, or a character of several code points, goes on across a place."""
+    """Return whether a word or a multi-code-point character continues across a position."""
     if not 0 < at < len(text):
         return False
     before, behind = text[at - 1], text[at]
@@ -326,12 +331,12 @@ def _in_word(char: str) -> bool:
 
 
 def _is_mark(char: str) -> bool:
-    """An accent, a vowel sign: part of the letter before it."""
+    """Return whether a character is a combining mark (accent, vowel sign)."""
     return unicodedata.category(char).startswith("M")
 
 
 def extend_row(row: RunRow, moved: tuple[int, ...], text: str) -> RunRow:
-    """A row with the token that all answers share at the end of its text."""
+    """Insert the token that all answers share at the end of a row's text."""
     if not moved:
         return row
     end = len(row.ids)

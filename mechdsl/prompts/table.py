@@ -29,6 +29,7 @@ from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.images.picture import Picture, PictureChange
 from mechdsl.program import spec
 from mechdsl.program.images import IMAGE_SPAN
+from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.answers import (
     LabelNaming,
     drop_shared_token,
@@ -49,7 +50,7 @@ from mechdsl.prompts.conventions import (
 from mechdsl.prompts.expressions import Constants, WordLookup
 from mechdsl.prompts.positions.cells import resolve_positions
 from mechdsl.prompts.positions.spans import SpanFinder
-from mechdsl.prompts.rows import CLEAN, BlockRows, PromptTable, Row, resolve_image_change
+from mechdsl.prompts.rows import BlockRows, PromptTable, Row, resolve_image_change
 from mechdsl.prompts.runs import (
     PositionCell,
     PromptRun,
@@ -95,19 +96,20 @@ def replace_tokens(
     text: str,
     tokenizer: TextTokenizer,
 ) -> PromptRun:
-    """The run with the text of the hit tokens replaced and tokenised again; answers stay.
+    """Replace the text of the hit tokens in a run and tokenise it again; answers stay the same.
 
-    cell: one of those of `at`. A span that `at` names becomes the text once, the outermost one
-    counting: of a list, `fruits tokens` becomes one `thing`, and of `item tokens` each does. In the
-    rest of what is hit, so does every span whose tokens are all hit, the innermost one counting,
-    and every other word.
+    A span that `at` names is replaced once, the outermost span first: for a list, `fruits tokens`
+    becomes one `thing`, with `item tokens` each item does. In the remaining hits, every span whose
+    tokens are all hit is replaced, the innermost span first, then every other word.
+
+    cell: one of the cells of `at`.
     """
     hits = [tuple(p for tokens in row for p in tokens) for row in cell.hits]
     return _replaced(table, run, at, hits, [text] * len(hits), tokenizer)
 
 
 def check_chat_markers(text: str, span: Span, tokenizer: TextTokenizer) -> MarkerInText | None:
-    """E0553 for a text that would be a special token in a chat."""
+    """Return E0553 for a text that would be a special token in a chat."""
     marker = None if tokenizer.chat is None else tokenizer.chat.marker_in(text)
     if marker is None:
         return None
@@ -121,7 +123,7 @@ def replace_at_positions(
     texts: Sequence[str],
     tokenizer: TextTokenizer,
 ) -> tuple[PromptRun, list[Diagnostic]]:
-    """The same at a position of the language, with a text for each row; cells are joined."""
+    """Replace the tokens at a position of the language, with one text per row; cells are joined."""
     cells, diagnostics = resolve_positions(at, table, run, tokenizer=tokenizer)
     if has_errors(diagnostics):
         return table.runs[run], diagnostics
@@ -142,12 +144,12 @@ def _replaced(
 ) -> PromptRun:
     old = table.runs[run]
     named = [node.of for node in walk(at) if isinstance(node, ast.SpanTokens) and node.plural]
-    spans = SpanFinder(table, run, tokenizer, [])  # what is wrong has been said
+    spans = SpanFinder(table, run, tokenizer, [])  # errors have already been reported
     written = [
         _rewrite(row, _units(row, tokens, [p for ref in named for p in spans.places(n, ref)]), text)
         for n, (row, tokens, text) in enumerate(zip(old.rows, hits, texts, strict=True))
     ]
-    # The moved token is put back by hand: alone behind the prompt it may be tokenised otherwise.
+    # The moved token is appended again: as part of the text it might be tokenised differently.
     tail = len(table.moved_text)
     reader = tokenizer.reading(written=old.chat)
     encoded = reader.encode_all([text[: len(text) - tail] for text, _ in written])
@@ -168,14 +170,14 @@ def _replaced(
 def _units(
     row: RunRow, hits: tuple[int, ...], named: Sequence[SpanOccurrence]
 ) -> list[tuple[int, int]]:
-    """The characters that are replaced together, from left to right, without overlaps.
+    """Return the character ranges to replace, from left to right, without overlaps.
 
     named: the spans that the position names.
     """
     tokens = TokenMap(row)
     left = {p for p in hits if not row.special[p]}
     units: list[tuple[int, int]] = []
-    # What is named, then what lies in the rest: an item before the list that it stands in.
+    # Named spans first, then spans in the rest: an item before the list that contains it.
     others = [tokens.place(span.start, span.end) for span in row.spans]
     outermost = sorted(named, key=lambda place: place.start - place.end)
     for place in (*outermost, *sorted(others, key=lambda place: place.end - place.start)):
@@ -199,8 +201,8 @@ def _units(
 def _rewrite(
     row: RunRow, units: Sequence[tuple[int, int]], new: str
 ) -> tuple[str, tuple[TextSpan, ...]]:
-    """The text with every unit replaced, and the spans where they are now; those that were a part
-    of a unit are gone."""
+    """Return the text with every range replaced, and the spans at their new positions; spans inside
+    a range are dropped."""
     parts: list[str] = []
     at = 0
     for start, end in units:
@@ -214,7 +216,7 @@ def _rewrite(
             if offset >= end:
                 shift += len(new) - (end - start)
             elif offset > start:
-                # Within what was replaced: the whole of it counts.
+                # Inside a replaced range: the span covers the whole replacement.
                 return start + shift + (len(new) if is_end else 0)
         return offset + shift
 
@@ -234,10 +236,18 @@ def change_patches(
     rows: Sequence[Row],
     tokenizer: TextTokenizer,
 ) -> tuple[PromptRun, list[Diagnostic]]:
-    """The run with patches of its images blurred, gray or with noise; cells are joined.
+    """Blur, mask or add noise to patches of a run's images; cells are joined.
 
-    number: its own, which noise hangs on. rows: those of the run. Codes: E0207 and those of
-    positions.
+    Args:
+        table: The table.
+        run: The name of the run.
+        change: The change.
+        number: The number of the change, which seeds its noise.
+        rows: The rows of the run.
+        tokenizer: The tokenizer of images.
+
+    Returns:
+        The run; diagnostics E0207 and those of positions.
     """
     at, before = change.tokens, table.runs[run]
     assert at is not None
@@ -261,8 +271,7 @@ def change_patches(
 def change_row_patches(
     row: RunRow, change: PictureChange, tokens: Sequence[int], reader: ImageTokenizer
 ) -> RunRow:
-    """The row with its image changed at these patches, as the model gets it; as it was where there
-    are none."""
+    """Return the row with its prepared image changed at some patches; the same row without any."""
     if not tokens or row.image is None:
         return row
     change = replace(change, patches=tuple(reader.layout.box(token) for token in tokens))
@@ -272,7 +281,7 @@ def change_row_patches(
 
 
 _FEWEST_ROWS = 5
-"""That a check looks at, however many runs they have."""
+"""Minimum number of rows that a check reads, whatever the number of runs."""
 
 
 def build_table(
@@ -294,23 +303,31 @@ def build_table(
     writes: bool = False,
     used: Container[str] | None = None,
 ) -> tuple[PromptTable | None, list[Diagnostic]]:
-    """The rows of a block with all its runs, tokenised.
+    """Build the tokenised rows of a block with all its runs.
 
-    words: the plain words of a model's tokenizer, by its name, for `words(MODEL)`.
-    max_length: tokens that the model reads. parameters: the file's, as set.
-    blocks: all prompts of the file, for `from: pairs`.
-    ids: numbers of the only rows that are wanted; those that are left out are missing.
-    python: whether functions of Python files may be run.
-    prompts_enough: how many prompts, of all runs, are enough to look at (W0790).
-    labels: whether answers and the like are of a classifier's outputs, and no tokens.
-    writes: whether models write behind its prompts, which hold no word of an answer then.
-    used: the corruptions that are used: rows that one of them leaves unchanged are left out; None
-        where all are.
-    compiled: blocks that were compiled before, as `compiled_as` calls them, with the rows they
-        have worked out; a new one is added. All that the rows hang on (seed, words, parameters,
-        blocks) must be the same.
-    Codes: E0202, E0305 to E0315 (positions of a corruption), E0501 to E0526, E0550 to E0553, W0701
-    to W0703, W0781, W0790, W0791.
+    Args:
+        prompts: The block.
+        tokenizer: The tokenizer of the model.
+        seed: The seed of draws and of the rows' order.
+        limit: The maximum number of rows.
+        part: The part of a split.
+        words: The plain words of a model's tokenizer, by model name, for `words(MODEL)`.
+        max_length: The maximum number of tokens that the model reads.
+        parameters: The file's parameters, as set.
+        blocks: All prompts of the file, for `from: pairs`.
+        compiled: Compiled blocks with their rows, by `block_rows_key`; a new one is added. Seed,
+            words, parameters and blocks must be the same.
+        ids: Numbers of the only rows to build; rows that `where` drops are missing.
+        python: Whether functions of Python files may run.
+        prompts_enough: Number of prompts over all runs after which a check stops (W0790).
+        labels: Whether answers and other texts name a classifier's outputs rather than tokens.
+        writes: Whether models generate text after the prompts, which then contain no word of an
+            answer.
+        used: The used corruptions: rows that one of them leaves unchanged are dropped. None: all.
+
+    Returns:
+        The table, None on an error; diagnostics E0202, E0305 to E0315 (positions of a corruption),
+        E0501 to E0526, E0550 to E0553, W0701 to W0703, W0781, W0790, W0791.
     """
     tokenizer = tokenizer.reading(written=bool(prompts.chat))
     key = block_rows_key(prompts, tokenizer)
@@ -370,14 +387,16 @@ def build_table(
 
 
 def block_rows_key(prompts: spec.Prompts, tokenizer: TextTokenizer | None) -> str:
-    """What the rows of a block are called that a tokenizer's template writes; those of all other
-    blocks are the same for every tokenizer."""
+    """Return the cache key of a block's rows: its name and, for a chat, the template's digest.
+
+    Other blocks have the same rows for every tokenizer.
+    """
     chat = tokenizer.chat if tokenizer is not None and prompts.chat else None
     return prompts.name if chat is None else f"{prompts.name} {chat.digest}"
 
 
 def _no_chat(prompts: spec.Prompts, tokenizer: TextTokenizer) -> list[Diagnostic]:
-    """E0550, E0551: nothing writes the turns of a chat."""
+    """Return E0550 or E0551 if no valid template formats the turns of a chat."""
     if not prompts.chat or tokenizer.stands_in:
         return []
     span = prompts.chat[0].span
@@ -391,20 +410,20 @@ def _no_chat(prompts: spec.Prompts, tokenizer: TextTokenizer) -> list[Diagnostic
 
 @dataclass
 class _Builder:
-    """Tokenises the rows of one block."""
+    """The tokenisation of one block's rows."""
 
     rows: BlockRows
     tokenizer: TextTokenizer
     max_length: int | None
     texts: bool = True
-    """Whether there are answers and the like."""
+    """Whether answers and other texts are tokenised."""
     labels: LabelNaming = "none"
-    """Whether they are of a classifier's outputs, which aren't tokenised."""
+    """Whether the texts name a classifier's outputs, which aren't tokenised."""
     writes: bool = False
     used: Container[str] | None = None
-    """The corruptions whose unchanged rows are left out; None: all."""
+    """The corruptions whose unchanged rows are dropped; None: all."""
     whole: bool = True
-    """Whether deviations are of all rows before `limit`, as in a run, or of those of the table."""
+    """Whether standard deviations use all rows before `limit`, as in a run, or the table's rows."""
 
     def __post_init__(self) -> None:
         self.block = self.rows.block
@@ -444,7 +463,7 @@ class _Builder:
     # --- tokenisation -----------------------------------------------------------------------------
 
     def runs(self, made: Sequence[BuiltRow]) -> tuple[PromptTable, dict[str, int]]:
-        """The table without noise, and per corruption the rows whose text it left as it was."""
+        """Return the table without noise, and per corruption the number of rows left unchanged."""
         prompts = self.tokenizer.encode_unique(m.clean.prompt.text for m in made)
         texts = {CLEAN: self._texts(CLEAN, [m.clean for m in made], made, prompts)}
         for place, corruption in enumerate(self.block.spec.corruptions):
@@ -493,7 +512,7 @@ class _Builder:
         made: Sequence[BuiltRow],
         encoded: Mapping[str, EncodedText],
     ) -> list[dict[str, TextTokens]]:
-        """The named texts of a run's rows, behind the clean prompts."""
+        """Return the named texts of a run's rows, tokenised after the clean prompts."""
         prompts = [m.clean.prompt.text for m in made]
         out: list[dict[str, TextTokens]] = [{} for _ in rows]
         for definition in self.block.spec.texts if self.texts else ():
@@ -512,7 +531,7 @@ class _Builder:
                 span=definition.value.span,
                 encoded=encoded,
             )
-            # What is wrong with the clean text need not be said again of the corrupted one.
+            # Problems of the clean text aren't reported again for the corrupted text.
             reported = {(d.code, d.span) for d in self.diagnostics}
             self.diagnostics += [d for d in diagnostics if (d.code, d.span) not in reported]
             for row, found in zip(out, tokens, strict=True):
@@ -520,7 +539,7 @@ class _Builder:
         return out
 
     def _moved_text(self, made: Sequence[BuiltRow], moved: tuple[int, ...]) -> str:
-        """The characters of the moved token, white space before it included."""
+        """Return the characters of the moved token, including white space before it."""
         if not moved:
             return ""
         ids = map(self.block.is_token_id, self.block.texts)
@@ -540,7 +559,7 @@ class _Builder:
         encoded = [prompts[rich.text] for rich in riches]
         self.diagnostics += check_empty_prompts(self.block, name, riches)
         if not any(isinstance(d, UnknownWords | NoTokenFor) for d in self.diagnostics):
-            # Else they were told of another run.
+            # Reported once, for the first run that has them.
             self.diagnostics += check_unknown_words(
                 self.block, self.tokenizer, name, riches, encoded
             )
@@ -568,13 +587,15 @@ class _Builder:
             )
         return PromptRun(name, tuple(out), chat=bool(self.block.spec.chat))
 
-    # --- what corruptions do to tokens ---------------------------------------------------------
+    # --- token changes of corruptions ----------------------------------------------------------
 
     def _replaced(
         self, table: PromptTable, made: Sequence[BuiltRow]
     ) -> tuple[PromptTable, dict[str, int]]:
-        """`replace item tokens with "thing"` in corruptions; rows it doesn't change are dropped if
-        it is used."""
+        """Apply `replace item tokens with "thing"` and patch changes of corruptions.
+
+        Rows that a used corruption leaves unchanged are dropped.
+        """
         equal: dict[str, int] = {}
         keep = [True] * len(table)
         runs = dict(table.runs)
@@ -631,7 +652,7 @@ class _Builder:
         text: ast.Expr,
         made: Sequence[BuiltRow],
     ) -> list[str]:
-        """The text that a row's tokens are replaced by, for each row."""
+        """Return the replacement text of each row's tokens."""
         texts: list[str] = []
         for m in made:
             row = self.rows.corrupted(self.rows[m.id], corruption)
@@ -660,7 +681,7 @@ class _Builder:
         return table
 
     def _before_limit(self, found: RowCollection, table: PromptTable, run: str) -> PromptTable:
-        """The rows of a run that there are without `limit` and `split`, without their texts."""
+        """Return the rows of a run before `limit` and `split`, without their texts."""
         if not self.whole or (found.complete and self.block.spec.split is None):
             return table
         corruption = next(c for c in self.block.spec.corruptions if c.name == run)
@@ -678,9 +699,9 @@ def add_noise(
     tokenizer: TextTokenizer,
     before_limit: Callable[[str], PromptTable],
 ) -> tuple[PromptTable, list[Diagnostic]]:
-    """The table with the noise of its corruptions.
+    """Add the noise of a block's corruptions to the table.
 
-    before_limit: gives the table of all rows of a run, over whose tokens one `sd` is taken.
+    before_limit: returns the table of all rows of a run, over whose tokens one `sd` is computed.
     """
     diagnostics: list[Diagnostic] = []
     runs = dict(table.runs)
@@ -717,7 +738,7 @@ def _joined(
     tokenizer: TextTokenizer,
     diagnostics: list[Diagnostic],
 ) -> tuple[tuple[int, ...], ...]:
-    """Per row, all positions that are meant."""
+    """Return the union of all positions per row."""
     cells, found = resolve_positions(at, table, run, tokenizer=tokenizer)
     diagnostics += found
     return tuple(
@@ -727,21 +748,21 @@ def _joined(
 
 
 def _tokens_of(quantity: ast.Quantity) -> ast.Positions:
-    """The tokens that `3 sd of subject` means."""
+    """Return the position of the tokens in `3 sd of subject`."""
     span = quantity.span
     tokens = ast.SpanTokens(ast.SpanRef(name=quantity.of, span=span), plural=True, span=span)
     return ast.Positions((ast.Position(ast.Point(tokens, span=span), span=span),), span=span)
 
 
 class _SdTokens(TypedDict, total=False):
-    """What one standard deviation is taken over."""
+    """The tokens that one standard deviation is computed over."""
 
     sd_tokens: tuple[int, ...]
     sd_images: tuple[tuple[RunRow, tuple[int, ...]], ...]
 
 
 def _tokens_there(rows: Sequence[RunRow], positions: Sequence[tuple[int, ...]]) -> _SdTokens:
-    """The tokens there in all rows, with repetition."""
+    """Return the tokens at positions of all rows, with repetition."""
     places = [*zip(rows, positions, strict=True)]
     if all(row.image is None for row in rows):
         return {"sd_tokens": tuple(row.ids[p] for row, hits in places for p in hits)}
@@ -753,19 +774,19 @@ def _tokens_there(rows: Sequence[RunRow], positions: Sequence[tuple[int, ...]]) 
 
 
 _NAME = re.compile(r"(?!L\d+([HN]\d+)?$)[A-Za-z_]\w*")
-"""What a placeholder takes for a name: columns may be called anything."""
+"""Names that placeholders accept; columns may have any name."""
 
 _SHOWN = limits.TEXT // (2 * limits.NAME)
-"""Names in the prompt, whose text has a limit too."""
+"""Maximum number of names in the prompt, whose text has a limit too."""
 
 _PIECE = re.compile(r"\s?\w+|\s?[^\w\s]+|\s+")
-"""A word or a sign with the space before it: most words are one token of most tokenizers."""
+"""A word or sign with the space before it: most words are one token in most tokenizers."""
 
 _BOS = 0
 
 
 class StandInTokenizer(TextTokenizer):
-    """Words and signs are tokens, behind one that begins the text; it knows every word."""
+    """A stand-in tokenizer: tokens are words and signs after a first token; it knows every word."""
 
     stands_in = True
 
@@ -815,11 +836,14 @@ class StandInTokenizer(TextTokenizer):
 
 
 def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable:
-    """One row with every name of a block whose own rows can't be made: its value is the name, its
-    text is marked in the prompt. Its runs are those of the block."""
+    """Return a table with one row for a block whose rows can't be built.
+
+    Every name of the block has its name as value and is a span in the prompt. The runs are those of
+    the block.
+    """
     at = block.spec.span
     constant = {*block.parameters, *block.texts, "true", "false", TEMPLATE, *RESERVED}
-    lacking = (d.name for d in block.diagnostics if isinstance(d, UnknownValue))  # said already
+    lacking = (d.name for d in block.diagnostics if isinstance(d, UnknownValue))  # reported
     roles = (turn.role for turn in block.spec.chat)
     unnamed = [] if block.spec.tiles is None else [IMAGE_SPAN]
     columns = [
@@ -852,7 +876,7 @@ def stand_in_table(block: PromptsBlock, tokenizer: TextTokenizer) -> PromptTable
 
 
 def stand_in_images(table: PromptTable, reader: StandInImageTokenizer) -> PromptTable:
-    """A table that stands in for one of images: every row is gray."""
+    """Return a stand-in for a table of images: every row is a gray image."""
     gray = Picture("gray")
     tokens = reader.encode(gray.text)
     runs = {
@@ -878,7 +902,7 @@ def stand_in_images(table: PromptTable, reader: StandInImageTokenizer) -> Prompt
 
 
 def add_stand_in_runs(table: PromptTable, names: Iterable[str]) -> PromptTable:
-    """The table with runs of these names too, of the clean rows where it lacks one."""
+    """Add copies of the clean run under the names that the table lacks."""
     clean = table.runs[CLEAN]
     runs = {name: replace(clean, name=name) for name in names}
     return replace(table, runs={**runs, **table.runs}, stands_in=True)

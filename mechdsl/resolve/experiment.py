@@ -15,9 +15,9 @@ from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.program import spec
 from mechdsl.program.references import may_sweep, measure_number_names, position_axes, possible_axes
 from mechdsl.program.spec import PROMPTS_AXIS
-from mechdsl.prompts.positions.spans import ANSWER_SPAN, NO_ANSWERS, AnswerTokens, refers_to_answer
+from mechdsl.prompts.positions.spans import NO_ANSWERS, AnswerTokens, refers_to_answer
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.prompts.runs import PositionCell, RunRow
+from mechdsl.prompts.runs import ANSWER_SPAN, PositionCell, RunRow
 from mechdsl.resolve.cells import find_open_axes, has_open_positions
 from mechdsl.resolve.conflicts import (
     check_estimator,
@@ -535,7 +535,7 @@ def _too_many_listed(resolved: ResolvedExperiment) -> Diagnostic | None:
 
 
 def _centres(experiment: spec.Experiment) -> set[str]:
-    """Return the loop variables that are the center of a window."""
+    """Return the loop variables that are the centre of a window."""
     parts = (part for rule in experiment.rules for part in walk(_rule_nodes(rule)))
     windows = (part for part in parts if isinstance(part, ast.Axis) and part.window is not None)
     bounds = (part for axis in windows for part in walk(axis.values))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, product
 from math import isclose
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from mechdsl.base.source import Span
 from mechdsl.base.text import Percent, name_list
@@ -30,6 +30,7 @@ from mechdsl.resolve.types import (
     Axis,
     AxisIndices,
     AxisLabel,
+    AxisLabels,
     PositionTargets,
     RankingSource,
     ResolvedExperiment,
@@ -423,13 +424,9 @@ def observes_weights(experiment: ResolvedExperiment) -> bool:
     return any(rule.does.reads_weights_only for rule in experiment.rules)
 
 
-CellCoordinates: TypeAlias = tuple[tuple[str, AxisLabel], ...]
-"""Axes with one value each."""
-
-
 def read_coordinates(
     node: ast.RankedSelection | ast.MapOf, values: Mapping[str, Any]
-) -> CellCoordinates:
+) -> AxisLabels:
     """Read the coordinates in the parentheses of a pick.
 
     Args:
@@ -463,15 +460,13 @@ def _value(argument: ast.Argument, values: Mapping[str, Any]) -> AxisLabel:
     return value
 
 
-def describe_cells(of: str, at: CellCoordinates) -> str:
+def describe_cells(of: str, at: AxisLabels) -> str:
     """Format an experiment with coordinates: `caap(a: 1, b: 3)`."""
     said = ", ".join(f"{axis}: {value}" for axis, value in at)
     return f"{of}({said})" if said else of
 
 
-def select_cells(
-    finding: Finding, at: CellCoordinates, groups: Mapping[str, spec.Group]
-) -> Finding:
+def select_cells(finding: Finding, at: AxisLabels, groups: Mapping[str, spec.Group]) -> Finding:
     """Select the results in the cells with these coordinates.
 
     Raises:
@@ -669,8 +664,8 @@ class FindingPicker:
     )
     """For each pick of tokens: the first run in which it was resolved, and its ranked tokens
     there."""
-    _some: dict[tuple[str, CellCoordinates], Finding] = field(
-        default_factory=dict[tuple[str, CellCoordinates], Finding]
+    _some: dict[tuple[str, AxisLabels], Finding] = field(
+        default_factory=dict[tuple[str, AxisLabels], Finding]
     )
     """Results by experiment and coordinates."""
     _texts: dict[tuple[Span, str], str] = field(default_factory=dict[tuple[Span, str], str])
@@ -686,7 +681,7 @@ class FindingPicker:
 
     def finding(
         self, node: ast.RankedSelection | ast.MapOf, values: Mapping[str, Any]
-    ) -> tuple[Finding | None, CellCoordinates]:
+    ) -> tuple[Finding | None, AxisLabels]:
         """Return the results in the selected cells, and the coordinates of these cells.
 
         Args:

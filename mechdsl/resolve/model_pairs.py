@@ -1,4 +1,4 @@
-"""Models with two towers, and runs of another model next to an experiment's own."""
+"""Models with two towers, and runs of another model that are paired with an experiment's runs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from mechdsl.models.shape import ModelShape
 from mechdsl.program import spec
 from mechdsl.program.images import IMAGE_SPAN
 from mechdsl.program.python_functions import is_python_call
+from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.answers import output_texts
 from mechdsl.prompts.conventions import image_conventions, noise_conventions
 from mechdsl.prompts.other_runs import PairedRun
-from mechdsl.prompts.rows import CLEAN, PromptTable
+from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import PromptRun, TextTokens
 from mechdsl.prompts.tokens.images import ImageTokenizer, read_processing
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
@@ -38,11 +39,11 @@ SHAPE_SIZES = {
     "d_mlp": "neurons per layer",
     "n_experts": "experts",
 }
-"""What has to be equal for activations of one model to be put into another."""
+"""Sizes that must be equal for activations of one model to be inserted into another."""
 
 
 def join_runs(table: PromptTable, found: Sequence[PairedRun | None]) -> PromptTable | None:
-    """The table with these runs among its own; None where one is missing."""
+    """Add runs of other models to the table; None if one is missing."""
     runs = [each for each in found if each is not None]
     if len(runs) < len(found):
         return None
@@ -60,8 +61,11 @@ def join_runs(table: PromptTable, found: Sequence[PairedRun | None]) -> PromptTa
 
 
 def reads_outputs(experiment: spec.Experiment, run: str) -> bool:
-    """Whether a run's outputs are read or written: it is the source of what is measured, a metric
-    or an expectation names it, or a rule is about `logits`."""
+    """Return whether a run's outputs are read or written.
+
+    They are if the run is the source of a measure, a metric or an expectation names it, or a rule
+    is about `logits`.
+    """
     asked = [measure.metric for measure in experiment.measures]
     if run == experiment.source and any(_of_outputs(n) for metric in asked for n in walk(metric)):
         return True
@@ -74,7 +78,7 @@ def reads_outputs(experiment: spec.Experiment, run: str) -> bool:
 
 
 def _of_outputs(node: ast.Node) -> bool:
-    """Whether it is a metric, or a function of a Python file, that reads outputs."""
+    """Return whether a node is a metric, or a Python function, that reads outputs."""
     if isinstance(node, ast.Call) and is_python_call(node):
         return True
     name = (
@@ -92,9 +96,13 @@ def _named_arguments(call: ast.Call) -> list[str]:
 def check_model_pair(
     run: spec.ExternalRunSpec, source: ModelContext, base: ModelContext, *, outputs: bool
 ) -> Diagnostic | None:
-    """E0415 where activations of one model don't fit into the other.
+    """Return E0415 if activations of one model don't fit into the other.
 
-    outputs: whether what the other model gives is read too, so that it has to be the same kind
+    Args:
+        run: The run of the other model.
+        source: The other model.
+        base: The experiment's model.
+        outputs: Whether the other model's outputs are read too, and must be of the same kind.
     """
     differences = _differences(base.shape, source.shape)
     hint = "patch between two checkpoints or fine-tunings of one model"
@@ -128,7 +136,7 @@ def _differences(base: ModelShape, source: ModelShape) -> list[str]:
 
 
 def _other_outputs(base: ModelShape, source: ModelShape) -> list[str]:
-    """Where numbers of outputs don't mean the same in both."""
+    """Return the outputs that don't have the same meaning in both models."""
     if "logits" in base.sites ^ source.sites:
         return ["what is measured is read on both, and only one of them has `logits`"]
     if (base.task, base.labels) != (source.task, source.labels):
@@ -144,7 +152,10 @@ def build_model_run(
     base: ModelContext,
     run: spec.ExternalRunSpec,
 ) -> tuple[PairedRun | None, list[Diagnostic]]:
-    """The clean run of the same prompts in another model. E0416 where it sees other tokens."""
+    """Create the clean run of the same prompts in another model.
+
+    Reports E0416 if that model sees different tokens.
+    """
     own = dict(zip(table.row_ids, table.runs[CLEAN].rows, strict=True))
     others = dict(zip(theirs.row_ids, theirs.runs[CLEAN].rows, strict=True))
     unlike = [n for n, row in own.items() if n not in others or others[n].ids != row.ids]
@@ -174,7 +185,8 @@ def build_model_run(
 
 
 def measures_choice(experiment: spec.Experiment) -> bool:
-    """Whether something of an experiment is a choice among all that there is to score with."""
+    """Return whether a metric of an experiment is a choice among all texts or images to score
+    with."""
     said = (*(each.metric for each in experiment.measures), *experiment.keep)
     said += tuple(each.condition for each in experiment.expects if each.condition is not None)
     named = (node for node in walk(said) if isinstance(node, ast.Name | ast.Call))
@@ -189,8 +201,15 @@ def attach_images(
     own: Sequence[Picture],
     every: Sequence[Picture] | None,
 ) -> tuple[ModelContext, PromptTable]:
-    """The text tower with the images that texts are scored with, and its table with the name of
-    each row's image. own: of each row; every: all there are to choose from, where that counts."""
+    """Add the images that texts are scored with to the text tower, and their names to the rows.
+
+    Args:
+        model: The text tower.
+        table: The prompts of the text tower.
+        block: The prompt set of the images.
+        own: The image of each row.
+        every: All images to choose from, if a metric needs them.
+    """
     named = {each.text: each for each in (*(every or ()), *own)}
     runs = {
         name: replace(
@@ -216,7 +235,7 @@ def attach_images(
 def attach_placeholder_images(
     model: ModelContext, table: PromptTable
 ) -> tuple[ModelContext, PromptTable]:
-    """The same where there are none, which is said elsewhere: what stands in for them."""
+    """Attach placeholders if there are no images, which is reported elsewhere."""
     every = (Picture("gray"),) * len(table)
     model, table = attach_images(model, table, "", every, every)
     return model, replace(table, stands_in=True)
@@ -225,8 +244,10 @@ def attach_placeholder_images(
 def attach_texts(
     model: ModelContext, table: PromptTable, experiment: spec.Experiment
 ) -> tuple[ModelContext, list[Diagnostic]]:
-    """The image tower with the texts that an experiment scores images with; other models as they
-    are. Codes: E0207, E0511."""
+    """Add the texts that an experiment scores images with to the image tower.
+
+    Other models are returned unchanged. Codes: E0207, E0511.
+    """
     texts = model.shape.texts
     reader = model.tokenizer
     if texts is None:
@@ -244,7 +265,7 @@ def attach_texts(
 
 
 def _check_own_labels(model: ModelContext, table: PromptTable) -> Diagnostic | None:
-    """E0207 for classes of a model that has them already."""
+    """Return E0207 for classes of a model that has labels."""
     said = table.sources[0].block.spec.classes if table.sources else None
     if said is None or model.shape.stands_in:
         return None
@@ -254,7 +275,7 @@ def _check_own_labels(model: ModelContext, table: PromptTable) -> Diagnostic | N
 
 
 def _texts(table: PromptTable, experiment: spec.Experiment) -> Iterator[str]:
-    """Texts of rows in all runs, and those that measures write out."""
+    """Yield the texts of rows in all runs, and the texts in measures."""
     for run in table.runs.values():
         for row in run.rows:
             for text in row.texts.values():
@@ -273,7 +294,7 @@ def _texts(table: PromptTable, experiment: spec.Experiment) -> Iterator[str]:
 def _check_text_lengths(
     ids: tuple[tuple[int, ...], ...], most: int | None, table: PromptTable
 ) -> Diagnostic | None:
-    """E0511 for texts that the tower can't read."""
+    """Return E0511 for texts that are too long for the tower."""
     long = [len(each) for each in ids if most is not None and len(each) > most]
     if not long or most is None:
         return None
@@ -290,8 +311,10 @@ def _check_text_lengths(
 def read_tower_inputs(
     folder: Path, shape: ModelShape, model: spec.Model
 ) -> tuple[ImageTokenizer | None, list[Diagnostic]]:
-    """What makes images ready for the model in a folder, with the tokenizer for its texts. Codes:
-    E0412, E0456, E0508, E0522."""
+    """Read the image preprocessor of a model, with the tokenizer for its texts.
+
+    Codes: E0412, E0456, E0508, E0522.
+    """
     assert shape.patches is not None
     reader, found = read_processing(folder, shape.patches, model=model.name, span=model.span)
     if reader is None or shape.texts is None:
@@ -310,8 +333,17 @@ def attach_tokenizer(
     model: str,
     span: Span | None,
 ) -> tuple[ImageTokenizer | None, list[Diagnostic]]:
-    """The same with a tokenizer for texts, which pads them where the tower was trained on that.
-    shape: of the tower for texts. Codes: E0412."""
+    """Attach a tokenizer for texts, which pads them if the tower was trained on padded texts.
+
+    Codes: E0412.
+
+    Args:
+        reader: The image preprocessor.
+        tokenizer: The tokenizer.
+        shape: The shape of the text tower.
+        model: The name of the model.
+        span: The source location for diagnostics.
+    """
     if shape.padded:
         padded = tokenizer.padded_to(shape.max_positions or 0)
         if padded is None:

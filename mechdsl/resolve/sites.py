@@ -1,7 +1,7 @@
 """Resolve sites against a model: layers, heads, neurons and experts, with their axes.
 
 `SiteContext`, `ExperimentContext` and `MeasureContext` hold the state of an experiment while it is
-being resolved.
+resolved.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from mechdsl.diagnostics.rules import (
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.models.shape import ModelShape, check_site, unit_count
 from mechdsl.program import spec
+from mechdsl.program.spec import CLEAN
 from mechdsl.prompts.answers import answer_context, is_list
 from mechdsl.prompts.positions.cells import NO_REPLIES, ReplyTokens
 from mechdsl.prompts.positions.spans import NO_ANSWERS, AnswerTokens
-from mechdsl.prompts.rows import CLEAN, PromptTable
+from mechdsl.prompts.rows import PromptTable
 from mechdsl.prompts.runs import Hits, TextTokens
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer, single_token_spelling
 from mechdsl.resolve.cells import counts_from_end, is_open
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class SiteContext:
-    """What sites of one experiment are resolved against."""
+    """State for resolving the sites of one experiment."""
 
     model: str
     shape: ModelShape
@@ -73,17 +74,21 @@ class SiteContext:
     parameters: Mapping[str, Any]
     loops: Mapping[str, tuple[AxisLabel, ...]]
     nested: LoopCells | None = None
-    """Which values of loops go together, where not all do."""
+    """Combinations of loop values that exist; None if all do."""
     diagnostics: list[Diagnostic] = field(default_factory=list)
     onward: FindingPicker = field(default_factory=FindingPicker)
     words: Mapping[tuple[str, str], Span] = field(default_factory=dict[tuple[str, str], Span])
-    """Where the words stand that a `for` runs over, by its variable and the word."""
+    """Source locations of the words that a `for` runs over, by variable and word."""
 
     def combinations(
         self, names: Collection[str]
     ) -> Iterator[tuple[AxisIndices, dict[str, AxisLabel]]]:
-        """Indices of values of these loops, in the order of the experiment, and the values. Where
-        such values don't go together, so that there is no cell, others stand in for them."""
+        """Yield every combination of indices of these loops, with the values, in the order of the
+        experiment.
+
+        For a combination that doesn't exist, and so has no cell, the values are those of one that
+        does.
+        """
         loops = tuple(name for name in self.loops if name in names)
         there = None if self.nested is None else self.nested.along(loops)
         first = {} if there is None else dict(zip(there.axes, min(there.keys), strict=True))
@@ -96,20 +101,24 @@ class SiteContext:
 
 @dataclass(frozen=True)
 class AxisValues:
-    """What one axis of a site names."""
+    """Coordinates that one axis of a site names."""
 
     loops: tuple[str, ...] = ()
-    """The `for` variables that it follows."""
+    """`for` variables that the axis depends on."""
     sweep: Axis | None = None
-    """The axis that it is in the result."""
+    """Axis of the result, if the site sweeps it."""
     choices: Mapping[AxisIndices, tuple[int, ...]] = field(
         default_factory=dict[AxisIndices, tuple[int, ...]]
     )
-    """Per value of the loops, and of the sweep behind them, the coordinates that are joined; none
-    without the axis."""
+    """Joined coordinates for each value of the loops, followed by the index along the sweep; empty
+    if the site has no such axis."""
 
     def chosen(self, at: Mapping[str, int]) -> tuple[int, ...]:
-        """The coordinates of one cell. at: its indices along the axes that they hang on."""
+        """Return the coordinates of one cell.
+
+        Args:
+            at: Indices of the cell along the loops and the sweep.
+        """
         names = self.loops if self.sweep is None else (*self.loops, self.sweep.name)
         return self.choices[tuple(at[name] for name in names)]
 
@@ -117,18 +126,18 @@ class AxisValues:
 def resolve_axis(
     axis: ast.Axis | None, kinds: list[SiteKind], context: SiteContext
 ) -> AxisValues | None:
-    """The values of one axis of a site; None after an error."""
+    """Resolve the coordinates of one axis of a site; None after an error."""
     if axis is None:
         return AxisValues()
     return _AxisReader(axis, kinds, context).values()
 
 
 LoopValues = Mapping[str, AxisLabel]
-"""Values of loops."""
+"""Loop variables and their current values."""
 
 
 class _AxisReader:
-    """Reads one axis of a site."""
+    """Resolver for one axis of a site."""
 
     def __init__(self, axis: ast.Axis, kinds: list[SiteKind], context: SiteContext) -> None:
         self.axis = axis
@@ -137,10 +146,10 @@ class _AxisReader:
         shape = context.shape
         self.size = shape.n_layers if axis.word == "layer" else unit_count(shape, kinds[0].name)
         self.count = 0
-        """How many coordinates are named so far, those of all values of loops together."""
+        """Number of coordinates so far, over all loop values."""
 
     def values(self) -> AxisValues | None:
-        """All of them; None after an error."""
+        """Resolve all coordinates; None after an error."""
         axis = self.axis
         single = len(axis.values) == 1 and _is_one(axis.values[0])
         ends = {name for value in axis.values for name in _loops_named(value, self.context)}
@@ -172,7 +181,7 @@ class _AxisReader:
         return AxisValues(loops, sweep, choices)
 
     def _named(self, at: LoopValues) -> list[int] | None:
-        """The coordinates that it names for some values of loops."""
+        """Return the coordinates for one combination of loop values; None after an error."""
         found: list[int] = []
         for value in self.axis.values:
             span = value.span
@@ -185,7 +194,7 @@ class _AxisReader:
                     return None
                 ends = counts_from_end(value.low) != counts_from_end(value.high)
                 if high < low and self.context.shape.stands_in and ends:
-                    high = low  # which of them comes first hangs on the model
+                    high = low  # the order of the two depends on the model
                 if high < low:
                     self._empty(value, at)
                     return None
@@ -198,7 +207,7 @@ class _AxisReader:
         return list(dict.fromkeys(found))  # `0, 0..2` names layer 0 once
 
     def _bound(self, bound: ast.Bound, at: LoopValues) -> int | None:
-        """The coordinate at one end."""
+        """Return the coordinate at one end of a range; None after an error."""
         if bound.name is None or bound.name not in at:
             return _bound(bound, self.axis, self.kinds, self.size, self.context)
         value = at[bound.name]
@@ -215,7 +224,7 @@ class _AxisReader:
         return index if there else None
 
     def _width(self, at: LoopValues) -> int | None:
-        """Of its windows: 1 without one."""
+        """Return the width of the windows, 1 without windows; None after an error."""
         asked = self.axis.window
         if asked is None:
             return 1
@@ -235,13 +244,14 @@ class _AxisReader:
         return None
 
     def _window(self, center: int, width: int) -> tuple[int, ...]:
-        """The joined layers around a centre: l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, cut at the ends (ROME)."""
+        """Return the joined layers around a centre: l − ⌊w/2⌋ … l + ⌈w/2⌉ − 1, clipped to the model
+        (ROME)."""
         if self.axis.window is None:
             return (center,)
         return tuple(range(max(0, center - width // 2), min(self.size, center + (width + 1) // 2)))
 
     def _empty(self, value: ast.AxisRange, at: LoopValues) -> None:
-        """E0321."""
+        """Report E0321 for an empty range."""
         low, high = value.low, value.high or value.low
         named = {name: at[name] for name in _loops_named(value, self.context)}
         self.context.diagnostics.append(
@@ -256,7 +266,7 @@ class _AxisReader:
         )
 
     def _other_loops(self, low: ast.Bound, high: ast.Bound, named: LoopValues) -> str:
-        """How no value of the loops makes a range empty."""
+        """Suggest loops whose values never make the range empty."""
         if low.name not in named or high.name not in named or low.offset or high.offset:
             return "let the loops give it a start that isn't behind its end"
         first, last = (self.context.loops[end.name or ""] for end in (low, high))
@@ -266,7 +276,7 @@ class _AxisReader:
         return f"let the inner loop end there: `for {low.name} in {first[0]}..{high.name}`"
 
     def _no_sweep(self, value: ast.Star | ast.AxisRange) -> None:
-        """E0322 for a sweep whose values hang on a loop."""
+        """Report E0322 for a sweep whose values depend on a loop."""
         word, text = self.axis.word, value.span.written
         name = _loops_named(value, self.context)[0]
         reason = "the values of a sweep can't hang on the variable of a `for`"
@@ -276,7 +286,7 @@ class _AxisReader:
         self._bad(value.span, name, reason, hint)
 
     def _too_many(self, span: Span) -> None:
-        """E0323 for more coordinates than cells can be."""
+        """Report E0323 for more coordinates than the maximum number of cells."""
         self.context.diagnostics.append(
             TooManyCells(
                 span=span,
@@ -289,18 +299,18 @@ class _AxisReader:
         )
 
     def _bad(self, span: Span, name: str, reason: str, hint: str) -> None:
-        """E0322."""
+        """Report E0322."""
         found = BadLoopValue(span=span, name=name, reason=reason, hint=hint)
         self.context.diagnostics.append(found)
 
 
 def _is_one(value: ast.Star | ast.AxisRange) -> bool:
-    """Whether it names one coordinate."""
+    """Return whether a value names a single coordinate."""
     return isinstance(value, ast.AxisRange) and value.high is None
 
 
 def _loops_named(value: ast.Star | ast.AxisRange, context: SiteContext) -> list[str]:
-    """The `for` variables that stand at its ends."""
+    """Return the `for` variables at the ends of a range."""
     ends = () if isinstance(value, ast.Star) else (value.low, value.high)
     return [end.name for end in ends if end is not None and end.name in context.loops and end.name]
 
@@ -320,7 +330,7 @@ def _bound(
                 )
             )
             return None
-        # Half up, so that 50% of an odd depth is its middle and files agree on every machine.
+        # Round half up, so that 50% of an odd depth is the middle layer on every machine.
         return int(bound.percent / 100 * (size - 1) + 0.5)
     value = bound.value
     if bound.name is not None:
@@ -342,7 +352,7 @@ def _bound(
 
 
 def _unknown_name(name: str, context: SiteContext) -> tuple[str, str]:
-    """What is wrong with a name that stands for no number, and what to do."""
+    """Return the reason and the hint for a name that isn't a number."""
     known = [*context.loops, *context.parameters]
     otherwise = f"write a number, or add a line `param {name} = 3`"
     otherwise = f"known here: {name_list(known)}" if known else otherwise
@@ -365,7 +375,7 @@ _MOST = {
 
 
 def _exceeds_every_model(word: str, index: int, span: Span, context: SiteContext) -> bool:
-    """E0231 for what no model has, where the model isn't at hand to say what it has."""
+    """Report E0231 for an index that no model has, if the model's shape isn't available."""
     most = _MOST[word]
     if not context.shape.stands_in or -most <= index < most:
         return False
@@ -374,7 +384,7 @@ def _exceeds_every_model(word: str, index: int, span: Span, context: SiteContext
 
 
 def check_layer(layer: int, span: Span, context: SiteContext) -> bool:
-    """Whether the model has the layer; E0302 where not."""
+    """Check that the model has the layer; otherwise report E0302."""
     if _exceeds_every_model("layer", layer, span, context):
         return False
     if 0 <= layer < context.shape.n_layers:
@@ -388,7 +398,7 @@ def check_layer(layer: int, span: Span, context: SiteContext) -> bool:
 
 
 def check_unit(kind: SiteKind, unit: int, span: Span, context: SiteContext) -> bool:
-    """Whether a site has the head, neuron or expert; E0301 where not."""
+    """Check that a site has the head, neuron or expert; otherwise report E0301."""
     size = unit_count(context.shape, kind.name)
     word = kind.unit if kind.unit in ("neuron", "expert") else "head"
     if _exceeds_every_model(word, unit, span, context):
@@ -412,7 +422,7 @@ def check_unit(kind: SiteKind, unit: int, span: Span, context: SiteContext) -> b
 
 @dataclass
 class ExperimentContext:
-    """One experiment, with the axes and diagnostics that have been found so far."""
+    """State of an experiment being resolved, with the axes and diagnostics found so far."""
 
     experiment: spec.Experiment
     program: spec.Program
@@ -421,14 +431,14 @@ class ExperimentContext:
     sites: SiteContext
     axes: dict[str, Axis] = field(default_factory=dict)
     families: dict[str, DirectionFamily | None] = field(default_factory=dict)
-    """Directions by their names; None for one that can't be had."""
+    """Direction families by name; None for one with errors."""
     family_axes: dict[str, tuple[AxisLabel, ...]] = field(default_factory=dict)
-    """Axes of the experiment that are those of a family of directions."""
+    """Labels of the experiment's axes that come from a direction family."""
     answers: AnswerTokens = NO_ANSWERS
-    """The texts behind the prompts; none for a kind of rule that can't act on them."""
+    """Texts after the prompts; `NO_ANSWERS` for a rule kind that can't act on them."""
 
     replies: ReplyTokens = NO_REPLIES
-    """Those that are written behind the prompts; none for a rule that isn't given them."""
+    """Reply tokens; `NO_REPLIES` for a rule that can't act on them."""
 
     @property
     def diagnostics(self) -> list[Diagnostic]:
@@ -440,7 +450,7 @@ class ExperimentContext:
 
     @property
     def reply(self) -> tuple[object, ...] | None:
-        """How replies are written; None where none are."""
+        """Key of the generation settings; None if the experiment generates no text."""
         said = self.experiment.generation
         return None if said is None else said.key(self.program.seed)
 
@@ -451,13 +461,14 @@ class ExperimentContext:
         values: Mapping[str, Any],
         diagnostics: list[Diagnostic],
     ) -> list[tuple[str, list[Hits]]]:
-        """The tokens that another experiment ranked, in one run of this one's rows."""
+        """Return the tokens that another experiment ranked, in one run of this experiment's
+        rows."""
         return self.sites.onward.pick_tokens(
             base, run, values, self.table, self.model.tokenizer, diagnostics
         )
 
     def add_axis(self, axis: Axis) -> None:
-        """Enter a sweep; E0320 where another one has its name."""
+        """Add a sweep to the axes; report E0320 if an axis of that name exists."""
         first = self.axes.get(axis.name)
         if first is not None:
             word, letter = axis.name, axis.name[0]
@@ -475,7 +486,10 @@ class ExperimentContext:
         self.axes[axis.name] = axis
 
     def draws_agree(self) -> None:
-        """E0108 unless runs with noise have equally many draws, so that draw k goes with draw k."""
+        """Report E0108 if noise runs differ in their number of draws.
+
+        Draw k of one run is paired with draw k of another.
+        """
         experiment = self.experiment
         names = [experiment.base, experiment.source, *(rule.source for rule in experiment.rules)]
         samples = {self.table.runs[name].draws for name in names if name is not None} - {1}
@@ -489,35 +503,37 @@ ITEM_INDEX = "item.index"
 
 @dataclass
 class MeasureContext:
-    """What measures of one experiment are resolved against."""
+    """State for resolving the measures of one experiment."""
 
     table: PromptTable
     tokenizer: TextTokenizer
     sites: SiteContext
     items: tuple[int, ...]
-    """Occurrences that the position axis runs over; empty where it runs over none."""
+    """Occurrences that the position axis runs over; empty if it runs over none."""
     diagnostics: list[Diagnostic] = field(default_factory=list)
     at: ast.Position | None = None
-    """Where the measure in work is read; None is the last token."""
+    """Position of the current measure; None means the last token."""
     observed: Observation | None = None
-    """What the experiment looks at."""
+    """The experiment's observation."""
     names: Collection[str] = ()
-    """What a measure may call it."""
+    """Names by which a measure may refer to the observation."""
     reads_observed: bool = False
-    """Whether the measure in work is of that."""
+    """Whether the current measure reads the observation."""
     metrics: Collection[str] = ()
     """Names of the metrics that the file defines."""
     reply: tuple[object, ...] | None = None
-    """How the experiment writes replies; None where it writes none."""
+    """Key of the generation settings; None if the experiment generates no text."""
     loop_values: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Of the `for` variables that measures name, in the cells in work."""
+    """Values of the `for` variables that measures name, in the current cells."""
 
     replies: ReplyTokens = NO_REPLIES
-    """Those that are written behind the prompts."""
+    """Tokens that are generated after the prompts."""
 
     def names_of(self, env: ItemNumber) -> dict[str, Any]:
-        """What names in texts and sets stand for beside a row's own: an occurrence, and variables
-        of a `for` that aren't called like something of the rows."""
+        """Return the values of names in texts and sets that don't come from a row.
+
+        These are the occurrence, and variables of a `for` whose name no value of a row has.
+        """
         rows = self.table.sources[:1]
         loops = {
             name: value
@@ -534,7 +550,15 @@ class MeasureContext:
 def report_unreadable(
     context: MeasureContext, span: Span, reason: str, hint: str, of: Span | None = None
 ) -> None:
-    """E0612 at a span; `of` is the whole metric, where the span is a part of it."""
+    """Report E0612 at a span.
+
+    Args:
+        context: The measure's context.
+        span: The part with the error.
+        reason: The problem.
+        hint: The fix.
+        of: The whole metric, if `span` is a part of it.
+    """
     context.diagnostics.append(
         UnreadableMeasure(span=span, text=(of or span).written, reason=reason, hint=hint)
     )
@@ -543,7 +567,10 @@ def report_unreadable(
 def find_item_numbers(
     parts: Sequence[object], context: MeasureContext
 ) -> Sequence[ItemNumber] | None:
-    """The occurrences that what is named hangs on; E0612 where the experiment has none."""
+    """Return the occurrences that the arguments depend on.
+
+    Reports E0612 and returns None if they depend on occurrences and the experiment sweeps none.
+    """
     by_item = [
         node
         for part in parts
@@ -567,7 +594,8 @@ def find_item_numbers(
 def report_multi_token(
     parts: Sequence[ast.Node], name: str, row: int, long: TextTokens, context: MeasureContext
 ) -> Diagnostic:
-    """E0507 for a text of several tokens in a row, one of those that `parts` of a metric name."""
+    """Create E0507 for a text of several tokens in a row, one of those that `parts` of a metric
+    name."""
     tokenizer = context.tokenizer.reading(written=context.table.runs[CLEAN].chat)
     meant = None
     if not isinstance(parts[0], ast.EdgeTokenOf):
@@ -597,7 +625,7 @@ def _first_token(part: ast.Node) -> str:
 def resolve_site(
     site: ast.Site, context: SiteContext
 ) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
-    """The targets of a site and the axes that it adds; None after an error."""
+    """Resolve the targets of a site and the axes that it adds; None after an error."""
     if site.short is not None:
         targets, axes = _resolve_joined(site, (site,), context)
     elif site.ranked is not None:
@@ -618,7 +646,7 @@ def resolve_site(
 def find_missing_point(
     points: Iterable[SitePoint], shape: ModelShape, model: str, span: Span
 ) -> Diagnostic | None:
-    """E0301, E0402, E0413 or E0414 for the first point that the model doesn't have."""
+    """Return E0301, E0402, E0413 or E0414 for the first point that the model doesn't have."""
     points = list(points)
     for site, layer in dict.fromkeys((point.site, point.layer) for point in points):
         missing = check_site(shape, site, model=model, span=span)
@@ -653,7 +681,7 @@ def find_missing_point(
 def _resolve_joined(
     site: ast.Site, sites: tuple[ast.Site, ...], context: SiteContext
 ) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
-    """Short names and groups: joined points without an axis."""
+    """Resolve short names and groups: joined points without an axis."""
     points: list[SitePoint] = []
     for member in sites:
         if member.short is not None:
@@ -684,7 +712,8 @@ def _resolve_joined(
             )
             return None, ()
         points.extend(targets.points[()])
-    points = list(dict.fromkeys(points))  # a group may name what is picked for it too
+    # a group may name a point twice, for example directly and in a pick
+    points = list(dict.fromkeys(points))
     plain = len(sites) == 1 and sites[0].ranked is None
     label = label_points(points) if plain else site.span.written
     return SiteTargets((), {(): tuple(points)}, {(): label}), ()
@@ -693,7 +722,8 @@ def _resolve_joined(
 def _resolve_picked(
     site: ast.Site, node: ast.RankedSelection, context: SiteContext
 ) -> SiteTargets | None:
-    """`top 10 of cie`, joined, for every value of the `for` variables that it names."""
+    """Resolve `top 10 of cie` to joined points, for every value of the `for` variables that it
+    names."""
     named = set(number_names(node))
     loops = tuple(name for name in context.loops if name in named)
     points: dict[AxisIndices, tuple[SitePoint, ...]] = {}
@@ -760,7 +790,7 @@ def _no_component(span: Span, context: SiteContext) -> None:
 
 
 def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] | None:
-    """The component of a site; several where a `for` runs over components."""
+    """Resolve the component of a site; several if a `for` runs over components."""
     words = list(site.names)
     first = words[0] if words and words[0].id not in context.loops else None
     stacks = [word for word in (first, *words[1:]) if word is not None and word.id in STACKS]
@@ -780,7 +810,7 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
     for name in names:
         kind = SITES.get(str(name))
         if kind is None and re.fullmatch(r"L\d+", str(name)):
-            _no_component(word.span, context)  # `L9`, a short name that ends too early
+            _no_component(word.span, context)  # an incomplete short name such as `L9`
             return None
         if kind is None:
             others = (*context.groups, *context.loops)
@@ -797,8 +827,10 @@ def resolve_components(site: ast.Site, context: SiteContext) -> list[SiteKind] |
 
 
 def check_stack(word: ast.Name, context: SiteContext) -> bool:
-    """Whether a word in front of the axes says the stack that rules act in anyway, the tower that
-    reads the rows of a model with two. Codes: E0108, E0203, E0207."""
+    """Check that a stack before the axes is the one that rules act in anyway.
+
+    For a model with two towers this is the tower that reads the rows. Codes: E0108, E0203, E0207.
+    """
     side = context.shape.side
     if word.id not in STACKS:
         report_unknown_stack(word, context)
@@ -819,13 +851,13 @@ def check_stack(word: ast.Name, context: SiteContext) -> bool:
 
 
 def report_unknown_stack(word: ast.Name, context: SiteContext) -> None:
-    """E0203 for a word between a component and its axes that is no stack."""
+    """Report E0203 for a word between a component and its axes that is no stack."""
     hint = did_you_mean(word.id, STACKS, f"leave `{word.id}` out: the axes come next")
     context.diagnostics.append(UnknownWord(span=word.span, kind="stack", word=word.id, hint=hint))
 
 
 def check_component(kind: SiteKind, span: Span, context: SiteContext) -> bool:
-    """Whether the model has a component; E0402 or its like where not."""
+    """Check that the model has a component; otherwise report E0402 or a related code."""
     missing = check_site(context.shape, kind.name, model=context.model, span=span)
     if missing is not None:
         context.diagnostics.append(missing)
@@ -835,8 +867,10 @@ def check_component(kind: SiteKind, span: Span, context: SiteContext) -> bool:
 def resolve_into_layer(
     read: SiteTargets, into: ast.Star | ast.AxisRange, context: SiteContext
 ) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
-    """`into layer L`: what is read stays, what is written lies in other layers; several of them
-    are an axis `to_layer`."""
+    """Resolve `into layer L`, which writes into other layers than the site that is read.
+
+    Several layers become an axis `to_layer`.
+    """
     kinds = [SITES[p.site] for points in read.points.values() for p in points]
     if not all(kind.has_layer for kind in kinds):
         context.diagnostics.append(
@@ -885,7 +919,8 @@ def resolve_into_layer(
 def resolve_swept_site(
     site: ast.Site, context: SiteContext, kinds: list[SiteKind] | None = None
 ) -> tuple[SiteTargets | None, tuple[Axis, ...]]:
-    """The points that axes name, of the components that a site names or of these."""
+    """Resolve the points that axes name, of the given components or else of the site's
+    components."""
     kinds = resolve_components(site, context) if kinds is None else kinds
     if kinds is None:
         return None, ()
@@ -941,7 +976,7 @@ def resolve_swept_site(
 
 
 def _chosen(values: AxisValues, at: Mapping[str, int], applies: bool) -> tuple[int | None, ...]:
-    """The joined coordinates of one cell; (None,) where the component has no such axis."""
+    """Return the joined coordinates of one cell; (None,) for a component without such an axis."""
     return values.chosen(at) if applies and values.choices else (None,)
 
 
@@ -987,7 +1022,7 @@ def _axes_fit(site: ast.Site, kind: SiteKind, context: SiteContext) -> bool:
 
 
 def label_points(points: tuple[SitePoint, ...] | list[SitePoint]) -> str:
-    """`L2H0.z`, `L3.resid_post`, `L0-2.resid_post`, `L3H*.z`, `embed`."""
+    """Format joined points: `L2H0.z`, `L3.resid_post`, `L0-2.resid_post`, `L3H*.z`, `embed`."""
     site = points[0].site
     layers = sorted({p.layer for p in points if p.layer is not None})
     found = {p.unit for p in points}
@@ -1000,7 +1035,7 @@ def label_points(points: tuple[SitePoint, ...] | list[SitePoint]) -> str:
 
 
 def label_all_points(points: Sequence[SitePoint]) -> str:
-    """All points, whatever a table could show: `L0H2.z + L1H3.z`."""
+    """Format every point, even if a table abbreviates the list: `L0H2.z + L1H3.z`."""
     by_layer: dict[tuple[str, int | None], list[SitePoint]] = {}
     for point in points:
         by_layer.setdefault((point.site, point.layer), []).append(point)
@@ -1008,7 +1043,7 @@ def label_all_points(points: Sequence[SitePoint]) -> str:
 
 
 def _numbers(values: list[int]) -> str:
-    """`3`, `0-2`, `0,3,7`."""
+    """Format numbers as ranges: `3`, `0-2`, `0,3,7`."""
     if len(values) == 1:
         return str(values[0])
     if values == list(range(values[0], values[-1] + 1)):

@@ -25,6 +25,7 @@ from mechdsl.results.experiment_result import (
     RepliesByPrompt,
     SkippedExperiment,
     VerdictComparison,
+    finite_number,
 )
 from mechdsl.statistics.cell_statistics import compute_category_statistics
 from mechdsl.statistics.measurements import Interval, MeasureData, may_round_differently
@@ -87,12 +88,12 @@ class VerdictComparisonDocument(DocumentPart):
 
 
 def known_fields(**values: Any) -> dict[str, Any]:
-    """Only what is known, so that the other keys stay out of the document."""
+    """Drop None values, so that the document omits their keys."""
     return {key: value for key, value in values.items() if value is not None}
 
 
 def expectation_documents(outcomes: Sequence[ExpectOutcome]) -> list[ExpectDocument]:
-    """Verdicts, in their order."""
+    """Convert verdicts, in order."""
     return [_expectation_document(outcome) for outcome in outcomes]
 
 
@@ -108,7 +109,7 @@ def _expectation_document(outcome: ExpectOutcome) -> ExpectDocument:
 
 
 def skipped_documents(left: Sequence[SkippedExperiment]) -> list[SkippedDocument]:
-    """What was left out of one file."""
+    """Convert the skipped parts of one file."""
     return [
         SkippedDocument(experiment=each.name, expect=[expect.text for expect in each.expects])
         for each in left
@@ -116,7 +117,7 @@ def skipped_documents(left: Sequence[SkippedExperiment]) -> list[SkippedDocument
 
 
 def comparison_document(against: VerdictComparison) -> VerdictComparisonDocument:
-    """A comparison with an earlier run."""
+    """Convert a comparison with an earlier run."""
     return VerdictComparisonDocument(
         runs=list(against.runs),
         fails=against.fails,
@@ -177,7 +178,7 @@ class RepliesDocument(DocumentPart):
 
 
 def replies_document(found: Replies) -> RepliesDocument | None:
-    """None where nothing was written."""
+    """Convert replies; None if nothing was generated."""
     if not found:
         return None
     return RepliesDocument(
@@ -432,26 +433,22 @@ class ResultsDocument(DocumentPart):
     )
 
 
-def _finite_number(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
 def _measure_document(result: ExperimentResult, measure: int, cell: int, n: int) -> MeasureDocument:
     data, found = result.measures[measure], result.statistics[measure]
     keys = ("commonest", "share", "mean_error") if data.kind == "category" else ()
-    category = {key: _finite_number(getattr(found, key)[cell]) for key in keys}
+    category = {key: finite_number(getattr(found, key)[cell]) for key in keys}
     return MeasureDocument(
         label=data.label,
         metric=data.metric,
         effect=data.effect,
         **known_fields(estimator=data.estimator or None, at=data.at),
-        mean=_finite_number(found.mean[cell]),
-        low=_finite_number(found.low[cell]),
-        high=_finite_number(found.high[cell]),
-        p=_finite_number(found.p[cell]),
-        p_corrected=_finite_number(found.p_corrected[cell]),
-        base=_finite_number(found.base_mean[cell]),
-        source=_finite_number(found.source_mean[cell]),
+        mean=finite_number(found.mean[cell]),
+        low=finite_number(found.low[cell]),
+        high=finite_number(found.high[cell]),
+        p=finite_number(found.p[cell]),
+        p_corrected=finite_number(found.p_corrected[cell]),
+        base=finite_number(found.base_mean[cell]),
+        source=finite_number(found.source_mean[cell]),
         **category,
         **known_fields(
             null=_null_document(result, measure, cell),
@@ -461,7 +458,7 @@ def _measure_document(result: ExperimentResult, measure: int, cell: int, n: int)
             else None,
             p_at_most=True if found.floor[cell] else None,
             inert=True if data.inert[cell] else None,
-            rounding=_finite_number(found.rounding[cell])
+            rounding=finite_number(found.rounding[cell])
             if found.at_rounding[cell] or may_round_differently(data, found)[cell]
             else None,
             reason=_reason(found.reasons[cell], data, result.source),
@@ -474,19 +471,19 @@ def _null_document(result: ExperimentResult, measure: int, cell: int) -> NullDoc
     if band is None:
         return None
     return NullDocument(
-        mean=_finite_number(band.mean[cell]),
-        low=_finite_number(band.low[cell]),
-        high=_finite_number(band.high[cell]),
-        level=_finite_number(band.level[cell]),
+        mean=finite_number(band.mean[cell]),
+        low=finite_number(band.low[cell]),
+        high=finite_number(band.high[cell]),
+        level=finite_number(band.level[cell]),
         draws=int(band.draws[cell]),
-        p=_finite_number(band.p[cell]),
+        p=finite_number(band.p[cell]),
         inside=bool(band.inside[cell]) if band.decides[cell] else None,
         what=band.what,
     )
 
 
 def _reason(reason: str | None, data: MeasureData, source: str | None) -> str | None:
-    """The cell's reason, with why there is no source value where there is none."""
+    """Return the cell's reason, extended by the reason for a missing source value."""
     if data.source is not None or data.kind == "category":
         return reason
     missing = "no source run" if source is None else f"not read in the run `{source}`"
@@ -524,9 +521,9 @@ def _run_document(label: str, metric: str, found: Interval, at: str | None = Non
         label=label,
         metric=metric,
         **known_fields(at=at),
-        mean=_finite_number(found.mean),
-        low=_finite_number(found.low),
-        high=_finite_number(found.high),
+        mean=finite_number(found.mean),
+        low=finite_number(found.low),
+        high=finite_number(found.high),
         n=found.n,
         **known_fields(reason=reason, rounding=found.rounding or None),
     )
@@ -543,9 +540,9 @@ def _category_run_document(data: MeasureData, values: Floats) -> RunDocument:
         low=None,
         high=None,
         n=int(found.n[0]),
-        commonest=_finite_number(found.commonest[0]),
-        share=_finite_number(found.share[0]),
-        mean_error=_finite_number(found.mean_error[0]),
+        commonest=finite_number(found.commonest[0]),
+        share=finite_number(found.share[0]),
+        mean_error=finite_number(found.mean_error[0]),
         reason=found.reasons[0],
     )
 
@@ -570,7 +567,7 @@ def _run_documents(result: ExperimentResult) -> dict[str, list[RunDocument]]:
 
 
 def experiment_document(result: ExperimentResult) -> ExperimentDocument:
-    """A finished experiment as it stands in the JSON document."""
+    """Convert a finished experiment."""
     return ExperimentDocument(
         name=result.name,
         model=result.model,
@@ -598,7 +595,7 @@ def experiment_document(result: ExperimentResult) -> ExperimentDocument:
 
 
 def _missing_documents(file: FileResult) -> list[MissingDocument]:
-    """What a file's run could not compute: whole experiments, then single measures."""
+    """Return what a file's run could not compute: whole experiments, then single measures."""
     whole = [
         MissingDocument(
             experiment=lost.name,
@@ -635,7 +632,7 @@ def results_document(
     versions: Mapping[str, str],
     against: VerdictComparison | None = None,
 ) -> ResultsDocument:
-    """All finished experiments of a run."""
+    """Convert all finished experiments of a run."""
     return ResultsDocument(
         schema=SCHEMA_VERSION,
         mechdsl=versions.get("mechdsl", "unknown"),
@@ -662,6 +659,6 @@ def results_document(
 
 
 def results_schema() -> dict[str, Any]:
-    """The JSON schema of the document, `mechdsl schema results`."""
+    """Return the JSON schema of the document, as printed by `mechdsl schema results`."""
     schema = ResultsDocument.model_json_schema(by_alias=True, mode="serialization")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,8 +1,9 @@
 """Results of experiments in memory, with the values of every prompt.
 
-A file's result holds those of its experiments, what they generated and the verdicts on their
-expectations. `Against` holds the verdicts that changed since an earlier run. Functions of
-`mechdsl.show` display them; they are called by name, because that package is above this one.
+A file's result contains those of its experiments, their generated text and the verdicts on their
+expectations. `VerdictComparison` contains the verdicts that changed since an earlier run.
+Functions of `mechdsl.show` display results; they are loaded by name, because that package is above
+this one.
 """
 
 from __future__ import annotations
@@ -47,17 +48,17 @@ if TYPE_CHECKING:
 
 
 RepliesByPrompt = Mapping[int, tuple[Reply, ...]]
-"""Id of a prompt → what was written behind it: one reply for each sample and draw of noise."""
+"""Id of a prompt → its replies: one for each sample and draw of noise."""
 
 
 @dataclass(frozen=True)
 class Replies:
-    """Replies of cells and of unpatched runs; prompts go by their ids."""
+    """Replies of cells and of unpatched runs, by prompt id."""
 
     cells: tuple[RepliesByPrompt, ...] = ()
-    """[cell]; a prompt that isn't part of a cell isn't there."""
+    """Replies of each cell, only for prompts that are part of it. Shape [cell]."""
     runs: Mapping[str, RepliesByPrompt] = field(default_factory=dict[str, RepliesByPrompt])
-    """By name, those that are measured: the base run, and the source where effects need it."""
+    """Replies of the measured runs by name: the base run, and the source if effects need it."""
     prompts: Mapping[int, str] = field(default_factory=dict[int, str])
     """The text of each prompt in the base run."""
 
@@ -65,7 +66,7 @@ class Replies:
         return bool(self.prompts)
 
     def shifted(self, by: int) -> Replies:
-        """The same with other ids of prompts."""
+        """Return the replies with shifted prompt ids."""
 
         def moved(texts: RepliesByPrompt) -> RepliesByPrompt:
             return {row + by: own for row, own in texts.items()}
@@ -78,8 +79,11 @@ class Replies:
 
 
 def merge_replies(parts: Sequence[Replies], several: Sequence[str]) -> Replies:
-    """Those of several variants, whose cells stand one behind the other. several: which one each
-    is, where their runs differ."""
+    """Combine the replies of several variants, with their cells in order.
+
+    Args:
+        several: Names of the variants, if their runs differ.
+    """
     runs: dict[str, RepliesByPrompt] = {}
     for part, which in zip(parts, several, strict=True):
         for run, texts in part.runs.items():
@@ -93,18 +97,18 @@ def merge_replies(parts: Sequence[Replies], several: Sequence[str]) -> Replies:
 
 
 DEFAULT_SHOWN_PROMPTS = 3
-"""Prompts that an overlay shows where `top n` doesn't say how many."""
+"""Number of prompts in an overlay without `top n`."""
 
 
 @record
 class SeenImage(Record):
-    """An image as the model sees it, and how its tokens divide it."""
+    """An image as the model sees it, and its division into tokens."""
 
     title: str
     pixels: NDArray[np.uint8]
-    """[height, width, 3], resized and cropped, not normalised."""
+    """Resized and cropped, not normalized. Shape [height, width, 3]."""
     front: int
-    """Tokens before those of the patches."""
+    """Number of tokens before those of the patches."""
     rows: int
     cols: int
 
@@ -122,21 +126,21 @@ JUNIT_RENDERER = "mechdsl.show.junit:results_junit"
 VERDICTS_RENDERER = "mechdsl.show.runs:verdict_comparison_text"
 
 REPR_WIDTH = 100
-"""Characters of a line of a `repr`."""
+"""Maximum length of a line in a `repr`."""
 
 MAX_REPR_ITEMS = 5
-"""Experiments, or measures, that a `repr` names."""
+"""Maximum number of experiments, or measures, in a `repr`."""
 
 
 @restores_random_state
 def load_renderer(place: str) -> Callable[..., Any]:
-    """The function `module:name`, imported now."""
+    """Import the function `module:name`."""
     module, _, name = place.partition(":")
     return restores_random_state(getattr(import_module(module), name))
 
 
 ANSWER_TOKENS_KEY = "answer tokens"
-"""The convention on tokens of the answer behind the prompts, where it matters."""
+"""Key of the convention on tokens of the answer after the prompts."""
 
 
 @dataclass(frozen=True)
@@ -150,19 +154,18 @@ class ExpectOutcome:
     high: float | None
     reason: str | None = None
     line: int | None = None
-    """Of the file."""
+    """Line in the file."""
     effective_n: int | None = None
-    """Independent units behind the value, the fewest of all that it reads; None where it has no
-    number."""
+    """Number of independent units, the smallest of all values read; None without a number."""
     computed: bool = True
-    """False where it fails because something that it reads could not be computed."""
+    """False if it fails because something that it reads could not be computed."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class ExperimentResult:
-    """What one experiment found: `measures` hold every prompt's value, `statistics` the rest.
+    """The result of one experiment: `measures` have every prompt's value, `statistics` the rest.
 
-    The executor fills the upper part, `tabulate` the lower one.
+    `collect_result` sets the first fields, `add_statistics` the others.
     """
 
     name: str
@@ -171,60 +174,61 @@ class ExperimentResult:
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     """Second names of axes that reports may use: `item` for `position`."""
     centres: tuple[str, ...] = ()
-    """Axes whose values are the centres of windows."""
+    """Axes whose values are the centers of windows."""
     cells: tuple[CellKey, ...]
     measures: tuple[MeasureData, ...]
     runs: Mapping[str, Mapping[str, Floats]] = field(
         default_factory=dict[str, Mapping[str, Floats]]
     )
-    """Run name -> label -> value per prompt, of the unpatched run."""
+    """Values of the unpatched runs: run name → label → value per prompt."""
     accuracy: Mapping[str, Floats] = field(default_factory=dict[str, Floats])
-    """Run name -> 1 or 0 per row, where the prompts have an answer: of all rows, whatever `keep`
-    keeps."""
+    """Run name → 1 or 0 per row, if the prompts have an answer; over all rows, regardless of
+    `keep`."""
     accuracy_rounding: Mapping[str, Floats] = field(default_factory=dict[str, Floats])
-    """The same: 1 where rounding may decide it."""
+    """Run name → 1 per row where rounding may decide the accuracy."""
     accuracy_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
-    """The same: the ids of these rows; where it is missing they are those of the prompts."""
+    """Run name → ids of the rows in `accuracy`; a missing run has those of the prompts."""
     accuracy_units: Mapping[str, Ints] = field(default_factory=dict[str, Ints])
-    """The same: rows of one number are right or wrong together (one text, one value of `stats
-    by`); where it is missing, each is a unit."""
+    """Run name → unit of each row in `accuracy`: rows of one unit are right or wrong together (one
+    text, one value of `stats by`). For a missing run, each row is a unit."""
     base: str = "clean"
     source: str | None = None
     called: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Other names of base and source, for people: a block's or a model's for its clean run."""
+    """Display names of base and source: a block's or a model's name for its clean run."""
     conventions: Mapping[str, str] = field(default_factory=dict[str, str])
     selected: tuple[Selection, ...] = ()
-    """Whose picks it tests on the rows that they were picked on."""
+    """Selections that it tests on the rows they were made on."""
     left_out: Mapping[int, str] = field(default_factory=dict[int, str])
-    """Ids of rows that `--allow-nan` left out of everything → where they can't be used."""
+    """Ids of rows that `--allow-nan` excluded from everything → where they can't be used."""
     hashes: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Of `model` and `data`."""
+    """Hashes of `model` and `data`."""
     row_ids: tuple[int, ...] | None = None
-    """Per prompt, the same prompt has the same id in every experiment."""
+    """Id of each prompt; a prompt has the same id in every experiment."""
     row_keys: tuple[int, ...] | None = None
-    """Per prompt, a hash of its content: what is drawn hangs on it, and not on its place."""
+    """Hash of each prompt's content, which random draws depend on instead of its index."""
     blocks: Ints | None = None
-    """[prompt]: of which block of prompts it is, where several stand side by side."""
+    """Prompt block of each prompt, if there are several. Shape [prompt]."""
     strata: Ints | None = None
-    """[prompt]: rows of one number have the same values of what the block deals out evenly."""
+    """Stratum of each prompt: rows of one stratum have equal values of the evenly assigned
+    variables. Shape [prompt]."""
     population: str = ""
-    """What intervals and p are about, in words: `new rows of this design`."""
+    """Population of intervals and p-values, in words: `new rows of this design`."""
     row_values: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
-    """Values of the prompts block per prompt, for `report table by VAR` and `stats by VAR`."""
+    """Values of the prompt block per prompt, for `report table by VAR` and `stats by VAR`."""
     drawn: RandomControlValues | None = None
-    """What controls measured, until bands are made of it."""
+    """Measurements of controls, until bands are computed from them."""
     controls: tuple[NullBand | None, ...] = ()
-    """Per measure, or empty where no experiment was run `against` something."""
+    """Null band of each measure; empty without `against`."""
     texts: tuple[tuple[str, ...], ...] = ()
-    """Per prompt, the tokens of the base run as text, for `report overlay`."""
+    """Tokens of the base run of each prompt as text, for `report overlay`."""
     replies: Replies = field(default_factory=Replies)
-    """What rows wrote, with `generate`."""
+    """Generated text, with `generate`."""
     rounding: str = ""
-    """What bounds of rounding come from, in words."""
+    """Origin of rounding bounds, in words."""
     hits: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    """Per cell and prompt, the indices into `texts` of the tokens that were hit."""
+    """Per cell and prompt, the indices into `texts` of the hit tokens."""
     seen: tuple[SeenImage | None, ...] = ()
-    """Per prompt its image, where they are images, and None where it isn't shown."""
+    """For images: the image of each prompt, None if it isn't shown."""
 
     reports: tuple[spec.Report, ...] = ()
     settings: spec.Statistics | None = None
@@ -233,12 +237,12 @@ class ExperimentResult:
     outcomes: tuple[ExpectOutcome, ...] = ()
 
     def computed(self) -> Iterator[tuple[int, MeasureData]]:
-        """The measures that could be computed, with their numbers."""
+        """Yield the computed measures with their indices."""
         return ((n, data) for n, data in enumerate(self.measures) if data.missing is None)
 
     @property
     def prompts(self) -> int:
-        """How many prompts were run."""
+        """Number of prompts that were run."""
         return int(self.measures[0].patched.shape[1]) if self.measures else 0
 
     @property
@@ -248,29 +252,29 @@ class ExperimentResult:
         return f"{self.shown(self.source)} → {base}" if self.source else base
 
     def shown(self, runs: str) -> str:
-        """What people call a run, or several: `clean` says too little beside another block."""
+        """Return the display name of a run or runs; `clean` is ambiguous next to another block."""
         return ", ".join(self.called.get(run, run) for run in runs.split(", "))
 
     @property
     def holds(self) -> bool:
-        """Whether every expectation does."""
+        """Whether every expectation holds."""
         return all(outcome.holds for outcome in self.outcomes)
 
     @property
     def groups(self) -> NDArray[Any] | None:
-        """The groups that are resampled, where `stats by` names a value."""
+        """The resampled groups, if `stats by` names a value."""
         by = self.settings.by if self.settings else None
         if by is None or by not in self.row_values:
             return None
         return np.array([str(value) for value in self.row_values[by]])
 
     def control(self, measure: int) -> NullBand | None:
-        """The null band beside a measure."""
+        """Return the null band of a measure."""
         return self.controls[measure] if self.controls else None
 
     @cached_property
     def sampling(self) -> SamplingDesign:
-        """What every interval and p of this experiment hangs on beside its values."""
+        """The sampling design, which every interval and p-value depends on besides the values."""
         if self.settings is None:
             raise ValueError(f"experiment `{self.name}` has no statistics yet")
         keys = self.row_ids if self.row_keys is None else self.row_keys
@@ -280,7 +284,7 @@ class ExperimentResult:
 
     @cached_property
     def run_intervals(self) -> dict[str, dict[str, Interval]]:
-        """Run -> label -> mean and interval on the unpatched run; numbers only."""
+        """Mean and interval of each unpatched run: run → label → interval; only for numbers."""
         of = {data.label: data for data in self.measures}
         categories = {data.label for data in self.measures if data.kind == "category"}
         found: dict[str, dict[str, Interval]] = {}
@@ -295,8 +299,9 @@ class ExperimentResult:
         return found
 
     def accuracy_of(self, run: str, confidence: float | None = None) -> Interval:
-        """The share of rows in which the model is right, with its exact interval; `n` counts all
-        rows, kept or not. No numbers where no row has an answer."""
+        """Return the share of rows in which the model is correct, with its exact interval. `n`
+        counts all rows, regardless of `keep`. Without rows that have an answer, the numbers are
+        missing."""
         if confidence is None:
             confidence = 95.0 if self.settings is None else self.settings.confidence
         rows = self.accuracy[run]
@@ -317,27 +322,29 @@ class ExperimentResult:
         return Interval(*ends, len(codes), self.accuracy_bound(run))
 
     def accuracy_bound(self, run: str) -> float:
-        """How far rounding alone may move the accuracy of a run; 0 where that isn't known."""
+        """Return the maximum effect of rounding on a run's accuracy; 0 if unknown."""
         rows, known = self.accuracy_rounding.get(run), ~np.isnan(self.accuracy[run])
         return 0.0 if rows is None or not known.any() else float(rows[known].mean())
 
     def records(self) -> list[dict[str, Any]]:
-        """One flat record per cell and measure, None where a number is missing."""
+        """Return one flat record per cell and measure; missing numbers are None."""
         return list(_records(self))
 
     def to_csv(self) -> str:
-        """One line per cell and measure, under a line of names; what does not exist is empty."""
+        """Return CSV with one line per cell and measure below a header; missing values are
+        empty."""
         return csv_text(self.records())
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A frame with one row per cell and measure.
+        """Return a data frame with one row per cell and measure.
 
-        Raises ImportError without pandas, which the extra `mechdsl[frames]` installs.
+        Raises:
+            ImportError: Without pandas, which the extra `mechdsl[frames]` installs.
         """
         return data_frame(self.records())
 
     def to_text(self, width: int = 100) -> str:
-        """The tables, figures and verdicts that the command line prints, `width` columns wide."""
+        """Return the tables, figures and verdicts of the command line, `width` columns wide."""
         return load_renderer(TEXT_RENDERER)(self, width)
 
     def plot(
@@ -348,18 +355,25 @@ class ExperimentResult:
         *,
         top: int | None = None,
     ) -> altair.TopLevelMixin:
-        """What `report KIND AXIS by BY top TOP` draws, as an altair chart.
+        """Return the chart of `report KIND AXIS by BY top TOP` as an altair chart.
 
-        kind: `heatmap`, `lines`, `bars`, `confusion` or `overlay`. Where neither axis nor by is
-        given they are those of the file's own report of this kind, or the first that fit.
-        Raises MechdslError for another kind and for what the experiment does not have (E0203,
-        E0607), ImportError without altair.
+        Args:
+            kind: `heatmap`, `lines`, `bars`, `confusion` or `overlay`.
+            axis: First axis. Without `axis` and `by`, the axes are those of the file's own report
+                of this
+                kind, or the first that fit.
+            by: Second axis.
+            top: Number of entries.
+
+        Raises:
+            MechdslError: For another kind and for what the experiment doesn't have (E0203, E0607).
+            ImportError: Without altair.
         """
         return load_renderer(CHART_RENDERER)(self, kind, axis, by, top)
 
     @property
     def summary(self) -> str:
-        """What was run, in one line."""
+        """Description of the experiment in one line."""
         sizes = {axis: len({cell.coords[axis] for cell in self.cells}) for axis in self.axes}
         grid = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
         cells = count_noun(len(self.cells), "cell")
@@ -397,7 +411,8 @@ NUMBER_COLUMNS = (
 )
 
 
-def _none(value: Any) -> float | None:
+def finite_number(value: Any) -> float | None:
+    """Return a number, or None if it is NaN or infinite."""
     return float(value) if np.isfinite(value) else None
 
 
@@ -409,7 +424,7 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
             found = result.statistics[measure]
             values = {
                 "site": cell.site,
-                # an axis may have this name; what is hit is the same then
+                # An axis may have this name; its value is then the position.
                 "position": cell.coords.get("position", cell.position),
                 "tokens": " ".join(cell.tokens),
                 "source_run": result.source,
@@ -420,7 +435,7 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
                 **({"estimator": data.estimator} if data.estimator else {}),
                 "n": int(found.n[index]),
                 "effective_n": int(found.units[index]),
-                **{key: _none(getattr(found, key)[index]) for key in NUMBER_COLUMNS},
+                **{key: finite_number(getattr(found, key)[index]) for key in NUMBER_COLUMNS},
                 **_null(result, measure, index),
                 "p_at_most": bool(found.floor[index]),
                 "inert": bool(data.inert[index]),
@@ -430,7 +445,7 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
                 **({"selected_by": " ".join(picked)} if picked else {}),
             }
             axes = {
-                # the variable of a `for` may be called like a column
+                # The variable of a `for` may have the name of a column.
                 f"axis_{axis}" if axis in values else axis: _number_of(cell.coords[axis])
                 for axis in result.axes
                 if axis != "position"
@@ -440,18 +455,18 @@ def _records(result: ExperimentResult) -> Iterator[dict[str, Any]]:
 
 
 def _number_of(coordinate: Coord) -> Coord:
-    """A percentage without its sign, as columns are calculated with."""
+    """Return a percentage as a plain number, because columns are used in computations."""
     return float(coordinate) if isinstance(coordinate, Percent) else coordinate
 
 
 def _null(result: ExperimentResult, measure: int, cell: int) -> dict[str, Any]:
-    """Columns that only experiments with controls have."""
+    """Return the columns of experiments with controls."""
     if not result.controls:
         return {}
     band = result.control(measure)
     return {
         **{
-            f"null_{key}": None if band is None else _none(getattr(band, key)[cell])
+            f"null_{key}": None if band is None else finite_number(getattr(band, key)[cell])
             for key in ("mean", "low", "high", "level", "p")
         },
         "null_draws": None if band is None else int(band.draws[cell]),
@@ -460,7 +475,7 @@ def _null(result: ExperimentResult, measure: int, cell: int) -> dict[str, Any]:
 
 
 def data_frame(records: list[dict[str, Any]]) -> pandas.DataFrame:
-    """Records as a data frame. Raises ImportError where pandas is missing."""
+    """Convert records to a data frame. Raises ImportError without pandas."""
     try:
         import pandas
     except ImportError as error:
@@ -472,7 +487,7 @@ def data_frame(records: list[dict[str, Any]]) -> pandas.DataFrame:
 
 
 def csv_text(records: list[dict[str, Any]]) -> str:
-    """Records as CSV; a column that a record lacks is empty."""
+    """Convert records to CSV; a column that a record lacks is empty."""
     columns = dict.fromkeys(key for record in records for key in record)
     lines = _Lines()
     writer = csv.DictWriter(lines, list(columns), lineterminator="\r\n", restval="")
@@ -482,7 +497,7 @@ def csv_text(records: list[dict[str, Any]]) -> str:
 
 
 class _Lines:
-    """Ends records with `\\n`. The writer is told `\\r\\n`, so that it quotes what holds either."""
+    """Ends records with `\\n`. The writer is set to `\\r\\n`, so that it quotes both characters."""
 
     def __init__(self) -> None:
         self.written: list[str] = []
@@ -493,7 +508,7 @@ class _Lines:
 
 @dataclass(frozen=True)
 class LostExperiment:
-    """An experiment that could not be computed, whose expectations therefore fail."""
+    """An experiment that could not be computed; its expectations therefore fail."""
 
     name: str
     reasons: tuple[MissingReason, ...]
@@ -510,8 +525,7 @@ class UndecidedExpectation:
 
 @dataclass(frozen=True)
 class SkippedExperiment:
-    """What `fail_fast` left out: an experiment, or those expectations of one that had to wait for
-    another."""
+    """An experiment that `fail_fast` skipped, or its expectations that depend on another one."""
 
     name: str
     expects: tuple[UndecidedExpectation, ...] = ()
@@ -522,29 +536,28 @@ class FileResult:
     """The experiments of one file."""
 
     file: str
-    """Its path as it was given, `<text>` for a text."""
+    """Path of the file as given; `<text>` for a text."""
     experiments: tuple[ExperimentResult, ...]
     hash: str = ""
-    """SHA-256 of its text."""
+    """SHA-256 of the file's text."""
     seed: int = 0
     sizes: PassSizes | None = None
-    """What the run was laid out by; with it, two runs are equal bit for bit."""
+    """Layout sizes of the run; with equal sizes, two runs are bit-identical."""
     lost: tuple[LostExperiment, ...] = ()
     not_run: tuple[SkippedExperiment, ...] = ()
-    """With `fail_fast`: what comes behind the first expectation that fails."""
+    """With `fail_fast`: everything after the first expectation that fails."""
     saved: tuple[SavedFile, ...] = ()
-    """Files that `save` lines have written."""
+    """Files written by `save` lines."""
 
     @property
     def computable(self) -> bool:
-        """Whether every experiment and every measure that was run could be computed."""
+        """Whether every experiment and measure that was run could be computed."""
         measures = (data for each in self.experiments for data in each.measures)
         return not self.lost and all(data.missing is None for data in measures)
 
     @property
     def complete(self) -> bool:
-        """Whether every experiment and every measure was computed, and every expectation
-        decided."""
+        """Whether every experiment and measure was computed and every expectation decided."""
         return self.computable and not self.not_run
 
     def __repr__(self) -> str:
@@ -553,14 +566,14 @@ class FileResult:
 
 
 def missing_reason(problem: Diagnostic) -> MissingReason:
-    """What a diagnostic says, in one line."""
+    """Return a diagnostic's text in one line."""
     label = problem.label_text
     said = not label or problem.message.endswith(label)
     return MissingReason(problem.code, problem.message if said else f"{problem.message}: {label}")
 
 
 StopCondition = Callable[[str, str, Sequence[ExpectOutcome]], bool]
-"""(file, experiment, verdicts on its expectations so far) -> whether they end the run."""
+"""(file, experiment, verdicts on its expectations so far) → whether they end the run."""
 
 ChangeType = Literal["regression", "failed before", "new", "holds now", "gone"]
 
@@ -569,17 +582,17 @@ CHANGE_TYPES: tuple[ChangeType, ...] = get_args(ChangeType)
 
 @dataclass(frozen=True)
 class ExpectationChange:
-    """An expectation whose verdict isn't that of the earlier run, or that fails in both; or what
-    could be computed there and can't be now."""
+    """An expectation with a different verdict than in the earlier run, or that fails in both; or a
+    result that could be computed there and can't be now."""
 
     kind: ChangeType
-    """`regression`: it held there and fails now, or was computed there and can't be now;
-    `failed before`: there and now; `new`: not in the earlier run; `holds now`: it failed there;
-    `gone`: only in the earlier run."""
+    """`regression`: it held before and fails now, or can no longer be computed; `failed before`: it
+    fails in both runs; `new`: not in the earlier run; `holds now`: it failed before; `gone`: only
+    in the earlier run."""
     file: str
     experiment: str
     text: str = ""
-    """Of the expectation; the measure that could not be computed; empty for a whole experiment."""
+    """The expectation, or the measure that could not be computed; empty for a whole experiment."""
     now: ExpectOutcome | None = None
     before: ExpectOutcome | None = None
     lost: MissingReason | None = None
@@ -587,66 +600,67 @@ class ExpectationChange:
 
     @property
     def fails(self) -> bool:
-        """Whether it fails the job: what failed before doesn't."""
+        """Whether it fails the job; what failed before doesn't."""
         failed = self.now is not None and not self.now.holds
         return self.kind == "regression" or (self.kind == "new" and failed)
 
 
 @dataclass(frozen=True)
 class VerdictComparison:
-    """What has changed since an earlier run: `results.against`."""
+    """Changes since an earlier run: `results.against`."""
 
     runs: tuple[str, ...]
-    """The earlier run, as it was named; several where files have one each."""
+    """Name of the earlier run; several if files have separate runs."""
     changes: tuple[ExpectationChange, ...]
-    """By kind, then in the order of the files."""
+    """Changes by type, then in the order of the files."""
     unchanged: int
-    """Expectations that held there and hold now."""
+    """Number of expectations that held before and hold now."""
     without: tuple[str, ...] = ()
     """Files that are in none of these runs, so that all their expectations are new."""
 
     def of_kind(self, kind: ChangeType) -> tuple[ExpectationChange, ...]:
-        """The changes of one kind."""
+        """Return the changes of one type."""
         return tuple(each for each in self.changes if each.kind == kind)
 
     @property
     def regressions(self) -> tuple[ExpectationChange, ...]:
-        """Expectations that held there and fail now, and what could be computed there."""
+        """Expectations that held before and fail now, and results that can no longer be
+        computed."""
         return self.of_kind("regression")
 
     @property
     def fails(self) -> bool:
-        """Whether the job fails: by a regression, or by an expectation that is new."""
+        """Whether the job fails, by a regression or by a new expectation."""
         return any(each.fails for each in self.changes)
 
     def to_text(self, width: int = 100) -> str:
-        """What the command line prints of it, `width` columns wide."""
+        """Return the output of the command line, `width` columns wide."""
         return load_renderer(VERDICTS_RENDERER)(self, width)
 
     def __repr__(self) -> str:
         first = self.to_text(10_000).lstrip().split("\n", 1)[0]
-        return f"<Against {first.removeprefix('against ')}>"
+        return f"<VerdictComparison {first.removeprefix('against ')}>"
 
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """An earlier run, before the one that is set against it."""
+    """An earlier run, before its comparison with a new one."""
 
     runs: tuple[str, ...]
-    """As they were named."""
+    """Names of the runs."""
     files: Mapping[str, FileResult | None]
-    """File that is run now → what it is set against; None where no run has it."""
+    """Current file → its earlier result; None if no run contains the file."""
     unasked: Mapping[str, Collection[str]]
-    """File that is run now → experiments of it that aren't, by `only`: they aren't gone."""
+    """Current file → experiments that `only` excludes; they don't count as `gone`."""
 
     def ends(self, file: str, experiment: str, outcomes: Sequence[ExpectOutcome]) -> bool:
-        """Whether verdicts end a run that stops at the first failure that fails the job."""
+        """Whether verdicts end a run that stops at the first failure of the job."""
         before = _outcomes(self.files.get(file)).get(experiment, ())
         paired = _paired(file, experiment, outcomes, before)
         return any(each.fails for each in paired)
 
     def compare(self, files: Sequence[FileResult]) -> VerdictComparison:
-        """What has changed in files that were run."""
+        """Compare files that were run with the earlier run."""
         changes: list[ExpectationChange] = []
         unchanged = 0
         for file in files:
@@ -660,11 +674,11 @@ class EarlierRun:
         return VerdictComparison(self.runs, tuple(changes), unchanged, without)
 
     def _of_file(self, now: FileResult) -> Iterator[ExpectationChange | None]:
-        """The changes of a file; None for each expectation that held and holds."""
+        """Yield the changes of a file; None for each expectation that held and holds."""
         earlier = self.files.get(now.file)
         before = _outcomes(earlier)
         after = _outcomes(now)
-        # What wasn't decided, or wasn't to be run, isn't gone.
+        # Undecided and excluded expectations aren't `gone`.
         waiting = {each.name: [e.text for e in each.expects] for each in now.not_run}
         left_out = set(self.unasked.get(now.file, ()))
         if earlier is not None:
@@ -681,14 +695,15 @@ class EarlierRun:
 
 
 def stop_condition(earlier: EarlierRun | None) -> StopCondition:
-    """What ends a run with `fail_fast`: an expectation that fails, or that fails the job."""
+    """Return the stop condition of `fail_fast`: an expectation that fails, or that fails the
+    job."""
     if earlier is not None:
         return earlier.ends
     return lambda file, experiment, outcomes: not all(each.holds for each in outcomes)
 
 
 def _outcomes(file: FileResult | None) -> dict[str, tuple[ExpectOutcome, ...]]:
-    """Experiment → its verdicts."""
+    """Return the verdicts of each experiment."""
     if file is None:
         return {}
     every: tuple[ExperimentResult | LostExperiment, ...] = (*file.experiments, *file.lost)
@@ -704,8 +719,12 @@ def _pairs(
     before: Sequence[ExpectOutcome],
     undecided: Sequence[str] = (),
 ) -> Iterator[tuple[ExpectOutcome | None, ExpectOutcome | None]]:
-    """Expectations of one experiment by their texts, several equal ones by their order; first all
-    of now. undecided: texts of some that are in neither."""
+    """Match expectations of one experiment by text, several equal ones in order; current ones
+    first.
+
+    Args:
+        undecided: Texts of expectations without a verdict.
+    """
     left: dict[str, list[ExpectOutcome]] = {}
     for each in before:
         left.setdefault(_normal(each.text), []).append(each)
@@ -749,7 +768,7 @@ def _change_type(now: ExpectOutcome | None, before: ExpectOutcome | None) -> Cha
 
 
 def _lost_results(now: FileResult, before: FileResult) -> Iterator[ExpectationChange]:
-    """Experiments and measures that can't be computed now, and could there."""
+    """Yield experiments and measures that could be computed before and can't be now."""
     there = {each.name: each for each in before.experiments}
     for lost in now.lost:
         if lost.name in there:

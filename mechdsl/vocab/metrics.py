@@ -32,39 +32,38 @@ MetricArgument = Literal[
     "observation",
     "reply",
 ]
-"""What a metric is given beside the run it reads; the docstring of each form says the shapes."""
+"""Argument of a metric. The docstring of each form specifies the shapes."""
 
 MetricKind = Literal["number", "category"]
-"""Numbers are averaged; of categories tables show the commonest."""
+"""Numbers are averaged; for categories, tables show the most frequent one."""
 
 
 @dataclass(frozen=True)
 class MetricForm:
-    """One way to write a metric: `prob(answer)` and `prob(1..9)` are two forms of `prob`."""
+    """One form of a metric: `prob(answer)` and `prob(1..9)` are two forms of `prob`."""
 
     takes: MetricArgument
     unit: str
     kind: MetricKind
     function: Callable[..., Any]
-    """Gives a tensor; of replies a list of numbers."""
+    """Returns a tensor; for replies, a list of numbers."""
     meaning: str
     default: str | None = None
-    """The text that is meant when the metric is written without an argument."""
+    """The text that is measured if the metric has no argument."""
     narrow: bool = False
-    """It reads the logits of its own tokens only, and no sum over the vocabulary."""
+    """Whether it reads only the logits of its own tokens, without a sum over the vocabulary."""
     logits: int = 1
-    """How many logits it is made of, where it is in logits: rounding moves each by itself."""
+    """Number of logits in its value, if its unit is logits: each is rounded separately."""
 
     @property
     def of_outputs(self) -> bool:
-        """Whether it reads the logits that the model gives, and neither what is inside of it nor
-        what it writes."""
+        """Whether it reads the model's logits, and not activations or generated text."""
         return self.takes not in ("activations", "observation", "reply")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A name of the language with its forms."""
+    """A name of the language, with its forms."""
 
     name: str
     forms: dict[MetricArgument, MetricForm] = field(
@@ -102,18 +101,19 @@ def metric(
     return register
 
 
-def _wide(values: Tensor) -> Tensor:
+def widen(values: Tensor) -> Tensor:
+    """Convert 16-bit values to 32 bits."""
     return values.float() if values.element_size() < 4 else values
 
 
 def _log_probs(logits: Tensor, ids: Tensor) -> Tensor:
     """Log probabilities of single tokens: logits [..., vocab], ids [...] -> [...], nats."""
-    wide = _wide(logits)  # logsumexp and gather, so that no second [..., vocab] is held
+    wide = widen(logits)  # logsumexp and gather avoid a second [..., vocab] tensor
     return wide.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - wide.logsumexp(-1)
 
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) in nats; tokens of probability 0 under p add nothing."""
+    """KL(p ‖ q) in nats; tokens of probability 0 under p contribute nothing."""
     p = log_p.exp()
     terms = p * (log_p - log_q)
     return terms.where(p > 0, terms.new_zeros(())).sum(-1)
@@ -131,7 +131,7 @@ def logit(logits: Tensor, target: Tensor) -> Tensor:
     returns: [row], unnormalised log-odds (only differences between tokens mean something)
     source: Zhang & Nanda 2023, arXiv 2309.16042, for differences of two
     """
-    return _wide(logits.gather(-1, target.unsqueeze(-1)).squeeze(-1))
+    return widen(logits.gather(-1, target.unsqueeze(-1)).squeeze(-1))
 
 
 @metric("prob", takes="target", unit="probability")
@@ -173,8 +173,8 @@ def correct(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _of_sets(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """The logits of sets of tokens, -inf where a set has fewer: [row, token]."""
-    own = _wide(logits.gather(-1, ids))
+    """Gather the logits of sets of tokens: [row, token], with -inf for padding."""
+    own = widen(logits.gather(-1, ids))
     return own.masked_fill(~mask, -math.inf)
 
 
@@ -201,7 +201,7 @@ def rank_of_any(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     returns: [row], 1 + the number of tokens with a strictly greater logit than the best of them
     """
     best = _of_sets(logits, ids, mask).amax(-1, keepdim=True)
-    return (_wide(logits) > best).sum(-1).float() + 1
+    return (widen(logits) > best).sum(-1).float() + 1
 
 
 @metric("correct", takes="any", unit="share")
@@ -225,7 +225,7 @@ def logprob_of_any(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     mask: [row, token], true where there is one
     returns: [row], nats, at most 0
     """
-    return _of_sets(logits, ids, mask).logsumexp(-1) - _wide(logits).logsumexp(-1)
+    return _of_sets(logits, ids, mask).logsumexp(-1) - widen(logits).logsumexp(-1)
 
 
 # --- of a text of several tokens ----------------------------------------------------------------
@@ -303,7 +303,7 @@ def kl(logits: Tensor, reference: Tensor) -> Tensor:
         token that the reference allows
     source: Kullback & Leibler 1951
     """
-    return _divergence(_wide(reference).log_softmax(-1), _wide(logits).log_softmax(-1))
+    return _divergence(widen(reference).log_softmax(-1), widen(logits).log_softmax(-1))
 
 
 @metric("js", takes="reference", unit="nat")
@@ -315,7 +315,7 @@ def js(logits: Tensor, reference: Tensor) -> Tensor:
     returns: [row], nats, 0..ln 2, symmetric
     source: Lin 1991, doi 10.1109/18.61115
     """
-    log_p, log_q = _wide(reference).log_softmax(-1), _wide(logits).log_softmax(-1)
+    log_p, log_q = widen(reference).log_softmax(-1), widen(logits).log_softmax(-1)
     log_mixture = log_p.logaddexp(log_q) - math.log(2)
     return (_divergence(log_p, log_mixture) + _divergence(log_q, log_mixture)) / 2
 
@@ -330,7 +330,7 @@ def output(logits: Tensor) -> Tensor:
     logits: [row, 1]
     returns: [row], in the unit that the model was trained on
     """
-    return _wide(logits.squeeze(-1))
+    return widen(logits.squeeze(-1))
 
 
 @metric("entropy", takes="nothing", unit="nat")
@@ -340,7 +340,7 @@ def entropy(logits: Tensor) -> Tensor:
     logits: [row, vocab], at the measured position
     returns: [row], nats, 0..ln(vocab)
     """
-    log_p = _wide(logits).log_softmax(-1)
+    log_p = widen(logits).log_softmax(-1)
     p = log_p.exp()
     terms = p * log_p
     return -terms.where(p > 0, terms.new_zeros(())).sum(-1)
@@ -353,7 +353,7 @@ def top_margin(logits: Tensor) -> Tensor:
     logits: [row, vocab], at the measured position
     returns: [row], at least 0; infinite where there is one token only that isn't excluded
     """
-    best = _wide(logits.topk(min(2, logits.shape[-1]), dim=-1).values)
+    best = widen(logits.topk(min(2, logits.shape[-1]), dim=-1).values)
     return best[..., 0] - best[..., -1]
 
 
@@ -394,7 +394,7 @@ def cosine(activations: Tensor, reference: Tensor) -> Tensor:
     reference: [row, position, width], of the named run
     returns: [row], -1..1; NaN where one of the vectors is zero
     """
-    a, b = _wide(activations), _wide(reference)
+    a, b = widen(activations), widen(reference)
     return ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean(-1)
 
 
@@ -422,7 +422,7 @@ def score(logits: Tensor, target: Tensor) -> Tensor:
     returns: [row], logits
     source: Radford et al. 2021, arXiv 2103.00020; Zhai et al. 2023, arXiv 2303.15343
     """
-    return _wide(logits.gather(-1, target.unsqueeze(-1)).squeeze(-1))
+    return widen(logits.gather(-1, target.unsqueeze(-1)).squeeze(-1))
 
 
 @metric("output", takes="class", unit="number", narrow=True)
@@ -433,7 +433,7 @@ def output_of_class(logits: Tensor, target: Tensor) -> Tensor:
     target: [row], numbers of outputs
     returns: [row], in the unit that the model was trained on
     """
-    return _wide(logits.gather(-1, target.unsqueeze(-1)).squeeze(-1))
+    return widen(logits.gather(-1, target.unsqueeze(-1)).squeeze(-1))
 
 
 @metric("prob", takes="label", unit="probability")
@@ -497,21 +497,20 @@ def attention(weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reply:
-    """What was written behind one prompt."""
+    """Completion of one prompt."""
 
     ids: tuple[int, ...]
-    """Tokens, without one that ends it; where a stop text does, those that lie in front of it at
-    least in part."""
+    """Tokens, without an end token. If a stop text ended the reply, its tokens are excluded unless
+    they contain text before it."""
     text: str
-    """As the tokenizer puts the tokens together, with the white space at its ends, without the stop
-    text."""
+    """Decoded text including leading and trailing white space, without the stop text."""
     ended: Literal["end", "stop", "length", "broken"]
-    """By a token that ends it, by a stop text, because it is as long as it may be, or because the
-    logits that come next are no numbers."""
+    """Why generation ended: an end token, a stop text, the maximum length, or logits that are not
+    numbers."""
 
 
 ExpectedTexts = Sequence[tuple[str, ...]]
-"""[row] what stands in the brackets of the metric, as it is in that row."""
+"""[row] arguments of the metric, evaluated in each row."""
 
 FIRST, LAST = "first", "last"
 
@@ -565,7 +564,7 @@ def matches(replies: Sequence[Reply], wanted: ExpectedTexts) -> list[float]:
 
 
 class PatternTimeout(Exception):
-    """A search in the reply of a row was cut short."""
+    """Error for a search in the reply of a row that exceeded its time limit."""
 
     def __init__(self, row: int) -> None:
         super().__init__(f"row {row}")
@@ -591,9 +590,9 @@ def check_pattern(pattern: str) -> None:
 
 
 def _found(pattern: str, text: str, row: int) -> bool:
-    import regex  # `re` can't be cut short
+    import regex  # `re` has no timeout
 
-    # Only to `regex` is `{e<=1}` more than these characters.
+    # `regex` gives a meaning to braces such as `{e<=1}` that `re` takes literally.
     literal = _LITERAL_BRACE.sub(lambda each: each[1] or r"\{", pattern)
     try:
         return regex.search(literal, text, timeout=limits.SEARCH_SECONDS) is not None

@@ -23,7 +23,7 @@ from mechdsl.images.pixels import (
     SHAPES,
     TEXTURES,
     Mask,
-    ShapePixels,
+    Pixels,
     ShapesDrawing,
     draw_shapes,
 )
@@ -71,7 +71,7 @@ def images(seed: int, n: int, *, held_out: bool) -> list[ShapesDrawing]:
     return list(itertools.islice(stream(default_rng(seed), held_out=held_out), n))
 
 
-def in_grey(pixels: ShapePixels, share: float, random: Generator) -> ShapePixels:
+def in_grey(pixels: Pixels, share: float, random: Generator) -> Pixels:
     """The image with that share of its patches in grey, [height, width, 3]."""
     across = SIZE // PATCH
     gone = random.permutation(across * across).reshape(across, across) < share * across * across
@@ -91,7 +91,7 @@ def kinds_of_patches(drawn: ShapesDrawing) -> NDArray[np.int64]:
     return np.where(part, list(SHAPES).index(drawn.kind), len(SHAPES))
 
 
-def as_input(pixels: Sequence[ShapePixels]) -> Tensor:
+def as_input(pixels: Sequence[Pixels]) -> Tensor:
     """What the models are given, [image, channel, height, width] from -1 to 1."""
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
 

@@ -1,4 +1,4 @@
-"""Metrics and observations read from a run: from logits and vectors to one number per row."""
+"""Readout of metrics and observations: from logits and vectors to one number per row."""
 
 from __future__ import annotations
 
@@ -39,44 +39,44 @@ from mechdsl.prompts.runs import PositionCell, ReplyPosition
 from mechdsl.resolve.loops import evaluate_arithmetic, iter_divisors
 from mechdsl.resolve.observations import Observation, Unembedding
 from mechdsl.resolve.types import ItemNumber, MetricTerm, ResolvedMeasure, ResolvedRule, SiteLayer
-from mechdsl.vocab.metrics import Reply
+from mechdsl.vocab.metrics import Reply, widen
 
 
 @dataclass(frozen=True, eq=False)
 class ObservedValues:
-    """What was seen of rows: a number of each, or logits that metrics read."""
+    """Observed values of rows: one number per row, or logits for metrics to read."""
 
     numbers: Tensor | None = None
     """[row]"""
     logits: Tensor | None = None
     """[row, token]"""
     tokens: Tensor | None = None
-    """[K] ascending: the tokens whose logits there are; None for the whole vocabulary."""
+    """[K] ascending: the tokens that `logits` holds; None for the whole vocabulary."""
     listed: Tensor | None = None
-    """[row, vocab] probabilities, where tokens are listed."""
+    """[row, vocab] probabilities, if tokens are listed."""
 
 
 @dataclass(frozen=True, eq=False)
 class _SiteVectors:
-    """Vectors of one site of one layer; K of them."""
+    """K vectors of one site in one layer."""
 
     read: SiteRead
     row: Ints
-    """[K] the row that each is of."""
+    """[K] the row of each vector."""
     place: Ints
-    """[K] where it lies in what was read."""
+    """[K] index of each vector into the values read at the site."""
     unit: Ints | None
-    """[K] head or neuron; None where all of them are one vector."""
+    """[K] head or neuron; None if each vector is undivided."""
     position: Ints
-    """[K]"""
+    """[K] sequence position of each vector."""
     keys: tuple[Ints, Ints] | None
     beside: Mapping[SiteLayer, Ints] = field(default_factory=dict[SiteLayer, Ints])
-    """[K] where what stands beside it lies in what was read there."""
+    """[K] per further site, the index of the accompanying vector into the values read there."""
 
 
 @dataclass(frozen=True, eq=False)
 class _SeenVectors:
-    """As `mechdsl.resolve.observations.ObservedVectors`."""
+    """Implementation of `mechdsl.resolve.observations.ObservedVectors`."""
 
     vectors: Tensor
     units: Tensor | None
@@ -90,22 +90,28 @@ class _SeenVectors:
 
 @dataclass(frozen=True, eq=False)
 class RowObserver:
-    """What is looked at in rows of one experiment."""
+    """Reader of the vectors that an `observe` rule looks at, for rows of one experiment."""
 
     rule: ResolvedRule
     does: Observation
     rows: int
     tokens_per_row: Ints
-    """[row] positions that are joined."""
+    """[row] number of positions that are averaged or added up."""
     places: Mapping[SiteRead, RowPositions]
-    """Rows of the pass and positions that are read, per site."""
+    """Rows of the pass and positions to read, per site."""
     parts: Sequence[_SiteVectors]
 
     def observed(
         self, found: Mapping[SiteRead, Tensor], unembedding: Unembedding, tokens: Tensor | None
     ) -> ObservedValues:
-        """found: [place, units, width] per site. tokens: those whose logits are asked for; None for
-        all, which are made where they are listed."""
+        """Compute the observed value of every row.
+
+        Args:
+            found: [place, units, width] values read at each site.
+            unembedding: The model's unembedding.
+            tokens: Tokens whose logits are needed; None for all. Observations that list tokens
+                always compute all logits.
+        """
         tokens = None if self.does.lists(self.rule) else tokens
         of_logits = self.does.gives == "logits"
         total: Tensor | None = None
@@ -118,10 +124,10 @@ class RowObserver:
                 values = self.does.each(self.rule, seen)
             count += np.bincount(part.row, minlength=self.rows)
             in_order = len(self.parts) == 1 and np.array_equal(part.row, np.arange(self.rows))
-            if in_order:  # one vector of each row
+            if in_order:  # exactly one vector per row
                 total = values
                 break
-            values = values.cpu()  # where sums don't change with the order of threads
+            values = values.cpu()  # where the order of summation doesn't depend on threads
             if total is None:
                 total = values.new_zeros(self.rows, *values.shape[1:])
             total.index_add_(0, torch.from_numpy(part.row), values)
@@ -131,7 +137,7 @@ class RowObserver:
         over = over.reshape(-1, *(1 for _ in total.shape[1:]))
         if of_logits:
             logits = total / over
-            listed = _widen(logits).softmax(-1) if self.does.lists(self.rule) else None
+            listed = widen(logits).softmax(-1) if self.does.lists(self.rule) else None
             return ObservedValues(logits=logits, tokens=tokens, listed=listed)
         return ObservedValues(numbers=(total / over).cpu())
 
@@ -142,7 +148,7 @@ class RowObserver:
         unembedding: Unembedding,
         tokens: Tensor | None,
     ) -> _SeenVectors:
-        own = _widen(found[part.read])
+        own = widen(found[part.read])
         device = own.device
         place = array_to_device(part.place, device)
         chosen = None if part.unit is None else array_to_device(part.unit, device)
@@ -152,7 +158,7 @@ class RowObserver:
             index, key = arrays_to_device(part.keys, device)
             keys = index, key
         beside = {
-            at: _widen(found[SiteRead(*at)])[array_to_device(where, device)].flatten(1)
+            at: widen(found[SiteRead(*at)])[array_to_device(where, device)].flatten(1)
             for at, where in part.beside.items()
         }
         return _SeenVectors(
@@ -167,23 +173,19 @@ class RowObserver:
         )
 
 
-def _widen(values: Tensor) -> Tensor:
-    return values.float() if values.element_size() < 4 else values
-
-
 @dataclass(frozen=True, eq=False)
 class ReplyTokenMap:
-    """Where the places of replies lie, in rows that have written."""
+    """Positions of reply tokens in rows that generated text."""
 
     tokens_of: Callable[[ReplyPosition], Sequence[tuple[int, ...]]]
-    """[row of the pass] the tokens of its reply, counted from 1."""
+    """[row of the pass] the selected tokens of its reply, counted from 1."""
     lengths: Ints
-    """[row of the pass] tokens of its prompt."""
+    """[row of the pass] number of prompt tokens."""
     at: Ints
-    """[row] the row of the pass."""
+    """[row] index of the row in the pass."""
 
     def there(self, plan: RulePlan, rows: RowTable) -> Bools:
-        """[row] whether its reply has all places that are looked at."""
+        """Return [row]: whether the reply has all observed positions."""
         found = np.ones(len(rows), dtype=np.bool_)
         for cells, cell in plan.placed:
             cell_of_row = cell[rows.cell]
@@ -197,9 +199,17 @@ class ReplyTokenMap:
     def moved(
         self, cells: Sequence[PositionCell], cell: Ints, rows: Ints, index: Ints, position: Ints
     ) -> tuple[Ints, Ints]:
-        """Entries `index` with their positions, those of places in replies where these are.
+        """Replace the positions of entries that refer to replies by the actual reply positions.
 
-        cell: [entry number] which of the cells; rows: [entry number] its row.
+        Args:
+            cells: The position cells.
+            cell: [entry number] index into `cells`.
+            rows: [entry number] its row.
+            index: [K] entry number of each position, ascending.
+            position: [K] positions.
+
+        Returns:
+            Entry numbers and positions, in the order of entries.
         """
         behind = np.array([each.reply is not None for each in cells], dtype=np.bool_)[cell]
         if not behind.any():
@@ -225,7 +235,15 @@ def build_observer(
     shape: ModelShape,
     replies: ReplyTokenMap | None = None,
 ) -> RowObserver:
-    """What an `observe` rule looks at; at: [row] the row of the pass."""
+    """Build the observer of an `observe` rule.
+
+    Args:
+        plan: The rule's plan.
+        rows: The rows of the experiment.
+        at: [row] index of the row in the pass.
+        shape: The model's shape.
+        replies: Positions of reply tokens, if the rows generated text.
+    """
     does = plan.rule.does
     assert isinstance(does, Observation)
     row, position = plan.written.tokens.expand(plan.written_runs(rows))
@@ -276,7 +294,11 @@ def build_observer(
 def _add_request(
     asked: dict[SiteRead, list[RowPositions]], read: SiteRead, rows: Ints, positions: Ints
 ) -> Ints:
-    """Where each place lies in what will be read of a site, each of a part read once."""
+    """Request positions of a site; each distinct position of one request is read once.
+
+    Returns:
+        Index of each position into the values that will be read at the site.
+    """
     before = asked.setdefault(read, [])
     pairs = np.stack([rows, positions])
     distinct, place = np.unique(pairs, axis=1, return_inverse=True)
@@ -301,7 +323,7 @@ def _expand_keys(
 
 @dataclass(frozen=True, eq=False)
 class ValueGap:
-    """Rows in which a measure has no value, though the model's output can be used."""
+    """Rows in which a measure is undefined although the model's output is usable."""
 
     rows: Ints
     reason: str
@@ -309,38 +331,40 @@ class ValueGap:
 
 @dataclass(frozen=True, eq=False)
 class MeasureFailure:
-    """A measure whose function failed, so that no row has a value."""
+    """Failure of a measure's function; no row has a value."""
 
     problem: PythonFailed | UnreadableMeasure
     row: int | None
-    """The row that it fails at; None where it isn't known, or hangs on none."""
+    """The row that it failed on; None if unknown, or if the failure doesn't depend on a row."""
     rows: int
-    """How many it was called with; 0 where none of them has to do with it."""
+    """Number of rows in the failing call; 0 if the failure is independent of rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class ReadoutResult:
-    """What a readout finds in rows."""
+    """Values of all measures for rows, with failures and gaps."""
 
     values: list[Floats]
     """Per measure, [row]."""
     broken: Bools
-    """[row] whether it can't be used, as a number that is read is none; such a row has no value in
-    any measure."""
+    """[row] whether a value that was read is invalid; such a row has no value in any measure."""
     rounding: list[Floats]
-    """Per measure, [row]: how far rounding may move the value; 0 where that wasn't asked for."""
+    """Per measure, [row]: how far rounding may move the value; 0 if that wasn't requested."""
     failed: Mapping[int, MeasureFailure]
-    """By number, the measures that can't be computed."""
+    """Failed measures, by number."""
     gaps: Mapping[int, ValueGap]
-    """By number, the measures that have no value in some rows."""
+    """Measures that have no value in some rows, by number."""
     listed: Tensor | None = None
-    """[row, vocab] probabilities, where an observation lists tokens."""
+    """[row, vocab] probabilities, if an observation lists tokens."""
     replies: Sequence[tuple[Reply, ...]] = ()
-    """[row] what it wrote: one reply for each sample, of each draw of noise."""
+    """[row] its replies: one for each sample of each noise draw."""
 
     def over_draws(self, draws: int) -> ReadoutResult:
-        """Averaged over draws of noise, which lie side by side: over those that have a value, as
-        replies may be too short for a place. One that can't be used, or is a gap, leaves none."""
+        """Average over noise draws, which are adjacent rows.
+
+        Draws without a value are left out, because a reply may be too short for a position. A row
+        with a broken draw or a gap has no value.
+        """
         broken = np.count_nonzero(self.broken.reshape(-1, draws), axis=1) > 0
 
         def mean(number: int) -> Floats:
@@ -371,53 +395,53 @@ class ReadoutResult:
 
 
 def average_present(values: Floats, there: Bools) -> Floats:
-    """[row] the mean of [row, n] over those that are there, NaN where none is."""
+    """Return [row]: the mean of `values` [row, n] over present entries; NaN if there are none."""
     count = np.count_nonzero(there, axis=1)
     total = np.where(there, values, 0.0).sum(axis=1)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _group_replies(replies: Sequence[tuple[Reply, ...]], draws: int) -> list[tuple[Reply, ...]]:
-    """Of each row, what it wrote in all draws."""
+    """Collect the replies of all draws of each row."""
     groups = (replies[n : n + draws] for n in range(0, len(replies), draws))
     return [tuple(reply for one in group for reply in one) for group in groups]
 
 
 @dataclass(frozen=True, eq=False)
 class ReadoutInput:
-    """What a run gives a readout. Rows are lanes of an unpatched run or patched rows."""
+    """Input of a readout. Rows are lanes of an unpatched run, or patched rows."""
 
     run: str
-    """The run that rows are lanes of, or start from."""
+    """The run whose lanes the rows are, or that they start from."""
     prompts: Ints
-    """[row] index into the table."""
+    """[row] index into the prompt table."""
     items: Sequence[ItemNumber]
-    """[row] the occurrence that `{item.index}` stands for."""
+    """[row] the occurrence that `{item.index}` refers to."""
     logits: Tensor | None
-    """[row, spot, vocab] of the plain prompts."""
+    """[row, spot, vocab] logits of the prompts without a continuation."""
     continued: Mapping[int, Tensor]
-    """Atom number → [row, token, vocab] of the prompts with that text behind them."""
+    """Atom number → [row, token, vocab] logits of the prompts followed by the atom's text."""
     loss: Tensor | None
     activations: Mapping[int, Tensor]
-    """Atom number → [row, 1, width] at the measured place."""
+    """Atom number → [row, 1, width] at the measured position."""
     references: Mapping[int, Tensor]
     """Atom number → [row, vocab] logits, or [row, 1, width], of the reference run."""
     observed: ObservedValues | None = None
-    """What an `observe` line sees; None on runs without rows."""
+    """Values of an `observe` line; None on runs without rows."""
     tokens: Tensor | None = None
-    """[K] ascending: the tokens whose logits there are; None for the whole vocabulary."""
+    """[K] ascending: the tokens that `logits` holds; None for the whole vocabulary."""
     largest: Tensor | None = None
-    """[row, spot] the size of the largest logit of the whole vocabulary, where `tokens` are fewer;
-    None where nothing is asked of rounding."""
+    """[row, spot] magnitude of the largest logit of the whole vocabulary, if `tokens` are fewer;
+    None if rounding isn't estimated."""
     has_loss: Bools | None = None
-    """[row] whether the prompt has a loss; None where none is read."""
+    """[row] whether the prompt has a loss; None if no loss is read."""
     replies: Sequence[Reply] = ()
-    """[row] what it wrote, where that is measured."""
+    """[row] its reply, if a metric reads replies."""
     standing: Ints | None = None
-    """[row] the token that stands where its loss is read, in a reply."""
+    """[row] the reply token at the position where its loss is read."""
 
     def columns(self, ids: Tensor) -> Tensor:
-        """Where the logits of these tokens lie."""
+        """Return the columns of `logits` that hold these tokens."""
         return ids if self.tokens is None else torch.searchsorted(self.tokens, ids)
 
 
@@ -430,9 +454,9 @@ class Readout:
     """(number of its spot, atom)."""
     spots: tuple[MeasuredPosition, ...]
     looking: tuple[bool, ...]
-    """Per atom, whether it reads what is observed, and not the model's output."""
+    """Per atom, whether it reads observed values instead of the model's output."""
     behind: tuple[bool, ...]
-    """Per atom, whether it is read behind the prompt, in a reply: see `BehindPrompts`."""
+    """Per atom, whether it is read in a reply: see `ReplyMeasures`."""
 
     @staticmethod
     def of(measures: Sequence[ResolvedMeasure]) -> Readout:
@@ -445,13 +469,13 @@ class Readout:
         return Readout(tuple(measures), tuple(atoms), spots, tuple(looking), behind)
 
     def _of(self, looking: bool) -> tuple[MetricTerm, ...]:
-        """The atoms that read what is observed, or the others; none that is read in replies."""
+        """Return the atoms that read observed values, or the others; none read in replies."""
         every = zip(self.atoms, self.looking, self.behind, strict=True)
         return tuple(atom for (_, atom), own, behind in every if own == looking and not behind)
 
     @property
     def continuations(self) -> tuple[int, ...]:
-        """Numbers of the atoms that need a pass of their own, with their text behind the prompt."""
+        """Numbers of the atoms that need a separate pass, with their text after the prompt."""
         every = enumerate(zip(self.atoms, self.looking, self.behind, strict=True))
         return tuple(
             n
@@ -461,32 +485,32 @@ class Readout:
 
     @property
     def texts_behind(self) -> tuple[Continuation, ...]:
-        """Their texts."""
+        """Continuations of the atoms that need a separate pass."""
         return tuple(Continuation(number, self.atoms[number][1]) for number in self.continuations)
 
     @property
     def passes(self) -> tuple[Continuation | None, ...]:
-        """The text behind the prompts in each pass over them; None behind the prompts alone."""
+        """Continuation of each pass over the prompts; None for the prompts alone."""
         return (None, *self.texts_behind) if self.needs_plain else self.texts_behind
 
     @property
     def needs_plain(self) -> bool:
-        """Whether some atom is read off the prompts as they are."""
+        """Whether some atom is read from the prompts without a continuation."""
         return len(self.continuations) < len(self._of(looking=False)) - self._of_replies
 
     @property
     def _of_replies(self) -> int:
-        """How many atoms read what a row writes."""
+        """Number of atoms that read generated text."""
         return sum(atom.form.takes == "reply" for atom in self._of(looking=False))
 
     @property
     def reads_replies(self) -> bool:
-        """Whether some atom reads what a row writes."""
+        """Whether some atom reads generated text."""
         return self._of_replies > 0
 
     @property
     def only_replies(self) -> bool:
-        """Whether nothing but what a row writes is read of it, or there."""
+        """Whether every atom reads generated text, or values at positions of it."""
         behind = sum(self.behind)
         return self._of_replies + behind == len(self.atoms) and len(self.atoms) > 0
 
@@ -497,20 +521,22 @@ class Readout:
 
     @property
     def narrow(self) -> bool:
-        """Whether no atom needs the logits of the whole vocabulary: of another run, one that is
-        read off what is observed may need them too."""
+        """Whether no atom needs the logits of the whole vocabulary.
+
+        An atom that compares observed logits with another run needs all logits of that run.
+        """
         compared = any(atom.form.takes == "reference" for atom in self._of(looking=True))
         own = (atom.form for atom in self._of(looking=False))
         return not compared and all(form.narrow or form.takes == "reply" for form in own)
 
     def observed_tokens(self, prompts: Ints) -> list[int] | None:
-        """The tokens whose logits measures read off what is observed; None for all."""
+        """Return the tokens whose logits metrics read from observed values; None for all."""
         if not all(atom.form.narrow for atom in self._of(looking=True)):
             return None
         return sorted(self.tokens(prompts, looking=True))
 
     def tokens(self, prompts: Ints, *, looking: bool = False) -> set[int]:
-        """The tokens whose logits a narrow readout reads on these prompts."""
+        """Return the tokens whose logits a narrow readout reads on these prompts."""
         found: set[int] = set()
         for atom in self._of(looking):
             for sets in atom.sets.values():
@@ -527,11 +553,13 @@ class Readout:
     def read(
         self, reading: ReadoutInput, relative: float = 0.0, *, skip: Collection[int] = ()
     ) -> ReadoutResult:
-        """One value per row for every measure.
+        """Compute one value per row for every measure.
 
-        relative: how far rounding may move a logit, relative to the largest one where a metric
-        reads; 0 doesn't ask what that does to the values. skip: numbers of measures that aren't
-        read.
+        Args:
+            reading: The values to read from.
+            relative: How far rounding may move a logit, relative to the largest logit at the
+                metric's position; 0 skips the estimate of rounding.
+            skip: Numbers of measures to leave out.
         """
         broken = self._broken(reading)
         found = [np.full(len(reading.prompts), np.nan) for _ in self.measures]
@@ -560,15 +588,17 @@ class Readout:
             if gap is not None:
                 gaps[n] = gap
                 found[n][gap.rows], unknown[gap.rows] = np.nan, False
-            for value in values.values():  # −∞ − −∞ is no number, though each has its meaning
+            for value in values.values():  # −∞ − −∞ is NaN, though each operand is valid
                 broken |= np.isinf(value) & unknown
         for values_of_measure in found:
             values_of_measure[broken] = np.nan
         return ReadoutResult(found, broken, rounding, failed, gaps)
 
     def tensors(self, reading: ReadoutInput) -> list[Tensor]:
-        """Per measure, [row] float64, as autograd sees it made: what `read` gives, without a word
-        of what can't be used."""
+        """Return, per measure, [row] float64 values that carry gradients.
+
+        The values equal those of `read`, without a report of invalid ones.
+        """
         usable = np.ones(len(reading.prompts), dtype=np.bool_)
         numbers = iter(range(len(self.atoms)))
         found: list[Tensor] = []
@@ -582,7 +612,7 @@ class Readout:
         return found
 
     def _values(self, numbers: range, reading: ReadoutInput, usable: Bools) -> dict[Any, Floats]:
-        """The atoms of a measure, by what is written: [row]. E0223 as PythonFailure."""
+        """Compute the atoms of a measure, by syntax node: [row]. Raises E0223 as PythonFailure."""
         found: list[Tensor] = []
         for number in numbers:
             spot, atom = self.atoms[number]
@@ -603,11 +633,13 @@ class Readout:
         reading: ReadoutInput,
         relative: float,
     ) -> Floats:
-        """[row]: how far rounding may move a measure, to first order, all of its atoms in the worst
-        direction."""
+        """Return [row]: a first-order bound on how far rounding may move a measure.
+
+        The bound adds up the atoms, each in its worst direction.
+        """
         result = evaluate_arithmetic(measure.expression, values.__getitem__)
         moved = np.zeros(len(reading.prompts))
-        # Nothing is observed of runs without rows; texts change or don't.
+        # Runs without rows have no observed values, and the effect on texts has no first order.
         due = [n for n in numbers if not self.looking[n] and self.atoms[n][1].form.takes != "reply"]
         of_outputs = [n for n in due if self.atoms[n][1].form.of_outputs]
         sizes = [_find_largest(self.atoms[n][1], n, self.atoms[n][0], reading) for n in of_outputs]
@@ -631,8 +663,10 @@ class Readout:
         return moved
 
     def _broken(self, reading: ReadoutInput) -> Bools:
-        """[row] whether NaN is among what is read, or an infinity that metrics can't use. −∞ is
-        what a model says of a token that it excludes; that of all tokens is none."""
+        """Return [row]: whether a value that is read is NaN, or an infinity that metrics can't use.
+
+        A model gives −∞ to a token that it excludes; −∞ for all tokens is invalid.
+        """
         found = [torch.zeros(len(reading.prompts), dtype=torch.bool)]
         if reading.logits is not None:
             found.append(_is_invalid(reading.logits, whole=reading.tokens is None).any(-1))
@@ -664,7 +698,7 @@ class Readout:
 
 
 def _select_logits(atom: MetricTerm, number: int, spot: int, reading: ReadoutInput) -> Tensor:
-    """[row, ..., vocab]: what an atom of the model's outputs is read off."""
+    """Return the logits that an atom of the model's output reads: [row, ..., vocab]."""
     logits = reading.continued.get(number)
     if logits is not None:
         return logits
@@ -673,7 +707,7 @@ def _select_logits(atom: MetricTerm, number: int, spot: int, reading: ReadoutInp
 
 
 def _find_largest(atom: MetricTerm, number: int, spot: int, reading: ReadoutInput) -> Tensor:
-    """[row] float64, the size of the largest logit where an atom is read."""
+    """Return [row] float64: magnitude of the largest logit where an atom is read."""
     if reading.largest is not None:
         size = reading.largest[:, spot]
     else:
@@ -685,17 +719,27 @@ def _find_largest(atom: MetricTerm, number: int, spot: int, reading: ReadoutInpu
 def _bound_rounding(
     atom: MetricTerm, number: int, spot: int, reading: ReadoutInput, value: Floats, moved: Floats
 ) -> Floats:
-    """[row]: how far rounding may move an atom of the model's outputs, whose logits it moves by
-    `moved`. An output is a sum over the model's width, rounded as its parts are and not as what is
-    left of them: a small logit moves as far as the largest one of all tokens. Metrics in logits and
-    nats, and the numbers of a regression, move by as much, shares by that part of themselves; a
-    rank moves over the tokens that come as close as that. `correct` and categories change, which
-    counts as 1, where the two best tokens do."""
+    """Return [row]: how far rounding may move an atom of the model's outputs.
+
+    An output is a sum over the model's width and is rounded like its summands, not like their
+    total: a small logit moves as far as the largest one of all tokens. Metrics in logits and
+    nats, and the numbers of a regression, move by the same amount; shares move in proportion to
+    their value. A rank moves by the number of tokens within that distance. `correct` and
+    categories change by 1 if the two best tokens may swap.
+
+    Args:
+        atom: The atom.
+        number: Its number.
+        spot: Number of its measured position.
+        reading: The values to read from.
+        value: [row] the atom's value.
+        moved: [row] how far rounding moves a logit.
+    """
     takes, unit = atom.form.takes, atom.form.unit
     logits = _select_logits(atom, number, spot, reading)
     if atom.form.narrow and takes == "numerals":
         logits = _set_logits(atom, reading, spot)
-    if takes == "label" and unit == "share":  # by the sign of its own logit
+    if takes == "label" and unit == "share":  # decided by the sign of the label's logit
         target = to_device(_target_tokens(atom, reading), logits.device)
         own = logits.gather(-1, target[:, None])[:, 0].abs().double().cpu().numpy()
         return (own <= moved).astype(np.float64)
@@ -713,16 +757,22 @@ def _bound_rounding(
 
 
 _LOGIT_UNITS = ("logit", "nat", "number")
-"""Units of metrics that move as logits do."""
+"""Units of metrics that move by the same amount as logits."""
 
 
 def _count_exchanges(
     logits: Tensor, ids: Tensor, mask: Tensor, within: Floats, *, best: bool
 ) -> Floats:
-    """[row]: how many tokens may change places with the best of those that are meant, as their
-    logits are not further apart than `within`; best: 1 where which of all is the best may change.
+    """Return [row]: how many tokens may swap ranks with the best target token.
 
-    ids: [row, token]. mask: [row, token], true where there is one
+    Two tokens may swap if their logits differ by at most `within`.
+
+    Args:
+        logits: [row, vocab].
+        ids: [row, token] target tokens.
+        mask: [row, token] true where `ids` holds a token.
+        within: [row] the distance.
+        best: Return 1 where the best of all tokens may change, instead of a count.
     """
     own = logits.gather(-1, ids).masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
     apart = logits.double() - own.double()
@@ -734,7 +784,7 @@ def _count_exchanges(
 
 
 def _has_close_best(logits: Tensor, within: Floats) -> Floats:
-    """[row]: 1 where the logits of the two best are not further apart than `within`."""
+    """Return [row]: 1 where the two best logits differ by at most `within`, else 0."""
     if logits.shape[-1] < 2:
         return np.zeros(len(logits))
     best, second = logits.double().topk(2).values.unbind(-1)
@@ -742,13 +792,13 @@ def _has_close_best(logits: Tensor, within: Floats) -> Floats:
 
 
 _UNIT_BOUNDS = {"rank": (1.0, np.inf), "share": (0.0, 1.0)}
-"""By unit, what a metric can't go beyond, however far rounding moves it."""
+"""By unit, the range of a metric, which rounding can't leave."""
 
 
 def _find_gap(
     measure: ResolvedMeasure, values: Mapping[Any, Floats], result: Floats, usable: Bools
 ) -> ValueGap | None:
-    """The rows in which the measure is no number, though all that it reads can be used."""
+    """Find the rows in which the measure is undefined although all its inputs are usable."""
     causes: list[tuple[Bools, str]] = []
     for divisor in iter_divisors(measure.expression):
         zero = evaluate_arithmetic(divisor, values.__getitem__) == 0
@@ -770,7 +820,7 @@ def _find_gap(
 
 
 def _target_tokens(atom: MetricTerm, reading: ReadoutInput) -> Tensor:
-    """[row]: the token of the atom's text, the first one of several."""
+    """Return [row]: the first token of the atom's text."""
     if atom.own and reading.standing is not None:
         return torch.from_numpy(reading.standing)
     if atom.own:
@@ -785,8 +835,12 @@ def _target_tokens(atom: MetricTerm, reading: ReadoutInput) -> Tensor:
 
 
 def pad_token_sets(atom: MetricTerm, reading: ReadoutInput) -> tuple[Tensor, Tensor, Tensor]:
-    """[row, token] of the atom's sets: token ids, where there is one, and, of numerals, the numbers
-    that they stand for. Behind the end of a set its first token stands again."""
+    """Return the atom's token sets, padded with the first token of each set.
+
+    Returns:
+        [row, token] each: token ids, mask of the entries before the padding, and the numbers that
+        numerals represent.
+    """
     by_item = atom.by_item
     pairs = zip(reading.prompts.tolist(), reading.items, strict=True)
     envs = [(item if by_item else None, prompt) for prompt, item in pairs]
@@ -801,12 +855,12 @@ def pad_token_sets(atom: MetricTerm, reading: ReadoutInput) -> tuple[Tensor, Ten
 
 
 def _pad_sets(sets: Sequence[tuple[int, ...]], width: int) -> Tensor:
-    """[set, width]: the first of each again behind its end."""
+    """Return [set, width]: the sets, padded with their first entry."""
     return torch.tensor([each + each[:1] * (width - len(each)) for each in sets])
 
 
 def _set_logits(atom: MetricTerm, reading: ReadoutInput, spot: int) -> Tensor:
-    """[row, token] the logits of the atom's sets, -inf where a set has fewer."""
+    """Return [row, token]: the logits of the atom's sets, -inf in the padding."""
     assert reading.logits is not None
     logits = reading.logits[:, spot]
     ids, mask, _ = pad_token_sets(atom, reading)
@@ -815,14 +869,17 @@ def _set_logits(atom: MetricTerm, reading: ReadoutInput, spot: int) -> Tensor:
 
 
 def _is_invalid(logits: Tensor, *, whole: bool) -> Tensor:
-    """[...] of [..., vocab]: NaN or +∞ among the logits, or, where they are the whole choice that
-    there is, nothing but −∞. One reduction, without a second tensor of that size."""
+    """Return [...] for [..., vocab]: whether the logits contain NaN or +∞.
+
+    Logits of all possible choices (`whole`) are also invalid if every one is −∞. One reduction
+    suffices, without a second tensor of that size.
+    """
     top = logits.amax(-1)
     return ~top.isfinite() if whole else top.isnan() | top.isposinf()
 
 
 def _observed_value(atom: MetricTerm, number: int, reading: ReadoutInput, usable: Bools) -> Tensor:
-    """[row]: the atom's metric of what is observed; NaN where nothing is."""
+    """Return [row]: the atom's metric of the observed values; NaN if there are none."""
     seen = reading.observed
     if seen is None:
         return torch.full((len(reading.prompts),), torch.nan)
@@ -837,7 +894,7 @@ def _observed_value(atom: MetricTerm, number: int, reading: ReadoutInput, usable
 def _atom_value(
     atom: MetricTerm, number: int, spot: int, reading: ReadoutInput, usable: Bools
 ) -> Tensor:
-    """[row]: the atom's metric. E0223 as PythonFailure."""
+    """Return [row]: the atom's metric. Raises E0223 as PythonFailure."""
     takes, function = atom.form.takes, atom.form.function
     if takes == "prompt":
         assert reading.loss is not None
@@ -875,12 +932,12 @@ def _atom_value(
 
 
 def _class_logits(atom: MetricTerm, logits: Tensor) -> Tensor:
-    """[row, class], where texts are scored that are none of the classes too."""
+    """Return [row, class]: class logits, without the further texts that are scored."""
     return logits[..., : atom.classes] if atom.classes else logits
 
 
 def _continuation_value(atom: MetricTerm, logits: Tensor, prompts: Ints) -> Tensor:
-    """A text of several tokens: [row, token, vocab], ragged over rows."""
+    """Compute the metric of a text of several tokens from [row, token, vocab], ragged over rows."""
     texts = [get_continuation_ids(atom, int(p)) for p in prompts]
     width = logits.shape[1]
     ids = torch.tensor([t + (0,) * (width - len(t)) for t in texts])
@@ -892,12 +949,12 @@ def _continuation_value(atom: MetricTerm, logits: Tensor, prompts: Ints) -> Tens
 
 @dataclass(frozen=True)
 class ListedToken:
-    """A token of a cell's list."""
+    """Token in a cell's list."""
 
     token: int
     over_rows: tuple[float, float] | None = None
-    """Its mean probability over the rows of the cell, and the share of these in which it is the
-    most likely token; None where rows have no part in it."""
+    """Mean probability over the rows of the cell, and the share of rows in which the token is the
+    most likely one; None if the list doesn't come from rows."""
 
 
 def read_samples(
@@ -908,7 +965,10 @@ def read_samples(
     *,
     skip: Collection[int] = (),
 ) -> ReadoutResult:
-    """`Readout.read`, averaged over the texts that each row wrote; the same, where none did."""
+    """Read the measures, averaged over the texts that each row generated.
+
+    Equals `Readout.read` if no text was generated.
+    """
     if not written:
         return readout.read(reading, relative, skip=skip)
     every = [

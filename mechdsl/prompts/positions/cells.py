@@ -1,4 +1,4 @@
-"""Position expressions of the language as token positions in every row."""
+"""Cells of position expressions: their token positions in every row."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from mechdsl.diagnostics.positions import (
 from mechdsl.diagnostics.rules import EmptyRange
 from mechdsl.diagnostics.syntax import NotSupported
 from mechdsl.prompts.positions.spans import (
-    ANSWER_SPAN,
     NO_ANSWERS,
     AnswerTokens,
     CountedTokens,
@@ -40,7 +39,7 @@ from mechdsl.prompts.positions.spans import (
     position_label,
 )
 from mechdsl.prompts.rows import PromptTable
-from mechdsl.prompts.runs import Hits, PositionCell, ReplyPosition, RunRow, TokenMap
+from mechdsl.prompts.runs import ANSWER_SPAN, Hits, PositionCell, ReplyPosition, RunRow, TokenMap
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import TextTokenizer
 from mechdsl.syntax import ast
@@ -49,23 +48,23 @@ from mechdsl.syntax.traversal import walk
 RankedTokenLookup = Callable[
     [ast.RankedTokens, str, Mapping[str, Any], list[Diagnostic]], list[tuple[str, list[Hits]]]
 ]
-"""(expression, run, values of loops, diagnostics) → (label, hits of every row) of its cells."""
+"""(expression, run, values of loops, diagnostics) → (label, hits of every row) per cell."""
 
 
 @cache
 def single_token_hit(position: int) -> Hits:
-    """The hits of a row with one token; one object for equal ones, because rows are many."""
+    """Return the hits of a row with one token; equal hits share one object to save memory."""
     return ((position,),)
 
 
 _FEW = 3
-"""Up to so many tokens, first / middle / last tells all of them apart."""
+"""Up to this number of tokens, the labels first, middle and last distinguish all of them."""
 
 
 def span_cells(
     name: str, tokens: Sequence[tuple[int, ...]], lengths: set[int]
 ) -> list[PositionCell]:
-    """One cell per token, or first / middle / last; a single token is the last."""
+    """Return one cell per token, or first, middle and last; a single token is the last."""
     if len(lengths) == 1 and max(lengths) > _FEW:
         return [
             PositionCell(
@@ -89,8 +88,10 @@ def check_token_counts(
     table: PromptTable | None = None,
     runs: tuple[str, str] | None = None,
 ) -> list[Diagnostic]:
-    """E0307 where a row has other numbers of tokens in the two runs. Cells correspond by order;
-    rows that lack the position in one of them have dropped out."""
+    """Return E0307 if a row has different numbers of tokens in the two runs.
+
+    Cells correspond by order; rows that lack the position in either run have dropped out.
+    """
     unequal: dict[int, tuple[int, int]] = {}
     total = 0
     for base, source in zip(base_cells, source_cells, strict=True):
@@ -113,7 +114,7 @@ def check_token_counts(
 
 
 def is_after_prompts(cell: PositionCell, rows: Sequence[RunRow]) -> bool:
-    """Whether it hits tokens behind these prompts: the answer's."""
+    """Return whether a cell hits tokens after these prompts: tokens of the answer."""
     for row, hits in zip(rows, cell.hits, strict=True):
         end = len(row.ids)
         for run in hits:
@@ -126,12 +127,12 @@ def is_after_prompts(cell: PositionCell, rows: Sequence[RunRow]) -> bool:
 def hit_texts(
     table: PromptTable, run: str, cell: PositionCell, tokenizer: TextTokenizer | None = None
 ) -> tuple[str, ...]:
-    """The different token texts that a cell hits in the prompts, the commonest first.
+    """Return the distinct token texts that a cell hits in the prompts, most frequent first.
 
-    tokenizer: knows the names of tokens that cover no text (else they are left out).
+    tokenizer: names tokens that cover no text; without it, they are omitted.
     """
     found: Counter[str] = Counter()
-    if cell.reply is not None:  # nothing is written yet
+    if cell.reply is not None:  # nothing is generated yet
         return ()
     for row, hits in zip(table.runs[run].rows, cell.hits, strict=True):
         m = TokenMap(row)
@@ -149,33 +150,33 @@ def hit_texts(
 
 
 def join_hits(cells: Sequence[PositionCell], n: int) -> Hits:
-    """All positions of a row, joined as they are written: in two runs, and on both sides of `onto`,
-    they pair in this order. No run where there are none."""
+    """Join all positions of a row in written order, so that they pair in two runs and on both sides
+    of `onto`; no run if there are none."""
     joined = dict.fromkeys(p for cell in cells for run in cell.hits[n] for p in run)
-    # A run of no tokens, that of `top 0%`, is a run all the same.
+    # `top 0%` is a run without tokens, but still a run.
     return (tuple(joined),) if any(cell.hits[n] for cell in cells) else ()
 
 
 def lacks_hits(cells: Sequence[PositionCell], n: int) -> bool:
-    """Whether a row has none of the cells: another experiment lacks it, so that nothing is known of
-    its tokens, or a `for` counts beyond its end."""
+    """Return whether a row has none of the cells: the experiment that ranks its tokens lacks it, or
+    a `for` variable exceeds its length."""
     return not any(cell.hits[n] for cell in cells)
 
 
 def has_ranked_tokens(node: ast.Node) -> bool:
-    """Whether it names tokens that another experiment ranked."""
+    """Return whether a node refers to tokens that another experiment ranked."""
     return any(isinstance(part, ast.RankedTokens) for part in walk(node))
 
 
 REPLY = "reply"
-"""Names its tokens, unless a prompt has a span of that name."""
+"""The span that refers to the reply's tokens, unless a prompt has a span of that name."""
 
 Decoder: TypeAlias = Callable[[Sequence[int]], str]
 
 
 @record
 class ReplyTokens(Record):
-    """How long replies are at most; or why there are none to be named."""
+    """The maximum length of replies, or the reason that positions can't refer to them."""
 
     most: int = 0
     reason: str = "only measures, observations and `save` read tokens of a reply"
@@ -188,7 +189,7 @@ _ALL_EMPTY = "all of them are empty", "name a position of the prompt"
 
 
 def refers_to_reply(node: ast.Node, table: PromptTable) -> bool:
-    """Whether a position names tokens of a reply."""
+    """Return whether a position refers to tokens of a reply."""
     if any(isinstance(part, ast.EachStep) for part in walk(node)):
         return True
     named = (part for part in walk(node) if isinstance(part, ast.SpanRef))
@@ -205,10 +206,9 @@ def reply_cells(
     tokenizer: TextTokenizer,
     diagnostics: list[Diagnostic],
 ) -> list[PositionCell]:
-    """The cells of a position that names tokens of a reply; none after E0545.
+    """Return the cells of a position in the reply; none after E0545.
 
-    Of a reply that is still to be written nothing is known: what they hit then is the prompt's last
-    token.
+    Before the reply is generated, the cells hit the final prompt token.
     """
     rows = table.runs[run].rows
     there = table.behind != ""
@@ -231,13 +231,15 @@ def reply_cells(
 
 
 def _length(row: RunRow) -> int:
-    """Tokens of the reply behind its prompt."""
+    """Return the number of tokens of the reply after a row's prompt."""
     return 0 if row.reply is None else len(row.reply.of(row.ids))
 
 
 def _behind(row: RunRow, place: ReplyPosition, tokenizer: TextTokenizer) -> Hits:
-    """What a place is in the reply that stands behind a prompt; while that isn't written, a text in
-    it is its last token."""
+    """Return the hits of a position in the reply after a row's prompt.
+
+    While the reply is a placeholder, a text in it is represented by its last token.
+    """
     reply = row.reply
     if reply is None:
         return ()
@@ -249,14 +251,14 @@ def _behind(row: RunRow, place: ReplyPosition, tokenizer: TextTokenizer) -> Hits
 
 
 class _Places:
-    """What a position names of a reply."""
+    """The cells of one position in the reply."""
 
     def __init__(self, position: ast.Position, replies: ReplyTokens) -> None:
         self.position, self.most = position, replies.most
         self.replies = replies
 
     def found(self) -> tuple[list[tuple[str, ReplyPosition]], Diagnostic | None]:
-        """(label, place) of its cells, or E0545."""
+        """Return (label, position) of each cell, or E0545."""
         if not self.most:
             return [], self.bad(self.replies.reason, self.replies.hint)
         body, said = self.position.body, self.position
@@ -323,7 +325,7 @@ class _Places:
             yield f"reply {number}", ReplyPosition("token", number)
 
     def _may_be(self, place: ReplyPosition) -> bool:
-        """Whether a reply may have it."""
+        """Return whether a reply can be long enough for a position."""
         if place.kind in ("token", "tokens"):
             ends = (place.number, place.last or place.number)
             low, high = (each + place.offset for each in ends)
@@ -331,28 +333,30 @@ class _Places:
         return place.kind == "step" or abs(place.offset) < self.most
 
     def bad(self, reason: str, hint: str) -> Diagnostic:
-        """E0545."""
+        """Return E0545."""
         said = self.position.span
         return NotInReply(span=said, position=said.written, reason=reason, hint=hint)
 
 
 def _whole(of: ast.SpanRef) -> bool:
-    """Whether it is the reply itself."""
+    """Return whether a span is the whole reply."""
     return of.name == REPLY and of.of is None and of.occurrence is None and of.edge is None
 
 
 def _text_in(of: ast.SpanRef) -> bool:
-    """Whether it is a text in the reply."""
+    """Return whether a span is a text in the reply."""
     return of.literal is not None and of.of == REPLY
 
 
 def find_reply_tokens(
     place: ReplyPosition, reply: Sequence[int], text: str, decode: Decoder
 ) -> tuple[int, ...]:
-    """The tokens of a reply that a place is, counted from 1, the prompt's last one being 0; none
-    where the reply doesn't have all of them.
+    """Return the reply's tokens at a position, counted from 1; 0 is the final prompt token.
 
-    text: what it says, without what it was stopped by.
+    text: the reply's text, without the stop string.
+
+    Returns:
+        The tokens; none if the reply lacks any of them.
     """
     first = 0 if place.kind == "step" else 1
     found = tuple(token + place.offset for token in _tokens(place, reply, text, decode))
@@ -379,7 +383,7 @@ def _tokens(
 
 
 def _of_text(part: str, reply: Sequence[int], text: str, decode: Decoder) -> Sequence[int]:
-    """The tokens that write the last occurrence of a part of a text, counted from 1."""
+    """Return the tokens of the last occurrence of a part of a text, counted from 1."""
     begin = text.rfind(part)
     if begin < 0:
         return ()
@@ -391,7 +395,7 @@ def _of_text(part: str, reply: Sequence[int], text: str, decode: Decoder) -> Seq
 
 
 def is_found_by_text(*positions: ast.Node) -> bool:
-    """Whether positions are found by what is written, and by no count of tokens."""
+    """Return whether positions depend on the text alone, not on counts of tokens."""
     return not any(map(_counted, walk(positions)))
 
 
@@ -408,8 +412,10 @@ def _counted(node: ast.Node) -> bool:
 def is_after(
     low: int, high: int, row: int, table: PromptTable, run: str, tokenizer: TextTokenizer
 ) -> bool:
-    """Whether token `low` of a row lies behind its token `high`. Where words stand in for tokens,
-    there has to be white space between them: a tokenizer may join what touches."""
+    """Return whether token `low` of a row comes after its token `high`.
+
+    Words as stand-ins for tokens need white space between them: a tokenizer may join adjacent ones.
+    """
     if low <= high or not tokenizer.stands_in:
         return low > high
     ids = table.runs[run].rows[row].ids[high + 1 : low + 1]
@@ -429,14 +435,23 @@ def resolve_positions(
     answers: AnswerTokens = NO_ANSWERS,
     replies: ReplyTokens = NO_REPLIES,
 ) -> tuple[tuple[PositionCell, ...], list[Diagnostic]]:
-    """The cells of a position expression in one run: one per value of its axis.
+    """Return the cells of a position expression in one run: one per value of its axis.
 
-    loop_values: numbers of the `for` variables around it, and of parameters.
-    loops: names of the first; where they count, rows that lack the position drop out.
-    with_runs: other runs whose prompts must be as long where positions are counted from an end.
-    ranked: picks the tokens that another experiment ranked; E0108 for them without it.
-    answers, replies: the texts behind the prompts, whose tokens are positions too.
-    Codes: E0305, E0306, E0308 to E0315, E0321, E0322, E0540 to E0542, E0545, W0701.
+    Args:
+        positions: The expression.
+        table: The table of the run.
+        run: The name of the run.
+        tokenizer: The tokenizer of the model.
+        loop_values: Values of the surrounding `for` variables and of parameters.
+        loops: Names of the `for` variables; rows without a position they count drop out.
+        with_runs: Other runs, whose prompts must be of equal length if positions count from an end.
+        ranked: Looks up the tokens that another experiment ranked; without it they are E0108.
+        answers: The answers after the prompts, whose tokens are positions too.
+        replies: The replies after the prompts, whose tokens are positions too.
+
+    Returns:
+        The cells and the diagnostics E0305, E0306, E0308 to E0315, E0321, E0322, E0540 to E0542,
+        E0545, W0701.
     """
     values = loop_values or {}
     numbers = NamedNumbers(values, loops)
@@ -469,7 +484,7 @@ class _Resolver:
     ranked: RankedTokenLookup | None = None
     answers: AnswerTokens = NO_ANSWERS
     swept: Collection[Span] = ()
-    """Positions, and parts of some, whose numbers are those of a `for`."""
+    """Source spans of positions, or parts of them, whose number is a `for` variable's."""
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
 
     def __post_init__(self) -> None:
@@ -522,7 +537,7 @@ class _Resolver:
                 )
                 for cell in cells
             ]
-            # Special tokens are hit only where they are named or counted.
+            # Special tokens are hit only if they are named or counted.
             counted = isinstance(point.base, ast.TokenIndex)
             hint = "the offset leads out of the text; choose a smaller one"
             behind = self._answer_in(point.base)
@@ -546,7 +561,7 @@ class _Resolver:
                     return self._later(base, "a position that another experiment ranked")
                 found = self.ranked(base, self.run, self.loops, self.diagnostics)
                 return [PositionCell(label, tuple(hits)) for label, hits in found]
-            case ast.EachStep():  # one of a reply, whose cells are found by themselves
+            case ast.EachStep():  # a position in a reply: `reply_cells` resolves it
                 return []
 
     def _later(self, node: ast.Node, what: str) -> list[PositionCell]:
@@ -554,7 +569,7 @@ class _Resolver:
         return []
 
     def somewhere(self, item: ast.Position, cells: list[PositionCell]) -> list[PositionCell]:
-        """The cells, none and E0310 where a `for` counts beyond the end of every row."""
+        """Return the cells, or none and E0310 if a `for` variable exceeds every row's length."""
         if has_errors(self.diagnostics) or any(any(cell.hits) for cell in cells):
             return cells
         self.diagnostics.append(
@@ -601,7 +616,7 @@ class _Resolver:
         return [PositionCell(base.span.written, tuple((h,) if h else () for h in hits))]
 
     def _occurrences(self, base: ast.SpanTokens) -> list[PositionCell]:
-        """One cell per occurrence. Those of `each` and `*` drop out where a row has fewer."""
+        """Return one cell per occurrence; rows with fewer drop out of `each` and `*`."""
         ref = base.of
         found = self.spans.all_places(replace(ref, occurrence=None))
         if found is None:
@@ -639,7 +654,7 @@ class _Resolver:
         return cells
 
     def _all_tokens(self, base: ast.SpanTokens) -> list[PositionCell]:
-        """`subject tokens`: all tokens of all occurrences, or of `item 2..4`, joined."""
+        """Return the joined tokens of all occurrences (`subject tokens`) or of `item 2..4`."""
         ref = base.of
         found = self.spans.all_places(replace(ref, occurrence=None))
         if found is None:
@@ -679,7 +694,7 @@ class _Resolver:
         own: Sequence[tuple[int, ...]],
         elsewhere: Callable[[_Resolver], Sequence[tuple[int, ...]]],
     ) -> set[int]:
-        """How many tokens it is, in all runs: their cells have to bear the same labels."""
+        """Return the numbers of tokens in all runs, because their cells need equal labels."""
         lengths = {len(tokens) for tokens in own}
         for run in self.table.runs:
             if run != self.run:
@@ -692,7 +707,7 @@ class _Resolver:
     def _edge(self, base: ast.EdgeToken) -> list[PositionCell]:
         at = 0 if base.which == "first" else -1
         if base.of is None:
-            # A prompt without text is refused when the table is built.
+            # Building the table rejects a prompt without text.
             hits = tuple(single_token_hit(m.text_tokens[at]) for m in self.maps)
             follows = "newest" if base.which == "last" else ""
             return [PositionCell(base.span.written, hits, follows=follows)]
@@ -705,10 +720,10 @@ class _Resolver:
         self.spans.warn(base.of, zip(range(self.total), found, there, strict=True))
         return [PositionCell(base.span.written, tuple((own,) if own else () for own in there))]
 
-    # --- behind the prompt ------------------------------------------------------------------------
+    # --- after the prompt -------------------------------------------------------------------------
 
     def _and_answer(self, position: ast.Position, cells: list[PositionCell]) -> list[PositionCell]:
-        """`tokens * and answer`: one cell more tokens; `token * and answer`: more cells."""
+        """Add the answer: more tokens in one cell (`tokens *`), more cells (`token *`)."""
         body = position.body
         base = body.base if isinstance(body, ast.Point) and not body.offset else None
         if not isinstance(base, ast.TokenIndex) or base.low is not None:
@@ -730,7 +745,7 @@ class _Resolver:
         return [PositionCell(position.span.written, tuple(hits))]
 
     def _answer_in(self, node: ast.Node) -> bool:
-        """Whether tokens behind the prompt are named in it."""
+        """Return whether a node refers to tokens after the prompt."""
         return any(
             (isinstance(part, ast.SpanRef) and self.spans.is_answer(part))
             or (isinstance(part, ast.Position) and part.and_answer)
@@ -754,12 +769,12 @@ class _Resolver:
         return [replace(found, follows=min(either)) if either else found]
 
     def _may_lack(self, node: ast.Node) -> bool:
-        """Whether rows without the position drop out: another experiment hasn't ranked theirs, or a
-        `for` counts beyond their end."""
+        """Return whether rows without the position drop out: another experiment didn't rank their
+        tokens, or a `for` variable exceeds their length."""
         return has_ranked_tokens(node) or any(map(self.spans.drops_out, walk(node)))
 
     def _single(self, point: ast.Point) -> list[int | None] | None:
-        """One token position per row, None where a `for` counts beyond its end; else E0314."""
+        """Return one token position per row, None if a `for` variable exceeds it; else E0314."""
         before = len(self.diagnostics)
         cells = self._point(point, None)
         if has_errors(self.diagnostics[before:]):

@@ -1,4 +1,4 @@
-"""Where named spans and counted tokens are in the prompts of a run."""
+"""Positions of named spans and counted tokens in the prompts of a run."""
 
 from __future__ import annotations
 
@@ -29,8 +29,16 @@ from mechdsl.diagnostics.rules import BadLoopValue, EmptyRange
 from mechdsl.diagnostics.syntax import MisspeltWord, NotSupported
 from mechdsl.images.processing import PatchLayout
 from mechdsl.program.images import IMAGE_SPAN, IMAGE_SPANS
-from mechdsl.prompts.rows import CLEAN, PromptTable
-from mechdsl.prompts.runs import Hits, PositionCell, SpanOccurrence, TokenMap, find_text
+from mechdsl.program.spec import CLEAN
+from mechdsl.prompts.rows import PromptTable
+from mechdsl.prompts.runs import (
+    ANSWER_SPAN,
+    Hits,
+    PositionCell,
+    SpanOccurrence,
+    TokenMap,
+    find_text,
+)
 from mechdsl.prompts.tokens.images import ImageTokenizer
 from mechdsl.prompts.tokens.tokenizer import SPECIAL_ROLES, TextTokenizer
 from mechdsl.prompts.values import TextSpan
@@ -41,7 +49,7 @@ from mechdsl.syntax.traversal import rewrite, walk
 
 
 def unknown_span_hint(name: str, spans: Iterable[str], table: PromptTable) -> str:
-    """What to write instead of a span that doesn't exist."""
+    """Return the hint for a span that doesn't exist."""
     spans = sorted(set(spans))
     if table.sources and name in table.sources[0].block.names():
         return (
@@ -57,7 +65,7 @@ def unknown_span_hint(name: str, spans: Iterable[str], table: PromptTable) -> st
 
 
 def occurrence_hint(ref: ast.SpanRef, least: int, table: PromptTable, run: str) -> str:
-    """Which rows to keep so that all have an occurrence."""
+    """Return the hint for a `where` that leaves only rows with the occurrence."""
     if table.runs[run].prompts is not None:
         return "name a position that both blocks have, or read one `onto` another"
     if any(row.image is not None for row in table.runs[run].rows[:1]) and ref.name == IMAGE_SPAN:
@@ -79,7 +87,7 @@ def occurrence_hint(ref: ast.SpanRef, least: int, table: PromptTable, run: str) 
 
 
 def _count_of(ref: ast.SpanRef, table: PromptTable) -> str | None:
-    """The name of the value that says how long the list is."""
+    """Return the name of the value that holds the list's length."""
     block = table.sources[0].block
     for name, definition in block.definitions.items():
         value = definition.value
@@ -99,23 +107,23 @@ def _counts(table: PromptTable, run: str, name: str) -> list[int]:
 
 
 SPAN_PREFIXES = ("each", "between", "first", "last")
-"""Words of the language that a span may follow."""
+"""Words of the language that may precede a span."""
 
 
 @dataclass
 class NamedNumbers:
-    """Puts numbers in the place of their names."""
+    """Replacement of named numbers in positions by their values."""
 
     values: Mapping[str, Any]
-    """Of the `for` variables around a position, and of parameters."""
+    """Values of the `for` variables around a position and of parameters, by name."""
     loops: Collection[str]
-    """Names of the first."""
+    """Names of the `for` variables."""
     diagnostics: list[Diagnostic] = field(default_factory=list[Diagnostic])
     swept: set[Span] = field(default_factory=set[Span])
-    """Where something stands whose number is that of a `for`."""
+    """Source spans of the nodes whose number is a `for` variable's."""
 
     def written_out(self, positions: ast.Positions) -> ast.Positions | None:
-        """The positions with numbers alone; None after E0322."""
+        """Return the positions with numbers only; None after E0322."""
         before = len(self.diagnostics)
         for node in walk(positions):
             if isinstance(node, ast.SpanRef) and (slip := self._slip(node)) is not None:
@@ -131,7 +139,7 @@ class NamedNumbers:
         return self._number(node) if isinstance(node, ast.Variable) else node
 
     def _slip(self, node: ast.SpanRef) -> Diagnostic | None:
-        """Of `eahc item token`, which reads as the number `item` of a span."""
+        """Diagnose `eahc item token`, which parses as occurrence `item` of a span."""
         number = None if node.occurrence is None else node.occurrence.low
         if node.name is None or not isinstance(number, ast.Variable) or number.name in self.values:
             return None
@@ -146,7 +154,7 @@ class NamedNumbers:
         return MisspeltWord(span=span, word=node.name, meant=meant)
 
     def _number(self, node: ast.Variable) -> int:
-        """The number; 0 after E0322."""
+        """Return the value of a variable; 0 after E0322."""
         value = self.values.get(node.name)
         if isinstance(value, int) and not isinstance(value, bool):
             return (-value if node.negative else value) + node.offset
@@ -164,13 +172,15 @@ class NamedNumbers:
 
 
 def has_named_numbers(node: ast.Node) -> bool:
-    """Whether a number in it has a name."""
+    """Return whether a node contains a named number."""
     return any(isinstance(part, ast.Variable) for part in walk(node))
 
 
 def fold_offset(point: ast.Point) -> ast.Point:
-    """`token 4` for `token 15 - 11`, whether or not there is a token 15; `token 3 - 11` leads out
-    of the prompt, and isn't counted from its end."""
+    """Simplify `token 15 - 11` to `token 4`, even if no prompt has a token 15.
+
+    `token 3 - 11` stays as it is: it is before the prompt, not counted from its end.
+    """
     base, offset = point.base, point.offset
     if isinstance(base, ast.TokenIndex) and base.high is None and isinstance(base.low, int):
         low = base.low + offset if isinstance(offset, int) else base.low
@@ -180,8 +190,8 @@ def fold_offset(point: ast.Point) -> ast.Point:
 
 
 def position_label(item: ast.Position) -> str:
-    """What a position is called whose numbers have names: `3` for `token i - 11`, `item 2 token`
-    for `item i token`."""
+    """Return the label of a position with named numbers: `3` for `token i - 11`, `item 2 token` for
+    `item i token`."""
     point = fold_offset(item.body) if isinstance(item.body, ast.Point) else item.body
     match point:
         case ast.Point(base=ast.TokenIndex(plural=False, low=int(low)), offset=0) if (
@@ -193,13 +203,13 @@ def position_label(item: ast.Position) -> str:
 
 
 def literal_number(written: int | ast.Variable | None) -> int | None:
-    """What is a number, now that all have been written out; None is `*`."""
+    """Return a number after variables have been replaced; None represents `*`."""
     assert not isinstance(written, ast.Variable)
     return written
 
 
 def occurrence_bounds(occurrence: ast.Occurrence | None) -> tuple[int, int] | None:
-    """The first and the last occurrence that is counted; None for all of them."""
+    """Return the first and the last counted occurrence; None for all occurrences."""
     low = None if occurrence is None else literal_number(occurrence.low)
     if occurrence is None or low is None:
         return None
@@ -207,28 +217,24 @@ def occurrence_bounds(occurrence: ast.Occurrence | None) -> tuple[int, int] | No
     return low, low if high is None else high
 
 
-ANSWER_SPAN = "answer"
-"""Names them, whichever text of a measure it is."""
-
-
 @record
 class AnswerTokens(Record):
-    """The texts that stand behind the prompts, each in passes of its own; or why there are none.
+    """The texts after the prompts, each in separate passes, or the reason that there are none.
 
-    A text has the same tokens behind the prompts of every run.
+    A text has the same tokens after the prompts of every run.
     """
 
     texts: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    """(the text as a measure names it, how many tokens it is in each row)."""
+    """(the text as a measure names it, its number of tokens in each row)."""
     reason: str = "only rules of an experiment act on them"
     hint: str = "name a position of the prompt"
 
     def longest(self, row: int) -> int:
-        """Tokens of the longest text of a row."""
+        """Return the number of tokens of a row's longest text."""
         return max((lengths[row] for _, lengths in self.texts), default=0)
 
     def uneven(self) -> list[int]:
-        """The rows whose texts differ in length."""
+        """Return the rows whose texts differ in length."""
         every = zip(*(lengths for _, lengths in self.texts), strict=True)
         return [n for n, row in enumerate(every) if len(set(row)) > 1]
 
@@ -237,7 +243,7 @@ NO_ANSWERS = AnswerTokens()
 
 
 def refers_to_answer(node: ast.Node | None) -> bool:
-    """Whether a position may name tokens of the answer."""
+    """Return whether a position may refer to tokens of the answer."""
     return any(
         (isinstance(part, ast.SpanRef) and part.name == ANSWER_SPAN)
         or (isinstance(part, ast.Position) and part.and_answer)
@@ -251,7 +257,7 @@ ABSENT_SPAN = SpanOccurrence(0, 0, ())
 
 @dataclass
 class SpanFinder:
-    """Finds spans in one run of a table. What is wrong goes into `diagnostics`."""
+    """The span lookup in one run of a table; errors are added to `diagnostics`."""
 
     table: PromptTable
     run: str
@@ -259,7 +265,7 @@ class SpanFinder:
     diagnostics: list[Diagnostic]
     answers: AnswerTokens = NO_ANSWERS
     swept: Collection[Span] = ()
-    """Positions, and parts of some, whose numbers are those of a `for`."""
+    """Source spans of positions, or parts of them, whose number is a `for` variable's."""
 
     def __post_init__(self) -> None:
         self.maps = [TokenMap(row) for row in self.table.runs[self.run].rows]
@@ -267,14 +273,17 @@ class SpanFinder:
         self.of_tiles = bool(self.table.cut_from)
 
     def drops_out(self, node: ast.Node) -> bool:
-        """Whether rows that lack a position are left out: its number is that of a `for`, or it is a
-        region that lies in other tiles of the image."""
+        """Return whether rows without a position drop out instead of causing an error.
+
+        That holds if the number is a `for` variable's, or if a region may lie in other tiles of the
+        image.
+        """
         if self.of_tiles and isinstance(node, ast.SpanRef) and node.name not in IMAGE_SPANS:
             return True
         return node.span in self.swept
 
     def places(self, n: int, ref: ast.SpanRef) -> list[SpanOccurrence]:
-        """All occurrences of a span in a row, in the order of the text."""
+        """Return all occurrences of a span in a row, in text order."""
         m = self.maps[n]
         if ref.name is not None and ref.name in m.row.places:
             return [SpanOccurrence(0, 0, tokens) for tokens in m.row.places[ref.name]]
@@ -301,8 +310,11 @@ class SpanFinder:
         ]
 
     def special_id(self, ref: ast.SpanRef) -> int | None:
-        """The id of `bos`, `cls`, `sep`, `eos`, unless the prompt has a span of that name: a
-        placeholder for the first three, a list's separator where it says of which."""
+        """Return the id of `bos`, `cls`, `sep` or `eos`, unless the prompt has a span of that name.
+
+        Such a span is a placeholder or, for `sep`, the separator of a list unless `of` names the
+        list.
+        """
         if ref.name not in SPECIAL_ROLES or ref.of is not None:
             return None
         named = any(
@@ -312,10 +324,10 @@ class SpanFinder:
         )
         return None if named else self.tokenizer.role_ids.get(ref.name)
 
-    # --- behind the prompt ------------------------------------------------------------------------
+    # --- after the prompt -------------------------------------------------------------------------
 
     def is_answer(self, ref: ast.SpanRef) -> bool:
-        """Whether it names the text behind the prompt: no prompt has a span of that name."""
+        """Return whether a span is the text after the prompt: no prompt has a span of that name."""
         named = ref.name == ANSWER_SPAN and ref.of is None
         return named and not self.of_images and self._answer_is_behind
 
@@ -324,13 +336,15 @@ class SpanFinder:
         return all(span.name != ANSWER_SPAN for span in self._all_spans())
 
     def behind(self, n: int) -> tuple[int, ...]:
-        """The positions of a row's longest text behind its prompt."""
+        """Return the positions of a row's longest text after its prompt."""
         size = len(self.maps[n].row.ids)
         return tuple(range(size, size + self.answers.longest(n)))
 
     def answer_fits(self, node: ast.Node, *, from_end: bool) -> bool:
-        """Whether there is a text behind the prompts, and only one length of it in every row where
-        tokens are counted from its end; else E0540, E0541."""
+        """Return whether there is a text after the prompts, else add E0540 or E0541.
+
+        from_end: tokens are counted from the text's end, so all texts of a row need equal lengths.
+        """
         position, answers = node.span.written, self.answers
         if not answers.texts:
             self.diagnostics.append(
@@ -355,8 +369,12 @@ class SpanFinder:
         return not rows
 
     def span_fits(self, node: ast.Node, ref: ast.SpanRef, *, from_end: bool) -> bool:
-        """`answer_fits` for a span that is the answer, which can't be counted (E0542); true for all
-        others."""
+        """Check a span that is the answer with `answer_fits`; its occurrences can't be counted
+        (E0542).
+
+        Returns:
+            True for all other spans.
+        """
         if self.of_images and isinstance(node, ast.SpanTokens):
             return self._one_patch(node, ref)
         if not self.is_answer(ref):
@@ -376,7 +394,7 @@ class SpanFinder:
         return self.answer_fits(node, from_end=from_end)
 
     def _one_patch(self, node: ast.SpanTokens, ref: ast.SpanRef) -> bool:
-        """Whether what is one token in each image isn't a part of it: patches have no last one."""
+        """Return False after an error if one token of a span of several patches is requested."""
         if ref.row is not None or (node.plural and not node.each):
             return True
         found = self.all_places(replace(ref, occurrence=None))
@@ -392,7 +410,7 @@ class SpanFinder:
         return False
 
     def _known(self, ref: ast.SpanRef) -> bool:
-        """Whether any row of any run has such a span, else E0308 or E0313."""
+        """Return whether any row of any run has such a span, else add E0308 or E0313."""
         if self.of_images:
             return self._known_of_images(ref)
         if ref.literal is not None and ref.of is None:
@@ -466,7 +484,7 @@ class SpanFinder:
         )
 
     def all_places(self, ref: ast.SpanRef) -> list[list[SpanOccurrence]] | None:
-        """Per row, all occurrences; None with a diagnostic where the span is unknown or has no
+        """Return all occurrences per row; None with a diagnostic if the span is unknown or has no
         token."""
         if (ref.row is not None or ref.col is not None) and not self.of_images:
             self.diagnostics.append(NotSupported(span=ref.span, what="a position in an image"))
@@ -510,8 +528,10 @@ class SpanFinder:
         )
 
     def one_place(self, node: ast.Node, ref: ast.SpanRef) -> list[SpanOccurrence] | None:
-        """The one occurrence that is meant, in each row; one without tokens where a row lacks what
-        a `for` counts. E0306, E0309."""
+        """Return the occurrence that a span refers to in each row, else None after E0306 or E0309.
+
+        If `drops_out` holds, rows without the occurrence have one without tokens.
+        """
         found = self.all_places(ref)
         if found is None:
             return None
@@ -551,7 +571,7 @@ class SpanFinder:
     def warn(
         self, ref: ast.SpanRef, hits: Iterable[tuple[int, SpanOccurrence, tuple[int, ...]]]
     ) -> None:
-        """W0701 where a token that is hit also covers text beside the span."""
+        """Add W0701 if a hit token also covers text outside the span."""
         if self.is_answer(ref) or self.special_id(ref) is not None or self.of_images:
             return
         texts: Counter[str] = Counter()
@@ -580,12 +600,12 @@ class SpanFinder:
 
 
 def _lies_in(span: TextSpan, around: Sequence[TextSpan]) -> bool:
-    """Whether a marked or literal span lies within another one of these."""
+    """Return whether a marked or literal span is inside one of the other spans in `around`."""
     return any(s is not span and s.start <= span.start and span.end <= s.end for s in around)
 
 
 def _picker(ref: ast.SpanRef) -> tuple[int | None, int]:
-    """Which occurrence is meant (None: the only one), and how many there have to be."""
+    """Return the index of the occurrence (None: the only one) and the least number of them."""
     if ref.edge is not None:
         return (0 if ref.edge == "first" else -1), 1
     counted = occurrence_bounds(ref.occurrence)
@@ -595,7 +615,7 @@ def _picker(ref: ast.SpanRef) -> tuple[int | None, int]:
 
 
 def _occurrences(ref: ast.SpanRef) -> list[str]:
-    """How one of several occurrences is named."""
+    """Return the expressions that select one of several occurrences."""
     name, behind = ref.span.written, f" of {ref.of}" if ref.of is not None else ""
     ways = [f"`first-{name} token`", f"`last-{name} token`", f"`{ref.name} 2{behind} token`"]
     return [*ways, f"`each {name} token` for one run each", f"`{name} tokens` for all of them"]
@@ -603,18 +623,18 @@ def _occurrences(ref: ast.SpanRef) -> list[str]:
 
 @dataclass
 class CountedTokens:
-    """Counts in the run of `spans`, whose `diagnostics` take what is wrong."""
+    """The counted positions in the run of `spans`; errors are added to its `diagnostics`."""
 
     spans: SpanFinder
     with_runs: tuple[str, ...]
-    """Other runs whose prompts must be as long."""
+    """Other runs whose prompts must have the same length."""
 
     def __post_init__(self) -> None:
         self.maps = self.spans.maps
         self.diagnostics = self.spans.diagnostics
 
     def index(self, base: ast.TokenIndex, align: str | None) -> list[PositionCell]:
-        """The cells of a number, a range or `*`. Codes: E0305, E0310, E0321."""
+        """Return the cells of a number, a range or `*`. Codes: E0305, E0310, E0321."""
         low = literal_number(base.low)
         high = base.high
         if low is None:
@@ -631,7 +651,7 @@ class CountedTokens:
             text, first, last = f"{low}..{high}", str(high), str(low)
             self.diagnostics.append(EmptyRange(span=base.span, text=text, low=first, high=last))
             return []
-        # One index too many is as wrong as a billion, and quicker to refuse.
+        # An index one past the end causes the same error as a billion, at lower cost.
         longest = max(len(m.row.ids) for m in self.maps)
         low, high = max(low, -longest - 1), min(high, longest)
         if base.plural:
@@ -654,7 +674,7 @@ class CountedTokens:
     def _mixed(
         self, base: ast.TokenIndex, low: int, high: int, align: str | None
     ) -> list[PositionCell]:
-        """`2..-1`: from the second to the last, in each row."""
+        """Return the cells of `2..-1`: from the second to the last token in each row."""
         whole: list[Hits] = []
         for m in self.maps:
             size = len(m.row.ids)
@@ -671,7 +691,7 @@ class CountedTokens:
     def by_index(
         self, node: ast.Node, whole: Sequence[Hits], align: str | None
     ) -> list[PositionCell]:
-        """One cell per index from an end; rows without it drop out. Code: E0305."""
+        """Return one cell per index from an end; rows without it drop out. Code: E0305."""
         lengths = [len(m.row.ids) for m in self.maps]
         runs = self.spans.table.runs
         others = [len(r.ids) for name in self.with_runs for r in runs[name].rows]
@@ -704,9 +724,17 @@ class CountedTokens:
         special: bool,
         behind: bool = False,
     ) -> list[PositionCell]:
-        """The cells, where all hits lie in the prompts, else none and E0310; special tokens, and
-        those of the answer behind the prompt, count only if told so. Of a `for` that leads out of
-        some prompts the others are left."""
+        """Return the cells if all hits are inside the prompts, else none after E0310.
+
+        If `drops_out` holds, only the rows outside drop out, unless no row is left.
+
+        Args:
+            cells: The cells to check.
+            node: The position.
+            hint: The hint of E0310.
+            special: Special tokens count as inside.
+            behind: Tokens of the answer after the prompt count as inside.
+        """
         beyond = [self._beyond(cell, special=special, behind=behind) for cell in cells]
         lacking = set[int]().union(*beyond)
         if lacking and self.spans.drops_out(node):
@@ -729,14 +757,14 @@ class CountedTokens:
         return [] if lacking else list(cells)
 
     def _written(self, node: ast.Point | ast.TokenIndex) -> str:
-        """What a position is called: with the number that a `for` has."""
+        """Return the text of a position, with the number that a `for` variable has."""
         if not self.spans.drops_out(node):
             return node.span.written
         point = node if isinstance(node, ast.Point) else ast.Point(node, span=node.span)
         return written_position(ast.Position(point, span=node.span))
 
     def _beyond(self, cell: PositionCell, *, special: bool, behind: bool) -> set[int]:
-        """The rows of whose prompts a cell leads out."""
+        """Return the rows in which a cell leaves the prompt."""
         lacking: set[int] = set()
         for n, row in enumerate(cell.hits):
             own = self.maps[n].row
@@ -752,14 +780,17 @@ class CountedTokens:
 
 
 def _without(cell: PositionCell, rows: Collection[int]) -> PositionCell:
-    """The cell without what it has in these rows."""
+    """Return the cell without hits in these rows."""
     hits = tuple(() if n in rows else own for n, own in enumerate(cell.hits))
     return replace(cell, hits=hits)
 
 
 def grid_cells(base: ast.SpanTokens, spans: SpanFinder) -> list[PositionCell]:
-    """The cells of `image row R col C token`, one for each patch, or of `tokens`, joined. All rows
-    have them. Codes: E0108 in texts, E0308, E0310, E0321."""
+    """Return the cells of `image row R col C token`, one per patch; `tokens` joins them in one
+    cell.
+
+    All rows have the same cells. Codes: E0108 in texts, E0308, E0310, E0321.
+    """
     reader = spans.tokenizer
     if spans.all_places(base.of) is None or not isinstance(reader, ImageTokenizer):
         return []
@@ -781,7 +812,7 @@ def grid_cells(base: ast.SpanTokens, spans: SpanFinder) -> list[PositionCell]:
 def image_token_cells(
     tokens: Sequence[tuple[int, ...]], tokenizer: TextTokenizer
 ) -> list[PositionCell]:
-    """One cell for each token of a span of images; images lack it that have fewer."""
+    """Return one cell per token of a span of images; images with fewer tokens drop out."""
     assert isinstance(tokenizer, ImageTokenizer)
     held = [frozenset(own) for own in tokens]
     return [
@@ -795,7 +826,7 @@ def image_token_cells(
 def _patches(
     ref: ast.SpanRef, reader: ImageTokenizer, total: int, run: str
 ) -> tuple[list[int], list[Diagnostic]]:
-    """The tokens of a rectangle of patches, row by row."""
+    """Return the tokens of a rectangle of patches, row by row."""
     layout = reader.layout
     ranges: list[range] = []
     for occurrence, most in ((ref.row, layout.rows), (ref.col, layout.cols)):

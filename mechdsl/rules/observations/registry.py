@@ -40,11 +40,12 @@ class ObservationKind(Observation):
     """An observation that a word is registered for."""
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
-        """The line with its targets; None after an error, as `RuleKind.resolve`."""
+        """Resolve the targets of a line; None after an error. See `RuleKind.resolve`."""
         raise NotImplementedError
 
     def clauses_fit(self, rule: spec.Rule, work: ExperimentContext) -> bool:
-        """E0207 for clauses that it has no meaning for, and where positions are missing."""
+        """Report E0207 for clauses that the observation doesn't accept, and for missing
+        positions."""
         said = rule.observed
         assert said is not None
         given = {
@@ -58,28 +59,26 @@ class ObservationKind(Observation):
         for clause, there in given.items():
             if there and clause not in self.takes:
                 words = "arguments" if clause == "arguments" else f"`{clause}`"
-                _bad_observation(rule, work, f"takes no {words}", "leave them out")
+                report_bad_observation(rule, work, f"takes no {words}", "leave them out")
         if not said.placed and self.unplaced == "refused":
-            _bad_observation(
+            report_bad_observation(
                 rule, work, "needs a position", "say where, for example `at last token`"
             )
         return len(work.diagnostics) == before
-
-
-def _bad_observation(rule: spec.Rule, work: ExperimentContext, reason: str, hint: str) -> None:
-    assert rule.observed is not None
-    name = f"observe {rule.observed.word}"
-    found = BadArgument(span=rule.observed.span, name=name, reason=reason, hint=hint)
-    work.diagnostics.append(found)
 
 
 K = TypeVar("K", bound=ObservationKind)
 
 
 def observation(word: str, unit: str = "") -> Callable[[type[K]], type[K]]:
-    """Register a kind of observation under the word behind `observe`.
+    """Register a kind of observation under the word after `observe`.
 
-    unit: of its value. Raises ValueError for a word that is taken.
+    Args:
+        word: The word.
+        unit: The unit of its value.
+
+    Raises:
+        ValueError: If the word is already registered.
     """
 
     def register(entry: type[K]) -> type[K]:
@@ -106,12 +105,12 @@ def _identity(values: Tensor) -> Tensor:
 
 
 def _top_probability(logits: Tensor) -> Tensor:
-    """[row] of [row, vocab]: the probability of the most likely token."""
+    """Return the probability of the most likely token, [row], from logits, [row, vocab]."""
     return logits.softmax(-1).amax(-1)
 
 
 class SiteObservation(ObservationKind):
-    """A kind that looks at vectors at sites: `observe WORD SITE at POSITIONS`."""
+    """An observation of vectors at sites: `observe WORD SITE at POSITIONS`."""
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
         fits = self.clauses_fit(rule, work)
@@ -125,15 +124,15 @@ class SiteObservation(ObservationKind):
         return found if self.positions_fit(rule, found, work) else None
 
     def read_run(self, rule: spec.Rule, work: ExperimentContext) -> str:
-        """The run that is read beside the one that is looked at; that one itself where none is."""
+        """Return the run to compare with, or the observed run if there is no comparison."""
         return work.experiment.base
 
     def positions_fit(self, rule: spec.Rule, found: ResolvedRule, work: ExperimentContext) -> bool:
-        """The same of its sites and positions together."""
+        """Check the combination of sites and positions, and report what doesn't fit."""
         return True
 
     def sites_fit(self, rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
-        """Whether the sites are such as it can look at; a diagnostic says why they aren't."""
+        """Check the sites, and report those that the observation doesn't accept."""
         return True
 
     def conventions(self, rule: ResolvedRule, n_layers: int) -> Iterator[Convention]:
@@ -146,7 +145,8 @@ class SiteObservation(ObservationKind):
 
 
 def _names_logits(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) -> bool:
-    """Whether it is of the output, which is refused: that is what measures are of."""
+    """Return whether the line observes the model's output, and report it: measures read the
+    output."""
     assert rule.site is not None
     found = any(point.site == "logits" for point in iter_points(sites))
     if found:
@@ -158,7 +158,7 @@ def _names_logits(rule: spec.Rule, sites: SiteTargets, work: ExperimentContext) 
 
 
 def describe_joined(sites: SiteTargets, positions: PositionTargets) -> Iterator[str]:
-    """What a cell has several of."""
+    """Yield what a cell joins, sites or tokens."""
     if any(len(points) > 1 for points in sites.points.values()):
         yield "the joined sites"
     cells = positions.written.values()
@@ -167,7 +167,7 @@ def describe_joined(sites: SiteTargets, positions: PositionTargets) -> Iterator[
 
 
 def iter_points(sites: SiteTargets) -> Iterator[SitePoint]:
-    """All points of all cells, each once."""
+    """Yield the distinct points of all cells."""
     yield from dict.fromkeys(point for points in sites.points.values() for point in points)
 
 
@@ -187,12 +187,12 @@ class ObserveRule(RuleKind):
         _check_name_free(rule, rule.observed, work)
         entry = OBSERVATIONS.get(word)
         if entry is not None and rule.observed.maps and not entry.of_maps:
-            _bad_observation(
+            report_bad_observation(
                 rule, work, "is of a site", f"write `observe {word} resid_post layer 1 at …`"
             )
             return None
         if entry is not None and rule.edge is not None and not entry.leads:
-            _bad_observation(
+            report_bad_observation(
                 rule, work, "is of a site", f"write `observe {word} resid_post layer 1 at …`"
             )
             return None
@@ -205,7 +205,7 @@ class ObserveRule(RuleKind):
 
 
 def _check_name_free(rule: spec.Rule, said: spec.ObservedQuantity, work: ExperimentContext) -> None:
-    """E0207 for a name that measures and expectations call something else."""
+    """Report E0207 for a name that means something else in measures and expectations."""
     kind = "an effect" if said.name in EFFECTS else "a metric" if said.name in METRICS else ""
     if not kind:
         return
@@ -218,7 +218,7 @@ def _check_name_free(rule: spec.Rule, said: spec.ObservedQuantity, work: Experim
 def report_bad_observation(
     rule: spec.Rule, work: ExperimentContext, reason: str, hint: str
 ) -> None:
-    """E0207 at the word of an observation."""
+    """Report E0207 at the word of an observation."""
     assert rule.observed is not None
     name = f"observe {rule.observed.word}"
     found = BadArgument(span=rule.observed.span, name=name, reason=reason, hint=hint)

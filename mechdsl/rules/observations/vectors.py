@@ -30,6 +30,7 @@ from mechdsl.rules.observations.registry import (
     describe_joined,
     iter_points,
     observation,
+    report_bad_observation,
 )
 from mechdsl.vocab.sites import SITES
 
@@ -80,11 +81,11 @@ STREAM_SITES = (
     *("resid_pre", "resid_mid", "resid_post"),
     *("attn_out", "mlp_out", "mixer_out", "head_out"),
 )
-"""What is in the residual stream, or is added to it as it is."""
+"""Sites that are in the residual stream, or are added to it unchanged."""
 
 
 def check_unembedding(rule: spec.Rule, work: ExperimentContext) -> bool:
-    """E0108 for a model without an unembedding behind its stream."""
+    """Report E0108 for a model without an unembedding after its stream."""
     shape = work.sites.shape
     if shape.stands_in or (shape.task == "tokens" and shape.causal and shape.takes == "text"):
         return True
@@ -99,7 +100,7 @@ def check_unembedding(rule: spec.Rule, work: ExperimentContext) -> bool:
 def check_stream_sites(
     rule: spec.Rule, sites: SiteTargets, work: ExperimentContext, *also: str
 ) -> bool:
-    """E0207 for sites whose vectors aren't of the residual stream."""
+    """Report E0207 for sites whose vectors aren't in the residual stream."""
     assert rule.site is not None
     assert rule.observed is not None
     for point in iter_points(sites):
@@ -170,7 +171,7 @@ class LogitLens(SiteObservation):
         yield from self.said_of_list(rule)
 
     def said_of_list(self, rule: ResolvedRule) -> Iterator[Convention]:
-        """How a list of tokens is made."""
+        """Yield the note on how a list of tokens is computed."""
         if self.lists(rule):
             said = (
                 "those of the largest mean probability over rows, which stands behind each; in "
@@ -197,14 +198,14 @@ class TunedLens(LogitLens):
     takes: ClassVar = ("arguments", "top")
 
     def __init__(self, lens: SafetensorsFile | None = None) -> None:
-        """lens: None only of the entry."""
+        """Create the observation; `lens` is None only in the registered instance."""
         self.path = "" if lens is None else str(lens.path)
         self.digest = "" if lens is None else lens.digest
         self.layers = () if lens is None else tuple(sorted(_translated_layers(lens)))
 
     @property
     def made_of(self) -> Mapping[str, str]:
-        """Its file."""
+        """SHA-256 of the file, by name."""
         return {Path(self.path).name: self.digest} if self.path else {}
 
     def resolve(self, rule: spec.Rule, work: ExperimentContext) -> ResolvedRule | None:
@@ -223,7 +224,7 @@ class TunedLens(LogitLens):
         if other is None:
             return True
         reason = f"is of the stream behind each block, not of `{other}`"
-        _bad_lens(rule, work, reason, "write `resid_post layer *`")
+        report_bad_observation(rule, work, reason, "write `resid_post layer *`")
         return False
 
     def logits(self, rule: ResolvedRule, seen: ObservedVectors) -> Tensor:
@@ -248,14 +249,16 @@ class TunedLens(LogitLens):
 
 
 def _read_lens_file(rule: spec.Rule, work: ExperimentContext) -> SafetensorsFile | None:
-    """The file that is named; None after an error."""
+    """Read the file that the line names; None after an error."""
     assert rule.observed is not None
     call = rule.observed.call
     arguments = () if call is None else call.arguments
     one = arguments[0] if len(arguments) == 1 and arguments[0].name is None else None
     written = None if one is None else constant_value(one.value, work.program.parameters)
     if call is None or not isinstance(written, str):
-        _bad_lens(rule, work, "needs a file with its translators", f"write `{LENS_EXAMPLE}`")
+        report_bad_observation(
+            rule, work, "needs a file with its translators", f"write `{LENS_EXAMPLE}`"
+        )
         return None
     path, problems = path_to_read(TUNED_LENS_PATH, written, call.span)
     work.diagnostics.extend(each for each in problems if each not in work.diagnostics)
@@ -264,12 +267,12 @@ def _read_lens_file(rule: spec.Rule, work: ExperimentContext) -> SafetensorsFile
     try:
         return inspect_safetensors(path, written, limits.LENS_FILE, SMALLER_FILE_HINT)
     except UnreadableFile as problem:
-        _bad_lens(rule, work, f"can't use its file: {problem.reason}", problem.hint)
+        report_bad_observation(rule, work, f"can't use its file: {problem.reason}", problem.hint)
         return None
 
 
 def _translated_layers(lens: SafetensorsFile) -> Iterator[int]:
-    """Those that it has a translator of."""
+    """Yield the layers for which the file contains a translator."""
     for name in lens.shapes:
         _, _, number = name.removesuffix(".weight").rpartition("layer.")
         if number.isdigit() and name == f"layer.{number}.weight":
@@ -279,7 +282,7 @@ def _translated_layers(lens: SafetensorsFile) -> Iterator[int]:
 def _check_translators(
     rule: spec.Rule, lens: SafetensorsFile, layers: list[int], work: ExperimentContext
 ) -> bool:
-    """E0207 where a layer's translator is missing, or isn't one of this model."""
+    """Report E0207 for layers without a translator, and for translators of a different size."""
     shape = work.sites.shape
     if shape.stands_in:
         return True
@@ -299,22 +302,18 @@ def _check_translators(
             else:
                 reason = f"has the shape {list(found)} in `{names[part]}`, not {list(size)}"
                 hint = "name the lens of this model"
-            _bad_lens(rule, work, reason, hint)
+            report_bad_observation(rule, work, reason, hint)
             return False
     return True
 
 
-def _bad_lens(rule: spec.Rule, work: ExperimentContext, reason: str, hint: str) -> None:
-    assert rule.observed is not None
-    span = rule.observed.span
-    found = BadArgument(span=span, name="observe tuned_lens", reason=reason, hint=hint)
-    work.diagnostics.append(found)
-
-
 @lru_cache(maxsize=128)
 def load_translator(path: str, digest: str, layer: int) -> tuple[Tensor, Tensor]:
-    """A [d_model, d_model] and b [d_model] of a layer. Raises ValueError where the file isn't the
-    one that was checked."""
+    """Load A, [d_model, d_model], and b, [d_model], of a layer.
+
+    Raises:
+        ValueError: If the file has changed since it was checked.
+    """
     from safetensors import safe_open
 
     if not _is_unchanged(path, digest):
@@ -391,7 +390,8 @@ class DirectLogit(SiteObservation):
 
 
 def _use_head_outputs(sites: SiteTargets) -> SiteTargets:
-    """`layer * head *` means what heads add to the stream."""
+    """Replace `z` by `head_out`, because `layer * head *` refers to what heads add to the
+    stream."""
     points = {
         key: tuple(replace(p, site="head_out") if p.site == "z" else p for p in here)
         for key, here in sites.points.items()

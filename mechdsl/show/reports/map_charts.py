@@ -79,13 +79,13 @@ from mechdsl.show.reports.text import (
     thin_note,
 )
 
-HEATMAP_NUMBERED_CELLS = 160
+MAX_NUMBERED_CELLS = 160
 """Cells of a map up to which their numbers are written into them."""
 
 MAX_NUMBER_SIZE, MIN_NUMBER_SIZE = 11.0, 8.0
 """Of the numbers in cells; where they would have to be smaller there are none."""
 
-MAX_HEATMAP_WIDTH = 1000
+MAX_MAP_WIDTH = 1000
 """Of a map, up to which its cells grow for their numbers and labels."""
 
 NO_VALUE_COLOUR = "#d4d4d4"
@@ -130,12 +130,12 @@ class _Layout:
         count = len(columns)
         step = 44.0 if count <= 8 else 34 if count <= 16 else 22 if count <= 40 else 13
         size = None
-        if len(rows) * count <= HEATMAP_NUMBERED_CELLS:
+        if len(rows) * count <= MAX_NUMBERED_CELLS:
             longest = max((text_width(number, 1) for number in numbers), default=1.0)
-            step = max(step, min(MAX_NUMBER_SIZE * longest + 6, MAX_HEATMAP_WIDTH / count))
+            step = max(step, min(MAX_NUMBER_SIZE * longest + 6, MAX_MAP_WIDTH / count))
             fitting = min(MAX_NUMBER_SIZE, (step - 6) / longest)
             size = fitting if fitting >= MIN_NUMBER_SIZE else None
-        below = column_labels(columns, step, MAX_HEATMAP_WIDTH)
+        below = column_labels(columns, step, MAX_MAP_WIDTH)
         height = 26 if size or len(rows) <= 16 else 16 if len(rows) <= 40 else 10
         lift = CORNER_LIFT if size and counted else 0
         return cls(row_labels(rows, height + 2 * lift), below, size, lift)
@@ -266,9 +266,6 @@ def _count_layers(base: Any, layout: _Layout, ink: Any) -> Any:
     ).encode(text="n:N")
 
 
-CONFUSION_NUMBERED_CELLS = 160
-"""Cells of a map up to which their numbers are written into them."""
-
 SHARE_SIZE, ENTRY_COUNT_SIZE = 11, 9
 """Sizes of the two numbers of a cell."""
 
@@ -277,9 +274,6 @@ COUNT_COLUMN_GAP = 12
 
 COUNT_COLUMN = "n"
 """The column behind the categories: the row's prompts."""
-
-MAX_CONFUSION_WIDTH = 1000
-"""Of a map, up to which its columns grow for their labels."""
 
 
 def confusion_chart(result: ExperimentResult, report: spec.Report) -> Any:
@@ -309,11 +303,11 @@ def _count_axis(below: ChartLabels) -> dict[str, Any]:
 def _confusion_panel(found: list[ConfusionCounts], row_title: str, column_title: str) -> Any:
     rows = list(dict.fromkeys(name for each in found for name in each.rows))
     columns = list(dict.fromkeys(column for each in found for column in each.columns))
-    numbered = len(rows) * len(columns) <= CONFUSION_NUMBERED_CELLS
+    numbered = len(rows) * len(columns) <= MAX_NUMBERED_CELLS
     most = max((count for each in found for row in each.counts for count in row), default=0)
     step = max(40.0, text_width(str(most), ENTRY_COUNT_SIZE) + 6) if numbered else 18.0
     shown = [int(c) if c.is_integer() else float(f"{c:g}") for c in columns]
-    below = column_labels(shown, step, MAX_CONFUSION_WIDTH)
+    below = column_labels(shown, step, MAX_MAP_WIDTH)
     names_of_rows = row_labels(rows, 34 if numbered else 18)
     width = below.step * (len(columns) + 1)
     names = dict(zip(columns, below.texts, strict=True))

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from textwrap import wrap
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.cells import cell_len
 
 from mechdsl.base.arrays import Floats
@@ -50,8 +50,8 @@ from mechdsl.show.reports.text import heading_facts, map_format, measure_name, m
 from mechdsl.statistics.measurements import effect_parts
 from mechdsl.vocab.effects import EFFECTS
 
-Pixels = NDArray[np.uint8]
-"""[height, width, 3]."""
+if TYPE_CHECKING:
+    from mechdsl.images.pixels import Pixels
 
 
 @dataclass(frozen=True)

@@ -253,9 +253,6 @@ def _line_layers(base: Any, title: str, apart: dict[str, Any], numbered: bool) -
 BAR_WIDTH = 26
 """Width of a bar, less where there are many."""
 
-MAX_PANEL_WIDTH = 1200
-"""Of a panel, up to which places grow for their labels."""
-
 
 def bars_chart(result: ExperimentResult, report: spec.Report) -> Any:
     """One chart per measure: bars with intervals, or the shares of categories as stacks."""
@@ -309,7 +306,7 @@ def _bar_positions(result: ExperimentResult, axes: tuple[str, ...]) -> _BarPosit
     series = [value_text(value) for value in axis_values(result, axes[1])] if axes[1:] else []
     beside = max(1, len(series))
     bar = _bar_width(len(values) * beside)
-    labels: ChartLabels = column_labels(values, bar * beside + 14, MAX_PANEL_WIDTH)
+    labels: ChartLabels = column_labels(values, bar * beside + 14, MAX_WORDS_WIDTH)
     title = None if axes[0] == "position" else axis_title(result, axes[0])
     axis = alt.Axis(title=title, **labels.options)
     x = alt.X("x:N", scale=alt.Scale(domain=labels.texts), axis=axis)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.random import default_rng
 from numpy.typing import NDArray
 
-from mechdsl.images.pixels import SHAPES, ShapePixels
+from mechdsl.images.pixels import SHAPES, Pixels
 from mechdsl.zoo import pictures
 
 CLASSES: tuple[str, ...] = tuple(SHAPES)
@@ -26,7 +26,7 @@ GREY_SHARE = 0.5
 class Example:
     """An image of training, its class, and which shape its patches are part of."""
 
-    pixels: ShapePixels
+    pixels: Pixels
     label: int
     patches: NDArray[np.int64]
     """[patch], see `pictures.kinds_of_patches`."""

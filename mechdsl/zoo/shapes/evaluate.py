@@ -16,7 +16,7 @@ from numpy.random import default_rng
 from torch import Tensor
 from transformers import ViTForImageClassification
 
-from mechdsl.images.pixels import Mask, ShapePixels, ShapesDrawing
+from mechdsl.images.pixels import Mask, Pixels, ShapesDrawing
 from mechdsl.zoo import pictures
 from mechdsl.zoo.commands import Tally, evaluate_command
 from mechdsl.zoo.pictures import GREY, PATCH, SIZE
@@ -33,7 +33,7 @@ def evaluate(folder: Path, n: int, seed: int) -> dict[str, Tally]:
     model = pictures.load(ViTForImageClassification, folder)
     drawn = pictures.images(seed, n, held_out=True)
     random = default_rng(seed)
-    rows: dict[str, tuple[Sequence[ShapesDrawing], Sequence[ShapePixels]]] = {
+    rows: dict[str, tuple[Sequence[ShapesDrawing], Sequence[Pixels]]] = {
         HELD_OUT: (drawn, [each.pixels for each in drawn]),
         HALF: (drawn, [pictures.in_grey(each.pixels, 0.5, random) for each in drawn]),
         MOST: (drawn, [pictures.in_grey(each.pixels, 0.875, random) for each in drawn]),
@@ -52,7 +52,7 @@ def grey_image(folder: Path) -> dict[str, float]:
     return dict(zip(CLASSES, found.tolist(), strict=True))
 
 
-def probabilities(model: Any, pixels: Sequence[ShapePixels]) -> Tensor:
+def probabilities(model: Any, pixels: Sequence[Pixels]) -> Tensor:
     """Of each image and kind, [image, kind]."""
     with torch.no_grad():
         parts = [
@@ -62,7 +62,7 @@ def probabilities(model: Any, pixels: Sequence[ShapePixels]) -> Tensor:
     return torch.cat(parts)
 
 
-def _right(model: Any, drawn: Sequence[ShapesDrawing], pixels: Sequence[ShapePixels]) -> Tally:
+def _right(model: Any, drawn: Sequence[ShapesDrawing], pixels: Sequence[Pixels]) -> Tally:
     best = probabilities(model, pixels).argmax(-1).tolist()
     right = [CLASSES[k] == each.kind for k, each in zip(best, drawn, strict=True)]
     return Tally(sum(right), len(right))
@@ -75,7 +75,7 @@ def _touched(mask: Mask) -> Mask:
     return patches.repeat(PATCH, 0).repeat(PATCH, 1)
 
 
-def _grey_where(pixels: ShapePixels, where: Mask) -> ShapePixels:
+def _grey_where(pixels: Pixels, where: Mask) -> Pixels:
     return np.where(where[..., None], np.uint8(GREY), pixels)
 
 
